@@ -1,0 +1,1 @@
+"""The formulas of RLHF: pure functions and the parts that carry their settings."""

@@ -1,0 +1,40 @@
+"""From a loss per token to a scalar.
+
+The denominator is counted over everything that feeds one optimizer step and is handed to every piece of it, so that
+micro-batches and ranks add up to the same gradient, however they were cut.
+"""
+
+from typing import Literal
+
+from quartet.algorithms.masked import masked
+from quartet.parts import part
+from quartet.tensors import Bool, Float, Tensor
+
+
+@part
+class TokenMean:
+    """Σ ℓ_t / number of tokens: every token weighs the same, a long response more than a short one."""
+
+    type: Literal["token_mean"] = "token_mean"
+
+    def denominator(self, mask: Bool[Tensor, "B T"]) -> float:
+        return float(mask.sum())
+
+    def __call__(self, loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: float) -> Float[Tensor, ""]:
+        return masked(loss, mask).sum() / max(denominator, 1)
+
+
+@part
+class SequenceMean:
+    """Σ_i (mean over the tokens of response i) / number of responses: every response weighs the same (GRPO).
+
+    A response of no tokens counts neither above nor below the line.
+    """
+
+    type: Literal["sequence_mean"] = "sequence_mean"
+
+    def denominator(self, mask: Bool[Tensor, "B T"]) -> float:
+        return float(mask.any(dim=1).sum())
+
+    def __call__(self, loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: float) -> Float[Tensor, ""]:
+        return (masked(loss, mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / max(denominator, 1)

@@ -1,0 +1,52 @@
+"""Sums, means, whitening and group statistics under a mask.
+
+What is masked never enters a result, not even a NaN or an infinity: masked entries are replaced, not multiplied by zero.
+"""
+
+from quartet.tensors import Bool, Float, Int, Tensor, torch
+
+
+def masked(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x where the mask is set, 0 elsewhere."""
+    return torch.where(mask, x, torch.zeros_like(x))
+
+
+def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """Σ x·m / Σ m; 0 where nothing is set."""
+    return masked(x, mask).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], eps: float = 1e-8) -> Float[Tensor, "B T"]:
+    """(x − μ) / √(σ² + eps) over the entries of the mask, 0 elsewhere.
+
+    σ² is the population variance, as in Ziegler et al. 2019 and its reproductions. TRL and veRL divide by n − 1 instead;
+    the results differ by √(n / (n − 1)), 1.4 % on 35 tokens.
+    """
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean).square(), mask)
+    return masked((x - mean) * torch.rsqrt(variance + eps), mask)
+
+
+def group_mean(x: Float[Tensor, "B"], groups: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """For every row the mean of its group, in float64."""
+    _, index, count = groups.unique(return_inverse=True, return_counts=True)
+    total = torch.zeros(len(count), dtype=torch.float64, device=x.device).index_add_(0, index, x.double())
+    return (total / count)[index]
+
+
+def group_std(x: Float[Tensor, "B"], groups: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """For every row the sample standard deviation (n − 1) of its group, in float64; 0 for a group of one."""
+    _, index, count = groups.unique(return_inverse=True, return_counts=True)
+    squares = (x.double() - group_mean(x, groups)).square()
+    total = torch.zeros(len(count), dtype=torch.float64, device=x.device).index_add_(0, index, squares)
+    return (total / (count - 1).clamp(min=1)).sqrt()[index]
+
+
+def all_equal_in_group(x: Float[Tensor, "B"], groups: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
+    """For every row whether all values of its group are exactly the same: such a group has no signal."""
+    _, index, count = groups.unique(return_inverse=True, return_counts=True)
+    highest = torch.full((len(count),), -torch.inf, dtype=x.dtype, device=x.device)
+    lowest = torch.full((len(count),), torch.inf, dtype=x.dtype, device=x.device)
+    highest = highest.scatter_reduce(0, index, x, "amax")
+    lowest = lowest.scatter_reduce(0, index, x, "amin")
+    return (highest == lowest)[index]

@@ -1,0 +1,329 @@
+"""From a config to objects: the one file that knows every implementation."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quartet.config import (
+    Config,
+    ExactRewardSource,
+    GoldRewardSource,
+    ModelRewardSource,
+    RewardModel,
+    SeparateCritic,
+    Sft,
+    SharedCritic,
+    TrainTokenizer,
+)
+from quartet.data import DataError
+from quartet.data.encoding import Encoder
+from quartet.data.examples import Example
+from quartet.data.shapes import Purpose, read_examples
+from quartet.data.tokenizer import train_tokenizer
+from quartet.evaluation.compare import Gold
+from quartet.experience import Prompt
+from quartet.generation.native import NativeGenerator
+from quartet.models.actor_critic import ActorCritic, Separate, Shared, freeze, pad_token_id
+from quartet.models.chat import set_chat_template
+from quartet.models.heads import ScalarModel, ValueHead
+from quartet.models.language_model import ModelError, create, load_model, load_tokenizer, stop_ids
+from quartet.pipeline import Cast, EvaluationStage, RewardModelStage, RLStage, SftStage, Stage
+from quartet.rewards.functions import TextReward
+from quartet.rewards.protocol import Weighted
+from quartet.rewards.reward_model import ModelReward
+from quartet.rewards.verifiable import ExactMatch
+from quartet.training.learner import Learner
+from quartet.training.optim import Optimizer
+from quartet.worlds import WORLDS, World
+
+CENTRING_PROMPTS = 256
+"""How many of the training prompts are answered to find a reward model's mean score."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, ready to start: nothing on disk has been touched yet."""
+
+    stages: list[Stage]
+    tokenizer: Any
+    notes: list[str]
+    """What a person should know before it starts."""
+
+
+def build(config: Config) -> Job:
+    """Read and check the data, and make the stages. Models are loaded when their stage starts; what they are loaded from
+    is checked now."""
+    workshop = Workshop(config)
+    return Job([workshop.stage(name) for name in config.recipe], workshop.tokenizer, workshop.notes())
+
+
+class Workshop:
+    """Makes the objects of one run, each of the shared ones once."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.world: World | None = WORLDS[config.data.world](config.seed) if config.data.world else None
+        self.device = device(config.run.device)
+        self.tokenizer = self._tokenizer()
+        if config.policy.chat_template:
+            set_chat_template(self.tokenizer, config.policy.chat_template)
+        self.micro_batch_tokens = config.optim.micro_batch_tokens
+        response = max(config.data.max_response_tokens, config.rollout.max_new_tokens)
+        self.encoder = Encoder(self.tokenizer, self._max_prompt_tokens(), response, config.data.unusable)
+        self._check_reward_model()
+
+    def stage(self, name: str) -> Stage:
+        match name:
+            case "sft":
+                return self.sft_stage()
+            case "reward_model":
+                return self.reward_model_stage()
+            case "evaluation":
+                return self.evaluation_stage()
+            case _:  # any preset
+                return self.rl_stage()
+
+    # --- stages --------------------------------------------------------------------------------------------------------
+
+    def sft_stage(self) -> SftStage:
+        train, held_out = self._examples("demonstrations", self.config.sft.data)
+        sft = self.config.sft
+        return SftStage(
+            demonstrations=self.encoder.demonstrations(train),
+            held_out=self.encoder.demonstrations(held_out),
+            tokenizer=self.tokenizer,
+            load_policy=lambda _: self.base_policy(),
+            optimizer=lambda model: stage_optimizer(model, sft),
+            num_steps=sft.steps,
+            batch_size=sft.batch_size,
+            micro_batch_tokens=self.micro_batch_tokens,
+            seed=self.config.seed,
+        )
+
+    def reward_model_stage(self) -> RewardModelStage:
+        settings = self.config.reward_model
+        train, held_out = self._examples("comparisons", settings.data)
+        prompts = self._prompts()[0]
+        return RewardModelStage(
+            comparisons=self.encoder.comparisons(train),
+            held_out=self.encoder.comparisons(held_out),
+            ceiling=self._ceiling(held_out),
+            prompts=prompts[:CENTRING_PROMPTS],
+            sampling=self.config.rollout,
+            tokenizer=self.tokenizer,
+            load_policy=self.starting_policy,
+            make_model=lambda policy: ScalarModel.from_trunk(policy, pad_token_id(self.tokenizer), self.config.seed),
+            optimizer=lambda model: stage_optimizer(model, settings),
+            num_steps=settings.steps,
+            batch_size=settings.batch_size,
+            micro_batch_tokens=self.micro_batch_tokens,
+            seed=self.config.seed,
+        )
+
+    def rl_stage(self) -> RLStage:
+        config = self.config
+        prompts = self._prompts()[0]
+        if any(isinstance(r, ExactRewardSource) for r in config.reward):
+            for prompt in prompts:
+                if "answer" not in prompt.extra:
+                    raise DataError(f'{prompt.id}: has no column answer, which reward.type = "exact" compares with.')
+        assert config.rl_stage and config.algorithm
+        return RLStage(
+            name=config.rl_stage,
+            prompts=prompts,
+            tokenizer=self.tokenizer,
+            cast=self._cast,
+            algorithm=config.algorithm,
+            sampling=config.rollout,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            prompts_per_step=config.rollout.prompts_per_step,
+            num_steps=config.run.steps,
+            seed=config.seed,
+        )
+
+    def evaluation_stage(self) -> EvaluationStage:
+        return EvaluationStage(
+            prompts=self._prompts()[1][: self.config.evaluation.prompts],
+            tokenizer=self.tokenizer,
+            load_before=self.starting_policy,
+            load_after=lambda folder: load_model(folder / "policy", self.device),
+            rewards=self._rewards,
+            gold=self._gold(),
+            sampling=self.config.rollout,
+            micro_batch_tokens=self.micro_batch_tokens,
+            seed=self.config.seed,
+        )
+
+    # --- models --------------------------------------------------------------------------------------------------------
+
+    def base_policy(self) -> Any:
+        """The model that the run begins with."""
+        policy = self.config.policy
+        if policy.create is not None:
+            return create(policy.create, self.tokenizer, self.config.seed).to(self.device)
+        return load_model(str(policy.model), self.device)
+
+    def starting_policy(self, folder: Path) -> Any:
+        """The policy that RL starts from, and is held to: the run's own SFT model where it made one."""
+        return load_model(folder / "sft", self.device) if "sft" in self.config.recipe else self.base_policy()
+
+    def _cast(self, folder: Path) -> Cast:
+        config = self.config
+        assert config.algorithm
+        actor = self.starting_policy(folder)
+        reference = freeze(copy.deepcopy(actor)) if config.algorithm.needs_reference else None
+        models = self._actor_critic(actor, folder) if config.algorithm.needs_critic else Separate(actor, None)
+        temperature = config.rollout.temperature
+        learner = Learner(models, reference, config.optim, temperature, config.run.steps, config.seed)
+        generator = NativeGenerator(actor, self.tokenizer, stop_ids(actor, self.tokenizer), config.seed)
+        return Cast(learner, generator, self._rewards(folder))
+
+    def _actor_critic(self, actor: Any, folder: Path) -> ActorCritic:
+        match self.config.critic:
+            case SharedCritic():
+                return Shared(actor, ValueHead(actor.config.get_text_config().hidden_size).to(self.device))
+            case SeparateCritic(init=init):
+                source = self.config.reward_model_source
+                if init == "policy" or (init is None and source is None):
+                    seed = self.config.seed
+                    return Separate(actor, ScalarModel.from_trunk(actor, pad_token_id(self.tokenizer), seed))
+                place = self._reward_model_folder(folder) if init in {None, "reward_model"} else Path(str(init))
+                return Separate(actor, ScalarModel.load(place, self.device))
+
+    def _rewards(self, folder: Path) -> list[Weighted]:
+        rewards = []
+        for source in self.config.reward:
+            match source:
+                case ModelRewardSource():
+                    model = freeze(ScalarModel.load(self._reward_model_folder(folder), self.device))
+                    rewards.append(Weighted(ModelReward(model, self.micro_batch_tokens), source.weight))
+                case ExactRewardSource():
+                    rewards.append(Weighted(ExactMatch(), source.weight))
+                case GoldRewardSource():
+                    rewards.append(Weighted(TextReward("gold", self._required_gold()), source.weight))
+        if self.world is not None and not any(isinstance(s, GoldRewardSource) for s in self.config.reward):
+            rewards.append(Weighted(TextReward("gold", self._required_gold()), weight=0.0))  # seen, not trained on
+        return rewards
+
+    def _reward_model_folder(self, folder: Path) -> Path:
+        source = self.config.reward_model_source
+        assert source is not None
+        return folder / "reward_model" if source.model is None else Path(source.model)
+
+    def _check_reward_model(self) -> None:
+        source = self.config.reward_model_source
+        if source is None or source.model is None:
+            return
+        if not Path(source.model).is_dir():
+            raise ModelError(f'reward.model = "{source.model}": no such folder.')
+        if load_tokenizer(source.model).get_vocab() != self.tokenizer.get_vocab():
+            raise ModelError(
+                f'reward.model = "{source.model}": policy and reward model use different tokenizers, which is not '
+                "supported: train the reward model from this policy's model."
+            )
+
+    # --- data ----------------------------------------------------------------------------------------------------------
+
+    def _tokenizer(self) -> Any:
+        policy = self.config.policy
+        if isinstance(policy.tokenizer, TrainTokenizer):
+            return train_tokenizer(self._all_text(), policy.tokenizer.vocab_size)
+        if policy.tokenizer is not None:
+            return load_tokenizer(policy.tokenizer)
+        if policy.model is not None:
+            if looks_like_a_path(policy.model) and not Path(policy.model).is_dir():
+                raise ModelError(f'policy.model = "{policy.model}": no such folder.')
+            return load_tokenizer(policy.model)
+        assert self.world is not None
+        return self.world.tokenizer()
+
+    def _max_prompt_tokens(self) -> int:
+        """The data's limit, or what the model's longest sequence leaves beside the response, whichever is less."""
+        data, policy = self.config.data, self.config.policy
+        if policy.create is None:
+            return data.max_prompt_tokens
+        return min(data.max_prompt_tokens, policy.create.max_length - self.config.rollout.max_new_tokens)
+
+    def _examples(self, purpose: Purpose, path: str | None = None) -> tuple[list[Example], list[Example]]:
+        """Rows to train on and rows held out."""
+        data = self.config.data
+        if path is None and self.world is not None:
+            make = getattr(self.world, purpose)
+            return make(data.rows), make(max(self.config.evaluation.prompts, 200), held_out=True)
+        rows = read_examples(Path(path or str(data.train)), purpose, data.columns)
+        if data.eval is not None:
+            return rows, read_examples(Path(data.eval), purpose, data.columns)
+        if len(rows) < 2:
+            raise DataError(f"{path or data.train}: has one row; to hold some out it needs two or more. Or set data.eval.")
+        held_out = max(1, round(len(rows) * data.held_out))
+        return rows[:-held_out], rows[-held_out:]
+
+    def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        train, held_out = self._examples("prompts")
+        return self.encoder.prompts(train), self.encoder.prompts(held_out)
+
+    def _all_text(self) -> list[str]:
+        """Whatever text there is to train a tokenizer on."""
+        paths = {p for p in (self.config.data.train, self.config.sft.data, self.config.reward_model.data) if p}
+        texts: list[str] = []
+        for path in sorted(paths):
+            for example in read_examples(Path(path), "prompts", self.config.data.columns):
+                cells = (example.prompt, example.completion, example.chosen, example.rejected)
+                texts += [text for cell in cells if cell is not None for text in plain_texts(cell)]
+        return texts
+
+    def _gold(self) -> Gold | None:
+        return self.world.gold if self.world is not None else None
+
+    def _required_gold(self) -> Gold:
+        assert self.world is not None
+        return self.world.gold
+
+    def _ceiling(self, comparisons: Sequence[Example]) -> float | None:
+        """How often a judge who knows the gold reward agrees with these labels."""
+        if self.world is None or self.config.reward_model.data is not None:
+            return None
+        right = [
+            self.world.gold(str(c.prompt), str(c.chosen)) > self.world.gold(str(c.prompt), str(c.rejected)) for c in comparisons
+        ]
+        return sum(right) / len(right)
+
+    def notes(self) -> list[str]:
+        notes = []
+        if self.encoder.dropped:
+            count = len(self.encoder.dropped)
+            notes.append(f"{count:,} rows cannot be used and were left out, the first: {self.encoder.dropped[0]}")
+        if self.config.rl_stage and self.config.rollout.filters:
+            notes.append(
+                "rollout.top_k and rollout.top_p sample another distribution than is trained: ratios do not start at 1, "
+                "and KL estimates can be negative."
+            )
+        if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
+            notes.append("the tokenizer pads with its end-of-sequence token; masks come from lengths, so nothing is lost.")
+        return notes
+
+
+def stage_optimizer(model: Any, settings: Sft | RewardModel) -> Optimizer:
+    return Optimizer([p for p in model.parameters() if p.requires_grad], settings, settings.steps)
+
+
+def device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f'run.device = "{name}": cannot be used here ({str(error).splitlines()[0]}).') from error
+
+
+def plain_texts(cell: Any) -> list[str]:
+    return [cell] if isinstance(cell, str) else [message["content"] for message in cell]
+
+
+def looks_like_a_path(model: str) -> bool:
+    """Whether a model's name can only be a folder: hub ids are `name` or `owner/name`."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()

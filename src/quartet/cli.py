@@ -1,0 +1,249 @@
+"""The command `quartet`: parse, call, print. Heavy imports happen inside the verbs that need them."""
+
+import dataclasses
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from quartet import __version__
+from quartet.recipes import recipe_names, recipe_path, template_names, template_path
+
+if TYPE_CHECKING:
+    from quartet.build import Job
+    from quartet.settings import Settings
+
+FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    help="RLHF for language models, from a laptop to a cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+complaints = Console(stderr=True, highlight=False)
+
+What = Annotated[str, typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, or a TOML file.")]
+Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE …]", help="Settings that win over the file.")]
+
+
+@app.callback(invoke_without_command=True)
+def quartet(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        console.print(f"quartet {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    what: What = "reviews",
+    words: Words = None,
+    show_plan: Annotated[bool, typer.Option("--plan", help="Say what the run would take, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --plan: print it as JSON.")] = False,
+) -> None:
+    """Run a recipe or a TOML file: one stage, or a pipeline of them. Without a name: `reviews`."""
+    settings = _settings(what, words or [])
+    if show_plan:
+        _print_plan(settings, as_json)
+        return
+    raise typer.Exit(_run(settings))
+
+
+@app.command()
+def plan(
+    what: What,
+    words: Words = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Models, memory, tokens, time, and the resolved config with the origin of each value. Loads no model."""
+    _print_plan(_settings(what, words or []), as_json)
+
+
+@app.command()
+def init(
+    recipe: Annotated[str, typer.Argument(help="sft, reward_model, ppo or grpo.")],
+    file: Annotated[Path | None, typer.Argument(help="Where to write it. Default: RECIPE.toml.")] = None,
+) -> None:
+    """Write a commented file to start from."""
+    template = template_path({"rm": "reward_model"}.get(recipe, recipe))
+    if template is None:
+        _refuse(f'"{recipe}": no such file to start from. Known are {", ".join(template_names())}.')
+    target = file or Path(template.name)
+    if target.exists():
+        _refuse(f"{target}: exists already. Give another name: quartet init {recipe} NAME.toml")
+    target.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    console.print(f"{target} written. Fill it in, then: quartet plan {target}, quartet run {target}", soft_wrap=True)
+
+
+@app.command()
+def chat(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, such as runs/latest.")] = "runs/latest",
+    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Talk to the policy of a run. `/compare` turns the answers of before and after side by side on and off."""
+    from quartet.chat import ChatSession
+    from quartet.models.language_model import ModelError
+
+    try:
+        session = ChatSession(Path(run_folder), temperature, max_new_tokens)
+    except ModelError as error:
+        _refuse(str(error))
+    session.talk(console, sys.stdin)
+
+
+def _settings(what: str, words: list[str]) -> "Settings":
+    from quartet.settings import ConfigError, read_settings
+
+    if "=" in what and not Path(what).exists():  # quartet run seed=1: the default recipe with a setting
+        what, words = "reviews", [what, *words]
+    path = recipe_path(what)
+    shown = f"recipe {what}" if path else None
+    if path is None and not what.endswith(".toml"):
+        _refuse(f'"{what}": no such recipe, and not a .toml file. Recipes are {", ".join(recipe_names())}.')
+    try:
+        return read_settings(path or Path(what), words, shown)
+    except ConfigError as error:
+        _refuse(str(error))
+
+
+def _print_plan(settings: "Settings", as_json: bool) -> None:
+    from quartet.plan import in_words
+    from quartet.plan import plan as make_plan
+    from quartet.settings import json_ready, resolved_toml
+
+    made = make_plan(settings.config)
+    if as_json:
+        whole = {"plan": dataclasses.asdict(made), "config": json_ready(settings.config), "origins": settings.origins}
+        print(json.dumps(whole, indent=2, ensure_ascii=False))
+        return
+    console.print(f"plan   {in_words(made)}", soft_wrap=True)
+    for phase, size in (made.memory or {}).items():
+        console.print(f"       memory   {phase:<22} ≈ {size / 1e6:>9,.0f} MB")
+    for stage, count in made.optimizer_steps.items():
+        console.print(f"       steps    {stage:<22}   {count:>9,} optimizer steps")
+    for stage, tokens in made.tokens.items():
+        console.print(f"       tokens   {stage:<22} ≈ {tokens:>9,.0f}")
+    if made.disk is not None:
+        console.print(f"       disk     {'run folder':<22} ≈ {made.disk / 1e6:>9,.0f} MB")
+    console.print()
+    console.print(resolved_toml(settings), markup=False, soft_wrap=True, end="")
+
+
+def _run(settings: "Settings") -> int:
+    """Everything that can be refused is refused before the run folder exists."""
+    from quartet.observability.run import RunFolder, TokenTexts
+    from quartet.observability.screen import Screen, sample_lines
+    from quartet.pipeline import Finished
+    from quartet.pipeline import run as run_pipeline
+    from quartet.plan import in_words
+    from quartet.plan import plan as make_plan
+    from quartet.settings import resolved_toml
+
+    job = _build(settings)
+    config = settings.config
+    files = {"config.toml": settings.text, "config.resolved.toml": resolved_toml(settings)}
+    try:
+        folder = RunFolder.create(Path(config.run.folder), config.run.name or settings.name, files)
+    except OSError as error:
+        _refuse(f'run.folder = "{config.run.folder}": cannot be written ({error.strerror}).')
+    _send_chatter_to(folder.path / "run.log")
+    console.print(_first_line(settings, folder.path), soft_wrap=True)
+    console.print(f"plan   {in_words(make_plan(config))}", soft_wrap=True)
+    for note in job.notes:
+        folder.event("note", sentence=note)
+        console.print(f"note   {note}", style="yellow", soft_wrap=True)
+    screen = Screen(console)
+    evaluation: dict[str, Any] | None = None
+    try:
+        for event in run_pipeline(job.stages, folder, TokenTexts(job.tokenizer), config.run.rollouts_every):
+            screen.show(event)
+            if isinstance(event, Finished) and event.stage.name == "evaluation":
+                evaluation = event.summary
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not tear the last lines
+        screen.close()
+        folder.event("interrupted")
+        console.print(f"stopped by Ctrl-C. What was written so far is in {folder.path}", soft_wrap=True)
+        return INTERRUPTED
+    except (RuntimeError, ValueError, OSError) as error:
+        screen.close()
+        folder.event("failed", error=str(error))
+        complaints.print(f"failed: {error}", style="red", markup=False, soft_wrap=True)
+        complaints.print(f"The record so far is in {folder.path}, details in run.log.", soft_wrap=True)
+        _log_traceback()
+        return FAILED
+    finally:
+        screen.close()
+    folder.event("done", peak_bytes=_peak_bytes())
+    folder.close()
+    if evaluation:
+        for line in sample_lines(evaluation["samples"]):
+            console.print(line, soft_wrap=True)
+    console.print(f"run    {folder.path}    peak {_peak_bytes() / 1e6:,.0f} MB", soft_wrap=True)
+    if (folder.path / "policy").is_dir():
+        console.print(f"next   quartet chat {folder.path}", soft_wrap=True)
+    return 0
+
+
+def _build(settings: "Settings") -> "Job":
+    from quartet.build import build
+    from quartet.data import DataError
+    from quartet.models.chat import ChatError
+    from quartet.models.language_model import ModelError
+
+    try:
+        return build(settings.config)
+    except (DataError, ModelError, ChatError) as error:
+        _refuse(str(error))
+
+
+def _first_line(settings: "Settings", folder: Path) -> str:
+    import torch
+
+    from quartet.build import device
+
+    place = device(settings.config.run.device).type
+    threads = f", {torch.get_num_threads()} threads" if place == "cpu" else ""
+    return f"quartet {__version__} · {place}{threads} · fp32 · seed {settings.config.seed} · {folder}"
+
+
+def _send_chatter_to(path: Path) -> None:
+    """What other libraries log and warn about goes to the run's log, not over the live lines."""
+    import logging
+    import warnings
+
+    import transformers
+
+    logging.basicConfig(filename=path, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+    transformers.logging.disable_default_handler()
+    transformers.logging.enable_propagation()
+    transformers.logging.disable_progress_bar()
+
+
+def _log_traceback() -> None:
+    import logging
+
+    logging.exception("the run failed")
+
+
+def _peak_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _refuse(sentence: str) -> NoReturn:
+    complaints.print(sentence, style="red", markup=False, soft_wrap=True)
+    raise typer.Exit(WRONG_REQUEST)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,245 @@
+"""What a run is. Every key has a default or a reason to be asked for; what cannot work is refused, with what to do instead.
+
+The hyper-parameters of formulas, sampling and optimizers are declared where they are read; this file has the rest, and puts
+them together.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import model_validator
+
+from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.presets import ALGORITHMS
+from quartet.generation.sampling import Sampling
+from quartet.models.shape import Shape
+from quartet.parts import Field, part
+from quartet.training.optim import Descent, Optim
+
+WORLDS = Literal["reviews", "sums"]
+
+
+@part
+class Data:
+    """Where prompts, demonstrations and comparisons come from: a file, or an embedded world."""
+
+    world: WORLDS | None = None
+    train: str | None = None
+    eval: str | None = Field(default=None, description="Left out, a share of train is held out.")
+    columns: dict[str, str] = Field(default_factory=dict, description="What the columns of the files are called here.")
+    rows: int = Field(default=4000, ge=1, description="How many rows a world makes for each stage.")
+    held_out: float = Field(default=0.1, gt=0, lt=1, description="The share of train that is held out where there is no eval.")
+    max_prompt_tokens: int = Field(default=512, ge=1)
+    max_response_tokens: int = Field(default=512, ge=1)
+    unusable: Literal["refuse", "drop"] = "refuse"
+
+
+@part
+class TrainTokenizer:
+    """A byte-level BPE tokenizer, trained on the run's own data."""
+
+    type: Literal["train"] = "train"
+    vocab_size: int = Field(default=4096, ge=300, description="256 bytes, the special tokens, and what merges make of them.")
+
+
+@part
+class Policy:
+    """The model to align: a folder or hub id, or a shape to create from scratch."""
+
+    model: str | None = None
+    create: Shape | None = None
+    tokenizer: TrainTokenizer | str | None = Field(default=None, description="A folder, or one to train. Default: the model's.")
+    chat_template: str | None = Field(default=None, description='"chatml" or a file with a template.')
+
+
+@part
+class Sft(Descent):
+    """Supervised fine-tuning: the file's [sft] table."""
+
+    steps: int = Field(default=200, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    data: str | None = Field(default=None, description="Left out, it is data.train.")
+
+
+@part
+class RewardModel(Descent):
+    """Training the reward model: the file's [reward_model] table."""
+
+    steps: int = Field(default=200, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    data: str | None = Field(default=None, description="Left out, it is data.train.")
+
+
+@part
+class SeparateCritic:
+    """A critic with a trunk of its own."""
+
+    type: Literal["separate"] = "separate"
+    init: str | None = Field(
+        default=None,
+        description='"reward_model", "policy", or a folder. Left out: the reward model where there is one.',
+    )
+
+
+@part
+class SharedCritic:
+    """A scalar head on the actor's trunk."""
+
+    type: Literal["shared"] = "shared"
+
+
+@part
+class ModelRewardSource:
+    """A reward model: a folder, or the one that this run trains."""
+
+    type: Literal["model"] = "model"
+    model: str | None = None
+    weight: float = 1.0
+
+
+@part
+class ExactRewardSource:
+    """1 where the response is the `answer` of the prompt's row."""
+
+    type: Literal["exact"] = "exact"
+    weight: float = 1.0
+
+
+@part
+class GoldRewardSource:
+    """The gold reward of a world."""
+
+    type: Literal["gold"] = "gold"
+    weight: float = 1.0
+
+
+RewardSource = Annotated[ModelRewardSource | ExactRewardSource | GoldRewardSource, Field(discriminator="type")]
+
+
+@part
+class Rollout(Sampling):
+    """What is sampled in one RL step: the file's [rollout] table."""
+
+    prompts_per_step: int = Field(default=64, ge=1, description="The only batch size a person sets.")
+    samples_per_prompt: int = Field(default=1, ge=1, description="Answers to each prompt; group advantages need 2 or more.")
+
+
+@part
+class Evaluation:
+    """The last stage: the policy against the model it started from, on held-out prompts."""
+
+    prompts: int = Field(default=500, ge=2)
+
+
+@part
+class Run:
+    steps: int = Field(default=100, ge=1, description="How many RL steps.")
+    folder: str = "runs"
+    name: str | None = Field(default=None, description="Left out, it is the recipe's or the file's.")
+    device: str = Field(default="auto", description='"auto", "cpu" or "cuda".')
+    rollouts_every: int = Field(
+        default=1, ge=1, description="Every how many RL steps the rollouts are written, token by token."
+    )
+
+
+@part
+class Config:
+    """A run, complete and checked."""
+
+    recipe: tuple[str, ...]
+    algorithm: Algorithm | None = None
+    seed: int = Field(default=0, ge=0)
+    data: Data = Data()
+    policy: Policy = Policy()
+    sft: Sft = Sft()
+    reward_model: RewardModel = RewardModel()
+    critic: Annotated[SeparateCritic | SharedCritic, Field(discriminator="type")] = SeparateCritic()
+    reward: tuple[RewardSource, ...] = ()
+    rollout: Rollout = Rollout()
+    optim: Optim = Optim()
+    evaluation: Evaluation = Evaluation()
+    run: Run = Run()
+
+    @property
+    def rl_stage(self) -> str | None:
+        """The preset that the recipe names, if it has an RL stage."""
+        return next((stage for stage in self.recipe if stage in ALGORITHMS), None)
+
+    @property
+    def reward_model_source(self) -> ModelRewardSource | None:
+        return next((r for r in self.reward if isinstance(r, ModelRewardSource)), None)
+
+    @model_validator(mode="after")
+    def _can_work(self) -> "Config":
+        for problem in (*self._recipe_problems(), *self._source_problems(), *self._rl_problems()):
+            raise ValueError(problem)
+        return self
+
+    def _recipe_problems(self) -> list[str]:
+        order = {"sft": 0, "reward_model": 1, **dict.fromkeys(ALGORITHMS, 2), "evaluation": 3}
+        known = ", ".join(order)
+        if not self.recipe:
+            return [f"recipe: is empty. Name one stage or more of {known}."]
+        problems = [f'recipe: "{stage}" is no stage. Known are {known}.' for stage in self.recipe if stage not in order]
+        if problems:
+            return problems
+        ranks = [order[stage] for stage in self.recipe]
+        if ranks != sorted(set(ranks)):
+            problems.append(
+                "recipe: stages go from sft over reward_model and one RL stage to evaluation, each at most once; "
+                f"this one says {', '.join(self.recipe)}."
+            )
+        if "evaluation" in self.recipe and self.rl_stage is None:
+            problems.append("recipe: evaluation compares an RL stage's policy with the one before it, and there is none.")
+        return problems
+
+    def _source_problems(self) -> list[str]:
+        problems = []
+        if (self.policy.model is None) == (self.policy.create is None):
+            problems.append(
+                "policy.model: name a folder or hub id, or describe a new model in policy.create; exactly one of the two."
+            )
+        if (self.data.world is None) == (self.data.train is None):
+            problems.append("data.train: name a file, or an embedded world in data.world; exactly one of the two.")
+        if self.policy.create is not None and self.policy.tokenizer is None and self.data.world is None:
+            problems.append('policy.tokenizer: a new model needs one. Write tokenizer = { type = "train" } or name a folder.')
+        if self.data.world == "sums" and "reward_model" in self.recipe:
+            problems.append("recipe: the world sums has no comparisons to train a reward model on, its answers are checked.")
+        return problems
+
+    def _rl_problems(self) -> list[str]:
+        if self.rl_stage is None or self.algorithm is None:
+            return []
+        problems = []
+        trains_reward_model = "reward_model" in self.recipe
+        if not self.reward:
+            problems.append(
+                f'reward: {self.rl_stage} needs one. Add [[reward]] with type = "model" and model = a folder, '
+                'or type = "exact".'
+            )
+        if self.reward_model_source and self.reward_model_source.model is None and not trains_reward_model:
+            problems.append(
+                f"reward.model: name the reward model's folder, or put reward_model before {self.rl_stage} in the recipe."
+            )
+        if len({r.type for r in self.reward}) < len(self.reward):
+            problems.append("reward: two of the same type; each may appear once.")
+        if self.data.world is None and any(isinstance(r, GoldRewardSource) for r in self.reward):
+            problems.append('reward.type: "gold" is known in an embedded world only.')
+        if self.algorithm.needs_group and self.rollout.samples_per_prompt < 2:
+            problems.append(
+                f"rollout.samples_per_prompt = {self.rollout.samples_per_prompt}: {self.rl_stage} compares several answers "
+                "to one prompt, so it must be ≥ 2. Typical: 8."
+            )
+        if isinstance(self.critic, SeparateCritic) and self.critic.init == "reward_model" and not self.reward_model_source:
+            problems.append('critic.init = "reward_model": there is no reward model here. Use "policy" or a folder.')
+        if self.optim.critic_warmup_steps and not self.algorithm.needs_critic:
+            problems.append(f"optim.critic_warmup_steps = {self.optim.critic_warmup_steps}: {self.rl_stage} has no critic.")
+        rows = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+        if self.optim.minibatches > rows:
+            problems.append(f"optim.minibatches = {self.optim.minibatches}: a step has only {rows} responses.")
+        shape = self.policy.create
+        if shape and self.data.max_prompt_tokens + self.rollout.max_new_tokens > shape.max_length:
+            problems.append(
+                f"policy.create.max_length = {shape.max_length}: too short for data.max_prompt_tokens = "
+                f"{self.data.max_prompt_tokens} and rollout.max_new_tokens = {self.rollout.max_new_tokens} together."
+            )
+        return problems

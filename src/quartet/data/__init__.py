@@ -1,0 +1,5 @@
+"""Files of prompts, demonstrations and comparisons: read, checked, encoded once, and sampled."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used: one sentence that says where, why, and what to do."""

@@ -1,0 +1,109 @@
+"""Text becomes token ids: here, once, and never again."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from quartet.data import DataError
+from quartet.data.examples import Example, Text
+from quartet.data.records import Comparison, Demonstration
+from quartet.experience import Prompt
+from quartet.models.chat import ChatError, render
+
+R = TypeVar("R")
+
+
+@dataclass
+class Encoder:
+    """Turns examples into records for one tokenizer, and refuses the rows that cannot be used, or drops and counts them."""
+
+    tokenizer: Any
+    max_prompt_tokens: int
+    max_response_tokens: int
+    unusable: Literal["refuse", "drop"] = "refuse"
+    dropped: list[str] = field(default_factory=list)
+    """What was wrong with each row that was dropped."""
+
+    def prompts(self, examples: Sequence[Example]) -> list[Prompt]:
+        return self._all(self._prompt, examples)
+
+    def demonstrations(self, examples: Sequence[Example]) -> list[Demonstration]:
+        return self._all(self._demonstration, examples)
+
+    def comparisons(self, examples: Sequence[Example]) -> list[Comparison]:
+        return self._all(self._comparison, examples)
+
+    def prompt_ids(self, prompt: Text) -> list[int]:
+        """The ids a policy is given; the beginning-of-sequence token first where the tokenizer wants one, and once."""
+        if not isinstance(prompt, str):
+            return render(self.tokenizer, prompt)[0]
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+        begin = self.tokenizer.bos_token_id
+        wants_begin = begin is not None and begin in self.tokenizer.encode("", add_special_tokens=True)[:1]
+        return [begin, *ids] if wants_begin and ids[:1] != [begin] else ids
+
+    def _all(self, encode: Callable[[Example], R], examples: Sequence[Example]) -> list[R]:
+        records, refused = [], []
+        for example in examples:
+            try:
+                records.append(encode(example))
+            except DataError as error:
+                refused.append(f"{example.id}: {error}")
+        if refused and (self.unusable == "refuse" or not records):
+            others = f" {len(refused) - 1:,} more rows of {len(examples):,} cannot be used." if len(refused) > 1 else ""
+            remedy = ' Mend the data, or set data.unusable = "drop" to go on without such rows.' if records else ""
+            raise DataError(f"{refused[0]}{others}{remedy}")
+        self.dropped += refused
+        return records
+
+    def _prompt(self, example: Example) -> Prompt:
+        ids = self._checked_prompt(example)
+        text = example.prompt if isinstance(example.prompt, str) else self.tokenizer.decode(ids)
+        return Prompt(id=example.id, ids=tuple(ids), text=text, extra=dict(example.extra))
+
+    def _demonstration(self, example: Example) -> Demonstration:
+        answer = example.completion if example.completion is not None else example.chosen
+        assert answer is not None, "only rows with an answer are demonstrations"
+        prompt, response = self._checked_prompt(example), self._response(example.prompt, answer, "completion")
+        return Demonstration(example.id, tuple(prompt), tuple(response))
+
+    def _comparison(self, example: Example) -> Comparison:
+        assert example.chosen is not None and example.rejected is not None, "only pairs are comparisons"
+        if example.chosen == example.rejected:
+            raise DataError("chosen and rejected are identical, so there is nothing to learn from this row.")
+        prompt = self._checked_prompt(example)
+        chosen = self._response(example.prompt, example.chosen, "chosen")
+        rejected = self._response(example.prompt, example.rejected, "rejected")
+        return Comparison(example.id, tuple(prompt), tuple(chosen), tuple(rejected))
+
+    def _checked_prompt(self, example: Example) -> list[int]:
+        if not example.prompt or (isinstance(example.prompt, str) and not example.prompt.strip()):
+            raise DataError("the prompt is empty.")
+        try:
+            ids = self.prompt_ids(example.prompt)
+        except ChatError as error:
+            raise DataError(str(error)) from error
+        if len(ids) > self.max_prompt_tokens:
+            raise DataError(
+                f"the prompt has {len(ids):,} tokens, the limit is {self.max_prompt_tokens:,} (data.max_prompt_tokens)."
+            )
+        return ids
+
+    def _response(self, prompt: Text, answer: Text, column: str) -> list[int]:
+        if isinstance(answer, str):
+            if not answer.strip():
+                raise DataError(f"the {column} is empty, a response of zero tokens.")
+            ids = [*self.tokenizer.encode(answer, add_special_tokens=False), self.tokenizer.eos_token_id]
+        else:
+            if not any(message["content"].strip() for message in answer):
+                raise DataError(f"the {column} is empty, a response of zero tokens.")
+            assert not isinstance(prompt, str), "a reply in messages follows a prompt in messages"
+            try:
+                ids = render(self.tokenizer, prompt, answer)[1]
+            except ChatError as error:
+                raise DataError(str(error)) from error
+        if len(ids) > self.max_response_tokens:
+            raise DataError(
+                f"the {column} has {len(ids):,} tokens, the limit is {self.max_response_tokens:,} (data.max_response_tokens)."
+            )
+        return ids

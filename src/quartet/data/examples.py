@@ -1,0 +1,29 @@
+"""A row of data as it was understood: text or messages, not yet token ids."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = Mapping[str, str]
+Text = str | Sequence[Message]
+"""Plain text, or a conversation: messages with `role` and `content`."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row. What is absent in the row's shape is None.
+
+    A demonstration has a completion, a comparison has chosen and rejected, a prompt has neither.
+    `id` names the row for a person: file and line, or world and number.
+    """
+
+    id: str
+    prompt: Text
+    completion: Text | None = None
+    chosen: Text | None = None
+    rejected: Text | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def conversational(self) -> bool:
+        return not isinstance(self.prompt, str)

@@ -1,0 +1,22 @@
+"""Encoded rows: token ids, made once."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt and the answer to imitate, end-of-sequence token included."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A prompt and two answers, of which a labeller preferred the first."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]

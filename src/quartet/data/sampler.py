@@ -1,0 +1,41 @@
+"""Which rows come next."""
+
+import random
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+R = TypeVar("R")
+
+
+class Sampler(Generic[R]):
+    """Endless batches of records: every epoch all of them once, in an order shuffled by seed and epoch.
+
+    Its state is two numbers, so that a run can go on where another stopped.
+    """
+
+    def __init__(self, records: Sequence[R], batch_size: int, seed: int) -> None:
+        if not records:
+            raise ValueError("no records to sample from")
+        self.records, self.batch_size, self.seed = records, batch_size, seed
+        self.epoch, self.position = 0, 0
+
+    def next(self) -> list[R]:
+        batch: list[R] = []
+        while len(batch) < self.batch_size:
+            order = self._order()[self.position : self.position + self.batch_size - len(batch)]
+            batch += [self.records[i] for i in order]
+            self.position += len(order)
+            if self.position == len(self.records):
+                self.epoch, self.position = self.epoch + 1, 0
+        return batch
+
+    def state(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+    def _order(self) -> list[int]:
+        order = list(range(len(self.records)))
+        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return order

@@ -1,0 +1,65 @@
+"""A policy against the one it started from, on the same held-out prompts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from quartet.experience import Rollout
+from quartet.observability.metrics import distinct, mean_and_interval, response_metrics
+
+Gold = Callable[[str, str], float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A mean and half the width of its 95 % confidence interval."""
+
+    mean: float
+    interval: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of the evaluation. A win is a higher gold reward than the other policy's answer to the same prompt, a tie
+    half a win; where there is no gold reward, the training reward judges, which flatters the policy trained on it."""
+
+    judge: str
+    prompts: int
+    win_rate: Measured
+    kl: Measured
+    """KL of a response to the policy before, in nats: the mean of Σ_t log π(t) − log π_before(t) over the policy's own
+    answers."""
+    before: dict[str, float]
+    after: dict[str, float]
+    samples: tuple[dict[str, str], ...]
+    """Prompts with both answers, to be read."""
+
+
+def compare(
+    before: Sequence[Rollout], after: Sequence[Rollout], kl: Sequence[float], gold: Gold | None, samples: int = 8
+) -> Comparison:
+    """`before` and `after` hold one rewarded answer to each prompt, in the same order; `kl` one number per answer."""
+    old, new = _worth(before, gold), _worth(after, gold)
+    wins = [1.0 if b > a else 0.5 if b == a else 0.0 for a, b in zip(old, new, strict=True)]
+    return Comparison(
+        judge="gold" if gold else "reward",
+        prompts=len(before),
+        win_rate=Measured(*mean_and_interval(wins)),
+        kl=Measured(*mean_and_interval(kl)),
+        before=_measures(before, gold),
+        after=_measures(after, gold),
+        samples=tuple(
+            {"prompt": a.prompt.text, "before": a.response, "after": b.response}
+            for a, b in list(zip(before, after, strict=True))[:samples]
+        ),
+    )
+
+
+def _worth(rollouts: Sequence[Rollout], gold: Gold | None) -> list[float]:
+    return [gold(r.prompt.text, r.response) if gold else float(r.score or 0.0) for r in rollouts]
+
+
+def _measures(rollouts: Sequence[Rollout], gold: Gold | None) -> dict[str, float]:
+    measures = response_metrics(rollouts) | {"response/distinct": distinct([r.response for r in rollouts])}
+    if gold:
+        measures["gold"] = mean_and_interval(_worth(rollouts, gold))[0]
+    return measures

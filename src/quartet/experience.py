@@ -1,0 +1,114 @@
+"""The data that flows: Prompt -> Rollout -> Batch -> Experience. Each is frozen; a stage takes one and returns the next.
+
+Everywhere, entry t of a per-token tensor speaks of token t: `logprobs[:, t] = log p(tokens[:, t] | tokens[:, :t])`, and
+`values[:, t]` is the value before token t is chosen. Rows are padded on the right; what is real is known from lengths
+and from the response mask, never from comparing ids with a pad id.
+
+Two policies that are easily confused have two names: *old* is the actor when it sampled, *reference* the frozen model
+that the KL penalty holds the actor to.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from quartet.tensors import Bool, Float, Int, Tensor, torch
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the policy is asked to continue.
+
+    >>> Prompt(id="sums:17", ids=(6, 3, 14, 5, 15), text="41+3=", extra={"answer": "44"})  # doctest: +SKIP
+    """
+
+    id: str
+    ids: tuple[int, ...]
+    text: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What a verifier needs: the other columns of the prompt's row."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer of the policy to one prompt.
+
+    >>> Rollout(id="sums:17/2", prompt=..., group=0, response_ids=(7, 7, 1), response="44",
+    ...         logprobs=(-0.11, -0.36, -0.01), finish_reason="stop", policy_version=3,
+    ...         score=1.0, components={"exact": 1.0})  # doctest: +SKIP
+
+    `logprobs` are those of the distribution that was sampled from, temperature included; the end-of-sequence token, where
+    the policy chose it, is part of `response_ids`.
+    """
+
+    id: str
+    prompt: Prompt
+    group: int
+    response_ids: tuple[int, ...]
+    response: str
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    policy_version: int
+    score: float | None = None
+    components: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rollouts of one step, scored by every model that the algorithm needs.
+
+    For the prompt "41+3=" and the answer "44<eos>" a row of `tokens` is [6 3 14 5 15 | 7 7 1 | 0], of `response_mask`
+    [0 0 0 0 0 | 1 1 1 | 0], and of `old_logprobs` [0 0 0 0 0 | -0.11 -0.36 -0.01 | 0].
+    """
+
+    ids: tuple[str, ...]
+    tokens: Int[Tensor, "B T"]
+    lengths: Int[Tensor, "B"]
+    response_mask: Bool[Tensor, "B T"]
+    scores: Float[Tensor, "B"]
+    groups: Int[Tensor, "B"]
+    """Rows that answer the same prompt share a number."""
+    rollout_logprobs: Float[Tensor, "B T"]
+    """The sampler's own; `old_logprobs` are the learner's for the same weights."""
+    old_logprobs: Float[Tensor, "B T"]
+    ref_logprobs: Float[Tensor, "B T"] | None = None
+    values: Float[Tensor, "B T"] | None = None
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What the learner learns from: a batch with its token rewards, advantages and returns.
+
+    For the row above with score 1, no KL penalty, λ = γ = 1 and values of 0.5, `token_rewards` are [… | 0 0 1 | 0],
+    `returns` [… | 1 1 1 | 0] and `advantages` (before whitening) [… | 0.5 0.5 0.5 | 0].
+    """
+
+    ids: tuple[str, ...]
+    tokens: Int[Tensor, "B T"]
+    lengths: Int[Tensor, "B"]
+    response_mask: Bool[Tensor, "B T"]
+    old_logprobs: Float[Tensor, "B T"]
+    token_rewards: Float[Tensor, "B T"]
+    advantages: Float[Tensor, "B T"]
+    ref_logprobs: Float[Tensor, "B T"] | None = None
+    values: Float[Tensor, "B T"] | None = None
+    returns: Float[Tensor, "B T"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, indices: Sequence[int]) -> "Experience":
+        """These rows only, without the columns in which all of them are padding."""
+        index = torch.as_tensor(indices, device=self.tokens.device)
+        width = int(self.lengths[index].max())
+
+        def take(value: Any) -> Any:
+            if value is None:
+                return None
+            return value[index] if value.ndim == 1 else value[index, :width]
+
+        tensors = {f.name: take(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "ids"}
+        return Experience(ids=tuple(self.ids[i] for i in indices), **tensors)

@@ -1,0 +1,28 @@
+"""What the loops ask of anything that generates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from quartet.experience import Prompt, Rollout
+from quartet.generation.sampling import Sampling
+from quartet.tensors import Tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The actor's weights after `version` updates."""
+
+    version: int
+    tensors: Mapping[str, Tensor]
+
+
+@runtime_checkable
+class Generator(Protocol):
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
+        """`samples_per_prompt` rollouts for each prompt, those of one prompt next to each other and in one group."""
+        ...
+
+    def load_weights(self, weights: Weights) -> None:
+        """Sample from these weights from now on."""
+        ...

@@ -1,0 +1,41 @@
+"""The fake: answers from a list. For tests of everything downstream of generation, and for replaying a dialogue."""
+
+from collections.abc import Iterable, Sequence
+from itertools import cycle
+from typing import Any
+
+from quartet.experience import Prompt, Rollout
+from quartet.generation.protocol import Weights
+from quartet.generation.sampling import Sampling
+
+
+class ScriptedGenerator:
+    """Gives the answers in order, over and over, each ended by the end-of-sequence token where it fits the limit."""
+
+    def __init__(self, answers: Iterable[str], tokenizer: Any) -> None:
+        self.answers = cycle(answers)
+        self.tokenizer = tokenizer
+        self.version = 0
+
+    def load_weights(self, weights: Weights) -> None:
+        self.version = weights.version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
+        return [
+            self._rollout(prompt, group, sample, next(self.answers), sampling.max_new_tokens)
+            for group, prompt in enumerate(prompts)
+            for sample in range(samples_per_prompt)
+        ]
+
+    def _rollout(self, prompt: Prompt, group: int, sample: int, answer: str, limit: int) -> Rollout:
+        ids = [*self.tokenizer.encode(answer, add_special_tokens=False), self.tokenizer.eos_token_id]
+        return Rollout(
+            id=f"{prompt.id}/{sample}",
+            prompt=prompt,
+            group=group,
+            response_ids=tuple(ids[:limit]),
+            response=answer,
+            logprobs=(0.0,) * min(len(ids), limit),
+            finish_reason="stop" if len(ids) <= limit else "length",
+            policy_version=self.version,
+        )

@@ -1,0 +1,45 @@
+"""Reinforcement learning from a reward: the loop, readable in a minute."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from quartet.algorithms.algorithm import Algorithm
+from quartet.data.sampler import Sampler
+from quartet.experience import Batch, Experience, Prompt, Rollout
+from quartet.generation.protocol import Generator
+from quartet.generation.sampling import Sampling
+from quartet.loops.progress import Progress
+from quartet.observability.metrics import rl_metrics
+from quartet.rewards.protocol import Weighted, rewarded
+from quartet.training.learner import Learner, Update
+
+
+@dataclass(frozen=True)
+class Step(Progress):
+    """One turn of the loop: the numbers, and everything they were computed from."""
+
+    rollouts: list[Rollout]
+    batch: Batch
+    experience: Experience
+    update: Update
+
+
+def rl(
+    prompts: Sampler[Prompt],
+    generator: Generator,
+    sampling: Sampling,
+    samples_per_prompt: int,
+    rewards: Sequence[Weighted],
+    learner: Learner,
+    algorithm: Algorithm,
+    steps: int,
+) -> Iterator[Step]:
+    """Generate, score, estimate, update, publish; `steps` times."""
+    for number in range(1, steps + 1):
+        rollouts = generator.generate(prompts.next(), sampling, samples_per_prompt)
+        rollouts = rewarded(rollouts, rewards)
+        batch = learner.score(rollouts)  # old and reference log-probs, values
+        experience = algorithm.experience(batch)  # token rewards, advantages, returns
+        update = learner.update(experience, algorithm, train_actor=number > learner.optim.critic_warmup_steps)
+        generator.load_weights(learner.weights())
+        yield Step(number, rl_metrics(rollouts, batch, experience, update), rollouts, batch, experience, update)

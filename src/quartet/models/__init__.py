@@ -1,0 +1,1 @@
+"""The four models: actor, critic, reward model, reference."""

@@ -1,0 +1,93 @@
+"""The two models that learn, as one forward pass: the actor, and a critic on its own trunk, on the actor's, or none."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from quartet.algorithms.algorithm import Forward
+from quartet.models.heads import ScalarModel, ValueHead
+from quartet.models.language_model import logprobs_and_entropy, response_logits
+from quartet.tensors import Int, Tensor
+
+
+@runtime_checkable
+class ActorCritic(Protocol):
+    actor: Any
+
+    def forward(self, tokens: Int[Tensor, "B T"], first: int, temperature: float, entropy_gradient: bool = False) -> Forward:
+        """Log-probs, entropy and values of the tokens from `first` on (0 before) of right-padded rows."""
+        ...
+
+    def actor_parameters(self) -> list[nn.Parameter]: ...
+
+    def critic_parameters(self) -> list[nn.Parameter]: ...
+
+    def save_critic(self, folder: Path, tokenizer: Any) -> None: ...
+
+
+class Separate:
+    """A critic with a trunk of its own, or none at all (critic-free algorithms)."""
+
+    def __init__(self, actor: Any, critic: ScalarModel | None) -> None:
+        self.actor, self.critic = actor, critic
+
+    def forward(self, tokens: Int[Tensor, "B T"], first: int, temperature: float, entropy_gradient: bool = False) -> Forward:
+        logits, _ = response_logits(self.actor, tokens, first)
+        logprobs, entropy = logprobs_and_entropy(logits, tokens, temperature, entropy_gradient)
+        return Forward(logprobs, entropy, None if self.critic is None else self.critic.values(tokens))
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        return list(trainable(self.actor))
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        return [] if self.critic is None else list(trainable(self.critic))
+
+    def save_critic(self, folder: Path, tokenizer: Any) -> None:
+        if self.critic is not None:
+            self.critic.save(folder, tokenizer)
+
+
+class Shared:
+    """A scalar head on the actor's last hidden states (Ziegler et al. 2019): one trunk, one pass, two answers. The
+    trunk belongs to the actor's optimizer, the head to the critic's."""
+
+    def __init__(self, actor: Any, head: ValueHead) -> None:
+        self.actor, self.head = actor, head
+
+    def forward(self, tokens: Int[Tensor, "B T"], first: int, temperature: float, entropy_gradient: bool = False) -> Forward:
+        logits, hidden = response_logits(self.actor, tokens, first, hidden=True)
+        logprobs, entropy = logprobs_and_entropy(logits, tokens, temperature, entropy_gradient)
+        return Forward(logprobs, entropy, self.head(hidden, tokens.shape[1]))
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        return list(trainable(self.actor))
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        return list(trainable(self.head))
+
+    def save_critic(self, folder: Path, tokenizer: Any) -> None:
+        """Trunk and head as one folder, so that the critic can be read without the actor. The head's bias, for which the
+        format has no place, is kept as the centre."""
+        critic = ScalarModel.from_trunk(self.actor, pad_token_id(tokenizer), seed=0)
+        with torch.no_grad():
+            critic.model.score.weight.copy_(self.head.linear.weight)
+        critic.centre = -self.head.linear.bias.item()
+        critic.save(folder, tokenizer)
+
+
+def trainable(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for p in module.parameters() if p.requires_grad)
+
+
+def freeze(module: Any) -> Any:
+    """The module, never to be trained again."""
+    return module.requires_grad_(False).eval()
+
+
+def pad_token_id(tokenizer: Any) -> int | None:
+    """The id that a saved reward model may treat as padding: none where the tokenizer pads with its end of sequence, for
+    then the last real token could not be told from padding by its id."""
+    return None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id

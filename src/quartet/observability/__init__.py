@@ -1,0 +1,1 @@
+"""What a run shows: its metrics, its folder, its screen, its warnings."""

@@ -1,0 +1,95 @@
+"""Every metric, defined once: pure functions of what a step produced.
+
+Names are paths; docs/metrics.md says how to read each.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from quartet.algorithms.kl import k1, k3
+from quartet.algorithms.masked import masked, masked_mean
+from quartet.experience import Batch, Experience, Rollout
+from quartet.tensors import Bool, Float, Tensor
+
+if TYPE_CHECKING:
+    from quartet.training.learner import Update
+
+
+def explained_variance(values: Float[Tensor, "B T"], returns: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
+    """1 − Var(returns − values) / Var(returns): 1 for a perfect critic, 0 for one that knows the mean only, below 0 for
+    one that is worse than none. 0 where the returns do not vary."""
+    v, r = values[mask].double(), returns[mask].double()
+    variance = float(r.var(correction=0))
+    return 1 - float((r - v).var(correction=0)) / variance if variance > 0 else 0.0
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """The share of pairs of neighbouring tokens that were there before: 0 for a text that says nothing twice, towards 1
+    for one that turns in circles."""
+    pairs = Counter(pairwise(ids))
+    total = sum(pairs.values())
+    return 1 - len(pairs) / total if total else 0.0
+
+
+def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What can be said of answers without a model."""
+    count = len(rollouts)
+    metrics = {
+        "reward": sum(r.score or 0.0 for r in rollouts) / count,
+        "response/tokens": sum(len(r.response_ids) for r in rollouts) / count,
+        "response/ended": sum(r.finish_reason == "stop" for r in rollouts) / count,
+        "response/repetition": sum(repetition(r.response_ids) for r in rollouts) / count,
+    }
+    for name in rollouts[0].components:
+        metrics[f"reward/{name}"] = sum(r.components[name] for r in rollouts) / count
+    return metrics
+
+
+def groups_without_signal(batch: Batch) -> float:
+    """The share of prompts whose answers all got the same score. 1 for groups of one."""
+    by_group: dict[int, set[float]] = {}
+    for group, score in zip(batch.groups.tolist(), batch.scores.tolist(), strict=True):
+        by_group.setdefault(group, set()).add(score)
+    return sum(len(scores) == 1 for scores in by_group.values()) / len(by_group)
+
+
+def rl_metrics(rollouts: Sequence[Rollout], batch: Batch, experience: Experience, update: "Update") -> dict[str, float]:
+    """The numbers of one RL step."""
+    mask = batch.response_mask
+    metrics = response_metrics(rollouts)
+    metrics["reward/std"] = float(batch.scores.double().std(correction=0))
+    metrics["groups_without_signal"] = groups_without_signal(batch)
+    if batch.ref_logprobs is not None:
+        kl = masked(k1(batch.old_logprobs, batch.ref_logprobs), mask)
+        metrics["kl"] = float(kl.sum(dim=1).mean())
+        metrics["kl/token_k3"] = float(masked_mean(k3(batch.old_logprobs, batch.ref_logprobs), mask))
+    if experience.values is not None and experience.returns is not None:
+        metrics["value/mean"] = float(masked_mean(experience.values, mask))
+        metrics["value/explained_variance"] = explained_variance(experience.values, experience.returns, mask)
+        metrics["return/mean"] = float(masked_mean(experience.returns, mask))
+    metrics["advantage/std"] = float(experience.advantages[mask].double().std(correction=0))
+    metrics["sampler_mismatch"] = float(masked((batch.rollout_logprobs - batch.old_logprobs).abs(), mask).max())
+    ratio = masked((update.logprobs - batch.old_logprobs).clamp(-20, 20).exp(), mask)
+    metrics["ratio/max"] = float(ratio.max())
+    metrics["ratio/first_error"] = update.first_ratio_error
+    metrics["policy/kl_to_old"] = float(masked_mean(k3(batch.old_logprobs, update.logprobs), mask))
+    metrics["policy/clip_fraction"] = update.clip_fraction
+    metrics["policy/entropy"] = float(masked_mean(update.entropy, mask))
+    metrics |= {f"loss/{name}": value for name, value in update.losses.items()}
+    return metrics | update.descents
+
+
+def distinct(texts: Sequence[str]) -> float:
+    """The share of texts that no other repeats."""
+    return len(set(texts)) / len(texts)
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and half the width of its 95 % confidence interval (normal approximation)."""
+    x = torch.tensor(values, dtype=torch.float64)
+    half = 1.96 * float(x.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return float(x.mean()), half

@@ -1,0 +1,263 @@
+"""Stages from checkpoint to checkpoint: each reads the folders that earlier ones wrote, and writes its own."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from quartet.data.records import Comparison, Demonstration
+from quartet.data.sampler import Sampler
+from quartet.evaluation.compare import Gold, compare
+from quartet.experience import Prompt, Rollout
+from quartet.generation.native import NativeGenerator
+from quartet.generation.sampling import Sampling
+from quartet.loops.progress import Progress
+from quartet.loops.reward_model import pair_accuracy, reward_model
+from quartet.loops.rl import Step, rl
+from quartet.loops.sft import held_out_loss, sft
+from quartet.models.heads import ScalarModel
+from quartet.models.language_model import policy_logprobs, save, stop_ids
+from quartet.observability.doctor import Watch
+from quartet.observability.run import RunFolder, TokenTexts
+from quartet.rewards.protocol import Weighted, rewarded
+from quartet.rewards.reward_model import ModelReward
+from quartet.training.learner import Learner, collate
+from quartet.training.optim import Optimizer
+
+Summary = dict[str, Any]
+Stages = Generator[Progress, None, Summary]
+
+
+@runtime_checkable
+class Stage(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def title(self) -> str:
+        """The name as a person reads it."""
+        ...
+
+    @property
+    def num_steps(self) -> int: ...
+
+    def run(self, folder: Path) -> Stages:
+        """Yield progress; leave the results in the folder; return a summary."""
+        ...
+
+
+@dataclass(frozen=True)
+class Started:
+    stage: Stage
+    number: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Advanced:
+    stage: Stage
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Warned:
+    stage: Stage
+    step: int
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    stage: Stage
+    summary: Summary
+    seconds: float
+
+
+Event = Started | Advanced | Warned | Finished
+
+
+def run(stages: Sequence[Stage], folder: RunFolder, texts: TokenTexts, rollouts_every: int) -> Iterator[Event]:
+    """Run the stages in order. Everything is in the run folder before it is yielded."""
+    for number, stage in enumerate(stages, 1):
+        started, watch = time.monotonic(), Watch()
+        folder.event("started", stage.name)
+        yield Started(stage, number, len(stages))
+        steps = stage.run(folder.path)
+        while True:
+            before = time.monotonic()
+            try:
+                progress = next(steps)
+            except StopIteration as stop:
+                summary: Summary = stop.value
+                break
+            seconds = round(time.monotonic() - before, 4)
+            folder.event("metrics", stage.name, progress.number, metrics=progress.metrics, seconds=seconds)
+            if isinstance(progress, Step) and (progress.number - 1) % rollouts_every == 0:
+                folder.write_rollouts(progress, texts)
+            yield Advanced(stage, progress)
+            for sentence in watch.see(progress.metrics):
+                folder.event("warning", stage.name, progress.number, sentence=sentence)
+                yield Warned(stage, progress.number, sentence)
+        took = round(time.monotonic() - started, 2)
+        folder.event("finished", stage.name, summary=summary, seconds=took)
+        yield Finished(stage, summary, took)
+
+
+@dataclass(frozen=True)
+class SftStage:
+    """Writes `sft/`."""
+
+    demonstrations: Sequence[Demonstration]
+    held_out: Sequence[Demonstration]
+    tokenizer: Any
+    load_policy: Callable[[Path], Any]
+    optimizer: Callable[[Any], Optimizer]
+    num_steps: int
+    batch_size: int
+    micro_batch_tokens: int
+    seed: int
+    name: str = "sft"
+    title: str = "sft"
+
+    def run(self, folder: Path) -> Stages:
+        model = self.load_policy(folder)
+        before = held_out_loss(model, self.held_out, self.micro_batch_tokens)
+        sampler = Sampler(self.demonstrations, self.batch_size, self.seed)
+        yield from sft(model, sampler, self.optimizer(model), self.num_steps, self.micro_batch_tokens)
+        save(model, self.tokenizer, folder / "sft")
+        after = held_out_loss(model, self.held_out, self.micro_batch_tokens)
+        return {"held_out_loss_before": before, "held_out_loss": after}
+
+
+@dataclass(frozen=True)
+class RewardModelStage:
+    """Writes `reward_model/`. Its scores are centred: the policy that RL starts from scores 0 on average."""
+
+    comparisons: Sequence[Comparison]
+    held_out: Sequence[Comparison]
+    ceiling: float | None
+    """The accuracy of a judge who knows the gold reward, where there is one: labels are noisy."""
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    tokenizer: Any
+    load_policy: Callable[[Path], Any]
+    make_model: Callable[[Any], ScalarModel]
+    optimizer: Callable[[Any], Optimizer]
+    num_steps: int
+    batch_size: int
+    micro_batch_tokens: int
+    seed: int
+    name: str = "reward_model"
+    title: str = "reward model"
+
+    def run(self, folder: Path) -> Stages:
+        policy = self.load_policy(folder)
+        model = self.make_model(policy)
+        before = pair_accuracy(model, self.held_out, self.micro_batch_tokens)
+        sampler = Sampler(self.comparisons, self.batch_size, self.seed)
+        yield from reward_model(model, sampler, self.optimizer(model), self.num_steps, self.micro_batch_tokens)
+        accuracy = pair_accuracy(model, self.held_out, self.micro_batch_tokens)
+        generator = NativeGenerator(policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.seed)
+        scores = ModelReward(model, self.micro_batch_tokens).score(generator.generate(self.prompts, self.sampling))
+        model.centre += sum(scores) / len(scores)
+        model.save(folder / "reward_model", self.tokenizer)
+        summary = {"held_out_accuracy_before": before, "held_out_accuracy": accuracy, "centre": model.centre}
+        return summary | ({} if self.ceiling is None else {"ceiling": self.ceiling})
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who plays in an RL stage."""
+
+    learner: Learner
+    generator: NativeGenerator
+    rewards: Sequence[Weighted]
+
+
+@dataclass(frozen=True)
+class RLStage:
+    """Writes `policy/`, and `critic/` where there is one."""
+
+    name: str
+    prompts: Sequence[Prompt]
+    tokenizer: Any
+    cast: Callable[[Path], Cast]
+    algorithm: Any
+    sampling: Sampling
+    samples_per_prompt: int
+    prompts_per_step: int
+    num_steps: int
+    seed: int
+
+    @property
+    def title(self) -> str:
+        return self.name
+
+    def run(self, folder: Path) -> Stages:
+        cast = self.cast(folder)
+        yield from rl(
+            Sampler(self.prompts, self.prompts_per_step, self.seed),
+            cast.generator,
+            self.sampling,
+            self.samples_per_prompt,
+            cast.rewards,
+            cast.learner,
+            self.algorithm,
+            self.num_steps,
+        )
+        save(cast.learner.models.actor, self.tokenizer, folder / "policy")
+        cast.learner.models.save_critic(folder / "critic", self.tokenizer)
+        return {}
+
+
+@dataclass(frozen=True)
+class EvaluationStage:
+    """Writes `evaluation/final.json`: the policy against the one it started from, on held-out prompts."""
+
+    prompts: Sequence[Prompt]
+    tokenizer: Any
+    load_before: Callable[[Path], Any]
+    load_after: Callable[[Path], Any]
+    rewards: Callable[[Path], Sequence[Weighted]]
+    gold: Gold | None
+    sampling: Sampling
+    micro_batch_tokens: int
+    seed: int
+    num_steps: int = 2
+    name: str = field(default="evaluation")
+    title: str = field(default="evaluation")
+
+    def run(self, folder: Path) -> Stages:
+        before, after, rewards = self.load_before(folder), self.load_after(folder), self.rewards(folder)
+        old = rewarded(self._answers(before), rewards)
+        yield Progress(1, {})
+        new = rewarded(self._answers(after), rewards)
+        kl = self._kl(before, after, new)
+        yield Progress(2, {})
+        summary = dataclasses.asdict(compare(old, new, kl, self.gold))
+        (folder / "evaluation").mkdir(exist_ok=True)
+        (folder / "evaluation" / "final.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        return summary
+
+    def _answers(self, model: Any) -> list[Rollout]:
+        generator = NativeGenerator(model, self.tokenizer, stop_ids(model, self.tokenizer), self.seed)
+        return generator.generate(self.prompts, self.sampling)
+
+    def _kl(self, before: Any, after: Any, rollouts: Sequence[Rollout]) -> list[float]:
+        batch = collate(rollouts, after.device)
+        new, old = (
+            policy_logprobs(
+                model,
+                batch.tokens,
+                batch.lengths,
+                batch.response_mask,
+                self.sampling.temperature,
+                self.micro_batch_tokens,
+            )
+            for model in (after, before)
+        )
+        differences: list[float] = (new - old).sum(dim=1).tolist()
+        return differences

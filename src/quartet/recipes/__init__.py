@@ -1,0 +1,25 @@
+"""The recipes that ship with the package, one TOML file per task."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def recipe_path(name: str) -> Path | None:
+    """The file of a recipe, if there is one of this name."""
+    path = FOLDER / f"{name}.toml"
+    return path if path.is_file() else None
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def template_path(name: str) -> Path | None:
+    """The commented file that `quartet init` writes."""
+    path = FOLDER / "templates" / f"{name}.toml"
+    return path if path.is_file() else None
+
+
+def template_names() -> list[str]:
+    return sorted(path.stem for path in (FOLDER / "templates").glob("*.toml"))

@@ -1,0 +1,1 @@
+"""Where scores come from, behind a protocol of one method."""

@@ -1,0 +1,45 @@
+"""One optimizer step."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from quartet.tensors import Float, Tensor
+from quartet.training.optim import Optimizer
+
+
+class NonFinite(RuntimeError):
+    """A number that is not finite, seen before it could change a weight."""
+
+    def __init__(self, what: str, sample: str | None = None) -> None:
+        where = f" in sample {sample}" if sample else ""
+        super().__init__(f"{what} is not finite{where}; no weight was changed by it")
+        self.what, self.sample = what, sample
+
+
+def check_finite(what: str, values: Float[Tensor, "B *rest"], ids: Sequence[str]) -> None:
+    """Raise `NonFinite` with the id of the first row that holds an infinity or a NaN."""
+    bad = ~values.isfinite().flatten(1).all(dim=1) if values.ndim > 1 else ~values.isfinite()
+    if bad.any():
+        raise NonFinite(what, ids[int(bad.nonzero()[0])])
+
+
+def descend(losses: Iterable[Float[Tensor, ""]], optimizers: Mapping[str, Optimizer]) -> dict[str, float]:
+    """Add up the gradients of the losses and let every optimizer take one step. Returns the loss and, for each optimizer,
+    the norm of its gradient before clipping.
+
+    The losses of one step share a denominator, so that their sum is the step's loss however it was cut. They are consumed
+    one by one: only one graph is alive at a time. Nothing steps unless every gradient is finite.
+    """
+    total = 0.0
+    for loss in losses:
+        loss.backward()
+        total += float(loss.detach())
+    norms = {name: optimizer.clip() for name, optimizer in optimizers.items()}
+    for name, norm in norms.items():
+        if not math.isfinite(norm):
+            for optimizer in optimizers.values():
+                optimizer.zero_grad()
+            raise NonFinite(f"the gradient of the {name}")
+    for optimizer in optimizers.values():
+        optimizer.step()
+    return {"loss": total, **{f"grad_norm/{name}": norm for name, norm in norms.items()}}

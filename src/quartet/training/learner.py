@@ -1,0 +1,198 @@
+"""The learner: scores rollouts, and updates actor and critic from experience."""
+
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quartet.algorithms.algorithm import Algorithm, Forward
+from quartet.experience import Batch, Experience, Rollout
+from quartet.generation.protocol import Weights
+from quartet.models.actor_critic import ActorCritic
+from quartet.models.language_model import policy_logprobs
+from quartet.models.padding import first_response_column, micro_batches, response_mask, right_pad, spread
+from quartet.tensors import Bool, Float, Tensor
+from quartet.training.descend import check_finite, descend
+from quartet.training.optim import Optim, Optimizer
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one call of `Learner.update` did. The tensors hold, for every token, what was seen at its last visit."""
+
+    losses: dict[str, float]
+    """The terms of the loss, averaged over the optimizer steps."""
+    descents: dict[str, float]
+    """The total loss and the gradient norms, averaged likewise."""
+    clip_fraction: float
+    """The share of token visits at which the clip took the gradient away."""
+    first_ratio_error: float
+    """max |ratio − 1| on the first minibatch, before any weight has moved: rounding, and nothing else."""
+    logprobs: Float[Tensor, "B T"]
+    entropy: Float[Tensor, "B T"]
+    clipped: Bool[Tensor, "B T"]
+
+
+class Learner:
+    """Owns what learns (actor and critic, their optimizers) and the frozen reference."""
+
+    def __init__(
+        self, models: ActorCritic, reference: Any | None, optim: Optim, temperature: float, steps: int, seed: int
+    ) -> None:
+        self.models, self.reference, self.optim, self.temperature = models, reference, optim, temperature
+        total = steps * optim.epochs * optim.minibatches
+        self.optimizers = {"actor": Optimizer(models.actor_parameters(), optim.descent(optim.lr), total)}
+        if critic := models.critic_parameters():
+            self.optimizers["critic"] = Optimizer(critic, optim.descent(optim.critic_lr), total)
+        self.rng = random.Random(seed)
+        self.version = 0
+        self.device = models.actor.device
+
+    def weights(self) -> Weights:
+        return Weights(self.version, self.models.actor.state_dict())
+
+    @torch.no_grad()
+    def score(self, rollouts: Sequence[Rollout]) -> Batch:
+        """The rollouts as tensors, with what actor, critic and reference say of each token."""
+        batch = collate(rollouts, self.device)
+        check_finite("the reward", batch.scores, batch.ids)
+        old, values = (torch.zeros_like(batch.rollout_logprobs) for _ in range(2))
+        has_values = False
+        for rows in micro_batches(batch.lengths.tolist(), self.optim.micro_batch_tokens):
+            width = int(batch.lengths[rows].max())
+            tokens, mask = batch.tokens[rows, :width], batch.response_mask[rows, :width]
+            now = self.models.forward(tokens, first_response_column(mask), self.temperature)
+            old[rows, :width] = torch.where(mask, now.logprobs, 0.0)
+            if now.values is not None:
+                has_values = True
+                values[rows, :width] = torch.where(mask, now.values, 0.0)
+        ref = None if self.reference is None else self._reference_logprobs(batch)
+        for what, numbers in (("the log-probability", old), ("the value", values)):
+            check_finite(what, numbers, batch.ids)
+        return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref, values=values if has_values else None)
+
+    def update(self, experience: Experience, algorithm: Algorithm, train_actor: bool = True) -> Update:
+        """Epochs × minibatches of optimizer steps on one step's experience. Micro-batches bound the memory of a
+        minibatch and change nothing else: its denominator is counted over all of it."""
+        seen = _Seen(experience)
+        steps = [m for _ in range(self.optim.epochs) for m in self._minibatches(len(experience))]
+        optimizers = self.optimizers if train_actor else {"critic": self.optimizers["critic"]}
+        descents: dict[str, float] = {}
+        for number, rows in enumerate(steps):
+            losses = self._losses(experience, rows, algorithm, train_actor, seen, first_visit=number == 0)
+            for name, value in descend(losses, optimizers).items():
+                descents[name] = descents.get(name, 0.0) + value / len(steps)
+            if not train_actor:
+                self.optimizers["actor"].zero_grad()
+        self.version += 1
+        return Update(
+            losses={name: total / len(steps) for name, total in seen.losses.items()},
+            descents=descents,
+            clip_fraction=seen.num_clipped / max(seen.num_visits, 1),
+            first_ratio_error=seen.first_ratio_error,
+            logprobs=seen.logprobs,
+            entropy=seen.entropy,
+            clipped=seen.clipped,
+        )
+
+    def _reference_logprobs(self, batch: Batch) -> Float[Tensor, "B T"]:
+        logprobs = policy_logprobs(
+            self.reference,
+            batch.tokens,
+            batch.lengths,
+            batch.response_mask,
+            self.temperature,
+            self.optim.micro_batch_tokens,
+        )
+        check_finite("the reference log-probability", logprobs, batch.ids)
+        return logprobs
+
+    def _minibatches(self, num_rows: int) -> list[list[int]]:
+        order = list(range(num_rows))
+        self.rng.shuffle(order)
+        count = min(self.optim.minibatches, num_rows)
+        return [order[i::count] for i in range(count)]
+
+    def _losses(
+        self,
+        experience: Experience,
+        rows: Sequence[int],
+        algorithm: Algorithm,
+        train_actor: bool,
+        seen: "_Seen",
+        first_visit: bool,
+    ) -> Iterator[Float[Tensor, ""]]:
+        """The loss of one minibatch in pieces that add up to it."""
+        denominator = algorithm.aggregation.denominator(experience.response_mask[list(rows)])
+        lengths = experience.lengths[list(rows)].tolist()
+        for piece in micro_batches(lengths, self.optim.micro_batch_tokens):
+            indices = [rows[i] for i in piece]
+            part = experience.rows(indices)
+            now = self.models.forward(
+                part.tokens,
+                first_response_column(part.response_mask),
+                self.temperature,
+                algorithm.needs_entropy_gradient,
+            )
+            check_finite("the log-probability in the update", torch.where(part.response_mask, now.logprobs, 0.0), part.ids)
+            if now.values is not None:
+                check_finite("the value in the update", torch.where(part.response_mask, now.values, 0.0), part.ids)
+            terms = algorithm.loss(part, now, denominator)
+            seen.record(indices, part, now, terms, algorithm, first_visit)
+            yield sum(terms.values(), torch.zeros((), device=self.device)) if train_actor else terms["value"]
+
+
+class _Seen:
+    """Collects what an update passes by."""
+
+    def __init__(self, experience: Experience) -> None:
+        self.logprobs, self.entropy = (torch.zeros_like(experience.old_logprobs) for _ in range(2))
+        self.clipped = torch.zeros_like(experience.response_mask)
+        self.losses: dict[str, float] = {}
+        self.num_clipped = self.num_visits = 0
+        self.first_ratio_error = 0.0
+
+    @torch.no_grad()
+    def record(
+        self,
+        indices: list[int],
+        part: Experience,
+        now: Forward,
+        terms: dict[str, Tensor],
+        algorithm: Algorithm,
+        first_visit: bool,
+    ) -> None:
+        mask, width = part.response_mask, part.tokens.shape[1]
+        clipped = algorithm.policy_loss.clipped(now.logprobs, part.old_logprobs, part.advantages) & mask
+        self.logprobs[indices, :width] = torch.where(mask, now.logprobs, 0.0)
+        self.entropy[indices, :width] = torch.where(mask, now.entropy, 0.0)
+        self.clipped[indices, :width] = clipped
+        self.num_clipped += int(clipped.sum())
+        self.num_visits += int(mask.sum())
+        for name, term in terms.items():
+            self.losses[name] = self.losses.get(name, 0.0) + float(term)
+        if first_visit:
+            error = ((now.logprobs - part.old_logprobs).expm1().abs() * mask).max()
+            self.first_ratio_error = max(self.first_ratio_error, float(error))
+
+
+def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
+    """Rollouts side by side, padded on the right. Log-probs of the old policy are the sampler's until the learner has
+    taken its own."""
+    tokens, lengths = right_pad([(*r.prompt.ids, *r.response_ids) for r in rollouts], device)
+    starts = torch.tensor([len(r.prompt.ids) for r in rollouts], device=device)
+    mask = response_mask(starts, lengths, tokens.shape[1])
+    logprobs = spread([r.logprobs for r in rollouts], mask)
+    return Batch(
+        ids=tuple(r.id for r in rollouts),
+        tokens=tokens,
+        lengths=lengths,
+        response_mask=mask,
+        scores=torch.tensor([r.score for r in rollouts], dtype=torch.float32, device=device),
+        groups=torch.tensor([r.group for r in rollouts], device=device),
+        rollout_logprobs=logprobs,
+        old_logprobs=logprobs,
+    )

@@ -1,0 +1,80 @@
+"""Optimizers and their schedules."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from quartet.parts import Field, part
+from quartet.tensors import Tensor, torch
+
+
+@part
+class Descent:
+    """How weights follow gradients: AdamW, a schedule, a bound on the gradient."""
+
+    lr: float = Field(default=1e-5, gt=0, description="The highest learning rate of the schedule.")
+    schedule: Literal["linear", "constant"] = "linear"
+    warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps over which the rate rises from 0.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them.")
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+
+    def factor(self, step: int, total: int) -> float:
+        """The share of `lr` at optimizer step 0 … total − 1: up over the warm-up, then flat or down to 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "constant":
+            return 1.0
+        return max(total - step, 0) / max(total - self.warmup_steps, 1)
+
+
+class Optimizer:
+    """AdamW over some parameters, with clipping and a schedule of `total_steps`."""
+
+    def __init__(self, parameters: Sequence[Tensor], descent: Descent, total_steps: int) -> None:
+        self.parameters, self.descent, self.total_steps = list(parameters), descent, total_steps
+        self.adam = torch.optim.AdamW(
+            self.parameters, lr=descent.lr, betas=descent.betas, eps=descent.eps, weight_decay=descent.weight_decay
+        )
+        self.steps = 0
+
+    @property
+    def lr(self) -> float:
+        return self.descent.lr * self.descent.factor(self.steps, self.total_steps)
+
+    def clip(self) -> float:
+        """Bound the gradient; its norm before that. Not finite if any gradient is not."""
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.descent.max_grad_norm))
+
+    def step(self) -> None:
+        for group in self.adam.param_groups:
+            group["lr"] = self.lr
+        self.adam.step()
+        self.steps += 1
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
+
+
+@part
+class Optim:
+    """How an RL stage turns one step's experience into updates: the file's [optim] table."""
+
+    lr: float = Field(default=1e-6, gt=0, description="The actor's highest learning rate.")
+    critic_lr: float = Field(default=1e-5, gt=0, description="The critic's highest learning rate.")
+    epochs: int = Field(default=4, ge=1, description="Passes over the experience of one step.")
+    minibatches: int = Field(default=1, ge=1, description="Optimizer steps per epoch.")
+    micro_batch_tokens: int = Field(
+        default=8192, ge=1, description="Tokens per forward pass; it bounds memory and changes no result."
+    )
+    critic_warmup_steps: int = Field(default=0, ge=0, description="First steps in which only the critic learns.")
+    schedule: Literal["linear", "constant"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps over which the rates rise from 0.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them.")
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-5, gt=0, description="Adam's epsilon; 1e-5 as in Ziegler et al. 2019.")
+
+    def descent(self, lr: float) -> Descent:
+        return Descent(lr, self.schedule, self.warmup_steps, self.max_grad_norm, self.weight_decay, self.betas, self.eps)

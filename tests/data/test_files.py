@@ -1,0 +1,76 @@
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from quartet.data import DataError
+from quartet.data.files import rows
+from tests.world import write_lines
+
+ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+
+
+def read(path):
+    return list(rows(path))
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "x.jsonl").write_text(text)
+    with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
+        file.write(text)
+    (tmp_path / "x.csv").write_text('prompt,completion\na,b\n"c",d\n')
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "x.parquet")
+    for name in ("x.jsonl", "x.jsonl.gz", "x.csv", "x.parquet"):
+        assert [row for _, row in read(tmp_path / name)] == ROWS
+
+
+def test_rows_know_their_place(tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", json.dumps(ROWS[0]), "", json.dumps(ROWS[1]))
+    assert [place for place, _ in read(path)] == ["x.jsonl:1", "x.jsonl:3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (
+            "x.jsonl",
+            b'{"a": 1}\n{"a": "unfini\n',
+            "x.jsonl:2: not JSON (line ends inside a string). The row before it is fine.",
+        ),
+        ("x.jsonl", b"[1, 2]\n", "x.jsonl:1: is a list, not an object with named columns. It is the first row."),
+        (
+            "x.jsonl",
+            b'{"a": 1}\n{"a": 2}\n3\n',
+            "x.jsonl:3: is a number, not an object with named columns. 2 rows before it are fine.",
+        ),
+        ("x.jsonl", b'{"a": "\xff"}\n', "x.jsonl:1: not UTF-8 text (byte 7 of the line). It is the first row."),
+        ("x.jsonl.gz", b"not gzip", "x.jsonl.gz: the compressed file is damaged"),
+        ("x.csv", b"a,b\n1,2\n1,2,3\n", "x.csv:3: has another number of cells than the 2 columns of the header."),
+        ("x.csv", b"a,b\n1,2\n1\n", "x.csv:3: has another number of cells"),
+        ("x.csv", b'a,b\n1,"2\n', "not CSV (unexpected end of data)"),
+        ("x.parquet", b"PAR0", "x.parquet: not a parquet file"),
+        ("x.txt", b"hello", "not a format that is read here. Use .jsonl, .jsonl.gz, .csv or .parquet."),
+    ],
+)
+def test_what_is_broken_is_said_with_its_place(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read(tmp_path / name)
+    assert sentence in str(error.value)
+
+
+def test_a_truncated_gzip_is_damaged_and_not_short(tmp_path):
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS * 500).encode())
+    (tmp_path / "x.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="damaged"):
+        read(tmp_path / "x.jsonl.gz")
+
+
+def test_missing_files_and_folders_are_said(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        read(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="is a folder"):
+        read(tmp_path)

@@ -1,0 +1,119 @@
+import pytest
+import torch
+
+from quartet.generation.native import NativeGenerator
+from quartet.generation.protocol import Weights
+from quartet.generation.sampling import Sampling, draw, sampling_logprobs
+from quartet.models.language_model import policy_logprobs, stop_ids
+from quartet.models.padding import left_pad, response_mask, right_pad
+from quartet.training.learner import collate
+from tests.world import SHAPES, model, prompts, tokenizer
+
+KINDS = pytest.mark.parametrize("kind", sorted(SHAPES))
+
+
+def generator(made, seed=0, pad=True):
+    words = tokenizer(pad)
+    return NativeGenerator(made, words, stop_ids(made, words), seed)
+
+
+@KINDS
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("pad", [True, False])
+def test_the_samplers_logprobs_are_the_learners(kind, batch, temperature, pad):
+    """The generator pads on the left, keeps a cache and drops finished rows; the learner pads on the right and reads
+    whole rows. To 1e-5 they must agree."""
+    made = model(kind)
+    rollouts = generator(made, pad=pad).generate(prompts(batch), Sampling(max_new_tokens=24, temperature=temperature))
+    rows = collate([r.__class__(**{**vars(r), "score": 0.0}) for r in rollouts], torch.device("cpu"))
+    learner = policy_logprobs(made, rows.tokens, rows.lengths, rows.response_mask, temperature, 4096)
+    torch.testing.assert_close(rows.rollout_logprobs, learner, atol=1e-5, rtol=0)
+    if batch > 1:
+        assert len({len(r.response_ids) for r in rollouts}) > 3, "the rows must end at different times to mean anything"
+
+
+@KINDS
+def test_left_and_right_padding_give_the_same_logprobs(kind):
+    made = model(kind)
+    rows = [[5, 6, 7, 8, 9], [4, 11], [12, 5, 6]]
+    tokens, mask = left_pad(rows)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    left = made(input_ids=tokens, attention_mask=mask.long(), position_ids=positions).logits.log_softmax(-1)
+    tokens, lengths = right_pad(rows)
+    right = policy_logprobs(made, tokens, lengths, response_mask(torch.ones(3, dtype=torch.long), lengths, 5), 1.0, 999)
+    for i, row in enumerate(rows):
+        start = 5 - len(row)
+        by_left = left[i, start:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+        torch.testing.assert_close(right[i, 1 : len(row)], by_left, atol=1e-5, rtol=0)
+
+
+def test_answers_end_at_the_stop_token_and_nothing_follows_it():
+    rollouts = generator(model()).generate(prompts(64), Sampling(max_new_tokens=24))
+    end = tokenizer().eos_token_id
+    for rollout in rollouts:
+        assert end not in rollout.response_ids[:-1]
+        assert (rollout.finish_reason == "stop") == (rollout.response_ids[-1] == end)
+        assert rollout.finish_reason == "stop" or len(rollout.response_ids) == 24
+        assert len(rollout.logprobs) == len(rollout.response_ids)
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+
+
+def test_rows_that_finish_cost_nothing_more():
+    made = model()
+    seen = []
+    hook = made.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[0]), with_kwargs=True)
+    rollouts = generator(made).generate(prompts(64), Sampling(max_new_tokens=24))
+    hook.remove()
+    going = [sum(len(r.response_ids) > t for r in rollouts) for t in range(1, 24)]
+    assert seen[1:] == [count for count in going if count > 0]
+
+
+def test_samples_of_one_prompt_share_its_prefill_and_its_group():
+    made = model()
+    seen = []
+    hook = made.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    rollouts = generator(made).generate(prompts(3), Sampling(max_new_tokens=8), samples_per_prompt=4)
+    hook.remove()
+    assert seen[0][0] == 3 and seen[1][0] <= 12
+    assert [r.group for r in rollouts] == [0] * 4 + [1] * 4 + [2] * 4
+    assert rollouts[5].id == "tiny:1/1" and rollouts[5].prompt.id == "tiny:1"
+    assert len({r.response_ids for r in rollouts[:4]}) > 1
+
+
+def test_the_same_seed_samples_the_same_answers_and_another_seed_others():
+    made = model()
+
+    def answers(seed):
+        return [r.response_ids for r in generator(made, seed).generate(prompts(8), Sampling(max_new_tokens=12))]
+
+    assert answers(1) == answers(1) != answers(2)
+
+
+def test_weights_come_with_their_version():
+    made = generator(model())
+    made.load_weights(Weights(7, {}))
+    assert made.generate(prompts(1), Sampling(max_new_tokens=2))[0].policy_version == 7
+
+
+def test_draws_follow_the_distribution_and_never_take_what_is_impossible():
+    logprobs = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).log().expand(20_000, 4)
+    noise = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    tokens, drawn = draw(logprobs, noise)
+    shares = tokens.bincount(minlength=4) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.015, rtol=0)
+    torch.testing.assert_close(drawn.exp(), torch.tensor([0.5, 0.0, 0.3, 0.2])[tokens])
+
+
+@pytest.mark.parametrize("noise", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_noise_are_possible_tokens(noise):
+    logprobs = torch.tensor([[0.0, 0.6, 0.4, 0.0]]).log()
+    assert draw(logprobs, torch.tensor([noise]))[0].item() in {1, 2}
+
+
+def test_filters_renormalise_what_is_left():
+    # p = (0.5, 0.3, 0.2); top-k 2 leaves (0.625, 0.375); top-p 0.45 leaves the first alone
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    assert sampling_logprobs(logits, Sampling(top_k=2)).exp().tolist()[0] == pytest.approx([0.625, 0.375, 0.0])
+    assert sampling_logprobs(logits, Sampling(top_p=0.45)).exp().tolist()[0] == pytest.approx([1.0, 0.0, 0.0])
+    assert sampling_logprobs(logits, Sampling()).exp().tolist()[0] == pytest.approx([0.5, 0.3, 0.2])
