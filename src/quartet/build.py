@@ -30,7 +30,7 @@ from quartet.generation.native import NativeGenerator
 from quartet.models.actor_critic import ActorCritic, Separate, Shared, freeze, pad_token_id
 from quartet.models.chat import set_chat_template
 from quartet.models.heads import ScalarModel, ValueHead
-from quartet.models.language_model import ModelError, create, load_model, load_tokenizer, stop_ids
+from quartet.models.language_model import ModelError, create, load_model, load_tokenizer, read_config, stop_ids
 from quartet.pipeline import Cast, EvaluationStage, RewardModelStage, RLStage, SftStage, Stage
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
@@ -68,13 +68,16 @@ class Workshop:
         self.config = config
         self.world: World | None = WORLDS[config.data.world](config.seed) if config.data.world else None
         self.device = device(config.run.device)
+        self.policy_model = existing("policy.model", config.policy.model)
+        source = config.reward_model_source
+        self.reward_model = existing("reward.model", source.model if source else None)
         self.tokenizer = self._tokenizer()
         if config.policy.chat_template:
             set_chat_template(self.tokenizer, config.policy.chat_template)
         self.micro_batch_tokens = config.optim.micro_batch_tokens
         response = max(config.data.max_response_tokens, config.rollout.max_new_tokens)
         self.encoder = Encoder(self.tokenizer, self._max_prompt_tokens(), response, config.data.unusable)
-        self._check_reward_model()
+        self._check_models()
 
     def stage(self, name: str) -> Stage:
         match name:
@@ -165,7 +168,7 @@ class Workshop:
         policy = self.config.policy
         if policy.create is not None:
             return create(policy.create, self.tokenizer, self.config.seed).to(self.device)
-        return load_model(str(policy.model), self.device)
+        return load_model(str(self.policy_model), self.device)
 
     def starting_policy(self, folder: Path) -> Any:
         """The policy that RL starts from, and is held to: the run's own SFT model where it made one."""
@@ -191,7 +194,9 @@ class Workshop:
                 if init == "policy" or (init is None and source is None):
                     seed = self.config.seed
                     return Separate(actor, ScalarModel.from_trunk(actor, pad_token_id(self.tokenizer), seed))
-                place = self._reward_model_folder(folder) if init in {None, "reward_model"} else Path(str(init))
+                place = (
+                    self._reward_model_folder(folder) if init in {None, "reward_model"} else str(existing("critic.init", init))
+                )
                 return Separate(actor, ScalarModel.load(place, self.device))
 
     def _rewards(self, folder: Path) -> list[Weighted]:
@@ -210,21 +215,26 @@ class Workshop:
         return rewards
 
     def _reward_model_folder(self, folder: Path) -> Path:
-        source = self.config.reward_model_source
-        assert source is not None
-        return folder / "reward_model" if source.model is None else Path(source.model)
+        return folder / "reward_model" if self.reward_model is None else Path(self.reward_model)
 
-    def _check_reward_model(self) -> None:
-        source = self.config.reward_model_source
-        if source is None or source.model is None:
-            return
-        if not Path(source.model).is_dir():
-            raise ModelError(f'reward.model = "{source.model}": no such folder.')
-        if load_tokenizer(source.model).get_vocab() != self.tokenizer.get_vocab():
-            raise ModelError(
-                f'reward.model = "{source.model}": policy and reward model use different tokenizers, which is not '
-                "supported: train the reward model from this policy's model."
-            )
+    def _check_models(self) -> None:
+        """What can be known of the models before they are loaded."""
+        if self.policy_model is not None:
+            size = read_config(self.policy_model).get_text_config().vocab_size
+            if len(self.tokenizer) > size:
+                raise ModelError(
+                    f"policy.tokenizer has {len(self.tokenizer):,} tokens, but {self.config.policy.model} knows only {size:,}. "
+                    "Use the model's own tokenizer."
+                )
+        if self.reward_model is not None:
+            labels = read_config(self.reward_model).num_labels
+            if labels != 1:
+                raise ModelError(f"{self.reward_model} has {labels} labels; a reward model needs 1.")
+            if load_tokenizer(self.reward_model).get_vocab() != self.tokenizer.get_vocab():
+                raise ModelError(
+                    f'reward.model = "{self.reward_model}": policy and reward model use different tokenizers, which is not '
+                    "supported yet: train the reward model from this policy's model."
+                )
 
     # --- data ----------------------------------------------------------------------------------------------------------
 
@@ -234,19 +244,21 @@ class Workshop:
             return train_tokenizer(self._all_text(), policy.tokenizer.vocab_size)
         if policy.tokenizer is not None:
             return load_tokenizer(policy.tokenizer)
-        if policy.model is not None:
-            if looks_like_a_path(policy.model) and not Path(policy.model).is_dir():
-                raise ModelError(f'policy.model = "{policy.model}": no such folder.')
-            return load_tokenizer(policy.model)
+        if self.policy_model is not None:
+            return load_tokenizer(self.policy_model)
         assert self.world is not None
         return self.world.tokenizer()
 
     def _max_prompt_tokens(self) -> int:
         """The data's limit, or what the model's longest sequence leaves beside the response, whichever is less."""
-        data, policy = self.config.data, self.config.policy
-        if policy.create is None:
-            return data.max_prompt_tokens
-        return min(data.max_prompt_tokens, policy.create.max_length - self.config.rollout.max_new_tokens)
+        policy, asked = self.config.policy, self.config.data.max_prompt_tokens
+        if policy.create is not None:
+            longest = policy.create.max_length
+        else:
+            longest = (
+                getattr(read_config(str(self.policy_model)).get_text_config(), "max_position_embeddings", None) or asked * 10**6
+            )
+        return min(asked, longest - self.config.rollout.max_new_tokens)
 
     def _examples(self, purpose: Purpose, path: str | None = None) -> tuple[list[Example], list[Example]]:
         """Rows to train on and rows held out."""
@@ -324,6 +336,11 @@ def plain_texts(cell: Any) -> list[str]:
     return [cell] if isinstance(cell, str) else [message["content"] for message in cell]
 
 
-def looks_like_a_path(model: str) -> bool:
-    """Whether a model's name can only be a folder: hub ids are `name` or `owner/name`."""
-    return model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
+def existing(key: str, model: str | None) -> str | None:
+    """A model's folder as an absolute path, so that it stays the same folder when `runs/latest` moves on; a hub id, which is
+    `name` or `owner/name`, as it is."""
+    if model is None or Path(model).is_dir():
+        return None if model is None else str(Path(model).resolve())
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError(f'{key} = "{model}": no such folder.')
+    return model

@@ -139,7 +139,7 @@ def _run(settings: "Settings") -> int:
     """Everything that can be refused is refused before the run folder exists."""
     from quartet.observability.run import RunFolder, TokenTexts
     from quartet.observability.screen import Screen, sample_lines
-    from quartet.pipeline import Finished
+    from quartet.pipeline import Finished, StageFailed
     from quartet.pipeline import run as run_pipeline
     from quartet.plan import in_words
     from quartet.plan import plan as make_plan
@@ -171,7 +171,7 @@ def _run(settings: "Settings") -> int:
         folder.event("interrupted")
         console.print(f"stopped by Ctrl-C. What was written so far is in {folder.path}", soft_wrap=True)
         return INTERRUPTED
-    except (RuntimeError, ValueError, OSError) as error:
+    except (StageFailed, OSError) as error:
         screen.close()
         folder.event("failed", error=str(error))
         complaints.print(f"failed: {error}", style="red", markup=False, soft_wrap=True)

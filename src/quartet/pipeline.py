@@ -79,13 +79,17 @@ class Finished:
 Event = Started | Advanced | Warned | Finished
 
 
+class StageFailed(RuntimeError):
+    """A stage that could not go on: its name, the step, and the cause."""
+
+
 def run(stages: Sequence[Stage], folder: RunFolder, texts: TokenTexts, rollouts_every: int) -> Iterator[Event]:
     """Run the stages in order. Everything is in the run folder before it is yielded."""
     for number, stage in enumerate(stages, 1):
         started, watch = time.monotonic(), Watch()
         folder.event("started", stage.name)
         yield Started(stage, number, len(stages))
-        steps = stage.run(folder.path)
+        steps, reached = stage.run(folder.path), 0
         while True:
             before = time.monotonic()
             try:
@@ -93,6 +97,9 @@ def run(stages: Sequence[Stage], folder: RunFolder, texts: TokenTexts, rollouts_
             except StopIteration as stop:
                 summary: Summary = stop.value
                 break
+            except (RuntimeError, ValueError, OSError) as error:
+                raise StageFailed(f"{stage.title}, step {reached + 1}: {error}") from error
+            reached = progress.number
             seconds = round(time.monotonic() - before, 4)
             folder.event("metrics", stage.name, progress.number, metrics=progress.metrics, seconds=seconds)
             if isinstance(progress, Step) and (progress.number - 1) % rollouts_every == 0:

@@ -201,11 +201,13 @@ def _set(table: Table, key: str, value: Any) -> None:
 
 
 def _expand(table: Table, origins: dict[str, str]) -> None:
-    """Write out what a recipe implies: its preset's parts, and the reward model it trains."""
+    """Write out what a file may leave unsaid: the preset's parts, the kind of critic, the reward model that is trained."""
     stages = table.get("recipe", [])
     if isinstance(stages, str):
         stages = table["recipe"] = [stages]
     rl = next((s for s in stages if isinstance(s, str) and s in ALGORITHMS), None) if isinstance(stages, list) else None
+    if isinstance(table.get("critic"), dict):
+        table["critic"] = {"type": "separate", **table["critic"]}
     algorithm = table.get("algorithm", {})
     if not isinstance(algorithm, dict):
         raise ConfigError("algorithm: is a table. Write [algorithm] and its keys below.")

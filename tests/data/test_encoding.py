@@ -27,7 +27,11 @@ def test_the_chosen_side_serves_as_a_demonstration():
     ("example", "kind", "sentence"),
     [
         (Example("x:4", "  "), "prompts", "x:4: the prompt is empty."),
-        (Example("x:4", ("the " * 9).strip()), "prompts", "x:4: the prompt has 9 tokens, the limit is 8 (data.max_prompt_tokens)."),
+        (
+            Example("x:4", ("the " * 9).strip()),
+            "prompts",
+            "x:4: the prompt has 9 tokens, the limit is 8 (data.max_prompt_tokens).",
+        ),
         (Example("x:4", "the", completion=" "), "demonstrations", "x:4: the completion is empty, a response of zero tokens."),
         (
             Example("x:4", "the", completion=" the" * 8),

@@ -126,7 +126,7 @@ def test_a_model_with_two_labels_is_refused(tmp_path):
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     model().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="no tokenizer that transformers can load"):
+    with pytest.raises(ModelError, match="has no tokenizer. Save one beside the model"):
         load_tokenizer(tmp_path)
 
 

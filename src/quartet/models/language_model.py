@@ -22,6 +22,9 @@ class ModelError(ValueError):
     """A folder that cannot be used as asked: one sentence that says why and what to do."""
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
 def create(shape: Shape, tokenizer: Any, seed: int) -> nn.Module:
     """A causal language model of this shape for this tokenizer, with random weights from the seed."""
     config = AutoConfig.for_model(
@@ -48,6 +51,8 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a Hugging Face folder or hub id. It must know its end-of-sequence token."""
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(f"{folder}: has no tokenizer. Save one beside the model, or name another folder in policy.tokenizer.")
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
@@ -60,6 +65,22 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"{folder}: its tokenizer has no end-of-sequence token, so no answer could ever end. Set eos_token in it."
         )
     return tokenizer
+
+
+def read_config(folder: str | Path) -> Any:
+    """The config of a model folder or hub id, without its weights. Of a folder it is also checked that there are weights
+    which may be loaded."""
+    path = Path(folder)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{folder}: has no config.json, so it is not a Hugging Face model folder.")
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder}: has no .safetensors weights. Other formats can run code when they are read, so they are not."
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: its config cannot be read ({first_line(error)}).") from error
 
 
 def _tokenizer_class(folder: str | Path) -> Any:

@@ -77,6 +77,9 @@ class Learner:
     def update(self, experience: Experience, algorithm: Algorithm, train_actor: bool = True) -> Update:
         """Epochs × minibatches of optimizer steps on one step's experience. Micro-batches bound the memory of a
         minibatch and change nothing else: its denominator is counted over all of it."""
+        for what, numbers in (("the advantage", experience.advantages), ("the return", experience.returns)):
+            if numbers is not None:
+                check_finite(what, torch.where(experience.response_mask, numbers, 0.0), experience.ids)
         seen = _Seen(experience)
         steps = [m for _ in range(self.optim.epochs) for m in self._minibatches(len(experience))]
         optimizers = self.optimizers if train_actor else {"critic": self.optimizers["critic"]}

@@ -1,0 +1,131 @@
+"""Configs: what is said of mistakes, and where values come from. `make` in the tables below is the whole file."""
+
+import math
+
+import pytest
+
+from quartet.algorithms.kl import KLInLoss, KLInReward
+from quartet.recipes import recipe_names, recipe_path, template_names, template_path
+from quartet.settings import ConfigError, read_settings, resolved_toml
+from tests.world import write_lines
+
+HEAD = 'recipe = "ppo"\n[policy]\nmodel = "m"\n[[reward]]\ntype = "model"\nmodel = "rm"\n[data]\ntrain = "p.jsonl"\n'
+
+
+def settings(tmp_path, text=HEAD, *words):
+    return read_settings(write_lines(tmp_path / "run.toml", text), words, "run.toml")
+
+
+def refusal(tmp_path, text, *words):
+    with pytest.raises(ConfigError) as error:
+        settings(tmp_path, text, *words)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (HEAD + "[optim]\nlearnig_rate = 1e-6", "run.toml:10: optim.learnig_rate: no such key. Did you mean optim.lr?"),
+        (HEAD + "[optim]\nmini_batches = 2", "run.toml:10: optim.mini_batches: no such key. Did you mean optim.minibatches?"),
+        (HEAD + "[rollout]\nmax_tokens = 2", "run.toml:10: rollout.max_tokens: no such key. Did you mean rollout.max_new_tokens?"),
+        (HEAD + "temprature = 3", "run.toml:9: data.temprature: no such key. Did you mean rollout.temperature?"),
+        (HEAD + "[optmi]\nlr = 1", "run.toml:10: optmi: no such key. Did you mean optim?"),
+        (
+            HEAD + "[algorithm]\nkl = { coef = -5 }",
+            "run.toml:10: algorithm.kl.coef = -5: must be ≥ 0. It multiplies a penalty; a negative value rewards leaving the "
+            "reference model. Typical: 0.01 to 0.2.",
+        ),
+        (HEAD + '[optim]\nlr = "1e-6"', 'run.toml:10: optim.lr = "1e-6" is text. Write lr = 1e-6, without quotes.'),
+        (HEAD + "[optim]\nepochs = 1.5", "run.toml:10: optim.epochs = 1.5: must be a whole number."),
+        (HEAD + "[optim]\nlr = true", "run.toml:10: optim.lr = true: must be a number."),
+        (HEAD + '[algorithm]\nkl = { type = "in_rewrd" }', "not one of none, in_reward, in_loss. Did you mean in_reward?"),
+        (HEAD + '[algorithm]\npreset = "pop"', 'run.toml:10: algorithm.preset = "pop": not one of ppo, grpo.'),
+        (HEAD + '[algorithm]\npreset = "grpo"', 'algorithm.preset = "grpo", but the recipe says "ppo". Make them the same.'),
+        (HEAD + '[algorithm.advantage]\ntype = "gae"\nlam = 1.5', "algorithm.advantage.lam = 1.5: must be ≤ 1."),
+        ('recipe = "pppo"\n' + HEAD[15:], 'run.toml:1: recipe: "pppo" is no stage. Known are sft, reward_model, ppo, grpo'),
+        ('recipe = ["ppo", "sft"]\n' + HEAD[15:], "recipe: stages go from sft over reward_model and one RL stage to evaluation"),
+        ('recipe = ["sft", "evaluation"]\n' + HEAD[15:], "evaluation compares an RL stage's policy"),
+        ("recipe = []\n" + HEAD[15:], "recipe: is empty."),
+        (HEAD[15:], "recipe: is missing."),
+        (HEAD.replace('model = "m"\n', ""), "policy.model: name a folder or hub id, or describe a new model in policy.create"),
+        (HEAD.replace('train = "p.jsonl"\n', ""), "data.train: name a file, or an embedded world in data.world"),
+        (HEAD.replace('model = "rm"\n', ""), "reward.model: name the reward model's folder, or put reward_model before ppo"),
+        ('recipe = "ppo"\n[policy]\nmodel = "m"\n[data]\ntrain = "p"', "reward: ppo needs one."),
+        (HEAD.replace('"ppo"', '"grpo"'), "rollout.samples_per_prompt = 1: grpo compares several answers to one prompt, so it must be ≥ 2"),
+        (HEAD + "[optim]\nminibatches = 65", "run.toml:10: optim.minibatches = 65: a step has only 64 responses."),
+        (HEAD.replace('"model"\nmodel = "rm"', '"gold"'), 'reward.type: "gold" is known in an embedded world only.'),
+        (HEAD.replace('"model"\nmodel = "rm"', '"exact"') + '[critic]\ninit = "reward_model"', "there is no reward model here"),
+        (HEAD.replace('model = "m"', "create = {}"), "policy.tokenizer: a new model needs one."),
+        (HEAD.replace('model = "m"', "create = { hidden_size = 30 }"), "hidden_size = 30 is not a multiple of num_heads = 4"),
+        (HEAD.replace('"ppo"', '"sft"') + "[algorithm]\nkl = { coef = 1 }", "the recipe has no RL stage that would read it"),
+        (HEAD + "[run\nsteps = 1", "run.toml: not TOML:"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_sentence_with_their_place(tmp_path, text, sentence):
+    said = refusal(tmp_path, text)
+    assert sentence in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("optim.lrr=1", "command line: optim.lrr: no such key. Did you mean optim.lr?"),
+        ("optim.lr=-1", "command line: optim.lr = -1: must be > 0."),
+        ("nonsense", '"nonsense": not understood. Settings are written key=value, such as optim.lr=1e-5.'),
+        ("seed.x=1", "command line: seed = { x = 1 }: must be a whole number."),
+    ],
+)
+def test_mistakes_on_the_command_line(tmp_path, word, sentence):
+    assert sentence in refusal(tmp_path, HEAD + "[run]\nsteps = 1", word)
+
+
+def test_a_missing_file_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        read_settings(tmp_path / "none.toml")
+
+
+def test_every_value_knows_its_origin(tmp_path):
+    made = settings(
+        tmp_path, HEAD + "[algorithm]\nkl = { coef = 0.2 }\n[optim]\nlr = 1e-5", "optim.epochs=2", "algorithm.kl.coef=0.3"
+    )
+    lines = resolved_toml(made).splitlines()
+    for line in (
+        "lr = 1e-05  # run.toml:12",
+        "epochs = 2  # command line",
+        "coef = 0.3  # command line",
+        "lam = 0.95  # preset ppo",
+        "minibatches = 1  # default",
+    ):
+        assert line in lines
+    assert made.config.algorithm.kl == KLInReward(coef=0.3)
+
+
+def test_the_resolved_file_gives_the_same_run_again(tmp_path):
+    for name in recipe_names():
+        words = ["data.train=x.jsonl"] if name == "dialogue" else []
+        first = read_settings(recipe_path(name), words)
+        (tmp_path / "again.toml").write_text(resolved_toml(first))
+        assert read_settings(tmp_path / "again.toml").config == first.config
+
+
+def test_a_part_of_another_type_starts_from_its_own_defaults(tmp_path):
+    made = settings(tmp_path, HEAD + '[algorithm]\nkl = { type = "in_loss" }')
+    assert made.config.algorithm.kl == KLInLoss()
+
+
+def test_infinity_turns_a_clip_off(tmp_path):
+    made = settings(tmp_path, HEAD + "[algorithm]\nrewards = { clip = inf }")
+    assert math.isinf(made.config.algorithm.rewards.clip)
+
+
+def test_a_reward_model_stage_provides_the_reward(tmp_path):
+    text = 'recipe = ["reward_model", "ppo"]\n[policy]\nmodel = "m"\n[data]\ntrain = "p.jsonl"'
+    assert settings(tmp_path, text).config.reward_model_source is not None
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_what_init_writes_is_valid_and_short(name):
+    path = template_path(name)
+    assert read_settings(path).config.recipe == (name,)
+    assert 15 <= len(path.read_text().splitlines()) <= 35

@@ -1,0 +1,178 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from quartet.algorithms.algorithm import Forward
+from quartet.algorithms.entropy import EntropyBonus
+from quartet.algorithms.presets import ALGORITHMS
+from quartet.models.actor_critic import Separate, Shared, freeze
+from quartet.models.heads import ScalarModel, ValueHead
+from quartet.training.descend import NonFinite, check_finite, descend
+from quartet.training.learner import Learner
+from quartet.training.optim import Descent, Optim, Optimizer
+from tests.world import model, prompts, rollout
+
+SETTINGS = Optim(lr=1e-3, critic_lr=1e-3, epochs=2, minibatches=2)
+
+
+def rollouts(count=8):
+    rng = torch.Generator().manual_seed(3)
+    made = []
+    for number, prompt in enumerate(prompts(count // 2) * 2):
+        length = int(torch.randint(1, 9, (), generator=rng))
+        ids = tuple(torch.randint(4, 20, (length,), generator=rng).tolist())
+        made.append(rollout(prompt, ids, float(torch.randn((), generator=rng)), number % (count // 2), number))
+    return made
+
+
+def actor_critic(kind="separate"):
+    actor = model()
+    if kind == "shared":
+        return Shared(actor, ValueHead(actor.config.hidden_size))
+    return Separate(actor, ScalarModel.from_trunk(model(seed=1), 0, seed=0) if kind == "separate" else None)
+
+
+def learner(kind="separate", **settings):
+    reference = freeze(copy.deepcopy(model(seed=2)))
+    return Learner(actor_critic(kind), reference, dataclasses.replace(SETTINGS, **settings), 0.8, steps=4, seed=0)
+
+
+def weights(made):
+    return [p.detach().clone() for p in (*made.models.actor_parameters(), *made.models.critic_parameters())]
+
+
+def test_score_gives_each_token_three_opinions_and_none_outside_the_response():
+    made = learner()
+    batch = made.score(rollouts())
+    outside = ~batch.response_mask
+    for numbers in (batch.old_logprobs, batch.ref_logprobs, batch.values):
+        assert (numbers[outside] == 0).all()
+        assert (numbers[batch.response_mask] != 0).all()
+    assert not torch.allclose(batch.old_logprobs, batch.ref_logprobs)
+
+
+def test_without_a_critic_or_a_reference_there_are_no_such_numbers():
+    made = Learner(actor_critic("none"), None, SETTINGS, 1.0, steps=1, seed=0)
+    batch = made.score(rollouts())
+    assert batch.values is None and batch.ref_logprobs is None
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared", "none"])
+def test_the_ratio_is_1_before_the_first_step_and_moves_after(kind):
+    made = learner(kind)
+    algorithm = ALGORITHMS["grpo" if kind == "none" else "ppo"]
+    update = made.update(algorithm.experience(made.score(rollouts())), algorithm)
+    assert update.first_ratio_error < 1e-5
+    again = made.score(rollouts())
+    assert (again.old_logprobs - update.logprobs).abs().max() > 1e-4
+    assert made.version == made.weights().version == 1
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared", "none"])
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_micro_batches_change_nothing(kind, name):
+    if name == "ppo" and kind == "none":
+        pytest.skip("PPO needs a critic")
+    algorithm = dataclasses.replace(ALGORITHMS[name], entropy=EntropyBonus(coef=0.01))
+    results = []
+    for tokens in (10_000, 20):
+        made = learner(kind, micro_batch_tokens=tokens)
+        made.update(algorithm.experience(made.score(rollouts())), algorithm)
+        results.append(weights(made))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=0)
+
+
+def test_one_minibatch_is_one_step_by_hand():
+    """The whole update against AdamW on a loss written out here."""
+    made = learner(epochs=1, minibatches=1, max_grad_norm=float("inf"))
+    algorithm = ALGORITHMS["ppo"]
+    experience = algorithm.experience(made.score(rollouts()))
+    expected = copy.deepcopy(made.models.actor)
+    logits = expected(input_ids=experience.tokens).logits[:, :-1] / 0.8
+    logprobs = logits.log_softmax(-1).gather(-1, experience.tokens[:, 1:, None])[..., 0]
+    ratio = (logprobs - experience.old_logprobs[:, 1:]).exp()
+    advantages, mask = experience.advantages[:, 1:], experience.response_mask[:, 1:]
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)[mask].mean()
+    loss.backward()
+    torch.optim.AdamW(expected.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0).step()
+    made.update(experience, algorithm)
+    for one, other in zip(expected.parameters(), made.models.actor_parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_during_the_critics_warm_up_the_actor_stands_still():
+    made = learner()
+    algorithm = ALGORITHMS["ppo"]
+    actor = [p.detach().clone() for p in made.models.actor_parameters()]
+    critic = [p.detach().clone() for p in made.models.critic_parameters()]
+    made.update(algorithm.experience(made.score(rollouts())), algorithm, train_actor=False)
+    assert all(torch.equal(a, b) for a, b in zip(actor, made.models.actor_parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(critic, made.models.critic_parameters(), strict=True))
+
+
+def test_the_reference_never_moves():
+    made = learner()
+    before = copy.deepcopy(made.reference.state_dict())
+    made.update(ALGORITHMS["ppo"].experience(made.score(rollouts())), ALGORITHMS["ppo"])
+    assert all(torch.equal(before[k], v) for k, v in made.reference.state_dict().items())
+
+
+def test_a_reward_that_is_not_a_number_stops_with_its_sample():
+    broken = [*rollouts()[:3], dataclasses.replace(rollouts()[3], score=float("nan"))]
+    with pytest.raises(NonFinite, match=f"the reward is not finite in sample {broken[3].id}"):
+        learner().score(broken)
+
+
+@pytest.mark.parametrize("what", ["advantages", "returns"])
+def test_a_loss_that_is_not_finite_stops_before_any_weight_has_changed(what):
+    made = learner()
+    experience = ALGORITHMS["ppo"].experience(made.score(rollouts()))
+    numbers = getattr(experience, what).clone()
+    numbers[2, int(experience.response_mask[2].int().argmax())] = torch.inf
+    before = weights(made)
+    with pytest.raises(NonFinite, match=f"the {what[:-1]} is not finite in sample {experience.ids[2]}"):
+        made.update(dataclasses.replace(experience, **{what: numbers}), ALGORITHMS["ppo"])
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
+
+
+def test_a_weight_that_is_not_finite_is_seen_in_the_first_forward():
+    made = learner()
+    with torch.no_grad():
+        next(iter(made.models.actor_parameters()))[5] = torch.nan
+    with pytest.raises(NonFinite, match="the log-probability is not finite in sample tiny"):
+        made.score(rollouts())
+
+
+def test_descend_adds_gradients_and_reports_their_norm():
+    weight = torch.tensor([3.0], requires_grad=True)
+    optimizer = Optimizer([weight], Descent(lr=0.1, schedule="constant", max_grad_norm=float("inf")), total_steps=1)
+    # losses w² and 2w: gradient 2·3 + 2 = 8, loss 9 + 6 = 15
+    assert descend((loss for loss in (weight.square().sum(), 2 * weight.sum())), {"w": optimizer}) == {
+        "loss": 15.0,
+        "grad_norm/w": 8.0,
+    }
+    assert weight.item() == pytest.approx(2.9)
+
+
+def test_check_finite_names_the_first_bad_row():
+    with pytest.raises(NonFinite, match="x is not finite in sample b"):
+        check_finite("x", torch.tensor([[1.0, 2.0], [1.0, torch.inf], [torch.nan, 0.0]]), ["a", "b", "c"])
+
+
+def test_schedules_rise_and_fall():
+    # warm-up over 2 steps, 10 in all: 1/3, 2/3, then 8/8 … 1/8
+    linear = Descent(lr=1.0, warmup_steps=2)
+    assert [round(linear.factor(step, 10), 4) for step in (0, 1, 2, 6, 9)] == [0.3333, 0.6667, 1.0, 0.5, 0.125]
+    constant = Descent(lr=1.0, warmup_steps=1, schedule="constant")
+    assert [constant.factor(step, 10) for step in (0, 1, 9)] == [0.5, 1.0, 1.0]
+
+
+def test_the_entropy_has_a_gradient_only_where_it_is_asked_for():
+    made = actor_critic("none")
+    tokens = torch.tensor([[5, 6, 7]])
+    silent: Forward = made.forward(tokens, 1, 1.0)
+    assert not silent.entropy.requires_grad
+    assert made.forward(tokens, 1, 1.0, entropy_gradient=True).entropy.requires_grad
