@@ -63,19 +63,23 @@ class Screen:
             self.live.stop()
             self.live = None
 
+    def _render(self) -> Text:
+        """The stage's line, its words padded as far as the screen is wide."""
+        return self.line.render(max(0, min(62, self.console.width - 48)) if self.console.is_terminal else 62)
+
     def _started(self, event: Any) -> None:
         self.line = _Line(f"{event.number}/{event.of} {event.stage.title}", event.stage, time.monotonic())
         self.printed = time.monotonic()
         if self.console.is_terminal:
-            self.live = Live(self.line.render(), console=self.console, refresh_per_second=8, transient=True)
+            self.live = Live(self._render(), console=self.console, refresh_per_second=8, transient=True)
             self.live.start()
 
     def _advanced(self, event: Any) -> None:
         self.line.see(event.progress.number, event.progress.metrics)
         if self.live is not None:
-            self.live.update(self.line.render())
+            self.live.update(self._render())
         elif time.monotonic() - self.printed > PLAIN_SECONDS:
-            self.console.print(self.line.render(), soft_wrap=True)
+            self.console.print(self._render(), soft_wrap=True)
             self.printed = time.monotonic()
 
     def _warned(self, event: Any) -> None:
@@ -84,7 +88,7 @@ class Screen:
     def _finished(self, event: Any) -> None:
         self.line.closing = closing_words(event.stage.name, event.summary)
         self.close()
-        self.console.print(self.line.render(), soft_wrap=True)
+        self.console.print(self._render(), soft_wrap=True)
         if event.stage.name == "evaluation":
             self.console.print(evaluation_table(event.summary))
 
@@ -105,17 +109,17 @@ class _Line:
         for name, value in metrics.items():
             self.history.setdefault(name, []).append(value)
 
-    def render(self) -> Text:
+    def render(self, width: int) -> Text:
         assert self.stage is not None
         total = self.stage.num_steps
         full = BAR_WIDTH * self.step // total
         seconds = int(time.monotonic() - self.started)
         count = f"{self.step}/{total}"
         words = "  ".join([*self._words(), *([self.closing] if self.closing else [])])
-        line = Text()
+        line = Text(no_wrap=True, overflow="ellipsis")
         line.append(f"{self.label:<18} ", style="bold")
         line.append("█" * full, style="cyan").append("░" * (BAR_WIDTH - full), style="dim")
-        line.append(f" {count:>7}  {words:<62} ").append(f"{seconds // 60}:{seconds % 60:02}", style="dim")
+        line.append(f" {count:>7}  {words:<{width}} ").append(f"{seconds // 60}:{seconds % 60:02}", style="dim")
         return line
 
     def _words(self) -> list[str]:
