@@ -20,7 +20,7 @@ from quartet.config import (
     TrainTokenizer,
 )
 from quartet.data import DataError
-from quartet.data.encoding import Encoder
+from quartet.data.encoding import Encoder, first_of
 from quartet.data.examples import Example
 from quartet.data.shapes import Purpose, read_examples
 from quartet.data.tokenizer import train_tokenizer
@@ -312,7 +312,7 @@ class Workshop:
         notes = []
         if self.encoder.dropped:
             count = len(self.encoder.dropped)
-            notes.append(f"{count:,} rows cannot be used and were left out, the first: {self.encoder.dropped[0]}")
+            notes.append(f"{count:,} rows cannot be used and were left out, the first: {first_of(self.encoder.dropped)}")
         if self.config.rl_stage and self.config.rollout.filters:
             notes.append(
                 "rollout.top_k and rollout.top_p sample another distribution than is trained: ratios do not start at 1, "

@@ -67,7 +67,7 @@ def test_dropping_keeps_the_rest_and_remembers_why():
     made = encoder(unusable="drop")
     kept = made.prompts([Example("x:1", "the film"), Example("x:2", "")])
     assert [p.id for p in kept] == ["x:1"]
-    assert made.dropped == ["x:2: the prompt is empty."]
+    assert made.dropped == {"x:2": "the prompt is empty."}
 
 
 def test_dropping_everything_is_refused_all_the_same():

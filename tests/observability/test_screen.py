@@ -1,5 +1,4 @@
 import io
-import types
 
 import pytest
 from rich.console import Console
@@ -8,7 +7,16 @@ from quartet.loops.progress import Progress
 from quartet.observability.screen import Screen, closing_words, sample_lines
 from quartet.pipeline import Advanced, Finished, Started, Warned
 
-STAGE = types.SimpleNamespace(name="ppo", title="ppo", num_steps=4)
+
+class Quiet:
+    name = title = "ppo"
+    num_steps = 4
+
+    def run(self, folder):
+        yield from ()
+
+
+STAGE = Quiet()
 
 
 def shown(*events, width=120, terminal=False):

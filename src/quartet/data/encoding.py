@@ -21,8 +21,8 @@ class Encoder:
     max_prompt_tokens: int
     max_response_tokens: int
     unusable: Literal["refuse", "drop"] = "refuse"
-    dropped: list[str] = field(default_factory=list)
-    """What was wrong with each row that was dropped."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """What was wrong with each row that was dropped, by the row's id."""
 
     def prompts(self, examples: Sequence[Example]) -> list[Prompt]:
         return self._all(self._prompt, examples)
@@ -43,17 +43,18 @@ class Encoder:
         return [begin, *ids] if wants_begin and ids[:1] != [begin] else ids
 
     def _all(self, encode: Callable[[Example], R], examples: Sequence[Example]) -> list[R]:
-        records, refused = [], []
+        records: list[R] = []
+        refused: dict[str, str] = {}
         for example in examples:
             try:
                 records.append(encode(example))
             except DataError as error:
-                refused.append(f"{example.id}: {error}")
+                refused.setdefault(example.id, str(error))
         if refused and (self.unusable == "refuse" or not records):
             others = f" {len(refused) - 1:,} more rows of {len(examples):,} cannot be used." if len(refused) > 1 else ""
             remedy = ' Mend the data, or set data.unusable = "drop" to go on without such rows.' if records else ""
-            raise DataError(f"{refused[0]}{others}{remedy}")
-        self.dropped += refused
+            raise DataError(f"{first_of(refused)}{others}{remedy}")
+        self.dropped |= refused
         return records
 
     def _prompt(self, example: Example) -> Prompt:
@@ -107,3 +108,9 @@ class Encoder:
                 f"the {column} has {len(ids):,} tokens, the limit is {self.max_response_tokens:,} (data.max_response_tokens)."
             )
         return ids
+
+
+def first_of(refused: dict[str, str]) -> str:
+    """The first row that was refused, and why."""
+    place, reason = next(iter(refused.items()))
+    return f"{place}: {reason}"
