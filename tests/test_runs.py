@@ -235,7 +235,7 @@ def users_model(tmp_path) -> Path:
     world = WORLDS["sums"](0)
     tokenizer = world.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    shape = Shape(type="qwen2", hidden_size=16, num_layers=1, num_heads=2, max_length=64)
+    shape = Shape(type="qwen2", hidden_size=16, num_layers=1, num_heads=2, max_length=1024)
     save(create(shape, tokenizer, 0), tokenizer, tmp_path / "model")
     return tmp_path / "model"
 
@@ -249,6 +249,27 @@ def write_table(path: Path, rows: list[dict]) -> Path:
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_conversations_are_learnt_through_a_chat_template(tmp_path):
+    talk = [{"role": "user", "content": "what is one and one"}, {"role": "assistant", "content": "two"}]
+    write_table(tmp_path / "talk.jsonl", [{"messages": talk}] * 20)
+    (tmp_path / "talk.toml").write_text(
+        """
+recipe = "sft"
+data.train = "talk.jsonl"
+sft = { steps = 2, batch_size = 4 }
+[policy]
+create = { hidden_size = 16, num_layers = 1, num_heads = 2, max_length = 1024 }
+tokenizer = { type = "train", vocab_size = 320 }
+"""
+    )
+    refused = quartet("run", "talk.toml", cwd=tmp_path)
+    assert refused.returncode == 2 and 'Set policy.chat_template = "chatml" or give a file.' in refused.stderr
+    done = quartet("run", "talk.toml", "policy.chat_template=chatml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    saved = load_tokenizer(tmp_path / "runs" / "latest" / "sft")
+    assert saved.apply_chat_template(talk[:1], tokenize=False) == "<|im_start|>user\nwhat is one and one<|im_end|>\n"
 
 
 @pytest.mark.parametrize("file", ["pairs.jsonl", "pairs.csv"])
@@ -298,6 +319,14 @@ def test_bad_data_are_refused_before_anything_is_written(tmp_path, users_model, 
     assert done.returncode == 2, done.stdout + done.stderr
     assert sentence in done.stderr
     assert done.stderr.strip().count("\n") == 0 and not (tmp_path / "runs").exists()
+
+
+def test_a_model_too_short_for_its_answers_is_said(tmp_path, users_model):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "3"}\n' * 5)
+    words = ['recipe="reward_model"', f'policy.model="{users_model}"', 'data.train="p.jsonl"', "rollout.max_new_tokens=1024"]
+    (tmp_path / "x.toml").write_text("")
+    done = quartet("run", "x.toml", *words, cwd=tmp_path)
+    assert done.returncode == 2 and "leaves no room for a prompt" in done.stderr and "reads at most 1024 tokens" in done.stderr
 
 
 def test_a_folder_without_a_tokenizer_or_without_weights_is_refused(tmp_path, users_model):

@@ -79,8 +79,21 @@ class Workshop:
         if config.policy.chat_template:
             set_chat_template(self.tokenizer, config.policy.chat_template)
         self.micro_batch_tokens = config.optim.micro_batch_tokens
-        response = max(config.data.max_response_tokens, config.rollout.max_new_tokens)
-        self.encoder = Encoder(self.tokenizer, self._max_prompt_tokens(), response, config.data.unusable)
+        longest = self._longest_sequence()
+        generates = set(config.recipe) != {"sft"}
+        room = longest - config.rollout.max_new_tokens * generates
+        if room < 1:
+            raise ModelError(
+                f"rollout.max_new_tokens = {config.rollout.max_new_tokens}: leaves no room for a prompt, {config.policy.model} "
+                f"reads at most {longest} tokens."
+            )
+        self.encoder = Encoder(
+            self.tokenizer,
+            max_prompt_tokens=min(config.data.max_prompt_tokens, room),
+            max_response_tokens=config.data.max_response_tokens,
+            max_tokens=longest,
+            unusable=config.data.unusable,
+        )
         self._check_models()
 
     def stage(self, name: str) -> Stage:
@@ -253,16 +266,12 @@ class Workshop:
         assert self.world is not None
         return self.world.tokenizer()
 
-    def _max_prompt_tokens(self) -> int:
-        """The data's limit, or what the model's longest sequence leaves beside the response, whichever is less."""
-        policy, asked = self.config.policy, self.config.data.max_prompt_tokens
+    def _longest_sequence(self) -> int:
+        """How many tokens the policy reads at most; architectures without such a limit read any number."""
+        policy = self.config.policy
         if policy.create is not None:
-            longest = policy.create.max_length
-        else:
-            longest = (
-                getattr(read_config(str(self.policy_model)).get_text_config(), "max_position_embeddings", None) or asked * 10**6
-            )
-        return min(asked, longest - self.config.rollout.max_new_tokens)
+            return policy.create.max_length
+        return getattr(read_config(str(self.policy_model)).get_text_config(), "max_position_embeddings", None) or 10**9
 
     def _examples(self, purpose: Purpose, path: str | None = None) -> tuple[list[Example], list[Example]]:
         """Rows to train on and rows held out."""

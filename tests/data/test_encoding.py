@@ -53,6 +53,11 @@ def test_rows_that_cannot_be_used_are_refused(example, kind, sentence):
     assert sentence in str(error.value)
 
 
+def test_prompt_and_answer_must_fit_the_model_together():
+    with pytest.raises(DataError, match="prompt and response have 7 tokens together, the model reads at most 6"):
+        encoder(max_tokens=6).demonstrations([Example("x:1", "the film", completion=" was good very good")])
+
+
 def test_the_refusal_counts_the_others_and_names_the_way_on():
     good, bad = Example("x:1", "the film"), [Example(f"x:{i}", "") for i in (2, 3, 4)]
     with pytest.raises(DataError) as error:

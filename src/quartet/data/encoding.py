@@ -20,6 +20,8 @@ class Encoder:
     tokenizer: Any
     max_prompt_tokens: int
     max_response_tokens: int
+    max_tokens: int = 10**9
+    """The longest sequence that the model reads."""
     unusable: Literal["refuse", "drop"] = "refuse"
     dropped: dict[str, str] = field(default_factory=dict)
     """What was wrong with each row that was dropped, by the row's id."""
@@ -66,6 +68,7 @@ class Encoder:
         answer = example.completion if example.completion is not None else example.chosen
         assert answer is not None, "only rows with an answer are demonstrations"
         prompt, response = self._checked_prompt(example), self._response(example.prompt, answer, "completion")
+        self._check_whole(prompt, response)
         return Demonstration(example.id, tuple(prompt), tuple(response))
 
     def _comparison(self, example: Example) -> Comparison:
@@ -75,7 +78,15 @@ class Encoder:
         prompt = self._checked_prompt(example)
         chosen = self._response(example.prompt, example.chosen, "chosen")
         rejected = self._response(example.prompt, example.rejected, "rejected")
+        self._check_whole(prompt, max(chosen, rejected, key=len))
         return Comparison(example.id, tuple(prompt), tuple(chosen), tuple(rejected))
+
+    def _check_whole(self, prompt: list[int], response: list[int]) -> None:
+        length = len(prompt) + len(response)
+        if length > self.max_tokens:
+            raise DataError(
+                f"prompt and response have {length:,} tokens together, the model reads at most {self.max_tokens:,}."
+            )
 
     def _checked_prompt(self, example: Example) -> list[int]:
         if not example.prompt or (isinstance(example.prompt, str) and not example.prompt.strip()):

@@ -60,19 +60,19 @@ class Learner:
         batch = collate(rollouts, self.device)
         check_finite("the reward", batch.scores, batch.ids)
         old, values = (torch.zeros_like(batch.rollout_logprobs) for _ in range(2))
-        has_values = False
         for rows in micro_batches(batch.lengths.tolist(), self.optim.micro_batch_tokens):
             width = int(batch.lengths[rows].max())
             tokens, mask = batch.tokens[rows, :width], batch.response_mask[rows, :width]
             now = self.models.forward(tokens, first_response_column(mask), self.temperature)
             old[rows, :width] = torch.where(mask, now.logprobs, 0.0)
             if now.values is not None:
-                has_values = True
                 values[rows, :width] = torch.where(mask, now.values, 0.0)
         ref = None if self.reference is None else self._reference_logprobs(batch)
         for what, numbers in (("the log-probability", old), ("the value", values)):
             check_finite(what, numbers, batch.ids)
-        return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref, values=values if has_values else None)
+        return dataclasses.replace(
+            batch, old_logprobs=old, ref_logprobs=ref, values=values if "critic" in self.optimizers else None
+        )
 
     def update(self, experience: Experience, algorithm: Algorithm, train_actor: bool = True) -> Update:
         """Epochs × minibatches of optimizer steps on one step's experience. Micro-batches bound the memory of a
