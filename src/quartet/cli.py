@@ -25,8 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False)
-complaints = Console(stderr=True, highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)  # text is shown as it is: [x] and :train: too
+complaints = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 What = Annotated[str, typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, or a TOML file.")]
 Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE …]", help="Settings that win over the file.")]
@@ -132,7 +132,7 @@ def _print_plan(settings: "Settings", as_json: bool) -> None:
     if made.disk is not None:
         console.print(f"       disk     {'run folder':<22} ≈ {made.disk / 1e6:>9,.0f} MB")
     console.print()
-    console.print(resolved_toml(settings), markup=False, soft_wrap=True, end="")
+    console.print(resolved_toml(settings), soft_wrap=True, end="")
 
 
 def _run(settings: "Settings") -> int:
@@ -174,7 +174,7 @@ def _run(settings: "Settings") -> int:
     except (StageFailed, OSError) as error:
         screen.close()
         folder.event("failed", error=str(error))
-        complaints.print(f"failed: {error}", style="red", markup=False, soft_wrap=True)
+        complaints.print(f"failed: {error}", style="red", soft_wrap=True)
         complaints.print(f"The record so far is in {folder.path}, details in run.log.", soft_wrap=True)
         _log_traceback()
         return FAILED
@@ -241,7 +241,7 @@ def _peak_bytes() -> int:
 
 
 def _refuse(sentence: str) -> NoReturn:
-    complaints.print(sentence, style="red", markup=False, soft_wrap=True)
+    complaints.print(sentence, style="red", soft_wrap=True)
     raise typer.Exit(WRONG_REQUEST)
 
 
