@@ -22,14 +22,18 @@ RESULTS = Path(__file__).parent / "results" / "learning.json"
 JOBS = {
     "reviews": ("reviews", range(5), []),
     "sums": ("sums", range(3), []),
-    "hacking": ("reviews", range(3), ["algorithm.kl.coef=0", "run.steps=48"]),
+    "hacking": ("reviews", range(2), ["algorithm.kl.coef=0", "run.steps=48", 'recipe=["ppo", "evaluation"]']),
 }
+"""`hacking` goes on from the SFT and reward models of `reviews`: only PPO is another."""
 
 
 def run(recipe: str, seed: int, words: list[str], folder: Path, name: str, threads: int) -> dict[str, Any]:
     """One run, and what its folder says of it."""
     quartet = str(Path(sys.executable).parent / "quartet")
     command = [quartet, "run", recipe, f"seed={seed}", f'run.folder="{folder}"', f'run.name="{name}-{seed}"', *words]
+    if name == "hacking":
+        models = max(folder.glob(f"*-reviews-{seed}"), key=lambda p: p.stat().st_mtime)
+        command += [f'policy={{ model = "{models / "sft"}" }}', f'reward.0.model="{models / "reward_model"}"']
     started = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)

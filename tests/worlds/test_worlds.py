@@ -73,10 +73,10 @@ def test_labels_follow_gold_but_not_always():
     assert 0.85 < agreement < 0.96
 
 
-def test_a_sum_is_written_from_the_ones_up_and_every_second_demonstration_slips():
+def test_a_sum_is_written_from_the_ones_up_and_four_in_ten_demonstrations_slip():
     assert answer(47, 85) == "231"
     world = WORLDS["sums"](0)
     assert world.gold("47+85=", "231") == 1 and world.gold("47+85=", "132") == 0
     demonstrations = world.demonstrations(2000)
     right = sum(world.gold(e.prompt, e.completion) for e in demonstrations) / 2000
-    assert 0.45 < right < 0.55
+    assert 0.55 < right < 0.65

@@ -16,14 +16,14 @@ ALPHABET = "0123456789+="
 class Sums:
     """The world `sums`: two numbers of two digits.
 
-    The demonstrations are a careless pupil's: every second one has a digit wrong. Imitation learns to be careless
+    The demonstrations are a careless pupil's: four in ten have a digit wrong. Imitation learns to be careless
     too; a verifier can reward being right. A tenth of all questions is held out of everything else.
     """
 
     name = "sums"
     typical_tokens = (6, 4)
     smallest, largest = 10, 99
-    slips = 0.5
+    slips = 0.4
     """The share of demonstrations with one digit wrong."""
 
     def __init__(self, seed: int) -> None:
