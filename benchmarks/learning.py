@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results" / "learning.json"
 JOBS = {
     "reviews": ("reviews", range(5), []),
     "sums": ("sums", range(3), []),
-    "hacking": ("reviews", range(2), ["algorithm.kl.coef=0", "run.steps=48", 'recipe=["ppo", "evaluation"]']),
+    "hacking": ("reviews", range(3), ["algorithm.kl.coef=0", "run.steps=48", 'recipe=["ppo", "evaluation"]']),
 }
 """`hacking` goes on from the SFT and reward models of `reviews`: only PPO is another."""
 

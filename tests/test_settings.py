@@ -39,10 +39,10 @@ def refusal(tmp_path, text, *words):
         (HEAD + "[optim]\nepochs = 1.5", "run.toml:10: optim.epochs = 1.5: must be a whole number."),
         (HEAD + "[optim]\nlr = true", "run.toml:10: optim.lr = true: must be a number."),
         (HEAD + '[algorithm]\nkl = { type = "in_rewrd" }', "not one of none, in_reward, in_loss. Did you mean in_reward?"),
-        (HEAD + '[algorithm]\npreset = "pop"', 'run.toml:10: algorithm.preset = "pop": not one of ppo, grpo.'),
+        (HEAD + '[algorithm]\npreset = "pop"', 'run.toml:10: algorithm.preset = "pop": no such preset. Did you mean ppo?'),
         (HEAD + '[algorithm]\npreset = "grpo"', 'algorithm.preset = "grpo", but the recipe says "ppo". Make them the same.'),
         (HEAD + '[algorithm.advantage]\ntype = "gae"\nlam = 1.5', "algorithm.advantage.lam = 1.5: must be ≤ 1."),
-        ('recipe = "pppo"\n' + HEAD[15:], 'run.toml:1: recipe: "pppo" is no stage. Known are sft, reward_model, ppo, grpo'),
+        ('recipe = "pppo"\n' + HEAD[15:], 'run.toml:1: recipe: "pppo" is no stage. Did you mean ppo? Known are sft, reward_model'),
         ('recipe = ["ppo", "sft"]\n' + HEAD[15:], "recipe: stages go from sft over reward_model and one RL stage to evaluation"),
         ('recipe = ["sft", "evaluation"]\n' + HEAD[15:], "evaluation compares an RL stage's policy"),
         ("recipe = []\n" + HEAD[15:], "recipe: is empty."),
@@ -115,8 +115,8 @@ def test_a_part_of_another_type_starts_from_its_own_defaults(tmp_path):
 
 
 def test_infinity_turns_a_clip_off(tmp_path):
-    made = settings(tmp_path, HEAD + "[algorithm]\nrewards = { clip = inf }")
-    assert math.isinf(made.config.algorithm.rewards.clip)
+    made = settings(tmp_path, HEAD + "[algorithm]\nvalue_loss = { clip = inf }")
+    assert math.isinf(made.config.algorithm.value_loss.clip)
 
 
 def test_a_reward_model_stage_provides_the_reward(tmp_path):

@@ -73,11 +73,17 @@ def ragged_batch(lengths: list[int], scores: list[float], groups: list[int] | No
         lengths=1 + torch.tensor(lengths),
         response_mask=mask,
         scores=torch.tensor(scores, dtype=dtype),
+        ended=torch.arange(len(lengths)) % 3 != 2,
         groups=torch.tensor(groups if groups is not None else list(range(len(lengths)))),
         rollout_logprobs=old,
         old_logprobs=old,
         ref_logprobs=old + 0.3 * draw(),
         values=draw(),
+        exact_kl=draw().abs(),
+        entropy=draw().abs(),
+        final_values=draw()[:, 1],
+        token_scores=draw(),
+        greedy_scores=torch.tensor(scores, dtype=dtype) / 2,
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.update import TrustRegion
 from quartet.config import (
     Config,
     ExactRewardSource,
@@ -22,6 +24,8 @@ from quartet.config import (
 from quartet.data import DataError
 from quartet.data.encoding import Encoder, first_of
 from quartet.data.examples import Example
+from quartet.data.records import Demonstration
+from quartet.data.sampler import Sampler
 from quartet.data.shapes import Purpose, read_examples
 from quartet.data.tokenizer import train_tokenizer
 from quartet.evaluation.compare import Gold
@@ -38,6 +42,7 @@ from quartet.rewards.reward_model import ModelReward
 from quartet.rewards.verifiable import ExactMatch
 from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
+from quartet.training.trust_region import TrustRegionLearner
 from quartet.worlds import WORLDS, World
 
 CENTRING_PROMPTS = 256
@@ -198,9 +203,19 @@ class Workshop:
         reference = freeze(copy.deepcopy(actor)) if config.algorithm.needs_reference else None
         models = self._actor_critic(actor, folder) if config.algorithm.needs_critic else Separate(actor, None)
         temperature = config.rollout.temperature
-        learner = Learner(models, reference, config.optim, temperature, config.run.steps, config.seed)
+        make = TrustRegionLearner if isinstance(config.algorithm.update, TrustRegion) else Learner
+        learner = make(
+            models, reference, config.optim, temperature, config.run.steps, config.seed, self._pretraining(config.algorithm)
+        )
         generator = NativeGenerator(actor, self.tokenizer, stop_ids(actor, self.tokenizer), config.seed)
         return Cast(learner, generator, self._rewards(folder))
+
+    def _pretraining(self, algorithm: Algorithm) -> Sampler[Demonstration] | None:
+        """What PTX reads: texts of their own, or the run's demonstrations."""
+        if algorithm.ptx.coef == 0:
+            return None
+        texts, _ = self._examples("demonstrations", self.config.data.pretraining or self.config.sft.data)
+        return Sampler(self.encoder.demonstrations(texts), algorithm.ptx.batch_size, self.config.seed)
 
     def _actor_critic(self, actor: Any, folder: Path) -> ActorCritic:
         match self.config.critic:

@@ -81,6 +81,29 @@ def init(
 
 
 @app.command()
+def algorithms(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[PRESET]", help="Print this one as the TOML that recreates it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+) -> None:
+    """The presets with their parts; with a name, the record as TOML, to be changed and put into a run's file."""
+    from quartet.algorithms.presets import ALGORITHMS
+    from quartet.config import did_you_mean
+    from quartet.settings import algorithm_toml, without_none
+
+    if name is not None and name not in ALGORITHMS:
+        _refuse(f'"{name}": no such preset.{did_you_mean(name, ALGORITHMS)} `quartet algorithms` lists them.')
+    chosen = {name: ALGORITHMS[name]} if name else ALGORITHMS
+    if as_json:
+        print(json.dumps({key: without_none(dataclasses.asdict(value)) for key, value in chosen.items()}, indent=2))
+    elif name:
+        console.print(algorithm_toml(ALGORITHMS[name]), soft_wrap=True, end="")
+    else:
+        _print_presets()
+
+
+@app.command()
 def chat(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, such as runs/latest.")] = "runs/latest",
     temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
@@ -133,6 +156,55 @@ def _print_plan(settings: "Settings", as_json: bool) -> None:
         console.print(f"       disk     {'run folder':<22} ≈ {made.disk / 1e6:>9,.0f} MB")
     console.print()
     console.print(resolved_toml(settings), soft_wrap=True, end="")
+
+
+def _print_presets() -> None:
+    from rich.table import Table
+
+    from quartet.algorithms.presets import FAMILIES
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("preset", "advantage", "policy loss", "KL", "aggregation", "and"):
+        table.add_column(heading, overflow="fold", style="bold" if heading == "preset" else None)
+    for family, members in FAMILIES.items():
+        table.add_row(family, style="dim")
+        for name, algorithm in members.items():
+            main = [in_short(getattr(algorithm, key)) for key in ("advantage", "policy_loss", "kl", "aggregation")]
+            table.add_row(name, *main, ", ".join(beside_the_main_four(algorithm)))
+    console.print(table)
+
+
+def in_short(part: Any) -> str:
+    """The part's type, and what was set to other than its defaults."""
+    set_to = [
+        f"{field.name} {value.type if hasattr(value, 'type') else value}"
+        for field in dataclasses.fields(part)
+        if field.name != "type" and (value := getattr(part, field.name)) != getattr(type(part)(), field.name)
+    ]
+    return " ".join([part.type, *set_to])
+
+
+def beside_the_main_four(algorithm: Any) -> list[str]:
+    """The other parts, as far as they do anything."""
+    words = []
+    for key in (
+        "normalize",
+        "scores",
+        "rewards",
+        "value_loss",
+        "entropy",
+        "positives",
+        "ptx",
+        "groups",
+        "correction",
+        "update",
+    ):
+        value = getattr(algorithm, key)
+        for part in value if isinstance(value, tuple) else (value,):
+            idle = part.type in {"none", "all", "first_order"} or part == type(algorithm).__pydantic_fields__[key].default
+            if not idle and getattr(part, "coef", 1) != 0:
+                words.append(f"{key} {in_short(part)}")
+    return words
 
 
 def _run(settings: "Settings") -> int:

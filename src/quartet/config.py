@@ -4,18 +4,26 @@ The hyper-parameters of formulas, sampling and optimizers are declared where the
 them together.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import model_validator
 
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.presets import ALGORITHMS
+from quartet.algorithms.update import TrustRegion
 from quartet.generation.sampling import Sampling
 from quartet.models.shape import Shape
 from quartet.parts import Field, part
 from quartet.training.optim import Descent, Optim
 
 WORLDS = Literal["reviews", "sums"]
+
+
+def did_you_mean(value: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(value), list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 @part
@@ -25,6 +33,7 @@ class Data:
     world: WORLDS | None = None
     train: str | None = None
     eval: str | None = Field(default=None, description="Left out, a share of train is held out.")
+    pretraining: str | None = Field(default=None, description="What PTX reads. Left out, it is the SFT stage's data.")
     columns: dict[str, str] = Field(default_factory=dict, description="What the columns of the files are called here.")
     rows: int = Field(default=4000, ge=1, description="How many rows a world makes for each stage.")
     held_out: float = Field(default=0.1, gt=0, lt=1, description="The share of train that is held out where there is no eval.")
@@ -176,10 +185,14 @@ class Config:
 
     def _recipe_problems(self) -> list[str]:
         order = {"sft": 0, "reward_model": 1, **dict.fromkeys(ALGORITHMS, 2), "evaluation": 3}
-        known = ", ".join(order)
+        known = "sft, reward_model, evaluation, and what `quartet algorithms` lists"
         if not self.recipe:
             return [f"recipe: is empty. Name one stage or more of {known}."]
-        problems = [f'recipe: "{stage}" is no stage. Known are {known}.' for stage in self.recipe if stage not in order]
+        problems = [
+            f'recipe: "{stage}" is no stage.{did_you_mean(stage, order)} Known are {known}.'
+            for stage in self.recipe
+            if stage not in order
+        ]
         if problems:
             return problems
         ranks = [order[stage] for stage in self.recipe]
@@ -231,6 +244,7 @@ class Config:
             )
         if isinstance(self.critic, SeparateCritic) and self.critic.init == "reward_model" and not self.reward_model_source:
             problems.append('critic.init = "reward_model": there is no reward model here. Use "policy" or a folder.')
+        problems += self._algorithm_problems(self.algorithm)
         if self.optim.critic_warmup_steps and not self.algorithm.needs_critic:
             problems.append(f"optim.critic_warmup_steps = {self.optim.critic_warmup_steps}: {self.rl_stage} has no critic.")
         rows = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
@@ -242,4 +256,21 @@ class Config:
                 f"policy.create.max_length = {shape.max_length}: too short for data.max_prompt_tokens = "
                 f"{self.data.max_prompt_tokens} and rollout.max_new_tokens = {self.rollout.max_new_tokens} together."
             )
+        return problems
+
+    def _algorithm_problems(self, algorithm: Algorithm) -> list[str]:
+        """What the algorithm asks of the rest of the run."""
+        problems = []
+        if algorithm.needs_token_scores and not all(isinstance(r, ModelRewardSource) or r.weight == 0 for r in self.reward):
+            problems.append(
+                f'algorithm.rewards.type = "{algorithm.rewards.type}": reads a score for each token, and of the rewards here '
+                'only type = "model" gives one. Use "last_token".'
+            )
+        if isinstance(algorithm.update, TrustRegion) and not algorithm.needs_critic:
+            problems.append(
+                f'algorithm.update.type = "trust_region": is written for algorithms with a critic, and advantage.type = '
+                f'"{algorithm.advantage.type}" has none. Use advantage = {{ type = "gae" }}.'
+            )
+        if isinstance(algorithm.update, TrustRegion) and algorithm.ptx.coef > 0:
+            problems.append('algorithm.ptx: is not mixed into update.type = "trust_region". Use "first_order".')
         return problems

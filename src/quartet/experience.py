@@ -54,6 +54,10 @@ class Rollout:
     policy_version: int
     score: float | None = None
     components: Mapping[str, float] = field(default_factory=dict)
+    token_scores: tuple[float, ...] | None = None
+    """A score for each token of the response, where the reward gives one and the algorithm reads it."""
+    greedy_score: float | None = None
+    """The score of the greedy response to the same prompt, where the algorithm compares with it."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,25 @@ class Batch:
     lengths: Int[Tensor, "B"]
     response_mask: Bool[Tensor, "B T"]
     scores: Float[Tensor, "B"]
+    ended: Bool[Tensor, "B"]
+    """Whether the policy ended the response itself; False where it was cut off."""
     groups: Int[Tensor, "B"]
     """Rows that answer the same prompt share a number."""
     rollout_logprobs: Float[Tensor, "B T"]
     """The sampler's own; `old_logprobs` are the learner's for the same weights."""
     old_logprobs: Float[Tensor, "B T"]
     ref_logprobs: Float[Tensor, "B T"] | None = None
+    exact_kl: Float[Tensor, "B T"] | None = None
+    """KL(π_old ‖ π_ref) over the whole vocabulary, before each token."""
+    entropy: Float[Tensor, "B T"] | None = None
+    """Of π_old, before each token."""
     values: Float[Tensor, "B T"] | None = None
+    final_values: Float[Tensor, "B"] | None = None
+    """The value after the last token of each row: what a response that was cut off could still have earned."""
+    token_scores: Float[Tensor, "B T"] | None = None
+    """A score for every response token: a reward model read at each of them, or a dense reward."""
+    greedy_scores: Float[Tensor, "B"] | None = None
+    """The score of the greedy response to the same prompt."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +109,14 @@ class Experience:
     old_logprobs: Float[Tensor, "B T"]
     token_rewards: Float[Tensor, "B T"]
     advantages: Float[Tensor, "B T"]
+    scores: Float[Tensor, "B"]
     ref_logprobs: Float[Tensor, "B T"] | None = None
     values: Float[Tensor, "B T"] | None = None
     returns: Float[Tensor, "B T"] | None = None
+    weights: Float[Tensor, "B T"] | None = None
+    """What corrects for a sampler that was not π_old; it multiplies the policy loss."""
+    mean_entropy: Float[Tensor, "B"] | None = None
+    """The mean entropy of π_old over the tokens of the step: the same number in every row."""
 
     def __len__(self) -> int:
         return len(self.ids)

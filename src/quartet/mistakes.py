@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from quartet.config import Config
+from quartet.config import Config, did_you_mean
 
 Table = dict[str, Any]
 
@@ -104,8 +104,7 @@ def where(key: str, origins: Mapping[str, str]) -> str:
 
 
 def one_of(value: Any, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    return f"not one of {', '.join(choices)}.{f' Did you mean {near[0]}?' if near else ''}"
+    return f"not one of {', '.join(choices)}.{did_you_mean(value, choices)}"
 
 
 def _suggestion(path: Sequence[str]) -> str:

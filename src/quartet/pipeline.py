@@ -186,7 +186,7 @@ class Cast:
 
 @dataclass(frozen=True)
 class RLStage:
-    """Writes `policy/`, and `critic/` where there is one."""
+    """Writes `policy/`, `critic/` where there is one, and `policy_ema/` where an average is kept."""
 
     name: str
     prompts: Sequence[Prompt]
@@ -217,6 +217,8 @@ class RLStage:
         )
         save(cast.learner.models.actor, self.tokenizer, folder / "policy")
         cast.learner.models.save_critic(folder / "critic", self.tokenizer)
+        if cast.learner.ema is not None:
+            save(cast.learner.ema.model(cast.learner.models.actor), self.tokenizer, folder / "policy_ema")
         return {}
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.presets import ALGORITHMS
-from quartet.config import Config
-from quartet.mistakes import Table, one_of, sentence, toml_value, where
+from quartet.config import Config, did_you_mean
+from quartet.mistakes import Table, sentence, toml_value, where
 
 
 class ConfigError(ValueError):
@@ -64,13 +65,19 @@ def resolved_toml(settings: Settings) -> str:
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
 
-def _blocks(name: str, table: Table, origins: Mapping[str, str], header: str = "") -> Iterator[list[str]]:
+def algorithm_toml(algorithm: Algorithm) -> str:
+    """An algorithm as the [algorithm] table of a run's file: it recreates the record, whatever the preset becomes."""
+    table = {"algorithm": without_none(dataclasses.asdict(algorithm))}
+    return "\n\n".join("\n".join(block) for block in _blocks("", table, None)) + "\n"
+
+
+def _blocks(name: str, table: Table, origins: Mapping[str, str] | None, header: str = "") -> Iterator[list[str]]:
     """A table as a block of lines, then the tables inside it as blocks of their own."""
     prefix = f"{name}." if name else ""
     tables = {key: value for key, value in table.items() if isinstance(value, dict)}
     lists = {key: value for key, value in table.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
     lines = [
-        f"{key} = {toml_value(value)}  # {origins.get(prefix + key, 'default')}"
+        f"{key} = {toml_value(value)}" + (f"  # {origins.get(prefix + key, 'default')}" if origins is not None else "")
         for key, value in table.items()
         if key not in tables and key not in lists
     ]
@@ -85,13 +92,7 @@ def _blocks(name: str, table: Table, origins: Mapping[str, str], header: str = "
 
 def json_ready(config: Config) -> Table:
     """The config as plain tables, without what is not set."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items() if item is not None}
-        return [clean(item) for item in value] if isinstance(value, list | tuple) else value
-
-    table: Table = clean(dataclasses.asdict(config))
+    table: Table = without_none(dataclasses.asdict(config))
     return table
 
 
@@ -183,10 +184,13 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
         table.pop("algorithm", None)
         return
     if asked not in ALGORITHMS:
-        raise ConfigError(f"{origin}: algorithm.preset = {toml_value(asked)}: {one_of(asked, list(ALGORITHMS))}")
+        raise ConfigError(
+            f"{origin}: algorithm.preset = {toml_value(asked)}: no such preset.{did_you_mean(asked, ALGORITHMS)} "
+            "`quartet algorithms` lists them."
+        )
     if asked != rl:
         raise ConfigError(f'{origin}: algorithm.preset = "{asked}", but the recipe says "{rl}". Make them the same.')
-    preset = _without_none(dataclasses.asdict(ALGORITHMS[rl]))
+    preset = without_none(dataclasses.asdict(ALGORITHMS[rl]))
     table["algorithm"] = _merged(preset, algorithm)
     for key, _ in _leaves(table["algorithm"], "algorithm"):
         origins.setdefault(key, f"preset {rl}" if _has(preset, key.split(".")[1:]) else "default")
@@ -195,19 +199,32 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
         origins["reward.0.type"] = "recipe"
 
 
-def _without_none(table: Table) -> Table:
-    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}
+def without_none(value: Any) -> Any:
+    """Tables and lists without what is not set, as TOML has them."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _has(table: Any, path: list[str]) -> bool:
+    if isinstance(table, list) and path and path[0].isdigit():
+        return int(path[0]) < len(table) and _has(table[int(path[0])], path[1:])
     return not path or (isinstance(table, dict) and path[0] in table and _has(table[path[0]], path[1:]))
 
 
 def _merged(below: Table, above: Table) -> Table:
-    """`above` over `below`, key by key; a table of another type replaces the whole."""
+    """`above` over `below`, key by key; a table of another type replaces the whole; `scores.0` is the first of a list."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
+        if (
+            isinstance(old, list)
+            and isinstance(value, dict)
+            and value
+            and all(k.isdigit() and int(k) < len(old) for k in value)
+        ):
+            merged[key] = [_merged(item, value.get(str(i), {})) for i, item in enumerate(old)]
+            continue
         same = isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type")
         if same and old:
             merged[key] = _merged(old, value)

@@ -1,9 +1,8 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from quartet.algorithms.advantages import Gae, GroupMean, gae
+from quartet.algorithms.advantages import Gae, LengthAdaptiveGae, MonteCarlo, NStep, TemporalDifference, Whiten, gae, n_step
+from quartet.algorithms.baselines import GreedyBaseline, GroupMean, LeaveOneOut, LengthWeightedBaseline, ReturnToGo
 from tests.world import ragged_batch
 
 
@@ -45,39 +44,11 @@ def test_lambda_0_is_the_temporal_difference():
     torch.testing.assert_close(result, rewards + 0.9 * following - values)
 
 
-def loop_gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
-    """Straight from the paper, eq. 16: A_t = Σ_l (γλ)^l δ_{t+l}, as plain numbers."""
-    deltas = [r + gamma * (values[t + 1] if t + 1 < len(values) else 0.0) - values[t] for t, r in enumerate(rewards)]
-    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    rows=st.lists(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=1, max_size=8), min_size=1, max_size=5),
-    gamma=st.floats(0, 1),
-    lam=st.floats(0, 1),
-)
-def test_gae_against_plain_loops_on_ragged_batches(rows, gamma, lam):
-    width = max(map(len, rows))
-    pad = [[*row, *[(0.0, 0.0)] * (width - len(row))] for row in rows]
-    rewards, values = tensor(*[[r for r, _ in row] for row in pad]), tensor(*[[v for _, v in row] for row in pad])
-    mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
-    result = gae(rewards, values, mask, gamma, lam)
-    for i, row in enumerate(rows):
-        expected = loop_gae([r for r, _ in row], [v for _, v in row], gamma, lam)
-        torch.testing.assert_close(result[i, : len(row)], torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
-
-
-def test_returns_are_advantages_plus_values_taken_before_whitening():
+def test_returns_are_advantages_plus_values():
     batch = ragged_batch([3, 1, 2], [1.0, 0.0, -1.0])
     rewards = torch.zeros_like(batch.old_logprobs)
-    raw, returns = Gae(whiten=False)(rewards, batch)
-    white, same_returns = Gae(whiten=True)(rewards, batch)
+    raw, returns = Gae()(rewards, batch)
     torch.testing.assert_close(returns, torch.where(batch.response_mask, raw + batch.values, 0.0))
-    torch.testing.assert_close(returns, same_returns)
-    valid = white[batch.response_mask]
-    assert valid.mean().abs() < 1e-9
-    assert valid.var(correction=0) == pytest.approx(1, abs=1e-6)
 
 
 def group_advantage(scores, **settings):
@@ -89,7 +60,7 @@ def group_advantage(scores, **settings):
 def test_group_mean_by_hand():
     # 1, 0, 0, 0: mean 0.25, sample std 0.5: (1 − 0.25) / 0.5 = 1.5, −0.5
     assert group_advantage([1.0, 0.0, 0.0, 0.0]) == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
-    assert group_advantage([1.0, 0.0, 0.0, 0.0], divide_by_std=False) == [0.75, -0.25, -0.25, -0.25]
+    assert group_advantage([1.0, 0.0, 0.0, 0.0], std="none") == [0.75, -0.25, -0.25, -0.25]
 
 
 def test_a_group_of_two_differs_by_root_two():
@@ -111,3 +82,113 @@ def test_a_response_shares_one_advantage_among_its_tokens():
     advantages = GroupMean()(rewards, batch)[0]
     assert advantages[0, 1] == advantages[0, 2] == advantages[0, 3] > 0
     assert advantages[1, 2:].tolist() == [0, 0]
+
+
+def test_whitened_advantages_have_mean_0_and_deviation_1_by_either_count():
+    batch = ragged_batch([3, 1, 2], [1.0, 0.0, -1.0])
+    for deviation, correction in (("population", 0), ("sample", 1)):
+        valid = Whiten(deviation=deviation)(batch.values, batch.response_mask)[batch.response_mask]
+        assert valid.mean().abs() < 1e-9
+        assert valid.var(correction=correction) == pytest.approx(1, abs=1e-6)
+    assert Whiten(clip=0.5)(batch.values, batch.response_mask).abs().max() == 0.5
+
+
+def test_n_step_by_hand():
+    # rewards (0, 0, 1), values (0.5, 0.6, 0.7), n = 2: (0 + 0 + 0.7 − 0.5, 0 + 1 − 0.6, 1 − 0.7)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    result = n_step(tensor([0, 0, 1]), tensor([0.5, 0.6, 0.7]), mask, n=2)
+    torch.testing.assert_close(result, tensor([0.2, 0.4, 0.3]))
+
+
+def test_n_step_steps_over_tokens_of_others():
+    mask = torch.tensor([[True, False, True, True, False]])
+    result = n_step(tensor([0, 9, 0, 1, 9]), tensor([0.5, 9, 0.6, 0.7, 9]), mask, n=2)
+    torch.testing.assert_close(result, tensor([0.2, 0, 0.4, 0.3, 0]))
+
+
+def three_estimates(batch, rewards):
+    return NStep(n=1)(rewards, batch)[0], NStep(n=100)(rewards, batch)[0], NStep(n=3)(rewards, batch)[0]
+
+
+def test_one_step_is_td_and_all_steps_are_monte_carlo():
+    batch = ragged_batch([6, 1, 3], [1.0, 0.0, -1.0])
+    rewards = torch.where(batch.response_mask, torch.randn_like(batch.values), 0.0)
+    one, all_steps, _ = three_estimates(batch, rewards)
+    torch.testing.assert_close(one, TemporalDifference()(rewards, batch)[0])
+    torch.testing.assert_close(all_steps, MonteCarlo()(rewards, batch)[0])
+    torch.testing.assert_close(one, Gae(lam=0.0)(rewards, batch)[0])
+    torch.testing.assert_close(all_steps, Gae(lam=1.0)(rewards, batch)[0])
+
+
+def test_targets_of_the_critic_have_a_lambda_of_their_own():
+    batch = ragged_batch([6, 1, 3], [1.0, 0.0, -1.0])
+    rewards = torch.where(batch.response_mask, torch.randn_like(batch.values), 0.0)
+    to_go = ReturnToGo()(rewards, batch)[0]
+    advantages, targets = Gae(lam=0.95, value_lam=1.0)(rewards, batch)
+    torch.testing.assert_close(targets, to_go)  # Monte Carlo: the critic's own opinion cancels
+    torch.testing.assert_close(advantages, Gae(lam=0.95)(rewards, batch)[0])
+    _, td_targets = Gae(lam=0.95, value_lam=0.0)(rewards, batch)
+    torch.testing.assert_close(td_targets, TemporalDifference()(rewards, batch)[1])
+
+
+def test_the_value_after_a_response_that_was_cut_off_counts_only_if_asked():
+    batch = ragged_batch([2, 2, 2], [0.0, 0.0, 0.0])  # the third was cut off
+    zeros = torch.zeros_like(batch.values)
+    plain, bootstrapped = (Gae(lam=1.0, bootstrap_truncated=b)(zeros, batch)[1] for b in (False, True))
+    torch.testing.assert_close(bootstrapped[:2], plain[:2])
+    torch.testing.assert_close(bootstrapped[2, 1:], batch.final_values[2].expand(2))
+    torch.testing.assert_close(NStep(n=9, bootstrap_truncated=True)(zeros, batch)[1], bootstrapped)
+    torch.testing.assert_close(
+        NStep(n=1, gamma=0.9, bootstrap_truncated=True)(zeros, batch)[1][2, 2], 0.9 * batch.final_values[2]
+    )
+
+
+def test_length_adaptive_lambda_by_hand():
+    # alpha = 0.5: a response of 4 tokens has λ = 1 − 1 / 2 = 0.5, one of 1 token λ = max(1 − 2, 0) = 0
+    batch = ragged_batch([4, 1], [1.0, 0.0])
+    rewards = torch.where(batch.response_mask, torch.randn_like(batch.values), 0.0)
+    advantages, targets = LengthAdaptiveGae(alpha=0.5)(rewards, batch)
+    torch.testing.assert_close(advantages[:1], Gae(lam=0.5)(rewards, batch)[0][:1])
+    torch.testing.assert_close(advantages[1:], Gae(lam=0.0)(rewards, batch)[0][1:])
+    torch.testing.assert_close(targets, ReturnToGo()(rewards, batch)[0])
+
+
+def responses(scores, lengths, part):
+    batch = ragged_batch(lengths, scores, groups=[0] * len(scores))
+    rewards = torch.zeros_like(batch.values)
+    rewards[:, 1] = batch.scores
+    return part(rewards, batch)[0][:, 1].tolist()
+
+
+def test_leave_one_out_by_hand():
+    # 1 − (0 + 0 + 0) / 3 = 1; 0 − (1 + 0 + 0) / 3 = −1/3
+    assert responses([1.0, 0.0, 0.0, 0.0], [1, 2, 3, 1], LeaveOneOut()) == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+    assert responses([0.7], [2], LeaveOneOut()) == [0]
+
+
+def test_population_and_sample_deviation_differ_as_they_should():
+    # 1, 0, 0, 0: the population's deviation is √3 / 4 = 0.433: 0.75 / 0.433 = 1.732
+    assert responses([1.0, 0.0, 0.0, 0.0], [1] * 4, GroupMean(std="population"))[0] == pytest.approx(3**0.5, abs=1e-4)
+
+
+def test_the_length_weighted_baseline_by_hand():
+    # lengths 3 and 1, rewards 1 and 0: baseline (3 · 1 + 1 · 0) / 4 = 0.75
+    assert responses([1.0, 0.0], [3, 1], LengthWeightedBaseline()) == pytest.approx([0.25, -0.75])
+
+
+def test_with_equal_lengths_it_is_the_groups_mean():
+    equal = responses([1.0, 0.2, -0.4], [2, 2, 2], LengthWeightedBaseline())
+    assert equal == pytest.approx(responses([1.0, 0.2, -0.4], [2, 2, 2], GroupMean(std="none")))
+
+
+def test_the_greedy_baseline_is_taken_off_every_return():
+    batch = ragged_batch([3, 1], [1.0, 4.0])  # greedy scores 0.5 and 2
+    rewards = torch.zeros_like(batch.values)
+    rewards[0, 3], rewards[1, 1] = 1.0, 4.0
+    assert GreedyBaseline()(rewards, batch)[0].tolist() == [[0, 0.5, 0.5, 0.5], [0, 2.0, 0, 0]]
+
+
+@pytest.mark.parametrize("part", [GroupMean(), GroupMean(std="none"), LeaveOneOut(), LengthWeightedBaseline()])
+@pytest.mark.parametrize("score", [0.1, 1 / 3, -7.77])
+def test_equals_have_no_advantage_whatever_the_baseline(part, score):
+    assert set(responses([score] * 7, [1, 2, 3, 4, 5, 6, 7], part)) == {0}

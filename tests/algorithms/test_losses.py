@@ -3,17 +3,19 @@ import math
 import pytest
 import torch
 
-from quartet.algorithms.aggregation import SequenceMean, TokenMean
+from quartet.algorithms.aggregation import FixedLength, SequenceMean, TokenMean
 from quartet.algorithms.entropy import EntropyBonus
 from quartet.algorithms.policy_loss import Clip
 from quartet.algorithms.preference import bradley_terry
 from quartet.algorithms.value_loss import ClippedValueLoss
 
+ONE = torch.ones(1, 1, dtype=torch.bool)
+
 
 def clip_loss_and_gradient(ratio: float, advantage: float) -> tuple[float, float]:
     """The loss of one token with this ratio, and its gradient with respect to the log-prob."""
     logprob = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    loss = Clip()(logprob, torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[advantage]], dtype=torch.float64))
+    loss = Clip()(logprob, torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[advantage]], dtype=torch.float64), ONE)
     loss.sum().backward()
     return loss.item(), logprob.grad.item()
 
@@ -34,18 +36,18 @@ def test_the_six_cases_of_the_clip(case, ratio, advantage, loss, gradient):
     measured = clip_loss_and_gradient(ratio, advantage)
     assert measured == pytest.approx((loss, gradient), abs=1e-9)
     zeros = torch.zeros(1, 1)
-    says = Clip().clipped(torch.tensor([[math.log(ratio)]]), zeros, torch.tensor([[advantage]]))
+    says = Clip().clipped(torch.tensor([[math.log(ratio)]]), zeros, torch.tensor([[advantage]]), ONE)
     assert says.item() == (gradient == 0)
 
 
 def test_an_asymmetric_clip_lets_good_tokens_rise_further():
     wide = Clip(low=0.2, high=0.28)
-    assert wide(torch.tensor([[math.log(1.25)]]), torch.zeros(1, 1), torch.ones(1, 1)).item() == pytest.approx(-1.25)
-    assert wide(torch.tensor([[math.log(1.5)]]), torch.zeros(1, 1), torch.ones(1, 1)).item() == pytest.approx(-1.28)
+    assert wide(torch.tensor([[math.log(1.25)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE).item() == pytest.approx(-1.25)
+    assert wide(torch.tensor([[math.log(1.5)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE).item() == pytest.approx(-1.28)
 
 
 def test_an_absurd_ratio_stays_finite():
-    assert Clip()(torch.tensor([[500.0]]), torch.zeros(1, 1), -torch.ones(1, 1)).isfinite().all()
+    assert Clip()(torch.tensor([[500.0]]), torch.zeros(1, 1), -torch.ones(1, 1), ONE).isfinite().all()
 
 
 def test_value_loss_by_hand():
@@ -74,20 +76,20 @@ def test_bradley_terry_by_hand_and_at_extremes():
 
 
 def test_entropy_bonus_rewards_indecision():
-    assert EntropyBonus(coef=0.01)(torch.tensor([[2.0]])).item() == pytest.approx(-0.02)
+    assert EntropyBonus(coef=0.01)(torch.tensor([[2.0]]), None).item() == pytest.approx(-0.02)
 
 
 LOSS = torch.tensor([[1.0, 3.0, 5.0], [7.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
 MASK = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
 
 
-def test_token_mean_and_sequence_mean_by_hand():
-    # tokens: (1 + 3 + 5 + 7) / 4 = 4; sequences: (3 + 7) / 2 = 5, the empty one not counted
-    for part, expected in ((TokenMean(), 4.0), (SequenceMean(), 5.0)):
+def test_aggregations_by_hand():
+    # tokens: (1 + 3 + 5 + 7) / 4 = 4; sequences: (3 + 7) / 2 = 5, the empty one not counted; length 8: 16 / (2 · 8) = 1
+    for part, expected in ((TokenMean(), 4.0), (SequenceMean(), 5.0), (FixedLength(length=8), 1.0)):
         assert part(LOSS, MASK, part.denominator(MASK)).item() == expected
 
 
-@pytest.mark.parametrize("part", [TokenMean(), SequenceMean()])
+@pytest.mark.parametrize("part", [TokenMean(), SequenceMean(), FixedLength(length=8)])
 def test_pieces_add_up_to_the_whole(part):
     denominator = part.denominator(MASK)
     pieces = sum(part(LOSS[i : i + 1], MASK[i : i + 1], denominator) for i in range(3))

@@ -45,7 +45,7 @@ def weights(made):
 
 def test_score_gives_each_token_three_opinions_and_none_outside_the_response():
     made = learner()
-    batch = made.score(rollouts())
+    batch = made.score(rollouts(), ALGORITHMS["ppo"])
     outside = ~batch.response_mask
     for numbers in (batch.old_logprobs, batch.ref_logprobs, batch.values):
         assert (numbers[outside] == 0).all()
@@ -55,7 +55,7 @@ def test_score_gives_each_token_three_opinions_and_none_outside_the_response():
 
 def test_without_a_critic_or_a_reference_there_are_no_such_numbers():
     made = Learner(actor_critic("none"), None, SETTINGS, 1.0, steps=1, seed=0)
-    batch = made.score(rollouts())
+    batch = made.score(rollouts(), ALGORITHMS["ppo"])
     assert batch.values is None and batch.ref_logprobs is None
 
 
@@ -63,9 +63,9 @@ def test_without_a_critic_or_a_reference_there_are_no_such_numbers():
 def test_the_ratio_is_1_before_the_first_step_and_moves_after(kind):
     made = learner(kind)
     algorithm = ALGORITHMS["grpo" if kind == "none" else "ppo"]
-    update = made.update(algorithm.experience(made.score(rollouts())), algorithm)
+    update = made.update(algorithm.experience(made.score(rollouts(), algorithm)), algorithm)
     assert update.first_ratio_error < 1e-5
-    again = made.score(rollouts())
+    again = made.score(rollouts(), algorithm)
     assert (again.old_logprobs - update.logprobs).abs().max() > 1e-4
     assert made.version == made.weights().version == 1
 
@@ -79,7 +79,7 @@ def test_micro_batches_change_nothing(kind, name):
     results = []
     for tokens in (10_000, 20):
         made = learner(kind, micro_batch_tokens=tokens)
-        made.update(algorithm.experience(made.score(rollouts())), algorithm)
+        made.update(algorithm.experience(made.score(rollouts(), algorithm)), algorithm)
         results.append(weights(made))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=2e-6, rtol=0)
@@ -89,7 +89,7 @@ def test_one_minibatch_is_one_step_by_hand():
     """The whole update against AdamW on a loss written out here."""
     made = learner(epochs=1, minibatches=1, max_grad_norm=float("inf"))
     algorithm = ALGORITHMS["ppo"]
-    experience = algorithm.experience(made.score(rollouts()))
+    experience = algorithm.experience(made.score(rollouts(), algorithm))
     expected = copy.deepcopy(made.models.actor)
     logits = expected(input_ids=experience.tokens).logits[:, :-1] / 0.8
     logprobs = logits.log_softmax(-1).gather(-1, experience.tokens[:, 1:, None])[..., 0]
@@ -108,7 +108,7 @@ def test_during_the_critics_warm_up_the_actor_stands_still():
     algorithm = ALGORITHMS["ppo"]
     actor = [p.detach().clone() for p in made.models.actor_parameters()]
     critic = [p.detach().clone() for p in made.models.critic_parameters()]
-    made.update(algorithm.experience(made.score(rollouts())), algorithm, train_actor=False)
+    made.update(algorithm.experience(made.score(rollouts(), algorithm)), algorithm, train_actor=False)
     assert all(torch.equal(a, b) for a, b in zip(actor, made.models.actor_parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(critic, made.models.critic_parameters(), strict=True))
 
@@ -116,20 +116,20 @@ def test_during_the_critics_warm_up_the_actor_stands_still():
 def test_the_reference_never_moves():
     made = learner()
     before = copy.deepcopy(made.reference.state_dict())
-    made.update(ALGORITHMS["ppo"].experience(made.score(rollouts())), ALGORITHMS["ppo"])
+    made.update(ALGORITHMS["ppo"].experience(made.score(rollouts(), ALGORITHMS["ppo"])), ALGORITHMS["ppo"])
     assert all(torch.equal(before[k], v) for k, v in made.reference.state_dict().items())
 
 
 def test_a_reward_that_is_not_a_number_stops_with_its_sample():
     broken = [*rollouts()[:3], dataclasses.replace(rollouts()[3], score=float("nan"))]
     with pytest.raises(NonFinite, match=f"the reward is not finite in sample {broken[3].id}"):
-        learner().score(broken)
+        learner().score(broken, ALGORITHMS["ppo"])
 
 
 @pytest.mark.parametrize("what", ["advantages", "returns"])
 def test_a_loss_that_is_not_finite_stops_before_any_weight_has_changed(what):
     made = learner()
-    experience = ALGORITHMS["ppo"].experience(made.score(rollouts()))
+    experience = ALGORITHMS["ppo"].experience(made.score(rollouts(), ALGORITHMS["ppo"]))
     numbers = getattr(experience, what).clone()
     numbers[2, int(experience.response_mask[2].int().argmax())] = torch.inf
     before = weights(made)
@@ -143,7 +143,7 @@ def test_a_weight_that_is_not_finite_is_seen_in_the_first_forward():
     with torch.no_grad():
         next(iter(made.models.actor_parameters()))[5] = torch.nan
     with pytest.raises(NonFinite, match="the log-probability is not finite in sample tiny"):
-        made.score(rollouts())
+        made.score(rollouts(), ALGORITHMS["ppo"])
 
 
 def test_descend_adds_gradients_and_reports_their_norm():

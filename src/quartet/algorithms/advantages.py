@@ -1,11 +1,18 @@
-"""How much better than expected each token turned out: advantages, and the returns that the critic learns."""
+"""How much better than expected each token turned out, by a critic: advantages, and the returns that the critic learns.
 
-from typing import ClassVar, Literal
+The critic's targets are V + an advantage with a λ of its own, `value_lam`: 0 gives the one-step (TD) target, 1 the Monte
+Carlo return, anything between GAE's. Left out, it is the policy's λ. Baselines that need no critic are in `baselines.py`.
+"""
 
-from quartet.algorithms.masked import all_equal_in_group, group_mean, group_std, masked, whiten
+from typing import Annotated, ClassVar, Literal
+
+from quartet.algorithms.masked import masked, whiten
 from quartet.experience import Batch
 from quartet.parts import Field, part
 from quartet.tensors import Bool, Float, Tensor, torch
+
+GAMMA = "The discount of later rewards. Typical for text: 1."
+LAM = "0 trusts the critic, 1 the sampled return. Typical: 0.95 to 1."
 
 
 def gae(
@@ -13,19 +20,21 @@ def gae(
     values: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Float[Tensor, "B"] = 0.95,
+    final_values: Float[Tensor, "B"] | None = None,
 ) -> Float[Tensor, "B T"]:
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16):
 
         δ_t = r_t + γ V_{t+1} − V_t          A_t = δ_t + γ λ A_{t+1}
 
-    The value after the last token of the mask is 0. Entries outside the mask are stepped over, as if they were not
-    there: the recursion carries the next value and advantage across them.
+    The value after the last token of the mask is 0, or `final_values`. Entries outside the mask are stepped over, as if
+    they were not there: the recursion carries the next value and advantage across them, so that tokens which are not the
+    policy's own (a tool's output) are part of the environment.
 
     Two tokens with rewards (0, 1), values (0.5, 0.6), γ = 1, λ = 0.5: δ = (0.1, 0.4), A = (0.1 + 0.5·0.4, 0.4) = (0.3, 0.4).
     """
     advantages = torch.zeros_like(rewards)
-    next_value = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(rewards[:, 0]) if final_values is None else final_values
     next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -36,49 +45,188 @@ def gae(
     return advantages
 
 
+def n_step(
+    rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    n: int,
+    gamma: float = 1.0,
+    final_values: Float[Tensor, "B"] | None = None,
+) -> Float[Tensor, "B T"]:
+    """A_t = r_t + γ r_{t+1} + … + γ^{n−1} r_{t+n−1} + γ^n V_{t+n} − V_t (Sutton & Barto, eq. 7.1), over the tokens of the
+    mask only. n = 1 is the TD error, n ≥ the number of tokens the Monte Carlo return less the value.
+
+    Rewards (0, 0, 1), values (0.5, 0.6, 0.7), n = 2: A = (0 + 0 + 0.7 − 0.5, 0 + 1 − 0.6, 1 − 0.7) = (0.2, 0.4, 0.3).
+    """
+    order = torch.argsort(~mask, dim=1, stable=True)  # the mask's entries first, in their order
+    counts = mask.sum(dim=1)
+    n = min(n, mask.shape[1])
+    ahead = torch.nn.functional.pad(masked(rewards, mask).gather(1, order), (0, n))
+    value = torch.nn.functional.pad(masked(values, mask).gather(1, order), (0, n))
+    if (
+        final_values is not None
+    ):  # it holds for every step beyond the end: no more rewards come, and nothing is discounted twice
+        beyond = torch.arange(value.shape[1], device=mask.device) - counts[:, None]
+        value = torch.where(beyond >= 0, final_values[:, None] * gamma ** (-beyond.clamp(min=0)), value)
+    width = mask.shape[1]
+    total = gamma**n * value[:, n:] - value[:, :width]
+    for k in range(n):
+        total = total + gamma**k * ahead[:, k : k + width]
+    return masked(torch.zeros_like(rewards).scatter(1, order, total), mask)
+
+
+def return_to_go(rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], gamma: float = 1.0) -> Float[Tensor, "B T"]:
+    """G_t = Σ_k γ^k r_{t+k}: GAE with λ = 1 and no critic. Rewards (0.1, 0, 1), γ = 0.5: (0.35, 0.5, 1)."""
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
+
+
+# --- parts with a critic -------------------------------------------------------------------------------------------------
+
+
+def _values(batch: Batch, bootstrap_truncated: bool) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B"] | None]:
+    """The critic's values, and those after the end of responses that were cut off where they are asked for."""
+    assert batch.values is not None, "this advantage needs a critic's values"
+    if not bootstrap_truncated:
+        return batch.values, None
+    assert batch.final_values is not None, "bootstrapping needs the values after the last tokens"
+    return batch.values, torch.where(batch.ended, 0.0, batch.final_values)
+
+
+def _with_targets(
+    advantages: Float[Tensor, "B T"],
+    token_rewards: Float[Tensor, "B T"],
+    batch: Batch,
+    gamma: float,
+    value_lam: float | None,
+    bootstrap_truncated: bool,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """The advantages, and the critic's targets."""
+    values, final = _values(batch, bootstrap_truncated)
+    mask = batch.response_mask
+    error = advantages if value_lam is None else gae(token_rewards, values, mask, gamma, value_lam, final)
+    return advantages, masked(error + values, mask)
+
+
 @part
 class Gae:
-    """Advantages by GAE with a critic; the critic's targets are advantage + value, taken before whitening.
-
-    Whitening is over all response tokens of the step (Ziegler et al. 2019), so that minibatches do not change it.
-    """
+    """Advantages by GAE with a critic. λ = 1 is Monte Carlo, λ = 0 the TD error."""
 
     type: Literal["gae"] = "gae"
-    gamma: float = Field(default=1.0, ge=0, le=1, description="The discount of later rewards. Typical for text: 1.")
-    lam: float = Field(default=0.95, ge=0, le=1, description="0 trusts the critic, 1 the sampled return. Typical: 0.95 to 1.")
-    whiten: bool = True
+    gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
+    lam: float = Field(default=0.95, ge=0, le=1, description=LAM)
+    value_lam: float | None = Field(default=None, ge=0, le=1, description="λ of the critic's targets. Default: lam.")
+    bootstrap_truncated: bool = False
+    """Whether a response that was cut off ends in the critic's value instead of 0."""
     needs_critic: ClassVar[bool] = True
     needs_group: ClassVar[bool] = False
+    needs_greedy: ClassVar[bool] = False
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
         """Advantages and returns, both [B T]."""
-        assert batch.values is not None, "Gae needs a critic's values"
-        advantages = gae(token_rewards, batch.values, batch.response_mask, self.gamma, self.lam)
-        returns = masked(advantages + batch.values, batch.response_mask)
-        return whiten(advantages, batch.response_mask) if self.whiten else advantages, returns
+        values, final = _values(batch, self.bootstrap_truncated)
+        advantages = gae(token_rewards, values, batch.response_mask, self.gamma, self.lam, final)
+        return _with_targets(advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated)
 
 
 @part
-class GroupMean:
-    """A = (R − mean of the group) / (std of the group + eps), the same for every token of a response (GRPO, Shao et al.
-    2024). R is the sum of the response's token rewards; a group is the responses to one prompt.
+class LengthAdaptiveGae:
+    """GAE with λ = 1 − 1 / (alpha · l) for a response of l tokens (VAPO, Yue et al. 2025, eq. 8), so that the reward at the
+    end reaches the first tokens of long responses too. The critic's targets are Monte Carlo returns.
 
-    std is the sample's (n − 1), as in TRL, veRL and OpenRLHF. A group of equals gets exactly 0: statistics are taken in
-    float64 and equality is tested before dividing, where float32 noise over a tiny std would give up to ±1. A group of
-    one gets 0.
+    alpha = 0.05, l = 100: λ = 1 − 1/5 = 0.8. Short responses, where that is below 0, get λ = 0.
     """
 
-    type: Literal["group_mean"] = "group_mean"
-    divide_by_std: bool = True
-    eps: float = Field(default=1e-6, gt=0)
-    needs_critic: ClassVar[bool] = False
-    needs_group: ClassVar[bool] = True
+    type: Literal["length_adaptive_gae"] = "length_adaptive_gae"
+    alpha: float = Field(default=0.05, gt=0)
+    gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
+    value_lam: float = Field(default=1.0, ge=0, le=1, description="λ of the critic's targets.")
+    bootstrap_truncated: bool = False
+    needs_critic: ClassVar[bool] = True
+    needs_group: ClassVar[bool] = False
+    needs_greedy: ClassVar[bool] = False
 
-    def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, None]:
-        """Advantages [B T]; there are no returns, for there is no critic."""
-        total = masked(token_rewards, batch.response_mask).sum(dim=1)
-        centred = total.double() - group_mean(total, batch.groups)
-        if self.divide_by_std:
-            centred = centred / (group_std(total, batch.groups) + self.eps)
-        advantage = torch.where(all_equal_in_group(total, batch.groups), 0.0, centred).to(total.dtype)
-        return masked(advantage[:, None].expand_as(token_rewards), batch.response_mask), None
+    def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
+        values, final = _values(batch, self.bootstrap_truncated)
+        lengths = batch.response_mask.sum(dim=1).clamp(min=1)
+        lam = (1 - 1 / (self.alpha * lengths)).clamp(min=0).to(values.dtype)
+        advantages = gae(token_rewards, values, batch.response_mask, self.gamma, lam, final)
+        return _with_targets(advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated)
+
+
+@part
+class NStep:
+    """n sampled rewards, then the critic."""
+
+    type: Literal["n_step"] = "n_step"
+    n: int = Field(default=4, ge=1, description="1 is the TD error; the response's length or more is Monte Carlo.")
+    gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
+    value_lam: float | None = Field(default=None, ge=0, le=1, description="λ of the critic's targets. Default: n steps too.")
+    bootstrap_truncated: bool = False
+    needs_critic: ClassVar[bool] = True
+    needs_group: ClassVar[bool] = False
+    needs_greedy: ClassVar[bool] = False
+
+    def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
+        values, final = _values(batch, self.bootstrap_truncated)
+        advantages = n_step(token_rewards, values, batch.response_mask, self.n, self.gamma, final)
+        return _with_targets(advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated)
+
+
+@part
+class MonteCarlo:
+    """A_t = G_t − V_t: the sampled return less the critic's value. Unbiased, of high variance."""
+
+    type: Literal["monte_carlo"] = "monte_carlo"
+    gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
+    needs_critic: ClassVar[bool] = True
+    needs_group: ClassVar[bool] = False
+    needs_greedy: ClassVar[bool] = False
+
+    def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
+        return Gae(gamma=self.gamma, lam=1.0)(token_rewards, batch)
+
+
+@part
+class TemporalDifference:
+    """A_t = r_t + γ V_{t+1} − V_t: one reward, then the critic. Of low variance, as biased as the critic."""
+
+    type: Literal["temporal_difference"] = "temporal_difference"
+    gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
+    needs_critic: ClassVar[bool] = True
+    needs_group: ClassVar[bool] = False
+    needs_greedy: ClassVar[bool] = False
+
+    def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
+        return Gae(gamma=self.gamma, lam=0.0)(token_rewards, batch)
+
+
+# --- after the estimate --------------------------------------------------------------------------------------------------
+
+
+@part
+class AsEstimated:
+    """The advantages stay as they are."""
+
+    type: Literal["none"] = "none"
+
+    def __call__(self, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        return advantages
+
+
+@part
+class Whiten:
+    """(A − μ) / σ over all response tokens of the step, so that minibatches do not change it; then cut to ±clip
+    (PPO-max: 0.5).
+
+    OpenAI's code and its reproductions divide by the population's deviation, TRL, trlx and veRL by the sample's.
+    """
+
+    type: Literal["whiten"] = "whiten"
+    deviation: Literal["population", "sample"] = "population"
+    clip: float = Field(default=float("inf"), gt=0, description="Whitened advantages are cut to ± this value; inf: not at all.")
+
+    def __call__(self, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        return whiten(advantages, mask, sample=self.deviation == "sample").clamp(-self.clip, self.clip)
+
+
+Normalize = Annotated[AsEstimated | Whiten, Field(discriminator="type")]

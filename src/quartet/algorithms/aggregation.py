@@ -4,10 +4,10 @@ The denominator is counted over everything that feeds one optimizer step and is 
 micro-batches and ranks add up to the same gradient, however they were cut.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from quartet.algorithms.masked import masked
-from quartet.parts import part
+from quartet.parts import Field, part
 from quartet.tensors import Bool, Float, Tensor
 
 
@@ -38,3 +38,21 @@ class SequenceMean:
 
     def __call__(self, loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: float) -> Float[Tensor, ""]:
         return (masked(loss, mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / max(denominator, 1)
+
+
+@part
+class FixedLength:
+    """Σ ℓ_t / (number of responses · length): a constant in place of the length, so that neither long nor short responses
+    are favoured (Dr. GRPO, Liu et al. 2025). The paper takes the generation budget, max_new_tokens, for it."""
+
+    type: Literal["fixed_length"] = "fixed_length"
+    length: int = Field(default=1024, ge=1, description="The generation budget: set it to rollout.max_new_tokens.")
+
+    def denominator(self, mask: Bool[Tensor, "B T"]) -> float:
+        return float(mask.any(dim=1).sum()) * self.length
+
+    def __call__(self, loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: float) -> Float[Tensor, ""]:
+        return masked(loss, mask).sum() / max(denominator, 1)
+
+
+Aggregation = Annotated[TokenMean | SequenceMean | FixedLength, Field(discriminator="type")]

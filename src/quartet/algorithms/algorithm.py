@@ -1,20 +1,67 @@
 """An algorithm is a record of parts: how scores become token rewards, rewards advantages, and advantages a loss."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, TypeVar
 
 from pydantic import model_validator
 
-from quartet.algorithms.advantages import Gae, GroupMean
-from quartet.algorithms.aggregation import SequenceMean, TokenMean
-from quartet.algorithms.entropy import EntropyBonus
+from quartet.algorithms.advantages import (
+    AsEstimated,
+    Gae,
+    LengthAdaptiveGae,
+    MonteCarlo,
+    Normalize,
+    NStep,
+    TemporalDifference,
+)
+from quartet.algorithms.aggregation import Aggregation
+from quartet.algorithms.baselines import GreedyBaseline, GroupMean, LeaveOneOut, LengthWeightedBaseline, ReturnToGo
+from quartet.algorithms.correction import Correction, NoCorrection
+from quartet.algorithms.entropy import Entropy, EntropyBonus
+from quartet.algorithms.groups import AllGroups, Groups
+from quartet.algorithms.imitation import PositiveExamples, Pretraining
 from quartet.algorithms.kl import KLInLoss, KLInReward, NoKL
-from quartet.algorithms.masked import masked
-from quartet.algorithms.policy_loss import Clip
-from quartet.algorithms.rewards import LastToken
-from quartet.algorithms.value_loss import ClippedValueLoss
+from quartet.algorithms.masked import masked, masked_mean
+from quartet.algorithms.policy_loss import (
+    Cispo,
+    Clip,
+    DualClip,
+    Gmpo,
+    ImportanceWeighted,
+    KLPenalty,
+    Reinforce,
+    Sapo,
+    SequenceClip,
+)
+from quartet.algorithms.rewards import EveryToken, LastToken, MeanOfTokens, ScorePart, whiten_keeping_mean
+from quartet.algorithms.update import ActorUpdate, FirstOrder
+from quartet.algorithms.value_loss import ClippedValueLoss, NoValueLoss, ValueLoss
 from quartet.experience import Batch, Experience
 from quartet.parts import Field, part
-from quartet.tensors import Float, Tensor
+from quartet.tensors import Bool, Float, Tensor
+
+P = TypeVar("P")
+Advantage = Annotated[
+    Gae
+    | LengthAdaptiveGae
+    | NStep
+    | MonteCarlo
+    | TemporalDifference
+    | ReturnToGo
+    | GroupMean
+    | LeaveOneOut
+    | LengthWeightedBaseline
+    | GreedyBaseline,
+    Field(discriminator="type"),
+]
+PolicyLoss = Annotated[
+    Reinforce | ImportanceWeighted | KLPenalty | Clip | DualClip | SequenceClip | Cispo | Sapo | Gmpo,
+    Field(discriminator="type"),
+]
+KL = Annotated[NoKL | KLInReward | KLInLoss, Field(discriminator="type")]
+Rewards = Annotated[LastToken | MeanOfTokens | EveryToken, Field(discriminator="type")]
 
 
 @dataclass(frozen=True)
@@ -25,31 +72,65 @@ class Forward:
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
     values: Float[Tensor, "B T"] | None = None
+    exact_kl: Float[Tensor, "B T"] | None = None
+    """KL(π ‖ π_ref) over the whole vocabulary, where the algorithm asks for it."""
+
+
+def adapted(piece: P, metrics: Mapping[str, float]) -> P:
+    """The part as it is after a step with these metrics; most have no state and stay the same."""
+    adapt = getattr(piece, "adapt", None)
+    return adapt(metrics) if adapt else piece
 
 
 @part
 class Algorithm:
-    """advantage × policy loss × KL placement × aggregation (× value loss × entropy).
+    """scores → token rewards → advantage × policy loss × KL placement × aggregation (× value loss × entropy × …).
 
-    Everything else in Quartet asks the record what it needs and calls `experience` and `loss`; nothing asks its name.
+    Everything else in Quartet asks the record what it needs and calls `experience`, `loss` and `adapt`; nothing asks its
+    name.
     """
 
-    advantage: Gae | GroupMean = Field(discriminator="type")
-    kl: NoKL | KLInReward | KLInLoss = Field(discriminator="type")
-    aggregation: TokenMean | SequenceMean = Field(discriminator="type")
-    rewards: LastToken = LastToken()
-    policy_loss: Clip = Clip()
-    value_loss: ClippedValueLoss | None = None
-    entropy: EntropyBonus = EntropyBonus()
+    advantage: Advantage
+    kl: KL
+    aggregation: Aggregation
+    scores: tuple[ScorePart, ...] = ()
+    rewards: Rewards = LastToken()
+    normalize: Normalize = AsEstimated()
+    policy_loss: PolicyLoss = Clip()
+    correction: Correction = NoCorrection()
+    value_loss: ValueLoss = NoValueLoss()
+    entropy: Entropy = EntropyBonus()
+    positives: PositiveExamples = PositiveExamples()
+    ptx: Pretraining = Pretraining()
+    groups: Groups = AllGroups()
+    update: ActorUpdate = FirstOrder()
 
     @model_validator(mode="after")
     def _composes(self) -> "Algorithm":
-        if self.advantage.needs_critic and self.value_loss is None:
+        advantage = self.advantage.type
+        if self.advantage.needs_critic and not self.value_loss.trains_critic:
             raise ValueError(
-                f"advantage.type = {self.advantage.type!r} uses a critic, and without value_loss nobody trains it. "
+                f'advantage.type = "{advantage}" uses a critic, and without value_loss nobody trains it. '
                 'Add value_loss = { type = "clipped" }.'
             )
+        if self.value_loss.trains_critic and not self.advantage.needs_critic:
+            raise ValueError(
+                f'value_loss.type = "{self.value_loss.type}" trains a critic that advantage.type = "{advantage}" never reads. '
+                'Use value_loss = { type = "none" }, or advantage = { type = "gae" }.'
+            )
+        if self.scores and not self.rewards.shapes_scores:
+            raise ValueError(
+                f'scores: shape the score of a response, and rewards.type = "{self.rewards.type}" does not read it. '
+                "Use scores = []."
+            )
+        if self.groups.max_rounds > 1 and not self.needs_group:
+            raise ValueError(
+                f'groups.type = "{self.groups.type}" drops groups of equal scores, and advantage.type = "{advantage}" compares '
+                'no groups. Use groups = { type = "all" }.'
+            )
         return self
+
+    # --- what it needs -----------------------------------------------------------------------------------------------------
 
     @property
     def needs_critic(self) -> bool:
@@ -65,14 +146,38 @@ class Algorithm:
         return self.advantage.needs_group
 
     @property
+    def needs_greedy(self) -> bool:
+        """Whether advantages compare with the greedy response to the same prompt."""
+        return self.advantage.needs_greedy
+
+    @property
+    def needs_token_scores(self) -> bool:
+        return self.rewards.needs_token_scores
+
+    @property
+    def needs_final_values(self) -> bool:
+        return getattr(self.advantage, "bootstrap_truncated", False)
+
+    @property
     def needs_entropy_gradient(self) -> bool:
         return self.entropy.coef > 0
+
+    # --- what it does ------------------------------------------------------------------------------------------------------
+
+    def token_rewards(self, batch: Batch) -> Float[Tensor, "B T"]:
+        """The shaped score where it belongs, plus the KL penalty."""
+        mask = batch.response_mask
+        scores = self.rewards.score(batch)
+        for shape in self.scores:
+            scores = shape(scores, batch)
+        penalty = self.kl.reward(batch.old_logprobs, batch.ref_logprobs, batch.exact_kl)
+        rewards = masked(self.rewards.place(scores, batch) + penalty, mask)
+        return whiten_keeping_mean(rewards, mask) if self.rewards.whiten else rewards
 
     def experience(self, batch: Batch) -> Experience:
         """Token rewards, advantages and returns of a batch. Pure: the same batch gives the same experience."""
         mask = batch.response_mask
-        penalty = self.kl.reward(batch.old_logprobs, batch.ref_logprobs)
-        token_rewards = masked(self.rewards(batch.scores, mask) + penalty, mask)
+        token_rewards = self.token_rewards(batch)
         advantages, returns = self.advantage(token_rewards, batch)
         return Experience(
             ids=batch.ids,
@@ -82,23 +187,55 @@ class Algorithm:
             old_logprobs=batch.old_logprobs,
             ref_logprobs=batch.ref_logprobs,
             token_rewards=token_rewards,
-            advantages=advantages,
+            advantages=self.normalize(advantages, mask),
+            scores=batch.scores,
             values=batch.values,
             returns=returns,
+            weights=self.correction(batch.old_logprobs, batch.rollout_logprobs, mask),
+            mean_entropy=None if batch.entropy is None else masked_mean(batch.entropy, mask).expand(len(mask)),
         )
 
-    def loss(self, experience: Experience, now: Forward, denominator: float) -> dict[str, Float[Tensor, ""]]:
-        """The terms of the loss on these rows; their sum is what is minimised.
+    def denominators(self, experience: Experience) -> dict[str, float]:
+        """What each term of the loss is divided by, counted over everything that feeds one optimizer step."""
+        return {name: self.aggregation.denominator(mask) for name, mask in self._masks(experience).items()}
 
-        `denominator` is `aggregation.denominator` of the mask of everything that feeds the optimizer step.
-        """
+    def loss(self, experience: Experience, now: Forward, denominators: Mapping[str, float]) -> dict[str, Float[Tensor, ""]]:
+        """The terms of the loss on these rows; their sum is what is minimised. `denominators` are those of the whole
+        optimizer step, of which these rows may be a part."""
         per_token = {
-            "policy": self.policy_loss(now.logprobs, experience.old_logprobs, experience.advantages),
-            "kl": self.kl.loss(now.logprobs, experience.ref_logprobs),
-            "entropy": self.entropy(now.entropy),
+            "policy": self._policy(experience, now),
+            "kl": self.kl.loss(
+                now.logprobs, experience.old_logprobs, experience.ref_logprobs, now.exact_kl, experience.response_mask
+            ),
+            "entropy": self.entropy(now.entropy, experience.mean_entropy),
         }
-        if self.value_loss is not None and now.values is not None:
+        if isinstance(self.value_loss, ClippedValueLoss) and now.values is not None:
             assert experience.values is not None and experience.returns is not None
             per_token["value"] = self.value_loss(now.values, experience.values, experience.returns)
+        if self.positives.coef > 0:
+            per_token["positives"] = self.positives(now.logprobs)
+        masks = self._masks(experience)
+        return {name: self.aggregation(loss, masks[name], denominators[name]) for name, loss in per_token.items()}
+
+    def clipped(self, experience: Experience, logprobs: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+        """The response tokens whose gradient the policy loss took away."""
         mask = experience.response_mask
-        return {name: self.aggregation(loss, mask, denominator) for name, loss in per_token.items()}
+        return self.policy_loss.clipped(logprobs, experience.old_logprobs, experience.advantages, mask) & mask
+
+    def adapt(self, metrics: Mapping[str, float]) -> "Algorithm":
+        """The algorithm of the next step: every part that has state has seen this step's metrics. State lives in the record
+        and nowhere else."""
+        return dataclasses.replace(
+            self,
+            scores=tuple(adapted(shape, metrics) for shape in self.scores),
+            kl=adapted(self.kl, metrics),
+            policy_loss=adapted(self.policy_loss, metrics),
+        )
+
+    def _policy(self, experience: Experience, now: Forward) -> Float[Tensor, "B T"]:
+        loss = self.policy_loss(now.logprobs, experience.old_logprobs, experience.advantages, experience.response_mask)
+        return loss if experience.weights is None else experience.weights * loss
+
+    def _masks(self, experience: Experience) -> dict[str, Bool[Tensor, "B T"]]:
+        everything = dict.fromkeys(("policy", "kl", "entropy", "value"), experience.response_mask)
+        return everything | {"positives": self.positives.mask(experience)}

@@ -1,9 +1,9 @@
-"""A reward for staying undecided."""
+"""Undecidedness, rewarded or held at a level."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from quartet.parts import Field, part
-from quartet.tensors import Float, Tensor
+from quartet.tensors import Float, Tensor, torch
 
 
 @part
@@ -16,5 +16,26 @@ class EntropyBonus:
     type: Literal["bonus"] = "bonus"
     coef: float = Field(default=0.0, ge=0, description="A negative value would reward certainty. Typical: 0 to 0.01.")
 
-    def __call__(self, entropy: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, entropy: Float[Tensor, "B T"], mean_entropy: Tensor | None) -> Float[Tensor, "B T"]:
         return -self.coef * entropy
+
+
+@part
+class EntropyTarget:
+    """coef · |mean entropy − target| (PPO-max, Zheng et al. 2023), in nats per token.
+
+    The absolute value of a mean does not split into rows. Its sign is taken from the mean entropy of π_old over the whole
+    step, so that micro-batches add up: ℓ_t = coef · sign(H̄_old − target) · (H_t − target). That is the original until an
+    update crosses the target. MOSS's target of 35 is above log V for any vocabulary: there it is a bonus of weight coef.
+    """
+
+    type: Literal["target"] = "target"
+    target: float = Field(default=1.0, ge=0, description="Mean entropy per token, in nats.")
+    coef: float = Field(default=0.01, ge=0)
+
+    def __call__(self, entropy: Float[Tensor, "B T"], mean_entropy: Float[Tensor, "B"] | None) -> Float[Tensor, "B T"]:
+        assert mean_entropy is not None, "an entropy target needs the entropy of the policy that sampled"
+        return self.coef * torch.sign(mean_entropy - self.target)[:, None] * (entropy - self.target)
+
+
+Entropy = Annotated[EntropyBonus | EntropyTarget, Field(discriminator="type")]

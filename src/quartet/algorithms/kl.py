@@ -1,30 +1,37 @@
-"""The Kullback–Leibler divergence between two policies, estimated from the tokens that one of them sampled, and where
-an algorithm puts it: in the reward, in the loss, or nowhere.
+"""The Kullback–Leibler divergence between two policies, and where an algorithm puts it: in the reward, in the loss, or
+nowhere.
 
 Estimators after Schulman 2020, "Approximating KL divergence". For a token x ~ π and the log-ratio
-d = log π(x) − log π_ref(x), each estimates KL(π ‖ π_ref) of that token's distribution.
+d = log π(x) − log π_ref(x), each says something of KL(π ‖ π_ref) of that token's distribution. Which placement and which
+estimator reach the optimum of E[score] − coef · KL, and which do not, is measured in docs/algorithms.md.
 """
 
-from typing import ClassVar, Literal
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
+from pydantic import model_validator
+
+from quartet.algorithms.masked import masked
 from quartet.parts import Field, part
-from quartet.tensors import Float, Tensor
+from quartet.tensors import Bool, Float, Tensor, torch
 
-Estimator = Literal["k1", "k2", "k3"]
+Estimator = Literal["k1", "k2", "k3", "abs", "squared", "exact"]
+COEF = "It multiplies a penalty; a negative value rewards leaving the reference model."
 
 
 def k1(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """d. Unbiased, may be negative, high variance."""
+    """d. Unbiased, may be negative, high variance. For π = 0.5 and π_ref = 0.25: log 2 = 0.693."""
     return logprobs - ref_logprobs
 
 
 def k2(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """d² / 2. Biased as a value; as a loss on sampled tokens its gradient is that of the exact KL."""
+    """d² / 2. Biased as a value; as a loss on sampled tokens its gradient is that of the exact KL. For d = log 2: 0.240."""
     return (logprobs - ref_logprobs).square() / 2
 
 
 def k3(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """exp(−d) − 1 + d. Unbiased, never negative, low variance.
+    """exp(−d) − 1 + d. Unbiased, never negative, low variance. For d = log 2: 0.5 − 1 + 0.693 = 0.193.
 
     It is not clamped: a clamp at 10, as some libraries have it, removes the gradient below π/π_ref = 0.074, exactly where
     it is needed.
@@ -33,7 +40,75 @@ def k3(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Fl
     return difference.expm1() - difference
 
 
-ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+def absolute(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """|d|: veRL's "abs". No estimate of the KL, a distance that punishes leaving in either direction."""
+    return (logprobs - ref_logprobs).abs()
+
+
+def squared(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """d², twice k2."""
+    return (logprobs - ref_logprobs).square()
+
+
+def exact_kl(logprobs: Float[Tensor, "*n V"], ref_logprobs: Float[Tensor, "*n V"]) -> Float[Tensor, "*n"]:
+    """Σ_v π(v) (log π(v) − log π_ref(v)), from the log-probs of the whole vocabulary.
+
+    π = (0.5, 0.5), π_ref = (0.25, 0.75): 0.5 log 2 + 0.5 log ⅔ = 0.1438. A token that π rules out adds nothing.
+    """
+    probabilities = logprobs.exp()
+    return torch.where(probabilities > 0, probabilities * (logprobs - ref_logprobs), 0.0).sum(dim=-1)
+
+
+SAMPLED = {"k1": k1, "k2": k2, "k3": k3, "abs": absolute, "squared": squared}
+
+
+def estimate(
+    estimator: Estimator,
+    logprobs: Float[Tensor, "B T"],
+    ref_logprobs: Tensor | None,
+    exact: Float[Tensor, "B T"] | None,
+) -> Float[Tensor, "B T"]:
+    if estimator == "exact":
+        assert exact is not None, "the exact KL is worked out where the logits are"
+        return exact
+    assert ref_logprobs is not None, "a KL penalty needs a reference"
+    return SAMPLED[estimator](logprobs, ref_logprobs)
+
+
+# --- coefficients --------------------------------------------------------------------------------------------------------
+
+
+@part
+class FixedCoef:
+    """The coefficient stays what it is."""
+
+    type: Literal["fixed"] = "fixed"
+
+    def __call__(self, coef: float, kl: float, num_responses: float) -> float:
+        return coef
+
+
+@part
+class AdaptiveCoef:
+    """β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon), after every step of n responses (Ziegler et al. 2019,
+    section 2.2). KL is that of a whole response, in nats.
+
+    β = 0.2, KL = 9, target = 6, n = 64, horizon = 10000: 0.2 (1 + 0.2 · 0.0064) = 0.200256.
+    """
+
+    type: Literal["adaptive"] = "adaptive"
+    target: float = Field(default=6.0, gt=0, description="The KL of a response to aim at, in nats. Typical: 1 to 20.")
+    horizon: int = Field(default=10_000, gt=0, description="Responses over which β may grow by a fifth.")
+
+    def __call__(self, coef: float, kl: float, num_responses: float) -> float:
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        return coef * (1 + error * num_responses / self.horizon)
+
+
+Controller = Annotated[FixedCoef | AdaptiveCoef, Field(discriminator="type")]
+
+
+# --- placements ----------------------------------------------------------------------------------------------------------
 
 
 @part
@@ -42,58 +117,124 @@ class NoKL:
 
     type: Literal["none"] = "none"
     needs_reference: ClassVar[bool] = False
+    exact_reward: ClassVar[bool] = False
+    exact_loss: ClassVar[bool] = False
 
-    def reward(self, old_logprobs: Float[Tensor, "B T"], ref_logprobs: Tensor | None) -> Float[Tensor, "B T"]:
-        return old_logprobs.new_zeros(old_logprobs.shape)
+    def reward(
+        self, old_logprobs: Float[Tensor, "B T"], ref_logprobs: Tensor | None, exact: Tensor | None
+    ) -> Float[Tensor, "B T"]:
+        return torch.zeros_like(old_logprobs)
 
-    def loss(self, logprobs: Float[Tensor, "B T"], ref_logprobs: Tensor | None) -> Float[Tensor, "B T"]:
-        return logprobs.new_zeros(logprobs.shape)
+    def loss(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        ref_logprobs: Tensor | None,
+        exact: Tensor | None,
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        return torch.zeros_like(logprobs)
 
 
 @part
 class KLInReward:
     """Token reward −coef · KL(π_old ‖ π_ref), a constant for the update (Ziegler et al. 2019, eq. 2).
 
-    With k1 the best policy of the penalised reward is exactly π_ref · exp(score / coef), normalised.
+    With k1 or the exact KL the best policy of the penalised reward is exactly π_ref · exp(score / coef), normalised. The
+    coefficient is the controller's state: `adapt` returns a part with the next one.
     """
 
     type: Literal["in_reward"] = "in_reward"
     estimator: Estimator = "k1"
-    coef: float = Field(
-        default=0.05,
-        ge=0,
-        description="It multiplies a penalty; a negative value rewards leaving the reference model. Typical: 0.01 to 0.2.",
-    )
+    coef: float = Field(default=0.05, ge=0, description=f"{COEF} Typical: 0.01 to 0.2.")
+    controller: Controller = FixedCoef()
     needs_reference: ClassVar[bool] = True
+    exact_loss: ClassVar[bool] = False
 
-    def reward(self, old_logprobs: Float[Tensor, "B T"], ref_logprobs: Tensor | None) -> Float[Tensor, "B T"]:
-        assert ref_logprobs is not None, "a KL penalty needs a reference"
-        return -self.coef * ESTIMATORS[self.estimator](old_logprobs, ref_logprobs)
+    @property
+    def exact_reward(self) -> bool:
+        return self.estimator == "exact"
 
-    def loss(self, logprobs: Float[Tensor, "B T"], ref_logprobs: Tensor | None) -> Float[Tensor, "B T"]:
-        return logprobs.new_zeros(logprobs.shape)
+    def reward(
+        self, old_logprobs: Float[Tensor, "B T"], ref_logprobs: Tensor | None, exact: Tensor | None
+    ) -> Float[Tensor, "B T"]:
+        return -self.coef * estimate(self.estimator, old_logprobs, ref_logprobs, exact)
+
+    def loss(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        ref_logprobs: Tensor | None,
+        exact: Tensor | None,
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        return torch.zeros_like(logprobs)
+
+    def adapt(self, metrics: Mapping[str, float]) -> "KLInReward":
+        return dataclasses.replace(self, coef=self.controller(self.coef, metrics["kl"], metrics["responses"]))
 
 
 @part
 class KLInLoss:
-    """Token loss coef · KL(π ‖ π_ref), differentiated with the rest of the loss (Shao et al. 2024, GRPO, eq. 3–4).
+    """Token loss coef · w_t · KL(π ‖ π_ref), differentiated with the rest of the loss (Shao et al. 2024, GRPO, eq. 3–4).
 
-    Deviation of the practice from the theory, kept because it is the practice: the gradient of a sampled k3 is not the
-    gradient of the KL, that of k1 is zero in expectation, that of k2 is right on-policy.
+    The weight w_t says which gradient that is:
+
+    - "none": w = 1, the classic of the libraries. The gradient of a sampled k3 is not that of the KL, that of k1 is 0 in
+      expectation, that of k2 is the KL's of this token.
+    - "token": w_t = π(token t) / π_old(token t). Unbiased for the KL of each token's distribution, as in DeepSeek-V3.2;
+      k1 and k3 only, k2 would be wrong.
+    - "sequence": w_t = Π_{s ≤ t} π(s) / π_old(s), the product up to this token (before it, for the exact KL). The gradient
+      is that of the KL of whole responses: it also knows that an early token decides how far later ones will be from
+      the reference.
     """
 
     type: Literal["in_loss"] = "in_loss"
     estimator: Estimator = "k3"
-    coef: float = Field(
-        default=0.04,
-        ge=0,
-        description="It multiplies a penalty; a negative value rewards leaving the reference model. Typical: 0.001 to 0.1.",
-    )
+    coef: float = Field(default=0.04, ge=0, description=f"{COEF} Typical: 0.001 to 0.1.")
+    weight: Literal["none", "token", "sequence"] = "none"
+    controller: Controller = FixedCoef()
     needs_reference: ClassVar[bool] = True
+    exact_reward: ClassVar[bool] = False
 
-    def reward(self, old_logprobs: Float[Tensor, "B T"], ref_logprobs: Tensor | None) -> Float[Tensor, "B T"]:
-        return old_logprobs.new_zeros(old_logprobs.shape)
+    @model_validator(mode="after")
+    def _weighs_what_is_unbiased(self) -> "KLInLoss":
+        if self.weight != "none" and self.estimator in {"k2", "abs", "squared"}:
+            raise ValueError(
+                f'kl.weight = "{self.weight}" corrects k1, k3 and exact only; {self.estimator} is no unbiased estimate of the '
+                'KL. Use kl.estimator = "k3".'
+            )
+        if self.weight == "token" and self.estimator == "exact":
+            raise ValueError(
+                'kl.weight = "token" corrects for a sampled token; the exact KL has none. Use "sequence" or "none".'
+            )
+        return self
 
-    def loss(self, logprobs: Float[Tensor, "B T"], ref_logprobs: Tensor | None) -> Float[Tensor, "B T"]:
-        assert ref_logprobs is not None, "a KL penalty needs a reference"
-        return self.coef * ESTIMATORS[self.estimator](logprobs, ref_logprobs)
+    @property
+    def exact_loss(self) -> bool:
+        return self.estimator == "exact"
+
+    def reward(
+        self, old_logprobs: Float[Tensor, "B T"], ref_logprobs: Tensor | None, exact: Tensor | None
+    ) -> Float[Tensor, "B T"]:
+        return torch.zeros_like(old_logprobs)
+
+    def loss(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        ref_logprobs: Tensor | None,
+        exact: Tensor | None,
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        penalty = self.coef * estimate(self.estimator, logprobs, ref_logprobs, exact)
+        if self.weight == "none":
+            return penalty
+        log_weight = masked(logprobs - old_logprobs, mask)
+        if self.weight == "sequence":
+            own = log_weight if self.estimator == "exact" else torch.zeros_like(log_weight)
+            log_weight = log_weight.cumsum(dim=1) - own
+        return log_weight.clamp(-20, 20).exp() * penalty
+
+    def adapt(self, metrics: Mapping[str, float]) -> "KLInLoss":
+        return dataclasses.replace(self, coef=self.controller(self.coef, metrics["kl"], metrics["responses"]))

@@ -16,15 +16,22 @@ def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Flo
     return masked(x, mask).sum() / mask.sum().clamp(min=1)
 
 
-def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], eps: float = 1e-8) -> Float[Tensor, "B T"]:
+def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], eps: float = 1e-8, sample: bool = False) -> Float[Tensor, "B T"]:
     """(x − μ) / √(σ² + eps) over the entries of the mask, 0 elsewhere.
 
-    σ² is the population variance, as in Ziegler et al. 2019 and its reproductions. TRL and veRL divide by n − 1 instead;
-    the results differ by √(n / (n − 1)), 1.4 % on 35 tokens.
+    σ² is the population variance, as in Ziegler et al. 2019 and its reproductions; with `sample` it is divided by n − 1, as
+    in TRL and veRL. The results differ by √(n / (n − 1)), 1.4 % on 35 tokens.
     """
+    count = mask.sum()
     mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean).square(), mask)
+    variance = masked((x - mean).square(), mask).sum() / (count - int(sample)).clamp(min=1)
     return masked((x - mean) * torch.rsqrt(variance + eps), mask)
+
+
+def group_size(groups: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
+    """For every row how many rows its group has."""
+    _, index, count = groups.unique(return_inverse=True, return_counts=True)
+    return count[index]
 
 
 def group_mean(x: Float[Tensor, "B"], groups: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
@@ -34,12 +41,13 @@ def group_mean(x: Float[Tensor, "B"], groups: Int[Tensor, "B"]) -> Float[Tensor,
     return (total / count)[index]
 
 
-def group_std(x: Float[Tensor, "B"], groups: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
-    """For every row the sample standard deviation (n − 1) of its group, in float64; 0 for a group of one."""
+def group_std(x: Float[Tensor, "B"], groups: Int[Tensor, "B"], sample: bool = True) -> Float[Tensor, "B"]:
+    """For every row the standard deviation of its group, in float64: the sample's (n − 1) or the population's (n); 0 for a
+    group of one."""
     _, index, count = groups.unique(return_inverse=True, return_counts=True)
     squares = (x.double() - group_mean(x, groups)).square()
     total = torch.zeros(len(count), dtype=torch.float64, device=x.device).index_add_(0, index, squares)
-    return (total / (count - 1).clamp(min=1)).sqrt()[index]
+    return (total / (count - int(sample)).clamp(min=1)).sqrt()[index]
 
 
 def all_equal_in_group(x: Float[Tensor, "B"], groups: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:

@@ -1,15 +1,145 @@
-"""The surrogate that moves the policy, per token."""
+"""The surrogate that moves the policy, per token.
 
+Every part takes log-probs now and of π_old, advantages and the response mask, all [B T], and gives a loss per token;
+`clipped` says where it took the gradient away. Notation: ρ_t = π(token t) / π_old(token t).
+"""
+
+import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
+from quartet.algorithms.kl import k3
+from quartet.algorithms.masked import masked
 from quartet.parts import Field, part
 from quartet.tensors import Bool, Float, Tensor, torch
+
+BELOW = "Ratios below 1 − low are clipped."
+ABOVE = "Ratios above 1 + high are clipped."
 
 
 def token_ratio(logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """ρ_t = π(token t) / π_old(token t). The log-ratio is held within ±20, where exp still fits in float32 and any
     clip has long since taken hold."""
     return (logprobs - old_logprobs).clamp(-20, 20).exp()
+
+
+def sequence_ratio(
+    logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """s = exp(mean over the response's tokens of log ρ_t), at every token; as GSPO-token has it, its value is the
+    sequence's and its gradient the token's: s_t = sg[s] · π_t / sg[π_t] (Zheng et al. 2025, eq. 14).
+
+    Ratios (2, 0.5, 2): exp((log 2 − log 2 + log 2) / 3) = 2^(1/3) = 1.26.
+    """
+    log_ratio = masked(logprobs - old_logprobs, mask)
+    mean = log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return (mean.detach() + log_ratio - log_ratio.detach()).clamp(-20, 20).exp()
+
+
+def clip_surrogate(
+    ratio: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"], low: float, high: float
+) -> Float[Tensor, "B T"]:
+    """−min(ρ A, clip(ρ, 1 − low, 1 + high) A) (Schulman et al. 2017, eq. 7)."""
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+def outside(ratio: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"], low: float, high: float) -> Bool[Tensor, "B T"]:
+    """Where `clip_surrogate` has no gradient: the ratio has gone too far the way the advantage pushes it."""
+    return ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
+
+
+def nowhere(advantages: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    return torch.zeros_like(advantages, dtype=torch.bool)
+
+
+@part
+class Reinforce:
+    """ℓ_t = −A_t log π(token t) (Williams 1992): the first rungs of the ladder. With the return for an advantage it is
+    −V log π; with a critic's advantage, the actor's loss of A2C."""
+
+    type: Literal["reinforce"] = "reinforce"
+
+    def __call__(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        return -advantages * logprobs
+
+    def clipped(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Bool[Tensor, "B T"]:
+        return nowhere(advantages)
+
+
+@part
+class ImportanceWeighted:
+    """ℓ_t = −ρ_t A_t: several updates from one batch, and nothing that keeps them near it (Schulman et al. 2017, eq. 6).
+    ρ = 1.5, A = 2: −3."""
+
+    type: Literal["importance_weighted"] = "importance_weighted"
+
+    def __call__(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        return -token_ratio(logprobs, old_logprobs) * advantages
+
+    def clipped(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Bool[Tensor, "B T"]:
+        return nowhere(advantages)
+
+
+@part
+class KLPenalty:
+    """ℓ_t = −ρ_t A_t + β KL(π_old ‖ π) (Schulman et al. 2017, eq. 8 and section 4). The KL of the sampled token is
+    ρ − 1 − log ρ, whose expectation under π_old, and whose gradient's, are the KL's.
+
+    After a step whose KL per token was above 1.5 δ, β doubles; below δ / 1.5, it halves. δ = 0 keeps β fixed. ρ = 1.5, A = 2,
+    β = 1: −3 + (0.5 − 0.405) = −2.905.
+    """
+
+    type: Literal["kl_penalty"] = "kl_penalty"
+    beta: float = Field(default=1.0, ge=0, description="The weight of KL(π_old ‖ π): the controller's state.")
+    target: float = Field(default=0.01, ge=0, description="δ, the KL per token of one step to aim at; 0 keeps beta fixed.")
+
+    def __call__(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        return -token_ratio(logprobs, old_logprobs) * advantages + self.beta * k3(old_logprobs, logprobs)
+
+    def clipped(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Bool[Tensor, "B T"]:
+        return nowhere(advantages)
+
+    def adapt(self, metrics: Mapping[str, float]) -> "KLPenalty":
+        kl = metrics["policy/kl_to_old"]
+        if self.target == 0 or self.target / 1.5 <= kl <= 1.5 * self.target:
+            return self
+        return dataclasses.replace(self, beta=self.beta * (2.0 if kl > self.target else 0.5))
 
 
 @part
@@ -19,28 +149,189 @@ class Clip:
         ℓ_t = −min(ρ_t A_t, clip(ρ_t, 1 − low, 1 + high) A_t)
 
     No gradient flows where A > 0 and ρ > 1 + high, or A < 0 and ρ < 1 − low: the update has gone far enough that way.
-    With ρ = 1.5, A = 2 and high = 0.2: −min(3, 2.4) = −2.4, and no gradient.
+    With ρ = 1.5, A = 2 and high = 0.2: −min(3, 2.4) = −2.4, and no gradient. A `high` above `low` lets unlikely tokens grow
+    ("clip-higher", DAPO: 0.2 and 0.28).
     """
 
     type: Literal["clip"] = "clip"
-    low: float = Field(default=0.2, gt=0, lt=1, description="Ratios below 1 − low are clipped. Typical: 0.1 to 0.3.")
-    high: float = Field(default=0.2, gt=0, description="Ratios above 1 + high are clipped. Typical: 0.1 to 0.3.")
+    low: float = Field(default=0.2, gt=0, lt=1, description=f"{BELOW} Typical: 0.1 to 0.3.")
+    high: float = Field(default=0.2, gt=0, description=f"{ABOVE} Typical: 0.1 to 0.3.")
 
     def __call__(
         self,
         logprobs: Float[Tensor, "B T"],
         old_logprobs: Float[Tensor, "B T"],
         advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        ratio = token_ratio(logprobs, old_logprobs)
-        return -torch.minimum(ratio * advantages, ratio.clamp(1 - self.low, 1 + self.high) * advantages)
+        return clip_surrogate(token_ratio(logprobs, old_logprobs), advantages, self.low, self.high)
 
     def clipped(
         self,
         logprobs: Float[Tensor, "B T"],
         old_logprobs: Float[Tensor, "B T"],
         advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
     ) -> Bool[Tensor, "B T"]:
-        """Where the clip took the gradient away."""
+        return outside(token_ratio(logprobs, old_logprobs), advantages, self.low, self.high)
+
+
+@part
+class DualClip:
+    """Clip, and for A < 0 no loss above −cap · A (Ye et al. 2020): one token whose ratio exploded cannot drive the update.
+
+    ρ = 10, A = −1, cap = 3: Clip says 10, this says min(10, 3) = 3, without a gradient. veRL has it always on.
+    """
+
+    type: Literal["dual_clip"] = "dual_clip"
+    low: float = Field(default=0.2, gt=0, lt=1, description=f"{BELOW} Typical: 0.1 to 0.3.")
+    high: float = Field(default=0.2, gt=0, description=f"{ABOVE} Typical: 0.1 to 0.3.")
+    cap: float = Field(default=3.0, gt=1, description="The largest ratio that a token with A < 0 may count with.")
+
+    def __call__(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        loss = clip_surrogate(token_ratio(logprobs, old_logprobs), advantages, self.low, self.high)
+        return torch.where(advantages < 0, torch.minimum(loss, -self.cap * advantages), loss)
+
+    def clipped(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Bool[Tensor, "B T"]:
         ratio = token_ratio(logprobs, old_logprobs)
-        return ((advantages > 0) & (ratio > 1 + self.high)) | ((advantages < 0) & (ratio < 1 - self.low))
+        return outside(ratio, advantages, self.low, self.high) | ((advantages < 0) & (ratio > self.cap))
+
+
+@part
+class SequenceClip:
+    """GSPO (Zheng et al. 2025): the clip acts on the whole response's ratio s = exp(mean log ρ_t).
+
+    Written per token in the form of GSPO-token, which has GSPO's value and gradient where a response has one advantage.
+    The window is narrow because a mean of log-ratios moves little.
+    """
+
+    type: Literal["sequence_clip"] = "sequence_clip"
+    low: float = Field(default=3e-4, gt=0, lt=1, description=f"{BELOW} GSPO: 3e-4.")
+    high: float = Field(default=4e-4, gt=0, description=f"{ABOVE} GSPO: 4e-4.")
+
+    def __call__(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        return clip_surrogate(sequence_ratio(logprobs, old_logprobs, mask), advantages, self.low, self.high)
+
+    def clipped(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Bool[Tensor, "B T"]:
+        return outside(sequence_ratio(logprobs, old_logprobs, mask), advantages, self.low, self.high)
+
+
+@part
+class Cispo:
+    """ℓ_t = −sg[clip(ρ_t, ratio_min, ratio_max)] A_t log π(token t) (MiniMax-M1, 2025, eq. 4): the weight is cut, the
+    gradient of every token stays. On the first step, where ρ = 1, it is REINFORCE.
+
+    MiniMax-M1 leaves the lower bound open and does not print the upper one; 5 is what ScaleRL (Khatri et al. 2025) uses.
+    """
+
+    type: Literal["cispo"] = "cispo"
+    ratio_min: float = Field(default=0.0, ge=0, le=1)
+    ratio_max: float = Field(default=5.0, gt=1)
+
+    def __call__(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        weight = token_ratio(logprobs, old_logprobs).clamp(self.ratio_min, self.ratio_max).detach()
+        return -weight * advantages * logprobs
+
+    def clipped(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Bool[Tensor, "B T"]:
+        """Nowhere: where the weight is cut, the gradient stays."""
+        return nowhere(advantages)
+
+
+@part
+class Sapo:
+    """ℓ_t = −(4/τ) σ(τ (ρ_t − 1)) A_t (SAPO, Gao et al. 2025): a soft gate in place of the clip; τ is `positive` where A > 0,
+    else `negative`. At ρ = 1 its gradient is that of −ρ A. ρ = 1.5, A = 2, τ = 1: −4 · σ(0.5) · 2 = −4.98."""
+
+    type: Literal["sapo"] = "sapo"
+    positive: float = Field(default=1.0, gt=0)
+    negative: float = Field(default=1.05, gt=0)
+
+    def __call__(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        ratio = token_ratio(logprobs, old_logprobs)
+        tau = torch.where(advantages > 0, self.positive, self.negative).to(ratio.dtype)
+        return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantages
+
+    def clipped(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Bool[Tensor, "B T"]:
+        return nowhere(advantages)
+
+
+@part
+class Gmpo:
+    """ℓ_t = −A_t (Π_s ρ̃_s)^{1/|o|} (GMPO, Zhao et al. 2025, algorithm 1): the geometric mean of the response's ratios, each
+    cut in the log at +window where A > 0 and at −window where A < 0.
+
+    A = 1, ratios (e^0.6, e^0.2), window 0.4: −exp((0.4 + 0.2) / 2) = −1.35.
+    """
+
+    type: Literal["gmpo"] = "gmpo"
+    window: float = Field(default=0.4, gt=0, description="In the log: ratios are held within e^−window and e^window.")
+
+    def __call__(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        log_ratio = masked(logprobs - old_logprobs, mask)
+        kept = torch.where(advantages > 0, log_ratio.clamp(max=self.window), log_ratio.clamp(min=-self.window))
+        mean = kept.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return -advantages * mean.clamp(-20, 20).exp()
+
+    def clipped(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        advantages: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Bool[Tensor, "B T"]:
+        log_ratio = logprobs - old_logprobs
+        return torch.where(advantages > 0, log_ratio > self.window, log_ratio < -self.window)

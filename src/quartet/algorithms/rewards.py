@@ -1,9 +1,114 @@
-"""From the score of a response to a reward for each of its tokens."""
+"""From the score of a response to a reward for each of its tokens.
 
-from typing import Literal
+First the score is shaped, by any number of parts in the order in which they are listed (`algorithm.scores`); then it is
+given to tokens (`algorithm.rewards`), and the KL penalty is added.
+"""
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+from quartet.algorithms.masked import masked, masked_mean, whiten
+from quartet.experience import Batch
 from quartet.parts import Field, part
 from quartet.tensors import Bool, Float, Int, Tensor, torch
+
+# --- shaping the score -----------------------------------------------------------------------------------------------------
+
+
+@part
+class ClipScore:
+    """clip(score, ±limit): bounds what one outlier of the reward model can do to an update (DeepSpeed-Chat: 5)."""
+
+    type: Literal["clip"] = "clip"
+    limit: float = Field(default=5.0, gt=0, description="Scores are cut to ± this value.")
+
+    def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
+        return scores.clamp(-self.limit, self.limit)
+
+
+@part
+class RunningScale:
+    """score / σ, or (score − μ) / σ with `centre`, by the mean and sample deviation of all scores so far, this step's
+    included (Zheng et al. 2023, PPO-max).
+
+    `count`, `mean` and `squares` (Σ (x − mean)²) are its state; `adapt` returns a part that has seen one step more. After
+    the scores 1 and 3: mean 2, squares 2, σ = √(2 / (2 − 1)).
+    """
+
+    type: Literal["running_scale"] = "running_scale"
+    centre: bool = False
+    eps: float = Field(default=1e-8, gt=0)
+    count: float = Field(default=0.0, ge=0, description="How many scores were seen: state, not a setting.")
+    mean: float = 0.0
+    squares: float = Field(default=0.0, ge=0)
+
+    def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
+        seen = self._seen(float(len(scores)), float(scores.double().mean()), float(scores.double().var(correction=0)))
+        deviation = (seen.squares / max(seen.count - 1, 1)) ** 0.5 + self.eps
+        return (scores - seen.mean if self.centre else scores) / deviation
+
+    def adapt(self, metrics: Mapping[str, float]) -> "RunningScale":
+        return self._seen(metrics["responses"], metrics["reward"], metrics["reward/std"] ** 2)
+
+    def _seen(self, count: float, mean: float, variance: float) -> "RunningScale":
+        """Chan et al. 1979: the moments of two samples together."""
+        total = self.count + count
+        difference = mean - self.mean
+        return dataclasses.replace(
+            self,
+            count=total,
+            mean=self.mean + difference * count / total,
+            squares=self.squares + variance * count + difference**2 * self.count * count / total,
+        )
+
+
+@part
+class MissingEos:
+    """What a response that was cut off gets: `penalty` off its score, or, with `replace`, −penalty for a score (Stiennon et
+    al. 2020: −1, whatever the reward model says of half a summary)."""
+
+    type: Literal["missing_eos"] = "missing_eos"
+    penalty: float = Field(default=1.0, ge=0)
+    replace: bool = False
+
+    def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
+        cut_off = torch.full_like(scores, -self.penalty) if self.replace else scores - self.penalty
+        return torch.where(batch.ended, scores, cut_off)
+
+
+@part
+class SoftOverlong:
+    """DAPO's soft punishment (Yu et al. 2025, eq. 13): 0 up to max_tokens − buffer tokens, then down in a straight line to
+    −1 at max_tokens, −1 beyond. With max_tokens = 20, buffer = 5, a response of 17 tokens: (15 − 17) / 5 = −0.4."""
+
+    type: Literal["soft_overlong"] = "soft_overlong"
+    max_tokens: int = Field(default=20_480, ge=1)
+    buffer: int = Field(default=4_096, ge=1, description="Over how many tokens the punishment grows from 0 to 1.")
+
+    def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
+        tokens = batch.response_mask.sum(dim=1)
+        return scores + ((self.max_tokens - self.buffer - tokens) / self.buffer).clamp(-1, 0).to(scores.dtype)
+
+
+@part
+class LengthPenalty:
+    """coef · number of response tokens off the score: what a token must be worth to be written."""
+
+    type: Literal["length"] = "length"
+    coef: float = Field(default=0.01, description="Below 0 it pays for length.")
+
+    def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
+        return scores - self.coef * batch.response_mask.sum(dim=1).to(scores.dtype)
+
+
+ScorePart = Annotated[
+    ClipScore | RunningScale | MissingEos | SoftOverlong | LengthPenalty,
+    Field(discriminator="type"),
+]
+
+
+# --- giving it to tokens ---------------------------------------------------------------------------------------------------
 
 
 def last_token_index(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B"]:
@@ -13,17 +118,64 @@ def last_token_index(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B"]:
     return torch.where(mask, positions, 0).amax(dim=1)
 
 
+def at_last_token(scores: Float[Tensor, "B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """The score on the last response token, 0 on every other; nowhere in a row with an empty response."""
+    rewards = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
+    return masked(rewards.scatter(1, last_token_index(mask)[:, None], scores[:, None]), mask)
+
+
+def whiten_keeping_mean(rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """(r − μ) / σ + μ (Ziegler et al. 2019, `whiten_rewards`). Not harmless: every token gets μ − μ / σ more than its share,
+    which pays for length or for brevity."""
+    return masked(whiten(rewards, mask) + masked_mean(rewards, mask), mask)
+
+
 @part
 class LastToken:
-    """r_T = clip(score, ±clip) on the last response token, 0 on every other (Ziegler et al. 2019).
-
-    The clip bounds what one outlier of the reward model can do to an update (DeepSpeed-Chat: 5).
-    """
+    """r_T = score on the last response token, 0 on every other (Ziegler et al. 2019)."""
 
     type: Literal["last_token"] = "last_token"
-    clip: float = Field(default=5.0, gt=0, description="Scores are cut to ± this value; inf leaves them alone.")
+    whiten: bool = False
+    needs_token_scores: ClassVar[bool] = False
+    shapes_scores: ClassVar[bool] = True
 
-    def __call__(self, scores: Float[Tensor, "B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        rewards = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
-        rewards = rewards.scatter(1, last_token_index(mask)[:, None], scores.clamp(-self.clip, self.clip)[:, None])
-        return torch.where(mask, rewards, torch.zeros_like(rewards))
+    def score(self, batch: Batch) -> Float[Tensor, "B"]:
+        return batch.scores
+
+    def place(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B T"]:
+        return at_last_token(scores, batch.response_mask)
+
+
+@part
+class MeanOfTokens:
+    """The score is the mean of the reward model's values at every response token; it goes to the last."""
+
+    type: Literal["mean_of_tokens"] = "mean_of_tokens"
+    whiten: bool = False
+    needs_token_scores: ClassVar[bool] = True
+    shapes_scores: ClassVar[bool] = True
+
+    def score(self, batch: Batch) -> Float[Tensor, "B"]:
+        assert batch.token_scores is not None, "mean_of_tokens needs a score for each token"
+        mask = batch.response_mask
+        return masked(batch.token_scores, mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+    def place(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B T"]:
+        return at_last_token(scores, batch.response_mask)
+
+
+@part
+class EveryToken:
+    """Every token keeps its own score: the reward model read at each of them, or dense rewards that the user gives."""
+
+    type: Literal["every_token"] = "every_token"
+    whiten: bool = False
+    needs_token_scores: ClassVar[bool] = True
+    shapes_scores: ClassVar[bool] = False
+
+    def score(self, batch: Batch) -> Float[Tensor, "B"]:
+        return batch.scores
+
+    def place(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B T"]:
+        assert batch.token_scores is not None, "every_token needs a score for each token"
+        return masked(batch.token_scores, batch.response_mask)

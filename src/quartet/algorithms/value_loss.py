@@ -1,9 +1,17 @@
 """What the critic minimises, per token."""
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from quartet.parts import Field, part
 from quartet.tensors import Float, Tensor, torch
+
+
+@part
+class NoValueLoss:
+    """There is no critic."""
+
+    type: Literal["none"] = "none"
+    trains_critic: ClassVar[bool] = False
 
 
 @part
@@ -17,12 +25,15 @@ class ClippedValueLoss:
     """
 
     type: Literal["clipped"] = "clipped"
-    clip: float = Field(default=0.2, gt=0, description="How far a value may move in one update. Typical: 0.2 to 0.5.")
+    clip: float = Field(
+        default=0.2, gt=0, description="How far a value may move in one update; inf: freely. Typical: 0.2 to 0.5."
+    )
     coef: float = Field(
         default=0.1,
         gt=0,
         description="The weight beside the policy loss; it matters where actor and critic share a trunk.",
     )
+    trains_critic: ClassVar[bool] = True
 
     def __call__(
         self,
@@ -30,5 +41,10 @@ class ClippedValueLoss:
         old_values: Float[Tensor, "B T"],
         returns: Float[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
+        if values.dtype in {torch.float16, torch.bfloat16}:
+            values = values.float()
         near = torch.clamp(values, old_values - self.clip, old_values + self.clip)
         return self.coef * torch.maximum((values - returns).square(), (near - returns).square()) / 2
+
+
+ValueLoss = Annotated[NoValueLoss | ClippedValueLoss, Field(discriminator="type")]

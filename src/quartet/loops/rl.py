@@ -8,9 +8,10 @@ from quartet.data.sampler import Sampler
 from quartet.experience import Batch, Experience, Prompt, Rollout
 from quartet.generation.protocol import Generator
 from quartet.generation.sampling import Sampling
+from quartet.loops.collect import collect
 from quartet.loops.progress import Progress
 from quartet.observability.metrics import rl_metrics
-from quartet.rewards.protocol import Weighted, rewarded
+from quartet.rewards.protocol import Weighted
 from quartet.training.learner import Learner, Update
 
 
@@ -22,6 +23,8 @@ class Step(Progress):
     batch: Batch
     experience: Experience
     update: Update
+    algorithm: Algorithm
+    """The next step's: its coefficients have adapted to this one."""
 
 
 def rl(
@@ -34,12 +37,13 @@ def rl(
     algorithm: Algorithm,
     steps: int,
 ) -> Iterator[Step]:
-    """Generate, score, estimate, update, publish; `steps` times."""
+    """Generate and reward, score, estimate, update, publish, adapt; `steps` times."""
     for number in range(1, steps + 1):
-        rollouts = generator.generate(prompts.next(), sampling, samples_per_prompt)
-        rollouts = rewarded(rollouts, rewards)
-        batch = learner.score(rollouts)  # old and reference log-probs, values
+        rollouts = collect(prompts, generator, sampling, samples_per_prompt, rewards, algorithm)
+        batch = learner.score(rollouts, algorithm)  # old and reference log-probs, values
         experience = algorithm.experience(batch)  # token rewards, advantages, returns
         update = learner.update(experience, algorithm, train_actor=number > learner.optim.critic_warmup_steps)
         generator.load_weights(learner.weights())
-        yield Step(number, rl_metrics(rollouts, batch, experience, update), rollouts, batch, experience, update)
+        metrics = rl_metrics(rollouts, batch, experience, update, algorithm)
+        algorithm = algorithm.adapt(metrics)  # coefficients that follow what was measured
+        yield Step(number, metrics, rollouts, batch, experience, update, algorithm)

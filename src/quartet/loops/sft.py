@@ -8,10 +8,8 @@ import torch
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.loops.progress import Progress
-from quartet.models.language_model import logprobs_and_entropy, response_logits
-from quartet.models.padding import micro_batches, response_mask, right_pad
-from quartet.tensors import Float, Tensor
-from quartet.training.descend import check_finite, descend
+from quartet.training.descend import descend
+from quartet.training.imitation import imitation_losses
 from quartet.training.optim import Optimizer
 
 
@@ -21,30 +19,11 @@ def sft(
     """Minimise the mean negative log-probability of the answers' tokens."""
     for number in range(1, steps + 1):
         lr = optimizer.lr
-        losses = _losses(model, demonstrations.next(), micro_batch_tokens)
+        losses = imitation_losses(model, demonstrations.next(), micro_batch_tokens)
         yield Progress(number, {**descend(losses, {"policy": optimizer}), "lr": lr})
 
 
 @torch.no_grad()
 def held_out_loss(model: Any, demonstrations: Sequence[Demonstration], micro_batch_tokens: int) -> float:
     """Mean negative log-probability per answer token."""
-    return float(sum(_losses(model, demonstrations, micro_batch_tokens)))
-
-
-def _losses(model: Any, batch: Sequence[Demonstration], micro_batch_tokens: int) -> Iterator[Float[Tensor, ""]]:
-    """The loss of a batch in pieces that add up to it."""
-    num_tokens = sum(len(d.response_ids) for d in batch)
-    for rows in micro_batches([len(d.prompt_ids) + len(d.response_ids) for d in batch], micro_batch_tokens):
-        yield _negative_logprobs(model, [batch[i] for i in rows]).sum() / num_tokens
-
-
-def _negative_logprobs(model: Any, demonstrations: Sequence[Demonstration]) -> Float[Tensor, "B T"]:
-    """−log p of every answer token, 0 elsewhere."""
-    tokens, lengths = right_pad([(*d.prompt_ids, *d.response_ids) for d in demonstrations], model.device)
-    starts = torch.tensor([len(d.prompt_ids) for d in demonstrations], device=model.device)
-    mask = response_mask(starts, lengths, tokens.shape[1])
-    logits, _ = response_logits(model, tokens, first=int(starts.min()))
-    logprobs, _ = logprobs_and_entropy(logits, tokens, temperature=1.0)
-    losses = torch.where(mask, -logprobs, 0.0)
-    check_finite("the loss", losses, [d.id for d in demonstrations])
-    return losses
+    return float(sum(imitation_losses(model, demonstrations, micro_batch_tokens)))

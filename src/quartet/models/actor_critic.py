@@ -10,15 +10,24 @@ from torch import nn
 from quartet.algorithms.algorithm import Forward
 from quartet.models.heads import ScalarModel, ValueHead
 from quartet.models.language_model import logprobs_and_entropy, response_logits
-from quartet.tensors import Int, Tensor
+from quartet.models.logprobs import speak_of_own_token, token_exact_kl
+from quartet.tensors import Float, Int, Tensor
 
 
 @runtime_checkable
 class ActorCritic(Protocol):
     actor: Any
 
-    def forward(self, tokens: Int[Tensor, "B T"], first: int, temperature: float, entropy_gradient: bool = False) -> Forward:
-        """Log-probs, entropy and values of the tokens from `first` on (0 before) of right-padded rows."""
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        first: int,
+        temperature: float,
+        entropy_gradient: bool = False,
+        reference: Any | None = None,
+    ) -> Forward:
+        """Log-probs, entropy and values of the tokens from `first` on (0 before) of right-padded rows; given a reference,
+        the exact KL to it as well."""
         ...
 
     def actor_parameters(self) -> list[nn.Parameter]: ...
@@ -34,10 +43,18 @@ class Separate:
     def __init__(self, actor: Any, critic: ScalarModel | None) -> None:
         self.actor, self.critic = actor, critic
 
-    def forward(self, tokens: Int[Tensor, "B T"], first: int, temperature: float, entropy_gradient: bool = False) -> Forward:
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        first: int,
+        temperature: float,
+        entropy_gradient: bool = False,
+        reference: Any | None = None,
+    ) -> Forward:
         logits, _ = response_logits(self.actor, tokens, first)
         logprobs, entropy = logprobs_and_entropy(logits, tokens, temperature, entropy_gradient)
-        return Forward(logprobs, entropy, None if self.critic is None else self.critic.values(tokens))
+        values = None if self.critic is None else self.critic.values(tokens)
+        return Forward(logprobs, entropy, values, exact_kl_to(reference, logits, tokens, first, temperature))
 
     def actor_parameters(self) -> list[nn.Parameter]:
         return list(trainable(self.actor))
@@ -57,10 +74,18 @@ class Shared:
     def __init__(self, actor: Any, head: ValueHead) -> None:
         self.actor, self.head = actor, head
 
-    def forward(self, tokens: Int[Tensor, "B T"], first: int, temperature: float, entropy_gradient: bool = False) -> Forward:
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        first: int,
+        temperature: float,
+        entropy_gradient: bool = False,
+        reference: Any | None = None,
+    ) -> Forward:
         logits, hidden = response_logits(self.actor, tokens, first, hidden=True)
         logprobs, entropy = logprobs_and_entropy(logits, tokens, temperature, entropy_gradient)
-        return Forward(logprobs, entropy, self.head(hidden, tokens.shape[1]))
+        values = self.head(hidden, tokens.shape[1])
+        return Forward(logprobs, entropy, values, exact_kl_to(reference, logits, tokens, first, temperature))
 
     def actor_parameters(self) -> list[nn.Parameter]:
         return list(trainable(self.actor))
@@ -76,6 +101,17 @@ class Shared:
             critic.model.score.weight.copy_(self.head.linear.weight)
         critic.centre = -self.head.linear.bias.item()
         critic.save(folder, tokenizer)
+
+
+def exact_kl_to(
+    reference: Any | None, logits: Float[Tensor, "B n V"], tokens: Int[Tensor, "B T"], first: int, temperature: float
+) -> Float[Tensor, "B T"] | None:
+    """KL(π ‖ π_ref) before each token from `first` on; both distributions are whole for one micro-batch at a time."""
+    if reference is None:
+        return None
+    with torch.no_grad():
+        ref_logits, _ = response_logits(reference, tokens, first)
+    return speak_of_own_token(token_exact_kl(logits, ref_logits, temperature), tokens.shape[1])
 
 
 def trainable(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quartet.algorithms.kl import k1, k3
+from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.kl import NoKL, k1, k3
 from quartet.algorithms.masked import masked, masked_mean
+from quartet.algorithms.policy_loss import KLPenalty
 from quartet.experience import Batch, Experience, Rollout
 from quartet.tensors import Bool, Float, Tensor
 
@@ -57,10 +59,23 @@ def groups_without_signal(batch: Batch) -> float:
     return sum(len(scores) == 1 for scores in by_group.values()) / len(by_group)
 
 
-def rl_metrics(rollouts: Sequence[Rollout], batch: Batch, experience: Experience, update: "Update") -> dict[str, float]:
+def state_metrics(algorithm: Algorithm) -> dict[str, float]:
+    """The coefficients that adapt, as this step used them."""
+    metrics = {}
+    if not isinstance(algorithm.kl, NoKL):
+        metrics["kl/coef"] = algorithm.kl.coef
+    if isinstance(algorithm.policy_loss, KLPenalty):
+        metrics["policy/beta"] = algorithm.policy_loss.beta
+    return metrics
+
+
+def rl_metrics(
+    rollouts: Sequence[Rollout], batch: Batch, experience: Experience, update: "Update", algorithm: Algorithm
+) -> dict[str, float]:
     """The numbers of one RL step."""
     mask = batch.response_mask
-    metrics = response_metrics(rollouts)
+    metrics = response_metrics(rollouts) | state_metrics(algorithm)
+    metrics["responses"] = float(len(rollouts))
     metrics["reward/std"] = float(batch.scores.double().std(correction=0))
     metrics["groups_without_signal"] = groups_without_signal(batch)
     if batch.ref_logprobs is not None:
@@ -71,6 +86,8 @@ def rl_metrics(rollouts: Sequence[Rollout], batch: Batch, experience: Experience
         metrics["value/mean"] = float(masked_mean(experience.values, mask))
         metrics["value/explained_variance"] = explained_variance(experience.values, experience.returns, mask)
         metrics["return/mean"] = float(masked_mean(experience.returns, mask))
+    if experience.weights is not None:
+        metrics["correction/mean_weight"] = float(masked_mean(experience.weights, mask))
     metrics["advantage/std"] = float(experience.advantages[mask].double().std(correction=0))
     metrics["sampler_mismatch"] = float(masked((batch.rollout_logprobs - batch.old_logprobs).abs(), mask).max())
     ratio = masked((update.logprobs - batch.old_logprobs).clamp(-20, 20).exp(), mask)

@@ -1,6 +1,6 @@
 """A trained reward model as a reward."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -19,11 +19,24 @@ class ModelReward:
         self.model, self.micro_batch_tokens = model, micro_batch_tokens
         self.device = next(model.parameters()).device
 
-    @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        scores = torch.zeros(len(rollouts))
+        scores = [0.0] * len(rollouts)
+        for i, outputs in self._outputs(rollouts):
+            scores[i] = outputs[-1]
+        return scores
+
+    def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        """The head read at every response token: what the model thinks once it has read that token."""
+        scores: list[list[float]] = [[] for _ in rollouts]
+        for i, outputs in self._outputs(rollouts):
+            scores[i] = outputs[len(outputs) - len(rollouts[i].response_ids) :]
+        return scores
+
+    @torch.no_grad()
+    def _outputs(self, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, list[float]]]:
+        """For each rollout, in any order, the head at every real token."""
         lengths = [len(r.prompt.ids) + len(r.response_ids) for r in rollouts]
         for rows in micro_batches(lengths, self.micro_batch_tokens):
-            tokens, real = right_pad([(*rollouts[i].prompt.ids, *rollouts[i].response_ids) for i in rows], self.device)
-            scores[rows] = self.model.scores(tokens, real).cpu()
-        return scores.tolist()
+            tokens, _ = right_pad([(*rollouts[i].prompt.ids, *rollouts[i].response_ids) for i in rows], self.device)
+            for i, outputs in zip(rows, self.model(tokens).tolist(), strict=True):
+                yield i, outputs[: lengths[i]]

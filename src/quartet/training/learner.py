@@ -1,21 +1,26 @@
 """The learner: scores rollouts, and updates actor and critic from experience."""
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from quartet.algorithms.algorithm import Algorithm, Forward
+from quartet.data.records import Demonstration
+from quartet.data.sampler import Sampler
 from quartet.experience import Batch, Experience, Rollout
 from quartet.generation.protocol import Weights
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.language_model import policy_logprobs
-from quartet.models.padding import first_response_column, micro_batches, response_mask, right_pad, spread
+from quartet.models.padding import PAD, first_response_column, micro_batches, response_mask, right_pad, spread
 from quartet.tensors import Bool, Float, Tensor
 from quartet.training.descend import check_finite, descend
+from quartet.training.ema import Ema
+from quartet.training.imitation import imitation_losses
 from quartet.training.optim import Optim, Optimizer
 
 
@@ -40,9 +45,18 @@ class Learner:
     """Owns what learns (actor and critic, their optimizers) and the frozen reference."""
 
     def __init__(
-        self, models: ActorCritic, reference: Any | None, optim: Optim, temperature: float, steps: int, seed: int
+        self,
+        models: ActorCritic,
+        reference: Any | None,
+        optim: Optim,
+        temperature: float,
+        steps: int,
+        seed: int,
+        pretraining: Sampler[Demonstration] | None = None,
     ) -> None:
         self.models, self.reference, self.optim, self.temperature = models, reference, optim, temperature
+        self.pretraining = pretraining
+        self.ema = Ema(models.actor, optim.ema) if optim.ema else None
         total = steps * optim.epochs * optim.minibatches
         self.optimizers = {"actor": Optimizer(models.actor_parameters(), optim.descent(optim.lr), total)}
         if critic := models.critic_parameters():
@@ -55,23 +69,39 @@ class Learner:
         return Weights(self.version, self.models.actor.state_dict())
 
     @torch.no_grad()
-    def score(self, rollouts: Sequence[Rollout]) -> Batch:
-        """The rollouts as tensors, with what actor, critic and reference say of each token."""
+    def score(self, rollouts: Sequence[Rollout], algorithm: Algorithm) -> Batch:
+        """The rollouts as tensors, with what actor, critic and reference say of each token, as far as the algorithm reads
+        it."""
         batch = collate(rollouts, self.device)
         check_finite("the reward", batch.scores, batch.ids)
-        old, values = (torch.zeros_like(batch.rollout_logprobs) for _ in range(2))
+        old, entropy, values, exact = (torch.zeros_like(batch.rollout_logprobs) for _ in range(4))
+        final = torch.zeros_like(batch.scores)
         for rows in micro_batches(batch.lengths.tolist(), self.optim.micro_batch_tokens):
             width = int(batch.lengths[rows].max())
             tokens, mask = batch.tokens[rows, :width], batch.response_mask[rows, :width]
-            now = self.models.forward(tokens, first_response_column(mask), self.temperature)
-            old[rows, :width] = torch.where(mask, now.logprobs, 0.0)
+            # One column more, of padding: the value before it is the value after the longest row's last token.
+            more = torch.nn.functional.pad(tokens, (0, int(algorithm.needs_final_values)), value=PAD)
+            reference = self.reference if algorithm.kl.exact_reward else None
+            now = self.models.forward(more, first_response_column(mask), self.temperature, reference=reference)
+            old[rows, :width] = torch.where(mask, now.logprobs[:, :width], 0.0)
+            entropy[rows, :width] = torch.where(mask, now.entropy[:, :width], 0.0)
             if now.values is not None:
-                values[rows, :width] = torch.where(mask, now.values, 0.0)
+                values[rows, :width] = torch.where(mask, now.values[:, :width], 0.0)
+            if now.values is not None and algorithm.needs_final_values:
+                final[rows] = now.values.gather(1, batch.lengths[rows][:, None])[:, 0]
+            if now.exact_kl is not None:
+                exact[rows, :width] = torch.where(mask, now.exact_kl[:, :width], 0.0)
         ref = None if self.reference is None else self._reference_logprobs(batch)
         for what, numbers in (("the log-probability", old), ("the value", values)):
             check_finite(what, numbers, batch.ids)
         return dataclasses.replace(
-            batch, old_logprobs=old, ref_logprobs=ref, values=values if "critic" in self.optimizers else None
+            batch,
+            old_logprobs=old,
+            ref_logprobs=ref,
+            exact_kl=exact if algorithm.kl.exact_reward else None,
+            entropy=entropy,
+            values=values if "critic" in self.optimizers else None,
+            final_values=final if algorithm.needs_final_values else None,
         )
 
     def update(self, experience: Experience, algorithm: Algorithm, train_actor: bool = True) -> Update:
@@ -86,10 +116,13 @@ class Learner:
         descents: dict[str, float] = {}
         for number, rows in enumerate(steps):
             losses = self._losses(experience, rows, algorithm, train_actor, seen, first_visit=number == 0)
-            for name, value in descend(losses, optimizers).items():
+            mixed_in = self._pretraining_losses(algorithm, seen) if train_actor else ()
+            for name, value in descend(itertools.chain(losses, mixed_in), optimizers).items():
                 descents[name] = descents.get(name, 0.0) + value / len(steps)
             if not train_actor:
                 self.optimizers["actor"].zero_grad()
+            elif self.ema is not None:
+                self.ema.update(self.models.actor)
         self.version += 1
         return Update(
             losses={name: total / len(steps) for name, total in seen.losses.items()},
@@ -129,7 +162,8 @@ class Learner:
         first_visit: bool,
     ) -> Iterator[Float[Tensor, ""]]:
         """The loss of one minibatch in pieces that add up to it."""
-        denominator = algorithm.aggregation.denominator(experience.response_mask[list(rows)])
+        denominators = algorithm.denominators(experience.rows(rows))
+        reference = self.reference if algorithm.kl.exact_loss else None
         lengths = experience.lengths[list(rows)].tolist()
         for piece in micro_batches(lengths, self.optim.micro_batch_tokens):
             indices = [rows[i] for i in piece]
@@ -139,13 +173,23 @@ class Learner:
                 first_response_column(part.response_mask),
                 self.temperature,
                 algorithm.needs_entropy_gradient,
+                reference,
             )
             check_finite("the log-probability in the update", torch.where(part.response_mask, now.logprobs, 0.0), part.ids)
             if now.values is not None:
                 check_finite("the value in the update", torch.where(part.response_mask, now.values, 0.0), part.ids)
-            terms = algorithm.loss(part, now, denominator)
+            terms = algorithm.loss(part, now, denominators)
             seen.record(indices, part, now, terms, algorithm, first_visit)
             yield sum(terms.values(), torch.zeros((), device=self.device)) if train_actor else terms["value"]
+
+    def _pretraining_losses(self, algorithm: Algorithm, seen: "_Seen") -> Iterator[Float[Tensor, ""]]:
+        """PTX: the loss of some demonstrations beside that of the rollouts."""
+        if self.pretraining is None or algorithm.ptx.coef == 0:
+            return
+        for loss in imitation_losses(self.models.actor, self.pretraining.next(), self.optim.micro_batch_tokens):
+            weighted = algorithm.ptx.coef * loss
+            seen.losses["ptx"] = seen.losses.get("ptx", 0.0) + float(weighted.detach())
+            yield weighted
 
 
 class _Seen:
@@ -169,7 +213,7 @@ class _Seen:
         first_visit: bool,
     ) -> None:
         mask, width = part.response_mask, part.tokens.shape[1]
-        clipped = algorithm.policy_loss.clipped(now.logprobs, part.old_logprobs, part.advantages) & mask
+        clipped = algorithm.clipped(part, now.logprobs)
         self.logprobs[indices, :width] = torch.where(mask, now.logprobs, 0.0)
         self.entropy[indices, :width] = torch.where(mask, now.entropy, 0.0)
         self.clipped[indices, :width] = clipped
@@ -195,7 +239,16 @@ def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
         lengths=lengths,
         response_mask=mask,
         scores=torch.tensor([r.score for r in rollouts], dtype=torch.float32, device=device),
+        ended=torch.tensor([r.finish_reason == "stop" for r in rollouts], device=device),
         groups=torch.tensor([r.group for r in rollouts], device=device),
         rollout_logprobs=logprobs,
         old_logprobs=logprobs,
+        token_scores=_where_all_have_it([r.token_scores for r in rollouts], lambda rows: spread(rows, mask)),
+        greedy_scores=_where_all_have_it(
+            [r.greedy_score for r in rollouts], lambda scores: torch.tensor(scores, dtype=torch.float32, device=device)
+        ),
     )
+
+
+def _where_all_have_it(values: Sequence[Any], make: Callable[[Any], Tensor]) -> Tensor | None:
+    return None if any(value is None for value in values) else make(values)

@@ -68,6 +68,9 @@ class Optim:
     micro_batch_tokens: int = Field(
         default=8192, ge=1, description="Tokens per forward pass; it bounds memory and changes no result."
     )
+    ema: float = Field(
+        default=0.0, ge=0, lt=1, description="Decay of an average of the actor, saved beside it; 0 keeps none. Typical: 0.992."
+    )
     critic_warmup_steps: int = Field(default=0, ge=0, description="First steps in which only the critic learns.")
     schedule: Literal["linear", "constant"] = "constant"
     warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps over which the rates rise from 0.")

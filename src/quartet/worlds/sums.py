@@ -5,6 +5,7 @@ Answers are written from the ones up, as one adds on paper: "231" for 132. A sma
 """
 
 import random
+import zlib
 from typing import Any
 
 from quartet.data.examples import Example
@@ -16,14 +17,14 @@ ALPHABET = "0123456789+="
 class Sums:
     """The world `sums`: two numbers of two digits.
 
-    The demonstrations are a careless pupil's: four in ten have a digit wrong. Imitation learns to be careless
+    The demonstrations are a careless pupil's: six in ten have a digit wrong. Imitation learns to be careless
     too; a verifier can reward being right. A tenth of all questions is held out of everything else.
     """
 
     name = "sums"
     typical_tokens = (6, 4)
     smallest, largest = 10, 99
-    slips = 0.4
+    slips = 0.6
     """The share of demonstrations with one digit wrong."""
 
     def __init__(self, seed: int) -> None:
@@ -70,7 +71,9 @@ class Sums:
 
     @staticmethod
     def _is_held_out(pair: tuple[int, int]) -> bool:
-        return (pair[0] * 31 + pair[1] * 17) % 10 == 0
+        """By a hash: a rule of arithmetic would hold out some pairs of digits altogether, and nobody can add digits that
+        were never shown."""
+        return zlib.crc32(f"{pair[0]}+{pair[1]}".encode()) % 10 == 0
 
 
 def answer(first: int, second: int) -> str:

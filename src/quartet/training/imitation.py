@@ -1,0 +1,31 @@
+"""The loss of demonstrations: what supervised fine-tuning minimises, and what PTX adds to reinforcement."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from quartet.data.records import Demonstration
+from quartet.models.language_model import logprobs_and_entropy, response_logits
+from quartet.models.padding import micro_batches, response_mask, right_pad
+from quartet.tensors import Float, Tensor
+from quartet.training.descend import check_finite
+
+
+def imitation_losses(model: Any, batch: Sequence[Demonstration], micro_batch_tokens: int) -> Iterator[Float[Tensor, ""]]:
+    """The mean negative log-probability of the answers' tokens, in pieces that add up to it."""
+    num_tokens = sum(len(d.response_ids) for d in batch)
+    for rows in micro_batches([len(d.prompt_ids) + len(d.response_ids) for d in batch], micro_batch_tokens):
+        yield _negative_logprobs(model, [batch[i] for i in rows]).sum() / num_tokens
+
+
+def _negative_logprobs(model: Any, demonstrations: Sequence[Demonstration]) -> Float[Tensor, "B T"]:
+    """−log p of every answer token, 0 elsewhere."""
+    tokens, lengths = right_pad([(*d.prompt_ids, *d.response_ids) for d in demonstrations], model.device)
+    starts = torch.tensor([len(d.prompt_ids) for d in demonstrations], device=model.device)
+    mask = response_mask(starts, lengths, tokens.shape[1])
+    logits, _ = response_logits(model, tokens, first=int(starts.min()))
+    logprobs, _ = logprobs_and_entropy(logits, tokens, temperature=1.0)
+    losses = torch.where(mask, -logprobs, 0.0)
+    check_finite("the loss", losses, [d.id for d in demonstrations])
+    return losses

@@ -1,0 +1,195 @@
+"""TRPO and the natural policy gradient: one step of the actor along F⁻¹g, as far as a KL constraint allows.
+
+F, the Fisher matrix, is the Hessian of the mean KL(π_old ‖ π) at π = π_old. It is never built: conjugate gradients ask
+only for products F v, and each is two backward passes (Schulman et al. 2015, appendix C). For small models: a step costs
+some twenty passes over the whole experience, and the direction is as large as the weights.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.kl import exact_kl
+from quartet.algorithms.update import TrustRegion
+from quartet.experience import Experience
+from quartet.models.language_model import response_logits
+from quartet.models.padding import first_response_column, micro_batches
+from quartet.tensors import Float, Tensor
+from quartet.training.learner import Learner, Update
+
+Vector = Float[Tensor, "P"]
+
+
+def conjugate_gradient(product: Callable[[Vector], Vector], b: Vector, steps: int, tolerance: float = 1e-10) -> Vector:
+    """x with A x ≈ b, for a positive definite A that is known by its products A v (Hestenes & Stiefel 1952).
+
+    In n dimensions it is exact after n steps: A = diag(1, 4), b = (1, 4) gives (1, 1).
+    """
+    x, residual = torch.zeros_like(b), b.clone()
+    direction, size = residual.clone(), residual @ residual
+    for _ in range(steps):
+        if size < tolerance:
+            break
+        image = product(direction)
+        along = size / (direction @ image)
+        x, residual = x + along * direction, residual - along * image
+        new_size = residual @ residual
+        direction, size = residual + new_size / size * direction, new_size
+    return x
+
+
+@dataclass(frozen=True)
+class NaturalStep:
+    """What one step did."""
+
+    kl: float
+    """Mean KL(π_old ‖ π) per token, over the whole vocabulary."""
+    loss_before: float
+    loss_after: float
+    fraction: float
+    """The share of the full step that was taken; 0 where the line search found none."""
+    gradient_norm: float
+
+
+class TrustRegionLearner(Learner):
+    """A learner whose actor moves by one natural step on each experience; the critic learns as in `Learner`."""
+
+    def update(self, experience: Experience, algorithm: Algorithm, train_actor: bool = True) -> Update:
+        # Without train_actor the base class trains the critic only, and records what was seen of the policy.
+        update = super().update(experience, algorithm, train_actor=False)
+        if not train_actor:
+            return update
+        assert isinstance(algorithm.update, TrustRegion)
+        objective = _Objective(self, experience, algorithm)
+        step = natural_step(objective, self.models.actor_parameters(), algorithm.update)
+        return dataclasses.replace(
+            update,
+            logprobs=objective.logprobs(),
+            descents=update.descents
+            | {
+                "grad_norm/actor": step.gradient_norm,
+                "trust_region/kl": step.kl,
+                "trust_region/fraction": step.fraction,
+                "trust_region/improvement": step.loss_before - step.loss_after,
+            },
+        )
+
+
+def natural_step(objective: "_Objective", parameters: Sequence[Tensor], settings: TrustRegion) -> NaturalStep:
+    """θ ← θ − √(2 δ / xᵀFx) · x with x = F⁻¹g; with a line search, half of it, and half again, until the loss is lower and
+    the KL within δ. Where no step is found, the weights stay as they were."""
+    # Second derivatives of attention exist for torch's plain kernel only.
+    with sdpa_kernel(SDPBackend.MATH):
+        before = objective.loss()
+        gradient = objective.gradient(parameters)
+        norm = float(gradient.norm())
+        if norm == 0:
+            return NaturalStep(0.0, before, before, 0.0, 0.0)
+
+        def fisher(vector: Vector) -> Vector:
+            return objective.fisher_product(parameters, vector) + settings.damping * vector
+
+        direction = conjugate_gradient(fisher, gradient, settings.conjugate_gradient_steps)
+        full = torch.sqrt(2 * settings.max_kl / (direction @ fisher(direction))) * direction
+    start = torch.cat([p.detach().flatten() for p in parameters]).clone()
+    fraction = 1.0
+    for _ in range(settings.line_search_steps):
+        _assign(parameters, start - fraction * full)
+        after, kl = objective.loss(), objective.kl()
+        if after < before and kl <= settings.max_kl:
+            return NaturalStep(kl, before, after, fraction, norm)
+        fraction /= 2
+    if settings.line_search_steps:
+        _assign(parameters, start)
+        return NaturalStep(0.0, before, before, 0.0, norm)
+    _assign(parameters, start - full)
+    return NaturalStep(objective.kl(), before, objective.loss(), 1.0, norm)
+
+
+class _Objective:
+    """The actor's loss on one experience, and its KL to the policy that the experience began with. The loss of the
+    value is no part of it."""
+
+    def __init__(self, learner: Learner, experience: Experience, algorithm: Algorithm) -> None:
+        self.learner, self.experience, self.algorithm = learner, experience, algorithm
+        self.denominators = algorithm.denominators(experience)
+        self.num_tokens = int(experience.response_mask.sum())
+        self.pieces = micro_batches(experience.lengths.tolist(), learner.optim.micro_batch_tokens)
+        with torch.no_grad():
+            self.old = [self._vocabulary_logprobs(rows) for rows in self.pieces]
+
+    def loss(self) -> float:
+        with torch.no_grad():
+            return float(sum(self._losses()))
+
+    def gradient(self, parameters: Sequence[Tensor]) -> Vector:
+        return _sum_of_gradients(self._losses(), parameters)
+
+    def kl(self) -> float:
+        with torch.no_grad():
+            return float(sum(self._kls()))
+
+    def fisher_product(self, parameters: Sequence[Tensor], vector: Vector) -> Vector:
+        """F v = ∇(∇KL · v), piece by piece."""
+        total = torch.zeros_like(vector)
+        for kl in self._kls():
+            slope = _flat(torch.autograd.grad(kl, parameters, create_graph=True, allow_unused=True), parameters)
+            total += _flat(torch.autograd.grad(slope @ vector, parameters, allow_unused=True), parameters).detach()
+        return total
+
+    @torch.no_grad()
+    def logprobs(self) -> Float[Tensor, "B T"]:
+        made = torch.zeros_like(self.experience.old_logprobs)
+        for rows in self.pieces:
+            part = self.experience.rows(rows)
+            now = self.learner.models.forward(part.tokens, first_response_column(part.response_mask), self.learner.temperature)
+            made[rows, : part.tokens.shape[1]] = torch.where(part.response_mask, now.logprobs, 0.0)
+        return made
+
+    def _losses(self) -> Iterator[Tensor]:
+        exact = self.learner.reference if self.algorithm.kl.exact_loss else None
+        for rows in self.pieces:
+            part = self.experience.rows(rows)
+            now = self.learner.models.forward(
+                part.tokens,
+                first_response_column(part.response_mask),
+                self.learner.temperature,
+                self.algorithm.needs_entropy_gradient,
+                exact,
+            )
+            terms = self.algorithm.loss(part, now, self.denominators)
+            yield sum((term for name, term in terms.items() if name != "value"), torch.zeros((), device=self.learner.device))
+
+    def _kls(self) -> Iterator[Tensor]:
+        for rows, old in zip(self.pieces, self.old, strict=True):
+            yield exact_kl(old, self._vocabulary_logprobs(rows)).sum() / self.num_tokens
+
+    def _vocabulary_logprobs(self, rows: Sequence[int]) -> Float[Tensor, "n V"]:
+        """Of the response tokens of these rows, over the whole vocabulary."""
+        part = self.experience.rows(rows)
+        first = first_response_column(part.response_mask)
+        logits, _ = response_logits(self.learner.models.actor, part.tokens, first)
+        scaled = logits[part.response_mask[:, first:]].float() / self.learner.temperature
+        return scaled.log_softmax(-1)
+
+
+def _sum_of_gradients(losses: Iterator[Tensor], parameters: Sequence[Tensor]) -> Vector:
+    return torch.stack(
+        [_flat(torch.autograd.grad(loss, parameters, allow_unused=True), parameters).detach() for loss in losses]
+    ).sum(dim=0)
+
+
+def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradients, parameters, strict=True)])
+
+
+@torch.no_grad()
+def _assign(parameters: Sequence[Tensor], vector: Vector) -> None:
+    offset = 0
+    for p in parameters:
+        p.copy_(vector[offset : offset + p.numel()].view_as(p))
+        offset += p.numel()
