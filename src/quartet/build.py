@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.preference import PREFERENCES
 from quartet.algorithms.update import TrustRegion
 from quartet.config import (
     Config,
     ExactRewardSource,
     GoldRewardSource,
     ModelRewardSource,
+    Preference,
     RewardModel,
     SeparateCritic,
     Sft,
@@ -31,11 +33,12 @@ from quartet.data.tokenizer import train_tokenizer
 from quartet.evaluation.compare import Gold
 from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
+from quartet.loops.preference import OnlinePairs
 from quartet.models.actor_critic import ActorCritic, Separate, Shared, freeze, pad_token_id
 from quartet.models.chat import set_chat_template
 from quartet.models.heads import ScalarModel, ValueHead
 from quartet.models.language_model import ModelError, create, load_model, load_tokenizer, read_config, stop_ids
-from quartet.pipeline import Cast, EvaluationStage, RewardModelStage, RLStage, SftStage, Stage
+from quartet.pipeline import Cast, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward
@@ -109,6 +112,8 @@ class Workshop:
                 return self.reward_model_stage()
             case "evaluation":
                 return self.evaluation_stage()
+            case _ if name in PREFERENCES:
+                return self.preference_stage(name)
             case _:  # any preset
                 return self.rl_stage()
 
@@ -142,6 +147,7 @@ class Workshop:
             tokenizer=self.tokenizer,
             load_policy=self.starting_policy,
             make_model=lambda policy: ScalarModel.from_trunk(policy, pad_token_id(self.tokenizer), self.config.seed),
+            loss=settings.loss,
             optimizer=lambda model: stage_optimizer(model, settings),
             num_steps=settings.steps,
             batch_size=settings.batch_size,
@@ -149,13 +155,42 @@ class Workshop:
             seed=self.config.seed,
         )
 
-    def rl_stage(self) -> RLStage:
-        config = self.config
-        prompts = self._prompts()[0]
-        if any(isinstance(r, ExactRewardSource) for r in config.reward):
+    def preference_stage(self, name: str) -> PreferenceStage:
+        settings, online = self.config.preference, name == "online_dpo"
+        train, held_out = ([], []) if online else self._examples("comparisons", settings.data)
+        prompts = self._answerable(self._prompts()[0]) if online else []
+
+        def pairs(folder: Path, model: Any) -> OnlinePairs:
+            generator = NativeGenerator(model, self.tokenizer, stop_ids(model, self.tokenizer), self.config.seed)
+            sampler = Sampler(prompts, settings.batch_size, self.config.seed)
+            return OnlinePairs(sampler, generator, self.config.rollout, self._rewards(folder))
+
+        return PreferenceStage(
+            name=name,
+            comparisons=self.encoder.comparisons(train) if train else [],
+            held_out=self.encoder.comparisons(held_out) if held_out else [],
+            online=pairs if online else None,
+            tokenizer=self.tokenizer,
+            load_policy=self.starting_policy,
+            loss=settings.loss,
+            optimizer=lambda model: stage_optimizer(model, settings),
+            num_steps=settings.steps,
+            batch_size=settings.batch_size,
+            micro_batch_tokens=self.micro_batch_tokens,
+            seed=self.config.seed,
+        )
+
+    def _answerable(self, prompts: list[Prompt]) -> list[Prompt]:
+        """The prompts, once each has what the rewards compare answers with."""
+        if any(isinstance(r, ExactRewardSource) for r in self.config.reward):
             for prompt in prompts:
                 if "answer" not in prompt.extra:
                     raise DataError(f'{prompt.id}: has no column answer, which reward.type = "exact" compares with.')
+        return prompts
+
+    def rl_stage(self) -> RLStage:
+        config = self.config
+        prompts = self._answerable(self._prompts()[0])
         assert config.rl_stage and config.algorithm
         return RLStage(
             name=config.rl_stage,
@@ -347,7 +382,7 @@ class Workshop:
         return notes
 
 
-def stage_optimizer(model: Any, settings: Sft | RewardModel) -> Optimizer:
+def stage_optimizer(model: Any, settings: Sft | RewardModel | Preference) -> Optimizer:
     return Optimizer([p for p in model.parameters() if p.requires_grad], settings, settings.steps)
 
 

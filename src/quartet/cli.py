@@ -66,7 +66,7 @@ def plan(
 
 @app.command()
 def init(
-    recipe: Annotated[str, typer.Argument(help="sft, reward_model, ppo or grpo.")],
+    recipe: Annotated[str, typer.Argument(help="sft, reward_model, ppo, grpo or dpo.")],
     file: Annotated[Path | None, typer.Argument(help="Where to write it. Default: RECIPE.toml.")] = None,
 ) -> None:
     """Write a commented file to start from."""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import model_validator
 
 from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.preference import PREFERENCES, Dpo, LastTokenLoss, PreferenceLoss, RewardModelLoss
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.update import TrustRegion
 from quartet.generation.sampling import Sampling
@@ -76,6 +77,17 @@ class RewardModel(Descent):
     steps: int = Field(default=200, ge=1)
     batch_size: int = Field(default=32, ge=1)
     data: str | None = Field(default=None, description="Left out, it is data.train.")
+    loss: RewardModelLoss = LastTokenLoss()
+
+
+@part
+class Preference(Descent):
+    """Learning from comparisons directly (dpo, ipo, kto, …): the file's [preference] table."""
+
+    steps: int = Field(default=200, ge=1)
+    batch_size: int = Field(default=32, ge=1, description="Comparisons in each optimizer step; online, prompts.")
+    data: str | None = Field(default=None, description="Left out, it is data.train.")
+    loss: PreferenceLoss = Dpo()
 
 
 @part
@@ -161,6 +173,7 @@ class Config:
     policy: Policy = Policy()
     sft: Sft = Sft()
     reward_model: RewardModel = RewardModel()
+    preference: Preference = Preference()
     critic: Annotated[SeparateCritic | SharedCritic, Field(discriminator="type")] = SeparateCritic()
     reward: tuple[RewardSource, ...] = ()
     rollout: Rollout = Rollout()
@@ -174,17 +187,27 @@ class Config:
         return next((stage for stage in self.recipe if stage in ALGORITHMS), None)
 
     @property
+    def preference_stage(self) -> str | None:
+        """The stage that learns from comparisons directly, if the recipe has one."""
+        return next((stage for stage in self.recipe if stage in PREFERENCES), None)
+
+    @property
     def reward_model_source(self) -> ModelRewardSource | None:
         return next((r for r in self.reward if isinstance(r, ModelRewardSource)), None)
 
     @model_validator(mode="after")
     def _can_work(self) -> "Config":
-        for problem in (*self._recipe_problems(), *self._source_problems(), *self._rl_problems()):
+        for problem in (
+            *self._recipe_problems(),
+            *self._source_problems(),
+            *self._reward_problems(),
+            *self._rl_problems(),
+        ):
             raise ValueError(problem)
         return self
 
     def _recipe_problems(self) -> list[str]:
-        order = {"sft": 0, "reward_model": 1, **dict.fromkeys(ALGORITHMS, 2), "evaluation": 3}
+        order = {"sft": 0, "reward_model": 1, **dict.fromkeys((*ALGORITHMS, *PREFERENCES), 2), "evaluation": 3}
         known = "sft, reward_model, evaluation, and what `quartet algorithms` lists"
         if not self.recipe:
             return [f"recipe: is empty. Name one stage or more of {known}."]
@@ -198,11 +221,16 @@ class Config:
         ranks = [order[stage] for stage in self.recipe]
         if ranks != sorted(set(ranks)):
             problems.append(
-                "recipe: stages go from sft over reward_model and one RL stage to evaluation, each at most once; "
+                "recipe: stages go from sft over reward_model and one RL or preference stage to evaluation, each at most once; "
                 f"this one says {', '.join(self.recipe)}."
             )
-        if "evaluation" in self.recipe and self.rl_stage is None:
-            problems.append("recipe: evaluation compares an RL stage's policy with the one before it, and there is none.")
+        aligns = self.rl_stage or self.preference_stage
+        if "evaluation" in self.recipe and aligns is None:
+            problems.append(
+                "recipe: evaluation compares an RL or preference stage's policy with the one before it; there is none."
+            )
+        if "evaluation" in self.recipe and not self.reward and self.data.world is None:
+            problems.append("recipe: evaluation needs a [[reward]] or a world to say which answers are better.")
         return problems
 
     def _source_problems(self) -> list[str]:
@@ -219,24 +247,31 @@ class Config:
             problems.append("recipe: the world sums has no comparisons to train a reward model on, its answers are checked.")
         return problems
 
-    def _rl_problems(self) -> list[str]:
-        if self.rl_stage is None or self.algorithm is None:
-            return []
+    def _reward_problems(self) -> list[str]:
+        """What any stage that asks for rewards needs."""
         problems = []
-        trains_reward_model = "reward_model" in self.recipe
-        if not self.reward:
+        asking = self.rl_stage or ("online_dpo" if self.preference_stage == "online_dpo" else None)
+        if asking and not self.reward:
             problems.append(
-                f'reward: {self.rl_stage} needs one. Add [[reward]] with type = "model" and model = a folder, '
-                'or type = "exact".'
+                f'reward: {asking} needs one. Add [[reward]] with type = "model" and model = a folder, or type = "exact".'
             )
-        if self.reward_model_source and self.reward_model_source.model is None and not trains_reward_model:
+        if self.reward_model_source and self.reward_model_source.model is None and "reward_model" not in self.recipe:
             problems.append(
-                f"reward.model: name the reward model's folder, or put reward_model before {self.rl_stage} in the recipe."
+                "reward.model: name the reward model's folder, or put reward_model before "
+                f"{asking or 'the others'} in the recipe."
             )
         if len({r.type for r in self.reward}) < len(self.reward):
             problems.append("reward: two of the same type; each may appear once.")
         if self.data.world is None and any(isinstance(r, GoldRewardSource) for r in self.reward):
             problems.append('reward.type: "gold" is known in an embedded world only.')
+        if self.data.world == "sums" and self.preference_stage and asking is None:
+            problems.append("recipe: the world sums has no comparisons to learn from; its answers are checked.")
+        return problems
+
+    def _rl_problems(self) -> list[str]:
+        if self.rl_stage is None or self.algorithm is None:
+            return []
+        problems = []
         if self.algorithm.needs_group and self.rollout.samples_per_prompt < 2:
             problems.append(
                 f"rollout.samples_per_prompt = {self.rollout.samples_per_prompt}: {self.rl_stage} compares several answers "

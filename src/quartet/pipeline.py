@@ -1,5 +1,6 @@
 """Stages from checkpoint to checkpoint: each reads the folders that earlier ones wrote, and writes its own."""
 
+import copy
 import dataclasses
 import json
 import time
@@ -8,16 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from quartet.algorithms.preference import Dpo, Ipo, Kto, LastTokenLoss, Orpo, PerTokenLoss, Simpo
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.sampler import Sampler
 from quartet.evaluation.compare import Gold, compare
 from quartet.experience import Prompt, Rollout
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
+from quartet.loops.preference import Source, held_out_preference, preference
 from quartet.loops.progress import Progress
 from quartet.loops.reward_model import pair_accuracy, reward_model
 from quartet.loops.rl import Step, rl
 from quartet.loops.sft import held_out_loss, sft
+from quartet.models.actor_critic import freeze
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import policy_logprobs, save, stop_ids
 from quartet.observability.doctor import Watch
@@ -152,6 +156,7 @@ class RewardModelStage:
     tokenizer: Any
     load_policy: Callable[[Path], Any]
     make_model: Callable[[Any], ScalarModel]
+    loss: LastTokenLoss | PerTokenLoss
     optimizer: Callable[[Any], Optimizer]
     num_steps: int
     batch_size: int
@@ -165,7 +170,7 @@ class RewardModelStage:
         model = self.make_model(policy)
         before = pair_accuracy(model, self.held_out, self.micro_batch_tokens)
         sampler = Sampler(self.comparisons, self.batch_size, self.seed)
-        yield from reward_model(model, sampler, self.optimizer(model), self.num_steps, self.micro_batch_tokens)
+        yield from reward_model(model, sampler, self.loss, self.optimizer(model), self.num_steps, self.micro_batch_tokens)
         accuracy = pair_accuracy(model, self.held_out, self.micro_batch_tokens)
         generator = NativeGenerator(policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.seed)
         scores = ModelReward(model, self.micro_batch_tokens).score(generator.generate(self.prompts, self.sampling))
@@ -173,6 +178,40 @@ class RewardModelStage:
         model.save(folder / "reward_model", self.tokenizer)
         summary = {"held_out_accuracy_before": before, "held_out_accuracy": accuracy, "centre": model.centre}
         return summary | ({} if self.ceiling is None else {"ceiling": self.ceiling})
+
+
+@dataclass(frozen=True)
+class PreferenceStage:
+    """Writes `policy/`, learnt from comparisons of a file or, where `online` makes them, of its own."""
+
+    name: str
+    comparisons: Sequence[Comparison]
+    held_out: Sequence[Comparison]
+    online: Callable[[Path, Any], Source] | None
+    tokenizer: Any
+    load_policy: Callable[[Path], Any]
+    loss: Dpo | Ipo | Kto | Orpo | Simpo
+    optimizer: Callable[[Any], Optimizer]
+    num_steps: int
+    batch_size: int
+    micro_batch_tokens: int
+    seed: int
+
+    @property
+    def title(self) -> str:
+        return self.name.replace("_", " ")
+
+    def run(self, folder: Path) -> Stages:
+        model = self.load_policy(folder)
+        reference = freeze(copy.deepcopy(model)) if self.loss.needs_reference else None
+        source = self.online(folder, model) if self.online else Sampler(self.comparisons, self.batch_size, self.seed)
+        optimizer = self.optimizer(model)
+        yield from preference(model, reference, source, self.loss, optimizer, self.num_steps, self.micro_batch_tokens)
+        save(model, self.tokenizer, folder / "policy")
+        if not self.held_out:
+            return {}
+        after = held_out_preference(model, reference, self.held_out, self.loss, self.micro_batch_tokens)
+        return {f"held_out_{name}": value for name, value in after.items()}
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _models(config: Config, policy: int | None) -> dict[str, int | None]:
         models["critic (head on the policy's trunk)" if isinstance(config.critic, SharedCritic) else "critic"] = policy
     if config.reward_model_source or "reward_model" in config.recipe:
         models["reward model"] = policy
-    if algorithm and algorithm.needs_reference:
+    if (algorithm and algorithm.needs_reference) or (config.preference_stage and config.preference.loss.needs_reference):
         models["reference"] = policy
     return models
 
@@ -118,6 +118,9 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
         elif stage == "reward_model":
             steps[stage] = config.reward_model.steps
             tokens[stage] = config.reward_model.steps * config.reward_model.batch_size * 2 * sum(row)
+        elif stage == config.preference_stage:
+            steps[stage] = config.preference.steps
+            tokens[stage] = config.preference.steps * config.preference.batch_size * 2 * sum(row)
         elif stage == config.rl_stage:
             steps[stage] = config.run.steps * config.optim.epochs * config.optim.minibatches
             tokens[f"{stage}, generated"] = _answers(config) * row[1]
@@ -140,6 +143,9 @@ def _memory(config: Config, models: dict[str, int | None], policy: int, vocabula
         memory["sft"] = PROGRAM_BYTES + trained + micro(config.sft.batch_size)
     if "reward_model" in config.recipe:
         memory["reward model"] = PROGRAM_BYTES + weights + trained + micro(2 * config.reward_model.batch_size)
+    if config.preference_stage:
+        frozen = weights * config.preference.loss.needs_reference
+        memory[config.preference_stage] = PROGRAM_BYTES + frozen + trained + micro(2 * config.preference.batch_size)
     if config.rl_stage:
         frozen = weights * sum(role in models for role in ("reward model", "reference"))
         learning = trained * sum(role in models for role in ("policy", "critic"))

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.preference import PREFERENCES
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.config import Config, did_you_mean
 from quartet.mistakes import Table, sentence, toml_value, where
@@ -173,6 +174,13 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
     rl = next((s for s in stages if isinstance(s, str) and s in ALGORITHMS), None) if isinstance(stages, list) else None
     if isinstance(table.get("critic"), dict):
         table["critic"] = {"type": "separate", **table["critic"]}
+    named = next((s for s in stages if isinstance(s, str) and s in PREFERENCES), None) if isinstance(stages, list) else None
+    if named is not None and isinstance(table.setdefault("preference", {}), dict):
+        below = dataclasses.asdict(PREFERENCES[named])
+        above = table["preference"].get("loss", {})
+        table["preference"]["loss"] = _merged({"loss": below}, {"loss": above})["loss"]
+        for key, _ in _leaves(table["preference"]["loss"], "preference.loss"):
+            origins.setdefault(key, f"preset {named}")
     algorithm = table.get("algorithm", {})
     if not isinstance(algorithm, dict):
         raise ConfigError("algorithm: is a table. Write [algorithm] and its keys below.")

@@ -140,8 +140,10 @@ class NoKL:
 class KLInReward:
     """Token reward −coef · KL(π_old ‖ π_ref), a constant for the update (Ziegler et al. 2019, eq. 2).
 
-    With k1 or the exact KL the best policy of the penalised reward is exactly π_ref · exp(score / coef), normalised. The
-    coefficient is the controller's state: `adapt` returns a part with the next one.
+    With k1 the best policy of the penalised reward is exactly π_ref · exp(score / coef), normalised. With no other estimator
+    is it: a policy gradient takes the reward for a constant, and of k1 alone the part that it misses is 0. The exact KL is
+    the same whichever token is chosen next, so the token that should pay for it does not; it is offered because texts and
+    libraries propose it. The coefficient is the controller's state: `adapt` returns a part with the next one.
     """
 
     type: Literal["in_reward"] = "in_reward"

@@ -79,7 +79,10 @@ class Encoder:
         chosen = self._response(example.prompt, example.chosen, "chosen")
         rejected = self._response(example.prompt, example.rejected, "rejected")
         self._check_whole(prompt, max(chosen, rejected, key=len))
-        return Comparison(example.id, tuple(prompt), tuple(chosen), tuple(rejected))
+        margin = example.extra.get("margin", 0.0)
+        if isinstance(margin, bool) or not isinstance(margin, int | float):
+            raise DataError(f"margin = {margin!r} is no number; it says by how much chosen is better.")
+        return Comparison(example.id, tuple(prompt), tuple(chosen), tuple(rejected), float(margin))
 
     def _check_whole(self, prompt: list[int], response: list[int]) -> None:
         length = len(prompt) + len(response)

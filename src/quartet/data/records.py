@@ -20,3 +20,5 @@ class Comparison:
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
+    margin: float = 0.0
+    """How sure the labeller was, where the row says it."""

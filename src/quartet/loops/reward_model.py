@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from quartet.algorithms.preference import bradley_terry
+from quartet.algorithms.preference import LastTokenLoss, PerTokenLoss, after_divergence, at
 from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
 from quartet.loops.progress import Progress
@@ -16,13 +16,18 @@ from quartet.training.optim import Optimizer
 
 
 def reward_model(
-    model: ScalarModel, comparisons: Sampler[Comparison], optimizer: Optimizer, steps: int, micro_batch_tokens: int
+    model: ScalarModel,
+    comparisons: Sampler[Comparison],
+    loss: LastTokenLoss | PerTokenLoss,
+    optimizer: Optimizer,
+    steps: int,
+    micro_batch_tokens: int,
 ) -> Iterator[Progress]:
-    """Minimise −log σ(score of chosen − score of rejected)."""
+    """Minimise a Bradley–Terry loss on batches of comparisons."""
     for number in range(1, steps + 1):
         lr = optimizer.lr
         margins: list[Tensor] = []
-        losses = _losses(model, comparisons.next(), micro_batch_tokens, margins)
+        losses = _losses(model, comparisons.next(), loss, micro_batch_tokens, margins)
         metrics = descend(losses, {"reward_model": optimizer})
         seen = torch.cat(margins)
         yield Progress(number, {**metrics, "accuracy": _accuracy(seen), "margin": float(seen.mean()), "lr": lr})
@@ -30,32 +35,36 @@ def reward_model(
 
 @torch.no_grad()
 def pair_accuracy(model: ScalarModel, comparisons: Sequence[Comparison], micro_batch_tokens: int) -> float:
-    """The share of pairs whose chosen side scores higher; a tie counts half."""
+    """The share of pairs whose chosen side scores higher at its last token; a tie counts half."""
     margins: list[Tensor] = []
-    for _ in _losses(model, comparisons, micro_batch_tokens, margins):
+    for _ in _losses(model, comparisons, LastTokenLoss(), micro_batch_tokens, margins):
         pass
     return _accuracy(torch.cat(margins))
 
 
 def _losses(
-    model: ScalarModel, batch: Sequence[Comparison], micro_batch_tokens: int, margins: list[Tensor]
+    model: ScalarModel,
+    batch: Sequence[Comparison],
+    loss: LastTokenLoss | PerTokenLoss,
+    micro_batch_tokens: int,
+    margins: list[Tensor],
 ) -> Iterator[Float[Tensor, ""]]:
-    """The loss of a batch in pieces that add up to it; the margins seen on the way are appended to `margins`."""
+    """The loss of a batch in pieces that add up to it; the differences of scores seen on the way are appended to `margins`."""
     longest = [2 * (len(c.prompt_ids) + max(len(c.chosen_ids), len(c.rejected_ids))) for c in batch]
     for rows in micro_batches(longest, micro_batch_tokens):
-        chosen, rejected = _scores(model, [batch[i] for i in rows])
-        margins.append((chosen - rejected).detach())
-        yield bradley_terry(chosen, rejected).sum() / len(batch)
-
-
-def _scores(model: ScalarModel, comparisons: Sequence[Comparison]) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
-    """Scores of the chosen and of the rejected answers; both sides go through the model in one batch."""
-    sides = [(*c.prompt_ids, *c.chosen_ids) for c in comparisons]
-    sides += [(*c.prompt_ids, *c.rejected_ids) for c in comparisons]
-    scores = model.scores(*right_pad(sides, next(model.parameters()).device))
-    check_finite("the score", scores, [c.id for c in comparisons] * 2)
-    chosen, rejected = scores.chunk(2)
-    return chosen, rejected
+        piece = [batch[i] for i in rows]
+        # Both sides go through the model in one batch.
+        sides = [(*c.prompt_ids, *c.chosen_ids) for c in piece] + [(*c.prompt_ids, *c.rejected_ids) for c in piece]
+        tokens, lengths = right_pad(sides, next(model.parameters()).device)
+        outputs = model(tokens)
+        (chosen, rejected), (good, bad) = outputs.chunk(2), lengths.chunk(2)
+        scores = at(chosen, good), at(rejected, bad)
+        check_finite("the score", torch.cat(scores), [c.id for c in piece] * 2)
+        margins.append((scores[0] - scores[1]).detach())
+        these, those = tokens.chunk(2)
+        differs = after_divergence(these, those, good, bad)
+        labelled = torch.tensor([c.margin for c in piece], device=outputs.device)
+        yield loss(chosen, rejected, good, bad, differs, labelled).sum() / len(batch)
 
 
 def _accuracy(margins: Float[Tensor, "P"]) -> float:

@@ -10,6 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from quartet.algorithms.preference import PREFERENCES
+
 if TYPE_CHECKING:
     from quartet.pipeline import Event, Stage
 
@@ -34,6 +36,11 @@ HEADLINES: dict[str, tuple[Shown, ...]] = {
     "sft": (Shown("loss", "loss", change=True),),
     "reward_model": (Shown("pair accuracy", "accuracy", change=True),),
     "evaluation": (),
+    "preference": (
+        Shown("loss", "loss", change=True),
+        Shown("pair accuracy", "accuracy", change=True),
+        Shown("log p chosen", "logprobs/chosen", "{:.1f}", change=True),
+    ),
 }
 RL_HEADLINE = (
     Shown("reward", "reward", change=True),
@@ -125,7 +132,8 @@ class _Line:
     def _words(self) -> list[str]:
         assert self.stage is not None
         words = []
-        for shown in HEADLINES.get(self.stage.name, RL_HEADLINE):
+        name = "preference" if self.stage.name in PREFERENCES else self.stage.name
+        for shown in HEADLINES.get(name, RL_HEADLINE):
             seen = self.history.get(shown.metric)
             if not seen:
                 continue
@@ -143,6 +151,8 @@ def closing_words(stage: str, summary: Mapping[str, Any]) -> str:
     if stage == "reward_model":
         possible = f" of {summary['ceiling']:.2f} possible" if "ceiling" in summary else ""
         return f"(held out {summary['held_out_accuracy']:.2f}{possible})"
+    if "held_out_accuracy" in summary:
+        return f"(held out {summary['held_out_accuracy']:.2f})"
     if stage == "evaluation":
         win, kl = summary["win_rate"], summary["kl"]
         judge = summary["judge"]

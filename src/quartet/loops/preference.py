@@ -1,0 +1,167 @@
+"""Learning from comparisons without a reward model: the DPO family, one loop."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from quartet.algorithms.preference import Dpo, Ipo, Kto, Orpo, Pairs, Simpo
+from quartet.data.records import Comparison
+from quartet.data.sampler import Sampler
+from quartet.experience import Prompt
+from quartet.generation.protocol import Generator
+from quartet.generation.sampling import Sampling
+from quartet.loops.progress import Progress
+from quartet.models.language_model import logprobs_and_entropy, response_logits
+from quartet.models.padding import micro_batches, response_mask, right_pad
+from quartet.rewards.protocol import Weighted, rewarded
+from quartet.tensors import Float, Tensor
+from quartet.training.descend import check_finite, descend
+from quartet.training.optim import Optimizer
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where batches of comparisons come from: a sampler over a file, or the policy itself."""
+
+    def next(self) -> list[Comparison]: ...
+
+
+class OnlinePairs:
+    """Two responses of the policy to each prompt; the reward says which is better (Guo et al. 2024, with a reward model for a
+    judge). Prompts whose two responses score the same give no comparison; if none gives one, the next prompts are tried."""
+
+    def __init__(
+        self, prompts: Sampler[Prompt], generator: Generator, sampling: Sampling, rewards: Sequence[Weighted], rounds: int = 10
+    ) -> None:
+        self.prompts, self.generator, self.sampling, self.rewards, self.rounds = prompts, generator, sampling, rewards, rounds
+
+    def next(self) -> list[Comparison]:
+        for _ in range(self.rounds):
+            rollouts = rewarded(self.generator.generate(self.prompts.next(), self.sampling, 2), self.rewards)
+            pairs = []
+            for two in zip(rollouts[::2], rollouts[1::2], strict=True):
+                worse, better = sorted(two, key=lambda r: r.score or 0.0)
+                if worse.score != better.score:
+                    pairs.append(Comparison(better.prompt.id, better.prompt.ids, better.response_ids, worse.response_ids))
+            if pairs:
+                return pairs
+        raise ValueError(
+            f"in {self.rounds} batches of prompts both responses always scored the same: there is nothing to prefer. "
+            "The task is too hard, too easy, or the reward never tells responses apart."
+        )
+
+
+def preference(
+    model: Any,
+    reference: Any | None,
+    comparisons: Source,
+    loss: Dpo | Ipo | Kto | Orpo | Simpo,
+    optimizer: Optimizer,
+    steps: int,
+    micro_batch_tokens: int,
+) -> Iterator[Progress]:
+    """Minimise the loss on batches of comparisons."""
+    for number in range(1, steps + 1):
+        lr, batch = optimizer.lr, comparisons.next()
+        seen: list[Pairs] = []
+        metrics = descend(_losses(model, reference, batch, loss, micro_batch_tokens, seen), {"policy": optimizer})
+        yield Progress(number, {**metrics, **preference_metrics(seen), "lr": lr})
+
+
+@torch.no_grad()
+def held_out_preference(
+    model: Any,
+    reference: Any | None,
+    comparisons: Sequence[Comparison],
+    loss: Dpo | Ipo | Kto | Orpo | Simpo,
+    micro_batch_tokens: int,
+) -> dict[str, float]:
+    """The loss, and how often the policy prefers what the labeller preferred."""
+    seen: list[Pairs] = []
+    total = float(sum(_losses(model, reference, comparisons, loss, micro_batch_tokens, seen)))
+    return {"loss": total, **preference_metrics(seen)}
+
+
+def preference_metrics(seen: Sequence[Pairs]) -> dict[str, float]:
+    """Accuracy: the share of pairs whose chosen side gained more on the reference than the rejected (without a reference: is
+    likelier per token); a tie counts half. The mean log-probs of both sides: they may fall together, which is worth seeing."""
+    margins = torch.cat([_margin(pairs) for pairs in seen]).detach()
+    chosen, rejected = (torch.cat([getattr(pairs, side) for pairs in seen]).detach() for side in ("chosen", "rejected"))
+    return {
+        "accuracy": float(((margins > 0).float() + 0.5 * (margins == 0).float()).mean()),
+        "margin": float(margins.mean()),
+        "logprobs/chosen": float(chosen.mean()),
+        "logprobs/rejected": float(rejected.mean()),
+    }
+
+
+def _margin(pairs: Pairs) -> Float[Tensor, "P"]:
+    if pairs.ref_chosen is None:
+        return pairs.chosen / pairs.chosen_tokens - pairs.rejected / pairs.rejected_tokens
+    chosen, rejected = pairs.log_ratios()
+    return chosen - rejected
+
+
+def _losses(
+    model: Any,
+    reference: Any | None,
+    batch: Sequence[Comparison],
+    loss: Dpo | Ipo | Kto | Orpo | Simpo,
+    micro_batch_tokens: int,
+    seen: list[Pairs],
+) -> Iterator[Float[Tensor, ""]]:
+    """The loss of a batch in pieces that add up to it; what was seen on the way is appended to `seen`."""
+    kl = _mismatched_kl(model, reference, batch, micro_batch_tokens) if loss.needs_kl else 0.0
+    for rows in micro_batches(_longest(batch), micro_batch_tokens):
+        piece = [batch[i] for i in rows]
+        chosen, rejected = _both_sides(model, piece)
+        ref_chosen, ref_rejected = None, None
+        if reference is not None:
+            with torch.no_grad():
+                ref_chosen, ref_rejected = _both_sides(reference, piece)
+        pairs = Pairs(
+            chosen,
+            rejected,
+            torch.tensor([float(len(c.chosen_ids)) for c in piece], device=chosen.device),
+            torch.tensor([float(len(c.rejected_ids)) for c in piece], device=chosen.device),
+            ref_chosen,
+            ref_rejected,
+            kl,
+        )
+        seen.append(pairs)
+        losses = loss(pairs)
+        check_finite("the loss", losses, [c.id for c in piece])
+        yield losses.sum() / len(batch)
+
+
+def _longest(batch: Sequence[Comparison]) -> list[int]:
+    return [2 * (len(c.prompt_ids) + max(len(c.chosen_ids), len(c.rejected_ids))) for c in batch]
+
+
+def _both_sides(model: Any, comparisons: Sequence[Comparison]) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
+    sides = [(c.prompt_ids, c.chosen_ids) for c in comparisons] + [(c.prompt_ids, c.rejected_ids) for c in comparisons]
+    chosen, rejected = _response_logprobs(model, sides).chunk(2)
+    return chosen, rejected
+
+
+@torch.no_grad()
+def _mismatched_kl(model: Any, reference: Any, batch: Sequence[Comparison], micro_batch_tokens: int) -> float:
+    """KTO's z: chosen responses under their neighbours' prompts, mean of log π / π_ref, not below 0."""
+    neighbours = [*batch[1:], batch[0]]
+    sides = [(a.prompt_ids, b.chosen_ids) for a, b in zip(batch, neighbours, strict=True)]
+    total = 0.0
+    for rows in micro_batches([len(p) + len(r) for p, r in sides], micro_batch_tokens):
+        piece = [sides[i] for i in rows]
+        total += float((_response_logprobs(model, piece) - _response_logprobs(reference, piece)).sum())
+    return max(total / len(batch), 0.0)
+
+
+def _response_logprobs(model: Any, sides: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Float[Tensor, "B"]:
+    """Σ log π over the tokens of each response."""
+    tokens, lengths = right_pad([(*prompt, *response) for prompt, response in sides], model.device)
+    starts = torch.tensor([len(prompt) for prompt, _ in sides], device=model.device)
+    mask = response_mask(starts, lengths, tokens.shape[1])
+    logits, _ = response_logits(model, tokens, first=int(starts.min()))
+    logprobs, _ = logprobs_and_entropy(logits, tokens, temperature=1.0)
+    return torch.where(mask, logprobs, 0.0).sum(dim=1)
