@@ -73,13 +73,13 @@ def test_labels_follow_gold_but_not_always():
     assert 0.85 < agreement < 0.96
 
 
-def test_a_sum_is_written_from_the_ones_up_and_six_in_ten_demonstrations_slip():
+def test_a_sum_is_written_from_the_ones_up_and_two_in_three_demonstrations_slip():
     assert answer(47, 85) == "231"
     world = WORLDS["sums"](0)
     assert world.gold("47+85=", "231") == 1 and world.gold("47+85=", "132") == 0
     demonstrations = world.demonstrations(2000)
     right = sum(world.gold(e.prompt, e.completion) for e in demonstrations) / 2000
-    assert 0.35 < right < 0.45
+    assert 0.3 < right < 0.4
 
 
 def test_every_pair_of_digits_that_is_asked_was_also_shown():

@@ -59,17 +59,13 @@ def n_step(
     Rewards (0, 0, 1), values (0.5, 0.6, 0.7), n = 2: A = (0 + 0 + 0.7 − 0.5, 0 + 1 − 0.6, 1 − 0.7) = (0.2, 0.4, 0.3).
     """
     order = torch.argsort(~mask, dim=1, stable=True)  # the mask's entries first, in their order
-    counts = mask.sum(dim=1)
-    n = min(n, mask.shape[1])
+    width, n = mask.shape[1], min(n, mask.shape[1])
     ahead = torch.nn.functional.pad(masked(rewards, mask).gather(1, order), (0, n))
     value = torch.nn.functional.pad(masked(values, mask).gather(1, order), (0, n))
-    if (
-        final_values is not None
-    ):  # it holds for every step beyond the end: no more rewards come, and nothing is discounted twice
-        beyond = torch.arange(value.shape[1], device=mask.device) - counts[:, None]
-        value = torch.where(beyond >= 0, final_values[:, None] * gamma ** (-beyond.clamp(min=0)), value)
-    width = mask.shape[1]
-    total = gamma**n * value[:, n:] - value[:, :width]
+    left = (mask.sum(dim=1, keepdim=True) - torch.arange(width, device=mask.device)).clamp(min=0)
+    after = torch.zeros_like(rewards[:, 0]) if final_values is None else final_values
+    reached = torch.where(left > n, value[:, n:], after[:, None])
+    total = gamma ** left.clamp(max=n).to(rewards.dtype) * reached - value[:, :width]
     for k in range(n):
         total = total + gamma**k * ahead[:, k : k + width]
     return masked(torch.zeros_like(rewards).scatter(1, order, total), mask)
@@ -147,8 +143,8 @@ class LengthAdaptiveGae:
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
         values, final = _values(batch, self.bootstrap_truncated)
-        lengths = batch.response_mask.sum(dim=1).clamp(min=1)
-        lam = (1 - 1 / (self.alpha * lengths)).clamp(min=0).to(values.dtype)
+        lengths = batch.response_mask.sum(dim=1).clamp(min=1).to(values.dtype)
+        lam = (1 - 1 / (self.alpha * lengths)).clamp(min=0)
         advantages = gae(token_rewards, values, batch.response_mask, self.gamma, lam, final)
         return _with_targets(advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated)
 

@@ -17,14 +17,14 @@ ALPHABET = "0123456789+="
 class Sums:
     """The world `sums`: two numbers of two digits.
 
-    The demonstrations are a careless pupil's: six in ten have a digit wrong. Imitation learns to be careless
+    The demonstrations are a careless pupil's: two in three have a digit wrong. Imitation learns to be careless
     too; a verifier can reward being right. A tenth of all questions is held out of everything else.
     """
 
     name = "sums"
     typical_tokens = (6, 4)
     smallest, largest = 10, 99
-    slips = 0.6
+    slips = 0.65
     """The share of demonstrations with one digit wrong."""
 
     def __init__(self, seed: int) -> None:
