@@ -21,7 +21,7 @@ import torch
 from quartet.algorithms.advantages import AsEstimated
 from quartet.algorithms.aggregation import SequenceMean, TokenMean
 from quartet.algorithms.algorithm import Algorithm, Forward
-from quartet.algorithms.baselines import GroupMean, ReturnToGo
+from quartet.algorithms.baselines import GroupMean, LeaveOneOut, ReturnToGo
 from quartet.algorithms.kl import FixedCoef, KLInLoss, KLInReward, NoKL, exact_kl
 from quartet.algorithms.policy_loss import ImportanceWeighted
 from quartet.algorithms.presets import ALGORITHMS
@@ -188,67 +188,111 @@ def at_beta(algorithm: Algorithm) -> Algorithm:
     return dataclasses.replace(algorithm, kl=dataclasses.replace(algorithm.kl, coef=BETA, controller=FixedCoef()))
 
 
-CLAIM = [name for name, a in ALGORITHMS.items() if not isinstance(a.kl, NoKL)]
-"""The presets that hold a policy to its reference: those whose objective may be E[score] − β KL."""
-
 BATCH_STATISTICS = {"lm_human_preferences", "moss_ppo_max"}
 """Their token rewards depend on the other rows of the batch: there is no expectation over single responses."""
 
-
-def without_whitening(algorithm: Algorithm) -> Algorithm:
-    """Whitening scales the gradient of a step and, on-policy, changes its expectation in no other way."""
-    return dataclasses.replace(algorithm, normalize=AsEstimated())
+PRESETS = {name: at_beta(a) for name, a in ALGORITHMS.items() if not isinstance(a.kl, NoKL)}
+"""The presets that hold a policy to its reference: those whose objective may be E[score] − β KL."""
 
 
 def placement(kl: KLInReward | KLInLoss, **parts: object) -> Algorithm:
+    """−ρ A with the return for an advantage: nothing between the penalty and its gradient."""
     frame = {"advantage": ReturnToGo(), "aggregation": TokenMean(), "policy_loss": ImportanceWeighted()}
     return Algorithm(kl=kl, **(frame | parts))
 
 
+def in_reward(estimator: str) -> KLInReward:
+    return KLInReward(estimator=estimator, coef=BETA)
+
+
+def in_loss(estimator: str, weight: str = "none") -> KLInLoss:
+    return KLInLoss(estimator=estimator, coef=BETA, weight=weight)
+
+
+BY_SEQUENCE = in_loss("k1", "sequence")
 PLACEMENTS: dict[str, Algorithm] = {
-    **{
-        f"in the reward, {e}": placement(KLInReward(estimator=e, coef=BETA))
-        for e in ("k1", "exact", "k2", "k3", "abs", "squared")
-    },
-    **{f"in the loss, {e}": placement(KLInLoss(estimator=e, coef=BETA)) for e in ("k1", "k2", "k3", "abs", "squared", "exact")},
-    **{
-        f"in the loss, {e}, weighted by token": placement(KLInLoss(estimator=e, coef=BETA, weight="token"))
-        for e in ("k1", "k3")
-    },
-    **{
-        f"in the loss, {e}, weighted by sequence": placement(KLInLoss(estimator=e, coef=BETA, weight="sequence"))
-        for e in ("k1", "k3", "exact")
-    },
-    "in the reward, k1; group mean": placement(KLInReward(coef=BETA), advantage=GroupMean(std="none")),
-    "in the reward, k1; group mean, divided by its deviation": placement(KLInReward(coef=BETA), advantage=GroupMean()),
-    "in the loss, k1, weighted by sequence; group mean": placement(
-        KLInLoss(estimator="k1", coef=BETA, weight="sequence"), advantage=GroupMean(std="none")
-    ),
-    "in the loss, k1, weighted by sequence; group mean, divided by its deviation": placement(
-        KLInLoss(estimator="k1", coef=BETA, weight="sequence"), advantage=GroupMean()
-    ),
-    "in the reward, k1; mean over each response's tokens": placement(KLInReward(coef=BETA), aggregation=SequenceMean()),
+    **{f"in the reward, {e}": placement(in_reward(e)) for e in ("k1", "k2", "k3", "abs", "squared", "exact")},
+    **{f"in the loss, {e}": placement(in_loss(e)) for e in ("k1", "k2", "k3", "abs", "squared", "exact")},
+    **{f"in the loss, {e}, weight token": placement(in_loss(e, "token")) for e in ("k1", "k3")},
+    **{f"in the loss, {e}, weight sequence": placement(in_loss(e, "sequence")) for e in ("k1", "k3", "exact")},
+    "in the reward, k1; group mean": placement(in_reward("k1"), advantage=GroupMean(std="none")),
+    "in the reward, k1; group mean / deviation": placement(in_reward("k1"), advantage=GroupMean()),
+    "in the reward, k1; return to go, mean over each response": placement(in_reward("k1"), aggregation=SequenceMean()),
+    "in the loss, k1, weight sequence; leave one out": placement(BY_SEQUENCE, advantage=LeaveOneOut()),
+    "in the loss, k1, weight sequence; group mean": placement(BY_SEQUENCE, advantage=GroupMean(std="none")),
+    "in the loss, k1, weight sequence; group mean / deviation": placement(BY_SEQUENCE, advantage=GroupMean()),
 }
+
+WHY_NOT = {
+    "in the reward, k2": "a policy gradient holds the reward constant and misses E[∇k2]",
+    "in the reward, k3": "the same: E[∇k3] is not 0",
+    "in the reward, abs": "another penalty",
+    "in the reward, squared": "another penalty",
+    "in the reward, exact": "it is the same whichever token comes next, so that token does not pay for it",
+    "in the loss, k1": "E[∇k1] = 0: no constraint at all",
+    "in the loss, k2": "the right gradient for each token, blind to where a token leads",
+    "in the loss, k3": "its sampled gradient is that of KL(π_ref ‖ π)",
+    "in the loss, abs": "another penalty",
+    "in the loss, squared": "k2 with twice the coefficient",
+    "in the loss, exact": "as k2: right for each token, blind to where it leads",
+    "in the loss, k1, weight token": "as k2",
+    "in the loss, k3, weight token": "as k2",
+    "in the reward, k1; return to go, mean over each response": "short responses count more, per token",
+    "in the loss, k1, weight sequence; group mean": "the own score in the mean shrinks rewards by 1 − 1/n: β is n / (n − 1) times as large",
+    "in the loss, k1, weight sequence; group mean / deviation": "rewards are divided by their deviation, the KL is not",
+    "a2c": "its entropy bonus of 0.01",
+    "grpo": "k3 in the loss, deviation, mean over each response",
+    "reinforce_pp_baseline": "k2 in the loss beside whitened rewards",
+    "lm_human_preferences": "whitened rewards pay for brevity or length",
+    "summarize_from_feedback": "the objective is another: a response that is cut off scores −1",
+    "moss_ppo_max": "scores are divided by their running deviation; the KL is not",
+}
+"""Those that do not come to rest at π*, and what keeps them away. All others must."""
+
+EXACT_STEPS, SAMPLED_STEPS, SAMPLES = 500, 500, 2048
+
+
+def exact(name: str) -> Reached | None:
+    if name in BATCH_STATISTICS:
+        return None
+    # Whitening scales the gradient of a step and, on-policy, changes its expectation in no other way.
+    algorithm = dataclasses.replace({**PLACEMENTS, **PRESETS}[name], normalize=AsEstimated())
+    return train(algorithm, steps=EXACT_STEPS)
+
+
+def sampled(name: str) -> Reached:
+    return train({**PLACEMENTS, **PRESETS}[name], sampled=SAMPLES, steps=SAMPLED_STEPS)
+
+
+# --- the tables of docs/algorithms.md ------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- closed form: begin -->", "<!-- closed form: end -->"
+
+
+def table(names: list[str]) -> str:
+    lines = ["| | exact | sampled | |", "|---|---|---|---|"]
+    for name in names:
+        found = exact(name)
+        first = "–" if found is None else f"{found.distance:.4f}"
+        lines.append(f"| {name} | {first} | {sampled(name).distance:.3f} | {WHY_NOT.get(name, 'π*')} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def published() -> dict[str, tuple[float | None, float]]:
+    """The distances that docs/algorithms.md prints: exact and sampled, by name."""
+    block = DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("| ")]
+    return {row[0]: (None if row[1] == "–" else float(row[1]), float(row[2])) for row in rows if row[0]}
+
+
+def main() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    made = f"{BEGIN}\n\n{table(list(PLACEMENTS))}\n\nThe presets:\n\n{table(list(PRESETS))}\n\n{END}"
+    DOCS.write_text(before + made + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    import time
-
-    for name, a in PLACEMENTS.items():
-        t = time.time()
-        r = train(a)
-        t1 = time.time() - t
-        t = time.time()
-        s = train(a, sampled=2048, steps=500)
-        print(
-            f"{name:75s} {r.distance:.5f} {s.distance:.4f}  score {r.score:.3f} kl {r.kl:.3f}   {t1:.1f} {time.time() - t:.1f}",
-            flush=True,
-        )
-    for name in CLAIM:
-        a = at_beta(ALGORITHMS[name])
-        t = time.time()
-        r = None if name in BATCH_STATISTICS else train(without_whitening(a))
-        t1 = time.time() - t
-        t = time.time()
-        s = train(a, sampled=2048, steps=500)
-        print(f"{name:75s} {r and r.distance} {s.distance:.4f}   {t1:.1f} {time.time() - t:.1f}", flush=True)
+    main()

@@ -161,6 +161,7 @@ def _print_plan(settings: "Settings", as_json: bool) -> None:
 def _print_presets() -> None:
     from rich.table import Table
 
+    from quartet.algorithms.describe import main_parts, other_parts
     from quartet.algorithms.presets import FAMILIES
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -169,42 +170,8 @@ def _print_presets() -> None:
     for family, members in FAMILIES.items():
         table.add_row(family, style="dim")
         for name, algorithm in members.items():
-            main = [in_short(getattr(algorithm, key)) for key in ("advantage", "policy_loss", "kl", "aggregation")]
-            table.add_row(name, *main, ", ".join(beside_the_main_four(algorithm)))
+            table.add_row(name, *main_parts(algorithm), ", ".join(other_parts(algorithm)))
     console.print(table)
-
-
-def in_short(part: Any) -> str:
-    """The part's type, and what was set to other than its defaults."""
-    set_to = [
-        f"{field.name} {value.type if hasattr(value, 'type') else value}"
-        for field in dataclasses.fields(part)
-        if field.name != "type" and (value := getattr(part, field.name)) != getattr(type(part)(), field.name)
-    ]
-    return " ".join([part.type, *set_to])
-
-
-def beside_the_main_four(algorithm: Any) -> list[str]:
-    """The other parts, as far as they do anything."""
-    words = []
-    for key in (
-        "normalize",
-        "scores",
-        "rewards",
-        "value_loss",
-        "entropy",
-        "positives",
-        "ptx",
-        "groups",
-        "correction",
-        "update",
-    ):
-        value = getattr(algorithm, key)
-        for part in value if isinstance(value, tuple) else (value,):
-            idle = part.type in {"none", "all", "first_order"} or part == type(algorithm).__pydantic_fields__[key].default
-            if not idle and getattr(part, "coef", 1) != 0:
-                words.append(f"{key} {in_short(part)}")
-    return words
 
 
 def _run(settings: "Settings") -> int:

@@ -1,0 +1,58 @@
+"""Where an objective has an optimum in closed form, the algorithms that claim it get there, and those that cannot do not."""
+
+import pytest
+import torch
+
+from tests import closed_form
+from tests.closed_form import BATCH_STATISTICS, PLACEMENTS, PRESETS, WHY_NOT, exact, optimum, published, sampled
+
+NAMES = [*PLACEMENTS, *PRESETS]
+IN_EVERY_RUN = {
+    *("ppo", "rloo", "reinforce", "remax", "grpo"),
+    *(f"in the reward, {e}" for e in ("k1", "k3", "exact")),
+    *(f"in the loss, {e}" for e in ("k1", "k2", "k3")),
+    *(f"in the loss, {e}" for e in ("k1, weight token", "k1, weight sequence", "exact, weight sequence")),
+    "in the loss, k1, weight sequence; leave one out",
+}
+"""The rest, which takes minutes, is in the long suite."""
+
+
+def each(names):
+    return [pytest.param(name, marks=[] if name in IN_EVERY_RUN else pytest.mark.slow) for name in names]
+
+
+def test_the_optimum_is_one():
+    """π* has a higher E[score] − β KL than any policy near it."""
+    p, ref = optimum(), closed_form.distribution(closed_form.REFERENCE)
+
+    def objective(q):
+        return float(q @ closed_form.SCORES - closed_form.BETA * (q * (q / ref).log()).sum())
+
+    assert p.sum().item() == pytest.approx(1)
+    for seed in range(20):
+        other = p * (0.1 * torch.randn(len(p), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).exp()
+        assert objective(other / other.sum()) < objective(p)
+
+
+def test_the_tables_name_everything():
+    assert list(published()) == NAMES
+    assert set(WHY_NOT) <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", each(n for n in NAMES if n not in BATCH_STATISTICS))
+def test_with_exact_expectations(name):
+    distance = exact(name).distance
+    if name in WHY_NOT:
+        assert distance > 0.005
+    else:
+        assert distance < 1e-3
+    assert distance == pytest.approx(published()[name][0], abs=2e-3)
+
+
+@pytest.mark.parametrize("name", each(NAMES))
+def test_with_samples(name):
+    distance = sampled(name).distance
+    if name not in WHY_NOT:
+        assert distance < 0.02
+    elif name not in {"a2c", "in the loss, k1, weight sequence; group mean"}:  # as near as noise
+        assert distance > 0.02
