@@ -46,7 +46,7 @@ def test_init_writes_a_file_and_never_over_another(tmp_path):
     again = quartet("init", "ppo", cwd=tmp_path)
     assert again.returncode == 2 and "ppo.toml: exists already" in again.stderr
     unknown = quartet("init", "dqn", cwd=tmp_path)
-    assert unknown.returncode == 2 and "Known are grpo, ppo, reward_model, sft" in unknown.stderr
+    assert unknown.returncode == 2 and "Known are dpo, grpo, ppo, reward_model, sft" in unknown.stderr
 
 
 def test_plan_prints_the_models_and_json_where_asked(tmp_path):

@@ -166,6 +166,49 @@ def test_sums_runs_without_a_reward_model_and_without_a_critic(tmp_path):
     assert table["value"].null_count == len(table) and len(set(table["group"].to_pylist())) == 8
 
 
+def test_the_policys_average_is_saved_beside_it_and_pretraining_texts_are_mixed_in(tmp_path):
+    words = [w for w in TINY_REVIEWS if w not in {"run", "reviews"}]
+    recipe = ['recipe=["sft", "reward_model", "instructgpt"]', "algorithm.preset=instructgpt", "optim.ema=0.9"]
+    done = quartet("run", "reviews", *words, *recipe, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "latest"
+    averaged, last, first = (AutoModelForCausalLM.from_pretrained(run / name) for name in ("policy_ema", "policy", "sft"))
+    for a, b, c in zip(averaged.parameters(), last.parameters(), first.parameters(), strict=True):
+        assert (a - c).norm() < (b - c).norm() or torch.equal(b, c)
+    assert all("loss/ptx" in m for m in metrics(run) if "kl" in m)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "online_dpo"])
+def test_comparisons_straight_into_the_policy(tmp_path, stage):
+    words = [w for w in TINY if not w.startswith("run.steps")]
+    (tmp_path / "file.toml").write_text(
+        f'recipe = ["sft", "{stage}", "evaluation"]\n[data]\nworld = "reviews"\nmax_response_tokens = 64\n'
+        + '[policy]\ncreate = { type = "llama", max_length = 128 }\n'
+        + ('[[reward]]\ntype = "gold"\n' if stage == "online_dpo" else "")
+        + "[preference]\nsteps = 3\nbatch_size = 8\n"
+    )
+    done = quartet("run", "file.toml", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "latest"
+    assert "pair accuracy" in done.stdout
+    assert ("reward (what was trained on)" in done.stdout) == (stage == "online_dpo")
+    AutoModelForCausalLM.from_pretrained(run / "policy")
+    finished = next(e for e in events(run) if e["event"] == "finished" and e["stage"] == stage)
+    assert ("held_out_accuracy" in finished["summary"]) == (stage == "dpo")
+
+
+def test_the_command_lists_presets_and_prints_one(tmp_path):
+    listed = quartet("algorithms", cwd=tmp_path)
+    assert listed.returncode == 0
+    for name in ("ppo", "grpo", "trpo", "deepspeed_chat", "minimal", "dpo", "kto"):
+        assert any(line.startswith(name) for line in listed.stdout.splitlines())
+    assert 'estimator = "k1"' in quartet("algorithms", "ppo", cwd=tmp_path).stdout
+    assert json.loads(quartet("algorithms", "--json", cwd=tmp_path).stdout)["rloo"]["advantage"]["type"] == "leave_one_out"
+    assert quartet("algorithms", "ipo", cwd=tmp_path).stdout.splitlines()[0] == "[preference.loss]"
+    wrong = quartet("algorithms", "ppoo", cwd=tmp_path)
+    assert wrong.returncode == 2 and "Did you mean ppo?" in wrong.stderr
+
+
 def test_ctrl_c_in_the_middle_of_ppo_leaves_a_readable_folder(tmp_path):
     words = [w for w in TINY_REVIEWS if not w.startswith("run.steps")] + ["run.steps=5000"]
     process = subprocess.Popen([QUARTET, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)

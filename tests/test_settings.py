@@ -5,8 +5,12 @@ import math
 import pytest
 
 from quartet.algorithms.kl import KLInLoss, KLInReward
+from quartet.algorithms.policy_loss import Clip
+from quartet.algorithms.preference import PREFERENCES
+from quartet.algorithms.presets import ALGORITHMS
+from quartet.algorithms.rewards import ClipScore
 from quartet.recipes import recipe_names, recipe_path, template_names, template_path
-from quartet.settings import ConfigError, read_settings, resolved_toml
+from quartet.settings import ConfigError, preset_toml, read_settings, resolved_toml
 from tests.world import write_lines
 
 HEAD = 'recipe = "ppo"\n[policy]\nmodel = "m"\n[[reward]]\ntype = "model"\nmodel = "rm"\n[data]\ntrain = "p.jsonl"\n'
@@ -59,6 +63,18 @@ def refusal(tmp_path, text, *words):
         (HEAD.replace('model = "m"', "create = { hidden_size = 30 }"), "hidden_size = 30 is not a multiple of num_heads = 4"),
         (HEAD.replace('"ppo"', '"sft"') + "[algorithm]\nkl = { coef = 1 }", "the recipe has no RL stage that would read it"),
         (HEAD + "[run\nsteps = 1", "run.toml: not TOML:"),
+        (HEAD + '[algorithm]\nvalue_loss = { type = "none" }', 'run.toml:10: algorithm: advantage.type = "gae" uses a critic, and without value_loss nobody trains it.'),
+        (HEAD + '[algorithm]\nadvantage = { type = "leave_one_out" }', 'value_loss.type = "clipped" trains a critic that advantage.type = "leave_one_out" never reads.'),
+        (HEAD + '[algorithm]\nrewards = { type = "every_token" }', 'scores: shape the score of a response, and rewards.type = "every_token" does not read it. Use scores = [].'),
+        (HEAD + '[algorithm]\ngroups = { type = "dynamic_sampling" }', "drops groups of equal scores"),
+        (HEAD + '[algorithm]\nkl = { type = "in_loss", estimator = "k2", weight = "token" }', 'kl.weight = "token" corrects k1, k3 and exact only'),
+        (HEAD.replace('"model"\nmodel = "rm"', '"exact"') + '[algorithm]\nscores = []\nrewards = { type = "every_token" }', 'of the rewards here only type = "model" gives one'),
+        (HEAD + '[[algorithm.scores]]\ntype = "clip"\nlimit = -1', "run.toml:11: algorithm.scores.0.limit = -1: must be > 0."),
+        (HEAD.replace('"ppo"', '"rloo"'), "rollout.samples_per_prompt = 1: rloo compares several answers"),
+        (HEAD.replace('"ppo"', '["dpo", "ppo"]'), "one RL or preference stage"),
+        (HEAD.replace('"ppo"', '"dpo"') + "[preference.loss]\nbta = 1", "preference.loss.bta: no such key. Did you mean preference.loss.beta?"),
+        (HEAD.replace('"ppo"', '"online_dpo"').replace('[[reward]]\ntype = "model"\nmodel = "rm"\n', ""), "reward: online_dpo needs one."),
+        ('recipe = ["dpo", "evaluation"]\n[policy]\nmodel = "m"\n[data]\ntrain = "p"', "evaluation needs a [[reward]] or a world"),
     ],
 )  # fmt: skip
 def test_mistakes_get_one_sentence_with_their_place(tmp_path, text, sentence):
@@ -129,3 +145,27 @@ def test_what_init_writes_is_valid_and_short(name):
     path = template_path(name)
     assert read_settings(path).config.recipe == (name,)
     assert 15 <= len(path.read_text().splitlines()) <= 35
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_what_the_command_prints_recreates_the_preset(tmp_path, name):
+    """The record as TOML, under the name of another preset with the same needs: nothing is left to the preset."""
+    algorithm = ALGORITHMS[name]
+    head = HEAD.replace('"ppo"', '"ppo"' if algorithm.needs_critic else '"rloo"')
+    made = settings(tmp_path, head + preset_toml(algorithm), "rollout.samples_per_prompt=4")
+    assert made.config.algorithm == algorithm
+
+
+@pytest.mark.parametrize("name", sorted(PREFERENCES))
+def test_a_preference_stage_has_the_loss_of_its_name(tmp_path, name):
+    made = settings(tmp_path, HEAD.replace('"ppo"', f'"{name}"'))
+    assert made.config.preference.loss == PREFERENCES[name]
+    assert made.config.preference_stage == name and made.config.rl_stage is None
+
+
+def test_a_part_can_be_replaced_from_the_command_line(tmp_path):
+    made = settings(tmp_path, HEAD, "algorithm.kl.type=in_loss", "algorithm.scores.0.limit=3", "algorithm.policy_loss.high=0.3")
+    assert made.config.algorithm.kl == KLInLoss()
+    assert made.config.algorithm.scores == (ClipScore(limit=3),)
+    assert made.config.algorithm.policy_loss == Clip(high=0.3)
+    assert made.origins["algorithm.scores.0.limit"] == "command line"

@@ -88,17 +88,19 @@ def algorithms(
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
     """The presets with their parts; with a name, the record as TOML, to be changed and put into a run's file."""
+    from quartet.algorithms.preference import PREFERENCES
     from quartet.algorithms.presets import ALGORITHMS
     from quartet.config import did_you_mean
-    from quartet.settings import algorithm_toml, without_none
+    from quartet.settings import preset_toml, without_none
 
-    if name is not None and name not in ALGORITHMS:
-        _refuse(f'"{name}": no such preset.{did_you_mean(name, ALGORITHMS)} `quartet algorithms` lists them.')
-    chosen = {name: ALGORITHMS[name]} if name else ALGORITHMS
+    everything = ALGORITHMS | PREFERENCES
+    if name is not None and name not in everything:
+        _refuse(f'"{name}": no such preset.{did_you_mean(name, everything)} `quartet algorithms` lists them.')
+    chosen = {name: everything[name]} if name else everything
     if as_json:
         print(json.dumps({key: without_none(dataclasses.asdict(value)) for key, value in chosen.items()}, indent=2))
     elif name:
-        console.print(algorithm_toml(ALGORITHMS[name]), soft_wrap=True, end="")
+        console.print(preset_toml(everything[name]), soft_wrap=True, end="")
     else:
         _print_presets()
 
@@ -160,18 +162,23 @@ def _print_plan(settings: "Settings", as_json: bool) -> None:
 
 def _print_presets() -> None:
     from rich.table import Table
+    from rich.text import Text
 
-    from quartet.algorithms.describe import main_parts, other_parts
+    from quartet.algorithms.describe import in_short, main_parts, other_parts
+    from quartet.algorithms.preference import PREFERENCES
     from quartet.algorithms.presets import FAMILIES
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("preset", "advantage", "policy loss", "KL", "aggregation", "and"):
-        table.add_column(heading, overflow="fold", style="bold" if heading == "preset" else None)
+    table.add_column("preset", no_wrap=True, style="bold")
+    table.add_column("advantage · policy loss · KL · aggregation · and what else does something")
     for family, members in FAMILIES.items():
-        table.add_row(family, style="dim")
+        table.add_row(Text(family, style="not bold dim"))
         for name, algorithm in members.items():
-            table.add_row(name, *main_parts(algorithm), ", ".join(other_parts(algorithm)))
-    console.print(table)
+            table.add_row(name, " · ".join([*main_parts(algorithm), *other_parts(algorithm)]))
+    table.add_row(Text("from comparisons, without sampling or a reward model ([preference])", style="not bold dim"))
+    for name, loss in PREFERENCES.items():
+        table.add_row(name, f"loss {in_short(loss)}")
+    console.print(table, width=None if console.is_terminal else 200)
 
 
 def _run(settings: "Settings") -> int:

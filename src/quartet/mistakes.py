@@ -115,7 +115,7 @@ def _suggestion(path: Sequence[str]) -> str:
     siblings = [key.removeprefix(here + ".") if here else key for key in known if key.startswith(here)]
     names = list(dict.fromkeys([*(s for s in siblings if "." not in s), *SYNONYMS, *(k.rpartition(".")[2] for k in known)]))
     for near in difflib.get_close_matches(name, names, n=1, cutoff=0.7):
-        meant = SYNONYMS.get(near, near)
+        meant = near if near in siblings else SYNONYMS.get(near, near)
         candidates = [k for k in known if k == meant or k.endswith("." + meant)]
         best = max(candidates, key=lambda k: (k.startswith(here + "."), -len(k)), default=None)
         if best is not None:

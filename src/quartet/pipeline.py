@@ -286,6 +286,8 @@ class EvaluationStage:
         kl = self._kl(before, after, new)
         yield Progress(2, {})
         summary = dataclasses.asdict(compare(old, new, kl, self.gold))
+        if not any(w.weight for w in rewards):  # comparisons were learnt from, no reward was
+            del summary["before"]["reward"], summary["after"]["reward"]
         (folder / "evaluation").mkdir(exist_ok=True)
         (folder / "evaluation" / "final.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         return summary

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from quartet.algorithms.algorithm import Algorithm
-from quartet.algorithms.preference import PREFERENCES
+from quartet.algorithms.preference import PREFERENCES, PreferenceLoss
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.config import Config, did_you_mean
 from quartet.mistakes import Table, sentence, toml_value, where
@@ -66,9 +66,10 @@ def resolved_toml(settings: Settings) -> str:
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
 
-def algorithm_toml(algorithm: Algorithm) -> str:
-    """An algorithm as the [algorithm] table of a run's file: it recreates the record, whatever the preset becomes."""
-    table = {"algorithm": without_none(dataclasses.asdict(algorithm))}
+def preset_toml(preset: Algorithm | PreferenceLoss) -> str:
+    """A preset as the tables of a run's file that recreate it, whatever the preset becomes."""
+    record = without_none(dataclasses.asdict(preset))
+    table = {"algorithm": record} if isinstance(preset, Algorithm) else {"preference": {"loss": record}}
     return "\n\n".join("\n".join(block) for block in _blocks("", table, None)) + "\n"
 
 
