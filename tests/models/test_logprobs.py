@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from quartet.models.logprobs import speak_of_own_token, token_entropy, token_exact_kl, token_logprobs
+from quartet.models.logprobs import (
+    head_statistics,
+    speak_of_own_token,
+    speaking,
+    token_entropy,
+    token_exact_kl,
+    token_logprobs,
+    under_own_token,
+)
 
 
 def test_outputs_move_under_the_tokens_they_speak_of():
@@ -23,11 +31,40 @@ def test_entropy_of_equals_is_the_log_of_their_number_and_of_certainty_zero():
     assert token_entropy(torch.tensor([[[1000.0, 0.0]]]), 1.0).item() == pytest.approx(0)
 
 
+def test_masked_tokens_are_spoken_of_from_one_before_and_their_numbers_return_to_them():
+    mask = torch.tensor([[False, True, True], [False, False, True]])
+    assert speaking(mask).tolist() == [[True, True, False], [False, True, False]]
+    assert under_own_token(torch.tensor([7.0, 8.0, 9.0]), mask).tolist() == [[0, 7, 8], [0, 0, 9]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("chunk_elements", [1, 13 * 4, 13 * 5, 10**6])
+def test_log_probs_in_chunks_are_those_of_the_whole_and_so_are_their_gradients(temperature, with_bias, chunk_elements):
+    hidden, weight = torch.randn(10, 6, dtype=torch.float64), torch.randn(13, 6, dtype=torch.float64)
+    bias, tokens = torch.randn(13, dtype=torch.float64) if with_bias else None, torch.randint(13, (10,))
+    on_logprob, on_entropy = torch.randn(10, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    logprobs = (torch.nn.functional.linear(hidden, weight, bias) / temperature).log_softmax(-1)
+    expected = logprobs[range(10), tokens], -(logprobs.exp() * logprobs).sum(-1)
+    measured = head_statistics(hidden, weight, bias, tokens, temperature, True, chunk_elements)
+    for one, other in zip(measured, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+    def gradients(found):
+        return torch.autograd.grad(on_logprob @ found[0] + on_entropy @ found[1], leaves)
+
+    for one, other in zip(gradients(measured), gradients(expected), strict=True):
+        torch.testing.assert_close(one, other)
+    watched, ignored = head_statistics(hidden, weight, bias, tokens, temperature, False, chunk_elements)
+    assert watched.requires_grad and not ignored.requires_grad
+
+
 def test_the_exact_kl_from_logits_and_its_gradient_in_any_chunks():
     """Against autograd on the whole, in float64, with a temperature."""
-    logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
-    reference = torch.randn(3, 5, 11, dtype=torch.float64)
-    weights = torch.randn(3, 5, dtype=torch.float64)
+    logits = torch.randn(15, 11, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(15, 11, dtype=torch.float64)
+    weights = torch.randn(15, dtype=torch.float64)
     policy, ref = (logits / 0.7).log_softmax(-1), (reference / 0.7).log_softmax(-1)
     expected = (policy.exp() * (policy - ref)).sum(-1)
     expected_gradient = torch.autograd.grad((weights * expected).sum(), logits)[0]

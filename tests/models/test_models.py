@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
@@ -11,7 +12,18 @@ from transformers import (
 
 from quartet.models.actor_critic import Separate, Shared, pad_token_id
 from quartet.models.heads import ScalarModel, ValueHead
-from quartet.models.language_model import ModelError, create, load_model, load_tokenizer, policy_logprobs, save
+from quartet.models.language_model import (
+    ModelError,
+    create,
+    has_linear_head,
+    load_model,
+    load_tokenizer,
+    logits_of,
+    masked_logprobs,
+    policy_logprobs,
+    save,
+    speak,
+)
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.shape import Shape
 from tests.world import SHAPES, model, prompts, tokenizer
@@ -53,8 +65,9 @@ def test_entry_t_does_not_see_token_t(kind):
     tokens = torch.tensor([[5, 6, 7, 8]])
     other = torch.tensor([[5, 6, 9, 8]])
     for models in (Separate(made, critic), Shared(made, head(made))):
-        first, second = (models.forward(t, 1, 1.0).values for t in (tokens, other))
-        torch.testing.assert_close(first[:, :3], second[:, :3])
+        mask = torch.tensor([[False, True, True, True]])
+        first, second = (models.forward(t, mask, 1.0).values for t in (tokens, other))
+        torch.testing.assert_close(first[:, 1:3], second[:, 1:3])
         assert not torch.allclose(first[:, 3:], second[:, 3:])
 
 
@@ -97,7 +110,7 @@ def test_a_shared_critic_is_saved_as_a_folder_of_its_own(kind, tmp_path):
     torch.nn.init.constant_(shared.head.linear.bias, 0.25)
     shared.save_critic(tmp_path / "critic", tokenizer())
     tokens = torch.tensor([ROWS[0]])
-    values = shared.forward(tokens, 1, 1.0).values
+    values = shared.forward(tokens, torch.arange(tokens.shape[1])[None] > 0, 1.0).values
     torch.testing.assert_close(ScalarModel.load(tmp_path / "critic").values(tokens), values, atol=1e-5, rtol=0)
 
 
@@ -142,3 +155,34 @@ def test_a_tokenizer_that_pads_with_its_end_gives_the_reward_model_no_pad_id():
     assert pad_token_id(unpadded) is None
     unpadded.pad_token = unpadded.eos_token
     assert pad_token_id(unpadded) is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "linear"),
+    [
+        ({"model_type": "gemma2", "num_key_value_heads": 4, "head_dim": 8, "final_logit_softcapping": 2.0}, False),
+        ({"model_type": "cohere", "num_key_value_heads": 4, "logit_scale": 0.5}, False),
+        ({"model_type": "granite", "num_key_value_heads": 4, "logits_scaling": 3.0}, False),
+        ({"model_type": "phi", "num_key_value_heads": 4}, True),  # its head has a bias
+        ({"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32}, True),
+        ({"model_type": "mistral", "num_key_value_heads": 2}, True),
+        ({"model_type": "gpt2"}, True),
+    ],
+)
+def test_any_head_is_read_as_the_model_means_it(architecture, linear):
+    """Log-probs of masked tokens against the model's own logits, whatever it does to them after the head."""
+    sizes = {"vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = AutoConfig.for_model(**{**sizes, **architecture, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
+    made = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.mul_(3)  # far enough from 0 for a scale or a cap to show
+    tokens = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 0, 0]])
+    mask = torch.tensor([[False, False, True, True, True], [False, True, True, False, False]])
+    logits = made(input_ids=tokens).logits
+    expected = torch.nn.functional.pad(logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0], (1, 0))
+    measured = masked_logprobs(made, tokens, mask)
+    torch.testing.assert_close(measured, torch.where(mask, expected, 0.0), atol=1e-5, rtol=1e-5)
+    assert has_linear_head(made) == linear
+    spoken = speak(made, tokens, mask)
+    torch.testing.assert_close(logits_of(made, spoken), logits[:, :-1][mask[:, 1:]], atol=1e-5, rtol=1e-5)

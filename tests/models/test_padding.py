@@ -1,6 +1,6 @@
 import torch
 
-from quartet.models.padding import first_response_column, left_pad, micro_batches, response_mask, right_pad, spread
+from quartet.models.padding import left_pad, micro_batches, response_mask, right_pad, spread
 
 ROWS = [[5, 6, 7], [8]]
 
@@ -23,8 +23,6 @@ def test_the_response_mask_comes_from_lengths_even_where_a_real_token_equals_the
 def test_numbers_are_spread_over_their_tokens():
     mask = torch.tensor([[False, True, True], [True, False, False]])
     assert spread([[1.0, 2.0], [3.0]], mask).tolist() == [[0, 1, 2], [3, 0, 0]]
-    assert first_response_column(mask) == 0
-    assert first_response_column(mask[:1]) == 1
 
 
 def test_micro_batches_hold_their_budget_and_lose_no_row():

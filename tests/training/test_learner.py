@@ -173,6 +173,6 @@ def test_schedules_rise_and_fall():
 def test_the_entropy_has_a_gradient_only_where_it_is_asked_for():
     made = actor_critic("none")
     tokens = torch.tensor([[5, 6, 7]])
-    silent: Forward = made.forward(tokens, 1, 1.0)
+    silent: Forward = made.forward(tokens, torch.arange(tokens.shape[1])[None] > 0, 1.0)
     assert not silent.entropy.requires_grad
-    assert made.forward(tokens, 1, 1.0, entropy_gradient=True).entropy.requires_grad
+    assert made.forward(tokens, torch.arange(tokens.shape[1])[None] > 0, 1.0, entropy_gradient=True).entropy.requires_grad

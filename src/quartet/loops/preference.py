@@ -12,7 +12,7 @@ from quartet.experience import Prompt
 from quartet.generation.protocol import Generator
 from quartet.generation.sampling import Sampling
 from quartet.loops.progress import Progress
-from quartet.models.language_model import logprobs_and_entropy, response_logits
+from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import micro_batches, response_mask, right_pad
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.tensors import Float, Tensor
@@ -162,6 +162,4 @@ def _response_logprobs(model: Any, sides: Sequence[tuple[Sequence[int], Sequence
     tokens, lengths = right_pad([(*prompt, *response) for prompt, response in sides], model.device)
     starts = torch.tensor([len(prompt) for prompt, _ in sides], device=model.device)
     mask = response_mask(starts, lengths, tokens.shape[1])
-    logits, _ = response_logits(model, tokens, first=int(starts.min()))
-    logprobs, _ = logprobs_and_entropy(logits, tokens, temperature=1.0)
-    return torch.where(mask, logprobs, 0.0).sum(dim=1)
+    return masked_logprobs(model, tokens, mask).sum(dim=1)

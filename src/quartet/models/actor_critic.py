@@ -9,9 +9,9 @@ from torch import nn
 
 from quartet.algorithms.algorithm import Forward
 from quartet.models.heads import ScalarModel, ValueHead
-from quartet.models.language_model import logprobs_and_entropy, response_logits
-from quartet.models.logprobs import speak_of_own_token, token_exact_kl
-from quartet.tensors import Float, Int, Tensor
+from quartet.models.language_model import Spoken, logits_of, speak, statistics
+from quartet.models.logprobs import token_exact_kl, under_own_token
+from quartet.tensors import Bool, Float, Int, Tensor
 
 
 @runtime_checkable
@@ -21,13 +21,13 @@ class ActorCritic(Protocol):
     def forward(
         self,
         tokens: Int[Tensor, "B T"],
-        first: int,
+        mask: Bool[Tensor, "B T"],
         temperature: float,
         entropy_gradient: bool = False,
         reference: Any | None = None,
     ) -> Forward:
-        """Log-probs, entropy and values of the tokens from `first` on (0 before) of right-padded rows; given a reference,
-        the exact KL to it as well."""
+        """Log-probs, entropy and values of the masked tokens of right-padded rows; given a reference, the exact KL to it as
+        well. What stands outside the mask means nothing."""
         ...
 
     def actor_parameters(self) -> list[nn.Parameter]: ...
@@ -46,15 +46,15 @@ class Separate:
     def forward(
         self,
         tokens: Int[Tensor, "B T"],
-        first: int,
+        mask: Bool[Tensor, "B T"],
         temperature: float,
         entropy_gradient: bool = False,
         reference: Any | None = None,
     ) -> Forward:
-        logits, _ = response_logits(self.actor, tokens, first)
-        logprobs, entropy = logprobs_and_entropy(logits, tokens, temperature, entropy_gradient)
+        spoken = speak(self.actor, tokens, mask)
+        logprobs, entropy = statistics(self.actor, spoken, tokens, mask, temperature, entropy_gradient)
         values = None if self.critic is None else self.critic.values(tokens)
-        return Forward(logprobs, entropy, values, exact_kl_to(reference, logits, tokens, first, temperature))
+        return Forward(logprobs, entropy, values, exact_kl_to(reference, self.actor, spoken, tokens, mask, temperature))
 
     def actor_parameters(self) -> list[nn.Parameter]:
         return list(trainable(self.actor))
@@ -77,15 +77,15 @@ class Shared:
     def forward(
         self,
         tokens: Int[Tensor, "B T"],
-        first: int,
+        mask: Bool[Tensor, "B T"],
         temperature: float,
         entropy_gradient: bool = False,
         reference: Any | None = None,
     ) -> Forward:
-        logits, hidden = response_logits(self.actor, tokens, first, hidden=True)
-        logprobs, entropy = logprobs_and_entropy(logits, tokens, temperature, entropy_gradient)
-        values = self.head(hidden, tokens.shape[1])
-        return Forward(logprobs, entropy, values, exact_kl_to(reference, logits, tokens, first, temperature))
+        spoken = speak(self.actor, tokens, mask)
+        logprobs, entropy = statistics(self.actor, spoken, tokens, mask, temperature, entropy_gradient)
+        values = under_own_token(self.head(spoken.hidden), mask)
+        return Forward(logprobs, entropy, values, exact_kl_to(reference, self.actor, spoken, tokens, mask, temperature))
 
     def actor_parameters(self) -> list[nn.Parameter]:
         return list(trainable(self.actor))
@@ -104,14 +104,19 @@ class Shared:
 
 
 def exact_kl_to(
-    reference: Any | None, logits: Float[Tensor, "B n V"], tokens: Int[Tensor, "B T"], first: int, temperature: float
+    reference: Any | None,
+    actor: Any,
+    spoken: Spoken,
+    tokens: Int[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    temperature: float,
 ) -> Float[Tensor, "B T"] | None:
-    """KL(π ‖ π_ref) before each token from `first` on; both distributions are whole for one micro-batch at a time."""
+    """KL(π ‖ π_ref) before each masked token; both distributions are whole for one micro-batch at a time."""
     if reference is None:
         return None
     with torch.no_grad():
-        ref_logits, _ = response_logits(reference, tokens, first)
-    return speak_of_own_token(token_exact_kl(logits, ref_logits, temperature), tokens.shape[1])
+        ref_logits = logits_of(reference, speak(reference, tokens, mask))
+    return under_own_token(token_exact_kl(logits_of(actor, spoken), ref_logits, temperature), mask)
 
 
 def trainable(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -97,6 +97,5 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, hidden: Float[Tensor, "B n H"], width: int) -> Float[Tensor, "B {width}"]:
-        """Values of the tokens that the positions of `hidden` speak of."""
-        return speak_of_own_token(self.linear(hidden).squeeze(-1).float(), width)
+    def forward(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N"]:
+        return self.linear(hidden).squeeze(-1).float()

@@ -5,15 +5,17 @@ the ratio of PPO differ from 1 before anything was learnt.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from quartet.models.logprobs import speak_of_own_token, token_entropy, token_logprobs
-from quartet.models.padding import first_response_column, micro_batches
+from quartet.models.logprobs import head_statistics, logits_statistics, speaking, under_own_token
+from quartet.models.padding import micro_batches
 from quartet.models.shape import Shape
 from quartet.tensors import Bool, Float, Int, Tensor
 
@@ -112,30 +114,70 @@ def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset({tokenizer.eos_token_id, *more})
 
 
-def response_logits(
-    model: Any, tokens: Int[Tensor, "B T"], first: int, hidden: bool = False
-) -> tuple[Float[Tensor, "B n V"], Float[Tensor, "B n H"] | None]:
-    """Logits, and hidden states where asked for, at the positions that speak of the tokens from `first` on. Earlier
-    positions, the prompt's, never reach the vocabulary. Rows are padded on the right, so that no real token can see
-    padding and its position is its index: neither an attention mask nor position ids are needed."""
-    speaking = torch.arange(first - 1, tokens.shape[1] - 1, device=tokens.device)
-    output = model(input_ids=tokens, logits_to_keep=speaking, use_cache=False, output_hidden_states=hidden)
-    return output.logits, output.hidden_states[-1][:, speaking] if hidden else None
+@dataclass(frozen=True)
+class Spoken:
+    """What a model says at the positions that speak of the masked tokens, N of them."""
+
+    hidden: Float[Tensor, "N H"]
+    """The last hidden states."""
+    logits: Float[Tensor, "N V"] | None
+    """Where the head is more than a linear layer on them; elsewhere they are made when they are asked for, in chunks."""
 
 
-def logprobs_and_entropy(
-    logits: Float[Tensor, "B n V"],
+_LINEAR_HEADS: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def has_linear_head(model: Any) -> bool:
+    """Whether the logits are the output embedding of the last hidden states and nothing else. Some architectures scale or
+    squash them (Gemma 2, Cohere, Granite); asked once per model, by looking."""
+    if model not in _LINEAR_HEADS:
+        tokens = torch.arange(4, device=model.device)[None] % model.get_output_embeddings().weight.shape[0]
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        logits = model(input_ids=tokens, use_cache=False).logits
+        made = model.get_output_embeddings()(hidden)
+        _LINEAR_HEADS[model] = made.shape == logits.shape and torch.allclose(made, logits, atol=1e-5, rtol=1e-5)
+    return _LINEAR_HEADS[model]
+
+
+def speak(model: Any, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Spoken:
+    """One pass over right-padded rows. No real token can see padding, and its position is its index: neither an attention
+    mask nor position ids are needed."""
+    at = speaking(mask)
+    if has_linear_head(model):
+        return Spoken(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[at], None)
+    output = model(input_ids=tokens, use_cache=False, output_hidden_states=True)
+    return Spoken(output.hidden_states[-1][at], output.logits[at])
+
+
+def logits_of(model: Any, spoken: Spoken) -> Float[Tensor, "N V"]:
+    return model.get_output_embeddings()(spoken.hidden) if spoken.logits is None else spoken.logits
+
+
+def statistics(
+    model: Any,
+    spoken: Spoken,
     tokens: Int[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
     temperature: float,
     entropy_gradient: bool = False,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Of the tokens that `response_logits` spoke of, each at its own token, 0 before."""
-    width = tokens.shape[1]
-    spoken_of = tokens[:, width - logits.shape[1] :]
-    logprobs = token_logprobs(logits, spoken_of, temperature)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        entropy = token_entropy(logits, temperature)
-    return speak_of_own_token(logprobs, width), speak_of_own_token(entropy, width)
+    """log-probs and entropies of the masked tokens, each under its own token, 0 elsewhere."""
+    if spoken.logits is None:
+        head = model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        found = head_statistics(spoken.hidden, head.weight, bias, tokens[mask], temperature, entropy_gradient)
+    else:
+        found = logits_statistics(spoken.logits, tokens[mask], temperature, entropy_gradient)
+    logprobs, entropy = found
+    return under_own_token(logprobs, mask), under_own_token(entropy, mask)
+
+
+def masked_logprobs(
+    model: Any, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], temperature: float = 1.0
+) -> Float[Tensor, "B T"]:
+    """log-probs of the masked tokens of right-padded rows, 0 elsewhere."""
+    return statistics(model, speak(model, tokens, mask), tokens, mask, temperature)[0]
 
 
 @torch.no_grad()
@@ -151,7 +193,5 @@ def policy_logprobs(
     logprobs = torch.zeros(tokens.shape, device=tokens.device)
     for rows in micro_batches(lengths.tolist(), micro_batch_tokens):
         width = int(lengths[rows].max())
-        piece = tokens[rows, :width]
-        logits, _ = response_logits(model, piece, first_response_column(mask[rows, :width]))
-        logprobs[rows, :width] = logprobs_and_entropy(logits, piece, temperature)[0]
-    return torch.where(mask, logprobs, 0.0)
+        logprobs[rows, :width] = masked_logprobs(model, tokens[rows, :width], mask[rows, :width], temperature)
+    return logprobs

@@ -38,11 +38,6 @@ def response_mask(starts: Int[Tensor, "B"], lengths: Int[Tensor, "B"], width: in
     return (positions >= starts[:, None]) & (positions < lengths[:, None])
 
 
-def first_response_column(mask: Bool[Tensor, "B T"]) -> int:
-    """The first column in which any row has a response token. Never 0: every prompt has a token."""
-    return int(mask.any(dim=0).int().argmax())
-
-
 def spread(
     rows: Sequence[Sequence[float]], mask: Bool[Tensor, "B T"], dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "B T"]:

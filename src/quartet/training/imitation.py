@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from quartet.data.records import Demonstration
-from quartet.models.language_model import logprobs_and_entropy, response_logits
+from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import micro_batches, response_mask, right_pad
 from quartet.tensors import Float, Tensor
 from quartet.training.descend import check_finite
@@ -24,8 +24,6 @@ def _negative_logprobs(model: Any, demonstrations: Sequence[Demonstration]) -> F
     tokens, lengths = right_pad([(*d.prompt_ids, *d.response_ids) for d in demonstrations], model.device)
     starts = torch.tensor([len(d.prompt_ids) for d in demonstrations], device=model.device)
     mask = response_mask(starts, lengths, tokens.shape[1])
-    logits, _ = response_logits(model, tokens, first=int(starts.min()))
-    logprobs, _ = logprobs_and_entropy(logits, tokens, temperature=1.0)
-    losses = torch.where(mask, -logprobs, 0.0)
+    losses = -masked_logprobs(model, tokens, mask)
     check_finite("the loss", losses, [d.id for d in demonstrations])
     return losses

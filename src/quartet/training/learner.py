@@ -16,7 +16,7 @@ from quartet.experience import Batch, Experience, Rollout
 from quartet.generation.protocol import Weights
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.language_model import policy_logprobs
-from quartet.models.padding import PAD, first_response_column, micro_batches, response_mask, right_pad, spread
+from quartet.models.padding import PAD, micro_batches, response_mask, right_pad, spread
 from quartet.tensors import Bool, Float, Tensor
 from quartet.training.descend import check_finite, descend
 from quartet.training.ema import Ema
@@ -79,10 +79,12 @@ class Learner:
         for rows in micro_batches(batch.lengths.tolist(), self.optim.micro_batch_tokens):
             width = int(batch.lengths[rows].max())
             tokens, mask = batch.tokens[rows, :width], batch.response_mask[rows, :width]
-            # One column more, of padding: the value before it is the value after the longest row's last token.
-            more = torch.nn.functional.pad(tokens, (0, int(algorithm.needs_final_values)), value=PAD)
+            asked = mask
+            if algorithm.needs_final_values:  # the value before a token that was never written is that after the last
+                tokens, asked = torch.nn.functional.pad(tokens, (0, 1), value=PAD), torch.nn.functional.pad(mask, (0, 1))
+                asked = asked.scatter(1, batch.lengths[rows][:, None], True)
             reference = self.reference if algorithm.kl.exact_reward else None
-            now = self.models.forward(more, first_response_column(mask), self.temperature, reference=reference)
+            now = self.models.forward(tokens, asked, self.temperature, reference=reference)
             old[rows, :width] = torch.where(mask, now.logprobs[:, :width], 0.0)
             entropy[rows, :width] = torch.where(mask, now.entropy[:, :width], 0.0)
             if now.values is not None:
@@ -170,7 +172,7 @@ class Learner:
             part = experience.rows(indices)
             now = self.models.forward(
                 part.tokens,
-                first_response_column(part.response_mask),
+                part.response_mask,
                 self.temperature,
                 algorithm.needs_entropy_gradient,
                 reference,

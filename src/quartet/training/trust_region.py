@@ -16,8 +16,8 @@ from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.kl import exact_kl
 from quartet.algorithms.update import TrustRegion
 from quartet.experience import Experience
-from quartet.models.language_model import response_logits
-from quartet.models.padding import first_response_column, micro_batches
+from quartet.models.language_model import logits_of, speak
+from quartet.models.padding import micro_batches
 from quartet.tensors import Float, Tensor
 from quartet.training.learner import Learner, Update
 
@@ -146,7 +146,7 @@ class _Objective:
         made = torch.zeros_like(self.experience.old_logprobs)
         for rows in self.pieces:
             part = self.experience.rows(rows)
-            now = self.learner.models.forward(part.tokens, first_response_column(part.response_mask), self.learner.temperature)
+            now = self.learner.models.forward(part.tokens, part.response_mask, self.learner.temperature)
             made[rows, : part.tokens.shape[1]] = torch.where(part.response_mask, now.logprobs, 0.0)
         return made
 
@@ -156,7 +156,7 @@ class _Objective:
             part = self.experience.rows(rows)
             now = self.learner.models.forward(
                 part.tokens,
-                first_response_column(part.response_mask),
+                part.response_mask,
                 self.learner.temperature,
                 self.algorithm.needs_entropy_gradient,
                 exact,
@@ -171,10 +171,9 @@ class _Objective:
     def _vocabulary_logprobs(self, rows: Sequence[int]) -> Float[Tensor, "n V"]:
         """Of the response tokens of these rows, over the whole vocabulary."""
         part = self.experience.rows(rows)
-        first = first_response_column(part.response_mask)
-        logits, _ = response_logits(self.learner.models.actor, part.tokens, first)
-        scaled = logits[part.response_mask[:, first:]].float() / self.learner.temperature
-        return scaled.log_softmax(-1)
+        actor = self.learner.models.actor
+        logits = logits_of(actor, speak(actor, part.tokens, part.response_mask))
+        return (logits.float() / self.learner.temperature).log_softmax(-1)
 
 
 def _sum_of_gradients(losses: Iterator[Tensor], parameters: Sequence[Tensor]) -> Vector:
