@@ -266,6 +266,9 @@ def sampled(name: str) -> Reached:
 
 # --- the tables of docs/algorithms.md ------------------------------------------------------------------------------------
 
+ABOUT_PRESETS = """The presets, with β for their coefficient and no controller. The exact column leaves whitening out, which scales a step and,
+on-policy, changes its expectation in no other way; `trpo` and `npg` are here by their loss, their update is tested elsewhere;
+`instructgpt` is without PTX."""
 BEGIN, END = "<!-- closed form: begin -->", "<!-- closed form: end -->"
 
 
@@ -290,7 +293,7 @@ def main() -> None:
     text = DOCS.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    made = f"{BEGIN}\n\n{table(list(PLACEMENTS))}\n\nThe presets:\n\n{table(list(PRESETS))}\n\n{END}"
+    made = f"{BEGIN}\n\n{table(list(PLACEMENTS))}\n\n{ABOUT_PRESETS}\n\n{table(list(PRESETS))}\n\n{END}"
     DOCS.write_text(before + made + after, encoding="utf-8")
 
 
