@@ -211,7 +211,10 @@ def test_the_command_lists_presets_and_prints_one(tmp_path):
 
 def test_ctrl_c_in_the_middle_of_ppo_leaves_a_readable_folder(tmp_path):
     words = [w for w in TINY_REVIEWS if not w.startswith("run.steps")] + ["run.steps=5000"]
-    process = subprocess.Popen([QUARTET, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    # A shell's background job would ignore the signal, and so would its children: this one heeds it again.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from quartet.cli import main; main()"
+    command = [sys.executable, "-c", heed, *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     rollouts = tmp_path / "runs" / "latest" / "rollouts" / "000004.parquet"
     deadline = time.monotonic() + 120
     while not rollouts.exists() and process.poll() is None and time.monotonic() < deadline:

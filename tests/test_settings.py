@@ -62,6 +62,8 @@ def refusal(tmp_path, text, *words):
         (HEAD.replace('model = "m"', "create = {}"), "policy.tokenizer: a new model needs one."),
         (HEAD.replace('model = "m"', "create = { hidden_size = 30 }"), "hidden_size = 30 is not a multiple of num_heads = 4"),
         (HEAD.replace('"ppo"', '"sft"') + "[algorithm]\nkl = { coef = 1 }", "the recipe has no RL stage that would read it"),
+        (HEAD + "[algorithm]\nkl = 3", "run.toml:10: algorithm.kl = 3: must be a table."),
+        (HEAD + "[algorithm.scores.3]\nlimit = 1", "algorithm.scores.3: scores has 1 parts, counted from 0."),
         (HEAD + "[run\nsteps = 1", "run.toml: not TOML:"),
         (HEAD + '[algorithm]\nvalue_loss = { type = "none" }', 'run.toml:10: algorithm: advantage.type = "gae" uses a critic, and without value_loss nobody trains it.'),
         (HEAD + '[algorithm]\nadvantage = { type = "leave_one_out" }', 'value_loss.type = "clipped" trains a critic that advantage.type = "leave_one_out" never reads.'),

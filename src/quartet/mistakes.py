@@ -70,6 +70,8 @@ def sentence(error: ErrorDetails, table: Table, origins: Mapping[str, str]) -> s
         "string_type": "text",
         "bool_type": "true or false",
         "dataclass_type": "a table",
+        "model_attributes_type": "a table",
+        "dict_type": "a table",
         "tuple_type": "a list",
     }
     return f"{shown}: {'must be ' + wanted[kind] if kind in wanted else error['msg']}."

@@ -182,6 +182,8 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
         table["preference"]["loss"] = _merged({"loss": below}, {"loss": above})["loss"]
         for key, _ in _leaves(table["preference"]["loss"], "preference.loss"):
             origins.setdefault(key, f"preset {named}")
+    elif isinstance(table.get("preference"), dict) and isinstance(table["preference"].get("loss"), dict):
+        table["preference"]["loss"] = {"type": "dpo", **table["preference"]["loss"]}
     algorithm = table.get("algorithm", {})
     if not isinstance(algorithm, dict):
         raise ConfigError("algorithm: is a table. Write [algorithm] and its keys below.")
@@ -226,12 +228,9 @@ def _merged(below: Table, above: Table) -> Table:
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        if (
-            isinstance(old, list)
-            and isinstance(value, dict)
-            and value
-            and all(k.isdigit() and int(k) < len(old) for k in value)
-        ):
+        if isinstance(old, list) and isinstance(value, dict) and value and all(k.isdigit() for k in value):
+            if beyond := [k for k in value if int(k) >= len(old)]:
+                raise ConfigError(f"algorithm.{key}.{beyond[0]}: {key} has {len(old)} parts, counted from 0.")
             merged[key] = [_merged(item, value.get(str(i), {})) for i, item in enumerate(old)]
             continue
         same = isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type")

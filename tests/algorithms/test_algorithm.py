@@ -253,7 +253,7 @@ def test_state_travels_with_the_record():
     assert ALGORITHMS["grpo"].adapt({"kl": 1.0, "responses": 1.0}) == ALGORITHMS["grpo"]
 
 
-@pytest.mark.parametrize(("kl", "beta"), [(0.016, 2.0), (0.0149, 1.0), (0.0067, 1.0), (0.0066, 0.5)])
+@pytest.mark.parametrize(("kl", "beta"), [(0.016, 2.0), (0.0149, 1.0), (0.0067, 1.0), (0.0066, 0.5), (0.0, 1.0)])
 def test_the_ppo_penalty_doubles_and_halves_at_one_and_a_half(kl, beta):
     assert KLPenalty(beta=1.0, target=0.01).adapt({"policy/kl_to_old": kl}).beta == beta
 

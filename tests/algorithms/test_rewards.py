@@ -68,7 +68,7 @@ def test_a_price_per_token():
 def test_running_scale_is_that_of_all_scores_so_far():
     """Two steps against the deviation of all their scores at once."""
     first, second = batch(scores=(1.0, 3.0)), batch(scores=(2.0, 8.0))
-    part = RunningScale(eps=1e-12)
+    part = RunningScale()
     # after 1 and 3: σ = √2
     assert part(first.scores, first).tolist() == pytest.approx([1 / 2**0.5, 3 / 2**0.5])
     part = part.adapt({"responses": 2.0, "reward": 2.0, "reward/std": 1.0})
@@ -76,6 +76,11 @@ def test_running_scale_is_that_of_all_scores_so_far():
     torch.testing.assert_close(part(second.scores, second), second.scores / everything.std())
     centred = dataclasses.replace(part, centre=True)
     torch.testing.assert_close(centred(second.scores, second), (second.scores - everything.mean()) / everything.std())
+
+
+def test_scores_that_never_differed_are_not_divided_by_nothing():
+    assert shaped(RunningScale(), scores=(0.7, 0.7)) == [0.7, 0.7]
+    assert shaped(RunningScale(centre=True), scores=(0.5, 0.5)) == [0, 0]
 
 
 def algorithm(**parts):

@@ -129,3 +129,11 @@ def test_an_average_of_the_actor_is_that_of_its_past():
     made.update(experience_of(made), ALGORITHMS["ppo"])
     third = made.models.actor.lm_head.weight.detach()
     torch.testing.assert_close(made.ema.model(made.models.actor).lm_head.weight.detach(), first / 4 + second / 4 + third / 2)
+
+
+def test_the_average_follows_natural_steps_too():
+    made = learner(ema=0.5)
+    first = made.models.actor.lm_head.weight.detach().clone()
+    made.update(experience_of(made), TRPO)
+    moved = made.models.actor.lm_head.weight.detach()
+    torch.testing.assert_close(made.ema.model(made.models.actor).lm_head.weight.detach(), (first + moved) / 2)

@@ -137,7 +137,8 @@ class KLPenalty:
 
     def adapt(self, metrics: Mapping[str, float]) -> "KLPenalty":
         kl = metrics["policy/kl_to_old"]
-        if self.target == 0 or self.target / 1.5 <= kl <= 1.5 * self.target:
+        stood_still = kl == 0  # the critic's warm-up: it says nothing of how far a step goes
+        if self.target == 0 or stood_still or self.target / 1.5 <= kl <= 1.5 * self.target:
             return self
         return dataclasses.replace(self, beta=self.beta * (2.0 if kl > self.target else 0.5))
 

@@ -33,20 +33,19 @@ class RunningScale:
     included (Zheng et al. 2023, PPO-max).
 
     `count`, `mean` and `squares` (Σ (x − mean)²) are its state; `adapt` returns a part that has seen one step more. After
-    the scores 1 and 3: mean 2, squares 2, σ = √(2 / (2 − 1)).
+    the scores 1 and 3: mean 2, squares 2, σ = √(2 / (2 − 1)). As long as all scores were the same, they stay as they are.
     """
 
     type: Literal["running_scale"] = "running_scale"
     centre: bool = False
-    eps: float = Field(default=1e-8, gt=0)
     count: float = Field(default=0.0, ge=0, description="How many scores were seen: state, not a setting.")
     mean: float = 0.0
     squares: float = Field(default=0.0, ge=0)
 
     def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
         seen = self._seen(float(len(scores)), float(scores.double().mean()), float(scores.double().var(correction=0)))
-        deviation = (seen.squares / max(seen.count - 1, 1)) ** 0.5 + self.eps
-        return (scores - seen.mean if self.centre else scores) / deviation
+        deviation = (seen.squares / max(seen.count - 1, 1)) ** 0.5
+        return (scores - seen.mean if self.centre else scores) / (deviation or 1.0)
 
     def adapt(self, metrics: Mapping[str, float]) -> "RunningScale":
         return self._seen(metrics["responses"], metrics["reward"], metrics["reward/std"] ** 2)

@@ -66,6 +66,8 @@ class TrustRegionLearner(Learner):
         assert isinstance(algorithm.update, TrustRegion)
         objective = _Objective(self, experience, algorithm)
         step = natural_step(objective, self.models.actor_parameters(), algorithm.update)
+        if self.ema is not None:
+            self.ema.update(self.models.actor)
         return dataclasses.replace(
             update,
             logprobs=objective.logprobs(),
