@@ -54,6 +54,8 @@ class Rollout:
     policy_version: int
     score: float | None = None
     components: Mapping[str, float] = field(default_factory=dict)
+    entropies: tuple[float, ...] | None = None
+    """Of the distribution that each token was drawn from, where the sampler took them."""
     token_scores: tuple[float, ...] | None = None
     """A score for each token of the response, where the reward gives one and the algorithm reads it."""
     greedy_score: float | None = None

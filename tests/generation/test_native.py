@@ -1,10 +1,14 @@
+import math
+
 import pytest
 import torch
 
+from quartet.generation.decoders import decoder
 from quartet.generation.native import NativeGenerator
 from quartet.generation.protocol import Weights
-from quartet.generation.sampling import Sampling, draw, sampling_logprobs
+from quartet.generation.sampling import Sampling, draw, scaled
 from quartet.models.language_model import policy_logprobs, stop_ids
+from quartet.models.logprobs import token_entropy
 from quartet.models.padding import left_pad, response_mask, right_pad
 from quartet.training.learner import collate
 from tests.world import SHAPES, model, prompts, tokenizer
@@ -59,26 +63,69 @@ def test_answers_end_at_the_stop_token_and_nothing_follows_it():
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
 
 
-def test_rows_that_finish_cost_nothing_more():
-    made = model()
-    seen = []
-    hook = made.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[0]), with_kwargs=True)
-    rollouts = generator(made).generate(prompts(64), Sampling(max_new_tokens=24))
-    hook.remove()
+class Spy:
+    """A decoder that writes down how many rows and prompts it was asked about."""
+
+    def __init__(self, inner):
+        self.inner, self.steps, self.reads = inner, [], []
+
+    def room(self):
+        return self.inner.room()
+
+    def read(self, prompts, copies):
+        self.reads.append((len(prompts), copies))
+        return self.inner.read(prompts, copies)
+
+    def step(self, tokens):
+        self.steps.append(len(tokens))
+        return self.inner.step(tokens)
+
+    def keep(self, going):
+        return self.inner.keep(going)
+
+
+@pytest.fixture
+def spies(monkeypatch):
+    made = []
+
+    def spying(*args):
+        made.append(Spy(decoder(*args)))
+        return made[-1]
+
+    monkeypatch.setattr("quartet.generation.native.decoder", spying)
+    return made
+
+
+@KINDS
+def test_rows_that_finish_cost_nothing_more(kind, spies):
+    rollouts = generator(model(kind)).generate(prompts(64), Sampling(max_new_tokens=24))
     going = [sum(len(r.response_ids) > t for r in rollouts) for t in range(1, 24)]
-    assert seen[1:] == [count for count in going if count > 0]
+    assert spies[0].steps == [count for count in going if count > 0]
 
 
-def test_samples_of_one_prompt_share_its_prefill_and_its_group():
-    made = model()
-    seen = []
-    hook = made.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
-    rollouts = generator(made).generate(prompts(3), Sampling(max_new_tokens=8), samples_per_prompt=4)
-    hook.remove()
-    assert seen[0][0] == 3 and seen[1][0] <= 12
+@KINDS
+def test_samples_of_one_prompt_share_its_prefill_and_its_group(kind, spies):
+    rollouts = generator(model(kind)).generate(prompts(3), Sampling(max_new_tokens=8), samples_per_prompt=4)
+    assert spies[0].reads == [(3, 4)]
     assert [r.group for r in rollouts] == [0] * 4 + [1] * 4 + [2] * 4
     assert rollouts[5].id == "tiny:1/1" and rollouts[5].prompt.id == "tiny:1"
     assert len({r.response_ids for r in rollouts[:4]}) > 1
+
+
+@KINDS
+@pytest.mark.parametrize("samples", [1, 3])
+def test_prompts_that_wait_take_the_place_of_rows_that_have_finished(kind, samples, spies):
+    """Seven rows at a time or all at once: the same answers, for a row's noise is its own."""
+    made = model(kind)
+    few, all_at_once = (NativeGenerator(made, tokenizer(), stop_ids(made, tokenizer()), 0, rows) for rows in (7, None))
+    asked = (prompts(20), Sampling(max_new_tokens=24), samples)
+    narrow, wide = few.generate(*asked), all_at_once.generate(*asked)
+    assert [r.response_ids for r in narrow] == [r.response_ids for r in wide] and [r.id for r in narrow] == [r.id for r in wide]
+    for a, b in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-5, rtol=0)
+    assert max(spies[0].steps) <= 7 and len(spies[0].reads) > 1 and spies[1].reads == [(20, samples)]
+    if kind != "gpt2":  # the written-out family fills up while others are still being written
+        assert spies[0].steps.count(7 // samples * samples) > 3
 
 
 def test_the_same_seed_samples_the_same_answers_and_another_seed_others():
@@ -99,21 +146,32 @@ def test_weights_come_with_their_version():
 def test_draws_follow_the_distribution_and_never_take_what_is_impossible():
     logprobs = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).log().expand(20_000, 4)
     noise = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    tokens, drawn = draw(logprobs, noise)
-    shares = tokens.bincount(minlength=4) / 20_000
+    drawn = draw(logprobs, Sampling(), noise)
+    shares = drawn.tokens.bincount(minlength=4) / 20_000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.015, rtol=0)
-    torch.testing.assert_close(drawn.exp(), torch.tensor([0.5, 0.0, 0.3, 0.2])[tokens])
+    torch.testing.assert_close(drawn.logprobs.exp(), torch.tensor([0.5, 0.0, 0.3, 0.2])[drawn.tokens])
 
 
 @pytest.mark.parametrize("noise", [0.0, 1 - 2**-24])
 def test_the_ends_of_the_noise_are_possible_tokens(noise):
     logprobs = torch.tensor([[0.0, 0.6, 0.4, 0.0]]).log()
-    assert draw(logprobs, torch.tensor([noise]))[0].item() in {1, 2}
+    assert draw(logprobs, Sampling(), torch.tensor([noise])).tokens.item() in {1, 2}
+    filtered = draw(torch.zeros(1, 5), Sampling(top_k=2), torch.tensor([noise]))
+    assert filtered.tokens.item() in {0, 1} and filtered.entropies.item() == pytest.approx(math.log(2))
 
 
 def test_filters_renormalise_what_is_left():
     # p = (0.5, 0.3, 0.2); top-k 2 leaves (0.625, 0.375); top-p 0.45 leaves the first alone
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    assert sampling_logprobs(logits, Sampling(top_k=2)).exp().tolist()[0] == pytest.approx([0.625, 0.375, 0.0])
-    assert sampling_logprobs(logits, Sampling(top_p=0.45)).exp().tolist()[0] == pytest.approx([1.0, 0.0, 0.0])
-    assert sampling_logprobs(logits, Sampling()).exp().tolist()[0] == pytest.approx([0.5, 0.3, 0.2])
+    assert scaled(logits, Sampling(top_k=2)).softmax(-1).tolist()[0] == pytest.approx([0.625, 0.375, 0.0])
+    assert scaled(logits, Sampling(top_p=0.45)).softmax(-1).tolist()[0] == pytest.approx([1.0, 0.0, 0.0])
+    assert scaled(logits, Sampling()).softmax(-1).tolist()[0] == pytest.approx([0.5, 0.3, 0.2])
+    second = draw(logits, Sampling(top_k=2), torch.tensor([0.7]))
+    assert second.tokens.item() == 1 and second.logprobs.exp().item() == pytest.approx(0.375)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropies_are_those_of_the_distribution_that_was_sampled(temperature):
+    logits = 3 * torch.randn(6, 50)
+    drawn = draw(logits, Sampling(temperature=temperature), torch.rand(6))
+    torch.testing.assert_close(drawn.entropies, token_entropy(logits, temperature), atol=1e-5, rtol=0)

@@ -167,7 +167,7 @@ def test_values_after_cut_off_responses_are_those_of_one_token_more():
             continue
         judge = ScalarModel.from_trunk(model(), 0, seed=0)
         with torch.no_grad():
-            outputs = judge(step.batch.tokens).gather(1, step.batch.lengths[:, None] - 1)[:, 0]
+            outputs = judge.scores(step.batch.tokens, step.batch.lengths)
         torch.testing.assert_close(step.batch.final_values, outputs, atol=1e-5, rtol=0)
         assert not step.batch.ended.all()
 
@@ -227,7 +227,7 @@ def test_remax_compares_with_the_greedy_answer_to_the_same_prompt():
                 ids.append(int(actor(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
             if ids[-1] == END:
                 break
-        text = generator._text(rollout.prompt, ids[len(rollout.prompt.ids) :])
+        text = generator._text(rollout.prompt, rollout.prompt.text, ids[len(rollout.prompt.ids) :])
         assert rollout.greedy_score == len(text)
 
 

@@ -5,18 +5,12 @@ import torch
 
 from quartet.models.logprobs import (
     head_statistics,
-    speak_of_own_token,
     speaking,
     token_entropy,
     token_exact_kl,
     token_logprobs,
     under_own_token,
 )
-
-
-def test_outputs_move_under_the_tokens_they_speak_of():
-    # outputs of positions 1 and 2 of a row of 4 speak of tokens 2 and 3
-    assert speak_of_own_token(torch.tensor([[7.0, 8.0]]), 4).tolist() == [[0, 0, 7, 8]]
 
 
 def test_logprobs_by_hand_with_and_without_temperature():

@@ -110,15 +110,16 @@ def test_a_shared_critic_is_saved_as_a_folder_of_its_own(kind, tmp_path):
     torch.nn.init.constant_(shared.head.linear.bias, 0.25)
     shared.save_critic(tmp_path / "critic", tokenizer())
     tokens = torch.tensor([ROWS[0]])
-    values = shared.forward(tokens, torch.arange(tokens.shape[1])[None] > 0, 1.0).values
-    torch.testing.assert_close(ScalarModel.load(tmp_path / "critic").values(tokens), values, atol=1e-5, rtol=0)
+    mask = torch.arange(tokens.shape[1])[None] > 0
+    values = shared.forward(tokens, mask, 1.0).values
+    torch.testing.assert_close(ScalarModel.load(tmp_path / "critic").values(tokens, mask), values, atol=1e-5, rtol=0)
 
 
 def test_a_critic_from_the_reward_model_values_the_end_as_the_reward_model_scores_it():
     reward_model = ScalarModel.from_trunk(model(), 0, seed=3)
     critic = copy.deepcopy(reward_model)
     tokens, lengths = right_pad([[5, 6, 7]])
-    after_the_last = critic.values(torch.tensor([[5, 6, 7, 8]]))[:, 3]
+    after_the_last = critic.values(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[False, False, False, True]]))[:, 3]
     torch.testing.assert_close(after_the_last, reward_model.scores(tokens, lengths))
 
 

@@ -7,12 +7,14 @@ import torch
 from quartet.algorithms.algorithm import Forward
 from quartet.algorithms.entropy import EntropyBonus
 from quartet.algorithms.presets import ALGORITHMS
+from quartet.generation.native import NativeGenerator
+from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import Separate, Shared, freeze
 from quartet.models.heads import ScalarModel, ValueHead
 from quartet.training.descend import NonFinite, check_finite, descend
 from quartet.training.learner import Learner
 from quartet.training.optim import Descent, Optim, Optimizer
-from tests.world import model, prompts, rollout
+from tests.world import model, prompts, rollout, tokenizer
 
 SETTINGS = Optim(lr=1e-3, critic_lr=1e-3, epochs=2, minibatches=2)
 
@@ -176,3 +178,51 @@ def test_the_entropy_has_a_gradient_only_where_it_is_asked_for():
     silent: Forward = made.forward(tokens, torch.arange(tokens.shape[1])[None] > 0, 1.0)
     assert not silent.entropy.requires_grad
     assert made.forward(tokens, torch.arange(tokens.shape[1])[None] > 0, 1.0, entropy_gradient=True).entropy.requires_grad
+
+
+def sampled(made, count=6):
+    """Rollouts of the learner's own actor, with a reward each."""
+    generator = NativeGenerator(made.models.actor, tokenizer(), frozenset({tokenizer().eos_token_id}), 0)
+    generator.load_weights(made.weights())
+    answers = generator.generate(prompts(count), Sampling(max_new_tokens=8, temperature=made.temperature))
+    return [dataclasses.replace(r, score=float(len(r.response_ids))) for r in answers]
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared", "none"])
+def test_what_the_sampler_saw_is_not_computed_again_once_it_was_checked(kind, monkeypatch):
+    made, checked = learner(kind), learner(kind)
+    algorithm = ALGORITHMS["grpo" if kind == "none" else "ppo"]
+    first = sampled(made)
+    made.score(first, algorithm)
+    assert made.sampler_agrees is True
+    checked.sampler_agrees = False
+    expected = checked.score(first, algorithm)
+    monkeypatch.setattr(made.models, "forward", None)  # would fail if it were asked again
+    batch = made.score(first, algorithm)
+    assert torch.equal(batch.old_logprobs, batch.rollout_logprobs)
+    for name in ("old_logprobs", "entropy", "values", "ref_logprobs"):
+        ours, theirs = getattr(batch, name), getattr(expected, name)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("changed", [{"temperature": 1.0}, {"top_k": 3}, {"top_p": 0.5}], ids=["temperature", "top_k", "top_p"])
+def test_a_sampler_that_disagrees_is_not_believed(changed):
+    made = learner("none")
+    generator = NativeGenerator(made.models.actor, tokenizer(), frozenset({tokenizer().eos_token_id}), 0)
+    sampling = Sampling(**({"max_new_tokens": 8, "temperature": made.temperature} | changed))
+    answers = [dataclasses.replace(r, score=1.0) for r in generator.generate(prompts(6), sampling)]
+    made.score(answers, ALGORITHMS["grpo"])
+    assert made.sampler_agrees is False
+    batch = made.score(answers, ALGORITHMS["grpo"])
+    assert not torch.allclose(batch.old_logprobs, batch.rollout_logprobs, atol=1e-3)
+
+
+def test_rollouts_of_other_weights_are_read_again():
+    made = learner("none")
+    old = sampled(made)
+    algorithm = ALGORITHMS["grpo"]
+    made.update(algorithm.experience(made.score(old, algorithm)), algorithm)
+    batch = made.score(old, algorithm)  # sampled at version 0, and now it is 1
+    assert (batch.old_logprobs - batch.rollout_logprobs).abs().max() > 1e-4

@@ -49,6 +49,8 @@ class LastTokenLoss:
     """Bradley–Terry on the scores at the last tokens, less the comparison's margin where its row has one, plus
     centring · (r_chosen + r_rejected)²."""
 
+    needs_every_token: ClassVar[bool] = False
+
     type: Literal["last_token"] = "last_token"
     centring: float = Field(default=0.0, ge=0, description="Holds the mean score near 0. Typical: 0.01.")
 
@@ -61,7 +63,7 @@ class LastTokenLoss:
         differs: Bool[Tensor, "P T"],
         margins: Float[Tensor, "P"],
     ) -> Float[Tensor, "P"]:
-        """From the head at every token; `differs` is `after_divergence`."""
+        """From the head at every token, or at the last ones only; `differs` is `after_divergence`."""
         good, bad = at(chosen, chosen_lengths), at(rejected, rejected_lengths)
         return bradley_terry(good, bad, margins) + self.centring * centring(good, bad)
 
@@ -74,6 +76,8 @@ class PerTokenLoss:
     Deviation: behind the end of the shorter side DeepSpeed-Chat reads the head at padding; here it stays what it was at
     the side's last token.
     """
+
+    needs_every_token: ClassVar[bool] = True
 
     type: Literal["per_token"] = "per_token"
 

@@ -1,5 +1,7 @@
 """How the next token is drawn."""
 
+from dataclasses import dataclass
+
 from quartet.parts import Field, part
 from quartet.tensors import Float, Int, Tensor, torch
 
@@ -22,27 +24,44 @@ class Sampling:
         return self.top_k > 0 or self.top_p < 1
 
 
-def sampling_logprobs(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
-    """The log-probabilities of the distribution that is sampled, in float32: softmax(logits / temperature), and where
-    tokens are filtered away, what is left of it renormalised."""
-    logprobs = (logits.float() / sampling.temperature).log_softmax(-1)
+@dataclass(frozen=True)
+class Drawn:
+    """One token per row."""
+
+    tokens: Int[Tensor, "B"]
+    logprobs: Float[Tensor, "B"]
+    """Of these tokens under the distribution they were drawn from."""
+    entropies: Float[Tensor, "B"]
+    """Of that distribution, in nats."""
+
+
+def scaled(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
+    """The logits of the distribution that is sampled, in float32: divided by the temperature, and where tokens are filtered
+    away, −∞ for those."""
+    z = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
     if not sampling.filters:
-        return logprobs
-    ordered, order = logprobs.sort(-1, descending=True)
-    keep = ordered.exp().cumsum(-1) - ordered.exp() < sampling.top_p
+        return z
+    probs, order = z.softmax(-1).sort(-1, descending=True)
+    keep = probs.cumsum(-1) - probs < sampling.top_p
     if sampling.top_k > 0:
         keep[:, sampling.top_k :] = False
-    kept = torch.zeros_like(keep).scatter(-1, order, keep)
-    return logprobs.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    return z.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), -torch.inf)
 
 
-def draw(logprobs: Float[Tensor, "B V"], noise: Float[Tensor, "B"]) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"]]:
-    """One token per row by inverting its cumulative distribution at a uniform number, and the token's log-prob.
+def draw(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, "B"]) -> Drawn:
+    """One token per row by inverting its cumulative distribution at a uniform number of [0, 1).
 
-    The noise comes from outside, one number per row and token, so that a row's answer does not depend on which other
-    rows are still being sampled.
+    The noise comes from outside, one number per row and token, so that a row's answer does not depend on which other rows are
+    being sampled. With P(k) = Σ_{j≤k} e^{z_j − max z} the token is the first k with P(k) > noise · P(V); its log-prob is
+    z_k − max z − log P(V), the entropy log P(V) − Σ_j e^{z_j − max z} (z_j − max z) / P(V).
     """
-    cumulative = logprobs.double().exp().cumsum(-1)
-    threshold = noise.double()[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logprobs.shape[-1] - 1)
-    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+    z = scaled(logits, sampling)
+    z = z - z.amax(-1, keepdim=True)
+    weights = z.exp()
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # noise · total may round up to the total itself
+    tokens = torch.searchsorted(cumulative, torch.minimum(noise[:, None] * total, below), right=True)
+    log_total = total[:, 0].log()
+    mean = torch.linalg.vecdot(weights, z.clamp(min=-1e4) if sampling.filters else z) / total[:, 0]
+    return Drawn(tokens[:, 0], z.gather(-1, tokens)[:, 0] - log_total, log_total - mean)

@@ -9,7 +9,8 @@ from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
 from quartet.loops.progress import Progress
 from quartet.models.heads import ScalarModel
-from quartet.models.padding import micro_batches, right_pad
+from quartet.models.logprobs import under_own_token
+from quartet.models.padding import micro_batches, response_mask, right_pad
 from quartet.tensors import Float, Tensor
 from quartet.training.descend import check_finite, descend
 from quartet.training.optim import Optimizer
@@ -56,13 +57,16 @@ def _losses(
         # Both sides go through the model in one batch.
         sides = [(*c.prompt_ids, *c.chosen_ids) for c in piece] + [(*c.prompt_ids, *c.rejected_ids) for c in piece]
         tokens, lengths = right_pad(sides, next(model.parameters()).device)
-        outputs = model(tokens)
-        (chosen, rejected), (good, bad) = outputs.chunk(2), lengths.chunk(2)
+        (these, those), (good, bad) = tokens.chunk(2), lengths.chunk(2)
+        differs = after_divergence(these, those, good, bad)
+        asked = response_mask(lengths - 1, lengths, tokens.shape[1])
+        if loss.needs_every_token:
+            asked |= differs.repeat(2, 1) & response_mask(torch.zeros_like(lengths), lengths, tokens.shape[1])
+        outputs = under_own_token(model(tokens, asked), asked)
+        chosen, rejected = outputs.chunk(2)
         scores = at(chosen, good), at(rejected, bad)
         check_finite("the score", torch.cat(scores), [c.id for c in piece] * 2)
         margins.append((scores[0] - scores[1]).detach())
-        these, those = tokens.chunk(2)
-        differs = after_divergence(these, those, good, bad)
         labelled = torch.tensor([c.margin for c in piece], device=outputs.device)
         yield loss(chosen, rejected, good, bad, differs, labelled).sum() / len(batch)
 

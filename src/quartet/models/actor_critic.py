@@ -30,6 +30,10 @@ class ActorCritic(Protocol):
         well. What stands outside the mask means nothing."""
         ...
 
+    def values(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"] | None:
+        """What the critic alone says of the masked tokens; None where there is none."""
+        ...
+
     def actor_parameters(self) -> list[nn.Parameter]: ...
 
     def critic_parameters(self) -> list[nn.Parameter]: ...
@@ -53,8 +57,11 @@ class Separate:
     ) -> Forward:
         spoken = speak(self.actor, tokens, mask)
         logprobs, entropy = statistics(self.actor, spoken, tokens, mask, temperature, entropy_gradient)
-        values = None if self.critic is None else self.critic.values(tokens)
-        return Forward(logprobs, entropy, values, exact_kl_to(reference, self.actor, spoken, tokens, mask, temperature))
+        exact = exact_kl_to(reference, self.actor, spoken, tokens, mask, temperature)
+        return Forward(logprobs, entropy, self.values(tokens, mask), exact)
+
+    def values(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"] | None:
+        return None if self.critic is None else self.critic.values(tokens, mask)
 
     def actor_parameters(self) -> list[nn.Parameter]:
         return list(trainable(self.actor))
@@ -86,6 +93,9 @@ class Shared:
         logprobs, entropy = statistics(self.actor, spoken, tokens, mask, temperature, entropy_gradient)
         values = under_own_token(self.head(spoken.hidden), mask)
         return Forward(logprobs, entropy, values, exact_kl_to(reference, self.actor, spoken, tokens, mask, temperature))
+
+    def values(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"] | None:
+        return under_own_token(self.head(speak(self.actor, tokens, mask).hidden), mask)
 
     def actor_parameters(self) -> list[nn.Parameter]:
         return list(trainable(self.actor))

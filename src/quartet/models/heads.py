@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from quartet.models.language_model import ModelError, first_line
-from quartet.models.logprobs import speak_of_own_token
-from quartet.tensors import Float, Int, Tensor
+from quartet.models.logprobs import speaking, under_own_token
+from quartet.models.trunk import read
+from quartet.tensors import Bool, Float, Int, Tensor
 
 CENTRE = "quartet_reward_centre"
 """The key of config.json under which a reward model keeps the mean that is taken off its scores."""
@@ -74,18 +75,18 @@ class ScalarModel(nn.Module):
     def centre(self, mean: float) -> None:
         setattr(self.model.config, CENTRE, mean)
 
-    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """The head at every position of right-padded rows, centred: what the model thinks once it has read that token."""
-        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        return self.model.score(hidden).squeeze(-1).float() - self.centre
+    def forward(self, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> Float[Tensor, "N"]:
+        """The head, centred, at the positions of right-padded rows that are asked for: what the model thinks once it has read
+        that token."""
+        return self.model.score(read(self.model.base_model, tokens, asked)).squeeze(-1).float() - self.centre
 
     def scores(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """One number per row: the head at the last real token."""
-        return self(tokens).gather(1, lengths[:, None] - 1)[:, 0]
+        return self(tokens, torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1)
 
-    def values(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """One number per token, the value before it was chosen: the head at the position before."""
-        return speak_of_own_token(self(tokens)[:, :-1], tokens.shape[1])
+    def values(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """One number per masked token, the value before it was chosen: the head at the position before. 0 elsewhere."""
+        return under_own_token(self(tokens, speaking(mask)), mask)
 
 
 class ValueHead(nn.Module):

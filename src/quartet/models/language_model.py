@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from quartet.models.logprobs import head_statistics, logits_statistics, speaking, under_own_token
 from quartet.models.padding import micro_batches
 from quartet.models.shape import Shape
+from quartet.models.trunk import read
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -141,11 +142,10 @@ def has_linear_head(model: Any) -> bool:
 
 
 def speak(model: Any, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Spoken:
-    """One pass over right-padded rows. No real token can see padding, and its position is its index: neither an attention
-    mask nor position ids are needed."""
+    """One pass over right-padded rows."""
     at = speaking(mask)
     if has_linear_head(model):
-        return Spoken(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[at], None)
+        return Spoken(read(model.base_model, tokens, at), None)
     output = model(input_ids=tokens, use_cache=False, output_hidden_states=True)
     return Spoken(output.hidden_states[-1][at], output.logits[at])
 

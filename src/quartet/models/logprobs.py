@@ -1,7 +1,7 @@
 """The one shift, and what the output head says of tokens.
 
-A causal model's output at position t speaks of token t + 1. `speaking` and `speak_of_own_token` are the only places in
-Quartet that move it there; everything else may rely on entry t speaking of token t.
+A causal model's output at position t speaks of token t + 1. `speaking` is the only place in Quartet that
+knows; everything else may rely on entry t speaking of token t.
 
 The head is the largest product of a small model and its output the largest tensor: [positions, vocabulary]. It is asked
 only at the positions that speak of tokens somebody wants to know about (N of them), and where the output would be large,
@@ -30,14 +30,6 @@ def speaking(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
 def under_own_token(values: Float[Tensor, "N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Numbers of the masked tokens, each under its own, 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-def speak_of_own_token(outputs: Float[Tensor, "B outputs"], width: int) -> Float[Tensor, "B {width}"]:
-    """Outputs of the positions just before the last tokens of a row, moved under the tokens they speak of.
-
-    `outputs[:, i]` was computed at the position before token `width - outputs + i`. Entries before those are 0.
-    """
-    return torch.nn.functional.pad(outputs, (width - outputs.shape[1], 0))
 
 
 def token_logprobs(logits: Float[Tensor, "*n V"], tokens: Int[Tensor, "*n"], temperature: float) -> Float[Tensor, "*n"]:

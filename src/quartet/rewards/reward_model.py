@@ -1,12 +1,12 @@
 """A trained reward model as a reward."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from quartet.experience import Rollout
 from quartet.models.heads import ScalarModel
-from quartet.models.padding import micro_batches, right_pad
+from quartet.models.padding import micro_batches, response_mask, right_pad
 
 
 class ModelReward:
@@ -20,23 +20,21 @@ class ModelReward:
         self.device = next(model.parameters()).device
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        scores = [0.0] * len(rollouts)
-        for i, outputs in self._outputs(rollouts):
-            scores[i] = outputs[-1]
-        return scores
+        return [outputs[-1] for outputs in self._outputs(rollouts, whole=False)]
 
     def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """The head read at every response token: what the model thinks once it has read that token."""
-        scores: list[list[float]] = [[] for _ in rollouts]
-        for i, outputs in self._outputs(rollouts):
-            scores[i] = outputs[len(outputs) - len(rollouts[i].response_ids) :]
-        return scores
+        return self._outputs(rollouts, whole=True)
 
     @torch.no_grad()
-    def _outputs(self, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, list[float]]]:
-        """For each rollout, in any order, the head at every real token."""
-        lengths = [len(r.prompt.ids) + len(r.response_ids) for r in rollouts]
-        for rows in micro_batches(lengths, self.micro_batch_tokens):
-            tokens, _ = right_pad([(*rollouts[i].prompt.ids, *rollouts[i].response_ids) for i in rows], self.device)
-            for i, outputs in zip(rows, self.model(tokens).tolist(), strict=True):
-                yield i, outputs[: lengths[i]]
+    def _outputs(self, rollouts: Sequence[Rollout], whole: bool) -> list[list[float]]:
+        """The head at every token of each response, or at its last one."""
+        outputs: list[list[float]] = [[] for _ in rollouts]
+        for rows in micro_batches([len(r.prompt.ids) + len(r.response_ids) for r in rollouts], self.micro_batch_tokens):
+            pieces = [rollouts[i] for i in rows]
+            tokens, lengths = right_pad([(*r.prompt.ids, *r.response_ids) for r in pieces], self.device)
+            counts = [len(r.response_ids) if whole else 1 for r in pieces]
+            asked = response_mask(lengths - torch.tensor(counts, device=self.device), lengths, tokens.shape[1])
+            for i, found in zip(rows, self.model(tokens, asked).split(counts), strict=True):
+                outputs[i] = found.tolist()
+        return outputs

@@ -23,6 +23,10 @@ from quartet.training.ema import Ema
 from quartet.training.imitation import imitation_losses
 from quartet.training.optim import Optim, Optimizer
 
+AGREEMENT = 1e-4
+"""How far from 1 the ratio of the learner's to the sampler's probability may be for the two to count as the same numbers: more
+than float32 rounding in deep models, less than any other weights, temperature or filter would give."""
+
 
 @dataclass(frozen=True)
 class Update:
@@ -63,6 +67,8 @@ class Learner:
             self.optimizers["critic"] = Optimizer(critic, optim.descent(optim.critic_lr), total)
         self.rng = random.Random(seed)
         self.version = 0
+        self.sampler_agrees: bool | None = None
+        """Whether the sampler's log-probs are the learner's; not known before the first step."""
         self.device = models.actor.device
 
     def weights(self) -> Weights:
@@ -71,10 +77,15 @@ class Learner:
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], algorithm: Algorithm) -> Batch:
         """The rollouts as tensors, with what actor, critic and reference say of each token, as far as the algorithm reads
-        it."""
+        it. Log-probs and entropies that the sampler took while it sampled are not computed again, once the first step has
+        shown that they are the learner's."""
         batch = collate(rollouts, self.device)
         check_finite("the reward", batch.scores, batch.ids)
+        current = batch.entropy is not None and all(r.policy_version == self.version for r in rollouts)
+        known = current and self.sampler_agrees is True and not algorithm.kl.exact_reward
         old, entropy, values, exact = (torch.zeros_like(batch.rollout_logprobs) for _ in range(4))
+        if known and batch.entropy is not None:
+            old, entropy = batch.rollout_logprobs, batch.entropy
         final = torch.zeros_like(batch.scores)
         for rows in micro_batches(batch.lengths.tolist(), self.optim.micro_batch_tokens):
             width = int(batch.lengths[rows].max())
@@ -83,16 +94,22 @@ class Learner:
             if algorithm.needs_final_values:  # the value before a token that was never written is that after the last
                 tokens, asked = torch.nn.functional.pad(tokens, (0, 1), value=PAD), torch.nn.functional.pad(mask, (0, 1))
                 asked = asked.scatter(1, batch.lengths[rows][:, None], True)
-            reference = self.reference if algorithm.kl.exact_reward else None
-            now = self.models.forward(tokens, asked, self.temperature, reference=reference)
-            old[rows, :width] = torch.where(mask, now.logprobs[:, :width], 0.0)
-            entropy[rows, :width] = torch.where(mask, now.entropy[:, :width], 0.0)
-            if now.values is not None:
-                values[rows, :width] = torch.where(mask, now.values[:, :width], 0.0)
-            if now.values is not None and algorithm.needs_final_values:
-                final[rows] = now.values.gather(1, batch.lengths[rows][:, None])[:, 0]
-            if now.exact_kl is not None:
-                exact[rows, :width] = torch.where(mask, now.exact_kl[:, :width], 0.0)
+            if known:
+                seen = self.models.values(tokens, asked)
+            else:
+                reference = self.reference if algorithm.kl.exact_reward else None
+                now = self.models.forward(tokens, asked, self.temperature, reference=reference)
+                seen = now.values
+                old[rows, :width] = torch.where(mask, now.logprobs[:, :width], 0.0)
+                entropy[rows, :width] = torch.where(mask, now.entropy[:, :width], 0.0)
+                if now.exact_kl is not None:
+                    exact[rows, :width] = torch.where(mask, now.exact_kl[:, :width], 0.0)
+            if seen is not None:
+                values[rows, :width] = torch.where(mask, seen[:, :width], 0.0)
+                if algorithm.needs_final_values:
+                    final[rows] = seen.gather(1, batch.lengths[rows][:, None])[:, 0]
+        if current and self.sampler_agrees is None:
+            self.sampler_agrees = same_numbers(batch.rollout_logprobs, old, batch.response_mask)
         ref = None if self.reference is None else self._reference_logprobs(batch)
         for what, numbers in (("the log-probability", old), ("the value", values)):
             check_finite(what, numbers, batch.ids)
@@ -126,6 +143,8 @@ class Learner:
             elif self.ema is not None:
                 self.ema.update(self.models.actor)
         self.version += 1
+        if self.sampler_agrees and seen.first_ratio_error > AGREEMENT:
+            self.sampler_agrees = None  # the next step will tell
         return Update(
             losses={name: total / len(steps) for name, total in seen.losses.items()},
             descents=descents,
@@ -228,6 +247,11 @@ class _Seen:
             self.first_ratio_error = max(self.first_ratio_error, float(error))
 
 
+def same_numbers(sampled: Float[Tensor, "B T"], own: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> bool:
+    """Whether the ratio of two policies' probabilities is 1 up to rounding, token by token."""
+    return float(((sampled - own).expm1().abs() * mask).max()) <= AGREEMENT
+
+
 def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
     """Rollouts side by side, padded on the right. Log-probs of the old policy are the sampler's until the learner has
     taken its own."""
@@ -245,6 +269,7 @@ def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
         groups=torch.tensor([r.group for r in rollouts], device=device),
         rollout_logprobs=logprobs,
         old_logprobs=logprobs,
+        entropy=_where_all_have_it([r.entropies for r in rollouts], lambda rows: spread(rows, mask)),
         token_scores=_where_all_have_it([r.token_scores for r in rollouts], lambda rows: spread(rows, mask)),
         greedy_scores=_where_all_have_it(
             [r.greedy_score for r in rollouts], lambda scores: torch.tensor(scores, dtype=torch.float32, device=device)

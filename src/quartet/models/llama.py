@@ -1,0 +1,188 @@
+"""The Llama family, written out: Llama, Mistral, Qwen2, Qwen3.
+
+The same weights as in the transformers module, in fewer and larger products: real tokens only, the three projections of
+attention as one, the last block only at the positions that are asked for. `hidden_states` is what training and scoring read;
+`Decoder` is what answers are sampled with. Whether a model is one that is written out right is known by its architecture
+and checked by comparing both forwards, once.
+
+The rotation of positions multiplies pairs of coordinates, read as complex numbers, by e^{iωt} (Su et al. 2021). The family
+pairs coordinate j of a head with j + D/2; here the pair becomes neighbours. Queries and keys move alike, so that their
+products stay what they were.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from quartet.models.packing import Packed, repacked, take, unpacked
+from quartet.tensors import Float, Int, Tensor
+
+FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+_WRITTEN_OUT: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+
+
+def written_out(trunk: Any, width: int) -> bool:
+    """Whether this file computes what the trunk (a transformers base model) does, for sequences of up to `width` tokens."""
+    if trunk not in _WRITTEN_OUT:
+        _WRITTEN_OUT[trunk] = getattr(trunk.config, "model_type", None) in FAMILY and _agrees(trunk)
+    window = getattr(trunk.config, "sliding_window", None)
+    return _WRITTEN_OUT[trunk] and (window is None or width <= window)
+
+
+@torch.no_grad()
+def _agrees(trunk: Any) -> bool:
+    """Both forwards on a few tokens. Rotations that change with the length of the text are left to transformers."""
+    if trunk.rotary_emb.rope_type in {"dynamic", "longrope"}:
+        return False
+    count = 12
+    device = trunk.embed_tokens.weight.device
+    tokens = torch.arange(count, device=device) * 7 % trunk.embed_tokens.weight.shape[0]
+    everything = torch.arange(count, device=device)
+    ours = hidden_states(trunk, Packed(tokens, everything, (count,), count, None, everything))
+    theirs = trunk(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+    tolerance = 1e-4 if ours.dtype in {torch.float32, torch.float64} else 0.1
+    return torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+# --- reading whole sequences ---------------------------------------------------------------------------------------------
+
+
+def hidden_states(trunk: Any, packed: Packed) -> Float[Tensor, "n H"]:
+    """The last hidden states at the positions that are asked for."""
+    x = trunk.embed_tokens(packed.tokens)
+    rotation = rotations(trunk, packed.positions)
+    last = len(trunk.layers) - 1
+    for number, block in enumerate(trunk.layers):
+        asked = packed.asked if number == last else None
+        if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled():
+            x = checkpoint(_block, block, x, rotation, packed, asked, use_reentrant=False)
+        else:
+            x = _block(block, x, rotation, packed, asked)
+    return normed(trunk.norm, x)
+
+
+def rotations(trunk: Any, positions: Int[Tensor, "N"]) -> Tensor:
+    """e^{iωt} of each position and pair of coordinates: [N, 1, D/2], complex. YaRN's scale is in its modulus."""
+    exact = torch.zeros((), dtype=torch.float32, device=positions.device)
+    cos, sin = trunk.rotary_emb(exact, positions[None])
+    half = cos.shape[-1] // 2
+    return torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
+
+
+def _block(block: Any, x: Tensor, rotation: Tensor, packed: Packed, asked: Tensor | None) -> Tensor:
+    """Attention and multi-layer perceptron, each added to what it read. What nobody asks for ends with its keys and values."""
+    attention, mlp = block.self_attn, block.mlp
+    queries, keys, values = _projected(attention, normed(block.input_layernorm, x), rotation)
+    read = repacked(causal_attention(queries, keys, values, packed, attention.scaling), packed).flatten(1)
+    if asked is not None:
+        x, read = take(x, asked), take(read, asked)
+    x = x + attention.o_proj(read)
+    h = normed(block.post_attention_layernorm, x)
+    return x + mlp.down_proj(gated(mlp.gate_proj(h), mlp.up_proj(h), mlp.act_fn))
+
+
+def _projected(attention: Any, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of each head: [N, heads, D], the first two rotated."""
+    size = attention.head_dim
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    if all(type(part) is nn.Linear for part in parts):
+        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        projected = linear(h, torch.cat([part.weight for part in parts]), bias)
+    else:  # adapters
+        projected = torch.cat([part(h) for part in parts], dim=-1)
+    heads = projected.unflatten(-1, (-1, size))
+    num_kv = attention.k_proj.out_features // size
+    turning, values = heads[:, :-num_kv], heads[:, -num_kv:]
+    if hasattr(attention, "q_norm"):
+        queries, keys = turning[:, :-num_kv], turning[:, -num_kv:]
+        turning = torch.cat([normed(attention.q_norm, queries), normed(attention.k_norm, keys)], dim=1)
+    turned = rotate(turning, rotation)
+    return turned[:, :-num_kv], turned[:, -num_kv:], values
+
+
+def rotate(x: Float[Tensor, "N heads D"], rotation: Tensor) -> Float[Tensor, "N heads D"]:
+    """Coordinates j and j + D/2 of each head as one complex number, turned; they come out side by side."""
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.view_as_real(torch.complex(first, second) * rotation).flatten(-2).to(x.dtype)
+
+
+def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: float) -> Tensor:
+    """softmax(q kᵀ · scale) v of each sequence, every token seeing itself and what is before it: [rows, width, heads, D]. The
+    rows end in padding, which no real token sees."""
+    queries, keys, values = (unpacked(x, packed).transpose(1, 2) for x in (queries, keys, values))
+    shared = queries.shape[1] != keys.shape[1]
+    read = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=shared)
+    return read.transpose(1, 2)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w · x / √(mean x² + ε) (Zhang & Sennrich 2019), keeping x and one number per token for
+
+    dx = r (g w − x̂ · mean(g w x̂))    dw = Σ g x̂    with r = 1/√(mean x² + ε), x̂ = r x
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        r = _inverse_rms(x, eps)
+        ctx.save_for_backward(x, weight, r)
+        ctx.eps = eps
+        return (x * r).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient will be differentiated, and r depends on x
+            r = _inverse_rms(x, ctx.eps)
+        normed = x * r
+        d_weight = (grads[0] * normed).sum(dim=tuple(range(x.ndim - 1)))
+        d_normed = grads[0] * weight
+        along = torch.linalg.vecdot(d_normed, normed).unsqueeze(-1) / x.shape[-1]
+        return torch.addcmul(d_normed, normed, along, value=-1) * r, d_weight, None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if torch.is_grad_enabled():
+        return (norm.square() / x.shape[-1] + eps).rsqrt()
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def normed(norm: Any, x: Tensor) -> Tensor:
+    """The family's RMSNorm. Torch's own is one kernel on a GPU and a dozen on a CPU."""
+    if x.device.type != "cpu" or x.dtype not in {torch.float32, torch.float64}:
+        return rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    if not torch.is_grad_enabled():
+        return (x * _inverse_rms(x, norm.variance_epsilon)).mul_(norm.weight)
+    made: Tensor = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
+    return made
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) · up (Shazeer 2020), keeping its two inputs only."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_up, d_silu = nn.functional.silu(gate) * grads[0], grads[0] * up
+        if not torch.is_grad_enabled():
+            return torch.ops.aten.silu_backward(d_silu, gate), d_up
+        s = gate.sigmoid()  # this gradient will be differentiated, which torch's kernel cannot be
+        return d_silu * s * (1 + gate * (1 - s)), d_up
+
+
+def gated(gate: Tensor, up: Tensor, activation: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return activation(gate).mul_(up)
+    if isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation":
+        product: Tensor = _Gated.apply(gate, up)
+        return product
+    return activation(gate) * up

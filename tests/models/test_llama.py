@@ -1,0 +1,203 @@
+"""The Llama family written out, against transformers' own forward: in float64, where only mistakes differ."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from quartet.generation.decoders import LlamaDecoder, PlainDecoder, decoder
+from quartet.models import packing
+from quartet.models.heads import ScalarModel
+from quartet.models.language_model import masked_logprobs
+from quartet.models.llama import hidden_states, written_out
+from quartet.models.packing import pack, pack_rows, repacked, unpacked
+from tests.world import model
+
+MODELS = {
+    "llama": ("llama", {}),
+    "shared keys": ("mistral", {"num_key_value_heads": 2}),
+    "biases": ("qwen2", {"num_key_value_heads": 1}),
+    "normed heads": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+    "all biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "other activation": ("llama", {"hidden_act": "gelu"}),
+    "own head": ("llama", {"tie_word_embeddings": False}),
+    "yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+}
+FAMILY = pytest.mark.parametrize("name", sorted(MODELS))
+
+
+def config(name, **more):
+    kind, settings = MODELS[name]
+    shape = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.1,
+    }
+    return AutoConfig.for_model(kind, **(shape | settings | more))
+
+
+def disturbed(made, dtype):
+    """Norms and biases that are not what they start as, so that none can be forgotten unnoticed."""
+    for parameter in made.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    return made.to(dtype).eval()
+
+
+def language_model(name, dtype=torch.float32, **more):
+    return disturbed(AutoModelForCausalLM.from_config(config(name, **more), dtype=torch.float32), dtype)
+
+
+def ragged():
+    """Rows of 5, 30, 17 and 2 tokens in a rectangle, asked about their second halves."""
+    lengths, columns = torch.tensor([5, 30, 17, 2]), torch.arange(33)
+    asked = (columns < lengths[:, None]) & (columns >= lengths[:, None] // 2)
+    return torch.randint(40, (4, 33)), asked
+
+
+@FAMILY
+def test_hidden_states_and_gradients_are_transformers_own(name):
+    trunk = language_model(name, torch.float64).base_model
+    assert written_out(trunk, 33)
+    tokens, asked = ragged()
+    ours = hidden_states(trunk, pack(tokens, asked))
+    theirs = trunk(input_ids=tokens, use_cache=False).last_hidden_state[asked]
+    # transformers keeps the angles of the rotation in float32 also here
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    weights = torch.randn_like(theirs)
+    for a, b in zip(*(torch.autograd.grad((weights * h).sum(), list(trunk.parameters())) for h in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=0)
+
+
+@FAMILY
+def test_packed_or_not_or_with_checkpoints_nothing_else_changes(name, monkeypatch):
+    trunk = language_model(name, torch.float64).base_model
+    tokens, asked = ragged()
+
+    def gradients():
+        h = hidden_states(trunk, pack(tokens, asked))
+        return [h, *torch.autograd.grad(h.sin().sum(), list(trunk.parameters()))]
+
+    expected = gradients()
+    assert pack(tokens, asked).places is not None
+    monkeypatch.setattr(packing, "WORTH_PACKING", 1.0)
+    assert pack(tokens, asked).places is None
+    for a, b in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    for block in trunk.layers:
+        block.gradient_checkpointing = True
+    for a, b in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+@FAMILY
+def test_second_derivatives_exist(name):
+    """Trust regions take them."""
+    trunk = language_model(name, torch.float64, num_hidden_layers=1).base_model
+    tokens = torch.randint(40, (2, 4))
+    asked = torch.ones_like(tokens, dtype=torch.bool)
+    weights = [trunk.layers[0].input_layernorm.weight, trunk.layers[0].mlp.gate_proj.weight]
+
+    def slope(forward):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            gradients = torch.autograd.grad(forward().sin().sum(), weights, create_graph=True)
+            return torch.autograd.grad(sum(g.square().sum() for g in gradients), weights)
+
+    ours = slope(lambda: hidden_states(trunk, pack(tokens, asked)))
+    theirs = slope(lambda: trunk(input_ids=tokens, use_cache=False).last_hidden_state)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=0)
+
+
+@FAMILY
+def test_sampling_gives_the_logits_of_transformers_token_by_token(name):
+    """Both decoders, given the same tokens; rows leave, others come, samples share their prompt."""
+    made = language_model(name)
+    ours, plain = decoder(made, 48), PlainDecoder(made)
+    assert isinstance(ours, LlamaDecoder)
+    prompts = [torch.randint(40, (n,)).tolist() for n in (3, 9, 5, 14)]
+    texts = [list(p) for p in prompts for _ in range(3)]
+    first, theirs = ours.read(prompts, 3), plain.read(prompts, 3)
+    torch.testing.assert_close(first, theirs, atol=1e-5, rtol=1e-5)
+    rows = list(range(12))  # the text that each row of ours belongs to
+    for step in range(16):
+        if step % 4 == 2:
+            going = torch.rand(len(rows)) > 0.15
+            going[-1] = False
+            rows = [rows[i] for i in ours.keep(going).tolist()]
+        if step == 9:
+            texts += [[7, 8, 9, 10, 11], [4]]
+            rows += [12, 13]
+            late = ours.read(texts[12:], 1)
+            for text, logits in zip(texts[12:], late, strict=True):
+                torch.testing.assert_close(logits, made(input_ids=torch.tensor([text])).logits[0, -1], atol=1e-5, rtol=1e-5)
+        tokens = torch.randint(40, (len(rows),))
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            texts[row].append(token)
+        logits = ours.step(tokens)
+        for i, row in enumerate(rows):
+            alone = made(input_ids=torch.tensor([texts[row]])).logits[0, -1]
+            torch.testing.assert_close(logits[i], alone, atol=1e-5, rtol=1e-5)
+    assert len(rows) > 1
+
+
+def test_other_architectures_and_longer_texts_than_the_window_go_the_plain_way():
+    assert not written_out(model("gpt2").base_model, 10)
+    assert isinstance(decoder(model("gpt2"), 10), PlainDecoder)
+    windowed = language_model("shared keys", sliding_window=16)
+    assert written_out(windowed.base_model, 16) and not written_out(windowed.base_model, 17)
+    tokens = torch.randint(40, (2, 30))
+    mask = torch.arange(30).expand(2, 30) > 3
+    theirs = windowed(input_ids=tokens).logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    ours = masked_logprobs(windowed, tokens, mask)[:, 1:]
+    torch.testing.assert_close(ours, torch.where(mask[:, 1:], theirs, 0.0), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_computes_something_else_is_found_out():
+    made = model("llama")
+    made.base_model.norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert not written_out(made.base_model, 10)
+
+
+def test_a_reward_model_is_read_at_the_last_token_by_the_same_code():
+    made = AutoModelForSequenceClassification.from_config(config("biases", num_labels=1, pad_token_id=None))
+    scalar = ScalarModel(disturbed(made, torch.float32))
+    tokens, _ = ragged()
+    lengths = torch.tensor([5, 30, 17, 2])
+    scores = scalar.scores(tokens, lengths)
+    for row, length, score in zip(tokens, lengths.tolist(), scores.tolist(), strict=True):
+        assert score == pytest.approx(made(input_ids=row[None, :length]).logits.item(), abs=1e-4)
+
+
+# --- packing -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_packed_as_far_as_they_are_asked_for():
+    tokens = torch.tensor([[5, 6, 7, 8, 0, 0], [9, 4, 0, 0, 0, 0]])
+    asked = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0]]).bool()
+    packed = pack(tokens, asked)
+    assert packed.tokens.tolist() == [5, 6, 7, 8, 9, 4] and packed.positions.tolist() == [0, 1, 2, 3, 0, 1]
+    assert packed.lengths == (4, 2) and packed.width == 4 and packed.asked.tolist() == [2, 3, 5]
+    rectangle = unpacked(packed.tokens, packed)
+    assert rectangle.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]] and repacked(rectangle, packed).tolist() == packed.tokens.tolist()
+
+
+def test_prompts_are_asked_about_their_last_tokens():
+    packed = pack_rows([[5, 6, 7], [8]], torch.device("cpu"))
+    assert packed.tokens.tolist() == [5, 6, 7, 8] and packed.positions.tolist() == [0, 1, 2, 0]
+    assert packed.asked.tolist() == [2, 3] and packed.places.tolist() == [0, 1, 2, 3]
+    assert pack_rows([[5, 6], [8, 9]], torch.device("cpu")).places is None
