@@ -1,4 +1,4 @@
-.PHONY: quickstart test test-long check format install bench-learning
+.PHONY: quickstart test test-long check format install bench bench-learning
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -33,3 +33,17 @@ format: install
 
 bench-learning: install
 	$(BIN)/python benchmarks/learning.py
+
+PEERS ?= .peers
+
+bench: install $(PEERS)/.installed
+	$(BIN)/python benchmarks/speed.py --peers $(PEERS)
+
+$(PEERS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(PEERS)/new
+	$(PYTHON) -m venv $(PEERS)/old
+	$(PEERS)/new/bin/pip install --quiet -c constraints.txt torch
+	$(PEERS)/old/bin/pip install --quiet -c constraints.txt torch
+	$(PEERS)/new/bin/pip install --quiet -c constraints.txt trl==1.16.0
+	$(PEERS)/old/bin/pip install --quiet -c constraints.txt trl==1.10.0
+	touch $@

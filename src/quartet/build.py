@@ -34,10 +34,19 @@ from quartet.evaluation.compare import Gold
 from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
 from quartet.loops.preference import OnlinePairs
+from quartet.memory import micro_batch_tokens, policy_parameters
 from quartet.models.actor_critic import ActorCritic, Separate, Shared, freeze, pad_token_id
 from quartet.models.chat import set_chat_template
 from quartet.models.heads import ScalarModel, ValueHead
-from quartet.models.language_model import ModelError, create, load_model, load_tokenizer, read_config, stop_ids
+from quartet.models.language_model import (
+    ModelError,
+    checkpoint_blocks,
+    create,
+    load_model,
+    load_tokenizer,
+    read_config,
+    stop_ids,
+)
 from quartet.pipeline import Cast, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
@@ -86,7 +95,6 @@ class Workshop:
         self.tokenizer = self._tokenizer()
         if config.policy.chat_template:
             set_chat_template(self.tokenizer, config.policy.chat_template)
-        self.micro_batch_tokens = config.optim.micro_batch_tokens
         longest = self._longest_sequence()
         generates = set(config.recipe) != {"sft"}
         room = longest - config.rollout.max_new_tokens * generates
@@ -103,6 +111,8 @@ class Workshop:
             unusable=config.data.unusable,
         )
         self._check_models()
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        self.micro_batch_tokens = micro_batch_tokens(config, policy_parameters(config, len(self.tokenizer)), free)
 
     def stage(self, name: str) -> Stage:
         match name:
@@ -146,7 +156,9 @@ class Workshop:
             sampling=self.config.rollout,
             tokenizer=self.tokenizer,
             load_policy=self.starting_policy,
-            make_model=lambda policy: ScalarModel.from_trunk(policy, pad_token_id(self.tokenizer), self.config.seed),
+            make_model=lambda policy: self._scalar(
+                ScalarModel.from_trunk(policy, pad_token_id(self.tokenizer), self.config.seed)
+            ),
             loss=settings.loss,
             optimizer=lambda model: stage_optimizer(model, settings),
             num_steps=settings.steps,
@@ -224,12 +236,21 @@ class Workshop:
         """The model that the run begins with."""
         policy = self.config.policy
         if policy.create is not None:
-            return create(policy.create, self.tokenizer, self.config.seed).to(self.device)
-        return load_model(str(self.policy_model), self.device)
+            return self._trained(create(policy.create, self.tokenizer, self.config.seed).to(self.device))
+        return self._trained(load_model(str(self.policy_model), self.device))
 
     def starting_policy(self, folder: Path) -> Any:
         """The policy that RL starts from, and is held to: the run's own SFT model where it made one."""
-        return load_model(folder / "sft", self.device) if "sft" in self.config.recipe else self.base_policy()
+        if "sft" not in self.config.recipe:
+            return self.base_policy()
+        return self._trained(load_model(folder / "sft", self.device))
+
+    def _trained(self, model: Any) -> Any:
+        return checkpoint_blocks(model) if self.config.policy.gradient_checkpointing else model
+
+    def _scalar(self, model: ScalarModel) -> ScalarModel:
+        self._trained(model.model)
+        return model
 
     def _cast(self, folder: Path) -> Cast:
         config = self.config
@@ -240,7 +261,14 @@ class Workshop:
         temperature = config.rollout.temperature
         make = TrustRegionLearner if isinstance(config.algorithm.update, TrustRegion) else Learner
         learner = make(
-            models, reference, config.optim, temperature, config.run.steps, config.seed, self._pretraining(config.algorithm)
+            models,
+            reference,
+            config.optim,
+            temperature,
+            config.run.steps,
+            config.seed,
+            self._pretraining(config.algorithm),
+            self.micro_batch_tokens,
         )
         generator = NativeGenerator(actor, self.tokenizer, stop_ids(actor, self.tokenizer), config.seed)
         return Cast(learner, generator, self._rewards(folder))
@@ -260,11 +288,11 @@ class Workshop:
                 source = self.config.reward_model_source
                 if init == "policy" or (init is None and source is None):
                     seed = self.config.seed
-                    return Separate(actor, ScalarModel.from_trunk(actor, pad_token_id(self.tokenizer), seed))
+                    return Separate(actor, self._scalar(ScalarModel.from_trunk(actor, pad_token_id(self.tokenizer), seed)))
                 place = (
                     self._reward_model_folder(folder) if init in {None, "reward_model"} else str(existing("critic.init", init))
                 )
-                return Separate(actor, ScalarModel.load(place, self.device))
+                return Separate(actor, self._scalar(ScalarModel.load(place, self.device)))
 
     def _rewards(self, folder: Path) -> list[Weighted]:
         rewards = []

@@ -191,8 +191,7 @@ def _run(settings: "Settings") -> int:
     from quartet.plan import plan as make_plan
     from quartet.settings import resolved_toml
 
-    job = _build(settings)
-    config = settings.config
+    job, config = _build(settings), settings.config
     files = {"config.toml": settings.text, "config.resolved.toml": resolved_toml(settings)}
     try:
         folder = RunFolder.create(Path(config.run.folder), config.run.name or settings.name, files)
@@ -200,7 +199,8 @@ def _run(settings: "Settings") -> int:
         _refuse(f'run.folder = "{config.run.folder}": cannot be written ({error.strerror}).')
     _send_chatter_to(folder.path / "run.log")
     console.print(_first_line(settings, folder.path), soft_wrap=True)
-    console.print(f"plan   {in_words(make_plan(config))}", soft_wrap=True)
+    planned = make_plan(config)
+    console.print(f"plan   {in_words(planned)}", soft_wrap=True)
     for note in job.notes:
         folder.event("note", sentence=note)
         console.print(f"note   {note}", style="yellow", soft_wrap=True)
@@ -226,7 +226,7 @@ def _run(settings: "Settings") -> int:
         return FAILED
     finally:
         screen.close()
-    folder.event("done", peak_bytes=_peak_bytes())
+    folder.event("done", peak_bytes=_peak_bytes(), planned_peak_bytes=planned.peak)
     folder.close()
     if evaluation:
         for line in sample_lines(evaluation["samples"]):
@@ -240,9 +240,11 @@ def _run(settings: "Settings") -> int:
 def _build(settings: "Settings") -> "Job":
     from quartet.build import build
     from quartet.data import DataError
+    from quartet.machine import keep_freed_memory
     from quartet.models.chat import ChatError
     from quartet.models.language_model import ModelError
 
+    keep_freed_memory()
     try:
         return build(settings.config)
     except (DataError, ModelError, ChatError) as error:

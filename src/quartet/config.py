@@ -59,6 +59,11 @@ class Policy:
     create: Shape | None = None
     tokenizer: TrainTokenizer | str | None = Field(default=None, description="A folder, or one to train. Default: the model's.")
     chat_template: str | None = Field(default=None, description='"chatml" or a file with a template.')
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="While training, keep only what each block was given and compute the rest again: a third more work for a "
+        "fraction of the memory.",
+    )
 
 
 @part

@@ -21,6 +21,7 @@ from quartet.loops.progress import Progress
 from quartet.loops.reward_model import pair_accuracy, reward_model
 from quartet.loops.rl import Step, rl
 from quartet.loops.sft import held_out_loss, sft
+from quartet.machine import give_back_memory
 from quartet.models.actor_critic import freeze
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import policy_logprobs, save, stop_ids
@@ -115,6 +116,7 @@ def run(stages: Sequence[Stage], folder: RunFolder, texts: TokenTexts, rollouts_
         took = round(time.monotonic() - started, 2)
         folder.event("finished", stage.name, summary=summary, seconds=took)
         yield Finished(stage, summary, took)
+        give_back_memory()
 
 
 @dataclass(frozen=True)

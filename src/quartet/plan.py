@@ -1,17 +1,12 @@
 """What a run will take, worked out before anything heavy is loaded."""
 
-import json
 import os
-import struct
 from dataclasses import dataclass
-from pathlib import Path
 
 from quartet.config import Config, SharedCritic, TrainTokenizer
+from quartet.memory import FLOAT, phases, policy_parameters
 from quartet.worlds import WORLDS
 
-FLOAT = 4
-PROGRAM_BYTES = 560e6
-"""The resident size of Python with torch and transformers loaded, measured."""
 FLOPS_PER_CPU = 22e9
 """What models of a million parameters reach per CPU core, generation included, measured on 2.5 GHz server cores."""
 
@@ -40,7 +35,7 @@ class Plan:
 def plan(config: Config) -> Plan:
     """The models, tokens, memory, disk and time of a run on this machine's CPUs."""
     vocabulary = _vocabulary(config)
-    policy = _policy_parameters(config, vocabulary)
+    policy = policy_parameters(config, vocabulary)
     models = _models(config, policy)
     row = _row_tokens(config)
     steps, tokens = _work(config, row)
@@ -49,7 +44,7 @@ def plan(config: Config) -> Plan:
         row_tokens=row,
         optimizer_steps=steps,
         tokens=tokens,
-        memory=_memory(config, models, policy, vocabulary, sum(row)) if policy else None,
+        memory=phases(config, models, policy, sum(row)) if policy else None,
         disk=_disk(config, models) if policy else None,
         seconds=_seconds(config, policy, tokens) if policy else None,
     )
@@ -73,27 +68,6 @@ def _vocabulary(config: Config) -> int | None:
     if config.policy.create is not None and config.data.world is not None:
         return WORLDS[config.data.world](config.seed).vocabulary
     return None
-
-
-def _policy_parameters(config: Config, vocabulary: int | None) -> int | None:
-    if config.policy.create is not None:
-        return config.policy.create.parameters(vocabulary) if vocabulary else None
-    files = sorted(Path(str(config.policy.model)).glob("*.safetensors"))
-    return sum(_safetensors_parameters(file) for file in files) or None
-
-
-def _safetensors_parameters(file: Path) -> int:
-    """Counted from the header: eight bytes of length, then JSON."""
-    with file.open("rb") as opened:
-        header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
-    total = 0
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            count = 1
-            for size in tensor["shape"]:
-                count *= size
-            total += count
-    return total
 
 
 def _row_tokens(config: Config) -> tuple[float, float]:
@@ -126,32 +100,6 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
             tokens[f"{stage}, generated"] = _answers(config) * row[1]
             tokens[stage] = _answers(config) * sum(row) * config.optim.epochs
     return steps, tokens
-
-
-def _memory(config: Config, models: dict[str, int | None], policy: int, vocabulary: int | None, row: float) -> dict[str, float]:
-    """Program + weights + gradients and two Adam moments of what is trained + activations of one micro-batch."""
-    shape = config.policy.create
-    widths = (24 * shape.hidden_size + 6 * shape.intermediate) * shape.num_layers if shape else 60 * (policy / 12) ** 0.5
-    per_token = FLOAT * (widths + 6 * (vocabulary or 32_000))
-    weights, trained = FLOAT * policy, 4 * FLOAT * policy
-
-    def micro(rows: int) -> float:
-        return min(rows * row * 1.4, config.optim.micro_batch_tokens) * per_token
-
-    memory = {}
-    if "sft" in config.recipe:
-        memory["sft"] = PROGRAM_BYTES + trained + micro(config.sft.batch_size)
-    if "reward_model" in config.recipe:
-        memory["reward model"] = PROGRAM_BYTES + weights + trained + micro(2 * config.reward_model.batch_size)
-    if config.preference_stage:
-        frozen = weights * config.preference.loss.needs_reference
-        memory[config.preference_stage] = PROGRAM_BYTES + frozen + trained + micro(2 * config.preference.batch_size)
-    if config.rl_stage:
-        frozen = weights * sum(role in models for role in ("reward model", "reference"))
-        learning = trained * sum(role in models for role in ("policy", "critic"))
-        rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-        memory[f"{config.rl_stage} update"] = PROGRAM_BYTES + frozen + learning + micro(-(-rows // config.optim.minibatches))
-    return memory
 
 
 def _disk(config: Config, models: dict[str, int | None]) -> float:

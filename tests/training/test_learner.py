@@ -36,9 +36,10 @@ def actor_critic(kind="separate"):
     return Separate(actor, ScalarModel.from_trunk(model(seed=1), 0, seed=0) if kind == "separate" else None)
 
 
-def learner(kind="separate", **settings):
+def learner(kind="separate", tokens=2048, **settings):
     reference = freeze(copy.deepcopy(model(seed=2)))
-    return Learner(actor_critic(kind), reference, dataclasses.replace(SETTINGS, **settings), 0.8, steps=4, seed=0)
+    optim = dataclasses.replace(SETTINGS, **settings)
+    return Learner(actor_critic(kind), reference, optim, 0.8, steps=4, seed=0, micro_batch_tokens=tokens)
 
 
 def weights(made):
@@ -80,7 +81,7 @@ def test_micro_batches_change_nothing(kind, name):
     algorithm = dataclasses.replace(ALGORITHMS[name], entropy=EntropyBonus(coef=0.01))
     results = []
     for tokens in (10_000, 20):
-        made = learner(kind, micro_batch_tokens=tokens)
+        made = learner(kind, tokens=tokens)
         made.update(algorithm.experience(made.score(rollouts(), algorithm)), algorithm)
         results.append(weights(made))
     for one, other in zip(*results, strict=True):

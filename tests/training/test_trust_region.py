@@ -16,9 +16,10 @@ from tests.world import model
 TRPO = ALGORITHMS["trpo"]
 
 
-def learner(**settings):
+def learner(tokens=2048, **settings):
     reference = freeze(copy.deepcopy(model(seed=2)))
-    return TrustRegionLearner(actor_critic(), reference, dataclasses.replace(SETTINGS, **settings), 1.0, steps=4, seed=0)
+    optim = dataclasses.replace(SETTINGS, **settings)
+    return TrustRegionLearner(actor_critic(), reference, optim, 1.0, steps=4, seed=0, micro_batch_tokens=tokens)
 
 
 def experience_of(made, algorithm=TRPO):
@@ -112,7 +113,7 @@ def test_where_no_step_is_better_nothing_moves():
 def test_micro_batches_change_nothing():
     weights = []
     for tokens in (10_000, 20):
-        made = learner(micro_batch_tokens=tokens)
+        made = learner(tokens=tokens)
         made.update(experience_of(made), TRPO)
         weights.append(torch.cat([p.detach().flatten() for p in made.models.actor_parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=1e-4, rtol=0)

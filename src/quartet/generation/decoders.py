@@ -21,6 +21,9 @@ from quartet.tensors import Bool, Float, Int, Tensor
 BLOCK = 64
 """Tokens by which a cache grows."""
 
+FEWEST_ROWS = 64
+"""Rows that are written at once whatever their keys and values take: fewer would read the weights more often than it pays."""
+
 PREFILL_TOKENS = 4096
 """Prompt tokens that are read at once."""
 
@@ -121,7 +124,7 @@ class LlamaDecoder:
         self.head = _Product([model.get_output_embeddings()])
         self.device, self.dtype = model.device, model.dtype
         per_row = len(self.blocks) * 2 * self.num_kv * self.size * width * self.dtype.itemsize
-        self.max_rows = min(max(cache_bytes(self.device) // per_row, 1), max_rows or 10**9)
+        self.max_rows = max_rows or max(cache_bytes(self.device) // per_row, FEWEST_ROWS)
         shape = (0, 2 * self.num_kv, 0, self.size)
         self.caches = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.blocks]
         self.mask = torch.zeros(0, 1, 1, 0, dtype=self.dtype, device=self.device)
@@ -297,8 +300,8 @@ class _Product:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """What keys and values may take: 2 GiB of a computer's memory, half of what is free on a GPU."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 * 2**30
+    """What keys and values may take: half a GiB of a computer's memory, half of what is free on a GPU."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**29
 
 
 def _spans(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from quartet.experience import Prompt, Rollout
 from quartet.generation.decoders import decoder
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
-from quartet.tensors import Tensor
+from quartet.tensors import Bool, Int, Tensor
 
 
 class NativeGenerator:
@@ -73,14 +73,18 @@ class NativeGenerator:
             drawn = draw(logits, sampling, noise[rows, written])
             steps.append((rows, drawn))
             written = written + 1
-            going = ~torch.isin(drawn.tokens, self.stop_ids) & (written < limit)
             tokens = drawn.tokens
+            going = ~(self._ends(tokens, rows, written) | (written == limit))
             if not going.all():
                 stay = decode.keep(going)
                 rows, written, tokens = rows[stay], written[stay], tokens[stay]
             if len(rows):
                 logits = decode.step(tokens)
         return _by_row(steps, len(prompts) * samples)
+
+    def _ends(self, tokens: Int[Tensor, "B"], rows: Int[Tensor, "B"], written: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
+        """Which answers these tokens end; each is the token number `written` of the answer `rows`."""
+        return torch.isin(tokens, self.stop_ids)
 
     def _text(self, prompt: Prompt, before: str, response_ids: list[int]) -> str:
         """The response as it reads after its prompt: some tokenizers write a first word differently on its own."""

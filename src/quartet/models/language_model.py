@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quartet.models.logprobs import head_statistics, logits_statistics, speaking, under_own_token
 from quartet.models.padding import micro_batches
@@ -101,6 +102,16 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def checkpoint_blocks(model: Any) -> Any:
+    """The model, which from now on keeps only what each block was given and computes the rest again for the gradient (Chen
+    et al. 2016). transformers asks a block's training flag; the modules inside, and their dropout, stay as they are."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+    return model
 
 
 def first_line(error: Exception) -> str:

@@ -5,8 +5,8 @@ knows; everything else may rely on entry t speaking of token t.
 
 The head is the largest product of a small model and its output the largest tensor: [positions, vocabulary]. It is asked
 only at the positions that speak of tokens somebody wants to know about (N of them), and where the output would be large,
-a chunk of positions at a time: `head_statistics` keeps log-probs and entropies, and computes a chunk's logits again for
-its gradient.
+a chunk of the vocabulary at a time: `head_statistics` keeps log-probs and entropies, and computes a chunk's logits again
+for its gradient.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ import torch
 from quartet.algorithms.kl import exact_kl
 from quartet.tensors import Bool, Float, Int, Tensor
 
-CHUNK_ELEMENTS = 2**23
-"""Logits that are alive at once: 32 MB in float32. Below that nothing is gained by computing them twice."""
+CHUNK_ELEMENTS = 2**21
+"""Logits that are alive at once: 8 MB in float32, which stay in a CPU's cache while they are read five times."""
 
 
 def speaking(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
@@ -62,54 +62,57 @@ class _HeadStatistics(torch.autograd.Function):
 
         ∂ log p_y / ∂z = onehot(y) − p        ∂H / ∂z = −p (log p + H)        z = (h Wᵀ + b) / T
 
-    A chunk of positions at a time, forwards and, from logits computed again, backwards."""
+    A chunk of the vocabulary at a time, forwards (Milakov & Gimelshein 2018: the sums are kept relative to the largest logit so
+    far) and, from logits computed again, backwards. Each chunk of W is read once and its gradient written once."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, rows: int
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, columns: int
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, normalizer = ([] for _ in range(3))
-        for h, y in zip(hidden.split(rows), tokens.split(rows), strict=True):
-            z = _scaled_logits(h, weight, bias, temperature)
-            log_sum = z.logsumexp(-1, keepdim=True)
-            logprobs.append(z.gather(-1, y[:, None])[:, 0] - log_sum[:, 0])
-            p = (z - log_sum).exp_()
-            entropy.append(log_sum[:, 0] - p.mul_(z).sum(-1))
-            normalizer.append(log_sum)
-        ctx.temperature, ctx.rows = temperature, rows
-        ctx.save_for_backward(hidden, weight, bias, tokens, torch.cat(normalizer), torch.cat(entropy))
-        return torch.cat(logprobs), torch.cat(entropy)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        zeros = torch.zeros(len(hidden), 1, dtype=exact, device=hidden.device)
+        own, top, total, along = zeros, zeros - torch.inf, zeros, zeros  # along = Σ e^(z − top) (z − top)
+        for first, z in _logits_by_chunk(hidden, weight, bias, temperature, columns):
+            here = (tokens - first)[:, None]
+            inside = (here >= 0) & (here < z.shape[1])
+            own = torch.where(inside, z.gather(1, here.clamp(0, z.shape[1] - 1)), own)
+            new_top = torch.maximum(top, z.amax(-1, keepdim=True))
+            z.sub_(new_top)
+            p = z.exp()
+            if first:
+                shrunk = (top - new_top).exp()
+                along, total = shrunk * (along + total * (top - new_top)), shrunk * total
+            along, total = along + torch.linalg.vecdot(p, z)[:, None], total + p.sum(-1, keepdim=True)
+            top = new_top
+        log_total = total.log()
+        normalizer, entropy = top + log_total, log_total - along / total
+        ctx.temperature, ctx.columns = temperature, columns
+        ctx.save_for_backward(hidden, weight, bias, tokens, normalizer, entropy)
+        return (own - normalizer)[:, 0], entropy[:, 0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, tokens, normalizer, entropy = ctx.saved_tensors
         asked = ctx.needs_input_grad
-        d_hidden = torch.empty_like(hidden) if asked[0] else None
-        d_weight = torch.zeros_like(weight, dtype=normalizer.dtype) if asked[1] else None
-        d_bias = torch.zeros_like(bias, dtype=normalizer.dtype) if bias is not None and asked[2] else None
-        on_entropy = bool(grads[1].count_nonzero())
-        for start in range(0, len(hidden), ctx.rows):
-            piece = slice(start, start + ctx.rows)
-            h, g = hidden[piece], grads[0][piece, None]
-            z = _scaled_logits(h, weight, bias, ctx.temperature)
-            p = z.sub_(normalizer[piece]).exp()  # z is log p from here on
-            d = p.mul_(-g - grads[1][piece, None] * (z + entropy[piece, None])) if on_entropy else p.mul_(-g)
-            d.scatter_add_(1, tokens[piece, None], g)
-            d /= ctx.temperature
+        on_logprob, on_entropy = (g[:, None] for g in grads)
+        entropies_matter = bool(on_entropy.count_nonzero())
+        d_hidden = torch.zeros(hidden.shape, dtype=normalizer.dtype, device=hidden.device) if asked[0] else None
+        d_weight = torch.empty_like(weight) if asked[1] else None
+        d_bias = torch.empty_like(bias) if bias is not None and asked[2] else None
+        for first, z in _logits_by_chunk(hidden, weight, bias, ctx.temperature, ctx.columns):
+            chunk = slice(first, first + z.shape[1])
+            p = z.sub_(normalizer).exp()  # z is log p from here on
+            d = p.mul_(-on_logprob - on_entropy * (z + entropy)) if entropies_matter else p.mul_(-on_logprob)
+            rows = ((tokens >= first) & (tokens < chunk.stop)).nonzero()[:, 0]
+            d[rows, tokens[rows] - first] += grads[0][rows]
+            d = (d if ctx.temperature == 1 else d.div_(ctx.temperature)).to(weight.dtype)
             if d_hidden is not None:
-                d_hidden[piece] = d.to(weight.dtype) @ weight
+                d_hidden.add_(d @ weight[chunk]) if d.dtype != d_hidden.dtype else d_hidden.addmm_(d, weight[chunk])
             if d_weight is not None:
-                d_weight.addmm_(d.t(), h.to(d.dtype))
+                torch.mm(d.t(), hidden, out=d_weight[chunk])
             if d_bias is not None:
-                d_bias += d.sum(0)
-        return (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+                d_bias[chunk] = d.sum(0)
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None
 
 
 def head_statistics(
@@ -123,16 +126,21 @@ def head_statistics(
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
     """log-probs of `tokens` and entropies of the distributions they were drawn from, in float32, without an [N, V] tensor. The
     entropies carry a gradient only where it is asked for."""
-    if len(hidden) * len(weight) <= chunk_elements:
+    if not len(hidden):
         return logits_statistics(torch.nn.functional.linear(hidden, weight, bias), tokens, temperature, entropy_gradient)
-    rows = max(chunk_elements // len(weight), 1)
-    logprobs, entropy = _HeadStatistics.apply(hidden, weight, bias, tokens, temperature, rows)
+    columns = max(chunk_elements // len(hidden), 1)
+    logprobs, entropy = _HeadStatistics.apply(hidden, weight, bias, tokens, temperature, columns)
     return logprobs, entropy if entropy_gradient else entropy.detach()
 
 
-def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = _float(torch.nn.functional.linear(hidden, weight, bias))
-    return logits if temperature == 1 else logits.div_(temperature)
+def _logits_by_chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, columns: int
+) -> Iterator[tuple[int, Tensor]]:
+    """The first token of each chunk, and the logits of its tokens over the temperature, to be changed in place."""
+    for first in range(0, len(weight), columns):
+        chunk = slice(first, first + columns)
+        logits = torch.nn.functional.linear(hidden, weight[chunk], None if bias is None else bias[chunk])
+        yield first, _float(logits if temperature == 1 else logits.div_(temperature))
 
 
 # --- the exact KL from logits --------------------------------------------------------------------------------------------

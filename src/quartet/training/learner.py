@@ -57,7 +57,9 @@ class Learner:
         steps: int,
         seed: int,
         pretraining: Sampler[Demonstration] | None = None,
+        micro_batch_tokens: int = 2048,
     ) -> None:
+        self.micro_batch_tokens = micro_batch_tokens
         self.models, self.reference, self.optim, self.temperature = models, reference, optim, temperature
         self.pretraining = pretraining
         self.ema = Ema(models.actor, optim.ema) if optim.ema else None
@@ -87,7 +89,7 @@ class Learner:
         if known and batch.entropy is not None:
             old, entropy = batch.rollout_logprobs, batch.entropy
         final = torch.zeros_like(batch.scores)
-        for rows in micro_batches(batch.lengths.tolist(), self.optim.micro_batch_tokens):
+        for rows in micro_batches(batch.lengths.tolist(), self.micro_batch_tokens):
             width = int(batch.lengths[rows].max())
             tokens, mask = batch.tokens[rows, :width], batch.response_mask[rows, :width]
             asked = mask
@@ -162,7 +164,7 @@ class Learner:
             batch.lengths,
             batch.response_mask,
             self.temperature,
-            self.optim.micro_batch_tokens,
+            self.micro_batch_tokens,
         )
         check_finite("the reference log-probability", logprobs, batch.ids)
         return logprobs
@@ -186,7 +188,7 @@ class Learner:
         denominators = algorithm.denominators(experience.rows(rows))
         reference = self.reference if algorithm.kl.exact_loss else None
         lengths = experience.lengths[list(rows)].tolist()
-        for piece in micro_batches(lengths, self.optim.micro_batch_tokens):
+        for piece in micro_batches(lengths, self.micro_batch_tokens):
             indices = [rows[i] for i in piece]
             part = experience.rows(indices)
             now = self.models.forward(
@@ -207,7 +209,7 @@ class Learner:
         """PTX: the loss of some demonstrations beside that of the rollouts."""
         if self.pretraining is None or algorithm.ptx.coef == 0:
             return
-        for loss in imitation_losses(self.models.actor, self.pretraining.next(), self.optim.micro_batch_tokens):
+        for loss in imitation_losses(self.models.actor, self.pretraining.next(), self.micro_batch_tokens):
             weighted = algorithm.ptx.coef * loss
             seen.losses["ptx"] = seen.losses.get("ptx", 0.0) + float(weighted.detach())
             yield weighted

@@ -1,7 +1,7 @@
 """Optimizers and their schedules."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from quartet.parts import Field, part
 from quartet.tensors import Tensor, torch
@@ -65,8 +65,9 @@ class Optim:
     critic_lr: float = Field(default=1e-5, gt=0, description="The critic's highest learning rate.")
     epochs: int = Field(default=4, ge=1, description="Passes over the experience of one step.")
     minibatches: int = Field(default=1, ge=1, description="Optimizer steps per epoch.")
-    micro_batch_tokens: int = Field(
-        default=8192, ge=1, description="Tokens per forward pass; it bounds memory and changes no result."
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Tokens per forward pass: it bounds memory and changes no result. Chosen to suit the machine if left out.",
     )
     ema: float = Field(
         default=0.0, ge=0, lt=1, description="Decay of an average of the actor, saved beside it; 0 keeps none. Typical: 0.992."
