@@ -61,7 +61,7 @@ def refusal(tmp_path, text, *words):
         (HEAD.replace('"model"\nmodel = "rm"', '"exact"') + '[critic]\ninit = "reward_model"', "there is no reward model here"),
         (HEAD.replace('model = "m"', "create = {}"), "policy.tokenizer: a new model needs one."),
         (HEAD.replace('model = "m"', "create = { hidden_size = 30 }"), "hidden_size = 30 is not a multiple of num_heads = 4"),
-        (HEAD.replace('"ppo"', '"sft"') + "[algorithm]\nkl = { coef = 1 }", "the recipe has no RL stage that would read it"),
+        (HEAD.replace('"ppo"', '"sft"') + "[algorithm]\nkl = { coef = 1 }", "the recipe (sft) has no RL stage that would read it"),
         (HEAD + "[algorithm]\nkl = 3", "run.toml:10: algorithm.kl = 3: must be a table."),
         (HEAD + "[algorithm.scores.3]\nlimit = 1", "algorithm.scores.3: scores has 1 parts, counted from 0."),
         (HEAD + "[run\nsteps = 1", "run.toml: not TOML:"),
@@ -96,6 +96,41 @@ def test_mistakes_get_one_sentence_with_their_place(tmp_path, text, sentence):
 )
 def test_mistakes_on_the_command_line(tmp_path, word, sentence):
     assert sentence in refusal(tmp_path, HEAD + "[run]\nsteps = 1", word)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "sentence"),
+    [
+        (HEAD + "[sft]\nlr = 1e-3", [], "run.toml:10: sft.lr: no stage of this recipe reads it (ppo). Take it out."),
+        (HEAD, ["preference.steps=3"], "command line: preference.steps: no stage of this recipe reads it (ppo). Take it out."),
+        (
+            'recipe = "sft"\n[policy]\nmodel = "m"\n[data]\ntrain = "d.jsonl"\n[run]\nsteps = 3',
+            [],
+            "run.toml:7: run.steps: no stage of this recipe reads it (sft). Take it out.",
+        ),
+        (
+            'recipe = "sft"\n[policy]\nmodel = "m"\n[data]\ntrain = "d.jsonl"\n[algorithm.kl]\ncoef = 3',
+            [],
+            "run.toml:7: algorithm: the recipe (sft) has no RL stage that would read it.",
+        ),
+        (
+            HEAD.replace('"ppo"', '"ppoo"') + "[algorithm]\nkl = { coef = 0.1 }",
+            [],
+            'run.toml:1: recipe: "ppoo" is no stage. Did you mean ppo? Known are sft, reward_model, evaluation, and what '
+            "`quartet algorithms` lists.",
+        ),
+        (HEAD, ["optim.lr=abc"], 'command line: optim.lr = "abc": must be a number.'),
+    ],
+)
+def test_what_nobody_reads_is_refused(tmp_path, text, words, sentence):
+    assert refusal(tmp_path, text, *words) == sentence
+
+
+def test_a_recipe_cut_short_on_the_command_line_leaves_its_settings_unread(tmp_path):
+    made = settings(tmp_path, HEAD + "[run]\nsteps = 3", 'recipe="sft"', "reward=[]")
+    assert made.config.recipe == ("sft",)
+    assert "[rollout]" not in resolved_toml(made) and "steps = 3" not in resolved_toml(made)
+    assert "[optim]\nmicro_batch_tokens" in resolved_toml(made)
 
 
 def test_a_missing_file_is_said(tmp_path):
@@ -160,7 +195,8 @@ def test_what_the_command_prints_recreates_the_preset(tmp_path, name):
 
 @pytest.mark.parametrize("name", sorted(PREFERENCES))
 def test_a_preference_stage_has_the_loss_of_its_name(tmp_path, name):
-    made = settings(tmp_path, HEAD.replace('"ppo"', f'"{name}"'))
+    head = HEAD if name == "online_dpo" else HEAD.replace('[[reward]]\ntype = "model"\nmodel = "rm"\n', "")
+    made = settings(tmp_path, head.replace('"ppo"', f'"{name}"'))
     assert made.config.preference.loss == PREFERENCES[name]
     assert made.config.preference_stage == name and made.config.rl_stage is None
 

@@ -40,13 +40,13 @@ from quartet.models.chat import set_chat_template
 from quartet.models.heads import ScalarModel, ValueHead
 from quartet.models.language_model import (
     ModelError,
-    checkpoint_blocks,
     create,
     load_model,
     load_tokenizer,
     read_config,
     stop_ids,
 )
+from quartet.models.trunk import checkpoint_blocks
 from quartet.pipeline import Cast, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted

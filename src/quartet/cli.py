@@ -130,7 +130,10 @@ def _settings(what: str, words: list[str]) -> "Settings":
     path = recipe_path(what)
     shown = f"recipe {what}" if path else None
     if path is None and not what.endswith(".toml"):
-        _refuse(f'"{what}": no such recipe, and not a .toml file. Recipes are {", ".join(recipe_names())}.')
+        from quartet.config import did_you_mean
+
+        near = did_you_mean(what, recipe_names())
+        _refuse(f'"{what}": no such recipe, and not a .toml file.{near} Recipes are {", ".join(recipe_names())}.')
     try:
         return read_settings(path or Path(what), words, shown)
     except ConfigError as error:
@@ -172,10 +175,10 @@ def _print_presets() -> None:
     table.add_column("preset", no_wrap=True, style="bold")
     table.add_column("advantage · policy loss · KL · aggregation · and what else does something")
     for family, members in FAMILIES.items():
-        table.add_row(Text(family, style="not bold dim"))
+        table.add_row("", Text(family, style="dim"))
         for name, algorithm in members.items():
             table.add_row(name, " · ".join([*main_parts(algorithm), *other_parts(algorithm)]))
-    table.add_row(Text("from comparisons, without sampling or a reward model ([preference])", style="not bold dim"))
+    table.add_row("", Text("from comparisons instead of rewards; only online_dpo samples, and needs both", style="dim"))
     for name, loss in PREFERENCES.items():
         table.add_row(name, f"loss {in_short(loss)}")
     console.print(table, width=None if console.is_terminal else 200)

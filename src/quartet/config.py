@@ -186,6 +186,29 @@ class Config:
     evaluation: Evaluation = Evaluation()
     run: Run = Run()
 
+    def reads(self, key: str) -> bool:
+        """Whether a stage of the recipe looks at this key."""
+        aligns_by_rewards = self.rl_stage is not None or self.preference_stage == "online_dpo"
+        match key.partition(".")[0]:
+            case "sft":
+                mixed_in = self.algorithm is not None and self.algorithm.ptx.coef > 0
+                return "sft" in self.recipe or (key == "sft.data" and mixed_in)
+            case "reward_model":
+                return "reward_model" in self.recipe
+            case "preference":
+                return self.preference_stage is not None
+            case "critic":
+                return self.rl_stage is not None
+            case "optim":
+                return self.rl_stage is not None or key == "optim.micro_batch_tokens"
+            case "reward":
+                return aligns_by_rewards or "evaluation" in self.recipe
+            case "rollout":
+                return aligns_by_rewards or "evaluation" in self.recipe or "reward_model" in self.recipe
+            case "run":
+                return self.rl_stage is not None or key not in {"run.steps", "run.rollouts_every"}
+        return True
+
     @property
     def rl_stage(self) -> str | None:
         """The preset that the recipe names, if it has an RL stage."""
@@ -230,6 +253,11 @@ class Config:
                 f"this one says {', '.join(self.recipe)}."
             )
         aligns = self.rl_stage or self.preference_stage
+        if self.preference_stage == "kto" and self.preference.batch_size < 2:
+            problems.append(
+                "preference.batch_size = 1: KTO estimates the KL from answers under other prompts of the batch, so it must be "
+                "≥ 2."
+            )
         if "evaluation" in self.recipe and aligns is None:
             problems.append(
                 "recipe: evaluation compares an RL or preference stage's policy with the one before it; there is none."
@@ -260,7 +288,8 @@ class Config:
             problems.append(
                 f'reward: {asking} needs one. Add [[reward]] with type = "model" and model = a folder, or type = "exact".'
             )
-        if self.reward_model_source and self.reward_model_source.model is None and "reward_model" not in self.recipe:
+        unnamed = self.reward_model_source is not None and self.reward_model_source.model is None
+        if self.reads("reward") and unnamed and "reward_model" not in self.recipe:
             problems.append(
                 "reward.model: name the reward model's folder, or put reward_model before "
                 f"{asking or 'the others'} in the recipe."

@@ -36,6 +36,19 @@ SYNONYMS = {
 """What the keys are called elsewhere."""
 
 
+WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "dataclass_type": "a table",
+    "model_attributes_type": "a table",
+    "dict_type": "a table",
+    "tuple_type": "a list",
+}
+
+
 def sentence(error: ErrorDetails, table: Table, origins: Mapping[str, str]) -> str:
     path = _path_in_file(error["loc"], table)
     key, value = ".".join(path), error["input"]
@@ -62,19 +75,10 @@ def sentence(error: ErrorDetails, table: Table, origins: Mapping[str, str]) -> s
     if kind == "union_tag_not_found":
         return f"{place}: {key}: needs a type."
     if isinstance(value, str) and kind in {"float_type", "int_type", "bool_type"}:
+        if not re.fullmatch(r"\s*([-+]?[\d_.]+(e[-+]?\d+)?|true|false)\s*", value, re.IGNORECASE):
+            return f"{shown}: must be {WANTED[kind]}."
         return f"{shown} is text. Write {path[-1]} = {value}, without quotes."
-    wanted = {
-        "int_type": "a whole number",
-        "int_from_float": "a whole number",
-        "float_type": "a number",
-        "string_type": "text",
-        "bool_type": "true or false",
-        "dataclass_type": "a table",
-        "model_attributes_type": "a table",
-        "dict_type": "a table",
-        "tuple_type": "a list",
-    }
-    return f"{shown}: {'must be ' + wanted[kind] if kind in wanted else error['msg']}."
+    return f"{shown}: {'must be ' + WANTED[kind] if kind in WANTED else error['msg']}."
 
 
 def _path_in_file(location: tuple[int | str, ...], table: Table) -> list[str]:

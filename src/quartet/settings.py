@@ -56,13 +56,31 @@ def read_settings(path: Path, words: Sequence[str] = (), shown_as: str | None = 
         _set(table, key, value)
         origins = {k: v for k, v in origins.items() if k != key and not k.startswith(key + ".")}
         origins |= {k: "command line" for k, _ in _leaves(value, key)}
+    written = dict(origins)
     _expand(table, origins)
-    return Settings(_validate(table, origins), origins, path.stem, text)
+    config = _validate(table, origins)
+    _refuse_unread(config, written)
+    return Settings(config, origins, path.stem, text)
+
+
+def _refuse_unread(config: Config, written: Mapping[str, str]) -> None:
+    """A setting that no stage looks at is a mistake, unless a recipe that was changed on the command line left it over."""
+    if written.get("recipe") == "command line":
+        return
+    for key, origin in written.items():
+        if not config.reads(key):
+            raise ConfigError(f"{origin}: {key}: no stage of this recipe reads it ({', '.join(config.recipe)}). Take it out.")
 
 
 def resolved_toml(settings: Settings) -> str:
-    """The whole config as TOML that gives the same run again, the origin of each value behind it."""
-    blocks = list(_blocks("", json_ready(settings.config), settings.origins))
+    """All that the recipe reads as TOML that gives the same run again, the origin of each value behind it."""
+    config, table = settings.config, json_ready(settings.config)
+    for name, inner in list(table.items()):
+        if isinstance(inner, dict):
+            table[name] = {key: value for key, value in inner.items() if config.reads(f"{name}.{key}")}
+        elif not config.reads(name):
+            del table[name]
+    blocks = list(_blocks("", table, settings.origins))
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
 
@@ -190,8 +208,11 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
     asked = algorithm.pop("preset", rl)
     origin = origins.pop("algorithm.preset", None)
     if rl is None:
-        if algorithm or origin:
-            raise ConfigError(f"{where('algorithm', origins)}: the recipe has no RL stage that would read it.")
+        known = {"sft", "reward_model", "evaluation", *PREFERENCES}
+        cut_short = origins.get("recipe") == "command line"
+        if (algorithm or origin) and not cut_short and isinstance(stages, list) and known.issuperset(map(str, stages)):
+            place = origin or where("algorithm", origins)
+            raise ConfigError(f"{place}: algorithm: the recipe ({', '.join(stages)}) has no RL stage that would read it.")
         table.pop("algorithm", None)
         return
     if asked not in ALGORITHMS:

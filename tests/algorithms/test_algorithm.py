@@ -25,7 +25,7 @@ from quartet.algorithms.policy_loss import (
     SequenceClip,
 )
 from quartet.algorithms.presets import ALGORITHMS
-from quartet.algorithms.rewards import ClipScore, RunningScale
+from quartet.algorithms.rewards import ClipScore, MeanOfTokens, RunningScale
 from quartet.algorithms.value_loss import ClippedValueLoss
 from tests.world import ragged_batch
 
@@ -243,19 +243,31 @@ def test_state_travels_with_the_record():
     algorithm = dataclasses.replace(
         ALGORITHMS["lm_human_preferences"], policy_loss=KLPenalty(beta=1.0, target=0.01), scores=(RunningScale(), ClipScore())
     )
-    metrics = {"kl": 60.0, "responses": 100.0, "policy/kl_to_old": 0.1, "reward": 2.0, "reward/std": 3.0}
+    metrics = {"kl": 60.0, "responses": 100.0, "policy/step_kl": 0.1, "reward": 2.0, "reward/std": 3.0}
     after = algorithm.adapt(metrics)
-    assert after.kl.coef == pytest.approx(0.2 * (1 + 0.2 * 100 / 10_000))
+    assert after.kl.coef == pytest.approx(0.15 * (1 + 0.2 * 100 / 10_000))
     assert after.policy_loss.beta == 2.0
     assert (after.scores[0].count, after.scores[0].mean, after.scores[0].squares) == (100, 2, pytest.approx(900))
     assert after.scores[1] is algorithm.scores[1]
-    assert algorithm.kl.coef == 0.2
+    assert algorithm.kl.coef == 0.15
     assert ALGORITHMS["grpo"].adapt({"kl": 1.0, "responses": 1.0}) == ALGORITHMS["grpo"]
 
 
-@pytest.mark.parametrize(("kl", "beta"), [(0.016, 2.0), (0.0149, 1.0), (0.0067, 1.0), (0.0066, 0.5), (0.0, 1.0)])
+@pytest.mark.parametrize(("kl", "beta"), [(0.016, 2.0), (0.0149, 1.0), (0.0067, 1.0), (0.0066, 0.5), (1e-15, 0.5)])
 def test_the_ppo_penalty_doubles_and_halves_at_one_and_a_half(kl, beta):
-    assert KLPenalty(beta=1.0, target=0.01).adapt({"policy/kl_to_old": kl}).beta == beta
+    assert KLPenalty(beta=1.0, target=0.01).adapt({"policy/step_kl": kl}).beta == beta
+
+
+def test_a_step_that_left_the_actor_alone_leaves_the_ppo_penalty_alone():
+    assert KLPenalty(beta=1.0, target=0.01).adapt({"policy/kl_to_old": 1e-15}).beta == 1.0
+
+
+@pytest.mark.parametrize(
+    "parts", [{"scores": (ClipScore(), RunningScale())}, {"scores": (RunningScale(),), "rewards": MeanOfTokens()}]
+)
+def test_a_running_scale_that_would_follow_other_numbers_is_refused(parts):
+    with pytest.raises(ValueError, match="Put it first"):
+        dataclasses.replace(ALGORITHMS["ppo"], **parts)
 
 
 def test_only_good_answers_are_imitated_and_only_their_tokens_counted():

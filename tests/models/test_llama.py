@@ -167,6 +167,24 @@ def test_other_architectures_and_longer_texts_than_the_window_go_the_plain_way()
     torch.testing.assert_close(ours, torch.where(mask[:, 1:], theirs, 0.0), atol=1e-5, rtol=1e-5)
 
 
+def test_products_that_are_more_than_a_matrix_are_sampled_from_as_they_are():
+    """As under an adapter: its own weight is not all there is to it."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + x.sum(-1, keepdim=True)
+
+    made = language_model("llama")
+    old = made.base_model.layers[0].self_attn.q_proj
+    new = Adapted(old.in_features, old.out_features, bias=False)
+    new.load_state_dict(old.state_dict())
+    made.base_model.layers[0].self_attn.q_proj = new
+    assert written_out(made.base_model, 10)
+    assert isinstance(decoder(made, 10), PlainDecoder)
+    prompt = [[5, 6, 7]]
+    torch.testing.assert_close(decoder(made, 10).read(prompt, 1)[0], made(input_ids=torch.tensor(prompt)).logits[0, -1])
+
+
 def test_a_model_that_computes_something_else_is_found_out():
     made = model("llama")
     made.base_model.norm.register_forward_hook(lambda module, inputs, output: 2 * output)

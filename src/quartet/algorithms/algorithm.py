@@ -123,6 +123,12 @@ class Algorithm:
                 f'scores: shape the score of a response, and rewards.type = "{self.rewards.type}" does not read it. '
                 "Use scores = []."
             )
+        for number, shape in enumerate(self.scores):
+            if shape.type == "running_scale" and (number > 0 or self.rewards.needs_token_scores):
+                raise ValueError(
+                    'scores: type = "running_scale" keeps the moments of the scores as the reward gave them. Put it first, and '
+                    "use it with rewards that read one score per response."
+                )
         if self.groups.max_rounds > 1 and not self.needs_group:
             raise ValueError(
                 f'groups.type = "{self.groups.type}" drops groups of equal scores, and advantage.type = "{advantage}" compares '
@@ -153,6 +159,11 @@ class Algorithm:
     @property
     def needs_token_scores(self) -> bool:
         return self.rewards.needs_token_scores
+
+    @property
+    def needs_step_kl(self) -> bool:
+        """Whether a coefficient follows how far a step went."""
+        return isinstance(self.policy_loss, KLPenalty) and self.policy_loss.target > 0
 
     @property
     def needs_final_values(self) -> bool:

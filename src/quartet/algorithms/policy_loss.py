@@ -109,8 +109,8 @@ class KLPenalty:
     """ℓ_t = −ρ_t A_t + β KL(π_old ‖ π) (Schulman et al. 2017, eq. 8 and section 4). The KL of the sampled token is
     ρ − 1 − log ρ, whose expectation under π_old, and whose gradient's, are the KL's.
 
-    After a step whose KL per token was above 1.5 δ, β doubles; below δ / 1.5, it halves. δ = 0 keeps β fixed. ρ = 1.5, A = 2,
-    β = 1: −3 + (0.5 − 0.405) = −2.905.
+    After a step whose KL per token, measured when the step is over, is above 1.5 δ, β doubles; below δ / 1.5, it halves. A step
+    in which only the critic learnt says nothing. δ = 0 keeps β fixed. ρ = 1.5, A = 2, β = 1: −3 + (0.5 − 0.405) = −2.905.
     """
 
     type: Literal["kl_penalty"] = "kl_penalty"
@@ -136,9 +136,8 @@ class KLPenalty:
         return nowhere(advantages)
 
     def adapt(self, metrics: Mapping[str, float]) -> "KLPenalty":
-        kl = metrics["policy/kl_to_old"]
-        stood_still = kl == 0  # the critic's warm-up: it says nothing of how far a step goes
-        if self.target == 0 or stood_still or self.target / 1.5 <= kl <= 1.5 * self.target:
+        kl = metrics.get("policy/step_kl")
+        if self.target == 0 or kl is None or self.target / 1.5 <= kl <= 1.5 * self.target:
             return self
         return dataclasses.replace(self, beta=self.beta * (2.0 if kl > self.target else 0.5))
 

@@ -45,7 +45,7 @@ LADDER: dict[str, Algorithm] = {
         advantage=ReturnToGo(), policy_loss=Reinforce(), kl=KLInReward(), scores=(ClipScore(),), aggregation=TokenMean()
     ),
     # Mnih et al. 2016, synchronous: −A log π.
-    "a2c": with_critic(Reinforce(), value_loss=ClippedValueLoss(clip=INF, coef=0.5), entropy=EntropyBonus(coef=0.01)),
+    "a2c": with_critic(Reinforce(), value_loss=ClippedValueLoss(clip=INF, coef=1.0), entropy=EntropyBonus(coef=0.01)),
     # Schulman et al. 2017, eq. 6: −ρA, without anything that holds it back.
     "importance_weighted": with_critic(ImportanceWeighted()),
     # Schulman et al. 2017, section 4.
@@ -98,7 +98,7 @@ CRITIC_FREE: dict[str, Algorithm] = {
     ),
     # Li et al. 2024: the greedy response's score as baseline.
     "remax": Algorithm(
-        advantage=GreedyBaseline(), kl=KLInReward(coef=0.1), aggregation=FixedLength(length=1), policy_loss=Reinforce()
+        advantage=GreedyBaseline(), kl=KLInReward(coef=0.05), aggregation=FixedLength(length=1), policy_loss=Reinforce()
     ),
 }
 
@@ -126,7 +126,7 @@ WITH_CRITIC: dict[str, Algorithm] = {
 SYSTEMS: dict[str, Algorithm] = {
     # Ziegler et al. 2019 and openai/lm-human-preferences.
     "lm_human_preferences": with_critic(
-        Clip(), kl=KLInReward(coef=0.2, controller=AdaptiveCoef()), scores=(), rewards=LastToken(whiten=True)
+        Clip(), kl=KLInReward(coef=0.15, controller=AdaptiveCoef()), scores=(), rewards=LastToken(whiten=True)
     ),
     # Stiennon et al. 2020 and openai/summarize-from-feedback.
     "summarize_from_feedback": with_critic(Clip(), scores=(MissingEos(replace=True),)),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention
 from transformers import DynamicCache
 
@@ -51,7 +52,7 @@ class Decoder(Protocol):
 
 def decoder(model: Any, width: int, max_rows: int | None = None) -> Decoder:
     """The fastest there is for this model, for texts of up to `width` tokens in at most so many rows at once."""
-    if written_out(model.base_model, width) and has_linear_head(model):
+    if written_out(model.base_model, width) and has_linear_head(model) and _plain_weights(model.base_model):
         return LlamaDecoder(model, width, max_rows)
     return PlainDecoder(model, max_rows)
 
@@ -297,6 +298,18 @@ class _Product:
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return linear(x, self.weight, self.bias)
+
+
+def _plain_weights(trunk: Any) -> bool:
+    """Whether every product's weights are one matrix each, not a matrix and adapters."""
+    products = (
+        product
+        for block in trunk.layers
+        for part in (block.self_attn, block.mlp)
+        for name, product in part.named_children()
+        if name.endswith("_proj")
+    )
+    return all(type(product) is nn.Linear for product in products)
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -147,14 +147,14 @@ def _both_sides(model: Any, comparisons: Sequence[Comparison]) -> tuple[Float[Te
 
 @torch.no_grad()
 def _mismatched_kl(model: Any, reference: Any, batch: Sequence[Comparison], micro_batch_tokens: int) -> float:
-    """KTO's z: chosen responses under their neighbours' prompts, mean of log π / π_ref, not below 0."""
+    """KTO's z: the responses of both sides under their neighbours' prompts, mean of log π / π_ref, not below 0."""
     neighbours = [*batch[1:], batch[0]]
-    sides = [(a.prompt_ids, b.chosen_ids) for a, b in zip(batch, neighbours, strict=True)]
+    sides = [(a.prompt_ids, ids) for a, b in zip(batch, neighbours, strict=True) for ids in (b.chosen_ids, b.rejected_ids)]
     total = 0.0
     for rows in micro_batches([len(p) + len(r) for p, r in sides], micro_batch_tokens):
         piece = [sides[i] for i in rows]
         total += float((_response_logprobs(model, piece) - _response_logprobs(reference, piece)).sum())
-    return max(total / len(batch), 0.0)
+    return max(total / len(sides), 0.0)
 
 
 def _response_logprobs(model: Any, sides: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Float[Tensor, "B"]:

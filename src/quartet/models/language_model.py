@@ -13,12 +13,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quartet.models.logprobs import head_statistics, logits_statistics, speaking, under_own_token
 from quartet.models.padding import micro_batches
 from quartet.models.shape import Shape
-from quartet.models.trunk import read
+from quartet.models.trunk import checkpointing, read
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -104,16 +103,6 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def checkpoint_blocks(model: Any) -> Any:
-    """The model, which from now on keeps only what each block was given and computes the rest again for the gradient (Chen
-    et al. 2016). transformers asks a block's training flag; the modules inside, and their dropout, stay as they are."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-    return model
-
-
 def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
@@ -157,7 +146,8 @@ def speak(model: Any, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> 
     at = speaking(mask)
     if has_linear_head(model):
         return Spoken(read(model.base_model, tokens, at), None)
-    output = model(input_ids=tokens, use_cache=False, output_hidden_states=True)
+    with checkpointing(model):
+        output = model(input_ids=tokens, use_cache=False, output_hidden_states=True)
     return Spoken(output.hidden_states[-1][at], output.logits[at])
 
 

@@ -1,6 +1,13 @@
 """What a trunk, a model without its head, has understood at the positions somebody asks about."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quartet.models.llama import hidden_states, written_out
 from quartet.models.packing import pack
@@ -14,4 +21,29 @@ def read(trunk: Any, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> 
     if written_out(trunk, packed.width):
         return hidden_states(trunk, packed)
     within = slice(None, packed.width)
-    return trunk(input_ids=tokens[:, within], use_cache=False).last_hidden_state[asked[:, within]]
+    with checkpointing(trunk):
+        return trunk(input_ids=tokens[:, within], use_cache=False).last_hidden_state[asked[:, within]]
+
+
+def checkpoint_blocks(model: Any) -> Any:
+    """The model, which from now on keeps only what each block was given and computes the rest again for the gradient (Chen
+    et al. 2016)."""
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    return model
+
+
+@contextmanager
+def checkpointing(model: Any) -> Iterator[None]:
+    """transformers makes its checkpoints in training mode only, and drops the cache then. So the blocks are in it while
+    something is learnt; the modules inside them, and their dropout, never are."""
+    blocks = [b for b in model.modules() if isinstance(b, GradientCheckpointingLayer) and b.gradient_checkpointing]
+    for block in blocks:
+        block.training = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.training = False

@@ -94,6 +94,8 @@ def rl_metrics(
     metrics["ratio/max"] = float(ratio.max())
     metrics["ratio/first_error"] = update.first_ratio_error
     metrics["policy/kl_to_old"] = float(masked_mean(k3(batch.old_logprobs, update.logprobs), mask))
+    if update.step_kl is not None:
+        metrics["policy/step_kl"] = update.step_kl
     metrics["policy/clip_fraction"] = update.clip_fraction
     metrics["policy/entropy"] = float(masked_mean(update.entropy, mask))
     metrics |= {f"loss/{name}": value for name, value in update.losses.items()}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from quartet.algorithms.algorithm import Algorithm, Forward
+from quartet.algorithms.kl import k3
+from quartet.algorithms.masked import masked_mean
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.experience import Batch, Experience, Rollout
@@ -40,6 +42,8 @@ class Update:
     """The share of token visits at which the clip took the gradient away."""
     first_ratio_error: float
     """max |ratio − 1| on the first minibatch, before any weight has moved: rounding, and nothing else."""
+    step_kl: float | None
+    """Mean KL(π_old ‖ π) per token when all was done, where the algorithm follows it and the actor was trained."""
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
     clipped: Bool[Tensor, "B T"]
@@ -152,20 +156,21 @@ class Learner:
             descents=descents,
             clip_fraction=seen.num_clipped / max(seen.num_visits, 1),
             first_ratio_error=seen.first_ratio_error,
+            step_kl=self._step_kl(experience) if train_actor and algorithm.needs_step_kl else None,
             logprobs=seen.logprobs,
             entropy=seen.entropy,
             clipped=seen.clipped,
         )
 
+    def _step_kl(self, experience: Experience) -> float:
+        now = self._logprobs(self.models.actor, experience)
+        return float(masked_mean(k3(experience.old_logprobs, now), experience.response_mask))
+
+    def _logprobs(self, model: Any, rows: Batch | Experience) -> Float[Tensor, "B T"]:
+        return policy_logprobs(model, rows.tokens, rows.lengths, rows.response_mask, self.temperature, self.micro_batch_tokens)
+
     def _reference_logprobs(self, batch: Batch) -> Float[Tensor, "B T"]:
-        logprobs = policy_logprobs(
-            self.reference,
-            batch.tokens,
-            batch.lengths,
-            batch.response_mask,
-            self.temperature,
-            self.micro_batch_tokens,
-        )
+        logprobs = self._logprobs(self.reference, batch)
         check_finite("the reference log-probability", logprobs, batch.ids)
         return logprobs
 
