@@ -112,7 +112,7 @@ def running(limit):
 
 
 SYSTEMS = {
-    "lm_human_preferences": lambda: ppo(0.2, SCORES, value_weight=0.1, white=0, whiten_rewards=True),
+    "lm_human_preferences": lambda: ppo(0.15, SCORES, value_weight=0.1, white=0, whiten_rewards=True),
     "summarize_from_feedback": lambda: ppo(0.05, unended(-1.0), value_weight=0.1, white=0),
     "instructgpt": lambda: ppo(0.02, SCORES, value_weight=0.1, white=0),
     "deepspeed_chat": lambda: ppo(0.1, clipped(5), value_weight=1.0),
