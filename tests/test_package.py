@@ -61,7 +61,10 @@ def test_plan_prints_the_models_and_json_where_asked(tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["run", "revews"], '"revews": no such recipe, and not a .toml file. Did you mean reviews? Recipes are dialogue, reviews, sums.'),
+        (
+            ["run", "revews"],
+            '"revews": no such recipe, and not a .toml file. Did you mean reviews? Recipes are dialogue, reviews, sums.',
+        ),
         (["run", "none.toml"], "none.toml: no such file."),
         (["run", "reviews", "optim.lr=-1"], "optim.lr = -1: must be > 0."),
         (["run", "dialogue", "data.train=none.jsonl"], "none.jsonl: no such file."),
