@@ -218,7 +218,11 @@ def _run(settings: "Settings") -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not tear the last lines
         screen.close()
         folder.event("interrupted")
-        console.print(f"stopped by Ctrl-C. What was written so far is in {folder.path}", soft_wrap=True)
+        console.print(
+            f"stopped by Ctrl-C. What was written so far is in {folder.path}; "
+            "the model of the stage that was stopped is not saved.",
+            soft_wrap=True,
+        )
         return INTERRUPTED
     except (StageFailed, OSError) as error:
         screen.close()
