@@ -70,7 +70,7 @@ def refusal(tmp_path, text, *words):
         (HEAD + '[algorithm]\nrewards = { type = "every_token" }', 'scores: shape the score of a response, and rewards.type = "every_token" does not read it. Use scores = [].'),
         (HEAD + '[algorithm]\ngroups = { type = "dynamic_sampling" }', "drops groups of equal scores"),
         (HEAD + '[algorithm]\nkl = { type = "in_loss", estimator = "k2", weight = "token" }', 'kl.weight = "token" corrects k1, k3 and exact only'),
-        (HEAD.replace('"model"\nmodel = "rm"', '"exact"') + '[algorithm]\nscores = []\nrewards = { type = "every_token" }', 'of the rewards here only type = "model" gives one'),
+        (HEAD.replace('"model"\nmodel = "rm"', '"exact"') + '[algorithm]\nscores = []\nrewards = { type = "every_token" }', 'the reward exact gives one per response'),
         (HEAD + '[[algorithm.scores]]\ntype = "clip"\nlimit = -1', "run.toml:11: algorithm.scores.0.limit = -1: must be > 0."),
         (HEAD.replace('"ppo"', '"rloo"'), "rollout.samples_per_prompt = 1: rloo compares several answers"),
         (HEAD.replace('"ppo"', '["dpo", "ppo"]'), "one RL or preference stage"),

@@ -15,6 +15,7 @@ from quartet.recipes import recipe_names, recipe_path, template_names, template_
 
 if TYPE_CHECKING:
     from quartet.build import Job
+    from quartet.evaluation.trial import Trial
     from quartet.settings import Settings
 
 FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
@@ -120,6 +121,90 @@ def chat(
     except ModelError as error:
         _refuse(str(error))
     session.talk(console, sys.stdin)
+
+
+@app.command()
+def reward(
+    function: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="A function, a dotted path, or exact, number, math.")],
+    on: Annotated[Path, typer.Option(help="A file with prompts and completions, or with comparisons.")],
+    columns: Annotated[list[str] | None, typer.Option(metavar="OURS=THEIRS", help="What a column is called there.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that the call may take.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Try a reward on answers from a file: range, constancy, None and NaN, time, and whether it pays for length."""
+    from quartet.data import DataError
+    from quartet.evaluation.trial import findings, trial_on_file
+    from quartet.rewards.protocol import RewardError
+
+    mapping = {}
+    for word in columns or []:
+        ours, equals, theirs = word.partition("=")
+        if not equals:
+            _refuse(f'--columns "{word}": write ours=theirs, such as prompt=question.')
+        mapping[ours] = theirs
+    try:
+        tried = trial_on_file(function, on, mapping, timeout)
+    except (DataError, RewardError) as error:
+        _refuse(str(error))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(tried) | {"findings": findings(tried)}, indent=2, ensure_ascii=False))
+        return
+    for line in _trial_lines(tried):
+        console.print(line, soft_wrap=True)
+    for sentence in findings(tried):
+        console.print(f"▲ {sentence}", style="yellow", soft_wrap=True)
+
+
+def _trial_lines(tried: "Trial") -> list[str]:
+    each = tried.seconds / tried.answers
+    lines = [f"answers   {tried.answers:,} in {tried.seconds:.2f} s ({1e3 * each:.2f} ms each)"]
+    if tried.mean is not None and tried.deviation is not None:
+        lines.append(
+            f"scores    {tried.least:g} to {tried.most:g}, mean {tried.mean:.3g} ± {tried.deviation:.3g}, "
+            f"{tried.different:,} different"
+        )
+    if tried.length_correlation is not None:
+        lines.append(f"length    r = {tried.length_correlation:.2f} with the answer's length")
+    if tried.accuracy is not None:
+        lines.append(f"pairs     the chosen side scores higher in {tried.accuracy:.0%}")
+    for score, text in tried.examples:
+        shown = " ".join(text.split())
+        lines.append(f"  {score:>9.3g}  {shown[:100] + ' …' if len(shown) > 100 else shown}")
+    return lines
+
+
+@app.command("serve-reward")
+def serve_reward(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a reward model's.")],
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 9000,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; others than this machine reach it only if you say so.")
+    ] = "127.0.0.1",
+    token_env: Annotated[str | None, typer.Option(help="An environment variable with the token to ask for.")] = None,
+) -> None:
+    """Serve a reward model over HTTP, for `type = "server"` rewards and OpenRLHF's remote reward models."""
+    import os
+
+    try:
+        import uvicorn
+
+        from quartet.rewards.serve import LOOPBACK
+        from quartet.rewards.serve import app as make_app
+    except ImportError:
+        _refuse('serve-reward needs starlette and uvicorn: pip install "quartet-rlhf[serve]".')
+    if token_env is not None and not os.environ.get(token_env):
+        _refuse(f"--token-env {token_env}: no such environment variable. Set it to the token.")
+    from quartet.build import device
+    from quartet.build.serving import Scorer
+    from quartet.models.language_model import ModelError
+
+    try:
+        scorer = Scorer(folder, device("auto"))
+    except ModelError as error:
+        _refuse(str(error))
+    console.print(f"serving {scorer.place} on http://{host}:{port}/ (POST), Ctrl-C ends it", soft_wrap=True)
+    hosts = LOOPBACK if host in LOOPBACK else ("*",)
+    uvicorn.run(make_app(scorer, token_env, hosts), host=host, port=port, log_level="warning", access_log=False)
 
 
 def _settings(what: str, words: list[str]) -> "Settings":
@@ -250,11 +335,12 @@ def _build(settings: "Settings") -> "Job":
     from quartet.machine import keep_freed_memory
     from quartet.models.chat import ChatError
     from quartet.models.language_model import ModelError
+    from quartet.rewards.protocol import RewardError
 
     keep_freed_memory()
     try:
         return build(settings.config)
-    except (DataError, ModelError, ChatError) as error:
+    except (DataError, ModelError, ChatError, RewardError) as error:
         _refuse(str(error))
 
 

@@ -17,6 +17,7 @@ from quartet.algorithms.update import TrustRegion
 from quartet.generation.sampling import Sampling
 from quartet.models.shape import Shape
 from quartet.parts import Field, part
+from quartet.rewards.sources import PER_TOKEN, GoldSource, JudgeSource, ModelSource, RewardSource
 from quartet.training.optim import Descent, Optim
 
 WORLDS = Literal["reviews", "sums"]
@@ -114,34 +115,6 @@ class SharedCritic:
 
 
 @part
-class ModelRewardSource:
-    """A reward model: a folder, or the one that this run trains."""
-
-    type: Literal["model"] = "model"
-    model: str | None = None
-    weight: float = 1.0
-
-
-@part
-class ExactRewardSource:
-    """1 where the response is the `answer` of the prompt's row."""
-
-    type: Literal["exact"] = "exact"
-    weight: float = 1.0
-
-
-@part
-class GoldRewardSource:
-    """The gold reward of a world."""
-
-    type: Literal["gold"] = "gold"
-    weight: float = 1.0
-
-
-RewardSource = Annotated[ModelRewardSource | ExactRewardSource | GoldRewardSource, Field(discriminator="type")]
-
-
-@part
 class Rollout(Sampling):
     """What is sampled in one RL step: the file's [rollout] table."""
 
@@ -220,8 +193,9 @@ class Config:
         return next((stage for stage in self.recipe if stage in PREFERENCES), None)
 
     @property
-    def reward_model_source(self) -> ModelRewardSource | None:
-        return next((r for r in self.reward if isinstance(r, ModelRewardSource)), None)
+    def reward_model_source(self) -> ModelSource | None:
+        """The reward model that a critic may start from: the first."""
+        return next((r for r in self.reward if isinstance(r, ModelSource)), None)
 
     @model_validator(mode="after")
     def _can_work(self) -> "Config":
@@ -288,15 +262,23 @@ class Config:
             problems.append(
                 f'reward: {asking} needs one. Add [[reward]] with type = "model" and model = a folder, or type = "exact".'
             )
-        unnamed = self.reward_model_source is not None and self.reward_model_source.model is None
+        unnamed = any(isinstance(r, ModelSource) and r.model is None for r in self.reward)
         if self.reads("reward") and unnamed and "reward_model" not in self.recipe:
             problems.append(
                 "reward.model: name the reward model's folder, or put reward_model before "
                 f"{asking or 'the others'} in the recipe."
             )
-        if len({r.type for r in self.reward}) < len(self.reward):
-            problems.append("reward: two of the same type; each may appear once.")
-        if self.data.world is None and any(isinstance(r, GoldRewardSource) for r in self.reward):
+        names = [r.called for r in self.reward]
+        if twice := [name for name in names if names.count(name) > 1]:
+            problems.append(f'reward.name: two rewards are called {twice[0]}. Give each a name of its own, name = "…".')
+        if asking and self.reward and all(r.weight == 0 for r in self.reward):
+            problems.append("reward.weight: is 0 for every reward, so there is nothing to learn from.")
+        pairwise = any(isinstance(r, JudgeSource) and r.mode == "pairwise" and r.weight for r in self.reward)
+        if pairwise and self.rl_stage and self.rollout.samples_per_prompt < 2:
+            problems.append(
+                'reward.mode = "pairwise": compares answers to the same prompt, so rollout.samples_per_prompt must be ≥ 2.'
+            )
+        if self.data.world is None and any(isinstance(r, GoldSource) for r in self.reward):
             problems.append('reward.type: "gold" is known in an embedded world only.')
         if self.data.world == "sums" and self.preference_stage and asking is None:
             problems.append("recipe: the world sums has no comparisons to learn from; its answers are checked.")
@@ -330,10 +312,10 @@ class Config:
     def _algorithm_problems(self, algorithm: Algorithm) -> list[str]:
         """What the algorithm asks of the rest of the run."""
         problems = []
-        if algorithm.needs_token_scores and not all(isinstance(r, ModelRewardSource) or r.weight == 0 for r in self.reward):
+        if algorithm.needs_token_scores and (whole := [r for r in self.reward if r.weight and not isinstance(r, PER_TOKEN)]):
             problems.append(
-                f'algorithm.rewards.type = "{algorithm.rewards.type}": reads a score for each token, and of the rewards here '
-                'only type = "model" gives one. Use "last_token".'
+                f'algorithm.rewards.type = "{algorithm.rewards.type}": reads a score for each token, and the reward '
+                f'{whole[0].called} gives one per response. Use "last_token", or a reward of type "model", "steps", "function".'
             )
         if isinstance(algorithm.update, TrustRegion) and not algorithm.needs_critic:
             problems.append(

@@ -30,6 +30,8 @@ class Prompt:
     text: str
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What a verifier needs: the other columns of the prompt's row."""
+    messages: Sequence[Mapping[str, str]] | None = None
+    """The conversation that the ids are, where the row had one."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Rollout:
     finish_reason: FinishReason
     policy_version: int
     score: float | None = None
-    components: Mapping[str, float] = field(default_factory=dict)
+    components: Mapping[str, float | None] = field(default_factory=dict)
+    """What each reward gave; None where it gave none."""
     entropies: tuple[float, ...] | None = None
     """Of the distribution that each token was drawn from, where the sampler took them."""
     token_scores: tuple[float, ...] | None = None

@@ -88,7 +88,8 @@ def _path_in_file(location: tuple[int | str, ...], table: Table) -> list[str]:
     for i, step in enumerate(location):
         last = i == len(location) - 1
         if isinstance(here, dict):
-            if step not in here and (not last or here.get("type") == step):
+            tag = here.get("type") == step and location[i - 1] != step  # a table of type function has a key function
+            if step not in here and (not last or tag):
                 continue
             here = here.get(step)
         elif isinstance(here, list) and isinstance(step, int) and step < len(here):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -176,7 +177,7 @@ class RewardModelStage:
         accuracy = pair_accuracy(model, self.held_out, self.micro_batch_tokens)
         generator = NativeGenerator(policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.seed)
         scores = ModelReward(model, self.micro_batch_tokens).score(generator.generate(self.prompts, self.sampling))
-        model.centre += sum(scores) / len(scores)
+        model.centre += statistics.fmean(score for score in scores if score is not None)
         model.save(folder / "reward_model", self.tokenizer)
         summary = {"held_out_accuracy_before": before, "held_out_accuracy": accuracy, "centre": model.centre}
         return summary | ({} if self.ceiling is None else {"ceiling": self.ceiling})

@@ -197,7 +197,7 @@ def collected(algorithm, answers, scores, groups=3):
     scripted = ScriptedGenerator(answers, tokenizer())
     worth = dict(zip(answers, scores, strict=True))
     reward = [Weighted(TextReward("worth", lambda prompt, response: worth[response]))]
-    return collect(Sampler(prompts(groups), groups, 0), scripted, Sampling(max_new_tokens=6), 2, reward, algorithm)
+    return collect(Sampler(prompts(groups), groups, 0), scripted, Sampling(max_new_tokens=6), 2, reward, algorithm)[0]
 
 
 def test_dynamic_sampling_fills_the_step_with_groups_that_have_a_signal():
@@ -214,11 +214,27 @@ def test_when_no_group_ever_has_a_signal_the_last_batch_is_kept():
     assert len(made) == 6 and {r.score for r in made} == {1.0}
 
 
+def test_responses_without_a_score_are_left_out_and_counted():
+    class Shy:
+        name = "shy"
+
+        def score(self, rollouts):
+            return [None if i == 2 else float(i) for i, _ in enumerate(rollouts)]
+
+    scripted = ScriptedGenerator(["good", "bad"], tokenizer())
+    grpo = dataclasses.replace(ALGORITHMS["grpo"], kl=NoKL())
+    made, unscored = collect(Sampler(prompts(2), 2, 0), scripted, Sampling(max_new_tokens=6), 2, [Weighted(Shy())], grpo)
+    assert [(r.group, r.score) for r in made] == [(0, 0.0), (0, 1.0), (1, 3.0)] and unscored == 0.25
+    advantages = grpo.experience(collate(made, torch.device("cpu"))).advantages
+    assert advantages[0].min() < 0 < advantages[1].max()
+    assert (advantages[2] == 0).all()  # alone in its group, it can be compared with nothing
+
+
 def test_remax_compares_with_the_greedy_answer_to_the_same_prompt():
     actor = model()
     generator = NativeGenerator(actor, tokenizer(), frozenset({END}), 0)
     reward = [Weighted(TextReward("length", lambda prompt, response: float(len(response))))]
-    made = collect(Sampler(prompts(4), 4, 0), generator, Sampling(max_new_tokens=6), 3, reward, ALGORITHMS["remax"])
+    made = collect(Sampler(prompts(4), 4, 0), generator, Sampling(max_new_tokens=6), 3, reward, ALGORITHMS["remax"])[0]
     assert all(r.greedy_score is not None for r in made)
     for rollout in made:
         ids, text = list(rollout.prompt.ids), ""
@@ -252,7 +268,7 @@ class Dense:
 def test_dense_rewards_reach_their_tokens():
     dense = dataclasses.replace(ALGORITHMS["reinforce"], rewards=EveryToken(), scores=(), kl=NoKL())
     scripted = ScriptedGenerator(["good bad good"], tokenizer())
-    made = collect(Sampler(prompts(1), 1, 0), scripted, Sampling(max_new_tokens=6), 1, [Weighted(Dense(), 2.0)], dense)
+    made = collect(Sampler(prompts(1), 1, 0), scripted, Sampling(max_new_tokens=6), 1, [Weighted(Dense(), 2.0)], dense)[0]
     batch = collate(made, torch.device("cpu"))
     rewards = dense.experience(batch).token_rewards[batch.response_mask]
     assert rewards.tolist() == [2, 0, 2, 0][: len(rewards)]

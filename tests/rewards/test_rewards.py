@@ -48,7 +48,7 @@ def test_a_reward_that_returns_the_wrong_number_of_values_is_named():
 
     with pytest.raises(RewardError) as error:
         rewarded(rollouts(), [Weighted(Short())])
-    assert str(error.value) == ("reward rewards.py:brevity returned 1 values for 3 responses. Return a list of 3 numbers.")
+    assert str(error.value) == ("reward rewards.py:brevity returned 1 value for 3 responses. Return a list of 3 numbers.")
 
 
 def test_the_centre_is_taken_off():

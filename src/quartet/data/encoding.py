@@ -62,7 +62,8 @@ class Encoder:
     def _prompt(self, example: Example) -> Prompt:
         ids = self._checked_prompt(example)
         text = example.prompt if isinstance(example.prompt, str) else self.tokenizer.decode(ids)
-        return Prompt(id=example.id, ids=tuple(ids), text=text, extra=dict(example.extra))
+        messages = None if isinstance(example.prompt, str) else list(example.prompt)
+        return Prompt(id=example.id, ids=tuple(ids), text=text, extra=dict(example.extra), messages=messages)
 
     def _demonstration(self, example: Example) -> Demonstration:
         answer = example.completion if example.completion is not None else example.chosen

@@ -40,10 +40,10 @@ USUAL_NAMES = {
 
 def read_examples(path: Path, purpose: Purpose, columns: Mapping[str, str]) -> list[Example]:
     """The rows of a file as examples that serve the purpose. `columns` maps our names to the file's."""
-    renamed = {theirs: ours for ours, theirs in columns.items()}
     examples: list[Example] = []
     for place, row in rows(path):
-        named = {renamed.get(column, column): cell for column, cell in row.items()}
+        named = {column: cell for column, cell in row.items() if column not in columns.values()}
+        named |= {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
         if not examples:
             _check_columns(path, purpose, row, named, columns)
         examples.append(_example(place, named, purpose))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from quartet.experience import Rollout
 from quartet.observability.metrics import distinct, mean_and_interval, response_metrics
+from quartet.rewards.protocol import RewardError, Score
 
 Gold = Callable[[str, str], float]
 
@@ -19,8 +20,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of the evaluation. A win is a higher gold reward than the other policy's answer to the same prompt, a tie
-    half a win; where there is no gold reward, the training reward judges, which flatters the policy trained on it."""
+    """The result of the evaluation, over the prompts for which both answers could be judged. A win is a higher gold reward
+    than the other policy's answer to the same prompt, a tie half a win; where there is no gold reward, the training reward
+    judges, which flatters the policy trained on it."""
 
     judge: str
     prompts: int
@@ -38,11 +40,13 @@ def compare(
     before: Sequence[Rollout], after: Sequence[Rollout], kl: Sequence[float], gold: Gold | None, samples: int = 8
 ) -> Comparison:
     """`before` and `after` hold one rewarded answer to each prompt, in the same order; `kl` one number per answer."""
-    old, new = _worth(before, gold), _worth(after, gold)
-    wins = [1.0 if b > a else 0.5 if b == a else 0.0 for a, b in zip(old, new, strict=True)]
+    worth = zip(_worth(before, gold), _worth(after, gold), strict=True)
+    wins = [1.0 if b > a else 0.5 if b == a else 0.0 for a, b in worth if a is not None and b is not None]
+    if not wins:
+        raise RewardError("there is no prompt for which both answers have a score, so they cannot be compared.")
     return Comparison(
         judge="gold" if gold else "reward",
-        prompts=len(before),
+        prompts=len(wins),
         win_rate=Measured(*mean_and_interval(wins)),
         kl=Measured(*mean_and_interval(kl)),
         before=_measures(before, gold),
@@ -54,12 +58,12 @@ def compare(
     )
 
 
-def _worth(rollouts: Sequence[Rollout], gold: Gold | None) -> list[float]:
-    return [gold(r.prompt.text, r.response) if gold else float(r.score or 0.0) for r in rollouts]
+def _worth(rollouts: Sequence[Rollout], gold: Gold | None) -> list[Score]:
+    return [gold(r.prompt.text, r.response) if gold else r.score for r in rollouts]
 
 
 def _measures(rollouts: Sequence[Rollout], gold: Gold | None) -> dict[str, float]:
     measures = response_metrics(rollouts) | {"response/distinct": distinct([r.response for r in rollouts])}
     if gold:
-        measures["gold"] = mean_and_interval(_worth(rollouts, gold))[0]
+        measures["gold"] = mean_and_interval([gold(r.prompt.text, r.response) for r in rollouts])[0]
     return measures

@@ -41,6 +41,8 @@ class OnlinePairs:
             rollouts = rewarded(self.generator.generate(self.prompts.next(), self.sampling, 2), self.rewards)
             pairs = []
             for two in zip(rollouts[::2], rollouts[1::2], strict=True):
+                if any(r.score is None for r in two):
+                    continue
                 worse, better = sorted(two, key=lambda r: r.score or 0.0)
                 if worse.score != better.score:
                     pairs.append(Comparison(better.prompt.id, better.prompt.ids, better.response_ids, worse.response_ids))

@@ -39,11 +39,11 @@ def rl(
 ) -> Iterator[Step]:
     """Generate and reward, score, estimate, update, publish, adapt; `steps` times."""
     for number in range(1, steps + 1):
-        rollouts = collect(prompts, generator, sampling, samples_per_prompt, rewards, algorithm)
+        rollouts, unscored = collect(prompts, generator, sampling, samples_per_prompt, rewards, algorithm)
         batch = learner.score(rollouts, algorithm)  # old and reference log-probs, values
         experience = algorithm.experience(batch)  # token rewards, advantages, returns
         update = learner.update(experience, algorithm, train_actor=number > learner.optim.critic_warmup_steps)
         generator.load_weights(learner.weights())
-        metrics = rl_metrics(rollouts, batch, experience, update, algorithm)
+        metrics = rl_metrics(rollouts, unscored, batch, experience, update, algorithm)
         algorithm = algorithm.adapt(metrics)  # coefficients that follow what was measured
         yield Step(number, metrics, rollouts, batch, experience, update, algorithm)

@@ -22,6 +22,21 @@ CENTRE = "quartet_reward_centre"
 """The key of config.json under which a reward model keeps the mean that is taken off its scores."""
 
 
+def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) -> Any:
+    """A sequence or token classifier of a Hugging Face folder or hub id, by its Auto class. A folder without the head would be
+    given a random one: it is refused."""
+    try:
+        model, report = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: cannot be loaded as a reward model ({first_line(error)}).") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{folder}: has no weights for {missing[0]}, so it is no trained model for "
+            f"{auto.__name__.removeprefix('AutoModelFor')}."
+        )
+    return model.to(device).eval()
+
+
 class ScalarModel(nn.Module):
     """A Hugging Face sequence classifier with one label, read as a reward model or as a critic."""
 
@@ -31,6 +46,8 @@ class ScalarModel(nn.Module):
             raise ModelError(
                 f"{model.config.name_or_path or 'the model'} has {model.config.num_labels} labels; a reward model needs 1."
             )
+        if not isinstance(getattr(model, "score", None), nn.Linear):
+            raise ModelError(f"{type(model).__name__}: is not read at a last token by a head called score, as decoders are.")
         self.model = model.eval()
 
     @classmethod
@@ -55,13 +72,7 @@ class ScalarModel(nn.Module):
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | None = None) -> "ScalarModel":
         """A Hugging Face folder with a sequence classifier of one label."""
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{folder}: cannot be loaded as a reward model ({first_line(error)}).") from error
-        if model.config.num_labels != 1:
-            raise ModelError(f"{folder} has {model.config.num_labels} labels; a reward model needs 1.")
-        return cls(model.to(device))
+        return cls(load_classifier(AutoModelForSequenceClassification, folder, device))
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         self.model.save_pretrained(folder)

@@ -52,8 +52,8 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
     return model.to(device).eval()
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder or hub id. It must know its end-of-sequence token."""
+def load_tokenizer(folder: str | Path, generates: bool = True) -> Any:
+    """The tokenizer of a Hugging Face folder or hub id. Where the model generates, it must know its end-of-sequence token."""
     if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"{folder}: has no tokenizer. Save one beside the model, or name another folder in policy.tokenizer.")
     try:
@@ -63,7 +63,7 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"{folder}: has no tokenizer that transformers can load ({first_line(error)}). "
             "Save one beside the model, or name another folder in policy.tokenizer."
         ) from error
-    if tokenizer.eos_token_id is None:
+    if generates and tokenizer.eos_token_id is None:
         raise ModelError(
             f"{folder}: its tokenizer has no end-of-sequence token, so no answer could ever end. Set eos_token in it."
         )

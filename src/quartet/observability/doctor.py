@@ -21,6 +21,14 @@ def no_signal(metrics: Metrics) -> str | None:
     return "every group has equal rewards: no gradient. The task is too hard, too easy, or the verifier never matches."
 
 
+def unscored(metrics: Metrics) -> str | None:
+    """A response without a score is left out of the step; a judge that often gives none changes what is learnt from."""
+    share = metrics.get("reward/unscored", 0.0)
+    if share <= 0.05:
+        return None
+    return f"{share:.0%} of responses got no score and were left out. See run.log for what the reward said."
+
+
 def sampler_disagrees(metrics: Metrics) -> str | None:
     """The learner must see the probabilities that were sampled from."""
     gap = metrics.get("sampler_mismatch", 0.0)
@@ -32,7 +40,7 @@ def sampler_disagrees(metrics: Metrics) -> str | None:
     )
 
 
-RULES: tuple[Callable[[Metrics], str | None], ...] = (responses_do_not_end, no_signal, sampler_disagrees)
+RULES: tuple[Callable[[Metrics], str | None], ...] = (responses_do_not_end, no_signal, unscored, sampler_disagrees)
 
 
 @dataclass

@@ -41,14 +41,20 @@ def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """What can be said of answers without a model."""
     count = len(rollouts)
     metrics = {
-        "reward": sum(r.score or 0.0 for r in rollouts) / count,
+        "reward": _mean([r.score for r in rollouts]),
         "response/tokens": sum(len(r.response_ids) for r in rollouts) / count,
         "response/ended": sum(r.finish_reason == "stop" for r in rollouts) / count,
         "response/repetition": sum(repetition(r.response_ids) for r in rollouts) / count,
     }
     for name in rollouts[0].components:
-        metrics[f"reward/{name}"] = sum(r.components[name] for r in rollouts) / count
+        metrics[f"reward/{name}"] = _mean([r.components[name] for r in rollouts])
     return metrics
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """Of the numbers that there are; 0 where there is none."""
+    there = [value for value in values if value is not None]
+    return sum(there) / max(len(there), 1)
 
 
 def groups_without_signal(batch: Batch) -> float:
@@ -70,12 +76,18 @@ def state_metrics(algorithm: Algorithm) -> dict[str, float]:
 
 
 def rl_metrics(
-    rollouts: Sequence[Rollout], batch: Batch, experience: Experience, update: "Update", algorithm: Algorithm
+    rollouts: Sequence[Rollout],
+    unscored: float,
+    batch: Batch,
+    experience: Experience,
+    update: "Update",
+    algorithm: Algorithm,
 ) -> dict[str, float]:
-    """The numbers of one RL step."""
+    """The numbers of one RL step. `unscored`: the share of responses that no reward could score, which were left out."""
     mask = batch.response_mask
     metrics = response_metrics(rollouts) | state_metrics(algorithm)
     metrics["responses"] = float(len(rollouts))
+    metrics["reward/unscored"] = unscored
     metrics["reward/std"] = float(batch.scores.double().std(correction=0))
     metrics["groups_without_signal"] = groups_without_signal(batch)
     if batch.ref_logprobs is not None:

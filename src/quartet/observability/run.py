@@ -99,6 +99,8 @@ def rollout_table(step: "Step", texts: TokenTexts) -> Any:
 
     kl = None if batch.ref_logprobs is None else k1(batch.old_logprobs, batch.ref_logprobs)
     positions = torch.arange(batch.tokens.shape[1], device=real.device).expand_as(real)[real].tolist()
+    names = step.rollouts[0].components
+    components = {f"score/{name}": [rollout.components[name] for rollout in step.rollouts] for name in names}
     return pa.table(
         {
             "step": pa.array([step.number] * len(ids), pa.int32()),
@@ -106,6 +108,7 @@ def rollout_table(step: "Step", texts: TokenTexts) -> Any:
             "id": pa.array([batch.ids[row] for row in rows]),
             "group": pa.array([int(batch.groups[row]) for row in rows], pa.int32()),
             "score": pa.array([float(batch.scores[row]) for row in rows], pa.float32()),
+            **{name: pa.array([scores[row] for row in rows], pa.float32()) for name, scores in components.items()},
             "position": pa.array(positions, pa.int32()),
             "token_id": pa.array(ids, pa.int32()),
             "text": pa.array([texts[token] for token in ids]),

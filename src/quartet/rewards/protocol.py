@@ -7,13 +7,17 @@ from typing import Protocol, runtime_checkable
 
 from quartet.experience import Rollout
 
+Score = float | None
+"""None: there is no score for this response (a judge that did not answer, a test that could not be run). It is never read as
+0: the response is left out of the step, and the step says how many were."""
+
 
 @runtime_checkable
 class Reward(Protocol):
     name: str
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """One number per rollout, in their order."""
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """One number, or None, per rollout, in their order."""
         ...
 
 
@@ -22,12 +26,12 @@ class TokenReward(Reward, Protocol):
     """A reward that can also say what each token of a response is worth."""
 
     def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        """For each rollout one number per response token."""
+        """For each rollout one number per response token; an empty list where there is no score."""
         ...
 
 
 class RewardError(RuntimeError):
-    """A reward that did not keep its contract."""
+    """A reward that cannot be used, or did not keep its contract."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +43,39 @@ class Weighted:
 
 
 def rewarded(rollouts: Sequence[Rollout], rewards: Sequence[Weighted]) -> list[Rollout]:
-    """The rollouts with their score, the weighted sum of the rewards, and with each reward's own number by name."""
+    """The rollouts with their score, the weighted sum of the rewards, and with each reward's own number by name. Where a reward
+    that counts has no score, there is none at all; those of weight 0 are only watched."""
     columns = {w.reward.name: w.reward.score(rollouts) for w in rewards}
     for name, column in columns.items():
         if len(column) != len(rollouts):
             raise RewardError(
-                f"reward {name} returned {len(column)} values for {len(rollouts)} responses. "
+                f"reward {name} returned {len(column)} value{'s' * (len(column) != 1)} for {len(rollouts)} responses. "
                 f"Return a list of {len(rollouts)} numbers."
             )
-    return [
-        dataclasses.replace(
-            rollout,
-            score=sum(w.weight * columns[w.reward.name][i] for w in rewards),
-            components={name: column[i] for name, column in columns.items()},
+    made = []
+    for i, rollout in enumerate(rollouts):
+        counted = [(w.weight, columns[w.reward.name][i]) for w in rewards if w.weight != 0]
+        missing = any(score is None for _, score in counted)
+        made.append(
+            dataclasses.replace(
+                rollout,
+                score=None if missing else sum(weight * (score or 0.0) for weight, score in counted),
+                components={name: column[i] for name, column in columns.items()},
+            )
         )
-        for i, rollout in enumerate(rollouts)
-    ]
+    return made
+
+
+def with_score(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Those that there is something to learn from."""
+    kept = [r for r in rollouts if r.score is not None]
+    if rollouts and not kept:
+        absent = [name for name in rollouts[0].components if all(r.components[name] is None for r in rollouts)]
+        raise RewardError(
+            f"none of {len(rollouts)} responses has a score{' from ' + ' and '.join(absent) if absent else ''}: "
+            "there is nothing to learn from."
+        )
+    return kept
 
 
 def with_token_scores(rollouts: Sequence[Rollout], rewards: Sequence[Weighted]) -> list[Rollout]:
@@ -69,6 +90,8 @@ def with_token_scores(rollouts: Sequence[Rollout], rewards: Sequence[Weighted]) 
                 'model, or algorithm.rewards.type = "last_token".'
             )
         for i, numbers in enumerate(w.reward.token_scores(rollouts)):
+            if rollouts[i].score is None:
+                continue
             if len(numbers) != len(total[i]):
                 raise RewardError(
                     f"reward {w.reward.name} returned {len(numbers)} token scores for {rollouts[i].id}, "

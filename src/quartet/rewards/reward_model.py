@@ -7,19 +7,18 @@ import torch
 from quartet.experience import Rollout
 from quartet.models.heads import ScalarModel
 from quartet.models.padding import micro_batches, response_mask, right_pad
+from quartet.rewards.protocol import Score
 
 
 class ModelReward:
     """The reward model's score of prompt and response, at the last real token. It reads the very ids that the policy
     wrote, so policy and reward model share a tokenizer."""
 
-    name = "model"
-
-    def __init__(self, model: ScalarModel, micro_batch_tokens: int) -> None:
-        self.model, self.micro_batch_tokens = model, micro_batch_tokens
+    def __init__(self, model: ScalarModel, micro_batch_tokens: int, name: str = "model") -> None:
+        self.name, self.model, self.micro_batch_tokens = name, model, micro_batch_tokens
         self.device = next(model.parameters()).device
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[float]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return [outputs[-1] for outputs in self._outputs(rollouts, whole=False)]
 
     def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -271,7 +272,7 @@ def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
         tokens=tokens,
         lengths=lengths,
         response_mask=mask,
-        scores=torch.tensor([r.score for r in rollouts], dtype=torch.float32, device=device),
+        scores=torch.tensor([math.nan if r.score is None else r.score for r in rollouts], dtype=torch.float32, device=device),
         ended=torch.tensor([r.finish_reason == "stop" for r in rollouts], device=device),
         groups=torch.tensor([r.group for r in rollouts], device=device),
         rollout_logprobs=logprobs,

@@ -1,6 +1,7 @@
 """From a config to objects: the one file that knows every implementation."""
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,9 @@ import torch
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.preference import PREFERENCES
 from quartet.algorithms.update import TrustRegion
+from quartet.build.rewards import RewardMaker
 from quartet.config import (
     Config,
-    ExactRewardSource,
-    GoldRewardSource,
-    ModelRewardSource,
     Preference,
     RewardModel,
     SeparateCritic,
@@ -30,7 +29,6 @@ from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.data.shapes import Purpose, read_examples
 from quartet.data.tokenizer import train_tokenizer
-from quartet.evaluation.compare import Gold
 from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
 from quartet.loops.preference import OnlinePairs
@@ -47,11 +45,11 @@ from quartet.models.language_model import (
     stop_ids,
 )
 from quartet.models.trunk import checkpoint_blocks
+from quartet.observability.run import TokenTexts
 from quartet.pipeline import Cast, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
-from quartet.rewards.reward_model import ModelReward
-from quartet.rewards.verifiable import ExactMatch
+from quartet.rewards.sources import EnsembleSource, ModelSource, Source, StepsSource
 from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
 from quartet.training.trust_region import TrustRegionLearner
@@ -90,8 +88,7 @@ class Workshop:
         self.world: World | None = WORLDS[config.data.world](config.seed) if config.data.world else None
         self.device = device(config.run.device)
         self.policy_model = existing("policy.model", config.policy.model)
-        source = config.reward_model_source
-        self.reward_model = existing("reward.model", source.model if source else None)
+        self.sources = [with_existing_models(source) for source in config.reward]
         self.tokenizer = self._tokenizer()
         if config.policy.chat_template:
             set_chat_template(self.tokenizer, config.policy.chat_template)
@@ -113,6 +110,13 @@ class Workshop:
         self._check_models()
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
         self.micro_batch_tokens = micro_batch_tokens(config, policy_parameters(config, len(self.tokenizer)), free)
+        texts, gold = TokenTexts(self.tokenizer), self.world.gold if self.world else None
+        self.rewards = RewardMaker(
+            self.tokenizer, lambda ids: [texts[i] for i in ids], self.micro_batch_tokens, self.device, gold
+        )
+        if config.reads("reward"):
+            self.rewards.check(self.sources, bool(config.algorithm and config.algorithm.needs_token_scores))
+        self.critic_init = self._critic_init()
 
     def stage(self, name: str) -> Stage:
         match name:
@@ -170,7 +174,7 @@ class Workshop:
     def preference_stage(self, name: str) -> PreferenceStage:
         settings, online = self.config.preference, name == "online_dpo"
         train, held_out = ([], []) if online else self._examples("comparisons", settings.data)
-        prompts = self._answerable(self._prompts()[0]) if online else []
+        prompts = self._prompts()[0] if online else []
 
         def pairs(folder: Path, model: Any) -> OnlinePairs:
             generator = NativeGenerator(model, self.tokenizer, stop_ids(model, self.tokenizer), self.config.seed)
@@ -192,21 +196,12 @@ class Workshop:
             seed=self.config.seed,
         )
 
-    def _answerable(self, prompts: list[Prompt]) -> list[Prompt]:
-        """The prompts, once each has what the rewards compare answers with."""
-        if any(isinstance(r, ExactRewardSource) for r in self.config.reward):
-            for prompt in prompts:
-                if "answer" not in prompt.extra:
-                    raise DataError(f'{prompt.id}: has no column answer, which reward.type = "exact" compares with.')
-        return prompts
-
     def rl_stage(self) -> RLStage:
         config = self.config
-        prompts = self._answerable(self._prompts()[0])
         assert config.rl_stage and config.algorithm
         return RLStage(
             name=config.rl_stage,
-            prompts=prompts,
+            prompts=self._prompts()[0],
             tokenizer=self.tokenizer,
             cast=self._cast,
             algorithm=config.algorithm,
@@ -224,7 +219,7 @@ class Workshop:
             load_before=self.starting_policy,
             load_after=lambda folder: load_model(folder / "policy", self.device),
             rewards=self._rewards,
-            gold=self._gold(),
+            gold=self.rewards.gold,
             sampling=self.config.rollout,
             micro_batch_tokens=self.micro_batch_tokens,
             seed=self.config.seed,
@@ -284,33 +279,37 @@ class Workshop:
         match self.config.critic:
             case SharedCritic():
                 return Shared(actor, ValueHead(actor.config.get_text_config().hidden_size).to(self.device))
-            case SeparateCritic(init=init):
-                source = self.config.reward_model_source
-                if init == "policy" or (init is None and source is None):
-                    seed = self.config.seed
+            case SeparateCritic():
+                seed, place = self.config.seed, self.critic_init
+                if place == "policy":
                     return Separate(actor, self._scalar(ScalarModel.from_trunk(actor, pad_token_id(self.tokenizer), seed)))
-                place = (
-                    self._reward_model_folder(folder) if init in {None, "reward_model"} else str(existing("critic.init", init))
-                )
-                return Separate(actor, self._scalar(ScalarModel.load(place, self.device)))
+                return Separate(actor, self._scalar(ScalarModel.load(place or folder / "reward_model", self.device)))
+
+    def _critic_init(self) -> str | None:
+        """What a separate critic starts from: "policy", a folder, or None for the reward model that this run trains."""
+        config, source = self.config, next((s for s in self.sources if isinstance(s, ModelSource)), None)
+        if not isinstance(config.critic, SeparateCritic) or not (config.algorithm and config.algorithm.needs_critic):
+            return "policy"
+        init = config.critic.init
+        if init not in {None, "reward_model"}:
+            return init if init == "policy" else existing("critic.init", init)
+        if source is None:
+            return "policy"
+        if source.model is None or self.rewards.reads_ids(source.model, source.label):
+            return source.model
+        if init == "reward_model":
+            raise ModelError(
+                f'critic.init = "reward_model": {source.model} does not read the policy\'s tokens, so it cannot value them. '
+                'Use "policy".'
+            )
+        return "policy"
 
     def _rewards(self, folder: Path) -> list[Weighted]:
-        rewards = []
-        for source in self.config.reward:
-            match source:
-                case ModelRewardSource():
-                    model = freeze(ScalarModel.load(self._reward_model_folder(folder), self.device))
-                    rewards.append(Weighted(ModelReward(model, self.micro_batch_tokens), source.weight))
-                case ExactRewardSource():
-                    rewards.append(Weighted(ExactMatch(), source.weight))
-                case GoldRewardSource():
-                    rewards.append(Weighted(TextReward("gold", self._required_gold()), source.weight))
-        if self.world is not None and not any(isinstance(s, GoldRewardSource) for s in self.config.reward):
-            rewards.append(Weighted(TextReward("gold", self._required_gold()), weight=0.0))  # seen, not trained on
+        trained = folder / "reward_model"
+        rewards = [Weighted(self.rewards.make(source, trained, folder), source.weight) for source in self.sources]
+        if self.rewards.gold is not None and "gold" not in {source.called for source in self.sources}:
+            rewards.append(Weighted(TextReward("gold", self.rewards.gold), weight=0.0))  # seen, not trained on
         return rewards
-
-    def _reward_model_folder(self, folder: Path) -> Path:
-        return folder / "reward_model" if self.reward_model is None else Path(self.reward_model)
 
     def _check_models(self) -> None:
         """What can be known of the models before they are loaded."""
@@ -320,15 +319,6 @@ class Workshop:
                 raise ModelError(
                     f"policy.tokenizer has {len(self.tokenizer):,} tokens, but {self.config.policy.model} knows only {size:,}. "
                     "Use the model's own tokenizer."
-                )
-        if self.reward_model is not None:
-            labels = read_config(self.reward_model).num_labels
-            if labels != 1:
-                raise ModelError(f"{self.reward_model} has {labels} labels; a reward model needs 1.")
-            if load_tokenizer(self.reward_model).get_vocab() != self.tokenizer.get_vocab():
-                raise ModelError(
-                    f'reward.model = "{self.reward_model}": policy and reward model use different tokenizers, which is not '
-                    "supported yet: train the reward model from this policy's model."
                 )
 
     # --- data ----------------------------------------------------------------------------------------------------------
@@ -366,8 +356,12 @@ class Workshop:
         return rows[:-held_out], rows[-held_out:]
 
     def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        """To train on, and held out; each with what the rewards compare answers with."""
         train, held_out = self._examples("prompts")
-        return self.encoder.prompts(train), self.encoder.prompts(held_out)
+        prompts = self.encoder.prompts(train), self.encoder.prompts(held_out)
+        if self.config.reads("reward"):
+            self.rewards.check_prompts([*prompts[0], *prompts[1]], self.sources)
+        return prompts
 
     def _all_text(self) -> list[str]:
         """Whatever text there is to train a tokenizer on."""
@@ -379,13 +373,6 @@ class Workshop:
                 texts += [text for cell in cells if cell is not None for text in plain_texts(cell)]
         return texts
 
-    def _gold(self) -> Gold | None:
-        return self.world.gold if self.world is not None else None
-
-    def _required_gold(self) -> Gold:
-        assert self.world is not None
-        return self.world.gold
-
     def _ceiling(self, comparisons: Sequence[Example]) -> float | None:
         """How often a judge who knows the gold reward agrees with these labels."""
         if self.world is None or self.config.reward_model.data is not None:
@@ -396,7 +383,7 @@ class Workshop:
         return sum(right) / len(right)
 
     def notes(self) -> list[str]:
-        notes = []
+        notes = list(self.rewards.notes)
         if self.encoder.dropped:
             count = len(self.encoder.dropped)
             notes.append(f"{count:,} rows cannot be used and were left out, the first: {first_of(self.encoder.dropped)}")
@@ -425,6 +412,18 @@ def device(name: str) -> torch.device:
 
 def plain_texts(cell: Any) -> list[str]:
     return [cell] if isinstance(cell, str) else [message["content"] for message in cell]
+
+
+def with_existing_models(source: Source) -> Source:
+    """The source, its folders absolute."""
+    match source:
+        case ModelSource(model=model):
+            return dataclasses.replace(source, model=existing("reward.model", model))
+        case StepsSource(model=model):
+            return dataclasses.replace(source, model=str(existing("reward.model", model)))
+        case EnsembleSource(models=models):
+            return dataclasses.replace(source, models=tuple(str(existing("reward.models", model)) for model in models))
+    return source
 
 
 def existing(key: str, model: str | None) -> str | None:

@@ -1,0 +1,65 @@
+"""A trained reward model as a function of texts."""
+
+from pathlib import Path
+from typing import Any
+
+from quartet.build.rewards import ENCODERS
+from quartet.data.encoding import Encoder
+from quartet.experience import Prompt, Rollout
+from quartet.models.actor_critic import freeze
+from quartet.models.heads import ScalarModel
+from quartet.models.language_model import ModelError, load_tokenizer, read_config
+from quartet.rewards.protocol import Reward, Score
+from quartet.rewards.reward_model import ModelReward
+from quartet.rewards.serve import Asked, BadRequest
+from quartet.rewards.text_models import TextModelReward, the_label
+
+
+class Scorer:
+    """Scores what is asked as a run would: prompt and response tokenized apart, the end of sequence behind a response that
+    ended."""
+
+    def __init__(self, folder: Path, device: Any, micro_batch_tokens: int = 4096) -> None:
+        """`folder`: a run's, or a reward model's."""
+        place = folder / "reward_model" if (folder / "reward_model").is_dir() else folder
+        if not place.is_dir():
+            raise ModelError(f"{folder}: no such folder.")
+        config = read_config(place)
+        the_label(str(place), config.num_labels, None)
+        self.place, self.encoder = place, None
+        self.limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+        self.reward: Reward
+        if config.model_type in ENCODERS:
+            self.reward = TextModelReward("model", place, None, micro_batch_tokens, device)
+            return
+        self.encoder = Encoder(load_tokenizer(place), max_prompt_tokens=self.limit, max_response_tokens=self.limit)
+        self.reward = ModelReward(freeze(ScalarModel.load(place, device)), micro_batch_tokens)
+
+    def __call__(self, asked: Asked) -> list[Score]:
+        rows = zip(asked.prompts, asked.responses, asked.ended, strict=True)
+        return self.reward.score([self._rollout(i, *row) for i, row in enumerate(rows)]) if asked.responses else []
+
+    def _rollout(self, number: int, prompt: Any, response: str, ended: bool) -> Rollout:
+        prompt_ids, ids = self._ids(prompt, response, ended)
+        if len(prompt_ids) + len(ids) > self.limit:
+            raise BadRequest(
+                f"response {number} and its prompt have more than {self.limit:,} tokens, all that the model reads."
+            )
+        text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+        return Rollout(
+            id=str(number),
+            prompt=Prompt(str(number), prompt_ids, text, messages=None if isinstance(prompt, str) else prompt),
+            group=number,
+            response_ids=ids,
+            response=response,
+            logprobs=(0.0,) * len(ids),
+            finish_reason="stop" if ended else "length",
+            policy_version=0,
+        )
+
+    def _ids(self, prompt: Any, response: str, ended: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if self.encoder is None:
+            return (), ()
+        tokenizer = self.encoder.tokenizer
+        ids = tokenizer.encode(response, add_special_tokens=False)
+        return tuple(self.encoder.prompt_ids(prompt)), tuple([*ids, tokenizer.eos_token_id] if ended else ids)

@@ -1,0 +1,212 @@
+"""A person's functions, in real processes."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from quartet.rewards.functions import FunctionReward, check_reference
+from quartet.rewards.protocol import RewardError, Weighted, rewarded, with_score, with_token_scores
+from quartet.rewards.verifiable import ExactMatch
+from tests.world import prompts, rollout, tokenizer
+
+CODE = """
+import asyncio, os, sys, time
+
+def brevity(responses):
+    print("this is no answer")
+    return [-len(r) for r in responses]
+
+def with_columns(prompts, completions, answer, **others):
+    assert set(others) == {"responses", "messages", "ended", "tokens", "level"}, others
+    return [float(a == c) for a, c in zip(answer, completions)]
+
+async def slowly(responses):
+    await asyncio.sleep(0.01)
+    return [1 for _ in responses]
+
+def numpy_like(responses):
+    import numpy
+    return numpy.arange(len(responses), dtype="float32")
+
+def per_token(tokens):
+    return [[len(t) for t in ts] for ts in tokens]
+
+def sometimes(responses):
+    return [None if i == 1 else 1.0 for i in range(len(responses))]
+
+def short(responses):
+    return [1.0]
+
+def wrong(responses):
+    return ["good"] * len(responses)
+
+def fails(responses):
+    return [1 / 0 for _ in responses]
+
+def hangs(responses):
+    time.sleep(60)
+
+def dies(responses):
+    os._exit(3)
+
+def exits(responses):
+    sys.exit("enough")
+
+def asks(responses, difficulty):
+    return [0.0] * len(responses)
+
+def forges(responses):
+    os.write(1, b'{"values": [9, 9, 9]}\\n')
+    print('{"values": [9, 9, 9]}')
+    return [0.0] * len(responses)
+
+def process(responses):
+    return [os.getpid()] * len(responses)
+
+class Judge:
+    def __call__(self, responses):
+        return [2.0] * len(responses)
+
+judge = Judge()
+number = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "my_rewards.py"
+    path.write_text(CODE)
+    return path
+
+
+def rollouts(**extra):
+    made = []
+    for i, prompt in enumerate(prompts(3)):
+        asked = type(prompt)(prompt.id, prompt.ids, prompt.text, extra)
+        made.append(rollout(asked, (5 + i, 6, 7)[: 1 + i], 0.0, i))
+    return made
+
+
+def reward(file, name, **more):
+    return FunctionReward(name, f"{file}:{name}", lambda ids: [tokenizer().decode([i]) for i in ids], **more)
+
+
+def test_a_function_gets_responses_and_its_prints_are_no_answers(file):
+    assert reward(file, "brevity").score(rollouts()) == [-len(r.response) for r in rollouts()]
+    assert reward(file, "forges").score(rollouts()) == [0, 0, 0]
+
+
+def test_extra_columns_come_as_lists(file):
+    asked = rollouts(answer="bad", level=2)
+    assert reward(file, "with_columns").score(asked) == [float(r.response == "bad") for r in asked]
+
+
+def test_async_functions_arrays_and_callable_objects(file):
+    assert reward(file, "slowly").score(rollouts()) == [1, 1, 1]
+    assert reward(file, "numpy_like").score(rollouts()) == [0, 1, 2]
+    assert reward(file, "judge").score(rollouts()) == [2, 2, 2]
+
+
+def test_a_dotted_path(file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    made = FunctionReward("brevity", "my_rewards.brevity", lambda ids: [])
+    assert made.score(rollouts())[0] == -len(rollouts()[0].response)
+
+
+def test_numbers_per_token_add_up_to_the_score(file):
+    asked = rollouts()
+    made = reward(file, "per_token")
+    lengths = [[float(len(tokenizer().decode([i]))) for i in r.response_ids] for r in asked]
+    assert made.score(asked) == [sum(row) for row in lengths]
+    scored = with_token_scores(rewarded(asked, [Weighted(made, 2.0)]), [Weighted(made, 2.0)])
+    assert [list(r.token_scores) for r in scored] == [[2 * x for x in row] for row in lengths]
+
+
+def test_none_leaves_a_response_out_and_is_never_zero(file):
+    scored = rewarded(rollouts(), [Weighted(reward(file, "sometimes")), Weighted(reward(file, "slowly"), 0.5)])
+    assert [r.score for r in scored] == [1.5, None, 1.5]
+    assert scored[1].components == {"sometimes": None, "slowly": 1.0}
+    assert len(with_score(scored)) == 2
+    watched = rewarded(rollouts(), [Weighted(reward(file, "sometimes"), 0.0), Weighted(reward(file, "slowly"))])
+    assert [r.score for r in watched] == [1, 1, 1]
+
+
+def test_where_nothing_has_a_score_the_reward_is_named():
+    class Silent:
+        name = "silent"
+
+        def score(self, rollouts):
+            return [None] * len(rollouts)
+
+    with pytest.raises(RewardError, match="none of 3 responses has a score from silent"):
+        with_score(rewarded(rollouts(), [Weighted(Silent())]))
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("short", "my_rewards.py:short returned 1 value for 3 responses. Return a list of 3 numbers."),
+        ("wrong", "failed: TypeError: returned 'good' for response 0, not a number, None or a list of numbers"),
+        ("fails", "failed: ZeroDivisionError: division by zero (my_rewards.py, line 33). The traceback is in run.log."),
+        ("exits", "failed: SystemExit: enough"),
+        ("dies", "its process ended by itself (exit code 3)"),
+        ("asks", "asks for difficulty, which the data do not have. There are prompts, responses"),
+    ],
+)
+def test_a_broken_contract_is_one_sentence(file, name, sentence):
+    made = reward(file, name)
+    with pytest.raises(RewardError) as error:
+        made.score(rollouts())
+    assert sentence in str(error.value)
+
+
+def test_a_time_limit_is_kept_and_the_process_is_gone(file):
+    made = reward(file, "hangs", timeout=0.3)
+    process = made.workers[0].process
+    started = time.monotonic()
+    with pytest.raises(RewardError, match="took longer than 0.3 s for 3 responses. Raise reward.timeout"):
+        made.score(rollouts())
+    assert time.monotonic() - started < 10
+    assert process.poll() == -signal.SIGKILL
+
+
+def test_several_processes_share_the_responses_in_order(file):
+    many = [r for _ in range(4) for r in rollouts()]
+    made = reward(file, "brevity", processes=3)
+    assert made.score(many) == [-len(r.response) for r in many]
+    pids = reward(file, "process", processes=3).score(many)
+    assert len(set(pids)) == 3 and os.getpid() not in pids
+
+
+@pytest.mark.parametrize(
+    ("reference", "sentence"),
+    [
+        ("missing.py:f", "missing.py: no such file."),
+        ("{file}:nothing", "has no nothing. It defines brevity"),
+        ("{file}", "write file.py:name"),
+        ("{broken}:f", "is not Python"),
+    ],
+)
+def test_a_wrong_reference_is_known_without_running_it(file, tmp_path, reference, sentence):
+    (tmp_path / "broken.txt.py").write_text("def f(:")
+    shown = reference.format(file=file, broken=tmp_path / "broken.txt.py")
+    with pytest.raises(RewardError) as error:
+        if reference == "{file}":
+            check_reference("nofunction")
+        else:
+            check_reference(shown)
+    assert sentence in str(error.value)
+
+
+def test_what_is_not_a_function_and_what_cannot_be_imported_are_refused_at_the_start(file, tmp_path):
+    with pytest.raises(RewardError, match="number is a int, not a function"):
+        reward(file, "number")
+    (tmp_path / "raises.py").write_text("import nowhere_to_be_found\ndef f(responses): return []\n")
+    with pytest.raises(RewardError, match="cannot be used: ModuleNotFoundError: No module named 'nowhere_to_be_found'"):
+        reward(tmp_path / "raises.py", "f")
+
+
+def test_the_protocol_is_checked_for_our_own_rewards_too():
+    assert ExactMatch().score([]) == []

@@ -1,0 +1,166 @@
+"""Rewards of a person's own, from the file to the record of a run, and the verbs that try and serve them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pyarrow.parquet as pq
+import pytest
+
+from quartet.models.heads import ScalarModel
+from tests.test_runs import QUARTET, TINY, events, metrics, quartet
+from tests.world import model, tokenizer, write_lines
+
+CODE = """
+def digits(responses, answer):
+    return [sum(c.isdigit() for c in r) / max(len(r), 1) for r in responses]
+
+def shaky(prompts, responses):
+    return [None if i % 4 == 0 else 1.0 for i, _ in enumerate(responses)]
+
+def per_token(tokens):
+    return [[float(t.strip().isdigit()) for t in ts] for ts in tokens]
+
+def nan(responses):
+    return [float("nan")] * len(responses)
+
+def longer(responses):
+    return [len(r) for r in responses]
+"""
+SUMS = ["run", "sums", *TINY, "policy.create.max_length=32"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "mine.py").write_text(CODE)
+    return folder
+
+
+def rewards(*tables: dict) -> str:
+    return "reward=[" + ", ".join("{" + ", ".join(f"{k}={json.dumps(v)}" for k, v in t.items()) + "}" for t in tables) + "]"
+
+
+def test_two_functions_and_a_verifier_are_weighed_and_all_of_them_are_recorded(place):
+    tables = [
+        {"type": "number"},
+        {"type": "function", "function": "mine.py:digits", "weight": 0.5, "processes": 2},
+        {"type": "function", "function": "mine.py:shaky", "weight": 0.25, "name": "mood"},
+        {"type": "length", "least": 1, "most": 3, "weight": 0.0},
+    ]
+    done = quartet(*SUMS, rewards(*tables), cwd=place)
+    assert done.returncode == 0, done.stderr
+    run = place / "runs" / "latest"
+    steps = [m for m in metrics(run) if "reward/number" in m]
+    assert len(steps) == 3
+    for step in steps:
+        parts = step["reward/number"] + 0.5 * step["reward/digits"] + 0.25 * step["reward/mood"]
+        assert step["reward"] == pytest.approx(parts, abs=1e-6)
+        assert step["reward/mood"] == 1.0 and step["reward/unscored"] == 0.25 and "reward/length" in step
+    table = pq.read_table(run / "rollouts" / "000001.parquet").to_pylist()
+    row = table[0]
+    total = row["score/number"] + 0.5 * row["score/digits"] + 0.25 * row["score/mood"]
+    assert row["score"] == pytest.approx(total, abs=1e-6) and 0 <= row["score/length"] <= 1
+    warnings = [e["sentence"] for e in events(run) if e["event"] == "warning"]
+    assert any("25% of responses got no score and were left out" in w for w in warnings)
+
+
+def test_dense_rewards_stand_on_their_tokens(place):
+    done = quartet(
+        *SUMS,
+        'recipe=["sft","ppo","evaluation"]',
+        "algorithm.preset=ppo",
+        "rollout.samples_per_prompt=1",
+        'algorithm.rewards.type="every_token"',
+        "algorithm.kl.coef=0",
+        "algorithm.scores=[]",
+        rewards({"type": "function", "function": "mine.py:per_token", "weight": 2.0}),
+        cwd=place,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = pq.read_table(place / "runs" / "latest" / "rollouts" / "000001.parquet").to_pylist()
+    said = [row for row in rows if row["is_response"]]
+    assert said and all(row["reward"] == 2.0 * row["text"].strip().isdigit() for row in said)
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ({"type": "function", "function": "mine.py:gone"}, "mine.py has no gone. It defines digits, shaky"),
+        ({"type": "function", "function": "gone.py:f"}, "gone.py: no such file."),
+        ({"type": "function"}, "reward.0.function: is missing."),
+        ({"type": "pattern", "pattern": "("}, 'reward.pattern = "(": not a regular expression'),
+        ({"type": "json", "schema_file": "gone.json"}, 'reward.schema_file = "gone.json": no such file.'),
+        ({"type": "exact", "answer": "solution"}, 'has no column solution, which reward.type = "exact" compares with.'),
+        ({"type": "length", "least": 5, "most": 2}, "least = 5 is more than most = 2"),
+        ({"type": "server", "url": "ftp://x"}, "reward.0.url"),
+        ({"type": "server", "url": "http://x", "token_env": "NO_TOKEN_HERE"}, "NO_TOKEN_HERE"),
+        ({"type": "judge", "url": "http://x", "model": "m", "prompt": "gone.txt"}, 'reward.prompt = "gone.txt": no such file.'),
+        ({"type": "judge", "url": "http://x", "model": "m", "weight": 0}, "weight: is 0 for every reward"),
+        ({"type": "ensemble", "models": ["a"]}, "reward.0.models"),
+        ({"type": "ensemble", "models": ["./gone", "./too"]}, 'reward.models = "./gone": no such folder.'),
+        ({"type": "functoin", "function": "mine.py:digits"}, "Did you mean function?"),
+    ],
+)
+def test_what_cannot_be_a_reward_is_said_before_anything_is_loaded(place, table, sentence):
+    done = quartet(*SUMS, rewards(table), cwd=place)
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_two_rewards_of_one_name_and_pairs_without_pairs(place):
+    twice = quartet(*SUMS, rewards({"type": "exact"}, {"type": "exact", "answer": "question"}), cwd=place)
+    assert "two rewards are called exact" in twice.stderr
+    alone = quartet(
+        "run", "reviews", rewards({"type": "judge", "url": "http://x", "model": "m", "mode": "pairwise"}), cwd=place
+    )
+    assert 'reward.mode = "pairwise": compares answers to the same prompt' in alone.stderr
+
+
+def test_a_nan_stops_the_run_with_its_sample(place):
+    done = quartet(*SUMS, rewards({"type": "function", "function": "mine.py:nan"}), cwd=place)
+    assert done.returncode == 1 and "grpo, step 1: the reward is not finite in sample sums:" in done.stderr
+
+
+def test_trying_a_reward(place):
+    file = write_lines(
+        place / "pairs.jsonl",
+        *(json.dumps({"prompt": "p", "chosen": "x" * (i + 2), "rejected": "y" * (i + 1)}) for i in range(20)),
+    )
+    done = quartet("reward", "mine.py:longer", "--on", str(file), "--json", cwd=place)
+    found = json.loads(done.stdout)
+    assert found["answers"] == 40 and found["least"] == 1 and found["most"] == 21 and found["different"] == 21
+    assert found["accuracy"] == 1.0 and found["length_correlation"] == pytest.approx(1.0)
+    assert any("longer answers score higher (r = 1.00)" in f for f in found["findings"])
+    shown = quartet("reward", "mine.py:longer", "--on", str(file), cwd=place).stdout
+    assert "scores    1 to 21" in shown and "the chosen side scores higher in 100%" in shown
+    assert "NaN or infinite" in quartet("reward", "mine.py:nan", "--on", str(file), cwd=place).stdout
+    assert "has no column answer" in quartet("reward", "number", "--on", str(file), cwd=place).stderr
+
+
+def test_serving_a_run(place, tmp_path):
+    ScalarModel.from_trunk(model(), 0, seed=0).save(tmp_path / "reward_model", tokenizer())
+    started = subprocess.Popen(
+        [QUARTET, "serve-reward", str(tmp_path), "--port", "18765"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=dict(os.environ),
+    )
+    try:
+        for _ in range(300):
+            try:
+                answer = httpx.post("http://127.0.0.1:18765/", json={"prompts": ["the"], "responses": ["film"]})
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        assert len(answer.json()["scores"]) == 1
+    finally:
+        started.terminate()
+        started.communicate()
+    gone = quartet("serve-reward", "nowhere", cwd=place)
+    assert gone.returncode == 2 and "nowhere: no such folder." in gone.stderr
+    assert sys.executable
