@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from quartet.models.language_model import create, load_tokenizer, save
+from quartet.models.heads import ScalarModel
+from quartet.models.language_model import create, load_model, load_tokenizer, save
 from quartet.models.shape import Shape
 from quartet.worlds import WORLDS
 
@@ -389,3 +390,54 @@ def test_a_folder_without_a_tokenizer_or_without_weights_is_refused(tmp_path, us
     empty = quartet("run", "x.toml", cwd=tmp_path)
     assert empty.returncode == 2 and "has no .safetensors weights" in empty.stderr
     assert not (tmp_path / "runs").exists()
+
+
+LOAD = """
+import json, sys, torch, transformers
+folder, ids = sys.argv[1], torch.tensor([json.loads(sys.argv[2])])
+made = {}
+for name, auto in (("policy", "CausalLM"), ("reward_model", "SequenceClassification"), ("critic", "TokenClassification")):
+    model, report = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(f"{folder}/{name}", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"], (name, report)
+    assert transformers.AutoTokenizer.from_pretrained(f"{folder}/{name}").eos_token_id is not None
+    with torch.no_grad():
+        made[name] = model.eval()(input_ids=ids).logits.flatten().tolist()
+    if name != "policy":
+        assert model.config.num_labels == 1 and model.config.pad_token_id is not None, name
+assert "quartet" not in sys.modules
+import peft
+base = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/sft")
+with torch.no_grad():
+    made["adapter"] = peft.PeftModel.from_pretrained(base, f"{folder}/policy/adapter").eval()(input_ids=ids).logits.flatten().tolist()
+print("RESULT" + json.dumps(made))
+"""
+
+
+def test_one_trunk_with_four_roles_and_what_comes_out_loads_elsewhere_without_us(tmp_path):
+    done = quartet(*TINY_REVIEWS, 'policy.adapter={type="lora",rank=2}', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "critic (adapter)" in done.stdout
+    run = tmp_path / "runs" / "latest"
+    first = next(m for m in metrics(run) if "kl" in m)
+    assert first["kl"] == 0.0 and first["ratio/first_error"] < 1e-5
+    ids = [5, 9, 12, 7, 20]
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD, str(run), json.dumps(ids)], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    theirs = json.loads(loaded.stdout.partition("RESULT")[2])
+    tokens = torch.tensor([ids])
+    every = torch.ones_like(tokens, dtype=torch.bool)
+    with torch.no_grad():
+        reward_model, critic = ScalarModel.load(run / "reward_model"), ScalarModel.load(run / "critic")
+        ours = {
+            "policy": load_model(run / "policy")(input_ids=tokens).logits.flatten(),
+            "reward_model": reward_model(tokens, every)[-1:] + reward_model.centre,
+            "critic": critic(tokens, every),
+        }
+    for name, logits in ours.items():
+        torch.testing.assert_close(torch.tensor(theirs[name]), logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(theirs["adapter"]), ours["policy"], atol=1e-5, rtol=1e-5)
+    card = (run / "policy" / "README.md").read_text()
+    assert "library_name: transformers" in card and "wins 0." in card and "`adapter/` is the LoRA adapter alone" in card
+    assert "ppo" not in (run / "sft" / "README.md").read_text().partition("---\n\n")[2].partition("Made by")[0]

@@ -333,6 +333,7 @@ def _build(settings: "Settings") -> "Job":
     from quartet.build import build
     from quartet.data import DataError
     from quartet.machine import keep_freed_memory
+    from quartet.models.adapters import AdapterError
     from quartet.models.chat import ChatError
     from quartet.models.language_model import ModelError
     from quartet.rewards.protocol import RewardError
@@ -340,7 +341,7 @@ def _build(settings: "Settings") -> "Job":
     keep_freed_memory()
     try:
         return build(settings.config)
-    except (DataError, ModelError, ChatError, RewardError) as error:
+    except (DataError, ModelError, AdapterError, ChatError, RewardError) as error:
         _refuse(str(error))
 
 

@@ -15,6 +15,7 @@ from quartet.algorithms.preference import PREFERENCES, Dpo, LastTokenLoss, Prefe
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.update import TrustRegion
 from quartet.generation.sampling import Sampling
+from quartet.models.lora import Lora
 from quartet.models.shape import Shape
 from quartet.parts import Field, part
 from quartet.rewards.sources import PER_TOKEN, GoldSource, JudgeSource, ModelSource, RewardSource
@@ -60,6 +61,12 @@ class Policy:
     create: Shape | None = None
     tokenizer: TrainTokenizer | str | None = Field(default=None, description="A folder, or one to train. Default: the model's.")
     chat_template: str | None = Field(default=None, description='"chatml" or a file with a template.')
+    adapter: Lora | None = Field(default=None, description='{ type = "lora" }. Left out, all weights are trained.')
+    frozen_layers: int = Field(
+        default=0,
+        ge=0,
+        description="The embeddings and so many of the first layers stay as they are, and reference and critic share them.",
+    )
     gradient_checkpointing: bool = Field(
         default=False,
         description="While training, keep only what each block was given and compute the rest again: a third more work for a "
@@ -248,6 +255,11 @@ class Config:
             )
         if (self.data.world is None) == (self.data.train is None):
             problems.append("data.train: name a file, or an embedded world in data.world; exactly one of the two.")
+        if self.policy.adapter is not None and self.policy.frozen_layers:
+            problems.append("policy.frozen_layers: an adapter freezes all layers already. Take one of the two out.")
+        shape = self.policy.create
+        if shape is not None and self.policy.frozen_layers >= shape.num_layers:
+            problems.append(f"policy.frozen_layers = {self.policy.frozen_layers}: the model has {shape.num_layers} layers.")
         if self.policy.create is not None and self.policy.tokenizer is None and self.data.world is None:
             problems.append('policy.tokenizer: a new model needs one. Write tokenizer = { type = "train" } or name a folder.')
         if self.data.world == "sums" and "reward_model" in self.recipe:

@@ -6,7 +6,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from quartet.config import Config
+from quartet.config import Config, SharedCritic
+from quartet.rewards.sources import ModelSource
 
 FLOAT = 4
 PROGRAM_BYTES = 500e6
@@ -73,6 +74,16 @@ def activation_bytes(model: Sizes, checkpointing: bool) -> float:
     return FLOAT * kept
 
 
+def adapter_parameters(config: Config) -> int | None:
+    """How many numbers one adapter holds; None where there is none. Of a model whose shape is not known, a guess of 1 %."""
+    lora, model = config.policy.adapter, sizes(config)
+    if lora is None:
+        return None
+    if model is None:
+        return (policy_parameters(config, None) or 0) // 100
+    return lora.parameters(model.hidden, model.layers, model.intermediate, model.heads_share)
+
+
 def micro_batch_tokens(config: Config, parameters: int | None, free_bytes: float | None) -> int:
     """The setting, or what suits: on a GPU as many tokens as fit into half of what its free memory has left beside weights,
     gradients and the optimizer's moments."""
@@ -94,22 +105,29 @@ def phases(config: Config, models: dict[str, int | None], policy: int, row: floa
     model = sizes(config) or Sizes(int(60 * (policy / 12) ** 0.5) // 10, 1, 0)
     per_token = activation_bytes(model, config.policy.gradient_checkpointing)
     tokens = micro_batch_tokens(config, policy, None)
-    weights, trained = FLOAT * policy, 4 * FLOAT * policy
+    weights = FLOAT * policy
+    adapter = adapter_parameters(config)
+    # Of what is trained: weights, gradients and two moments. Adapters are that on one trunk, whoever else reads it.
+    trained = 4 * FLOAT * policy if adapter is None else 4 * FLOAT * adapter
+    trunk = 0.0 if adapter is None else weights
 
     def micro(rows: int, learners: int = 1) -> float:
         return WORKING_BYTES + UNJOINED * learners * min(rows * row, tokens) * per_token
 
     memory = {}
     if "sft" in config.recipe:
-        memory["sft"] = PROGRAM_BYTES + trained + micro(config.sft.batch_size)
+        memory["sft"] = PROGRAM_BYTES + trunk + trained + micro(config.sft.batch_size)
     if "reward_model" in config.recipe:
         memory["reward model"] = PROGRAM_BYTES + weights + trained + micro(2 * config.reward_model.batch_size)
     if config.preference_stage:
-        frozen = weights * config.preference.loss.needs_reference
+        frozen = weights * (config.preference.loss.needs_reference or adapter is not None)
         memory[config.preference_stage] = PROGRAM_BYTES + frozen + trained + micro(2 * config.preference.batch_size)
     if config.rl_stage:
         frozen = weights * sum(role in models for role in ("reward model", "reference"))
-        learners = sum(role in models for role in ("policy", "critic"))
+        if adapter is not None:  # one trunk, and whole reward models that were trained elsewhere
+            frozen = weights * (1 + sum(isinstance(r, ModelSource) and r.model is not None for r in config.reward))
+        has_critic = bool(config.algorithm and config.algorithm.needs_critic) and not isinstance(config.critic, SharedCritic)
+        learners = 1 + has_critic
         rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
         # A cache is as wide as the longest answer, for the rows that are left; its memory waits for the next step.
         cache = FLOAT * 2 * model.layers * model.heads_share * model.hidden * rows * (row + config.rollout.max_new_tokens / 2)

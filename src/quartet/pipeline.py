@@ -1,6 +1,5 @@
 """Stages from checkpoint to checkpoint: each reads the folders that earlier ones wrote, and writes its own."""
 
-import copy
 import dataclasses
 import json
 import statistics
@@ -23,9 +22,10 @@ from quartet.loops.reward_model import pair_accuracy, reward_model
 from quartet.loops.rl import Step, rl
 from quartet.loops.sft import held_out_loss, sft
 from quartet.machine import give_back_memory
-from quartet.models.actor_critic import freeze
+from quartet.models.adapters import reference_of
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import policy_logprobs, save, stop_ids
+from quartet.observability.card import write_cards
 from quartet.observability.doctor import Watch
 from quartet.observability.run import RunFolder, TokenTexts
 from quartet.rewards.protocol import Weighted, rewarded
@@ -118,6 +118,7 @@ def run(stages: Sequence[Stage], folder: RunFolder, texts: TokenTexts, rollouts_
         folder.event("finished", stage.name, summary=summary, seconds=took)
         yield Finished(stage, summary, took)
         give_back_memory()
+    write_cards(folder.path)
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class PreferenceStage:
 
     def run(self, folder: Path) -> Stages:
         model = self.load_policy(folder)
-        reference = freeze(copy.deepcopy(model)) if self.loss.needs_reference else None
+        reference = reference_of(model) if self.loss.needs_reference else None
         source = self.online(folder, model) if self.online else Sampler(self.comparisons, self.batch_size, self.seed)
         optimizer = self.optimizer(model)
         yield from preference(model, reference, source, self.loss, optimizer, self.num_steps, self.micro_batch_tokens)

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 from quartet.config import Config, SharedCritic, TrainTokenizer
-from quartet.memory import FLOAT, phases, policy_parameters
+from quartet.memory import FLOAT, adapter_parameters, phases, policy_parameters
 from quartet.worlds import WORLDS
 
 FLOPS_PER_CPU = 22e9
@@ -53,6 +53,8 @@ def plan(config: Config) -> Plan:
 def _models(config: Config, policy: int | None) -> dict[str, int | None]:
     algorithm = config.algorithm
     models = {"policy": policy}
+    if (adapter := adapter_parameters(config)) is not None:
+        return models | _adapters(config, adapter, policy)
     if algorithm and algorithm.needs_critic:
         models["critic (head on the policy's trunk)" if isinstance(config.critic, SharedCritic) else "critic"] = policy
     if config.reward_model_source or "reward_model" in config.recipe:
@@ -60,6 +62,18 @@ def _models(config: Config, policy: int | None) -> dict[str, int | None]:
     if (algorithm and algorithm.needs_reference) or (config.preference_stage and config.preference.loss.needs_reference):
         models["reference"] = policy
     return models
+
+
+def _adapters(config: Config, adapter: int, policy: int | None) -> dict[str, int | None]:
+    """What stands on the policy's trunk, which is the reference, and what has a trunk of its own."""
+    roles: dict[str, int | None] = {"adapter": adapter}
+    if config.algorithm and config.algorithm.needs_critic and not isinstance(config.critic, SharedCritic):
+        roles["critic (adapter)"] = adapter
+    if "reward_model" in config.recipe:
+        roles["reward model (adapter)"] = adapter
+    elif config.reward_model_source:
+        roles["reward model"] = policy
+    return roles
 
 
 def _vocabulary(config: Config) -> int | None:
@@ -104,7 +118,7 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
 
 def _disk(config: Config, models: dict[str, int | None]) -> float:
     """Model folders, and about 25 bytes per token of rollouts."""
-    folders = ("sft" in config.recipe) + sum(role in models for role in ("policy", "critic", "reward model"))
+    folders = ("sft" in config.recipe) + sum(role.partition(" (")[0] in {"policy", "critic", "reward model"} for role in models)
     written = _answers(config) * sum(_row_tokens(config)) / config.run.rollouts_every if config.rl_stage else 0
     return folders * FLOAT * (models["policy"] or 0) + 25 * written
 

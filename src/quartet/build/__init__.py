@@ -1,7 +1,7 @@
 """From a config to objects: the one file that knows every implementation."""
 
-import copy
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +33,10 @@ from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
 from quartet.loops.preference import OnlinePairs
 from quartet.memory import micro_batch_tokens, policy_parameters
-from quartet.models.actor_critic import ActorCritic, Separate, Shared, freeze, pad_token_id
+from quartet.models.actor_critic import ActorCritic, Separate, Shared, pad_token_id
+from quartet.models.adapters import CRITIC, POLICY, REWARD, AdapterError, add_adapter, copy_adapter, freeze_layers, reference_of
 from quartet.models.chat import set_chat_template
-from quartet.models.heads import ScalarModel, ValueHead
+from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach
 from quartet.models.language_model import (
     ModelError,
     create,
@@ -84,6 +85,8 @@ class Workshop:
     """Makes the objects of one run, each of the shared ones once."""
 
     def __init__(self, config: Config) -> None:
+        if config.policy.adapter is not None and importlib.util.find_spec("peft") is None:
+            raise AdapterError('policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".')
         self.config = config
         self.world: World | None = WORLDS[config.data.world](config.seed) if config.data.world else None
         self.device = device(config.run.device)
@@ -140,7 +143,7 @@ class Workshop:
             demonstrations=self.encoder.demonstrations(train),
             held_out=self.encoder.demonstrations(held_out),
             tokenizer=self.tokenizer,
-            load_policy=lambda _: self.base_policy(),
+            load_policy=lambda _: self._learning(self._base_policy()),
             optimizer=lambda model: stage_optimizer(model, sft),
             num_steps=sft.steps,
             batch_size=sft.batch_size,
@@ -159,10 +162,8 @@ class Workshop:
             prompts=prompts[:CENTRING_PROMPTS],
             sampling=self.config.rollout,
             tokenizer=self.tokenizer,
-            load_policy=self.starting_policy,
-            make_model=lambda policy: self._scalar(
-                ScalarModel.from_trunk(policy, pad_token_id(self.tokenizer), self.config.seed)
-            ),
+            load_policy=self._plain_policy,
+            make_model=lambda policy: self._new_scalar(policy, REWARD),
             loss=settings.loss,
             optimizer=lambda model: stage_optimizer(model, settings),
             num_steps=settings.steps,
@@ -216,7 +217,7 @@ class Workshop:
         return EvaluationStage(
             prompts=self._prompts()[1][: self.config.evaluation.prompts],
             tokenizer=self.tokenizer,
-            load_before=self.starting_policy,
+            load_before=self._plain_policy,
             load_after=lambda folder: load_model(folder / "policy", self.device),
             rewards=self._rewards,
             gold=self.rewards.gold,
@@ -227,32 +228,49 @@ class Workshop:
 
     # --- models --------------------------------------------------------------------------------------------------------
 
-    def base_policy(self) -> Any:
+    def _base_policy(self) -> Any:
         """The model that the run begins with."""
         policy = self.config.policy
         if policy.create is not None:
-            return self._trained(create(policy.create, self.tokenizer, self.config.seed).to(self.device))
-        return self._trained(load_model(str(self.policy_model), self.device))
+            return self._checkpointed(create(policy.create, self.tokenizer, self.config.seed).to(self.device))
+        return self._checkpointed(load_model(str(self.policy_model), self.device))
 
-    def starting_policy(self, folder: Path) -> Any:
+    def _plain_policy(self, folder: Path) -> Any:
         """The policy that RL starts from, and is held to: the run's own SFT model where it made one."""
         if "sft" not in self.config.recipe:
-            return self.base_policy()
-        return self._trained(load_model(folder / "sft", self.device))
+            return self._base_policy()
+        return self._checkpointed(load_model(folder / "sft", self.device))
 
-    def _trained(self, model: Any) -> Any:
+    def starting_policy(self, folder: Path) -> Any:
+        """The same, as it will learn."""
+        return self._learning(self._plain_policy(folder))
+
+    def _learning(self, model: Any) -> Any:
+        """Under an adapter, or with its first layers frozen, where the config says so."""
+        policy = self.config.policy
+        if policy.adapter is not None:
+            return add_adapter(model, policy.adapter, POLICY, self.config.seed)
+        return freeze_layers(model, policy.frozen_layers)
+
+    def _checkpointed(self, model: Any) -> Any:
         return checkpoint_blocks(model) if self.config.policy.gradient_checkpointing else model
 
-    def _scalar(self, model: ScalarModel) -> ScalarModel:
-        self._trained(model.model)
-        return model
+    def _new_scalar(self, policy: Any, adapter: str) -> ScalarModel:
+        """A new head, on a copy of the policy's trunk or, where the policy is an adapter, on another adapter beside it."""
+        pad, seed, lora = pad_token_id(self.tokenizer), self.config.seed, self.config.policy.adapter
+        if lora is not None:
+            return AdaptedScalar(add_adapter(policy, lora, adapter, seed), adapter, pad, seed)
+        made = ScalarModel.from_trunk(policy, pad, seed, share_frozen=self.config.policy.frozen_layers > 0)
+        self._checkpointed(made.model)
+        return made
 
     def _cast(self, folder: Path) -> Cast:
         config = self.config
         assert config.algorithm
         actor = self.starting_policy(folder)
-        reference = freeze(copy.deepcopy(actor)) if config.algorithm.needs_reference else None
-        models = self._actor_critic(actor, folder) if config.algorithm.needs_critic else Separate(actor, None)
+        reference = reference_of(actor) if config.algorithm.needs_reference else None
+        judge = self._attached_judge(actor, folder)
+        models = self._actor_critic(actor, judge, folder) if config.algorithm.needs_critic else Separate(actor, None)
         temperature = config.rollout.temperature
         make = TrustRegionLearner if isinstance(config.algorithm.update, TrustRegion) else Learner
         learner = make(
@@ -266,7 +284,15 @@ class Workshop:
             self.micro_batch_tokens,
         )
         generator = NativeGenerator(actor, self.tokenizer, stop_ids(actor, self.tokenizer), config.seed)
-        return Cast(learner, generator, self._rewards(folder))
+        return Cast(learner, generator, self._rewards(folder, judge))
+
+    def _attached_judge(self, actor: Any, folder: Path) -> AdaptedScalar | None:
+        """The run's own reward model as an adapter on the actor's trunk, where it was trained as one on the same."""
+        adapter = folder / "reward_model" / "adapter"
+        wanted = any(isinstance(s, ModelSource) and s.model is None for s in self.sources)
+        if self.config.policy.adapter is None or not wanted or not adapter.is_dir():
+            return None
+        return attach(actor, REWARD, adapter)
 
     def _pretraining(self, algorithm: Algorithm) -> Sampler[Demonstration] | None:
         """What PTX reads: texts of their own, or the run's demonstrations."""
@@ -275,15 +301,26 @@ class Workshop:
         texts, _ = self._examples("demonstrations", self.config.data.pretraining or self.config.sft.data)
         return Sampler(self.encoder.demonstrations(texts), algorithm.ptx.batch_size, self.config.seed)
 
-    def _actor_critic(self, actor: Any, folder: Path) -> ActorCritic:
+    def _actor_critic(self, actor: Any, judge: AdaptedScalar | None, folder: Path) -> ActorCritic:
         match self.config.critic:
             case SharedCritic():
                 return Shared(actor, ValueHead(actor.config.get_text_config().hidden_size).to(self.device))
             case SeparateCritic():
-                seed, place = self.config.seed, self.critic_init
-                if place == "policy":
-                    return Separate(actor, self._scalar(ScalarModel.from_trunk(actor, pad_token_id(self.tokenizer), seed)))
-                return Separate(actor, self._scalar(ScalarModel.load(place or folder / "reward_model", self.device)))
+                if judge is not None and self.critic_init is None:
+                    return Separate(actor, self._critic_like(judge, actor))
+                if self.critic_init == "policy":
+                    return Separate(actor, self._new_scalar(actor, CRITIC))
+                critic = ScalarModel.load(self.critic_init or folder / "reward_model", self.device)
+                self._checkpointed(critic.model)
+                return Separate(actor, critic)
+
+    def _critic_like(self, judge: AdaptedScalar, actor: Any) -> ScalarModel:
+        """A critic on the same trunk that begins as the reward model."""
+        critic = self._new_scalar(actor, CRITIC)
+        copy_adapter(actor, REWARD, CRITIC)
+        critic.head.load_state_dict(judge.head.state_dict())
+        critic.centre = judge.centre
+        return critic
 
     def _critic_init(self) -> str | None:
         """What a separate critic starts from: "policy", a folder, or None for the reward model that this run trains."""
@@ -293,7 +330,8 @@ class Workshop:
         init = config.critic.init
         if init not in {None, "reward_model"}:
             return init if init == "policy" else existing("critic.init", init)
-        if source is None:
+        on_its_trunk = config.policy.adapter is not None and init is None
+        if source is None or (source.model is not None and on_its_trunk):
             return "policy"
         if source.model is None or self.rewards.reads_ids(source.model, source.label):
             return source.model
@@ -304,8 +342,9 @@ class Workshop:
             )
         return "policy"
 
-    def _rewards(self, folder: Path) -> list[Weighted]:
-        trained = folder / "reward_model"
+    def _rewards(self, folder: Path, judge: ScalarModel | None = None) -> list[Weighted]:
+        """`judge`: the run's own reward model, where it is loaded already."""
+        trained = judge or folder / "reward_model"
         rewards = [Weighted(self.rewards.make(source, trained, folder), source.weight) for source in self.sources]
         if self.rewards.gold is not None and "gold" not in {source.called for source in self.sources}:
             rewards.append(Weighted(TextReward("gold", self.rewards.gold), weight=0.0))  # seen, not trained on

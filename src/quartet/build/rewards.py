@@ -119,10 +119,12 @@ class RewardMaker:
                 if isinstance(source, NumberSource) and final_number(str(answer)) is None:
                     raise DataError(f'{prompt.id}: there is no number in its {source.column}: "{answer}".')
 
-    def make(self, source: Source, trained: Path, folder: Path) -> Reward:
+    def make(self, source: Source, trained: Path | ScalarModel, folder: Path) -> Reward:
         """`trained` is the reward model of this run, `folder` the run's."""
         name = source.called
         match source:
+            case ModelSource(model=None) if isinstance(trained, ScalarModel):
+                return ModelReward(trained, self.micro_batch_tokens, name)
             case ModelSource(model=model, label=label):
                 return self._model(name, str(trained) if model is None else model, label)
             case EnsembleSource():

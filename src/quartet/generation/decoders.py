@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
 from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention
 from transformers import DynamicCache
 
+from quartet.models.adapters import matrix, one_matrix
 from quartet.models.language_model import has_linear_head
 from quartet.models.llama import causal_attention, gated, normed, rotations, written_out
 from quartet.models.packing import Packed, pack_rows, repacked, take
@@ -284,11 +284,11 @@ class _Product:
 
     def __init__(self, parts: Sequence[Any], ordered: Sequence[Any] = ()) -> None:
         order = ordered or [lambda x: x] * len(parts)
-        weights = [f(part.weight) for f, part in zip(order, parts, strict=True)]
+        weights = [f(matrix(part)) for f, part in zip(order, parts, strict=True)]
         self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.bias = None
         if getattr(parts[0], "bias", None) is not None:
-            self.bias = torch.cat([f(part.bias) for f, part in zip(order, parts, strict=True)])
+            self.bias = torch.cat([f(getattr(part, "base_layer", part).bias) for f, part in zip(order, parts, strict=True)])
         on_cpu = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
         self.packed = on_cpu and self.weight.numel() >= self.PACKED and torch.backends.mkldnn.is_available()
         if self.packed:
@@ -301,7 +301,7 @@ class _Product:
 
 
 def _plain_weights(trunk: Any) -> bool:
-    """Whether every product's weights are one matrix each, not a matrix and adapters."""
+    """Whether every product's weights are one matrix each, or come to one."""
     products = (
         product
         for block in trunk.layers
@@ -309,7 +309,7 @@ def _plain_weights(trunk: Any) -> bool:
         for name, product in part.named_children()
         if name.endswith("_proj")
     )
-    return all(type(product) is nn.Linear for product in products)
+    return all(one_matrix(product) for product in products)
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -71,7 +71,7 @@ class Separate:
 
     def save_critic(self, folder: Path, tokenizer: Any) -> None:
         if self.critic is not None:
-            self.critic.save(folder, tokenizer)
+            self.critic.save_per_token(folder, tokenizer)
 
 
 class Shared:
@@ -104,13 +104,12 @@ class Shared:
         return list(trainable(self.head))
 
     def save_critic(self, folder: Path, tokenizer: Any) -> None:
-        """Trunk and head as one folder, so that the critic can be read without the actor. The head's bias, for which the
-        format has no place, is kept as the centre."""
+        """Trunk and head as one folder, so that the critic can be read without the actor."""
         critic = ScalarModel.from_trunk(self.actor, pad_token_id(tokenizer), seed=0)
         with torch.no_grad():
-            critic.model.score.weight.copy_(self.head.linear.weight)
+            critic.head.weight.copy_(self.head.linear.weight)
         critic.centre = -self.head.linear.bias.item()
-        critic.save(folder, tokenizer)
+        critic.save_per_token(folder, tokenizer)
 
 
 def exact_kl_to(

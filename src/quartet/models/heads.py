@@ -1,8 +1,9 @@
 """Scalar heads: one number per sequence (a reward model) or per token (a critic).
 
 Both are a causal trunk with a linear layer to one number. The reward model reads it at the last real token, the critic at
-every token; so a critic can start as a copy of the reward model, and both are saved as Hugging Face folders that
-`AutoModelForSequenceClassification` loads.
+every token; so a critic can start as a copy of the reward model. They are saved as Hugging Face folders that
+`AutoModelForSequenceClassification` and `AutoModelForTokenClassification` load. On a trunk that is a policy's, each is an
+adapter and a head.
 """
 
 import math
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from quartet.models.adapters import Under, adapter_parameters, load_adapter, merged_state, save_adapter
 from quartet.models.language_model import ModelError, first_line
 from quartet.models.logprobs import speaking, under_own_token
 from quartet.models.trunk import read
@@ -38,7 +42,7 @@ def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) 
 
 
 class ScalarModel(nn.Module):
-    """A Hugging Face sequence classifier with one label, read as a reward model or as a critic."""
+    """A Hugging Face sequence or token classifier with one label, read as a reward model or as a critic."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -46,16 +50,15 @@ class ScalarModel(nn.Module):
             raise ModelError(
                 f"{model.config.name_or_path or 'the model'} has {model.config.num_labels} labels; a reward model needs 1."
             )
-        if not isinstance(getattr(model, "score", None), nn.Linear):
-            raise ModelError(f"{type(model).__name__}: is not read at a last token by a head called score, as decoders are.")
         self.model = model.eval()
+        self.head = head_of(model)
 
     @classmethod
-    def from_trunk(cls, language_model: Any, pad_token_id: int | None, seed: int) -> "ScalarModel":
-        """The trunk of a language model (its weights are copied) under a new head with weights N(0, 1/√(d + 1)), the
-        initialisation of Stiennon et al. 2020."""
-        labels = {"id2label": {0: "reward"}, "label2id": {"reward": 0}}
-        config = AutoConfig.for_model(**{**language_model.config.to_dict(), **labels, "pad_token_id": pad_token_id})
+    def from_trunk(cls, language_model: Any, pad_token_id: int | None, seed: int, share_frozen: bool = False) -> "ScalarModel":
+        """The trunk of a language model under a new head with weights N(0, 1/√(d + 1)), the initialisation of Stiennon et al.
+        2020. Its weights are copied, with the adapter that works now; with `share_frozen`, those that are not trained are the
+        language model's own."""
+        config = AutoConfig.for_model(**_one_label(language_model.config, "reward") | {"pad_token_id": pad_token_id})
         try:
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         except ValueError as error:
@@ -63,20 +66,44 @@ class ScalarModel(nn.Module):
                 f"transformers has no sequence classifier for the architecture {config.model_type}, so it cannot be a "
                 'reward model or a critic of its own. Use critic = { type = "shared" } and a reward that is no model.'
             ) from error
-        model.base_model.load_state_dict(language_model.base_model.state_dict())
-        noise = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            model.score.weight.normal_(0, 1 / math.sqrt(model.score.in_features + 1), generator=noise)
-        return cls(model.to(next(language_model.parameters()).device))
+        model.base_model.load_state_dict(merged_state(language_model.base_model))
+        if share_frozen:
+            take_frozen(language_model.base_model, model.base_model)
+        made = cls(model.to(next(language_model.parameters()).device))
+        initialise(made.head, seed)
+        return made
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | None = None) -> "ScalarModel":
-        """A Hugging Face folder with a sequence classifier of one label."""
-        return cls(load_classifier(AutoModelForSequenceClassification, folder, device))
+        """A Hugging Face folder with a sequence or token classifier of one label."""
+        kinds = AutoConfig.from_pretrained(folder).architectures or [""]
+        per_token = kinds[0].endswith("ForTokenClassification")
+        auto = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
+        return cls(load_classifier(auto, folder, device))
 
     def save(self, folder: Path, tokenizer: Any) -> None:
+        """A sequence classifier: what a reward model is elsewhere."""
         self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+    def save_per_token(self, folder: Path, tokenizer: Any) -> None:
+        """A token classifier: what a critic is elsewhere. Its number at a token is the value once that token was read; the
+        centre is in the head's bias. Architectures without one are saved as `save` does."""
+        config = AutoConfig.for_model(**_one_label(self.model.config, "value"))
+        setattr(config, CENTRE, 0.0)
+        try:
+            made = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
+        except ValueError:
+            return self.save(folder, tokenizer)
+        made.base_model.load_state_dict(self.model.base_model.state_dict())
+        head = head_of(made)
+        with torch.no_grad():
+            head.weight.copy_(self.head.weight)
+            bias = 0.0 if self.head.bias is None else self.head.bias
+            head.bias.copy_(torch.zeros_like(head.bias) + bias - self.centre)
+        made.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return None
 
     @property
     def centre(self) -> float:
@@ -86,10 +113,13 @@ class ScalarModel(nn.Module):
     def centre(self, mean: float) -> None:
         setattr(self.model.config, CENTRE, mean)
 
+    def hidden(self, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> Float[Tensor, "N H"]:
+        return read(self.model.base_model, tokens, asked)
+
     def forward(self, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> Float[Tensor, "N"]:
         """The head, centred, at the positions of right-padded rows that are asked for: what the model thinks once it has read
         that token."""
-        return self.model.score(read(self.model.base_model, tokens, asked)).squeeze(-1).float() - self.centre
+        return self.head(self.hidden(tokens, asked)).squeeze(-1).float() - self.centre
 
     def scores(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """One number per row: the head at the last real token."""
@@ -98,6 +128,89 @@ class ScalarModel(nn.Module):
     def values(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """One number per masked token, the value before it was chosen: the head at the position before. 0 elsewhere."""
         return under_own_token(self(tokens, speaking(mask)), mask)
+
+
+class AdaptedScalar(ScalarModel):
+    """A reward model or a critic that is an adapter and a head on a policy's trunk, which belongs to somebody else."""
+
+    def __init__(self, language_model: Any, adapter: str, pad_token_id: int | None, seed: int) -> None:
+        nn.Module.__init__(self)
+        self.under, self.pad_token_id, self.mean = Under(language_model, adapter), pad_token_id, 0.0
+        self.head = nn.Linear(language_model.config.get_text_config().hidden_size, 1, bias=False, device=language_model.device)
+        self.adapted = nn.ParameterList(adapter_parameters(language_model, adapter))
+        initialise(self.head, seed)
+
+    @property
+    def centre(self) -> float:
+        return self.mean
+
+    @centre.setter
+    def centre(self, mean: float) -> None:
+        self.mean = mean
+
+    def hidden(self, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> Float[Tensor, "N H"]:
+        with self.under.working():
+            return read(self.under.model.base_model, tokens, asked)
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """As a whole, for others; and in `adapter/` what `attach` puts on the same trunk again."""
+        self._whole().save(folder, tokenizer)
+        adapter = folder / "adapter"
+        save_adapter(self.under.model, str(self.under.adapter), adapter)
+        save_file({"score.weight": self.head.weight}, adapter / HEAD, metadata={"centre": repr(self.mean)})
+
+    def save_per_token(self, folder: Path, tokenizer: Any) -> None:
+        self._whole().save_per_token(folder, tokenizer)
+
+    def _whole(self) -> ScalarModel:
+        with self.under.working():
+            whole = ScalarModel.from_trunk(self.under.model, self.pad_token_id, seed=0)
+        with torch.no_grad():
+            whole.head.weight.copy_(self.head.weight)
+        whole.centre = self.mean
+        return whole
+
+
+def attach(language_model: Any, adapter: str, folder: Path) -> AdaptedScalar:
+    """The adapter and head of a folder that `AdaptedScalar.save` wrote, on the trunk they were trained on; frozen."""
+    load_adapter(language_model, adapter, folder)
+    made = AdaptedScalar(language_model, adapter, None, seed=0)
+    with safe_open(folder / HEAD, "pt") as file, torch.no_grad():
+        made.head.weight.copy_(file.get_tensor("score.weight"))
+        made.mean = float(file.metadata()["centre"])
+    return made.requires_grad_(False)
+
+
+HEAD = "head.safetensors"
+
+
+def head_of(model: Any) -> nn.Linear:
+    """The linear layer to the labels: `score`, or in some token classifiers `classifier`."""
+    per_token = type(model).__name__.endswith("ForTokenClassification")
+    head = getattr(model, "score", None) or (getattr(model, "classifier", None) if per_token else None)
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"{type(model).__name__}: is not read at a token by a head called score, as decoders are.")
+    return head
+
+
+def initialise(head: nn.Linear, seed: int) -> None:
+    """N(0, 1/√(d + 1))."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        drawn = torch.empty(head.weight.shape).normal_(0, 1 / math.sqrt(head.in_features + 1), generator=noise)
+        head.weight.copy_(drawn)
+
+
+def _one_label(config: Any, name: str) -> dict[str, Any]:
+    return {**config.to_dict(), "id2label": {0: name}, "label2id": {name: 0}}
+
+
+def take_frozen(source: Any, target: Any) -> None:
+    """Parameters of the source that are not trained take the place of the target's own of the same name."""
+    for name, p in source.named_parameters():
+        if not p.requires_grad:
+            module, _, leaf = name.rpartition(".")
+            setattr(target.get_submodule(module), leaf, p)
 
 
 class ValueHead(nn.Module):

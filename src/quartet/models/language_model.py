@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from quartet.models.adapters import POLICY, Under, adapters_of, merged_state, save_adapter
 from quartet.models.logprobs import head_statistics, logits_statistics, speaking, under_own_token
 from quartet.models.padding import micro_batches
 from quartet.models.shape import Shape
@@ -98,9 +99,15 @@ def _tokenizer_class(folder: str | Path) -> Any:
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load."""
-    model.save_pretrained(folder)
+    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load. Of a model under an adapter the sum of both is saved, and
+    the adapter alone in `adapter/`."""
+    if model.generation_config is not None and model.generation_config.eos_token_id is None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    adapted = adapters_of(model)
+    model.save_pretrained(folder, **({"state_dict": merged_state(model)} if adapted else {}))
     tokenizer.save_pretrained(folder)
+    if adapted:
+        save_adapter(model, POLICY, folder / "adapter")
 
 
 def first_line(error: Exception) -> str:
@@ -143,6 +150,9 @@ def has_linear_head(model: Any) -> bool:
 
 def speak(model: Any, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Spoken:
     """One pass over right-padded rows."""
+    if isinstance(model, Under):
+        with model.working():
+            return speak(model.model, tokens, mask)
     at = speaking(mask)
     if has_linear_head(model):
         return Spoken(read(model.base_model, tokens, at), None)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from quartet.models.adapters import as_now, through
 from quartet.models.packing import Packed, repacked, take, unpacked
 from quartet.tensors import Float, Int, Tensor
 
@@ -55,11 +56,11 @@ def hidden_states(trunk: Any, packed: Packed) -> Float[Tensor, "n H"]:
     """The last hidden states at the positions that are asked for."""
     x = trunk.embed_tokens(packed.tokens)
     rotation = rotations(trunk, packed.positions)
-    last = len(trunk.layers) - 1
+    last, contexts = len(trunk.layers) - 1, as_now(trunk)
     for number, block in enumerate(trunk.layers):
         asked = packed.asked if number == last else None
         if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled():
-            x = checkpoint(_block, block, x, rotation, packed, asked, use_reentrant=False)
+            x = checkpoint(_block, block, x, rotation, packed, asked, use_reentrant=False, context_fn=contexts)
         else:
             x = _block(block, x, rotation, packed, asked)
     return normed(trunk.norm, x)
@@ -80,9 +81,9 @@ def _block(block: Any, x: Tensor, rotation: Tensor, packed: Packed, asked: Tenso
     read = repacked(causal_attention(queries, keys, values, packed, attention.scaling), packed).flatten(1)
     if asked is not None:
         x, read = take(x, asked), take(read, asked)
-    x = x + attention.o_proj(read)
+    x = x + through(attention.o_proj, read)
     h = normed(block.post_attention_layernorm, x)
-    return x + mlp.down_proj(gated(mlp.gate_proj(h), mlp.up_proj(h), mlp.act_fn))
+    return x + through(mlp.down_proj, gated(through(mlp.gate_proj, h), through(mlp.up_proj, h), mlp.act_fn))
 
 
 def _projected(attention: Any, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +94,7 @@ def _projected(attention: Any, h: Tensor, rotation: Tensor) -> tuple[Tensor, Ten
         bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
         projected = linear(h, torch.cat([part.weight for part in parts]), bias)
     else:  # adapters
-        projected = torch.cat([part(h) for part in parts], dim=-1)
+        projected = torch.cat([through(part, h) for part in parts], dim=-1)
     heads = projected.unflatten(-1, (-1, size))
     num_kv = attention.k_proj.out_features // size
     turning, values = heads[:, :-num_kv], heads[:, -num_kv:]

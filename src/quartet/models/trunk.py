@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from quartet.models.adapters import as_now
 from quartet.models.llama import hidden_states, written_out
 from quartet.models.packing import pack
 from quartet.tensors import Bool, Float, Int, Tensor
@@ -31,8 +32,12 @@ def checkpoint_blocks(model: Any) -> Any:
     for block in model.modules():
         if isinstance(block, GradientCheckpointingLayer):
             block.gradient_checkpointing = True
-            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            block._gradient_checkpointing_func = partial(_checkpoint, model)
     return model
+
+
+def _checkpoint(model: Any, *args: Any) -> Any:
+    return checkpoint(*args, use_reentrant=False, context_fn=as_now(model))
 
 
 @contextmanager

@@ -14,17 +14,19 @@ class Ema:
 
     def __init__(self, model: Any, decay: float) -> None:
         self.decay = decay
-        self.average = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.average = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, model: Any) -> None:
         for name, p in model.named_parameters():
-            self.average[name].lerp_(p.float(), 1 - self.decay)
+            if name in self.average:
+                self.average[name].lerp_(p.float(), 1 - self.decay)
 
     @torch.no_grad()
     def model(self, like: Any) -> Any:
         """A copy of the model with the average for weights."""
         made = copy.deepcopy(like)
         for name, p in made.named_parameters():
-            p.copy_(self.average[name])
+            if name in self.average:
+                p.copy_(self.average[name])
         return made
