@@ -15,10 +15,11 @@ from quartet.recipes import recipe_names, recipe_path, template_names, template_
 
 if TYPE_CHECKING:
     from quartet.build import Job
+    from quartet.data.report import Report
     from quartet.evaluation.trial import Trial
     from quartet.settings import Settings
 
-FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_REQUEST, CHECK_FAILED, INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
     help="RLHF for language models, from a laptop to a cluster.",
@@ -136,14 +137,8 @@ def reward(
     from quartet.evaluation.trial import findings, trial_on_file
     from quartet.rewards.protocol import RewardError
 
-    mapping = {}
-    for word in columns or []:
-        ours, equals, theirs = word.partition("=")
-        if not equals:
-            _refuse(f'--columns "{word}": write ours=theirs, such as prompt=question.')
-        mapping[ours] = theirs
     try:
-        tried = trial_on_file(function, on, mapping, timeout)
+        tried = trial_on_file(function, on, _columns(columns), timeout)
     except (DataError, RewardError) as error:
         _refuse(str(error))
     if as_json:
@@ -171,6 +166,86 @@ def _trial_lines(tried: "Trial") -> list[str]:
         shown = " ".join(text.split())
         lines.append(f"  {score:>9.3g}  {shown[:100] + ' …' if len(shown) > 100 else shown}")
     return lines
+
+
+@app.command()
+def data(
+    file: Annotated[Path, typer.Argument(help="A .jsonl, .jsonl.gz, .json, .csv or .parquet file, or a folder of them.")],
+    tokenizer: Annotated[str | None, typer.Option(help="A model or tokenizer folder: count and render in its tokens.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help='"chatml" or a file with a template.')] = None,
+    held_out: Annotated[Path | None, typer.Option("--eval", help="A file that should share no prompts with it.")] = None,
+    columns: Annotated[list[str] | None, typer.Option(metavar="OURS=THEIRS", help="What a column is called there.")] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    max_response_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """What is in a file: its shape, two rows with what the loss is on between ⟦ and ⟧, lengths, and what is wrong with it."""
+    from quartet.data import DataError
+    from quartet.data.report import report, words
+
+    limits = {"prompt": max_prompt_tokens, "response": max_response_tokens}
+    try:
+        if tokenizer is None:
+            made = report(file, _columns(columns), words, "words", None, None, held_out)
+        else:
+            made = _report_in_tokens(file, _columns(columns), tokenizer, chat_template, limits, held_out)
+    except DataError as error:
+        _refuse(str(error))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(made), indent=2, ensure_ascii=False))
+    else:
+        for line, style in _report_lines(made):
+            console.print(line, style=style, soft_wrap=True)
+    if made.problems:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _columns(words: list[str] | None) -> dict[str, str]:
+    mapping = {}
+    for word in words or []:
+        ours, equals, theirs = word.partition("=")
+        if not equals:
+            _refuse(f'--columns "{word}": write ours=theirs, such as prompt=question.')
+        mapping[ours] = theirs
+    return mapping
+
+
+def _report_in_tokens(
+    file: Path,
+    columns: dict[str, str],
+    folder: str,
+    chat_template: str | None,
+    limits: dict[str, int],
+    held_out: Path | None,
+) -> "Report":
+    from quartet.data.encoding import Encoder
+    from quartet.data.report import report
+    from quartet.models.chat import ChatError, set_chat_template
+    from quartet.models.language_model import ModelError, load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(folder)
+        if chat_template:
+            set_chat_template(tokenizer, chat_template)
+    except (ModelError, ChatError) as error:
+        _refuse(str(error))
+    encoder = Encoder(tokenizer, max_prompt_tokens=10**9, max_response_tokens=10**9)
+    return report(file, columns, encoder.count, "tokens", encoder.pieces, limits, held_out)
+
+
+def _report_lines(made: "Report") -> list[tuple[str, str]]:
+    plain, dim, warning = "", "dim", "yellow"
+    shapes = ", ".join(f"{count:,} × {shape}" if len(made.shapes) > 1 else shape for shape, count in made.shapes.items())
+    lines = [(f"rows       {made.rows:,}", plain), (f"shape      {shapes}", plain)]
+    for part, sizes in made.lengths.items():
+        over = "" if sizes.over is None else f", {sizes.over:.1%} over the limit"
+        lines.append(
+            (f"{part:<11}median {sizes.median:,}, 95 % up to {sizes.p95:,}, longest {sizes.longest:,} {made.unit}{over}", plain)
+        )
+    for place, pieces in made.examples:
+        lines.append((f"--- {place}", dim))
+        lines.append(("".join(f"⟦{text}⟧" if trained else text for text, trained in pieces), plain))
+    return lines + [(f"▲ {finding}", warning) for finding in made.findings]
 
 
 @app.command("serve-reward")

@@ -34,7 +34,10 @@ class Data:
     """Where prompts, demonstrations and comparisons come from: a file, or an embedded world."""
 
     world: WORLDS | None = None
-    train: str | None = None
+    train: str | tuple[str, ...] | None = Field(default=None, description="A file or folder, or a list of them.")
+    weights: tuple[float, ...] | None = Field(
+        default=None, description="How often a row of each file of train is seen in an epoch: 2 is twice, 0.5 a random half."
+    )
     eval: str | None = Field(default=None, description="Left out, a share of train is held out.")
     pretraining: str | None = Field(default=None, description="What PTX reads. Left out, it is the SFT stage's data.")
     columns: dict[str, str] = Field(default_factory=dict, description="What the columns of the files are called here.")
@@ -43,6 +46,11 @@ class Data:
     max_prompt_tokens: int = Field(default=512, ge=1)
     max_response_tokens: int = Field(default=512, ge=1)
     unusable: Literal["refuse", "drop"] = "refuse"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Of train."""
+        return (self.train,) if isinstance(self.train, str) else self.train or ()
 
 
 @part
@@ -260,6 +268,11 @@ class Config:
         shape = self.policy.create
         if shape is not None and self.policy.frozen_layers >= shape.num_layers:
             problems.append(f"policy.frozen_layers = {self.policy.frozen_layers}: the model has {shape.num_layers} layers.")
+        weights = self.data.weights
+        if weights is not None and (len(weights) != len(self.data.files) or min(weights) < 0 or not sum(weights)):
+            problems.append(
+                f"data.weights = {list(weights)}: needs one number ≥ 0 for each of {len(self.data.files)} files in data.train."
+            )
         if self.policy.create is not None and self.policy.tokenizer is None and self.data.world is None:
             problems.append('policy.tokenizer: a new model needs one. Write tokenizer = { type = "train" } or name a folder.')
         if self.data.world == "sums" and "reward_model" in self.recipe:

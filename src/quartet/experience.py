@@ -30,7 +30,7 @@ class Prompt:
     text: str
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What a verifier needs: the other columns of the prompt's row."""
-    messages: Sequence[Mapping[str, str]] | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
     """The conversation that the ids are, where the row had one."""
 
 

@@ -52,7 +52,7 @@ def test_rows_know_their_place(tmp_path):
         ("x.csv", b"a,b\n1,2\n1\n", "x.csv:3: has another number of cells"),
         ("x.csv", b'a,b\n1,"2\n', "not CSV (unexpected end of data)"),
         ("x.parquet", b"PAR0", "x.parquet: not a parquet file"),
-        ("x.txt", b"hello", "not a format that is read here. Use .jsonl, .jsonl.gz, .csv or .parquet."),
+        ("x.txt", b"hello", "not a format that is read here. Use .jsonl, .jsonl.gz, .json, .csv or .parquet."),
     ],
 )
 def test_what_is_broken_is_said_with_its_place(tmp_path, name, content, sentence):

@@ -92,7 +92,7 @@ def test_columns_can_be_named(tmp_path):
         ({"prompt": None}, "prompts", {}, "x.jsonl:1: prompt is empty; it must be text"),
         ({"messages": []}, "demonstrations", {}, "messages must be a list of messages, and not an empty one."),
         ({"messages": [{"role": "user"}]}, "prompts", {}, "has a message that is not of the form {role, content}"),
-        ({"messages": [USER]}, "demonstrations", {}, 'the last message is by "user"; an answer by the assistant is needed.'),
+        ({"messages": [USER]}, "demonstrations", {}, 'the last is by "user"; nothing to imitate.'),
         ({"chosen": "a", "rejected": "b"}, "comparisons", {}, "come without a prompt column and are no dialogues"),
     ],
 )

@@ -169,7 +169,8 @@ class Kto:
     eq. 8): each response is good or bad by itself.
 
     z estimates KL(π ‖ π_ref): the mean log-ratio, not below 0, of responses paired with another prompt of the batch; it
-    carries no gradient. Here every comparison gives one desirable and one undesirable response. Log-ratios 2 and −1, z = 0,
+    carries no gradient. A comparison gives one desirable and one undesirable response, an unpaired preference one of the
+    two: a side without tokens costs nothing. Log-ratios 2 and −1, z = 0,
     β = 0.1: (1 − σ(0.2)) + (1 − σ(0.1)) = 0.9252.
     """
 
@@ -183,7 +184,8 @@ class Kto:
     def __call__(self, pairs: Pairs) -> Float[Tensor, "P"]:
         chosen, rejected = pairs.log_ratios()
         good = self.desirable * torch.sigmoid(-self.beta * (chosen - pairs.kl))
-        return good + self.undesirable * torch.sigmoid(-self.beta * (pairs.kl - rejected))
+        bad = self.undesirable * torch.sigmoid(-self.beta * (pairs.kl - rejected))
+        return torch.where(pairs.chosen_tokens > 0, good, 0.0) + torch.where(pairs.rejected_tokens > 0, bad, 0.0)
 
 
 @part

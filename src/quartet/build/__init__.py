@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from quartet.algorithms.algorithm import Algorithm
-from quartet.algorithms.preference import PREFERENCES
+from quartet.algorithms.preference import PREFERENCES, Kto
 from quartet.algorithms.update import TrustRegion
 from quartet.build.rewards import RewardMaker
 from quartet.config import (
@@ -174,7 +175,8 @@ class Workshop:
 
     def preference_stage(self, name: str) -> PreferenceStage:
         settings, online = self.config.preference, name == "online_dpo"
-        train, held_out = ([], []) if online else self._examples("comparisons", settings.data)
+        purpose: Purpose = "preferences" if isinstance(settings.loss, Kto) else "comparisons"
+        train, held_out = ([], []) if online else self._examples(purpose, settings.data)
         prompts = self._prompts()[0] if online else []
 
         def pairs(folder: Path, model: Any) -> OnlinePairs:
@@ -384,15 +386,21 @@ class Workshop:
         """Rows to train on and rows held out."""
         data = self.config.data
         if path is None and self.world is not None:
-            make = getattr(self.world, purpose)
+            make = getattr(self.world, "comparisons" if purpose == "preferences" else purpose)
             return make(data.rows), make(max(self.config.evaluation.prompts, HELD_OUT_ROWS), held_out=True)
-        rows = read_examples(Path(path or str(data.train)), purpose, data.columns)
-        if data.eval is not None:
-            return rows, read_examples(Path(data.eval), purpose, data.columns)
-        if len(rows) < 2:
-            raise DataError(f"{path or data.train}: has one row; to hold some out it needs two or more. Or set data.eval.")
-        held_out = max(1, round(len(rows) * data.held_out))
-        return rows[:-held_out], rows[-held_out:]
+        files = (path,) if path is not None else data.files
+        weights = (1.0,) * len(files) if path is not None or data.weights is None else data.weights
+        train: list[Example] = []
+        held_out = [] if data.eval is None else read_examples(Path(data.eval), purpose, data.columns)
+        for file, weight in zip(files, weights, strict=True):
+            rows = read_examples(Path(file), purpose, data.columns)
+            if data.eval is None:
+                if len(rows) < 2:
+                    raise DataError(f"{file}: has one row; to hold some out it needs two or more. Or set data.eval.")
+                last = max(1, round(len(rows) * data.held_out))
+                rows, held_out = rows[:-last], held_out + rows[-last:]
+            train += seen_so_often(rows, weight, self.config.seed)
+        return train, held_out
 
     def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """To train on, and held out; each with what the rewards compare answers with."""
@@ -404,7 +412,7 @@ class Workshop:
 
     def _all_text(self) -> list[str]:
         """Whatever text there is to train a tokenizer on."""
-        paths = {p for p in (self.config.data.train, self.config.sft.data, self.config.reward_model.data) if p}
+        paths = {p for p in (*self.config.data.files, self.config.sft.data, self.config.reward_model.data) if p}
         texts: list[str] = []
         for path in sorted(paths):
             for example in read_examples(Path(path), "prompts", self.config.data.columns):
@@ -451,6 +459,12 @@ def device(name: str) -> torch.device:
 
 def plain_texts(cell: Any) -> list[str]:
     return [cell] if isinstance(cell, str) else [message["content"] for message in cell]
+
+
+def seen_so_often(rows: list[Example], weight: float, seed: int) -> list[Example]:
+    """The rows as often as the weight says: 2.5 is twice, and a random half a third time."""
+    whole = int(weight)
+    return rows * whole + random.Random(seed).sample(rows, round((weight - whole) * len(rows)))
 
 
 def with_existing_models(source: Source) -> Source:

@@ -7,8 +7,9 @@ from typing import Any, Literal, TypeVar
 from quartet.data import DataError
 from quartet.data.examples import Example, Text
 from quartet.data.records import Comparison, Demonstration
+from quartet.data.report import token_pieces
 from quartet.experience import Prompt
-from quartet.models.chat import ChatError, render
+from quartet.models.chat import ChatError, render, render_turns
 
 R = TypeVar("R")
 
@@ -44,6 +45,27 @@ class Encoder:
         wants_begin = begin is not None and begin in self.tokenizer.encode("", add_special_tokens=True)[:1]
         return [begin, *ids] if wants_begin and ids[:1] != [begin] else ids
 
+    def count(self, text: Text) -> int:
+        """Tokens of a text; of a conversation, as its template writes it; of an answer in messages, of what they say."""
+        if isinstance(text, str):
+            return len(self.tokenizer.encode(text, add_special_tokens=False))
+        if text[-1]["role"] == "assistant":
+            return sum(self.count(message["content"]) for message in text)
+        return len(self._prompt_ids(text))
+
+    def pieces(self, example: Example) -> list[tuple[str, bool]]:
+        """The example as the model reads it, cut where the loss begins and ends."""
+        answer = next((a for a in (example.completion, example.chosen, example.rejected) if a is not None), None)
+        prompt = self._prompt_ids(example.prompt)
+        response, written = ([], []) if answer is None else self._turns(example.prompt, answer, "answer")
+        return token_pieces(self.tokenizer, prompt, response, written)
+
+    def _prompt_ids(self, prompt: Text) -> list[int]:
+        try:
+            return self.prompt_ids(prompt)
+        except ChatError as error:
+            raise DataError(str(error)) from error
+
     def _all(self, encode: Callable[[Example], R], examples: Sequence[Example]) -> list[R]:
         records: list[R] = []
         refused: dict[str, str] = {}
@@ -68,17 +90,17 @@ class Encoder:
     def _demonstration(self, example: Example) -> Demonstration:
         answer = example.completion if example.completion is not None else example.chosen
         assert answer is not None, "only rows with an answer are demonstrations"
-        prompt, response = self._checked_prompt(example), self._response(example.prompt, answer, "completion")
+        prompt, (response, written) = self._checked_prompt(example), self._turns(example.prompt, answer, "completion")
         self._check_whole(prompt, response)
-        return Demonstration(example.id, tuple(prompt), tuple(response))
+        return Demonstration(example.id, tuple(prompt), tuple(response), None if all(written) else tuple(written))
 
     def _comparison(self, example: Example) -> Comparison:
-        assert example.chosen is not None and example.rejected is not None, "only pairs are comparisons"
+        assert example.chosen is not None or example.rejected is not None, "only preferences are comparisons"
         if example.chosen == example.rejected:
             raise DataError("chosen and rejected are identical, so there is nothing to learn from this row.")
         prompt = self._checked_prompt(example)
-        chosen = self._response(example.prompt, example.chosen, "chosen")
-        rejected = self._response(example.prompt, example.rejected, "rejected")
+        chosen = [] if example.chosen is None else self._response(example.prompt, example.chosen, "chosen")
+        rejected = [] if example.rejected is None else self._response(example.prompt, example.rejected, "rejected")
         self._check_whole(prompt, max(chosen, rejected, key=len))
         margin = example.extra.get("margin", 0.0)
         if isinstance(margin, bool) or not isinstance(margin, int | float):
@@ -95,10 +117,7 @@ class Encoder:
     def _checked_prompt(self, example: Example) -> list[int]:
         if not example.prompt or (isinstance(example.prompt, str) and not example.prompt.strip()):
             raise DataError("the prompt is empty.")
-        try:
-            ids = self.prompt_ids(example.prompt)
-        except ChatError as error:
-            raise DataError(str(error)) from error
+        ids = self._prompt_ids(example.prompt)
         if len(ids) > self.max_prompt_tokens:
             raise DataError(
                 f"the prompt has {len(ids):,} tokens, the limit is {self.max_prompt_tokens:,} (data.max_prompt_tokens)."
@@ -106,23 +125,33 @@ class Encoder:
         return ids
 
     def _response(self, prompt: Text, answer: Text, column: str) -> list[int]:
+        """One answer to a prompt."""
+        response, written = self._turns(prompt, answer, column)
+        if not all(written):
+            raise DataError(f"the {column} has several turns after the prompt; one answer of the assistant can be compared.")
+        return response
+
+    def _turns(self, prompt: Text, answer: Text, column: str) -> tuple[list[int], list[bool]]:
+        """What follows a prompt, and which of its tokens are the assistant's."""
         if isinstance(answer, str):
             if not answer.strip():
                 raise DataError(f"the {column} is empty, a response of zero tokens.")
             ids = [*self.tokenizer.encode(answer, add_special_tokens=False), self.tokenizer.eos_token_id]
+            written = [True] * len(ids)
         else:
-            if not any(message["content"].strip() for message in answer):
+            said = [m for m in answer if m["role"] == "assistant"]
+            if not any(m["content"].strip() or m.get("tool_calls") for m in said):
                 raise DataError(f"the {column} is empty, a response of zero tokens.")
             assert not isinstance(prompt, str), "a reply in messages follows a prompt in messages"
             try:
-                ids = render(self.tokenizer, prompt, answer)[1]
+                _, ids, written = render_turns(self.tokenizer, prompt, answer)
             except ChatError as error:
                 raise DataError(str(error)) from error
         if len(ids) > self.max_response_tokens:
             raise DataError(
                 f"the {column} has {len(ids):,} tokens, the limit is {self.max_response_tokens:,} (data.max_response_tokens)."
             )
-        return ids
+        return ids, written
 
 
 def first_of(refused: dict[str, str]) -> str:

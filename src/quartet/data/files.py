@@ -1,8 +1,7 @@
-"""Rows of files: .jsonl, .jsonl.gz, .csv and .parquet, read one by one, each with its place."""
+"""Rows of files: .jsonl (.gz), .json, .csv and .parquet, or folders of them, read one by one, each with its place."""
 
 import csv
 import gzip
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from quartet.data import DataError
 
 Row = dict[str, Any]
+FORMATS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".parquet")
 
 
 def rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -19,18 +19,47 @@ def rows(path: Path) -> Iterator[tuple[str, Row]]:
     if not path.exists():
         raise DataError(f"{path}: no such file.")
     if path.is_dir():
-        raise DataError(f"{path}: is a folder. Name a .jsonl, .jsonl.gz, .csv or .parquet file in it.")
+        for file in files_in(path):
+            yield from rows(file)
+        return
     try:
         if name.endswith((".jsonl", ".jsonl.gz", ".ndjson")):
             yield from _jsonl(path)
+        elif name.endswith(".json"):
+            yield from _json(path)
         elif name.endswith(".csv"):
             yield from _csv(path)
         elif name.endswith(".parquet"):
             yield from _parquet(path)
         else:
-            raise DataError(f"{path}: not a format that is read here. Use .jsonl, .jsonl.gz, .csv or .parquet.")
+            raise DataError(f"{path}: not a format that is read here. Use .jsonl, .jsonl.gz, .json, .csv or .parquet.")
     except PermissionError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The data files of a folder and of those in it, by name."""
+    found = [file for file in sorted(folder.rglob("*")) if file.name.lower().endswith(FORMATS) and file.is_file()]
+    if not found:
+        raise DataError(f"{folder}: is a folder without .jsonl, .jsonl.gz, .json, .csv or .parquet files.")
+    return found
+
+
+def _json(path: Path) -> Iterator[tuple[str, Row]]:
+    """A list of objects. Read whole: JSON has no lines."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name}: not UTF-8 text (byte {error.start}).") from None
+    except json.JSONDecodeError as error:
+        extra = " Is it JSON lines? Call it .jsonl." if error.msg == "Extra data" else ""
+        raise DataError(f"{path.name}:{error.lineno}: not JSON ({error.msg[0].lower() + error.msg[1:]}).{extra}") from None
+    if not isinstance(table, list):
+        raise DataError(f"{path.name}: is {_kind(table)}, not a list of rows.")
+    for number, row in enumerate(table, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path.name}:{number}: is {_kind(row)}, not an object with named columns. {_fine(number - 1)}")
+        yield f"{path.name}:{number}", row
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
@@ -56,12 +85,13 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: not UTF-8 text (byte {error.start}).") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    csv.field_size_limit(2**31 - 1)
     good = 0
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from _csv_rows(path, csv.DictReader(file, strict=True), good)
+
+
+def _csv_rows(path: Path, reader: "csv.DictReader[str]", good: int) -> Iterator[tuple[str, Row]]:
     try:
         for row in reader:
             place = f"{path.name}:{reader.line_num}"
@@ -72,6 +102,8 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
                 )
             good += 1
             yield place, dict(row)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name}: not UTF-8 text after line {reader.line_num} ({error.reason}). {_fine(good)}") from None
     except csv.Error as error:
         raise DataError(f"{path.name}:{reader.line_num}: not CSV ({error}). {_fine(good)}") from None
 
@@ -107,5 +139,5 @@ def _reason(error: json.JSONDecodeError) -> str:
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
-    names = {list: "a list", str: "a text", bool: "true or false"}
+    names = {list: "a list", str: "a text", bool: "true or false", dict: "an object"}
     return names.get(type(value), "a number")

@@ -2,16 +2,22 @@
 
 | shape | columns |
 |---|---|
-| prompts | `prompt`, and any others for a verifier |
-| demonstrations | `prompt`, `completion`; or `messages` |
-| comparisons | `prompt`, `chosen`, `rejected`; or `chosen`, `rejected` with the prompt in both |
+| prompts | `prompt`, and any others for a reward |
+| demonstrations | `prompt`, `completion` |
+| demonstrations, Alpaca's | `instruction`, `output`, and `input` where there is one |
+| conversations | `messages` (`role`, `content`) |
+| conversations, ShareGPT's | `conversations` (`from`, `value`), and `system` where there is one |
+| comparisons | `prompt`, `chosen`, `rejected` |
+| comparisons, whole dialogues | `chosen`, `rejected`, with the prompt in both |
+| comparisons, OpenAI's | `input`, `preferred_output`, `non_preferred_output` |
+| unpaired preferences | `prompt`, `completion`, `label` |
 
-Cells are plain text or lists of messages (`role`, `content`), as in TRL. Comparisons without a prompt column are whole
-dialogues, as messages or in Anthropic's HH format (`\\n\\nHuman: … \\n\\nAssistant: …`). A shape that has more than is asked
-for serves too: the chosen answer is a demonstration, and whatever has a prompt has a prompt.
+Cells are plain text or lists of messages, as in TRL. Comparisons without a prompt column are whole dialogues, as messages or in
+Anthropic's HH format (`\\n\\nHuman: … \\n\\nAssistant: …`). A shape that has more than is asked for serves too: the chosen
+answer is a demonstration, and whatever has a prompt has a prompt.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +25,17 @@ from quartet.data import DataError
 from quartet.data.examples import Example, Message, Text
 from quartet.data.files import Row, rows
 
-Purpose = Literal["prompts", "demonstrations", "comparisons"]
+Purpose = Literal["prompts", "demonstrations", "comparisons", "preferences"]
+"""What rows are read for; preferences are comparisons, or unpaired."""
 
 NEEDS: dict[Purpose, tuple[str, ...]] = {
     "prompts": ("prompt",),
     "demonstrations": ("prompt", "completion"),
     "comparisons": ("prompt", "chosen", "rejected"),
+    "preferences": ("prompt", "completion", "label"),
 }
+ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "function_response": "tool", "observation": "tool"}
+"""ShareGPT's names of who speaks, where they are not ours."""
 ASSISTANT = "\n\nAssistant:"
 HUMAN = "\n\nHuman:"
 
@@ -40,24 +50,79 @@ USUAL_NAMES = {
 
 def read_examples(path: Path, purpose: Purpose, columns: Mapping[str, str]) -> list[Example]:
     """The rows of a file as examples that serve the purpose. `columns` maps our names to the file's."""
-    examples: list[Example] = []
-    for place, row in rows(path):
-        named = {column: cell for column, cell in row.items() if column not in columns.values()}
-        named |= {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-        if not examples:
-            _check_columns(path, purpose, row, named, columns)
-        examples.append(_example(place, named, purpose))
+    examples = list(examples_in(path, purpose, columns))
     if not examples:
         raise DataError(f"{path}: has no rows.")
     return examples
+
+
+def examples_in(path: Path, purpose: Purpose, columns: Mapping[str, str]) -> Iterator[Example]:
+    """The same, one by one."""
+    first = True
+    for place, row in rows(path):
+        named = renamed(row, columns)
+        if first:
+            _check_columns(path, purpose, row, named, columns)
+            first = False
+        yield example_of(place, usual(place, named)[1], purpose)
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    named = {column: cell for column, cell in row.items() if column not in columns.values()}
+    return named | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+
+
+def usual(place: str, row: Row) -> tuple[str, Row]:
+    """What a row is called where it comes from, and the row with our names for its columns."""
+    keys = row.keys()
+    if {"chosen", "rejected"} <= keys:
+        return ("comparisons" if "prompt" in row else "comparisons, whole dialogues"), row
+    if {"preferred_output", "non_preferred_output", "input"} <= keys:
+        prompt = row["input"].get("messages") if isinstance(row["input"], dict) else row["input"]
+        rest = _without(row, "input", "preferred_output", "non_preferred_output")
+        sides = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
+        return "comparisons, OpenAI's", {**rest, "prompt": prompt, **sides}
+    if "messages" in row:
+        return "conversations", row
+    if "conversations" in row:
+        return "conversations, ShareGPT's", {**_without(row, "conversations"), "messages": _sharegpt(place, row)}
+    if {"prompt", "completion", "label"} <= keys:
+        return "unpaired preferences", row
+    if {"prompt", "completion"} <= keys:
+        return "demonstrations", row
+    if {"instruction", "output"} <= keys and "prompt" not in row:
+        asked = [text for text in (row["instruction"], row.get("input")) if text]
+        prompt = "\n\n".join(asked) if all(isinstance(text, str) for text in asked) else row["instruction"]
+        return "demonstrations, Alpaca's", {
+            **_without(row, "instruction", "input", "output"),
+            "prompt": [{"role": "user", "content": prompt}],
+            "completion": row["output"],
+        }
+    return ("prompts" if "prompt" in row else ""), row
+
+
+def _without(row: Row, *columns: str) -> Row:
+    return {column: cell for column, cell in row.items() if column not in columns}
+
+
+def _sharegpt(place: str, row: Row) -> Any:
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(f"{place}: conversations must be a list of turns with from and value.")
+    made = []
+    for turn in turns:
+        speaker = turn.get("from", turn.get("role"))
+        made.append({"role": ROLES.get(speaker, speaker), "content": turn.get("value", turn.get("content"))})
+    system = [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) and row["system"] else []
+    return system + made
 
 
 def _check_columns(path: Path, purpose: Purpose, row: Row, named: Row, columns: Mapping[str, str]) -> None:
     missing = [f'{ours} = "{theirs}"' for ours, theirs in columns.items() if theirs not in row]
     if missing:
         raise DataError(f"{path.name}: data.columns names {missing[0]}, but the columns are {', '.join(row)}.")
-    if not _serves(named, purpose):
-        guess = {ours: _usual(ours, row) for ours in NEEDS[purpose] if ours not in named}
+    if not _serves(usual(path.name, named)[1], purpose):
+        guess = {ours: _usual_name(ours, row) for ours in NEEDS[purpose] if ours not in named}
         mapping = ", ".join(f'{ours} = "{theirs}"' for ours, theirs in (dict(columns) | guess).items())
         raise DataError(
             f"{path.name}: found columns {', '.join(row) or '(none)'}. {purpose.capitalize()} need "
@@ -69,16 +134,19 @@ def _serves(row: Row, purpose: Purpose) -> bool:
     pair, talk = {"chosen", "rejected"} <= row.keys(), "messages" in row
     if purpose == "comparisons":
         return pair
+    if purpose == "preferences":
+        return pair or {"prompt", "completion", "label"} <= row.keys()
     if purpose == "demonstrations":
         return pair or talk or {"prompt", "completion"} <= row.keys()
     return pair or talk or "prompt" in row
 
 
-def _usual(ours: str, row: Row) -> str:
+def _usual_name(ours: str, row: Row) -> str:
     return next((c for c in row if c.lower() in USUAL_NAMES.get(ours, ())), "…")
 
 
-def _example(place: str, row: Row, purpose: Purpose) -> Example:
+def example_of(place: str, row: Row, purpose: Purpose) -> Example:
+    """A row with our names for its columns, checked."""
     if not _serves(row, purpose):
         raise DataError(f"{place}: has columns {', '.join(row)}; the rows before it had {', '.join(NEEDS[purpose])}.")
     shaped = {"prompt", "completion", "chosen", "rejected", "messages"}
@@ -91,16 +159,32 @@ def _example(place: str, row: Row, purpose: Purpose) -> Example:
         prompt, chosen, rejected = split_pair(place, chosen, rejected)
         return Example(place, prompt, chosen=chosen, rejected=rejected, extra=extra)
     if "messages" in row:
-        messages = _messages(place, "messages", row["messages"])
-        if messages[-1]["role"] == "assistant":
-            return Example(place, messages[:-1], completion=messages[-1:], extra=extra)
-        if purpose == "demonstrations":
-            raise DataError(f'{place}: the last message is by "{messages[-1]["role"]}"; an answer by the assistant is needed.')
-        return Example(place, messages, extra=extra)
+        return _conversation(place, _messages(place, "messages", row["messages"]), purpose, extra)
     prompt = _text(place, "prompt", row)
+    if purpose == "preferences":
+        answer = _reply(prompt, _text(place, "completion", row))
+        if not isinstance(row["label"], bool) and row["label"] not in (0, 1):
+            raise DataError(f"{place}: label is {row['label']!r}; it must be true for a good completion, false for a bad one.")
+        return Example(place, prompt, **{"chosen" if row["label"] else "rejected": answer}, extra=extra)
     if purpose == "demonstrations":
         return Example(place, prompt, completion=_reply(prompt, _text(place, "completion", row)), extra=extra)
     return Example(place, prompt, extra=extra | ({"completion": row["completion"]} if "completion" in row else {}))
+
+
+def _conversation(place: str, messages: Sequence[Message], purpose: Purpose, extra: Mapping[str, Any]) -> Example:
+    """To imitate: every turn of the assistant. As a prompt: all before its last."""
+    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if purpose == "demonstrations":
+        if not spoken:
+            raise DataError(
+                f'{place}: no message is by the assistant, the last is by "{messages[-1]["role"]}"; nothing to imitate.'
+            )
+        if spoken[0] == 0:
+            raise DataError(f"{place}: the assistant speaks first; a message by somebody else must come before.")
+        return Example(place, messages[: spoken[0]], completion=messages[spoken[0] : spoken[-1] + 1], extra=extra)
+    if messages[-1]["role"] == "assistant" and len(messages) > 1:
+        return Example(place, messages[:-1], completion=messages[-1:], extra=extra)
+    return Example(place, messages, extra=extra)
 
 
 def split_pair(place: str, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
@@ -152,7 +236,9 @@ def _messages(place: str, column: str, cell: Iterable[Any]) -> Sequence[Message]
     if not messages:
         raise DataError(f"{place}: {column} must be a list of messages, and not an empty one.")
     for message in messages:
-        fits = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
-        if not fits:
+        calls = isinstance(message, dict) and bool(message.get("tool_calls"))
+        fits = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not fits or not (isinstance(message.get("content"), str) or (calls and message.get("content") is None)):
             raise DataError(f"{place}: {column} has a message that is not of the form {{role, content}}: {message!r}.")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    # A table format fills every column of every message: what is not there is null.
+    return [{"content": "", **{key: value for key, value in m.items() if value is not None}} for m in messages]

@@ -89,12 +89,15 @@ def preference_metrics(seen: Sequence[Pairs]) -> dict[str, float]:
     """Accuracy: the share of pairs whose chosen side gained more on the reference than the rejected (without a reference: is
     likelier per token); a tie counts half. The mean log-probs of both sides: they may fall together, which is worth seeing."""
     margins = torch.cat([_margin(pairs) for pairs in seen]).detach()
-    chosen, rejected = (torch.cat([getattr(pairs, side) for pairs in seen]).detach() for side in ("chosen", "rejected"))
+    chosen, rejected = (
+        torch.cat([getattr(pairs, side)[getattr(pairs, f"{side}_tokens") > 0] for pairs in seen]).detach()
+        for side in ("chosen", "rejected")
+    )
     return {
         "accuracy": float(((margins > 0).float() + 0.5 * (margins == 0).float()).mean()),
         "margin": float(margins.mean()),
-        "logprobs/chosen": float(chosen.mean()),
-        "logprobs/rejected": float(rejected.mean()),
+        **({"logprobs/chosen": float(chosen.mean())} if len(chosen) else {}),
+        **({"logprobs/rejected": float(rejected.mean())} if len(rejected) else {}),
     }
 
 
@@ -151,7 +154,9 @@ def _both_sides(model: Any, comparisons: Sequence[Comparison]) -> tuple[Float[Te
 def _mismatched_kl(model: Any, reference: Any, batch: Sequence[Comparison], micro_batch_tokens: int) -> float:
     """KTO's z: the responses of both sides under their neighbours' prompts, mean of log π / π_ref, not below 0."""
     neighbours = [*batch[1:], batch[0]]
-    sides = [(a.prompt_ids, ids) for a, b in zip(batch, neighbours, strict=True) for ids in (b.chosen_ids, b.rejected_ids)]
+    sides = [
+        (a.prompt_ids, ids) for a, b in zip(batch, neighbours, strict=True) for ids in (b.chosen_ids, b.rejected_ids) if ids
+    ]
     total = 0.0
     for rows in micro_batches([len(p) + len(r) for p, r in sides], micro_batch_tokens):
         piece = [sides[i] for i in rows]

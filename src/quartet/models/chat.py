@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+Message = Mapping[str, Any]
+"""`role` and `content`; whatever else there is (tool calls, a name) is the template's to read."""
+
 NAMED_TEMPLATES = {
     "chatml": (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -28,31 +31,60 @@ def set_chat_template(tokenizer: Any, template: str) -> None:
         )
 
 
-def render(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], reply: Sequence[Mapping[str, str]] = ()
-) -> tuple[list[int], list[int]]:
+def render(tokenizer: Any, messages: Sequence[Message], reply: Sequence[Message] = ()) -> tuple[list[int], list[int]]:
     """Ids of the conversation up to where the assistant speaks, and ids of its reply with the end of its turn."""
+    prompt, response, _ = render_turns(tokenizer, messages, reply)
+    return prompt, response
+
+
+def render_turns(
+    tokenizer: Any, messages: Sequence[Message], turns: Sequence[Message]
+) -> tuple[list[int], list[int], list[bool]]:
+    """Ids of the conversation up to where the assistant speaks; ids of all that follows, up to the end of the assistant's last
+    turn; and which of these the assistant wrote, the ends of its turns included."""
     if tokenizer.chat_template is None:
         raise ChatError(
             "the data are conversations, but the policy's tokenizer has no chat template. "
             'Set policy.chat_template = "chatml" or give a file.'
         )
     prompt = _ids(tokenizer, messages, add_generation_prompt=True)
-    if not reply:
-        return prompt, []
-    whole = _ids(tokenizer, [*messages, *reply], add_generation_prompt=False)
-    if whole[: len(prompt)] != prompt:
+    history, so_far = list(messages), prompt
+    response: list[int] = []
+    written: list[bool] = []
+    for number, turn in enumerate(turns, 1):
+        history.append(turn)
+        if turn["role"] != "assistant":
+            continue
+        before = _ids(tokenizer, history[:-1], add_generation_prompt=True)
+        whole = _ids(tokenizer, history, add_generation_prompt=False)
+        between = _behind(so_far, before)
+        reply, rest = _to_its_end(_behind(before, whole), tokenizer.eos_token_id, last=number == len(turns))
+        response += [*between, *reply, *rest]
+        written += [False] * len(between) + [True] * len(reply) + [False] * len(rest)
+        so_far = whole
+    last = len(written) - written[::-1].index(True) if True in written else 0
+    return prompt, response[:last], written[:last]
+
+
+def _behind(start: list[int], whole: list[int]) -> list[int]:
+    if whole[: len(start)] != start:
         raise ChatError(
             "the chat template writes the prompt differently once a reply follows, so prompt and reply cannot be told "
             "apart. Use a template in which a conversation only grows."
         )
-    response, end = whole[len(prompt) :], tokenizer.eos_token_id
-    if end in response:
-        return prompt, response[: response.index(end) + 1]
-    return prompt, [*response, end]
+    return whole[len(start) :]
 
 
-def _ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> list[int]:
+def _to_its_end(reply: list[int], end: int, last: bool) -> tuple[list[int], list[int]]:
+    """A turn up to the end-of-sequence token that the template writes, and what it writes behind; where it writes none, the
+    whole turn, and the last one gets it."""
+    if end in reply:
+        at = reply.index(end) + 1
+        return reply[:at], reply[at:]
+    return ([*reply, end] if last else reply), []
+
+
+def _ids(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
     try:
         return list(
             tokenizer.apply_chat_template(

@@ -105,7 +105,8 @@ def _evaluation(summary: dict[str, Any]) -> str:
 def _making(config: dict[str, Any]) -> str:
     """How it was made: the settings, without the marks of where each came from."""
     data = config.get("data", {})
-    source = data.get("train") or f"the embedded world {data.get('world')}"
+    train = data.get("train")
+    source = (", ".join(train) if isinstance(train, list) else train) or f"the embedded world {data.get('world')}"
     recipe = " → ".join(config.get("recipe", []))
     made = f"Made by Quartet {__version__}: {recipe}, on {source}, seed {config.get('seed')}."
     return f"{made} All settings: `config.resolved.toml`.\n"

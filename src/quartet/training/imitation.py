@@ -14,7 +14,7 @@ from quartet.training.descend import check_finite
 
 def imitation_losses(model: Any, batch: Sequence[Demonstration], micro_batch_tokens: int) -> Iterator[Float[Tensor, ""]]:
     """The mean negative log-probability of the answers' tokens, in pieces that add up to it."""
-    num_tokens = sum(len(d.response_ids) for d in batch)
+    num_tokens = sum(len(d.response_ids) if d.written is None else sum(d.written) for d in batch)
     for rows in micro_batches([len(d.prompt_ids) + len(d.response_ids) for d in batch], micro_batch_tokens):
         yield _negative_logprobs(model, [batch[i] for i in rows]).sum() / num_tokens
 
@@ -24,6 +24,9 @@ def _negative_logprobs(model: Any, demonstrations: Sequence[Demonstration]) -> F
     tokens, lengths = right_pad([(*d.prompt_ids, *d.response_ids) for d in demonstrations], model.device)
     starts = torch.tensor([len(d.prompt_ids) for d in demonstrations], device=model.device)
     mask = response_mask(starts, lengths, tokens.shape[1])
+    for row, d in enumerate(demonstrations):
+        if d.written is not None:
+            mask[row, len(d.prompt_ids) : len(d.prompt_ids) + len(d.written)] &= torch.tensor(d.written, device=mask.device)
     losses = -masked_logprobs(model, tokens, mask)
     check_finite("the loss", losses, [d.id for d in demonstrations])
     return losses

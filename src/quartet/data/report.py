@@ -1,0 +1,256 @@
+"""What `quartet data` says of a file: its shape, how long its rows are, two of them rendered, and what is wrong with it.
+
+Rows are read one by one and forgotten; what is kept of each are lengths and a hash.
+"""
+
+import random
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from quartet.data import DataError
+from quartet.data.examples import Example, Text
+from quartet.data.files import Row, rows
+from quartet.data.shapes import Purpose, example_of, renamed, usual
+
+MOJIBAKE = ("\N{REPLACEMENT CHARACTER}", "Ã©", "Ã¨", "Ã¼", "Ã¶", "â€™", "â€œ", "â€", "Â ")
+"""What UTF-8 looks like after it was read as Latin-1, or after bytes were lost."""
+FEW = 3
+"""How many of the rows with a mistake are named."""
+
+Piece = tuple[str, bool]
+"""Some text of a row, and whether the loss is on it."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of one part of the rows, in the report's unit."""
+
+    median: int
+    p95: int
+    longest: int
+    over: float | None
+    """The share over the limit, where one was given."""
+
+
+@dataclass(frozen=True)
+class Report:
+    rows: int
+    shapes: dict[str, int]
+    unit: str
+    lengths: dict[str, Lengths]
+    examples: tuple[tuple[str, tuple[Piece, ...]], ...]
+    """Two rows: where each stands, and its pieces."""
+    problems: int
+    """Rows that cannot be used."""
+    findings: tuple[str, ...]
+
+
+def purpose_of(shape: str) -> Purpose:
+    """What rows of a shape are most useful for."""
+    if shape.startswith("comparisons"):
+        return "comparisons"
+    if shape.startswith("unpaired"):
+        return "preferences"
+    return "prompts" if shape in {"prompts", ""} else "demonstrations"
+
+
+@dataclass
+class Counted:
+    """What is kept while rows go by."""
+
+    count: Callable[[Text], int]
+    shapes: Counter[str] = field(default_factory=Counter)
+    sizes: dict[str, "array[int]"] = field(default_factory=dict)
+    wrong: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[str]] = field(default_factory=dict)
+    whole: set[int] = field(default_factory=set)
+    prompts: set[int] = field(default_factory=set)
+    longer: list[int] = field(default_factory=lambda: [0, 0, 0])
+    """Of comparisons: chosen longer, rejected longer, all."""
+    shown: list[Example] = field(default_factory=list)
+
+    def note(self, kind: str, place: str) -> None:
+        self.wrong[kind] += 1
+        if len(self.first.setdefault(kind, [])) < FEW:
+            self.first[kind].append(place)
+
+    def size(self, part: str, text: Text) -> int:
+        size = self.count(text)
+        self.sizes.setdefault(part, array("I")).append(size)
+        return size
+
+    def see(self, place: str, row: Row) -> None:
+        shape, named = usual(place, row)
+        self.shapes[shape or "unknown"] += 1
+        try:
+            example = example_of(place, named, purpose_of(shape))
+        except DataError as error:
+            self.note("unusable", str(error))
+            return
+        self._look(place, example)
+        total = sum(self.shapes.values())
+        if len(self.shown) < 2:
+            self.shown.append(example)
+        elif random.Random(total).random() < 1 / total:
+            self.shown[1] = example
+
+    def _look(self, place: str, example: Example) -> None:
+        self.size("prompt", example.prompt)
+        answers = {
+            part: answer for part in ("completion", "chosen", "rejected") if (answer := getattr(example, part)) is not None
+        }
+        sizes = {part: self.size(part, answer) for part, answer in answers.items()}
+        texts = {part: plain(text) for part, text in {"prompt": example.prompt, **answers}.items()}
+        for part, text in texts.items():
+            if not text.strip():
+                self.note(f"empty {part}", place)
+            if any(mark in text for mark in MOJIBAKE):
+                self.note("encoding", place)
+        if "chosen" in answers and "rejected" in answers:
+            if example.chosen == example.rejected:
+                self.note("identical", place)
+            self.longer[2] += 1
+            self.longer[0] += sizes["chosen"] > sizes["rejected"]
+            self.longer[1] += sizes["chosen"] < sizes["rejected"]
+        if isinstance(example.prompt, str) and answers:
+            joined = next(iter(answers.values()))
+            if isinstance(joined, str) and joined[:1].isalnum() and example.prompt[-1:].isalnum():
+                self.note("joined", place)
+        key, prompt = hash(tuple(texts.items())), hash(texts["prompt"])
+        if key in self.whole:
+            self.note("duplicate", place)
+        self.whole.add(key)
+        self.prompts.add(prompt)
+
+
+def plain(text: Text) -> str:
+    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+
+
+def words(text: Text) -> int:
+    return len(plain(text).split())
+
+
+def report(
+    path: Path,
+    columns: Mapping[str, str],
+    count: Callable[[Text], int] = words,
+    unit: str = "words",
+    rendered: Callable[[Example], Sequence[Piece]] | None = None,
+    limits: Mapping[str, int] | None = None,
+    held_out: Path | None = None,
+) -> Report:
+    """`count` measures a text in `unit`s; `rendered` cuts an example into pieces; `limits` are of prompts and responses, in the
+    unit; `held_out` names a file whose prompts should not be in this one."""
+    seen = Counted(count)
+    stopped = _read(path, columns, seen)
+    if not seen.shapes:
+        raise DataError(stopped or f"{path}: has no rows.")
+    found = list(_findings(seen, sum(seen.shapes.values())))
+    if stopped:
+        found.insert(0, f"reading stopped: {stopped}")
+    if held_out is not None:
+        other = Counted(words)
+        if halted := _read(held_out, columns, other):
+            found.append(f"reading {held_out} stopped: {halted}")
+        both = seen.prompts & other.prompts
+        if both:
+            found.append(
+                f"{len(both):,} of {len(other.prompts):,} prompts of {held_out.name} are in {path.name} too: what is measured "
+                "on them was seen in training."
+            )
+    limits = limits or {}
+    return Report(
+        rows=sum(seen.shapes.values()),
+        shapes=dict(seen.shapes),
+        unit=unit,
+        lengths={part: _lengths(s, limits.get("prompt" if part == "prompt" else "response")) for part, s in seen.sizes.items()},
+        examples=tuple((example.id, tuple((rendered or pieces)(example))) for example in seen.shown),
+        problems=seen.wrong["unusable"],
+        findings=tuple(found),
+    )
+
+
+def _read(path: Path, columns: Mapping[str, str], seen: Counted) -> str | None:
+    """Why reading had to stop, if it had to."""
+    try:
+        for place, row in rows(path):
+            if not seen.shapes and (missing := [theirs for theirs in columns.values() if theirs not in row]):
+                raise DataError(f"{path.name}: --columns names {missing[0]}, but the columns are {', '.join(row)}.")
+            try:
+                seen.see(place, renamed(row, columns))
+            except DataError as error:
+                seen.shapes["unknown"] += 1
+                seen.note("unusable", str(error))
+    except DataError as error:
+        if not seen.shapes:
+            raise
+        return str(error)
+    return None
+
+
+def _findings(seen: Counted, total: int) -> Iterator[str]:
+    """One sentence for each thing that is wrong, the worst first."""
+
+    def of(kind: str) -> str:
+        places = ", ".join(seen.first[kind]) + (", …" if seen.wrong[kind] > FEW else "")
+        return f"{seen.wrong[kind]:,} of {total:,} rows ({places})"
+
+    if seen.wrong["unusable"]:
+        yield f"{seen.wrong['unusable']:,} of {total:,} rows cannot be used, the first: {seen.first['unusable'][0]}"
+    if len(seen.shapes) > 1:
+        yield "rows of several shapes: " + ", ".join(f"{count:,} {shape}" for shape, count in seen.shapes.most_common()) + "."
+    if "unknown" in seen.shapes and len(seen.shapes) == 1:
+        yield "no column is called prompt, completion, chosen, rejected or messages. Say which are: --columns prompt=…"
+    for part in ("prompt", "completion", "chosen", "rejected"):
+        if seen.wrong[f"empty {part}"]:
+            yield f"empty {part} in {of(f'empty {part}')}."
+    if seen.wrong["identical"]:
+        yield f"chosen and rejected are identical in {of('identical')}: there is nothing to learn from them."
+    if seen.wrong["duplicate"]:
+        yield f"{of('duplicate')} repeat an earlier row."
+    if seen.wrong["encoding"]:
+        yield f"damaged characters (such as � or â€™) in {of('encoding')}: the text was read in a wrong encoding once."
+    if seen.wrong["joined"] > 0.5 * total:
+        yield (
+            "prompts end and answers begin with a letter or digit: they are joined as they are. Put a space or a line end at "
+            "the end of the prompt or the beginning of the answer."
+        )
+    more, less, pairs = seen.longer
+    if pairs >= 20 and max(more, less) > 0.6 * (more + less):
+        which = "chosen" if more > less else "rejected"
+        share = max(more, less) / pairs
+        yield f"the {which} side is longer in {share:.0%} of comparisons: a reward model can learn length alone."
+
+
+def _lengths(sizes: "array[int]", limit: int | None) -> Lengths:
+    ordered = sorted(sizes)
+    over = None if limit is None else sum(size > limit for size in ordered) / len(ordered)
+    return Lengths(ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.95)], ordered[-1], over)
+
+
+def pieces(example: Example) -> list[Piece]:
+    """An example without a tokenizer: who speaks, and what is learnt."""
+    answer = next((a for a in (example.completion, example.chosen, example.rejected) if a is not None), None)
+    if isinstance(example.prompt, str):
+        return [(example.prompt, False), *([(plain(answer), True)] if answer is not None else [])]
+    made: list[Piece] = []
+    for message in [*example.prompt, *(answer if answer is not None and not isinstance(answer, str) else [])]:
+        made += [(f"{message['role']}: ", False), (message["content"], False), ("\n", False)]
+    spoken = 3 * len(example.prompt)
+    for i in range(spoken + 1, len(made), 3):
+        made[i] = (made[i][0], made[i - 1][0] == "assistant: ")
+    return made
+
+
+def token_pieces(tokenizer: Any, prompt: Sequence[int], response: Sequence[int], written: Sequence[bool]) -> list[Piece]:
+    """Encoded tokens as text, cut where the loss begins and ends."""
+    marks = [False] * len(prompt) + list(written)
+    ids = [*prompt, *response]
+    cuts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(marks)) if a != b), len(ids)]
+    return [(tokenizer.decode(ids[a:b]), marks[a]) for a, b in pairwise(cuts) if b > a]

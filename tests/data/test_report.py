@@ -1,0 +1,258 @@
+import gzip
+import json
+
+import pytest
+
+from quartet.build import seen_so_often
+from quartet.data import DataError
+from quartet.data.encoding import Encoder
+from quartet.data.examples import Example
+from quartet.data.report import report
+from quartet.data.shapes import read_examples
+from quartet.data.tokenizer import train_tokenizer
+from quartet.models.chat import NAMED_TEMPLATES
+from tests.test_runs import REAL, quartet
+from tests.world import write_lines
+
+USER, BOT = {"role": "user", "content": "was it good"}, {"role": "assistant", "content": "very"}
+SHAREGPT = [{"from": "human", "value": "was it good"}, {"from": "gpt", "value": "very"}]
+SHAPES = {
+    "prompts": {"prompt": "a", "level": 3},
+    "demonstrations": {"prompt": "a", "completion": "b"},
+    "demonstrations, Alpaca's": {"instruction": "a", "input": "b", "output": "c"},
+    "conversations": {"messages": [USER, BOT]},
+    "conversations, ShareGPT's": {"conversations": SHAREGPT, "system": "be brief"},
+    "comparisons": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "comparisons, whole dialogues": {"chosen": [USER, BOT], "rejected": [USER, {**BOT, "content": "no"}]},
+    "comparisons, OpenAI's": {
+        "input": {"messages": [USER]},
+        "preferred_output": [BOT],
+        "non_preferred_output": [{**BOT, "content": "no"}],
+    },
+    "unpaired preferences": {"prompt": "a", "completion": "b", "label": True},
+}
+
+
+def lines(path, *rows):
+    return write_lines(path, *(json.dumps(row) for row in rows))
+
+
+@pytest.fixture(scope="module")
+def chatty():
+    made = train_tokenizer(["was it good very no be brief <|im_start|> user assistant tool <|im_end|> why because 4"] * 5, 330)
+    made.chat_template = NAMED_TEMPLATES["chatml"]
+    return made
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_detected_and_serves_its_stage(shape, tmp_path, chatty):
+    file = lines(tmp_path / "x.jsonl", SHAPES[shape], SHAPES[shape])
+    made = report(file, {})
+    assert made.shapes == {shape: 2} and made.problems == 0
+    encoder = Encoder(chatty, 100, 100)
+    purposes = {
+        "prompts": ["prompts"],
+        "demonstrations": ["prompts", "demonstrations"],
+        "demonstrations, Alpaca's": ["prompts", "demonstrations"],
+        "conversations": ["prompts", "demonstrations"],
+        "conversations, ShareGPT's": ["prompts", "demonstrations"],
+        "comparisons": ["prompts", "demonstrations", "comparisons", "preferences"],
+        "comparisons, whole dialogues": ["prompts", "demonstrations", "comparisons", "preferences"],
+        "comparisons, OpenAI's": ["prompts", "demonstrations", "comparisons", "preferences"],
+        "unpaired preferences": ["prompts", "demonstrations", "preferences"],
+    }[shape]
+    for purpose in ("prompts", "demonstrations", "comparisons", "preferences"):
+        if purpose not in purposes:
+            with pytest.raises(DataError, match="found columns"):
+                read_examples(file, purpose, {})
+            continue
+        encode = getattr(encoder, {"preferences": "comparisons"}.get(purpose, purpose))
+        assert len(encode(read_examples(file, purpose, {}))) == 2
+
+
+def test_foreign_shapes_say_what_ours_say(tmp_path, chatty):
+    encoder = Encoder(chatty, 100, 100)
+    [ours] = encoder.demonstrations(read_examples(lines(tmp_path / "a.jsonl", SHAPES["conversations"]), "demonstrations", {}))
+    sharegpt = {"conversations": SHAREGPT}
+    [theirs] = encoder.demonstrations(read_examples(lines(tmp_path / "b.jsonl", sharegpt), "demonstrations", {}))
+    assert (ours.prompt_ids, ours.response_ids) == (theirs.prompt_ids, theirs.response_ids)
+    assert chatty.decode(ours.response_ids) == "very<|im_end|>\n<eos>"
+    pair = {"prompt": [USER], "chosen": [BOT], "rejected": [{**BOT, "content": "no"}]}
+    [one] = encoder.comparisons(read_examples(lines(tmp_path / "c.jsonl", pair), "comparisons", {}))
+    [other] = encoder.comparisons(
+        read_examples(lines(tmp_path / "d.jsonl", SHAPES["comparisons, OpenAI's"]), "comparisons", {})
+    )
+    assert (one.prompt_ids, one.chosen_ids, one.rejected_ids) == (other.prompt_ids, other.chosen_ids, other.rejected_ids)
+
+
+def test_in_a_long_conversation_the_loss_is_on_what_the_assistant_wrote(tmp_path, chatty):
+    calls = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}],
+    }
+    chatty.chat_template = NAMED_TEMPLATES["chatml"].replace("m['content']", "m['content'] or 'look'")
+    talk = [
+        USER,
+        calls,
+        {"role": "tool", "content": "4"},
+        BOT,
+        {"role": "user", "content": "why"},
+        {**BOT, "content": "because"},
+    ]
+    file = lines(tmp_path / "x.jsonl", {"messages": talk})
+    [made] = Encoder(chatty, 100, 100).demonstrations(read_examples(file, "demonstrations", {}))
+    chatty.chat_template = NAMED_TEMPLATES["chatml"]
+    pieces, current = [], None
+    for token, mine in zip(made.response_ids, made.written, strict=True):
+        if mine != current:
+            pieces.append((mine, ""))
+            current = mine
+        pieces[-1] = (mine, pieces[-1][1] + chatty.decode([token]))
+    assert pieces == [
+        (True, "look<|im_end|>\n"),
+        (False, "<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "very<|im_end|>\n"),
+        (False, "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "because<|im_end|>\n<eos>"),
+    ]
+    [prompt] = Encoder(chatty, 100, 100).prompts(read_examples(file, "prompts", {}))
+    assert prompt.messages[-1]["content"] == "why" and prompt.messages[1]["tool_calls"]
+
+
+def test_the_mask_is_what_is_trained(chatty):
+    import torch
+
+    from quartet.data.records import Demonstration
+    from quartet.models.language_model import masked_logprobs
+    from quartet.training.imitation import imitation_losses
+    from tests.world import model
+
+    made, tokens = model(), torch.tensor([[5, 6, 7, 8, 9, 10]])
+    demo = Demonstration("d", (5, 6), (7, 8, 9, 10), (True, False, False, True))
+    expected = -masked_logprobs(made, tokens, torch.tensor([[False, False, True, False, False, True]])).sum() / 2
+    torch.testing.assert_close(sum(imitation_losses(made, [demo], 4096)), expected)
+
+
+def test_folders_and_json_lists(tmp_path):
+    folder = tmp_path / "rows"
+    (folder / "deep").mkdir(parents=True)
+    lines(folder / "b.jsonl", {"prompt": "b"})
+    (folder / "deep" / "c.json").write_text(json.dumps([{"prompt": "c"}, {"prompt": "d"}], indent=1))
+    (folder / "a.csv").write_text("prompt\na\n")
+    (folder / "notes.txt").write_text("not data")
+    assert [e.prompt for e in read_examples(folder, "prompts", {})] == ["a", "b", "c", "d"]
+    with pytest.raises(DataError, match="is a folder without"):
+        read_examples(_empty(tmp_path), "prompts", {})
+
+
+def _empty(tmp_path):
+    (tmp_path / "empty").mkdir()
+    return tmp_path / "empty"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("x.json", '{"prompt": "a"}', "x.json: is an object, not a list of rows."),
+        ("x.json", '{"prompt": "a"}\n{"prompt": "b"}\n', "x.json:2: not JSON (extra data). Is it JSON lines? Call it .jsonl."),
+        (
+            "x.json",
+            '[{"prompt": "a"}, 3]',
+            "x.json:2: is a number, not an object with named columns. The row before it is fine.",
+        ),
+        ("x.jsonl", '{"conversations": "hello"}', "x.jsonl:1: conversations must be a list of turns with from and value."),
+        ("x.jsonl", '{"messages": [{"role": "user", "content": 3}]}', "is not of the form {role, content}"),
+        (
+            "x.jsonl",
+            '{"prompt": "a", "completion": "b", "label": "good"}',
+            "label is 'good'; it must be true for a good completion",
+        ),
+        ("x.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}', "the assistant speaks first"),
+        ("x.jsonl", '{"prompt": 7}', "prompt is 7; it must be text or a list of messages."),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_in_its_report(tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    try:
+        said = " ".join(report(tmp_path / name, {}).findings)
+    except DataError as error:
+        said = str(error)
+    assert sentence in said
+
+
+def test_lints(tmp_path):
+    good = [{"prompt": f"p{i} ", "chosen": "long answer " * 3 + str(i), "rejected": f"short {i}"} for i in range(30)]
+    rows = [
+        *good,
+        good[0],
+        {"prompt": "p ", "chosen": "same", "rejected": "same"},
+        {"prompt": "q ", "chosen": "", "rejected": "b"},
+    ]
+    rows += [
+        {"prompt": "cafÃ© ", "chosen": "a", "rejected": "b"},
+        {"prompt": "only"},
+        {"prompt": 3, "chosen": "a", "rejected": "b"},
+    ]
+    held_out = lines(tmp_path / "eval.jsonl", {"prompt": "p1 "}, {"prompt": "new"})
+    made = report(lines(tmp_path / "x.jsonl", *rows), {}, held_out=held_out)
+    said = "\n".join(made.findings)
+    assert made.rows == 36 and made.problems == 1
+    for sentence in (
+        "1 of 36 rows cannot be used, the first: x.jsonl:36: prompt is 3; it must be text or a list of messages.",
+        "rows of several shapes: 35 comparisons, 1 prompts.",
+        "empty chosen in 1 of 36 rows (x.jsonl:33).",
+        "chosen and rejected are identical in 1 of 36 rows (x.jsonl:32)",
+        "1 of 36 rows (x.jsonl:31) repeat an earlier row.",
+        "damaged characters (such as � or â€™) in 1 of 36 rows (x.jsonl:34)",
+        "the chosen side is longer in",
+        "1 of 2 prompts of eval.jsonl are in x.jsonl too",
+    ):
+        assert sentence in said, (sentence, said)
+
+
+def test_prompts_and_answers_that_run_into_each_other(tmp_path):
+    made = report(lines(tmp_path / "x.jsonl", *({"prompt": "what is it", "completion": "this"} for _ in range(3))), {})
+    assert any("they are joined as they are" in f for f in made.findings)
+
+
+def test_in_tokens_with_the_mask_visible_and_limits(tmp_path, chatty):
+    chatty.save_pretrained(tmp_path / "tok")
+    file = lines(tmp_path / "x.jsonl", *({"messages": [USER, {**BOT, "content": "very good " * n}]} for n in (1, 2, 30)))
+    done = quartet("data", str(file), "--tokenizer", str(tmp_path / "tok"), "--max-response-tokens", "20", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "user\nwas it good<|im_end|>\n<|im_start|>assistant\n⟦very good <|im_end|>\n<eos>⟧" in done.stdout
+    assert "33.3% over the limit" in done.stdout
+    found = json.loads(quartet("data", str(file), "--json", cwd=tmp_path).stdout)
+    assert found["unit"] == "words" and found["lengths"]["completion"]["longest"] == 60
+    bare = quartet("data", str(file), "--tokenizer", str(tmp_path / "none"), cwd=tmp_path)
+    assert bare.returncode == 2 and len(bare.stderr.strip().splitlines()) == 1
+
+
+def test_the_command_answers_without_torch_and_says_by_its_code_that_rows_are_unusable(tmp_path):
+    file = lines(tmp_path / "x.jsonl", {"prompt": "a"}, {"prompt": None})
+    done = quartet("data", str(file), cwd=tmp_path)
+    assert done.returncode == 3 and "1 of 2 rows cannot be used" in done.stdout
+    assert quartet("data", "none.jsonl", cwd=tmp_path).returncode == 2
+    named = lines(tmp_path / "y.jsonl", {"question": "a", "answer": "b"})
+    unknown = quartet("data", str(named), cwd=tmp_path)
+    assert "Say which are: --columns prompt=…" in unknown.stdout
+    mapped = quartet("data", str(named), "--columns", "prompt=question", "--columns", "completion=answer", cwd=tmp_path)
+    assert "shape      demonstrations" in mapped.stdout
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="no HH data here")
+def test_real_dialogues():
+    made = report(REAL, {})
+    with gzip.open(REAL) as file:
+        assert made.rows == sum(1 for _ in file) == 1800
+    assert made.shapes == {"comparisons, whole dialogues": 1800} and made.problems == 0
+    assert any("empty chosen in 4" in f for f in made.findings)
+
+
+def test_weights_of_sources():
+    rows = [Example(str(i), "p") for i in range(10)]
+    assert seen_so_often(rows, 1.0, 0) == rows and seen_so_often(rows, 2.0, 0) == rows * 2
+    half = seen_so_often(rows, 0.5, 0)
+    assert len(half) == len({e.id for e in half}) == 5 and half == seen_so_often(rows, 0.5, 0) != seen_so_often(rows, 0.5, 1)
+    assert seen_so_often(rows, 0.0, 0) == []
