@@ -164,3 +164,68 @@ def test_serving_a_run(place, tmp_path):
     gone = quartet("serve-reward", "nowhere", cwd=place)
     assert gone.returncode == 2 and "nowhere: no such folder." in gone.stderr
     assert sys.executable
+
+
+GAME = """
+class Twice:
+    def reset(self, prompt):
+        self.turns = 0
+        return []
+
+    def step(self, response):
+        self.turns += 1
+        return [{"role": "user", "content": "<"}], float(len(response)), self.turns == 2
+
+class Half:
+    def reset(self, prompt): ...
+"""
+TINY_GUESS = [
+    "run",
+    "guess",
+    "policy.create.hidden_size=16",
+    "policy.create.num_layers=1",
+    "policy.create.num_heads=2",
+    "data.rows=200",
+    "sft.steps=30",
+    "rollout.prompts_per_step=8",
+    "optim.minibatches=2",
+    "run.steps=2",
+    "evaluation.prompts=8",
+]
+
+
+def test_an_environment_of_ones_own_answers_in_a_run(place):
+    (place / "game.py").write_text(GAME)
+    done = quartet(*TINY_GUESS, "environment.function=game.py:Twice", "environment.max_turns=3", cwd=place)
+    assert done.returncode == 0, done.stderr
+    run = place / "runs" / "latest"
+    table = pq.read_table(run / "rollouts" / "000001.parquet").to_pylist()
+    heard = [row for row in table if row["text"] == "<" and not row["is_response"]]
+    assert heard and all(row["advantage"] is None and row["logprob"] is None for row in heard)
+    first = next(m for m in metrics(run) if "reward/environment" in m)
+    assert first["ratio/first_error"] < 1e-5 and first["kl"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["environment.function=game.py:Half"], 'environment.function = "game.py:Half": has no method step.'),
+        (
+            ["environment.function=game.py:None_"],
+            'environment.function = "game.py:None_": game.py has no None_. It defines Twice, Half.',
+        ),
+        (["environment.max_turns=0", "environment.function=game.py:Twice"], "environment.max_turns = 0: must be ≥ 1."),
+    ],
+)
+def test_environments_that_cannot_work(place, words, sentence):
+    (place / "game.py").write_text(GAME)
+    done = quartet(*TINY_GUESS, *words, cwd=place)
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr
+
+
+def test_an_environment_needs_conversations_and_its_reward_an_environment(place):
+    (place / "game.py").write_text(GAME)
+    plain = quartet(*SUMS, "environment.function=game.py:Twice", cwd=place)
+    assert plain.returncode == 2 and "is plain text, and an environment speaks in conversations" in plain.stderr
+    alone = quartet(*SUMS, rewards({"type": "environment"}), cwd=place)
+    assert alone.returncode == 2 and '"environment" needs an environment. Add [environment]' in alone.stderr

@@ -38,7 +38,7 @@ TINY = [
 TINY_REVIEWS = ["run", "reviews", *TINY, "reward_model.steps=3", "reward_model.batch_size=8"]
 TINY_SUMS = ["run", "sums", *TINY, "policy.create.max_length=32"]
 COLUMNS = (
-    "step sample id group score position token_id text is_response logprob old_logprob ref_logprob kl reward value advantage "
+    "step sample id group score score/model score/gold position token_id text is_response logprob old_logprob ref_logprob kl reward value advantage "
     "return ratio clipped entropy"
 ).split()
 

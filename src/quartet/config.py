@@ -18,10 +18,10 @@ from quartet.generation.sampling import Sampling
 from quartet.models.lora import Lora
 from quartet.models.shape import Shape
 from quartet.parts import Field, part
-from quartet.rewards.sources import PER_TOKEN, GoldSource, JudgeSource, ModelSource, RewardSource
+from quartet.rewards.sources import PER_TOKEN, EnvironmentSource, GoldSource, JudgeSource, ModelSource, RewardSource
 from quartet.training.optim import Descent, Optim
 
-WORLDS = Literal["reviews", "sums"]
+WORLDS = Literal["reviews", "sums", "guess"]
 
 
 def did_you_mean(value: object, known: Iterable[str]) -> str:
@@ -130,6 +130,14 @@ class SharedCritic:
 
 
 @part
+class EnvironmentOf:
+    """Who answers the policy, where an answer has several turns: the file's [environment] table."""
+
+    function: str = Field(description="file.py:Name of a class with reset and step, or package.module.Name.")
+    max_turns: int = Field(default=8, ge=1, description="Turns of the policy in one episode.")
+
+
+@part
 class Rollout(Sampling):
     """What is sampled in one RL step: the file's [rollout] table."""
 
@@ -169,6 +177,7 @@ class Config:
     preference: Preference = Preference()
     critic: Annotated[SeparateCritic | SharedCritic, Field(discriminator="type")] = SeparateCritic()
     reward: tuple[RewardSource, ...] = ()
+    environment: EnvironmentOf | None = None
     rollout: Rollout = Rollout()
     optim: Optim = Optim()
     evaluation: Evaluation = Evaluation()
@@ -189,7 +198,7 @@ class Config:
                 return self.rl_stage is not None
             case "optim":
                 return self.rl_stage is not None or key == "optim.micro_batch_tokens"
-            case "reward":
+            case "reward" | "environment":
                 return aligns_by_rewards or "evaluation" in self.recipe
             case "rollout":
                 return aligns_by_rewards or "evaluation" in self.recipe or "reward_model" in self.recipe
@@ -275,8 +284,10 @@ class Config:
             )
         if self.policy.create is not None and self.policy.tokenizer is None and self.data.world is None:
             problems.append('policy.tokenizer: a new model needs one. Write tokenizer = { type = "train" } or name a folder.')
-        if self.data.world == "sums" and "reward_model" in self.recipe:
-            problems.append("recipe: the world sums has no comparisons to train a reward model on, its answers are checked.")
+        if self.data.world in {"sums", "guess"} and "reward_model" in self.recipe:
+            problems.append(
+                f"recipe: the world {self.data.world} has no comparisons to train a reward model on, its answers are checked."
+            )
         return problems
 
     def _reward_problems(self) -> list[str]:
@@ -305,8 +316,15 @@ class Config:
             )
         if self.data.world is None and any(isinstance(r, GoldSource) for r in self.reward):
             problems.append('reward.type: "gold" is known in an embedded world only.')
-        if self.data.world == "sums" and self.preference_stage and asking is None:
-            problems.append("recipe: the world sums has no comparisons to learn from; its answers are checked.")
+        if self.data.world in {"sums", "guess"} and self.preference_stage and asking is None:
+            problems.append(f"recipe: the world {self.data.world} has no comparisons to learn from; its answers are checked.")
+        episodes = self.environment is not None or self.data.world == "guess"
+        if not episodes and any(isinstance(r, EnvironmentSource) for r in self.reward):
+            problems.append(
+                'reward.type: "environment" needs an environment. Add [environment] with function = "file.py:Name".'
+            )
+        if self.algorithm is not None and self.algorithm.needs_greedy and episodes:
+            problems.append("environment: an algorithm that compares with a greedy answer is not written for several turns.")
         return problems
 
     def _rl_problems(self) -> list[str]:

@@ -61,6 +61,10 @@ class Rollout:
     """Of the distribution that each token was drawn from, where the sampler took them."""
     token_scores: tuple[float, ...] | None = None
     """A score for each token of the response, where the reward gives one and the algorithm reads it."""
+    written: tuple[bool, ...] | None = None
+    """Which of the response's tokens the policy wrote, where an environment spoke as well; its log-probs are 0. None: all."""
+    turn_rewards: tuple[float, ...] | None = None
+    """What an environment gave, on the last token of each turn; 0 elsewhere."""
     greedy_score: float | None = None
     """The score of the greedy response to the same prompt, where the algorithm compares with it."""
 

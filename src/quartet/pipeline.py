@@ -15,6 +15,7 @@ from quartet.data.sampler import Sampler
 from quartet.evaluation.compare import Gold, compare
 from quartet.experience import Prompt, Rollout
 from quartet.generation.native import NativeGenerator
+from quartet.generation.protocol import Generator as Generates
 from quartet.generation.sampling import Sampling
 from quartet.loops.preference import Source, held_out_preference, preference
 from quartet.loops.progress import Progress
@@ -223,7 +224,7 @@ class Cast:
     """Who plays in an RL stage."""
 
     learner: Learner
-    generator: NativeGenerator
+    generator: Generates
     rewards: Sequence[Weighted]
 
 
@@ -277,7 +278,7 @@ class EvaluationStage:
     gold: Gold | None
     sampling: Sampling
     micro_batch_tokens: int
-    seed: int
+    generator: Callable[[Any], Generates]
     num_steps: int = 2
     name: str = field(default="evaluation")
     title: str = field(default="evaluation")
@@ -297,8 +298,7 @@ class EvaluationStage:
         return summary
 
     def _answers(self, model: Any) -> list[Rollout]:
-        generator = NativeGenerator(model, self.tokenizer, stop_ids(model, self.tokenizer), self.seed)
-        return generator.generate(self.prompts, self.sampling)
+        return self.generator(model).generate(self.prompts, self.sampling)
 
     def _kl(self, before: Any, after: Any, rollouts: Sequence[Rollout]) -> list[float]:
         batch = collate(rollouts, after.device)

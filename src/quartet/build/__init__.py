@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from quartet.data.sampler import Sampler
 from quartet.data.shapes import Purpose, read_examples
 from quartet.data.tokenizer import train_tokenizer
 from quartet.experience import Prompt
+from quartet.generation.episodes import Environment, Episodes
 from quartet.generation.native import NativeGenerator
+from quartet.generation.protocol import Generator
 from quartet.loops.preference import OnlinePairs
 from quartet.memory import micro_batch_tokens, policy_parameters
 from quartet.models.actor_critic import ActorCritic, Separate, Shared, pad_token_id
@@ -49,9 +51,10 @@ from quartet.models.language_model import (
 from quartet.models.trunk import checkpoint_blocks
 from quartet.observability.run import TokenTexts
 from quartet.pipeline import Cast, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
-from quartet.rewards.functions import TextReward
-from quartet.rewards.protocol import Weighted
+from quartet.rewards.functions import TextReward, check_reference
+from quartet.rewards.protocol import RewardError, Weighted
 from quartet.rewards.sources import EnsembleSource, ModelSource, Source, StepsSource
+from quartet.rewards.worker import load
 from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
 from quartet.training.trust_region import TrustRegionLearner
@@ -121,6 +124,7 @@ class Workshop:
         if config.reads("reward"):
             self.rewards.check(self.sources, bool(config.algorithm and config.algorithm.needs_token_scores))
         self.critic_init = self._critic_init()
+        self.environment = self._environment()
 
     def stage(self, name: str) -> Stage:
         match name:
@@ -180,7 +184,7 @@ class Workshop:
         prompts = self._prompts()[0] if online else []
 
         def pairs(folder: Path, model: Any) -> OnlinePairs:
-            generator = NativeGenerator(model, self.tokenizer, stop_ids(model, self.tokenizer), self.config.seed)
+            generator = self._generator(model)
             sampler = Sampler(prompts, settings.batch_size, self.config.seed)
             return OnlinePairs(sampler, generator, self.config.rollout, self._rewards(folder))
 
@@ -225,7 +229,7 @@ class Workshop:
             gold=self.rewards.gold,
             sampling=self.config.rollout,
             micro_batch_tokens=self.micro_batch_tokens,
-            seed=self.config.seed,
+            generator=self._generator,
         )
 
     # --- models --------------------------------------------------------------------------------------------------------
@@ -266,6 +270,25 @@ class Workshop:
         self._checkpointed(made.model)
         return made
 
+    def _generator(self, model: Any) -> Generator:
+        """Answers of one turn, or of several where there is an environment."""
+        turns = NativeGenerator(model, self.tokenizer, stop_ids(model, self.tokenizer), self.config.seed)
+        if self.environment is None:
+            return turns
+        make, max_turns = self.environment
+        return Episodes(turns, self.tokenizer, make, max_turns, self.encoder.max_tokens)
+
+    def _environment(self) -> tuple[Callable[[], Environment], int] | None:
+        """What makes one, and how many turns the policy has."""
+        table, own = self.config.environment, getattr(self.world, "environment", None)
+        if table is not None:
+            check_reference(table.function, "environment.function")
+            make = load(table.function)
+            if missing := [name for name in ("reset", "step") if not callable(getattr(make, name, None))]:
+                raise RewardError(f'environment.function = "{table.function}": has no method {missing[0]}.')
+            return make, table.max_turns
+        return None if own is None else (own, getattr(self.world, "max_turns", 8))
+
     def _cast(self, folder: Path) -> Cast:
         config = self.config
         assert config.algorithm
@@ -285,8 +308,7 @@ class Workshop:
             self._pretraining(config.algorithm),
             self.micro_batch_tokens,
         )
-        generator = NativeGenerator(actor, self.tokenizer, stop_ids(actor, self.tokenizer), config.seed)
-        return Cast(learner, generator, self._rewards(folder, judge))
+        return Cast(learner, self._generator(actor), self._rewards(folder, judge))
 
     def _attached_judge(self, actor: Any, folder: Path) -> AdaptedScalar | None:
         """The run's own reward model as an adapter on the actor's trunk, where it was trained as one on the same."""
@@ -406,6 +428,9 @@ class Workshop:
         """To train on, and held out; each with what the rewards compare answers with."""
         train, held_out = self._examples("prompts")
         prompts = self.encoder.prompts(train), self.encoder.prompts(held_out)
+        plain = next((p for p in prompts[0] if p.messages is None), None)
+        if self.environment is not None and plain is not None:
+            raise DataError(f"{plain.id}: is plain text, and an environment speaks in conversations. Give the rows messages.")
         if self.config.reads("reward"):
             self.rewards.check_prompts([*prompts[0], *prompts[1]], self.sources)
         return prompts

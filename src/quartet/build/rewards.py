@@ -14,14 +14,19 @@ from quartet.experience import Prompt
 from quartet.models.actor_critic import freeze
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError, load_tokenizer, read_config
+from quartet.rewards.code import CodeReward, checked_tests
 from quartet.rewards.combine import EnsembleReward
+from quartet.rewards.environment import EnvironmentReward
 from quartet.rewards.functions import FunctionReward, TextReward
 from quartet.rewards.judge import JudgeReward
 from quartet.rewards.protocol import Reward, RewardError
 from quartet.rewards.remote import Endpoint, ServerReward
 from quartet.rewards.reward_model import ModelReward
+from quartet.rewards.sandbox import Sandbox
 from quartet.rewards.sources import (
+    CodeSource,
     EnsembleSource,
+    EnvironmentSource,
     ExactSource,
     FunctionSource,
     GoldSource,
@@ -116,6 +121,8 @@ class RewardMaker:
                 if source.column not in prompt.extra:
                     raise DataError(f'{prompt.id}: has no column {source.column}, which reward.type = "{kind}" compares with.')
                 answer = prompt.extra[source.column]
+                if isinstance(source, CodeSource):
+                    checked_tests(prompt.id, source.column, answer)
                 if isinstance(source, NumberSource) and final_number(str(answer)) is None:
                     raise DataError(f'{prompt.id}: there is no number in its {source.column}: "{answer}".')
 
@@ -173,6 +180,10 @@ class RewardMaker:
             case ServerSource():
                 endpoint = Endpoint("reward server", source.url, source.timeout, source.tries, source.token_env)
                 return ServerReward(name, endpoint, source.protocol, source.batch)
+            case CodeSource():
+                return CodeReward(name, Sandbox(source.seconds, source.memory_mb), source.answer, source.score, source.parallel)
+            case EnvironmentSource():
+                return EnvironmentReward(name)
             case GoldSource():
                 assert self.gold is not None, "the config has refused gold without a world"
                 return TextReward(name, self.gold)

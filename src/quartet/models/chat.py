@@ -66,6 +66,14 @@ def render_turns(
     return prompt, response[:last], written[:last]
 
 
+def after_reply(tokenizer: Any, history: Sequence[Message], reply: Message, messages: Sequence[Message]) -> list[int]:
+    """What stands between the end-of-sequence token of the assistant's reply and its next turn."""
+    before = _ids(tokenizer, history, add_generation_prompt=True)
+    whole = _ids(tokenizer, [*history, reply], add_generation_prompt=False)
+    _, rest = _to_its_end(_behind(before, whole), tokenizer.eos_token_id, last=False)
+    return rest + _behind(whole, _ids(tokenizer, [*history, reply, *messages], add_generation_prompt=True))
+
+
 def _behind(start: list[int], whole: list[int]) -> list[int]:
     if whole[: len(start)] != start:
         raise ChatError(

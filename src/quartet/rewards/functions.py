@@ -205,22 +205,22 @@ def _as_trl(rollout: Rollout) -> str | list[dict[str, str]]:
     return [{"role": "assistant", "content": rollout.response}]
 
 
-def check_reference(function: str) -> None:
+def check_reference(function: str, key: str = "reward.function") -> None:
     """A file that is not there, or does not define the name, is known without running it."""
     place, colon, name = function.rpartition(":")
     if not colon and "." in function:
         return  # a dotted path
     if not colon or not place or not name.isidentifier():
-        raise RewardError(f'reward.function = "{function}": write file.py:name, or package.module.name.')
+        raise RewardError(f'{key} = "{function}": write file.py:name, or package.module.name.')
     if not place.endswith(".py"):
         return
     path = Path(place)
     if not path.is_file():
-        raise RewardError(f'reward.function = "{function}": {place}: no such file.')
+        raise RewardError(f'{key} = "{function}": {place}: no such file.')
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
-        raise RewardError(f'reward.function = "{function}": {place} is not Python: {error}.') from None
+        raise RewardError(f'{key} = "{function}": {place} is not Python: {error}.') from None
     defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
     assigned = [
         n.id for node in ast.walk(tree) if isinstance(node, ast.Assign) for n in node.targets if isinstance(n, ast.Name)
@@ -228,7 +228,7 @@ def check_reference(function: str) -> None:
     imported = [a.asname or a.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names]
     if name not in {*defined, *assigned, *imported}:
         there = f" It defines {', '.join(defined)}." if defined else ""
-        raise RewardError(f'reward.function = "{function}": {place} has no {name}.{there}')
+        raise RewardError(f'{key} = "{function}": {place} has no {name}.{there}')
 
 
 def _log_lines(file: Any, function: str) -> None:

@@ -159,6 +159,25 @@ class StepsSource(Source):
 
 
 @part
+class CodeSource(Source):
+    """Python programs against the tests of the prompt's row, run in a sandbox."""
+
+    type: Literal["code"] = "code"
+    answer: str = Field(default="tests", description="The column with the tests.")
+    score: Literal["all", "share"] = Field(default="all", description="1 for all tests passed, or the share that is.")
+    seconds: float = Field(default=10.0, gt=0, description="Wall time of one program.")
+    memory_mb: int = Field(default=512, ge=64)
+    parallel: int = Field(default=2, ge=1, description="How many programs run at once.")
+
+
+@part
+class EnvironmentSource(Source):
+    """What the environment gives, turn by turn."""
+
+    type: Literal["environment"] = "environment"
+
+
+@part
 class GoldSource(Source):
     """The gold reward of a world."""
 
@@ -178,8 +197,10 @@ RewardSource = Annotated[
     | ServerSource
     | JudgeSource
     | StepsSource
+    | CodeSource
+    | EnvironmentSource
     | GoldSource,
     Field(discriminator="type"),
 ]
-PER_TOKEN = (ModelSource, FunctionSource, StepsSource)
+PER_TOKEN = (ModelSource, FunctionSource, StepsSource, EnvironmentSource)
 """Those that can give a number per token."""

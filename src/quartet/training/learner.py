@@ -266,7 +266,10 @@ def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
     tokens, lengths = right_pad([(*r.prompt.ids, *r.response_ids) for r in rollouts], device)
     starts = torch.tensor([len(r.prompt.ids) for r in rollouts], device=device)
     mask = response_mask(starts, lengths, tokens.shape[1])
-    logprobs = spread([r.logprobs for r in rollouts], mask)
+    for row, r in enumerate(rollouts):
+        if r.written is not None:
+            mask[row, len(r.prompt.ids) : len(r.prompt.ids) + len(r.written)] &= torch.tensor(r.written, device=device)
+    logprobs = spread([_own(r.logprobs, r) or () for r in rollouts], mask)
     return Batch(
         ids=tuple(r.id for r in rollouts),
         tokens=tokens,
@@ -277,12 +280,19 @@ def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
         groups=torch.tensor([r.group for r in rollouts], device=device),
         rollout_logprobs=logprobs,
         old_logprobs=logprobs,
-        entropy=_where_all_have_it([r.entropies for r in rollouts], lambda rows: spread(rows, mask)),
-        token_scores=_where_all_have_it([r.token_scores for r in rollouts], lambda rows: spread(rows, mask)),
+        entropy=_where_all_have_it([_own(r.entropies, r) for r in rollouts], lambda rows: spread(rows, mask)),
+        token_scores=_where_all_have_it([_own(r.token_scores, r) for r in rollouts], lambda rows: spread(rows, mask)),
         greedy_scores=_where_all_have_it(
             [r.greedy_score for r in rollouts], lambda scores: torch.tensor(scores, dtype=torch.float32, device=device)
         ),
     )
+
+
+def _own(numbers: Sequence[float] | None, rollout: Rollout) -> Sequence[float] | None:
+    """Those that stand on tokens of the policy's own."""
+    if numbers is None or rollout.written is None:
+        return numbers
+    return [number for number, own in zip(numbers, rollout.written, strict=True) if own]
 
 
 def _where_all_have_it(values: Sequence[Any], make: Callable[[Any], Tensor]) -> Tensor | None:

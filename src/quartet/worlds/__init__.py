@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+from quartet.worlds.guess import Guess
 from quartet.worlds.protocol import World
 from quartet.worlds.reviews import Reviews
 from quartet.worlds.sums import Sums
 
-WORLDS: dict[str, Callable[[int], World]] = {"reviews": Reviews, "sums": Sums}
+WORLDS: dict[str, Callable[[int], World]] = {"reviews": Reviews, "sums": Sums, "guess": Guess}
 
 __all__ = ["WORLDS", "World"]

@@ -1,0 +1,134 @@
+"""Answers of several turns: a policy and an environment take turns, and only what the policy wrote is learnt from."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+from quartet.experience import FinishReason, Prompt, Rollout
+from quartet.generation.protocol import Generator, Weights
+from quartet.generation.sampling import Sampling
+from quartet.models.chat import ChatError, after_reply
+
+Message = Mapping[str, Any]
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """One episode: made anew for each rollout. Messages have `role` and `content`."""
+
+    def reset(self, prompt: Prompt) -> Sequence[Message]:
+        """What is said after the prompt and before the policy's first turn: mostly nothing."""
+        ...
+
+    def step(self, response: str) -> tuple[Sequence[Message], float, bool]:
+        """The answer to what the policy said, the reward for it, and whether the episode is over."""
+        ...
+
+
+@dataclass
+class _Episode:
+    """One rollout while it grows."""
+
+    prompt: Prompt
+    group: int
+    number: int
+    world: Environment
+    history: list[Message]
+    context: list[int]
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    written: list[bool] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    finish: FinishReason | None = None
+    version: int = 0
+
+    def say(self, turn: Rollout) -> None:
+        """The policy's own tokens, as they were sampled."""
+        self.ids += turn.response_ids
+        self.logprobs += turn.logprobs
+        self.entropies += turn.entropies or [0.0] * len(turn.response_ids)
+        self.written += [True] * len(turn.response_ids)
+        self.rewards += [0.0] * len(turn.response_ids)
+        self.version = turn.policy_version
+
+    def hear(self, ids: Sequence[int]) -> None:
+        """What the environment said."""
+        self.ids += ids
+        self.written += [False] * len(ids)
+        for numbers in (self.logprobs, self.entropies, self.rewards):
+            numbers.extend([0.0] * len(ids))
+
+
+class Episodes:
+    """A generator of rollouts of several turns, on top of one that answers prompts.
+
+    `max_tokens` bounds prompt and response together; `sampling.max_new_tokens` bounds a turn. An episode ends when the
+    environment says so, after `max_turns`, or when a turn was cut off or the next one would not fit ("length"). The reward of a
+    turn stands on its last token.
+    """
+
+    def __init__(
+        self, turns: Generator, tokenizer: Any, make: Callable[[], Environment], max_turns: int, max_tokens: int
+    ) -> None:
+        self.turns, self.tokenizer, self.make, self.max_turns, self.max_tokens = turns, tokenizer, make, max_turns, max_tokens
+
+    def load_weights(self, weights: Weights) -> None:
+        self.turns.load_weights(weights)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
+        episodes = [self._begun(p, group, n) for group, p in enumerate(prompts) for n in range(samples_per_prompt)]
+        for number in range(1, self.max_turns + 1):
+            going = [e for e in episodes if e.finish is None]
+            if not going:
+                break
+            asked = [replace(e.prompt, ids=(*e.context, *e.ids)) for e in going]
+            for episode, turn in zip(going, self.turns.generate(asked, sampling, 1), strict=True):
+                self._take(episode, turn, sampling, last=number == self.max_turns)
+        return [self._rollout(episode) for episode in episodes]
+
+    def _begun(self, prompt: Prompt, group: int, number: int) -> _Episode:
+        if prompt.messages is None:
+            raise ChatError(f"{prompt.id}: is plain text; an environment speaks in conversations. Give the row messages.")
+        world, history = self.make(), list(prompt.messages)
+        context = list(prompt.ids)
+        if opening := list(world.reset(prompt)):
+            history += opening
+            context = list(self.tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=False))
+        return _Episode(prompt, group, number, world, history, context)
+
+    def _take(self, episode: _Episode, turn: Rollout, sampling: Sampling, last: bool) -> None:
+        """One turn of the policy, and what the environment says to it."""
+        episode.say(turn)
+        messages, reward, done = episode.world.step(turn.response)
+        episode.rewards[-1] += float(reward)
+        if turn.finish_reason == "length":
+            episode.finish = "length"
+            return
+        reply = {"role": "assistant", "content": turn.response}
+        heard = after_reply(self.tokenizer, episode.history, reply, messages) if messages else []
+        episode.history += [reply, *messages]
+        room = self.max_tokens - len(episode.context) - len(episode.ids) - len(heard)
+        if done or last:
+            episode.hear(heard if room >= 0 else [])
+            episode.finish = "stop" if done else "length"
+        elif room < sampling.max_new_tokens:
+            episode.finish = "length"
+        else:
+            episode.hear(heard)
+
+    def _rollout(self, episode: _Episode) -> Rollout:
+        prompt = replace(episode.prompt, ids=tuple(episode.context))
+        return Rollout(
+            id=f"{prompt.id}/{episode.number}",
+            prompt=prompt,
+            group=episode.group,
+            response_ids=tuple(episode.ids),
+            response=self.tokenizer.decode(episode.ids, skip_special_tokens=True),
+            logprobs=tuple(episode.logprobs),
+            entropies=tuple(episode.entropies),
+            finish_reason=episode.finish or "length",
+            policy_version=episode.version,
+            written=tuple(episode.written),
+            turn_rewards=tuple(episode.rewards),
+        )
