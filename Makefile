@@ -16,7 +16,7 @@ quickstart: install
 	$(BIN)/quartet run
 
 test: install
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 test-long: install
 	$(BIN)/pytest -m slow

@@ -11,7 +11,13 @@ import httpx
 import pyarrow.parquet as pq
 import pytest
 
+from quartet.build import build
+from quartet.data import DataError
 from quartet.models.heads import ScalarModel
+from quartet.models.language_model import ModelError
+from quartet.recipes import recipe_path
+from quartet.rewards.protocol import RewardError
+from quartet.settings import ConfigError, read_settings
 from tests.test_runs import QUARTET, TINY, events, metrics, quartet
 from tests.world import model, tokenizer, write_lines
 
@@ -106,19 +112,29 @@ def test_dense_rewards_stand_on_their_tokens(place):
         ({"type": "functoin", "function": "mine.py:digits"}, "Did you mean function?"),
     ],
 )
-def test_what_cannot_be_a_reward_is_said_before_anything_is_loaded(place, table, sentence):
-    done = quartet(*SUMS, rewards(table), cwd=place)
-    assert done.returncode == 2 and sentence in done.stderr, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_what_cannot_be_a_reward_is_said_before_anything_is_loaded(place, monkeypatch, table, sentence):
+    monkeypatch.chdir(place)
+    assert sentence in refusal(*SUMS[1:], rewards(table))
 
 
-def test_two_rewards_of_one_name_and_pairs_without_pairs(place):
-    twice = quartet(*SUMS, rewards({"type": "exact"}, {"type": "exact", "answer": "question"}), cwd=place)
-    assert "two rewards are called exact" in twice.stderr
-    alone = quartet(
-        "run", "reviews", rewards({"type": "judge", "url": "http://x", "model": "m", "mode": "pairwise"}), cwd=place
-    )
-    assert 'reward.mode = "pairwise": compares answers to the same prompt' in alone.stderr
+def refusal(recipe: str, *words: str) -> str:
+    """The one sentence with which a request is refused, without the seconds that a process of its own takes to start."""
+    with pytest.raises((ConfigError, RewardError, ModelError, DataError)) as error:
+        build(read_settings(recipe_path(recipe), words, f"recipe {recipe}").config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_refused_reward_ends_the_command_with_one_sentence(place):
+    done = quartet(*SUMS, rewards({"type": "function", "function": "mine.py:gone"}), cwd=place)
+    assert done.returncode == 2 and "mine.py has no gone" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_two_rewards_of_one_name_and_pairs_without_pairs():
+    twice = refusal(*SUMS[1:], rewards({"type": "exact"}, {"type": "exact", "answer": "question"}))
+    assert "two rewards are called exact" in twice
+    alone = refusal("reviews", rewards({"type": "judge", "url": "http://x", "model": "m", "mode": "pairwise"}))
+    assert 'reward.mode = "pairwise": compares answers to the same prompt' in alone
 
 
 def test_a_nan_stops_the_run_with_its_sample(place):
@@ -217,15 +233,15 @@ def test_an_environment_of_ones_own_answers_in_a_run(place):
         (["environment.max_turns=0", "environment.function=game.py:Twice"], "environment.max_turns = 0: must be ≥ 1."),
     ],
 )
-def test_environments_that_cannot_work(place, words, sentence):
+def test_environments_that_cannot_work(place, monkeypatch, words, sentence):
     (place / "game.py").write_text(GAME)
-    done = quartet(*TINY_GUESS, *words, cwd=place)
-    assert done.returncode == 2 and sentence in done.stderr, done.stderr
+    monkeypatch.chdir(place)
+    assert sentence in refusal(*TINY_GUESS[1:], *words)
 
 
-def test_an_environment_needs_conversations_and_its_reward_an_environment(place):
+def test_an_environment_needs_conversations_and_its_reward_an_environment(place, monkeypatch):
     (place / "game.py").write_text(GAME)
-    plain = quartet(*SUMS, "environment.function=game.py:Twice", cwd=place)
-    assert plain.returncode == 2 and "is plain text, and an environment speaks in conversations" in plain.stderr
-    alone = quartet(*SUMS, rewards({"type": "environment"}), cwd=place)
-    assert alone.returncode == 2 and '"environment" needs an environment. Add [environment]' in alone.stderr
+    monkeypatch.chdir(place)
+    plain = refusal(*SUMS[1:], "environment.function=game.py:Twice")
+    assert "is plain text, and an environment speaks in conversations" in plain
+    assert '"environment" needs an environment. Add [environment]' in refusal(*SUMS[1:], rewards({"type": "environment"}))
