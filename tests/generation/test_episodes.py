@@ -23,7 +23,7 @@ from quartet.models.heads import ScalarModel
 from quartet.models.language_model import create, masked_logprobs
 from quartet.models.shape import Shape
 from quartet.rewards.environment import EnvironmentReward
-from quartet.rewards.protocol import RewardError, Weighted, rewarded, with_token_scores
+from quartet.rewards.protocol import RewardError, Weighted, rewarded
 from quartet.training.learner import Learner, collate
 from quartet.training.optim import Descent, Optim, Optimizer
 from quartet.worlds.guess import GUESSES, Guess, Host, said
@@ -97,7 +97,7 @@ def test_the_samplers_logprobs_are_those_of_the_whole_text_at_the_policys_tokens
 
 def test_what_the_host_says_has_no_gradient_and_gae_carries_over_it():
     made = episodes(ScriptedGenerator(["h", "c", "e"], TOKENIZER)).generate([prompt_with("e")], SAMPLING)
-    scored = with_token_scores(rewarded(made, [Weighted(EnvironmentReward())]), [Weighted(EnvironmentReward())])
+    scored = rewarded(made, [Weighted(EnvironmentReward())], per_token=True)
     batch = collate(scored, torch.device("cpu"))
     mask = batch.response_mask[0]
     assert mask.tolist() == [False, *(True, True, False) * 3] and int(mask.sum()) == 6

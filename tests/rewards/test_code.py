@@ -3,10 +3,8 @@
 import dataclasses
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
@@ -176,7 +174,6 @@ def test_where_programs_cannot_be_isolated_none_is_run(monkeypatch, tmp_path):
         Sandbox()
     with pytest.raises(RewardError, match="not on riscv64"):
         seccomp_filter("riscv64")
-    assert signal and sys.executable
 
 
 def test_programs_are_found_in_answers():

@@ -7,8 +7,7 @@ import time
 import pytest
 
 from quartet.rewards.functions import FunctionReward, check_reference
-from quartet.rewards.protocol import RewardError, Weighted, rewarded, with_score, with_token_scores
-from quartet.rewards.verifiable import ExactMatch
+from quartet.rewards.protocol import RewardError, Weighted, rewarded, with_score
 from tests.world import prompts, rollout, tokenizer
 
 CODE = """
@@ -65,6 +64,13 @@ def forges(responses):
 def process(responses):
     return [os.getpid()] * len(responses)
 
+calls = 0
+
+def counted(tokens):
+    global calls
+    calls += 1
+    return [[float(calls) for _ in ts] for ts in tokens]
+
 class Judge:
     def __call__(self, responses):
         return [2.0] * len(responses)
@@ -120,8 +126,23 @@ def test_numbers_per_token_add_up_to_the_score(file):
     made = reward(file, "per_token")
     lengths = [[float(len(tokenizer().decode([i]))) for i in r.response_ids] for r in asked]
     assert made.score(asked) == [sum(row) for row in lengths]
-    scored = with_token_scores(rewarded(asked, [Weighted(made, 2.0)]), [Weighted(made, 2.0)])
+    scored = rewarded(asked, [Weighted(made, 2.0)], per_token=True)
     assert [list(r.token_scores) for r in scored] == [[2 * x for x in row] for row in lengths]
+
+
+def test_a_function_is_asked_once_for_a_step_also_where_it_is_read_per_token(file):
+    made = [Weighted(reward(file, "counted"))]
+    first, second = (rewarded(rollouts(), made, per_token=True) for _ in range(2))
+    assert all(set(r.token_scores) == {1.0} and r.score == len(r.token_scores) for r in first)
+    assert all(set(r.token_scores) == {2.0} and r.score == 2 * len(r.token_scores) for r in second)
+
+
+def test_a_process_that_was_stopped_is_started_again_and_stays(file):
+    made = reward(file, "brevity", processes=2)
+    made.workers[0].stop()
+    for _ in range(2):
+        time.sleep(0.2)
+        assert made.score(rollouts()) == [-len(r.response) for r in rollouts()]
 
 
 def test_none_leaves_a_response_out_and_is_never_zero(file):
@@ -206,7 +227,3 @@ def test_what_is_not_a_function_and_what_cannot_be_imported_are_refused_at_the_s
     (tmp_path / "raises.py").write_text("import nowhere_to_be_found\ndef f(responses): return []\n")
     with pytest.raises(RewardError, match="cannot be used: ModuleNotFoundError: No module named 'nowhere_to_be_found'"):
         reward(tmp_path / "raises.py", "f")
-
-
-def test_the_protocol_is_checked_for_our_own_rewards_too():
-    assert ExactMatch().score([]) == []

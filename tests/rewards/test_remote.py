@@ -92,6 +92,7 @@ def test_prompts_responses_and_columns_go_there_and_scores_come_back():
             {
                 "prompts": [r.prompt.text for r in asked],
                 "responses": [r.response for r in asked],
+                "ended": [True] * 3,
                 "columns": {"answer": ["44"] * 3},
             }
         ]
@@ -195,13 +196,17 @@ class Served:
 
 
 def test_a_served_reward_model_scores_as_in_process(reward_model):
-    asked = [dataclasses.replace(r, response_ids=(*r.response_ids, tokenizer().eos_token_id)) for r in rollouts(5)]
+    end = tokenizer().eos_token_id
+    asked = [dataclasses.replace(r, response_ids=(*r.response_ids, end)) for r in rollouts(5)]
+    asked[1] = dataclasses.replace(rollouts(5)[1], finish_reason="length")  # cut off: no end for the model to read
     expected = ModelReward(ScalarModel.load(reward_model), 4096).score(asked)
     with Served(app(Scorer(reward_model.parent, None))) as url:
-        for protocol in ("quartet", "openrlhf"):
-            endpoint = Endpoint("reward server", url)
-            assert ServerReward("server", endpoint, protocol).score(asked) == pytest.approx(expected, abs=1e-5)
-            endpoint.client.close()
+        endpoint = Endpoint("reward server", url)
+        assert ServerReward("server", endpoint).score(asked) == pytest.approx(expected, abs=1e-5)
+        others = ServerReward("server", endpoint, "openrlhf").score(asked)  # which cannot say that one was cut off
+        endpoint.client.close()
+        assert others[:1] + others[2:] == pytest.approx(expected[:1] + expected[2:], abs=1e-5)
+        assert abs(others[1] - expected[1]) > 1e-4
 
 
 def test_what_a_server_refuses(reward_model, monkeypatch):

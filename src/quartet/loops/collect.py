@@ -9,7 +9,7 @@ from quartet.data.sampler import Sampler
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator
 from quartet.generation.sampling import Sampling
-from quartet.rewards.protocol import Weighted, rewarded, with_score, with_token_scores
+from quartet.rewards.protocol import Weighted, rewarded, with_score
 
 
 def collect(
@@ -47,9 +47,8 @@ def _rewarded(
     rewards: Sequence[Weighted],
     algorithm: Algorithm,
 ) -> list[Rollout]:
-    rollouts = rewarded(generator.generate(prompts, sampling, samples_per_prompt), rewards)
-    if algorithm.needs_token_scores:
-        rollouts = with_token_scores(rollouts, rewards)
+    answers = generator.generate(prompts, sampling, samples_per_prompt)
+    rollouts = rewarded(answers, rewards, algorithm.needs_token_scores)
     if algorithm.needs_greedy:
         greedy = rewarded(generator.generate(prompts, dataclasses.replace(sampling, top_k=1)), rewards)
         rollouts = [_beside(r, greedy[r.group].score) for r in rollouts]

@@ -71,6 +71,8 @@ class FunctionReward:
             return self._last[1]
         size = -(-len(rollouts) // len(self.workers))
         shares = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+        for worker in self.workers:
+            worker.start()  # here: a process dies with the thread that made it, and those of the pool end
         with ThreadPoolExecutor(len(shares)) as pool:
             found = pool.map(self._ask, self.workers, shares)
         values = [value for share in found for value in share]
@@ -121,6 +123,9 @@ class Worker:
         self.start()
 
     def start(self) -> None:
+        """Unless it is there already."""
+        if self.process is not None:
+            return
         self.process = subprocess.Popen(
             [sys.executable, "-m", "quartet.rewards.worker"],
             stdin=subprocess.PIPE,
@@ -140,8 +145,6 @@ class Worker:
         self.parameters = answer["parameters"]
 
     def call(self, arguments: Mapping[str, Any], timeout: float, count: int) -> list[Any]:
-        if self.process is None:
-            self.start()
         answer = self._exchange({"arguments": arguments}, timeout)
         if answer is None:
             raise RewardError(

@@ -42,9 +42,10 @@ class Weighted:
     weight: float = 1.0
 
 
-def rewarded(rollouts: Sequence[Rollout], rewards: Sequence[Weighted]) -> list[Rollout]:
-    """The rollouts with their score, the weighted sum of the rewards, and with each reward's own number by name. Where a reward
-    that counts has no score, there is none at all; those of weight 0 are only watched."""
+def rewarded(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], per_token: bool = False) -> list[Rollout]:
+    """The rollouts with their score, the weighted sum of the rewards, and with each reward's own number by name; `per_token`
+    also with the weighted sum of their numbers for each token. Where a reward that counts has no score, there is none at
+    all; those of weight 0 are only watched."""
     columns = {w.reward.name: w.reward.score(rollouts) for w in rewards}
     for name, column in columns.items():
         if len(column) != len(rollouts):
@@ -63,7 +64,10 @@ def rewarded(rollouts: Sequence[Rollout], rewards: Sequence[Weighted]) -> list[R
                 components={name: column[i] for name, column in columns.items()},
             )
         )
-    return made
+    if not per_token:
+        return made
+    totals = _token_scores(rollouts, made, rewards)
+    return [dataclasses.replace(r, token_scores=tuple(total)) for r, total in zip(made, totals, strict=True)]
 
 
 def with_score(rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -78,8 +82,8 @@ def with_score(rollouts: Sequence[Rollout]) -> list[Rollout]:
     return kept
 
 
-def with_token_scores(rollouts: Sequence[Rollout], rewards: Sequence[Weighted]) -> list[Rollout]:
-    """The rollouts with the weighted sum of the rewards' numbers for each token. Rewards of weight 0 are only watched."""
+def _token_scores(rollouts: Sequence[Rollout], made: Sequence[Rollout], rewards: Sequence[Weighted]) -> list[list[float]]:
+    """The rewards are given the rollouts that they have scored, so that they need not be asked twice."""
     total = [[0.0] * len(r.response_ids) for r in rollouts]
     for w in rewards:
         if w.weight == 0:
@@ -90,7 +94,7 @@ def with_token_scores(rollouts: Sequence[Rollout], rewards: Sequence[Weighted]) 
                 'model, or algorithm.rewards.type = "last_token".'
             )
         for i, numbers in enumerate(w.reward.token_scores(rollouts)):
-            if rollouts[i].score is None:
+            if made[i].score is None:
                 continue
             if len(numbers) != len(total[i]):
                 raise RewardError(
@@ -98,4 +102,4 @@ def with_token_scores(rollouts: Sequence[Rollout], rewards: Sequence[Weighted]) 
                     f"which has {len(total[i])} tokens."
                 )
             total[i] = [a + w.weight * b for a, b in zip(total[i], numbers, strict=True)]
-    return [dataclasses.replace(r, token_scores=tuple(t)) for r, t in zip(rollouts, total, strict=True)]
+    return total

@@ -76,10 +76,10 @@ class Endpoint:
 
 
 class ServerReward:
-    """A server that is posted `{"prompts": […], "responses": […], "columns": {…}}`, and for conversations `"messages"`, and
-    answers `{"scores": […]}`, one number or null for each response. With `protocol="openrlhf"`: `{"query": […], "prompts": […],
-    "labels": […]}` for `{"rewards": […]}`, as OpenRLHF's remote reward models have it; `labels` are the rows' `label`, or else
-    their `answer`."""
+    """A server that is posted `{"prompts": […], "responses": […], "ended": […], "columns": {…}}`, and for conversations
+    `"messages"`, and answers `{"scores": […]}`, one number or null for each response. With `protocol="openrlhf"`:
+    `{"query": […], "prompts": […], "labels": […]}` for `{"rewards": […]}`, as OpenRLHF's remote reward models have it; `labels`
+    are the rows' `label`, or else their `answer`."""
 
     def __init__(self, name: str, endpoint: Endpoint, protocol: str = "quartet", batch: int = 256) -> None:
         self.name, self.endpoint, self.protocol, self.batch = name, endpoint, protocol, batch
@@ -105,6 +105,7 @@ class ServerReward:
             request = {
                 "prompts": [r.prompt.text for r in rollouts],
                 "responses": [r.response for r in rollouts],
+                "ended": [r.finish_reason == "stop" for r in rollouts],
                 "columns": {name: [r.prompt.extra.get(name) for r in rollouts] for name in names},
             }
             if any(r.prompt.messages for r in rollouts):
