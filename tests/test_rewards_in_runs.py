@@ -106,6 +106,8 @@ def test_dense_rewards_stand_on_their_tokens(place):
         ({"type": "server", "url": "ftp://x"}, "reward.0.url"),
         ({"type": "server", "url": "http://x", "token_env": "NO_TOKEN_HERE"}, "NO_TOKEN_HERE"),
         ({"type": "judge", "url": "http://x", "model": "m", "prompt": "gone.txt"}, 'reward.prompt = "gone.txt": no such file.'),
+        ({"type": "judge", "url": "http://x", "model": "m", "prompt": "mine.py"}, "the judge's prompt has no {prompt}"),
+        ({"type": "judge", "url": "http://x", "model": "m", "token_env": "NO_TOKEN_HERE"}, "no such environment variable"),
         ({"type": "judge", "url": "http://x", "model": "m", "weight": 0}, "weight: is 0 for every reward"),
         ({"type": "ensemble", "models": ["a"]}, "reward.0.models"),
         ({"type": "ensemble", "models": ["./gone", "./too"]}, 'reward.models = "./gone": no such folder.'),

@@ -130,7 +130,7 @@ class SharedCritic:
 
 
 @part
-class EnvironmentOf:
+class Environment:
     """Who answers the policy, where an answer has several turns: the file's [environment] table."""
 
     function: str = Field(description="file.py:Name of a class with reset and step, or package.module.Name.")
@@ -177,7 +177,7 @@ class Config:
     preference: Preference = Preference()
     critic: Annotated[SeparateCritic | SharedCritic, Field(discriminator="type")] = SeparateCritic()
     reward: tuple[RewardSource, ...] = ()
-    environment: EnvironmentOf | None = None
+    environment: Environment | None = None
     rollout: Rollout = Rollout()
     optim: Optim = Optim()
     evaluation: Evaluation = Evaluation()

@@ -78,9 +78,9 @@ class RewardMaker:
                 self._check_model(source, source.model, source.label, per_token)
             elif isinstance(source, StepsSource):
                 read_config(source.model)
-            elif isinstance(source, JudgeSource) and source.prompt is not None and not Path(source.prompt).is_file():
-                raise RewardError(f'reward.prompt = "{source.prompt}": no such file.')
-            elif not isinstance(source, (*HEAVY, JudgeSource)):
+            elif isinstance(source, JudgeSource):
+                _judge(source, Path(source.cache or "."))  # its prompt and its token are there
+            elif not isinstance(source, HEAVY):
                 self.made[source.called] = self._light(source)
 
     def _check_model(self, source: Source, model: str, label: int | None, per_token: bool) -> None:
@@ -142,23 +142,16 @@ class RewardMaker:
                     name, source.model, source.separator, source.label, source.combine, self.token_texts, self.device
                 )
             case JudgeSource():
-                return self._judge(source, folder)
+                judge = _judge(source, Path(source.cache) if source.cache else folder / "judge" / f"{name}.jsonl")
+                (folder / "judge").mkdir(exist_ok=True)
+                (folder / "judge" / f"{name}.txt").write_text(judge.prompt, encoding="utf-8")
+                return judge
         return self.made[name]
 
     def _model(self, name: str, model: str, label: int | None) -> Reward:
         if self.reads_ids(model, label):
             return ModelReward(freeze(ScalarModel.load(model, self.device)), self.micro_batch_tokens, name)
         return TextModelReward(name, model, label, self.micro_batch_tokens, self.device)
-
-    def _judge(self, source: JudgeSource, folder: Path) -> JudgeReward:
-        """Its prompt and its verdicts are kept in the run's folder."""
-        endpoint = Endpoint("judge", source.url, source.timeout, source.tries, source.token_env)
-        prompt = None if source.prompt is None else Path(source.prompt).read_text(encoding="utf-8")
-        cache = Path(source.cache) if source.cache else folder / "judge" / f"{source.called}.jsonl"
-        judge = JudgeReward(source.called, endpoint, source.model, source.mode, prompt, cache, source.parallel)
-        (folder / "judge").mkdir(exist_ok=True)
-        (folder / "judge" / f"{source.called}.txt").write_text(judge.prompt, encoding="utf-8")
-        return judge
 
     def _light(self, source: Source) -> Reward:
         name = source.called
@@ -181,7 +174,7 @@ class RewardMaker:
                 endpoint = Endpoint("reward server", source.url, source.timeout, source.tries, source.token_env)
                 return ServerReward(name, endpoint, source.protocol, source.batch)
             case CodeSource():
-                return CodeReward(name, Sandbox(source.seconds, source.memory_mb), source.answer, source.score, source.parallel)
+                return CodeReward(name, Sandbox(source.seconds, source.memory_mb), source.tests, source.score, source.parallel)
             case EnvironmentSource():
                 return EnvironmentReward(name)
             case GoldSource():
@@ -195,6 +188,14 @@ ENCODERS = frozenset(
     mobilebert modernbert mpnet nystromformer rembert roberta roformer squeezebert xlm xlm-roberta xlm-roberta-xl
     xlnet""".split()
 )
+
+
+def _judge(source: JudgeSource, cache: Path) -> JudgeReward:
+    if source.prompt is not None and not Path(source.prompt).is_file():
+        raise RewardError(f'reward.prompt = "{source.prompt}": no such file.')
+    endpoint = Endpoint("judge", source.url, source.timeout, source.tries, source.token_env)
+    prompt = None if source.prompt is None else Path(source.prompt).read_text(encoding="utf-8")
+    return JudgeReward(source.called, endpoint, source.model, source.mode, prompt, cache, source.parallel)
 
 
 def _json_file(file: str) -> Any:

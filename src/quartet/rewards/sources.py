@@ -22,7 +22,18 @@ class Source:
     @property
     def column(self) -> str | None:
         """The column of the data that it cannot do without."""
-        return getattr(self, "answer", None)
+        return None
+
+
+@part
+class AnswerSource(Source):
+    """Compares the response with a column."""
+
+    answer: str = Field(default="answer", description="The column with the answer.")
+
+    @property
+    def column(self) -> str | None:
+        return self.answer
 
 
 @part
@@ -66,27 +77,24 @@ class FunctionSource(Source):
 
 
 @part
-class ExactSource(Source):
+class ExactSource(AnswerSource):
     """1 where the response is the answer in the prompt's row."""
 
     type: Literal["exact"] = "exact"
-    answer: str = Field(default="answer", description="The column with the answer.")
 
 
 @part
-class NumberSource(Source):
+class NumberSource(AnswerSource):
     """1 where the response's final number is that of the answer; GSM8K's `####` is understood."""
 
     type: Literal["number"] = "number"
-    answer: str = Field(default="answer", description="The column with the answer.")
 
 
 @part
-class MathSource(Source):
+class MathSource(AnswerSource):
     """1 where the response's final expression equals the answer, as mathematics."""
 
     type: Literal["math"] = "math"
-    answer: str = Field(default="answer", description="The column with the answer.")
 
 
 @part
@@ -163,11 +171,15 @@ class CodeSource(Source):
     """Python programs against the tests of the prompt's row, run in a sandbox."""
 
     type: Literal["code"] = "code"
-    answer: str = Field(default="tests", description="The column with the tests.")
+    tests: str = Field(default="tests", description="The column with the tests.")
     score: Literal["all", "share"] = Field(default="all", description="1 for all tests passed, or the share that is.")
     seconds: float = Field(default=10.0, gt=0, description="Wall time of one program.")
     memory_mb: int = Field(default=512, ge=64)
     parallel: int = Field(default=2, ge=1, description="How many programs run at once.")
+
+    @property
+    def column(self) -> str | None:
+        return self.tests
 
 
 @part
