@@ -1,5 +1,7 @@
 import gzip
 import json
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,3 +76,52 @@ def test_missing_files_and_folders_are_said(tmp_path):
         read(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="is a folder"):
         read(tmp_path)
+
+
+def test_folders_that_the_package_datasets_wrote(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
+    made.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": made, "test": made.select([1])}).save_to_disk(tmp_path / "two")
+    assert list(rows(tmp_path / "one")) == [("one:1", {"prompt": "a"}), ("one:2", {"prompt": "b"})]
+    assert list(rows(Path(f"{tmp_path}/two:test"))) == [("two:1", {"prompt": "b"})]
+    with pytest.raises(DataError, match=r"two: has several splits. Write one of .*two:train, .*two:test\."):
+        list(rows(tmp_path / "two"))
+    with pytest.raises(DataError, match=r"two: has no split dev. Write one of"):
+        list(rows(Path(f"{tmp_path}/two:dev")))
+
+
+@pytest.mark.parametrize(
+    ("named", "asked"),
+    [
+        ("owner/name", ("owner/name", None, "train")),
+        ("owner/name:test", ("owner/name", None, "test")),
+        ("openai/gsm8k/main:train[:10]", ("openai/gsm8k", "main", "train[:10]")),
+    ],
+)
+def test_data_sets_of_the_hub(monkeypatch, named, asked):
+    datasets = pytest.importorskip("datasets")
+
+    def load(name, config, split):
+        assert (name, config, split) == asked
+        return datasets.Dataset.from_list([{"prompt": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(rows(Path(named))) == [(f"{named}:1", {"prompt": "a"})]
+
+
+def test_what_is_neither_here_nor_on_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load(*_, **__):
+        raise ConnectionError("Couldn't reach the hub.\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    sentence = r"data/promts: no such file or folder, and no data set of the hub that can be had \(Couldn't reach the hub\)"
+    with pytest.raises(DataError, match=sentence):
+        list(rows(Path("data/promts")))
+    with pytest.raises(DataError, match=r"data/promts.jsonl: no such file\."):
+        list(rows(Path("data/promts.jsonl")))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r'data/promts: no such file\. .* need pip install "quartet-rlhf\[datasets\]"\.'):
+        list(rows(Path("data/promts")))

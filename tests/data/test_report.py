@@ -3,10 +3,9 @@ import json
 
 import pytest
 
-from quartet.build import seen_so_often
+from quartet.build.data import seen_so_often
 from quartet.data import DataError
 from quartet.data.encoding import Encoder
-from quartet.data.examples import Example
 from quartet.data.report import report
 from quartet.data.shapes import read_examples
 from quartet.data.tokenizer import train_tokenizer
@@ -251,8 +250,9 @@ def test_real_dialogues():
 
 
 def test_weights_of_sources():
-    rows = [Example(str(i), "p") for i in range(10)]
-    assert seen_so_often(rows, 1.0, 0) == rows and seen_so_often(rows, 2.0, 0) == rows * 2
-    half = seen_so_often(rows, 0.5, 0)
-    assert len(half) == len({e.id for e in half}) == 5 and half == seen_so_often(rows, 0.5, 0) != seen_so_often(rows, 0.5, 1)
-    assert seen_so_often(rows, 0.0, 0) == []
+    def often(weight, seed=0):
+        return list(seen_so_often(range(10), weight, seed))
+
+    assert often(1.0) == list(range(10)) and often(2.0) == list(range(10)) * 2
+    assert len(often(0.5)) == len(set(often(0.5))) == 5 and often(0.5) == often(0.5, 0) != often(0.5, 1)
+    assert often(0.0) == []

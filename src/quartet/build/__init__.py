@@ -2,9 +2,9 @@
 
 import dataclasses
 import importlib.util
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.preference import PREFERENCES, Kto
 from quartet.algorithms.update import TrustRegion
+from quartet.build.data import Rows
 from quartet.build.rewards import RewardMaker
 from quartet.config import (
     Config,
@@ -28,7 +29,7 @@ from quartet.data.encoding import Encoder, first_of
 from quartet.data.examples import Example
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
-from quartet.data.shapes import Purpose, read_examples
+from quartet.data.shapes import Purpose
 from quartet.data.tokenizer import train_tokenizer
 from quartet.experience import Prompt
 from quartet.generation.episodes import Environment, Episodes
@@ -64,10 +65,6 @@ CENTRING_PROMPTS = 256
 """How many of the training prompts are answered to find a reward model's mean score."""
 
 
-HELD_OUT_ROWS = 1000
-"""How many rows a world holds out: enough to measure an accuracy to ± 2.5 %."""
-
-
 @dataclass(frozen=True)
 class Job:
     """A run, ready to start: nothing on disk has been touched yet."""
@@ -93,6 +90,7 @@ class Workshop:
             raise AdapterError('policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".')
         self.config = config
         self.world: World | None = WORLDS[config.data.world](config.seed) if config.data.world else None
+        self.rows = Rows(config, self.world)
         self.device = device(config.run.device)
         self.policy_model = existing("policy.model", config.policy.model)
         self.sources = [with_existing_models(source) for source in config.reward]
@@ -142,7 +140,7 @@ class Workshop:
     # --- stages --------------------------------------------------------------------------------------------------------
 
     def sft_stage(self) -> SftStage:
-        train, held_out = self._examples("demonstrations", self.config.sft.data)
+        train, held_out = self.rows.read("demonstrations", self.config.sft.data)
         sft = self.config.sft
         return SftStage(
             demonstrations=self.encoder.demonstrations(train),
@@ -158,7 +156,7 @@ class Workshop:
 
     def reward_model_stage(self) -> RewardModelStage:
         settings = self.config.reward_model
-        train, held_out = self._examples("comparisons", settings.data)
+        train, held_out = self.rows.read("comparisons", settings.data)
         prompts = self._prompts()[0]
         return RewardModelStage(
             comparisons=self.encoder.comparisons(train),
@@ -180,7 +178,7 @@ class Workshop:
     def preference_stage(self, name: str) -> PreferenceStage:
         settings, online = self.config.preference, name == "online_dpo"
         purpose: Purpose = "preferences" if isinstance(settings.loss, Kto) else "comparisons"
-        train, held_out = ([], []) if online else self._examples(purpose, settings.data)
+        train, held_out = ([], []) if online else self.rows.read(purpose, settings.data)
         prompts = self._prompts()[0] if online else []
 
         def pairs(folder: Path, model: Any) -> OnlinePairs:
@@ -322,7 +320,7 @@ class Workshop:
         """What PTX reads: texts of their own, or the run's demonstrations."""
         if algorithm.ptx.coef == 0:
             return None
-        texts, _ = self._examples("demonstrations", self.config.data.pretraining or self.config.sft.data)
+        texts, _ = self.rows.read("demonstrations", self.config.data.pretraining or self.config.sft.data)
         return Sampler(self.encoder.demonstrations(texts), algorithm.ptx.batch_size, self.config.seed)
 
     def _actor_critic(self, actor: Any, judge: AdaptedScalar | None, folder: Path) -> ActorCritic:
@@ -389,7 +387,7 @@ class Workshop:
     def _tokenizer(self) -> Any:
         policy = self.config.policy
         if isinstance(policy.tokenizer, TrainTokenizer):
-            return train_tokenizer(self._all_text(), policy.tokenizer.vocab_size)
+            return train_tokenizer(self.rows.texts(), policy.tokenizer.vocab_size)
         if policy.tokenizer is not None:
             return load_tokenizer(policy.tokenizer)
         if self.policy_model is not None:
@@ -404,46 +402,16 @@ class Workshop:
             return policy.create.max_length
         return getattr(read_config(str(self.policy_model)).get_text_config(), "max_position_embeddings", None) or 10**9
 
-    def _examples(self, purpose: Purpose, path: str | None = None) -> tuple[list[Example], list[Example]]:
-        """Rows to train on and rows held out."""
-        data = self.config.data
-        if path is None and self.world is not None:
-            make = getattr(self.world, "comparisons" if purpose == "preferences" else purpose)
-            return make(data.rows), make(max(self.config.evaluation.prompts, HELD_OUT_ROWS), held_out=True)
-        files = (path,) if path is not None else data.files
-        weights = (1.0,) * len(files) if path is not None or data.weights is None else data.weights
-        train: list[Example] = []
-        held_out = [] if data.eval is None else read_examples(Path(data.eval), purpose, data.columns)
-        for file, weight in zip(files, weights, strict=True):
-            rows = read_examples(Path(file), purpose, data.columns)
-            if data.eval is None:
-                if len(rows) < 2:
-                    raise DataError(f"{file}: has one row; to hold some out it needs two or more. Or set data.eval.")
-                last = max(1, round(len(rows) * data.held_out))
-                rows, held_out = rows[:-last], held_out + rows[-last:]
-            train += seen_so_often(rows, weight, self.config.seed)
-        return train, held_out
-
-    def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+    def _prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
         """To train on, and held out; each with what the rewards compare answers with."""
-        train, held_out = self._examples("prompts")
+        train, held_out = self.rows.read("prompts")
         prompts = self.encoder.prompts(train), self.encoder.prompts(held_out)
         plain = next((p for p in prompts[0] if p.messages is None), None)
         if self.environment is not None and plain is not None:
             raise DataError(f"{plain.id}: is plain text, and an environment speaks in conversations. Give the rows messages.")
         if self.config.reads("reward"):
-            self.rewards.check_prompts([*prompts[0], *prompts[1]], self.sources)
+            self.rewards.check_prompts(chain(*prompts), self.sources)
         return prompts
-
-    def _all_text(self) -> list[str]:
-        """Whatever text there is to train a tokenizer on."""
-        paths = {p for p in (*self.config.data.files, self.config.sft.data, self.config.reward_model.data) if p}
-        texts: list[str] = []
-        for path in sorted(paths):
-            for example in read_examples(Path(path), "prompts", self.config.data.columns):
-                cells = (example.prompt, example.completion, example.chosen, example.rejected)
-                texts += [text for cell in cells if cell is not None for text in plain_texts(cell)]
-        return texts
 
     def _ceiling(self, comparisons: Sequence[Example]) -> float | None:
         """How often a judge who knows the gold reward agrees with these labels."""
@@ -480,16 +448,6 @@ def device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f'run.device = "{name}": cannot be used here ({str(error).splitlines()[0]}).') from error
-
-
-def plain_texts(cell: Any) -> list[str]:
-    return [cell] if isinstance(cell, str) else [message["content"] for message in cell]
-
-
-def seen_so_often(rows: list[Example], weight: float, seed: int) -> list[Example]:
-    """The rows as often as the weight says: 2.5 is twice, and a random half a third time."""
-    whole = int(weight)
-    return rows * whole + random.Random(seed).sample(rows, round((weight - whole) * len(rows)))
 
 
 def with_existing_models(source: Source) -> Source:

@@ -1,7 +1,7 @@
 """From `[[reward]]` tables to rewards."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from quartet.data import DataError
 from quartet.evaluation.compare import Gold
 from quartet.experience import Prompt
 from quartet.models.actor_critic import freeze
-from quartet.models.heads import ScalarModel
+from quartet.models.heads import ScalarModel, scores_last_token
 from quartet.models.language_model import ModelError, load_tokenizer, read_config
 from quartet.rewards.code import CodeReward, checked_tests
 from quartet.rewards.combine import EnsembleReward
@@ -106,25 +106,22 @@ class RewardMaker:
     def reads_ids(self, model: str, label: int | None = None) -> bool:
         """Whether a reward model can read the very ids that the policy writes: a decoder with the policy's tokenizer."""
         config = read_config(model)
-        # An encoder's ids would be the policy's, but it wants its own special tokens around them.
-        decoder = getattr(config.get_text_config(), "is_decoder", False) or config.model_type not in ENCODERS
         same = load_tokenizer(model, generates=False).get_vocab() == self.tokenizer.get_vocab()
-        return same and decoder and config.num_labels == 1 and label is None
+        return same and config.num_labels == 1 and label is None and scores_last_token(config)
 
-    def check_prompts(self, prompts: Sequence[Prompt], sources: Sequence[Source]) -> None:
+    def check_prompts(self, prompts: Iterable[Prompt], sources: Sequence[Source]) -> None:
         """Each prompt has what the rewards compare answers with."""
-        for source in sources:
-            if source.column is None:
-                continue
-            kind = getattr(source, "type", "")
-            for prompt in prompts:
-                if source.column not in prompt.extra:
-                    raise DataError(f'{prompt.id}: has no column {source.column}, which reward.type = "{kind}" compares with.')
-                answer = prompt.extra[source.column]
+        asking = [(source, source.column) for source in sources if source.column is not None]
+        for prompt in prompts if asking else ():
+            for source, column in asking:
+                if column not in prompt.extra:
+                    kind = getattr(source, "type", "")
+                    raise DataError(f'{prompt.id}: has no column {column}, which reward.type = "{kind}" compares with.')
+                answer = prompt.extra[column]
                 if isinstance(source, CodeSource):
-                    checked_tests(prompt.id, source.column, answer)
+                    checked_tests(prompt.id, column, answer)
                 if isinstance(source, NumberSource) and final_number(str(answer)) is None:
-                    raise DataError(f'{prompt.id}: there is no number in its {source.column}: "{answer}".')
+                    raise DataError(f'{prompt.id}: there is no number in its {column}: "{answer}".')
 
     def make(self, source: Source, trained: Path | ScalarModel, folder: Path) -> Reward:
         """`trained` is the reward model of this run, `folder` the run's."""
@@ -181,13 +178,6 @@ class RewardMaker:
                 assert self.gold is not None, "the config has refused gold without a world"
                 return TextReward(name, self.gold)
         raise AssertionError(f"no such reward: {source}")
-
-
-ENCODERS = frozenset(
-    """albert bert big_bird camembert convbert deberta deberta-v2 distilbert electra ernie esm flaubert funnel longformer
-    mobilebert modernbert mpnet nystromformer rembert roberta roformer squeezebert xlm xlm-roberta xlm-roberta-xl
-    xlnet""".split()
-)
 
 
 def _judge(source: JudgeSource, cache: Path) -> JudgeReward:

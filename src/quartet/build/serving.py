@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from quartet.build.rewards import ENCODERS
 from quartet.data.encoding import Encoder
 from quartet.experience import Prompt, Rollout
 from quartet.models.actor_critic import freeze
-from quartet.models.heads import ScalarModel
+from quartet.models.heads import ScalarModel, scores_last_token
 from quartet.models.language_model import ModelError, load_tokenizer, read_config
 from quartet.rewards.protocol import Reward, Score
 from quartet.rewards.reward_model import ModelReward
@@ -29,7 +28,7 @@ class Scorer:
         self.place, self.encoder = place, None
         self.limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
         self.reward: Reward
-        if config.model_type in ENCODERS:
+        if not scores_last_token(config):
             self.reward = TextModelReward("model", place, None, micro_batch_tokens, device)
             return
         self.encoder = Encoder(load_tokenizer(place), max_prompt_tokens=self.limit, max_response_tokens=self.limit)

@@ -8,6 +8,7 @@ from quartet.data import DataError
 from quartet.data.examples import Example, Text
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.report import token_pieces
+from quartet.data.shelf import Shelf
 from quartet.experience import Prompt
 from quartet.models.chat import ChatError, render, render_turns
 
@@ -27,14 +28,14 @@ class Encoder:
     dropped: dict[str, str] = field(default_factory=dict)
     """What was wrong with each row that was dropped, by the row's id."""
 
-    def prompts(self, examples: Sequence[Example]) -> list[Prompt]:
-        return self._all(self._prompt, examples)
+    def prompts(self, examples: Sequence[Example]) -> Sequence[Prompt]:
+        return self._all(Prompt, self._prompt, examples)
 
-    def demonstrations(self, examples: Sequence[Example]) -> list[Demonstration]:
-        return self._all(self._demonstration, examples)
+    def demonstrations(self, examples: Sequence[Example]) -> Sequence[Demonstration]:
+        return self._all(Demonstration, self._demonstration, examples)
 
-    def comparisons(self, examples: Sequence[Example]) -> list[Comparison]:
-        return self._all(self._comparison, examples)
+    def comparisons(self, examples: Sequence[Example]) -> Sequence[Comparison]:
+        return self._all(Comparison, self._comparison, examples)
 
     def prompt_ids(self, prompt: Text) -> list[int]:
         """The ids a policy is given; the beginning-of-sequence token first where the tokenizer wants one, and once."""
@@ -66,8 +67,8 @@ class Encoder:
         except ChatError as error:
             raise DataError(str(error)) from error
 
-    def _all(self, encode: Callable[[Example], R], examples: Sequence[Example]) -> list[R]:
-        records: list[R] = []
+    def _all(self, kind: type[R], encode: Callable[[Example], R], examples: Sequence[Example]) -> Sequence[R]:
+        records = Shelf(kind)
         refused: dict[str, str] = {}
         for example in examples:
             try:

@@ -1,8 +1,10 @@
-"""Rows of files: .jsonl (.gz), .json, .csv and .parquet, or folders of them, read one by one, each with its place."""
+"""Rows of files (.jsonl, .jsonl.gz, .json, .csv, .parquet), folders of them, or data sets of the hub: one by one, each with its
+place."""
 
 import csv
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,23 @@ from quartet.data import DataError
 
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".parquet")
+HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>.+))?")
+"""How a data set of the hub is named: owner/name, perhaps with a configuration behind a slash and a split behind a colon."""
 
 
 def rows(path: Path) -> Iterator[tuple[str, Row]]:
     """The rows of a file and where each stands, such as `prefs.jsonl:12`. Lines count from 1; in a parquet file, rows do."""
     name = path.name.lower()
+    saved, _, split = str(path).partition(":")
+    if is_saved(Path(saved)):
+        yield from _saved(Path(saved), split)
+        return
     if not path.exists():
-        raise DataError(f"{path}: no such file.")
+        hub = None if name.endswith(FORMATS) else HUB.fullmatch(str(path))
+        if hub is None:
+            raise DataError(f"{path}: no such file.")
+        yield from _hub(path, hub)
+        return
     if path.is_dir():
         for file in files_in(path):
             yield from rows(file)
@@ -43,6 +55,47 @@ def files_in(folder: Path) -> list[Path]:
     if not found:
         raise DataError(f"{folder}: is a folder without .jsonl, .jsonl.gz, .json, .csv or .parquet files.")
     return found
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether the package datasets wrote this folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
+
+
+def _saved(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
+    """Memory-mapped, not loaded."""
+    table = _datasets(folder).load_from_disk(str(folder))
+    if isinstance(table, dict):
+        if split not in table:
+            which = f"has no split {split}" if split else "has several splits"
+            raise DataError(f"{folder}: {which}. Write one of {', '.join(f'{folder}:{name}' for name in table)}.")
+        table = table[split]
+    for number, row in enumerate(table, 1):
+        yield f"{folder.name}:{number}", row
+
+
+def _hub(path: Path, name: "re.Match[str]") -> Iterator[tuple[str, Row]]:
+    """Downloaded to the package's cache once, and read from there."""
+    datasets = _datasets(path)
+    try:
+        table = datasets.load_dataset(name["id"], name["config"], split=name["split"] or "train")
+    except Exception as error:  # whatever a hub, a network or a cache may say
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(f"{path}: no such file or folder, and no data set of the hub that can be had ({reason}).") from error
+    for number, row in enumerate(table, 1):
+        yield f"{path}:{number}", row
+
+
+def _datasets(path: Path) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{path}: no such file. Data sets of the hub and folders of the package datasets need "
+            'pip install "quartet-rlhf[datasets]".'
+        ) from None
+    datasets.disable_progress_bars()
+    return datasets
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row]]:

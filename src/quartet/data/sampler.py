@@ -18,6 +18,7 @@ class Sampler(Generic[R]):
             raise ValueError("no records to sample from")
         self.records, self.batch_size, self.seed = records, batch_size, seed
         self.epoch, self.position = 0, 0
+        self._shuffled: tuple[int, list[int]] = (-1, [])
 
     def next(self) -> list[R]:
         batch: list[R] = []
@@ -36,6 +37,8 @@ class Sampler(Generic[R]):
         self.epoch, self.position = state["epoch"], state["position"]
 
     def _order(self) -> list[int]:
-        order = list(range(len(self.records)))
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        return order
+        if self._shuffled[0] != self.epoch:
+            order = list(range(len(self.records)))
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+            self._shuffled = (self.epoch, order)
+        return self._shuffled[1]

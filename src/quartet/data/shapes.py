@@ -24,6 +24,7 @@ from typing import Any, Literal
 from quartet.data import DataError
 from quartet.data.examples import Example, Message, Text
 from quartet.data.files import Row, rows
+from quartet.data.shelf import Shelf
 
 Purpose = Literal["prompts", "demonstrations", "comparisons", "preferences"]
 """What rows are read for; preferences are comparisons, or unpaired."""
@@ -48,9 +49,9 @@ USUAL_NAMES = {
 """Column names seen elsewhere; used to suggest a mapping, never to guess one."""
 
 
-def read_examples(path: Path, purpose: Purpose, columns: Mapping[str, str]) -> list[Example]:
+def read_examples(path: Path, purpose: Purpose, columns: Mapping[str, str]) -> Sequence[Example]:
     """The rows of a file as examples that serve the purpose. `columns` maps our names to the file's."""
-    examples = list(examples_in(path, purpose, columns))
+    examples = Shelf(Example, examples_in(path, purpose, columns))
     if not examples:
         raise DataError(f"{path}: has no rows.")
     return examples

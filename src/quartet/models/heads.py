@@ -184,6 +184,13 @@ def attach(language_model: Any, adapter: str, folder: Path) -> AdaptedScalar:
 HEAD = "head.safetensors"
 
 
+def scores_last_token(config: Any) -> bool:
+    """Whether the sequence classifier of this architecture is a causal trunk read at its last token, which transformers calls
+    `score`, and not an encoder that wants its own special tokens around the text."""
+    with torch.device("meta"):
+        return hasattr(AutoModelForSequenceClassification.from_config(config), "score")
+
+
 def head_of(model: Any) -> nn.Linear:
     """The linear layer to the labels: `score`, or in some token classifiers `classifier`."""
     per_token = type(model).__name__.endswith("ForTokenClassification")

@@ -1,44 +1,23 @@
-"""The command `quartet`: parse, call, print. Heavy imports happen inside the verbs that need them."""
+"""Verbs that run, plan and start a run's file."""
 
 import dataclasses
 import json
 import signal
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from quartet import __version__
+from quartet.cli.common import FAILED, INTERRUPTED, app, complaints, console, refuse
 from quartet.recipes import recipe_names, recipe_path, template_names, template_path
 
 if TYPE_CHECKING:
     from quartet.build import Job
-    from quartet.data.report import Report
-    from quartet.evaluation.trial import Trial
     from quartet.settings import Settings
-
-FAILED, WRONG_REQUEST, CHECK_FAILED, INTERRUPTED = 1, 2, 3, 130
-
-app = typer.Typer(
-    help="RLHF for language models, from a laptop to a cluster.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-console = Console(highlight=False, markup=False, emoji=False)  # text is shown as it is: [x] and :train: too
-complaints = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 What = Annotated[str, typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, or a TOML file.")]
 Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE …]", help="Settings that win over the file.")]
-
-
-@app.callback(invoke_without_command=True)
-def quartet(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        console.print(f"quartet {__version__}")
-        raise typer.Exit
 
 
 @app.command()
@@ -74,10 +53,10 @@ def init(
     """Write a commented file to start from."""
     template = template_path({"rm": "reward_model"}.get(recipe, recipe))
     if template is None:
-        _refuse(f'"{recipe}": no such file to start from. Known are {", ".join(template_names())}.')
+        refuse(f'"{recipe}": no such file to start from. Known are {", ".join(template_names())}.')
     target = file or Path(template.name)
     if target.exists():
-        _refuse(f"{target}: exists already. Give another name: quartet init {recipe} NAME.toml")
+        refuse(f"{target}: exists already. Give another name: quartet init {recipe} NAME.toml")
     target.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
     console.print(f"{target} written. Fill it in, then: quartet plan {target}, quartet run {target}", soft_wrap=True)
 
@@ -97,7 +76,7 @@ def algorithms(
 
     everything = ALGORITHMS | PREFERENCES
     if name is not None and name not in everything:
-        _refuse(f'"{name}": no such preset.{did_you_mean(name, everything)} `quartet algorithms` lists them.')
+        refuse(f'"{name}": no such preset.{did_you_mean(name, everything)} `quartet algorithms` lists them.')
     chosen = {name: everything[name]} if name else everything
     if as_json:
         print(json.dumps({key: without_none(dataclasses.asdict(value)) for key, value in chosen.items()}, indent=2))
@@ -105,181 +84,6 @@ def algorithms(
         console.print(preset_toml(everything[name]), soft_wrap=True, end="")
     else:
         _print_presets()
-
-
-@app.command()
-def chat(
-    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, such as runs/latest.")] = "runs/latest",
-    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-) -> None:
-    """Talk to the policy of a run. `/compare` turns the answers of before and after side by side on and off."""
-    from quartet.chat import ChatSession
-    from quartet.models.language_model import ModelError
-
-    try:
-        session = ChatSession(Path(run_folder), temperature, max_new_tokens)
-    except ModelError as error:
-        _refuse(str(error))
-    session.talk(console, sys.stdin)
-
-
-@app.command()
-def reward(
-    function: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="A function, a dotted path, or exact, number, math.")],
-    on: Annotated[Path, typer.Option(help="A file with prompts and completions, or with comparisons.")],
-    columns: Annotated[list[str] | None, typer.Option(metavar="OURS=THEIRS", help="What a column is called there.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that the call may take.")] = 60.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-) -> None:
-    """Try a reward on answers from a file: range, constancy, None and NaN, time, and whether it pays for length."""
-    from quartet.data import DataError
-    from quartet.evaluation.trial import findings, trial_on_file
-    from quartet.rewards.protocol import RewardError
-
-    try:
-        tried = trial_on_file(function, on, _columns(columns), timeout)
-    except (DataError, RewardError) as error:
-        _refuse(str(error))
-    if as_json:
-        print(json.dumps(dataclasses.asdict(tried) | {"findings": findings(tried)}, indent=2, ensure_ascii=False))
-        return
-    for line in _trial_lines(tried):
-        console.print(line, soft_wrap=True)
-    for sentence in findings(tried):
-        console.print(f"▲ {sentence}", style="yellow", soft_wrap=True)
-
-
-def _trial_lines(tried: "Trial") -> list[str]:
-    each = tried.seconds / tried.answers
-    lines = [f"answers   {tried.answers:,} in {tried.seconds:.2f} s ({1e3 * each:.2f} ms each)"]
-    if tried.mean is not None and tried.deviation is not None:
-        lines.append(
-            f"scores    {tried.least:g} to {tried.most:g}, mean {tried.mean:.3g} ± {tried.deviation:.3g}, "
-            f"{tried.different:,} different"
-        )
-    if tried.length_correlation is not None:
-        lines.append(f"length    r = {tried.length_correlation:.2f} with the answer's length")
-    if tried.accuracy is not None:
-        lines.append(f"pairs     the chosen side scores higher in {tried.accuracy:.0%}")
-    for score, text in tried.examples:
-        shown = " ".join(text.split())
-        lines.append(f"  {score:>9.3g}  {shown[:100] + ' …' if len(shown) > 100 else shown}")
-    return lines
-
-
-@app.command()
-def data(
-    file: Annotated[Path, typer.Argument(help="A .jsonl, .jsonl.gz, .json, .csv or .parquet file, or a folder of them.")],
-    tokenizer: Annotated[str | None, typer.Option(help="A model or tokenizer folder: count and render in its tokens.")] = None,
-    chat_template: Annotated[str | None, typer.Option(help='"chatml" or a file with a template.')] = None,
-    held_out: Annotated[Path | None, typer.Option("--eval", help="A file that should share no prompts with it.")] = None,
-    columns: Annotated[list[str] | None, typer.Option(metavar="OURS=THEIRS", help="What a column is called there.")] = None,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
-    max_response_tokens: Annotated[int, typer.Option(min=1)] = 512,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-) -> None:
-    """What is in a file: its shape, two rows with what the loss is on between ⟦ and ⟧, lengths, and what is wrong with it."""
-    from quartet.data import DataError
-    from quartet.data.report import report, words
-
-    limits = {"prompt": max_prompt_tokens, "response": max_response_tokens}
-    try:
-        if tokenizer is None:
-            made = report(file, _columns(columns), words, "words", None, None, held_out)
-        else:
-            made = _report_in_tokens(file, _columns(columns), tokenizer, chat_template, limits, held_out)
-    except DataError as error:
-        _refuse(str(error))
-    if as_json:
-        print(json.dumps(dataclasses.asdict(made), indent=2, ensure_ascii=False))
-    else:
-        for line, style in _report_lines(made):
-            console.print(line, style=style, soft_wrap=True)
-    if made.problems:
-        raise typer.Exit(CHECK_FAILED)
-
-
-def _columns(words: list[str] | None) -> dict[str, str]:
-    mapping = {}
-    for word in words or []:
-        ours, equals, theirs = word.partition("=")
-        if not equals:
-            _refuse(f'--columns "{word}": write ours=theirs, such as prompt=question.')
-        mapping[ours] = theirs
-    return mapping
-
-
-def _report_in_tokens(
-    file: Path,
-    columns: dict[str, str],
-    folder: str,
-    chat_template: str | None,
-    limits: dict[str, int],
-    held_out: Path | None,
-) -> "Report":
-    from quartet.data.encoding import Encoder
-    from quartet.data.report import report
-    from quartet.models.chat import ChatError, set_chat_template
-    from quartet.models.language_model import ModelError, load_tokenizer
-
-    try:
-        tokenizer = load_tokenizer(folder)
-        if chat_template:
-            set_chat_template(tokenizer, chat_template)
-    except (ModelError, ChatError) as error:
-        _refuse(str(error))
-    encoder = Encoder(tokenizer, max_prompt_tokens=10**9, max_response_tokens=10**9)
-    return report(file, columns, encoder.count, "tokens", encoder.pieces, limits, held_out)
-
-
-def _report_lines(made: "Report") -> list[tuple[str, str]]:
-    plain, dim, warning = "", "dim", "yellow"
-    shapes = ", ".join(f"{count:,} × {shape}" if len(made.shapes) > 1 else shape for shape, count in made.shapes.items())
-    lines = [(f"rows       {made.rows:,}", plain), (f"shape      {shapes}", plain)]
-    for part, sizes in made.lengths.items():
-        over = "" if sizes.over is None else f", {sizes.over:.1%} over the limit"
-        lines.append(
-            (f"{part:<11}median {sizes.median:,}, 95 % up to {sizes.p95:,}, longest {sizes.longest:,} {made.unit}{over}", plain)
-        )
-    for place, pieces in made.examples:
-        lines.append((f"--- {place}", dim))
-        lines.append(("".join(f"⟦{text}⟧" if trained else text for text, trained in pieces), plain))
-    return lines + [(f"▲ {finding}", warning) for finding in made.findings]
-
-
-@app.command("serve-reward")
-def serve_reward(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a reward model's.")],
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 9000,
-    host: Annotated[
-        str, typer.Option(help="The address to listen on; others than this machine reach it only if you say so.")
-    ] = "127.0.0.1",
-    token_env: Annotated[str | None, typer.Option(help="An environment variable with the token to ask for.")] = None,
-) -> None:
-    """Serve a reward model over HTTP, for `type = "server"` rewards and OpenRLHF's remote reward models."""
-    import os
-
-    try:
-        import uvicorn
-
-        from quartet.rewards.serve import LOOPBACK
-        from quartet.rewards.serve import app as make_app
-    except ImportError:
-        _refuse('serve-reward needs starlette and uvicorn: pip install "quartet-rlhf[serve]".')
-    if token_env is not None and not os.environ.get(token_env):
-        _refuse(f"--token-env {token_env}: no such environment variable. Set it to the token.")
-    from quartet.build import device
-    from quartet.build.serving import Scorer
-    from quartet.models.language_model import ModelError
-
-    try:
-        scorer = Scorer(folder, device("auto"))
-    except ModelError as error:
-        _refuse(str(error))
-    console.print(f"serving {scorer.place} on http://{host}:{port}/ (POST), Ctrl-C ends it", soft_wrap=True)
-    hosts = LOOPBACK if host in LOOPBACK else ("*",)
-    uvicorn.run(make_app(scorer, token_env, hosts), host=host, port=port, log_level="warning", access_log=False)
 
 
 def _settings(what: str, words: list[str]) -> "Settings":
@@ -293,11 +97,11 @@ def _settings(what: str, words: list[str]) -> "Settings":
         from quartet.config import did_you_mean
 
         near = did_you_mean(what, recipe_names())
-        _refuse(f'"{what}": no such recipe, and not a .toml file.{near} Recipes are {", ".join(recipe_names())}.')
+        refuse(f'"{what}": no such recipe, and not a .toml file.{near} Recipes are {", ".join(recipe_names())}.')
     try:
         return read_settings(path or Path(what), words, shown)
     except ConfigError as error:
-        _refuse(str(error))
+        refuse(str(error))
 
 
 def _print_plan(settings: "Settings", as_json: bool) -> None:
@@ -359,7 +163,7 @@ def _run(settings: "Settings") -> int:
     try:
         folder = RunFolder.create(Path(config.run.folder), config.run.name or settings.name, files)
     except OSError as error:
-        _refuse(f'run.folder = "{config.run.folder}": cannot be written ({error.strerror}).')
+        refuse(f'run.folder = "{config.run.folder}": cannot be written ({error.strerror}).')
     _send_chatter_to(folder.path / "run.log")
     console.print(_first_line(settings, folder.path), soft_wrap=True)
     planned = make_plan(config)
@@ -417,7 +221,7 @@ def _build(settings: "Settings") -> "Job":
     try:
         return build(settings.config)
     except (DataError, ModelError, AdapterError, ChatError, RewardError) as error:
-        _refuse(str(error))
+        refuse(str(error))
 
 
 def _first_line(settings: "Settings", folder: Path) -> str:
@@ -455,12 +259,3 @@ def _peak_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _refuse(sentence: str) -> NoReturn:
-    complaints.print(sentence, style="red", soft_wrap=True)
-    raise typer.Exit(WRONG_REQUEST)
-
-
-def main() -> None:
-    app()

@@ -1,0 +1,31 @@
+"""What all verbs share: the application, the screen, and how a request is refused."""
+
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from quartet import __version__
+
+FAILED, WRONG_REQUEST, CHECK_FAILED, INTERRUPTED = 1, 2, 3, 130
+
+app = typer.Typer(
+    help="RLHF for language models, from a laptop to a cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False, markup=False, emoji=False)  # text is shown as it is: [x] and :train: too
+complaints = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+@app.callback(invoke_without_command=True)
+def quartet(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        console.print(f"quartet {__version__}")
+        raise typer.Exit
+
+
+def refuse(sentence: str) -> NoReturn:
+    complaints.print(sentence, style="red", soft_wrap=True)
+    raise typer.Exit(WRONG_REQUEST)

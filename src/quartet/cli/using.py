@@ -1,0 +1,92 @@
+"""Verbs that use what a run has made."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from quartet.cli.common import app, console, refuse
+
+
+@app.command()
+def chat(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, such as runs/latest.")] = "runs/latest",
+    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Talk to the policy of a run. `/compare` turns the answers of before and after side by side on and off."""
+    from quartet.chat import ChatSession
+    from quartet.models.language_model import ModelError
+
+    try:
+        session = ChatSession(Path(run_folder), temperature, max_new_tokens)
+    except ModelError as error:
+        refuse(str(error))
+    session.talk(console, sys.stdin)
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/latest.")],
+    target: Annotated[Path, typer.Option("--to", help="The folder to write.")],
+    part: Annotated[str, typer.Option(help="policy, policy_ema, sft, reward_model or critic.")] = "policy",
+    dtype: Annotated[Precision | None, typer.Option(help="Left out, the precision it was trained in.")] = None,
+) -> None:
+    """A Hugging Face folder with a model card, adapters merged, that transformers loads without Quartet."""
+    from quartet.models.export import export as write
+    from quartet.models.language_model import ModelError
+    from quartet.observability.card import ROLES
+
+    there = [role for role in ROLES if (run_folder / role / "config.json").is_file()]
+    if part not in there:
+        has = f"It has {', '.join(there)}." if there else "It has none: has the run finished a stage?"
+        refuse(f"{run_folder}: has no model called {part}. {has}")
+    named: Literal["float32", "bfloat16", "float16"] | None = None if dtype is None else dtype.value
+    try:
+        write(run_folder / part, target, named)
+    except (ModelError, OSError) as error:
+        refuse(str(error))
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    console.print(f"{target} written, {size / 1e6:,.1f} MB", soft_wrap=True)
+
+
+@app.command("serve-reward")
+def serve_reward(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a reward model's.")],
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 9000,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; others than this machine reach it only if you say so.")
+    ] = "127.0.0.1",
+    token_env: Annotated[str | None, typer.Option(help="An environment variable with the token to ask for.")] = None,
+) -> None:
+    """Serve a reward model over HTTP, for `type = "server"` rewards and OpenRLHF's remote reward models."""
+    import os
+
+    try:
+        import uvicorn
+
+        from quartet.rewards.serve import LOOPBACK
+        from quartet.rewards.serve import app as make_app
+    except ImportError:
+        refuse('serve-reward needs starlette and uvicorn: pip install "quartet-rlhf[serve]".')
+    if token_env is not None and not os.environ.get(token_env):
+        refuse(f"--token-env {token_env}: no such environment variable. Set it to the token.")
+    from quartet.build import device
+    from quartet.build.serving import Scorer
+    from quartet.models.language_model import ModelError
+
+    try:
+        scorer = Scorer(folder, device("auto"))
+    except ModelError as error:
+        refuse(str(error))
+    console.print(f"serving {scorer.place} on http://{host}:{port}/ (POST), Ctrl-C ends it", soft_wrap=True)
+    hosts = LOOPBACK if host in LOOPBACK else ("*",)
+    uvicorn.run(make_app(scorer, token_env, hosts), host=host, port=port, log_level="warning", access_log=False)

@@ -1,0 +1,51 @@
+"""What is exported loads without Quartet."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from quartet.cli import app
+from quartet.models.export import export
+from quartet.models.language_model import ModelError, save
+from tests.world import model, tokenizer
+
+
+@pytest.fixture
+def run(tmp_path):
+    save(model(), tokenizer(), tmp_path / "run" / "policy")
+    return tmp_path / "run"
+
+
+def quartet(*words):
+    return CliRunner().invoke(app, ["export", *map(str, words)])
+
+
+def test_the_folder_is_half_the_size_in_bfloat16_and_loads_elsewhere(run, tmp_path):
+    done = quartet(run, "--to", tmp_path / "half", "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert theirs.dtype == torch.bfloat16
+    whole = AutoModelForCausalLM.from_pretrained(run / "policy")
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], weight.bfloat16())
+    assert AutoTokenizer.from_pretrained(tmp_path / "half").get_vocab() == tokenizer().get_vocab()
+
+
+def test_without_a_dtype_it_is_the_same_bytes(run, tmp_path):
+    assert quartet(run, "--to", tmp_path / "same").exit_code == 0
+    there = {file.name: file.read_bytes() for file in (run / "policy").iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "same").iterdir()} == there
+
+
+def test_nothing_is_written_over_or_left_half_done(run, tmp_path):
+    assert f"{run}: exists already" in quartet(run, "--to", run).output.replace("\n", "")
+    said = quartet(run, "--to", tmp_path / "x", "--part", "critic").output.replace("\n", "")
+    assert "has no model called critic. It has policy." in said
+    large = model()
+    with torch.no_grad():
+        large.lm_head.weight[0, 0] = 1e6
+    save(large, tokenizer(), tmp_path / "large")
+    with pytest.raises(ModelError, match=r"has weights up to 1e\+06, too large for float16. Use bfloat16\."):
+        export(tmp_path / "large", tmp_path / "x", "float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "run"]
