@@ -17,3 +17,28 @@ hook.__enter__()
 def _nothing_left_to_chance() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A folder with two small runs: PPO with all four models, and GRPO with groups of four."""
+    from tests.tiny_run import make_run
+
+    root = tmp_path_factory.mktemp("runs")
+    make_run(root, "reviews", "run.steps=14")
+    make_run(root, "sums", "run.steps=3", "rollout.samples_per_prompt=4", "rollout.prompts_per_step=4")
+    return root
+
+
+@pytest.fixture(scope="session")
+def ppo_run(runs):
+    from quartet.observability.reader import Run
+
+    return Run(next(p for p in runs.iterdir() if p.name.endswith("reviews")))
+
+
+@pytest.fixture(scope="session")
+def grpo_run(runs):
+    from quartet.observability.reader import Run
+
+    return Run(next(p for p in runs.iterdir() if p.name.endswith("sums") and not p.is_symlink()))

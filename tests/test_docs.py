@@ -1,5 +1,6 @@
 """What the docs say of the code is so."""
 
+import json
 import re
 from pathlib import Path
 
@@ -34,3 +35,18 @@ def test_a_section_says_what_one_needs_to_know(name):
 def test_a_preference_says_its_constants_and_when_to_use_it(name):
     for word in ("Constants:", "Use it"):
         assert word in SECTIONS[name]
+
+
+def test_the_notebook_runs(runs, ppo_run, monkeypatch, tmp_path):
+    """Every cell, in order, on a run of the tests."""
+    pytest.importorskip("pandas")
+    notebook = json.loads((Path(__file__).parent.parent / "docs" / "reading_a_run.ipynb").read_text(encoding="utf-8"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "latest").symlink_to(ppo_run.path)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 5
+    for cell in cells:
+        exec(compile(cell, "cell", "exec"), names)
+    assert names["first"][0]["token_id"] == names["first"][-1]["token_id"]

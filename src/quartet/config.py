@@ -5,6 +5,7 @@ them together.
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
@@ -150,6 +151,13 @@ class Evaluation:
     """The last stage: the policy against the model it started from, on held-out prompts."""
 
     prompts: int = Field(default=500, ge=2)
+    best_of: int = Field(
+        default=16, ge=0, description="How many answers of the first model the best-of-n curve chooses from; 0: no curve."
+    )
+
+
+KEPT_STEPS = 1000
+"""A run with more keeps some of its rollouts only."""
 
 
 @part
@@ -158,9 +166,19 @@ class Run:
     folder: str = "runs"
     name: str | None = Field(default=None, description="Left out, it is the recipe's or the file's.")
     device: str = Field(default="auto", description='"auto", "cpu" or "cuda".')
-    rollouts_every: int = Field(
-        default=1, ge=1, description="Every how many RL steps the rollouts are written, token by token."
+    rollouts_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Every how many RL steps the rollouts are written, and all extreme ones. Left out: all of 1,000 steps.",
     )
+    track: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        default=(), description="Where else the metrics go; each needs the extra of its name."
+    )
+
+    @property
+    def keep_every(self) -> int:
+        """The same, resolved."""
+        return self.rollouts_every or math.ceil(self.steps / KEPT_STEPS)
 
 
 @part

@@ -122,6 +122,10 @@ class Experience:
     ref_logprobs: Float[Tensor, "B T"] | None = None
     values: Float[Tensor, "B T"] | None = None
     returns: Float[Tensor, "B T"] | None = None
+    penalties: Float[Tensor, "B T"] | None = None
+    """The part of `token_rewards` that is the KL penalty, before they are whitened, where they are."""
+    raw_advantages: Float[Tensor, "B T"] | None = None
+    """`advantages` before they were whitened."""
     weights: Float[Tensor, "B T"] | None = None
     """What corrects for a sampler that was not π_old; it multiplies the policy loss."""
     mean_entropy: Float[Tensor, "B"] | None = None

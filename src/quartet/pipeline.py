@@ -1,7 +1,9 @@
 """Stages from checkpoint to checkpoint: each reads the folders that earlier ones wrote, and writes its own."""
 
 import dataclasses
+import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -12,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from quartet.algorithms.preference import Dpo, Ipo, Kto, LastTokenLoss, Orpo, PerTokenLoss, Simpo
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.sampler import Sampler
+from quartet.evaluation.best_of_n import BestOf, best_of_n
 from quartet.evaluation.compare import Gold, compare
 from quartet.experience import Prompt, Rollout
 from quartet.generation.native import NativeGenerator
@@ -19,7 +22,7 @@ from quartet.generation.protocol import Generator as Generates
 from quartet.generation.sampling import Sampling
 from quartet.loops.preference import Source, held_out_preference, preference
 from quartet.loops.progress import Progress
-from quartet.loops.reward_model import pair_accuracy, reward_model
+from quartet.loops.reward_model import accuracy_of, pair_accuracy, pair_scores, reward_model
 from quartet.loops.rl import Step, rl
 from quartet.loops.sft import held_out_loss, sft
 from quartet.machine import give_back_memory
@@ -28,11 +31,18 @@ from quartet.models.heads import ScalarModel
 from quartet.models.language_model import policy_logprobs, save, stop_ids
 from quartet.observability.card import write_cards
 from quartet.observability.doctor import Watch
-from quartet.observability.run import RunFolder, TokenTexts
+from quartet.observability.run import Keeping, RunFolder
+from quartet.observability.sinks import Tracking
+from quartet.observability.tokens import TokenTexts, probe_table, write_pairs, write_tokens
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.rewards.reward_model import ModelReward
 from quartet.training.learner import Learner, collate
 from quartet.training.optim import Optimizer
+
+BEST_OF_ANSWERS = 1024
+"""How many answers the best-of-n curve is drawn from in all."""
+PROBED_TIMES = 20
+"""How often an RL stage looks at its probes."""
 
 Summary = dict[str, Any]
 Stages = Generator[Progress, None, Summary]
@@ -90,10 +100,16 @@ class StageFailed(RuntimeError):
     """A stage that could not go on: its name, the step, and the cause."""
 
 
-def run(stages: Sequence[Stage], folder: RunFolder, texts: TokenTexts, rollouts_every: int) -> Iterator[Event]:
+def run(
+    stages: Sequence[Stage],
+    folder: RunFolder,
+    texts: TokenTexts,
+    keep_every: int = 1,
+    tracking: Tracking | None = None,
+) -> Iterator[Event]:
     """Run the stages in order. Everything is in the run folder before it is yielded."""
     for number, stage in enumerate(stages, 1):
-        started, watch = time.monotonic(), Watch()
+        started, watch, kept = time.monotonic(), Watch(kl_target(stage)), Keeping(keep_every)
         folder.event("started", stage.name)
         yield Started(stage, number, len(stages))
         steps, reached = stage.run(folder.path), 0
@@ -104,21 +120,33 @@ def run(stages: Sequence[Stage], folder: RunFolder, texts: TokenTexts, rollouts_
             except StopIteration as stop:
                 summary: Summary = stop.value
                 break
-            except (RuntimeError, ValueError, OSError) as error:
+            except Exception as error:  # whatever it is, the run says which stage and step it was in
                 raise StageFailed(f"{stage.title}, step {reached + 1}: {error}") from error
             reached = progress.number
             seconds = round(time.monotonic() - before, 4)
-            folder.event("metrics", stage.name, progress.number, metrics=progress.metrics, seconds=seconds)
-            if isinstance(progress, Step) and (progress.number - 1) % rollouts_every == 0:
+            folder.event(
+                "metrics",
+                stage.name,
+                progress.number,
+                metrics=progress.metrics,
+                seconds=seconds,
+                phases=progress.seconds or None,
+            )
+            if isinstance(progress, Step) and kept(progress.number, progress.metrics):
                 folder.write_rollouts(progress, texts)
+            for sentence in tracking.log(stage.name, progress.number, progress.metrics) if tracking else ():
+                folder.event("warning", stage.name, progress.number, rule="tracker", sentence=sentence)
+                yield Warned(stage, progress.number, sentence)
             yield Advanced(stage, progress)
-            for sentence in watch.see(progress.metrics):
-                folder.event("warning", stage.name, progress.number, sentence=sentence)
+            for rule, sentence in watch.see(progress.metrics):
+                folder.event("warning", stage.name, progress.number, rule=rule.__name__, sentence=sentence)
                 yield Warned(stage, progress.number, sentence)
         took = round(time.monotonic() - started, 2)
         folder.event("finished", stage.name, summary=summary, seconds=took)
         yield Finished(stage, summary, took)
         give_back_memory()
+    if tracking:
+        tracking.close()
     write_cards(folder.path)
 
 
@@ -150,7 +178,8 @@ class SftStage:
 
 @dataclass(frozen=True)
 class RewardModelStage:
-    """Writes `reward_model/`. Its scores are centred: the policy that RL starts from scores 0 on average."""
+    """Writes `reward_model/` and, of the held-out pairs, `evaluation/pairs.parquet`. Its scores are centred: the policy that RL
+    starts from scores 0 on average."""
 
     comparisons: Sequence[Comparison]
     held_out: Sequence[Comparison]
@@ -176,11 +205,14 @@ class RewardModelStage:
         before = pair_accuracy(model, self.held_out, self.micro_batch_tokens)
         sampler = Sampler(self.comparisons, self.batch_size, self.seed)
         yield from reward_model(model, sampler, self.loss, self.optimizer(model), self.num_steps, self.micro_batch_tokens)
-        accuracy = pair_accuracy(model, self.held_out, self.micro_batch_tokens)
+        judged = pair_scores(model, self.held_out, self.micro_batch_tokens)
+        accuracy = accuracy_of(judged[:, 0] - judged[:, 1])
         generator = NativeGenerator(policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.seed)
         scores = ModelReward(model, self.micro_batch_tokens).score(generator.generate(self.prompts, self.sampling))
-        model.centre += statistics.fmean(score for score in scores if score is not None)
+        mean = statistics.fmean(score for score in scores if score is not None)
+        model.centre += mean
         model.save(folder / "reward_model", self.tokenizer)
+        write_pairs(folder / "evaluation" / "pairs.parquet", self.held_out, judged - mean, self.tokenizer)
         summary = {"held_out_accuracy_before": before, "held_out_accuracy": accuracy, "centre": model.centre}
         return summary | ({} if self.ceiling is None else {"ceiling": self.ceiling})
 
@@ -226,11 +258,14 @@ class Cast:
     learner: Learner
     generator: Generates
     rewards: Sequence[Weighted]
+    probes: Sequence[Rollout] = ()
+    """Answers of the policy that the stage starts with, to be looked at again as it learns."""
 
 
 @dataclass(frozen=True)
 class RLStage:
-    """Writes `policy/`, `critic/` where there is one, and `policy_ema/` where an average is kept."""
+    """Writes `policy/`, `critic/` where there is one, `policy_ema/` where an average is kept, and `probes/`: what the models
+    say of the same few answers, as the stage goes on."""
 
     name: str
     prompts: Sequence[Prompt]
@@ -248,8 +283,16 @@ class RLStage:
         return self.name
 
     def run(self, folder: Path) -> Stages:
-        cast = self.cast(folder)
-        yield from rl(
+        cast, texts = self.cast(folder), TokenTexts(self.tokenizer)
+        every = math.ceil(self.num_steps / PROBED_TIMES)
+
+        def probe(number: int, algorithm: Any) -> None:
+            if cast.probes:
+                table = probe_table(number, cast.learner, cast.probes, algorithm, texts)
+                write_tokens(table, folder / "probes" / f"{number:06d}.parquet")
+
+        probe(0, self.algorithm)
+        for step in rl(
             Sampler(self.prompts, self.prompts_per_step, self.seed),
             cast.generator,
             self.sampling,
@@ -258,7 +301,10 @@ class RLStage:
             cast.learner,
             self.algorithm,
             self.num_steps,
-        )
+        ):
+            if step.number % every == 0 or step.number == self.num_steps:
+                probe(step.number, step.algorithm)
+            yield step
         save(cast.learner.models.actor, self.tokenizer, folder / "policy")
         cast.learner.models.save_critic(folder / "critic", self.tokenizer)
         if cast.learner.ema is not None:
@@ -268,7 +314,8 @@ class RLStage:
 
 @dataclass(frozen=True)
 class EvaluationStage:
-    """Writes `evaluation/final.json`: the policy against the one it started from, on held-out prompts."""
+    """Writes `evaluation/final.json`: the policy against the one it started from, on held-out prompts; `answers.jsonl`, what
+    both answered; and `best_of_n.json`, what the first would have answered at its best."""
 
     prompts: Sequence[Prompt]
     tokenizer: Any
@@ -279,6 +326,7 @@ class EvaluationStage:
     sampling: Sampling
     micro_batch_tokens: int
     generator: Callable[[Any], Generates]
+    best_of: int = 0
     num_steps: int = 2
     name: str = field(default="evaluation")
     title: str = field(default="evaluation")
@@ -294,8 +342,24 @@ class EvaluationStage:
         if not any(w.weight for w in rewards):  # comparisons were learnt from, no reward was
             del summary["before"]["reward"], summary["after"]["reward"]
         (folder / "evaluation").mkdir(exist_ok=True)
-        (folder / "evaluation" / "final.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        _write_json(folder / "evaluation" / "final.json", summary)
+        _write_json(folder / "evaluation" / "best_of_n.json", [dataclasses.asdict(b) for b in self._best_of(before, rewards)])
+        pairs = [json.dumps(_pair(*row), ensure_ascii=False) + "\n" for row in zip(old, new, kl, strict=True)]
+        _write(folder / "evaluation" / "answers.jsonl", "".join(pairs))
         return summary
+
+    def _best_of(self, model: Any, rewards: Sequence[Weighted]) -> list[BestOf]:
+        """Empty where nothing was rewarded, or too few answers have a score."""
+        if self.best_of < 2 or not any(w.weight for w in rewards):
+            return []
+        prompts = self.prompts[: max(1, BEST_OF_ANSWERS // self.best_of)]
+        made = rewarded(self.generator(model).generate(prompts, self.sampling, self.best_of), rewards)
+        by_prompt = [list(group) for _, group in itertools.groupby(made, key=lambda r: r.group)]
+        whole = [group for group in by_prompt if all(r.score is not None for r in group)]
+        if not whole:
+            return []
+        gold = None if self.gold is None else [[self.gold(r.prompt.text, r.response) for r in group] for group in whole]
+        return best_of_n([[r.score or 0.0 for r in group] for group in whole], gold)
 
     def _answers(self, model: Any) -> list[Rollout]:
         return self.generator(model).generate(self.prompts, self.sampling)
@@ -315,3 +379,29 @@ class EvaluationStage:
         )
         differences: list[float] = (new - old).sum(dim=1).tolist()
         return differences
+
+
+def kl_target(stage: Stage) -> float | None:
+    """What the KL of an RL stage is held to, if it is."""
+    controller = getattr(getattr(getattr(stage, "algorithm", None), "kl", None), "controller", None)
+    return getattr(controller, "target", None)
+
+
+def _pair(first: Rollout, last: Rollout, kl: float) -> dict[str, Any]:
+    """A line of `evaluation/answers.jsonl`."""
+    sides = {
+        side: {"response": r.response, "score": r.score, "components": dict(r.components), "tokens": len(r.response_ids)}
+        for side, r in (("before", first), ("after", last))
+    }
+    return {"id": first.prompt.id, "prompt": first.prompt.text, "kl": kl, **sides}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Under another name until it is whole: somebody may be looking."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

@@ -119,7 +119,7 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
 def _disk(config: Config, models: dict[str, int | None]) -> float:
     """Model folders, and about 25 bytes per token of rollouts."""
     folders = ("sft" in config.recipe) + sum(role.partition(" (")[0] in {"policy", "critic", "reward model"} for role in models)
-    written = _answers(config) * sum(_row_tokens(config)) / config.run.rollouts_every if config.rl_stage else 0
+    written = _answers(config) * sum(_row_tokens(config)) / config.run.keep_every if config.rl_stage else 0
     return folders * FLOAT * (models["policy"] or 0) + 25 * written
 
 

@@ -79,7 +79,7 @@ def return_to_go(rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], gamma
 # --- parts with a critic -------------------------------------------------------------------------------------------------
 
 
-def _values(batch: Batch, bootstrap_truncated: bool) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B"] | None]:
+def critic_values(batch: Batch, bootstrap_truncated: bool) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B"] | None]:
     """The critic's values, and those after the end of responses that were cut off where they are asked for."""
     assert batch.values is not None, "this advantage needs a critic's values"
     if not bootstrap_truncated:
@@ -97,7 +97,7 @@ def _with_targets(
     bootstrap_truncated: bool,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """The advantages, and the critic's targets."""
-    values, final = _values(batch, bootstrap_truncated)
+    values, final = critic_values(batch, bootstrap_truncated)
     mask = batch.response_mask
     error = advantages if value_lam is None else gae(token_rewards, values, mask, gamma, value_lam, final)
     return advantages, masked(error + values, mask)
@@ -119,7 +119,7 @@ class Gae:
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
         """Advantages and returns, both [B T]."""
-        values, final = _values(batch, self.bootstrap_truncated)
+        values, final = critic_values(batch, self.bootstrap_truncated)
         advantages = gae(token_rewards, values, batch.response_mask, self.gamma, self.lam, final)
         return _with_targets(advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated)
 
@@ -142,7 +142,7 @@ class LengthAdaptiveGae:
     needs_greedy: ClassVar[bool] = False
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
-        values, final = _values(batch, self.bootstrap_truncated)
+        values, final = critic_values(batch, self.bootstrap_truncated)
         lengths = batch.response_mask.sum(dim=1).clamp(min=1).to(values.dtype)
         lam = (1 - 1 / (self.alpha * lengths)).clamp(min=0)
         advantages = gae(token_rewards, values, batch.response_mask, self.gamma, lam, final)
@@ -163,7 +163,7 @@ class NStep:
     needs_greedy: ClassVar[bool] = False
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
-        values, final = _values(batch, self.bootstrap_truncated)
+        values, final = critic_values(batch, self.bootstrap_truncated)
         advantages = n_step(token_rewards, values, batch.response_mask, self.n, self.gamma, final)
         return _with_targets(advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated)
 

@@ -181,9 +181,12 @@ class Algorithm:
         scores = self.rewards.score(batch)
         for shape in self.scores:
             scores = shape(scores, batch)
-        penalty = self.kl.reward(batch.old_logprobs, batch.ref_logprobs, batch.exact_kl)
-        rewards = masked(self.rewards.place(scores, batch) + penalty, mask)
+        rewards = masked(self.rewards.place(scores, batch) + self.penalties(batch), mask)
         return whiten_keeping_mean(rewards, mask) if self.rewards.whiten else rewards
+
+    def penalties(self, batch: Batch) -> Float[Tensor, "B T"]:
+        """What the KL takes from each token's reward."""
+        return masked(self.kl.reward(batch.old_logprobs, batch.ref_logprobs, batch.exact_kl), batch.response_mask)
 
     def experience(self, batch: Batch) -> Experience:
         """Token rewards, advantages and returns of a batch. Pure: the same batch gives the same experience."""
@@ -202,6 +205,8 @@ class Algorithm:
             scores=batch.scores,
             values=batch.values,
             returns=returns,
+            penalties=self.penalties(batch),
+            raw_advantages=advantages,
             weights=self.correction(batch.old_logprobs, batch.rollout_logprobs, mask),
             mean_entropy=None if batch.entropy is None else masked_mean(batch.entropy, mask).expand(len(mask)),
         )

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,12 @@ from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.data.shapes import Purpose
 from quartet.data.tokenizer import train_tokenizer
-from quartet.experience import Prompt
+from quartet.experience import Prompt, Rollout
+from quartet.faults import FAULTS
 from quartet.generation.episodes import Environment, Episodes
 from quartet.generation.native import NativeGenerator
 from quartet.generation.protocol import Generator
+from quartet.loops.collect import answers
 from quartet.loops.preference import OnlinePairs
 from quartet.memory import micro_batch_tokens, policy_parameters
 from quartet.models.actor_critic import ActorCritic, Separate, Shared, pad_token_id
@@ -50,7 +53,8 @@ from quartet.models.language_model import (
     stop_ids,
 )
 from quartet.models.trunk import checkpoint_blocks
-from quartet.observability.run import TokenTexts
+from quartet.observability.sinks import check_trackers
+from quartet.observability.tokens import TokenTexts
 from quartet.pipeline import Cast, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
 from quartet.rewards.functions import TextReward, check_reference
 from quartet.rewards.protocol import RewardError, Weighted
@@ -60,6 +64,9 @@ from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
 from quartet.training.trust_region import TrustRegionLearner
 from quartet.worlds import WORLDS, World
+
+PROBES = 8
+"""How many answers are looked at again and again as an RL stage goes on."""
 
 CENTRING_PROMPTS = 256
 """How many of the training prompts are answered to find a reward model's mean score."""
@@ -75,19 +82,21 @@ class Job:
     """What a person should know before it starts."""
 
 
-def build(config: Config) -> Job:
+def build(config: Config, fault: str | None = None) -> Job:
     """Read and check the data, and make the stages. Models are loaded when their stage starts; what they are loaded from
-    is checked now."""
-    workshop = Workshop(config)
+    is checked now. `fault`: a mistake to plant in the RL stage, see `faults.py`."""
+    workshop = Workshop(config, fault)
     return Job([workshop.stage(name) for name in config.recipe], workshop.tokenizer, workshop.notes())
 
 
 class Workshop:
     """Makes the objects of one run, each of the shared ones once."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, fault: str | None = None) -> None:
+        self.fault = fault
         if config.policy.adapter is not None and importlib.util.find_spec("peft") is None:
             raise AdapterError('policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".')
+        check_trackers(config.run.track)
         self.config = config
         self.world: World | None = WORLDS[config.data.world](config.seed) if config.data.world else None
         self.rows = Rows(config, self.world)
@@ -157,7 +166,7 @@ class Workshop:
     def reward_model_stage(self) -> RewardModelStage:
         settings = self.config.reward_model
         train, held_out = self.rows.read("comparisons", settings.data)
-        prompts = self._prompts()[0]
+        prompts = self.prompts[0]
         return RewardModelStage(
             comparisons=self.encoder.comparisons(train),
             held_out=self.encoder.comparisons(held_out),
@@ -179,7 +188,7 @@ class Workshop:
         settings, online = self.config.preference, name == "online_dpo"
         purpose: Purpose = "preferences" if isinstance(settings.loss, Kto) else "comparisons"
         train, held_out = ([], []) if online else self.rows.read(purpose, settings.data)
-        prompts = self._prompts()[0] if online else []
+        prompts = self.prompts[0] if online else []
 
         def pairs(folder: Path, model: Any) -> OnlinePairs:
             generator = self._generator(model)
@@ -206,7 +215,7 @@ class Workshop:
         assert config.rl_stage and config.algorithm
         return RLStage(
             name=config.rl_stage,
-            prompts=self._prompts()[0],
+            prompts=self.prompts[0],
             tokenizer=self.tokenizer,
             cast=self._cast,
             algorithm=config.algorithm,
@@ -219,7 +228,7 @@ class Workshop:
 
     def evaluation_stage(self) -> EvaluationStage:
         return EvaluationStage(
-            prompts=self._prompts()[1][: self.config.evaluation.prompts],
+            prompts=self.prompts[1][: self.config.evaluation.prompts],
             tokenizer=self.tokenizer,
             load_before=self._plain_policy,
             load_after=lambda folder: load_model(folder / "policy", self.device),
@@ -228,6 +237,7 @@ class Workshop:
             sampling=self.config.rollout,
             micro_batch_tokens=self.micro_batch_tokens,
             generator=self._generator,
+            best_of=self.config.evaluation.best_of,
         )
 
     # --- models --------------------------------------------------------------------------------------------------------
@@ -306,7 +316,19 @@ class Workshop:
             self._pretraining(config.algorithm),
             self.micro_batch_tokens,
         )
-        return Cast(learner, self._generator(actor), self._rewards(folder, judge))
+        rewards = self._rewards(folder, judge)
+        cast = Cast(learner, self._generator(actor), rewards, self._probes(actor, rewards))
+        if self.fault is not None:
+            FAULTS[self.fault](cast)
+        return cast
+
+    def _probes(self, actor: Any, rewards: Sequence[Weighted]) -> list[Rollout]:
+        """Answers to held-out prompts; the policy's training draws no random number less for them."""
+        rollout, algorithm = self.config.rollout, self.config.algorithm
+        assert algorithm
+        prompts = list(self.prompts[1][: max(1, PROBES // rollout.samples_per_prompt)])
+        made = answers(prompts, self._generator(actor), rollout, rollout.samples_per_prompt, rewards, algorithm)
+        return [r for r in made if r.score is not None]
 
     def _attached_judge(self, actor: Any, folder: Path) -> AdaptedScalar | None:
         """The run's own reward model as an adapter on the actor's trunk, where it was trained as one on the same."""
@@ -402,7 +424,8 @@ class Workshop:
             return policy.create.max_length
         return getattr(read_config(str(self.policy_model)).get_text_config(), "max_position_embeddings", None) or 10**9
 
-    def _prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    @cached_property
+    def prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
         """To train on, and held out; each with what the rewards compare answers with."""
         train, held_out = self.rows.read("prompts")
         prompts = self.encoder.prompts(train), self.encoder.prompts(held_out)

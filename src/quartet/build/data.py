@@ -43,7 +43,7 @@ class Rows:
                 raise DataError(f"{file}: has no rows.")
             if data.eval is None and count < 2:
                 raise DataError(f"{file}: has one row; to hold some out it needs two or more. Or set data.eval.")
-            kept = count if data.eval is not None else count - max(1, round(count * data.held_out))
+            kept = count if data.eval is not None else count - min(count - 1, max(1, round(count * data.held_out)))
             train.extend(seen_so_often(range(first, first + kept), weight, self.config.seed))
             held_out.extend(range(first + kept, first + count))
         if data.eval is not None:

@@ -1,5 +1,6 @@
 """What all verbs share: the application, the screen, and how a request is refused."""
 
+import ipaddress
 from typing import Annotated, NoReturn
 
 import typer
@@ -18,12 +19,25 @@ app = typer.Typer(
 console = Console(highlight=False, markup=False, emoji=False)  # text is shown as it is: [x] and :train: too
 complaints = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
+FILE_WIDTH = 200
+"""Columns of what goes into a file or a pipe."""
+if not console.is_terminal:
+    console.width = FILE_WIDTH
+
 
 @app.callback(invoke_without_command=True)
 def quartet(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
         console.print(f"quartet {__version__}")
         raise typer.Exit
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def refuse(sentence: str) -> NoReturn:

@@ -14,6 +14,8 @@ from quartet.recipes import recipe_names, recipe_path, template_names, template_
 
 if TYPE_CHECKING:
     from quartet.build import Job
+    from quartet.observability.run import RunFolder
+    from quartet.plan import Plan
     from quartet.settings import Settings
 
 What = Annotated[str, typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, or a TOML file.")]
@@ -26,13 +28,16 @@ def run(
     words: Words = None,
     show_plan: Annotated[bool, typer.Option("--plan", help="Say what the run would take, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --plan: print it as JSON.")] = False,
+    fault: Annotated[
+        str | None, typer.Option("--break", help="Plant a mistake in the RL stage, for the doctor to find: see docs/doctor.md.")
+    ] = None,
 ) -> None:
     """Run a recipe or a TOML file: one stage, or a pipeline of them. Without a name: `reviews`."""
     settings = _settings(what, words or [])
     if show_plan:
         _print_plan(settings, as_json)
         return
-    raise typer.Exit(_run(settings))
+    raise typer.Exit(_run(settings, fault))
 
 
 @app.command()
@@ -148,33 +153,29 @@ def _print_presets() -> None:
     console.print(table, width=None if console.is_terminal else 200)
 
 
-def _run(settings: "Settings") -> int:
+def _run(settings: "Settings", fault: str | None) -> int:
     """Everything that can be refused is refused before the run folder exists."""
-    from quartet.observability.run import RunFolder, TokenTexts
+    from quartet.observability.run import RunFolder
     from quartet.observability.screen import Screen, sample_lines
+    from quartet.observability.sinks import Tracking
+    from quartet.observability.tokens import TokenTexts
     from quartet.pipeline import Finished, StageFailed
     from quartet.pipeline import run as run_pipeline
-    from quartet.plan import in_words
-    from quartet.plan import plan as make_plan
-    from quartet.settings import resolved_toml
+    from quartet.settings import json_ready, resolved_toml
 
-    job, config = _build(settings), settings.config
+    job, config = _build(settings, fault), settings.config
     files = {"config.toml": settings.text, "config.resolved.toml": resolved_toml(settings)}
     try:
         folder = RunFolder.create(Path(config.run.folder), config.run.name or settings.name, files)
     except OSError as error:
         refuse(f'run.folder = "{config.run.folder}": cannot be written ({error.strerror}).')
     _send_chatter_to(folder.path / "run.log")
-    console.print(_first_line(settings, folder.path), soft_wrap=True)
-    planned = make_plan(config)
-    console.print(f"plan   {in_words(planned)}", soft_wrap=True)
-    for note in job.notes:
-        folder.event("note", sentence=note)
-        console.print(f"note   {note}", style="yellow", soft_wrap=True)
+    planned = _say_what(settings, job, folder, fault)
     screen = Screen(console)
+    tracking = Tracking(config.run.track, folder.path, json_ready(config))
     evaluation: dict[str, Any] | None = None
     try:
-        for event in run_pipeline(job.stages, folder, TokenTexts(job.tokenizer), config.run.rollouts_every):
+        for event in run_pipeline(job.stages, folder, TokenTexts(job.tokenizer), config.run.keep_every, tracking):
             screen.show(event)
             if isinstance(event, Finished) and event.stage.name == "evaluation":
                 evaluation = event.summary
@@ -196,31 +197,67 @@ def _run(settings: "Settings") -> int:
         _log_traceback()
         return FAILED
     finally:
+        tracking.close()
         screen.close()
     folder.event("done", peak_bytes=_peak_bytes(), planned_peak_bytes=planned.peak)
     folder.close()
     if evaluation:
         for line in sample_lines(evaluation["samples"]):
             console.print(line, soft_wrap=True)
-    console.print(f"run    {folder.path}    peak {_peak_bytes() / 1e6:,.0f} MB", soft_wrap=True)
-    if (folder.path / "policy").is_dir():
-        console.print(f"next   quartet chat {folder.path}", soft_wrap=True)
+    _say_where(folder.path, config.run.folder)
     return 0
 
 
-def _build(settings: "Settings") -> "Job":
+def _say_what(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | None) -> "Plan":
+    """What will be run, what it takes, and what a person should know before."""
+    from quartet.plan import in_words
+    from quartet.plan import plan as make_plan
+
+    console.print(_first_line(settings, folder.path), soft_wrap=True)
+    planned = make_plan(settings.config)
+    console.print(f"plan   {in_words(planned)}", soft_wrap=True)
+    planted = [] if fault is None else [f"--break {fault}: this run has a mistake on purpose."]
+    for note in [*planted, *job.notes]:
+        folder.event("note", sentence=note)
+        console.print(f"note   {note}", style="yellow", soft_wrap=True)
+    return planned
+
+
+def _say_where(folder: Path, root: str) -> None:
+    """What there is now, and what one can do with it."""
+    from quartet.observability.reader import Run
+    from quartet.studio.report import write_report
+
+    console.print(f"run    {folder}    peak {_peak_bytes() / 1e6:,.0f} MB", soft_wrap=True)
+    try:
+        write_report(Run(folder))
+        console.print(f"report {folder / 'report.html'}", soft_wrap=True)
+    except Exception:  # the run is done whatever becomes of the page about it
+        _log_traceback()
+        console.print("report could not be written, see run.log", style="yellow", soft_wrap=True)
+    talk = f", quartet chat {folder}" if (folder / "policy").is_dir() else ""
+    console.print(f"next   quartet studio{'' if root == 'runs' else f' {root}'}{talk}", soft_wrap=True)
+
+
+def _build(settings: "Settings", fault: str | None) -> "Job":
     from quartet.build import build
     from quartet.data import DataError
+    from quartet.faults import FAULTS
     from quartet.machine import keep_freed_memory
     from quartet.models.adapters import AdapterError
     from quartet.models.chat import ChatError
     from quartet.models.language_model import ModelError
+    from quartet.observability.sinks import TrackerMissing
     from quartet.rewards.protocol import RewardError
 
     keep_freed_memory()
+    if fault is not None and (fault not in FAULTS or settings.config.rl_stage is None):
+        refuse(
+            f"--break {fault}: " + ("there is no RL stage to break." if fault in FAULTS else f"known are {', '.join(FAULTS)}.")
+        )
     try:
-        return build(settings.config)
-    except (DataError, ModelError, AdapterError, ChatError, RewardError) as error:
+        return build(settings.config, fault)
+    except (DataError, ModelError, AdapterError, ChatError, RewardError, TrackerMissing) as error:
         refuse(str(error))
 
 

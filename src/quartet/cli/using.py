@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from quartet.cli.common import app, console, refuse
+from quartet.cli.common import app, console, is_loopback, refuse
 
 
 @app.command()
@@ -70,13 +70,11 @@ def serve_reward(
     """Serve a reward model over HTTP, for `type = "server"` rewards and OpenRLHF's remote reward models."""
     import os
 
-    try:
-        import uvicorn
+    import uvicorn
 
-        from quartet.rewards.serve import LOOPBACK
-        from quartet.rewards.serve import app as make_app
-    except ImportError:
-        refuse('serve-reward needs starlette and uvicorn: pip install "quartet-rlhf[serve]".')
+    from quartet.rewards.serve import LOOPBACK
+    from quartet.rewards.serve import app as make_app
+
     if token_env is not None and not os.environ.get(token_env):
         refuse(f"--token-env {token_env}: no such environment variable. Set it to the token.")
     from quartet.build import device
@@ -88,5 +86,5 @@ def serve_reward(
     except ModelError as error:
         refuse(str(error))
     console.print(f"serving {scorer.place} on http://{host}:{port}/ (POST), Ctrl-C ends it", soft_wrap=True)
-    hosts = LOOPBACK if host in LOOPBACK else ("*",)
+    hosts = LOOPBACK if is_loopback(host) else ("*",)
     uvicorn.run(make_app(scorer, token_env, hosts), host=host, port=port, log_level="warning", access_log=False)

@@ -27,7 +27,7 @@ def collect(
     generated, unscored = 0, 0
     for _ in range(algorithm.groups.max_rounds):
         batch = prompts.next()
-        rollouts = _rewarded(batch, generator, sampling, samples_per_prompt, rewards, algorithm)
+        rollouts = answers(batch, generator, sampling, samples_per_prompt, rewards, algorithm)
         scored = with_score(rollouts)
         generated, unscored = generated + len(rollouts), unscored + len(rollouts) - len(scored)
         groups = [list(group) for _, group in itertools.groupby(scored, key=lambda r: r.group)]
@@ -39,7 +39,7 @@ def collect(
     return rollouts, unscored / generated
 
 
-def _rewarded(
+def answers(
     prompts: Sequence[Prompt],
     generator: Generator,
     sampling: Sampling,
@@ -47,8 +47,9 @@ def _rewarded(
     rewards: Sequence[Weighted],
     algorithm: Algorithm,
 ) -> list[Rollout]:
-    answers = generator.generate(prompts, sampling, samples_per_prompt)
-    rollouts = rewarded(answers, rewards, algorithm.needs_token_scores)
+    """To the prompts, with what the rewards give and the algorithm reads."""
+    generated = generator.generate(prompts, sampling, samples_per_prompt)
+    rollouts = rewarded(generated, rewards, algorithm.needs_token_scores)
     if algorithm.needs_greedy:
         greedy = rewarded(generator.generate(prompts, dataclasses.replace(sampling, top_k=1)), rewards)
         rollouts = [_beside(r, greedy[r.group].score) for r in rollouts]

@@ -1,6 +1,7 @@
 """The reward model: which of two answers would a person prefer?"""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -11,7 +12,7 @@ from quartet.loops.progress import Progress
 from quartet.models.heads import ScalarModel
 from quartet.models.logprobs import under_own_token
 from quartet.models.padding import micro_batches, response_mask, right_pad
-from quartet.tensors import Float, Tensor
+from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.descend import check_finite, descend
 from quartet.training.optim import Optimizer
 
@@ -31,16 +32,25 @@ def reward_model(
         losses = _losses(model, comparisons.next(), loss, micro_batch_tokens, margins)
         metrics = descend(losses, {"reward_model": optimizer})
         seen = torch.cat(margins)
-        yield Progress(number, {**metrics, "accuracy": _accuracy(seen), "margin": float(seen.mean()), "lr": lr})
+        yield Progress(number, {**metrics, "accuracy": accuracy_of(seen), "margin": float(seen.mean()), "lr": lr})
 
 
 @torch.no_grad()
+def pair_scores(model: ScalarModel, comparisons: Sequence[Comparison], micro_batch_tokens: int) -> Float[Tensor, "P 2"]:
+    """What the chosen and the rejected side of each pair score, at their last tokens."""
+    scores = torch.zeros(len(comparisons), 2)
+    for rows in micro_batches(_lengths(comparisons), micro_batch_tokens):
+        read = _read(model, [comparisons[i] for i in rows])
+        ids = [comparisons[i].id for i in rows]
+        scores[rows] = torch.stack([at(read.chosen, read.good), at(read.rejected, read.bad)], dim=1).cpu()
+        check_finite("the score", scores[rows].flatten(), [i for i in ids for _ in range(2)])
+    return scores
+
+
 def pair_accuracy(model: ScalarModel, comparisons: Sequence[Comparison], micro_batch_tokens: int) -> float:
     """The share of pairs whose chosen side scores higher at its last token; a tie counts half."""
-    margins: list[Tensor] = []
-    for _ in _losses(model, comparisons, LastTokenLoss(), micro_batch_tokens, margins):
-        pass
-    return _accuracy(torch.cat(margins))
+    scores = pair_scores(model, comparisons, micro_batch_tokens)
+    return accuracy_of(scores[:, 0] - scores[:, 1])
 
 
 def _losses(
@@ -51,25 +61,43 @@ def _losses(
     margins: list[Tensor],
 ) -> Iterator[Float[Tensor, ""]]:
     """The loss of a batch in pieces that add up to it; the differences of scores seen on the way are appended to `margins`."""
-    longest = [2 * (len(c.prompt_ids) + max(len(c.chosen_ids), len(c.rejected_ids))) for c in batch]
-    for rows in micro_batches(longest, micro_batch_tokens):
+    for rows in micro_batches(_lengths(batch), micro_batch_tokens):
         piece = [batch[i] for i in rows]
-        # Both sides go through the model in one batch.
-        sides = [(*c.prompt_ids, *c.chosen_ids) for c in piece] + [(*c.prompt_ids, *c.rejected_ids) for c in piece]
-        tokens, lengths = right_pad(sides, next(model.parameters()).device)
-        (these, those), (good, bad) = tokens.chunk(2), lengths.chunk(2)
-        differs = after_divergence(these, those, good, bad)
-        asked = response_mask(lengths - 1, lengths, tokens.shape[1])
-        if loss.needs_every_token:
-            asked |= differs.repeat(2, 1) & response_mask(torch.zeros_like(lengths), lengths, tokens.shape[1])
-        outputs = under_own_token(model(tokens, asked), asked)
-        chosen, rejected = outputs.chunk(2)
-        scores = at(chosen, good), at(rejected, bad)
+        read = _read(model, piece, loss.needs_every_token)
+        scores = at(read.chosen, read.good), at(read.rejected, read.bad)
         check_finite("the score", torch.cat(scores), [c.id for c in piece] * 2)
         margins.append((scores[0] - scores[1]).detach())
-        labelled = torch.tensor([c.margin for c in piece], device=outputs.device)
-        yield loss(chosen, rejected, good, bad, differs, labelled).sum() / len(batch)
+        labelled = torch.tensor([c.margin for c in piece], device=read.chosen.device)
+        yield loss(read.chosen, read.rejected, read.good, read.bad, read.differs, labelled).sum() / len(batch)
 
 
-def _accuracy(margins: Float[Tensor, "P"]) -> float:
+@dataclass(frozen=True)
+class _Sides:
+    """Outputs for both sides of some pairs, their lengths, and where the sides differ."""
+
+    chosen: Float[Tensor, "P T"]
+    rejected: Float[Tensor, "P T"]
+    good: Int[Tensor, "P"]
+    bad: Int[Tensor, "P"]
+    differs: Bool[Tensor, "P T"]
+
+
+def _read(model: ScalarModel, pairs: Sequence[Comparison], every_token: bool = False) -> _Sides:
+    """Both sides go through the model in one batch."""
+    sides = [(*c.prompt_ids, *c.chosen_ids) for c in pairs] + [(*c.prompt_ids, *c.rejected_ids) for c in pairs]
+    tokens, lengths = right_pad(sides, next(model.parameters()).device)
+    (these, those), (good, bad) = tokens.chunk(2), lengths.chunk(2)
+    differs = after_divergence(these, those, good, bad)
+    asked = response_mask(lengths - 1, lengths, tokens.shape[1])
+    if every_token:
+        asked |= differs.repeat(2, 1) & response_mask(torch.zeros_like(lengths), lengths, tokens.shape[1])
+    chosen, rejected = under_own_token(model(tokens, asked), asked).chunk(2)
+    return _Sides(chosen, rejected, good, bad, differs)
+
+
+def _lengths(pairs: Sequence[Comparison]) -> list[int]:
+    return [2 * (len(c.prompt_ids) + max(len(c.chosen_ids), len(c.rejected_ids))) for c in pairs]
+
+
+def accuracy_of(margins: Float[Tensor, "P"]) -> float:
     return float(((margins > 0).float() + 0.5 * (margins == 0).float()).mean())

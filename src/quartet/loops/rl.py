@@ -9,7 +9,7 @@ from quartet.experience import Batch, Experience, Prompt, Rollout
 from quartet.generation.protocol import Generator
 from quartet.generation.sampling import Sampling
 from quartet.loops.collect import collect
-from quartet.loops.progress import Progress
+from quartet.loops.progress import Clock, Progress
 from quartet.observability.metrics import rl_metrics
 from quartet.rewards.protocol import Weighted
 from quartet.training.learner import Learner, Update
@@ -38,12 +38,16 @@ def rl(
     steps: int,
 ) -> Iterator[Step]:
     """Generate and reward, score, estimate, update, publish, adapt; `steps` times."""
+    clock = Clock()
     for number in range(1, steps + 1):
         rollouts, unscored = collect(prompts, generator, sampling, samples_per_prompt, rewards, algorithm)
+        clock.lap("rollouts")
         batch = learner.score(rollouts, algorithm)  # old and reference log-probs, values
         experience = algorithm.experience(batch)  # token rewards, advantages, returns
+        clock.lap("scoring")
         update = learner.update(experience, algorithm, train_actor=number > learner.optim.critic_warmup_steps)
         generator.load_weights(learner.weights())
+        clock.lap("update")
         metrics = rl_metrics(rollouts, unscored, batch, experience, update, algorithm)
         algorithm = algorithm.adapt(metrics)  # coefficients that follow what was measured
-        yield Step(number, metrics, rollouts, batch, experience, update, algorithm)
+        yield Step(number, metrics, rollouts, batch, experience, update, algorithm, seconds=clock.laps())

@@ -1,6 +1,6 @@
 """Every metric, defined once: pure functions of what a step produced.
 
-Names are paths; docs/metrics.md says how to read each.
+Names are paths; `definitions.py` says what each is and how to read it.
 """
 
 from collections import Counter
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quartet.algorithms.algorithm import Algorithm
-from quartet.algorithms.kl import NoKL, k1, k3
+from quartet.algorithms.kl import NoKL, k1, k2, k3
 from quartet.algorithms.masked import masked, masked_mean
 from quartet.algorithms.policy_loss import KLPenalty
 from quartet.experience import Batch, Experience, Rollout
@@ -46,6 +46,8 @@ def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "response/ended": sum(r.finish_reason == "stop" for r in rollouts) / count,
         "response/repetition": sum(repetition(r.response_ids) for r in rollouts) / count,
     }
+    if rollouts[0].written is not None:
+        metrics["response/turns"] = sum(turns(r.written or ()) for r in rollouts) / count
     for name in rollouts[0].components:
         metrics[f"reward/{name}"] = _mean([r.components[name] for r in rollouts])
     return metrics
@@ -88,12 +90,17 @@ def rl_metrics(
     metrics = response_metrics(rollouts) | state_metrics(algorithm)
     metrics["responses"] = float(len(rollouts))
     metrics["reward/unscored"] = unscored
+    lengths = [float(len(r.response_ids)) for r in rollouts]
+    metrics["reward/length_correlation"] = correlation([r.score or 0.0 for r in rollouts], lengths)
+    metrics["response/most_common"] = most_common(rollouts)
+    metrics["response/distinct"] = distinct([r.response for r in rollouts])
     metrics["reward/std"] = float(batch.scores.double().std(correction=0))
     metrics["groups_without_signal"] = groups_without_signal(batch)
     if batch.ref_logprobs is not None:
         kl = masked(k1(batch.old_logprobs, batch.ref_logprobs), mask)
         metrics["kl"] = float(kl.sum(dim=1).mean())
-        metrics["kl/token_k3"] = float(masked_mean(k3(batch.old_logprobs, batch.ref_logprobs), mask))
+        for name, estimator in (("k1", k1), ("k2", k2), ("k3", k3)):
+            metrics[f"kl/token_{name}"] = float(masked_mean(estimator(batch.old_logprobs, batch.ref_logprobs), mask))
     if experience.values is not None and experience.returns is not None:
         metrics["value/mean"] = float(masked_mean(experience.values, mask))
         metrics["value/explained_variance"] = explained_variance(experience.values, experience.returns, mask)
@@ -101,17 +108,46 @@ def rl_metrics(
     if experience.weights is not None:
         metrics["correction/mean_weight"] = float(masked_mean(experience.weights, mask))
     metrics["advantage/std"] = float(experience.advantages[mask].double().std(correction=0))
+    if experience.raw_advantages is not None:
+        raw = experience.raw_advantages[mask].double()
+        metrics["advantage/raw_mean"], metrics["advantage/raw_std"] = float(raw.mean()), float(raw.std(correction=0))
     metrics["sampler_mismatch"] = float(masked((batch.rollout_logprobs - batch.old_logprobs).abs(), mask).max())
     ratio = masked((update.logprobs - batch.old_logprobs).clamp(-20, 20).exp(), mask)
     metrics["ratio/max"] = float(ratio.max())
+    metrics["ratio/min"] = float(ratio[mask].min())
     metrics["ratio/first_error"] = update.first_ratio_error
     metrics["policy/kl_to_old"] = float(masked_mean(k3(batch.old_logprobs, update.logprobs), mask))
     if update.step_kl is not None:
         metrics["policy/step_kl"] = update.step_kl
     metrics["policy/clip_fraction"] = update.clip_fraction
+    pushed_up = experience.advantages > 0
+    metrics["policy/clip_high"] = float(masked_mean((update.clipped & pushed_up).float(), mask))
+    metrics["policy/clip_low"] = float(masked_mean((update.clipped & ~pushed_up).float(), mask))
+    if batch.entropy is not None:
+        metrics["policy/surprise_gap"] = float(masked_mean(-batch.old_logprobs - batch.entropy, mask))
     metrics["policy/entropy"] = float(masked_mean(update.entropy, mask))
     metrics |= {f"loss/{name}": value for name, value in update.losses.items()}
     return metrics | update.descents
+
+
+def turns(written: Sequence[bool]) -> int:
+    """How many times the policy spoke."""
+    return sum(own and not before for before, own in pairwise((False, *written)))
+
+
+def most_common(rollouts: Sequence[Rollout]) -> float:
+    """The share of prompts to which the response that most of them share was given: 1 for a policy that says one thing to
+    everything."""
+    said = Counter(response for response, _ in {(r.response, r.prompt.id) for r in rollouts})
+    return max(said.values()) / len({r.prompt.id for r in rollouts})
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Pearson's r; 0 where one of the two does not vary."""
+    pair = torch.tensor([x, y], dtype=torch.float64)
+    pair = pair - pair.mean(dim=1, keepdim=True)
+    scale = float(pair.norm(dim=1).prod())
+    return float(pair[0] @ pair[1]) / scale if scale > 0 else 0.0
 
 
 def distinct(texts: Sequence[str]) -> float:

@@ -12,11 +12,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartet import __version__
-from quartet.algorithms.kl import k1
-from quartet.tensors import Tensor
+from quartet.observability.tokens import TokenTexts, rollout_table, write_tokens
 
 if TYPE_CHECKING:
     from quartet.loops.rl import Step
+
+
+EXTREMES = ("reward", "kl", "ratio/max", "response/tokens", "policy/clip_fraction")
+"""Metrics whose highest and lowest steps are kept as well."""
+BEYOND = 0.1
+"""By how much of the range so far an extreme must exceed it: a metric that only grows is not extreme at every step."""
+
+
+class Keeping:
+    """Which steps' rollouts are written: every so many, and those at which something was far higher or lower than before."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.seen: dict[str, tuple[float, float]] = {}
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> bool:
+        extreme = False
+        for name in EXTREMES:
+            if name in metrics:
+                value = metrics[name]
+                low, high = self.seen.get(name, (value, value))
+                margin = BEYOND * (high - low)
+                extreme |= value < low - margin or value > high + margin
+                self.seen[name] = min(low, value), max(high, value)
+        settled = step > 2 * self.every  # at first every step is an extreme
+        return (step - 1) % self.every == 0 or (settled and extreme)
 
 
 class RunFolder:
@@ -49,83 +74,12 @@ class RunFolder:
         self._events.write(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False) + "\n")
         self._events.flush()
 
-    def write_rollouts(self, step: "Step", texts: "TokenTexts") -> Path:
+    def write_rollouts(self, step: "Step", texts: TokenTexts) -> Path:
         """`rollouts/000031.parquet`: a row per token of every prompt and response of the step."""
-        import pyarrow.parquet as pq
-
-        folder = self.path / "rollouts"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{step.number:06d}.parquet"
-        beside = path.with_suffix(".tmp")
-        pq.write_table(rollout_table(step, texts), beside, compression="zstd")
-        beside.replace(path)
-        return path
+        return write_tokens(rollout_table(step, texts), self.path / "rollouts" / f"{step.number:06d}.parquet")
 
     def close(self) -> None:
         self._events.close()
-
-
-class TokenTexts:
-    """What each token id reads as inside a text, its leading space included."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.anchor = next(i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids)
-        self.before = tokenizer.decode([self.anchor])
-        self.known: dict[int, str] = {}
-
-    def __getitem__(self, token: int) -> str:
-        if token not in self.known:
-            self.known[token] = self.tokenizer.decode([self.anchor, token])[len(self.before) :]
-        return self.known[token]
-
-
-def rollout_table(step: "Step", texts: TokenTexts) -> Any:
-    """The step as an Arrow table with a row per real token."""
-    import pyarrow as pa
-    import torch
-
-    batch, experience, update = step.batch, step.experience, step.update
-    real = torch.arange(batch.tokens.shape[1], device=batch.lengths.device) < batch.lengths[:, None]
-    rows = torch.arange(len(batch.ids), device=real.device)[:, None].expand_as(real)[real].tolist()
-    ids = batch.tokens[real].tolist()
-    response = batch.response_mask[real]
-
-    def column(values: Tensor | None) -> Any:
-        """float32, null for prompt tokens and where there is no such model."""
-        if values is None:
-            return pa.nulls(len(ids), pa.float32())
-        return pa.array(values[real].float().cpu().numpy(), pa.float32(), mask=(~response).cpu().numpy())
-
-    kl = None if batch.ref_logprobs is None else k1(batch.old_logprobs, batch.ref_logprobs)
-    positions = torch.arange(batch.tokens.shape[1], device=real.device).expand_as(real)[real].tolist()
-    names = step.rollouts[0].components
-    components = {f"score/{name}": [rollout.components[name] for rollout in step.rollouts] for name in names}
-    return pa.table(
-        {
-            "step": pa.array([step.number] * len(ids), pa.int32()),
-            "sample": pa.array(rows, pa.int32()),
-            "id": pa.array([batch.ids[row] for row in rows]),
-            "group": pa.array([int(batch.groups[row]) for row in rows], pa.int32()),
-            "score": pa.array([float(batch.scores[row]) for row in rows], pa.float32()),
-            **{name: pa.array([scores[row] for row in rows], pa.float32()) for name, scores in components.items()},
-            "position": pa.array(positions, pa.int32()),
-            "token_id": pa.array(ids, pa.int32()),
-            "text": pa.array([texts[token] for token in ids]),
-            "is_response": pa.array(response.tolist()),
-            "logprob": column(update.logprobs),
-            "old_logprob": column(batch.old_logprobs),
-            "ref_logprob": column(batch.ref_logprobs),
-            "kl": column(kl),
-            "reward": column(experience.token_rewards),
-            "value": column(batch.values),
-            "advantage": column(experience.advantages),
-            "return": column(experience.returns),
-            "ratio": column((update.logprobs - batch.old_logprobs).exp()),
-            "clipped": pa.array(update.clipped[real].tolist(), mask=(~response).cpu().numpy()),
-            "entropy": column(update.entropy),
-        }
-    )
 
 
 def point_latest(root: Path, path: Path) -> None:

@@ -38,7 +38,7 @@ class Update:
     losses: dict[str, float]
     """The terms of the loss, averaged over the optimizer steps."""
     descents: dict[str, float]
-    """The total loss and the gradient norms, averaged likewise."""
+    """The total loss and the gradient norms, averaged likewise, and the learning rates that the update began with."""
     clip_fraction: float
     """The share of token visits at which the clip took the gradient away."""
     first_ratio_error: float
@@ -48,6 +48,8 @@ class Update:
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
     clipped: Bool[Tensor, "B T"]
+    trained_actor: bool = True
+    """False while only the critic warms up."""
 
 
 class Learner:
@@ -140,6 +142,7 @@ class Learner:
         steps = [m for _ in range(self.optim.epochs) for m in self._minibatches(len(experience))]
         optimizers = self.optimizers if train_actor else {"critic": self.optimizers["critic"]}
         descents: dict[str, float] = {}
+        rates = {f"lr/{name}": optimizer.lr for name, optimizer in optimizers.items()}
         for number, rows in enumerate(steps):
             losses = self._losses(experience, rows, algorithm, train_actor, seen, first_visit=number == 0)
             mixed_in = self._pretraining_losses(algorithm, seen) if train_actor else ()
@@ -154,13 +157,14 @@ class Learner:
             self.sampler_agrees = None  # the next step will tell
         return Update(
             losses={name: total / len(steps) for name, total in seen.losses.items()},
-            descents=descents,
+            descents=descents | rates,
             clip_fraction=seen.num_clipped / max(seen.num_visits, 1),
             first_ratio_error=seen.first_ratio_error,
             step_kl=self._step_kl(experience) if train_actor and algorithm.needs_step_kl else None,
             logprobs=seen.logprobs,
             entropy=seen.entropy,
             clipped=seen.clipped,
+            trained_actor=train_actor,
         )
 
     def _step_kl(self, experience: Experience) -> float:

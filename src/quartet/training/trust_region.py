@@ -71,6 +71,7 @@ class TrustRegionLearner(Learner):
         return dataclasses.replace(
             update,
             logprobs=objective.logprobs(),
+            trained_actor=True,
             descents=update.descents
             | {
                 "grad_norm/actor": step.gradient_norm,

@@ -1,0 +1,173 @@
+"""Verbs that look at runs."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quartet.cli.common import CHECK_FAILED, app, console, is_loopback, refuse
+
+if TYPE_CHECKING:
+    from quartet.observability.reader import Run
+
+
+@app.command()
+def studio(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders of them. Default: runs.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8700,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; others than this machine reach it only if you say so.")
+    ] = "127.0.0.1",
+) -> None:
+    """Every run in the browser: curves, samples, each token with its numbers, live while it trains."""
+    import uvicorn
+
+    from quartet.observability.reader import NoRun, find_runs
+    from quartet.studio.app import LOOPBACK, make_app
+
+    roots = runs or [Path("runs")]
+    try:
+        count = sum(len(find_runs(root)) for root in roots)
+    except NoRun as error:
+        refuse(str(error))
+    hosts = LOOPBACK if is_loopback(host) else ("*",)
+    server = uvicorn.Server(uvicorn.Config(make_app(roots, hosts), host=host, port=port, log_level="warning"))
+    console.print(f"{count} run{'s' * (count != 1)} on http://{host}:{port}/  Ctrl-C ends it", soft_wrap=True)
+    server.run()
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN")] = Path("runs/latest")) -> None:
+    """One HTML file that opens from disk anywhere: what was trained, what came of it, whether to trust it."""
+    from quartet.studio.report import write_report
+
+    console.print(f"{write_report(_run(run_folder))} written", soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN")] = Path("runs/latest"),
+    step: Annotated[int | None, typer.Option(min=0, help="Left out, the last that was written.")] = None,
+    sample: Annotated[int | None, typer.Option(min=0, help="Left out, the samples of the step are listed.")] = None,
+    probes: Annotated[bool, typer.Option("--probes", help="The answers that are looked at again and again.")] = False,
+) -> None:
+    """One rollout in the terminal, a row per token: reward, value, advantage, ratio, and what the clip did."""
+    from quartet.observability.reader import NoRun
+    from quartet.observability.tables import sample_table, token_rows
+    from quartet.studio.views import glance
+
+    run, kind = _run(run_folder), "probes" if probes else "rollouts"
+    steps = run.steps(kind)
+    if not steps:
+        refuse(f"{run.name} has no {kind}. An RL stage writes them.")
+    step = steps[-1] if step is None else step
+    try:
+        if sample is None:
+            console.print(sample_table(run.samples(step, kind), step))
+            console.print(f"next   quartet inspect {run_folder} --step {step} --sample 0", soft_wrap=True)
+            return
+        rows = run.sample(step, sample, kind)
+    except NoRun as error:
+        refuse(str(error))
+    for sentence in glance(rows):
+        console.print(sentence, soft_wrap=True)
+    console.print(token_rows(rows, run.cases(rows), console.width))
+
+
+@app.command()
+def runs(folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Path("runs")) -> None:
+    """The runs in a folder, the newest first, with their last numbers."""
+    from quartet.observability.reader import NoRun, Run, find_runs
+    from quartet.observability.tables import run_table
+    from quartet.studio.views import card
+
+    try:
+        found = find_runs(folder)
+    except NoRun as error:
+        refuse(str(error))
+    if not found:
+        console.print(f"{folder} has no runs yet.", soft_wrap=True)
+        return
+    console.print(run_table([card(Run(path)) for path in found]))
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN …", help="Two run folders or more.")],
+) -> None:
+    """Runs side by side: what was set differently, and where they ended."""
+    from quartet.observability.tables import comparison
+    from quartet.studio.views import differences, headline
+
+    if len(folders) < 2:
+        refuse("compare needs two runs or more.")
+    chosen = [_run(folder) for folder in folders]
+    numbers = [dict(headline(run)) for run in chosen]
+    labels = dict.fromkeys(label for table in numbers for label in table)
+    names = [run.name for run in chosen]
+    console.print(comparison("ended with", names, [(label, [t.get(label, "–") for t in numbers]) for label in labels]))
+    console.print(comparison("set differently", names, differences([run.config for run in chosen])))
+
+
+@app.command()
+def doctor(
+    run_folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Left out, it looks at this machine.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """What is wrong with a run, with evidence and remedy; or what this machine has. Exit code 3: there are findings."""
+    if run_folder is None:
+        _machine(as_json)
+        return
+    from quartet.observability.doctor import RULES, examine
+
+    run = _run(run_folder)
+    found = examine(run)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2, ensure_ascii=False))
+    for finding in () if as_json else found:
+        console.print(f"▲ {finding.stage}, step {finding.step}: {finding.sentence}", style="yellow", soft_wrap=True)
+        console.print(f"  {finding.rule}. {finding.why}", style="dim", soft_wrap=True)
+    if found:
+        raise typer.Exit(CHECK_FAILED)
+    if not as_json:
+        console.print(f"{run.name}: nothing found by {len(RULES)} rules.", soft_wrap=True)
+
+
+def _machine(as_json: bool) -> None:
+    """Versions, hardware, extras and what isolates programs."""
+    import importlib.util
+    import shutil
+
+    import torch
+
+    from quartet.observability.run import environment
+
+    extras = {"lora": "peft", "math": "math_verify", "json": "jsonschema", "datasets": "datasets"}
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts = {
+        **environment(),
+        "threads": torch.get_num_threads(),
+        "gpus": devices,
+        "extras": {extra: importlib.util.find_spec(package) is not None for extra, package in extras.items()},
+        "bubblewrap": shutil.which("bwrap"),
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        console.print(f"{name:<12}{'none' if value in (None, []) else shown}", soft_wrap=True)
+    missing = [extra for extra, there in facts["extras"].items() if not there]
+    if missing:
+        console.print(f'to add      pip install "quartet-rlhf[{",".join(missing)}]"', style="yellow", soft_wrap=True)
+
+
+def _run(folder: Path) -> "Run":
+    from quartet.observability.reader import NoRun, Run
+
+    try:
+        return Run(folder)
+    except NoRun as error:
+        refuse(str(error))

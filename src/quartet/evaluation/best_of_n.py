@@ -1,0 +1,45 @@
+"""Best of n: what choosing among answers of the first policy would have given, at what KL. Training has to beat that line."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BestOf:
+    n: int
+    kl: float
+    """log n − (n − 1) / n, in nats (Stiennon et al. 2020, appendix G.3)."""
+    reward: float
+    gold: float | None
+
+
+def best_of_n(rewards: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] | None) -> list[BestOf]:
+    """For n = 1, 2, 4 … up to the number of answers to each prompt: the mean reward, and gold reward, of the answer with the
+    highest reward among n. Without bias from all N answers (Nakano et al. 2021, appendix I): the answer of rank i from below is
+    the best of a random n with probability C(i − 1, n − 1) / C(N, n).
+
+    >>> [round(point.reward, 3) for point in best_of_n([[1.0, 2.0, 6.0, 3.0]], None)]  # of four, of six pairs, of one four
+    [3.0, 4.333, 6.0]
+    """
+    most = min(len(answers) for answers in rewards)
+    sizes = [2**power for power in range(most.bit_length()) if 2**power <= most]
+    return [
+        BestOf(
+            n,
+            math.log(n) - (n - 1) / n,
+            _mean([_expected(answers, answers, n) for answers in rewards]),
+            None if gold is None else _mean([_expected(r, g, n) for r, g in zip(rewards, gold, strict=True)]),
+        )
+        for n in sizes
+    ]
+
+
+def _expected(rewards: Sequence[float], worth: Sequence[float], n: int) -> float:
+    order = sorted(range(len(rewards)), key=lambda i: rewards[i])
+    ways = math.comb(len(order), n)
+    return sum(math.comb(rank, n - 1) / ways * worth[i] for rank, i in enumerate(order))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

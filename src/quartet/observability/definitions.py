@@ -1,0 +1,215 @@
+"""What each metric is and how to read it: one row each, shown wherever the metric is."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Definition:
+    name: str
+    """As in events.jsonl; `*` stands for any one word."""
+    label: str
+    what: str
+    reading: str = ""
+
+
+DEFINITIONS = (
+    Definition(
+        "reward",
+        "reward",
+        "mean score of the responses, the weighted sum of all rewards",
+        "should rise; read answers when it does",
+    ),
+    Definition(
+        "reward/gold",
+        "gold reward",
+        "the embedded world's true worth of the responses, never trained on",
+        "falling while reward rises is reward hacking",
+    ),
+    Definition(
+        "reward/std",
+        "spread of reward",
+        "standard deviation of the scores in the step",
+        "towards 0 there is nothing to compare",
+    ),
+    Definition(
+        "reward/unscored",
+        "unscored",
+        "share of responses that no reward could score; they were left out",
+        "above 5 %: see run.log",
+    ),
+    Definition(
+        "reward/length_correlation",
+        "reward against length",
+        "Pearson's r of score and number of tokens in the step",
+        "above 0.5 the policy may be paid for length",
+    ),
+    Definition("reward/*", "reward *", "mean of this reward alone, before its weight"),
+    Definition(
+        "kl",
+        "KL",
+        "mean over responses of Σ_t log π_old(t) − log π_ref(t), in nats (k1)",
+        "how far the policy is from the reference; 0 at step 1",
+    ),
+    Definition(
+        "kl/token_k1", "KL per token, k1", "mean over tokens of log π_old − log π_ref", "unbiased, noisy, may be negative"
+    ),
+    Definition(
+        "kl/token_k2", "KL per token, k2", "mean over tokens of ½ (log π_old − log π_ref)²", "biased a little, never negative"
+    ),
+    Definition(
+        "kl/token_k3", "KL per token, k3", "mean over tokens of ρ − 1 − log ρ, ρ = π_ref / π_old", "unbiased, never negative"
+    ),
+    Definition(
+        "kl/coef", "KL coefficient", "what multiplies the KL, as this step used it", "one that only grows: the policy runs away"
+    ),
+    Definition(
+        "value/explained_variance",
+        "explained variance",
+        "1 − Var(return − value) / Var(return) over tokens",
+        "1 perfect, 0 knows the mean only, below 0 worse than nothing",
+    ),
+    Definition("value/mean", "mean value", "what the critic expects, over tokens", "should follow the mean return"),
+    Definition("return/mean", "mean return", "what the critic is taught, over tokens"),
+    Definition(
+        "advantage/std",
+        "spread of advantage",
+        "standard deviation over tokens, as trained (whitened where the algorithm whitens)",
+        "0 means no gradient",
+    ),
+    Definition(
+        "advantage/raw_mean",
+        "mean advantage before whitening",
+        "mean over tokens of A before it is whitened",
+        "far from 0 the critic is off by a constant",
+    ),
+    Definition(
+        "advantage/raw_std",
+        "spread of advantage before whitening",
+        "standard deviation over tokens of A before it is whitened",
+        "falls as the critic learns",
+    ),
+    Definition(
+        "groups_without_signal",
+        "groups without signal",
+        "share of prompts whose answers all scored the same",
+        "near 1 nothing is learnt from groups; with one answer per prompt it is 1",
+    ),
+    Definition(
+        "policy/clip_fraction",
+        "clip fraction",
+        "share of token visits at which the clip took the gradient away",
+        "above 0.3: smaller steps",
+    ),
+    Definition(
+        "policy/clip_high",
+        "clipped above",
+        "share of tokens that the last visit found clipped with A > 0",
+        "good tokens that may rise no further",
+    ),
+    Definition(
+        "policy/clip_low",
+        "clipped below",
+        "share of tokens that the last visit found clipped with A < 0",
+        "bad tokens that may fall no further",
+    ),
+    Definition(
+        "policy/kl_to_old",
+        "KL of the update",
+        "k3 of π_old to π at the last visit, mean over tokens",
+        "how far one update went; typically below 0.05",
+    ),
+    Definition(
+        "policy/step_kl", "KL of the step", "k3 of π_old to π when the step is over, per token", "what policy_loss.beta follows"
+    ),
+    Definition(
+        "policy/entropy",
+        "entropy",
+        "mean entropy of the next-token distribution, in nats",
+        "towards 0 the policy stops exploring",
+    ),
+    Definition(
+        "policy/surprise_gap",
+        "surprise − entropy",
+        "mean of −log π_old of the tokens sampled, less the entropy of π_old",
+        "0 but for noise; below it rollouts are greedy or filtered",
+    ),
+    Definition("policy/beta", "KL penalty β", "coefficient of the KL to π_old, as this step used it"),
+    Definition(
+        "ratio/first_error",
+        "first ratio error",
+        "max |π / π_old − 1| before the first optimizer step",
+        "rounding, 1e-5 or less; more means that sampler and learner disagree",
+    ),
+    Definition("ratio/max", "largest ratio", "max of π / π_old at the last visit"),
+    Definition("ratio/min", "smallest ratio", "min of π / π_old at the last visit"),
+    Definition(
+        "sampler_mismatch",
+        "sampler mismatch",
+        "max |log-prob of the sampler − of the learner|",
+        "rounding, unless top-k or top-p is on",
+    ),
+    Definition("response/tokens", "response length", "mean number of tokens", "drift in either direction: read answers"),
+    Definition(
+        "response/ended",
+        "ended",
+        "share of responses that end with the end-of-sequence token",
+        "below 0.75: raise rollout.max_new_tokens",
+    ),
+    Definition(
+        "response/repetition",
+        "repetition",
+        "share of neighbouring token pairs said before in the same response",
+        "rises when text degenerates",
+    ),
+    Definition("response/distinct", "distinct", "share of responses that no other repeats", "falls when the policy collapses"),
+    Definition(
+        "response/most_common",
+        "said to most",
+        "share of prompts that got the same response, the most common one",
+        "towards 1 the policy says one thing to everything",
+    ),
+    Definition("response/turns", "turns", "mean number of turns of the policy, where an environment answers it"),
+    Definition("responses", "responses", "responses in the step", "fewer than prompts × samples where some were dropped"),
+    Definition(
+        "correction/mean_weight",
+        "mean weight",
+        "mean weight of rollouts by another engine or policy",
+        "near 1; far below, most tokens are masked out",
+    ),
+    Definition("trust_region/kl", "KL of the trust region", "KL of the step taken", "at most the bound"),
+    Definition("trust_region/fraction", "step taken", "share of the full natural-gradient step", "0: no step was better"),
+    Definition("trust_region/improvement", "improvement", "by how much the loss fell"),
+    Definition("loss", "loss", "the stage's loss, mean over its optimizer steps", "should fall"),
+    Definition("loss/*", "loss: *", "this term of the loss, mean over optimizer steps"),
+    Definition("grad_norm/*", "gradient norm, *", "norm of the gradient before it is clipped"),
+    Definition("grad_norm", "gradient norm", "norm of the gradient before it is clipped"),
+    Definition("accuracy", "pair accuracy", "share of pairs in which the better side wins", "0.5 is chance"),
+    Definition("margin", "margin", "mean of what the better side wins by"),
+    Definition(
+        "logprobs/*",
+        "log p *",
+        "mean log-probability of whole responses",
+        "both sides falling together is the family's usual illness",
+    ),
+    Definition("lr", "learning rate", "of the step's last optimizer step"),
+    Definition("lr/*", "learning rate, *", "of the step's last optimizer step"),
+)
+"""In the order in which they are looked up and shown."""
+
+
+def definition(name: str) -> Definition:
+    """Of a metric; one that nobody described is its own label."""
+    for row in DEFINITIONS:
+        if row.name == name:
+            return row
+        head, star, _ = row.name.partition("*")
+        if star and name.startswith(head) and len(name) > len(head):
+            word = name.removeprefix(head).replace("_", " ")
+            return Definition(name, row.label.replace("*", word), row.what, row.reading)
+    return Definition(name, name.replace("_", " "), "")
+
+
+def markdown_table() -> str:
+    """For docs/metrics.md."""
+    rows = [f"| `{d.name.replace('*', 'NAME')}` | {d.what} | {d.reading} |" for d in DEFINITIONS]
+    return "\n".join(["| name | what it is | how to read it |", "|---|---|---|", *rows])

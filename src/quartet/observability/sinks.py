@@ -1,0 +1,158 @@
+"""Trackers: where else the metrics of a run go. The run folder has them all; these are for who is used to another place."""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+PACKAGES: dict[Tracker, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
+PROJECT = "quartet"
+"""The project or experiment that runs are filed under."""
+
+
+class TrackerMissing(ValueError):
+    """A tracker whose package is not installed; the message is a sentence for a person."""
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes metrics by stage and step. May raise: the run goes on."""
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `tensorboard/` of the run's folder: `tensorboard --logdir runs`."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"{stage}/{name}", value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases. WANDB_MODE=offline keeps it on this machine, in the run's folder."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(project=PROJECT, name=folder.name, config=dict(config), dir=str(folder))
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """Trackio's local store, `trackio show` displays it; TRACKIO_DIR moves it."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import trackio
+
+        self._run = trackio.init(PROJECT, name=folder.name, config=dict(config), embed=False)
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """MLflow at MLFLOW_TRACKING_URI, or its default store."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import mlflow
+
+        self._client = mlflow.MlflowClient()
+        found = self._client.get_experiment_by_name(PROJECT)
+        experiment = found.experiment_id if found else self._client.create_experiment(PROJECT)
+        self._id = self._client.create_run(experiment, run_name=folder.name).info.run_id
+        for key, value in _flat(config):
+            self._client.log_param(self._id, key, str(value)[:500])
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            # Its file store makes a file of each name and a folder of each slash: reward/gold cannot stand beside reward.
+            self._client.log_metric(self._id, f"{stage}/{name.replace('/', '.')}", value, step=step)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+class Tracking:
+    """All trackers of a run. One that fails is left out from then on, and says so once."""
+
+    def __init__(self, names: Sequence[Tracker], folder: Path, config: Mapping[str, Any]) -> None:
+        self._sinks: dict[str, Sink] = {}
+        self._failed: list[str] = []
+        for name in names:
+            try:
+                self._sinks[name] = make_sink(name, folder, config)
+            except Exception as error:  # whatever a tracker may raise
+                self._fail(name, error)
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> list[str]:
+        """What failed since the last call, in sentences."""
+        for name, sink in list(self._sinks.items()):
+            try:
+                sink.log(stage, step, metrics)
+            except Exception as error:
+                self._fail(name, error)
+        said, self._failed = self._failed, []
+        return said
+
+    def close(self) -> None:
+        for sink in self._sinks.values():
+            with contextlib.suppress(Exception):
+                sink.close()
+        self._sinks.clear()
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self._sinks.pop(name, None)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        self._failed.append(f"{name} takes no more metrics ({reason}). The run goes on; its folder has them all.")
+
+
+def make_sink(name: Tracker, folder: Path, config: Mapping[str, Any]) -> Sink:
+    match name:
+        case "tensorboard":
+            return TensorBoard(folder)
+        case "wandb":
+            os.environ.setdefault("WANDB_SILENT", "true")
+            return WandB(folder, config)
+        case "trackio":
+            return Trackio(folder, config)
+        case "mlflow":
+            return MLflow(folder, config)
+
+
+def check_trackers(names: Sequence[Tracker]) -> None:
+    """Their packages are there. TrackerMissing names one that is not."""
+    for name in names:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise TrackerMissing(f'run.track = ["{name}"]: {name} is not installed: pip install "quartet-rlhf[{name}]".')
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    return [
+        pair
+        for key, value in table.items()
+        for pair in (_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)])
+    ]

@@ -1,0 +1,190 @@
+"""A step, token by token, as a table."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quartet.algorithms.advantages import critic_values, gae
+from quartet.algorithms.kl import k1
+from quartet.tensors import Float, Tensor
+
+if TYPE_CHECKING:
+    from quartet.algorithms.algorithm import Algorithm
+    from quartet.data.records import Comparison
+    from quartet.experience import Batch, Experience, Rollout
+    from quartet.loops.rl import Step
+    from quartet.training.learner import Learner
+
+MANTISSA_BITS = 9
+"""What is kept of a float32's 24: an error of at most 0.2 %, over the whole range."""
+
+
+class TokenTexts:
+    """What each token id reads as inside a text, its leading space included."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.anchor = next(i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids)
+        self.before = tokenizer.decode([self.anchor])
+        self.known: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str:
+        if token not in self.known:
+            self.known[token] = self.tokenizer.decode([self.anchor, token])[len(self.before) :]
+        return self.known[token]
+
+
+def rollout_table(step: "Step", texts: TokenTexts) -> Any:
+    """The step as an Arrow table with a row per real token."""
+    update, algorithm = step.update, step.algorithm
+    change = update.logprobs - step.batch.old_logprobs
+    seen = {
+        "logprob": update.logprobs,
+        "change": change if update.trained_actor else None,
+        "ratio": change.clamp(-20, 20).exp() if update.trained_actor else None,
+        "clipped": update.clipped,
+        "entropy": update.entropy,
+    }
+    return token_table(step.number, step.rollouts, step.batch, step.experience, algorithm, texts, seen)
+
+
+def probe_table(number: int, learner: "Learner", probes: "Sequence[Rollout]", algorithm: "Algorithm", texts: TokenTexts) -> Any:
+    """What the models say, now, of answers that were given before."""
+    batch = learner.score([dataclasses.replace(r, policy_version=-1) for r in probes], algorithm)
+    seen = {"logprob": batch.old_logprobs, "entropy": batch.entropy}
+    return token_table(number, probes, batch, algorithm.experience(batch), algorithm, texts, seen)
+
+
+def token_table(
+    number: int,
+    rollouts: "Sequence[Rollout]",
+    batch: "Batch",
+    experience: "Experience",
+    algorithm: "Algorithm",
+    texts: TokenTexts,
+    seen: "Mapping[str, Tensor | None]",
+) -> Any:
+    """`seen`: what an update saw of each token, by column."""
+    import pyarrow as pa
+
+    real = torch.arange(batch.tokens.shape[1], device=batch.lengths.device)[None, :] < batch.lengths[:, None]
+    rows = torch.arange(len(batch.ids), device=real.device)[:, None].expand_as(real)[real].cpu()
+    ids = batch.tokens[real].cpu()
+    response = batch.response_mask[real].cpu()
+    prompt = (~response).numpy()
+
+    def column(values: Tensor | None, middle: float = 0.0) -> Any:
+        """float32, null for prompt tokens and where there is no such model. What matters is how far a number is from the
+        middle."""
+        if values is None:
+            return pa.nulls(len(ids), pa.float32())
+        if values.dtype == torch.bool:
+            return pa.array(values[real].cpu().numpy(), mask=prompt)
+        return pa.array((middle + rounded(values[real].float().cpu() - middle)).numpy(), pa.float32(), mask=prompt)
+
+    def spread(per_row: Any, kind: Any) -> Any:
+        return pa.array(per_row, kind).take(pa.array(rows.numpy()))
+
+    components = {
+        f"score/{name}": spread([r.components[name] for r in rollouts], pa.float32()) for name in rollouts[0].components
+    }
+    kl = None if batch.ref_logprobs is None else k1(batch.old_logprobs, batch.ref_logprobs)
+    positions = torch.arange(batch.tokens.shape[1], device=real.device).expand_as(real)[real].cpu()
+    known = ids.unique().tolist()
+    dictionary = {token: place for place, token in enumerate(known)}
+    text = pa.DictionaryArray.from_arrays(
+        pa.array([dictionary[token] for token in ids.tolist()], pa.int32()), pa.array([texts[token] for token in known])
+    )
+    return pa.table(
+        {
+            "step": pa.array([number] * len(ids), pa.int32()),
+            "sample": pa.array(rows.numpy(), pa.int32()),
+            "id": spread(list(batch.ids), pa.string()),
+            "group": spread(batch.groups.tolist(), pa.int32()),
+            "score": spread(batch.scores.tolist(), pa.float32()),
+            **components,
+            "ended": spread(batch.ended.tolist(), pa.bool_()),
+            "position": pa.array(positions.numpy(), pa.int32()),
+            "token_id": pa.array(ids.numpy(), pa.int32()),
+            "text": text,
+            "is_response": pa.array(response.numpy()),
+            "logprob": column(seen.get("logprob")),
+            "old_logprob": column(batch.old_logprobs),
+            "ref_logprob": column(batch.ref_logprobs),
+            "kl": column(kl),
+            "reward": column(experience.token_rewards),
+            "penalty": column(None if batch.ref_logprobs is None else experience.penalties),
+            "value": column(batch.values),
+            "td_error": column(td_errors(batch, experience, algorithm)),
+            "raw_advantage": column(experience.raw_advantages),
+            "advantage": column(experience.advantages),
+            "return": column(experience.returns),
+            "change": column(seen.get("change")),
+            "ratio": column(seen.get("ratio"), middle=1.0),
+            "clipped": column(seen.get("clipped")),
+            "entropy": column(seen.get("entropy")),
+        }
+    )
+
+
+def write_pairs(path: Path, comparisons: "Sequence[Comparison]", scores: Float[Tensor, "P 2"], tokenizer: Any) -> Path:
+    """A row per held-out pair: the texts, their lengths in tokens, and what the reward model gave to each side."""
+    import pyarrow as pa
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    return write_tokens(
+        pa.table(
+            {
+                "id": [c.id for c in comparisons],
+                "prompt": [text(c.prompt_ids) for c in comparisons],
+                "chosen": [text(c.chosen_ids) for c in comparisons],
+                "rejected": [text(c.rejected_ids) for c in comparisons],
+                "chosen_tokens": pa.array([len(c.chosen_ids) for c in comparisons], pa.int32()),
+                "rejected_tokens": pa.array([len(c.rejected_ids) for c in comparisons], pa.int32()),
+                "chosen_score": pa.array(scores[:, 0].tolist(), pa.float32()),
+                "rejected_score": pa.array(scores[:, 1].tolist(), pa.float32()),
+            }
+        ),
+        path,
+    )
+
+
+def td_errors(batch: "Batch", experience: "Experience", algorithm: "Algorithm") -> Float[Tensor, "B T"] | None:
+    """δ_t = r_t + γ V_{t+1} − V_t: by how much the critic was surprised. None without a critic."""
+    if batch.values is None:
+        return None
+    values, final = critic_values(batch, algorithm.needs_final_values)
+    gamma = getattr(algorithm.advantage, "gamma", 1.0)
+    return gae(experience.token_rewards, values, batch.response_mask, gamma, 0.0, final)
+
+
+def rounded(values: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+    """To MANTISSA_BITS, to nearest: noise in the last bits is most of what a file of them would hold."""
+    drop = 24 - MANTISSA_BITS
+    bits = values.contiguous().view(torch.int32)
+    finite = ((bits + (1 << (drop - 1))) >> drop << drop).view(torch.float32)
+    return torch.where(values.isfinite(), finite, values)
+
+
+def write_tokens(table: Any, path: Path) -> Path:
+    """As parquet, under another name until it is whole."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(exist_ok=True)
+    floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+    beside = path.with_suffix(".tmp")
+    pq.write_table(
+        table,
+        beside,
+        compression="zstd",
+        use_dictionary=[name for name in table.column_names if name not in floats],
+        column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+    )
+    beside.replace(path)
+    return path

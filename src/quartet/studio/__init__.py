@@ -1,0 +1,1 @@
+"""The web app over run folders: reads files, imports no trainer."""

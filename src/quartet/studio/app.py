@@ -1,0 +1,338 @@
+"""The pages and what they are made from. Only GET, only this machine by default, nothing is written."""
+
+import html as markup
+import importlib.util
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from quartet import __version__
+from quartet.observability import figures
+from quartet.observability.doctor import examine
+from quartet.observability.reader import NoRun, Run
+from quartet.studio import views
+from quartet.studio.library import Library
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+"""Only files of the studio run as scripts: what a model wrote cannot."""
+
+
+class BadQuestion(ValueError):
+    """An address that asks for something in a form that cannot be understood."""
+
+
+class Pages:
+    """A method per page: a request in, HTML or plain values out."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.lock = threading.Lock()
+        self.templates = Environment(
+            loader=PackageLoader("quartet.studio"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self.templates.filters |= {"number": views.number, "ago": ago}
+
+    def html(self, name: str, status: int = 200, **values: Any) -> Response:
+        text = self.templates.get_template(name).render(version=__version__, **values)
+        return HTMLResponse(text, status, HEADERS)
+
+    def answering(self, make: Callable[[Request], Any]) -> Callable[[Request], Awaitable[Response]]:
+        """Files are read in a thread; what is not there is said, not raised."""
+
+        async def respond(request: Request) -> Response:
+            try:
+                made = await run_in_threadpool(self._one_at_a_time, make, request)
+            except (NoRun, BadQuestion) as error:
+                status = 404 if isinstance(error, NoRun) else 400
+                if request.url.path.startswith("/api/"):
+                    return JSONResponse({"error": str(error)}, status, HEADERS)
+                return self.html("error.html", status, title="Not here", sentence=str(error), run=None)
+            return made if isinstance(made, Response) else JSONResponse(made, headers=HEADERS)
+
+        return respond
+
+    def _one_at_a_time(self, make: Callable[[Request], Any], request: Request) -> Any:
+        """A run must not grow while a page is made of it."""
+        with self.lock:
+            return make(request)
+
+    def run_of(self, request: Request) -> Run:
+        return self.library.run(request.path_params["name"])
+
+    def runs(self, _: Request) -> Response:
+        return self.html("runs.html", title="Runs", cards=[views.card(run) for run in self.library.runs()], run=None)
+
+    def overview(self, request: Request) -> Response:
+        run = self.run_of(request)
+        stage = request.query_params.get("stage") or run.main_stage
+        if stage is not None and stage not in run.series:
+            raise NoRun(f"{run.name} has no stage {stage}.")
+        return self.html(
+            "overview.html",
+            title=run.name,
+            run=run,
+            stage=stage,
+            charts=views.overview(run, stage) if stage else [],
+            numbers=views.headline(run),
+            summaries={s: run.summary(s) for s in run.series},
+            steps=run.steps(),
+            page="overview",
+        )
+
+    def overview_data(self, request: Request) -> dict[str, Any]:
+        run = self.run_of(request)
+        stage = request.query_params.get("stage") or run.main_stage or ""
+        if stage not in run.series:
+            raise NoRun(f"{run.name} has no stage {stage}.")
+        return {
+            "status": run.status,
+            "numbers": views.headline(run),
+            "charts": views.overview(run, stage),
+            "warnings": len(run.warnings),
+            "stages": list(run.series),
+        }
+
+    def samples(self, request: Request) -> Response:
+        run = self.run_of(request)
+        kind = _kind(request)
+        steps = run.steps(kind)
+        asked = _whole(request, "step", steps[-1] if steps else 0)
+        step = min(steps, key=lambda s: abs(s - asked), default=asked)
+        sort, words = request.query_params.get("sort", "number"), request.query_params.get("q", "")
+        found = views.sorted_samples(run.samples(step, kind), sort, words) if steps else []
+        at = steps.index(step) if step in steps else 0
+        return self.html(
+            "samples.html",
+            title=f"Samples of step {step}",
+            run=run,
+            samples=found[: views.SAMPLES_SHOWN],
+            found=len(found),
+            steps=steps,
+            step=step,
+            asked=asked,
+            before=steps[at - 1] if at > 0 else None,
+            after=steps[at + 1] if at + 1 < len(steps) else None,
+            sort=sort,
+            sorts={key: label for key, (label, _) in views.SORTS.items()},
+            words=words,
+            kind=kind,
+            page="probes" if kind == "probes" else "samples",
+        )
+
+    def tokens(self, request: Request) -> Response:
+        run = self.run_of(request)
+        kind = _kind(request)
+        steps = run.steps(kind)
+        step = _whole(request, "step", steps[-1] if steps else 0)
+        number = _whole(request, "sample", 0)
+        rows = run.sample(step, number, kind)
+        everything = run.samples(step, kind)
+        mine = next(s for s in everything if s.number == number)
+        return self.html(
+            "tokens.html",
+            title=f"Step {step}, sample {number}",
+            run=run,
+            kind=kind,
+            step=step,
+            steps=steps,
+            sample=mine,
+            count=len(everything),
+            siblings=[s for s in everything if s.group == mine.group and s.number != number],
+            glance=views.glance(rows),
+            inspector=views.inspector(run, rows),
+            page="probes" if kind == "probes" else "samples",
+        )
+
+    def sample_data(self, request: Request) -> dict[str, Any]:
+        run = self.run_of(request)
+        rows = run.sample(_whole(request, "step", 0), _whole(request, "sample", 0), _kind(request))
+        return {"inspector": views.inspector(run, rows), "glance": views.glance(rows)}
+
+    def token_history(self, request: Request) -> dict[str, Any]:
+        """One token of a probe through training."""
+        run = self.run_of(request)
+        sample, position = _whole(request, "sample", 0), _whole(request, "position", 0)
+        made: dict[str, list[Any]] = {name: [] for name in ("step", "logprob", "ref_logprob", "value", "advantage")}
+        for step in run.steps("probes"):
+            rows = run.sample(step, sample, "probes")
+            if not 0 <= position < len(rows["text"]):
+                raise NoRun(f"the probe {sample} has no token {position}.")
+            made["step"].append(step)
+            for name in made.keys() - {"step"}:
+                made[name].append(rows[name][position])
+        return made
+
+    def frontier(self, request: Request) -> Response:
+        run = self.run_of(request)
+        return self.html(
+            "frontier.html",
+            title="Frontier",
+            run=run,
+            figure=figures.frontier(run),
+            evaluation=run.evaluation,
+            page="frontier",
+        )
+
+    def reward_model(self, request: Request) -> Response:
+        run = self.run_of(request)
+        pairs = run.pairs()
+        drawn = [figures.calibration(pairs), figures.score_histogram(pairs)] if pairs else []
+        return self.html(
+            "reward_model.html",
+            title="Reward model",
+            run=run,
+            charts=[{"figure": figure, "meanings": []} for figure in drawn],
+            judged=views.judged(pairs) if pairs else None,
+            summary=run.summary("reward_model") or {},
+            page="reward_model",
+        )
+
+    def answers(self, request: Request) -> Response:
+        run = self.run_of(request)
+        rows = list(run.answers())
+        return self.html(
+            "answers.html", title="Before and after", run=run, rows=rows[: views.SAMPLES_SHOWN], found=len(rows), page="answers"
+        )
+
+    def doctor(self, request: Request) -> Response:
+        run = self.run_of(request)
+        return self.html("doctor.html", title="Doctor", run=run, findings=examine(run), page="doctor")
+
+    def config(self, request: Request) -> Response:
+        run = self.run_of(request)
+        return self.html(
+            "config.html", title="Config", run=run, text=run.config_text, environment=run.environment, page="config"
+        )
+
+    def compare(self, request: Request) -> Response:
+        names = request.query_params.getlist("run")
+        chosen = [self.library.run(name) for name in dict.fromkeys(names)]
+        return self.html(
+            "compare.html",
+            title="Compare",
+            run=None,
+            chosen=chosen,
+            everything=list(self.library.paths()),
+            charts=_overlaid(chosen) if len(chosen) > 1 else [],
+            differences=views.differences([run.config for run in chosen]) if len(chosen) > 1 else [],
+            numbers=[dict(views.headline(run)) for run in chosen],
+            answers=_same_probes(chosen),
+        )
+
+
+def make_app(roots: Sequence[Path], hosts: Sequence[str] = LOOPBACK) -> Starlette:
+    import pyarrow.parquet  # noqa: F401  now, and not while somebody waits for the first page
+
+    pages = Pages(Library(roots))
+    addresses = {
+        "/": pages.runs,
+        "/compare": pages.compare,
+        "/run/{name}/": pages.overview,
+        "/run/{name}/samples": pages.samples,
+        "/run/{name}/tokens": pages.tokens,
+        "/run/{name}/frontier": pages.frontier,
+        "/run/{name}/answers": pages.answers,
+        "/run/{name}/reward-model": pages.reward_model,
+        "/run/{name}/doctor": pages.doctor,
+        "/run/{name}/config": pages.config,
+        "/api/run/{name}/overview": pages.overview_data,
+        "/api/run/{name}/sample": pages.sample_data,
+        "/api/run/{name}/token": pages.token_history,
+        "/plotly.js": plotly_js,
+    }
+    routes = [Route(path, pages.answering(make)) for path, make in addresses.items()]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)), Middleware(GZipMiddleware, compresslevel=1)]
+    static = Mount("/static", StaticFiles(packages=[("quartet.studio", "static")]))
+    return Starlette(routes=[*routes, static], middleware=middleware)
+
+
+def plotly_js(_: Request) -> Response:
+    """From Plotly's Python package: nothing comes from elsewhere."""
+    return FileResponse(plotly_file(), media_type="text/javascript", headers={"Cache-Control": "max-age=86400", **HEADERS})
+
+
+def plotly_file() -> Path:
+    found = importlib.util.find_spec("plotly")
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent / "package_data" / "plotly.min.js"
+
+
+def ago(when: float | None) -> str:
+    """How long since, in words."""
+    if when is None:
+        return ""
+    seconds = max(0.0, time.time() - when)
+    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' * (count > 1)} ago"
+    return "just now"
+
+
+def _whole(request: Request, name: str, default: int) -> int:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise BadQuestion(f"{name}={text}: must be a whole number.")
+    return int(text)
+
+
+def _kind(request: Request) -> str:
+    return "probes" if request.query_params.get("kind") == "probes" else "rollouts"
+
+
+def _overlaid(chosen: Sequence[Run]) -> list[dict[str, Any]]:
+    """A chart per metric that at least two runs have in their first stage to look at, a line per run."""
+    stages = [(run, run.main_stage) for run in chosen]
+    there = [(run, stage) for run, stage in stages if stage is not None]
+    made = []
+    names = list(
+        dict.fromkeys(name for run, stage in there for _, group in figures.charts(run.series[stage]) for name in group)
+    )
+    for name in names:
+        having = [(run, stage) for run, stage in there if name in run.series[stage].columns]
+        if len(having) < 2:
+            continue
+        data = []
+        for run, stage in having:
+            color = figures.COLORS[chosen.index(run) % len(figures.COLORS)]
+            for line in figures.lines(run, stage, name, [name])["data"]:
+                more = {"name": markup.escape(run.name)} if "name" in line else {}
+                data.append(line | more | {"line": {"color": color, "width": 2}})
+        row = views.meaning(name)
+        made.append({"figure": {"data": data, "layout": figures.layout(row["label"], legend=False)}, "meanings": [row]})
+    return made
+
+
+def _same_probes(chosen: Sequence[Run]) -> list[dict[str, Any]]:
+    """The runs' answers to prompts that all of them were evaluated on."""
+    if len(chosen) < 2:
+        return []
+    by_prompt = [{row["prompt"]: row["after"] for row in run.answers()} for run in chosen]
+    common = [prompt for prompt in by_prompt[0] if all(prompt in table for table in by_prompt)][:20]
+    return [{"prompt": prompt, "answers": [table[prompt] for table in by_prompt]} for prompt in common]

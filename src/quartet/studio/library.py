@@ -1,0 +1,56 @@
+"""The runs of some folders, each opened once and read on as it grows."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from quartet.observability.reader import NoRun, Run, find_runs
+
+KEPT_OPEN = 200
+"""Runs whose metrics stay in memory."""
+
+
+class Library:
+    """Runs are asked for by name, and a name is looked up, never joined to a path."""
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self.roots = roots
+        self._open: OrderedDict[str, Run] = OrderedDict()
+
+    def paths(self) -> dict[str, Path]:
+        """The folder of each run by its name, the newest first of each root; of a name that two roots have, the second comes
+        with its root's."""
+        made: dict[str, Path] = {}
+        for root in self.roots:
+            for path in find_runs(root):
+                made[path.name if path.name not in made else f"{path.parent.name} {path.name}"] = path
+        return made
+
+    def run(self, name: str) -> Run:
+        """Up to date. NoRun where it is not there, or cannot be read."""
+        path = self.paths().get(name)
+        if path is None:
+            self._open.pop(name, None)
+            raise NoRun(f"there is no run called {name}.")
+        try:
+            if name not in self._open:
+                self._open[name] = Run(path)
+                self._open[name].name = name
+            self._open[name].refresh()
+        except OSError as error:
+            self._open.pop(name, None)
+            raise NoRun(f"{name} cannot be read ({error.strerror}).") from None
+        self._open.move_to_end(name)
+        while len(self._open) > KEPT_OPEN:
+            self._open.popitem(last=False)
+        return self._open[name]
+
+    def runs(self) -> list[Run]:
+        """Those that can be read."""
+        made = []
+        for name in self.paths():
+            try:
+                made.append(self.run(name))
+            except NoRun:
+                continue
+        return made

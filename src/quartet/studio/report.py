@@ -1,0 +1,153 @@
+"""One HTML file that says what a run did, to somebody who was not there."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from quartet import __version__
+from quartet.observability.doctor import Finding, examine
+from quartet.observability.figures import frontier
+from quartet.observability.reader import Run
+from quartet.studio import views
+from quartet.studio.app import plotly_file
+
+ROLLOUTS = 10
+"""How many are shown token by token."""
+CHARTS = 4
+"""Of each stage."""
+
+STAGES = {
+    "sft": "Supervised fine-tuning: the model imitates demonstrations. The loss is the surprise at each token that should have "
+    "come next; it should fall.",
+    "reward_model": "The reward model: from pairs of answers of which one was preferred, a model learns to score answers. Pair "
+    "accuracy is how often the preferred one scores higher; 50 % is guessing.",
+    "evaluation": "",
+}
+RL = (
+    "Reinforcement learning: the model answers prompts, the answers are scored, and what led to better scores than expected "
+    "becomes more likely. The KL says how far the model has gone from where it started; every answer pays for it."
+)
+COMPARISONS = "The model learns from pairs of answers directly: the preferred one should gain on the other."
+
+
+def write_report(run: Run) -> Path:
+    """`report.html` in the run's folder; it needs nothing beside it."""
+    path = run.path / "report.html"
+    beside = path.with_suffix(".tmp")
+    beside.write_text(report(run), encoding="utf-8")
+    beside.replace(path)
+    return path
+
+
+def report(run: Run) -> str:
+    templates = Environment(
+        loader=PackageLoader("quartet.studio"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters["number"] = views.number
+    static = Path(__file__).parent / "static"
+    stages: list[dict[str, Any]] = [
+        {"name": stage, "about": STAGES.get(stage, RL if stage == run.rl_stage else COMPARISONS), "charts": made}
+        for stage in run.series
+        if (made := views.overview(run, stage)[:CHARTS])
+    ]
+    found = examine(run)
+    figures = [chart["figure"] for stage in stages for chart in stage["charts"]]
+    line = frontier(run)
+    if line["data"]:
+        figures.append(line)
+    return templates.get_template("report.html").render(
+        run=run,
+        version=__version__,
+        verdict=verdict(run, found),
+        numbers=views.headline(run),
+        stages=stages,
+        figures=Markup(json.dumps(figures).replace("<", "\\u003c")),  # JSON in a script; < cannot end it
+        has_frontier=bool(line["data"]),
+        findings=found,
+        evaluation=run.evaluation,
+        rollouts=[_rollout(run, step, number) for step, number in told(run)],
+        style=Markup((static / "studio.css").read_text(encoding="utf-8").replace('url("icon.svg")', "none")),
+        plotly=Markup(plotly_file().read_text(encoding="utf-8")),
+    )
+
+
+def verdict(run: Run, found: Sequence[Finding]) -> list[str]:
+    """What was trained on what, what came of it, and whether to trust it."""
+    config = run.config
+    data = config.get("data", {})
+    train = data.get("train")
+    source = ", ".join(train) if isinstance(train, list) else train or f"the embedded world {data.get('world')}"
+    said = [f"{' → '.join(s.replace('_', ' ') for s in config.get('recipe', []))}, on {source}."]
+    evaluation = run.evaluation
+    if evaluation and evaluation.get("win_rate"):
+        win, kl, judge = evaluation["win_rate"], evaluation["kl"], evaluation["judge"]
+        better = "better than" if win["mean"] - win["interval"] > 0.5 else (
+            "worse than" if win["mean"] + win["interval"] < 0.5 else "no different from"
+        )  # fmt: skip
+        said.append(
+            f"On {evaluation['prompts']:,} prompts that it was not trained on, its answers are {better} those of the model it "
+            f"started from: it wins {win['mean']:.0%} ± {win['interval']:.0%} of them by {judge} (a tie is half a win), at a "
+            f"KL of {kl['mean']:.1f} nats per answer."
+        )
+        if judge != "gold":
+            said.append(
+                "The judge is the reward that it was trained on, which flatters it: nobody else has looked at these answers. "
+                "Read some below."
+            )
+    elif run.status != "done":
+        said.append(f"The run is not whole: {run.status}.")
+    last = next((event for event in reversed(run.events) if event["event"] == "failed"), None)
+    if last:
+        said.append(f"It failed: {last['error']}")
+    if found:
+        said.append(
+            f"The doctor has {len(found)} finding{'s' * (len(found) > 1)}, the gravest first seen at step {found[0].step}."
+        )
+    else:
+        said.append("The doctor found nothing wrong.")
+    return said
+
+
+def told(run: Run) -> list[tuple[int, int]]:
+    """Rollouts that tell the story: of the first, the middle and the last step the best and the worst, of the last more."""
+    steps = run.steps()
+    if not steps:
+        return []
+    chosen = list(dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]]))
+    made = []
+    for step in chosen:
+        ranked = sorted(run.samples(step), key=lambda s: s.score)
+        count = ROLLOUTS - 2 * (len(chosen) - 1) if step == chosen[-1] else 2
+        places = {round(i * (len(ranked) - 1) / max(count - 1, 1)) for i in range(count)}
+        made += [(step, ranked[place].number) for place in sorted(places, reverse=True)]
+    return made
+
+
+def _rollout(run: Run, step: int, number: int) -> dict[str, Any]:
+    rows = run.sample(step, number)
+    return {"step": step, "number": number, "glance": views.glance(rows), "tokens": list(_shaded(run, rows))}
+
+
+def _shaded(run: Run, rows: Mapping[str, Sequence[Any]]) -> Any:
+    """Each token's text, colour by its advantage, and what one reads when one points at it."""
+    there = sorted(abs(a) for a in rows["advantage"] if a is not None)
+    most = there[int(0.97 * (len(there) - 1))] if there else 1.0
+    for i, (text, advantage, case) in enumerate(zip(rows["text"], rows["advantage"], run.cases(rows), strict=True)):
+        size = 0.0 if advantage is None or not most else min(1.0, abs(advantage) / most)
+        color = "59,130,246" if (advantage or 0) > 0 else "245,158,11"
+        numbers = ", ".join(
+            f"{name.replace('_', ' ')} {views.number(rows[name][i])}"
+            for name in ("reward", "value", "advantage", "ratio", "kl", "logprob")
+            if rows[name][i] is not None
+        )
+        yield {
+            "text": text,
+            "style": f"background:rgba({color},{0.08 + 0.62 * size:.2f})" if size >= 0.02 else "",
+            "title": f"{numbers}. {case}" if numbers else "",
+            "given": not rows["is_response"][i],
+            "clipped": bool(rows["clipped"][i]),
+        }

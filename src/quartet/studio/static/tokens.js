@@ -1,0 +1,215 @@
+"use strict";
+// The inspector: the text coloured by any of its numbers, one token in detail, and curves aligned with the tokens.
+(() => {
+  const root = document.getElementById("inspector");
+  const place = document.getElementById("tokens");
+  const column = document.getElementById("column");
+  const { run, kind, sample } = root.dataset;
+  let view = JSON.parse(document.getElementById("inspector-data").textContent);
+  let chosen = view.begin < view.texts.length ? view.begin : 0;
+  const UP = "59,130,246", DOWN = "245,158,11";
+
+  const show = (value) => {
+    if (value === null || value === undefined) return "–";
+    const size = Math.abs(value);
+    const text = size !== 0 && (size < 0.001 || size >= 1e5) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+    return text.replace("-", "−");
+  };
+  const described = (name) => view.columns.find((c) => c.name === name);
+
+  function range(name) {
+    const { scale } = described(name);
+    const there = view.numbers[name].filter((v) => v !== null).map((v) => Math.abs(scale === "one" ? v - 1 : v)).sort((a, b) => a - b);
+    return there.length ? there[Math.min(there.length - 1, Math.floor(there.length * 0.97))] || 1e-9 : 1;
+  }
+
+  function paint() {
+    if (!view.columns.length) return; // nothing in it is the policy's
+    const name = column.value;
+    const { scale } = described(name);
+    const most = range(name);
+    [...place.children].forEach((span, i) => {
+      const value = view.numbers[name][i];
+      const size = value === null ? 0 : Math.min(1, Math.abs(scale === "one" ? value - 1 : value) / most);
+      const up = scale === "one" ? value > 1 : value > 0;
+      span.style.backgroundColor = size < 0.02 ? "" : `rgba(${up ? UP : DOWN},${(0.08 + 0.62 * size).toFixed(3)})`;
+    });
+    const middle = scale === "one" ? 1 : 0;
+    const legend = document.getElementById("legend");
+    legend.replaceChildren();
+    for (const [value, color] of [[middle - most, DOWN], [middle + most, UP]]) {
+      if (value < middle && !view.numbers[name].some((v) => v !== null && v < middle)) continue;
+      if (value > middle && !view.numbers[name].some((v) => v !== null && v > middle)) continue;
+      const chip = document.createElement("span");
+      chip.className = "chip";
+      chip.style.backgroundColor = `rgba(${color},0.7)`;
+      chip.textContent = show(value);
+      legend.append(chip);
+    }
+  }
+
+  function write() {
+    place.replaceChildren(...view.texts.map((text, i) => {
+      const span = document.createElement("span");
+      span.className = view.own[i] ? "token" : "token given";
+      if (view.clipped[i]) span.classList.add("clipped");
+      span.dataset.i = i;
+      span.id = `token-${i}`;
+      span.setAttribute("role", "option");
+      span.textContent = text === "" ? "∅" : text.replaceAll("\n", "⏎\n");
+      return span;
+    }));
+    const before = column.value;
+    column.replaceChildren(...view.columns.map((c) => new Option(c.label, c.name)));
+    column.value = view.columns.some((c) => c.name === before) ? before : view.columns[0]?.name ?? "";
+  }
+
+  function detail() {
+    const i = chosen;
+    if (!place.children.length) return;
+    document.querySelector(".token.chosen")?.removeAttribute("aria-selected");
+    document.querySelector(".token.chosen")?.classList.remove("chosen");
+    const span = place.children[i];
+    span.classList.add("chosen");
+    span.setAttribute("aria-selected", "true");
+    place.setAttribute("aria-activedescendant", span.id);
+    span.scrollIntoView({ block: "nearest" });
+    const name = document.getElementById("token-name");
+    name.textContent = `“${view.texts[i].trim() || view.texts[i].replaceAll("\n", "⏎") || "∅"}”`;
+    const small = document.createElement("small");
+    small.textContent = ` id ${view.ids[i]}, position ${i}`;
+    name.append(small);
+    document.getElementById("case").textContent = view.own[i] ? view.cases[i] : "Given, not written by the policy: nothing is trained on it.";
+    const rows = [];
+    if (view.own[i]) {
+      const { penalty, reward } = view.numbers;
+      for (const c of view.columns) {
+        const row = document.createElement("tr");
+        row.dataset.column = c.name;
+        const head = document.createElement("th");
+        head.scope = "row";
+        head.textContent = c.label;
+        head.title = c.what;
+        const cell = document.createElement("td");
+        cell.textContent = show(view.numbers[c.name][i]);
+        row.append(head, cell);
+        rows.push(row);
+        if (c.name === "reward" && view.apart && penalty && penalty[i] !== null) {
+          const apart = document.createElement("tr");
+          apart.className = "apart";
+          const label = document.createElement("th");
+          label.textContent = "of it the score";
+          const value = document.createElement("td");
+          value.textContent = show(reward[i] - penalty[i]);
+          apart.append(label, value);
+          rows.push(apart);
+        }
+      }
+    }
+    document.querySelector("#detail tbody").replaceChildren(...rows);
+    mark();
+    if (kind === "probes") history();
+  }
+
+  function curves() {
+    const own = view.own.map((mine, i) => (mine ? i : -1)).filter((i) => i >= 0);
+    if (!own.length) return;
+    const pick = (name) => own.map((i) => view.numbers[name]?.[i] ?? null);
+    const has = (name) => view.numbers[name]?.some((v) => v !== null);
+    const text = own.map((i) => view.texts[i].replaceAll("&", "&amp;").replaceAll("<", "&lt;")); // Plotly reads tags
+    const line = (name, label, axis, color, more = {}) => ({ type: "scatter", mode: "lines", x: own, y: pick(name), text, name: label, yaxis: axis, line: { color, width: 1.6 }, hovertemplate: "%{text}: %{y:.3g}", ...more });
+    const bars = (name, label, axis, color) => ({ type: "bar", x: own, y: pick(name), text, textposition: "none", name: label, yaxis: axis, marker: { color }, hovertemplate: "%{text}: %{y:.3g}" });
+    const panels = [];
+    if (has("value")) panels.push(["value", [line("value", "value", "", "#3b82f6"), line("return", "return", "", "#10b981", { line: { color: "#10b981", width: 1.6, dash: "dot" } })]]);
+    if (has("reward")) panels.push(["reward", [bars("reward", "reward", "", "#8b5cf6")]]);
+    if (has("advantage")) panels.push(["advantage", [bars("advantage", "advantage", "", pick("advantage").map((v) => `rgb(${v > 0 ? UP : DOWN})`))]]);
+    const logprobs = [["old_logprob", "old", "#8a8f98"], ["ref_logprob", "reference", "#f59e0b"], ["logprob", "now", "#3b82f6"]].filter(([n]) => has(n));
+    panels.push(["log-prob", logprobs.map(([n, label, color]) => line(n, label, "", color))]);
+    if (has("ratio")) panels.push(["ratio", [line("ratio", "ratio", "", "#ef4444", { mode: "lines+markers", marker: { size: own.map((i) => (view.clipped[i] ? 8 : 3)), color: "#ef4444" } })]]);
+    const data = [], gap = 0.045, height = (1 - gap * (panels.length - 1)) / panels.length;
+    const color = getComputedStyle(document.body).color;
+    const grid = "rgba(128,128,128,0.18)";
+    const layout = { height: 118 * panels.length + 20, margin: { l: 64, r: 8, t: 16, b: 24 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "x unified", font: { color, size: 11, family: "system-ui, sans-serif" }, xaxis: { showticklabels: false, gridcolor: grid, zeroline: false, range: [own[0] - 0.6, own[own.length - 1] + 0.6] }, hoverlabel: { bgcolor: window.isDark() ? "#1f2430" : "#ffffff", font: { color } }, shapes: [], annotations: [] };
+    panels.forEach(([title, lines], p) => {
+      const key = p === 0 ? "yaxis" : `yaxis${p + 1}`, axis = p === 0 ? "y" : `y${p + 1}`;
+      const top = 1 - p * (height + gap);
+      layout[key] = { domain: [Math.max(0, top - height), top], title: { text: title, font: { size: 11 } }, gridcolor: grid, zerolinecolor: "rgba(128,128,128,0.5)", nticks: 4 };
+      for (const l of lines) data.push({ ...l, yaxis: axis });
+      if (lines.length > 1) {
+        const names = lines.map((l) => `<span style="color:${l.line.color}">${l.name}</span>`).join("  ");
+        layout.annotations.push({ xref: "paper", x: 1, xanchor: "right", yref: "paper", y: top, yanchor: "bottom", text: names, showarrow: false, font: { size: 10 } });
+      }
+      if (title === "ratio" && view.clip) for (const y of view.clip) layout.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, yref: axis, y0: y, y1: y, line: { color: "#8a8f98", dash: "dash", width: 1 } });
+    });
+    layout.xaxis.anchor = panels.length === 1 ? "y" : `y${panels.length}`;
+    const plot = document.getElementById("curves");
+    plot.fixed = layout.shapes.slice();
+    Plotly.react(plot, data, layout, { displayModeBar: false, responsive: true });
+    if (!plot.dataset.bound) {
+      plot.dataset.bound = "yes";
+      plot.on("plotly_click", (event) => choose(event.points[0].x));
+    }
+  }
+
+  function mark() {
+    const plot = document.getElementById("curves");
+    if (!plot.fixed) return;
+    const line = { type: "line", x0: chosen, x1: chosen, yref: "paper", y0: 0, y1: 1, line: { color: "#8a8f98", width: 1 } };
+    Plotly.relayout(plot, { shapes: [...plot.fixed, line] });
+  }
+
+  async function history() {
+    const i = chosen;
+    const plot = document.getElementById("history");
+    if (!view.own[i]) return plot.replaceChildren();
+    const answer = await fetch(`/api/run/${encodeURIComponent(run)}/token?sample=${sample}&position=${i}`);
+    if (!answer.ok || i !== chosen) return;
+    const made = await answer.json();
+    const color = getComputedStyle(document.body).color, grid = "rgba(128,128,128,0.18)";
+    const line = (name, label, c, axis) => ({ type: "scatter", mode: "lines+markers", x: made.step, y: made[name].map((v) => (v === null ? null : name.endsWith("logprob") ? Math.exp(v) : v)), name: label, yaxis: axis, line: { color: c, width: 1.6 }, marker: { size: 4 } });
+    const data = [line("logprob", "probability", "#3b82f6", "y"), line("ref_logprob", "reference", "#8a8f98", "y")];
+    if (made.value.some((v) => v !== null)) data.push(line("value", "value", "#10b981", "y2"));
+    data.push(line("advantage", "advantage", "#f59e0b", "y2"));
+    Plotly.react(plot, data, { height: 260, title: { text: "this token through training", font: { size: 12 } }, margin: { l: 44, r: 8, t: 30, b: 28 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color, size: 11, family: "system-ui, sans-serif" }, legend: { orientation: "h", y: -0.14, font: { size: 10 }, entrywidth: 100 }, xaxis: { gridcolor: grid }, yaxis: { domain: [0.55, 1], gridcolor: grid, rangemode: "tozero" }, yaxis2: { domain: [0, 0.45], gridcolor: grid } }, { displayModeBar: false, responsive: true });
+  }
+
+  function choose(i) {
+    if (i < 0 || i >= view.texts.length) return;
+    chosen = i;
+    detail();
+  }
+
+  place.addEventListener("click", (event) => event.target.dataset.i && choose(Number(event.target.dataset.i)));
+  place.addEventListener("mouseover", (event) => { if (event.target.dataset.i && matchMedia("(hover: hover)").matches) choose(Number(event.target.dataset.i)); });
+  column.addEventListener("change", paint);
+  addEventListener("keydown", (event) => {
+    if (event.target.closest("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
+    const moves = { ArrowRight: 1, ArrowLeft: -1, Home: -chosen, End: view.texts.length - 1 - chosen };
+    if (event.key in moves) choose(chosen + moves[event.key]);
+    else if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+      const next = column.selectedIndex + (event.key === "ArrowDown" ? 1 : -1);
+      if (next >= 0 && next < column.options.length) { column.selectedIndex = next; paint(); }
+    } else return;
+    event.preventDefault();
+  });
+  addEventListener("themechange", () => { curves(); detail(); });
+
+  const scrub = document.getElementById("scrub");
+  if (scrub) {
+    const steps = JSON.parse(scrub.dataset.steps);
+    scrub.addEventListener("input", async () => {
+      const step = steps[scrub.valueAsNumber];
+      document.getElementById("scrubbed").textContent = step;
+      const answer = await fetch(`/api/run/${encodeURIComponent(run)}/sample?kind=${kind}&step=${step}&sample=${sample}`);
+      if (!answer.ok || steps[scrub.valueAsNumber] !== step) return;
+      const made = await answer.json();
+      view = made.inspector;
+      document.getElementById("step").textContent = step;
+      document.getElementById("glance").replaceChildren(...made.glance.map((sentence) => Object.assign(document.createElement("li"), { textContent: sentence })));
+      write(); paint(); curves(); detail();
+    });
+  }
+
+  write(); paint(); curves(); detail();
+  root.dataset.ready = "yes";
+})();

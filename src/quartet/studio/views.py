@@ -1,0 +1,246 @@
+"""What each page shows: from a run to plain values. No HTML here, and no web."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quartet.observability.definitions import definition
+from quartet.observability.figures import charts, finite, lines, phases, smoothed
+from quartet.observability.reader import Run, Sample
+
+WORST_PAIRS = 12
+SAMPLES_SHOWN = 200
+"""Rows of a page of samples."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of each token, as the inspector shows it."""
+
+    name: str
+    label: str
+    what: str
+    scale: str
+    """How it colours the text: around 0, around 1, upwards from 0, or none."""
+
+
+TOKEN_COLUMNS = (
+    Column("advantage", "advantage", "what the update pushes by, as trained: above 0 the token becomes likelier", "zero"),
+    Column("reward", "reward", "the score where it is given, and the KL penalty of each token", "zero"),
+    Column(
+        "change", "change of log-prob", "log π − log π_old: what the update has done to the token by its last visit", "zero"
+    ),
+    Column("kl", "KL", "log π_old − log π_ref: how much likelier than the reference finds it", "zero"),
+    Column("penalty", "KL penalty", "−coefficient × KL: the part of the reward that holds the policy back", "zero"),
+    Column("value", "value", "the return that the critic expected before the token was chosen", "zero"),
+    Column("td_error", "TD error", "δ = r + γ V(next) − V: by how much the critic was surprised", "zero"),
+    Column("raw_advantage", "advantage before whitening", "A as estimated", "zero"),
+    Column("return", "return", "what the critic is taught: advantage + value", "zero"),
+    Column("ratio", "ratio", "π / π_old at the last visit of the update", "one"),
+    Column("entropy", "entropy", "of the distribution the token was drawn from, in nats: how open the choice was", "up"),
+    Column("logprob", "log-prob now", "log π at the last visit of the update", "up"),
+    Column("old_logprob", "log-prob old", "log π_old: when it was sampled", "up"),
+    Column("ref_logprob", "log-prob reference", "log π_ref: by the frozen model that the KL is counted from", "up"),
+)
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """As a person reads it; a dash where there is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    text = f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}" if abs(value) < 1e6 else f"{value:.2e}"
+    return text.replace("-", "−")
+
+
+def card(run: Run) -> dict[str, Any]:
+    """A row of the list of runs."""
+    stage = run.main_stage
+    series = run.series[stage] if stage else None
+    curve, label = None, ""
+    for name in ("reward/gold", "reward", "accuracy", "loss"):
+        if series is not None and name in series.columns and len(series.steps) > 1:
+            label = definition(name).label
+            curve = sparkline(smoothed(list(series.columns[name])) or list(series.columns[name]))
+            break
+    started = run.events[0]["time"] if run.events else None
+    return {
+        "name": run.name,
+        "status": run.status,
+        "recipe": " → ".join(run.config.get("recipe", [])),
+        "stage": stage,
+        "step": series.steps[-1] if series is not None and len(series.steps) else 0,
+        "numbers": headline(run),
+        "sparkline": curve,
+        "sparkline_of": label,
+        "warnings": len(run.warnings),
+        "started": started,
+    }
+
+
+HEADLINE = ("reward", "reward/gold", "kl", "accuracy", "loss", "response/tokens", "value/explained_variance")
+
+
+def headline(run: Run) -> list[tuple[str, str]]:
+    """The last numbers of the stage to look at first, and the win rate."""
+    stage = run.main_stage
+    made = []
+    if stage is not None:
+        for name in HEADLINE:
+            value = run.series[stage].last(name, 5)
+            if value is not None and not (name in {"accuracy", "loss"} and run.rl_stage):
+                made.append((definition(name).label, number(value)))
+    evaluation = run.evaluation
+    if evaluation and evaluation.get("win_rate"):
+        win = evaluation["win_rate"]
+        made.append((f"win rate by {evaluation['judge']}", f"{win['mean']:.2f} ± {win['interval']:.2f}"))
+    return made
+
+
+def sparkline(values: Sequence[float], width: int = 120, height: int = 28) -> str:
+    """The points of an SVG line."""
+    shown = [v for v in values if not math.isnan(v)]
+    if len(shown) < 2:
+        return ""
+    step = max(1, len(shown) // width)
+    shown = shown[::step]
+    low, high = min(shown), max(shown)
+    scale = (height - 4) / (high - low) if high > low else 0.0
+    return " ".join(f"{i * width / (len(shown) - 1):.1f},{height - 2 - (v - low) * scale:.1f}" for i, v in enumerate(shown))
+
+
+def overview(run: Run, stage: str) -> list[dict[str, Any]]:
+    """The charts of a stage, each with what its metrics mean."""
+    series = run.series[stage]
+    made = [
+        {
+            "figure": lines(run, stage, chart.title, names, chart.percent),
+            "meanings": [meaning(name) for name in names],
+        }
+        for chart, names in charts(series)
+    ]
+    if series.phases:
+        made.append({"figure": phases(run, stage), "meanings": []})
+    return made
+
+
+def meaning(name: str) -> dict[str, str]:
+    row = definition(name)
+    return {"name": name, "label": row.label, "what": row.what, "reading": row.reading}
+
+
+SORTS = {
+    "number": ("order", lambda s: s.number),
+    "best": ("best first", lambda s: -s.score),
+    "worst": ("worst first", lambda s: s.score),
+    "longest": ("longest first", lambda s: -s.tokens),
+    "kl": ("farthest from the reference", lambda s: -(s.kl or 0.0)),
+    "clipped": ("most clipped", lambda s: -s.clipped),
+}
+
+
+def sorted_samples(samples: Sequence[Sample], sort: str, words: str) -> list[Sample]:
+    """Those that contain the words, in the order asked for."""
+    found = [s for s in samples if words.lower() in (s.prompt + s.response + s.id).lower()]
+    return sorted(found, key=SORTS.get(sort, SORTS["number"])[1])
+
+
+def inspector(run: Run, sample: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """One rollout for the page of tokens: the texts, a list of numbers per column, and what happened to each token in words."""
+    begin = sample["is_response"].index(True) if True in sample["is_response"] else len(sample["text"])
+    columns = [c for c in TOKEN_COLUMNS if any(v is not None for v in sample.get(c.name, ()))]
+    whitened = run.config.get("algorithm", {}).get("rewards", {}).get("whiten", False)
+    return {
+        "texts": sample["text"],
+        "ids": sample["token_id"],
+        "begin": begin,
+        "own": sample["is_response"],
+        "clipped": sample["clipped"],
+        "numbers": {c.name: finite([None if v is None else round(v, 6) for v in sample[c.name]]) for c in columns},
+        "apart": not whitened,  # whitened rewards are no sum of score and penalty
+        "columns": [{"name": c.name, "label": c.label, "what": c.what, "scale": c.scale} for c in columns],
+        "cases": run.cases(sample),
+        "clip": [1 - run.clipping.low, 1 + run.clipping.high] if math.isfinite(run.clipping.high) else None,
+    }
+
+
+def glance(sample: Mapping[str, list[Any]]) -> list[str]:
+    """One rollout in a few sentences: what it earned, what the critic thought, what the update did."""
+    own = [i for i, mine in enumerate(sample["is_response"]) if mine]
+    if not own:
+        return ["The response is empty."]
+    parts = [f"{name.removeprefix('score/')} {number(v[0])}" for name, v in sample.items() if name.startswith("score/")]
+    said = [f"Score {number(sample['score'][0])}" + (f" ({', '.join(parts)})" if parts else "") + "."]
+    penalties = [sample["penalty"][i] for i in own if sample.get("penalty") and sample["penalty"][i] is not None]
+    if penalties and any(penalties):
+        said[0] = said[0][:-1] + f"; the KL penalty {'took' if sum(penalties) < 0 else 'gave'} {number(abs(sum(penalties)))}."
+    values, returns = ([sample[c][i] for i in own] for c in ("value", "return"))
+    if values[0] is not None:
+        said.append(
+            f"The critic expected {number(values[0])} at the first token and {number(values[-1])} at the last; "
+            f"the return from the first was {number(returns[0])}."
+        )
+    advantages = [(sample["advantage"][i], i) for i in own if sample["advantage"][i] is not None]
+    if advantages and sample["ratio"][own[0]] is not None:
+        up, down = (sum(1 for a, _ in advantages if sign * a > 0) for sign in (1, -1))
+        stopped = sum(1 for i in own if sample["clipped"][i])
+        clip = f"; the clip stopped {stopped:,}" if stopped else "; none was clipped"
+        said.append(f"The update pushed {up:,} tokens up and {down:,} down{clip}.")
+    if len({a for a, _ in advantages}) > 1:
+        best, worst = max(advantages), min(advantages)
+        said.append(
+            f"Most gained by “{sample['text'][best[1]].strip()}” (advantage {number(best[0])}), "
+            f"most lost by “{sample['text'][worst[1]].strip()}” ({number(worst[0])})."
+        )
+    elif advantages:
+        said.append(f"Every token has the advantage {number(advantages[0][0])}: whole responses are compared.")
+    return said
+
+
+def judged(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a reward model got right and wrong of held-out pairs."""
+    margins = [p["chosen_score"] - p["rejected_score"] for p in pairs]
+    longer = [m for m, p in zip(margins, pairs, strict=True) if p["chosen_tokens"] > p["rejected_tokens"]]
+    shorter = [m for m, p in zip(margins, pairs, strict=True) if p["chosen_tokens"] < p["rejected_tokens"]]
+    sides = [(p[f"{side}_score"], float(p[f"{side}_tokens"])) for p in pairs for side in ("chosen", "rejected")]
+    worst = sorted(zip(margins, pairs, strict=True), key=lambda pair: pair[0])[:WORST_PAIRS]
+    return {
+        "count": len(pairs),
+        "accuracy": right(margins),
+        "accuracy_longer": right(longer),
+        "accuracy_shorter": right(shorter),
+        "longer": len(longer) / len(pairs),
+        "length": pearson(*zip(*sides, strict=True)),
+        "worst": [pair for margin, pair in worst if margin < 0],
+    }
+
+
+def right(margins: Sequence[float]) -> float | None:
+    """The share above 0; a tie counts half."""
+    return sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins) / len(margins) if margins else None
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
+    try:
+        return statistics.correlation(x, y)
+    except statistics.StatisticsError:  # one of them does not vary
+        return None
+
+
+def differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The keys in which several configs differ, with the value of each."""
+    flat = [dict(_flat(config)) for config in configs]
+    keys = sorted({key for table in flat for key in table})
+    rows = [(key, [str(table.get(key, "–")) for table in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _flat(table: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(table, Mapping):
+        return [pair for key, value in table.items() for pair in _flat(value, f"{prefix}.{key}" if prefix else key)]
+    if isinstance(table, list) and any(isinstance(x, Mapping) for x in table):
+        return [pair for i, value in enumerate(table) for pair in _flat(value, f"{prefix}.{i}")]
+    return [(prefix, table)]

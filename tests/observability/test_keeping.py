@@ -1,0 +1,24 @@
+import pytest
+
+from quartet.config import Run
+from quartet.observability.run import Keeping
+
+
+def kept(every, steps, **metrics):
+    keep = Keeping(every)
+    return [s for s in range(1, steps + 1) if keep(s, {name: f(s) for name, f in metrics.items()})]
+
+
+@pytest.mark.parametrize(("steps", "every"), [(40, 1), (1000, 1), (1001, 2), (20_000, 20)])
+def test_short_runs_keep_all_and_long_ones_a_thousand(steps, every):
+    assert Run(steps=steps).keep_every == every
+    assert Run(steps=steps, rollouts_every=7).keep_every == 7
+
+
+def test_extremes_are_kept_between():
+    odd = {33: 9.0, 35: 5.0, 36: -1.0}
+    assert kept(10, 50, kl=lambda s: odd.get(s, 1.0)) == [1, 11, 21, 31, 33, 36, 41]
+
+
+def test_what_only_grows_is_no_extreme():
+    assert kept(10, 60, kl=float) == [1, 11, 21, 31, 41, 51]

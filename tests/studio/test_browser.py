@@ -1,0 +1,232 @@
+"""The studio in a real browser. Needs Playwright and a Chromium: `apt install chromium`."""
+
+import json
+import shutil
+import socket
+import threading
+import time
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import uvicorn
+
+from quartet.studio.app import make_app
+from quartet.studio.report import write_report
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+EVIL = "<script>document.title='owned'</script>\"'& \u202eאב"
+PAGES = (
+    "",
+    "samples",
+    "samples?kind=probes",
+    "tokens?step=5&sample=2",
+    "tokens?kind=probes&step=4&sample=1",
+    "frontier",
+    "answers",
+    "reward-model",
+    "doctor",
+    "config",
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def live(runs, tmp_path_factory):
+    """The runs, one of them with evil text, one that is still going, and the studio over them."""
+    root = tmp_path_factory.mktemp("served")
+    for run in runs.iterdir():
+        if not run.is_symlink():
+            shutil.copytree(run, root / run.name, ignore=shutil.ignore_patterns("policy", "sft", "critic", "reward_model"))
+    ppo = next(root.glob("*reviews"))
+    evil = shutil.copytree(ppo, root / "evil")
+    file = evil / "rollouts" / "000001.parquet"
+    table = pq.read_table(file)
+    text = pc.if_else(table.column("is_response"), pa.scalar(EVIL), table.column("text").cast(pa.string()))
+    pq.write_table(table.set_column(table.column_names.index("text"), "text", text), file)
+    going = shutil.copytree(ppo, root / "going")
+    lines = (going / "events.jsonl").read_text().splitlines()
+    unfinished = [
+        line for line in lines if json.loads(line)["event"] != "done" and json.loads(line).get("stage") != "evaluation"
+    ]
+    (going / "events.jsonl").write_text("\n".join(unfinished[:-4]) + "\n")
+    (going / "rest").write_text("\n".join(unfinished[-4:]) + "\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(make_app([root]), host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}", root
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def page(browser, live):
+    """A page whose every error is one of the test's."""
+    context = browser.new_context(viewport={"width": 1300, "height": 900}, base_url=live[0])
+    made = context.new_page()
+    errors = []
+    made.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    made.on("pageerror", lambda error: errors.append(str(error)))
+    yield made
+    context.close()
+    assert errors == []
+
+
+def until(page, expression):
+    """Asked from here: the studio's pages evaluate no text as a script, not even a test's."""
+    for _ in range(200):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never came true: {expression}")
+
+
+def name_of(live, ending):
+    return next(p.name for p in live[1].iterdir() if p.name.endswith(ending))
+
+
+@pytest.mark.parametrize("ending", ["reviews", "sums"])
+def test_every_page_opens_in_light_dark_and_on_a_phone(page, live, ending):
+    name = name_of(live, ending)
+    shown = [p for p in PAGES if ending == "reviews" or "step=" not in p] + (
+        ["tokens?step=1&sample=0"] if ending == "sums" else []
+    )
+    for number, address in enumerate(["/", *(f"/run/{name}/{p}" for p in shown), f"/compare?run={name}&run=evil"]):
+        page.emulate_media(color_scheme="dark" if number % 2 else "light")
+        for width in (1300, 390):
+            page.set_viewport_size({"width": width, "height": 844})
+            page.goto(address)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, address
+            assert page.locator("main h1").is_visible()
+
+
+def test_a_token_shows_the_numbers_of_its_row(page, live, ppo_run):
+    page.goto(f"/run/{name_of(live, 'reviews')}/tokens?step=5&sample=2")
+    rows = ppo_run.sample(5, 2)
+    own = [i for i, mine in enumerate(rows["is_response"]) if mine]
+    for i in (own[0], own[-1]):
+        page.locator(f"#token-{i}").click()
+        for column in ("advantage", "reward", "value", "ratio", "kl", "logprob", "td_error", "entropy"):
+            said = page.locator(f"#detail tr[data-column={column}] td").inner_text().replace("−", "-")
+            assert float(said) == pytest.approx(rows[column][i], rel=1e-3, abs=1e-6)
+        assert page.locator("#case").inner_text() == ppo_run.cases(rows)[i]
+    page.locator("#token-0").click()
+    assert "Given, not written by the policy" in page.locator("#case").inner_text()
+
+
+def test_colours_say_which_way_a_number_goes(page, live, ppo_run):
+    page.goto(f"/run/{name_of(live, 'reviews')}/tokens?step=5&sample=2")
+    rows = ppo_run.sample(5, 2)
+    strongest = max(range(len(rows["text"])), key=lambda i: abs(rows["advantage"][i] or 0))
+    blue = "59, 130, 246" if rows["advantage"][strongest] > 0 else "245, 158, 11"
+    assert blue in page.locator(f"#token-{strongest}").evaluate("e => getComputedStyle(e).backgroundColor")
+    page.locator("#column").select_option("entropy")
+    highest = max(range(len(rows["text"])), key=lambda i: rows["entropy"][i] or 0)
+    assert "59, 130, 246" in page.locator(f"#token-{highest}").evaluate("e => getComputedStyle(e).backgroundColor")
+
+
+def test_the_keyboard_alone_is_enough(page, live):
+    name = name_of(live, "reviews")
+    page.goto(f"/run/{name}/tokens?step=5&sample=2")
+    chosen = int(page.locator(".token.chosen").get_attribute("data-i"))
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".token.chosen").get_attribute("data-i") == str(chosen + 1)
+    page.keyboard.press("Home")
+    assert page.locator(".token.chosen").get_attribute("data-i") == "0"
+    colour = page.locator("#column").input_value()
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#column").input_value() != colour
+    page.keyboard.press("n")
+    page.wait_for_url("**sample=3")
+    page.keyboard.press("p")
+    page.wait_for_url("**sample=2")
+    page.goto(f"/run/{name}/samples?step=5")
+    page.keyboard.press("]")
+    page.wait_for_url("**step=6**")
+    page.goto("/")
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.textContent.trim()") == name:
+            break
+    page.keyboard.press("Enter")
+    page.wait_for_url(f"**/run/{name}/")
+
+
+def test_what_a_model_wrote_is_shown_as_text(page, live):
+    for address in ("samples?step=1", "tokens?step=1&sample=0"):
+        page.goto(f"/run/evil/{address}")
+        assert "owned" not in page.title() and EVIL in page.locator("main").inner_text()
+
+
+def test_a_run_that_is_going_grows_on_the_page(page, live):
+    going = live[1] / "going"
+    page.goto("/run/going/?stage=ppo")
+    drawn = "document.querySelector('#charts figure div').data[0].x.length"
+    until(page, f"{drawn} > 0")
+    before = page.evaluate(drawn)
+    with (going / "events.jsonl").open("a") as file:
+        file.write((going / "rest").read_text())
+    until(page, f"{drawn} > {before}")
+
+
+def test_a_point_leads_to_its_rollouts(page, live):
+    page.goto(f"/run/{name_of(live, 'reviews')}/?stage=ppo")
+    until(page, "document.querySelectorAll('#charts .js-plotly-plot').length > 3")
+    page.evaluate("document.querySelector('#charts .js-plotly-plot').emit('plotly_click', {points: [{x: 7}]})")
+    page.wait_for_url("**/samples?step=7")
+
+
+def test_a_group_is_side_by_side(page, live):
+    page.goto(f"/run/{name_of(live, 'sums')}/tokens?step=1&sample=0")
+    assert page.locator(".sibling").count() == 3
+    page.locator(".sibling").first.click()
+    page.wait_for_url("**sample=1")
+
+
+def test_a_probe_is_scrubbed_through_training(page, live, ppo_run):
+    page.goto(f"/run/{name_of(live, 'reviews')}/tokens?kind=probes&step=0&sample=1")
+    rows = ppo_run.sample(14, 1, "probes")
+    i = rows["is_response"].index(True)
+    page.locator("#scrub").focus()
+    page.keyboard.press("End")
+    until(page, "document.getElementById('step').textContent === '14'")
+    page.locator(f"#token-{i}").click()
+    said = page.locator("#detail tr[data-column=value] td").inner_text().replace("−", "-")
+    assert float(said) == pytest.approx(rows["value"][i], rel=1e-3)
+    until(page, "document.querySelector('#history').data?.[0].x.length > 2")
+
+
+def test_the_theme_is_kept(page, live):
+    page.emulate_media(color_scheme="light")
+    page.goto("/")
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(colour)
+    page.locator("#theme").click()
+    assert page.evaluate(colour) != light
+    page.reload()
+    assert page.evaluate(colour) != light
+
+
+def test_the_report_opens_from_disk(page, ppo_run):
+    page.goto(write_report(ppo_run).as_uri())
+    until(page, "document.querySelectorAll('.js-plotly-plot').length > 5")
+    assert page.locator("h1").inner_text().startswith(ppo_run.name)

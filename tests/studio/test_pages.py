@@ -1,0 +1,235 @@
+"""Pages over HTTP: what they hold, what is escaped, what is refused."""
+
+import json
+import shutil
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from starlette.testclient import TestClient
+
+from quartet.observability.reader import Run
+from quartet.studio import views
+from quartet.studio.app import make_app
+
+EVIL = "<script>alert(1)</script>\"'&\u202eאב"
+PAGES = [
+    "",
+    "samples",
+    "samples?kind=probes",
+    "tokens",
+    "tokens?kind=probes",
+    "frontier",
+    "answers",
+    "reward-model",
+    "doctor",
+    "config",
+]
+
+
+@pytest.fixture(scope="module")
+def client(runs):
+    return TestClient(make_app([runs]), base_url="http://127.0.0.1:8700")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_of_every_kind_of_run(client, ppo_run, grpo_run, page):
+    for run in (ppo_run, grpo_run):
+        answer = client.get(f"/run/{run.name}/{page}")
+        assert answer.status_code == 200 and "<main" in answer.text
+        assert "http://" not in answer.text and "https://" not in answer.text  # nothing from elsewhere
+        for stage in run.series:
+            assert client.get(f"/run/{run.name}/?stage={stage}").status_code == 200
+
+
+def test_the_list_and_the_comparison(client, ppo_run, grpo_run):
+    listed = client.get("/").text
+    assert ppo_run.name in listed and grpo_run.name in listed
+    compared = client.get(f"/compare?run={ppo_run.name}&run={grpo_run.name}").text
+    assert "<code>data.world</code>" in compared and "advantage" in compared
+
+
+def test_the_numbers_of_a_token_are_those_of_its_row(client, ppo_run):
+    made = client.get(f"/api/run/{ppo_run.name}/sample?step=5&sample=2").json()["inspector"]
+    rows = ppo_run.sample(5, 2)
+    for name, numbers in made["numbers"].items():
+        assert numbers == [None if v is None else pytest.approx(v, abs=1e-6) for v in rows[name]]
+    assert made["texts"] == rows["text"] and made["cases"] == ppo_run.cases(rows)
+
+
+def test_the_glance_counts_what_the_rows_say(ppo_run):
+    rows = ppo_run.sample(5, 2)
+    up = sum(a > 0 for a in rows["advantage"] if a is not None)
+    down = sum(a < 0 for a in rows["advantage"] if a is not None)
+    said = " ".join(views.glance(rows))
+    assert f"pushed {up} tokens up and {down} down" in said
+    assert f"The critic expected {views.number(next(v for v in rows['value'] if v is not None))} at the first token" in said
+
+
+def test_the_glance_at_a_group_says_that_responses_are_compared(grpo_run):
+    scored = [s.number for s in grpo_run.samples(1) if s.advantage]
+    for number in scored:
+        assert "whole responses are compared" in views.glance(grpo_run.sample(1, number))[-1]
+
+
+def test_a_token_of_a_probe_through_training(client, ppo_run):
+    rows = ppo_run.sample(0, 1, "probes")
+    position = rows["is_response"].index(True)
+    made = client.get(f"/api/run/{ppo_run.name}/token?sample=1&position={position}").json()
+    assert made["step"] == ppo_run.steps("probes")
+    assert made["value"][0] == rows["value"][position]
+
+
+@pytest.fixture
+def evil(tmp_path, ppo_run):
+    """A run in which a model wrote what would harm a careless page."""
+    folder = tmp_path / "evil"
+    shutil.copytree(ppo_run.path, folder, ignore=shutil.ignore_patterns("policy", "sft", "critic", "reward_model"))
+    file = folder / "rollouts" / "000001.parquet"
+    table = pq.read_table(file)
+    text = pc.if_else(table.column("is_response"), pa.scalar(EVIL), table.column("text").cast(pa.string()))
+    pq.write_table(table.set_column(table.column_names.index("text"), "text", text), file)
+    answers = folder / "evaluation" / "answers.jsonl"
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    rows[0]["after"]["response"] = EVIL
+    answers.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return Run(folder)
+
+
+@pytest.mark.parametrize("page", ["samples?step=1", "tokens?step=1&sample=0", "answers", f"samples?step=1&q={EVIL}"])
+def test_what_a_model_wrote_is_text(evil, page):
+    answer = TestClient(make_app([evil.path]), base_url="http://127.0.0.1").get(f"/run/evil/{page}")
+    assert answer.status_code == 200
+    assert "<script>alert" not in answer.text
+    assert "&lt;script&gt;alert" in answer.text or "\\u003cscript\\u003ealert" in answer.text
+    assert "script-src" not in answer.headers["content-security-policy"]
+    assert answer.headers["content-security-policy"].startswith("default-src 'self'")
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "evil.example:8700"])
+def test_other_hosts_are_refused(client, host):
+    """A name that somebody has pointed at this machine."""
+    assert client.get("/", headers={"host": host}).status_code == 400
+
+
+@pytest.mark.parametrize("method", ["post", "put", "delete", "patch"])
+def test_nothing_can_be_written(client, ppo_run, method):
+    for address in ("/", f"/run/{ppo_run.name}/", f"/api/run/{ppo_run.name}/sample"):
+        assert getattr(client, method)(address).status_code == 405
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/run/..%2f..%2fetc/",
+        "/run/%2e%2e/config",
+        "/static/../app.py",
+        "/static/%2e%2e/app.py",
+        "/static/..%2f..%2fcli/__init__.py",
+        "/run/latest/config",
+        "/run/nobody/",
+        "/api/run/nobody/sample",
+    ],
+)
+def test_only_runs_and_the_studio_s_own_files_are_served(client, address):
+    answer = client.get(address)
+    assert answer.status_code == 404
+    assert "import" not in answer.text and "root:" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "sentence"),
+    [
+        ("step=99", 404, "has no rollouts of step 99"),
+        ("step=-1", 400, "step=-1: must be a whole number."),
+        ("step=1&sample=1e3", 400, "sample=1e3: must be a whole number."),
+        ("step=1&sample=99", 404, "step 1 has no sample 99"),
+        ("step=99999999999999999999", 400, "must be a whole number"),
+    ],
+)
+def test_wrong_questions_get_a_sentence(client, ppo_run, query, status, sentence):
+    page = client.get(f"/run/{ppo_run.name}/tokens?{query}")
+    data = client.get(f"/api/run/{ppo_run.name}/sample?{query}")
+    assert page.status_code == data.status_code == status
+    assert sentence in page.text and sentence in data.json()["error"]
+
+
+def test_a_step_that_was_not_kept_leads_to_the_nearest(client, ppo_run):
+    page = client.get(f"/run/{ppo_run.name}/samples?step=99").text
+    assert "Step 99 was not kept" in page and f"step={ppo_run.steps()[-1]}&" in page
+
+
+def test_a_folder_that_cannot_be_read_does_not_hide_the_others(tmp_path, ppo_run):
+    shutil.copytree(ppo_run.path, tmp_path / "a#b ?%", ignore=shutil.ignore_patterns("policy", "sft", "critic", "reward_model"))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "events.jsonl").write_text("{nothing\n")
+    (tmp_path / "a#b ?%" / "rollouts" / "000001.parquet").write_bytes(b"PAR1 torn")
+    client = TestClient(make_app([tmp_path]), base_url="http://localhost")
+    listed = client.get("/")
+    assert listed.status_code == 200 and 'href="/run/a%23b%20%3F%25/"' in listed.text
+    assert client.get("/run/a%23b%20%3F%25/").status_code == 200
+    torn = client.get("/run/a%23b%20%3F%25/samples?step=1")
+    assert torn.status_code == 404 and "rollouts of step 1 cannot be read" in torn.text
+    shutil.rmtree(tmp_path / "bad")
+    assert client.get("/").status_code == 200 and client.get("/run/bad/").status_code == 404
+
+
+def test_the_link_to_the_latest_run_is_that_run(runs):
+    client = TestClient(make_app([runs / "latest"]), base_url="http://localhost")
+    name = (runs / "latest").resolve().name
+    assert f"/run/{name}/" in client.get("/").text and client.get(f"/run/{name}/").status_code == 200
+
+
+def test_an_answer_without_a_token_of_the_policy_is_shown(tmp_path, ppo_run):
+    folder = tmp_path / "empty"
+    shutil.copytree(ppo_run.path, folder, ignore=shutil.ignore_patterns("policy", "sft", "critic", "reward_model"))
+    file = folder / "rollouts" / "000001.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.filter(pc.or_(pc.not_equal(table["sample"], 0), pc.invert(table["is_response"]))), file)
+    client = TestClient(make_app([folder]), base_url="http://localhost")
+    assert client.get("/run/empty/samples?step=1").status_code == 200
+    assert "The response is empty." in client.get("/run/empty/tokens?step=1&sample=0").text
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"time": 1.0, "event": "started", "stage": "sft"}\n')
+    young = TestClient(make_app([tmp_path]), base_url="http://localhost")
+    for page in PAGES[:-1]:
+        status = young.get(f"/run/{tmp_path.name}/{page}").status_code
+        assert status == (404 if page.startswith("tokens") else 200), page
+    assert young.get("/").status_code == 200
+
+
+def test_no_runs_at_all(tmp_path):
+    assert "no run here yet" in TestClient(make_app([tmp_path]), base_url="http://localhost").get("/").text
+
+
+def test_samples_are_sorted_and_searched(ppo_run):
+    samples = ppo_run.samples(4)
+    best = views.sorted_samples(samples, "best", "")
+    assert [s.score for s in best] == sorted((s.score for s in samples), reverse=True)
+    word = samples[3].response.split()[0]
+    assert all(word in (s.prompt + s.response) for s in views.sorted_samples(samples, "number", word.upper()))
+
+
+def test_a_reward_model_is_judged_by_its_held_out_pairs(ppo_run):
+    pairs = ppo_run.pairs()
+    made = views.judged(pairs)
+    assert made["count"] == len(pairs) == 1000
+    assert made["accuracy"] == pytest.approx(ppo_run.summary("reward_model")["held_out_accuracy"])
+    assert all(p["chosen_score"] < p["rejected_score"] for p in made["worst"])
+
+
+def test_judging_by_hand():
+    def pair(good, bad, long, short):
+        return {"chosen_score": good, "rejected_score": bad, "chosen_tokens": long, "rejected_tokens": short}
+
+    made = views.judged([pair(2.0, 1.0, 5, 3), pair(0.0, 1.0, 3, 5), pair(1.0, 1.0, 3, 5), pair(4.0, 0.0, 2, 2)])
+    assert made["accuracy"] == 2.5 / 4 and made["accuracy_longer"] == 1 and made["accuracy_shorter"] == 0.25
+    assert made["longer"] == 0.25 and len(made["worst"]) == 1
+
+
+def test_configs_differ_by_key():
+    rows = views.differences([{"a": {"b": 1, "c": 2}, "r": [{"t": "x"}]}, {"a": {"b": 1, "c": 3}, "r": [{"t": "y"}]}])
+    assert rows == [("a.c", ["2", "3"]), ("r.0.t", ["x", "y"])]

@@ -1,0 +1,38 @@
+"""Run folders made in a second or two, for whoever reads run folders."""
+
+from pathlib import Path
+
+from quartet.build import build
+from quartet.observability.reader import Run
+from quartet.observability.run import RunFolder
+from quartet.observability.tokens import TokenTexts
+from quartet.pipeline import run as run_pipeline
+from quartet.recipes import recipe_path
+from quartet.settings import read_settings, resolved_toml
+
+SMALL = (
+    "policy.create.hidden_size=16",
+    "policy.create.num_layers=1",
+    "policy.create.num_heads=2",
+    "data.rows=64",
+    "sft.steps=3",
+    "sft.batch_size=8",
+    "rollout.prompts_per_step=8",
+    "rollout.max_new_tokens=8",
+    "evaluation.prompts=8",
+)
+SMALL_REVIEWS = (*SMALL, "reward_model.steps=3", "reward_model.batch_size=8")
+
+
+def make_run(root: Path, recipe: str, *words: str) -> Run:
+    """The whole recipe, in this process, on a model of some thousand weights."""
+    small = SMALL_REVIEWS if recipe == "reviews" else (*SMALL, "policy.create.max_length=32")
+    settings = read_settings(recipe_path(recipe), [*small, *words], f"recipe {recipe}")
+    job = build(settings.config)
+    files = {"config.toml": settings.text, "config.resolved.toml": resolved_toml(settings)}
+    folder = RunFolder.create(root, recipe, files)
+    for _ in run_pipeline(job.stages, folder, TokenTexts(job.tokenizer), 1):
+        pass
+    folder.event("done")
+    folder.close()
+    return Run(folder.path)
