@@ -39,8 +39,8 @@ from quartet.rewards.reward_model import ModelReward
 from quartet.training.learner import Learner, collate
 from quartet.training.optim import Optimizer
 
-BEST_OF_ANSWERS = 1024
-"""How many answers the best-of-n curve is drawn from in all."""
+BEST_OF_ANSWERS = 512
+"""How many answers the best-of-n curve is drawn from in all: as many at once as the evaluation itself has by default."""
 PROBED_TIMES = 20
 """How often an RL stage looks at its probes."""
 
