@@ -19,6 +19,7 @@ from quartet.rewards.protocol import Weighted
 from quartet.training.learner import Learner
 from quartet.training.optim import Optim
 from tests.loops.test_loops import END, goodness
+from tests.tiny_run import make_run
 from tests.world import model, prompts, tokenizer
 
 FOUND_BY = {
@@ -63,3 +64,8 @@ def test_what_is_planted_is_found(fault):
 def test_every_fault_says_what_it_is():
     assert set(FOUND_BY) - {None} == set(FAULTS) - {"broadcast", "sign"}
     assert all(fault.__doc__ for fault in FAULTS.values())
+
+
+def test_a_run_that_is_asked_to_be_broken_is(tmp_path):
+    run = make_run(tmp_path, "sums", "run.steps=1", "rollout.samples_per_prompt=4", fault="reference")
+    assert [w["rule"] for w in run.warnings if w["stage"] == "grpo"] == ["reference_differs"]

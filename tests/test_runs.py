@@ -20,22 +20,12 @@ from quartet.models.heads import ScalarModel
 from quartet.models.language_model import create, load_model, load_tokenizer, save
 from quartet.models.shape import Shape
 from quartet.worlds import WORLDS
+from tests.tiny_run import SMALL, SMALL_REVIEWS
 
 QUARTET = str(Path(sys.executable).parent / "quartet")
 REAL = Path(__file__).parents[2] / "shared" / "data" / "hh_harmless.jsonl.gz"
-TINY = [
-    "policy.create.hidden_size=16",
-    "policy.create.num_layers=1",
-    "policy.create.num_heads=2",
-    "data.rows=64",
-    "sft.steps=3",
-    "sft.batch_size=8",
-    "rollout.prompts_per_step=8",
-    "rollout.max_new_tokens=8",
-    "evaluation.prompts=8",
-    "run.steps=3",
-]
-TINY_REVIEWS = ["run", "reviews", *TINY, "reward_model.steps=3", "reward_model.batch_size=8"]
+TINY = [*SMALL, "run.steps=3"]
+TINY_REVIEWS = ["run", "reviews", *SMALL_REVIEWS, "run.steps=3"]
 TINY_SUMS = ["run", "sums", *TINY, "policy.create.max_length=32"]
 COLUMNS = (
     "step sample id group score score/model score/gold ended position token_id text is_response logprob old_logprob ref_logprob kl "
@@ -80,7 +70,7 @@ def test_the_run_folder_has_what_was_promised(reviews):
     assert run.is_symlink()
     names = {p.name for p in run.iterdir()}
     assert names >= {"config.toml", "config.resolved.toml", "env.json", "run.log", "events.jsonl", "rollouts"}
-    assert names >= {"sft", "policy", "reward_model", "critic", "evaluation"}
+    assert names >= {"sft", "policy", "reward_model", "critic", "evaluation", "probes", "report.html"}
     assert json.loads((run / "env.json").read_text())["packages"]["torch"]
     kinds = [e["event"] for e in events(run)]
     assert kinds.count("finished") == 4 and kinds[-1] == "done"

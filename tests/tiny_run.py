@@ -1,6 +1,11 @@
 """Run folders made in a second or two, for whoever reads run folders."""
 
+import shutil
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from quartet.build import build
 from quartet.observability.reader import Run
@@ -24,15 +29,28 @@ SMALL = (
 SMALL_REVIEWS = (*SMALL, "reward_model.steps=3", "reward_model.batch_size=8")
 
 
-def make_run(root: Path, recipe: str, *words: str) -> Run:
+def make_run(root: Path, recipe: str, *words: str, fault: str | None = None) -> Run:
     """The whole recipe, in this process, on a model of some thousand weights."""
     small = SMALL_REVIEWS if recipe == "reviews" else (*SMALL, "policy.create.max_length=32")
     settings = read_settings(recipe_path(recipe), [*small, *words], f"recipe {recipe}")
-    job = build(settings.config)
+    job = build(settings.config, fault)
     files = {"config.toml": settings.text, "config.resolved.toml": resolved_toml(settings)}
     folder = RunFolder.create(root, recipe, files)
-    for _ in run_pipeline(job.stages, folder, TokenTexts(job.tokenizer), 1):
+    for _ in run_pipeline(job.stages, folder, TokenTexts(job.tokenizer), settings.config.run.keep_every):
         pass
     folder.event("done")
     folder.close()
     return Run(folder.path)
+
+
+def copied(run: Path, to: Path) -> Path:
+    """The record of a run, without its models."""
+    return Path(shutil.copytree(run, to, ignore=shutil.ignore_patterns("policy", "sft", "critic", "reward_model")))
+
+
+def put_words_into_its_mouth(run: Path, words: str) -> None:
+    """As if the model had written them, for each token of step 1."""
+    file = run / "rollouts" / "000001.parquet"
+    table = pq.read_table(file)
+    text = pc.if_else(table.column("is_response"), pa.scalar(words), table.column("text").cast(pa.string()))
+    pq.write_table(table.set_column(table.column_names.index("text"), "text", text), file)

@@ -152,7 +152,9 @@ class Evaluation:
 
     prompts: int = Field(default=500, ge=2)
     best_of: int = Field(
-        default=16, ge=0, description="How many answers of the first model the best-of-n curve chooses from; 0: no curve."
+        default=16,
+        ge=0,
+        description="How many answers of the first model the best-of-n curve chooses from; 0: none.",
     )
 
 

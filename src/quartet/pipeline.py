@@ -145,8 +145,6 @@ def run(
         folder.event("finished", stage.name, summary=summary, seconds=took)
         yield Finished(stage, summary, took)
         give_back_memory()
-    if tracking:
-        tracking.close()
     write_cards(folder.path)
 
 

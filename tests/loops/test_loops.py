@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from quartet.data.sampler import Sampler
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.generation.scripted import ScriptedGenerator
+from quartet.loops import progress
 from quartet.loops.collect import collect
 from quartet.loops.preference import OnlinePairs, held_out_preference, preference
 from quartet.loops.reward_model import pair_accuracy, reward_model
@@ -363,3 +365,16 @@ def test_the_loop_takes_any_generator():
     # Each group holds scores 1 and −1: mean 0, sample std √2, advantage ±1/√2
     first = steps[0].experience.advantages[0][steps[0].experience.response_mask[0]]
     assert first.tolist() == pytest.approx([0.70711] * 2, abs=1e-4)
+
+
+def test_phases_are_the_loop_s_own_time_and_not_its_consumer_s(monkeypatch):
+    now = [0.0]
+
+    def tick():
+        now[0] += 1.0
+        return now[0]
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=tick))
+    for step in run_rl("grpo", "none", samples=4, steps=3):
+        assert step.seconds == {"rollouts": 1.0, "scoring": 1.0, "update": 1.0}
+        now[0] += 1000.0

@@ -2,6 +2,7 @@ import pytest
 
 from quartet.config import Run
 from quartet.observability.run import Keeping
+from tests.tiny_run import make_run
 
 
 def kept(every, steps, **metrics):
@@ -22,3 +23,8 @@ def test_extremes_are_kept_between():
 
 def test_what_only_grows_is_no_extreme():
     assert kept(10, 60, kl=float) == [1, 11, 21, 31, 41, 51]
+
+
+def test_a_run_keeps_what_it_was_asked_to(tmp_path):
+    run = make_run(tmp_path, "sums", "run.steps=3", "run.rollouts_every=2", "rollout.samples_per_prompt=4")
+    assert run.steps() == [1, 3]

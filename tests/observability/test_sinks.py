@@ -5,8 +5,14 @@ import sqlite3
 
 import pytest
 
+from quartet.loops.progress import Progress
 from quartet.observability import sinks
+from quartet.observability.reader import Run
+from quartet.observability.run import RunFolder
 from quartet.observability.sinks import Tracking, check_trackers
+from quartet.observability.tokens import TokenTexts
+from quartet.pipeline import Warned, run
+from tests.world import tokenizer
 
 STORY = [
     ("sft", 1, {"loss": 2.5}),
@@ -100,6 +106,32 @@ def test_a_tracker_that_cannot_even_begin(tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed_is_said_before_the_run(monkeypatch):
-    monkeypatch.setitem(sinks.PACKAGES, "wandb", "no_such_package_here")
+    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(sinks.TrackerMissing, match=r'run.track = \["wandb"\]: wandb is not installed: pip install'):
         check_trackers(["wandb"])
+
+
+def test_the_pipeline_tells_the_trackers_and_says_when_one_fails(tmp_path, monkeypatch):
+    got = []
+
+    class Well(Broken):
+        def log(self, stage, step, metrics):
+            got.append((stage, step, metrics))
+
+    class Talks:
+        name = title = "sft"
+        num_steps = 3
+
+        def run(self, folder):
+            for number in (1, 2, 3):
+                yield Progress(number, {"loss": 1.0 / number})
+            return {}
+
+    monkeypatch.setattr(sinks, "make_sink", lambda name, *_: {"wandb": Broken(), "mlflow": Well()}[name])
+    folder = RunFolder.create(tmp_path, "x", {})
+    told = list(run([Talks()], folder, TokenTexts(tokenizer()), 1, Tracking(["wandb", "mlflow"], folder.path, {})))
+    folder.close()
+    assert got == [("sft", n, {"loss": 1.0 / n}) for n in (1, 2, 3)]
+    [warned] = [event for event in told if isinstance(event, Warned)]
+    assert warned.step == 1 and warned.sentence.startswith("wandb takes no more metrics")
+    assert [w["rule"] for w in Run(folder.path).warnings] == ["tracker"]

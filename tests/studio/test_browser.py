@@ -6,14 +6,12 @@ import socket
 import threading
 import time
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 import uvicorn
 
 from quartet.studio.app import make_app
 from quartet.studio.report import write_report
+from tests.tiny_run import copied, put_words_into_its_mouth
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -51,13 +49,10 @@ def live(runs, tmp_path_factory):
     root = tmp_path_factory.mktemp("served")
     for run in runs.iterdir():
         if not run.is_symlink():
-            shutil.copytree(run, root / run.name, ignore=shutil.ignore_patterns("policy", "sft", "critic", "reward_model"))
+            copied(run, root / run.name)
     ppo = next(root.glob("*reviews"))
     evil = shutil.copytree(ppo, root / "evil")
-    file = evil / "rollouts" / "000001.parquet"
-    table = pq.read_table(file)
-    text = pc.if_else(table.column("is_response"), pa.scalar(EVIL), table.column("text").cast(pa.string()))
-    pq.write_table(table.set_column(table.column_names.index("text"), "text", text), file)
+    put_words_into_its_mouth(evil, EVIL)
     going = shutil.copytree(ppo, root / "going")
     lines = (going / "events.jsonl").read_text().splitlines()
     unfinished = [

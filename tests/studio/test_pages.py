@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +11,7 @@ from starlette.testclient import TestClient
 from quartet.observability.reader import Run
 from quartet.studio import views
 from quartet.studio.app import make_app
+from tests.tiny_run import copied, put_words_into_its_mouth
 
 EVIL = "<script>alert(1)</script>\"'&\u202eאב"
 PAGES = [
@@ -84,12 +84,8 @@ def test_a_token_of_a_probe_through_training(client, ppo_run):
 @pytest.fixture
 def evil(tmp_path, ppo_run):
     """A run in which a model wrote what would harm a careless page."""
-    folder = tmp_path / "evil"
-    shutil.copytree(ppo_run.path, folder, ignore=shutil.ignore_patterns("policy", "sft", "critic", "reward_model"))
-    file = folder / "rollouts" / "000001.parquet"
-    table = pq.read_table(file)
-    text = pc.if_else(table.column("is_response"), pa.scalar(EVIL), table.column("text").cast(pa.string()))
-    pq.write_table(table.set_column(table.column_names.index("text"), "text", text), file)
+    folder = copied(ppo_run.path, tmp_path / "evil")
+    put_words_into_its_mouth(folder, EVIL)
     answers = folder / "evaluation" / "answers.jsonl"
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     rows[0]["after"]["response"] = EVIL
@@ -161,7 +157,7 @@ def test_a_step_that_was_not_kept_leads_to_the_nearest(client, ppo_run):
 
 
 def test_a_folder_that_cannot_be_read_does_not_hide_the_others(tmp_path, ppo_run):
-    shutil.copytree(ppo_run.path, tmp_path / "a#b ?%", ignore=shutil.ignore_patterns("policy", "sft", "critic", "reward_model"))
+    copied(ppo_run.path, tmp_path / "a#b ?%")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "events.jsonl").write_text("{nothing\n")
     (tmp_path / "a#b ?%" / "rollouts" / "000001.parquet").write_bytes(b"PAR1 torn")
@@ -182,8 +178,7 @@ def test_the_link_to_the_latest_run_is_that_run(runs):
 
 
 def test_an_answer_without_a_token_of_the_policy_is_shown(tmp_path, ppo_run):
-    folder = tmp_path / "empty"
-    shutil.copytree(ppo_run.path, folder, ignore=shutil.ignore_patterns("policy", "sft", "critic", "reward_model"))
+    folder = copied(ppo_run.path, tmp_path / "empty")
     file = folder / "rollouts" / "000001.parquet"
     table = pq.read_table(file)
     pq.write_table(table.filter(pc.or_(pc.not_equal(table["sample"], 0), pc.invert(table["is_response"]))), file)

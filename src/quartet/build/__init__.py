@@ -58,7 +58,7 @@ from quartet.observability.tokens import TokenTexts
 from quartet.pipeline import Cast, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
 from quartet.rewards.functions import TextReward, check_reference
 from quartet.rewards.protocol import RewardError, Weighted
-from quartet.rewards.sources import EnsembleSource, ModelSource, Source, StepsSource
+from quartet.rewards.sources import EnsembleSource, JudgeSource, ModelSource, Source, StepsSource
 from quartet.rewards.worker import load
 from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
@@ -227,6 +227,7 @@ class Workshop:
         )
 
     def evaluation_stage(self) -> EvaluationStage:
+        asks_a_judge = any(isinstance(source, JudgeSource) for source in self.sources)  # some hundred questions more cost money
         return EvaluationStage(
             prompts=self.prompts[1][: self.config.evaluation.prompts],
             tokenizer=self.tokenizer,
@@ -237,7 +238,7 @@ class Workshop:
             sampling=self.config.rollout,
             micro_batch_tokens=self.micro_batch_tokens,
             generator=self._generator,
-            best_of=self.config.evaluation.best_of,
+            best_of=0 if asks_a_judge else self.config.evaluation.best_of,
         )
 
     # --- models --------------------------------------------------------------------------------------------------------

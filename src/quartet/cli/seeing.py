@@ -32,7 +32,7 @@ def studio(
         count = sum(len(find_runs(root)) for root in roots)
     except NoRun as error:
         refuse(str(error))
-    hosts = LOOPBACK if is_loopback(host) else ("*",)
+    hosts = (*LOOPBACK, host) if is_loopback(host) else ("*",)
     server = uvicorn.Server(uvicorn.Config(make_app(roots, hosts), host=host, port=port, log_level="warning"))
     console.print(f"{count} run{'s' * (count != 1)} on http://{host}:{port}/  Ctrl-C ends it", soft_wrap=True)
     server.run()

@@ -86,5 +86,5 @@ def serve_reward(
     except ModelError as error:
         refuse(str(error))
     console.print(f"serving {scorer.place} on http://{host}:{port}/ (POST), Ctrl-C ends it", soft_wrap=True)
-    hosts = LOOPBACK if is_loopback(host) else ("*",)
+    hosts = (*LOOPBACK, host) if is_loopback(host) else ("*",)
     uvicorn.run(make_app(scorer, token_env, hosts), host=host, port=port, log_level="warning", access_log=False)

@@ -15,19 +15,13 @@ class Progress:
 
 
 class Clock:
-    """Measures phases, one after the other."""
+    """Measures the phases of a step, one after the other, from when it is made."""
 
     def __init__(self) -> None:
-        self._laps: dict[str, float] = {}
+        self.laps: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
         """The phase that ends now."""
         now = time.perf_counter()
-        self._laps[phase], self._last = self._laps.get(phase, 0.0) + now - self._last, now
-
-    def laps(self) -> dict[str, float]:
-        """All since the last call."""
-        laps, self._laps = {phase: round(seconds, 4) for phase, seconds in self._laps.items()}, {}
-        self._last = time.perf_counter()
-        return laps
+        self.laps[phase], self._last = round(now - self._last, 4), now

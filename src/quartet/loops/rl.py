@@ -38,8 +38,8 @@ def rl(
     steps: int,
 ) -> Iterator[Step]:
     """Generate and reward, score, estimate, update, publish, adapt; `steps` times."""
-    clock = Clock()
     for number in range(1, steps + 1):
+        clock = Clock()
         rollouts, unscored = collect(prompts, generator, sampling, samples_per_prompt, rewards, algorithm)
         clock.lap("rollouts")
         batch = learner.score(rollouts, algorithm)  # old and reference log-probs, values
@@ -50,4 +50,4 @@ def rl(
         clock.lap("update")
         metrics = rl_metrics(rollouts, unscored, batch, experience, update, algorithm)
         algorithm = algorithm.adapt(metrics)  # coefficients that follow what was measured
-        yield Step(number, metrics, rollouts, batch, experience, update, algorithm, seconds=clock.laps())
+        yield Step(number, metrics, rollouts, batch, experience, update, algorithm, seconds=clock.laps)

@@ -52,7 +52,7 @@ class Series:
         self.columns: dict[str, array[float]] = {}
 
     def add(self, event: Mapping[str, Any]) -> None:
-        count = len(self.steps)
+        count, step = len(self.steps), event["step"]
         self.times.append(event["time"])
         self.seconds.append(event.get("seconds", math.nan))
         for columns, values in ((self.columns, event["metrics"]), (self.phases, event.get("phases") or {})):
@@ -61,7 +61,7 @@ class Series:
             for name, column in columns.items():
                 value = values.get(name)
                 column.append(math.nan if value is None else value)
-        self.steps.append(event["step"])
+        self.steps.append(step)
 
     def last(self, name: str, count: int = 1) -> float | None:
         """The mean of the last `count` numbers."""
@@ -117,7 +117,7 @@ class Run:
         """Read what was written since; whether there was anything. A last line that is not whole yet is left for later."""
         file = self.path / "events.jsonl"
         if file.stat().st_size < self._read_to:  # cut back to a checkpoint
-            self.series, self.events, self._read_to = {}, [], 0
+            self.series, self.events, self.damaged, self._read_to = {}, [], 0, 0
         grown = False
         with file.open("rb") as lines:
             lines.seek(self._read_to)

@@ -9,7 +9,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
-PACKAGES: dict[Tracker, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
 PROJECT = "quartet"
 """The project or experiment that runs are filed under."""
 
@@ -44,28 +43,12 @@ class TensorBoard:
         self._writer.close()
 
 
-class WandB:
-    """Weights & Biases. WANDB_MODE=offline keeps it on this machine, in the run's folder."""
+class Logged:
+    """A run of Weights & Biases, or of Trackio, which speaks the same language. WANDB_MODE=offline keeps the first on this
+    machine, in the run's folder; TRACKIO_DIR says where the second has its store."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        self._run = wandb.init(project=PROJECT, name=folder.name, config=dict(config), dir=str(folder))
-
-    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}})
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Trackio:
-    """Trackio's local store, `trackio show` displays it; TRACKIO_DIR moves it."""
-
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        import trackio
-
-        self._run = trackio.init(PROJECT, name=folder.name, config=dict(config), embed=False)
+    def __init__(self, run: Any) -> None:
+        self._run = run
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}})
@@ -135,10 +118,14 @@ def make_sink(name: Tracker, folder: Path, config: Mapping[str, Any]) -> Sink:
         case "tensorboard":
             return TensorBoard(folder)
         case "wandb":
+            import wandb
+
             os.environ.setdefault("WANDB_SILENT", "true")
-            return WandB(folder, config)
+            return Logged(wandb.init(project=PROJECT, name=folder.name, config=dict(config), dir=str(folder)))
         case "trackio":
-            return Trackio(folder, config)
+            import trackio
+
+            return Logged(trackio.init(PROJECT, name=folder.name, config=dict(config), embed=False))
         case "mlflow":
             return MLflow(folder, config)
 
@@ -146,7 +133,7 @@ def make_sink(name: Tracker, folder: Path, config: Mapping[str, Any]) -> Sink:
 def check_trackers(names: Sequence[Tracker]) -> None:
     """Their packages are there. TrackerMissing names one that is not."""
     for name in names:
-        if importlib.util.find_spec(PACKAGES[name]) is None:
+        if importlib.util.find_spec(name) is None:
             raise TrackerMissing(f'run.track = ["{name}"]: {name} is not installed: pip install "quartet-rlhf[{name}]".')
 
 

@@ -93,10 +93,9 @@ def token_table(
     }
     kl = None if batch.ref_logprobs is None else k1(batch.old_logprobs, batch.ref_logprobs)
     positions = torch.arange(batch.tokens.shape[1], device=real.device).expand_as(real)[real].cpu()
-    known = ids.unique().tolist()
-    dictionary = {token: place for place, token in enumerate(known)}
+    known, places = ids.unique(return_inverse=True)
     text = pa.DictionaryArray.from_arrays(
-        pa.array([dictionary[token] for token in ids.tolist()], pa.int32()), pa.array([texts[token] for token in known])
+        pa.array(places.numpy(), pa.int32()), pa.array([texts[token] for token in known.tolist()])
     )
     return pa.table(
         {

@@ -1,14 +1,11 @@
 """The pages and what they are made from. Only GET, only this machine by default, nothing is written."""
 
 import html as markup
-import importlib.util
 import threading
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
@@ -25,6 +22,7 @@ from quartet.observability.doctor import examine
 from quartet.observability.reader import NoRun, Run
 from quartet.studio import views
 from quartet.studio.library import Library
+from quartet.studio.rendering import plotly_file, templates
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 HEADERS = {
@@ -47,14 +45,7 @@ class Pages:
     def __init__(self, library: Library) -> None:
         self.library = library
         self.lock = threading.Lock()
-        self.templates = Environment(
-            loader=PackageLoader("quartet.studio"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self.templates.filters |= {"number": views.number, "ago": ago}
+        self.templates = templates()
 
     def html(self, name: str, status: int = 200, **values: Any) -> Response:
         text = self.templates.get_template(name).render(version=__version__, **values)
@@ -240,7 +231,7 @@ class Pages:
             charts=_overlaid(chosen) if len(chosen) > 1 else [],
             differences=views.differences([run.config for run in chosen]) if len(chosen) > 1 else [],
             numbers=[dict(views.headline(run)) for run in chosen],
-            answers=_same_probes(chosen),
+            answers=_same_prompts(chosen),
         )
 
 
@@ -271,26 +262,7 @@ def make_app(roots: Sequence[Path], hosts: Sequence[str] = LOOPBACK) -> Starlett
 
 
 def plotly_js(_: Request) -> Response:
-    """From Plotly's Python package: nothing comes from elsewhere."""
     return FileResponse(plotly_file(), media_type="text/javascript", headers={"Cache-Control": "max-age=86400", **HEADERS})
-
-
-def plotly_file() -> Path:
-    found = importlib.util.find_spec("plotly")
-    assert found is not None and found.origin is not None
-    return Path(found.origin).parent / "package_data" / "plotly.min.js"
-
-
-def ago(when: float | None) -> str:
-    """How long since, in words."""
-    if when is None:
-        return ""
-    seconds = max(0.0, time.time() - when)
-    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
-        if seconds >= size:
-            count = int(seconds // size)
-            return f"{count} {unit}{'s' * (count > 1)} ago"
-    return "just now"
 
 
 def _whole(request: Request, name: str, default: int) -> int:
@@ -329,7 +301,7 @@ def _overlaid(chosen: Sequence[Run]) -> list[dict[str, Any]]:
     return made
 
 
-def _same_probes(chosen: Sequence[Run]) -> list[dict[str, Any]]:
+def _same_prompts(chosen: Sequence[Run]) -> list[dict[str, Any]]:
     """The runs' answers to prompts that all of them were evaluated on."""
     if len(chosen) < 2:
         return []

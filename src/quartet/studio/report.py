@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from quartet import __version__
@@ -13,7 +12,7 @@ from quartet.observability.doctor import Finding, examine
 from quartet.observability.figures import frontier
 from quartet.observability.reader import Run
 from quartet.studio import views
-from quartet.studio.app import plotly_file
+from quartet.studio.rendering import plotly_file, templates
 
 ROLLOUTS = 10
 """How many are shown token by token."""
@@ -44,10 +43,6 @@ def write_report(run: Run) -> Path:
 
 
 def report(run: Run) -> str:
-    templates = Environment(
-        loader=PackageLoader("quartet.studio"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    templates.filters["number"] = views.number
     static = Path(__file__).parent / "static"
     stages: list[dict[str, Any]] = [
         {"name": stage, "about": STAGES.get(stage, RL if stage == run.rl_stage else COMPARISONS), "charts": made}
@@ -59,19 +54,23 @@ def report(run: Run) -> str:
     line = frontier(run)
     if line["data"]:
         figures.append(line)
-    return templates.get_template("report.html").render(
-        run=run,
-        version=__version__,
-        verdict=verdict(run, found),
-        numbers=views.headline(run),
-        stages=stages,
-        figures=Markup(json.dumps(figures).replace("<", "\\u003c")),  # JSON in a script; < cannot end it
-        has_frontier=bool(line["data"]),
-        findings=found,
-        evaluation=run.evaluation,
-        rollouts=[_rollout(run, step, number) for step, number in told(run)],
-        style=Markup((static / "studio.css").read_text(encoding="utf-8").replace('url("icon.svg")', "none")),
-        plotly=Markup(plotly_file().read_text(encoding="utf-8")),
+    return (
+        templates()
+        .get_template("report.html")
+        .render(
+            run=run,
+            version=__version__,
+            verdict=verdict(run, found),
+            numbers=views.headline(run),
+            stages=stages,
+            figures=Markup(json.dumps(figures).replace("<", "\\u003c")),  # JSON in a script; < cannot end it
+            has_frontier=bool(line["data"]),
+            findings=found,
+            evaluation=run.evaluation,
+            rollouts=[_rollout(run, step, number) for step, number in told(run)],
+            style=Markup((static / "studio.css").read_text(encoding="utf-8").replace('url("icon.svg")', "none")),
+            plotly=Markup(plotly_file().read_text(encoding="utf-8")),
+        )
     )
 
 
