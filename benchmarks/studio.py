@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 import pyarrow as pa
 
-from quartet import pipeline
+from quartet import pipeline, stages
 from quartet.build import build
 from quartet.observability.reader import Run
 from quartet.observability.run import RunFolder
@@ -92,9 +92,9 @@ def writing_share(root: Path) -> dict[str, float]:
     job = build(settings.config)
     folder = RunFolder.create(root, "writing", {})
     folder.event, folder.write_rollouts = measured("events", folder.event), measured("rollouts", folder.write_rollouts)
-    pipeline.probe_table = measured("probes", pipeline.probe_table)
+    stages.probe_table = measured("probes", stages.probe_table)
     steps = 0.0
-    for event in pipeline.run(job.stages, folder, TokenTexts(job.tokenizer)):
+    for event in pipeline.Pipeline(job.stages, folder, TokenTexts(job.tokenizer)).run():
         if isinstance(event, pipeline.Advanced) and event.stage.name == "ppo":
             steps += sum(event.progress.seconds.values())
         elif isinstance(event, pipeline.Started):

@@ -13,9 +13,9 @@ from quartet.loops.rl import rl
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
 from quartet.observability.doctor import Watch
-from quartet.pipeline import Cast
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
+from quartet.stages import Cast
 from quartet.training.learner import Learner
 from quartet.training.optim import Optim
 from tests.loops.test_loops import END, goodness

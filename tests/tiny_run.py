@@ -11,7 +11,7 @@ from quartet.build import build
 from quartet.observability.reader import Run
 from quartet.observability.run import RunFolder
 from quartet.observability.tokens import TokenTexts
-from quartet.pipeline import run as run_pipeline
+from quartet.pipeline import Pipeline
 from quartet.recipes import recipe_path
 from quartet.settings import read_settings, resolved_toml
 
@@ -36,7 +36,7 @@ def make_run(root: Path, recipe: str, *words: str, fault: str | None = None) -> 
     job = build(settings.config, fault)
     files = {"config.toml": settings.text, "config.resolved.toml": resolved_toml(settings)}
     folder = RunFolder.create(root, recipe, files)
-    for _ in run_pipeline(job.stages, folder, TokenTexts(job.tokenizer), settings.config.run.keep_every):
+    for _ in Pipeline(job.stages, folder, TokenTexts(job.tokenizer), job.saving(settings.config.run)).run():
         pass
     folder.event("done")
     folder.close()

@@ -4,10 +4,11 @@ The hyper-parameters of formulas, sampling and optimizers are declared where the
 them together.
 """
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
@@ -172,6 +173,17 @@ class Run:
         default=None,
         ge=1,
         description="Every how many RL steps the rollouts are written, and all extreme ones. Left out: all of 1,000 steps.",
+    )
+    checkpoint_every: int | None = Field(
+        default=None, ge=1, description="Steps between checkpoints. Left out: as often as takes under 2 % of the time."
+    )
+    keep_last: int = Field(default=2, ge=1, description="How many checkpoints are kept, beside the best.")
+    keep_best: str | None = Field(
+        default=None,
+        description='The metric by which one more checkpoint is kept, "reward/gold"; "-loss" where less is better.',
+    )
+    max_minutes: float | None = Field(
+        default=None, gt=0, description="The run saves and stops after so long, to be resumed: for machines on loan."
     )
     track: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
         default=(), description="Where else the metrics go; each needs the extra of its name."
@@ -388,3 +400,16 @@ class Config:
         if isinstance(algorithm.update, TrustRegion) and algorithm.ptx.coef > 0:
             problems.append('algorithm.ptx: is not mixed into update.type = "trust_region". Use "first_order".')
         return problems
+
+
+def json_ready(config: Config) -> dict[str, Any]:
+    """The config as plain tables, without what is not set."""
+    table: dict[str, Any] = without_none(dataclasses.asdict(config))
+    return table
+
+
+def without_none(value: Any) -> Any:
+    """Tables and lists without what is not set, as TOML has them."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list | tuple) else value

@@ -13,7 +13,7 @@ import torch
 from quartet.experience import Batch, Experience
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
-from quartet.pipeline import Cast
+from quartet.stages import Cast
 
 
 def temperature(cast: Cast) -> None:

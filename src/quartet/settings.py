@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.preference import PREFERENCES, PreferenceLoss
 from quartet.algorithms.presets import ALGORITHMS
-from quartet.config import Config, did_you_mean
+from quartet.config import Config, did_you_mean, json_ready, without_none
 from quartet.mistakes import Table, sentence, toml_value, where
 
 
@@ -108,12 +108,6 @@ def _blocks(name: str, table: Table, origins: Mapping[str, str] | None, header: 
     for key, rows in lists.items():
         for i, row in enumerate(rows):
             yield from _blocks(f"{prefix}{key}.{i}", row, origins, f"[[{prefix}{key}]]")
-
-
-def json_ready(config: Config) -> Table:
-    """The config as plain tables, without what is not set."""
-    table: Table = without_none(dataclasses.asdict(config))
-    return table
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -229,13 +223,6 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
     if "reward" not in table and "reward_model" in stages:
         table["reward"] = [{"type": "model"}]
         origins["reward.0.type"] = "recipe"
-
-
-def without_none(value: Any) -> Any:
-    """Tables and lists without what is not set, as TOML has them."""
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    return [without_none(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _has(table: Any, path: list[str]) -> bool:

@@ -235,6 +235,13 @@ def test_frozen_layers_are_shared_and_stay(kind):
     assert torch.equal(masked_logprobs(reference, TOKENS, MASK), before)
 
 
+def test_actor_and_critic_share_a_trunk_and_no_parameter():
+    actor = add_adapter(model(), LORA, POLICY, seed=0)
+    both = Separate(actor, AdaptedScalar(add_adapter(actor, LORA, CRITIC, seed=0), CRITIC, 0, seed=0))
+    of_actor, of_critic = ({id(p) for p in ps} for ps in (both.actor_parameters(), both.critic_parameters()))
+    assert of_actor == {id(p) for p in adapter_parameters(actor, POLICY)} and not of_actor & of_critic
+
+
 def test_what_an_adapter_cannot_be_put_on():
     with pytest.raises(AdapterError, match=r"policy.adapter.targets: the model has no layer q_project. It has down_proj"):
         add_adapter(model(), Lora(targets=("q_project",)), POLICY, 0)

@@ -11,7 +11,8 @@ from quartet.observability.reader import Run
 from quartet.observability.run import RunFolder
 from quartet.observability.sinks import Tracking, check_trackers
 from quartet.observability.tokens import TokenTexts
-from quartet.pipeline import Warned, run
+from quartet.pipeline import Pipeline, Warned
+from quartet.stages import Work
 from tests.world import tokenizer
 
 STORY = [
@@ -122,14 +123,14 @@ def test_the_pipeline_tells_the_trackers_and_says_when_one_fails(tmp_path, monke
         name = title = "sft"
         num_steps = 3
 
-        def run(self, folder):
-            for number in (1, 2, 3):
-                yield Progress(number, {"loss": 1.0 / number})
-            return {}
+        def begin(self, folder):
+            return Work(lambda done: iter(Progress(n, {"loss": 1.0 / n}) for n in (1, 2, 3)), dict)
 
     monkeypatch.setattr(sinks, "make_sink", lambda name, *_: {"wandb": Broken(), "mlflow": Well()}[name])
     folder = RunFolder.create(tmp_path, "x", {})
-    told = list(run([Talks()], folder, TokenTexts(tokenizer()), 1, Tracking(["wandb", "mlflow"], folder.path, {})))
+    told = list(
+        Pipeline([Talks()], folder, TokenTexts(tokenizer()), tracking=Tracking(["wandb", "mlflow"], folder.path, {})).run()
+    )
     folder.close()
     assert got == [("sft", n, {"loss": 1.0 / n}) for n in (1, 2, 3)]
     [warned] = [event for event in told if isinstance(event, Warned)]

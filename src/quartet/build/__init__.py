@@ -14,16 +14,18 @@ import torch
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.preference import PREFERENCES, Kto
 from quartet.algorithms.update import TrustRegion
-from quartet.build.data import Rows
+from quartet.build.data import Rows, fingerprints
 from quartet.build.rewards import RewardMaker
 from quartet.config import (
     Config,
     Preference,
     RewardModel,
+    Run,
     SeparateCritic,
     Sft,
     SharedCritic,
     TrainTokenizer,
+    json_ready,
 )
 from quartet.data import DataError
 from quartet.data.encoding import Encoder, first_of
@@ -55,11 +57,13 @@ from quartet.models.language_model import (
 from quartet.models.trunk import checkpoint_blocks
 from quartet.observability.sinks import check_trackers
 from quartet.observability.tokens import TokenTexts
-from quartet.pipeline import Cast, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
+from quartet.pipeline import Saving
 from quartet.rewards.functions import TextReward, check_reference
 from quartet.rewards.protocol import RewardError, Weighted
 from quartet.rewards.sources import EnsembleSource, JudgeSource, ModelSource, Source, StepsSource
 from quartet.rewards.worker import load
+from quartet.stages import Cast, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
+from quartet.training.checkpoint import GlobalRandom
 from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
 from quartet.training.trust_region import TrustRegionLearner
@@ -80,13 +84,21 @@ class Job:
     tokenizer: Any
     notes: list[str]
     """What a person should know before it starts."""
+    made_with: dict[str, Any]
+    """What a resumed run must have in common with this one."""
+
+    def saving(self, run: Run) -> Saving:
+        return Saving(run.keep_every, run.checkpoint_every, run.keep_last, run.keep_best, self.made_with)
 
 
 def build(config: Config, fault: str | None = None) -> Job:
     """Read and check the data, and make the stages. Models are loaded when their stage starts; what they are loaded from
     is checked now. `fault`: a mistake to plant in the RL stage, see `faults.py`."""
+    GlobalRandom().seed(config.seed)
     workshop = Workshop(config, fault)
-    return Job([workshop.stage(name) for name in config.recipe], workshop.tokenizer, workshop.notes())
+    stages = [workshop.stage(name) for name in config.recipe]
+    made_with = {"config": json_ready(config), "data": fingerprints(config), "fault": fault}
+    return Job(stages, workshop.tokenizer, workshop.notes(), made_with)
 
 
 class Workshop:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quartet import durable
 from quartet.config import Config
 from quartet.data import DataError
 from quartet.data.examples import Example
@@ -58,6 +59,17 @@ class Rows:
                 for cell in (example.prompt, example.completion, example.chosen, example.rejected):
                     if cell is not None:
                         yield from plain_texts(cell)
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    """SHA-256 of each file that rows come from, by its path: a resumed run must find the same."""
+    tables = (config.sft, config.reward_model, config.preference)
+    named = (*config.data.files, config.data.eval, config.data.pretraining, *(table.data for table in tables))
+    found: dict[str, str] = {}
+    for path in sorted({Path(name) for name in named if name}):
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+        found |= {str(file): durable.fingerprint(file)["sha256"] for file in files}
+    return found
 
 
 def plain_texts(cell: Any) -> list[str]:

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from quartet import __version__
 
-FAILED, WRONG_REQUEST, CHECK_FAILED, INTERRUPTED = 1, 2, 3, 130
+FAILED, WRONG_REQUEST, CHECK_FAILED, RESUMABLE = 1, 2, 3, 75
+"""Exit codes; 75 is what sysexits.h calls a temporary failure: the same command again, with --resume, goes on."""
 
 app = typer.Typer(
     help="RLHF for language models, from a laptop to a cluster.",

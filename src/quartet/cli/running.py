@@ -2,30 +2,37 @@
 
 import dataclasses
 import json
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quartet import __version__
-from quartet.cli.common import FAILED, INTERRUPTED, app, complaints, console, refuse
+from quartet.cli.common import FAILED, RESUMABLE, app, complaints, console, refuse
 from quartet.recipes import recipe_names, recipe_path, template_names, template_path
 
 if TYPE_CHECKING:
     from quartet.build import Job
     from quartet.observability.run import RunFolder
     from quartet.plan import Plan
+    from quartet.resume import Choice
     from quartet.settings import Settings
 
-What = Annotated[str, typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, or a TOML file.")]
+What = Annotated[
+    str | None, typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, a TOML file or, with --resume, a run.")
+]
+DEFAULT = "reviews"
 Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE …]", help="Settings that win over the file.")]
 
 
 @app.command()
 def run(
-    what: What = "reviews",
+    what: What = None,
     words: Words = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run of this name stopped.")] = False,
+    accept: Annotated[
+        list[str] | None, typer.Option("--accept", metavar="KEY", help="With --resume: a setting that may have changed.")
+    ] = None,
     show_plan: Annotated[bool, typer.Option("--plan", help="Say what the run would take, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --plan: print it as JSON.")] = False,
     fault: Annotated[
@@ -33,16 +40,19 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe or a TOML file: one stage, or a pipeline of them. Without a name: `reviews`."""
-    settings = _settings(what, words or [])
+    resumed = _run_to_resume(what, words or []) if resume else None
+    settings = resumed[1] if resumed else _settings(what or DEFAULT, words or [])
     if show_plan:
         _print_plan(settings, as_json)
         return
-    raise typer.Exit(_run(settings, fault))
+    if accept and not resume:
+        refuse("--accept: goes with --resume.")
+    raise typer.Exit(_go_on(resumed[0], settings, fault, accept or []) if resumed else _run(settings, fault))
 
 
 @app.command()
 def plan(
-    what: What,
+    what: Annotated[str, typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, or a TOML file.")],
     words: Words = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
@@ -76,8 +86,8 @@ def algorithms(
     """The presets with their parts; with a name, the record as TOML, to be changed and put into a run's file."""
     from quartet.algorithms.preference import PREFERENCES
     from quartet.algorithms.presets import ALGORITHMS
-    from quartet.config import did_you_mean
-    from quartet.settings import preset_toml, without_none
+    from quartet.config import did_you_mean, without_none
+    from quartet.settings import preset_toml
 
     everything = ALGORITHMS | PREFERENCES
     if name is not None and name not in everything:
@@ -95,7 +105,7 @@ def _settings(what: str, words: list[str]) -> "Settings":
     from quartet.settings import ConfigError, read_settings
 
     if "=" in what and not Path(what).exists():  # quartet run seed=1: the default recipe with a setting
-        what, words = "reviews", [what, *words]
+        what, words = DEFAULT, [what, *words]
     path = recipe_path(what)
     shown = f"recipe {what}" if path else None
     if path is None and not what.endswith(".toml"):
@@ -110,9 +120,10 @@ def _settings(what: str, words: list[str]) -> "Settings":
 
 
 def _print_plan(settings: "Settings", as_json: bool) -> None:
+    from quartet.config import json_ready
     from quartet.plan import in_words
     from quartet.plan import plan as make_plan
-    from quartet.settings import json_ready, resolved_toml
+    from quartet.settings import resolved_toml
 
     made = make_plan(settings.config)
     if as_json:
@@ -153,15 +164,29 @@ def _print_presets() -> None:
     console.print(table, width=None if console.is_terminal else 200)
 
 
+def _run_to_resume(what: str | None, words: list[str]) -> "tuple[Path | None, Settings]":
+    """The run folder, None where there is none of that name yet, and the config to go on with."""
+    from quartet.resume import find_run
+
+    if what is not None and "=" in what and not Path(what).exists():
+        words = [what, *words]
+        what = None
+    folder = Path(what or "runs/latest")
+    if (folder / "events.jsonl").is_file():
+        if not (folder / "config.resolved.toml").is_file():
+            refuse(f"{folder}: has no config.resolved.toml, so it is not known what to go on with.")
+        return folder.resolve(), _settings(str(folder / "config.resolved.toml"), words)
+    if what is None:
+        refuse("runs/latest: there is no run to resume. Name one: quartet run runs/… --resume")
+    settings = _settings(what, words)
+    run = settings.config.run
+    return find_run(Path(run.folder), run.name or settings.name), settings
+
+
 def _run(settings: "Settings", fault: str | None) -> int:
-    """Everything that can be refused is refused before the run folder exists."""
+    """A new run. Everything that can be refused is refused before its folder exists."""
     from quartet.observability.run import RunFolder
-    from quartet.observability.screen import Screen, sample_lines
-    from quartet.observability.sinks import Tracking
-    from quartet.observability.tokens import TokenTexts
-    from quartet.pipeline import Finished, StageFailed
-    from quartet.pipeline import run as run_pipeline
-    from quartet.settings import json_ready, resolved_toml
+    from quartet.settings import resolved_toml
 
     job, config = _build(settings, fault), settings.config
     files = {"config.toml": settings.text, "config.resolved.toml": resolved_toml(settings)}
@@ -169,26 +194,77 @@ def _run(settings: "Settings", fault: str | None) -> int:
         folder = RunFolder.create(Path(config.run.folder), config.run.name or settings.name, files)
     except OSError as error:
         refuse(f'run.folder = "{config.run.folder}": cannot be written ({error.strerror}).')
+    return _work(settings, job, folder, fault)
+
+
+def _go_on(path: Path | None, settings: "Settings", fault: str | None, accept: list[str]) -> int:
+    """From the newest checkpoint that can be used."""
+    from quartet import durable
+    from quartet.observability.reader import Run
+    from quartet.observability.run import RunFolder
+    from quartet.resume import CannotResume, choose, has_begun, set_aside
+    from quartet.settings import resolved_toml
+
+    if path is None:
+        console.print("There is no run of this name to resume: a new one begins.", soft_wrap=True)
+        return _run(settings, fault)
+    try:
+        folder = RunFolder(path)
+    except OSError as error:
+        refuse(str(error) if error.errno is None else f"{path}: cannot be written ({error.strerror}).")
+    job = _build(settings, fault)
+    choice = None
+    if has_begun(path):
+        try:
+            choice = choose(path, settings.config, job.made_with, accept)
+        except CannotResume as error:
+            refuse(str(error))
+        run = Run(path)
+        if run.status == "done" and not choice.skipped:
+            console.print(f"{path} is done: {run!r}", soft_wrap=True)
+            return 0
+        for checkpoint, reason in choice.skipped:
+            console.print(f"note   checkpoint {checkpoint.name} was skipped: {reason}", style="yellow", soft_wrap=True)
+        set_aside(choice.skipped)
+    else:
+        console.print(f"{path} had not begun when it stopped: it begins now.", soft_wrap=True)
+        folder.cut_back(0, -1)
+    durable.replace(path / "config.toml", settings.text)
+    durable.replace(path / "config.resolved.toml", resolved_toml(settings))
+    return _work(settings, job, folder, fault, choice)
+
+
+def _work(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | None, choice: "Choice | None" = None) -> int:
+    """From the first event to the last, whatever ends it."""
+    from quartet.config import json_ready
+    from quartet.interruption import Interrupted, Interruption
+    from quartet.observability.screen import Screen, sample_lines
+    from quartet.observability.sinks import Tracking
+    from quartet.observability.tokens import TokenTexts
+    from quartet.pipeline import Finished, Pipeline, StageFailed
+
+    config = settings.config
     _send_chatter_to(folder.path / "run.log")
-    planned = _say_what(settings, job, folder, fault)
     screen = Screen(console)
     tracking = Tracking(config.run.track, folder.path, json_ready(config))
+    interruption = Interruption(config.run.max_minutes, screen.notice)
+    pipeline = Pipeline(job.stages, folder, TokenTexts(job.tokenizer), job.saving(config.run), tracking, interruption)
+    since = None if choice is None else choice.checkpoint
+    if since is not None:
+        pipeline.cut_back(since)
+    planned = _say_what(settings, job, folder, fault, choice)
     evaluation: dict[str, Any] | None = None
     try:
-        for event in run_pipeline(job.stages, folder, TokenTexts(job.tokenizer), config.run.keep_every, tracking):
-            screen.show(event)
-            if isinstance(event, Finished) and event.stage.name == "evaluation":
-                evaluation = event.summary
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not tear the last lines
+        with interruption:
+            for event in pipeline.run(since):
+                screen.show(event)
+                if isinstance(event, Finished) and event.stage.name == "evaluation":
+                    evaluation = event.summary
+    except Interrupted as reason:
         screen.close()
-        folder.event("interrupted")
-        console.print(
-            f"stopped by Ctrl-C. What was written so far is in {folder.path}; "
-            "the model of the stage that was stopped is not saved.",
-            soft_wrap=True,
-        )
-        return INTERRUPTED
+        folder.event("interrupted", reason=str(reason))
+        console.print(f"stopped by {reason}. Nothing is lost; go on with: quartet run {folder.path} --resume", soft_wrap=True)
+        return RESUMABLE
     except (StageFailed, OSError) as error:
         screen.close()
         folder.event("failed", error=str(error))
@@ -208,7 +284,7 @@ def _run(settings: "Settings", fault: str | None) -> int:
     return 0
 
 
-def _say_what(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | None) -> "Plan":
+def _say_what(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | None, choice: "Choice | None") -> "Plan":
     """What will be run, what it takes, and what a person should know before."""
     from quartet.plan import in_words
     from quartet.plan import plan as make_plan
@@ -216,6 +292,12 @@ def _say_what(settings: "Settings", job: "Job", folder: "RunFolder", fault: str 
     console.print(_first_line(settings, folder.path), soft_wrap=True)
     planned = make_plan(settings.config)
     console.print(f"plan   {in_words(planned)}", soft_wrap=True)
+    if choice is not None:
+        since = choice.checkpoint
+        folder.event("resumed", checkpoint=since.name, accepted=list(choice.accepted), skipped=dict(choice.reasons()))
+        console.print(f"resume {since.name}, of {folder.path}", soft_wrap=True)
+        for sentence in choice.accepted:
+            console.print(f"note   {sentence}", style="yellow", soft_wrap=True)
     planted = [] if fault is None else [f"--break {fault}: this run has a mistake on purpose."]
     for note in [*planted, *job.notes]:
         folder.event("note", sentence=note)

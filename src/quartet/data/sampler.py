@@ -1,7 +1,7 @@
 """Which rows come next."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
 R = TypeVar("R")
@@ -33,7 +33,7 @@ class Sampler(Generic[R]):
     def state(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def load_state(self, state: Mapping[str, int]) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
 
     def _order(self) -> list[int]:

@@ -76,6 +76,12 @@ class Episodes:
     def load_weights(self, weights: Weights) -> None:
         self.turns.load_weights(weights)
 
+    def state(self) -> Any:
+        return self.turns.state()
+
+    def load_state(self, state: Any) -> None:
+        self.turns.load_state(state)
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
         episodes = [self._begun(p, group, n) for group, p in enumerate(prompts) for n in range(samples_per_prompt)]
         for number in range(1, self.max_turns + 1):

@@ -1,7 +1,7 @@
 """Generation in plain torch, by the very module that trains: its log-probs are the learner's up to rounding."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,13 @@ class NativeGenerator:
     def load_weights(self, weights: Weights) -> None:
         """The module is the learner's own: its weights are loaded already."""
         self.version = weights.version
+
+    def state(self) -> dict[str, Any]:
+        return {"rng": self.rng.get_state(), "version": self.version}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.rng.set_state(state["rng"])
+        self.version = state["version"]
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from quartet.experience import Prompt, Rollout
 from quartet.generation.sampling import Sampling
@@ -26,3 +26,10 @@ class Generator(Protocol):
     def load_weights(self, weights: Weights) -> None:
         """Sample from these weights from now on."""
         ...
+
+    def state(self) -> Any:
+        """What a later generator must know to sample what this one would: random numbers, and how often weights came. The
+        weights are not part of it."""
+        ...
+
+    def load_state(self, state: Any) -> None: ...

@@ -1,7 +1,6 @@
 """The fake: answers from a list. For tests of everything downstream of generation, and for replaying a dialogue."""
 
-from collections.abc import Iterable, Sequence
-from itertools import cycle
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from quartet.experience import Prompt, Rollout
@@ -13,19 +12,29 @@ class ScriptedGenerator:
     """Gives the answers in order, over and over, each ended by the end-of-sequence token where it fits the limit."""
 
     def __init__(self, answers: Iterable[str], tokenizer: Any) -> None:
-        self.answers = cycle(answers)
+        self.answers, self.given = tuple(answers), 0
         self.tokenizer = tokenizer
         self.version = 0
 
     def load_weights(self, weights: Weights) -> None:
         self.version = weights.version
 
+    def state(self) -> dict[str, int]:
+        return {"given": self.given, "version": self.version}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        self.given, self.version = state["given"], state["version"]
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
         return [
-            self._rollout(prompt, group, sample, next(self.answers), sampling.max_new_tokens)
+            self._rollout(prompt, group, sample, self._next(), sampling.max_new_tokens)
             for group, prompt in enumerate(prompts)
             for sample in range(samples_per_prompt)
         ]
+
+    def _next(self) -> str:
+        self.given += 1
+        return self.answers[(self.given - 1) % len(self.answers)]
 
     def _rollout(self, prompt: Prompt, group: int, sample: int, answer: str, limit: int) -> Rollout:
         ids = [*self.tokenizer.encode(answer, add_special_tokens=False), self.tokenizer.eos_token_id]

@@ -1,6 +1,6 @@
 """Learning from comparisons without a reward model: the DPO family, one loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +26,10 @@ class Source(Protocol):
 
     def next(self) -> list[Comparison]: ...
 
+    def state(self) -> Any: ...
+
+    def load_state(self, state: Any) -> None: ...
+
 
 class OnlinePairs:
     """Two responses of the policy to each prompt; the reward says which is better (Guo et al. 2024, with a reward model for a
@@ -35,6 +39,13 @@ class OnlinePairs:
         self, prompts: Sampler[Prompt], generator: Generator, sampling: Sampling, rewards: Sequence[Weighted], rounds: int = 10
     ) -> None:
         self.prompts, self.generator, self.sampling, self.rewards, self.rounds = prompts, generator, sampling, rewards, rounds
+
+    def state(self) -> dict[str, Any]:
+        return {"prompts": self.prompts.state(), "generator": self.generator.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.prompts.load_state(state["prompts"])
+        self.generator.load_state(state["generator"])
 
     def next(self) -> list[Comparison]:
         for _ in range(self.rounds):
@@ -62,9 +73,10 @@ def preference(
     optimizer: Optimizer,
     steps: int,
     micro_batch_tokens: int,
+    done: int = 0,
 ) -> Iterator[Progress]:
-    """Minimise the loss on batches of comparisons."""
-    for number in range(1, steps + 1):
+    """Minimise the loss on batches of comparisons; the first steps may be done already."""
+    for number in range(done + 1, steps + 1):
         lr, batch = optimizer.lr, comparisons.next()
         seen: list[Pairs] = []
         metrics = descend(_losses(model, reference, batch, loss, micro_batch_tokens, seen), {"policy": optimizer})

@@ -24,9 +24,10 @@ def reward_model(
     optimizer: Optimizer,
     steps: int,
     micro_batch_tokens: int,
+    done: int = 0,
 ) -> Iterator[Progress]:
-    """Minimise a Bradley–Terry loss on batches of comparisons."""
-    for number in range(1, steps + 1):
+    """Minimise a Bradley–Terry loss on batches of comparisons; the first steps may be done already."""
+    for number in range(done + 1, steps + 1):
         lr = optimizer.lr
         margins: list[Tensor] = []
         losses = _losses(model, comparisons.next(), loss, micro_batch_tokens, margins)

@@ -36,9 +36,10 @@ def rl(
     learner: Learner,
     algorithm: Algorithm,
     steps: int,
+    done: int = 0,
 ) -> Iterator[Step]:
-    """Generate and reward, score, estimate, update, publish, adapt; `steps` times."""
-    for number in range(1, steps + 1):
+    """Generate and reward, score, estimate, update, publish, adapt; until `steps` are done."""
+    for number in range(done + 1, steps + 1):
         clock = Clock()
         rollouts, unscored = collect(prompts, generator, sampling, samples_per_prompt, rewards, algorithm)
         clock.lap("rollouts")

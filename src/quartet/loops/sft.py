@@ -14,10 +14,15 @@ from quartet.training.optim import Optimizer
 
 
 def sft(
-    model: Any, demonstrations: Sampler[Demonstration], optimizer: Optimizer, steps: int, micro_batch_tokens: int
+    model: Any,
+    demonstrations: Sampler[Demonstration],
+    optimizer: Optimizer,
+    steps: int,
+    micro_batch_tokens: int,
+    done: int = 0,
 ) -> Iterator[Progress]:
-    """Minimise the mean negative log-probability of the answers' tokens."""
-    for number in range(1, steps + 1):
+    """Minimise the mean negative log-probability of the answers' tokens; the first steps may be done already."""
+    for number in range(done + 1, steps + 1):
         lr = optimizer.lr
         losses = imitation_losses(model, demonstrations.next(), micro_batch_tokens)
         yield Progress(number, {**descend(losses, {"policy": optimizer}), "lr": lr})

@@ -64,7 +64,9 @@ class Separate:
         return None if self.critic is None else self.critic.values(tokens, mask)
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        return list(trainable(self.actor))
+        """Without the critic's, which may be an adapter on the actor's trunk."""
+        critic = {id(p) for p in self.critic_parameters()}
+        return [p for p in trainable(self.actor) if id(p) not in critic]
 
     def critic_parameters(self) -> list[nn.Parameter]:
         return [] if self.critic is None else list(trainable(self.critic))

@@ -1,5 +1,6 @@
 """The run folder: everything a run leaves behind, in formats that anybody reads."""
 
+import hashlib
 import json
 import os
 import platform
@@ -9,9 +10,9 @@ import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from quartet import __version__
+from quartet import __version__, durable
 from quartet.observability.tokens import TokenTexts, rollout_table, write_tokens
 
 if TYPE_CHECKING:
@@ -44,12 +45,23 @@ class Keeping:
         return (step - 1) % self.every == 0 or (settled and extreme)
 
 
+class InUse(OSError):
+    """A run folder that another process is writing."""
+
+
 class RunFolder:
-    """One folder under `runs/`. events.jsonl has one writer, this; every line is complete when it is written."""
+    """One folder under `runs/`. events.jsonl has one writer, this; every line is complete when it is written. The file is
+    locked while it is open: a second process that wants to write it raises `InUse`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._events = (path / "events.jsonl").open("a", encoding="utf-8")
+        self._events = (path / "events.jsonl").open("ab")
+        lock(self._events, path)
+        self._digest = hashlib.sha256()
+        self._hashed = 0
+        """How many bytes of events.jsonl are in the digest."""
+        self._written: list[Path] = []
+        """What is not yet known to be on the disk."""
 
     @classmethod
     def create(cls, root: Path, name: str, files: Mapping[str, str]) -> "RunFolder":
@@ -71,15 +83,60 @@ class RunFolder:
     def event(self, kind: str, stage: str | None = None, step: int | None = None, **fields: Any) -> None:
         """Append one line to events.jsonl. Times are apart from metrics, so that the metrics of two runs can be compared."""
         line = {"time": round(time.time(), 3), "event": kind, "stage": stage, "step": step, **fields}
-        self._events.write(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False) + "\n")
+        text = json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False) + "\n"
+        self._events.write(text.encode())
         self._events.flush()
 
     def write_rollouts(self, step: "Step", texts: TokenTexts) -> Path:
         """`rollouts/000031.parquet`: a row per token of every prompt and response of the step."""
-        return write_tokens(rollout_table(step, texts), self.path / "rollouts" / f"{step.number:06d}.parquet")
+        path = write_tokens(rollout_table(step, texts), self.path / "rollouts" / f"{step.number:06d}.parquet")
+        self._written.append(path)
+        return path
+
+    def sync(self) -> dict[str, Any]:
+        """All of the record is on the disk; size and SHA-256 of events.jsonl as it is now."""
+        os.fsync(self._events.fileno())
+        for path in (*self._written, *{p.parent for p in self._written}, self.path):
+            durable.sync(path)
+        self._written = []
+        with (self.path / "events.jsonl").open("rb") as file:
+            file.seek(self._hashed)
+            new = file.read()
+        self._digest.update(new)
+        self._hashed += len(new)
+        return {"size": self._hashed, "sha256": self._digest.hexdigest()}
+
+    def cut_back(self, size: int, last_rollouts: int | None) -> None:
+        """To what there was when a checkpoint was written: so many bytes of events.jsonl, and no rollouts or probes of later
+        steps than this one (None: all stay)."""
+        os.ftruncate(self._events.fileno(), min(size, os.fstat(self._events.fileno()).st_size))
+        self._digest, self._hashed = hashlib.sha256(), 0
+        for kind in ("rollouts", "probes"):
+            for file in (self.path / kind).glob("*.parquet"):
+                if last_rollouts is not None and file.stem.isdigit() and int(file.stem) > last_rollouts:
+                    file.unlink()
+
+    def metrics_of(self, stage: str) -> list[dict[str, Any]]:
+        """The events with metrics of a stage, as far as the record goes."""
+        with (self.path / "events.jsonl").open(encoding="utf-8") as lines:
+            found = [json.loads(line) for line in lines if '"metrics"' in line]
+        return [event for event in found if event["event"] == "metrics" and event["stage"] == stage]
 
     def close(self) -> None:
         self._events.close()
+
+
+def lock(file: IO[bytes], path: Path) -> None:
+    """Until the file is closed or the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise InUse(f"{path}: another process is writing this run. Wait for it, or stop it.") from None
 
 
 def point_latest(root: Path, path: Path) -> None:

@@ -13,7 +13,8 @@ from rich.text import Text
 from quartet.algorithms.preference import PREFERENCES
 
 if TYPE_CHECKING:
-    from quartet.pipeline import Event, Stage
+    from quartet.pipeline import Event
+    from quartet.stages import Stage
 
 BAR_WIDTH = 10
 PLAIN_SECONDS = 5.0
@@ -64,6 +65,10 @@ class Screen:
     def show(self, event: "Event") -> None:
         getattr(self, f"_{type(event).__name__.lower()}")(event)
 
+    def notice(self, reason: str) -> None:
+        """A signal was heard where it has to wait a little."""
+        self.console.print(f"     {reason}: the update is finished and saved first. Once more stops at once.", soft_wrap=True)
+
     def close(self) -> None:
         """Leave what is on screen as it is; nothing more comes."""
         if self.live is not None:
@@ -75,7 +80,7 @@ class Screen:
         return self.line.render(max(0, min(62, self.console.width - 48)) if self.console.is_terminal else 62)
 
     def _started(self, event: Any) -> None:
-        self.line = _Line(f"{event.number}/{event.of} {event.stage.title}", event.stage, time.monotonic())
+        self.line = _Line(f"{event.number}/{event.of} {event.stage.title}", event.stage, time.monotonic(), event.done)
         self.printed = time.monotonic()
         if self.console.is_terminal:
             self.live = Live(self._render(), console=self.console, refresh_per_second=8, transient=True)

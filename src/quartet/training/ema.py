@@ -1,6 +1,7 @@
 """An average of the actor over its past."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ class Ema:
         for name, p in model.named_parameters():
             if name in self.average:
                 self.average[name].lerp_(p.float(), 1 - self.decay)
+
+    def state(self) -> dict[str, Any]:
+        return self.average
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for name, average in self.average.items():
+            average.copy_(state[name])
 
     @torch.no_grad()
     def model(self, like: Any) -> Any:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from quartet.models.actor_critic import ActorCritic
 from quartet.models.language_model import policy_logprobs
 from quartet.models.padding import PAD, micro_batches, response_mask, right_pad, spread
 from quartet.tensors import Bool, Float, Tensor
+from quartet.training.checkpoint import python_random
 from quartet.training.descend import check_finite, descend
 from quartet.training.ema import Ema
 from quartet.training.imitation import imitation_losses
@@ -82,6 +83,26 @@ class Learner:
 
     def weights(self) -> Weights:
         return Weights(self.version, self.models.actor.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "optimizers": {name: optimizer.state() for name, optimizer in self.optimizers.items()},
+            "ema": None if self.ema is None else self.ema.state(),
+            "rng": self.rng.getstate(),
+            "version": self.version,
+            "sampler_agrees": self.sampler_agrees,
+            "pretraining": None if self.pretraining is None else self.pretraining.state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state(state["optimizers"][name])
+        if self.ema is not None:
+            self.ema.load_state(state["ema"])
+        if self.pretraining is not None:
+            self.pretraining.load_state(state["pretraining"])
+        self.rng.setstate(python_random(state["rng"]))
+        self.version, self.sampler_agrees = state["version"], state["sampler_agrees"]
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], algorithm: Algorithm) -> Batch:

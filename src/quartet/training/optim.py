@@ -1,7 +1,7 @@
 """Optimizers and their schedules."""
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from quartet.parts import Field, part
 from quartet.tensors import Tensor, torch
@@ -49,12 +49,37 @@ class Optimizer:
     def step(self) -> None:
         for group in self.adam.param_groups:
             group["lr"] = self.lr
+        self.steps += 1  # before the weights change: whoever asks in between learns that they do
         self.adam.step()
-        self.steps += 1
         self.zero_grad()
 
     def zero_grad(self) -> None:
         self.adam.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """The parameters themselves, how often they were stepped, and Adam's moments of each."""
+        return {
+            "parameters": self.parameters,
+            "moments": [dict(self.adam.state[p]) for p in self.parameters],
+            "steps": self.steps,
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        if len(state["parameters"]) != len(self.parameters):
+            raise ValueError(f"{len(state['parameters'])} parameters were saved, and {len(self.parameters)} are trained now")
+        for mine, saved, moments in zip(self.parameters, state["parameters"], state["moments"], strict=True):
+            if mine.shape != saved.shape:
+                raise ValueError(f"a parameter of shape {list(saved.shape)} was saved, and has shape {list(mine.shape)} now")
+            mine.copy_(saved)
+            if moments:  # those that no gradient ever reached have none
+                self.adam.state[mine] = {name: tensor.to(tensor_device(name, mine)) for name, tensor in moments.items()}
+        self.steps = state["steps"]
+
+
+def tensor_device(name: str, parameter: Tensor) -> torch.device:
+    """Adam counts its steps on the CPU."""
+    return torch.device("cpu") if name == "step" else parameter.device
 
 
 @part

@@ -1,0 +1,387 @@
+"""The stages: each reads the folders that earlier ones wrote, and writes its own."""
+
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from pydantic import TypeAdapter
+
+from quartet import durable
+from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.preference import Dpo, Ipo, Kto, LastTokenLoss, Orpo, PerTokenLoss, Simpo
+from quartet.data.records import Comparison, Demonstration
+from quartet.data.sampler import Sampler
+from quartet.evaluation.best_of_n import BestOf, best_of_n
+from quartet.evaluation.compare import Gold, compare
+from quartet.experience import Prompt, Rollout
+from quartet.generation.native import NativeGenerator
+from quartet.generation.protocol import Generator as Generates
+from quartet.generation.sampling import Sampling
+from quartet.loops.preference import Source, held_out_preference, preference
+from quartet.loops.progress import Progress
+from quartet.loops.reward_model import accuracy_of, pair_accuracy, pair_scores, reward_model
+from quartet.loops.rl import Step, rl
+from quartet.loops.sft import held_out_loss, sft
+from quartet.models.adapters import reference_of
+from quartet.models.heads import ScalarModel
+from quartet.models.language_model import policy_logprobs, save, stop_ids
+from quartet.observability.tokens import TokenTexts, probe_table, write_pairs, write_tokens
+from quartet.rewards.protocol import Weighted, rewarded
+from quartet.rewards.reward_model import ModelReward
+from quartet.training.checkpoint import Stateful, Tree
+from quartet.training.learner import Learner, collate
+from quartet.training.optim import Optimizer
+
+BEST_OF_ANSWERS = 512
+"""How many answers the best-of-n curve is drawn from in all: as many at once as the evaluation itself has by default."""
+PROBED_TIMES = 20
+"""How often an RL stage looks at its probes."""
+
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage that has begun: its models are loaded."""
+
+    steps: Callable[[int], Iterator[Progress]]
+    """The steps that come after so many."""
+    finish: Callable[[], Summary]
+    """Leave the results in the run folder; say what came out."""
+    players: Mapping[str, Stateful] = field(default_factory=dict)
+    """All that changes from step to step."""
+    optimizers: Sequence[Optimizer] = ()
+
+    def state(self) -> Tree:
+        """What a checkpoint holds. Its tensors are the live ones: good until the next step changes them."""
+        return {name: player.state() for name, player in self.players.items()}
+
+    def load_state(self, state: Tree) -> None:
+        for name, player in self.players.items():
+            player.load_state(state[name])
+
+    def moves(self) -> int:
+        """How often an optimizer has stepped: between two equal counts no weight has changed."""
+        return sum(optimizer.steps for optimizer in self.optimizers)
+
+
+@runtime_checkable
+class Stage(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def title(self) -> str:
+        """The name as a person reads it."""
+        ...
+
+    @property
+    def num_steps(self) -> int: ...
+
+    def begin(self, folder: Path) -> Work:
+        """Load the models; nothing has been learnt yet."""
+        ...
+
+
+@dataclass(frozen=True)
+class SftStage:
+    """Writes `sft/`."""
+
+    demonstrations: Sequence[Demonstration]
+    held_out: Sequence[Demonstration]
+    tokenizer: Any
+    load_policy: Callable[[Path], Any]
+    optimizer: Callable[[Any], Optimizer]
+    num_steps: int
+    batch_size: int
+    micro_batch_tokens: int
+    seed: int
+    name: str = "sft"
+    title: str = "sft"
+
+    def begin(self, folder: Path) -> Work:
+        model = self.load_policy(folder)
+        before = held_out_loss(model, self.held_out, self.micro_batch_tokens)
+        sampler, optimizer = Sampler(self.demonstrations, self.batch_size, self.seed), self.optimizer(model)
+
+        def steps(done: int) -> Iterator[Progress]:
+            return sft(model, sampler, optimizer, self.num_steps, self.micro_batch_tokens, done)
+
+        def finish() -> Summary:
+            save(model, self.tokenizer, folder / "sft")
+            after = held_out_loss(model, self.held_out, self.micro_batch_tokens)
+            return {"held_out_loss_before": before, "held_out_loss": after}
+
+        return Work(steps, finish, {"optimizer": optimizer, "sampler": sampler}, [optimizer])
+
+
+@dataclass(frozen=True)
+class RewardModelStage:
+    """Writes `reward_model/` and, of the held-out pairs, `evaluation/pairs.parquet`. Its scores are centred: the policy that RL
+    starts from scores 0 on average."""
+
+    comparisons: Sequence[Comparison]
+    held_out: Sequence[Comparison]
+    ceiling: float | None
+    """The accuracy of a judge who knows the gold reward, where there is one: labels are noisy."""
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    tokenizer: Any
+    load_policy: Callable[[Path], Any]
+    make_model: Callable[[Any], ScalarModel]
+    loss: LastTokenLoss | PerTokenLoss
+    optimizer: Callable[[Any], Optimizer]
+    num_steps: int
+    batch_size: int
+    micro_batch_tokens: int
+    seed: int
+    name: str = "reward_model"
+    title: str = "reward model"
+
+    def begin(self, folder: Path) -> Work:
+        policy = self.load_policy(folder)
+        model = self.make_model(policy)
+        before = pair_accuracy(model, self.held_out, self.micro_batch_tokens)
+        sampler, optimizer = Sampler(self.comparisons, self.batch_size, self.seed), self.optimizer(model)
+
+        def steps(done: int) -> Iterator[Progress]:
+            return reward_model(model, sampler, self.loss, optimizer, self.num_steps, self.micro_batch_tokens, done)
+
+        def finish() -> Summary:
+            judged = pair_scores(model, self.held_out, self.micro_batch_tokens)
+            accuracy = accuracy_of(judged[:, 0] - judged[:, 1])
+            generator = NativeGenerator(policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.seed)
+            scores = ModelReward(model, self.micro_batch_tokens).score(generator.generate(self.prompts, self.sampling))
+            mean = statistics.fmean(score for score in scores if score is not None)
+            model.centre += mean
+            model.save(folder / "reward_model", self.tokenizer)
+            write_pairs(folder / "evaluation" / "pairs.parquet", self.held_out, judged - mean, self.tokenizer)
+            summary = {"held_out_accuracy_before": before, "held_out_accuracy": accuracy, "centre": model.centre}
+            return summary | ({} if self.ceiling is None else {"ceiling": self.ceiling})
+
+        return Work(steps, finish, {"optimizer": optimizer, "sampler": sampler}, [optimizer])
+
+
+@dataclass(frozen=True)
+class PreferenceStage:
+    """Writes `policy/`, learnt from comparisons of a file or, where `online` makes them, of its own."""
+
+    name: str
+    comparisons: Sequence[Comparison]
+    held_out: Sequence[Comparison]
+    online: Callable[[Path, Any], Source] | None
+    tokenizer: Any
+    load_policy: Callable[[Path], Any]
+    loss: Dpo | Ipo | Kto | Orpo | Simpo
+    optimizer: Callable[[Any], Optimizer]
+    num_steps: int
+    batch_size: int
+    micro_batch_tokens: int
+    seed: int
+
+    @property
+    def title(self) -> str:
+        return self.name.replace("_", " ")
+
+    def begin(self, folder: Path) -> Work:
+        model = self.load_policy(folder)
+        reference = reference_of(model) if self.loss.needs_reference else None
+        source = self.online(folder, model) if self.online else Sampler(self.comparisons, self.batch_size, self.seed)
+        optimizer = self.optimizer(model)
+
+        def steps(done: int) -> Iterator[Progress]:
+            return preference(model, reference, source, self.loss, optimizer, self.num_steps, self.micro_batch_tokens, done)
+
+        def finish() -> Summary:
+            save(model, self.tokenizer, folder / "policy")
+            if not self.held_out:
+                return {}
+            after = held_out_preference(model, reference, self.held_out, self.loss, self.micro_batch_tokens)
+            return {f"held_out_{name}": value for name, value in after.items()}
+
+        return Work(steps, finish, {"optimizer": optimizer, "source": source}, [optimizer])
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who plays in an RL stage."""
+
+    learner: Learner
+    generator: Generates
+    rewards: Sequence[Weighted]
+    probes: Sequence[Rollout] = ()
+    """Answers of the policy that the stage starts with, to be looked at again as it learns."""
+
+
+class Adapting:
+    """The algorithm as it is after the last step: its coefficients follow what was measured."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self.now = algorithm
+
+    def state(self) -> Tree:
+        return dataclasses.asdict(self.now)
+
+    def load_state(self, state: Tree) -> None:
+        self.now = TypeAdapter(Algorithm).validate_python(state)
+
+
+@dataclass(frozen=True)
+class RLStage:
+    """Writes `policy/`, `critic/` where there is one, `policy_ema/` where an average is kept, and `probes/`: what the models
+    say of the same few answers, as the stage goes on."""
+
+    name: str
+    prompts: Sequence[Prompt]
+    tokenizer: Any
+    cast: Callable[[Path], Cast]
+    algorithm: Algorithm
+    sampling: Sampling
+    samples_per_prompt: int
+    prompts_per_step: int
+    num_steps: int
+    seed: int
+
+    @property
+    def title(self) -> str:
+        return self.name
+
+    def begin(self, folder: Path) -> Work:
+        cast, algorithm, texts = self.cast(folder), Adapting(self.algorithm), TokenTexts(self.tokenizer)
+        prompts = Sampler(self.prompts, self.prompts_per_step, self.seed)
+
+        def probe(number: int) -> None:
+            if cast.probes:
+                table = probe_table(number, cast.learner, cast.probes, algorithm.now, texts)
+                write_tokens(table, folder / "probes" / f"{number:06d}.parquet")
+
+        def steps(done: int) -> Iterator[Step]:
+            if done == 0:
+                probe(0)
+            for step in rl(
+                prompts,
+                cast.generator,
+                self.sampling,
+                self.samples_per_prompt,
+                cast.rewards,
+                cast.learner,
+                algorithm.now,
+                self.num_steps,
+                done,
+            ):
+                algorithm.now = step.algorithm
+                if step.number % math.ceil(self.num_steps / PROBED_TIMES) == 0 or step.number == self.num_steps:
+                    probe(step.number)
+                yield step
+
+        def finish() -> Summary:
+            learner = cast.learner
+            save(learner.models.actor, self.tokenizer, folder / "policy")
+            learner.models.save_critic(folder / "critic", self.tokenizer)
+            if learner.ema is not None:
+                save(learner.ema.model(learner.models.actor), self.tokenizer, folder / "policy_ema")
+            return {}
+
+        players: dict[str, Stateful] = {
+            "learner": cast.learner,
+            "generator": cast.generator,
+            "prompts": prompts,
+            "algorithm": algorithm,
+        }
+        return Work(steps, finish, players, list(cast.learner.optimizers.values()))
+
+
+@dataclass(frozen=True)
+class EvaluationStage:
+    """Writes `evaluation/final.json`: the policy against the one it started from, on held-out prompts; `answers.jsonl`, what
+    both answered; and `best_of_n.json`, what the first would have answered at its best."""
+
+    prompts: Sequence[Prompt]
+    tokenizer: Any
+    load_before: Callable[[Path], Any]
+    load_after: Callable[[Path], Any]
+    rewards: Callable[[Path], Sequence[Weighted]]
+    gold: Gold | None
+    sampling: Sampling
+    micro_batch_tokens: int
+    generator: Callable[[Any], Generates]
+    best_of: int = 0
+    num_steps: int = 2
+    name: str = field(default="evaluation")
+    title: str = field(default="evaluation")
+
+    def begin(self, folder: Path) -> Work:
+        before, after, rewards = self.load_before(folder), self.load_after(folder), self.rewards(folder)
+        answered: list[list[Rollout]] = []
+
+        def steps(done: int) -> Iterator[Progress]:
+            for number, model in enumerate((before, after)[done:], done + 1):
+                answered.append(rewarded(self._answers(model), rewards))
+                yield Progress(number, {})
+
+        def finish() -> Summary:
+            old, new = answered
+            kl = self._kl(before, after, new)
+            summary = dataclasses.asdict(compare(old, new, kl, self.gold))
+            if not any(w.weight for w in rewards):  # comparisons were learnt from, no reward was
+                del summary["before"]["reward"], summary["after"]["reward"]
+            (folder / "evaluation").mkdir(exist_ok=True)
+            _write_json(folder / "evaluation" / "final.json", summary)
+            best = [dataclasses.asdict(b) for b in self._best_of(before, rewards)]
+            _write_json(folder / "evaluation" / "best_of_n.json", best)
+            pairs = [json.dumps(_pair(*row), ensure_ascii=False) + "\n" for row in zip(old, new, kl, strict=True)]
+            durable.replace(folder / "evaluation" / "answers.jsonl", "".join(pairs))
+            return summary
+
+        return Work(steps, finish)
+
+    def _best_of(self, model: Any, rewards: Sequence[Weighted]) -> list[BestOf]:
+        """Empty where nothing was rewarded, or too few answers have a score."""
+        if self.best_of < 2 or not any(w.weight for w in rewards):
+            return []
+        prompts = self.prompts[: max(1, BEST_OF_ANSWERS // self.best_of)]
+        made = rewarded(self.generator(model).generate(prompts, self.sampling, self.best_of), rewards)
+        by_prompt = [list(group) for _, group in itertools.groupby(made, key=lambda r: r.group)]
+        whole = [group for group in by_prompt if all(r.score is not None for r in group)]
+        if not whole:
+            return []
+        gold = None if self.gold is None else [[self.gold(r.prompt.text, r.response) for r in group] for group in whole]
+        return best_of_n([[r.score or 0.0 for r in group] for group in whole], gold)
+
+    def _answers(self, model: Any) -> list[Rollout]:
+        return self.generator(model).generate(self.prompts, self.sampling)
+
+    def _kl(self, before: Any, after: Any, rollouts: Sequence[Rollout]) -> list[float]:
+        batch = collate(rollouts, after.device)
+        new, old = (
+            policy_logprobs(
+                model,
+                batch.tokens,
+                batch.lengths,
+                batch.response_mask,
+                self.sampling.temperature,
+                self.micro_batch_tokens,
+            )
+            for model in (after, before)
+        )
+        differences: list[float] = (new - old).sum(dim=1).tolist()
+        return differences
+
+
+def _pair(first: Rollout, last: Rollout, kl: float) -> dict[str, Any]:
+    """A line of `evaluation/answers.jsonl`."""
+    sides = {
+        side: {"response": r.response, "score": r.score, "components": dict(r.components), "tokens": len(r.response_ids)}
+        for side, r in (("before", first), ("after", last))
+    }
+    return {"id": first.prompt.id, "prompt": first.prompt.text, "kl": kl, **sides}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    durable.replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,211 @@
+"""Checkpoints: everything that a stage changes as it goes on, in folders that are whole or not there.
+
+A state is a tree of dictionaries and lists with tensors, numbers and texts for leaves. On disk it is two files, safetensors
+and JSON; a third, written last, has their sizes and SHA-256. The folder gets its name when all three are on the disk.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from quartet.durable import difference, fingerprints, move, read_json, remove_folder, sync, write
+from quartet.tensors import Tensor
+from quartet.training.descend import NonFinite
+
+Tree = Any
+"""Dictionaries by name and lists of trees; tensors, numbers, texts, truth values and None."""
+
+STATE, TENSORS, MANIFEST = "state.json", "state.safetensors", "manifest.json"
+FORMAT = 1
+TENSOR = "$tensor"
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    def state(self) -> Tree:
+        """What it is now. Tensors in it may be the live ones: they are read before anything goes on."""
+        ...
+
+    def load_state(self, state: Tree) -> None: ...
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not what was written; the message says in what."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is as it was written."""
+
+    path: Path
+    facts: Mapping[str, Any]
+    """What it is a checkpoint of."""
+    tree: Tree
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def state(self) -> Tree:
+        tensors = load_file(self.path / TENSORS) if (self.path / TENSORS).is_file() else {}
+        return joined(self.tree, tensors)
+
+
+def write_checkpoint(folder: Path, state: Tree, facts: Mapping[str, Any]) -> Path:
+    """A new folder. Raises `NonFinite` where a number of the state is not finite: what cannot go on is not kept."""
+    beside = folder.with_name(f".{folder.name}.tmp")
+    if beside.exists():
+        shutil.rmtree(beside)
+    beside.mkdir(parents=True)
+    tree, tensors = parted(state)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NonFinite(f"the checkpoint's {name}")
+    if tensors:
+        save_file(tensors, beside / TENSORS)
+        sync(beside / TENSORS)
+    write(beside / STATE, json.dumps({"facts": facts, "state": tree}))
+    manifest = {"format": FORMAT, "files": fingerprints(beside, beside)}
+    write(beside / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    sync(beside)
+    if folder.exists():  # what is left of an earlier attempt at this step
+        remove_folder(folder)
+    move(beside, folder)
+    return folder
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Verified byte by byte; raises `Damaged`."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        if manifest["format"] != FORMAT:
+            raise Damaged(f"is of format {manifest['format']}, this Quartet reads format {FORMAT}")
+        if wrong := difference(folder, manifest["files"]):
+            raise Damaged(wrong)
+        inner = read_json(folder / STATE)
+        return Checkpoint(folder, inner["facts"], inner["state"])
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename).name} is missing") from None
+    except OSError as error:
+        raise Damaged(f"cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise Damaged("its manifest cannot be read") from None
+
+
+def parted(state: Tree) -> tuple[Any, dict[str, Tensor]]:
+    """The state with a name in the place of each tensor, and the tensors by name."""
+    tensors: dict[str, Tensor] = {}
+
+    def name_tensors(tree: Tree, path: str) -> Any:
+        if isinstance(tree, torch.Tensor):
+            tensors[path] = tree.detach().contiguous()
+            return {TENSOR: path}
+        if isinstance(tree, Mapping):
+            return {key: name_tensors(value, f"{path}/{key}" if path else str(key)) for key, value in tree.items()}
+        if isinstance(tree, list | tuple):
+            return [name_tensors(value, f"{path}/{i}") for i, value in enumerate(tree)]
+        return tree
+
+    return name_tensors(state, ""), tensors
+
+
+def joined(tree: Any, tensors: Mapping[str, Tensor]) -> Tree:
+    """The state again."""
+    if isinstance(tree, dict):
+        if set(tree) == {TENSOR}:
+            return tensors[tree[TENSOR]]
+        return {key: joined(value, tensors) for key, value in tree.items()}
+    return [joined(value, tensors) for value in tree] if isinstance(tree, list) else tree
+
+
+class Checkpoints:
+    """The checkpoints of a run: `checkpoints/ppo-000060`. Those of step 0 hold no weights, only the place where a stage
+    begins; they are all kept."""
+
+    def __init__(self, folder: Path, stages: Mapping[str, int], keep_last: int = 2, keep_best: bool = False) -> None:
+        """`stages`: their names, and their places in the order in which they run."""
+        self.folder, self.stages, self.keep_last, self.keep_best = folder, stages, keep_last, keep_best
+
+    def write(self, stage: str, step: int, state: Tree, facts: Mapping[str, Any]) -> Path:
+        """Older ones go only when this one is safe."""
+        written = write_checkpoint(self.folder / f"{stage}-{step:06d}", state, {"stage": stage, "step": step, **facts})
+        if step:
+            for folder in self.superfluous():
+                remove_folder(folder)
+        return written
+
+    def superfluous(self) -> list[Path]:
+        """All with weights but the last, and the best."""
+        full = [path for path in self.newest_first() if not path.name.endswith("-000000")]
+        best = max(full, key=_merit, default=None) if self.keep_best else None
+        return [path for path in full[self.keep_last :] if path != best]
+
+    def newest_first(self) -> list[Path]:
+        there = [(self._place(path.name), path) for path in self.folder.glob("*-[0-9]*") if path.is_dir()]
+        known = [(place, path) for place, path in there if place is not None]
+        return [path for _, path in sorted(known, reverse=True)]
+
+    def usable(self, fits: Callable[[Checkpoint], str | None]) -> Iterator[tuple[Path, Checkpoint | str]]:
+        """The newest first: each, or what is wrong with it. `fits`: what else may be wrong."""
+        for path in self.newest_first():
+            try:
+                found = read_checkpoint(path)
+            except Damaged as damage:
+                yield path, str(damage)
+                continue
+            yield path, fits(found) or found
+
+    def _place(self, name: str) -> tuple[int, int] | None:
+        stage, _, step = name.rpartition("-")
+        return (self.stages[stage], int(step)) if stage in self.stages and step.isdigit() else None
+
+
+def _merit(folder: Path) -> float:
+    """How good the stage was there, as far as it can be read."""
+    try:
+        merit = read_json(folder / STATE)["facts"]["merit"]
+    except (OSError, ValueError, KeyError, TypeError):
+        merit = None
+    return -float("inf") if merit is None else float(merit)
+
+
+class GlobalRandom:
+    """The random numbers that nobody owns: a person's environment may draw them."""
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+
+    def state(self) -> Tree:
+        kind, keys, position, has_gauss, gauss = np.random.get_state()
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "python": random.getstate(),
+            "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        }
+
+    def load_state(self, state: Tree) -> None:
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        random.setstate(python_random(state["python"]))
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+def python_random(state: Tree) -> tuple[Any, ...]:
+    """What `random.setstate` takes, from what JSON made of `random.getstate`."""
+    version, keys, gauss = state
+    return version, tuple(keys), gauss

@@ -1,0 +1,243 @@
+"""Runs that are killed and resumed, in processes forked from one that has loaded everything: `python -m tests.killing`.
+
+    instants SCENARIO TRIALS SEED    kill −9 whole runs at random instants
+    mutations                        kill −9 the writing of a checkpoint at each change that it makes to the file system
+
+Prints JSON.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+
+import quartet.build
+import quartet.studio.report  # noqa: F401  loaded once, before forks
+from quartet import durable
+from quartet.cli import main
+from quartet.training import checkpoint
+from quartet.training.checkpoint import Checkpoints
+from tests.tiny_run import SMALL, SMALL_REVIEWS
+
+STEPS = ["run.steps=6", "run.checkpoint_every=2"]
+MINIBATCHES = ["optim.epochs=2", "optim.minibatches=2"]
+ADAPTIVE = ["algorithm.kl.controller.type=adaptive", "algorithm.kl.controller.target=0.5"]
+REVIEWS = ["reviews", *SMALL_REVIEWS, "sft.steps=5", "reward_model.steps=5", *STEPS, *MINIBATCHES]
+SCENARIOS: dict[str, list[str]] = {
+    "ppo": [*REVIEWS, *ADAPTIVE],
+    "shared": [*REVIEWS, "critic.type=shared", "optim.ema=0.9"],
+    "lora": [*REVIEWS, 'policy.adapter={type="lora", rank=2}'],
+    "grpo": ["sums", *SMALL, "policy.create.max_length=32", "sft.steps=5", *STEPS, *MINIBATCHES],
+    "dpo": ["file.toml", "sft.steps=3", "run.checkpoint_every=2"],
+}
+DPO = """recipe = ["sft", "online_dpo", "evaluation"]
+[data]
+world = "reviews"
+max_response_tokens = 64
+rows = 64
+[policy]
+create = { type = "llama", max_length = 128, hidden_size = 16, num_layers = 1, num_heads = 2 }
+[[reward]]
+type = "gold"
+[rollout]
+max_new_tokens = 8
+[preference]
+steps = 6
+batch_size = 8
+[sft]
+batch_size = 8
+[evaluation]
+prompts = 8
+"""
+
+
+def forked(work: Callable[[], None]) -> int:
+    """The process id of a child that does it, silently."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            work()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def ended(child: int) -> int:
+    """What the child returned; negative for the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run_in(folder: Path, words: list[str]) -> Callable[[], None]:
+    def work() -> None:
+        os.chdir(folder)
+        Path("file.toml").write_text(DPO)
+        sys.argv = ["quartet", "run", *words, "run.name=x"]
+        main()
+
+    return work
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """What two runs must have in common to the bit: weights, optimizers, coefficients, random numbers, metrics, rollouts."""
+    run = next(p for p in (folder / "runs").iterdir() if not p.is_symlink())
+    found = {}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.suffix == ".safetensors" or name in {"evaluation/final.json", "evaluation/answers.jsonl"}:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path.suffix == ".parquet":
+            found[name] = hashlib.sha256(repr(pq.read_table(path).to_pydict()).encode()).hexdigest()
+        elif name.startswith("checkpoints") and path.name == "state.json":
+            found[name] = hashlib.sha256(json.dumps(durable.read_json(path)["state"]).encode()).hexdigest()
+    lines = (json.loads(line) for line in (run / "events.jsonl").read_text().splitlines())
+    kept = [{k: e.get(k) for k in ("event", "stage", "step", "metrics", "summary", "rule")} for e in lines]
+    ours = [e for e in kept if e["event"] in {"metrics", "started", "finished", "warning", "done"}]
+    return found | {"events": json.dumps(ours)}
+
+
+def instants(scenario: str, trials: int, seed: int) -> dict[str, object]:
+    """Each trial: a run, killed at up to three random instants and resumed after each, against one that was left alone."""
+    words, rng = SCENARIOS[scenario], random.Random(f"{scenario}/{seed}")
+    root = Path(tempfile.mkdtemp())
+    alone = root / "alone"
+    alone.mkdir()
+    began = time.monotonic()
+    assert ended(forked(run_in(alone, words))) == 0
+    length, expected = time.monotonic() - began, digest(alone)
+    kills, wrong = 0, []
+    for trial in range(trials):
+        folder = root / str(trial)
+        folder.mkdir()
+        times = [rng.uniform(0, length) for _ in range(rng.choice([1, 1, 2, 3]))]
+        for number, after in enumerate([*times, None]):
+            child = forked(run_in(folder, [*words, *(["--resume"] if number else [])]))
+            if after is not None:
+                time.sleep(after)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            code = ended(child)
+            kills += code == -signal.SIGKILL
+            if code not in ({0} if after is None else {0, -signal.SIGKILL}):
+                wrong.append({"trial": trial, "code": code})
+        found = digest(folder)
+        if different := [k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)]:
+            wrong.append({"trial": trial, "times": times, "different": different})
+        else:
+            shutil.rmtree(folder)
+    return {
+        "scenario": scenario,
+        "trials": trials,
+        "kills": kills,
+        "seconds": round(length, 1),
+        "wrong": wrong,
+        "root": str(root),
+    }
+
+
+class Shim:
+    """Counts the changes that are made to the file system, and does something at one of them."""
+
+    def __init__(self, at: int, how: str) -> None:
+        self.at, self.how, self.count = at, how, 0
+        for name in ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir"):
+            setattr(os, name, self.watched(getattr(os, name)))
+        for module, name in ((checkpoint, "write"), (durable, "write"), (checkpoint, "save_file")):
+            setattr(module, name, self.torn(getattr(module, name), 1 if name == "save_file" else 0))
+
+    def watched(self, change: Callable) -> Callable:
+        def wrapper(*arguments, **named):
+            self.hit(lambda: None)
+            return change(*arguments, **named)
+
+        return wrapper
+
+    def torn(self, write: Callable, path_at: int) -> Callable:
+        """Half of the file is there when the process dies."""
+
+        def wrapper(*arguments, **named):
+            def half() -> None:
+                write(*arguments, **named)
+                path = Path(arguments[path_at])
+                os.truncate(path, path.stat().st_size // 2)
+
+            self.hit(half)
+            return write(*arguments, **named)
+
+        return wrapper
+
+    def hit(self, half: Callable[[], None]) -> None:
+        self.count += 1
+        if self.count != self.at:
+            return
+        if self.how == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if self.how == "torn":
+            self.at = 0
+            half()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def mutations() -> dict[str, object]:
+    """Three checkpoints are safe, the fourth is written and the second goes: at each change, what is the newest then?"""
+    states = [{"w": torch.arange(1000.0) + i, "n": i} for i in range(5)]
+    counts, wrong = {}, []
+    for how in ("plain", "torn", "full"):
+        for at in range(1, 10**6):
+            root = Path(tempfile.mkdtemp())
+            made = Checkpoints(root, {"ppo": 0})
+            for i in (1, 2, 3):
+                made.write("ppo", i, states[i], {"i": i})
+
+            def fourth(root: Path = root, at: int = at, how: str = how) -> None:
+                Shim(at, how)
+                try:
+                    Checkpoints(root, {"ppo": 0}).write("ppo", 4, states[4], {"i": 4})
+                except OSError as error:
+                    sys.exit(28 if error.errno == errno.ENOSPC else 1)
+
+            code = ended(forked(fourth))
+            again = Checkpoints(root, {"ppo": 0})
+            _, newest = next(again.usable(lambda _: None))
+            state = newest.state() if not isinstance(newest, str) else {"n": newest}
+            good = state["n"] in (3, 4) and torch.equal(state["w"], states[state["n"]]["w"])
+            again.write("ppo", 4, states[4], {"i": 4})  # and the run that was resumed gets there too
+            _, last = next(again.usable(lambda _: None))
+            names = [p.name for p in again.newest_first()]
+            if not good or last.state()["n"] != 4 or names != ["ppo-000004", "ppo-000003"]:
+                wrong.append({"how": how, "at": at, "newest": str(state["n"]), "names": names})
+            shutil.rmtree(root)
+            if code == 0:
+                counts[how] = at - 1
+                break
+    return {"changes": counts, "wrong": wrong}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    match sys.argv[1:]:
+        case ["mutations"]:
+            print(json.dumps(mutations()))
+        case ["instants", scenario, trials, seed]:
+            print(json.dumps(instants(scenario, int(trials), int(seed))))

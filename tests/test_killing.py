@@ -1,0 +1,36 @@
+"""Real kills: what is resumed afterwards is the run, to the bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def killing(*words: str) -> dict:
+    environment = {k: v for k, v in os.environ.items() if k != "QUARTET_CHECK_SHAPES"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.killing", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_a_checkpoint_survives_a_kill_a_torn_write_and_a_full_disk_at_each_change_to_the_file_system():
+    found = killing("mutations")
+    assert found["wrong"] == []
+    assert all(count >= 10 for count in found["changes"].values()) and len(found["changes"]) == 3
+
+
+def test_a_run_killed_at_random_instants_is_the_run_that_was_not():
+    found = killing("instants", "grpo", "3", "0")
+    assert found["wrong"] == [] and found["kills"] >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["ppo", "shared", "lora", "grpo", "dpo"])
+def test_twenty_runs_killed_at_random_instants(scenario):
+    """Adaptive KL, several epochs and minibatches, shared and separate critics, adapters, no critic, comparisons made online."""
+    found = killing("instants", scenario, "20", "1")
+    assert found["wrong"] == [] and found["kills"] >= 20
