@@ -68,4 +68,4 @@ def test_every_fault_says_what_it_is():
 
 def test_a_run_that_is_asked_to_be_broken_is(tmp_path):
     run = make_run(tmp_path, "sums", "run.steps=1", "rollout.samples_per_prompt=4", fault="reference")
-    assert [w["rule"] for w in run.warnings if w["stage"] == "grpo"] == ["reference_differs"]
+    assert [w["rule"] for w in run.warnings if w["stage"] == "grpo"] == ["reference_differs", "reference_moved"]

@@ -139,9 +139,11 @@ def test_two_rewards_of_one_name_and_pairs_without_pairs():
     assert 'reward.mode = "pairwise": compares answers to the same prompt' in alone
 
 
-def test_a_nan_stops_the_run_with_its_sample(place):
+def test_a_reward_that_is_never_a_number_stops_the_run(place):
     done = quartet(*SUMS, rewards({"type": "function", "function": "mine.py:nan"}), cwd=place)
-    assert done.returncode == 1 and "grpo, step 1: the reward is not finite in sample sums:" in done.stderr
+    assert done.returncode == 1 and "grpo, step 1: none of" in done.stderr and "responses has a score from" in done.stderr
+    log = (place / "runs" / "latest" / "run.log").read_text()
+    assert "gave nan for sums:" in log and "which is left out" in log
 
 
 def test_trying_a_reward(place):

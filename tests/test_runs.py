@@ -206,7 +206,7 @@ def test_ctrl_c_in_the_middle_of_ppo_leaves_a_readable_folder(tmp_path):
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from quartet.cli import main; main()"
     command = [sys.executable, "-c", heed, *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    rollouts = tmp_path / "runs" / "latest" / "rollouts" / "000004.parquet"
+    rollouts = tmp_path / "runs" / "latest" / "rollouts" / "000006.parquet"
     deadline = time.monotonic() + 120
     while not rollouts.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -220,12 +220,10 @@ def test_ctrl_c_in_the_middle_of_ppo_leaves_a_readable_folder(tmp_path):
         assert path.suffix == ".parquet" and pq.read_table(path).num_rows > 0
 
 
-def test_a_reward_that_is_not_finite_stops_the_run_with_step_phase_and_sample(tmp_path):
+def test_a_reward_model_that_is_not_finite_stops_the_run_with_its_sample(reviews, tmp_path):
     """A reward model with a NaN in its head, given to PPO as a folder."""
-    first = quartet(*TINY_REVIEWS, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
     broken = tmp_path / "broken"
-    shutil.copytree(tmp_path / "runs" / "latest" / "reward_model", broken)
+    shutil.copytree(reviews / "runs" / "latest" / "reward_model", broken)
     model = AutoModelForSequenceClassification.from_pretrained(broken)
     with torch.no_grad():
         model.score.weight[0, 0] = torch.nan
@@ -233,8 +231,8 @@ def test_a_reward_that_is_not_finite_stops_the_run_with_step_phase_and_sample(tm
     words = ["run", "reviews", *TINY, 'recipe=["sft","ppo"]', f'reward.0.model="{broken}"', "critic.init=policy"]
     done = quartet(*words, "run.name=broken", cwd=tmp_path)
     assert done.returncode == 1
-    assert "ppo, step 1: the reward is not finite in sample reviews:" in done.stderr
-    assert "no weight was changed by it" in done.stderr and "Traceback" not in done.stderr
+    assert "ppo, before it began: reward model: the score of reviews:" in done.stderr
+    assert "is not finite: the model's weights are wrong." in done.stderr and "Traceback" not in done.stderr
     run = next((tmp_path / "runs").glob("*-broken"))
     assert events(run)[-1]["event"] == "failed" and not (run / "policy").exists()
 

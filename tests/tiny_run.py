@@ -36,7 +36,8 @@ def make_run(root: Path, recipe: str, *words: str, fault: str | None = None) -> 
     job = build(settings.config, fault)
     files = {"config.toml": settings.text, "config.resolved.toml": resolved_toml(settings)}
     folder = RunFolder.create(root, recipe, files)
-    for _ in Pipeline(job.stages, folder, TokenTexts(job.tokenizer), job.saving(settings.config.run)).run():
+    saving, texts = job.saving(settings.config.run), TokenTexts(job.tokenizer)
+    for _ in Pipeline(job.stages, folder, texts, saving, strict=fault is None).run():
         pass
     folder.event("done")
     folder.close()

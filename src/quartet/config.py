@@ -182,6 +182,12 @@ class Run:
         default=None,
         description='The metric by which one more checkpoint is kept, "reward/gold"; "-loss" where less is better.',
     )
+    rollbacks: int = Field(
+        default=0,
+        ge=0,
+        description="How often a stage may go back to its last checkpoint, with half the learning rate, where a loss, gradient "
+        "or log-probability is not finite. 0: it stops.",
+    )
     max_minutes: float | None = Field(
         default=None, gt=0, description="The run saves and stops after so long, to be resumed: for machines on loan."
     )

@@ -146,3 +146,9 @@ class Experience:
 
         tensors = {f.name: take(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "ids"}
         return Experience(ids=tuple(self.ids[i] for i in indices), **tensors)
+
+
+def said(rows: Batch | Experience, row: int) -> list[int]:
+    """The tokens of one row, prompt and response."""
+    tokens: list[int] = rows.tokens[row, : rows.lengths[row]].tolist()
+    return tokens

@@ -12,13 +12,16 @@ from quartet.loops.progress import Progress
 from quartet.loops.rl import Step
 from quartet.machine import give_back_memory
 from quartet.observability.card import write_cards
-from quartet.observability.doctor import Watch
+from quartet.observability.doctor import INVARIANTS, Watch
 from quartet.observability.run import Keeping, RunFolder
 from quartet.observability.sinks import Tracking
 from quartet.observability.tokens import TokenTexts
 from quartet.stages import RLStage, Stage, Summary, Work
 from quartet.training.checkpoint import Checkpoint, Checkpoints, GlobalRandom, Tree
+from quartet.training.descend import NonFinite
 
+QUOTED = 300
+"""Characters of a sample that a message shows."""
 RESULTS = ("sft", "reward_model", "policy", "policy_ema", "critic")
 """Folders that stages leave for later ones."""
 SHARE = 0.02
@@ -73,6 +76,8 @@ class Saving:
     last: int = 2
     best: str | None = None
     """The metric, with "-" before it where less is better, by which one more checkpoint is kept."""
+    rollbacks: int = 0
+    """How often a stage may go back to its last checkpoint, with half the learning rate, where a number is not finite."""
     made_with: Mapping[str, Any] = field(default_factory=dict)
     """What a resumed run must have in common with this one."""
 
@@ -107,9 +112,11 @@ class Pipeline:
         saving: Saving = Saving(),
         tracking: Tracking | None = None,
         interruption: Interruption | None = None,
+        strict: bool = True,
     ) -> None:
+        """`strict`: stop where an invariant of the doctor's does not hold."""
         self.stages, self.folder, self.texts, self.saving, self.tracking = stages, folder, texts, saving, tracking
-        self.interruption = interruption or Interruption()
+        self.interruption, self.strict = interruption or Interruption(), strict
         places = {stage.name: place for place, stage in enumerate(stages)}
         self.checkpoints = Checkpoints(folder.path / "checkpoints", places, saving.last, saving.best is not None)
         self.random = GlobalRandom()
@@ -133,19 +140,15 @@ class Pipeline:
 
     def _stage(self, stage: Stage, number: int, since: Checkpoint | None) -> Iterator[Event]:
         """One stage, from its beginning or from a checkpoint of it."""
-        started, watch, kept = time.monotonic(), Watch(kl_target(stage)), Keeping(self.saving.rollouts_every)
-        step = 0
+        started, step = time.monotonic(), 0
         if since is None:
             self.folder.event("started", stage.name)
             self._save(stage.name, 0, {"random": self.random.state()})
         else:
             step, self.results = since.facts["step"], since.facts["results"]
-            for event in self.folder.metrics_of(stage.name):  # those who watch have seen them
-                watch.see(event["metrics"])
-                kept(event["step"], event["metrics"])
         yield Started(stage, number, len(self.stages), step)
         work = self._begun(stage, since)
-        yield from self._advance(stage, work, step, watch, kept)
+        yield from self._advance(stage, work, step)
         summary = work.finish()
         self.results |= self._left()
         took = round(time.monotonic() - started, 2)
@@ -165,9 +168,39 @@ class Pipeline:
             raise StageFailed(f"{stage.title}, before it began: {error}") from error
         return work
 
-    def _advance(self, stage: Stage, work: Work, step: int, watch: Watch, kept: Keeping) -> Iterator[Event]:
+    def _watching(self, stage: Stage) -> tuple[Watch, Keeping]:
+        """Those who look at every step; they have seen what is in the record."""
+        watch = Watch(kl_target(stage), isinstance(stage, RLStage) and stage.sampling.filters)
+        kept = Keeping(self.saving.rollouts_every)
+        for event in self.folder.metrics_of(stage.name):
+            watch.see(event["metrics"])
+            kept(event["step"], event["metrics"])
+        return watch, kept
+
+    def _back(self, stage: Stage, work: Work, cause: str) -> tuple[int, str] | None:
+        """To the last checkpoint of the stage, with half the learning rate: its step, and what to say. None where that is not
+        wanted, or was done too often. The checkpoint is written again: a run that is resumed from it goes on with half too."""
+        found = next((c for _, c in self.checkpoints.usable(lambda _: None) if isinstance(c, Checkpoint)), None)
+        scale = work.optimizers[0].scale if work.optimizers else 0.0
+        if found is None or found.facts["stage"] != stage.name or found.facts["step"] == 0:
+            return None
+        if scale <= 0.5**self.saving.rollbacks:
+            return None
+        step, state = found.facts["step"], found.state()
+        work.load_state(state["work"])
+        self.random.load_state(state["random"])
+        for optimizer in work.optimizers:
+            optimizer.scale = scale / 2
+        self.cut_back(found)
+        sentence = f"rolled back to {found.name}, learning rates × {scale / 2:g}, because of {cause}"
+        self.folder.event("warning", stage.name, step, rule="rolled_back", sentence=sentence)
+        self._save(stage.name, step, self._state(work), found.facts["merit"])
+        return step, sentence
+
+    def _advance(self, stage: Stage, work: Work, step: int) -> Iterator[Event]:
         """All steps of a stage that are still to do."""
         pace, merits = Pace(self.saving.every), _Mean()
+        watch, kept = self._watching(stage)
         steps, at, moves = work.steps(step), self._state(work), work.moves()
 
         def unmoved() -> bool:
@@ -185,11 +218,20 @@ class Pipeline:
                     with self.interruption.only_if(never):
                         self._checkpoint(stage, step, at, merits, pace)
                 raise
+            except NonFinite as error:
+                back = self._back(stage, work, f"step {step + 1}: {error}{self._quoted(error.tokens)}")
+                if back is None:
+                    raise StageFailed(f"{stage.title}, step {step + 1}: {error}{self._quoted(error.tokens)}") from error
+                step, sentence = back
+                steps, at, moves = work.steps(step), self._state(work), work.moves()
+                watch, kept = self._watching(stage)
+                yield Warned(stage, step, sentence)
+                continue
             except Exception as error:
                 raise StageFailed(f"{stage.title}, step {step + 1}: {error}") from error
             with self.interruption.only_if(never):
                 step, at, moves = progress.number, self._state(work), work.moves()
-                warnings = self._record(stage, progress, round(time.monotonic() - before, 4), watch, kept)
+                warnings = self._record(stage, progress, work.notes(), round(time.monotonic() - before, 4), watch, kept)
                 merits.see(progress.metrics, self.saving.best)
                 if work.players and (pace.due(step, stage.num_steps) or self.interruption.reason):
                     self._checkpoint(stage, step, at, merits, pace)
@@ -197,16 +239,26 @@ class Pipeline:
             yield Advanced(stage, progress)
             yield from warnings
 
-    def _record(self, stage: Stage, progress: Progress, seconds: float, watch: Watch, kept: Keeping) -> list[Warned]:
+    def _quoted(self, tokens: Sequence[int]) -> str:
+        """What a sample says, for a sentence about it."""
+        text = "".join(self.texts[token] for token in tokens)
+        return f': "{text[:QUOTED]}{"…" if len(text) > QUOTED else ""}"' if tokens else ""
+
+    def _record(
+        self, stage: Stage, progress: Progress, notes: Sequence[str], seconds: float, watch: Watch, kept: Keeping
+    ) -> list[Warned]:
         """One step, in the run folder and for the trackers. What there is to warn of."""
         number, metrics = progress.number, progress.metrics
         self.folder.event("metrics", stage.name, number, metrics=metrics, seconds=seconds, phases=progress.seconds or None)
         if isinstance(progress, Step) and kept(number, metrics):
             self.folder.write_rollouts(progress, self.texts)
         failed = self.tracking.log(stage.name, number, metrics) if self.tracking else []
-        found = [("tracker", sentence) for sentence in failed] + [(rule.__name__, said) for rule, said in watch.see(metrics)]
+        found = [("tracker", sentence) for sentence in failed] + [("memory", sentence) for sentence in notes]
+        found += [(rule.__name__, said) for rule, said in watch.see(metrics)]
         for rule, sentence in found:
             self.folder.event("warning", stage.name, number, rule=rule, sentence=sentence)
+            if self.strict and rule in INVARIANTS:
+                raise StageFailed(f"{stage.title}, step {number}: {sentence} Nothing of this step is saved.")
         return [Warned(stage, number, sentence) for _, sentence in found]
 
     def _state(self, work: Work) -> Tree:

@@ -34,6 +34,7 @@ from quartet.models.language_model import policy_logprobs, save, stop_ids
 from quartet.observability.tokens import TokenTexts, probe_table, write_pairs, write_tokens
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.rewards.reward_model import ModelReward
+from quartet.training.budget import Budget
 from quartet.training.checkpoint import Stateful, Tree
 from quartet.training.learner import Learner, collate
 from quartet.training.optim import Optimizer
@@ -57,6 +58,7 @@ class Work:
     players: Mapping[str, Stateful] = field(default_factory=dict)
     """All that changes from step to step."""
     optimizers: Sequence[Optimizer] = ()
+    budget: Budget | None = None
 
     def state(self) -> Tree:
         """What a checkpoint holds. Its tensors are the live ones: good until the next step changes them."""
@@ -65,6 +67,13 @@ class Work:
     def load_state(self, state: Tree) -> None:
         for name, player in self.players.items():
             player.load_state(state[name])
+
+    def notes(self) -> list[str]:
+        """What there was to say of memory since the last step."""
+        if self.budget is None:
+            return []
+        notes, self.budget.notes = self.budget.notes, []
+        return notes
 
     def moves(self) -> int:
         """How often an optimizer has stepped: between two equal counts no weight has changed."""
@@ -109,16 +118,17 @@ class SftStage:
         model = self.load_policy(folder)
         before = held_out_loss(model, self.held_out, self.micro_batch_tokens)
         sampler, optimizer = Sampler(self.demonstrations, self.batch_size, self.seed), self.optimizer(model)
+        budget = Budget(self.micro_batch_tokens)
 
         def steps(done: int) -> Iterator[Progress]:
-            return sft(model, sampler, optimizer, self.num_steps, self.micro_batch_tokens, done)
+            return sft(model, sampler, optimizer, self.num_steps, budget, done)
 
         def finish() -> Summary:
             save(model, self.tokenizer, folder / "sft")
             after = held_out_loss(model, self.held_out, self.micro_batch_tokens)
             return {"held_out_loss_before": before, "held_out_loss": after}
 
-        return Work(steps, finish, {"optimizer": optimizer, "sampler": sampler}, [optimizer])
+        return Work(steps, finish, {"optimizer": optimizer, "sampler": sampler, "budget": budget}, [optimizer], budget)
 
 
 @dataclass(frozen=True)
@@ -149,9 +159,10 @@ class RewardModelStage:
         model = self.make_model(policy)
         before = pair_accuracy(model, self.held_out, self.micro_batch_tokens)
         sampler, optimizer = Sampler(self.comparisons, self.batch_size, self.seed), self.optimizer(model)
+        budget = Budget(self.micro_batch_tokens)
 
         def steps(done: int) -> Iterator[Progress]:
-            return reward_model(model, sampler, self.loss, optimizer, self.num_steps, self.micro_batch_tokens, done)
+            return reward_model(model, sampler, self.loss, optimizer, self.num_steps, budget, done)
 
         def finish() -> Summary:
             judged = pair_scores(model, self.held_out, self.micro_batch_tokens)
@@ -165,7 +176,7 @@ class RewardModelStage:
             summary = {"held_out_accuracy_before": before, "held_out_accuracy": accuracy, "centre": model.centre}
             return summary | ({} if self.ceiling is None else {"ceiling": self.ceiling})
 
-        return Work(steps, finish, {"optimizer": optimizer, "sampler": sampler}, [optimizer])
+        return Work(steps, finish, {"optimizer": optimizer, "sampler": sampler, "budget": budget}, [optimizer], budget)
 
 
 @dataclass(frozen=True)
@@ -193,10 +204,10 @@ class PreferenceStage:
         model = self.load_policy(folder)
         reference = reference_of(model) if self.loss.needs_reference else None
         source = self.online(folder, model) if self.online else Sampler(self.comparisons, self.batch_size, self.seed)
-        optimizer = self.optimizer(model)
+        optimizer, budget = self.optimizer(model), Budget(self.micro_batch_tokens)
 
         def steps(done: int) -> Iterator[Progress]:
-            return preference(model, reference, source, self.loss, optimizer, self.num_steps, self.micro_batch_tokens, done)
+            return preference(model, reference, source, self.loss, optimizer, self.num_steps, budget, done)
 
         def finish() -> Summary:
             save(model, self.tokenizer, folder / "policy")
@@ -205,7 +216,7 @@ class PreferenceStage:
             after = held_out_preference(model, reference, self.held_out, self.loss, self.micro_batch_tokens)
             return {f"held_out_{name}": value for name, value in after.items()}
 
-        return Work(steps, finish, {"optimizer": optimizer, "source": source}, [optimizer])
+        return Work(steps, finish, {"optimizer": optimizer, "source": source, "budget": budget}, [optimizer], budget)
 
 
 @dataclass(frozen=True)
@@ -294,7 +305,7 @@ class RLStage:
             "prompts": prompts,
             "algorithm": algorithm,
         }
-        return Work(steps, finish, players, list(cast.learner.optimizers.values()))
+        return Work(steps, finish, players, list(cast.learner.optimizers.values()), cast.learner.budget)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from quartet.models.language_model import create, masked_logprobs
 from quartet.models.shape import Shape
 from quartet.rewards.environment import EnvironmentReward
 from quartet.rewards.protocol import RewardError, Weighted, rewarded
+from quartet.training.budget import Budget
 from quartet.training.learner import Learner, collate
 from quartet.training.optim import Descent, Optim, Optimizer
 from quartet.worlds.guess import GUESSES, Guess, Host, said
@@ -49,7 +50,7 @@ def player():
     made = policy()
     games = Encoder(TOKENIZER, 4, 16).demonstrations(WORLD.demonstrations(200))
     optimizer = Optimizer(list(made.parameters()), Descent(lr=5e-3), 60)
-    list(sft(made, Sampler(games, 64, 0), optimizer, 60, 4096))
+    list(sft(made, Sampler(games, 64, 0), optimizer, 60, Budget(4096)))
     return made
 
 

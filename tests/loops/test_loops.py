@@ -26,6 +26,7 @@ from quartet.models.actor_critic import Separate, Shared, freeze
 from quartet.models.heads import ScalarModel, ValueHead
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import RewardError, Weighted, rewarded
+from quartet.training.budget import Budget
 from quartet.training.learner import Learner, collate
 from quartet.training.optim import Descent, Optim, Optimizer
 from quartet.training.trust_region import TrustRegionLearner
@@ -50,7 +51,7 @@ def optimizer(made, lr=3e-3, steps=40):
 def test_sft_learns_the_answers():
     made = model()
     before = held_out_loss(made, demonstrations(), 4096)
-    steps = list(sft(made, Sampler(demonstrations(), 4, 0), optimizer(made), 40, 4096))
+    steps = list(sft(made, Sampler(demonstrations(), 4, 0), optimizer(made), 40, Budget(4096)))
     assert [s.number for s in steps] == list(range(1, 41))
     assert before > 1
     assert held_out_loss(made, demonstrations(), 4096) < 0.2
@@ -70,14 +71,14 @@ def test_micro_batches_do_not_change_sft():
     losses = []
     for tokens in (4096, 1):
         made = model()
-        steps = list(sft(made, Sampler(demonstrations(), 6, 0), optimizer(made, steps=3), 3, tokens))
+        steps = list(sft(made, Sampler(demonstrations(), 6, 0), optimizer(made, steps=3), 3, Budget(tokens)))
         losses.append(steps[-1].metrics["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_the_reward_model_learns_the_preference():
     made = ScalarModel.from_trunk(model(), 0, seed=0)
-    steps = list(reward_model(made, Sampler(comparisons(), 4, 0), LastTokenLoss(), optimizer(made), 40, 4096))
+    steps = list(reward_model(made, Sampler(comparisons(), 4, 0), LastTokenLoss(), optimizer(made), 40, Budget(4096)))
     assert steps[-1].metrics["loss"] < 0.1 < steps[0].metrics["loss"]
     assert pair_accuracy(made, comparisons(), 4096) == 1
     swapped = [Comparison(c.id, c.prompt_ids, c.rejected_ids, c.chosen_ids) for c in comparisons()]
@@ -284,7 +285,7 @@ def test_the_whole_family_learns_the_preference(name):
     made = model()
     loss, reference = PREFERENCES[name], freeze(copy.deepcopy(made)) if PREFERENCES[name].needs_reference else None
     source = Sampler(comparisons(), 4, 0)
-    steps = list(preference(made, reference, source, loss, optimizer(made), 40, 4096))
+    steps = list(preference(made, reference, source, loss, optimizer(made), 40, Budget(4096)))
     assert steps[-1].metrics["loss"] < steps[0].metrics["loss"]
     assert held_out_preference(made, reference, comparisons(), loss, 4096)["accuracy"] == 1
 
@@ -295,7 +296,11 @@ def test_micro_batches_do_not_change_it(name):
     for tokens in (4096, 1):
         made = model()
         reference = freeze(copy.deepcopy(model(seed=1))) if PREFERENCES[name].needs_reference else None
-        list(preference(made, reference, Sampler(comparisons(), 6, 0), PREFERENCES[name], optimizer(made, steps=3), 3, tokens))
+        list(
+            preference(
+                made, reference, Sampler(comparisons(), 6, 0), PREFERENCES[name], optimizer(made, steps=3), 3, Budget(tokens)
+            )
+        )
         weights.append(torch.cat([p.detach().flatten() for p in made.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
 
@@ -310,7 +315,7 @@ def test_online_dpo_learns_what_the_judge_likes():
         return sum(r.score for r in rewarded(generator.generate(prompts(16) * 4, Sampling(max_new_tokens=6)), judge)) / 64
 
     before = mean_goodness()
-    list(preference(made, freeze(copy.deepcopy(made)), source, PREFERENCES["online_dpo"], optimizer(made), 40, 4096))
+    list(preference(made, freeze(copy.deepcopy(made)), source, PREFERENCES["online_dpo"], optimizer(made), 40, Budget(4096)))
     assert mean_goodness() > before + 0.3
 
 
@@ -326,7 +331,7 @@ def test_a_judge_that_never_prefers_stops_with_its_reason():
 @pytest.mark.parametrize("loss", [LastTokenLoss(centring=0.01), PerTokenLoss()])
 def test_other_losses_of_the_reward_model_learn_too(loss):
     made = ScalarModel.from_trunk(model(), 0, seed=0)
-    list(reward_model(made, Sampler(comparisons(), 4, 0), loss, optimizer(made), 40, 4096))
+    list(reward_model(made, Sampler(comparisons(), 4, 0), loss, optimizer(made), 40, Budget(4096)))
     assert pair_accuracy(made, comparisons(), 4096) == 1
 
 

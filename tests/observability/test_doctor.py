@@ -31,6 +31,8 @@ def healthy(step: int) -> dict[str, float]:
         "policy/surprise_gap": 0.03 * wave,
         "ratio/first_error": 1e-6,
         "sampler_mismatch": 1e-6,
+        "sampler_ratio": 1 + 1e-7,
+        "reference/moved": 0.0,
         "response/tokens": 22 + 8 * learnt,
         "response/ended": 0.99,
         "response/repetition": 0.04 + 0.01 * wave,
@@ -43,9 +45,14 @@ FAULTS = {
     doctor.responses_do_not_end: (lambda s: {"response/ended": 0.6}, "40% of responses end without EOS"),
     doctor.no_signal: (lambda s: {"advantage/std": 0.0}, "every group has equal rewards"),
     doctor.unscored: (lambda s: {"reward/unscored": 0.2}, "20% of responses got no score"),
-    doctor.sampler_disagrees: (lambda s: {"sampler_mismatch": 0.4}, "up to 0.4 from the learner's. With top-k"),
+    doctor.sampler_disagrees: (lambda s: {"sampler_ratio": 1.4}, "40.00% from the learner's on average. Do both use"),
     doctor.ratio_is_not_one: (lambda s: {"ratio/first_error": 0.05}, "up to 0.05 from 1 before any weight has moved"),
     doctor.reference_differs: (lambda s: {"kl/token_k3": 0.3}, "0.3 per token at step 1, and should be 0"),
+    doctor.reference_moved: (lambda s: {"reference/moved": 1.0}, "the reference's weights changed"),
+    doctor.does_not_start_at_the_reference: (
+        lambda s: {"logratio/abs": 0.2 * s},
+        "log-ratios to the reference are 0.2 on average",
+    ),
     doctor.not_sampled_as_trained: (lambda s: {"policy/surprise_gap": -1.0}, "likelier than draws from the policy"),
     doctor.kl_is_negative: (lambda s: {"kl": -0.4}, "below 0 for 5 steps (now -0.4)"),
     doctor.kl_above_target: (lambda s: {"kl": 20.0}, "20 over ten steps, more than twice the target 6"),
@@ -130,8 +137,13 @@ def test_a_fault_is_said_once_and_a_good_step_in_between_starts_the_count_again(
 
 
 def test_a_sampler_with_old_weights_is_told_from_one_with_another_temperature():
-    found = spoken(lambda s: {"sampler_mismatch": 1e-6 if s == 1 else 0.3})
+    found = spoken(lambda s: {"sampler_ratio": 1 + 1e-6 if s == 1 else 1.3})
     assert "does not get the learner's new weights" in found[doctor.sampler_disagrees][1]
+
+
+def test_a_filter_that_was_asked_for_is_no_disagreement():
+    watch = Watch(filtered=True)
+    assert watch.see({"sampler_ratio": 1.4}) == []
 
 
 def test_the_same_rules_look_at_a_folder(ppo_run, grpo_run):

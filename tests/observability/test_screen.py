@@ -6,14 +6,15 @@ from rich.console import Console
 from quartet.loops.progress import Progress
 from quartet.observability.screen import Screen, closing_words, sample_lines
 from quartet.pipeline import Advanced, Finished, Started, Warned
+from quartet.stages import Work
 
 
 class Quiet:
     name = title = "ppo"
     num_steps = 4
 
-    def run(self, folder):
-        yield from ()
+    def begin(self, folder):
+        return Work(lambda done: iter(()), dict)
 
 
 STAGE = Quiet()

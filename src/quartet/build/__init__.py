@@ -88,7 +88,7 @@ class Job:
     """What a resumed run must have in common with this one."""
 
     def saving(self, run: Run) -> Saving:
-        return Saving(run.keep_every, run.checkpoint_every, run.keep_last, run.keep_best, self.made_with)
+        return Saving(run.keep_every, run.checkpoint_every, run.keep_last, run.keep_best, run.rollbacks, self.made_with)
 
 
 def build(config: Config, fault: str | None = None) -> Job:

@@ -248,7 +248,8 @@ def _work(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | No
     screen = Screen(console)
     tracking = Tracking(config.run.track, folder.path, json_ready(config))
     interruption = Interruption(config.run.max_minutes, screen.notice)
-    pipeline = Pipeline(job.stages, folder, TokenTexts(job.tokenizer), job.saving(config.run), tracking, interruption)
+    saving, texts = job.saving(config.run), TokenTexts(job.tokenizer)
+    pipeline = Pipeline(job.stages, folder, texts, saving, tracking, interruption, strict=fault is None)
     since = None if choice is None else choice.checkpoint
     if since is not None:
         pipeline.cut_back(since)

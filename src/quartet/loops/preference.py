@@ -1,6 +1,7 @@
 """Learning from comparisons without a reward model: the DPO family, one loop."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +17,7 @@ from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import micro_batches, response_mask, right_pad
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.tensors import Float, Tensor
+from quartet.training.budget import Budget
 from quartet.training.descend import check_finite, descend
 from quartet.training.optim import Optimizer
 
@@ -72,15 +74,27 @@ def preference(
     loss: Dpo | Ipo | Kto | Orpo | Simpo,
     optimizer: Optimizer,
     steps: int,
-    micro_batch_tokens: int,
+    budget: Budget,
     done: int = 0,
 ) -> Iterator[Progress]:
     """Minimise the loss on batches of comparisons; the first steps may be done already."""
     for number in range(done + 1, steps + 1):
-        lr, batch = optimizer.lr, comparisons.next()
-        seen: list[Pairs] = []
-        metrics = descend(_losses(model, reference, batch, loss, micro_batch_tokens, seen), {"policy": optimizer})
-        yield Progress(number, {**metrics, **preference_metrics(seen), "lr": lr})
+        lr = optimizer.lr
+        metrics = budget.spend("the update", partial(_step, model, reference, comparisons.next(), loss, optimizer))
+        yield Progress(number, {**metrics, "lr": lr})
+
+
+def _step(
+    model: Any,
+    reference: Any | None,
+    batch: Sequence[Comparison],
+    loss: Dpo | Ipo | Kto | Orpo | Simpo,
+    optimizer: Optimizer,
+    micro_batch_tokens: int,
+) -> dict[str, float]:
+    seen: list[Pairs] = []
+    metrics = descend(_losses(model, reference, batch, loss, micro_batch_tokens, seen), {"policy": optimizer})
+    return {**metrics, **preference_metrics(seen)} if seen else metrics
 
 
 @torch.no_grad()
@@ -99,8 +113,10 @@ def held_out_preference(
 
 def preference_metrics(seen: Sequence[Pairs]) -> dict[str, float]:
     """Accuracy: the share of pairs whose chosen side gained more on the reference than the rejected (without a reference: is
-    likelier per token); a tie counts half. The mean log-probs of both sides: they may fall together, which is worth seeing."""
+    likelier per token); a tie counts half. How far from 0 the log-ratios to the reference are, which is where they start. The
+    mean log-probs of both sides: they may fall together, which is worth seeing."""
     margins = torch.cat([_margin(pairs) for pairs in seen]).detach()
+    moved = torch.cat([torch.cat(pairs.log_ratios()) for pairs in seen if pairs.ref_chosen is not None] or [margins[:0]])
     chosen, rejected = (
         torch.cat([getattr(pairs, side)[getattr(pairs, f"{side}_tokens") > 0] for pairs in seen]).detach()
         for side in ("chosen", "rejected")
@@ -108,6 +124,7 @@ def preference_metrics(seen: Sequence[Pairs]) -> dict[str, float]:
     return {
         "accuracy": float(((margins > 0).float() + 0.5 * (margins == 0).float()).mean()),
         "margin": float(margins.mean()),
+        **({"logratio/abs": float(moved.detach().abs().mean())} if len(moved) else {}),
         **({"logprobs/chosen": float(chosen.mean())} if len(chosen) else {}),
         **({"logprobs/rejected": float(rejected.mean())} if len(rejected) else {}),
     }
@@ -148,7 +165,7 @@ def _losses(
         )
         seen.append(pairs)
         losses = loss(pairs)
-        check_finite("the loss", losses, [c.id for c in piece])
+        check_finite("the loss", losses, [c.id for c in piece], lambda row: [*piece[row].prompt_ids, *piece[row].chosen_ids])  # noqa: B023
         yield losses.sum() / len(batch)
 
 

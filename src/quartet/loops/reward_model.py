@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -13,6 +14,7 @@ from quartet.models.heads import ScalarModel
 from quartet.models.logprobs import under_own_token
 from quartet.models.padding import micro_batches, response_mask, right_pad
 from quartet.tensors import Bool, Float, Int, Tensor
+from quartet.training.budget import Budget
 from quartet.training.descend import check_finite, descend
 from quartet.training.optim import Optimizer
 
@@ -23,17 +25,29 @@ def reward_model(
     loss: LastTokenLoss | PerTokenLoss,
     optimizer: Optimizer,
     steps: int,
-    micro_batch_tokens: int,
+    budget: Budget,
     done: int = 0,
 ) -> Iterator[Progress]:
     """Minimise a Bradley–Terry loss on batches of comparisons; the first steps may be done already."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
-        margins: list[Tensor] = []
-        losses = _losses(model, comparisons.next(), loss, micro_batch_tokens, margins)
-        metrics = descend(losses, {"reward_model": optimizer})
-        seen = torch.cat(margins)
-        yield Progress(number, {**metrics, "accuracy": accuracy_of(seen), "margin": float(seen.mean()), "lr": lr})
+        metrics = budget.spend("the update", partial(_step, model, comparisons.next(), loss, optimizer))
+        yield Progress(number, {**metrics, "lr": lr})
+
+
+def _step(
+    model: ScalarModel,
+    batch: Sequence[Comparison],
+    loss: LastTokenLoss | PerTokenLoss,
+    optimizer: Optimizer,
+    micro_batch_tokens: int,
+) -> dict[str, float]:
+    margins: list[Tensor] = []
+    metrics = descend(_losses(model, batch, loss, micro_batch_tokens, margins), {"reward_model": optimizer})
+    if not margins:
+        return metrics
+    seen = torch.cat(margins)
+    return {**metrics, "accuracy": accuracy_of(seen), "margin": float(seen.mean())}
 
 
 @torch.no_grad()
@@ -66,7 +80,7 @@ def _losses(
         piece = [batch[i] for i in rows]
         read = _read(model, piece, loss.needs_every_token)
         scores = at(read.chosen, read.good), at(read.rejected, read.bad)
-        check_finite("the score", torch.cat(scores), [c.id for c in piece] * 2)
+        check_finite("the score", torch.cat(scores), [c.id for c in piece] * 2, partial(_said, piece))
         margins.append((scores[0] - scores[1]).detach())
         labelled = torch.tensor([c.margin for c in piece], device=read.chosen.device)
         yield loss(read.chosen, read.rejected, read.good, read.bad, read.differs, labelled).sum() / len(batch)
@@ -94,6 +108,12 @@ def _read(model: ScalarModel, pairs: Sequence[Comparison], every_token: bool = F
         asked |= differs.repeat(2, 1) & response_mask(torch.zeros_like(lengths), lengths, tokens.shape[1])
     chosen, rejected = under_own_token(model(tokens, asked), asked).chunk(2)
     return _Sides(chosen, rejected, good, bad, differs)
+
+
+def _said(pairs: Sequence[Comparison], row: int) -> list[int]:
+    """The chosen sides stand before the rejected."""
+    pair = pairs[row % len(pairs)]
+    return [*pair.prompt_ids, *(pair.chosen_ids if row < len(pairs) else pair.rejected_ids)]
 
 
 def _lengths(pairs: Sequence[Comparison]) -> list[int]:

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: imitate the answers, and only the answers."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.loops.progress import Progress
+from quartet.training.budget import Budget
 from quartet.training.descend import descend
 from quartet.training.imitation import imitation_losses
 from quartet.training.optim import Optimizer
@@ -18,14 +20,18 @@ def sft(
     demonstrations: Sampler[Demonstration],
     optimizer: Optimizer,
     steps: int,
-    micro_batch_tokens: int,
+    budget: Budget,
     done: int = 0,
 ) -> Iterator[Progress]:
     """Minimise the mean negative log-probability of the answers' tokens; the first steps may be done already."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
-        losses = imitation_losses(model, demonstrations.next(), micro_batch_tokens)
-        yield Progress(number, {**descend(losses, {"policy": optimizer}), "lr": lr})
+        metrics = budget.spend("the update", partial(_step, model, demonstrations.next(), optimizer))
+        yield Progress(number, {**metrics, "lr": lr})
+
+
+def _step(model: Any, batch: Sequence[Demonstration], optimizer: Optimizer, micro_batch_tokens: int) -> dict[str, float]:
+    return descend(imitation_losses(model, batch, micro_batch_tokens), {"policy": optimizer})
 
 
 @torch.no_grad()

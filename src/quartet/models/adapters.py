@@ -125,6 +125,10 @@ class Under:
     def get_output_embeddings(self) -> Any:
         return self.model.get_output_embeddings()
 
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Those of the model that nobody trains."""
+        return (p for p in self.model.parameters() if not p.requires_grad)
+
     def working(self) -> AbstractContextManager[None]:
         return working(self.model, self.adapter)
 

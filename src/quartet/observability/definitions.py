@@ -148,6 +148,36 @@ DEFINITIONS = (
         "max |log-prob of the sampler − of the learner|",
         "rounding, unless top-k or top-p is on",
     ),
+    Definition(
+        "sampler_ratio",
+        "sampler ratio",
+        "mean of exp |log-prob of the sampler − of the learner|",
+        "1 but for rounding (1.0001), unless top-k or top-p is on; more stops the run",
+    ),
+    Definition(
+        "reference/moved",
+        "reference moved",
+        "1 where the bits of the reference's weights are not those that the stage began with",
+        "0; anything else stops the run",
+    ),
+    Definition(
+        "skipped",
+        "skipped",
+        "optimizer steps that were left out, for their loss or gradient was not finite",
+        "0; the step before it tells why",
+    ),
+    Definition(
+        "policy/epochs",
+        "epochs",
+        "passes over the experience, where optim.target_kl may end them early",
+        "1 at every step: the learning rate is high for this target",
+    ),
+    Definition(
+        "logratio/abs",
+        "distance to the reference",
+        "mean |log π − log π_ref| over chosen and rejected responses",
+        "0 at step 1; anything else stops the run",
+    ),
     Definition("response/tokens", "response length", "mean number of tokens", "drift in either direction: read answers"),
     Definition(
         "response/ended",

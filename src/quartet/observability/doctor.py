@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 RECENT = 5
 """Steps that a rule takes the mean of."""
+SAMPLER_GAP = 1e-4
+"""How far the mean ratio of the sampler's and the learner's probabilities may be from 1: 100 times what float32 leaves."""
 HACKED_WITHIN = 200
 """Steps over which gold and reward are compared."""
 HACKED_MEAN = 10
@@ -24,8 +26,8 @@ HACKED_MEAN = 10
 class History:
     """The metrics of a stage so far, by name."""
 
-    def __init__(self, kl_target: float | None = None) -> None:
-        self.kl_target = kl_target
+    def __init__(self, kl_target: float | None = None, filtered: bool = False) -> None:
+        self.kl_target, self.filtered = kl_target, filtered
         self.steps = 0
         self.columns: dict[str, list[float]] = {}
 
@@ -81,17 +83,17 @@ def sampler_disagrees(history: History) -> str | None:
     """The learner must see the probabilities that were sampled from: another temperature, template, shift or older weights
     make PPO's ratio a ratio of two other things (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
     RL training")."""
-    gap = history.now("sampler_mismatch", 0.0)
-    if gap < 0.01:
+    gap = history.now("sampler_ratio", 1.0) - 1
+    if gap < SAMPLER_GAP or history.filtered:
         return None
-    if history.columns["sampler_mismatch"][0] < 0.01:
+    if history.columns["sampler_ratio"][0] - 1 < SAMPLER_GAP:
         return (
-            f"the sampler's log-probs are up to {gap:.2g} from the learner's, and were not at step 1: the sampler does not get "
-            "the learner's new weights."
+            f"the sampler's probabilities are {gap:.2%} from the learner's on average, and were not at step 1: the sampler "
+            "does not get the learner's new weights."
         )
     return (
-        f"the sampler's log-probs are up to {gap:.2g} from the learner's. With top-k or top-p that is expected: they sample "
-        "another distribution than is trained. Otherwise look at temperature, chat template and the shift by one."
+        f"the sampler's probabilities are {gap:.2%} from the learner's on average. Do both use the same temperature, filters, "
+        "chat template, weights and padding, and is dropout off?"
     )
 
 
@@ -117,6 +119,23 @@ def reference_differs(history: History) -> str | None:
         f"the KL to the reference is {first:.2g} per token at step 1, and should be 0: the reference is not the policy that RL "
         "starts from."
     )
+
+
+def reference_moved(history: History) -> str | None:
+    """The KL is measured against a model that stands still (Ziegler et al. 2019). One that learns with the policy holds it to
+    nothing."""
+    if history.now("reference/moved", 0.0) == 0:
+        return None
+    return "the reference's weights changed during the step. Does it share parameters with what is trained?"
+
+
+def does_not_start_at_the_reference(history: History) -> str | None:
+    """Before the first step a policy that is compared with a reference is that reference: all log-ratios are 0, and DPO's loss
+    is ln 2 (Rafailov et al. 2023)."""
+    apart = history.columns.get("logratio/abs", [0.0])[0]
+    if history.steps > 1 or apart < 1e-3:
+        return None
+    return f"log-ratios to the reference are {apart:.2g} on average at step 1, and should be 0: the reference is another model."
 
 
 def not_sampled_as_trained(history: History) -> str | None:
@@ -294,6 +313,8 @@ RULES: dict[Rule, int] = {
     sampler_disagrees: 1,
     ratio_is_not_one: 1,
     reference_differs: 1,
+    reference_moved: 1,
+    does_not_start_at_the_reference: 1,
     not_sampled_as_trained: 3,
     kl_is_negative: 1,
     responses_do_not_end: 3,
@@ -314,6 +335,11 @@ RULES: dict[Rule, int] = {
     reward_saturates: 3,
 }
 """Each rule, and for how many steps in a row it must hold before it speaks."""
+INVARIANTS = frozenset(
+    rule.__name__
+    for rule in (sampler_disagrees, ratio_is_not_one, reference_differs, reference_moved, does_not_start_at_the_reference)
+)
+"""What holds in every run that is what it says it is. A run in which one does not hold stops."""
 
 
 @dataclass(frozen=True)
@@ -333,11 +359,13 @@ class Watch:
     """Says each finding once per stage."""
 
     kl_target: float | None = None
+    filtered: bool = False
+    """Whether top-k or top-p is on: another distribution is sampled than is trained, and that is known."""
     history: History = field(init=False)
     held: dict[Rule, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.history = History(self.kl_target)
+        self.history = History(self.kl_target, self.filtered)
 
     def see(self, metrics: Mapping[str, float]) -> list[tuple[Rule, str]]:
         """What is found at this step for the first time."""
@@ -358,9 +386,11 @@ class Watch:
 def examine(run: "Run") -> list[Finding]:
     """All rules over all stages of a run, by the step at which each spoke first."""
     target = run.config.get("algorithm", {}).get("kl", {}).get("controller", {}).get("target")
+    rollout = run.config.get("rollout", {})
+    filtered = bool(rollout.get("top_k", 0)) or rollout.get("top_p", 1.0) < 1
     found: dict[tuple[str, Rule], Finding] = {}
     for stage, series in run.series.items():
-        watch = Watch(target)
+        watch = Watch(target, filtered)
         for i, step in enumerate(series.steps):
             metrics = {name: column[i] for name, column in series.columns.items() if not math.isnan(column[i])}
             for rule, sentence, count in watch.look(metrics):

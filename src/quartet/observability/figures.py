@@ -63,7 +63,7 @@ CHARTS = (
     Chart("KL per token", ("kl/token_*",)),
     Chart("Coefficients", ("kl/coef", "policy/beta")),
     Chart("Groups without signal", ("groups_without_signal",), percent=True),
-    Chart("Sampler and learner", ("sampler_mismatch", "ratio/first_error")),
+    Chart("Sampler and learner", ("sampler_mismatch", "ratio/first_error", "sampler_ratio", "reference/moved")),
     Chart("Learning rate", ("lr", "lr/*")),
 )
 """In the order in which a page shows them; those of which a stage has no metric are left out."""

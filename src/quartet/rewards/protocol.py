@@ -1,12 +1,16 @@
 """What the loop asks of a reward."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from quartet.experience import Rollout
 
+log = logging.getLogger(__name__)
+LARGEST = 3.4e38
+"""The largest number of float32, nearly."""
 Score = float | None
 """None: there is no score for this response (a judge that did not answer, a test that could not be run). It is never read as
 0: the response is left out of the step, and the step says how many were."""
@@ -46,13 +50,7 @@ def rewarded(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], per_token
     """The rollouts with their score, the weighted sum of the rewards, and with each reward's own number by name; `per_token`
     also with the weighted sum of their numbers for each token. Where a reward that counts has no score, there is none at
     all; those of weight 0 are only watched."""
-    columns = {w.reward.name: w.reward.score(rollouts) for w in rewards}
-    for name, column in columns.items():
-        if len(column) != len(rollouts):
-            raise RewardError(
-                f"reward {name} returned {len(column)} value{'s' * (len(column) != 1)} for {len(rollouts)} responses. "
-                f"Return a list of {len(rollouts)} numbers."
-            )
+    columns = {w.reward.name: _scores(w.reward, rollouts) for w in rewards}
     made = []
     for i, rollout in enumerate(rollouts):
         counted = [(w.weight, columns[w.reward.name][i]) for w in rewards if w.weight != 0]
@@ -68,6 +66,25 @@ def rewarded(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], per_token
         return made
     totals = _token_scores(rollouts, made, rewards)
     return [dataclasses.replace(r, token_scores=tuple(total)) for r, total in zip(made, totals, strict=True)]
+
+
+def _scores(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
+    """One for each; what is no number in float32 (NaN, infinity, 1e308) counts as no score, and the log says so."""
+    column = reward.score(rollouts)
+    if len(column) != len(rollouts):
+        raise RewardError(
+            f"reward {reward.name} returned {len(column)} value{'s' * (len(column) != 1)} for {len(rollouts)} responses. "
+            f"Return a list of {len(rollouts)} numbers."
+        )
+    usable: list[Score] = []
+    for score, rollout in zip(column, rollouts, strict=True):
+        fits = score is None or abs(score) <= LARGEST  # a comparison with NaN is false
+        if not fits:
+            log.warning(
+                "reward %s gave %s for %s, which is left out: %r", reward.name, score, rollout.id, rollout.response[:200]
+            )
+        usable.append(score if fits else None)
+    return usable
 
 
 def with_score(rollouts: Sequence[Rollout]) -> list[Rollout]:

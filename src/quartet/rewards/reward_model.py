@@ -7,7 +7,7 @@ import torch
 from quartet.experience import Rollout
 from quartet.models.heads import ScalarModel
 from quartet.models.padding import micro_batches, response_mask, right_pad
-from quartet.rewards.protocol import Score
+from quartet.rewards.protocol import RewardError, Score
 
 
 class ModelReward:
@@ -35,5 +35,10 @@ class ModelReward:
             counts = [len(r.response_ids) if whole else 1 for r in pieces]
             asked = response_mask(lengths - torch.tensor(counts, device=self.device), lengths, tokens.shape[1])
             for i, found in zip(rows, self.model(tokens, asked).split(counts), strict=True):
+                if not bool(found.isfinite().all()):
+                    raise RewardError(
+                        f"reward {self.name}: the score of {rollouts[i].id} is not finite: the model's weights are wrong. "
+                        f'The response is "{rollouts[i].response[:200]}".'
+                    )
                 outputs[i] = found.tolist()
         return outputs

@@ -1,7 +1,7 @@
 """One optimizer step."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from quartet.tensors import Float, Tensor
 from quartet.training.optim import Optimizer
@@ -10,17 +10,23 @@ from quartet.training.optim import Optimizer
 class NonFinite(RuntimeError):
     """A number that is not finite, seen before it could change a weight."""
 
-    def __init__(self, what: str, sample: str | None = None) -> None:
+    def __init__(self, what: str, sample: str | None = None, tokens: Sequence[int] = ()) -> None:
         where = f" in sample {sample}" if sample else ""
         super().__init__(f"{what} is not finite{where}; no weight was changed by it")
-        self.what, self.sample = what, sample
+        self.what, self.sample, self.tokens = what, sample, list(tokens)
 
 
-def check_finite(what: str, values: Float[Tensor, "B *rest"], ids: Sequence[str]) -> None:
-    """Raise `NonFinite` with the id of the first row that holds an infinity or a NaN."""
+def check_finite(
+    what: str,
+    values: Float[Tensor, "B *rest"],
+    ids: Sequence[str],
+    tokens: Callable[[int], Sequence[int]] | None = None,
+) -> None:
+    """Raise `NonFinite` with the id of the first row that holds an infinity or a NaN. `tokens`: what the row says."""
     bad = ~values.isfinite().flatten(1).all(dim=1) if values.ndim > 1 else ~values.isfinite()
     if bad.any():
-        raise NonFinite(what, ids[int(bad.nonzero()[0])])
+        row = int(bad.nonzero()[0])
+        raise NonFinite(what, ids[row], tokens(row) if tokens else ())
 
 
 def descend(losses: Iterable[Float[Tensor, ""]], optimizers: Mapping[str, Optimizer]) -> dict[str, float]:
@@ -28,18 +34,24 @@ def descend(losses: Iterable[Float[Tensor, ""]], optimizers: Mapping[str, Optimi
     the norm of its gradient before clipping.
 
     The losses of one step share a denominator, so that their sum is the step's loss however it was cut. They are consumed
-    one by one: only one graph is alive at a time. Nothing steps unless every gradient is finite.
+    one by one: only one graph is alive at a time. Nothing steps unless every number is finite; where the optimizers are told
+    to skip such a step, they do so a few times, and `skipped` is 1 in what is returned.
     """
     total = 0.0
-    for loss in losses:
-        loss.backward()
-        total += float(loss.detach())
-    norms = {name: optimizer.clip() for name, optimizer in optimizers.items()}
-    for name, norm in norms.items():
-        if not math.isfinite(norm):
-            for optimizer in optimizers.values():
-                optimizer.zero_grad()
-            raise NonFinite(f"the gradient of the {name}")
+    try:
+        for loss in losses:
+            loss.backward()
+            total += float(loss.detach())
+        norms = {name: optimizer.clip() for name, optimizer in optimizers.items()}
+        for what, number in (("loss", total), *((f"gradient of the {name}", norm) for name, norm in norms.items())):
+            if not math.isfinite(number):
+                raise NonFinite(f"the {what}")
+    except BaseException as error:
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+        if isinstance(error, NonFinite) and all(optimizer.skip() for optimizer in optimizers.values()):
+            return {"skipped": 1.0}
+        raise
     for optimizer in optimizers.values():
         optimizer.step()
     return {"loss": total, **{f"grad_norm/{name}": norm for name, norm in norms.items()}}

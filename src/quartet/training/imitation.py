@@ -28,5 +28,5 @@ def _negative_logprobs(model: Any, demonstrations: Sequence[Demonstration]) -> F
         if d.written is not None:
             mask[row, len(d.prompt_ids) : len(d.prompt_ids) + len(d.written)] &= torch.tensor(d.written, device=mask.device)
     losses = -masked_logprobs(model, tokens, mask)
-    check_finite("the loss", losses, [d.id for d in demonstrations])
+    check_finite("the loss", losses, [d.id for d in demonstrations], lambda row: tokens[row, : lengths[row]].tolist())
     return losses

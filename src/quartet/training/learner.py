@@ -5,7 +5,8 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from quartet.algorithms.kl import k3
 from quartet.algorithms.masked import masked_mean
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
-from quartet.experience import Batch, Experience, Rollout
+from quartet.experience import Batch, Experience, Rollout, said
 from quartet.generation.protocol import Weights
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.language_model import policy_logprobs
 from quartet.models.padding import PAD, micro_batches, response_mask, right_pad, spread
 from quartet.tensors import Bool, Float, Tensor
+from quartet.training.budget import Budget
 from quartet.training.checkpoint import python_random
 from quartet.training.descend import check_finite, descend
 from quartet.training.ema import Ema
@@ -51,6 +53,8 @@ class Update:
     clipped: Bool[Tensor, "B T"]
     trained_actor: bool = True
     """False while only the critic warms up."""
+    reference_moved: bool = False
+    """Whether the reference is no longer the model it was: a fault."""
 
 
 class Learner:
@@ -67,7 +71,7 @@ class Learner:
         pretraining: Sampler[Demonstration] | None = None,
         micro_batch_tokens: int = 2048,
     ) -> None:
-        self.micro_batch_tokens = micro_batch_tokens
+        self.budget = Budget(micro_batch_tokens)
         self.models, self.reference, self.optim, self.temperature = models, reference, optim, temperature
         self.pretraining = pretraining
         self.ema = Ema(models.actor, optim.ema) if optim.ema else None
@@ -80,6 +84,8 @@ class Learner:
         self.sampler_agrees: bool | None = None
         """Whether the sampler's log-probs are the learner's; not known before the first step."""
         self.device = models.actor.device
+        self.reference_mark = None if reference is None else mark(reference)
+        """The reference's weights in one number: they never change."""
 
     def weights(self) -> Weights:
         return Weights(self.version, self.models.actor.state_dict())
@@ -91,6 +97,8 @@ class Learner:
             "rng": self.rng.getstate(),
             "version": self.version,
             "sampler_agrees": self.sampler_agrees,
+            "reference_mark": self.reference_mark,
+            "budget": self.budget.state(),
             "pretraining": None if self.pretraining is None else self.pretraining.state(),
         }
 
@@ -101,23 +109,29 @@ class Learner:
             self.ema.load_state(state["ema"])
         if self.pretraining is not None:
             self.pretraining.load_state(state["pretraining"])
+        if self.reference_mark != state["reference_mark"]:
+            raise ValueError("the reference is not the model that the run began with")
+        self.budget.load_state(state["budget"])
         self.rng.setstate(python_random(state["rng"]))
         self.version, self.sampler_agrees = state["version"], state["sampler_agrees"]
 
-    @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], algorithm: Algorithm) -> Batch:
         """The rollouts as tensors, with what actor, critic and reference say of each token, as far as the algorithm reads
         it. Log-probs and entropies that the sampler took while it sampled are not computed again, once the first step has
         shown that they are the learner's."""
         batch = collate(rollouts, self.device)
-        check_finite("the reward", batch.scores, batch.ids)
+        check_finite("the reward", batch.scores, batch.ids, partial(said, batch))
+        return self.budget.spend("scoring", partial(self._scored, batch, rollouts, algorithm))
+
+    @torch.no_grad()
+    def _scored(self, batch: Batch, rollouts: Sequence[Rollout], algorithm: Algorithm, micro_batch_tokens: int) -> Batch:
         current = batch.entropy is not None and all(r.policy_version == self.version for r in rollouts)
         known = current and self.sampler_agrees is True and not algorithm.kl.exact_reward
         old, entropy, values, exact = (torch.zeros_like(batch.rollout_logprobs) for _ in range(4))
         if known and batch.entropy is not None:
             old, entropy = batch.rollout_logprobs, batch.entropy
         final = torch.zeros_like(batch.scores)
-        for rows in micro_batches(batch.lengths.tolist(), self.micro_batch_tokens):
+        for rows in micro_batches(batch.lengths.tolist(), micro_batch_tokens):
             width = int(batch.lengths[rows].max())
             tokens, mask = batch.tokens[rows, :width], batch.response_mask[rows, :width]
             asked = mask
@@ -140,9 +154,11 @@ class Learner:
                     final[rows] = seen.gather(1, batch.lengths[rows][:, None])[:, 0]
         if current and self.sampler_agrees is None:
             self.sampler_agrees = same_numbers(batch.rollout_logprobs, old, batch.response_mask)
-        ref = None if self.reference is None else self._reference_logprobs(batch)
-        for what, numbers in (("the log-probability", old), ("the value", values)):
-            check_finite(what, numbers, batch.ids)
+        ref = None if self.reference is None else self._logprobs(self.reference, batch, micro_batch_tokens)
+        seen_by = (("the log-probability", old), ("the reference log-probability", ref), ("the value", values))
+        for what, numbers in seen_by:
+            if numbers is not None:
+                check_finite(what, numbers, batch.ids, partial(said, batch))
         return dataclasses.replace(
             batch,
             old_logprobs=old,
@@ -158,47 +174,69 @@ class Learner:
         minibatch and change nothing else: its denominator is counted over all of it."""
         for what, numbers in (("the advantage", experience.advantages), ("the return", experience.returns)):
             if numbers is not None:
-                check_finite(what, torch.where(experience.response_mask, numbers, 0.0), experience.ids)
+                shown = torch.where(experience.response_mask, numbers, 0.0)
+                check_finite(what, shown, experience.ids, partial(said, experience))
         seen = _Seen(experience)
-        steps = [m for _ in range(self.optim.epochs) for m in self._minibatches(len(experience))]
         optimizers = self.optimizers if train_actor else {"critic": self.optimizers["critic"]}
-        descents: dict[str, float] = {}
         rates = {f"lr/{name}": optimizer.lr for name, optimizer in optimizers.items()}
-        for number, rows in enumerate(steps):
-            losses = self._losses(experience, rows, algorithm, train_actor, seen, first_visit=number == 0)
-            mixed_in = self._pretraining_losses(algorithm, seen) if train_actor else ()
-            for name, value in descend(itertools.chain(losses, mixed_in), optimizers).items():
-                descents[name] = descents.get(name, 0.0) + value / len(steps)
-            if not train_actor:
-                self.optimizers["actor"].zero_grad()
-            elif self.ema is not None:
-                self.ema.update(self.models.actor)
+        descents: list[dict[str, float]] = []
+        epochs = 0
+        for _ in range(self.optim.epochs):
+            for rows in self._minibatches(len(experience)):
+                texts = self._pretraining_texts(algorithm) if train_actor else ()
+                step = partial(self._step, experience, rows, texts, algorithm, train_actor, seen, not descents, seen.tally())
+                descents.append(self.budget.spend("the update", step))
+                if train_actor and self.ema is not None:
+                    self.ema.update(self.models.actor)
+            epochs += 1
+            if self.optim.target_kl is not None and seen.epoch_kl() > self.optim.target_kl:
+                break
         self.version += 1
-        if self.sampler_agrees and seen.first_ratio_error > AGREEMENT:
+        if self.sampler_agrees and seen.tallied.first_ratio_error > AGREEMENT:
             self.sampler_agrees = None  # the next step will tell
         return Update(
-            losses={name: total / len(steps) for name, total in seen.losses.items()},
-            descents=descents | rates,
-            clip_fraction=seen.num_clipped / max(seen.num_visits, 1),
-            first_ratio_error=seen.first_ratio_error,
+            losses={name: total / len(descents) for name, total in seen.tallied.losses.items()},
+            descents=averaged(descents)
+            | rates
+            | ({"policy/epochs": float(epochs)} if self.optim.target_kl is not None else {}),
+            clip_fraction=seen.tallied.num_clipped / max(seen.tallied.num_visits, 1),
+            first_ratio_error=seen.tallied.first_ratio_error,
             step_kl=self._step_kl(experience) if train_actor and algorithm.needs_step_kl else None,
             logprobs=seen.logprobs,
             entropy=seen.entropy,
             clipped=seen.clipped,
             trained_actor=train_actor,
+            reference_moved=self.reference is not None and mark(self.reference) != self.reference_mark,
         )
 
+    def _step(
+        self,
+        experience: Experience,
+        rows: Sequence[int],
+        texts: Sequence[Demonstration],
+        algorithm: Algorithm,
+        train_actor: bool,
+        seen: "_Seen",
+        first: bool,
+        before: "_Tally",
+        micro_batch_tokens: int,
+    ) -> dict[str, float]:
+        """One optimizer step. `before`: what was seen until then, for a step that is done again."""
+        seen.tallied = before.copy()
+        losses = self._losses(experience, rows, algorithm, train_actor, seen, first, micro_batch_tokens)
+        mixed_in = self._pretraining_losses(texts, algorithm, seen, micro_batch_tokens)
+        optimizers = self.optimizers if train_actor else {"critic": self.optimizers["critic"]}
+        done = descend(itertools.chain(losses, mixed_in), optimizers)
+        if not train_actor:
+            self.optimizers["actor"].zero_grad()
+        return done
+
     def _step_kl(self, experience: Experience) -> float:
-        now = self._logprobs(self.models.actor, experience)
+        now = self._logprobs(self.models.actor, experience, self.budget.tokens)
         return float(masked_mean(k3(experience.old_logprobs, now), experience.response_mask))
 
-    def _logprobs(self, model: Any, rows: Batch | Experience) -> Float[Tensor, "B T"]:
-        return policy_logprobs(model, rows.tokens, rows.lengths, rows.response_mask, self.temperature, self.micro_batch_tokens)
-
-    def _reference_logprobs(self, batch: Batch) -> Float[Tensor, "B T"]:
-        logprobs = self._logprobs(self.reference, batch)
-        check_finite("the reference log-probability", logprobs, batch.ids)
-        return logprobs
+    def _logprobs(self, model: Any, rows: Batch | Experience, micro_batch_tokens: int) -> Float[Tensor, "B T"]:
+        return policy_logprobs(model, rows.tokens, rows.lengths, rows.response_mask, self.temperature, micro_batch_tokens)
 
     def _minibatches(self, num_rows: int) -> list[list[int]]:
         order = list(range(num_rows))
@@ -214,12 +252,13 @@ class Learner:
         train_actor: bool,
         seen: "_Seen",
         first_visit: bool,
+        micro_batch_tokens: int,
     ) -> Iterator[Float[Tensor, ""]]:
         """The loss of one minibatch in pieces that add up to it."""
         denominators = algorithm.denominators(experience.rows(rows))
         reference = self.reference if algorithm.kl.exact_loss else None
         lengths = experience.lengths[list(rows)].tolist()
-        for piece in micro_batches(lengths, self.micro_batch_tokens):
+        for piece in micro_batches(lengths, micro_batch_tokens):
             indices = [rows[i] for i in piece]
             part = experience.rows(indices)
             now = self.models.forward(
@@ -229,21 +268,45 @@ class Learner:
                 algorithm.needs_entropy_gradient,
                 reference,
             )
-            check_finite("the log-probability in the update", torch.where(part.response_mask, now.logprobs, 0.0), part.ids)
-            if now.values is not None:
-                check_finite("the value in the update", torch.where(part.response_mask, now.values, 0.0), part.ids)
+            for what, numbers in (("the log-probability", now.logprobs), ("the value", now.values)):
+                if numbers is not None:
+                    shown = torch.where(part.response_mask, numbers, 0.0)
+                    check_finite(f"{what} in the update", shown, part.ids, partial(said, part))
             terms = algorithm.loss(part, now, denominators)
             seen.record(indices, part, now, terms, algorithm, first_visit)
             yield sum(terms.values(), torch.zeros((), device=self.device)) if train_actor else terms["value"]
 
-    def _pretraining_losses(self, algorithm: Algorithm, seen: "_Seen") -> Iterator[Float[Tensor, ""]]:
+    def _pretraining_texts(self, algorithm: Algorithm) -> Sequence[Demonstration]:
+        """The demonstrations that PTX mixes into the next step."""
+        return () if self.pretraining is None or algorithm.ptx.coef == 0 else self.pretraining.next()
+
+    def _pretraining_losses(
+        self, texts: Sequence[Demonstration], algorithm: Algorithm, seen: "_Seen", micro_batch_tokens: int
+    ) -> Iterator[Float[Tensor, ""]]:
         """PTX: the loss of some demonstrations beside that of the rollouts."""
-        if self.pretraining is None or algorithm.ptx.coef == 0:
+        if not texts:
             return
-        for loss in imitation_losses(self.models.actor, self.pretraining.next(), self.micro_batch_tokens):
+        for loss in imitation_losses(self.models.actor, texts, micro_batch_tokens):
             weighted = algorithm.ptx.coef * loss
-            seen.losses["ptx"] = seen.losses.get("ptx", 0.0) + float(weighted.detach())
+            seen.tallied.add("ptx", float(weighted.detach()))
             yield weighted
+
+
+@dataclass
+class _Tally:
+    """Sums over what an update has passed by so far."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    num_clipped: int = 0
+    num_visits: int = 0
+    first_ratio_error: float = 0.0
+    kl: float = 0.0
+
+    def add(self, name: str, loss: float) -> None:
+        self.losses[name] = self.losses.get(name, 0.0) + loss
+
+    def copy(self) -> "_Tally":
+        return dataclasses.replace(self, losses=dict(self.losses))
 
 
 class _Seen:
@@ -252,9 +315,17 @@ class _Seen:
     def __init__(self, experience: Experience) -> None:
         self.logprobs, self.entropy = (torch.zeros_like(experience.old_logprobs) for _ in range(2))
         self.clipped = torch.zeros_like(experience.response_mask)
-        self.losses: dict[str, float] = {}
-        self.num_clipped = self.num_visits = 0
-        self.first_ratio_error = 0.0
+        self.tallied = _Tally()
+        self._epoch = _Tally()
+        """As it was when the last epoch ended."""
+
+    def tally(self) -> _Tally:
+        return self.tallied.copy()
+
+    def epoch_kl(self) -> float:
+        """Mean k3 of π_old to π over the visits since it was last asked."""
+        before, self._epoch = self._epoch, self.tally()
+        return (self._epoch.kl - before.kl) / max(self._epoch.num_visits - before.num_visits, 1)
 
     @torch.no_grad()
     def record(
@@ -271,13 +342,32 @@ class _Seen:
         self.logprobs[indices, :width] = torch.where(mask, now.logprobs, 0.0)
         self.entropy[indices, :width] = torch.where(mask, now.entropy, 0.0)
         self.clipped[indices, :width] = clipped
-        self.num_clipped += int(clipped.sum())
-        self.num_visits += int(mask.sum())
+        tally = self.tallied
+        tally.num_clipped += int(clipped.sum())
+        tally.num_visits += int(mask.sum())
+        tally.kl += float(torch.where(mask, k3(part.old_logprobs, now.logprobs), 0.0).sum())
         for name, term in terms.items():
-            self.losses[name] = self.losses.get(name, 0.0) + float(term)
+            tally.add(name, float(term))
         if first_visit:
             error = ((now.logprobs - part.old_logprobs).expm1().abs() * mask).max()
-            self.first_ratio_error = max(self.first_ratio_error, float(error))
+            tally.first_ratio_error = max(tally.first_ratio_error, float(error))
+
+
+def averaged(descents: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the steps that were taken; `skipped` counts the others."""
+    taken = [d for d in descents if "skipped" not in d]
+    means = {name: sum(d[name] for d in taken) / len(taken) for name in (taken[0] if taken else {})}
+    return means | ({"skipped": float(len(descents) - len(taken))} if len(taken) < len(descents) else {})
+
+
+@torch.no_grad()
+def mark(model: Any) -> int:
+    """The bits of all parameters, added up: another number, almost surely, when one of them changes."""
+    whole = 0
+    for p in model.parameters():
+        bits = p.detach().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()])
+        whole += int(bits.sum(dtype=torch.int64))
+    return whole
 
 
 def same_numbers(sampled: Float[Tensor, "B T"], own: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> bool:

@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 from quartet.parts import Field, part
 from quartet.tensors import Tensor, torch
 
+MAX_SKIPPED = 10
+"""Updates that a stage may skip where it is told to; more are no accident."""
+
 
 @part
 class Descent:
@@ -18,6 +21,9 @@ class Descent:
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        default="stop", description='An update whose loss or gradient is not finite stops the run; "skip" leaves out ten.'
+    )
 
     def factor(self, step: int, total: int) -> float:
         """The share of `lr` at optimizer step 0 … total − 1: up over the warm-up, then flat or down to 0."""
@@ -37,10 +43,19 @@ class Optimizer:
             self.parameters, lr=descent.lr, betas=descent.betas, eps=descent.eps, weight_decay=descent.weight_decay
         )
         self.steps = 0
+        self.skipped = 0
+        """Updates that were left out, for their numbers were not finite."""
+        self.scale = 1.0
+        """What the learning rate is multiplied by; a run that was rolled back goes on with half."""
 
     @property
     def lr(self) -> float:
-        return self.descent.lr * self.descent.factor(self.steps, self.total_steps)
+        return self.scale * self.descent.lr * self.descent.factor(self.steps, self.total_steps)
+
+    def skip(self) -> bool:
+        """Whether this update may be left out."""
+        self.skipped += 1
+        return self.descent.on_nonfinite == "skip" and self.skipped <= MAX_SKIPPED
 
     def clip(self) -> float:
         """Bound the gradient; its norm before that. Not finite if any gradient is not."""
@@ -62,24 +77,21 @@ class Optimizer:
             "parameters": self.parameters,
             "moments": [dict(self.adam.state[p]) for p in self.parameters],
             "steps": self.steps,
+            "skipped": self.skipped,
+            "scale": self.scale,
         }
 
-    @torch.no_grad()
     def load_state(self, state: Mapping[str, Any]) -> None:
         if len(state["parameters"]) != len(self.parameters):
             raise ValueError(f"{len(state['parameters'])} parameters were saved, and {len(self.parameters)} are trained now")
         for mine, saved, moments in zip(self.parameters, state["parameters"], state["moments"], strict=True):
             if mine.shape != saved.shape:
                 raise ValueError(f"a parameter of shape {list(saved.shape)} was saved, and has shape {list(mine.shape)} now")
-            mine.copy_(saved)
-            if moments:  # those that no gradient ever reached have none
-                self.adam.state[mine] = {name: tensor.to(tensor_device(name, mine)) for name, tensor in moments.items()}
-        self.steps = state["steps"]
-
-
-def tensor_device(name: str, parameter: Tensor) -> torch.device:
-    """Adam counts its steps on the CPU."""
-    return torch.device("cpu") if name == "step" else parameter.device
+            mine.data.copy_(saved)
+            if moments:  # those that no gradient ever reached have none; Adam counts its steps on the CPU
+                on_device = {name: tensor if name == "step" else tensor.to(mine.device) for name, tensor in moments.items()}
+                self.adam.state[mine] = on_device
+        self.steps, self.skipped, self.scale = state["steps"], state["skipped"], state["scale"]
 
 
 @part
@@ -98,6 +110,14 @@ class Optim:
         default=0.0, ge=0, lt=1, description="Decay of an average of the actor, saved beside it; 0 keeps none. Typical: 0.992."
     )
     critic_warmup_steps: int = Field(default=0, ge=0, description="First steps in which only the critic learns.")
+    target_kl: float | None = Field(
+        default=None,
+        gt=0,
+        description="No further epoch begins once the KL(π_old ‖ π) per token is above this. Typical: 0.02.",
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        default="stop", description='An update whose loss or gradient is not finite stops the run; "skip" leaves out ten.'
+    )
     schedule: Literal["linear", "constant"] = "constant"
     warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps over which the rates rise from 0.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them.")
@@ -106,4 +126,13 @@ class Optim:
     eps: float = Field(default=1e-5, gt=0, description="Adam's epsilon; 1e-5 as in Ziegler et al. 2019.")
 
     def descent(self, lr: float) -> Descent:
-        return Descent(lr, self.schedule, self.warmup_steps, self.max_grad_norm, self.weight_decay, self.betas, self.eps)
+        return Descent(
+            lr,
+            self.schedule,
+            self.warmup_steps,
+            self.max_grad_norm,
+            self.weight_decay,
+            self.betas,
+            self.eps,
+            self.on_nonfinite,
+        )

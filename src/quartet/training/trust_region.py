@@ -121,7 +121,7 @@ class _Objective:
         self.learner, self.experience, self.algorithm = learner, experience, algorithm
         self.denominators = algorithm.denominators(experience)
         self.num_tokens = int(experience.response_mask.sum())
-        self.pieces = micro_batches(experience.lengths.tolist(), learner.micro_batch_tokens)
+        self.pieces = micro_batches(experience.lengths.tolist(), learner.budget.tokens)
         with torch.no_grad():
             self.old = [self._vocabulary_logprobs(rows) for rows in self.pieces]
 

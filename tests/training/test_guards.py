@@ -1,0 +1,317 @@
+"""What stops a run, and what a run may do instead: skip, go back, try with less memory."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from quartet.algorithms.preference import PREFERENCES
+from quartet.algorithms.presets import ALGORITHMS
+from quartet.data.sampler import Sampler
+from quartet.generation.native import NativeGenerator
+from quartet.generation.sampling import Sampling
+from quartet.loops.preference import preference
+from quartet.loops.rl import rl
+from quartet.loops.sft import sft
+from quartet.models.actor_critic import Separate, freeze
+from quartet.models.heads import ScalarModel
+from quartet.models.language_model import masked_logprobs
+from quartet.observability.doctor import INVARIANTS, Watch
+from quartet.observability.reader import Run
+from quartet.observability.run import RunFolder
+from quartet.observability.tokens import TokenTexts
+from quartet.pipeline import Pipeline, Saving, StageFailed, Warned
+from quartet.rewards.functions import TextReward
+from quartet.rewards.protocol import Weighted, rewarded
+from quartet.stages import SftStage
+from quartet.training import imitation
+from quartet.training.budget import MAX_HALVINGS, Budget
+from quartet.training.descend import NonFinite, descend
+from quartet.training.learner import Learner, mark
+from quartet.training.optim import MAX_SKIPPED, Descent, Optim, Optimizer
+from tests.loops.test_loops import END, comparisons, demonstrations, goodness
+from tests.training.test_learner import learner, rollouts, weights
+from tests.world import model, prompts, tokenizer
+
+PPO = ALGORITHMS["ppo"]
+
+
+def experienced(made):
+    return PPO.experience(made.score(rollouts(), PPO))
+
+
+# --- not finite ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_message_has_the_sample_and_what_it_says():
+    made = learner()
+    experience = experienced(made)
+    broken = experience.advantages.clone()
+    broken[3, int(experience.response_mask[3].int().argmax())] = torch.nan
+    with pytest.raises(NonFinite) as caught:
+        made.update(dataclasses.replace(experience, advantages=broken), PPO)
+    assert caught.value.sample == experience.ids[3]
+    assert caught.value.tokens == experience.tokens[3, : experience.lengths[3]].tolist()
+
+
+def test_a_loss_that_is_not_finite_stops_though_its_gradient_is():
+    weight = torch.tensor([1.0], requires_grad=True)
+    optimizer = Optimizer([weight], Descent(lr=0.1, schedule="constant"), 1)
+    with pytest.raises(NonFinite, match="the loss is not finite"):
+        descend([weight.sum() + torch.inf], {"w": optimizer})
+    assert weight.item() == 1.0 and weight.grad is None
+
+
+def test_skipping_leaves_weights_and_moments_alone_and_ends():
+    weight = torch.tensor([1.0], requires_grad=True)
+    optimizer = Optimizer([weight], Descent(lr=0.1, schedule="constant", on_nonfinite="skip"), 100)
+    for count in range(1, MAX_SKIPPED + 1):
+        assert descend([weight.sum() * torch.nan], {"w": optimizer}) == {"skipped": 1.0}
+        assert weight.item() == 1.0 and weight.grad is None and optimizer.steps == 0 and optimizer.skipped == count
+    assert "loss" in descend([weight.sum()], {"w": optimizer})
+    with pytest.raises(NonFinite):
+        descend([weight.sum() * torch.nan], {"w": optimizer})
+
+
+def test_a_skipped_minibatch_is_counted_and_the_others_are_learnt_from():
+    made = learner(on_nonfinite="skip")
+    forward, calls = made.models.forward, []
+    experience = experienced(made)
+
+    def sometimes(*arguments, **named):
+        now = forward(*arguments, **named)
+        calls.append(1)
+        return dataclasses.replace(now, logprobs=now.logprobs * torch.nan) if len(calls) == 2 else now
+
+    made.models.forward = sometimes
+    update = made.update(experience, PPO)
+    assert update.descents["skipped"] == 1.0
+    assert all(o.steps == 3 for o in made.optimizers.values()), "two epochs of two minibatches, one of them left out"
+
+
+def test_a_reward_that_is_no_number_takes_its_own_sample_out_and_not_the_group(caplog):
+    made = rollouts(8)
+
+    class Odd:
+        name = "odd"
+
+        def score(self, rollouts):
+            return [1.0, float("nan"), 0.5, 1e308, float("inf"), 2.0, None, -1e308]
+
+    with caplog.at_level("WARNING"):
+        scored = rewarded(made, [Weighted(Odd())])
+    assert [r.score for r in scored] == [1.0, None, 0.5, None, None, 2.0, None, None]
+    assert len([r for r in caplog.records if "which is left out" in r.message]) == 4
+    assert made[1].id in caplog.text
+
+
+@pytest.mark.parametrize("preset", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("size", [2, 3, 7, 16, 33])
+def test_groups_of_equal_rewards_have_an_advantage_of_exactly_zero(preset, size):
+    made = learner("none")
+    algorithm = ALGORITHMS[preset]
+    for value in (0.1, 1 / 3, -2.7e-5, 1e-30, 123456.78, 3e37):
+        group = [dataclasses.replace(r, score=value, group=0) for r in (rollouts(8) * 5)[:size]]
+        batch = made.score(group, algorithm)
+        batch = dataclasses.replace(batch, ref_logprobs=batch.old_logprobs)  # no KL: scores alone
+        assert not algorithm.experience(batch).advantages.any()
+
+
+# --- target KL, memory -----------------------------------------------------------------------------------------------------
+
+
+def test_no_further_epoch_begins_above_the_target_kl():
+    far, near, free = (learner(epochs=8, lr=5e-3, target_kl=target) for target in (1e-6, 1e3, None))
+    updates = [made.update(experienced(made), PPO) for made in (far, near, free)]
+    assert updates[0].descents["policy/epochs"] == 1.0, "its second minibatch is away from π_old already"
+    assert updates[1].descents["policy/epochs"] == 8.0 and "policy/epochs" not in updates[2].descents
+    assert far.optimizers["actor"].steps == 2 and near.optimizers["actor"].steps == 16
+    assert all(torch.equal(a, b) for a, b in zip(weights(near), weights(free), strict=True))
+
+
+def starved(made, limit):
+    """As if a forward pass of more than so many tokens did not fit."""
+    forward = made.models.forward
+
+    def tight(tokens, *arguments, **named):
+        if tokens.numel() > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(tokens, *arguments, **named)
+
+    made.models.forward = tight
+    return made
+
+
+def test_out_of_memory_is_tried_again_with_half_and_gives_the_same_update():
+    roomy, tight = learner(tokens=256), starved(learner(tokens=256), 60)
+    updates = [made.update(experienced(made), PPO) for made in (roomy, tight)]
+    assert tight.budget.tokens == 256 // 2**tight.budget.halvings and 1 <= tight.budget.halvings <= MAX_HALVINGS
+    assert "out of memory in scoring with 256 tokens at once; retried with 128." in tight.budget.notes[0]
+    for a, b in zip(weights(roomy), weights(tight), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    for name, value in updates[0].losses.items():
+        assert updates[1].losses[name] == pytest.approx(value, rel=1e-4)
+    assert updates[1].clip_fraction == updates[0].clip_fraction and roomy.rng.getstate() == tight.rng.getstate()
+
+
+def test_memory_that_is_never_enough_fails_after_a_few_times():
+    made = starved(learner(tokens=2048), 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        made.score(rollouts(), PPO)
+    assert made.budget.halvings == MAX_HALVINGS
+
+
+def test_sft_retries_with_less_memory_and_other_errors_pass(monkeypatch):
+    def tight(model, tokens, mask, *rest):
+        if len(tokens) > 1:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried")
+        return masked_logprobs(model, tokens, mask, *rest)
+
+    monkeypatch.setattr(imitation, "masked_logprobs", tight)
+    made, budget = model(), Budget(100)
+    optimizer = Optimizer(list(made.parameters()), Descent(lr=1e-2), 1)
+    [step] = sft(made, Sampler(demonstrations(), 2, 0), optimizer, 1, budget)
+    assert step.metrics["loss"] > 0 and budget.halvings > 0 and optimizer.steps == 1
+    with pytest.raises(RuntimeError, match="something else"):
+        budget.spend("x", lambda tokens: (_ for _ in ()).throw(RuntimeError("something else")))
+
+
+# --- invariants ------------------------------------------------------------------------------------------------------------
+
+
+class Spoiled(NativeGenerator):
+    """A sampler with one of the usual mistakes."""
+
+    def __init__(self, mistake, actor):
+        super().__init__(actor, tokenizer(), frozenset({END}), 0)
+        self.mistake = mistake
+        if mistake == "stale weights":
+            self.model = copy.deepcopy(actor)
+
+    def generate(self, asked, sampling, samples_per_prompt=1):
+        if self.mistake == "temperature":
+            sampling = dataclasses.replace(sampling, temperature=0.7)
+        if self.mistake == "top-p":
+            sampling = dataclasses.replace(sampling, top_p=0.8)
+        read = asked
+        if self.mistake == "template":  # what is before the prompt is there twice
+            read = [dataclasses.replace(p, ids=(p.ids[0], *p.ids)) for p in asked]
+        if self.mistake == "pad side":  # padding on the left counts as text
+            longest = max(len(p.ids) for p in asked) + 1
+            read = [dataclasses.replace(p, ids=(0,) * (longest - len(p.ids)) + p.ids) for p in asked]
+        made = super().generate(read, sampling, samples_per_prompt)
+        made = [dataclasses.replace(r, prompt=asked[r.group]) for r in made]
+        if self.mistake == "shift by one":
+            made = [dataclasses.replace(r, logprobs=(*r.logprobs[1:], r.logprobs[0])) for r in made]
+        if self.mistake == "dropout":
+            noise = torch.Generator().manual_seed(0)
+            made = [
+                dataclasses.replace(r, logprobs=tuple(p + 0.1 * float(torch.randn((), generator=noise)) for p in r.logprobs))
+                for r in made
+            ]
+        return made
+
+
+@pytest.mark.parametrize(
+    ("mistake", "rule"),
+    [
+        ("temperature", "sampler_disagrees"),
+        ("top-p", "sampler_disagrees"),
+        ("dropout", "sampler_disagrees"),
+        ("template", "sampler_disagrees"),
+        ("shift by one", "sampler_disagrees"),
+        ("pad side", "sampler_disagrees"),
+        ("wrong reference", "reference_differs"),
+        ("a reference that learns", "reference_moved"),
+        ("stale weights", "ratio_is_not_one"),
+        (None, None),
+    ],
+)
+def test_the_usual_mistakes_are_refused_at_the_first_step_that_can_show_them(mistake, rule):
+    """Old weights are the right ones at step 1: they are seen at step 2."""
+    actor = model()
+    reference = freeze(copy.deepcopy(model(seed=3) if mistake == "wrong reference" else actor))
+    critic = ScalarModel.from_trunk(actor, 0, seed=0)
+    made = Learner(Separate(actor, critic), reference, Optim(lr=1e-2, critic_lr=1e-2, epochs=2), 1.0, 3, 0)
+    if mistake == "a reference that learns":
+        made.reference = actor
+        made.reference_mark = mark(actor)
+    steps = rl(
+        Sampler(prompts(16), 16, 0), Spoiled(mistake, actor), Sampling(max_new_tokens=12), 1,
+        [Weighted(TextReward("goodness", goodness))], made, PPO, 3,
+    )  # fmt: skip
+    watch, said = Watch(), {}
+    for step in steps:
+        for found, _ in watch.see(step.metrics):
+            if found.__name__ in INVARIANTS:
+                said.setdefault(found.__name__, step.number)
+    if rule is None:
+        assert said == {}
+    else:
+        assert said[rule] == (2 if mistake == "stale weights" else 1)
+
+
+def test_dpo_starts_at_its_reference_and_a_loss_of_ln_2():
+    made, loss = model(), PREFERENCES["dpo"]
+    for reference, held in ((freeze(copy.deepcopy(made)), True), (freeze(model(seed=5)), False)):
+        optimizer = Optimizer(list(made.parameters()), Descent(lr=1e-9), 1)
+        [step] = preference(made, reference, Sampler(comparisons(), 4, 0), loss, optimizer, 1, Budget(4096))
+        said = [rule.__name__ for rule, _ in Watch().see(step.metrics)]
+        assert (abs(step.metrics["loss"] - 0.693147) < 1e-4) == held
+        assert ("does_not_start_at_the_reference" in said) == (not held)
+
+
+# --- the run stops, or goes back -------------------------------------------------------------------------------------------------
+
+
+def stage(monkeypatch, broken_at):
+    """SFT whose loss is no number at some of its calls."""
+    calls = []
+
+    def broken(*arguments):
+        calls.append(torch.is_grad_enabled())
+        logprobs = masked_logprobs(*arguments)
+        return logprobs * torch.nan if calls[-1] and sum(calls) in broken_at else logprobs
+
+    monkeypatch.setattr(imitation, "masked_logprobs", broken)
+    return SftStage(
+        demonstrations=demonstrations(),
+        held_out=demonstrations()[:2],
+        tokenizer=tokenizer(),
+        load_policy=lambda folder: model(),
+        optimizer=lambda made: Optimizer(list(made.parameters()), Descent(lr=1e-2, schedule="constant"), 6),
+        num_steps=6,
+        batch_size=4,
+        micro_batch_tokens=4096,
+        seed=0,
+    )
+
+
+def test_a_run_stops_with_phase_sample_and_text_and_saves_nothing_of_it(tmp_path, monkeypatch):
+    folder = RunFolder.create(tmp_path, "x", {})
+    with pytest.raises(StageFailed) as caught:
+        list(Pipeline([stage(monkeypatch, {4})], folder, TokenTexts(tokenizer()), Saving(every=1)).run())
+    folder.close()
+    message = str(caught.value)
+    assert message.startswith("sft, step 4: the loss is not finite in sample ") and ': "' in message
+    assert Run(folder.path).series["sft"].steps[-1] == 3
+    assert sorted(p.name for p in (folder.path / "checkpoints").iterdir())[-1] == "sft-000003"
+
+
+def test_a_run_that_may_goes_back_to_its_last_checkpoint_with_half_the_learning_rate(tmp_path, monkeypatch):
+    folder = RunFolder.create(tmp_path, "x", {})
+    told = list(Pipeline([stage(monkeypatch, {5})], folder, TokenTexts(tokenizer()), Saving(every=2, rollbacks=1)).run())
+    folder.close()
+    run = Run(folder.path)
+    assert list(run.series["sft"].steps) == [1, 2, 3, 4, 5, 6], "no step is in the record twice"
+    [warned] = [event for event in told if isinstance(event, Warned)]
+    assert warned.sentence.startswith(
+        "rolled back to sft-000004, learning rates × 0.5, because of step 5: the loss is not finite"
+    )
+    assert [w["rule"] for w in run.warnings] == ["rolled_back"]
+    assert list(run.series["sft"].columns["lr"]) == [0.01] * 4 + [0.005] * 2
+    again = RunFolder.create(tmp_path, "y", {})
+    with pytest.raises(StageFailed, match="step 5: the loss is not finite"):
+        list(Pipeline([stage(monkeypatch, {5, 6, 7})], again, TokenTexts(tokenizer()), Saving(every=2, rollbacks=2)).run())
+    again.close()
