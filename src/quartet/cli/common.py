@@ -41,6 +41,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def without_progress_bars() -> None:
+    """Those of transformers, which would stand between our lines."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+
+
 def refuse(sentence: str) -> NoReturn:
     complaints.print(sentence, style="red", soft_wrap=True)
     raise typer.Exit(WRONG_REQUEST)

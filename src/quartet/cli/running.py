@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quartet import __version__
-from quartet.cli.common import FAILED, RESUMABLE, app, complaints, console, refuse
+from quartet.cli.common import FAILED, RESUMABLE, app, complaints, console, refuse, without_progress_bars
 from quartet.recipes import recipe_names, recipe_path, template_names, template_path
 
 if TYPE_CHECKING:
@@ -366,7 +366,7 @@ def _send_chatter_to(path: Path) -> None:
     warnings.simplefilter("default")
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()
-    transformers.logging.disable_progress_bar()
+    without_progress_bars()
 
 
 def _log_traceback() -> None:

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quartet.cli.common import CHECK_FAILED, app, console, is_loopback, refuse
+from quartet.cli.common import CHECK_FAILED, app, console, is_loopback, refuse, without_progress_bars
 
 if TYPE_CHECKING:
+    from quartet.loops.rl import Step
     from quartet.observability.reader import Run
 
 
@@ -109,6 +111,75 @@ def compare(
     names = [run.name for run in chosen]
     console.print(comparison("ended with", names, [(label, [t.get(label, "–") for t in numbers]) for label in labels]))
     console.print(comparison("set differently", names, differences([run.config for run in chosen])))
+
+
+@app.command()
+def replay(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE …]", help="Settings of algorithm or optim to change.")
+    ] = None,
+    step: Annotated[int, typer.Option(min=1, help="Which update.")] = 1,
+) -> None:
+    """Compute one update of an RL stage again: as it was, to the bit; or, of the same rollouts, with a setting changed. Nothing
+    is written."""
+    from quartet.build import Workshop
+    from quartet.observability.tables import comparison
+    from quartet.replay import CannotReplay, checkpoint_before, cosine, differences
+    from quartet.replay import replay as compute
+    from quartet.settings import ConfigError, read_settings
+
+    without_progress_bars()
+    run, words = _run(run_folder), words or []
+    if strange := [word for word in words if not word.startswith(("algorithm.", "optim."))]:
+        refuse(f"{strange[0]}: a replay learns from the same rollouts again; only algorithm.* and optim.* can be changed.")
+    recorded = run.series.get(run.rl_stage or "")
+    if run.rl_stage is None or recorded is None:
+        refuse(f"{run.name} has no RL stage whose updates could be computed again.")
+    if step not in recorded.steps:
+        refuse(f"{run.name}: {run.rl_stage} has the steps 1 to {recorded.steps[-1]:,}, not {step:,}.")
+    try:
+        since = checkpoint_before(run.path, run.rl_stage, step)
+        configs = [read_settings(run.path / "config.resolved.toml", chosen).config for chosen in ([], words)]
+    except (ConfigError, CannotReplay) as error:
+        refuse(str(error))
+    stages = [Workshop(config, since.facts["fault"]).rl_stage() for config in configs]
+    console.print(f"from {since.name}: {step - since.facts['step']} steps to compute", soft_wrap=True)
+    same: list[str] = []
+
+    def told(done: "Step") -> None:
+        place = recorded.steps.index(done.number) if done.number in recorded.steps else None
+        there = {} if place is None else {name: column[place] for name, column in recorded.columns.items()}
+        same[:] = differences({name: x for name, x in there.items() if not math.isnan(x)}, done.metrics)
+
+    was, other = compute(stages[0], run.path, since, step, stages[1] if words else None, told)
+    if same:
+        console.print(f"not as it was: {', '.join(same)} differ from the record", style="yellow", soft_wrap=True)
+    else:
+        console.print(f"step {step} again: every metric is the recorded one, to the bit", soft_wrap=True)
+    sides = [was] if other is None else [was, other]
+    rows = [
+        ("tokens clipped", [f"{int(o.clipped.sum()):,} of {o.tokens:,}" for o in sides]),
+        ("KL(π_old ‖ π) after, per token", [f"{o.kl_after:.3g}" for o in sides]),
+        ("length of the actor's step", [f"{float(o.moved.norm()):.3g}" for o in sides]),
+        *((name, [f"{o.metrics[name]:.4g}" if name in o.metrics else "–" for o in sides]) for name in REPLAYED),
+    ]
+    console.print(comparison("", ["as it was", *([] if other is None else ["with " + " ".join(words)])], rows))
+    if other is not None:
+        console.print(f"angle between the two steps: cosine {cosine(was.moved, other.moved):.4f}", soft_wrap=True)
+
+
+REPLAYED = (
+    "policy/clip_fraction",
+    "ratio/max",
+    "ratio/min",
+    "loss/policy",
+    "loss/value",
+    "grad_norm/actor",
+    "advantage/std",
+    "kl/coef",
+)
+"""Metrics that a replay shows."""
 
 
 @app.command()

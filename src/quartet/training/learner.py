@@ -201,7 +201,7 @@ class Learner:
             | ({"policy/epochs": float(epochs)} if self.optim.target_kl is not None else {}),
             clip_fraction=seen.tallied.num_clipped / max(seen.tallied.num_visits, 1),
             first_ratio_error=seen.tallied.first_ratio_error,
-            step_kl=self._step_kl(experience) if train_actor and algorithm.needs_step_kl else None,
+            step_kl=self.kl_since(experience) if train_actor and algorithm.needs_step_kl else None,
             logprobs=seen.logprobs,
             entropy=seen.entropy,
             clipped=seen.clipped,
@@ -231,7 +231,8 @@ class Learner:
             self.optimizers["actor"].zero_grad()
         return done
 
-    def _step_kl(self, experience: Experience) -> float:
+    def kl_since(self, experience: Experience) -> float:
+        """Mean KL(π_old ‖ π) per token, by k3, of the policy as it is now to the one that made the experience."""
         now = self._logprobs(self.models.actor, experience, self.budget.tokens)
         return float(masked_mean(k3(experience.old_logprobs, now), experience.response_mask))
 
