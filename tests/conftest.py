@@ -5,9 +5,37 @@ import os
 os.environ["QUARTET_CHECK_SHAPES"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import ipaddress
+import sys
+import traceback
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
+
+HERE = f"{os.sep}src{os.sep}quartet{os.sep}"
+
+
+def never(event: str, arguments: tuple) -> None:
+    """An audit hook over all tests: nothing is unpickled by our code, nobody outside is reached, nobody outside is listened to."""
+    if event == "pickle.find_class":
+        ours = [frame for frame in traceback.extract_stack() if HERE in frame.filename]
+        if ours:
+            raise PermissionError(f"something was unpickled: {arguments} by {ours[-1]}")
+    if event in {"socket.connect", "socket.bind"}:
+        address = arguments[1]
+        if isinstance(address, tuple) and not loopback(address[0]):
+            raise PermissionError(f"a test {'reached for' if event == 'socket.connect' else 'listens on'} {address}")
+
+
+def loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+sys.addaudithook(never)
 
 hook = install_import_hook("quartet", "beartype.beartype")
 hook.__enter__()

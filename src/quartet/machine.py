@@ -3,11 +3,32 @@
 import ctypes
 import gc
 import sys
+from importlib import metadata
 from typing import Any
+
+from packaging.requirements import Requirement
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 32 * 2**20
 """Above this, glibc asks the system for memory each time whatever it is told."""
+
+
+def unmet() -> list[str]:
+    """What is installed in a version that Quartet does not work with, a sentence each."""
+    found = []
+    for line in metadata.requires("quartet-rlhf") or []:
+        need = Requirement(line)
+        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            there = metadata.version(need.name)
+        except metadata.PackageNotFoundError:
+            found.append(f"{need.name} is not installed.")
+            continue
+        if not need.specifier.contains(there, prereleases=True):
+            wanted = f"{need.name}{need.specifier}"
+            found.append(f'{need.name} {there} is installed, Quartet needs {need.specifier}: pip install "{wanted}"')
+    return found
 
 
 def keep_freed_memory() -> None:

@@ -17,7 +17,7 @@ from quartet.observability.run import Keeping, RunFolder
 from quartet.observability.sinks import Tracking
 from quartet.observability.tokens import TokenTexts
 from quartet.stages import RLStage, Stage, Summary, Work
-from quartet.training.checkpoint import Checkpoint, Checkpoints, GlobalRandom, Tree
+from quartet.training.checkpoint import Checkpoint, Checkpoints, GlobalRandom, Tree, parted
 from quartet.training.descend import NonFinite
 
 QUOTED = 300
@@ -279,7 +279,16 @@ class Pipeline:
             "merit": merit,
             **self.saving.made_with,
         }
-        return self.checkpoints.write(stage, step, state, facts)
+        try:
+            return self.checkpoints.write(stage, step, state, facts)
+        except OSError as error:
+            there = next(
+                (f"The last good one is {path.name}." for path in self.checkpoints.newest_first()), "There is none yet."
+            )
+            size = sum(t.numel() * t.element_size() for t in parted(state)[1].values())
+            raise StageFailed(
+                f"checkpoint {stage}-{step:06d} could not be written ({error.strerror}; it needs {size / 1e6:,.1f} MB). {there}"
+            ) from error
 
     def _left(self) -> dict[str, Any]:
         """Fingerprints of all that stages have left so far; it is on the disk then."""

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from quartet import __version__
 
-FAILED, WRONG_REQUEST, CHECK_FAILED, RESUMABLE = 1, 2, 3, 75
+FAILED, WRONG_REQUEST, CHECK_FAILED, RESUMABLE, INTERRUPTED = 1, 2, 3, 75, 130
 """Exit codes; 75 is what sysexits.h calls a temporary failure: the same command again, with --resume, goes on."""
 
 app = typer.Typer(

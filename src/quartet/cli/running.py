@@ -1,5 +1,6 @@
 """Verbs that run, plan and start a run's file."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -268,7 +269,8 @@ def _work(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | No
         return RESUMABLE
     except (StageFailed, OSError) as error:
         screen.close()
-        folder.event("failed", error=str(error))
+        with contextlib.suppress(OSError):  # a full disk may be the reason
+            folder.event("failed", error=str(error))
         complaints.print(f"failed: {error}", style="red", soft_wrap=True)
         complaints.print(f"The record so far is in {folder.path}, details in run.log.", soft_wrap=True)
         _log_traceback()
@@ -323,10 +325,13 @@ def _say_where(folder: Path, root: str) -> None:
 
 
 def _build(settings: "Settings", fault: str | None) -> "Job":
+    from quartet.machine import keep_freed_memory, unmet
+
+    if wrong := unmet():
+        refuse("\n".join(wrong))
     from quartet.build import build
     from quartet.data import DataError
     from quartet.faults import FAULTS
-    from quartet.machine import keep_freed_memory
     from quartet.models.adapters import AdapterError
     from quartet.models.chat import ChatError
     from quartet.models.language_model import ModelError

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,9 +35,10 @@ def studio(
         count = sum(len(find_runs(root)) for root in roots)
     except NoRun as error:
         refuse(str(error))
-    hosts = (*LOOPBACK, host) if is_loopback(host) else ("*",)
-    server = uvicorn.Server(uvicorn.Config(make_app(roots, hosts), host=host, port=port, log_level="warning"))
-    console.print(f"{count} run{'s' * (count != 1)} on http://{host}:{port}/  Ctrl-C ends it", soft_wrap=True)
+    hosts, token = ((*LOOPBACK, host), None) if is_loopback(host) else (("*",), secrets.token_urlsafe(24))
+    server = uvicorn.Server(uvicorn.Config(make_app(roots, hosts, token), host=host, port=port, log_level="warning"))
+    asked = "" if token is None else f"?token={token}"
+    console.print(f"{count} run{'s' * (count != 1)} on http://{host}:{port}/{asked}  Ctrl-C ends it", soft_wrap=True)
     server.run()
 
 

@@ -77,6 +77,8 @@ def serve_reward(
 
     if token_env is not None and not os.environ.get(token_env):
         refuse(f"--token-env {token_env}: no such environment variable. Set it to the token.")
+    if token_env is None and not is_loopback(host):
+        refuse(f"--host {host}: others could reach it, so it must ask for a token: --token-env NAME.")
     from quartet.build import device
     from quartet.build.serving import Scorer
     from quartet.models.language_model import ModelError

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from quartet.models.adapters import Under, adapter_parameters, load_adapter, merged_state, save_adapter
-from quartet.models.language_model import ModelError, first_line
+from quartet.models.language_model import OWN_CODE, ModelError, first_line
 from quartet.models.logprobs import speaking, under_own_token
 from quartet.models.trunk import read
 from quartet.tensors import Bool, Float, Int, Tensor
@@ -30,7 +30,9 @@ def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) 
     """A sequence or token classifier of a Hugging Face folder or hub id, by its Auto class. A folder without the head would be
     given a random one: it is refused."""
     try:
-        model, report = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        model, report = auto.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OWN_CODE
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot be loaded as a reward model ({first_line(error)}).") from error
     if missing := sorted(report["missing_keys"]):
@@ -76,7 +78,7 @@ class ScalarModel(nn.Module):
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | None = None) -> "ScalarModel":
         """A Hugging Face folder with a sequence or token classifier of one label."""
-        kinds = AutoConfig.from_pretrained(folder).architectures or [""]
+        kinds = AutoConfig.from_pretrained(folder, **OWN_CODE).architectures or [""]
         per_token = kinds[0].endswith("ForTokenClassification")
         auto = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
         return cls(load_classifier(auto, folder, device))

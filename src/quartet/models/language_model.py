@@ -26,6 +26,8 @@ class ModelError(ValueError):
     """A folder that cannot be used as asked: one sentence that says why and what to do."""
 
 
+OWN_CODE = {"trust_remote_code": False}
+"""Code that a folder brings along is never run. Left unsaid, transformers would ask on the terminal."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -47,7 +49,7 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
     """The causal language model of a Hugging Face folder or hub id. Weights come from safetensors only; code that a
     folder brings along is not run."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **OWN_CODE)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot be loaded as a language model ({first_line(error)}).") from error
     return model.to(device).eval()
@@ -58,7 +60,7 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> Any:
     if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"{folder}: has no tokenizer. Save one beside the model, or name another folder in policy.tokenizer.")
     try:
-        tokenizer = _tokenizer_class(folder).from_pretrained(folder)
+        tokenizer = _tokenizer_class(folder).from_pretrained(folder, **OWN_CODE)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise ModelError(
             f"{folder}: has no tokenizer that transformers can load ({first_line(error)}). "
@@ -82,7 +84,7 @@ def read_config(folder: str | Path) -> Any:
             f"{folder}: has no .safetensors weights. Other formats can run code when they are read, so they are not."
         )
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, **OWN_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: its config cannot be read ({first_line(error)}).") from error
 

@@ -4,6 +4,8 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TooLong
 from typing import Any
 
 import httpx
@@ -37,7 +39,11 @@ class Endpoint:
             if not os.environ.get(token_env):
                 raise RewardError(f'reward.token_env = "{token_env}": no such environment variable. Set it to the token.')
             headers["Authorization"] = f"Bearer {os.environ[token_env]}"
-        self.client = httpx.Client(headers=headers, timeout=timeout, follow_redirects=False)
+        self.headers = headers
+        self.client = self._connected()
+
+    def _connected(self) -> httpx.Client:
+        return httpx.Client(headers=self.headers, timeout=self.timeout, follow_redirects=False)
 
     def ask(self, request: Mapping[str, Any]) -> Any:
         """What the server answered; RewardError where it did not, or not with JSON."""
@@ -47,8 +53,8 @@ class Endpoint:
                 time.sleep(wait)
                 wait *= 2
             try:
-                status, body = self._post(request)
-            except httpx.TimeoutException:
+                status, body = self._in_time(request)
+            except (httpx.TimeoutException, TooLong):
                 reason = f"did not answer in {self.timeout:g} s"
                 continue
             except httpx.TransportError as error:
@@ -61,9 +67,20 @@ class Endpoint:
                 raise RewardError(f"{self.what} {self.url} answered {status}: {_start(body)}")
             try:
                 return json.loads(body)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise RewardError(f"{self.what} {self.url} answered with something that is not JSON: {_start(body)}") from None
         raise RewardError(f"{self.what} {self.url} {reason} ({self.tries} {'try' if self.tries == 1 else 'tries'}).")
+
+    def _in_time(self, request: Mapping[str, Any]) -> tuple[int, bytes]:
+        """The whole answer within the timeout: a server that sends a byte now and then would keep the connection for ever."""
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(self._post, request)
+            try:
+                return answer.result(self.timeout)
+            except TooLong:
+                self.client.close()  # which ends the reading
+                self.client = self._connected()
+                raise
 
     def _post(self, request: Mapping[str, Any]) -> tuple[int, bytes]:
         with self.client.stream("POST", self.url, json=request) as response:

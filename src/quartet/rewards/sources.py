@@ -126,11 +126,15 @@ class LengthSource(Source):
             raise ValueError(f"least = {self.least} is more than most = {self.most}")
 
 
+URL = r"^https?://[^/@\s]+(/\S*)?$"
+"""No user or password in it, which would stand in every copy of the config: reward.token_env is for that."""
+
+
 @part
 class ServerSource(Source):
     """A reward server over HTTP."""
 
-    url: str = Field(pattern=r"^https?://", description="http:// or https://, the whole address that is posted to.")
+    url: str = Field(pattern=URL, description="http:// or https://, the whole address that is posted to.")
     type: Literal["server"] = "server"
     protocol: Literal["quartet", "openrlhf"] = "quartet"
     timeout: float = Field(default=30.0, gt=0, description="Seconds that one answer may take.")
@@ -143,7 +147,7 @@ class ServerSource(Source):
 class JudgeSource(Source):
     """A language model as judge, behind an OpenAI-compatible endpoint."""
 
-    url: str = Field(pattern=r"^https?://", description="The whole address, such as http://127.0.0.1:8000/v1/chat/completions.")
+    url: str = Field(pattern=URL, description="The whole address, such as http://127.0.0.1:8000/v1/chat/completions.")
     model: str = Field(description="What the endpoint calls the judge.")
     type: Literal["judge"] = "judge"
     mode: Literal["score", "pairwise"] = "score"

@@ -1,6 +1,7 @@
 """The pages and what they are made from. Only GET, only this machine by default, nothing is written."""
 
 import html as markup
+import secrets
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quartet import __version__
 from quartet.observability import figures
@@ -235,7 +237,35 @@ class Pages:
         )
 
 
-def make_app(roots: Sequence[Path], hosts: Sequence[str] = LOOPBACK) -> Starlette:
+class TokenNeeded:
+    """Answers nobody who does not bring the token: once in the address, `?token=…`, then in a cookie."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self.app, self.token = app, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        if self._fits(request.cookies.get(COOKIE, "")):
+            await self.app(scope, receive, send)
+        elif self._fits(request.query_params.get("token", "")):
+            answer = RedirectResponse(request.url.path, 303)
+            answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+            await answer(scope, receive, send)
+        else:
+            await HTMLResponse("The address that the studio printed has a token in it.", 401, HEADERS)(scope, receive, send)
+
+    def _fits(self, said: str) -> bool:
+        return secrets.compare_digest(said.encode(), self.token.encode())
+
+
+COOKIE = "quartet_studio"
+
+
+def make_app(roots: Sequence[Path], hosts: Sequence[str] = LOOPBACK, token: str | None = None) -> Starlette:
+    """`token`: what a browser must bring; None asks for nothing."""
     import pyarrow.parquet  # noqa: F401  now, and not while somebody waits for the first page
 
     pages = Pages(Library(roots))
@@ -257,6 +287,8 @@ def make_app(roots: Sequence[Path], hosts: Sequence[str] = LOOPBACK) -> Starlett
     }
     routes = [Route(path, pages.answering(make)) for path, make in addresses.items()]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)), Middleware(GZipMiddleware, compresslevel=1)]
+    if token is not None:
+        middleware.insert(0, Middleware(TokenNeeded, token=token))
     static = Mount("/static", StaticFiles(packages=[("quartet.studio", "static")]))
     return Starlette(routes=[*routes, static], middleware=middleware)
 
