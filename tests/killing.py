@@ -1,6 +1,7 @@
 """Runs that are killed and resumed, in processes forked from one that has loaded everything: `python -m tests.killing`.
 
     instants SCENARIO TRIALS SEED    kill −9 whole runs at random instants
+    soak MINUTES SEED                one long run, killed every minute and resumed, then watched
     mutations                        kill −9 the writing of a checkpoint at each change that it makes to the file system
 
 Prints JSON.
@@ -156,6 +157,53 @@ def instants(scenario: str, trials: int, seed: int) -> dict[str, object]:
     }
 
 
+def soak(minutes: float, seed: int) -> dict[str, object]:
+    """One long run: for half of the time it is killed about once a minute and resumed, then it is left alone and watched."""
+    rng, root = random.Random(seed), Path(tempfile.mkdtemp())
+    words = [*SCENARIOS["ppo"], "run.steps=1000000", "run.checkpoint_every=10", "run.rollouts_every=1000"]
+    ends, kills, number = time.monotonic() + 60 * minutes, 0, 0
+    while time.monotonic() < ends - 30 * minutes:
+        child = forked(run_in(root, [*words, *(["--resume"] if number else [])]))
+        number += 1
+        time.sleep(rng.uniform(20, 100))
+        os.kill(child, signal.SIGKILL)
+        kills += ended(child) == -signal.SIGKILL
+    child = forked(run_in(root, [*words, "--resume"]))
+    seen = []
+    while time.monotonic() < ends:
+        time.sleep(10)
+        proc = Path(f"/proc/{child}")
+        pages = int((proc / "statm").read_text().split()[1])
+        seen.append((pages * os.sysconf("SC_PAGE_SIZE"), len(list((proc / "fd").iterdir()))))
+    os.kill(child, signal.SIGTERM)
+    code = ended(child)
+    run = next(p for p in (root / "runs").iterdir() if not p.is_symlink())
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    steps = [e["step"] for e in lines if e["event"] == "metrics" and e["stage"] == "ppo"]
+    settled = seen[len(seen) // 4 :]
+    found = {
+        "minutes": minutes,
+        "kills": kills,
+        "steps": len(steps),
+        "each_once": steps == list(range(1, len(steps) + 1)),
+        "exit": code,
+        "bytes": [settled[0][0], settled[-1][0]],
+        "growth": round(settled[-1][0] / settled[0][0] - 1, 4),
+        "descriptors": [settled[0][1], settled[-1][1]],
+        "left_over": [p.name for p in run.rglob("*.tmp")] + [p.name for p in (run / "checkpoints").glob(".*")],
+        "processes": [p for p in Path("/proc").glob("[0-9]*/cwd") if _points_at(p, root)],
+    }
+    shutil.rmtree(root)
+    return found
+
+
+def _points_at(link: Path, folder: Path) -> bool:
+    try:
+        return link.resolve() == folder.resolve()
+    except OSError:
+        return False
+
+
 class Shim:
     """Counts the changes that are made to the file system, and does something at one of them."""
 
@@ -239,5 +287,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["mutations"]:
             print(json.dumps(mutations()))
+        case ["soak", minutes, seed]:
+            print(json.dumps(soak(float(minutes), int(seed)), default=str))
         case ["instants", scenario, trials, seed]:
             print(json.dumps(instants(scenario, int(trials), int(seed))))

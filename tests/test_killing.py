@@ -29,6 +29,15 @@ def test_a_run_killed_at_random_instants_is_the_run_that_was_not():
 
 
 @pytest.mark.slow
+def test_a_long_run_that_is_killed_again_and_again_loses_nothing_and_leaks_nothing():
+    """Ten minutes here; an hour's figures are in docs/reliability.md."""
+    found = killing("soak", "10", "0")
+    assert found["each_once"] and found["exit"] == 75 and found["kills"] >= 3
+    assert found["left_over"] == [] and found["processes"] == []
+    assert found["growth"] < 0.01 and found["descriptors"][0] == found["descriptors"][1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["ppo", "shared", "lora", "grpo", "dpo"])
 def test_twenty_runs_killed_at_random_instants(scenario):
     """Adaptive KL, several epochs and minibatches, shared and separate critics, adapters, no critic, comparisons made online."""
