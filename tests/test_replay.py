@@ -83,3 +83,16 @@ def test_the_verb(grpo_run):
     assert "every metric is the recorded one, to the bit" in shown.output and "cosine" in shown.output
     refused = CliRunner().invoke(app, ["replay", str(grpo_run.path), "seed=3"])
     assert refused.exit_code == 2 and "only algorithm.* and optim.* can be changed" in refused.output
+
+
+def test_the_model_of_a_checkpoint_is_what_the_stage_would_have_left(grpo_run, tmp_path):
+    words = ["export", str(grpo_run.path), "--to", str(tmp_path / "out"), "--checkpoint"]
+    assert CliRunner().invoke(app, [*words, "grpo-000003"]).exit_code == 0
+    ours, theirs = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "out", grpo_run.path / "policy"))
+    assert ours == theirs
+    for name, said in (
+        ("best", "no checkpoint was measured"),
+        ("grpo-000009", "has no checkpoint grpo-000009. There are grpo-"),
+    ):
+        refused = CliRunner().invoke(app, [*words, name])
+        assert refused.exit_code == 2 and said in refused.output

@@ -117,10 +117,13 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
 
 
 def _disk(config: Config, models: dict[str, int | None]) -> float:
-    """Model folders, and about 25 bytes per token of rollouts."""
+    """Model folders, about 25 bytes per token of rollouts, and three numbers per trained parameter (itself, Adam's two) for each
+    checkpoint that is kept and for the one being written."""
     folders = ("sft" in config.recipe) + sum(role.partition(" (")[0] in {"policy", "critic", "reward model"} for role in models)
     written = _answers(config) * sum(_row_tokens(config)) / config.run.keep_every if config.rl_stage else 0
-    return folders * FLOAT * (models["policy"] or 0) + 25 * written
+    learners = 2 if config.algorithm and config.algorithm.needs_critic and not isinstance(config.critic, SharedCritic) else 1
+    kept = 0 if config.policy.adapter else config.run.keep_last + (config.run.keep_best is not None) + 1
+    return FLOAT * (models["policy"] or 0) * (folders + 3 * learners * kept) + 25 * written
 
 
 def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:

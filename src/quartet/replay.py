@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from quartet.algorithms.algorithm import Algorithm
 from quartet.experience import Experience, Rollout
 from quartet.loops.rl import Step
 from quartet.observability.metrics import rl_metrics
-from quartet.stages import Adapting, RLStage, Work
+from quartet.pipeline import RESULTS
+from quartet.stages import Adapting, RLStage, Stage, Work
 from quartet.tensors import Bool, Float, Tensor
 from quartet.training.checkpoint import Checkpoint, Checkpoints, GlobalRandom, Tree
 from quartet.training.learner import Learner, Update
@@ -78,6 +80,21 @@ def _outcome(work: Work, metrics: Mapping[str, float], update: Update, experienc
     """`weights`: the actor's before the update."""
     tokens, kl = int(experience.response_mask.sum()), _learner(work).kl_since(experience)
     return Outcome(metrics, update.clipped, tokens, kl, _weights(work) - weights)
+
+
+def models_at(stage: Stage, folder: Path, found: Checkpoint, scratch: Path) -> None:
+    """What the stage would have left, had it ended at this checkpoint, in another folder."""
+    for result in folder.iterdir():
+        if result.is_dir() and result.name in RESULTS:
+            (scratch / result.name).symlink_to(result.resolve())
+    for name in ("events.jsonl", "config.resolved.toml"):
+        shutil.copyfile(folder / name, scratch / name)
+    work = stage.begin(scratch)
+    work.load_state(found.state()["work"])
+    for link in scratch.iterdir():
+        if link.is_symlink():  # what the stage reads it has read; what it writes is its own
+            link.unlink()
+    work.finish()
 
 
 def _other(changed: RLStage, written: Algorithm, folder: Path, before: Tree, rollouts: Sequence[Rollout], step: int) -> Outcome:

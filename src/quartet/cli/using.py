@@ -1,13 +1,14 @@
 """Verbs that use what a run has made."""
 
 import sys
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from quartet.cli.common import app, console, is_loopback, refuse
+from quartet.cli.common import app, console, is_loopback, refuse, without_progress_bars
 
 
 @app.command()
@@ -39,12 +40,20 @@ def export(
     target: Annotated[Path, typer.Option("--to", help="The folder to write.")],
     part: Annotated[str, typer.Option(help="policy, policy_ema, sft, reward_model or critic.")] = "policy",
     dtype: Annotated[Precision | None, typer.Option(help="Left out, the precision it was trained in.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help='Of this checkpoint, such as ppo-000060, or "best"; left out, of the end of the stage.')
+    ] = None,
 ) -> None:
     """A Hugging Face folder with a model card, adapters merged, that transformers loads without Quartet."""
     from quartet.models.export import export as write
     from quartet.models.language_model import ModelError
     from quartet.observability.card import ROLES
 
+    if checkpoint is not None:
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            _at_checkpoint(run_folder, checkpoint, Path(scratch))
+            export(Path(scratch), target, part, dtype)
+        return
     there = [role for role in ROLES if (run_folder / role / "config.json").is_file()]
     if part not in there:
         has = f"It has {', '.join(there)}." if there else "It has none: has the run finished a stage?"
@@ -56,6 +65,36 @@ def export(
         refuse(str(error))
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     console.print(f"{target} written, {size / 1e6:,.1f} MB", soft_wrap=True)
+
+
+def _at_checkpoint(run_folder: Path, name: str, scratch: Path) -> None:
+    """The models of a checkpoint, as its stage would have left them, in a run folder of their own."""
+    from quartet.build import Workshop
+    from quartet.observability.card import write_cards
+    from quartet.replay import models_at
+    from quartet.settings import ConfigError, read_settings
+    from quartet.training.checkpoint import Checkpoints, Damaged, merit, read_checkpoint
+
+    without_progress_bars()
+    folder = run_folder / "checkpoints"
+    try:
+        config = read_settings(run_folder / "config.resolved.toml").config
+        there = Checkpoints(folder, {stage: place for place, stage in enumerate(config.recipe)}).newest_first()
+        full = [path for path in there if not path.name.endswith("-000000")]
+        measured = [path for path in full if merit(path) is not None]
+        if name == "best" and not measured:
+            refuse(f"{run_folder}: no checkpoint was measured. Runs with run.keep_best measure them.")
+        best = max(measured, key=lambda path: merit(path) or 0.0, default=None)
+        chosen = best if name == "best" else next((path for path in full if path.name == name), None)
+        if chosen is None:
+            refuse(f"{run_folder}: has no checkpoint {name}. There are {', '.join(path.name for path in full) or 'none'}.")
+        found = read_checkpoint(chosen)
+    except ConfigError as error:
+        refuse(str(error))
+    except Damaged as error:
+        refuse(f"{chosen}: {error}.")
+    models_at(Workshop(config, found.facts["fault"]).stage(found.facts["stage"]), run_folder, found, scratch)
+    write_cards(scratch)
 
 
 @app.command("serve-reward")

@@ -147,7 +147,8 @@ class Checkpoints:
     def superfluous(self) -> list[Path]:
         """All with weights but the last, and the best."""
         full = [path for path in self.newest_first() if not path.name.endswith("-000000")]
-        best = max(full, key=_merit, default=None) if self.keep_best else None
+        known = [path for path in full if merit(path) is not None]
+        best = max(known, key=lambda path: merit(path) or 0.0, default=None) if self.keep_best else None
         return [path for path in full[self.keep_last :] if path != best]
 
     def newest_first(self) -> list[Path]:
@@ -170,13 +171,13 @@ class Checkpoints:
         return (self.stages[stage], int(step)) if stage in self.stages and step.isdigit() else None
 
 
-def _merit(folder: Path) -> float:
+def merit(folder: Path) -> float | None:
     """How good the stage was there, as far as it can be read."""
     try:
-        merit = read_json(folder / STATE)["facts"]["merit"]
+        found = read_json(folder / STATE)["facts"]["merit"]
     except (OSError, ValueError, KeyError, TypeError):
-        merit = None
-    return -float("inf") if merit is None else float(merit)
+        return None
+    return None if found is None else float(found)
 
 
 class GlobalRandom:
