@@ -117,8 +117,8 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
 
 
 def _disk(config: Config, models: dict[str, int | None]) -> float:
-    """Model folders, about 25 bytes per token of rollouts, and three numbers per trained parameter (itself, Adam's two) for each
-    checkpoint that is kept and for the one being written."""
+    """Model folders, about 25 bytes per token of rollouts, and three numbers per trained parameter (itself, Adam's two) for
+    each checkpoint that is kept and for the one being written."""
     folders = ("sft" in config.recipe) + sum(role.partition(" (")[0] in {"policy", "critic", "reward model"} for role in models)
     written = _answers(config) * sum(_row_tokens(config)) / config.run.keep_every if config.rl_stage else 0
     learners = 2 if config.algorithm and config.algorithm.needs_critic and not isinstance(config.critic, SharedCritic) else 1
