@@ -209,7 +209,7 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
             raise ConfigError(f"{place}: algorithm: the recipe ({', '.join(stages)}) has no RL stage that would read it.")
         table.pop("algorithm", None)
         return
-    if asked not in ALGORITHMS:
+    if not isinstance(asked, str) or asked not in ALGORITHMS:
         raise ConfigError(
             f"{origin}: algorithm.preset = {toml_value(asked)}: no such preset.{did_you_mean(asked, ALGORITHMS)} "
             "`quartet algorithms` lists them."

@@ -228,6 +228,22 @@ class Cast:
     rewards: Sequence[Weighted]
     probes: Sequence[Rollout] = ()
     """Answers of the policy that the stage starts with, to be looked at again as it learns."""
+    texts: Sequence[Demonstration] = ()
+    """Held-out demonstrations: is what SFT taught still there?"""
+
+    def watched(self) -> dict[str, float]:
+        """The policy's perplexity on the texts, and how far reward models are from what they first said of the probes."""
+        metrics = {}
+        if self.texts:
+            loss = held_out_loss(self.learner.models.actor, self.texts, self.learner.budget.tokens)
+            metrics["policy/sft_perplexity"] = math.exp(min(loss, 50.0))
+        judges = [w.reward for w in self.rewards if isinstance(w.reward, ModelReward)]
+        apart = [
+            abs((now or 0.0) - (probe.components[judge.name] or 0.0))
+            for judge in judges
+            for now, probe in zip(judge.score(self.probes), self.probes, strict=True)
+        ]
+        return metrics | ({"reward/drift": statistics.fmean(apart)} if apart else {})
 
 
 class Adapting:
@@ -289,6 +305,7 @@ class RLStage:
                 algorithm.now = step.algorithm
                 if step.number % math.ceil(self.num_steps / PROBED_TIMES) == 0 or step.number == self.num_steps:
                     probe(step.number)
+                    step = dataclasses.replace(step, metrics=step.metrics | cast.watched())  # noqa: PLW2901
                 yield step
 
         def finish() -> Summary:

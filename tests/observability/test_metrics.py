@@ -32,3 +32,13 @@ def test_distinct_and_intervals():
     assert distinct(["a", "b", "a", "c"]) == 0.75
     # mean 0.5, sample std 0.57735, half width 1.96 · 0.57735 / 2
     assert mean_and_interval([0.0, 1.0, 0.0, 1.0]) == pytest.approx((0.5, 0.5658), abs=1e-4)
+
+
+def test_perplexity_on_demonstrations_and_drift_of_the_reward_model_are_in_the_run(ppo_run):
+    series = ppo_run.series["ppo"]
+    perplexity, drift = (
+        [x for x in series.columns[name] if x == x]  # noqa: PLR0124
+        for name in ("policy/sft_perplexity", "reward/drift")
+    )
+    assert len(perplexity) == len(ppo_run.steps("probes")) - 1 and all(1 < x < 1e6 for x in perplexity)
+    assert drift == [0.0] * len(perplexity), "a reward model does not learn while it judges"

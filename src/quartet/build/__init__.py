@@ -72,6 +72,8 @@ from quartet.worlds import WORLDS, World
 PROBES = 8
 """How many answers are looked at again and again as an RL stage goes on."""
 
+WATCHED_TEXTS = 32
+"""How many held-out demonstrations an RL stage takes the policy's perplexity on."""
 CENTRING_PROMPTS = 256
 """How many of the training prompts are answered to find a reward model's mean score."""
 
@@ -330,7 +332,7 @@ class Workshop:
             self.micro_batch_tokens,
         )
         rewards = self._rewards(folder, judge)
-        cast = Cast(learner, self._generator(actor), rewards, self._probes(actor, rewards))
+        cast = Cast(learner, self._generator(actor), rewards, self._probes(actor, rewards), self._watched_texts())
         if self.fault is not None:
             FAULTS[self.fault](cast)
         return cast
@@ -342,6 +344,12 @@ class Workshop:
         prompts = list(self.prompts[1][: max(1, PROBES // rollout.samples_per_prompt)])
         made = answers(prompts, self._generator(actor), rollout, rollout.samples_per_prompt, rewards, algorithm)
         return [r for r in made if r.score is not None]
+
+    def _watched_texts(self) -> Sequence[Demonstration]:
+        """Of those that SFT did not see."""
+        if "sft" not in self.config.recipe:
+            return []
+        return self.encoder.demonstrations(self.rows.read("demonstrations", self.config.sft.data)[1])[:WATCHED_TEXTS]
 
     def _attached_judge(self, actor: Any, folder: Path) -> AdaptedScalar | None:
         """The run's own reward model as an adapter on the actor's trunk, where it was trained as one on the same."""

@@ -17,7 +17,7 @@ Anthropic's HH format (`\\n\\nHuman: … \\n\\nAssistant: …`). A shape that ha
 answer is a demonstration, and whatever has a prompt has a prompt.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,7 +232,7 @@ def _text(place: str, column: str, row: Row) -> Text:
     raise DataError(f"{place}: {column} is {kind}; it must be text or a list of messages.")
 
 
-def _messages(place: str, column: str, cell: Iterable[Any]) -> Sequence[Message]:
+def _messages(place: str, column: str, cell: Any) -> Sequence[Message]:
     messages = list(cell) if isinstance(cell, list | tuple) else []
     if not messages:
         raise DataError(f"{place}: {column} must be a list of messages, and not an empty one.")

@@ -133,6 +133,18 @@ DEFINITIONS = (
         "mean of −log π_old of the tokens sampled, less the entropy of π_old",
         "0 but for noise; below it rollouts are greedy or filtered",
     ),
+    Definition(
+        "policy/sft_perplexity",
+        "perplexity on SFT data",
+        "exp of the mean −log π per token of held-out demonstrations, twenty times a run",
+        "what SFT taught; it rises as the policy leaves it, and steeply where it forgets",
+    ),
+    Definition(
+        "reward/drift",
+        "drift of the reward model",
+        "mean |score now − score at first| of the same answers, twenty times a run",
+        "0: a reward model does not learn while it judges",
+    ),
     Definition("policy/beta", "KL penalty β", "coefficient of the KL to π_old, as this step used it"),
     Definition(
         "ratio/first_error",

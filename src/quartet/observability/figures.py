@@ -63,11 +63,15 @@ CHARTS = (
     Chart("KL per token", ("kl/token_*",)),
     Chart("Coefficients", ("kl/coef", "policy/beta")),
     Chart("Groups without signal", ("groups_without_signal",), percent=True),
-    Chart("Sampler and learner", ("sampler_mismatch", "ratio/first_error", "sampler_ratio", "reference/moved")),
+    Chart("Sampler and learner", ("sampler_mismatch", "ratio/first_error")),
+    Chart("Invariants", ("sampler_ratio", "reference/moved", "logratio/abs")),
+    Chart("Epochs, skipped updates", ("policy/epochs", "skipped")),
+    Chart("Perplexity on SFT data", ("policy/sft_perplexity",)),
+    Chart("Drift of the reward model", ("reward/drift",)),
     Chart("Learning rate", ("lr", "lr/*")),
 )
 """In the order in which a page shows them; those of which a stage has no metric are left out."""
-APART = {"reward/gold", "reward/std", "reward/unscored", "reward/length_correlation"}
+APART = {"reward/gold", "reward/std", "reward/unscored", "reward/length_correlation", "reward/drift"}
 """Not among the components that `reward/*` stands for."""
 
 
