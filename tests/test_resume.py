@@ -16,8 +16,10 @@ import torch
 
 from quartet.build import build
 from quartet.build.data import fingerprints
-from quartet.interruption import Interrupted, Interruption, never
+from quartet.interruption import Interrupted, Interruption, always
 from quartet.observability.run import InUse, RunFolder
+from quartet.observability.tokens import TokenTexts
+from quartet.pipeline import Advanced, Pipeline, Saving
 from quartet.recipes import recipe_path
 from quartet.resume import CannotResume, choose, find_run, has_begun, set_aside
 from quartet.settings import read_settings
@@ -25,6 +27,8 @@ from quartet.training.checkpoint import Checkpoints, Damaged, joined, parted, re
 from quartet.training.descend import NonFinite
 from tests.test_runs import TINY_REVIEWS, events, metrics, quartet
 from tests.tiny_run import SMALL, make_run
+from tests.training.test_guards import stage
+from tests.world import tokenizer
 
 GRPO = ("run.steps=6", "run.checkpoint_every=1", "run.keep_last=3", "optim.schedule=constant")
 
@@ -256,22 +260,44 @@ def test_a_run_is_found_by_its_name(tmp_path):
 def test_a_signal_waits_where_it_would_tear_something():
     heard, before = [], signal.getsignal(signal.SIGTERM)
     with Interruption(notice=heard.append) as interruption:
-        with interruption.only_if(never):
-            signal.raise_signal(signal.SIGTERM)
-            assert heard == ["SIGTERM"]
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == ["SIGTERM"]
         with pytest.raises(Interrupted, match="SIGTERM"):
             interruption.check()
+        with pytest.raises(Interrupted, match="SIGTERM"), interruption.only_if(always):
+            pass
         with pytest.raises(Interrupted, match="Ctrl-C"):
-            with interruption.only_if(never):
-                signal.raise_signal(signal.SIGINT)  # the second does not wait
+            signal.raise_signal(signal.SIGINT)  # the second does not wait
     assert signal.getsignal(signal.SIGTERM) == before, "handlers are put back"
 
 
 def test_a_signal_is_heard_at_once_where_nothing_is_lost():
+    free = [True]
     with Interruption() as interruption:
         interruption.check()
-        with pytest.raises(Interrupted, match="Ctrl-C"):
+        with pytest.raises(Interrupted, match="Ctrl-C"), interruption.only_if(lambda: free[0]):
             signal.raise_signal(signal.SIGINT)
+    with Interruption() as interruption:
+        with interruption.only_if(lambda: free[0]):
+            free[0] = False
+            signal.raise_signal(signal.SIGINT)
+        assert interruption.reason == "Ctrl-C"
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_signal_between_steps_saves_the_step_before(tmp_path, monkeypatch, at):
+    """As it comes while somebody else prints what a step gave."""
+    folder = RunFolder.create(tmp_path, "x", {})
+    with Interruption() as interruption:
+        told = Pipeline(
+            [stage(monkeypatch, set())], folder, TokenTexts(tokenizer()), Saving(every=100), None, interruption
+        ).run()
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            for event in told:
+                if isinstance(event, Advanced) and event.progress.number == at:
+                    signal.raise_signal(signal.SIGTERM)
+    folder.close()
+    assert sorted(p.name for p in (folder.path / "checkpoints").iterdir()) == ["sft-000000", f"sft-{at:06d}"]
 
 
 def stopped(tmp_path: Path, number: signal.Signals, words: list[str]) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
@@ -288,6 +289,12 @@ class Config:
                 "recipe: stages go from sft over reward_model and one RL or preference stage to evaluation, each at most once; "
                 f"this one says {', '.join(self.recipe)}."
             )
+        named = PREFERENCES[self.preference_stage].type if self.preference_stage else self.preference.loss.type
+        if self.preference.loss.type != named:
+            problems.append(
+                f'preference.loss.type = "{self.preference.loss.type}", but the recipe says "{self.preference_stage}". '
+                "Make them the same."
+            )
         aligns = self.rl_stage or self.preference_stage
         if self.preference_stage == "kto" and self.preference.batch_size < 2:
             problems.append(
@@ -304,6 +311,13 @@ class Config:
 
     def _source_problems(self) -> list[str]:
         problems = []
+        named = {"data.train": self.data.files or (None,), "data.eval": (self.data.eval,), "policy.model": (self.policy.model,)}
+        if self.data.train is not None and not self.data.files:
+            problems.append("data.train: is empty. Name a file.")
+        problems += [f"{key}: is empty. Name a file or folder." for key, paths in named.items() if "" in paths]
+        name = self.run.name
+        if name is not None and (not name.strip() or Path(name).name != name or name.startswith(".") or not name.isprintable()):
+            problems.append(f"run.name = {name!r}: is a name, not a path; letters, digits and dashes.")
         if (self.policy.model is None) == (self.policy.create is None):
             problems.append(
                 "policy.model: name a folder or hub id, or describe a new model in policy.create; exactly one of the two."
@@ -316,7 +330,9 @@ class Config:
         if shape is not None and self.policy.frozen_layers >= shape.num_layers:
             problems.append(f"policy.frozen_layers = {self.policy.frozen_layers}: the model has {shape.num_layers} layers.")
         weights = self.data.weights
-        if weights is not None and (len(weights) != len(self.data.files) or min(weights) < 0 or not sum(weights)):
+        if weights is not None and (
+            len(weights) != len(self.data.files) or not all(w >= 0 for w in weights) or not sum(weights)
+        ):
             problems.append(
                 f"data.weights = {list(weights)}: needs one number ≥ 0 for each of {len(self.data.files)} files in data.train."
             )

@@ -9,18 +9,26 @@ REASONS = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGALRM": "run.max_minutes
 HEARD = [getattr(signal, name) for name in REASONS if hasattr(signal, name)]
 
 
+def never() -> bool:
+    return False
+
+
+def always() -> bool:
+    return True
+
+
 class Interrupted(BaseException):
     """The run is to stop; the message is what stopped it."""
 
 
 class Interruption:
-    """While it is entered, SIGINT, SIGTERM and the time limit raise `Interrupted`: at once where `free`, else not until
-    `check` is called. A second signal raises wherever it finds the run."""
+    """While it is entered, SIGINT, SIGTERM and the time limit raise `Interrupted`: at once inside `only_if`, where that is so,
+    elsewhere when `check` is called. A second signal raises wherever it finds the run."""
 
     def __init__(self, minutes: float | None = None, notice: Callable[[str], None] | None = None) -> None:
         self.minutes, self.notice = minutes, notice
         self.reason: str | None = None
-        self._free: Callable[[], bool] = lambda: True
+        self._free: Callable[[], bool] = never
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
@@ -37,12 +45,13 @@ class Interruption:
 
     @contextmanager
     def only_if(self, free: Callable[[], bool]) -> Iterator[None]:
-        """Inside, a signal raises at once only while this is true."""
-        before, self._free = self._free, free
+        """Inside, a signal raises at once while this is true; so does one that was heard before."""
+        self.check()
+        self._free = free
         try:
             yield
         finally:
-            self._free = before
+            self._free = never
 
     def check(self) -> None:
         """Raise what was heard and not raised."""
@@ -55,7 +64,3 @@ class Interruption:
             raise Interrupted(self.reason)
         if self.notice is not None:
             self.notice(self.reason)
-
-
-def never() -> bool:
-    return False

@@ -60,9 +60,13 @@ def policy_parameters(config: Config, vocabulary: int | None) -> int | None:
 
 def _safetensors_parameters(file: Path) -> int:
     """Counted from the header: eight bytes of length, then JSON."""
-    with file.open("rb") as opened:
-        header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    try:
+        with file.open("rb") as opened:
+            length = struct.unpack("<Q", opened.read(8))[0]
+            header = json.loads(opened.read(min(length, file.stat().st_size)))
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+        return 0  # loading it will say what is wrong
 
 
 def activation_bytes(model: Sizes, checkpointing: bool) -> float:

@@ -46,6 +46,7 @@ WANTED = {
     "model_attributes_type": "a table",
     "dict_type": "a table",
     "tuple_type": "a list",
+    "finite_number": "a finite number",
 }
 
 
@@ -62,7 +63,7 @@ def sentence(error: ErrorDetails, table: Table, origins: Mapping[str, str]) -> s
         sentence = str(context["error"])
         named = sentence.partition(":")[0].partition(" ")[0]
         return f"{where(named, origins)}: {sentence}" if not key else f"{place}: {key}: {sentence}"
-    shown = f"{place}: {key} = {toml_value(value)}"
+    shown = f"{place}: {key} = {in_short(value)}"
     bounds = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     for name, sign in bounds.items():
         if name in context:
@@ -71,7 +72,7 @@ def sentence(error: ErrorDetails, table: Table, origins: Mapping[str, str]) -> s
         choices = re.findall(r"'([^']*)'", str(context.get("expected_tags") or context.get("expected")))
         tag = value.get("type") if kind == "union_tag_invalid" and isinstance(value, dict) else value
         inner = f"{key}.type" if kind == "union_tag_invalid" else key
-        return f"{where(inner, origins)}: {inner} = {toml_value(tag)}: {one_of(tag, choices)}"
+        return f"{where(inner, origins)}: {inner} = {in_short(tag)}: {one_of(tag, choices)}"
     if kind == "union_tag_not_found":
         return f"{place}: {key}: needs a type."
     if isinstance(value, str) and kind in {"float_type", "int_type", "bool_type"}:
@@ -170,6 +171,12 @@ def _parts_in(hint: Any) -> Iterator[Any]:
     elif typing.get_origin(hint) in {typing.Union, types.UnionType, tuple, typing.Annotated}:
         for inner in typing.get_args(hint):
             yield from _parts_in(inner)
+
+
+def in_short(value: Any, most: int = 120) -> str:
+    """A value in TOML, cut where it is long."""
+    text = toml_value(value)
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def toml_value(value: Any) -> str:

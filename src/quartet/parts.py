@@ -1,12 +1,14 @@
 """What a part is: a frozen dataclass whose fields are its settings, checked when it is made."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, Field
+from pydantic import AllowInfNan, ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 T = TypeVar("T")
+OrInf = Annotated[float, AllowInfNan(True)]
+"""A bound that may be infinite: none."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
@@ -16,8 +18,8 @@ def part(cls: type[T]) -> type[T]:
     `Field(default, ge=..., description=...)` states a range and why it holds; the description becomes the second
     sentence of the error that a person reads.
     """
-    decorate: Callable[..., Any] = checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+    decorate: Callable[..., Any] = checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
     return decorate(cls)
 
 
-__all__ = ["Field", "part"]
+__all__ = ["Field", "OrInf", "part"]

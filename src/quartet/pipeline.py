@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quartet import durable
-from quartet.interruption import Interrupted, Interruption, never
+from quartet.interruption import Interrupted, Interruption, always
 from quartet.loops.progress import Progress
 from quartet.loops.rl import Step
 from quartet.machine import give_back_memory
@@ -22,8 +22,9 @@ from quartet.training.descend import NonFinite
 
 QUOTED = 300
 """Characters of a sample that a message shows."""
-RESULTS = ("sft", "reward_model", "policy", "policy_ema", "critic")
-"""Folders that stages leave for later ones."""
+RESULTS: dict[str, tuple[str, ...]] = {"sft": ("sft",), "reward_model": ("reward_model",), "evaluation": ()}
+POLICY_RESULTS = ("policy", "policy_ema", "critic")
+"""Folders that a stage leaves for later ones: by its name, and those of all others."""
 SHARE = 0.02
 """Left to itself, a run spends no more of its time on checkpoints …"""
 PAUSE = 10.0
@@ -149,8 +150,12 @@ class Pipeline:
         yield Started(stage, number, len(self.stages), step)
         work = self._begun(stage, since)
         yield from self._advance(stage, work, step)
-        summary = work.finish()
-        self.results |= self._left()
+        try:
+            with self.interruption.only_if(always):
+                summary = work.finish()
+        except Exception as error:
+            raise StageFailed(f"{stage.title}, at its end: {error}") from error
+        self.results |= self._left(stage)
         took = round(time.monotonic() - started, 2)
         self.folder.event("finished", stage.name, summary=summary, seconds=took)
         yield Finished(stage, summary, took)
@@ -160,7 +165,8 @@ class Pipeline:
         try:
             if "work" not in state and "random" in state:
                 self.random.load_state(state["random"])
-            work = stage.begin(self.folder.path)
+            with self.interruption.only_if(always):
+                work = stage.begin(self.folder.path)
             if "work" in state:
                 work.load_state(state["work"])
                 self.random.load_state(state["random"])
@@ -180,11 +186,11 @@ class Pipeline:
     def _back(self, stage: Stage, work: Work, cause: str) -> tuple[int, str] | None:
         """To the last checkpoint of the stage, with half the learning rate: its step, and what to say. None where that is not
         wanted, or was done too often. The checkpoint is written again: a run that is resumed from it goes on with half too."""
-        found = next((c for _, c in self.checkpoints.usable(lambda _: None) if isinstance(c, Checkpoint)), None)
         scale = work.optimizers[0].scale if work.optimizers else 0.0
-        if found is None or found.facts["stage"] != stage.name or found.facts["step"] == 0:
-            return None
         if scale <= 0.5**self.saving.rollbacks:
+            return None
+        found = next((c for _, c in self.checkpoints.usable(lambda _: None) if isinstance(c, Checkpoint)), None)
+        if found is None or found.facts["stage"] != stage.name or found.facts["step"] == 0:
             return None
         step, state = found.facts["step"], found.state()
         work.load_state(state["work"])
@@ -215,8 +221,7 @@ class Pipeline:
                 return
             except Interrupted:
                 if unmoved() and step and work.players:  # a second signal may find the weights half way
-                    with self.interruption.only_if(never):
-                        self._checkpoint(stage, step, at, merits, pace)
+                    self._checkpoint(stage, step, at, merits, pace)
                 raise
             except NonFinite as error:
                 back = self._back(stage, work, f"step {step + 1}: {error}{self._quoted(error.tokens)}")
@@ -229,13 +234,11 @@ class Pipeline:
                 continue
             except Exception as error:
                 raise StageFailed(f"{stage.title}, step {step + 1}: {error}") from error
-            with self.interruption.only_if(never):
-                step, at, moves = progress.number, self._state(work), work.moves()
-                warnings = self._record(stage, progress, work.notes(), round(time.monotonic() - before, 4), watch, kept)
-                merits.see(progress.metrics, self.saving.best)
-                if work.players and (pace.due(step, stage.num_steps) or self.interruption.reason):
-                    self._checkpoint(stage, step, at, merits, pace)
-            self.interruption.check()
+            step, at, moves = progress.number, self._state(work), work.moves()
+            warnings = self._record(stage, progress, work.notes(), round(time.monotonic() - before, 4), watch, kept)
+            merits.see(progress.metrics, self.saving.best)
+            if work.players and pace.due(step, stage.num_steps):
+                self._checkpoint(stage, step, at, merits, pace)
             yield Advanced(stage, progress)
             yield from warnings
 
@@ -290,13 +293,12 @@ class Pipeline:
                 f"checkpoint {stage}-{step:06d} could not be written ({error.strerror}; it needs {size / 1e6:,.1f} MB). {there}"
             ) from error
 
-    def _left(self) -> dict[str, Any]:
-        """Fingerprints of all that stages have left so far; it is on the disk then."""
+    def _left(self, stage: Stage) -> dict[str, Any]:
+        """Fingerprints of what a stage has left for others; it is on the disk then."""
         found: dict[str, Any] = {}
-        for name in RESULTS:
-            folder = self.folder.path / name
-            if folder.is_dir():
-                found |= durable.fingerprints(self.folder.path, folder)
+        for name in RESULTS.get(stage.name, POLICY_RESULTS):
+            if (self.folder.path / name).is_dir():
+                found |= durable.fingerprints(self.folder.path, self.folder.path / name)
         for name in found:
             durable.sync(self.folder.path / name)
         return found

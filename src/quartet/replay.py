@@ -14,7 +14,6 @@ from quartet.algorithms.algorithm import Algorithm
 from quartet.experience import Experience, Rollout
 from quartet.loops.rl import Step
 from quartet.observability.metrics import rl_metrics
-from quartet.pipeline import RESULTS
 from quartet.stages import Adapting, RLStage, Stage, Work
 from quartet.tensors import Bool, Float, Tensor
 from quartet.training.checkpoint import Checkpoint, Checkpoints, GlobalRandom, Tree
@@ -84,9 +83,9 @@ def _outcome(work: Work, metrics: Mapping[str, float], update: Update, experienc
 
 def models_at(stage: Stage, folder: Path, found: Checkpoint, scratch: Path) -> None:
     """What the stage would have left, had it ended at this checkpoint, in another folder."""
-    for result in folder.iterdir():
-        if result.is_dir() and result.name in RESULTS:
-            (scratch / result.name).symlink_to(result.resolve())
+    for name in ("sft", "reward_model"):
+        if (folder / name).is_dir():
+            (scratch / name).symlink_to((folder / name).resolve())
     for name in ("events.jsonl", "config.resolved.toml"):
         shutil.copyfile(folder / name, scratch / name)
     work = stage.begin(scratch)

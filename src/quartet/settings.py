@@ -41,14 +41,20 @@ def read_settings(path: Path, words: Sequence[str] = (), shown_as: str | None = 
     """The config of a TOML file with `key=value` words on top. `shown_as` is what messages call the file."""
     shown = shown_as or str(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         table: Table = tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"{shown}: no such file.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{shown}: not UTF-8 text (byte {error.start}).") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{shown}: is a folder, not a file.") from None
+    except (OSError, RecursionError) as error:
+        raise ConfigError(f"{shown}: cannot be read ({getattr(error, 'strerror', None) or 'too deep'}).") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{shown}: not TOML: {error}.") from None
+    except ValueError as error:  # a name with a NUL in it, a number of thousands of digits
+        raise ConfigError(f"{shown}: cannot be read ({str(error).partition(';')[0]}).") from None
     lines = _line_numbers(text)
     origins = {key: f"{shown}:{_line_of(key, lines)}" for key, _ in _leaves(table)}
     for word in words:

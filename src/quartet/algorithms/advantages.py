@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from quartet.algorithms.masked import masked, whiten
 from quartet.experience import Batch
-from quartet.parts import Field, part
+from quartet.parts import Field, OrInf, part
 from quartet.tensors import Bool, Float, Tensor, torch
 
 GAMMA = "The discount of later rewards. Typical for text: 1."
@@ -219,7 +219,7 @@ class Whiten:
 
     type: Literal["whiten"] = "whiten"
     deviation: Literal["population", "sample"] = "population"
-    clip: float = Field(default=float("inf"), gt=0, description="Whitened advantages are cut to ± this value; inf: not at all.")
+    clip: OrInf = Field(default=float("inf"), gt=0, description="Whitened advantages are cut to ± this value; inf: not at all.")
 
     def __call__(self, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         return whiten(advantages, mask, sample=self.deviation == "sample").clamp(-self.clip, self.clip)

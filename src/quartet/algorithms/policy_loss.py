@@ -10,7 +10,7 @@ from typing import Literal
 
 from quartet.algorithms.kl import k3
 from quartet.algorithms.masked import masked
-from quartet.parts import Field, part
+from quartet.parts import Field, OrInf, part
 from quartet.tensors import Bool, Float, Tensor, torch
 
 BELOW = "Ratios below 1 − low are clipped."
@@ -155,7 +155,7 @@ class Clip:
 
     type: Literal["clip"] = "clip"
     low: float = Field(default=0.2, gt=0, lt=1, description=f"{BELOW} Typical: 0.1 to 0.3.")
-    high: float = Field(default=0.2, gt=0, description=f"{ABOVE} Typical: 0.1 to 0.3.")
+    high: OrInf = Field(default=0.2, gt=0, description=f"{ABOVE} Typical: 0.1 to 0.3.")
 
     def __call__(
         self,
@@ -185,8 +185,8 @@ class DualClip:
 
     type: Literal["dual_clip"] = "dual_clip"
     low: float = Field(default=0.2, gt=0, lt=1, description=f"{BELOW} Typical: 0.1 to 0.3.")
-    high: float = Field(default=0.2, gt=0, description=f"{ABOVE} Typical: 0.1 to 0.3.")
-    cap: float = Field(default=3.0, gt=1, description="The largest ratio that a token with A < 0 may count with.")
+    high: OrInf = Field(default=0.2, gt=0, description=f"{ABOVE} Typical: 0.1 to 0.3.")
+    cap: OrInf = Field(default=3.0, gt=1, description="The largest ratio that a token with A < 0 may count with.")
 
     def __call__(
         self,
@@ -219,7 +219,7 @@ class SequenceClip:
 
     type: Literal["sequence_clip"] = "sequence_clip"
     low: float = Field(default=3e-4, gt=0, lt=1, description=f"{BELOW} GSPO: 3e-4.")
-    high: float = Field(default=4e-4, gt=0, description=f"{ABOVE} GSPO: 4e-4.")
+    high: OrInf = Field(default=4e-4, gt=0, description=f"{ABOVE} GSPO: 4e-4.")
 
     def __call__(
         self,
@@ -250,7 +250,7 @@ class Cispo:
 
     type: Literal["cispo"] = "cispo"
     ratio_min: float = Field(default=0.0, ge=0, le=1)
-    ratio_max: float = Field(default=5.0, gt=1)
+    ratio_max: OrInf = Field(default=5.0, gt=1)
 
     def __call__(
         self,

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from quartet.parts import Field, part
+from quartet.parts import Field, OrInf, part
 from quartet.tensors import Float, Tensor, torch
 
 
@@ -25,7 +25,7 @@ class ClippedValueLoss:
     """
 
     type: Literal["clipped"] = "clipped"
-    clip: float = Field(
+    clip: OrInf = Field(
         default=0.2, gt=0, description="How far a value may move in one update; inf: freely. Typical: 0.2 to 0.5."
     )
     coef: float = Field(

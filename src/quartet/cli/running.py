@@ -42,7 +42,7 @@ def run(
 ) -> None:
     """Run a recipe or a TOML file: one stage, or a pipeline of them. Without a name: `reviews`."""
     resumed = _run_to_resume(what, words or []) if resume else None
-    settings = resumed[1] if resumed else _settings(what or DEFAULT, words or [])
+    settings = resumed[1] if resumed else _settings(DEFAULT if what is None else what, words or [])
     if show_plan:
         _print_plan(settings, as_json)
         return
@@ -73,7 +73,10 @@ def init(
     target = file or Path(template.name)
     if target.exists():
         refuse(f"{target}: exists already. Give another name: quartet init {recipe} NAME.toml")
-    target.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    try:
+        target.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        refuse(f"{target}: cannot be written ({error.strerror}).")
     console.print(f"{target} written. Fill it in, then: quartet plan {target}, quartet run {target}", soft_wrap=True)
 
 
@@ -105,6 +108,8 @@ def algorithms(
 def _settings(what: str, words: list[str]) -> "Settings":
     from quartet.settings import ConfigError, read_settings
 
+    if (Path(what) / "events.jsonl").is_file():
+        refuse(f"{what}: is a run's folder. To go on with it: quartet run {what} --resume")
     if "=" in what and not Path(what).exists():  # quartet run seed=1: the default recipe with a setting
         what, words = DEFAULT, [what, *words]
     path = recipe_path(what)

@@ -14,6 +14,9 @@ from quartet.models.chat import ChatError, render, render_turns
 
 R = TypeVar("R")
 
+LARGEST = 3.4e38
+"""The largest number of float32, nearly."""
+
 
 @dataclass
 class Encoder:
@@ -104,7 +107,7 @@ class Encoder:
         rejected = [] if example.rejected is None else self._response(example.prompt, example.rejected, "rejected")
         self._check_whole(prompt, max(chosen, rejected, key=len))
         margin = example.extra.get("margin", 0.0)
-        if isinstance(margin, bool) or not isinstance(margin, int | float):
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= LARGEST:
             raise DataError(f"margin = {margin!r} is no number; it says by how much chosen is better.")
         return Comparison(example.id, tuple(prompt), tuple(chosen), tuple(rejected), float(margin))
 

@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,16 +125,20 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                     continue
                 place = f"{path.name}:{number}"
                 try:
-                    row = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
+                    row = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError as error:
                     raise DataError(f"{place}: not UTF-8 text (byte {error.start} of the line). {_fine(good)}") from None
                 except json.JSONDecodeError as error:
                     raise DataError(f"{place}: not JSON ({_reason(error)}). {_fine(good)}") from None
+                except (RecursionError, ValueError):  # brackets without end, numbers of thousands of digits
+                    raise DataError(
+                        f"{place}: JSON that cannot be read: too deep, or a number too long. {_fine(good)}"
+                    ) from None
                 if not isinstance(row, dict):
                     raise DataError(f"{place}: is {_kind(row)}, not an object with named columns. {_fine(good)}")
                 good += 1
                 yield place, row
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
+        except (EOFError, zlib.error, OSError) as error:
             raise DataError(f"{path.name}: the compressed file is damaged ({error}). {_fine(good)}") from None
 
 
@@ -170,10 +175,13 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path.name}: not a parquet file ({str(error).partition('.')[0]}).") from None
     number = 0
-    for batch in file.iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path.name}:{number}", row
+    try:
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path.name}:{number}", row
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path.name}: damaged after row {number:,} ({str(error).partition('.')[0]}).") from None
 
 
 def _fine(good: int) -> str:

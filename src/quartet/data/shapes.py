@@ -156,19 +156,21 @@ def example_of(place: str, row: Row, purpose: Purpose) -> Example:
         chosen, rejected = _text(place, "chosen", row), _text(place, "rejected", row)
         if "prompt" in row:
             prompt = _text(place, "prompt", row)
-            return Example(place, prompt, chosen=_reply(prompt, chosen), rejected=_reply(prompt, rejected), extra=extra)
+            return Example(
+                place, prompt, chosen=_reply(place, prompt, chosen), rejected=_reply(place, prompt, rejected), extra=extra
+            )
         prompt, chosen, rejected = split_pair(place, chosen, rejected)
         return Example(place, prompt, chosen=chosen, rejected=rejected, extra=extra)
     if "messages" in row:
         return _conversation(place, _messages(place, "messages", row["messages"]), purpose, extra)
     prompt = _text(place, "prompt", row)
     if purpose == "preferences":
-        answer = _reply(prompt, _text(place, "completion", row))
+        answer = _reply(place, prompt, _text(place, "completion", row))
         if not isinstance(row["label"], bool) and row["label"] not in (0, 1):
             raise DataError(f"{place}: label is {row['label']!r}; it must be true for a good completion, false for a bad one.")
         return Example(place, prompt, **{"chosen" if row["label"] else "rejected": answer}, extra=extra)
     if purpose == "demonstrations":
-        return Example(place, prompt, completion=_reply(prompt, _text(place, "completion", row)), extra=extra)
+        return Example(place, prompt, completion=_reply(place, prompt, _text(place, "completion", row)), extra=extra)
     return Example(place, prompt, extra=extra | ({"completion": row["completion"]} if "completion" in row else {}))
 
 
@@ -213,12 +215,20 @@ def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
-def _reply(prompt: Text, answer: Text) -> Text:
+def _reply(place: str, prompt: Text, answer: Text) -> Text:
     """An answer in the form of its prompt: text after a conversation is the assistant's message."""
     if not isinstance(prompt, str) and isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
-    if isinstance(prompt, str) and not isinstance(answer, str):
-        return answer[-1]["content"]
+    if isinstance(answer, str):
+        return answer
+    if answer[-1]["role"] != "assistant":
+        raise DataError(f'{place}: the last message of an answer is by "{answer[-1]["role"]}"; it must be the assistant\'s.')
+    if isinstance(prompt, str):
+        if len(answer) > 1:
+            raise DataError(
+                f"{place}: the prompt is text and the answer has {len(answer)} messages; give the prompt messages too."
+            )
+        return str(answer[0]["content"])
     return answer
 
 

@@ -23,8 +23,11 @@ def set_chat_template(tokenizer: Any, template: str) -> None:
     """Give the tokenizer a template by name or from a file."""
     if template in NAMED_TEMPLATES:
         tokenizer.chat_template = NAMED_TEMPLATES[template]
-    elif Path(template).is_file():
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    elif len(template) < 256 and Path(template).is_file():
+        try:
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ChatError(f'policy.chat_template = "{template}": is not UTF-8 text.') from None
     else:
         raise ChatError(
             f'policy.chat_template = "{template}": neither a named template ({", ".join(NAMED_TEMPLATES)}) nor a file.'
@@ -58,6 +61,11 @@ def render_turns(
         before = _ids(tokenizer, history[:-1], add_generation_prompt=True)
         whole = _ids(tokenizer, history, add_generation_prompt=False)
         between = _behind(so_far, before)
+        if turn["content"] and len(_behind(before, whole)) == 0:
+            raise ChatError(
+                "the chat template does not write what the assistant says, so there would be nothing to learn. Look at "
+                "policy.chat_template."
+            )
         reply, rest = _to_its_end(_behind(before, whole), tokenizer.eos_token_id, last=number == len(turns))
         response += [*between, *reply, *rest]
         written += [False] * len(between) + [True] * len(reply) + [False] * len(rest)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from quartet.models.adapters import Under, adapter_parameters, load_adapter, merged_state, save_adapter
-from quartet.models.language_model import OWN_CODE, ModelError, first_line
+from quartet.models.language_model import OWN_CODE, UNLOADABLE, ModelError, first_line, read_config
 from quartet.models.logprobs import speaking, under_own_token
 from quartet.models.trunk import read
 from quartet.tensors import Bool, Float, Int, Tensor
@@ -33,7 +33,7 @@ def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) 
         model, report = auto.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OWN_CODE
         )
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise ModelError(f"{folder}: cannot be loaded as a reward model ({first_line(error)}).") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
@@ -78,7 +78,7 @@ class ScalarModel(nn.Module):
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | None = None) -> "ScalarModel":
         """A Hugging Face folder with a sequence or token classifier of one label."""
-        kinds = AutoConfig.from_pretrained(folder, **OWN_CODE).architectures or [""]
+        kinds = read_config(folder).architectures or [""]
         per_token = kinds[0].endswith("ForTokenClassification")
         auto = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
         return cls(load_classifier(auto, folder, device))

@@ -5,12 +5,15 @@ the ratio of PPO differ from 1 before anything was learnt.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub.errors import StrictDataclassError as HfHubError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -49,10 +52,30 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
     """The causal language model of a Hugging Face folder or hub id. Weights come from safetensors only; code that a
     folder brings along is not run."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **OWN_CODE)
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OWN_CODE
+        )
+    except UNLOADABLE as error:
         raise ModelError(f"{folder}: cannot be loaded as a language model ({first_line(error)}).") from error
+    check_whole(folder, model, report)
     return model.to(device).eval()
+
+
+UNLOADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError)
+"""What transformers raises for folders that are damaged, or not what their config says."""
+
+
+@torch.no_grad()
+def check_whole(folder: str | Path, model: Any, report: Mapping[str, Any]) -> None:
+    """All weights came from the folder, all of the folder's weights found a place, and all are numbers."""
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{folder}: has no weights for {missing[0]}, which would be random. Is its config.json its own?")
+    layers = [name for name in sorted(report["unexpected_keys"]) if ".layers." in name and "rotary" not in name]
+    if layers:
+        raise ModelError(f"{folder}: has weights for {layers[0]}, which its config.json does not know. Is it its own?")
+    for name, p in model.named_parameters():
+        if not bool(p.isfinite().all()):
+            raise ModelError(f"{folder}: {name} is not finite: the weights are damaged.")
 
 
 def load_tokenizer(folder: str | Path, generates: bool = True) -> Any:
@@ -61,7 +84,7 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> Any:
         raise ModelError(f"{folder}: has no tokenizer. Save one beside the model, or name another folder in policy.tokenizer.")
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(folder, **OWN_CODE)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise ModelError(
             f"{folder}: has no tokenizer that transformers can load ({first_line(error)}). "
             "Save one beside the model, or name another folder in policy.tokenizer."
@@ -85,8 +108,11 @@ def read_config(folder: str | Path) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(folder, **OWN_CODE)
-    except (OSError, ValueError, KeyError) as error:
+    except CONFIG_ERRORS as error:
         raise ModelError(f"{folder}: its config cannot be read ({first_line(error)}).") from error
+
+
+CONFIG_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, HfHubError)
 
 
 def _tokenizer_class(folder: str | Path) -> Any:

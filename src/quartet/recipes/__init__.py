@@ -7,8 +7,7 @@ FOLDER = Path(__file__).parent
 
 def recipe_path(name: str) -> Path | None:
     """The file of a recipe, if there is one of this name."""
-    path = FOLDER / f"{name}.toml"
-    return path if path.is_file() else None
+    return FOLDER / f"{name}.toml" if name in recipe_names() else None
 
 
 def recipe_names() -> list[str]:
@@ -17,8 +16,7 @@ def recipe_names() -> list[str]:
 
 def template_path(name: str) -> Path | None:
     """The commented file that `quartet init` writes."""
-    path = FOLDER / "templates" / f"{name}.toml"
-    return path if path.is_file() else None
+    return FOLDER / "templates" / f"{name}.toml" if name in template_names() else None
 
 
 def template_names() -> list[str]:

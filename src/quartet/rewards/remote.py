@@ -1,6 +1,7 @@
 """Rewards that another process gives, over HTTP."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,8 @@ class Endpoint:
         if token_env is not None:
             if not os.environ.get(token_env):
                 raise RewardError(f'reward.token_env = "{token_env}": no such environment variable. Set it to the token.')
+            if not os.environ[token_env].isascii() or not os.environ[token_env].isprintable():
+                raise RewardError(f'reward.token_env = "{token_env}": holds letters that no token has, such as a line break.')
             headers["Authorization"] = f"Bearer {os.environ[token_env]}"
         self.headers = headers
         self.client = self._connected()
@@ -60,6 +63,8 @@ class Endpoint:
             except httpx.TransportError as error:
                 reason = f"cannot be reached ({str(error).rstrip('.') or type(error).__name__})"
                 continue
+            except (httpx.RequestError, httpx.InvalidURL) as error:
+                raise RewardError(f"{self.what} {self.url}: {str(error).rstrip('.')}.") from None
             if status in {408, 425, 429} or status >= 500:
                 reason = f"answered {status}"
                 continue
@@ -142,7 +147,14 @@ class ServerReward:
                 raise RewardError(
                     f"reward server {self.endpoint.url} returned {score!r} for response {i}, not a number or null."
                 )
-        return [None if score is None else float(score) for score in scores]
+        return [None if score is None else _as_float(score) for score in scores]
+
+
+def _as_float(score: int | float) -> float:
+    try:
+        return float(score)
+    except OverflowError:  # an integer of hundreds of digits: no number of float32, like 1e308
+        return math.inf
 
 
 def json_ready(value: Any) -> Any:

@@ -87,7 +87,7 @@ def call(function: Function, arguments: dict[str, Any]) -> Any:
 
 def plain(values: Any) -> list[Any]:
     """What a function returned, as lists of numbers and None: arrays and tensors are such lists too."""
-    if not isinstance(values, Iterable) or isinstance(values, str | bytes | dict):
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | dict | set | frozenset):
         raise TypeError(f"returned {_kind(values)}, not a list with a number for each response")
     return [_number(i, value) for i, value in enumerate(values)]
 

@@ -96,7 +96,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise Damaged(f"{Path(error.filename).name} is missing") from None
     except OSError as error:
         raise Damaged(f"cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, Damaged):
             raise
         raise Damaged("its manifest cannot be read") from None
@@ -168,7 +168,7 @@ class Checkpoints:
 
     def _place(self, name: str) -> tuple[int, int] | None:
         stage, _, step = name.rpartition("-")
-        return (self.stages[stage], int(step)) if stage in self.stages and step.isdigit() else None
+        return (self.stages[stage], int(step)) if stage in self.stages and step.isdecimal() else None
 
 
 def merit(folder: Path) -> float | None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from quartet.parts import Field, part
+from quartet.parts import Field, OrInf, part
 from quartet.tensors import Tensor, torch
 
 MAX_SKIPPED = 10
@@ -17,7 +17,7 @@ class Descent:
     lr: float = Field(default=1e-5, gt=0, description="The highest learning rate of the schedule.")
     schedule: Literal["linear", "constant"] = "linear"
     warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps over which the rate rises from 0.")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them.")
+    max_grad_norm: OrInf = Field(default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them.")
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
@@ -120,7 +120,7 @@ class Optim:
     )
     schedule: Literal["linear", "constant"] = "constant"
     warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps over which the rates rise from 0.")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them.")
+    max_grad_norm: OrInf = Field(default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them.")
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-5, gt=0, description="Adam's epsilon; 1e-5 as in Ziegler et al. 2019.")

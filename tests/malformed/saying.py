@@ -1,0 +1,30 @@
+"""What holds for every sentence that a person gets."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+LONGEST = 600
+"""Characters of one refusal."""
+
+
+def refusal(kinds: Any, act: Callable[[], Any], seconds: float | None = 1.0) -> str:
+    """What is said when `act` is refused with one of `kinds`. `seconds`: of computing, at most; None where a model is loaded."""
+    before = time.process_time()
+    with pytest.raises(kinds) as error:
+        act()
+    took = time.process_time() - before
+    assert seconds is None or took < seconds, f"it took {took:.1f} s to say so"
+    return readable(str(error.value))
+
+
+def readable(said: str, lines: int = 1) -> str:
+    """The same, where it is short and on one line, or on as many as there are findings."""
+    assert said.strip() == said and said
+    assert len(said) < LONGEST, f"{len(said)} characters"
+    assert said.count("\n") < lines, said
+    for noise in ("Traceback", "validation error", "errno", "pydantic"):
+        assert noise not in said, said
+    return said
