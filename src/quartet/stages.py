@@ -18,7 +18,7 @@ from quartet.algorithms.preference import Dpo, Ipo, Kto, LastTokenLoss, Orpo, Pe
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.sampler import Sampler
 from quartet.evaluation.best_of_n import BestOf, best_of_n
-from quartet.evaluation.compare import Gold, compare
+from quartet.evaluation.compare import Gold, compare, wins_of
 from quartet.experience import Prompt, Rollout
 from quartet.generation.native import NativeGenerator
 from quartet.generation.protocol import Generator as Generates
@@ -220,6 +220,21 @@ class PreferenceStage:
 
 
 @dataclass(frozen=True)
+class Contest:
+    """The policy as it learns against the one that the stage starts with, on the same held-out prompts."""
+
+    answer: Callable[[], Sequence[Rollout]]
+    """Now, with what the rewards give. The same random numbers each time, and none of the training's."""
+    before: Sequence[Rollout]
+    gold: Gold | None
+
+    def win_rate(self) -> float | None:
+        """None where no answer could be judged."""
+        wins = wins_of(self.before, self.answer(), self.gold)
+        return statistics.fmean(wins) if wins else None
+
+
+@dataclass(frozen=True)
 class Cast:
     """Who plays in an RL stage."""
 
@@ -230,10 +245,14 @@ class Cast:
     """Answers of the policy that the stage starts with, to be looked at again as it learns."""
     texts: Sequence[Demonstration] = ()
     """Held-out demonstrations: is what SFT taught still there?"""
+    contest: Contest | None = None
 
     def watched(self) -> dict[str, float]:
-        """The policy's perplexity on the texts, and how far reward models are from what they first said of the probes."""
+        """The policy's win rate, its perplexity on the texts, and how far reward models are from what they first said of the
+        probes."""
         metrics = {}
+        if self.contest is not None and (rate := self.contest.win_rate()) is not None:
+            metrics["policy/win_rate"] = rate
         if self.texts:
             loss = held_out_loss(self.learner.models.actor, self.texts, self.learner.budget.tokens)
             metrics["policy/sft_perplexity"] = math.exp(min(loss, 50.0))

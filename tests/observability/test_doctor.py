@@ -38,6 +38,8 @@ def healthy(step: int) -> dict[str, float]:
         "response/repetition": 0.04 + 0.01 * wave,
         "response/distinct": 0.99,
         "response/most_common": 0.03,
+        "advantage/reward_correlation": 0.6 + 0.1 * wave,
+        **({"policy/win_rate": 0.5 + 0.4 * learnt + 0.08 * wave, "policy/sft_perplexity": 6 + 3 * learnt} if step % 2 else {}),
     }
 
 
@@ -70,6 +72,15 @@ FAULTS = {
     doctor.repeats_itself: (lambda s: {"response/repetition": min(0.9, 0.02 * s)}, "repetition within responses went from"),
     doctor.hacked: (lambda s: {"reward": 0.1 * s, "reward/gold": min(s, 24 - s) / 5.0}, "the reward model is being fooled"),
     doctor.reward_falls: (lambda s: {"reward": -0.1 * s, "reward/gold": -0.1 * s}, "Is a sign wrong?"),
+    doctor.paid_for_others: (
+        lambda s: {"advantage/reward_correlation": 0.05 * (-1) ** s},
+        "a correlation of 0.00 over ten steps: responses are paid what others and not what they earned",
+    ),
+    doctor.loses_held_out: (
+        lambda s: {"policy/win_rate": 0.95 - 0.04 * s},
+        "the win rate on held-out prompts fell from 87% to",
+    ),
+    doctor.forgets: (lambda s: {"policy/sft_perplexity": 5.0 + 2 * s}, "went from 7 to"),
     doctor.reward_saturates: (lambda s: {"reward/std": 0.8**s}, "no longer tells answers apart"),
 }
 BESIDE = {

@@ -87,7 +87,8 @@ def test_figures_are_plain_json_and_plotly_objects(ppo_run):
     for stage, numbers in ppo_run.series.items():
         for chart, names in charts(numbers):
             json.dumps(lines(ppo_run, stage, chart.title, names))
-    assert [trace.name for trace in figure(ppo_run, "frontier").data if trace.name][-2:] == ["reward", "gold reward"]
+    names = [trace.name for trace in figure(ppo_run, "frontier").data if trace.name]
+    assert names[-3:] == ["reward", "gold reward", "win rate"]
     assert any("best of n" in (trace["name"] or "") for trace in frontier(ppo_run)["data"])
     assert figure(ppo_run, "reward").data and figure(ppo_run, "phases").data
 

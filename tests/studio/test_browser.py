@@ -50,6 +50,7 @@ def live(runs, tmp_path_factory):
     for run in runs.iterdir():
         if not run.is_symlink():
             copied(run, root / run.name)
+            shutil.copytree(run / "sft", root / run.name / "sft")
     ppo = next(root.glob("*reviews"))
     evil = shutil.copytree(ppo, root / "evil")
     put_words_into_its_mouth(evil, EVIL)
@@ -195,6 +196,15 @@ def test_a_group_is_side_by_side(page, live):
     assert page.locator(".sibling").count() == 3
     page.locator(".sibling").first.click()
     page.wait_for_url("**sample=1")
+
+
+def test_the_sft_answer_is_one_key_away(page, live):
+    page.goto(f"/run/{name_of(live, 'reviews')}/tokens?step=5&sample=2")
+    page.wait_for_selector("#inspector[data-ready]")
+    page.keyboard.press("a")
+    page.locator("#first-answer").wait_for(timeout=60_000)
+    assert page.locator("#asked").inner_text() == "its likeliest answer:"
+    assert page.locator("#first-answer").inner_text()
 
 
 def test_a_probe_is_scrubbed_through_training(page, live, ppo_run):

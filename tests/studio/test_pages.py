@@ -6,8 +6,10 @@ import shutil
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 from starlette.testclient import TestClient
 
+from quartet.models.language_model import load_model, load_tokenizer
 from quartet.observability.reader import Run
 from quartet.studio import views
 from quartet.studio.app import make_app
@@ -113,6 +115,35 @@ def test_other_hosts_are_refused(client, host):
 def test_nothing_can_be_written(client, ppo_run, method):
     for address in ("/", f"/run/{ppo_run.name}/", f"/api/run/{ppo_run.name}/sample"):
         assert getattr(client, method)(address).status_code == 405
+
+
+def test_the_first_policy_answers_in_a_process_of_its_own(client, ppo_run):
+    """The same as its model says here: the SFT model's likeliest tokens."""
+    rows = ppo_run.sample(5, 2)
+    prompt = rows["token_id"][: rows["is_response"].index(True)]
+    model, tokenizer = load_model(ppo_run.path / "sft"), load_tokenizer(ppo_run.path / "sft")
+    ids, said = list(prompt), []
+    for _ in range(ppo_run.config["rollout"]["max_new_tokens"]):
+        said.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        ids.append(said[-1])
+        if said[-1] == tokenizer.eos_token_id:
+            break
+    address = f"/api/run/{ppo_run.name}/first-answer?step=5&sample=2"
+    answer = client.post(address, headers={"origin": "http://127.0.0.1:8700"})
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    assert answer.json() == {"answer": tokenizer.decode([*prompt, *said], skip_special_tokens=True)[len(before) :]}
+
+
+def test_who_may_ask_a_model(client, ppo_run, tmp_path):
+    address = f"/api/run/{ppo_run.name}/first-answer?step=5&sample=2"
+    assert client.get(address).status_code == 405
+    assert client.post(address, headers={"origin": "https://evil.example"}).status_code == 403
+    assert client.post(address.replace("sample=2", "sample=2000")).status_code == 404
+    copied(ppo_run.path, tmp_path / "lean")
+    lean = TestClient(make_app([tmp_path]), base_url="http://127.0.0.1")
+    answer = lean.post("/api/run/lean/first-answer?step=5&sample=2")
+    assert answer.json() == {"error": "lean: the model that RL started from is not on this machine."}
+    assert "first-answer" not in lean.get("/run/lean/tokens?step=5&sample=2").text
 
 
 @pytest.mark.parametrize(

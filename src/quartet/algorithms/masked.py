@@ -16,6 +16,11 @@ def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Flo
     return masked(x, mask).sum() / mask.sum().clamp(min=1)
 
 
+def row_mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B"]:
+    """Σ x·m / Σ m of each row; 0 where nothing is set."""
+    return masked(x, mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
 def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], eps: float = 1e-8, sample: bool = False) -> Float[Tensor, "B T"]:
     """(x − μ) / √(σ² + eps) over the entries of the mask, 0 elsewhere.
 

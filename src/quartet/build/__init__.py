@@ -59,10 +59,10 @@ from quartet.observability.sinks import check_trackers
 from quartet.observability.tokens import TokenTexts
 from quartet.pipeline import Saving
 from quartet.rewards.functions import TextReward, check_reference
-from quartet.rewards.protocol import RewardError, Weighted
+from quartet.rewards.protocol import RewardError, Weighted, rewarded
 from quartet.rewards.sources import EnsembleSource, JudgeSource, ModelSource, Source, StepsSource
 from quartet.rewards.worker import load
-from quartet.stages import Cast, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
+from quartet.stages import Cast, Contest, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
 from quartet.training.checkpoint import GlobalRandom
 from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
@@ -71,6 +71,9 @@ from quartet.worlds import WORLDS, World
 
 PROBES = 8
 """How many answers are looked at again and again as an RL stage goes on."""
+
+CONTEST_PROMPTS = 32
+"""How many held-out prompts the win rate is taken on as an RL stage goes on."""
 
 WATCHED_TEXTS = 32
 """How many held-out demonstrations an RL stage takes the policy's perplexity on."""
@@ -241,7 +244,6 @@ class Workshop:
         )
 
     def evaluation_stage(self) -> EvaluationStage:
-        asks_a_judge = any(isinstance(source, JudgeSource) for source in self.sources)  # some hundred questions more cost money
         return EvaluationStage(
             prompts=self.prompts[1][: self.config.evaluation.prompts],
             tokenizer=self.tokenizer,
@@ -252,7 +254,7 @@ class Workshop:
             sampling=self.config.rollout,
             micro_batch_tokens=self.micro_batch_tokens,
             generator=self._generator,
-            best_of=0 if asks_a_judge else self.config.evaluation.best_of,
+            best_of=0 if self._asks_a_judge else self.config.evaluation.best_of,  # some hundred questions more cost money
         )
 
     # --- models --------------------------------------------------------------------------------------------------------
@@ -332,7 +334,8 @@ class Workshop:
             self.micro_batch_tokens,
         )
         rewards = self._rewards(folder, judge)
-        cast = Cast(learner, self._generator(actor), rewards, self._probes(actor, rewards), self._watched_texts())
+        probes, contest = self._probes(actor, rewards), self._contest(actor, rewards)
+        cast = Cast(learner, self._generator(actor), rewards, probes, self._watched_texts(), contest)
         if self.fault is not None:
             FAULTS[self.fault](cast)
         return cast
@@ -344,6 +347,21 @@ class Workshop:
         prompts = list(self.prompts[1][: max(1, PROBES // rollout.samples_per_prompt)])
         made = answers(prompts, self._generator(actor), rollout, rollout.samples_per_prompt, rewards, algorithm)
         return [r for r in made if r.score is not None]
+
+    def _contest(self, actor: Any, rewards: Sequence[Weighted]) -> Contest | None:
+        """None where a judge would have to be paid for it."""
+        if self._asks_a_judge:
+            return None
+        prompts = list(self.prompts[1][:CONTEST_PROMPTS])
+
+        def answer() -> Sequence[Rollout]:
+            return rewarded(self._generator(actor).generate(prompts, self.config.rollout), rewards)
+
+        return Contest(answer, answer(), self.rewards.gold)
+
+    @property
+    def _asks_a_judge(self) -> bool:
+        return any(isinstance(source, JudgeSource) for source in self.sources)
 
     def _watched_texts(self) -> Sequence[Demonstration]:
         """Of those that SFT did not see."""

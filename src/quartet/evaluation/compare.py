@@ -40,8 +40,7 @@ def compare(
     before: Sequence[Rollout], after: Sequence[Rollout], kl: Sequence[float], gold: Gold | None, samples: int = 8
 ) -> Comparison:
     """`before` and `after` hold one rewarded answer to each prompt, in the same order; `kl` one number per answer."""
-    worth = zip(_worth(before, gold), _worth(after, gold), strict=True)
-    wins = [1.0 if b > a else 0.5 if b == a else 0.0 for a, b in worth if a is not None and b is not None]
+    wins = wins_of(before, after, gold)
     if not wins:
         raise RewardError("there is no prompt for which both answers have a score, so they cannot be compared.")
     return Comparison(
@@ -56,6 +55,12 @@ def compare(
             for a, b in list(zip(before, after, strict=True))[:samples]
         ),
     )
+
+
+def wins_of(before: Sequence[Rollout], after: Sequence[Rollout], gold: Gold | None) -> list[float]:
+    """1, ½ or 0 for each prompt whose two answers could be judged."""
+    worth = zip(_worth(before, gold), _worth(after, gold), strict=True)
+    return [1.0 if b > a else 0.5 if b == a else 0.0 for a, b in worth if a is not None and b is not None]
 
 
 def _worth(rollouts: Sequence[Rollout], gold: Gold | None) -> list[Score]:

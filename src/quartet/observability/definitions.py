@@ -134,6 +134,20 @@ DEFINITIONS = (
         "0 but for noise; below it rollouts are greedy or filtered",
     ),
     Definition(
+        "policy/win_rate",
+        "win rate",
+        "share of 32 held-out prompts to which the policy answers better than the one RL started from, by the gold "
+        "reward where there is one, else by the training reward; a tie is half a win; twenty times a run",
+        "½ at first; falling while reward rises is reward hacking",
+    ),
+    Definition(
+        "advantage/reward_correlation",
+        "advantage against reward",
+        "Pearson's r, over the step's responses, of the sum of a response's token rewards and the mean advantage that the "
+        "update took for it; within groups where advantages compare these",
+        "well above 0; around 0 responses are paid for others', below 0 a sign is wrong",
+    ),
+    Definition(
         "policy/sft_perplexity",
         "perplexity on SFT data",
         "exp of the mean −log π per token of held-out demonstrations, twenty times a run",

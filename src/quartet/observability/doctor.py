@@ -21,6 +21,10 @@ HACKED_WITHIN = 200
 """Steps over which gold and reward are compared."""
 HACKED_MEAN = 10
 """Steps of which one mean is taken there."""
+WIN_RATES = 3
+"""Win rates of which one mean is taken: each is of 32 prompts, ± 0.17."""
+FORGOTTEN = 5.0
+"""How many times the first perplexity on demonstrations is too much."""
 
 
 class History:
@@ -298,6 +302,49 @@ def reward_falls(history: History) -> str | None:
     )
 
 
+def paid_for_others(history: History) -> str | None:
+    """Advantages follow what responses earned, less what was expected of them (Williams 1992). Where they do not, rows were
+    mixed up, as when a [B, 1] meets a [B]; where they go the other way, a sign is wrong. A critic that knows nearly
+    everything leaves advantages that are noise."""
+    r, known = history.recent("advantage/reward_correlation", 10), history.recent("value/explained_variance") or 0.0
+    if r is None or r >= 0.1 or known > 0.9 or min(history.columns.get("advantage/std", [0.0])[-10:]) == 0:
+        return None
+    how = "the opposite of what" if r < -0.1 else "what others and not what"
+    return (
+        f"rewards and advantages have a correlation of {r:.2f} over ten steps: responses are paid {how} they earned. "
+        "Do rewards, values and advantages stand in the same rows, with the right sign?"
+    )
+
+
+def loses_held_out(history: History) -> str | None:
+    """Rewarded more and more for answers that are worse: the win rate on prompts that nobody trains on falls while the reward
+    rises (Stiennon et al. 2020, figure 5)."""
+    wins, reward = history.columns.get("policy/win_rate", []), history.columns.get("reward", [])
+    if len(wins) < 2 * WIN_RATES:
+        return None
+    means = moving_means(wins, WIN_RATES)
+    top, now = max(means), means[-1]
+    then = reward[int(means.index(top) * len(reward) / len(wins)) :][:HACKED_MEAN]
+    last = reward[-HACKED_MEAN:]
+    if top - now < 0.2 or sum(last) / len(last) <= sum(then) / len(then):
+        return None
+    return (
+        f"the win rate on held-out prompts fell from {top:.0%} to {now:.0%} while the reward rose: the answers get worse. Stop "
+        "there, or raise kl.coef."
+    )
+
+
+def forgets(history: History) -> str | None:
+    """What SFT taught is lost as the reward is gained: the alignment tax (Ouyang et al. 2022, who mix pretraining texts in)."""
+    seen = history.columns.get("policy/sft_perplexity", [])
+    if len(seen) < 2 or seen[-1] < FORGOTTEN * seen[0] or history.now("kl", 0.0) < 1:
+        return None
+    return (
+        f"perplexity on held-out demonstrations went from {seen[0]:.3g} to {seen[-1]:.3g}: the policy forgets what SFT taught. "
+        "Raise kl.coef, lower optim.lr, or mix demonstrations in (algorithm.ptx)."
+    )
+
+
 def reward_saturates(history: History) -> str | None:
     """A reward model that gives all answers the same high score has nothing more to teach (its sigmoid was trained on
     differences that are no longer there)."""
@@ -331,7 +378,10 @@ RULES: dict[Rule, int] = {
     paid_for_length: 1,
     repeats_itself: 1,
     hacked: 3,
+    loses_held_out: 1,
+    forgets: 1,
     reward_falls: 3,
+    paid_for_others: 1,
     reward_saturates: 3,
 }
 """Each rule, and for how many steps in a row it must hold before it speaks."""

@@ -66,6 +66,8 @@ CHARTS = (
     Chart("Sampler and learner", ("sampler_mismatch", "ratio/first_error")),
     Chart("Invariants", ("sampler_ratio", "reference/moved", "logratio/abs")),
     Chart("Epochs, skipped updates", ("policy/epochs", "skipped")),
+    Chart("Win rate on held-out prompts", ("policy/win_rate",), percent=True),
+    Chart("Paid for what it earned", ("advantage/reward_correlation",)),
     Chart("Perplexity on SFT data", ("policy/sft_perplexity",)),
     Chart("Drift of the reward model", ("reward/drift",)),
     Chart("Learning rate", ("lr", "lr/*")),
@@ -133,7 +135,7 @@ def phases(run: "Run", stage: str) -> Spec:
 
 def frontier(run: "Run") -> Spec:
     """What was gained for how far the policy went: scores against √KL, a point per step, with the best-of-n line of the first
-    policy, and where gold was highest if it fell from there."""
+    policy; win rates on held-out prompts; and where gold was highest if it fell from there."""
     stage = run.rl_stage
     data: list[Spec] = []
     spec: Spec = {"data": data, "layout": layout("What was gained, for how far the policy went", None, legend=True)}
@@ -159,6 +161,11 @@ def frontier(run: "Run") -> Spec:
         more = {"name": label, "mode": "lines+markers", "marker": marker, "customdata": list(series.steps[every])}
         more["hovertemplate"] = "step %{customdata}: %{y:.3g} at √KL %{x:.3g}<extra>" + label + "</extra>"
         data.append(_line(distance[every], y[every], COLORS[place], more))
+    if "policy/win_rate" in series.columns:
+        data.append(_win_rates(series, distance))
+        title = "win rate on held-out prompts"
+        spec["layout"]["yaxis2"] = _axis(title) | {"overlaying": "y", "side": "right", "range": [0, 1.02], "tickformat": ".0%"}
+        spec["layout"]["yaxis2"]["showgrid"] = False
     if (onset := overoptimised(series)) is not None:
         at = list(series.steps).index(onset)
         spec["layout"]["shapes"] = [_vertical(distance[at])]
@@ -167,6 +174,21 @@ def frontier(run: "Run") -> Spec:
             {"x": distance[at], "y": 1, "yref": "paper", "text": words, "showarrow": False, "xanchor": "right"}
         ]
     return spec
+
+
+def _win_rates(series: "Series", distance: Sequence[float]) -> Spec:
+    """A point for each step at which the policy met its first self on held-out prompts."""
+    there = [i for i, rate in enumerate(series.columns["policy/win_rate"]) if not math.isnan(rate)]
+    label = definition("policy/win_rate").label
+    more = {
+        "name": label,
+        "mode": "markers",
+        "yaxis": "y2",
+        "marker": {"size": 9, "symbol": "diamond", "color": COLORS[2]},
+        "customdata": [series.steps[i] for i in there],
+        "hovertemplate": "step %{customdata}: wins %{y:.0%} at √KL %{x:.3g}<extra>" + label + "</extra>",
+    }
+    return _line([distance[i] for i in there], [series.columns["policy/win_rate"][i] for i in there], COLORS[2], more)
 
 
 BINS = 8

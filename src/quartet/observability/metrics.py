@@ -12,7 +12,7 @@ import torch
 
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.kl import NoKL, k1, k2, k3
-from quartet.algorithms.masked import masked, masked_mean
+from quartet.algorithms.masked import group_mean, masked, masked_mean
 from quartet.algorithms.policy_loss import KLPenalty
 from quartet.experience import Batch, Experience, Rollout
 from quartet.tensors import Bool, Float, Tensor
@@ -108,6 +108,7 @@ def rl_metrics(
     if experience.weights is not None:
         metrics["correction/mean_weight"] = float(masked_mean(experience.weights, mask))
     metrics["advantage/std"] = float(experience.advantages[mask].double().std(correction=0))
+    metrics["advantage/reward_correlation"] = earned_correlation(batch, experience, update, algorithm.needs_group)
     if experience.raw_advantages is not None:
         raw = experience.raw_advantages[mask].double()
         metrics["advantage/raw_mean"], metrics["advantage/raw_std"] = float(raw.mean()), float(raw.std(correction=0))
@@ -131,6 +132,14 @@ def rl_metrics(
     metrics["policy/entropy"] = float(masked_mean(update.entropy, mask))
     metrics |= {f"loss/{name}": value for name, value in update.losses.items()}
     return metrics | update.descents
+
+
+def earned_correlation(batch: Batch, experience: Experience, update: "Update", within_groups: bool) -> float:
+    """r of what a response earned, Σ_t of its token rewards, and the mean advantage that the update took for it."""
+    earned = masked(experience.token_rewards, batch.response_mask).sum(dim=1)
+    if within_groups:
+        earned = earned - group_mean(earned, batch.groups)
+    return correlation(earned.tolist(), update.row_advantages.tolist())
 
 
 def turns(written: Sequence[bool]) -> int:

@@ -1,4 +1,5 @@
-"""The pages and what they are made from. Only GET, only this machine by default, nothing is written."""
+"""The pages and what they are made from. Only this machine by default, and nothing is written. One question costs something:
+that to a model is a POST, from the studio's own pages."""
 
 import html as markup
 import secrets
@@ -6,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -23,6 +25,7 @@ from quartet.observability import figures
 from quartet.observability.doctor import examine
 from quartet.observability.reader import NoRun, Run
 from quartet.studio import views
+from quartet.studio.first_policy import FirstPolicies, NoAnswer, folder_of
 from quartet.studio.library import Library
 from quartet.studio.rendering import plotly_file, templates
 
@@ -47,6 +50,7 @@ class Pages:
     def __init__(self, library: Library) -> None:
         self.library = library
         self.lock = threading.Lock()
+        self.first_policies = FirstPolicies()
         self.templates = templates()
 
     def html(self, name: str, status: int = 200, **values: Any) -> Response:
@@ -157,6 +161,7 @@ class Pages:
             siblings=[s for s in everything if s.group == mine.group and s.number != number],
             glance=views.glance(rows),
             inspector=views.inspector(run, rows),
+            can_ask=kind == "rollouts" and folder_of(run) is not None and "environment" not in run.config,
             page="probes" if kind == "probes" else "samples",
         )
 
@@ -164,6 +169,24 @@ class Pages:
         run = self.run_of(request)
         rows = run.sample(_whole(request, "step", 0), _whole(request, "sample", 0), _kind(request))
         return {"inspector": views.inspector(run, rows), "glance": views.glance(rows)}
+
+    async def first_answer(self, request: Request) -> Response:
+        """What the policy that RL started from says to a rollout's prompt. Pages are served while it thinks."""
+        asked_from = request.headers.get("origin")
+        if asked_from is not None and urlsplit(asked_from).netloc != request.headers.get("host"):
+            return JSONResponse({"error": "only the studio's own pages may ask a model."}, 403, HEADERS)
+        try:
+            run, ids = await run_in_threadpool(self._one_at_a_time, self._prompt, request)
+            return JSONResponse({"answer": await run_in_threadpool(self.first_policies.answer, run, ids)}, headers=HEADERS)
+        except (NoRun, BadQuestion, NoAnswer) as error:
+            status = 404 if isinstance(error, NoRun) else 400 if isinstance(error, BadQuestion) else 500
+            return JSONResponse({"error": str(error)}, status, HEADERS)
+
+    def _prompt(self, request: Request) -> tuple[Run, list[int]]:
+        run = self.run_of(request)
+        rows = run.sample(_whole(request, "step", 0), _whole(request, "sample", 0))
+        begin = rows["is_response"].index(True) if True in rows["is_response"] else len(rows["is_response"])
+        return run, rows["token_id"][:begin]
 
     def token_history(self, request: Request) -> dict[str, Any]:
         """One token of a probe through training."""
@@ -286,6 +309,7 @@ def make_app(roots: Sequence[Path], hosts: Sequence[str] = LOOPBACK, token: str 
         "/plotly.js": plotly_js,
     }
     routes = [Route(path, pages.answering(make)) for path, make in addresses.items()]
+    routes.append(Route("/api/run/{name}/first-answer", pages.first_answer, methods=["POST"]))
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)), Middleware(GZipMiddleware, compresslevel=1)]
     if token is not None:
         middleware.insert(0, Middleware(TokenNeeded, token=token))

@@ -13,7 +13,7 @@ import torch
 
 from quartet.algorithms.algorithm import Algorithm, Forward
 from quartet.algorithms.kl import k3
-from quartet.algorithms.masked import masked_mean
+from quartet.algorithms.masked import masked_mean, row_mean
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.experience import Batch, Experience, Rollout, said
@@ -51,6 +51,8 @@ class Update:
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
     clipped: Bool[Tensor, "B T"]
+    row_advantages: Float[Tensor, "B"]
+    """The mean advantage of each row, as it was learnt from."""
     trained_actor: bool = True
     """False while only the critic warms up."""
     reference_moved: bool = False
@@ -205,6 +207,7 @@ class Learner:
             logprobs=seen.logprobs,
             entropy=seen.entropy,
             clipped=seen.clipped,
+            row_advantages=row_mean(experience.advantages, experience.response_mask),
             trained_actor=train_actor,
             reference_moved=self.reference is not None and mark(self.reference) != self.reference_mark,
         )

@@ -210,6 +210,21 @@
     });
   }
 
+  const ask = document.getElementById("ask");
+  if (ask) {
+    ask.addEventListener("click", async () => {
+      const said = document.getElementById("asked"), place = document.getElementById("first-answer");
+      ask.disabled = true;
+      said.textContent = "it reads the prompt …";
+      const { step } = document.getElementById("first").dataset;
+      const answer = await fetch(`/api/run/${encodeURIComponent(run)}/first-answer?step=${step}&sample=${sample}`, { method: "POST" });
+      const made = await answer.json().catch(() => ({ error: "the studio did not answer" }));
+      said.textContent = answer.ok ? "its likeliest answer:" : made.error;
+      if (answer.ok) { place.textContent = made.answer === "" ? "∅" : made.answer; place.hidden = false; ask.hidden = true; }
+      ask.disabled = false;
+    });
+  }
+
   write(); paint(); curves(); detail();
   root.dataset.ready = "yes";
 })();

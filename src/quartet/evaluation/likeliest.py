@@ -1,0 +1,24 @@
+"""The likeliest answer of the model in a folder, for a process that has no torch.
+
+`python -m quartet.evaluation.likeliest FOLDER` reads `{"prompt_ids": […], "max_new_tokens": …}` and writes a JSON string."""
+
+import json
+import sys
+
+from quartet.experience import Prompt
+from quartet.generation.native import NativeGenerator
+from quartet.generation.sampling import Sampling
+from quartet.models.language_model import load_model, load_tokenizer, stop_ids
+
+
+def main() -> None:
+    folder, question = sys.argv[1], json.load(sys.stdin)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    generator = NativeGenerator(model, tokenizer, stop_ids(model, tokenizer), seed=0)
+    prompt = Prompt("asked", tuple(question["prompt_ids"]), "")
+    greedy = Sampling(max_new_tokens=question["max_new_tokens"], top_k=1)
+    json.dump(generator.generate([prompt], greedy)[0].response, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
