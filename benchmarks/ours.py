@@ -25,10 +25,11 @@ from quartet.models import llama
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import masked_logprobs
-from quartet.models.padding import micro_batches, response_mask, right_pad
+from quartet.models.padding import response_mask, right_pad
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward
+from quartet.team import micro_batches
 from quartet.training.learner import Learner
 from quartet.training.optim import Descent, Optim, Optimizer
 

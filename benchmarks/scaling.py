@@ -18,7 +18,8 @@ import workload as w
 from quartet.generation.sampling import Sampling
 from quartet.machine import keep_freed_memory
 from quartet.models.language_model import masked_logprobs
-from quartet.models.padding import micro_batches, response_mask, right_pad
+from quartet.models.padding import response_mask, right_pad
+from quartet.team import micro_batches
 
 
 def phases(size, repeats):

@@ -307,7 +307,7 @@ tokenizer = { type = "train", vocab_size = 320 }
     assert saved.apply_chat_template(talk[:1], tokenize=False) == "<|im_start|>user\nwhat is one and one<|im_end|>\n"
 
 
-@pytest.mark.parametrize("file", ["pairs.jsonl", "pairs.csv"])
+@pytest.mark.parametrize("file", ["pairs.jsonl", pytest.param("pairs.csv", marks=pytest.mark.slow)])
 def test_from_a_folder_and_a_file_that_the_user_has(tmp_path, users_model, file):
     pairs = [{"prompt": f"{a}+{a}=", "chosen": str(a + a), "rejected": str(a)} for a in range(1, 31)]
     write_table(tmp_path / file, pairs)

@@ -1,6 +1,7 @@
 import torch
 
-from quartet.models.padding import left_pad, micro_batches, response_mask, right_pad, spread
+from quartet.models.padding import left_pad, response_mask, right_pad, spread
+from quartet.team import micro_batches
 
 ROWS = [[5, 6, 7], [8]]
 

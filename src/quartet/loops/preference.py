@@ -14,8 +14,9 @@ from quartet.generation.protocol import Generator
 from quartet.generation.sampling import Sampling
 from quartet.loops.progress import Progress
 from quartet.models.language_model import masked_logprobs
-from quartet.models.padding import micro_batches, response_mask, right_pad
+from quartet.models.padding import response_mask, right_pad
 from quartet.rewards.protocol import Weighted, rewarded
+from quartet.team import ALONE, Team
 from quartet.tensors import Float, Tensor
 from quartet.training.budget import Budget
 from quartet.training.descend import check_finite, descend
@@ -80,7 +81,7 @@ def preference(
     """Minimise the loss on batches of comparisons; the first steps may be done already."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
-        metrics = budget.spend("the update", partial(_step, model, reference, comparisons.next(), loss, optimizer))
+        metrics = budget.spend("the update", partial(_step, model, reference, comparisons.next(), loss, optimizer, budget.team))
         yield Progress(number, {**metrics, "lr": lr})
 
 
@@ -90,11 +91,12 @@ def _step(
     batch: Sequence[Comparison],
     loss: Dpo | Ipo | Kto | Orpo | Simpo,
     optimizer: Optimizer,
+    team: Team,
     micro_batch_tokens: int,
 ) -> dict[str, float]:
     seen: list[Pairs] = []
-    metrics = descend(_losses(model, reference, batch, loss, micro_batch_tokens, seen), {"policy": optimizer})
-    return {**metrics, **preference_metrics(seen)} if seen else metrics
+    metrics = descend(_losses(model, reference, batch, loss, micro_batch_tokens, seen, team), {"policy": optimizer}, team)
+    return {**metrics, **preference_metrics(seen, team)} if "skipped" not in metrics else metrics
 
 
 @torch.no_grad()
@@ -111,23 +113,21 @@ def held_out_preference(
     return {"loss": total, **preference_metrics(seen)}
 
 
-def preference_metrics(seen: Sequence[Pairs]) -> dict[str, float]:
+def preference_metrics(seen: Sequence[Pairs], team: Team = ALONE) -> dict[str, float]:
     """Accuracy: the share of pairs whose chosen side gained more on the reference than the rejected (without a reference: is
     likelier per token); a tie counts half. How far from 0 the log-ratios to the reference are, which is where they start. The
-    mean log-probs of both sides: they may fall together, which is worth seeing."""
-    margins = torch.cat([_margin(pairs) for pairs in seen]).detach()
-    moved = torch.cat([torch.cat(pairs.log_ratios()) for pairs in seen if pairs.ref_chosen is not None] or [margins[:0]])
-    chosen, rejected = (
-        torch.cat([getattr(pairs, side)[getattr(pairs, f"{side}_tokens") > 0] for pairs in seen]).detach()
-        for side in ("chosen", "rejected")
-    )
-    return {
-        "accuracy": float(((margins > 0).float() + 0.5 * (margins == 0).float()).mean()),
-        "margin": float(margins.mean()),
-        **({"logratio/abs": float(moved.detach().abs().mean())} if len(moved) else {}),
-        **({"logprobs/chosen": float(chosen.mean())} if len(chosen) else {}),
-        **({"logprobs/rejected": float(rejected.mean())} if len(rejected) else {}),
+    mean log-probs of both sides: they may fall together, which is worth seeing. Over the pairs that all ranks have seen."""
+    margins = [_margin(pairs) for pairs in seen]
+    numbers = {
+        "accuracy": [(m > 0).double() + 0.5 * (m == 0).double() for m in margins],
+        "margin": margins,
+        "logratio/abs": [torch.cat(pairs.log_ratios()).abs() for pairs in seen if pairs.ref_chosen is not None],
+        "logprobs/chosen": [pairs.chosen[pairs.chosen_tokens > 0] for pairs in seen],
+        "logprobs/rejected": [pairs.rejected[pairs.rejected_tokens > 0] for pairs in seen],
     }
+    sums = team.total(*(float(sum(n.detach().double().sum() for n in found)) for found in numbers.values()))
+    counts = team.total(*(float(sum(len(n) for n in found)) for found in numbers.values()))
+    return {name: total / count for name, total, count in zip(numbers, sums, counts, strict=True) if count}
 
 
 def _margin(pairs: Pairs) -> Float[Tensor, "P"]:
@@ -144,11 +144,12 @@ def _losses(
     loss: Dpo | Ipo | Kto | Orpo | Simpo,
     micro_batch_tokens: int,
     seen: list[Pairs],
+    team: Team = ALONE,
 ) -> Iterator[Float[Tensor, ""]]:
-    """The loss of a batch in pieces that add up to it; what was seen on the way is appended to `seen`."""
-    kl = _mismatched_kl(model, reference, batch, micro_batch_tokens) if loss.needs_kl else 0.0
-    for rows in micro_batches(_longest(batch), micro_batch_tokens):
-        piece = [batch[i] for i in rows]
+    """The loss of a batch in pieces that add up to it over all ranks; what was seen on the way is appended to `seen`."""
+    kl = _mismatched_kl(model, reference, batch, micro_batch_tokens, team) if loss.needs_kl else 0.0
+    for part in team.pieces(_longest(batch), micro_batch_tokens):
+        piece = [batch[i] for i in part.rows]
         chosen, rejected = _both_sides(model, piece)
         ref_chosen, ref_rejected = None, None
         if reference is not None:
@@ -163,10 +164,11 @@ def _losses(
             ref_rejected,
             kl,
         )
-        seen.append(pairs)
+        if part.counts:
+            seen.append(pairs)
         losses = loss(pairs)
         check_finite("the loss", losses, [c.id for c in piece], lambda row: [*piece[row].prompt_ids, *piece[row].chosen_ids])  # noqa: B023
-        yield losses.sum() / len(batch)
+        yield part.counts * losses.sum() / len(batch)
 
 
 def _longest(batch: Sequence[Comparison]) -> list[int]:
@@ -180,16 +182,17 @@ def _both_sides(model: Any, comparisons: Sequence[Comparison]) -> tuple[Float[Te
 
 
 @torch.no_grad()
-def _mismatched_kl(model: Any, reference: Any, batch: Sequence[Comparison], micro_batch_tokens: int) -> float:
+def _mismatched_kl(model: Any, reference: Any, batch: Sequence[Comparison], micro_batch_tokens: int, team: Team) -> float:
     """KTO's z: the responses of both sides under their neighbours' prompts, mean of log π / π_ref, not below 0."""
     neighbours = [*batch[1:], batch[0]]
     sides = [
         (a.prompt_ids, ids) for a, b in zip(batch, neighbours, strict=True) for ids in (b.chosen_ids, b.rejected_ids) if ids
     ]
-    total = 0.0
-    for rows in micro_batches([len(p) + len(r) for p, r in sides], micro_batch_tokens):
-        piece = [sides[i] for i in rows]
-        total += float((_response_logprobs(model, piece) - _response_logprobs(reference, piece)).sum())
+    mine = 0.0
+    for part in team.pieces([len(p) + len(r) for p, r in sides], micro_batch_tokens):
+        piece = [sides[i] for i in part.rows]
+        mine += part.counts * float((_response_logprobs(model, piece) - _response_logprobs(reference, piece)).sum())
+    [total] = team.total(mine)
     return max(total / len(sides), 0.0)
 
 

@@ -12,7 +12,8 @@ from quartet.data.sampler import Sampler
 from quartet.loops.progress import Progress
 from quartet.models.heads import ScalarModel
 from quartet.models.logprobs import under_own_token
-from quartet.models.padding import micro_batches, response_mask, right_pad
+from quartet.models.padding import response_mask, right_pad
+from quartet.team import Team, micro_batches
 from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
 from quartet.training.descend import check_finite, descend
@@ -31,7 +32,7 @@ def reward_model(
     """Minimise a Bradley–Terry loss on batches of comparisons; the first steps may be done already."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
-        metrics = budget.spend("the update", partial(_step, model, comparisons.next(), loss, optimizer))
+        metrics = budget.spend("the update", partial(_step, model, comparisons.next(), loss, optimizer, budget.team))
         yield Progress(number, {**metrics, "lr": lr})
 
 
@@ -40,14 +41,15 @@ def _step(
     batch: Sequence[Comparison],
     loss: LastTokenLoss | PerTokenLoss,
     optimizer: Optimizer,
+    team: Team,
     micro_batch_tokens: int,
 ) -> dict[str, float]:
-    margins: list[Tensor] = []
-    metrics = descend(_losses(model, batch, loss, micro_batch_tokens, margins), {"reward_model": optimizer})
-    if not margins:
+    margins = torch.zeros(len(batch), dtype=torch.float64)
+    metrics = descend(_losses(model, batch, loss, micro_batch_tokens, margins, team), {"reward_model": optimizer}, team)
+    if "skipped" in metrics:
         return metrics
-    seen = torch.cat(margins)
-    return {**metrics, "accuracy": accuracy_of(seen), "margin": float(seen.mean())}
+    team.add_up(margins)
+    return {**metrics, "accuracy": accuracy_of(margins), "margin": float(margins.mean())}
 
 
 @torch.no_grad()
@@ -73,17 +75,21 @@ def _losses(
     batch: Sequence[Comparison],
     loss: LastTokenLoss | PerTokenLoss,
     micro_batch_tokens: int,
-    margins: list[Tensor],
+    margins: Float[Tensor, "P"],
+    team: Team,
 ) -> Iterator[Float[Tensor, ""]]:
-    """The loss of a batch in pieces that add up to it; the differences of scores seen on the way are appended to `margins`."""
-    for rows in micro_batches(_lengths(batch), micro_batch_tokens):
-        piece = [batch[i] for i in rows]
+    """The loss of a batch in pieces that add up to it over all ranks; the differences of scores seen on the way are written
+    into `margins`."""
+    for part in team.pieces(_lengths(batch), micro_batch_tokens):
+        piece = [batch[i] for i in part.rows]
         read = _read(model, piece, loss.needs_every_token)
         scores = at(read.chosen, read.good), at(read.rejected, read.bad)
         check_finite("the score", torch.cat(scores), [c.id for c in piece] * 2, partial(_said, piece))
-        margins.append((scores[0] - scores[1]).detach())
+        if part.counts:
+            margins[part.rows] = (scores[0] - scores[1]).detach().to(margins)
         labelled = torch.tensor([c.margin for c in piece], device=read.chosen.device)
-        yield loss(read.chosen, read.rejected, read.good, read.bad, read.differs, labelled).sum() / len(batch)
+        losses = loss(read.chosen, read.rejected, read.good, read.bad, read.differs, labelled)
+        yield part.counts * losses.sum() / len(batch)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.loops.progress import Progress
+from quartet.team import Team
 from quartet.training.budget import Budget
 from quartet.training.descend import descend
 from quartet.training.imitation import imitation_losses
@@ -26,12 +27,14 @@ def sft(
     """Minimise the mean negative log-probability of the answers' tokens; the first steps may be done already."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
-        metrics = budget.spend("the update", partial(_step, model, demonstrations.next(), optimizer))
+        metrics = budget.spend("the update", partial(_step, model, demonstrations.next(), optimizer, budget.team))
         yield Progress(number, {**metrics, "lr": lr})
 
 
-def _step(model: Any, batch: Sequence[Demonstration], optimizer: Optimizer, micro_batch_tokens: int) -> dict[str, float]:
-    return descend(imitation_losses(model, batch, micro_batch_tokens), {"policy": optimizer})
+def _step(
+    model: Any, batch: Sequence[Demonstration], optimizer: Optimizer, team: Team, micro_batch_tokens: int
+) -> dict[str, float]:
+    return descend(imitation_losses(model, batch, micro_batch_tokens, team), {"policy": optimizer}, team)
 
 
 @torch.no_grad()

@@ -122,6 +122,11 @@ class Under:
         device: torch.device = self.model.device
         return device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
     def get_output_embeddings(self) -> Any:
         return self.model.get_output_embeddings()
 

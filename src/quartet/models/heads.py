@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 
 from quartet.models.adapters import Under, adapter_parameters, load_adapter, merged_state, save_adapter
 from quartet.models.language_model import OWN_CODE, UNLOADABLE, ModelError, first_line, read_config
-from quartet.models.logprobs import speaking, under_own_token
+from quartet.models.logprobs import at_least_float32, speaking, under_own_token
 from quartet.models.trunk import read
 from quartet.tensors import Bool, Float, Int, Tensor
 
@@ -121,7 +121,7 @@ class ScalarModel(nn.Module):
     def forward(self, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> Float[Tensor, "N"]:
         """The head, centred, at the positions of right-padded rows that are asked for: what the model thinks once it has read
         that token."""
-        return self.head(self.hidden(tokens, asked)).squeeze(-1).float() - self.centre
+        return at_least_float32(self.head(self.hidden(tokens, asked)).squeeze(-1)) - self.centre
 
     def scores(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """One number per row: the head at the last real token."""
@@ -232,4 +232,4 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N"]:
-        return self.linear(hidden).squeeze(-1).float()
+        return at_least_float32(self.linear(hidden).squeeze(-1))

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from quartet.models.adapters import POLICY, Under, adapters_of, merged_state, save_adapter
 from quartet.models.logprobs import head_statistics, logits_statistics, speaking, under_own_token
-from quartet.models.padding import micro_batches
 from quartet.models.shape import Shape
 from quartet.models.trunk import checkpointing, read
+from quartet.team import ALONE, Team
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -227,10 +227,14 @@ def policy_logprobs(
     mask: Bool[Tensor, "B T"],
     temperature: float,
     micro_batch_tokens: int,
+    team: Team = ALONE,
 ) -> Float[Tensor, "B T"]:
-    """What a model gives the masked tokens of right-padded rows, 0 elsewhere."""
-    logprobs = torch.zeros(tokens.shape, device=tokens.device)
-    for rows in micro_batches(lengths.tolist(), micro_batch_tokens):
-        width = int(lengths[rows].max())
-        logprobs[rows, :width] = masked_logprobs(model, tokens[rows, :width], mask[rows, :width], temperature)
+    """What a model gives the masked tokens of right-padded rows, 0 elsewhere; each rank goes through its share."""
+    logprobs = torch.zeros(tokens.shape, dtype=torch.promote_types(model.dtype, torch.float32), device=tokens.device)
+    for piece in team.pieces(lengths.tolist(), micro_batch_tokens):
+        rows, width = piece.rows, int(lengths[piece.rows].max())
+        found = masked_logprobs(model, tokens[rows, :width], mask[rows, :width], temperature)
+        if piece.counts:
+            logprobs[rows, :width] = found
+    team.add_up(logprobs)
     return logprobs

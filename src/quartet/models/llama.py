@@ -10,6 +10,7 @@ pairs coordinate j of a head with j + D/2; here the pair becomes neighbours. Que
 products stay what they were.
 """
 
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,8 @@ from quartet.models.adapters import as_now, through
 from quartet.models.packing import Packed, repacked, take, unpacked
 from quartet.tensors import Float, Int, Tensor
 
+READ_ON = "read_on"
+"""A block that is sharded has `read_on` as a method of this name: torch puts its weights together around it."""
 FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _WRITTEN_OUT: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
@@ -59,10 +62,11 @@ def hidden_states(trunk: Any, packed: Packed) -> Float[Tensor, "n H"]:
     last, contexts = len(trunk.layers) - 1, as_now(trunk)
     for number, block in enumerate(trunk.layers):
         asked = packed.asked if number == last else None
+        go_on = getattr(block, READ_ON, None) or partial(read_on, block)
         if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled():
-            x = checkpoint(_block, block, x, rotation, packed, asked, use_reentrant=False, context_fn=contexts)
+            x = checkpoint(go_on, x, rotation, packed, asked, use_reentrant=False, context_fn=contexts)
         else:
-            x = _block(block, x, rotation, packed, asked)
+            x = go_on(x, rotation, packed, asked)
     return normed(trunk.norm, x)
 
 
@@ -74,7 +78,7 @@ def rotations(trunk: Any, positions: Int[Tensor, "N"]) -> Tensor:
     return torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
 
 
-def _block(block: Any, x: Tensor, rotation: Tensor, packed: Packed, asked: Tensor | None) -> Tensor:
+def read_on(block: Any, x: Tensor, rotation: Tensor, packed: Packed, asked: Tensor | None) -> Tensor:
     """Attention and multi-layer perceptron, each added to what it read. What nobody asks for ends with its keys and values."""
     attention, mlp = block.self_attn, block.mlp
     queries, keys, values = _projected(attention, normed(block.input_layernorm, x), rotation)

@@ -35,13 +35,13 @@ def under_own_token(values: Float[Tensor, "N"], mask: Bool[Tensor, "B T"]) -> Fl
 def token_logprobs(logits: Float[Tensor, "*n V"], tokens: Int[Tensor, "*n"], temperature: float) -> Float[Tensor, "*n"]:
     """log softmax(logits / temperature) of the given tokens, in float32. The temperature belongs to the policy: what is
     trained is the distribution that was sampled."""
-    scaled = _float(logits) / temperature
+    scaled = at_least_float32(logits) / temperature
     return scaled.gather(-1, tokens[..., None])[..., 0] - scaled.logsumexp(-1)
 
 
 def token_entropy(logits: Float[Tensor, "*n V"], temperature: float) -> Float[Tensor, "*n"]:
     """−Σ p log p of softmax(logits / temperature), in nats: log V when all are equal, 0 when one is certain."""
-    logprobs = (_float(logits) / temperature).log_softmax(-1)
+    logprobs = (at_least_float32(logits) / temperature).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
@@ -140,7 +140,7 @@ def _logits_by_chunk(
     for first in range(0, len(weight), columns):
         chunk = slice(first, first + columns)
         logits = torch.nn.functional.linear(hidden, weight[chunk], None if bias is None else bias[chunk])
-        yield first, _float(logits if temperature == 1 else logits.div_(temperature))
+        yield first, at_least_float32(logits if temperature == 1 else logits.div_(temperature))
 
 
 # --- the exact KL from logits --------------------------------------------------------------------------------------------
@@ -180,9 +180,10 @@ def _chunks(logits: Tensor, ref_logits: Tensor, chunk: int) -> Iterator[tuple[Te
 
 
 def _both_logprobs(logits: Tensor, ref_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    return (_float(logits) / temperature).log_softmax(-1), (_float(ref_logits) / temperature).log_softmax(-1)
+    return (at_least_float32(logits) / temperature).log_softmax(-1), (at_least_float32(ref_logits) / temperature).log_softmax(
+        -1
+    )
 
 
-def _float(x: Tensor) -> Tensor:
-    """At least float32."""
+def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

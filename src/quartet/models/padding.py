@@ -44,16 +44,3 @@ def spread(
     """Ragged numbers, one per response token, at their places in the rectangle."""
     flat = torch.tensor([x for row in rows for x in row], dtype=dtype, device=mask.device)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_scatter(mask, flat)
-
-
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row indices cut into groups whose rectangles hold at most `max_tokens` tokens each (or a single row), rows of
-    like length together, so that little of a rectangle is padding."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and lengths[i] * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups

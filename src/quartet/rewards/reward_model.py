@@ -6,8 +6,9 @@ import torch
 
 from quartet.experience import Rollout
 from quartet.models.heads import ScalarModel
-from quartet.models.padding import micro_batches, response_mask, right_pad
+from quartet.models.padding import response_mask, right_pad
 from quartet.rewards.protocol import RewardError, Score
+from quartet.team import micro_batches
 
 
 class ModelReward:

@@ -12,8 +12,9 @@ from quartet.experience import Rollout
 from quartet.models.actor_critic import freeze
 from quartet.models.heads import ScalarModel, load_classifier
 from quartet.models.language_model import ModelError, load_tokenizer
-from quartet.models.padding import micro_batches, right_pad
+from quartet.models.padding import right_pad
 from quartet.rewards.protocol import RewardError, Score
+from quartet.team import micro_batches
 
 Ids = Sequence[int]
 

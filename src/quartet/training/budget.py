@@ -6,6 +6,8 @@ from typing import TypeVar
 
 import torch
 
+from quartet.team import ALONE, Team
+
 T = TypeVar("T")
 MAX_HALVINGS = 4
 """A stage that has no memory after so many halvings will not have it after more."""
@@ -15,10 +17,10 @@ CPU_WORDS = ("can't allocate memory", "not enough memory")
 
 class Budget:
     """A bound on the tokens of a forward pass: it changes memory and no result. Where memory does not suffice it is halved,
-    for good, and what was asked is done again."""
+    for good, and what was asked is done again. Not in a team: the others could not know."""
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: int, team: Team = ALONE) -> None:
+        self.tokens, self.team = tokens, team
         self.halvings = 0
         self.notes: list[str] = []
         """What there was to say of it since somebody looked."""
@@ -29,7 +31,7 @@ class Budget:
             try:
                 return work(self.tokens)
             except RuntimeError as error:
-                if not out_of_memory(error) or self.halvings == MAX_HALVINGS or self.tokens < 2:
+                if not out_of_memory(error) or self.halvings == MAX_HALVINGS or self.tokens < 2 or self.team.world > 1:
                     raise
             self.halvings += 1
             self.tokens //= 2

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from quartet.team import ALONE, Team
 from quartet.tensors import Float, Tensor
 from quartet.training.optim import Optimizer
 
@@ -29,19 +30,18 @@ def check_finite(
         raise NonFinite(what, ids[row], tokens(row) if tokens else ())
 
 
-def descend(losses: Iterable[Float[Tensor, ""]], optimizers: Mapping[str, Optimizer]) -> dict[str, float]:
+def descend(losses: Iterable[Float[Tensor, ""]], optimizers: Mapping[str, Optimizer], team: Team = ALONE) -> dict[str, float]:
     """Add up the gradients of the losses and let every optimizer take one step. Returns the loss and, for each optimizer,
     the norm of its gradient before clipping.
 
-    The losses of one step share a denominator, so that their sum is the step's loss however it was cut. They are consumed
-    one by one: only one graph is alive at a time. Nothing steps unless every number is finite; where the optimizers are told
-    to skip such a step, they do so a few times, and `skipped` is 1 in what is returned.
+    The losses of one step share a denominator, so that their sum is the step's loss however it was cut, and over however many
+    ranks; every rank takes the same step. They are consumed one by one: only one graph is alive at a time. Nothing steps unless
+    every number is finite; where the optimizers are told to skip such a step, they do so a few times, and `skipped` is 1 in
+    what is returned.
     """
-    total = 0.0
     try:
-        for loss in losses:
-            loss.backward()
-            total += float(loss.detach())
+        total = _backward(losses, team)
+        team.add_gradients(p for optimizer in optimizers.values() for p in optimizer.parameters)
         norms = {name: optimizer.clip() for name, optimizer in optimizers.items()}
         for what, number in (("loss", total), *((f"gradient of the {name}", norm) for name, norm in norms.items())):
             if not math.isfinite(number):
@@ -55,3 +55,20 @@ def descend(losses: Iterable[Float[Tensor, ""]], optimizers: Mapping[str, Optimi
     for optimizer in optimizers.values():
         optimizer.step()
     return {"loss": total, **{f"grad_norm/{name}": norm for name, norm in norms.items()}}
+
+
+def _backward(losses: Iterable[Float[Tensor, ""]], team: Team) -> float:
+    """The sum of the losses over all ranks; this rank's share of the gradients is where torch puts them. What is not finite on
+    one rank is raised on all."""
+    total, error = 0.0, None
+    try:
+        for loss in losses:
+            loss.backward()
+            total += float(loss.detach())
+    except NonFinite as found:
+        error = found
+    [failures, everything] = team.total(float(error is not None), total)
+    if not failures:
+        return everything
+    said = team.exchange(None if error is None else [error.what, error.sample, error.tokens])
+    raise NonFinite(*next(words for words in said if words is not None))

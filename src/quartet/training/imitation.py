@@ -7,16 +7,19 @@ import torch
 
 from quartet.data.records import Demonstration
 from quartet.models.language_model import masked_logprobs
-from quartet.models.padding import micro_batches, response_mask, right_pad
+from quartet.models.padding import response_mask, right_pad
+from quartet.team import ALONE, Team
 from quartet.tensors import Float, Tensor
 from quartet.training.descend import check_finite
 
 
-def imitation_losses(model: Any, batch: Sequence[Demonstration], micro_batch_tokens: int) -> Iterator[Float[Tensor, ""]]:
-    """The mean negative log-probability of the answers' tokens, in pieces that add up to it."""
+def imitation_losses(
+    model: Any, batch: Sequence[Demonstration], micro_batch_tokens: int, team: Team = ALONE
+) -> Iterator[Float[Tensor, ""]]:
+    """The mean negative log-probability of the answers' tokens, in pieces that add up to it over all ranks."""
     num_tokens = sum(len(d.response_ids) if d.written is None else sum(d.written) for d in batch)
-    for rows in micro_batches([len(d.prompt_ids) + len(d.response_ids) for d in batch], micro_batch_tokens):
-        yield _negative_logprobs(model, [batch[i] for i in rows]).sum() / num_tokens
+    for piece in team.pieces([len(d.prompt_ids) + len(d.response_ids) for d in batch], micro_batch_tokens):
+        yield piece.counts * _negative_logprobs(model, [batch[i] for i in piece.rows]).sum() / num_tokens
 
 
 def _negative_logprobs(model: Any, demonstrations: Sequence[Demonstration]) -> Float[Tensor, "B T"]:

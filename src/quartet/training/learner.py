@@ -20,8 +20,9 @@ from quartet.experience import Batch, Experience, Rollout, said
 from quartet.generation.protocol import Weights
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.language_model import policy_logprobs
-from quartet.models.padding import PAD, micro_batches, response_mask, right_pad, spread
-from quartet.tensors import Bool, Float, Tensor
+from quartet.models.padding import PAD, response_mask, right_pad, spread
+from quartet.team import ALONE, Team, is_sharded, local, whole
+from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
 from quartet.training.checkpoint import python_random
 from quartet.training.descend import check_finite, descend
@@ -72,8 +73,11 @@ class Learner:
         seed: int,
         pretraining: Sampler[Demonstration] | None = None,
         micro_batch_tokens: int = 2048,
+        team: Team = ALONE,
     ) -> None:
-        self.budget = Budget(micro_batch_tokens)
+        """`team`: the ranks that hold the same models. Each is given the same rollouts and experience, goes through its share
+        of the rows, and has the whole result."""
+        self.team, self.budget = team, Budget(micro_batch_tokens, team)
         self.models, self.reference, self.optim, self.temperature = models, reference, optim, temperature
         self.pretraining = pretraining
         self.ema = Ema(models.actor, optim.ema) if optim.ema else None
@@ -86,11 +90,11 @@ class Learner:
         self.sampler_agrees: bool | None = None
         """Whether the sampler's log-probs are the learner's; not known before the first step."""
         self.device = models.actor.device
-        self.reference_mark = None if reference is None else mark(reference)
+        self.reference_mark = None if reference is None else mark(reference, team)
         """The reference's weights in one number: they never change."""
 
     def weights(self) -> Weights:
-        return Weights(self.version, self.models.actor.state_dict())
+        return Weights(self.version, {name: whole(tensor) for name, tensor in self.models.actor.state_dict().items()})
 
     def state(self) -> dict[str, Any]:
         return {
@@ -129,35 +133,17 @@ class Learner:
     def _scored(self, batch: Batch, rollouts: Sequence[Rollout], algorithm: Algorithm, micro_batch_tokens: int) -> Batch:
         current = batch.entropy is not None and all(r.policy_version == self.version for r in rollouts)
         known = current and self.sampler_agrees is True and not algorithm.kl.exact_reward
-        old, entropy, values, exact = (torch.zeros_like(batch.rollout_logprobs) for _ in range(4))
-        if known and batch.entropy is not None:
-            old, entropy = batch.rollout_logprobs, batch.entropy
-        final = torch.zeros_like(batch.scores)
-        for rows in micro_batches(batch.lengths.tolist(), micro_batch_tokens):
-            width = int(batch.lengths[rows].max())
-            tokens, mask = batch.tokens[rows, :width], batch.response_mask[rows, :width]
-            asked = mask
-            if algorithm.needs_final_values:  # the value before a token that was never written is that after the last
-                tokens, asked = torch.nn.functional.pad(tokens, (0, 1), value=PAD), torch.nn.functional.pad(mask, (0, 1))
-                asked = asked.scatter(1, batch.lengths[rows][:, None], True)
-            if known:
-                seen = self.models.values(tokens, asked)
-            else:
-                reference = self.reference if algorithm.kl.exact_reward else None
-                now = self.models.forward(tokens, asked, self.temperature, reference=reference)
-                seen = now.values
-                old[rows, :width] = torch.where(mask, now.logprobs[:, :width], 0.0)
-                entropy[rows, :width] = torch.where(mask, now.entropy[:, :width], 0.0)
-                if now.exact_kl is not None:
-                    exact[rows, :width] = torch.where(mask, now.exact_kl[:, :width], 0.0)
-            if seen is not None:
-                values[rows, :width] = torch.where(mask, seen[:, :width], 0.0)
-                if algorithm.needs_final_values:
-                    final[rows] = seen.gather(1, batch.lengths[rows][:, None])[:, 0]
+        scores = _Scores(batch, torch.promote_types(self.models.actor.dtype, torch.float32))
+        for piece in self.team.pieces(batch.lengths.tolist(), micro_batch_tokens):
+            seen = self._look(batch, piece.rows, algorithm, only_values=known)
+            if piece.counts:
+                scores.put(piece.rows, *seen)
+        scores.collect(self.team)
+        old, entropy = (batch.rollout_logprobs, batch.entropy) if known else (scores.old, scores.entropy)
         if current and self.sampler_agrees is None:
             self.sampler_agrees = same_numbers(batch.rollout_logprobs, old, batch.response_mask)
         ref = None if self.reference is None else self._logprobs(self.reference, batch, micro_batch_tokens)
-        seen_by = (("the log-probability", old), ("the reference log-probability", ref), ("the value", values))
+        seen_by = (("the log-probability", old), ("the reference log-probability", ref), ("the value", scores.values))
         for what, numbers in seen_by:
             if numbers is not None:
                 check_finite(what, numbers, batch.ids, partial(said, batch))
@@ -165,11 +151,27 @@ class Learner:
             batch,
             old_logprobs=old,
             ref_logprobs=ref,
-            exact_kl=exact if algorithm.kl.exact_reward else None,
+            exact_kl=scores.exact if algorithm.kl.exact_reward else None,
             entropy=entropy,
-            values=values if "critic" in self.optimizers else None,
-            final_values=final if algorithm.needs_final_values else None,
+            values=scores.values if "critic" in self.optimizers else None,
+            final_values=scores.final if algorithm.needs_final_values else None,
         )
+
+    def _look(
+        self, batch: Batch, rows: Sequence[int], algorithm: Algorithm, only_values: bool
+    ) -> tuple[Forward | None, Float[Tensor, "b t"] | None]:
+        """What actor and critic say of some rows; where the algorithm needs it, the values are one column longer."""
+        lengths = batch.lengths[list(rows)]
+        width = int(lengths.max())
+        tokens, asked = batch.tokens[list(rows), :width], batch.response_mask[list(rows), :width]
+        if algorithm.needs_final_values:  # the value before a token that was never written is that after the last
+            tokens, asked = torch.nn.functional.pad(tokens, (0, 1), value=PAD), torch.nn.functional.pad(asked, (0, 1))
+            asked = asked.scatter(1, lengths[:, None], True)
+        if only_values:
+            return None, self.models.values(tokens, asked)
+        reference = self.reference if algorithm.kl.exact_reward else None
+        now = self.models.forward(tokens, asked, self.temperature, reference=reference)
+        return now, now.values
 
     def update(self, experience: Experience, algorithm: Algorithm, train_actor: bool = True) -> Update:
         """Epochs × minibatches of optimizer steps on one step's experience. Micro-batches bound the memory of a
@@ -191,9 +193,10 @@ class Learner:
                 if train_actor and self.ema is not None:
                     self.ema.update(self.models.actor)
             epochs += 1
-            if self.optim.target_kl is not None and seen.epoch_kl() > self.optim.target_kl:
+            if self.optim.target_kl is not None and seen.epoch_kl(self.team) > self.optim.target_kl:
                 break
         self.version += 1
+        seen.collect(self.team)
         if self.sampler_agrees and seen.tallied.first_ratio_error > AGREEMENT:
             self.sampler_agrees = None  # the next step will tell
         return Update(
@@ -209,7 +212,7 @@ class Learner:
             clipped=seen.clipped,
             row_advantages=row_mean(experience.advantages, experience.response_mask),
             trained_actor=train_actor,
-            reference_moved=self.reference is not None and mark(self.reference) != self.reference_mark,
+            reference_moved=self.reference is not None and mark(self.reference, self.team) != self.reference_mark,
         )
 
     def _step(
@@ -226,10 +229,11 @@ class Learner:
     ) -> dict[str, float]:
         """One optimizer step. `before`: what was seen until then, for a step that is done again."""
         seen.tallied = before.copy()
+        seen.forget(rows)
         losses = self._losses(experience, rows, algorithm, train_actor, seen, first, micro_batch_tokens)
         mixed_in = self._pretraining_losses(texts, algorithm, seen, micro_batch_tokens)
         optimizers = self.optimizers if train_actor else {"critic": self.optimizers["critic"]}
-        done = descend(itertools.chain(losses, mixed_in), optimizers)
+        done = descend(itertools.chain(losses, mixed_in), optimizers, self.team)
         if not train_actor:
             self.optimizers["actor"].zero_grad()
         return done
@@ -240,7 +244,9 @@ class Learner:
         return float(masked_mean(k3(experience.old_logprobs, now), experience.response_mask))
 
     def _logprobs(self, model: Any, rows: Batch | Experience, micro_batch_tokens: int) -> Float[Tensor, "B T"]:
-        return policy_logprobs(model, rows.tokens, rows.lengths, rows.response_mask, self.temperature, micro_batch_tokens)
+        return policy_logprobs(
+            model, rows.tokens, rows.lengths, rows.response_mask, self.temperature, micro_batch_tokens, self.team
+        )
 
     def _minibatches(self, num_rows: int) -> list[list[int]]:
         order = list(range(num_rows))
@@ -262,8 +268,8 @@ class Learner:
         denominators = algorithm.denominators(experience.rows(rows))
         reference = self.reference if algorithm.kl.exact_loss else None
         lengths = experience.lengths[list(rows)].tolist()
-        for piece in micro_batches(lengths, micro_batch_tokens):
-            indices = [rows[i] for i in piece]
+        for piece in self.team.pieces(lengths, micro_batch_tokens):
+            indices = [rows[i] for i in piece.rows]
             part = experience.rows(indices)
             now = self.models.forward(
                 part.tokens,
@@ -277,8 +283,9 @@ class Learner:
                     shown = torch.where(part.response_mask, numbers, 0.0)
                     check_finite(f"{what} in the update", shown, part.ids, partial(said, part))
             terms = algorithm.loss(part, now, denominators)
-            seen.record(indices, part, now, terms, algorithm, first_visit)
-            yield sum(terms.values(), torch.zeros((), device=self.device)) if train_actor else terms["value"]
+            if piece.counts:
+                seen.record(indices, part, now, terms, algorithm, first_visit)
+            yield piece.counts * (sum(terms.values(), torch.zeros((), device=self.device)) if train_actor else terms["value"])
 
     def _pretraining_texts(self, algorithm: Algorithm) -> Sequence[Demonstration]:
         """The demonstrations that PTX mixes into the next step."""
@@ -290,7 +297,7 @@ class Learner:
         """PTX: the loss of some demonstrations beside that of the rollouts."""
         if not texts:
             return
-        for loss in imitation_losses(self.models.actor, texts, micro_batch_tokens):
+        for loss in imitation_losses(self.models.actor, texts, micro_batch_tokens, self.team):
             weighted = algorithm.ptx.coef * loss
             seen.tallied.add("ptx", float(weighted.detach()))
             yield weighted
@@ -312,6 +319,45 @@ class _Tally:
     def copy(self) -> "_Tally":
         return dataclasses.replace(self, losses=dict(self.losses))
 
+    def of_all(self, team: Team) -> "_Tally":
+        """A rank that had no row at all knows no term's name."""
+        names = sorted({name for known in team.exchange(list(self.losses)) for name in known})
+        counts = (float(self.num_clipped), float(self.num_visits), self.kl)
+        clipped, visits, kl, *losses = team.total(*counts, *(self.losses.get(name, 0.0) for name in names))
+        error = team.highest(self.first_ratio_error)
+        return _Tally(dict(zip(names, losses, strict=True)), int(clipped), int(visits), error, kl)
+
+
+class _Scores:
+    """Collects what the models say of the rows of a batch."""
+
+    def __init__(self, batch: Batch, dtype: torch.dtype) -> None:
+        self.batch = batch
+        self.old, self.entropy, self.exact, self.values = (
+            torch.zeros(batch.tokens.shape, dtype=dtype, device=batch.tokens.device) for _ in range(4)
+        )
+        self.final = torch.zeros(len(batch.ids), dtype=dtype, device=batch.tokens.device)
+        """The values after the last tokens, where they were asked for."""
+
+    def put(self, rows: Sequence[int], now: Forward | None, values: Float[Tensor, "b t"] | None) -> None:
+        rows = list(rows)
+        lengths = self.batch.lengths[rows]
+        width = int(lengths.max())
+        mask = self.batch.response_mask[rows, :width]
+        if now is not None:
+            self.old[rows, :width] = torch.where(mask, now.logprobs[:, :width], 0.0)
+            self.entropy[rows, :width] = torch.where(mask, now.entropy[:, :width], 0.0)
+            if now.exact_kl is not None:
+                self.exact[rows, :width] = torch.where(mask, now.exact_kl[:, :width], 0.0)
+        if values is not None:
+            self.values[rows, :width] = torch.where(mask, values[:, :width], 0.0)
+            if values.shape[1] > width:
+                self.final[rows] = values.gather(1, lengths[:, None])[:, 0]
+
+    def collect(self, team: Team) -> None:
+        """What all ranks found; each row is one rank's."""
+        team.add_up(self.old, self.entropy, self.exact, self.values, self.final)
+
 
 class _Seen:
     """Collects what an update passes by."""
@@ -326,10 +372,21 @@ class _Seen:
     def tally(self) -> _Tally:
         return self.tallied.copy()
 
-    def epoch_kl(self) -> float:
-        """Mean k3 of π_old to π over the visits since it was last asked."""
+    def epoch_kl(self, team: Team) -> float:
+        """Mean k3 of π_old to π over the visits since it was last asked, all ranks'."""
         before, self._epoch = self._epoch, self.tally()
-        return (self._epoch.kl - before.kl) / max(self._epoch.num_visits - before.num_visits, 1)
+        kl, visits = team.total(self._epoch.kl - before.kl, float(self._epoch.num_visits - before.num_visits))
+        return kl / max(visits, 1)
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """What was seen of these rows, before they are visited again, by this rank or another."""
+        for seen in (self.logprobs, self.entropy, self.clipped):
+            seen[rows] = 0
+
+    def collect(self, team: Team) -> None:
+        """What all ranks saw."""
+        team.add_up(self.logprobs, self.entropy, self.clipped)
+        self.tallied = self.tallied.of_all(team)
 
     @torch.no_grad()
     def record(
@@ -365,13 +422,20 @@ def averaged(descents: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def mark(model: Any) -> int:
+def mark(model: Any, team: Team = ALONE) -> int:
     """The bits of all parameters, added up: another number, almost surely, when one of them changes."""
-    whole = 0
-    for p in model.parameters():
-        bits = p.detach().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()])
-        whole += int(bits.sum(dtype=torch.int64))
-    return whole
+    held, sharded = (
+        torch.stack([_bits(p) for p in model.parameters() if is_sharded(p) == kind] or [torch.zeros((), dtype=torch.int64)])
+        for kind in (False, True)
+    )
+    parts = sharded.sum()
+    team.add_up(parts)
+    return int(held.sum()) + int(parts)
+
+
+def _bits(parameter: Tensor) -> Int[Tensor, ""]:
+    size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    return local(parameter.detach()).view(size).sum(dtype=torch.int64).cpu()
 
 
 def same_numbers(sampled: Float[Tensor, "B T"], own: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> bool:

@@ -1,9 +1,11 @@
 """Optimizers and their schedules."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from quartet.parts import Field, OrInf, part
+from quartet.team import is_sharded, restore, whole
 from quartet.tensors import Tensor, torch
 
 MAX_SKIPPED = 10
@@ -39,8 +41,13 @@ class Optimizer:
 
     def __init__(self, parameters: Sequence[Tensor], descent: Descent, total_steps: int) -> None:
         self.parameters, self.descent, self.total_steps = list(parameters), descent, total_steps
+        kinds = [[p for p in self.parameters if is_sharded(p) == sharded] for sharded in (False, True)]
         self.adam = torch.optim.AdamW(
-            self.parameters, lr=descent.lr, betas=descent.betas, eps=descent.eps, weight_decay=descent.weight_decay
+            [{"params": kind} for kind in kinds if kind],  # torch steps a group at once, and cannot mix the kinds
+            lr=descent.lr,
+            betas=descent.betas,
+            eps=descent.eps,
+            weight_decay=descent.weight_decay,
         )
         self.steps = 0
         self.skipped = 0
@@ -59,7 +66,16 @@ class Optimizer:
 
     def clip(self) -> float:
         """Bound the gradient; its norm before that. Not finite if any gradient is not."""
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.descent.max_grad_norm))
+        if not any(map(is_sharded, self.parameters)):
+            return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.descent.max_grad_norm))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        parts = [[g for g in gradients if is_sharded(g)], [g for g in gradients if not is_sharded(g)]]
+        norm = math.hypot(*(float(whole(torch.nn.utils.get_total_norm(part))) for part in parts if part))
+        if math.isfinite(norm):
+            scale = min(1.0, self.descent.max_grad_norm / (norm + 1e-6))
+            for gradient in gradients:
+                gradient.mul_(scale)
+        return norm
 
     def step(self) -> None:
         for group in self.adam.param_groups:
@@ -87,10 +103,10 @@ class Optimizer:
         for mine, saved, moments in zip(self.parameters, state["parameters"], state["moments"], strict=True):
             if mine.shape != saved.shape:
                 raise ValueError(f"a parameter of shape {list(saved.shape)} was saved, and has shape {list(mine.shape)} now")
-            mine.data.copy_(saved)
+            restore(mine.data, saved)
             if moments:  # those that no gradient ever reached have none; Adam counts its steps on the CPU
-                on_device = {name: tensor if name == "step" else tensor.to(mine.device) for name, tensor in moments.items()}
-                self.adam.state[mine] = on_device
+                restored = {name: restore(torch.zeros_like(mine), t) for name, t in moments.items() if name != "step"}
+                self.adam.state[mine] = {"step": moments["step"], **restored}
         self.steps, self.skipped, self.scale = state["steps"], state["skipped"], state["scale"]
 
 

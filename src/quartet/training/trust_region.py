@@ -17,7 +17,7 @@ from quartet.algorithms.kl import exact_kl
 from quartet.algorithms.update import TrustRegion
 from quartet.experience import Experience
 from quartet.models.language_model import logits_of, speak
-from quartet.models.padding import micro_batches
+from quartet.team import micro_batches
 from quartet.tensors import Float, Tensor
 from quartet.training.learner import Learner, Update
 

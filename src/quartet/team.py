@@ -1,0 +1,198 @@
+"""Who does which rows: the micro-batches of one process, and the shares of several that train one model together.
+
+Every rank holds the same rows and knows the length of each, so who takes which needs no message: all of them reckon it alike.
+Only what was found travels. A rank that has less to do than another goes through a piece that counts for nothing meanwhile:
+where weights are sharded, every pass takes all ranks.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from quartet.tensors import Tensor
+
+BUCKET = 25_000_000
+"""Numbers of a gradient that travel at once."""
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Row indices cut into groups whose rectangles hold at most `max_tokens` tokens each (or a single row), rows of
+    like length together, so that little of a rectangle is padding."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and lengths[i] * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def shares(lengths: Sequence[int], world: int) -> list[list[int]]:
+    """Row indices for each rank, in order: the longest first to whoever has the fewest tokens yet (Graham 1969), which is never
+    more than 4/3 of the best there is.
+
+    >>> shares([5, 3, 3, 1], 2)
+    [[0, 3], [1, 2]]
+    """
+    made: list[list[int]] = [[] for _ in range(world)]
+    tokens = [0] * world
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = min(range(world), key=lambda r: (tokens[r], len(made[r]), r))
+        made[rank].append(row)
+        tokens[rank] += lengths[row]
+    return [sorted(rows) for rows in made]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that go through the models at once."""
+
+    rows: list[int]
+    counts: bool = True
+    """False: somebody else's rows, gone through only to keep pace. Nothing of it may count."""
+
+
+class Team:
+    """The ranks that train one model together: here, one that is alone. Each verb is then nothing, and costs nothing."""
+
+    rank = 0
+    world = 1
+
+    @property
+    def lead(self) -> bool:
+        """Whether this rank is the one that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, lengths: Sequence[int]) -> list[int]:
+        """The rows of this rank, balanced by tokens."""
+        return shares(lengths, self.world)[self.rank]
+
+    def pieces(self, lengths: Sequence[int], max_tokens: int) -> list[Piece]:
+        """The micro-batches of this rank: as many on each."""
+        by_rank = []
+        for rows in shares(lengths, self.world):
+            by_rank.append([[rows[i] for i in piece] for piece in micro_batches([lengths[i] for i in rows], max_tokens)])
+        count = max(map(len, by_rank))
+        shortest = min(range(len(lengths)), key=lengths.__getitem__)
+        mine = [Piece(rows) for rows in by_rank[self.rank]]
+        return mine + [Piece([shortest], counts=False)] * (count - len(mine))
+
+    def add_up(self, *tensors: Tensor | None) -> None:
+        """Each tensor becomes the sum of all ranks' in place; of what stands at zero elsewhere, that is its collection."""
+
+    def total(self, *numbers: float) -> list[float]:
+        return list(numbers)
+
+    def highest(self, number: float) -> float:
+        return number
+
+    def exchange(self, mine: Any) -> list[Any]:
+        """What each rank has to say, by rank; JSON-ready."""
+        return [mine]
+
+    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Of parameters that every rank holds whole. Where parameters are sharded, the backward pass has done it."""
+
+
+ALONE = Team()
+
+
+class Together(Team):
+    """Several processes, by torch.distributed: gloo between CPUs, NCCL between GPUs. Every rank calls the same verbs in the
+    same order; a rank that does not come within the group's deadline ends the wait of all others with an error."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+
+    @classmethod
+    def join(cls, store: "dist.Store", rank: int, world: int, deadline: float, backend: str = "gloo") -> "Together":
+        """`deadline`: seconds after which nobody waits any longer."""
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=deadline), device_id=None
+        )
+        return cls(rank, world)
+
+    def add_up(self, *tensors: Tensor | None) -> None:
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if tensor.dtype == torch.bool:
+                numbers = tensor.to(torch.int32)
+                dist.all_reduce(numbers)
+                tensor.copy_(numbers > 0)
+            else:
+                dist.all_reduce(tensor)
+
+    def total(self, *numbers: float) -> list[float]:
+        made = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(made)
+        return list(map(float, made.tolist()))
+
+    def highest(self, number: float) -> float:
+        made = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(made, dist.ReduceOp.MAX)
+        return float(made)
+
+    def exchange(self, mine: Any) -> list[Any]:
+        said = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(said)]))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(said)] = said
+        heard = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
+        dist.all_gather(heard, padded)
+        return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(heard, sizes, strict=True)]
+
+    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
+        held = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
+        for dtype in sorted({gradient.dtype for gradient in held}, key=str):
+            for bucket in _buckets([gradient for gradient in held if gradient.dtype == dtype]):
+                flat = torch.cat([gradient.flatten() for gradient in bucket])
+                dist.all_reduce(flat)
+                for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                    gradient.copy_(summed.view_as(gradient))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which each rank holds a part. (Importing the class takes a second.)"""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of it, or all of it."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it. Every rank must ask."""
+    everything: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return everything
+
+
+def restore(target: Tensor, saved: Any) -> Tensor:
+    """The target with what was saved of it: a tensor, or something to be cut along its first dimension as one. A sharded target
+    takes its own part."""
+    mine = local(target)
+    if not is_sharded(target):
+        return mine.copy_(saved[:] if not isinstance(saved, torch.Tensor) else saved)
+    each = -(-target.shape[0] // target.device_mesh.size())  # type: ignore[attr-defined]
+    start = min(each * target.device_mesh.get_local_rank(), target.shape[0])  # type: ignore[attr-defined]
+    mine.copy_(saved[start : start + mine.shape[0]])
+    return target
+
+
+def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    made: list[list[Tensor]] = [[]]
+    for gradient in gradients:
+        if made[-1] and sum(g.numel() for g in made[-1]) + gradient.numel() > BUCKET:
+            made.append([])
+        made[-1].append(gradient)
+    return made

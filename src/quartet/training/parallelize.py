@@ -1,0 +1,47 @@
+"""One model over many devices: each block's weights in parts, one per rank, put together while the block works (FSDP2, Zhao et
+al. 2023).
+
+What is not a block (embeddings, norms, heads) is held whole by every rank, and its gradient is added up by the team. The forward
+pass is the one of a single process: the blocks are written-out methods of their own, around which torch gathers and frees.
+"""
+
+import types
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from quartet.models.llama import READ_ON, read_on, written_out
+from quartet.team import whole
+
+
+def mesh_of(device: str, world: int, hosts: int = 1) -> DeviceMesh:
+    """All ranks; with several hosts the parts are within each, and whole between them (HSDP)."""
+    if hosts > 1:
+        return init_device_mesh(device, (hosts, world // hosts), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+
+
+def parallelize(model: Any, mesh: DeviceMesh) -> Any:
+    """The model, its blocks in parts over the mesh. Gradients of several ranks are added, not averaged: the losses of one step
+    share a denominator. Works on a mesh of one rank as on many."""
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no blocks that could be sharded.")
+    by_hand = written_out(model.base_model, 1) if hasattr(model, "base_model") else False
+    for block in blocks:
+        sharded = fully_shard(block, mesh=mesh)
+        assert isinstance(sharded, FSDPModule)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+        if by_hand:
+            setattr(block, READ_ON, types.MethodType(read_on, block))
+            register_fsdp_forward_method(block, READ_ON)
+    return model
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """All weights, put together on every rank. Every rank must ask."""
+    return {name: whole(tensor).detach() for name, tensor in model.state_dict().items()}
