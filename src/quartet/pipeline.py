@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from quartet.observability.doctor import INVARIANTS, Watch
 from quartet.observability.run import Keeping, RunFolder
 from quartet.observability.sinks import Tracking
 from quartet.observability.tokens import TokenTexts
-from quartet.stages import RLStage, Stage, Summary, Work
-from quartet.training.checkpoint import Checkpoint, Checkpoints, GlobalRandom, Tree, parted
+from quartet.stages import RLStage, Stage, Summary
+from quartet.training.checkpoint import Checkpoint, Checkpoints
 from quartet.training.descend import NonFinite
+from quartet.worker import Group, Local, Stepped, Worker, WorkerLost
 
 QUOTED = 300
 """Characters of a sample that a message shows."""
@@ -114,13 +116,15 @@ class Pipeline:
         tracking: Tracking | None = None,
         interruption: Interruption | None = None,
         strict: bool = True,
+        crew: Group | None = None,
     ) -> None:
-        """`strict`: stop where an invariant of the doctor's does not hold."""
+        """`strict`: stop where an invariant of the doctor's does not hold. `crew`: who does the work, where it is not this
+        process alone."""
         self.stages, self.folder, self.texts, self.saving, self.tracking = stages, folder, texts, saving, tracking
         self.interruption, self.strict = interruption or Interruption(), strict
         places = {stage.name: place for place, stage in enumerate(stages)}
         self.checkpoints = Checkpoints(folder.path / "checkpoints", places, saving.last, saving.best is not None)
-        self.random = GlobalRandom()
+        self.crew: Group = crew or Local(Worker(stages, folder.path))
         self.results: dict[str, Any] = {}
         """Fingerprints of what finished stages left."""
 
@@ -144,35 +148,29 @@ class Pipeline:
         started, step = time.monotonic(), 0
         if since is None:
             self.folder.event("started", stage.name)
-            self._save(stage.name, 0, {"random": self.random.state()})
+            self._save(stage.name, 0)
         else:
             step, self.results = since.facts["step"], since.facts["results"]
         yield Started(stage, number, len(self.stages), step)
-        work = self._begun(stage, since)
-        yield from self._advance(stage, work, step)
-        try:
-            with self.interruption.only_if(always):
-                summary = work.finish()
-        except Exception as error:
-            raise StageFailed(f"{stage.title}, at its end: {error}") from error
+        with self._failing(f"{stage.title}, before it began"), self.interruption.only_if(always):
+            resumable = self.crew.call("begin", stage.name, None if since is None else str(since.path))[0]
+        yield from self._advance(stage, step, resumable)
+        with self._failing(f"{stage.title}, at its end"), self.interruption.only_if(always):
+            summary = self.crew.call("finish")[0]
         self.results |= self._left(stage)
         took = round(time.monotonic() - started, 2)
         self.folder.event("finished", stage.name, summary=summary, seconds=took)
         yield Finished(stage, summary, took)
 
-    def _begun(self, stage: Stage, since: Checkpoint | None) -> Work:
-        state = {} if since is None else since.state()
+    @contextmanager
+    def _failing(self, where: str) -> Iterator[None]:
+        """Whatever it is, the run says which stage it was in."""
         try:
-            if "work" not in state and "random" in state:
-                self.random.load_state(state["random"])
-            with self.interruption.only_if(always):
-                work = stage.begin(self.folder.path)
-            if "work" in state:
-                work.load_state(state["work"])
-                self.random.load_state(state["random"])
-        except Exception as error:  # whatever it is, the run says which stage it was in
-            raise StageFailed(f"{stage.title}, before it began: {error}") from error
-        return work
+            yield
+        except WorkerLost:
+            raise
+        except Exception as error:
+            raise StageFailed(f"{where}: {error}") from error
 
     def _watching(self, stage: Stage) -> tuple[Watch, Keeping]:
         """Those who look at every step; they have seen what is in the record."""
@@ -183,64 +181,61 @@ class Pipeline:
             kept(event["step"], event["metrics"])
         return watch, kept
 
-    def _back(self, stage: Stage, work: Work, cause: str) -> tuple[int, str] | None:
+    def _back(self, stage: Stage, cause: str) -> tuple[int, str] | None:
         """To the last checkpoint of the stage, with half the learning rate: its step, and what to say. None where that is not
         wanted, or was done too often. The checkpoint is written again: a run that is resumed from it goes on with half too."""
-        scale = work.optimizers[0].scale if work.optimizers else 0.0
+        scale = self.crew.call("scale")[0]
         if scale <= 0.5**self.saving.rollbacks:
             return None
         found = next((c for _, c in self.checkpoints.usable(lambda _: None) if isinstance(c, Checkpoint)), None)
         if found is None or found.facts["stage"] != stage.name or found.facts["step"] == 0:
             return None
-        step, state = found.facts["step"], found.state()
-        work.load_state(state["work"])
-        self.random.load_state(state["random"])
-        for optimizer in work.optimizers:
-            optimizer.scale = scale / 2
+        self.crew.call("go_back", str(found.path), scale / 2)
         self.cut_back(found)
-        sentence = f"rolled back to {found.name}, learning rates × {scale / 2:g}, because of {cause}"
+        step, sentence = found.facts["step"], f"rolled back to {found.name}, learning rates × {scale / 2:g}, because of {cause}"
         self.folder.event("warning", stage.name, step, rule="rolled_back", sentence=sentence)
-        self._save(stage.name, step, self._state(work), found.facts["merit"])
+        self._save(stage.name, step, found.facts["merit"])
         return step, sentence
 
-    def _advance(self, stage: Stage, work: Work, step: int) -> Iterator[Event]:
+    def _advance(self, stage: Stage, step: int, resumable: bool) -> Iterator[Event]:
         """All steps of a stage that are still to do."""
         pace, merits = Pace(self.saving.every), _Mean()
         watch, kept = self._watching(stage)
-        steps, at, moves = work.steps(step), self._state(work), work.moves()
-
-        def unmoved() -> bool:
-            return work.moves() == moves
-
         while True:
             before = time.monotonic()
             try:
-                with self.interruption.only_if(unmoved):
-                    progress = next(steps)
-            except StopIteration:
-                return
+                with self._failing(f"{stage.title}, step {step + 1}"):
+                    stepped = self._step()
             except Interrupted:
-                if unmoved() and step and work.players:  # a second signal may find the weights half way
-                    self._checkpoint(stage, step, at, merits, pace)
+                if self.crew.untouched() and step and resumable:  # a second signal may find the weights half way
+                    self._checkpoint(stage, step, merits, pace)
                 raise
-            except NonFinite as error:
-                back = self._back(stage, work, f"step {step + 1}: {error}{self._quoted(error.tokens)}")
+            except StageFailed as failure:
+                if not isinstance(failure.__cause__, NonFinite):
+                    raise
+                cause = f"step {step + 1}: {failure.__cause__}{self._quoted(failure.__cause__.tokens)}"
+                back = self._back(stage, cause)
                 if back is None:
-                    raise StageFailed(f"{stage.title}, step {step + 1}: {error}{self._quoted(error.tokens)}") from error
+                    raise StageFailed(f"{stage.title}, {cause}") from failure.__cause__
                 step, sentence = back
-                steps, at, moves = work.steps(step), self._state(work), work.moves()
                 watch, kept = self._watching(stage)
                 yield Warned(stage, step, sentence)
                 continue
-            except Exception as error:
-                raise StageFailed(f"{stage.title}, step {step + 1}: {error}") from error
-            step, at, moves = progress.number, self._state(work), work.moves()
-            warnings = self._record(stage, progress, work.notes(), round(time.monotonic() - before, 4), watch, kept)
+            if stepped.progress is None:
+                return
+            progress, took = stepped.progress, round(time.monotonic() - before, 4)
+            step = progress.number
+            warnings = self._record(stage, progress, stepped.notes, took, watch, kept)
             merits.see(progress.metrics, self.saving.best)
-            if work.players and pace.due(step, stage.num_steps):
-                self._checkpoint(stage, step, at, merits, pace)
+            if resumable and pace.due(step, stage.num_steps):
+                self._checkpoint(stage, step, merits, pace)
             yield Advanced(stage, progress)
             yield from warnings
+
+    def _step(self) -> Stepped:
+        with self.interruption.only_if(self.crew.untouched):
+            stepped: Stepped = self.crew.call("step")[0]
+        return stepped
 
     def _quoted(self, tokens: Sequence[int]) -> str:
         """What a sample says, for a sentence about it."""
@@ -264,15 +259,12 @@ class Pipeline:
                 raise StageFailed(f"{stage.title}, step {number}: {sentence} Nothing of this step is saved.")
         return [Warned(stage, number, sentence) for _, sentence in found]
 
-    def _state(self, work: Work) -> Tree:
-        return {"work": work.state(), "random": self.random.state()}
-
-    def _checkpoint(self, stage: Stage, step: int, state: Tree, merits: "_Mean", pace: Pace) -> None:
+    def _checkpoint(self, stage: Stage, step: int, merits: "_Mean", pace: Pace) -> None:
         began = time.monotonic()
-        written = self._save(stage.name, step, state, merits.taken())
+        written = self._save(stage.name, step, merits.taken())
         self.folder.event("checkpoint", stage.name, step, name=written.name, seconds=pace.written(began))
 
-    def _save(self, stage: str, step: int, state: Tree, merit: float | None = None) -> Path:
+    def _save(self, stage: str, step: int, merit: float | None = None) -> Path:
         """The record is on the disk before the checkpoint that says how far it goes."""
         facts = {
             "events": self.folder.sync(),
@@ -283,12 +275,12 @@ class Pipeline:
             **self.saving.made_with,
         }
         try:
-            return self.checkpoints.write(stage, step, state, facts)
+            return self.checkpoints.write(stage, step, lambda folder: self.crew.call("save", str(folder))[0], facts)
         except OSError as error:
             there = next(
                 (f"The last good one is {path.name}." for path in self.checkpoints.newest_first()), "There is none yet."
             )
-            size = sum(t.numel() * t.element_size() for t in parted(state)[1].values())
+            size = sum(self.crew.call("size"))
             raise StageFailed(
                 f"checkpoint {stage}-{step:06d} could not be written ({error.strerror}; it needs {size / 1e6:,.1f} MB). {there}"
             ) from error

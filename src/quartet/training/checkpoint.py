@@ -1,22 +1,26 @@
 """Checkpoints: everything that a stage changes as it goes on, in folders that are whole or not there.
 
-A state is a tree of dictionaries and lists with tensors, numbers and texts for leaves. On disk it is two files, safetensors
-and JSON; a third, written last, has their sizes and SHA-256. The folder gets its name when all three are on the disk.
+A state is a tree of dictionaries and lists with tensors, numbers and texts for leaves. On disk it is JSON and safetensors; a
+manifest, written last, has their sizes and SHA-256. The folder gets its name when all are on the disk. Tensors that ranks hold
+in parts are written in parts, a file per rank, and read by however many ranks there are then.
 """
 
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quartet.durable import difference, fingerprints, move, read_json, remove_folder, sync, write
+from quartet.team import ALONE, Team, is_sharded, local
 from quartet.tensors import Tensor
 from quartet.training.descend import NonFinite
 
@@ -24,8 +28,9 @@ Tree = Any
 """Dictionaries by name and lists of trees; tensors, numbers, texts, truth values and None."""
 
 STATE, TENSORS, MANIFEST = "state.json", "state.safetensors", "manifest.json"
+SHARD = "shard-{:05d}.safetensors"
 FORMAT = 1
-TENSOR = "$tensor"
+TENSOR, SHARDED = "$tensor", "$sharded"
 
 
 @runtime_checkable
@@ -56,22 +61,60 @@ class Checkpoint:
 
     def state(self) -> Tree:
         tensors = load_file(self.path / TENSORS) if (self.path / TENSORS).is_file() else {}
-        return joined(self.tree, tensors)
+        return joined(self.tree, tensors, sorted(self.path.glob(SHARD.replace("{:05d}", "*"))))
 
 
-def write_checkpoint(folder: Path, state: Tree, facts: Mapping[str, Any]) -> Path:
-    """A new folder. Raises `NonFinite` where a number of the state is not finite: what cannot go on is not kept."""
+class Parts:
+    """A tensor that lies in several files, by rows."""
+
+    def __init__(self, name: str, files: Sequence[Path]) -> None:
+        self.name, self.files = name, files
+        self.shapes: list[list[int]] = [self._of(file, _shape) for file in files]
+        self.shape = torch.Size([sum(shape[0] for shape in self.shapes), *self.shapes[0][1:]])
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Only what is asked for is read."""
+        start, stop, _ = rows.indices(self.shape[0])
+        found, before = [], 0
+        for file, (size, *_) in zip(self.files, self.shapes, strict=True):
+            first, last = max(start - before, 0), min(stop - before, size)
+            if first < last:
+                found.append(self._of(file, itemgetter(slice(first, last))))
+            before += size
+        return torch.cat(found) if found else torch.empty(0, *self.shape[1:])
+
+    def _of(self, file: Path, ask: Callable[[Any], Any]) -> Any:
+        with safe_open(file, "pt") as opened:
+            return ask(opened.get_slice(self.name))
+
+
+def _shape(part: Any) -> list[int]:
+    return list(part.get_shape())
+
+
+def keep_tensors(folder: Path, state: Tree, team: Team = ALONE) -> Any:
+    """Write the tensors of a state into a folder, every rank its own parts, the lead what all have; the rest of the state, with
+    a name in the place of each. Raises `NonFinite` where a number is not finite: what cannot go on is not kept."""
+    tree, tensors = parted(state)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(local(tensor).isfinite().all()):
+            raise NonFinite(f"the checkpoint's {name}")
+    files = {TENSORS: {name: t for name, t in tensors.items() if not is_sharded(t)} if team.lead else {}}
+    files[SHARD.format(team.rank)] = {name: local(t).contiguous() for name, t in tensors.items() if is_sharded(t)}
+    for file, held in files.items():
+        if held:
+            save_file(held, folder / file)
+            sync(folder / file)
+    return tree
+
+
+def write_checkpoint(folder: Path, state: Tree | Callable[[Path], Any], facts: Mapping[str, Any]) -> Path:
+    """A new folder. `state`: what is kept, or who writes the tensors of it into a folder and returns the rest."""
     beside = folder.with_name(f".{folder.name}.tmp")
     if beside.exists():
         shutil.rmtree(beside)
     beside.mkdir(parents=True)
-    tree, tensors = parted(state)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise NonFinite(f"the checkpoint's {name}")
-    if tensors:
-        save_file(tensors, beside / TENSORS)
-        sync(beside / TENSORS)
+    tree = state(beside) if callable(state) else keep_tensors(beside, state)
     write(beside / STATE, json.dumps({"facts": facts, "state": tree}))
     manifest = {"format": FORMAT, "files": fingerprints(beside, beside)}
     write(beside / MANIFEST, json.dumps(manifest, indent=2) + "\n")
@@ -108,8 +151,8 @@ def parted(state: Tree) -> tuple[Any, dict[str, Tensor]]:
 
     def name_tensors(tree: Tree, path: str) -> Any:
         if isinstance(tree, torch.Tensor):
-            tensors[path] = tree.detach().contiguous()
-            return {TENSOR: path}
+            tensors[path] = tree.detach() if is_sharded(tree) else tree.detach().contiguous()
+            return {SHARDED if is_sharded(tree) else TENSOR: path}
         if isinstance(tree, Mapping):
             return {key: name_tensors(value, f"{path}/{key}" if path else str(key)) for key, value in tree.items()}
         if isinstance(tree, list | tuple):
@@ -119,13 +162,15 @@ def parted(state: Tree) -> tuple[Any, dict[str, Tensor]]:
     return name_tensors(state, ""), tensors
 
 
-def joined(tree: Any, tensors: Mapping[str, Tensor]) -> Tree:
-    """The state again."""
+def joined(tree: Any, tensors: Mapping[str, Tensor], shards: Sequence[Path] = ()) -> Tree:
+    """The state again; what lies in shards is a `Parts`."""
     if isinstance(tree, dict):
         if set(tree) == {TENSOR}:
             return tensors[tree[TENSOR]]
-        return {key: joined(value, tensors) for key, value in tree.items()}
-    return [joined(value, tensors) for value in tree] if isinstance(tree, list) else tree
+        if set(tree) == {SHARDED}:
+            return Parts(tree[SHARDED], shards)
+        return {key: joined(value, tensors, shards) for key, value in tree.items()}
+    return [joined(value, tensors, shards) for value in tree] if isinstance(tree, list) else tree
 
 
 class Checkpoints:
@@ -136,7 +181,7 @@ class Checkpoints:
         """`stages`: their names, and their places in the order in which they run."""
         self.folder, self.stages, self.keep_last, self.keep_best = folder, stages, keep_last, keep_best
 
-    def write(self, stage: str, step: int, state: Tree, facts: Mapping[str, Any]) -> Path:
+    def write(self, stage: str, step: int, state: Tree | Callable[[Path], Any], facts: Mapping[str, Any]) -> Path:
         """Older ones go only when this one is safe."""
         written = write_checkpoint(self.folder / f"{stage}-{step:06d}", state, {"stage": stage, "step": step, **facts})
         if step:

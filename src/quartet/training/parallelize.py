@@ -1,8 +1,8 @@
 """One model over many devices: each block's weights in parts, one per rank, put together while the block works (FSDP2, Zhao et
 al. 2023).
 
-What is not a block (embeddings, norms, heads) is held whole by every rank, and its gradient is added up by the team. The forward
-pass is the one of a single process: the blocks are written-out methods of their own, around which torch gathers and frees.
+What is not a block (embeddings, norms, heads) is held whole by every rank, and its gradient is added up by the team. The
+forward pass is the one of a single process: written-out blocks are methods of their own, around which torch gathers and frees.
 """
 
 import types
@@ -17,10 +17,8 @@ from quartet.models.llama import READ_ON, read_on, written_out
 from quartet.team import whole
 
 
-def mesh_of(device: str, world: int, hosts: int = 1) -> DeviceMesh:
-    """All ranks; with several hosts the parts are within each, and whole between them (HSDP)."""
-    if hosts > 1:
-        return init_device_mesh(device, (hosts, world // hosts), mesh_dim_names=("replicate", "shard"))
+def mesh_of(device: str, world: int) -> DeviceMesh:
+    """All ranks in a row."""
     return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
 
 
