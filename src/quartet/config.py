@@ -203,6 +203,19 @@ class Run:
 
 
 @part
+class Launch:
+    """How many processes train, and who starts them: the file's [launch] table."""
+
+    type: Literal["local", "torchrun", "ray"] = Field(
+        default="local", description="Processes of this machine; those that torchrun or srun has started; or Ray's actors."
+    )
+    processes: int = Field(default=1, ge=1, description="Ranks. Under torchrun its own number counts.")
+    shard: bool = Field(default=False, description="Each rank holds a part of every block (FSDP2) instead of all weights.")
+    deadline: float = Field(default=600.0, gt=0, description="Seconds after which a rank that others wait for counts as lost.")
+    address: str | None = Field(default=None, description="Of a Ray cluster. Left out, one is started on this machine.")
+
+
+@part
 class Config:
     """A run, complete and checked."""
 
@@ -221,6 +234,7 @@ class Config:
     optim: Optim = Optim()
     evaluation: Evaluation = Evaluation()
     run: Run = Run()
+    launch: Launch = Launch()
 
     def reads(self, key: str) -> bool:
         """Whether a stage of the recipe looks at this key."""
@@ -267,6 +281,7 @@ class Config:
             *self._source_problems(),
             *self._reward_problems(),
             *self._rl_problems(),
+            *self._launch_problems(),
         ):
             raise ValueError(problem)
         return self
@@ -404,6 +419,28 @@ class Config:
                 f"policy.create.max_length = {shape.max_length}: too short for data.max_prompt_tokens = "
                 f"{self.data.max_prompt_tokens} and rollout.max_new_tokens = {self.rollout.max_new_tokens} together."
             )
+        return problems
+
+    def _launch_problems(self) -> list[str]:
+        launch, problems = self.launch, []
+        if launch.address is not None and launch.type != "ray":
+            problems.append(f'launch.address: is a Ray cluster\'s, and launch.type = "{launch.type}". Use type = "ray".')
+        many = launch.processes > 1 or launch.type != "local"
+        if many and (self.environment is not None or self.data.world == "guess"):
+            problems.append("launch.processes: answers of several turns are written by one process yet. Use 1.")
+        if many and self.algorithm is not None and isinstance(self.algorithm.update, TrustRegion):
+            problems.append('launch.processes: algorithm.update.type = "trust_region" runs in one process. Use 1.')
+        pairwise = any(isinstance(r, JudgeSource) and r.mode == "pairwise" for r in self.reward)
+        if many and pairwise:
+            problems.append('launch.processes: reward.mode = "pairwise" compares answers that ranks have apart. Use "score".')
+        if launch.shard:
+            without = {
+                "policy.adapter": self.policy.adapter is not None,
+                "policy.frozen_layers": self.policy.frozen_layers > 0,
+                "optim.ema": self.optim.ema > 0,
+                'recipe = "online_dpo"': self.preference_stage == "online_dpo",
+            }
+            problems += [f"launch.shard = true: is not written for {key} yet. Use false." for key, on in without.items() if on]
         return problems
 
     def _algorithm_problems(self, algorithm: Algorithm) -> list[str]:

@@ -116,20 +116,19 @@ class Pipeline:
         tracking: Tracking | None = None,
         interruption: Interruption | None = None,
         strict: bool = True,
-        crew: Group | None = None,
     ) -> None:
-        """`strict`: stop where an invariant of the doctor's does not hold. `crew`: who does the work, where it is not this
-        process alone."""
+        """`strict`: stop where an invariant of the doctor's does not hold."""
         self.stages, self.folder, self.texts, self.saving, self.tracking = stages, folder, texts, saving, tracking
         self.interruption, self.strict = interruption or Interruption(), strict
         places = {stage.name: place for place, stage in enumerate(stages)}
         self.checkpoints = Checkpoints(folder.path / "checkpoints", places, saving.last, saving.best is not None)
-        self.crew: Group = crew or Local(Worker(stages, folder.path))
+        self.crew: Group = Local(Worker(stages, folder.path))
         self.results: dict[str, Any] = {}
         """Fingerprints of what finished stages left."""
 
-    def run(self, since: Checkpoint | None = None) -> Iterator[Event]:
-        """From the beginning, or from a checkpoint."""
+    def run(self, since: Checkpoint | None = None, crew: Group | None = None) -> Iterator[Event]:
+        """From the beginning, or from a checkpoint. `crew`: who does the work, where it is not this process alone."""
+        self.crew = crew or self.crew
         first = 0 if since is None else self.checkpoints.stages[since.facts["stage"]]
         for number, stage in enumerate(self.stages[first:], first + 1):
             yield from self._stage(stage, number, since if number == first + 1 else None)

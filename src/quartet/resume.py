@@ -131,7 +131,7 @@ def _differences(
 def _shaped_the_past(key: str, found: Checkpoint, config: Config) -> bool:
     """Whether the steps before the checkpoint would have been others with another value."""
     table, _, name = key.partition(".")
-    if table == "recipe":
+    if table in {"recipe", "launch"}:
         return False  # the stages up to the checkpoint's own are the same, or it would not have been chosen
     if table == "run" and name in FREE:
         return False

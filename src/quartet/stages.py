@@ -34,6 +34,7 @@ from quartet.models.language_model import policy_logprobs, save, stop_ids
 from quartet.observability.tokens import TokenTexts, probe_table, write_pairs, write_tokens
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.rewards.reward_model import ModelReward
+from quartet.team import ALONE, Team
 from quartet.training.budget import Budget
 from quartet.training.checkpoint import Stateful, Tree
 from quartet.training.learner import Learner, collate
@@ -45,6 +46,11 @@ PROBED_TIMES = 20
 """How often an RL stage looks at its probes."""
 
 Summary = dict[str, Any]
+
+
+def as_it_is(model: Any) -> Any:
+    """Whole, on every rank."""
+    return model
 
 
 @dataclass(frozen=True)
@@ -113,18 +119,20 @@ class SftStage:
     seed: int
     name: str = "sft"
     title: str = "sft"
+    team: Team = ALONE
+    spread: Callable[[Any], Any] = as_it_is
 
     def begin(self, folder: Path) -> Work:
-        model = self.load_policy(folder)
+        model = self.spread(self.load_policy(folder))
         before = held_out_loss(model, self.held_out, self.micro_batch_tokens)
         sampler, optimizer = Sampler(self.demonstrations, self.batch_size, self.seed), self.optimizer(model)
-        budget = Budget(self.micro_batch_tokens)
+        budget = Budget(self.micro_batch_tokens, self.team)
 
         def steps(done: int) -> Iterator[Progress]:
             return sft(model, sampler, optimizer, self.num_steps, budget, done)
 
         def finish() -> Summary:
-            save(model, self.tokenizer, folder / "sft")
+            save(model, self.tokenizer, folder / "sft", self.team)
             after = held_out_loss(model, self.held_out, self.micro_batch_tokens)
             return {"held_out_loss_before": before, "held_out_loss": after}
 
@@ -153,13 +161,14 @@ class RewardModelStage:
     seed: int
     name: str = "reward_model"
     title: str = "reward model"
+    team: Team = ALONE
 
     def begin(self, folder: Path) -> Work:
         policy = self.load_policy(folder)
         model = self.make_model(policy)
         before = pair_accuracy(model, self.held_out, self.micro_batch_tokens)
         sampler, optimizer = Sampler(self.comparisons, self.batch_size, self.seed), self.optimizer(model)
-        budget = Budget(self.micro_batch_tokens)
+        budget = Budget(self.micro_batch_tokens, self.team)
 
         def steps(done: int) -> Iterator[Progress]:
             return reward_model(model, sampler, self.loss, optimizer, self.num_steps, budget, done)
@@ -171,8 +180,9 @@ class RewardModelStage:
             scores = ModelReward(model, self.micro_batch_tokens).score(generator.generate(self.prompts, self.sampling))
             mean = statistics.fmean(score for score in scores if score is not None)
             model.centre += mean
-            model.save(folder / "reward_model", self.tokenizer)
-            write_pairs(folder / "evaluation" / "pairs.parquet", self.held_out, judged - mean, self.tokenizer)
+            model.save(folder / "reward_model", self.tokenizer, self.team)
+            if self.team.lead:
+                write_pairs(folder / "evaluation" / "pairs.parquet", self.held_out, judged - mean, self.tokenizer)
             summary = {"held_out_accuracy_before": before, "held_out_accuracy": accuracy, "centre": model.centre}
             return summary | ({} if self.ceiling is None else {"ceiling": self.ceiling})
 
@@ -195,6 +205,8 @@ class PreferenceStage:
     batch_size: int
     micro_batch_tokens: int
     seed: int
+    team: Team = ALONE
+    spread: Callable[[Any], Any] = as_it_is
 
     @property
     def title(self) -> str:
@@ -203,14 +215,15 @@ class PreferenceStage:
     def begin(self, folder: Path) -> Work:
         model = self.load_policy(folder)
         reference = reference_of(model) if self.loss.needs_reference else None
+        model, reference = self.spread(model), None if reference is None else self.spread(reference)
         source = self.online(folder, model) if self.online else Sampler(self.comparisons, self.batch_size, self.seed)
-        optimizer, budget = self.optimizer(model), Budget(self.micro_batch_tokens)
+        optimizer, budget = self.optimizer(model), Budget(self.micro_batch_tokens, self.team)
 
         def steps(done: int) -> Iterator[Progress]:
             return preference(model, reference, source, self.loss, optimizer, self.num_steps, budget, done)
 
         def finish() -> Summary:
-            save(model, self.tokenizer, folder / "policy")
+            save(model, self.tokenizer, folder / "policy", self.team)
             if not self.held_out:
                 return {}
             after = held_out_preference(model, reference, self.held_out, self.loss, self.micro_batch_tokens)
@@ -303,13 +316,17 @@ class RLStage:
         prompts = Sampler(self.prompts, self.prompts_per_step, self.seed)
 
         def probe(number: int) -> None:
-            if cast.probes:
-                table = probe_table(number, cast.learner, cast.probes, algorithm.now, texts)
+            if not cast.probes:
+                return
+            table = probe_table(number, cast.learner, cast.probes, algorithm.now, texts)
+            if cast.learner.team.lead:
                 write_tokens(table, folder / "probes" / f"{number:06d}.parquet")
 
         def steps(done: int) -> Iterator[Step]:
             if done == 0:
                 probe(0)
+            else:
+                cast.generator.load_weights(cast.learner.weights())
             for step in rl(
                 prompts,
                 cast.generator,
@@ -329,9 +346,9 @@ class RLStage:
 
         def finish() -> Summary:
             learner = cast.learner
-            save(learner.models.actor, self.tokenizer, folder / "policy")
-            learner.models.save_critic(folder / "critic", self.tokenizer)
-            if learner.ema is not None:
+            save(learner.models.actor, self.tokenizer, folder / "policy", learner.team)
+            learner.models.save_critic(folder / "critic", self.tokenizer, learner.team)
+            if learner.ema is not None and learner.team.lead:
                 save(learner.ema.model(learner.models.actor), self.tokenizer, folder / "policy_ema")
             return {}
 
@@ -362,8 +379,11 @@ class EvaluationStage:
     num_steps: int = 2
     name: str = field(default="evaluation")
     title: str = field(default="evaluation")
+    team: Team = ALONE
 
     def begin(self, folder: Path) -> Work:
+        if not self.team.lead:  # one reads the models and writes
+            return Work(lambda done: iter([Progress(number, {}) for number in range(done + 1, self.num_steps + 1)]), dict)
         before, after, rewards = self.load_before(folder), self.load_after(folder), self.rewards(folder)
         answered: list[list[Rollout]] = []
 

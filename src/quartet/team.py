@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from quartet.tensors import Tensor
 
+PATIENCE = 300.0
+"""Seconds in which all ranks have begun: they import torch, and may be on slow disks."""
 BUCKET = 25_000_000
 """Numbers of a gradient that travel at once."""
 
@@ -112,7 +114,9 @@ class Together(Team):
 
     @classmethod
     def join(cls, store: "dist.Store", rank: int, world: int, deadline: float, backend: str = "gloo") -> "Together":
-        """`deadline`: seconds after which nobody waits any longer."""
+        """`deadline`: seconds after which nobody waits any longer, once all are there."""
+        store.set(f"here/{rank}", "yes")
+        store.wait([f"here/{other}" for other in range(world)], timedelta(seconds=max(deadline, PATIENCE)))
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=deadline), device_id=None
         )
@@ -175,6 +179,11 @@ def whole(tensor: Tensor) -> Tensor:
     """All of it. Every rank must ask."""
     everything: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return everything
+
+
+def whole_state(model: Any) -> dict[str, Tensor]:
+    """All weights of a model, put together where they are in parts. Every rank must ask."""
+    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
 def restore(target: Tensor, saved: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """From a config to objects: the one file that knows every implementation."""
 
+import copy
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -59,10 +60,13 @@ from quartet.observability.sinks import check_trackers
 from quartet.observability.tokens import TokenTexts
 from quartet.pipeline import Saving
 from quartet.rewards.functions import TextReward, check_reference
-from quartet.rewards.protocol import RewardError, Weighted, rewarded
+from quartet.rewards.protocol import Reward, RewardError, Weighted, rewarded
+from quartet.rewards.reward_model import ModelReward
+from quartet.rewards.shared import shared
 from quartet.rewards.sources import EnsembleSource, JudgeSource, ModelSource, Source, StepsSource
 from quartet.rewards.worker import load
 from quartet.stages import Cast, Contest, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
+from quartet.team import ALONE, Team
 from quartet.training.checkpoint import GlobalRandom
 from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
@@ -91,26 +95,27 @@ class Job:
     """What a person should know before it starts."""
     made_with: dict[str, Any]
     """What a resumed run must have in common with this one."""
+    team: Team = ALONE
 
     def saving(self, run: Run) -> Saving:
         return Saving(run.keep_every, run.checkpoint_every, run.keep_last, run.keep_best, run.rollbacks, self.made_with)
 
 
-def build(config: Config, fault: str | None = None) -> Job:
+def build(config: Config, fault: str | None = None, team: Team = ALONE) -> Job:
     """Read and check the data, and make the stages. Models are loaded when their stage starts; what they are loaded from
-    is checked now. `fault`: a mistake to plant in the RL stage, see `faults.py`."""
+    is checked now. `fault`: a mistake to plant in the RL stage, see `faults.py`. `team`: the ranks that do the same."""
     GlobalRandom().seed(config.seed)
-    workshop = Workshop(config, fault)
+    workshop = Workshop(config, fault, team)
     stages = [workshop.stage(name) for name in config.recipe]
     made_with = {"config": json_ready(config), "data": fingerprints(config), "fault": fault}
-    return Job(stages, workshop.tokenizer, workshop.notes(), made_with)
+    return Job(stages, workshop.tokenizer, workshop.notes(), made_with, team)
 
 
 class Workshop:
     """Makes the objects of one run, each of the shared ones once."""
 
-    def __init__(self, config: Config, fault: str | None = None) -> None:
-        self.fault = fault
+    def __init__(self, config: Config, fault: str | None = None, team: Team = ALONE) -> None:
+        self.fault, self.team = fault, team
         if config.policy.adapter is not None and importlib.util.find_spec("peft") is None:
             raise AdapterError('policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".')
         check_trackers(config.run.track)
@@ -178,6 +183,8 @@ class Workshop:
             batch_size=sft.batch_size,
             micro_batch_tokens=self.micro_batch_tokens,
             seed=self.config.seed,
+            team=self.team,
+            spread=self.spread,
         )
 
     def reward_model_stage(self) -> RewardModelStage:
@@ -192,13 +199,14 @@ class Workshop:
             sampling=self.config.rollout,
             tokenizer=self.tokenizer,
             load_policy=self._plain_policy,
-            make_model=lambda policy: self._new_scalar(policy, REWARD),
+            make_model=lambda policy: self._spread_scalar(self._new_scalar(policy, REWARD)),
             loss=settings.loss,
             optimizer=lambda model: stage_optimizer(model, settings),
             num_steps=settings.steps,
             batch_size=settings.batch_size,
             micro_batch_tokens=self.micro_batch_tokens,
             seed=self.config.seed,
+            team=self.team,
         )
 
     def preference_stage(self, name: str) -> PreferenceStage:
@@ -208,9 +216,9 @@ class Workshop:
         prompts = self.prompts[0] if online else []
 
         def pairs(folder: Path, model: Any) -> OnlinePairs:
-            generator = self._generator(model)
+            generator = self._generator(model, self.team)
             sampler = Sampler(prompts, settings.batch_size, self.config.seed)
-            return OnlinePairs(sampler, generator, self.config.rollout, self._rewards(folder))
+            return OnlinePairs(sampler, generator, self.config.rollout, self._rewards(folder, team=self.team))
 
         return PreferenceStage(
             name=name,
@@ -225,6 +233,8 @@ class Workshop:
             batch_size=settings.batch_size,
             micro_batch_tokens=self.micro_batch_tokens,
             seed=self.config.seed,
+            team=self.team,
+            spread=self.spread,
         )
 
     def rl_stage(self) -> RLStage:
@@ -255,6 +265,7 @@ class Workshop:
             micro_batch_tokens=self.micro_batch_tokens,
             generator=self._generator,
             best_of=0 if self._asks_a_judge else self.config.evaluation.best_of,  # some hundred questions more cost money
+            team=self.team,
         )
 
     # --- models --------------------------------------------------------------------------------------------------------
@@ -295,9 +306,23 @@ class Workshop:
         self._checkpointed(made.model)
         return made
 
-    def _generator(self, model: Any) -> Generator:
+    def spread(self, model: Any) -> Any:
+        """In parts over the ranks, where the config says so."""
+        if not self.config.launch.shard:
+            return model
+        from quartet.training.parallelize import mesh_of, parallelize
+
+        return parallelize(model, mesh_of(self.device.type, self.team.world))
+
+    def _spread_scalar(self, scalar: ScalarModel) -> ScalarModel:
+        if self.config.launch.shard:
+            self.spread(scalar.model)
+        return scalar
+
+    def _generator(self, model: Any, team: Team = ALONE, copied: bool = False) -> Generator:
         """Answers of one turn, or of several where there is an environment."""
-        turns = NativeGenerator(model, self.tokenizer, stop_ids(model, self.tokenizer), self.config.seed)
+        stops = stop_ids(model, self.tokenizer)
+        turns = NativeGenerator(model, self.tokenizer, stops, self.config.seed, team=team, copied=copied)
         if self.environment is None:
             return turns
         make, max_turns = self.environment
@@ -321,6 +346,10 @@ class Workshop:
         reference = reference_of(actor) if config.algorithm.needs_reference else None
         judge = self._attached_judge(actor, folder)
         models = self._actor_critic(actor, judge, folder) if config.algorithm.needs_critic else Separate(actor, None)
+        # Sampling reads all weights at every token: where the actor is in parts, it is done by a copy.
+        sampled = copy.deepcopy(actor) if config.launch.shard else actor
+        self.spread(actor)
+        reference = None if reference is None else self.spread(reference)
         temperature = config.rollout.temperature
         make = TrustRegionLearner if isinstance(config.algorithm.update, TrustRegion) else Learner
         learner = make(
@@ -332,10 +361,12 @@ class Workshop:
             config.seed,
             self._pretraining(config.algorithm),
             self.micro_batch_tokens,
+            self.team,
         )
-        rewards = self._rewards(folder, judge)
-        probes, contest = self._probes(actor, rewards), self._contest(actor, rewards)
-        cast = Cast(learner, self._generator(actor), rewards, probes, self._watched_texts(), contest)
+        rewards = self._rewards(folder, judge, self.team)
+        probes, contest = self._probes(sampled, rewards), self._contest(sampled, rewards)
+        generator = self._generator(sampled, self.team, copied=sampled is not actor)
+        cast = Cast(learner, generator, rewards, probes, self._watched_texts(), contest)
         if self.fault is not None:
             FAULTS[self.fault](cast)
         return cast
@@ -345,7 +376,7 @@ class Workshop:
         rollout, algorithm = self.config.rollout, self.config.algorithm
         assert algorithm
         prompts = list(self.prompts[1][: max(1, PROBES // rollout.samples_per_prompt)])
-        made = answers(prompts, self._generator(actor), rollout, rollout.samples_per_prompt, rewards, algorithm)
+        made = answers(prompts, self._generator(actor, self.team), rollout, rollout.samples_per_prompt, rewards, algorithm)
         return [r for r in made if r.score is not None]
 
     def _contest(self, actor: Any, rewards: Sequence[Weighted]) -> Contest | None:
@@ -355,7 +386,7 @@ class Workshop:
         prompts = list(self.prompts[1][:CONTEST_PROMPTS])
 
         def answer() -> Sequence[Rollout]:
-            return rewarded(self._generator(actor).generate(prompts, self.config.rollout), rewards)
+            return rewarded(self._generator(actor, self.team).generate(prompts, self.config.rollout), rewards)
 
         return Contest(answer, answer(), self.rewards.gold)
 
@@ -392,10 +423,10 @@ class Workshop:
                 if judge is not None and self.critic_init is None:
                     return Separate(actor, self._critic_like(judge, actor))
                 if self.critic_init == "policy":
-                    return Separate(actor, self._new_scalar(actor, CRITIC))
+                    return Separate(actor, self._spread_scalar(self._new_scalar(actor, CRITIC)))
                 critic = ScalarModel.load(self.critic_init or folder / "reward_model", self.device)
                 self._checkpointed(critic.model)
-                return Separate(actor, critic)
+                return Separate(actor, self._spread_scalar(critic))
 
     def _critic_like(self, judge: AdaptedScalar, actor: Any) -> ScalarModel:
         """A critic on the same trunk that begins as the reward model."""
@@ -425,13 +456,22 @@ class Workshop:
             )
         return "policy"
 
-    def _rewards(self, folder: Path, judge: ScalarModel | None = None) -> list[Weighted]:
-        """`judge`: the run's own reward model, where it is loaded already."""
+    def _rewards(self, folder: Path, judge: ScalarModel | None = None, team: Team = ALONE) -> list[Weighted]:
+        """`judge`: the run's own reward model, where it is loaded already. `team`: the ranks that ask for them together."""
         trained = judge or folder / "reward_model"
-        rewards = [Weighted(self.rewards.make(source, trained, folder), source.weight) for source in self.sources]
+        rewards = [
+            Weighted(self._for_all(self.rewards.make(source, trained, folder), team), source.weight) for source in self.sources
+        ]
         if self.rewards.gold is not None and "gold" not in {source.called for source in self.sources}:
             rewards.append(Weighted(TextReward("gold", self.rewards.gold), weight=0.0))  # seen, not trained on
         return rewards
+
+    def _for_all(self, reward: Reward, team: Team) -> Reward:
+        """The reward as a team asks for it; a reward model is read by all, each its share, and may be in parts."""
+        if isinstance(reward, ModelReward) and team is not ALONE:
+            reward.team = team
+            self._spread_scalar(reward.model)
+        return shared(reward, team)
 
     def _check_models(self) -> None:
         """What can be known of the models before they are loaded."""

@@ -48,6 +48,12 @@ def run(
         return
     if accept and not resume:
         refuse("--accept: goes with --resume.")
+    if settings.config.launch.type == "torchrun":
+        from quartet.launch.start import follow_the_first, follows
+
+        if follows(settings.config.launch):
+            follow_the_first(settings.config.launch)
+            return
     raise typer.Exit(_go_on(resumed[0], settings, fault, accept or []) if resumed else _run(settings, fault))
 
 
@@ -244,10 +250,12 @@ def _work(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | No
     """From the first event to the last, whatever ends it."""
     from quartet.config import json_ready
     from quartet.interruption import Interrupted, Interruption
+    from quartet.launch.start import crew
     from quartet.observability.screen import Screen, sample_lines
     from quartet.observability.sinks import Tracking
     from quartet.observability.tokens import TokenTexts
     from quartet.pipeline import Finished, Pipeline, StageFailed
+    from quartet.worker import WorkerLost
 
     config = settings.config
     _send_chatter_to(folder.path / "run.log")
@@ -262,15 +270,17 @@ def _work(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | No
     planned = _say_what(settings, job, folder, fault, choice)
     evaluation: dict[str, Any] | None = None
     try:
-        with interruption:
-            for event in pipeline.run(since):
+        with interruption, crew(config.launch, job, folder.path, fault) as group:
+            for event in pipeline.run(since, group):
                 screen.show(event)
                 if isinstance(event, Finished) and event.stage.name == "evaluation":
                     evaluation = event.summary
-    except Interrupted as reason:
+    except (Interrupted, WorkerLost) as reason:
         screen.close()
         folder.event("interrupted", reason=str(reason))
-        console.print(f"stopped by {reason}. Nothing is lost; go on with: quartet run {folder.path} --resume", soft_wrap=True)
+        said = f"stopped by {reason}" if isinstance(reason, Interrupted) else f"stopped: {str(reason).rstrip('.')}"
+        lost = "Nothing is lost" if isinstance(reason, Interrupted) else "The last checkpoint is whole"
+        console.print(f"{said}. {lost}; go on with: quartet run {folder.path} --resume", soft_wrap=True)
         return RESUMABLE
     except (StageFailed, OSError) as error:
         screen.close()
@@ -337,6 +347,7 @@ def _build(settings: "Settings", fault: str | None) -> "Job":
     from quartet.build import build
     from quartet.data import DataError
     from quartet.faults import FAULTS
+    from quartet.launch.start import team_of
     from quartet.models.adapters import AdapterError
     from quartet.models.chat import ChatError
     from quartet.models.language_model import ModelError
@@ -349,7 +360,7 @@ def _build(settings: "Settings", fault: str | None) -> "Job":
             f"--break {fault}: " + ("there is no RL stage to break." if fault in FAULTS else f"known are {', '.join(FAULTS)}.")
         )
     try:
-        return build(settings.config, fault)
+        return build(settings.config, fault, team_of(settings.config.launch))
     except (DataError, ModelError, AdapterError, ChatError, RewardError, TrackerMissing) as error:
         refuse(str(error))
 

@@ -10,21 +10,35 @@ from quartet.experience import Prompt, Rollout
 from quartet.generation.decoders import decoder
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
-from quartet.tensors import Bool, Int, Tensor
+from quartet.team import ALONE, Team
+from quartet.tensors import Bool, Float, Int, Tensor
 
 
 class NativeGenerator:
     """Samples with a key-value cache. Each prompt is read once, however many answers it gets; rows that have finished leave the
     batch and cost nothing more, and prompts that wait take their place."""
 
-    def __init__(self, model: Any, tokenizer: Any, stop_ids: frozenset[int], seed: int, max_rows: int | None = None) -> None:
-        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        stop_ids: frozenset[int],
+        seed: int,
+        max_rows: int | None = None,
+        team: Team = ALONE,
+        copied: bool = False,
+    ) -> None:
+        """`team`: the ranks among which prompts are dealt out; each has all answers. Random numbers belong to the answer and
+        not to who writes it. `copied`: the model is a copy of the learner's, which new weights are read into."""
+        self.model, self.tokenizer, self.max_rows, self.team, self.copied = model, tokenizer, max_rows, team, copied
         self.stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
         self.rng = torch.Generator().manual_seed(seed)
         self.version = 0
 
     def load_weights(self, weights: Weights) -> None:
-        """The module is the learner's own: its weights are loaded already."""
+        """Nothing to do where the module is the learner's own."""
+        if self.copied:
+            self.model.load_state_dict(weights.tensors)
         self.version = weights.version
 
     def state(self) -> dict[str, Any]:
@@ -36,7 +50,13 @@ class NativeGenerator:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
-        answers = self._sample([p.ids for p in prompts], sampling, samples_per_prompt)
+        noise = torch.rand(len(prompts) * samples_per_prompt, sampling.max_new_tokens, generator=self.rng)
+        mine = self.team.share([len(p.ids) for p in prompts])
+        rows = [row for i in mine for row in range(i * samples_per_prompt, (i + 1) * samples_per_prompt)]
+        found = self._sample([prompts[i].ids for i in mine], sampling, samples_per_prompt, noise[rows])
+        everybodys = self.team.exchange([rows, found]) if self.team.world > 1 else [(rows, found)]
+        by_row = {row: answer for taken, written in everybodys for row, answer in zip(taken, written, strict=True)}
+        answers = [by_row[row] for row in range(len(noise))]
         before = [self.tokenizer.decode(p.ids, skip_special_tokens=True) for p in prompts]
         rollouts = []
         for row, (ids, logprobs, entropies) in enumerate(answers):
@@ -58,11 +78,13 @@ class NativeGenerator:
         return rollouts
 
     def _sample(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, samples: int
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, samples: int, noise: Float[Tensor, "B T"]
     ) -> list[tuple[list[int], list[float], list[float]]]:
-        """Tokens, log-probs and entropies of each answer."""
+        """Tokens, log-probs and entropies of each answer, which `noise` draws."""
+        if not prompts:
+            return []
         device, limit = self.model.device, sampling.max_new_tokens
-        noise = torch.rand(len(prompts) * samples, limit, generator=self.rng).to(device)
+        noise = noise.to(device)
         decode = decoder(self.model, max(map(len, prompts)) + limit, self.max_rows)
         waiting = deque(range(len(prompts)))
         rows = torch.empty(0, dtype=torch.long, device=device)  # the answer that each row of the decoder belongs to

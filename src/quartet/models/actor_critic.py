@@ -11,6 +11,7 @@ from quartet.algorithms.algorithm import Forward
 from quartet.models.heads import ScalarModel, ValueHead
 from quartet.models.language_model import Spoken, logits_of, speak, statistics
 from quartet.models.logprobs import token_exact_kl, under_own_token
+from quartet.team import ALONE, Team
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -38,7 +39,9 @@ class ActorCritic(Protocol):
 
     def critic_parameters(self) -> list[nn.Parameter]: ...
 
-    def save_critic(self, folder: Path, tokenizer: Any) -> None: ...
+    def save_critic(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
+        """Every rank of the team calls it, one writes."""
+        ...
 
 
 class Separate:
@@ -71,9 +74,9 @@ class Separate:
     def critic_parameters(self) -> list[nn.Parameter]:
         return [] if self.critic is None else list(trainable(self.critic))
 
-    def save_critic(self, folder: Path, tokenizer: Any) -> None:
+    def save_critic(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
         if self.critic is not None:
-            self.critic.save_per_token(folder, tokenizer)
+            self.critic.save_per_token(folder, tokenizer, team)
 
 
 class Shared:
@@ -105,13 +108,13 @@ class Shared:
     def critic_parameters(self) -> list[nn.Parameter]:
         return list(trainable(self.head))
 
-    def save_critic(self, folder: Path, tokenizer: Any) -> None:
+    def save_critic(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
         """Trunk and head as one folder, so that the critic can be read without the actor."""
         critic = ScalarModel.from_trunk(self.actor, pad_token_id(tokenizer), seed=0)
         with torch.no_grad():
             critic.head.weight.copy_(self.head.linear.weight)
         critic.centre = -self.head.linear.bias.item()
-        critic.save_per_token(folder, tokenizer)
+        critic.save_per_token(folder, tokenizer, team)
 
 
 def exact_kl_to(

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quartet.models.lora import Lora
+from quartet.team import whole
 from quartet.tensors import Tensor
 
 POLICY, CRITIC, REWARD = "policy", "critic", "reward"
@@ -219,7 +220,7 @@ def merged_state(model: Any) -> dict[str, Tensor]:
         if rest:
             state[f"{layer}.{rest}"] = matrix(layers[layer]) if rest == "weight" else value
         elif not any(part.startswith("lora_") for part in name.split(".")):
-            state[name] = value
+            state[name] = whole(value)
     return state
 
 

@@ -20,6 +20,7 @@ from quartet.models.adapters import Under, adapter_parameters, load_adapter, mer
 from quartet.models.language_model import OWN_CODE, UNLOADABLE, ModelError, first_line, read_config
 from quartet.models.logprobs import at_least_float32, speaking, under_own_token
 from quartet.models.trunk import read
+from quartet.team import ALONE, Team, whole_state
 from quartet.tensors import Bool, Float, Int, Tensor
 
 CENTRE = "quartet_reward_centre"
@@ -83,12 +84,15 @@ class ScalarModel(nn.Module):
         auto = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
         return cls(load_classifier(auto, folder, device))
 
-    def save(self, folder: Path, tokenizer: Any) -> None:
-        """A sequence classifier: what a reward model is elsewhere."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
+        """A sequence classifier: what a reward model is elsewhere. Every rank of the team calls it, one writes."""
+        state = whole_state(self.model)
+        if not team.lead:
+            return
+        self.model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
 
-    def save_per_token(self, folder: Path, tokenizer: Any) -> None:
+    def save_per_token(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
         """A token classifier: what a critic is elsewhere. Its number at a token is the value once that token was read; the
         centre is in the head's bias. Architectures without one are saved as `save` does."""
         config = AutoConfig.for_model(**_one_label(self.model.config, "value"))
@@ -96,8 +100,11 @@ class ScalarModel(nn.Module):
         try:
             made = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
         except ValueError:
-            return self.save(folder, tokenizer)
-        made.base_model.load_state_dict(self.model.base_model.state_dict())
+            return self.save(folder, tokenizer, team)
+        trunk = whole_state(self.model.base_model)
+        if not team.lead:
+            return None
+        made.base_model.load_state_dict(trunk)
         head = head_of(made)
         with torch.no_grad():
             head.weight.copy_(self.head.weight)
@@ -154,15 +161,18 @@ class AdaptedScalar(ScalarModel):
         with self.under.working():
             return read(self.under.model.base_model, tokens, asked)
 
-    def save(self, folder: Path, tokenizer: Any) -> None:
+    def save(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
         """As a whole, for others; and in `adapter/` what `attach` puts on the same trunk again."""
+        if not team.lead:
+            return
         self._whole().save(folder, tokenizer)
         adapter = folder / "adapter"
         save_adapter(self.under.model, str(self.under.adapter), adapter)
         save_file({"score.weight": self.head.weight}, adapter / HEAD, metadata={"centre": repr(self.mean)})
 
-    def save_per_token(self, folder: Path, tokenizer: Any) -> None:
-        self._whole().save_per_token(folder, tokenizer)
+    def save_per_token(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
+        if team.lead:
+            self._whole().save_per_token(folder, tokenizer)
 
     def _whole(self) -> ScalarModel:
         with self.under.working():

@@ -21,7 +21,7 @@ from quartet.models.adapters import POLICY, Under, adapters_of, merged_state, sa
 from quartet.models.logprobs import head_statistics, logits_statistics, speaking, under_own_token
 from quartet.models.shape import Shape
 from quartet.models.trunk import checkpointing, read
-from quartet.team import ALONE, Team
+from quartet.team import ALONE, Team, whole_state
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -126,13 +126,16 @@ def _tokenizer_class(folder: str | Path) -> Any:
     return AutoTokenizer
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
+def save(model: Any, tokenizer: Any, folder: Path, team: Team = ALONE) -> None:
     """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load. Of a model under an adapter the sum of both is saved, and
-    the adapter alone in `adapter/`."""
+    the adapter alone in `adapter/`. Every rank of the team calls it, one writes."""
+    adapted = adapters_of(model)
+    state = merged_state(model) if adapted else whole_state(model)
+    if not team.lead:
+        return
     if model.generation_config is not None and model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
-    adapted = adapters_of(model)
-    model.save_pretrained(folder, **({"state_dict": merged_state(model)} if adapted else {}))
+    model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
     if adapted:
         save_adapter(model, POLICY, folder / "adapter")

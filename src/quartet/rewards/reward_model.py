@@ -1,6 +1,7 @@
 """A trained reward model as a reward."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -8,15 +9,16 @@ from quartet.experience import Rollout
 from quartet.models.heads import ScalarModel
 from quartet.models.padding import response_mask, right_pad
 from quartet.rewards.protocol import RewardError, Score
-from quartet.team import micro_batches
+from quartet.team import ALONE, Team
 
 
 class ModelReward:
     """The reward model's score of prompt and response, at the last real token. It reads the very ids that the policy
     wrote, so policy and reward model share a tokenizer."""
 
-    def __init__(self, model: ScalarModel, micro_batch_tokens: int, name: str = "model") -> None:
-        self.name, self.model, self.micro_batch_tokens = name, model, micro_batch_tokens
+    def __init__(self, model: ScalarModel, micro_batch_tokens: int, name: str = "model", team: Team = ALONE) -> None:
+        """`team`: the ranks that have the model too; each reads its share."""
+        self.name, self.model, self.micro_batch_tokens, self.team = name, model, micro_batch_tokens, team
         self.device = next(model.parameters()).device
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
@@ -29,17 +31,24 @@ class ModelReward:
     @torch.no_grad()
     def _outputs(self, rollouts: Sequence[Rollout], whole: bool) -> list[list[float]]:
         """The head at every token of each response, or at its last one."""
-        outputs: list[list[float]] = [[] for _ in rollouts]
-        for rows in micro_batches([len(r.prompt.ids) + len(r.response_ids) for r in rollouts], self.micro_batch_tokens):
-            pieces = [rollouts[i] for i in rows]
-            tokens, lengths = right_pad([(*r.prompt.ids, *r.response_ids) for r in pieces], self.device)
-            counts = [len(r.response_ids) if whole else 1 for r in pieces]
-            asked = response_mask(lengths - torch.tensor(counts, device=self.device), lengths, tokens.shape[1])
-            for i, found in zip(rows, self.model(tokens, asked).split(counts), strict=True):
-                if not bool(found.isfinite().all()):
-                    raise RewardError(
-                        f"reward {self.name}: the score of {rollouts[i].id} is not finite: the model's weights are wrong. "
-                        f'The response is "{rollouts[i].response[:200]}".'
-                    )
-                outputs[i] = found.tolist()
-        return outputs
+        mine: dict[int, list[float]] = {}
+        lengths = [len(r.prompt.ids) + len(r.response_ids) for r in rollouts]
+        for piece in self.team.pieces(lengths, self.micro_batch_tokens) if rollouts else []:
+            mine |= {i: found for i, found in self._read(rollouts, piece.rows, whole) if piece.counts}
+        everything = {i: found for rows in self.team.exchange(list(mine.items())) for i, found in rows}
+        for i, found in sorted(everything.items()):
+            if not all(map(math.isfinite, found)):
+                raise RewardError(
+                    f"reward {self.name}: the score of {rollouts[i].id} is not finite: the model's weights are wrong. "
+                    f'The response is "{rollouts[i].response[:200]}".'
+                )
+        return [everything[i] for i in range(len(rollouts))]
+
+    def _read(self, rollouts: Sequence[Rollout], rows: Sequence[int], whole: bool) -> Iterator[tuple[int, list[float]]]:
+        """What the head says of some rows."""
+        pieces = [rollouts[i] for i in rows]
+        tokens, ends = right_pad([(*r.prompt.ids, *r.response_ids) for r in pieces], self.device)
+        counts = [len(r.response_ids) if whole else 1 for r in pieces]
+        asked = response_mask(ends - torch.tensor(counts, device=self.device), ends, tokens.shape[1])
+        for i, found in zip(rows, self.model(tokens, asked).split(counts), strict=True):
+            yield i, found.tolist()

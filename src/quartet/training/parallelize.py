@@ -8,13 +8,11 @@ forward pass is the one of a single process: written-out blocks are methods of t
 import types
 from typing import Any
 
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quartet.models.llama import READ_ON, read_on, written_out
-from quartet.team import whole
 
 
 def mesh_of(device: str, world: int) -> DeviceMesh:
@@ -30,7 +28,7 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
         raise ValueError(f"{type(model).__name__} has no blocks that could be sharded.")
     by_hand = written_out(model.base_model, 1) if hasattr(model, "base_model") else False
     for block in blocks:
-        sharded = fully_shard(block, mesh=mesh)
+        sharded = fully_shard(block, mesh=mesh, reshard_after_forward=True)
         assert isinstance(sharded, FSDPModule)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
@@ -38,8 +36,3 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
             setattr(block, READ_ON, types.MethodType(read_on, block))
             register_fsdp_forward_method(block, READ_ON)
     return model
-
-
-def whole_state(model: nn.Module) -> dict[str, Any]:
-    """All weights, put together on every rank. Every rank must ask."""
-    return {name: whole(tensor).detach() for name, tensor in model.state_dict().items()}

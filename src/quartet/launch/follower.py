@@ -1,0 +1,37 @@
+"""A rank that follows: `python -m quartet.launch.follower RANK WORLD PORT DEADLINE FOLDER [FAULT]`, started by rank 0."""
+
+import signal
+import sys
+from pathlib import Path
+
+from quartet.launch.spmd import LOOPBACK, Beating, follow
+from quartet.team import Together
+
+
+def main() -> None:
+    rank, world, port, deadline, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5]
+    be_a_rank(LOOPBACK, port, rank, world, deadline, Path(folder), sys.argv[6] if len(sys.argv) > 6 else None)
+
+
+def be_a_rank(host: str, port: int, rank: int, world: int, deadline: float, folder: Path, fault: str | None) -> None:
+    """Build what rank 0 builds, from the config in the run's folder, and follow it to the end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to hear
+    import torch.distributed as dist
+
+    beating = Beating(host, port, rank)
+    from quartet.build import build
+    from quartet.machine import keep_freed_memory
+    from quartet.settings import read_settings
+    from quartet.worker import Worker
+
+    keep_freed_memory()
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    team = Together.join(dist.PrefixStore("team", store), rank, world, deadline)
+    job = build(read_settings(folder / "config.resolved.toml").config, fault, team)
+    follow(Worker(job.stages, folder, team), store, rank)
+    beating.stopped.set()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Ranks that are Ray's actors: on this machine, or wherever the cluster has room. The driver is the run's process, and no rank.
+
+Actors get the run folder's path, and so need a file system that all share; of the driver's environment they get nothing. Ray's
+own ports stay on loopback where this process starts it.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quartet.config import Launch
+from quartet.worker import Handle, Worker, WorkerLost, mapped
+
+PATIENCE = 10.0
+"""Seconds in which a rank that is alive says so."""
+
+
+class Rank:
+    """What an actor is: a worker, and what it takes to make one."""
+
+    def __init__(self, rank: int, world: int, deadline: float, interface: str | None) -> None:
+        self.rank, self.world, self.deadline = rank, world, deadline
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+        self.worker: Worker | None = None
+
+    def alive(self) -> bool:
+        return True
+
+    def address(self) -> tuple[str, int]:
+        """Where the others find this rank's store."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind((ray.util.get_node_ip_address(), 0))
+            host, port = probe.getsockname()
+        return str(host), int(port)
+
+    def join(self, host: str, port: int, folder: str, fault: str | None) -> None:
+        import torch
+        import torch.distributed as dist
+
+        from quartet.build import build
+        from quartet.settings import read_settings
+        from quartet.team import Together
+
+        torch.set_num_threads(1)
+        store = dist.TCPStore(host, port, is_master=self.rank == 0, wait_for_workers=False)
+        team = Together.join(dist.PrefixStore("team", store), self.rank, self.world, self.deadline)
+        job = build(read_settings(Path(folder) / "config.resolved.toml").config, fault, team)
+        self.worker = Worker(job.stages, Path(folder), team)
+
+    def do(self, name: str, *args: Any) -> Any:
+        return getattr(self.worker, name)(*args)
+
+
+class OnRay:
+    """The group of all actors."""
+
+    def __init__(self, launch: Launch, folder: Path, fault: str | None) -> None:
+        import ray
+
+        self.world, self.deadline, self._busy = launch.processes, launch.deadline, False
+        self.owner = not ray.is_initialized()
+        if self.owner and launch.address is None:
+            here = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+            ray.init(num_cpus=self.world, log_to_driver=False, logging_level="error", **here)
+        elif self.owner:
+            ray.init(address=launch.address, log_to_driver=False, logging_level="error")
+        interface = "lo" if launch.address is None else os.environ.get("GLOO_SOCKET_IFNAME")
+        self.placement = ray.util.placement_group([{"CPU": 1}] * self.world, strategy="SPREAD")
+        ray.get(self.placement.ready(), timeout=self.deadline)
+        actor = ray.remote(num_cpus=1, max_concurrency=2)(Rank)
+        place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
+        self.ranks = [
+            actor.options(scheduling_strategy=place(self.placement, placement_group_bundle_index=rank)).remote(
+                rank, self.world, self.deadline, interface
+            )
+            for rank in range(self.world)
+        ]
+        [(host, port)] = self._all([self.ranks[0].address.remote()], [0])
+        self._all([rank.join.remote(host, port, str(folder.resolve()), fault) for rank in self.ranks], range(self.world))
+
+    def call(self, name: str, *args: Any) -> list[Any]:
+        return self.start(name, *args).result()
+
+    def map(self, name: str, rows: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
+        def call(dealt: list[list[Any]]) -> list[list[Any]]:
+            return self._all(
+                [rank.do.remote(name, mine) for rank, mine in zip(self.ranks, dealt, strict=True)], range(self.world)
+            )
+
+        return mapped(rows, lengths, self.world, call)
+
+    def start(self, name: str, *args: Any) -> Handle:
+        self._busy = True
+        return _Later(self, [rank.do.remote(name, *args) for rank in self.ranks])
+
+    def untouched(self) -> bool:
+        return not self._busy
+
+    def close(self) -> None:
+        import ray
+
+        for rank in self.ranks:
+            with contextlib.suppress(Exception):
+                ray.kill(rank)
+        with contextlib.suppress(Exception):
+            ray.util.remove_placement_group(self.placement)
+        if self.owner:
+            ray.shutdown()
+
+    def _all(self, asked: Sequence[Any], ranks: Sequence[int], timeout: float | None = None) -> list[Any]:
+        """What each of them says. One that fails is the cause, unless it failed for another that is gone."""
+        import ray
+
+        wait = self.deadline if timeout is None else timeout
+        waiting, failed = list(asked), None
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=wait)
+            if not ready:
+                raise self._lost(f"it did not finish within launch.deadline = {self.deadline:g} s.", ranks)
+            try:
+                ray.get(ready[0])
+            except ray.exceptions.RayTaskError as error:
+                failed = failed or error
+                waiting = waiting[:0] if not self._dead() else waiting
+                break
+            except ray.exceptions.RayActorError:
+                raise self._lost("its process is gone.", ranks) from None
+        if failed is not None:
+            from quartet.launch.spmd import by_another
+
+            cause = failed.as_instanceof_cause()
+            if by_another(cause) and (dead := self._dead()):
+                raise WorkerLost(dead, "its process is gone.") from None
+            raise cause
+        self._busy = False
+        return list(ray.get(list(asked)))
+
+    def _dead(self) -> list[int]:
+        """Ranks that do not say within a while that they are alive."""
+        import ray
+
+        asked = {rank.alive.remote(): number for number, rank in enumerate(self.ranks)}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=PATIENCE)
+        silent = [number for ref, number in asked.items() if ref not in ready]
+        for ref in ready:
+            try:
+                ray.get(ref)
+            except Exception:
+                silent.append(asked[ref])
+        return sorted(silent)
+
+    def _lost(self, why: str, ranks: Sequence[int]) -> WorkerLost:
+        return WorkerLost(self._dead() or list(ranks), why)
+
+
+@dataclass
+class _Later:
+    group: OnRay
+    asked: Sequence[Any]
+
+    def result(self, timeout: float | None = None) -> list[Any]:
+        return self.group._all(self.asked, range(self.group.world), timeout)

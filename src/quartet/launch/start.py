@@ -1,0 +1,76 @@
+"""From a config to a group of workers."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from quartet.build import Job
+from quartet.config import Launch
+from quartet.launch import spmd
+from quartet.launch.follower import be_a_rank
+from quartet.team import ALONE, Team, Together
+from quartet.worker import Group, Local, Worker
+
+
+def world_of(launch: Launch) -> int:
+    """How many ranks there will be."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if launch.type == "torchrun" else launch.processes
+
+
+def team_of(launch: Launch) -> Team:
+    """The team of this process, as rank 0; nobody has been started yet. Ray's driver is no rank."""
+    world = world_of(launch)
+    return Together(0, world) if launch.type != "ray" and (world > 1 or launch.shard) else ALONE
+
+
+def follows(launch: Launch) -> bool:
+    """Whether this process is one that torchrun or srun has started, and not the first."""
+    return launch.type == "torchrun" and int(os.environ.get("RANK", "0")) > 0
+
+
+def follow_the_first(launch: Launch) -> None:
+    """Be that rank. What is to be done, rank 0 has left in the store."""
+    host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    folder, _, fault = store.get("run").decode().partition("\n")
+    be_a_rank(host, port, rank, world_of(launch), launch.deadline, Path(folder), fault or None)
+
+
+@contextlib.contextmanager
+def crew(launch: Launch, job: Job, folder: Path, fault: str | None) -> Iterator[Group]:
+    """Those who do the work, for as long as it takes. What followers print goes to the run's log."""
+    if launch.type == "ray":
+        from quartet.launch.on_ray import OnRay
+
+        group: Group = OnRay(launch, folder, fault)
+    elif job.team is ALONE:
+        group = Local(Worker(job.stages, folder))
+    else:
+        group = _processes(launch, job, folder, fault)
+    try:
+        yield group
+    finally:
+        group.close()
+
+
+def _processes(launch: Launch, job: Job, folder: Path, fault: str | None) -> Group:
+    started: list[spmd.Process] = []
+    if launch.type == "torchrun":
+        # torchrun's agent keeps the store; under srun it is rank 0 that does.
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=not agent, wait_for_workers=False)
+        store.set("run", f"{folder.resolve()}\n{fault or ''}")
+    else:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store, port = spmd.own_store()
+        words = [str(launch.deadline), str(folder.resolve()), *([fault] if fault else [])]
+        torch.set_num_threads(spmd.threads_of(job.team.world))
+        with (folder / "run.log").open("ab") as log:
+            started = spmd.start_followers(job.team.world, port, words, log)
+    Together.join(dist.PrefixStore("team", store), 0, job.team.world, launch.deadline)
+    return spmd.Spmd(Worker(job.stages, folder, job.team), store, job.team.world, launch.deadline, started)

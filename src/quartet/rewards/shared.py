@@ -1,0 +1,45 @@
+"""Rewards that several ranks ask for: each its share, and all hear everything."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from quartet.experience import Rollout
+from quartet.rewards.protocol import Reward, RewardError, Score, TokenReward
+from quartet.team import Team
+
+
+class Shared:
+    """A reward of which each rank asks for the scores of its rows. What fails on one rank fails on all."""
+
+    def __init__(self, reward: Reward, team: Team) -> None:
+        self.reward, self.team, self.name = reward, team, reward.name
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        return self._everybodys(rollouts, self.reward.score)
+
+    def _everybodys(self, rollouts: Sequence[Rollout], ask: Callable[[Sequence[Rollout]], Sequence[Any]]) -> list[Any]:
+        rows = self.team.share([len(r.response_ids) for r in rollouts])
+        try:
+            said: Any = [rows, list(ask([rollouts[i] for i in rows])) if rows else []]
+        except RewardError as error:
+            said = str(error)
+        heard = self.team.exchange(said)
+        if failures := [words for words in heard if isinstance(words, str)]:
+            raise RewardError(failures[0])
+        by_row = {row: score for taken, scores in heard for row, score in zip(taken, scores, strict=True)}
+        return [by_row[row] for row in range(len(rollouts))]
+
+
+class SharedTokens(Shared):
+    """One that scores tokens, too."""
+
+    def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        assert isinstance(self.reward, TokenReward)
+        return self._everybodys(rollouts, self.reward.token_scores)
+
+
+def shared(reward: Reward, team: Team) -> Reward:
+    """The reward itself where there is one rank, or where it deals out its rows already."""
+    if team.world == 1 or getattr(reward, "team", None) is team:
+        return reward
+    return SharedTokens(reward, team) if isinstance(reward, TokenReward) else Shared(reward, team)
