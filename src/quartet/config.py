@@ -146,6 +146,30 @@ class Rollout(Sampling):
 
     prompts_per_step: int = Field(default=64, ge=1, description="The only batch size a person sets.")
     samples_per_prompt: int = Field(default=1, ge=1, description="Answers to each prompt; group advantages need 2 or more.")
+    staleness: int = Field(
+        default=0,
+        ge=0,
+        description="How many updates old the weights may be that sample, while others are being made. 0: one after the other.",
+    )
+
+
+@part
+class Native:
+    """Answers are sampled here, by the very module that learns."""
+
+    type: Literal["native"] = "native"
+
+
+@part
+class Vllm:
+    """Answers are sampled by vLLM servers, each in an environment of its own."""
+
+    urls: tuple[str, ...] = Field(min_length=1, description='Where they listen, ["http://127.0.0.1:8000"].')
+    type: Literal["vllm"] = "vllm"
+    shared: str | None = Field(
+        default=None, description="The folder through which they get new weights; they read it too. Left out, in the run's."
+    )
+    timeout: float = Field(default=600.0, gt=0, description="Seconds for one answer, and for a server to come back.")
 
 
 @part
@@ -231,6 +255,7 @@ class Config:
     reward: tuple[RewardSource, ...] = ()
     environment: Environment | None = None
     rollout: Rollout = Rollout()
+    generator: Annotated[Native | Vllm, Field(discriminator="type")] = Native()
     optim: Optim = Optim()
     evaluation: Evaluation = Evaluation()
     run: Run = Run()
@@ -251,6 +276,8 @@ class Config:
                 return self.rl_stage is not None
             case "optim":
                 return self.rl_stage is not None or key == "optim.micro_batch_tokens"
+            case "generator":
+                return self.rl_stage is not None
             case "reward" | "environment":
                 return aligns_by_rewards or "evaluation" in self.recipe
             case "rollout":
@@ -431,6 +458,8 @@ class Config:
         if many and self.algorithm is not None and isinstance(self.algorithm.update, TrustRegion):
             problems.append('launch.processes: algorithm.update.type = "trust_region" runs in one process. Use 1.')
         pairwise = any(isinstance(r, JudgeSource) and r.mode == "pairwise" for r in self.reward)
+        if many and self.rollout.staleness:
+            problems.append("rollout.staleness: rollouts and updates at the same time are one process's yet. Use 0.")
         if many and pairwise:
             problems.append('launch.processes: reward.mode = "pairwise" compares answers that ranks have apart. Use "score".')
         if launch.shard:

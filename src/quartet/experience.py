@@ -67,6 +67,8 @@ class Rollout:
     """What an environment gave, on the last token of each turn; 0 elsewhere."""
     greedy_score: float | None = None
     """The score of the greedy response to the same prompt, where the algorithm compares with it."""
+    versions: tuple[int, ...] | None = None
+    """Of the weights that sampled each token, where they may differ; None: `policy_version` for all."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,18 @@ class Experience:
 
         tensors = {f.name: take(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "ids"}
         return Experience(ids=tuple(self.ids[i] for i in indices), **tensors)
+
+
+def rollout_ready(rollout: Rollout) -> dict[str, Any]:
+    """As JSON takes it."""
+    return dataclasses.asdict(rollout)
+
+
+def rollout_from(row: Mapping[str, Any]) -> Rollout:
+    """The rollout again: JSON has lists for tuples."""
+    prompt: dict[str, Any] = {name: tuple(value) if name == "ids" else value for name, value in row["prompt"].items()}
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return Rollout(**plain | {"prompt": Prompt(**prompt)})
 
 
 def said(rows: Batch | Experience, row: int) -> list[int]:

@@ -27,6 +27,7 @@ from quartet.loops.preference import Source, held_out_preference, preference
 from quartet.loops.progress import Progress
 from quartet.loops.reward_model import accuracy_of, pair_accuracy, pair_scores, reward_model
 from quartet.loops.rl import Step, rl
+from quartet.loops.rl_async import Ahead, rl_async
 from quartet.loops.sft import held_out_loss, sft
 from quartet.models.adapters import reference_of
 from quartet.models.heads import ScalarModel
@@ -306,6 +307,7 @@ class RLStage:
     prompts_per_step: int
     num_steps: int
     seed: int
+    staleness: int = 0
 
     @property
     def title(self) -> str:
@@ -313,7 +315,7 @@ class RLStage:
 
     def begin(self, folder: Path) -> Work:
         cast, algorithm, texts = self.cast(folder), Adapting(self.algorithm), TokenTexts(self.tokenizer)
-        prompts = Sampler(self.prompts, self.prompts_per_step, self.seed)
+        prompts, ahead = Sampler(self.prompts, self.prompts_per_step, self.seed), Ahead(self.staleness)
 
         def probe(number: int) -> None:
             if not cast.probes:
@@ -327,17 +329,9 @@ class RLStage:
                 probe(0)
             else:
                 cast.generator.load_weights(cast.learner.weights())
-            for step in rl(
-                prompts,
-                cast.generator,
-                self.sampling,
-                self.samples_per_prompt,
-                cast.rewards,
-                cast.learner,
-                algorithm.now,
-                self.num_steps,
-                done,
-            ):
+            players = prompts, cast.generator, self.sampling, self.samples_per_prompt, cast.rewards, cast.learner
+            loop = rl_async(*players, algorithm.now, self.num_steps, ahead, done) if self.staleness else None
+            for step in loop or rl(*players, algorithm.now, self.num_steps, done):
                 algorithm.now = step.algorithm
                 if step.number % math.ceil(self.num_steps / PROBED_TIMES) == 0 or step.number == self.num_steps:
                     probe(step.number)
@@ -358,6 +352,8 @@ class RLStage:
             "prompts": prompts,
             "algorithm": algorithm,
         }
+        if self.staleness:
+            players["ahead"] = ahead
         return Work(steps, finish, players, list(cast.learner.optimizers.values()), cast.learner.budget)
 
 

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -26,6 +26,7 @@ from quartet.config import (
     Sft,
     SharedCritic,
     TrainTokenizer,
+    Vllm,
     json_ready,
 )
 from quartet.data import DataError
@@ -38,13 +39,26 @@ from quartet.data.tokenizer import train_tokenizer
 from quartet.experience import Prompt, Rollout
 from quartet.faults import FAULTS
 from quartet.generation.episodes import Environment, Episodes
+from quartet.generation.led import Led
 from quartet.generation.native import NativeGenerator
-from quartet.generation.protocol import Generator
+from quartet.generation.protocol import Generator, Weights
+from quartet.generation.vllm import VllmGenerator
 from quartet.loops.collect import answers
 from quartet.loops.preference import OnlinePairs
 from quartet.memory import micro_batch_tokens, policy_parameters
 from quartet.models.actor_critic import ActorCritic, Separate, Shared, pad_token_id
-from quartet.models.adapters import CRITIC, POLICY, REWARD, AdapterError, add_adapter, copy_adapter, freeze_layers, reference_of
+from quartet.models.adapters import (
+    CRITIC,
+    POLICY,
+    REWARD,
+    AdapterError,
+    adapters_of,
+    add_adapter,
+    copy_adapter,
+    freeze_layers,
+    merged_state,
+    reference_of,
+)
 from quartet.models.chat import set_chat_template
 from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach
 from quartet.models.language_model import (
@@ -66,7 +80,7 @@ from quartet.rewards.shared import shared
 from quartet.rewards.sources import EnsembleSource, JudgeSource, ModelSource, Source, StepsSource
 from quartet.rewards.worker import load
 from quartet.stages import Cast, Contest, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
-from quartet.team import ALONE, Team
+from quartet.team import ALONE, Team, whole_state
 from quartet.training.checkpoint import GlobalRandom
 from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
@@ -251,6 +265,7 @@ class Workshop:
             prompts_per_step=config.rollout.prompts_per_step,
             num_steps=config.run.steps,
             seed=config.seed,
+            staleness=config.rollout.staleness,
         )
 
     def evaluation_stage(self) -> EvaluationStage:
@@ -328,6 +343,27 @@ class Workshop:
         make, max_turns = self.environment
         return Episodes(turns, self.tokenizer, make, max_turns, self.encoder.max_tokens)
 
+    def _servers(self, actor: Any, folder: Path) -> Generator | None:
+        """Those of other processes, where the config names them; they are given the actor's weights at once."""
+        settings = self.config.generator
+        if not isinstance(settings, Vllm):
+            return None
+
+        def write(place: Path, tensors: Mapping[str, Any]) -> None:
+            actor.save_pretrained(place, state_dict=merged_state(actor) if adapters_of(actor) else dict(tensors))
+            self.tokenizer.save_pretrained(place)
+
+        shared, stops = Path(settings.shared) if settings.shared else folder / "weights", stop_ids(actor, self.tokenizer)
+        made = VllmGenerator(settings.urls, write, shared, self.tokenizer, stops, self.config.seed, settings.timeout)
+        weights = Weights(0, whole_state(actor))
+        if self.team.lead:
+            made.load_weights(weights)
+        turns: Generator = made if self.team.world == 1 else Led(made, self.team)
+        if self.environment is None:
+            return turns
+        make, max_turns = self.environment
+        return Episodes(turns, self.tokenizer, make, max_turns, self.encoder.max_tokens)
+
     def _environment(self) -> tuple[Callable[[], Environment], int] | None:
         """What makes one, and how many turns the policy has."""
         table, own = self.config.environment, getattr(self.world, "environment", None)
@@ -346,8 +382,8 @@ class Workshop:
         reference = reference_of(actor) if config.algorithm.needs_reference else None
         judge = self._attached_judge(actor, folder)
         models = self._actor_critic(actor, judge, folder) if config.algorithm.needs_critic else Separate(actor, None)
-        # Sampling reads all weights at every token: where the actor is in parts, it is done by a copy.
-        sampled = copy.deepcopy(actor) if config.launch.shard else actor
+        # Sampling reads all weights at every token. Where the actor is in parts, or learns meanwhile, it is done by a copy.
+        sampled = copy.deepcopy(actor) if config.launch.shard or config.rollout.staleness else actor
         self.spread(actor)
         reference = None if reference is None else self.spread(reference)
         temperature = config.rollout.temperature
@@ -365,7 +401,7 @@ class Workshop:
         )
         rewards = self._rewards(folder, judge, self.team)
         probes, contest = self._probes(sampled, rewards), self._contest(sampled, rewards)
-        generator = self._generator(sampled, self.team, copied=sampled is not actor)
+        generator = self._servers(actor, folder) or self._generator(sampled, self.team, copied=sampled is not actor)
         cast = Cast(learner, generator, rewards, probes, self._watched_texts(), contest)
         if self.fault is not None:
             FAULTS[self.fault](cast)

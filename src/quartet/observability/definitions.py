@@ -134,6 +134,19 @@ DEFINITIONS = (
         "0 but for noise; below it rollouts are greedy or filtered",
     ),
     Definition(
+        "staleness/mean",
+        "staleness",
+        "updates between the weights that sampled a token and those that learn from it, on average",
+        "0 where rollouts wait for updates; at most rollout.staleness",
+    ),
+    Definition("staleness/max", "oldest rollout", "the same, of the oldest token"),
+    Definition(
+        "staleness/thrown_away",
+        "thrown away",
+        "share of response tokens to which the correction gave the weight 0",
+        "above 10 %: sampler and learner are too far apart",
+    ),
+    Definition(
         "policy/win_rate",
         "win rate",
         "share of 32 held-out prompts to which the policy answers better than the one RL started from, by the gold "

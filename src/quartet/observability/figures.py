@@ -66,6 +66,8 @@ CHARTS = (
     Chart("Sampler and learner", ("sampler_mismatch", "ratio/first_error")),
     Chart("Invariants", ("sampler_ratio", "reference/moved", "logratio/abs")),
     Chart("Epochs, skipped updates", ("policy/epochs", "skipped")),
+    Chart("Staleness", ("staleness/mean", "staleness/max")),
+    Chart("Thrown away", ("staleness/thrown_away",), percent=True),
     Chart("Win rate on held-out prompts", ("policy/win_rate",), percent=True),
     Chart("Paid for what it earned", ("advantage/reward_correlation",)),
     Chart("Perplexity on SFT data", ("policy/sft_perplexity",)),

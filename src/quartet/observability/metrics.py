@@ -142,6 +142,16 @@ def earned_correlation(batch: Batch, experience: Experience, update: "Update", w
     return correlation(earned.tolist(), update.row_advantages.tolist())
 
 
+def staleness_metrics(rollouts: Sequence[Rollout], batch: Batch, experience: Experience, version: int) -> dict[str, float]:
+    """How old the weights were that sampled, in updates, and what the correction left out for it. `version`: of the policy
+    that the update began with."""
+    ages = [version - v for r in rollouts for v in (r.versions or (r.policy_version,))]
+    metrics = {"staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages))}
+    if experience.weights is not None:
+        metrics["staleness/thrown_away"] = float(masked_mean((experience.weights == 0).float(), batch.response_mask))
+    return metrics
+
+
 def turns(written: Sequence[bool]) -> int:
     """How many times the policy spoke."""
     return sum(own and not before for before, own in pairwise((False, *written)))

@@ -1,10 +1,11 @@
 """Checkpoints: everything that a stage changes as it goes on, in folders that are whole or not there.
 
-A state is a tree of dictionaries and lists with tensors, numbers and texts for leaves. On disk it is JSON and safetensors; a
-manifest, written last, has their sizes and SHA-256. The folder gets its name when all are on the disk. Tensors that ranks hold
-in parts are written in parts, a file per rank, and read by however many ranks there are then.
+A state is a tree of dictionaries and lists with tensors, numbers, texts and plain records for leaves. On disk it is JSON and
+safetensors; a manifest, written last, has their sizes and SHA-256. The folder gets its name when all are on the disk. Tensors
+that ranks hold in parts are written in parts, a file per rank, and read by however many ranks there are then.
 """
 
+import dataclasses
 import json
 import random
 import shutil
@@ -153,6 +154,8 @@ def parted(state: Tree) -> tuple[Any, dict[str, Tensor]]:
         if isinstance(tree, torch.Tensor):
             tensors[path] = tree.detach() if is_sharded(tree) else tree.detach().contiguous()
             return {SHARDED if is_sharded(tree) else TENSOR: path}
+        if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+            return dataclasses.asdict(tree)
         if isinstance(tree, Mapping):
             return {key: name_tensors(value, f"{path}/{key}" if path else str(key)) for key, value in tree.items()}
         if isinstance(tree, list | tuple):

@@ -1,0 +1,32 @@
+"""A generator that one rank speaks to, for all of a team."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from quartet.experience import Prompt, Rollout, rollout_from, rollout_ready
+from quartet.generation.protocol import Generator, Weights
+from quartet.generation.sampling import Sampling
+from quartet.team import Team
+
+
+class Led:
+    """The lead asks; everybody hears the answers."""
+
+    def __init__(self, generator: Generator, team: Team) -> None:
+        self.generator, self.team = generator, team
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
+        mine: Any = None
+        if self.team.lead:
+            mine = [rollout_ready(r) for r in self.generator.generate(prompts, sampling, samples_per_prompt)]
+        return [rollout_from(row) for row in self.team.exchange(mine)[0]]
+
+    def load_weights(self, weights: Weights) -> None:
+        if self.team.lead:
+            self.generator.load_weights(weights)
+
+    def state(self) -> Any:
+        return self.generator.state()
+
+    def load_state(self, state: Any) -> None:
+        self.generator.load_state(state)

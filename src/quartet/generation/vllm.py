@@ -1,0 +1,264 @@
+"""Answers from servers: vLLM, each in an environment of its own, spoken to over HTTP.
+
+Token ids go out, token ids and log-probs come back; text is never encoded twice. New weights go through a folder that trainer
+and servers share: the server stops, giving back the answers that it was writing, reads the folder and goes on; what was half
+written is continued with the new weights. So every token was sampled by one version, which is known. A server that fails is
+left alone until it answers again, and is then given the newest weights first; its requests go to the others.
+
+The endpoints (vLLM 0.12 and later, started with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs):
+
+    GET  /health
+    POST /v1/completions        prompt as ids, logprobs, return_token_ids
+    POST /pause?mode=abort      answers that are being written come back with finish_reason "abort"
+    POST /collective_rpc        {"method": "reload_weights", "kwargs": {"weights_path": …}}
+    POST /resume
+"""
+
+import contextlib
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from quartet.experience import Prompt, Rollout
+from quartet.generation.protocol import Weights
+from quartet.generation.sampling import Sampling
+
+PAUSE = 0.5
+"""Seconds before a server that failed is asked again."""
+KEPT = 2
+"""Versions of the weights that stay in the shared folder: the newest, and one that somebody may be reading."""
+
+
+class ServersGone(RuntimeError):
+    """No server answers: the message names them and what they said."""
+
+
+@dataclass
+class Server:
+    """One address, and what is known of it."""
+
+    url: str
+    version: int = -1
+    """Of the weights it has; −1: not known."""
+    pushes: int = 0
+    """How often it was given weights."""
+    working: int = 0
+    """Requests that it is answering."""
+    failed: str | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass
+class _Answer:
+    """One answer as it grows: over several requests, where weights came in between."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    finish: str | None = None
+
+
+class VllmGenerator:
+    """A generator whose model is somewhere else."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        save: Callable[[Path, Mapping[str, Any]], None],
+        shared: Path,
+        tokenizer: Any,
+        stop_ids: frozenset[int],
+        seed: int,
+        timeout: float = 600.0,
+        at_once: int = 256,
+    ) -> None:
+        """`save` writes weights as a model folder; `shared` is where, a path that servers read too. `timeout`: seconds for one
+        answer, and for how long one waits until a server is back. `at_once`: requests in flight."""
+        self.servers = [Server(url.rstrip("/")) for url in urls]
+        self.save, self.shared, self.tokenizer, self.seed, self.timeout = save, shared, tokenizer, seed, timeout
+        self.stop_ids = sorted(stop_ids)
+        self.version, self.calls = 0, 0
+        self.pool = ThreadPoolExecutor(at_once, "ask")
+        self.client = httpx.Client(timeout=timeout, limits=httpx.Limits(max_connections=None), follow_redirects=False)
+        self._free = threading.Condition()
+
+    def state(self) -> dict[str, int]:
+        return {"version": self.version, "calls": self.calls}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        self.version, self.calls = state["version"], state["calls"]
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self.pool.shutdown()
+        self.client.close()
+
+    # --- answers ---------------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
+        """Random numbers belong to the call and the row, not to the server."""
+        self.calls += 1
+        rows = [(prompt, group, sample) for group, prompt in enumerate(prompts) for sample in range(samples_per_prompt)]
+        seeds = [random.Random(f"{self.seed}/{self.calls}/{row}").getrandbits(31) for row in range(len(rows))]
+        asked = [self.pool.submit(self._written, row[0], sampling, seed) for row, seed in zip(rows, seeds, strict=True)]
+        return [self._rollout(*row, answer.result()) for row, answer in zip(rows, asked, strict=True)]
+
+    def _written(self, prompt: Prompt, sampling: Sampling, seed: int) -> _Answer:
+        """One answer, by however many servers and versions it takes."""
+        answer, until, reason = _Answer(), time.monotonic() + self.timeout, ""
+        while answer.finish is None:
+            server = self._next_server(until, reason)
+            try:
+                self._continue(server, prompt, sampling, seed + len(answer.ids), answer)
+            except (httpx.HTTPError, ValueError, KeyError, TypeError, IndexError) as error:
+                reason = server.failed = _words(error)
+                until = max(until, time.monotonic() + PAUSE)
+            finally:
+                with self._free:
+                    server.working -= 1
+                    self._free.notify_all()
+        return answer
+
+    def _continue(self, server: Server, prompt: Prompt, sampling: Sampling, seed: int, answer: _Answer) -> None:
+        """Ask for the rest of an answer, and take what comes."""
+        request = {
+            "prompt": [*prompt.ids, *answer.ids],
+            "max_tokens": sampling.max_new_tokens - len(answer.ids),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "seed": seed,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+            "stop_token_ids": self.stop_ids,
+        }
+        version, pushes = server.version, server.pushes
+        replied = self.client.post(f"{server.url}/v1/completions", json=request)
+        replied.raise_for_status()
+        choice = replied.json()["choices"][0]
+        ids, logprobs = list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
+        if len(ids) != len(logprobs):
+            raise ValueError(f"{len(ids)} token ids came with {len(logprobs)} log-probs")
+        aborted = choice["finish_reason"] == "abort"
+        if server.pushes > pushes and not aborted:  # it came while the server stood still, and was begun afterwards
+            version = server.version
+        elif server.pushes > pushes + 1:
+            return  # begun between two others: nobody knows which weights these are
+        answer.ids += ids
+        answer.logprobs += map(float, logprobs)
+        answer.versions += [version] * len(ids)
+        if choice["finish_reason"] in {"stop", "length"}:
+            answer.finish = choice["finish_reason"]
+        elif not aborted:
+            raise ValueError(f"finish_reason {choice['finish_reason']!r}")
+        elif len(answer.ids) == sampling.max_new_tokens:
+            answer.finish = "length"
+
+    def _next_server(self, until: float, reason: str) -> Server:
+        """The one with the fewest requests, of those that work and have the newest weights."""
+        while True:
+            self._revive()
+            with self._free:
+                usable = [s for s in self.servers if s.failed is None and s.version == self.version]
+                if usable:
+                    server = min(usable, key=lambda s: s.working)
+                    server.working += 1
+                    return server
+                self._free.wait(PAUSE)
+            if time.monotonic() > until:
+                raise self._gone(reason)
+
+    def _rollout(self, prompt: Prompt, group: int, sample: int, answer: _Answer) -> Rollout:
+        before = self.tokenizer.decode(prompt.ids, skip_special_tokens=True)
+        text = self.tokenizer.decode([*prompt.ids, *answer.ids], skip_special_tokens=True)
+        response = (
+            text[len(before) :] if text.startswith(before) else self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+        )
+        return Rollout(
+            id=f"{prompt.id}/{sample}",
+            prompt=prompt,
+            group=group,
+            response_ids=tuple(answer.ids),
+            response=response,
+            logprobs=tuple(answer.logprobs),
+            finish_reason="stop" if answer.ids[-1] in self.stop_ids else "length",
+            policy_version=answer.versions[0],
+            versions=tuple(answer.versions),
+        )
+
+    # --- weights ---------------------------------------------------------------------------------------------------------
+
+    def load_weights(self, weights: Weights) -> None:
+        """Write them where the servers read, and have each read them. May come while answers are being written."""
+        beside = self.shared / f".{weights.version:08d}"
+        shutil.rmtree(beside, ignore_errors=True)
+        self.save(beside, weights.tensors)
+        folder = self._folder(weights.version)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+        self.version = weights.version
+        for server in self.servers:
+            if server.failed is None:
+                self._push(server)
+        if all(server.failed for server in self.servers):
+            self._revive()
+        for old in sorted(self.shared.glob("[0-9]*"))[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _folder(self, version: int) -> Path:
+        return self.shared / f"{version:08d}"
+
+    def _push(self, server: Server) -> None:
+        """Pause, read, go on. A server that cannot is one that failed."""
+        with server.lock:
+            if server.version == self.version and server.failed is None:
+                return
+            version = self.version
+            reload = {"method": "reload_weights", "kwargs": {"weights_path": str(self._folder(version).resolve())}}
+            with self._free:
+                server.version = -1  # nobody asks it now
+            try:
+                self._tell(server, "/pause?mode=abort&clear_cache=true")
+                server.pushes += 1
+                self._tell(server, "/collective_rpc", reload)
+                server.version = version
+                self._tell(server, "/resume")
+                server.failed = None
+            except httpx.HTTPError as error:
+                server.version, server.failed = -1, _words(error)
+        with self._free:
+            self._free.notify_all()
+
+    def _tell(self, server: Server, path: str, request: Any = None) -> None:
+        self.client.post(server.url + path, json=request).raise_for_status()
+
+    def _revive(self) -> None:
+        """Those that failed, if they answer again: with the newest weights."""
+        for server in self.servers:
+            if server.failed is None and server.version == self.version:
+                continue
+            if server.lock.locked():  # somebody is at it
+                continue
+            with contextlib.suppress(httpx.HTTPError):
+                self.client.get(f"{server.url}/health", timeout=PAUSE * 4).raise_for_status()
+                if self._folder(self.version).is_dir():
+                    self._push(server)
+
+    def _gone(self, reason: str) -> ServersGone:
+        said = "; ".join(f"{server.url}: {server.failed or reason or 'has older weights'}" for server in self.servers)
+        return ServersGone(f"no generation server answered for {self.timeout:g} s ({said}). Start one, and resume the run.")
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"answered {error.response.status_code}"
+    return str(error).strip().rstrip(".") or type(error).__name__
