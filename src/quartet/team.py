@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from quartet.tensors import Tensor
 
+HERE = "here/{}"
+"""What a rank writes into the store when it has begun."""
 PATIENCE = 300.0
 """Seconds in which all ranks have begun: they import torch, and may be on slow disks."""
 BUCKET = 25_000_000
@@ -115,8 +117,8 @@ class Together(Team):
     @classmethod
     def join(cls, store: "dist.Store", rank: int, world: int, deadline: float, backend: str = "gloo") -> "Together":
         """`deadline`: seconds after which nobody waits any longer, once all are there."""
-        store.set(f"here/{rank}", "yes")
-        store.wait([f"here/{other}" for other in range(world)], timedelta(seconds=max(deadline, PATIENCE)))
+        store.set(HERE.format(rank), "yes")
+        store.wait([HERE.format(other) for other in range(world)], timedelta(seconds=max(deadline, PATIENCE)))
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=deadline), device_id=None
         )

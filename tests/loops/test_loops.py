@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quartet.algorithms.advantages import Gae
+from quartet.algorithms.correction import Truncated
 from quartet.algorithms.imitation import Pretraining
 from quartet.algorithms.kl import AdaptiveCoef, KLInLoss, KLInReward, NoKL
 from quartet.algorithms.preference import PREFERENCES, LastTokenLoss, PerTokenLoss
@@ -21,6 +22,7 @@ from quartet.loops.collect import collect
 from quartet.loops.preference import OnlinePairs, held_out_preference, preference
 from quartet.loops.reward_model import pair_accuracy, reward_model
 from quartet.loops.rl import rl
+from quartet.loops.rl_async import Ahead, rl_async
 from quartet.loops.sft import held_out_loss, sft
 from quartet.models.actor_critic import Separate, Shared, freeze
 from quartet.models.heads import ScalarModel, ValueHead
@@ -89,7 +91,7 @@ def goodness(prompt, response):
     return float(response.split().count("good") - response.split().count("bad"))
 
 
-def run_rl(preset, critic, steps=30, samples=1, seed=0, algorithm=None):
+def run_rl(preset, critic, steps=30, samples=1, seed=0, algorithm=None, staleness=0):
     actor = model(seed=seed)
     models = {
         "shared": lambda: Shared(actor, ValueHead(actor.config.hidden_size)),
@@ -101,17 +103,11 @@ def run_rl(preset, critic, steps=30, samples=1, seed=0, algorithm=None):
     pretraining = Sampler(demonstrations(), 4, seed) if algorithm.ptx.coef else None
     optim = Optim(lr=3e-3, critic_lr=3e-3, epochs=2, ema=0.9)
     learner = make(models, freeze(copy.deepcopy(actor)), optim, 1.0, steps, seed, pretraining)
-    generator = NativeGenerator(actor, tokenizer(), frozenset({END}), seed)
-    return rl(
-        Sampler(prompts(16), 16, seed),
-        generator,
-        Sampling(max_new_tokens=6),
-        samples,
-        [Weighted(TextReward("goodness", goodness))],
-        learner,
-        algorithm,
-        steps,
-    )
+    sampled = copy.deepcopy(actor) if staleness else actor
+    generator = NativeGenerator(sampled, tokenizer(), frozenset({END}), seed, copied=staleness > 0)
+    rewards = [Weighted(TextReward("goodness", goodness))]
+    players = Sampler(prompts(16), 16, seed), generator, Sampling(max_new_tokens=6), samples, rewards, learner, algorithm, steps
+    return rl_async(*players, Ahead(staleness)) if staleness else rl(*players)
 
 
 def improvement(steps):
@@ -123,6 +119,23 @@ def improvement(steps):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_rl_learns_to_please(preset, critic, samples, seed):
     assert improvement(run_rl(preset, critic, samples=samples, seed=seed)) > 0.8
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rollouts_may_be_older_but_no_older_than_said(staleness, seed):
+    """Each batch is sampled by the weights that there were when the update so many batches before it began."""
+    algorithm = dataclasses.replace(ALGORITHMS["ppo"], correction=Truncated())
+    steps = list(run_rl("ppo", "separate", seed=seed, algorithm=algorithm, staleness=staleness))
+    assert [s.number for s in steps] == list(range(1, 31))
+    for step in steps:
+        assert {r.policy_version for r in step.rollouts} == {max(step.number - 1 - staleness, 0)}
+        assert step.metrics["staleness/max"] == min(step.number - 1, staleness)
+        assert step.metrics["staleness/thrown_away"] == 0
+    assert improvement(steps) > 0.7
+    first, later = steps[0].metrics, steps[staleness].metrics
+    assert first["sampler_ratio"] < 1 + 1e-5 < later["sampler_ratio"], "old log-probs are the learner's, not the sampler's"
+    assert all(s.metrics["ratio/first_error"] < 1e-5 for s in steps)
 
 
 GENTLE = {"minimal": 0.1, "instructgpt": 0.3, "npg": 0.3, "trpo": 0.3}

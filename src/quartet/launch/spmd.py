@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from quartet.team import HERE
 from quartet.worker import Handle, WorkerLost, mapped
 
 BEAT = 1.0
@@ -213,6 +214,15 @@ class Process:
 def threads_of(world: int) -> int:
     """Of each process, where all are on this machine: more than there are cores make every one wait."""
     return max(min(torch.get_num_threads(), (os.cpu_count() or 1) // world), 1)
+
+
+def wait_for(started: Sequence[Process], store: "dist.Store") -> None:
+    """Until all have begun. One that ends before is lost."""
+    for one in started:
+        while not store.check([HERE.format(one.rank)]):
+            if one.process.poll() is not None:
+                raise WorkerLost([one.rank], f"it ended with code {one.process.returncode} before it began; see run.log.")
+            time.sleep(0.02)
 
 
 def own_store() -> "tuple[dist.TCPStore, int]":

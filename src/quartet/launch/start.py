@@ -72,5 +72,6 @@ def _processes(launch: Launch, job: Job, folder: Path, fault: str | None) -> Gro
         torch.set_num_threads(spmd.threads_of(job.team.world))
         with (folder / "run.log").open("ab") as log:
             started = spmd.start_followers(job.team.world, port, words, log)
+    spmd.wait_for(started, dist.PrefixStore("team", store))
     Together.join(dist.PrefixStore("team", store), 0, job.team.world, launch.deadline)
     return spmd.Spmd(Worker(job.stages, folder, job.team), store, job.team.world, launch.deadline, started)
