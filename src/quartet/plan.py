@@ -34,10 +34,9 @@ class Plan:
 
 def plan(config: Config) -> Plan:
     """The models, tokens, memory, disk and time of a run on this machine's CPUs."""
-    vocabulary = _vocabulary(config)
-    policy = policy_parameters(config, vocabulary)
+    policy = policy_parameters(config, vocabulary(config))
     models = _models(config, policy)
-    row = _row_tokens(config)
+    row = row_tokens(config)
     steps, tokens = _work(config, row)
     return Plan(
         models=models,
@@ -76,7 +75,8 @@ def _adapters(config: Config, adapter: int, policy: int | None) -> dict[str, int
     return roles
 
 
-def _vocabulary(config: Config) -> int | None:
+def vocabulary(config: Config) -> int | None:
+    """How many tokens the policy knows, where it can be known before it is loaded."""
     if isinstance(config.policy.tokenizer, TrainTokenizer):
         return config.policy.tokenizer.vocab_size
     if config.policy.create is not None and config.data.world is not None:
@@ -84,7 +84,7 @@ def _vocabulary(config: Config) -> int | None:
     return None
 
 
-def _row_tokens(config: Config) -> tuple[float, float]:
+def row_tokens(config: Config) -> tuple[float, float]:
     """A world knows; of files it is assumed that prompts and responses fill a third of what they may."""
     if config.data.world is not None:
         prompt, response = WORLDS[config.data.world](config.seed).typical_tokens
@@ -120,7 +120,7 @@ def _disk(config: Config, models: dict[str, int | None]) -> float:
     """Model folders, about 25 bytes per token of rollouts, and three numbers per trained parameter (itself, Adam's two) for
     each checkpoint that is kept and for the one being written."""
     folders = ("sft" in config.recipe) + sum(role.partition(" (")[0] in {"policy", "critic", "reward model"} for role in models)
-    written = _answers(config) * sum(_row_tokens(config)) / config.run.keep_every if config.rl_stage else 0
+    written = _answers(config) * sum(row_tokens(config)) / config.run.keep_every if config.rl_stage else 0
     learners = 2 if config.algorithm and config.algorithm.needs_critic and not isinstance(config.critic, SharedCritic) else 1
     kept = 0 if config.policy.adapter else config.run.keep_last + (config.run.keep_best is not None) + 1
     return FLOAT * (models["policy"] or 0) * (folders + 3 * learners * kept) + 25 * written

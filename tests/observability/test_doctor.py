@@ -80,7 +80,7 @@ FAULTS = {
         lambda s: {"policy/win_rate": 0.95 - 0.04 * s},
         "the win rate on held-out prompts fell from 87% to",
     ),
-    doctor.forgets: (lambda s: {"policy/sft_perplexity": 5.0 + 2 * s}, "went from 7 to"),
+    doctor.forgets: (lambda s: {"policy/sft_perplexity": 5.0 + 2 * s, "policy/win_rate": 0.5}, "went from 7 to"),
     doctor.reward_saturates: (lambda s: {"reward/std": 0.8**s}, "no longer tells answers apart"),
 }
 BESIDE = {

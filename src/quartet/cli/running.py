@@ -62,9 +62,19 @@ def plan(
     what: Annotated[str, typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, or a TOML file.")],
     words: Words = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    cluster: Annotated[str | None, typer.Option("--on", metavar="8xh200", help="Plan for these GPUs.")] = None,
+    simulated: Annotated[
+        int | None, typer.Option("--simulate", metavar="STALENESS", help="With --on: play 200 steps, answer by answer.")
+    ] = None,
 ) -> None:
     """Models, memory, tokens, time, and the resolved config with the origin of each value. Loads no model."""
-    _print_plan(_settings(what, words or []), as_json)
+    settings = _settings(what, words or [])
+    if cluster is not None:
+        _print_cluster(settings, cluster, simulated)
+    elif simulated is not None:
+        refuse("--simulate: goes with --on.")
+    else:
+        _print_plan(settings, as_json)
 
 
 @app.command()
@@ -153,6 +163,27 @@ def _print_plan(settings: "Settings", as_json: bool) -> None:
         console.print(f"       disk     {'run folder':<22} ≈ {made.disk / 1e6:>9,.0f} MB")
     console.print()
     console.print(resolved_toml(settings), soft_wrap=True, end="")
+
+
+def _print_cluster(settings: "Settings", words: str, bound: int | None) -> None:
+    import statistics
+
+    from quartet.cluster import Cluster, in_words, plan_cluster, simulated
+
+    try:
+        made = plan_cluster(settings.config, Cluster.of(words))
+    except ValueError as error:
+        refuse(str(error))
+    for line in in_words(made):
+        console.print(line, soft_wrap=True)
+    if bound is not None:
+        found = simulated(made, bound)
+        age = statistics.fmean(found.staleness)
+        console.print(
+            f"played  {found.steps} steps of {found.seconds:,.1f} s with a staleness of at most {bound}: on average {age:.2f}; "
+            f"trainers wait {found.trainer_idle:.0%} of the time, slots of generators {found.generators_idle:.0%}",
+            soft_wrap=True,
+        )
 
 
 def _print_presets() -> None:

@@ -335,8 +335,11 @@ def loses_held_out(history: History) -> str | None:
 
 
 def forgets(history: History) -> str | None:
-    """What SFT taught is lost as the reward is gained: the alignment tax (Ouyang et al. 2022, who mix pretraining texts in)."""
-    seen = history.columns.get("policy/sft_perplexity", [])
+    """What SFT taught is lost as the reward is gained: the alignment tax (Ouyang et al. 2022, who mix pretraining texts in).
+    Where held-out answers get better all the same, nobody misses it."""
+    seen, wins = history.columns.get("policy/sft_perplexity", []), history.recent("policy/win_rate", WIN_RATES)
+    if wins is not None and wins > 0.55:
+        return None
     if len(seen) < 2 or seen[-1] < FORGOTTEN * seen[0] or history.now("kl", 0.0) < 1:
         return None
     return (
