@@ -388,11 +388,13 @@ def simulate(
     begin(0.0)
     while version < steps:
         batch = range(rows * version, rows * (version + 1))
-        while not all(number in ready for number in batch):
+        missing = sum(number not in ready for number in batch)
+        while missing:
             done, number, made_by = heapq.heappop(writing)
             if done > now:
                 waited, now = waited + done - now, done
             ready[number] = made_by
+            missing -= number in batch
             begin(now)
         ages += [version - ready.pop(number) for number in batch]
         end = now + update
