@@ -59,7 +59,9 @@ def alone(tmp_path_factory):
     return metrics(folder, "alone")
 
 
-@pytest.mark.parametrize("launch", [TWO, SHARDED, pytest.param(("launch.shard=true",), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "launch", [SHARDED, *(pytest.param(other, marks=pytest.mark.slow) for other in (TWO, ("launch.shard=true",)))]
+)
 def test_a_run_of_several_ranks_is_the_run_of_one(tmp_path, alone, launch):
     code, said = done(tmp_path, *WORDS, "run.name=x", *launch)
     assert code == 0, said
@@ -175,6 +177,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(tmp
         assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_frozen_is_named_at_the_deadline(tmp_path):
     words = [w for w in WORDS if not w.startswith("launch")]
     process = begun(tmp_path, *words, "run.name=x", *TWO, "launch.deadline=6")

@@ -17,8 +17,8 @@ IN_EVERY_RUN = {
 """The rest, which takes minutes, is in the long suite."""
 
 
-def each(names):
-    return [pytest.param(name, marks=[] if name in IN_EVERY_RUN else pytest.mark.slow) for name in names]
+def each(names, often=IN_EVERY_RUN):
+    return [pytest.param(name, marks=[] if name in often else pytest.mark.slow) for name in names]
 
 
 def test_the_optimum_is_one():
@@ -49,7 +49,7 @@ def test_with_exact_expectations(name):
     assert distance == pytest.approx(published()[name][0], abs=2e-3)
 
 
-@pytest.mark.parametrize("name", each(NAMES))
+@pytest.mark.parametrize("name", each(NAMES, IN_EVERY_RUN - {"grpo", "remax", "reinforce"}))
 def test_with_samples(name):
     distance = sampled(name).distance
     if name not in WHY_NOT:

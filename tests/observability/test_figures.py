@@ -2,6 +2,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,3 +112,17 @@ def test_calibration_of_a_model_that_is_as_sure_as_right():
     line = calibration(pairs)["data"][1]
     assert sum(line["y"][:4]) / 4 == pytest.approx(1 / (1 + math.exp(-0.5)), abs=1e-3)
     assert line["x"][0] == pytest.approx(1 / (1 + math.exp(-0.5))) and line["x"][-1] == pytest.approx(1 / (1 + math.exp(-2.0)))
+
+
+def test_what_is_measured_now_and_then_is_a_line_through_its_points():
+    """And what never changes is drawn as it is: its mean over a window is off by rounding."""
+    series = Series()
+    for step in range(1, 41):
+        now_and_then = {"policy/win_rate": 0.5 + step / 100} if step % 4 == 0 else {}
+        series.add({"step": step, "time": 0.0, "metrics": {"kl/coef": 0.12, **now_and_then}})
+    run = SimpleNamespace(series={"ppo": series}, config={}, warnings=[])
+    [rates] = lines(run, "ppo", "win rate", ["policy/win_rate"])["data"]
+    assert rates["mode"] == "lines+markers" and list(rates["x"]) == list(range(4, 41, 4))
+    assert list(rates["y"]) == pytest.approx([0.5 + step / 100 for step in range(4, 41, 4)])
+    assert smoothed([0.12] * 40) == [0.12] * 40
+    assert {v for line in lines(run, "ppo", "coefficient", ["kl/coef"])["data"] for v in line["y"]} == {0.12}

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from quartet.config import Launch
+from quartet.team import PATIENCE
 from quartet.worker import Handle, Worker, WorkerLost, mapped
 
-PATIENCE = 10.0
+ALIVE = 10.0
 """Seconds in which a rank that is alive says so."""
 
 
@@ -40,7 +41,8 @@ class Rank:
             host, port = probe.getsockname()
         return str(host), int(port)
 
-    def join(self, host: str, port: int, folder: str, fault: str | None) -> None:
+    def join(self, host: str, port: int, here: str, folder: str, fault: str | None) -> None:
+        """`here`: where the driver is, and what its files' names start from."""
         import torch
         import torch.distributed as dist
 
@@ -48,6 +50,7 @@ class Rank:
         from quartet.settings import read_settings
         from quartet.team import Together
 
+        os.chdir(here)
         torch.set_num_threads(1)
         store = dist.TCPStore(host, port, is_master=self.rank == 0, wait_for_workers=False)
         team = Together.join(dist.PrefixStore("team", store), self.rank, self.world, self.deadline)
@@ -73,7 +76,10 @@ class OnRay:
             ray.init(address=launch.address, log_to_driver=False, logging_level="error")
         interface = "lo" if launch.address is None else os.environ.get("GLOO_SOCKET_IFNAME")
         self.placement = ray.util.placement_group([{"CPU": 1}] * self.world, strategy="SPREAD")
-        ray.get(self.placement.ready(), timeout=self.deadline)
+        try:
+            ray.get(self.placement.ready(), timeout=PATIENCE)
+        except ray.exceptions.GetTimeoutError:
+            raise RuntimeError(f"the Ray cluster has no room for {self.world} ranks of one CPU each.") from None
         actor = ray.remote(num_cpus=1, max_concurrency=2)(Rank)
         place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
         self.ranks = [
@@ -82,8 +88,9 @@ class OnRay:
             )
             for rank in range(self.world)
         ]
-        [(host, port)] = self._all([self.ranks[0].address.remote()], [0])
-        self._all([rank.join.remote(host, port, str(folder.resolve()), fault) for rank in self.ranks], range(self.world))
+        [(host, port)] = self._all([self.ranks[0].address.remote()], [0], PATIENCE)
+        where = (host, port, str(Path.cwd()), str(folder.resolve()), fault)
+        self._all([rank.join.remote(*where) for rank in self.ranks], range(self.world), PATIENCE)
 
     def call(self, name: str, *args: Any) -> list[Any]:
         return self.start(name, *args).result()
@@ -123,7 +130,7 @@ class OnRay:
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=wait)
             if not ready:
-                raise self._lost(f"it did not finish within launch.deadline = {self.deadline:g} s.", ranks)
+                raise self._lost(f"it did not finish within {wait:g} s.", ranks)
             try:
                 ray.get(ready[0])
             except ray.exceptions.RayTaskError as error:
@@ -147,7 +154,7 @@ class OnRay:
         import ray
 
         asked = {rank.alive.remote(): number for number, rank in enumerate(self.ranks)}
-        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=PATIENCE)
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ALIVE)
         silent = [number for ref, number in asked.items() if ref not in ready]
         for ref in ready:
             try:

@@ -108,8 +108,13 @@ def lines(run: "Run", stage: str, title: str, names: Sequence[str], percent: boo
     data = []
     for place, name in enumerate(names):
         color = COLORS[place % len(COLORS)]
-        x, y = thinned(list(series.steps), list(series.columns[name]))
         label = definition(name).label
+        there = [(step, v) for step, v in zip(series.steps, series.columns[name], strict=True) if not math.isnan(v)]
+        if len(there) < 0.9 * len(series.steps):  # measured now and then
+            steps, values = zip(*there, strict=True) if there else ((), ())
+            data.append(_line(steps, values, color, {"name": label, "mode": "lines+markers"}))
+            continue
+        x, y = thinned(list(series.steps), list(series.columns[name]))
         smooth = smoothed(y)
         if smooth is not None:
             data.append(_line(x, y, color, {"opacity": 0.25, "hoverinfo": "skip", "showlegend": False}))
@@ -167,7 +172,7 @@ def frontier(run: "Run") -> Spec:
         data.append(_win_rates(series, distance))
         title = "win rate on held-out prompts"
         spec["layout"]["yaxis2"] = _axis(title) | {"overlaying": "y", "side": "right", "range": [0, 1.02], "tickformat": ".0%"}
-        spec["layout"]["yaxis2"]["showgrid"] = False
+        spec["layout"]["yaxis2"] |= {"showgrid": False, "dtick": 0.25, "tick0": 0, "zeroline": False}
     if (onset := overoptimised(series)) is not None:
         at = list(series.steps).index(onset)
         spec["layout"]["shapes"] = [_vertical(distance[at])]
@@ -293,7 +298,9 @@ def finite(values: Sequence[Any]) -> list[Any]:
 
 def smoothed(y: Sequence[float | None], share: float = SMOOTHING) -> list[float] | None:
     """Exponential moving average over a share of the points, its start not biased to 0; None for less than 12 points, or where
-    a number is missing."""
+    a number is missing. What never changes stays as it is, to the bit."""
+    if len(y) >= 12 and len(set(y)) == 1 and y[0] is not None:
+        return [v for v in y if v is not None]
     if len(y) < 12 or any(v is None or not math.isfinite(v) for v in y):
         return None
     keep = 1 - 1 / max(share * len(y), 1.5)
