@@ -89,7 +89,7 @@ class Spmd:
         key, pause = f"done/{self._number}/{rank}", 0.0005
         while not self.store.check([key]):
             time.sleep(pause)
-            pause = min(1.5 * pause, 0.05)
+            pause = min(1.5 * pause, 0.005)
             if lost := self.silent():
                 raise WorkerLost(lost, f"no sign of life for {SILENCE:g} s.")
             if time.monotonic() > until:
