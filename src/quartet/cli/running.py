@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -300,6 +301,7 @@ def _work(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | No
         pipeline.cut_back(since)
     planned = _say_what(settings, job, folder, fault, choice)
     evaluation: dict[str, Any] | None = None
+    began = time.monotonic()
     try:
         with interruption, crew(config.launch, job, folder.path, fault) as group:
             for event in pipeline.run(since, group):
@@ -324,7 +326,13 @@ def _work(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | No
     finally:
         tracking.close()
         screen.close()
-    folder.event("done", peak_bytes=_peak_bytes(), planned_peak_bytes=planned.peak)
+    folder.event(
+        "done",
+        peak_bytes=_peak_bytes(),
+        planned_peak_bytes=planned.peak,
+        seconds=round(time.monotonic() - began, 1),
+        planned_seconds=planned.seconds,
+    )
     folder.close()
     if evaluation:
         for line in sample_lines(evaluation["samples"]):
