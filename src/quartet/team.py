@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from quartet.tensors import Tensor
+from quartet.tensors import Tensor, torch
 
 HERE = "here/{}"
 """What a rank writes into the store when it has begun."""
@@ -115,11 +112,13 @@ class Together(Team):
         self.rank, self.world = rank, world
 
     @classmethod
-    def join(cls, store: "dist.Store", rank: int, world: int, deadline: float, backend: str = "gloo") -> "Together":
+    def join(
+        cls, store: "torch.distributed.Store", rank: int, world: int, deadline: float, backend: str = "gloo"
+    ) -> "Together":
         """`deadline`: seconds after which nobody waits any longer, once all are there."""
         store.set(HERE.format(rank), "yes")
         store.wait([HERE.format(other) for other in range(world)], timedelta(seconds=max(deadline, PATIENCE)))
-        dist.init_process_group(
+        torch.distributed.init_process_group(
             backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=deadline), device_id=None
         )
         return cls(rank, world)
@@ -130,30 +129,30 @@ class Together(Team):
                 continue
             if tensor.dtype == torch.bool:
                 numbers = tensor.to(torch.int32)
-                dist.all_reduce(numbers)
+                torch.distributed.all_reduce(numbers)
                 tensor.copy_(numbers > 0)
             else:
-                dist.all_reduce(tensor)
+                torch.distributed.all_reduce(tensor)
 
     def total(self, *numbers: float) -> list[float]:
         made = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(made)
+        torch.distributed.all_reduce(made)
         return list(map(float, made.tolist()))
 
     def highest(self, number: float) -> float:
         made = torch.tensor(number, dtype=torch.float64)
-        dist.all_reduce(made, dist.ReduceOp.MAX)
+        torch.distributed.all_reduce(made, torch.distributed.ReduceOp.MAX)
         return float(made)
 
     def exchange(self, mine: Any) -> list[Any]:
         said = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(said)]))
+        torch.distributed.all_gather(sizes, torch.tensor([len(said)]))
         longest = max(int(size) for size in sizes)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(said)] = said
         heard = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
-        dist.all_gather(heard, padded)
+        torch.distributed.all_gather(heard, padded)
         return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(heard, sizes, strict=True)]
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -161,7 +160,7 @@ class Together(Team):
         for dtype in sorted({gradient.dtype for gradient in held}, key=str):
             for bucket in _buckets([gradient for gradient in held if gradient.dtype == dtype]):
                 flat = torch.cat([gradient.flatten() for gradient in bucket])
-                dist.all_reduce(flat)
+                torch.distributed.all_reduce(flat)
                 for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                     gradient.copy_(summed.view_as(gradient))
 
