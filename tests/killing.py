@@ -1,6 +1,9 @@
 """Runs that are killed and resumed, in processes forked from one that has loaded everything: `python -m tests.killing`.
 
-    instants SCENARIO TRIALS SEED    kill −9 whole runs at random instants
+    instants SCENARIO TRIALS SEED    kill −9 whole runs, or one of their ranks, at random instants
+    frozen TRIALS SEED               SIGSTOP the second rank at random instants
+    servers KIND TRIALS SEED         kill −9 one of two generation servers at random instants, and start it again; vllm is given
+                                     whole weights, sglang adapters
     soak MINUTES SEED                one long run, killed every minute and resumed, then watched
     mutations                        kill −9 the writing of a checkpoint at each change that it makes to the file system
 
@@ -21,17 +24,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pyarrow.parquet as pq
 import torch
+import uvicorn
 
 import quartet.build
 import quartet.studio.report  # noqa: F401  loaded once, before forks
 from quartet import durable
 from quartet.cli import main
 from quartet.cli.common import RESUMABLE
+from quartet.models.language_model import save
 from quartet.training import checkpoint
 from quartet.training.checkpoint import Checkpoints
+from tests.fake_server import Engine, free_port, make_app
 from tests.tiny_run import SMALL, SMALL_REVIEWS
+from tests.world import model, tokenizer
 
 STEPS = ["run.steps=6", "run.checkpoint_every=2"]
 MINIBATCHES = ["optim.epochs=2", "optim.minibatches=2"]
@@ -44,6 +52,10 @@ SCENARIOS: dict[str, list[str]] = {
     "grpo": ["sums", *SMALL, "policy.create.max_length=32", "sft.steps=5", *STEPS, *MINIBATCHES],
     "dpo": ["file.toml", "sft.steps=3", "run.checkpoint_every=2"],
     "async": [*REVIEWS, "rollout.staleness=2", 'algorithm.correction={type="truncated"}'],
+    "async_lora": [*REVIEWS, "rollout.staleness=1", 'policy.adapter={type="lora", rank=2}'],
+    "lora_sharded": [*REVIEWS, 'policy.adapter={type="lora", rank=2}', "launch.processes=2", "launch.shard=true"],
+    "async_two": [*REVIEWS, "rollout.staleness=1", "launch.processes=2", "launch.deadline=60"],
+    "async_sharded": [*REVIEWS, "rollout.staleness=1", "launch.processes=2", "launch.shard=true", "launch.deadline=60"],
     "two": [*REVIEWS, "launch.processes=2", "launch.deadline=60"],
     "sharded": [*REVIEWS, "launch.processes=2", "launch.shard=true", "launch.deadline=60"],
 }
@@ -136,28 +148,53 @@ def digest(folder: Path) -> dict[str, str]:
     return found | {"events": json.dumps(ours)}
 
 
-def instants(scenario: str, trials: int, seed: int) -> dict[str, object]:
-    """Each trial: a run, killed at up to three random instants and resumed after each, against one that was left alone."""
+def said_to_be_lost(folder: Path) -> list[str]:
+    """The reasons for which a run ended before its time."""
+    [run] = [p for p in (folder / "runs").iterdir() if not p.is_symlink()]
+    lines = (json.loads(line) for line in (run / "events.jsonl").read_text().splitlines())
+    return [e["reason"] for e in lines if e["event"] == "interrupted"]
+
+
+def recorded(folder: Path) -> int:
+    """How far a run has come: the lines of its record."""
+    records = [p / "events.jsonl" for p in (folder / "runs").glob("*") if not p.is_symlink()]
+    return sum(path.read_bytes().count(b"\n") for path in records if path.exists())
+
+
+def wait_for(folder: Path, lines: int, child: int) -> None:
+    """Until a run has come so far, or has ended: its own pace, not the clock's, says when, as other work slows it down."""
+    while recorded(folder) < lines and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.005)
+
+
+def instants(scenario: str, trials: int, seed: int, how: int = signal.SIGKILL) -> dict[str, object]:
+    """Each trial: a run, killed at up to three random instants and resumed after each, against one that was left alone. Where
+    it is frozen instead, it is a rank that others wait for, after it has begun, once."""
     words, rng = SCENARIOS[scenario], random.Random(f"{scenario}/{seed}")
+    frozen, named = how == signal.SIGSTOP, 0
     root = Path(tempfile.mkdtemp())
     alone = root / "alone"
     alone.mkdir()
     began = time.monotonic()
     assert ended(forked(run_in(alone, words))) == 0
     length, expected = time.monotonic() - began, digest(alone)
+    lines = recorded(alone)
     kills, wrong = 0, []
     for trial in range(trials):
         folder = root / str(trial)
         folder.mkdir()
-        times = [rng.uniform(0, length) for _ in range(rng.choice([1, 1, 2, 3]))]
+        times = sorted(rng.uniform(0.2 * frozen, 1) for _ in range(1 if frozen else rng.choice([1, 1, 2, 3])))
         for number, after in enumerate([*times, None]):
             child = forked(run_in(folder, [*words, *(["--resume"] if number else [])]))
             if after is not None:
-                time.sleep(after)
-                victims = [child, *children(child)]
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(rng.choice(victims), signal.SIGKILL)
+                wait_for(folder, int(after * lines), child)
+                time.sleep(rng.uniform(0, 1.5 * length / lines))
+                victims = [*([] if frozen else [child]), *children(child)]
+                with contextlib.suppress(ProcessLookupError, IndexError):
+                    os.kill(rng.choice(victims), how)
             code = ended(child)
+            if frozen and code == RESUMABLE:
+                named += "rank 1 of the run was lost" in said_to_be_lost(folder)[-1]
             kills += code in {-signal.SIGKILL, RESUMABLE}
             if code not in ({0} if after is None else {0, -signal.SIGKILL, RESUMABLE}):
                 wrong.append({"trial": trial, "code": code})
@@ -170,10 +207,65 @@ def instants(scenario: str, trials: int, seed: int) -> dict[str, object]:
         "scenario": scenario,
         "trials": trials,
         "kills": kills,
+        "named": named,
         "seconds": round(length, 1),
         "wrong": wrong,
         "root": str(root),
     }
+
+
+def serving(port: int, model: Path, kind: str) -> int:
+    """The process id of a server that answers."""
+
+    def work() -> None:
+        uvicorn.run(make_app(Engine(model, 0.002), kind), host="127.0.0.1", port=port, log_level="error")
+
+    child = forked(work)
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            httpx.get(f"http://127.0.0.1:{port}/health")
+            return child
+        time.sleep(0.01)
+
+
+def servers(kind: str, trials: int, seed: int) -> dict[str, object]:
+    """Each trial: a run whose answers come from two servers, of which one or the other is killed at up to three random instants and
+    comes back after a moment, against a run whose servers were left alone."""
+    rng, root = random.Random(f"servers/{seed}"), Path(tempfile.mkdtemp())
+    save(model(), tokenizer(), root / "first")
+    ports = [free_port(), free_port()]
+    alive = {port: serving(port, root / "first", kind) for port in ports}
+    urls = ", ".join(f'"http://127.0.0.1:{port}"' for port in ports)
+    adapter = ['policy.adapter={type="lora", rank=2}', "generator.adapter=true"] if kind == "sglang" else []
+    words = [*REVIEWS, f"generator={{type='{kind}', urls=[{urls}]}}", *adapter]
+
+    def trial(name: str, times: list[float]) -> tuple[dict[str, str], float]:
+        (root / name).mkdir()
+        began = time.monotonic()
+        child = forked(run_in(root / name, words))
+        for after in sorted(times):
+            time.sleep(max(began + after - time.monotonic(), 0))
+            port = rng.choice(ports)
+            os.kill(alive[port], signal.SIGKILL)
+            ended(alive[port])
+            time.sleep(rng.uniform(0, 0.5))
+            alive[port] = serving(port, root / "first", kind)
+        assert ended(child) == 0, name
+        return digest(root / name), time.monotonic() - began
+
+    expected, length = trial("alone", [])
+    kills, wrong = 0, []
+    for number in range(trials):
+        times = [rng.uniform(0, length) for _ in range(rng.choice([1, 1, 2, 3]))]
+        found, _ = trial(str(number), times)
+        kills += len(times)
+        if different := [k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)]:
+            wrong.append({"trial": number, "times": times, "different": different})
+        else:
+            shutil.rmtree(root / str(number))
+    for child in alive.values():
+        os.kill(child, signal.SIGKILL)
+    return {"trials": trials, "kills": kills, "seconds": round(length, 1), "wrong": wrong, "root": str(root)}
 
 
 def soak(minutes: float, seed: int) -> dict[str, object]:
@@ -308,5 +400,9 @@ if __name__ == "__main__":
             print(json.dumps(mutations()))
         case ["soak", minutes, seed]:
             print(json.dumps(soak(float(minutes), int(seed)), default=str))
+        case ["frozen", trials, seed]:
+            print(json.dumps(instants("two", int(trials), int(seed), signal.SIGSTOP)))
+        case ["servers", kind, trials, seed]:
+            print(json.dumps(servers(kind, int(trials), int(seed))))
         case ["instants", scenario, trials, seed]:
             print(json.dumps(instants(scenario, int(trials), int(seed))))

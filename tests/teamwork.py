@@ -78,7 +78,7 @@ def watched(optimizer: Optimizer) -> Recording:
 
 def run(team: Team, shard: bool, recomputed: bool = False) -> dict[str, torch.Tensor]:
     """Everything by name: losses, gradients, metrics."""
-    mesh = mesh_of("cpu", team.world) if shard else None
+    mesh = mesh_of("cpu", team) if shard else None
 
     def spread(made: Any) -> Any:
         return made if mesh is None else parallelize(made, mesh)

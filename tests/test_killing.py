@@ -43,3 +43,30 @@ def test_twenty_runs_killed_at_random_instants(scenario):
     """Adaptive KL, several epochs and minibatches, shared and separate critics, adapters, no critic, comparisons made online."""
     found = killing("instants", scenario, "20", "1")
     assert found["wrong"] == [] and found["kills"] >= 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["two", "sharded", "async", "async_lora", "async_two", "async_sharded", "lora_sharded"])
+def test_twenty_runs_of_which_a_rank_is_killed_at_random_instants(scenario):
+    found = killing("instants", scenario, "20", "1")
+    assert found["wrong"] == [] and found["kills"] >= 20
+
+
+@pytest.mark.slow
+def test_twenty_runs_of_which_a_rank_is_frozen():
+    """It is named, and what is resumed afterwards is the run."""
+    found = killing("frozen", "20", "1")
+    assert found["wrong"] == [] and found["named"] == found["kills"] >= 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_twenty_runs_of_which_a_server_is_killed_at_random_instants(kind):
+    """No rollout is lost or learnt from twice: weights and rollouts are those of a run whose servers lived."""
+    found = killing("servers", kind, "20", "1")
+    assert found["wrong"] == [] and found["kills"] >= 20
+
+
+def test_a_run_whose_servers_are_killed_is_the_run_whose_servers_lived():
+    found = killing("servers", "sglang", "1", "0")
+    assert found["wrong"] == [] and found["kills"] >= 1

@@ -6,16 +6,22 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from quartet.build import build
-from quartet.launch.spmd import by_another
+from quartet.build import build, device
+from quartet.launch import spmd
+from quartet.launch.spmd import Spmd, by_another, follow
 from quartet.recipes import recipe_path
 from quartet.settings import ConfigError, read_settings
+from quartet.team import Together
+from quartet.training.descend import NonFinite
 from quartet.worker import Local, WorkerLost, mapped
 from tests.tiny_run import SMALL_REVIEWS
 
@@ -68,6 +74,32 @@ def test_a_run_of_several_ranks_is_the_run_of_one(tmp_path, alone, launch):
     assert_alike(metrics(tmp_path, "x"), alone, 2e-5)
     [run] = (tmp_path / "runs").glob("*-x")
     assert {p.name for p in run.iterdir()} >= {"sft", "reward_model", "policy", "critic", "probes", "report.html"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [SHARDED, TWO])
+def test_so_is_one_of_adapters_on_one_trunk(tmp_path, launch):
+    """Policy, reward model and critic are adapters, the reference is none; what is saved is whole."""
+    words = [*WORDS, "policy.adapter={type='lora',rank=2}", "run.checkpoint_every=6"]
+    for name, more in (("one", ()), ("x", launch)):
+        code, said = done(tmp_path, *words, f"run.name={name}", *more)
+        assert code == 0, said
+    assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
+    for file in ("policy/adapter/adapter_model.safetensors", "policy/model.safetensors", "critic/model.safetensors"):
+        ours, theirs = (load_file(next((tmp_path / "runs").glob(f"*-{name}")) / file) for name in ("x", "one"))
+        assert ours.keys() == theirs.keys()
+        assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [TWO, SHARDED])
+def test_so_is_one_that_samples_while_it_learns(tmp_path, launch):
+    """Two threads of each rank speak to their likes of the other, and neither hears the wrong one."""
+    words = [*WORDS, "rollout.staleness=1", "run.checkpoint_every=6"]
+    for name, more in (("one", ()), ("x", launch)):
+        code, said = done(tmp_path, *words, f"run.name={name}", *more)
+        assert code == 0, said
+    assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
 
 
 @pytest.mark.slow
@@ -203,7 +235,7 @@ def test_what_one_rank_cannot_do_stops_all_with_its_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["launch.shard=true", "policy.adapter={type='lora'}"], "launch.shard = true: is not written for policy.adapter yet"),
+        (["launch.shard=true", "policy.frozen_layers=1"], "launch.shard = true: is not written for policy.frozen_layers yet"),
         (["launch.address='10.0.0.1'"], "launch.address: is a Ray cluster's"),
         (["launch.processes=0"], "launch.processes"),
     ],
@@ -219,11 +251,43 @@ def test_what_several_ranks_cannot_do_is_said(words, sentence):
 
 
 class Doubles:
+    """A worker, and what can go wrong with one."""
+
+    def __init__(self, rank=0):
+        self.rank, self.seen, self.free = rank, [], threading.Event()
+
     def double(self, rows):
+        self.seen.append(rows)
         return [2 * row for row in rows]
+
+    def fail(self, kind):
+        if self.rank == 0:
+            raise RuntimeError("gloo: connection closed by peer")  # what it is told, where another is the cause
+        match kind:
+            case "wrong":
+                raise ValueError("seven is no number of legs")
+            case "not finite":
+                raise NonFinite("the loss")
+        self.free.wait()
 
     def untouched(self):
         return True
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """A group of two in threads; the other worker, and the thread that it is."""
+    monkeypatch.setattr(spmd, "SILENCE", 0.3)
+    monkeypatch.setattr(spmd, "BEAT", 0.05)
+    store, other = dist.HashStore(), Doubles(1)
+    following = threading.Thread(target=follow, args=(other, store, 1))
+    following.start()
+    group = Spmd(Doubles(), store, 2, deadline=20.0)
+    yield group, other, following
+    other.free.set()
+    group.close()
+    following.join(10)
+    assert not following.is_alive()
 
 
 def test_the_three_verbs_in_one_process():
@@ -232,6 +296,44 @@ def test_the_three_verbs_in_one_process():
     assert group.map("double", [5, 1, 4], [1, 1, 1]) == [10, 2, 8]
     assert group.start("double", [3]).result() == [[6]]
     assert group.world == 1 and group.untouched()
+
+
+def test_the_three_verbs_in_two(two):
+    group, other, _ = two
+    assert group.call("double", [1, 2]) == [[2, 4], [2, 4]]
+    assert group.untouched()
+    assert group.map("double", [5, 1, 4], [9, 1, 2]) == [10, 2, 8]
+    assert (group.worker.seen[-1], other.seen[-1]) == ([5], [1, 4])
+    begun = group.start("double", [3])
+    assert not group.untouched()
+    assert begun.result() == [[6], [6]]
+
+
+def test_the_rank_that_failed_is_the_cause_and_ends(two):
+    group, _, following = two
+    with pytest.raises(RuntimeError, match="^rank 1: seven is no number of legs$"):
+        group.call("fail", "wrong")
+    following.join(10)
+    assert not following.is_alive(), "others would wait for it in a collective"
+
+
+def test_numbers_that_are_not_finite_end_no_rank(two):
+    group, other, following = two
+    with pytest.raises(RuntimeError, match="the loss is not finite"):
+        group.call("fail", "not finite")
+    assert group.call("double", [4]) == [[8], [8]] and following.is_alive() and other.seen == [[4]]
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_stuck(two):
+    group, _, _ = two
+    with pytest.raises(WorkerLost, match="rank 1 of the run was lost: no sign of life for 0.3 s"):
+        group.call("fail", "silent")
+    group.store.add("beat/1", 1)
+    beating = threading.Thread(target=lambda: [group.store.add("beat/1", 1) and time.sleep(0.05) for _ in range(40)])
+    beating.start()
+    with pytest.raises(WorkerLost, match="rank 1 of the run was lost: alive, but not where the others waited"):
+        group.call("fail", "silent")
+    beating.join()
 
 
 def test_rows_are_dealt_out_by_tokens_and_come_back_in_order():
@@ -245,12 +347,35 @@ def test_rows_are_dealt_out_by_tokens_and_come_back_in_order():
     assert dealt == [[1], [2, 3, 4]] or sum(map(len, dealt)) == 4
 
 
+def test_a_rank_that_ends_or_does_not_come_before_it_has_begun_is_lost():
+    for command, patience, said in (
+        ("exit 3", 60.0, "ended with code 3 before"),
+        ("sleep 60", 0.2, "did not begin within 0.2 s"),
+    ):
+        process = subprocess.Popen(["sh", "-c", command])
+        with pytest.raises(WorkerLost, match=f"rank 1 of the run was lost: it {said}"):
+            spmd.wait_for([spmd.Process(1, process)], dist.HashStore(), patience)
+        process.kill()
+        process.wait()
+
+
 def test_the_lost_are_named():
     assert str(WorkerLost([2], "gone.")) == "rank 2 of the run was lost: gone."
     assert str(WorkerLost([1, 3], "gone.")) == "ranks 1, 3 of the run were lost: gone."
     assert by_another(RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer")) and not by_another(
         RuntimeError("x")
     )
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch, "empty", lambda size, device: chosen.append(device) or torch.zeros(size))
+    for rank in range(4):
+        device("auto", Together(rank, 4))
+    device("cuda:1", Together(0, 4))
+    assert chosen == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:1"]
 
 
 def test_one_process_builds_no_team():

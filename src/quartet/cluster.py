@@ -8,7 +8,7 @@ import heapq
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from quartet.config import Config, SharedCritic
@@ -21,6 +21,8 @@ COMPUTE = (0.25, 0.5)
 """The part of the makers' dense bf16 rate that training and reading reach: from, to."""
 BANDWIDTH = (0.5, 0.85)
 """The part of the memory's bandwidth that decoding reaches."""
+HOST = 8
+"""GPUs that are near enough to each other to hold one copy together."""
 RESERVED = 0.1
 """Of a GPU's memory, for kernels, communication and what cannot be joined."""
 GB = 1e9
@@ -162,31 +164,54 @@ def training_memory(work: Workload, ranks: int) -> dict[str, float]:
     return roles
 
 
-def generation_memory(work: Workload, gpu: Gpu, count: int, taken: float = 0.0) -> tuple[dict[str, float], int, int]:
-    """Bytes on each GPU that generates, the GPUs that one copy of the weights needs, and rows in flight on each copy. `taken`:
-    what training leaves on the same GPU."""
+@dataclass(frozen=True)
+class Copies:
+    """How the GPUs that generate hold the weights."""
+
+    count: int
+    each: int
+    """GPUs that one copy is divided over."""
+    rows: int
+    """Answers that are written at once by each copy."""
+    memory: dict[str, float]
+    """Bytes on each GPU, by role."""
+
+
+def generation_memory(work: Workload, gpu: Gpu, count: int, taken: float = 0.0) -> list[Copies]:
+    """Every way that fits. An answer holds the pages that it fills: on average its prompt and response. `taken`: what training
+    leaves on the same GPU."""
     room, weights = gpu.memory * (1 - RESERVED) - taken, 2.0 * work.parameters
-    per_row = work.cache_bytes * (work.prompt + work.longest)
-    each = next((2**i for i in range(10) if weights / 2**i + per_row / 2**i < 0.95 * room), 2**10)
-    if each > count:
+    per_row = work.cache_bytes * (work.prompt + work.response)
+    longest = work.cache_bytes * (work.prompt + work.longest)
+    found = []
+    for each in (1, 2, 4, HOST):
+        copies = count // each
+        if copies and (weights + longest) / each < 0.95 * room:
+            rows = int(min((room - weights / each) / (per_row / each), math.ceil(work.rows / copies)))
+            memory = {"weights": weights / each, "keys and values": rows * per_row / each}
+            found.append(Copies(copies, each, max(rows, 1), memory))
+    if not found:
         raise CannotFit(
-            f"generation: {weights / GB:,.0f} GB of weights and {per_row / GB:,.2f} GB for one answer need {each} GPUs, "
-            f"there are {count}."
+            f"generation: {weights / GB:,.0f} GB of weights and {longest / GB:,.2f} GB for one answer do not fit into "
+            f"{count} × {room / GB:,.0f} GB."
         )
-    copies = count // each
-    rows = int(min((room - weights / each) / (per_row / each), math.ceil(work.rows / copies)))
-    return {"weights": weights / each, "keys and values": rows * per_row / each}, each, max(rows, 1)
+    return found
 
 
 # --- time ------------------------------------------------------------------------------------------------------------------
 
 
-def generating(work: Workload, gpu: Gpu, count: int, taken: float = 0.0) -> tuple[Span, str]:
-    """Seconds to sample one step's answers on so many GPUs, and what binds: a token of every row costs one reading of the
-    weights and of the rows' keys and values, or its arithmetic, whichever is longer. Never less than the longest answer."""
-    _, each, rows = generation_memory(work, gpu, count, taken)
-    copies = count // each
-    rounds = math.ceil(work.rows / (rows * copies))
+def generating(work: Workload, gpu: Gpu, count: int, taken: float = 0.0) -> tuple[Span, str, Copies]:
+    """Seconds to sample one step's answers on so many GPUs, what binds, and the copies with which it is shortest: a token of
+    every row costs one reading of the weights and of the rows' keys and values, or its arithmetic, whichever is longer. A slot
+    that is free is given the next answer. Never less than the longest answer."""
+    made = [(*_generating(work, gpu, count, copies), copies) for copies in generation_memory(work, gpu, count, taken)]
+    return min(made, key=lambda one: one[0].best + one[0].worst)
+
+
+def _generating(work: Workload, gpu: Gpu, count: int, copies: Copies) -> tuple[Span, str]:
+    each, rows = copies.each, copies.rows
+    turns = max(work.rows / (rows * copies.count), 1.0)
     read = (2.0 * work.parameters + rows * work.cache_bytes * (work.prompt + work.response / 2)) / (gpu.bandwidth * each)
     reckoned = 2.0 * work.parameters * rows / (gpu.flops * each)
     prefill = 2.0 * work.parameters * work.rows * work.prompt / (gpu.flops * count)
@@ -195,7 +220,7 @@ def generating(work: Workload, gpu: Gpu, count: int, taken: float = 0.0) -> tupl
     for compute, bandwidth in zip(reversed(COMPUTE), reversed(BANDWIDTH), strict=True):
         token = max(read / bandwidth, reckoned / compute)
         tail = (work.longest - work.response) * alone / bandwidth  # few rows are left when the longest is written
-        spans.append(rounds * work.response * token + tail + prefill / compute)
+        spans.append(turns * work.response * token + tail + prefill / compute)
     binds = "bandwidth" if read / BANDWIDTH[1] > reckoned / COMPUTE[1] else "compute"
     tail = (work.longest - work.response) * alone / BANDWIDTH[1]
     return Span(*spans), "the longest answer" if tail > spans[0] / 2 else binds
@@ -226,6 +251,7 @@ class Split:
     update: Span
     staleness: int
     binds: str
+    copies: Copies
 
 
 def splits(work: Workload, cluster: Cluster) -> Iterator[Split]:
@@ -237,7 +263,7 @@ def splits(work: Workload, cluster: Cluster) -> Iterator[Split]:
         if sum(memory.values()) > gpu.memory * (1 - RESERVED):
             continue
         try:
-            made, binds = generating(work, gpu, sampling, 0.0 if generators else _at_rest(memory))
+            made, binds, copies = generating(work, gpu, sampling, 0.0 if generators else _at_rest(memory))
         except CannotFit:
             continue
         update = training(work, gpu, trainers)
@@ -245,9 +271,8 @@ def splits(work: Workload, cluster: Cluster) -> Iterator[Split]:
             step, staleness = made.most(update) + pushing(work, gpu), 1
         else:
             step, staleness = made + update, 0
-        yield Split(
-            trainers, generators, step, made, update, staleness, binds if made.best > update.best else "training's compute"
-        )
+        binds = binds if made.best > update.best else "training's compute"
+        yield Split(trainers, generators, step, made, update, staleness, binds, copies)
 
 
 @dataclass(frozen=True)
@@ -321,12 +346,10 @@ def in_words(plan: ClusterPlan) -> Iterator[str]:
             yield f"memory  {role:<26} {size / GB:>8,.2f} GB of {gpu.memory / GB:,.0f} on each GPU that trains"
     unit = FLOAT * plan.work.block / GB
     yield f"        a micro-batch may hold {plan.tokens_that_fit:,} tokens; the largest unit put together is {unit:,.2f} GB"
-    sampling = best.generators or best.trainers
-    taken = 0.0 if best.generators else _at_rest(plan.memory)
-    held, each, rows = generation_memory(plan.work, gpu, sampling, taken)
-    for role, size in held.items():
+    for role, size in best.copies.memory.items():
         yield f"memory  {role:<26} {size / GB:>8,.2f} GB of {gpu.memory / GB:,.0f} on each GPU that generates"
-    yield f"        {sampling // each} copies of the weights over {each} GPUs each, {rows} answers at once"
+    held = best.copies
+    yield f"        {held.count} copies of the weights over {held.each} GPUs each, {held.rows} answers at once by each"
     yield f"push    {plan.push_bytes / GB:,.1f} GB, {pushing(plan.work, gpu)}"
     yield f"in all  {plan.gpu_hours.best:,.1f} to {plan.gpu_hours.worst:,.1f} GPU-hours"
 
@@ -349,7 +372,6 @@ class Simulated:
 
 def simulate(
     slots: int,
-    seconds_of_answer: Sequence[float] | None,
     mean_seconds: float,
     spread: float,
     rows: int,
@@ -359,15 +381,13 @@ def simulate(
     steps: int,
     seed: int = 0,
 ) -> Simulated:
-    """Answers that take as long as they take (log-normal with this mean and spread of the logarithm, or as given), written in
-    `slots` at once; a trainer that takes `rows` at a time, in the order in which they were begun. An answer is only begun if it
-    will be trained on no more than `bound` updates later; until then its slot waits. `push` holds up every slot."""
+    """Answers that take as long as they take (log-normal with this mean and spread of the logarithm), written in `slots` at
+    once; a trainer that takes `rows` at a time, in the order in which they were begun. An answer is only begun if it will be
+    trained on no more than `bound` updates later; until then its slot waits. `push` holds up every slot."""
     rng = random.Random(seed)
     shift = math.log(mean_seconds) - spread**2 / 2
 
-    def duration(number: int) -> float:
-        if seconds_of_answer is not None:
-            return seconds_of_answer[number % len(seconds_of_answer)]
+    def duration() -> float:
         return math.exp(rng.gauss(shift, spread)) if spread else mean_seconds
 
     writing: list[tuple[float, int, int]] = []  # when it will be done, its number, the version that began it
@@ -380,7 +400,7 @@ def simulate(
         """As many as may be: number n is trained on in step n // rows, by the version of that number."""
         nonlocal begun, busy
         while len(writing) < slots and begun // rows <= version + bound and begun < rows * steps:
-            took = duration(begun)
+            took = duration()
             busy += took
             heapq.heappush(writing, (at + took, begun, version))
             begun += 1
@@ -415,12 +435,9 @@ def simulate(
 def simulated(plan: ClusterPlan, bound: int, steps: int = 200, seed: int = 0) -> Simulated:
     """The plan's split, with answers whose lengths vary: the logarithm's spread is 0.8."""
     split, work = plan.best, plan.work
-    sampling = split.generators or split.trainers
-    taken = 0.0 if split.generators else _at_rest(plan.memory)
-    _, each, rows = generation_memory(work, plan.cluster.gpu, sampling, taken)
-    slots = min(rows * (sampling // each), work.rows * max(bound, 1))
+    slots = min(split.copies.rows * split.copies.count, work.rows * max(bound, 1))
     middle = (split.generation.best + split.generation.worst) / 2
     per_answer = middle * slots / work.rows
     update = (split.update.best + split.update.worst) / 2
     push = pushing(work, plan.cluster.gpu).best
-    return simulate(slots, None, per_answer, 0.8, work.rows, update, push, bound, steps, seed)
+    return simulate(slots, per_answer, 0.8, work.rows, update, push, bound, steps, seed)

@@ -161,15 +161,19 @@ class Native:
 
 
 @part
-class Vllm:
-    """Answers are sampled by vLLM servers, each in an environment of its own."""
+class Servers:
+    """Answers are sampled by servers, each in an environment of its own."""
 
     urls: tuple[str, ...] = Field(min_length=1, description='Where they listen, ["http://127.0.0.1:8000"].')
-    type: Literal["vllm"] = "vllm"
+    type: Literal["vllm", "sglang"] = "vllm"
     shared: str | None = Field(
         default=None, description="The folder through which they get new weights; they read it too. Left out, in the run's."
     )
     timeout: float = Field(default=600.0, gt=0, description="Seconds for one answer, and for a server to come back.")
+    adapter: bool = Field(
+        default=False,
+        description="They were started with --enable-lora: the policy's base goes to them once, and then its adapter alone.",
+    )
 
 
 @part
@@ -255,7 +259,7 @@ class Config:
     reward: tuple[RewardSource, ...] = ()
     environment: Environment | None = None
     rollout: Rollout = Rollout()
-    generator: Annotated[Native | Vllm, Field(discriminator="type")] = Native()
+    generator: Annotated[Native | Servers, Field(discriminator="type")] = Native()
     optim: Optim = Optim()
     evaluation: Evaluation = Evaluation()
     run: Run = Run()
@@ -435,6 +439,7 @@ class Config:
         if isinstance(self.critic, SeparateCritic) and self.critic.init == "reward_model" and not self.reward_model_source:
             problems.append('critic.init = "reward_model": there is no reward model here. Use "policy" or a folder.')
         problems += self._algorithm_problems(self.algorithm)
+        problems += self._server_problems(self.generator)
         if self.optim.critic_warmup_steps and not self.algorithm.needs_critic:
             problems.append(f"optim.critic_warmup_steps = {self.optim.critic_warmup_steps}: {self.rl_stage} has no critic.")
         rows = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
@@ -448,6 +453,17 @@ class Config:
             )
         return problems
 
+    def _server_problems(self, generator: Native | Servers) -> list[str]:
+        problems = []
+        if isinstance(generator, Servers) and generator.adapter and self.policy.adapter is None:
+            problems.append("generator.adapter = true: the policy is none. Set policy.adapter, or take it out.")
+        if isinstance(generator, Servers) and generator.type == "sglang" and self.rollout.filters:
+            problems.append(
+                'generator.type = "sglang": tells log-probs of the distribution before rollout.top_k and rollout.top_p, '
+                "from which nothing was drawn. Leave those at 0 and 1."
+            )
+        return problems
+
     def _launch_problems(self) -> list[str]:
         launch, problems = self.launch, []
         if launch.address is not None and launch.type != "ray":
@@ -458,13 +474,10 @@ class Config:
         if many and self.algorithm is not None and isinstance(self.algorithm.update, TrustRegion):
             problems.append('launch.processes: algorithm.update.type = "trust_region" runs in one process. Use 1.')
         pairwise = any(isinstance(r, JudgeSource) and r.mode == "pairwise" for r in self.reward)
-        if many and self.rollout.staleness:
-            problems.append("rollout.staleness: rollouts and updates at the same time are one process's yet. Use 0.")
         if many and pairwise:
             problems.append('launch.processes: reward.mode = "pairwise" compares answers that ranks have apart. Use "score".')
         if launch.shard:
             without = {
-                "policy.adapter": self.policy.adapter is not None,
                 "policy.frozen_layers": self.policy.frozen_layers > 0,
                 "optim.ema": self.optim.ema > 0,
                 'recipe = "online_dpo"': self.preference_stage == "online_dpo",

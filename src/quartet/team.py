@@ -100,6 +100,10 @@ class Team:
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Of parameters that every rank holds whole. Where parameters are sharded, the backward pass has done it."""
 
+    def apart(self) -> "Team":
+        """The same ranks for a second thread of each: what they say does not mix with this team's. All must ask."""
+        return self
+
 
 ALONE = Team()
 
@@ -110,18 +114,30 @@ class Together(Team):
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
+        self.group: torch.distributed.ProcessGroup | None = None
+        """None: torch's own, of all processes."""
+        self.deadline = timedelta(seconds=PATIENCE)
 
-    @classmethod
-    def join(
-        cls, store: "torch.distributed.Store", rank: int, world: int, deadline: float, backend: str = "gloo"
-    ) -> "Together":
-        """`deadline`: seconds after which nobody waits any longer, once all are there."""
-        store.set(HERE.format(rank), "yes")
-        store.wait([HERE.format(other) for other in range(world)], timedelta(seconds=max(deadline, PATIENCE)))
+    def join(self, store: "torch.distributed.Store", deadline: float, device: "torch.device") -> None:
+        """Until the others are there. `deadline`: seconds after which nobody waits any longer for what comes then. `device`:
+        where this rank's models are; what travels between GPUs goes by NCCL, all else by gloo."""
+        self.deadline = timedelta(seconds=deadline)
+        store.set(HERE.format(self.rank), "yes")
+        store.wait([HERE.format(other) for other in range(self.world)], timedelta(seconds=max(deadline, PATIENCE)))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=deadline), device_id=None
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=self.rank,
+            world_size=self.world,
+            timeout=self.deadline,
         )
-        return cls(rank, world)
+
+    def apart(self) -> "Together":
+        made = Together(self.rank, self.world)
+        made.deadline, made.group = self.deadline, torch.distributed.new_group(timeout=self.deadline)
+        return made
 
     def add_up(self, *tensors: Tensor | None) -> None:
         for tensor in tensors:
@@ -129,30 +145,30 @@ class Together(Team):
                 continue
             if tensor.dtype == torch.bool:
                 numbers = tensor.to(torch.int32)
-                torch.distributed.all_reduce(numbers)
+                torch.distributed.all_reduce(numbers, group=self.group)
                 tensor.copy_(numbers > 0)
             else:
-                torch.distributed.all_reduce(tensor)
+                torch.distributed.all_reduce(tensor, group=self.group)
 
     def total(self, *numbers: float) -> list[float]:
         made = torch.tensor(numbers, dtype=torch.float64)
-        torch.distributed.all_reduce(made)
+        torch.distributed.all_reduce(made, group=self.group)
         return list(map(float, made.tolist()))
 
     def highest(self, number: float) -> float:
         made = torch.tensor(number, dtype=torch.float64)
-        torch.distributed.all_reduce(made, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(made, torch.distributed.ReduceOp.MAX, group=self.group)
         return float(made)
 
     def exchange(self, mine: Any) -> list[Any]:
         said = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        torch.distributed.all_gather(sizes, torch.tensor([len(said)]))
+        torch.distributed.all_gather(sizes, torch.tensor([len(said)]), group=self.group)
         longest = max(int(size) for size in sizes)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(said)] = said
         heard = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
-        torch.distributed.all_gather(heard, padded)
+        torch.distributed.all_gather(heard, padded, group=self.group)
         return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(heard, sizes, strict=True)]
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -160,7 +176,7 @@ class Together(Team):
         for dtype in sorted({gradient.dtype for gradient in held}, key=str):
             for bucket in _buckets([gradient for gradient in held if gradient.dtype == dtype]):
                 flat = torch.cat([gradient.flatten() for gradient in bucket])
-                torch.distributed.all_reduce(flat)
+                torch.distributed.all_reduce(flat, group=self.group)
                 for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                     gradient.copy_(summed.view_as(gradient))
 

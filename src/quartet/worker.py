@@ -7,14 +7,12 @@ behind processes and machines. What crosses a border are names, paths, and what 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from quartet.loops.progress import Progress
 from quartet.stages import Stage, Summary, Work
 from quartet.team import ALONE, Team, local, shares
 from quartet.training.checkpoint import GlobalRandom, Tree, keep_tensors, parted, read_checkpoint
-
-R = TypeVar("R")
 
 
 class WorkerLost(RuntimeError):
@@ -30,7 +28,7 @@ class WorkerLost(RuntimeError):
 class Handle(Protocol):
     """A call that is under way."""
 
-    def result(self, timeout: float | None = None) -> list[Any]:
+    def result(self) -> list[Any]:
         """What each rank returned. Raises `WorkerLost` after the deadline."""
         ...
 
@@ -67,7 +65,6 @@ class Stepped:
     """None: all steps of the stage are done, or another rank speaks."""
     notes: list[str]
     """What there was to say of memory."""
-    done: bool = False
 
 
 class Worker:
@@ -99,7 +96,7 @@ class Worker:
         work = self._begun()
         progress = next(self._steps, None)
         self._mark()
-        return Stepped(progress if self.team.lead else None, work.notes(), done=progress is None)
+        return Stepped(progress if self.team.lead else None, work.notes())
 
     def finish(self) -> Summary:
         """Leave the results in the run folder, where this rank is the lead; say what came out."""
@@ -178,7 +175,7 @@ class Done:
 
     results: list[Any]
 
-    def result(self, timeout: float | None = None) -> list[Any]:
+    def result(self) -> list[Any]:
         return self.results
 
 

@@ -157,7 +157,7 @@ def test_a_reward_model_on_a_trunk_is_whole_for_others_and_comes_back_to_its_tru
     torch.testing.assert_close(masked_logprobs(actor, TOKENS, MASK), before)
     assert not any(p.requires_grad for p in judge.parameters())
     critic = AdaptedScalar(add_adapter(actor, LORA, CRITIC, seed=0), CRITIC, 0, seed=0)
-    copy_adapter(actor, REWARD, CRITIC)
+    copy_adapter(actor, REWARD, actor, CRITIC)
     critic.head.load_state_dict(judge.head.state_dict())
     critic.centre = judge.centre
     torch.testing.assert_close(critic.scores(TOKENS, lengths), expected)

@@ -23,10 +23,10 @@ from quartet.config import (
     RewardModel,
     Run,
     SeparateCritic,
+    Servers,
     Sft,
     SharedCritic,
     TrainTokenizer,
-    Vllm,
     json_ready,
 )
 from quartet.data import DataError
@@ -38,11 +38,12 @@ from quartet.data.shapes import Purpose
 from quartet.data.tokenizer import train_tokenizer
 from quartet.experience import Prompt, Rollout
 from quartet.faults import FAULTS
+from quartet.generation.dialects import DIALECTS
 from quartet.generation.episodes import Environment, Episodes
 from quartet.generation.led import Led
 from quartet.generation.native import NativeGenerator
 from quartet.generation.protocol import Generator, Weights
-from quartet.generation.vllm import VllmGenerator
+from quartet.generation.servers import ServedGenerator
 from quartet.loops.collect import answers
 from quartet.loops.preference import OnlinePairs
 from quartet.memory import micro_batch_tokens, policy_parameters
@@ -58,6 +59,8 @@ from quartet.models.adapters import (
     freeze_layers,
     merged_state,
     reference_of,
+    save_adapter,
+    working,
 )
 from quartet.models.chat import set_chat_template
 from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach
@@ -80,7 +83,7 @@ from quartet.rewards.shared import shared
 from quartet.rewards.sources import EnsembleSource, JudgeSource, ModelSource, Source, StepsSource
 from quartet.rewards.worker import load
 from quartet.stages import Cast, Contest, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
-from quartet.team import ALONE, Team, whole_state
+from quartet.team import ALONE, Team, Together, is_sharded, whole_state
 from quartet.training.checkpoint import GlobalRandom
 from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
@@ -109,6 +112,8 @@ class Job:
     """What a person should know before it starts."""
     made_with: dict[str, Any]
     """What a resumed run must have in common with this one."""
+    device: torch.device
+    """Where the models are."""
     team: Team = ALONE
 
     def saving(self, run: Run) -> Saving:
@@ -122,7 +127,7 @@ def build(config: Config, fault: str | None = None, team: Team = ALONE) -> Job:
     workshop = Workshop(config, fault, team)
     stages = [workshop.stage(name) for name in config.recipe]
     made_with = {"config": json_ready(config), "data": fingerprints(config), "fault": fault}
-    return Job(stages, workshop.tokenizer, workshop.notes(), made_with, team)
+    return Job(stages, workshop.tokenizer, workshop.notes(), made_with, workshop.device, team)
 
 
 class Workshop:
@@ -136,7 +141,12 @@ class Workshop:
         self.config = config
         self.world: World | None = WORLDS[config.data.world](config.seed) if config.data.world else None
         self.rows = Rows(config, self.world)
-        self.device = device(config.run.device)
+        self.device = device(config.run.device, team)
+        if self.device.type == "cuda" and config.launch.type == "local" and team.world > torch.cuda.device_count():
+            raise ModelError(
+                f"launch.processes = {team.world}: each rank takes a GPU of its own, and this machine has "
+                f'{torch.cuda.device_count()}. For ranks on the CPU set run.device = "cpu".'
+            )
         self.policy_model = existing("policy.model", config.policy.model)
         self.sources = [with_existing_models(source) for source in config.reward]
         self.tokenizer = self._tokenizer()
@@ -213,7 +223,7 @@ class Workshop:
             sampling=self.config.rollout,
             tokenizer=self.tokenizer,
             load_policy=self._plain_policy,
-            make_model=lambda policy: self._spread_scalar(self._new_scalar(policy, REWARD)),
+            make_model=self._judge_to_be,
             loss=settings.loss,
             optimizer=lambda model: stage_optimizer(model, settings),
             num_steps=settings.steps,
@@ -321,17 +331,26 @@ class Workshop:
         self._checkpointed(made.model)
         return made
 
-    def spread(self, model: Any) -> Any:
-        """In parts over the ranks, where the config says so."""
-        if not self.config.launch.shard:
+    def _judge_to_be(self, policy: Any) -> ScalarModel:
+        """A reward model to be trained. The policy will write answers for it, so a trunk that goes into parts is a copy."""
+        trunk = copy.deepcopy(policy) if self.config.launch.shard and self.config.policy.adapter is not None else policy
+        return self._spread_scalar(self._new_scalar(trunk, REWARD))
+
+    def spread(self, model: Any, team: Team | None = None) -> Any:
+        """In parts over the ranks, where the config says so. `team`: who puts it together, if not the run's own."""
+        team = team or self.team
+        if not self.config.launch.shard or not isinstance(team, Together) or any(map(is_sharded, model.parameters())):
             return model
         from quartet.training.parallelize import mesh_of, parallelize
 
-        return parallelize(model, mesh_of(self.device.type, self.team.world))
+        return parallelize(model, mesh_of(self.device.type, team))
 
-    def _spread_scalar(self, scalar: ScalarModel) -> ScalarModel:
-        if self.config.launch.shard:
-            self.spread(scalar.model)
+    def _spread_scalar(self, scalar: ScalarModel, team: Team | None = None) -> ScalarModel:
+        if isinstance(scalar, AdaptedScalar):
+            self.spread(scalar.under.model, team)
+            scalar.look_again()
+        else:
+            self.spread(scalar.model, team)
         return scalar
 
     def _generator(self, model: Any, team: Team = ALONE, copied: bool = False) -> Generator:
@@ -343,22 +362,41 @@ class Workshop:
         make, max_turns = self.environment
         return Episodes(turns, self.tokenizer, make, max_turns, self.encoder.max_tokens)
 
-    def _servers(self, actor: Any, folder: Path) -> Generator | None:
+    def _servers(self, actor: Any, folder: Path, team: Team) -> Generator | None:
         """Those of other processes, where the config names them; they are given the actor's weights at once."""
         settings = self.config.generator
-        if not isinstance(settings, Vllm):
+        if not isinstance(settings, Servers):
             return None
 
+        weights = Weights(0, whole_state(actor))
+
         def write(place: Path, tensors: Mapping[str, Any]) -> None:
-            actor.save_pretrained(place, state_dict=merged_state(actor) if adapters_of(actor) else dict(tensors))
+            if settings.adapter:
+                save_adapter(actor, POLICY, place, tensors)
+            else:
+                actor.save_pretrained(place, state_dict=merged_state(actor, tensors) if adapters_of(actor) else dict(tensors))
+                self.tokenizer.save_pretrained(place)
+
+        def write_base(place: Path) -> None:
+            with working(actor, None):
+                actor.save_pretrained(place, state_dict=merged_state(actor, weights.tensors))
             self.tokenizer.save_pretrained(place)
 
         shared, stops = Path(settings.shared) if settings.shared else folder / "weights", stop_ids(actor, self.tokenizer)
-        made = VllmGenerator(settings.urls, write, shared, self.tokenizer, stops, self.config.seed, settings.timeout)
-        weights = Weights(0, whole_state(actor))
-        if self.team.lead:
+        made = ServedGenerator(
+            DIALECTS[settings.type],
+            settings.urls,
+            write,
+            shared,
+            self.tokenizer,
+            stops,
+            self.config.seed,
+            settings.timeout,
+            save_base=write_base if settings.adapter else None,
+        )
+        if team.lead:
             made.load_weights(weights)
-        turns: Generator = made if self.team.world == 1 else Led(made, self.team)
+        turns: Generator = made if team.world == 1 else Led(made, team)
         if self.environment is None:
             return turns
         make, max_turns = self.environment
@@ -380,11 +418,13 @@ class Workshop:
         assert config.algorithm
         actor = self.starting_policy(folder)
         reference = reference_of(actor) if config.algorithm.needs_reference else None
-        judge = self._attached_judge(actor, folder)
-        models = self._actor_critic(actor, judge, folder) if config.algorithm.needs_critic else Separate(actor, None)
-        # Sampling reads all weights at every token. Where the actor is in parts, or learns meanwhile, it is done by a copy.
+        # Sampling reads all weights at every token. Where the actor is in parts, or learns meanwhile, it is done by a copy, on
+        # which the judge of the answers stands too.
         sampled = copy.deepcopy(actor) if config.launch.shard or config.rollout.staleness else actor
+        judge = self._attached_judge(sampled, folder)
+        models = self._actor_critic(actor, judge, folder) if config.algorithm.needs_critic else Separate(actor, None)
         self.spread(actor)
+        meanwhile = self.team.apart() if config.rollout.staleness else self.team
         reference = None if reference is None else self.spread(reference)
         temperature = config.rollout.temperature
         make = TrustRegionLearner if isinstance(config.algorithm.update, TrustRegion) else Learner
@@ -399,9 +439,9 @@ class Workshop:
             self.micro_batch_tokens,
             self.team,
         )
-        rewards = self._rewards(folder, judge, self.team)
+        rewards = self._rewards(folder, judge, meanwhile)
         probes, contest = self._probes(sampled, rewards), self._contest(sampled, rewards)
-        generator = self._servers(actor, folder) or self._generator(sampled, self.team, copied=sampled is not actor)
+        generator = self._servers(actor, folder, meanwhile) or self._generator(sampled, meanwhile, copied=sampled is not actor)
         cast = Cast(learner, generator, rewards, probes, self._watched_texts(), contest)
         if self.fault is not None:
             FAULTS[self.fault](cast)
@@ -457,7 +497,7 @@ class Workshop:
                 return Shared(actor, ValueHead(actor.config.get_text_config().hidden_size).to(self.device))
             case SeparateCritic():
                 if judge is not None and self.critic_init is None:
-                    return Separate(actor, self._critic_like(judge, actor))
+                    return Separate(actor, self._spread_scalar(self._critic_like(judge, actor)))
                 if self.critic_init == "policy":
                     return Separate(actor, self._spread_scalar(self._new_scalar(actor, CRITIC)))
                 critic = ScalarModel.load(self.critic_init or folder / "reward_model", self.device)
@@ -467,7 +507,7 @@ class Workshop:
     def _critic_like(self, judge: AdaptedScalar, actor: Any) -> ScalarModel:
         """A critic on the same trunk that begins as the reward model."""
         critic = self._new_scalar(actor, CRITIC)
-        copy_adapter(actor, REWARD, CRITIC)
+        copy_adapter(judge.under.model, REWARD, actor, CRITIC)
         critic.head.load_state_dict(judge.head.state_dict())
         critic.centre = judge.centre
         return critic
@@ -506,7 +546,8 @@ class Workshop:
         """The reward as a team asks for it; a reward model is read by all, each its share, and may be in parts."""
         if isinstance(reward, ModelReward) and team is not ALONE:
             reward.team = team
-            self._spread_scalar(reward.model)
+            if not isinstance(reward.model, AdaptedScalar):  # else its trunk is the sampler's
+                self._spread_scalar(reward.model, team)
         return shared(reward, team)
 
     def _check_models(self) -> None:
@@ -579,9 +620,12 @@ def stage_optimizer(model: Any, settings: Sft | RewardModel | Preference) -> Opt
     return Optimizer([p for p in model.parameters() if p.requires_grad], settings, settings.steps)
 
 
-def device(name: str) -> torch.device:
+def device(name: str, team: Team = ALONE) -> torch.device:
+    """What the config's name means for this rank: of several GPUs each rank has one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{team.rank % torch.cuda.device_count()}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

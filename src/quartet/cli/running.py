@@ -67,10 +67,15 @@ def plan(
     simulated: Annotated[
         int | None, typer.Option("--simulate", metavar="STALENESS", help="With --on: play 200 steps, answer by answer.")
     ] = None,
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Run a few steps of each stage here, twice, and reckon the time from them.")
+    ] = False,
 ) -> None:
     """Models, memory, tokens, time, and the resolved config with the origin of each value. Loads no model."""
     settings = _settings(what, words or [])
-    if cluster is not None:
+    if measured:
+        _print_measured(settings)
+    elif cluster is not None:
         _print_cluster(settings, cluster, simulated)
     elif simulated is not None:
         refuse("--simulate: goes with --on.")
@@ -164,6 +169,18 @@ def _print_plan(settings: "Settings", as_json: bool) -> None:
         console.print(f"       disk     {'run folder':<22} ≈ {made.disk / 1e6:>9,.0f} MB")
     console.print()
     console.print(resolved_toml(settings), soft_wrap=True, end="")
+
+
+def _print_measured(settings: "Settings") -> None:
+    from quartet.measure import STEPS, in_words, measure
+
+    config = settings.config
+    if config.launch.processes > 1 or config.launch.shard or config.launch.type != "local":
+        refuse("--measure: measures one process. Leave [launch] out.")
+    without_progress_bars()
+    console.print(f"running {STEPS} steps of each stage, twice")
+    for line in in_words(config, measure(config)):
+        console.print(line, soft_wrap=True)
 
 
 def _print_cluster(settings: "Settings", words: str, bound: int | None) -> None:
@@ -303,7 +320,7 @@ def _work(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | No
     evaluation: dict[str, Any] | None = None
     began = time.monotonic()
     try:
-        with interruption, crew(config.launch, job, folder.path, fault) as group:
+        with interruption, crew(config, job, folder.path, fault) as group:
             for event in pipeline.run(since, group):
                 screen.show(event)
                 if isinstance(event, Finished) and event.stage.name == "evaluation":
@@ -346,7 +363,7 @@ def _say_what(settings: "Settings", job: "Job", folder: "RunFolder", fault: str 
     from quartet.plan import in_words
     from quartet.plan import plan as make_plan
 
-    console.print(_first_line(settings, folder.path), soft_wrap=True)
+    console.print(_first_line(settings, job, folder.path), soft_wrap=True)
     planned = make_plan(settings.config)
     console.print(f"plan   {in_words(planned)}", soft_wrap=True)
     if choice is not None:
@@ -404,12 +421,10 @@ def _build(settings: "Settings", fault: str | None) -> "Job":
         refuse(str(error))
 
 
-def _first_line(settings: "Settings", folder: Path) -> str:
+def _first_line(settings: "Settings", job: "Job", folder: Path) -> str:
     import torch
 
-    from quartet.build import device
-
-    place = device(settings.config.run.device).type
+    place = job.device.type
     threads = f", {torch.get_num_threads()} threads" if place == "cpu" else ""
     return f"quartet {__version__} · {place}{threads} · fp32 · seed {settings.config.seed} · {folder}"
 

@@ -10,6 +10,7 @@ from quartet.experience import Prompt, Rollout
 from quartet.generation.decoders import decoder
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
+from quartet.models.adapters import REWARD
 from quartet.team import ALONE, Team
 from quartet.tensors import Bool, Float, Int, Tensor
 
@@ -38,7 +39,10 @@ class NativeGenerator:
     def load_weights(self, weights: Weights) -> None:
         """Nothing to do where the module is the learner's own."""
         if self.copied:
-            self.model.load_state_dict(weights.tensors)
+            with torch.no_grad():
+                for name, tensor in self.model.state_dict().items():
+                    if f".{REWARD}." not in name:  # the judge may stand on the copy, and never changes
+                        tensor.copy_(weights.tensors[name])
         self.version = weights.version
 
     def state(self) -> dict[str, Any]:

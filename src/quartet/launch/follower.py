@@ -26,8 +26,9 @@ def be_a_rank(host: str, port: int, rank: int, world: int, deadline: float, fold
 
     keep_freed_memory()
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
-    team = Together.join(dist.PrefixStore("team", store), rank, world, deadline)
+    team = Together(rank, world)
     job = build(read_settings(folder / "config.resolved.toml").config, fault, team)
+    team.join(dist.PrefixStore("team", store), deadline, job.device)
     follow(Worker(job.stages, folder, team), store, rank)
     beating.stopped.set()
     dist.destroy_process_group()

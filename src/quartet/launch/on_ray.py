@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quartet.config import Launch
+from quartet.launch.spmd import by_another
 from quartet.team import PATIENCE
 from quartet.worker import Handle, Worker, WorkerLost, mapped
 
@@ -43,7 +44,6 @@ class Rank:
 
     def join(self, host: str, port: int, here: str, folder: str, fault: str | None) -> None:
         """`here`: where the driver is, and what its files' names start from."""
-        import torch
         import torch.distributed as dist
 
         from quartet.build import build
@@ -51,10 +51,10 @@ class Rank:
         from quartet.team import Together
 
         os.chdir(here)
-        torch.set_num_threads(1)
         store = dist.TCPStore(host, port, is_master=self.rank == 0, wait_for_workers=False)
-        team = Together.join(dist.PrefixStore("team", store), self.rank, self.world, self.deadline)
+        team = Together(self.rank, self.world)
         job = build(read_settings(Path(folder) / "config.resolved.toml").config, fault, team)
+        team.join(dist.PrefixStore("team", store), self.deadline, job.device)
         self.worker = Worker(job.stages, Path(folder), team)
 
     def do(self, name: str, *args: Any) -> Any:
@@ -64,7 +64,8 @@ class Rank:
 class OnRay:
     """The group of all actors."""
 
-    def __init__(self, launch: Launch, folder: Path, fault: str | None) -> None:
+    def __init__(self, launch: Launch, device: str, folder: Path, fault: str | None) -> None:
+        """`device`: the config's. Each rank gets a GPU where the cluster has enough, unless it is to be the CPU."""
         import ray
 
         self.world, self.deadline, self._busy = launch.processes, launch.deadline, False
@@ -75,12 +76,15 @@ class OnRay:
         elif self.owner:
             ray.init(address=launch.address, log_to_driver=False, logging_level="error")
         interface = "lo" if launch.address is None else os.environ.get("GLOO_SOCKET_IFNAME")
-        self.placement = ray.util.placement_group([{"CPU": 1}] * self.world, strategy="SPREAD")
+        gpus = int(device != "cpu" and (device != "auto" or ray.cluster_resources().get("GPU", 0) >= self.world))
+        self.placement = ray.util.placement_group([{"CPU": 1, "GPU": gpus}] * self.world, strategy="SPREAD")
         try:
             ray.get(self.placement.ready(), timeout=PATIENCE)
         except ray.exceptions.GetTimeoutError:
-            raise RuntimeError(f"the Ray cluster has no room for {self.world} ranks of one CPU each.") from None
-        actor = ray.remote(num_cpus=1, max_concurrency=2)(Rank)
+            raise RuntimeError(
+                f"the Ray cluster has no room for {self.world} ranks of one {'GPU' if gpus else 'CPU'} each."
+            ) from None
+        actor = ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=2)(Rank)
         place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
         self.ranks = [
             actor.options(scheduling_strategy=place(self.placement, placement_group_bundle_index=rank)).remote(
@@ -88,18 +92,17 @@ class OnRay:
             )
             for rank in range(self.world)
         ]
-        [(host, port)] = self._all([self.ranks[0].address.remote()], [0], PATIENCE)
+        [(host, port)] = self._all([self.ranks[0].address.remote()])
         where = (host, port, str(Path.cwd()), str(folder.resolve()), fault)
-        self._all([rank.join.remote(*where) for rank in self.ranks], range(self.world), PATIENCE)
+        self._all([rank.join.remote(*where) for rank in self.ranks])
 
     def call(self, name: str, *args: Any) -> list[Any]:
         return self.start(name, *args).result()
 
     def map(self, name: str, rows: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
         def call(dealt: list[list[Any]]) -> list[list[Any]]:
-            return self._all(
-                [rank.do.remote(name, mine) for rank, mine in zip(self.ranks, dealt, strict=True)], range(self.world)
-            )
+            self._busy = True
+            return self._all([rank.do.remote(name, mine) for rank, mine in zip(self.ranks, dealt, strict=True)])
 
         return mapped(rows, lengths, self.world, call)
 
@@ -121,33 +124,35 @@ class OnRay:
         if self.owner:
             ray.shutdown()
 
-    def _all(self, asked: Sequence[Any], ranks: Sequence[int], timeout: float | None = None) -> list[Any]:
-        """What each of them says. One that fails is the cause, unless it failed for another that is gone."""
+    def _all(self, asked: Sequence[Any]) -> list[Any]:
+        """What each of them says, however long it takes, as long as all are alive: that is asked at every deadline."""
         import ray
 
-        wait = self.deadline if timeout is None else timeout
-        waiting, failed = list(asked), None
+        waiting = list(asked)
         while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1, timeout=wait)
-            if not ready:
-                raise self._lost(f"it did not finish within {wait:g} s.", ranks)
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=self.deadline)
+            if not ready and (dead := self._dead()):
+                raise WorkerLost(dead, f"no sign of life for {ALIVE:g} s.")
             try:
-                ray.get(ready[0])
+                ray.get(ready)
             except ray.exceptions.RayTaskError as error:
-                failed = failed or error
-                waiting = waiting[:0] if not self._dead() else waiting
-                break
+                raise self._cause(error.as_instanceof_cause(), asked) from None
             except ray.exceptions.RayActorError:
-                raise self._lost("its process is gone.", ranks) from None
-        if failed is not None:
-            from quartet.launch.spmd import by_another
-
-            cause = failed.as_instanceof_cause()
-            if by_another(cause) and (dead := self._dead()):
-                raise WorkerLost(dead, "its process is gone.") from None
-            raise cause
+                raise WorkerLost(self._dead() or [list(asked).index(ready[0])], "its process is gone.") from None
         self._busy = False
         return list(ray.get(list(asked)))
+
+    def _cause(self, error: Exception, asked: Sequence[Any]) -> Exception:
+        """Why one could not go on: others that are lost, or itself."""
+        import ray
+
+        if not by_another(error):
+            return error
+        if dead := self._dead():
+            return WorkerLost(dead, "its process is gone.")
+        _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ALIVE)
+        stuck = [rank for rank, one in enumerate(asked) if one in silent]
+        return WorkerLost(stuck, f"alive, but not where the others waited for it ({error}).") if stuck else error
 
     def _dead(self) -> list[int]:
         """Ranks that do not say within a while that they are alive."""
@@ -163,14 +168,11 @@ class OnRay:
                 silent.append(asked[ref])
         return sorted(silent)
 
-    def _lost(self, why: str, ranks: Sequence[int]) -> WorkerLost:
-        return WorkerLost(self._dead() or list(ranks), why)
-
 
 @dataclass
 class _Later:
     group: OnRay
     asked: Sequence[Any]
 
-    def result(self, timeout: float | None = None) -> list[Any]:
-        return self.group._all(self.asked, range(self.group.world), timeout)
+    def result(self) -> list[Any]:
+        return self.group._all(self.asked)

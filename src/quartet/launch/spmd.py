@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from quartet.team import HERE
+from quartet.training.descend import NonFinite
 from quartet.worker import Handle, WorkerLost, mapped
 
 BEAT = 1.0
@@ -79,22 +80,24 @@ class Spmd:
         try:
             results = [method(*args)]
         except RuntimeError as error:
-            raise self._cause(error) from error
+            cause = self._cause(error)
+            if cause is error:
+                raise
+            raise cause from error
         until = time.monotonic() + self.deadline
         results += [self._heard(rank, until) for rank in range(1, self.world)]
         self._busy = False
         return results
 
     def _heard(self, rank: int, until: float) -> Any:
-        key, pause = f"done/{self._number}/{rank}", 0.0005
-        while not self.store.check([key]):
+        pause = 0.0005
+        while (said := self._said(rank)) is None:
             time.sleep(pause)
             pause = min(1.5 * pause, 0.005)
             if lost := self.silent():
                 raise WorkerLost(lost, f"no sign of life for {SILENCE:g} s.")
             if time.monotonic() > until:
                 raise WorkerLost([rank], f"it did not finish within launch.deadline = {self.deadline:g} s.")
-        said = json.loads(self.store.get(key))
         if "error" in said:
             raise RuntimeError(f"rank {rank}: {said['error']}")
         return said["result"]
@@ -103,17 +106,23 @@ class Spmd:
         """Why this rank could not go on: another that failed, one that is lost, or itself."""
         if not by_another(error):
             return error
-        until = time.monotonic() + SILENCE + BEAT
+        until = time.monotonic() + SILENCE + 2 * BEAT
         while time.monotonic() < until:
-            for rank in range(1, self.world):
-                key = f"done/{self._number}/{rank}"
-                said = json.loads(self.store.get(key)) if self.store.check([key]) else {}
-                if "error" in said and not said["by_another"]:
-                    return RuntimeError(f"rank {rank}: {said['error']}")
+            said = {rank: self._said(rank) for rank in range(1, self.world)}
+            for rank, words in said.items():
+                if words is not None and "error" in words and not words["by_another"]:
+                    return RuntimeError(f"rank {rank}: {words['error']}")
             if lost := self.silent():
                 return WorkerLost(lost, f"no sign of life for {SILENCE:g} s.")
             time.sleep(0.1)
-        return error
+        stuck = [rank for rank, words in said.items() if words is None]
+        return WorkerLost(stuck, f"alive, but not where the others waited for it ({error}).") if stuck else error
+
+    def _said(self, rank: int) -> dict[str, Any] | None:
+        """Of the call that is under way; None: nothing yet."""
+        key = f"done/{self._number}/{rank}"
+        said: dict[str, Any] | None = json.loads(self.store.get(key)) if self.store.check([key]) else None
+        return said
 
     def silent(self) -> list[int]:
         """The ranks that have given no sign of life for so long, as far as this was asked."""
@@ -131,7 +140,7 @@ class _Later:
     name: str
     args: Sequence[Any]
 
-    def result(self, timeout: float | None = None) -> list[Any]:
+    def result(self) -> list[Any]:
         return self.group._done(getattr(self.group.worker, self.name), self.args)
 
 
@@ -139,19 +148,23 @@ class _Later:
 
 
 def follow(worker: Any, store: "dist.Store", rank: int) -> None:
-    """Do what rank 0 says until it says no more."""
+    """Do what rank 0 says until it says no more, or something fails: the connections of a process that ends then tell those who
+    wait for it. (Numbers that are not finite all ranks see alike, and rank 0 may go back to a checkpoint.)"""
     number = 0
     while True:
         number += 1
         words = json.loads(_waited(store, f"call/{number}"))
         if words["name"] is None:
             return
-        args = [words["dealt"][rank]] if "dealt" in words else words["args"]
+        args, failed = [words["dealt"][rank]] if "dealt" in words else words["args"], None
         try:
             said = {"result": plain(getattr(worker, words["name"])(*args))}
         except Exception as error:
+            failed = error
             said = {"error": str(error), "by_another": by_another(error)}
         store.set(f"done/{number}/{rank}", json.dumps(said))
+        if failed is not None and not isinstance(failed, NonFinite):
+            return
 
 
 def by_another(error: Exception) -> bool:
@@ -216,12 +229,15 @@ def threads_of(world: int) -> int:
     return max(min(torch.get_num_threads(), (os.cpu_count() or 1) // world), 1)
 
 
-def wait_for(started: Sequence[Process], store: "dist.Store") -> None:
-    """Until all have begun. One that ends before is lost."""
+def wait_for(started: Sequence[Process], store: "dist.Store", patience: float) -> None:
+    """Until all have begun. One that ends before, or does not come within `patience` seconds, is lost."""
+    until = time.monotonic() + patience
     for one in started:
         while not store.check([HERE.format(one.rank)]):
             if one.process.poll() is not None:
                 raise WorkerLost([one.rank], f"it ended with code {one.process.returncode} before it began; see run.log.")
+            if time.monotonic() > until:
+                raise WorkerLost([one.rank], f"it did not begin within {patience:g} s; see run.log.")
             time.sleep(0.02)
 
 

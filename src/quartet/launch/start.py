@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from quartet.build import Job
-from quartet.config import Launch
+from quartet.config import Config, Launch
 from quartet.launch import spmd
 from quartet.launch.follower import be_a_rank
-from quartet.team import ALONE, Team, Together
+from quartet.team import ALONE, PATIENCE, Team, Together
 from quartet.worker import Group, Local, Worker
 
 
@@ -41,23 +41,23 @@ def follow_the_first(launch: Launch) -> None:
 
 
 @contextlib.contextmanager
-def crew(launch: Launch, job: Job, folder: Path, fault: str | None) -> Iterator[Group]:
+def crew(config: Config, job: Job, folder: Path, fault: str | None) -> Iterator[Group]:
     """Those who do the work, for as long as it takes. What followers print goes to the run's log."""
-    if launch.type == "ray":
+    if config.launch.type == "ray":
         from quartet.launch.on_ray import OnRay
 
-        group: Group = OnRay(launch, folder, fault)
-    elif job.team is ALONE:
+        group: Group = OnRay(config.launch, config.run.device, folder, fault)
+    elif not isinstance(job.team, Together):
         group = Local(Worker(job.stages, folder))
     else:
-        group = _processes(launch, job, folder, fault)
+        group = _processes(config.launch, job.team, job, folder, fault)
     try:
         yield group
     finally:
         group.close()
 
 
-def _processes(launch: Launch, job: Job, folder: Path, fault: str | None) -> Group:
+def _processes(launch: Launch, team: Together, job: Job, folder: Path, fault: str | None) -> Group:
     started: list[spmd.Process] = []
     if launch.type == "torchrun":
         # torchrun's agent keeps the store; under srun it is rank 0 that does.
@@ -69,9 +69,14 @@ def _processes(launch: Launch, job: Job, folder: Path, fault: str | None) -> Gro
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store, port = spmd.own_store()
         words = [str(launch.deadline), str(folder.resolve()), *([fault] if fault else [])]
-        torch.set_num_threads(spmd.threads_of(job.team.world))
+        torch.set_num_threads(spmd.threads_of(team.world))
         with (folder / "run.log").open("ab") as log:
-            started = spmd.start_followers(job.team.world, port, words, log)
-    spmd.wait_for(started, dist.PrefixStore("team", store))
-    Together.join(dist.PrefixStore("team", store), 0, job.team.world, launch.deadline)
-    return spmd.Spmd(Worker(job.stages, folder, job.team), store, job.team.world, launch.deadline, started)
+            started = spmd.start_followers(team.world, port, words, log)
+    try:
+        spmd.wait_for(started, dist.PrefixStore("team", store), max(launch.deadline, PATIENCE))
+        team.join(dist.PrefixStore("team", store), launch.deadline, job.device)
+    except BaseException:
+        for one in started:
+            one.end()
+        raise
+    return spmd.Spmd(Worker(job.stages, folder, team), store, team.world, launch.deadline, started)

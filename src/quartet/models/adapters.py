@@ -8,7 +8,7 @@ and further roles are further adapters (`Under(model, "critic")`): one trunk, fo
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quartet.models.lora import Lora
-from quartet.team import whole
+from quartet.team import whole_state
 from quartet.tensors import Tensor
 
 POLICY, CRITIC, REWARD = "policy", "critic", "reward"
@@ -101,9 +101,9 @@ def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
     ]
 
 
-def copy_adapter(model: Any, source: str, target: str) -> None:
-    """The weights of one adapter into another of the same shape."""
-    pairs = zip(adapter_parameters(model, source), adapter_parameters(model, target), strict=True)
+def copy_adapter(model: Any, source: str, other: Any, target: str) -> None:
+    """The weights of one adapter into another of the same shape, on the same model or another."""
+    pairs = zip(adapter_parameters(model, source), adapter_parameters(other, target), strict=True)
     with torch.no_grad():
         for theirs, ours in pairs:
             ours.copy_(theirs)
@@ -211,26 +211,34 @@ def matrix(product: Any) -> Tensor:
 
 
 @torch.no_grad()
-def merged_state(model: Any) -> dict[str, Tensor]:
-    """The weights of a model under the adapter that works now, by the names of the model without adapters."""
-    layers = named_layers(model)
+def merged_state(model: Any, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of a model under the adapter that works now, by the names of the model without adapters. `tensors`: its
+    `whole_state`, where that is there already; every rank must ask for it."""
+    layers, tensors = named_layers(model), whole_state(model) if tensors is None else tensors
     state = {}
-    for name, value in model.state_dict().items():
+    for name, value in tensors.items():
         layer, _, rest = name.partition(".base_layer.")
         if rest:
-            state[f"{layer}.{rest}"] = matrix(layers[layer]) if rest == "weight" else value
+            state[f"{layer}.{rest}"] = value + _change(layers[layer], layer, tensors) if rest == "weight" else value
         elif not any(part.startswith("lora_") for part in name.split(".")):
-            state[name] = whole(value)
+            state[name] = value
     return state
 
 
-def save_adapter(model: Any, name: str, folder: Path) -> None:
-    """A folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads."""
-    import peft
+def _change(product: Any, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """What the adapters that work add to a layer's matrix: (alpha / rank) B A."""
+    change = torch.zeros((), device=product.base_layer.weight.device)
+    for name in [] if product._disable_adapters else product.active_adapters:
+        made = tensors[f"{layer}.lora_B.{name}.weight"] @ tensors[f"{layer}.lora_A.{name}.weight"]
+        change = change + (made.T if product.fan_in_fan_out else made) * product.scaling[name]
+    return change
 
+
+def save_adapter(model: Any, name: str, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads. `tensors`: the model's `whole_state`."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = peft.get_peft_model_state_dict(model, adapter_name=name)
-    save_file({_PREFIX + key: value.contiguous() for key, value in state.items()}, folder / _WEIGHTS)
+    ours = {key: value for key, value in tensors.items() if f".lora_A.{name}." in key or f".lora_B.{name}." in key}
+    save_file({_PREFIX + key.replace(f".{name}.", "."): ours[key].contiguous() for key in ours}, folder / _WEIGHTS)
     layers = named_layers(model)
     first = next(iter(layers.values()))
     targets = tuple(sorted({module_name.rpartition(".")[2] for module_name in layers}))

@@ -146,8 +146,12 @@ class AdaptedScalar(ScalarModel):
         nn.Module.__init__(self)
         self.under, self.pad_token_id, self.mean = Under(language_model, adapter), pad_token_id, 0.0
         self.head = nn.Linear(language_model.config.get_text_config().hidden_size, 1, bias=False, device=language_model.device)
-        self.adapted = nn.ParameterList(adapter_parameters(language_model, adapter))
+        self.look_again()
         initialise(self.head, seed)
+
+    def look_again(self) -> None:
+        """For the parameters of its adapter: once the trunk is in parts they are others."""
+        self.adapted = nn.ParameterList(adapter_parameters(self.under.model, str(self.under.adapter)))
 
     @property
     def centre(self) -> float:
@@ -163,16 +167,18 @@ class AdaptedScalar(ScalarModel):
 
     def save(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
         """As a whole, for others; and in `adapter/` what `attach` puts on the same trunk again."""
+        made, tensors = self._whole(), whole_state(self.under.model)
         if not team.lead:
             return
-        self._whole().save(folder, tokenizer)
+        made.save(folder, tokenizer)
         adapter = folder / "adapter"
-        save_adapter(self.under.model, str(self.under.adapter), adapter)
+        save_adapter(self.under.model, str(self.under.adapter), adapter, tensors)
         save_file({"score.weight": self.head.weight}, adapter / HEAD, metadata={"centre": repr(self.mean)})
 
     def save_per_token(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
+        made = self._whole()
         if team.lead:
-            self._whole().save_per_token(folder, tokenizer)
+            made.save_per_token(folder, tokenizer)
 
     def _whole(self) -> ScalarModel:
         with self.under.working():

@@ -130,7 +130,8 @@ def save(model: Any, tokenizer: Any, folder: Path, team: Team = ALONE) -> None:
     """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load. Of a model under an adapter the sum of both is saved, and
     the adapter alone in `adapter/`. Every rank of the team calls it, one writes."""
     adapted = adapters_of(model)
-    state = merged_state(model) if adapted else whole_state(model)
+    tensors = whole_state(model)
+    state = merged_state(model, tensors) if adapted else tensors
     if not team.lead:
         return
     if model.generation_config is not None and model.generation_config.eos_token_id is None:
@@ -138,7 +139,7 @@ def save(model: Any, tokenizer: Any, folder: Path, team: Team = ALONE) -> None:
     model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
     if adapted:
-        save_adapter(model, POLICY, folder / "adapter")
+        save_adapter(model, POLICY, folder / "adapter", tensors)
 
 
 def first_line(error: Exception) -> str:

@@ -13,11 +13,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quartet.models.llama import READ_ON, read_on, written_out
+from quartet.team import Together
 
 
-def mesh_of(device: str, world: int) -> DeviceMesh:
-    """All ranks in a row."""
-    return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+def mesh_of(device: str, team: Together) -> DeviceMesh:
+    """All ranks in a row; they speak among themselves as the team does."""
+    if team.group is not None:
+        return DeviceMesh.from_group(team.group, device, mesh_dim_names=("shard",))
+    return init_device_mesh(device, (team.world,), mesh_dim_names=("shard",))
 
 
 def parallelize(model: Any, mesh: DeviceMesh) -> Any:

@@ -1,17 +1,12 @@
-"""Answers from servers: vLLM, each in an environment of its own, spoken to over HTTP.
+"""Answers from servers: vLLM's or SGLang's, each in an environment of its own, spoken to over HTTP.
 
 Token ids go out, token ids and log-probs come back; text is never encoded twice. New weights go through a folder that trainer
 and servers share: the server stops, giving back the answers that it was writing, reads the folder and goes on; what was half
-written is continued with the new weights. So every token was sampled by one version, which is known. A server that fails is
-left alone until it answers again, and is then given the newest weights first; its requests go to the others.
+written is continued with the new weights. So every token was sampled by one version, which is known. Where the policy is an
+adapter, a server may be given its base once and then the adapters alone, each by a name of its own.
 
-The endpoints (vLLM 0.12 and later, started with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs):
-
-    GET  /health
-    POST /v1/completions        prompt as ids, logprobs, return_token_ids
-    POST /pause?mode=abort      answers that are being written come back with finish_reason "abort"
-    POST /collective_rpc        {"method": "reload_weights", "kwargs": {"weights_path": …}}
-    POST /resume
+A server that fails is left alone until it answers again, and is then given the newest weights first; its requests go to the
+others. What the endpoints are called, `dialects.py` says.
 """
 
 import contextlib
@@ -28,6 +23,7 @@ from typing import Any
 import httpx
 
 from quartet.experience import Prompt, Rollout
+from quartet.generation.dialects import Dialect, Order
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
 
@@ -35,6 +31,8 @@ PAUSE = 0.5
 """Seconds before a server that failed is asked again."""
 KEPT = 2
 """Versions of the weights that stay in the shared folder: the newest, and one that somebody may be reading."""
+BASE = "base"
+"""The folder beside them, of what adapters stand on."""
 
 
 class ServersGone(RuntimeError):
@@ -48,8 +46,6 @@ class Server:
     url: str
     version: int = -1
     """Of the weights it has; −1: not known."""
-    pushes: int = 0
-    """How often it was given weights."""
     working: int = 0
     """Requests that it is answering."""
     failed: str | None = None
@@ -66,11 +62,12 @@ class _Answer:
     finish: str | None = None
 
 
-class VllmGenerator:
+class ServedGenerator:
     """A generator whose model is somewhere else."""
 
     def __init__(
         self,
+        dialect: Dialect,
         urls: Sequence[str],
         save: Callable[[Path, Mapping[str, Any]], None],
         shared: Path,
@@ -79,13 +76,16 @@ class VllmGenerator:
         seed: int,
         timeout: float = 600.0,
         at_once: int = 256,
+        save_base: Callable[[Path], None] | None = None,
     ) -> None:
         """`save` writes weights as a model folder; `shared` is where, a path that servers read too. `timeout`: seconds for one
-        answer, and for how long one waits until a server is back. `at_once`: requests in flight."""
+        answer, and for how long one waits until a server is back. `at_once`: requests in flight. `save_base`: writes a model
+        folder; what `save` writes is then an adapter on it."""
+        self.dialect, self.save_base = dialect, save_base
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.save, self.shared, self.tokenizer, self.seed, self.timeout = save, shared, tokenizer, seed, timeout
         self.stop_ids = sorted(stop_ids)
-        self.version, self.calls = 0, 0
+        self.version, self.calls, self._pushed = 0, 0, False
         self.pool = ThreadPoolExecutor(at_once, "ask")
         self.client = httpx.Client(timeout=timeout, limits=httpx.Limits(max_connections=None), follow_redirects=False)
         self._free = threading.Condition()
@@ -113,14 +113,16 @@ class VllmGenerator:
 
     def _written(self, prompt: Prompt, sampling: Sampling, seed: int) -> _Answer:
         """One answer, by however many servers and versions it takes."""
-        answer, until, reason = _Answer(), time.monotonic() + self.timeout, ""
+        answer, until, failures, reason = _Answer(), time.monotonic() + self.timeout, 0, ""
         while answer.finish is None:
-            server = self._next_server(until, reason)
+            server = self._next_server(max(until, time.monotonic() + PAUSE), reason)
             try:
                 self._continue(server, prompt, sampling, seed + len(answer.ids), answer)
             except (httpx.HTTPError, ValueError, KeyError, TypeError, IndexError) as error:
                 reason = server.failed = _words(error)
-                until = max(until, time.monotonic() + PAUSE)
+                failures += 1
+                if failures > len(self.servers) and time.monotonic() > until:
+                    raise self._gone(reason) from error
             finally:
                 with self._free:
                     server.working -= 1
@@ -129,37 +131,26 @@ class VllmGenerator:
 
     def _continue(self, server: Server, prompt: Prompt, sampling: Sampling, seed: int, answer: _Answer) -> None:
         """Ask for the rest of an answer, and take what comes."""
-        request = {
-            "prompt": [*prompt.ids, *answer.ids],
-            "max_tokens": sampling.max_new_tokens - len(answer.ids),
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            "seed": seed,
-            "logprobs": 0,
-            "return_token_ids": True,
-            "skip_special_tokens": False,
-            "stop_token_ids": self.stop_ids,
-        }
-        version, pushes = server.version, server.pushes
-        replied = self.client.post(f"{server.url}/v1/completions", json=request)
+        version = server.version
+        if version < 0:
+            return  # it was just taken aside, to be given others
+        name = None if self.save_base is None else _name(version)
+        left = sampling.max_new_tokens - len(answer.ids)
+        order = self.dialect.write([*prompt.ids, *answer.ids], left, sampling, self.stop_ids, seed, name)
+        replied = self.client.post(server.url + order.path, json=order.body)
+        if name is not None and replied.is_client_error and server.version != version:
+            return  # it asked for an adapter that was taken off meanwhile
         replied.raise_for_status()
-        choice = replied.json()["choices"][0]
-        ids, logprobs = list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
-        if len(ids) != len(logprobs):
-            raise ValueError(f"{len(ids)} token ids came with {len(logprobs)} log-probs")
-        aborted = choice["finish_reason"] == "abort"
-        if server.pushes > pushes and not aborted:  # it came while the server stood still, and was begun afterwards
-            version = server.version
-        elif server.pushes > pushes + 1:
-            return  # begun between two others: nobody knows which weights these are
-        answer.ids += ids
-        answer.logprobs += map(float, logprobs)
-        answer.versions += [version] * len(ids)
-        if choice["finish_reason"] in {"stop", "length"}:
-            answer.finish = choice["finish_reason"]
-        elif not aborted:
-            raise ValueError(f"finish_reason {choice['finish_reason']!r}")
+        piece = self.dialect.written(replied.json())
+        if piece.finish == "length" and len(piece.ids) < left:
+            raise ValueError(
+                f"it wrote {len(piece.ids)} of {left} tokens: does it read fewer than a prompt and an answer have?"
+            )
+        answer.ids += piece.ids
+        answer.logprobs += piece.logprobs
+        answer.versions += piece.versions if name is None else [version] * len(piece.ids)
+        if piece.finish != "abort":
+            answer.finish = piece.finish
         elif len(answer.ids) == sampling.max_new_tokens:
             answer.finish = "length"
 
@@ -199,12 +190,10 @@ class VllmGenerator:
 
     def load_weights(self, weights: Weights) -> None:
         """Write them where the servers read, and have each read them. May come while answers are being written."""
-        beside = self.shared / f".{weights.version:08d}"
-        shutil.rmtree(beside, ignore_errors=True)
-        self.save(beside, weights.tensors)
-        folder = self._folder(weights.version)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        if self.save_base is not None and not self._pushed:  # a folder from an earlier run may be another's
+            self._write(self.shared / BASE, self.save_base)
+        self._pushed = True
+        self._write(self._folder(weights.version), lambda place: self.save(place, weights.tensors))
         self.version = weights.version
         for server in self.servers:
             if server.failed is None:
@@ -214,32 +203,51 @@ class VllmGenerator:
         for old in sorted(self.shared.glob("[0-9]*"))[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
+    def _write(self, folder: Path, save: Callable[[Path], None]) -> None:
+        """Under its name once it is whole."""
+        beside = folder.with_name(f".{folder.name}")
+        shutil.rmtree(beside, ignore_errors=True)
+        save(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+
     def _folder(self, version: int) -> Path:
-        return self.shared / f"{version:08d}"
+        return self.shared.resolve() / f"{version:08d}"
 
     def _push(self, server: Server) -> None:
         """Pause, read, go on. A server that cannot is one that failed."""
         with server.lock:
             if server.version == self.version and server.failed is None:
                 return
-            version = self.version
-            reload = {"method": "reload_weights", "kwargs": {"weights_path": str(self._folder(version).resolve())}}
+            version, had = self.version, -1 if server.failed else server.version
             with self._free:
                 server.version = -1  # nobody asks it now
             try:
-                self._tell(server, "/pause?mode=abort&clear_cache=true")
-                server.pushes += 1
-                self._tell(server, "/collective_rpc", reload)
+                self._tell(server, self.dialect.pause)
+                if self.save_base is None:
+                    self._tell(server, *self.dialect.read(self._folder(version), version))
+                else:
+                    self._put_on(server, version, had)
                 server.version = version
-                self._tell(server, "/resume")
+                self._tell(server, self.dialect.resume)
                 server.failed = None
             except httpx.HTTPError as error:
                 server.version, server.failed = -1, _words(error)
         with self._free:
             self._free.notify_all()
 
-    def _tell(self, server: Server, path: str, request: Any = None) -> None:
-        self.client.post(server.url + path, json=request).raise_for_status()
+    def _put_on(self, server: Server, version: int, had: int) -> None:
+        """The base, where it is not known to have it; then the adapter alone. An older run may have left one by that name."""
+        if had < 0:
+            self._tell(server, *self.dialect.read(self.shared.resolve() / BASE, version))
+        for old in {had, version} - {-1}:
+            with contextlib.suppress(httpx.HTTPStatusError):
+                self._tell(server, self.dialect.take_off(_name(old)))
+        self._tell(server, self.dialect.put_on(_name(version), self._folder(version)))
+
+    def _tell(self, server: Server, *orders: Order) -> None:
+        for order in orders:
+            self.client.post(server.url + order.path, json=order.body).raise_for_status()
 
     def _revive(self) -> None:
         """Those that failed, if they answer again: with the newest weights."""
@@ -258,7 +266,12 @@ class VllmGenerator:
         return ServersGone(f"no generation server answered for {self.timeout:g} s ({said}). Start one, and resume the run.")
 
 
+def _name(version: int) -> str:
+    """Of an adapter; caches of a server know it by that."""
+    return f"policy-{version}"
+
+
 def _words(error: Exception) -> str:
     if isinstance(error, httpx.HTTPStatusError):
-        return f"answered {error.response.status_code}"
+        return f"answered {error.response.status_code}: {error.response.text[:300]}".rstrip(" :.")
     return str(error).strip().rstrip(".") or type(error).__name__

@@ -1,0 +1,155 @@
+"""How generation servers are spoken to: what vLLM and SGLang call the same things.
+
+Both take token ids and give back ids with log-probs, stop with what was being written (`abort`), read new weights from a
+folder, and put on adapters by name. Where they differ in more than names:
+
+- vLLM's log-probs are of the distribution it draws from (`--logprobs-mode processed_logprobs`), SGLang's of the one before
+  top-k and top-p.
+- vLLM draws by the seed of a request; SGLang only where it was started with `--enable-deterministic-inference`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from quartet.generation.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Order:
+    """One POST."""
+
+    path: str
+    body: Any = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a server has written of an answer."""
+
+    ids: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    """Of the weights that each token was sampled from, as the server was told to call them."""
+    finish: Literal["stop", "length", "abort"]
+
+
+@runtime_checkable
+class Dialect(Protocol):
+    pause: Order
+    """Whatever is being written comes back as it is; what is asked for from now on waits."""
+    resume: Order
+
+    def write(
+        self, ids: Sequence[int], tokens: int, sampling: Sampling, stops: list[int], seed: int, name: str | None
+    ) -> Order:
+        """Go on after `ids` by at most so many tokens; `name`: of the adapter."""
+        ...
+
+    def written(self, reply: Mapping[str, Any]) -> Piece:
+        """Raises KeyError, TypeError, IndexError or ValueError on anything else than an answer."""
+        ...
+
+    def read(self, folder: Path, version: int) -> list[Order]:
+        """New weights from a model folder, and what they are called."""
+        ...
+
+    def put_on(self, name: str, folder: Path) -> Order: ...
+
+    def take_off(self, name: str) -> Order: ...
+
+
+class _Adapters:
+    """Both call them the same, below different addresses."""
+
+    below = ""
+
+    def put_on(self, name: str, folder: Path) -> Order:
+        return Order(f"{self.below}/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+
+    def take_off(self, name: str) -> Order:
+        return Order(f"{self.below}/unload_lora_adapter", {"lora_name": name})
+
+
+class Vllm(_Adapters):
+    """vLLM 0.32, which says what weights a token is from, started with VLLM_SERVER_DEV_MODE=1 and `--enable-scale-out`; for
+    adapters with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and `--enable-lora`."""
+
+    pause, resume = Order("/pause?mode=abort"), Order("/resume")
+    below = "/v1"
+
+    def write(
+        self, ids: Sequence[int], tokens: int, sampling: Sampling, stops: list[int], seed: int, name: str | None
+    ) -> Order:
+        drawing = {
+            "max_tokens": tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "seed": seed,
+            "logprobs": 0,
+            "stop_token_ids": stops,
+            "detokenize": False,
+        }
+        asked = {"token_ids": list(ids), "sampling_params": drawing}
+        return Order("/inference/v1/generate", asked if name is None else {"model": name, **asked})
+
+    def written(self, reply: Mapping[str, Any]) -> Piece:
+        choice = reply["choices"][0]
+        content = choice["logprobs"]["content"] or []
+        logprobs, ids = [token["logprob"] for token in content], choice["token_ids"]
+        return _piece(ids, logprobs, choice.get("weight_versions"), choice["finish_reason"])
+
+    def read(self, folder: Path, version: int) -> list[Order]:
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        return [Order("/collective_rpc", reload), Order("/update_weight_version", {"new_version": str(version)})]
+
+
+class Sglang(_Adapters):
+    """SGLang's own endpoints; for adapters started with `--enable-lora --max-lora-rank … --lora-target-modules all`."""
+
+    pause, resume = Order("/pause_generation", {"mode": "abort"}), Order("/continue_generation", {})
+
+    def write(
+        self, ids: Sequence[int], tokens: int, sampling: Sampling, stops: list[int], seed: int, name: str | None
+    ) -> Order:
+        drawing = {
+            "max_new_tokens": tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "sampling_seed": seed,
+            "stop_token_ids": stops,
+            "skip_special_tokens": False,
+        }
+        asked = {"input_ids": list(ids), "sampling_params": drawing, "return_logprob": True}
+        return Order("/generate", asked if name is None else {"lora_path": name, **asked})
+
+    def written(self, reply: Mapping[str, Any]) -> Piece:
+        meta = reply["meta_info"]
+        rows = meta.get("output_token_logprobs") or []  # aborted before it was begun
+        ids, logprobs = [row[1] for row in rows], [row[0] for row in rows]
+        whole = [{"version": meta["weight_version"], "start": 0, "end": len(ids)}]
+        return _piece(ids, logprobs, meta.get("weight_versions") or whole, meta["finish_reason"]["type"])
+
+    def read(self, folder: Path, version: int) -> list[Order]:
+        asked = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
+        return [Order("/update_weights_from_disk", asked)]
+
+
+DIALECTS: dict[str, Dialect] = {"vllm": Vllm(), "sglang": Sglang()}
+
+
+def _piece(ids: Sequence[int], logprobs: Sequence[float], spans: Sequence[Mapping[str, Any]] | None, finish: Any) -> Piece:
+    """`spans`: versions of the tokens from `start` to before `end`."""
+    versions = [int(span["version"]) for span in spans or [] for _ in range(span["start"], span["end"])]
+    if len(ids) != len(logprobs):
+        raise ValueError(f"{len(ids)} token ids came with {len(logprobs)} log-probs")
+    if len(ids) != len(versions):
+        raise ValueError("it does not say which weights each token is from: is it as new as docs/scaling.md asks?")
+    if finish not in ("stop", "length", "abort"):
+        raise ValueError(f"finish_reason {finish!r}")
+    if not ids and finish != "abort":
+        raise ValueError("an answer came without a token")
+    return Piece(list(map(int, ids)), list(map(float, logprobs)), versions, finish)
