@@ -1,6 +1,7 @@
 """One rank of a team that trains the tiny world: `python -m tests.teamwork RANK WORLD STORE OUT KIND` writes losses and gradients.
 
-KIND is plain, sharded, or selfish: the negative control, in which each rank divides by what it has itself.
+KIND is plain; sharded, or rows: two ranks have a model in parts, and the next two have the same; or selfish: the negative
+control, in which each rank divides by what it has itself.
 """
 
 import copy
@@ -22,11 +23,12 @@ from quartet.loops.reward_model import reward_model
 from quartet.loops.sft import sft
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
-from quartet.team import ALONE, Team, Together, whole
+from quartet.team import ALONE, Team, Together, local, whole, whole_state
 from quartet.training.budget import Budget
 from quartet.training.learner import Learner
 from quartet.training.optim import Descent, Optim, Optimizer
 from quartet.training.parallelize import mesh_of, parallelize
+from quartet.training.trust_region import TrustRegionLearner
 from tests.world import model, prompts, rollout
 
 LENGTHS = [30, 1, 2, 1, 17, 1, 1, 3, 28, 2]
@@ -61,7 +63,7 @@ def double(made: Any) -> Any:
 class Recording(Optimizer):
     """Keeps the gradient of each step, and how it was summed, in `seen`."""
 
-    seen: list[dict[str, torch.Tensor]]
+    seen: tuple[dict[str, torch.Tensor], ...] | list[dict[str, torch.Tensor]] = ()
 
     def clip(self) -> float:
         norm = super().clip()
@@ -76,9 +78,9 @@ def watched(optimizer: Optimizer) -> Recording:
     return optimizer
 
 
-def run(team: Team, shard: bool, recomputed: bool = False) -> dict[str, torch.Tensor]:
-    """Everything by name: losses, gradients, metrics."""
-    mesh = mesh_of("cpu", team) if shard else None
+def run(team: Team, parts: int = 0) -> dict[str, torch.Tensor]:
+    """Everything by name: losses, gradients, metrics. `parts`: over how many ranks a model is divided."""
+    mesh = mesh_of("cpu", team, parts) if parts else None
 
     def spread(made: Any) -> Any:
         return made if mesh is None else parallelize(made, mesh)
@@ -116,7 +118,7 @@ def run(team: Team, shard: bool, recomputed: bool = False) -> dict[str, torch.Te
         if critic is not None:
             spread(critic.model)
         actor, reference = double(model()), freeze(double(copy.deepcopy(model(seed=2))))
-        optim = Optim(lr=1e-4, critic_lr=1e-4, epochs=2, minibatches=2, target_kl=10.0)
+        optim = Optim(lr=1e-4, critic_lr=1e-4, epochs=2, minibatches=2, target_kl=10.0, ema=0.5)
         learner = Learner(
             Separate(spread(actor), critic), spread(reference), optim, 0.8, steps=1, seed=0, micro_batch_tokens=64, team=team
         )
@@ -132,6 +134,24 @@ def run(team: Team, shard: bool, recomputed: bool = False) -> dict[str, torch.Te
             keep(f"{name}/{role}", made, [update.losses, update.descents])
         found |= {f"{name}/logprobs": update.logprobs, f"{name}/clipped": update.clipped}
         found[f"{name}/weights"] = torch.cat([t.flatten() for t in learner.weights().tensors.values()])
+        assert learner.ema is not None
+        averages = whole_state(learner.models.actor, learner.ema.average)
+        found[f"{name}/averages"] = torch.cat([t.flatten() for t in averages.values()])
+    if parts:
+        held = sum(local(p).numel() for p in learner.models.actor.parameters())
+        everything = sum(p.numel() for p in learner.models.actor.parameters())
+        assert held < everything / parts + 1000, "norms are small, and all else is in parts"
+    else:
+        actor, critic = double(model()), ScalarModel.from_trunk(double(model(seed=1)), 0, seed=0).to(torch.float64)
+        reference = freeze(double(model(seed=2)))
+        learner = TrustRegionLearner(Separate(actor, critic), reference, Optim(), 1.0, 1, 0, micro_batch_tokens=64, team=team)
+        update = learner.update(ALGORITHMS["trpo"].experience(learner.score(rollouts, ALGORITHMS["trpo"])), ALGORITHMS["trpo"])
+        assert update.descents["trust_region/fraction"] > 0
+        keep("trpo", Recording([actor.lm_head.weight], descent, 1), [update.descents])
+        found |= {
+            "trpo/logprobs": update.logprobs,
+            "trpo/weights": torch.cat([p.detach().flatten() for p in actor.parameters()]),
+        }
     return found
 
 
@@ -144,7 +164,7 @@ def main() -> None:
             "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
         team = (Selfish if kind == "selfish" else Together)(rank, world)
-    found = run(team, kind == "sharded")
+    found = run(team, {"sharded": world, "rows": 2}.get(kind, 0))
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, out / f"{rank}.safetensors")
     if dist.is_initialized():
         dist.destroy_process_group()

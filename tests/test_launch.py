@@ -29,6 +29,8 @@ QUARTET = str(Path(sys.executable).parent / "quartet")
 WORDS = ["run", "reviews", *SMALL_REVIEWS, "run.steps=6", "run.checkpoint_every=2", "launch.deadline=60"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 TWO, SHARDED = ("launch.processes=2",), ("launch.processes=2", "launch.shard=true")
+GAMES = [w for w in SMALL_REVIEWS if w.split(".")[0] not in {"policy", "reward_model"} and "max_new" not in w]
+ROWS = ("launch.processes=4", "launch.shard=2")
 
 
 def begun(folder, *words):
@@ -50,11 +52,12 @@ def metrics(folder, name):
 
 
 def assert_alike(ours, theirs, tolerance):
-    """Metrics that are counts of tokens may differ where rounding decides; none does here."""
+    """Which of two that are nearly the same is greater, rounding decides: of 64 pairs, one or two may be counted elsewhere."""
     assert ours.keys() == theirs.keys()
     for step, mine in ours.items():
         for name, value in mine.items():
-            assert value == pytest.approx(theirs[step][name], rel=tolerance, abs=tolerance), (step, name)
+            apart = max(tolerance, 2 / 64 * (name == "accuracy" and "dpo" in step[0]))
+            assert value == pytest.approx(theirs[step][name], rel=tolerance, abs=apart), (step, name)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +106,10 @@ def test_so_is_one_that_samples_while_it_learns(tmp_path, launch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["grpo", "dpo", "online_dpo", "kto"])
-def test_other_recipes_too(tmp_path, recipe):
+@pytest.mark.parametrize(
+    ("recipe", "launch"), [("grpo", TWO), ("dpo", TWO), ("online_dpo", TWO), ("online_dpo", SHARDED), ("kto", TWO)]
+)
+def test_other_recipes_too(tmp_path, recipe, launch):
     shape = [w for w in SMALL_REVIEWS if not w.startswith("reward_model") or recipe in {"grpo", "online_dpo"}]
     stages = ["sft", *(["reward_model"] if recipe in {"grpo", "online_dpo"} else []), recipe]
     more = ["rollout.samples_per_prompt=2"] if recipe == "grpo" else []
@@ -113,10 +118,35 @@ def test_other_recipes_too(tmp_path, recipe):
     words += (
         [f"algorithm={{preset='{recipe}'}}"] if recipe == "grpo" else [f"preference.loss.type='{recipe}'"] * (recipe == "kto")
     )
-    for name, launch in (("one", ()), ("two", TWO)):
-        code, said = done(tmp_path, *words, f"run.name={name}", *launch)
+    for name, more in (("one", ()), ("x", launch)):
+        code, said = done(tmp_path, *words, f"run.name={name}", *more)
         assert code == 0, said
-    assert_alike(metrics(tmp_path, "two"), metrics(tmp_path, "one"), 2e-5)
+    assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [SHARDED, ROWS])
+def test_so_is_one_with_frozen_layers_and_an_average(tmp_path, launch):
+    words = [*WORDS, "policy.create.num_layers=2", "policy.frozen_layers=1", "optim.ema=0.9", "run.checkpoint_every=6"]
+    for name, more in (("one", ()), ("x", launch)):
+        code, said = done(tmp_path, *words, f"run.name={name}", *more)
+        assert code == 0, said
+    assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
+    for file in ("policy_ema/model.safetensors", "policy/model.safetensors", "critic/model.safetensors"):
+        ours, theirs = (load_file(next((tmp_path / "runs").glob(f"*-{name}")) / file) for name in ("x", "one"))
+        assert ours.keys() == theirs.keys()
+        assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [TWO, SHARDED])
+def test_so_is_one_of_games(tmp_path, launch):
+    """The lead plays them, and all hear what was said."""
+    words = ["run", "guess", *GAMES, "run.steps=4", "launch.deadline=60"]
+    for name, more in (("one", ()), ("x", launch)):
+        code, said = done(tmp_path, *words, f"run.name={name}", *more)
+        assert code == 0, said
+    assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
 
 
 @pytest.mark.slow
@@ -176,6 +206,8 @@ def followers(process):
         pytest.param((), SHARDED, marks=pytest.mark.slow),
         pytest.param(TWO, SHARDED, marks=pytest.mark.slow),
         pytest.param(SHARDED, ("launch.processes=4", "launch.shard=true"), marks=pytest.mark.slow),
+        pytest.param(ROWS, (), marks=pytest.mark.slow),
+        pytest.param(TWO, ROWS, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, alone, before, after):
@@ -194,13 +226,14 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(tmp
     aside.mkdir()
     code, said = done(aside, *WORDS, "run.name=whole", *TWO)
     assert code == 0, said
-    process = begun(tmp_path, *WORDS, "run.name=x", *TWO)
-    run = at_step(tmp_path, process, "ppo", 3)
+    process = begun(tmp_path, *WORDS, "run.name=x", *TWO, "launch.restarts=1")
+    at_step(tmp_path, process, "ppo", 3)
     os.kill(followers(process)[1], signal.SIGKILL)
-    killed = time.monotonic()
+    run = at_step(tmp_path, process, "ppo", 5)  # it went on by itself
+    os.kill(followers(process)[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75 and time.monotonic() - killed < 30
-    assert "stopped: rank 1 of the run was lost: no sign of life" in said and "go on with: quartet run" in said
+    assert process.returncode == 75 and said.count("stopped: rank 1 of the run was lost: no sign of life") == 2
+    assert said.count("The last checkpoint is whole; the run goes on from it") == 1 and "go on with: quartet run" in said
     code, said = done(tmp_path, *WORDS, "run.name=x", *TWO, "--resume")
     assert code == 0, said
     [whole] = aside.glob("runs/*-whole")
@@ -235,7 +268,9 @@ def test_what_one_rank_cannot_do_stops_all_with_its_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["launch.shard=true", "policy.frozen_layers=1"], "launch.shard = true: is not written for policy.frozen_layers yet"),
+        (["launch.shard=3", "launch.processes=4"], "launch.shard = 3: launch.processes = 4 is no multiple of it"),
+        (["launch.shard=true", "algorithm.preset=trpo", 'recipe=["sft", "reward_model", "trpo"]'], "launch.shard: second"),
+        (["launch.type=torchrun", "launch.restarts=2"], "launch.restarts: torchrun starts its ranks again itself"),
         (["launch.address='10.0.0.1'"], "launch.address: is a Ray cluster's"),
         (["launch.processes=0"], "launch.processes"),
     ],
@@ -243,8 +278,6 @@ def test_what_one_rank_cannot_do_stops_all_with_its_sentence(tmp_path):
 def test_what_several_ranks_cannot_do_is_said(words, sentence):
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         read_settings(recipe_path("reviews"), words, "recipe reviews")
-    with pytest.raises(ConfigError, match="answers of several turns are written by one process yet"):
-        read_settings(recipe_path("guess"), ["launch.processes=2"], "recipe guess")
 
 
 # --- groups ----------------------------------------------------------------------------------------------------------------

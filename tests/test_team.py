@@ -16,7 +16,7 @@ LOOPBACK = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def alone():
-    return run(ALONE, shard=False)
+    return run(ALONE)
 
 
 def ranks(folder, world, kind):
@@ -33,6 +33,7 @@ def ranks(folder, world, kind):
     [
         ("plain", 4),
         ("sharded", 2),
+        ("rows", 4),
         pytest.param("plain", 2, marks=pytest.mark.slow),
         pytest.param("sharded", 1, marks=pytest.mark.slow),
         pytest.param("sharded", 4, marks=pytest.mark.slow),
@@ -40,9 +41,11 @@ def ranks(folder, world, kind):
 )
 def test_losses_and_gradients_are_those_of_one_process(tmp_path, alone, kind, world):
     for found in ranks(tmp_path, world, kind):
-        assert found.keys() == alone.keys()
-        apart = {name: float((found[name].double() - alone[name].double()).abs().max()) for name in alone}
+        assert found.keys() == {name for name in alone if kind == "plain" or not name.startswith("trpo")}
+        apart = {name: float((found[name].double() - alone[name].double()).abs().max()) for name in found}
+        of_second_order = {name: apart.pop(name) for name in list(apart) if name.startswith("trpo")}
         assert max(apart.values()) < 1e-12, max(apart, key=apart.__getitem__)
+        assert max(of_second_order.values(), default=0) < 1e-9  # conjugate gradients make more of the last digits
 
 
 def test_ranks_that_divide_by_what_they_have_themselves_are_found_out(tmp_path, alone):

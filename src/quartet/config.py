@@ -238,9 +238,18 @@ class Launch:
         default="local", description="Processes of this machine; those that torchrun or srun has started; or Ray's actors."
     )
     processes: int = Field(default=1, ge=1, description="Ranks. Under torchrun its own number counts.")
-    shard: bool = Field(default=False, description="Each rank holds a part of every block (FSDP2) instead of all weights.")
+    shard: bool | Annotated[int, Field(ge=2)] = Field(
+        default=False,
+        description="Each rank holds a part of every matrix (FSDP2) instead of all weights. A number: of so many ranks one "
+        "model each (HSDP).",
+    )
     deadline: float = Field(default=600.0, gt=0, description="Seconds after which a rank that others wait for counts as lost.")
+    restarts: int = Field(default=0, ge=0, description="How often the run goes on by itself after a rank was lost.")
     address: str | None = Field(default=None, description="Of a Ray cluster. Left out, one is started on this machine.")
+
+    def parts(self, world: int) -> int:
+        """Over how many of so many ranks a model is in parts."""
+        return world if isinstance(self.shard, bool) else self.shard
 
 
 @part
@@ -468,21 +477,23 @@ class Config:
         launch, problems = self.launch, []
         if launch.address is not None and launch.type != "ray":
             problems.append(f'launch.address: is a Ray cluster\'s, and launch.type = "{launch.type}". Use type = "ray".')
-        many = launch.processes > 1 or launch.type != "local"
-        if many and (self.environment is not None or self.data.world == "guess"):
-            problems.append("launch.processes: answers of several turns are written by one process yet. Use 1.")
-        if many and self.algorithm is not None and isinstance(self.algorithm.update, TrustRegion):
-            problems.append('launch.processes: algorithm.update.type = "trust_region" runs in one process. Use 1.')
-        pairwise = any(isinstance(r, JudgeSource) and r.mode == "pairwise" for r in self.reward)
-        if many and pairwise:
-            problems.append('launch.processes: reward.mode = "pairwise" compares answers that ranks have apart. Use "score".')
-        if launch.shard:
-            without = {
-                "policy.frozen_layers": self.policy.frozen_layers > 0,
-                "optim.ema": self.optim.ema > 0,
-                'recipe = "online_dpo"': self.preference_stage == "online_dpo",
-            }
-            problems += [f"launch.shard = true: is not written for {key} yet. Use false." for key, on in without.items() if on]
+        if launch.restarts and launch.type == "torchrun":
+            problems.append(
+                "launch.restarts: torchrun starts its ranks again itself, with --max-restarts; run.name and --resume make the "
+                "same words go on."
+            )
+        by_hand = launch.type != "torchrun" and not isinstance(launch.shard, bool)
+        if by_hand and launch.processes % launch.parts(launch.processes):
+            problems.append(
+                f"launch.shard = {launch.shard}: launch.processes = {launch.processes} is no multiple of it, so some rank "
+                "would have no part."
+            )
+        trusts = self.algorithm is not None and isinstance(self.algorithm.update, TrustRegion)
+        if launch.shard and trusts:
+            problems.append(
+                'launch.shard: second derivatives, for algorithm.update.type = "trust_region", need all weights on every rank. '
+                "Use false."
+            )
         return problems
 
     def _algorithm_problems(self, algorithm: Algorithm) -> list[str]:

@@ -215,9 +215,9 @@ class PreferenceStage:
 
     def begin(self, folder: Path) -> Work:
         model = self.load_policy(folder)
+        source = self.online(folder, model) if self.online else Sampler(self.comparisons, self.batch_size, self.seed)
         reference = reference_of(model) if self.loss.needs_reference else None
         model, reference = self.spread(model), None if reference is None else self.spread(reference)
-        source = self.online(folder, model) if self.online else Sampler(self.comparisons, self.batch_size, self.seed)
         optimizer, budget = self.optimizer(model), Budget(self.micro_batch_tokens, self.team)
 
         def steps(done: int) -> Iterator[Progress]:
@@ -342,8 +342,9 @@ class RLStage:
             learner = cast.learner
             save(learner.models.actor, self.tokenizer, folder / "policy", learner.team)
             learner.models.save_critic(folder / "critic", self.tokenizer, learner.team)
-            if learner.ema is not None and learner.team.lead:
-                save(learner.ema.model(learner.models.actor), self.tokenizer, folder / "policy_ema")
+            if learner.ema is not None:
+                average = learner.ema.average
+                save(learner.models.actor, self.tokenizer, folder / "policy_ema", learner.team, average)
             return {}
 
         players: dict[str, Stateful] = {

@@ -6,7 +6,7 @@ where weights are sharded, every pass takes all ranks.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -198,9 +198,23 @@ def whole(tensor: Tensor) -> Tensor:
     return everything
 
 
-def whole_state(model: Any) -> dict[str, Tensor]:
-    """All weights of a model, put together where they are in parts. Every rank must ask."""
-    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+def counts_here(tensor: Tensor) -> bool:
+    """Whether this rank's part of it is the one to write and count: where several rows of ranks hold the same, the first's."""
+    return not any(tensor.device_mesh.get_coordinate()[:-1])  # type: ignore[attr-defined]
+
+
+def whole_state(model: Any, others: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """All weights of a model, put together where they are in parts; one that has two names is one tensor. `others`: what stands
+    in for parameters, by their names. Every rank must ask."""
+    instead = {id(p): others[name] for name, p in model.named_parameters() if name in others} if others else {}
+    made: dict[int, Tensor] = {}
+    state = {}
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) not in made:
+                made[id(tensor)] = whole(instead.get(id(tensor), tensor.detach())).to(tensor.dtype)
+            state[name] = made[id(tensor)]
+    return state
 
 
 def restore(target: Tensor, saved: Any) -> Tensor:
@@ -209,8 +223,9 @@ def restore(target: Tensor, saved: Any) -> Tensor:
     mine = local(target)
     if not is_sharded(target):
         return mine.copy_(saved[:] if not isinstance(saved, torch.Tensor) else saved)
-    each = -(-target.shape[0] // target.device_mesh.size())  # type: ignore[attr-defined]
-    start = min(each * target.device_mesh.get_local_rank(), target.shape[0])  # type: ignore[attr-defined]
+    mesh = target.device_mesh  # type: ignore[attr-defined]
+    each = -(-target.shape[0] // mesh.size(mesh.ndim - 1))
+    start = min(each * mesh.get_coordinate()[-1], target.shape[0])
     mine.copy_(saved[start : start + mine.shape[0]])
     return target
 

@@ -28,6 +28,7 @@ from quartet.training.budget import Budget
 from quartet.training.learner import Learner, collate
 from quartet.training.optim import Descent, Optim, Optimizer
 from quartet.worlds.guess import GUESSES, Guess, Host, said
+from tests.sides import together
 from tests.world import prompts as plain_prompts
 from tests.world import rollout
 
@@ -145,6 +146,28 @@ def test_an_opening_of_the_environment_is_part_of_the_prompt():
 
     [made] = episodes(ScriptedGenerator(["e"], TOKENIZER), make=Opening).generate([prompt_with("e")], SAMPLING)
     assert TOKENIZER.decode(made.prompt.ids) == "?<" and made.response == "e="
+
+
+def test_of_a_team_the_lead_plays_and_all_hear_what_was_said():
+    """An environment with a will of its own would tell each rank something else."""
+    hosts = []
+
+    class Willful(Host):
+        def __init__(self):
+            super().__init__()
+            hosts.append(self)
+
+        def reset(self, prompt):
+            super().reset(prompt)
+            return [{"role": "user", "content": "<>"[len(hosts) % 2]}] if len(hosts) > 1 else []
+
+    def play(team):
+        turns = ScriptedGenerator(["h", "c", "e"], TOKENIZER)
+        return Episodes(turns, TOKENIZER, Willful, GUESSES, 24, team).generate([prompt_with("e")], SAMPLING, 2)
+
+    first, second = together(2, play)
+    assert first == second and len(hosts) == 2, "one for each episode, on one rank"
+    assert first[0].prompt.ids != prompt_with("e").ids, "what it said first"
 
 
 def test_the_demonstrations_of_the_world_are_games_and_the_loss_is_on_the_guesses():

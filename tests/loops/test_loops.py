@@ -307,15 +307,15 @@ def test_the_whole_family_learns_the_preference(name):
 def test_micro_batches_do_not_change_it(name):
     weights = []
     for tokens in (4096, 1):
-        made = model()
-        reference = freeze(copy.deepcopy(model(seed=1))) if PREFERENCES[name].needs_reference else None
+        made = model().double()  # Adam makes a step of a gradient that is nothing but rounding
+        reference = freeze(copy.deepcopy(model(seed=1))).double() if PREFERENCES[name].needs_reference else None
         list(
             preference(
                 made, reference, Sampler(comparisons(), 6, 0), PREFERENCES[name], optimizer(made, steps=3), 3, Budget(tokens)
             )
         )
         weights.append(torch.cat([p.detach().flatten() for p in made.parameters()]))
-    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-9, rtol=0)
 
 
 def test_online_dpo_learns_what_the_judge_likes():

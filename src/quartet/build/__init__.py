@@ -135,6 +135,8 @@ class Workshop:
 
     def __init__(self, config: Config, fault: str | None = None, team: Team = ALONE) -> None:
         self.fault, self.team = fault, team
+        self.meshes: dict[Team, Any] = {}
+        """What the models of a team are in parts over."""
         if config.policy.adapter is not None and importlib.util.find_spec("peft") is None:
             raise AdapterError('policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".')
         check_trackers(config.run.track)
@@ -142,6 +144,11 @@ class Workshop:
         self.world: World | None = WORLDS[config.data.world](config.seed) if config.data.world else None
         self.rows = Rows(config, self.world)
         self.device = device(config.run.device, team)
+        if team.world % config.launch.parts(team.world):
+            raise ModelError(
+                f"launch.shard = {config.launch.shard}: there are {team.world} ranks, which is no multiple of it, so "
+                "some would have no part."
+            )
         if self.device.type == "cuda" and config.launch.type == "local" and team.world > torch.cuda.device_count():
             raise ModelError(
                 f"launch.processes = {team.world}: each rank takes a GPU of its own, and this machine has "
@@ -240,9 +247,11 @@ class Workshop:
         prompts = self.prompts[0] if online else []
 
         def pairs(folder: Path, model: Any) -> OnlinePairs:
-            generator = self._generator(model, self.team)
-            sampler = Sampler(prompts, settings.batch_size, self.config.seed)
-            return OnlinePairs(sampler, generator, self.config.rollout, self._rewards(folder, team=self.team))
+            sampled = self._sampled(model)
+            generator = self._generator(sampled, self.team, copied=sampled is not model)
+            sampler, rewards = Sampler(prompts, settings.batch_size, self.config.seed), self._rewards(folder, team=self.team)
+            now = None if sampled is model else lambda: Weights(0, whole_state(model))
+            return OnlinePairs(sampler, generator, self.config.rollout, rewards, weights=now)
 
         return PreferenceStage(
             name=name,
@@ -343,7 +352,9 @@ class Workshop:
             return model
         from quartet.training.parallelize import mesh_of, parallelize
 
-        return parallelize(model, mesh_of(self.device.type, team))
+        if team not in self.meshes:
+            self.meshes[team] = mesh_of(self.device.type, team, self.config.launch.parts(team.world))
+        return parallelize(model, self.meshes[team])
 
     def _spread_scalar(self, scalar: ScalarModel, team: Team | None = None) -> ScalarModel:
         if isinstance(scalar, AdaptedScalar):
@@ -360,7 +371,7 @@ class Workshop:
         if self.environment is None:
             return turns
         make, max_turns = self.environment
-        return Episodes(turns, self.tokenizer, make, max_turns, self.encoder.max_tokens)
+        return Episodes(turns, self.tokenizer, make, max_turns, self.encoder.max_tokens, team)
 
     def _servers(self, actor: Any, folder: Path, team: Team) -> Generator | None:
         """Those of other processes, where the config names them; they are given the actor's weights at once."""
@@ -400,7 +411,7 @@ class Workshop:
         if self.environment is None:
             return turns
         make, max_turns = self.environment
-        return Episodes(turns, self.tokenizer, make, max_turns, self.encoder.max_tokens)
+        return Episodes(turns, self.tokenizer, make, max_turns, self.encoder.max_tokens, team)
 
     def _environment(self) -> tuple[Callable[[], Environment], int] | None:
         """What makes one, and how many turns the policy has."""
@@ -413,15 +424,18 @@ class Workshop:
             return make, table.max_turns
         return None if own is None else (own, getattr(self.world, "max_turns", 8))
 
+    def _sampled(self, actor: Any) -> Any:
+        """The model that answers are sampled with. Sampling reads all weights at every token: where the actor will be in parts,
+        or learns meanwhile, it is a copy."""
+        return copy.deepcopy(actor) if self.config.launch.shard or self.config.rollout.staleness else actor
+
     def _cast(self, folder: Path) -> Cast:
         config = self.config
         assert config.algorithm
         actor = self.starting_policy(folder)
         reference = reference_of(actor) if config.algorithm.needs_reference else None
-        # Sampling reads all weights at every token. Where the actor is in parts, or learns meanwhile, it is done by a copy, on
-        # which the judge of the answers stands too.
-        sampled = copy.deepcopy(actor) if config.launch.shard or config.rollout.staleness else actor
-        judge = self._attached_judge(sampled, folder)
+        sampled = self._sampled(actor)
+        judge = self._attached_judge(sampled, folder)  # on the model that learns nothing meanwhile
         models = self._actor_critic(actor, judge, folder) if config.algorithm.needs_critic else Separate(actor, None)
         self.spread(actor)
         meanwhile = self.team.apart() if config.rollout.staleness else self.team

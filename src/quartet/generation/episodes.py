@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from quartet.experience import FinishReason, Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
 from quartet.models.chat import ChatError, after_reply
+from quartet.team import ALONE, Team
 
 Message = Mapping[str, Any]
 
@@ -32,7 +34,8 @@ class _Episode:
     prompt: Prompt
     group: int
     number: int
-    world: Environment
+    world: Environment | None
+    """None where another rank has it."""
     history: list[Message]
     context: list[int]
     ids: list[int] = field(default_factory=list)
@@ -60,18 +63,40 @@ class _Episode:
             numbers.extend([0.0] * len(ids))
 
 
+_Answer = Sequence[Any]
+"""What an environment says to a turn, as it also comes from another rank: messages, a reward, and whether that was all."""
+
+
+def _answers(episodes: Sequence[_Episode], turns: Sequence[Rollout]) -> list[_Answer]:
+    """Of each environment to its turn."""
+    made: list[_Answer] = []
+    for episode, turn in zip(episodes, turns, strict=True):
+        assert episode.world is not None
+        messages, reward, done = episode.world.step(turn.response)
+        made.append((list(messages), float(reward), bool(done)))
+    return made
+
+
 class Episodes:
     """A generator of rollouts of several turns, on top of one that answers prompts.
 
     `max_tokens` bounds prompt and response together; `sampling.max_new_tokens` bounds a turn. An episode ends when the
     environment says so, after `max_turns`, or when a turn was cut off or the next one would not fit ("length"). The reward of a
-    turn stands on its last token.
+    turn stands on its last token. Of a team, the lead has the environments, which may be different each time, and all hear what
+    they say.
     """
 
     def __init__(
-        self, turns: Generator, tokenizer: Any, make: Callable[[], Environment], max_turns: int, max_tokens: int
+        self,
+        turns: Generator,
+        tokenizer: Any,
+        make: Callable[[], Environment],
+        max_turns: int,
+        max_tokens: int,
+        team: Team = ALONE,
     ) -> None:
         self.turns, self.tokenizer, self.make, self.max_turns, self.max_tokens = turns, tokenizer, make, max_turns, max_tokens
+        self.team = team
 
     def load_weights(self, weights: Weights) -> None:
         self.turns.load_weights(weights)
@@ -83,31 +108,45 @@ class Episodes:
         self.turns.load_state(state)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
-        episodes = [self._begun(p, group, n) for group, p in enumerate(prompts) for n in range(samples_per_prompt)]
+        for prompt in prompts:
+            if prompt.messages is None:
+                raise ChatError(f"{prompt.id}: is plain text; an environment speaks in conversations. Give the row messages.")
+        worlds = [(self.make(), p) if self.team.lead else (None, p) for p in prompts for _ in range(samples_per_prompt)]
+        openings = self._heard(lambda: [list(world.reset(p)) for world, p in worlds if world is not None])
+        episodes = [
+            self._begun(p, row // samples_per_prompt, row % samples_per_prompt, world, opening)
+            for row, ((world, p), opening) in enumerate(zip(worlds, openings, strict=True))
+        ]
         for number in range(1, self.max_turns + 1):
             going = [e for e in episodes if e.finish is None]
             if not going:
                 break
             asked = [replace(e.prompt, ids=(*e.context, *e.ids)) for e in going]
-            for episode, turn in zip(going, self.turns.generate(asked, sampling, 1), strict=True):
-                self._take(episode, turn, sampling, last=number == self.max_turns)
+            turns = self.turns.generate(asked, sampling, 1)
+            answers = self._heard(partial(_answers, going, turns))
+            for episode, turn, answer in zip(going, turns, answers, strict=True):
+                self._take(episode, turn, answer, sampling, last=number == self.max_turns)
         return [self._rollout(episode) for episode in episodes]
 
-    def _begun(self, prompt: Prompt, group: int, number: int) -> _Episode:
-        if prompt.messages is None:
-            raise ChatError(f"{prompt.id}: is plain text; an environment speaks in conversations. Give the row messages.")
-        world, history = self.make(), list(prompt.messages)
-        context = list(prompt.ids)
-        if opening := list(world.reset(prompt)):
+    def _heard(self, say: Callable[[], list[Any]]) -> list[Any]:
+        """What environments say, one after the other."""
+        said: list[Any] = self.team.exchange(say() if self.team.lead else None)[0]
+        return said
+
+    def _begun(
+        self, prompt: Prompt, group: int, number: int, world: Environment | None, opening: Sequence[Message]
+    ) -> _Episode:
+        history, context = list(prompt.messages or ()), list(prompt.ids)
+        if opening:
             history += opening
             context = list(self.tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=False))
         return _Episode(prompt, group, number, world, history, context)
 
-    def _take(self, episode: _Episode, turn: Rollout, sampling: Sampling, last: bool) -> None:
+    def _take(self, episode: _Episode, turn: Rollout, answer: _Answer, sampling: Sampling, last: bool) -> None:
         """One turn of the policy, and what the environment says to it."""
         episode.say(turn)
-        messages, reward, done = episode.world.step(turn.response)
-        episode.rewards[-1] += float(reward)
+        messages, reward, done = answer
+        episode.rewards[-1] += reward
         if turn.finish_reason == "length":
             episode.finish = "length"
             return

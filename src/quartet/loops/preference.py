@@ -1,6 +1,6 @@
 """Learning from comparisons without a reward model: the DPO family, one loop."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +10,7 @@ from quartet.algorithms.preference import Dpo, Ipo, Kto, Orpo, Pairs, Simpo
 from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
 from quartet.experience import Prompt
-from quartet.generation.protocol import Generator
+from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
 from quartet.loops.progress import Progress
 from quartet.models.language_model import masked_logprobs
@@ -39,9 +39,17 @@ class OnlinePairs:
     judge). Prompts whose two responses score the same give no comparison; if none gives one, the next prompts are tried."""
 
     def __init__(
-        self, prompts: Sampler[Prompt], generator: Generator, sampling: Sampling, rewards: Sequence[Weighted], rounds: int = 10
+        self,
+        prompts: Sampler[Prompt],
+        generator: Generator,
+        sampling: Sampling,
+        rewards: Sequence[Weighted],
+        rounds: int = 10,
+        weights: Callable[[], Weights] | None = None,
     ) -> None:
+        """`weights`: the policy's as they are now, where the generator has a copy."""
         self.prompts, self.generator, self.sampling, self.rewards, self.rounds = prompts, generator, sampling, rewards, rounds
+        self.weights = weights
 
     def state(self) -> dict[str, Any]:
         return {"prompts": self.prompts.state(), "generator": self.generator.state()}
@@ -51,6 +59,8 @@ class OnlinePairs:
         self.generator.load_state(state["generator"])
 
     def next(self) -> list[Comparison]:
+        if self.weights is not None:
+            self.generator.load_weights(self.weights())
         for _ in range(self.rounds):
             rollouts = rewarded(self.generator.generate(self.prompts.next(), self.sampling, 2), self.rewards)
             pairs = []

@@ -126,11 +126,12 @@ def _tokenizer_class(folder: str | Path) -> Any:
     return AutoTokenizer
 
 
-def save(model: Any, tokenizer: Any, folder: Path, team: Team = ALONE) -> None:
+def save(model: Any, tokenizer: Any, folder: Path, team: Team = ALONE, others: Mapping[str, Tensor] | None = None) -> None:
     """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load. Of a model under an adapter the sum of both is saved, and
-    the adapter alone in `adapter/`. Every rank of the team calls it, one writes."""
+    the adapter alone in `adapter/`. `others`: what is saved in the place of parameters, by their names. Every rank of the team
+    calls it, one writes."""
     adapted = adapters_of(model)
-    tensors = whole_state(model)
+    tensors = whole_state(model, others)
     state = merged_state(model, tensors) if adapted else tensors
     if not team.lead:
         return

@@ -9,7 +9,8 @@ from quartet.team import Team
 
 
 class Shared:
-    """A reward of which each rank asks for the scores of its rows. What fails on one rank fails on all."""
+    """A reward of which each rank asks for the scores of its rows. Answers to one prompt stay together, as some rewards compare
+    them. What fails on one rank fails on all."""
 
     def __init__(self, reward: Reward, team: Team) -> None:
         self.reward, self.team, self.name = reward, team, reward.name
@@ -18,7 +19,12 @@ class Shared:
         return self._everybodys(rollouts, self.reward.score)
 
     def _everybodys(self, rollouts: Sequence[Rollout], ask: Callable[[Sequence[Rollout]], Sequence[Any]]) -> list[Any]:
-        rows = self.team.share([len(r.response_ids) for r in rollouts])
+        groups: dict[tuple[int, str], list[int]] = {}
+        for row, r in enumerate(rollouts):
+            groups.setdefault((r.group, r.prompt.id), []).append(row)
+        together = list(groups.values())
+        mine = self.team.share([sum(len(rollouts[row].response_ids) for row in rows) for rows in together])
+        rows = [row for i in mine for row in together[i]]
         try:
             said: Any = [rows, list(ask([rollouts[i] for i in rows])) if rows else []]
         except RewardError as error:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quartet.durable import difference, fingerprints, move, read_json, remove_folder, sync, write
-from quartet.team import ALONE, Team, is_sharded, local
+from quartet.team import ALONE, Team, counts_here, is_sharded, local
 from quartet.tensors import Tensor
 from quartet.training.descend import NonFinite
 
@@ -101,7 +101,7 @@ def keep_tensors(folder: Path, state: Tree, team: Team = ALONE) -> Any:
         if tensor.is_floating_point() and not bool(local(tensor).isfinite().all()):
             raise NonFinite(f"the checkpoint's {name}")
     files = {TENSORS: {name: t for name, t in tensors.items() if not is_sharded(t)} if team.lead else {}}
-    files[SHARD.format(team.rank)] = {name: local(t).contiguous() for name, t in tensors.items() if is_sharded(t)}
+    files[SHARD.format(team.rank)] = {n: local(t).contiguous() for n, t in tensors.items() if is_sharded(t) and counts_here(t)}
     for file, held in files.items():
         if held:
             save_file(held, folder / file)

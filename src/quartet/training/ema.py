@@ -1,16 +1,18 @@
 """An average of the actor over its past."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from quartet.team import local, restore
+
 
 class Ema:
     """θ̄ ← decay · θ̄ + (1 − decay) · θ after every optimizer step, in float32 (InstructGPT and DeepSpeed-Chat: 0.992).
 
-    Unlike the last step's weights, the average does not depend on where in an oscillation the run stopped.
+    Unlike the last step's weights, the average does not depend on where in an oscillation the run stopped. It is kept by the
+    parameters' names, in parts where they are.
     """
 
     def __init__(self, model: Any, decay: float) -> None:
@@ -21,7 +23,7 @@ class Ema:
     def update(self, model: Any) -> None:
         for name, p in model.named_parameters():
             if name in self.average:
-                self.average[name].lerp_(p.float(), 1 - self.decay)
+                local(self.average[name]).lerp_(local(p).float(), 1 - self.decay)
 
     def state(self) -> dict[str, Any]:
         return self.average
@@ -29,13 +31,4 @@ class Ema:
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Any]) -> None:
         for name, average in self.average.items():
-            average.copy_(state[name])
-
-    @torch.no_grad()
-    def model(self, like: Any) -> Any:
-        """A copy of the model with the average for weights."""
-        made = copy.deepcopy(like)
-        for name, p in made.named_parameters():
-            if name in self.average:
-                p.copy_(self.average[name])
-        return made
+            restore(average, state[name])

@@ -21,7 +21,7 @@ from quartet.generation.protocol import Weights
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.language_model import policy_logprobs
 from quartet.models.padding import PAD, response_mask, right_pad, spread
-from quartet.team import ALONE, Team, is_sharded, local, whole_state
+from quartet.team import ALONE, Team, counts_here, is_sharded, local, whole_state
 from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
 from quartet.training.checkpoint import python_random
@@ -424,18 +424,20 @@ def averaged(descents: Sequence[Mapping[str, float]]) -> dict[str, float]:
 @torch.no_grad()
 def mark(model: Any, team: Team = ALONE) -> int:
     """The bits of all parameters, added up: another number, almost surely, when one of them changes."""
-    held, sharded = (
+    held, parts = (
         torch.stack([_bits(p) for p in model.parameters() if is_sharded(p) == kind] or [torch.zeros((), dtype=torch.int64)])
         for kind in (False, True)
     )
-    parts = sharded.sum()
-    team.add_up(parts)
-    return int(held.sum()) + int(parts)
+    total = parts.sum()
+    team.add_up(total)
+    return int(held.sum()) + int(total)
 
 
 def _bits(parameter: Tensor) -> Int[Tensor, ""]:
+    """Of this rank's part, where it is the one that counts."""
     size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    return local(parameter.detach()).view(size).sum(dtype=torch.int64).cpu()
+    bits = local(parameter.detach()).view(size).sum(dtype=torch.int64).cpu()
+    return bits if not is_sharded(parameter) or counts_here(parameter) else torch.zeros_like(bits)
 
 
 def same_numbers(sampled: Float[Tensor, "B T"], own: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> bool:

@@ -1,31 +1,45 @@
-"""One model over many devices: each block's weights in parts, one per rank, put together while the block works (FSDP2, Zhao et
-al. 2023).
+"""One model over many devices: its matrices in parts, one per rank, put together while they are worked with.
 
-What is not a block (embeddings, norms, heads) is held whole by every rank, and its gradient is added up by the team. The
-forward pass is the one of a single process: written-out blocks are methods of their own, around which torch gathers and frees.
+Blocks by FSDP2 (Zhao et al. 2023), around whose forward pass torch gathers and frees. The matrices beside them, embeddings and
+heads, are read in more than one place, and often one is the other: they put themselves together for whoever asks, and the
+gradient goes back in parts (as in SimpleFSDP, Zhang et al. 2024). What is small every rank holds whole: norms, biases, the head
+to one number.
+
+The forward pass is the one of a single process: written-out blocks are methods of their own, for torch to gather around.
 """
 
 import types
 from typing import Any
 
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quartet.models.llama import READ_ON, read_on, written_out
 from quartet.team import Together
 
 
-def mesh_of(device: str, team: Together) -> DeviceMesh:
-    """All ranks in a row; they speak among themselves as the team does."""
-    if team.group is not None:
-        return DeviceMesh.from_group(team.group, device, mesh_dim_names=("shard",))
-    return init_device_mesh(device, (team.world,), mesh_dim_names=("shard",))
+def mesh_of(device: str, team: Together, parts: int) -> DeviceMesh:
+    """The ranks in rows of `parts`. Those of a row have a model together; every row has the same (HSDP, Zhao et al. 2023, where
+    there are several). They give up waiting when the team does."""
+    if parts == team.world:
+        group = team.group or dist.group.WORLD
+        assert group is not None, "the team has not joined"
+        return DeviceMesh.from_group(group, device, mesh_dim_names=("shard",))
+    rows = torch.arange(team.world).view(-1, parts)
+    groups = [
+        dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=team.deadline)[0] for ranks in (rows.T.contiguous(), rows)
+    ]
+    return DeviceMesh.from_group(groups, device, mesh=rows, mesh_dim_names=("replicate", "shard"))
 
 
 def parallelize(model: Any, mesh: DeviceMesh) -> Any:
-    """The model, its blocks in parts over the mesh. Gradients of several ranks are added, not averaged: the losses of one step
-    share a denominator. Works on a mesh of one rank as on many."""
+    """The model, in parts over the mesh. Gradients of several ranks are added, not averaged: the losses of one step share a
+    denominator. Works on a mesh of one rank as on many."""
     blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no blocks that could be sharded.")
@@ -38,4 +52,27 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
         if by_hand:
             setattr(block, READ_ON, types.MethodType(read_on, block))
             register_fsdp_forward_method(block, READ_ON)
+    inside = {id(m) for block in blocks for m in block.modules()}
+    beside = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.Linear) and id(m) not in inside]
+    _divide([m for m in beside if len(m.weight) > 1], mesh)
     return model
+
+
+def _divide(modules: list[Any], mesh: DeviceMesh) -> None:
+    """The matrix of each in parts; one that several have stays one matrix."""
+    made: dict[int, nn.Parameter] = {}
+    for module in modules:
+        matrix = module.weight
+        if id(matrix) not in made:
+            placed = distribute_tensor(matrix.detach(), mesh, [*[Replicate()] * (mesh.ndim - 1), Shard(0)])
+            made[id(matrix)] = nn.Parameter(placed, requires_grad=matrix.requires_grad)
+        module.weight = made[id(matrix)]
+        kind = type(module)
+        module.__class__ = type(kind.__name__, (kind,), {"weight": property(_put_together)})
+
+
+def _put_together(module: Any) -> torch.Tensor:
+    """The matrix of a module. Every rank must ask; what each makes of it adds to its gradient."""
+    matrix: DTensor = module._parameters["weight"]
+    whole: torch.Tensor = matrix.full_tensor(grad_placements=[Partial()] * matrix.device_mesh.ndim)
+    return whole

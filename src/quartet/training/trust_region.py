@@ -17,7 +17,7 @@ from quartet.algorithms.kl import exact_kl
 from quartet.algorithms.update import TrustRegion
 from quartet.experience import Experience
 from quartet.models.language_model import logits_of, speak
-from quartet.team import micro_batches
+from quartet.models.logprobs import at_least_float32
 from quartet.tensors import Float, Tensor
 from quartet.training.learner import Learner, Update
 
@@ -115,26 +115,31 @@ def natural_step(objective: "_Objective", parameters: Sequence[Tensor], settings
 
 class _Objective:
     """The actor's loss on one experience, and its KL to the policy that the experience began with. The loss of the
-    value is no part of it."""
+    value is no part of it. Each rank goes through its share of the rows, and has the sums of all."""
 
     def __init__(self, learner: Learner, experience: Experience, algorithm: Algorithm) -> None:
-        self.learner, self.experience, self.algorithm = learner, experience, algorithm
+        self.learner, self.experience, self.algorithm, self.team = learner, experience, algorithm, learner.team
         self.denominators = algorithm.denominators(experience)
         self.num_tokens = int(experience.response_mask.sum())
-        self.pieces = micro_batches(experience.lengths.tolist(), learner.budget.tokens)
+        pieces = self.team.pieces(experience.lengths.tolist(), learner.budget.tokens)
+        self.pieces = [piece.rows for piece in pieces if piece.counts]
         with torch.no_grad():
             self.old = [self._vocabulary_logprobs(rows) for rows in self.pieces]
 
     def loss(self) -> float:
         with torch.no_grad():
-            return float(sum(self._losses()))
+            [total] = self.team.total(float(sum(self._losses())))
+        return total
 
     def gradient(self, parameters: Sequence[Tensor]) -> Vector:
-        return _sum_of_gradients(self._losses(), parameters)
+        total = _sum_of_gradients(self._losses(), parameters)
+        self.team.add_up(total)
+        return total
 
     def kl(self) -> float:
         with torch.no_grad():
-            return float(sum(self._kls()))
+            [total] = self.team.total(float(sum(self._kls())))
+        return total
 
     def fisher_product(self, parameters: Sequence[Tensor], vector: Vector) -> Vector:
         """F v = ∇(∇KL · v), piece by piece."""
@@ -142,6 +147,7 @@ class _Objective:
         for kl in self._kls():
             slope = _flat(torch.autograd.grad(kl, parameters, create_graph=True, allow_unused=True), parameters)
             total += _flat(torch.autograd.grad(slope @ vector, parameters, allow_unused=True), parameters).detach()
+        self.team.add_up(total)
         return total
 
     @torch.no_grad()
@@ -151,6 +157,7 @@ class _Objective:
             part = self.experience.rows(rows)
             now = self.learner.models.forward(part.tokens, part.response_mask, self.learner.temperature)
             made[rows, : part.tokens.shape[1]] = torch.where(part.response_mask, now.logprobs, 0.0)
+        self.team.add_up(made)
         return made
 
     def _losses(self) -> Iterator[Tensor]:
@@ -176,13 +183,14 @@ class _Objective:
         part = self.experience.rows(rows)
         actor = self.learner.models.actor
         logits = logits_of(actor, speak(actor, part.tokens, part.response_mask))
-        return (logits.float() / self.learner.temperature).log_softmax(-1)
+        return (at_least_float32(logits) / self.learner.temperature).log_softmax(-1)
 
 
 def _sum_of_gradients(losses: Iterator[Tensor], parameters: Sequence[Tensor]) -> Vector:
-    return torch.stack(
-        [_flat(torch.autograd.grad(loss, parameters, allow_unused=True), parameters).detach() for loss in losses]
-    ).sum(dim=0)
+    total = _flat([None] * len(parameters), parameters)
+    for loss in losses:
+        total += _flat(torch.autograd.grad(loss, parameters, allow_unused=True), parameters).detach()
+    return total
 
 
 def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:

@@ -1,0 +1,5 @@
+"""`python -m quartet`: the command."""
+
+from quartet.cli import main
+
+main()

@@ -1,0 +1,65 @@
+"""Rewards that several ranks ask for."""
+
+import pytest
+
+from quartet.rewards.protocol import RewardError
+from quartet.rewards.shared import shared
+from quartet.team import ALONE
+from tests.sides import together
+from tests.world import prompts, rollout
+
+LENGTHS = [9, 1, 2, 1, 5, 1, 1, 3, 8, 2, 4, 4]
+
+
+def rollouts():
+    """Three answers to each of four prompts, in turns."""
+    return [rollout(prompts(4)[i % 4], (5,) * n, 0.0, i % 4, i // 4) for i, n in enumerate(LENGTHS)]
+
+
+class Rank:
+    """How many answers to the same prompt are longer: it has to see them all."""
+
+    name = "rank"
+
+    def __init__(self):
+        self.asked = []
+
+    def score(self, rows):
+        self.asked.append([r.id for r in rows])
+        sizes = [[len(o.response_ids) for o in rows if o.group == r.group] for r in rows]
+        assert all(len(size) == 3 for size in sizes)
+        return [float(sum(n > len(r.response_ids) for n in size)) for r, size in zip(rows, sizes, strict=True)]
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_answers_to_one_prompt_are_asked_of_one_rank(world):
+    alone, asked = Rank().score(rollouts()), []
+
+    def score(team):
+        reward = Rank()
+        scores = shared(reward, team).score(rollouts())
+        asked.append(reward.asked)
+        return scores
+
+    assert together(world, score) == [alone] * world
+    assert sorted(i for calls in asked for ids in calls for i in ids) == sorted(r.id for r in rollouts()), "each once"
+
+
+def test_what_fails_on_one_rank_fails_on_all():
+    class Picky(Rank):
+        def score(self, rows):
+            if any(r.group == 0 for r in rows):
+                raise RewardError("no such film.")
+            return [1.0] * len(rows)
+
+    def score(team):
+        with pytest.raises(RewardError, match="no such film"):
+            shared(Picky(), team).score(rollouts())
+        return True
+
+    assert together(2, score) == [True, True]
+
+
+def test_alone_it_is_the_reward_itself():
+    reward = Rank()
+    assert shared(reward, ALONE) is reward
