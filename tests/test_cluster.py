@@ -30,7 +30,7 @@ from tests.test_runs import quartet
 SEVEN_B = Workload(
     parameters=7_000_000_000,
     model=Sizes(hidden=4096, layers=32, intermediate=11008),
-    unsharded=600_000_000,
+    beside=600_000_000,
     learners=2,
     frozen=2,
     rows=512,
@@ -44,13 +44,15 @@ SEVEN_B = Workload(
 
 
 def test_memory_by_hand():
-    """On 8 ranks: 6.4 G of the parameters are in parts, 0.6 G whole; 16 bytes of each that is trained, 4 of others."""
+    """On 8 ranks: an eighth of the parameters each, 16 bytes of each that is trained, 4 of others. Of the two matrices beside the
+    blocks, 0.6 G, and a block, 0.2 G, the first are the more to put together."""
     memory = training_memory(SEVEN_B, 8)
-    held = 6.4e9 / 8 + 0.6e9
+    held = 7e9 / 8
     assert memory["actor"] == memory["critic"] == 16 * held
     assert memory["reference, reward model"] == 2 * 4 * held
-    assert memory["blocks put together"] == 2 * 4 * 6.4e9 / 32
-    assert training_memory(SEVEN_B, 1)["blocks put together"] == 0
+    assert memory["put together"] == 2 * 4 * 0.6e9
+    assert training_memory(dataclasses.replace(SEVEN_B, beside=60_000_000), 8)["put together"] == 2 * 4 * 6.94e9 / 32
+    assert training_memory(SEVEN_B, 1)["put together"] == 0
     assert training_memory(SEVEN_B, 1)["actor"] == 16 * 7e9
 
 
@@ -193,7 +195,7 @@ def published(parameters, hidden, layers, intermediate, heads_share, vocabulary,
     return Workload(
         parameters=parameters,
         model=Sizes(hidden=hidden, layers=layers, intermediate=intermediate, heads_share=heads_share),
-        unsharded=2 * vocabulary * hidden,
+        beside=2 * vocabulary * hidden,
         learners=1,
         frozen=1,
         rows=2048,

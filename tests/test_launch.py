@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,15 @@ def test_so_is_one_with_frozen_layers_and_an_average(tmp_path, launch):
         ours, theirs = (load_file(next((tmp_path / "runs").glob(f"*-{name}")) / file) for name in ("x", "one"))
         assert ours.keys() == theirs.keys()
         assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("launch", [(), ("policy.gradient_checkpointing=true",), SHARDED])
+def test_so_is_one_that_is_compiled(tmp_path, alone, launch):
+    code, said = done(tmp_path, *WORDS, "run.name=x", "policy.compile=true", *launch)
+    assert code == 0, said
+    assert_alike(metrics(tmp_path, "x"), alone, 1e-4)
 
 
 @pytest.mark.slow

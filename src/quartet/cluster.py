@@ -94,8 +94,8 @@ class Workload:
 
     parameters: int
     model: Sizes
-    unsharded: int
-    """Parameters that every rank holds whole: what is not a block."""
+    beside: int
+    """Parameters that are in no block: embeddings and head."""
     learners: int
     """Models that are trained: 2 with a critic of its own."""
     frozen: int
@@ -109,9 +109,9 @@ class Workload:
     checkpointing: bool
 
     @property
-    def block(self) -> float:
-        """The largest unit that is put together: one block."""
-        return (self.parameters - self.unsharded) / max(self.model.layers, 1)
+    def unit(self) -> float:
+        """The largest that is put together: a block, or what is beside them."""
+        return float(max((self.parameters - self.beside) / max(self.model.layers, 1), self.beside))
 
     @property
     def cache_bytes(self) -> float:
@@ -134,7 +134,7 @@ def workload(config: Config) -> Workload:
     return Workload(
         parameters=parameters,
         model=model,
-        unsharded=max(int(parameters - model.layers * per_block), 0),
+        beside=max(int(parameters - model.layers * per_block), 0),
         learners=1 + own_critic,
         frozen=reads,
         rows=config.rollout.prompts_per_step * config.rollout.samples_per_prompt,
@@ -151,15 +151,15 @@ def workload(config: Config) -> Workload:
 
 
 def training_memory(work: Workload, ranks: int) -> dict[str, float]:
-    """Bytes on each GPU that trains, by role: 16 per parameter over the ranks, what is whole on every rank, one block put
-    together and one on its way, the activations of a micro-batch; 4 per parameter of frozen models, sharded alike."""
-    sharded = (work.parameters - work.unsharded) / ranks + work.unsharded
+    """Bytes on each GPU that trains, by role: 16 per parameter over the ranks, 4 of frozen models; of the largest unit, two: a
+    block and the next one on its way, or a head and its gradient; the activations of a micro-batch."""
+    sharded = work.parameters / ranks
     roles = {"actor": TRAINED_BYTES * sharded}
     if work.learners > 1:
         roles["critic"] = TRAINED_BYTES * sharded
     if work.frozen:
         roles["reference, reward model"] = FLOAT * sharded * work.frozen
-    roles["blocks put together"] = 2 * FLOAT * work.block * (ranks > 1)
+    roles["put together"] = 2 * FLOAT * work.unit * (ranks > 1)
     roles["activations"] = work.micro_tokens * activation_bytes(work.model, work.checkpointing)
     return roles
 
@@ -311,7 +311,7 @@ def plan_cluster(config: Config, cluster: Cluster) -> ClusterPlan:
 
 def _at_rest(memory: dict[str, float]) -> float:
     """What a rank holds between two updates."""
-    return sum(size for role, size in memory.items() if role not in {"activations", "blocks put together"})
+    return sum(size for role, size in memory.items() if role not in {"activations", "put together"})
 
 
 def _short(work: Workload, cluster: Cluster) -> Iterator[str]:
@@ -344,7 +344,7 @@ def in_words(plan: ClusterPlan) -> Iterator[str]:
     for role, size in plan.memory.items():
         if size:
             yield f"memory  {role:<26} {size / GB:>8,.2f} GB of {gpu.memory / GB:,.0f} on each GPU that trains"
-    unit = FLOAT * plan.work.block / GB
+    unit = FLOAT * plan.work.unit / GB
     yield f"        a micro-batch may hold {plan.tokens_that_fit:,} tokens; the largest unit put together is {unit:,.2f} GB"
     for role, size in best.copies.memory.items():
         yield f"memory  {role:<26} {size / GB:>8,.2f} GB of {gpu.memory / GB:,.0f} on each GPU that generates"

@@ -83,6 +83,11 @@ class Policy:
         description="While training, keep only what each block was given and compute the rest again: a third more work for a "
         "fraction of the memory.",
     )
+    compile: bool = Field(
+        default=False,
+        description="Let torch.compile write the blocks of a Llama: slower to begin, quicker after. A resumed run then agrees "
+        "to rounding, not to the bit.",
+    )
 
 
 @part

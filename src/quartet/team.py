@@ -6,7 +6,7 @@ where weights are sharded, every pass takes all ranks.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -203,18 +203,38 @@ def counts_here(tensor: Tensor) -> bool:
     return not any(tensor.device_mesh.get_coordinate()[:-1])  # type: ignore[attr-defined]
 
 
-def whole_state(model: Any, others: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """All weights of a model, put together where they are in parts; one that has two names is one tensor. `others`: what stands
-    in for parameters, by their names. Every rank must ask."""
-    instead = {id(p): others[name] for name, p in model.named_parameters() if name in others} if others else {}
-    made: dict[int, Tensor] = {}
-    state = {}
-    with torch.no_grad():
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if id(tensor) not in made:
-                made[id(tensor)] = whole(instead.get(id(tensor), tensor.detach())).to(tensor.dtype)
-            state[name] = made[id(tensor)]
-    return state
+class Gathered(Mapping[str, Tensor]):
+    """The weights of a model by their names, each put together when it is asked for, so that there need not be room for all.
+    Every rank must ask for the same ones in the same order."""
+
+    def __init__(self, model: Any, others: Mapping[str, Tensor] | None = None) -> None:
+        """`others`: what stands in for parameters, by their names."""
+        instead = {id(p): others[name] for name, p in model.named_parameters() if name in others} if others else {}
+        self.held = {name: instead.get(id(t), t) for name, t in model.state_dict(keep_vars=True).items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        with torch.no_grad():
+            return whole(self.held[name].detach())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
+def whole_state(model: Any, others: Mapping[str, Tensor] | None = None, keep: bool = True) -> dict[str, Tensor]:
+    """All of them; one that has two names is one tensor. Those that were in parts are on the CPU. `keep`: whether this rank
+    wants them, or only helps others to have them. Every rank must ask."""
+    gathered, state = Gathered(model, others), dict[str, Tensor]()
+    first: dict[int, str] = {}
+    for name, held in gathered.held.items():
+        if (known := first.setdefault(id(held), name)) != name:
+            state[name] = state[known]
+            continue
+        tensor = gathered[name].cpu() if is_sharded(held) else gathered[name]
+        state[name] = tensor if keep else torch.empty(0)
+    return state if keep else {}
 
 
 def restore(target: Tensor, saved: Any) -> Tensor:

@@ -144,7 +144,7 @@ def test_so_do_adapters_that_are_pushed_alone(tmp_path):
             frozenset({1}),
             seed=0,
             timeout=100.0,
-            save_base=lambda place: save(made(0), tokenizer(), place),
+            save_base=lambda place, tensors: save(made(0), tokenizer(), place),
         )
         each_token_is_of_its_version(generator, url, policies)
         generator.close()

@@ -152,7 +152,7 @@ def test_a_base_goes_once_and_then_adapters_alone(folder, generator, kind):
         policy = policies[int(tensors["which"])]
         save_adapter(policy, POLICY, place, policy.state_dict())
 
-    write_base = lambda place: save(model(), tokenizer(), place)  # noqa: E731
+    write_base = lambda place, tensors: save(model(), tokenizer(), place)  # noqa: E731
     with served(folder / "another", pause=0.03, kind=kind) as (url, engine):
         stops = frozenset({tokenizer().eos_token_id})
         shared = folder / "weights"

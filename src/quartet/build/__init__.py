@@ -72,7 +72,7 @@ from quartet.models.language_model import (
     read_config,
     stop_ids,
 )
-from quartet.models.trunk import checkpoint_blocks
+from quartet.models.trunk import checkpoint_blocks, compile_blocks
 from quartet.observability.sinks import check_trackers
 from quartet.observability.tokens import TokenTexts
 from quartet.pipeline import Saving
@@ -83,7 +83,7 @@ from quartet.rewards.shared import shared
 from quartet.rewards.sources import EnsembleSource, JudgeSource, ModelSource, Source, StepsSource
 from quartet.rewards.worker import load
 from quartet.stages import Cast, Contest, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
-from quartet.team import ALONE, Team, Together, is_sharded, whole_state
+from quartet.team import ALONE, Gathered, Team, Together, is_sharded
 from quartet.training.checkpoint import GlobalRandom
 from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
@@ -250,7 +250,7 @@ class Workshop:
             sampled = self._sampled(model)
             generator = self._generator(sampled, self.team, copied=sampled is not model)
             sampler, rewards = Sampler(prompts, settings.batch_size, self.config.seed), self._rewards(folder, team=self.team)
-            now = None if sampled is model else lambda: Weights(0, whole_state(model))
+            now = None if sampled is model else lambda: Weights(0, Gathered(model))
             return OnlinePairs(sampler, generator, self.config.rollout, rewards, weights=now)
 
         return PreferenceStage(
@@ -308,14 +308,14 @@ class Workshop:
         """The model that the run begins with."""
         policy = self.config.policy
         if policy.create is not None:
-            return self._checkpointed(create(policy.create, self.tokenizer, self.config.seed).to(self.device))
-        return self._checkpointed(load_model(str(self.policy_model), self.device))
+            return self._set_up(create(policy.create, self.tokenizer, self.config.seed).to(self.device))
+        return self._set_up(load_model(str(self.policy_model), self.device))
 
     def _plain_policy(self, folder: Path) -> Any:
         """The policy that RL starts from, and is held to: the run's own SFT model where it made one."""
         if "sft" not in self.config.recipe:
             return self._base_policy()
-        return self._checkpointed(load_model(folder / "sft", self.device))
+        return self._set_up(load_model(folder / "sft", self.device))
 
     def starting_policy(self, folder: Path) -> Any:
         """The same, as it will learn."""
@@ -328,8 +328,12 @@ class Workshop:
             return add_adapter(model, policy.adapter, POLICY, self.config.seed)
         return freeze_layers(model, policy.frozen_layers)
 
-    def _checkpointed(self, model: Any) -> Any:
-        return checkpoint_blocks(model) if self.config.policy.gradient_checkpointing else model
+    def _set_up(self, model: Any) -> Any:
+        """Its blocks as they are to run."""
+        policy = self.config.policy
+        if policy.gradient_checkpointing:
+            checkpoint_blocks(model)
+        return compile_blocks(model) if policy.compile else model
 
     def _new_scalar(self, policy: Any, adapter: str) -> ScalarModel:
         """A new head, on a copy of the policy's trunk or, where the policy is an adapter, on another adapter beside it."""
@@ -337,7 +341,7 @@ class Workshop:
         if lora is not None:
             return AdaptedScalar(add_adapter(policy, lora, adapter, seed), adapter, pad, seed)
         made = ScalarModel.from_trunk(policy, pad, seed, share_frozen=self.config.policy.frozen_layers > 0)
-        self._checkpointed(made.model)
+        self._set_up(made.model)
         return made
 
     def _judge_to_be(self, policy: Any) -> ScalarModel:
@@ -365,21 +369,24 @@ class Workshop:
         return scalar
 
     def _generator(self, model: Any, team: Team = ALONE, copied: bool = False) -> Generator:
-        """Answers of one turn, or of several where there is an environment."""
         stops = stop_ids(model, self.tokenizer)
-        turns = NativeGenerator(model, self.tokenizer, stops, self.config.seed, team=team, copied=copied)
+        return self._in_turns(NativeGenerator(model, self.tokenizer, stops, self.config.seed, team=team, copied=copied), team)
+
+    def _in_turns(self, turns: Generator, team: Team) -> Generator:
+        """Answers of one turn, or of several where there is an environment."""
         if self.environment is None:
             return turns
         make, max_turns = self.environment
         return Episodes(turns, self.tokenizer, make, max_turns, self.encoder.max_tokens, team)
 
-    def _servers(self, actor: Any, folder: Path, team: Team) -> Generator | None:
+    def _asked(self, servers: ServedGenerator, team: Team) -> Generator:
+        return self._in_turns(servers if team.world == 1 else Led(servers, team), team)
+
+    def _servers(self, actor: Any, folder: Path, team: Team) -> ServedGenerator | None:
         """Those of other processes, where the config names them; they are given the actor's weights at once."""
         settings = self.config.generator
         if not isinstance(settings, Servers):
             return None
-
-        weights = Weights(0, whole_state(actor))
 
         def write(place: Path, tensors: Mapping[str, Any]) -> None:
             if settings.adapter:
@@ -388,30 +395,24 @@ class Workshop:
                 actor.save_pretrained(place, state_dict=merged_state(actor, tensors) if adapters_of(actor) else dict(tensors))
                 self.tokenizer.save_pretrained(place)
 
-        def write_base(place: Path) -> None:
+        def write_base(place: Path, tensors: Mapping[str, Any]) -> None:
             with working(actor, None):
-                actor.save_pretrained(place, state_dict=merged_state(actor, weights.tensors))
+                actor.save_pretrained(place, state_dict=merged_state(actor, tensors))
             self.tokenizer.save_pretrained(place)
 
-        shared, stops = Path(settings.shared) if settings.shared else folder / "weights", stop_ids(actor, self.tokenizer)
         made = ServedGenerator(
             DIALECTS[settings.type],
             settings.urls,
             write,
-            shared,
+            Path(settings.shared) if settings.shared else folder / "weights",
             self.tokenizer,
-            stops,
+            stop_ids(actor, self.tokenizer),
             self.config.seed,
             settings.timeout,
             save_base=write_base if settings.adapter else None,
         )
-        if team.lead:
-            made.load_weights(weights)
-        turns: Generator = made if team.world == 1 else Led(made, team)
-        if self.environment is None:
-            return turns
-        make, max_turns = self.environment
-        return Episodes(turns, self.tokenizer, make, max_turns, self.encoder.max_tokens, team)
+        Led(made, team).load_weights(Weights(0, Gathered(actor)))
+        return made
 
     def _environment(self) -> tuple[Callable[[], Environment], int] | None:
         """What makes one, and how many turns the policy has."""
@@ -434,8 +435,10 @@ class Workshop:
         assert config.algorithm
         actor = self.starting_policy(folder)
         reference = reference_of(actor) if config.algorithm.needs_reference else None
-        sampled = self._sampled(actor)
-        judge = self._attached_judge(sampled, folder)  # on the model that learns nothing meanwhile
+        # Where servers write the answers, only a judge on the policy's trunk needs a model that does not learn meanwhile.
+        served = isinstance(config.generator, Servers) and config.policy.adapter is None
+        sampled = actor if served else self._sampled(actor)
+        judge = self._attached_judge(sampled, folder)
         models = self._actor_critic(actor, judge, folder) if config.algorithm.needs_critic else Separate(actor, None)
         self.spread(actor)
         meanwhile = self.team.apart() if config.rollout.staleness else self.team
@@ -454,29 +457,33 @@ class Workshop:
             self.team,
         )
         rewards = self._rewards(folder, judge, meanwhile)
-        probes, contest = self._probes(sampled, rewards), self._contest(sampled, rewards)
-        generator = self._servers(actor, folder, meanwhile) or self._generator(sampled, meanwhile, copied=sampled is not actor)
+        if servers := self._servers(actor, folder, meanwhile):
+            generator, aside = self._asked(servers, meanwhile), lambda: self._asked(servers.aside(), self.team)
+        else:
+            generator = self._generator(sampled, meanwhile, copied=sampled is not actor)
+            aside = lambda: self._generator(sampled, self.team)  # noqa: E731
+        probes, contest = self._probes(aside, rewards), self._contest(aside, rewards)
         cast = Cast(learner, generator, rewards, probes, self._watched_texts(), contest)
         if self.fault is not None:
             FAULTS[self.fault](cast)
         return cast
 
-    def _probes(self, actor: Any, rewards: Sequence[Weighted]) -> list[Rollout]:
+    def _probes(self, generator: Callable[[], Generator], rewards: Sequence[Weighted]) -> list[Rollout]:
         """Answers to held-out prompts; the policy's training draws no random number less for them."""
         rollout, algorithm = self.config.rollout, self.config.algorithm
         assert algorithm
         prompts = list(self.prompts[1][: max(1, PROBES // rollout.samples_per_prompt)])
-        made = answers(prompts, self._generator(actor, self.team), rollout, rollout.samples_per_prompt, rewards, algorithm)
+        made = answers(prompts, generator(), rollout, rollout.samples_per_prompt, rewards, algorithm)
         return [r for r in made if r.score is not None]
 
-    def _contest(self, actor: Any, rewards: Sequence[Weighted]) -> Contest | None:
+    def _contest(self, generator: Callable[[], Generator], rewards: Sequence[Weighted]) -> Contest | None:
         """None where a judge would have to be paid for it."""
         if self._asks_a_judge:
             return None
         prompts = list(self.prompts[1][:CONTEST_PROMPTS])
 
         def answer() -> Sequence[Rollout]:
-            return rewarded(self._generator(actor, self.team).generate(prompts, self.config.rollout), rewards)
+            return rewarded(generator().generate(prompts, self.config.rollout), rewards)
 
         return Contest(answer, answer(), self.rewards.gold)
 
@@ -515,7 +522,7 @@ class Workshop:
                 if self.critic_init == "policy":
                     return Separate(actor, self._spread_scalar(self._new_scalar(actor, CRITIC)))
                 critic = ScalarModel.load(self.critic_init or folder / "reward_model", self.device)
-                self._checkpointed(critic.model)
+                self._set_up(critic.model)
                 return Separate(actor, self._spread_scalar(critic))
 
     def _critic_like(self, judge: AdaptedScalar, actor: Any) -> ScalarModel:

@@ -22,8 +22,13 @@ class Led:
         return [rollout_from(row) for row in self.team.exchange(mine)[0]]
 
     def load_weights(self, weights: Weights) -> None:
+        kept = {}
+        for name in weights.tensors:  # which may be in parts: then all put each together
+            tensor = weights.tensors[name]
+            if self.team.lead:
+                kept[name] = tensor.cpu()
         if self.team.lead:
-            self.generator.load_weights(weights)
+            self.generator.load_weights(Weights(weights.version, kept))
 
     def state(self) -> Any:
         return self.generator.state()

@@ -15,6 +15,7 @@ class Weights:
 
     version: int
     tensors: Mapping[str, Tensor]
+    """By their names in the model. Where it is in parts, every rank asks for the same ones in the same order."""
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ others. What the endpoints are called, `dialects.py` says.
 """
 
 import contextlib
+import copy
 import random
 import shutil
 import threading
@@ -76,7 +77,7 @@ class ServedGenerator:
         seed: int,
         timeout: float = 600.0,
         at_once: int = 256,
-        save_base: Callable[[Path], None] | None = None,
+        save_base: Callable[[Path, Mapping[str, Any]], None] | None = None,
     ) -> None:
         """`save` writes weights as a model folder; `shared` is where, a path that servers read too. `timeout`: seconds for one
         answer, and for how long one waits until a server is back. `at_once`: requests in flight. `save_base`: writes a model
@@ -95,6 +96,13 @@ class ServedGenerator:
 
     def load_state(self, state: Mapping[str, int]) -> None:
         self.version, self.calls = state["version"], state["calls"]
+
+    def aside(self) -> "ServedGenerator":
+        """The same servers with the weights that they have now, for questions that are no part of the run: none of its random
+        numbers are drawn, and each time the same ones."""
+        made = copy.copy(self)
+        made.seed, made.calls = self.seed + 1, 0
+        return made
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -190,10 +198,11 @@ class ServedGenerator:
 
     def load_weights(self, weights: Weights) -> None:
         """Write them where the servers read, and have each read them. May come while answers are being written."""
-        if self.save_base is not None and not self._pushed:  # a folder from an earlier run may be another's
-            self._write(self.shared / BASE, self.save_base)
+        save_base, tensors = self.save_base, weights.tensors
+        if save_base is not None and not self._pushed:  # a folder from an earlier run may be another's
+            self._write(self.shared / BASE, lambda place: save_base(place, tensors))
         self._pushed = True
-        self._write(self._folder(weights.version), lambda place: self.save(place, weights.tensors))
+        self._write(self._folder(weights.version), lambda place: self.save(place, tensors))
         self.version = weights.version
         for server in self.servers:
             if server.failed is None:

@@ -227,7 +227,7 @@ def merged_state(model: Any, tensors: Mapping[str, Tensor] | None = None) -> dic
 
 def _change(product: Any, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """What the adapters that work add to a layer's matrix: (alpha / rank) B A."""
-    change = torch.zeros((), device=product.base_layer.weight.device)
+    change = torch.zeros((), device=tensors[f"{layer}.base_layer.weight"].device)
     for name in [] if product._disable_adapters else product.active_adapters:
         made = tensors[f"{layer}.lora_B.{name}.weight"] @ tensors[f"{layer}.lora_A.{name}.weight"]
         change = change + (made.T if product.fan_in_fan_out else made) * product.scaling[name]

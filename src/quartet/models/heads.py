@@ -86,7 +86,7 @@ class ScalarModel(nn.Module):
 
     def save(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
         """A sequence classifier: what a reward model is elsewhere. Every rank of the team calls it, one writes."""
-        state = whole_state(self.model)
+        state = whole_state(self.model, keep=team.lead)
         if not team.lead:
             return
         self.model.save_pretrained(folder, state_dict=state)
@@ -101,7 +101,7 @@ class ScalarModel(nn.Module):
             made = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
         except ValueError:
             return self.save(folder, tokenizer, team)
-        trunk = whole_state(self.model.base_model)
+        trunk = whole_state(self.model.base_model, keep=team.lead)
         if not team.lead:
             return None
         made.base_model.load_state_dict(trunk)
@@ -167,7 +167,7 @@ class AdaptedScalar(ScalarModel):
 
     def save(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
         """As a whole, for others; and in `adapter/` what `attach` puts on the same trunk again."""
-        made, tensors = self._whole(), whole_state(self.under.model)
+        made, tensors = self._whole(), whole_state(self.under.model, keep=team.lead)
         if not team.lead:
             return
         made.save(folder, tokenizer)

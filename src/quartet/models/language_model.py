@@ -131,10 +131,10 @@ def save(model: Any, tokenizer: Any, folder: Path, team: Team = ALONE, others: M
     the adapter alone in `adapter/`. `others`: what is saved in the place of parameters, by their names. Every rank of the team
     calls it, one writes."""
     adapted = adapters_of(model)
-    tensors = whole_state(model, others)
-    state = merged_state(model, tensors) if adapted else tensors
+    tensors = whole_state(model, others, keep=team.lead)
     if not team.lead:
         return
+    state = merged_state(model, tensors) if adapted else tensors
     if model.generation_config is not None and model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder, state_dict=state)

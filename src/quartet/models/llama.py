@@ -24,7 +24,7 @@ from quartet.models.packing import Packed, repacked, take, unpacked
 from quartet.tensors import Float, Int, Tensor
 
 READ_ON = "read_on"
-"""A block that is sharded has `read_on` as a method of this name: torch puts its weights together around it."""
+"""A block that is sharded, or compiled, has `read_on` as a method of this name."""
 FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _WRITTEN_OUT: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 

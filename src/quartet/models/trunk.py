@@ -1,5 +1,6 @@
 """What a trunk, a model without its head, has understood at the positions somebody asks about."""
 
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quartet.models.adapters import as_now
-from quartet.models.llama import hidden_states, written_out
+from quartet.models.llama import READ_ON, hidden_states, read_on, written_out
 from quartet.models.packing import pack
 from quartet.tensors import Bool, Float, Int, Tensor
 
@@ -29,11 +30,23 @@ def read(trunk: Any, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> 
 def checkpoint_blocks(model: Any) -> Any:
     """The model, which from now on keeps only what each block was given and computes the rest again for the gradient (Chen
     et al. 2016)."""
-    for block in model.modules():
-        if isinstance(block, GradientCheckpointingLayer):
-            block.gradient_checkpointing = True
-            block._gradient_checkpointing_func = partial(_checkpoint, model)
+    for block in blocks_of(model):
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = partial(_checkpoint, model)
     return model
+
+
+def compile_blocks(model: Any) -> Any:
+    """The model, whose written-out blocks run as torch.compile writes them when they are first used. Lengths stay variable."""
+    if not written_out(model.base_model, 1):
+        raise ValueError(f"policy.compile = true: is there for the Llama family, not for {model.config.model_type}. Use false.")
+    for block in blocks_of(model):
+        setattr(block, READ_ON, types.MethodType(torch.compile(read_on, dynamic=True), block))
+    return model
+
+
+def blocks_of(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _checkpoint(model: Any, *args: Any) -> Any:
@@ -44,7 +57,7 @@ def _checkpoint(model: Any, *args: Any) -> Any:
 def checkpointing(model: Any) -> Iterator[None]:
     """transformers makes its checkpoints in training mode only, and drops the cache then. So the blocks are in it while
     something is learnt; the modules inside them, and their dropout, never are."""
-    blocks = [b for b in model.modules() if isinstance(b, GradientCheckpointingLayer) and b.gradient_checkpointing]
+    blocks = [block for block in blocks_of(model) if block.gradient_checkpointing]
     for block in blocks:
         block.training = torch.is_grad_enabled()
     try:

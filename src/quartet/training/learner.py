@@ -21,7 +21,7 @@ from quartet.generation.protocol import Weights
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.language_model import policy_logprobs
 from quartet.models.padding import PAD, response_mask, right_pad, spread
-from quartet.team import ALONE, Team, counts_here, is_sharded, local, whole_state
+from quartet.team import ALONE, Gathered, Team, counts_here, is_sharded, local
 from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
 from quartet.training.checkpoint import python_random
@@ -94,7 +94,7 @@ class Learner:
         """The reference's weights in one number: they never change."""
 
     def weights(self) -> Weights:
-        return Weights(self.version, whole_state(self.models.actor))
+        return Weights(self.version, Gathered(self.models.actor))
 
     def state(self) -> dict[str, Any]:
         return {

@@ -17,9 +17,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quartet.models.llama import READ_ON, read_on, written_out
+from quartet.models.trunk import blocks_of
 from quartet.team import Together
 
 
@@ -40,7 +40,7 @@ def mesh_of(device: str, team: Together, parts: int) -> DeviceMesh:
 def parallelize(model: Any, mesh: DeviceMesh) -> Any:
     """The model, in parts over the mesh. Gradients of several ranks are added, not averaged: the losses of one step share a
     denominator. Works on a mesh of one rank as on many."""
-    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    blocks = blocks_of(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no blocks that could be sharded.")
     by_hand = written_out(model.base_model, 1) if hasattr(model, "base_model") else False
@@ -50,7 +50,8 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
         if by_hand:
-            setattr(block, READ_ON, types.MethodType(read_on, block))
+            if not hasattr(block, READ_ON):
+                setattr(block, READ_ON, types.MethodType(read_on, block))
             register_fsdp_forward_method(block, READ_ON)
     inside = {id(m) for block in blocks for m in block.modules()}
     beside = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.Linear) and id(m) not in inside]
