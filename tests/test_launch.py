@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from quartet.build import build, device
 from quartet.launch import spmd
 from quartet.launch.spmd import Spmd, by_another, follow
+from quartet.models.language_model import ModelError
 from quartet.recipes import recipe_path
 from quartet.settings import ConfigError, read_settings
 from quartet.team import Together
@@ -290,6 +291,20 @@ def test_what_several_ranks_cannot_do_is_said(words, sentence):
         read_settings(recipe_path("reviews"), words, "recipe reviews")
 
 
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("quartet.build.device", lambda name, team: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = read_settings(recipe_path("reviews"), ["launch.processes=2"], "recipe reviews").config
+    with pytest.raises(ModelError, match="launch.processes = 2: each rank takes a GPU of its own, and this machine has 1."):
+        build(config, team=Together(0, 2))
+
+
+def test_torchruns_number_of_ranks_must_be_a_multiple_too():
+    config = read_settings(recipe_path("reviews"), ["launch.type='torchrun'", "launch.shard=2"], "recipe reviews").config
+    with pytest.raises(ModelError, match="launch.shard = 2: there are 3 ranks, which is no multiple of it"):
+        build(config, team=Together(0, 3))
+
+
 # --- groups ----------------------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +392,32 @@ def test_a_rank_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_stuck(tw
     with pytest.raises(WorkerLost, match="rank 1 of the run was lost: alive, but not where the others waited"):
         group.call("fail", "silent")
     beating.join()
+
+
+@pytest.mark.slow
+def test_on_ray_a_long_step_is_not_a_lost_rank_and_a_dead_one_is():
+    ray = pytest.importorskip("ray")
+    from quartet.launch.on_ray import OnRay
+
+    class Slow:
+        def alive(self):
+            return True
+
+        def work(self, seconds):
+            time.sleep(seconds)
+            return seconds
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", _node_ip_address="127.0.0.1")
+    try:
+        group = object.__new__(OnRay)
+        group.deadline, group.ranks = 0.3, [ray.remote(max_concurrency=2)(Slow).remote() for _ in range(2)]
+        assert group._all([rank.work.remote(2.0) for rank in group.ranks]) == [2.0, 2.0]
+        asked = [rank.work.remote(60.0) for rank in group.ranks]
+        ray.kill(group.ranks[1])
+        with pytest.raises(WorkerLost, match="rank 1 of the run was lost: its process is gone"):
+            group._all(asked)
+    finally:
+        ray.shutdown()
 
 
 def test_rows_are_dealt_out_by_tokens_and_come_back_in_order():
