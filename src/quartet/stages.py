@@ -371,7 +371,7 @@ class EvaluationStage:
     gold: Gold | None
     sampling: Sampling
     micro_batch_tokens: int
-    generator: Callable[[Any], Generates]
+    generator: Callable[[Any, Path], Generates]
     best_of: int = 0
     num_steps: int = 2
     name: str = field(default="evaluation")
@@ -386,7 +386,7 @@ class EvaluationStage:
 
         def steps(done: int) -> Iterator[Progress]:
             for number, model in enumerate((before, after)[done:], done + 1):
-                answered.append(rewarded(self._answers(model), rewards))
+                answered.append(rewarded(self.generator(model, folder).generate(self.prompts, self.sampling), rewards))
                 yield Progress(number, {})
 
         def finish() -> Summary:
@@ -397,7 +397,7 @@ class EvaluationStage:
                 del summary["before"]["reward"], summary["after"]["reward"]
             (folder / "evaluation").mkdir(exist_ok=True)
             _write_json(folder / "evaluation" / "final.json", summary)
-            best = [dataclasses.asdict(b) for b in self._best_of(before, rewards)]
+            best = [dataclasses.asdict(b) for b in self._best_of(before, folder, rewards)]
             _write_json(folder / "evaluation" / "best_of_n.json", best)
             pairs = [json.dumps(_pair(*row), ensure_ascii=False) + "\n" for row in zip(old, new, kl, strict=True)]
             durable.replace(folder / "evaluation" / "answers.jsonl", "".join(pairs))
@@ -405,21 +405,18 @@ class EvaluationStage:
 
         return Work(steps, finish)
 
-    def _best_of(self, model: Any, rewards: Sequence[Weighted]) -> list[BestOf]:
+    def _best_of(self, model: Any, folder: Path, rewards: Sequence[Weighted]) -> list[BestOf]:
         """Empty where nothing was rewarded, or too few answers have a score."""
         if self.best_of < 2 or not any(w.weight for w in rewards):
             return []
         prompts = self.prompts[: max(1, BEST_OF_ANSWERS // self.best_of)]
-        made = rewarded(self.generator(model).generate(prompts, self.sampling, self.best_of), rewards)
+        made = rewarded(self.generator(model, folder).generate(prompts, self.sampling, self.best_of), rewards)
         by_prompt = [list(group) for _, group in itertools.groupby(made, key=lambda r: r.group)]
         whole = [group for group in by_prompt if all(r.score is not None for r in group)]
         if not whole:
             return []
         gold = None if self.gold is None else [[self.gold(r.prompt.text, r.response) for r in group] for group in whole]
         return best_of_n([[r.score or 0.0 for r in group] for group in whole], gold)
-
-    def _answers(self, model: Any) -> list[Rollout]:
-        return self.generator(model).generate(self.prompts, self.sampling)
 
     def _kl(self, before: Any, after: Any, rollouts: Sequence[Rollout]) -> list[float]:
         batch = collate(rollouts, after.device)

@@ -116,6 +116,8 @@ class Together(Team):
         self.rank, self.world = rank, world
         self.group: torch.distributed.ProcessGroup | None = None
         """None: torch's own, of all processes."""
+        self.name = ""
+        """No two teams of the same ranks have the same."""
         self.deadline = timedelta(seconds=PATIENCE)
 
     def join(self, store: "torch.distributed.Store", deadline: float, device: "torch.device") -> None:
@@ -137,6 +139,7 @@ class Together(Team):
     def apart(self) -> "Together":
         made = Together(self.rank, self.world)
         made.deadline, made.group = self.deadline, torch.distributed.new_group(timeout=self.deadline)
+        made.name = f"{self.name}, apart"
         return made
 
     def add_up(self, *tensors: Tensor | None) -> None:

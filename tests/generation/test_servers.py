@@ -1,5 +1,6 @@
 """Generation by servers, against a fake that speaks as vLLM and SGLang do."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 import uvicorn
 
+from quartet.build import build
 from quartet.generation.dialects import DIALECTS, Piece
 from quartet.generation.led import Led
 from quartet.generation.protocol import Weights
@@ -26,6 +28,7 @@ from quartet.recipes import recipe_path
 from quartet.settings import ConfigError, read_settings
 from quartet.team import ALONE
 from tests.fake_server import Engine, free_port, make_app
+from tests.tiny_run import SMALL_REVIEWS, make_run
 from tests.world import model, prompts, tokenizer
 
 SAMPLING = Sampling(max_new_tokens=12, temperature=0.9)
@@ -283,3 +286,23 @@ def test_one_rank_asks_for_all(folder, generator):
         led.load_weights(Weights(1, model(seed=7).state_dict()))
         assert made.version == 1 and led.state() == {"version": 1, "calls": 1}
         assert [r.prompt for r in rollouts] == prompts(2) and isinstance(rollouts[0].response_ids, tuple)
+
+
+def test_all_answers_of_a_run_are_written_by_servers(tmp_path):
+    """Also those of its probes, its win rate and its evaluation, without a random number of the training's."""
+    words = ['recipe=["sft", "reward_model", "rloo", "evaluation"]', "algorithm.preset=rloo", "rollout.samples_per_prompt=2"]
+    job = build(read_settings(recipe_path("reviews"), [*SMALL_REVIEWS, *words], "recipe reviews").config)
+    job.stages[0].load_policy(tmp_path).save_pretrained(tmp_path / "first")
+    job.tokenizer.save_pretrained(tmp_path / "first")
+    trained, held_out = ({p.ids for p in job.stages[i].prompts} for i in (2, 3))
+    with served(tmp_path / "first") as (url, engine):
+        records = []
+        for name in ("one", "two"):
+            where = f'generator={{type="vllm", urls=["{url}"], shared="{tmp_path / name / "shared"}"}}'
+            run = make_run(tmp_path / name, "reviews", *words, "run.steps=3", where)
+            lines = map(json.loads, (run.path / "events.jsonl").read_text().splitlines())
+            records.append([line["metrics"] for line in lines if line["event"] == "metrics"])
+            asked = set(map(tuple, engine.asked))
+            assert held_out <= asked and asked & trained - held_out
+            engine.asked.clear()
+    assert records[0] == records[1] and any("policy/win_rate" in row for row in records[0])

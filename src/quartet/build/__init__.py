@@ -297,7 +297,7 @@ class Workshop:
             gold=self.rewards.gold,
             sampling=self.config.rollout,
             micro_batch_tokens=self.micro_batch_tokens,
-            generator=self._generator,
+            generator=self._examined,
             best_of=0 if self._asks_a_judge else self.config.evaluation.best_of,  # some hundred questions more cost money
             team=self.team,
         )
@@ -382,14 +382,21 @@ class Workshop:
     def _asked(self, servers: ServedGenerator, team: Team) -> Generator:
         return self._in_turns(servers if team.world == 1 else Led(servers, team), team)
 
+    def _examined(self, model: Any, folder: Path) -> Generator:
+        """Answers of a model that learns no more; one rank asks."""
+        servers = self._servers(model, folder, ALONE)
+        return self._generator(model) if servers is None else self._asked(servers, ALONE)
+
     def _servers(self, actor: Any, folder: Path, team: Team) -> ServedGenerator | None:
-        """Those of other processes, where the config names them; they are given the actor's weights at once."""
+        """Those of other processes, where the config names them; they are given the model's weights at once. Where it has an
+        adapter, that may be all they are given later."""
         settings = self.config.generator
         if not isinstance(settings, Servers):
             return None
+        adapter = settings.adapter and bool(adapters_of(actor))
 
         def write(place: Path, tensors: Mapping[str, Any]) -> None:
-            if settings.adapter:
+            if adapter:
                 save_adapter(actor, POLICY, place, tensors)
             else:
                 actor.save_pretrained(place, state_dict=merged_state(actor, tensors) if adapters_of(actor) else dict(tensors))
@@ -409,7 +416,7 @@ class Workshop:
             stop_ids(actor, self.tokenizer),
             self.config.seed,
             settings.timeout,
-            save_base=write_base if settings.adapter else None,
+            save_base=write_base if adapter else None,
         )
         Led(made, team).load_weights(Weights(0, Gathered(actor)))
         return made

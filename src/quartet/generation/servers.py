@@ -15,6 +15,7 @@ import random
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -89,6 +90,7 @@ class ServedGenerator:
         self.version, self.calls, self._pushed = 0, 0, False
         self.pool = ThreadPoolExecutor(at_once, "ask")
         self.client = httpx.Client(timeout=timeout, limits=httpx.Limits(max_connections=None), follow_redirects=False)
+        weakref.finalize(self, self.client.close)
         self._free = threading.Condition()
 
     def state(self) -> dict[str, int]:

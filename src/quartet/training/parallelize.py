@@ -25,16 +25,18 @@ from quartet.team import Together
 
 def mesh_of(device: str, team: Together, parts: int) -> DeviceMesh:
     """The ranks in rows of `parts`. Those of a row have a model together; every row has the same (HSDP, Zhao et al. 2023, where
-    there are several). They give up waiting when the team does."""
+    there are several). They give up waiting when the team does. Its dimensions are called after the team: torch takes two meshes
+    of the same ranks and names for one, and would let one thread speak through the other's group."""
+    names = (f"replicate{team.name}", f"shard{team.name}")
     if parts == team.world:
         group = team.group or dist.group.WORLD
         assert group is not None, "the team has not joined"
-        return DeviceMesh.from_group(group, device, mesh_dim_names=("shard",))
+        return DeviceMesh.from_group(group, device, mesh_dim_names=names[1:])
     rows = torch.arange(team.world).view(-1, parts)
     groups = [
         dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=team.deadline)[0] for ranks in (rows.T.contiguous(), rows)
     ]
-    return DeviceMesh.from_group(groups, device, mesh=rows, mesh_dim_names=("replicate", "shard"))
+    return DeviceMesh.from_group(groups, device, mesh=rows, mesh_dim_names=names)
 
 
 def parallelize(model: Any, mesh: DeviceMesh) -> Any:
