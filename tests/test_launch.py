@@ -174,6 +174,25 @@ def test_torchrun_starts_the_same(tmp_path, alone, launch):
 
 
 @pytest.mark.slow
+def test_torchrun_starts_again_what_lost_a_rank(tmp_path, alone):
+    words = [*WORDS, "run.name=x", "launch.type=torchrun", "--resume"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    process = subprocess.Popen(
+        [*command, "--no-python", QUARTET, *words],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    at_step(tmp_path, process, "ppo", 3)
+    os.kill(max(children(process.pid)), signal.SIGKILL)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0 and "resume ppo-000002" in said, said
+    assert_alike(metrics(tmp_path, "x"), alone, 2e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launch", [TWO, SHARDED])
 def test_ray_runs_the_same(tmp_path, alone, launch):
     pytest.importorskip("ray")
@@ -196,18 +215,22 @@ def at_step(folder, process, stage, step):
     raise AssertionError(process.communicate()[0])
 
 
-def followers(process):
-    """Process ids of the other ranks, by rank."""
+def children(parent):
+    """What each is called with, by process id."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found[int(folder.name)] = words
         except (OSError, ValueError):
             continue
-        if b"quartet.launch.follower" in words and parent == process.pid:
-            found[int(words[3])] = int(folder.name)
     return found
+
+
+def followers(process):
+    """Process ids of the other ranks, by rank."""
+    return {int(words[3]): child for child, words in children(process.pid).items() if b"quartet.launch.follower" in words}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from quartet.config import Config
 from quartet.measure import Line, Measured, Short, _summed, in_words, measure
+from quartet.observability.reader import Run
 from quartet.recipes import recipe_path
 from quartet.settings import read_settings
 from tests.test_runs import quartet
@@ -54,6 +55,16 @@ def test_the_command_says_what_it_measured(tmp_path):
     assert not (tmp_path / "runs").exists()
     many = quartet("plan", "reviews", "launch.processes=2", "--measure", cwd=tmp_path)
     assert many.returncode == 2 and "--measure: measures one process" in many.stderr
+
+
+@pytest.mark.slow
+def test_so_is_the_plan_that_measures_nothing(tmp_path):
+    """Seconds within a factor of 3: the speed of a machine is not known to it."""
+    words = ("run.steps=8", "sft.steps=60", "reward_model.steps=60")
+    said = quartet("run", "reviews", *words, cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    done = Run(tmp_path / "runs" / "latest").events[-1]
+    assert done["planned_seconds"] / 3 < done["seconds"] < 3 * done["planned_seconds"]
 
 
 @pytest.mark.slow

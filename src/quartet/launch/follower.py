@@ -4,7 +4,7 @@ import signal
 import sys
 from pathlib import Path
 
-from quartet.launch.spmd import LOOPBACK, Beating, follow
+from quartet.launch.spmd import LOOPBACK, Beating, follow, store_at
 from quartet.team import Together
 
 
@@ -25,7 +25,7 @@ def be_a_rank(host: str, port: int, rank: int, world: int, deadline: float, fold
     from quartet.worker import Worker
 
     keep_freed_memory()
-    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    store = store_at(host, port)
     team = Together(rank, world)
     job = build(read_settings(folder / "config.resolved.toml").config, fault, team)
     team.join(dist.PrefixStore("team", store), deadline, job.device)

@@ -193,7 +193,7 @@ class Beating:
     """A thread that counts up in the store, by a connection of its own."""
 
     def __init__(self, host: str, port: int, rank: int) -> None:
-        self.store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+        self.store = store_at(host, port, timeout=60.0)
         self.rank, self.stopped = rank, threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -241,7 +241,7 @@ def wait_for(started: Sequence[Process], store: "dist.Store", patience: float) -
             time.sleep(0.02)
 
 
-def own_store() -> "tuple[dist.TCPStore, int]":
+def own_store() -> "tuple[dist.Store, int]":
     """A store that only this machine can reach, and its port."""
     listening = socket.socket()
     listening.bind((LOOPBACK, 0))
@@ -250,7 +250,18 @@ def own_store() -> "tuple[dist.TCPStore, int]":
     store = dist.TCPStore(
         LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach(), multi_tenant=False
     )
-    return store, port
+    return _of_this_attempt(store), port
+
+
+def store_at(host: str, port: int, keeps: bool = False, timeout: float = 300.0) -> "dist.Store":
+    """The store there; `keeps`: this process is the one that keeps it."""
+    wait = timedelta(seconds=timeout)
+    return _of_this_attempt(dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=wait))
+
+
+def _of_this_attempt(store: "dist.Store") -> "dist.Store":
+    """Torchrun keeps its store when it starts its ranks again: what they said before is not to be heard."""
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def start_followers(world: int, port: int, words: Sequence[str], log: Any) -> list[Process]:

@@ -35,8 +35,7 @@ def follows(launch: Launch) -> bool:
 def follow_the_first(launch: Launch) -> None:
     """Be that rank. What is to be done, rank 0 has left in the store."""
     host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
-    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
-    folder, _, fault = store.get("run").decode().partition("\n")
+    folder, _, fault = spmd.store_at(host, port).get("run").decode().partition("\n")
     be_a_rank(host, port, rank, world_of(launch), launch.deadline, Path(folder), fault or None)
 
 
@@ -63,7 +62,7 @@ def _processes(launch: Launch, team: Together, job: Job, folder: Path, fault: st
         # torchrun's agent keeps the store; under srun it is rank 0 that does.
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=not agent, wait_for_workers=False)
+        store = spmd.store_at(host, port, keeps=not agent)
         store.set("run", f"{folder.resolve()}\n{fault or ''}")
     else:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

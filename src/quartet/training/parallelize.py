@@ -25,8 +25,8 @@ from quartet.team import Together
 
 def mesh_of(device: str, team: Together, parts: int) -> DeviceMesh:
     """The ranks in rows of `parts`. Those of a row have a model together; every row has the same (HSDP, Zhao et al. 2023, where
-    there are several). They give up waiting when the team does. Its dimensions are called after the team: torch takes two meshes
-    of the same ranks and names for one, and would let one thread speak through the other's group."""
+    there are several). They give up waiting when the team does. Dimensions are called after the team: torch takes two meshes of
+    the same ranks and names for one, and would let one thread speak through the other's group."""
     names = (f"replicate{team.name}", f"shard{team.name}")
     if parts == team.world:
         group = team.group or dist.group.WORLD
