@@ -28,10 +28,10 @@ def test_a_line_through_two_sizes():
 
 
 def test_a_whole_run_from_its_parts():
-    """3 + 7 SFT and reward model steps of 1 and 2 s; 40 steps of 0.5 s + 8 tokens of 0.1 s; 20 looks of 0.25 s; 8 prompts; 4 s."""
+    """3 + 7 SFT and reward model steps of 1 and 2 s; 40 steps of 0.5 s + 8 tokens of 0.1 s; 20 looks of 0.25 s; an evaluation of 6 s; 4 s."""
     config = config_of("run.steps=40", "sft.steps=3", "reward_model.steps=7", "evaluation.prompts=8")
-    made = Measured({"sft": 1.0, "reward_model": 2.0}, Line(0.5, 0.1), 0.25, Line(2.0, 0.5), 4.0)
-    assert made.seconds(config, 8.0) == pytest.approx(4 + 3 + 14 + 40 * 1.3 + 20 * 0.25 + 2 + 4)
+    made = Measured({"sft": 1.0, "reward_model": 2.0}, Line(0.5, 0.1), 0.25, 6.0, 4.0)
+    assert made.seconds(config, 8.0) == pytest.approx(4 + 3 + 14 + 40 * 1.3 + 20 * 0.25 + 6)
     assert "in all   about 84 s" in in_words(config, made)[-1]
 
 

@@ -1,7 +1,8 @@
 """What a run takes on this machine, found by running a little of it: twice, with answers of different length.
 
 Of SFT, reward model and comparisons a step is a step; the first of each, which warms up, is left out. A step of RL costs
-something for each token of its answers and something besides, an evaluation something for each prompt: two sizes give a line.
+something for each token of its answers and something besides: two lengths give a line. An evaluation is measured with about as
+many prompts as a step has answers, and takes as much longer as it has more.
 """
 
 import dataclasses
@@ -23,8 +24,6 @@ from quartet.plan import plan, row_tokens
 from quartet.stages import PROBED_TIMES
 
 STEPS = 4
-PROMPTS = (8.0, 24.0)
-"""Of the two evaluations."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,8 @@ class Measured:
     rl: Line | None
     """Of a step, by tokens of an answer."""
     probing: float
-    evaluation: Line
+    evaluation: float
+    """Seconds of the whole."""
     rest: float
 
     def seconds(self, config: Config, tokens: float) -> float:
@@ -82,13 +82,14 @@ class Measured:
         total += sum(seconds * counts[stage] for stage, seconds in self.steps.items())
         if self.rl is not None:
             total += config.run.steps * self.rl.at(tokens) + min(config.run.steps, PROBED_TIMES) * self.probing
-        return total + ("evaluation" in config.recipe) * self.evaluation.at(float(config.evaluation.prompts))
+        return total + self.evaluation
 
 
 def measure(config: Config) -> Measured:
     """Runs STEPS steps of each stage in a temporary folder, with answers of half the length and of the whole."""
     most = config.rollout.max_new_tokens
-    first, second = _short(config, max(most // 2, 1), int(PROMPTS[0])), _short(config, most, int(PROMPTS[1]))
+    prompts = min(config.evaluation.prompts, config.rollout.prompts_per_step * config.rollout.samples_per_prompt)
+    first, second = _short(config, max(most // 2, 1), prompts), _short(config, most, prompts)
     rl = config.rl_stage
     line = None
     if rl is not None:
@@ -97,7 +98,7 @@ def measure(config: Config) -> Measured:
         {stage: statistics.fmean((first.steps[stage], second.steps[stage])) for stage in first.steps if stage != rl},
         line,
         second.probing,
-        Line.through((PROMPTS[0], first.evaluation), (PROMPTS[1], second.evaluation)),
+        second.evaluation * config.evaluation.prompts / prompts,
         min(first.rest, second.rest),
     )
 
@@ -113,8 +114,7 @@ def in_words(config: Config, measured: Measured) -> list[str]:
         besides = f"{min(config.run.steps, PROBED_TIMES)} looks at it of {_shown(measured.probing)}"
         lines.append(f"measured {config.rl_stage}: {config.run.steps} steps of {each}; {besides}")
     if "evaluation" in config.recipe:
-        each = f"{_shown(measured.evaluation.fixed)} + {_shown(measured.evaluation.per)} a prompt"
-        lines.append(f"measured evaluation: {each}")
+        lines.append(f"measured evaluation: {config.evaluation.prompts} prompts in {_shown(measured.evaluation)}")
     likely = measured.seconds(config, expected)
     longest = measured.seconds(config, float(config.rollout.max_new_tokens))
     guessed = plan(config).seconds
