@@ -58,6 +58,9 @@ SCENARIOS: dict[str, list[str]] = {
     "async_sharded": [*REVIEWS, "rollout.staleness=1", "launch.processes=2", "launch.shard=true", "launch.deadline=60"],
     "two": [*REVIEWS, "launch.processes=2", "launch.deadline=60"],
     "sharded": [*REVIEWS, "launch.processes=2", "launch.shard=true", "launch.deadline=60"],
+    "rows": [*REVIEWS, "optim.ema=0.9", "launch.processes=4", "launch.shard=2", "launch.deadline=60"],
+    "online_sharded": ["file.toml", "sft.steps=3", "run.checkpoint_every=2", "launch.processes=2", "launch.shard=true"],
+    "games_two": ["guess", *SMALL, "policy.create.max_length=24", "sft.steps=5", *STEPS, "launch.processes=2"],
 }
 DPO = """recipe = ["sft", "online_dpo", "evaluation"]
 [data]

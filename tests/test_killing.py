@@ -46,7 +46,21 @@ def test_twenty_runs_killed_at_random_instants(scenario):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["two", "sharded", "async", "async_lora", "async_two", "async_sharded", "lora_sharded"])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "two",
+        "sharded",
+        "rows",
+        "online_sharded",
+        "games_two",
+        "async",
+        "async_lora",
+        "async_two",
+        "async_sharded",
+        "lora_sharded",
+    ],
+)
 def test_twenty_runs_of_which_a_rank_is_killed_at_random_instants(scenario):
     found = killing("instants", scenario, "20", "1")
     assert found["wrong"] == [] and found["kills"] >= 20

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -170,6 +171,46 @@ def test_torchrun_starts_the_same(tmp_path, alone, launch):
         [*command, QUARTET, *words], check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
     assert process.returncode == 0, process.stderr
+    assert_alike(metrics(tmp_path, "x"), alone, 2e-5)
+
+
+def said_for(folder, *words):
+    code, said = done(folder, *words)
+    assert code == 0, said
+    return said
+
+
+def test_how_to_start_it_on_several_nodes_is_said(tmp_path):
+    said = said_for(tmp_path, "run", "reviews", "launch.shard=8", "run.name=it is", "--nodes", "2x8")
+    assert said.startswith("2 x 8 = 16 ranks: 8 hold each model in parts, 2 such rows; ")
+    for way in ("torchrun --nnodes=2 --nproc-per-node=8 ", "srun --nodes=2 --ntasks-per-node=8 ", "launch.processes=16"):
+        assert way in said
+    assert said.count("'run.name=it is'") == 3
+    only = said_for(tmp_path, "run", "reviews", "launch.type=ray", "--nodes", "1x4")
+    assert "torchrun" not in only and "on the others" not in only and only.count("launch.type=ray") == 1
+    assert not (tmp_path / "runs").exists()
+    for words, sentence in (
+        (["--nodes", "two"], '--nodes two: say how many nodes of how many ranks each, as "2x8".'),
+        (["--nodes", "1x3", "launch.shard=2"], "launch.shard = 2: launch.processes = 3 is no multiple of it"),
+        (["launch.type=torchrun"], 'launch.type = "torchrun": RANK is not set, so torchrun or srun did not start this.'),
+    ):
+        code, refused = done(tmp_path, "run", "reviews", *words)
+        assert code == 2 and sentence in " ".join(refused.split()), refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["torchrun --", "srun --"])
+def test_what_is_said_starts_it(tmp_path, alone, way):
+    """On one node, which is this one; without Slurm, what it would start is started with the numbers it would give."""
+    said = said_for(tmp_path, *WORDS, "run.name=x", "--nodes", "1x2").replace("NODE0", "127.0.0.1")
+    [line] = [line.strip() for line in said.splitlines() if line.strip().startswith(way)]
+    environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo", "PATH": f"{Path(QUARTET).parent}:{os.environ['PATH']}"}
+    commands = [["bash", "-c", line]]
+    if way == "srun --":
+        *_, inner = shlex.split(line)
+        commands = [["bash", "-c", f"SLURM_PROCID={rank} SLURM_NTASKS=2; {inner}"] for rank in range(2)]
+    started = [subprocess.Popen(command, cwd=tmp_path, env=environment) for command in commands]
+    assert [process.wait(timeout=240) for process in started] == [0] * len(commands)
     assert_alike(metrics(tmp_path, "x"), alone, 2e-5)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,11 +31,17 @@ def run(
     ] = None,
     show_plan: Annotated[bool, typer.Option("--plan", help="Say what the run would take, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --plan: print it as JSON.")] = False,
+    nodes: Annotated[
+        str | None, typer.Option("--nodes", metavar="2x8", help="Say how to start it on 2 nodes of 8 ranks, and stop.")
+    ] = None,
     fault: Annotated[
         str | None, typer.Option("--break", help="Plant a mistake in the RL stage, for the doctor to find: see docs/doctor.md.")
     ] = None,
 ) -> None:
     """Run a recipe or a TOML file: one stage, or a pipeline of them. Without a name: `reviews`."""
+    if nodes is not None:
+        _print_commands(DEFAULT if what is None else what, [*(words or []), *(["--resume"] if resume else [])], nodes)
+        return
     resumed = run_to_resume(what, words or []) if resume else None
     settings = resumed[1] if resumed else settings_of(DEFAULT if what is None else what, words or [])
     if show_plan:
@@ -43,8 +50,13 @@ def run(
     if accept and not resume:
         refuse("--accept: goes with --resume.")
     if settings.config.launch.type == "torchrun":
-        from quartet.launch.start import follow_the_first, follows
+        from quartet.launch.start import RANKS, follow_the_first, follows
 
+        if missing := [name for name in RANKS if name not in os.environ]:
+            refuse(
+                f'launch.type = "torchrun": {missing[0]} is not set, so torchrun or srun did not start this. '
+                "quartet run … --nodes 2x8 says how."
+            )
         if follows(settings.config.launch):
             follow_the_first(settings.config.launch)
             return
@@ -142,6 +154,19 @@ def _print_plan(settings: "Settings", as_json: bool) -> None:
         console.print(f"       disk     {'run folder':<22} ≈ {made.disk / 1e6:>9,.0f} MB")
     console.print()
     console.print(resolved_toml(settings), soft_wrap=True, end="")
+
+
+def _print_commands(what: str, words: list[str], nodes: str) -> None:
+    from quartet.launch.commands import commands, nodes_of
+
+    try:
+        count, each = nodes_of(nodes)
+        said = [word for word in words if "=" in word]
+        settings = settings_of(what, [*said, f"launch.processes={count * each}"])
+        lines = commands([what, *words], settings.config.launch, count, each)
+    except ValueError as error:
+        refuse(str(error))
+    print("\n".join(lines))
 
 
 def _print_measured(settings: "Settings") -> None:

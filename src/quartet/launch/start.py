@@ -15,6 +15,9 @@ from quartet.launch.follower import be_a_rank
 from quartet.team import ALONE, PATIENCE, Team, Together
 from quartet.worker import Group, Local, Worker
 
+RANKS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells each process that it starts."""
+
 
 def world_of(launch: Launch) -> int:
     """How many ranks there will be."""
