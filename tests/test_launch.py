@@ -345,6 +345,7 @@ def test_what_one_rank_cannot_do_stops_all_with_its_sentence(tmp_path):
     [
         (["launch.shard=3", "launch.processes=4"], "launch.shard = 3: launch.processes = 4 is no multiple of it"),
         (["launch.shard=true", "algorithm.preset=trpo", 'recipe=["sft", "reward_model", "trpo"]'], "launch.shard: second"),
+        (["policy.compile=true", "algorithm.preset=trpo", 'recipe=["sft", "reward_model", "trpo"]'], "policy.compile: algo"),
         (["launch.type=torchrun", "launch.restarts=2"], "launch.restarts: torchrun starts its ranks again itself"),
         (["launch.address='10.0.0.1'"], "launch.address: is a Ray cluster's"),
         (["launch.processes=0"], "launch.processes"),
@@ -363,7 +364,10 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         build(config, team=Together(0, 2))
 
 
-def test_torchruns_number_of_ranks_must_be_a_multiple_too():
+def test_torchruns_number_of_ranks_must_be_a_multiple_too_and_one_that_is_no_rank_may_build():
+    """Ray's driver, a replay: they hold no part."""
+    rays = ["launch.type='ray'", "launch.shard=2", "launch.processes=4"]
+    assert build(read_settings(recipe_path("reviews"), rays, "recipe reviews").config).stages
     config = read_settings(recipe_path("reviews"), ["launch.type='torchrun'", "launch.shard=2"], "recipe reviews").config
     with pytest.raises(ModelError, match="launch.shard = 2: there are 3 ranks, which is no multiple of it"):
         build(config, team=Together(0, 3))

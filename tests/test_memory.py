@@ -91,6 +91,8 @@ def test_the_setting_wins_and_a_gpu_gets_what_its_memory_holds():
     roomy, tight = (micro_batch_tokens(chosen, parameters, free) for free in (2e9, 0.4e9))
     assert 2048 < tight < roomy <= 2**16
     assert micro_batch_tokens(chosen, parameters, 0.0) == 2048
+    many = config_with("launch.shard=true", "launch.processes=8")
+    assert micro_batch_tokens(many, parameters, 0.4e9, world=8) > tight, "an eighth of the weights leaves more room"
     assert micro_batch_tokens(config_with("policy.gradient_checkpointing=true"), parameters, 0.4e9) > tight
 
 

@@ -151,8 +151,8 @@ def workload(config: Config) -> Workload:
 
 
 def training_memory(work: Workload, ranks: int) -> dict[str, float]:
-    """Bytes on each GPU that trains, by role: 16 per parameter over the ranks, 4 of frozen models; of the largest unit, two: a
-    block and the next one on its way, or a head and its gradient; the activations of a micro-batch."""
+    """Bytes on each GPU that trains, by role: 16 per parameter over the ranks, 4 of frozen models; of the largest unit, a
+    block or what is beside them, weights and gradient put together; the activations of a micro-batch."""
     sharded = work.parameters / ranks
     roles = {"actor": TRAINED_BYTES * sharded}
     if work.learners > 1:

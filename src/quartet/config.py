@@ -494,6 +494,11 @@ class Config:
                 "would have no part."
             )
         trusts = self.algorithm is not None and isinstance(self.algorithm.update, TrustRegion)
+        if self.policy.compile and trusts:
+            problems.append(
+                'policy.compile: algorithm.update.type = "trust_region" takes second derivatives, and what torch.compile '
+                "writes has none. Use false."
+            )
         if launch.shard and trusts:
             problems.append(
                 'launch.shard: second derivatives, for algorithm.update.type = "trust_region", need all weights on every rank. '

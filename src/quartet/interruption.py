@@ -1,6 +1,7 @@
 """Signals and a time limit, heard where nothing is lost by it."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -26,10 +27,14 @@ class Interruption:
     elsewhere when `check` is called. A second signal raises wherever it finds the run."""
 
     def __init__(self, minutes: float | None = None, notice: Callable[[str], None] | None = None) -> None:
-        self.minutes, self.notice = minutes, notice
+        self.minutes, self.notice, self._began = minutes, notice, time.monotonic()
         self.reason: str | None = None
         self._free: Callable[[], bool] = never
         self._before: dict[int, object] = {}
+
+    def minutes_left(self) -> float | None:
+        """Not quite none, so that a limit stays one."""
+        return None if self.minutes is None else max(self.minutes - (time.monotonic() - self._began) / 60, 0.001)
 
     def __enter__(self) -> "Interruption":
         self._before = {number: signal.signal(number, self._hear) for number in HEARD}

@@ -2,7 +2,7 @@
 
 Of SFT, reward model and comparisons a step is a step; the first of each, which warms up, is left out. A step of RL costs
 something for each token of its answers and something besides: two lengths give a line. An evaluation is measured with about as
-many prompts as a step has answers, and takes as much longer as it has more.
+many prompts as a step has answers, and takes as much longer as it asks for more answers.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from quartet.observability.run import RunFolder
 from quartet.observability.tokens import TokenTexts
 from quartet.pipeline import Finished, Pipeline
 from quartet.plan import plan, row_tokens
-from quartet.stages import PROBED_TIMES
+from quartet.stages import BEST_OF_ANSWERS, PROBED_TIMES
 
 STEPS = 4
 
@@ -98,7 +98,7 @@ def measure(config: Config) -> Measured:
         {stage: statistics.fmean((first.steps[stage], second.steps[stage])) for stage in first.steps if stage != rl},
         line,
         second.probing,
-        second.evaluation * config.evaluation.prompts / prompts,
+        second.evaluation * _answers(config, config.evaluation.prompts) / _answers(config, prompts),
         min(first.rest, second.rest),
     )
 
@@ -127,6 +127,11 @@ def in_words(config: Config, measured: Measured) -> list[str]:
 
 def _shown(seconds: float) -> str:
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{1000 * seconds:,.0f} ms"
+
+
+def _answers(config: Config, prompts: int) -> int:
+    """Of an evaluation: before and after, and those that the best are picked from."""
+    return 2 * prompts + BEST_OF_ANSWERS * (config.evaluation.best_of >= 2)
 
 
 def _counts(config: Config) -> dict[str, int]:

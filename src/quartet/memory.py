@@ -88,9 +88,9 @@ def adapter_parameters(config: Config) -> int | None:
     return lora.parameters(model.hidden, model.layers, model.intermediate, model.heads_share)
 
 
-def micro_batch_tokens(config: Config, parameters: int | None, free_bytes: float | None) -> int:
+def micro_batch_tokens(config: Config, parameters: int | None, free_bytes: float | None, world: int = 1) -> int:
     """The setting, or what suits: on a GPU as many tokens as fit into half of what its free memory has left beside weights,
-    gradients and the optimizer's moments."""
+    gradients and the optimizer's moments. `world`: ranks, over which those may be in parts."""
     setting = config.optim.micro_batch_tokens
     if setting != "auto":
         return setting
@@ -98,21 +98,25 @@ def micro_batch_tokens(config: Config, parameters: int | None, free_bytes: float
     if free_bytes is None or model is None:
         return CPU_MICRO_BATCH
     needs_critic = bool(config.algorithm and config.algorithm.needs_critic)
-    resident = FLOAT * (parameters or 0) * (4 * (1 + needs_critic) + 2)
+    parts = config.launch.parts(world) if config.launch.shard else 1
+    resident = FLOAT * (parameters or 0) * ((4 * (1 + needs_critic) + 2) / parts + (parts > 1))  # and a copy to sample with
     per_token = activation_bytes(model, config.policy.gradient_checkpointing)
     return int(min(max((free_bytes - resident) / 2 / per_token, CPU_MICRO_BATCH), 2**16))
 
 
 def phases(config: Config, models: dict[str, int | None], policy: int, row: float) -> dict[str, float]:
     """Expected resident bytes: program + weights + gradients and two Adam moments of what is trained + activations of one
-    micro-batch, whose rows have `row` tokens on average."""
+    micro-batch, whose rows have `row` tokens on average. Of each rank, where several hold the models in parts."""
+    launch = config.launch
+    parts = launch.parts(launch.processes) if launch.shard else 1
     model = sizes(config) or Sizes(int(60 * (policy / 12) ** 0.5) // 10, 1, 0)
     per_token = activation_bytes(model, config.policy.gradient_checkpointing)
     tokens = micro_batch_tokens(config, policy, None)
-    weights = FLOAT * policy
+    whole = FLOAT * policy
+    weights = whole / parts
     adapter = adapter_parameters(config)
     # Of what is trained: weights, gradients and two moments. Adapters are that on one trunk, whoever else reads it.
-    trained = 4 * FLOAT * policy if adapter is None else 4 * FLOAT * adapter
+    trained = 4 * FLOAT * (policy if adapter is None else adapter) / parts
     trunk = 0.0 if adapter is None else weights
 
     def micro(rows: int, learners: int = 1) -> float:
@@ -135,6 +139,6 @@ def phases(config: Config, models: dict[str, int | None], policy: int, row: floa
         rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
         # A cache is as wide as the longest answer, for the rows that are left; its memory waits for the next step.
         cache = FLOAT * 2 * model.layers * model.heads_share * model.hidden * rows * (row + config.rollout.max_new_tokens / 2)
-        resident = PROGRAM_BYTES + KERNEL_BYTES + frozen + learners * trained + weights + cache
+        resident = PROGRAM_BYTES + KERNEL_BYTES + frozen + learners * trained + whole + cache
         memory[f"{config.rl_stage} update"] = resident + micro(-(-rows // config.optim.minibatches), learners)
     return memory

@@ -227,10 +227,14 @@ class Gathered(Mapping[str, Tensor]):
 
 
 def whole_state(model: Any, others: Mapping[str, Tensor] | None = None, keep: bool = True) -> dict[str, Tensor]:
+    """All of them, `collected`. Every rank must ask."""
+    return collected(Gathered(model, others), keep)
+
+
+def collected(gathered: Gathered, keep: bool = True) -> dict[str, Tensor]:
     """All of them; one that has two names is one tensor. Those that were in parts are on the CPU. `keep`: whether this rank
     wants them, or only helps others to have them. Every rank must ask."""
-    gathered, state = Gathered(model, others), dict[str, Tensor]()
-    first: dict[int, str] = {}
+    state, first = dict[str, Tensor](), dict[int, str]()
     for name, held in gathered.held.items():
         if (known := first.setdefault(id(held), name)) != name:
             state[name] = state[known]

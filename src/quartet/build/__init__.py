@@ -72,6 +72,7 @@ from quartet.models.language_model import (
     read_config,
     stop_ids,
 )
+from quartet.models.llama import FAMILY
 from quartet.models.trunk import checkpoint_blocks, compile_blocks
 from quartet.observability.sinks import check_trackers
 from quartet.observability.tokens import TokenTexts
@@ -144,7 +145,7 @@ class Workshop:
         self.world: World | None = WORLDS[config.data.world](config.seed) if config.data.world else None
         self.rows = Rows(config, self.world)
         self.device = device(config.run.device, team)
-        if team.world % config.launch.parts(team.world):
+        if isinstance(team, Together) and team.world % config.launch.parts(team.world):
             raise ModelError(
                 f"launch.shard = {config.launch.shard}: there are {team.world} ranks, which is no multiple of it, so "
                 "some would have no part."
@@ -175,8 +176,9 @@ class Workshop:
             unusable=config.data.unusable,
         )
         self._check_models()
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
-        self.micro_batch_tokens = micro_batch_tokens(config, policy_parameters(config, len(self.tokenizer)), free)
+        # Ranks must choose alike: several go by what their GPUs have in all, which is not free to the same byte on each.
+        memory = torch.cuda.mem_get_info(self.device)[team.world > 1] if self.device.type == "cuda" else None
+        self.micro_batch_tokens = micro_batch_tokens(config, policy_parameters(config, len(self.tokenizer)), memory, team.world)
         texts, gold = TokenTexts(self.tokenizer), self.world.gold if self.world else None
         self.rewards = RewardMaker(
             self.tokenizer, lambda ids: [texts[i] for i in ids], self.micro_batch_tokens, self.device, gold
@@ -443,7 +445,7 @@ class Workshop:
         actor = self.starting_policy(folder)
         reference = reference_of(actor) if config.algorithm.needs_reference else None
         # Where servers write the answers, only a judge on the policy's trunk needs a model that does not learn meanwhile.
-        served = isinstance(config.generator, Servers) and config.policy.adapter is None
+        served = isinstance(config.generator, Servers) and not self._attaches_judge(folder)
         sampled = actor if served else self._sampled(actor)
         judge = self._attached_judge(sampled, folder)
         models = self._actor_critic(actor, judge, folder) if config.algorithm.needs_critic else Separate(actor, None)
@@ -506,11 +508,11 @@ class Workshop:
 
     def _attached_judge(self, actor: Any, folder: Path) -> AdaptedScalar | None:
         """The run's own reward model as an adapter on the actor's trunk, where it was trained as one on the same."""
-        adapter = folder / "reward_model" / "adapter"
+        return attach(actor, REWARD, folder / "reward_model" / "adapter") if self._attaches_judge(folder) else None
+
+    def _attaches_judge(self, folder: Path) -> bool:
         wanted = any(isinstance(s, ModelSource) and s.model is None for s in self.sources)
-        if self.config.policy.adapter is None or not wanted or not adapter.is_dir():
-            return None
-        return attach(actor, REWARD, adapter)
+        return self.config.policy.adapter is not None and wanted and (folder / "reward_model" / "adapter").is_dir()
 
     def _pretraining(self, algorithm: Algorithm) -> Sampler[Demonstration] | None:
         """What PTX reads: texts of their own, or the run's demonstrations."""
@@ -580,6 +582,10 @@ class Workshop:
 
     def _check_models(self) -> None:
         """What can be known of the models before they are loaded."""
+        policy = self.config.policy
+        kind = policy.create.type if policy.create else read_config(str(self.policy_model)).get_text_config().model_type
+        if policy.compile and kind not in FAMILY:
+            raise ModelError(f"policy.compile = true: is there for {', '.join(sorted(FAMILY))}, not for {kind}. Use false.")
         if self.policy_model is not None:
             size = read_config(self.policy_model).get_text_config().vocab_size
             if len(self.tokenizer) > size:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from quartet.settings import Settings
 
 DEFAULT = "reviews"
+AGAIN, MINUTES = "QUARTET_RESTARTED", "QUARTET_MINUTES_LEFT"
+"""What a process that starts itself again tells the next: how often that was, and how long it may take."""
 
 
 def settings_of(what: str, words: list[str]) -> "Settings":
@@ -110,11 +112,18 @@ def go_on(path: Path | None, settings: "Settings", fault: str | None, accept: li
         folder.cut_back(0, -1)
     durable.replace(path / "config.toml", settings.text)
     durable.replace(path / "config.resolved.toml", resolved_toml(settings))
-    return _work(settings, job, folder, fault, choice)
+    return _work(settings, job, folder, fault, choice, [word for key in accept for word in ("--accept", key)])
 
 
-def _work(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | None, choice: "Choice | None" = None) -> int:
-    """From the first event to the last, whatever ends it."""
+def _work(
+    settings: "Settings",
+    job: "Job",
+    folder: "RunFolder",
+    fault: str | None,
+    choice: "Choice | None" = None,
+    accept: Sequence[str] = (),
+) -> int:
+    """From the first event to the last, whatever ends it. `accept`: the words with which a changed setting was."""
     from quartet.config import json_ready
     from quartet.interruption import Interrupted, Interruption
     from quartet.launch.start import crew
@@ -126,9 +135,8 @@ def _work(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | No
 
     config = settings.config
     _send_chatter_to(folder.path / "run.log")
-    screen = Screen(console)
-    tracking = Tracking(config.run.track, folder.path, json_ready(config))
-    interruption = Interruption(config.run.max_minutes, screen.notice)
+    screen, tracking = Screen(console), Tracking(config.run.track, folder.path, json_ready(config))
+    interruption = Interruption(float(os.environ.get(MINUTES, "0")) or config.run.max_minutes, screen.notice)
     saving, texts = job.saving(config.run), TokenTexts(job.tokenizer)
     pipeline = Pipeline(job.stages, folder, texts, saving, tracking, interruption, strict=fault is None)
     since = None if choice is None else choice.checkpoint
@@ -146,18 +154,13 @@ def _work(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | No
     except (Interrupted, WorkerLost) as reason:
         screen.close()
         folder.event("interrupted", reason=str(reason))
-        lost = isinstance(reason, WorkerLost)
-        said = (
-            f"stopped: {str(reason).rstrip('.')}. The last checkpoint is whole"
-            if lost
-            else f"stopped by {reason}. Nothing is lost"
-        )
-        if not (lost and config.launch.restarts):
-            console.print(f"{said}; go on with: quartet run {folder.path} --resume", soft_wrap=True)
+        again = int(os.environ.get(AGAIN, "0")) + 1
+        goes_on = isinstance(reason, WorkerLost) and again <= config.launch.restarts
+        _say_stopped(reason, folder.path, goes_on)
+        if not goes_on:
             return RESUMABLE
-        console.print(f"{said}; the run goes on from it", style="yellow", soft_wrap=True)
         tracking.close()
-        _start_again(folder.path, config.launch.restarts - 1, fault)
+        _start_again(folder.path, again, interruption.minutes_left(), [*accept, *(["--break", fault] if fault else [])])
     except (StageFailed, OSError) as error:
         screen.close()
         _say_failed(folder, error)
@@ -174,6 +177,17 @@ def _work(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | No
     return 0
 
 
+def _say_stopped(reason: BaseException, path: Path, goes_on: bool) -> None:
+    from quartet.interruption import Interrupted
+
+    if isinstance(reason, Interrupted):
+        said = f"stopped by {reason}. Nothing is lost"
+    else:
+        said = f"stopped: {str(reason).rstrip('.')}. The last checkpoint is whole"
+    more = "the run goes on from it" if goes_on else f"go on with: quartet run {path} --resume"
+    console.print(f"{said}; {more}", soft_wrap=True)
+
+
 def _say_failed(folder: "RunFolder", error: Exception) -> None:
     with contextlib.suppress(OSError):  # a full disk may be the reason
         folder.event("failed", error=str(error))
@@ -182,11 +196,13 @@ def _say_failed(folder: "RunFolder", error: Exception) -> None:
     _log_traceback()
 
 
-def _start_again(path: Path, left: int, fault: str | None) -> NoReturn:
+def _start_again(path: Path, again: int, minutes: float | None, more: list[str]) -> NoReturn:
     """This process anew, in which nothing is left of a team that lost a rank."""
-    words = ["run", str(path), f"launch.restarts={left}", "--resume", *(["--break", fault] if fault else [])]
+    os.environ[AGAIN] = str(again)
+    if minutes is not None:
+        os.environ[MINUTES] = str(minutes)
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "quartet", *words])
+    os.execv(sys.executable, [sys.executable, "-m", "quartet", "run", str(path), "--resume", *more])
 
 
 def _say_what(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | None, choice: "Choice | None") -> "Plan":

@@ -6,7 +6,7 @@ from typing import Any
 from quartet.experience import Prompt, Rollout, rollout_from, rollout_ready
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
-from quartet.team import Team
+from quartet.team import Gathered, Team, collected
 
 
 class Led:
@@ -22,13 +22,11 @@ class Led:
         return [rollout_from(row) for row in self.team.exchange(mine)[0]]
 
     def load_weights(self, weights: Weights) -> None:
-        kept = {}
-        for name in weights.tensors:  # which may be in parts: then all put each together
-            tensor = weights.tensors[name]
-            if self.team.lead:
-                kept[name] = tensor.cpu()
+        tensors = weights.tensors
+        if isinstance(tensors, Gathered):  # they may be in parts: then all ranks put them together
+            tensors = collected(tensors, keep=self.team.lead)
         if self.team.lead:
-            self.generator.load_weights(Weights(weights.version, kept))
+            self.generator.load_weights(Weights(weights.version, tensors))
 
     def state(self) -> Any:
         return self.generator.state()

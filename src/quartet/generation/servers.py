@@ -31,8 +31,6 @@ from quartet.generation.sampling import Sampling
 
 PAUSE = 0.5
 """Seconds before a server that failed is asked again."""
-KEPT = 2
-"""Versions of the weights that stay in the shared folder: the newest, and one that somebody may be reading."""
 BASE = "base"
 """The folder beside them, of what adapters stand on."""
 
@@ -205,13 +203,14 @@ class ServedGenerator:
             self._write(self.shared / BASE, lambda place: save_base(place, tensors))
         self._pushed = True
         self._write(self._folder(weights.version), lambda place: self.save(place, tensors))
+        kept = {self._folder(weights.version), self._folder(self.version)}
         self.version = weights.version
         for server in self.servers:
             if server.failed is None:
                 self._push(server)
         if all(server.failed for server in self.servers):
             self._revive()
-        for old in sorted(self.shared.glob("[0-9]*"))[:-KEPT]:
+        for old in set(self.shared.resolve().glob("[0-9]*")) - kept:  # the newest, and one that somebody may be reading
             shutil.rmtree(old, ignore_errors=True)
 
     def _write(self, folder: Path, save: Callable[[Path], None]) -> None:

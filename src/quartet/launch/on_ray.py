@@ -69,6 +69,7 @@ class OnRay:
         import ray
 
         self.world, self.deadline, self._busy = launch.processes, launch.deadline, False
+        self.ranks: list[Any] = []
         self.owner = not ray.is_initialized()
         if self.owner and launch.address is None:
             here = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
@@ -78,6 +79,16 @@ class OnRay:
         interface = "lo" if launch.address is None else os.environ.get("GLOO_SOCKET_IFNAME")
         gpus = int(device != "cpu" and (device != "auto" or ray.cluster_resources().get("GPU", 0) >= self.world))
         self.placement = ray.util.placement_group([{"CPU": 1, "GPU": gpus}] * self.world, strategy="SPREAD")
+        try:
+            self._begin(gpus, interface, folder, fault)
+        except BaseException:  # a process that starts itself anew would leave them behind
+            self.close()
+            raise
+
+    def _begin(self, gpus: int, interface: str | None, folder: Path, fault: str | None) -> None:
+        """The actors, joined."""
+        import ray
+
         try:
             ray.get(self.placement.ready(), timeout=PATIENCE)
         except ray.exceptions.GetTimeoutError:

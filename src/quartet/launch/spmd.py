@@ -260,8 +260,10 @@ def store_at(host: str, port: int, keeps: bool = False, timeout: float = 300.0) 
 
 
 def _of_this_attempt(store: "dist.Store") -> "dist.Store":
-    """Torchrun keeps its store when it starts its ranks again: what they said before is not to be heard."""
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    """Torchrun may keep its store when it starts its ranks again: what they said before is not to be heard."""
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
+    return dist.PrefixStore(f"attempt {attempt}", store)
 
 
 def start_followers(world: int, port: int, words: Sequence[str], log: Any) -> list[Process]:

@@ -11,7 +11,7 @@ from quartet.algorithms.algorithm import Forward
 from quartet.models.heads import ScalarModel, ValueHead
 from quartet.models.language_model import Spoken, logits_of, speak, statistics
 from quartet.models.logprobs import token_exact_kl, under_own_token
-from quartet.team import ALONE, Team
+from quartet.team import ALONE, Team, whole_state
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -110,11 +110,14 @@ class Shared:
 
     def save_critic(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
         """Trunk and head as one folder, so that the critic can be read without the actor."""
-        critic = ScalarModel.from_trunk(self.actor, pad_token_id(tokenizer), seed=0)
+        trunk = whole_state(self.actor.base_model, keep=team.lead)
+        if not team.lead:
+            return
+        critic = ScalarModel.from_trunk(self.actor, pad_token_id(tokenizer), seed=0, tensors=trunk)
         with torch.no_grad():
             critic.head.weight.copy_(self.head.linear.weight)
         critic.centre = -self.head.linear.bias.item()
-        critic.save_per_token(folder, tokenizer, team)
+        critic.save_per_token(folder, tokenizer)
 
 
 def exact_kl_to(

@@ -7,6 +7,7 @@ adapter and a head.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,17 @@ class ScalarModel(nn.Module):
         self.head = head_of(model)
 
     @classmethod
-    def from_trunk(cls, language_model: Any, pad_token_id: int | None, seed: int, share_frozen: bool = False) -> "ScalarModel":
+    def from_trunk(
+        cls,
+        language_model: Any,
+        pad_token_id: int | None,
+        seed: int,
+        share_frozen: bool = False,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> "ScalarModel":
         """The trunk of a language model under a new head with weights N(0, 1/√(d + 1)), the initialisation of Stiennon et al.
         2020. Its weights are copied, with the adapter that works now; with `share_frozen`, those that are not trained are the
-        language model's own."""
+        language model's own. `tensors`: the trunk's, where it is in parts."""
         config = AutoConfig.for_model(**_one_label(language_model.config, "reward") | {"pad_token_id": pad_token_id})
         try:
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -69,7 +77,7 @@ class ScalarModel(nn.Module):
                 f"transformers has no sequence classifier for the architecture {config.model_type}, so it cannot be a "
                 'reward model or a critic of its own. Use critic = { type = "shared" } and a reward that is no model.'
             ) from error
-        model.base_model.load_state_dict(merged_state(language_model.base_model))
+        model.base_model.load_state_dict(merged_state(language_model.base_model, tensors))
         if share_frozen:
             take_frozen(language_model.base_model, model.base_model)
         made = cls(model.to(next(language_model.parameters()).device))
@@ -167,22 +175,24 @@ class AdaptedScalar(ScalarModel):
 
     def save(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
         """As a whole, for others; and in `adapter/` what `attach` puts on the same trunk again."""
-        made, tensors = self._whole(), whole_state(self.under.model, keep=team.lead)
+        tensors = whole_state(self.under.model, keep=team.lead)
         if not team.lead:
             return
-        made.save(folder, tokenizer)
+        prefix = f"{self.under.model.base_model_prefix}."
+        trunk = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        self._whole(trunk).save(folder, tokenizer)
         adapter = folder / "adapter"
         save_adapter(self.under.model, str(self.under.adapter), adapter, tensors)
         save_file({"score.weight": self.head.weight}, adapter / HEAD, metadata={"centre": repr(self.mean)})
 
     def save_per_token(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
-        made = self._whole()
+        tensors = whole_state(self.under.model.base_model, keep=team.lead)
         if team.lead:
-            made.save_per_token(folder, tokenizer)
+            self._whole(tensors).save_per_token(folder, tokenizer)
 
-    def _whole(self) -> ScalarModel:
+    def _whole(self, trunk: Mapping[str, Tensor]) -> ScalarModel:
         with self.under.working():
-            whole = ScalarModel.from_trunk(self.under.model, self.pad_token_id, seed=0)
+            whole = ScalarModel.from_trunk(self.under.model, self.pad_token_id, seed=0, tensors=trunk)
         with torch.no_grad():
             whole.head.weight.copy_(self.head.weight)
         whole.centre = self.mean

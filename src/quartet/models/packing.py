@@ -1,7 +1,7 @@
 """Sequences end to end, real tokens only, behind a [B, T] face."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,10 +30,11 @@ class Packed:
     """Where each token is in the rectangle of rows × width."""
     asked: Int[Tensor, "n"]
     """The tokens whose outputs are wanted, row by row."""
+    rows: int = field(init=False)
+    """How many lengths there are; a number of its own, for a compiled block to take any."""
 
-    @property
-    def rows(self) -> int:
-        return len(self.lengths)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", len(self.lengths))
 
 
 def pack(tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> Packed:

@@ -38,8 +38,8 @@ def checkpoint_blocks(model: Any) -> Any:
 
 def compile_blocks(model: Any) -> Any:
     """The model, whose written-out blocks run as torch.compile writes them when they are first used. Lengths stay variable."""
-    if not written_out(model.base_model, 1):
-        raise ValueError(f"policy.compile = true: is there for the Llama family, not for {model.config.model_type}. Use false.")
+    # Reading and learning, one row and several, padded and packed, all tokens and some: each is a program of its own.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks_of(model):
         setattr(block, READ_ON, types.MethodType(torch.compile(read_on, dynamic=True), block))
     return model

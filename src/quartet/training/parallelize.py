@@ -2,8 +2,8 @@
 
 Blocks by FSDP2 (Zhao et al. 2023), around whose forward pass torch gathers and frees. The matrices beside them, embeddings and
 heads, are read in more than one place, and often one is the other: they put themselves together for whoever asks, and the
-gradient goes back in parts (as in SimpleFSDP, Zhang et al. 2024). What is small every rank holds whole: norms, biases, the head
-to one number.
+gradient goes back in parts (as in SimpleFSDP, Zhang et al. 2024). What is small beside the blocks, norms and the head
+to one number, every rank holds whole.
 
 The forward pass is the one of a single process: written-out blocks are methods of their own, for torch to gather around.
 """
