@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method, share_comm_ctx
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from quartet.models.llama import READ_ON, read_on, written_out
@@ -55,6 +55,7 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
             if not hasattr(block, READ_ON):
                 setattr(block, READ_ON, types.MethodType(read_on, block))
             register_fsdp_forward_method(block, READ_ON)
+    share_comm_ctx(blocks)  # else each keeps its whole gradient until the backward pass of all is done
     inside = {id(m) for block in blocks for m in block.modules()}
     beside = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.Linear) and id(m) not in inside]
     _divide([m for m in beside if len(m.weight) > 1], mesh)
