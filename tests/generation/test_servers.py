@@ -306,3 +306,15 @@ def test_all_answers_of_a_run_are_written_by_servers(tmp_path):
             assert held_out <= asked and asked & trained - held_out
             engine.asked.clear()
     assert records[0] == records[1] and any("policy/win_rate" in row for row in records[0])
+
+
+def test_the_folder_that_servers_read_stays_whatever_was_pushed_before(folder, generator):
+    """An evaluation, or a run that is resumed, begins at version 0 again, beside what came later."""
+    for later in ("00000059", "00000060"):
+        (folder / "weights" / later).mkdir(parents=True)
+    with served(folder / "first") as (url, _):
+        made = generator(folder, [url])
+        assert [p.name for p in (folder / "weights").glob("0*")] == ["00000000"]
+        for version in (1, 2, 3):
+            made.load_weights(Weights(version, model().state_dict()))
+        assert {p.name for p in (folder / "weights").glob("0*")} == {"00000002", "00000003"}
