@@ -31,6 +31,7 @@ class Engine:
         self.pause = pause
         self.paused, self.writing, self.lock = threading.Event(), 0, threading.Condition()
         self.asked, self.told, self.context = [], [], 10**6
+        self.ports = set()
         self.read(folder)
 
     def read(self, folder):
@@ -104,6 +105,7 @@ def make_app(engine, kind="vllm"):
         async def handle(request):
             asked = await request.json() if await request.body() else None
             engine.told.append(path)
+            engine.ports.add(request.client.port)
             try:
                 return JSONResponse(await run_in_threadpool(handler, asked, request.query_params))
             except Refused as error:

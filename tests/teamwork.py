@@ -1,7 +1,7 @@
 """One rank of a team that trains the tiny world: `python -m tests.teamwork RANK WORLD STORE OUT KIND` writes losses and gradients.
 
-KIND is plain; sharded, or rows: two ranks have a model in parts, and the next two have the same; or selfish: the negative
-control, in which each rank divides by what it has itself.
+KIND is plain; sharded, or rows: two ranks have a model in parts, and the next two have the same; resting: as sharded, and what
+waits in main memory is no number there; or selfish: the negative control, in which each rank divides by what it has itself.
 """
 
 import copy
@@ -23,12 +23,14 @@ from quartet.loops.reward_model import reward_model
 from quartet.loops.sft import sft
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
+from quartet.placement import STAYS, Offloading, Placement
 from quartet.team import ALONE, Team, Together, local, whole, whole_state
 from quartet.training.budget import Budget
 from quartet.training.learner import Learner
 from quartet.training.optim import Descent, Optim, Optimizer
 from quartet.training.parallelize import mesh_of, parallelize
 from quartet.training.trust_region import TrustRegionLearner
+from tests import resting
 from tests.world import model, prompts, rollout
 
 LENGTHS = [30, 1, 2, 1, 17, 1, 1, 3, 28, 2]
@@ -78,7 +80,7 @@ def watched(optimizer: Optimizer) -> Recording:
     return optimizer
 
 
-def run(team: Team, parts: int = 0) -> dict[str, torch.Tensor]:
+def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, torch.Tensor]:
     """Everything by name: losses, gradients, metrics. `parts`: over how many ranks a model is divided."""
     mesh = mesh_of("cpu", team, parts) if parts else None
 
@@ -120,7 +122,15 @@ def run(team: Team, parts: int = 0) -> dict[str, torch.Tensor]:
         actor, reference = double(model()), freeze(double(copy.deepcopy(model(seed=2))))
         optim = Optim(lr=1e-4, critic_lr=1e-4, epochs=2, minibatches=2, target_kl=10.0, ema=0.5)
         learner = Learner(
-            Separate(spread(actor), critic), spread(reference), optim, 0.8, steps=1, seed=0, micro_batch_tokens=64, team=team
+            Separate(spread(actor), critic),
+            spread(reference),
+            optim,
+            0.8,
+            steps=1,
+            seed=0,
+            micro_batch_tokens=64,
+            team=team,
+            placement=placement,
         )
         for role, made in learner.optimizers.items():
             learner.optimizers[role] = watched(made)
@@ -164,7 +174,10 @@ def main() -> None:
             "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
         team = (Selfish if kind == "selfish" else Together)(rank, world)
-    found = run(team, {"sharded": world, "rows": 2}.get(kind, 0))
+    bed = resting.made(setattr) if kind == "resting" else None
+    placement = STAYS if bed is None else Offloading(torch.device("cpu"))
+    found = run(team, {"sharded": world, "resting": world, "rows": 2}.get(kind, 0), placement)
+    assert bed is None or bed.bytes > 0
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, out / f"{rank}.safetensors")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -10,6 +10,7 @@ from quartet.cluster import (
     CannotFit,
     Cluster,
     Workload,
+    _at_rest,
     _generating,
     generating,
     generation_memory,
@@ -22,6 +23,7 @@ from quartet.cluster import (
     training_memory,
     workload,
 )
+from quartet.config import Run
 from quartet.memory import Sizes
 from quartet.recipes import recipe_path
 from quartet.settings import read_settings
@@ -54,6 +56,18 @@ def test_memory_by_hand():
     assert training_memory(dataclasses.replace(SEVEN_B, beside=60_000_000), 8)["put together"] == 2 * 4 * 6.94e9 / 32
     assert training_memory(SEVEN_B, 1)["put together"] == 0
     assert training_memory(SEVEN_B, 1)["actor"] == 16 * 7e9
+
+
+def test_what_rests_in_main_memory_leaves_room():
+    """Of 7 B in 8 parts: two models that are only read, 7 GB, wait while others learn. Between updates half of what is trained
+    waits too, 14 of 28 GB: so much more room for answers."""
+    rests = dataclasses.replace(SEVEN_B, frozen=2, offload=True)
+    with_all, without = training_memory(SEVEN_B, 8), training_memory(rests, 8)
+    assert sum(with_all.values()) - sum(without.values()) == 2 * 4 * 7e9 / 8
+    assert _at_rest(with_all, False) == (16 + 16 + 8) * 7e9 / 8
+    assert _at_rest(without, True) == 16 * 7e9 / 8
+    asked = read_settings(recipe_path("reviews"), ["run.offload=true"]).config
+    assert workload(asked) == dataclasses.replace(workload(dataclasses.replace(asked, run=Run())), offload=True)
 
 
 def test_generation_by_hand():

@@ -58,6 +58,26 @@ def test_the_command_says_what_it_measured(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", [(), ("launch.processes=2", "launch.shard=true")], ids=["whole", "in parts"])
+def test_the_plan_knows_the_memory(place, tmp_path):
+    """A model of 27 M parameters, three of which learn or are read beside it: within a quarter, of the rank that writes."""
+    shape = [f"policy.create.{key}" for key in ("hidden_size=512", "num_layers=8", "num_heads=8")]
+    steps = [
+        "sft.steps=1",
+        "reward_model.steps=1",
+        "run.steps=2",
+        "evaluation.best_of=0",
+        "evaluation.prompts=8",
+        "data.rows=64",
+    ]
+    rows = ["sft.batch_size=8", "reward_model.batch_size=8", "rollout.prompts_per_step=8", "rollout.max_new_tokens=8"]
+    said = quartet("run", "reviews", *shape, *steps, *rows, *place, cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    done = Run(tmp_path / "runs" / "latest").events[-1]
+    assert 0.75 < done["peak_bytes"] / done["planned_peak_bytes"] < 1.25
+
+
+@pytest.mark.slow
 def test_so_is_the_plan_that_measures_nothing(tmp_path):
     """Seconds within a factor of 3: the speed of a machine is not known to it."""
     words = ("run.steps=8", "sft.steps=60", "reward_model.steps=60")

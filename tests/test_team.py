@@ -34,6 +34,7 @@ def ranks(folder, world, kind):
         ("plain", 4),
         ("sharded", 2),
         ("rows", 4),
+        ("resting", 2),
         pytest.param("plain", 2, marks=pytest.mark.slow),
         pytest.param("sharded", 1, marks=pytest.mark.slow),
         pytest.param("sharded", 4, marks=pytest.mark.slow),

@@ -107,6 +107,8 @@ class Workload:
     epochs: int
     micro_tokens: int
     checkpointing: bool
+    offload: bool = False
+    """Frozen models, and moments, are elsewhere when nobody works with them."""
 
     @property
     def unit(self) -> float:
@@ -144,6 +146,7 @@ def workload(config: Config) -> Workload:
         epochs=config.optim.epochs,
         micro_tokens=int(config.optim.micro_batch_tokens) if config.optim.micro_batch_tokens != "auto" else 8192,
         checkpointing=config.policy.gradient_checkpointing,
+        offload=config.run.offload,
     )
 
 
@@ -157,7 +160,7 @@ def training_memory(work: Workload, ranks: int) -> dict[str, float]:
     roles = {"actor": TRAINED_BYTES * sharded}
     if work.learners > 1:
         roles["critic"] = TRAINED_BYTES * sharded
-    if work.frozen:
+    if work.frozen and not work.offload:  # else those who read wait while others learn, when most is held
         roles["reference, reward model"] = FLOAT * sharded * work.frozen
     roles["put together"] = 2 * FLOAT * work.unit * (ranks > 1)
     roles["activations"] = work.micro_tokens * activation_bytes(work.model, work.checkpointing)
@@ -263,7 +266,7 @@ def splits(work: Workload, cluster: Cluster) -> Iterator[Split]:
         if sum(memory.values()) > gpu.memory * (1 - RESERVED):
             continue
         try:
-            made, binds, copies = generating(work, gpu, sampling, 0.0 if generators else _at_rest(memory))
+            made, binds, copies = generating(work, gpu, sampling, 0.0 if generators else _at_rest(memory, work.offload))
         except CannotFit:
             continue
         update = training(work, gpu, trainers)
@@ -309,9 +312,14 @@ def plan_cluster(config: Config, cluster: Cluster) -> ClusterPlan:
     )
 
 
-def _at_rest(memory: dict[str, float]) -> float:
-    """What a rank holds between two updates."""
-    return sum(size for role, size in memory.items() if role not in {"activations", "put together"})
+def _at_rest(memory: dict[str, float], offload: bool) -> float:
+    """What a rank holds between two updates. Of what is trained, half are moments."""
+    trained = 0.5 if offload else 1.0
+    return sum(
+        size * (trained if role in {"actor", "critic"} else 1.0)
+        for role, size in memory.items()
+        if role not in {"activations", "put together"}
+    )
 
 
 def _short(work: Workload, cluster: Cluster) -> Iterator[str]:

@@ -151,10 +151,10 @@ class Rollout(Sampling):
 
     prompts_per_step: int = Field(default=64, ge=1, description="The only batch size a person sets.")
     samples_per_prompt: int = Field(default=1, ge=1, description="Answers to each prompt; group advantages need 2 or more.")
-    staleness: int = Field(
-        default=0,
-        ge=0,
-        description="How many updates old the weights may be that sample, while others are being made. 0: one after the other.",
+    staleness: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="How many updates old the weights may be that sample, while others are being made. 0: one after the other. "
+        "Left out: 1 where servers write the answers, else 0.",
     )
 
 
@@ -203,6 +203,10 @@ class Run:
     folder: str = "runs"
     name: str | None = Field(default=None, description="Left out, it is the recipe's or the file's.")
     device: str = Field(default="auto", description='"auto", "cpu" or "cuda".')
+    offload: bool = Field(
+        default=False,
+        description="On a GPU: frozen models, and the optimizers' moments, wait in main memory while others work.",
+    )
     rollouts_every: int | None = Field(
         default=None,
         ge=1,
@@ -303,6 +307,13 @@ class Config:
             case "run":
                 return self.rl_stage is not None or key not in {"run.steps", "run.rollouts_every"}
         return True
+
+    @property
+    def staleness(self) -> int:
+        """How many updates old the weights may be that sample."""
+        if self.rollout.staleness == "auto":
+            return int(isinstance(self.generator, Servers))
+        return self.rollout.staleness
 
     @property
     def rl_stage(self) -> str | None:

@@ -10,7 +10,8 @@ from packaging.requirements import Requirement
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 32 * 2**20
-"""Above this, glibc asks the system for memory each time whatever it is told."""
+"""Bytes above which glibc asks the system for memory each time whatever it is told."""
+SMALL = 2**20
 
 
 def unmet() -> list[str]:
@@ -31,12 +32,15 @@ def unmet() -> list[str]:
     return found
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(in_parts: bool = False) -> None:
     """Let freed memory wait for its next use instead of going back to the system. A training step allocates the same tensors
     over and over; where memory is virtual, having their pages made again cost a tenth of the step. Only for a process that
-    is ours, and only where the C library is glibc; elsewhere nothing happens."""
+    is ours, and only where the C library is glibc; elsewhere nothing happens.
+
+    `in_parts`: but not tensors of a megabyte. Where models are in parts, whole matrices come and go between parts that
+    stay, and the holes they leave were half of a rank's memory."""
     if mallopt := _glibc("mallopt"):
-        mallopt(M_MMAP_THRESHOLD, LARGEST)
+        mallopt(M_MMAP_THRESHOLD, SMALL if in_parts else LARGEST)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

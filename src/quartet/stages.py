@@ -125,7 +125,7 @@ class SftStage:
 
     def begin(self, folder: Path) -> Work:
         model = self.spread(self.load_policy(folder))
-        before = held_out_loss(model, self.held_out, self.micro_batch_tokens)
+        before = held_out_loss(model, self.held_out, self.micro_batch_tokens, self.team)
         sampler, optimizer = Sampler(self.demonstrations, self.batch_size, self.seed), self.optimizer(model)
         budget = Budget(self.micro_batch_tokens, self.team)
 
@@ -134,7 +134,7 @@ class SftStage:
 
         def finish() -> Summary:
             save(model, self.tokenizer, folder / "sft", self.team)
-            after = held_out_loss(model, self.held_out, self.micro_batch_tokens)
+            after = held_out_loss(model, self.held_out, self.micro_batch_tokens, self.team)
             return {"held_out_loss_before": before, "held_out_loss": after}
 
         return Work(steps, finish, {"optimizer": optimizer, "sampler": sampler, "budget": budget}, [optimizer], budget)
@@ -167,7 +167,7 @@ class RewardModelStage:
     def begin(self, folder: Path) -> Work:
         policy = self.load_policy(folder)
         model = self.make_model(policy)
-        before = pair_accuracy(model, self.held_out, self.micro_batch_tokens)
+        before = pair_accuracy(model, self.held_out, self.micro_batch_tokens, self.team)
         sampler, optimizer = Sampler(self.comparisons, self.batch_size, self.seed), self.optimizer(model)
         budget = Budget(self.micro_batch_tokens, self.team)
 
@@ -175,10 +175,12 @@ class RewardModelStage:
             return reward_model(model, sampler, self.loss, optimizer, self.num_steps, budget, done)
 
         def finish() -> Summary:
-            judged = pair_scores(model, self.held_out, self.micro_batch_tokens)
+            judged = pair_scores(model, self.held_out, self.micro_batch_tokens, self.team)
             accuracy = accuracy_of(judged[:, 0] - judged[:, 1])
             generator = NativeGenerator(policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.seed)
-            scores = ModelReward(model, self.micro_batch_tokens).score(generator.generate(self.prompts, self.sampling))
+            scores = ModelReward(model, self.micro_batch_tokens, team=self.team).score(
+                generator.generate(self.prompts, self.sampling)
+            )
             mean = statistics.fmean(score for score in scores if score is not None)
             model.centre += mean
             model.save(folder / "reward_model", self.tokenizer, self.team)
@@ -227,7 +229,7 @@ class PreferenceStage:
             save(model, self.tokenizer, folder / "policy", self.team)
             if not self.held_out:
                 return {}
-            after = held_out_preference(model, reference, self.held_out, self.loss, self.micro_batch_tokens)
+            after = held_out_preference(model, reference, self.held_out, self.loss, self.micro_batch_tokens, self.team)
             return {f"held_out_{name}": value for name, value in after.items()}
 
         return Work(steps, finish, {"optimizer": optimizer, "source": source, "budget": budget}, [optimizer], budget)
@@ -268,7 +270,7 @@ class Cast:
         if self.contest is not None and (rate := self.contest.win_rate()) is not None:
             metrics["policy/win_rate"] = rate
         if self.texts:
-            loss = held_out_loss(self.learner.models.actor, self.texts, self.learner.budget.tokens)
+            loss = held_out_loss(self.learner.models.actor, self.texts, self.learner.budget.tokens, self.learner.team)
             metrics["policy/sft_perplexity"] = math.exp(min(loss, 50.0))
         judges = [w.reward for w in self.rewards if isinstance(w.reward, ModelReward)]
         apart = [

@@ -76,6 +76,8 @@ class Team:
 
     def pieces(self, lengths: Sequence[int], max_tokens: int) -> list[Piece]:
         """The micro-batches of this rank: as many on each."""
+        if not lengths:
+            return []
         by_rank = []
         for rows in shares(lengths, self.world):
             by_rank.append([[rows[i] for i in piece] for piece in micro_batches([lengths[i] for i in rows], max_tokens)])

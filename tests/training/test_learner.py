@@ -11,6 +11,7 @@ from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import Separate, Shared, freeze
 from quartet.models.heads import ScalarModel, ValueHead
+from quartet.placement import STAYS
 from quartet.training.descend import NonFinite, check_finite, descend
 from quartet.training.learner import Learner
 from quartet.training.optim import Descent, Optim, Optimizer
@@ -36,10 +37,10 @@ def actor_critic(kind="separate"):
     return Separate(actor, ScalarModel.from_trunk(model(seed=1), 0, seed=0) if kind == "separate" else None)
 
 
-def learner(kind="separate", tokens=2048, **settings):
+def learner(kind="separate", tokens=2048, placement=STAYS, **settings):
     reference = freeze(copy.deepcopy(model(seed=2)))
     optim = dataclasses.replace(SETTINGS, **settings)
-    return Learner(actor_critic(kind), reference, optim, 0.8, steps=4, seed=0, micro_batch_tokens=tokens)
+    return Learner(actor_critic(kind), reference, optim, 0.8, steps=4, seed=0, micro_batch_tokens=tokens, placement=placement)
 
 
 def weights(made):

@@ -77,11 +77,14 @@ from quartet.models.trunk import checkpoint_blocks, compile_blocks
 from quartet.observability.sinks import check_trackers
 from quartet.observability.tokens import TokenTexts
 from quartet.pipeline import Saving
+from quartet.placement import STAYS, Offloading, Placement
+from quartet.rewards.combine import EnsembleReward
 from quartet.rewards.functions import TextReward, check_reference
 from quartet.rewards.protocol import Reward, RewardError, Weighted, rewarded
 from quartet.rewards.reward_model import ModelReward
 from quartet.rewards.shared import shared
 from quartet.rewards.sources import EnsembleSource, JudgeSource, ModelSource, Source, StepsSource
+from quartet.rewards.text_models import StepReward, TextModelReward
 from quartet.rewards.worker import load
 from quartet.stages import Cast, Contest, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
 from quartet.team import ALONE, Gathered, Team, Together, is_sharded
@@ -286,7 +289,7 @@ class Workshop:
             prompts_per_step=config.rollout.prompts_per_step,
             num_steps=config.run.steps,
             seed=config.seed,
-            staleness=config.rollout.staleness,
+            staleness=config.staleness,
         )
 
     def evaluation_stage(self) -> EvaluationStage:
@@ -437,7 +440,7 @@ class Workshop:
     def _sampled(self, actor: Any) -> Any:
         """The model that answers are sampled with. Sampling reads all weights at every token: where the actor will be in parts,
         or learns meanwhile, it is a copy."""
-        return copy.deepcopy(actor) if self.config.launch.shard or self.config.rollout.staleness else actor
+        return copy.deepcopy(actor) if self.config.launch.shard or self.config.staleness else actor
 
     def _cast(self, folder: Path) -> Cast:
         config = self.config
@@ -450,9 +453,9 @@ class Workshop:
         judge = self._attached_judge(sampled, folder)
         models = self._actor_critic(actor, judge, folder) if config.algorithm.needs_critic else Separate(actor, None)
         self.spread(actor)
-        meanwhile = self.team.apart() if config.rollout.staleness else self.team
+        meanwhile = self.team.apart() if config.staleness else self.team
         reference = None if reference is None else self.spread(reference)
-        temperature = config.rollout.temperature
+        temperature, placement = config.rollout.temperature, self._placement()
         make = TrustRegionLearner if isinstance(config.algorithm.update, TrustRegion) else Learner
         learner = make(
             models,
@@ -464,8 +467,9 @@ class Workshop:
             self._pretraining(config.algorithm),
             self.micro_batch_tokens,
             self.team,
+            placement,
         )
-        rewards = self._rewards(folder, judge, meanwhile)
+        rewards = self._rewards(folder, judge, meanwhile, placement)
         if servers := self._servers(actor, folder, meanwhile):
             generator, aside = self._asked(servers, meanwhile), lambda: self._asked(servers.aside(), self.team)
         else:
@@ -562,22 +566,32 @@ class Workshop:
             )
         return "policy"
 
-    def _rewards(self, folder: Path, judge: ScalarModel | None = None, team: Team = ALONE) -> list[Weighted]:
+    def _placement(self) -> Placement:
+        return Offloading(self.device) if self.config.run.offload and self.device.type != "cpu" else STAYS
+
+    def _rewards(
+        self, folder: Path, judge: ScalarModel | None = None, team: Team = ALONE, placement: Placement = STAYS
+    ) -> list[Weighted]:
         """`judge`: the run's own reward model, where it is loaded already. `team`: the ranks that ask for them together."""
         trained = judge or folder / "reward_model"
         rewards = [
-            Weighted(self._for_all(self.rewards.make(source, trained, folder), team), source.weight) for source in self.sources
+            Weighted(self._for_all(self.rewards.make(source, trained, folder), team, placement), source.weight)
+            for source in self.sources
         ]
         if self.rewards.gold is not None and "gold" not in {source.called for source in self.sources}:
             rewards.append(Weighted(TextReward("gold", self.rewards.gold), weight=0.0))  # seen, not trained on
         return rewards
 
-    def _for_all(self, reward: Reward, team: Team) -> Reward:
+    def _for_all(self, reward: Reward, team: Team, placement: Placement) -> Reward:
         """The reward as a team asks for it; a reward model is read by all, each its share, and may be in parts."""
         if isinstance(reward, ModelReward) and team is not ALONE:
             reward.team = team
             if not isinstance(reward.model, AdaptedScalar):  # else its trunk is the sampler's
                 self._spread_scalar(reward.model, team)
+        for one in reward.members if isinstance(reward, EnsembleReward) else [reward]:
+            if isinstance(one, ModelReward | TextModelReward | StepReward) and not isinstance(one.model, AdaptedScalar):
+                one.placement = placement
+                placement.rests(one.model)
         return shared(reward, team)
 
     def _check_models(self) -> None:

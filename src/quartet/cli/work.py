@@ -257,7 +257,7 @@ def _build(settings: "Settings", fault: str | None) -> "Job":
     from quartet.observability.sinks import TrackerMissing
     from quartet.rewards.protocol import RewardError
 
-    keep_freed_memory()
+    keep_freed_memory(in_parts=bool(settings.config.launch.shard))
     if fault is not None and (fault not in FAULTS or settings.config.rl_stage is None):
         refuse(
             f"--break {fault}: " + ("there is no RL stage to break." if fault in FAULTS else f"known are {', '.join(FAULTS)}.")

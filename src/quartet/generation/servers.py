@@ -29,6 +29,9 @@ from quartet.generation.dialects import Dialect, Order
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
 
+IDLE = 1.0
+"""Seconds after which a connection is not used again. Servers (uvicorn) close theirs after 5; a request that is on its way then
+is lost, and its server would count as failed."""
 PAUSE = 0.5
 """Seconds before a server that failed is asked again."""
 BASE = "base"
@@ -87,7 +90,8 @@ class ServedGenerator:
         self.stop_ids = sorted(stop_ids)
         self.version, self.calls, self._pushed = 0, 0, False
         self.pool = ThreadPoolExecutor(at_once, "ask")
-        self.client = httpx.Client(timeout=timeout, limits=httpx.Limits(max_connections=None), follow_redirects=False)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=IDLE)
+        self.client = httpx.Client(timeout=timeout, limits=limits, follow_redirects=False)
         weakref.finalize(self, self.client.close)
         self._free = threading.Condition()
 

@@ -24,10 +24,11 @@ def be_a_rank(host: str, port: int, rank: int, world: int, deadline: float, fold
     from quartet.settings import read_settings
     from quartet.worker import Worker
 
-    keep_freed_memory()
+    config = read_settings(folder / "config.resolved.toml").config
+    keep_freed_memory(in_parts=bool(config.launch.shard))
     store = store_at(host, port)
     team = Together(rank, world)
-    job = build(read_settings(folder / "config.resolved.toml").config, fault, team)
+    job = build(config, fault, team)
     team.join(dist.PrefixStore("team", store), deadline, job.device)
     follow(Worker(job.stages, folder, team), store, rank)
     beating.stopped.set()

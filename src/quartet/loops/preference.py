@@ -19,7 +19,7 @@ from quartet.rewards.protocol import Weighted, rewarded
 from quartet.team import ALONE, Team
 from quartet.tensors import Float, Tensor
 from quartet.training.budget import Budget
-from quartet.training.descend import check_finite, descend
+from quartet.training.descend import added_up, check_finite, descend
 from quartet.training.optim import Optimizer
 
 
@@ -116,11 +116,12 @@ def held_out_preference(
     comparisons: Sequence[Comparison],
     loss: Dpo | Ipo | Kto | Orpo | Simpo,
     micro_batch_tokens: int,
+    team: Team = ALONE,
 ) -> dict[str, float]:
     """The loss, and how often the policy prefers what the labeller preferred."""
     seen: list[Pairs] = []
-    total = float(sum(_losses(model, reference, comparisons, loss, micro_batch_tokens, seen)))
-    return {"loss": total, **preference_metrics(seen)}
+    total = added_up(_losses(model, reference, comparisons, loss, micro_batch_tokens, seen, team), team)
+    return {"loss": total, **preference_metrics(seen, team)}
 
 
 def preference_metrics(seen: Sequence[Pairs], team: Team = ALONE) -> dict[str, float]:
@@ -154,7 +155,7 @@ def _losses(
     loss: Dpo | Ipo | Kto | Orpo | Simpo,
     micro_batch_tokens: int,
     seen: list[Pairs],
-    team: Team = ALONE,
+    team: Team,
 ) -> Iterator[Float[Tensor, ""]]:
     """The loss of a batch in pieces that add up to it over all ranks; what was seen on the way is appended to `seen`."""
     kl = _mismatched_kl(model, reference, batch, micro_batch_tokens, team) if loss.needs_kl else 0.0

@@ -13,7 +13,7 @@ from quartet.loops.progress import Progress
 from quartet.models.heads import ScalarModel
 from quartet.models.logprobs import under_own_token
 from quartet.models.padding import response_mask, right_pad
-from quartet.team import Team, micro_batches
+from quartet.team import ALONE, Team
 from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
 from quartet.training.descend import check_finite, descend
@@ -53,20 +53,23 @@ def _step(
 
 
 @torch.no_grad()
-def pair_scores(model: ScalarModel, comparisons: Sequence[Comparison], micro_batch_tokens: int) -> Float[Tensor, "P 2"]:
+def pair_scores(
+    model: ScalarModel, comparisons: Sequence[Comparison], micro_batch_tokens: int, team: Team = ALONE
+) -> Float[Tensor, "P 2"]:
     """What the chosen and the rejected side of each pair score, at their last tokens."""
     scores = torch.zeros(len(comparisons), 2)
-    for rows in micro_batches(_lengths(comparisons), micro_batch_tokens):
-        read = _read(model, [comparisons[i] for i in rows])
-        ids = [comparisons[i].id for i in rows]
-        scores[rows] = torch.stack([at(read.chosen, read.good), at(read.rejected, read.bad)], dim=1).cpu()
-        check_finite("the score", scores[rows].flatten(), [i for i in ids for _ in range(2)])
+    for piece in team.pieces(_lengths(comparisons), micro_batch_tokens):
+        read = _read(model, [comparisons[i] for i in piece.rows])
+        if piece.counts:
+            scores[piece.rows] = torch.stack([at(read.chosen, read.good), at(read.rejected, read.bad)], dim=1).to(scores)
+    team.add_up(scores)
+    check_finite("the score", scores, [c.id for c in comparisons])
     return scores
 
 
-def pair_accuracy(model: ScalarModel, comparisons: Sequence[Comparison], micro_batch_tokens: int) -> float:
+def pair_accuracy(model: ScalarModel, comparisons: Sequence[Comparison], micro_batch_tokens: int, team: Team = ALONE) -> float:
     """The share of pairs whose chosen side scores higher at its last token; a tie counts half."""
-    scores = pair_scores(model, comparisons, micro_batch_tokens)
+    scores = pair_scores(model, comparisons, micro_batch_tokens, team)
     return accuracy_of(scores[:, 0] - scores[:, 1])
 
 

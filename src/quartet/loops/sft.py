@@ -9,9 +9,9 @@ import torch
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.loops.progress import Progress
-from quartet.team import Team
+from quartet.team import ALONE, Team
 from quartet.training.budget import Budget
-from quartet.training.descend import descend
+from quartet.training.descend import added_up, descend
 from quartet.training.imitation import imitation_losses
 from quartet.training.optim import Optimizer
 
@@ -38,6 +38,6 @@ def _step(
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, demonstrations: Sequence[Demonstration], micro_batch_tokens: int) -> float:
+def held_out_loss(model: Any, demonstrations: Sequence[Demonstration], micro_batch_tokens: int, team: Team = ALONE) -> float:
     """Mean negative log-probability per answer token."""
-    return float(sum(imitation_losses(model, demonstrations, micro_batch_tokens)))
+    return added_up(imitation_losses(model, demonstrations, micro_batch_tokens, team), team)

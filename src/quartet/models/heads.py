@@ -106,14 +106,15 @@ class ScalarModel(nn.Module):
         config = AutoConfig.for_model(**_one_label(self.model.config, "value"))
         setattr(config, CENTRE, 0.0)
         try:
-            made = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
+            with torch.device("meta"):
+                made = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
         except ValueError:
             return self.save(folder, tokenizer, team)
         trunk = whole_state(self.model.base_model, keep=team.lead)
         if not team.lead:
             return None
-        made.base_model.load_state_dict(trunk)
-        head = head_of(made)
+        made.base_model.load_state_dict(trunk, assign=True)
+        head = head_of(made).to_empty(device=self.head.weight.device)
         with torch.no_grad():
             head.weight.copy_(self.head.weight)
             bias = 0.0 if self.head.bias is None else self.head.bias

@@ -440,7 +440,8 @@ def examine(run: "Run") -> list[Finding]:
     """All rules over all stages of a run, by the step at which each spoke first."""
     target = run.config.get("algorithm", {}).get("kl", {}).get("controller", {}).get("target")
     rollout = run.config.get("rollout", {})
-    filtered = bool(rollout.get("top_k", 0)) or rollout.get("top_p", 1.0) < 1 or rollout.get("staleness", 0) > 0
+    filtered = bool(rollout.get("top_k", 0)) or rollout.get("top_p", 1.0) < 1
+    filtered |= any("staleness/max" in series.columns for series in run.series.values())
     found: dict[tuple[str, Rule], Finding] = {}
     for stage, series in run.series.items():
         watch = Watch(target, filtered)

@@ -8,6 +8,7 @@ import torch
 from quartet.experience import Rollout
 from quartet.models.heads import ScalarModel
 from quartet.models.padding import response_mask, right_pad
+from quartet.placement import STAYS
 from quartet.rewards.protocol import RewardError, Score
 from quartet.team import ALONE, Team
 
@@ -20,6 +21,7 @@ class ModelReward:
         """`team`: the ranks that have the model too; each reads its share."""
         self.name, self.model, self.micro_batch_tokens, self.team = name, model, micro_batch_tokens, team
         self.device = next(model.parameters()).device
+        self.placement = STAYS
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return [outputs[-1] for outputs in self._outputs(rollouts, whole=False)]
@@ -33,8 +35,9 @@ class ModelReward:
         """The head at every token of each response, or at its last one."""
         mine: dict[int, list[float]] = {}
         lengths = [len(r.prompt.ids) + len(r.response_ids) for r in rollouts]
-        for piece in self.team.pieces(lengths, self.micro_batch_tokens) if rollouts else []:
-            mine |= {i: found for i, found in self._read(rollouts, piece.rows, whole) if piece.counts}
+        with self.placement.at_work(self.model):
+            for piece in self.team.pieces(lengths, self.micro_batch_tokens):
+                mine |= {i: found for i, found in self._read(rollouts, piece.rows, whole) if piece.counts}
         everything = {i: found for rows in self.team.exchange(list(mine.items())) for i, found in rows}
         for i, found in sorted(everything.items()):
             if not all(map(math.isfinite, found)):

@@ -13,6 +13,7 @@ from quartet.models.actor_critic import freeze
 from quartet.models.heads import ScalarModel, load_classifier
 from quartet.models.language_model import ModelError, load_tokenizer
 from quartet.models.padding import right_pad
+from quartet.placement import STAYS
 from quartet.rewards.protocol import RewardError, Score
 from quartet.team import micro_batches
 
@@ -40,6 +41,7 @@ class TextModelReward:
         self.tokenizer = load_tokenizer(folder, generates=False)
         self.label = the_label(str(folder), self.model.config.num_labels, label)
         self.scalar = ScalarModel(self.model) if is_decoder(self.model) and self.model.config.num_labels == 1 else None
+        self.placement = STAYS
         self.limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
 
     @torch.no_grad()
@@ -52,10 +54,11 @@ class TextModelReward:
                     f"reads at most {self.limit:,}. Lower data.max_prompt_tokens or rollout.max_new_tokens."
                 )
         made: list[Score] = [None] * len(rollouts)
-        for rows in micro_batches([len(ids) for ids, _ in texts], self.micro_batch_tokens):
-            scores = self._scores([texts[i] for i in rows])
-            for i, score in zip(rows, scores, strict=True):
-                made[i] = score
+        with self.placement.at_work(self.model):
+            for rows in micro_batches([len(ids) for ids, _ in texts], self.micro_batch_tokens):
+                scores = self._scores([texts[i] for i in rows])
+                for i, score in zip(rows, scores, strict=True):
+                    made[i] = score
         return made
 
     def _scores(self, texts: Sequence[tuple[Ids, Ids | None]]) -> list[float]:
@@ -114,6 +117,7 @@ class StepReward:
         if label is not None and label >= labels:
             raise ModelError(f"reward.label = {label}: {folder} has {labels} labels, counted from 0.")
         self.label = labels - 1 if label is None else label
+        self.placement = STAYS
         self._last: tuple[list[Rollout], list[list[tuple[int, float]]]] = ([], [])
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
@@ -137,7 +141,8 @@ class StepReward:
 
     def _all_steps(self, rollouts: Sequence[Rollout]) -> list[list[tuple[int, float]]]:
         if len(rollouts) != len(self._last[0]) or any(a is not b for a, b in zip(rollouts, self._last[0], strict=True)):
-            self._last = (list(rollouts), [self._steps(r) for r in rollouts])
+            with self.placement.at_work(self.model):
+                self._last = (list(rollouts), [self._steps(r) for r in rollouts])
         return self._last[1]
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ def descend(losses: Iterable[Float[Tensor, ""]], optimizers: Mapping[str, Optimi
     what is returned.
     """
     try:
-        total = _backward(losses, team)
+        total = added_up(losses, team, learn=True)
         team.add_gradients(p for optimizer in optimizers.values() for p in optimizer.parameters)
         norms = {name: optimizer.clip() for name, optimizer in optimizers.items()}
         for what, number in (("loss", total), *((f"gradient of the {name}", norm) for name, norm in norms.items())):
@@ -57,13 +57,14 @@ def descend(losses: Iterable[Float[Tensor, ""]], optimizers: Mapping[str, Optimi
     return {"loss": total, **{f"grad_norm/{name}": norm for name, norm in norms.items()}}
 
 
-def _backward(losses: Iterable[Float[Tensor, ""]], team: Team) -> float:
-    """The sum of the losses over all ranks; this rank's share of the gradients is where torch puts them. What is not finite on
-    one rank is raised on all."""
+def added_up(losses: Iterable[Float[Tensor, ""]], team: Team = ALONE, learn: bool = False) -> float:
+    """The sum of the losses over all ranks. What is not finite on one rank is raised on all. `learn`: this rank's share of the
+    gradients is then where torch puts them."""
     total, error = 0.0, None
     try:
         for loss in losses:
-            loss.backward()
+            if learn:
+                loss.backward()
             total += float(loss.detach())
     except NonFinite as found:
         error = found

@@ -21,6 +21,7 @@ from quartet.generation.protocol import Weights
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.language_model import policy_logprobs
 from quartet.models.padding import PAD, response_mask, right_pad, spread
+from quartet.placement import STAYS, Placement
 from quartet.team import ALONE, Gathered, Team, counts_here, is_sharded, local
 from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
@@ -74,10 +75,11 @@ class Learner:
         pretraining: Sampler[Demonstration] | None = None,
         micro_batch_tokens: int = 2048,
         team: Team = ALONE,
+        placement: Placement = STAYS,
     ) -> None:
         """`team`: the ranks that hold the same models. Each is given the same rollouts and experience, goes through its share
         of the rows, and has the whole result."""
-        self.team, self.budget = team, Budget(micro_batch_tokens, team)
+        self.team, self.budget, self.placement = team, Budget(micro_batch_tokens, team), placement
         self.models, self.reference, self.optim, self.temperature = models, reference, optim, temperature
         self.pretraining = pretraining
         self.ema = Ema(models.actor, optim.ema) if optim.ema else None
@@ -92,6 +94,9 @@ class Learner:
         self.device = models.actor.device
         self.reference_mark = None if reference is None else mark(reference, team)
         """The reference's weights in one number: they never change."""
+        placement.rests(reference, shared_with=models.actor.parameters())
+        for optimizer in self.optimizers.values():
+            placement.rests(optimizer.adam)
 
     def weights(self) -> Weights:
         return Weights(self.version, Gathered(self.models.actor))
@@ -111,6 +116,7 @@ class Learner:
     def load_state(self, state: Mapping[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state(state["optimizers"][name])
+            self.placement.rests(optimizer.adam)
         if self.ema is not None:
             self.ema.load_state(state["ema"])
         if self.pretraining is not None:
@@ -127,7 +133,8 @@ class Learner:
         shown that they are the learner's."""
         batch = collate(rollouts, self.device)
         check_finite("the reward", batch.scores, batch.ids, partial(said, batch))
-        return self.budget.spend("scoring", partial(self._scored, batch, rollouts, algorithm))
+        with self.placement.at_work(self.reference):
+            return self.budget.spend("scoring", partial(self._scored, batch, rollouts, algorithm))
 
     @torch.no_grad()
     def _scored(self, batch: Batch, rollouts: Sequence[Rollout], algorithm: Algorithm, micro_batch_tokens: int) -> Batch:
@@ -183,18 +190,9 @@ class Learner:
         seen = _Seen(experience)
         optimizers = self.optimizers if train_actor else {"critic": self.optimizers["critic"]}
         rates = {f"lr/{name}": optimizer.lr for name, optimizer in optimizers.items()}
-        descents: list[dict[str, float]] = []
-        epochs = 0
-        for _ in range(self.optim.epochs):
-            for rows in self._minibatches(len(experience)):
-                texts = self._pretraining_texts(algorithm) if train_actor else ()
-                step = partial(self._step, experience, rows, texts, algorithm, train_actor, seen, not descents, seen.tally())
-                descents.append(self.budget.spend("the update", step))
-                if train_actor and self.ema is not None:
-                    self.ema.update(self.models.actor)
-            epochs += 1
-            if self.optim.target_kl is not None and seen.epoch_kl(self.team) > self.optim.target_kl:
-                break
+        moments = [optimizer.adam for optimizer in optimizers.values()]
+        with self.placement.at_work(*moments, self.reference if algorithm.kl.exact_loss else None):
+            descents, epochs = self._descents(experience, algorithm, train_actor, seen)
         self.version += 1
         seen.collect(self.team)
         if self.sampler_agrees and seen.tallied.first_ratio_error > AGREEMENT:
@@ -214,6 +212,24 @@ class Learner:
             trained_actor=train_actor,
             reference_moved=self.reference is not None and mark(self.reference, self.team) != self.reference_mark,
         )
+
+    def _descents(
+        self, experience: Experience, algorithm: Algorithm, train_actor: bool, seen: "_Seen"
+    ) -> tuple[list[dict[str, float]], int]:
+        """All optimizer steps of an update: what each found, and how many epochs they were."""
+        descents: list[dict[str, float]] = []
+        epochs = 0
+        for _ in range(self.optim.epochs):
+            for rows in self._minibatches(len(experience)):
+                texts = self._pretraining_texts(algorithm) if train_actor else ()
+                step = partial(self._step, experience, rows, texts, algorithm, train_actor, seen, not descents, seen.tally())
+                descents.append(self.budget.spend("the update", step))
+                if train_actor and self.ema is not None:
+                    self.ema.update(self.models.actor)
+            epochs += 1
+            if self.optim.target_kl is not None and seen.epoch_kl(self.team) > self.optim.target_kl:
+                break
+        return descents, epochs
 
     def _step(
         self,

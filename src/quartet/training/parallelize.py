@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from quartet.models.llama import READ_ON, read_on, written_out
 from quartet.models.trunk import blocks_of
-from quartet.team import Together
+from quartet.team import Together, is_sharded
 
 
 def mesh_of(device: str, team: Together, parts: int) -> DeviceMesh:
@@ -59,6 +59,9 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
     inside = {id(m) for block in blocks for m in block.modules()}
     beside = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.Linear) and id(m) not in inside]
     _divide([m for m in beside if len(m.weight) > 1], mesh)
+    for small in model.parameters():
+        if not is_sharded(small):  # read from a file, it is a view that would keep the file's whole map in memory
+            small.data = small.data.clone()
     return model
 
 

@@ -64,8 +64,9 @@ class TrustRegionLearner(Learner):
         if not train_actor:
             return update
         assert isinstance(algorithm.update, TrustRegion)
-        objective = _Objective(self, experience, algorithm)
-        step = natural_step(objective, self.models.actor_parameters(), algorithm.update)
+        with self.placement.at_work(self.reference if algorithm.kl.exact_loss else None):
+            objective = _Objective(self, experience, algorithm)
+            step = natural_step(objective, self.models.actor_parameters(), algorithm.update)
         if self.ema is not None:
             self.ema.update(self.models.actor)
         return dataclasses.replace(
