@@ -5,8 +5,9 @@ Only what was found travels. A rank that has less to do than another goes throug
 where weights are sharded, every pass takes all ranks.
 """
 
+import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -216,6 +217,12 @@ class Gathered(Mapping[str, Tensor]):
         """`others`: what stands in for parameters, by their names."""
         instead = {id(p): others[name] for name, p in model.named_parameters() if name in others} if others else {}
         self.held = {name: instead.get(id(t), t) for name, t in model.state_dict(keep_vars=True).items()}
+
+    def only(self, wanted: Callable[[str], bool]) -> "Gathered":
+        """Some of them."""
+        made = copy.copy(self)
+        made.held = {name: tensor for name, tensor in self.held.items() if wanted(name)}
+        return made
 
     def __getitem__(self, name: str) -> Tensor:
         with torch.no_grad():

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import httpx
 import pytest
@@ -19,14 +20,15 @@ from quartet.generation.dialects import DIALECTS, Piece
 from quartet.generation.led import Led
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
+from quartet.generation.scripted import ScriptedGenerator
 from quartet.generation.servers import IDLE, ServedGenerator, ServersGone
-from quartet.models.adapters import POLICY, adapter_parameters, add_adapter, save_adapter
+from quartet.models.adapters import POLICY, adapter_parameters, add_adapter, in_adapter, save_adapter
 from quartet.models.language_model import masked_logprobs, save
 from quartet.models.lora import Lora
 from quartet.models.padding import response_mask, right_pad
 from quartet.recipes import recipe_path
 from quartet.settings import ConfigError, read_settings
-from quartet.team import ALONE
+from quartet.team import ALONE, Gathered
 from tests.fake_server import Engine, free_port, make_app
 from tests.tiny_run import SMALL_REVIEWS, make_run
 from tests.world import model, prompts, tokenizer
@@ -136,12 +138,12 @@ def test_weights_pushed_in_the_middle_divide_an_answer_into_versions(folder, gen
 
 
 def adapted(seed):
-    """The tiny model under an adapter that changes what it says."""
+    """The tiny model under an adapter that changes what it says, by 0.5 a token; a stronger one makes more of rounding, too."""
     made = add_adapter(model(), Lora(rank=2), POLICY, seed=0)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in adapter_parameters(made, POLICY):
-            p.add_(0.3 * torch.randn(p.shape, generator=rng))
+            p.add_(0.05 * torch.randn(p.shape, generator=rng))
     return made
 
 
@@ -286,6 +288,18 @@ def test_one_rank_asks_for_all(folder, generator):
         led.load_weights(Weights(1, model(seed=7).state_dict()))
         assert made.version == 1 and led.state() == {"version": 1, "calls": 1}
         assert [r.prompt for r in rollouts] == prompts(2) and isinstance(rollouts[0].response_ids, tuple)
+
+
+def test_adapters_that_go_alone_are_all_that_is_put_together(monkeypatch):
+    policy, read, pushed = model(), [], []
+    add_adapter(policy, Lora(rank=2), POLICY, seed=0)
+    weights, get = Weights(1, Gathered(policy)), Gathered.__getitem__
+    monkeypatch.setattr(Gathered, "__getitem__", lambda gathered, name: read.append(name) or get(gathered, name))
+    listening = ScriptedGenerator([], tokenizer())
+    monkeypatch.setattr(listening, "load_weights", lambda weights: pushed.append(list(weights.tensors)))
+    Led(listening, ALONE, partial(in_adapter, POLICY)).load_weights(weights)
+    assert pushed == [list(dict.fromkeys(read))] and all(".policy." in name for name in read)
+    assert len(pushed[0]) == len(list(adapter_parameters(policy, POLICY)))
 
 
 def test_all_answers_of_a_run_are_written_by_servers(tmp_path):

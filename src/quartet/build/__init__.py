@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ from quartet.models.adapters import (
     add_adapter,
     copy_adapter,
     freeze_layers,
+    in_adapter,
     merged_state,
     reference_of,
     save_adapter,
@@ -385,7 +386,9 @@ class Workshop:
         return Episodes(turns, self.tokenizer, make, max_turns, self.encoder.max_tokens, team)
 
     def _asked(self, servers: ServedGenerator, team: Team) -> Generator:
-        return self._in_turns(servers if team.world == 1 else Led(servers, team), team)
+        """By one rank, where there are several. Adapters that go alone are all that is put together for a push."""
+        only = partial(in_adapter, POLICY) if servers.save_base is not None else None
+        return self._in_turns(servers if team is ALONE else Led(servers, team, only), team)
 
     def _examined(self, model: Any, folder: Path) -> Generator:
         """Answers of a model that learns no more; one rank asks."""

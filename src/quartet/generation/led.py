@@ -1,6 +1,6 @@
 """A generator that one rank speaks to, for all of a team."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from quartet.experience import Prompt, Rollout, rollout_from, rollout_ready
@@ -12,8 +12,9 @@ from quartet.team import Gathered, Team, collected
 class Led:
     """The lead asks; everybody hears the answers."""
 
-    def __init__(self, generator: Generator, team: Team) -> None:
-        self.generator, self.team = generator, team
+    def __init__(self, generator: Generator, team: Team, only: Callable[[str], bool] | None = None) -> None:
+        """`only`: which of the weights the generator reads, where not all."""
+        self.generator, self.team, self.only = generator, team, only
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
         mine: Any = None
@@ -24,6 +25,7 @@ class Led:
     def load_weights(self, weights: Weights) -> None:
         tensors = weights.tensors
         if isinstance(tensors, Gathered):  # they may be in parts: then all ranks put them together
+            tensors = tensors if self.only is None else tensors.only(self.only)
             tensors = collected(tensors, keep=self.team.lead)
         if self.team.lead:
             self.generator.load_weights(Weights(weights.version, tensors))

@@ -237,7 +237,7 @@ def _change(product: Any, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
 def save_adapter(model: Any, name: str, folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """A folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads. `tensors`: the model's `whole_state`."""
     folder.mkdir(parents=True, exist_ok=True)
-    ours = {key: value for key, value in tensors.items() if f".lora_A.{name}." in key or f".lora_B.{name}." in key}
+    ours = {key: tensors[key] for key in tensors if in_adapter(name, key)}
     save_file({_PREFIX + key.replace(f".{name}.", "."): ours[key].contiguous() for key in ours}, folder / _WEIGHTS)
     layers = named_layers(model)
     first = next(iter(layers.values()))
@@ -245,6 +245,11 @@ def save_adapter(model: Any, name: str, folder: Path, tensors: Mapping[str, Tens
     config = lora_config(model, Lora(rank=first.r[name], alpha=float(first.lora_alpha[name]), targets=targets))
     config.base_model_name_or_path, config.inference_mode, config.task_type = model.name_or_path, True, "CAUSAL_LM"
     config.save_pretrained(folder)
+
+
+def in_adapter(name: str, key: str) -> bool:
+    """Whether a tensor of the model's state belongs to this adapter."""
+    return f".lora_A.{name}." in key or f".lora_B.{name}." in key
 
 
 def load_adapter(model: Any, name: str, folder: Path) -> None:
