@@ -1,11 +1,10 @@
-"""From a config to objects: the one file that knows every implementation."""
+"""From a config to objects: the one folder that knows every implementation."""
 
 import copy
-import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.preference import PREFERENCES, Kto
 from quartet.algorithms.update import TrustRegion
 from quartet.build.data import Rows, fingerprints
+from quartet.build.generators import Generators
+from quartet.build.models import Models, device, existing, with_existing_models
 from quartet.build.rewards import RewardMaker
 from quartet.config import (
     Config,
@@ -38,57 +39,28 @@ from quartet.data.shapes import Purpose
 from quartet.data.tokenizer import train_tokenizer
 from quartet.experience import Prompt, Rollout
 from quartet.faults import FAULTS
-from quartet.generation.dialects import DIALECTS
-from quartet.generation.episodes import Environment, Episodes
-from quartet.generation.led import Led
-from quartet.generation.native import NativeGenerator
 from quartet.generation.protocol import Generator, Weights
-from quartet.generation.servers import ServedGenerator
 from quartet.loops.collect import answers
 from quartet.loops.preference import OnlinePairs
 from quartet.memory import micro_batch_tokens, policy_parameters
-from quartet.models.actor_critic import ActorCritic, Separate, Shared, pad_token_id
-from quartet.models.adapters import (
-    CRITIC,
-    POLICY,
-    REWARD,
-    AdapterError,
-    adapters_of,
-    add_adapter,
-    copy_adapter,
-    freeze_layers,
-    in_adapter,
-    merged_state,
-    reference_of,
-    save_adapter,
-    working,
-)
+from quartet.models.actor_critic import ActorCritic, Separate, Shared
+from quartet.models.adapters import CRITIC, REWARD, AdapterError, copy_adapter, reference_of
 from quartet.models.chat import set_chat_template
 from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach
-from quartet.models.language_model import (
-    ModelError,
-    create,
-    load_model,
-    load_tokenizer,
-    read_config,
-    stop_ids,
-)
-from quartet.models.llama import FAMILY
-from quartet.models.trunk import checkpoint_blocks, compile_blocks
+from quartet.models.language_model import ModelError, load_model, load_tokenizer
 from quartet.observability.sinks import check_trackers
 from quartet.observability.tokens import TokenTexts
 from quartet.pipeline import Saving
 from quartet.placement import STAYS, Offloading, Placement
 from quartet.rewards.combine import EnsembleReward
-from quartet.rewards.functions import TextReward, check_reference
-from quartet.rewards.protocol import Reward, RewardError, Weighted, rewarded
+from quartet.rewards.functions import TextReward
+from quartet.rewards.protocol import Reward, Weighted, rewarded
 from quartet.rewards.reward_model import ModelReward
 from quartet.rewards.shared import shared
-from quartet.rewards.sources import EnsembleSource, JudgeSource, ModelSource, Source, StepsSource
+from quartet.rewards.sources import JudgeSource, ModelSource
 from quartet.rewards.text_models import StepReward, TextModelReward
-from quartet.rewards.worker import load
 from quartet.stages import Cast, Contest, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
-from quartet.team import ALONE, Gathered, Team, Together, is_sharded
+from quartet.team import ALONE, Gathered, Team, Together
 from quartet.training.checkpoint import GlobalRandom
 from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
@@ -140,8 +112,6 @@ class Workshop:
 
     def __init__(self, config: Config, fault: str | None = None, team: Team = ALONE) -> None:
         self.fault, self.team = fault, team
-        self.meshes: dict[Team, Any] = {}
-        """What the models of a team are in parts over."""
         if config.policy.adapter is not None and importlib.util.find_spec("peft") is None:
             raise AdapterError('policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".')
         check_trackers(config.run.track)
@@ -164,7 +134,8 @@ class Workshop:
         self.tokenizer = self._tokenizer()
         if config.policy.chat_template:
             set_chat_template(self.tokenizer, config.policy.chat_template)
-        longest = self._longest_sequence()
+        self.models = Models(config, self.policy_model, self.tokenizer, self.device, team)
+        longest = self.models.longest_sequence()
         generates = set(config.recipe) != {"sft"}
         room = longest - config.rollout.max_new_tokens * generates
         if room < 1:
@@ -179,7 +150,7 @@ class Workshop:
             max_tokens=longest,
             unusable=config.data.unusable,
         )
-        self._check_models()
+        self.models.check()
         # Ranks must choose alike: several go by what their GPUs have in all, which is not free to the same byte on each.
         memory = torch.cuda.mem_get_info(self.device)[team.world > 1] if self.device.type == "cuda" else None
         self.micro_batch_tokens = micro_batch_tokens(config, policy_parameters(config, len(self.tokenizer)), memory, team.world)
@@ -190,7 +161,7 @@ class Workshop:
         if config.reads("reward"):
             self.rewards.check(self.sources, bool(config.algorithm and config.algorithm.needs_token_scores))
         self.critic_init = self._critic_init()
-        self.environment = self._environment()
+        self.generators = Generators(config, self.tokenizer, longest, self.world)
 
     def stage(self, name: str) -> Stage:
         match name:
@@ -214,14 +185,14 @@ class Workshop:
             demonstrations=self.encoder.demonstrations(train),
             held_out=self.encoder.demonstrations(held_out),
             tokenizer=self.tokenizer,
-            load_policy=lambda _: self._learning(self._base_policy()),
+            load_policy=lambda _: self.models.learning(self.models.base()),
             optimizer=lambda model: stage_optimizer(model, sft),
             num_steps=sft.steps,
             batch_size=sft.batch_size,
             micro_batch_tokens=self.micro_batch_tokens,
             seed=self.config.seed,
             team=self.team,
-            spread=self.spread,
+            spread=self.models.spread,
         )
 
     def reward_model_stage(self) -> RewardModelStage:
@@ -235,8 +206,8 @@ class Workshop:
             prompts=prompts[:CENTRING_PROMPTS],
             sampling=self.config.rollout,
             tokenizer=self.tokenizer,
-            load_policy=self._plain_policy,
-            make_model=self._judge_to_be,
+            load_policy=self.models.before,
+            make_model=self.models.judge_to_be,
             loss=settings.loss,
             optimizer=lambda model: stage_optimizer(model, settings),
             num_steps=settings.steps,
@@ -254,7 +225,7 @@ class Workshop:
 
         def pairs(folder: Path, model: Any) -> OnlinePairs:
             sampled = self._sampled(model)
-            generator = self._generator(sampled, self.team, copied=sampled is not model)
+            generator = self.generators.native(sampled, self.team, copied=sampled is not model)
             sampler, rewards = Sampler(prompts, settings.batch_size, self.config.seed), self._rewards(folder, team=self.team)
             now = None if sampled is model else lambda: Weights(0, Gathered(model))
             return OnlinePairs(sampler, generator, self.config.rollout, rewards, weights=now)
@@ -265,7 +236,7 @@ class Workshop:
             held_out=self.encoder.comparisons(held_out) if held_out else [],
             online=pairs if online else None,
             tokenizer=self.tokenizer,
-            load_policy=self.starting_policy,
+            load_policy=self.models.starting,
             loss=settings.loss,
             optimizer=lambda model: stage_optimizer(model, settings),
             num_steps=settings.steps,
@@ -273,7 +244,7 @@ class Workshop:
             micro_batch_tokens=self.micro_batch_tokens,
             seed=self.config.seed,
             team=self.team,
-            spread=self.spread,
+            spread=self.models.spread,
         )
 
     def rl_stage(self) -> RLStage:
@@ -297,148 +268,18 @@ class Workshop:
         return EvaluationStage(
             prompts=self.prompts[1][: self.config.evaluation.prompts],
             tokenizer=self.tokenizer,
-            load_before=self._plain_policy,
+            load_before=self.models.before,
             load_after=lambda folder: load_model(folder / "policy", self.device),
             rewards=self._rewards,
             gold=self.rewards.gold,
             sampling=self.config.rollout,
             micro_batch_tokens=self.micro_batch_tokens,
-            generator=self._examined,
+            generator=self.generators.examined,
             best_of=0 if self._asks_a_judge else self.config.evaluation.best_of,  # some hundred questions more cost money
             team=self.team,
         )
 
     # --- models --------------------------------------------------------------------------------------------------------
-
-    def _base_policy(self) -> Any:
-        """The model that the run begins with."""
-        policy = self.config.policy
-        if policy.create is not None:
-            return self._set_up(create(policy.create, self.tokenizer, self.config.seed).to(self.device))
-        return self._set_up(load_model(str(self.policy_model), self.device))
-
-    def _plain_policy(self, folder: Path) -> Any:
-        """The policy that RL starts from, and is held to: the run's own SFT model where it made one."""
-        if "sft" not in self.config.recipe:
-            return self._base_policy()
-        return self._set_up(load_model(folder / "sft", self.device))
-
-    def starting_policy(self, folder: Path) -> Any:
-        """The same, as it will learn."""
-        return self._learning(self._plain_policy(folder))
-
-    def _learning(self, model: Any) -> Any:
-        """Under an adapter, or with its first layers frozen, where the config says so."""
-        policy = self.config.policy
-        if policy.adapter is not None:
-            return add_adapter(model, policy.adapter, POLICY, self.config.seed)
-        return freeze_layers(model, policy.frozen_layers)
-
-    def _set_up(self, model: Any) -> Any:
-        """Its blocks as they are to run."""
-        policy = self.config.policy
-        if policy.gradient_checkpointing:
-            checkpoint_blocks(model)
-        return compile_blocks(model) if policy.compile else model
-
-    def _new_scalar(self, policy: Any, adapter: str) -> ScalarModel:
-        """A new head, on a copy of the policy's trunk or, where the policy is an adapter, on another adapter beside it."""
-        pad, seed, lora = pad_token_id(self.tokenizer), self.config.seed, self.config.policy.adapter
-        if lora is not None:
-            return AdaptedScalar(add_adapter(policy, lora, adapter, seed), adapter, pad, seed)
-        made = ScalarModel.from_trunk(policy, pad, seed, share_frozen=self.config.policy.frozen_layers > 0)
-        self._set_up(made.model)
-        return made
-
-    def _judge_to_be(self, policy: Any) -> ScalarModel:
-        """A reward model to be trained. The policy will write answers for it, so a trunk that goes into parts is a copy."""
-        trunk = copy.deepcopy(policy) if self.config.launch.shard and self.config.policy.adapter is not None else policy
-        return self._spread_scalar(self._new_scalar(trunk, REWARD))
-
-    def spread(self, model: Any, team: Team | None = None) -> Any:
-        """In parts over the ranks, where the config says so. `team`: who puts it together, if not the run's own."""
-        team = team or self.team
-        if not self.config.launch.shard or not isinstance(team, Together) or any(map(is_sharded, model.parameters())):
-            return model
-        from quartet.training.parallelize import mesh_of, parallelize
-
-        if team not in self.meshes:
-            self.meshes[team] = mesh_of(self.device.type, team, self.config.launch.parts(team.world))
-        return parallelize(model, self.meshes[team])
-
-    def _spread_scalar(self, scalar: ScalarModel, team: Team | None = None) -> ScalarModel:
-        if isinstance(scalar, AdaptedScalar):
-            self.spread(scalar.under.model, team)
-            scalar.look_again()
-        else:
-            self.spread(scalar.model, team)
-        return scalar
-
-    def _generator(self, model: Any, team: Team = ALONE, copied: bool = False) -> Generator:
-        stops = stop_ids(model, self.tokenizer)
-        return self._in_turns(NativeGenerator(model, self.tokenizer, stops, self.config.seed, team=team, copied=copied), team)
-
-    def _in_turns(self, turns: Generator, team: Team) -> Generator:
-        """Answers of one turn, or of several where there is an environment."""
-        if self.environment is None:
-            return turns
-        make, max_turns = self.environment
-        return Episodes(turns, self.tokenizer, make, max_turns, self.encoder.max_tokens, team)
-
-    def _asked(self, servers: ServedGenerator, team: Team) -> Generator:
-        """By one rank, where there are several. Adapters that go alone are all that is put together for a push."""
-        only = partial(in_adapter, POLICY) if servers.save_base is not None else None
-        return self._in_turns(servers if team is ALONE else Led(servers, team, only), team)
-
-    def _examined(self, model: Any, folder: Path) -> Generator:
-        """Answers of a model that learns no more; one rank asks."""
-        servers = self._servers(model, folder, ALONE)
-        return self._generator(model) if servers is None else self._asked(servers, ALONE)
-
-    def _servers(self, actor: Any, folder: Path, team: Team) -> ServedGenerator | None:
-        """Those of other processes, where the config names them; they are given the model's weights at once. Where it has an
-        adapter, that may be all they are given later."""
-        settings = self.config.generator
-        if not isinstance(settings, Servers):
-            return None
-        adapter = settings.adapter and bool(adapters_of(actor))
-
-        def write(place: Path, tensors: Mapping[str, Any]) -> None:
-            if adapter:
-                save_adapter(actor, POLICY, place, tensors)
-            else:
-                actor.save_pretrained(place, state_dict=merged_state(actor, tensors) if adapters_of(actor) else dict(tensors))
-                self.tokenizer.save_pretrained(place)
-
-        def write_base(place: Path, tensors: Mapping[str, Any]) -> None:
-            with working(actor, None):
-                actor.save_pretrained(place, state_dict=merged_state(actor, tensors))
-            self.tokenizer.save_pretrained(place)
-
-        made = ServedGenerator(
-            DIALECTS[settings.type],
-            settings.urls,
-            write,
-            Path(settings.shared) if settings.shared else folder / "weights",
-            self.tokenizer,
-            stop_ids(actor, self.tokenizer),
-            self.config.seed,
-            settings.timeout,
-            save_base=write_base if adapter else None,
-        )
-        Led(made, team).load_weights(Weights(0, Gathered(actor)))
-        return made
-
-    def _environment(self) -> tuple[Callable[[], Environment], int] | None:
-        """What makes one, and how many turns the policy has."""
-        table, own = self.config.environment, getattr(self.world, "environment", None)
-        if table is not None:
-            check_reference(table.function, "environment.function")
-            make = load(table.function)
-            if missing := [name for name in ("reset", "step") if not callable(getattr(make, name, None))]:
-                raise RewardError(f'environment.function = "{table.function}": has no method {missing[0]}.')
-            return make, table.max_turns
-        return None if own is None else (own, getattr(self.world, "max_turns", 8))
 
     def _sampled(self, actor: Any) -> Any:
         """The model that answers are sampled with. Sampling reads all weights at every token: where the actor will be in parts,
@@ -448,16 +289,16 @@ class Workshop:
     def _cast(self, folder: Path) -> Cast:
         config = self.config
         assert config.algorithm
-        actor = self.starting_policy(folder)
+        actor = self.models.starting(folder)
         reference = reference_of(actor) if config.algorithm.needs_reference else None
         # Where servers write the answers, only a judge on the policy's trunk needs a model that does not learn meanwhile.
         served = isinstance(config.generator, Servers) and not self._attaches_judge(folder)
         sampled = actor if served else self._sampled(actor)
         judge = self._attached_judge(sampled, folder)
         models = self._actor_critic(actor, judge, folder) if config.algorithm.needs_critic else Separate(actor, None)
-        self.spread(actor)
+        self.models.spread(actor)
         meanwhile = self.team.apart() if config.staleness else self.team
-        reference = None if reference is None else self.spread(reference)
+        reference = None if reference is None else self.models.spread(reference)
         temperature, placement = config.rollout.temperature, self._placement()
         make = TrustRegionLearner if isinstance(config.algorithm.update, TrustRegion) else Learner
         learner = make(
@@ -473,11 +314,14 @@ class Workshop:
             placement,
         )
         rewards = self._rewards(folder, judge, meanwhile, placement)
-        if servers := self._servers(actor, folder, meanwhile):
-            generator, aside = self._asked(servers, meanwhile), lambda: self._asked(servers.aside(), self.team)
+        if servers := self.generators.servers(actor, folder, meanwhile):
+            generator, aside = (
+                self.generators.asked(servers, meanwhile),
+                lambda: self.generators.asked(servers.aside(), self.team),
+            )
         else:
-            generator = self._generator(sampled, meanwhile, copied=sampled is not actor)
-            aside = lambda: self._generator(sampled, self.team)  # noqa: E731
+            generator = self.generators.native(sampled, meanwhile, copied=sampled is not actor)
+            aside = lambda: self.generators.native(sampled, self.team)  # noqa: E731
         probes, contest = self._probes(aside, rewards), self._contest(aside, rewards)
         cast = Cast(learner, generator, rewards, probes, self._watched_texts(), contest)
         if self.fault is not None:
@@ -534,16 +378,16 @@ class Workshop:
                 return Shared(actor, ValueHead(actor.config.get_text_config().hidden_size).to(self.device))
             case SeparateCritic():
                 if judge is not None and self.critic_init is None:
-                    return Separate(actor, self._spread_scalar(self._critic_like(judge, actor)))
+                    return Separate(actor, self.models.spread_scalar(self._critic_like(judge, actor)))
                 if self.critic_init == "policy":
-                    return Separate(actor, self._spread_scalar(self._new_scalar(actor, CRITIC)))
+                    return Separate(actor, self.models.spread_scalar(self.models.new_scalar(actor, CRITIC)))
                 critic = ScalarModel.load(self.critic_init or folder / "reward_model", self.device)
-                self._set_up(critic.model)
-                return Separate(actor, self._spread_scalar(critic))
+                self.models.set_up(critic.model)
+                return Separate(actor, self.models.spread_scalar(critic))
 
     def _critic_like(self, judge: AdaptedScalar, actor: Any) -> ScalarModel:
         """A critic on the same trunk that begins as the reward model."""
-        critic = self._new_scalar(actor, CRITIC)
+        critic = self.models.new_scalar(actor, CRITIC)
         copy_adapter(judge.under.model, REWARD, actor, CRITIC)
         critic.head.load_state_dict(judge.head.state_dict())
         critic.centre = judge.centre
@@ -590,26 +434,12 @@ class Workshop:
         if isinstance(reward, ModelReward) and team is not ALONE:
             reward.team = team
             if not isinstance(reward.model, AdaptedScalar):  # else its trunk is the sampler's
-                self._spread_scalar(reward.model, team)
+                self.models.spread_scalar(reward.model, team)
         for one in reward.members if isinstance(reward, EnsembleReward) else [reward]:
             if isinstance(one, ModelReward | TextModelReward | StepReward) and not isinstance(one.model, AdaptedScalar):
                 one.placement = placement
                 placement.rests(one.model)
         return shared(reward, team)
-
-    def _check_models(self) -> None:
-        """What can be known of the models before they are loaded."""
-        policy = self.config.policy
-        kind = policy.create.type if policy.create else read_config(str(self.policy_model)).get_text_config().model_type
-        if policy.compile and kind not in FAMILY:
-            raise ModelError(f"policy.compile = true: is there for {', '.join(sorted(FAMILY))}, not for {kind}. Use false.")
-        if self.policy_model is not None:
-            size = read_config(self.policy_model).get_text_config().vocab_size
-            if len(self.tokenizer) > size:
-                raise ModelError(
-                    f"policy.tokenizer has {len(self.tokenizer):,} tokens, but {self.config.policy.model} knows only {size:,}. "
-                    "Use the model's own tokenizer."
-                )
 
     # --- data ----------------------------------------------------------------------------------------------------------
 
@@ -624,20 +454,13 @@ class Workshop:
         assert self.world is not None
         return self.world.tokenizer()
 
-    def _longest_sequence(self) -> int:
-        """How many tokens the policy reads at most; architectures without such a limit read any number."""
-        policy = self.config.policy
-        if policy.create is not None:
-            return policy.create.max_length
-        return getattr(read_config(str(self.policy_model)).get_text_config(), "max_position_embeddings", None) or 10**9
-
     @cached_property
     def prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
         """To train on, and held out; each with what the rewards compare answers with."""
         train, held_out = self.rows.read("prompts")
         prompts = self.encoder.prompts(train), self.encoder.prompts(held_out)
         plain = next((p for p in prompts[0] if p.messages is None), None)
-        if self.environment is not None and plain is not None:
+        if self.generators.environment is not None and plain is not None:
             raise DataError(f"{plain.id}: is plain text, and an environment speaks in conversations. Give the rows messages.")
         if self.config.reads("reward"):
             self.rewards.check_prompts(chain(*prompts), self.sources)
@@ -669,37 +492,3 @@ class Workshop:
 
 def stage_optimizer(model: Any, settings: Sft | RewardModel | Preference) -> Optimizer:
     return Optimizer([p for p in model.parameters() if p.requires_grad], settings, settings.steps)
-
-
-def device(name: str, team: Team = ALONE) -> torch.device:
-    """What the config's name means for this rank: of several GPUs each rank has one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{team.rank % torch.cuda.device_count()}"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f'run.device = "{name}": cannot be used here ({str(error).splitlines()[0]}).') from error
-
-
-def with_existing_models(source: Source) -> Source:
-    """The source, its folders absolute."""
-    match source:
-        case ModelSource(model=model):
-            return dataclasses.replace(source, model=existing("reward.model", model))
-        case StepsSource(model=model):
-            return dataclasses.replace(source, model=str(existing("reward.model", model)))
-        case EnsembleSource(models=models):
-            return dataclasses.replace(source, models=tuple(str(existing("reward.models", model)) for model in models))
-    return source
-
-
-def existing(key: str, model: str | None) -> str | None:
-    """A model's folder as an absolute path, so that it stays the same folder when `runs/latest` moves on; a hub id, which is
-    `name` or `owner/name`, as it is."""
-    if model is None or Path(model).is_dir():
-        return None if model is None else str(Path(model).resolve())
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelError(f'{key} = "{model}": no such folder.')
-    return model
