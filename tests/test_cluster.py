@@ -61,9 +61,11 @@ def test_memory_by_hand():
 def test_what_rests_in_main_memory_leaves_room():
     """Of 7 B in 8 parts: two models that are only read, 7 GB, wait while others learn. Between updates half of what is trained
     waits too, 14 of 28 GB: so much more room for answers."""
-    rests = dataclasses.replace(SEVEN_B, frozen=2, offload=True)
+    rests = dataclasses.replace(SEVEN_B, offload=True, judges=1)
     with_all, without = training_memory(SEVEN_B, 8), training_memory(rests, 8)
     assert sum(with_all.values()) - sum(without.values()) == 2 * 4 * 7e9 / 8
+    meanwhile = training_memory(rests, 8, meanwhile=True)
+    assert meanwhile["reference, reward model"] == 4 * 7e9 / 8, "rollouts are scored while others learn"
     assert _at_rest(with_all, False) == (16 + 16 + 8) * 7e9 / 8
     assert _at_rest(without, True) == 16 * 7e9 / 8
     asked = read_settings(recipe_path("reviews"), ["run.offload=true"]).config

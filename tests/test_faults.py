@@ -61,6 +61,14 @@ def test_what_is_planted_is_found(fault):
         assert said == set()
 
 
+@pytest.mark.parametrize("fault", [None, "stale", "temperature"])
+def test_a_sampler_with_other_weights_is_found_among_older_ones(fault, tmp_path):
+    """Rollouts in advance are never the learner's own; answers for the win rate are."""
+    run = make_run(tmp_path, "reviews", "rollout.staleness=1", "run.steps=4", "optim.lr=3e-3", fault=fault)
+    found = {w["rule"] for w in run.warnings if w["stage"] == "ppo"}
+    assert ("sampler_disagrees" in found) == (fault is not None)
+
+
 def test_every_fault_says_what_it_is():
     assert set(FOUND_BY) - {None} == set(FAULTS) - {"broadcast", "sign"}
     assert all(fault.__doc__ for fault in FAULTS.values())

@@ -17,12 +17,14 @@ import torch
 from quartet.build import build
 from quartet.build.data import fingerprints
 from quartet.interruption import Interrupted, Interruption, always
+from quartet.loops.rl_async import Ahead
 from quartet.observability.run import InUse, RunFolder
 from quartet.observability.tokens import TokenTexts
 from quartet.pipeline import Advanced, Pipeline, Saving
 from quartet.recipes import recipe_path
 from quartet.resume import CannotResume, choose, find_run, has_begun, set_aside
 from quartet.settings import read_settings
+from quartet.stages import Work
 from quartet.training.checkpoint import Checkpoints, Damaged, joined, parted, read_checkpoint, write_checkpoint
 from quartet.training.descend import NonFinite
 from tests.test_runs import TINY_REVIEWS, events, metrics, quartet
@@ -184,10 +186,27 @@ def test_a_config_that_would_have_made_another_past_is_refused_until_it_is_accep
 
 @pytest.mark.parametrize(
     "word",
-    ['run.track=["tensorboard"]', "run.max_minutes=5", "run.keep_last=9", "run.checkpoint_every=7", "evaluation.best_of=0"],
+    [
+        'run.track=["tensorboard"]',
+        "run.max_minutes=5",
+        "run.keep_last=9",
+        "run.checkpoint_every=7",
+        "evaluation.best_of=0",
+        "run.offload=true",
+        "rollout.staleness=0",
+    ],
 )
 def test_what_cannot_change_the_past_may_change(checkpointed, word):
     assert not chosen(checkpointed, word).accepted
+
+
+def test_a_run_may_go_on_with_rollouts_in_advance_if_that_is_accepted(checkpointed):
+    with pytest.raises(CannotResume, match=r"rollout.staleness = 0, the config says 1\. Pass --accept rollout.staleness"):
+        chosen(checkpointed, "rollout.staleness=1")
+    assert chosen(checkpointed, "rollout.staleness=1", accept=["rollout.staleness"]).accepted
+    work = Work(lambda _: iter(()), dict, {"ahead": Ahead(1)})
+    work.load_state({})
+    assert work.state() == {"ahead": []}, "none are waiting"
 
 
 def test_more_steps_go_on_from_the_last_of_them(checkpointed):

@@ -99,7 +99,7 @@ class Workload:
     learners: int
     """Models that are trained: 2 with a critic of its own."""
     frozen: int
-    """Others that are only read."""
+    """Others that are only read: the reference, reward models."""
     rows: int
     prompt: float
     response: float
@@ -109,6 +109,10 @@ class Workload:
     checkpointing: bool
     offload: bool = False
     """Frozen models, and moments, are elsewhere when nobody works with them."""
+    read_by_loss: int = 0
+    """Of the frozen, those that an update reads."""
+    judges: int = 0
+    """Of the frozen, those that rollouts are scored with, which may be at the same time."""
 
     @property
     def unit(self) -> float:
@@ -147,21 +151,25 @@ def workload(config: Config) -> Workload:
         micro_tokens=int(config.optim.micro_batch_tokens) if config.optim.micro_batch_tokens != "auto" else 8192,
         checkpointing=config.policy.gradient_checkpointing,
         offload=config.run.offload,
+        read_by_loss=int(algorithm.needs_reference and algorithm.kl.exact_loss),
+        judges=int(bool(config.reward_model_source)),
     )
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------------
 
 
-def training_memory(work: Workload, ranks: int) -> dict[str, float]:
+def training_memory(work: Workload, ranks: int, meanwhile: bool = False) -> dict[str, float]:
     """Bytes on each GPU that trains, by role: 16 per parameter over the ranks, 4 of frozen models; of the largest unit, a
-    block or what is beside them, weights and gradient put together; the activations of a micro-batch."""
+    block or what is beside them, weights and gradient put together; the activations of a micro-batch. `meanwhile`: while others
+    generate."""
     sharded = work.parameters / ranks
     roles = {"actor": TRAINED_BYTES * sharded}
     if work.learners > 1:
         roles["critic"] = TRAINED_BYTES * sharded
-    if work.frozen and not work.offload:  # else those who read wait while others learn, when most is held
-        roles["reference, reward model"] = FLOAT * sharded * work.frozen
+    there = work.read_by_loss + work.judges * meanwhile if work.offload else work.frozen
+    if there:
+        roles["reference, reward model"] = FLOAT * sharded * there
     roles["put together"] = 2 * FLOAT * work.unit * (ranks > 1)
     roles["activations"] = work.micro_tokens * activation_bytes(work.model, work.checkpointing)
     return roles
@@ -262,7 +270,7 @@ def splits(work: Workload, cluster: Cluster) -> Iterator[Split]:
     gpu, count = cluster.gpu, cluster.count
     for generators in range(count):
         trainers = count - generators
-        sampling, memory = generators or count, training_memory(work, trainers)
+        sampling, memory = generators or count, training_memory(work, trainers, meanwhile=generators > 0)
         if sum(memory.values()) > gpu.memory * (1 - RESERVED):
             continue
         try:
@@ -297,7 +305,7 @@ def plan_cluster(config: Config, cluster: Cluster) -> ClusterPlan:
     if not found:
         raise CannotFit("\n".join(_short(work, cluster)))
     best = min(found, key=lambda split: split.step.best + split.step.worst)
-    memory = training_memory(work, best.trainers)
+    memory = training_memory(work, best.trainers, meanwhile=best.generators > 0)
     left = cluster.gpu.memory * (1 - RESERVED) - sum(memory.values()) + memory["activations"]
     hours = [config.run.steps * seconds * cluster.count / 3600 for seconds in (best.step.best, best.step.worst)]
     return ClusterPlan(

@@ -305,7 +305,7 @@ class Config:
             case "rollout":
                 return aligns_by_rewards or "evaluation" in self.recipe or "reward_model" in self.recipe
             case "run":
-                return self.rl_stage is not None or key not in {"run.steps", "run.rollouts_every"}
+                return self.rl_stage is not None or key not in {"run.steps", "run.rollouts_every", "run.offload"}
         return True
 
     @property

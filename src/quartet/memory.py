@@ -99,7 +99,8 @@ def micro_batch_tokens(config: Config, parameters: int | None, free_bytes: float
         return CPU_MICRO_BATCH
     needs_critic = bool(config.algorithm and config.algorithm.needs_critic)
     parts = config.launch.parts(world) if config.launch.shard else 1
-    read = 0 if config.run.offload else 2
+    rests = config.run.offload and config.rl_stage is not None and not config.staleness
+    read = 0 if rests else 2
     resident = FLOAT * (parameters or 0) * ((4 * (1 + needs_critic) + read) / parts + (parts > 1))  # and a copy to sample with
     per_token = activation_bytes(model, config.policy.gradient_checkpointing)
     return int(min(max((free_bytes - resident) / 2 / per_token, CPU_MICRO_BATCH), 2**16))

@@ -173,7 +173,7 @@ class Pipeline:
 
     def _watching(self, stage: Stage) -> tuple[Watch, Keeping]:
         """Those who look at every step; they have seen what is in the record."""
-        watch = Watch(kl_target(stage), isinstance(stage, RLStage) and (stage.sampling.filters or stage.staleness > 0))
+        watch = Watch(kl_target(stage), isinstance(stage, RLStage) and stage.sampling.filters)
         kept = Keeping(self.saving.rollouts_every)
         for event in self.folder.metrics_of(stage.name):
             watch.see(event["metrics"])

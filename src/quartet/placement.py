@@ -46,22 +46,22 @@ class Offloading(Placement):
     @contextmanager
     def at_work(self, *things: Any) -> Iterator[None]:
         resting = [thing for thing in things if id(thing) in self.shared]
-        for thing in resting:
-            self._move(thing, self.device)
         try:
+            for thing in resting:
+                self._move(thing, self.device)
             yield
         finally:
             for thing in resting:
                 self._move(thing, MAIN_MEMORY)
 
     def _move(self, thing: nn.Module | torch.optim.Optimizer, device: torch.device) -> None:
+        stay = self.shared[id(thing)]
         if isinstance(thing, torch.optim.Optimizer):
             for moments in thing.state.values():
                 moments |= {name: moved(tensor, device) for name, tensor in moments.items() if name != "step"}
         elif any(map(is_sharded, thing.parameters())):
-            thing._apply(lambda tensor: moved(tensor, device))  # FSDP has more to do than we see
+            thing._apply(lambda tensor: tensor if id(tensor) in stay else moved(tensor, device))  # FSDP does more than that
         else:
-            stay = self.shared[id(thing)]
             for tensor in (*thing.parameters(), *thing.buffers()):
                 if id(tensor) not in stay:
                     tensor.data = moved(tensor.data, device)

@@ -12,7 +12,18 @@ from quartet.mistakes import toml_value
 from quartet.training.checkpoint import Checkpoint, Checkpoints
 
 FREE = frozenset(
-    ["track", "name", "folder", "rollouts_every", "checkpoint_every", "keep_last", "keep_best", "max_minutes", "rollbacks"]
+    [
+        "track",
+        "name",
+        "folder",
+        "offload",
+        "rollouts_every",
+        "checkpoint_every",
+        "keep_last",
+        "keep_best",
+        "max_minutes",
+        "rollbacks",
+    ]
 )
 """Keys of [run] that change nothing of what was learnt."""
 RECORD = "events.jsonl"

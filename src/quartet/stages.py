@@ -32,6 +32,7 @@ from quartet.loops.sft import held_out_loss, sft
 from quartet.models.adapters import reference_of
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import policy_logprobs, save, stop_ids
+from quartet.observability.metrics import sampler_ratio
 from quartet.observability.tokens import TokenTexts, probe_table, write_pairs, write_tokens
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.rewards.reward_model import ModelReward
@@ -73,7 +74,8 @@ class Work:
 
     def load_state(self, state: Tree) -> None:
         for name, player in self.players.items():
-            player.load_state(state[name])
+            if name in state or name != "ahead":  # a run that did not sample ahead may go on as one that does
+                player.load_state(state[name])
 
     def notes(self) -> list[str]:
         """What there was to say of memory since the last step."""
@@ -177,7 +179,7 @@ class RewardModelStage:
         def finish() -> Summary:
             judged = pair_scores(model, self.held_out, self.micro_batch_tokens, self.team)
             accuracy = accuracy_of(judged[:, 0] - judged[:, 1])
-            generator = NativeGenerator(policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.seed)
+            generator = NativeGenerator(policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.seed, team=self.team)
             scores = ModelReward(model, self.micro_batch_tokens, team=self.team).score(
                 generator.generate(self.prompts, self.sampling)
             )
@@ -244,9 +246,9 @@ class Contest:
     before: Sequence[Rollout]
     gold: Gold | None
 
-    def win_rate(self) -> float | None:
-        """None where no answer could be judged."""
-        wins = wins_of(self.before, self.answer(), self.gold)
+    def win_rate(self, now: Sequence[Rollout]) -> float | None:
+        """Of these answers; None where none could be judged."""
+        wins = wins_of(self.before, now, self.gold)
         return statistics.fmean(wins) if wins else None
 
 
@@ -263,12 +265,15 @@ class Cast:
     """Held-out demonstrations: is what SFT taught still there?"""
     contest: Contest | None = None
 
-    def watched(self) -> dict[str, float]:
+    def watched(self, algorithm: Algorithm, stale: bool) -> dict[str, float]:
         """The policy's win rate, its perplexity on the texts, and how far reward models are from what they first said of the
-        probes."""
+        probes. `stale`: the step's rollouts were older, and could not tell whether the sampler has the learner's weights."""
         metrics = {}
-        if self.contest is not None and (rate := self.contest.win_rate()) is not None:
+        now = self.contest.answer() if self.contest is not None else []
+        if self.contest is not None and (rate := self.contest.win_rate(now)) is not None:
             metrics["policy/win_rate"] = rate
+        if stale and (scored := [dataclasses.replace(r, policy_version=-1) for r in now if r.score is not None]):
+            metrics["sampler_ratio"] = sampler_ratio(self.learner.score(scored, algorithm))
         if self.texts:
             loss = held_out_loss(self.learner.models.actor, self.texts, self.learner.budget.tokens, self.learner.team)
             metrics["policy/sft_perplexity"] = math.exp(min(loss, 50.0))
@@ -337,7 +342,8 @@ class RLStage:
                 algorithm.now = step.algorithm
                 if step.number % math.ceil(self.num_steps / PROBED_TIMES) == 0 or step.number == self.num_steps:
                     probe(step.number)
-                    step = dataclasses.replace(step, metrics=step.metrics | cast.watched())  # noqa: PLW2901
+                    seen = cast.watched(algorithm.now, stale="sampler_ratio" not in step.metrics)
+                    step = dataclasses.replace(step, metrics=step.metrics | seen)  # noqa: PLW2901
                 yield step
 
         def finish() -> Summary:

@@ -134,7 +134,8 @@ def test_rollouts_may_be_older_but_no_older_than_said(staleness, seed):
         assert step.metrics["staleness/thrown_away"] == 0
     assert improvement(steps) > 0.7
     first, later = steps[0].metrics, steps[staleness].metrics
-    assert first["sampler_ratio"] < 1 + 1e-5 < later["sampler_ratio"], "old log-probs are the learner's, not the sampler's"
+    assert first["sampler_ratio"] < 1 + 1e-5 < later["staleness/ratio"], "old log-probs are the learner's, not the sampler's"
+    assert "staleness/ratio" not in first and "sampler_ratio" not in later, "between older weights and newer it is no fault"
     assert all(s.metrics["ratio/first_error"] < 1e-5 for s in steps)
 
 

@@ -1,6 +1,7 @@
 """From a config to objects: the one folder that knows every implementation."""
 
 import copy
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def build(config: Config, fault: str | None = None, team: Team = ALONE) -> Job:
     GlobalRandom().seed(config.seed)
     workshop = Workshop(config, fault, team)
     stages = [workshop.stage(name) for name in config.recipe]
-    made_with = {"config": json_ready(config), "data": fingerprints(config), "fault": fault}
+    complete = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, staleness=config.staleness))
+    made_with = {"config": json_ready(complete), "data": fingerprints(config), "fault": fault}
     return Job(stages, workshop.tokenizer, workshop.notes(), made_with, workshop.device, team)
 
 

@@ -19,7 +19,7 @@ from quartet.generation.sampling import Sampling
 from quartet.loops.collect import collect
 from quartet.loops.progress import Clock
 from quartet.loops.rl import Step
-from quartet.observability.metrics import rl_metrics, staleness_metrics
+from quartet.observability.metrics import rl_metrics, with_staleness
 from quartet.rewards.protocol import Weighted
 from quartet.training.learner import Learner
 
@@ -75,7 +75,7 @@ def rl_async(
                 ahead.waiting.append(coming.result())
             clock.lap("waiting for rollouts")
             metrics = rl_metrics(rollouts, unscored, batch, experience, update, algorithm)
-            metrics |= staleness_metrics(rollouts, batch, experience, learner.version - 1)
+            metrics = with_staleness(metrics, rollouts, batch, experience, learner.version - 1)
             generator.load_weights(learner.weights())
             clock.lap("new weights")
             algorithm = algorithm.adapt(metrics)

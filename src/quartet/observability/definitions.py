@@ -141,6 +141,12 @@ DEFINITIONS = (
     ),
     Definition("staleness/max", "oldest rollout", "the same, of the oldest token"),
     Definition(
+        "staleness/ratio",
+        "drift while waiting",
+        "mean of exp |log-prob of the weights that sampled − of the learner|, where those are older",
+        "grows with the learning rate and the staleness; a correction weighs it",
+    ),
+    Definition(
         "staleness/thrown_away",
         "thrown away",
         "share of response tokens to which the correction gave the weight 0",
@@ -191,7 +197,8 @@ DEFINITIONS = (
         "sampler_ratio",
         "sampler ratio",
         "mean of exp |log-prob of the sampler − of the learner|",
-        "1 but for rounding (1.0001), unless top-k or top-p is on; more stops the run",
+        "1 but for rounding (1.0001), unless top-k or top-p is on; more stops the run. With a staleness: of answers by the "
+        "newest weights, the first ones and those of the win rate",
     ),
     Definition(
         "reference/moved",

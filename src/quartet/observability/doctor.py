@@ -413,7 +413,7 @@ class Watch:
 
     kl_target: float | None = None
     filtered: bool = False
-    """Whether top-k or top-p is on, or older weights sample: not what is trained, and that is known."""
+    """Whether top-k or top-p is on: not what is trained, and that is known."""
     history: History = field(init=False)
     held: dict[Rule, int] = field(default_factory=dict)
 
@@ -441,7 +441,6 @@ def examine(run: "Run") -> list[Finding]:
     target = run.config.get("algorithm", {}).get("kl", {}).get("controller", {}).get("target")
     rollout = run.config.get("rollout", {})
     filtered = bool(rollout.get("top_k", 0)) or rollout.get("top_p", 1.0) < 1
-    filtered |= any("staleness/max" in series.columns for series in run.series.values())
     found: dict[tuple[str, Rule], Finding] = {}
     for stage, series in run.series.items():
         watch = Watch(target, filtered)

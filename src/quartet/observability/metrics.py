@@ -4,7 +4,7 @@ Names are paths; `definitions.py` says what each is and how to read it.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -113,8 +113,7 @@ def rl_metrics(
         raw = experience.raw_advantages[mask].double()
         metrics["advantage/raw_mean"], metrics["advantage/raw_std"] = float(raw.mean()), float(raw.std(correction=0))
     metrics["sampler_mismatch"] = float(masked((batch.rollout_logprobs - batch.old_logprobs).abs(), mask).max())
-    apart = (batch.rollout_logprobs - batch.old_logprobs).abs().clamp(max=20).exp()
-    metrics["sampler_ratio"] = float(masked_mean(apart, mask))
+    metrics["sampler_ratio"] = sampler_ratio(batch)
     metrics["reference/moved"] = float(update.reference_moved)
     ratio = masked((update.logprobs - batch.old_logprobs).clamp(-20, 20).exp(), mask)
     metrics["ratio/max"] = float(ratio.max())
@@ -142,11 +141,21 @@ def earned_correlation(batch: Batch, experience: Experience, update: "Update", w
     return correlation(earned.tolist(), update.row_advantages.tolist())
 
 
-def staleness_metrics(rollouts: Sequence[Rollout], batch: Batch, experience: Experience, version: int) -> dict[str, float]:
-    """How old the weights were that sampled, in updates, and what the correction left out for it. `version`: of the policy
-    that the update began with."""
+def sampler_ratio(batch: Batch) -> float:
+    """How far the sampler's probabilities are from the learner's: mean of exp |log π_sampler − log π|."""
+    apart = (batch.rollout_logprobs - batch.old_logprobs).abs().clamp(max=20).exp()
+    return float(masked_mean(apart, batch.response_mask))
+
+
+def with_staleness(
+    metrics: Mapping[str, float], rollouts: Sequence[Rollout], batch: Batch, experience: Experience, version: int
+) -> dict[str, float]:
+    """How old the weights were that sampled, in updates, and what the correction left out for it. Between the learner and older
+    weights the sampler's ratio is no fault, and called otherwise. `version`: of the policy that the update began with."""
     ages = [version - v for r in rollouts for v in (r.versions or (r.policy_version,))]
-    metrics = {"staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages))}
+    metrics = {**metrics, "staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages))}
+    if max(ages) > 0:
+        metrics["staleness/ratio"] = metrics.pop("sampler_ratio")
     if experience.weights is not None:
         metrics["staleness/thrown_away"] = float(masked_mean((experience.weights == 0).float(), batch.response_mask))
     return metrics
