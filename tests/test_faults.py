@@ -61,7 +61,7 @@ def test_what_is_planted_is_found(fault):
         assert said == set()
 
 
-@pytest.mark.parametrize("fault", [None, "stale", "temperature"])
+@pytest.mark.parametrize("fault", ["stale", *(pytest.param(f, marks=pytest.mark.slow) for f in (None, "temperature"))])
 def test_a_sampler_with_other_weights_is_found_among_older_ones(fault, tmp_path):
     """Rollouts in advance are never the learner's own; answers for the win rate are."""
     run = make_run(tmp_path, "reviews", "rollout.staleness=1", "run.steps=4", "optim.lr=3e-3", fault=fault)

@@ -18,10 +18,12 @@ KINDS = {
     "ppo": ("reviews",),
     "frozen layers": ("reviews", "policy.frozen_layers=1", "policy.create.num_layers=2", "optim.ema=0.9"),
     "the exact KL": ("reviews", 'algorithm.kl={type="in_loss", estimator="exact"}'),
-    "natural steps": ("reviews", 'recipe=["sft", "reward_model", "trpo", "evaluation"]', "algorithm.preset=trpo"),
+    "no critic": ("sums",),
+}
+LONG = {
+    "natural steps": ("reviews", 'recipe=["sft", "reward_model", "trpo"]', "algorithm.preset=trpo"),
     "adapters": ("reviews", 'policy.adapter={type="lora", rank=2}'),
     "rollouts meanwhile": ("reviews", "rollout.staleness=1"),
-    "no critic": ("sums",),
 }
 
 
@@ -30,10 +32,11 @@ def numbers(run):
     return [line["metrics"] for line in lines if line["event"] == "metrics"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in LONG)])
 def test_a_run_whose_models_rest_is_the_run(kind, tmp_path, monkeypatch):
-    recipe, *words = KINDS[kind]
-    words += ["run.steps=4", "run.checkpoint_every=2"]
+    recipe, *words = (KINDS | LONG)[kind]
+    stages = 'recipe=["sft", "reward_model", "ppo"]' if recipe == "reviews" else 'recipe=["sft", "grpo"]'
+    words = [stages, "run.steps=4", "run.checkpoint_every=2", *words]
     plain = numbers(make_run(tmp_path / "plain", recipe, *words))
     bed, rested = resting.made(monkeypatch.setattr), []
     generate = NativeGenerator.generate
