@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from quartet.algorithms.presets import ALGORITHMS
-from quartet.build import Workshop
+from quartet.build import Workshop, build
 from quartet.generation.native import NativeGenerator
 from quartet.placement import STAYS, Offloading
+from quartet.recipes import recipe_path
+from quartet.settings import read_settings
 from tests import resting
-from tests.tiny_run import make_run
+from tests.tiny_run import SMALL, make_run
 from tests.training.test_learner import learner as make_learner
 from tests.training.test_learner import rollouts, weights
 
@@ -73,6 +75,11 @@ def test_moments_that_were_saved_rest_too(monkeypatch):
     plain = learnt(STAYS)
     resting.made(monkeypatch.setattr)
     assert torch.equal(learnt(Offloading(torch.device("cpu")), resumed), plain)
+
+
+def test_on_a_cpu_it_is_said_that_nothing_moves():
+    asked = read_settings(recipe_path("sums"), [*SMALL, "policy.create.max_length=32", "run.offload=true", "run.device=cpu"])
+    assert any(note.startswith("run.offload = true moves nothing here") for note in build(asked.config).notes)
 
 
 def test_on_a_cpu_nothing_moves():

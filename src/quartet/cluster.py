@@ -135,14 +135,14 @@ def workload(config: Config) -> Workload:
         )
     algorithm, (prompt, response) = config.algorithm, row_tokens(config)
     own_critic = algorithm.needs_critic and not isinstance(config.critic, SharedCritic)
-    reads = bool(config.reward_model_source) + algorithm.needs_reference
+    judges = int(bool(config.reward_model_source))
     per_block = (2 + 2 * model.heads_share) * model.hidden**2 + 3 * model.hidden * model.intermediate
     return Workload(
         parameters=parameters,
         model=model,
         beside=max(int(parameters - model.layers * per_block), 0),
         learners=1 + own_critic,
-        frozen=reads,
+        frozen=judges + algorithm.needs_reference,
         rows=config.rollout.prompts_per_step * config.rollout.samples_per_prompt,
         prompt=prompt,
         response=response,
@@ -152,7 +152,7 @@ def workload(config: Config) -> Workload:
         checkpointing=config.policy.gradient_checkpointing,
         offload=config.run.offload,
         read_by_loss=int(algorithm.needs_reference and algorithm.kl.exact_loss),
-        judges=int(bool(config.reward_model_source)),
+        judges=judges,
     )
 
 

@@ -281,7 +281,7 @@ class Workshop:
             team=self.team,
         )
 
-    # --- models --------------------------------------------------------------------------------------------------------
+    # --- who plays in RL ---------------------------------------------------------------------------------------------
 
     def _sampled(self, actor: Any) -> Any:
         """The model that answers are sampled with. Sampling reads all weights at every token: where the actor will be in parts,
@@ -317,10 +317,8 @@ class Workshop:
         )
         rewards = self._rewards(folder, judge, meanwhile, placement)
         if servers := self.generators.servers(actor, folder, meanwhile):
-            generator, aside = (
-                self.generators.asked(servers, meanwhile),
-                lambda: self.generators.asked(servers.aside(), self.team),
-            )
+            generator = self.generators.asked(servers, meanwhile)
+            aside = lambda: self.generators.asked(servers.aside(), self.team)  # noqa: E731
         else:
             generator = self.generators.native(sampled, meanwhile, copied=sampled is not actor)
             aside = lambda: self.generators.native(sampled, self.team)  # noqa: E731
@@ -487,6 +485,8 @@ class Workshop:
                 "rollout.top_k and rollout.top_p sample another distribution than is trained: ratios do not start at 1, "
                 "and KL estimates can be negative."
             )
+        if self.config.run.offload and self.device.type == "cpu":
+            notes.append("run.offload = true moves nothing here: the models are in main memory already.")
         if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
             notes.append("the tokenizer pads with its end-of-sequence token; masks come from lengths, so nothing is lost.")
         return notes
