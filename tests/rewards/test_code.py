@@ -1,18 +1,16 @@
 """Programs that must do no harm, and tests that they must not be able to fool."""
 
 import dataclasses
-import os
 import shutil
 import socket
-import subprocess
 import time
 
 import pytest
 
 from quartet.rewards import sandbox as module
-from quartet.rewards.code import CodeReward, checked_tests, program_in
+from quartet.rewards.code import CodeReward, checked_tests, program_in, same_json
 from quartet.rewards.protocol import RewardError
-from quartet.rewards.sandbox import Sandbox, seccomp_filter
+from quartet.rewards.sandbox import Sandbox
 from tests.world import prompts, rollout
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap here")
@@ -46,6 +44,10 @@ ECHO = [{"input": "4\n", "output": "8\n"}, {"input": "0", "output": "0"}]
         ("print(int(input()) + 4)", ECHO, 0, 0.5),
         ("print(8)\nraise SystemExit(1)", ECHO, 0, 0),
         ("", ADD, 0, 0),
+        ("def add(a, b): return True", [{"call": "add(1, 0)", "result": 1}], 0, 0),
+        ("def add(a, b): return 1", [{"call": "add(1, 0)", "result": True}], 0, 0),
+        ("def add(a, b): return [0.0, {'x': False}]", [{"call": "add(1, 0)", "result": [0, {"x": 0}]}], 0, 0),
+        ("def add(a, b): return 1.0", [{"call": "add(1, 0)", "result": 1}], 1, 1),
     ],
 )
 def test_programs_are_judged_by_what_they_compute(sandbox, text, tests, score, share):
@@ -68,20 +70,6 @@ def test_programs_are_judged_by_what_they_compute(sandbox, text, tests, score, s
 )
 def test_a_verdict_cannot_be_forged(sandbox, text):
     assert CodeReward("code", sandbox).score([answer(text, ADD)]) == [0]
-
-
-@needs_bwrap
-def test_a_fork_bomb_has_no_children(sandbox):
-    ran = sandbox.run("import os\ntry:\n    os.fork()\nexcept OSError as e:\n    print(type(e).__name__, e.errno)")
-    assert ran.output == "PermissionError 1\n"
-    ran = sandbox.run("import subprocess\ntry:\n    subprocess.run(['/usr/bin/env'])\nexcept OSError as e:\n    print('no')")
-    assert ran.output == "no\n"
-
-
-@needs_bwrap
-def test_threads_are_allowed(sandbox):
-    ran = sandbox.run("import threading\nt = threading.Thread(target=print, args=('hello',))\nt.start(); t.join()")
-    assert ran.output == "hello\n"
 
 
 @needs_bwrap
@@ -115,25 +103,6 @@ def test_there_is_no_network(sandbox):
 
 
 @needs_bwrap
-def test_the_parent_can_neither_be_seen_nor_signalled_nor_read(sandbox):
-    program = f"""
-import os, ctypes
-print(sorted(p for p in os.listdir('/proc') if p.isdigit()))
-for pid in ({os.getpid()}, os.getppid()):
-    for signal in (9, 15):
-        try: os.kill(pid, signal)
-        except OSError: pass
-libc = ctypes.CDLL(None, use_errno=True)
-print(libc.ptrace(16, {os.getpid()}, 0, 0), ctypes.get_errno())
-try: open('/proc/{os.getpid()}/mem', 'rb'); print('read')
-except OSError: print('none')
-"""
-    ran = sandbox.run(program)
-    lines = ran.output.splitlines()
-    assert len(eval(lines[0])) <= 3 and lines[1:] == ["-1 1", "none"], ran
-
-
-@needs_bwrap
 def test_memory_disk_output_and_time_are_bounded(sandbox):
     assert sandbox.run("try:\n    x = bytearray(10**9)\nexcept MemoryError:\n    print('no')").output == "no\n"
     assert (
@@ -152,28 +121,13 @@ def test_memory_disk_output_and_time_are_bounded(sandbox):
         assert time.monotonic() - started < 10
 
 
-@needs_bwrap
-def test_nothing_is_left_running(sandbox):
-    sandbox.run("import time\ntime.sleep(0.1)")
-    short = Sandbox(seconds=0.5)
-    short.run("import time\ntime.sleep(1234.5)")
-    time.sleep(0.2)
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=False).stdout
-    assert "/program.py" not in listed
-
-
-def test_where_programs_cannot_be_isolated_none_is_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
-    with pytest.raises(RewardError, match="needs Linux and bubblewrap.*Without it no program is run"):
-        Sandbox()
-    broken = tmp_path / "bwrap"
-    broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(module.shutil, "which", lambda name: str(broken))
-    with pytest.raises(RewardError, match="cannot isolate programs here .bwrap: No permissions to create new namespace"):
-        Sandbox()
-    with pytest.raises(RewardError, match="not on riscv64"):
-        seccomp_filter("riscv64")
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [(1, 1.0, True), (1, True, False), (False, 0, False), (True, True, True), (None, None, True), ([1], [True], False),
+     ({"a": [0]}, {"a": [0.0]}, True), ({"a": 0}, {"a": False}, False), ({"a": 1}, {"b": 1}, False), ([1, 2], [1], False), ("1", 1, False)],
+)  # fmt: skip
+def test_values_are_the_same_as_json(a, b, same):
+    assert same_json(a, b) is same and same_json(b, a) is same
 
 
 def test_programs_are_found_in_answers():

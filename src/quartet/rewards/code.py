@@ -56,7 +56,8 @@ class CodeReward:
         made = []
         for test in tests:
             if "call" in test:
-                made.append(next(values, None) == [test["result"]])
+                value = next(values, None)
+                made.append(value is not None and same_json(value, [test["result"]]))
             else:
                 ran = self.sandbox.run(program, test["input"])
                 made.append(ran.code == 0 and _lines(ran.output) == _lines(test["output"]))
@@ -72,6 +73,18 @@ class CodeReward:
             except (ValueError, RecursionError):
                 values.append(None)
         return values
+
+
+def same_json(a: Any, b: Any) -> bool:
+    """Whether two JSON values are the same. Numbers compare by value (1 and 1.0 are the same); `true` is not 1, which
+    Python's `==` says it is, nor `false` 0."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_json, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_json(a[key], b[key]) for key in a)
+    return bool(a == b)
 
 
 def program_in(response: str) -> str:

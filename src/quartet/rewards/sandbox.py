@@ -1,39 +1,63 @@
-"""Untrusted Python programs, run where they can harm nobody.
+"""Untrusted Python programs, run where they can do no harm.
 
-bubblewrap gives each program namespaces of its own (users, processes, network, mounts, IPC, host name), a file system that is
-read-only but for a small /tmp of its own, no capabilities, an empty environment. A seccomp filter takes away new processes,
-sockets, tracing, mounting, keys and kernel modules; resource limits bound memory, CPU time, files and their size; wall time and
-output are bounded from outside. Where this cannot be had, nothing is run.
+Three layers:
+
+- bubblewrap gives each program namespaces of its own (processes, network, mounts, IPC, host name; users
+  too where the caller is not root) and a read-only file system of the interpreter and its libraries.
+  There is no `/proc` and no `/sys`, `/dev` holds null, zero, full, random and urandom, and nothing of the
+  caller is visible: environment, arguments, open files, working directory.
+- A launcher inside mounts a small `/tmp` and `/dev/shm`, limits its resources, gives up every right and
+  becomes the program. Where the caller is root, it becomes an unprivileged host user first: to the kernel,
+  too, the program is not root.
+- A seccomp filter allows the calls that a Python program needs and no others (`seccomp.py`).
+
+The caller bounds wall time and output, and ends the whole process group. Where any of this cannot be had,
+nothing is run.
 """
 
+import contextlib
+import itertools
 import os
 import platform
+import selectors
 import shutil
-import struct
+import signal
 import subprocess
 import sys
-import tempfile
-import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from quartet.rewards.protocol import RewardError
+from quartet.rewards.seccomp import seccomp_filter
 
 MAX_OUTPUT = 1_000_000
+MAX_PROGRAM = 1_000_000
+OUTSIDE_MB = 32
+"""What a program can make the kernel hold beside its address space: files in /tmp (16 MB) and /dev/shm (1 MB), buffers of pipes
+and socket pairs (64 descriptors), stacks of threads (64)."""
+GRACE_SECONDS = 2.0
+"""How long the end of a killed process is waited for."""
+FIRST_USER, USERS = 65000, 512
+"""Host users that programs run as where the caller is root: ids that Debian reserves and gives to nobody. Programs that run
+at the same time are different users."""
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What came of a program. `output` is what it wrote to standard output, up to a megabyte."""
+    """The outcome of a program. `output` is its standard output, up to `MAX_OUTPUT` bytes."""
 
     output: str
     code: int | None
-    """None: it was stopped, for time or for output."""
+    """The exit code; None where the program was stopped, for time or for output."""
 
 
 class Sandbox:
-    """Runs programs for at most `seconds` each, in at most `memory_mb`."""
+    """Runs Python programs for at most `seconds` of wall time each, in at most `memory_mb` MiB of memory. `OUTSIDE_MB` of
+    these are kept for what the kernel holds outside the program's address space.
+
+    Raises `RewardError` where programs cannot be isolated.
+    """
 
     def __init__(self, seconds: float = 10.0, memory_mb: int = 512) -> None:
         self.seconds, self.memory_mb = seconds, memory_mb
@@ -44,146 +68,202 @@ class Sandbox:
                 " Without it no program is run."
             )
         self.filter = seccomp_filter(platform.machine())
-        probe = self.run("print(6 * 7)")
-        if probe.output != "42\n":
+        self._users = itertools.count(os.getpid() * 31)
+        output, complaint = self._probe()
+        if output != "42\n":
+            needs = "As root it needs CAP_SYS_ADMIN, CAP_SETUID and CAP_SETGID" if _root() else "It needs user namespaces"
             raise RewardError(
-                f"bubblewrap cannot isolate programs here ({self._complaint() or 'no output'}); without it no program is run. "
-                "It needs user namespaces."
+                f"bubblewrap cannot isolate programs here ({complaint or 'no output'}); without it no program is run. {needs}."
             )
 
     def run(self, program: str, stdin: str = "") -> Ran:
-        """A program as a file of its own, its standard error thrown away."""
-        with tempfile.NamedTemporaryFile("w", suffix=".py", encoding="utf-8") as file:
-            file.write(program)
-            file.flush()
-            return self._started(Path(file.name), stdin)
+        """Run a program, given as source text, with `stdin` as its standard input. Its standard error is thrown away."""
+        data = program.encode("utf-8", errors="surrogatepass")
+        if len(data) > MAX_PROGRAM:
+            return Ran("", 1)
+        with self._start(data, subprocess.DEVNULL) as process:
+            return _watch(process, stdin.encode("utf-8", errors="surrogatepass"), self.seconds)
 
-    def _started(self, program: Path, stdin: str) -> Ran:
-        read, write = os.pipe()
-        os.write(write, self.filter)
-        os.close(write)
+    def _probe(self) -> tuple[str, str]:
+        """Run a program that is known; return its output and the last line of what bubblewrap or the launcher said."""
+        with self._start(b"print(6 * 7)", subprocess.PIPE) as process:
+            ran = _watch(process, b"", max(self.seconds, 30.0))
+            assert process.stderr is not None
+            os.set_blocking(process.stderr.fileno(), False)
+            complaint = (process.stderr.read() or b"").decode(errors="replace").strip()
+        return ran.output, complaint.splitlines()[-1] if complaint else ""
+
+    def _start(self, program: bytes, stderr: int) -> "subprocess.Popen[bytes]":
+        source = os.memfd_create("program")
         try:
-            process = subprocess.Popen(
-                self._command(program, read),
+            os.write(source, program)
+            os.lseek(source, 0, os.SEEK_SET)
+            return subprocess.Popen(
+                self._command(source),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[read],
-                start_new_session=True,
+                stderr=stderr,
+                pass_fds=[source],
+                env={},
+                cwd="/",
+                start_new_session=True,  # one process group, which is ended as a whole
             )
         finally:
-            os.close(read)
-        return _watched(process, stdin.encode(), self.seconds)
+            os.close(source)
 
-    def _command(self, program: Path, seccomp: int) -> list[str]:
-        prefix = str(Path(sys.base_prefix).resolve())
-        python = str(Path(prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
-        shown = [*("--ro-bind", "/usr", "/usr"), *("--ro-bind-try", "/etc/alternatives", "/etc/alternatives")]
-        for folder in ("bin", "lib", "lib32", "lib64"):
-            path = Path("/") / folder
-            if path.is_symlink():
-                shown += ["--symlink", str(path.readlink()), f"/{folder}"]
-            elif path.is_dir():
-                shown += ["--ro-bind", f"/{folder}", f"/{folder}"]
-        if not prefix.startswith("/usr"):
-            shown += ["--ro-bind", prefix, prefix]
+    def _command(self, source: int) -> list[str]:
+        prefix = Path(sys.base_prefix).resolve()
+        python = prefix / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+        user = FIRST_USER + next(self._users) % USERS if _root() else os.getuid()
+        rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
+        if _root():
+            rights += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        else:
+            rights += ["--unshare-user"]
         return [
-            *(str(self.bwrap), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"),
-            *("--uid", "65534", "--gid", "65534", "--hostname", "sandbox"),
-            *shown,
-            *("--proc", "/proc", "--dev", "/dev", "--size", "16777216", "--tmpfs", "/tmp"),
-            *("--ro-bind", str(program), "/program.py", "--remount-ro", "/", "--chdir", "/tmp"),
-            *("--seccomp", str(seccomp), "--", python, "-I", "-S", "-c", LAUNCHER),
-            *(str(self.memory_mb), str(int(self.seconds) + 1)),
+            *(str(self.bwrap), "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
+            *(*rights, "--die-with-parent", "--clearenv", "--hostname", "sandbox"),
+            *_interpreter_mounts(prefix, python),
+            *("--perms", "0755", "--dir", "/dev", "--perms", "0755", "--dir", "/dev/shm", "--perms", "0755", "--dir", "/tmp"),
+            *(part for name in DEVICES for part in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")),
+            *("--perms", "0444", "--ro-bind-data", str(source), "/program.py", "--remount-ro", "/", "--chdir", "/"),
+            *("--", str(python), "-I", "-S", "-c", LAUNCHER),
+            *(str(self.memory_mb - OUTSIDE_MB), str(int(self.seconds) + 1), str(user), self.filter.hex()),
         ]
 
-    def _complaint(self) -> str:
-        """What bubblewrap itself says when it cannot."""
-        done = subprocess.run(
-            [str(self.bwrap), "--unshare-all", "--ro-bind", "/", "/", "true"], capture_output=True, text=True, check=False
-        )
-        return done.stderr.strip().splitlines()[0] if done.stderr.strip() else ""
+
+DEVICES = ("null", "zero", "full", "random", "urandom")
+
+
+def _root() -> bool:
+    return os.geteuid() == 0
+
+
+def _interpreter_mounts(prefix: Path, python: Path) -> list[str]:
+    """Return bubblewrap's arguments for the interpreter, its library and the system's shared libraries, read-only."""
+    mounts: list[str] = []
+    libraries = ("lib", "lib32", "lib64")
+    for folder in libraries:
+        path = Path("/") / folder
+        if path.is_symlink():
+            mounts += ["--symlink", str(path.readlink()), f"/{folder}"]
+        elif path.is_dir():
+            mounts += ["--ro-bind", f"/{folder}", f"/{folder}"]
+    seen = ["/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"]
+    seen += [str(prefix / folder) for folder in libraries if str(prefix / folder) not in seen]
+    seen += [str(python.resolve()), str(python)]
+    parents = {parent for shown in seen for parent in Path(shown).parents if parent != Path("/")}
+    for parent in sorted(parents):  # bubblewrap would make them readable for its own user only
+        mounts += ["--perms", "0755", "--dir", str(parent)]
+    for shown in seen:
+        mounts += ["--ro-bind-try", shown, shown]
+    return mounts
 
 
 LAUNCHER = """
-import resource, runpy, sys
-memory, seconds = int(sys.argv[1]) << 20, int(sys.argv[2])
-for what, limit in (("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 24), ("NOFILE", 64), ("CORE", 0), ("NPROC", 64)):
+import ctypes, os, resource, runpy, sys
+memory, seconds, user, code = int(sys.argv[1]) << 20, int(sys.argv[2]), int(sys.argv[3]), bytes.fromhex(sys.argv[4])
+libc = ctypes.CDLL(None, use_errno=True)
+def check(result, what):
+    if result != 0:
+        sys.exit(what + ": " + os.strerror(ctypes.get_errno()))
+def prctl(*numbers):
+    return libc.prctl(numbers[0], *(ctypes.c_ulong(n) for n in numbers[1:]), *[ctypes.c_ulong(0)] * (5 - len(numbers)))
+for place, options in ((b"/tmp", b"size=16m,nr_inodes=1024,mode=1777"), (b"/dev/shm", b"size=1m,nr_inodes=64,mode=1777")):
+    check(libc.mount(b"tmpfs", place, b"tmpfs", ctypes.c_ulong(2 | 4 | 8), options), "mount")  # nosuid, nodev, noexec
+os.chdir("/tmp")
+os.closerange(3, 4096)
+for what, limit in (
+    ("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 24), ("NOFILE", 64), ("CORE", 0), ("NPROC", 64),
+    ("MEMLOCK", 0), ("MSGQUEUE", 0), ("SIGPENDING", 64), ("NICE", 0), ("RTPRIO", 0),
+):
     resource.setrlimit(getattr(resource, "RLIMIT_" + what), (limit, limit))
+if os.getuid() != user:
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+check(prctl(47, 4), "ambient capabilities")  # PR_CAP_AMBIENT_CLEAR_ALL
+check(libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()), "capset")
+held = (ctypes.c_uint32 * 6)()
+check(libc.capget((ctypes.c_uint32 * 2)(0x20080522, 0), held), "capget")
+if 0 in os.getresuid() or 0 in os.getresgid() or any(held) or prctl(39) != 1:  # PR_GET_NO_NEW_PRIVS
+    sys.exit("the program would keep rights")
+class Filter(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
+program = Filter(len(code) // 8, code)
+check(libc.prctl(22, ctypes.c_ulong(2), ctypes.byref(program), ctypes.c_ulong(0), ctypes.c_ulong(0)), "seccomp")
 sys.argv = ["/program.py"]
 runpy.run_path("/program.py", run_name="__main__")
 """
-"""What runs first inside: it bounds itself, and becomes the program."""
+"""The first program inside. It has CAP_SYS_ADMIN over its own mounts (and may become another user where the caller is root)
+until it gives that up, and checks that nothing is left before the untrusted program starts. For an ordinary caller, the program
+keeps the caller's user id, in a user namespace of its own where that id owns nothing but /tmp and /dev/shm."""
 
 
-def _watched(process: "subprocess.Popen[bytes]", stdin: bytes, seconds: float) -> Ran:
-    """Give it its input, read its output up to the limit, and stop it when its time is over."""
+def _watch(process: "subprocess.Popen[bytes]", stdin: bytes, seconds: float) -> Ran:
+    """Feed a process its input and read its output, up to the limits, and end its whole process group. Nothing here waits
+    without a deadline, whatever the program does to its pipes."""
     assert process.stdin is not None and process.stdout is not None
-    late = threading.Timer(seconds, process.kill)
-    late.start()
-    feeder = threading.Thread(target=_feed, args=(process.stdin, stdin), daemon=True)
-    feeder.start()
-    output = b""
+    deadline = time.monotonic() + seconds
+    output = bytearray()
+    remaining = memoryview(stdin)
     stopped = False
-    while piece := os.read(process.stdout.fileno(), 65536):
-        output += piece
-        if len(output) > MAX_OUTPUT:
-            process.kill()
-            stopped = True
-            break
-    process.wait()
-    stopped = stopped or not late.is_alive()
-    late.cancel()
-    feeder.join()
-    process.stdout.close()
+    try:
+        with selectors.DefaultSelector() as selector:
+            os.set_blocking(process.stdout.fileno(), False)
+            os.set_blocking(process.stdin.fileno(), False)
+            selector.register(process.stdout, selectors.EVENT_READ)
+            if remaining:
+                selector.register(process.stdin, selectors.EVENT_WRITE)
+            else:
+                process.stdin.close()
+            while selector.get_map() and not stopped:
+                ready = selector.select(max(deadline - time.monotonic(), 0))
+                stopped = not ready
+                for key, _ in ready:
+                    if key.fileobj is process.stdout:
+                        piece = os.read(process.stdout.fileno(), 65536)
+                        output += piece
+                        stopped = stopped or len(output) > MAX_OUTPUT
+                        if not piece:
+                            selector.unregister(process.stdout)
+                    else:
+                        remaining = remaining[_write(process.stdin.fileno(), remaining) :]
+                        if not remaining:
+                            selector.unregister(process.stdin)
+                            process.stdin.close()
+        if not stopped:  # the pipes are closed: the program has ended, or has closed them and goes on
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0))
+            stopped = process.returncode is None
+    finally:
+        _end(process)
     return Ran(output[:MAX_OUTPUT].decode("utf-8", errors="replace"), None if stopped else process.returncode)
 
 
-def _feed(pipe: IO[bytes], data: bytes) -> None:
+def _write(pipe: int, data: memoryview) -> int:
+    """Return how many bytes went into a pipe; all of them where nobody reads it any more."""
     try:
-        with pipe:
-            pipe.write(data)
-    except (BrokenPipeError, OSError):
-        pass
+        return os.write(pipe, data[:65536])
+    except BlockingIOError:
+        return 0
+    except OSError:
+        return len(data)
 
 
-# --- seccomp -------------------------------------------------------------------------------------------------------------
-
-ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
-CLONE_THREAD = 0x00010000
-COMMON = (425, 428, 429, 430, 432, 438)
-"""io_uring_setup, open_tree, move_mount, fsopen, fsmount, pidfd_getfd: the same everywhere."""
-NUMBERS = {
-    # fork, vfork (not on ARM), socket, ptrace, process_vm_readv, process_vm_writev, mount, umount2, pivot_root, unshare, setns,
-    # keyctl, add_key, request_key, bpf, perf_event_open, userfaultfd, kexec_load, init_module, finit_module, delete_module,
-    # open_by_handle_at; and clone, clone3
-    "x86_64": (
-        0xC000003E,
-        (*COMMON, 57, 58, 41, 101, 310, 311, 165, 166, 155, 272, 308, 250, 248, 249, 321, 298, 323, 246, 175, 313, 176, 304),
-        56,
-        435,
-    ),
-    "aarch64": (
-        0xC00000B7,
-        (*COMMON, 198, 117, 270, 271, 40, 39, 41, 97, 268, 219, 217, 218, 280, 241, 282, 104, 105, 273, 106, 265),
-        220,
-        435,
-    ),
-}
-
-
-def seccomp_filter(machine: str) -> bytes:
-    """A classic BPF program over (number, architecture, arguments) of each system call: what is named is refused with EPERM,
-    clone but for threads too, clone3 does not exist (libraries then take clone), another architecture's calls kill."""
-    if machine not in NUMBERS:
-        raise RewardError(f"programs can be isolated on {' and '.join(NUMBERS)}, not on {machine}.")
-    architecture, denied, clone, clone3 = NUMBERS[machine]
-    load, equal, at_least, has, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    code: list[tuple[int, int, int, int]] = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, KILL), (load, 0, 0, 0)]
-    code += [(at_least, 0, 1, 0x40000000), (give, 0, 0, KILL)]  # x32's numbers
-    for number in denied:
-        code += [(equal, 0, 1, number), (give, 0, 0, EPERM)]
-    code += [(equal, 0, 1, clone3), (give, 0, 0, ENOSYS)]
-    code += [(equal, 0, 3, clone), (load, 0, 0, 16), (has, 1, 0, CLONE_THREAD), (give, 0, 0, EPERM)]
-    code += [(give, 0, 0, ALLOW)]
-    return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End what is left of the group: bubblewrap, its reaper (the init of the process namespace, whose end is the end of
+    every process in it) and the program. The group's leader has not been waited for, or its id is not used again while a
+    member lives."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise RewardError(
+                f"process {process.pid} of the sandbox does not end though it was killed; no further program is run."
+            ) from None
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.close()
+    process.stdout.close()
