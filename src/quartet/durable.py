@@ -1,14 +1,21 @@
-"""Files that a crash leaves whole or does not leave at all."""
+"""Files that a crash leaves whole or does not leave at all, and files that are read as if somebody hostile had written them."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 CHUNK = 1 << 20
+LONG_NAME = 200
+"""Characters of a file's name that a message shows."""
+UNFINISHED, DOOMED = ".tmp", ".gone"
+"""How the names of files and folders end that are being written, and of folders that are being deleted."""
 
 
 def sync(path: Path) -> None:
@@ -21,8 +28,9 @@ def sync(path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """A new file, on the disk when this returns."""
-    with path.open("w", encoding="utf-8") as file:
+    """Write a new file that is on the disk when this returns. A lone surrogate, which UTF-8 cannot hold, becomes the escape
+    that JSON has for it."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -35,20 +43,46 @@ def move(path: Path, to: Path) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """The text instead of what the file held: a reader finds the one or the other."""
-    beside = path.with_name(path.name + ".tmp")
-    write(beside, text)
-    beside.replace(path)
+    """Write the text in place of what the file held, if there was one: a reader finds the one or the other, whole. Where it
+    cannot be written, nothing is left of the attempt."""
+    beside = path.with_name(path.name + UNFINISHED)
+    try:
+        beside.unlink(missing_ok=True)
+        write(beside, text)
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
 def remove_folder(path: Path) -> None:
-    """Renamed first, so that nobody takes half of it for the whole."""
-    doomed = path.with_name(f".{path.name}.gone")
+    """Renamed first, so that nobody takes half of it for the whole. Of a link only the link goes."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    doomed = path.with_name(f".{path.name}{DOOMED}")
     if doomed.exists():
         shutil.rmtree(doomed)
     path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Delete what a killed process left half written or half deleted in a folder, and return it: files that end in `.tmp`,
+    folders that begin with a dot and end in `.tmp` or `.gone`. Only the one process that writes into the folder may call it."""
+    left = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            if path.name.startswith(".") and path.name.endswith((UNFINISHED, DOOMED)):
+                shutil.rmtree(path, ignore_errors=True)
+                left.append(path)
+        elif path.name.endswith(UNFINISHED):
+            with contextlib.suppress(OSError):
+                path.unlink()
+                left.append(path)
+    return left
 
 
 def fingerprint(path: Path, first: int | None = None) -> dict[str, Any]:
@@ -69,16 +103,34 @@ def fingerprints(root: Path, folder: Path) -> dict[str, Any]:
 
 def difference(root: Path, expected: Mapping[str, Any]) -> str | None:
     """What is wrong with the first file that is not as its fingerprint says; None where all are."""
-    for name, known in expected.items():
-        path = root / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if (size := path.stat().st_size) != known["size"]:
-            return f"{name} has {size:,} bytes instead of {known['size']:,}"
-        if fingerprint(path)["sha256"] != known["sha256"]:
-            return f"{name} is not what was written (its SHA-256 differs)"
+    for path_name, known in expected.items():
+        name = path_name if len(path_name) <= LONG_NAME else f"{path_name[:LONG_NAME]}…"
+        if PurePosixPath(path_name).is_absolute() or ".." in PurePosixPath(path_name).parts:
+            return f"{name} is named in it and lies outside of the folder"
+        path = root / path_name
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if (size := path.stat().st_size) != known["size"]:
+                return f"{name} has {size:,} bytes instead of {known['size']:,}"
+            if fingerprint(path)["sha256"] != known["sha256"]:
+                return f"{name} is not what was written (its SHA-256 differs)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading. Raises OSError, also for a pipe or a device, which could be waited for without end."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        folder = path.is_dir()
+        raise OSError(errno.EISDIR if folder else errno.EINVAL, "Is a directory" if folder else "not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Return what a JSON file holds. Raises OSError, ValueError or RecursionError."""
+    with open_regular(path) as file:
+        return json.loads(file.read().decode("utf-8"))

@@ -16,7 +16,7 @@ from quartet.loops.rl import Step
 from quartet.observability.metrics import rl_metrics
 from quartet.stages import Adapting, RLStage, Stage, Work
 from quartet.tensors import Bool, Float, Tensor
-from quartet.training.checkpoint import Checkpoint, Checkpoints, GlobalRandom, Tree
+from quartet.training.checkpoint import Checkpoint, Checkpoints, GlobalRandom, Tree, misfit
 from quartet.training.learner import Learner, Update
 
 
@@ -40,7 +40,7 @@ class Outcome:
 
 def checkpoint_before(folder: Path, stage: str, step: int) -> Checkpoint:
     """The newest from which the step can be reached, be it that others have to be done again on the way."""
-    for _, found in Checkpoints(folder / "checkpoints", {stage: 0}).usable(lambda _: None):
+    for _, found in Checkpoints(folder / "checkpoints", {stage: 0}).usable(misfit):
         if isinstance(found, Checkpoint) and found.facts["step"] < step:
             return found
     raise CannotReplay(

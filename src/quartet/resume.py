@@ -9,7 +9,7 @@ from typing import Any
 from quartet import durable
 from quartet.config import Config
 from quartet.mistakes import toml_value
-from quartet.training.checkpoint import Checkpoint, Checkpoints
+from quartet.training.checkpoint import Checkpoint, Checkpoints, misfit
 
 FREE = frozenset(
     [
@@ -69,6 +69,8 @@ def choose(folder: Path, config: Config, made_with: Mapping[str, Any], accept: S
     skipped: list[tuple[Path, str]] = []
 
     def fits(found: Checkpoint) -> str | None:
+        if wrong := misfit(found):
+            return wrong
         if list(config.recipe[: len(found.facts["steps"])]) != list(found.facts["steps"]):
             return "the recipe's stages before it are others now"
         for stage, count in found.facts["steps"].items():

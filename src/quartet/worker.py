@@ -4,15 +4,27 @@ A worker is a plain class that knows its rank and its team as data. A group runs
 behind processes and machines. What crosses a border are names, paths, and what a step returns.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from pydantic import ValidationError
+
 from quartet.loops.progress import Progress
 from quartet.stages import Stage, Summary, Work
 from quartet.team import ALONE, Team, local, shares
-from quartet.training.checkpoint import GlobalRandom, Tree, keep_tensors, parted, read_checkpoint
+from quartet.training.checkpoint import (
+    Checkpoint,
+    Damaged,
+    GlobalRandom,
+    Tree,
+    first_problem,
+    keep_tensors,
+    parted,
+    read_checkpoint,
+)
 
 
 class WorkerLost(RuntimeError):
@@ -82,12 +94,14 @@ class Worker:
         """Load the models of a stage, as a checkpoint left them where there is one. Whether there is anything to save."""
         found = None if checkpoint is None else read_checkpoint(Path(checkpoint))
         state = {} if found is None else found.state()
-        if "work" not in state and "random" in state:
-            self.random.load_state(state["random"])
+        if found is not None and "work" not in state:
+            with _loading(found):
+                self.random.load_state(state["random"])
         self.work = self.stages[name].begin(self.folder)
         done = 0
         if found is not None and "work" in state:
-            self._load(state)
+            with _loading(found):
+                self._load(state)
             done = found.facts["step"]
         self._mark(self.work.steps(done))
         return bool(self.work.players)
@@ -117,7 +131,8 @@ class Worker:
     def go_back(self, checkpoint: str, scale: float) -> None:
         """To a checkpoint of this stage, with all learning rates times `scale`."""
         work, found = self._begun(), read_checkpoint(Path(checkpoint))
-        self._load(found.state())
+        with _loading(found):
+            self._load(found.state())
         for optimizer in work.optimizers:
             optimizer.scale = scale
         self._mark(work.steps(found.facts["step"]))
@@ -143,6 +158,22 @@ class Worker:
     def _begun(self) -> Work:
         assert self.work is not None, "no stage has begun"
         return self.work
+
+
+@contextlib.contextmanager
+def _loading(found: Checkpoint) -> Iterator[None]:
+    """Whatever a state says that the stage cannot take becomes one sentence about its checkpoint."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ValidationError):
+            reason = first_problem(error)
+        else:
+            reason = f"there is no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0].rstrip(".")
+        raise Damaged(
+            f"checkpoint {found.name} does not fit what this config trains ({reason}). Rename {found.path} to go on from an "
+            "earlier one."
+        ) from error
 
 
 class Local:

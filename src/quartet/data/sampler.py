@@ -34,7 +34,10 @@ class Sampler(Generic[R]):
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state(self, state: Mapping[str, int]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
+        epoch, position = state["epoch"], state["position"]
+        if not isinstance(epoch, int) or not isinstance(position, int) or epoch < 0 or not 0 <= position < len(self.records):
+            raise ValueError(f"row {position} of epoch {epoch} of {len(self.records):,} rows")
+        self.epoch, self.position = epoch, position
 
     def _order(self) -> list[int]:
         if self._shuffled[0] != self.epoch:

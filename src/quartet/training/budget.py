@@ -47,7 +47,10 @@ class Budget:
         return {"tokens": self.tokens, "halvings": self.halvings}
 
     def load_state(self, state: dict[str, int]) -> None:
-        self.tokens, self.halvings = state["tokens"], state["halvings"]
+        tokens, halvings = state["tokens"], state["halvings"]
+        if not isinstance(tokens, int) or not isinstance(halvings, int) or tokens < 1 or halvings < 0:
+            raise ValueError(f"a budget of {tokens} tokens, halved {halvings} times")
+        self.tokens, self.halvings = tokens, halvings
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -6,21 +6,25 @@ that ranks hold in parts are written in parts, a file per rank, and read by howe
 """
 
 import dataclasses
+import errno
 import json
+import math
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from quartet.durable import difference, fingerprints, move, read_json, remove_folder, sync, write
+from quartet.durable import UNFINISHED, difference, fingerprints, move, read_json, remove_folder, sync, write
 from quartet.team import ALONE, Team, counts_here, is_sharded, local
 from quartet.tensors import Tensor
 from quartet.training.descend import NonFinite
@@ -30,6 +34,7 @@ Tree = Any
 
 STATE, TENSORS, MANIFEST = "state.json", "state.safetensors", "manifest.json"
 SHARD = "shard-{:05d}.safetensors"
+SHARDS = re.compile(r"shard-\d{5}\.safetensors")
 FORMAT = 1
 TENSOR, SHARDED = "$tensor", "$sharded"
 
@@ -47,6 +52,44 @@ class Damaged(ValueError):
     """A checkpoint that is not what was written; the message says in what."""
 
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Table(BaseModel):
+    """A table in a checkpoint's JSON; numbers are numbers and texts are texts."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class Fingerprint(_Table):
+    size: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Manifest(_Table):
+    format: int
+    files: dict[str, Fingerprint]
+
+
+class Named(_Table):
+    """What every checkpoint says of itself, and what its folder is called after."""
+
+    stage: str
+    step: Count
+
+
+class Facts(Named):
+    """What a run's checkpoint is a checkpoint of."""
+
+    events: Fingerprint
+    results: dict[str, Fingerprint]
+    steps: dict[str, Count]
+    merit: Annotated[float, Field(allow_inf_nan=False)] | None
+    config: dict[str, Any]
+    data: dict[str, str]
+    fault: str | None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One that is as it was written."""
@@ -55,14 +98,16 @@ class Checkpoint:
     facts: Mapping[str, Any]
     """What it is a checkpoint of."""
     tree: Tree
+    files: frozenset[str]
+    """Those that its manifest lists; no other is read."""
 
     @property
     def name(self) -> str:
         return self.path.name
 
     def state(self) -> Tree:
-        tensors = load_file(self.path / TENSORS) if (self.path / TENSORS).is_file() else {}
-        return joined(self.tree, tensors, sorted(self.path.glob(SHARD.replace("{:05d}", "*"))))
+        tensors = load_file(self.path / TENSORS) if TENSORS in self.files else {}
+        return joined(self.tree, tensors, [self.path / name for name in sorted(self.files) if SHARDS.fullmatch(name)])
 
 
 class Parts:
@@ -104,46 +149,135 @@ def keep_tensors(folder: Path, state: Tree, team: Team = ALONE) -> Any:
     files[SHARD.format(team.rank)] = {n: local(t).contiguous() for n, t in tensors.items() if is_sharded(t) and counts_here(t)}
     for file, held in files.items():
         if held:
-            save_file(held, folder / file)
+            try:
+                save_file(held, folder / file)
+            except SafetensorError as error:  # the operating system's own error, in its words
+                reason = re.search(r"I/O error: (.*?)( \(os error (\d+)\))?$", str(error))
+                if reason is None:
+                    raise
+                raise OSError(int(reason[3] or errno.EIO), reason[1], str(folder / file)) from error
             sync(folder / file)
     return tree
 
 
 def write_checkpoint(folder: Path, state: Tree | Callable[[Path], Any], facts: Mapping[str, Any]) -> Path:
-    """A new folder. `state`: what is kept, or who writes the tensors of it into a folder and returns the rest."""
-    beside = folder.with_name(f".{folder.name}.tmp")
+    """Write a new folder. `state`: what is kept, or what writes the tensors of it into a folder and returns the rest. Where it
+    cannot be written, nothing is left of the attempt."""
+    beside = folder.with_name(f".{folder.name}{UNFINISHED}")
     if beside.exists():
         shutil.rmtree(beside)
-    beside.mkdir(parents=True)
-    tree = state(beside) if callable(state) else keep_tensors(beside, state)
-    write(beside / STATE, json.dumps({"facts": facts, "state": tree}))
-    manifest = {"format": FORMAT, "files": fingerprints(beside, beside)}
-    write(beside / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    sync(beside)
-    if folder.exists():  # what is left of an earlier attempt at this step
-        remove_folder(folder)
-    move(beside, folder)
+    try:
+        beside.mkdir(parents=True)
+        tree = state(beside) if callable(state) else keep_tensors(beside, state)
+        write(beside / STATE, json.dumps({"facts": facts, "state": tree}))
+        manifest = {"format": FORMAT, "files": fingerprints(beside, beside)}
+        write(beside / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        sync(beside)
+        if folder.exists():  # what is left of an earlier attempt at this step
+            remove_folder(folder)
+        move(beside, folder)
+    except (Exception, KeyboardInterrupt):
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     return folder
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Verified byte by byte; raises `Damaged`."""
+    """Read a checkpoint and verify it: every byte against the manifest, the manifest against what the state needs, the state's
+    name against the folder's. Raises `Damaged`."""
     try:
-        manifest = read_json(folder / MANIFEST)
-        if manifest["format"] != FORMAT:
-            raise Damaged(f"is of format {manifest['format']}, this Quartet reads format {FORMAT}")
-        if wrong := difference(folder, manifest["files"]):
+        table = read_json(folder / MANIFEST)
+        if isinstance(table, dict) and isinstance(table.get("format"), int) and table["format"] != FORMAT:
+            raise Damaged(f"is of format {table['format']}, this Quartet reads format {FORMAT}")
+        files = Manifest.model_validate(table).model_dump()["files"]
+        if STATE not in files:
+            raise Damaged(f"its manifest does not list {STATE}")
+        if wrong := difference(folder, files) or _unlisted(folder, files):
             raise Damaged(wrong)
-        inner = read_json(folder / STATE)
-        return Checkpoint(folder, inner["facts"], inner["state"])
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from None
     except OSError as error:
         raise Damaged(f"cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, Damaged):
-            raise
-        raise Damaged("its manifest cannot be read") from None
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, Damaged) else Damaged("its manifest cannot be read") from None
+    try:
+        inner = read_json(folder / STATE)
+        facts, tree = inner["facts"], inner["state"]
+        named = Named.model_validate(facts)
+        if folder.name != (name := f"{named.stage}-{named.step:06d}"):
+            raise Damaged(f"holds {name}, which is not what its folder is called")
+        _check_tensors(folder, files, tree)
+    except ValidationError as error:
+        raise Damaged(f"its facts are not those of a checkpoint: {first_problem(error)}") from None
+    except OSError as error:
+        raise Damaged(f"{STATE} cannot be read ({error.strerror})") from None
+    except SafetensorError as error:
+        raise Damaged(f"its tensors cannot be read ({error})") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise error if isinstance(error, Damaged) else Damaged(f"{STATE} is not that of a checkpoint") from None
+    return Checkpoint(folder, facts, tree, frozenset(files))
+
+
+def misfit(found: Checkpoint) -> str | None:
+    """Return what a checkpoint lacks for a run to go on from it, None where it lacks nothing."""
+    try:
+        facts = Facts.model_validate(found.facts)
+    except ValidationError as error:
+        return f"its facts are not those of a run's checkpoint: {first_problem(error)}"
+    needed = {"random", "work"} if facts.step else {"random"}
+    if not isinstance(found.tree, dict) or found.tree.keys() != needed:
+        return f"its state does not have what step {facts.step} needs: {' and '.join(sorted(needed))}"
+    return None
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing that pydantic found, with its place, in short."""
+    [problem, *_] = error.errors()
+    place = ".".join(str(step) for step in problem["loc"]) or "all of it"
+    return f"{place[:100]}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+
+
+def _unlisted(folder: Path, files: Mapping[str, Any]) -> str | None:
+    """A file of tensors or states that is there and not in the manifest."""
+    names = sorted(path.name for path in folder.iterdir())
+    strange = next((n for n in names if (n in {STATE, TENSORS} or SHARDS.fullmatch(n)) and n not in files), None)
+    return None if strange is None else f"its manifest does not list {strange}"
+
+
+def _check_tensors(folder: Path, files: Mapping[str, Any], tree: Tree) -> None:
+    """The files of tensors have those that the state names, no other ones, and all numbers in them are finite."""
+    whole, sharded = set(_tensor_names(tree, TENSOR)), set(_tensor_names(tree, SHARDED))
+    shards = [name for name in files if SHARDS.fullmatch(name)]
+    for name, expected in {TENSORS: whole, **dict.fromkeys(shards, sharded)}.items():
+        stored: set[str] = set()
+        if name in files:
+            with safe_open(folder / name, "pt") as opened:
+                stored = set(opened.keys())
+                for tensor in stored:
+                    numbers = opened.get_tensor(tensor)
+                    if numbers.is_floating_point() and not bool(numbers.isfinite().all()):
+                        raise Damaged(f"{tensor} in {name} is not finite")
+        if odd := sorted(stored ^ expected):
+            told = (
+                f"has {odd[0]}, which its state does not name" if odd[0] in stored else f"lacks {odd[0]}, which its state names"
+            )
+            raise Damaged(f"{name} {told}")
+    if sharded and not shards:
+        raise Damaged(f"{SHARD.format(0)} is not there, and the state has tensors in it")
+
+
+def _tensor_names(tree: Tree, mark: str) -> Iterator[str]:
+    """The tensors that a state refers to. Raises ValueError where a reference is none."""
+    if isinstance(tree, dict):
+        if mark in tree:
+            if len(tree) != 1 or not isinstance(tree[mark], str):
+                raise ValueError(f"{mark} is no name")
+            yield tree[mark]
+        for value in tree.values():
+            yield from _tensor_names(value, mark)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _tensor_names(value, mark)
 
 
 def parted(state: Tree) -> tuple[Any, dict[str, Tensor]]:
@@ -223,9 +357,9 @@ def merit(folder: Path) -> float | None:
     """How good the stage was there, as far as it can be read."""
     try:
         found = read_json(folder / STATE)["facts"]["merit"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return None if found is None else float(found)
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
 
 class GlobalRandom:

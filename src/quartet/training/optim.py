@@ -11,6 +11,9 @@ from quartet.tensors import Tensor, torch
 MAX_SKIPPED = 10
 """Updates that a stage may skip where it is told to; more are no accident."""
 
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""What AdamW keeps of each parameter."""
+
 
 @part
 class Descent:
@@ -100,14 +103,21 @@ class Optimizer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         if len(state["parameters"]) != len(self.parameters):
             raise ValueError(f"{len(state['parameters'])} parameters were saved, and {len(self.parameters)} are trained now")
+        steps, skipped, scale = state["steps"], state["skipped"], state["scale"]
+        if not isinstance(steps, int) or not isinstance(skipped, int) or min(steps, skipped) < 0 or not 0 < scale <= 1:
+            raise ValueError(f"an optimizer after {steps} steps, {skipped} skipped, with learning rates × {scale}")
         for mine, saved, moments in zip(self.parameters, state["parameters"], state["moments"], strict=True):
+            if moments and moments.keys() != MOMENTS:
+                raise ValueError(f"moments {', '.join(moments)} instead of {', '.join(sorted(MOMENTS))}")
+            if any(mine.shape != moments[name].shape for name in moments if name != "step"):
+                raise ValueError("moments of another shape than their parameter")
             if mine.shape != saved.shape:
                 raise ValueError(f"a parameter of shape {list(saved.shape)} was saved, and has shape {list(mine.shape)} now")
             restore(mine.data, saved)
             if moments:  # those that no gradient ever reached have none; Adam counts its steps on the CPU
                 restored = {name: restore(torch.zeros_like(mine), t) for name, t in moments.items() if name != "step"}
                 self.adam.state[mine] = {"step": moments["step"], **restored}
-        self.steps, self.skipped, self.scale = state["steps"], state["skipped"], state["scale"]
+        self.steps, self.skipped, self.scale = steps, skipped, scale
 
 
 @part
