@@ -40,6 +40,8 @@ class Started:
     of: int
     done: int = 0
     """Steps that were done before the run was resumed."""
+    earlier: Sequence[Mapping[str, float]] = ()
+    """The metrics of those steps."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Pipeline:
         places = {stage.name: place for place, stage in enumerate(stages)}
         self.checkpoints = Checkpoints(folder.path / "checkpoints", places, saving.last, saving.best is not None)
         self.crew: Group = Local(Worker(stages, folder.path))
+        self._is_latest = False
         self.results: dict[str, Any] = {}
         """Fingerprints of what finished stages left."""
 
@@ -133,14 +136,32 @@ class Pipeline:
         for number, stage in enumerate(self.stages[first:], first + 1):
             yield from self._stage(stage, number, since if number == first + 1 else None)
             give_back_memory()
-        write_cards(self.folder.path)
+        self._write_cards()
 
     def cut_back(self, since: Checkpoint) -> None:
-        """The record, to what the checkpoint knows of: no step is in it twice."""
-        place = self.checkpoints.stages[since.facts["stage"]]
-        makes_rollouts = next((i for i, stage in enumerate(self.stages) if isinstance(stage, RLStage)), place)
-        last = since.facts["step"] if makes_rollouts == place else None if makes_rollouts < place else -1
+        """Cut the record back to what the checkpoint knows of, and to the event that says that the checkpoint was written: no
+        step is in it twice."""
+        stage, step = since.facts["stage"], since.facts["step"]
+        place = self.checkpoints.stages[stage]
+        makes_rollouts = next((i for i, one in enumerate(self.stages) if isinstance(one, RLStage)), place)
+        last = step if makes_rollouts == place else None if makes_rollouts < place else -1
+        seconds = self._seconds_of(since.name)
         self.folder.cut_back(since.facts["events"]["size"], last)
+        if step:
+            self.folder.event("checkpoint", stage, step, name=since.name, seconds=seconds)
+
+    def _seconds_of(self, checkpoint: str) -> float | None:
+        """How long it took to write; None where a kill came before that was in the record."""
+        events = self.folder.record().events
+        seconds = [e.get("seconds") for e in events if e["event"] == "checkpoint" and e.get("name") == checkpoint]
+        return seconds[-1] if seconds and isinstance(seconds[-1], float) else None
+
+    def _write_cards(self) -> None:
+        """Of a record that was damaged and accepted as it is no card can be made: the run is done all the same."""
+        try:
+            write_cards(self.folder.path)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            self.folder.event("note", sentence=f"The model cards could not be written: the record is damaged ({error!r}).")
 
     def _stage(self, stage: Stage, number: int, since: Checkpoint | None) -> Iterator[Event]:
         """One stage, from its beginning or from a checkpoint of it."""
@@ -150,7 +171,8 @@ class Pipeline:
             self._save(stage.name, 0)
         else:
             step, self.results = since.facts["step"], since.facts["results"]
-        yield Started(stage, number, len(self.stages), step)
+        earlier = [event["metrics"] for event in self.folder.metrics_of(stage.name)] if step else []
+        yield Started(stage, number, len(self.stages), step, earlier)
         with self._failing(f"{stage.title}, before it began"), self.interruption.only_if(always):
             resumable = self.crew.call("begin", stage.name, None if since is None else str(since.path))[0]
         yield from self._advance(stage, step, resumable)
@@ -247,6 +269,9 @@ class Pipeline:
         """One step, in the run folder and for the trackers. What there is to warn of."""
         number, metrics = progress.number, progress.metrics
         self.folder.event("metrics", stage.name, number, metrics=metrics, seconds=seconds, phases=progress.seconds or None)
+        if not self._is_latest:
+            self.folder.become_latest()
+            self._is_latest = True
         if isinstance(progress, Step) and kept(number, metrics):
             self.folder.write_rollouts(progress, self.texts)
         failed = self.tracking.log(stage.name, number, metrics) if self.tracking else []
@@ -280,9 +305,8 @@ class Pipeline:
                 (f"The last good one is {path.name}." for path in self.checkpoints.newest_first()), "There is none yet."
             )
             size = sum(self.crew.call("size"))
-            raise StageFailed(
-                f"checkpoint {stage}-{step:06d} could not be written ({error.strerror}; it needs {size / 1e6:,.1f} MB). {there}"
-            ) from error
+            reason = f"{error.strerror or error}; it needs {size / 1e6:,.1f} MB"
+            raise StageFailed(f"checkpoint {stage}-{step:06d} could not be written ({reason}). {there}") from error
 
     def _left(self, stage: Stage) -> dict[str, Any]:
         """Fingerprints of what a stage has left for others; it is on the disk then."""
@@ -290,8 +314,9 @@ class Pipeline:
         for name in RESULTS.get(stage.name, POLICY_RESULTS):
             if (self.folder.path / name).is_dir():
                 found |= durable.fingerprints(self.folder.path, self.folder.path / name)
-        for name in found:
-            durable.sync(self.folder.path / name)
+        paths = [self.folder.path / name for name in found]
+        for path in (*paths, *{path.parent for path in paths}):
+            durable.sync(path)
         return found
 
 

@@ -9,8 +9,9 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -19,6 +20,7 @@ from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.preference import PREFERENCES, PreferenceLoss
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.config import Config, did_you_mean, json_ready, without_none
+from quartet.links import resolve_links
 from quartet.mistakes import Table, sentence, toml_value, where
 
 
@@ -35,10 +37,15 @@ class Settings:
     name: str
     text: str
     """The file as it was written."""
+    links: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Paths that led over links, by key: as they were written, and where they led."""
 
 
-def read_settings(path: Path, words: Sequence[str] = (), shown_as: str | None = None) -> Settings:
-    """The config of a TOML file with `key=value` words on top. `shown_as` is what messages call the file."""
+def read_settings(
+    path: Path, words: Sequence[str] = (), shown_as: str | None = None, known_links: Mapping[str, str] = MappingProxyType({})
+) -> Settings:
+    """The config of a TOML file with `key=value` words on top; paths in it that lead over links are where they lead now.
+    `shown_as` is what messages call the file, `known_links` where paths led when a run began that is to go on."""
     shown = shown_as or str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -64,9 +71,10 @@ def read_settings(path: Path, words: Sequence[str] = (), shown_as: str | None = 
         origins |= {k: "command line" for k, _ in _leaves(value, key)}
     written = dict(origins)
     _expand(table, origins)
+    links = resolve_links(table, known_links)
     config = _validate(table, origins)
     _refuse_unread(config, written)
-    return Settings(config, origins, path.stem, text)
+    return Settings(config, origins, path.stem, text, links)
 
 
 def _refuse_unread(config: Config, written: Mapping[str, str]) -> None:
@@ -81,12 +89,13 @@ def _refuse_unread(config: Config, written: Mapping[str, str]) -> None:
 def resolved_toml(settings: Settings) -> str:
     """All that the recipe reads as TOML that gives the same run again, the origin of each value behind it."""
     config, table = settings.config, json_ready(settings.config)
+    led = {key: f'{settings.origins.get(key, "default")}: "{written}" then' for key, (written, _) in settings.links.items()}
     for name, inner in list(table.items()):
         if isinstance(inner, dict):
             table[name] = {key: value for key, value in inner.items() if config.reads(f"{name}.{key}")}
         elif not config.reads(name):
             del table[name]
-    blocks = list(_blocks("", table, settings.origins))
+    blocks = list(_blocks("", table, {**settings.origins, **led}))
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
 

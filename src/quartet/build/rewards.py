@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from quartet import durable
 from quartet.data import DataError
 from quartet.evaluation.compare import Gold
 from quartet.experience import Prompt
@@ -141,7 +142,7 @@ class RewardMaker:
             case JudgeSource():
                 judge = _judge(source, Path(source.cache) if source.cache else folder / "judge" / f"{name}.jsonl")
                 (folder / "judge").mkdir(exist_ok=True)
-                (folder / "judge" / f"{name}.txt").write_text(judge.prompt, encoding="utf-8")
+                durable.replace(folder / "judge" / f"{name}.txt", judge.prompt)
                 return judge
         return self.made[name]
 

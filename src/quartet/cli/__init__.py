@@ -1,22 +1,28 @@
 """The command `quartet`: parse, call, print. Heavy imports happen inside the verbs that need them."""
 
-import os
 import sys
 
 from quartet.cli import running, seeing, trying, using  # noqa: F401
 from quartet.cli.common import FAILED, INTERRUPTED, app, complaints
+from quartet.cli.printing import print_anything, to_nowhere
 
 
 def main() -> None:
     """Whatever goes wrong ends in a sentence; with `--debug` in a traceback."""
+    print_anything()
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where it is known what to do if nobody reads it
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # whoever read what is printed has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whatever read what is printed has gone
+        for stream in (sys.stdout, sys.stderr):
+            to_nowhere(stream)
         sys.exit(FAILED)
     except Exception as error:
         if debug:

@@ -1,7 +1,13 @@
 """What all verbs share: the application, the screen, and how a request is refused."""
 
+import errno
 import ipaddress
-from typing import Annotated, NoReturn
+import json
+import shlex
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,8 +23,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False, markup=False, emoji=False)  # text is shown as it is: [x] and :train: too
-complaints = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+class Terminal(Console):
+    """A console that leaves it to its stream what becomes of it when nobody reads it any more (see `cli/printing.py`)."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704  rich calls it where the error is handled
+
+
+console = Terminal(highlight=False, markup=False, emoji=False)  # text is shown as it is: [x] and :train: too
+complaints = Terminal(stderr=True, highlight=False, markup=False, emoji=False)
 
 FILE_WIDTH = 200
 """Columns of what goes into a file or a pipe."""
@@ -51,3 +66,41 @@ def without_progress_bars() -> None:
 def refuse(sentence: str) -> NoReturn:
     complaints.print(sentence, style="red", soft_wrap=True)
     raise typer.Exit(WRONG_REQUEST)
+
+
+def typed(path: Path | str) -> str:
+    """A path as it is typed in a shell."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def print_json(value: Any) -> None:
+    """As readable as the console can print it, and JSON in any case."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (AttributeError, LookupError, UnicodeEncodeError):
+        text = json.dumps(value, indent=2)
+    print(text)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that is bound to this address, for uvicorn to listen on; or a sentence on why it cannot be."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            refuse(f"--port {port}: is in use on {host}. Give another with --port, or 0 for any that is free.")
+        reason = error.strerror or error
+        refuse(f"--host {host} --port {port}: cannot listen there ({reason}). Give another with --port or --host.")
+    return listener
+
+
+def url_of(listener: socket.socket, host: str) -> str:
+    """The address that a browser takes."""
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listener.getsockname()[1]}/"

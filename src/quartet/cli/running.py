@@ -1,14 +1,13 @@
 """Verbs that run, plan and start a run's file."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quartet.cli.common import app, console, refuse, without_progress_bars
+from quartet.cli.common import app, console, print_json, refuse, typed, without_progress_bars
 from quartet.cli.work import DEFAULT, go_on, new_run, run_to_resume, settings_of
 from quartet.recipes import template_names, template_path
 
@@ -104,7 +103,9 @@ def init(
         target.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
     except OSError as error:
         refuse(f"{target}: cannot be written ({error.strerror}).")
-    console.print(f"{target} written. Fill it in, then: quartet plan {target}, quartet run {target}", soft_wrap=True)
+    console.print(
+        f"{target} written. Fill it in, then: quartet plan {typed(target)}, quartet run {typed(target)}", soft_wrap=True
+    )
 
 
 @app.command()
@@ -125,7 +126,7 @@ def algorithms(
         refuse(f'"{name}": no such preset.{did_you_mean(name, everything)} `quartet algorithms` lists them.')
     chosen = {name: everything[name]} if name else everything
     if as_json:
-        print(json.dumps({key: without_none(dataclasses.asdict(value)) for key, value in chosen.items()}, indent=2))
+        print_json({key: without_none(dataclasses.asdict(value)) for key, value in chosen.items()})
     elif name:
         console.print(preset_toml(everything[name]), soft_wrap=True, end="")
     else:
@@ -141,7 +142,7 @@ def _print_plan(settings: "Settings", as_json: bool) -> None:
     made = make_plan(settings.config)
     if as_json:
         whole = {"plan": dataclasses.asdict(made), "config": json_ready(settings.config), "origins": settings.origins}
-        print(json.dumps(whole, indent=2, ensure_ascii=False))
+        print_json(whole)
         return
     console.print(f"plan   {in_words(made)}", soft_wrap=True)
     for phase, size in (made.memory or {}).items():

@@ -1,7 +1,6 @@
 """Verbs that look at runs."""
 
 import dataclasses
-import json
 import math
 import secrets
 from pathlib import Path
@@ -9,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quartet.cli.common import CHECK_FAILED, app, console, is_loopback, refuse, without_progress_bars
+from quartet.cli.common import (
+    CHECK_FAILED,
+    app,
+    console,
+    is_loopback,
+    listening,
+    print_json,
+    refuse,
+    typed,
+    url_of,
+    without_progress_bars,
+)
 
 if TYPE_CHECKING:
     from quartet.loops.rl import Step
@@ -36,10 +46,11 @@ def studio(
     except NoRun as error:
         refuse(str(error))
     hosts, token = ((*LOOPBACK, host), None) if is_loopback(host) else (("*",), secrets.token_urlsafe(24))
+    listener = listening(host, port)
     server = uvicorn.Server(uvicorn.Config(make_app(roots, hosts, token), host=host, port=port, log_level="warning"))
     asked = "" if token is None else f"?token={token}"
-    console.print(f"{count} run{'s' * (count != 1)} on http://{host}:{port}/{asked}  Ctrl-C ends it", soft_wrap=True)
-    server.run()
+    console.print(f"{count} run{'s' * (count != 1)} on {url_of(listener, host)}{asked}  Ctrl-C ends it", soft_wrap=True)
+    server.run(sockets=[listener])
 
 
 @app.command()
@@ -70,7 +81,7 @@ def inspect(
     try:
         if sample is None:
             console.print(sample_table(run.samples(step, kind), step))
-            console.print(f"next   quartet inspect {run_folder} --step {step} --sample 0", soft_wrap=True)
+            console.print(f"next   quartet inspect {typed(run_folder)} --step {step} --sample 0", soft_wrap=True)
             return
         rows = run.sample(step, sample, kind)
     except NoRun as error:
@@ -198,7 +209,7 @@ def doctor(
     run = _run(run_folder)
     found = examine(run)
     if as_json:
-        print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2, ensure_ascii=False))
+        print_json([dataclasses.asdict(finding) for finding in found])
     for finding in () if as_json else found:
         console.print(f"▲ {finding.stage}, step {finding.step}: {finding.sentence}", style="yellow", soft_wrap=True)
         console.print(f"  {finding.rule}. {finding.why}", style="dim", soft_wrap=True)
@@ -227,7 +238,7 @@ def _machine(as_json: bool) -> None:
         "bubblewrap": shutil.which("bwrap"),
     }
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     for name, value in facts.items():
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value

@@ -1,13 +1,12 @@
 """Verbs that try a reward or look into a file."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quartet.cli.common import CHECK_FAILED, app, console, refuse
+from quartet.cli.common import CHECK_FAILED, app, console, print_json, refuse
 
 if TYPE_CHECKING:
     from quartet.data.report import Report
@@ -32,7 +31,7 @@ def reward(
     except (DataError, RewardError) as error:
         refuse(str(error))
     if as_json:
-        print(json.dumps(dataclasses.asdict(tried) | {"findings": findings(tried)}, indent=2, ensure_ascii=False))
+        print_json(dataclasses.asdict(tried) | {"findings": findings(tried)})
         return
     for line in _trial_lines(tried):
         console.print(line, soft_wrap=True)
@@ -82,7 +81,7 @@ def data(
     except DataError as error:
         refuse(str(error))
     if as_json:
-        print(json.dumps(dataclasses.asdict(made), indent=2, ensure_ascii=False))
+        print_json(dataclasses.asdict(made))
     else:
         for line, style in _report_lines(made):
             console.print(line, style=style, soft_wrap=True)

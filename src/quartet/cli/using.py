@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from quartet.cli.common import app, console, is_loopback, refuse, without_progress_bars
+from quartet.cli.common import app, console, is_loopback, listening, refuse, url_of, without_progress_bars
 
 
 @app.command()
@@ -118,6 +118,7 @@ def serve_reward(
         refuse(f"--token-env {token_env}: no such environment variable. Set it to the token.")
     if token_env is None and not is_loopback(host):
         refuse(f"--host {host}: others could reach it, so it must ask for a token: --token-env NAME.")
+    listener = listening(host, port)
     from quartet.build import device
     from quartet.build.serving import Scorer
     from quartet.models.language_model import ModelError
@@ -125,7 +126,9 @@ def serve_reward(
     try:
         scorer = Scorer(folder, device("auto"))
     except ModelError as error:
+        listener.close()
         refuse(str(error))
-    console.print(f"serving {scorer.place} on http://{host}:{port}/ (POST), Ctrl-C ends it", soft_wrap=True)
+    console.print(f"serving {scorer.place} on {url_of(listener, host)} (POST), Ctrl-C ends it", soft_wrap=True)
     hosts = (*LOOPBACK, host) if is_loopback(host) else ("*",)
-    uvicorn.run(make_app(scorer, token_env, hosts), host=host, port=port, log_level="warning", access_log=False)
+    config = uvicorn.Config(make_app(scorer, token_env, hosts), host=host, port=port, log_level="warning", access_log=False)
+    uvicorn.Server(config).run(sockets=[listener])

@@ -5,7 +5,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from quartet import __version__
+from quartet import __version__, durable
+from quartet.observability.run import read_record
 
 ROLES = {
     "policy": "The policy: a causal language model.",
@@ -26,15 +27,14 @@ def write_cards(folder: Path) -> None:
     """`README.md` of the run and of each model in it."""
     resolved = folder / "config.resolved.toml"
     config = tomllib.loads(resolved.read_text(encoding="utf-8")) if resolved.is_file() else {}
-    lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    events = [json.loads(line) for line in lines]
+    events = read_record(folder).events
     for role, sentence in ROLES.items():
         if (folder / role / "config.json").is_file():
             title = f"# {folder.name}: {role.replace('_', ' ')}\n\n{sentence}\n\n"
             numbers = _numbers([event for event in events if event.get("stage") in BEFORE.get(role, {event.get("stage")})])
             text = _front(role, config) + title + _loading(folder, role) + numbers + _making(config)
-            (folder / role / "README.md").write_text(text, encoding="utf-8")
-    (folder / "README.md").write_text(f"# {folder.name}\n\n{_numbers(events)}{_making(config)}", encoding="utf-8")
+            durable.replace(folder / role / "README.md", text)
+    durable.replace(folder / "README.md", f"# {folder.name}\n\n{_numbers(events)}{_making(config)}")
 
 
 def _front(role: str, config: dict[str, Any]) -> str:

@@ -1,15 +1,21 @@
 """The run folder: everything a run leaves behind, in formats that anybody reads."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from quartet import __version__, durable
@@ -18,7 +24,11 @@ from quartet.observability.tokens import TokenTexts, rollout_table, write_tokens
 if TYPE_CHECKING:
     from quartet.loops.rl import Step
 
-
+RECORD, ENVIRONMENT = "events.jsonl", "env.json"
+STRAY = re.compile(r"\.\d{4}-\d{4}-.+\.\d+\.tmp")
+"""The name of a run folder that is being made."""
+STRAY_SECONDS = 60.0
+"""After so long such a folder without a record is nobody's."""
 EXTREMES = ("reward", "kl", "ratio/max", "response/tokens", "policy/clip_fraction")
 """Metrics whose highest and lowest steps are kept as well."""
 BEYOND = 0.1
@@ -55,7 +65,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._events = (path / "events.jsonl").open("ab")
+        self._events = (path / RECORD).open("ab", buffering=0)
         lock(self._events, path)
         self._digest = hashlib.sha256()
         self._hashed = 0
@@ -64,28 +74,51 @@ class RunFolder:
         """What is not yet known to be on the disk."""
 
     @classmethod
-    def create(cls, root: Path, name: str, files: Mapping[str, str]) -> "RunFolder":
-        """A new folder named after the minute and the run, with these files in it; `latest` points at it."""
+    def create(
+        cls, root: Path, name: str, files: Mapping[str, str], links: Mapping[str, tuple[str, str]] = MappingProxyType({})
+    ) -> "RunFolder":
+        """Make a new folder named after the minute and the run, with these files in it. It gets its name when all of them are
+        on the disk; until then it is a hidden one, which the next run deletes if this process dies. `links`: the config's
+        paths that led over links, as they were written and where they led."""
+        root.mkdir(parents=True, exist_ok=True)
+        sweep_strays(root)
         stamp = f"{time.strftime('%m%d-%H%M')}-{name}"
-        for number in range(1, 1000):
-            path = root / (stamp if number == 1 else f"{stamp}-{number}")
-            try:
-                path.mkdir(parents=True)
-                break
-            except FileExistsError:
-                continue
-        for file, text in files.items():
-            (path / file).write_text(text, encoding="utf-8")
-        (path / "env.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-        point_latest(root, path)
-        return cls(path)
+        beside = root / f".{stamp}.{os.getpid()}{durable.UNFINISHED}"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        around = environment() | {"folder": str(Path.cwd()), "links": dict(links.values())}
+        try:
+            folder = cls(beside)
+            for file, text in {**files, ENVIRONMENT: json.dumps(around, indent=2) + "\n"}.items():
+                durable.write(beside / file, text)
+            durable.sync(beside)
+            folder.path = _named(beside, root, stamp)
+            durable.sync(root)
+        except OSError:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        return folder
+
+    def become_latest(self) -> None:
+        """Let `latest` point at this run."""
+        point_latest(self.path.parent, self.path)
 
     def event(self, kind: str, stage: str | None = None, step: int | None = None, **fields: Any) -> None:
-        """Append one line to events.jsonl. Times are apart from metrics, so that the metrics of two runs can be compared."""
+        """Append one line to events.jsonl, or raise OSError and append nothing. Times are apart from metrics, so that the
+        metrics of two runs can be compared."""
         line = {"time": round(time.time(), 3), "event": kind, "stage": stage, "step": step, **fields}
-        text = json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False) + "\n"
-        self._events.write(text.encode())
-        self._events.flush()
+        self._append(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False) + "\n")
+
+    def _append(self, text: str) -> None:
+        """A lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it."""
+        data, before = text.encode("utf-8", "backslashreplace"), os.fstat(self._events.fileno()).st_size
+        try:
+            while data:
+                data = data[self._events.write(data) or 0 :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._events.fileno(), before)
+            raise
 
     def write_rollouts(self, step: "Step", texts: TokenTexts) -> Path:
         """`rollouts/000031.parquet`: a row per token of every prompt and response of the step."""
@@ -99,31 +132,142 @@ class RunFolder:
         for path in (*self._written, *{p.parent for p in self._written}, self.path):
             durable.sync(path)
         self._written = []
-        with (self.path / "events.jsonl").open("rb") as file:
+        with (self.path / RECORD).open("rb") as file:
             file.seek(self._hashed)
             new = file.read()
         self._digest.update(new)
         self._hashed += len(new)
         return {"size": self._hashed, "sha256": self._digest.hexdigest()}
 
+    def sweep(self) -> None:
+        """Delete what a killed process left half written."""
+        for name in ("", "rollouts", "probes", "evaluation", "judge", "checkpoints"):
+            durable.sweep(self.path / name)
+        sweep_strays(self.path.parent)
+
     def cut_back(self, size: int, last_rollouts: int | None) -> None:
         """To what there was when a checkpoint was written: so many bytes of events.jsonl, and no rollouts or probes of later
         steps than this one (None: all stay)."""
         os.ftruncate(self._events.fileno(), min(size, os.fstat(self._events.fileno()).st_size))
         self._digest, self._hashed = hashlib.sha256(), 0
+        with (self.path / RECORD).open("rb") as file:
+            if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) + 1 and file.read(1) != b"\n":
+                self._append("\n")  # the file was cut short within a line
         for kind in ("rollouts", "probes"):
-            for file in (self.path / kind).glob("*.parquet"):
-                if last_rollouts is not None and file.stem.isdigit() and int(file.stem) > last_rollouts:
-                    file.unlink()
+            for path in (self.path / kind).glob("*.parquet"):
+                if last_rollouts is not None and path.stem.isdecimal() and int(path.stem) > last_rollouts:
+                    path.unlink()
+
+    def record(self) -> "Record":
+        return read_record(self.path)
 
     def metrics_of(self, stage: str) -> list[dict[str, Any]]:
         """The events with metrics of a stage, as far as the record goes."""
-        with (self.path / "events.jsonl").open(encoding="utf-8") as lines:
-            found = [json.loads(line) for line in lines if '"metrics"' in line]
-        return [event for event in found if event["event"] == "metrics" and event["stage"] == stage]
+        return [event for event in self.record().events if event["event"] == "metrics" and event["stage"] == stage]
 
     def close(self) -> None:
         self._events.close()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What events.jsonl says."""
+
+    events: list[dict[str, Any]]
+    damaged: int
+    """Lines that are no events: torn by a crash, or changed by somebody."""
+
+    @property
+    def is_done(self) -> bool:
+        last = next((e["event"] for e in reversed(self.events) if e["event"] != "metrics"), None)
+        return bool(last == "done")
+
+
+def read_record(folder: Path) -> Record:
+    """Read events.jsonl. A line that is no event is passed over and counted."""
+    events, damaged = [], 0
+    with durable.open_regular(folder / RECORD) as lines:
+        for line in lines:
+            event = _event(line)
+            damaged += event is None
+            if event is not None:
+                events.append(event)
+    return Record(events, damaged)
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """One line of a record, None where it is not what `RunFolder.event` writes."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    stage, step, time_ = event.get("stage"), event.get("step", 1), event.get("time", 0)
+    if not isinstance(stage, str | None) or type(step) is not int or not 0 <= step < 2**63 or not _is_number(time_):
+        return None
+    if event["event"] == "metrics":
+        metrics = event.get("metrics")
+        fits = stage is not None and "step" in event and isinstance(metrics, dict) and all(map(_is_number, metrics.values()))
+        return event if fits else None
+    return event
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def _named(beside: Path, root: Path, stamp: str) -> Path:
+    """Give a folder the first name that is free: the stamp, or the stamp and a number."""
+    for number in range(1, 1000):
+        path = root / (stamp if number == 1 else f"{stamp}-{number}")
+        if path.exists() or path.is_symlink():
+            continue
+        try:
+            return beside.rename(path)
+        except OSError as error:  # another process took the name in between
+            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}:
+                raise
+    raise FileExistsError(errno.EEXIST, "a thousand runs of this name and minute exist", str(root / stamp))
+
+
+def sweep_strays(root: Path) -> None:
+    """Delete the hidden folders of runs whose process died before they had begun. One that is being made is locked."""
+    for path in root.glob(f".*{durable.UNFINISHED}"):
+        if not STRAY.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+            continue
+        try:
+            with (path / RECORD).open("rb") as file:
+                lock(file, path)
+                shutil.rmtree(path, ignore_errors=True)
+        except InUse:
+            continue
+        except OSError:
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > STRAY_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run was started."""
+
+    folder: Path | None
+    """The working directory; None where it is not known, or is no more."""
+    links: Mapping[str, str]
+    """Where the config's paths that lead over links led then."""
+
+
+def beginning_of(folder: Path) -> Beginning:
+    """Read from env.json where a run was started, as far as it says."""
+    try:
+        table = durable.read_json(folder / ENVIRONMENT)
+        started, links = Path(table["folder"]), table["links"]
+        known = {k: v for k, v in links.items() if isinstance(k, str) and isinstance(v, str)}
+        return Beginning(started if started.is_absolute() and started.is_dir() else None, known)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return Beginning(None, {})
 
 
 def lock(file: IO[bytes], path: Path) -> None:
@@ -141,12 +285,14 @@ def lock(file: IO[bytes], path: Path) -> None:
 
 def point_latest(root: Path, path: Path) -> None:
     """`latest` points at the newest run; where the file system has no links, it is simply not there."""
-    link, beside = root / "latest", root / f".latest-{os.getpid()}"
+    link, beside = root / "latest", root / f".latest{durable.UNFINISHED}"
     try:
+        beside.unlink(missing_ok=True)
         beside.symlink_to(path.name)
         beside.replace(link)
     except OSError:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, Any]:

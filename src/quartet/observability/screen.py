@@ -80,7 +80,10 @@ class Screen:
         return self.line.render(max(0, min(62, self.console.width - 48)) if self.console.is_terminal else 62)
 
     def _started(self, event: Any) -> None:
-        self.line = _Line(f"{event.number}/{event.of} {event.stage.title}", event.stage, time.monotonic(), event.done)
+        self.line = _Line(f"{event.number}/{event.of} {event.stage.title}", event.stage, time.monotonic())
+        for metrics in event.earlier:  # a resumed run still shows where its numbers began
+            self.line.see(event.done, metrics)
+        self.line.step = event.done
         self.printed = time.monotonic()
         if self.console.is_terminal:
             self.live = Live(self._render(), console=self.console, refresh_per_second=8, transient=True)

@@ -1,5 +1,6 @@
 """A step, token by token, as a table."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -178,12 +179,17 @@ def write_tokens(table: Any, path: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
     beside = path.with_suffix(".tmp")
-    pq.write_table(
-        table,
-        beside,
-        compression="zstd",
-        use_dictionary=[name for name in table.column_names if name not in floats],
-        column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
-    )
-    beside.replace(path)
+    try:
+        pq.write_table(
+            table,
+            beside,
+            compression="zstd",
+            use_dictionary=[name for name in table.column_names if name not in floats],
+            column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+        )
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
     return path

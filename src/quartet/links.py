@@ -1,0 +1,108 @@
+"""Paths in a config that lead over links. A link such as `runs/latest` moves on; a run keeps the place that it led to when the
+run began."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+PATHS = (
+    "data.train",
+    "data.eval",
+    "data.pretraining",
+    "sft.data",
+    "reward_model.data",
+    "preference.data",
+    "policy.model",
+    "policy.tokenizer",
+    "policy.chat_template",
+    "critic.init",
+    "generator.shared",
+    "environment.function",
+    "reward.*.model",
+    "reward.*.models",
+    "reward.*.function",
+    "reward.*.prompt",
+    "reward.*.cache",
+    "reward.*.schema_file",
+)
+"""Keys whose values are files or folders, or may be."""
+NAMES = {"critic.init": ("policy", "reward_model"), "policy.chat_template": ("chatml",)}
+"""Words that mean something else, whatever there is under that name."""
+
+
+def resolve_links(table: dict[str, Any], known: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Replace the paths in a table that lead over links by where they lead; return, by key, what was written and what stands
+    there now. `known`: where paths led when a run began that is to go on."""
+    resolved = {}
+    for holder, name, key in _paths(table):
+        written = holder[name]
+        if (place := known.get(written) or where(written)) != written:
+            holder[name] = place
+            resolved[key] = written, place
+    return resolved
+
+
+def where(written: str) -> str:
+    """Return where a path leads over links: a folder itself, a file in its folder, `file.py:name` as `file.py`. What has no
+    link on its way, or is not there, stays as it is written; what is below the working directory stays relative."""
+    file, colon, name = written.rpartition(":") if ".py:" in written else (written, "", "")
+    path, here = Path(file), Path.cwd()
+    try:
+        if not path.exists():
+            return written
+        real = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    except (OSError, ValueError):
+        return written
+    if real == Path(os.path.abspath(path)):  # noqa: PTH100  links are what it must not follow
+        return written
+    return f"{real.relative_to(here) if real.is_relative_to(here) else real}{colon}{name}"
+
+
+def relative_paths(table: dict[str, Any]) -> list[Path]:
+    """Return the relative paths that a table of settings names; hub ids look the same."""
+    written = [holder[name] for holder, name, _ in _paths(table)]
+    paths = [Path(text.rpartition(":")[0] if ".py:" in text else text) for text in written]
+    return [path for path in paths if not path.is_absolute()]
+
+
+def absolute_word(word: str) -> str:
+    """Return a `key=value` word whose value, if it is a path that is there, is absolute."""
+    key, _, value = word.partition("=")
+    pattern = ".".join("*" if part.isdigit() else part for part in key.split("."))
+    plain = value.strip("\"'")
+    path = Path(plain.rpartition(":")[0] if ".py:" in plain else plain)
+    try:
+        if pattern not in PATHS or plain in NAMES.get(pattern, ()) or path.is_absolute() or not path.exists():
+            return word
+    except (OSError, ValueError):
+        return word
+    return f"{key}={json.dumps(str(Path.cwd() / plain))}"
+
+
+def _paths(table: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:
+    """The texts at the keys of PATHS: what holds each, its key or place in there, and its dotted key."""
+    for pattern in PATHS:
+        for holder, name, key in _found(table, pattern.split("."), ""):
+            value, judges = holder[name], isinstance(holder, dict) and holder.get("type") == "judge"
+            if judges and name == "model":  # what the judge is called where it runs
+                continue
+            if isinstance(value, str) and value not in NAMES.get(pattern, ()):
+                yield holder, name, key
+            elif isinstance(value, list):
+                yield from ((value, i, f"{key}.{i}") for i, text in enumerate(value) if isinstance(text, str))
+
+
+def _found(table: Any, path: list[str], prefix: str) -> Iterator[tuple[Any, Any, str]]:
+    name, *rest = path
+    items: list[Any]
+    if name == "*":
+        items = list(enumerate(table)) if isinstance(table, list) else []
+    else:
+        items = [(name, table[name])] if isinstance(table, dict) and name in table else []
+    for key, value in items:
+        if rest:
+            yield from _found(value, rest, f"{prefix}{key}.")
+        else:
+            yield table, key, f"{prefix}{key}"
