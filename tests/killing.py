@@ -6,6 +6,7 @@
                                      whole weights, sglang adapters
     soak MINUTES SEED                one long run, killed every minute and resumed, then watched
     mutations                        kill −9 the writing of a checkpoint at each change that it makes to the file system
+    moments [NAME …]                 kill −9 whole runs at each of the moments between which something has to be made complete
 
 Prints JSON.
 """
@@ -30,11 +31,15 @@ import torch
 import uvicorn
 
 import quartet.build
-import quartet.studio.report  # noqa: F401  loaded once, before forks
-from quartet import durable
+import quartet.cli.work
+import quartet.observability.run as observability_run
+import quartet.studio.report  # loaded once, before forks
+from quartet import durable, pipeline
 from quartet.cli import main
 from quartet.cli.common import RESUMABLE
 from quartet.models.language_model import save
+from quartet.observability.run import RunFolder
+from quartet.pipeline import Pipeline
 from quartet.training import checkpoint
 from quartet.training.checkpoint import Checkpoints
 from tests.fake_server import Engine, free_port, make_app
@@ -396,11 +401,123 @@ def mutations() -> dict[str, object]:
     return {"changes": counts, "wrong": wrong}
 
 
+def kill_before(owner: object, name: str, when: Callable[..., bool] = lambda *_: True, nth: int = 1, after: bool = False):
+    """Kill this process as it calls a function for the nth time with such arguments, or as that returns."""
+    real, count = getattr(owner, name), 0
+
+    def wrapper(*arguments, **named):
+        nonlocal count
+        count += when(*arguments)
+        if count == nth and not after and when(*arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*arguments, **named)
+        if count == nth and after and when(*arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, wrapper)
+
+
+def _called(ending: str) -> Callable[..., bool]:
+    return lambda path, *_: str(path).endswith(ending)
+
+
+def _of_step(stage: str, step: int) -> Callable[..., bool]:
+    return lambda _, named, number, *rest: (named, number) == (stage, step)
+
+
+MOMENTS: dict[str, Callable[[], None]] = {
+    "while its folder is made": lambda: kill_before(durable, "write"),
+    "before its folder has its name": lambda: kill_before(observability_run, "_named"),
+    "when its folder has its name": lambda: kill_before(observability_run, "_named", after=True),
+    "before its first event": lambda: kill_before(RunFolder, "event"),
+    "before its first checkpoint": lambda: kill_before(Checkpoints, "write"),
+    "when the first checkpoint is written": lambda: kill_before(Checkpoints, "write", after=True),
+    "before it becomes the latest": lambda: kill_before(observability_run, "point_latest"),
+    "while it becomes the latest": lambda: kill_before(Path, "replace", _called(".latest.tmp")),
+    "before a checkpoint has a manifest": lambda: kill_before(checkpoint, "write", _called("grpo-000002.tmp/manifest.json")),
+    "before a checkpoint has its name": lambda: kill_before(checkpoint, "move", _called("grpo-000002.tmp")),
+    "before an older checkpoint goes": lambda: kill_before(checkpoint, "remove_folder", nth=2),
+    "while an older checkpoint goes": lambda: kill_before(shutil, "rmtree", _called(".gone")),
+    "between a checkpoint and its event": lambda: kill_before(Checkpoints, "write", _of_step("grpo", 2), after=True),
+    "between the last checkpoint and its event": lambda: kill_before(Checkpoints, "write", _of_step("grpo", 3), after=True),
+    "while rollouts are written": lambda: kill_before(Path, "replace", _called("rollouts/000002.tmp")),
+    "while probes are written": lambda: kill_before(Path, "replace", _called("probes/000002.tmp")),
+    "before a stage is finished": lambda: kill_before(Pipeline, "_left"),
+    "while an evaluation is written": lambda: kill_before(durable, "replace", _called("answers.jsonl")),
+    "before the model cards": lambda: kill_before(pipeline, "write_cards"),
+    "while the model cards are written": lambda: kill_before(durable, "replace", _called("policy/README.md")),
+    "before it is done": lambda: kill_before(RunFolder, "event", lambda _, kind, *rest: kind == "done"),
+    "between done and the report": lambda: kill_before(quartet.cli.work, "_write_report"),
+    "while the report is written": lambda: kill_before(Path, "replace", lambda _, to: Path(to).name == "report.html"),
+}
+"""Each kills the process that calls it when it gets there."""
+AGAIN: dict[str, Callable[[], None]] = {
+    "while the config is renewed": lambda: kill_before(durable, "replace", _called("config.resolved.toml")),
+    "while what is left over is swept away": lambda: kill_before(shutil, "rmtree", _called(".tmp")),
+    "when the record is cut back": lambda: kill_before(RunFolder, "cut_back", after=True),
+    "before the run goes on": lambda: kill_before(RunFolder, "event", lambda _, kind, *rest: kind == "resumed"),
+}
+"""The same, of a run that was killed before a checkpoint had a manifest and is resumed."""
+
+
+def left_over(folder: Path) -> list[str]:
+    """Names of what a process that was killed left half made."""
+    return [p.name for p in folder.rglob("*") if p.name.endswith((durable.UNFINISHED, durable.DOOMED))]
+
+
+def moments(chosen: list[str]) -> dict[str, object]:
+    """Each, or each of those chosen: a run that is killed there and resumed, against one that was left alone; what is missing,
+    or left over."""
+    words = [*SCENARIOS["grpo"], "sft.steps=2", "run.steps=3", "run.checkpoint_every=1", "run.keep_last=1"]
+    root = Path(tempfile.mkdtemp())
+    (root / "alone").mkdir()
+    assert ended(forked(run_in(root / "alone", words))) == 0
+    expected, wrong, kills = digest(root / "alone"), [], 0
+    first = MOMENTS["before a checkpoint has a manifest"]
+    cases = [(name, [kill]) for name, kill in MOMENTS.items()] + [(name, [first, kill]) for name, kill in AGAIN.items()]
+    cases = [(name, kills) for name, kills in cases if not chosen or name in chosen]
+    for number, (name, places) in enumerate(cases):
+        folder = root / str(number)
+        folder.mkdir()
+        codes = []
+        for time_, kill in enumerate([*places, None]):
+            resumed = run_in(folder, [*words, *(["--resume"] if time_ else [])])
+
+            def work(kill: Callable[[], None] | None = kill, resumed: Callable[[], None] = resumed) -> None:
+                if kill is not None:
+                    kill()
+                resumed()
+
+            codes.append(ended(forked(work)))
+        kills += codes.count(-signal.SIGKILL)
+        runs = [p for p in (folder / "runs").iterdir() if not p.is_symlink()]
+        problems: list[object] = [] if codes == [-signal.SIGKILL] * len(places) + [0] else [f"exit codes {codes}"]
+        problems += [f"{p} is left over" for p in left_over(folder)] + ([] if len(runs) == 1 else [f"{len(runs)} runs"])
+        found = digest(folder)
+        problems += [f"{k} differs" for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)]
+        [run] = runs[:1]
+        events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        named = [e["name"] for e in events if e["event"] == "checkpoint"]
+        if named != ["sft-000001", "sft-000002", "grpo-000001", "grpo-000002", "grpo-000003"]:
+            problems.append(f"checkpoints in the record: {named}")
+        problems += [f"{name} is missing" for name in ("report.html", "README.md", "env.json") if not (run / name).is_file()]
+        if (folder / "runs" / "latest").resolve() != run.resolve():
+            problems.append("it is not the latest")
+        if problems:
+            wrong.append({"moment": name, "problems": problems, "folder": str(folder)})
+        else:
+            shutil.rmtree(folder)
+    return {"moments": len(cases), "kills": kills, "wrong": wrong}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     match sys.argv[1:]:
         case ["mutations"]:
             print(json.dumps(mutations()))
+        case ["moments", *names]:
+            print(json.dumps(moments(names)))
         case ["soak", minutes, seed]:
             print(json.dumps(soak(float(minutes), int(seed)), default=str))
         case ["frozen", trials, seed]:

@@ -8,6 +8,13 @@ from pathlib import Path
 
 import pytest
 
+MOMENTS = (
+    "before its first event",
+    "while an older checkpoint goes",
+    "between the last checkpoint and its event",
+    "between done and the report",
+)
+
 
 def killing(*words: str) -> dict:
     environment = {k: v for k, v in os.environ.items() if k != "QUARTET_CHECK_SHAPES"} | {"OMP_NUM_THREADS": "1"}
@@ -21,6 +28,20 @@ def test_a_checkpoint_survives_a_kill_a_torn_write_and_a_full_disk_at_each_chang
     found = killing("mutations")
     assert found["wrong"] == []
     assert all(count >= 10 for count in found["changes"].values()) and len(found["changes"]) == 3
+
+
+def test_a_run_that_is_killed_is_made_complete_when_it_goes_on():
+    """Before its first event, while an older checkpoint goes, between a checkpoint and its event, between done and the report."""
+    found = killing("moments", *MOMENTS)
+    assert found["wrong"] == [] and found["kills"] == len(MOMENTS)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_each_moment_at_which_something_is_incomplete_is_made_complete():
+    """Nothing is left over, nothing is missing, and everything is equal to the run that was left alone."""
+    found = killing("moments")
+    assert found["wrong"] == []
+    assert found["moments"] == 27 and found["kills"] == 31
 
 
 def test_a_run_killed_at_random_instants_is_the_run_that_was_not():
