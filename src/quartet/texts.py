@@ -1,0 +1,44 @@
+"""Text from outside (servers, judges, reward functions, files), made safe to write and to print.
+
+Python's strings can hold half a surrogate pair, which JSON can spell (`"\\ud800"`) and UTF-8 cannot.
+Such a string is fine until it is written to a file or a terminal; then it raises UnicodeEncodeError,
+far from its origin. Text from outside goes through one of these functions where it enters.
+"""
+
+from typing import Any
+
+
+def well_formed(text: str) -> str:
+    r"""Return the text with each lone surrogate spelled as its escape: "a\ud800" becomes the seven
+    characters `a\ud800`. Text that UTF-8 can hold is returned as it is."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def well_formed_json(value: Any) -> Any:
+    """Return the value that JSON was parsed to with all its texts, keys included, well-formed.
+    Raises RecursionError where it is nested too deeply."""
+    if isinstance(value, str):
+        return well_formed(value)
+    if isinstance(value, list):
+        return [well_formed_json(item) for item in value]
+    if isinstance(value, dict):
+        return {well_formed(key): well_formed_json(item) for key, item in value.items()}
+    return value
+
+
+def excerpt(text: str | bytes, limit: int = 200) -> str:
+    """Return the beginning of a text, on one line and printable, for a message that quotes it:
+    control characters, escape sequences of terminals among them, are spelled as escapes; bytes that
+    are no UTF-8 are shown as �."""
+    long = len(text) > 4 * limit
+    text = text[: 4 * limit]
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", errors="replace")
+    line = " ".join(text.split())
+    printable = "".join(c if c.isprintable() else _escape(c) for c in line)
+    shown = printable[:limit]
+    return f"{shown} …" if long or len(printable) > limit else shown
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
