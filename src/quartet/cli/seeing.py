@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from quartet.cli.common import (
     CHECK_FAILED,
     app,
+    complaints,
     console,
     is_loopback,
     listening,
@@ -58,7 +60,12 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN")] = Path("ru
     """One HTML file that opens from disk anywhere: what was trained, what came of it, whether to trust it."""
     from quartet.studio.report import write_report
 
-    console.print(f"{write_report(_run(run_folder))} written", soft_wrap=True)
+    run = _run(run_folder)
+    try:
+        console.print(f"{write_report(run)} written", soft_wrap=True)
+    except OSError as error:
+        refuse(f"{run.path / 'report.html'}: cannot be written ({error.strerror}).")
+    _say_problems(run)
 
 
 @app.command()
@@ -76,12 +83,14 @@ def inspect(
     run, kind = _run(run_folder), "probes" if probes else "rollouts"
     steps = run.steps(kind)
     if not steps:
+        _say_problems(run)
         refuse(f"{run.name} has no {kind}. An RL stage writes them.")
     step = steps[-1] if step is None else step
     try:
         if sample is None:
             console.print(sample_table(run.samples(step, kind), step))
             console.print(f"next   quartet inspect {typed(run_folder)} --step {step} --sample 0", soft_wrap=True)
+            _say_problems(run)
             return
         rows = run.sample(step, sample, kind)
     except NoRun as error:
@@ -89,6 +98,7 @@ def inspect(
     for sentence in glance(rows):
         console.print(sentence, soft_wrap=True)
     console.print(token_rows(rows, run.cases(rows), console.width))
+    _say_problems(run)
 
 
 @app.command()
@@ -96,7 +106,8 @@ def runs(folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Pat
     """The runs in a folder, the newest first, with their last numbers."""
     from quartet.observability.reader import NoRun, Run, find_runs
     from quartet.observability.tables import run_table
-    from quartet.studio.views import card
+    from quartet.observability.untrusted import printable
+    from quartet.studio.views import card, unreadable
 
     try:
         found = find_runs(folder)
@@ -105,7 +116,15 @@ def runs(folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Pat
     if not found:
         console.print(f"{folder} has no runs yet.", soft_wrap=True)
         return
-    console.print(run_table([card(Run(path)) for path in found]))
+    cards = []
+    for path in found:
+        try:
+            cards.append(card(Run(path)))
+        except NoRun as error:
+            cards.append(unreadable(printable(path.name), str(error)))
+    console.print(run_table(cards))
+    for row in cards:
+        _say(row["name"], row["problems"])
 
 
 @app.command()
@@ -204,14 +223,15 @@ def doctor(
     if run_folder is None:
         _machine(as_json)
         return
-    from quartet.observability.doctor import RULES, examine
+    from quartet.observability.doctor import RULES, examine, unread
 
     run = _run(run_folder)
-    found = examine(run)
+    found = [*unread(run.check()), *examine(run)]
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in found])
     for finding in () if as_json else found:
-        console.print(f"▲ {finding.stage}, step {finding.step}: {finding.sentence}", style="yellow", soft_wrap=True)
+        where = f"{finding.stage}, step {finding.step}: " if finding.stage else ""
+        console.print(f"▲ {where}{finding.sentence}", style="yellow", soft_wrap=True)
         console.print(f"  {finding.rule}. {finding.why}", style="dim", soft_wrap=True)
     if found:
         raise typer.Exit(CHECK_FAILED)
@@ -246,6 +266,17 @@ def _machine(as_json: bool) -> None:
     missing = [extra for extra, there in facts["extras"].items() if not there]
     if missing:
         console.print(f'to add      pip install "quartet-rlhf[{",".join(missing)}]"', style="yellow", soft_wrap=True)
+
+
+def _say_problems(run: "Run") -> None:
+    _say(run.name, run.problems)
+
+
+def _say(name: str, problems: Sequence[str]) -> None:
+    """What could not be read of a run, beside what is printed of it."""
+    for sentence in problems:
+        text = sentence if sentence.startswith(f"{name}: ") else f"{name}: {sentence}"
+        complaints.print(text, style="yellow", soft_wrap=True)
 
 
 def _run(folder: Path) -> "Run":

@@ -20,8 +20,8 @@ class Clipping:
     def of(cls, policy_loss: Mapping[str, Any]) -> "Clipping":
         """From the table of a resolved config."""
         kind = policy_loss.get("type", "clip")
-        if kind == "gmpo":
-            window = policy_loss["window"]
+        window = policy_loss.get("window")
+        if kind == "gmpo" and window is not None:
             return cls(kind, 1 - math.exp(-window), math.exp(window) - 1)
         if kind in {"clip", "dual_clip", "sequence_clip"}:
             return cls(kind, policy_loss.get("low", 0.2), policy_loss.get("high", 0.2), policy_loss.get("cap", math.inf))

@@ -436,6 +436,12 @@ class Watch:
         return found
 
 
+def unread(problems: Sequence[str]) -> list[Finding]:
+    """A finding, of no stage, for each thing in a run folder that could not be read."""
+    why = "What cannot be read is left out; everything else is shown as the run wrote it."
+    return [Finding("could_not_be_read", "", 0, sentence, why, 0) for sentence in problems]
+
+
 def examine(run: "Run") -> list[Finding]:
     """All rules over all stages of a run, by the step at which each spoke first."""
     target = run.config.get("algorithm", {}).get("kl", {}).get("controller", {}).get("target")

@@ -136,7 +136,7 @@ def phases(run: "Run", stage: str) -> Spec:
     data = []
     for place, (name, column) in enumerate(series.phases.items()):
         x, y = thinned(list(series.steps), list(column))
-        data.append(_line(x, y, COLORS[place], {"stackgroup": "one", "name": name}))
+        data.append(_line(x, y, COLORS[place % len(COLORS)], {"stackgroup": "one", "name": name}))
     return {"data": data, "layout": layout("Seconds of a step, by phase", None, legend=True)}
 
 

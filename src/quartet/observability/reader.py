@@ -1,91 +1,62 @@
-"""A run folder, read: while it grows, or copied from another machine. Imports no trainer and no torch."""
+"""A run folder, read: while it grows, or copied from another machine. Imports no trainer and no torch.
+
+Nothing in it is trusted: `untrusted` opens every file, `records` has the types that are expected in it. What cannot be read is
+left out, and `Run.problems` has a sentence for it.
+"""
 
 import functools
-import json
 import math
 import time
-import tomllib
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quartet.observability import records
 from quartet.observability.cases import Clipping, clip_case
+from quartet.observability.event_log import EventLog, Series
+from quartet.observability.parquet import Column, read_parquet, values
+from quartet.observability.rollouts import TOKEN_COLUMNS, Sample, samples_of
+from quartet.observability.untrusted import (
+    MAX_CONFIG,
+    MAX_DOCUMENT,
+    Folder,
+    Unreadable,
+    checked,
+    left_out,
+    parse_json,
+    parse_toml,
+    printable,
+    shown,
+)
 
 if TYPE_CHECKING:
     import plotly.graph_objects
+    from pydantic import TypeAdapter
+
+__all__ = ["Damaged", "NoRun", "Run", "Sample", "Series", "find_runs"]
+
+EVENTS, CONFIG, ENVIRONMENT = "events.jsonl", "config.resolved.toml", "env.json"
+FINAL, BEST_OF_N = "evaluation/final.json", "evaluation/best_of_n.json"
+ANSWERS, PAIRS = "evaluation/answers.jsonl", "evaluation/pairs.parquet"
 
 RECENT_SECONDS = 300
 """A run that has written nothing for longer, and said no last word, counts as stopped."""
-PER_TOKEN = frozenset(
-    {
-        "logprob",
-        "old_logprob",
-        "ref_logprob",
-        "change",
-        "reward",
-        "penalty",
-        "value",
-        "td_error",
-        "raw_advantage",
-        "return",
-        "ratio",
-    }
-    | {"entropy", "token_id", "position", "step"}
-)
-"""Columns that a sample in short has no use for."""
+MAX_ANSWERS = 20_000
+MAX_PAIRS = 100_000
+
+PAIR_COLUMNS = {
+    **dict.fromkeys(("prompt", "chosen", "rejected"), Column("text")),
+    **dict.fromkeys(("chosen_tokens", "rejected_tokens"), Column("whole")),
+    **dict.fromkeys(("chosen_score", "rejected_score"), Column("number")),
+}
 
 
 class NoRun(ValueError):
     """A folder that is no run's, or something that the run does not have; the message is a sentence for a person."""
 
 
-class Series:
-    """The metrics of one stage, by name; NaN where a step has none."""
-
-    def __init__(self) -> None:
-        self.steps: array[int] = array("q")
-        self.times: array[float] = array("d")
-        self.seconds: array[float] = array("d")
-        self.phases: dict[str, array[float]] = {}
-        self.columns: dict[str, array[float]] = {}
-
-    def add(self, event: Mapping[str, Any]) -> None:
-        count, step = len(self.steps), event["step"]
-        self.times.append(event["time"])
-        self.seconds.append(event.get("seconds", math.nan))
-        for columns, values in ((self.columns, event["metrics"]), (self.phases, event.get("phases") or {})):
-            for name in values.keys() - columns.keys():
-                columns[name] = array("d", [math.nan]) * count
-            for name, column in columns.items():
-                value = values.get(name)
-                column.append(math.nan if value is None else value)
-        self.steps.append(step)
-
-    def last(self, name: str, count: int = 1) -> float | None:
-        """The mean of the last `count` numbers."""
-        there = [x for x in self.columns.get(name, ())[-count:] if not math.isnan(x)]
-        return sum(there) / len(there) if there else None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One rollout of a step, in short."""
-
-    number: int
-    id: str
-    group: int
-    score: float
-    components: Mapping[str, float | None]
-    prompt: str
-    response: str
-    tokens: int
-    ended: bool | None
-    kl: float | None
-    clipped: int
-    advantage: float | None
-    """The mean over its tokens."""
+class Damaged(NoRun):
+    """Something that is there and cannot be read."""
 
 
 class Run:
@@ -98,70 +69,107 @@ class Run:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).resolve()
-        if not (self.path / "events.jsonl").is_file():
-            raise NoRun(f"{path}: is no run folder, it has no events.jsonl.")
-        self.name = self.path.name
-        self.series: dict[str, Series] = {}
-        """By stage, in the order in which they ran."""
-        self.events: list[dict[str, Any]] = []
-        """All but the metrics."""
-        self.damaged = 0
-        """Lines of events.jsonl that are no events."""
-        self._read_to = 0
+        try:
+            self.path = Path(path).resolve()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise NoRun(f"{printable(str(path))}: cannot be opened ({error}).") from None
+        self.name = printable(self.path.name)
+        self._folder = Folder(self.path)
+        self._log = EventLog(self._folder, EVENTS)
+        self._problems: dict[str, list[str]] = {}
+        """Sentences by file."""
         self.refresh()
 
     # --- what it says --------------------------------------------------------------------------------------------------------
 
     def refresh(self) -> bool:
         """Read what was written since; whether there was anything. A last line that is not whole yet is left for later."""
-        file = self.path / "events.jsonl"
-        if file.stat().st_size < self._read_to:  # cut back to a checkpoint
-            self.series, self.events, self.damaged, self._read_to = {}, [], 0, 0
-        grown = False
-        with file.open("rb") as lines:
-            lines.seek(self._read_to)
-            for line in lines:
-                if not line.endswith(b"\n"):
-                    break
-                self._read_to += len(line)
-                grown = True
-                try:
-                    self._see(json.loads(line))
-                except (ValueError, KeyError, TypeError):  # torn by a crash, and written on behind it
-                    self.damaged += 1
+        try:
+            grown = self._log.refresh() if self.path.is_dir() else None
+        except Unreadable as error:
+            raise NoRun(f"{self.name}: {EVENTS} {error}") from None
+        if grown is None:
+            raise NoRun(f"{printable(str(self.path))}: is no run folder, it has no {EVENTS}.")
         return grown
 
-    def _see(self, event: dict[str, Any]) -> None:
-        if event["event"] == "metrics":
-            self.series.setdefault(event["stage"], Series()).add(event)
-        else:
-            self.events.append(event)
-            if event["event"] == "started":
-                self.series.setdefault(event["stage"], Series())
+    @property
+    def series(self) -> dict[str, Series]:
+        """The metrics by stage, in the order in which the stages ran."""
+        return self._log.series
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """All but the metrics."""
+        return self._log.events
+
+    @property
+    def damaged(self) -> int:
+        """Lines of events.jsonl that are no events."""
+        return self._log.damaged
+
+    @property
+    def problems(self) -> list[str]:
+        """What could not be read so far, a sentence each: of the record, the config, the evaluation, and of whatever else was
+        asked for. `check` asks for everything."""
+        _ = self.config, self.environment, self.evaluation, self.best_of_n
+        return [*self._log.problems(), *(said for file in self._problems.values() for said in file)]
+
+    def check(self) -> list[str]:
+        """Read all there is, and return `problems`."""
+        self.pairs()
+        for _ in self.answers():
+            pass
+        for kind in ("rollouts", "probes"):
+            for step in self.steps(kind):
+                try:
+                    self.rollouts(step, kind)
+                except NoRun:
+                    continue
+        return self.problems
+
+    def _document(self, name: str, limit: int, parse: Callable[[bytes], tuple[Any, list[str]]], of: "TypeAdapter[Any]") -> Any:
+        """A file's value, without what is not of its type; None where there is none, or nothing can be read."""
+        self._problems.pop(name, None)
+        try:
+            content = self._folder.read(name, limit)
+            if content is None:
+                return None
+            value, faults = parse(content)
+            value, more = checked(of, value)
+        except Unreadable as error:
+            self._problems[name] = [f"{name} {error}"]
+            return None
+        if faults or more:
+            self._problems[name] = [left_out(name, [*faults, *more])]
+        return value
 
     @property
     def status(self) -> str:
         """done, failed, interrupted, running or stopped (no word for five minutes)."""
         last = self.events[-1]["event"] if self.events else ""
         if last in {"done", "failed", "interrupted"}:
-            return last
-        return "running" if time.time() - (self.path / "events.jsonl").stat().st_mtime < RECENT_SECONDS else "stopped"
+            return str(last)
+        try:
+            written = (self.path / EVENTS).lstat().st_mtime
+        except OSError:
+            return "stopped"
+        return "running" if time.time() - written < RECENT_SECONDS else "stopped"
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        file = self.path / "config.resolved.toml"
-        return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return self._document(CONFIG, MAX_CONFIG, parse_toml, records.CONFIG) or {}
 
     @property
     def config_text(self) -> str:
-        file = self.path / "config.resolved.toml"
-        return file.read_text(encoding="utf-8") if file.is_file() else ""
+        """As it is written, with bytes that are no UTF-8 as escape sequences."""
+        try:
+            return (self._folder.read(CONFIG, MAX_CONFIG) or b"").decode("utf-8", "backslashreplace")
+        except Unreadable:
+            return ""
 
     @functools.cached_property
     def environment(self) -> dict[str, Any]:
-        file = self.path / "env.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return self._document(ENVIRONMENT, MAX_DOCUMENT, parse_json, records.ENVIRONMENT) or {}
 
     @property
     def rl_stage(self) -> str | None:
@@ -207,39 +215,66 @@ class Run:
 
     def steps(self, kind: str = "rollouts") -> list[int]:
         """The steps whose rollouts (or probes) are here."""
-        return sorted(int(f.stem) for f in (self.path / kind).glob("*.parquet") if f.stem.isdigit())
+        self._problems.pop(kind, None)
+        try:
+            stems = [name.removesuffix(".parquet") for name in self._folder.names(kind) if name.endswith(".parquet")]
+        except Unreadable as error:
+            self._problems[kind] = [f"{kind} {error}"]
+            return []
+        steps = {stem: int(stem) for stem in stems if stem.isascii() and stem.isdecimal() and len(stem) <= 9}
+        strange = [stem for stem in stems if stem not in steps or f"{steps[stem]:06d}" != stem]
+        if strange:
+            others = f" and {len(strange) - 1:,} others" if len(strange) > 1 else ""
+            self._problems[kind] = [f"{kind}: {shown(strange[0])}.parquet{others} left out: the name is no step's."]
+        return sorted(steps[stem] for stem in steps.keys() - set(strange))
 
     def rollouts(self, step: int, kind: str = "rollouts", columns: Sequence[str] | None = None) -> Any:
-        """An Arrow table with a row per token of the step."""
+        """An Arrow table with a row per token of the step. NoRun where there is none, or it cannot be read."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        file = self.path / kind / f"{step:06d}.parquet"
-        if not file.is_file():
-            there = self.steps(kind)
-            has = f"There are {len(there):,}, from {there[0]:,} to {there[-1]:,}." if there else "There are none."
-            raise NoRun(f"{self.name}: has no {kind} of step {step}. {has}")
+        table = self._tokens(step, kind, columns)
+        texts = [
+            name for name in table.column_names if name != "text" and pa.types.is_dictionary(table.schema.field(name).type)
+        ]
+        for name in texts:
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, table.column(name).cast(pa.string()))
+        return table
+
+    def _tokens(self, step: int, kind: str, columns: Sequence[str] | None = None) -> Any:
+        name = f"{kind}/{step:06d}.parquet"
+        self._problems.pop(name, None)
         try:
-            return pq.read_table(file, columns=columns)
-        except pa.ArrowInvalid as error:
-            raise NoRun(f"{self.name}: {kind} of step {step} cannot be read ({str(error).partition('.')[0]}).") from None
+            file = self._folder.open(name)
+            if file is not None:
+                with file:
+                    table, faults = read_parquet(file, TOKEN_COLUMNS, columns)
+                if faults:
+                    self._problems[name] = [left_out(name, faults)]
+                return table
+        except Unreadable as error:
+            self._problems[name] = [f"{name} {error}"]
+            raise Damaged(f"{self.name}: {kind} of step {step} cannot be read: the file {error}") from None
+        there = self.steps(kind)
+        has = f"There are {len(there):,}, from {there[0]:,} to {there[-1]:,}." if there else "There are none."
+        raise NoRun(f"{self.name}: has no {kind} of step {step}. {has}")
 
     def samples(self, step: int, kind: str = "rollouts") -> list[Sample]:
         """The rollouts of a step in short, in their order."""
-        table = self.rollouts(step, kind)
-        columns = {name: table.column(name).to_pylist() for name in table.column_names if name not in PER_TOKEN}
-        names = [name.removeprefix("score/") for name in columns if name.startswith("score/")]
-        return [_sample(columns, names, first, last) for first, last in _runs(columns["sample"])]
+        try:
+            return samples_of(self._tokens(step, kind))
+        except Unreadable as error:
+            raise Damaged(f"{self.name}: {kind} of step {step} cannot be shown: the file {error}") from None
 
     def sample(self, step: int, sample: int, kind: str = "rollouts") -> dict[str, list[Any]]:
         """All columns of one rollout, a number or text per token."""
         import pyarrow.compute as pc
 
-        table = self.rollouts(step, kind)
-        table = table.filter(pc.equal(table.column("sample"), sample))
+        table = self._tokens(step, kind)
+        table = table.filter(pc.equal(table.column("sample"), sample)) if 0 <= sample < records.MAX_STEP else table[:0]
         if table.num_rows == 0:
             raise NoRun(f"{self.name}: step {step} has no sample {sample}.")
-        return {name: table.column(name).to_pylist() for name in table.column_names}
+        return {name: values(table.column(name)) for name in table.column_names}
 
     @property
     def clipping(self) -> Clipping:
@@ -256,29 +291,54 @@ class Run:
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
-        return self._json("evaluation/final.json")
+        found = self._document(FINAL, MAX_DOCUMENT, parse_json, records.EVALUATION)
+        return None if found is None else {"samples": [], **found}
 
     @property
     def best_of_n(self) -> list[dict[str, Any]]:
-        return self._json("evaluation/best_of_n.json") or []
+        return self._document(BEST_OF_N, MAX_DOCUMENT, parse_json, records.BEST_OF_N) or []
 
     def pairs(self) -> list[dict[str, Any]]:
         """The pairs that were held out from the reward model, with its scores."""
-        import pyarrow.parquet as pq
-
-        file = self.path / "evaluation" / "pairs.parquet"
-        return pq.read_table(file).to_pylist() if file.is_file() else []
+        self._problems.pop(PAIRS, None)
+        try:
+            file = self._folder.open(PAIRS)
+            if file is None:
+                return []
+            with file:
+                table, faults = read_parquet(file, PAIR_COLUMNS)
+        except Unreadable as error:
+            self._problems[PAIRS] = [f"{PAIRS} {error}"]
+            return []
+        columns = [values(table.column(name)[:MAX_PAIRS]) for name in table.column_names]
+        rows = [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+        whole = [row for row in rows if all(_usable(row[name]) for name in PAIR_COLUMNS)]
+        if len(whole) < table.num_rows:
+            faults.append(f"{table.num_rows - len(whole):,} of {table.num_rows:,} pairs are too many or lack a value")
+        if faults:
+            self._problems[PAIRS] = [left_out(PAIRS, faults)]
+        return whole
 
     def answers(self) -> Iterator[dict[str, Any]]:
         """What the policy before and after answered to the held-out prompts."""
-        file = self.path / "evaluation" / "answers.jsonl"
-        if file.is_file():
-            with file.open(encoding="utf-8") as lines:
-                yield from (json.loads(line) for line in lines)
-
-    def _json(self, name: str) -> Any:
-        file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        self._problems.pop(ANSWERS, None)
+        faults: list[str] = []
+        try:
+            for number, line in enumerate(records.read_lines(self._folder, ANSWERS), 1):
+                if number > MAX_ANSWERS:
+                    faults.append(f"what follows line {MAX_ANSWERS:,} is too much to read")
+                    break
+                try:
+                    value, wrong = checked(records.ANSWERS, parse_json(line)[0])
+                except Unreadable as error:
+                    value, wrong = None, [str(error).rstrip(".")]
+                faults += [f"in line {number:,}, {fault}" for fault in wrong]
+                if value is not None:
+                    yield value
+        except Unreadable as error:
+            self._problems[ANSWERS] = [f"{ANSWERS} {error}"]
+        if faults:
+            self._problems[ANSWERS] = [left_out(ANSWERS, faults)]
 
     # --- for eyes ------------------------------------------------------------------------------------------------------------
 
@@ -305,41 +365,26 @@ class Run:
 HEADLINE = ("loss", "accuracy", "reward", "reward/gold", "kl", "value/explained_variance")
 
 
-def _runs(values: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where each run of equal values begins and ends."""
-    first = 0
-    for i in range(1, len(values) + 1):
-        if i == len(values) or values[i] != values[first]:
-            yield first, i
-            first = i
-
-
-def _sample(columns: Mapping[str, list[Any]], names: Sequence[str], first: int, last: int) -> Sample:
-    own = columns["is_response"][first:last]
-    begin = first + (own.index(True) if True in own else len(own))
-    text, kl, advantage = columns["text"], columns["kl"][begin:last], columns["advantage"][begin:last]
-    kls, advantages = ([x for x in numbers if x is not None] for numbers in (kl, advantage))
-    return Sample(
-        number=columns["sample"][first],
-        id=columns["id"][first],
-        group=columns["group"][first],
-        score=columns["score"][first],
-        components={name: columns[f"score/{name}"][first] for name in names},
-        prompt="".join(text[first:begin]),
-        response="".join(text[begin:last]),
-        tokens=last - begin,
-        ended=columns["ended"][first] if "ended" in columns else None,
-        kl=sum(kls) if kls else None,
-        clipped=sum(bool(x) for x in columns["clipped"][begin:last]),
-        advantage=sum(advantages) / len(advantages) if advantages else None,
-    )
+def _usable(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def find_runs(root: Path) -> list[Path]:
-    """The run folders in a folder, the newest first; the folder itself where it is one."""
-    if (root / "events.jsonl").is_file():
+    """The run folders in a folder, the newest first; the folder itself where it is one. Links in a folder are passed over, such
+    as `latest`."""
+    if _written(root) is not None:
         return [root.resolve()]
-    if not root.is_dir():
-        raise NoRun(f"{root}: no such folder.")
-    found = [p for p in root.iterdir() if not p.is_symlink() and (p / "events.jsonl").is_file()]
-    return sorted(found, key=lambda p: (p / "events.jsonl").stat().st_mtime, reverse=True)
+    try:
+        there = list(root.iterdir())
+    except OSError as error:
+        raise NoRun(f"{printable(str(root))}: {'no such folder' if not root.is_dir() else error.strerror}.") from None
+    found = {path: when for path in there if not path.is_symlink() and (when := _written(path)) is not None}
+    return sorted(found, key=found.__getitem__, reverse=True)
+
+
+def _written(folder: Path) -> float | None:
+    """When the record of a run folder was last written; None where a folder has none."""
+    try:
+        return (folder / EVENTS).lstat().st_mtime
+    except (OSError, ValueError):
+        return None

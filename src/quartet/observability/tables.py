@@ -74,7 +74,8 @@ def run_table(cards: Sequence[Mapping[str, Any]]) -> Table:
     for card in cards:
         numbers = "  ".join(f"{label} {value}" for label, value in card["numbers"])
         warnings = f" ▲{card['warnings']}" if card["warnings"] else ""
-        table.add_row(card["name"], card["status"] + warnings, f"{card['stage'] or ''} {card['step']}", numbers)
+        at = "" if card["step"] is None else f"{card['stage'] or ''} {card['step']}"
+        table.add_row(card["name"], card["status"] + warnings, at, numbers)
     return table
 
 

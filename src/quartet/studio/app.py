@@ -23,9 +23,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from quartet import __version__
 from quartet.observability import figures
 from quartet.observability.doctor import examine
-from quartet.observability.reader import NoRun, Run
+from quartet.observability.reader import Damaged, NoRun, Run
+from quartet.observability.untrusted import finite
 from quartet.studio import views
-from quartet.studio.first_policy import FirstPolicies, NoAnswer, folder_of
+from quartet.studio.first_policy import Busy, FirstPolicies, NoAnswer, folder_of
 from quartet.studio.library import Library
 from quartet.studio.rendering import plotly_file, templates
 
@@ -68,7 +69,7 @@ class Pages:
                 if request.url.path.startswith("/api/"):
                     return JSONResponse({"error": str(error)}, status, HEADERS)
                 return self.html("error.html", status, title="Not here", sentence=str(error), run=None)
-            return made if isinstance(made, Response) else JSONResponse(made, headers=HEADERS)
+            return made if isinstance(made, Response) else JSONResponse(finite(made), headers=HEADERS)
 
         return respond
 
@@ -81,7 +82,10 @@ class Pages:
         return self.library.run(request.path_params["name"])
 
     def runs(self, _: Request) -> Response:
-        return self.html("runs.html", title="Runs", cards=[views.card(run) for run in self.library.runs()], run=None)
+        cards = [
+            views.card(run) if isinstance(run, Run) else views.unreadable(name, str(run)) for name, run in self.library.runs()
+        ]
+        return self.html("runs.html", title="Runs", cards=cards, run=None)
 
     def overview(self, request: Request) -> Response:
         run = self.run_of(request)
@@ -120,7 +124,11 @@ class Pages:
         asked = _whole(request, "step", steps[-1] if steps else 0)
         step = min(steps, key=lambda s: abs(s - asked), default=asked)
         sort, words = request.query_params.get("sort", "number"), request.query_params.get("q", "")
-        found = views.sorted_samples(run.samples(step, kind), sort, words) if steps else []
+        fault, found = "", []
+        try:
+            found = views.sorted_samples(run.samples(step, kind), sort, words) if steps else []
+        except Damaged as error:
+            fault = str(error)
         at = steps.index(step) if step in steps else 0
         return self.html(
             "samples.html",
@@ -128,6 +136,7 @@ class Pages:
             run=run,
             samples=found[: views.SAMPLES_SHOWN],
             found=len(found),
+            fault=fault,
             steps=steps,
             step=step,
             asked=asked,
@@ -158,7 +167,8 @@ class Pages:
             steps=steps,
             sample=mine,
             count=len(everything),
-            siblings=[s for s in everything if s.group == mine.group and s.number != number],
+            siblings=[s for s in everything if s.group == mine.group and s.number != number][: views.SAMPLES_SHOWN],
+            shown=min(len(rows["text"]), views.TOKENS_SHOWN),
             glance=views.glance(rows),
             inspector=views.inspector(run, rows),
             can_ask=kind == "rollouts" and folder_of(run) is not None and "environment" not in run.config,
@@ -177,15 +187,18 @@ class Pages:
             return JSONResponse({"error": "only the studio's own pages may ask a model."}, 403, HEADERS)
         try:
             run, ids = await run_in_threadpool(self._one_at_a_time, self._prompt, request)
-            return JSONResponse({"answer": await run_in_threadpool(self.first_policies.answer, run, ids)}, headers=HEADERS)
+            return JSONResponse({"answer": await self.first_policies.answer(run, ids)}, headers=HEADERS)
         except (NoRun, BadQuestion, NoAnswer) as error:
-            status = 404 if isinstance(error, NoRun) else 400 if isinstance(error, BadQuestion) else 500
+            statuses = {NoRun: 404, BadQuestion: 400, Busy: 503, NoAnswer: 500}
+            status = next(status for kind, status in statuses.items() if isinstance(error, kind))
             return JSONResponse({"error": str(error)}, status, HEADERS)
 
     def _prompt(self, request: Request) -> tuple[Run, list[int]]:
         run = self.run_of(request)
         rows = run.sample(_whole(request, "step", 0), _whole(request, "sample", 0))
         begin = rows["is_response"].index(True) if True in rows["is_response"] else len(rows["is_response"])
+        if None in rows["token_id"][:begin]:
+            raise NoRun(f"{run.name}: the file of rollouts does not have the tokens of this prompt.")
         return run, rows["token_id"][:begin]
 
     def token_history(self, request: Request) -> dict[str, Any]:
@@ -194,7 +207,10 @@ class Pages:
         sample, position = _whole(request, "sample", 0), _whole(request, "position", 0)
         made: dict[str, list[Any]] = {name: [] for name in ("step", "logprob", "ref_logprob", "value", "advantage")}
         for step in run.steps("probes"):
-            rows = run.sample(step, sample, "probes")
+            try:
+                rows = run.sample(step, sample, "probes")
+            except Damaged:
+                continue
             if not 0 <= position < len(rows["text"]):
                 raise NoRun(f"the probe {sample} has no token {position}.")
             made["step"].append(step)

@@ -6,51 +6,82 @@ It is asked in a process of its own, so that the studio imports no torch and its
 import json
 import subprocess
 import sys
-import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from anyio import CapacityLimiter, to_thread
+
 from quartet.observability.reader import NoRun, Run
+from quartet.observability.untrusted import Folder, printable
 
 PATIENCE = 300
 """Seconds in which a model must be loaded and have answered."""
 KEPT = 500
 """Answers that are remembered."""
+WAITING = 8
+"""Questions that may wait, with the one that is being answered; a further one is refused."""
 
 
 class NoAnswer(RuntimeError):
     """The model could not be asked; the message is a sentence for a person."""
 
 
+class Busy(NoAnswer):
+    """As many questions wait as may."""
+
+
 def folder_of(run: Run) -> Path | None:
     """Where that policy is: the run's own SFT model, else the model it was given, where it is on this machine."""
     given = run.config.get("policy", {}).get("model")
-    for folder in (run.path / "sft", *([Path(given)] if given else ())):
-        if (folder / "config.json").is_file():
-            return folder
+    own = [run.path / "sft"] if Folder(run.path).is_plain("sft") else []
+    for folder in (*own, *([Path(given)] if given else ())):
+        try:
+            if (folder / "config.json").is_file():
+                return folder
+        except (OSError, ValueError):  # a name that is too long, or none
+            continue
     return None
 
 
 class FirstPolicies:
-    """One question at a time; an answer that was given once is remembered."""
+    """One question at a time, in a thread of its own: those that wait take none from the pages. An answer that was given once
+    is remembered."""
 
     def __init__(self) -> None:
-        self._asking = threading.Lock()
+        self._one = CapacityLimiter(1)
+        self._waiting = 0
         self._said: OrderedDict[tuple[Path, tuple[int, ...]], str] = OrderedDict()
 
-    def answer(self, run: Run, prompt_ids: Sequence[int]) -> str:
-        """The likeliest answer: greedy, as long as the run's rollouts may be."""
-        folder = folder_of(run)
+    async def answer(self, run: Run, prompt_ids: Sequence[int]) -> str:
+        """The likeliest answer: greedy, as long as the run's rollouts may be. Busy where too many wait for theirs."""
+        folder, length = folder_of(run), run.config.get("rollout", {}).get("max_new_tokens")
         if folder is None:
             raise NoRun(f"{run.name}: the model that RL started from is not on this machine.")
+        if length is None:
+            raise NoRun(f"{run.name}: its config does not say how long an answer may be (rollout.max_new_tokens).")
         key = folder, tuple(prompt_ids)
-        with self._asking:
-            if key not in self._said:
-                self._said[key] = _asked(folder, prompt_ids, run.config["rollout"]["max_new_tokens"])
-            while len(self._said) > KEPT:
+        if key not in self._said:
+            with self._in_line():
+                await to_thread.run_sync(self._ask, key, length, limiter=self._one)
+        return self._said[key]
+
+    @contextmanager
+    def _in_line(self) -> Iterator[None]:
+        if self._waiting >= WAITING:
+            raise Busy(f"{WAITING} questions wait for the model already. Ask again in a minute.")
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    def _ask(self, key: tuple[Path, tuple[int, ...]], length: int) -> None:
+        if key not in self._said:
+            while len(self._said) >= KEPT:
                 self._said.popitem(last=False)
-            return self._said[key]
+            self._said[key] = _asked(*key, length)
 
 
 def _asked(folder: Path, prompt_ids: Sequence[int], max_new_tokens: int) -> str:
@@ -61,7 +92,7 @@ def _asked(folder: Path, prompt_ids: Sequence[int], max_new_tokens: int) -> str:
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"the model in {folder} did not answer in {PATIENCE} s.") from None
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        why = printable((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
         raise NoAnswer(f"the model in {folder} could not be asked ({why}).")
     answer: str = json.loads(done.stdout)
     return answer

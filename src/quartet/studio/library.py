@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quartet.observability.reader import NoRun, Run, find_runs
+from quartet.observability.untrusted import printable
 
 KEPT_OPEN = 200
 """Runs whose metrics stay in memory."""
@@ -23,7 +24,8 @@ class Library:
         made: dict[str, Path] = {}
         for root in self.roots:
             for path in find_runs(root):
-                made[path.name if path.name not in made else f"{path.parent.name} {path.name}"] = path
+                name = printable(path.name)
+                made[name if name not in made else f"{printable(path.parent.name)} {name}"] = path
         return made
 
     def run(self, name: str) -> Run:
@@ -31,26 +33,29 @@ class Library:
         path = self.paths().get(name)
         if path is None:
             self._open.pop(name, None)
-            raise NoRun(f"there is no run called {name}.")
+            raise NoRun(f"there is no run called {printable(name)}.")
+        return self._run(name, path)
+
+    def _run(self, name: str, path: Path) -> Run:
         try:
             if name not in self._open:
                 self._open[name] = Run(path)
                 self._open[name].name = name
             self._open[name].refresh()
-        except OSError as error:
+        except NoRun:
             self._open.pop(name, None)
-            raise NoRun(f"{name} cannot be read ({error.strerror}).") from None
+            raise
         self._open.move_to_end(name)
         while len(self._open) > KEPT_OPEN:
             self._open.popitem(last=False)
         return self._open[name]
 
-    def runs(self) -> list[Run]:
-        """Those that can be read."""
-        made = []
-        for name in self.paths():
+    def runs(self) -> list[tuple[str, Run | NoRun]]:
+        """All by name; in place of a run that cannot be read, the reason."""
+        made: list[tuple[str, Run | NoRun]] = []
+        for name, path in self.paths().items():
             try:
-                made.append(self.run(name))
-            except NoRun:
-                continue
+                made.append((name, self._run(name, path)))
+            except NoRun as error:
+                made.append((name, error))
         return made

@@ -1,12 +1,15 @@
 """Templates and the chart library: what pages and report are rendered with."""
 
 import importlib.util
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quartet.studio.views import number
+from quartet.observability.untrusted import finite
+from quartet.studio.views import number, shortened
 
 
 def templates() -> Environment:
@@ -14,8 +17,14 @@ def templates() -> Environment:
     made = Environment(
         loader=PackageLoader("quartet.studio"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters |= {"number": number, "ago": ago}
+    made.filters |= {"number": number, "ago": ago, "shortened": shortened}
+    made.policies["json.dumps_function"] = json_text
     return made
+
+
+def json_text(value: Any, **more: Any) -> str:
+    """Return JSON as browsers know it: null in place of what is infinite or no number."""
+    return json.dumps(finite(value), allow_nan=False, **more)
 
 
 def plotly_file() -> Path:

@@ -1,6 +1,5 @@
 """One HTML file that says what a run did, to somebody who was not there."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from markupsafe import Markup
 from quartet import __version__
 from quartet.observability.doctor import Finding, examine
 from quartet.observability.figures import frontier
-from quartet.observability.reader import Run
+from quartet.observability.reader import Damaged, Run
 from quartet.studio import views
-from quartet.studio.rendering import plotly_file, templates
+from quartet.studio.rendering import json_text, plotly_file, templates
 
 ROLLOUTS = 10
 """How many are shown token by token."""
@@ -35,9 +34,11 @@ COMPARISONS = "The model learns from pairs of answers directly: the preferred on
 
 def write_report(run: Run) -> Path:
     """`report.html` in the run's folder; it needs nothing beside it."""
-    path = run.path / "report.html"
+    path, page = run.path / "report.html", report(run)
     beside = path.with_suffix(".tmp")
-    beside.write_text(report(run), encoding="utf-8")
+    beside.unlink(missing_ok=True)  # a link would be written through
+    with beside.open("x", encoding="utf-8") as file:
+        file.write(page)
     beside.replace(path)
     return path
 
@@ -52,6 +53,7 @@ def report(run: Run) -> str:
     found = examine(run)
     figures = [chart["figure"] for stage in stages for chart in stage["charts"]]
     line = frontier(run)
+    rollouts = [_rollout(run, step, number) for step, number in told(run)]
     if line["data"]:
         figures.append(line)
     return (
@@ -63,11 +65,12 @@ def report(run: Run) -> str:
             verdict=verdict(run, found),
             numbers=views.headline(run),
             stages=stages,
-            figures=Markup(json.dumps(figures).replace("<", "\\u003c")),  # JSON in a script; < cannot end it
+            figures=Markup(json_text(figures).replace("<", "\\u003c")),  # JSON in a script; < cannot end it
             has_frontier=bool(line["data"]),
             findings=found,
             evaluation=run.evaluation,
-            rollouts=[_rollout(run, step, number) for step, number in told(run)],
+            rollouts=rollouts,
+            problems=run.problems,
             style=Markup((static / "studio.css").read_text(encoding="utf-8").replace('url("icon.svg")', "none")),
             plotly=Markup(plotly_file().read_text(encoding="utf-8")),
         )
@@ -119,7 +122,12 @@ def told(run: Run) -> list[tuple[int, int]]:
     chosen = list(dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]]))
     made = []
     for step in chosen:
-        ranked = sorted(run.samples(step), key=lambda s: s.score)
+        try:
+            ranked = views.sorted_samples(run.samples(step), "worst", "")
+        except Damaged:  # it is among the run's problems
+            continue
+        if not ranked:
+            continue
         count = ROLLOUTS - 2 * (len(chosen) - 1) if step == chosen[-1] else 2
         places = {round(i * (len(ranked) - 1) / max(count - 1, 1)) for i in range(count)}
         made += [(step, ranked[place].number) for place in sorted(places, reverse=True)]
@@ -127,7 +135,7 @@ def told(run: Run) -> list[tuple[int, int]]:
 
 
 def _rollout(run: Run, step: int, number: int) -> dict[str, Any]:
-    rows = run.sample(step, number)
+    rows = {name: column[: views.TOKENS_SHOWN] for name, column in run.sample(step, number).items()}
     return {"step": step, "number": number, "glance": views.glance(rows), "tokens": list(_shaded(run, rows))}
 
 

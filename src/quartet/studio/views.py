@@ -13,6 +13,10 @@ from quartet.observability.reader import Run, Sample
 WORST_PAIRS = 12
 SAMPLES_SHOWN = 200
 """Rows of a page of samples."""
+TEXT_SHOWN = 4_000
+"""Characters of a prompt or response in a list."""
+TOKENS_SHOWN = 50_000
+"""Tokens of one sample that a page can hold."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,27 @@ def card(run: Run) -> dict[str, Any]:
         "sparkline": curve,
         "sparkline_of": label,
         "warnings": len(run.warnings),
+        "problems": run.problems,
         "started": started,
     }
+
+
+def unreadable(name: str, sentence: str) -> dict[str, Any]:
+    """A row of the list of runs for a folder whose record cannot be read."""
+    empty: dict[str, Any] = {
+        "recipe": "",
+        "stage": None,
+        "step": None,
+        "numbers": [],
+        "sparkline": None,
+        "sparkline_of": "",
+        "warnings": 0,
+    }
+    return {"name": name, "status": "unreadable", **empty, "problems": [sentence], "started": None}
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}… ({len(text):,} characters)"
 
 
 HEADLINE = ("reward", "reward/gold", "kl", "accuracy", "loss", "response/tokens", "value/explained_variance")
@@ -102,13 +125,13 @@ def headline(run: Run) -> list[tuple[str, str]]:
 
 def sparkline(values: Sequence[float], width: int = 120, height: int = 28) -> str:
     """The points of an SVG line."""
-    shown = [v for v in values if not math.isnan(v)]
+    shown = [v for v in values if math.isfinite(v)]
     if len(shown) < 2:
         return ""
     step = max(1, len(shown) // width)
     shown = shown[::step]
     low, high = min(shown), max(shown)
-    scale = (height - 4) / (high - low) if high > low else 0.0
+    scale = (height - 4) / (high - low) if high > low and math.isfinite(high - low) else 0.0
     return " ".join(f"{i * width / (len(shown) - 1):.1f},{height - 2 - (v - low) * scale:.1f}" for i, v in enumerate(shown))
 
 
@@ -134,8 +157,8 @@ def meaning(name: str) -> dict[str, str]:
 
 SORTS = {
     "number": ("order", lambda s: s.number),
-    "best": ("best first", lambda s: -s.score),
-    "worst": ("worst first", lambda s: s.score),
+    "best": ("best first", lambda s: math.inf if math.isnan(s.score) else -s.score),
+    "worst": ("worst first", lambda s: math.inf if math.isnan(s.score) else s.score),
     "longest": ("longest first", lambda s: -s.tokens),
     "kl": ("farthest from the reference", lambda s: -(s.kl or 0.0)),
     "clipped": ("most clipped", lambda s: -s.clipped),
@@ -149,7 +172,9 @@ def sorted_samples(samples: Sequence[Sample], sort: str, words: str) -> list[Sam
 
 
 def inspector(run: Run, sample: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """One rollout for the page of tokens: the texts, a list of numbers per column, and what happened to each token in words."""
+    """One rollout for the page of tokens: the texts, a list of numbers per column, and what happened to each token in words.
+    Of more than TOKENS_SHOWN tokens the first."""
+    sample = {name: column[:TOKENS_SHOWN] for name, column in sample.items()}
     begin = sample["is_response"].index(True) if True in sample["is_response"] else len(sample["text"])
     columns = [c for c in TOKEN_COLUMNS if any(v is not None for v in sample.get(c.name, ()))]
     whitened = run.config.get("algorithm", {}).get("rewards", {}).get("whiten", False)
@@ -226,7 +251,7 @@ def right(margins: Sequence[float]) -> float | None:
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
     try:
         return statistics.correlation(x, y)
-    except statistics.StatisticsError:  # one of them does not vary
+    except (statistics.StatisticsError, OverflowError, ValueError):  # one of them does not vary, or beyond all numbers
         return None
 
 
