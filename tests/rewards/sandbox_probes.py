@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 
+from quartet.rewards.cgroup import memory_cgroup
 from quartet.rewards.sandbox import Sandbox
 
 KINDS = ("escape", "persist", "exhaust", "observe", "system call")
@@ -33,6 +34,7 @@ SECRET = "QUARTET_PROBE_SECRET"
 PRELUDE = f"""
 import ctypes, errno, os, sys, mmap, signal, socket, struct, threading, time, resource
 MEMORY = {MEMORY_MB} << 20
+CGROUP = {memory_cgroup(MEMORY_MB) is not None}
 libc = ctypes.CDLL(None, use_errno=True)
 def syscall(number, *arguments):
     return libc.syscall(ctypes.c_long(number), *(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
@@ -61,8 +63,8 @@ SYSCALLS_X86 = {
     "memfd_secret": (447, 0), "shmget": (29, 0, 4096, 0o1600), "msgget": (68, 0, 0o1600), "semget": (64, 0, 1, 0o1600),
     "mq_open": (240, 0, 0, 0, 0), "inotify_init1": (294, 0), "fanotify_init": (300, 0, 0), "setuid": (105, 0),
     "setresuid": (117, 0, 0, 0), "capset": (126, 0, 0), "setrlimit of another": (302, 1, 7, 0, 0), "prctl pdeathsig": (157, 1, 0),
-    "seccomp": (317, 0, 0, 0), "setsid": (112,), "setpgid": (109, 0, 0), "personality": (135, 0x0040000),
-    "sysinfo": (99, 0), "syslog": (103, 3, 0, 0), "reboot is asked with wrong magic": (169, 0, 0, 0, 0), "sethostname": (170, 0, 0),
+    "seccomp": (317, 0, 0, 0), "sendto an address": (44, 0, 0, 0, 0, 0, 16), "setsid": (112,), "setpgid": (109, 0, 0), "personality": (135, 0x0040000),
+    "syslog": (103, 3, 0, 0), "reboot is asked with wrong magic": (169, 0, 0, 0, 0), "sethostname": (170, 0, 0),
     "settimeofday": (164, 0, 0), "adjtimex": (159, 0), "swapon": (167, 0, 0), "acct": (163, 0), "quotactl": (179, 0, 0, 0, 0),
     "iopl": (172, 3), "modify_ldt": (154, 0, 0, 0), "kcmp": (312, 1, 1, 0, 0, 0), "setxattr": (188, 0, 0, 0, 0, 0),
     "flock": (73, 0, 0), "sched_setaffinity": (203, 1, 0, 0), "setpriority": (141, 0, 1, 0), "migrate_pages": (256, 1, 0, 0, 0),
@@ -214,6 +216,13 @@ time.sleep(3600)
     "persist: a file for the next program": """
 open("/tmp/left", "w").write("x"); open("/dev/shm/left", "w").write("x")
 """,
+    "persist: a mark on a device of the host": """
+for name in ("null", "full", "random", "urandom"):
+    try: os.utime("/dev/" + name); escaped(name)
+    except OSError: pass
+    try: os.chmod("/dev/" + name, 0o666); escaped(name)
+    except OSError: pass
+""",
     "persist: nothing is left of an earlier program": """
 if os.listdir("/tmp") or os.listdir("/dev/shm"): escaped(os.listdir("/tmp"), os.listdir("/dev/shm"))
 """,
@@ -264,6 +273,45 @@ for number in range(20000):
         try: os.mkdir(f"{folder}/{number}"); made += 1
         except OSError: pass
 if made > 1200: escaped(made)
+print(made)
+""",
+    "exhaust: huge pages of which one small page stays mapped": """
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+if libc.prctl(42, 0, 0, 0, 0) == 0: escaped("huge pages can be asked for")
+def free():
+    with open("/dev/full"): pass
+    info = (ctypes.c_ulong * 16)()
+    libc.sysinfo(info)
+    return info[5]
+before, size = free(), 2 << 20
+for _ in range(150):
+    area = libc.mmap(None, 2 * size, 3, 0x22, -1, 0)
+    if area in (None, ctypes.c_void_p(-1).value): break
+    start = -(-area // size) * size
+    libc.munmap(ctypes.c_void_p(area), ctypes.c_size_t(start - area))
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), 14)
+    ctypes.memset(start, 1, 1)
+    libc.munmap(ctypes.c_void_p(start + 4096), ctypes.c_size_t(area + 2 * size - start - 4096))
+print((before - free()) >> 20)
+""",
+    "exhaust: threads with descriptors of their own": """
+stack = mmap.mmap(-1, 1 << 16, flags=mmap.MAP_PRIVATE)
+top = ctypes.addressof(ctypes.c_char.from_buffer(stack)) + (1 << 16)
+pause = ctypes.cast(libc.pause, ctypes.c_void_p)
+for flags in (0x10900, 0x10B00, 0x10D00, 0x10700):
+    if libc.clone(pause, ctypes.c_void_p(top), flags, None) != -1: escaped(hex(flags))
+""",
+    "exhaust: page tables of pages far apart": """
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+made = 0
+for number in range(60_000):
+    area = libc.mmap(0x100000000000 + (number << 30), 4096, 3, 0x22 | 0x100000, -1, 0)
+    if area in (None, ctypes.c_void_p(-1).value): break
+    ctypes.memset(area, 1, 1)
+    made += 1
+if CGROUP and made * 12 << 10 > MEMORY: escaped(made * 12 >> 10, "MiB")
 print(made)
 """,
     "exhaust: record locks": """
@@ -351,6 +399,11 @@ print(total)
     "exhaust: output": """
 while True: os.write(1, b"x" * 65536)
 """,
+    "exhaust: output in packets of a byte": """
+import fcntl
+fcntl.fcntl(1, fcntl.F_SETFL, os.O_DIRECT)
+while True: libc.write(1, b"x", 1)
+""",
     "exhaust: output drop by drop": """
 while True: os.write(1, b"x"); time.sleep(0.05)
 """,
@@ -386,6 +439,11 @@ for pid in range(1, 50):
 for path in ("/home", "/etc/passwd", "/etc/shadow", "/etc/hostname", "/var", "/run", "/mnt", "/srv", "/opt", "/boot", "/root/.ssh", "/root/.bashrc",
              "/usr/local/etc", "/usr/src", "/usr/share/doc", "/work", "/workspace", "/usr/bin"):
     if os.path.lexists(path): escaped(path)
+""",
+    "observe: sockets of others by name": """
+a, b = socket.socketpair()
+for name in (b"\\0quartet", b"/dev/log", b"/tmp/socket"):
+    refused(lambda: a.sendto(b"x", name))
 """,
     "observe: the host's name": """
 if os.uname().nodename != "sandbox": escaped(os.uname().nodename)

@@ -3,10 +3,10 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from quartet.experience import Rollout
+from quartet.rewards.concurrent import map_concurrently
 from quartet.rewards.protocol import RewardError, Score
 from quartet.rewards.sandbox import Sandbox
 
@@ -40,8 +40,7 @@ class CodeReward:
         self.name, self.sandbox, self.column, self.kind, self.parallel = name, sandbox, column, score, parallel
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        with ThreadPoolExecutor(self.parallel) as pool:
-            return list(pool.map(self._score, rollouts))
+        return map_concurrently(self._score, rollouts, self.parallel)
 
     def _score(self, rollout: Rollout) -> Score:
         tests = checked_tests(rollout.prompt.id, self.column, rollout.prompt.extra[self.column])
@@ -67,7 +66,7 @@ class CodeReward:
         """What each expression came to, as a list of one, or None; shorter than the calls where the program ended before."""
         ran = self.sandbox.run(HARNESS.format(program=program, calls=list(calls)))
         values = []
-        for line in ran.output.splitlines()[: len(calls)]:
+        for line in ran.output.split("\n")[: len(calls)]:
             try:
                 values.append(json.loads(line))
             except (ValueError, RecursionError):
@@ -110,4 +109,4 @@ def checked_tests(place: str, column: str, cell: Any) -> list[Mapping[str, Any]]
 
 
 def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().splitlines()]
+    return [line.rstrip() for line in text.rstrip().split("\n")]

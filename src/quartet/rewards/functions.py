@@ -2,24 +2,30 @@
 
 import ast
 import contextlib
+import io
 import json
 import logging
+import os
+import selectors
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as TooLong
 from pathlib import Path
 from typing import Any
 
 from quartet.experience import Rollout
+from quartet.rewards.concurrent import map_concurrently
 from quartet.rewards.protocol import RewardError, Score
 
 log = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
-"""How long the import of a person's module may take."""
+"""How long the import of a user's module may take."""
+GRACE_SECONDS = 2.0
+"""How long the end of a process is waited for."""
 
 
 class TextReward:
@@ -73,8 +79,12 @@ class FunctionReward:
         shares = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
         for worker in self.workers:
             worker.start()  # here: a process dies with the thread that made it, and those of the pool end
-        with ThreadPoolExecutor(len(shares)) as pool:
-            found = pool.map(self._ask, self.workers, shares)
+        try:
+            found = map_concurrently(lambda pair: self._ask(*pair), list(zip(self.workers, shares, strict=False)), len(shares))
+        except BaseException:  # a failure or an interruption: nothing that was asked goes on by itself
+            for worker in self.workers:
+                worker.stop()
+            raise
         values = [value for share in found for value in share]
         self._last = (list(rollouts), values)
         return values
@@ -118,7 +128,7 @@ class Worker:
 
     def __init__(self, function: str) -> None:
         self.function = function
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.parameters: dict[str, Any] = {}
         self.start()
 
@@ -131,10 +141,12 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
+            bufsize=0,
             start_new_session=True,
         )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        os.set_blocking(self.process.stdin.fileno(), False)
+        os.set_blocking(self.process.stdout.fileno(), False)
         threading.Thread(target=_log_lines, args=(self.process.stderr, self.function), daemon=True).start()
         answer = self._exchange({"function": self.function}, START_SECONDS)
         if answer is None:
@@ -157,48 +169,108 @@ class Worker:
         return values
 
     def _exchange(self, request: Mapping[str, Any], timeout: float) -> dict[str, Any] | None:
-        """The answer; None where there was none in time, and the process is stopped."""
+        """Return the answer; None where there was none in time, and then the process is ended. No wait here is without a
+        deadline, whatever the function does to its process, its descriptors and its children."""
         process = self.process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-
-        def ask() -> str:
-            assert process.stdin is not None and process.stdout is not None
-            try:
-                process.stdin.write(json.dumps(request, default=str) + "\n")
-                process.stdin.flush()
-            except BrokenPipeError:
-                return ""
-            return process.stdout.readline()
-
-        with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(ask)
-            try:
-                line = asked.result(timeout)
-            except TooLong:
-                process.kill()  # which ends the reading
-                asked.exception()
-                self.stop()
-                return None
-        if not line:
-            code = process.wait()
+        assert process is not None
+        deadline = time.monotonic() + timeout
+        try:
+            line = _converse(process, (json.dumps(request, default=str) + "\n").encode(), deadline)
+        except TimeoutError:
             self.stop()
-            raise RewardError(f"{self.function}: its process ended by itself (exit code {code}). What it said is in run.log.")
+            return None
+        if line is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_SECONDS)
+            code = process.returncode
+            self.stop()
+            how = "closed its output and went on, and was ended" if code is None else f"ended by itself (exit code {code})"
+            raise RewardError(f"{self.function}: its process {how}. What it said is in run.log.")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def stop(self) -> None:
+        """End the process and all that it has started."""
         process, self.process = self.process, None
         if process is None:
             return
-        process.kill()
-        process.wait()
+        end_tree(process)
         for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(OSError):
                 if pipe is not None:
                     pipe.close()
 
     def __del__(self) -> None:
         self.stop()
+
+
+def _converse(process: "subprocess.Popen[bytes]", request: bytes, deadline: float) -> bytes | None:
+    """Write a request and return the line that answers it; None where the output was closed instead. Raises `TimeoutError` at
+    the deadline."""
+    assert process.stdin is not None and process.stdout is not None
+    remaining, answer = memoryview(request), bytearray()
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        selector.register(process.stdin, selectors.EVENT_WRITE)
+        while True:
+            ready = selector.select(max(deadline - time.monotonic(), 0))
+            if not ready:
+                raise TimeoutError
+            for key, _ in ready:
+                if key.fileobj is process.stdin:
+                    try:
+                        remaining = remaining[os.write(process.stdin.fileno(), remaining[:65536]) :]
+                    except BlockingIOError:
+                        continue
+                    except OSError:  # nobody reads it any more; the output tells why
+                        remaining = remaining[:0]
+                    if not remaining:
+                        selector.unregister(process.stdin)
+                else:
+                    piece = os.read(process.stdout.fileno(), 1 << 20)
+                    answer += piece
+                    if not piece:
+                        return None
+                    if answer.endswith(b"\n"):
+                        return bytes(answer)
+
+
+def end_tree(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process, its process group and, where /proc tells of them, all that descends from it. The process adopts its
+    orphans (see `worker.py`), so a child that left the group is found, too."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGSTOP)  # it starts nothing more
+        for _ in range(20):
+            living = descendants(process.pid)
+            for pid in living:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            if not living:
+                break
+            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        log.warning("process %d was killed and has not ended", process.pid)
+
+
+def descendants(root: int) -> list[int]:
+    """Return the living processes that descend from one; none where there is no /proc."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents[int(path.parent.name)] = int(parent)
+    found: list[int] = []
+    frontier = {root}
+    while frontier:
+        frontier = {pid for pid, parent in parents.items() if parent in frontier} - set(found)
+        found += frontier
+    return found
 
 
 def _as_trl(rollout: Rollout) -> str | list[dict[str, str]]:
@@ -235,6 +307,7 @@ def check_reference(function: str, key: str = "reward.function") -> None:
 
 
 def _log_lines(file: Any, function: str) -> None:
-    with file:
-        for line in file:
-            log.info("%s: %s", function, line.rstrip())
+    """Write what a function prints to the run's log."""
+    with io.BufferedReader(file) as lines:
+        for line in lines:
+            log.info("%s: %s", function, line.decode("utf-8", errors="replace").rstrip())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from quartet.experience import Rollout
+from quartet.texts import well_formed
 
 log = logging.getLogger(__name__)
 LARGEST = 3.4e38
@@ -35,7 +36,10 @@ class TokenReward(Reward, Protocol):
 
 
 class RewardError(RuntimeError):
-    """A reward that cannot be used, or did not keep its contract."""
+    """A reward that cannot be used, or did not keep its contract. The message may quote what others wrote."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(well_formed(message))
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@ Three layers:
 
 - bubblewrap gives each program namespaces of its own (processes, network, mounts, IPC, host name; users
   too where the caller is not root) and a read-only file system of the interpreter and its libraries.
-  There is no `/proc` and no `/sys`, `/dev` holds null, zero, full, random and urandom, and nothing of the
-  caller is visible: environment, arguments, open files, working directory.
+  There is no `/proc` and no `/sys`, `/dev` holds null, full, random and urandom, and nothing of the caller
+  is visible but the interpreter's path: no environment, arguments, open files, working directory.
 - A launcher inside mounts a small `/tmp` and `/dev/shm`, limits its resources, gives up every right and
   becomes the program. Where the caller is root, it becomes an unprivileged host user first: to the kernel,
   too, the program is not root.
 - A seccomp filter allows the calls that a Python program needs and no others (`seccomp.py`).
 
-The caller bounds wall time and output, and ends the whole process group. Where any of this cannot be had,
-nothing is run.
+A memory cgroup bounds the sum of all memory where one can be made (`cgroup.py`). The caller bounds wall time
+and output, and ends the whole process group. Where any of the three layers cannot be had, nothing is run.
 """
 
 import contextlib
@@ -24,10 +24,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from quartet.rewards.cgroup import memory_cgroup
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.seccomp import seccomp_filter
 
@@ -36,11 +38,13 @@ MAX_PROGRAM = 1_000_000
 OUTSIDE_MB = 32
 """What a program can make the kernel hold beside its address space: files in /tmp (16 MB) and /dev/shm (1 MB), buffers of pipes
 and socket pairs (64 descriptors), stacks of threads (64)."""
+START_SECONDS = 60.0
+"""How long a program may take to be started."""
 GRACE_SECONDS = 2.0
 """How long the end of a killed process is waited for."""
-FIRST_USER, USERS = 65000, 512
-"""Host users that programs run as where the caller is root: ids that Debian reserves and gives to nobody. Programs that run
-at the same time are different users."""
+FIRST_USER, USERS = 60600, 512
+"""Host users that programs run as where the caller is root: ids that neither Debian nor systemd gives to anybody. Programs
+that run at the same time are different users."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,19 @@ class Ran:
 
 
 class Sandbox:
-    """Runs Python programs for at most `seconds` of wall time each, in at most `memory_mb` MiB of memory. `OUTSIDE_MB` of
-    these are kept for what the kernel holds outside the program's address space.
+    """Runs Python programs for at most `seconds` of wall time each, in `memory_mb` MiB of memory.
+
+    `OUTSIDE_MB` of these are kept for what the kernel holds outside the program's address space. Page tables
+    count only where there is a memory cgroup (`bounds_all_memory`); elsewhere a program that maps single pages
+    far apart can take up to 512 MB more in them.
 
     Raises `RewardError` where programs cannot be isolated.
     """
 
     def __init__(self, seconds: float = 10.0, memory_mb: int = 512) -> None:
         self.seconds, self.memory_mb = seconds, memory_mb
-        self.bwrap = shutil.which("bwrap")
+        found = shutil.which("bwrap")
+        self.bwrap = None if found is None else str(Path(found).absolute())
         if sys.platform != "linux" or self.bwrap is None:
             raise RewardError(
                 'reward.type = "code" needs Linux and bubblewrap, which isolates the programs (Debian: apt install bubblewrap).'
@@ -69,6 +77,7 @@ class Sandbox:
             )
         self.filter = seccomp_filter(platform.machine())
         self._users = itertools.count(os.getpid() * 31)
+        self.bounds_all_memory = memory_cgroup(memory_mb) is not None
         output, complaint = self._probe()
         if output != "42\n":
             needs = "As root it needs CAP_SYS_ADMIN, CAP_SETUID and CAP_SETGID" if _root() else "It needs user namespaces"
@@ -77,41 +86,57 @@ class Sandbox:
             )
 
     def run(self, program: str, stdin: str = "") -> Ran:
-        """Run a program, given as source text, with `stdin` as its standard input. Its standard error is thrown away."""
+        """Run a program, given as source text, with `stdin` as its standard input. Its standard error is thrown away.
+
+        Raises `RewardError` where the program could not be started: that says nothing about the program.
+        """
         data = program.encode("utf-8", errors="surrogatepass")
         if len(data) > MAX_PROGRAM:
             return Ran("", 1)
-        with self._start(data, subprocess.DEVNULL) as process:
-            return _watch(process, stdin.encode("utf-8", errors="surrogatepass"), self.seconds)
+        return self._run(data, stdin.encode("utf-8", errors="surrogatepass"))
 
     def _probe(self) -> tuple[str, str]:
         """Run a program that is known; return its output and the last line of what bubblewrap or the launcher said."""
-        with self._start(b"print(6 * 7)", subprocess.PIPE) as process:
-            ran = _watch(process, b"", max(self.seconds, 30.0))
-            assert process.stderr is not None
-            os.set_blocking(process.stderr.fileno(), False)
-            complaint = (process.stderr.read() or b"").decode(errors="replace").strip()
-        return ran.output, complaint.splitlines()[-1] if complaint else ""
+        with tempfile.TemporaryFile() as complaints:
+            try:
+                output = self._run(b"print(6 * 7)", b"", complaints.fileno()).output
+            except RewardError:
+                output = ""
+            complaints.seek(0)
+            lines = complaints.read().decode(errors="replace").strip().splitlines()
+        return output, lines[-1] if lines else ""
 
-    def _start(self, program: bytes, stderr: int) -> "subprocess.Popen[bytes]":
-        source = os.memfd_create("program")
-        try:
-            os.write(source, program)
-            os.lseek(source, 0, os.SEEK_SET)
-            return subprocess.Popen(
-                self._command(source),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                pass_fds=[source],
-                env={},
-                cwd="/",
-                start_new_session=True,  # one process group, which is ended as a whole
-            )
-        finally:
-            os.close(source)
+    def _run(self, program: bytes, stdin: bytes, stderr: int = subprocess.DEVNULL) -> Ran:
+        """Run a program in a memory cgroup of its own, where there is one."""
+        group = memory_cgroup(self.memory_mb) if self.bounds_all_memory else None
+        with contextlib.ExitStack() as stack:
+            try:
+                if group is not None:
+                    stack.enter_context(group)
+                source = os.memfd_create("program")
+                stack.callback(os.close, source)
+                os.write(source, program)
+                os.lseek(source, 0, os.SEEK_SET)
+                started, starting = os.pipe()
+                stack.callback(os.close, started)
+                try:
+                    process = subprocess.Popen(
+                        [*(group.enter_command() if group is not None else []), *self._command(source, starting)],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=stderr,
+                        pass_fds=[source, starting],
+                        env={},
+                        cwd="/",
+                        start_new_session=True,  # one process group, which is ended as a whole
+                    )
+                finally:
+                    os.close(starting)
+            except OSError as error:
+                raise RewardError(f"a program could not be started in the sandbox: {error.strerror or error}.") from None
+            return _watch(process, started, stdin, self.seconds)
 
-    def _command(self, source: int) -> list[str]:
+    def _command(self, source: int, starting: int) -> list[str]:
         prefix = Path(sys.base_prefix).resolve()
         python = prefix / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
         user = FIRST_USER + next(self._users) % USERS if _root() else os.getuid()
@@ -126,13 +151,15 @@ class Sandbox:
             *_interpreter_mounts(prefix, python),
             *("--perms", "0755", "--dir", "/dev", "--perms", "0755", "--dir", "/dev/shm", "--perms", "0755", "--dir", "/tmp"),
             *(part for name in DEVICES for part in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")),
+            *(part for name in DEVICES for part in ("--remount-ro", f"/dev/{name}")),
             *("--perms", "0444", "--ro-bind-data", str(source), "/program.py", "--remount-ro", "/", "--chdir", "/"),
             *("--", str(python), "-I", "-S", "-c", LAUNCHER),
-            *(str(self.memory_mb - OUTSIDE_MB), str(int(self.seconds) + 1), str(user), self.filter.hex()),
+            *(str(self.memory_mb - OUTSIDE_MB), str(int(self.seconds) + 1), str(user), self.filter.hex(), str(starting)),
         ]
 
 
-DEVICES = ("null", "zero", "full", "random", "urandom")
+DEVICES = ("null", "full", "random", "urandom")
+"""Without zero: mapped shared, it is memory that RLIMIT_AS forgets after a partial unmap."""
 
 
 def _root() -> bool:
@@ -172,7 +199,9 @@ def prctl(*numbers):
 for place, options in ((b"/tmp", b"size=16m,nr_inodes=1024,mode=1777"), (b"/dev/shm", b"size=1m,nr_inodes=64,mode=1777")):
     check(libc.mount(b"tmpfs", place, b"tmpfs", ctypes.c_ulong(2 | 4 | 8), options), "mount")  # nosuid, nodev, noexec
 os.chdir("/tmp")
-os.closerange(3, 4096)
+started = os.dup2(int(sys.argv[5]), 3, inheritable=False)
+os.closerange(4, 4096)
+check(prctl(41, 1), "huge pages")  # PR_SET_THP_DISABLE: the kernel keeps a huge page of which all but a part was unmapped
 for what, limit in (
     ("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 24), ("NOFILE", 64), ("CORE", 0), ("NPROC", 64),
     ("MEMLOCK", 0), ("MSGQUEUE", 0), ("SIGPENDING", 64), ("NICE", 0), ("RTPRIO", 0),
@@ -192,6 +221,8 @@ class Filter(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 program = Filter(len(code) // 8, code)
 check(libc.prctl(22, ctypes.c_ulong(2), ctypes.byref(program), ctypes.c_ulong(0), ctypes.c_ulong(0)), "seccomp")
+os.write(started, b"1")
+os.close(started)
 sys.argv = ["/program.py"]
 runpy.run_path("/program.py", run_name="__main__")
 """
@@ -200,51 +231,56 @@ until it gives that up, and checks that nothing is left before the untrusted pro
 keeps the caller's user id, in a user namespace of its own where that id owns nothing but /tmp and /dev/shm."""
 
 
-def _watch(process: "subprocess.Popen[bytes]", stdin: bytes, seconds: float) -> Ran:
-    """Feed a process its input and read its output, up to the limits, and end its whole process group. Nothing here waits
-    without a deadline, whatever the program does to its pipes."""
+def _watch(process: "subprocess.Popen[bytes]", started: int, stdin: bytes, seconds: float) -> Ran:
+    """Feed a process its input and read its output, up to the limits, and end its whole process group. `seconds` count from
+    when the launcher hands over to the program, which `started` tells. Nothing here waits without a deadline, whatever the
+    program does to its pipes."""
     assert process.stdin is not None and process.stdout is not None
-    deadline = time.monotonic() + seconds
-    output = bytearray()
+    deadline = time.monotonic() + START_SECONDS
+    output, begun, stopped = bytearray(), False, False
     remaining = memoryview(stdin)
-    stopped = False
     try:
         with selectors.DefaultSelector() as selector:
             os.set_blocking(process.stdout.fileno(), False)
             os.set_blocking(process.stdin.fileno(), False)
+            selector.register(started, selectors.EVENT_READ)
             selector.register(process.stdout, selectors.EVENT_READ)
-            if remaining:
-                selector.register(process.stdin, selectors.EVENT_WRITE)
-            else:
-                process.stdin.close()
-            while selector.get_map() and not stopped:
-                ready = selector.select(max(deadline - time.monotonic(), 0))
-                stopped = not ready
-                for key, _ in ready:
-                    if key.fileobj is process.stdout:
-                        piece = os.read(process.stdout.fileno(), 65536)
-                        output += piece
-                        stopped = stopped or len(output) > MAX_OUTPUT
-                        if not piece:
-                            selector.unregister(process.stdout)
-                    else:
-                        remaining = remaining[_write(process.stdin.fileno(), remaining) :]
-                        if not remaining:
-                            selector.unregister(process.stdin)
-                            process.stdin.close()
+            selector.register(process.stdin, selectors.EVENT_WRITE)
+            while len(selector.get_map()) and not stopped:
+                ready = [key.fileobj for key, _ in selector.select(max(deadline - time.monotonic(), 0))]
+                if started in ready:
+                    selector.unregister(started)
+                    begun = os.read(started, 1) == b"1"
+                    if not begun:
+                        break
+                    deadline = time.monotonic() + seconds
+                if process.stdout in ready:
+                    piece = os.read(process.stdout.fileno(), 65536)
+                    output += piece
+                    if not piece:
+                        selector.unregister(process.stdout)
+                if process.stdin in ready:
+                    remaining = remaining[_write(process.stdin.fileno(), remaining) :]
+                    if not remaining:
+                        selector.unregister(process.stdin)
+                        process.stdin.close()
+                stopped = not ready or len(output) > MAX_OUTPUT or time.monotonic() >= deadline
         if not stopped:  # the pipes are closed: the program has ended, or has closed them and goes on
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(deadline - time.monotonic(), 0))
             stopped = process.returncode is None
     finally:
         _end(process)
-    return Ran(output[:MAX_OUTPUT].decode("utf-8", errors="replace"), None if stopped else process.returncode)
+    if not begun:
+        raise RewardError(f"a program could not be started in the sandbox (exit code {process.returncode}).")
+    text = output[:MAX_OUTPUT].decode("utf-8", errors="surrogateescape")  # bytes that are no text equal no text
+    return Ran(text, None if stopped else process.returncode)
 
 
 def _write(pipe: int, data: memoryview) -> int:
     """Return how many bytes went into a pipe; all of them where nobody reads it any more."""
     try:
-        return os.write(pipe, data[:65536])
+        return os.write(pipe, data[:65536]) if data else 0
     except BlockingIOError:
         return 0
     except OSError:
@@ -253,17 +289,17 @@ def _write(pipe: int, data: memoryview) -> int:
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
     """End what is left of the group: bubblewrap, its reaper (the init of the process namespace, whose end is the end of
-    every process in it) and the program. The group's leader has not been waited for, or its id is not used again while a
-    member lives."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise RewardError(
-                f"process {process.pid} of the sandbox does not end though it was killed; no further program is run."
-            ) from None
+    every process in it) and the program. The group's leader has not been waited for, so its id is not used again."""
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.close()
-    process.stdout.close()
+    try:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RewardError(
+            f"process {process.pid} of the sandbox does not end though it was killed; no further program is run."
+        ) from None
+    finally:
+        process.stdin.close()
+        process.stdout.close()

@@ -4,8 +4,9 @@ The list names what is allowed. A call that is not on it fails with ENOSYS, as o
 new calls are closed until someone has thought about them. What the list leaves out on purpose:
 
 - new processes and programs (fork, vfork, execve; clone makes threads only), so that one process is all there is to bound;
-- memory that belongs to no address space and would escape RLIMIT_AS: memfd_create, System V and POSIX shared memory and
-  message queues, shared mappings (their pages stay after a partial unmap), larger pipes, record locks, extended attributes;
+- memory that belongs to no address space and would escape RLIMIT_AS: memfd_create, System V shared memory, message queues,
+  shared anonymous mappings (their pages stay after a partial unmap), larger pipes, record locks, extended attributes, threads
+  with a descriptor table of their own;
 - other processes: ptrace, process_vm_readv, pidfd calls, signals to any other process, limits of any other process;
 - sockets (but for a pair connected to itself, which asyncio needs), passing of descriptors, devices' ioctls;
 - names and rights: mounting, namespaces, users, capabilities, keys, further filters, bpf, io_uring, modules.
@@ -16,13 +17,15 @@ from dataclasses import dataclass
 
 from quartet.rewards.protocol import RewardError
 
-ALLOW, KILL_PROCESS, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+ALLOW, KILL_PROCESS = 0x7FFF0000, 0x80000000
+EPERM, ENOSYS, EOPNOTSUPP = 0x00050001, 0x00050026, 0x0005005F
 
-THREAD = 0x00010000
+THREAD = 0x00010F00
+"""The flags of clone that every thread has: VM, FS, FILES, SIGHAND, THREAD. One without FILES would copy the descriptors."""
 THREAD_FLAGS = 0x007D0F00
-"""What glibc and musl pass to clone for a thread: VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PARENT_SETTID,
-CHILD_CLEARTID, DETACHED. CLONE_THREAD is `THREAD`."""
-MAP_SHARED = 0x1
+"""All flags that glibc and musl pass for a thread: those, SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID, DETACHED."""
+SHARED, ANONYMOUS = 0x01, 0x20
+"""Flags of mmap. A shared mapping of a file is bounded by the size of /tmp or /dev/shm, one of no file by nothing."""
 PROGRAM_PID = 2
 """The program's process id in its own namespace; bubblewrap's reaper is 1."""
 
@@ -36,7 +39,8 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "readlink": (89, None), "readlinkat": (267, 78),
     "getdents": (78, None), "getdents64": (217, 61), "getcwd": (79, 17), "chdir": (80, 49),
     "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
-    "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35),
+    "link": (86, None), "linkat": (265, 37), "mkdir": (83, None), "mkdirat": (258, 34),
+    "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35),
     "truncate": (76, 45), "ftruncate": (77, 46), "fsync": (74, 82), "fdatasync": (75, 83),
     "umask": (95, 166), "utimensat": (280, 88), "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53),
     # descriptors and waiting for them
@@ -59,18 +63,25 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     # what it is, and its end
     "getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173),
     "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
-    "getresuid": (118, 148), "getresgid": (120, 150), "uname": (63, 160), "getrandom": (318, 278),
+    "getresuid": (118, 148), "getresgid": (120, 150), "getpgrp": (111, None),
+    "uname": (63, 160), "sysinfo": (99, 179), "getrandom": (318, 278),
     "exit": (60, 93), "exit_group": (231, 94),
     # allowed with some arguments only: see RULES
     "mmap": (9, 222), "clone": (56, 220), "fcntl": (72, 25), "ioctl": (16, 29), "prctl": (157, 167),
     "prlimit64": (302, 261), "kill": (62, 129), "tgkill": (234, 131),
-    # refused with EPERM instead of ENOSYS, which is what a program expects of a missing right
+    # refused with another error than ENOSYS: see REFUSED
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "socket": (41, 198),
     "ptrace": (101, 117), "mount": (165, 40), "unshare": (272, 97), "setns": (308, 268), "bpf": (321, 280),
+    "listxattr": (194, 11), "llistxattr": (195, 12), "flistxattr": (196, 13),
 }  # fmt: skip
 """The number of each call on x86_64 and on aarch64; None where that machine has no such call."""
 
-REFUSED = ("fork", "vfork", "execve", "execveat", "socket", "ptrace", "mount", "unshare", "setns", "bpf")
+REFUSED = {
+    **dict.fromkeys(("fork", "vfork", "execve", "execveat", "socket", "ptrace", "mount", "unshare", "setns", "bpf"), EPERM),
+    **dict.fromkeys(("listxattr", "llistxattr", "flistxattr"), EOPNOTSUPP),
+}
+"""Calls that fail with the error that programs expect: of a missing right, and of a file system without extended attributes,
+which shutil copies from all the same."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ class Rule:
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "mmap": (Rule(3, (0,), MAP_SHARED),),
+    "mmap": (Rule(3, (0, SHARED, ANONYMOUS), SHARED | ANONYMOUS),),
     "clone": (Rule(0, (THREAD,), THREAD), Rule(0, (0,), 0xFFFFFFFF & ~THREAD_FLAGS)),
     # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC: no locks, no pipe sizes, no owners, no leases
     "fcntl": (Rule(1, (0, 1, 2, 3, 4, 1030)),),
@@ -94,6 +105,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "kill": (Rule(0, (PROGRAM_PID,)),),
     "tgkill": (Rule(0, (PROGRAM_PID,)),),
     "socketpair": (Rule(0, (1,)),),  # AF_UNIX
+    "sendto": (Rule(5, (0,)),),  # to the other end; no address is looked up
 }
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -127,7 +139,7 @@ def seccomp_filter(machine: str) -> bytes:
                 remaining -= 1
                 body.append((jump_equal, remaining + 1, 0, value))
             body.append((give, 0, 0, EPERM))
-        body.append((give, 0, 0, EPERM if name in REFUSED else ALLOW))
+        body.append((give, 0, 0, REFUSED.get(name, ALLOW)))
         code += [(jump_equal, 0, len(body), number), *body]
     code.append((give, 0, 0, ENOSYS))
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)

@@ -124,9 +124,12 @@ def _answer(file: TextIO, answer: dict[str, Any]) -> None:
 
 
 def _die_with_parent() -> None:
-    """On Linux, a function that never returns must not outlive the run (PR_SET_PDEATHSIG)."""
+    """On Linux, end with the run (PR_SET_PDEATHSIG), and adopt orphans (PR_SET_CHILD_SUBREAPER): what a function starts and
+    leaves stays below this process, where the run finds it."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        libc = ctypes.CDLL(None)
+        libc.prctl(1, signal.SIGKILL)
+        libc.prctl(36, 1)
 
 
 if __name__ == "__main__":
