@@ -5,6 +5,8 @@
     servers KIND TRIALS SEED         kill −9 one of two generation servers at random instants, and start it again; vllm is given
                                      whole weights, sglang adapters
     soak MINUTES SEED                one long run, killed every minute and resumed, then watched
+    full SHARE …                     whole runs on a disk with room for a share of what they write, and then for all of it
+    limited BYTES …                  whole runs that may write files of so many bytes, and then any
     mutations                        kill −9 the writing of a checkpoint at each change that it makes to the file system
     moments [NAME …]                 kill −9 whole runs at each of the moments between which something has to be made complete
 
@@ -17,8 +19,10 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -511,11 +515,81 @@ def moments(chosen: list[str]) -> dict[str, object]:
     return {"moments": len(cases), "kills": kills, "wrong": wrong}
 
 
+def full(shares: list[float]) -> dict[str, object]:
+    """Each: a run on a file system with room for a share of what it writes. What it says on stderr, and whether it is the run
+    that was left alone once there is room. None where no file system can be mounted."""
+    words = [*SCENARIOS["grpo"], "sft.steps=2", "run.steps=3", "run.checkpoint_every=1", "run.keep_last=1"]
+    root = Path(tempfile.mkdtemp())
+    (root / "alone").mkdir()
+    assert ended(forked(run_in(root / "alone", words))) == 0
+    expected, size = (
+        digest(root / "alone"),
+        sum(-(-p.lstat().st_size // 4096) * 4096 for p in root.rglob("*") if p.suffix != ".html"),
+    )
+    cases = []
+    for share in shares:
+        disk = root / f"{share:g}"
+        disk.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(share * size)}", "tmpfs", disk], check=False).returncode:
+            return {"cases": None}
+        try:
+            first = said_by(run_in(disk, words), root)
+            subprocess.run(["mount", "-o", f"remount,size={20 * size}", disk], check=True)
+            cases.append({"share": share, **gone_on(first, disk, words, expected, root)})
+        finally:
+            subprocess.run(["umount", disk], check=True)
+    shutil.rmtree(root)
+    return {"cases": cases}
+
+
+def limited(sizes: list[int]) -> dict[str, object]:
+    """The same where no file may have more bytes than this."""
+    words = [*SCENARIOS["grpo"], "sft.steps=2", "run.steps=3", "run.checkpoint_every=1", "run.keep_last=1"]
+    root = Path(tempfile.mkdtemp())
+    (root / "alone").mkdir()
+    assert ended(forked(run_in(root / "alone", words))) == 0
+    expected, cases = digest(root / "alone"), []
+    for size in sizes:
+        folder = root / str(size)
+        folder.mkdir()
+
+        def work(size: int = size, folder: Path = folder) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            run_in(folder, words)()
+
+        cases.append({"bytes": size, **gone_on(said_by(work, root), folder, words, expected, root)})
+    shutil.rmtree(root)
+    return {"cases": cases}
+
+
+def said_by(work: Callable[[], None], root: Path) -> tuple[int, str]:
+    """The exit code of a child, and what it printed to stderr."""
+    spoken = root / "stderr"
+
+    def silently() -> None:
+        os.dup2(os.open(spoken, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        work()
+
+    return ended(forked(silently)), spoken.read_text()
+
+
+def gone_on(first: tuple[int, str], folder: Path, words: list[str], expected: dict[str, str], root: Path) -> dict[str, object]:
+    """What a run said that had no room, and what came of it when it had."""
+    then = said_by(run_in(folder, [*words, "--resume"]), root)
+    found = digest(folder)
+    different = [k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)]
+    return {"code": first[0], "said": first[1], "then": then[0], "different": different, "left_over": left_over(folder)}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     match sys.argv[1:]:
         case ["mutations"]:
             print(json.dumps(mutations()))
+        case ["full", *shares]:
+            print(json.dumps(full([float(share) for share in shares])))
+        case ["limited", *sizes]:
+            print(json.dumps(limited([int(size) for size in sizes])))
         case ["moments", *names]:
             print(json.dumps(moments(names)))
         case ["soak", minutes, seed]:

@@ -49,6 +49,38 @@ def test_a_run_killed_at_random_instants_is_the_run_that_was_not():
     assert found["wrong"] == [] and found["kills"] >= 3
 
 
+def without_room(*words: str, at_least: int) -> None:
+    """Each case ends with one sentence and goes on, once there is room, to what the run left alone came to."""
+    found = killing(*words)["cases"]
+    if found is None:
+        pytest.skip("no file system can be mounted here")
+    for case in found:
+        lines = case["said"].splitlines()
+        assert case["then"] == 0 and case["different"] == [] and case["left_over"] == [], case
+        if case["code"] == 0:
+            assert lines == []
+        elif case["code"] == 2:
+            assert len(lines) == 1 and lines[0].startswith('run.folder = "runs": cannot be written ('), case
+        else:
+            assert case["code"] == 1 and len(lines) == 2 and lines[0].startswith("failed: "), case
+            assert lines[1].startswith("Make room on the disk, then go on with: quartet run runs/"), case
+    assert sum(case["code"] != 0 for case in found) >= at_least
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room():
+    without_room("full", "0.1", "0.5", at_least=2)
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_many_moments():
+    without_room("full", *(f"{percent / 100}" for percent in range(1, 100, 3)), at_least=25)
+
+
+@pytest.mark.slow
+def test_a_limit_on_the_size_of_files():
+    without_room("limited", "500", "3000", "8000", "20000", "50000", at_least=5)
+
+
 @pytest.mark.slow
 def test_a_long_run_that_is_killed_again_and_again_loses_nothing_and_leaks_nothing():
     """Ten minutes here; an hour's figures are in docs/reliability.md."""

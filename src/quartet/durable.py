@@ -28,8 +28,7 @@ def sync(path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a new file that is on the disk when this returns. A lone surrogate, which UTF-8 cannot hold, becomes the escape
-    that JSON has for it."""
+    """Write a new file that is on the disk when this returns. A lone surrogate, which UTF-8 cannot hold, becomes its escape."""
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()

@@ -37,6 +37,7 @@ from quartet.observability.tokens import TokenTexts, probe_table, write_pairs, w
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.rewards.reward_model import ModelReward
 from quartet.team import ALONE, Team
+from quartet.texts import well_formed_json
 from quartet.training.budget import Budget
 from quartet.training.checkpoint import Stateful, Tree
 from quartet.training.learner import Learner, collate
@@ -407,7 +408,9 @@ class EvaluationStage:
             _write_json(folder / "evaluation" / "final.json", summary)
             best = [dataclasses.asdict(b) for b in self._best_of(before, folder, rewards)]
             _write_json(folder / "evaluation" / "best_of_n.json", best)
-            pairs = [json.dumps(_pair(*row), ensure_ascii=False) + "\n" for row in zip(old, new, kl, strict=True)]
+            pairs = [
+                json.dumps(well_formed_json(_pair(*row)), ensure_ascii=False) + "\n" for row in zip(old, new, kl, strict=True)
+            ]
             durable.replace(folder / "evaluation" / "answers.jsonl", "".join(pairs))
             return summary
 
@@ -453,4 +456,4 @@ def _pair(first: Rollout, last: Rollout, kl: float) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    durable.replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    durable.replace(path, json.dumps(well_formed_json(value), indent=2, ensure_ascii=False) + "\n")

@@ -117,6 +117,7 @@ def new_run(settings: "Settings", fault: str | None) -> int:
 def go_on(path: Path | None, settings: "Settings", fault: str | None, accept: list[str]) -> int:
     """From the newest checkpoint that can be used."""
     from quartet.observability.run import RunFolder
+    from quartet.observability.untrusted import Unreadable
     from quartet.resume import CannotResume, choose, has_begun, set_aside, steps_of
 
     if path is None:
@@ -124,8 +125,11 @@ def go_on(path: Path | None, settings: "Settings", fault: str | None, accept: li
         return new_run(settings, fault)
     try:
         folder = RunFolder(path)
+        record = folder.record()
     except OSError as error:
         refuse(str(error) if error.errno is None else f"{path}: cannot be written ({error.strerror}).")
+    except Unreadable as error:
+        refuse(f"{path / 'events.jsonl'}: {error}")
     job = _build(settings, fault)
     choice = None
     if has_begun(path):
@@ -136,7 +140,7 @@ def go_on(path: Path | None, settings: "Settings", fault: str | None, accept: li
             refuse(str(error))
         facts = choice.checkpoint.facts
         more_to_do = choice.skipped or facts["step"] < steps_of(settings.config).get(facts["stage"], 0)
-        if folder.record().is_done and not more_to_do:
+        if record.is_done and not more_to_do:
             folder.sweep()
             folder.close()
             _say_done(path, settings)
@@ -286,7 +290,8 @@ def _say_failed(folder: "RunFolder", error: Exception, resume: str) -> None:
     """One sentence on what failed, and one on what there is. Of a full disk: how to go on once there is room."""
     said = str(error)
     if isinstance(error, OSError):
-        said = f"{error.filename or folder.path} cannot be written ({error.strerror or error})."
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        said = f"{error.filename or folder.path} cannot be written ({reason})."
     with contextlib.suppress(OSError):  # a full disk may be the reason
         folder.event("failed", error=said)
     complaints.print(f"failed: {said}", style="red", soft_wrap=True)

@@ -19,7 +19,10 @@ from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from quartet import __version__, durable
+from quartet.observability.records import parse_event, read_lines
 from quartet.observability.tokens import TokenTexts, rollout_table, write_tokens
+from quartet.observability.untrusted import Folder, Unreadable
+from quartet.texts import well_formed_json
 
 if TYPE_CHECKING:
     from quartet.loops.rl import Step
@@ -107,11 +110,10 @@ class RunFolder:
         """Append one line to events.jsonl, or raise OSError and append nothing. Times are apart from metrics, so that the
         metrics of two runs can be compared."""
         line = {"time": round(time.time(), 3), "event": kind, "stage": stage, "step": step, **fields}
-        self._append(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False) + "\n")
+        self._append(json.dumps(well_formed_json({k: v for k, v in line.items() if v is not None}), ensure_ascii=False) + "\n")
 
     def _append(self, text: str) -> None:
-        """A lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it."""
-        data, before = text.encode("utf-8", "backslashreplace"), os.fstat(self._events.fileno()).st_size
+        data, before = text.encode(), os.fstat(self._events.fileno()).st_size
         try:
             while data:
                 data = data[self._events.write(data) or 0 :]
@@ -175,7 +177,7 @@ class Record:
 
     events: list[dict[str, Any]]
     damaged: int
-    """Lines that are no events: torn by a crash, or changed by somebody."""
+    """Lines that are no events, or not whole ones: torn by a crash, or changed by somebody."""
 
     @property
     def is_done(self) -> bool:
@@ -184,38 +186,18 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """Read events.jsonl. A line that is no event is passed over and counted."""
+    """Read events.jsonl. A line that is no event is passed over and counted, and so is one of which a part had to be left out.
+    Raises Unreadable where it is no ordinary file."""
     events, damaged = [], 0
-    with durable.open_regular(folder / RECORD) as lines:
-        for line in lines:
-            event = _event(line)
-            damaged += event is None
-            if event is not None:
-                events.append(event)
+    for line in read_lines(Folder(folder), RECORD):
+        try:
+            event, faults = parse_event(line)
+        except Unreadable:
+            damaged += 1
+            continue
+        events.append(event)
+        damaged += bool(faults)
     return Record(events, damaged)
-
-
-def _event(line: bytes) -> dict[str, Any] | None:
-    """One line of a record, None where it is not what `RunFolder.event` writes."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-        return None
-    stage, step, time_ = event.get("stage"), event.get("step", 1), event.get("time", 0)
-    if not isinstance(stage, str | None) or type(step) is not int or not 0 <= step < 2**63 or not _is_number(time_):
-        return None
-    if event["event"] == "metrics":
-        metrics = event.get("metrics")
-        fits = stage is not None and "step" in event and isinstance(metrics, dict) and all(map(_is_number, metrics.values()))
-        return event if fits else None
-    return event
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is a number that a float can hold."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _named(beside: Path, root: Path, stamp: str) -> Path:
