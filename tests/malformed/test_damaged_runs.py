@@ -1,10 +1,21 @@
 """Run folders that are damaged, or made to harm their readers: each reader answers, says what it could not read, and shows the
 other runs."""
 
-import pytest
+import contextlib
+import os
+import shutil
+from urllib.parse import quote
 
+import pytest
+from pyarrow import ArrowInvalid
+from starlette.testclient import TestClient
+
+from quartet.observability import event_log
+from quartet.observability.reader import Run, find_runs
+from quartet.studio.app import make_app
+from quartet.studio.first_policy import folder_of
 from tests.malformed.damages import EVALUATION, GONE, RECORD, SECRET, SETTINGS, STEP, TOKENS
-from tests.malformed.reading_runs import Readers
+from tests.malformed.reading_runs import Readers, verb
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +66,101 @@ def test_a_record_that_cannot_be_opened(readers, change, sentence):
         assert sentence in text
     readers.data()
     readers.comparison()
+
+
+# --- links, names, and what is written -------------------------------------------------------------------------------------------
+
+
+def test_latest_works_and_other_links_in_a_folder_of_runs_are_passed_over(readers, tmp_path):
+    victim = readers.restore()
+    (tmp_path / "runs").mkdir()
+    moved = shutil.move(victim, tmp_path / "runs" / "whole")
+    shutil.copytree(readers.original, tmp_path / "elsewhere")
+    (tmp_path / "runs" / "latest").symlink_to("whole")
+    (tmp_path / "runs" / "stranger").symlink_to(tmp_path / "elsewhere")
+    assert [path.name for path in find_runs(tmp_path / "runs")] == ["whole"]
+    for named in (moved, tmp_path / "runs" / "latest", tmp_path / "runs" / "stranger"):
+        assert Run(named).status == "done", "a run that is named may be a link"
+        assert "score" in verb("inspect", named)
+        assert TestClient(make_app([named]), base_url="http://127.0.0.1").get("/").text.count("checkbox") == 1
+    served = TestClient(make_app([tmp_path / "runs"]), base_url="http://127.0.0.1")
+    assert served.get("/run/stranger/config").status_code == served.get("/run/latest/config").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"\xff\xfe", "\\udcff\\udcfe"),
+        (b"\x1b[2J\n", "\\x1b[2J\\n"),
+        ("\u202eאב".encode(), "\\u202eאב"),
+        (b"a" * 90, "a" * 90),
+    ],
+    ids=["no UTF-8", "for terminals", "from right to left", "long"],
+)
+def test_a_folder_with_a_strange_name_is_listed_and_opens(readers, name, shown):
+    readers.restore()
+    folder = readers.root / os.fsdecode(name)
+    shutil.copytree(readers.original, folder)
+    try:
+        assert f"<strong>{shown}</strong>" in readers.listed()
+        assert shown in verb("runs", readers.root).replace("\n", "").replace(" ", "") and shown in repr(Run(folder))
+        assert readers.client.get(f"/run/{quote(shown)}/").status_code == 200
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_report_is_never_written_through_a_link(readers, tmp_path):
+    victim = readers.restore()
+    outside = tmp_path / "outside"
+    outside.write_text(SECRET)
+    for name in ("report.html", "report.tmp"):
+        (victim / name).symlink_to(outside)
+    assert "written" in verb("report", victim)
+    assert outside.read_text() == SECRET and not (victim / "report.html").is_symlink()
+    (victim / "report.html").unlink()
+    (victim / "report.html").mkdir()
+    assert "report.html: cannot be written (Is a directory)." in verb("report", victim)
+
+
+def test_a_model_behind_a_link_is_not_asked(readers, ppo_run):
+    victim = readers.restore()
+    (victim / "sft").symlink_to(ppo_run.path / "sft")
+    assert folder_of(Run(victim)) is None
+    (victim / "sft").unlink()
+    shutil.copytree(ppo_run.path / "sft", victim / "sft")
+    assert folder_of(Run(victim)) == victim / "sft"
+    (victim / "sft" / "model.safetensors").unlink()
+    (victim / "sft" / "model.safetensors").symlink_to(ppo_run.path / "sft" / "model.safetensors")
+    assert folder_of(Run(victim)) is None
+
+
+def test_a_record_of_gigabytes_is_read_within_bounds(readers, monkeypatch):
+    """A sparse file of 3 GB that is one line; then the bounds on lines and numbers, with smaller ones in their place."""
+    monkeypatch.setattr(event_log, "MAX_BYTES", 64 << 20)
+    record = readers.restore() / "events.jsonl"
+    with record.open("ab") as file:
+        file.truncate(3 << 30)
+    said = readers.methods()
+    assert "is longer than 4 MB" in said and "events.jsonl is too long: only its first" in said
+    assert "is too long" in readers.pages(("",)) and not Run(readers.victim).refresh()
+    readers.restore()
+    whole = len(Run(readers.victim).metrics)
+    monkeypatch.setattr(event_log, "MAX_LINES", 9)
+    assert 0 < len(Run(readers.victim).metrics) < whole
+    assert "only its first 9 lines" in readers.methods()
+
+
+BOTH = (OSError, ValueError, KeyError, TypeError, ArrowInvalid)
+"""What a change raises where it excludes another."""
+
+
+def test_pages_of_the_worst_of_all(readers):
+    """All tables of damage at once, one after another on the same folder, with every page, verb and figure."""
+    victim = readers.restore()
+    for table in (RECORD, SETTINGS, EVALUATION, TOKENS):
+        for change, _ in list(table.values())[:20]:
+            with contextlib.suppress(*BOTH):
+                change(victim)
+    for read in (readers.listed, readers.pages, readers.data, readers.comparison, readers.verbs):
+        read()
+    readers.methods(figures=True)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from quartet.observability.untrusted import printable
+
 if TYPE_CHECKING:
     from quartet.observability.reader import Sample
 
@@ -13,11 +15,6 @@ COLUMNS = {"reward": 2, "value": 2, "advantage": 2, "ratio": 3, "kl": 2, "td_err
 COLUMNS |= {"logprob": 2, "ref_logprob": 2}
 """The most important first, with their decimals: as many are shown as the screen has room for."""
 TOKEN_WIDTH, NUMBER_WIDTH, CASE_WIDTH = 18, 10, 60
-
-
-def plain(text: str) -> str:
-    """Text of a model, safe to print: control characters shown, not obeyed."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def shown(value: Any) -> str:
@@ -40,16 +37,16 @@ def token_rows(sample: Mapping[str, Sequence[Any]], cases: Sequence[str], width:
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     table.add_column("what the update did" if wordy else "", overflow="fold")
     begin = sample["is_response"].index(True) if True in sample["is_response"] else len(sample["text"])
-    prompt = Text(plain("".join(sample["text"][:begin])), style="dim")
+    prompt = Text(printable("".join(sample["text"][:begin])), style="dim")
     table.add_row(prompt, *[""] * len(there), "given" if wordy else "")
     most = max((abs(a) for a in sample["advantage"] if a is not None), default=0.0) or 1.0
     for i in range(begin, len(sample["text"])):
         if not sample["is_response"][i]:  # what an environment said
-            table.add_row(Text(plain(sample["text"][i]), style="dim"), *[""] * len(there), "given" if wordy else "")
+            table.add_row(Text(printable(sample["text"][i]), style="dim"), *[""] * len(there), "given" if wordy else "")
             continue
         advantage, clipped = sample["advantage"][i] or 0.0, bool(sample["clipped"][i])
         color = "blue" if advantage > 0 else "yellow" if advantage < 0 else "default"
-        token = Text(plain(sample["text"][i]) or "∅", style=f"bold {color}" if abs(advantage) > 0.5 * most else color)
+        token = Text(printable(sample["text"][i]) or "∅", style=f"bold {color}" if abs(advantage) > 0.5 * most else color)
         numbers = [decimal(sample[name][i], COLUMNS[name]) for name in there]
         arrow = ("x" if clipped else "") + ("↑" if advantage > 0 else "↓" if advantage < 0 else "")
         table.add_row(token, *numbers, Text(cases[i] if wordy else arrow, style="red" if clipped else "dim"))
@@ -63,7 +60,7 @@ def sample_table(samples: "Sequence[Sample]", step: int) -> Table:
         table.add_column(header, justify="right", no_wrap=True, min_width=6)
     table.add_column("response", no_wrap=True, overflow="ellipsis", ratio=1)
     for s in sorted(samples, key=lambda s: -s.score):
-        table.add_row(str(s.number), shown(s.score), str(s.tokens), shown(s.kl), plain(s.response))
+        table.add_row(str(s.number), shown(s.score), str(s.tokens), shown(s.kl), printable(s.response))
     return table
 
 

@@ -17,6 +17,8 @@ from typing import IO, TYPE_CHECKING, Any
 import pydantic_core
 from pydantic import ValidationError
 
+from quartet.texts import excerpt
+
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
@@ -286,8 +288,7 @@ def printable(text: str) -> str:
 
 def shown(text: str) -> str:
     """Return a name as it stands in a sentence: printable and short."""
-    text = printable(text)
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    return excerpt(text, SHOWN)
 
 
 def finite(value: Any) -> Any:
