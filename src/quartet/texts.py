@@ -7,6 +7,9 @@ far from its origin. Text from outside goes through one of these functions where
 
 from typing import Any
 
+DEEPEST = 100
+"""Levels of lists and objects that JSON from outside may have."""
+
 
 def well_formed(text: str) -> str:
     r"""Return the text with each lone surrogate spelled as its escape: "a\ud800" becomes the seven
@@ -14,15 +17,17 @@ def well_formed(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def well_formed_json(value: Any) -> Any:
+def well_formed_json(value: Any, depth: int = DEEPEST) -> Any:
     """Return the value that JSON was parsed to with all its texts, keys included, well-formed.
-    Raises RecursionError where it is nested too deeply."""
+    Raises RecursionError where lists and objects are nested deeper than `depth`."""
     if isinstance(value, str):
         return well_formed(value)
+    if isinstance(value, list | dict) and depth == 0:
+        raise RecursionError("nested too deeply")
     if isinstance(value, list):
-        return [well_formed_json(item) for item in value]
+        return [well_formed_json(item, depth - 1) for item in value]
     if isinstance(value, dict):
-        return {well_formed(key): well_formed_json(item) for key, item in value.items()}
+        return {well_formed(key): well_formed_json(item, depth - 1) for key, item in value.items()}
     return value
 
 

@@ -135,7 +135,7 @@ def said_of(answer, scheme="http", made=lambda endpoint: ServerReward("server", 
         try:
             said = refusal(RewardError, lambda: with_score(rewarded(asked(), [Weighted(reward)])))
         finally:
-            endpoint.client.close()
+            endpoint.close()
         assert time.monotonic() - begun < 10
         return said.replace(url, "SERVER")
 
@@ -181,7 +181,7 @@ ANSWERS = {
     "1e308": (scores(b"1e308, 1e308, -1e308"), NOTHING),
     "1e400": (scores(b"1e400, 1e400, 1e400"), NOTHING),
     "too many bytes": (answers(200, b"x" * 5000), "reward server SERVER answered with more than 2,000 bytes."),
-    "too many bytes in few": (answers(200, gzip.compress(b" " * 10**6), "content-encoding: gzip"), "answered with more than 2,000 bytes."),
+    "too many bytes in few": (answers(200, gzip.compress(b" " * 10**6), "content-encoding: gzip"), "answered in the encoding gzip, which was not asked for."),
     "chunks without end": (again(b"100\r\n" + b" " * 256 + b"\r\n", 0, CHUNKED), "answered with more than 2,000 bytes."),
     "headers without end": (again(b"x-a: b\r\n" * 100, 0), LOST),
     "a reset": (reset, LOST),
@@ -215,7 +215,7 @@ def test_nobody_listens():
         url = f"http://127.0.0.1:{free.getsockname()[1]}/"
         endpoint = Endpoint("reward server", url, timeout=LIMIT, tries=1)
         said = refusal(RewardError, lambda: ServerReward("server", endpoint).score(asked()))
-        endpoint.client.close()
+        endpoint.close()
     assert "cannot be reached (" in said and said.endswith("(1 try).")
 
 
@@ -233,12 +233,12 @@ def verdict(content):
 
 NO_CONTENT = "judge SERVER answered without choices[0].message.content."
 VERDICTS = {
-    "an error": (says({"error": {"message": "no such model"}}), NO_CONTENT),
+    "an error": (says({"error": {"message": "no such model"}}), "judge SERVER answered with an error: no such model"),
     "no choices": (says({"choices": []}), NO_CONTENT),
     "null for choices": (says({"choices": None}), NO_CONTENT),
     "null for a message": (says({"choices": [{"message": None}]}), NO_CONTENT),
     "a list": (says([1]), NO_CONTENT),
-    "nothing said": (verdict(None), "none of 3 responses has a score from judge: there is nothing to learn from."),
+    "nothing said": (verdict(None), "judge SERVER answered with null for choices[0].message.content, not a text."),
     "no verdict": (verdict("It is fine."), "none of 3 responses has a score from judge"),
     "a number too large": (verdict("Score: " + "9" * 400), "none of 3 responses has a score from judge"),
 }

@@ -81,7 +81,7 @@ def ask(url, **more):
     try:
         return ServerReward("server", endpoint).score(rollouts(answer="44"))
     finally:
-        endpoint.client.close()
+        endpoint.close()
 
 
 def test_prompts_responses_and_columns_go_there_and_scores_come_back():
@@ -104,7 +104,7 @@ def test_conversations_go_along_as_they_are():
     with Fake((200, {"scores": [1]}, 0)) as fake:
         endpoint = Endpoint("reward server", fake.url)
         ServerReward("server", endpoint).score(asked)
-        endpoint.client.close()
+        endpoint.close()
         assert fake.requests[0]["messages"] == [messages]
 
 
@@ -112,7 +112,7 @@ def test_openrlhfs_protocol():
     with Fake((200, {"rewards": [1, 2, 3], "extra_logs": {}}, 0)) as fake:
         endpoint = Endpoint("reward server", fake.url)
         assert ServerReward("server", endpoint, "openrlhf").score(rollouts(answer="44")) == [1, 2, 3]
-        endpoint.client.close()
+        endpoint.close()
         assert fake.requests[0] == {
             "query": [r.prompt.text + r.response for r in rollouts()],
             "prompts": [r.prompt.text for r in rollouts()],
@@ -204,7 +204,7 @@ def test_a_served_reward_model_scores_as_in_process(reward_model):
         endpoint = Endpoint("reward server", url)
         assert ServerReward("server", endpoint).score(asked) == pytest.approx(expected, abs=1e-5)
         others = ServerReward("server", endpoint, "openrlhf").score(asked)  # which cannot say that one was cut off
-        endpoint.client.close()
+        endpoint.close()
         assert others[:1] + others[2:] == pytest.approx(expected[:1] + expected[2:], abs=1e-5)
         assert abs(others[1] - expected[1]) > 1e-4
 
@@ -258,19 +258,19 @@ def test_a_judges_number_is_read_and_asked_for_once(tmp_path):
         assert made.score(rollouts()) == [7.5] * 3 and len(fake.requests) == 3
         again = judge(fake.url, tmp_path)  # a new process would read the same file
         assert again.score(rollouts()) == [7.5] * 3 and len(fake.requests) == 3
-        made.endpoint.client.close(), again.endpoint.client.close()
+        made.endpoint.close(), again.endpoint.close()
 
 
 def test_a_judge_without_a_verdict_gives_no_score_and_one_that_never_answers_stops_the_run(tmp_path):
     with Fake((200, says("I would rather not."), 0)) as fake:
         made = judge(fake.url, tmp_path)
         assert made.score(rollouts()) == [None] * 3
-        made.endpoint.client.close()
+        made.endpoint.close()
     with Fake((400, b"bad model", 0)) as fake:
         made = judge(fake.url, tmp_path)
         with pytest.raises(RewardError, match="answered 400: bad model"):
             made.score(rollouts())
-        made.endpoint.client.close()
+        made.endpoint.close()
 
 
 def test_one_failing_answer_is_none_and_the_others_stay(tmp_path):
@@ -282,7 +282,7 @@ def test_one_failing_answer_is_none_and_the_others_stay(tmp_path):
         asked = rollouts()
         asked[1] = dataclasses.replace(asked[1], response="a film")
         assert made.score(asked) == [4, None, 4]
-        made.endpoint.client.close()
+        made.endpoint.close()
 
 
 def test_pairs_are_asked_both_ways_round_and_a_judge_of_positions_gives_ties(tmp_path):
@@ -297,12 +297,12 @@ def test_pairs_are_asked_both_ways_round_and_a_judge_of_positions_gives_ties(tmp
     with Fake((200, longer, 0)) as fake:
         made = judge(fake.url, tmp_path, "pairwise")
         assert made.score(asked) == [1, 0.5, 0] and len(fake.requests) == 6
-        made.endpoint.client.close()
+        made.endpoint.close()
     with Fake((200, says("Better: A"), 0)) as fake:
         made = judge(fake.url, tmp_path, "pairwise")
-        made.cache.known.clear()
+        made.cache._texts.clear()
         assert made.score(asked) == [0.5, 0.5, 0.5]
-        made.endpoint.client.close()
+        made.endpoint.close()
 
 
 def test_rings():
@@ -317,6 +317,6 @@ def test_braces_in_texts_stay_and_a_prompt_without_its_places_is_refused(tmp_pat
         asked = [dataclasses.replace(rollouts()[0], response="{prompt} {0} {}")]
         assert made.score(asked) == [1]
         assert fake.requests[0]["messages"][0]["content"] == f"{asked[0].prompt.text}|{{prompt}} {{0}} {{}}"
-        made.endpoint.client.close()
+        made.endpoint.close()
     with pytest.raises(RewardError, match=r"has no \{response\}"):
         judge("http://127.0.0.1:1/", tmp_path, prompt="{prompt}")

@@ -80,7 +80,7 @@ class RewardMaker:
             elif isinstance(source, StepsSource):
                 read_config(source.model)
             elif isinstance(source, JudgeSource):
-                _judge(source, Path(source.cache or "."))  # its prompt and its token are there
+                _judge(source, Path(source.cache) if source.cache else None)  # prompt, token and cache are usable
             elif not isinstance(source, HEAVY):
                 self.made[source.called] = self._light(source)
 
@@ -181,12 +181,20 @@ class RewardMaker:
         raise AssertionError(f"no such reward: {source}")
 
 
-def _judge(source: JudgeSource, cache: Path) -> JudgeReward:
-    if source.prompt is not None and not Path(source.prompt).is_file():
-        raise RewardError(f'reward.prompt = "{source.prompt}": no such file.')
+def _judge(source: JudgeSource, cache: Path | None) -> JudgeReward:
     endpoint = Endpoint("judge", source.url, source.timeout, source.tries, source.token_env)
-    prompt = None if source.prompt is None else Path(source.prompt).read_text(encoding="utf-8")
-    return JudgeReward(source.called, endpoint, source.model, source.mode, prompt, cache, source.parallel)
+    prompt = None if source.prompt is None else _prompt_file(source.prompt)
+    return JudgeReward(source.called, endpoint, source.model, source.mode, prompt, cache, source.parallel, source.score_range)
+
+
+def _prompt_file(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RewardError(f'reward.prompt = "{file}": no such file.') from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise RewardError(f'reward.prompt = "{file}": cannot be read: {reason}.') from None
 
 
 def _json_file(file: str) -> Any:

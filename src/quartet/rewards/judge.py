@@ -4,17 +4,21 @@ import hashlib
 import json
 import logging
 import re
-import threading
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
 from quartet.experience import Rollout
+from quartet.rewards.judge_cache import JudgeCache
 from quartet.rewards.protocol import RewardError, Score
 from quartet.rewards.remote import Endpoint
+from quartet.texts import excerpt
 
 log = logging.getLogger(__name__)
+VERDICT = re.compile(r"(?<![a-z])(score|better)[*_`]*[ \t]*:([^\n]*)", re.IGNORECASE | re.ASCII)
+NUMBER = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:\s*/\s*([0-9]{1,9}))?", re.ASCII)
 
 SCORE_PROMPT = """\
 Rate the answer to the request below from 1 (useless or wrong) to 10 (could not be better). Judge what it says, not its
@@ -51,12 +55,14 @@ NEEDED = {"score": ("{prompt}", "{response}"), "pairwise": ("{prompt}", "{first}
 
 
 class JudgeReward:
-    """What a judge says of each response: a number from 1 to 10, or, pairwise, the share of comparisons it wins against its
-    neighbours among the answers to the same prompt (a ring: each is compared with two).
+    """Scores that a language model gives each response: a number within `score_range`, or, pairwise,
+    the share of comparisons that the response wins against its neighbours among the responses to the
+    same prompt (a ring: each is compared with two).
 
-    Every comparison is asked twice, with the sides swapped; a judge who changes its mind gives a tie. Answers are cached by the
-    hash of the whole request, in a file that later runs may be given. What cannot be read as a verdict has no score; if nothing
-    can, the run stops.
+    Every comparison is made twice, with the sides swapped; a judge that changes its mind gives a
+    tie. Answers are cached by the hash of the whole request, in a file that later runs may be given.
+    An answer of the judge that is not text, is empty or was cut off is an error and not cached; a
+    text without a verdict is cached and gives no score. If there is no text at all, the run stops.
     """
 
     def __init__(
@@ -66,39 +72,47 @@ class JudgeReward:
         model: str,
         mode: Literal["score", "pairwise"],
         prompt: str | None,
-        cache: Path,
+        cache: Path | None,
         parallel: int = 8,
+        score_range: tuple[float, float] = (1.0, 10.0),
     ) -> None:
-        self.name, self.endpoint, self.model, self.mode, self.parallel = name, endpoint, model, mode, parallel
+        self.name, self.endpoint, self.model, self.mode = name, endpoint, model, mode
+        self.parallel, self.score_range = parallel, score_range
         self.prompt = prompt or (SCORE_PROMPT if mode == "score" else PAIR_PROMPT)
         if missing := [field for field in NEEDED[mode] if field not in self.prompt]:
             raise RewardError(f"reward.prompt: the judge's prompt has no {missing[0]}; it is where the text is put in.")
-        self.cache = Cache(cache)
+        self.cache = JudgeCache(cache)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        return self._scored(rollouts) if self.mode == "score" else self._compared(rollouts)
+        return self._single(rollouts) if self.mode == "score" else self._pairwise(rollouts)
 
-    def _scored(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        said = self._ask([self._filled(prompt=r.prompt.text, response=r.response) for r in rollouts])
-        return [_last(r"score\s*:\s*\**\s*(-?\d+(?:\.\d+)?)", text, float) for text in said]
+    def _single(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        texts = self._ask([self._filled(prompt=r.prompt.text, response=r.response) for r in rollouts])
+        scores = [None if text is None else parse_score(text, *self.score_range) for text in texts]
+        self._warn_of_missing(texts, scores)
+        return scores
 
-    def _compared(self, rollouts: Sequence[Rollout]) -> list[Score]:
+    def _pairwise(self, rollouts: Sequence[Rollout]) -> list[Score]:
         pairs = neighbours(rollouts)
-        asked = [
-            self._filled(prompt=rollouts[i].prompt.text, first=rollouts[a].response, second=rollouts[b].response)
+        questions = [
+            self._filled(
+                prompt=rollouts[i].prompt.text,
+                first=rollouts[a].response,
+                second=rollouts[b].response,
+            )
             for i, j in pairs
             for a, b in ((i, j), (j, i))
         ]
-        said = [
-            None if text is None else _last(r"better\s*:\s*\**\s*(a|b|tie)\b", text, str.lower) for text in self._ask(asked)
-        ]
+        texts = self._ask(questions)
+        shares = [None if text is None else parse_preference(text) for text in texts]
+        self._warn_of_missing(texts, shares)
         points: list[list[float]] = [[] for _ in rollouts]
-        for (i, j), one, two in zip(pairs, said[::2], said[1::2], strict=True):
-            if one is None or two is None:
+        for (i, j), straight, swapped in zip(pairs, shares[::2], shares[1::2], strict=True):
+            if straight is None or swapped is None:
                 continue
-            won = (_FIRST[one] + 1 - _FIRST[two]) / 2
-            points[i].append(won)
-            points[j].append(1 - won)
+            share = (straight + 1 - swapped) / 2
+            points[i].append(share)
+            points[j].append(1 - share)
         return [sum(p) / len(p) if p else None for p in points]
 
     def _filled(self, **texts: str) -> str:
@@ -106,32 +120,88 @@ class JudgeReward:
         return re.sub(r"\{(\w+)\}", lambda match: texts.get(match[1], match[0]), self.prompt)
 
     def _ask(self, prompts: Sequence[str]) -> list[str | None]:
-        with ThreadPoolExecutor(self.parallel) as pool:
-            answers = list(pool.map(self._answer, prompts))
-        errors = [answer for answer in answers if isinstance(answer, RewardError)]
-        if errors and len(errors) == len(answers):
-            raise errors[0]
-        for error in errors:
-            log.warning("%s", error)
-        return [None if isinstance(answer, RewardError) else answer for answer in answers]
-
-    def _answer(self, prompt: str) -> str | RewardError:
-        request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
-        key = hashlib.sha256(json.dumps([self.endpoint.url, request], sort_keys=True).encode()).hexdigest()
-        if (known := self.cache.get(key)) is not None:
-            return known
+        """Return the judge's text for each prompt, None where there is none. Each text is cached as
+        it comes, so that a run that is stopped loses none."""
+        requests = [self._request(prompt) for prompt in prompts]
+        keys = [self._key(request) for request in requests]
+        unknown = {key: r for key, r in zip(keys, requests, strict=True) if self.cache.get(key) is None}
+        errors = {}
         try:
-            answer = self.endpoint.ask(request)
-            said = answer["choices"][0]["message"]["content"]
-        except RewardError as error:
-            return error
-        except (KeyError, IndexError, TypeError):
-            return RewardError(f"judge {self.endpoint.url} answered without choices[0].message.content.")
-        self.cache.put(key, said or "")
-        return said or ""
+            with closing(self.endpoint.ask_each(list(unknown.values()), self.parallel)) as answers:
+                for i, answer in answers:
+                    key, text = list(unknown)[i], self._text(answer)
+                    if isinstance(text, RewardError):
+                        errors[key] = text
+                    else:
+                        self.cache.put(key, text)
+        finally:
+            self.cache.sync()
+        if errors and len(errors) == len(set(keys)):
+            raise next(iter(errors.values()))
+        for sentence, count in Counter(map(str, errors.values())).items():
+            log.warning("%s (%d of %d questions)", sentence, count, len(set(keys)))
+        return [self.cache.get(key) for key in keys]
+
+    def _request(self, prompt: str) -> dict[str, Any]:
+        messages = [{"role": "user", "content": prompt}]
+        return {"model": self.model, "messages": messages, "temperature": 0}
+
+    def _key(self, request: dict[str, Any]) -> str:
+        text = json.dumps([self.endpoint.url, request], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _text(self, answer: Any) -> str | RewardError:
+        """The text of an answer; everything that is cached has passed here."""
+        if isinstance(answer, RewardError):
+            return answer
+        name = f"judge {self.endpoint.url}"
+        try:
+            choice = answer["choices"][0]
+            content, reason = choice["message"]["content"], choice.get("finish_reason")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            return RewardError(f"{name} answered without choices[0].message.content.")
+        if reason in ("length", "content_filter"):
+            return RewardError(f'{name} was cut off before its end (finish_reason "{reason}").')
+        if not isinstance(content, str):
+            shown = excerpt(json.dumps(content), 60)
+            return RewardError(f"{name} answered with {shown} for choices[0].message.content, not a text.")
+        if not content.strip():
+            return RewardError(f"{name} answered with an empty text.")
+        return content
+
+    def _warn_of_missing(self, texts: Sequence[str | None], verdicts: Sequence[float | None]) -> None:
+        unread = [t for t, v in zip(texts, verdicts, strict=True) if t is not None and v is None]
+        if unread:
+            log.warning(
+                "reward %s: %d of %d answers of the judge have no verdict; one ends: %s",
+                self.name,
+                len(unread),
+                len(texts),
+                excerpt(unread[0][-200:].strip()),
+            )
 
 
-_FIRST = {"a": 1.0, "b": 0.0, "tie": 0.5}
+def parse_score(text: str, low: float, high: float) -> Score:
+    """Return the number N of the last "Score: N" in a judge's text, None where it is no number
+    between `low` and `high`. Behind N may stand "/" and the highest score; nothing else but marks of
+    bold type and a full stop. "Score: 8,5", "Score: 11" of 10 and "Score: 8 or 9" are no scores."""
+    match = NUMBER.fullmatch(_verdict(text, "score"))
+    if match is None or (match[2] is not None and float(match[2]) != high):
+        return None
+    score = float(match[1])
+    return score if low <= score <= high else None
+
+
+def parse_preference(text: str) -> float | None:
+    """Return 1 for a last "Better: A" in a judge's text, 0 for B, 0.5 for tie, None for anything
+    else."""
+    return {"a": 1.0, "b": 0.0, "tie": 0.5}.get(_verdict(text, "better").lower())
+
+
+def _verdict(text: str, word: str) -> str:
+    """What the last line with `word:` says behind it, without marks of bold type and a full stop."""
+    lines = [match[2] for match in VERDICT.finditer(text) if match[1].lower() == word]
+    return lines[-1].strip("*_` \t\r").removesuffix(".").strip("*_` \t\r") if lines else ""
 
 
 def neighbours(rollouts: Sequence[Rollout]) -> list[tuple[int, int]]:
@@ -146,33 +216,3 @@ def neighbours(rollouts: Sequence[Rollout]) -> list[tuple[int, int]]:
         elif len(rows) > 2:
             pairs += list(zip(rows, [*rows[1:], rows[0]], strict=True))
     return pairs
-
-
-class Cache:
-    """Texts by key in a file of JSON lines that is only appended to."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.lock = path, threading.Lock()
-        self.known: dict[str, str] = {}
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                    self.known[row["key"]] = row["text"]
-                except (ValueError, KeyError, TypeError):
-                    continue  # a line that a kill cut short is asked again
-
-    def get(self, key: str) -> str | None:
-        return self.known.get(key)
-
-    def put(self, key: str, text: str) -> None:
-        with self.lock:
-            self.known[key] = text
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "text": text}, ensure_ascii=False) + "\n")
-
-
-def _last(pattern: str, text: str | None, convert: Any) -> Any:
-    found = re.findall(pattern, text or "", re.IGNORECASE)
-    return convert(found[-1]) if found else None

@@ -1,28 +1,31 @@
 """Rewards that another process gives, over HTTP."""
 
-import json
+import asyncio
+import itertools
 import math
 import os
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as TooLong
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing
 from typing import Any
 
-import httpx
-
 from quartet.experience import Rollout
+from quartet.http_client import HttpClient, Reply, RequestError, encode
 from quartet.rewards.protocol import RewardError, Score
+from quartet.texts import excerpt
 
 FIRST_WAIT = 0.5
 """Seconds before the second try; each further wait is twice as long."""
+MAX_BYTES = 8_000_000
+"""Bytes of an answer: 300,000 scores. Parsed, an answer takes up to twenty times as much."""
 
 
 class Endpoint:
-    """An address that is asked with JSON and answers with JSON, with as many tries as it takes.
+    """An address that is sent JSON and answers with JSON, with as many tries as it takes.
 
-    TLS certificates are verified. The token is read from an environment variable and sent as `Authorization: Bearer`; it is
-    never written anywhere. An answer of more than `max_bytes` is not read to its end.
+    `timeout` is the time for one try as a whole. TLS certificates are verified. The token is read
+    from an environment variable and sent as `Authorization: Bearer`; it is never written anywhere.
+    An answer of more than `max_bytes` is not read to its end.
     """
 
     def __init__(
@@ -32,69 +35,85 @@ class Endpoint:
         timeout: float = 30.0,
         tries: int = 3,
         token_env: str | None = None,
-        max_bytes: int = 64_000_000,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
-        self.what, self.url, self.timeout, self.tries, self.max_bytes = what, url, timeout, tries, max_bytes
-        headers = {}
-        if token_env is not None:
-            if not os.environ.get(token_env):
-                raise RewardError(f'reward.token_env = "{token_env}": no such environment variable. Set it to the token.')
-            if not os.environ[token_env].isascii() or not os.environ[token_env].isprintable():
-                raise RewardError(f'reward.token_env = "{token_env}": holds letters that no token has, such as a line break.')
-            headers["Authorization"] = f"Bearer {os.environ[token_env]}"
-        self.headers = headers
-        self.client = self._connected()
-
-    def _connected(self) -> httpx.Client:
-        return httpx.Client(headers=self.headers, timeout=self.timeout, follow_redirects=False)
+        self.what, self.url, self.timeout = what, url, timeout
+        self.tries, self.max_bytes = tries, max_bytes
+        headers = {} if token_env is None else {"Authorization": f"Bearer {_token(token_env)}"}
+        self._client = HttpClient(headers)
 
     def ask(self, request: Mapping[str, Any]) -> Any:
-        """What the server answered; RewardError where it did not, or not with JSON."""
-        wait, reason = FIRST_WAIT, ""
+        """Return the JSON that the server answers. Raises RewardError where it does not answer, or
+        not with JSON, or with an error."""
+        with closing(self.ask_each([request], 1)) as answers:
+            _, answer = next(answers)
+        if isinstance(answer, RewardError):
+            raise answer
+        return answer
+
+    def ask_each(self, requests: Sequence[Mapping[str, Any]], parallel: int) -> Generator[tuple[int, Any], None, None]:
+        """Yield the index of each request and its answer, or the RewardError in place of one, in
+        the order in which they come. Requests that are on their way when the iterator is closed,
+        or the caller interrupted, are given up."""
+        pending: dict[Future[Any], int] = {}
+        waiting = iter(enumerate(requests))
+        try:
+            while True:
+                for i, request in itertools.islice(waiting, parallel - len(pending)):
+                    pending[self._client.start(self._answer(request))] = i
+                if not pending:
+                    return
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    yield pending.pop(future), future.result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def close(self) -> None:
+        """Close the connections; the next request opens new ones."""
+        self._client.close()
+
+    async def _answer(self, request: Mapping[str, Any]) -> Any:
+        try:
+            return await self._tried(request)
+        except RewardError as error:
+            return error
+
+    async def _tried(self, request: Mapping[str, Any]) -> Any:
+        try:
+            body = encode(request)
+        except ValueError as error:
+            raise RewardError(f"{self.what} {self.url} cannot be asked: the request is no JSON ({error}).") from None
+        pause, reason = 0.0, ""
         for attempt in range(self.tries):
             if attempt:
-                time.sleep(wait)
-                wait *= 2
+                await asyncio.sleep(max(pause, FIRST_WAIT * 2 ** (attempt - 1)))
             try:
-                status, body = self._in_time(request)
-            except (httpx.TimeoutException, TooLong):
-                reason = f"did not answer in {self.timeout:g} s"
+                reply = await self._client.exchange("POST", self.url, body, self.timeout, self.max_bytes)
+            except RequestError as error:
+                if not error.again:
+                    raise RewardError(f"{self.what} {self.url} {error}.") from None
+                pause, reason = 0.0, str(error)
                 continue
-            except httpx.TransportError as error:
-                reason = f"cannot be reached ({str(error).rstrip('.') or type(error).__name__})"
-                continue
-            except (httpx.RequestError, httpx.InvalidURL) as error:
-                raise RewardError(f"{self.what} {self.url}: {str(error).rstrip('.')}.") from None
-            if status in {408, 425, 429} or status >= 500:
-                reason = f"answered {status}"
-                continue
-            if status != 200:
-                raise RewardError(f"{self.what} {self.url} answered {status}: {_start(body)}")
-            try:
-                return json.loads(body)
-            except (ValueError, RecursionError):
-                raise RewardError(f"{self.what} {self.url} answered with something that is not JSON: {_start(body)}") from None
-        raise RewardError(f"{self.what} {self.url} {reason} ({self.tries} {'try' if self.tries == 1 else 'tries'}).")
+            if reply.status not in {408, 425, 429} and reply.status < 500:
+                return self._read(reply)
+            pause, reason = min(_retry_after(reply), self.timeout), f"answered {reply.status}"
+        tries = "1 try" if self.tries == 1 else f"{self.tries} tries"
+        raise RewardError(f"{self.what} {self.url} {reason} ({tries}).")
 
-    def _in_time(self, request: Mapping[str, Any]) -> tuple[int, bytes]:
-        """The whole answer within the timeout: a server that sends a byte now and then would keep the connection for ever."""
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(self._post, request)
-            try:
-                return answer.result(self.timeout)
-            except TooLong:
-                self.client.close()  # which ends the reading
-                self.client = self._connected()
-                raise
-
-    def _post(self, request: Mapping[str, Any]) -> tuple[int, bytes]:
-        with self.client.stream("POST", self.url, json=request) as response:
-            body = b""
-            for piece in response.iter_bytes():
-                body += piece
-                if len(body) > self.max_bytes:
-                    raise RewardError(f"{self.what} {self.url} answered with more than {self.max_bytes:,} bytes.")
-            return response.status_code, body
+    def _read(self, reply: Reply) -> Any:
+        name, body = f"{self.what} {self.url}", excerpt(reply.body) or "(nothing)"
+        if reply.status != 200:
+            raise RewardError(f"{name} answered {reply.status}: {body}")
+        try:
+            answer = reply.json()
+        except ValueError:
+            raise RewardError(f"{name} answered with something that is not JSON: {body}") from None
+        if isinstance(answer, dict) and answer.get("error"):
+            error = answer["error"]
+            message = error.get("message") if isinstance(error, dict) else None
+            raise RewardError(f"{name} answered with an error: {excerpt(str(message or error))}")
+        return answer
 
 
 class ServerReward:
@@ -133,20 +152,18 @@ class ServerReward:
             if any(r.prompt.messages for r in rollouts):
                 request["messages"] = [r.prompt.messages for r in rollouts]
             key = "scores"
-        answer = self.endpoint.ask(json_ready(request))
+        answer = self.endpoint.ask(request)
+        name = f"reward server {self.endpoint.url}"
         scores = answer.get(key) if isinstance(answer, dict) else None
         if not isinstance(scores, list):
-            raise RewardError(f'reward server {self.endpoint.url} answered without a list "{key}".')
+            raise RewardError(f'{name} answered without a list "{key}".')
         if len(scores) != len(rollouts):
-            raise RewardError(
-                f"reward server {self.endpoint.url} returned {len(scores)} value{'s' * (len(scores) != 1)} for "
-                f"{len(rollouts)} responses."
-            )
+            values = f"{len(scores)} value{'s' * (len(scores) != 1)}"
+            raise RewardError(f"{name} returned {values} for {len(rollouts)} responses.")
         for i, score in enumerate(scores):
-            if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
-                raise RewardError(
-                    f"reward server {self.endpoint.url} returned {score!r} for response {i}, not a number or null."
-                )
+            if type(score) not in (int, float, type(None)):
+                shown = excerpt(repr(score), 60)
+                raise RewardError(f"{name} returned {shown} for response {i}, not a number or null.")
         return [None if score is None else _as_float(score) for score in scores]
 
 
@@ -157,11 +174,17 @@ def _as_float(score: int | float) -> float:
         return math.inf
 
 
-def json_ready(value: Any) -> Any:
-    """The value with whatever JSON has no word for (dates, bytes) as text."""
-    return json.loads(json.dumps(value, default=str))
+def _token(name: str) -> str:
+    """The token in an environment variable."""
+    token = os.environ.get(name)
+    if not token:
+        raise RewardError(f'reward.token_env = "{name}": no such environment variable. Set it to the token.')
+    if not all("!" <= letter <= "~" for letter in token):
+        raise RewardError(f'reward.token_env = "{name}": holds letters that no token has, such as a space or a line break.')
+    return token
 
 
-def _start(body: bytes) -> str:
-    text = body.decode("utf-8", errors="replace").strip()
-    return (text[:200] + " …" if len(text) > 200 else text) or "(nothing)"
+def _retry_after(reply: Reply) -> float:
+    """Seconds that a server asks to be left alone for; 0 where it does not say, or says a date."""
+    seconds = reply.headers.get("retry-after", "").strip()
+    return float(seconds) if seconds.isascii() and seconds.isdecimal() else 0.0

@@ -137,7 +137,7 @@ class ServerSource(Source):
     url: str = Field(pattern=URL, description="http:// or https://, the whole address that is posted to.")
     type: Literal["server"] = "server"
     protocol: Literal["quartet", "openrlhf"] = "quartet"
-    timeout: float = Field(default=30.0, gt=0, description="Seconds that one answer may take.")
+    timeout: float = Field(default=30.0, gt=0, description="Seconds that one try may take as a whole.")
     tries: int = Field(default=3, ge=1)
     token_env: str | None = Field(default=None, description="The environment variable with the token; never the token itself.")
     batch: int = Field(default=256, ge=1, description="Responses in one request.")
@@ -153,10 +153,19 @@ class JudgeSource(Source):
     mode: Literal["score", "pairwise"] = "score"
     prompt: str | None = Field(default=None, description="A file with the judge's prompt. Left out, Quartet's own.")
     cache: str | None = Field(default=None, description="A file with earlier verdicts. Left out, it is in the run folder.")
-    timeout: float = Field(default=60.0, gt=0)
+    timeout: float = Field(default=60.0, gt=0, description="Seconds that one try may take as a whole.")
     tries: int = Field(default=3, ge=1)
     parallel: int = Field(default=8, ge=1, description="How many requests are on their way at once.")
     token_env: str | None = Field(default=None, description="The environment variable with the token; never the token itself.")
+    score_range: tuple[float, float] = Field(
+        default=(1.0, 10.0),
+        description="The lowest and highest score that the prompt asks for; another number is no score.",
+    )
+
+    def __post_init__(self) -> None:
+        low, high = self.score_range
+        if not 0 <= low < high:
+            raise ValueError(f"score_range = {list(self.score_range)}: needs two numbers, 0 ≤ lowest < highest")
 
 
 @part
@@ -177,8 +186,8 @@ class CodeSource(Source):
     type: Literal["code"] = "code"
     tests: str = Field(default="tests", description="The column with the tests.")
     score: Literal["all", "share"] = Field(default="all", description="1 for all tests passed, or the share that is.")
-    seconds: float = Field(default=10.0, gt=0, description="Wall time of one program.")
-    memory_mb: int = Field(default=512, ge=64)
+    seconds: float = Field(default=10.0, gt=0, le=3600, description="Wall time of one program.")
+    memory_mb: int = Field(default=512, ge=64, description="Memory of one program, in MiB.")
     parallel: int = Field(default=2, ge=1, description="How many programs run at once.")
 
     @property
