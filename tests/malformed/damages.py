@@ -309,7 +309,7 @@ TOKENS: dict[str, tuple[Change, str]] = {
     "a link to another run's folder": (instead("rollouts", link("../other-run/rollouts")), "rollouts is a link"),
     "a file for the folder": (instead("rollouts", Path.touch), "rollouts is a file."),
     "no rows": (lambda run: pq.write_table(pq.read_table(run / ROLLOUTS)[:0], run / ROLLOUTS), ""),
-    "a million rows": (many_rows(1_000_000), ""),
+    "two hundred thousand rows": (many_rows(200_000), ""),
     "five million rows": (too_many_rows, STEP + "says that it has 5,000,000 rows; 4,000,000 is the most that is read."),
     "a gigabyte of text": (long_text, STEP + "holds more than 256 MB of text."),
     "text that is no UTF-8": (wrong_bytes, STEP + "cannot be read ("),

@@ -100,6 +100,15 @@ class Readers:
         said += [verb("compare", self.victim, self.root / WHOLE)]
         return "\n".join(said)
 
+    def problems(self) -> str:
+        """What a run says when all but its rollouts was read."""
+        try:
+            run = Run(self.victim)
+        except NoRun as error:
+            return readable(str(error))
+        _ = run.metrics, run.warnings, run.pairs(), list(run.answers()), run.steps(), run.steps("probes")
+        return readable("\n".join(run.problems))
+
     def methods(self, figures: bool = False) -> str:
         """What a notebook calls, and the problems that it finds."""
         try:

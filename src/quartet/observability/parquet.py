@@ -82,15 +82,17 @@ def _read(file: IO[bytes], expected: Mapping[str, Column], names: Sequence[str] 
             raise Unreadable(f"column {name} has empty places.")
     if sum(_text_bytes(table.column(name)) for name in texts) > MAX_TEXT_BYTES:
         raise Unreadable(f"holds more than {MAX_TEXT_BYTES >> 20} MB of text.")
-    for name in faults.keys() & present:
-        if table.column(name).null_count == table.num_rows:  # empty, and so of no type
-            del faults[name]
-        table = table.drop_columns([name])
+    columns = {}
     for name in wanted:
-        if name in expected and name not in table.column_names:
+        if name in present and name not in faults:
+            as_float = kinds[name] == "whole" and name in expected and expected[name].kind == "number"
+            columns[name] = table.column(name).cast(pa.float64(), safe=False) if as_float else table.column(name)
+        elif name in expected:
+            if name in present and table.column(name).null_count == table.num_rows:
+                del faults[name]  # a column without a value, whatever its type
             types = {"text": pa.string(), "whole": pa.int64(), "number": pa.float32(), "flag": pa.bool_()}
-            table = table.append_column(name, pa.nulls(table.num_rows, types[expected[name].kind]))
-    return table.select([name for name in wanted if name in table.column_names]), list(faults.values())
+            columns[name] = pa.nulls(table.num_rows, types[expected[name].kind])
+    return pa.table(columns), list(faults.values())
 
 
 def _key(name: str, expected: Mapping[str, Column]) -> str | None:

@@ -200,22 +200,25 @@ def bounded(value: Any) -> tuple[Any, list[str]]:
     """Return the value without whole numbers of more than 64 bits and without what is nested deeper than MAX_DEPTH, and a
     sentence for each that was left out."""
     problems: list[str] = []
-    waiting: list[tuple[Any, int, str]] = [([value], 0, "")]
-    top = waiting[0][0]
+    top = [value]
+    waiting: list[tuple[Any, tuple[Any, ...]]] = [(top, ())]
     while waiting:
-        container, depth, name = waiting.pop()
-        items = list(container.items()) if isinstance(container, dict) else list(enumerate(container))
-        for key, entry in reversed(items):
-            path = _joined(name, key) if depth else ""
-            if isinstance(entry, dict | list) and depth < MAX_DEPTH:
-                waiting.append((entry, depth + 1, path))
-            elif isinstance(entry, dict | list) or (isinstance(entry, int) and abs(entry) >= MAX_WHOLE):
-                why = "is nested too deeply" if isinstance(entry, dict | list) else "is a number of more than 64 bits"
-                problems.append(f"{path} {why}".strip())
-                del container[key]
+        container, path = waiting.pop()
+        doomed = []
+        for key, entry in container.items() if isinstance(container, dict) else enumerate(container):
+            if isinstance(entry, dict | list):
+                if len(path) > MAX_DEPTH:
+                    doomed.append((key, "is nested too deeply"))
+                else:
+                    waiting.append((entry, (*path, key)))
+            elif isinstance(entry, int) and not -MAX_WHOLE <= entry < MAX_WHOLE:
+                doomed.append((key, "is a number of more than 64 bits"))
+        for key, why in reversed(doomed):
+            problems.append(f"{_joined('', *path[1:], *([key] if path else []))} {why}".strip())
+            del container[key]
     if not top:
         raise Unreadable("is a number of more than 64 bits.")
-    return value, problems[::-1]
+    return value, problems
 
 
 def checked(adapter: "TypeAdapter[Any]", value: Any) -> tuple[Any, list[str]]:

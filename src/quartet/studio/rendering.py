@@ -1,5 +1,6 @@
 """Templates and the chart library: what pages and report are rendered with."""
 
+import functools
 import importlib.util
 import json
 import time
@@ -12,8 +13,9 @@ from quartet.observability.untrusted import finite
 from quartet.studio.views import number, shortened
 
 
+@functools.cache
 def templates() -> Environment:
-    """Everything that is put into them is escaped."""
+    """The templates of pages and report, each compiled once. Everything that is put into them is escaped."""
     made = Environment(
         loader=PackageLoader("quartet.studio"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
