@@ -202,15 +202,26 @@ class Pipeline:
             kept(event["step"], event["metrics"])
         return watch, kept
 
-    def _back(self, stage: Stage, cause: str) -> tuple[int, str] | None:
-        """To the last checkpoint of the stage, with half the learning rate: its step, and what to say. None where that is not
-        wanted, or was done too often. The checkpoint is written again: a run that is resumed from it goes on with half too."""
+    def _back(self, stage: Stage, cause: str) -> tuple[int, str]:
+        """Go back to the last checkpoint of the stage, with half the learning rate. Return its step, and a sentence about it.
+        The checkpoint is written again, so that a run that is resumed from it goes on with half too.
+
+        Raises `StageFailed` where that is not wanted, was done often enough, or there is no such checkpoint.
+        """
         scale = self.crew.call("scale")[0]
+        if self.saving.rollbacks == 0:
+            raise StageFailed(f"{stage.title}, {cause}")
         if scale <= 0.5**self.saving.rollbacks:
-            return None
+            raise StageFailed(
+                f"{stage.title}, {cause}. The stage was rolled back {self.saving.rollbacks} times (run.rollbacks), with the "
+                f"learning rates × {scale:g} at last: lower them, or find out what the numbers have in common."
+            )
         found = next((c for _, c in self.checkpoints.usable(lambda _: None) if isinstance(c, Checkpoint)), None)
         if found is None or found.facts["stage"] != stage.name or found.facts["step"] == 0:
-            return None
+            raise StageFailed(
+                f"{stage.title}, {cause}. It cannot be rolled back (run.rollbacks): no step of this stage is in a checkpoint. "
+                "Where the first step is not finite, the data, the rewards or the model it starts from are the cause."
+            )
         self.crew.call("go_back", str(found.path), scale / 2)
         self.cut_back(found)
         step, sentence = found.facts["step"], f"rolled back to {found.name}, learning rates × {scale / 2:g}, because of {cause}"
@@ -235,10 +246,10 @@ class Pipeline:
                 if not isinstance(failure.__cause__, NonFinite):
                     raise
                 cause = f"step {step + 1}: {failure.__cause__}{self._quoted(failure.__cause__.tokens)}"
-                back = self._back(stage, cause)
-                if back is None:
-                    raise StageFailed(f"{stage.title}, {cause}") from failure.__cause__
-                step, sentence = back
+                try:
+                    step, sentence = self._back(stage, cause)
+                except StageFailed as final:
+                    raise final from failure.__cause__
                 watch, kept = self._watching(stage)
                 yield Warned(stage, step, sentence)
                 continue

@@ -55,6 +55,21 @@ def test_the_message_has_the_sample_and_what_it_says():
     assert caught.value.tokens == experience.tokens[3, : experience.lengths[3]].tolist()
 
 
+@pytest.mark.parametrize("changed", [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 0.9}, {"temperature": 0.5}], ids=str)
+def test_finite_weights_whose_logits_are_not_stop_the_run_with_the_sample(changed):
+    """The sampler draws some token where there is no distribution; what scores its answers names the first of them."""
+    made = learner("none")
+    with torch.no_grad():
+        made.models.actor.model.norm.weight.fill_(3e38)
+    sampling = Sampling(**({"max_new_tokens": 4} | changed))
+    generator = NativeGenerator(made.models.actor, tokenizer(), frozenset({END}), 0)
+    scored = [dataclasses.replace(r, score=1.0) for r in generator.generate(prompts(3), sampling)]
+    assert all(0 <= token < len(tokenizer()) for r in scored for token in r.response_ids)
+    with pytest.raises(NonFinite, match="the log-probability is not finite in sample") as caught:
+        made.score(scored, ALGORITHMS["grpo"])
+    assert caught.value.sample == scored[0].id
+
+
 def test_a_loss_that_is_not_finite_stops_though_its_gradient_is():
     weight = torch.tensor([1.0], requires_grad=True)
     optimizer = Optimizer([weight], Descent(lr=0.1, schedule="constant"), 1)
@@ -312,6 +327,15 @@ def test_a_run_that_may_goes_back_to_its_last_checkpoint_with_half_the_learning_
     assert [w["rule"] for w in run.warnings] == ["rolled_back"]
     assert list(run.series["sft"].columns["lr"]) == [0.01] * 4 + [0.005] * 2
     again = RunFolder.create(tmp_path, "y", {})
-    with pytest.raises(StageFailed, match="step 5: the loss is not finite"):
+    with pytest.raises(
+        StageFailed, match="step 5: the loss is not finite.*rolled back 2 times .run.rollbacks., with the learning"
+    ):
         list(Pipeline([stage(monkeypatch, {5, 6, 7})], again, TokenTexts(tokenizer()), Saving(every=2, rollbacks=2)).run())
     again.close()
+
+
+def test_where_the_first_step_is_not_finite_the_run_says_why_it_cannot_go_back(tmp_path, monkeypatch):
+    folder = RunFolder.create(tmp_path, "x", {})
+    with pytest.raises(StageFailed, match="step 1: the loss is not finite.* cannot be rolled back .run.rollbacks.: no step of"):
+        list(Pipeline([stage(monkeypatch, {1})], folder, TokenTexts(tokenizer()), Saving(every=1, rollbacks=3)).run())
+    folder.close()

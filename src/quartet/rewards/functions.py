@@ -180,9 +180,7 @@ class Worker:
             self.stop()
             return None
         if line is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_SECONDS)
-            code = process.returncode
+            code = exit_code(process, GRACE_SECONDS)
             self.stop()
             how = "closed its output and went on, and was ended" if code is None else f"ended by itself (exit code {code})"
             raise RewardError(f"{self.function}: its process {how}. What it said is in run.log.")
@@ -194,7 +192,8 @@ class Worker:
         process, self.process = self.process, None
         if process is None:
             return
-        end_tree(process)
+        if process.returncode is None:
+            end_tree(process)
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):
                 if pipe is not None:
@@ -235,22 +234,33 @@ def _converse(process: "subprocess.Popen[bytes]", request: bytes, deadline: floa
                         return bytes(answer)
 
 
+def exit_code(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
+    """Return how a process has ended, without collecting it: its group keeps its number for as long. None where it has not
+    ended within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        if status is not None:
+            return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+        time.sleep(0.005)
+    return None
+
+
 def end_tree(process: "subprocess.Popen[bytes]") -> None:
     """Kill a process, its process group and, where /proc tells of them, all that descends from it. The process adopts its
-    orphans (see `worker.py`), so a child that left the group is found, too."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGSTOP)  # it starts nothing more
-        for _ in range(20):
-            living = descendants(process.pid)
-            for pid in living:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            if not living:
-                break
-            time.sleep(0.01)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+    orphans (see `worker.py`), so a child that left the group is found, too, unless the process has ended before."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGSTOP)  # it starts nothing more
+    for _ in range(20):
+        living = descendants(process.pid)
+        for pid in living:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if not living:
+            break
+        time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
     try:
         process.wait(GRACE_SECONDS)
     except subprocess.TimeoutExpired:

@@ -1,0 +1,155 @@
+"""Reward functions that hang, hide children, close what they are asked through, or lie about being done."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from quartet.rewards.concurrent import call_within, map_concurrently
+from quartet.rewards.functions import FunctionReward, descendants
+from quartet.rewards.protocol import RewardError
+from tests.world import prompts, rollout
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+ALLOWED = 15.0
+"""Seconds; each of these held a run with a limit of half a second for 25 to 60, or for ever."""
+MARK = f"quartet_hanging_child_{os.getpid()}"
+
+CHILD = f"[sys.executable, '-c', 'import time; time.sleep(300)', '{MARK}']"
+HANGING = {
+    "a child that holds the output": f"subprocess.Popen({CHILD}); time.sleep(300)",
+    "a child, and then an exit": f"subprocess.Popen({CHILD}); os._exit(3)",
+    "a child in a session of its own": f"subprocess.Popen({CHILD}, start_new_session=True); time.sleep(300)",
+    "a grandchild whose parent is gone": f"subprocess.run([sys.executable, '-c', "
+    f"'import subprocess, sys; subprocess.Popen([sys.executable, \"-c\", \"import time; time.sleep(300)\", \"{MARK}\"], start_new_session=True)']); time.sleep(300)",
+    "a fork": "os.fork(); time.sleep(300)",
+    "a pool": "import multiprocessing\n    with multiprocessing.get_context('fork').Pool(2) as pool: pool.map(time.sleep, [300, 300])",
+    "threads that never end": "import threading\n    threading.Thread(target=time.sleep, args=(300,)).start(); time.sleep(300)",
+    "closed descriptors, then sleep": "[os.close(fd) for fd in range(64) if fd_open(fd)]; time.sleep(300)",
+    "closed output, then sleep": "os.closerange(0, 64); time.sleep(300)",
+    "signals ignored": "import signal\n    [signal.signal(n, signal.SIG_IGN) for n in (1, 2, 3, 10, 12, 13, 15)]; time.sleep(300)",
+    "output without an end of line": "[os.write(fd, b'x' * 100) for fd in range(3, 10) if fd_open(fd)]; time.sleep(300)",
+    "a flood of prints": "while True: print('x' * 1000)",
+    "a stop of itself": "import signal\n    os.kill(os.getpid(), signal.SIGSTOP)",
+    "input that it reads itself": "sys.stdin.read(); time.sleep(300)",
+}  # fmt: skip
+
+HEAD = """import os, subprocess, sys, time
+def fd_open(fd):
+    try: os.fstat(fd); return True
+    except OSError: return False
+"""
+
+
+def marked() -> list[str]:
+    """Return the command lines of children that the functions above have started and that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if MARK in text and "import subprocess" not in text:
+            found.append(text)
+    return found
+
+
+def reward_of(tmp_path, body, timeout=0.5):
+    file = tmp_path / "mine.py"
+    file.write_text(f"{HEAD}def f(responses):\n    {body}\n    return [1.0] * len(responses)\n")
+    return FunctionReward("mine", f"{file}:f", lambda ids: [str(i) for i in ids], timeout)
+
+
+def rows(count=2):
+    return [rollout(p, (5, 6), 0.0, i, i) for i, p in enumerate(prompts(count))]
+
+
+@pytest.mark.parametrize("body", HANGING.values(), ids=HANGING)
+def test_a_function_that_hangs_is_ended_with_all_that_it_started(tmp_path, body):
+    made = reward_of(tmp_path, body)
+    process = made.workers[0].process
+    began = time.monotonic()
+    with pytest.raises(RewardError, match=r"took longer than 0.5 s|its process (ended|closed)"):
+        made.score(rows())
+    assert time.monotonic() - began < ALLOWED
+    assert process.poll() is not None
+    assert descendants(os.getpid()) == [] and marked() == []
+
+
+def test_a_function_that_was_ended_is_started_again(tmp_path):
+    body = "time.sleep(300) if not os.path.exists('once') and open('once', 'w') else None"
+    made = reward_of(tmp_path, body.replace("once", str(tmp_path / "once")))
+    with pytest.raises(RewardError, match="took longer"):
+        made.score(rows())
+    assert made.score([dataclasses.replace(r) for r in rows()]) == [1.0, 1.0]
+
+
+def test_what_is_printed_in_no_encoding_does_not_block_the_function(tmp_path):
+    made = reward_of(tmp_path, "os.write(2, b'\\xff\\xfe' * 200_000)", timeout=20.0)
+    assert made.score(rows()) == [1.0, 1.0]
+
+
+def test_half_a_surrogate_in_an_error_is_spelled_out(tmp_path):
+    made = reward_of(tmp_path, "raise ValueError('bad \\ud800 text')", timeout=20.0)
+    with pytest.raises(RewardError, match=r"bad \\ud800 text") as error:
+        made.score(rows())
+    str(error.value).encode("utf-8")
+
+
+# --- several calls at once
+
+
+def test_results_come_in_order_from_at_most_so_many_threads():
+    seen, most, lock = [0], [0], threading.Lock()
+
+    def call(number):
+        with lock:
+            seen[0] += 1
+            most[0] = max(most[0], seen[0])
+        time.sleep(0.01)
+        with lock:
+            seen[0] -= 1
+        return number * number
+
+    assert map_concurrently(call, range(20), 3) == [n * n for n in range(20)]
+    assert most[0] <= 3 and map_concurrently(call, [], 3) == []
+
+
+def test_the_first_failure_ends_the_waiting_and_begins_no_further_call():
+    begun = []
+
+    def call(number):
+        begun.append(number)
+        if number == 1:
+            raise KeyError("one")
+        time.sleep(0.2 if number else 60)
+
+    began = time.monotonic()
+    with pytest.raises(KeyError):
+        map_concurrently(call, range(50), 2)
+    assert time.monotonic() - began < 30
+    time.sleep(0.5)
+    assert len(begun) < 10
+
+
+def test_a_call_that_takes_too_long_is_left_alone():
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        call_within(lambda: time.sleep(60), 0.1)
+    assert time.monotonic() - began < 30
+    assert call_within(lambda: 7, 10.0) == 7
+
+
+def test_the_interpreter_ends_though_a_call_does_not():
+    code = (
+        "import os, signal, threading, time\nfrom quartet.rewards.concurrent import map_concurrently\n"
+        "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "try: map_concurrently(lambda _: time.sleep(120), [1, 2, 3], 2)\nexcept KeyboardInterrupt: print('interrupted')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "interrupted\n" and done.returncode == 0, done.stderr
