@@ -9,11 +9,12 @@ import asyncio
 import functools
 import json
 import math
+import os
 import ssl
 import threading
 import weakref
 from collections.abc import Coroutine, Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar
@@ -78,6 +79,8 @@ class HttpClient:
         future = self.start(self.exchange(method, url, body, seconds, max_bytes))
         try:
             return future.result()
+        except CancelledError:
+            raise RequestError("was not heard to the end: the client was closed", again=False) from None
         except BaseException:
             future.cancel()
             raise
@@ -166,8 +169,8 @@ def _reason(error: BaseException) -> str:
     """What the innermost error says: "All connection attempts failed" is the outermost."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror and not isinstance(cause, ssl.SSLError):
-            return excerpt(cause.strerror)
+        if isinstance(cause, OSError) and cause.errno and not isinstance(cause, ssl.SSLError):
+            return os.strerror(cause.errno) if cause.errno > 0 else excerpt(str(cause.strerror))
         cause = cause.__cause__ or cause.__context__
     return excerpt(str(error)).rstrip(".") or type(error).__name__
 

@@ -21,7 +21,8 @@ from quartet.generation.led import Led
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
 from quartet.generation.scripted import ScriptedGenerator
-from quartet.generation.servers import IDLE, ServedGenerator, ServersGone
+from quartet.generation.servers import ServedGenerator, ServersGone
+from quartet.http_client import IDLE
 from quartet.models.adapters import POLICY, adapter_parameters, add_adapter, in_adapter, save_adapter
 from quartet.models.language_model import masked_logprobs, save
 from quartet.models.lora import Lora

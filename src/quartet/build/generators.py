@@ -78,6 +78,7 @@ class Generators:
             self.config.seed,
             settings.timeout,
             save_base=write_base if adapter else None,
+            vocab_size=actor.config.get_text_config().vocab_size,
         )
         Led(made, team).load_weights(Weights(0, Gathered(actor)))
         return made

@@ -8,12 +8,17 @@ folder, and put on adapters by name. Where they differ in more than names:
 - vLLM draws by the seed of a request; SGLang only where it was started with `--enable-deterministic-inference`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from quartet.generation.sampling import Sampling
+from quartet.texts import excerpt
+
+ROUNDING = 1e-3
+"""By how much rounding may put a log-prob above 0."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +146,35 @@ class Sglang(_Adapters):
 DIALECTS: dict[str, Dialect] = {"vllm": Vllm(), "sglang": Sglang()}
 
 
-def _piece(ids: Sequence[int], logprobs: Sequence[float], spans: Sequence[Mapping[str, Any]] | None, finish: Any) -> Piece:
-    """`spans`: versions of the tokens from `start` to before `end`."""
-    versions = [int(span["version"]) for span in spans or [] for _ in range(span["start"], span["end"])]
+def _piece(ids: Any, logprobs: Any, spans: Any, finish: Any) -> Piece:
+    """`spans`: versions of the tokens from `start` to before `end`. Raises ValueError for anything that is no such answer:
+    what a server says is trained on, so nothing is converted."""
+    if not all(isinstance(values, list) for values in (ids, logprobs, spans or [])):
+        raise ValueError("token ids, log-probs or versions are no list")
     if len(ids) != len(logprobs):
         raise ValueError(f"{len(ids)} token ids came with {len(logprobs)} log-probs")
-    if len(ids) != len(versions):
-        raise ValueError("it does not say which weights each token is from: is it as new as docs/scaling.md asks?")
+    for token in ids:
+        if type(token) is not int or not 0 <= token < 2**31:
+            raise ValueError(f"{excerpt(repr(token), 40)} is no token id")
+    for logprob in logprobs:
+        if type(logprob) not in (int, float) or not -math.inf < logprob <= ROUNDING:
+            raise ValueError(f"{excerpt(repr(logprob), 40)} is no log-prob")
     if finish not in ("stop", "length", "abort"):
-        raise ValueError(f"finish_reason {finish!r}")
+        raise ValueError(f"finish_reason {excerpt(repr(finish), 40)}")
     if not ids and finish != "abort":
         raise ValueError("an answer came without a token")
-    return Piece(list(map(int, ids)), list(map(float, logprobs)), versions, finish)
+    return Piece(ids, [float(logprob) for logprob in logprobs], _versions(spans or [], len(ids)), finish)
+
+
+def _versions(spans: Sequence[Any], length: int) -> list[int]:
+    """The version of each token. Spans must follow each other and cover all tokens."""
+    versions: list[int] = []
+    for span in spans:
+        version, start, end = str(span["version"]), span["start"], span["end"]
+        follows = type(start) is int and type(end) is int and start == len(versions) <= end <= length
+        if not follows or not (version.isascii() and version.isdecimal() and len(version) < 10):
+            raise ValueError(f"{excerpt(repr(span), 80)} does not say which weights the next tokens are from")
+        versions += [int(version)] * (end - start)
+    if len(versions) != length:
+        raise ValueError("it does not say which weights each token is from: is it as new as docs/scaling.md asks?")
+    return versions

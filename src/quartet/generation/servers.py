@@ -15,31 +15,41 @@ import random
 import shutil
 import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from quartet.experience import Prompt, Rollout
-from quartet.generation.dialects import Dialect, Order
+from quartet.generation.dialects import Dialect, Order, Piece
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
+from quartet.http_client import HttpClient, Reply, RequestError, encode
+from quartet.texts import excerpt
 
-IDLE = 1.0
-"""Seconds after which a connection is not used again. Servers (uvicorn) close theirs after 5; a request that is on its way then
-is lost, and its server would count as failed."""
 PAUSE = 0.5
 """Seconds before a server that failed is asked again."""
+MAX_BYTES, BYTES_PER_TOKEN = 1_000_000, 1_000
+"""How long a reply may be: a fixed part, and so much for each token that was asked for."""
 BASE = "base"
 """The folder beside them, of what adapters stand on."""
 
 
 class ServersGone(RuntimeError):
     """No server answers: the message names them and what they said."""
+
+
+class BadReply(Exception):
+    """What a server answered is an error, or not an answer. The message is a phrase that follows
+    the server's name."""
+
+    def __init__(self, phrase: str, status: int = 200) -> None:
+        super().__init__(phrase)
+        self.status = status
+
+
+FAILURES = (RequestError, BadReply)
 
 
 @dataclass
@@ -80,19 +90,18 @@ class ServedGenerator:
         timeout: float = 600.0,
         at_once: int = 256,
         save_base: Callable[[Path, Mapping[str, Any]], None] | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         """`save` writes weights as a model folder; `shared` is where, a path that servers read too. `timeout`: seconds for one
         answer, and for how long one waits until a server is back. `at_once`: requests in flight. `save_base`: writes a model
-        folder; what `save` writes is then an adapter on it."""
-        self.dialect, self.save_base = dialect, save_base
+        folder; what `save` writes is then an adapter on it. `vocab_size`: token ids are below it."""
+        self.dialect, self.save_base, self.vocab_size = dialect, save_base, vocab_size
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.save, self.shared, self.tokenizer, self.seed, self.timeout = save, shared, tokenizer, seed, timeout
         self.stop_ids = sorted(stop_ids)
         self.version, self.calls, self._pushed = 0, 0, False
         self.pool = ThreadPoolExecutor(at_once, "ask")
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=IDLE)
-        self.client = httpx.Client(timeout=timeout, limits=limits, follow_redirects=False)
-        weakref.finalize(self, self.client.close)
+        self.client = HttpClient()
         self._free = threading.Condition()
 
     def state(self) -> dict[str, int]:
@@ -109,8 +118,8 @@ class ServedGenerator:
         return made
 
     def close(self) -> None:
-        """Let go of the connections."""
-        self.pool.shutdown()
+        """Give up requests that are on their way, and close the connections."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
         self.client.close()
 
     # --- answers ---------------------------------------------------------------------------------------------------------
@@ -120,18 +129,30 @@ class ServedGenerator:
         self.calls += 1
         rows = [(prompt, group, sample) for group, prompt in enumerate(prompts) for sample in range(samples_per_prompt)]
         seeds = [random.Random(f"{self.seed}/{self.calls}/{row}").getrandbits(31) for row in range(len(rows))]
-        asked = [self.pool.submit(self._written, row[0], sampling, seed) for row, seed in zip(rows, seeds, strict=True)]
-        return [self._rollout(*row, answer.result()) for row, answer in zip(rows, asked, strict=True)]
+        abandoned = threading.Event()
+        answers = [
+            self.pool.submit(self._answer, row[0], sampling, seed, abandoned) for row, seed in zip(rows, seeds, strict=True)
+        ]
+        try:
+            return [self._rollout(*row, answer.result()) for row, answer in zip(rows, answers, strict=True)]
+        except BaseException:  # a signal, or no server: nobody waits for the other answers
+            abandoned.set()
+            for answer in answers:
+                answer.cancel()
+            self.client.close()
+            raise
 
-    def _written(self, prompt: Prompt, sampling: Sampling, seed: int) -> _Answer:
-        """One answer, by however many servers and versions it takes."""
+    def _answer(self, prompt: Prompt, sampling: Sampling, seed: int, abandoned: threading.Event) -> _Answer:
+        """One answer, by however many servers and versions it takes. Raises ServersGone where no token came for `timeout`
+        seconds."""
         answer, until, failures, reason = _Answer(), time.monotonic() + self.timeout, 0, ""
         while answer.finish is None:
-            server = self._next_server(max(until, time.monotonic() + PAUSE), reason)
+            server = self._next_server(max(until, time.monotonic() + PAUSE), reason, abandoned)
+            length = len(answer.ids)
             try:
                 self._continue(server, prompt, sampling, seed + len(answer.ids), answer)
-            except (httpx.HTTPError, ValueError, KeyError, TypeError, IndexError) as error:
-                reason = server.failed = _words(error)
+            except FAILURES as error:
+                reason = server.failed = str(error)
                 failures += 1
                 if failures > len(self.servers) and time.monotonic() > until:
                     raise self._gone(reason) from error
@@ -139,25 +160,26 @@ class ServedGenerator:
                 with self._free:
                     server.working -= 1
                     self._free.notify_all()
+            if len(answer.ids) > length:
+                until = time.monotonic() + self.timeout
+            elif answer.finish is None and server.failed is None:  # it was aborted before its first token
+                if time.monotonic() > until:
+                    raise self._gone("aborted every request before its first token")
+                time.sleep(PAUSE / 10)
         return answer
 
     def _continue(self, server: Server, prompt: Prompt, sampling: Sampling, seed: int, answer: _Answer) -> None:
-        """Ask for the rest of an answer, and take what comes."""
+        """Ask for the rest of an answer, and take what comes. Raises one of FAILURES."""
         version = server.version
         if version < 0:
             return  # it was just taken aside, to be given others
         name = None if self.save_base is None else _name(version)
         left = sampling.max_new_tokens - len(answer.ids)
         order = self.dialect.write([*prompt.ids, *answer.ids], left, sampling, self.stop_ids, seed, name)
-        replied = self.client.post(server.url + order.path, json=order.body)
-        if name is not None and replied.is_client_error and server.version != version:
+        reply = self._post(server, order, MAX_BYTES + BYTES_PER_TOKEN * left)
+        if name is not None and 400 <= reply.status < 500 and server.version != version:
             return  # it asked for an adapter that was taken off meanwhile
-        replied.raise_for_status()
-        piece = self.dialect.written(replied.json())
-        if piece.finish == "length" and len(piece.ids) < left:
-            raise ValueError(
-                f"it wrote {len(piece.ids)} of {left} tokens: does it read fewer than a prompt and an answer have?"
-            )
+        piece = self._piece(_table(reply), left)
         answer.ids += piece.ids
         answer.logprobs += piece.logprobs
         answer.versions += piece.versions if name is None else [version] * len(piece.ids)
@@ -166,9 +188,29 @@ class ServedGenerator:
         elif len(answer.ids) == sampling.max_new_tokens:
             answer.finish = "length"
 
-    def _next_server(self, until: float, reason: str) -> Server:
+    def _piece(self, table: Mapping[str, Any], left: int) -> Piece:
+        """What a reply says, checked against what was asked for."""
+        try:
+            piece = self.dialect.written(table)
+        except ValueError as error:
+            raise BadReply(f"gave no answer: {error}") from None
+        except (LookupError, TypeError, AttributeError) as error:
+            raise BadReply(f"gave an answer of another form ({type(error).__name__}: {excerpt(str(error))})") from None
+        if len(piece.ids) > left:
+            raise BadReply(f"wrote {len(piece.ids)} tokens where {left} were asked for")
+        if piece.finish == "length" and len(piece.ids) < left:
+            raise BadReply(f"it wrote {len(piece.ids)} of {left} tokens: does it read fewer than a prompt and an answer have?")
+        if self.vocab_size is not None and any(token >= self.vocab_size for token in piece.ids):
+            raise BadReply(f"wrote token {max(piece.ids)}; the policy has tokens up to {self.vocab_size - 1}")
+        if self.save_base is None and any(version > self.version for version in piece.versions):
+            raise BadReply(f"says that a token is from weights {max(piece.versions)}; the newest are {self.version}")
+        return piece
+
+    def _next_server(self, until: float, reason: str, abandoned: threading.Event) -> Server:
         """The one with the fewest requests, of those that work and have the newest weights."""
         while True:
+            if abandoned.is_set():
+                raise ServersGone("the answer is no longer wanted.")
             self._revive()
             with self._free:
                 usable = [s for s in self.servers if s.failed is None and s.version == self.version]
@@ -245,8 +287,8 @@ class ServedGenerator:
                 server.version = version
                 self._tell(server, self.dialect.resume)
                 server.failed = None
-            except httpx.HTTPError as error:
-                server.version, server.failed = -1, _words(error)
+            except FAILURES as error:
+                server.version, server.failed = -1, str(error)
         with self._free:
             self._free.notify_all()
 
@@ -255,13 +297,17 @@ class ServedGenerator:
         if had < 0:
             self._tell(server, *self.dialect.read(self.shared.resolve() / BASE, version))
         for old in {had, version} - {-1}:
-            with contextlib.suppress(httpx.HTTPStatusError):
+            with contextlib.suppress(BadReply):
                 self._tell(server, self.dialect.take_off(_name(old)))
         self._tell(server, self.dialect.put_on(_name(version), self._folder(version)))
 
     def _tell(self, server: Server, *orders: Order) -> None:
         for order in orders:
-            self.client.post(server.url + order.path, json=order.body).raise_for_status()
+            _accepted(self._post(server, order, MAX_BYTES))
+
+    def _post(self, server: Server, order: Order, max_bytes: int) -> Reply:
+        body = None if order.body is None else encode(order.body)
+        return self.client.request("POST", server.url + order.path, body, self.timeout, max_bytes)
 
     def _revive(self) -> None:
         """Those that failed, if they answer again: with the newest weights."""
@@ -270,8 +316,8 @@ class ServedGenerator:
                 continue
             if server.lock.locked():  # somebody is at it
                 continue
-            with contextlib.suppress(httpx.HTTPError):
-                self.client.get(f"{server.url}/health", timeout=PAUSE * 4).raise_for_status()
+            with contextlib.suppress(*FAILURES):
+                _accepted(self.client.request("GET", f"{server.url}/health", None, PAUSE * 4, MAX_BYTES))
                 if self._folder(self.version).is_dir():
                     self._push(server)
 
@@ -285,7 +331,23 @@ def _name(version: int) -> str:
     return f"policy-{version}"
 
 
-def _words(error: Exception) -> str:
-    if isinstance(error, httpx.HTTPStatusError):
-        return f"answered {error.response.status_code}: {error.response.text[:300]}".rstrip(" :.")
-    return str(error).strip().rstrip(".") or type(error).__name__
+def _accepted(reply: Reply) -> None:
+    """Raise BadReply where a server refuses an order, also where it does so with status 200."""
+    if not 200 <= reply.status < 300:
+        raise BadReply(f"answered {reply.status}: {excerpt(reply.body, 300)}".rstrip(" :."), reply.status)
+    with contextlib.suppress(ValueError):
+        table = reply.json()
+        if isinstance(table, dict) and (table.get("success") is False or table.get("error")):
+            raise BadReply(f"refused: {excerpt(reply.body, 300)}")
+
+
+def _table(reply: Reply) -> Mapping[str, Any]:
+    """The JSON object that a reply is."""
+    _accepted(reply)
+    try:
+        table = reply.json()
+    except ValueError:
+        raise BadReply(f"answered with something that is not JSON: {excerpt(reply.body) or '(nothing)'}") from None
+    if not isinstance(table, dict):
+        raise BadReply(f"answered with something that is no object: {excerpt(reply.body)}")
+    return table
