@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from quartet.cli.common import app, console, is_loopback, listening, refuse, url_of, without_progress_bars
+from quartet.cli.common import (
+    FAILED,
+    app,
+    complaints,
+    console,
+    is_loopback,
+    listening,
+    refuse,
+    url_of,
+    without_progress_bars,
+)
 
 
 @app.command()
@@ -45,6 +55,7 @@ def export(
     ] = None,
 ) -> None:
     """A Hugging Face folder with a model card, adapters merged, that transformers loads without Quartet."""
+    from quartet.models.export import DamagedModel
     from quartet.models.export import export as write
     from quartet.models.language_model import ModelError
     from quartet.observability.card import ROLES
@@ -54,6 +65,7 @@ def export(
             _at_checkpoint(run_folder, checkpoint, Path(scratch))
             export(Path(scratch), target, part, dtype)
         return
+    without_progress_bars()
     there = [role for role in ROLES if (run_folder / role / "config.json").is_file()]
     if part not in there:
         has = f"It has {', '.join(there)}." if there else "It has none: has the run finished a stage?"
@@ -61,7 +73,11 @@ def export(
     named: Literal["float32", "bfloat16", "float16"] | None = None if dtype is None else dtype.value
     try:
         write(run_folder / part, target, named)
-    except (ModelError, OSError) as error:
+    except (DamagedModel, OSError) as error:
+        reason = f"{target}: cannot be written ({error.strerror or error})." if isinstance(error, OSError) else error
+        complaints.print(f"{reason} Nothing was written.", style="red", soft_wrap=True)
+        raise typer.Exit(FAILED) from None
+    except ModelError as error:
         refuse(str(error))
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     console.print(f"{target} written, {size / 1e6:,.1f} MB", soft_wrap=True)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from quartet.models.adapters import Under, adapter_parameters, load_adapter, merged_state, save_adapter
-from quartet.models.language_model import OWN_CODE, UNLOADABLE, ModelError, first_line, read_config
+from quartet.models.language_model import OWN_CODE, UNLOADABLE, ModelError, check_finite, first_line, read_config
 from quartet.models.logprobs import at_least_float32, speaking, under_own_token
 from quartet.models.trunk import read
 from quartet.team import ALONE, Team, whole_state
@@ -42,6 +42,7 @@ def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) 
             f"{folder}: has no weights for {missing[0]}, so it is no trained model for "
             f"{auto.__name__.removeprefix('AutoModelFor')}."
         )
+    check_finite(folder, model)
     return model.to(device).eval()
 
 

@@ -73,6 +73,12 @@ def check_whole(folder: str | Path, model: Any, report: Mapping[str, Any]) -> No
     layers = [name for name in sorted(report["unexpected_keys"]) if ".layers." in name and "rotary" not in name]
     if layers:
         raise ModelError(f"{folder}: has weights for {layers[0]}, which its config.json does not know. Is it its own?")
+    check_finite(folder, model)
+
+
+@torch.no_grad()
+def check_finite(folder: str | Path, model: Any) -> None:
+    """Raise ModelError where a weight is no number, or infinite."""
     for name, p in model.named_parameters():
         if not bool(p.isfinite().all()):
             raise ModelError(f"{folder}: {name} is not finite: the weights are damaged.")
@@ -84,7 +90,7 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> Any:
         raise ModelError(f"{folder}: has no tokenizer. Save one beside the model, or name another folder in policy.tokenizer.")
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(folder, **OWN_CODE)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except (*UNLOADABLE, ImportError) as error:
         raise ModelError(
             f"{folder}: has no tokenizer that transformers can load ({first_line(error)}). "
             "Save one beside the model, or name another folder in policy.tokenizer."
