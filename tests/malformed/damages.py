@@ -147,7 +147,7 @@ def flipped_footer(run: Path) -> None:
 
 
 RECORD: dict[str, tuple[Change, str]] = {
-    "a step of 10^30": (event(step=10**30), "line 3 is no event (step"),
+    "a step of 10^30": (event(step=10**30), "line 3 is no event (step is a number of more than 64 bits)."),
     "a step below 0": (event(step=-3), "line 3 is no event (step should be greater than or equal to 0)."),
     "a step that is text": (event(step="6"), "line 3 is no event (step should be a valid integer)."),
     "half a step": (event(step=1.5), "line 3 is no event (step should be a valid integer)."),
@@ -280,8 +280,8 @@ EVALUATION: dict[str, tuple[Change, str]] = {
     "answers that are a folder": (instead(ANSWERS, Path.mkdir), "evaluation/answers.jsonl is a folder."),
     "an evaluation that is a link": (instead("evaluation", link("moved")), "evaluation is a link"),
     "an evaluation that is a file": (instead("evaluation", Path.touch), "evaluation is a file"),
-    "pairs that are no Parquet": (file(PAIRS, "PAR1 torn"), "evaluation/pairs.parquet cannot be read"),
-    "pairs of nothing": (file(PAIRS, ""), "evaluation/pairs.parquet cannot be read"),
+    "pairs that are no Parquet": (file(PAIRS, "PAR1 torn"), "evaluation/pairs.parquet is no whole Parquet file"),
+    "pairs of nothing": (file(PAIRS, ""), "evaluation/pairs.parquet is no whole Parquet file"),
     "pairs without scores": (column(PAIRS, "chosen_score", None), "evaluation/pairs.parquet: has no column chosen_score"),
     "pairs whose scores are text": (column(PAIRS, "chosen_score", lambda n: ["x"] * n), "has something else than numbers in column chosen_score"),
     "pairs whose scores are no numbers": (column(PAIRS, "chosen_score", lambda n: [float("nan")] * 10 + [1.0] * (n - 10)), "10 of 50 pairs are too many or lack a value"),
@@ -293,9 +293,9 @@ EVALUATION: dict[str, tuple[Change, str]] = {
 
 STEP = "rollouts of step 1 cannot be read: the file "
 TOKENS: dict[str, tuple[Change, str]] = {
-    "torn": (file(ROLLOUTS, "PAR1 torn"), STEP + "cannot be read ("),
-    "of nothing": (file(ROLLOUTS, ""), STEP + "cannot be read ("),
-    "half of it": (lambda run: os.truncate(run / ROLLOUTS, 3000), STEP + "cannot be read ("),
+    "torn": (file(ROLLOUTS, "PAR1 torn"), STEP + "is no whole Parquet file ("),
+    "of nothing": (file(ROLLOUTS, ""), STEP + "is no whole Parquet file ("),
+    "half of it": (lambda run: os.truncate(run / ROLLOUTS, 3000), STEP + "is no whole Parquet file ("),
     "a damaged footer": (flipped_footer, ""),
     "named ²²": (lambda run: (run / "rollouts/²².parquet").touch(), "rollouts: ²².parquet left out: the name is no step's."),
     "named with one digit": (lambda run: (run / "rollouts/7.parquet").touch(), "rollouts: 7.parquet left out"),
@@ -312,7 +312,7 @@ TOKENS: dict[str, tuple[Change, str]] = {
     "two hundred thousand rows": (many_rows(200_000), ""),
     "five million rows": (too_many_rows, STEP + "says that it has 5,000,000 rows; 4,000,000 is the most that is read."),
     "a gigabyte of text": (long_text, STEP + "holds more than 256 MB of text."),
-    "text that is no UTF-8": (wrong_bytes, STEP + "cannot be read ("),
+    "text that is no UTF-8": (wrong_bytes, STEP + "is no whole Parquet file ("),
     "two columns of one name": (two_of_one_name, STEP + "has two columns of one name."),
     "a column of lists": (column(ROLLOUTS, "more", lambda n: [[1]] * n), "has a column of an unknown type, more; it is left out."),
     "a column with a strange name": (column(ROLLOUTS, "score/\x1b[2J<script>", lambda n: [1.0] * n), "has a column whose name cannot be printed, score/\\x1b[2J<script>; it is left out."),

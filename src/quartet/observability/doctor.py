@@ -23,6 +23,8 @@ HACKED_MEAN = 10
 """Steps of which one mean is taken there."""
 WIN_RATES = 3
 """Win rates of which one mean is taken: each is of 32 prompts, ± 0.17."""
+MAX_STEPS = 100_000
+"""Steps of a stage that are examined afterwards."""
 FORGOTTEN = 5.0
 """How many times the first perplexity on demonstrations is too much."""
 
@@ -34,12 +36,21 @@ class History:
         self.kl_target, self.filtered = kl_target, filtered
         self.steps = 0
         self.columns: dict[str, list[float]] = {}
+        self.best_wins, self.best_place = -math.inf, 0
+        """The highest mean of WIN_RATES neighbouring win rates, and which was the first of them."""
 
     def add(self, metrics: Mapping[str, float]) -> None:
         self.steps += 1
         for name, value in metrics.items():
             if not math.isnan(value):
                 self.columns.setdefault(name, []).append(value)
+        wins = self.columns.get("policy/win_rate", ())
+        if (
+            "policy/win_rate" in metrics
+            and len(wins) >= WIN_RATES
+            and (mean := sum(wins[-WIN_RATES:]) / WIN_RATES) > self.best_wins
+        ):
+            self.best_wins, self.best_place = mean, len(wins) - WIN_RATES
 
     def now(self, name: str, default: float) -> float:
         """The latest value."""
@@ -322,11 +333,11 @@ def loses_held_out(history: History) -> str | None:
     wins, reward = history.columns.get("policy/win_rate", []), history.columns.get("reward", [])
     if len(wins) < 2 * WIN_RATES:
         return None
-    means = moving_means(wins, WIN_RATES)
-    top, now = max(means), means[-1]
-    then = reward[int(means.index(top) * len(reward) / len(wins)) :][:HACKED_MEAN]
+    top, now = history.best_wins, sum(wins[-WIN_RATES:]) / WIN_RATES
+    begin = int(history.best_place * len(reward) / len(wins))
+    then = reward[begin : begin + HACKED_MEAN]
     last = reward[-HACKED_MEAN:]
-    if top - now < 0.2 or sum(last) / len(last) <= sum(then) / len(then):
+    if not then or top - now < 0.2 or sum(last) / len(last) <= sum(then) / len(then):
         return None
     return (
         f"the win rate on held-out prompts fell from {top:.0%} to {now:.0%} while the reward rose: the answers get worse. Stop "
@@ -447,10 +458,15 @@ def examine(run: "Run") -> list[Finding]:
     target = run.config.get("algorithm", {}).get("kl", {}).get("controller", {}).get("target")
     rollout = run.config.get("rollout", {})
     filtered = bool(rollout.get("top_k", 0)) or rollout.get("top_p", 1.0) < 1
-    found: dict[tuple[str, Rule], Finding] = {}
+    found: dict[tuple[str, Rule | None], Finding] = {}
     for stage, series in run.series.items():
         watch = Watch(target, filtered)
-        for i, step in enumerate(series.steps):
+        if len(series.steps) > MAX_STEPS:
+            sentence = f"{stage} has {len(series.steps):,} steps; the rules looked at the first {MAX_STEPS:,} of them."
+            found[stage, None] = Finding(
+                "too_many_steps", stage, MAX_STEPS, sentence, "To look at all of them would take minutes.", MAX_STEPS
+            )
+        for i, step in enumerate(series.steps[:MAX_STEPS]):
             metrics = {name: column[i] for name, column in series.columns.items() if not math.isnan(column[i])}
             for rule, sentence, count in watch.look(metrics):
                 before = found.get((stage, rule))

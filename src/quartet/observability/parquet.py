@@ -52,7 +52,7 @@ def read_parquet(file: IO[bytes], expected: Mapping[str, Column], names: Sequenc
         RuntimeError,
         MemoryError,
     ) as error:
-        raise Unreadable(f"cannot be read ({shown(str(error).partition('.')[0])}).") from None
+        raise Unreadable(f"is no whole Parquet file ({shown(str(error).partition('.')[0])}).") from None
 
 
 def _read(file: IO[bytes], expected: Mapping[str, Column], names: Sequence[str] | None) -> tuple[Any, list[str]]:

@@ -89,7 +89,7 @@ def parse_event(line: bytes) -> tuple[dict[str, Any], list[str]]:
     kind = value.get("event") if isinstance(value, dict) else None
     event, more = checked(EVENTS.get(kind, OTHER_EVENT) if isinstance(kind, str) else OTHER_EVENT, value)
     if event is None:
-        raise Unreadable(f"is no event ({more[0]}).")
+        raise Unreadable(f"is no event ({[*problems, *more][0]}).")
     return event, [*problems, *more]
 
 

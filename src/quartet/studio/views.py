@@ -97,7 +97,7 @@ def unreadable(name: str, sentence: str) -> dict[str, Any]:
         "sparkline_of": "",
         "warnings": 0,
     }
-    return {"name": name, "status": "unreadable", **empty, "problems": [sentence], "started": None}
+    return {"name": name, "status": "unreadable", **empty, "problems": [sentence.removeprefix(f"{name}: ")], "started": None}
 
 
 def shortened(text: str) -> str:
