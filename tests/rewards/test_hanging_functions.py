@@ -2,15 +2,12 @@
 
 import dataclasses
 import os
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from quartet.rewards.concurrent import call_within, map_concurrently
 from quartet.rewards.functions import FunctionReward, descendants
 from quartet.rewards.protocol import RewardError
 from tests.world import prompts, rollout
@@ -99,57 +96,3 @@ def test_half_a_surrogate_in_an_error_is_spelled_out(tmp_path):
     with pytest.raises(RewardError, match=r"bad \\ud800 text") as error:
         made.score(rows())
     str(error.value).encode("utf-8")
-
-
-# --- several calls at once
-
-
-def test_results_come_in_order_from_at_most_so_many_threads():
-    seen, most, lock = [0], [0], threading.Lock()
-
-    def call(number):
-        with lock:
-            seen[0] += 1
-            most[0] = max(most[0], seen[0])
-        time.sleep(0.01)
-        with lock:
-            seen[0] -= 1
-        return number * number
-
-    assert map_concurrently(call, range(20), 3) == [n * n for n in range(20)]
-    assert most[0] <= 3 and map_concurrently(call, [], 3) == []
-
-
-def test_the_first_failure_ends_the_waiting_and_begins_no_further_call():
-    begun = []
-
-    def call(number):
-        begun.append(number)
-        if number == 1:
-            raise KeyError("one")
-        time.sleep(0.2 if number else 60)
-
-    began = time.monotonic()
-    with pytest.raises(KeyError):
-        map_concurrently(call, range(50), 2)
-    assert time.monotonic() - began < 30
-    time.sleep(0.5)
-    assert len(begun) < 10
-
-
-def test_a_call_that_takes_too_long_is_left_alone():
-    began = time.monotonic()
-    with pytest.raises(TimeoutError):
-        call_within(lambda: time.sleep(60), 0.1)
-    assert time.monotonic() - began < 30
-    assert call_within(lambda: 7, 10.0) == 7
-
-
-def test_the_interpreter_ends_though_a_call_does_not():
-    code = (
-        "import os, signal, threading, time\nfrom quartet.rewards.concurrent import map_concurrently\n"
-        "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
-        "try: map_concurrently(lambda _: time.sleep(120), [1, 2, 3], 2)\nexcept KeyboardInterrupt: print('interrupted')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == "interrupted\n" and done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quartet.concurrent import result_of
 from quartet.experience import Prompt, Rollout
 from quartet.generation.dialects import Dialect, Order, Piece
 from quartet.generation.protocol import Weights
@@ -134,7 +135,7 @@ class ServedGenerator:
             self.pool.submit(self._answer, row[0], sampling, seed, abandoned) for row, seed in zip(rows, seeds, strict=True)
         ]
         try:
-            return [self._rollout(*row, answer.result()) for row, answer in zip(rows, answers, strict=True)]
+            return [self._rollout(*row, result_of(answer)) for row, answer in zip(rows, answers, strict=True)]
         except BaseException:  # a signal, or no server: nobody waits for the other answers
             abandoned.set()
             for answer in answers:

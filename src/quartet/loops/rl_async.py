@@ -8,10 +8,10 @@ a run that is resumed goes on with the batches that were waiting.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from quartet.algorithms.algorithm import Algorithm
+from quartet.concurrent import BackgroundThread
 from quartet.data.sampler import Sampler
 from quartet.experience import Prompt, Rollout, rollout_from
 from quartet.generation.protocol import Generator
@@ -57,14 +57,15 @@ def rl_async(
     def sampled() -> Collected:
         return collect(prompts, generator, sampling, samples_per_prompt, rewards, algorithm)
 
-    with ThreadPoolExecutor(1, "rollouts") as background:
+    background = BackgroundThread("rollouts")
+    try:
         for number in range(done + 1, steps + 1):
             clock = Clock()
             while len(ahead.waiting) < min(ahead.staleness, steps - number + 1):
                 ahead.waiting.append(sampled())
             rollouts, unscored = ahead.waiting.popleft()
             more = number + ahead.staleness <= steps
-            coming = background.submit(sampled) if more else None  # by the weights before this update
+            coming = background.start(sampled) if more else None  # by the weights before this update
             clock.lap("rollouts")
             batch = learner.score(rollouts, algorithm)
             experience = algorithm.experience(batch)
@@ -80,3 +81,8 @@ def rl_async(
             clock.lap("new weights")
             algorithm = algorithm.adapt(metrics)
             yield Step(number, metrics, rollouts, batch, experience, update, algorithm, seconds=clock.laps)
+    except Exception:
+        background.finish()  # a rollback may follow, and draws from the same random numbers
+        raise
+    finally:
+        background.abandon()  # where the run was interrupted; else nothing is under way

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quartet.concurrent import map_concurrently
 from quartet.experience import Rollout
-from quartet.rewards.concurrent import map_concurrently
 from quartet.rewards.protocol import RewardError, Score
 
 log = logging.getLogger(__name__)

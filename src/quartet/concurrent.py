@@ -1,0 +1,112 @@
+"""Several calls at once, and calls in the background, that are abandoned where the caller is interrupted.
+
+`concurrent.futures` waits for its threads when a pool is left and again when the interpreter exits, so one call that hangs
+would hold a run that was told to stop. The threads here are daemons, and nobody waits for them.
+"""
+
+import contextlib
+import ctypes
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+WAKE_SECONDS = 0.2
+"""How often a thread that waits looks whether it was abandoned itself."""
+
+
+def map_concurrently(function: Callable[[T], R], items: Sequence[T], workers: int) -> list[R]:
+    """Return what `function` returns for each item, in their order, from at most `workers` threads.
+
+    Raises what the first call to fail has raised. Then, and where the caller is interrupted, calls that are under way are
+    abandoned, and no further ones begin.
+    """
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    outcomes: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+    abandoned = threading.Event()
+    for index in range(len(items)):
+        waiting.put(index)
+
+    def work() -> None:
+        while not abandoned.is_set():
+            try:
+                index = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                outcomes.put((index, function(items[index]), None))
+            except BaseException as error:
+                outcomes.put((index, None, error))
+
+    for _ in range(min(workers, len(items))):
+        threading.Thread(target=work, daemon=True).start()
+    results: dict[int, R] = {}
+    try:
+        while len(results) < len(items):
+            try:
+                index, result, error = outcomes.get(timeout=WAKE_SECONDS)
+            except queue.Empty:
+                continue
+            if error is not None:
+                raise error
+            results[index] = result
+    finally:
+        abandoned.set()
+    return [results[index] for index in range(len(items))]
+
+
+def result_of(future: "Future[R]") -> R:
+    """Return the result of a future as `future.result()` does, in a thread that may itself be abandoned meanwhile."""
+    while not future.done():
+        wait([future], WAKE_SECONDS)
+    return future.result()
+
+
+class Abandoned(BaseException):
+    """Raised in a background thread whose result is no longer wanted."""
+
+
+class BackgroundThread:
+    """One thread that makes the calls it is given, one after the other, while its owner does something else."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def start(self, function: Callable[[], R]) -> "Future[R]":
+        """Make a call after those that were started before."""
+        future: Future[R] = Future()
+        self._calls.put((future, function))
+        return future
+
+    def finish(self) -> None:
+        """Wait for all calls that were started, and end the thread."""
+        self._calls.put(None)
+        self._thread.join()
+
+    def abandon(self, seconds: float = 5.0) -> None:
+        """End the thread in the middle of a call: `Abandoned` is raised there, as soon as a call into native code returns.
+
+        That end is waited for, for so many seconds at most: Python ends a daemon thread that comes back from native code while
+        the interpreter exits, and where the code is torch's this aborts the process.
+        """
+        self._calls.put(None)
+        if self._thread.is_alive() and self._thread.ident is not None:
+            ident = ctypes.c_ulong(self._thread.ident)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Abandoned))
+            self._thread.join(seconds)
+
+    def _work(self) -> None:
+        with contextlib.suppress(Abandoned):
+            while (call := self._calls.get()) is not None:
+                future, function = call
+                try:
+                    future.set_result(function())
+                except Abandoned:
+                    raise
+                except BaseException as error:
+                    future.set_exception(error)

@@ -1,0 +1,72 @@
+"""Rollouts that are made in the background, where the update beside them is interrupted or fails."""
+
+import threading
+import time
+
+import pytest
+
+from quartet.concurrent import map_concurrently
+from quartet.data.sampler import Sampler
+from quartet.interruption import Interrupted
+from quartet.loops.rl_async import Ahead, rl_async
+from quartet.rewards.protocol import Weighted
+from quartet.training.descend import NonFinite
+from tests.loops.test_loops import END, NativeGenerator, Sampling
+from tests.training.test_guards import ALGORITHMS, learner
+from tests.world import prompts, tokenizer
+
+ALLOWED = 30.0
+"""Seconds, where waiting for the rewards would take two minutes."""
+
+
+class SlowReward:
+    """Gives its scores after so many seconds from the second time on, which is in the background."""
+
+    name = "slow"
+
+    def __init__(self, seconds):
+        self.seconds, self.calls, self.begun, self.ends = seconds, 0, threading.Event(), []
+
+    def score(self, rollouts):
+        self.calls += 1
+        if self.calls > 1:
+            self.begun.set()
+            try:
+                map_concurrently(lambda _: time.sleep(self.seconds), [0, 1], 2)
+                self.ends.append("finished")
+            except BaseException:
+                self.ends.append("abandoned")
+                raise
+        return [1.0] * len(rollouts)
+
+
+def step_with(reward, error):
+    """A step whose update raises this while the next rollouts are being scored."""
+    made = learner("none")
+    made.sampler_agrees = True
+
+    def update(*arguments, **named):
+        assert reward.begun.wait(60)
+        raise error
+
+    made.update = update
+    generator = NativeGenerator(made.models.actor, tokenizer(), frozenset({END}), 0)
+    steps = rl_async(
+        Sampler(prompts(4), 4, 0), generator, Sampling(max_new_tokens=4), 2, [Weighted(reward)], made,
+        ALGORITHMS["grpo"], 3, Ahead(1),
+    )  # fmt: skip
+    next(steps)
+
+
+def test_a_run_that_is_interrupted_does_not_wait_for_them():
+    reward, began = SlowReward(120.0), time.monotonic()
+    with pytest.raises(Interrupted):
+        step_with(reward, Interrupted("SIGTERM"))
+    assert time.monotonic() - began < ALLOWED and reward.ends == ["abandoned"]
+
+
+def test_after_a_failure_they_are_finished_before_a_rollback_samples_again():
+    reward = SlowReward(0.5)
+    with pytest.raises(NonFinite):
+        step_with(reward, NonFinite("the loss"))
+    assert reward.ends == ["finished"]
