@@ -8,10 +8,11 @@ from quartet.experience import Prompt, Rollout
 from quartet.models.actor_critic import freeze
 from quartet.models.heads import ScalarModel, scores_last_token
 from quartet.models.language_model import ModelError, load_tokenizer, read_config
-from quartet.rewards.protocol import Reward, Score
+from quartet.rewards.protocol import Reward, RewardError, Score
 from quartet.rewards.reward_model import ModelReward
 from quartet.rewards.serve import Asked, BadRequest
 from quartet.rewards.text_models import TextModelReward, the_label
+from quartet.texts import excerpt
 
 
 class Scorer:
@@ -35,11 +36,24 @@ class Scorer:
         self.reward = ModelReward(freeze(ScalarModel.load(place, device)), micro_batch_tokens)
 
     def __call__(self, asked: Asked) -> list[Score]:
+        if not asked.responses:
+            return []
         rows = zip(asked.prompts, asked.responses, asked.ended, strict=True)
-        return self.reward.score([self._rollout(i, *row) for i, row in enumerate(rows)]) if asked.responses else []
+        rollouts = [self._rollout(i, *row) for i, row in enumerate(rows)]
+        try:
+            return self.reward.score(rollouts)
+        except RewardError as error:
+            if self.encoder is None:  # a text that is longer than the model reads
+                raise BadRequest(str(error)) from None
+            raise
 
     def _rollout(self, number: int, prompt: Any, response: str, ended: bool) -> Rollout:
-        prompt_ids, ids = self._ids(prompt, response, ended)
+        try:
+            prompt_ids, ids = self._ids(prompt, response, ended)
+        except Exception as error:  # whatever a tokenizer or a chat template raises
+            raise BadRequest(f"response {number}: cannot be tokenized: {excerpt(str(error))}") from None
+        if self.encoder is not None and not prompt_ids and not ids:
+            raise BadRequest(f"response {number} and its prompt are empty: there is no token to score.")
         if len(prompt_ids) + len(ids) > self.limit:
             raise BadRequest(
                 f"response {number} and its prompt have more than {self.limit:,} tokens, all that the model reads."

@@ -37,8 +37,7 @@ def studio(
     ] = "127.0.0.1",
 ) -> None:
     """Every run in the browser: curves, samples, each token with its numbers, live while it trains."""
-    import uvicorn
-
+    from quartet.http_server import make_server
     from quartet.observability.reader import NoRun, find_runs
     from quartet.studio.app import LOOPBACK, make_app
 
@@ -49,7 +48,7 @@ def studio(
         refuse(str(error))
     hosts, token = ((*LOOPBACK, host), None) if is_loopback(host) else (("*",), secrets.token_urlsafe(24))
     listener = listening(host, port)
-    server = uvicorn.Server(uvicorn.Config(make_app(roots, hosts, token), host=host, port=port, log_level="warning"))
+    server = make_server(make_app(roots, hosts, token), host, port)
     asked = "" if token is None else f"?token={token}"
     console.print(f"{count} run{'s' * (count != 1)} on {url_of(listener, host)}{asked}  Ctrl-C ends it", soft_wrap=True)
     server.run(sockets=[listener])

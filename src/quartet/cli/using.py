@@ -125,8 +125,7 @@ def serve_reward(
     """Serve a reward model over HTTP, for `type = "server"` rewards and OpenRLHF's remote reward models."""
     import os
 
-    import uvicorn
-
+    from quartet.http_server import make_server
     from quartet.rewards.serve import LOOPBACK
     from quartet.rewards.serve import app as make_app
 
@@ -146,5 +145,4 @@ def serve_reward(
         refuse(str(error))
     console.print(f"serving {scorer.place} on {url_of(listener, host)} (POST), Ctrl-C ends it", soft_wrap=True)
     hosts = (*LOOPBACK, host) if is_loopback(host) else ("*",)
-    config = uvicorn.Config(make_app(scorer, token_env, hosts), host=host, port=port, log_level="warning", access_log=False)
-    uvicorn.Server(config).run(sockets=[listener])
+    make_server(make_app(scorer, token_env, hosts), host, port).run(sockets=[listener])

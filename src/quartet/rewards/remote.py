@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
 from typing import Any
 
+from quartet.concurrent import WAKE_SECONDS
 from quartet.experience import Rollout
 from quartet.http_client import HttpClient, Reply, RequestError, encode
 from quartet.rewards.protocol import RewardError, Score
@@ -63,7 +64,7 @@ class Endpoint:
                     pending[self._client.start(self._answer(request))] = i
                 if not pending:
                     return
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                for future in wait(pending, WAKE_SECONDS, FIRST_COMPLETED).done:
                     yield pending.pop(future), future.result()
         finally:
             for future in pending:
@@ -97,7 +98,8 @@ class Endpoint:
                 continue
             if reply.status not in {408, 425, 429} and reply.status < 500:
                 return self._read(reply)
-            pause, reason = min(_retry_after(reply), self.timeout), f"answered {reply.status}"
+            pause = min(_retry_after(reply), self.timeout)
+            reason = f"answered {reply.status}{_complaint(reply)}"
         tries = "1 try" if self.tries == 1 else f"{self.tries} tries"
         raise RewardError(f"{self.what} {self.url} {reason} ({tries}).")
 
@@ -109,10 +111,8 @@ class Endpoint:
             answer = reply.json()
         except ValueError:
             raise RewardError(f"{name} answered with something that is not JSON: {body}") from None
-        if isinstance(answer, dict) and answer.get("error"):
-            error = answer["error"]
-            message = error.get("message") if isinstance(error, dict) else None
-            raise RewardError(f"{name} answered with an error: {excerpt(str(message or error))}")
+        if (message := _error(answer)) is not None:
+            raise RewardError(f"{name} answered with an error: {message}")
         return answer
 
 
@@ -188,3 +188,21 @@ def _retry_after(reply: Reply) -> float:
     """Seconds that a server asks to be left alone for; 0 where it does not say, or says a date."""
     seconds = reply.headers.get("retry-after", "").strip()
     return float(seconds) if seconds.isascii() and seconds.isdecimal() else 0.0
+
+
+def _error(answer: Any) -> str | None:
+    """What an answer says under `error`: then it is one, whatever else it holds."""
+    if not isinstance(answer, dict) or not answer.get("error"):
+        return None
+    error = answer["error"]
+    message = error.get("message") if isinstance(error, dict) else None
+    return excerpt(str(message or error))
+
+
+def _complaint(reply: Reply) -> str:
+    """The reason that a failing server gives in JSON."""
+    try:
+        message = _error(reply.json())
+    except ValueError:
+        return ""
+    return "" if message is None else f": {message}"

@@ -1,6 +1,9 @@
 """A reward model behind HTTP: what `quartet serve-reward` runs, and what `ServerReward` asks."""
 
+import asyncio
 import json
+import logging
+import math
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -8,14 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from quartet.rewards.protocol import Score
+from quartet.texts import excerpt, well_formed
 
-MAX_BYTES = 64_000_000
+log = logging.getLogger(__name__)
+MAX_BYTES = 16_000_000
 MAX_RESPONSES = 4096
+BODY_SECONDS = 60.0
+"""How long the body of a request may take to come."""
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request wants scored. A prompt is text or a conversation."""
+    """What a request wants scored. A prompt is a text or a conversation."""
 
     prompts: Sequence[Any]
     responses: Sequence[str]
@@ -23,48 +31,66 @@ class Asked:
 
 
 class BadRequest(ValueError):
-    """One sentence about a request."""
-
-
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+    """What is wrong with a request, in one sentence."""
 
 
 def app(score: Callable[[Asked], list[Score]], token_env: str | None = None, hosts: Sequence[str] = LOOPBACK) -> Any:
-    """A Starlette application. `POST /` takes Quartet's format, `{"prompts", "responses"}` with, as one likes, `"messages"`
-    (conversations instead of prompts) and `"ended"` (whether each response ended by itself; else all did), and answers
-    `{"scores"}`; or OpenRLHF's, `{"query", "prompts"}` for `{"rewards", "scores", "extra_logs"}`. `GET /health` says ok.
-    Requests for another host than `hosts` are refused: no page in a browser can reach it by a name of its own."""
+    """Return a Starlette application.
+
+    `POST /` takes Quartet's format, `{"prompts", "responses"}` with the optional `"messages"`
+    (conversations instead of prompts) and `"ended"` (whether each response ended by itself; left
+    out, all did), and answers `{"scores"}`; or OpenRLHF's, `{"query", "prompts"}`, and answers
+    `{"rewards", "scores", "extra_logs"}`. `GET /health` answers ok. A number that is not finite is
+    answered as null. Requests are read and scored one after another. Those for another host than
+    `hosts` are refused: no page in a browser can reach it by a name of its own.
+    """
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
     token = os.environ.get(token_env, "") if token_env else ""
+    turn = asyncio.Lock()
 
-    async def respond(request: Request) -> JSONResponse:
-        if token and not secrets.compare_digest(request.headers.get("authorization", "").encode(), f"Bearer {token}".encode()):
-            return JSONResponse({"error": "the token is missing or wrong."}, 401)
+    def refuse(sentence: str, status: int) -> JSONResponse:
+        return JSONResponse({"error": sentence}, status)
+
+    async def respond(request: Request) -> Response:
+        authorization = request.headers.get("authorization", "").encode()
+        if token and not secrets.compare_digest(authorization, f"Bearer {token}".encode()):
+            return refuse("the token is missing or wrong.", 401)
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            return JSONResponse({"error": "send JSON, with content-type: application/json."}, 415)
-        body = b""
-        async for piece in request.stream():
-            body += piece
-            if len(body) > MAX_BYTES:
-                return JSONResponse({"error": f"the request is larger than {MAX_BYTES:,} bytes."}, 413)
+            return refuse("send JSON, with content-type: application/json.", 415)
+        body = bytearray()
         try:
-            table = json.loads(body)
-            asked = understood(table)
-            scores = await run_in_threadpool(score, asked)
+            async with asyncio.timeout(BODY_SECONDS):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > MAX_BYTES:
+                        return refuse(f"the request is larger than {MAX_BYTES:,} bytes.", 413)
+        except TimeoutError:
+            return refuse(f"the request did not come within {BODY_SECONDS:g} s.", 408)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        async with turn:
+            return await run_in_threadpool(answer, bytes(body))
+
+    def answer(body: bytes) -> JSONResponse:
+        try:
+            table = parsed(body)
+            scores = score(understood(table))
         except BadRequest as error:
-            return JSONResponse({"error": str(error)}, 400)
-        except (ValueError, RecursionError) as error:
-            return JSONResponse({"error": f"the request cannot be used: {error}"}, 400)
-        if "query" in table:
-            return JSONResponse({"rewards": scores, "scores": scores, "extra_logs": {}})
-        return JSONResponse({"scores": scores})
+            return refuse(well_formed(str(error)), 400)
+        except Exception as error:
+            log.exception("a request could not be scored")
+            return refuse(f"scoring failed: {excerpt(str(error)) or type(error).__name__}", 500)
+        finite = [s if s is not None and math.isfinite(s) else None for s in scores]
+        if is_openrlhf(table):
+            return JSONResponse({"rewards": finite, "scores": finite, "extra_logs": {}})
+        return JSONResponse({"scores": finite})
 
     async def health(_: Request) -> JSONResponse:
         return JSONResponse({"status": "ok"})
@@ -75,39 +101,76 @@ def app(score: Callable[[Asked], list[Score]], token_env: str | None = None, hos
     )
 
 
+def parsed(body: bytes) -> Any:
+    """The JSON in the body of a request. Raises BadRequest."""
+    try:
+        return json.loads(body.decode("utf-8"))
+    except RecursionError:
+        raise BadRequest("the request is nested too deeply.") from None
+    except ValueError as error:
+        raise BadRequest(f"the request is not JSON: {excerpt(str(error))}.") from None
+
+
+def is_openrlhf(table: dict[str, Any]) -> bool:
+    return "query" in table and "responses" not in table
+
+
 def understood(table: Any) -> Asked:
-    """A request in either format, checked."""
+    """Check a request in either format and return what it asks. Raises BadRequest, and nothing else, whatever the JSON."""
     if not isinstance(table, dict):
         raise BadRequest("the request must be an object with prompts and responses.")
-    if "query" in table and "responses" not in table:
-        prompts, whole = _texts(table, "prompts"), _texts(table, "query")
-        if len(prompts) != len(whole):
-            raise BadRequest(f"{len(whole)} queries, {len(prompts)} prompts.")
-        apart = [i for i, (p, w) in enumerate(zip(prompts, whole, strict=True)) if not w.startswith(p)]
-        if apart:
-            raise BadRequest(f"query {apart[0]} does not begin with its prompt.")
-        responses = [w[len(p) :] for p, w in zip(prompts, whole, strict=True)]
+    if is_openrlhf(table):
+        prompts, queries = _texts(table, "prompts"), _texts(table, "query")
+        if len(prompts) != len(queries):
+            raise BadRequest(f"{len(queries)} queries, {len(prompts)} prompts.")
+        for i, (prompt, query) in enumerate(zip(prompts, queries, strict=True)):
+            if not query.startswith(prompt):
+                raise BadRequest(f"query {i} does not begin with its prompt.")
+        responses = [query[len(prompt) :] for prompt, query in zip(prompts, queries, strict=True)]
         return Asked(prompts, responses, [True] * len(responses))
-    responses = _texts(table, "responses")
-    if len(responses) > MAX_RESPONSES:
-        raise BadRequest(f"{len(responses):,} responses; {MAX_RESPONSES:,} at most in one request.")
-    asked: list[Any] = list(_texts(table, "prompts"))
-    for i, messages in enumerate(table.get("messages") or []):
-        if messages is not None and i < len(asked):
-            fits = isinstance(messages, list) and all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-            )
-            if not fits:
-                raise BadRequest(f"messages {i} is no list of {{role, content}}.")
-            asked[i] = messages
-    ended = table.get("ended") or [True] * len(responses)
-    if len(asked) != len(responses) or len(ended) != len(responses):
-        raise BadRequest(f"{len(asked)} prompts, {len(responses)} responses, {len(ended)} ended: must be as many of each.")
-    return Asked(asked, responses, [bool(e) for e in ended])
+    responses, prompts = _texts(table, "responses"), _texts(table, "prompts")
+    ended = table.get("ended")
+    if ended is None:
+        ended = [True] * len(responses)
+    if not isinstance(ended, list) or not all(isinstance(e, bool) for e in ended):
+        raise BadRequest('"ended" must be a list of true and false.')
+    if len(prompts) != len(responses) or len(ended) != len(responses):
+        raise BadRequest(f"{len(prompts)} prompts, {len(responses)} responses, {len(ended)} ended: must be as many of each.")
+    return Asked(_with_conversations(prompts, table.get("messages")), responses, ended)
+
+
+def _with_conversations(prompts: Sequence[str], messages: Any) -> list[Any]:
+    """The prompts, those that have a conversation replaced by it."""
+    if messages is None:
+        return list(prompts)
+    if not isinstance(messages, list) or len(messages) != len(prompts):
+        raise BadRequest('"messages" must be a list with a conversation or null for each prompt.')
+    for i, conversation in enumerate(messages):
+        if conversation is not None and not _is_conversation(conversation):
+            raise BadRequest(f"messages {i} is no list of {{role, content}}.")
+    return [prompt if m is None else m for prompt, m in zip(prompts, messages, strict=True)]
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content")) for m in value)
+    )
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text that UTF-8 can hold, as tokenizers need it."""
+    return isinstance(value, str) and well_formed(value) == value
 
 
 def _texts(table: dict[str, Any], key: str) -> list[str]:
     texts = table.get(key)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise BadRequest(f'"{key}" must be a list of texts.')
+    if len(texts) > MAX_RESPONSES:
+        raise BadRequest(f"{len(texts):,} {key}; {MAX_RESPONSES:,} at most in one request.")
+    for i, text in enumerate(texts):
+        if not _is_text(text):
+            raise BadRequest(f'text {i} of "{key}" holds half a surrogate pair, which is no character.')
     return texts
