@@ -24,14 +24,14 @@ def wait_for(condition, process, seconds=90.0):
         time.sleep(0.05)
 
 
-def run_of(tmp_path, *words):
+def run_of(tmp_path, *words, output=subprocess.PIPE):
     small = [word for word in SMALL if not word.startswith(("sft.", "evaluation."))]
     command = [sys.executable, "-m", "quartet", "run", "sums", 'recipe=["grpo"]', *small, "policy.create.max_length=32"]
     return subprocess.Popen(
         [*command, "run.checkpoint_every=1", "run.steps=1", *words],
         cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         text=True,
     )
 
@@ -91,3 +91,27 @@ def test_while_a_silent_server_is_asked(tmp_path):
             assert stopped(process, signal.SIGTERM) < ALLOWED
         finally:
             accepted[0].close()
+
+
+@pytest.mark.slow
+def test_while_a_function_scores_rollouts_in_the_background_of_an_update(tmp_path):
+    """The first signal is answered when the step is done, for which those rollouts are needed; the second at once."""
+    file, mark, output = tmp_path / "mine.py", tmp_path / "asked", tmp_path / "output"
+    file.write_text(
+        "import time\ncalls = 0\ndef f(responses):\n    global calls\n    calls += 1\n"
+        f"    if calls > 1:\n        open({str(mark)!r}, 'w').write('x'); time.sleep(100)\n    return [1.0] * len(responses)\n"
+    )
+    reward = f'reward=[{{type="function", function="{file}:f", timeout=200}}]'
+    with output.open("w") as said:
+        process = run_of(tmp_path, reward, "rollout.staleness=1", "run.steps=3", output=said)
+        wait_for(mark.exists, process)
+        below, began = descendants(process.pid), time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        while process.poll() is None and "Once more stops at once" not in output.read_text():
+            assert time.monotonic() - began < ALLOWED
+            time.sleep(0.05)
+        if process.poll() is None:  # the update had begun
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75 and time.monotonic() - began < 2 * ALLOWED
+    assert "Nothing is lost" in output.read_text()
+    assert not [pid for pid in below if pid in descendants(1)], "nothing that the run started is left"
