@@ -14,8 +14,9 @@ from quartet.observability import event_log
 from quartet.observability.reader import Run, find_runs
 from quartet.studio.app import make_app
 from quartet.studio.first_policy import folder_of
-from tests.malformed.damages import EVALUATION, GONE, RECORD, SECRET, SETTINGS, STEP, TOKENS, many_rows
-from tests.malformed.reading_runs import Readers, verb
+from tests.malformed.damages import EVALUATION, GONE, RECORD, SECRET, SETTINGS, STEP, TOKENS, config, event, many_rows
+from tests.malformed.reading_runs import WHOLE, Readers, verb
+from tests.tiny_run import put_words_into_its_mouth
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,18 @@ def test_a_folder_with_a_strange_name_is_listed_and_opens(readers, name, shown):
         assert readers.client.get(f"/run/{quote(shown)}/").status_code == 200
     finally:
         shutil.rmtree(folder)
+
+
+def test_no_verb_prints_what_a_terminal_would_obey(readers):
+    """`verb` looks at each output. The words of a model, the values of a config, a judge's name and an error."""
+    victim = readers.restore()
+    put_words_into_its_mouth(victim, "\x1b[2J")
+    config('name = "\\u001b[2J"\n[data]\ntrain = "\\u001b[2J"')(victim)
+    event("failed", error="\x1b[2J")(victim)
+    event("warning", sentence="\x1b[2J")(victim)
+    assert "\\x1b[2J" in verb("inspect", victim, "--step", 1, "--sample", 0)
+    assert "\\x1b[2J" in verb("compare", victim, readers.root / WHOLE)
+    readers.verbs()
 
 
 def test_a_report_is_never_written_through_a_link(readers, tmp_path):

@@ -14,7 +14,7 @@ from tests.malformed.reading_runs import Readers
 
 CASES = 10
 """In each of the seeds of the default suite."""
-LONG = 1500
+LONG = 800
 VALUES = (
     None,
     True,

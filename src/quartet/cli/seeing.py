@@ -77,6 +77,7 @@ def inspect(
     """One rollout in the terminal, a row per token: reward, value, advantage, ratio, and what the clip did."""
     from quartet.observability.reader import NoRun
     from quartet.observability.tables import sample_table, token_rows
+    from quartet.observability.untrusted import printable
     from quartet.studio.views import glance
 
     run, kind = _run(run_folder), "probes" if probes else "rollouts"
@@ -95,7 +96,7 @@ def inspect(
     except NoRun as error:
         refuse(str(error))
     for sentence in glance(rows):
-        console.print(sentence, soft_wrap=True)
+        console.print(printable(sentence), soft_wrap=True)  # it quotes what the model wrote
     console.print(token_rows(rows, run.cases(rows), console.width))
     _say_problems(run)
 

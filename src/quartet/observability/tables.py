@@ -82,5 +82,5 @@ def comparison(title: str, names: Sequence[str], rows: Sequence[tuple[str, Seque
     for name in names:
         table.add_column(name, overflow="fold")
     for label, values in rows:
-        table.add_row(label, *map(str, values))
+        table.add_row(printable(label), *(printable(str(value)) for value in values))
     return table
