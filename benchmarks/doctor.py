@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from quartet.faults import FAULTS
-from quartet.observability.doctor import examine
-from quartet.observability.reader import Run
+from quartet.runs.doctor import examine
+from quartet.runs.reader import Run
+from quartet.runtime.faults import FAULTS
 
 RESULTS = Path(__file__).parent / "results" / "doctor.json"
 HEALTHY = (*(("reviews", seed) for seed in range(5)), ("sums", 0), ("sums", 1), ("guess", 0), ("guess", 1))

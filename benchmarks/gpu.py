@@ -25,10 +25,10 @@ from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.sampler import Sampler
 from quartet.generation.sampling import Sampling
 from quartet.loops.collect import collect
-from quartet.memory import Sizes, activation_bytes
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
 from quartet.models.trunk import checkpoint_blocks
+from quartet.planning.memory import Sizes, activation_bytes
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward

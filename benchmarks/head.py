@@ -18,8 +18,8 @@ import time
 
 import torch
 
-from quartet.machine import keep_freed_memory
 from quartet.models.logprobs import head_statistics
+from quartet.runtime.machine import keep_freed_memory
 
 
 def whole(hidden, weight, tokens):

@@ -14,13 +14,13 @@ import workload as w
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.sampler import Sampler
+from quartet.distributed.team import micro_batches
 from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.loops.reward_model import reward_model as reward_model_loop
 from quartet.loops.rl import rl
 from quartet.loops.sft import sft as sft_loop
-from quartet.machine import keep_freed_memory
 from quartet.models import llama
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
@@ -29,7 +29,7 @@ from quartet.models.padding import response_mask, right_pad
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward
-from quartet.team import micro_batches
+from quartet.runtime.machine import keep_freed_memory
 from quartet.training.learner import Learner
 from quartet.training.optim import Descent, Optim, Optimizer
 

@@ -15,11 +15,11 @@ import torch
 
 import ours
 import workload as w
+from quartet.distributed.team import micro_batches
 from quartet.generation.sampling import Sampling
-from quartet.machine import keep_freed_memory
 from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
-from quartet.team import micro_batches
+from quartet.runtime.machine import keep_freed_memory
 
 
 def phases(size, repeats):

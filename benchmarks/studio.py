@@ -20,13 +20,14 @@ import httpx
 import numpy as np
 import pyarrow as pa
 
-from quartet import pipeline, stages
-from quartet.build import build
-from quartet.observability.reader import Run
-from quartet.observability.run import RunFolder
-from quartet.observability.tokens import TokenTexts, write_tokens
+from quartet import stages
+from quartet.assembly import build
+from quartet.config.toml import read_settings
 from quartet.recipes import recipe_path
-from quartet.settings import read_settings
+from quartet.recording.run_folder import RunFolder
+from quartet.recording.tokens import TokenTexts, write_tokens
+from quartet.runs.reader import Run
+from quartet.runtime import pipeline
 
 RESULTS = Path(__file__).parent / "results" / "studio.json"
 PORT = 8799

@@ -50,7 +50,7 @@ def _nothing_left_to_chance() -> None:
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """A folder with two small runs: PPO with all four models, and GRPO with groups of four."""
-    from tests.tiny_run import make_run
+    from tests.support.tiny_run import make_run
 
     root = tmp_path_factory.mktemp("runs")
     make_run(root, "reviews", "run.steps=14")
@@ -60,13 +60,13 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ppo_run(runs):
-    from quartet.observability.reader import Run
+    from quartet.runs.reader import Run
 
     return Run(next(p for p in runs.iterdir() if p.name.endswith("reviews")))
 
 
 @pytest.fixture(scope="session")
 def grpo_run(runs):
-    from quartet.observability.reader import Run
+    from quartet.runs.reader import Run
 
     return Run(next(p for p in runs.iterdir() if p.name.endswith("sums") and not p.is_symlink()))

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quartet.config.toml import ConfigError, read_settings, resolved_toml
 from quartet.data import DataError
 from quartet.data.shapes import examples_in
 from quartet.recipes import recipe_names, recipe_path, template_names, template_path
-from quartet.settings import ConfigError, read_settings, resolved_toml
 from quartet.training.checkpoint import Damaged, read_checkpoint, write_checkpoint
 
 EXAMPLES = int(os.environ.get("QUARTET_FUZZ", "60"))

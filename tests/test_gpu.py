@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from quartet.cluster import GB, training_memory, workload
+from quartet.config.toml import read_settings
+from quartet.planning.cluster import GB, training_memory, workload
 from quartet.recipes import recipe_path
-from quartet.settings import read_settings
+from tests.support.tiny_run import SMALL_REVIEWS, make_run
 from tests.test_runs import quartet
-from tests.tiny_run import SMALL_REVIEWS, make_run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

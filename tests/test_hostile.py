@@ -16,18 +16,18 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 import quartet.cli
-from quartet import machine
 from quartet.cli import app
-from quartet.observability.run import RunFolder
-from quartet.observability.tokens import TokenTexts
-from quartet.pipeline import Pipeline, Saving, StageFailed
+from quartet.config.toml import ConfigError, read_settings
+from quartet.recording.run_folder import RunFolder
+from quartet.recording.tokens import TokenTexts
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.remote import Endpoint
-from quartet.settings import ConfigError, read_settings
+from quartet.runtime import machine
+from quartet.runtime.pipeline import Pipeline, Saving, StageFailed
 from quartet.studio.app import make_app
 from quartet.training import checkpoint
+from tests.support.world import tokenizer
 from tests.training.test_guards import stage
-from tests.world import tokenizer
 
 SOURCES = sorted((Path(__file__).parents[1] / "src" / "quartet").rglob("*.py"))
 
@@ -125,7 +125,7 @@ def test_a_token_is_sent_and_never_written(monkeypatch, tmp_path):
         '[rollout]\nsamples_per_prompt = 4\n[[reward]]\ntype = "server"\nurl = "http://127.0.0.1:9/"\ntoken_env = "MY_TOKEN"\n'
     )
     settings = read_settings(file)
-    assert "hunter2" not in quartet.settings.resolved_toml(settings) and "hunter2" not in repr(settings.config)
+    assert "hunter2" not in quartet.config.toml.resolved_toml(settings) and "hunter2" not in repr(settings.config)
 
 
 def test_a_studio_for_others_asks_for_its_token(ppo_run):

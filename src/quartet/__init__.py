@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quartet.observability.reader import Run as Run
+    from quartet.runs.reader import Run as Run
 
 __version__ = "0.1.0"
 
@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`quartet.Run` without what it takes to import it, until somebody asks."""
     if name == "Run":
-        from quartet.observability.reader import Run
+        from quartet.runs.reader import Run
 
         return Run
     raise AttributeError(f"module 'quartet' has no attribute '{name}'")

@@ -12,11 +12,12 @@ from typing import Any, Protocol, runtime_checkable
 
 from pydantic import TypeAdapter
 
-from quartet import durable
+from quartet import files as durable
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.preference import Dpo, Ipo, Kto, LastTokenLoss, Orpo, PerTokenLoss, Simpo
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.sampler import Sampler
+from quartet.distributed.team import ALONE, Team
 from quartet.evaluation.best_of_n import BestOf, best_of_n
 from quartet.evaluation.compare import Gold, compare, wins_of
 from quartet.experience import Prompt, Rollout
@@ -32,15 +33,14 @@ from quartet.loops.sft import held_out_loss, sft
 from quartet.models.adapters import reference_of
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import policy_logprobs, save, stop_ids
-from quartet.observability.metrics import sampler_ratio
-from quartet.observability.tokens import TokenTexts, probe_table, write_pairs, write_tokens
+from quartet.recording.tokens import TokenTexts, probe_table, write_pairs, write_tokens
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.rewards.reward_model import ModelReward
-from quartet.team import ALONE, Team
 from quartet.texts import well_formed_json
 from quartet.training.budget import Budget
 from quartet.training.checkpoint import Stateful, Tree
 from quartet.training.learner import Learner, collate
+from quartet.training.metrics import sampler_ratio
 from quartet.training.optim import Optimizer
 
 BEST_OF_ANSWERS = 512

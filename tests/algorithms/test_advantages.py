@@ -3,7 +3,7 @@ import torch
 
 from quartet.algorithms.advantages import Gae, LengthAdaptiveGae, MonteCarlo, NStep, TemporalDifference, Whiten, gae, n_step
 from quartet.algorithms.baselines import GreedyBaseline, GroupMean, LeaveOneOut, LengthWeightedBaseline, ReturnToGo
-from tests.world import ragged_batch
+from tests.support.world import ragged_batch
 
 
 def tensor(*rows: list[float]) -> torch.Tensor:

@@ -27,7 +27,7 @@ from quartet.algorithms.policy_loss import (
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.rewards import ClipScore, MeanOfTokens, RunningScale
 from quartet.algorithms.value_loss import ClippedValueLoss
-from tests.world import ragged_batch
+from tests.support.world import ragged_batch
 
 POLICY_LOSSES = [Reinforce(), ImportanceWeighted(), KLPenalty(), Clip(), DualClip(), SequenceClip(), Cispo(), Sapo(), Gmpo()]
 PENALTIES = [

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests import closed_form
-from tests.closed_form import BATCH_STATISTICS, PLACEMENTS, PRESETS, WHY_NOT, exact, optimum, published, sampled
+from tests.support import closed_form
+from tests.support.closed_form import BATCH_STATISTICS, PLACEMENTS, PRESETS, WHY_NOT, exact, optimum, published, sampled
 
 NAMES = [*PLACEMENTS, *PRESETS]
 IN_EVERY_RUN = {

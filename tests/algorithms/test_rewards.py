@@ -19,7 +19,7 @@ from quartet.algorithms.rewards import (
     at_last_token,
     last_token_index,
 )
-from tests.world import ragged_batch
+from tests.support.world import ragged_batch
 
 # Prompts of 2 and 1 tokens, responses of 2 and 3; the last column of row 0 is padding.
 MASK = torch.tensor([[False, False, True, True, False], [False, True, True, True, False]])

@@ -12,7 +12,7 @@ import torch
 
 from quartet.algorithms.algorithm import Forward
 from quartet.algorithms.presets import ALGORITHMS, FAMILIES
-from tests.world import ragged_batch
+from tests.support.world import ragged_batch
 
 LENGTHS = [4, 1, 9, 2, 6]
 SCORES = [7.0, -0.5, 0.3, -12.0, 2.0]  # two of them beyond a clip of 5, one beyond 10

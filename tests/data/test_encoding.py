@@ -3,7 +3,7 @@ import pytest
 from quartet.data import DataError
 from quartet.data.encoding import Encoder
 from quartet.data.examples import Example
-from tests.world import tokenizer
+from tests.support.world import tokenizer
 
 
 def encoder(**settings):

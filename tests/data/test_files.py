@@ -9,7 +9,7 @@ import pytest
 
 from quartet.data import DataError
 from quartet.data.files import rows
-from tests.world import write_lines
+from tests.support.world import write_lines
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 

@@ -3,15 +3,15 @@ import json
 
 import pytest
 
-from quartet.build.data import seen_so_often
+from quartet.assembly.data import seen_so_often
 from quartet.data import DataError
 from quartet.data.encoding import Encoder
 from quartet.data.report import report
 from quartet.data.shapes import read_examples
 from quartet.data.tokenizer import train_tokenizer
 from quartet.models.chat import NAMED_TEMPLATES
+from tests.support.world import write_lines
 from tests.test_runs import REAL, quartet
-from tests.world import write_lines
 
 USER, BOT = {"role": "user", "content": "was it good"}, {"role": "assistant", "content": "very"}
 SHAREGPT = [{"from": "human", "value": "was it good"}, {"from": "gpt", "value": "very"}]
@@ -125,7 +125,7 @@ def test_the_mask_is_what_is_trained(chatty):
     from quartet.data.records import Demonstration
     from quartet.models.language_model import masked_logprobs
     from quartet.training.imitation import imitation_losses
-    from tests.world import model
+    from tests.support.world import model
 
     made, tokens = model(), torch.tensor([[5, 6, 7, 8, 9, 10]])
     demo = Demonstration("d", (5, 6), (7, 8, 9, 10), (True, False, False, True))

@@ -6,7 +6,7 @@ import pytest
 
 from quartet.data import DataError
 from quartet.data.shapes import read_examples, split_pair
-from tests.world import write_lines
+from tests.support.world import write_lines
 
 HH = {
     "chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how are you\n\nAssistant: fine, thanks",

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from quartet.evaluation.compare import compare
-from tests.world import prompts, rollout
+from tests.support.world import prompts, rollout
 
 
 def answers(scores, texts):

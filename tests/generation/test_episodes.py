@@ -28,9 +28,9 @@ from quartet.training.budget import Budget
 from quartet.training.learner import Learner, collate
 from quartet.training.optim import Descent, Optim, Optimizer
 from quartet.worlds.guess import GUESSES, Guess, Host, said
-from tests.sides import together
-from tests.world import prompts as plain_prompts
-from tests.world import rollout
+from tests.support.sides import together
+from tests.support.world import prompts as plain_prompts
+from tests.support.world import rollout
 
 WORLD = Guess(0)
 TOKENIZER = WORLD.tokenizer()

@@ -11,7 +11,7 @@ from quartet.models.language_model import policy_logprobs, stop_ids
 from quartet.models.logprobs import token_entropy
 from quartet.models.padding import left_pad, response_mask, right_pad
 from quartet.training.learner import collate
-from tests.world import SHAPES, model, prompts, tokenizer
+from tests.support.world import SHAPES, model, prompts, tokenizer
 
 KINDS = pytest.mark.parametrize("kind", sorted(SHAPES))
 

@@ -21,8 +21,8 @@ from quartet.models.language_model import create, masked_logprobs, save
 from quartet.models.lora import Lora
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.shape import Shape
-from tests.fake_server import free_port
-from tests.world import prompts, tokenizer
+from tests.support.fake_server import free_port
+from tests.support.world import prompts, tokenizer
 
 VLLM = os.environ.get("QUARTET_VLLM")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(VLLM is None, reason="QUARTET_VLLM names no vLLM")]

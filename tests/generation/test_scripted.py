@@ -1,7 +1,7 @@
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
 from quartet.generation.scripted import ScriptedGenerator
-from tests.world import prompts, tokenizer
+from tests.support.world import prompts, tokenizer
 
 
 def test_answers_come_in_order_and_over_again():

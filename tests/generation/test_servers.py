@@ -15,7 +15,9 @@ import pytest
 import torch
 import uvicorn
 
-from quartet.build import build
+from quartet.assembly import build
+from quartet.config.toml import ConfigError, read_settings
+from quartet.distributed.team import ALONE, Gathered
 from quartet.generation.dialects import DIALECTS, Piece
 from quartet.generation.led import Led
 from quartet.generation.protocol import Weights
@@ -28,11 +30,9 @@ from quartet.models.language_model import masked_logprobs, save
 from quartet.models.lora import Lora
 from quartet.models.padding import response_mask, right_pad
 from quartet.recipes import recipe_path
-from quartet.settings import ConfigError, read_settings
-from quartet.team import ALONE, Gathered
-from tests.fake_server import Engine, free_port, make_app
-from tests.tiny_run import SMALL_REVIEWS, make_run
-from tests.world import model, prompts, tokenizer
+from tests.support.fake_server import Engine, free_port, make_app
+from tests.support.tiny_run import SMALL_REVIEWS, make_run
+from tests.support.world import model, prompts, tokenizer
 
 SAMPLING = Sampling(max_new_tokens=12, temperature=0.9)
 
@@ -221,7 +221,7 @@ def test_what_servers_cannot_do_is_said(words, sentence):
 
 
 def started(port, folder, *more):
-    process = subprocess.Popen([sys.executable, "-m", "tests.fake_server", str(port), str(folder), *more])
+    process = subprocess.Popen([sys.executable, "-m", "tests.support.fake_server", str(port), str(folder), *more])
     while True:
         try:
             if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:

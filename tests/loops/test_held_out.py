@@ -5,15 +5,15 @@ import torch
 
 from quartet.algorithms.preference import PREFERENCES
 from quartet.data.records import Comparison, Demonstration
+from quartet.distributed.team import ALONE
 from quartet.loops.preference import held_out_preference
 from quartet.loops.reward_model import pair_scores
 from quartet.loops.sft import held_out_loss
 from quartet.models.actor_critic import freeze
 from quartet.models.heads import ScalarModel
-from quartet.team import ALONE
 from quartet.training.descend import NonFinite
-from tests.sides import together
-from tests.world import model
+from tests.support.sides import together
+from tests.support.world import model
 
 LENGTHS = [9, 1, 2, 1, 5, 1, 7]
 SICK = 19

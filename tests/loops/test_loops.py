@@ -32,7 +32,7 @@ from quartet.training.budget import Budget
 from quartet.training.learner import Learner, collate
 from quartet.training.optim import Descent, Optim, Optimizer
 from quartet.training.trust_region import TrustRegionLearner
-from tests.world import model, prompts, tokenizer
+from tests.support.world import model, prompts, tokenizer
 
 GOOD, BAD, THE = (tokenizer().encode(word)[0] for word in ("good", "bad", "the"))
 END = 1

@@ -7,13 +7,13 @@ import pytest
 
 from quartet.concurrent import map_concurrently
 from quartet.data.sampler import Sampler
-from quartet.interruption import Interrupted
 from quartet.loops.rl_async import Ahead, rl_async
 from quartet.rewards.protocol import Weighted
+from quartet.runtime.interruption import Interrupted
 from quartet.training.descend import NonFinite
 from tests.loops.test_loops import END, NativeGenerator, Sampling
+from tests.support.world import prompts, tokenizer
 from tests.training.test_guards import ALGORITHMS, learner
-from tests.world import prompts, tokenizer
 
 ALLOWED = 30.0
 """Seconds, where waiting for the rewards would take two minutes."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.tiny_run import make_run
+from tests.support.tiny_run import make_run
 
 
 @pytest.fixture(scope="session")

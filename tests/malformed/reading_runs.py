@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from quartet.cli import app
-from quartet.observability.reader import NoRun, Run
+from quartet.runs.reader import NoRun, Run
 from quartet.studio.app import make_app
 
 PAGES = (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quartet.settings import ConfigError, read_settings
+from quartet.config.toml import ConfigError, read_settings
 from tests.malformed.saying import refusal
 
 REST = '[policy]\nmodel = "m"\n[[reward]]\ntype = "model"\nmodel = "rm"\n[data]\ntrain = "p.jsonl"\n'

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from quartet.chat import ChatSession
 from quartet.cli import app
+from quartet.cli.chat import ChatSession
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError, load_model, load_tokenizer, save
 from tests.malformed.saying import readable
-from tests.world import model, tokenizer
+from tests.support.world import model, tokenizer
 
 FILE = "model.safetensors"
 

@@ -10,13 +10,13 @@ import pytest
 from pyarrow import ArrowInvalid
 from starlette.testclient import TestClient
 
-from quartet.observability import event_log
-from quartet.observability.reader import Run, find_runs
+from quartet.runs import event_log
+from quartet.runs.reader import Run, find_runs
 from quartet.studio.app import make_app
 from quartet.studio.first_policy import folder_of
 from tests.malformed.damages import EVALUATION, GONE, RECORD, SECRET, SETTINGS, STEP, TOKENS, config, event, many_rows
 from tests.malformed.reading_runs import WHOLE, Readers, verb
-from tests.tiny_run import put_words_into_its_mouth
+from tests.support.tiny_run import put_words_into_its_mouth
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: F401  a slow import, out of the times
 
-from quartet.build import build
+from quartet.assembly import build
+from quartet.config.toml import read_settings
 from quartet.data import DataError
 from quartet.models.adapters import POLICY, AdapterError, add_adapter
 from quartet.models.chat import ChatError
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError, load_model, load_tokenizer, read_config, save
 from quartet.models.lora import Lora
-from quartet.settings import read_settings
 from tests.malformed.saying import refusal
-from tests.world import model, tokenizer
+from tests.support.world import model, tokenizer
 
 EVIL = "from pathlib import Path\nPath('ran').touch()\nclass C: pass\n"
 ROW = {"prompt": "the film", "completion": " was", "answer": "a"}

@@ -6,7 +6,7 @@ from quartet.rewards import functions
 from quartet.rewards.functions import FunctionReward
 from quartet.rewards.protocol import RewardError, Weighted, rewarded, with_score
 from tests.malformed.saying import refusal
-from tests.world import prompts, rollout, tokenizer
+from tests.support.world import prompts, rollout, tokenizer
 
 NOTHING = "none of 3 responses has a score from f: there is nothing to learn from."
 LATE = "took longer than 0.3 s for 3 responses. Raise reward.timeout, give it more reward.processes"

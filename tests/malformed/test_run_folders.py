@@ -5,10 +5,10 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from quartet.build import build
+from quartet.assembly import build
 from quartet.cli import app
-from quartet.resume import CannotResume, choose
-from quartet.settings import read_settings
+from quartet.config.toml import read_settings
+from quartet.runtime.resume import CannotResume, choose
 from tests.malformed.saying import readable, refusal
 
 

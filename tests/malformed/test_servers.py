@@ -16,7 +16,7 @@ from quartet.rewards.judge import JudgeReward
 from quartet.rewards.protocol import RewardError, Weighted, rewarded, with_score
 from quartet.rewards.remote import Endpoint, ServerReward
 from tests.malformed.saying import readable, refusal
-from tests.world import prompts, rollout
+from tests.support.world import prompts, rollout
 
 LIMIT = 0.3
 """Seconds that an answer may take here; two tries."""

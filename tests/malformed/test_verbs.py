@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from quartet.build import build
+from quartet.assembly import build
 from quartet.cli import app
+from quartet.config.toml import read_settings
 from quartet.data import DataError
 from quartet.data.tokenizer import train_tokenizer
 from quartet.models.chat import ChatError, render, set_chat_template
 from quartet.rewards.protocol import RewardError
-from quartet.settings import read_settings
 from tests.malformed.saying import readable, refusal
 
 RECIPES = "no such recipe, and not a .toml file. Recipes are dialogue, guess, reviews, sums."

@@ -7,12 +7,12 @@ import struct
 import pytest
 from safetensors.torch import load_file, save_file
 
-from quartet.memory import _safetensors_parameters
+from quartet.config.toml import ConfigError, read_settings
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError, load_model, read_config, save
+from quartet.planning.memory import _safetensors_parameters
 from quartet.recipes import recipe_path
-from quartet.settings import ConfigError, read_settings
-from tests.world import model, tokenizer
+from tests.support.world import model, tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
 from quartet.training.learner import Learner
 from quartet.training.optim import Optim
-from tests.world import model, prompts, tokenizer
+from tests.support.world import model, prompts, tokenizer
 
 LORA = Lora(rank=4, alpha=8)
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]])

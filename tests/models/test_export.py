@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from quartet.cli import app
 from quartet.models.export import export
 from quartet.models.language_model import ModelError, save
-from tests.world import model, tokenizer
+from tests.support.world import model, tokenizer
 
 
 @pytest.fixture

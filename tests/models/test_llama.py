@@ -10,7 +10,7 @@ from quartet.models.heads import ScalarModel
 from quartet.models.language_model import masked_logprobs
 from quartet.models.llama import hidden_states, written_out
 from quartet.models.packing import pack, pack_rows, repacked, unpacked
-from tests.world import model
+from tests.support.world import model
 
 MODELS = {
     "llama": ("llama", {}),

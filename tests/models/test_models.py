@@ -26,7 +26,7 @@ from quartet.models.language_model import (
 )
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.shape import Shape
-from tests.world import SHAPES, model, prompts, tokenizer
+from tests.support.world import SHAPES, model, prompts, tokenizer
 
 KINDS = pytest.mark.parametrize("kind", sorted(SHAPES))
 ROWS = [[5, 6, 7, 8, 9, 10], [8, 9, 4], [11, 5]]

@@ -1,7 +1,7 @@
 import torch
 
+from quartet.distributed.team import micro_batches
 from quartet.models.padding import left_pad, response_mask, right_pad, spread
-from quartet.team import micro_batches
 
 ROWS = [[5, 6, 7], [8]]
 

@@ -11,7 +11,7 @@ from quartet.rewards import sandbox as module
 from quartet.rewards.code import CodeReward, checked_tests, program_in, same_json
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.sandbox import Sandbox
-from tests.world import prompts, rollout
+from tests.support.world import prompts, rollout
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap here")
 

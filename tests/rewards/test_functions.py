@@ -8,7 +8,7 @@ import pytest
 
 from quartet.rewards.functions import FunctionReward, check_reference
 from quartet.rewards.protocol import RewardError, Weighted, rewarded, with_score
-from tests.world import prompts, rollout, tokenizer
+from tests.support.world import prompts, rollout, tokenizer
 
 CODE = """
 import asyncio, os, sys, time

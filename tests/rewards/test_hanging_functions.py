@@ -10,7 +10,7 @@ import pytest
 
 from quartet.rewards.functions import FunctionReward, descendants
 from quartet.rewards.protocol import RewardError
-from tests.world import prompts, rollout
+from tests.support.world import prompts, rollout
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 ALLOWED = 15.0

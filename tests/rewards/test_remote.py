@@ -11,7 +11,7 @@ import httpx
 import pytest
 import uvicorn
 
-from quartet.build.serving import Scorer
+from quartet.assembly.serving import Scorer
 from quartet.models.heads import ScalarModel
 from quartet.rewards import remote
 from quartet.rewards.judge import JudgeReward, neighbours
@@ -19,7 +19,7 @@ from quartet.rewards.protocol import RewardError
 from quartet.rewards.remote import Endpoint, ServerReward
 from quartet.rewards.reward_model import ModelReward
 from quartet.rewards.serve import BadRequest, app, understood
-from tests.world import model, prompts, rollout, tokenizer
+from tests.support.world import model, prompts, rollout, tokenizer
 
 
 class Fake:

@@ -9,7 +9,7 @@ from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import RewardError, Weighted, rewarded
 from quartet.rewards.reward_model import ModelReward
 from quartet.rewards.verifiable import ExactMatch
-from tests.world import model, prompts, rollout
+from tests.support.world import model, prompts, rollout
 
 
 def rollouts():

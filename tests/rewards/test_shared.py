@@ -2,11 +2,11 @@
 
 import pytest
 
+from quartet.distributed.team import ALONE
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.shared import shared
-from quartet.team import ALONE
-from tests.sides import together
-from tests.world import prompts, rollout
+from tests.support.sides import together
+from tests.support.world import prompts, rollout
 
 LENGTHS = [9, 1, 2, 1, 5, 1, 1, 3, 8, 2, 4, 4]
 

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from quartet.observability.reader import Run
 from quartet.rewards.functions import descendants
-from tests.tiny_run import SMALL
+from quartet.runs.reader import Run
+from tests.support.tiny_run import SMALL
 
 ALLOWED = 20.0
 """Seconds to the end of the process; a sleeping function used to take its own 60, a silent server its 30 and more."""

@@ -17,7 +17,7 @@ from quartet.models.language_model import ModelError
 from quartet.rewards.combine import EnsembleReward
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.text_models import StepReward, TextModelReward, step_ends
-from tests.world import WORDS, model, prompts, rollout, tokenizer
+from tests.support.world import WORDS, model, prompts, rollout, tokenizer
 
 
 def rollouts(count=5):

@@ -8,7 +8,7 @@ import pytest
 
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.verifiable import JsonMatch, LengthWithin, MathMatch, NumberMatch, PatternMatch, final_number
-from tests.world import prompts, rollout
+from tests.support.world import prompts, rollout
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl.gz"
 

@@ -11,7 +11,7 @@ import uvicorn
 
 from quartet.studio.app import make_app
 from quartet.studio.report import write_report
-from tests.tiny_run import copied, put_words_into_its_mouth
+from tests.support.tiny_run import copied, put_words_into_its_mouth
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

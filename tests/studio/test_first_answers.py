@@ -9,7 +9,7 @@ import pytest
 from quartet.studio import first_policy
 from quartet.studio.app import make_app
 from quartet.studio.first_policy import WAITING
-from tests.tiny_run import copied
+from tests.support.tiny_run import copied
 
 QUESTIONS = 48
 

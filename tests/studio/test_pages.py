@@ -10,10 +10,10 @@ import torch
 from starlette.testclient import TestClient
 
 from quartet.models.language_model import load_model, load_tokenizer
-from quartet.observability.reader import Run
+from quartet.runs.reader import Run
 from quartet.studio import views
 from quartet.studio.app import make_app
-from tests.tiny_run import copied, put_words_into_its_mouth
+from tests.support.tiny_run import copied, put_words_into_its_mouth
 
 EVIL = "<script>alert(1)</script>\"'&\u202eאב"
 PAGES = [
@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_read_does_not_hide_the_others(tmp_path, ppo_run
     assert client.get("/run/a%23b%20%3F%25/").status_code == 200
     torn = client.get("/run/a%23b%20%3F%25/samples?step=1")
     assert torn.status_code == 200 and "rollouts of step 1 cannot be read" in torn.text
-    assert '<option >2</option>' in torn.text, "other steps are a click away"
+    assert "<option >2</option>" in torn.text, "other steps are a click away"
     shutil.rmtree(tmp_path / "bad")
     assert client.get("/").status_code == 200 and client.get("/run/bad/").status_code == 404
 

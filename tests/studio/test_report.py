@@ -2,7 +2,7 @@
 
 import re
 
-from quartet.observability.doctor import examine
+from quartet.runs.doctor import examine
 from quartet.studio.report import report, told, verdict, write_report
 
 

@@ -17,13 +17,13 @@ from quartet.loops.sft import sft
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import masked_logprobs
-from quartet.observability.doctor import INVARIANTS, Watch
-from quartet.observability.reader import Run
-from quartet.observability.run import RunFolder
-from quartet.observability.tokens import TokenTexts
-from quartet.pipeline import Pipeline, Saving, StageFailed, Warned
+from quartet.recording.run_folder import RunFolder
+from quartet.recording.tokens import TokenTexts
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted, rewarded
+from quartet.runs.doctor import INVARIANTS, Watch
+from quartet.runs.reader import Run
+from quartet.runtime.pipeline import Pipeline, Saving, StageFailed, Warned
 from quartet.stages import SftStage
 from quartet.training import imitation
 from quartet.training.budget import MAX_HALVINGS, Budget
@@ -31,8 +31,8 @@ from quartet.training.descend import NonFinite, descend
 from quartet.training.learner import Learner, mark
 from quartet.training.optim import MAX_SKIPPED, Descent, Optim, Optimizer
 from tests.loops.test_loops import END, comparisons, demonstrations, goodness
+from tests.support.world import model, prompts, tokenizer
 from tests.training.test_learner import learner, rollouts, weights
-from tests.world import model, prompts, tokenizer
 
 PPO = ALGORITHMS["ppo"]
 

@@ -7,15 +7,15 @@ import torch
 from quartet.algorithms.algorithm import Forward
 from quartet.algorithms.entropy import EntropyBonus
 from quartet.algorithms.presets import ALGORITHMS
+from quartet.distributed.offload import STAYS
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import Separate, Shared, freeze
 from quartet.models.heads import ScalarModel, ValueHead
-from quartet.placement import STAYS
 from quartet.training.descend import NonFinite, check_finite, descend
 from quartet.training.learner import Learner
 from quartet.training.optim import Descent, Optim, Optimizer
-from tests.world import model, prompts, rollout, tokenizer
+from tests.support.world import model, prompts, rollout, tokenizer
 
 SETTINGS = Optim(lr=1e-3, critic_lr=1e-3, epochs=2, minibatches=2)
 

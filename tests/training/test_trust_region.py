@@ -7,12 +7,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.update import TrustRegion
+from quartet.distributed.team import whole_state
 from quartet.models.actor_critic import freeze
-from quartet.team import whole_state
 from quartet.training.learner import Learner
 from quartet.training.trust_region import TrustRegionLearner, _Objective, conjugate_gradient
+from tests.support.world import model
 from tests.training.test_learner import SETTINGS, actor_critic, rollouts
-from tests.world import model
 
 TRPO = ALGORITHMS["trpo"]
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from quartet.cli import running, seeing, trying, using  # noqa: F401
+from quartet.cli import check, export, inspect, run  # noqa: F401
 from quartet.cli.common import FAILED, INTERRUPTED, app, complaints
 from quartet.cli.printing import print_anything, to_nowhere
 

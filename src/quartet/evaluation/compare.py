@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from quartet.experience import Rollout
-from quartet.observability.metrics import distinct, mean_and_interval, response_metrics
 from quartet.rewards.protocol import RewardError, Score
+from quartet.training.metrics import distinct, mean_and_interval, response_metrics
 
 Gold = Callable[[str, str], float]
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+from quartet.distributed.team import ALONE, Team
 from quartet.experience import FinishReason, Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
 from quartet.models.chat import ChatError, after_reply
-from quartet.team import ALONE, Team
 
 Message = Mapping[str, Any]
 

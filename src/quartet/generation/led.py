@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from quartet.distributed.team import Gathered, Team, collected
 from quartet.experience import Prompt, Rollout, rollout_from, rollout_ready
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
-from quartet.team import Gathered, Team, collected
 
 
 class Led:

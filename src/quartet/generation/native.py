@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from quartet.distributed.team import ALONE, Team
 from quartet.experience import Prompt, Rollout
 from quartet.generation.decoders import decoder
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
 from quartet.models.adapters import REWARD
-from quartet.team import ALONE, Team
 from quartet.tensors import Bool, Float, Int, Tensor
 
 

@@ -4,8 +4,8 @@ import signal
 import sys
 from pathlib import Path
 
+from quartet.distributed.team import Together
 from quartet.launch.spmd import LOOPBACK, Beating, follow, store_at
-from quartet.team import Together
 
 
 def main() -> None:
@@ -19,10 +19,10 @@ def be_a_rank(host: str, port: int, rank: int, world: int, deadline: float, fold
     import torch.distributed as dist
 
     beating = Beating(host, port, rank)
-    from quartet.build import build
-    from quartet.machine import keep_freed_memory
-    from quartet.settings import read_settings
-    from quartet.worker import Worker
+    from quartet.assembly import build
+    from quartet.config.toml import read_settings
+    from quartet.runtime.machine import keep_freed_memory
+    from quartet.runtime.worker import Worker
 
     config = read_settings(folder / "config.resolved.toml").config
     keep_freed_memory(in_parts=bool(config.launch.shard))

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quartet.config import Launch
+from quartet.config.tables import Launch
+from quartet.distributed.team import PATIENCE
 from quartet.launch.spmd import by_another
-from quartet.team import PATIENCE
-from quartet.worker import Handle, Worker, WorkerLost, mapped
+from quartet.runtime.worker import Handle, Worker, WorkerLost, mapped
 
 ALIVE = 10.0
 """Seconds in which a rank that is alive says so."""
@@ -46,9 +46,9 @@ class Rank:
         """`here`: where the driver is, and what its files' names start from."""
         import torch.distributed as dist
 
-        from quartet.build import build
-        from quartet.settings import read_settings
-        from quartet.team import Together
+        from quartet.assembly import build
+        from quartet.config.toml import read_settings
+        from quartet.distributed.team import Together
 
         os.chdir(here)
         store = dist.TCPStore(host, port, is_master=self.rank == 0, wait_for_workers=False)

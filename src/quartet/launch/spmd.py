@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from quartet.team import HERE
+from quartet.distributed.team import HERE
+from quartet.runtime.worker import Handle, WorkerLost, mapped
 from quartet.training.descend import NonFinite
-from quartet.worker import Handle, WorkerLost, mapped
 
 BEAT = 1.0
 """Seconds between two signs of life."""

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from quartet.build import Job
-from quartet.config import Config, Launch
+from quartet.assembly import Job
+from quartet.config.tables import Config, Launch
+from quartet.distributed.team import ALONE, PATIENCE, Team, Together
 from quartet.launch import spmd
 from quartet.launch.follower import be_a_rank
-from quartet.team import ALONE, PATIENCE, Team, Together
-from quartet.worker import Group, Local, Worker
+from quartet.runtime.worker import Group, Local, Worker
 
 RANKS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process that it starts."""

@@ -9,6 +9,7 @@ import torch
 from quartet.algorithms.preference import Dpo, Ipo, Kto, Orpo, Pairs, Simpo
 from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
+from quartet.distributed.team import ALONE, Team
 from quartet.experience import Prompt
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
@@ -16,7 +17,6 @@ from quartet.loops.progress import Progress
 from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
 from quartet.rewards.protocol import Weighted, rewarded
-from quartet.team import ALONE, Team
 from quartet.tensors import Float, Tensor
 from quartet.training.budget import Budget
 from quartet.training.descend import added_up, check_finite, descend

@@ -9,11 +9,11 @@ import torch
 from quartet.algorithms.preference import LastTokenLoss, PerTokenLoss, after_divergence, at
 from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
+from quartet.distributed.team import ALONE, Team
 from quartet.loops.progress import Progress
 from quartet.models.heads import ScalarModel
 from quartet.models.logprobs import under_own_token
 from quartet.models.padding import response_mask, right_pad
-from quartet.team import ALONE, Team
 from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
 from quartet.training.descend import check_finite, descend

@@ -10,9 +10,9 @@ from quartet.generation.protocol import Generator
 from quartet.generation.sampling import Sampling
 from quartet.loops.collect import collect
 from quartet.loops.progress import Clock, Progress
-from quartet.observability.metrics import rl_metrics
 from quartet.rewards.protocol import Weighted
 from quartet.training.learner import Learner, Update
+from quartet.training.metrics import rl_metrics
 
 
 @dataclass(frozen=True)

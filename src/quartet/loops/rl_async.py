@@ -19,9 +19,9 @@ from quartet.generation.sampling import Sampling
 from quartet.loops.collect import collect
 from quartet.loops.progress import Clock
 from quartet.loops.rl import Step
-from quartet.observability.metrics import rl_metrics, with_staleness
 from quartet.rewards.protocol import Weighted
 from quartet.training.learner import Learner
+from quartet.training.metrics import rl_metrics, with_staleness
 
 Collected = tuple[list[Rollout], float]
 

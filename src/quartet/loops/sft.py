@@ -8,8 +8,8 @@ import torch
 
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
+from quartet.distributed.team import ALONE, Team
 from quartet.loops.progress import Progress
-from quartet.team import ALONE, Team
 from quartet.training.budget import Budget
 from quartet.training.descend import added_up, descend
 from quartet.training.imitation import imitation_losses

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from quartet.algorithms.algorithm import Forward
+from quartet.distributed.team import ALONE, Team, whole_state
 from quartet.models.heads import ScalarModel, ValueHead
 from quartet.models.language_model import Spoken, logits_of, speak, statistics
 from quartet.models.logprobs import token_exact_kl, under_own_token
-from quartet.team import ALONE, Team, whole_state
 from quartet.tensors import Bool, Float, Int, Tensor
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from quartet.distributed.team import whole_state
 from quartet.models.lora import Lora
-from quartet.team import whole_state
 from quartet.tensors import Tensor
 
 POLICY, CRITIC, REWARD = "policy", "critic", "reward"

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from quartet.distributed.team import ALONE, Team, whole_state
 from quartet.models.adapters import Under, adapter_parameters, load_adapter, merged_state, save_adapter
 from quartet.models.language_model import OWN_CODE, UNLOADABLE, ModelError, check_finite, first_line, read_config
 from quartet.models.logprobs import at_least_float32, speaking, under_own_token
 from quartet.models.trunk import read
-from quartet.team import ALONE, Team, whole_state
 from quartet.tensors import Bool, Float, Int, Tensor
 
 CENTRE = "quartet_reward_centre"

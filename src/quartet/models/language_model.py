@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from quartet.distributed.team import ALONE, Team, whole_state
 from quartet.models.adapters import POLICY, Under, adapters_of, merged_state, save_adapter
 from quartet.models.logprobs import head_statistics, logits_statistics, speaking, under_own_token
 from quartet.models.shape import Shape
 from quartet.models.trunk import checkpointing, read
-from quartet.team import ALONE, Team, whole_state
 from quartet.tensors import Bool, Float, Int, Tensor
 
 

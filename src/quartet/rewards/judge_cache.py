@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from quartet import durable
+from quartet import files as durable
 from quartet.rewards.protocol import RewardError
 from quartet.texts import excerpt, well_formed
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from quartet.distributed.offload import STAYS
+from quartet.distributed.team import ALONE, Team
 from quartet.experience import Rollout
 from quartet.models.heads import ScalarModel
 from quartet.models.padding import response_mask, right_pad
-from quartet.placement import STAYS
 from quartet.rewards.protocol import RewardError, Score
-from quartet.team import ALONE, Team
 
 
 class ModelReward:

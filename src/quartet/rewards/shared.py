@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from quartet.distributed.team import Team
 from quartet.experience import Rollout
 from quartet.rewards.protocol import Reward, RewardError, Score, TokenReward
-from quartet.team import Team
 
 
 class Shared:

@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from quartet.distributed.offload import STAYS
+from quartet.distributed.team import micro_batches
 from quartet.experience import Rollout
 from quartet.models.actor_critic import freeze
 from quartet.models.heads import ScalarModel, load_classifier
 from quartet.models.language_model import ModelError, load_tokenizer
 from quartet.models.padding import right_pad
-from quartet.placement import STAYS
 from quartet.rewards.protocol import RewardError, Score
-from quartet.team import micro_batches
 
 Ids = Sequence[int]
 

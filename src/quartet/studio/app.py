@@ -21,10 +21,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quartet import __version__
-from quartet.observability import figures
-from quartet.observability.doctor import examine
-from quartet.observability.reader import Damaged, NoRun, Run
-from quartet.observability.untrusted import finite
+from quartet.runs import figures
+from quartet.runs.doctor import examine
+from quartet.runs.reader import Damaged, NoRun, Run
+from quartet.runs.untrusted import finite
 from quartet.studio import views
 from quartet.studio.first_policy import Busy, FirstPolicies, NoAnswer, folder_of
 from quartet.studio.library import Library

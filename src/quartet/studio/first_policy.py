@@ -13,8 +13,8 @@ from pathlib import Path
 
 from anyio import CapacityLimiter, to_thread
 
-from quartet.observability.reader import NoRun, Run
-from quartet.observability.untrusted import Folder, printable
+from quartet.runs.reader import NoRun, Run
+from quartet.runs.untrusted import Folder, printable
 
 PATIENCE = 300
 """Seconds in which a model must be loaded and have answered."""

@@ -4,8 +4,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
-from quartet.observability.reader import NoRun, Run, find_runs
-from quartet.observability.untrusted import printable
+from quartet.runs.reader import NoRun, Run, find_runs
+from quartet.runs.untrusted import printable
 
 KEPT_OPEN = 200
 """Runs whose metrics stay in memory."""

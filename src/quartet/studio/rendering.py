@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quartet.observability.untrusted import finite
+from quartet.runs.untrusted import finite
 from quartet.studio.views import number, shortened
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from markupsafe import Markup
 
 from quartet import __version__
-from quartet.observability.doctor import Finding, examine
-from quartet.observability.figures import frontier
-from quartet.observability.reader import Damaged, Run
+from quartet.runs.doctor import Finding, examine
+from quartet.runs.figures import frontier
+from quartet.runs.reader import Damaged, Run
 from quartet.studio import views
 from quartet.studio.rendering import json_text, plotly_file, templates
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quartet.observability.definitions import definition
-from quartet.observability.figures import charts, finite, lines, phases, smoothed
-from quartet.observability.reader import Run, Sample
+from quartet.runs.definitions import definition
+from quartet.runs.figures import charts, finite, lines, phases, smoothed
+from quartet.runs.reader import Run, Sample
 
 WORST_PAIRS = 12
 SAMPLES_SHOWN = 200

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from quartet.team import ALONE, Team
+from quartet.distributed.team import ALONE, Team
 
 T = TypeVar("T")
 MAX_HALVINGS = 4

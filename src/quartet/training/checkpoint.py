@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from quartet.durable import UNFINISHED, difference, fingerprints, move, read_json, remove_folder, sync, write
-from quartet.team import ALONE, Team, counts_here, is_sharded, local
+from quartet.distributed.team import ALONE, Team, counts_here, is_sharded, local
+from quartet.files import UNFINISHED, difference, fingerprints, move, read_json, remove_folder, sync, write
 from quartet.tensors import Tensor
 from quartet.training.descend import NonFinite
 

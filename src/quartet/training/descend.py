@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from quartet.team import ALONE, Team
+from quartet.distributed.team import ALONE, Team
 from quartet.tensors import Float, Tensor
 from quartet.training.optim import Optimizer
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from quartet.team import local, restore
+from quartet.distributed.team import local, restore
 
 
 class Ema:

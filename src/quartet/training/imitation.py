@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from quartet.data.records import Demonstration
+from quartet.distributed.team import ALONE, Team
 from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
-from quartet.team import ALONE, Team
 from quartet.tensors import Float, Tensor
 from quartet.training.descend import check_finite
 

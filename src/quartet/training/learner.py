@@ -16,13 +16,13 @@ from quartet.algorithms.kl import k3
 from quartet.algorithms.masked import masked_mean, row_mean
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
+from quartet.distributed.offload import STAYS, Placement
+from quartet.distributed.team import ALONE, Gathered, Team, counts_here, is_sharded, local
 from quartet.experience import Batch, Experience, Rollout, said
 from quartet.generation.protocol import Weights
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.language_model import policy_logprobs
 from quartet.models.padding import PAD, response_mask, right_pad, spread
-from quartet.placement import STAYS, Placement
-from quartet.team import ALONE, Gathered, Team, counts_here, is_sharded, local
 from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
 from quartet.training.checkpoint import python_random

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+from quartet.distributed.team import is_sharded, restore, whole
 from quartet.parts import Field, OrInf, part
-from quartet.team import is_sharded, restore, whole
 from quartet.tensors import Tensor, torch
 
 MAX_SKIPPED = 10

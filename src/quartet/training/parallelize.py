@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method, share_comm_ctx
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from quartet.distributed.team import Together, is_sharded
 from quartet.models.llama import READ_ON, read_on, written_out
 from quartet.models.trunk import blocks_of
-from quartet.team import Together, is_sharded
 
 
 def mesh_of(device: str, team: Together, parts: int) -> DeviceMesh:

@@ -1,0 +1,225 @@
+"""Verbs that run, plan and start a run's file."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quartet.cli.common import app, console, print_json, refuse, typed, without_progress_bars
+from quartet.cli.lifecycle import DEFAULT, go_on, new_run, run_to_resume, settings_of
+from quartet.recipes import template_names, template_path
+
+if TYPE_CHECKING:
+    from quartet.config.toml import Settings
+
+What = Annotated[
+    str | None, typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, a TOML file or, with --resume, a run.")
+]
+Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE …]", help="Settings that win over the file.")]
+
+
+@app.command()
+def run(
+    what: What = None,
+    words: Words = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run of this name stopped.")] = False,
+    accept: Annotated[
+        list[str] | None, typer.Option("--accept", metavar="KEY", help="With --resume: a setting that may have changed.")
+    ] = None,
+    show_plan: Annotated[bool, typer.Option("--plan", help="Say what the run would take, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --plan: print it as JSON.")] = False,
+    nodes: Annotated[
+        str | None, typer.Option("--nodes", metavar="2x8", help="Say how to start it on 2 nodes of 8 ranks, and stop.")
+    ] = None,
+    fault: Annotated[
+        str | None, typer.Option("--break", help="Plant a mistake in the RL stage, for the doctor to find: see docs/doctor.md.")
+    ] = None,
+) -> None:
+    """Run a recipe or a TOML file: one stage, or a pipeline of them. Without a name: `reviews`."""
+    if nodes is not None:
+        _print_commands(DEFAULT if what is None else what, [*(words or []), *(["--resume"] if resume else [])], nodes)
+        return
+    resumed = run_to_resume(what, words or []) if resume else None
+    settings = resumed[1] if resumed else settings_of(DEFAULT if what is None else what, words or [])
+    if show_plan:
+        _print_plan(settings, as_json)
+        return
+    if accept and not resume:
+        refuse("--accept: goes with --resume.")
+    if settings.config.launch.type == "torchrun":
+        from quartet.launch.start import RANKS, follow_the_first, follows
+
+        if missing := [name for name in RANKS if name not in os.environ]:
+            refuse(
+                f'launch.type = "torchrun": {missing[0]} is not set, so torchrun or srun did not start this. '
+                "quartet run … --nodes 2x8 says how."
+            )
+        if follows(settings.config.launch):
+            follow_the_first(settings.config.launch)
+            return
+    raise typer.Exit(go_on(resumed[0], settings, fault, accept or []) if resumed else new_run(settings, fault))
+
+
+@app.command()
+def plan(
+    what: Annotated[str, typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, or a TOML file.")],
+    words: Words = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    cluster: Annotated[str | None, typer.Option("--on", metavar="8xh200", help="Plan for these GPUs.")] = None,
+    simulated: Annotated[
+        int | None, typer.Option("--simulate", metavar="STALENESS", help="With --on: play 200 steps, answer by answer.")
+    ] = None,
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Run a few steps of each stage here, twice, and reckon the time from them.")
+    ] = False,
+) -> None:
+    """Models, memory, tokens, time, and the resolved config with the origin of each value. Loads no model."""
+    settings = settings_of(what, words or [])
+    if measured:
+        _print_measured(settings)
+    elif cluster is not None:
+        _print_cluster(settings, cluster, simulated)
+    elif simulated is not None:
+        refuse("--simulate: goes with --on.")
+    else:
+        _print_plan(settings, as_json)
+
+
+@app.command()
+def init(
+    recipe: Annotated[str, typer.Argument(help="sft, reward_model, ppo, grpo or dpo.")],
+    file: Annotated[Path | None, typer.Argument(help="Where to write it. Default: RECIPE.toml.")] = None,
+) -> None:
+    """Write a commented file to start from."""
+    template = template_path({"rm": "reward_model"}.get(recipe, recipe))
+    if template is None:
+        refuse(f'"{recipe}": no such file to start from. Known are {", ".join(template_names())}.')
+    target = file or Path(template.name)
+    if target.exists():
+        refuse(f"{target}: exists already. Give another name: quartet init {recipe} NAME.toml")
+    try:
+        target.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        refuse(f"{target}: cannot be written ({error.strerror}).")
+    console.print(
+        f"{target} written. Fill it in, then: quartet plan {typed(target)}, quartet run {typed(target)}", soft_wrap=True
+    )
+
+
+@app.command()
+def algorithms(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[PRESET]", help="Print this one as the TOML that recreates it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+) -> None:
+    """The presets with their parts; with a name, the record as TOML, to be changed and put into a run's file."""
+    from quartet.algorithms.preference import PREFERENCES
+    from quartet.algorithms.presets import ALGORITHMS
+    from quartet.config.tables import did_you_mean, without_none
+    from quartet.config.toml import preset_toml
+
+    everything = ALGORITHMS | PREFERENCES
+    if name is not None and name not in everything:
+        refuse(f'"{name}": no such preset.{did_you_mean(name, everything)} `quartet algorithms` lists them.')
+    chosen = {name: everything[name]} if name else everything
+    if as_json:
+        print_json({key: without_none(dataclasses.asdict(value)) for key, value in chosen.items()})
+    elif name:
+        console.print(preset_toml(everything[name]), soft_wrap=True, end="")
+    else:
+        _print_presets()
+
+
+def _print_plan(settings: "Settings", as_json: bool) -> None:
+    from quartet.config.tables import json_ready
+    from quartet.config.toml import resolved_toml
+    from quartet.planning.plan import in_words
+    from quartet.planning.plan import plan as make_plan
+
+    made = make_plan(settings.config)
+    if as_json:
+        whole = {"plan": dataclasses.asdict(made), "config": json_ready(settings.config), "origins": settings.origins}
+        print_json(whole)
+        return
+    console.print(f"plan   {in_words(made)}", soft_wrap=True)
+    for phase, size in (made.memory or {}).items():
+        console.print(f"       memory   {phase:<22} ≈ {size / 1e6:>9,.0f} MB")
+    for stage, count in made.optimizer_steps.items():
+        console.print(f"       steps    {stage:<22}   {count:>9,} optimizer steps")
+    for stage, tokens in made.tokens.items():
+        console.print(f"       tokens   {stage:<22} ≈ {tokens:>9,.0f}")
+    if made.disk is not None:
+        console.print(f"       disk     {'run folder':<22} ≈ {made.disk / 1e6:>9,.0f} MB")
+    console.print()
+    console.print(resolved_toml(settings), soft_wrap=True, end="")
+
+
+def _print_commands(what: str, words: list[str], nodes: str) -> None:
+    from quartet.launch.commands import commands, nodes_of
+
+    try:
+        count, each = nodes_of(nodes)
+        said = [word for word in words if "=" in word]
+        settings = settings_of(what, [*said, f"launch.processes={count * each}"])
+        lines = commands([what, *words], settings.config.launch, count, each)
+    except ValueError as error:
+        refuse(str(error))
+    print("\n".join(lines))
+
+
+def _print_measured(settings: "Settings") -> None:
+    from quartet.assembly import build
+    from quartet.planning.measure import STEPS, in_words, measure
+
+    config = settings.config
+    if config.launch.processes > 1 or config.launch.shard or config.launch.type != "local":
+        refuse("--measure: measures one process. Leave [launch] out.")
+    without_progress_bars()
+    console.print(f"running {STEPS} steps of each stage, twice")
+    for line in in_words(config, measure(config, build)):
+        console.print(line, soft_wrap=True)
+
+
+def _print_cluster(settings: "Settings", words: str, bound: int | None) -> None:
+    import statistics
+
+    from quartet.planning.cluster import Cluster, in_words, plan_cluster, simulated
+
+    try:
+        made = plan_cluster(settings.config, Cluster.of(words))
+    except ValueError as error:
+        refuse(str(error))
+    for line in in_words(made):
+        console.print(line, soft_wrap=True)
+    if bound is not None:
+        found = simulated(made, bound)
+        age = statistics.fmean(found.staleness)
+        console.print(
+            f"played  {found.steps} steps of {found.seconds:,.1f} s with a staleness of at most {bound}: on average {age:.2f}; "
+            f"trainers wait {found.trainer_idle:.0%} of the time, slots of generators {found.generators_idle:.0%}",
+            soft_wrap=True,
+        )
+
+
+def _print_presets() -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from quartet.algorithms.describe import in_short, main_parts, other_parts
+    from quartet.algorithms.preference import PREFERENCES
+    from quartet.algorithms.presets import FAMILIES
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("preset", no_wrap=True, style="bold")
+    table.add_column("advantage · policy loss · KL · aggregation · and what else does something")
+    for family, members in FAMILIES.items():
+        table.add_row("", Text(family, style="dim"))
+        for name, algorithm in members.items():
+            table.add_row(name, " · ".join([*main_parts(algorithm), *other_parts(algorithm)]))
+    table.add_row("", Text("from comparisons instead of rewards; only online_dpo samples, and needs both", style="dim"))
+    for name, loss in PREFERENCES.items():
+        table.add_row(name, f"loss {in_short(loss)}")
+    console.print(table, width=None if console.is_terminal else 200)

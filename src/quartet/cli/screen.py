@@ -1,0 +1,209 @@
+"""What a run prints: one live line per stage on a terminal, plain lines every few seconds elsewhere."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from quartet.algorithms.preference import PREFERENCES
+
+if TYPE_CHECKING:
+    from quartet.runtime.pipeline import Event
+    from quartet.stages import Stage
+
+BAR_WIDTH = 10
+PLAIN_SECONDS = 5.0
+SMOOTHING = 5
+"""The latest value on screen is the mean of this many steps: single steps are noisy."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How one metric appears in a stage's line."""
+
+    label: str
+    metric: str
+    form: str = "{:.2f}"
+    change: bool = False
+    """Show where it came from as well: 0.51 → 0.87."""
+
+
+HEADLINES: dict[str, tuple[Shown, ...]] = {
+    "sft": (Shown("loss", "loss", change=True),),
+    "reward_model": (Shown("pair accuracy", "accuracy", change=True),),
+    "evaluation": (),
+    "preference": (
+        Shown("loss", "loss", change=True),
+        Shown("pair accuracy", "accuracy", change=True),
+        Shown("log p chosen", "logprobs/chosen", "{:.1f}", change=True),
+    ),
+}
+RL_HEADLINE = (
+    Shown("reward", "reward", change=True),
+    Shown("gold", "reward/gold", change=True),
+    Shown("exact", "reward/exact", "{:.0%}", change=True),
+    Shown("KL", "kl", "{:.1f}"),
+    Shown("clip", "policy/clip_fraction", "{:.0%}"),
+    Shown("ev", "value/explained_variance"),
+)
+
+
+class Screen:
+    """Shows the events of a pipeline as they come."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live: Live | None = None
+        self.line = _Line()
+        self.printed = 0.0
+
+    def show(self, event: "Event") -> None:
+        getattr(self, f"_{type(event).__name__.lower()}")(event)
+
+    def notice(self, reason: str) -> None:
+        """A signal was heard where it has to wait a little."""
+        self.console.print(f"     {reason}: the update is finished and saved first. Once more stops at once.", soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave what is on screen as it is; nothing more comes."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def _render(self) -> Text:
+        """The stage's line, its words padded as far as the screen is wide."""
+        return self.line.render(max(0, min(62, self.console.width - 48)) if self.console.is_terminal else 62)
+
+    def _started(self, event: Any) -> None:
+        self.line = _Line(f"{event.number}/{event.of} {event.stage.title}", event.stage, time.monotonic())
+        for metrics in event.earlier:  # a resumed run still shows where its numbers began
+            self.line.see(event.done, metrics)
+        self.line.step = event.done
+        self.printed = time.monotonic()
+        if self.console.is_terminal:
+            self.live = Live(self._render(), console=self.console, refresh_per_second=8, transient=True)
+            self.live.start()
+
+    def _advanced(self, event: Any) -> None:
+        self.line.see(event.progress.number, event.progress.metrics)
+        if self.live is not None:
+            self.live.update(self._render())
+        elif time.monotonic() - self.printed > PLAIN_SECONDS:
+            self.console.print(self._render(), soft_wrap=True)
+            self.printed = time.monotonic()
+
+    def _warned(self, event: Any) -> None:
+        self.console.print(Text(f"     ▲ step {event.step}: {event.sentence}", style="yellow"), soft_wrap=True)
+
+    def _finished(self, event: Any) -> None:
+        self.line.closing = closing_words(event.stage.name, event.summary)
+        self.close()
+        self.console.print(self._render(), soft_wrap=True)
+        if event.stage.name == "evaluation":
+            self.console.print(evaluation_table(event.summary))
+
+
+@dataclass
+class _Line:
+    """One stage on one line."""
+
+    label: str = ""
+    stage: "Stage | None" = None
+    started: float = 0.0
+    step: int = 0
+    closing: str = ""
+    history: dict[str, list[float]] = field(default_factory=dict)
+
+    def see(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.step = step
+        for name, value in metrics.items():
+            self.history.setdefault(name, []).append(value)
+
+    def render(self, width: int) -> Text:
+        assert self.stage is not None
+        total = self.stage.num_steps
+        full = BAR_WIDTH * self.step // total
+        seconds = int(time.monotonic() - self.started)
+        count = f"{self.step}/{total}"
+        words = "  ".join([*self._words(), *([self.closing] if self.closing else [])])
+        line = Text(no_wrap=True, overflow="ellipsis")
+        line.append(f"{self.label:<18} ", style="bold")
+        line.append("█" * full, style="cyan").append("░" * (BAR_WIDTH - full), style="dim")
+        line.append(f" {count:>7}  {words:<{width}} ").append(f"{seconds // 60}:{seconds % 60:02}", style="dim")
+        return line
+
+    def _words(self) -> list[str]:
+        assert self.stage is not None
+        words = []
+        name = "preference" if self.stage.name in PREFERENCES else self.stage.name
+        for shown in HEADLINES.get(name, RL_HEADLINE):
+            seen = self.history.get(shown.metric)
+            if not seen:
+                continue
+            recent = seen[-SMOOTHING:]
+            now = shown.form.format(sum(recent) / len(recent)).replace("-", "−")
+            first = shown.form.format(seen[0]).replace("-", "−")
+            words.append(f"{shown.label} {first} → {now}" if shown.change else f"{shown.label} {now}")
+        return words
+
+
+def closing_words(stage: str, summary: Mapping[str, Any]) -> str:
+    """What is known of a stage only at its end."""
+    if stage == "sft":
+        return f"(held out {summary['held_out_loss_before']:.2f} → {summary['held_out_loss']:.2f})"
+    if stage == "reward_model":
+        possible = f" of {summary['ceiling']:.2f} possible" if "ceiling" in summary else ""
+        return f"(held out {summary['held_out_accuracy']:.2f}{possible})"
+    if "held_out_accuracy" in summary:
+        return f"(held out {summary['held_out_accuracy']:.2f})"
+    if stage == "evaluation":
+        win, kl = summary["win_rate"], summary["kl"]
+        judge = summary["judge"]
+        gain = summary["after"].get(judge, 0.0) - summary["before"].get(judge, 0.0)
+        return (
+            f"win rate by {judge} {win['mean']:.2f} ± {win['interval']:.2f} · {judge} {gain:+.2f} at KL {kl['mean']:.1f}"
+        ).replace("-", "−")
+    return ""
+
+
+MEASURES = (
+    ("reward", "reward (what was trained on)"),
+    ("gold", "gold (what was meant)"),
+    ("response/tokens", "tokens per answer"),
+    ("response/ended", "answers that end"),
+    ("response/repetition", "repetition within answers"),
+    ("response/distinct", "answers unlike any other"),
+)
+
+
+def evaluation_table(summary: Mapping[str, Any]) -> Table:
+    """Before and after, side by side, and answers to read."""
+    table = Table(title=f"{summary['prompts']} held-out prompts", title_justify="left", box=None, pad_edge=False)
+    for header in ("", "before", "after"):
+        table.add_column(header, justify="left" if not header else "right", overflow="fold")
+    for name, label in MEASURES:
+        if name in summary["before"]:
+            row = [f"{summary[side][name]:.2f}".replace("-", "−") for side in ("before", "after")]
+            table.add_row(label, *row)
+    return table
+
+
+def sample_lines(samples: Sequence[Mapping[str, str]], count: int = 3) -> list[Text]:
+    """A few prompts with the answers from before and after."""
+    lines = []
+    for sample in samples[:count]:
+        lines.append(Text(_one_line(sample["prompt"]), style="bold"))
+        lines.append(Text("  before ", style="dim").append(_one_line(sample["before"]), style="default"))
+        lines.append(Text("  after  ", style="green").append(_one_line(sample["after"]), style="default"))
+    return lines
+
+
+def _one_line(text: str, limit: int = 200) -> str:
+    """Text of a model, safe to print: no line breaks, no control characters, not too long."""
+    clean = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return clean if len(clean) <= limit else clean[: limit - 1] + "…"

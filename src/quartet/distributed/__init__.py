@@ -1,0 +1,1 @@
+"""Several processes that train one model, and what waits in main memory."""

@@ -1,1 +1,0 @@
-"""What a run shows: its metrics, its folder, its screen, its warnings."""

@@ -1,0 +1,1 @@
+"""What writes a run folder: events, rollouts, trackers, model cards."""

@@ -1,0 +1,1 @@
+"""What reads run folders. It imports nothing of the trainer and no torch."""

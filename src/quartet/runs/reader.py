@@ -1,0 +1,390 @@
+"""A run folder, read: while it grows, or copied from another machine. Imports no trainer and no torch.
+
+Nothing in it is trusted: `untrusted` opens every file, `records` has the types that are expected in it. What cannot be read is
+left out, and `Run.problems` has a sentence for it.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quartet.runs import records
+from quartet.runs.cases import Clipping, clip_case
+from quartet.runs.event_log import EventLog, Series
+from quartet.runs.parquet import Column, read_parquet, values
+from quartet.runs.rollouts import TOKEN_COLUMNS, Sample, samples_of
+from quartet.runs.untrusted import (
+    MAX_CONFIG,
+    MAX_DOCUMENT,
+    Folder,
+    Unreadable,
+    checked,
+    left_out,
+    parse_json,
+    parse_toml,
+    printable,
+    shown,
+)
+
+if TYPE_CHECKING:
+    import plotly.graph_objects
+    from pydantic import TypeAdapter
+
+__all__ = ["Damaged", "NoRun", "Run", "Sample", "Series", "find_runs"]
+
+EVENTS, CONFIG, ENVIRONMENT = "events.jsonl", "config.resolved.toml", "env.json"
+FINAL, BEST_OF_N = "evaluation/final.json", "evaluation/best_of_n.json"
+ANSWERS, PAIRS = "evaluation/answers.jsonl", "evaluation/pairs.parquet"
+
+RECENT_SECONDS = 300
+"""A run that has written nothing for longer, and said no last word, counts as stopped."""
+MAX_ANSWERS = 20_000
+MAX_PAIRS = 100_000
+
+PAIR_COLUMNS = {
+    **dict.fromkeys(("prompt", "chosen", "rejected"), Column("text")),
+    **dict.fromkeys(("chosen_tokens", "rejected_tokens"), Column("whole")),
+    **dict.fromkeys(("chosen_score", "rejected_score"), Column("number")),
+}
+
+
+class NoRun(ValueError):
+    """A folder that is no run's, or something that the run does not have; the message is a sentence for a person."""
+
+
+class Damaged(NoRun):
+    """Something that is there and cannot be read."""
+
+
+class Run:
+    """A run folder.
+
+    >>> run = Run("runs/latest")  # doctest: +SKIP
+    >>> run.metrics.to_pandas()["reward"].plot()  # doctest: +SKIP
+    >>> run.rollouts(40).to_pandas().query("sample == 3")[["text", "advantage", "ratio"]]  # doctest: +SKIP
+    >>> run.figure("frontier")  # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            self.path = Path(path).resolve()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise NoRun(f"{printable(str(path))}: cannot be opened ({error}).") from None
+        self.name = printable(self.path.name)
+        self._folder = Folder(self.path)
+        self._log = EventLog(self._folder, EVENTS)
+        self._problems: dict[str, list[str]] = {}
+        """Sentences by file."""
+        self.refresh()
+
+    # --- what it says --------------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> bool:
+        """Read what was written since; whether there was anything. A last line that is not whole yet is left for later."""
+        try:
+            grown = self._log.refresh() if self.path.is_dir() else None
+        except Unreadable as error:
+            raise NoRun(f"{self.name}: {EVENTS} {error}") from None
+        if grown is None:
+            raise NoRun(f"{printable(str(self.path))}: is no run folder, it has no {EVENTS}.")
+        return grown
+
+    @property
+    def series(self) -> dict[str, Series]:
+        """The metrics by stage, in the order in which the stages ran."""
+        return self._log.series
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """All but the metrics."""
+        return self._log.events
+
+    @property
+    def damaged(self) -> int:
+        """Lines of events.jsonl that are no events."""
+        return self._log.damaged
+
+    @property
+    def problems(self) -> list[str]:
+        """What could not be read so far, a sentence each: of the record, the config, the evaluation, and of whatever else was
+        asked for. `check` asks for everything."""
+        _ = self.config, self.environment, self.evaluation, self.best_of_n
+        return [*self._log.problems(), *(said for file in self._problems.values() for said in file)]
+
+    def check(self) -> list[str]:
+        """Read all there is, and return `problems`."""
+        self.pairs()
+        for _ in self.answers():
+            pass
+        for kind in ("rollouts", "probes"):
+            for step in self.steps(kind):
+                try:
+                    self.rollouts(step, kind)
+                except NoRun:
+                    continue
+        return self.problems
+
+    def _document(self, name: str, limit: int, parse: Callable[[bytes], tuple[Any, list[str]]], of: "TypeAdapter[Any]") -> Any:
+        """A file's value, without what is not of its type; None where there is none, or nothing can be read."""
+        self._problems.pop(name, None)
+        try:
+            content = self._folder.read(name, limit)
+            if content is None:
+                return None
+            value, faults = parse(content)
+            value, more = checked(of, value)
+        except Unreadable as error:
+            self._problems[name] = [f"{name} {error}"]
+            return None
+        if faults or more:
+            self._problems[name] = [left_out(name, [*faults, *more])]
+        return value
+
+    @property
+    def status(self) -> str:
+        """done, failed, interrupted, running or stopped (no word for five minutes)."""
+        last = self.events[-1]["event"] if self.events else ""
+        if last in {"done", "failed", "interrupted"}:
+            return str(last)
+        try:
+            written = (self.path / EVENTS).lstat().st_mtime
+        except OSError:
+            return "stopped"
+        return "running" if time.time() - written < RECENT_SECONDS else "stopped"
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        return self._document(CONFIG, MAX_CONFIG, parse_toml, records.CONFIG) or {}
+
+    @property
+    def config_text(self) -> str:
+        """As it is written, with bytes that are no UTF-8 as escape sequences."""
+        try:
+            return (self._folder.read(CONFIG, MAX_CONFIG) or b"").decode("utf-8", "backslashreplace")
+        except Unreadable:
+            return ""
+
+    @functools.cached_property
+    def environment(self) -> dict[str, Any]:
+        return self._document(ENVIRONMENT, MAX_DOCUMENT, parse_json, records.ENVIRONMENT) or {}
+
+    @property
+    def rl_stage(self) -> str | None:
+        """The stage with rollouts, if there is one."""
+        return next((stage for stage, series in self.series.items() if "policy/entropy" in series.columns), None)
+
+    @property
+    def main_stage(self) -> str | None:
+        """The one to look at first: RL, else a preference stage, else the last that has numbers."""
+        if self.rl_stage is not None:
+            return self.rl_stage
+        return next((stage for stage, series in reversed(self.series.items()) if series.columns), None)
+
+    def summary(self, stage: str) -> dict[str, Any] | None:
+        """What a stage said when it was finished."""
+        return next((e.get("summary", {}) for e in self.events if e["event"] == "finished" and e.get("stage") == stage), None)
+
+    @property
+    def warnings(self) -> list[dict[str, Any]]:
+        """`stage`, `step` and `sentence` of each."""
+        return [event for event in self.events if event["event"] == "warning"]
+
+    @property
+    def metrics(self) -> Any:
+        """An Arrow table with a row per step of every stage: `stage`, `step`, `time`, `seconds`, and a column per metric."""
+        import pyarrow as pa
+
+        tables = [
+            pa.table(
+                {
+                    "stage": pa.array([stage] * len(series.steps)),
+                    "step": pa.array(series.steps),
+                    "time": pa.array(series.times),
+                    "seconds": pa.array(series.seconds),
+                    **{name: pa.array(column, from_pandas=True) for name, column in series.columns.items()},
+                }
+            )
+            for stage, series in self.series.items()
+        ]
+        return pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
+
+    # --- rollouts ------------------------------------------------------------------------------------------------------------
+
+    def steps(self, kind: str = "rollouts") -> list[int]:
+        """The steps whose rollouts (or probes) are here."""
+        self._problems.pop(kind, None)
+        try:
+            stems = [name.removesuffix(".parquet") for name in self._folder.names(kind) if name.endswith(".parquet")]
+        except Unreadable as error:
+            self._problems[kind] = [f"{kind} {error}"]
+            return []
+        steps = {stem: int(stem) for stem in stems if stem.isascii() and stem.isdecimal() and len(stem) <= 9}
+        strange = [stem for stem in stems if stem not in steps or f"{steps[stem]:06d}" != stem]
+        if strange:
+            others = f" and {len(strange) - 1:,} others" if len(strange) > 1 else ""
+            self._problems[kind] = [f"{kind}: {shown(strange[0])}.parquet{others} left out: the name is no step's."]
+        return sorted(steps[stem] for stem in steps.keys() - set(strange))
+
+    def rollouts(self, step: int, kind: str = "rollouts", columns: Sequence[str] | None = None) -> Any:
+        """An Arrow table with a row per token of the step. NoRun where there is none, or it cannot be read."""
+        import pyarrow as pa
+
+        table = self._tokens(step, kind, columns)
+        texts = [
+            name for name in table.column_names if name != "text" and pa.types.is_dictionary(table.schema.field(name).type)
+        ]
+        for name in texts:
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, table.column(name).cast(pa.string()))
+        return table
+
+    def _tokens(self, step: int, kind: str, columns: Sequence[str] | None = None) -> Any:
+        name = f"{kind}/{step:06d}.parquet"
+        self._problems.pop(name, None)
+        try:
+            file = self._folder.open(name)
+            if file is not None:
+                with file:
+                    table, faults = read_parquet(file, TOKEN_COLUMNS, columns)
+                if faults:
+                    self._problems[name] = [left_out(name, faults)]
+                return table
+        except Unreadable as error:
+            self._problems[name] = [f"{name} {error}"]
+            raise Damaged(f"{self.name}: {kind} of step {step} cannot be read: the file {error}") from None
+        there = self.steps(kind)
+        has = f"There are {len(there):,}, from {there[0]:,} to {there[-1]:,}." if there else "There are none."
+        raise NoRun(f"{self.name}: has no {kind} of step {step}. {has}")
+
+    def samples(self, step: int, kind: str = "rollouts") -> list[Sample]:
+        """The rollouts of a step in short, in their order."""
+        try:
+            return samples_of(self._tokens(step, kind))
+        except Unreadable as error:
+            raise Damaged(f"{self.name}: {kind} of step {step} cannot be shown: the file {error}") from None
+
+    def sample(self, step: int, sample: int, kind: str = "rollouts") -> dict[str, list[Any]]:
+        """All columns of one rollout, a number or text per token."""
+        import pyarrow.compute as pc
+
+        table = self._tokens(step, kind)
+        table = table.filter(pc.equal(table.column("sample"), sample)) if 0 <= sample < records.MAX_STEP else table[:0]
+        if table.num_rows == 0:
+            raise NoRun(f"{self.name}: step {step} has no sample {sample}.")
+        return {name: values(table.column(name)) for name in table.column_names}
+
+    @property
+    def clipping(self) -> Clipping:
+        """How the run's policy loss clips."""
+        return Clipping.of(self.config.get("algorithm", {}).get("policy_loss", {}))
+
+    def cases(self, sample: Mapping[str, Sequence[Any]]) -> list[str]:
+        """What the update did with each token of a sample, in words; empty for a prompt's."""
+        clipping = self.clipping
+        rows = zip(sample["advantage"], sample["ratio"], sample["clipped"], strict=True)
+        return [clip_case(clipping, *row) if row[1] is not None else "" for row in rows]
+
+    # --- evaluation ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        found = self._document(FINAL, MAX_DOCUMENT, parse_json, records.EVALUATION)
+        return None if found is None else {"samples": [], **found}
+
+    @property
+    def best_of_n(self) -> list[dict[str, Any]]:
+        return self._document(BEST_OF_N, MAX_DOCUMENT, parse_json, records.BEST_OF_N) or []
+
+    def pairs(self) -> list[dict[str, Any]]:
+        """The pairs that were held out from the reward model, with its scores."""
+        self._problems.pop(PAIRS, None)
+        try:
+            file = self._folder.open(PAIRS)
+            if file is None:
+                return []
+            with file:
+                table, faults = read_parquet(file, PAIR_COLUMNS)
+        except Unreadable as error:
+            self._problems[PAIRS] = [f"{PAIRS} {error}"]
+            return []
+        columns = [values(table.column(name)[:MAX_PAIRS]) for name in table.column_names]
+        rows = [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+        whole = [row for row in rows if all(_usable(row[name]) for name in PAIR_COLUMNS)]
+        if len(whole) < table.num_rows:
+            faults.append(f"{table.num_rows - len(whole):,} of {table.num_rows:,} pairs are too many or lack a value")
+        if faults:
+            self._problems[PAIRS] = [left_out(PAIRS, faults)]
+        return whole
+
+    def answers(self) -> Iterator[dict[str, Any]]:
+        """What the policy before and after answered to the held-out prompts."""
+        self._problems.pop(ANSWERS, None)
+        faults: list[str] = []
+        try:
+            for number, line in enumerate(records.read_lines(self._folder, ANSWERS), 1):
+                if number > MAX_ANSWERS:
+                    faults.append(f"what follows line {MAX_ANSWERS:,} is too much to read")
+                    break
+                try:
+                    value, wrong = checked(records.ANSWERS, parse_json(line)[0])
+                except Unreadable as error:
+                    value, wrong = None, [str(error).rstrip(".")]
+                faults += [f"in line {number:,}, {fault}" for fault in wrong]
+                if value is not None:
+                    yield value
+        except Unreadable as error:
+            self._problems[ANSWERS] = [f"{ANSWERS} {error}"]
+        if faults:
+            self._problems[ANSWERS] = [left_out(ANSWERS, faults)]
+
+    # --- for eyes ------------------------------------------------------------------------------------------------------------
+
+    def figure(self, name: str, stage: str | None = None) -> "plotly.graph_objects.Figure":
+        """A Plotly figure: "frontier", "phases", or a metric's name."""
+        from quartet.runs.figures import figure
+
+        return figure(self, name, stage)
+
+    def __repr__(self) -> str:
+        stages = ", ".join(f"{stage} {len(series.steps):,}" for stage, series in self.series.items())
+        return f"Run({self.name}: {self.status}; {stages or 'no stage yet'})"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = []
+        for stage, series in self.series.items():
+            shown = ", ".join(f"{name} {series.last(name):.4g}" for name in HEADLINE if series.last(name) is not None)
+            rows.append(f"<tr><td>{escape(stage)}</td><td>{len(series.steps):,} steps</td><td>{escape(shown)}</td></tr>")
+        return f"<b>{escape(self.name)}</b> ({self.status})<table>{''.join(rows)}</table>"
+
+
+HEADLINE = ("loss", "accuracy", "reward", "reward/gold", "kl", "value/explained_variance")
+
+
+def _usable(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def find_runs(root: Path) -> list[Path]:
+    """The run folders in a folder, the newest first; the folder itself where it is one. Links in a folder are passed over, such
+    as `latest`."""
+    if _written(root) is not None:
+        return [root.resolve()]
+    try:
+        there = list(root.iterdir())
+    except OSError as error:
+        raise NoRun(f"{printable(str(root))}: {'no such folder' if not root.is_dir() else error.strerror}.") from None
+    found = {path: when for path in there if not path.is_symlink() and (when := _written(path)) is not None}
+    return sorted(found, key=found.__getitem__, reverse=True)
+
+
+def _written(folder: Path) -> float | None:
+    """When the record of a run folder was last written; None where a folder has none."""
+    try:
+        return (folder / EVENTS).lstat().st_mtime
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,228 @@
+"""What the files of a run folder hold, as far as it is read: the types and ranges that every reader may rely on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
+
+from quartet.runs.untrusted import Folder, Unreadable, checked, parse_json
+
+MAX_STEP = 10**9
+"""Steps are below it, as in the addresses of the studio."""
+MAX_LINE = 4 << 20
+"""Bytes of a line of events.jsonl or answers.jsonl."""
+MAX_TEXT = 1 << 20
+"""Characters of one text of an event or a summary."""
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]
+"""Printable, so that it is safe in a terminal."""
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+Step = Annotated[int, Field(ge=0, lt=MAX_STEP)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, lt=1e11, allow_inf_nan=False)]
+"""A time since 1970, or a duration: below the year 5138."""
+
+
+class Record(BaseModel):
+    """A table of which these entries are read. Others may stand beside them; nothing is converted."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+# --- events.jsonl --------------------------------------------------------------------------------------------------------
+
+
+class Event(Record):
+    event: Name
+    time: Seconds
+    stage: Name | None = None
+    step: Step | None = None
+
+
+class MetricsEvent(Event):
+    stage: Name
+    step: Step
+    metrics: dict[Name, float | None]
+    """NaN and infinity are there where a run diverged."""
+    phases: dict[Name, float | None] | None = None
+    seconds: Seconds = 0.0
+
+
+class StartedEvent(Event):
+    stage: Name
+
+
+class Summary(Record):
+    ceiling: Finite | None = None
+
+
+class FinishedEvent(Event):
+    stage: Name
+    summary: Summary = Summary()
+
+
+class WarningEvent(Event):
+    stage: Name
+    step: Step
+    sentence: Text
+
+
+class FailedEvent(Event):
+    error: Text
+
+
+EVENTS: "dict[str, TypeAdapter[Any]]" = {
+    "metrics": TypeAdapter(MetricsEvent),
+    "started": TypeAdapter(StartedEvent),
+    "finished": TypeAdapter(FinishedEvent),
+    "warning": TypeAdapter(WarningEvent),
+    "failed": TypeAdapter(FailedEvent),
+}
+OTHER_EVENT: "TypeAdapter[Any]" = TypeAdapter(Event)
+
+
+def parse_event(line: bytes) -> tuple[dict[str, Any], list[str]]:
+    """Return the event of a line of events.jsonl, and a sentence for each entry that was left out of it. Unreadable where the
+    line is no event."""
+    value, problems = parse_json(line)
+    kind = value.get("event") if isinstance(value, dict) else None
+    event, more = checked(EVENTS.get(kind, OTHER_EVENT) if isinstance(kind, str) else OTHER_EVENT, value)
+    if event is None:
+        raise Unreadable(f"is no event ({[*problems, *more][0]}).")
+    return event, [*problems, *more]
+
+
+def read_events(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the events of a run folder that can be read, in their order; lines that are no events are passed over. Unreadable
+    where events.jsonl is no ordinary file."""
+    for line in read_lines(Folder(folder), "events.jsonl"):
+        try:
+            yield parse_event(line)[0]
+        except Unreadable:
+            continue
+
+
+def read_lines(folder: Folder, name: str) -> Iterator[bytes]:
+    """Yield the lines of a file, of each at most MAX_LINE + 1 bytes; nothing where there is no file."""
+    file = folder.open(name)
+    if file is None:
+        return
+    with file:
+        while line := file.readline(MAX_LINE + 1):
+            yield line
+            while len(line) > MAX_LINE and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE + 1)
+
+
+# --- documents -----------------------------------------------------------------------------------------------------------
+
+
+class Measured(Record):
+    mean: Finite
+    interval: Finite
+
+
+class SamplePair(Record):
+    prompt: Text
+    before: Text
+    after: Text
+
+
+class Evaluation(Record):
+    """evaluation/final.json."""
+
+    judge: Name
+    prompts: Annotated[int, Field(ge=0)]
+    win_rate: Measured
+    kl: Measured
+    before: dict[Name, float | None]
+    after: dict[Name, float | None]
+    samples: list[SamplePair] = []
+
+
+class BestOf(Record):
+    """An entry of evaluation/best_of_n.json."""
+
+    n: Annotated[int, Field(ge=1)]
+    kl: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    reward: Finite | None = None
+    gold: Finite | None = None
+
+
+class Answer(Record):
+    response: Text
+    score: float | None
+
+
+class AnswerPair(Record):
+    """A line of evaluation/answers.jsonl."""
+
+    prompt: Text
+    kl: float | None
+    before: Answer
+    after: Answer
+
+
+# --- config.resolved.toml ------------------------------------------------------------------------------------------------
+
+Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class PolicyLoss(Record):
+    type: Name = "clip"
+    low: Size = 0.0
+    high: Size = 0.0
+    cap: Size = 0.0
+    window: Annotated[float, Field(ge=0, le=100)] = 0.0
+
+
+class RewardShaping(Record):
+    whiten: bool = False
+
+
+class Controller(Record):
+    target: Size | None = None
+
+
+class Kl(Record):
+    controller: Controller = Controller()
+
+
+class Algorithm(Record):
+    policy_loss: PolicyLoss = PolicyLoss()
+    rewards: RewardShaping = RewardShaping()
+    kl: Kl = Kl()
+
+
+class Rollout(Record):
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+
+class Data(Record):
+    train: Text | list[Text] = ""
+    world: Text = ""
+
+
+class Policy(Record):
+    model: Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")] = ""
+
+
+class ResolvedConfig(Record):
+    """What readers use of a resolved config; the rest is only shown."""
+
+    recipe: list[Name] = []
+    algorithm: Algorithm = Algorithm()
+    rollout: Rollout = Rollout()
+    data: Data = Data()
+    policy: Policy = Policy()
+
+
+CONFIG = TypeAdapter(ResolvedConfig)
+EVALUATION = TypeAdapter(Evaluation)
+BEST_OF_N = TypeAdapter(list[BestOf])
+ANSWERS = TypeAdapter(AnswerPair)
+ENVIRONMENT = TypeAdapter(dict[Name, Any])
+"""env.json: versions and hardware, by name."""

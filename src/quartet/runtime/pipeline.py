@@ -1,0 +1,353 @@
+"""A run: stages one after the other, from checkpoint to checkpoint, and a record of everything on the way."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quartet import files as durable
+from quartet.loops.progress import Progress
+from quartet.loops.rl import Step
+from quartet.recording.model_card import write_cards
+from quartet.recording.run_folder import Keeping, RunFolder
+from quartet.recording.tokens import TokenTexts
+from quartet.recording.trackers import Tracking
+from quartet.runs.doctor import INVARIANTS, Watch
+from quartet.runtime.interruption import Interrupted, Interruption, always
+from quartet.runtime.machine import give_back_memory
+from quartet.runtime.worker import Group, Local, Stepped, Worker, WorkerLost
+from quartet.stages import RLStage, Stage, Summary
+from quartet.training.checkpoint import Checkpoint, Checkpoints
+from quartet.training.descend import NonFinite
+
+QUOTED = 300
+"""Characters of a sample that a message shows."""
+RESULTS: dict[str, tuple[str, ...]] = {"sft": ("sft",), "reward_model": ("reward_model",), "evaluation": ()}
+POLICY_RESULTS = ("policy", "policy_ema", "critic")
+"""Folders that a stage leaves for later ones: by its name, and those of all others."""
+SHARE = 0.02
+"""Left to itself, a run spends no more of its time on checkpoints …"""
+PAUSE = 10.0
+"""… and writes none within so many seconds of the last."""
+
+
+@dataclass(frozen=True)
+class Started:
+    stage: Stage
+    number: int
+    of: int
+    done: int = 0
+    """Steps that were done before the run was resumed."""
+    earlier: Sequence[Mapping[str, float]] = ()
+    """The metrics of those steps."""
+
+
+@dataclass(frozen=True)
+class Advanced:
+    stage: Stage
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Warned:
+    stage: Stage
+    step: int
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    stage: Stage
+    summary: Summary
+    seconds: float
+
+
+Event = Started | Advanced | Warned | Finished
+
+
+class StageFailed(RuntimeError):
+    """A stage that could not go on: its name, the step, and the cause."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What of a run is written down, and how often."""
+
+    rollouts_every: int = 1
+    every: int | None = None
+    """Steps between checkpoints; None: as often as costs little."""
+    last: int = 2
+    best: str | None = None
+    """The metric, with "-" before it where less is better, by which one more checkpoint is kept."""
+    rollbacks: int = 0
+    """How often a stage may go back to its last checkpoint, with half the learning rate, where a number is not finite."""
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+    """What a resumed run must have in common with this one."""
+
+
+@dataclass
+class Pace:
+    """When the next checkpoint is due."""
+
+    every: int | None
+    last: float = field(default_factory=time.monotonic)
+    took: float = 0.0
+
+    def due(self, step: int, steps: int) -> bool:
+        if step == steps or self.every is not None:
+            return step == steps or step % (self.every or 1) == 0
+        return time.monotonic() - self.last > max(PAUSE, self.took / SHARE)
+
+    def written(self, began: float) -> float:
+        self.last = time.monotonic()
+        self.took = self.last - began
+        return round(self.took, 4)
+
+
+class Pipeline:
+    """One run of some stages. Iterate over `run()`; everything is in the run folder before it is yielded."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        folder: RunFolder,
+        texts: TokenTexts,
+        saving: Saving = Saving(),
+        tracking: Tracking | None = None,
+        interruption: Interruption | None = None,
+        strict: bool = True,
+    ) -> None:
+        """`strict`: stop where an invariant of the doctor's does not hold."""
+        self.stages, self.folder, self.texts, self.saving, self.tracking = stages, folder, texts, saving, tracking
+        self.interruption, self.strict = interruption or Interruption(), strict
+        places = {stage.name: place for place, stage in enumerate(stages)}
+        self.checkpoints = Checkpoints(folder.path / "checkpoints", places, saving.last, saving.best is not None)
+        self.crew: Group = Local(Worker(stages, folder.path))
+        self._is_latest = False
+        self.results: dict[str, Any] = {}
+        """Fingerprints of what finished stages left."""
+
+    def run(self, since: Checkpoint | None = None, crew: Group | None = None) -> Iterator[Event]:
+        """From the beginning, or from a checkpoint. `crew`: who does the work, where it is not this process alone."""
+        self.crew = crew or self.crew
+        first = 0 if since is None else self.checkpoints.stages[since.facts["stage"]]
+        for number, stage in enumerate(self.stages[first:], first + 1):
+            yield from self._stage(stage, number, since if number == first + 1 else None)
+            give_back_memory()
+        self._write_cards()
+
+    def cut_back(self, since: Checkpoint) -> None:
+        """Cut the record back to what the checkpoint knows of, and to the event that says that the checkpoint was written: no
+        step is in it twice."""
+        stage, step = since.facts["stage"], since.facts["step"]
+        place = self.checkpoints.stages[stage]
+        makes_rollouts = next((i for i, one in enumerate(self.stages) if isinstance(one, RLStage)), place)
+        last = step if makes_rollouts == place else None if makes_rollouts < place else -1
+        seconds = self._seconds_of(since.name)
+        self.folder.cut_back(since.facts["events"]["size"], last)
+        if step:
+            self.folder.event("checkpoint", stage, step, name=since.name, seconds=seconds)
+
+    def _seconds_of(self, checkpoint: str) -> float | None:
+        """How long it took to write; None where a kill came before that was in the record."""
+        events = self.folder.record().events
+        seconds = [e.get("seconds") for e in events if e["event"] == "checkpoint" and e.get("name") == checkpoint]
+        return seconds[-1] if seconds and isinstance(seconds[-1], float) else None
+
+    def _write_cards(self) -> None:
+        """Of a record that was damaged and accepted as it is no card can be made: the run is done all the same."""
+        try:
+            write_cards(self.folder.path)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            self.folder.event("note", sentence=f"The model cards could not be written: the record is damaged ({error!r}).")
+
+    def _stage(self, stage: Stage, number: int, since: Checkpoint | None) -> Iterator[Event]:
+        """One stage, from its beginning or from a checkpoint of it."""
+        started, step = time.monotonic(), 0
+        if since is None:
+            self.folder.event("started", stage.name)
+            self._save(stage.name, 0)
+        else:
+            step, self.results = since.facts["step"], since.facts["results"]
+        earlier = [event["metrics"] for event in self.folder.metrics_of(stage.name)] if step else []
+        yield Started(stage, number, len(self.stages), step, earlier)
+        with self._failing(f"{stage.title}, before it began"), self.interruption.only_if(always):
+            resumable = self.crew.call("begin", stage.name, None if since is None else str(since.path))[0]
+        yield from self._advance(stage, step, resumable)
+        with self._failing(f"{stage.title}, at its end"), self.interruption.only_if(always):
+            summary = self.crew.call("finish")[0]
+        self.results |= self._left(stage)
+        took = round(time.monotonic() - started, 2)
+        self.folder.event("finished", stage.name, summary=summary, seconds=took)
+        yield Finished(stage, summary, took)
+
+    @contextmanager
+    def _failing(self, where: str) -> Iterator[None]:
+        """Whatever it is, the run says which stage it was in."""
+        try:
+            yield
+        except WorkerLost:
+            raise
+        except Exception as error:
+            raise StageFailed(f"{where}: {error}") from error
+
+    def _watching(self, stage: Stage) -> tuple[Watch, Keeping]:
+        """Those who look at every step; they have seen what is in the record."""
+        watch = Watch(kl_target(stage), isinstance(stage, RLStage) and stage.sampling.filters)
+        kept = Keeping(self.saving.rollouts_every)
+        for event in self.folder.metrics_of(stage.name):
+            watch.see(event["metrics"])
+            kept(event["step"], event["metrics"])
+        return watch, kept
+
+    def _back(self, stage: Stage, cause: str) -> tuple[int, str]:
+        """Go back to the last checkpoint of the stage, with half the learning rate. Return its step, and a sentence about it.
+        The checkpoint is written again, so that a run that is resumed from it goes on with half too.
+
+        Raises `StageFailed` where that is not wanted, was done often enough, or there is no such checkpoint.
+        """
+        scale = self.crew.call("scale")[0]
+        if self.saving.rollbacks == 0:
+            raise StageFailed(f"{stage.title}, {cause}")
+        if scale <= 0.5**self.saving.rollbacks:
+            raise StageFailed(
+                f"{stage.title}, {cause}. The stage was rolled back {self.saving.rollbacks} times (run.rollbacks), with the "
+                f"learning rates × {scale:g} at last: lower them, or find out what the numbers have in common."
+            )
+        found = next((c for _, c in self.checkpoints.usable(lambda _: None) if isinstance(c, Checkpoint)), None)
+        if found is None or found.facts["stage"] != stage.name or found.facts["step"] == 0:
+            raise StageFailed(
+                f"{stage.title}, {cause}. It cannot be rolled back (run.rollbacks): no step of this stage is in a checkpoint. "
+                "Where the first step is not finite, the data, the rewards or the model it starts from are the cause."
+            )
+        self.crew.call("go_back", str(found.path), scale / 2)
+        self.cut_back(found)
+        step, sentence = found.facts["step"], f"rolled back to {found.name}, learning rates × {scale / 2:g}, because of {cause}"
+        self.folder.event("warning", stage.name, step, rule="rolled_back", sentence=sentence)
+        self._save(stage.name, step, found.facts["merit"])
+        return step, sentence
+
+    def _advance(self, stage: Stage, step: int, resumable: bool) -> Iterator[Event]:
+        """All steps of a stage that are still to do."""
+        pace, merits = Pace(self.saving.every), _Mean()
+        watch, kept = self._watching(stage)
+        while True:
+            before = time.monotonic()
+            try:
+                with self._failing(f"{stage.title}, step {step + 1}"):
+                    stepped = self._step()
+            except Interrupted:
+                if self.crew.untouched() and step and resumable:  # a second signal may find the weights half way
+                    self._checkpoint(stage, step, merits, pace)
+                raise
+            except StageFailed as failure:
+                if not isinstance(failure.__cause__, NonFinite):
+                    raise
+                cause = f"step {step + 1}: {failure.__cause__}{self._quoted(failure.__cause__.tokens)}"
+                try:
+                    step, sentence = self._back(stage, cause)
+                except StageFailed as final:
+                    raise final from failure.__cause__
+                watch, kept = self._watching(stage)
+                yield Warned(stage, step, sentence)
+                continue
+            if stepped.progress is None:
+                return
+            progress, took = stepped.progress, round(time.monotonic() - before, 4)
+            step = progress.number
+            warnings = self._record(stage, progress, stepped.notes, took, watch, kept)
+            merits.see(progress.metrics, self.saving.best)
+            if resumable and pace.due(step, stage.num_steps):
+                self._checkpoint(stage, step, merits, pace)
+            yield Advanced(stage, progress)
+            yield from warnings
+
+    def _step(self) -> Stepped:
+        with self.interruption.only_if(self.crew.untouched):
+            stepped: Stepped = self.crew.call("step")[0]
+        return stepped
+
+    def _quoted(self, tokens: Sequence[int]) -> str:
+        """What a sample says, for a sentence about it."""
+        text = "".join(self.texts[token] for token in tokens)
+        return f': "{text[:QUOTED]}{"…" if len(text) > QUOTED else ""}"' if tokens else ""
+
+    def _record(
+        self, stage: Stage, progress: Progress, notes: Sequence[str], seconds: float, watch: Watch, kept: Keeping
+    ) -> list[Warned]:
+        """One step, in the run folder and for the trackers. What there is to warn of."""
+        number, metrics = progress.number, progress.metrics
+        self.folder.event("metrics", stage.name, number, metrics=metrics, seconds=seconds, phases=progress.seconds or None)
+        if not self._is_latest:
+            self.folder.become_latest()
+            self._is_latest = True
+        if isinstance(progress, Step) and kept(number, metrics):
+            self.folder.write_rollouts(progress, self.texts)
+        failed = self.tracking.log(stage.name, number, metrics) if self.tracking else []
+        found = [("tracker", sentence) for sentence in failed] + [("memory", sentence) for sentence in notes]
+        found += [(rule.__name__, said) for rule, said in watch.see(metrics)]
+        for rule, sentence in found:
+            self.folder.event("warning", stage.name, number, rule=rule, sentence=sentence)
+            if self.strict and rule in INVARIANTS:
+                raise StageFailed(f"{stage.title}, step {number}: {sentence} Nothing of this step is saved.")
+        return [Warned(stage, number, sentence) for _, sentence in found]
+
+    def _checkpoint(self, stage: Stage, step: int, merits: "_Mean", pace: Pace) -> None:
+        began = time.monotonic()
+        written = self._save(stage.name, step, merits.taken())
+        self.folder.event("checkpoint", stage.name, step, name=written.name, seconds=pace.written(began))
+
+    def _save(self, stage: str, step: int, merit: float | None = None) -> Path:
+        """The record is on the disk before the checkpoint that says how far it goes."""
+        facts = {
+            "events": self.folder.sync(),
+            "stages": list(self.checkpoints.stages),
+            "results": self.results,
+            "steps": {s.name: s.num_steps for s in self.stages[: self.checkpoints.stages[stage]]},
+            "merit": merit,
+            **self.saving.made_with,
+        }
+        try:
+            return self.checkpoints.write(stage, step, lambda folder: self.crew.call("save", str(folder))[0], facts)
+        except OSError as error:
+            there = next(
+                (f"The last good one is {path.name}." for path in self.checkpoints.newest_first()), "There is none yet."
+            )
+            size = sum(self.crew.call("size"))
+            reason = f"{error.strerror or error}; it needs {size / 1e6:,.1f} MB"
+            raise StageFailed(f"checkpoint {stage}-{step:06d} could not be written ({reason}). {there}") from error
+
+    def _left(self, stage: Stage) -> dict[str, Any]:
+        """Fingerprints of what a stage has left for others; it is on the disk then."""
+        found: dict[str, Any] = {}
+        for name in RESULTS.get(stage.name, POLICY_RESULTS):
+            if (self.folder.path / name).is_dir():
+                found |= durable.fingerprints(self.folder.path, self.folder.path / name)
+        paths = [self.folder.path / name for name in found]
+        for path in (*paths, *{path.parent for path in paths}):
+            durable.sync(path)
+        return found
+
+
+class _Mean:
+    """Of a metric, since it was last taken."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def see(self, metrics: Mapping[str, float], name: str | None) -> None:
+        if name is not None and name.removeprefix("-") in metrics:
+            self.seen.append(metrics[name.removeprefix("-")] * (-1 if name.startswith("-") else 1))
+
+    def taken(self) -> float | None:
+        mean = sum(self.seen) / len(self.seen) if self.seen else None
+        self.seen = []
+        return mean
+
+
+def kl_target(stage: Stage) -> float | None:
+    """What the KL of an RL stage is held to, if it is."""
+    controller = getattr(getattr(getattr(stage, "algorithm", None), "kl", None), "controller", None)
+    return getattr(controller, "target", None)

@@ -1,0 +1,87 @@
+"""Runs in the terminal."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from quartet.cli import app
+from quartet.cli.common import is_loopback
+from quartet.runs.tables import plain, token_rows
+
+
+def quartet(*words):
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
+def test_a_rollout_token_by_token(ppo_run):
+    done = quartet("inspect", ppo_run.path, "--step", 5, "--sample", 2)
+    rows = ppo_run.sample(5, 2)
+    assert done.exit_code == 0
+    for text, reward, own in zip(rows["text"], rows["reward"], rows["is_response"], strict=True):
+        if own:
+            assert any(
+                line.startswith(plain(text)[:18]) and f"{reward:.2f}".replace("-", "−") in line
+                for line in done.output.splitlines()
+            )
+
+
+@pytest.mark.parametrize(("width", "columns"), [(60, 5), (100, 9), (200, 12)])
+def test_a_narrow_screen_has_fewer_columns(ppo_run, width, columns):
+    rows = ppo_run.sample(5, 2)
+    assert len(token_rows(rows, ppo_run.cases(rows), width).columns) == columns
+
+
+def test_the_samples_of_a_step_and_the_runs_of_a_folder(ppo_run, grpo_run, runs):
+    assert "response" in quartet("inspect", ppo_run.path).output
+    listed = quartet("runs", runs).output
+    assert ppo_run.name in listed and grpo_run.name in listed
+
+
+def test_two_runs_side_by_side(ppo_run, grpo_run):
+    output = quartet("compare", ppo_run.path, grpo_run.path).output
+    assert "algorithm.advantage.type" in output and "gae" in output
+
+
+def test_the_doctor_s_exit_code_is_for_scripts(ppo_run, tmp_path):
+    found = quartet("doctor", ppo_run.path, "--json")
+    assert found.exit_code == (3 if json.loads(found.output) else 0)
+    event = {"time": 1.0, "event": "metrics", "stage": "ppo", "step": 1, "metrics": {"ratio/first_error": 0.5}}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    done = quartet("doctor", tmp_path)
+    assert done.exit_code == 3 and "▲ ppo, step 1: ratios are up to 0.5 from 1" in done.output
+
+
+def test_the_machine():
+    facts = json.loads(quartet("doctor", "--json").output)
+    assert facts["packages"]["torch"] and "lora" in facts["extras"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["inspect", "nowhere"], "nowhere: is no run folder"),
+        (["runs", "nowhere"], "nowhere: no such folder"),
+        (["studio", "nowhere"], "nowhere: no such folder"),
+        (["report", "nowhere"], "nowhere: is no run folder"),
+        (["compare", "one"], "compare needs two runs or more"),
+    ],
+)
+def test_what_is_not_there_is_said(words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = quartet(*words)
+    assert done.exit_code == 2 and sentence in done.output
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("127.9.9.9", True), ("0.0.0.0", False), ("x", False)],
+)
+def test_which_hosts_are_this_machine(host, here):
+    assert is_loopback(host) is here
+
+
+def test_control_characters_are_shown_not_obeyed():
+    assert plain("a\x1b[31m\nb\u202e") == "a\\x1b[31m\\nb\\u202e"

@@ -1,0 +1,87 @@
+"""Several processes train as one does: to rounding, whoever has the longer rows, with weights whole or in parts."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quartet.distributed.team import ALONE, Piece, Team, micro_batches, shares
+from tests.support.teamwork import LENGTHS, run
+
+LOOPBACK = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run(ALONE)
+
+
+def ranks(folder, world, kind):
+    """What each rank found."""
+    words = [sys.executable, "-m", "tests.support.teamwork"]
+    where = [str(folder / "store"), str(folder), kind]
+    started = [subprocess.Popen([*words, str(rank), str(world), *where], env=LOOPBACK) for rank in range(world)]
+    assert [process.wait(timeout=240) for process in started] == [0] * world
+    return [load_file(folder / f"{rank}.safetensors") for rank in range(world)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [
+        ("plain", 4),
+        ("sharded", 2),
+        ("rows", 4),
+        ("resting", 2),
+        pytest.param("plain", 2, marks=pytest.mark.slow),
+        pytest.param("sharded", 1, marks=pytest.mark.slow),
+        pytest.param("sharded", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_losses_and_gradients_are_those_of_one_process(tmp_path, alone, kind, world):
+    for found in ranks(tmp_path, world, kind):
+        assert found.keys() == {name for name in alone if kind == "plain" or not name.startswith("trpo")}
+        apart = {name: float((found[name].double() - alone[name].double()).abs().max()) for name in found}
+        of_second_order = {name: apart.pop(name) for name in list(apart) if name.startswith("trpo")}
+        assert max(apart.values()) < 1e-12, max(apart, key=apart.__getitem__)
+        assert max(of_second_order.values(), default=0) < 1e-9  # conjugate gradients make more of the last digits
+
+
+def test_ranks_that_divide_by_what_they_have_themselves_are_found_out(tmp_path, alone):
+    """The negative control: equal weights for ranks with unequal tokens."""
+    found = ranks(tmp_path, 2, "selfish")[0]
+    for stage in ("sft", "reward_model", "dpo", "ppo/actor", "ppo/critic", "grpo/actor"):
+        apart = max(float((found[n] - alone[n]).abs().max()) for n in alone if n.startswith(f"{stage}/0/") and alone[n].ndim)
+        assert apart > 1e-3
+
+
+def test_shares_are_balanced_whole_and_reckoned_alike_by_all():
+    generator = torch.Generator().manual_seed(0)
+    for world in (1, 2, 3, 8):
+        lengths = torch.randint(1, 500, (37,), generator=generator).tolist()
+        made = shares(lengths, world)
+        assert sorted(row for rows in made for row in rows) == list(range(37))
+        tokens = [sum(lengths[i] for i in rows) for rows in made]
+        assert max(tokens) <= 4 / 3 * max(sum(lengths) / world, *lengths)
+    assert shares([5, 3, 3, 1], 2) == [[0, 3], [1, 2]]
+
+
+class Rank(Team):
+    def __init__(self, rank, world):
+        self.rank, self.world = rank, world
+
+
+def test_every_rank_goes_through_as_many_pieces():
+    for world in (2, 3, 16):
+        pieces = [Rank(rank, world).pieces(LENGTHS, 32) for rank in range(world)]
+        assert len({len(mine) for mine in pieces}) == 1
+        counted = sorted(row for mine in pieces for piece in mine if piece.counts for row in piece.rows)
+        assert counted == list(range(len(LENGTHS)))
+    assert pieces[15] == [Piece([1], counts=False)]  # the shortest row, to keep pace
+
+
+def test_alone_the_pieces_are_the_micro_batches():
+    assert [piece.rows for piece in ALONE.pieces(LENGTHS, 32)] == micro_batches(LENGTHS, 32)
+    assert all(piece.counts for piece in ALONE.pieces(LENGTHS, 32))

@@ -1,0 +1,101 @@
+"""The time of a run, reckoned from a little of it."""
+
+import re
+import time
+
+import pyarrow.compute as pc
+import pytest
+
+from quartet.assembly import build
+from quartet.config.tables import Config
+from quartet.config.toml import read_settings
+from quartet.planning.measure import Line, Measured, Short, _summed, in_words, measure
+from quartet.recipes import recipe_path
+from quartet.runs.reader import Run
+from tests.support.tiny_run import SMALL_REVIEWS, make_run
+from tests.test_runs import quartet
+
+
+def config_of(*words: str) -> Config:
+    return read_settings(recipe_path("reviews"), [*SMALL_REVIEWS, *words], "recipe reviews").config
+
+
+def test_a_line_through_two_sizes():
+    assert Line.through((10.0, 3.0), (20.0, 5.0)) == Line(1.0, 0.2)
+    assert Line.through((10.0, 3.0), (20.0, 5.0)).at(40.0) == pytest.approx(9.0)
+    assert Line.through((10.0, 5.0), (20.0, 3.0)) == Line(4.0, 0.0), "noise: no time is gained by longer answers"
+    assert Line.through((10.0, 1.0), (20.0, 5.0)) == Line(0.0, 0.2), "nor is there less than nothing besides"
+    assert Line.through((8.0, 1.0), (8.0, 3.0)) == Line(2.0, 0.0)
+
+
+def test_a_whole_run_from_its_parts():
+    """3 + 7 SFT and reward model steps of 1 and 2 s; 40 steps of 0.5 s + 8 tokens of 0.1 s; 20 looks of 0.25 s; an evaluation of 6 s; 4 s."""
+    config = config_of("run.steps=40", "sft.steps=3", "reward_model.steps=7", "evaluation.prompts=8")
+    made = Measured({"sft": 1.0, "reward_model": 2.0}, Line(0.5, 0.1), 0.25, 6.0, 4.0)
+    assert made.seconds(config, 8.0) == pytest.approx(4 + 3 + 14 + 40 * 1.3 + 20 * 0.25 + 6)
+    assert "in all   about 84 s" in in_words(config, made)[-1]
+
+
+def test_the_first_step_warms_up_and_looking_is_apart():
+    def step(seconds, **phases):
+        return {"seconds": seconds, "metrics": {"response/tokens": 6.0}, "phases": phases or None}
+
+    events = {
+        "sft": [step(9.0), step(1.0), step(2.0), step(3.0)],
+        "ppo": [step(9.0), *[step(5.0, update=1.0, rollouts=2.0)] * 3],
+    }
+    assert _summed(config_of(), events, 1.5, 60.0) == Short({"sft": 2.0, "ppo": 3.0}, 2.0, 6.0, 1.5, 60.0 - 1.5 - 15.0 - 24.0)
+
+
+def test_the_command_says_what_it_measured(tmp_path):
+    said = quartet("plan", "reviews", *SMALL_REVIEWS, "--measure", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    for line in ("sft: 3 steps of", "reward_model: 3 steps of", "ppo: 32 steps of", "evaluation: "):
+        assert f"measured {line}" in said.stdout
+    assert re.search(r"in all   about \d+ s", said.stdout) and "Loading" not in said.stderr
+    assert not (tmp_path / "runs").exists()
+    many = quartet("plan", "reviews", "launch.processes=2", "--measure", cwd=tmp_path)
+    assert many.returncode == 2 and "--measure: measures one process" in many.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [(), ("launch.processes=2", "launch.shard=true")], ids=["whole", "in parts"])
+def test_the_plan_knows_the_memory(place, tmp_path):
+    """A model of 27 M parameters, three of which learn or are read beside it: within a quarter, of the rank that writes."""
+    shape = [f"policy.create.{key}" for key in ("hidden_size=512", "num_layers=8", "num_heads=8")]
+    steps = [
+        "sft.steps=1",
+        "reward_model.steps=1",
+        "run.steps=2",
+        "evaluation.best_of=0",
+        "evaluation.prompts=8",
+        "data.rows=64",
+    ]
+    rows = ["sft.batch_size=8", "reward_model.batch_size=8", "rollout.prompts_per_step=8", "rollout.max_new_tokens=8"]
+    said = quartet("run", "reviews", *shape, *steps, *rows, *place, cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    done = Run(tmp_path / "runs" / "latest").events[-1]
+    assert 0.75 < done["peak_bytes"] / done["planned_peak_bytes"] < 1.25
+
+
+@pytest.mark.slow
+def test_so_is_the_plan_that_measures_nothing(tmp_path):
+    """Seconds within a factor of 3: the speed of a machine is not known to it."""
+    words = ("run.steps=8", "sft.steps=60", "reward_model.steps=60")
+    said = quartet("run", "reviews", *words, cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    done = Run(tmp_path / "runs" / "latest").events[-1]
+    assert done["planned_seconds"] / 3 < done["seconds"] < 3 * done["planned_seconds"]
+
+
+@pytest.mark.slow
+def test_the_prediction_is_within_its_band(tmp_path):
+    """Measured: within a factor of 1.6 of a run that takes half a minute, on a machine that does other things besides."""
+    words = ("run.steps=60", "sft.steps=100", "reward_model.steps=60", "rollout.prompts_per_step=32")
+    config = config_of(*words)
+    expected = measure(config, build)
+    began = time.monotonic()
+    run = make_run(tmp_path, "reviews", *words)
+    took = time.monotonic() - began
+    tokens = pc.mean(run.metrics["response/tokens"]).as_py()
+    assert took / 1.6 < expected.seconds(config, tokens) < 1.6 * took

@@ -1,0 +1,138 @@
+"""What trackers got, read back from their own stores; and that none of them can stop a run."""
+
+import importlib
+import sqlite3
+
+import pytest
+
+from quartet.loops.progress import Progress
+from quartet.recording import trackers as sinks
+from quartet.recording.run_folder import RunFolder
+from quartet.recording.tokens import TokenTexts
+from quartet.recording.trackers import Tracking, check_trackers
+from quartet.runs.reader import Run
+from quartet.runtime.pipeline import Pipeline, Warned
+from quartet.stages import Work
+from tests.support.world import tokenizer
+
+STORY = [
+    ("sft", 1, {"loss": 2.5}),
+    ("ppo", 1, {"reward": 0.5, "reward/gold": 0.25}),
+    ("ppo", 2, {"reward": 1.5, "reward/gold": 0.75}),
+]
+
+
+def tell(name, folder):
+    tracking = Tracking([name], folder, {"optim": {"lr": 1e-6}, "seed": 3})
+    said = [sentence for event in STORY for sentence in tracking.log(*event)]
+    tracking.close()
+    assert said == []
+
+
+def test_tensorboard(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tell("tensorboard", tmp_path)
+    read = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert [(e.step, e.value) for e in read.Scalars("ppo/reward")] == [(1, 0.5), (2, 1.5)]
+    assert [(e.step, e.value) for e in read.Scalars("sft/loss")] == [(1, 2.5)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    tell("mlflow", tmp_path)
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("quartet")
+    [made] = client.search_runs([experiment.experiment_id])
+    assert made.data.metrics["ppo/reward"] == 1.5 and made.data.params["optim.lr"] == "1e-06"
+    assert made.info.run_name == tmp_path.name and made.info.status == "FINISHED"
+    assert [(m.step, m.value) for m in client.get_metric_history(made.info.run_id, "ppo/reward.gold")] == [(1, 0.25), (2, 0.75)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trackio(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    pytest.importorskip("trackio")
+    storage = importlib.import_module("trackio.sqlite_storage")
+    monkeypatch.setattr(storage, "TRACKIO_DIR", tmp_path)
+    tell("trackio", tmp_path / "run-1")
+    [file] = tmp_path.glob("*.db")
+    with sqlite3.connect(file) as database:
+        rows = database.execute("select metrics from metrics").fetchall()
+    text = " ".join(str(row[0]) for row in rows)
+    assert "ppo/reward/gold" in text and "0.75" in text and "2.5" in text
+
+
+class Broken:
+    def log(self, stage, step, metrics):
+        raise ConnectionError("no route to the tracker\nmore")
+
+    def close(self):
+        raise RuntimeError
+
+
+def test_a_tracker_that_fails_says_so_once_and_the_others_go_on(tmp_path, monkeypatch):
+    got = []
+
+    class Well:
+        def log(self, stage, step, metrics):
+            got.append(step)
+
+        def close(self):
+            pass
+
+    made = {"wandb": Broken(), "mlflow": Well()}
+    monkeypatch.setattr(sinks, "make_sink", lambda name, *_: made[name])
+    tracking = Tracking(["wandb", "mlflow"], tmp_path, {})
+    said = [tracking.log("ppo", step, {"reward": 0.0}) for step in (1, 2, 3)]
+    tracking.close()
+    assert said == [
+        ["wandb takes no more metrics (no route to the tracker). The run goes on; its folder has them all."],
+        [],
+        [],
+    ]
+    assert got == [1, 2, 3]
+
+
+def test_a_tracker_that_cannot_even_begin(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(sinks, "make_sink", refuse)
+    tracking = Tracking(["tensorboard"], tmp_path, {})
+    assert "tensorboard takes no more metrics (read-only)" in tracking.log("sft", 1, {})[0]
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_the_run(monkeypatch):
+    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(sinks.TrackerMissing, match=r'run.track = \["wandb"\]: wandb is not installed: pip install'):
+        check_trackers(["wandb"])
+
+
+def test_the_pipeline_tells_the_trackers_and_says_when_one_fails(tmp_path, monkeypatch):
+    got = []
+
+    class Well(Broken):
+        def log(self, stage, step, metrics):
+            got.append((stage, step, metrics))
+
+    class Talks:
+        name = title = "sft"
+        num_steps = 3
+
+        def begin(self, folder):
+            return Work(lambda done: iter(Progress(n, {"loss": 1.0 / n}) for n in (1, 2, 3)), dict)
+
+    monkeypatch.setattr(sinks, "make_sink", lambda name, *_: {"wandb": Broken(), "mlflow": Well()}[name])
+    folder = RunFolder.create(tmp_path, "x", {})
+    told = list(
+        Pipeline([Talks()], folder, TokenTexts(tokenizer()), tracking=Tracking(["wandb", "mlflow"], folder.path, {})).run()
+    )
+    folder.close()
+    assert got == [("sft", n, {"loss": 1.0 / n}) for n in (1, 2, 3)]
+    [warned] = [event for event in told if isinstance(event, Warned)]
+    assert warned.step == 1 and warned.sentence.startswith("wandb takes no more metrics")
+    assert [w["rule"] for w in Run(folder.path).warnings] == ["tracker"]

@@ -1,0 +1,165 @@
+"""Each rule speaks of its fault, with the evidence, and of nothing in a healthy run."""
+
+import math
+import random
+
+import pytest
+
+from quartet.runs import doctor
+from quartet.runs.doctor import RULES, Watch, examine
+
+
+def healthy(step: int) -> dict[str, float]:
+    """A PPO run that goes well: what most metrics are at a step, with some noise."""
+    wave = math.sin(7.3 * step)
+    learnt = 1 - math.exp(-step / 15)
+    return {
+        "reward": 4 * learnt + 0.1 * wave,
+        "reward/model": 4 * learnt + 0.1 * wave,
+        "reward/gold": 1.5 * learnt + 0.05 * wave,
+        "reward/std": 1.0 - 0.4 * learnt,
+        "reward/unscored": 0.0,
+        "reward/length_correlation": 0.3 + 0.2 * wave,
+        "kl": 8 * learnt + 0.05 * wave * learnt,
+        "kl/token_k3": 0.0 if step == 1 else 0.2 * learnt,
+        "value/explained_variance": 0.7 * learnt - 0.05,
+        "loss/value": 0.2 + 0.02 * wave,
+        "advantage/std": 1.0,
+        "policy/clip_fraction": 0.08,
+        "grad_norm/actor": 0.5,
+        "policy/entropy": 1.8 - 0.6 * learnt,
+        "policy/surprise_gap": 0.03 * wave,
+        "ratio/first_error": 1e-6,
+        "sampler_mismatch": 1e-6,
+        "sampler_ratio": 1 + 1e-7,
+        "reference/moved": 0.0,
+        "response/tokens": 22 + 8 * learnt,
+        "response/ended": 0.99,
+        "response/repetition": 0.04 + 0.01 * wave,
+        "response/distinct": 0.99,
+        "response/most_common": 0.03,
+        "advantage/reward_correlation": 0.6 + 0.1 * wave,
+        **({"policy/win_rate": 0.5 + 0.4 * learnt + 0.08 * wave, "policy/sft_perplexity": 6 + 3 * learnt} if step % 2 else {}),
+    }
+
+
+FAULTS = {
+    doctor.responses_do_not_end: (lambda s: {"response/ended": 0.6}, "40% of responses end without EOS"),
+    doctor.no_signal: (lambda s: {"advantage/std": 0.0}, "every group has equal rewards"),
+    doctor.unscored: (lambda s: {"reward/unscored": 0.2}, "20% of responses got no score"),
+    doctor.sampler_disagrees: (lambda s: {"sampler_ratio": 1.4}, "40.00% from the learner's on average. Do both use"),
+    doctor.ratio_is_not_one: (lambda s: {"ratio/first_error": 0.05}, "up to 0.05 from 1 before any weight has moved"),
+    doctor.reference_differs: (lambda s: {"kl/token_k3": 0.3}, "0.3 per token at step 1, and should be 0"),
+    doctor.reference_moved: (lambda s: {"reference/moved": 1.0}, "the reference's weights changed"),
+    doctor.does_not_start_at_the_reference: (
+        lambda s: {"logratio/abs": 0.2 * s},
+        "log-ratios to the reference are 0.2 on average",
+    ),
+    doctor.not_sampled_as_trained: (lambda s: {"policy/surprise_gap": -1.0}, "likelier than draws from the policy"),
+    doctor.kl_is_negative: (lambda s: {"kl": -0.4}, "below 0 for 5 steps (now -0.4)"),
+    doctor.kl_above_target: (lambda s: {"kl": 20.0}, "20 over ten steps, more than twice the target 6"),
+    doctor.critic_knows_nothing: (lambda s: {"value/explained_variance": -0.5}, "-0.50 after 22 steps"),
+    doctor.value_loss_explodes: (lambda s: {"loss/value": 0.2 * 1.3**s}, "the value loss is"),
+    doctor.clipped_too_often: (lambda s: {"policy/clip_fraction": 0.5}, "50% of token visits were clipped"),
+    doctor.nothing_moves: (lambda s: {"grad_norm/actor": 0.0}, "no gradient in ten updates"),
+    doctor.entropy_collapse: (
+        lambda s: {"policy/entropy": 1.8 * 0.8**s, "response/most_common": min(0.95, s / 20)},
+        "of prompts get the same response. Raise kl.coef",
+    ),
+    doctor.duplicates: (lambda s: {"response/most_common": min(0.95, s / 20)}, "the policy found one that always pays"),
+    doctor.length_drift: (lambda s: {"response/tokens": 20.0 + 3 * s}, "tokens. If nobody asked for that"),
+    doctor.paid_for_length: (lambda s: {"reward/length_correlation": 0.95}, "a correlation of 0.95 over ten steps"),
+    doctor.repeats_itself: (lambda s: {"response/repetition": min(0.9, 0.02 * s)}, "repetition within responses went from"),
+    doctor.hacked: (lambda s: {"reward": 0.1 * s, "reward/gold": min(s, 24 - s) / 5.0}, "the reward model is being fooled"),
+    doctor.reward_falls: (lambda s: {"reward": -0.1 * s, "reward/gold": -0.1 * s}, "Is a sign wrong?"),
+    doctor.paid_for_others: (
+        lambda s: {"advantage/reward_correlation": 0.05 * (-1) ** s},
+        "a correlation of 0.00 over ten steps: responses are paid what others and not what they earned",
+    ),
+    doctor.loses_held_out: (
+        lambda s: {"policy/win_rate": 0.95 - 0.04 * s},
+        "the win rate on held-out prompts fell from 87% to",
+    ),
+    doctor.forgets: (lambda s: {"policy/sft_perplexity": 5.0 + 2 * s, "policy/win_rate": 0.5}, "went from 7 to"),
+    doctor.reward_saturates: (lambda s: {"reward/std": 0.8**s}, "no longer tells answers apart"),
+}
+BESIDE = {
+    doctor.entropy_collapse: {doctor.duplicates},
+}
+"""What a fault brings along."""
+
+
+def spoken(metrics, steps=40):
+    watch = Watch(6.0)
+    found = {}
+    for step in range(1, steps + 1):
+        for rule, sentence in watch.see(healthy(step) | metrics(step)):
+            found[rule] = (step, sentence)
+    return found
+
+
+def test_a_healthy_run_is_silent():
+    assert spoken(lambda s: {}, steps=200) == {}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_rule_speaks_of_its_fault_and_no_other_does(rule):
+    fault, words = FAULTS[rule]
+    found = spoken(fault)
+    assert words in found[rule][1]
+    assert set(found) - {rule} <= BESIDE.get(rule, set())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_rule_says_why(rule):
+    assert rule.__doc__ and len(rule.__doc__) > 80
+
+
+def test_noise_on_a_plateau_is_no_hacking():
+    rng = random.Random(0)
+    for _ in range(20):
+        watch = Watch()
+        for step in range(300):
+            found = watch.see({"reward": 4 + 0.001 * step, "reward/gold": 1.5 + rng.gauss(0, 0.05)})
+            assert found == []
+
+
+def test_a_solved_task_is_no_fault_of_the_critic():
+    """All answers right: returns do not vary, and 1 − Var(R − V) / Var(R) is anything."""
+
+    def solved(step):
+        return {"value/explained_variance": -50.0, "reward/std": 0.5 * 0.7**step}
+
+    assert doctor.critic_knows_nothing not in spoken(solved)
+
+
+def test_what_is_no_number_is_not_looked_at():
+    watch = Watch()
+    assert all(watch.see({"advantage/std": math.nan, "kl": math.nan}) == [] for _ in range(20))
+
+
+def test_a_fault_is_said_once_and_a_good_step_in_between_starts_the_count_again():
+    watch = Watch()
+    said = [watch.see({"response/ended": 0.5}) for _ in range(6)]
+    assert [len(s) for s in said] == [0, 0, 1, 0, 0, 0]
+    watch = Watch()
+    for ended in (0.5, 0.5, 1.0, 0.5, 0.5):
+        assert watch.see({"response/ended": ended}) == []
+
+
+def test_a_sampler_with_old_weights_is_told_from_one_with_another_temperature():
+    found = spoken(lambda s: {"sampler_ratio": 1 + 1e-6 if s == 1 else 1.3})
+    assert "does not get the learner's new weights" in found[doctor.sampler_disagrees][1]
+
+
+def test_a_filter_that_was_asked_for_is_no_disagreement():
+    watch = Watch(filtered=True)
+    assert watch.see({"sampler_ratio": 1.4}) == []
+
+
+def test_the_same_rules_look_at_a_folder(ppo_run, grpo_run):
+    """Eight tokens are too few for these answers, and a reward model of three steps is no good: that is all."""
+    for run in (ppo_run, grpo_run):
+        said = {(w["stage"], w["rule"], w["step"]) for w in run.warnings}
+        assert said == {(f.stage, f.rule, f.step) for f in examine(run)}
+    assert {f.rule for f in examine(ppo_run)} <= {"responses_do_not_end", "length_drift", "duplicates"}

@@ -1,0 +1,128 @@
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from quartet.runs.definitions import DEFINITIONS, definition, markdown_table
+from quartet.runs.figures import (
+    MOST_POINTS,
+    calibration,
+    charts,
+    figure,
+    frontier,
+    lines,
+    overoptimised,
+    smoothed,
+    thinned,
+)
+from quartet.runs.reader import Series
+
+
+def series(**columns):
+    made = Series()
+    for i in range(len(next(iter(columns.values())))):
+        metrics = {name.replace("__", "/"): column[i] for name, column in columns.items()}
+        made.add({"step": i + 1, "time": 0.0, "metrics": metrics})
+    return made
+
+
+def test_long_lines_become_means_of_pieces():
+    x, y = thinned(range(1, 20_001), [float(v) for v in range(20_000)])
+    assert len(x) == len(y) <= MOST_POINTS and x[-1] == 20_000
+    assert y[0] == sum(range(25)) / 25  # pieces of 25
+    assert thinned([1, 2], [0.5, math.nan]) == ([1, 2], [0.5, None])
+
+
+def test_smoothing_begins_without_a_bias_and_keeps_a_constant():
+    assert smoothed([2.0] * 20) == pytest.approx([2.0] * 20)
+    assert smoothed([5.0] + [0.0] * 19)[0] == 5.0
+    assert smoothed([1.0] * 5) is None and smoothed([1.0] * 19 + [math.nan]) is None
+
+
+def test_over_optimisation_is_where_gold_turns_while_reward_rises():
+    rising = [i / 10 for i in range(40)]
+    hill = [min(i, 30 - i) / 5 for i in range(40)]
+    top = overoptimised(series(reward=rising, reward__gold=hill))
+    assert top is not None and 14 <= top <= 22
+    assert overoptimised(series(reward=rising, reward__gold=rising)) is None
+    assert overoptimised(series(reward=hill, reward__gold=hill)) is None  # both fell: no fooled reward
+    assert overoptimised(series(reward=rising)) is None
+
+
+def test_over_optimisation_is_not_seen_in_noise():
+    rng = random.Random(0)
+    for _ in range(50):
+        flat = [rng.gauss(1.5, 0.1) for _ in range(100)]
+        assert overoptimised(series(reward=[i / 100 for i in range(100)], reward__gold=flat)) is None
+
+
+def test_what_is_infinite_or_missing_is_no_number_in_json():
+    made = series(loss=[1.0, math.inf, math.nan] * 5)
+    _, y = thinned(list(made.steps), list(made.columns["loss"]))
+    assert y[:3] == [1.0, None, None] and json.dumps(y, allow_nan=False)
+
+
+def test_every_metric_of_a_run_is_defined(ppo_run, grpo_run):
+    for run in (ppo_run, grpo_run):
+        for stage in run.series.values():
+            for name in stage.columns:
+                assert definition(name).what, name
+
+
+def test_definitions_of_families():
+    assert definition("reward/brevity").label == "reward brevity" and definition("reward/gold").label == "gold reward"
+    assert definition("grad_norm/actor").label == "gradient norm, actor"
+    assert definition("nobody_knows").what == ""
+    assert len({d.name for d in DEFINITIONS}) == len(DEFINITIONS)
+
+
+def test_the_docs_have_the_definitions():
+    docs = Path(__file__).parents[2] / "docs"
+    assert markdown_table() in (docs / "metrics.md").read_text(encoding="utf-8")
+
+
+def test_figures_are_plain_json_and_plotly_objects(ppo_run):
+    for stage, numbers in ppo_run.series.items():
+        for chart, names in charts(numbers):
+            json.dumps(lines(ppo_run, stage, chart.title, names))
+    names = [trace.name for trace in figure(ppo_run, "frontier").data if trace.name]
+    assert names[-3:] == ["reward", "gold reward", "win rate"]
+    assert any("best of n" in (trace["name"] or "") for trace in frontier(ppo_run)["data"])
+    assert figure(ppo_run, "reward").data and figure(ppo_run, "phases").data
+
+
+def test_each_metric_of_rl_is_in_a_chart(ppo_run):
+    drawn = {name for _, names in charts(ppo_run.series["ppo"]) for name in names}
+    left = set(ppo_run.series["ppo"].columns) - drawn
+    said_in_words_or_always_zero = {"responses", "reward/model", "reward/std", "reward/unscored", "reward/length_correlation"}
+    said_in_words_or_always_zero |= {"advantage/std", "policy/surprise_gap", "loss/kl", "loss/entropy"}
+    assert left <= said_in_words_or_always_zero
+
+
+def test_calibration_of_a_model_that_is_as_sure_as_right():
+    """Differences of 0.5 and 2; of a thousand pairs each, the higher one is preferred with σ of that."""
+    pairs = []
+    for difference in (0.5, 2.0):
+        share = 1 / (1 + math.exp(-difference))
+        pairs += [{"chosen_score": difference, "rejected_score": 0.0}] * round(1000 * share)
+        pairs += [{"chosen_score": 0.0, "rejected_score": difference}] * (1000 - round(1000 * share))
+    line = calibration(pairs)["data"][1]
+    assert sum(line["y"][:4]) / 4 == pytest.approx(1 / (1 + math.exp(-0.5)), abs=1e-3)
+    assert line["x"][0] == pytest.approx(1 / (1 + math.exp(-0.5))) and line["x"][-1] == pytest.approx(1 / (1 + math.exp(-2.0)))
+
+
+def test_what_is_measured_now_and_then_is_a_line_through_its_points():
+    """And what never changes is drawn as it is: its mean over a window is off by rounding."""
+    series = Series()
+    for step in range(1, 41):
+        now_and_then = {"policy/win_rate": 0.5 + step / 100} if step % 4 == 0 else {}
+        series.add({"step": step, "time": 0.0, "metrics": {"kl/coef": 0.12, **now_and_then}})
+    run = SimpleNamespace(series={"ppo": series}, config={}, warnings=[])
+    [rates] = lines(run, "ppo", "win rate", ["policy/win_rate"])["data"]
+    assert rates["mode"] == "lines+markers" and list(rates["x"]) == list(range(4, 41, 4))
+    assert list(rates["y"]) == pytest.approx([0.5 + step / 100 for step in range(4, 41, 4)])
+    assert smoothed([0.12] * 40) == [0.12] * 40
+    assert {v for line in lines(run, "ppo", "coefficient", ["kl/coef"])["data"] for v in line["y"]} == {0.12}

@@ -1,0 +1,301 @@
+"""A token environment small enough to enumerate, and its optimum in closed form.
+
+Responses are made of four tokens, of which token 0 ends them; after three tokens they are cut off: 40 responses, 13 states.
+Every response has a score and the reference is a fixed random policy, so that the policy which maximises
+E[score] − β KL(π ‖ π_ref) is known: π* ∝ π_ref exp(score / β). An algorithm trains a table of logits on it through
+`Algorithm.experience` and `Algorithm.loss`, as they are, either with exact expectations (every response, weighted by its
+probability; every pair of responses where groups are compared) or with samples. What is measured is the total variation
+between what it converges to and π*.
+
+    python -m tests.support.closed_form        writes the tables of docs/algorithms.md
+"""
+
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quartet.algorithms.advantages import AsEstimated
+from quartet.algorithms.aggregation import SequenceMean, TokenMean
+from quartet.algorithms.algorithm import Algorithm, Forward
+from quartet.algorithms.baselines import GroupMean, LeaveOneOut, ReturnToGo
+from quartet.algorithms.kl import FixedCoef, KLInLoss, KLInReward, NoKL, exact_kl
+from quartet.algorithms.policy_loss import ImportanceWeighted
+from quartet.algorithms.presets import ALGORITHMS
+from quartet.experience import Batch
+
+V, L, EOS, BETA = 4, 3, 0, 0.5
+DOCS = Path(__file__).parents[2] / "docs" / "algorithms.md"
+
+PREFIXES = [p for n in range(L) for p in itertools.product(range(1, V), repeat=n)]
+STATE = {prefix: i for i, prefix in enumerate(PREFIXES)}
+RESPONSES = [(*p, EOS) for p in PREFIXES] + [(*p, t) for p in PREFIXES if len(p) == L - 1 for t in range(1, V)]
+RNG = torch.Generator().manual_seed(20)
+SCORES = 2 * torch.rand(len(RESPONSES), generator=RNG, dtype=torch.float64) - 1
+REFERENCE = torch.randn(len(PREFIXES), V, generator=RNG, dtype=torch.float64)
+
+# Column 0 is the prompt. `VISITED[r, t]` is the state in which response r chose its token t, `CHOSEN[r, t]` that token.
+LENGTHS = torch.tensor([len(r) for r in RESPONSES])
+MASK = (torch.arange(L + 1) >= 1) & (torch.arange(L + 1) <= LENGTHS[:, None])
+CHOSEN = torch.tensor([[0, *r, *[0] * (L - len(r))] for r in RESPONSES])
+VISITED = torch.tensor([[0, *[STATE[r[:t]] for t in range(len(r))], *[0] * (L - len(r))] for r in RESPONSES])
+
+
+def token_logprobs(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[B, L + 1] log-probs of the tokens of these responses."""
+    logprobs = logits.log_softmax(-1)[VISITED[rows], CHOSEN[rows]]
+    return torch.where(MASK[rows], logprobs, 0.0)
+
+
+def distribution(logits: torch.Tensor) -> torch.Tensor:
+    """The probability of each response."""
+    return token_logprobs(logits, torch.arange(len(RESPONSES))).sum(dim=1).exp()
+
+
+def optimum(beta: float = BETA) -> torch.Tensor:
+    """π* ∝ π_ref exp(score / β)."""
+    weights = distribution(REFERENCE) * (SCORES / beta).exp()
+    return weights / weights.sum()
+
+
+def total_variation(p: torch.Tensor, q: torch.Tensor) -> float:
+    return float((p - q).abs().sum() / 2)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Where an algorithm came to rest."""
+
+    distance: float
+    """Total variation to π*."""
+    score: float
+    kl: float
+
+
+def reached(logits: torch.Tensor) -> Reached:
+    p, ref = distribution(logits), distribution(REFERENCE)
+    kl = torch.where(p > 0, p * (p / ref).log(), 0.0).sum()
+    return Reached(total_variation(p, optimum()), float(p @ SCORES), float(kl))
+
+
+def make_batch(logits: torch.Tensor, rows: torch.Tensor, groups: torch.Tensor, values: torch.Tensor) -> Batch:
+    mask = MASK[rows]
+    old = token_logprobs(logits, rows).detach()
+    kl = exact_kl(logits.detach().log_softmax(-1), REFERENCE.log_softmax(-1))
+    entropy = -(logits.detach().softmax(-1) * logits.detach().log_softmax(-1)).sum(-1)
+    return Batch(
+        ids=tuple(str(i) for i in range(len(rows))),
+        tokens=CHOSEN[rows],
+        lengths=1 + LENGTHS[rows],
+        response_mask=mask,
+        scores=SCORES[rows],
+        ended=CHOSEN[rows].gather(1, LENGTHS[rows][:, None])[:, 0] == EOS,
+        groups=groups,
+        rollout_logprobs=old,
+        old_logprobs=old,
+        ref_logprobs=token_logprobs(REFERENCE, rows),
+        exact_kl=torch.where(mask, kl[VISITED[rows]], 0.0),
+        entropy=torch.where(mask, entropy[VISITED[rows]], 0.0),
+        values=torch.where(mask, values[VISITED[rows]], 0.0),
+        greedy_scores=SCORES[greedy(logits)].expand(len(rows)),
+    )
+
+
+def greedy(logits: torch.Tensor) -> int:
+    prefix: tuple[int, ...] = ()
+    while len(prefix) < L:
+        token = int(logits[STATE[prefix]].argmax())
+        prefix = (*prefix, token)
+        if token == EOS:
+            break
+    return RESPONSES.index(prefix)
+
+
+def exact_values(algorithm: Algorithm, logits: torch.Tensor) -> torch.Tensor:
+    """What a perfect critic says of each state: the expected token rewards from there on."""
+    everything = torch.arange(len(RESPONSES))
+    batch = make_batch(logits, everything, everything, torch.zeros(len(PREFIXES), dtype=torch.float64))
+    to_go = algorithm.token_rewards(batch).flip(1).cumsum(1).flip(1)
+    weights = distribution(logits.detach())[:, None].expand_as(to_go)[MASK]
+    visited = VISITED[MASK]
+    total = torch.zeros(len(PREFIXES), dtype=torch.float64).index_add_(0, visited, weights * to_go[MASK])
+    return total / torch.zeros(len(PREFIXES), dtype=torch.float64).index_add_(0, visited, weights)
+
+
+def gradients(
+    algorithm: Algorithm,
+    logits: torch.Tensor,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    groups: torch.Tensor,
+    weights: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Of the algorithm's loss with respect to the tables of logits and values. Rows do not mix in the loss, so that a row may
+    be given a weight by scaling the gradient of its log-probs."""
+    made = algorithm.experience(make_batch(logits, rows, groups, values.detach()))
+    state = torch.where(MASK[rows], VISITED[rows], 0)
+    now = {
+        "logprobs": token_logprobs(logits, rows),
+        "entropy": -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)[state],
+        "values": values[state],
+        "exact_kl": exact_kl(logits.log_softmax(-1), REFERENCE.log_softmax(-1))[state],
+    }
+    leaves = {name: x.detach().requires_grad_() for name, x in now.items()}
+    denominators = algorithm.denominators(made) if weights is None else dict.fromkeys(algorithm.denominators(made), 1.0)
+    loss = sum(algorithm.loss(made, Forward(**leaves), denominators).values())
+    per_row = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    scale = 1.0 if weights is None else weights[:, None]
+    surrogate = sum((scale * g * now[name]).sum() for name, g in zip(leaves, per_row, strict=True) if g is not None)
+    found = torch.autograd.grad(surrogate, [logits, values], allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip((logits, values), found, strict=True)]
+
+
+def train(algorithm: Algorithm, sampled: int = 0, steps: int = 2000, lr: float = 0.1, seed: int = 0) -> Reached:
+    """Gradient steps from the reference until the rate has gone to 0: with exact expectations, or with `sampled` responses
+    per step (in groups of 8) and a critic that is learnt along."""
+    logits = REFERENCE.clone().requires_grad_()
+    values = torch.zeros(len(PREFIXES), dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([logits, values], lr=lr, betas=(0.9, 0.99), eps=1e-6)
+    rng = torch.Generator().manual_seed(seed)
+    everything = torch.arange(len(RESPONSES))
+    pairs = torch.cartesian_prod(everything, everything)
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        p = distribution(logits.detach())
+        if sampled:
+            rows, weights = torch.multinomial(p, sampled, replacement=True, generator=rng), None
+            groups = torch.arange(sampled) // 8
+        elif algorithm.needs_group:
+            rows, weights = pairs.flatten(), p[pairs].prod(dim=1).repeat_interleave(2)
+            groups = torch.arange(len(pairs)).repeat_interleave(2)
+        else:
+            rows, weights, groups = everything, p, everything
+        judge = exact_values(algorithm, logits) if algorithm.needs_critic and not sampled else values
+        adam.zero_grad()
+        logits.grad, values.grad = gradients(algorithm, logits, judge.detach().requires_grad_(), rows, groups, weights)
+        adam.step()
+    return reached(logits.detach())
+
+
+# --- what is compared ----------------------------------------------------------------------------------------------------
+
+
+def at_beta(algorithm: Algorithm) -> Algorithm:
+    """The preset with the environment's β, held fixed."""
+    return dataclasses.replace(algorithm, kl=dataclasses.replace(algorithm.kl, coef=BETA, controller=FixedCoef()))
+
+
+BATCH_STATISTICS = {"lm_human_preferences", "moss_ppo_max"}
+"""Their token rewards depend on the other rows of the batch: there is no expectation over single responses."""
+
+PRESETS = {name: at_beta(a) for name, a in ALGORITHMS.items() if not isinstance(a.kl, NoKL)}
+"""The presets that hold a policy to its reference: those whose objective may be E[score] − β KL."""
+
+
+def placement(kl: KLInReward | KLInLoss, **parts: object) -> Algorithm:
+    """−ρ A with the return for an advantage: nothing between the penalty and its gradient."""
+    frame = {"advantage": ReturnToGo(), "aggregation": TokenMean(), "policy_loss": ImportanceWeighted()}
+    return Algorithm(kl=kl, **(frame | parts))
+
+
+def in_reward(estimator: str) -> KLInReward:
+    return KLInReward(estimator=estimator, coef=BETA)
+
+
+def in_loss(estimator: str, weight: str = "none") -> KLInLoss:
+    return KLInLoss(estimator=estimator, coef=BETA, weight=weight)
+
+
+BY_SEQUENCE = in_loss("k1", "sequence")
+PLACEMENTS: dict[str, Algorithm] = {
+    **{f"in the reward, {e}": placement(in_reward(e)) for e in ("k1", "k2", "k3", "abs", "squared", "exact")},
+    **{f"in the loss, {e}": placement(in_loss(e)) for e in ("k1", "k2", "k3", "abs", "squared", "exact")},
+    **{f"in the loss, {e}, weight token": placement(in_loss(e, "token")) for e in ("k1", "k3")},
+    **{f"in the loss, {e}, weight sequence": placement(in_loss(e, "sequence")) for e in ("k1", "k3", "exact")},
+    "in the reward, k1; group mean": placement(in_reward("k1"), advantage=GroupMean(std="none")),
+    "in the reward, k1; group mean / deviation": placement(in_reward("k1"), advantage=GroupMean()),
+    "in the reward, k1; return to go, mean over each response": placement(in_reward("k1"), aggregation=SequenceMean()),
+    "in the loss, k1, weight sequence; leave one out": placement(BY_SEQUENCE, advantage=LeaveOneOut()),
+    "in the loss, k1, weight sequence; group mean": placement(BY_SEQUENCE, advantage=GroupMean(std="none")),
+    "in the loss, k1, weight sequence; group mean / deviation": placement(BY_SEQUENCE, advantage=GroupMean()),
+}
+
+WHY_NOT = {
+    "in the reward, k2": "a policy gradient holds the reward constant and misses E[∇k2]",
+    "in the reward, k3": "the same: E[∇k3] is not 0",
+    "in the reward, abs": "another penalty",
+    "in the reward, squared": "another penalty",
+    "in the reward, exact": "it is the same whichever token comes next, so that token does not pay for it",
+    "in the loss, k1": "E[∇k1] = 0: no constraint at all",
+    "in the loss, k2": "the right gradient for each token, blind to where a token leads",
+    "in the loss, k3": "its sampled gradient is that of KL(π_ref ‖ π)",
+    "in the loss, abs": "another penalty",
+    "in the loss, squared": "k2 with twice the coefficient",
+    "in the loss, exact": "as k2: right for each token, blind to where it leads",
+    "in the loss, k1, weight token": "as k2",
+    "in the loss, k3, weight token": "as k2",
+    "in the reward, k1; return to go, mean over each response": "short responses count more, per token",
+    "in the loss, k1, weight sequence; group mean": "the own score in the mean shrinks rewards by 1 − 1/n: β is n / (n − 1) times as large",
+    "in the loss, k1, weight sequence; group mean / deviation": "rewards are divided by their deviation, the KL is not",
+    "a2c": "its entropy bonus of 0.01",
+    "grpo": "k3 in the loss, deviation, mean over each response",
+    "reinforce_pp_baseline": "k2 in the loss beside whitened rewards",
+    "lm_human_preferences": "whitened rewards pay for brevity or length",
+    "summarize_from_feedback": "the objective is another: a response that is cut off scores −1",
+    "moss_ppo_max": "scores are divided by their running deviation; the KL is not",
+}
+"""Those that do not come to rest at π*, and what keeps them away. All others must."""
+
+EXACT_STEPS, SAMPLED_STEPS, SAMPLES = 500, 500, 2048
+
+
+def exact(name: str) -> Reached | None:
+    if name in BATCH_STATISTICS:
+        return None
+    # Whitening scales the gradient of a step and, on-policy, changes its expectation in no other way.
+    algorithm = dataclasses.replace({**PLACEMENTS, **PRESETS}[name], normalize=AsEstimated())
+    return train(algorithm, steps=EXACT_STEPS)
+
+
+def sampled(name: str) -> Reached:
+    return train({**PLACEMENTS, **PRESETS}[name], sampled=SAMPLES, steps=SAMPLED_STEPS)
+
+
+# --- the tables of docs/algorithms.md ------------------------------------------------------------------------------------
+
+ABOUT_PRESETS = """The presets, with β for their coefficient and no controller. The exact column leaves whitening out, which scales a step and,
+on-policy, changes its expectation in no other way; `trpo` and `npg` are here by their loss, their update is tested elsewhere;
+`instructgpt` is without PTX."""
+BEGIN, END = "<!-- closed form: begin -->", "<!-- closed form: end -->"
+
+
+def table(names: list[str]) -> str:
+    lines = ["| | exact | sampled | |", "|---|---|---|---|"]
+    for name in names:
+        found = exact(name)
+        first = "–" if found is None else f"{found.distance:.4f}"
+        lines.append(f"| {name} | {first} | {sampled(name).distance:.3f} | {WHY_NOT.get(name, 'π*')} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def published() -> dict[str, tuple[float | None, float]]:
+    """The distances that docs/algorithms.md prints: exact and sampled, by name."""
+    block = DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("| ")]
+    return {row[0]: (None if row[1] == "–" else float(row[1]), float(row[2])) for row in rows if row[0]}
+
+
+def main() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    made = f"{BEGIN}\n\n{table(list(PLACEMENTS))}\n\n{ABOUT_PRESETS}\n\n{table(list(PRESETS))}\n\n{END}"
+    DOCS.write_text(before + made + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
