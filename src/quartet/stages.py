@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from quartet import files as durable
 from quartet.algorithms.algorithm import Algorithm
-from quartet.algorithms.preference import Dpo, Ipo, Kto, LastTokenLoss, Orpo, PerTokenLoss, Simpo
+from quartet.algorithms.preference import PreferenceLoss, RewardModelLoss
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.sampler import Sampler
 from quartet.distributed.team import ALONE, Team
@@ -157,7 +157,7 @@ class RewardModelStage:
     tokenizer: Any
     load_policy: Callable[[Path], Any]
     make_model: Callable[[Any], ScalarModel]
-    loss: LastTokenLoss | PerTokenLoss
+    loss: RewardModelLoss
     optimizer: Callable[[Any], Optimizer]
     num_steps: int
     batch_size: int
@@ -205,7 +205,7 @@ class PreferenceStage:
     online: Callable[[Path, Any], Source] | None
     tokenizer: Any
     load_policy: Callable[[Path], Any]
-    loss: Dpo | Ipo | Kto | Orpo | Simpo
+    loss: PreferenceLoss
     optimizer: Callable[[Any], Optimizer]
     num_steps: int
     batch_size: int

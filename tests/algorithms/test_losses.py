@@ -5,7 +5,7 @@ import torch
 
 from quartet.algorithms.aggregation import FixedLength, SequenceMean, TokenMean
 from quartet.algorithms.entropy import EntropyBonus
-from quartet.algorithms.policy_loss import Clip
+from quartet.algorithms.policy_loss import Clip, Surrogate
 from quartet.algorithms.preference import bradley_terry
 from quartet.algorithms.value_loss import ClippedValueLoss
 
@@ -15,7 +15,8 @@ ONE = torch.ones(1, 1, dtype=torch.bool)
 def clip_loss_and_gradient(ratio: float, advantage: float) -> tuple[float, float]:
     """The loss of one token with this ratio, and its gradient with respect to the log-prob."""
     logprob = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    loss = Clip()(logprob, torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[advantage]], dtype=torch.float64), ONE)
+    old = torch.zeros(1, 1, dtype=torch.float64)
+    loss = Clip()(Surrogate(logprob, old, torch.tensor([[advantage]], dtype=torch.float64), ONE))
     loss.sum().backward()
     return loss.item(), logprob.grad.item()
 
@@ -36,18 +37,18 @@ def test_the_six_cases_of_the_clip(case, ratio, advantage, loss, gradient):
     measured = clip_loss_and_gradient(ratio, advantage)
     assert measured == pytest.approx((loss, gradient), abs=1e-9)
     zeros = torch.zeros(1, 1)
-    says = Clip().clipped(torch.tensor([[math.log(ratio)]]), zeros, torch.tensor([[advantage]]), ONE)
+    says = Clip().clipped(Surrogate(torch.tensor([[math.log(ratio)]]), zeros, torch.tensor([[advantage]]), ONE))
     assert says.item() == (gradient == 0)
 
 
 def test_an_asymmetric_clip_lets_good_tokens_rise_further():
     wide = Clip(low=0.2, high=0.28)
-    assert wide(torch.tensor([[math.log(1.25)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE).item() == pytest.approx(-1.25)
-    assert wide(torch.tensor([[math.log(1.5)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE).item() == pytest.approx(-1.28)
+    assert wide(Surrogate(torch.tensor([[math.log(1.25)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE)).item() == pytest.approx(-1.25)
+    assert wide(Surrogate(torch.tensor([[math.log(1.5)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE)).item() == pytest.approx(-1.28)
 
 
 def test_an_absurd_ratio_stays_finite():
-    assert Clip()(torch.tensor([[500.0]]), torch.zeros(1, 1), -torch.ones(1, 1), ONE).isfinite().all()
+    assert Clip()(Surrogate(torch.tensor([[500.0]]), torch.zeros(1, 1), -torch.ones(1, 1), ONE)).isfinite().all()
 
 
 def test_value_loss_by_hand():

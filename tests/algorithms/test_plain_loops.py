@@ -24,6 +24,7 @@ from quartet.algorithms.policy_loss import (
     Reinforce,
     Sapo,
     SequenceClip,
+    Surrogate,
 )
 from quartet.algorithms.value_loss import ClippedValueLoss
 from quartet.experience import Batch
@@ -293,7 +294,7 @@ POLICY_LOSSES = {
 def test_policy_losses(name, rows):
     part, by_loops = POLICY_LOSSES[name]
     (new, mask), (old, _), (advantages, _) = (spread(rows, n) for n in ("new", "old", "rewards"))
-    measured = torch.where(mask, part(new, old, advantages, mask), 0.0)
+    measured = torch.where(mask, part(Surrogate(new, old, advantages, mask)), 0.0)
     assert_rows(measured, rows, [by_loops(row) for row in rows])
 
 
@@ -318,14 +319,15 @@ def gspo_gradient(row):
 def test_gradients_of_losses_that_stop_them(part, by_hand, rows):
     (new, mask), (old, _), (advantages, _) = (spread(rows, n) for n in ("new", "old", "rewards"))
     new.requires_grad_()
-    gradient = torch.autograd.grad(torch.where(mask, part(new, old, advantages, mask), 0.0).sum(), new)[0]
+    gradient = torch.autograd.grad(torch.where(mask, part(Surrogate(new, old, advantages, mask)), 0.0).sum(), new)[0]
     assert_rows(gradient, rows, [by_hand(row) for row in rows])
 
 
 def test_one_token_makes_gspos_ratio_ppos():
     new, old, a, mask = torch.tensor([[0.3]]), torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
-    assert torch.equal(SequenceClip(low=0.2, high=0.2)(new, old, a, mask), Clip()(new, old, a, mask))
-    assert torch.equal(Gmpo(window=0.1)(new, old, a, mask), -torch.tensor([[0.1]]).exp())
+    tokens = Surrogate(new, old, a, mask)
+    assert torch.equal(SequenceClip(low=0.2, high=0.2)(tokens), Clip()(tokens))
+    assert torch.equal(Gmpo(window=0.1)(tokens), -torch.tensor([[0.1]]).exp())
 
 
 @settings(max_examples=60, deadline=None)

@@ -34,7 +34,7 @@ def test_defaults_are_those_of_the_papers(part, values):
 
 def test_what_parts_ask_for():
     assert TemporalDifference.needs_critic and not TemporalDifference.needs_group
-    assert LeaveOneOut.needs_group and not LeaveOneOut.needs_critic and not KLInLoss.exact_reward
+    assert LeaveOneOut.needs_group and not LeaveOneOut.needs_critic and not KLInLoss().exact_reward
     assert not ALGORITHMS["ppo"].needs_entropy_gradient and ALGORITHMS["a2c"].needs_entropy_gradient
     assert not ALGORITHMS["ppo"].needs_step_kl
     penalty = dataclasses.replace(ALGORITHMS["ppo"], policy_loss=KLPenalty(target=0.02))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quartet.algorithms.policy_loss import Clip, DualClip
+from quartet.algorithms.policy_loss import Clip, DualClip, Surrogate
 from quartet.runs.cases import Clipping, clip_case
 
 CLIP = Clipping("clip", 0.2, 0.3)
@@ -31,7 +31,8 @@ CLIP = Clipping("clip", 0.2, 0.3)
 def test_the_six_cases_are_those_of_the_loss(advantage, ratio, sentence):
     loss = Clip(low=0.2, high=0.3)
     new = torch.tensor([[ratio]]).log()
-    clipped = bool(loss.clipped(new, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1, dtype=torch.bool)))
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    clipped = bool(loss.clipped(Surrogate(new, torch.zeros(1, 1), torch.tensor([[advantage]]), mask)))
     assert clip_case(CLIP, advantage, ratio, clipped) == sentence
 
 
@@ -47,7 +48,7 @@ def test_at_the_edge_what_the_loss_did_decides():
 def test_the_dual_clip_is_named():
     loss = DualClip(low=0.2, high=0.2, cap=3.0)
     arguments = torch.tensor([[5.0]]).log(), torch.zeros(1, 1), torch.tensor([[-1.0]]), torch.ones(1, 1, dtype=torch.bool)
-    assert bool(loss.clipped(*arguments))
+    assert bool(loss.clipped(Surrogate(*arguments)))
     said = clip_case(Clipping.of({"type": "dual_clip", "low": 0.2, "high": 0.2, "cap": 3.0}), -1.0, 5.0, True)
     assert said == "advantage < 0, ratio 5 > 1.2: clipped by the dual clip (cap 3), no gradient."
 

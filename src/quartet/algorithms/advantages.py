@@ -4,11 +4,11 @@ The critic's targets are V + an advantage with a λ of its own, `value_lam`: 0 g
 Carlo return, anything between GAE's. Left out, it is the policy's λ. Baselines that need no critic are in `baselines.py`.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from quartet.algorithms.masked import masked, whiten
 from quartet.experience import Batch
-from quartet.parts import Field, OrInf, part
+from quartet.parts import Family, Field, OrInf
 from quartet.tensors import Bool, Float, Tensor, torch
 
 GAMMA = "The discount of later rewards. Typical for text: 1."
@@ -103,8 +103,29 @@ def _with_targets(
     return advantages, masked(error + values, mask)
 
 
-@part
-class Gae:
+class Advantage(Family):
+    """How much better each token was than expected. A subclass implements `__call__` and says what it needs."""
+
+    needs_critic: ClassVar[bool] = False
+    """Whether it reads `batch.values`."""
+    needs_group: ClassVar[bool] = False
+    """Whether it compares several responses to one prompt."""
+    needs_greedy: ClassVar[bool] = False
+    """Whether it reads `batch.greedy_scores`, the score of the greedy response to the same prompt."""
+
+    @property
+    def needs_final_values(self) -> bool:
+        """Whether it reads `batch.final_values`, the value after the last token of a response that was cut off."""
+        return False
+
+    def __call__(
+        self, token_rewards: Float[Tensor, "B T"], batch: Batch
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"] | None]:
+        """Return the advantages, and the critic's targets (None where there is no critic)."""
+        raise NotImplementedError
+
+
+class Gae(Advantage):
     """Advantages by GAE with a critic. λ = 1 is Monte Carlo, λ = 0 the TD error."""
 
     type: Literal["gae"] = "gae"
@@ -113,9 +134,11 @@ class Gae:
     value_lam: float | None = Field(default=None, ge=0, le=1, description="λ of the critic's targets. Default: lam.")
     bootstrap_truncated: bool = False
     """Whether a response that was cut off ends in the critic's value instead of 0."""
-    needs_critic: ClassVar[bool] = True
-    needs_group: ClassVar[bool] = False
-    needs_greedy: ClassVar[bool] = False
+    needs_critic = True
+
+    @property
+    def needs_final_values(self) -> bool:
+        return self.bootstrap_truncated
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
         """Advantages and returns, both [B T]."""
@@ -124,8 +147,7 @@ class Gae:
         return _with_targets(advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated)
 
 
-@part
-class LengthAdaptiveGae:
+class LengthAdaptiveGae(Advantage):
     """GAE with λ = 1 − 1 / (alpha · l) for a response of l tokens (VAPO, Yue et al. 2025, eq. 8), so that the reward at the
     end reaches the first tokens of long responses too. The critic's targets are Monte Carlo returns.
 
@@ -137,9 +159,11 @@ class LengthAdaptiveGae:
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
     value_lam: float = Field(default=1.0, ge=0, le=1, description="λ of the critic's targets.")
     bootstrap_truncated: bool = False
-    needs_critic: ClassVar[bool] = True
-    needs_group: ClassVar[bool] = False
-    needs_greedy: ClassVar[bool] = False
+    needs_critic = True
+
+    @property
+    def needs_final_values(self) -> bool:
+        return self.bootstrap_truncated
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
         values, final = critic_values(batch, self.bootstrap_truncated)
@@ -149,8 +173,7 @@ class LengthAdaptiveGae:
         return _with_targets(advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated)
 
 
-@part
-class NStep:
+class NStep(Advantage):
     """n sampled rewards, then the critic."""
 
     type: Literal["n_step"] = "n_step"
@@ -158,9 +181,11 @@ class NStep:
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
     value_lam: float | None = Field(default=None, ge=0, le=1, description="λ of the critic's targets. Default: n steps too.")
     bootstrap_truncated: bool = False
-    needs_critic: ClassVar[bool] = True
-    needs_group: ClassVar[bool] = False
-    needs_greedy: ClassVar[bool] = False
+    needs_critic = True
+
+    @property
+    def needs_final_values(self) -> bool:
+        return self.bootstrap_truncated
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
         values, final = critic_values(batch, self.bootstrap_truncated)
@@ -168,29 +193,23 @@ class NStep:
         return _with_targets(advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated)
 
 
-@part
-class MonteCarlo:
+class MonteCarlo(Advantage):
     """A_t = G_t − V_t: the sampled return less the critic's value. Unbiased, of high variance."""
 
     type: Literal["monte_carlo"] = "monte_carlo"
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
-    needs_critic: ClassVar[bool] = True
-    needs_group: ClassVar[bool] = False
-    needs_greedy: ClassVar[bool] = False
+    needs_critic = True
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
         return Gae(gamma=self.gamma, lam=1.0)(token_rewards, batch)
 
 
-@part
-class TemporalDifference:
+class TemporalDifference(Advantage):
     """A_t = r_t + γ V_{t+1} − V_t: one reward, then the critic. Of low variance, as biased as the critic."""
 
     type: Literal["temporal_difference"] = "temporal_difference"
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
-    needs_critic: ClassVar[bool] = True
-    needs_group: ClassVar[bool] = False
-    needs_greedy: ClassVar[bool] = False
+    needs_critic = True
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
         return Gae(gamma=self.gamma, lam=0.0)(token_rewards, batch)
@@ -199,8 +218,14 @@ class TemporalDifference:
 # --- after the estimate --------------------------------------------------------------------------------------------------
 
 
-@part
-class AsEstimated:
+class Normalize(Family):
+    """What is done to the advantages of all tokens of a step before they weigh the loss."""
+
+    def __call__(self, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        raise NotImplementedError
+
+
+class AsEstimated(Normalize):
     """The advantages stay as they are."""
 
     type: Literal["none"] = "none"
@@ -209,8 +234,7 @@ class AsEstimated:
         return advantages
 
 
-@part
-class Whiten:
+class Whiten(Normalize):
     """(A − μ) / σ over all response tokens of the step, so that minibatches do not change it; then cut to ±clip
     (PPO-max: 0.5).
 
@@ -223,6 +247,3 @@ class Whiten:
 
     def __call__(self, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         return whiten(advantages, mask, sample=self.deviation == "sample").clamp(-self.clip, self.clip)
-
-
-Normalize = Annotated[AsEstimated | Whiten, Field(discriminator="type")]

@@ -4,15 +4,26 @@ The denominator is counted over everything that feeds one optimizer step and is 
 micro-batches and ranks add up to the same gradient, however they were cut.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from quartet.algorithms.masked import masked
-from quartet.parts import Field, part
+from quartet.parts import Family, Field
 from quartet.tensors import Bool, Float, Tensor
 
 
-@part
-class TokenMean:
+class Aggregation(Family):
+    """How the losses of tokens become one number."""
+
+    def denominator(self, mask: Bool[Tensor, "B T"]) -> float:
+        """Return what everything that feeds an optimizer step is divided by."""
+        raise NotImplementedError
+
+    def __call__(self, loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: float) -> Float[Tensor, ""]:
+        """Return the share of these rows in the loss."""
+        raise NotImplementedError
+
+
+class TokenMean(Aggregation):
     """Σ ℓ_t / number of tokens: every token weighs the same, a long response more than a short one."""
 
     type: Literal["token_mean"] = "token_mean"
@@ -24,8 +35,7 @@ class TokenMean:
         return masked(loss, mask).sum() / max(denominator, 1)
 
 
-@part
-class SequenceMean:
+class SequenceMean(Aggregation):
     """Σ_i (mean over the tokens of response i) / number of responses: every response weighs the same (GRPO).
 
     A response of no tokens counts neither above nor below the line.
@@ -40,8 +50,7 @@ class SequenceMean:
         return (masked(loss, mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / max(denominator, 1)
 
 
-@part
-class FixedLength:
+class FixedLength(Aggregation):
     """Σ ℓ_t / (number of responses · length): a constant in place of the length, so that neither long nor short responses
     are favoured (Dr. GRPO, Liu et al. 2025). The paper takes the generation budget, max_new_tokens, for it."""
 
@@ -53,6 +62,3 @@ class FixedLength:
 
     def __call__(self, loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: float) -> Float[Tensor, ""]:
         return masked(loss, mask).sum() / max(denominator, 1)
-
-
-Aggregation = Annotated[TokenMean | SequenceMean | FixedLength, Field(discriminator="type")]

@@ -3,65 +3,24 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
 
 from pydantic import model_validator
 
-from quartet.algorithms.advantages import (
-    AsEstimated,
-    Gae,
-    LengthAdaptiveGae,
-    MonteCarlo,
-    Normalize,
-    NStep,
-    TemporalDifference,
-)
+from quartet.algorithms.advantages import Advantage, AsEstimated, Normalize
 from quartet.algorithms.aggregation import Aggregation
-from quartet.algorithms.baselines import GreedyBaseline, GroupMean, LeaveOneOut, LengthWeightedBaseline, ReturnToGo
 from quartet.algorithms.correction import Correction, NoCorrection
 from quartet.algorithms.entropy import Entropy, EntropyBonus
 from quartet.algorithms.groups import AllGroups, Groups
 from quartet.algorithms.imitation import PositiveExamples, Pretraining
-from quartet.algorithms.kl import KLInLoss, KLInReward, NoKL
+from quartet.algorithms.kl import KL
 from quartet.algorithms.masked import masked, masked_mean
-from quartet.algorithms.policy_loss import (
-    Cispo,
-    Clip,
-    DualClip,
-    Gmpo,
-    ImportanceWeighted,
-    KLPenalty,
-    Reinforce,
-    Sapo,
-    SequenceClip,
-)
-from quartet.algorithms.rewards import EveryToken, LastToken, MeanOfTokens, ScorePart, whiten_keeping_mean
+from quartet.algorithms.policy_loss import Clip, PolicyLoss, Surrogate
+from quartet.algorithms.rewards import LastToken, Rewards, ScoreShape, whiten_keeping_mean
 from quartet.algorithms.update import ActorUpdate, FirstOrder
-from quartet.algorithms.value_loss import ClippedValueLoss, NoValueLoss, ValueLoss
+from quartet.algorithms.value_loss import NoValueLoss, ValueLoss
 from quartet.experience import Batch, Experience
-from quartet.parts import Field, part
+from quartet.parts import part
 from quartet.tensors import Bool, Float, Tensor
-
-P = TypeVar("P")
-Advantage = Annotated[
-    Gae
-    | LengthAdaptiveGae
-    | NStep
-    | MonteCarlo
-    | TemporalDifference
-    | ReturnToGo
-    | GroupMean
-    | LeaveOneOut
-    | LengthWeightedBaseline
-    | GreedyBaseline,
-    Field(discriminator="type"),
-]
-PolicyLoss = Annotated[
-    Reinforce | ImportanceWeighted | KLPenalty | Clip | DualClip | SequenceClip | Cispo | Sapo | Gmpo,
-    Field(discriminator="type"),
-]
-KL = Annotated[NoKL | KLInReward | KLInLoss, Field(discriminator="type")]
-Rewards = Annotated[LastToken | MeanOfTokens | EveryToken, Field(discriminator="type")]
 
 
 @dataclass(frozen=True)
@@ -76,12 +35,6 @@ class Forward:
     """KL(π ‖ π_ref) over the whole vocabulary, where the algorithm asks for it."""
 
 
-def adapted(piece: P, metrics: Mapping[str, float]) -> P:
-    """The part as it is after a step with these metrics; most have no state and stay the same."""
-    adapt = getattr(piece, "adapt", None)
-    return adapt(metrics) if adapt else piece
-
-
 @part
 class Algorithm:
     """scores → token rewards → advantage × policy loss × KL placement × aggregation (× value loss × entropy × …).
@@ -93,7 +46,7 @@ class Algorithm:
     advantage: Advantage
     kl: KL
     aggregation: Aggregation
-    scores: tuple[ScorePart, ...] = ()
+    scores: tuple[ScoreShape, ...] = ()
     rewards: Rewards = LastToken()
     normalize: Normalize = AsEstimated()
     policy_loss: PolicyLoss = Clip()
@@ -163,11 +116,11 @@ class Algorithm:
     @property
     def needs_step_kl(self) -> bool:
         """Whether a coefficient follows how far a step went."""
-        return isinstance(self.policy_loss, KLPenalty) and self.policy_loss.target > 0
+        return self.policy_loss.needs_step_kl
 
     @property
     def needs_final_values(self) -> bool:
-        return getattr(self.advantage, "bootstrap_truncated", False)
+        return self.advantage.needs_final_values
 
     @property
     def needs_entropy_gradient(self) -> bool:
@@ -225,7 +178,7 @@ class Algorithm:
             ),
             "entropy": self.entropy(now.entropy, experience.mean_entropy),
         }
-        if isinstance(self.value_loss, ClippedValueLoss) and now.values is not None:
+        if self.value_loss.trains_critic and now.values is not None:
             assert experience.values is not None and experience.returns is not None
             per_token["value"] = self.value_loss(now.values, experience.values, experience.returns)
         if self.positives.coef > 0:
@@ -236,20 +189,22 @@ class Algorithm:
     def clipped(self, experience: Experience, logprobs: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         """The response tokens whose gradient the policy loss took away."""
         mask = experience.response_mask
-        return self.policy_loss.clipped(logprobs, experience.old_logprobs, experience.advantages, mask) & mask
+        tokens = Surrogate(logprobs, experience.old_logprobs, experience.advantages, mask)
+        return self.policy_loss.clipped(tokens) & mask
 
     def adapt(self, metrics: Mapping[str, float]) -> "Algorithm":
         """The algorithm of the next step: every part that has state has seen this step's metrics. State lives in the record
         and nowhere else."""
         return dataclasses.replace(
             self,
-            scores=tuple(adapted(shape, metrics) for shape in self.scores),
-            kl=adapted(self.kl, metrics),
-            policy_loss=adapted(self.policy_loss, metrics),
+            scores=tuple(shape.adapt(metrics) for shape in self.scores),
+            kl=self.kl.adapt(metrics),
+            policy_loss=self.policy_loss.adapt(metrics),
         )
 
     def _policy(self, experience: Experience, now: Forward) -> Float[Tensor, "B T"]:
-        loss = self.policy_loss(now.logprobs, experience.old_logprobs, experience.advantages, experience.response_mask)
+        mask = experience.response_mask
+        loss = self.policy_loss(Surrogate(now.logprobs, experience.old_logprobs, experience.advantages, mask))
         return loss if experience.weights is None else experience.weights * loss
 
     def _masks(self, experience: Experience) -> dict[str, Bool[Tensor, "B T"]]:

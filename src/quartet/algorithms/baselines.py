@@ -5,12 +5,12 @@ responses give every token of one the same advantage. A group is the responses t
 float64, and a group of equals, or of one, gets exactly 0: float32 noise over a tiny deviation would give up to ±1.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
-from quartet.algorithms.advantages import GAMMA, return_to_go
+from quartet.algorithms.advantages import GAMMA, Advantage, return_to_go
 from quartet.algorithms.masked import all_equal_in_group, group_mean, group_size, group_std, masked
 from quartet.experience import Batch
-from quartet.parts import Field, part
+from quartet.parts import Field
 from quartet.tensors import Float, Tensor, torch
 
 
@@ -22,23 +22,18 @@ def same_for_every_token(advantage: Float[Tensor, "B"], batch: Batch) -> Float[T
     return masked(advantage[:, None].expand(batch.response_mask.shape), batch.response_mask)
 
 
-@part
-class ReturnToGo:
+class ReturnToGo(Advantage):
     """A_t = G_t = Σ_k γ^k r_{t+k}: no baseline at all (REINFORCE, Williams 1992); whitened, REINFORCE++ (Hu 2025)."""
 
     type: Literal["return_to_go"] = "return_to_go"
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
-    needs_critic: ClassVar[bool] = False
-    needs_group: ClassVar[bool] = False
-    needs_greedy: ClassVar[bool] = False
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, None]:
         """Advantages [B T]; there are no returns, for there is no critic."""
         return return_to_go(token_rewards, batch.response_mask, self.gamma), None
 
 
-@part
-class GroupMean:
+class GroupMean(Advantage):
     """A = (R − mean of the group) / (std of the group + eps) (GRPO, Shao et al. 2024); std = "none" leaves it undivided
     (Dr. GRPO, Liu et al. 2025).
 
@@ -49,9 +44,7 @@ class GroupMean:
     type: Literal["group_mean"] = "group_mean"
     std: Literal["sample", "population", "none"] = "sample"
     eps: float = Field(default=1e-6, gt=0)
-    needs_critic: ClassVar[bool] = False
-    needs_group: ClassVar[bool] = True
-    needs_greedy: ClassVar[bool] = False
+    needs_group = True
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, None]:
         total = total_reward(token_rewards, batch)
@@ -62,15 +55,12 @@ class GroupMean:
         return same_for_every_token(advantage, batch), None
 
 
-@part
-class LeaveOneOut:
+class LeaveOneOut(Advantage):
     """A_i = R_i − mean of the others' R (RLOO, Kool et al. 2019; Ahmadian et al. 2024). It is n / (n − 1) times the distance
     from the group's mean. Rewards (1, 0, 0, 0): 1 and three times −1/3."""
 
     type: Literal["leave_one_out"] = "leave_one_out"
-    needs_critic: ClassVar[bool] = False
-    needs_group: ClassVar[bool] = True
-    needs_greedy: ClassVar[bool] = False
+    needs_group = True
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, None]:
         total = total_reward(token_rewards, batch)
@@ -80,15 +70,12 @@ class LeaveOneOut:
         return same_for_every_token(advantage, batch), None
 
 
-@part
-class LengthWeightedBaseline:
+class LengthWeightedBaseline(Advantage):
     """A_i = R_i − Σ_j l_j R_j / Σ_j l_j over the group, l_j tokens in response j (OPO, Hao et al. 2025): the baseline of least
     variance where a response's gradient is as large as it is long. Rewards (1, 0), lengths (3, 1): 1 − 0.75 and −0.75."""
 
     type: Literal["length_weighted"] = "length_weighted"
-    needs_critic: ClassVar[bool] = False
-    needs_group: ClassVar[bool] = True
-    needs_greedy: ClassVar[bool] = False
+    needs_group = True
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, None]:
         total = total_reward(token_rewards, batch)
@@ -99,16 +86,13 @@ class LengthWeightedBaseline:
         return same_for_every_token(advantage, batch), None
 
 
-@part
-class GreedyBaseline:
+class GreedyBaseline(Advantage):
     """A_t = G_t − score of the greedy response to the same prompt (ReMax, Li et al. 2024, algorithm 2). The baseline is
     that response's score as the reward gave it: no KL penalty and no shaping."""
 
     type: Literal["greedy_baseline"] = "greedy_baseline"
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
-    needs_critic: ClassVar[bool] = False
-    needs_group: ClassVar[bool] = False
-    needs_greedy: ClassVar[bool] = True
+    needs_greedy = True
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, None]:
         assert batch.greedy_scores is not None, "greedy_baseline needs the greedy responses' scores"

@@ -5,15 +5,24 @@ learner computes for the same weights. They multiply the policy loss and carry n
 count in the denominator. Where sampler and learner are one, every weight is 1.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from quartet.algorithms.masked import masked
-from quartet.parts import Field, part
+from quartet.parts import Family, Field
 from quartet.tensors import Bool, Float, Tensor, torch
 
 
-@part
-class NoCorrection:
+class Correction(Family):
+    """Weights of tokens that another engine or older weights have sampled."""
+
+    def __call__(
+        self, old_logprobs: Float[Tensor, "B T"], rollout_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"] | None:
+        """Return the weight of each token's policy loss; None where every weight is 1."""
+        raise NotImplementedError
+
+
+class NoCorrection(Correction):
     """The sampler's log-probs are not consulted."""
 
     type: Literal["none"] = "none"
@@ -24,8 +33,7 @@ class NoCorrection:
         return None
 
 
-@part
-class Truncated:
+class Truncated(Correction):
     """min(w_t, cap) (TIS, Yao et al. 2025; after Espeholt et al. 2018). w = (0.5, 3), cap = 2: (0.5, 2)."""
 
     type: Literal["truncated"] = "truncated"
@@ -37,8 +45,7 @@ class Truncated:
         return masked((old_logprobs - rollout_logprobs).clamp(-20, 20).exp().clamp(max=self.cap), mask)
 
 
-@part
-class Masked:
+class Masked(Correction):
     """w_t where low ≤ w_t ≤ high, else 0 (IcePop, 2025). w = (0.4, 1.2, 6), 0.5 to 5: (0, 1.2, 0)."""
 
     type: Literal["masked"] = "masked"
@@ -52,8 +59,7 @@ class Masked:
         return masked(weight, mask & (weight >= self.low) & (weight <= self.high))
 
 
-@part
-class SequenceMasked:
+class SequenceMasked(Correction):
     """Π_s w_s at every token of responses where low ≤ Π_s w_s ≤ high, 0 at every token of the others. Weights (2, 1.2): 2.4
     twice; (2, 2) with high = 3: 0 twice."""
 
@@ -68,6 +74,3 @@ class SequenceMasked:
         weight = log_weight.clamp(-20, 20).exp()
         inside = (weight >= self.low) & (weight <= self.high)
         return masked(torch.where(inside, weight, 0.0).expand(mask.shape), mask)
-
-
-Correction = Annotated[NoCorrection | Truncated | Masked | SequenceMasked, Field(discriminator="type")]

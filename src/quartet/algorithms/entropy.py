@@ -1,13 +1,24 @@
 """Undecidedness, rewarded or held at a level."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from quartet.parts import Field, part
+from quartet.parts import Family, Field
 from quartet.tensors import Float, Tensor, torch
 
 
-@part
-class EntropyBonus:
+class Entropy(Family):
+    """A loss on the policy's entropy. Where `coef` is 0 the entropy is only observed, without a gradient."""
+
+    @property
+    def coef(self) -> float:
+        return 0.0
+
+    def __call__(self, entropy: Float[Tensor, "B T"], mean_entropy: Float[Tensor, "B"] | None) -> Float[Tensor, "B T"]:
+        """Return the loss of each token. `mean_entropy` is that of π_old over all tokens of the step, at each row."""
+        raise NotImplementedError
+
+
+class EntropyBonus(Entropy):
     """ℓ_t = −coef · H(π(· | tokens before t)), the third term of Schulman et al. 2017, eq. 9.
 
     At the default of 0 the term is 0 and the entropy is only observed, without a gradient.
@@ -20,8 +31,7 @@ class EntropyBonus:
         return -self.coef * entropy
 
 
-@part
-class EntropyTarget:
+class EntropyTarget(Entropy):
     """coef · |mean entropy − target| (PPO-max, Zheng et al. 2023), in nats per token.
 
     The absolute value of a mean does not split into rows. Its sign is taken from the mean entropy of π_old over the whole
@@ -36,6 +46,3 @@ class EntropyTarget:
     def __call__(self, entropy: Float[Tensor, "B T"], mean_entropy: Float[Tensor, "B"] | None) -> Float[Tensor, "B T"]:
         assert mean_entropy is not None, "an entropy target needs the entropy of the policy that sampled"
         return self.coef * torch.sign(mean_entropy - self.target)[:, None] * (entropy - self.target)
-
-
-Entropy = Annotated[EntropyBonus | EntropyTarget, Field(discriminator="type")]

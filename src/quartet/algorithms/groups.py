@@ -1,24 +1,33 @@
 """Which groups of rollouts are worth learning from."""
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
-from quartet.parts import Field, part
+from quartet.parts import Family, Field
 
 
-@part
-class AllGroups:
+class Groups(Family):
+    """Which groups of responses to one prompt are learnt from, and how many batches of prompts a step may try."""
+
+    @property
+    def max_rounds(self) -> int:
+        return 1
+
+    def keep(self, scores: Sequence[float]) -> bool:
+        """Return whether a group with these scores is kept."""
+        raise NotImplementedError
+
+
+class AllGroups(Groups):
     """Every prompt counts, with or without signal."""
 
     type: Literal["all"] = "all"
-    max_rounds: ClassVar[int] = 1
 
     def keep(self, scores: Sequence[float]) -> bool:
         return True
 
 
-@part
-class DynamicSampling:
+class DynamicSampling(Groups):
     """DAPO's dynamic sampling (Yu et al. 2025, eq. 11): a group whose responses all score the same has no advantage. It is
     dropped, and more prompts are sampled until the step is full or `max_rounds` batches of prompts were tried; then the step
     is what there is."""
@@ -28,6 +37,3 @@ class DynamicSampling:
 
     def keep(self, scores: Sequence[float]) -> bool:
         return min(scores) < max(scores)
-
-
-Groups = Annotated[AllGroups | DynamicSampling, Field(discriminator="type")]

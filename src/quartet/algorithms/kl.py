@@ -8,12 +8,12 @@ estimator reach the optimum of E[score] − coef · KL, and which do not, is mea
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
 from quartet.algorithms.masked import masked
-from quartet.parts import Field, part
+from quartet.parts import Family, Field
 from quartet.tensors import Bool, Float, Tensor, torch
 
 Estimator = Literal["k1", "k2", "k3", "abs", "squared", "exact"]
@@ -78,8 +78,15 @@ def estimate(
 # --- coefficients --------------------------------------------------------------------------------------------------------
 
 
-@part
-class FixedCoef:
+class Controller(Family):
+    """How the coefficient of a KL penalty follows the KL that was measured."""
+
+    def __call__(self, coef: float, kl: float, num_responses: float) -> float:
+        """Return the next coefficient. `kl` is the mean KL of a response in nats."""
+        raise NotImplementedError
+
+
+class FixedCoef(Controller):
     """The coefficient stays what it is."""
 
     type: Literal["fixed"] = "fixed"
@@ -88,8 +95,7 @@ class FixedCoef:
         return coef
 
 
-@part
-class AdaptiveCoef:
+class AdaptiveCoef(Controller):
     """β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon), after every step of n responses (Ziegler et al. 2019,
     section 2.2). KL is that of a whole response, in nats.
 
@@ -105,24 +111,28 @@ class AdaptiveCoef:
         return coef * (1 + error * num_responses / self.horizon)
 
 
-Controller = Annotated[FixedCoef | AdaptiveCoef, Field(discriminator="type")]
-
-
 # --- placements ----------------------------------------------------------------------------------------------------------
 
 
-@part
-class NoKL:
-    """The reference is not consulted, and not loaded."""
+class KL(Family):
+    """Where the divergence from the reference goes: into the reward, into the loss, both, or neither (the default)."""
 
-    type: Literal["none"] = "none"
-    needs_reference: ClassVar[bool] = False
-    exact_reward: ClassVar[bool] = False
-    exact_loss: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = True
+
+    @property
+    def exact_reward(self) -> bool:
+        """Whether `reward` reads the exact KL over the vocabulary."""
+        return False
+
+    @property
+    def exact_loss(self) -> bool:
+        """Whether `loss` reads the exact KL over the vocabulary."""
+        return False
 
     def reward(
         self, old_logprobs: Float[Tensor, "B T"], ref_logprobs: Tensor | None, exact: Tensor | None
     ) -> Float[Tensor, "B T"]:
+        """Return what is added to each token's reward. It has no gradient."""
         return torch.zeros_like(old_logprobs)
 
     def loss(
@@ -133,11 +143,22 @@ class NoKL:
         exact: Tensor | None,
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
+        """Return what is added to each token's loss."""
         return torch.zeros_like(logprobs)
 
+    def adapt(self, metrics: Mapping[str, float]) -> "KL":
+        """Return the part of the next step, after a step with these metrics; by default itself."""
+        return self
 
-@part
-class KLInReward:
+
+class NoKL(KL):
+    """The reference is not consulted, and not loaded."""
+
+    type: Literal["none"] = "none"
+    needs_reference = False
+
+
+class KLInReward(KL):
     """Token reward −coef · KL(π_old ‖ π_ref), a constant for the update (Ziegler et al. 2019, eq. 2).
 
     With k1 the best policy of the penalised reward is exactly π_ref · exp(score / coef), normalised. With no other estimator
@@ -150,8 +171,6 @@ class KLInReward:
     estimator: Estimator = "k1"
     coef: float = Field(default=0.05, ge=0, description=f"{COEF} Typical: 0.01 to 0.2.")
     controller: Controller = FixedCoef()
-    needs_reference: ClassVar[bool] = True
-    exact_loss: ClassVar[bool] = False
 
     @property
     def exact_reward(self) -> bool:
@@ -162,22 +181,14 @@ class KLInReward:
     ) -> Float[Tensor, "B T"]:
         return -self.coef * estimate(self.estimator, old_logprobs, ref_logprobs, exact)
 
-    def loss(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        ref_logprobs: Tensor | None,
-        exact: Tensor | None,
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
-        return torch.zeros_like(logprobs)
+    def coefficients(self) -> dict[str, float]:
+        return {"kl/coef": self.coef}
 
-    def adapt(self, metrics: Mapping[str, float]) -> "KLInReward":
+    def adapt(self, metrics: Mapping[str, float]) -> "KL":
         return dataclasses.replace(self, coef=self.controller(self.coef, metrics["kl"], metrics["responses"]))
 
 
-@part
-class KLInLoss:
+class KLInLoss(KL):
     """Token loss coef · w_t · KL(π ‖ π_ref), differentiated with the rest of the loss (Shao et al. 2024, GRPO, eq. 3–4).
 
     The weight w_t says which gradient that is:
@@ -196,8 +207,6 @@ class KLInLoss:
     coef: float = Field(default=0.04, ge=0, description=f"{COEF} Typical: 0.001 to 0.1.")
     weight: Literal["none", "token", "sequence"] = "none"
     controller: Controller = FixedCoef()
-    needs_reference: ClassVar[bool] = True
-    exact_reward: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _weighs_what_is_unbiased(self) -> "KLInLoss":
@@ -216,11 +225,6 @@ class KLInLoss:
     def exact_loss(self) -> bool:
         return self.estimator == "exact"
 
-    def reward(
-        self, old_logprobs: Float[Tensor, "B T"], ref_logprobs: Tensor | None, exact: Tensor | None
-    ) -> Float[Tensor, "B T"]:
-        return torch.zeros_like(old_logprobs)
-
     def loss(
         self,
         logprobs: Float[Tensor, "B T"],
@@ -238,5 +242,8 @@ class KLInLoss:
             log_weight = log_weight.cumsum(dim=1) - own
         return log_weight.clamp(-20, 20).exp() * penalty
 
-    def adapt(self, metrics: Mapping[str, float]) -> "KLInLoss":
+    def coefficients(self) -> dict[str, float]:
+        return {"kl/coef": self.coef}
+
+    def adapt(self, metrics: Mapping[str, float]) -> "KL":
         return dataclasses.replace(self, coef=self.controller(self.coef, metrics["kl"], metrics["responses"]))

@@ -1,16 +1,13 @@
-"""The surrogate that moves the policy, per token.
-
-Every part takes log-probs now and of π_old, advantages and the response mask, all [B T], and gives a loss per token;
-`clipped` says where it took the gradient away. Notation: ρ_t = π(token t) / π_old(token t).
-"""
+"""Policy losses: the loss per token that moves the policy. Notation: ρ_t = π(token t) / π_old(token t)."""
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from quartet.algorithms.kl import k3
 from quartet.algorithms.masked import masked
-from quartet.parts import Field, OrInf, part
+from quartet.parts import Family, Field, OrInf
 from quartet.tensors import Bool, Float, Tensor, torch
 
 BELOW = "Ratios below 1 − low are clipped."
@@ -48,64 +45,75 @@ def outside(ratio: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"], low: 
     return ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
 
 
-def nowhere(advantages: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    return torch.zeros_like(advantages, dtype=torch.bool)
+@dataclass(frozen=True)
+class Surrogate:
+    """What a policy loss is computed from, for each token of some responses. All are [B T]; entry t is of token t."""
+
+    logprobs: Float[Tensor, "B T"]
+    """log π(token t), with a gradient."""
+    old_logprobs: Float[Tensor, "B T"]
+    """log π_old(token t): of the policy that sampled."""
+    advantages: Float[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    """True at the response's tokens. A loss may hold anything elsewhere; it is not counted there."""
+
+    @property
+    def ratio(self) -> Float[Tensor, "B T"]:
+        """ρ_t, see `token_ratio`."""
+        return token_ratio(self.logprobs, self.old_logprobs)
+
+    @property
+    def sequence_ratio(self) -> Float[Tensor, "B T"]:
+        """The response's ratio at each of its tokens, see `sequence_ratio`."""
+        return sequence_ratio(self.logprobs, self.old_logprobs, self.mask)
 
 
-@part
-class Reinforce:
+class PolicyLoss(Family):
+    """The loss that moves the policy: one number per token, to be minimised.
+
+    A subclass implements `__call__`. Where it takes the gradient of some tokens away it also says where, in `clipped`, and
+    over which ratios, in `clip_range`: the clip fraction, the inspector and the doctor read them.
+    """
+
+    @property
+    def needs_step_kl(self) -> bool:
+        """Whether `adapt` reads the KL that a step has caused, the metric `policy/step_kl`."""
+        return False
+
+    def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
+        """Return the loss of each token."""
+        raise NotImplementedError
+
+    def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
+        """Return the tokens whose gradient the loss has taken away; by default none."""
+        return torch.zeros_like(tokens.mask)
+
+    def adapt(self, metrics: Mapping[str, float]) -> "PolicyLoss":
+        """Return the loss of the next step, after a step with these metrics; by default itself."""
+        return self
+
+
+class Reinforce(PolicyLoss):
     """ℓ_t = −A_t log π(token t) (Williams 1992): the first rungs of the ladder. With the return for an advantage it is
     −V log π; with a critic's advantage, the actor's loss of A2C."""
 
     type: Literal["reinforce"] = "reinforce"
 
-    def __call__(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
-        return -advantages * logprobs
-
-    def clipped(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Bool[Tensor, "B T"]:
-        return nowhere(advantages)
+    def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
+        return -tokens.advantages * tokens.logprobs
 
 
-@part
-class ImportanceWeighted:
+class ImportanceWeighted(PolicyLoss):
     """ℓ_t = −ρ_t A_t: several updates from one batch, and nothing that keeps them near it (Schulman et al. 2017, eq. 6).
     ρ = 1.5, A = 2: −3."""
 
     type: Literal["importance_weighted"] = "importance_weighted"
 
-    def __call__(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
-        return -token_ratio(logprobs, old_logprobs) * advantages
-
-    def clipped(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Bool[Tensor, "B T"]:
-        return nowhere(advantages)
+    def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
+        return -tokens.ratio * tokens.advantages
 
 
-@part
-class KLPenalty:
+class KLPenalty(PolicyLoss):
     """ℓ_t = −ρ_t A_t + β KL(π_old ‖ π) (Schulman et al. 2017, eq. 8 and section 4). The KL of the sampled token is
     ρ − 1 − log ρ, whose expectation under π_old, and whose gradient's, are the KL's.
 
@@ -117,33 +125,24 @@ class KLPenalty:
     beta: float = Field(default=1.0, ge=0, description="The weight of KL(π_old ‖ π): the controller's state.")
     target: float = Field(default=0.01, ge=0, description="δ, the KL per token of one step to aim at; 0 keeps beta fixed.")
 
-    def __call__(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
-        return -token_ratio(logprobs, old_logprobs) * advantages + self.beta * k3(old_logprobs, logprobs)
+    def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
+        return -tokens.ratio * tokens.advantages + self.beta * k3(tokens.old_logprobs, tokens.logprobs)
 
-    def clipped(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Bool[Tensor, "B T"]:
-        return nowhere(advantages)
+    @property
+    def needs_step_kl(self) -> bool:
+        return self.target > 0
 
-    def adapt(self, metrics: Mapping[str, float]) -> "KLPenalty":
+    def coefficients(self) -> dict[str, float]:
+        return {"policy/beta": self.beta}
+
+    def adapt(self, metrics: Mapping[str, float]) -> "PolicyLoss":
         kl = metrics.get("policy/step_kl")
         if self.target == 0 or kl is None or self.target / 1.5 <= kl <= 1.5 * self.target:
             return self
         return dataclasses.replace(self, beta=self.beta * (2.0 if kl > self.target else 0.5))
 
 
-@part
-class Clip:
+class Clip(PolicyLoss):
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), to be minimised:
 
         ℓ_t = −min(ρ_t A_t, clip(ρ_t, 1 − low, 1 + high) A_t)
@@ -157,27 +156,14 @@ class Clip:
     low: float = Field(default=0.2, gt=0, lt=1, description=f"{BELOW} Typical: 0.1 to 0.3.")
     high: OrInf = Field(default=0.2, gt=0, description=f"{ABOVE} Typical: 0.1 to 0.3.")
 
-    def __call__(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
-        return clip_surrogate(token_ratio(logprobs, old_logprobs), advantages, self.low, self.high)
+    def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
+        return clip_surrogate(tokens.ratio, tokens.advantages, self.low, self.high)
 
-    def clipped(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Bool[Tensor, "B T"]:
-        return outside(token_ratio(logprobs, old_logprobs), advantages, self.low, self.high)
+    def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
+        return outside(tokens.ratio, tokens.advantages, self.low, self.high)
 
 
-@part
-class DualClip:
+class DualClip(PolicyLoss):
     """Clip, and for A < 0 no loss above −cap · A (Ye et al. 2020): one token whose ratio exploded cannot drive the update.
 
     ρ = 10, A = −1, cap = 3: Clip says 10, this says min(10, 3) = 3, without a gradient. veRL has it always on.
@@ -188,29 +174,16 @@ class DualClip:
     high: OrInf = Field(default=0.2, gt=0, description=f"{ABOVE} Typical: 0.1 to 0.3.")
     cap: OrInf = Field(default=3.0, gt=1, description="The largest ratio that a token with A < 0 may count with.")
 
-    def __call__(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
-        loss = clip_surrogate(token_ratio(logprobs, old_logprobs), advantages, self.low, self.high)
-        return torch.where(advantages < 0, torch.minimum(loss, -self.cap * advantages), loss)
+    def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
+        loss = clip_surrogate(tokens.ratio, tokens.advantages, self.low, self.high)
+        return torch.where(tokens.advantages < 0, torch.minimum(loss, -self.cap * tokens.advantages), loss)
 
-    def clipped(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Bool[Tensor, "B T"]:
-        ratio = token_ratio(logprobs, old_logprobs)
-        return outside(ratio, advantages, self.low, self.high) | ((advantages < 0) & (ratio > self.cap))
+    def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
+        ratio = tokens.ratio
+        return outside(ratio, tokens.advantages, self.low, self.high) | ((tokens.advantages < 0) & (ratio > self.cap))
 
 
-@part
-class SequenceClip:
+class SequenceClip(PolicyLoss):
     """GSPO (Zheng et al. 2025): the clip acts on the whole response's ratio s = exp(mean log ρ_t).
 
     Written per token in the form of GSPO-token, which has GSPO's value and gradient where a response has one advantage.
@@ -221,27 +194,14 @@ class SequenceClip:
     low: float = Field(default=3e-4, gt=0, lt=1, description=f"{BELOW} GSPO: 3e-4.")
     high: OrInf = Field(default=4e-4, gt=0, description=f"{ABOVE} GSPO: 4e-4.")
 
-    def __call__(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
-        return clip_surrogate(sequence_ratio(logprobs, old_logprobs, mask), advantages, self.low, self.high)
+    def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
+        return clip_surrogate(tokens.sequence_ratio, tokens.advantages, self.low, self.high)
 
-    def clipped(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Bool[Tensor, "B T"]:
-        return outside(sequence_ratio(logprobs, old_logprobs, mask), advantages, self.low, self.high)
+    def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
+        return outside(tokens.sequence_ratio, tokens.advantages, self.low, self.high)
 
 
-@part
-class Cispo:
+class Cispo(PolicyLoss):
     """ℓ_t = −sg[clip(ρ_t, ratio_min, ratio_max)] A_t log π(token t) (MiniMax-M1, 2025, eq. 4): the weight is cut, the
     gradient of every token stays. On the first step, where ρ = 1, it is REINFORCE.
 
@@ -252,29 +212,12 @@ class Cispo:
     ratio_min: float = Field(default=0.0, ge=0, le=1)
     ratio_max: OrInf = Field(default=5.0, gt=1)
 
-    def __call__(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
-        weight = token_ratio(logprobs, old_logprobs).clamp(self.ratio_min, self.ratio_max).detach()
-        return -weight * advantages * logprobs
-
-    def clipped(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Bool[Tensor, "B T"]:
-        """Nowhere: where the weight is cut, the gradient stays."""
-        return nowhere(advantages)
+    def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
+        weight = tokens.ratio.clamp(self.ratio_min, self.ratio_max).detach()
+        return -weight * tokens.advantages * tokens.logprobs
 
 
-@part
-class Sapo:
+class Sapo(PolicyLoss):
     """ℓ_t = −(4/τ) σ(τ (ρ_t − 1)) A_t (SAPO, Gao et al. 2025): a soft gate in place of the clip; τ is `positive` where A > 0,
     else `negative`. At ρ = 1 its gradient is that of −ρ A. ρ = 1.5, A = 2, τ = 1: −4 · σ(0.5) · 2 = −4.98."""
 
@@ -282,29 +225,13 @@ class Sapo:
     positive: float = Field(default=1.0, gt=0)
     negative: float = Field(default=1.05, gt=0)
 
-    def __call__(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
-        ratio = token_ratio(logprobs, old_logprobs)
-        tau = torch.where(advantages > 0, self.positive, self.negative).to(ratio.dtype)
-        return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantages
-
-    def clipped(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Bool[Tensor, "B T"]:
-        return nowhere(advantages)
+    def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
+        ratio = tokens.ratio
+        tau = torch.where(tokens.advantages > 0, self.positive, self.negative).to(ratio.dtype)
+        return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * tokens.advantages
 
 
-@part
-class Gmpo:
+class Gmpo(PolicyLoss):
     """ℓ_t = −A_t (Π_s ρ̃_s)^{1/|o|} (GMPO, Zhao et al. 2025, algorithm 1): the geometric mean of the response's ratios, each
     cut in the log at +window where A > 0 and at −window where A < 0.
 
@@ -314,24 +241,12 @@ class Gmpo:
     type: Literal["gmpo"] = "gmpo"
     window: float = Field(default=0.4, gt=0, description="In the log: ratios are held within e^−window and e^window.")
 
-    def __call__(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
-        log_ratio = masked(logprobs - old_logprobs, mask)
-        kept = torch.where(advantages > 0, log_ratio.clamp(max=self.window), log_ratio.clamp(min=-self.window))
-        mean = kept.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        return -advantages * mean.clamp(-20, 20).exp()
+    def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
+        log_ratio = masked(tokens.logprobs - tokens.old_logprobs, tokens.mask)
+        kept = torch.where(tokens.advantages > 0, log_ratio.clamp(max=self.window), log_ratio.clamp(min=-self.window))
+        mean = kept.sum(dim=1, keepdim=True) / tokens.mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return -tokens.advantages * mean.clamp(-20, 20).exp()
 
-    def clipped(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Bool[Tensor, "B T"]:
-        log_ratio = logprobs - old_logprobs
-        return torch.where(advantages > 0, log_ratio > self.window, log_ratio < -self.window)
+    def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
+        log_ratio = tokens.logprobs - tokens.old_logprobs
+        return torch.where(tokens.advantages > 0, log_ratio > self.window, log_ratio < -self.window)

@@ -4,10 +4,10 @@ A comparison is a prompt with two responses, of which the first was preferred. P
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from quartet.algorithms.masked import masked
-from quartet.parts import Field, part
+from quartet.parts import Family, Field
 from quartet.tensors import Bool, Float, Int, Tensor, torch
 
 # --- reward models -------------------------------------------------------------------------------------------------------
@@ -44,12 +44,28 @@ def after_divergence(
     return apart.cummax(dim=1).values & (columns < torch.maximum(chosen_lengths, rejected_lengths)[:, None])
 
 
-@part
-class LastTokenLoss:
-    """Bradley–Terry on the scores at the last tokens, less the comparison's margin where its row has one, plus
-    centring · (r_chosen + r_rejected)²."""
+class RewardModelLoss(Family):
+    """The loss of a reward model on comparisons."""
 
     needs_every_token: ClassVar[bool] = False
+    """Whether it reads the head at every token, and not at the last ones only."""
+
+    def __call__(
+        self,
+        chosen: Float[Tensor, "P T"],
+        rejected: Float[Tensor, "P T"],
+        chosen_lengths: Int[Tensor, "P"],
+        rejected_lengths: Int[Tensor, "P"],
+        differs: Bool[Tensor, "P T"],
+        margins: Float[Tensor, "P"],
+    ) -> Float[Tensor, "P"]:
+        """Return the loss of each comparison, from the head's outputs; `differs` is `after_divergence`."""
+        raise NotImplementedError
+
+
+class LastTokenLoss(RewardModelLoss):
+    """Bradley–Terry on the scores at the last tokens, less the comparison's margin where its row has one, plus
+    centring · (r_chosen + r_rejected)²."""
 
     type: Literal["last_token"] = "last_token"
     centring: float = Field(default=0.0, ge=0, description="Holds the mean score near 0. Typical: 0.01.")
@@ -68,8 +84,7 @@ class LastTokenLoss:
         return bradley_terry(good, bad, margins) + self.centring * centring(good, bad)
 
 
-@part
-class PerTokenLoss:
+class PerTokenLoss(RewardModelLoss):
     """The mean of Bradley–Terry over every token after the point of divergence (DeepSpeed-Chat). Evaluation still reads the
     last token.
 
@@ -77,7 +92,7 @@ class PerTokenLoss:
     the side's last token.
     """
 
-    needs_every_token: ClassVar[bool] = True
+    needs_every_token = True
 
     type: Literal["per_token"] = "per_token"
 
@@ -102,9 +117,6 @@ def at(outputs: Float[Tensor, "P T"], lengths: Int[Tensor, "P"]) -> Float[Tensor
     return outputs.gather(1, lengths[:, None] - 1)[:, 0]
 
 
-RewardModelLoss = Annotated[LastTokenLoss | PerTokenLoss, Field(discriminator="type")]
-
-
 # --- the DPO family ------------------------------------------------------------------------------------------------------
 
 
@@ -127,8 +139,19 @@ class Pairs:
         return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
 
 
-@part
-class Dpo:
+class PreferenceLoss(Family):
+    """The loss of a policy on comparisons."""
+
+    needs_reference: ClassVar[bool] = False
+    needs_kl: ClassVar[bool] = False
+    """Whether it reads an estimate of the policy's KL from the reference."""
+
+    def __call__(self, pairs: Pairs) -> Float[Tensor, "P"]:
+        """Return the loss of each comparison."""
+        raise NotImplementedError
+
+
+class Dpo(PreferenceLoss):
     """−(1 − ε) log σ(h) − ε log σ(−h) with h = β (log π/π_ref of the chosen − of the rejected) (Rafailov et al. 2023, eq. 7);
     ε > 0, the chance that a label is wrong, is conservative DPO (Mitchell 2023).
 
@@ -138,8 +161,7 @@ class Dpo:
     type: Literal["dpo"] = "dpo"
     beta: float = Field(default=0.1, gt=0, description="How dear it is to leave the reference. Typical: 0.01 to 0.5.")
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="The share of labels that are wrong.")
-    needs_reference: ClassVar[bool] = True
-    needs_kl: ClassVar[bool] = False
+    needs_reference = True
 
     def __call__(self, pairs: Pairs) -> Float[Tensor, "P"]:
         chosen, rejected = pairs.log_ratios()
@@ -148,23 +170,20 @@ class Dpo:
         return -(1 - self.label_smoothing) * log_sigmoid(h) - self.label_smoothing * log_sigmoid(-h)
 
 
-@part
-class Ipo:
+class Ipo(PreferenceLoss):
     """(log-ratio of the chosen − of the rejected − 1 / (2β))² (Azar et al. 2023, eq. 17): a target for the difference in
     place of "ever larger". Log-ratios 2 and −1, β = 0.1: (3 − 5)² = 4."""
 
     type: Literal["ipo"] = "ipo"
     beta: float = Field(default=0.1, gt=0, description="τ in the paper. Typical: 0.01 to 0.5.")
-    needs_reference: ClassVar[bool] = True
-    needs_kl: ClassVar[bool] = False
+    needs_reference = True
 
     def __call__(self, pairs: Pairs) -> Float[Tensor, "P"]:
         chosen, rejected = pairs.log_ratios()
         return (chosen - rejected - 1 / (2 * self.beta)).square()
 
 
-@part
-class Kto:
+class Kto(PreferenceLoss):
     """w₊ (1 − σ(β (log-ratio of the chosen − z))) + w₋ (1 − σ(β (z − log-ratio of the rejected))) (Ethayarajh et al. 2024,
     eq. 8): each response is good or bad by itself.
 
@@ -178,8 +197,8 @@ class Kto:
     beta: float = Field(default=0.1, gt=0)
     desirable: float = Field(default=1.0, gt=0, description="Weight of the chosen responses.")
     undesirable: float = Field(default=1.0, gt=0, description="Weight of the rejected responses.")
-    needs_reference: ClassVar[bool] = True
-    needs_kl: ClassVar[bool] = True
+    needs_reference = True
+    needs_kl = True
 
     def __call__(self, pairs: Pairs) -> Float[Tensor, "P"]:
         chosen, rejected = pairs.log_ratios()
@@ -188,8 +207,7 @@ class Kto:
         return torch.where(pairs.chosen_tokens > 0, good, 0.0) + torch.where(pairs.rejected_tokens > 0, bad, 0.0)
 
 
-@part
-class Orpo:
+class Orpo(PreferenceLoss):
     """−mean log π(chosen) − λ log σ(log odds(chosen) − log odds(rejected)), odds = p / (1 − p) with p the geometric mean of a
     response's token probabilities (Hong et al. 2024, eq. 6–7): imitation and preference in one stage, without a reference.
 
@@ -198,8 +216,6 @@ class Orpo:
 
     type: Literal["orpo"] = "orpo"
     weight: float = Field(default=0.1, ge=0, description="λ in the paper.")
-    needs_reference: ClassVar[bool] = False
-    needs_kl: ClassVar[bool] = False
 
     def __call__(self, pairs: Pairs) -> Float[Tensor, "P"]:
         chosen, rejected = pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
@@ -212,25 +228,20 @@ def log_odds_of(logprobs: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
     return logprobs - torch.log(-torch.expm1(logprobs.clamp(max=-1e-7)))
 
 
-@part
-class Simpo:
+class Simpo(PreferenceLoss):
     """−log σ(β (mean log π(chosen) − mean log π(rejected)) − γ) (Meng et al. 2024, eq. 6): means over tokens, no reference.
     Means −1 and −2, β = 2, γ = 1: −log σ(1) = 0.3133."""
 
     type: Literal["simpo"] = "simpo"
     beta: float = Field(default=2.0, gt=0, description="Typical: 2 to 2.5.")
     gamma: float = Field(default=1.0, ge=0, description="The margin to win by. Typical: 0.3 to 1.6.")
-    needs_reference: ClassVar[bool] = False
-    needs_kl: ClassVar[bool] = False
 
     def __call__(self, pairs: Pairs) -> Float[Tensor, "P"]:
         difference = pairs.chosen / pairs.chosen_tokens - pairs.rejected / pairs.rejected_tokens
         return -torch.nn.functional.logsigmoid(self.beta * difference - self.gamma)
 
 
-PreferenceLoss = Annotated[Dpo | Ipo | Kto | Orpo | Simpo, Field(discriminator="type")]
-
-PREFERENCES: dict[str, Dpo | Ipo | Kto | Orpo | Simpo] = {
+PREFERENCES: dict[str, PreferenceLoss] = {
     "dpo": Dpo(),
     "cdpo": Dpo(label_smoothing=0.1),
     "ipo": Ipo(),

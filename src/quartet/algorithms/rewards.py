@@ -6,18 +6,28 @@ given to tokens (`algorithm.rewards`), and the KL penalty is added.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from quartet.algorithms.masked import masked, masked_mean, whiten
 from quartet.experience import Batch
-from quartet.parts import Field, part
+from quartet.parts import Family, Field
 from quartet.tensors import Bool, Float, Int, Tensor, torch
 
 # --- shaping the score -----------------------------------------------------------------------------------------------------
 
 
-@part
-class ClipScore:
+class ScoreShape(Family):
+    """What is done to the score of each response before tokens get it."""
+
+    def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
+        raise NotImplementedError
+
+    def adapt(self, metrics: Mapping[str, float]) -> "ScoreShape":
+        """Return the part of the next step, after a step with these metrics; by default itself."""
+        return self
+
+
+class ClipScore(ScoreShape):
     """clip(score, ±limit): bounds what one outlier of the reward model can do to an update (DeepSpeed-Chat: 5)."""
 
     type: Literal["clip"] = "clip"
@@ -27,8 +37,7 @@ class ClipScore:
         return scores.clamp(-self.limit, self.limit)
 
 
-@part
-class RunningScale:
+class RunningScale(ScoreShape):
     """score / σ, or (score − μ) / σ with `centre`, by the mean and sample deviation of all scores so far, this step's
     included (Zheng et al. 2023, PPO-max).
 
@@ -47,7 +56,7 @@ class RunningScale:
         deviation = (seen.squares / max(seen.count - 1, 1)) ** 0.5
         return (scores - seen.mean if self.centre else scores) / (deviation or 1.0)
 
-    def adapt(self, metrics: Mapping[str, float]) -> "RunningScale":
+    def adapt(self, metrics: Mapping[str, float]) -> "ScoreShape":
         return self._seen(metrics["responses"], metrics["reward"], metrics["reward/std"] ** 2)
 
     def _seen(self, count: float, mean: float, variance: float) -> "RunningScale":
@@ -62,8 +71,7 @@ class RunningScale:
         )
 
 
-@part
-class MissingEos:
+class MissingEos(ScoreShape):
     """What a response that was cut off gets: `penalty` off its score, or, with `replace`, −penalty for a score (Stiennon et
     al. 2020: −1, whatever the reward model says of half a summary)."""
 
@@ -76,8 +84,7 @@ class MissingEos:
         return torch.where(batch.ended, scores, cut_off)
 
 
-@part
-class SoftOverlong:
+class SoftOverlong(ScoreShape):
     """DAPO's soft punishment (Yu et al. 2025, eq. 13): 0 up to max_tokens − buffer tokens, then down in a straight line to
     −1 at max_tokens, −1 beyond. With max_tokens = 20, buffer = 5, a response of 17 tokens: (15 − 17) / 5 = −0.4."""
 
@@ -90,8 +97,7 @@ class SoftOverlong:
         return scores + ((self.max_tokens - self.buffer - tokens) / self.buffer).clamp(-1, 0).to(scores.dtype)
 
 
-@part
-class LengthPenalty:
+class LengthPenalty(ScoreShape):
     """coef · number of response tokens off the score: what a token must be worth to be written."""
 
     type: Literal["length"] = "length"
@@ -99,12 +105,6 @@ class LengthPenalty:
 
     def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
         return scores - self.coef * batch.response_mask.sum(dim=1).to(scores.dtype)
-
-
-ScorePart = Annotated[
-    ClipScore | RunningScale | MissingEos | SoftOverlong | LengthPenalty,
-    Field(discriminator="type"),
-]
 
 
 # --- giving it to tokens ---------------------------------------------------------------------------------------------------
@@ -129,30 +129,44 @@ def whiten_keeping_mean(rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
     return masked(whiten(rewards, mask) + masked_mean(rewards, mask), mask)
 
 
-@part
-class LastToken:
+class Rewards(Family):
+    """Which tokens get the score of a response."""
+
+    needs_token_scores: ClassVar[bool] = False
+    """Whether it reads `batch.token_scores`."""
+    shapes_scores: ClassVar[bool] = True
+    """Whether the shaped score of a response (`algorithm.scores`) has a place in it."""
+
+    @property
+    def whiten(self) -> bool:
+        """Whether the rewards of all tokens are whitened, with their mean kept."""
+        return False
+
+    def score(self, batch: Batch) -> Float[Tensor, "B"]:
+        """Return the score of each response, before it is shaped."""
+        return batch.scores
+
+    def place(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B T"]:
+        """Return the reward of each token, given the shaped scores."""
+        raise NotImplementedError
+
+
+class LastToken(Rewards):
     """r_T = score on the last response token, 0 on every other (Ziegler et al. 2019)."""
 
     type: Literal["last_token"] = "last_token"
     whiten: bool = False
-    needs_token_scores: ClassVar[bool] = False
-    shapes_scores: ClassVar[bool] = True
-
-    def score(self, batch: Batch) -> Float[Tensor, "B"]:
-        return batch.scores
 
     def place(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B T"]:
         return at_last_token(scores, batch.response_mask)
 
 
-@part
-class MeanOfTokens:
+class MeanOfTokens(Rewards):
     """The score is the mean of the reward model's values at every response token; it goes to the last."""
 
     type: Literal["mean_of_tokens"] = "mean_of_tokens"
     whiten: bool = False
-    needs_token_scores: ClassVar[bool] = True
-    shapes_scores: ClassVar[bool] = True
+    needs_token_scores = True
 
     def score(self, batch: Batch) -> Float[Tensor, "B"]:
         assert batch.token_scores is not None, "mean_of_tokens needs a score for each token"
@@ -163,17 +177,13 @@ class MeanOfTokens:
         return at_last_token(scores, batch.response_mask)
 
 
-@part
-class EveryToken:
+class EveryToken(Rewards):
     """Every token keeps its own score: the reward model read at each of them, or dense rewards that the user gives."""
 
     type: Literal["every_token"] = "every_token"
     whiten: bool = False
-    needs_token_scores: ClassVar[bool] = True
-    shapes_scores: ClassVar[bool] = False
-
-    def score(self, batch: Batch) -> Float[Tensor, "B"]:
-        return batch.scores
+    needs_token_scores = True
+    shapes_scores = False
 
     def place(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B T"]:
         assert batch.token_scores is not None, "every_token needs a score for each token"

@@ -1,21 +1,34 @@
 """What the critic minimises, per token."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from quartet.parts import Field, OrInf, part
+from quartet.parts import Family, Field, OrInf
 from quartet.tensors import Float, Tensor, torch
 
 
-@part
-class NoValueLoss:
+class ValueLoss(Family):
+    """What the critic minimises, per token."""
+
+    trains_critic: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        values: Float[Tensor, "B T"],
+        old_values: Float[Tensor, "B T"],
+        returns: Float[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        """Return the loss of each token's value."""
+        raise NotImplementedError
+
+
+class NoValueLoss(ValueLoss):
     """There is no critic."""
 
     type: Literal["none"] = "none"
-    trains_critic: ClassVar[bool] = False
+    trains_critic = False
 
 
-@part
-class ClippedValueLoss:
+class ClippedValueLoss(ValueLoss):
     """coef · ½ max((V − R)², (clip(V, V_old ± clip) − R)²), as in OpenAI's PPO2 and Ziegler et al. 2019.
 
     The maximum is the pessimistic side: a value that has moved further than `clip` towards its target stops moving, one
@@ -33,7 +46,6 @@ class ClippedValueLoss:
         gt=0,
         description="The weight beside the policy loss; it matters where actor and critic share a trunk.",
     )
-    trains_critic: ClassVar[bool] = True
 
     def __call__(
         self,
@@ -45,6 +57,3 @@ class ClippedValueLoss:
             values = values.float()
         near = torch.clamp(values, old_values - self.clip, old_values + self.clip)
         return self.coef * torch.maximum((values - returns).square(), (near - returns).square()) / 2
-
-
-ValueLoss = Annotated[NoValueLoss | ClippedValueLoss, Field(discriminator="type")]

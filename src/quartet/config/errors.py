@@ -12,6 +12,7 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from quartet.config.tables import Config, did_you_mean
+from quartet.parts import Family
 
 Table = dict[str, Any]
 
@@ -166,7 +167,9 @@ def _known_keys(owner: Any, prefix: str = "") -> Iterator[str]:
 
 def _parts_in(hint: Any) -> Iterator[Any]:
     """The parts that a type hint mentions, through unions, lists and annotations."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and Family in hint.__bases__:
+        yield from hint.members.values()  # type: ignore[attr-defined]
+    elif dataclasses.is_dataclass(hint):
         yield hint
     elif typing.get_origin(hint) in {typing.Union, types.UnionType, tuple, typing.Annotated}:
         for inner in typing.get_args(hint):

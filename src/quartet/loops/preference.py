@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from quartet.algorithms.preference import Dpo, Ipo, Kto, Orpo, Pairs, Simpo
+from quartet.algorithms.preference import Pairs, PreferenceLoss
 from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
 from quartet.distributed.team import ALONE, Team
@@ -82,7 +82,7 @@ def preference(
     model: Any,
     reference: Any | None,
     comparisons: Source,
-    loss: Dpo | Ipo | Kto | Orpo | Simpo,
+    loss: PreferenceLoss,
     optimizer: Optimizer,
     steps: int,
     budget: Budget,
@@ -99,7 +99,7 @@ def _step(
     model: Any,
     reference: Any | None,
     batch: Sequence[Comparison],
-    loss: Dpo | Ipo | Kto | Orpo | Simpo,
+    loss: PreferenceLoss,
     optimizer: Optimizer,
     team: Team,
     micro_batch_tokens: int,
@@ -114,7 +114,7 @@ def held_out_preference(
     model: Any,
     reference: Any | None,
     comparisons: Sequence[Comparison],
-    loss: Dpo | Ipo | Kto | Orpo | Simpo,
+    loss: PreferenceLoss,
     micro_batch_tokens: int,
     team: Team = ALONE,
 ) -> dict[str, float]:
@@ -152,7 +152,7 @@ def _losses(
     model: Any,
     reference: Any | None,
     batch: Sequence[Comparison],
-    loss: Dpo | Ipo | Kto | Orpo | Simpo,
+    loss: PreferenceLoss,
     micro_batch_tokens: int,
     seen: list[Pairs],
     team: Team,

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from quartet.algorithms.preference import LastTokenLoss, PerTokenLoss, after_divergence, at
+from quartet.algorithms.preference import RewardModelLoss, after_divergence, at
 from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
 from quartet.distributed.team import ALONE, Team
@@ -23,7 +23,7 @@ from quartet.training.optim import Optimizer
 def reward_model(
     model: ScalarModel,
     comparisons: Sampler[Comparison],
-    loss: LastTokenLoss | PerTokenLoss,
+    loss: RewardModelLoss,
     optimizer: Optimizer,
     steps: int,
     budget: Budget,
@@ -39,7 +39,7 @@ def reward_model(
 def _step(
     model: ScalarModel,
     batch: Sequence[Comparison],
-    loss: LastTokenLoss | PerTokenLoss,
+    loss: RewardModelLoss,
     optimizer: Optimizer,
     team: Team,
     micro_batch_tokens: int,
@@ -76,7 +76,7 @@ def pair_accuracy(model: ScalarModel, comparisons: Sequence[Comparison], micro_b
 def _losses(
     model: ScalarModel,
     batch: Sequence[Comparison],
-    loss: LastTokenLoss | PerTokenLoss,
+    loss: RewardModelLoss,
     micro_batch_tokens: int,
     margins: Float[Tensor, "P"],
     team: Team,

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from quartet.algorithms.algorithm import Algorithm
-from quartet.algorithms.kl import NoKL, k1, k2, k3
+from quartet.algorithms.kl import k1, k2, k3
 from quartet.algorithms.masked import group_mean, masked, masked_mean
-from quartet.algorithms.policy_loss import KLPenalty
 from quartet.experience import Batch, Experience, Rollout
 from quartet.tensors import Bool, Float, Tensor
 
@@ -69,11 +68,9 @@ def groups_without_signal(batch: Batch) -> float:
 
 def state_metrics(algorithm: Algorithm) -> dict[str, float]:
     """The coefficients that adapt, as this step used them."""
-    metrics = {}
-    if not isinstance(algorithm.kl, NoKL):
-        metrics["kl/coef"] = algorithm.kl.coef
-    if isinstance(algorithm.policy_loss, KLPenalty):
-        metrics["policy/beta"] = algorithm.policy_loss.beta
+    metrics: dict[str, float] = {}
+    for piece in (algorithm.kl, algorithm.policy_loss, *algorithm.scores):
+        metrics |= piece.coefficients()
     return metrics
 
 
