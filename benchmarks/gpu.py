@@ -24,7 +24,7 @@ import workload as w
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.sampler import Sampler
 from quartet.generation.sampling import Sampling
-from quartet.loops.collect import collect
+from quartet.loops.collect import Collector
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
 from quartet.models.trunk import checkpoint_blocks
@@ -193,24 +193,24 @@ def step(shape, model, device, clock, reach, preset):
     rewards = [Weighted(judge if critic is None else ModelReward(freeze(copy.deepcopy(critic)), 16_384), 1.0)]
     epochs = 1 if critic is None else 4
     tokens_per_pass = 16_384
+    sampling = Sampling(max_new_tokens=shape.limit)
     learner = Learner(
         Separate(actor, critic),
         reference,
         Optim(lr=1e-6, epochs=epochs),
-        1.0,
+        sampling,
         steps=2,
-        seed=0,
         micro_batch_tokens=tokens_per_pass,
     )
     made = ours.generator(actor, size, rows)
     made.lengths = made.lengths.to(device)
-    sampler, sampling = Sampler(prompts, len(prompts), 0), Sampling(max_new_tokens=shape.limit)
+    collector = Collector(Sampler(prompts, len(prompts), 0), made, rewards, samples)
     for _ in range(2):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         took = {}
-        took["generate and reward"], rollouts = clock(lambda: collect(sampler, made, sampling, samples, rewards, algorithm))
-        took["score"], batch = clock(functools.partial(learner.score, rollouts, algorithm))
+        took["generate and reward"], collected = clock(lambda: collector.collect(algorithm, sampling))
+        took["score"], batch = clock(functools.partial(learner.score, collected.rollouts, algorithm))
         took["update"], _ = clock(functools.partial(learner.update, algorithm.experience(batch), algorithm))
         made.load_weights(learner.weights())
     tokens = int(batch.lengths.sum())

@@ -18,6 +18,7 @@ from quartet.distributed.team import micro_batches
 from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
+from quartet.loops.collect import Collector
 from quartet.loops.reward_model import reward_model as reward_model_loop
 from quartet.loops.rl import rl
 from quartet.loops.sft import sft as sft_loop
@@ -80,19 +81,11 @@ def ppo(size, repeats):
     actor = w.language_model(size)
     critic, judge = (ScalarModel(w.scalar_model(size, seed)) for seed in (2, 1))
     optim = Optim(lr=1e-5, critic_lr=1e-5, epochs=4, minibatches=1)
-    learner = Learner(Separate(actor, critic), freeze(w.language_model(size)), optim, 1.0, steps=repeats + 1, seed=0)
+    sampling = Sampling(max_new_tokens=size.limit)
+    learner = Learner(Separate(actor, critic), freeze(w.language_model(size)), optim, sampling, steps=repeats + 1)
     asked = Sampler(prompts(size, rows), rows, 0)
     rewards = [Weighted(ModelReward(freeze(judge), MICRO_BATCH_TOKENS), 1.0)]
-    steps = rl(
-        asked,
-        generator(actor, size, rows),
-        Sampling(max_new_tokens=size.limit),
-        1,
-        rewards,
-        learner,
-        ALGORITHMS["ppo"],
-        repeats + 1,
-    )
+    steps = rl(Collector(asked, generator(actor, size, rows), rewards), learner, ALGORITHMS["ppo"])
     w.report(seconds=steps_of(steps, repeats), tokens=sum(w.response_lengths(size.limit, rows)), optimizer_steps=4)
 
 
@@ -100,21 +93,11 @@ def grpo(size, repeats, preset="grpo"):
     samples = 8
     actor = w.language_model(size)
     algorithm = ALGORITHMS[preset]
-    learner = Learner(
-        Separate(actor, None), freeze(w.language_model(size)), Optim(lr=1e-5, epochs=1), 1.0, steps=repeats + 1, seed=0
-    )
+    sampling, optim = Sampling(max_new_tokens=size.limit), Optim(lr=1e-5, epochs=1)
+    learner = Learner(Separate(actor, None), freeze(w.language_model(size)), optim, sampling, steps=repeats + 1)
     rewards = [Weighted(TextReward("length", lambda _, response: float(len(response))), 1.0)]
     asked = Sampler(prompts(size, size.rows // samples), size.rows // samples, 0)
-    steps = rl(
-        asked,
-        generator(actor, size, size.rows),
-        Sampling(max_new_tokens=size.limit),
-        samples,
-        rewards,
-        learner,
-        algorithm,
-        repeats + 1,
-    )
+    steps = rl(Collector(asked, generator(actor, size, size.rows), rewards, samples), learner, algorithm)
     w.report(seconds=steps_of(steps, repeats), tokens=sum(w.response_lengths(size.limit, size.rows)), optimizer_steps=1)
 
 

@@ -111,7 +111,7 @@ class Family:
 def _declare_type(cls: type[Any]) -> str | None:
     """Give a member its field `type`, and return its default: what it is registered as. None where the class inherits the
     field and adds nothing, as an abstract class does."""
-    annotations = cls.__dict__.get("__annotations__", {})
+    annotations = inspect.get_annotations(cls)
     if get_origin(annotations.get("type")) is Literal:
         name: str = cls.__dict__["type"]
         return name

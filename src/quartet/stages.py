@@ -24,6 +24,7 @@ from quartet.experience import Prompt, Rollout
 from quartet.generation.native import NativeGenerator
 from quartet.generation.protocol import Generator as Generates
 from quartet.generation.sampling import Sampling
+from quartet.loops.collect import Collector
 from quartet.loops.preference import Source, held_out_preference, preference
 from quartet.loops.progress import Progress
 from quartet.loops.reward_model import accuracy_of, pair_accuracy, pair_scores, reward_model
@@ -337,9 +338,9 @@ class RLStage:
                 probe(0)
             else:
                 cast.generator.load_weights(cast.learner.weights())
-            players = prompts, cast.generator, self.sampling, self.samples_per_prompt, cast.rewards, cast.learner
-            loop = rl_async(*players, algorithm.now, self.num_steps, ahead, done) if self.staleness else None
-            for step in loop or rl(*players, algorithm.now, self.num_steps, done):
+            collector = Collector(prompts, cast.generator, cast.rewards, self.samples_per_prompt)
+            loop = rl_async(collector, cast.learner, algorithm.now, ahead, done) if self.staleness else None
+            for step in loop or rl(collector, cast.learner, algorithm.now, done):
                 algorithm.now = step.algorithm
                 if step.number % math.ceil(self.num_steps / PROBED_TIMES) == 0 or step.number == self.num_steps:
                     probe(step.number)

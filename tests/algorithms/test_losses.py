@@ -43,8 +43,12 @@ def test_the_six_cases_of_the_clip(case, ratio, advantage, loss, gradient):
 
 def test_an_asymmetric_clip_lets_good_tokens_rise_further():
     wide = Clip(low=0.2, high=0.28)
-    assert wide(Surrogate(torch.tensor([[math.log(1.25)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE)).item() == pytest.approx(-1.25)
-    assert wide(Surrogate(torch.tensor([[math.log(1.5)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE)).item() == pytest.approx(-1.28)
+    assert wide(Surrogate(torch.tensor([[math.log(1.25)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE)).item() == pytest.approx(
+        -1.25
+    )
+    assert wide(Surrogate(torch.tensor([[math.log(1.5)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE)).item() == pytest.approx(
+        -1.28
+    )
 
 
 def test_an_absurd_ratio_stays_finite():

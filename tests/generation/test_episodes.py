@@ -15,6 +15,7 @@ from quartet.generation.episodes import Episodes
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.generation.scripted import ScriptedGenerator
+from quartet.loops.collect import Collector
 from quartet.loops.rl import rl
 from quartet.loops.sft import sft
 from quartet.models.actor_critic import Separate, freeze
@@ -121,10 +122,10 @@ def test_games_can_be_trained_on_by_ppo_and_by_grpo(name, player):
     critic = ScalarModel.from_trunk(actor, 0, 0) if name == "ppo" else None
     algorithm = ALGORITHMS[name]
     reference = freeze(copy.deepcopy(player)) if algorithm.needs_reference else None
-    learner = Learner(Separate(actor, critic), reference, Optim(lr=3e-3, critic_lr=3e-3, epochs=1, minibatches=2), 1.0, 6, 0)
+    learner = Learner(Separate(actor, critic), reference, Optim(lr=3e-3, critic_lr=3e-3, epochs=1, minibatches=2), SAMPLING, 6)
     generator = episodes(NativeGenerator(actor, TOKENIZER, frozenset({1}), 0))
     reward = [Weighted(EnvironmentReward())]
-    steps = list(rl(Sampler(game_prompts(32), 16, 0), generator, SAMPLING, 4, reward, learner, algorithm, 6))
+    steps = list(rl(Collector(Sampler(game_prompts(32), 16, 0), generator, reward, 4), learner, algorithm))
     assert all(step.metrics["ratio/first_error"] < 1e-4 for step in steps)
     assert learner.sampler_agrees is True
     assert max(len(r.response_ids) for r in steps[0].rollouts) > 6

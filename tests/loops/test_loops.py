@@ -18,7 +18,7 @@ from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.generation.scripted import ScriptedGenerator
 from quartet.loops import progress
-from quartet.loops.collect import collect
+from quartet.loops.collect import Collector
 from quartet.loops.preference import OnlinePairs, held_out_preference, preference
 from quartet.loops.reward_model import pair_accuracy, reward_model
 from quartet.loops.rl import rl
@@ -87,6 +87,9 @@ def test_the_reward_model_learns_the_preference():
     assert pair_accuracy(made, swapped, 4096) == 0
 
 
+SAMPLING = Sampling(max_new_tokens=6)
+
+
 def goodness(prompt, response):
     return float(response.split().count("good") - response.split().count("bad"))
 
@@ -102,12 +105,14 @@ def run_rl(preset, critic, steps=30, samples=1, seed=0, algorithm=None, stalenes
     make = TrustRegionLearner if algorithm.update.type == "trust_region" else Learner
     pretraining = Sampler(demonstrations(), 4, seed) if algorithm.ptx.coef else None
     optim = Optim(lr=3e-3, critic_lr=3e-3, epochs=2, ema=0.9)
-    learner = make(models, freeze(copy.deepcopy(actor)), optim, 1.0, steps, seed, pretraining)
+    learner = make(models, freeze(copy.deepcopy(actor)), optim, SAMPLING, steps, seed, pretraining)
     sampled = copy.deepcopy(actor) if staleness else actor
     generator = NativeGenerator(sampled, tokenizer(), frozenset({END}), seed, copied=staleness > 0)
     rewards = [Weighted(TextReward("goodness", goodness))]
-    players = Sampler(prompts(16), 16, seed), generator, Sampling(max_new_tokens=6), samples, rewards, learner, algorithm, steps
-    return rl_async(*players, Ahead(staleness)) if staleness else rl(*players)
+    collector = Collector(Sampler(prompts(16), 16, seed), generator, rewards, samples)
+    if staleness:
+        return rl_async(collector, learner, algorithm, Ahead(staleness))
+    return rl(collector, learner, algorithm)
 
 
 def improvement(steps):
@@ -214,7 +219,7 @@ def collected(algorithm, answers, scores, groups=3):
     scripted = ScriptedGenerator(answers, tokenizer())
     worth = dict(zip(answers, scores, strict=True))
     reward = [Weighted(TextReward("worth", lambda prompt, response: worth[response]))]
-    return collect(Sampler(prompts(groups), groups, 0), scripted, Sampling(max_new_tokens=6), 2, reward, algorithm)[0]
+    return Collector(Sampler(prompts(groups), groups, 0), scripted, reward, 2).collect(algorithm, SAMPLING).rollouts
 
 
 def test_dynamic_sampling_fills_the_step_with_groups_that_have_a_signal():
@@ -240,7 +245,8 @@ def test_responses_without_a_score_are_left_out_and_counted():
 
     scripted = ScriptedGenerator(["good", "bad"], tokenizer())
     grpo = dataclasses.replace(ALGORITHMS["grpo"], kl=NoKL())
-    made, unscored = collect(Sampler(prompts(2), 2, 0), scripted, Sampling(max_new_tokens=6), 2, [Weighted(Shy())], grpo)
+    found = Collector(Sampler(prompts(2), 2, 0), scripted, [Weighted(Shy())], 2).collect(grpo, SAMPLING)
+    made, unscored = found.rollouts, found.unscored
     assert [(r.group, r.score) for r in made] == [(0, 0.0), (0, 1.0), (1, 3.0)] and unscored == 0.25
     advantages = grpo.experience(collate(made, torch.device("cpu"))).advantages
     assert advantages[0].min() < 0 < advantages[1].max()
@@ -251,7 +257,8 @@ def test_remax_compares_with_the_greedy_answer_to_the_same_prompt():
     actor = model()
     generator = NativeGenerator(actor, tokenizer(), frozenset({END}), 0)
     reward = [Weighted(TextReward("length", lambda prompt, response: float(len(response))))]
-    made = collect(Sampler(prompts(4), 4, 0), generator, Sampling(max_new_tokens=6), 3, reward, ALGORITHMS["remax"])[0]
+    collector = Collector(Sampler(prompts(4), 4, 0), generator, reward, 3)
+    made = collector.collect(ALGORITHMS["remax"], SAMPLING).rollouts
     assert all(r.greedy_score is not None for r in made)
     for rollout in made:
         ids, text = list(rollout.prompt.ids), ""
@@ -285,7 +292,7 @@ class Dense:
 def test_dense_rewards_reach_their_tokens():
     dense = dataclasses.replace(ALGORITHMS["reinforce"], rewards=EveryToken(), scores=(), kl=NoKL())
     scripted = ScriptedGenerator(["good bad good"], tokenizer())
-    made = collect(Sampler(prompts(1), 1, 0), scripted, Sampling(max_new_tokens=6), 1, [Weighted(Dense(), 2.0)], dense)[0]
+    made = Collector(Sampler(prompts(1), 1, 0), scripted, [Weighted(Dense(), 2.0)]).collect(dense, SAMPLING).rollouts
     batch = collate(made, torch.device("cpu"))
     rewards = dense.experience(batch).token_rewards[batch.response_mask]
     assert rewards.tolist() == [2, 0, 2, 0][: len(rewards)]
@@ -365,20 +372,10 @@ def test_the_first_step_starts_at_the_reference():
 
 def test_the_loop_takes_any_generator():
     actor = model()
-    learner = Learner(Separate(actor, None), freeze(copy.deepcopy(actor)), Optim(lr=3e-3), 1.0, 2, 0)
+    learner = Learner(Separate(actor, None), freeze(copy.deepcopy(actor)), Optim(lr=3e-3), SAMPLING, 2)
     scripted = ScriptedGenerator(["good", "bad"], tokenizer())
-    steps = list(
-        rl(
-            Sampler(prompts(4), 4, 0),
-            scripted,
-            Sampling(max_new_tokens=6),
-            2,
-            [Weighted(TextReward("goodness", goodness))],
-            learner,
-            ALGORITHMS["grpo"],
-            2,
-        )
-    )
+    collector = Collector(Sampler(prompts(4), 4, 0), scripted, [Weighted(TextReward("goodness", goodness))], 2)
+    steps = list(rl(collector, learner, ALGORITHMS["grpo"]))
     assert [r.response for r in steps[0].rollouts] == ["good", "bad"] * 4
     assert scripted.version == 2
     # Each group holds scores 1 and −1: mean 0, sample std √2, advantage ±1/√2

@@ -12,6 +12,7 @@ from quartet.data.sampler import Sampler
 from quartet.generation.decoders import LlamaDecoder, decoder
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
+from quartet.loops.collect import Collector
 from quartet.loops.rl import rl
 from quartet.models.actor_critic import Separate, Shared
 from quartet.models.adapters import (
@@ -190,20 +191,12 @@ def test_ppo_with_one_trunk_for_actor_critic_and_reference_learns_and_leaves_the
     actor = add_adapter(model(), LORA, POLICY, seed=0)
     base = {name: p.clone() for name, p in actor.named_parameters() if "lora_" not in name}
     critic = AdaptedScalar(add_adapter(actor, LORA, CRITIC, seed=0), CRITIC, 0, seed=0)
-    learner = Learner(Separate(actor, critic), reference_of(actor), Optim(lr=3e-3, critic_lr=3e-3), 1.0, 8, 0)
-    generator = NativeGenerator(actor, tokenizer(), frozenset({1}), 0)
-    steps = list(
-        rl(
-            Sampler(prompts(32), 32, 0),
-            generator,
-            Sampling(max_new_tokens=8),
-            1,
-            length_reward(),
-            learner,
-            ALGORITHMS["ppo"],
-            8,
-        )
+    learner = Learner(
+        Separate(actor, critic), reference_of(actor), Optim(lr=3e-3, critic_lr=3e-3), Sampling(max_new_tokens=8), 8
     )
+    generator = NativeGenerator(actor, tokenizer(), frozenset({1}), 0)
+    collector = Collector(Sampler(prompts(32), 32, 0), generator, length_reward())
+    steps = list(rl(collector, learner, ALGORITHMS["ppo"]))
     assert steps[0].metrics["kl"] == 0.0 and steps[0].metrics["ratio/first_error"] < 1e-5
     assert steps[-1].metrics["kl"] > 0.05
     assert steps[-1].metrics["reward"] > steps[0].metrics["reward"]

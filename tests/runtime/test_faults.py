@@ -8,6 +8,7 @@ from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.sampler import Sampler
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
+from quartet.loops.collect import Collector
 from quartet.loops.rl import rl
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
@@ -41,14 +42,14 @@ def spoken(fault, seed):
     """What the doctor says of a few steps of PPO."""
     actor = model(seed=seed)
     models = Separate(actor, ScalarModel.from_trunk(actor, 0, seed=0))
-    learner = Learner(models, freeze(copy.deepcopy(actor)), Optim(lr=3e-3, critic_lr=3e-3, epochs=2), 1.0, STEPS, seed)
+    sampling = Sampling(max_new_tokens=56)
+    learner = Learner(models, freeze(copy.deepcopy(actor)), Optim(lr=3e-3, critic_lr=3e-3, epochs=2), sampling, STEPS, seed)
     cast = Cast(
         learner, NativeGenerator(actor, tokenizer(), frozenset({END}), seed), [Weighted(TextReward("goodness", goodness))]
     )
     if fault is not None:
         FAULTS[fault](cast)
-    sampling = Sampling(max_new_tokens=56)
-    steps = rl(Sampler(prompts(24), 24, seed), cast.generator, sampling, 1, cast.rewards, learner, ALGORITHMS["ppo"], STEPS)
+    steps = rl(Collector(Sampler(prompts(24), 24, seed), cast.generator, cast.rewards), learner, ALGORITHMS["ppo"])
     watch = Watch()
     return {rule.__name__ for step in steps for rule, _ in watch.see(step.metrics)}
 

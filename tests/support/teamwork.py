@@ -20,6 +20,7 @@ from quartet.data.records import Comparison, Demonstration
 from quartet.data.sampler import Sampler
 from quartet.distributed.offload import STAYS, Offloading, Placement
 from quartet.distributed.team import ALONE, Team, Together, local, whole, whole_state
+from quartet.generation.sampling import Sampling
 from quartet.loops.preference import preference
 from quartet.loops.reward_model import reward_model
 from quartet.loops.sft import sft
@@ -125,9 +126,8 @@ def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, t
             Separate(spread(actor), critic),
             spread(reference),
             optim,
-            0.8,
+            Sampling(temperature=0.8),
             steps=1,
-            seed=0,
             micro_batch_tokens=64,
             team=team,
             placement=placement,
@@ -154,7 +154,9 @@ def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, t
     else:
         actor, critic = double(model()), ScalarModel.from_trunk(double(model(seed=1)), 0, seed=0).to(torch.float64)
         reference = freeze(double(model(seed=2)))
-        learner = TrustRegionLearner(Separate(actor, critic), reference, Optim(), 1.0, 1, 0, micro_batch_tokens=64, team=team)
+        learner = TrustRegionLearner(
+            Separate(actor, critic), reference, Optim(), Sampling(), 1, micro_batch_tokens=64, team=team
+        )
         update = learner.update(ALGORITHMS["trpo"].experience(learner.score(rollouts, ALGORITHMS["trpo"])), ALGORITHMS["trpo"])
         assert update.descents["trust_region/fraction"] > 0
         keep("trpo", Recording([actor.lm_head.weight], descent, 1), [update.descents])

@@ -11,6 +11,7 @@ from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.sampler import Sampler
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
+from quartet.loops.collect import Collector
 from quartet.loops.preference import preference
 from quartet.loops.rl import rl
 from quartet.loops.sft import sft
@@ -248,14 +249,12 @@ def test_the_usual_mistakes_are_refused_at_the_first_step_that_can_show_them(mis
     actor = model()
     reference = freeze(copy.deepcopy(model(seed=3) if mistake == "wrong reference" else actor))
     critic = ScalarModel.from_trunk(actor, 0, seed=0)
-    made = Learner(Separate(actor, critic), reference, Optim(lr=1e-2, critic_lr=1e-2, epochs=2), 1.0, 3, 0)
+    made = Learner(Separate(actor, critic), reference, Optim(lr=1e-2, critic_lr=1e-2, epochs=2), Sampling(max_new_tokens=12), 3)
     if mistake == "a reference that learns":
         made.reference = actor
         made.reference_mark = mark(actor)
-    steps = rl(
-        Sampler(prompts(16), 16, 0), Spoiled(mistake, actor), Sampling(max_new_tokens=12), 1,
-        [Weighted(TextReward("goodness", goodness))], made, PPO, 3,
-    )  # fmt: skip
+    rewards = [Weighted(TextReward("goodness", goodness))]
+    steps = rl(Collector(Sampler(prompts(16), 16, 0), Spoiled(mistake, actor), rewards), made, PPO)
     watch, said = Watch(), {}
     for step in steps:
         for found, _ in watch.see(step.metrics):

@@ -40,7 +40,8 @@ def actor_critic(kind="separate"):
 def learner(kind="separate", tokens=2048, placement=STAYS, **settings):
     reference = freeze(copy.deepcopy(model(seed=2)))
     optim = dataclasses.replace(SETTINGS, **settings)
-    return Learner(actor_critic(kind), reference, optim, 0.8, steps=4, seed=0, micro_batch_tokens=tokens, placement=placement)
+    sampling = Sampling(max_new_tokens=8, temperature=0.8)
+    return Learner(actor_critic(kind), reference, optim, sampling, 4, micro_batch_tokens=tokens, placement=placement)
 
 
 def weights(made):
@@ -58,7 +59,7 @@ def test_score_gives_each_token_three_opinions_and_none_outside_the_response():
 
 
 def test_without_a_critic_or_a_reference_there_are_no_such_numbers():
-    made = Learner(actor_critic("none"), None, SETTINGS, 1.0, steps=1, seed=0)
+    made = Learner(actor_critic("none"), None, SETTINGS, Sampling(max_new_tokens=8), steps=1)
     batch = made.score(rollouts(), ALGORITHMS["ppo"])
     assert batch.values is None and batch.ref_logprobs is None
 
@@ -108,11 +109,11 @@ def test_one_minibatch_is_one_step_by_hand():
 
 
 def test_during_the_critics_warm_up_the_actor_stands_still():
-    made = learner()
+    made = learner(critic_warmup_steps=1)
     algorithm = ALGORITHMS["ppo"]
     actor = [p.detach().clone() for p in made.models.actor_parameters()]
     critic = [p.detach().clone() for p in made.models.critic_parameters()]
-    made.update(algorithm.experience(made.score(rollouts(), algorithm)), algorithm, train_actor=False)
+    made.update(algorithm.experience(made.score(rollouts(), algorithm)), algorithm)
     assert all(torch.equal(a, b) for a, b in zip(actor, made.models.actor_parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(critic, made.models.critic_parameters(), strict=True))
 
@@ -186,7 +187,7 @@ def sampled(made, count=6):
     """Rollouts of the learner's own actor, with a reward each."""
     generator = NativeGenerator(made.models.actor, tokenizer(), frozenset({tokenizer().eos_token_id}), 0)
     generator.load_weights(made.weights())
-    answers = generator.generate(prompts(count), Sampling(max_new_tokens=8, temperature=made.temperature))
+    answers = generator.generate(prompts(count), Sampling(max_new_tokens=8, temperature=made.sampling.temperature))
     return [dataclasses.replace(r, score=float(len(r.response_ids))) for r in answers]
 
 
@@ -213,7 +214,7 @@ def test_what_the_sampler_saw_is_not_computed_again_once_it_was_checked(kind, mo
 def test_a_sampler_that_disagrees_is_not_believed(changed):
     made = learner("none")
     generator = NativeGenerator(made.models.actor, tokenizer(), frozenset({tokenizer().eos_token_id}), 0)
-    sampling = Sampling(**({"max_new_tokens": 8, "temperature": made.temperature} | changed))
+    sampling = Sampling(**({"max_new_tokens": 8, "temperature": made.sampling.temperature} | changed))
     answers = [dataclasses.replace(r, score=1.0) for r in generator.generate(prompts(6), sampling)]
     made.score(answers, ALGORITHMS["grpo"])
     assert made.sampler_agrees is False

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.update import TrustRegion
 from quartet.distributed.team import whole_state
+from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import freeze
 from quartet.training.learner import Learner
 from quartet.training.trust_region import TrustRegionLearner, _Objective, conjugate_gradient
@@ -20,7 +21,7 @@ TRPO = ALGORITHMS["trpo"]
 def learner(tokens=2048, **settings):
     reference = freeze(copy.deepcopy(model(seed=2)))
     optim = dataclasses.replace(SETTINGS, **settings)
-    return TrustRegionLearner(actor_critic(), reference, optim, 1.0, steps=4, seed=0, micro_batch_tokens=tokens)
+    return TrustRegionLearner(actor_critic(), reference, optim, Sampling(max_new_tokens=8), steps=4, micro_batch_tokens=tokens)
 
 
 def experience_of(made, algorithm=TRPO):
@@ -126,7 +127,11 @@ def averaged(made):
 
 def test_an_average_of_the_actor_is_that_of_its_past():
     made = Learner(
-        actor_critic(), freeze(model(seed=2)), dataclasses.replace(SETTINGS, ema=0.5, epochs=1, minibatches=1), 1.0, 4, 0
+        actor_critic(),
+        freeze(model(seed=2)),
+        dataclasses.replace(SETTINGS, ema=0.5, epochs=1, minibatches=1),
+        Sampling(max_new_tokens=8),
+        4,
     )
     first = made.models.actor.lm_head.weight.detach().clone()
     made.update(experience_of(made), ALGORITHMS["ppo"])

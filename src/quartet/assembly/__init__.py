@@ -42,7 +42,7 @@ from quartet.distributed.offload import STAYS, Offloading, Placement
 from quartet.distributed.team import ALONE, Gathered, Team, Together
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
-from quartet.loops.collect import answers
+from quartet.loops.collect import Collector
 from quartet.loops.preference import OnlinePairs
 from quartet.models.actor_critic import ActorCritic, Separate, Shared
 from quartet.models.adapters import CRITIC, REWARD, AdapterError, copy_adapter, reference_of
@@ -301,13 +301,13 @@ class Workshop:
         self.models.spread(actor)
         meanwhile = self.team.apart() if config.staleness else self.team
         reference = None if reference is None else self.models.spread(reference)
-        temperature, placement = config.rollout.temperature, self._placement()
+        placement = self._placement()
         make = TrustRegionLearner if isinstance(config.algorithm.update, TrustRegion) else Learner
         learner = make(
             models,
             reference,
             config.optim,
-            temperature,
+            config.rollout,
             config.run.steps,
             config.seed,
             self._pretraining(config.algorithm),
@@ -333,8 +333,9 @@ class Workshop:
         rollout, algorithm = self.config.rollout, self.config.algorithm
         assert algorithm
         prompts = list(self.prompts[1][: max(1, PROBES // rollout.samples_per_prompt)])
-        made = answers(prompts, generator(), rollout, rollout.samples_per_prompt, rewards, algorithm)
-        return [r for r in made if r.score is not None]
+        sampler = Sampler(self.prompts[0], 1, self.config.seed)
+        collector = Collector(sampler, generator(), rewards, rollout.samples_per_prompt)
+        return [r for r in collector.respond(prompts, algorithm, rollout) if r.score is not None]
 
     def _contest(self, generator: Callable[[], Generator], rewards: Sequence[Weighted]) -> Contest | None:
         """None where a judge would have to be paid for it."""

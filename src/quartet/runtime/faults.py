@@ -117,7 +117,7 @@ def _rescore(cast: Cast, spoil: Callable[[Batch], Batch]) -> None:
 def _relearn(cast: Cast, spoil: Callable[[Experience], Experience]) -> None:
     update = cast.learner.update
 
-    def spoiled(experience: Experience, algorithm: Any, train_actor: bool = True) -> Any:
-        return update(spoil(experience), algorithm, train_actor)
+    def spoiled(experience: Experience, algorithm: Any) -> Any:
+        return update(spoil(experience), algorithm)
 
     cast.learner.update = spoiled  # type: ignore[method-assign]

@@ -72,7 +72,7 @@ def replay(
         return outcome, None
     rollouts = made.rollouts
     del work, made  # two learners at once might not fit
-    return outcome, _other(changed, stage.algorithm, folder, before, rollouts, step)
+    return outcome, _other(changed, stage.algorithm, folder, before, rollouts)
 
 
 def _outcome(work: Work, metrics: Mapping[str, float], update: Update, experience: Experience, weights: Tensor) -> Outcome:
@@ -96,7 +96,7 @@ def models_at(stage: Stage, folder: Path, found: Checkpoint, scratch: Path) -> N
     work.finish()
 
 
-def _other(changed: RLStage, written: Algorithm, folder: Path, before: Tree, rollouts: Sequence[Rollout], step: int) -> Outcome:
+def _other(changed: RLStage, written: Algorithm, folder: Path, before: Tree, rollouts: Sequence[Rollout]) -> Outcome:
     """The update with another algorithm or optimizer, from the same state and the same rollouts."""
     work = dataclasses.replace(changed, cast=_without_probes(changed)).begin(folder)
     then, now = dataclasses.asdict(written), dataclasses.asdict(changed.algorithm)
@@ -106,7 +106,7 @@ def _other(changed: RLStage, written: Algorithm, folder: Path, before: Tree, rol
     algorithm, weights = adapting.now, _weights(work)
     batch = learner.score(rollouts, algorithm)
     experience = algorithm.experience(batch)
-    update = learner.update(experience, algorithm, train_actor=step > learner.optim.critic_warmup_steps)
+    update = learner.update(experience, algorithm)
     metrics = rl_metrics(rollouts, 0.0, batch, experience, update, algorithm)
     return _outcome(work, metrics, update, experience, weights)
 

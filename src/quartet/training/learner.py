@@ -20,6 +20,7 @@ from quartet.distributed.offload import STAYS, Placement
 from quartet.distributed.team import ALONE, Gathered, Team, counts_here, is_sharded, local
 from quartet.experience import Batch, Experience, Rollout, said
 from quartet.generation.protocol import Weights
+from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.language_model import policy_logprobs
 from quartet.models.padding import PAD, response_mask, right_pad, spread
@@ -69,18 +70,20 @@ class Learner:
         models: ActorCritic,
         reference: Any | None,
         optim: Optim,
-        temperature: float,
+        sampling: Sampling,
         steps: int,
-        seed: int,
+        seed: int = 0,
         pretraining: Sampler[Demonstration] | None = None,
         micro_batch_tokens: int = 2048,
         team: Team = ALONE,
         placement: Placement = STAYS,
     ) -> None:
-        """`team`: the ranks that hold the same models. Each is given the same rollouts and experience, goes through its share
-        of the rows, and has the whole result."""
+        """`sampling` says how rollouts are generated; log-probs take its temperature. `steps` is the number of updates, over
+        which learning rates follow their schedule. `team` are the ranks that hold the same models: each is given the same
+        rollouts and experience, computes its share of the rows, and returns the whole result."""
         self.team, self.budget, self.placement = team, Budget(micro_batch_tokens, team), placement
-        self.models, self.reference, self.optim, self.temperature = models, reference, optim, temperature
+        self.models, self.reference, self.optim = models, reference, optim
+        self.sampling, self.steps = sampling, steps
         self.pretraining = pretraining
         self.ema = Ema(models.actor, optim.ema) if optim.ema else None
         total = steps * optim.epochs * optim.minibatches
@@ -177,10 +180,19 @@ class Learner:
         if only_values:
             return None, self.models.values(tokens, asked)
         reference = self.reference if algorithm.kl.exact_reward else None
-        now = self.models.forward(tokens, asked, self.temperature, reference=reference)
+        now = self.models.forward(tokens, asked, self.sampling.temperature, reference=reference)
         return now, now.values
 
-    def update(self, experience: Experience, algorithm: Algorithm, train_actor: bool = True) -> Update:
+    @property
+    def trains_actor(self) -> bool:
+        """Whether the next update trains the actor; in the first `optim.critic_warmup_steps` only the critic is trained."""
+        return self.version >= self.optim.critic_warmup_steps
+
+    def update(self, experience: Experience, algorithm: Algorithm) -> Update:
+        """Train actor and critic on one step's experience, see `_update`."""
+        return self._update(experience, algorithm, self.trains_actor)
+
+    def _update(self, experience: Experience, algorithm: Algorithm, train_actor: bool) -> Update:
         """Epochs × minibatches of optimizer steps on one step's experience. Micro-batches bound the memory of a
         minibatch and change nothing else: its denominator is counted over all of it."""
         for what, numbers in (("the advantage", experience.advantages), ("the return", experience.returns)):
@@ -261,7 +273,7 @@ class Learner:
 
     def _logprobs(self, model: Any, rows: Batch | Experience, micro_batch_tokens: int) -> Float[Tensor, "B T"]:
         return policy_logprobs(
-            model, rows.tokens, rows.lengths, rows.response_mask, self.temperature, micro_batch_tokens, self.team
+            model, rows.tokens, rows.lengths, rows.response_mask, self.sampling.temperature, micro_batch_tokens, self.team
         )
 
     def _minibatches(self, num_rows: int) -> list[list[int]]:
@@ -290,7 +302,7 @@ class Learner:
             now = self.models.forward(
                 part.tokens,
                 part.response_mask,
-                self.temperature,
+                self.sampling.temperature,
                 algorithm.needs_entropy_gradient,
                 reference,
             )

@@ -58,10 +58,11 @@ class NaturalStep:
 class TrustRegionLearner(Learner):
     """A learner whose actor moves by one natural step on each experience; the critic learns as in `Learner`."""
 
-    def update(self, experience: Experience, algorithm: Algorithm, train_actor: bool = True) -> Update:
-        # Without train_actor the base class trains the critic only, and records what was seen of the policy.
-        update = super().update(experience, algorithm, train_actor=False)
-        if not train_actor:
+    def update(self, experience: Experience, algorithm: Algorithm) -> Update:
+        trains_actor = self.trains_actor
+        # The base class trains the critic only here, and records what was seen of the policy.
+        update = self._update(experience, algorithm, train_actor=False)
+        if not trains_actor:
             return update
         assert isinstance(algorithm.update, TrustRegion)
         with self.placement.at_work(self.reference if algorithm.kl.exact_loss else None):
@@ -156,7 +157,7 @@ class _Objective:
         made = torch.zeros_like(self.experience.old_logprobs)
         for rows in self.pieces:
             part = self.experience.rows(rows)
-            now = self.learner.models.forward(part.tokens, part.response_mask, self.learner.temperature)
+            now = self.learner.models.forward(part.tokens, part.response_mask, self.learner.sampling.temperature)
             made[rows, : part.tokens.shape[1]] = torch.where(part.response_mask, now.logprobs, 0.0)
         self.team.add_up(made)
         return made
@@ -168,7 +169,7 @@ class _Objective:
             now = self.learner.models.forward(
                 part.tokens,
                 part.response_mask,
-                self.learner.temperature,
+                self.learner.sampling.temperature,
                 self.algorithm.needs_entropy_gradient,
                 exact,
             )
@@ -184,7 +185,7 @@ class _Objective:
         part = self.experience.rows(rows)
         actor = self.learner.models.actor
         logits = logits_of(actor, speak(actor, part.tokens, part.response_mask))
-        return (at_least_float32(logits) / self.learner.temperature).log_softmax(-1)
+        return (at_least_float32(logits) / self.learner.sampling.temperature).log_softmax(-1)
 
 
 def _sum_of_gradients(losses: Iterator[Tensor], parameters: Sequence[Tensor]) -> Vector:
