@@ -7,11 +7,12 @@ import pytest
 
 from quartet.concurrent import map_concurrently
 from quartet.data.sampler import Sampler
+from quartet.loops.collect import Collector
 from quartet.loops.rl_async import Ahead, rl_async
 from quartet.rewards.protocol import Weighted
 from quartet.runtime.interruption import Interrupted
 from quartet.training.descend import NonFinite
-from tests.loops.test_loops import END, NativeGenerator, Sampling
+from tests.loops.test_loops import END, NativeGenerator
 from tests.support.world import prompts, tokenizer
 from tests.training.test_guards import ALGORITHMS, learner
 
@@ -51,10 +52,9 @@ def step_with(reward, error):
 
     made.update = update
     generator = NativeGenerator(made.models.actor, tokenizer(), frozenset({END}), 0)
-    steps = rl_async(
-        Sampler(prompts(4), 4, 0), generator, Sampling(max_new_tokens=4), 2, [Weighted(reward)], made,
-        ALGORITHMS["grpo"], 3, Ahead(1),
-    )  # fmt: skip
+    made.steps = 3
+    collector = Collector(Sampler(prompts(4), 4, 0), generator, [Weighted(reward)], 2)
+    steps = rl_async(collector, made, ALGORITHMS["grpo"], Ahead(1))
     next(steps)
 
 

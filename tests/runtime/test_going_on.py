@@ -16,7 +16,7 @@ from quartet.loops.progress import Progress
 from quartet.recipes import recipe_path
 from quartet.recording.run_folder import RunFolder, read_record, sweep_strays
 from quartet.runtime.pipeline import Advanced, Started
-from tests.observability.test_screen import STAGE, shown
+from tests.cli.test_screen import STAGE, shown
 from tests.support.tiny_run import SMALL, SMALL_REVIEWS, make_run
 
 WORDS = (*SMALL, 'recipe=["sft", "grpo"]', "run.steps=2", "run.checkpoint_every=1", "optim.schedule=constant")
