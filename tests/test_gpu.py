@@ -8,8 +8,8 @@ import torch
 from quartet.config.toml import read_settings
 from quartet.planning.cluster import GB, training_memory, workload
 from quartet.recipes import recipe_path
+from tests.runtime.test_runs import quartet
 from tests.support.tiny_run import SMALL_REVIEWS, make_run
-from tests.test_runs import quartet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -101,6 +101,8 @@ def test_the_documented_loop_runs(tmp_path, capsys):
 def test_the_public_names_are_those_of_the_docs_and_each_is_there():
     listed = re.findall(r"^\| `(\w+)` \|", (DOCS / "api.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(quartet.__all__) and len(listed) == len(set(listed))
+    stub = (Path(quartet.__file__).parent / "__init__.pyi").read_text()
+    assert sorted(re.findall(r"^from [\w.]+ import (\w+) as \1$", stub, re.MULTILINE)) == sorted(quartet.__all__)
     for name in quartet.__all__:
         assert getattr(quartet, name) is not None
     assert quartet.PolicyLoss.members["clip"] is Clip

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from quartet.cli import app
 from quartet.cli.common import print_json
 from quartet.cli.printing import ERRORS, SIGNS, Printed, print_anything
+from tests.runtime.test_runs import QUARTET
 from tests.support.tiny_run import SMALL, make_run
-from tests.test_runs import QUARTET
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from quartet.data.report import report
 from quartet.data.shapes import read_examples
 from quartet.data.tokenizer import train_tokenizer
 from quartet.models.chat import NAMED_TEMPLATES
+from tests.runtime.test_runs import REAL, quartet
 from tests.support.world import write_lines
-from tests.test_runs import REAL, quartet
 
 USER, BOT = {"role": "user", "content": "was it good"}, {"role": "assistant", "content": "very"}
 SHAREGPT = [{"from": "human", "value": "was it good"}, {"from": "gpt", "value": "very"}]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_launch import QUARTET, WORDS, assert_alike, metrics
+from tests.launch.test_launch import QUARTET, WORDS, assert_alike, metrics
 
 HOSTS, CABLE, ADDRESS = ("quartet-a", "quartet-b"), "quartet0", "10.77.0.1:6399"
 pytestmark = pytest.mark.slow

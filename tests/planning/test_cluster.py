@@ -27,7 +27,7 @@ from quartet.planning.cluster import (
 )
 from quartet.planning.memory import Sizes
 from quartet.recipes import recipe_path
-from tests.test_runs import quartet
+from tests.runtime.test_runs import quartet
 
 SEVEN_B = Workload(
     parameters=7_000_000_000,

@@ -12,8 +12,8 @@ from quartet.config.toml import read_settings
 from quartet.planning.measure import Line, Measured, Short, _summed, in_words, measure
 from quartet.recipes import recipe_path
 from quartet.runs.reader import Run
+from tests.runtime.test_runs import quartet
 from tests.support.tiny_run import SMALL_REVIEWS, make_run
-from tests.test_runs import quartet
 
 
 def config_of(*words: str) -> Config:

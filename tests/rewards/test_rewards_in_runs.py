@@ -18,8 +18,8 @@ from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError
 from quartet.recipes import recipe_path
 from quartet.rewards.protocol import RewardError
+from tests.runtime.test_runs import QUARTET, TINY, events, metrics, quartet
 from tests.support.world import model, tokenizer, write_lines
-from tests.test_runs import QUARTET, TINY, events, metrics, quartet
 
 CODE = """
 def digits(responses, answer):

@@ -27,9 +27,9 @@ from quartet.runtime.resume import CannotResume, choose, find_run, has_begun, se
 from quartet.stages import Work
 from quartet.training.checkpoint import Checkpoints, Damaged, joined, parted, read_checkpoint, write_checkpoint
 from quartet.training.descend import NonFinite
+from tests.runtime.test_runs import TINY_REVIEWS, events, metrics, quartet
 from tests.support.tiny_run import SMALL, make_run
 from tests.support.world import tokenizer
-from tests.test_runs import TINY_REVIEWS, events, metrics, quartet
 from tests.training.test_guards import stage
 
 GRPO = ("run.steps=6", "run.checkpoint_every=1", "run.keep_last=3", "optim.schedule=constant")
