@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from quartet.concurrent import result_of
 from quartet.texts import excerpt, well_formed_json
 
 T = TypeVar("T")
@@ -78,7 +79,7 @@ class HttpClient:
         """`exchange`, for callers in a thread."""
         future = self.start(self.exchange(method, url, body, seconds, max_bytes))
         try:
-            return future.result()
+            return result_of(future)
         except CancelledError:
             raise RequestError("was not heard to the end: the client was closed", again=False) from None
         except BaseException:
@@ -188,3 +189,13 @@ def encode(value: Any) -> bytes:
         return json.dumps(value, default=str, allow_nan=False).encode("ascii")
     except (TypeError, RecursionError) as error:
         raise ValueError(str(error)) from None
+
+
+def error_in(answer: Any) -> str | None:
+    """Return what an answer in JSON says under `error`, None where it says nothing. With one it is
+    no answer, whatever else it holds and whatever its status."""
+    if not isinstance(answer, dict) or not answer.get("error"):
+        return None
+    error = answer["error"]
+    message = error.get("message") if isinstance(error, dict) else None
+    return excerpt(str(message or error))

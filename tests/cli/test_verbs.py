@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from quartet.cli import app
 from quartet.cli.common import is_loopback
-from quartet.runs.tables import plain, token_rows
+from quartet.runs.tables import token_rows
 
 
 def quartet(*words):
@@ -23,7 +23,7 @@ def test_a_rollout_token_by_token(ppo_run):
     for text, reward, own in zip(rows["text"], rows["reward"], rows["is_response"], strict=True):
         if own:
             assert any(
-                line.startswith(plain(text)[:18]) and f"{reward:.2f}".replace("-", "−") in line
+                line.startswith(printable(text)[:18]) and f"{reward:.2f}".replace("-", "−") in line
                 for line in done.output.splitlines()
             )
 
@@ -84,4 +84,4 @@ def test_which_hosts_are_this_machine(host, here):
 
 
 def test_control_characters_are_shown_not_obeyed():
-    assert plain("a\x1b[31m\nb\u202e") == "a\\x1b[31m\\nb\\u202e"
+    assert printable("a\x1b[31m\nb\u202e") == "a\\x1b[31m\\nb\\u202e"

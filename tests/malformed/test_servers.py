@@ -1,222 +1,144 @@
-"""Servers that answer wrongly, partly, slowly or not at all."""
+"""Servers that answer wrongly, partly, slowly or not at all: each fault for each source that is asked over HTTP.
 
-import gzip
+A judge and a reward server that fail end the step with one sentence, or have no score; a generation server that fails is left
+alone, the log says why, and another one answers.
+"""
+
 import json
+import logging
 import re
 import socket
-import struct
-import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
+from quartet.generation import servers
+from quartet.generation.dialects import DIALECTS
+from quartet.generation.protocol import Weights
+from quartet.generation.sampling import Sampling
+from quartet.generation.servers import ServedGenerator, ServersGone
 from quartet.rewards import remote
 from quartet.rewards.judge import JudgeReward
 from quartet.rewards.protocol import RewardError, Weighted, rewarded, with_score
 from quartet.rewards.remote import Endpoint, ServerReward
 from tests.malformed.saying import readable, refusal
-from tests.support.world import prompts, rollout
+from tests.support.fault_server import FAULTS, HARMLESS, LATE, MAX_BYTES, FaultServer, answers, says, silent
+from tests.support.world import prompts, rollout, tokenizer
 
-LIMIT = 0.3
-"""Seconds that an answer may take here; two tries."""
-Answering = Callable[[socket.socket, threading.Event], None]
-
-
-class Server:
-    """Reads a request on each connection, then lets a function write what it likes."""
-
-    def __init__(self, answer: Answering) -> None:
-        self.answer, self.ended, self.threads = answer, threading.Event(), []
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.listening.settimeout(0.05)
-        self.port = self.listening.getsockname()[1]
-
-    def __enter__(self):
-        self._start(self._accept)
-        return self
-
-    def __exit__(self, *_):
-        self.ended.set()
-        for thread in self.threads:
-            thread.join(5)
-        self.listening.close()
-
-    def _start(self, work, *arguments):
-        thread = threading.Thread(target=work, args=arguments, daemon=True)
-        self.threads.append(thread)
-        thread.start()
-
-    def _accept(self):
-        while not self.ended.is_set():
-            try:
-                connection, _ = self.listening.accept()
-            except TimeoutError:
-                continue
-            self._start(self._talk, connection)
-
-    def _talk(self, connection):
-        with connection:
-            try:
-                connection.settimeout(1.0)
-                read(connection)
-                self.answer(connection, self.ended)
-            except OSError:
-                pass  # the client has gone
-
-
-def read(connection):
-    data = b""
-    while b"\r\n\r\n" not in data:
-        data += (piece := connection.recv(65536))
-        if not piece:
-            raise ConnectionError
-    head, _, body = data.partition(b"\r\n\r\n")
-    length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
-    left = int(length[1]) - len(body) if length else 0
-    while left > 0:
-        left -= len(connection.recv(65536))
-
-
-def raw(data):
-    return lambda connection, ended: connection.sendall(data)
-
-
-def answers(status, body=b"", *headers):
-    lines = [f"HTTP/1.1 {status} X", f"content-length: {len(body)}", *headers]
-    return raw("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
-
-
-def says(table):
-    return answers(200, json.dumps(table).encode())
-
-
-def scores(text):
-    return answers(200, b'{"scores": [' + text + b"]}")
-
-
-def again(piece, pause, begin=b"HTTP/1.1 200 OK\r\n"):
-    """The same piece again and again, for ever."""
-
-    def answer(connection, ended):
-        connection.sendall(begin)
-        while not ended.is_set():
-            connection.sendall(piece)
-            time.sleep(pause)
-
-    return answer
-
-
-def reset(connection, ended):
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
-
-
-def silent(connection, ended):
-    ended.wait(20)
+PATIENT, IMPATIENT = 20.0, 0.25
+"""Seconds for an answer that comes, and for one that does not."""
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(servers, "PAUSE", 0.02)
+    monkeypatch.setattr(servers, "MAX_BYTES", MAX_BYTES - 8 * servers.BYTES_PER_TOKEN)
 
 
-def asked():
-    return [rollout(prompt, (5, 6), 0.0, i, i) for i, prompt in enumerate(prompts(3))]
+# --- rewards -------------------------------------------------------------------------------------------------------------------
 
 
-def said_of(answer, scheme="http", made=lambda endpoint: ServerReward("server", endpoint), what="reward server"):
-    """What a step says that asks this server, with SERVER for its address."""
-    with Server(answer) as server:
-        url = f"{scheme}://127.0.0.1:{server.port}/score"
-        endpoint = Endpoint(what, url, timeout=LIMIT, tries=2, max_bytes=2000)
-        reward = made(endpoint)
+def rollouts(count=3):
+    return [rollout(prompt, (5, 6), 0.0, i, i) for i, prompt in enumerate(prompts(count))]
+
+
+def server_reward(endpoint, folder):
+    return ServerReward("source", endpoint)
+
+
+def openrlhf_reward(endpoint, folder):
+    return ServerReward("source", endpoint, "openrlhf")
+
+
+def judge(endpoint, folder):
+    return JudgeReward("source", endpoint, "m", "score", None, folder / "cache.jsonl", parallel=3)
+
+
+def verdict(content, **more):
+    return {"choices": [{"message": {"content": content}} | more]}
+
+
+REWARDS = {
+    "reward server": (server_reward, {"scores": [7, 7, 7]}),
+    "OpenRLHF's": (openrlhf_reward, {"rewards": [7, 7, 7], "extra_logs": {}}),
+    "judge": (judge, verdict("Score: 7")),
+}
+
+
+class Asked:
+    """A reward with its endpoint, closed behind the test."""
+
+    def __init__(self, make, url, folder, timeout=PATIENT, tries=2):
+        self.endpoint = Endpoint("server", url, timeout=timeout, tries=tries, max_bytes=MAX_BYTES)
+        self.reward = make(self.endpoint, folder)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.endpoint.close()
+
+    def scores(self):
+        return self.reward.score(rollouts())
+
+    def step(self):
+        return [r.score for r in with_score(rewarded(rollouts(), [Weighted(self.reward)]))]
+
+
+@pytest.mark.parametrize(("make", "good"), REWARDS.values(), ids=REWARDS)
+@pytest.mark.parametrize(("fault", "sentence"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_ends_a_step_with_one_sentence(tmp_path, make, good, fault, sentence):
+    limit = IMPATIENT if sentence == LATE else PATIENT
+    with FaultServer(fault(good)) as server, Asked(make, server.url, tmp_path, limit) as asked:
         begun = time.monotonic()
-        try:
-            said = refusal(RewardError, lambda: with_score(rewarded(asked(), [Weighted(reward)])))
-        finally:
-            endpoint.close()
-        assert time.monotonic() - begun < 10
-        return said.replace(url, "SERVER")
+        said = refusal(RewardError, asked.step, seconds=None)
+        assert time.monotonic() - begun < 15
+    assert re.search(sentence, said) and server.url in said
+    assert not (tmp_path / "cache.jsonl").exists(), "nothing of a fault is cached"
 
 
-NOTHING = "none of 3 responses has a score from server: there is nothing to learn from."
-NO_JSON = "reward server SERVER answered with something that is not JSON: "
-NO_LIST = 'reward server SERVER answered without a list "scores".'
-LATE = f"reward server SERVER did not answer in {LIMIT} s (2 tries)."
-LOST = "reward server SERVER cannot be reached ("
-CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
-
-ANSWERS = {
-    "500": (answers(500, b"<html>boom</html>"), "reward server SERVER answered 500 (2 tries)."),
-    "503": (answers(503), "reward server SERVER answered 503 (2 tries)."),
-    "429": (answers(429, b"slow down"), "reward server SERVER answered 429 (2 tries)."),
-    "408": (answers(408), "reward server SERVER answered 408 (2 tries)."),
-    "404": (answers(404, b"no such page"), "reward server SERVER answered 404: no such page"),
-    "401": (answers(401), "reward server SERVER answered 401: (nothing)"),
-    "413": (answers(413, b"too long"), "reward server SERVER answered 413: too long"),
-    "201": (answers(201, b"made"), "reward server SERVER answered 201: made"),
-    "204": (answers(204), "reward server SERVER answered 204: (nothing)"),
-    "a redirect": (answers(302, b"", "location: http://169.254.169.254/"), "reward server SERVER answered 302: (nothing)"),
-    "a long complaint": (answers(400, b"y" * 1900), "answered 400: " + "y" * 200 + " …"),
-    "a page": (answers(200, b"<html><body>log in</body></html>"), NO_JSON + "<html><body>log in</body></html>"),
-    "nothing": (answers(200), NO_JSON + "(nothing)"),
-    "half of JSON": (answers(200, b'{"scores": [1, 2'), NO_JSON + '{"scores": [1, 2'),
-    "less than it is long": (raw(b'HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n{"scores": [1, 2, 3]}'), NO_JSON + '{"s'),
-    "brackets without end": (answers(200, b"[" * 1900), NO_JSON + "[" * 200 + " …"),
-    "a list": (says([1, 2, 3]), NO_LIST),
-    "null": (says(None), NO_LIST),
-    "another name": (says({"rewards": [1, 2, 3]}), NO_LIST),
-    "a text of scores": (says({"scores": "123"}), NO_LIST),
-    "a table of scores": (says({"scores": {"0": 1}}), NO_LIST),
-    "too few": (scores(b"1"), "reward server SERVER returned 1 value for 3 responses."),
-    "none": (scores(b""), "reward server SERVER returned 0 values for 3 responses."),
-    "too many": (scores(b"1, 2, 3, 4"), "reward server SERVER returned 4 values for 3 responses."),
-    "texts": (says({"scores": ["a", 1, 2]}), "reward server SERVER returned 'a' for response 0, not a number or null."),
-    "lists": (scores(b"[1], [2], [3]"), "reward server SERVER returned [1] for response 0, not a number or null."),
-    "true": (scores(b"1, true, 3"), "reward server SERVER returned True for response 1, not a number or null."),
-    "nulls": (scores(b"null, null, null"), NOTHING),
-    "NaN": (scores(b"NaN, NaN, NaN"), NOTHING),
-    "infinity": (scores(b"Infinity, -Infinity, Infinity"), NOTHING),
-    "1e308": (scores(b"1e308, 1e308, -1e308"), NOTHING),
-    "1e400": (scores(b"1e400, 1e400, 1e400"), NOTHING),
-    "too many bytes": (answers(200, b"x" * 5000), "reward server SERVER answered with more than 2,000 bytes."),
-    "too many bytes in few": (answers(200, gzip.compress(b" " * 10**6), "content-encoding: gzip"), "answered in the encoding gzip, which was not asked for."),
-    "chunks without end": (again(b"100\r\n" + b" " * 256 + b"\r\n", 0, CHUNKED), "answered with more than 2,000 bytes."),
-    "headers without end": (again(b"x-a: b\r\n" * 100, 0), LOST),
-    "a reset": (reset, LOST),
-    "a closed connection": (raw(b""), LOST + "Server disconnected without sending a response) (2 tries)."),
-    "half a header": (raw(b"HTTP/1.1 200 OK\r\ncontent-le"), LOST),
-    "half a body": (raw(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"), LOST + "peer closed connection without sending complete message body"),
-    "another protocol": (raw(b"SSH-2.0-OpenSSH_9.0\r\n"), LOST),
-    "a length below zero": (raw(b"HTTP/1.1 200 OK\r\ncontent-length: -3\r\n\r\n{}"), LOST + "bad Content-Length) (2 tries)."),
-    "a chunk of no length": (raw(CHUNKED + b"zz\r\n{}\r\n"), LOST),
-    "silence": (silent, LATE),
-    "a body that drips": (again(b" ", 0.05, b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n"), LATE),
-    "headers that drip": (again(b"x", 0.05), LATE),
-    "chunks that drip": (again(b"1\r\n \r\n", 0.05, CHUNKED), LATE),
-    "continue, for ever": (again(b"HTTP/1.1 100 Continue\r\n\r\n", 0.05, b""), LATE),
-}  # fmt: skip
+@pytest.mark.parametrize(("make", "good"), REWARDS.values(), ids=REWARDS)
+@pytest.mark.parametrize("answer", HARMLESS.values(), ids=HARMLESS)
+def test_what_is_odd_and_right_is_read(tmp_path, make, good, answer):
+    answer = answer(good)
+    if isinstance(answer, list):
+        answer = answer[:-1] * (3 if make is judge else 1) + answer[-1:]  # a judge is asked thrice at once
+    with FaultServer(answer) as server, Asked(make, server.url, tmp_path, tries=4) as asked:
+        assert asked.step() == [7, 7, 7]
+        assert asked.step() == [7, 7, 7]
+    assert not any("cookie:" in head.lower() for _, head, _ in server.requests), "cookies are not kept"
 
 
-@pytest.mark.parametrize(("answer", "sentence"), ANSWERS.values(), ids=ANSWERS)
-def test_what_a_server_answers(answer, sentence):
-    assert sentence in said_of(answer)
+@pytest.mark.parametrize(("make", "good"), REWARDS.values(), ids=REWARDS)
+def test_a_redirect_is_never_followed(tmp_path, make, good):
+    with FaultServer(says(good)) as other:
+        with FaultServer(answers(307, b"", f"location: {other.url}/")) as server:
+            with Asked(make, server.url, tmp_path) as asked:
+                assert "answered 307" in refusal(RewardError, asked.step, seconds=None)
+    assert server.requests and not other.requests
 
 
-def test_tls_where_there_is_none():
-    """What is said depends on who loses patience first; that it ends does not."""
-    assert re.search(r"SERVER (cannot be reached|did not answer)", said_of(says({"scores": [1, 2, 3]}), "https"))
-
-
-def test_nobody_listens():
+@pytest.mark.parametrize(("make", "good"), REWARDS.values(), ids=REWARDS)
+def test_nobody_listens(tmp_path, make, good):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/"
-        endpoint = Endpoint("reward server", url, timeout=LIMIT, tries=1)
-        said = refusal(RewardError, lambda: ServerReward("server", endpoint).score(asked()))
-        endpoint.close()
-    assert "cannot be reached (" in said and said.endswith("(1 try).")
+        with Asked(make, f"http://127.0.0.1:{free.getsockname()[1]}/", tmp_path, tries=1) as asked:
+            said = refusal(RewardError, asked.step, seconds=None)
+    assert said.endswith("cannot be reached (Connection refused) (1 try).")
+
+
+@pytest.mark.parametrize(("make", "good"), REWARDS.values(), ids=REWARDS)
+def test_a_name_that_nobody_has(tmp_path, make, good):
+    with Asked(make, "http://nobody.invalid/", tmp_path, tries=1) as asked:
+        assert "cannot be reached (" in refusal(RewardError, asked.step, seconds=None)
+
+
+def test_tls_where_there_is_none(tmp_path):
+    """What is said depends on who loses patience first; that it ends does not."""
+    with FaultServer(says({"scores": [1, 2, 3]})) as server:
+        with Asked(server_reward, server.url.replace("http", "https"), tmp_path, IMPATIENT) as asked:
+            assert re.search("cannot be reached|did not answer", refusal(RewardError, asked.step, seconds=None))
 
 
 @pytest.mark.parametrize("value", [None, ""], ids=["not set", "empty"])
@@ -227,26 +149,285 @@ def test_a_token_that_is_not_there(monkeypatch, value):
     assert said == 'reward.token_env = "NO_TOKEN": no such environment variable. Set it to the token.'
 
 
-def verdict(content):
-    return says({"choices": [{"message": {"content": content}}]})
+@pytest.mark.parametrize("value", ["s3cret ", "s3 cret", "s3cret\n", "s3crét"])
+def test_a_token_that_cannot_be_sent_is_not_shown(monkeypatch, value):
+    monkeypatch.setenv("BAD_TOKEN", value)
+    said = refusal(RewardError, lambda: Endpoint("judge", "http://127.0.0.1:1/", token_env="BAD_TOKEN"))
+    assert "holds letters that no token has" in said and "s3" not in said
 
 
-NO_CONTENT = "judge SERVER answered without choices[0].message.content."
-VERDICTS = {
-    "an error": (says({"error": {"message": "no such model"}}), "judge SERVER answered with an error: no such model"),
-    "no choices": (says({"choices": []}), NO_CONTENT),
-    "null for choices": (says({"choices": None}), NO_CONTENT),
-    "null for a message": (says({"choices": [{"message": None}]}), NO_CONTENT),
-    "a list": (says([1]), NO_CONTENT),
-    "nothing said": (verdict(None), "judge SERVER answered with null for choices[0].message.content, not a text."),
-    "no verdict": (verdict("It is fine."), "none of 3 responses has a score from judge"),
-    "a number too large": (verdict("Score: " + "9" * 400), "none of 3 responses has a score from judge"),
-}
+SCORES = {
+    "null": (b"null", "without a list"),
+    "a text": (b'"777"', "without a list"),
+    "an object": (b'{"0": 7}', "without a list"),
+    "true": (b"true", "without a list"),
+    "too few": (b"[7]", "returned 1 value for 3 responses."),
+    "none": (b"[]", "returned 0 values for 3 responses."),
+    "too many": (b"[7, 7, 7, 7]", "returned 4 values for 3 responses."),
+    "texts": (b'["7", 7, 7]', "returned '7' for response 0, not a number or null."),
+    "lists": (b"[[7], [7], [7]]", r"returned \[7\] for response 0, not a number or null."),
+    "nested": (b"[7, " + b"[" * 90 + b"]" * 90 + b", 7]", r"returned \[\[\[.* for response 1, not a number or null."),
+    "objects": (b'[7, {"score": 7}, 7]', "for response 1, not a number or null."),
+    "a long text": (b'["' + b"x" * 50_000 + b'", 7, 7]', "returned 'x+ … for response 0, not a number or null."),
+    "half a surrogate pair": (rb'["\ud800", 7, 7]', "for response 0, not a number or null."),
+    "false": (b"[7, 7, false]", "returned False for response 2, not a number or null."),
+    "nulls": (b"[null, null, null]", "none of 3 responses has a score from source"),
+    "NaN": (b"[NaN, NaN, NaN]", "none of 3 responses has a score from source"),
+    "infinities": (b"[Infinity, -Infinity, Infinity]", "none of 3 responses has a score from source"),
+    "1e308": (b"[1e308, -1e308, 1e308]", "none of 3 responses has a score from source"),
+    "1e309": (b"[1e309, -1e309, 1e309]", "none of 3 responses has a score from source"),
+    "400 digits": (b", ".join([b"9" * 400] * 3).join([b"[", b"]"]), "none of 3 responses has a score from source"),
+    "5,000 digits": (b", ".join([b"-" + b"9" * 5000] * 3).join([b"[", b"]"]), "none of 3 responses has a score from source"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("answer", "sentence"), VERDICTS.values(), ids=VERDICTS)
-def test_what_a_judge_answers(tmp_path, answer, sentence):
-    def judge(endpoint):
-        return JudgeReward("judge", endpoint, "m", "score", None, tmp_path / "cache.jsonl")
+@pytest.mark.parametrize(
+    ("make", "key"), [(server_reward, b"scores"), (openrlhf_reward, b"rewards")], ids=["quartet", "openrlhf"]
+)
+@pytest.mark.parametrize(("value", "sentence"), SCORES.values(), ids=SCORES)
+def test_scores_that_are_none_are_never_zero(tmp_path, make, key, value, sentence):
+    body = b'{"' + key + b'": ' + value + b"}"
+    with FaultServer(answers(200, body)) as server, Asked(make, server.url, tmp_path) as asked:
+        assert re.search(sentence, refusal(RewardError, asked.step, seconds=None))
 
-    assert sentence in readable(said_of(answer, made=judge, what="judge"))
+
+@pytest.mark.parametrize("key", ["scores", "rewards"])
+def test_scores_beside_missing_ones_stay(tmp_path, key):
+    body = f'{{"{key}": [1.5, null, NaN]}}'.encode()
+    make = server_reward if key == "scores" else openrlhf_reward
+    with FaultServer(answers(200, body)) as server, Asked(make, server.url, tmp_path) as asked:
+        scored = rewarded(rollouts(), [Weighted(asked.reward)])
+    assert [r.score for r in scored] == [1.5, None, None]
+
+
+def test_what_json_has_no_word_for_is_refused_before_it_is_sent(tmp_path):
+    with FaultServer(says({"scores": [7]})) as server, Asked(server_reward, server.url, tmp_path) as asked:
+        row = rollouts(1)[0]
+        row.prompt.extra["price"] = float("nan")
+        assert "the request is no JSON" in refusal(RewardError, lambda: asked.reward.score([row]), seconds=None)
+        row.prompt.extra["price"] = "half a pair: \ud800"
+        assert asked.reward.score([row]) == [7]
+    assert len(server.requests) == 1
+    assert json.loads(server.requests[0][2])["columns"] == {"price": ["half a pair: \ud800"]}
+
+
+NO_CONTENT = "answered without choices[0].message.content."
+CONTENTS = {
+    "no choices": ({"choices": []}, NO_CONTENT),
+    "null for choices": ({"choices": None}, NO_CONTENT),
+    "a number for choices": ({"choices": 5}, NO_CONTENT),
+    "a text for choices": ({"choices": "Score: 7"}, NO_CONTENT),
+    "an object for choices": ({"choices": {"message": {"content": "Score: 7"}}}, NO_CONTENT),
+    "null for a choice": ({"choices": [None]}, NO_CONTENT),
+    "a list for a choice": ({"choices": [[{"message": {"content": "Score: 7"}}]]}, NO_CONTENT),
+    "null for a message": ({"choices": [{"message": None}]}, NO_CONTENT),
+    "a text for a message": ({"choices": [{"message": "Score: 7"}]}, NO_CONTENT),
+    "no content": ({"choices": [{"message": {}}]}, NO_CONTENT),
+    "null": (verdict(None), "answered with null for choices[0].message.content, not a text."),
+    "a number": (verdict(7), "answered with 7 for choices[0].message.content, not a text."),
+    "true": (verdict(True), "answered with true for choices[0].message.content, not a text."),
+    "a list": (verdict(["Score: 7"]), 'answered with ["Score: 7"] for choices[0].message.content'),
+    "parts": (verdict([{"type": "text", "text": "Score: 7"}]), "for choices[0].message.content, not a text."),
+    "an object": (verdict({"text": "Score: 7"}), "for choices[0].message.content, not a text."),
+    "an empty text": (verdict(""), "answered with an empty text."),
+    "spaces": (verdict(" \n "), "answered with an empty text."),
+    "a text that was cut off": (verdict("Score: 7", finish_reason="length"), 'was cut off before its end (finish_reason "length").'),
+    "a text that was filtered": (verdict("Score: 7", finish_reason="content_filter"), "was cut off before its end"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("table", "sentence"), CONTENTS.values(), ids=CONTENTS)
+def test_a_judge_that_says_no_text_is_an_error_and_nothing_is_cached(tmp_path, table, sentence):
+    with FaultServer(says(table)) as server, Asked(judge, server.url, tmp_path) as asked:
+        assert sentence in readable(refusal(RewardError, asked.step, seconds=None))
+        assert not (tmp_path / "cache.jsonl").exists()
+    with FaultServer(says(verdict("Score: 7"))) as server, Asked(judge, server.url, tmp_path) as asked:
+        assert asked.step() == [7, 7, 7], "a resumed run asks again"
+
+
+def test_half_a_surrogate_pair_in_a_judges_text_is_written_as_its_escape(tmp_path):
+    with FaultServer(says(verdict("a \ud800 b\nScore: 7"))) as server, Asked(judge, server.url, tmp_path) as asked:
+        assert asked.step() == [7, 7, 7]
+    cached = [json.loads(line)["text"] for line in (tmp_path / "cache.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert cached == ["a \\ud800 b\nScore: 7"] * 3
+
+
+# --- generation ----------------------------------------------------------------------------------------------------------------
+
+VOCAB = len(tokenizer())
+END = tokenizer().eos_token_id
+TOKENS, LOGPROBS = [5, 6, END], [-1.0, -0.5, 0.0]
+SPANS = [{"version": "0", "start": 0, "end": 3}]
+HEALTHY = ("/health", "/pause", "/resume", "/collective_rpc", "/update_weight_version", "/pause_generation", "/continue_generation", "/update_weights_from_disk")  # fmt: skip
+
+
+def reply(kind, ids=TOKENS, logprobs=LOGPROBS, spans=SPANS, finish="stop"):
+    """An answer as vLLM or SGLang gives it."""
+    if kind == "vllm":
+        content = [{"logprob": logprob} for logprob in logprobs] if isinstance(logprobs, list) else logprobs
+        return {
+            "choices": [{"token_ids": ids, "logprobs": {"content": content}, "weight_versions": spans, "finish_reason": finish}]
+        }
+    listed = isinstance(logprobs, list) and isinstance(ids, list)
+    rows = [[logprob, token, None] for logprob, token in zip(logprobs, ids, strict=False)] if listed else 5
+    meta = {"output_token_logprobs": rows, "weight_version": "0", "weight_versions": spans, "finish_reason": {"type": finish}}
+    return {"meta_info": meta}
+
+
+class Generation:
+    """A generator with a server that has a fault, and one that has none."""
+
+    def __init__(self, kind, fault, folder, timeout=PATIENT, alone=False):
+        self.bad = FaultServer(fault, HEALTHY)
+        self.good = FaultServer(says(reply(kind)), HEALTHY)
+        self.kind, self.folder, self.timeout, self.alone = kind, folder, timeout, alone
+
+    def __enter__(self):
+        self.bad.__enter__(), self.good.__enter__()
+        urls = [self.bad.url] if self.alone else [self.bad.url, self.good.url]
+        write = lambda place, tensors: place.mkdir(parents=True)  # noqa: E731
+        self.generator = ServedGenerator(
+            DIALECTS[self.kind], urls, write, self.folder, tokenizer(), frozenset({END}), 0, self.timeout, 4, vocab_size=VOCAB
+        )
+        self.generator.load_weights(Weights(0, {}))
+        return self
+
+    def __exit__(self, *_):
+        self.generator.close()
+        self.bad.__exit__(), self.good.__exit__()
+
+    def tokens(self):
+        return [r.response_ids for r in self.generator.generate(prompts(1), Sampling(max_new_tokens=8))]
+
+
+KINDS = pytest.mark.parametrize("kind", ["vllm", "sglang"])
+
+
+@KINDS
+@pytest.mark.parametrize(("fault", "sentence"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_of_a_generation_server_is_logged_and_another_server_answers(tmp_path, caplog, kind, fault, sentence):
+    limit = 2 * IMPATIENT if sentence == LATE else PATIENT
+    with Generation(kind, fault(reply(kind)), tmp_path, limit) as generation:
+        begun = time.monotonic()
+        assert generation.tokens() == [tuple(TOKENS)]
+        assert time.monotonic() - begun < 15
+    assert re.search(sentence, readable(caplog.messages[0])) and generation.bad.url in caplog.messages[0]
+    assert generation.bad.requests, "the server with the fault was asked"
+
+
+@KINDS
+@pytest.mark.parametrize("answer", HARMLESS.values(), ids=HARMLESS)
+def test_what_is_odd_and_right_is_read_of_generation_servers(tmp_path, kind, answer):
+    with Generation(kind, answer(reply(kind)), tmp_path, alone=True) as generation:
+        assert generation.tokens() == [tuple(TOKENS)]
+
+
+@KINDS
+def test_alone_a_server_with_a_fault_ends_the_run_with_its_reason(tmp_path, kind):
+    with Generation(kind, answers(500, b"<html>boom</html>"), tmp_path, 0.3, alone=True) as generation:
+        said = refusal(ServersGone, generation.tokens, seconds=None)
+    assert said.startswith("no generation server answered for 0.3 s (") and "answered 500: <html>boom</html>" in said
+
+
+PIECES = {
+    "null for ids": {"ids": None},
+    "a text for ids": {"ids": "567"},
+    "a text among ids": {"ids": [5, "6", END]},
+    "a float among ids": {"ids": [5, 6.7, END]},
+    "true among ids": {"ids": [5, True, END]},
+    "null among ids": {"ids": [5, None, END]},
+    "an id below zero": {"ids": [5, -1, END]},
+    "an id beyond the vocabulary": {"ids": [5, VOCAB, END]},
+    "an id of 20 digits": {"ids": [5, 10**20, END]},
+    "null for log-probs": {"logprobs": None},
+    "a text among log-probs": {"logprobs": [-1.0, "-0.5", 0.0]},
+    "null among log-probs": {"logprobs": [-1.0, None, 0.0]},
+    "true among log-probs": {"logprobs": [-1.0, False, 0.0]},
+    "a list among log-probs": {"logprobs": [-1.0, [-0.5], 0.0]},
+    "NaN among log-probs": {"logprobs": [-1.0, float("nan"), 0.0]},
+    "minus infinity among log-probs": {"logprobs": [-1.0, float("-inf"), 0.0]},
+    "-1e309 among log-probs": {"logprobs": [-1.0, -(10**309), 0.0]},
+    "a probability above 1": {"logprobs": [-1.0, 0.5, 0.0]},
+    "no tokens": {"ids": [], "logprobs": [], "spans": []},
+    "too many tokens": {"ids": [5] * 9, "logprobs": [-1.0] * 9, "spans": [{"version": "0", "start": 0, "end": 9}], "finish": "length"},
+    "too few tokens": {"ids": [5] * 7, "logprobs": [-1.0] * 7, "spans": [{"version": "0", "start": 0, "end": 7}], "finish": "length"},
+    "an unknown end": {"finish": "tool_calls"},
+    "null as end": {"finish": None},
+    "a list as end": {"finish": ["stop"]},
+    "a text for versions": {"spans": "0"},
+    "a number for versions": {"spans": 5},
+    "versions of fewer tokens": {"spans": [{"version": "0", "start": 0, "end": 2}]},
+    "versions of more tokens": {"spans": [{"version": "0", "start": 0, "end": 4}]},
+    "versions of 10¹² tokens": {"spans": [{"version": "0", "start": 0, "end": 10**12}]},
+    "versions that overlap": {"spans": [{"version": "0", "start": 0, "end": 2}, {"version": "0", "start": 1, "end": 2}]},
+    "versions with a gap": {"spans": [{"version": "0", "start": 1, "end": 3}, {"version": "0", "start": 3, "end": 4}]},
+    "versions backwards": {"spans": [{"version": "0", "start": 3, "end": 0}]},
+    "versions at fractions": {"spans": [{"version": "0", "start": 0.0, "end": 3.0}]},
+    "a version that is a name": {"spans": [{"version": "default", "start": 0, "end": 3}]},
+    "a version below zero": {"spans": [{"version": "-1", "start": 0, "end": 3}]},
+    "a version to come": {"spans": [{"version": "1", "start": 0, "end": 3}]},
+    "a version of 5,000 digits": {"spans": [{"version": "9" * 5000, "start": 0, "end": 3}]},
+    "a span without a version": {"spans": [{"start": 0, "end": 3}]},
+    "a number as span": {"spans": [5]},
+}  # fmt: skip
+
+
+@KINDS
+@pytest.mark.parametrize("fields", PIECES.values(), ids=PIECES)
+def test_an_answer_that_cannot_be_trained_on_is_never_taken(tmp_path, caplog, kind, fields):
+    with Generation(kind, says(reply(kind, **fields)), tmp_path) as generation:
+        assert generation.tokens() == [tuple(TOKENS)]
+    assert "is left alone until it answers again" in readable(caplog.messages[0])
+    assert generation.bad.requests, "the server with the fault was asked"
+
+
+@KINDS
+def test_a_server_that_aborts_every_answer_does_not_hold_a_run_for_ever(tmp_path, kind):
+    aborted = reply(kind, [], [], [], "abort")
+    with Generation(kind, says(aborted), tmp_path, 0.3, alone=True) as generation:
+        said = refusal(ServersGone, generation.tokens, seconds=None)
+    assert "aborted every request before its first token" in said
+
+
+@KINDS
+def test_a_server_that_refuses_weights_is_not_asked_for_answers(tmp_path, caplog, kind):
+    """Also one that does so with status 200."""
+    caplog.set_level(logging.WARNING)
+    with (
+        FaultServer(says({"success": False, "message": "no such folder"})) as bad,
+        FaultServer(says(reply(kind)), HEALTHY) as good,
+    ):
+        write = lambda place, tensors: place.mkdir(parents=True)  # noqa: E731
+        generator = ServedGenerator(
+            DIALECTS[kind], [bad.url, good.url], write, tmp_path, tokenizer(), frozenset({END}), 0, PATIENT, 4
+        )
+        generator.load_weights(Weights(0, {}))
+        assert [r.response_ids for r in generator.generate(prompts(1), Sampling(max_new_tokens=8))] == [tuple(TOKENS)]
+        generator.close()
+    assert "refused: " in caplog.messages[0] and "no such folder" in caplog.messages[0]
+    assert not any(path.startswith(("/inference", "/generate")) for path, _, _ in bad.requests)
+
+
+@KINDS
+def test_an_interrupted_generation_waits_for_no_server(tmp_path, monkeypatch, kind):
+    """What a signal raises in the main thread ends the requests and the threads that wait for them."""
+
+    class Stop(BaseException):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    with Generation(kind, silent, tmp_path, alone=True) as generation:
+        monkeypatch.setattr(servers.ServedGenerator, "_rollout", stop)
+        submit = generation.generator.pool.submit
+
+        def first_is_ready(work, *args):  # so that the caller is interrupted while the others are on their way
+            return submit(lambda: None) if not generation.bad.requests else submit(work, *args)
+
+        monkeypatch.setattr(generation.generator.pool, "submit", first_is_ready)
+        begun = time.monotonic()
+        with pytest.raises(Stop):
+            generation.generator.generate(prompts(3), Sampling(max_new_tokens=8))
+        generation.generator.pool.shutdown()
+        assert time.monotonic() - begun < 10

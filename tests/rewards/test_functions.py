@@ -1,13 +1,19 @@
 """A person's functions, in real processes."""
 
+import datetime
+import decimal
+import fractions
 import os
 import signal
 import time
 
+import numpy
 import pytest
+import torch
 
 from quartet.rewards.functions import FunctionReward, check_reference
 from quartet.rewards.protocol import RewardError, Weighted, rewarded, with_score
+from quartet.rewards.worker import plain
 from tests.support.world import prompts, rollout, tokenizer
 
 CODE = """
@@ -227,3 +233,78 @@ def test_what_is_not_a_function_and_what_cannot_be_imported_are_refused_at_the_s
     (tmp_path / "raises.py").write_text("import nowhere_to_be_found\ndef f(responses): return []\n")
     with pytest.raises(RewardError, match="cannot be used: ModuleNotFoundError: No module named 'nowhere_to_be_found'"):
         reward(tmp_path / "raises.py", "f")
+
+
+# --- what a function may return
+
+
+class Half:
+    def __float__(self):
+        return 0.5
+
+
+TAKEN = {
+    "integers": ([1, -2], [1.0, -2.0]),
+    "True and False": ([True, False], [1.0, 0.0]),
+    "numpy's True and False": (numpy.array([True, False]), [1.0, 0.0]),
+    "torch's True and False": (torch.tensor([True, False]), [1.0, 0.0]),
+    "None and numbers": ((None, 2), [None, 2.0]),
+    "an array of objects": (numpy.array([None, 1], dtype=object), [None, 1.0]),
+    "bfloat16": (torch.tensor([1.5], dtype=torch.bfloat16), [1.5]),
+    "arrays without dimensions": ([numpy.array(3.0), torch.tensor(2)], [3.0, 2.0]),
+    "numbers per token": ([[1, True], torch.tensor([0.5])], [[1.0, 1.0], [0.5]]),
+    "a matrix": (numpy.ones((2, 2)), [[1.0, 1.0], [1.0, 1.0]]),
+    "a generator": ((n for n in (1, 2)), [1.0, 2.0]),
+    "a decimal and a fraction": ([decimal.Decimal("1.5"), fractions.Fraction(1, 4)], [1.5, 0.25]),
+    "an object that is a float": ([Half()], [0.5]),
+    "infinity": ([float("-inf")], [float("-inf")]),
+    "an integer beyond floats": ([10**400, -(10**400)], [float("inf"), float("-inf")]),
+}
+REFUSED = {
+    "nothing": None,
+    "a number": 5,
+    "a number in an array": numpy.array(3.0),
+    "text": "12",
+    "bytes": b"12",
+    "a byte array": bytearray(b"12"),
+    "a memory view": memoryview(b"12"),
+    "a table": {0: 1.0},
+    "a table's keys": {0: 1.0}.keys(),
+    "a set": {1.0},
+    "numbers as text": ["1.5"],
+    "numbers as numpy's text": numpy.array(["1.5"]),
+    "a number as text in an array": [numpy.array("1.5")],
+    "numbers as bytes": [b"1"],
+    "bytes as numbers": [bytearray(b"1")],
+    "a table for a response": [{"score": 1}],
+    "a set for a response": [{1.0}],
+    "a complex number": [1j],
+    "numpy's complex numbers": numpy.array([1j, 2]),
+    "torch's complex numbers": torch.tensor([1j]),
+    "a time": [datetime.timedelta(1)],
+    "numpy's times": numpy.array(["2020-01-01"], dtype="datetime64[D]"),
+    "a decimal that is no number": [decimal.Decimal("sNaN")],
+    "None for a token": [[1.0, None]],
+    "text for a token": [[1.0, "2"]],
+    "lists in lists": [[[1.0]]],
+    "a function": [print],
+    "itself": None,
+}
+REFUSED["itself"] = []
+REFUSED["itself"].append(REFUSED["itself"])
+
+
+@pytest.mark.parametrize(("values", "numbers"), TAKEN.values(), ids=TAKEN)
+def test_these_values_are_numbers(values, numbers):
+    assert plain(values) == numbers
+
+
+@pytest.mark.parametrize("values", REFUSED.values(), ids=REFUSED)
+def test_these_values_are_refused_and_never_converted(values):
+    with pytest.raises(TypeError, match=r"^returned ('|None|a|lists)"):
+        plain(values)
+
+
+def test_values_that_no_float32_holds_leave_their_responses_out(file):
+    file.write_text("def f(responses):\n    return [10**400, float('nan'), 1.0]\n")
+    assert [r.score for r in rewarded(rollouts(), [Weighted(reward(file, "f"))])] == [None, None, 1.0]

@@ -30,7 +30,7 @@ HANGING = {
     "closed descriptors, then sleep": "[os.close(fd) for fd in range(64) if fd_open(fd)]; time.sleep(300)",
     "closed output, then sleep": "os.closerange(0, 64); time.sleep(300)",
     "signals ignored": "import signal\n    [signal.signal(n, signal.SIG_IGN) for n in (1, 2, 3, 10, 12, 13, 15)]; time.sleep(300)",
-    "output without an end of line": "[os.write(fd, b'x' * 100) for fd in range(3, 10) if fd_open(fd)]; time.sleep(300)",
+    "output without an end of line": "[os.write(fd, b'x' * 100) for fd in range(3, 10) if writes(fd)]; time.sleep(300)",
     "a flood of prints": "while True: print('x' * 1000)",
     "a stop of itself": "import signal\n    os.kill(os.getpid(), signal.SIGSTOP)",
     "input that it reads itself": "sys.stdin.read(); time.sleep(300)",
@@ -40,6 +40,11 @@ HEAD = """import os, subprocess, sys, time
 def fd_open(fd):
     try: os.fstat(fd); return True
     except OSError: return False
+def writes(fd):
+    try: os.write(fd, b''); return True
+    except OSError: return False
+class Rude(Exception):
+    def __str__(self): raise RuntimeError("no words")
 """
 
 
@@ -96,3 +101,37 @@ def test_half_a_surrogate_in_an_error_is_spelled_out(tmp_path):
     with pytest.raises(RewardError, match=r"bad \\ud800 text") as error:
         made.score(rows())
     str(error.value).encode("utf-8")
+
+
+# --- functions that lie about being done
+
+LYING = {
+    "a fork that comes back, too": ("os.fork()", None),
+    "a fork that raises": ("if os.fork() == 0: raise ValueError('in the child')", None),
+    "a fork that exits": ("if os.fork() == 0: sys.exit(3)", None),
+    "an answer of its own": ("[os.write(fd, b'{\"values\": [9, 9]}\\n') for fd in range(3, 10) if writes(fd)]", "no answer"),
+    "an answer to another call": (
+        "[os.write(fd, b'{\"number\": 1, \"values\": [9, 9]}\\n') for fd in range(3, 10) if writes(fd)]", "no answer",
+    ),
+    "words in place of an answer": ("[os.write(fd, b'done\\n') for fd in range(3, 10) if writes(fd)]", "no answer"),
+    "another form of answer": ("[os.write(fd, b'[1]\\n') for fd in range(3, 10) if writes(fd)]", "no answer"),
+    "an answer in no encoding": ("[os.write(fd, b'\\xff\\n') for fd in range(3, 10) if writes(fd)]", "no answer"),
+    "a question to the terminal": ("input('continue?')", "EOFError"),
+    "an exit that says that all is well": ("sys.exit(0)", "SystemExit: 0"),
+    "an end that says that all is well": ("os._exit(0)", r"ended by itself \(exit code 0\)"),
+    "a kill of itself": ("os.kill(os.getpid(), 9)", r"ended by itself \(exit code -9\)"),
+    "an error of a million letters": ("raise ValueError('x' * 10**6)", "ValueError: x{2000} …"),
+    "an error that cannot be printed": ("raise Rude()", "Rude"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "sentence"), LYING.values(), ids=LYING)
+def test_a_function_that_lies_gives_no_score_or_its_own(tmp_path, body, sentence):
+    made = reward_of(tmp_path, body, timeout=20.0)
+    for _ in range(2):  # the second call is not answered with what is left of the first
+        if sentence is None:
+            assert made.score(rows()) == [1.0, 1.0]
+            continue
+        with pytest.raises(RewardError, match=sentence) as error:
+            made.score(rows())
+        assert len(str(error.value)) < 3000

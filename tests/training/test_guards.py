@@ -24,10 +24,11 @@ from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.runs.doctor import INVARIANTS, Watch
 from quartet.runs.reader import Run
-from quartet.runtime.pipeline import Pipeline, Saving, StageFailed, Warned
+from quartet.runtime.pipeline import Advanced, Pipeline, Saving, StageFailed, Warned
 from quartet.stages import SftStage
 from quartet.training import imitation
 from quartet.training.budget import MAX_HALVINGS, Budget
+from quartet.training.checkpoint import read_checkpoint
 from quartet.training.descend import NonFinite, descend
 from quartet.training.learner import Learner, mark
 from quartet.training.optim import MAX_SKIPPED, Descent, Optim, Optimizer
@@ -333,8 +334,29 @@ def test_a_run_that_may_goes_back_to_its_last_checkpoint_with_half_the_learning_
     again.close()
 
 
-def test_where_the_first_step_is_not_finite_the_run_says_why_it_cannot_go_back(tmp_path, monkeypatch):
+def test_where_nothing_has_been_learnt_yet_the_run_says_why_it_cannot_go_back(tmp_path, monkeypatch):
     folder = RunFolder.create(tmp_path, "x", {})
-    with pytest.raises(StageFailed, match="step 1: the loss is not finite.* cannot be rolled back .run.rollbacks.: no step of"):
+    with pytest.raises(StageFailed, match=r"step 1: the loss is not finite.* \(run.rollbacks\) cannot help, because nothing"):
         list(Pipeline([stage(monkeypatch, {1})], folder, TokenTexts(tokenizer()), Saving(every=1, rollbacks=3)).run())
     folder.close()
+
+
+def test_before_its_first_checkpoint_a_stage_begins_again(tmp_path, monkeypatch):
+    """The checkpoint of step 0 holds no weights; written again it does, with the halved learning rate."""
+    folder = RunFolder.create(tmp_path, "x", {})
+    pipeline = Pipeline([stage(monkeypatch, {4})], folder, TokenTexts(tokenizer()), Saving(every=6, last=9, rollbacks=1))
+    told = list(pipeline.run())
+    folder.close()
+    [warned] = [event for event in told if isinstance(event, Warned)]
+    assert warned.sentence.startswith("rolled back to sft-000000, learning rates × 0.5, because of step 4: the loss is not")
+    run = Run(folder.path)
+    assert list(run.series["sft"].steps) == [1, 2, 3, 4, 5, 6], "no step is in the record twice"
+    assert list(run.series["sft"].columns["lr"]) == [0.005] * 6
+    first = [event.progress.metrics["loss"] for event in told if isinstance(event, Advanced)]
+    assert first[3] == first[0] and first[4] != first[1], "the same weights and rows again, and then smaller steps"
+    start = read_checkpoint(folder.path / "checkpoints" / "sft-000000")
+    assert start.state()["work"]["optimizer"]["scale"] == 0.5
+    rest = RunFolder.create(tmp_path, "y", {})
+    resumed = list(Pipeline([stage(monkeypatch, set())], rest, TokenTexts(tokenizer()), Saving(every=6)).run(start))
+    rest.close()
+    assert [e.progress.metrics["loss"] for e in resumed if isinstance(e, Advanced)] == first[3:]

@@ -8,7 +8,6 @@ folder, and put on adapters by name. Where they differ in more than names:
 - vLLM draws by the seed of a request; SGLang only where it was started with `--enable-deterministic-inference`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from quartet.generation.sampling import Sampling
 from quartet.texts import excerpt
 
+LOWEST = -1e9
+"""Below it, and where it is not a number, a log-prob is none. vLLM writes −9,999 for probability 0."""
 ROUNDING = 1e-3
 """By how much rounding may put a log-prob above 0."""
 
@@ -157,7 +158,7 @@ def _piece(ids: Any, logprobs: Any, spans: Any, finish: Any) -> Piece:
         if type(token) is not int or not 0 <= token < 2**31:
             raise ValueError(f"{excerpt(repr(token), 40)} is no token id")
     for logprob in logprobs:
-        if type(logprob) not in (int, float) or not -math.inf < logprob <= ROUNDING:
+        if type(logprob) not in (int, float) or not LOWEST <= logprob <= ROUNDING:
             raise ValueError(f"{excerpt(repr(logprob), 40)} is no log-prob")
     if finish not in ("stop", "length", "abort"):
         raise ValueError(f"finish_reason {excerpt(repr(finish), 40)}")

@@ -11,6 +11,7 @@ others. What the endpoints are called, `dialects.py` says.
 
 import contextlib
 import copy
+import logging
 import random
 import shutil
 import threading
@@ -26,9 +27,10 @@ from quartet.experience import Prompt, Rollout
 from quartet.generation.dialects import Dialect, Order, Piece
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
-from quartet.http_client import HttpClient, Reply, RequestError, encode
+from quartet.http_client import HttpClient, Reply, RequestError, encode, error_in
 from quartet.texts import excerpt
 
+log = logging.getLogger(__name__)
 PAUSE = 0.5
 """Seconds before a server that failed is asked again."""
 MAX_BYTES, BYTES_PER_TOKEN = 1_000_000, 1_000
@@ -63,7 +65,19 @@ class Server:
     working: int = 0
     """Requests that it is answering."""
     failed: str | None = None
+    """Why it is left alone."""
+    again: float = 0.0
+    """When it may be asked again, as time.monotonic() counts."""
+    complaint: str | None = None
+    """What the log last said of it."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def fail(self, reason: str) -> None:
+        """Leave it alone for a while. The log has each new reason."""
+        self.failed, self.again = reason, time.monotonic() + PAUSE
+        if reason != self.complaint:
+            self.complaint = reason
+            log.warning("generation server %s %s. It is left alone until it answers again.", self.url, reason)
 
 
 @dataclass
@@ -153,7 +167,8 @@ class ServedGenerator:
             try:
                 self._continue(server, prompt, sampling, seed + len(answer.ids), answer)
             except FAILURES as error:
-                reason = server.failed = str(error)
+                reason = str(error)
+                server.fail(reason)
                 failures += 1
                 if failures > len(self.servers) and time.monotonic() > until:
                     raise self._gone(reason) from error
@@ -289,7 +304,8 @@ class ServedGenerator:
                 self._tell(server, self.dialect.resume)
                 server.failed = None
             except FAILURES as error:
-                server.version, server.failed = -1, str(error)
+                server.version = -1
+                server.fail(str(error))
         with self._free:
             self._free.notify_all()
 
@@ -311,11 +327,12 @@ class ServedGenerator:
         return self.client.request("POST", server.url + order.path, body, self.timeout, max_bytes)
 
     def _revive(self) -> None:
-        """Those that failed, if they answer again: with the newest weights."""
+        """Those that failed, if they answer again, and not at once: else one that answers wrongly would be asked before those
+        that answer well."""
         for server in self.servers:
             if server.failed is None and server.version == self.version:
                 continue
-            if server.lock.locked():  # somebody is at it
+            if server.lock.locked() or time.monotonic() < server.again:
                 continue
             with contextlib.suppress(*FAILURES):
                 _accepted(self.client.request("GET", f"{server.url}/health", None, PAUSE * 4, MAX_BYTES))
@@ -338,13 +355,17 @@ def _accepted(reply: Reply) -> None:
         raise BadReply(f"answered {reply.status}: {excerpt(reply.body, 300)}".rstrip(" :."), reply.status)
     with contextlib.suppress(ValueError):
         table = reply.json()
-        if isinstance(table, dict) and (table.get("success") is False or table.get("error")):
+        if (message := error_in(table)) is not None:
+            raise BadReply(f"answered with an error: {message}")
+        if isinstance(table, dict) and table.get("success") is False:
             raise BadReply(f"refused: {excerpt(reply.body, 300)}")
 
 
 def _table(reply: Reply) -> Mapping[str, Any]:
     """The JSON object that a reply is."""
     _accepted(reply)
+    if reply.status != 200:
+        raise BadReply(f"answered {reply.status}: {excerpt(reply.body) or '(nothing)'}", reply.status)
     try:
         table = reply.json()
     except ValueError:

@@ -19,11 +19,16 @@ from typing import Any
 from quartet.concurrent import map_concurrently
 from quartet.experience import Rollout
 from quartet.rewards.protocol import RewardError, Score
+from quartet.texts import excerpt
 
 log = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
 """How long the import of a user's module may take."""
+MAX_ANSWER_BYTES = 1_000_000_000
+"""How long an answer may be: numbers for some 50 million tokens."""
+MAX_LINE_BYTES = 65_536
+"""How much of what a function prints is one line of the log."""
 GRACE_SECONDS = 2.0
 """How long the end of a process is waited for."""
 
@@ -130,6 +135,7 @@ class Worker:
         self.function = function
         self.process: subprocess.Popen[bytes] | None = None
         self.parameters: dict[str, Any] = {}
+        self.number = 0
         self.start()
 
     def start(self) -> None:
@@ -173,19 +179,35 @@ class Worker:
         deadline, whatever the function does to its process, its descriptors and its children."""
         process = self.process
         assert process is not None
-        deadline = time.monotonic() + timeout
+        self.number += 1
+        number, deadline = self.number, time.monotonic() + timeout
+        written = json.dumps({**request, "number": number}, default=str) + "\n"
         try:
-            line = _converse(process, (json.dumps(request, default=str) + "\n").encode(), deadline)
+            line = _converse(process, written.encode(), deadline)
         except TimeoutError:
-            self.stop()
+            self._stop(process)
             return None
         if line is None:
             code = exit_code(process, GRACE_SECONDS)
-            self.stop()
+            self._stop(process)
             how = "closed its output and went on, and was ended" if code is None else f"ended by itself (exit code {code})"
             raise RewardError(f"{self.function}: its process {how}. What it said is in run.log.")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        try:
+            answer: dict[str, Any] = json.loads(line)
+            if answer["number"] == number:
+                return answer
+        except (ValueError, LookupError, TypeError, RecursionError):
+            pass
+        self._stop(process)
+        raise RewardError(
+            f"{self.function}: its process wrote something that is no answer: {excerpt(line)}. A "
+            "function may print, and return; other descriptors than its own are not for it."
+        )
+
+    def _stop(self, process: "subprocess.Popen[bytes]") -> None:
+        """End this process, unless another has taken its place."""
+        if self.process is process:
+            self.stop()
 
     def stop(self) -> None:
         """End the process and all that it has started."""
@@ -230,7 +252,7 @@ def _converse(process: "subprocess.Popen[bytes]", request: bytes, deadline: floa
                     answer += piece
                     if not piece:
                         return None
-                    if answer.endswith(b"\n"):
+                    if answer.endswith(b"\n") or len(answer) > MAX_ANSWER_BYTES:
                         return bytes(answer)
 
 
@@ -239,7 +261,10 @@ def exit_code(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
     ended within so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        try:
+            status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        except ChildProcessError:  # another thread has collected it
+            return process.returncode
         if status is not None:
             return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
         time.sleep(0.005)
@@ -319,5 +344,5 @@ def check_reference(function: str, key: str = "reward.function") -> None:
 def _log_lines(file: Any, function: str) -> None:
     """Write what a function prints to the run's log."""
     with io.BufferedReader(file) as lines:
-        for line in lines:
+        while line := lines.readline(MAX_LINE_BYTES):
             log.info("%s: %s", function, line.decode("utf-8", errors="replace").rstrip())

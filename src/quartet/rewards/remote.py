@@ -11,7 +11,7 @@ from typing import Any
 
 from quartet.concurrent import WAKE_SECONDS
 from quartet.experience import Rollout
-from quartet.http_client import HttpClient, Reply, RequestError, encode
+from quartet.http_client import HttpClient, Reply, RequestError, encode, error_in
 from quartet.rewards.protocol import RewardError, Score
 from quartet.texts import excerpt
 
@@ -111,7 +111,7 @@ class Endpoint:
             answer = reply.json()
         except ValueError:
             raise RewardError(f"{name} answered with something that is not JSON: {body}") from None
-        if (message := _error(answer)) is not None:
+        if (message := error_in(answer)) is not None:
             raise RewardError(f"{name} answered with an error: {message}")
         return answer
 
@@ -190,19 +190,10 @@ def _retry_after(reply: Reply) -> float:
     return float(seconds) if seconds.isascii() and seconds.isdecimal() else 0.0
 
 
-def _error(answer: Any) -> str | None:
-    """What an answer says under `error`: then it is one, whatever else it holds."""
-    if not isinstance(answer, dict) or not answer.get("error"):
-        return None
-    error = answer["error"]
-    message = error.get("message") if isinstance(error, dict) else None
-    return excerpt(str(message or error))
-
-
 def _complaint(reply: Reply) -> str:
     """The reason that a failing server gives in JSON."""
     try:
-        message = _error(reply.json())
+        message = error_in(reply.json())
     except ValueError:
         return ""
     return "" if message is None else f": {message}"

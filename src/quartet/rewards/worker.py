@@ -10,35 +10,55 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, TextIO
 
 Function = Callable[..., Any]
+NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, Set)
+LONGEST_MESSAGE = 2000
+"""Characters of an error that a run shows."""
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's to hear
     _die_with_parent()
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    sys.stdout = sys.stderr
-    function: Function | None = None
-    for line in sys.stdin:
+    requests, answers = _own_pipes()
+    own, function = os.getpid(), None
+    for line in requests:
         request = json.loads(line)
+        answer: dict[str, Any]
         try:
             if function is None:
                 function = load(request["function"])
-                _answer(answers, {"parameters": parameters(function)})
+                answer = {"parameters": parameters(function)}
             else:
-                _answer(answers, {"values": plain(call(function, request["arguments"]))})
-        except BaseException as error:  # a person's code may raise anything, SystemExit too
+                answer = {"values": plain(call(function, request["arguments"]))}
+        except BaseException as error:  # a user's code may raise anything, SystemExit too
             traceback.print_exc()
-            _answer(answers, {"error": described(error)})
+            answer = {"error": described(error)}
+        if os.getpid() != own:
+            os._exit(0)  # the function has forked, and its child has come back from it, too
+        answers.write(json.dumps(answer | {"number": request["number"]}) + "\n")
+        answers.flush()
+
+
+def _own_pipes() -> tuple[TextIO, TextIO]:
+    """Return where requests come from and where answers go. The function and the programs that it starts have other ones:
+    standard input is empty, and standard output is standard error."""
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return requests, answers
 
 
 def load(reference: str) -> Function:
@@ -86,8 +106,9 @@ def call(function: Function, arguments: dict[str, Any]) -> Any:
 
 
 def plain(values: Any) -> list[Any]:
-    """What a function returned, as lists of numbers and None: arrays and tensors are such lists too."""
-    if not isinstance(values, Iterable) or isinstance(values, str | bytes | dict | set | frozenset):
+    """Return what a function returned as a list of numbers, None and lists of numbers. Arrays and tensors are such lists;
+    True and False are 1 and 0; an integer that no float can hold is infinite. Nothing else is converted."""
+    if not _is_list(values):
         raise TypeError(f"returned {_kind(values)}, not a list with a number for each response")
     return [_number(i, value) for i, value in enumerate(values)]
 
@@ -95,32 +116,42 @@ def plain(values: Any) -> list[Any]:
 def _number(index: int, value: Any, nested: bool = False) -> Any:
     if value is None and not nested:
         return None
-    if isinstance(value, str | bytes | dict):
-        raise TypeError(f"returned {_kind(value)} for response {index}, not a number, None or a list of numbers")
-    if isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0:
+    if _is_list(value):
         if nested:
             raise TypeError(f"returned lists in lists for response {index}")
         return [_number(index, item, nested=True) for item in value]
     try:
+        item = value.item() if hasattr(value, "item") else value  # of an array: float() takes text and complex numbers there
+        if isinstance(item, (*NO_LISTS, complex)):
+            raise TypeError("no number")
         return float(value)
-    except (TypeError, ValueError):
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    except Exception:
         raise TypeError(f"returned {_kind(value)} for response {index}, not a number, None or a list of numbers") from None
 
 
+def _is_list(value: Any) -> bool:
+    """Whether it has entries in an order, which are not letters or bytes."""
+    return isinstance(value, Iterable) and not isinstance(value, NO_LISTS) and getattr(value, "ndim", 1) != 0
+
+
 def _kind(value: Any) -> str:
-    return repr(value) if value is None or isinstance(value, str) else f"a {type(value).__name__}"
+    if value is None:
+        return "None"
+    return repr(value[:100]) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def described(error: BaseException) -> str:
     """The error and the last line of the person's own code that it came from."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and "importlib" not in f.filename]
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
-
-
-def _answer(file: TextIO, answer: dict[str, Any]) -> None:
-    file.write(json.dumps(answer) + "\n")
-    file.flush()
+    try:
+        text = str(error)
+    except Exception:
+        text = "its message cannot be read"
+    text = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} …"
+    return f"{type(error).__name__}: {text}{where}"
 
 
 def _die_with_parent() -> None:

@@ -13,6 +13,8 @@ MAX_BYTES = 1 << 30
 MAX_LINES = 2_000_000
 MAX_NUMBERS = 50_000_000
 """Bytes, lines and metrics of events.jsonl that are read."""
+MAX_FAULTS = 1_000_000
+"""Lines and entries that are left out before the rest is."""
 MAX_EVENTS = 100_000
 """Events other than metrics that are kept."""
 MAX_STAGES = 64
@@ -87,7 +89,8 @@ class EventLog:
     @property
     def full(self) -> bool:
         """Whether as much was read as is read of any run."""
-        return self._read_to >= MAX_BYTES or self._lines >= MAX_LINES or self._numbers >= MAX_NUMBERS
+        much = self._read_to >= MAX_BYTES or self._lines >= MAX_LINES or self._numbers >= MAX_NUMBERS
+        return much or self.damaged + self.incomplete >= MAX_FAULTS
 
     def problems(self) -> Iterator[str]:
         """A sentence for each kind of what was left out."""

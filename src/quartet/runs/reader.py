@@ -42,6 +42,7 @@ ANSWERS, PAIRS = "evaluation/answers.jsonl", "evaluation/pairs.parquet"
 RECENT_SECONDS = 300
 """A run that has written nothing for longer, and said no last word, counts as stopped."""
 MAX_ANSWERS = 20_000
+MAX_ANSWER_BYTES = 128 << 20
 MAX_PAIRS = 100_000
 
 PAIR_COLUMNS = {
@@ -323,10 +324,12 @@ class Run:
         """What the policy before and after answered to the held-out prompts."""
         self._problems.pop(ANSWERS, None)
         faults: list[str] = []
+        size = 0
         try:
             for number, line in enumerate(records.read_lines(self._folder, ANSWERS), 1):
-                if number > MAX_ANSWERS:
-                    faults.append(f"what follows line {MAX_ANSWERS:,} is too much to read")
+                size += len(line)
+                if number > MAX_ANSWERS or size > MAX_ANSWER_BYTES:
+                    faults.append(f"line {number:,} and what follows is too much to read")
                     break
                 try:
                     value, wrong = checked(records.ANSWERS, parse_json(line)[0])

@@ -28,7 +28,9 @@ MAX_WHOLE = 1 << 63
 """What an Arrow or JavaScript number has no room for is no number of a run."""
 MAX_NAMES = 200_000
 """Entries of a folder that are looked at."""
-MAX_DOCUMENT = 16 << 20
+MAX_ENTRIES = 100_000
+"""Entries of all tables and lists of one JSON or TOML value."""
+MAX_DOCUMENT = 4 << 20
 """Bytes of a JSON file that is read at once."""
 MAX_CONFIG = 512 << 10
 """Bytes of a config."""
@@ -47,8 +49,8 @@ KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-LONG_KEY = re.compile(r"""(?:\.[ \t]*(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*){100}""")
-"""A dotted key of a hundred parts: the time that tomllib takes for one grows with the square of its length."""
+LONG_KEY = re.compile(r"""(?:\.[ \t]*(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*){20}""")
+"""A dotted key of twenty parts: the time that tomllib takes for one grows with the square of its length."""
 
 
 class Unreadable(ValueError):
@@ -186,7 +188,7 @@ def parse_toml(content: bytes) -> tuple[dict[str, Any], list[str]]:
     except UnicodeDecodeError as error:
         raise Unreadable(f"is not UTF-8 (byte {error.start:,}).") from None
     if LONG_KEY.search(text):
-        raise Unreadable("has a key of more than a hundred parts.")
+        raise Unreadable("has a key of more than twenty parts.")
     try:
         value, problems = bounded(tomllib.loads(text))
     except RecursionError:
@@ -202,8 +204,12 @@ def bounded(value: Any) -> tuple[Any, list[str]]:
     problems: list[str] = []
     top = [value]
     waiting: list[tuple[Any, tuple[Any, ...]]] = [(top, ())]
+    entries = 0
     while waiting:
         container, path = waiting.pop()
+        entries += len(container)
+        if entries > MAX_ENTRIES:
+            raise Unreadable(f"has more than {MAX_ENTRIES:,} entries.")
         doomed = []
         for key, entry in container.items() if isinstance(container, dict) else enumerate(container):
             if isinstance(entry, dict | list):

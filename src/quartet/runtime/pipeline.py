@@ -202,25 +202,31 @@ class Pipeline:
             kept(event["step"], event["metrics"])
         return watch, kept
 
-    def _back(self, stage: Stage, cause: str) -> tuple[int, str]:
-        """Go back to the last checkpoint of the stage, with half the learning rate. Return its step, and a sentence about it.
-        The checkpoint is written again, so that a run that is resumed from it goes on with half too.
+    def _back(self, stage: Stage, step: int, cause: str) -> tuple[int, str]:
+        """Go back to the last checkpoint of the stage, from the step after `step`, with half the learning rate. Return the
+        checkpoint's step, and a sentence about it. It is written again, so that a run that is resumed from it goes on with
+        half too.
 
-        Raises `StageFailed` where that is not wanted, was done often enough, or there is no such checkpoint.
+        Raises `StageFailed` where that is not wanted, cannot help, was done often enough, or there is no checkpoint.
         """
-        scale = self.crew.call("scale")[0]
-        if self.saving.rollbacks == 0:
-            raise StageFailed(f"{stage.title}, {cause}")
-        if scale <= 0.5**self.saving.rollbacks:
+        failed = f"{stage.title}, {cause}"
+        scale, rollbacks = self.crew.call("scale")[0], self.saving.rollbacks
+        if rollbacks == 0:
+            raise StageFailed(failed)
+        if step == 0 and self.crew.untouched():
             raise StageFailed(
-                f"{stage.title}, {cause}. The stage was rolled back {self.saving.rollbacks} times (run.rollbacks), with the "
+                f"{failed}. Going back (run.rollbacks) cannot help, because nothing has been learnt yet: look at the data, the "
+                "rewards and the model that the stage starts from."
+            )
+        if scale <= 0.5**rollbacks:
+            raise StageFailed(
+                f"{failed}. The stage was rolled back {rollbacks} time{'s' * (rollbacks != 1)} (run.rollbacks), with the "
                 f"learning rates × {scale:g} at last: lower them, or find out what the numbers have in common."
             )
         found = next((c for _, c in self.checkpoints.usable(lambda _: None) if isinstance(c, Checkpoint)), None)
-        if found is None or found.facts["stage"] != stage.name or found.facts["step"] == 0:
+        if found is None or found.facts["stage"] != stage.name:
             raise StageFailed(
-                f"{stage.title}, {cause}. It cannot be rolled back (run.rollbacks): no step of this stage is in a checkpoint. "
-                "Where the first step is not finite, the data, the rewards or the model it starts from are the cause."
+                f"{failed}. It cannot be rolled back (run.rollbacks), because no checkpoint of this stage can be used."
             )
         self.crew.call("go_back", str(found.path), scale / 2)
         self.cut_back(found)
@@ -247,7 +253,7 @@ class Pipeline:
                     raise
                 cause = f"step {step + 1}: {failure.__cause__}{self._quoted(failure.__cause__.tokens)}"
                 try:
-                    step, sentence = self._back(stage, cause)
+                    step, sentence = self._back(stage, step, cause)
                 except StageFailed as final:
                     raise final from failure.__cause__
                 watch, kept = self._watching(stage)

@@ -129,10 +129,17 @@ class Worker:
         return sum(local(t).nbytes for t in parted(self._at)[1].values())
 
     def go_back(self, checkpoint: str, scale: float) -> None:
-        """To a checkpoint of this stage, with all learning rates times `scale`."""
-        work, found = self._begun(), read_checkpoint(Path(checkpoint))
-        with _loading(found):
-            self._load(found.state())
+        """Go back to a checkpoint of this stage, with all learning rates times `scale`. Where it is the one of step 0, which
+        holds no weights, the stage begins again."""
+        found = read_checkpoint(Path(checkpoint))
+        state = found.state()
+        if "work" in state:
+            with _loading(found):
+                self._load(state)
+        else:
+            self.work, self._steps, self._at = None, iter(()), None  # its models go before they are loaded again
+            self.begin(found.facts["stage"], checkpoint)
+        work = self._begun()
         for optimizer in work.optimizers:
             optimizer.scale = scale
         self._mark(work.steps(found.facts["step"]))

@@ -152,7 +152,7 @@ def _shaded(run: Run, rows: Mapping[str, Sequence[Any]]) -> Any:
             if rows[name][i] is not None
         )
         yield {
-            "text": text,
+            "text": views.shortened(text, views.TOKEN_TEXT_SHOWN),
             "style": f"background:rgba({color},{0.08 + 0.62 * size:.2f})" if size >= 0.02 else "",
             "title": f"{numbers}. {case}" if numbers else "",
             "given": not rows["is_response"][i],

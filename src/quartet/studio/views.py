@@ -15,6 +15,8 @@ SAMPLES_SHOWN = 200
 """Rows of a page of samples."""
 TEXT_SHOWN = 4_000
 """Characters of a prompt or response in a list."""
+TOKEN_TEXT_SHOWN = 400
+"""Characters of one token."""
 TOKENS_SHOWN = 50_000
 """Tokens of one sample that a page can hold."""
 
@@ -100,8 +102,8 @@ def unreadable(name: str, sentence: str) -> dict[str, Any]:
     return {"name": name, "status": "unreadable", **empty, "problems": [sentence.removeprefix(f"{name}: ")], "started": None}
 
 
-def shortened(text: str) -> str:
-    return text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}… ({len(text):,} characters)"
+def shortened(text: str, limit: int = TEXT_SHOWN) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
 
 
 HEADLINE = ("reward", "reward/gold", "kl", "accuracy", "loss", "response/tokens", "value/explained_variance")
@@ -179,7 +181,7 @@ def inspector(run: Run, sample: Mapping[str, list[Any]]) -> dict[str, Any]:
     columns = [c for c in TOKEN_COLUMNS if any(v is not None for v in sample.get(c.name, ()))]
     whitened = run.config.get("algorithm", {}).get("rewards", {}).get("whiten", False)
     return {
-        "texts": sample["text"],
+        "texts": [shortened(text, TOKEN_TEXT_SHOWN) for text in sample["text"]],
         "ids": sample["token_id"],
         "begin": begin,
         "own": sample["is_response"],
@@ -217,12 +219,16 @@ def glance(sample: Mapping[str, list[Any]]) -> list[str]:
     if len({a for a, _ in advantages}) > 1:
         best, worst = max(advantages), min(advantages)
         said.append(
-            f"Most gained by “{sample['text'][best[1]].strip()}” (advantage {number(best[0])}), "
-            f"most lost by “{sample['text'][worst[1]].strip()}” ({number(worst[0])})."
+            f"Most gained by “{_quoted(sample, best[1])}” (advantage {number(best[0])}), "
+            f"most lost by “{_quoted(sample, worst[1])}” ({number(worst[0])})."
         )
     elif advantages:
         said.append(f"Every token has the advantage {number(advantages[0][0])}: whole responses are compared.")
     return said
+
+
+def _quoted(sample: Mapping[str, list[Any]], place: int) -> str:
+    return shortened(sample["text"][place].strip(), TOKEN_TEXT_SHOWN)
 
 
 def judged(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
