@@ -4,6 +4,7 @@ A judge and a reward server that fail end the step with one sentence, or have no
 alone, the log says why, and another one answers.
 """
 
+import dataclasses
 import json
 import logging
 import re
@@ -39,8 +40,8 @@ def short_waits(monkeypatch):
 # --- rewards -------------------------------------------------------------------------------------------------------------------
 
 
-def rollouts(count=3):
-    return [rollout(prompt, (5, 6), 0.0, i, i) for i, prompt in enumerate(prompts(count))]
+PROMPTS, TOKENIZER = prompts(3), tokenizer()
+ROLLOUTS = [rollout(prompt, (5, 6), 0.0, i, i) for i, prompt in enumerate(PROMPTS)]
 
 
 def server_reward(endpoint, folder):
@@ -66,6 +67,11 @@ REWARDS = {
 }
 
 
+# Faults below the JSON are the client's, which all share: the long suite tries them on the other two as well.
+FEWER_REWARDS = [pytest.param(*REWARDS[name], marks=[pytest.mark.slow] * (name == "OpenRLHF's")) for name in REWARDS]
+FEWER_KINDS = pytest.mark.parametrize("kind", ["vllm", pytest.param("sglang", marks=pytest.mark.slow)])
+
+
 class Asked:
     """A reward with its endpoint, closed behind the test."""
 
@@ -80,13 +86,13 @@ class Asked:
         self.endpoint.close()
 
     def scores(self):
-        return self.reward.score(rollouts())
+        return self.reward.score(ROLLOUTS)
 
     def step(self):
-        return [r.score for r in with_score(rewarded(rollouts(), [Weighted(self.reward)]))]
+        return [r.score for r in with_score(rewarded(ROLLOUTS, [Weighted(self.reward)]))]
 
 
-@pytest.mark.parametrize(("make", "good"), REWARDS.values(), ids=REWARDS)
+@pytest.mark.parametrize(("make", "good"), FEWER_REWARDS, ids=REWARDS)
 @pytest.mark.parametrize(("fault", "sentence"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_ends_a_step_with_one_sentence(tmp_path, make, good, fault, sentence):
     limit = IMPATIENT if sentence == LATE else PATIENT
@@ -196,17 +202,19 @@ def test_scores_beside_missing_ones_stay(tmp_path, key):
     body = f'{{"{key}": [1.5, null, NaN]}}'.encode()
     make = server_reward if key == "scores" else openrlhf_reward
     with FaultServer(answers(200, body)) as server, Asked(make, server.url, tmp_path) as asked:
-        scored = rewarded(rollouts(), [Weighted(asked.reward)])
+        scored = rewarded(ROLLOUTS, [Weighted(asked.reward)])
     assert [r.score for r in scored] == [1.5, None, None]
 
 
 def test_what_json_has_no_word_for_is_refused_before_it_is_sent(tmp_path):
     with FaultServer(says({"scores": [7]})) as server, Asked(server_reward, server.url, tmp_path) as asked:
-        row = rollouts(1)[0]
-        row.prompt.extra["price"] = float("nan")
-        assert "the request is no JSON" in refusal(RewardError, lambda: asked.reward.score([row]), seconds=None)
-        row.prompt.extra["price"] = "half a pair: \ud800"
-        assert asked.reward.score([row]) == [7]
+
+        def priced(price):
+            return [rollout(dataclasses.replace(PROMPTS[0], extra={"price": price}), (5, 6), 0.0)]
+
+        said = refusal(RewardError, lambda: asked.reward.score(priced(float("nan"))), seconds=None)
+        assert "the request is no JSON" in said
+        assert asked.reward.score(priced("half a pair: \ud800")) == [7]
     assert len(server.requests) == 1
     assert json.loads(server.requests[0][2])["columns"] == {"price": ["half a pair: \ud800"]}
 
@@ -254,8 +262,7 @@ def test_half_a_surrogate_pair_in_a_judges_text_is_written_as_its_escape(tmp_pat
 
 # --- generation ----------------------------------------------------------------------------------------------------------------
 
-VOCAB = len(tokenizer())
-END = tokenizer().eos_token_id
+VOCAB, END = len(TOKENIZER), TOKENIZER.eos_token_id
 TOKENS, LOGPROBS = [5, 6, END], [-1.0, -0.5, 0.0]
 SPANS = [{"version": "0", "start": 0, "end": 3}]
 HEALTHY = ("/health", "/pause", "/resume", "/collective_rpc", "/update_weight_version", "/pause_generation", "/continue_generation", "/update_weights_from_disk")  # fmt: skip
@@ -287,7 +294,7 @@ class Generation:
         urls = [self.bad.url] if self.alone else [self.bad.url, self.good.url]
         write = lambda place, tensors: place.mkdir(parents=True)  # noqa: E731
         self.generator = ServedGenerator(
-            DIALECTS[self.kind], urls, write, self.folder, tokenizer(), frozenset({END}), 0, self.timeout, 4, vocab_size=VOCAB
+            DIALECTS[self.kind], urls, write, self.folder, TOKENIZER, frozenset({END}), 0, self.timeout, 4, vocab_size=VOCAB
         )
         self.generator.load_weights(Weights(0, {}))
         return self
@@ -297,13 +304,13 @@ class Generation:
         self.bad.__exit__(), self.good.__exit__()
 
     def tokens(self):
-        return [r.response_ids for r in self.generator.generate(prompts(1), Sampling(max_new_tokens=8))]
+        return [r.response_ids for r in self.generator.generate(PROMPTS[:1], Sampling(max_new_tokens=8))]
 
 
 KINDS = pytest.mark.parametrize("kind", ["vllm", "sglang"])
 
 
-@KINDS
+@FEWER_KINDS
 @pytest.mark.parametrize(("fault", "sentence"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_of_a_generation_server_is_logged_and_another_server_answers(tmp_path, caplog, kind, fault, sentence):
     limit = 2 * IMPATIENT if sentence == LATE else PATIENT
@@ -399,10 +406,10 @@ def test_a_server_that_refuses_weights_is_not_asked_for_answers(tmp_path, caplog
     ):
         write = lambda place, tensors: place.mkdir(parents=True)  # noqa: E731
         generator = ServedGenerator(
-            DIALECTS[kind], [bad.url, good.url], write, tmp_path, tokenizer(), frozenset({END}), 0, PATIENT, 4
+            DIALECTS[kind], [bad.url, good.url], write, tmp_path, TOKENIZER, frozenset({END}), 0, PATIENT, 4
         )
         generator.load_weights(Weights(0, {}))
-        assert [r.response_ids for r in generator.generate(prompts(1), Sampling(max_new_tokens=8))] == [tuple(TOKENS)]
+        assert [r.response_ids for r in generator.generate(PROMPTS[:1], Sampling(max_new_tokens=8))] == [tuple(TOKENS)]
         generator.close()
     assert "refused: " in caplog.messages[0] and "no such folder" in caplog.messages[0]
     assert not any(path.startswith(("/inference", "/generate")) for path, _, _ in bad.requests)
@@ -428,6 +435,6 @@ def test_an_interrupted_generation_waits_for_no_server(tmp_path, monkeypatch, ki
         monkeypatch.setattr(generation.generator.pool, "submit", first_is_ready)
         begun = time.monotonic()
         with pytest.raises(Stop):
-            generation.generator.generate(prompts(3), Sampling(max_new_tokens=8))
+            generation.generator.generate(PROMPTS, Sampling(max_new_tokens=8))
         generation.generator.pool.shutdown()
         assert time.monotonic() - begun < 10

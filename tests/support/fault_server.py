@@ -35,13 +35,13 @@ class FaultServer:
     def __enter__(self):
         self.ended, self.threads, self.lock = threading.Event(), [], threading.Lock()
         self.listening = socket.create_server(("127.0.0.1", 0))
-        self.listening.settimeout(0.05)
         self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
         self._start(self._accept)
         return self
 
     def __exit__(self, *_):
         self.ended.set()
+        self.listening.shutdown(socket.SHUT_RDWR)  # which wakes the thread that accepts
         for thread in self.threads:
             thread.join(5)
         self.listening.close()
@@ -55,8 +55,8 @@ class FaultServer:
         while not self.ended.is_set():
             try:
                 connection, _ = self.listening.accept()
-            except TimeoutError:
-                continue
+            except OSError:
+                return
             self._start(self._talk, connection)
 
     def _talk(self, connection):
