@@ -25,10 +25,12 @@ MAX_BYTES = 100_000
 @dataclass
 class FaultServer:
     """Reads a request on each connection, then lets `answer` write what it likes. Requests whose path ends in one of `healthy`
-    are answered with an empty object; with a list of answers, each request is given the next, the last for ever."""
+    are answered with an empty object; with a list of answers, each request is given the next, the last for ever; `choose` finds
+    the answer by the body of the request."""
 
-    answer: Answer | list[Answer]
+    answer: Answer | list[Answer] | None = None
     healthy: tuple[str, ...] = ()
+    choose: Callable[[bytes], Answer] | None = None
     requests: list[tuple[str, str, bytes]] = field(default_factory=list)
     """Path, headers and body of each."""
 
@@ -69,12 +71,17 @@ class FaultServer:
                     return
                 with self.lock:
                     self.requests.append((path, head, body))
-                    answer = self.answer if callable(self.answer) else self.answer[0]
-                    if not callable(self.answer) and len(self.answer) > 1:
-                        self.answer.pop(0)
+                    answer = self._next(body)
                 answer(connection, self.ended)
             except OSError:
                 pass  # the client has gone
+
+    def _next(self, body):
+        if self.choose is not None:
+            return self.choose(body)
+        if callable(self.answer):
+            return self.answer
+        return self.answer.pop(0) if len(self.answer) > 1 else self.answer[0]
 
 
 def read_request(connection):

@@ -38,25 +38,30 @@ class JudgeCache:
     def put(self, key: str, text: str) -> None:
         """Keep a text that is not empty. It survives the death of this process at once, and that of
         the machine after `sync`."""
+        if self.path is not None:
+            self._write(self.path, key, text)
         self._texts[key] = text
-        if self.path is None:
-            return
+
+    def _write(self, path: Path, key: str, text: str) -> None:
         line = json.dumps({"key": key, "text": text}, ensure_ascii=False) + "\n"
         try:
-            is_new = not self.path.exists()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b", buffering=0) as file, _locked(file, self.path):
+            is_new = not path.exists()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a+b", buffering=0) as file, _locked(file, path):
                 _append(file, well_formed(line).encode("utf-8"))
             if is_new:
-                durable.sync(self.path.parent)
+                durable.sync(path.parent)
         except OSError as error:
-            raise RewardError(f"{self.path}: cannot be written ({error.strerror}).") from None
+            raise RewardError(f"{path}: cannot be written ({error.strerror}).") from None
         self._unsynced = True
 
     def sync(self) -> None:
         """Return when all texts are on the disk."""
         if self._unsynced and self.path is not None:
-            durable.sync(self.path)
+            try:
+                durable.sync(self.path)
+            except OSError as error:
+                raise RewardError(f"{self.path}: cannot be written ({error.strerror}).") from None
         self._unsynced = False
 
     def _load(self, path: Path) -> None:
@@ -135,6 +140,9 @@ def _locked(file: IO[bytes], path: Path) -> Iterator[None]:
                     f"{LOCK_SECONDS:g} s. Stop it, or name another reward.cache."
                 ) from None
             time.sleep(0.005)
+        except OSError:  # a file system without locks: a line is one write, which most of them keep whole
+            yield
+            return
     try:
         yield
     finally:
