@@ -8,16 +8,21 @@ import torch
 
 from quartet.algorithms.preference import PREFERENCES
 from quartet.algorithms.presets import ALGORITHMS
+from quartet.assembly import build
+from quartet.config.toml import read_settings
 from quartet.data.sampler import Sampler
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.loops.collect import Collector
 from quartet.loops.preference import preference
+from quartet.loops.progress import Progress
 from quartet.loops.rl import rl
 from quartet.loops.sft import sft
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import masked_logprobs
+from quartet.nonfinite import NonFinite
+from quartet.recipes import recipe_path
 from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts
 from quartet.rewards.functions import TextReward
@@ -25,14 +30,15 @@ from quartet.rewards.protocol import Weighted, rewarded
 from quartet.runs.doctor import INVARIANTS, Watch
 from quartet.runs.reader import Run
 from quartet.runtime.pipeline import Advanced, Pipeline, Saving, StageFailed, Warned
-from quartet.stages import SftStage
+from quartet.stages import SftStage, Work
 from quartet.training import imitation
 from quartet.training.budget import MAX_HALVINGS, Budget
 from quartet.training.checkpoint import read_checkpoint
-from quartet.training.descend import NonFinite, descend
+from quartet.training.descend import descend
 from quartet.training.learner import Learner, mark
 from quartet.training.optim import MAX_SKIPPED, Descent, Optim, Optimizer
 from tests.loops.test_loops import END, comparisons, demonstrations, goodness
+from tests.support.tiny_run import SMALL
 from tests.support.world import model, prompts, tokenizer
 from tests.training.test_learner import learner, rollouts, weights
 
@@ -55,21 +61,6 @@ def test_the_message_has_the_sample_and_what_it_says():
         made.update(dataclasses.replace(experience, advantages=broken), PPO)
     assert caught.value.sample == experience.ids[3]
     assert caught.value.tokens == experience.tokens[3, : experience.lengths[3]].tolist()
-
-
-@pytest.mark.parametrize("changed", [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 0.9}, {"temperature": 0.5}], ids=str)
-def test_finite_weights_whose_logits_are_not_stop_the_run_with_the_sample(changed):
-    """The sampler draws some token where there is no distribution; what scores its answers names the first of them."""
-    made = learner("none")
-    with torch.no_grad():
-        made.models.actor.model.norm.weight.fill_(3e38)
-    sampling = Sampling(**({"max_new_tokens": 4} | changed))
-    generator = NativeGenerator(made.models.actor, tokenizer(), frozenset({END}), 0)
-    scored = [dataclasses.replace(r, score=1.0) for r in generator.generate(prompts(3), sampling)]
-    assert all(0 <= token < len(tokenizer()) for r in scored for token in r.response_ids)
-    with pytest.raises(NonFinite, match="the log-probability is not finite in sample") as caught:
-        made.score(scored, ALGORITHMS["grpo"])
-    assert caught.value.sample == scored[0].id
 
 
 def test_a_loss_that_is_not_finite_stops_though_its_gradient_is():
@@ -360,3 +351,65 @@ def test_before_its_first_checkpoint_a_stage_begins_again(tmp_path, monkeypatch)
     resumed = list(Pipeline([stage(monkeypatch, set())], rest, TokenTexts(tokenizer()), Saving(every=6)).run(start))
     rest.close()
     assert [e.progress.metrics["loss"] for e in resumed if isinstance(e, Advanced)] == first[3:]
+
+
+# --- a policy that diverged, found where it samples
+
+
+def grpo_run(root, *words):
+    small = [word for word in SMALL if not word.startswith("sft.")]
+    chosen = ['recipe=["grpo"]', *small, "policy.create.max_length=32", "run.steps=4", "run.checkpoint_every=1", *words]
+    settings = read_settings(recipe_path("sums"), chosen, "recipe sums")
+    job, folder = build(settings.config), RunFolder.create(root, "sums", {})
+    try:
+        list(Pipeline(job.stages, folder, TokenTexts(job.tokenizer), job.saving(settings.config.run)).run())
+    finally:
+        folder.close()
+    return Run(folder.path)
+
+
+@pytest.fixture
+def diverges_once(monkeypatch):
+    """Generators whose model overflows once, as it might after two steps with a high learning rate."""
+    generate, left = NativeGenerator.generate, [1]
+
+    def diverging(self, *arguments, **named):
+        if self.version == 2 and left:
+            left.pop()
+            with torch.no_grad():
+                self.model.base_model.norm.weight.fill_(3e38)
+        return generate(self, *arguments, **named)
+
+    monkeypatch.setattr(NativeGenerator, "generate", diverging)
+
+
+def test_a_run_goes_back_to_weights_whose_logits_were_finite(tmp_path, diverges_once):
+    run = grpo_run(tmp_path, "run.rollbacks=1")
+    [warned] = [warning for warning in run.warnings if warning["rule"] == "rolled_back"]
+    assert "the log-probability is not finite in sample sums:" in warned["sentence"] and ': "' in warned["sentence"]
+    assert list(run.series["grpo"].steps) == [1, 2, 3, 4]
+
+
+def test_a_run_that_may_not_go_back_stops_and_names_the_sample(tmp_path, diverges_once):
+    with pytest.raises(StageFailed, match="grpo, step [23]: the log-probability is not finite in sample sums:"):
+        grpo_run(tmp_path)
+
+
+def test_where_nothing_learns_nothing_is_said_of_rollbacks(tmp_path):
+    """As in an evaluation of a policy that gives no finite numbers."""
+
+    class Evaluation:
+        name, title, num_steps = "evaluation", "evaluation", 2
+
+        def begin(self, folder):
+            def steps(done):
+                yield Progress(1, {})
+                raise NonFinite("the log-probability", "sums:1/0", [5])
+
+            return Work(steps, dict)
+
+    folder = RunFolder.create(tmp_path, "x", {})
+    with pytest.raises(StageFailed, match="evaluation, step 2: the log-probability is not finite") as caught:
+        list(Pipeline([Evaluation()], folder, TokenTexts(tokenizer()), Saving(every=1, rollbacks=2)).run())
+    folder.close()
+    assert "rolled back" not in str(caught.value) and "run.rollbacks" not in str(caught.value)

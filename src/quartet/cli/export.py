@@ -30,12 +30,16 @@ def chat(
     """Talk to the policy of a run. `/compare` turns the answers of before and after side by side on and off."""
     from quartet.cli.chat import ChatSession
     from quartet.models.language_model import ModelError
+    from quartet.nonfinite import NonFinite
 
     try:
         session = ChatSession(Path(run_folder), temperature, max_new_tokens)
     except ModelError as error:
         refuse(str(error))
-    session.talk(console, sys.stdin)
+    try:
+        session.talk(console, sys.stdin)
+    except NonFinite:
+        refuse(f"{run_folder}: its policy gives no finite numbers: the training diverged, or the weights were damaged.")
 
 
 class Precision(StrEnum):

@@ -1,5 +1,6 @@
 """Generation in plain torch, by the very module that trains: its log-probs are the learner's up to rounding."""
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from quartet.generation.decoders import decoder
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
 from quartet.models.adapters import REWARD
+from quartet.nonfinite import NonFinite
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -54,6 +56,8 @@ class NativeGenerator:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
+        """Return `samples_per_prompt` answers to each prompt, those to one prompt next to each other. Raises `NonFinite`, on
+        every rank, with the first answer that the model gave no distribution for."""
         noise = torch.rand(len(prompts) * samples_per_prompt, sampling.max_new_tokens, generator=self.rng)
         mine = self.team.share([len(p.ids) for p in prompts])
         rows = [row for i in mine for row in range(i * samples_per_prompt, (i + 1) * samples_per_prompt)]
@@ -66,6 +70,8 @@ class NativeGenerator:
         for row, (ids, logprobs, entropies) in enumerate(answers):
             group, sample = divmod(row, samples_per_prompt)
             prompt = prompts[group]
+            if not all(map(math.isfinite, logprobs)):
+                raise NonFinite("the log-probability", f"{prompt.id}/{sample}", [*prompt.ids, *ids])
             rollouts.append(
                 Rollout(
                     id=f"{prompt.id}/{sample}",

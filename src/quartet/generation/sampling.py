@@ -55,8 +55,7 @@ def draw(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, 
     being sampled. With P(k) = Σ_{j≤k} e^{z_j − max z} the token is the first k with P(k) > noise · P(V); its log-prob is
     z_k − max z − log P(V), the entropy log P(V) − Σ_j e^{z_j − max z} (z_j − max z) / P(V).
 
-    Where the logits of a row are not finite, its token is any token and its log-prob NaN: the learner's check of what it
-    scores stops the run there and names the response.
+    Where the logits of a row hold NaN or +∞, its token is any token and its log-prob is NaN.
     """
     z = scaled(logits, sampling)
     z = z - z.amax(-1, keepdim=True)
@@ -65,7 +64,7 @@ def draw(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, 
     total = cumulative[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # noise · total may round up to the total itself
     tokens = torch.searchsorted(cumulative, torch.minimum(noise[:, None] * total, below), right=True)
-    tokens = tokens.clamp(max=z.shape[-1] - 1)  # past the end where logits are NaN; the log-prob is NaN then, and is found
+    tokens = tokens.clamp(max=z.shape[-1] - 1)  # NaN compares with nothing: past the end
     log_total = total[:, 0].log()
     mean = torch.linalg.vecdot(weights, z.clamp(min=-1e4) if sampling.filters else z) / total[:, 0]
     return Drawn(tokens[:, 0], z.gather(-1, tokens)[:, 0] - log_total, log_total - mean)

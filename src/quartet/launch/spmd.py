@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 
 from quartet.distributed.team import HERE
+from quartet.nonfinite import NonFinite
 from quartet.runtime.worker import Handle, WorkerLost, mapped
-from quartet.training.descend import NonFinite
 
 BEAT = 1.0
 """Seconds between two signs of life."""

@@ -10,6 +10,7 @@ from typing import Any
 from quartet import files as durable
 from quartet.loops.progress import Progress
 from quartet.loops.rl import Step
+from quartet.nonfinite import NonFinite
 from quartet.recording.model_card import write_cards
 from quartet.recording.run_folder import Keeping, RunFolder
 from quartet.recording.tokens import TokenTexts
@@ -20,7 +21,6 @@ from quartet.runtime.machine import give_back_memory
 from quartet.runtime.worker import Group, Local, Stepped, Worker, WorkerLost
 from quartet.stages import RLStage, Stage, Summary
 from quartet.training.checkpoint import Checkpoint, Checkpoints
-from quartet.training.descend import NonFinite
 
 QUOTED = 300
 """Characters of a sample that a message shows."""
@@ -211,7 +211,7 @@ class Pipeline:
         """
         failed = f"{stage.title}, {cause}"
         scale, rollbacks = self.crew.call("scale")[0], self.saving.rollbacks
-        if rollbacks == 0:
+        if rollbacks == 0 or scale == 0:  # not wanted, or nothing learns
             raise StageFailed(failed)
         if step == 0 and self.crew.untouched():
             raise StageFailed(

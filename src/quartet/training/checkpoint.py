@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from quartet.distributed.team import ALONE, Team, counts_here, is_sharded, local
 from quartet.files import UNFINISHED, difference, fingerprints, move, read_json, remove_folder, sync, write
+from quartet.nonfinite import NonFinite
 from quartet.tensors import Tensor
-from quartet.training.descend import NonFinite
 
 Tree = Any
 """Dictionaries by name and lists of trees; tensors, numbers, texts, truth values and None."""

@@ -4,17 +4,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from quartet.distributed.team import ALONE, Team
+from quartet.nonfinite import NonFinite
 from quartet.tensors import Float, Tensor
 from quartet.training.optim import Optimizer
-
-
-class NonFinite(RuntimeError):
-    """A number that is not finite, seen before it could change a weight."""
-
-    def __init__(self, what: str, sample: str | None = None, tokens: Sequence[int] = ()) -> None:
-        where = f" in sample {sample}" if sample else ""
-        super().__init__(f"{what} is not finite{where}; no weight was changed by it")
-        self.what, self.sample, self.tokens = what, sample, list(tokens)
 
 
 def check_finite(
