@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from quartet.cli import app
 from quartet.cli.common import is_loopback
 from quartet.runs.tables import token_rows
+from quartet.runs.untrusted import printable
 
 
 def quartet(*words):

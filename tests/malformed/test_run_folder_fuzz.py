@@ -1,5 +1,6 @@
 """A seeded mutator over a whole run folder: whatever it changes, no reader fails, and the other run is listed."""
 
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -121,12 +122,13 @@ def change_value(value: Any, rng: random.Random) -> None:
 
 
 def json_lines(path: Path, rng: random.Random) -> None:
-    lines = [
-        json.loads(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("{")
-    ]
+    lines: list[Any] = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):  # of an earlier change
+            lines.append(json.loads(line))
     for _ in range(rng.choice((1, 1, 5))):
-        if lines:
-            change_value(lines[rng.randrange(len(lines))], rng)
+        if lines and isinstance(chosen := rng.choice(lines), dict | list):
+            change_value(chosen, rng)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -13,7 +13,7 @@ MAX_ROWS = 4_000_000
 MAX_COLUMNS = 500
 SEVERAL_THREADS = 100_000
 """Rows from which on threads are worth their start."""
-MAX_BYTES = 2 << 30
+MAX_BYTES = 1 << 30
 """Bytes of a file's columns, uncompressed."""
 MAX_TEXT_BYTES = 256 << 20
 """Bytes of all texts of a file, each counted as often as a row has it."""
