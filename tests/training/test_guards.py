@@ -29,7 +29,8 @@ from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.runs.doctor import INVARIANTS, Watch
 from quartet.runs.reader import Run
-from quartet.runtime.pipeline import Advanced, Pipeline, Saving, StageFailed, Warned
+from quartet.runtime.pipeline import Advanced, Finished, Pipeline, Saving, StageFailed, Warned
+from quartet.runtime.worker import Local, Worker
 from quartet.stages import SftStage, Work
 from quartet.training import imitation
 from quartet.training.budget import MAX_HALVINGS, Budget
@@ -330,6 +331,29 @@ def test_where_nothing_has_been_learnt_yet_the_run_says_why_it_cannot_go_back(tm
     with pytest.raises(StageFailed, match=r"step 1: the loss is not finite.* \(run.rollbacks\) cannot help, because nothing"):
         list(Pipeline([stage(monkeypatch, {1})], folder, TokenTexts(tokenizer()), Saving(every=1, rollbacks=3)).run())
     folder.close()
+
+
+def test_where_other_ranks_may_have_learnt_already_the_stage_begins_again(tmp_path, monkeypatch):
+    """Whether weights have moved in the failed step is known before the next call to the ranks, and not after it."""
+
+    class Ranks(Local):
+        busy = False
+
+        def call(self, name, *arguments):
+            self.busy = True
+            results = super().call(name, *arguments)
+            self.busy = False
+            return results
+
+        def untouched(self):
+            return not self.busy
+
+    sft, folder = stage(monkeypatch, {1}), RunFolder.create(tmp_path, "x", {})
+    pipeline = Pipeline([sft], folder, TokenTexts(tokenizer()), Saving(every=6, rollbacks=1))
+    told = list(pipeline.run(crew=Ranks(Worker([sft], folder.path))))
+    folder.close()
+    [warned] = [event for event in told if isinstance(event, Warned)]
+    assert warned.sentence.startswith("rolled back to sft-000000") and isinstance(told[-1], Finished)
 
 
 def test_before_its_first_checkpoint_a_stage_begins_again(tmp_path, monkeypatch):

@@ -210,10 +210,11 @@ class Pipeline:
         Raises `StageFailed` where that is not wanted, cannot help, was done often enough, or there is no checkpoint.
         """
         failed = f"{stage.title}, {cause}"
+        untouched = step == 0 and self.crew.untouched()  # asked first: with several ranks it is about the last call
         scale, rollbacks = self.crew.call("scale")[0], self.saving.rollbacks
         if rollbacks == 0 or scale == 0:  # not wanted, or nothing learns
             raise StageFailed(failed)
-        if step == 0 and self.crew.untouched():
+        if untouched:
             raise StageFailed(
                 f"{failed}. Going back (run.rollbacks) cannot help, because nothing has been learnt yet: look at the data, the "
                 "rewards and the model that the stage starts from."
