@@ -2,7 +2,8 @@
 
     python benchmarks/doctor.py [--folder runs-doctor] [--seeds 2] [--at-once 2]
 
-Prints the table of docs/doctor.md and writes benchmarks/results/doctor.json. Takes about 20 minutes on two cores.
+Prints the table of docs/doctor.md and writes benchmarks/results/doctor.json. Takes about 20 minutes
+on two cores.
 """
 
 import argparse
@@ -19,7 +20,13 @@ from quartet.runs.reader import Run
 from quartet.runtime.faults import FAULTS
 
 RESULTS = Path(__file__).parent / "results" / "doctor.json"
-HEALTHY = (*(("reviews", seed) for seed in range(5)), ("sums", 0), ("sums", 1), ("guess", 0), ("guess", 1))
+HEALTHY = (
+    *(("reviews", seed) for seed in range(5)),
+    ("sums", 0),
+    ("sums", 1),
+    ("guess", 0),
+    ("guess", 1),
+)
 STEPS = 24
 """PPO steps of a run with a fault: what is not found in these is found late."""
 
@@ -28,8 +35,19 @@ def run(folder: Path, name: str, *words: str) -> Run:
     """One run as a person would start it; one that is there already is not made again."""
     there = [path for path in folder.glob(f"*-{name}") if Run(path).status == "done"]
     if not there:
-        command = [str(Path(sys.executable).parent / "quartet"), "run", *words, f'run.folder="{folder}"', f'run.name="{name}"']
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [
+            str(Path(sys.executable).parent / "quartet"),
+            "run",
+            *words,
+            f'run.folder="{folder}"',
+            f'run.name="{name}"',
+        ]
+        subprocess.run(
+            command,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         there = list(folder.glob(f"*-{name}"))
     return Run(max(there, key=lambda path: path.stat().st_mtime))
 
@@ -43,21 +61,37 @@ def broken(folder: Path, fault: str, seed: int) -> dict[str, Any]:
         f'policy={{ model = "{models / "sft"}" }}',
         f'reward.0.model="{models / "reward_model"}"',
     ]
-    made = run(folder, f"{fault}-{seed}", *words, f"seed={seed}", f"run.steps={STEPS}", "--break", fault)
-    return {"fault": fault, "seed": seed, "found": {f.rule: f.step for f in examine(made) if f.stage == "ppo"}}
+    made = run(
+        folder, f"{fault}-{seed}", *words, f"seed={seed}", f"run.steps={STEPS}", "--break", fault
+    )
+    return {
+        "fault": fault,
+        "seed": seed,
+        "found": {f.rule: f.step for f in examine(made) if f.stage == "ppo"},
+    }
 
 
 def healthy(folder: Path, recipe: str, seed: int) -> dict[str, Any]:
     made = run(folder, f"{recipe}-{seed}", recipe, f"seed={seed}")
-    return {"recipe": recipe, "seed": seed, "found": {f"{f.stage}: {f.rule}": f.step for f in examine(made)}}
+    return {
+        "recipe": recipe,
+        "seed": seed,
+        "found": {f"{f.stage}: {f.rule}": f.step for f in examine(made)},
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| planted | what it is | the doctor says (at step, by seed) |", "|---|---|---|"]
     for fault, plant in FAULTS.items():
         mine = [row for row in rows if row["fault"] == fault]
-        rules = sorted({rule for row in mine for rule in row["found"]}, key=lambda r: min(x["found"].get(r, 99) for x in mine))
-        said = [f"`{rule}` ({', '.join(str(row['found'].get(rule, '–')) for row in mine)})" for rule in rules]
+        rules = sorted(
+            {rule for row in mine for rule in row["found"]},
+            key=lambda r: min(x["found"].get(r, 99) for x in mine),
+        )
+        said = [
+            f"`{rule}` ({', '.join(str(row['found'].get(rule, '–')) for row in mine)})"
+            for rule in rules
+        ]
         what = (plant.__doc__ or "").strip().splitlines()[0]
         lines.append(f"| `{fault}` | {what} | {', '.join(said) or '**nothing**'} |")
     return "\n".join(lines)
@@ -78,7 +112,9 @@ def main() -> None:
     print(table(ill))
     for row in well:
         print(f"{row['recipe']} {row['seed']}: {row['found'] or 'silent'}")
-    RESULTS.write_text(json.dumps({"steps": STEPS, "broken": ill, "healthy": well}, indent=2) + "\n")
+    RESULTS.write_text(
+        json.dumps({"steps": STEPS, "broken": ill, "healthy": well}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What each engine costs per step on the tiny world: the same run alone, on two processes, in parts, on Ray, and asynchronous.
+"""What each engine costs per step on the tiny world: the same run alone, on two processes, in
+parts, on Ray, and asynchronous.
 
     python benchmarks/engines.py [--repeats 3]
 
-Prints the table of docs/scaling.md and writes benchmarks/results/engines.json. One thread per process.
+Prints the table of docs/scaling.md and writes benchmarks/results/engines.json. One thread per
+process.
 """
 
 import argparse
@@ -15,9 +17,25 @@ import tempfile
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "engines.json"
-SIZE = ["policy.create.hidden_size=16", "policy.create.num_layers=1", "policy.create.num_heads=2", "data.rows=64"]
-STAGES = ["sft.steps=3", "sft.batch_size=8", "reward_model.steps=3", "reward_model.batch_size=8", "evaluation.prompts=8"]
-STEPS = ["rollout.prompts_per_step=8", "rollout.max_new_tokens=8", "run.steps=40", "run.checkpoint_every=1000"]
+SIZE = [
+    "policy.create.hidden_size=16",
+    "policy.create.num_layers=1",
+    "policy.create.num_heads=2",
+    "data.rows=64",
+]
+STAGES = [
+    "sft.steps=3",
+    "sft.batch_size=8",
+    "reward_model.steps=3",
+    "reward_model.batch_size=8",
+    "evaluation.prompts=8",
+]
+STEPS = [
+    "rollout.prompts_per_step=8",
+    "rollout.max_new_tokens=8",
+    "run.steps=40",
+    "run.checkpoint_every=1000",
+]
 ENGINES = {
     "Local": [],
     "in parts (FSDP2), 1 process": ["launch.shard=true"],
@@ -32,9 +50,24 @@ ENGINES = {
 def seconds_of_a_step(words: list[str]) -> float:
     """The median over the PPO steps but the first five."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(Path(sys.executable).parent / "quartet"), "run", "reviews", *SIZE, *STAGES, *STEPS, *words]
+        command = [
+            str(Path(sys.executable).parent / "quartet"),
+            "run",
+            "reviews",
+            *SIZE,
+            *STAGES,
+            *STEPS,
+            *words,
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        subprocess.run(
+            command,
+            check=True,
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
         [events] = Path(folder).glob("runs/*[!t]/events.jsonl")
         rows = [json.loads(line) for line in events.read_text().splitlines()]
     steps = [row["seconds"] for row in rows if row["event"] == "metrics" and row["stage"] == "ppo"]

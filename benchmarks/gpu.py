@@ -1,11 +1,13 @@
-"""One GPU: generation and training steps of Qwen2.5 shapes in bf16, against transformers and against the machine's limits.
+"""One GPU: generation and training steps of Qwen2.5 shapes in bf16, against transformers and
+against the machine's limits.
 
     python benchmarks/gpu.py [--shapes 0.5b,1.5b,7b] [--out results/gpu.json]
     python benchmarks/gpu.py --device cpu --shapes tiny        # the same code, small: what a machine without a GPU can check
 
-Needs torch ≥ 2.11, transformers ≥ 5.17 and quartet's own dependencies; weights are random, nothing is downloaded. Generation:
-64 prompts × 8 samples, answers with a mean of a third of 512 tokens. The bandwidth limit of a decoding step is the time to read
-the weights and the keys and values once. MFU counts 6 operations per weight and token trained, 2 per token scored.
+Needs torch ≥ 2.11, transformers ≥ 5.17 and quartet's own dependencies; weights are random, nothing
+is downloaded. Generation: 64 prompts × 8 samples, answers with a mean of a third of 512 tokens. The
+bandwidth limit of a decoding step is the time to read the weights and the keys and values once. MFU
+counts 6 operations per weight and token trained, 2 per token scored.
 """
 
 import argparse
@@ -17,7 +19,12 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, StoppingCriteriaList
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    StoppingCriteriaList,
+)
 
 import ours
 import workload as w
@@ -110,7 +117,14 @@ def limits(device, clock):
 
 
 def asked_of(shape):
-    size = w.Size(shape.hidden, shape.layers, shape.heads, shape.vocabulary, shape.limit, shape.prompts * shape.samples)
+    size = w.Size(
+        shape.hidden,
+        shape.layers,
+        shape.heads,
+        shape.vocabulary,
+        shape.limit,
+        shape.prompts * shape.samples,
+    )
     return ours.prompts(size, shape.prompts, 64, 192), size
 
 
@@ -120,7 +134,11 @@ def generation(shape, model, device, clock, reach):
     made = ours.generator(model, size, rows)
     made.lengths = made.lengths.to(device)
     sampling = Sampling(max_new_tokens=shape.limit)
-    clock(lambda: made.generate(asked[:2], dataclasses.replace(sampling, max_new_tokens=8), shape.samples))
+    clock(
+        lambda: made.generate(
+            asked[:2], dataclasses.replace(sampling, max_new_tokens=8), shape.samples
+        )
+    )
     seconds, rollouts = clock(lambda: made.generate(asked, sampling, shape.samples))
     tokens = sum(len(r.response_ids) for r in rollouts)
     # Each step reads the weights once, and the keys and values of the rows that are left.
@@ -148,7 +166,13 @@ def theirs(shape, model, asked, lengths, device, clock):
     ids, mask = left_padded([list(p.ids) for p in asked for _ in range(shape.samples)])
     stop = StopAt(lengths, ids.shape[1])
     stop.lengths = stop.lengths.to(device)
-    settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "eos_token_id": None, "pad_token_id": w.PAD}
+    settings = {
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 1.0,
+        "eos_token_id": None,
+        "pad_token_id": w.PAD,
+    }
 
     def work():
         with torch.no_grad():
@@ -169,9 +193,13 @@ def continuous(shape, model, clock):
 
     asked, size = asked_of(shape)
     mean = round(sum(w.response_lengths(size.limit, size.rows)) / size.rows)
-    config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=mean, eos_token_id=-1, pad_token_id=w.PAD)
+    config = GenerationConfig(
+        do_sample=True, top_k=0, top_p=1.0, max_new_tokens=mean, eos_token_id=-1, pad_token_id=w.PAD
+    )
     rows = [list(p.ids) for p in asked for _ in range(shape.samples)]
-    seconds, _ = clock(lambda: model.generate_batch(inputs=rows, generation_config=config, progress_bar=False))
+    seconds, _ = clock(
+        lambda: model.generate_batch(inputs=rows, generation_config=config, progress_bar=False)
+    )
     return {"seconds": seconds, "tokens_per_s": mean * len(rows) / seconds}
 
 
@@ -186,11 +214,17 @@ def step(shape, model, device, clock, reach, preset):
     critic = None
     if algorithm.needs_critic:
         torch.manual_seed(1)
-        classifier = AutoModelForSequenceClassification.from_config(shape.config(num_labels=1), dtype=model.dtype)
+        classifier = AutoModelForSequenceClassification.from_config(
+            shape.config(num_labels=1), dtype=model.dtype
+        )
         critic = ScalarModel(checkpoint_blocks(classifier.to(device)))
     reference = freeze(model) if algorithm.needs_reference else None
     judge = TextReward("length", lambda _, response: float(len(response)))
-    rewards = [Weighted(judge if critic is None else ModelReward(freeze(copy.deepcopy(critic)), 16_384), 1.0)]
+    rewards = [
+        Weighted(
+            judge if critic is None else ModelReward(freeze(copy.deepcopy(critic)), 16_384), 1.0
+        )
+    ]
     epochs = 1 if critic is None else 4
     tokens_per_pass = 16_384
     sampling = Sampling(max_new_tokens=shape.limit)
@@ -209,9 +243,15 @@ def step(shape, model, device, clock, reach, preset):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         took = {}
-        took["generate and reward"], collected = clock(lambda: collector.collect(algorithm, sampling))
-        took["score"], batch = clock(functools.partial(learner.score, collected.rollouts, algorithm))
-        took["update"], _ = clock(functools.partial(learner.update, algorithm.experience(batch), algorithm))
+        took["generate and reward"], collected = clock(
+            lambda: collector.collect(algorithm, sampling)
+        )
+        took["score"], batch = clock(
+            functools.partial(learner.score, collected.rollouts, algorithm)
+        )
+        took["update"], _ = clock(
+            functools.partial(learner.update, algorithm.experience(batch), algorithm)
+        )
         made.load_weights(learner.weights())
     tokens = int(batch.lengths.sum())
     parameters = sum(p.numel() for p in actor.parameters())
@@ -219,7 +259,9 @@ def step(shape, model, device, clock, reach, preset):
     trained = 6 * parameters * tokens * epochs * models
     sizes = Sizes(shape.hidden, shape.layers, shape.intermediate, shape.kv_heads / shape.heads)
     frozen = parameters * 2 * ((reference is not None) + (critic is not None))
-    predicted = frozen + models * (parameters * 8 + activation_bytes(sizes, True) / 2 * min(tokens, tokens_per_pass))
+    predicted = frozen + models * (
+        parameters * 8 + activation_bytes(sizes, True) / 2 * min(tokens, tokens_per_pass)
+    )
     return {
         "phases": took,
         "tokens": tokens,
@@ -231,7 +273,9 @@ def step(shape, model, device, clock, reach, preset):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shapes", default="0.5b,1.5b,7b")
     parser.add_argument("--out", type=Path)
@@ -239,7 +283,12 @@ def main():
     device = torch.device(a.device)
     clock = Clock(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    found = {"device": name, "torch": torch.__version__, "limits": limits(device, clock), "shapes": {}}
+    found = {
+        "device": name,
+        "torch": torch.__version__,
+        "limits": limits(device, clock),
+        "shapes": {},
+    }
     print(json.dumps({k: found[k] for k in ("device", "torch", "limits")}), flush=True)
     for shape_name in a.shapes.split(","):
         shape, rows = SHAPES[shape_name], {}
@@ -257,7 +306,11 @@ def main():
         for what, work in works.items():
             try:
                 rows[what] = work()
-            except (RuntimeError, ValueError, AttributeError) as error:  # one piece that fails leaves the others standing
+            except (
+                RuntimeError,
+                ValueError,
+                AttributeError,
+            ) as error:  # one piece that fails leaves the others standing
                 rows[what] = {"failed": f"{type(error).__name__}: {error}"[:500]}
             print(shape_name, what, json.dumps(rows[what]), flush=True)
             if device.type == "cuda":

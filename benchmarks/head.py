@@ -1,11 +1,13 @@
-"""Log-probs through the output head, forward and backward: ours in chunks against the whole [N, V] tensor.
+"""Log-probs through the output head, forward and backward: ours in chunks against the whole [N, V]
+tensor.
 
     python benchmarks/head.py [--vocabulary 50257] [--hidden 768] [--positions 2048] [--repeats 5]
 
-Each way runs in a process of its own, in turn, so that its peak of memory is its own. Prints seconds (median) and the
-memory above what hidden states and weights take. `torch's own log_softmax` is what a library does that takes the
-logits of the whole batch; `selective` gathers first and keeps log-sum-exp only, as TRL does; `linear_cross_entropy` is torch's
-own fused loss. Quartet's is the only one that gives the entropies as well.
+Each way runs in a process of its own, in turn, so that its peak of memory is its own. Prints
+seconds (median) and the memory above what hidden states and weights take. `torch's own log_softmax`
+is what a library does that takes the logits of the whole batch; `selective` gathers first and keeps
+log-sum-exp only, as TRL does; `linear_cross_entropy` is torch's own fused loss. Quartet's is the
+only one that gives the entropies as well.
 """
 
 import argparse
@@ -57,7 +59,12 @@ def measure(way: str, vocabulary: int, size: int, positions: int) -> dict[str, f
     (-logprobs.mean()).backward()
     seconds = time.perf_counter() - started
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"seconds": seconds, "mb": peak, "sum": float(logprobs.sum()), "norm": float(hidden.grad.norm())}
+    return {
+        "seconds": seconds,
+        "mb": peak,
+        "sum": float(logprobs.sum()),
+        "norm": float(hidden.grad.norm()),
+    }
 
 
 def main() -> None:
@@ -72,19 +79,33 @@ def main() -> None:
         print(json.dumps(measure(a.way, a.vocabulary, a.hidden, a.positions)))
         return
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    sizes = ["--vocabulary", str(a.vocabulary), "--hidden", str(a.hidden), "--positions", str(a.positions)]
+    sizes = [
+        "--vocabulary",
+        str(a.vocabulary),
+        "--hidden",
+        str(a.hidden),
+        "--positions",
+        str(a.positions),
+    ]
     for _ in range(a.repeats):
         for way in WAYS:  # in turn: what the machine does meanwhile hits all of them
             command = [sys.executable, __file__, "--way", way, *sizes]
-            found[way].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            found[way].append(
+                json.loads(
+                    subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                )
+            )
     print(
-        f"V = {a.vocabulary:,}, H = {a.hidden}, N = {a.positions:,}, fp32, {torch.get_num_threads()} threads, "
+        f"V = {a.vocabulary:,}, H = {a.hidden}, N = {a.positions:,}, fp32, "
+        f"{torch.get_num_threads()} threads, "
         f"{a.repeats} repeats"
     )
     print("| | seconds | MB above inputs and gradients |\n|---|---|---|")
     for way, runs in found.items():
         same = abs(runs[0]["sum"] / found["selective"][0]["sum"] - 1) < 1e-5
-        assert same and abs(runs[0]["norm"] / found["selective"][0]["norm"] - 1) < 1e-4, "not the same work"
+        assert same and abs(runs[0]["norm"] / found["selective"][0]["norm"] - 1) < 1e-4, (
+            "not the same work"
+        )
         median = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "mb")}
         print(f"| {way} | {median['seconds']:.2f} | {median['mb']:,.0f} |")
 

@@ -1,9 +1,11 @@
 """Does it learn? The embedded worlds over several seeds, each run as a person would start it.
 
-    python benchmarks/learning.py [--folder runs-learning] [--only reviews|hacking|sums] [--at-once 2]
+    python benchmarks/learning.py [--folder runs-learning] [--only reviews|hacking|sums] [--at-once
+    2]
 
-Prints the tables of docs/learning.md and writes benchmarks/results/learning.json. Takes about 40 minutes on two cores. Runs
-that go at once share the cores: their times say nothing about one run alone.
+Prints the tables of docs/learning.md and writes benchmarks/results/learning.json. Takes about 40
+minutes on two cores. Runs that go at once share the cores: their times say nothing about one run
+alone.
 """
 
 import argparse
@@ -22,18 +24,35 @@ RESULTS = Path(__file__).parent / "results" / "learning.json"
 JOBS = {
     "reviews": ("reviews", range(5), []),
     "sums": ("sums", range(3), []),
-    "hacking": ("reviews", range(3), ["algorithm.kl.coef=0", "run.steps=48", 'recipe=["ppo", "evaluation"]']),
+    "hacking": (
+        "reviews",
+        range(3),
+        ["algorithm.kl.coef=0", "run.steps=48", 'recipe=["ppo", "evaluation"]'],
+    ),
 }
 """`hacking` goes on from the SFT and reward models of `reviews`: only PPO is another."""
 
 
-def run(recipe: str, seed: int, words: list[str], folder: Path, name: str, threads: int) -> dict[str, Any]:
+def run(
+    recipe: str, seed: int, words: list[str], folder: Path, name: str, threads: int
+) -> dict[str, Any]:
     """One run, and what its folder says of it."""
     quartet = str(Path(sys.executable).parent / "quartet")
-    command = [quartet, "run", recipe, f"seed={seed}", f'run.folder="{folder}"', f'run.name="{name}-{seed}"', *words]
+    command = [
+        quartet,
+        "run",
+        recipe,
+        f"seed={seed}",
+        f'run.folder="{folder}"',
+        f'run.name="{name}-{seed}"',
+        *words,
+    ]
     if name == "hacking":
         models = max(folder.glob(f"*-reviews-{seed}"), key=lambda p: p.stat().st_mtime)
-        command += [f'policy={{ model = "{models / "sft"}" }}', f'reward.0.model="{models / "reward_model"}"']
+        command += [
+            f'policy={{ model = "{models / "sft"}" }}',
+            f'reward.0.model="{models / "reward_model"}"',
+        ]
     started = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
@@ -46,7 +65,9 @@ def run(recipe: str, seed: int, words: list[str], folder: Path, name: str, threa
         "seed": seed,
         "threads": threads,
         "seconds": round(seconds),
-        "stage_seconds": {e["stage"]: round(e["seconds"]) for e in events if e["event"] == "finished"},
+        "stage_seconds": {
+            e["stage"]: round(e["seconds"]) for e in events if e["event"] == "finished"
+        },
         "peak_mb": round(events[-1]["peak_bytes"] / 1e6),
         "reward_model": summaries.get("reward_model"),
         "win_rate": evaluation["win_rate"],
@@ -59,17 +80,33 @@ def run(recipe: str, seed: int, words: list[str], folder: Path, name: str, threa
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The runs of one job as Markdown."""
-    lines = ["| seed | held-out pair accuracy (possible) | reward | gold | repetition | win rate by gold | KL | time | peak |"]
+    lines = [
+        "| seed | held-out pair accuracy (possible) | reward | gold | repetition | win rate by "
+        "gold | KL | time | peak |"
+    ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for r in rows:
         judge, before, after = r["reward_model"], r["before"], r["after"]
         accuracy = f"{judge['held_out_accuracy']:.3f} ({judge['ceiling']:.3f})" if judge else "–"
-        changes = [f"{before[k]:.2f} → {after[k]:.2f}" for k in ("reward", "gold", "response/repetition")]
+        changes = [
+            f"{before[k]:.2f} → {after[k]:.2f}" for k in ("reward", "gold", "response/repetition")
+        ]
         won = f"{r['win_rate']['mean']:.3f} ± {r['win_rate']['interval']:.3f}"
         minutes = f"{r['seconds'] // 60}:{r['seconds'] % 60:02}"
-        cells = [r["seed"], accuracy, *changes, won, f"{r['kl']['mean']:.1f}", minutes, f"{r['peak_mb']:,} MB"]
+        cells = [
+            r["seed"],
+            accuracy,
+            *changes,
+            won,
+            f"{r['kl']['mean']:.1f}",
+            minutes,
+            f"{r['peak_mb']:,} MB",
+        ]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    lines.append(f"\nmedian time {statistics.median(r['seconds'] for r in rows):.0f} s on {rows[0]['threads']} threads")
+    lines.append(
+        f"\nmedian time {statistics.median(r['seconds'] for r in rows):.0f} s on "
+        f"{rows[0]['threads']} threads"
+    )
     return "\n".join(lines)
 
 
@@ -84,9 +121,19 @@ def main() -> None:
     for name, (recipe, seeds, words) in JOBS.items():
         if arguments.only in {None, name}:
             with ThreadPoolExecutor(arguments.at_once) as pool:
-                started = partial(run, recipe, words=words, folder=arguments.folder.resolve(), name=name, threads=threads)
+                started = partial(
+                    run,
+                    recipe,
+                    words=words,
+                    folder=arguments.folder.resolve(),
+                    name=name,
+                    threads=threads,
+                )
                 results[name] = list(pool.map(started, seeds))
-            print(f"\n{name}: quartet run {recipe} {' '.join(words)}\n\n{table(results[name])}", flush=True)
+            print(
+                f"\n{name}: quartet run {recipe} {' '.join(words)}\n\n{table(results[name])}",
+                flush=True,
+            )
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 

@@ -1,13 +1,16 @@
-"""Would the tests notice a wrong formula? Small errors are made in src/quartet/algorithms, one at a time, and the tests run.
+"""Would the tests notice a wrong formula? Small errors are made in src/quartet/algorithms, one at a
+time, and the tests run.
 
     python benchmarks/mutation.py [--sample 150] [--seed 0] [--timeout 120] [--out mutation.json]
     python benchmarks/mutation.py --again mutation.json --out again.json        what was not killed there, once more
 
-A mutant is the source with one expression exchanged: another operator, constant, bound or dimension, a branch the other way
-round, a term left out. Text, types, assertions and `raise` are left alone. It is killed when a test fails, and survives when
-none does. The libraries are loaded once; each mutant runs in a fork, which imports Quartet anew with the one file changed and
-runs the tests that enter the changed function, quickest first. What is executed at import, such as a default, is tried with
-every test. test_closed_form.py trains for minutes and is left out without `--everything`.
+A mutant is the source with one expression exchanged: another operator, constant, bound or
+dimension, a branch the other way round, a term left out. Text, types, assertions and `raise` are
+left alone. It is killed when a test fails, and survives when none does. The libraries are loaded
+once; each mutant runs in a fork, which imports Quartet anew with the one file changed and runs the
+tests that enter the changed function, quickest first. What is executed at import, such as a
+default, is tried with every test. test_closed_form.py trains for minutes and is left out without
+`--everything`.
 """
 
 import argparse
@@ -37,14 +40,28 @@ OPERATORS: dict[type, tuple[type, ...]] = {
     ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.Lt),
     ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.In: (ast.NotIn,),
 }  # fmt: skip
-NAMES = {"min": "max", "minimum": "maximum", "amin": "amax", "cummin": "cummax", "sum": "mean", "any": "all"}
+NAMES = {
+    "min": "max",
+    "minimum": "maximum",
+    "amin": "amax",
+    "cummin": "cummax",
+    "sum": "mean",
+    "any": "all",
+}
 NAMES |= {after: before for before, after in NAMES.items()}
-NEGATED = {"Float": "-({})", "float": "-({})", "Int": "-({})", "Bool": "~({})", "bool": "(not ({}))"}
+NEGATED = {
+    "Float": "-({})",
+    "float": "-({})",
+    "Int": "-({})",
+    "Bool": "~({})",
+    "bool": "(not ({}))",
+}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One expression of one file, by its place in the file's bytes, and what stands there instead."""
+    """One expression of one file, by its place in the file's bytes, and what stands there
+    instead."""
 
     file: str
     line: int
@@ -57,7 +74,8 @@ class Mutant:
 
 
 def variants(node: Any, returns: str) -> Iterator[tuple[ast.expr, str]]:  # noqa: PLR0912
-    """Expressions at this node, each with what may stand in its place. `returns` is the type that its function returns."""
+    """Expressions at this node, each with what may stand in its place. `returns` is the type that
+    its function returns."""
 
     def text(made: ast.AST, **changed: Any) -> str:
         return f"({ast.unparse(type(made)(**({f: getattr(made, f) for f in made._fields} | changed)))})"
@@ -76,13 +94,20 @@ def variants(node: Any, returns: str) -> Iterator[tuple[ast.expr, str]]:  # noqa
             yield node, text(node, op=OPERATORS[type(op)][0]())
         case ast.Compare(_, ops):
             for i, op in enumerate(ops):
-                yield from ((node, text(node, ops=[*ops[:i], o(), *ops[i + 1 :]])) for o in OPERATORS.get(type(op), ()))
+                yield from (
+                    (node, text(node, ops=[*ops[:i], o(), *ops[i + 1 :]]))
+                    for o in OPERATORS.get(type(op), ())
+                )
         case ast.UnaryOp(_, operand):
             yield node, f"({ast.unparse(operand)})"
         case ast.Constant(bool(value)):
             yield node, str(not value)
         case ast.Constant(int(value) | float(value)):
-            yield from ((node, repr(other)) for other in dict.fromkeys((value + 1, 2 * value)) if other != value)
+            yield from (
+                (node, repr(other))
+                for other in dict.fromkeys((value + 1, 2 * value))
+                if other != value
+            )
         case ast.IfExp(_, body, other):
             yield node, text(node, body=other, orelse=body)
         case ast.Call(ast.Name(name)) if name in NAMES:
@@ -108,13 +133,20 @@ def variants(node: Any, returns: str) -> Iterator[tuple[ast.expr, str]]:  # noqa
 
 
 def places(node: Any, inside: str = "", returns: str = "") -> Iterator[tuple[ast.AST, str, str]]:
-    """Every node that may change, the function or class around it, and the type that the function returns."""
-    is_type = isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id[0].isupper()
+    """Every node that may change, the function or class around it, and the type that the function
+    returns."""
+    is_type = (
+        isinstance(node, ast.Subscript)
+        and isinstance(node.value, ast.Name)
+        and node.value.id[0].isupper()
+    )
     if is_type or isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr):
         return
     yield node, inside, returns
     for name, value in ast.iter_fields(node):
-        if name in {"annotation", "returns", "decorator_list"} or (isinstance(node, ast.keyword) and node.arg == "dim"):
+        if name in {"annotation", "returns", "decorator_list"} or (
+            isinstance(node, ast.keyword) and node.arg == "dim"
+        ):
             continue  # a dimension is changed with its keyword
         around, type_ = inside, returns
         if name == "body" and isinstance(node, ast.ClassDef):
@@ -135,9 +167,14 @@ def mutants(file: str) -> list[Mutant]:
     found: dict[tuple[int, int, str], Mutant] = {}
     for place, inside, returns in places(ast.parse(source)):
         for node, after in variants(place, returns):
-            start, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+            start, end = (
+                starts[node.lineno - 1] + node.col_offset,
+                starts[node.end_lineno - 1] + node.end_col_offset,
+            )
             before = source[start:end].decode()
-            found.setdefault((start, end, after), Mutant(file, node.lineno, start, end, before, after, inside))
+            found.setdefault(
+                (start, end, after), Mutant(file, node.lineno, start, end, before, after, inside)
+            )
     return list(found.values())
 
 
@@ -153,7 +190,8 @@ def sample(size: int, seed: int) -> list[Mutant]:
 
 
 class Measure:
-    """A pytest plugin: how long each test takes, and which functions of the algorithms it enters."""
+    """A pytest plugin: how long each test takes, and which functions of the algorithms it
+    enters."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -169,7 +207,9 @@ class Measure:
             sys.settrace(None)
             self.seconds[item.nodeid] = time.perf_counter() - started
             ours = [c for c in entered if c.co_filename.startswith(f"{ROOT}/{FORMULAS}/")]
-            self.enters[item.nodeid] = sorted({f"{c.co_filename.removeprefix(f'{ROOT}/')}:{c.co_qualname}" for c in ours})
+            self.enters[item.nodeid] = sorted(
+                {f"{c.co_filename.removeprefix(f'{ROOT}/')}:{c.co_qualname}" for c in ours}
+            )
 
 
 class Chosen:
@@ -180,7 +220,9 @@ class Chosen:
         self.failed = ""
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda i: self.order[i.nodeid])
+        items[:] = sorted(
+            (i for i in items if i.nodeid in self.order), key=lambda i: self.order[i.nodeid]
+        )
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.failed = self.failed or (report.nodeid if report.failed else "")
@@ -189,16 +231,27 @@ class Chosen:
 def run_pytest(plugin: object, *options: str) -> int:
     for name in [n for n in sys.modules if n.split(".")[0] in {"quartet", "tests"}]:
         del sys.modules[name]
-    fixed = ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-q", "-x", "--tb=no"]
+    fixed = [
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore::pytest.PytestAssertRewriteWarning",
+        "-q",
+        "-x",
+        "--tb=no",
+    ]
     return int(pytest.main([*fixed, *options, TESTS], plugins=[plugin]))
 
 
 def in_fork(work: Callable[[], Any], timeout: int = 0) -> Any:
-    """What `work` returns, in a process of its own; None if time was up, "crash" if it died otherwise."""
+    """What `work` returns, in a process of its own; None if time was up, "crash" if it died
+    otherwise."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        signal.setitimer(signal.ITIMER_PROF, timeout)  # of the processor's time: other work may run beside it
+        signal.setitimer(
+            signal.ITIMER_PROF, timeout
+        )  # of the processor's time: other work may run beside it
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         try:
@@ -226,7 +279,11 @@ def attempt(m: Mutant, tests: list[str], *options: str) -> str:
     def get_data(self: Any, asked: str) -> bytes:
         if Path(asked).parent == path.parent / "__pycache__":
             raise OSError("a mutant has no bytecode")
-        return source[: m.start] + m.after.encode() + source[m.end :] if asked == str(path) else plain(self, asked)
+        return (
+            source[: m.start] + m.after.encode() + source[m.end :]
+            if asked == str(path)
+            else plain(self, asked)
+        )
 
     loader.get_data, loader.set_data = get_data, lambda *_, **__: None  # type: ignore[method-assign,assignment]
     plugin = Chosen(tests)
@@ -235,26 +292,38 @@ def attempt(m: Mutant, tests: list[str], *options: str) -> str:
 
 def relevant(m: Mutant, seconds: dict[str, float], enters: dict[str, list[str]]) -> list[str]:
     """The tests that can notice it, quickest first; of a class, those first that enter it."""
-    entering = {test: any(f.startswith(f"{m.file}:{m.inside}") for f in enters[test]) for test in seconds}
+    entering = {
+        test: any(f.startswith(f"{m.file}:{m.inside}") for f in enters[test]) for test in seconds
+    }
     at_import = m.inside.endswith(".") or not m.inside
-    return sorted((t for t in seconds if at_import or entering[t]), key=lambda t: (not entering[t], seconds[t]))
+    return sorted(
+        (t for t in seconds if at_import or entering[t]),
+        key=lambda t: (not entering[t], seconds[t]),
+    )
 
 
 def report(results: list[dict[str, Any]]) -> None:
     count = collections.Counter((Path(r["file"]).name, r["verdict"]) for r in results)
     print(f"{'':18}{'mutants':>9}" + "".join(f"{v:>9}" for v in VERDICTS))
     for name in [*dict.fromkeys(file for file, _ in count), "all"]:
-        row = [sum(n for (file, v), n in count.items() if name in (file, "all") and v == verdict) for verdict in VERDICTS]
+        row = [
+            sum(n for (file, v), n in count.items() if name in (file, "all") and v == verdict)
+            for verdict in VERDICTS
+        ]
         print(f"{name:18}{sum(row):9}" + "".join(f"{n:9}" for n in row))
     for r in (r for r in results if r["verdict"] != "killed"):
         print(f"{r['verdict']}  {r['file']}:{r['line']}  {r['before']}  →  {r['after']}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sample", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=int, default=120, help="seconds of processor time for one mutant")
+    parser.add_argument(
+        "--timeout", type=int, default=120, help="seconds of processor time for one mutant"
+    )
     parser.add_argument("--again", type=Path, help="a result: only what was not killed there")
     parser.add_argument("--everything", action="store_true", help="test_closed_form.py too")
     parser.add_argument("--out", type=Path, default=Path("mutation.json"))
@@ -262,12 +331,16 @@ def main() -> None:
     out = a.out.resolve()
     chosen = sample(a.sample, a.seed)
     if a.again:
-        again = [r for r in json.loads(a.again.read_text(encoding="utf-8")) if r["verdict"] != "killed"]
+        again = [
+            r for r in json.loads(a.again.read_text(encoding="utf-8")) if r["verdict"] != "killed"
+        ]
         chosen = [Mutant(**{f.name: r[f.name] for f in fields(Mutant)}) for r in again]
         assert all(m in mutants(m.file) for m in chosen), "the sources are not those of the result"
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(ROOT / "src")]
-    settings.register_profile("mutation", derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
+    settings.register_profile(
+        "mutation", derandomize=True, database=None, phases=[Phase.explicit, Phase.generate]
+    )
     settings.load_profile("mutation")
     options = () if a.everything else (f"--ignore={TESTS}/test_closed_form.py",)
     run_pytest(Chosen([]), "--collect-only", *options)  # loads the libraries
@@ -283,7 +356,11 @@ def main() -> None:
         results.append(asdict(mutant) | {"verdict": verdict, "by": by, "tests": len(tests)})
         out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         took = time.perf_counter() - started
-        print(f"{number:4} {verdict:8} {took:6.1f} s {len(tests):4} tests  {mutant.file}:{mutant.line}  {by or ''}", flush=True)
+        print(
+            f"{number:4} {verdict:8} {took:6.1f} s {len(tests):4} tests  "
+            f"{mutant.file}:{mutant.line}  {by or ''}",
+            flush=True,
+        )
     report(results)
 
 

@@ -55,7 +55,10 @@ def generator(model, size, count):
 
 
 def prompts(size, count, *bounds):
-    return [Prompt(f"p{i}", tuple(ids), w.text(ids)) for i, ids in enumerate(w.prompts(size, count, *bounds))]
+    return [
+        Prompt(f"p{i}", tuple(ids), w.text(ids))
+        for i, ids in enumerate(w.prompts(size, count, *bounds))
+    ]
 
 
 def generation(size, repeats, copies=1):
@@ -82,11 +85,17 @@ def ppo(size, repeats):
     critic, judge = (ScalarModel(w.scalar_model(size, seed)) for seed in (2, 1))
     optim = Optim(lr=1e-5, critic_lr=1e-5, epochs=4, minibatches=1)
     sampling = Sampling(max_new_tokens=size.limit)
-    learner = Learner(Separate(actor, critic), freeze(w.language_model(size)), optim, sampling, steps=repeats + 1)
+    learner = Learner(
+        Separate(actor, critic), freeze(w.language_model(size)), optim, sampling, steps=repeats + 1
+    )
     asked = Sampler(prompts(size, rows), rows, 0)
     rewards = [Weighted(ModelReward(freeze(judge), MICRO_BATCH_TOKENS), 1.0)]
     steps = rl(Collector(asked, generator(actor, size, rows), rewards), learner, ALGORITHMS["ppo"])
-    w.report(seconds=steps_of(steps, repeats), tokens=sum(w.response_lengths(size.limit, rows)), optimizer_steps=4)
+    w.report(
+        seconds=steps_of(steps, repeats),
+        tokens=sum(w.response_lengths(size.limit, rows)),
+        optimizer_steps=4,
+    )
 
 
 def grpo(size, repeats, preset="grpo"):
@@ -94,36 +103,62 @@ def grpo(size, repeats, preset="grpo"):
     actor = w.language_model(size)
     algorithm = ALGORITHMS[preset]
     sampling, optim = Sampling(max_new_tokens=size.limit), Optim(lr=1e-5, epochs=1)
-    learner = Learner(Separate(actor, None), freeze(w.language_model(size)), optim, sampling, steps=repeats + 1)
+    learner = Learner(
+        Separate(actor, None), freeze(w.language_model(size)), optim, sampling, steps=repeats + 1
+    )
     rewards = [Weighted(TextReward("length", lambda _, response: float(len(response))), 1.0)]
     asked = Sampler(prompts(size, size.rows // samples), size.rows // samples, 0)
-    steps = rl(Collector(asked, generator(actor, size, size.rows), rewards, samples), learner, algorithm)
-    w.report(seconds=steps_of(steps, repeats), tokens=sum(w.response_lengths(size.limit, size.rows)), optimizer_steps=1)
+    steps = rl(
+        Collector(asked, generator(actor, size, size.rows), rewards, samples), learner, algorithm
+    )
+    w.report(
+        seconds=steps_of(steps, repeats),
+        tokens=sum(w.response_lengths(size.limit, size.rows)),
+        optimizer_steps=1,
+    )
 
 
 def sft(size, repeats):
     rows, model = size.rows // 2, w.language_model(size)
     pairs = list(zip(w.prompts(size, rows), w.responses(size, rows), strict=True))
-    data = Sampler([Demonstration(str(i), tuple(p), tuple(a)) for i, (p, a) in enumerate(pairs)], rows, 0)
-    steps = sft_loop(model, data, Optimizer(list(model.parameters()), Descent(), 100), repeats + 1, MICRO_BATCH_TOKENS)
-    w.report(seconds=steps_of(steps, repeats), tokens=sum(len(p) + len(a) for p, a in pairs), optimizer_steps=1)
+    data = Sampler(
+        [Demonstration(str(i), tuple(p), tuple(a)) for i, (p, a) in enumerate(pairs)], rows, 0
+    )
+    steps = sft_loop(
+        model,
+        data,
+        Optimizer(list(model.parameters()), Descent(), 100),
+        repeats + 1,
+        MICRO_BATCH_TOKENS,
+    )
+    w.report(
+        seconds=steps_of(steps, repeats),
+        tokens=sum(len(p) + len(a) for p, a in pairs),
+        optimizer_steps=1,
+    )
 
 
 def reward_model(size, repeats):
     from quartet.algorithms.preference import LastTokenLoss
 
     rows, model = size.rows // 4, ScalarModel(w.scalar_model(size))
-    triples = list(zip(w.prompts(size, rows), w.responses(size, rows), w.responses(size, rows, 4), strict=True))
-    data = Sampler([Comparison(str(i), *map(tuple, triple)) for i, triple in enumerate(triples)], rows, 0)
+    triples = list(
+        zip(w.prompts(size, rows), w.responses(size, rows), w.responses(size, rows, 4), strict=True)
+    )
+    data = Sampler(
+        [Comparison(str(i), *map(tuple, triple)) for i, triple in enumerate(triples)], rows, 0
+    )
     optimizer = Optimizer(list(model.parameters()), Descent(), 100)
-    steps = reward_model_loop(model, data, LastTokenLoss(), optimizer, repeats + 1, MICRO_BATCH_TOKENS)
+    steps = reward_model_loop(
+        model, data, LastTokenLoss(), optimizer, repeats + 1, MICRO_BATCH_TOKENS
+    )
     tokens = sum(2 * len(p) + len(a) + len(b) for p, a, b in triples)
     w.report(seconds=steps_of(steps, repeats), tokens=tokens, optimizer_steps=1)
 
 
 def reading(size, repeats, train, padded):
-    """Scoring or training on the log-probs of answers: real tokens, or the rectangle that holds them, by transformers' own
-    forward."""
+    """Scoring or training on the log-probs of answers: real tokens, or the rectangle that holds
+    them, by transformers' own forward."""
     model = w.language_model(size)
     pairs = list(zip(w.prompts(size, size.rows), w.responses(size, size.rows), strict=True))
     tokens, lengths = right_pad([(*p, *a) for p, a in pairs])
@@ -132,7 +167,9 @@ def reading(size, repeats, train, padded):
         llama._WRITTEN_OUT[model.base_model] = False
         pieces = list(torch.arange(size.rows).split(max(MICRO_BATCH_TOKENS // tokens.shape[1], 1)))
     else:
-        pieces = [torch.tensor(rows) for rows in micro_batches(lengths.tolist(), MICRO_BATCH_TOKENS)]
+        pieces = [
+            torch.tensor(rows) for rows in micro_batches(lengths.tolist(), MICRO_BATCH_TOKENS)
+        ]
 
     def score():
         with torch.no_grad():
@@ -146,7 +183,11 @@ def reading(size, repeats, train, padded):
             masked_logprobs(model, tokens[rows, :width], mask[rows, :width]).sum().backward()
         model.zero_grad()
 
-    w.report(seconds=w.timed(learn if train else score, repeats), tokens=int(lengths.sum()), padded=tokens.numel())
+    w.report(
+        seconds=w.timed(learn if train else score, repeats),
+        tokens=int(lengths.sum()),
+        padded=tokens.numel(),
+    )
 
 
 def machine(_, repeats):
@@ -155,7 +196,12 @@ def machine(_, repeats):
     x, y = torch.randn(2**26), torch.empty(2**26)
     product = min(w.timed(lambda: torch.mm(a, b), 5 * repeats))
     copy = min(w.timed(lambda: y.copy_(x), 5 * repeats))
-    w.report(seconds=[product], gflops=2 * 2048**3 / product / 1e9, copy_gb_s=2 * x.numel() * 4 / copy / 1e9, tokens=0)
+    w.report(
+        seconds=[product],
+        gflops=2 * 2048**3 / product / 1e9,
+        copy_gb_s=2 * x.numel() * 4 / copy / 1e9,
+        tokens=0,
+    )
 
 
 WORKS = {

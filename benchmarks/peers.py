@@ -2,9 +2,10 @@
 
     peers-python benchmarks/peers.py WORK SIZE [--repeats N]
 
-Trainers run as their documentation has it: their defaults for how things are computed, our numbers for what is computed.
-Responses end where the workload says: `generate` is given a stopping criterion per row, and TRL's PPO, which never stops
-early, has the end of sequence written into what it generated.
+Trainers run as their documentation has it: their defaults for how things are computed, our numbers
+for what is computed. Responses end where the workload says: `generate` is given a stopping
+criterion per row, and TRL's PPO, which never stops early, has the end of sequence written into what
+it generated.
 """
 
 import argparse
@@ -35,7 +36,10 @@ class StopAt(StoppingCriteria):
 
 def left_padded(rows):
     width = max(map(len, rows))
-    ids, mask = torch.full((len(rows), width), w.PAD), torch.zeros(len(rows), width, dtype=torch.long)
+    ids, mask = (
+        torch.full((len(rows), width), w.PAD),
+        torch.zeros(len(rows), width, dtype=torch.long),
+    )
     for i, row in enumerate(rows):
         ids[i, width - len(row) :], mask[i, width - len(row) :] = torch.tensor(row), 1
     return ids, mask
@@ -75,11 +79,17 @@ def continuous(size, repeats):
     model.set_attn_implementation("sdpa")
     rows, lengths = w.prompts(size, size.rows), w.response_lengths(size.limit, size.rows)
     config = GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, max_new_tokens=size.limit, eos_token_id=-1, pad_token_id=w.PAD
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=size.limit,
+        eos_token_id=-1,
+        pad_token_id=w.PAD,
     )
 
     def work():
-        # One request at a time cannot be given its own limit by generate_batch: everybody writes the mean number of tokens.
+        # One request at a time cannot be given its own limit by generate_batch: everybody writes
+        # the mean number of tokens.
         config.max_new_tokens = round(sum(lengths) / len(lengths))
         return model.generate_batch(inputs=rows, generation_config=config, progress_bar=False)
 
@@ -98,7 +108,12 @@ def forced(model, size, steps_rows):
         width = input_ids.shape[1]
         generation_config.eos_token_id = None
         stop = StoppingCriteriaList([StopAt(lengths[: len(input_ids)], width)])
-        made = inner(input_ids=input_ids, generation_config=generation_config, stopping_criteria=stop, **kwargs)
+        made = inner(
+            input_ids=input_ids,
+            generation_config=generation_config,
+            stopping_criteria=stop,
+            **kwargs,
+        )
         for i, n in enumerate(lengths[: len(input_ids)]):
             made[i, width + n - 1] = w.EOS
             made[i, width + n :] = w.PAD
@@ -232,9 +247,15 @@ def sft(size, repeats):
         }
     )
     config = SFTConfig(
-        **common(), per_device_train_batch_size=rows, gradient_accumulation_steps=1, max_steps=repeats + 2, max_length=None
+        **common(),
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=1,
+        max_steps=repeats + 2,
+        max_length=None,
     )
-    trainer = SFTTrainer(w.language_model(size), args=config, train_dataset=data, processing_class=w.tokenizer(size))
+    trainer = SFTTrainer(
+        w.language_model(size), args=config, train_dataset=data, processing_class=w.tokenizer(size)
+    )
     tokens = sum(map(len, asked)) + sum(map(len, answers))
     w.report(seconds=steps_of(trainer, repeats), tokens=tokens, optimizer_steps=1)
 
@@ -252,9 +273,15 @@ def reward_model(size, repeats):
         }
     )
     config = RewardConfig(
-        **common(), per_device_train_batch_size=rows, gradient_accumulation_steps=1, max_steps=repeats + 2, max_length=None
+        **common(),
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=1,
+        max_steps=repeats + 2,
+        max_length=None,
     )
-    trainer = RewardTrainer(w.scalar_model(size), args=config, train_dataset=data, processing_class=w.tokenizer(size))
+    trainer = RewardTrainer(
+        w.scalar_model(size), args=config, train_dataset=data, processing_class=w.tokenizer(size)
+    )
     tokens = 2 * sum(map(len, asked)) + sum(map(len, good)) + sum(map(len, bad))
     w.report(seconds=steps_of(trainer, repeats), tokens=tokens, optimizer_steps=1)
 

@@ -3,10 +3,11 @@
     make bench          # makes the peers' environments, runs everything (about an hour), writes the results
     python benchmarks/speed.py --peers DIR [--only ppo,grpo] [--rounds 3] [--size 1m]
 
-DIR holds two virtual environments: `new` with the newest TRL, `old` with the last one that has PPO. Every measurement is a
-process of its own, so that its peak of memory is its own. Ours and theirs take turns, round by round, so that what the machine
-does meanwhile hits both; what is reported is the median over rounds of each process's median, and the ratio of the two.
-Counts of tokens and of optimizer steps must agree, or it is no comparison.
+DIR holds two virtual environments: `new` with the newest TRL, `old` with the last one that has PPO.
+Every measurement is a process of its own, so that its peak of memory is its own. Ours and theirs
+take turns, round by round, so that what the machine does meanwhile hits both; what is reported is
+the median over rounds of each process's median, and the ratio of the two. Counts of tokens and of
+optimizer steps must agree, or it is no comparison.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed.json"
 PAGE = HERE.parent / "docs" / "performance.md"
-# work, size, peer's environment and work, steps measured in each process, what is asked at least, and aimed at
+# work, size, peer's environment and work, steps measured in each process, what is asked at least,
+# and aimed at
 COMPARISONS = [
     ("generation", "1m", "new", "generation", 3, 3.0, 5.0),
     ("generation", "10m", "new", "generation", 2, 3.0, 5.0),
@@ -76,14 +78,22 @@ def measured(python: str, script: str, work: str, size: str, repeats: int) -> di
     raise SystemExit(f"{' '.join(command)} gave no result:\n{done.stderr[-3000:]}")
 
 
-def compare(peers: Path, work: str, size: str, environment: str, their_work: str, repeats: int, rounds: int) -> dict:
+def compare(
+    peers: Path, work: str, size: str, environment: str, their_work: str, repeats: int, rounds: int
+) -> dict:
     theirs_python = str(peers / environment / "bin" / "python") if environment else sys.executable
     ours, theirs = [], []
     for _ in range(rounds):
         ours.append(measured(sys.executable, "ours.py", work, size, repeats))
-        theirs.append(measured(theirs_python, "peers.py" if environment else "ours.py", their_work, size, repeats))
+        theirs.append(
+            measured(
+                theirs_python, "peers.py" if environment else "ours.py", their_work, size, repeats
+            )
+        )
     for key in ("tokens", "optimizer_steps"):
-        assert {run.get(key) for run in ours} == {run.get(key) for run in theirs}, f"{work}: not the same {key}"
+        assert {run.get(key) for run in ours} == {run.get(key) for run in theirs}, (
+            f"{work}: not the same {key}"
+        )
     seconds = [[statistics.median(run["seconds"]) for run in runs] for runs in (ours, theirs)]
     return {
         "work": work,
@@ -102,7 +112,8 @@ def compare(peers: Path, work: str, size: str, environment: str, their_work: str
 
 
 def start_up() -> list[dict]:
-    """CPU seconds of the commands that a person waits for; the least of five, since caches start cold."""
+    """CPU seconds of the commands that a person waits for; the least of five, since caches start
+    cold."""
     commands = {
         "quartet --help": [str(Path(sys.executable).parent / "quartet"), "--help"],
         "quartet plan reviews": [str(Path(sys.executable).parent / "quartet"), "plan", "reviews"],
@@ -114,7 +125,12 @@ def start_up() -> list[dict]:
             before = os.times()
             subprocess.run(command, check=True, capture_output=True)
             after = os.times()
-            seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+            seconds.append(
+                after.children_user
+                + after.children_system
+                - before.children_user
+                - before.children_system
+            )
         found.append({"command": name, "cpu_seconds": min(seconds)})
     return found
 
@@ -130,7 +146,8 @@ def table(results: dict) -> str:
         peer = f"{row['peer_seconds']:.2f} s, {row['peer_peak_mb']:,.0f} MB"
         rounds = " ".join(f"{x:.1f}" for x in row["ratios_by_round"])
         lines.append(
-            f"| {WORDS[row['work']]} | {row['size']} | {row['seconds']:.2f} s, {row['peak_mb']:,.0f} MB | "
+            f"| {WORDS[row['work']]} | {row['size']} | {row['seconds']:.2f} s, "
+            f"{row['peak_mb']:,.0f} MB | "
             f"{peer} | {row['peer']} | **{row['ratio']:.1f} ×** | {rounds} | "
             f"{asked} × | {row['peak_mb'] / row['peer_peak_mb']:.0%} |"
         )
@@ -141,29 +158,45 @@ def write_page(results: dict) -> None:
     """The table between the page's markers."""
     text = PAGE.read_text(encoding="utf-8")
     made = f"<!-- comparisons -->\n{results['machine']}\n\n{table(results)}\n<!-- end -->"
-    PAGE.write_text(re.sub(r"<!-- comparisons -->.*?<!-- end -->", lambda _: made, text, flags=re.DOTALL), encoding="utf-8")
+    PAGE.write_text(
+        re.sub(r"<!-- comparisons -->.*?<!-- end -->", lambda _: made, text, flags=re.DOTALL),
+        encoding="utf-8",
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peers", type=Path, required=True)
     parser.add_argument("--only", default="", help="works, separated by commas")
     parser.add_argument("--size", default="", help="only this model")
     parser.add_argument("--rounds", type=int, default=3)
     a = parser.parse_args()
-    wanted = [c for c in COMPARISONS if (not a.only or c[0] in a.only.split(",")) and (not a.size or c[1] == a.size)]
-    old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"comparisons": []}
+    wanted = [
+        c
+        for c in COMPARISONS
+        if (not a.only or c[0] in a.only.split(",")) and (not a.size or c[1] == a.size)
+    ]
+    old = (
+        json.loads(RESULTS.read_text(encoding="utf-8"))
+        if RESULTS.is_file()
+        else {"comparisons": []}
+    )
     reach = measured(sys.executable, "ours.py", "machine", "1m", 3)
     line = (
-        f"{reach['threads']} threads of {platform.processor() or platform.machine()}; in the same run a plain fp32 product "
-        f"reaches {reach['gflops']:.0f} GFLOP/s, a plain copy {reach['copy_gb_s']:.0f} GB/s. {time.strftime('%Y-%m-%d')}."
+        f"{reach['threads']} threads of {platform.processor() or platform.machine()}; in the same "
+        f"run a plain fp32 product "
+        f"reaches {reach['gflops']:.0f} GFLOP/s, a plain copy {reach['copy_gb_s']:.0f} GB/s. "
+        f"{time.strftime('%Y-%m-%d')}."
     )
     found = {(c["work"], c["size"]): c for c in old["comparisons"]}
     for work, size, environment, their_work, repeats, *_ in wanted:
         row = compare(a.peers, work, size, environment, their_work, repeats, a.rounds)
         found[work, size] = row
         print(
-            f"{work:14} {size:5} {row['ratio']:.2f} × ({row['seconds']:.3f} s, {row['peer']} {row['peer_seconds']:.3f} s)",
+            f"{work:14} {size:5} {row['ratio']:.2f} × ({row['seconds']:.3f} s, {row['peer']} "
+            f"{row['peer_seconds']:.3f} s)",
             flush=True,
         )
         order = [(c[0], c[1]) for c in COMPARISONS]

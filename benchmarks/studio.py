@@ -1,8 +1,10 @@
-"""Is looking fast? A long run, a wide step and a large folder in the studio, and what writing rollouts costs.
+"""Is looking fast? A long run, a wide step and a large folder in the studio, and what writing
+rollouts costs.
 
     python benchmarks/studio.py
 
-Prints the table of docs/performance.md and writes benchmarks/results/studio.json. About two minutes.
+Prints the table of docs/performance.md and writes benchmarks/results/studio.json. About two
+minutes.
 """
 
 import json
@@ -31,7 +33,17 @@ from quartet.runtime import pipeline
 
 RESULTS = Path(__file__).parent / "results" / "studio.json"
 PORT = 8799
-COLUMNS = ("logprob", "old_logprob", "ref_logprob", "kl", "reward", "penalty", "value", "td_error", "raw_advantage")
+COLUMNS = (
+    "logprob",
+    "old_logprob",
+    "ref_logprob",
+    "kl",
+    "reward",
+    "penalty",
+    "value",
+    "td_error",
+    "raw_advantage",
+)
 COLUMNS += ("advantage", "return", "ratio", "entropy")
 
 
@@ -44,7 +56,14 @@ def long_run(folder: Path, steps: int) -> None:
         file.write(json.dumps({"time": 0.0, "event": "started", "stage": "ppo"}) + "\n")
         for step in range(1, steps + 1):
             metrics = dict(zip(names, rng.normal(size=len(names)).tolist(), strict=True))
-            event = {"time": 1.0 * step, "event": "metrics", "stage": "ppo", "step": step, "metrics": metrics, "seconds": 1.0}
+            event = {
+                "time": 1.0 * step,
+                "event": "metrics",
+                "stage": "ppo",
+                "step": step,
+                "metrics": metrics,
+                "seconds": 1.0,
+            }
             file.write(json.dumps(event) + "\n")
 
 
@@ -53,7 +72,10 @@ def wide_step(path: Path, rows: int, tokens: int) -> int:
     rng = np.random.default_rng(0)
     count = rows * tokens
     sample = np.repeat(np.arange(rows, dtype=np.int32), tokens)
-    numbers = {name: pa.array(rng.normal(size=count).astype(np.float16).astype(np.float32)) for name in COLUMNS}
+    numbers = {
+        name: pa.array(rng.normal(size=count).astype(np.float16).astype(np.float32))
+        for name in COLUMNS
+    }
     words = pa.array([f" word{i}" for i in rng.integers(0, 5000, count)])
     table = pa.table(
         {
@@ -76,7 +98,8 @@ def wide_step(path: Path, rows: int, tokens: int) -> int:
 
 
 def writing_share(root: Path) -> dict[str, float]:
-    """What part of a PPO step of `reviews` goes into the record: its rollouts, its line of events, its share of the probes."""
+    """What part of a PPO step of `reviews` goes into the record: its rollouts, its line of events,
+    its share of the probes."""
     spent = dict.fromkeys(("rollouts", "events", "probes"), 0.0)
 
     def measured(name: str, function: Any) -> Any:
@@ -92,7 +115,10 @@ def writing_share(root: Path) -> dict[str, float]:
     settings = read_settings(recipe_path("reviews"), words, "recipe reviews")
     job = build(settings.config)
     folder = RunFolder.create(root, "writing", {})
-    folder.event, folder.write_rollouts = measured("events", folder.event), measured("rollouts", folder.write_rollouts)
+    folder.event, folder.write_rollouts = (
+        measured("events", folder.event),
+        measured("rollouts", folder.write_rollouts),
+    )
     stages.probe_table = measured("probes", stages.probe_table)
     steps = 0.0
     for event in pipeline.Pipeline(job.stages, folder, TokenTexts(job.tokenizer)).run():
@@ -126,9 +152,20 @@ def main() -> None:
         long_run(root / "large", 2)
         bytes_of_step = wide_step(root / "large" / "rollouts" / "000001.parquet", 200, 512)
         copies = 5 * 10**9 // bytes_of_step
-        for number in range(2, copies + 1):  # as many names for the same bytes: nobody reads them all
-            os.link(root / "large" / "rollouts" / "000001.parquet", root / "large" / "rollouts" / f"{number:06d}.parquet")
-        command = [str(Path(sys.executable).parent / "quartet"), "studio", str(root), "--port", str(PORT)]
+        for number in range(
+            2, copies + 1
+        ):  # as many names for the same bytes: nobody reads them all
+            os.link(
+                root / "large" / "rollouts" / "000001.parquet",
+                root / "large" / "rollouts" / f"{number:06d}.parquet",
+            )
+        command = [
+            str(Path(sys.executable).parent / "quartet"),
+            "studio",
+            str(root),
+            "--port",
+            str(PORT),
+        ]
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         client = httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60)
         try:
@@ -142,7 +179,9 @@ def main() -> None:
                 "overview of 20,000 steps": timed(client, "/run/long/"),
                 "doctor on 20,000 steps": timed(client, "/run/long/doctor", 1),
                 "list of runs": timed(client, "/"),
-                f"samples, 200 × 512 tokens, one of {copies:,} files": timed(client, "/run/large/samples?step=7"),
+                f"samples, 200 × 512 tokens, one of {copies:,} files": timed(
+                    client, "/run/large/samples?step=7"
+                ),
                 "inspector, 512 tokens": timed(client, "/run/large/tokens?step=7&sample=150"),
             }
             for step in range(1, 40):

@@ -1,4 +1,5 @@
-"""What is computed in every comparison, whoever computes it: the same shapes, texts and lengths from the same seeds.
+"""What is computed in every comparison, whoever computes it: the same shapes, texts and lengths
+from the same seeds.
 
 Imported by the workers of both sides, so it knows torch and transformers and nothing else.
 """
@@ -11,7 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 PAD, EOS = 0, 1
 
@@ -62,7 +68,9 @@ def language_model(size: Size, seed: int = 0):
 
 def scalar_model(size: Size, seed: int = 0):
     torch.manual_seed(seed)
-    return AutoModelForSequenceClassification.from_config(size.config(num_labels=1), dtype=torch.float32).eval()
+    return AutoModelForSequenceClassification.from_config(
+        size.config(num_labels=1), dtype=torch.float32
+    ).eval()
 
 
 def tokenizer(size: Size):
@@ -73,14 +81,17 @@ def tokenizer(size: Size):
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
 
 
-def prompts(size: Size, count: int, low: int = 16, high: int = 48, seed: int = 1) -> list[list[int]]:
+def prompts(
+    size: Size, count: int, low: int = 16, high: int = 48, seed: int = 1
+) -> list[list[int]]:
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(low, high, (count,), generator=rng).tolist()
     return [torch.randint(2, size.vocabulary, (n,), generator=rng).tolist() for n in lengths]
 
 
 def response_lengths(limit: int, count: int, seed: int = 2) -> list[int]:
-    """Log-normal with a mean of a third of the limit, as answers are: many short, few at the limit."""
+    """Log-normal with a mean of a third of the limit, as answers are: many short, few at the
+    limit."""
     rng = torch.Generator().manual_seed(seed)
     drawn = torch.exp(0.6 * torch.randn(count, generator=rng)) * limit / 3 / 2.718281828 ** (0.18)
     lengths = drawn.round().long().clamp(2, limit)
@@ -91,7 +102,9 @@ def response_lengths(limit: int, count: int, seed: int = 2) -> list[int]:
 def responses(size: Size, count: int, seed: int = 3) -> list[list[int]]:
     rng = torch.Generator().manual_seed(seed)
     lengths = response_lengths(size.limit, count, seed)
-    return [[*torch.randint(2, size.vocabulary, (n - 1,), generator=rng).tolist(), EOS] for n in lengths]
+    return [
+        [*torch.randint(2, size.vocabulary, (n - 1,), generator=rng).tolist(), EOS] for n in lengths
+    ]
 
 
 def text(ids: list[int]) -> str:

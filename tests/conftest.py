@@ -25,7 +25,9 @@ def never(event: str, arguments: tuple) -> None:
     if event in {"socket.connect", "socket.bind"}:
         address = arguments[1]
         if isinstance(address, tuple) and not loopback(address[0]):
-            raise PermissionError(f"a test {'reached for' if event == 'socket.connect' else 'listens on'} {address}")
+            raise PermissionError(
+                f"a test {'reached for' if event == 'socket.connect' else 'listens on'} {address}"
+            )
 
 
 def loopback(host: str) -> bool:
@@ -54,7 +56,9 @@ def runs(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("runs")
     make_run(root, "reviews", "run.steps=14")
-    make_run(root, "sums", "run.steps=3", "rollout.samples_per_prompt=4", "rollout.prompts_per_step=4")
+    make_run(
+        root, "sums", "run.steps=3", "rollout.samples_per_prompt=4", "rollout.prompts_per_step=4"
+    )
     return root
 
 

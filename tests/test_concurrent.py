@@ -52,7 +52,9 @@ def test_the_interpreter_ends_though_a_call_does_not():
         "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "try: map_concurrently(lambda _: time.sleep(120), [1, 2, 3], 2)\nexcept KeyboardInterrupt: print('interrupted')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.stdout == "interrupted\n" and done.returncode == 0, done.stderr
 
 
@@ -104,5 +106,7 @@ def test_the_interpreter_ends_as_it_was_told_though_torch_was_at_work_in_the_bac
         "background = BackgroundThread('rollouts')\nbackground.start(work)\ntime.sleep(0.3)\n"
         "try: raise KeyboardInterrupt\nexcept KeyboardInterrupt: background.abandon()\nsys.exit(75)"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
+    )
     assert ended.returncode == 75, ended.stderr

@@ -40,7 +40,9 @@ def test_a_preference_says_its_constants_and_when_to_use_it(name):
 def test_the_notebook_runs(runs, ppo_run, monkeypatch, tmp_path):
     """Every cell, in order, on a run of the tests."""
     pytest.importorskip("pandas")
-    notebook = json.loads((Path(__file__).parent.parent / "docs" / "reading_a_run.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads(
+        (Path(__file__).parent.parent / "docs" / "reading_a_run.ipynb").read_text(encoding="utf-8")
+    )
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "latest").symlink_to(ppo_run.path)
     monkeypatch.chdir(tmp_path)

@@ -80,7 +80,15 @@ def test_a_config_is_read_or_refused(tmp_path, text):
         st.builds(
             "{}={}".format,
             st.sampled_from(
-                ["seed", "optim.lr", "run.steps", "algorithm.kl.coef", "recipe", "reward.0.weight", "policy.create"]
+                [
+                    "seed",
+                    "optim.lr",
+                    "run.steps",
+                    "algorithm.kl.coef",
+                    "recipe",
+                    "reward.0.weight",
+                    "policy.create",
+                ]
             ),
             st.one_of(VALUES.map(str), st.text(max_size=15)),
         ),
@@ -95,11 +103,26 @@ def test_a_word_is_read_or_refused(word):
 
 CELLS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 ROWS = st.dictionaries(
-    st.sampled_from(["prompt", "completion", "chosen", "rejected", "messages", "label", "margin", "answer", "text"]),
+    st.sampled_from(
+        [
+            "prompt",
+            "completion",
+            "chosen",
+            "rejected",
+            "messages",
+            "label",
+            "margin",
+            "answer",
+            "text",
+        ]
+    ),
     CELLS,
     max_size=4,
 )
@@ -107,7 +130,9 @@ ROWS = st.dictionaries(
 
 @fuzz
 @given(
-    lines=st.lists(st.one_of(ROWS.map(json.dumps).map(str.encode), st.binary(max_size=40)), max_size=6),
+    lines=st.lists(
+        st.one_of(ROWS.map(json.dumps).map(str.encode), st.binary(max_size=40)), max_size=6
+    ),
     name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz"]),
     purpose=st.sampled_from(["demonstrations", "comparisons", "preferences", "prompts"]),
 )
@@ -127,7 +152,9 @@ def test_a_data_file_is_read_or_refused(tmp_path, lines, name, purpose):
 def test_a_checkpoint_is_what_was_written_or_damaged(tmp_path, data):
     folder = write_checkpoint(tmp_path / "ppo-000001", {"a": 1}, {"stage": "ppo", "step": 1})
     file = data.draw(st.sampled_from(sorted(folder.iterdir())))
-    file.write_bytes(data.draw(st.one_of(st.binary(max_size=60), CELLS.map(json.dumps).map(str.encode))))
+    file.write_bytes(
+        data.draw(st.one_of(st.binary(max_size=60), CELLS.map(json.dumps).map(str.encode)))
+    )
     with pytest.raises(Damaged) as caught:
         read_checkpoint(folder)
     assert short(caught.value)

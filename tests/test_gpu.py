@@ -16,7 +16,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 WORDS = ["run.steps=4", "run.checkpoint_every=2"]
 MIDDLE = [
     *(f"policy.create.{key}" for key in ("hidden_size=1024", "num_layers=12", "num_heads=16")),
-    *("data.rows=64", "sft.steps=1", "reward_model.steps=1", "run.steps=3", "evaluation.best_of=0", "evaluation.prompts=8"),
+    *(
+        "data.rows=64",
+        "sft.steps=1",
+        "reward_model.steps=1",
+        "run.steps=3",
+        "evaluation.best_of=0",
+        "evaluation.prompts=8",
+    ),
     "optim.micro_batch_tokens=2048",
 ]
 """190 M parameters: what is not theirs is little beside them."""
@@ -44,7 +51,11 @@ def test_the_learning_is_that_of_a_cpu(tmp_path):
 
 def test_what_rests_comes_back_as_it_was(tmp_path):
     plain, rests = (
-        numbers(make_run(tmp_path / word, "reviews", *WORDS, "run.device=cuda", f"run.offload={word}").path)
+        numbers(
+            make_run(
+                tmp_path / word, "reviews", *WORDS, "run.device=cuda", f"run.offload={word}"
+            ).path
+        )
         for word in ("false", "true")
     )
     close(rests, plain, 1e-4)
@@ -60,16 +71,31 @@ def test_memory_is_what_the_plan_says(tmp_path):
     """Within 30 %, and by as much less as what rests is said to be."""
     planned = {}
     for word in ("false", "true"):
-        config = read_settings(recipe_path("reviews"), [*SMALL_REVIEWS, *MIDDLE, f"run.offload={word}"]).config
+        config = read_settings(
+            recipe_path("reviews"), [*SMALL_REVIEWS, *MIDDLE, f"run.offload={word}"]
+        ).config
         planned[word] = sum(training_memory(workload(config), 1).values())
     plain, rests = (peak(tmp_path / word, f"run.offload={word}") for word in ("false", "true"))
     assert plain == pytest.approx(planned["false"], rel=0.3), f"{plain / GB:.2f} GB"
-    assert plain - rests == pytest.approx(planned["false"] - planned["true"], rel=0.3), f"{rests / GB:.2f} GB"
+    assert plain - rests == pytest.approx(planned["false"] - planned["true"], rel=0.3), (
+        f"{rests / GB:.2f} GB"
+    )
 
 
 def test_in_parts_on_one_gpu(tmp_path):
     for name, words in {"whole": [], "parts": ["launch.shard=true"]}.items():
-        made = quartet("run", "reviews", *SMALL_REVIEWS, *WORDS, "run.device=cuda", f"run.name={name}", *words, cwd=tmp_path)
+        made = quartet(
+            "run",
+            "reviews",
+            *SMALL_REVIEWS,
+            *WORDS,
+            "run.device=cuda",
+            f"run.name={name}",
+            *words,
+            cwd=tmp_path,
+        )
         assert made.returncode == 0, made.stderr
-    whole, parts = (numbers(next((tmp_path / "runs").glob(f"*{name}"))) for name in ("whole", "parts"))
+    whole, parts = (
+        numbers(next((tmp_path / "runs").glob(f"*{name}"))) for name in ("whole", "parts")
+    )
     close(parts, whole, 1e-3)

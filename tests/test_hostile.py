@@ -39,12 +39,33 @@ def test_no_source_unpickles_or_evaluates(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            assert name not in {"eval", "exec", "compile", "torch.load", "os.system", "marshal.loads", "yaml.load"}, name
-            assert not any(k.arg == "shell" and getattr(k.value, "value", False) for k in node.keywords), name
-            assert not any(k.arg == "trust_remote_code" and getattr(k.value, "value", True) for k in node.keywords), name
+            assert name not in {
+                "eval",
+                "exec",
+                "compile",
+                "torch.load",
+                "os.system",
+                "marshal.loads",
+                "yaml.load",
+            }, name
+            assert not any(
+                k.arg == "shell" and getattr(k.value, "value", False) for k in node.keywords
+            ), name
+            assert not any(
+                k.arg == "trust_remote_code" and getattr(k.value, "value", True)
+                for k in node.keywords
+            ), name
         if isinstance(node, ast.Import | ast.ImportFrom):
             named = {alias.name for alias in node.names} | {getattr(node, "module", None)}
-            assert not named & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+            assert not named & {
+                "pickle",
+                "cPickle",
+                "dill",
+                "cloudpickle",
+                "marshal",
+                "shelve",
+                "joblib",
+            }
 
 
 # --- servers that keep a connection ------------------------------------------------------------------------------------------
@@ -82,7 +103,9 @@ def drips():
     listening.close()
 
 
-@pytest.mark.parametrize("begin", [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n"])
+@pytest.mark.parametrize(
+    "begin", [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n"]
+)
 def test_a_server_that_drips_is_not_waited_for(drips, begin):
     url, sent = drips
     sent[0] = begin
@@ -106,7 +129,9 @@ def test_an_answer_that_is_nested_a_hundred_thousand_times(monkeypatch):
 @pytest.mark.parametrize("url", ["http://me:secret@host/score", "http://token@host"])
 def test_an_address_with_a_password_is_refused(tmp_path, url):
     file = tmp_path / "a.toml"
-    file.write_text(f'recipe = "grpo"\n[data]\nworld = "sums"\n[[reward]]\ntype = "server"\nurl = "{url}"\n')
+    file.write_text(
+        f'recipe = "grpo"\n[data]\nworld = "sums"\n[[reward]]\ntype = "server"\nurl = "{url}"\n'
+    )
     with pytest.raises(ConfigError, match="reward.0.url"):
         read_settings(file)
 
@@ -125,7 +150,9 @@ def test_a_token_is_sent_and_never_written(monkeypatch, tmp_path):
         '[rollout]\nsamples_per_prompt = 4\n[[reward]]\ntype = "server"\nurl = "http://127.0.0.1:9/"\ntoken_env = "MY_TOKEN"\n'
     )
     settings = read_settings(file)
-    assert "hunter2" not in quartet.config.toml.resolved_toml(settings) and "hunter2" not in repr(settings.config)
+    assert "hunter2" not in quartet.config.toml.resolved_toml(settings) and "hunter2" not in repr(
+        settings.config
+    )
 
 
 def test_a_studio_for_others_asks_for_its_token(ppo_run):
@@ -173,10 +200,19 @@ def test_a_full_disk_is_said_with_what_is_needed_and_what_there_is(tmp_path, mon
 def test_a_package_that_is_too_old_is_named_with_what_to_install(monkeypatch):
     assert machine.unmet() == []
     real = machine.metadata.version
-    monkeypatch.setattr(machine.metadata, "version", lambda name: "2.4.0" if name == "torch" else real(name))
+    monkeypatch.setattr(
+        machine.metadata, "version", lambda name: "2.4.0" if name == "torch" else real(name)
+    )
     [said] = machine.unmet()
-    need = next(Requirement(line) for line in machine.metadata.requires("quartet-rlhf") if line.startswith("torch"))
-    assert said == f'torch 2.4.0 is installed, Quartet needs {need.specifier}: pip install "torch{need.specifier}"'
+    need = next(
+        Requirement(line)
+        for line in machine.metadata.requires("quartet-rlhf")
+        if line.startswith("torch")
+    )
+    assert (
+        said
+        == f'torch 2.4.0 is installed, Quartet needs {need.specifier}: pip install "torch{need.specifier}"'
+    )
 
 
 def test_what_nobody_foresaw_is_a_sentence_and_with_debug_a_traceback(monkeypatch, capsys):
@@ -189,7 +225,10 @@ def test_what_nobody_foresaw_is_a_sentence_and_with_debug_a_traceback(monkeypatc
         quartet.cli.main()
     assert ended.value.code == 1
     said = capsys.readouterr().err
-    assert "failed: ZeroDivisionError: of all things. With --debug it says where." in said and "Traceback" not in said
+    assert (
+        "failed: ZeroDivisionError: of all things. With --debug it says where." in said
+        and "Traceback" not in said
+    )
     monkeypatch.setattr("sys.argv", ["quartet", "runs", "--debug"])
     with pytest.raises(ZeroDivisionError):
         quartet.cli.main()
@@ -199,7 +238,11 @@ def test_a_clock_that_goes_back_changes_nothing(tmp_path, monkeypatch):
     folder = RunFolder.create(tmp_path, "x", {})
     times = iter(range(10**9, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(times)))
-    list(Pipeline([stage(monkeypatch, set())], folder, TokenTexts(tokenizer()), Saving(every=2)).run())
+    list(
+        Pipeline(
+            [stage(monkeypatch, set())], folder, TokenTexts(tokenizer()), Saving(every=2)
+        ).run()
+    )
     folder.close()
     events = [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["event"] == "metrics"] == [1, 2, 3, 4, 5, 6]

@@ -15,7 +15,14 @@ HEAVY = ("torch", "transformers", "pyarrow", "numpy")
 
 def in_a_fresh_process(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "QUARTET_CHECK_SHAPES"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,14 +37,18 @@ def in_a_fresh_process(code: str, cwd: Path = ROOT) -> subprocess.CompletedProce
     ],
 )  # fmt: skip
 def test_nothing_heavy_is_imported(what):
-    done = in_a_fresh_process(f"import sys; {what}; print([m for m in {HEAVY} if m in sys.modules])")
+    done = in_a_fresh_process(
+        f"import sys; {what}; print([m for m in {HEAVY} if m in sys.modules])"
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 def quartet(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "QUARTET_CHECK_SHAPES"}
     command = [str(Path(sys.executable).parent / "quartet"), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment, check=False
+    )
 
 
 def test_init_writes_a_file_and_never_over_another(tmp_path):
@@ -46,12 +57,17 @@ def test_init_writes_a_file_and_never_over_another(tmp_path):
     again = quartet("init", "ppo", cwd=tmp_path)
     assert again.returncode == 2 and "ppo.toml: exists already" in again.stderr
     unknown = quartet("init", "dqn", cwd=tmp_path)
-    assert unknown.returncode == 2 and "Known are dpo, grpo, ppo, reward_model, sft" in unknown.stderr
+    assert (
+        unknown.returncode == 2 and "Known are dpo, grpo, ppo, reward_model, sft" in unknown.stderr
+    )
 
 
 def test_plan_prints_the_models_and_json_where_asked(tmp_path):
     words = quartet("plan", "reviews", cwd=tmp_path).stdout
-    assert re.search(r"policy 0\.9 M · critic 0\.9 M · reward model 0\.9 M · reference 0\.9 M · peak ≈ [\d,]+ MB", words)
+    assert re.search(
+        r"policy 0\.9 M · critic 0\.9 M · reward model 0\.9 M · reference 0\.9 M · peak ≈ [\d,]+ MB",
+        words,
+    )
     read = json.loads(quartet("run", "sums", "--plan", "--json", cwd=tmp_path).stdout)
     assert read["config"]["rollout"]["samples_per_prompt"] == 8
     assert set(read["plan"]["models"]) == {"policy", "reference"}
@@ -73,7 +89,9 @@ def test_plan_prints_the_models_and_json_where_asked(tmp_path):
         (["chat", "nowhere"], "nowhere: has no policy/ or sft/ to talk to."),
     ],
 )
-def test_a_wrong_request_gets_one_sentence_exit_code_2_and_leaves_nothing_behind(tmp_path, words, sentence):
+def test_a_wrong_request_gets_one_sentence_exit_code_2_and_leaves_nothing_behind(
+    tmp_path, words, sentence
+):
     done = quartet(*words, cwd=tmp_path)
     assert done.returncode == 2
     assert sentence in done.stderr

@@ -17,7 +17,9 @@ from tests.support.tiny_run import make_run
 from tests.support.world import model, tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
-MINE = re.findall(r"```python\n# mine\.py\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL)[0]
+MINE = re.findall(
+    r"```python\n# mine\.py\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL
+)[0]
 
 
 @pytest.fixture
@@ -37,7 +39,11 @@ class Squared(quartet.PolicyLoss):
 
 def test_a_subclass_is_a_part_with_checked_settings():
     part = Squared(scale=2.0)
-    assert part.type == "squared" and part.scale == 2.0 and quartet.PolicyLoss.members["squared"] is Squared
+    assert (
+        part.type == "squared"
+        and part.scale == 2.0
+        and quartet.PolicyLoss.members["squared"] is Squared
+    )
     with pytest.raises(ValidationError, match="greater than 0"):
         Squared(scale=-1.0)
     with pytest.raises(ValidationError, match="(?i)unexpected"):
@@ -49,7 +55,10 @@ def test_a_subclass_is_a_part_with_checked_settings():
 
 def test_a_family_takes_instances_and_tables_and_says_which_types_it_knows():
     made = quartet.Algorithm(
-        advantage={"type": "group_mean"}, kl={"type": "none"}, aggregation={"type": "token_mean"}, policy_loss=Squared()
+        advantage={"type": "group_mean"},
+        kl={"type": "none"},
+        aggregation={"type": "token_mean"},
+        policy_loss=Squared(),
     )
     assert made.policy_loss == Squared() and made.kl == NoKL()
     with pytest.raises(ValidationError) as caught:
@@ -60,18 +69,27 @@ def test_a_family_takes_instances_and_tables_and_says_which_types_it_knows():
 
 
 def test_a_run_trains_with_a_loss_and_an_advantage_of_its_users_own_file(mine, tmp_path):
-    words = [f'algorithm.policy_loss={{type="{mine}:SpoLoss", epsilon=0.3}}', f'algorithm.advantage={{type="{mine}:Centred"}}']
+    words = [
+        f'algorithm.policy_loss={{type="{mine}:SpoLoss", epsilon=0.3}}',
+        f'algorithm.advantage={{type="{mine}:Centred"}}',
+    ]
     run = make_run(tmp_path / "runs", "sums", *words, "run.steps=2")
     assert isinstance(run, Run) and len(run.series["grpo"].steps) == 2
     assert run.config["algorithm"]["policy_loss"] == {"type": f"{mine}:SpoLoss", "epsilon": 0.3}
     again = read_settings(run.path / "config.resolved.toml").config
-    assert type(again.algorithm.policy_loss).__name__ == "SpoLoss" and again.algorithm.policy_loss.epsilon == 0.3
+    assert (
+        type(again.algorithm.policy_loss).__name__ == "SpoLoss"
+        and again.algorithm.policy_loss.epsilon == 0.3
+    )
 
 
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        ('{type="MINE:SpoLoss", epsilon=-1.0}', "algorithm.policy_loss.epsilon = -1.0: must be > 0. The width of the penalty."),
+        (
+            '{type="MINE:SpoLoss", epsilon=-1.0}',
+            "algorithm.policy_loss.epsilon = -1.0: must be > 0. The width of the penalty.",
+        ),
         ('{type="MINE:SpoLoss", epsilom=1.0}', "no such key"),
         ('{type="MINE:Centred"}', "MINE:Centred is no PolicyLoss"),
         ('{type="MINE:Nothing"}', "MINE: has no Nothing"),
@@ -95,14 +113,18 @@ def test_the_documented_loop_runs(tmp_path, capsys):
     model().save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     exec(block, {"folder": str(tmp_path)})
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()] == ["1", "2"]
+    assert [
+        line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()
+    ] == ["1", "2"]
 
 
 def test_the_public_names_are_those_of_the_docs_and_each_is_there():
     listed = re.findall(r"^\| `(\w+)` \|", (DOCS / "api.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(quartet.__all__) and len(listed) == len(set(listed))
     stub = (Path(quartet.__file__).parent / "__init__.pyi").read_text()
-    assert sorted(re.findall(r"^from [\w.]+ import (\w+) as \1$", stub, re.MULTILINE)) == sorted(quartet.__all__)
+    assert sorted(re.findall(r"^from [\w.]+ import (\w+) as \1$", stub, re.MULTILINE)) == sorted(
+        quartet.__all__
+    )
     for name in quartet.__all__:
         assert getattr(quartet, name) is not None
     assert quartet.PolicyLoss.members["clip"] is Clip

@@ -1,7 +1,7 @@
 """Quartet: RLHF for language models, from a laptop to a cluster.
 
-Every public name is imported when it is first used: `import quartet` costs nothing and loads no torch. docs/api.md lists the
-names with one line each.
+Every public name is imported when it is first used: `import quartet` costs nothing and loads no
+torch. docs/api.md lists the names with one line each.
 """
 
 import importlib

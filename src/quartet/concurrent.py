@@ -1,7 +1,9 @@
-"""Several calls at once, and calls in the background, that are abandoned where the caller is interrupted.
+"""Several calls at once, and calls in the background, that are abandoned where the caller is
+interrupted.
 
-`concurrent.futures` waits for its threads when a pool is left and again when the interpreter exits, so one call that hangs
-would hold a run that was told to stop. The threads here are daemons, and nobody waits for them.
+`concurrent.futures` waits for its threads when a pool is left and again when the interpreter exits,
+so one call that hangs would hold a run that was told to stop. The threads here are daemons, and
+nobody waits for them.
 """
 
 import contextlib
@@ -21,8 +23,8 @@ WAKE_SECONDS = 0.2
 def map_concurrently(function: Callable[[T], R], items: Sequence[T], workers: int) -> list[R]:
     """Return what `function` returns for each item, in their order, from at most `workers` threads.
 
-    Raises what the first call to fail has raised. Then, and where the caller is interrupted, calls that are under way are
-    abandoned, and no further ones begin.
+    Raises what the first call to fail has raised. Then, and where the caller is interrupted, calls
+    that are under way are abandoned, and no further ones begin.
     """
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     outcomes: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
@@ -59,7 +61,8 @@ def map_concurrently(function: Callable[[T], R], items: Sequence[T], workers: in
 
 
 def result_of(future: "Future[R]") -> R:
-    """Return the result of a future as `future.result()` does, in a thread that may itself be abandoned meanwhile."""
+    """Return the result of a future as `future.result()` does, in a thread that may itself be
+    abandoned meanwhile."""
     while not future.done():
         wait([future], WAKE_SECONDS)
     return future.result()
@@ -70,10 +73,13 @@ class Abandoned(BaseException):
 
 
 class BackgroundThread:
-    """One thread that makes the calls it is given, one after the other, while its owner does something else."""
+    """One thread that makes the calls it is given, one after the other, while its owner does
+    something else."""
 
     def __init__(self, name: str) -> None:
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
+            queue.SimpleQueue()
+        )
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -89,10 +95,12 @@ class BackgroundThread:
         self._thread.join()
 
     def abandon(self, seconds: float = 5.0) -> None:
-        """End the thread in the middle of a call: `Abandoned` is raised there, as soon as a call into native code returns.
+        """End the thread in the middle of a call: `Abandoned` is raised there, as soon as a call
+        into native code returns.
 
-        That end is waited for, for so many seconds at most: Python ends a daemon thread that comes back from native code while
-        the interpreter exits, and where the code is torch's this aborts the process.
+        That end is waited for, for so many seconds at most: Python ends a daemon thread that comes
+        back from native code while the interpreter exits, and where the code is torch's this aborts
+        the process.
         """
         self._calls.put(None)
         if self._thread.is_alive() and self._thread.ident is not None:

@@ -1,11 +1,13 @@
-"""The data that flows: Prompt -> Rollout -> Batch -> Experience. Each is frozen; a stage takes one and returns the next.
+"""The data that flows: Prompt -> Rollout -> Batch -> Experience. Each is frozen; a stage takes one
+and returns the next.
 
-Everywhere, entry t of a per-token tensor speaks of token t: `logprobs[:, t] = log p(tokens[:, t] | tokens[:, :t])`, and
-`values[:, t]` is the value before token t is chosen. Rows are padded on the right; what is real is known from lengths
-and from the response mask, never from comparing ids with a pad id.
+Everywhere, entry t of a per-token tensor speaks of token t: `logprobs[:, t] = log p(tokens[:, t] |
+tokens[:, :t])`, and `values[:, t]` is the value before token t is chosen. Rows are padded on the
+right; what is real is known from lengths and from the response mask, never from comparing ids with
+a pad id.
 
-Two policies that are easily confused have two names: *old* is the actor when it sampled, *reference* the frozen model
-that the KL penalty holds the actor to.
+Two policies that are easily confused have two names: *old* is the actor when it sampled,
+*reference* the frozen model that the KL penalty holds the actor to.
 """
 
 import dataclasses
@@ -42,8 +44,8 @@ class Rollout:
     ...         logprobs=(-0.11, -0.36, -0.01), finish_reason="stop", policy_version=3,
     ...         score=1.0, components={"exact": 1.0})  # doctest: +SKIP
 
-    `logprobs` are those of the distribution that was sampled from, temperature included; the end-of-sequence token, where
-    the policy chose it, is part of `response_ids`.
+    `logprobs` are those of the distribution that was sampled from, temperature included; the
+    end-of-sequence token, where the policy chose it, is part of `response_ids`.
     """
 
     id: str
@@ -60,23 +62,27 @@ class Rollout:
     entropies: tuple[float, ...] | None = None
     """Of the distribution that each token was drawn from, where the sampler took them."""
     token_scores: tuple[float, ...] | None = None
-    """A score for each token of the response, where the reward gives one and the algorithm reads it."""
+    """A score for each token of the response, where the reward gives one and the algorithm reads
+    it."""
     written: tuple[bool, ...] | None = None
-    """Which of the response's tokens the policy wrote, where an environment spoke as well; its log-probs are 0. None: all."""
+    """Which of the response's tokens the policy wrote, where an environment spoke as well; its
+    log-probs are 0. None: all."""
     turn_rewards: tuple[float, ...] | None = None
     """What an environment gave, on the last token of each turn; 0 elsewhere."""
     greedy_score: float | None = None
     """The score of the greedy response to the same prompt, where the algorithm compares with it."""
     versions: tuple[int, ...] | None = None
-    """Of the weights that sampled each token, where they may differ; None: `policy_version` for all."""
+    """Of the weights that sampled each token, where they may differ; None: `policy_version` for
+    all."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """The rollouts of one step, scored by every model that the algorithm needs.
 
-    For the prompt "41+3=" and the answer "44<eos>" a row of `tokens` is [6 3 14 5 15 | 7 7 1 | 0], of `response_mask`
-    [0 0 0 0 0 | 1 1 1 | 0], and of `old_logprobs` [0 0 0 0 0 | -0.11 -0.36 -0.01 | 0].
+    For the prompt "41+3=" and the answer "44<eos>" a row of `tokens` is [6 3 14 5 15 | 7 7 1 | 0],
+    of `response_mask` [0 0 0 0 0 | 1 1 1 | 0], and of `old_logprobs` [0 0 0 0 0 | -0.11 -0.36 -0.01
+    | 0].
     """
 
     ids: tuple[str, ...]
@@ -98,7 +104,8 @@ class Batch:
     """Of π_old, before each token."""
     values: Float[Tensor, "B T"] | None = None
     final_values: Float[Tensor, "B"] | None = None
-    """The value after the last token of each row: what a response that was cut off could still have earned."""
+    """The value after the last token of each row: what a response that was cut off could still have
+    earned."""
     token_scores: Float[Tensor, "B T"] | None = None
     """A score for every response token: a reward model read at each of them, or a dense reward."""
     greedy_scores: Float[Tensor, "B"] | None = None
@@ -109,8 +116,9 @@ class Batch:
 class Experience:
     """What the learner learns from: a batch with its token rewards, advantages and returns.
 
-    For the row above with score 1, no KL penalty, λ = γ = 1 and values of 0.5, `token_rewards` are [… | 0 0 1 | 0],
-    `returns` [… | 1 1 1 | 0] and `advantages` (before whitening) [… | 0.5 0.5 0.5 | 0].
+    For the row above with score 1, no KL penalty, λ = γ = 1 and values of 0.5, `token_rewards` are
+    [… | 0 0 1 | 0], `returns` [… | 1 1 1 | 0] and `advantages` (before whitening) [… | 0.5 0.5 0.5
+    | 0].
     """
 
     ids: tuple[str, ...]
@@ -125,7 +133,8 @@ class Experience:
     values: Float[Tensor, "B T"] | None = None
     returns: Float[Tensor, "B T"] | None = None
     penalties: Float[Tensor, "B T"] | None = None
-    """The part of `token_rewards` that is the KL penalty, before they are whitened, where they are."""
+    """The part of `token_rewards` that is the KL penalty, before they are whitened, where they
+    are."""
     raw_advantages: Float[Tensor, "B T"] | None = None
     """`advantages` before they were whitened."""
     weights: Float[Tensor, "B T"] | None = None
@@ -146,7 +155,9 @@ class Experience:
                 return None
             return value[index] if value.ndim == 1 else value[index, :width]
 
-        tensors = {f.name: take(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "ids"}
+        tensors = {
+            f.name: take(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "ids"
+        }
         return Experience(ids=tuple(self.ids[i] for i in indices), **tensors)
 
 
@@ -157,8 +168,12 @@ def rollout_ready(rollout: Rollout) -> dict[str, Any]:
 
 def rollout_from(row: Mapping[str, Any]) -> Rollout:
     """The rollout again: JSON has lists for tuples."""
-    prompt: dict[str, Any] = {name: tuple(value) if name == "ids" else value for name, value in row["prompt"].items()}
-    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    prompt: dict[str, Any] = {
+        name: tuple(value) if name == "ids" else value for name, value in row["prompt"].items()
+    }
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
+    }
     return Rollout(**plain | {"prompt": Prompt(**prompt)})
 
 

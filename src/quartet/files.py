@@ -1,4 +1,5 @@
-"""Files that a crash leaves whole or does not leave at all, and files that are read as if somebody hostile had written them."""
+"""Files that a crash leaves whole or does not leave at all, and files that are read as if somebody
+hostile had written them."""
 
 import contextlib
 import errno
@@ -15,7 +16,8 @@ CHUNK = 1 << 20
 LONG_NAME = 200
 """Characters of a file's name that a message shows."""
 UNFINISHED, DOOMED = ".tmp", ".gone"
-"""How the names of files and folders end that are being written, and of folders that are being deleted."""
+"""How the names of files and folders end that are being written, and of folders that are being
+deleted."""
 
 
 def sync(path: Path) -> None:
@@ -28,7 +30,8 @@ def sync(path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a new file that is on the disk when this returns. A lone surrogate, which UTF-8 cannot hold, becomes its escape."""
+    """Write a new file that is on the disk when this returns. A lone surrogate, which UTF-8 cannot
+    hold, becomes its escape."""
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
@@ -42,8 +45,8 @@ def move(path: Path, to: Path) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write the text in place of what the file held, if there was one: a reader finds the one or the other, whole. Where it
-    cannot be written, nothing is left of the attempt."""
+    """Write the text in place of what the file held, if there was one: a reader finds the one or
+    the other, whole. Where it cannot be written, nothing is left of the attempt."""
     beside = path.with_name(path.name + UNFINISHED)
     try:
         beside.unlink(missing_ok=True)
@@ -57,7 +60,8 @@ def replace(path: Path, text: str) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Renamed first, so that nobody takes half of it for the whole. Of a link only the link goes."""
+    """Renamed first, so that nobody takes half of it for the whole. Of a link only the link
+    goes."""
     if path.is_symlink():
         path.unlink()
         return
@@ -69,8 +73,9 @@ def remove_folder(path: Path) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Delete what a killed process left half written or half deleted in a folder, and return it: files that end in `.tmp`,
-    folders that begin with a dot and end in `.tmp` or `.gone`. Only the one process that writes into the folder may call it."""
+    """Delete what a killed process left half written or half deleted in a folder, and return it:
+    files that end in `.tmp`, folders that begin with a dot and end in `.tmp` or `.gone`. Only the
+    one process that writes into the folder may call it."""
     left = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_dir() and not path.is_symlink():
@@ -120,12 +125,17 @@ def difference(root: Path, expected: Mapping[str, Any]) -> str | None:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Open a file for reading. Raises OSError, also for a pipe or a device, which could be waited for without end."""
+    """Open a file for reading. Raises OSError, also for a pipe or a device, which could be waited
+    for without end."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         folder = path.is_dir()
-        raise OSError(errno.EISDIR if folder else errno.EINVAL, "Is a directory" if folder else "not a regular file", str(path))
+        raise OSError(
+            errno.EISDIR if folder else errno.EINVAL,
+            "Is a directory" if folder else "not a regular file",
+            str(path),
+        )
     return os.fdopen(handle, "rb")
 
 

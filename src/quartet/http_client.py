@@ -1,8 +1,8 @@
 """An HTTP client for servers that may be slow, broken or hostile.
 
-Each request is bounded as a whole, in seconds (looking up the name, connecting, sending, headers and
-body together) and in bytes. One that exceeds its bound, or that its caller gives up, ends alone:
-the others that are on their way over the same client are not touched.
+Each request is bounded as a whole, in seconds (looking up the name, connecting, sending, headers
+and body together) and in bytes. One that exceeds its bound, or that its caller gives up, ends
+alone: the others that are on their way over the same client are not touched.
 """
 
 import asyncio
@@ -75,18 +75,24 @@ class HttpClient:
                 weakref.finalize(self, self._carrier.end)
             return asyncio.run_coroutine_threadsafe(coroutine, self._carrier.loop)
 
-    def request(self, method: str, url: str, body: bytes | None, seconds: float, max_bytes: int) -> Reply:
+    def request(
+        self, method: str, url: str, body: bytes | None, seconds: float, max_bytes: int
+    ) -> Reply:
         """`exchange`, for callers in a thread."""
         future = self.start(self.exchange(method, url, body, seconds, max_bytes))
         try:
             return result_of(future)
         except CancelledError:
-            raise RequestError("was not heard to the end: the client was closed", again=False) from None
+            raise RequestError(
+                "was not heard to the end: the client was closed", again=False
+            ) from None
         except BaseException:
             future.cancel()
             raise
 
-    async def exchange(self, method: str, url: str, body: bytes | None, seconds: float, max_bytes: int) -> Reply:
+    async def exchange(
+        self, method: str, url: str, body: bytes | None, seconds: float, max_bytes: int
+    ) -> Reply:
         """Return the whole reply, whatever its status; a `body` is sent as JSON. Raises
         RequestError."""
         assert self._carrier is not None
@@ -116,13 +122,17 @@ class _Carrier:
         self.loop = asyncio.new_event_loop()
         no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
         limits = httpx.Limits(max_connections=None, keepalive_expiry=IDLE)
-        self.client = httpx.AsyncClient(headers=dict(headers), limits=limits, cookies=no_cookies, verify=_certificates())
+        self.client = httpx.AsyncClient(
+            headers=dict(headers), limits=limits, cookies=no_cookies, verify=_certificates()
+        )
         self.thread = threading.Thread(target=self._run, name="http client", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
         self.loop.run_forever()
-        self.loop.run_until_complete(self.loop.shutdown_asyncgens())  # and sockets that wait to be closed
+        self.loop.run_until_complete(
+            self.loop.shutdown_asyncgens()
+        )  # and sockets that wait to be closed
         self.loop.close()
 
     def end(self) -> None:
@@ -142,12 +152,20 @@ class _Carrier:
 
 
 async def _exchange(
-    client: httpx.AsyncClient, method: str, url: str, body: bytes | None, seconds: float, max_bytes: int
+    client: httpx.AsyncClient,
+    method: str,
+    url: str,
+    body: bytes | None,
+    seconds: float,
+    max_bytes: int,
 ) -> Reply:
     headers = {} if body is None else {"content-type": "application/json"}
-    # A connection and a TLS handshake that time out by themselves close their socket; cancelled ones do not.
+    # A connection and a TLS handshake that time out by themselves close their socket; cancelled
+    # ones do not.
     timeout = httpx.Timeout(None, connect=seconds / 2)
-    async with client.stream(method, url, content=body, headers=headers, timeout=timeout) as response:
+    async with client.stream(
+        method, url, content=body, headers=headers, timeout=timeout
+    ) as response:
         encoding = response.headers.get("content-encoding", "").strip().lower()
         if encoding not in ("", "identity"):
             phrase = f"answered in the encoding {excerpt(encoding, 40)}, which was not asked for"

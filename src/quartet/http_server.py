@@ -33,7 +33,9 @@ class HeaderDeadline(H11Protocol):
             self.transport.abort()
 
 
-def make_server(app: Any, host: str = "127.0.0.1", port: int = 0, log_level: str | int = logging.WARNING) -> uvicorn.Server:
+def make_server(
+    app: Any, host: str = "127.0.0.1", port: int = 0, log_level: str | int = logging.WARNING
+) -> uvicorn.Server:
     """Return a server for an application, to be run with `server.run(sockets=[…])`."""
     return uvicorn.Server(
         uvicorn.Config(

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 
 class NonFinite(RuntimeError):
-    """A number that is not finite, seen before it could change a weight. Names the sample it belongs to, and the sample's
-    tokens, where it belongs to one."""
+    """A number that is not finite, seen before it could change a weight. Names the sample it
+    belongs to, and the sample's tokens, where it belongs to one."""
 
     def __init__(self, what: str, sample: str | None = None, tokens: Sequence[int] = ()) -> None:
         where = f" in sample {sample}" if sample else ""

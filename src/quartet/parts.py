@@ -1,7 +1,7 @@
 """Parts: a frozen dataclass whose fields are hyper-parameters, and whose call is a formula.
 
-A *family* is what an algorithm has one of: `PolicyLoss`, `Advantage`, `KL`, … Its members are its subclasses,
-each known by its `type`. A subclass registers itself, wherever it is written:
+A *family* is what an algorithm has one of: `PolicyLoss`, `Advantage`, `KL`, … Its members are its
+subclasses, each known by its `type`. A subclass registers itself, wherever it is written:
 
     class Squared(PolicyLoss):
         type = "squared"
@@ -10,9 +10,9 @@ each known by its `type`. A subclass registers itself, wherever it is written:
         def __call__(self, tokens):
             return self.scale * (tokens.ratio - 1) ** 2 - tokens.advantages * tokens.ratio
 
-A field that is annotated with a family takes any member: an instance, or a table such as
-`{"type": "squared", "scale": 2.0}`. `type = "mine.py:Squared"` (or `"package.module:Squared"`) loads the member
-from a file (or a module) first.
+A field that is annotated with a family takes any member: an instance, or a table such as `{"type":
+"squared", "scale": 2.0}`. `type = "mine.py:Squared"` (or `"package.module:Squared"`) loads the
+member from a file (or a module) first.
 """
 
 import dataclasses
@@ -23,7 +23,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    dataclass_transform,
+    get_origin,
+)
 
 from pydantic import AllowInfNan, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -36,20 +45,23 @@ OrInf = Annotated[float, AllowInfNan(True)]
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 def part(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen dataclass whose fields are checked when it is made: types, ranges, no unknown names.
+    """Make `cls` a frozen dataclass whose fields are checked when it is made: types, ranges, no
+    unknown names.
 
-    `Field(default, ge=..., description=...)` states a range and what the field means; the description becomes the
-    second sentence of the error that a user reads.
+    `Field(default, ge=..., description=...)` states a range and what the field means; the
+    description becomes the second sentence of the error that a user reads.
     """
-    decorate: Callable[..., Any] = checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+    decorate: Callable[..., Any] = checked_dataclass(
+        frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False)
+    )
     return decorate(cls)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 class Family:
-    """The base of families of parts. A direct subclass is a family; subclasses of that are its members, which become
-    parts (see `part`) and are known by their `type`. A member without a `type` is known as `file.py:Name`, or by its
-    class's name where it was not written in a file."""
+    """The base of families of parts. A direct subclass is a family; subclasses of that are its
+    members, which become parts (see `part`) and are known by their `type`. A member without a
+    `type` is known as `file.py:Name`, or by its class's name where it was not written in a file."""
 
     members: ClassVar[dict[str, Any]]
     """The classes of the family, by type."""
@@ -70,7 +82,8 @@ class Family:
             cls.members[name] = cls
 
     def coefficients(self) -> dict[str, float]:
-        """Return what of this part adapts from step to step, by the name of its metric; by default nothing."""
+        """Return what of this part adapts from step to step, by the name of its metric; by default
+        nothing."""
         return {}
 
     @classmethod
@@ -88,7 +101,9 @@ class Family:
             raise PydanticCustomError("dataclass_type", "a table is needed")
         name = value.get("type")
         if not isinstance(name, str):
-            raise PydanticCustomError("union_tag_not_found", "a table needs a type", {"discriminator": "'type'"})
+            raise PydanticCustomError(
+                "union_tag_not_found", "a table needs a type", {"discriminator": "'type'"}
+            )
         validator = cls.member(name).__pydantic_validator__
         if info.mode == "json":
             return validator.validate_json(json.dumps(value), strict=True)
@@ -96,21 +111,26 @@ class Family:
 
     @classmethod
     def member(cls, name: str) -> Any:
-        """Return the member of this type; a reference `file.py:Name` or `package.module:Name` is loaded first."""
+        """Return the member of this type; a reference `file.py:Name` or `package.module:Name` is
+        loaded first."""
         if name not in cls.members and ":" in name:
             loaded = load_reference(name)
-            if not (isinstance(loaded, type) and issubclass(loaded, cls)) or "__pydantic_validator__" not in vars(loaded):
+            if not (
+                isinstance(loaded, type) and issubclass(loaded, cls)
+            ) or "__pydantic_validator__" not in vars(loaded):
                 raise PydanticCustomError("part_reference", f"{name} is no {cls.__name__}")
             cls.members[name] = loaded
         if name not in cls.members:
             known = ", ".join(repr(n) for n in cls.members)
-            raise PydanticCustomError("union_tag_invalid", "no such type", {"tag": name, "expected_tags": known})
+            raise PydanticCustomError(
+                "union_tag_invalid", "no such type", {"tag": name, "expected_tags": known}
+            )
         return cls.members[name]
 
 
 def _declare_type(cls: type[Any]) -> str | None:
-    """Give a member its field `type`, and return its default: what it is registered as. None where the class inherits the
-    field and adds nothing, as an abstract class does."""
+    """Give a member its field `type`, and return its default: what it is registered as. None where
+    the class inherits the field and adds nothing, as an abstract class does."""
     annotations = inspect.get_annotations(cls)
     if get_origin(annotations.get("type")) is Literal:
         name: str = cls.__dict__["type"]
@@ -126,31 +146,41 @@ def _declare_type(cls: type[Any]) -> str | None:
 def own_reference(cls: type[Any]) -> str:
     """Return `file.py:Name` of a class that is written in a file, else the class's name."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return f"{file}:{cls.__qualname__}" if file and cls.__qualname__.isidentifier() else cls.__name__
+    return (
+        f"{file}:{cls.__qualname__}" if file and cls.__qualname__.isidentifier() else cls.__name__
+    )
 
 
 def load_reference(reference: str) -> Any:
-    """Return the object that `file.py:Name` or `package.module:Name` names. The file is run, as an import runs it.
+    """Return the object that `file.py:Name` or `package.module:Name` names. The file is run, as an
+    import runs it.
 
-    Raises `PydanticCustomError`, a `ValueError`, with one sentence where there is no such file, module or name, or where
-    it fails when it is run.
+    Raises `PydanticCustomError`, a `ValueError`, with one sentence where there is no such file,
+    module or name, or where it fails when it is run.
     """
     place, _, name = reference.rpartition(":")
     try:
-        module = _module_of(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = (
+            _module_of(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        )
     except FileNotFoundError:
         raise PydanticCustomError("part_reference", f"{place}: no such file") from None
     except ImportError as error:
-        raise PydanticCustomError("part_reference", f"{place}: cannot be imported: {error}") from None
+        raise PydanticCustomError(
+            "part_reference", f"{place}: cannot be imported: {error}"
+        ) from None
     except Exception as error:
-        raise PydanticCustomError("part_reference", f"{place}: failed when it was imported: {error!r}") from error
+        raise PydanticCustomError(
+            "part_reference", f"{place}: failed when it was imported: {error!r}"
+        ) from error
     if not hasattr(module, name):
         raise PydanticCustomError("part_reference", f"{place}: has no {name}")
     return getattr(module, name)
 
 
 def _module_of(path: Path) -> Any:
-    """Import a file once, whatever path it is named by; a file that runs as the program itself is not run again."""
+    """Import a file once, whatever path it is named by; a file that runs as the program itself is
+    not run again."""
     resolved = path.resolve(strict=True)
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)

@@ -45,7 +45,8 @@ from quartet.training.metrics import sampler_ratio
 from quartet.training.optim import Optimizer
 
 BEST_OF_ANSWERS = 512
-"""How many answers the best-of-n curve is drawn from in all: as many at once as the evaluation itself has by default."""
+"""How many answers the best-of-n curve is drawn from in all: as many at once as the evaluation
+itself has by default."""
 PROBED_TIMES = 20
 """How often an RL stage looks at its probes."""
 
@@ -71,12 +72,15 @@ class Work:
     budget: Budget | None = None
 
     def state(self) -> Tree:
-        """What a checkpoint holds. Its tensors are the live ones: good until the next step changes them."""
+        """What a checkpoint holds. Its tensors are the live ones: good until the next step changes
+        them."""
         return {name: player.state() for name, player in self.players.items()}
 
     def load_state(self, state: Tree) -> None:
         for name, player in self.players.items():
-            if name in state or name != "ahead":  # a run that did not sample ahead may go on as one that does
+            if (
+                name in state or name != "ahead"
+            ):  # a run that did not sample ahead may go on as one that does
                 player.load_state(state[name])
 
     def notes(self) -> list[str]:
@@ -130,7 +134,10 @@ class SftStage:
     def begin(self, folder: Path) -> Work:
         model = self.spread(self.load_policy(folder))
         before = held_out_loss(model, self.held_out, self.micro_batch_tokens, self.team)
-        sampler, optimizer = Sampler(self.demonstrations, self.batch_size, self.seed), self.optimizer(model)
+        sampler, optimizer = (
+            Sampler(self.demonstrations, self.batch_size, self.seed),
+            self.optimizer(model),
+        )
         budget = Budget(self.micro_batch_tokens, self.team)
 
         def steps(done: int) -> Iterator[Progress]:
@@ -141,13 +148,19 @@ class SftStage:
             after = held_out_loss(model, self.held_out, self.micro_batch_tokens, self.team)
             return {"held_out_loss_before": before, "held_out_loss": after}
 
-        return Work(steps, finish, {"optimizer": optimizer, "sampler": sampler, "budget": budget}, [optimizer], budget)
+        return Work(
+            steps,
+            finish,
+            {"optimizer": optimizer, "sampler": sampler, "budget": budget},
+            [optimizer],
+            budget,
+        )
 
 
 @dataclass(frozen=True)
 class RewardModelStage:
-    """Writes `reward_model/` and, of the held-out pairs, `evaluation/pairs.parquet`. Its scores are centred: the policy that RL
-    starts from scores 0 on average."""
+    """Writes `reward_model/` and, of the held-out pairs, `evaluation/pairs.parquet`. Its scores are
+    centred: the policy that RL starts from scores 0 on average."""
 
     comparisons: Sequence[Comparison]
     held_out: Sequence[Comparison]
@@ -172,7 +185,10 @@ class RewardModelStage:
         policy = self.load_policy(folder)
         model = self.make_model(policy)
         before = pair_accuracy(model, self.held_out, self.micro_batch_tokens, self.team)
-        sampler, optimizer = Sampler(self.comparisons, self.batch_size, self.seed), self.optimizer(model)
+        sampler, optimizer = (
+            Sampler(self.comparisons, self.batch_size, self.seed),
+            self.optimizer(model),
+        )
         budget = Budget(self.micro_batch_tokens, self.team)
 
         def steps(done: int) -> Iterator[Progress]:
@@ -181,7 +197,9 @@ class RewardModelStage:
         def finish() -> Summary:
             judged = pair_scores(model, self.held_out, self.micro_batch_tokens, self.team)
             accuracy = accuracy_of(judged[:, 0] - judged[:, 1])
-            generator = NativeGenerator(policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.seed, team=self.team)
+            generator = NativeGenerator(
+                policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.seed, team=self.team
+            )
             scores = ModelReward(model, self.micro_batch_tokens, team=self.team).score(
                 generator.generate(self.prompts, self.sampling)
             )
@@ -189,16 +207,32 @@ class RewardModelStage:
             model.centre += mean
             model.save(folder / "reward_model", self.tokenizer, self.team)
             if self.team.lead:
-                write_pairs(folder / "evaluation" / "pairs.parquet", self.held_out, judged - mean, self.tokenizer)
-            summary = {"held_out_accuracy_before": before, "held_out_accuracy": accuracy, "centre": model.centre}
+                write_pairs(
+                    folder / "evaluation" / "pairs.parquet",
+                    self.held_out,
+                    judged - mean,
+                    self.tokenizer,
+                )
+            summary = {
+                "held_out_accuracy_before": before,
+                "held_out_accuracy": accuracy,
+                "centre": model.centre,
+            }
             return summary | ({} if self.ceiling is None else {"ceiling": self.ceiling})
 
-        return Work(steps, finish, {"optimizer": optimizer, "sampler": sampler, "budget": budget}, [optimizer], budget)
+        return Work(
+            steps,
+            finish,
+            {"optimizer": optimizer, "sampler": sampler, "budget": budget},
+            [optimizer],
+            budget,
+        )
 
 
 @dataclass(frozen=True)
 class PreferenceStage:
-    """Writes `policy/`, learnt from comparisons of a file or, where `online` makes them, of its own."""
+    """Writes `policy/`, learnt from comparisons of a file or, where `online` makes them, of its
+    own."""
 
     name: str
     comparisons: Sequence[Comparison]
@@ -221,30 +255,46 @@ class PreferenceStage:
 
     def begin(self, folder: Path) -> Work:
         model = self.load_policy(folder)
-        source = self.online(folder, model) if self.online else Sampler(self.comparisons, self.batch_size, self.seed)
+        source = (
+            self.online(folder, model)
+            if self.online
+            else Sampler(self.comparisons, self.batch_size, self.seed)
+        )
         reference = reference_of(model) if self.loss.needs_reference else None
         model, reference = self.spread(model), None if reference is None else self.spread(reference)
         optimizer, budget = self.optimizer(model), Budget(self.micro_batch_tokens, self.team)
 
         def steps(done: int) -> Iterator[Progress]:
-            return preference(model, reference, source, self.loss, optimizer, self.num_steps, budget, done)
+            return preference(
+                model, reference, source, self.loss, optimizer, self.num_steps, budget, done
+            )
 
         def finish() -> Summary:
             save(model, self.tokenizer, folder / "policy", self.team)
             if not self.held_out:
                 return {}
-            after = held_out_preference(model, reference, self.held_out, self.loss, self.micro_batch_tokens, self.team)
+            after = held_out_preference(
+                model, reference, self.held_out, self.loss, self.micro_batch_tokens, self.team
+            )
             return {f"held_out_{name}": value for name, value in after.items()}
 
-        return Work(steps, finish, {"optimizer": optimizer, "source": source, "budget": budget}, [optimizer], budget)
+        return Work(
+            steps,
+            finish,
+            {"optimizer": optimizer, "source": source, "budget": budget},
+            [optimizer],
+            budget,
+        )
 
 
 @dataclass(frozen=True)
 class Contest:
-    """The policy as it learns against the one that the stage starts with, on the same held-out prompts."""
+    """The policy as it learns against the one that the stage starts with, on the same held-out
+    prompts."""
 
     answer: Callable[[], Sequence[Rollout]]
-    """Now, with what the rewards give. The same random numbers each time, and none of the training's."""
+    """Now, with what the rewards give. The same random numbers each time, and none of the
+    training's."""
     before: Sequence[Rollout]
     gold: Gold | None
 
@@ -268,16 +318,23 @@ class Cast:
     contest: Contest | None = None
 
     def watched(self, algorithm: Algorithm, stale: bool) -> dict[str, float]:
-        """The policy's win rate, its perplexity on the texts, and how far reward models are from what they first said of the
-        probes. `stale`: the step's rollouts were older, and could not tell whether the sampler has the learner's weights."""
+        """The policy's win rate, its perplexity on the texts, and how far reward models are from
+        what they first said of the probes. `stale`: the step's rollouts were older, and could not
+        tell whether the sampler has the learner's weights."""
         metrics = {}
         now = self.contest.answer() if self.contest is not None else []
         if self.contest is not None and (rate := self.contest.win_rate(now)) is not None:
             metrics["policy/win_rate"] = rate
-        if stale and (scored := [dataclasses.replace(r, policy_version=-1) for r in now if r.score is not None]):
+        if stale and (
+            scored := [
+                dataclasses.replace(r, policy_version=-1) for r in now if r.score is not None
+            ]
+        ):
             metrics["sampler_ratio"] = sampler_ratio(self.learner.score(scored, algorithm))
         if self.texts:
-            loss = held_out_loss(self.learner.models.actor, self.texts, self.learner.budget.tokens, self.learner.team)
+            loss = held_out_loss(
+                self.learner.models.actor, self.texts, self.learner.budget.tokens, self.learner.team
+            )
             metrics["policy/sft_perplexity"] = math.exp(min(loss, 50.0))
         judges = [w.reward for w in self.rewards if isinstance(w.reward, ModelReward)]
         apart = [
@@ -303,8 +360,8 @@ class Adapting:
 
 @dataclass(frozen=True)
 class RLStage:
-    """Writes `policy/`, `critic/` where there is one, `policy_ema/` where an average is kept, and `probes/`: what the models
-    say of the same few answers, as the stage goes on."""
+    """Writes `policy/`, `critic/` where there is one, `policy_ema/` where an average is kept, and
+    `probes/`: what the models say of the same few answers, as the stage goes on."""
 
     name: str
     prompts: Sequence[Prompt]
@@ -323,8 +380,15 @@ class RLStage:
         return self.name
 
     def begin(self, folder: Path) -> Work:
-        cast, algorithm, texts = self.cast(folder), Adapting(self.algorithm), TokenTexts(self.tokenizer)
-        prompts, ahead = Sampler(self.prompts, self.prompts_per_step, self.seed), Ahead(self.staleness)
+        cast, algorithm, texts = (
+            self.cast(folder),
+            Adapting(self.algorithm),
+            TokenTexts(self.tokenizer),
+        )
+        prompts, ahead = (
+            Sampler(self.prompts, self.prompts_per_step, self.seed),
+            Ahead(self.staleness),
+        )
 
         def probe(number: int) -> None:
             if not cast.probes:
@@ -339,10 +403,17 @@ class RLStage:
             else:
                 cast.generator.load_weights(cast.learner.weights())
             collector = Collector(prompts, cast.generator, cast.rewards, self.samples_per_prompt)
-            loop = rl_async(collector, cast.learner, algorithm.now, ahead, done) if self.staleness else None
+            loop = (
+                rl_async(collector, cast.learner, algorithm.now, ahead, done)
+                if self.staleness
+                else None
+            )
             for step in loop or rl(collector, cast.learner, algorithm.now, done):
                 algorithm.now = step.algorithm
-                if step.number % math.ceil(self.num_steps / PROBED_TIMES) == 0 or step.number == self.num_steps:
+                if (
+                    step.number % math.ceil(self.num_steps / PROBED_TIMES) == 0
+                    or step.number == self.num_steps
+                ):
                     probe(step.number)
                     seen = cast.watched(algorithm.now, stale="sampler_ratio" not in step.metrics)
                     step = dataclasses.replace(step, metrics=step.metrics | seen)  # noqa: PLW2901
@@ -354,7 +425,13 @@ class RLStage:
             learner.models.save_critic(folder / "critic", self.tokenizer, learner.team)
             if learner.ema is not None:
                 average = learner.ema.average
-                save(learner.models.actor, self.tokenizer, folder / "policy_ema", learner.team, average)
+                save(
+                    learner.models.actor,
+                    self.tokenizer,
+                    folder / "policy_ema",
+                    learner.team,
+                    average,
+                )
             return {}
 
         players: dict[str, Stateful] = {
@@ -365,13 +442,16 @@ class RLStage:
         }
         if self.staleness:
             players["ahead"] = ahead
-        return Work(steps, finish, players, list(cast.learner.optimizers.values()), cast.learner.budget)
+        return Work(
+            steps, finish, players, list(cast.learner.optimizers.values()), cast.learner.budget
+        )
 
 
 @dataclass(frozen=True)
 class EvaluationStage:
-    """Writes `evaluation/final.json`: the policy against the one it started from, on held-out prompts; `answers.jsonl`, what
-    both answered; and `best_of_n.json`, what the first would have answered at its best."""
+    """Writes `evaluation/final.json`: the policy against the one it started from, on held-out
+    prompts; `answers.jsonl`, what both answered; and `best_of_n.json`, what the first would have
+    answered at its best."""
 
     prompts: Sequence[Prompt]
     tokenizer: Any
@@ -390,13 +470,26 @@ class EvaluationStage:
 
     def begin(self, folder: Path) -> Work:
         if not self.team.lead:  # one reads the models and writes
-            return Work(lambda done: iter([Progress(number, {}) for number in range(done + 1, self.num_steps + 1)]), dict)
-        before, after, rewards = self.load_before(folder), self.load_after(folder), self.rewards(folder)
+            return Work(
+                lambda done: iter(
+                    [Progress(number, {}) for number in range(done + 1, self.num_steps + 1)]
+                ),
+                dict,
+            )
+        before, after, rewards = (
+            self.load_before(folder),
+            self.load_after(folder),
+            self.rewards(folder),
+        )
         answered: list[list[Rollout]] = []
 
         def steps(done: int) -> Iterator[Progress]:
             for number, model in enumerate((before, after)[done:], done + 1):
-                answered.append(rewarded(self.generator(model, folder).generate(self.prompts, self.sampling), rewards))
+                answered.append(
+                    rewarded(
+                        self.generator(model, folder).generate(self.prompts, self.sampling), rewards
+                    )
+                )
                 yield Progress(number, {})
 
         def finish() -> Summary:
@@ -410,7 +503,8 @@ class EvaluationStage:
             best = [dataclasses.asdict(b) for b in self._best_of(before, folder, rewards)]
             _write_json(folder / "evaluation" / "best_of_n.json", best)
             pairs = [
-                json.dumps(well_formed_json(_pair(*row)), ensure_ascii=False) + "\n" for row in zip(old, new, kl, strict=True)
+                json.dumps(well_formed_json(_pair(*row)), ensure_ascii=False) + "\n"
+                for row in zip(old, new, kl, strict=True)
             ]
             durable.replace(folder / "evaluation" / "answers.jsonl", "".join(pairs))
             return summary
@@ -422,12 +516,18 @@ class EvaluationStage:
         if self.best_of < 2 or not any(w.weight for w in rewards):
             return []
         prompts = self.prompts[: max(1, BEST_OF_ANSWERS // self.best_of)]
-        made = rewarded(self.generator(model, folder).generate(prompts, self.sampling, self.best_of), rewards)
+        made = rewarded(
+            self.generator(model, folder).generate(prompts, self.sampling, self.best_of), rewards
+        )
         by_prompt = [list(group) for _, group in itertools.groupby(made, key=lambda r: r.group)]
         whole = [group for group in by_prompt if all(r.score is not None for r in group)]
         if not whole:
             return []
-        gold = None if self.gold is None else [[self.gold(r.prompt.text, r.response) for r in group] for group in whole]
+        gold = (
+            None
+            if self.gold is None
+            else [[self.gold(r.prompt.text, r.response) for r in group] for group in whole]
+        )
         return best_of_n([[r.score or 0.0 for r in group] for group in whole], gold)
 
     def _kl(self, before: Any, after: Any, rollouts: Sequence[Rollout]) -> list[float]:
@@ -450,7 +550,12 @@ class EvaluationStage:
 def _pair(first: Rollout, last: Rollout, kl: float) -> dict[str, Any]:
     """A line of `evaluation/answers.jsonl`."""
     sides = {
-        side: {"response": r.response, "score": r.score, "components": dict(r.components), "tokens": len(r.response_ids)}
+        side: {
+            "response": r.response,
+            "score": r.score,
+            "components": dict(r.components),
+            "tokens": len(r.response_ids),
+        }
         for side, r in (("before", first), ("after", last))
     }
     return {"id": first.prompt.id, "prompt": first.prompt.text, "kl": kl, **sides}

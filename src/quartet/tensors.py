@@ -1,9 +1,10 @@
 """Torch at first use, and the vocabulary of shapes.
 
-A part is both a piece of a config and a formula. Reading a config should not wait seconds for torch, so the files that
-hold parts take `torch` from here: a stand-in that imports the real module when a formula first runs. Annotations such as
-`Float[Tensor, "B T"]` (B sequences, T tokens, V vocabulary) are for readers, type checkers and tests: the test suite sets
-QUARTET_CHECK_SHAPES and has each one checked at every call.
+A part is both a piece of a config and a formula. Reading a config should not wait seconds for
+torch, so the files that hold parts take `torch` from here: a stand-in that imports the real module
+when a formula first runs. Annotations such as `Float[Tensor, "B T"]` (B sequences, T tokens, V
+vocabulary) are for readers, type checkers and tests: the test suite sets QUARTET_CHECK_SHAPES and
+has each one checked at every call.
 """
 
 import importlib

@@ -1,8 +1,9 @@
 """Text from outside (servers, judges, reward functions, files), made safe to write and to print.
 
-Python's strings can hold half a surrogate pair, which JSON can spell (`"\\ud800"`) and UTF-8 cannot.
-Such a string is fine until it is written to a file or a terminal; then it raises UnicodeEncodeError,
-far from its origin. Text from outside goes through one of these functions where it enters.
+Python's strings can hold half a surrogate pair, which JSON can spell (`"\\ud800"`) and UTF-8
+cannot. Such a string is fine until it is written to a file or a terminal; then it raises
+UnicodeEncodeError, far from its origin. Text from outside goes through one of these functions where
+it enters.
 """
 
 from typing import Any

@@ -1,8 +1,23 @@
 import pytest
 import torch
 
-from quartet.algorithms.advantages import Gae, LengthAdaptiveGae, MonteCarlo, NStep, TemporalDifference, Whiten, gae, n_step
-from quartet.algorithms.baselines import GreedyBaseline, GroupMean, LeaveOneOut, LengthWeightedBaseline, ReturnToGo
+from quartet.algorithms.advantages import (
+    Gae,
+    LengthAdaptiveGae,
+    MonteCarlo,
+    NStep,
+    TemporalDifference,
+    Whiten,
+    gae,
+    n_step,
+)
+from quartet.algorithms.baselines import (
+    GreedyBaseline,
+    GroupMean,
+    LeaveOneOut,
+    LengthWeightedBaseline,
+    ReturnToGo,
+)
 from tests.support.world import ragged_batch
 
 
@@ -33,7 +48,13 @@ def test_tokens_of_others_are_stepped_over():
 
 def test_lambda_1_without_values_is_the_return_to_go():
     rewards = tensor([0.2, -1.0, 3.0, 0.5])
-    result = gae(rewards, torch.zeros_like(rewards), torch.ones_like(rewards, dtype=torch.bool), gamma=1.0, lam=1.0)
+    result = gae(
+        rewards,
+        torch.zeros_like(rewards),
+        torch.ones_like(rewards, dtype=torch.bool),
+        gamma=1.0,
+        lam=1.0,
+    )
     torch.testing.assert_close(result, rewards.flip(1).cumsum(1).flip(1))
 
 
@@ -107,7 +128,11 @@ def test_n_step_steps_over_tokens_of_others():
 
 
 def three_estimates(batch, rewards):
-    return NStep(n=1)(rewards, batch)[0], NStep(n=100)(rewards, batch)[0], NStep(n=3)(rewards, batch)[0]
+    return (
+        NStep(n=1)(rewards, batch)[0],
+        NStep(n=100)(rewards, batch)[0],
+        NStep(n=3)(rewards, batch)[0],
+    )
 
 
 def test_one_step_is_td_and_all_steps_are_monte_carlo():
@@ -134,12 +159,15 @@ def test_targets_of_the_critic_have_a_lambda_of_their_own():
 def test_the_value_after_a_response_that_was_cut_off_counts_only_if_asked():
     batch = ragged_batch([2, 2, 2], [0.0, 0.0, 0.0])  # the third was cut off
     zeros = torch.zeros_like(batch.values)
-    plain, bootstrapped = (Gae(lam=1.0, bootstrap_truncated=b)(zeros, batch)[1] for b in (False, True))
+    plain, bootstrapped = (
+        Gae(lam=1.0, bootstrap_truncated=b)(zeros, batch)[1] for b in (False, True)
+    )
     torch.testing.assert_close(bootstrapped[:2], plain[:2])
     torch.testing.assert_close(bootstrapped[2, 1:], batch.final_values[2].expand(2))
     torch.testing.assert_close(NStep(n=9, bootstrap_truncated=True)(zeros, batch)[1], bootstrapped)
     torch.testing.assert_close(
-        NStep(n=1, gamma=0.9, bootstrap_truncated=True)(zeros, batch)[1][2, 2], 0.9 * batch.final_values[2]
+        NStep(n=1, gamma=0.9, bootstrap_truncated=True)(zeros, batch)[1][2, 2],
+        0.9 * batch.final_values[2],
     )
 
 
@@ -162,13 +190,17 @@ def responses(scores, lengths, part):
 
 def test_leave_one_out_by_hand():
     # 1 − (0 + 0 + 0) / 3 = 1; 0 − (1 + 0 + 0) / 3 = −1/3
-    assert responses([1.0, 0.0, 0.0, 0.0], [1, 2, 3, 1], LeaveOneOut()) == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+    assert responses([1.0, 0.0, 0.0, 0.0], [1, 2, 3, 1], LeaveOneOut()) == pytest.approx(
+        [1, -1 / 3, -1 / 3, -1 / 3]
+    )
     assert responses([0.7], [2], LeaveOneOut()) == [0]
 
 
 def test_population_and_sample_deviation_differ_as_they_should():
     # 1, 0, 0, 0: the population's deviation is √3 / 4 = 0.433: 0.75 / 0.433 = 1.732
-    assert responses([1.0, 0.0, 0.0, 0.0], [1] * 4, GroupMean(std="population"))[0] == pytest.approx(3**0.5, abs=1e-4)
+    assert responses([1.0, 0.0, 0.0, 0.0], [1] * 4, GroupMean(std="population"))[
+        0
+    ] == pytest.approx(3**0.5, abs=1e-4)
 
 
 def test_the_length_weighted_baseline_by_hand():
@@ -188,7 +220,9 @@ def test_the_greedy_baseline_is_taken_off_every_return():
     assert GreedyBaseline()(rewards, batch)[0].tolist() == [[0, 0.5, 0.5, 0.5], [0, 2.0, 0, 0]]
 
 
-@pytest.mark.parametrize("part", [GroupMean(), GroupMean(std="none"), LeaveOneOut(), LengthWeightedBaseline()])
+@pytest.mark.parametrize(
+    "part", [GroupMean(), GroupMean(std="none"), LeaveOneOut(), LengthWeightedBaseline()]
+)
 @pytest.mark.parametrize("score", [0.1, 1 / 3, -7.77])
 def test_equals_have_no_advantage_whatever_the_baseline(part, score):
     assert set(responses([score] * 7, [1, 2, 3, 4, 5, 6, 7], part)) == {0}

@@ -29,7 +29,17 @@ from quartet.algorithms.rewards import ClipScore, MeanOfTokens, RunningScale
 from quartet.algorithms.value_loss import ClippedValueLoss
 from tests.support.world import ragged_batch
 
-POLICY_LOSSES = [Reinforce(), ImportanceWeighted(), KLPenalty(), Clip(), DualClip(), SequenceClip(), Cispo(), Sapo(), Gmpo()]
+POLICY_LOSSES = [
+    Reinforce(),
+    ImportanceWeighted(),
+    KLPenalty(),
+    Clip(),
+    DualClip(),
+    SequenceClip(),
+    Cispo(),
+    Sapo(),
+    Gmpo(),
+]
 PENALTIES = [
     KLInLoss(estimator=estimator, weight=weight)
     for estimator, weight in [
@@ -40,9 +50,17 @@ PENALTIES = [
 ]
 COMPOSED = {
     **ALGORITHMS,
-    **{f"loss {p.type}": dataclasses.replace(ALGORITHMS["ppo"], policy_loss=p) for p in POLICY_LOSSES},
-    **{f"kl {p.estimator} {p.weight}": dataclasses.replace(ALGORITHMS["grpo"], kl=p) for p in PENALTIES},
-    "entropy target": dataclasses.replace(ALGORITHMS["ppo"], entropy=EntropyTarget(target=0.5, coef=0.1)),
+    **{
+        f"loss {p.type}": dataclasses.replace(ALGORITHMS["ppo"], policy_loss=p)
+        for p in POLICY_LOSSES
+    },
+    **{
+        f"kl {p.estimator} {p.weight}": dataclasses.replace(ALGORITHMS["grpo"], kl=p)
+        for p in PENALTIES
+    },
+    "entropy target": dataclasses.replace(
+        ALGORITHMS["ppo"], entropy=EntropyTarget(target=0.5, coef=0.1)
+    ),
     "positives": dataclasses.replace(ALGORITHMS["grpo"], positives=PositiveExamples(coef=0.1)),
     **{
         f"correction {p.type}": dataclasses.replace(ALGORITHMS["ppo"], correction=p)
@@ -55,8 +73,12 @@ EVERYTHING = pytest.mark.parametrize("name", sorted(COMPOSED))
 
 def batch(lengths=(4, 0, 13, 2), sampler_is_off=True):
     """Four responses of very different lengths, one of them empty, sampled by an engine that is not quite π_old."""
-    made = ragged_batch(list(lengths), [1.0, -0.5, 0.3, 2.0][: len(lengths)], groups=[0, 0, 1, 1][: len(lengths)])
-    noise = 0.3 * torch.sin(torch.arange(made.old_logprobs.numel(), dtype=torch.float64)).view_as(made.old_logprobs)
+    made = ragged_batch(
+        list(lengths), [1.0, -0.5, 0.3, 2.0][: len(lengths)], groups=[0, 0, 1, 1][: len(lengths)]
+    )
+    noise = 0.3 * torch.sin(torch.arange(made.old_logprobs.numel(), dtype=torch.float64)).view_as(
+        made.old_logprobs
+    )
     rollout = torch.where(made.response_mask, made.old_logprobs + noise, 0.0)
     return dataclasses.replace(made, rollout_logprobs=rollout) if sampler_is_off else made
 
@@ -77,7 +99,9 @@ def total_loss(algorithm, experience, logprobs, values, denominators):
 def later(experience):
     """Log-probs after some updates: ratios from 0.5 to 2, the same in every run."""
     rng = torch.Generator().manual_seed(7)
-    shift = 0.7 * (2 * torch.rand(experience.old_logprobs.shape, generator=rng, dtype=torch.float64) - 1)
+    shift = 0.7 * (
+        2 * torch.rand(experience.old_logprobs.shape, generator=rng, dtype=torch.float64) - 1
+    )
     return experience.old_logprobs + torch.where(experience.response_mask, shift, 0.0)
 
 
@@ -87,11 +111,17 @@ def test_token_rewards_are_penalty_plus_score():
     expected = -0.05 * (batch().old_logprobs - batch().ref_logprobs)
     for row, (last, score) in enumerate(zip([4, 0, 13, 2], batch().scores, strict=True)):
         expected[row, last] += score
-    torch.testing.assert_close(made.token_rewards, torch.where(batch().response_mask, expected, 0.0))
+    torch.testing.assert_close(
+        made.token_rewards, torch.where(batch().response_mask, expected, 0.0)
+    )
 
 
 def test_presets_ask_only_for_the_models_they_use():
-    assert ALGORITHMS["ppo"].needs_critic and ALGORITHMS["ppo"].needs_reference and not ALGORITHMS["ppo"].needs_group
+    assert (
+        ALGORITHMS["ppo"].needs_critic
+        and ALGORITHMS["ppo"].needs_reference
+        and not ALGORITHMS["ppo"].needs_group
+    )
     assert ALGORITHMS["grpo"].needs_group and not ALGORITHMS["grpo"].needs_critic
     assert not dataclasses.replace(ALGORITHMS["ppo"], kl=NoKL()).needs_reference
     assert [name for name, a in ALGORITHMS.items() if a.needs_greedy] == ["remax"]
@@ -115,7 +145,11 @@ def test_what_cannot_work_is_refused_with_the_reason(parts, sentence):
         Algorithm(kl=NoKL(), aggregation=TokenMean(), **parts)
 
 
-CLIPPED = [n for n, a in sorted(ALGORITHMS.items()) if not isinstance(a.policy_loss, Reinforce | Cispo | Sapo)]
+CLIPPED = [
+    n
+    for n, a in sorted(ALGORITHMS.items())
+    if not isinstance(a.policy_loss, Reinforce | Cispo | Sapo)
+]
 
 
 @pytest.mark.parametrize("name", CLIPPED)
@@ -135,10 +169,16 @@ def test_on_the_first_visit_every_policy_loss_has_reinforces_gradient(name):
     algorithm = ALGORITHMS[name]
     made = algorithm.experience(batch(sampler_is_off=False))
     logprobs = made.old_logprobs.clone().requires_grad_()
-    terms = algorithm.loss(made, now_of(algorithm, logprobs, made.values), algorithm.denominators(made))
-    plain = algorithm.aggregation(-made.advantages * logprobs, made.response_mask, algorithm.denominators(made)["policy"])
+    terms = algorithm.loss(
+        made, now_of(algorithm, logprobs, made.values), algorithm.denominators(made)
+    )
+    plain = algorithm.aggregation(
+        -made.advantages * logprobs, made.response_mask, algorithm.denominators(made)["policy"]
+    )
     gradient, expected = (torch.autograd.grad(x, logprobs)[0] for x in (terms["policy"], plain))
-    if isinstance(algorithm.policy_loss, SequenceClip | Gmpo):  # shared among the tokens of a response in other proportions
+    if isinstance(
+        algorithm.policy_loss, SequenceClip | Gmpo
+    ):  # shared among the tokens of a response in other proportions
         gradient, expected = gradient.sum(dim=1), expected.sum(dim=1)
     torch.testing.assert_close(gradient, expected)
 
@@ -152,29 +192,44 @@ def test_micro_batches_of_any_split_sum_to_the_gradient_of_the_batch(name, cut):
     logprobs = later(made).requires_grad_()
     values = (made.values + 0.1).requires_grad_()
     whole = torch.autograd.grad(
-        total_loss(algorithm, made, logprobs, values, denominators), [logprobs, values], allow_unused=True
+        total_loss(algorithm, made, logprobs, values, denominators),
+        [logprobs, values],
+        allow_unused=True,
     )
     parts = [torch.zeros_like(logprobs), torch.zeros_like(values)]
     for rows in cut:
         part = made.rows(rows)
         width = part.tokens.shape[1]
-        loss = total_loss(algorithm, part, logprobs[rows, :width], values[rows, :width], denominators)
-        for sum_so_far, gradient in zip(parts, torch.autograd.grad(loss, [logprobs, values], allow_unused=True), strict=True):
+        loss = total_loss(
+            algorithm, part, logprobs[rows, :width], values[rows, :width], denominators
+        )
+        for sum_so_far, gradient in zip(
+            parts, torch.autograd.grad(loss, [logprobs, values], allow_unused=True), strict=True
+        ):
             sum_so_far.add_(0 if gradient is None else gradient)
     for expected, measured in zip(whole, parts, strict=True):
-        torch.testing.assert_close(measured, torch.zeros_like(measured) if expected is None else expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            measured,
+            torch.zeros_like(measured) if expected is None else expected,
+            atol=1e-12,
+            rtol=0,
+        )
 
 
 @EVERYTHING
 def test_gradients_agree_with_central_differences_and_stay_inside_the_mask(name):
     algorithm = COMPOSED[name]
     if isinstance(algorithm.policy_loss, Cispo | SequenceClip):
-        pytest.skip("a stopped gradient is not the slope of its loss; it is compared with the paper's formula below")
+        pytest.skip(
+            "a stopped gradient is not the slope of its loss; it is compared with the paper's formula below"
+        )
     made = algorithm.experience(batch())
     denominators = algorithm.denominators(made)
     start = [later(made), made.values + 0.05]
     variables = [x.clone().requires_grad_() for x in start]
-    gradients = torch.autograd.grad(total_loss(algorithm, made, *variables, denominators), variables, allow_unused=True)
+    gradients = torch.autograd.grad(
+        total_loss(algorithm, made, *variables, denominators), variables, allow_unused=True
+    )
     step = 1e-6
     for which, gradient in enumerate(gradients):
         if gradient is None:
@@ -186,7 +241,9 @@ def test_gradients_agree_with_central_differences_and_stay_inside_the_mask(name)
                 moved = [x.clone() for x in start]
                 moved[which][row, column] += sign * step
                 sides.append(total_loss(algorithm, made, *moved, denominators).item())
-            assert gradient[row, column].item() == pytest.approx((sides[0] - sides[1]) / (2 * step), abs=1e-6)
+            assert gradient[row, column].item() == pytest.approx(
+                (sides[0] - sides[1]) / (2 * step), abs=1e-6
+            )
 
 
 @EVERYTHING
@@ -196,15 +253,27 @@ def test_what_stands_behind_the_mask_changes_nothing(name):
     def poison(x):
         return torch.where(clean.response_mask, x, torch.nan)
 
-    per_token = ("old_logprobs", "rollout_logprobs", "ref_logprobs", "values", "exact_kl", "entropy", "token_scores")
-    dirty = dataclasses.replace(clean, **{field: poison(getattr(clean, field)) for field in per_token})
+    per_token = (
+        "old_logprobs",
+        "rollout_logprobs",
+        "ref_logprobs",
+        "values",
+        "exact_kl",
+        "entropy",
+        "token_scores",
+    )
+    dirty = dataclasses.replace(
+        clean, **{field: poison(getattr(clean, field)) for field in per_token}
+    )
     expected, made = algorithm.experience(clean), algorithm.experience(dirty)
     torch.testing.assert_close(made.advantages, expected.advantages)
     torch.testing.assert_close(made.token_rewards, expected.token_rewards)
     denominators = algorithm.denominators(made)
     logprobs = later(expected)
     loss = total_loss(algorithm, made, poison(logprobs), poison(clean.values), denominators)
-    torch.testing.assert_close(loss, total_loss(algorithm, expected, logprobs, clean.values, denominators))
+    torch.testing.assert_close(
+        loss, total_loss(algorithm, expected, logprobs, clean.values, denominators)
+    )
 
 
 @EVERYTHING
@@ -216,13 +285,17 @@ def test_repeating_the_batch_changes_nothing(name):
     def twice(x):
         return torch.cat([x, x]) if isinstance(x, torch.Tensor) else x + x
 
-    double = dataclasses.replace(once, **{f.name: twice(getattr(once, f.name)) for f in dataclasses.fields(once)})
+    double = dataclasses.replace(
+        once, **{f.name: twice(getattr(once, f.name)) for f in dataclasses.fields(once)}
+    )
     double = dataclasses.replace(double, groups=torch.cat([once.groups, once.groups + 10]))
     losses = []
     for made in (algorithm.experience(once), algorithm.experience(double)):
         logprobs = later(algorithm.experience(once))
         moved = logprobs if len(made) == len(logprobs) else torch.cat([logprobs, logprobs])
-        losses.append(total_loss(algorithm, made, moved, made.values + 0.1, algorithm.denominators(made)))
+        losses.append(
+            total_loss(algorithm, made, moved, made.values + 0.1, algorithm.denominators(made))
+        )
     torch.testing.assert_close(losses[0], losses[1])
 
 
@@ -231,7 +304,9 @@ def test_a_group_of_equals_leaves_the_policy_where_it_is(name):
     algorithm = ALGORITHMS[name]
     if not algorithm.needs_group:
         pytest.skip("it compares no groups")
-    same = dataclasses.replace(batch((4, 1, 13, 2)), scores=torch.full((4,), 0.1, dtype=torch.float64))
+    same = dataclasses.replace(
+        batch((4, 1, 13, 2)), scores=torch.full((4,), 0.1, dtype=torch.float64)
+    )
     made = dataclasses.replace(algorithm, kl=NoKL()).experience(
         dataclasses.replace(same, groups=torch.zeros(4, dtype=torch.long))
     )
@@ -241,19 +316,33 @@ def test_a_group_of_equals_leaves_the_policy_where_it_is(name):
 
 def test_state_travels_with_the_record():
     algorithm = dataclasses.replace(
-        ALGORITHMS["lm_human_preferences"], policy_loss=KLPenalty(beta=1.0, target=0.01), scores=(RunningScale(), ClipScore())
+        ALGORITHMS["lm_human_preferences"],
+        policy_loss=KLPenalty(beta=1.0, target=0.01),
+        scores=(RunningScale(), ClipScore()),
     )
-    metrics = {"kl": 60.0, "responses": 100.0, "policy/step_kl": 0.1, "reward": 2.0, "reward/std": 3.0}
+    metrics = {
+        "kl": 60.0,
+        "responses": 100.0,
+        "policy/step_kl": 0.1,
+        "reward": 2.0,
+        "reward/std": 3.0,
+    }
     after = algorithm.adapt(metrics)
     assert after.kl.coef == pytest.approx(0.15 * (1 + 0.2 * 100 / 10_000))
     assert after.policy_loss.beta == 2.0
-    assert (after.scores[0].count, after.scores[0].mean, after.scores[0].squares) == (100, 2, pytest.approx(900))
+    assert (after.scores[0].count, after.scores[0].mean, after.scores[0].squares) == (
+        100,
+        2,
+        pytest.approx(900),
+    )
     assert after.scores[1] is algorithm.scores[1]
     assert algorithm.kl.coef == 0.15
     assert ALGORITHMS["grpo"].adapt({"kl": 1.0, "responses": 1.0}) == ALGORITHMS["grpo"]
 
 
-@pytest.mark.parametrize(("kl", "beta"), [(0.016, 2.0), (0.0149, 1.0), (0.0067, 1.0), (0.0066, 0.5), (1e-15, 0.5)])
+@pytest.mark.parametrize(
+    ("kl", "beta"), [(0.016, 2.0), (0.0149, 1.0), (0.0067, 1.0), (0.0066, 0.5), (1e-15, 0.5)]
+)
 def test_the_ppo_penalty_doubles_and_halves_at_one_and_a_half(kl, beta):
     assert KLPenalty(beta=1.0, target=0.01).adapt({"policy/step_kl": kl}).beta == beta
 
@@ -263,7 +352,11 @@ def test_a_step_that_left_the_actor_alone_leaves_the_ppo_penalty_alone():
 
 
 @pytest.mark.parametrize(
-    "parts", [{"scores": (ClipScore(), RunningScale())}, {"scores": (RunningScale(),), "rewards": MeanOfTokens()}]
+    "parts",
+    [
+        {"scores": (ClipScore(), RunningScale())},
+        {"scores": (RunningScale(),), "rewards": MeanOfTokens()},
+    ],
 )
 def test_a_running_scale_that_would_follow_other_numbers_is_refused(parts):
     with pytest.raises(ValueError, match="Put it first"):
@@ -272,10 +365,14 @@ def test_a_running_scale_that_would_follow_other_numbers_is_refused(parts):
 
 def test_only_good_answers_are_imitated_and_only_their_tokens_counted():
     # scores 1, −0.5, 0.3, 2 with 4, 0, 13 and 2 tokens: above 0.5 are rows 0 and 3, six tokens
-    algorithm = dataclasses.replace(ALGORITHMS["dapo"], positives=PositiveExamples(coef=0.1, threshold=0.5))
+    algorithm = dataclasses.replace(
+        ALGORITHMS["dapo"], positives=PositiveExamples(coef=0.1, threshold=0.5)
+    )
     made = algorithm.experience(batch())
     assert algorithm.denominators(made)["positives"] == 6
-    terms = algorithm.loss(made, now_of(algorithm, made.old_logprobs, None), algorithm.denominators(made))
+    terms = algorithm.loss(
+        made, now_of(algorithm, made.old_logprobs, None), algorithm.denominators(made)
+    )
     expected = -0.1 * (made.old_logprobs[0].sum() + made.old_logprobs[3].sum()) / 6
     torch.testing.assert_close(terms["positives"], expected)
 
@@ -284,11 +381,17 @@ def test_kl_in_the_reward_reads_the_exact_kl_where_asked():
     algorithm = dataclasses.replace(ALGORITHMS["rloo"], kl=KLInReward(estimator="exact", coef=0.5))
     assert algorithm.kl.exact_reward and not algorithm.kl.exact_loss
     made = dataclasses.replace(batch(), scores=torch.zeros(4, dtype=torch.float64))
-    torch.testing.assert_close(algorithm.token_rewards(made), torch.where(made.response_mask, -0.5 * made.exact_kl, 0.0))
+    torch.testing.assert_close(
+        algorithm.token_rewards(made), torch.where(made.response_mask, -0.5 * made.exact_kl, 0.0)
+    )
 
 
 def test_an_entropy_target_pulls_from_both_sides():
     entropy, rows = torch.tensor([[2.0, 1.0]]), torch.ones(1)
-    assert EntropyTarget(target=1.0, coef=0.1)(entropy, 1.5 * rows).tolist() == [[pytest.approx(0.1), 0]]
-    assert EntropyTarget(target=3.0, coef=0.1)(entropy, 1.5 * rows).sum().item() == pytest.approx(0.1 * (1 + 2))
+    assert EntropyTarget(target=1.0, coef=0.1)(entropy, 1.5 * rows).tolist() == [
+        [pytest.approx(0.1), 0]
+    ]
+    assert EntropyTarget(target=3.0, coef=0.1)(entropy, 1.5 * rows).sum().item() == pytest.approx(
+        0.1 * (1 + 2)
+    )
     assert EntropyBonus(coef=0.1)(entropy, None).sum().item() == pytest.approx(-0.3)

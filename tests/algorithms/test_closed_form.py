@@ -4,14 +4,26 @@ import pytest
 import torch
 
 from tests.support import closed_form
-from tests.support.closed_form import BATCH_STATISTICS, PLACEMENTS, PRESETS, WHY_NOT, exact, optimum, published, sampled
+from tests.support.closed_form import (
+    BATCH_STATISTICS,
+    PLACEMENTS,
+    PRESETS,
+    WHY_NOT,
+    exact,
+    optimum,
+    published,
+    sampled,
+)
 
 NAMES = [*PLACEMENTS, *PRESETS]
 IN_EVERY_RUN = {
     *("ppo", "rloo", "reinforce", "remax", "grpo"),
     *(f"in the reward, {e}" for e in ("k1", "k3", "exact")),
     *(f"in the loss, {e}" for e in ("k1", "k2", "k3")),
-    *(f"in the loss, {e}" for e in ("k1, weight token", "k1, weight sequence", "exact, weight sequence")),
+    *(
+        f"in the loss, {e}"
+        for e in ("k1, weight token", "k1, weight sequence", "exact, weight sequence")
+    ),
     "in the loss, k1, weight sequence; leave one out",
 }
 """The rest, which takes minutes, is in the long suite."""
@@ -30,7 +42,15 @@ def test_the_optimum_is_one():
 
     assert p.sum().item() == pytest.approx(1)
     for seed in range(20):
-        other = p * (0.1 * torch.randn(len(p), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).exp()
+        other = (
+            p
+            * (
+                0.1
+                * torch.randn(
+                    len(p), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+                )
+            ).exp()
+        )
         assert objective(other / other.sum()) < objective(p)
 
 

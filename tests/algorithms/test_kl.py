@@ -3,7 +3,18 @@ import math
 import pytest
 import torch
 
-from quartet.algorithms.kl import AdaptiveCoef, KLInLoss, KLInReward, NoKL, absolute, exact_kl, k1, k2, k3, squared
+from quartet.algorithms.kl import (
+    AdaptiveCoef,
+    KLInLoss,
+    KLInReward,
+    NoKL,
+    absolute,
+    exact_kl,
+    k1,
+    k2,
+    k3,
+    squared,
+)
 
 ONE = torch.ones(1, 1, dtype=torch.bool)
 HALF, QUARTER = torch.tensor([[math.log(0.5)]]), torch.tensor([[math.log(0.25)]])
@@ -40,7 +51,10 @@ def test_as_a_loss_k2_has_the_exact_gradient_and_k1_none():
     policy = logits.log_softmax(-1)
     exact = gradient((policy.exp() * (policy - reference)).sum())
     sampled = {
-        e: gradient((logits.log_softmax(-1).exp().detach() * e(logits.log_softmax(-1), reference)).sum()) for e in (k1, k2)
+        e: gradient(
+            (logits.log_softmax(-1).exp().detach() * e(logits.log_softmax(-1), reference)).sum()
+        )
+        for e in (k1, k2)
     }
     torch.testing.assert_close(sampled[k2], exact)
     torch.testing.assert_close(sampled[k1], torch.zeros_like(exact), atol=1e-12, rtol=0)
@@ -60,7 +74,11 @@ def test_in_the_loss_it_is_added_with_its_coefficient():
 
 def test_no_kl_needs_no_reference():
     assert not NoKL().needs_reference
-    assert NoKL().reward(HALF, None, None).item() == NoKL().loss(HALF, HALF, None, None, ONE).item() == 0
+    assert (
+        NoKL().reward(HALF, None, None).item()
+        == NoKL().loss(HALF, HALF, None, None, ONE).item()
+        == 0
+    )
 
 
 def test_a_negative_coefficient_is_refused():
@@ -77,7 +95,9 @@ def test_distances_and_the_exact_kl_by_hand():
 
 
 def test_a_token_that_the_policy_rules_out_adds_nothing_to_the_exact_kl():
-    assert exact_kl(torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.5, 0.5]]).log()).item() == pytest.approx(math.log(2))
+    assert exact_kl(
+        torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    ).item() == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +119,9 @@ def test_a_fixed_coefficient_stays():
     assert KLInLoss(coef=0.04).adapt({"kl": 100.0, "responses": 64.0}) == KLInLoss(coef=0.04)
 
 
-@pytest.mark.parametrize("settings", [{"estimator": "k2", "weight": "token"}, {"estimator": "exact", "weight": "token"}])
+@pytest.mark.parametrize(
+    "settings", [{"estimator": "k2", "weight": "token"}, {"estimator": "exact", "weight": "token"}]
+)
 def test_weights_that_would_correct_nothing_are_refused(settings):
     with pytest.raises(ValueError, match=r"kl\.weight"):
         KLInLoss(**settings)
@@ -109,7 +131,9 @@ def test_in_the_loss_with_weights_the_gradient_is_that_of_the_kl_on_and_off_poli
     """One token, all of its vocabulary, tokens drawn from π_old ≠ π: Σ π_old w k has the gradient of KL(π ‖ π_ref)."""
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(8, generator=rng, dtype=torch.float64, requires_grad=True)
-    old, reference = (torch.randn(8, generator=rng, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    old, reference = (
+        torch.randn(8, generator=rng, dtype=torch.float64).log_softmax(-1) for _ in range(2)
+    )
 
     def gradient(part):
         policy = logits.log_softmax(-1)
@@ -121,5 +145,7 @@ def test_in_the_loss_with_weights_the_gradient_is_that_of_the_kl_on_and_off_poli
     expected = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits)[0]
     for estimator in ("k1", "k3"):
         for weight in ("token", "sequence"):  # one token is the whole sequence
-            torch.testing.assert_close(gradient(KLInLoss(estimator=estimator, coef=1.0, weight=weight)), expected)
+            torch.testing.assert_close(
+                gradient(KLInLoss(estimator=estimator, coef=1.0, weight=weight)), expected
+            )
         assert (gradient(KLInLoss(estimator=estimator, coef=1.0)) - expected).abs().max() > 0.01

@@ -37,29 +37,37 @@ def test_the_six_cases_of_the_clip(case, ratio, advantage, loss, gradient):
     measured = clip_loss_and_gradient(ratio, advantage)
     assert measured == pytest.approx((loss, gradient), abs=1e-9)
     zeros = torch.zeros(1, 1)
-    says = Clip().clipped(Surrogate(torch.tensor([[math.log(ratio)]]), zeros, torch.tensor([[advantage]]), ONE))
+    says = Clip().clipped(
+        Surrogate(torch.tensor([[math.log(ratio)]]), zeros, torch.tensor([[advantage]]), ONE)
+    )
     assert says.item() == (gradient == 0)
 
 
 def test_an_asymmetric_clip_lets_good_tokens_rise_further():
     wide = Clip(low=0.2, high=0.28)
-    assert wide(Surrogate(torch.tensor([[math.log(1.25)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE)).item() == pytest.approx(
-        -1.25
-    )
-    assert wide(Surrogate(torch.tensor([[math.log(1.5)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE)).item() == pytest.approx(
-        -1.28
-    )
+    assert wide(
+        Surrogate(torch.tensor([[math.log(1.25)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE)
+    ).item() == pytest.approx(-1.25)
+    assert wide(
+        Surrogate(torch.tensor([[math.log(1.5)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE)
+    ).item() == pytest.approx(-1.28)
 
 
 def test_an_absurd_ratio_stays_finite():
-    assert Clip()(Surrogate(torch.tensor([[500.0]]), torch.zeros(1, 1), -torch.ones(1, 1), ONE)).isfinite().all()
+    assert (
+        Clip()(Surrogate(torch.tensor([[500.0]]), torch.zeros(1, 1), -torch.ones(1, 1), ONE))
+        .isfinite()
+        .all()
+    )
 
 
 def test_value_loss_by_hand():
     # V = 1, V_old = 0, R = 2: plain ½·1 = 0.5; clipped at 0.2: ½·(0.2 − 2)² = 1.62, the larger
     one, zero, two = torch.ones(1, 1), torch.zeros(1, 1), torch.full((1, 1), 2.0)
     assert ClippedValueLoss(coef=1.0)(one, zero, two).item() == pytest.approx(1.62)
-    assert ClippedValueLoss(clip=float("inf"), coef=1.0)(one, zero, two).item() == pytest.approx(0.5)
+    assert ClippedValueLoss(clip=float("inf"), coef=1.0)(one, zero, two).item() == pytest.approx(
+        0.5
+    )
     assert ClippedValueLoss(coef=0.1)(one, zero, two).item() == pytest.approx(0.162)
 
 
@@ -77,7 +85,9 @@ def test_a_value_that_moved_away_from_its_target_is_pulled_back():
 
 def test_bradley_terry_by_hand_and_at_extremes():
     chosen, rejected = torch.tensor([1.0, 0.0, -100.0]), torch.tensor([-1.0, 0.0, 100.0])
-    assert bradley_terry(chosen, rejected).tolist() == pytest.approx([0.126928, math.log(2), 200.0], abs=1e-5)
+    assert bradley_terry(chosen, rejected).tolist() == pytest.approx(
+        [0.126928, math.log(2), 200.0], abs=1e-5
+    )
 
 
 def test_entropy_bonus_rewards_indecision():

@@ -9,9 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quartet.algorithms.advantages import Gae, LengthAdaptiveGae, MonteCarlo, NStep, TemporalDifference, Whiten
+from quartet.algorithms.advantages import (
+    Gae,
+    LengthAdaptiveGae,
+    MonteCarlo,
+    NStep,
+    TemporalDifference,
+    Whiten,
+)
 from quartet.algorithms.aggregation import FixedLength, SequenceMean, TokenMean
-from quartet.algorithms.baselines import GreedyBaseline, GroupMean, LeaveOneOut, LengthWeightedBaseline, ReturnToGo
+from quartet.algorithms.baselines import (
+    GreedyBaseline,
+    GroupMean,
+    LeaveOneOut,
+    LengthWeightedBaseline,
+    ReturnToGo,
+)
 from quartet.algorithms.correction import Masked, SequenceMasked, Truncated
 from quartet.algorithms.kl import KLInLoss, KLInReward
 from quartet.algorithms.policy_loss import (
@@ -82,7 +95,9 @@ def spread(rows, name):
 
 
 def as_batch(rows):
-    (old, mask), (values, _), (ref, _), (sampler, _) = (spread(rows, n) for n in ("old", "values", "ref", "sampler"))
+    (old, mask), (values, _), (ref, _), (sampler, _) = (
+        spread(rows, n) for n in ("old", "values", "ref", "sampler")
+    )
     totals = torch.tensor([sum(r.rewards) for r in rows], dtype=torch.float64)
     return Batch(
         ids=tuple(str(i) for i in range(len(rows))),
@@ -105,21 +120,33 @@ def assert_rows(measured, rows, expected):
     _, mask = spread(rows, "rewards")
     assert (measured[~mask] == 0).all()
     flat = [x for row in expected for x in row]
-    torch.testing.assert_close(measured[mask], torch.tensor(flat, dtype=torch.float64), atol=1e-8, rtol=1e-7)
+    torch.testing.assert_close(
+        measured[mask], torch.tensor(flat, dtype=torch.float64), atol=1e-8, rtol=1e-7
+    )
 
 
 # --- advantages, from the papers ------------------------------------------------------------------------------------------
 
 
 def discounted(rewards, gamma):
-    return [sum(gamma ** (k - t) * rewards[k] for k in range(t, len(rewards))) for t in range(len(rewards))]
+    return [
+        sum(gamma ** (k - t) * rewards[k] for k in range(t, len(rewards)))
+        for t in range(len(rewards))
+    ]
 
 
 def gae(row, gamma, lam, after=0.0):
     """Schulman et al. 2016, eq. 16, as the sum it is."""
     following = [*row.values[1:], after]
-    delta = [r + gamma * v1 - v for r, v, v1 in zip(row.rewards, row.values, following, strict=True)] if row.rewards else []
-    return [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, len(delta))) for t in range(len(delta))]
+    delta = (
+        [r + gamma * v1 - v for r, v, v1 in zip(row.rewards, row.values, following, strict=True)]
+        if row.rewards
+        else []
+    )
+    return [
+        sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, len(delta)))
+        for t in range(len(delta))
+    ]
 
 
 def n_step(row, n, gamma, after=0.0):
@@ -163,7 +190,9 @@ def length_weighted(rows, row):
     group = group_of(rows, row)
     if len({sum(r.rewards) for r in group}) == 1:
         return 0.0
-    return sum(row.rewards) - sum(len(r) * sum(r.rewards) for r in group) / sum(len(r) for r in group)
+    return sum(row.rewards) - sum(len(r) * sum(r.rewards) for r in group) / sum(
+        len(r) for r in group
+    )
 
 
 ADVANTAGES = {
@@ -174,11 +203,15 @@ ADVANTAGES = {
     ),
     "length adaptive": (
         LengthAdaptiveGae(alpha=0.4),
-        lambda rows: [gae(r, 1.0, max(0.0, 1 - 1 / (0.4 * len(r))) if len(r) else 0.0) for r in rows],
+        lambda rows: [
+            gae(r, 1.0, max(0.0, 1 - 1 / (0.4 * len(r))) if len(r) else 0.0) for r in rows
+        ],
     ),
     "monte carlo": (
         MonteCarlo(gamma=0.9),
-        lambda rows: [[g - v for g, v in zip(discounted(r.rewards, 0.9), r.values, strict=True)] for r in rows],
+        lambda rows: [
+            [g - v for g, v in zip(discounted(r.rewards, 0.9), r.values, strict=True)] for r in rows
+        ],
     ),
     "td": (TemporalDifference(gamma=0.9), lambda rows: [n_step(r, 1, 0.9) for r in rows]),
     "n-step": (NStep(n=3, gamma=0.9), lambda rows: [n_step(r, 3, 0.9) for r in rows]),
@@ -187,16 +220,36 @@ ADVANTAGES = {
         NStep(n=3, gamma=0.9, bootstrap_truncated=True),
         lambda rows: [n_step(r, 3, 0.9, 0.0 if r.ended else r.final) for r in rows],
     ),
-    "return to go": (ReturnToGo(gamma=0.9), lambda rows: [discounted(r.rewards, 0.9) for r in rows]),
-    "greedy": (GreedyBaseline(), lambda rows: [[g - r.greedy for g in discounted(r.rewards, 1.0)] for r in rows]),
-    "group, sample": (GroupMean(), lambda rows: per_response(rows, lambda r: group_normalised(rows, r, 1))),
-    "group, population": (GroupMean(std="population"), lambda rows: per_response(rows, lambda r: group_normalised(rows, r, 0))),
+    "return to go": (
+        ReturnToGo(gamma=0.9),
+        lambda rows: [discounted(r.rewards, 0.9) for r in rows],
+    ),
+    "greedy": (
+        GreedyBaseline(),
+        lambda rows: [[g - r.greedy for g in discounted(r.rewards, 1.0)] for r in rows],
+    ),
+    "group, sample": (
+        GroupMean(),
+        lambda rows: per_response(rows, lambda r: group_normalised(rows, r, 1)),
+    ),
+    "group, population": (
+        GroupMean(std="population"),
+        lambda rows: per_response(rows, lambda r: group_normalised(rows, r, 0)),
+    ),
     "group, undivided": (
         GroupMean(std="none"),
-        lambda rows: per_response(rows, lambda r: sum(r.rewards) - mean([sum(o.rewards) for o in group_of(rows, r)])),
+        lambda rows: per_response(
+            rows, lambda r: sum(r.rewards) - mean([sum(o.rewards) for o in group_of(rows, r)])
+        ),
     ),
-    "leave one out": (LeaveOneOut(), lambda rows: per_response(rows, lambda r: leave_one_out(rows, r))),
-    "length weighted": (LengthWeightedBaseline(), lambda rows: per_response(rows, lambda r: length_weighted(rows, r))),
+    "leave one out": (
+        LeaveOneOut(),
+        lambda rows: per_response(rows, lambda r: leave_one_out(rows, r)),
+    ),
+    "length weighted": (
+        LengthWeightedBaseline(),
+        lambda rows: per_response(rows, lambda r: length_weighted(rows, r)),
+    ),
 }
 
 
@@ -208,12 +261,19 @@ def test_advantages(name, rows):
     rewards, _ = spread(rows, "rewards")
     measured, returns = part(rewards, as_batch(rows))
     expected = by_loops(rows)
-    if name.startswith("group, s") or name.startswith("group, p"):  # nearly equal totals: a quotient of rounding errors
+    if name.startswith("group, s") or name.startswith(
+        "group, p"
+    ):  # nearly equal totals: a quotient of rounding errors
         measured, expected = measured / 1e3, [[x / 1e3 for x in row] for row in expected]
     assert_rows(measured, rows, expected)
     if returns is not None and "adaptive" not in name:
         assert_rows(
-            returns, rows, [[a + v for a, v in zip(e, r.values, strict=True)] for e, r in zip(expected, rows, strict=True)]
+            returns,
+            rows,
+            [
+                [a + v for a, v in zip(e, r.values, strict=True)]
+                for e, r in zip(expected, rows, strict=True)
+            ],
         )
 
 
@@ -247,7 +307,9 @@ def clipped(rho, a, low, high):
 
 
 def sequence_ratio(row):
-    return math.exp(mean([a - b for a, b in zip(row.new, row.old, strict=True)])) if len(row) else 1.0
+    return (
+        math.exp(mean([a - b for a, b in zip(row.new, row.old, strict=True)])) if len(row) else 1.0
+    )
 
 
 def gmpo(row):
@@ -266,19 +328,31 @@ def sapo(rho, a):
 
 def each(formula):
     """A formula of ratio, advantage (the row's `rewards`) and log-prob, for every token."""
-    return lambda row: [formula(rho, a, new) for rho, a, new in zip(ratios(row), row.rewards, row.new, strict=True)]
+    return lambda row: [
+        formula(rho, a, new) for rho, a, new in zip(ratios(row), row.rewards, row.new, strict=True)
+    ]
 
 
 POLICY_LOSSES = {
     "reinforce": (Reinforce(), each(lambda rho, a, new: -a * new)),
     "importance weighted": (ImportanceWeighted(), each(lambda rho, a, new: -rho * a)),
-    "kl penalty": (KLPenalty(beta=0.3), each(lambda rho, a, new: -rho * a + 0.3 * (rho - 1 - math.log(rho)))),
+    "kl penalty": (
+        KLPenalty(beta=0.3),
+        each(lambda rho, a, new: -rho * a + 0.3 * (rho - 1 - math.log(rho))),
+    ),
     "clip": (Clip(low=0.2, high=0.3), each(lambda rho, a, new: clipped(rho, a, 0.2, 0.3))),
     "dual clip": (
         DualClip(cap=3.0),
-        each(lambda rho, a, new: min(clipped(rho, a, 0.2, 0.2), -3.0 * a) if a < 0 else clipped(rho, a, 0.2, 0.2)),
+        each(
+            lambda rho, a, new: (
+                min(clipped(rho, a, 0.2, 0.2), -3.0 * a) if a < 0 else clipped(rho, a, 0.2, 0.2)
+            )
+        ),
     ),
-    "cispo": (Cispo(ratio_min=0.5, ratio_max=2.0), each(lambda rho, a, new: -clip(rho, 0.5, 2.0) * a * new)),
+    "cispo": (
+        Cispo(ratio_min=0.5, ratio_max=2.0),
+        each(lambda rho, a, new: -clip(rho, 0.5, 2.0) * a * new),
+    ),
     "sapo": (Sapo(), each(lambda rho, a, new: sapo(rho, a))),
     "gspo": (
         SequenceClip(low=0.1, high=0.2),
@@ -312,19 +386,29 @@ def gspo_gradient(row):
 
 @pytest.mark.parametrize(
     ("part", "by_hand"),
-    [(Cispo(ratio_min=0.5, ratio_max=2.0), cispo_gradient), (SequenceClip(low=0.1, high=0.2), gspo_gradient)],
+    [
+        (Cispo(ratio_min=0.5, ratio_max=2.0), cispo_gradient),
+        (SequenceClip(low=0.1, high=0.2), gspo_gradient),
+    ],
 )
 @settings(max_examples=60, deadline=None)
 @given(rows=batches())
 def test_gradients_of_losses_that_stop_them(part, by_hand, rows):
     (new, mask), (old, _), (advantages, _) = (spread(rows, n) for n in ("new", "old", "rewards"))
     new.requires_grad_()
-    gradient = torch.autograd.grad(torch.where(mask, part(Surrogate(new, old, advantages, mask)), 0.0).sum(), new)[0]
+    gradient = torch.autograd.grad(
+        torch.where(mask, part(Surrogate(new, old, advantages, mask)), 0.0).sum(), new
+    )[0]
     assert_rows(gradient, rows, [by_hand(row) for row in rows])
 
 
 def test_one_token_makes_gspos_ratio_ppos():
-    new, old, a, mask = torch.tensor([[0.3]]), torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    new, old, a, mask = (
+        torch.tensor([[0.3]]),
+        torch.zeros(1, 1),
+        torch.ones(1, 1),
+        torch.ones(1, 1, dtype=torch.bool),
+    )
     tokens = Surrogate(new, old, a, mask)
     assert torch.equal(SequenceClip(low=0.2, high=0.2)(tokens), Clip()(tokens))
     assert torch.equal(Gmpo(window=0.1)(tokens), -torch.tensor([[0.1]]).exp())
@@ -344,7 +428,9 @@ def test_value_loss(rows, size):
 
 
 def estimate(name, d):
-    return {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d, "abs": abs(d), "squared": d * d}[name]
+    return {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d, "abs": abs(d), "squared": d * d}[
+        name
+    ]
 
 
 @pytest.mark.parametrize("name", ["k1", "k2", "k3", "abs", "squared"])
@@ -353,9 +439,19 @@ def estimate(name, d):
 def test_kl(name, rows):
     (new, mask), (old, _), (ref, _) = (spread(rows, n) for n in ("new", "old", "ref"))
     in_reward = torch.where(mask, KLInReward(estimator=name, coef=0.5).reward(old, ref, None), 0.0)
-    assert_rows(in_reward, rows, [[-0.5 * estimate(name, a - b) for a, b in zip(r.old, r.ref, strict=True)] for r in rows])
-    in_loss = torch.where(mask, KLInLoss(estimator=name, coef=0.5).loss(new, old, ref, None, mask), 0.0)
-    assert_rows(in_loss, rows, [[0.5 * estimate(name, a - b) for a, b in zip(r.new, r.ref, strict=True)] for r in rows])
+    assert_rows(
+        in_reward,
+        rows,
+        [[-0.5 * estimate(name, a - b) for a, b in zip(r.old, r.ref, strict=True)] for r in rows],
+    )
+    in_loss = torch.where(
+        mask, KLInLoss(estimator=name, coef=0.5).loss(new, old, ref, None, mask), 0.0
+    )
+    assert_rows(
+        in_loss,
+        rows,
+        [[0.5 * estimate(name, a - b) for a, b in zip(r.new, r.ref, strict=True)] for r in rows],
+    )
 
 
 @pytest.mark.parametrize("name", ["k1", "k3"])
@@ -365,12 +461,18 @@ def test_weighted_kl(name, rows):
     (new, mask), (old, _), (ref, _) = (spread(rows, n) for n in ("new", "old", "ref"))
 
     def by_token(row):
-        return [0.5 * rho * estimate(name, a - b) for rho, a, b in zip(ratios(row), row.new, row.ref, strict=True)]
+        return [
+            0.5 * rho * estimate(name, a - b)
+            for rho, a, b in zip(ratios(row), row.new, row.ref, strict=True)
+        ]
 
     def by_sequence(row):
         logs = [a - b for a, b in zip(row.new, row.old, strict=True)]
         weights = [math.exp(clip(sum(logs[: t + 1]), -20, 20)) for t in range(len(row))]
-        return [0.5 * w * estimate(name, a - b) for w, a, b in zip(weights, row.new, row.ref, strict=True)]
+        return [
+            0.5 * w * estimate(name, a - b)
+            for w, a, b in zip(weights, row.new, row.ref, strict=True)
+        ]
 
     for weight, by_loops in (("token", by_token), ("sequence", by_sequence)):
         measured = KLInLoss(estimator=name, coef=0.5, weight=weight).loss(new, old, ref, None, mask)
@@ -379,10 +481,15 @@ def test_weighted_kl(name, rows):
 
 CORRECTIONS = {
     "truncated": (Truncated(cap=2.0), lambda weights: [min(w, 2.0) for w in weights]),
-    "masked": (Masked(low=0.5, high=5.0), lambda weights: [w if 0.5 <= w <= 5.0 else 0.0 for w in weights]),
+    "masked": (
+        Masked(low=0.5, high=5.0),
+        lambda weights: [w if 0.5 <= w <= 5.0 else 0.0 for w in weights],
+    ),
     "sequence masked": (
         SequenceMasked(low=0.1, high=3.0),
-        lambda weights: [math.prod(weights) if 0.1 <= math.prod(weights) <= 3.0 else 0.0] * len(weights),
+        lambda weights: (
+            [math.prod(weights) if 0.1 <= math.prod(weights) <= 3.0 else 0.0] * len(weights)
+        ),
     ),
 }
 
@@ -393,14 +500,22 @@ CORRECTIONS = {
 def test_corrections(name, rows):
     part, by_loops = CORRECTIONS[name]
     (old, mask), (sampler, _) = spread(rows, "old"), spread(rows, "sampler")
-    expected = [by_loops([math.exp(a - b) for a, b in zip(r.old, r.sampler, strict=True)]) for r in rows]
+    expected = [
+        by_loops([math.exp(a - b) for a, b in zip(r.old, r.sampler, strict=True)]) for r in rows
+    ]
     assert_rows(part(old, sampler, mask), rows, expected)
 
 
 AGGREGATIONS = {
     "tokens": (TokenMean(), lambda rows: sum(map(sum, rows)) / max(sum(map(len, rows)), 1)),
-    "sequences": (SequenceMean(), lambda rows: sum(mean(r) for r in rows if r) / max(sum(1 for r in rows if r), 1)),
-    "fixed length": (FixedLength(length=9), lambda rows: sum(map(sum, rows)) / max(9 * sum(1 for r in rows if r), 1)),
+    "sequences": (
+        SequenceMean(),
+        lambda rows: sum(mean(r) for r in rows if r) / max(sum(1 for r in rows if r), 1),
+    ),
+    "fixed length": (
+        FixedLength(length=9),
+        lambda rows: sum(map(sum, rows)) / max(9 * sum(1 for r in rows if r), 1),
+    ),
 }
 
 
@@ -410,4 +525,6 @@ AGGREGATIONS = {
 def test_aggregations(name, rows):
     part, by_loops = AGGREGATIONS[name]
     loss, mask = spread(rows, "new")
-    assert part(loss, mask, part.denominator(mask)).item() == pytest.approx(by_loops([r.new for r in rows]), abs=1e-9)
+    assert part(loss, mask, part.denominator(mask)).item() == pytest.approx(
+        by_loops([r.new for r in rows]), abs=1e-9
+    )

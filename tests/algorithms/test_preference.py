@@ -29,22 +29,34 @@ def sigmoid(x):
 
 def pairs(kl=0.0):
     """One comparison: log-ratios 2 and −1, responses of 4 and 2 tokens."""
-    return Pairs(tensor(-4.0), tensor(-5.0), tensor(4.0), tensor(2.0), tensor(-6.0), tensor(-4.0), kl)
+    return Pairs(
+        tensor(-4.0), tensor(-5.0), tensor(4.0), tensor(2.0), tensor(-6.0), tensor(-4.0), kl
+    )
 
 
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [
         (Dpo(beta=0.1), -math.log(sigmoid(0.3))),
-        (Dpo(beta=0.1, label_smoothing=0.2), -0.8 * math.log(sigmoid(0.3)) - 0.2 * math.log(sigmoid(-0.3))),
+        (
+            Dpo(beta=0.1, label_smoothing=0.2),
+            -0.8 * math.log(sigmoid(0.3)) - 0.2 * math.log(sigmoid(-0.3)),
+        ),
         (Ipo(beta=0.1), (3 - 5) ** 2),
         (Kto(beta=0.1), (1 - sigmoid(0.2)) + (1 - sigmoid(0.1))),
-        (Kto(beta=0.1, desirable=2.0, undesirable=3.0), 2 * (1 - sigmoid(0.2)) + 3 * (1 - sigmoid(0.1))),
+        (
+            Kto(beta=0.1, desirable=2.0, undesirable=3.0),
+            2 * (1 - sigmoid(0.2)) + 3 * (1 - sigmoid(0.1)),
+        ),
         # means per token −1 and −2.5
         (Simpo(beta=2.0, gamma=1.0), -math.log(sigmoid(2 * 1.5 - 1))),
         (
             Orpo(weight=0.1),
-            1 - 0.1 * math.log(sigmoid(-1 - math.log(1 - math.exp(-1)) + 2.5 + math.log(1 - math.exp(-2.5)))),
+            1
+            - 0.1
+            * math.log(
+                sigmoid(-1 - math.log(1 - math.exp(-1)) + 2.5 + math.log(1 - math.exp(-2.5)))
+            ),
         ),
     ],
 )
@@ -97,7 +109,9 @@ def test_certain_responses_have_finite_odds():
 
 
 def test_a_margin_must_be_won_by_and_centring_holds_the_mean():
-    assert bradley_terry(tensor(1.0), tensor(-1.0), tensor(2.0)).item() == pytest.approx(math.log(2))
+    assert bradley_terry(tensor(1.0), tensor(-1.0), tensor(2.0)).item() == pytest.approx(
+        math.log(2)
+    )
     assert centring(tensor(1.5), tensor(-1.0)).item() == 0.25
 
 

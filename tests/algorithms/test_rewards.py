@@ -58,7 +58,9 @@ def test_the_overlong_punishment_grows_in_a_straight_line():
     # budget 20, buffer 5: nothing up to 15 tokens, (15 − 17) / 5 = −0.4 at 17, −1 at 20 and beyond
     part = SoftOverlong(max_tokens=20, buffer=5)
     lengths = (15, 17, 20, 23)
-    assert shaped(part, lengths=lengths, scores=(0.0,) * 4, ended=(True,) * 4) == pytest.approx([0, -0.4, -1, -1])
+    assert shaped(part, lengths=lengths, scores=(0.0,) * 4, ended=(True,) * 4) == pytest.approx(
+        [0, -0.4, -1, -1]
+    )
 
 
 def test_a_price_per_token():
@@ -75,7 +77,9 @@ def test_running_scale_is_that_of_all_scores_so_far():
     everything = torch.tensor([1.0, 3.0, 2.0, 8.0], dtype=torch.float64)
     torch.testing.assert_close(part(second.scores, second), second.scores / everything.std())
     centred = dataclasses.replace(part, centre=True)
-    torch.testing.assert_close(centred(second.scores, second), (second.scores - everything.mean()) / everything.std())
+    torch.testing.assert_close(
+        centred(second.scores, second), (second.scores - everything.mean()) / everything.std()
+    )
 
 
 def test_scores_that_never_differed_are_not_divided_by_nothing():
@@ -84,7 +88,9 @@ def test_scores_that_never_differed_are_not_divided_by_nothing():
 
 
 def algorithm(**parts):
-    return Algorithm(**({"advantage": ReturnToGo(), "kl": NoKL(), "aggregation": TokenMean()} | parts))
+    return Algorithm(
+        **({"advantage": ReturnToGo(), "kl": NoKL(), "aggregation": TokenMean()} | parts)
+    )
 
 
 def test_shaping_goes_in_the_order_of_the_list():
@@ -106,7 +112,9 @@ def test_every_token_keeps_its_own_score_and_pays_its_own_penalty():
     plain = algorithm(rewards=EveryToken()).token_rewards(made)
     assert plain.tolist() == [[0, 1, 1, 0], [0, 1, 1, 1]]
     penalised = algorithm(rewards=EveryToken(), kl=KLInReward(coef=0.5)).token_rewards(made)
-    expected = plain - 0.5 * torch.where(made.response_mask, made.old_logprobs - made.ref_logprobs, 0.0)
+    expected = plain - 0.5 * torch.where(
+        made.response_mask, made.old_logprobs - made.ref_logprobs, 0.0
+    )
     torch.testing.assert_close(penalised, expected)
 
 
@@ -117,7 +125,9 @@ def test_scores_that_nobody_reads_are_refused():
 
 def test_whitening_keeps_the_mean_and_makes_the_deviation_1():
     made = batch(lengths=(9, 7))
-    rewards = algorithm(rewards=LastToken(whiten=True), kl=KLInReward()).token_rewards(made)[made.response_mask]
+    rewards = algorithm(rewards=LastToken(whiten=True), kl=KLInReward()).token_rewards(made)[
+        made.response_mask
+    ]
     plain = algorithm(kl=KLInReward()).token_rewards(made)[made.response_mask]
     assert rewards.mean().item() == pytest.approx(plain.mean().item())
     assert rewards.std(correction=0).item() == pytest.approx(1.0, abs=1e-6)

@@ -38,7 +38,10 @@ def test_what_parts_ask_for():
     assert not ALGORITHMS["ppo"].needs_entropy_gradient and ALGORITHMS["a2c"].needs_entropy_gradient
     assert not ALGORITHMS["ppo"].needs_step_kl
     penalty = dataclasses.replace(ALGORITHMS["ppo"], policy_loss=KLPenalty(target=0.02))
-    assert penalty.needs_step_kl and not dataclasses.replace(penalty, policy_loss=KLPenalty(target=0.0)).needs_step_kl
+    assert (
+        penalty.needs_step_kl
+        and not dataclasses.replace(penalty, policy_loss=KLPenalty(target=0.0)).needs_step_kl
+    )
 
 
 def test_groups_without_signal_are_dropped_only_where_that_is_asked():
@@ -49,8 +52,12 @@ def test_groups_without_signal_are_dropped_only_where_that_is_asked():
 def test_a_side_that_ends_differs_though_the_other_goes_on_with_the_padding_token():
     # chosen (5 6), rejected (5 6 0): 0 pads the chosen side, and is a token of the rejected
     sides = torch.tensor([[5, 6, 0]]), torch.tensor([[5, 6, 0]])
-    assert after_divergence(*sides, torch.tensor([2]), torch.tensor([3])).tolist() == [[False, False, True]]
-    assert after_divergence(*sides, torch.tensor([3]), torch.tensor([2])).tolist() == [[False, False, True]]
+    assert after_divergence(*sides, torch.tensor([2]), torch.tensor([3])).tolist() == [
+        [False, False, True]
+    ]
+    assert after_divergence(*sides, torch.tensor([3]), torch.tensor([2])).tolist() == [
+        [False, False, True]
+    ]
 
 
 def test_kto_counts_a_response_of_one_token():

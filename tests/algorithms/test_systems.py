@@ -70,7 +70,9 @@ def ppo(
     made = batch()
     old, ref, values = rows_of(made.old_logprobs), rows_of(made.ref_logprobs), rows_of(made.values)
     new, new_values = (rows_of(table) for table in now())
-    rewards = [[-beta * (o - r) for o, r in zip(*row, strict=True)] for row in zip(old, ref, strict=True)]
+    rewards = [
+        [-beta * (o - r) for o, r in zip(*row, strict=True)] for row in zip(old, ref, strict=True)
+    ]
     for row, score in zip(rewards, scores, strict=True):
         row[-1] += score
     if whiten_rewards:
@@ -90,9 +92,14 @@ def ppo(
         returns.append([a + x for a, x in zip(row, v, strict=True)])
     if white is not None:
         centre, spread = mean(flat(advantages)), std(flat(advantages), white)
-        advantages = [[clip((a - centre) / spread, -advantage_clip, advantage_clip) for a in row] for row in advantages]
+        advantages = [
+            [clip((a - centre) / spread, -advantage_clip, advantage_clip) for a in row]
+            for row in advantages
+        ]
     actor, critic = [], []
-    for n, o, a, w, v, g in zip(*(flat(x) for x in (new, old, advantages, new_values, values, returns)), strict=True):
+    for n, o, a, w, v, g in zip(
+        *(flat(x) for x in (new, old, advantages, new_values, values, returns)), strict=True
+    ):
         ratio = math.exp(n - o)
         actor.append(max(-a * ratio, -a * clip(ratio, 1 - eps, 1 + eps)))
         critic.append(0.5 * max((w - g) ** 2, (clip(w, v - value_clip, v + value_clip) - g) ** 2))
@@ -112,14 +119,18 @@ def running(limit):
 
 
 SYSTEMS = {
-    "lm_human_preferences": lambda: ppo(0.15, SCORES, value_weight=0.1, white=0, whiten_rewards=True),
+    "lm_human_preferences": lambda: ppo(
+        0.15, SCORES, value_weight=0.1, white=0, whiten_rewards=True
+    ),
     "summarize_from_feedback": lambda: ppo(0.05, unended(-1.0), value_weight=0.1, white=0),
     "instructgpt": lambda: ppo(0.02, SCORES, value_weight=0.1, white=0),
     "deepspeed_chat": lambda: ppo(0.1, clipped(5), value_weight=1.0),
     "trl_ppo": lambda: ppo(0.05, SCORES, value_weight=0.1, white=1),
     "trlx": lambda: ppo(0.001, clipped(10), value_weight=1.0, white=1),
     "moss_ppo_max": lambda: ppo(0.02, running(10), value_weight=1.0, white=0, advantage_clip=0.5),
-    "minimal": lambda: ppo(1.0, SCORES, value_weight=0.1, eps=math.inf, value_clip=math.inf, monte_carlo=True),
+    "minimal": lambda: ppo(
+        1.0, SCORES, value_weight=0.1, eps=math.inf, value_clip=math.inf, monte_carlo=True
+    ),
 }
 
 
@@ -128,7 +139,9 @@ def test_the_preset_is_the_systems_objective(name):
     algorithm = ALGORITHMS[name]
     made = algorithm.experience(batch())
     logprobs, values = now()
-    terms = algorithm.loss(made, Forward(logprobs, torch.zeros_like(logprobs), values), algorithm.denominators(made))
+    terms = algorithm.loss(
+        made, Forward(logprobs, torch.zeros_like(logprobs), values), algorithm.denominators(made)
+    )
     assert sum(terms.values()).item() == pytest.approx(SYSTEMS[name](), rel=1e-6)
 
 

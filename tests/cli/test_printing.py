@@ -34,7 +34,9 @@ def printed(text: str, encoding: str) -> bytes:
     return raw.getvalue()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "cp1252", "utf-8", "utf-16", "shift_jis", "koi8-r"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", "latin-1", "cp437", "cp1252", "utf-8", "utf-16", "shift_jis", "koi8-r"]
+)
 def test_every_character_can_be_printed_on_every_console(encoding):
     text = "".join(SIGNS) + "é ü 日本 \U0001f600 \ud800 \udc80 \x00 π"
     assert printed(text, encoding)
@@ -110,7 +112,11 @@ def test_every_verb_prints_in_every_encoding(place):
     assert len(found) == len(VERBS) * len(encodings)
     codes = {tuple(words): code for words, encoding, code, _, _ in found if encoding == "utf-8"}
     for words, encoding, code, out, err in found:
-        assert code == codes[tuple(words)] and "Error" not in err.replace("Error ", ""), (words, encoding, err)
+        assert code == codes[tuple(words)] and "Error" not in err.replace("Error ", ""), (
+            words,
+            encoding,
+            err,
+        )
         assert out or err
         if "--json" in words:
             json.loads(out)
@@ -163,7 +169,9 @@ def reader_gone(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]
     read, write = os.pipe()
     os.close(read)
     try:
-        return subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, cwd=cwd, check=False)
+        return subprocess.run(
+            words, stdout=write, stderr=subprocess.PIPE, text=True, cwd=cwd, check=False
+        )
     finally:
         os.close(write)
 
@@ -197,12 +205,17 @@ def test_a_port_in_use_is_one_sentence_before_any_address(place, monkeypatch, ta
     monkeypatch.chdir(place)
     done = CliRunner().invoke(app, [*words, "--port", str(taken)])
     assert done.exit_code == 2 and done.stdout == ""
-    assert done.stderr == f"--port {taken}: is in use on 127.0.0.1. Give another with --port, or 0 for any that is free.\n"
+    assert (
+        done.stderr
+        == f"--port {taken}: is in use on 127.0.0.1. Give another with --port, or 0 for any that is free.\n"
+    )
 
 
 def test_an_address_of_another_machine_is_one_sentence(place, monkeypatch):
     monkeypatch.chdir(place)
-    done = CliRunner().invoke(app, ["studio", "runs", "--host", "127.0.0.1", "--port", "0", "--host", "192.0.2.7"])
+    done = CliRunner().invoke(
+        app, ["studio", "runs", "--host", "127.0.0.1", "--port", "0", "--host", "192.0.2.7"]
+    )
     assert done.exit_code == 2 and "--host 192.0.2.7 --port 0: cannot listen there (" in done.stderr
 
 
@@ -243,4 +256,6 @@ def test_the_address_that_is_printed_is_the_one_that_answers(place, monkeypatch)
     monkeypatch.setattr(uvicorn.Server, "run", run)
     done = CliRunner().invoke(app, ["studio", "runs", "--port", "0"])
     assert done.exit_code == 0, done.output
-    assert [status for _, status in found] == [204] and f"http://127.0.0.1:{found[0][0]}/" in done.stdout
+    assert [status for _, status in found] == [
+        204
+    ] and f"http://127.0.0.1:{found[0][0]}/" in done.stdout

@@ -31,7 +31,8 @@ def shown(*events, width=120, terminal=False):
 
 def story(*rewards):
     steps = [
-        Advanced(STAGE, Progress(i + 1, {"reward": r, "kl": 2.0, "policy/clip_fraction": 0.07})) for i, r in enumerate(rewards)
+        Advanced(STAGE, Progress(i + 1, {"reward": r, "kl": 2.0, "policy/clip_fraction": 0.07}))
+        for i, r in enumerate(rewards)
     ]
     return [Started(STAGE, 3, 4), *steps, Finished(STAGE, {}, 1.0)]
 

@@ -49,7 +49,13 @@ def test_two_runs_side_by_side(ppo_run, grpo_run):
 def test_the_doctor_s_exit_code_is_for_scripts(ppo_run, tmp_path):
     found = quartet("doctor", ppo_run.path, "--json")
     assert found.exit_code == (3 if json.loads(found.output) else 0)
-    event = {"time": 1.0, "event": "metrics", "stage": "ppo", "step": 1, "metrics": {"ratio/first_error": 0.5}}
+    event = {
+        "time": 1.0,
+        "event": "metrics",
+        "stage": "ppo",
+        "step": 1,
+        "metrics": {"ratio/first_error": 0.5},
+    }
     (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
     done = quartet("doctor", tmp_path)
     assert done.exit_code == 3 and "▲ ppo, step 1: ratios are up to 0.5 from 1" in done.output
@@ -78,7 +84,14 @@ def test_what_is_not_there_is_said(words, sentence, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("host", "here"),
-    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("127.9.9.9", True), ("0.0.0.0", False), ("x", False)],
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("127.9.9.9", True),
+        ("0.0.0.0", False),
+        ("x", False),
+    ],
 )
 def test_which_hosts_are_this_machine(host, here):
     assert is_loopback(host) is here

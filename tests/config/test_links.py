@@ -43,7 +43,9 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
     make_run(root / "runs", "sums", *SMALL, 'recipe=["sft", "grpo"]', "run.steps=1")
     (root / "grpo.toml").write_text(FILE.replace("RECIPE", '"grpo"'))
-    (root / "both.toml").write_text(FILE.replace("RECIPE", '["sft", "grpo"]') + "[sft]\nsteps = 2\nbatch_size = 8\n")
+    (root / "both.toml").write_text(
+        FILE.replace("RECIPE", '["sft", "grpo"]') + "[sft]\nsteps = 2\nbatch_size = 8\n"
+    )
     return root
 
 
@@ -80,7 +82,11 @@ def test_where_a_path_leads(tmp_path, monkeypatch, written):
     linked(tmp_path)
     assert where(written) == WHERE[written]
     if written:
-        absolute = str(tmp_path / WHERE[written]) if written not in {"owner/model", "a\0b", "far"} else written
+        absolute = (
+            str(tmp_path / WHERE[written])
+            if written not in {"owner/model", "a\0b", "far"}
+            else written
+        )
         assert where(str(tmp_path / written)) in {WHERE[written], absolute, str(tmp_path / written)}
 
 
@@ -114,7 +120,11 @@ def test_every_key_that_names_a_path_is_known():
         "run",
         "launch",
     }
-    ours = {key for key in found if key.partition(".")[0] in tables and key.count(".") <= 2 and not key.endswith(".type")}
+    ours = {
+        key
+        for key in found
+        if key.partition(".")[0] in tables and key.count(".") <= 2 and not key.endswith(".type")
+    }
     assert sorted(ours - set(PATHS) - others) == []
 
 
@@ -131,9 +141,14 @@ def test_what_is_written_and_where_it_led_are_in_the_resolved_config(place, monk
     first = (place / "runs" / "latest").resolve().name
     settings = read_settings(place / "grpo.toml")
     assert settings.config.policy.model == f"runs/{first}/sft"
-    assert f'model = "runs/{first}/sft"  # {place}/grpo.toml:6: "runs/latest/sft" then' in resolved_toml(settings)
+    assert (
+        f'model = "runs/{first}/sft"  # {place}/grpo.toml:6: "runs/latest/sft" then'
+        in resolved_toml(settings)
+    )
     assert settings.links == {"policy.model": ("runs/latest/sft", f"runs/{first}/sft")}
-    judge = read_settings(place / "grpo.toml", ['reward=[{type="judge", url="http://h/", model="runs/latest"}]'])
+    judge = read_settings(
+        place / "grpo.toml", ['reward=[{type="judge", url="http://h/", model="runs/latest"}]']
+    )
     assert judge.config.reward[0].model == "runs/latest", "what a judge is called is no path"
 
 
@@ -152,7 +167,11 @@ def test_a_run_from_the_latest_model_is_stopped_and_goes_on_as_printed(place, mo
     stopped, name = [], f"the one's {file[:4]}"
 
     def after_a_step(screen, event):
-        if type(event).__name__ == "Advanced" and event.stage.name == "grpo" and event.progress.number == 1:
+        if (
+            type(event).__name__ == "Advanced"
+            and event.stage.name == "grpo"
+            and event.progress.number == 1
+        ):
             stopped.append(event)
             raise KeyboardInterrupt
 
@@ -166,7 +185,10 @@ def test_a_run_from_the_latest_model_is_stopped_and_goes_on_as_printed(place, mo
     again = CliRunner().invoke(app, printed[1:])
     assert again.exit_code == 0, again.output
     [other] = (place / "runs").glob(f"*-whole-{file[:4]}")
-    for path in ("policy/model.safetensors", *(["sft/model.safetensors"] if file == "both.toml" else [])):
+    for path in (
+        "policy/model.safetensors",
+        *(["sft/model.safetensors"] if file == "both.toml" else []),
+    ):
         assert (run / path).read_bytes() == (other / path).read_bytes(), path
     by_name = invoked(file, f"run.name={name}", "--resume")
     assert by_name.exit_code == 0 and "is done" in by_name.output, by_name.output
@@ -184,7 +206,9 @@ def test_a_run_goes_on_from_another_folder(place, tmp_path, monkeypatch):
     assert again.exit_code == 0, again.output
     lines = again.output.splitlines()
     assert lines[0] == f"note   the run was started in {place}"
-    assert lines[1].startswith("note   runs/") and lines[1].endswith("/sft is not here but there: paths are taken from there")
+    assert lines[1].startswith("note   runs/") and lines[1].endswith(
+        "/sft is not here but there: paths are taken from there"
+    )
     assert "resume grpo-000001" in again.output
     point_latest(place / "runs", next((place / "runs").glob("*-sums")))
 
@@ -223,7 +247,11 @@ def test_a_beginning_that_is_a_pipe_is_not_waited_for(tmp_path):
 
 
 def test_paths_are_typed_as_a_shell_takes_them():
-    assert typed("runs/a b") == "'runs/a b'" and typed("-x") == "./-x" and typed(Path("runs/a")) == "runs/a"
+    assert (
+        typed("runs/a b") == "'runs/a b'"
+        and typed("-x") == "./-x"
+        and typed(Path("runs/a")) == "runs/a"
+    )
     assert shlex.split(typed("it's")) == ["it's"]
 
 

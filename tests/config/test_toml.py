@@ -90,7 +90,10 @@ def test_mistakes_get_one_sentence_with_their_place(tmp_path, text, sentence):
     [
         ("optim.lrr=1", "command line: optim.lrr: no such key. Did you mean optim.lr?"),
         ("optim.lr=-1", "command line: optim.lr = -1: must be > 0."),
-        ("nonsense", '"nonsense": not understood. Settings are written key=value, such as optim.lr=1e-5.'),
+        (
+            "nonsense",
+            '"nonsense": not understood. Settings are written key=value, such as optim.lr=1e-5.',
+        ),
         ("seed.x=1", "command line: seed = { x = 1 }: must be a whole number."),
     ],
 )
@@ -101,8 +104,16 @@ def test_mistakes_on_the_command_line(tmp_path, word, sentence):
 @pytest.mark.parametrize(
     ("text", "words", "sentence"),
     [
-        (HEAD + "[sft]\nlr = 1e-3", [], "run.toml:10: sft.lr: no stage of this recipe reads it (ppo). Take it out."),
-        (HEAD, ["preference.steps=3"], "command line: preference.steps: no stage of this recipe reads it (ppo). Take it out."),
+        (
+            HEAD + "[sft]\nlr = 1e-3",
+            [],
+            "run.toml:10: sft.lr: no stage of this recipe reads it (ppo). Take it out.",
+        ),
+        (
+            HEAD,
+            ["preference.steps=3"],
+            "command line: preference.steps: no stage of this recipe reads it (ppo). Take it out.",
+        ),
         (
             'recipe = "sft"\n[policy]\nmodel = "m"\n[data]\ntrain = "d.jsonl"\n[run]\nsteps = 3',
             [],
@@ -140,7 +151,10 @@ def test_a_missing_file_is_said(tmp_path):
 
 def test_every_value_knows_its_origin(tmp_path):
     made = settings(
-        tmp_path, HEAD + "[algorithm]\nkl = { coef = 0.2 }\n[optim]\nlr = 1e-5", "optim.epochs=2", "algorithm.kl.coef=0.3"
+        tmp_path,
+        HEAD + "[algorithm]\nkl = { coef = 0.2 }\n[optim]\nlr = 1e-5",
+        "optim.epochs=2",
+        "algorithm.kl.coef=0.3",
     )
     lines = resolved_toml(made).splitlines()
     for line in (
@@ -195,14 +209,24 @@ def test_what_the_command_prints_recreates_the_preset(tmp_path, name):
 
 @pytest.mark.parametrize("name", sorted(PREFERENCES))
 def test_a_preference_stage_has_the_loss_of_its_name(tmp_path, name):
-    head = HEAD if name == "online_dpo" else HEAD.replace('[[reward]]\ntype = "model"\nmodel = "rm"\n', "")
+    head = (
+        HEAD
+        if name == "online_dpo"
+        else HEAD.replace('[[reward]]\ntype = "model"\nmodel = "rm"\n', "")
+    )
     made = settings(tmp_path, head.replace('"ppo"', f'"{name}"'))
     assert made.config.preference.loss == PREFERENCES[name]
     assert made.config.preference_stage == name and made.config.rl_stage is None
 
 
 def test_a_part_can_be_replaced_from_the_command_line(tmp_path):
-    made = settings(tmp_path, HEAD, "algorithm.kl.type=in_loss", "algorithm.scores.0.limit=3", "algorithm.policy_loss.high=0.3")
+    made = settings(
+        tmp_path,
+        HEAD,
+        "algorithm.kl.type=in_loss",
+        "algorithm.scores.0.limit=3",
+        "algorithm.policy_loss.high=0.3",
+    )
     assert made.config.algorithm.kl == KLInLoss()
     assert made.config.algorithm.scores == (ClipScore(limit=3),)
     assert made.config.algorithm.policy_loss == Clip(high=0.3)

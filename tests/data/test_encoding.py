@@ -32,7 +32,11 @@ def test_the_chosen_side_serves_as_a_demonstration():
             "prompts",
             "x:4: the prompt has 9 tokens, the limit is 8 (data.max_prompt_tokens).",
         ),
-        (Example("x:4", "the", completion=" "), "demonstrations", "x:4: the completion is empty, a response of zero tokens."),
+        (
+            Example("x:4", "the", completion=" "),
+            "demonstrations",
+            "x:4: the completion is empty, a response of zero tokens.",
+        ),
         (
             Example("x:4", "the", completion=" the" * 8),
             "demonstrations",
@@ -43,8 +47,16 @@ def test_the_chosen_side_serves_as_a_demonstration():
             "comparisons",
             "x:4: chosen and rejected are identical, so there is nothing to learn from this row.",
         ),
-        (Example("x:4", "the", chosen=" good", rejected=""), "comparisons", "x:4: the rejected is empty"),
-        (Example("x:4", [{"role": "user", "content": "hi"}]), "prompts", 'Set policy.chat_template = "chatml" or give a file.'),
+        (
+            Example("x:4", "the", chosen=" good", rejected=""),
+            "comparisons",
+            "x:4: the rejected is empty",
+        ),
+        (
+            Example("x:4", [{"role": "user", "content": "hi"}]),
+            "prompts",
+            'Set policy.chat_template = "chatml" or give a file.',
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused(example, kind, sentence):
@@ -54,8 +66,12 @@ def test_rows_that_cannot_be_used_are_refused(example, kind, sentence):
 
 
 def test_prompt_and_answer_must_fit_the_model_together():
-    with pytest.raises(DataError, match="prompt and response have 7 tokens together, the model reads at most 6"):
-        encoder(max_tokens=6).demonstrations([Example("x:1", "the film", completion=" was good very good")])
+    with pytest.raises(
+        DataError, match="prompt and response have 7 tokens together, the model reads at most 6"
+    ):
+        encoder(max_tokens=6).demonstrations(
+            [Example("x:1", "the film", completion=" was good very good")]
+        )
 
 
 def test_the_refusal_counts_the_others_and_names_the_way_on():

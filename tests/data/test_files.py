@@ -42,19 +42,35 @@ def test_rows_know_their_place(tmp_path):
             b'{"a": 1}\n{"a": "unfini\n',
             "x.jsonl:2: not JSON (line ends inside a string). The row before it is fine.",
         ),
-        ("x.jsonl", b"[1, 2]\n", "x.jsonl:1: is a list, not an object with named columns. It is the first row."),
+        (
+            "x.jsonl",
+            b"[1, 2]\n",
+            "x.jsonl:1: is a list, not an object with named columns. It is the first row.",
+        ),
         (
             "x.jsonl",
             b'{"a": 1}\n{"a": 2}\n3\n',
             "x.jsonl:3: is a number, not an object with named columns. 2 rows before it are fine.",
         ),
-        ("x.jsonl", b'{"a": "\xff"}\n', "x.jsonl:1: not UTF-8 text (byte 7 of the line). It is the first row."),
+        (
+            "x.jsonl",
+            b'{"a": "\xff"}\n',
+            "x.jsonl:1: not UTF-8 text (byte 7 of the line). It is the first row.",
+        ),
         ("x.jsonl.gz", b"not gzip", "x.jsonl.gz: the compressed file is damaged"),
-        ("x.csv", b"a,b\n1,2\n1,2,3\n", "x.csv:3: has another number of cells than the 2 columns of the header."),
+        (
+            "x.csv",
+            b"a,b\n1,2\n1,2,3\n",
+            "x.csv:3: has another number of cells than the 2 columns of the header.",
+        ),
         ("x.csv", b"a,b\n1,2\n1\n", "x.csv:3: has another number of cells"),
         ("x.csv", b'a,b\n1,"2\n', "not CSV (unexpected end of data)"),
         ("x.parquet", b"PAR0", "x.parquet: not a parquet file"),
-        ("x.txt", b"hello", "not a format that is read here. Use .jsonl, .jsonl.gz, .json, .csv or .parquet."),
+        (
+            "x.txt",
+            b"hello",
+            "not a format that is read here. Use .jsonl, .jsonl.gz, .json, .csv or .parquet.",
+        ),
     ],
 )
 def test_what_is_broken_is_said_with_its_place(tmp_path, name, content, sentence):
@@ -85,7 +101,9 @@ def test_folders_that_the_package_datasets_wrote(tmp_path):
     datasets.DatasetDict({"train": made, "test": made.select([1])}).save_to_disk(tmp_path / "two")
     assert list(rows(tmp_path / "one")) == [("one:1", {"prompt": "a"}), ("one:2", {"prompt": "b"})]
     assert list(rows(Path(f"{tmp_path}/two:test"))) == [("two:1", {"prompt": "b"})]
-    with pytest.raises(DataError, match=r"two: has several splits. Write one of .*two:train, .*two:test\."):
+    with pytest.raises(
+        DataError, match=r"two: has several splits. Write one of .*two:train, .*two:test\."
+    ):
         list(rows(tmp_path / "two"))
     with pytest.raises(DataError, match=r"two: has no split dev. Write one of"):
         list(rows(Path(f"{tmp_path}/two:dev")))
@@ -123,5 +141,8 @@ def test_what_is_neither_here_nor_on_the_hub(monkeypatch):
     with pytest.raises(DataError, match=r"data/promts.jsonl: no such file\."):
         list(rows(Path("data/promts.jsonl")))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r'data/promts: no such file\. .* need pip install "quartet-rlhf\[datasets\]"\.'):
+    with pytest.raises(
+        DataError,
+        match=r'data/promts: no such file\. .* need pip install "quartet-rlhf\[datasets\]"\.',
+    ):
         list(rows(Path("data/promts")))

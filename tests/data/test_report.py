@@ -22,7 +22,10 @@ SHAPES = {
     "conversations": {"messages": [USER, BOT]},
     "conversations, ShareGPT's": {"conversations": SHAREGPT, "system": "be brief"},
     "comparisons": {"prompt": "a", "chosen": "b", "rejected": "c"},
-    "comparisons, whole dialogues": {"chosen": [USER, BOT], "rejected": [USER, {**BOT, "content": "no"}]},
+    "comparisons, whole dialogues": {
+        "chosen": [USER, BOT],
+        "rejected": [USER, {**BOT, "content": "no"}],
+    },
     "comparisons, OpenAI's": {
         "input": {"messages": [USER]},
         "preferred_output": [BOT],
@@ -38,7 +41,11 @@ def lines(path, *rows):
 
 @pytest.fixture(scope="module")
 def chatty():
-    made = train_tokenizer(["was it good very no be brief <|im_start|> user assistant tool <|im_end|> why because 4"] * 5, 330)
+    made = train_tokenizer(
+        ["was it good very no be brief <|im_start|> user assistant tool <|im_end|> why because 4"]
+        * 5,
+        330,
+    )
     made.chat_template = NAMED_TEMPLATES["chatml"]
     return made
 
@@ -71,17 +78,27 @@ def test_every_shape_is_detected_and_serves_its_stage(shape, tmp_path, chatty):
 
 def test_foreign_shapes_say_what_ours_say(tmp_path, chatty):
     encoder = Encoder(chatty, 100, 100)
-    [ours] = encoder.demonstrations(read_examples(lines(tmp_path / "a.jsonl", SHAPES["conversations"]), "demonstrations", {}))
+    [ours] = encoder.demonstrations(
+        read_examples(lines(tmp_path / "a.jsonl", SHAPES["conversations"]), "demonstrations", {})
+    )
     sharegpt = {"conversations": SHAREGPT}
-    [theirs] = encoder.demonstrations(read_examples(lines(tmp_path / "b.jsonl", sharegpt), "demonstrations", {}))
+    [theirs] = encoder.demonstrations(
+        read_examples(lines(tmp_path / "b.jsonl", sharegpt), "demonstrations", {})
+    )
     assert (ours.prompt_ids, ours.response_ids) == (theirs.prompt_ids, theirs.response_ids)
     assert chatty.decode(ours.response_ids) == "very<|im_end|>\n<eos>"
     pair = {"prompt": [USER], "chosen": [BOT], "rejected": [{**BOT, "content": "no"}]}
     [one] = encoder.comparisons(read_examples(lines(tmp_path / "c.jsonl", pair), "comparisons", {}))
     [other] = encoder.comparisons(
-        read_examples(lines(tmp_path / "d.jsonl", SHAPES["comparisons, OpenAI's"]), "comparisons", {})
+        read_examples(
+            lines(tmp_path / "d.jsonl", SHAPES["comparisons, OpenAI's"]), "comparisons", {}
+        )
     )
-    assert (one.prompt_ids, one.chosen_ids, one.rejected_ids) == (other.prompt_ids, other.chosen_ids, other.rejected_ids)
+    assert (one.prompt_ids, one.chosen_ids, one.rejected_ids) == (
+        other.prompt_ids,
+        other.chosen_ids,
+        other.rejected_ids,
+    )
 
 
 def test_in_a_long_conversation_the_loss_is_on_what_the_assistant_wrote(tmp_path, chatty):
@@ -90,7 +107,9 @@ def test_in_a_long_conversation_the_loss_is_on_what_the_assistant_wrote(tmp_path
         "content": None,
         "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}],
     }
-    chatty.chat_template = NAMED_TEMPLATES["chatml"].replace("m['content']", "m['content'] or 'look'")
+    chatty.chat_template = NAMED_TEMPLATES["chatml"].replace(
+        "m['content']", "m['content'] or 'look'"
+    )
     talk = [
         USER,
         calls,
@@ -129,7 +148,12 @@ def test_the_mask_is_what_is_trained(chatty):
 
     made, tokens = model(), torch.tensor([[5, 6, 7, 8, 9, 10]])
     demo = Demonstration("d", (5, 6), (7, 8, 9, 10), (True, False, False, True))
-    expected = -masked_logprobs(made, tokens, torch.tensor([[False, False, True, False, False, True]])).sum() / 2
+    expected = (
+        -masked_logprobs(
+            made, tokens, torch.tensor([[False, False, True, False, False, True]])
+        ).sum()
+        / 2
+    )
     torch.testing.assert_close(sum(imitation_losses(made, [demo], 4096)), expected)
 
 
@@ -137,7 +161,9 @@ def test_folders_and_json_lists(tmp_path):
     folder = tmp_path / "rows"
     (folder / "deep").mkdir(parents=True)
     lines(folder / "b.jsonl", {"prompt": "b"})
-    (folder / "deep" / "c.json").write_text(json.dumps([{"prompt": "c"}, {"prompt": "d"}], indent=1))
+    (folder / "deep" / "c.json").write_text(
+        json.dumps([{"prompt": "c"}, {"prompt": "d"}], indent=1)
+    )
     (folder / "a.csv").write_text("prompt\na\n")
     (folder / "notes.txt").write_text("not data")
     assert [e.prompt for e in read_examples(folder, "prompts", {})] == ["a", "b", "c", "d"]
@@ -154,20 +180,36 @@ def _empty(tmp_path):
     ("name", "text", "sentence"),
     [
         ("x.json", '{"prompt": "a"}', "x.json: is an object, not a list of rows."),
-        ("x.json", '{"prompt": "a"}\n{"prompt": "b"}\n', "x.json:2: not JSON (extra data). Is it JSON lines? Call it .jsonl."),
+        (
+            "x.json",
+            '{"prompt": "a"}\n{"prompt": "b"}\n',
+            "x.json:2: not JSON (extra data). Is it JSON lines? Call it .jsonl.",
+        ),
         (
             "x.json",
             '[{"prompt": "a"}, 3]',
             "x.json:2: is a number, not an object with named columns. The row before it is fine.",
         ),
-        ("x.jsonl", '{"conversations": "hello"}', "x.jsonl:1: conversations must be a list of turns with from and value."),
-        ("x.jsonl", '{"messages": [{"role": "user", "content": 3}]}', "is not of the form {role, content}"),
+        (
+            "x.jsonl",
+            '{"conversations": "hello"}',
+            "x.jsonl:1: conversations must be a list of turns with from and value.",
+        ),
+        (
+            "x.jsonl",
+            '{"messages": [{"role": "user", "content": 3}]}',
+            "is not of the form {role, content}",
+        ),
         (
             "x.jsonl",
             '{"prompt": "a", "completion": "b", "label": "good"}',
             "label is 'good'; it must be true for a good completion",
         ),
-        ("x.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}', "the assistant speaks first"),
+        (
+            "x.jsonl",
+            '{"messages": [{"role": "assistant", "content": "x"}]}',
+            "the assistant speaks first",
+        ),
         ("x.jsonl", '{"prompt": 7}', "prompt is 7; it must be text or a list of messages."),
     ],
 )
@@ -181,7 +223,10 @@ def test_what_is_wrong_with_a_file_is_in_its_report(tmp_path, name, text, senten
 
 
 def test_lints(tmp_path):
-    good = [{"prompt": f"p{i} ", "chosen": "long answer " * 3 + str(i), "rejected": f"short {i}"} for i in range(30)]
+    good = [
+        {"prompt": f"p{i} ", "chosen": "long answer " * 3 + str(i), "rejected": f"short {i}"}
+        for i in range(30)
+    ]
     rows = [
         *good,
         good[0],
@@ -211,16 +256,36 @@ def test_lints(tmp_path):
 
 
 def test_prompts_and_answers_that_run_into_each_other(tmp_path):
-    made = report(lines(tmp_path / "x.jsonl", *({"prompt": "what is it", "completion": "this"} for _ in range(3))), {})
+    made = report(
+        lines(
+            tmp_path / "x.jsonl",
+            *({"prompt": "what is it", "completion": "this"} for _ in range(3)),
+        ),
+        {},
+    )
     assert any("they are joined as they are" in f for f in made.findings)
 
 
 def test_in_tokens_with_the_mask_visible_and_limits(tmp_path, chatty):
     chatty.save_pretrained(tmp_path / "tok")
-    file = lines(tmp_path / "x.jsonl", *({"messages": [USER, {**BOT, "content": "very good " * n}]} for n in (1, 2, 30)))
-    done = quartet("data", str(file), "--tokenizer", str(tmp_path / "tok"), "--max-response-tokens", "20", cwd=tmp_path)
+    file = lines(
+        tmp_path / "x.jsonl",
+        *({"messages": [USER, {**BOT, "content": "very good " * n}]} for n in (1, 2, 30)),
+    )
+    done = quartet(
+        "data",
+        str(file),
+        "--tokenizer",
+        str(tmp_path / "tok"),
+        "--max-response-tokens",
+        "20",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
-    assert "user\nwas it good<|im_end|>\n<|im_start|>assistant\n⟦very good <|im_end|>\n<eos>⟧" in done.stdout
+    assert (
+        "user\nwas it good<|im_end|>\n<|im_start|>assistant\n⟦very good <|im_end|>\n<eos>⟧"
+        in done.stdout
+    )
     assert "33.3% over the limit" in done.stdout
     found = json.loads(quartet("data", str(file), "--json", cwd=tmp_path).stdout)
     assert found["unit"] == "words" and found["lengths"]["completion"]["longest"] == 60
@@ -236,7 +301,15 @@ def test_the_command_answers_without_torch_and_says_by_its_code_that_rows_are_un
     named = lines(tmp_path / "y.jsonl", {"question": "a", "answer": "b"})
     unknown = quartet("data", str(named), cwd=tmp_path)
     assert "Say which are: --columns prompt=…" in unknown.stdout
-    mapped = quartet("data", str(named), "--columns", "prompt=question", "--columns", "completion=answer", cwd=tmp_path)
+    mapped = quartet(
+        "data",
+        str(named),
+        "--columns",
+        "prompt=question",
+        "--columns",
+        "completion=answer",
+        cwd=tmp_path,
+    )
     assert "shape      demonstrations" in mapped.stdout
 
 
@@ -254,5 +327,7 @@ def test_weights_of_sources():
         return list(seen_so_often(range(10), weight, seed))
 
     assert often(1.0) == list(range(10)) and often(2.0) == list(range(10)) * 2
-    assert len(often(0.5)) == len(set(often(0.5))) == 5 and often(0.5) == often(0.5, 0) != often(0.5, 1)
+    assert len(often(0.5)) == len(set(often(0.5))) == 5 and often(0.5) == often(0.5, 0) != often(
+        0.5, 1
+    )
     assert often(0.0) == []

@@ -12,7 +12,10 @@ HH = {
     "chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how are you\n\nAssistant: fine, thanks",
     "rejected": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how are you\n\nAssistant: go away",
 }
-USER, YES, NO = ({"role": r, "content": c} for r, c in (("user", "well?"), ("assistant", "yes"), ("assistant", "no")))
+USER, YES, NO = (
+    {"role": r, "content": c}
+    for r, c in (("user", "well?"), ("assistant", "yes"), ("assistant", "no"))
+)
 REAL = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless.jsonl.gz"
 
 
@@ -72,7 +75,9 @@ def test_prompts_keep_the_other_columns_for_a_verifier(tmp_path):
 
 def test_columns_can_be_named(tmp_path):
     row = {"question": "q", "good": "a", "bad": "b"}
-    example = read(tmp_path, row, "comparisons", {"prompt": "question", "chosen": "good", "rejected": "bad"})
+    example = read(
+        tmp_path, row, "comparisons", {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    )
     assert (example.prompt, example.chosen, example.rejected) == ("q", "a", "b")
 
 
@@ -86,14 +91,44 @@ def test_columns_can_be_named(tmp_path):
             "x.jsonl: found columns question, good, bad. Comparisons need prompt, chosen, rejected. "
             'Add data.columns = { prompt = "question", chosen = "good", rejected = "bad" }.',
         ),
-        ({"a": "q"}, "prompts", {}, 'found columns a. Prompts need prompt. Add data.columns = { prompt = "…" }.'),
-        ({"prompt": "q"}, "prompts", {"prompt": "quest"}, 'data.columns names prompt = "quest", but the columns are prompt.'),
-        ({"prompt": 3}, "prompts", {}, "x.jsonl:1: prompt is 3; it must be text or a list of messages."),
+        (
+            {"a": "q"},
+            "prompts",
+            {},
+            'found columns a. Prompts need prompt. Add data.columns = { prompt = "…" }.',
+        ),
+        (
+            {"prompt": "q"},
+            "prompts",
+            {"prompt": "quest"},
+            'data.columns names prompt = "quest", but the columns are prompt.',
+        ),
+        (
+            {"prompt": 3},
+            "prompts",
+            {},
+            "x.jsonl:1: prompt is 3; it must be text or a list of messages.",
+        ),
         ({"prompt": None}, "prompts", {}, "x.jsonl:1: prompt is empty; it must be text"),
-        ({"messages": []}, "demonstrations", {}, "messages must be a list of messages, and not an empty one."),
-        ({"messages": [{"role": "user"}]}, "prompts", {}, "has a message that is not of the form {role, content}"),
+        (
+            {"messages": []},
+            "demonstrations",
+            {},
+            "messages must be a list of messages, and not an empty one.",
+        ),
+        (
+            {"messages": [{"role": "user"}]},
+            "prompts",
+            {},
+            "has a message that is not of the form {role, content}",
+        ),
         ({"messages": [USER]}, "demonstrations", {}, 'the last is by "user"; nothing to imitate.'),
-        ({"chosen": "a", "rejected": "b"}, "comparisons", {}, "come without a prompt column and are no dialogues"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            "comparisons",
+            {},
+            "come without a prompt column and are no dialogues",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(tmp_path, row, purpose, columns, sentence):

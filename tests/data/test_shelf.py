@@ -18,13 +18,21 @@ cells = st.recursive(
 )
 ids = st.lists(st.integers(0, 2**31)).map(tuple)
 prompts = st.tuples(
-    st.text(), ids, st.text(), st.dictionaries(st.text(), cells), st.none() | st.lists(st.dictionaries(st.text(), cells))
+    st.text(),
+    ids,
+    st.text(),
+    st.dictionaries(st.text(), cells),
+    st.none() | st.lists(st.dictionaries(st.text(), cells)),
 )
 comparisons = st.tuples(st.text(), ids, ids, ids, st.floats(allow_nan=False))
 demonstrations = st.tuples(st.text(), ids, ids, st.none() | st.lists(st.booleans()).map(tuple))
 kinds = st.one_of(
     st.tuples(st.just(kind), st.lists(cells))
-    for kind, cells in ((Prompt, prompts), (Comparison, comparisons), (Demonstration, demonstrations))
+    for kind, cells in (
+        (Prompt, prompts),
+        (Comparison, comparisons),
+        (Demonstration, demonstrations),
+    )
 )
 
 

@@ -18,7 +18,12 @@ from tests.training.test_learner import rollouts, weights
 
 KINDS = {
     "ppo": ("reviews",),
-    "frozen layers": ("reviews", "policy.frozen_layers=1", "policy.create.num_layers=2", "optim.ema=0.9"),
+    "frozen layers": (
+        "reviews",
+        "policy.frozen_layers=1",
+        "policy.create.num_layers=2",
+        "optim.ema=0.9",
+    ),
     "the exact KL": ("reviews", 'algorithm.kl={type="in_loss", estimator="exact"}'),
     "no critic": ("sums",),
 }
@@ -34,10 +39,14 @@ def numbers(run):
     return [line["metrics"] for line in lines if line["event"] == "metrics"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in LONG)])
+@pytest.mark.parametrize(
+    "kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in LONG)]
+)
 def test_a_run_whose_models_rest_is_the_run(kind, tmp_path, monkeypatch):
     recipe, *words = (KINDS | LONG)[kind]
-    stages = 'recipe=["sft", "reward_model", "ppo"]' if recipe == "reviews" else 'recipe=["sft", "grpo"]'
+    stages = (
+        'recipe=["sft", "reward_model", "ppo"]' if recipe == "reviews" else 'recipe=["sft", "grpo"]'
+    )
     words = [stages, "run.steps=4", "run.checkpoint_every=2", *words]
     plain = numbers(make_run(tmp_path / "plain", recipe, *words))
     bed, rested = resting.made(monkeypatch.setattr), []
@@ -78,8 +87,14 @@ def test_moments_that_were_saved_rest_too(monkeypatch):
 
 
 def test_on_a_cpu_it_is_said_that_nothing_moves():
-    asked = read_settings(recipe_path("sums"), [*SMALL, "policy.create.max_length=32", "run.offload=true", "run.device=cpu"])
-    assert any(note.startswith("run.offload = true moves nothing here") for note in build(asked.config).notes)
+    asked = read_settings(
+        recipe_path("sums"),
+        [*SMALL, "policy.create.max_length=32", "run.offload=true", "run.device=cpu"],
+    )
+    assert any(
+        note.startswith("run.offload = true moves nothing here")
+        for note in build(asked.config).notes
+    )
 
 
 def test_on_a_cpu_nothing_moves():

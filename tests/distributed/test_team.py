@@ -23,7 +23,10 @@ def ranks(folder, world, kind):
     """What each rank found."""
     words = [sys.executable, "-m", "tests.support.teamwork"]
     where = [str(folder / "store"), str(folder), kind]
-    started = [subprocess.Popen([*words, str(rank), str(world), *where], env=LOOPBACK) for rank in range(world)]
+    started = [
+        subprocess.Popen([*words, str(rank), str(world), *where], env=LOOPBACK)
+        for rank in range(world)
+    ]
     assert [process.wait(timeout=240) for process in started] == [0] * world
     return [load_file(folder / f"{rank}.safetensors") for rank in range(world)]
 
@@ -42,18 +45,28 @@ def ranks(folder, world, kind):
 )
 def test_losses_and_gradients_are_those_of_one_process(tmp_path, alone, kind, world):
     for found in ranks(tmp_path, world, kind):
-        assert found.keys() == {name for name in alone if kind == "plain" or not name.startswith("trpo")}
-        apart = {name: float((found[name].double() - alone[name].double()).abs().max()) for name in found}
+        assert found.keys() == {
+            name for name in alone if kind == "plain" or not name.startswith("trpo")
+        }
+        apart = {
+            name: float((found[name].double() - alone[name].double()).abs().max()) for name in found
+        }
         of_second_order = {name: apart.pop(name) for name in list(apart) if name.startswith("trpo")}
         assert max(apart.values()) < 1e-12, max(apart, key=apart.__getitem__)
-        assert max(of_second_order.values(), default=0) < 1e-9  # conjugate gradients make more of the last digits
+        assert (
+            max(of_second_order.values(), default=0) < 1e-9
+        )  # conjugate gradients make more of the last digits
 
 
 def test_ranks_that_divide_by_what_they_have_themselves_are_found_out(tmp_path, alone):
     """The negative control: equal weights for ranks with unequal tokens."""
     found = ranks(tmp_path, 2, "selfish")[0]
     for stage in ("sft", "reward_model", "dpo", "ppo/actor", "ppo/critic", "grpo/actor"):
-        apart = max(float((found[n] - alone[n]).abs().max()) for n in alone if n.startswith(f"{stage}/0/") and alone[n].ndim)
+        apart = max(
+            float((found[n] - alone[n]).abs().max())
+            for n in alone
+            if n.startswith(f"{stage}/0/") and alone[n].ndim
+        )
         assert apart > 1e-3
 
 
@@ -77,7 +90,9 @@ def test_every_rank_goes_through_as_many_pieces():
     for world in (2, 3, 16):
         pieces = [Rank(rank, world).pieces(LENGTHS, 32) for rank in range(world)]
         assert len({len(mine) for mine in pieces}) == 1
-        counted = sorted(row for mine in pieces for piece in mine if piece.counts for row in piece.rows)
+        counted = sorted(
+            row for mine in pieces for piece in mine if piece.counts for row in piece.rows
+        )
         assert counted == list(range(len(LENGTHS)))
     assert pieces[15] == [Piece([1], counts=False)]  # the shortest row, to keep pace
 

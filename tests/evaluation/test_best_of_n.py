@@ -20,7 +20,10 @@ def test_it_is_the_mean_over_all_subsets():
         assert point.kl == pytest.approx(math.log(n) - (n - 1) / n)
         best, worth = [], []
         for r, g in zip(rewards, gold, strict=True):
-            winners = [max(chosen, key=lambda i, r=r: r[i]) for chosen in itertools.combinations(range(8), n)]
+            winners = [
+                max(chosen, key=lambda i, r=r: r[i])
+                for chosen in itertools.combinations(range(8), n)
+            ]
             best.append(statistics.fmean(r[i] for i in winners))
             worth.append(statistics.fmean(g[i] for i in winners))
         assert point.reward == pytest.approx(statistics.fmean(best))

@@ -16,7 +16,9 @@ def answers(scores, texts):
 def test_a_tie_is_half_a_win_and_gold_judges_where_there_is_one():
     before, after = answers([0.0, 0.0, 0.0], "abc"), answers([9.0, 9.0, 9.0], "bbb")
     # gold is the letter: a < b wins, b = b ties, c > b loses
-    made = compare(before, after, [1.0, 2.0, 3.0], gold=lambda prompt, response: float(ord(response)))
+    made = compare(
+        before, after, [1.0, 2.0, 3.0], gold=lambda prompt, response: float(ord(response))
+    )
     assert made.judge == "gold"
     assert made.win_rate.mean == pytest.approx(0.5)
     assert made.kl.mean == 2

@@ -61,7 +61,9 @@ def episodes(turns, max_turns=GUESSES, max_tokens=24, make=Host):
 
 
 def prompt_with(secret):
-    [made] = Encoder(TOKENIZER, 4, 16).prompts([dataclasses.replace(WORLD.prompts(1)[0], extra={"secret": secret})])
+    [made] = Encoder(TOKENIZER, 4, 16).prompts(
+        [dataclasses.replace(WORLD.prompts(1)[0], extra={"secret": secret})]
+    )
     return made
 
 
@@ -76,9 +78,17 @@ def test_a_game_by_hand():
 
 
 def test_an_episode_ends_after_its_turns_or_when_the_next_one_would_not_fit():
-    lost = episodes(ScriptedGenerator(["a", "a", "a", "a"], TOKENIZER)).generate([prompt_with("e")], SAMPLING)[0]
-    assert lost.response == "a>a>a>a>" and lost.finish_reason == "length" and sum(lost.turn_rewards) == 0
-    short = episodes(ScriptedGenerator(["a"], TOKENIZER), max_tokens=8).generate([prompt_with("e")], SAMPLING)[0]
+    lost = episodes(ScriptedGenerator(["a", "a", "a", "a"], TOKENIZER)).generate(
+        [prompt_with("e")], SAMPLING
+    )[0]
+    assert (
+        lost.response == "a>a>a>a>"
+        and lost.finish_reason == "length"
+        and sum(lost.turn_rewards) == 0
+    )
+    short = episodes(ScriptedGenerator(["a"], TOKENIZER), max_tokens=8).generate(
+        [prompt_with("e")], SAMPLING
+    )[0]
     assert short.response == "a>a" and short.finish_reason == "length"
     wrong = episodes(ScriptedGenerator(["?"], TOKENIZER)).generate([prompt_with("e")], SAMPLING)[0]
     assert wrong.response == "?" and wrong.finish_reason == "stop"
@@ -86,27 +96,49 @@ def test_an_episode_ends_after_its_turns_or_when_the_next_one_would_not_fit():
 
 def test_the_samplers_logprobs_are_those_of_the_whole_text_at_the_policys_tokens(player):
     actor = player
-    made = episodes(NativeGenerator(actor, TOKENIZER, frozenset({1}), 0)).generate(game_prompts(12), SAMPLING, 2)
-    assert any(len(r.response_ids) > 6 for r in made) and [r.group for r in made][:4] == [0, 0, 1, 1]
+    made = episodes(NativeGenerator(actor, TOKENIZER, frozenset({1}), 0)).generate(
+        game_prompts(12), SAMPLING, 2
+    )
+    assert any(len(r.response_ids) > 6 for r in made) and [r.group for r in made][:4] == [
+        0,
+        0,
+        1,
+        1,
+    ]
     batch = collate(made, torch.device("cpu"))
     own = masked_logprobs(actor, batch.tokens, batch.response_mask)
     torch.testing.assert_close(batch.rollout_logprobs, own, atol=1e-5, rtol=0)
     for row, r in enumerate(made):
         says = TOKENIZER.decode(
-            [t for t, own in zip(batch.tokens[row].tolist(), batch.response_mask[row].tolist(), strict=True) if own]
+            [
+                t
+                for t, own in zip(
+                    batch.tokens[row].tolist(), batch.response_mask[row].tolist(), strict=True
+                )
+                if own
+            ]
         )
-        assert says == TOKENIZER.decode([t for t, mine in zip(r.response_ids, r.written, strict=True) if mine])
+        assert says == TOKENIZER.decode(
+            [t for t, mine in zip(r.response_ids, r.written, strict=True) if mine]
+        )
 
 
 def test_what_the_host_says_has_no_gradient_and_gae_carries_over_it():
-    made = episodes(ScriptedGenerator(["h", "c", "e"], TOKENIZER)).generate([prompt_with("e")], SAMPLING)
+    made = episodes(ScriptedGenerator(["h", "c", "e"], TOKENIZER)).generate(
+        [prompt_with("e")], SAMPLING
+    )
     scored = rewarded(made, [Weighted(EnvironmentReward())], per_token=True)
     batch = collate(scored, torch.device("cpu"))
     mask = batch.response_mask[0]
     assert mask.tolist() == [False, *(True, True, False) * 3] and int(mask.sum()) == 6
     values = torch.where(mask, 0.5, 9.0)[None]
     advantages = gae(batch.token_scores, values, batch.response_mask, lam=0.5)[0]
-    packed = gae(torch.tensor([[0, 0, 0, 0, 0, 1.0]]), torch.full((1, 6), 0.5), torch.ones(1, 6, dtype=torch.bool), lam=0.5)[0]
+    packed = gae(
+        torch.tensor([[0, 0, 0, 0, 0, 1.0]]),
+        torch.full((1, 6), 0.5),
+        torch.ones(1, 6, dtype=torch.bool),
+        lam=0.5,
+    )[0]
     torch.testing.assert_close(advantages[mask], packed)
     actor = policy()
     other = batch.tokens.clone()
@@ -122,10 +154,18 @@ def test_games_can_be_trained_on_by_ppo_and_by_grpo(name, player):
     critic = ScalarModel.from_trunk(actor, 0, 0) if name == "ppo" else None
     algorithm = ALGORITHMS[name]
     reference = freeze(copy.deepcopy(player)) if algorithm.needs_reference else None
-    learner = Learner(Separate(actor, critic), reference, Optim(lr=3e-3, critic_lr=3e-3, epochs=1, minibatches=2), SAMPLING, 6)
+    learner = Learner(
+        Separate(actor, critic),
+        reference,
+        Optim(lr=3e-3, critic_lr=3e-3, epochs=1, minibatches=2),
+        SAMPLING,
+        6,
+    )
     generator = episodes(NativeGenerator(actor, TOKENIZER, frozenset({1}), 0))
     reward = [Weighted(EnvironmentReward())]
-    steps = list(rl(Collector(Sampler(game_prompts(32), 16, 0), generator, reward, 4), learner, algorithm))
+    steps = list(
+        rl(Collector(Sampler(game_prompts(32), 16, 0), generator, reward, 4), learner, algorithm)
+    )
     assert all(step.metrics["ratio/first_error"] < 1e-4 for step in steps)
     assert learner.sampler_agrees is True
     assert max(len(r.response_ids) for r in steps[0].rollouts) > 6
@@ -145,7 +185,9 @@ def test_an_opening_of_the_environment_is_part_of_the_prompt():
             super().reset(prompt)
             return [said("<")]
 
-    [made] = episodes(ScriptedGenerator(["e"], TOKENIZER), make=Opening).generate([prompt_with("e")], SAMPLING)
+    [made] = episodes(ScriptedGenerator(["e"], TOKENIZER), make=Opening).generate(
+        [prompt_with("e")], SAMPLING
+    )
     assert TOKENIZER.decode(made.prompt.ids) == "?<" and made.response == "e="
 
 
@@ -164,7 +206,9 @@ def test_of_a_team_the_lead_plays_and_all_hear_what_was_said():
 
     def play(team):
         turns = ScriptedGenerator(["h", "c", "e"], TOKENIZER)
-        return Episodes(turns, TOKENIZER, Willful, GUESSES, 24, team).generate([prompt_with("e")], SAMPLING, 2)
+        return Episodes(turns, TOKENIZER, Willful, GUESSES, 24, team).generate(
+            [prompt_with("e")], SAMPLING, 2
+        )
 
     first, second = together(2, play)
     assert first == second and len(hosts) == 2, "one for each episode, on one rank"
@@ -174,6 +218,10 @@ def test_of_a_team_the_lead_plays_and_all_hear_what_was_said():
 def test_the_demonstrations_of_the_world_are_games_and_the_loss_is_on_the_guesses():
     encoder = Encoder(TOKENIZER, 4, 16)
     for made in encoder.demonstrations(WORLD.demonstrations(50)):
-        own = [t for t, mine in zip(made.response_ids, made.written or [True] * 99, strict=False) if mine]
+        own = [
+            t
+            for t, mine in zip(made.response_ids, made.written or [True] * 99, strict=False)
+            if mine
+        ]
         assert set(TOKENIZER.decode(own).replace("<eos>", "")) <= set("abcdefghijklmnop")
         assert TOKENIZER.decode(made.prompt_ids) == "?"

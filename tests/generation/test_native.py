@@ -29,12 +29,20 @@ def test_the_samplers_logprobs_are_the_learners(kind, batch, temperature, pad):
     """The generator pads on the left, keeps a cache and drops finished rows; the learner pads on the right and reads
     whole rows. To 1e-5 they must agree."""
     made = model(kind)
-    rollouts = generator(made, pad=pad).generate(prompts(batch), Sampling(max_new_tokens=24, temperature=temperature))
-    rows = collate([r.__class__(**{**vars(r), "score": 0.0}) for r in rollouts], torch.device("cpu"))
-    learner = policy_logprobs(made, rows.tokens, rows.lengths, rows.response_mask, temperature, 4096)
+    rollouts = generator(made, pad=pad).generate(
+        prompts(batch), Sampling(max_new_tokens=24, temperature=temperature)
+    )
+    rows = collate(
+        [r.__class__(**{**vars(r), "score": 0.0}) for r in rollouts], torch.device("cpu")
+    )
+    learner = policy_logprobs(
+        made, rows.tokens, rows.lengths, rows.response_mask, temperature, 4096
+    )
     torch.testing.assert_close(rows.rollout_logprobs, learner, atol=1e-5, rtol=0)
     if batch > 1:
-        assert len({len(r.response_ids) for r in rollouts}) > 3, "the rows must end at different times to mean anything"
+        assert len({len(r.response_ids) for r in rollouts}) > 3, (
+            "the rows must end at different times to mean anything"
+        )
 
 
 @KINDS
@@ -43,9 +51,13 @@ def test_left_and_right_padding_give_the_same_logprobs(kind):
     rows = [[5, 6, 7, 8, 9], [4, 11], [12, 5, 6]]
     tokens, mask = left_pad(rows)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    left = made(input_ids=tokens, attention_mask=mask.long(), position_ids=positions).logits.log_softmax(-1)
+    left = made(
+        input_ids=tokens, attention_mask=mask.long(), position_ids=positions
+    ).logits.log_softmax(-1)
     tokens, lengths = right_pad(rows)
-    right = policy_logprobs(made, tokens, lengths, response_mask(torch.ones(3, dtype=torch.long), lengths, 5), 1.0, 999)
+    right = policy_logprobs(
+        made, tokens, lengths, response_mask(torch.ones(3, dtype=torch.long), lengths, 5), 1.0, 999
+    )
     for i, row in enumerate(rows):
         start = 5 - len(row)
         by_left = left[i, start:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0]
@@ -105,7 +117,9 @@ def test_rows_that_finish_cost_nothing_more(kind, spies):
 
 @KINDS
 def test_samples_of_one_prompt_share_its_prefill_and_its_group(kind, spies):
-    rollouts = generator(model(kind)).generate(prompts(3), Sampling(max_new_tokens=8), samples_per_prompt=4)
+    rollouts = generator(model(kind)).generate(
+        prompts(3), Sampling(max_new_tokens=8), samples_per_prompt=4
+    )
     assert spies[0].reads == [(3, 4)]
     assert [r.group for r in rollouts] == [0] * 4 + [1] * 4 + [2] * 4
     assert rollouts[5].id == "tiny:1/1" and rollouts[5].prompt.id == "tiny:1"
@@ -117,13 +131,22 @@ def test_samples_of_one_prompt_share_its_prefill_and_its_group(kind, spies):
 def test_prompts_that_wait_take_the_place_of_rows_that_have_finished(kind, samples, spies):
     """Seven rows at a time or all at once: the same answers, for a row's noise is its own."""
     made = model(kind)
-    few, all_at_once = (NativeGenerator(made, tokenizer(), stop_ids(made, tokenizer()), 0, rows) for rows in (7, None))
+    few, all_at_once = (
+        NativeGenerator(made, tokenizer(), stop_ids(made, tokenizer()), 0, rows)
+        for rows in (7, None)
+    )
     asked = (prompts(20), Sampling(max_new_tokens=24), samples)
     narrow, wide = few.generate(*asked), all_at_once.generate(*asked)
-    assert [r.response_ids for r in narrow] == [r.response_ids for r in wide] and [r.id for r in narrow] == [r.id for r in wide]
+    assert [r.response_ids for r in narrow] == [r.response_ids for r in wide] and [
+        r.id for r in narrow
+    ] == [r.id for r in wide]
     for a, b in zip(narrow, wide, strict=True):
-        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-5, rtol=0)
-    assert max(spies[0].steps) <= 7 and len(spies[0].reads) > 1 and spies[1].reads == [(20, samples)]
+        torch.testing.assert_close(
+            torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-5, rtol=0
+        )
+    assert (
+        max(spies[0].steps) <= 7 and len(spies[0].reads) > 1 and spies[1].reads == [(20, samples)]
+    )
     if kind != "gpt2":  # the written-out family fills up while others are still being written
         assert spies[0].steps.count(7 // samples * samples) > 3
 
@@ -132,7 +155,10 @@ def test_the_same_seed_samples_the_same_answers_and_another_seed_others():
     made = model()
 
     def answers(seed):
-        return [r.response_ids for r in generator(made, seed).generate(prompts(8), Sampling(max_new_tokens=12))]
+        return [
+            r.response_ids
+            for r in generator(made, seed).generate(prompts(8), Sampling(max_new_tokens=12))
+        ]
 
     assert answers(1) == answers(1) != answers(2)
 
@@ -149,7 +175,9 @@ def test_draws_follow_the_distribution_and_never_take_what_is_impossible():
     drawn = draw(logprobs, Sampling(), noise)
     shares = drawn.tokens.bincount(minlength=4) / 20_000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.015, rtol=0)
-    torch.testing.assert_close(drawn.logprobs.exp(), torch.tensor([0.5, 0.0, 0.3, 0.2])[drawn.tokens])
+    torch.testing.assert_close(
+        drawn.logprobs.exp(), torch.tensor([0.5, 0.0, 0.3, 0.2])[drawn.tokens]
+    )
 
 
 @pytest.mark.parametrize("noise", [0.0, 1 - 2**-24])
@@ -157,14 +185,20 @@ def test_the_ends_of_the_noise_are_possible_tokens(noise):
     logprobs = torch.tensor([[0.0, 0.6, 0.4, 0.0]]).log()
     assert draw(logprobs, Sampling(), torch.tensor([noise])).tokens.item() in {1, 2}
     filtered = draw(torch.zeros(1, 5), Sampling(top_k=2), torch.tensor([noise]))
-    assert filtered.tokens.item() in {0, 1} and filtered.entropies.item() == pytest.approx(math.log(2))
+    assert filtered.tokens.item() in {0, 1} and filtered.entropies.item() == pytest.approx(
+        math.log(2)
+    )
 
 
 def test_filters_renormalise_what_is_left():
     # p = (0.5, 0.3, 0.2); top-k 2 leaves (0.625, 0.375); top-p 0.45 leaves the first alone
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    assert scaled(logits, Sampling(top_k=2)).softmax(-1).tolist()[0] == pytest.approx([0.625, 0.375, 0.0])
-    assert scaled(logits, Sampling(top_p=0.45)).softmax(-1).tolist()[0] == pytest.approx([1.0, 0.0, 0.0])
+    assert scaled(logits, Sampling(top_k=2)).softmax(-1).tolist()[0] == pytest.approx(
+        [0.625, 0.375, 0.0]
+    )
+    assert scaled(logits, Sampling(top_p=0.45)).softmax(-1).tolist()[0] == pytest.approx(
+        [1.0, 0.0, 0.0]
+    )
     assert scaled(logits, Sampling()).softmax(-1).tolist()[0] == pytest.approx([0.5, 0.3, 0.2])
     second = draw(logits, Sampling(top_k=2), torch.tensor([0.7]))
     assert second.tokens.item() == 1 and second.logprobs.exp().item() == pytest.approx(0.375)
@@ -174,4 +208,6 @@ def test_filters_renormalise_what_is_left():
 def test_entropies_are_those_of_the_distribution_that_was_sampled(temperature):
     logits = 3 * torch.randn(6, 50)
     drawn = draw(logits, Sampling(temperature=temperature), torch.rand(6))
-    torch.testing.assert_close(drawn.entropies, token_entropy(logits, temperature), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        drawn.entropies, token_entropy(logits, temperature), atol=1e-5, rtol=0
+    )

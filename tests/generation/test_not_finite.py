@@ -12,7 +12,14 @@ from tests.generation.test_episodes import SAMPLING, TOKENIZER, episodes, game_p
 from tests.support.world import model, prompts, tokenizer
 
 END = 1
-SAMPLINGS = [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.9}, {"temperature": 0.5}]
+SAMPLINGS = [
+    {},
+    {"top_k": 1},
+    {"top_k": 3},
+    {"top_p": 0.9},
+    {"top_k": 3, "top_p": 0.9},
+    {"temperature": 0.5},
+]
 
 
 def overflowing(made):
@@ -29,7 +36,9 @@ def overflowing(made):
 def test_finite_weights_with_other_logits_are_named_by_the_first_answer(kind, changed):
     generator = NativeGenerator(overflowing(model(kind)), tokenizer(), frozenset({END}), 0)
     asked = prompts(3)
-    with pytest.raises(NonFinite, match=f"the log-probability is not finite in sample {asked[0].id}/0") as caught:
+    with pytest.raises(
+        NonFinite, match=f"the log-probability is not finite in sample {asked[0].id}/0"
+    ) as caught:
         generator.generate(asked, Sampling(**({"max_new_tokens": 4} | changed)), 2)
     assert caught.value.tokens[: len(asked[0].ids)] == list(asked[0].ids)
     assert all(0 <= token < len(tokenizer()) for token in caught.value.tokens)
@@ -44,7 +53,9 @@ def test_of_several_answers_the_one_is_named_whose_logits_are_not_finite():
 
     asked = prompts(4)
     with pytest.raises(NonFinite, match=f"in sample {asked[2].id}/1"):
-        Broken(model(), tokenizer(), frozenset({END}), 0).generate(asked, Sampling(max_new_tokens=3), 2)
+        Broken(model(), tokenizer(), frozenset({END}), 0).generate(
+            asked, Sampling(max_new_tokens=3), 2
+        )
 
 
 def test_episodes_end_there_before_the_environment_hears_anything():
@@ -67,7 +78,10 @@ def test_episodes_end_there_before_the_environment_hears_anything():
 @pytest.mark.parametrize("changed", SAMPLINGS, ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rows_beside_one_that_is_not_finite_are_drawn_as_ever(bad, changed):
-    logits, noise = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 0.9])
+    logits, noise = (
+        torch.randn(3, 7, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0.1, 0.5, 0.9]),
+    )
     broken = logits.clone()
     broken[1, 3] = bad
     whole, drawn = (draw(rows, Sampling(**changed), noise) for rows in (logits, broken))

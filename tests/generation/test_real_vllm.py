@@ -25,7 +25,10 @@ from tests.support.fake_server import free_port
 from tests.support.world import prompts, tokenizer
 
 VLLM = os.environ.get("QUARTET_VLLM")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(VLLM is None, reason="QUARTET_VLLM names no vLLM")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(VLLM is None, reason="QUARTET_VLLM names no vLLM"),
+]
 SHAPE = Shape(type="llama", hidden_size=128, num_layers=2, num_heads=2, max_length=512)
 SAMPLING = Sampling(max_new_tokens=300, temperature=0.8)
 
@@ -51,7 +54,16 @@ def adapted(seed):
 def serving(folder, *more):
     port = free_port()
     save(made(5), tokenizer(), folder / "first")  # not what it is to say: that is pushed
-    words = ["serve", str(folder / "first"), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    words = [
+        "serve",
+        str(folder / "first"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+    ]
     words += [
         "--logprobs-mode",
         "processed_logprobs",
@@ -70,7 +82,9 @@ def serving(folder, *more):
         "HF_HUB_OFFLINE": "1",
     }
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([VLLM, *words, *more], env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [VLLM, *words, *more], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     until = time.monotonic() + 300
     while time.monotonic() < until and process.poll() is None:
         try:
@@ -88,7 +102,9 @@ def serving(folder, *more):
 
 
 def tokens_written(url):
-    found = re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", httpx.get(f"{url}/metrics").text, re.M)
+    found = re.findall(
+        r"^vllm:generation_tokens_total\{.*\} (\S+)$", httpx.get(f"{url}/metrics").text, re.M
+    )
     return sum(map(float, found))
 
 
@@ -97,7 +113,9 @@ def each_token_is_of_its_version(generator, url, models):
     generator.load_weights(Weights(0, models[0].state_dict()))
     generator.generate(prompts(2), SAMPLING)  # the first answers wait for what is compiled
     found = []
-    sampling = threading.Thread(target=lambda: found.extend(generator.generate(prompts(16), SAMPLING, 24)))
+    sampling = threading.Thread(
+        target=lambda: found.extend(generator.generate(prompts(16), SAMPLING, 24))
+    )
     sampling.start()
     for version in (1, 2):
         written = tokens_written(url)
@@ -105,14 +123,19 @@ def each_token_is_of_its_version(generator, url, models):
             time.sleep(0.02)
         generator.load_weights(Weights(version, models[version].state_dict()))
     sampling.join()
-    assert {v for r in found for v in r.versions} == {0, 1, 2}, "a push came before or after everything"
+    assert {v for r in found for v in r.versions} == {0, 1, 2}, (
+        "a push came before or after everything"
+    )
     tokens, lengths = right_pad([(*r.prompt.ids, *r.response_ids) for r in found])
     starts = torch.tensor([len(r.prompt.ids) for r in found])
     mask = response_mask(starts, lengths, tokens.shape[1])
     with torch.no_grad():
         ours = [masked_logprobs(model, tokens, mask, SAMPLING.temperature) for model in models]
     for row, rollout in enumerate(found):
-        expected = [float(ours[version][row, len(rollout.prompt.ids) + i]) for i, version in enumerate(rollout.versions)]
+        expected = [
+            float(ours[version][row, len(rollout.prompt.ids) + i])
+            for i, version in enumerate(rollout.versions)
+        ]
         assert rollout.logprobs == pytest.approx(expected, abs=1e-4)
         assert list(rollout.versions) == sorted(rollout.versions)
     assert any(len(set(r.versions)) > 1 for r in found)  # how many, the machine decides
@@ -126,7 +149,14 @@ def test_logprobs_are_ours_and_a_push_in_the_middle_gives_each_token_its_version
 
     with serving(tmp_path) as url:
         generator = ServedGenerator(
-            DIALECTS["vllm"], [url], write, tmp_path / "weights", tokenizer(), frozenset({1}), 0, timeout=100.0
+            DIALECTS["vllm"],
+            [url],
+            write,
+            tmp_path / "weights",
+            tokenizer(),
+            frozenset({1}),
+            0,
+            timeout=100.0,
         )
         each_token_is_of_its_version(generator, url, [made(0), made(7), made(3)])
         generator.close()

@@ -14,6 +14,8 @@ def test_answers_come_in_order_and_over_again():
 
 
 def test_a_long_answer_is_cut_at_the_limit():
-    rollout = ScriptedGenerator(["good bad long short"], tokenizer()).generate(prompts(1), Sampling(max_new_tokens=3))[0]
+    rollout = ScriptedGenerator(["good bad long short"], tokenizer()).generate(
+        prompts(1), Sampling(max_new_tokens=3)
+    )[0]
     assert len(rollout.response_ids) == len(rollout.logprobs) == 3
     assert rollout.finish_reason == "length"

@@ -25,7 +25,13 @@ from quartet.generation.sampling import Sampling
 from quartet.generation.scripted import ScriptedGenerator
 from quartet.generation.servers import ServedGenerator, ServersGone
 from quartet.http_client import IDLE
-from quartet.models.adapters import POLICY, adapter_parameters, add_adapter, in_adapter, save_adapter
+from quartet.models.adapters import (
+    POLICY,
+    adapter_parameters,
+    add_adapter,
+    in_adapter,
+    save_adapter,
+)
 from quartet.models.language_model import masked_logprobs, save
 from quartet.models.lora import Lora
 from quartet.models.padding import response_mask, right_pad
@@ -40,7 +46,9 @@ SAMPLING = Sampling(max_new_tokens=12, temperature=0.9)
 @contextmanager
 def served(folder, pause=0.0, kind="vllm"):
     engine, port = Engine(folder, pause), free_port()
-    server = uvicorn.Server(uvicorn.Config(make_app(engine, kind), host="127.0.0.1", port=port, log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(engine, kind), host="127.0.0.1", port=port, log_level="error")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -77,7 +85,9 @@ def speaking_to(folder, urls, kind="vllm"):
         save(other, tokenizer(), place)
 
     stops = frozenset({tokenizer().eos_token_id})
-    made = ServedGenerator(DIALECTS[kind], urls, write, folder / "weights", tokenizer(), stops, seed=0, timeout=20.0)
+    made = ServedGenerator(
+        DIALECTS[kind], urls, write, folder / "weights", tokenizer(), stops, seed=0, timeout=20.0
+    )
     made.load_weights(Weights(0, model().state_dict()))
     return made
 
@@ -102,8 +112,13 @@ def test_ids_go_out_and_ids_and_logprobs_come_back_that_are_ours(folder, generat
         assert rollout.logprobs == pytest.approx(ours, abs=1e-4)
         assert rollout.versions == (0,) * len(rollout.response_ids) and rollout.policy_version == 0
         ended = rollout.response_ids[-1] == tokenizer().eos_token_id
-        assert rollout.finish_reason == ("stop" if ended else "length") and (ended or len(rollout.response_ids) == 12)
-        assert rollout.response.strip() == tokenizer().decode(rollout.response_ids, skip_special_tokens=True).strip()
+        assert rollout.finish_reason == ("stop" if ended else "length") and (
+            ended or len(rollout.response_ids) == 12
+        )
+        assert (
+            rollout.response.strip()
+            == tokenizer().decode(rollout.response_ids, skip_special_tokens=True).strip()
+        )
     assert set(map(tuple, engine.asked)) == {p.ids for p in prompts(5)}
 
 
@@ -114,7 +129,9 @@ def test_what_is_sampled_does_not_depend_on_who_sampled_it(folder, generator):
         assert [r.response_ids for r in alone] == [r.response_ids for r in both] and engine.asked
         again = generator(folder / "c", [one])
         again.load_state({"version": 0, "calls": 1})
-        assert [r.response_ids for r in again.generate(prompts(6), SAMPLING)] != [r.response_ids for r in alone]
+        assert [r.response_ids for r in again.generate(prompts(6), SAMPLING)] != [
+            r.response_ids for r in alone
+        ]
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -123,7 +140,9 @@ def test_weights_pushed_in_the_middle_divide_an_answer_into_versions(folder, gen
     with served(folder / "first", pause=0.03, kind=kind) as (url, _):
         made = generator(folder, [url], kind)
         found = []
-        sampling = threading.Thread(target=lambda: found.extend(made.generate(prompts(6), SAMPLING)))
+        sampling = threading.Thread(
+            target=lambda: found.extend(made.generate(prompts(6), SAMPLING))
+        )
         sampling.start()
         time.sleep(0.25)
         made.load_weights(Weights(1, model(seed=7).state_dict()))
@@ -132,9 +151,14 @@ def test_weights_pushed_in_the_middle_divide_an_answer_into_versions(folder, gen
     spans = {v for r in found for v in r.versions}
     assert spans == {0, 1}, "the push came before or after everything"
     for rollout, before, after in zip(found, old, new, strict=True):
-        assert list(rollout.versions) == sorted(rollout.versions) and rollout.policy_version == rollout.versions[0]
+        assert (
+            list(rollout.versions) == sorted(rollout.versions)
+            and rollout.policy_version == rollout.versions[0]
+        )
         for place, version in enumerate(rollout.versions):
-            assert rollout.logprobs[place] == pytest.approx((before, after)[version][place], abs=1e-4)
+            assert rollout.logprobs[place] == pytest.approx(
+                (before, after)[version][place], abs=1e-4
+            )
     assert len(list((folder / "weights").glob("[0-9]*"))) == 2
 
 
@@ -163,26 +187,42 @@ def test_a_base_goes_once_and_then_adapters_alone(folder, generator, kind):
         stops = frozenset({tokenizer().eos_token_id})
         shared = folder / "weights"
         made = ServedGenerator(
-            DIALECTS[kind], [url], write, shared, tokenizer(), stops, seed=0, timeout=20.0, save_base=write_base
+            DIALECTS[kind],
+            [url],
+            write,
+            shared,
+            tokenizer(),
+            stops,
+            seed=0,
+            timeout=20.0,
+            save_base=write_base,
         )
         made.load_weights(Weights(0, {"which": torch.tensor(0)}))
         found = []
-        sampling = threading.Thread(target=lambda: found.extend(made.generate(prompts(6), SAMPLING)))
+        sampling = threading.Thread(
+            target=lambda: found.extend(made.generate(prompts(6), SAMPLING))
+        )
         sampling.start()
         time.sleep(0.25)
         made.load_weights(Weights(1, {"which": torch.tensor(1)}))
         sampling.join()
         assert list(engine.adapters) == ["policy-1"], "the older one was taken off"
-        engine.read(folder / "another")  # it was started anew, and says only that there is no such adapter
+        engine.read(
+            folder / "another"
+        )  # it was started anew, and says only that there is no such adapter
         again = made.generate(prompts(2), SAMPLING)
         made.close()
     pushes = [path for path in engine.told if path == DIALECTS[kind].read(shared, 0)[0].path]
     assert len(pushes) == 2, "the base goes to a server once for each time that it begins"
-    assert {v for r in found for v in r.versions} == {0, 1}, "the push came before or after everything"
+    assert {v for r in found for v in r.versions} == {0, 1}, (
+        "the push came before or after everything"
+    )
     old, new = own_logprobs(policies[0], found), own_logprobs(policies[1], found)
     for rollout, before, after in zip(found, old, new, strict=True):
         for place, version in enumerate(rollout.versions):
-            assert rollout.logprobs[place] == pytest.approx((before, after)[version][place], abs=1e-4)
+            assert rollout.logprobs[place] == pytest.approx(
+                (before, after)[version][place], abs=1e-4
+            )
     for rollout, ours in zip(again, own_logprobs(policies[1], again), strict=True):
         assert rollout.logprobs == pytest.approx(ours, abs=1e-4)
     assert sum(f.stat().st_size for f in (shared / "00000001").rglob("*")) < 0.5 * sum(
@@ -191,13 +231,17 @@ def test_a_base_goes_once_and_then_adapters_alone(folder, generator, kind):
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_what_is_asked_while_a_server_stands_still_is_of_the_weights_that_come(folder, generator, kind):
+def test_what_is_asked_while_a_server_stands_still_is_of_the_weights_that_come(
+    folder, generator, kind
+):
     """Asked for under version 0, held, begun under version 1."""
     with served(folder / "first", kind=kind) as (url, engine):
         made = generator(folder, [url], kind)
         engine.stop()
         found = []
-        sampling = threading.Thread(target=lambda: found.extend(made.generate(prompts(3), SAMPLING)))
+        sampling = threading.Thread(
+            target=lambda: found.extend(made.generate(prompts(3), SAMPLING))
+        )
         sampling.start()
         while len(engine.asked) < 3:
             time.sleep(0.01)
@@ -211,8 +255,14 @@ def test_what_is_asked_while_a_server_stands_still_is_of_the_weights_that_come(f
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["generator={type='vllm', urls=['http://x'], adapter=true}"], "generator.adapter = true: the policy is none"),
-        (["generator={type='sglang', urls=['http://x']}", "rollout.top_p=0.9"], 'generator.type = "sglang": tells log-probs'),
+        (
+            ["generator={type='vllm', urls=['http://x'], adapter=true}"],
+            "generator.adapter = true: the policy is none",
+        ),
+        (
+            ["generator={type='sglang', urls=['http://x']}", "rollout.top_p=0.9"],
+            'generator.type = "sglang": tells log-probs',
+        ),
     ],
 )
 def test_what_servers_cannot_do_is_said(words, sentence):
@@ -221,7 +271,9 @@ def test_what_servers_cannot_do_is_said(words, sentence):
 
 
 def started(port, folder, *more):
-    process = subprocess.Popen([sys.executable, "-m", "tests.support.fake_server", str(port), str(folder), *more])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.fake_server", str(port), str(folder), *more]
+    )
     while True:
         try:
             if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
@@ -230,14 +282,18 @@ def started(port, folder, *more):
             time.sleep(0.05)
 
 
-def test_a_server_that_is_killed_loses_no_answer_and_is_given_the_newest_weights_when_it_is_back(folder, generator):
+def test_a_server_that_is_killed_loses_no_answer_and_is_given_the_newest_weights_when_it_is_back(
+    folder, generator
+):
     ports = [free_port(), free_port()]
     processes = [started(port, folder / "first", "0.03") for port in ports]
     try:
         made = generator(folder, [f"http://127.0.0.1:{port}" for port in ports])
         threading.Timer(0.2, lambda: os.kill(processes[0].pid, signal.SIGKILL)).start()
         rollouts = made.generate(prompts(8), SAMPLING, 2)
-        assert [r.id for r in rollouts] == [f"tiny:{i}/{n}" for i in range(8) for n in range(2)], "none lost, none twice"
+        assert [r.id for r in rollouts] == [f"tiny:{i}/{n}" for i in range(8) for n in range(2)], (
+            "none lost, none twice"
+        )
         assert made.servers[0].failed and not made.servers[1].failed
         made.load_weights(Weights(1, model(seed=7).state_dict()))
         processes[0].wait()
@@ -254,12 +310,21 @@ def test_a_server_that_is_killed_loses_no_answer_and_is_given_the_newest_weights
 
 def test_a_server_that_does_not_say_which_weights_a_token_is_from_is_of_no_use():
     reply = {"choices": [{"token_ids": [4, 5], "finish_reason": "stop"}]}
-    reply["choices"][0]["logprobs"] = {"content": [{"token_id": 4, "logprob": -1.0}, {"token_id": 5, "logprob": -2.0}]}
+    reply["choices"][0]["logprobs"] = {
+        "content": [{"token_id": 4, "logprob": -1.0}, {"token_id": 5, "logprob": -2.0}]
+    }
     with pytest.raises(ValueError, match="does not say which weights"):
         DIALECTS["vllm"].written(reply)
-    reply["choices"][0]["weight_versions"] = [{"version": "7", "start": 0, "end": 1}, {"version": "8", "start": 1, "end": 2}]
+    reply["choices"][0]["weight_versions"] = [
+        {"version": "7", "start": 0, "end": 1},
+        {"version": "8", "start": 1, "end": 2},
+    ]
     assert DIALECTS["vllm"].written(reply) == Piece([4, 5], [-1.0, -2.0], [7, 8], "stop")
-    meta = {"output_token_logprobs": [[-1.0, 4, None]], "weight_version": "7", "finish_reason": {"type": "length"}}
+    meta = {
+        "output_token_logprobs": [[-1.0, 4, None]],
+        "weight_version": "7",
+        "finish_reason": {"type": "length"},
+    }
     assert DIALECTS["sglang"].written({"meta_info": meta}) == Piece([4], [-1.0], [7], "length")
 
 
@@ -268,7 +333,8 @@ def test_when_no_server_answers_it_is_said_which_and_why(folder, generator):
     made = generator(folder, [url])
     made.timeout = 0.2
     with pytest.raises(
-        ServersGone, match=rf"no generation server answered for 0.2 s \({url}: .*refused.*\)\. Start one, and resume"
+        ServersGone,
+        match=rf"no generation server answered for 0.2 s \({url}: .*refused.*\)\. Start one, and resume",
     ):
         made.generate(prompts(1), SAMPLING)
 
@@ -277,7 +343,10 @@ def test_an_answer_that_a_server_cuts_short_is_no_answer(folder, generator):
     with served(folder / "first") as (url, engine):
         made = generator(folder, [url])
         made.timeout, engine.context = 0.3, 8
-        with pytest.raises(ServersGone, match=r"it wrote 2 of 12 tokens: does it read fewer than a prompt and an answer have"):
+        with pytest.raises(
+            ServersGone,
+            match=r"it wrote 2 of 12 tokens: does it read fewer than a prompt and an answer have",
+        ):
             made.generate(prompts(4)[3:], SAMPLING)  # of two, one would be taken back half written
 
 
@@ -288,16 +357,22 @@ def test_one_rank_asks_for_all(folder, generator):
         rollouts = led.generate(prompts(2), SAMPLING)
         led.load_weights(Weights(1, model(seed=7).state_dict()))
         assert made.version == 1 and led.state() == {"version": 1, "calls": 1}
-        assert [r.prompt for r in rollouts] == prompts(2) and isinstance(rollouts[0].response_ids, tuple)
+        assert [r.prompt for r in rollouts] == prompts(2) and isinstance(
+            rollouts[0].response_ids, tuple
+        )
 
 
 def test_adapters_that_go_alone_are_all_that_is_put_together(monkeypatch):
     policy, read, pushed = model(), [], []
     add_adapter(policy, Lora(rank=2), POLICY, seed=0)
     weights, get = Weights(1, Gathered(policy)), Gathered.__getitem__
-    monkeypatch.setattr(Gathered, "__getitem__", lambda gathered, name: read.append(name) or get(gathered, name))
+    monkeypatch.setattr(
+        Gathered, "__getitem__", lambda gathered, name: read.append(name) or get(gathered, name)
+    )
     listening = ScriptedGenerator([], tokenizer())
-    monkeypatch.setattr(listening, "load_weights", lambda weights: pushed.append(list(weights.tensors)))
+    monkeypatch.setattr(
+        listening, "load_weights", lambda weights: pushed.append(list(weights.tensors))
+    )
     Led(listening, ALONE, partial(in_adapter, POLICY)).load_weights(weights)
     assert pushed == [list(dict.fromkeys(read))] and all(".policy." in name for name in read)
     assert len(pushed[0]) == len(list(adapter_parameters(policy, POLICY)))
@@ -305,15 +380,23 @@ def test_adapters_that_go_alone_are_all_that_is_put_together(monkeypatch):
 
 def test_all_answers_of_a_run_are_written_by_servers(tmp_path):
     """Also those of its probes, its win rate and its evaluation, without a random number of the training's."""
-    words = ['recipe=["sft", "reward_model", "rloo", "evaluation"]', "algorithm.preset=rloo", "rollout.samples_per_prompt=2"]
-    job = build(read_settings(recipe_path("reviews"), [*SMALL_REVIEWS, *words], "recipe reviews").config)
+    words = [
+        'recipe=["sft", "reward_model", "rloo", "evaluation"]',
+        "algorithm.preset=rloo",
+        "rollout.samples_per_prompt=2",
+    ]
+    job = build(
+        read_settings(recipe_path("reviews"), [*SMALL_REVIEWS, *words], "recipe reviews").config
+    )
     job.stages[0].load_policy(tmp_path).save_pretrained(tmp_path / "first")
     job.tokenizer.save_pretrained(tmp_path / "first")
     trained, held_out = ({p.ids for p in job.stages[i].prompts} for i in (2, 3))
     with served(tmp_path / "first") as (url, engine):
         records = []
         for name in ("one", "two"):
-            where = f'generator={{type="vllm", urls=["{url}"], shared="{tmp_path / name / "shared"}"}}'
+            where = (
+                f'generator={{type="vllm", urls=["{url}"], shared="{tmp_path / name / "shared"}"}}'
+            )
             run = make_run(tmp_path / name, "reviews", *words, "run.steps=3", where)
             lines = map(json.loads, (run.path / "events.jsonl").read_text().splitlines())
             records.append([line["metrics"] for line in lines if line["event"] == "metrics"])
@@ -322,7 +405,9 @@ def test_all_answers_of_a_run_are_written_by_servers(tmp_path):
             engine.asked.clear()
     assert records[0] == records[1] and any("policy/win_rate" in row for row in records[0])
     ages = [row["staleness/max"] for row in records[0] if "staleness/max" in row]
-    assert ages == [0.0, 1.0, 1.0], "where servers write, the next answers are written while one learns"
+    assert ages == [0.0, 1.0, 1.0], (
+        "where servers write, the next answers are written while one learns"
+    )
 
 
 def test_a_connection_that_was_idle_is_not_used_again(folder, generator):

@@ -29,16 +29,32 @@ from quartet.training.descend import NonFinite
 from tests.support.tiny_run import SMALL_REVIEWS
 
 QUARTET = str(Path(sys.executable).parent / "quartet")
-WORDS = ["run", "reviews", *SMALL_REVIEWS, "run.steps=6", "run.checkpoint_every=2", "launch.deadline=60"]
+WORDS = [
+    "run",
+    "reviews",
+    *SMALL_REVIEWS,
+    "run.steps=6",
+    "run.checkpoint_every=2",
+    "launch.deadline=60",
+]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 TWO, SHARDED = ("launch.processes=2",), ("launch.processes=2", "launch.shard=true")
-GAMES = [w for w in SMALL_REVIEWS if w.split(".")[0] not in {"policy", "reward_model"} and "max_new" not in w]
+GAMES = [
+    w
+    for w in SMALL_REVIEWS
+    if w.split(".")[0] not in {"policy", "reward_model"} and "max_new" not in w
+]
 ROWS = ("launch.processes=4", "launch.shard=2")
 
 
 def begun(folder, *words):
     return subprocess.Popen(
-        [QUARTET, *words], cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [QUARTET, *words],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -60,7 +76,10 @@ def assert_alike(ours, theirs, tolerance):
     for step, mine in ours.items():
         for name, value in mine.items():
             apart = max(tolerance, 2 / 64 * (name == "accuracy" and "dpo" in step[0]))
-            assert value == pytest.approx(theirs[step][name], rel=tolerance, abs=apart), (step, name)
+            assert value == pytest.approx(theirs[step][name], rel=tolerance, abs=apart), (
+                step,
+                name,
+            )
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +91,25 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "launch", [SHARDED, *(pytest.param(other, marks=pytest.mark.slow) for other in (TWO, ("launch.shard=true",)))]
+    "launch",
+    [
+        SHARDED,
+        *(pytest.param(other, marks=pytest.mark.slow) for other in (TWO, ("launch.shard=true",))),
+    ],
 )
 def test_a_run_of_several_ranks_is_the_run_of_one(tmp_path, alone, launch):
     code, said = done(tmp_path, *WORDS, "run.name=x", *launch)
     assert code == 0, said
     assert_alike(metrics(tmp_path, "x"), alone, 2e-5)
     [run] = (tmp_path / "runs").glob("*-x")
-    assert {p.name for p in run.iterdir()} >= {"sft", "reward_model", "policy", "critic", "probes", "report.html"}
+    assert {p.name for p in run.iterdir()} >= {
+        "sft",
+        "reward_model",
+        "policy",
+        "critic",
+        "probes",
+        "report.html",
+    }
 
 
 @pytest.mark.slow
@@ -91,8 +121,14 @@ def test_so_is_one_of_adapters_on_one_trunk(tmp_path, launch):
         code, said = done(tmp_path, *words, f"run.name={name}", *more)
         assert code == 0, said
     assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
-    for file in ("policy/adapter/adapter_model.safetensors", "policy/model.safetensors", "critic/model.safetensors"):
-        ours, theirs = (load_file(next((tmp_path / "runs").glob(f"*-{name}")) / file) for name in ("x", "one"))
+    for file in (
+        "policy/adapter/adapter_model.safetensors",
+        "policy/model.safetensors",
+        "critic/model.safetensors",
+    ):
+        ours, theirs = (
+            load_file(next((tmp_path / "runs").glob(f"*-{name}")) / file) for name in ("x", "one")
+        )
         assert ours.keys() == theirs.keys()
         assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-5
 
@@ -110,16 +146,23 @@ def test_so_is_one_that_samples_while_it_learns(tmp_path, launch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "launch"), [("grpo", TWO), ("dpo", TWO), ("online_dpo", TWO), ("online_dpo", SHARDED), ("kto", TWO)]
+    ("recipe", "launch"),
+    [("grpo", TWO), ("dpo", TWO), ("online_dpo", TWO), ("online_dpo", SHARDED), ("kto", TWO)],
 )
 def test_other_recipes_too(tmp_path, recipe, launch):
-    shape = [w for w in SMALL_REVIEWS if not w.startswith("reward_model") or recipe in {"grpo", "online_dpo"}]
+    shape = [
+        w
+        for w in SMALL_REVIEWS
+        if not w.startswith("reward_model") or recipe in {"grpo", "online_dpo"}
+    ]
     stages = ["sft", *(["reward_model"] if recipe in {"grpo", "online_dpo"} else []), recipe]
     more = ["rollout.samples_per_prompt=2"] if recipe == "grpo" else []
     steps = "run.steps=3" if recipe == "grpo" else "preference.steps=3"
     words = ["run", "reviews", *shape, *more, steps, f"recipe={json.dumps(stages)}"]
     words += (
-        [f"algorithm={{preset='{recipe}'}}"] if recipe == "grpo" else [f"preference.loss.type='{recipe}'"] * (recipe == "kto")
+        [f"algorithm={{preset='{recipe}'}}"]
+        if recipe == "grpo"
+        else [f"preference.loss.type='{recipe}'"] * (recipe == "kto")
     )
     for name, more in (("one", ()), ("x", launch)):
         code, said = done(tmp_path, *words, f"run.name={name}", *more)
@@ -130,13 +173,25 @@ def test_other_recipes_too(tmp_path, recipe, launch):
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", [SHARDED, ROWS])
 def test_so_is_one_with_frozen_layers_and_an_average(tmp_path, launch):
-    words = [*WORDS, "policy.create.num_layers=2", "policy.frozen_layers=1", "optim.ema=0.9", "run.checkpoint_every=6"]
+    words = [
+        *WORDS,
+        "policy.create.num_layers=2",
+        "policy.frozen_layers=1",
+        "optim.ema=0.9",
+        "run.checkpoint_every=6",
+    ]
     for name, more in (("one", ()), ("x", launch)):
         code, said = done(tmp_path, *words, f"run.name={name}", *more)
         assert code == 0, said
     assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
-    for file in ("policy_ema/model.safetensors", "policy/model.safetensors", "critic/model.safetensors"):
-        ours, theirs = (load_file(next((tmp_path / "runs").glob(f"*-{name}")) / file) for name in ("x", "one"))
+    for file in (
+        "policy_ema/model.safetensors",
+        "policy/model.safetensors",
+        "critic/model.safetensors",
+    ):
+        ours, theirs = (
+            load_file(next((tmp_path / "runs").glob(f"*-{name}")) / file) for name in ("x", "one")
+        )
         assert ours.keys() == theirs.keys()
         assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-5
 
@@ -165,10 +220,23 @@ def test_so_is_one_of_games(tmp_path, launch):
 @pytest.mark.parametrize("launch", [TWO, SHARDED])
 def test_torchrun_starts_the_same(tmp_path, alone, launch):
     words = [*WORDS, "run.name=x", *launch[1:], "launch.type=torchrun"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", "--no-python"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-addr=127.0.0.1",
+        "--no-python",
+    ]
     environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.run(
-        [*command, QUARTET, *words], check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+        [*command, QUARTET, *words],
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert process.returncode == 0, process.stderr
     assert_alike(metrics(tmp_path, "x"), alone, 2e-5)
@@ -181,18 +249,34 @@ def said_for(folder, *words):
 
 
 def test_how_to_start_it_on_several_nodes_is_said(tmp_path):
-    said = said_for(tmp_path, "run", "reviews", "launch.shard=8", "run.name=it is", "--nodes", "2x8")
+    said = said_for(
+        tmp_path, "run", "reviews", "launch.shard=8", "run.name=it is", "--nodes", "2x8"
+    )
     assert said.startswith("2 x 8 = 16 ranks: 8 hold each model in parts, 2 such rows; ")
-    for way in ("torchrun --nnodes=2 --nproc-per-node=8 ", "srun --nodes=2 --ntasks-per-node=8 ", "launch.processes=16"):
+    for way in (
+        "torchrun --nnodes=2 --nproc-per-node=8 ",
+        "srun --nodes=2 --ntasks-per-node=8 ",
+        "launch.processes=16",
+    ):
         assert way in said
     assert said.count("'run.name=it is'") == 3
     only = said_for(tmp_path, "run", "reviews", "launch.type=ray", "--nodes", "1x4")
-    assert "torchrun" not in only and "on the others" not in only and only.count("launch.type=ray") == 1
+    assert (
+        "torchrun" not in only
+        and "on the others" not in only
+        and only.count("launch.type=ray") == 1
+    )
     assert not (tmp_path / "runs").exists()
     for words, sentence in (
         (["--nodes", "two"], '--nodes two: say how many nodes of how many ranks each, as "2x8".'),
-        (["--nodes", "1x3", "launch.shard=2"], "launch.shard = 2: launch.processes = 3 is no multiple of it"),
-        (["launch.type=torchrun"], 'launch.type = "torchrun": RANK is not set, so torchrun or srun did not start this.'),
+        (
+            ["--nodes", "1x3", "launch.shard=2"],
+            "launch.shard = 2: launch.processes = 3 is no multiple of it",
+        ),
+        (
+            ["launch.type=torchrun"],
+            'launch.type = "torchrun": RANK is not set, so torchrun or srun did not start this.',
+        ),
     ):
         code, refused = done(tmp_path, "run", "reviews", *words)
         assert code == 2 and sentence in " ".join(refused.split()), refused
@@ -204,11 +288,16 @@ def test_what_is_said_starts_it(tmp_path, alone, way):
     """On one node, which is this one; without Slurm, what it would start is started with the numbers it would give."""
     said = said_for(tmp_path, *WORDS, "run.name=x", "--nodes", "1x2").replace("NODE0", "127.0.0.1")
     [line] = [line.strip() for line in said.splitlines() if line.strip().startswith(way)]
-    environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo", "PATH": f"{Path(QUARTET).parent}:{os.environ['PATH']}"}
+    environment = ENVIRONMENT | {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PATH": f"{Path(QUARTET).parent}:{os.environ['PATH']}",
+    }
     commands = [["bash", "-c", line]]
     if way == "srun --":
         *_, inner = shlex.split(line)
-        commands = [["bash", "-c", f"SLURM_PROCID={rank} SLURM_NTASKS=2; {inner}"] for rank in range(2)]
+        commands = [
+            ["bash", "-c", f"SLURM_PROCID={rank} SLURM_NTASKS=2; {inner}"] for rank in range(2)
+        ]
     started = [subprocess.Popen(command, cwd=tmp_path, env=environment) for command in commands]
     assert [process.wait(timeout=240) for process in started] == [0] * len(commands)
     assert_alike(metrics(tmp_path, "x"), alone, 2e-5)
@@ -217,7 +306,14 @@ def test_what_is_said_starts_it(tmp_path, alone, way):
 @pytest.mark.slow
 def test_torchrun_starts_again_what_lost_a_rank(tmp_path, alone):
     words = [*WORDS, "run.name=x", "launch.type=torchrun", "--resume"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+    ]
     process = subprocess.Popen(
         [*command, "--no-python", QUARTET, *words],
         cwd=tmp_path,
@@ -250,7 +346,10 @@ def at_step(folder, process, stage, step):
     until = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < until:
         for run in folder.glob("runs/*/events.jsonl"):
-            if run.read_text().count(f'"stage": "{stage}"') > step and f'"stage": "{stage}", "step": {step}' in run.read_text():
+            if (
+                run.read_text().count(f'"stage": "{stage}"') > step
+                and f'"stage": "{stage}", "step": {step}' in run.read_text()
+            ):
                 return run.parent
         time.sleep(0.01)
     raise AssertionError(process.communicate()[0])
@@ -271,7 +370,11 @@ def children(parent):
 
 def followers(process):
     """Process ids of the other ranks, by rank."""
-    return {int(words[3]): child for child, words in children(process.pid).items() if b"quartet.launch.follower" in words}
+    return {
+        int(words[3]): child
+        for child, words in children(process.pid).items()
+        if b"quartet.launch.follower" in words
+    }
 
 
 @pytest.mark.parametrize(
@@ -291,7 +394,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, alone, before, aft
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "stopped by SIGTERM. Nothing is lost" in said
-    code, said = done(tmp_path, *WORDS, "run.name=x", *(after or ["launch.processes=1"]), "--resume")
+    code, said = done(
+        tmp_path, *WORDS, "run.name=x", *(after or ["launch.processes=1"]), "--resume"
+    )
     assert code == 0 and "resume ppo-00000" in said, said
     assert_alike(metrics(tmp_path, "x"), alone, 2e-5)
 
@@ -307,8 +412,14 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(tmp
     run = at_step(tmp_path, process, "ppo", 5)  # it went on by itself
     os.kill(followers(process)[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75 and said.count("stopped: rank 1 of the run was lost: no sign of life") == 2
-    assert said.count("The last checkpoint is whole; the run goes on from it") == 1 and "go on with: quartet run" in said
+    assert (
+        process.returncode == 75
+        and said.count("stopped: rank 1 of the run was lost: no sign of life") == 2
+    )
+    assert (
+        said.count("The last checkpoint is whole; the run goes on from it") == 1
+        and "go on with: quartet run" in said
+    )
     code, said = done(tmp_path, *WORDS, "run.name=x", *TWO, "--resume")
     assert code == 0, said
     [whole] = aside.glob("runs/*-whole")
@@ -335,18 +446,48 @@ def test_what_one_rank_cannot_do_stops_all_with_its_sentence(tmp_path):
     recipe = 'recipe=["sft", "rloo"]'
     shape = [w for w in SMALL_REVIEWS if not w.startswith("reward_model")]
     code, said = done(
-        tmp_path, "run", "reviews", *shape, recipe, reward, "algorithm={preset='rloo'}", "rollout.samples_per_prompt=2", *TWO
+        tmp_path,
+        "run",
+        "reviews",
+        *shape,
+        recipe,
+        reward,
+        "algorithm={preset='rloo'}",
+        "rollout.samples_per_prompt=2",
+        *TWO,
     )
-    assert code == 1 and re.search(r"failed: rloo, before it began: .*r.py:odd returned \d+ values for", said), said
+    assert code == 1 and re.search(
+        r"failed: rloo, before it began: .*r.py:odd returned \d+ values for", said
+    ), said
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["launch.shard=3", "launch.processes=4"], "launch.shard = 3: launch.processes = 4 is no multiple of it"),
-        (["launch.shard=true", "algorithm.preset=trpo", 'recipe=["sft", "reward_model", "trpo"]'], "launch.shard: second"),
-        (["policy.compile=true", "algorithm.preset=trpo", 'recipe=["sft", "reward_model", "trpo"]'], "policy.compile: algo"),
-        (["launch.type=torchrun", "launch.restarts=2"], "launch.restarts: torchrun starts its ranks again itself"),
+        (
+            ["launch.shard=3", "launch.processes=4"],
+            "launch.shard = 3: launch.processes = 4 is no multiple of it",
+        ),
+        (
+            [
+                "launch.shard=true",
+                "algorithm.preset=trpo",
+                'recipe=["sft", "reward_model", "trpo"]',
+            ],
+            "launch.shard: second",
+        ),
+        (
+            [
+                "policy.compile=true",
+                "algorithm.preset=trpo",
+                'recipe=["sft", "reward_model", "trpo"]',
+            ],
+            "policy.compile: algo",
+        ),
+        (
+            ["launch.type=torchrun", "launch.restarts=2"],
+            "launch.restarts: torchrun starts its ranks again itself",
+        ),
         (["launch.address='10.0.0.1'"], "launch.address: is a Ray cluster's"),
         (["launch.processes=0"], "launch.processes"),
     ],
@@ -360,7 +501,10 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr("quartet.assembly.device", lambda name, team: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     config = read_settings(recipe_path("reviews"), ["launch.processes=2"], "recipe reviews").config
-    with pytest.raises(ModelError, match="launch.processes = 2: each rank takes a GPU of its own, and this machine has 1."):
+    with pytest.raises(
+        ModelError,
+        match="launch.processes = 2: each rank takes a GPU of its own, and this machine has 1.",
+    ):
         build(config, team=Together(0, 2))
 
 
@@ -368,8 +512,12 @@ def test_torchruns_number_of_ranks_must_be_a_multiple_too_and_one_that_is_no_ran
     """Ray's driver, a replay: they hold no part."""
     rays = ["launch.type='ray'", "launch.shard=2", "launch.processes=4"]
     assert build(read_settings(recipe_path("reviews"), rays, "recipe reviews").config).stages
-    config = read_settings(recipe_path("reviews"), ["launch.type='torchrun'", "launch.shard=2"], "recipe reviews").config
-    with pytest.raises(ModelError, match="launch.shard = 2: there are 3 ranks, which is no multiple of it"):
+    config = read_settings(
+        recipe_path("reviews"), ["launch.type='torchrun'", "launch.shard=2"], "recipe reviews"
+    ).config
+    with pytest.raises(
+        ModelError, match="launch.shard = 2: there are 3 ranks, which is no multiple of it"
+    ):
         build(config, team=Together(0, 3))
 
 
@@ -388,7 +536,9 @@ class Doubles:
 
     def fail(self, kind):
         if self.rank == 0:
-            raise RuntimeError("gloo: connection closed by peer")  # what it is told, where another is the cause
+            raise RuntimeError(
+                "gloo: connection closed by peer"
+            )  # what it is told, where another is the cause
         match kind:
             case "wrong":
                 raise ValueError("seven is no number of legs")
@@ -455,9 +605,13 @@ def test_a_rank_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_stuck(tw
     with pytest.raises(WorkerLost, match="rank 1 of the run was lost: no sign of life for 0.3 s"):
         group.call("fail", "silent")
     group.store.add("beat/1", 1)
-    beating = threading.Thread(target=lambda: [group.store.add("beat/1", 1) and time.sleep(0.05) for _ in range(40)])
+    beating = threading.Thread(
+        target=lambda: [group.store.add("beat/1", 1) and time.sleep(0.05) for _ in range(40)]
+    )
     beating.start()
-    with pytest.raises(WorkerLost, match="rank 1 of the run was lost: alive, but not where the others waited"):
+    with pytest.raises(
+        WorkerLost, match="rank 1 of the run was lost: alive, but not where the others waited"
+    ):
         group.call("fail", "silent")
     beating.join()
 
@@ -475,10 +629,19 @@ def test_on_ray_a_long_step_is_not_a_lost_rank_and_a_dead_one_is():
             time.sleep(seconds)
             return seconds
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", _node_ip_address="127.0.0.1")
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        _node_ip_address="127.0.0.1",
+    )
     try:
         group = object.__new__(OnRay)
-        group.deadline, group.ranks = 0.3, [ray.remote(max_concurrency=2)(Slow).remote() for _ in range(2)]
+        group.deadline, group.ranks = (
+            0.3,
+            [ray.remote(max_concurrency=2)(Slow).remote() for _ in range(2)],
+        )
         assert group._all([rank.work.remote(2.0) for rank in group.ranks]) == [2.0, 2.0]
         asked = [rank.work.remote(60.0) for rank in group.ranks]
         ray.kill(group.ranks[1])
@@ -514,16 +677,18 @@ def test_a_rank_that_ends_or_does_not_come_before_it_has_begun_is_lost():
 def test_the_lost_are_named():
     assert str(WorkerLost([2], "gone.")) == "rank 2 of the run was lost: gone."
     assert str(WorkerLost([1, 3], "gone.")) == "ranks 1, 3 of the run were lost: gone."
-    assert by_another(RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer")) and not by_another(
-        RuntimeError("x")
-    )
+    assert by_another(
+        RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer")
+    ) and not by_another(RuntimeError("x"))
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     chosen = []
-    monkeypatch.setattr(torch, "empty", lambda size, device: chosen.append(device) or torch.zeros(size))
+    monkeypatch.setattr(
+        torch, "empty", lambda size, device: chosen.append(device) or torch.zeros(size)
+    )
     for rank in range(4):
         device("auto", Together(rank, 4))
     device("cuda:1", Together(0, 4))

@@ -23,7 +23,9 @@ def said(*words, **more):
 def ip(*words):
     done = said("ip", *words)
     if done.returncode:
-        pytest.skip(f"this machine does not let us make network namespaces: ip {' '.join(words)}: {done.stderr.strip()}")
+        pytest.skip(
+            f"this machine does not let us make network namespaces: ip {' '.join(words)}: {done.stderr.strip()}"
+        )
 
 
 @pytest.fixture
@@ -49,31 +51,59 @@ def hosts():
 
 
 def ray(*words, host=HOSTS[0], **more):
-    return said("ip", "netns", "exec", host, str(Path(sys.executable).parent / "ray"), *words, **more)
+    return said(
+        "ip", "netns", "exec", host, str(Path(sys.executable).parent / "ray"), *words, **more
+    )
 
 
 def cluster(environment, folder):
     ray("stop", "--force")
     ends = ("--num-cpus=1", "--disable-usage-stats")
-    head = ("--head", "--node-ip-address=10.77.0.1", "--port=6399", "--include-dashboard=false", f"--temp-dir={folder}")
+    head = (
+        "--head",
+        "--node-ip-address=10.77.0.1",
+        "--port=6399",
+        "--include-dashboard=false",
+        f"--temp-dir={folder}",
+    )
     assert ray("start", *head, *ends, env=environment).returncode == 0
-    other = ray("start", f"--address={ADDRESS}", "--node-ip-address=10.77.0.2", *ends, host=HOSTS[1], env=environment)
+    other = ray(
+        "start",
+        f"--address={ADDRESS}",
+        "--node-ip-address=10.77.0.2",
+        *ends,
+        host=HOSTS[1],
+        env=environment,
+    )
     assert other.returncode == 0, other.stdout + other.stderr
 
 
-def test_a_cluster_over_both_trains_and_a_cut_cable_ends_in_a_named_rank_and_a_resumed_run(hosts, tmp_path):
+def test_a_cluster_over_both_trains_and_a_cut_cable_ends_in_a_named_rank_and_a_resumed_run(
+    hosts, tmp_path
+):
     words = [w for w in WORDS if not w.startswith("launch")] + ["run.name=x"]
-    on_ray = ["launch.type=ray", "launch.processes=2", f"launch.address={ADDRESS}", "launch.deadline=15"]
+    on_ray = [
+        "launch.type=ray",
+        "launch.processes=2",
+        f"launch.address={ADDRESS}",
+        "launch.deadline=15",
+    ]
     inside = ["ip", "netns", "exec", HOSTS[0], QUARTET]
     (tmp_path / "alone").mkdir()
     alone = said(QUARTET, *words, cwd=tmp_path / "alone", env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert alone.returncode == 0, alone.stderr
     scratch = Path("/tmp") / f"q{os.getpid()}"  # sockets have short names
     cluster(hosts, scratch / "1")
-    process = subprocess.Popen([*inside, *words, *on_ray], cwd=tmp_path, env=hosts, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*inside, *words, *on_ray], cwd=tmp_path, env=hosts, stdout=subprocess.PIPE, text=True
+    )
     until = time.monotonic() + 120
     while time.monotonic() < until:
-        found = [f for f in tmp_path.glob("runs/*/events.jsonl") if '"stage": "ppo", "step": 3' in f.read_text()]
+        found = [
+            f
+            for f in tmp_path.glob("runs/*/events.jsonl")
+            if '"stage": "ppo", "step": 3' in f.read_text()
+        ]
         if found:
             break
         time.sleep(0.05)

@@ -22,11 +22,17 @@ SICK = 19
 
 def demonstrations():
     last = len(LENGTHS) - 1
-    return [Demonstration(f"d:{i}", (5, 6), (SICK if i == last else 4, *[4 + i] * n)) for i, n in enumerate(LENGTHS)]
+    return [
+        Demonstration(f"d:{i}", (5, 6), (SICK if i == last else 4, *[4 + i] * n))
+        for i, n in enumerate(LENGTHS)
+    ]
 
 
 def comparisons():
-    return [Comparison(d.id, d.prompt_ids, d.response_ids, (4, 5, 6)[: i % 3 + 1]) for i, d in enumerate(demonstrations())]
+    return [
+        Comparison(d.id, d.prompt_ids, d.response_ids, (4, 5, 6)[: i % 3 + 1])
+        for i, d in enumerate(demonstrations())
+    ]
 
 
 def learnt(made):
@@ -46,7 +52,9 @@ def test_the_ranks_together_find_what_one_finds(world, micro_batch_tokens):
     loss = PREFERENCES["dpo"]
 
     def look(team):
-        preferred = held_out_preference(actor, before, comparisons(), loss, micro_batch_tokens, team)
+        preferred = held_out_preference(
+            actor, before, comparisons(), loss, micro_batch_tokens, team
+        )
         scores = pair_scores(judge, comparisons(), micro_batch_tokens, team)
         return [
             held_out_loss(actor, demonstrations(), micro_batch_tokens, team),
@@ -65,7 +73,9 @@ def test_each_reads_its_share():
         actor, judge = model(), ScalarModel.from_trunk(model(), 0, seed=0)
         read = []
         for made in (actor, judge.model):
-            made.base_model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+            made.base_model.embed_tokens.register_forward_hook(
+                lambda _, args, __: read.append(args[0].numel())
+            )
         held_out_loss(actor, demonstrations(), 1, team)
         held_out_preference(actor, None, comparisons(), PREFERENCES["simpo"], 1, team)
         pair_scores(judge, comparisons(), 1, team)
@@ -87,7 +97,9 @@ def test_what_is_not_finite_on_one_rank_is_so_on_all():
         for ask in (
             lambda: held_out_loss(sick, demonstrations(), 4096, team),
             lambda: pair_scores(judge, comparisons(), 4096, team),
-            lambda: held_out_preference(sick, None, comparisons(), PREFERENCES["simpo"], 4096, team),
+            lambda: held_out_preference(
+                sick, None, comparisons(), PREFERENCES["simpo"], 4096, team
+            ),
         ):
             with pytest.raises(NonFinite, match="in sample d:6"):
                 ask()

@@ -73,14 +73,20 @@ def test_micro_batches_do_not_change_sft():
     losses = []
     for tokens in (4096, 1):
         made = model()
-        steps = list(sft(made, Sampler(demonstrations(), 6, 0), optimizer(made, steps=3), 3, Budget(tokens)))
+        steps = list(
+            sft(made, Sampler(demonstrations(), 6, 0), optimizer(made, steps=3), 3, Budget(tokens))
+        )
         losses.append(steps[-1].metrics["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_the_reward_model_learns_the_preference():
     made = ScalarModel.from_trunk(model(), 0, seed=0)
-    steps = list(reward_model(made, Sampler(comparisons(), 4, 0), LastTokenLoss(), optimizer(made), 40, Budget(4096)))
+    steps = list(
+        reward_model(
+            made, Sampler(comparisons(), 4, 0), LastTokenLoss(), optimizer(made), 40, Budget(4096)
+        )
+    )
     assert steps[-1].metrics["loss"] < 0.1 < steps[0].metrics["loss"]
     assert pair_accuracy(made, comparisons(), 4096) == 1
     swapped = [Comparison(c.id, c.prompt_ids, c.rejected_ids, c.chosen_ids) for c in comparisons()]
@@ -120,7 +126,10 @@ def improvement(steps):
     return sum(rewards[-3:]) / 3 - sum(rewards[:3]) / 3
 
 
-@pytest.mark.parametrize(("preset", "critic", "samples"), [("ppo", "separate", 1), ("ppo", "shared", 1), ("grpo", "none", 4)])
+@pytest.mark.parametrize(
+    ("preset", "critic", "samples"),
+    [("ppo", "separate", 1), ("ppo", "shared", 1), ("grpo", "none", 4)],
+)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_rl_learns_to_please(preset, critic, samples, seed):
     assert improvement(run_rl(preset, critic, samples=samples, seed=seed)) > 0.8
@@ -139,8 +148,12 @@ def test_rollouts_may_be_older_but_no_older_than_said(staleness, seed):
         assert step.metrics["staleness/thrown_away"] == 0
     assert improvement(steps) > 0.7
     first, later = steps[0].metrics, steps[staleness].metrics
-    assert first["sampler_ratio"] < 1 + 1e-5 < later["staleness/ratio"], "old log-probs are the learner's, not the sampler's"
-    assert "staleness/ratio" not in first and "sampler_ratio" not in later, "between older weights and newer it is no fault"
+    assert first["sampler_ratio"] < 1 + 1e-5 < later["staleness/ratio"], (
+        "old log-probs are the learner's, not the sampler's"
+    )
+    assert "staleness/ratio" not in first and "sampler_ratio" not in later, (
+        "between older weights and newer it is no fault"
+    )
     assert all(s.metrics["ratio/first_error"] < 1e-5 for s in steps)
 
 
@@ -153,7 +166,9 @@ GENTLE = {"minimal": 0.1, "instructgpt": 0.3, "npg": 0.3, "trpo": 0.3}
 @pytest.mark.parametrize("preset", sorted(ALGORITHMS))
 def test_every_preset_learns_to_please(preset, seed):
     algorithm = ALGORITHMS[preset]
-    critic, samples = ("separate", 1) if algorithm.needs_critic else ("none", 4 if algorithm.needs_group else 1)
+    critic, samples = (
+        ("separate", 1) if algorithm.needs_critic else ("none", 4 if algorithm.needs_group else 1)
+    )
     gained = improvement(run_rl(preset, critic, samples=samples, seed=seed))
     assert gained > GENTLE.get(preset, 0.5), f"{preset}: {gained:.2f}"
 
@@ -163,7 +178,9 @@ def test_every_preset_takes_a_step(preset):
     """Through generation, rewards, scoring and update: everything it asks for is there, and nothing but rounding is between
     sampler and learner."""
     algorithm = ALGORITHMS[preset]
-    critic, samples = ("separate", 1) if algorithm.needs_critic else ("none", 4 if algorithm.needs_group else 1)
+    critic, samples = (
+        ("separate", 1) if algorithm.needs_critic else ("none", 4 if algorithm.needs_group else 1)
+    )
     first, second = run_rl(preset, critic, steps=2, samples=samples)
     assert first.metrics["ratio/first_error"] < 1e-5
     assert second.metrics["policy/kl_to_old"] > 0
@@ -173,7 +190,11 @@ def test_every_preset_takes_a_step(preset):
 
 def test_the_exact_kl_is_taken_where_it_is_asked_for():
     ppo = ALGORITHMS["ppo"]
-    for kl in (KLInReward(estimator="exact"), KLInLoss(estimator="exact"), KLInLoss(estimator="exact", weight="sequence")):
+    for kl in (
+        KLInReward(estimator="exact"),
+        KLInLoss(estimator="exact"),
+        KLInLoss(estimator="exact", weight="sequence"),
+    ):
         *_, last = run_rl("ppo", "shared", steps=3, algorithm=dataclasses.replace(ppo, kl=kl))
         assert (last.batch.exact_kl is not None) == kl.exact_reward
         assert last.metrics["loss/kl"] > 0 if kl.exact_loss else last.batch.exact_kl.sum() > 0
@@ -196,16 +217,27 @@ def test_values_after_cut_off_responses_are_those_of_one_token_more():
 
 def test_an_adaptive_coefficient_moves_from_step_to_step():
     kl = KLInReward(coef=0.1, controller=AdaptiveCoef(target=0.001, horizon=100))
-    steps = list(run_rl("ppo", "shared", steps=3, algorithm=dataclasses.replace(ALGORITHMS["ppo"], kl=kl)))
+    steps = list(
+        run_rl("ppo", "shared", steps=3, algorithm=dataclasses.replace(ALGORITHMS["ppo"], kl=kl))
+    )
     coefficients = [step.metrics["kl/coef"] for step in steps] + [steps[-1].algorithm.kl.coef]
     assert coefficients[0] == 0.1
     for before, after, step in zip(coefficients, coefficients[1:], steps, strict=False):
-        assert after == pytest.approx(AdaptiveCoef(target=0.001, horizon=100)(before, step.metrics["kl"], 16.0))
+        assert after == pytest.approx(
+            AdaptiveCoef(target=0.001, horizon=100)(before, step.metrics["kl"], 16.0)
+        )
 
 
 def test_pretraining_texts_stay_likely_under_ptx():
     plain, mixed = (
-        list(run_rl("ppo", "shared", steps=15, algorithm=dataclasses.replace(ALGORITHMS["ppo"], ptx=Pretraining(coef=c))))
+        list(
+            run_rl(
+                "ppo",
+                "shared",
+                steps=15,
+                algorithm=dataclasses.replace(ALGORITHMS["ppo"], ptx=Pretraining(coef=c)),
+            )
+        )
         for c in (0.0, 5.0)
     )
     assert "loss/ptx" not in plain[-1].metrics
@@ -219,13 +251,19 @@ def collected(algorithm, answers, scores, groups=3):
     scripted = ScriptedGenerator(answers, tokenizer())
     worth = dict(zip(answers, scores, strict=True))
     reward = [Weighted(TextReward("worth", lambda prompt, response: worth[response]))]
-    return Collector(Sampler(prompts(groups), groups, 0), scripted, reward, 2).collect(algorithm, SAMPLING).rollouts
+    return (
+        Collector(Sampler(prompts(groups), groups, 0), scripted, reward, 2)
+        .collect(algorithm, SAMPLING)
+        .rollouts
+    )
 
 
 def test_dynamic_sampling_fills_the_step_with_groups_that_have_a_signal():
     dapo = ALGORITHMS["dapo"]
     # the script goes round: good/good, bad/good, … so that some groups are equal and some are not
-    made = collected(dapo, ["good", "bad", "good film", "bad film", "the"], [1.0, 0.0, 1.0, 0.0, 0.0])
+    made = collected(
+        dapo, ["good", "bad", "good film", "bad film", "the"], [1.0, 0.0, 1.0, 0.0, 0.0]
+    )
     assert len(made) == 6 and [r.group for r in made] == [0, 0, 1, 1, 2, 2]
     for one, other in zip(made[::2], made[1::2], strict=True):
         assert one.score != other.score and one.prompt == other.prompt
@@ -245,7 +283,9 @@ def test_responses_without_a_score_are_left_out_and_counted():
 
     scripted = ScriptedGenerator(["good", "bad"], tokenizer())
     grpo = dataclasses.replace(ALGORITHMS["grpo"], kl=NoKL())
-    found = Collector(Sampler(prompts(2), 2, 0), scripted, [Weighted(Shy())], 2).collect(grpo, SAMPLING)
+    found = Collector(Sampler(prompts(2), 2, 0), scripted, [Weighted(Shy())], 2).collect(
+        grpo, SAMPLING
+    )
     made, unscored = found.rollouts, found.unscored
     assert [(r.group, r.score) for r in made] == [(0, 0.0), (0, 1.0), (1, 3.0)] and unscored == 0.25
     advantages = grpo.experience(collate(made, torch.device("cpu"))).advantages
@@ -292,7 +332,11 @@ class Dense:
 def test_dense_rewards_reach_their_tokens():
     dense = dataclasses.replace(ALGORITHMS["reinforce"], rewards=EveryToken(), scores=(), kl=NoKL())
     scripted = ScriptedGenerator(["good bad good"], tokenizer())
-    made = Collector(Sampler(prompts(1), 1, 0), scripted, [Weighted(Dense(), 2.0)]).collect(dense, SAMPLING).rollouts
+    made = (
+        Collector(Sampler(prompts(1), 1, 0), scripted, [Weighted(Dense(), 2.0)])
+        .collect(dense, SAMPLING)
+        .rollouts
+    )
     batch = collate(made, torch.device("cpu"))
     rewards = dense.experience(batch).token_rewards[batch.response_mask]
     assert rewards.tolist() == [2, 0, 2, 0][: len(rewards)]
@@ -304,7 +348,10 @@ def test_dense_rewards_reach_their_tokens():
 @pytest.mark.parametrize("name", sorted(PREFERENCES))
 def test_the_whole_family_learns_the_preference(name):
     made = model()
-    loss, reference = PREFERENCES[name], freeze(copy.deepcopy(made)) if PREFERENCES[name].needs_reference else None
+    loss, reference = (
+        PREFERENCES[name],
+        freeze(copy.deepcopy(made)) if PREFERENCES[name].needs_reference else None,
+    )
     source = Sampler(comparisons(), 4, 0)
     steps = list(preference(made, reference, source, loss, optimizer(made), 40, Budget(4096)))
     assert steps[-1].metrics["loss"] < steps[0].metrics["loss"]
@@ -316,10 +363,20 @@ def test_micro_batches_do_not_change_it(name):
     weights = []
     for tokens in (4096, 1):
         made = model().double()  # Adam makes a step of a gradient that is nothing but rounding
-        reference = freeze(copy.deepcopy(model(seed=1))).double() if PREFERENCES[name].needs_reference else None
+        reference = (
+            freeze(copy.deepcopy(model(seed=1))).double()
+            if PREFERENCES[name].needs_reference
+            else None
+        )
         list(
             preference(
-                made, reference, Sampler(comparisons(), 6, 0), PREFERENCES[name], optimizer(made, steps=3), 3, Budget(tokens)
+                made,
+                reference,
+                Sampler(comparisons(), 6, 0),
+                PREFERENCES[name],
+                optimizer(made, steps=3),
+                3,
+                Budget(tokens),
             )
         )
         weights.append(torch.cat([p.detach().flatten() for p in made.parameters()]))
@@ -333,17 +390,38 @@ def test_online_dpo_learns_what_the_judge_likes():
     source = OnlinePairs(Sampler(prompts(16), 16, 0), generator, Sampling(max_new_tokens=6), judge)
 
     def mean_goodness():
-        return sum(r.score for r in rewarded(generator.generate(prompts(16) * 4, Sampling(max_new_tokens=6)), judge)) / 64
+        return (
+            sum(
+                r.score
+                for r in rewarded(
+                    generator.generate(prompts(16) * 4, Sampling(max_new_tokens=6)), judge
+                )
+            )
+            / 64
+        )
 
     before = mean_goodness()
-    list(preference(made, freeze(copy.deepcopy(made)), source, PREFERENCES["online_dpo"], optimizer(made), 40, Budget(4096)))
+    list(
+        preference(
+            made,
+            freeze(copy.deepcopy(made)),
+            source,
+            PREFERENCES["online_dpo"],
+            optimizer(made),
+            40,
+            Budget(4096),
+        )
+    )
     assert mean_goodness() > before + 0.3
 
 
 def test_a_judge_that_never_prefers_stops_with_its_reason():
     generator = ScriptedGenerator(["good"], tokenizer())
     source = OnlinePairs(
-        Sampler(prompts(4), 4, 0), generator, Sampling(max_new_tokens=6), [Weighted(TextReward("g", goodness))]
+        Sampler(prompts(4), 4, 0),
+        generator,
+        Sampling(max_new_tokens=6),
+        [Weighted(TextReward("g", goodness))],
     )
     with pytest.raises(ValueError, match="always scored the same"):
         source.next()
@@ -356,9 +434,13 @@ def test_other_losses_of_the_reward_model_learn_too(loss):
     assert pair_accuracy(made, comparisons(), 4096) == 1
 
 
-@pytest.mark.parametrize(("preset", "critic", "samples"), [("ppo", "separate", 1), ("grpo", "none", 4)])
+@pytest.mark.parametrize(
+    ("preset", "critic", "samples"), [("ppo", "separate", 1), ("grpo", "none", 4)]
+)
 def test_the_same_seed_gives_bitwise_the_same_metrics(preset, critic, samples):
-    first, second = ([s.metrics for s in run_rl(preset, critic, 4, samples, seed=5)] for _ in range(2))
+    first, second = (
+        [s.metrics for s in run_rl(preset, critic, 4, samples, seed=5)] for _ in range(2)
+    )
     assert first == second
     assert first != [s.metrics for s in run_rl(preset, critic, 4, samples, seed=6)]
 
@@ -372,9 +454,13 @@ def test_the_first_step_starts_at_the_reference():
 
 def test_the_loop_takes_any_generator():
     actor = model()
-    learner = Learner(Separate(actor, None), freeze(copy.deepcopy(actor)), Optim(lr=3e-3), SAMPLING, 2)
+    learner = Learner(
+        Separate(actor, None), freeze(copy.deepcopy(actor)), Optim(lr=3e-3), SAMPLING, 2
+    )
     scripted = ScriptedGenerator(["good", "bad"], tokenizer())
-    collector = Collector(Sampler(prompts(4), 4, 0), scripted, [Weighted(TextReward("goodness", goodness))], 2)
+    collector = Collector(
+        Sampler(prompts(4), 4, 0), scripted, [Weighted(TextReward("goodness", goodness))], 2
+    )
     steps = list(rl(collector, learner, ALGORITHMS["grpo"]))
     assert [r.response for r in steps[0].rollouts] == ["good", "bad"] * 4
     assert scripted.version == 2

@@ -13,7 +13,11 @@ import pyarrow.parquet as pq
 
 Change = Callable[[Path], Any]
 EVENTS, CONFIG, ROLLOUTS = "events.jsonl", "config.resolved.toml", "rollouts/000001.parquet"
-PAIRS, FINAL, ANSWERS = "evaluation/pairs.parquet", "evaluation/final.json", "evaluation/answers.jsonl"
+PAIRS, FINAL, ANSWERS = (
+    "evaluation/pairs.parquet",
+    "evaluation/final.json",
+    "evaluation/answers.jsonl",
+)
 SECRET = "not-for-strangers"
 
 
@@ -30,12 +34,20 @@ def line(text: str | bytes) -> Change:
 
 def event(kind: str = "metrics", **fields: Any) -> Change:
     """An event of the stage ppo with these fields; one that is None is not there."""
-    whole = {"time": 1.0, "event": kind, "stage": "ppo", "step": 3, "metrics": {"reward": 1.0}} | fields
+    whole = {
+        "time": 1.0,
+        "event": kind,
+        "stage": "ppo",
+        "step": 3,
+        "metrics": {"reward": 1.0},
+    } | fields
     return line(json.dumps({name: value for name, value in whole.items() if value is not None}))
 
 
 def file(name: str, content: str | bytes) -> Change:
-    return lambda run: (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return lambda run: (run / name).write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
 
 
 def config(text: str) -> Change:
@@ -48,7 +60,9 @@ def table(name: str, **fields: Any) -> Change:
 
     def change(run: Path) -> None:
         whole = json.loads((run / name).read_text()) | fields
-        (run / name).write_text(json.dumps({name: value for name, value in whole.items() if value is not None}))
+        (run / name).write_text(
+            json.dumps({name: value for name, value in whole.items() if value is not None})
+        )
 
     return change
 
@@ -67,7 +81,11 @@ def column(file_name: str, name: str, values: Callable[[int], Any] | None) -> Ch
 
     def change(run: Path) -> None:
         stored = pq.read_table(run / file_name)
-        place = stored.column_names.index(name) if name in stored.column_names else len(stored.column_names)
+        place = (
+            stored.column_names.index(name)
+            if name in stored.column_names
+            else len(stored.column_names)
+        )
         stored = stored.drop_columns([name]) if name in stored.column_names else stored
         if values is not None:
             stored = stored.add_column(place, name, pa.array(values(stored.num_rows)))
@@ -132,7 +150,9 @@ def wrong_bytes(run: Path) -> None:
     """A text that is no UTF-8, written by a careless program."""
     stored = pq.read_table(run / ROLLOUTS)
     raw = pa.array([b"\xff\xfe"] * stored.num_rows, pa.binary()).view(pa.string())
-    pq.write_table(stored.set_column(stored.column_names.index("text"), "text", raw), run / ROLLOUTS)
+    pq.write_table(
+        stored.set_column(stored.column_names.index("text"), "text", raw), run / ROLLOUTS
+    )
 
 
 def two_of_one_name(run: Path) -> None:
@@ -346,9 +366,19 @@ OPTIONAL = (
 OPTIONAL += ("td_error", "raw_advantage", "advantage", "return", "change", "ratio", "entropy")
 for name in REQUIRED:
     TOKENS[f"without {name}"] = column(ROLLOUTS, name, None), f"{STEP}has no column {name}."
-    TOKENS[f"lists for {name}"] = column(ROLLOUTS, name, lambda n: [[1]] * n), f"{STEP}has something else than"
-for name, word in {"score": "numbers", "clipped": "true and false", "token_id": "whole numbers"}.items():
+    TOKENS[f"lists for {name}"] = (
+        column(ROLLOUTS, name, lambda n: [[1]] * n),
+        f"{STEP}has something else than",
+    )
+for name, word in {
+    "score": "numbers",
+    "clipped": "true and false",
+    "token_id": "whole numbers",
+}.items():
     fault = f"{ROLLOUTS}: has something else than {word} in column {name}; it is left out."
     TOKENS[f"text for {name}"] = column(ROLLOUTS, name, lambda n: ["x"] * n), fault
 for name in OPTIONAL:
-    TOKENS[f"without {name}"] = column(ROLLOUTS, name, None), f"{ROLLOUTS}: has no column {name}; it is left out."
+    TOKENS[f"without {name}"] = (
+        column(ROLLOUTS, name, None),
+        f"{ROLLOUTS}: has no column {name}; it is left out.",
+    )

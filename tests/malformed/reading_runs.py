@@ -43,7 +43,9 @@ def lean(run: Path, to: Path) -> Path:
     answers = to / "evaluation" / "answers.jsonl"
     answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:4]))
     events = (run / "events.jsonl").read_text().splitlines(keepends=True)
-    (to / "events.jsonl").write_text("".join(line for line in events if (json.loads(line).get("step") or 0) < 5))
+    (to / "events.jsonl").write_text(
+        "".join(line for line in events if (json.loads(line).get("step") or 0) < 5)
+    )
     for kind, steps in (("rollouts", (1, 2)), ("probes", (0, 4))):
         (to / kind).mkdir()
         for step in steps:
@@ -70,7 +72,9 @@ class Readers:
     def listed(self) -> str:
         """The list of runs, which has the other one in any case."""
         page = self.client.get("/")
-        assert page.status_code == 200 and f'href="/run/{WHOLE}/"' in page.text and VICTIM in page.text
+        assert (
+            page.status_code == 200 and f'href="/run/{WHOLE}/"' in page.text and VICTIM in page.text
+        )
         return readable(page.text)
 
     def pages(self, chosen: Sequence[str] = PAGES) -> str:
@@ -95,8 +99,15 @@ class Readers:
         """`runs`, `inspect`, `report`, `doctor` and `compare`, in this process."""
         said = [verb("runs", self.root)]
         assert WHOLE in said[0]
-        said += [verb("inspect", self.victim), verb("inspect", self.victim, "--step", 1, "--sample", 0)]
-        said += [verb("report", self.victim), verb("doctor", self.victim), verb("doctor", self.victim, "--json")]
+        said += [
+            verb("inspect", self.victim),
+            verb("inspect", self.victim, "--step", 1, "--sample", 0),
+        ]
+        said += [
+            verb("report", self.victim),
+            verb("doctor", self.victim),
+            verb("doctor", self.victim, "--json"),
+        ]
         said += [verb("compare", self.victim, self.root / WHOLE)]
         return "\n".join(said)
 
@@ -106,7 +117,14 @@ class Readers:
             run = Run(self.victim)
         except NoRun as error:
             return readable(str(error))
-        _ = run.metrics, run.warnings, run.pairs(), list(run.answers()), run.steps(), run.steps("probes")
+        _ = (
+            run.metrics,
+            run.warnings,
+            run.pairs(),
+            list(run.answers()),
+            run.steps(),
+            run.steps("probes"),
+        )
         return readable("\n".join(run.problems))
 
     def methods(self, figures: bool = False) -> str:
@@ -115,12 +133,25 @@ class Readers:
             run = Run(self.victim)
         except NoRun as error:
             return readable(str(error))
-        _ = run.status, run.metrics, run.warnings, run.evaluation, run.best_of_n, run.config_text, repr(run), run._repr_html_()
+        _ = (
+            run.status,
+            run.metrics,
+            run.warnings,
+            run.evaluation,
+            run.best_of_n,
+            run.config_text,
+            repr(run),
+            run._repr_html_(),
+        )
         run.refresh()
         said = []
         for kind in ("rollouts", "probes"):
             for step in run.steps(kind)[:1]:
-                for act in (run.rollouts, run.samples, lambda step, kind: run.sample(step, 0, kind)):
+                for act in (
+                    run.rollouts,
+                    run.samples,
+                    lambda step, kind: run.sample(step, 0, kind),
+                ):
                     try:
                         act(step, kind)
                     except NoRun as error:

@@ -5,7 +5,9 @@ import pytest
 from quartet.config.toml import ConfigError, read_settings
 from tests.malformed.saying import refusal
 
-REST = '[policy]\nmodel = "m"\n[[reward]]\ntype = "model"\nmodel = "rm"\n[data]\ntrain = "p.jsonl"\n'
+REST = (
+    '[policy]\nmodel = "m"\n[[reward]]\ntype = "model"\nmodel = "rm"\n[data]\ntrain = "p.jsonl"\n'
+)
 PPO = 'recipe = "ppo"\n' + REST
 SFT = 'recipe = "sft"\n[policy]\nmodel = "m"\n[data]\ntrain = "p.jsonl"\n'
 DPO = SFT.replace("sft", "dpo")
@@ -78,7 +80,10 @@ def test_files_that_are_no_config(tmp_path, content, sentence):
 
 def test_a_link_to_nowhere_is_no_file(tmp_path):
     (tmp_path / "run.toml").symlink_to(tmp_path / "gone.toml")
-    assert refusal(ConfigError, lambda: read_settings(tmp_path / "run.toml", (), "run.toml")) == "run.toml: no such file."
+    assert (
+        refusal(ConfigError, lambda: read_settings(tmp_path / "run.toml", (), "run.toml"))
+        == "run.toml: no such file."
+    )
 
 
 UNKNOWN = {

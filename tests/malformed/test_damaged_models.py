@@ -54,7 +54,9 @@ def header(change, pad=b""):
 
 def overlap(table):
     """Two tensors of one shape share their bytes; the file's other bytes are nobody's."""
-    first, second, *_ = (name for name in table if name.endswith(("q_proj.weight", "o_proj.weight")))
+    first, second, *_ = (
+        name for name in table if name.endswith(("q_proj.weight", "o_proj.weight"))
+    )
     assert table[first]["shape"] == table[second]["shape"]
     table[second]["data_offsets"] = table[first]["data_offsets"]
 
@@ -70,7 +72,9 @@ def bytes_of(change):
 
 
 def text(name, content):
-    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return lambda folder: (folder / name).write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
 
 
 def config(**fields):
@@ -156,7 +160,9 @@ def exported(run, to, *words):
 
 
 @pytest.mark.parametrize("words", [(), ("--dtype", "bfloat16")], ids=["as it is", "in bfloat16"])
-@pytest.mark.parametrize(("change", "sentence"), (WEIGHTS | OTHERS | LINKS).values(), ids=WEIGHTS | OTHERS | LINKS)
+@pytest.mark.parametrize(
+    ("change", "sentence"), (WEIGHTS | OTHERS | LINKS).values(), ids=WEIGHTS | OTHERS | LINKS
+)
 def test_a_damaged_model_is_not_exported(policy, tmp_path, change, sentence, words):
     """Exit code 1, one sentence, and nothing at the target or beside it."""
     change(policy)
@@ -166,8 +172,15 @@ def test_a_damaged_model_is_not_exported(policy, tmp_path, change, sentence, wor
         return
     assert done.exit_code == 1, done.output
     said = readable(done.output.strip())
-    assert sentence in said and said.endswith("Nothing was written.") and str(policy) in said and ".part" not in said
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "elsewhere.json") == ["run"]
+    assert (
+        sentence in said
+        and said.endswith("Nothing was written.")
+        and str(policy) in said
+        and ".part" not in said
+    )
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "elsewhere.json") == [
+        "run"
+    ]
 
 
 @pytest.mark.parametrize(("change", "sentence"), (WEIGHTS | OTHERS).values(), ids=WEIGHTS | OTHERS)

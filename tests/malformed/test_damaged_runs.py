@@ -14,7 +14,18 @@ from quartet.runs import event_log
 from quartet.runs.reader import Run, find_runs
 from quartet.studio.app import make_app
 from quartet.studio.first_policy import folder_of
-from tests.malformed.damages import EVALUATION, GONE, RECORD, SECRET, SETTINGS, STEP, TOKENS, config, event, many_rows
+from tests.malformed.damages import (
+    EVALUATION,
+    GONE,
+    RECORD,
+    SECRET,
+    SETTINGS,
+    STEP,
+    TOKENS,
+    config,
+    event,
+    many_rows,
+)
 from tests.malformed.reading_runs import WHOLE, Readers, verb
 from tests.support.tiny_run import put_words_into_its_mouth
 
@@ -85,9 +96,18 @@ def test_latest_works_and_other_links_in_a_folder_of_runs_are_passed_over(reader
     for named in (moved, tmp_path / "runs" / "latest", tmp_path / "runs" / "stranger"):
         assert Run(named).status == "done", "a run that is named may be a link"
         assert "score" in verb("inspect", named)
-        assert TestClient(make_app([named]), base_url="http://127.0.0.1").get("/").text.count("checkbox") == 1
+        assert (
+            TestClient(make_app([named]), base_url="http://127.0.0.1")
+            .get("/")
+            .text.count("checkbox")
+            == 1
+        )
     served = TestClient(make_app([tmp_path / "runs"]), base_url="http://127.0.0.1")
-    assert served.get("/run/stranger/config").status_code == served.get("/run/latest/config").status_code == 404
+    assert (
+        served.get("/run/stranger/config").status_code
+        == served.get("/run/latest/config").status_code
+        == 404
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +126,9 @@ def test_a_folder_with_a_strange_name_is_listed_and_opens(readers, name, shown):
     shutil.copytree(readers.original, folder)
     try:
         assert f"<strong>{shown}</strong>" in readers.listed()
-        assert shown in verb("runs", readers.root).replace("\n", "").replace(" ", "") and shown in repr(Run(folder))
+        assert shown in verb("runs", readers.root).replace("\n", "").replace(
+            " ", ""
+        ) and shown in repr(Run(folder))
         assert readers.client.get(f"/run/{quote(shown)}/").status_code == 200
     finally:
         shutil.rmtree(folder)
@@ -186,4 +208,6 @@ def test_a_million_rows_are_a_step(readers):
     many_rows(1_000_000)(readers.restore())
     assert len(Run(readers.victim).rollouts(1)) == 1_000_000
     assert "1 rollout." in readers.pages(("samples?step=1",))
-    assert "the first 50,000 of prompt and response are shown" in readers.pages(("tokens?step=1&sample=0",))
+    assert "the first 50,000 of prompt and response are shown" in readers.pages(
+        ("tokens?step=1&sample=0",)
+    )

@@ -136,8 +136,12 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize(("purpose", "columns", "rows", "sentence"), COLUMNS.values(), ids=COLUMNS)
-def test_columns_that_are_not_there(tmp_path, monkeypatch, tokenizer, purpose, columns, rows, sentence):
-    assert sentence in said_of(tmp_path, monkeypatch, tokenizer, "x.jsonl", lines(*rows), purpose, columns)
+def test_columns_that_are_not_there(
+    tmp_path, monkeypatch, tokenizer, purpose, columns, rows, sentence
+):
+    assert sentence in said_of(
+        tmp_path, monkeypatch, tokenizer, "x.jsonl", lines(*rows), purpose, columns
+    )
 
 
 TEXT = "it must be text or a list of messages."

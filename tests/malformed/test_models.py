@@ -152,10 +152,15 @@ def test_folders_that_are_no_tokenizer(place, change, sentence):
     assert not Path("ran").exists()
 
 
-@pytest.mark.parametrize(("kind", "change"), [("lm", lambda folder: None)], ids=["a language model"])
+@pytest.mark.parametrize(
+    ("kind", "change"), [("lm", lambda folder: None)], ids=["a language model"]
+)
 def test_a_reward_model_without_its_head(place, kind, change):
     said = refusal(ModelError, lambda: ScalarModel.load(place(kind, change)), seconds=None)
-    assert said == "lm: has no weights for score.weight, so it is no trained model for SequenceClassification."
+    assert (
+        said
+        == "lm: has no weights for score.weight, so it is no trained model for SequenceClassification."
+    )
 
 
 TWO = {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
@@ -179,11 +184,15 @@ def started(words=(), reward='type = "length"\nmost = 3'):
     return build(read_settings(Path("run.toml"), words).config)
 
 
-@pytest.mark.parametrize(("kind", "change", "words", "sentence"), REWARD_MODELS.values(), ids=REWARD_MODELS)
+@pytest.mark.parametrize(
+    ("kind", "change", "words", "sentence"), REWARD_MODELS.values(), ids=REWARD_MODELS
+)
 def test_folders_that_are_no_reward_model(place, kind, change, words, sentence):
     place("lm")
     place(kind, change)
-    assert sentence in refusal(ModelError, lambda: started(words, f'type = "model"\nmodel = "{kind}"'))
+    assert sentence in refusal(
+        ModelError, lambda: started(words, f'type = "model"\nmodel = "{kind}"')
+    )
 
 
 REQUESTS = {
@@ -210,7 +219,10 @@ def test_requests_that_do_not_fit_the_model(place, word):
 
 
 SHORT = {
-    "an end that is no token": (saying(TABLE, eos_token="<nosuch>"), "policy.tokenizer has 21 tokens, but lm knows only 20."),
+    "an end that is no token": (
+        saying(TABLE, eos_token="<nosuch>"),
+        "policy.tokenizer has 21 tokens, but lm knows only 20.",
+    ),
     "a smaller vocabulary": (
         saying(vocab_size=10),
         "policy.tokenizer has 20 tokens, but lm knows only 10. Use the model's own tokenizer.",
@@ -229,5 +241,11 @@ def test_models_that_do_not_fit_the_request(place, change, sentence):
 
 
 def test_an_adapter_for_layers_that_are_not_there():
-    said = refusal(AdapterError, lambda: add_adapter(model(), Lora(targets=("nosuch",)), POLICY, 0), seconds=None)
-    assert said.startswith("policy.adapter.targets: the model has no layer nosuch. It has down_proj, gate_proj,")
+    said = refusal(
+        AdapterError,
+        lambda: add_adapter(model(), Lora(targets=("nosuch",)), POLICY, 0),
+        seconds=None,
+    )
+    assert said.startswith(
+        "policy.adapter.targets: the model has no layer nosuch. It has down_proj, gate_proj,"
+    )

@@ -25,7 +25,9 @@ def said_of(tmp_path, monkeypatch, source, reference="mine.py:f", per_token=Fals
     (tmp_path / "mine.py").write_bytes(source if isinstance(source, bytes) else source.encode())
 
     def scored():
-        made = FunctionReward("f", reference, lambda ids: [tokenizer().decode([i]) for i in ids], timeout=timeout)
+        made = FunctionReward(
+            "f", reference, lambda ids: [tokenizer().decode([i]) for i in ids], timeout=timeout
+        )
         return with_score(rewarded(asked(), [Weighted(made)], per_token))
 
     return refusal(RewardError, scored)
@@ -72,7 +74,9 @@ RETURNS = {
 @pytest.mark.parametrize(("body", "sentence"), RETURNS.values(), ids=RETURNS)
 def test_what_a_function_returns(tmp_path, monkeypatch, body, sentence):
     timeout = 0.3 if sentence == LATE else 20.0
-    assert sentence in said_of(tmp_path, monkeypatch, f"def f(responses):\n    {body}\n", timeout=timeout)
+    assert sentence in said_of(
+        tmp_path, monkeypatch, f"def f(responses):\n    {body}\n", timeout=timeout
+    )
 
 
 TAKES = {

@@ -116,7 +116,9 @@ def change_value(value: Any, rng: random.Random) -> None:
     if action == 0:
         del holder[key]
     elif action == 1 and isinstance(holder, dict):
-        holder[rng.choice(("", "x", "\x1b[2J", "step", "score/x", "p" * 1000, "reward"))] = holder.pop(key)
+        holder[rng.choice(("", "x", "\x1b[2J", "step", "score/x", "p" * 1000, "reward"))] = (
+            holder.pop(key)
+        )
     else:
         holder[key] = rng.choice(VALUES)
 
@@ -206,7 +208,9 @@ def survive(readers: Readers, rng: random.Random, everything: bool) -> None:
             for read in (readers.pages, readers.data, readers.comparison, readers.verbs):
                 read()
         else:
-            readers.pages({page: None for file, _ in done for page in READ_ON[file.partition("/")[0]]})
+            readers.pages(
+                {page: None for file, _ in done for page in READ_ON[file.partition("/")[0]]}
+            )
             readers.data()
     except BaseException as error:
         raise AssertionError(f"did not survive {done}: {type(error).__name__}: {error}") from error

@@ -20,7 +20,9 @@ def wanted(small_run):
 
 
 def copied(small_run, tmp_path, change):
-    run = shutil.copytree(small_run, tmp_path / "run", ignore=shutil.ignore_patterns("policy", "sft"))
+    run = shutil.copytree(
+        small_run, tmp_path / "run", ignore=shutil.ignore_patterns("policy", "sft")
+    )
     change(run)
     return run
 
@@ -67,7 +69,9 @@ def folders_for_manifests(run):
         (folder / "manifest.json").mkdir()
 
 
-NONE = "no checkpoint can be used (there are none). Nothing was changed. Start anew without --resume."
+NONE = (
+    "no checkpoint can be used (there are none). Nothing was changed. Start anew without --resume."
+)
 CHECKPOINTS = {
     "no folder of checkpoints": (only(), NONE),
     "a file for the folder": (a_file_for_the_folder, NONE),

@@ -23,7 +23,16 @@ from quartet.rewards.judge import JudgeReward
 from quartet.rewards.protocol import RewardError, Weighted, rewarded, with_score
 from quartet.rewards.remote import Endpoint, ServerReward
 from tests.malformed.saying import readable, refusal
-from tests.support.fault_server import FAULTS, HARMLESS, LATE, MAX_BYTES, FaultServer, answers, says, silent
+from tests.support.fault_server import (
+    FAULTS,
+    HARMLESS,
+    LATE,
+    MAX_BYTES,
+    FaultServer,
+    answers,
+    says,
+    silent,
+)
 from tests.support.world import prompts, rollout, tokenizer
 
 PATIENT, IMPATIENT = 20.0, 0.25
@@ -68,8 +77,13 @@ REWARDS = {
 
 
 # Faults below the JSON are the client's, which all share: the long suite tries them on the other two as well.
-FEWER_REWARDS = [pytest.param(*REWARDS[name], marks=[pytest.mark.slow] * (name == "OpenRLHF's")) for name in REWARDS]
-FEWER_KINDS = pytest.mark.parametrize("kind", ["vllm", pytest.param("sglang", marks=pytest.mark.slow)])
+FEWER_REWARDS = [
+    pytest.param(*REWARDS[name], marks=[pytest.mark.slow] * (name == "OpenRLHF's"))
+    for name in REWARDS
+]
+FEWER_KINDS = pytest.mark.parametrize(
+    "kind", ["vllm", pytest.param("sglang", marks=pytest.mark.slow)]
+)
 
 
 class Asked:
@@ -109,11 +123,15 @@ def test_a_fault_ends_a_step_with_one_sentence(tmp_path, make, good, fault, sent
 def test_what_is_odd_and_right_is_read(tmp_path, make, good, answer):
     answer = answer(good)
     if isinstance(answer, list):
-        answer = answer[:-1] * (3 if make is judge else 1) + answer[-1:]  # a judge is asked thrice at once
+        answer = (
+            answer[:-1] * (3 if make is judge else 1) + answer[-1:]
+        )  # a judge is asked thrice at once
     with FaultServer(answer) as server, Asked(make, server.url, tmp_path, tries=4) as asked:
         assert asked.step() == [7, 7, 7]
         assert asked.step() == [7, 7, 7]
-    assert not any("cookie:" in head.lower() for _, head, _ in server.requests), "cookies are not kept"
+    assert not any("cookie:" in head.lower() for _, head, _ in server.requests), (
+        "cookies are not kept"
+    )
 
 
 @pytest.mark.parametrize(("make", "good"), REWARDS.values(), ids=REWARDS)
@@ -143,22 +161,32 @@ def test_a_name_that_nobody_has(tmp_path, make, good):
 def test_tls_where_there_is_none(tmp_path):
     """What is said depends on who loses patience first; that it ends does not."""
     with FaultServer(says({"scores": [1, 2, 3]})) as server:
-        with Asked(server_reward, server.url.replace("http", "https"), tmp_path, IMPATIENT) as asked:
-            assert re.search("cannot be reached|did not answer", refusal(RewardError, asked.step, seconds=None))
+        with Asked(
+            server_reward, server.url.replace("http", "https"), tmp_path, IMPATIENT
+        ) as asked:
+            assert re.search(
+                "cannot be reached|did not answer", refusal(RewardError, asked.step, seconds=None)
+            )
 
 
 @pytest.mark.parametrize("value", [None, ""], ids=["not set", "empty"])
 def test_a_token_that_is_not_there(monkeypatch, value):
     if value is not None:
         monkeypatch.setenv("NO_TOKEN", value)
-    said = refusal(RewardError, lambda: Endpoint("judge", "http://127.0.0.1:1/", token_env="NO_TOKEN"))
-    assert said == 'reward.token_env = "NO_TOKEN": no such environment variable. Set it to the token.'
+    said = refusal(
+        RewardError, lambda: Endpoint("judge", "http://127.0.0.1:1/", token_env="NO_TOKEN")
+    )
+    assert (
+        said == 'reward.token_env = "NO_TOKEN": no such environment variable. Set it to the token.'
+    )
 
 
 @pytest.mark.parametrize("value", ["s3cret ", "s3 cret", "s3cret\n", "s3crét"])
 def test_a_token_that_cannot_be_sent_is_not_shown(monkeypatch, value):
     monkeypatch.setenv("BAD_TOKEN", value)
-    said = refusal(RewardError, lambda: Endpoint("judge", "http://127.0.0.1:1/", token_env="BAD_TOKEN"))
+    said = refusal(
+        RewardError, lambda: Endpoint("judge", "http://127.0.0.1:1/", token_env="BAD_TOKEN")
+    )
     assert "holds letters that no token has" in said and "s3" not in said
 
 
@@ -188,7 +216,9 @@ SCORES = {
 
 
 @pytest.mark.parametrize(
-    ("make", "key"), [(server_reward, b"scores"), (openrlhf_reward, b"rewards")], ids=["quartet", "openrlhf"]
+    ("make", "key"),
+    [(server_reward, b"scores"), (openrlhf_reward, b"rewards")],
+    ids=["quartet", "openrlhf"],
 )
 @pytest.mark.parametrize(("value", "sentence"), SCORES.values(), ids=SCORES)
 def test_scores_that_are_none_are_never_zero(tmp_path, make, key, value, sentence):
@@ -207,7 +237,10 @@ def test_scores_beside_missing_ones_stay(tmp_path, key):
 
 
 def test_what_json_has_no_word_for_is_refused_before_it_is_sent(tmp_path):
-    with FaultServer(says({"scores": [7]})) as server, Asked(server_reward, server.url, tmp_path) as asked:
+    with (
+        FaultServer(says({"scores": [7]})) as server,
+        Asked(server_reward, server.url, tmp_path) as asked,
+    ):
 
         def priced(price):
             return [rollout(dataclasses.replace(PROMPTS[0], extra={"price": price}), (5, 6), 0.0)]
@@ -249,14 +282,23 @@ def test_a_judge_that_says_no_text_is_an_error_and_nothing_is_cached(tmp_path, t
     with FaultServer(says(table)) as server, Asked(judge, server.url, tmp_path) as asked:
         assert sentence in readable(refusal(RewardError, asked.step, seconds=None))
         assert not (tmp_path / "cache.jsonl").exists()
-    with FaultServer(says(verdict("Score: 7"))) as server, Asked(judge, server.url, tmp_path) as asked:
+    with (
+        FaultServer(says(verdict("Score: 7"))) as server,
+        Asked(judge, server.url, tmp_path) as asked,
+    ):
         assert asked.step() == [7, 7, 7], "a resumed run asks again"
 
 
 def test_half_a_surrogate_pair_in_a_judges_text_is_written_as_its_escape(tmp_path):
-    with FaultServer(says(verdict("a \ud800 b\nScore: 7"))) as server, Asked(judge, server.url, tmp_path) as asked:
+    with (
+        FaultServer(says(verdict("a \ud800 b\nScore: 7"))) as server,
+        Asked(judge, server.url, tmp_path) as asked,
+    ):
         assert asked.step() == [7, 7, 7]
-    cached = [json.loads(line)["text"] for line in (tmp_path / "cache.jsonl").read_text(encoding="utf-8").splitlines()]
+    cached = [
+        json.loads(line)["text"]
+        for line in (tmp_path / "cache.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert cached == ["a \\ud800 b\nScore: 7"] * 3
 
 
@@ -271,13 +313,33 @@ HEALTHY = ("/health", "/pause", "/resume", "/collective_rpc", "/update_weight_ve
 def reply(kind, ids=TOKENS, logprobs=LOGPROBS, spans=SPANS, finish="stop"):
     """An answer as vLLM or SGLang gives it."""
     if kind == "vllm":
-        content = [{"logprob": logprob} for logprob in logprobs] if isinstance(logprobs, list) else logprobs
+        content = (
+            [{"logprob": logprob} for logprob in logprobs]
+            if isinstance(logprobs, list)
+            else logprobs
+        )
         return {
-            "choices": [{"token_ids": ids, "logprobs": {"content": content}, "weight_versions": spans, "finish_reason": finish}]
+            "choices": [
+                {
+                    "token_ids": ids,
+                    "logprobs": {"content": content},
+                    "weight_versions": spans,
+                    "finish_reason": finish,
+                }
+            ]
         }
     listed = isinstance(logprobs, list) and isinstance(ids, list)
-    rows = [[logprob, token, None] for logprob, token in zip(logprobs, ids, strict=False)] if listed else 5
-    meta = {"output_token_logprobs": rows, "weight_version": "0", "weight_versions": spans, "finish_reason": {"type": finish}}
+    rows = (
+        [[logprob, token, None] for logprob, token in zip(logprobs, ids, strict=False)]
+        if listed
+        else 5
+    )
+    meta = {
+        "output_token_logprobs": rows,
+        "weight_version": "0",
+        "weight_versions": spans,
+        "finish_reason": {"type": finish},
+    }
     return {"meta_info": meta}
 
 
@@ -294,7 +356,16 @@ class Generation:
         urls = [self.bad.url] if self.alone else [self.bad.url, self.good.url]
         write = lambda place, tensors: place.mkdir(parents=True)  # noqa: E731
         self.generator = ServedGenerator(
-            DIALECTS[self.kind], urls, write, self.folder, TOKENIZER, frozenset({END}), 0, self.timeout, 4, vocab_size=VOCAB
+            DIALECTS[self.kind],
+            urls,
+            write,
+            self.folder,
+            TOKENIZER,
+            frozenset({END}),
+            0,
+            self.timeout,
+            4,
+            vocab_size=VOCAB,
         )
         self.generator.load_weights(Weights(0, {}))
         return self
@@ -304,7 +375,9 @@ class Generation:
         self.bad.__exit__(), self.good.__exit__()
 
     def tokens(self):
-        return [r.response_ids for r in self.generator.generate(PROMPTS[:1], Sampling(max_new_tokens=8))]
+        return [
+            r.response_ids for r in self.generator.generate(PROMPTS[:1], Sampling(max_new_tokens=8))
+        ]
 
 
 KINDS = pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -312,13 +385,18 @@ KINDS = pytest.mark.parametrize("kind", ["vllm", "sglang"])
 
 @FEWER_KINDS
 @pytest.mark.parametrize(("fault", "sentence"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_of_a_generation_server_is_logged_and_another_server_answers(tmp_path, caplog, kind, fault, sentence):
+def test_a_fault_of_a_generation_server_is_logged_and_another_server_answers(
+    tmp_path, caplog, kind, fault, sentence
+):
     limit = 2 * IMPATIENT if sentence == LATE else PATIENT
     with Generation(kind, fault(reply(kind)), tmp_path, limit) as generation:
         begun = time.monotonic()
         assert generation.tokens() == [tuple(TOKENS)]
         assert time.monotonic() - begun < 15
-    assert re.search(sentence, readable(caplog.messages[0])) and generation.bad.url in caplog.messages[0]
+    assert (
+        re.search(sentence, readable(caplog.messages[0]))
+        and generation.bad.url in caplog.messages[0]
+    )
     assert generation.bad.requests, "the server with the fault was asked"
 
 
@@ -331,9 +409,14 @@ def test_what_is_odd_and_right_is_read_of_generation_servers(tmp_path, kind, ans
 
 @KINDS
 def test_alone_a_server_with_a_fault_ends_the_run_with_its_reason(tmp_path, kind):
-    with Generation(kind, answers(500, b"<html>boom</html>"), tmp_path, 0.3, alone=True) as generation:
+    with Generation(
+        kind, answers(500, b"<html>boom</html>"), tmp_path, 0.3, alone=True
+    ) as generation:
         said = refusal(ServersGone, generation.tokens, seconds=None)
-    assert said.startswith("no generation server answered for 0.3 s (") and "answered 500: <html>boom</html>" in said
+    assert (
+        said.startswith("no generation server answered for 0.3 s (")
+        and "answered 500: <html>boom</html>" in said
+    )
 
 
 PIECES = {
@@ -406,10 +489,20 @@ def test_a_server_that_refuses_weights_is_not_asked_for_answers(tmp_path, caplog
     ):
         write = lambda place, tensors: place.mkdir(parents=True)  # noqa: E731
         generator = ServedGenerator(
-            DIALECTS[kind], [bad.url, good.url], write, tmp_path, TOKENIZER, frozenset({END}), 0, PATIENT, 4
+            DIALECTS[kind],
+            [bad.url, good.url],
+            write,
+            tmp_path,
+            TOKENIZER,
+            frozenset({END}),
+            0,
+            PATIENT,
+            4,
         )
         generator.load_weights(Weights(0, {}))
-        assert [r.response_ids for r in generator.generate(PROMPTS[:1], Sampling(max_new_tokens=8))] == [tuple(TOKENS)]
+        assert [
+            r.response_ids for r in generator.generate(PROMPTS[:1], Sampling(max_new_tokens=8))
+        ] == [tuple(TOKENS)]
         generator.close()
     assert "refused: " in caplog.messages[0] and "no such folder" in caplog.messages[0]
     assert not any(path.startswith(("/inference", "/generate")) for path, _, _ in bad.requests)
@@ -429,7 +522,9 @@ def test_an_interrupted_generation_waits_for_no_server(tmp_path, monkeypatch, ki
         monkeypatch.setattr(servers.ServedGenerator, "_rollout", stop)
         submit = generation.generator.pool.submit
 
-        def first_is_ready(work, *args):  # so that the caller is interrupted while the others are on their way
+        def first_is_ready(
+            work, *args
+        ):  # so that the caller is interrupted while the others are on their way
             return submit(lambda: None) if not generation.bad.requests else submit(work, *args)
 
         monkeypatch.setattr(generation.generator.pool, "submit", first_is_ready)

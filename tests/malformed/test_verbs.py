@@ -127,7 +127,9 @@ def test_chat_templates_that_cannot_be_used(template, sentence):
 @pytest.mark.parametrize("named", ["none.jinja", "empty", "", "ChatML"])
 def test_templates_that_are_not_there(place, named):
     said = refusal(ChatError, lambda: set_chat_template(None, named))
-    assert said == f'policy.chat_template = "{named}": neither a named template (chatml) nor a file.'
+    assert (
+        said == f'policy.chat_template = "{named}": neither a named template (chatml) nor a file.'
+    )
 
 
 # --- environments --------------------------------------------------------------------------------------------------------------
@@ -162,11 +164,15 @@ max_new_tokens = 8
 """
 
 
-@pytest.mark.parametrize(("source", "reference", "sentence"), ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+@pytest.mark.parametrize(
+    ("source", "reference", "sentence"), ENVIRONMENTS.values(), ids=ENVIRONMENTS
+)
 def test_environments_that_are_none(tmp_path, monkeypatch, source, reference, sentence):
     monkeypatch.chdir(tmp_path)
     prompt = "hi" if sentence.startswith("p.jsonl") else QUESTION
     Path("p.jsonl").write_text((json.dumps({"prompt": prompt}) + "\n") * 4)
     Path("env.py").write_text(source)
     Path("run.toml").write_text(RUN.replace("REFERENCE", reference))
-    assert sentence in refusal((RewardError, DataError), lambda: build(read_settings(Path("run.toml")).config))
+    assert sentence in refusal(
+        (RewardError, DataError), lambda: build(read_settings(Path("run.toml")).config)
+    )

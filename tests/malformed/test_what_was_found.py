@@ -35,10 +35,15 @@ def configured(folder, **changes):
 def test_weights_that_are_not_there_are_not_made_up(folder):
     layers = read_config(folder).num_hidden_layers
     configured(folder, num_hidden_layers=layers + 1)
-    with pytest.raises(ModelError, match=rf"has no weights for model.layers.{layers}.*, which would be random"):
+    with pytest.raises(
+        ModelError, match=rf"has no weights for model.layers.{layers}.*, which would be random"
+    ):
         load_model(folder)
     configured(folder, num_hidden_layers=layers - 1)
-    with pytest.raises(ModelError, match=rf"has weights for model.layers.{layers - 1}.*, which its config.json does not know"):
+    with pytest.raises(
+        ModelError,
+        match=rf"has weights for model.layers.{layers - 1}.*, which its config.json does not know",
+    ):
         load_model(folder)
 
 
@@ -46,7 +51,9 @@ def test_weights_that_are_no_numbers(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match="model.norm.weight is not finite: the weights are damaged"):
+    with pytest.raises(
+        ModelError, match="model.norm.weight is not finite: the weights are damaged"
+    ):
         load_model(folder)
 
 
@@ -71,7 +78,13 @@ def test_damaged_weights(folder, data):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"hidden_size": "32"}, {"vocab_size": None}, {"num_attention_heads": 5}, {"hidden_act": "nosuch"}]
+    "changes",
+    [
+        {"hidden_size": "32"},
+        {"vocab_size": None},
+        {"num_attention_heads": 5},
+        {"hidden_act": "nosuch"},
+    ],
 )
 def test_configs_that_no_model_has(folder, changes):
     configured(folder, **changes)
@@ -101,7 +114,11 @@ def test_values_that_went_through(word, sentence):
 
 
 def test_bounds_may_be_infinite():
-    words = ["optim.max_grad_norm=inf", "algorithm.value_loss.clip=inf", "algorithm.policy_loss.high=inf"]
+    words = [
+        "optim.max_grad_norm=inf",
+        "algorithm.value_loss.clip=inf",
+        "algorithm.policy_loss.high=inf",
+    ]
     assert read_settings(recipe_path("reviews"), words).config.optim.max_grad_norm == float("inf")
 
 

@@ -5,7 +5,11 @@ import copy
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.sampler import Sampler
@@ -74,7 +78,9 @@ def test_only_the_adapter_gets_gradients_also_after_the_reference_was_read(kind)
     loss = masked_logprobs(made, TOKENS, MASK).sum()
     masked_logprobs(Under(made, None), TOKENS, MASK)
     loss.backward()
-    with_gradient = {id(p) for p in made.parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    with_gradient = {
+        id(p) for p in made.parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
     assert with_gradient == {id(p) for p in adapter_parameters(made, POLICY)}
 
 
@@ -90,9 +96,14 @@ def test_policy_and_critic_on_one_trunk_get_the_gradients_they_get_apart(kind, c
     if checkpointed:
         checkpoint_blocks(together), checkpoint_blocks(alone), checkpoint_blocks(other)
     for policy, values in ((together, critic), (alone, apart)):
-        loss = masked_logprobs(policy, TOKENS, MASK).square().sum() + values.values(TOKENS, MASK).square().sum()
+        loss = (
+            masked_logprobs(policy, TOKENS, MASK).square().sum()
+            + values.values(TOKENS, MASK).square().sum()
+        )
         loss.backward()
-    for ours, theirs in zip(adapter_parameters(together, POLICY), adapter_parameters(alone, POLICY), strict=True):
+    for ours, theirs in zip(
+        adapter_parameters(together, POLICY), adapter_parameters(alone, POLICY), strict=True
+    ):
         torch.testing.assert_close(ours.grad, theirs.grad)
     for ours, theirs in zip(critic.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
@@ -123,7 +134,9 @@ def test_the_fast_decoder_samples_under_the_adapter_what_the_plain_one_does():
         torch.testing.assert_close(torch.tensor(r.logprobs), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # of peft's, inside transformers
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing.:FutureWarning"
+)  # of peft's, inside transformers
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 def test_others_load_the_sum_and_the_adapter(kind, tmp_path):
     made = adapted(kind)
@@ -180,7 +193,9 @@ def test_a_critic_is_a_token_classifier_elsewhere(kind, tmp_path):
             logits = theirs(input_ids=TOKENS[:1]).logits[0, :, 0]
             values = made.values(TOKENS[:1], MASK[:1])
         torch.testing.assert_close(values[0, 2:], logits[1:-1])
-        torch.testing.assert_close(ScalarModel.load(tmp_path / name).values(TOKENS, MASK)[0], values[0])
+        torch.testing.assert_close(
+            ScalarModel.load(tmp_path / name).values(TOKENS, MASK)[0], values[0]
+        )
 
 
 def length_reward():
@@ -192,7 +207,11 @@ def test_ppo_with_one_trunk_for_actor_critic_and_reference_learns_and_leaves_the
     base = {name: p.clone() for name, p in actor.named_parameters() if "lora_" not in name}
     critic = AdaptedScalar(add_adapter(actor, LORA, CRITIC, seed=0), CRITIC, 0, seed=0)
     learner = Learner(
-        Separate(actor, critic), reference_of(actor), Optim(lr=3e-3, critic_lr=3e-3), Sampling(max_new_tokens=8), 8
+        Separate(actor, critic),
+        reference_of(actor),
+        Optim(lr=3e-3, critic_lr=3e-3),
+        Sampling(max_new_tokens=8),
+        8,
     )
     generator = NativeGenerator(actor, tokenizer(), frozenset({1}), 0)
     collector = Collector(Sampler(prompts(32), 32, 0), generator, length_reward())
@@ -211,8 +230,13 @@ def test_frozen_layers_are_shared_and_stay(kind):
     reference = reference_of(actor)
     critic = ScalarModel.from_trunk(actor, 0, 0, share_frozen=True)
     frozen = {name: p for name, p in actor.named_parameters() if not p.requires_grad}
-    assert any("0." in name for name in frozen) and any("1." in n for n, p in actor.named_parameters() if p.requires_grad)
-    theirs, trunk = dict(reference.named_parameters()), dict(critic.model.base_model.named_parameters())
+    assert any("0." in name for name in frozen) and any(
+        "1." in n for n, p in actor.named_parameters() if p.requires_grad
+    )
+    theirs, trunk = (
+        dict(reference.named_parameters()),
+        dict(critic.model.base_model.named_parameters()),
+    )
     for name, p in actor.named_parameters():
         assert (theirs[name] is p) == (name in frozen)
         inner = name.partition(".")[2]
@@ -230,13 +254,22 @@ def test_frozen_layers_are_shared_and_stay(kind):
 
 def test_actor_and_critic_share_a_trunk_and_no_parameter():
     actor = add_adapter(model(), LORA, POLICY, seed=0)
-    both = Separate(actor, AdaptedScalar(add_adapter(actor, LORA, CRITIC, seed=0), CRITIC, 0, seed=0))
-    of_actor, of_critic = ({id(p) for p in ps} for ps in (both.actor_parameters(), both.critic_parameters()))
-    assert of_actor == {id(p) for p in adapter_parameters(actor, POLICY)} and not of_actor & of_critic
+    both = Separate(
+        actor, AdaptedScalar(add_adapter(actor, LORA, CRITIC, seed=0), CRITIC, 0, seed=0)
+    )
+    of_actor, of_critic = (
+        {id(p) for p in ps} for ps in (both.actor_parameters(), both.critic_parameters())
+    )
+    assert (
+        of_actor == {id(p) for p in adapter_parameters(actor, POLICY)} and not of_actor & of_critic
+    )
 
 
 def test_what_an_adapter_cannot_be_put_on():
-    with pytest.raises(AdapterError, match=r"policy.adapter.targets: the model has no layer q_project. It has down_proj"):
+    with pytest.raises(
+        AdapterError,
+        match=r"policy.adapter.targets: the model has no layer q_project. It has down_proj",
+    ):
         add_adapter(model(), Lora(targets=("q_project",)), POLICY, 0)
     with pytest.raises(AdapterError, match="policy.frozen_layers = 2: the model has 2 layers"):
         freeze_layers(model(), 2)

@@ -16,7 +16,9 @@ def chatty():
 
 def test_prompt_and_reply_are_the_rendered_conversation_cut_in_two(chatty):
     prompt, response = render(chatty, QUESTION, REPLY)
-    assert chatty.decode(prompt) == "<|im_start|>user\nhello there<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        chatty.decode(prompt) == "<|im_start|>user\nhello there<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert chatty.decode(response) == "good day<|im_end|>\n<eos>"
 
 

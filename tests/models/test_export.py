@@ -46,6 +46,8 @@ def test_nothing_is_written_over_or_left_half_done(run, tmp_path):
     with torch.no_grad():
         large.lm_head.weight[0, 0] = 1e6
     save(large, tokenizer(), tmp_path / "large")
-    with pytest.raises(ModelError, match=r"has weights up to 1e\+06, too large for float16. Use bfloat16\."):
+    with pytest.raises(
+        ModelError, match=r"has weights up to 1e\+06, too large for float16. Use bfloat16\."
+    ):
         export(tmp_path / "large", tmp_path / "x", "float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "run"]

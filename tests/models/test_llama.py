@@ -59,7 +59,9 @@ def disturbed(made, dtype):
 
 
 def language_model(name, dtype=torch.float32, **more):
-    return disturbed(AutoModelForCausalLM.from_config(config(name, **more), dtype=torch.float32), dtype)
+    return disturbed(
+        AutoModelForCausalLM.from_config(config(name, **more), dtype=torch.float32), dtype
+    )
 
 
 def ragged():
@@ -79,7 +81,13 @@ def test_hidden_states_and_gradients_are_transformers_own(name):
     # transformers keeps the angles of the rotation in float32 also here
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     weights = torch.randn_like(theirs)
-    for a, b in zip(*(torch.autograd.grad((weights * h).sum(), list(trunk.parameters())) for h in (ours, theirs)), strict=True):
+    for a, b in zip(
+        *(
+            torch.autograd.grad((weights * h).sum(), list(trunk.parameters()))
+            for h in (ours, theirs)
+        ),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=0)
 
 
@@ -144,7 +152,9 @@ def test_sampling_gives_the_logits_of_transformers_token_by_token(name):
             rows += [12, 13]
             late = ours.read(texts[12:], 1)
             for text, logits in zip(texts[12:], late, strict=True):
-                torch.testing.assert_close(logits, made(input_ids=torch.tensor([text])).logits[0, -1], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    logits, made(input_ids=torch.tensor([text])).logits[0, -1], atol=1e-5, rtol=1e-5
+                )
         tokens = torch.randint(40, (len(rows),))
         for row, token in zip(rows, tokens.tolist(), strict=True):
             texts[row].append(token)
@@ -162,7 +172,11 @@ def test_other_architectures_and_longer_texts_than_the_window_go_the_plain_way()
     assert written_out(windowed.base_model, 16) and not written_out(windowed.base_model, 17)
     tokens = torch.randint(40, (2, 30))
     mask = torch.arange(30).expand(2, 30) > 3
-    theirs = windowed(input_ids=tokens).logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    theirs = (
+        windowed(input_ids=tokens)
+        .logits.log_softmax(-1)[:, :-1]
+        .gather(-1, tokens[:, 1:, None])[..., 0]
+    )
     ours = masked_logprobs(windowed, tokens, mask)[:, 1:]
     torch.testing.assert_close(ours, torch.where(mask[:, 1:], theirs, 0.0), atol=1e-5, rtol=1e-5)
 
@@ -182,7 +196,9 @@ def test_products_that_are_more_than_a_matrix_are_sampled_from_as_they_are():
     assert written_out(made.base_model, 10)
     assert isinstance(decoder(made, 10), PlainDecoder)
     prompt = [[5, 6, 7]]
-    torch.testing.assert_close(decoder(made, 10).read(prompt, 1)[0], made(input_ids=torch.tensor(prompt)).logits[0, -1])
+    torch.testing.assert_close(
+        decoder(made, 10).read(prompt, 1)[0], made(input_ids=torch.tensor(prompt)).logits[0, -1]
+    )
 
 
 def test_a_model_that_computes_something_else_is_found_out():
@@ -192,7 +208,9 @@ def test_a_model_that_computes_something_else_is_found_out():
 
 
 def test_a_reward_model_is_read_at_the_last_token_by_the_same_code():
-    made = AutoModelForSequenceClassification.from_config(config("biases", num_labels=1, pad_token_id=None))
+    made = AutoModelForSequenceClassification.from_config(
+        config("biases", num_labels=1, pad_token_id=None)
+    )
     scalar = ScalarModel(disturbed(made, torch.float32))
     tokens, _ = ragged()
     lengths = torch.tensor([5, 30, 17, 2])
@@ -208,10 +226,20 @@ def test_rows_are_packed_as_far_as_they_are_asked_for():
     tokens = torch.tensor([[5, 6, 7, 8, 0, 0], [9, 4, 0, 0, 0, 0]])
     asked = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0]]).bool()
     packed = pack(tokens, asked)
-    assert packed.tokens.tolist() == [5, 6, 7, 8, 9, 4] and packed.positions.tolist() == [0, 1, 2, 3, 0, 1]
+    assert packed.tokens.tolist() == [5, 6, 7, 8, 9, 4] and packed.positions.tolist() == [
+        0,
+        1,
+        2,
+        3,
+        0,
+        1,
+    ]
     assert packed.lengths == (4, 2) and packed.width == 4 and packed.asked.tolist() == [2, 3, 5]
     rectangle = unpacked(packed.tokens, packed)
-    assert rectangle.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]] and repacked(rectangle, packed).tolist() == packed.tokens.tolist()
+    assert (
+        rectangle.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
+        and repacked(rectangle, packed).tolist() == packed.tokens.tolist()
+    )
 
 
 def test_prompts_are_asked_about_their_last_tokens():

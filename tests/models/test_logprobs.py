@@ -34,10 +34,21 @@ def test_masked_tokens_are_spoken_of_from_one_before_and_their_numbers_return_to
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("chunk_elements", [1, 13 * 4, 13 * 5, 10**6])
-def test_log_probs_in_chunks_are_those_of_the_whole_and_so_are_their_gradients(temperature, with_bias, chunk_elements):
-    hidden, weight = torch.randn(10, 6, dtype=torch.float64), torch.randn(13, 6, dtype=torch.float64)
-    bias, tokens = torch.randn(13, dtype=torch.float64) if with_bias else None, torch.randint(13, (10,))
-    on_logprob, on_entropy = torch.randn(10, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
+def test_log_probs_in_chunks_are_those_of_the_whole_and_so_are_their_gradients(
+    temperature, with_bias, chunk_elements
+):
+    hidden, weight = (
+        torch.randn(10, 6, dtype=torch.float64),
+        torch.randn(13, 6, dtype=torch.float64),
+    )
+    bias, tokens = (
+        torch.randn(13, dtype=torch.float64) if with_bias else None,
+        torch.randint(13, (10,)),
+    )
+    on_logprob, on_entropy = (
+        torch.randn(10, dtype=torch.float64),
+        torch.randn(10, dtype=torch.float64),
+    )
     leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
     logprobs = (torch.nn.functional.linear(hidden, weight, bias) / temperature).log_softmax(-1)
     expected = logprobs[range(10), tokens], -(logprobs.exp() * logprobs).sum(-1)
@@ -50,7 +61,9 @@ def test_log_probs_in_chunks_are_those_of_the_whole_and_so_are_their_gradients(t
 
     for one, other in zip(gradients(measured), gradients(expected), strict=True):
         torch.testing.assert_close(one, other)
-    watched, ignored = head_statistics(hidden, weight, bias, tokens, temperature, False, chunk_elements)
+    watched, ignored = head_statistics(
+        hidden, weight, bias, tokens, temperature, False, chunk_elements
+    )
     assert watched.requires_grad and not ignored.requires_grad
 
 
@@ -65,4 +78,6 @@ def test_the_exact_kl_from_logits_and_its_gradient_in_any_chunks():
     for chunk in (1, 4, 100):
         kl = token_exact_kl(logits, reference, 0.7, chunk)
         torch.testing.assert_close(kl, expected)
-        torch.testing.assert_close(torch.autograd.grad((weights * kl).sum(), logits)[0], expected_gradient)
+        torch.testing.assert_close(
+            torch.autograd.grad((weights * kl).sum(), logits)[0], expected_gradient
+        )

@@ -34,11 +34,15 @@ ROWS = [[5, 6, 7, 8, 9, 10], [8, 9, 4], [11, 5]]
 
 @KINDS
 def test_a_shape_knows_its_number_of_parameters(kind):
-    assert SHAPES[kind].parameters(len(tokenizer())) == sum(p.numel() for p in model(kind).parameters())
+    assert SHAPES[kind].parameters(len(tokenizer())) == sum(
+        p.numel() for p in model(kind).parameters()
+    )
 
 
 def test_the_same_seed_gives_the_same_weights():
-    one, same, other = (create(SHAPES["llama"], tokenizer(), seed).state_dict() for seed in (1, 1, 2))
+    one, same, other = (
+        create(SHAPES["llama"], tokenizer(), seed).state_dict() for seed in (1, 1, 2)
+    )
     assert all(torch.equal(one[k], same[k]) for k in one)
     assert not all(torch.equal(one[k], other[k]) for k in one)
 
@@ -89,9 +93,13 @@ def test_a_reward_model_reads_the_last_real_token_and_loads_in_transformers(kind
     scalar.save(tmp_path / "rm", tokenizer())
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     assert loaded.config.num_labels == 1 and loaded.config.id2label == {0: "reward"}
-    theirs = loaded(input_ids=tokens, attention_mask=(torch.arange(6) < lengths[:, None]).long()).logits[:, 0]
+    theirs = loaded(
+        input_ids=tokens, attention_mask=(torch.arange(6) < lengths[:, None]).long()
+    ).logits[:, 0]
     torch.testing.assert_close(theirs, scores, atol=1e-5, rtol=0)
-    torch.testing.assert_close(ScalarModel.load(tmp_path / "rm").scores(tokens, lengths), scores - 0.5, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ScalarModel.load(tmp_path / "rm").scores(tokens, lengths), scores - 0.5, atol=1e-5, rtol=0
+    )
 
 
 @KINDS
@@ -112,26 +120,37 @@ def test_a_shared_critic_is_saved_as_a_folder_of_its_own(kind, tmp_path):
     tokens = torch.tensor([ROWS[0]])
     mask = torch.arange(tokens.shape[1])[None] > 0
     values = shared.forward(tokens, mask, 1.0).values
-    torch.testing.assert_close(ScalarModel.load(tmp_path / "critic").values(tokens, mask), values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ScalarModel.load(tmp_path / "critic").values(tokens, mask), values, atol=1e-5, rtol=0
+    )
 
 
 def test_a_critic_from_the_reward_model_values_the_end_as_the_reward_model_scores_it():
     reward_model = ScalarModel.from_trunk(model(), 0, seed=3)
     critic = copy.deepcopy(reward_model)
     tokens, lengths = right_pad([[5, 6, 7]])
-    after_the_last = critic.values(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[False, False, False, True]]))[:, 3]
+    after_the_last = critic.values(
+        torch.tensor([[5, 6, 7, 8]]), torch.tensor([[False, False, False, True]])
+    )[:, 3]
     torch.testing.assert_close(after_the_last, reward_model.scores(tokens, lengths))
 
 
 def test_dropout_is_off_for_life():
-    made = create(Shape(type="gpt2", hidden_size=32, num_layers=2, num_heads=4, max_length=64), tokenizer(), 0)
+    made = create(
+        Shape(type="gpt2", hidden_size=32, num_layers=2, num_heads=4, max_length=64), tokenizer(), 0
+    )
     assert made.config.resid_pdrop > 0 and not any(m.training for m in made.modules())
     assert not any(m.training for m in ScalarModel.from_trunk(made, 0, 0).model.modules())
 
 
 def test_a_model_with_two_labels_is_refused(tmp_path):
     config = LlamaConfig(
-        vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=2
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=2,
     )
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="has 2 labels; a reward model needs 1"):
@@ -161,7 +180,15 @@ def test_a_tokenizer_that_pads_with_its_end_gives_the_reward_model_no_pad_id():
 @pytest.mark.parametrize(
     ("architecture", "linear"),
     [
-        ({"model_type": "gemma2", "num_key_value_heads": 4, "head_dim": 8, "final_logit_softcapping": 2.0}, False),
+        (
+            {
+                "model_type": "gemma2",
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+                "final_logit_softcapping": 2.0,
+            },
+            False,
+        ),
         ({"model_type": "cohere", "num_key_value_heads": 4, "logit_scale": 0.5}, False),
         ({"model_type": "granite", "num_key_value_heads": 4, "logits_scaling": 3.0}, False),
         ({"model_type": "phi", "num_key_value_heads": 4}, True),  # its head has a bias
@@ -172,8 +199,16 @@ def test_a_tokenizer_that_pads_with_its_end_gives_the_reward_model_no_pad_id():
 )
 def test_any_head_is_read_as_the_model_means_it(architecture, linear):
     """Log-probs of masked tokens against the model's own logits, whatever it does to them after the head."""
-    sizes = {"vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-    config = AutoConfig.for_model(**{**sizes, **architecture, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
+    sizes = {
+        "vocab_size": 24,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    config = AutoConfig.for_model(
+        **{**sizes, **architecture, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    )
     made = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for p in made.parameters():
@@ -181,9 +216,13 @@ def test_any_head_is_read_as_the_model_means_it(architecture, linear):
     tokens = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 0, 0]])
     mask = torch.tensor([[False, False, True, True, True], [False, True, True, False, False]])
     logits = made(input_ids=tokens).logits
-    expected = torch.nn.functional.pad(logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0], (1, 0))
+    expected = torch.nn.functional.pad(
+        logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0], (1, 0)
+    )
     measured = masked_logprobs(made, tokens, mask)
     torch.testing.assert_close(measured, torch.where(mask, expected, 0.0), atol=1e-5, rtol=1e-5)
     assert has_linear_head(made) == linear
     spoken = speak(made, tokens, mask)
-    torch.testing.assert_close(logits_of(made, spoken), logits[:, :-1][mask[:, 1:]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits_of(made, spoken), logits[:, :-1][mask[:, 1:]], atol=1e-5, rtol=1e-5
+    )

@@ -18,7 +18,10 @@ def test_rows_are_padded_on_either_side():
 def test_the_response_mask_comes_from_lengths_even_where_a_real_token_equals_the_pad():
     # A prompt of one token and a response (0, 0): id 0 is real here.
     tokens, lengths = right_pad([[5, 0, 0], [8]])
-    assert response_mask(torch.tensor([1, 1]), lengths, tokens.shape[1]).tolist() == [[False, True, True], [False] * 3]
+    assert response_mask(torch.tensor([1, 1]), lengths, tokens.shape[1]).tolist() == [
+        [False, True, True],
+        [False] * 3,
+    ]
 
 
 def test_numbers_are_spread_over_their_tokens():

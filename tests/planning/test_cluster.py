@@ -53,7 +53,10 @@ def test_memory_by_hand():
     assert memory["actor"] == memory["critic"] == 16 * held
     assert memory["reference, reward model"] == 2 * 4 * held
     assert memory["put together"] == 2 * 4 * 0.6e9
-    assert training_memory(dataclasses.replace(SEVEN_B, beside=60_000_000), 8)["put together"] == 2 * 4 * 6.94e9 / 32
+    assert (
+        training_memory(dataclasses.replace(SEVEN_B, beside=60_000_000), 8)["put together"]
+        == 2 * 4 * 6.94e9 / 32
+    )
     assert training_memory(SEVEN_B, 1)["put together"] == 0
     assert training_memory(SEVEN_B, 1)["actor"] == 16 * 7e9
 
@@ -65,11 +68,15 @@ def test_what_rests_in_main_memory_leaves_room():
     with_all, without = training_memory(SEVEN_B, 8), training_memory(rests, 8)
     assert sum(with_all.values()) - sum(without.values()) == 2 * 4 * 7e9 / 8
     meanwhile = training_memory(rests, 8, meanwhile=True)
-    assert meanwhile["reference, reward model"] == 4 * 7e9 / 8, "rollouts are scored while others learn"
+    assert meanwhile["reference, reward model"] == 4 * 7e9 / 8, (
+        "rollouts are scored while others learn"
+    )
     assert _at_rest(with_all, False) == (16 + 16 + 8) * 7e9 / 8
     assert _at_rest(without, True) == 16 * 7e9 / 8
     asked = read_settings(recipe_path("reviews"), ["run.offload=true"]).config
-    assert workload(asked) == dataclasses.replace(workload(dataclasses.replace(asked, run=Run())), offload=True)
+    assert workload(asked) == dataclasses.replace(
+        workload(dataclasses.replace(asked, run=Run())), offload=True
+    )
 
 
 def test_generation_by_hand():
@@ -78,17 +85,31 @@ def test_generation_by_hand():
     assert SEVEN_B.cache_bytes == 524_288
     many = dataclasses.replace(SEVEN_B, rows=4096)
     alone, pairs, fours = generation_memory(many, GPUS["h100"], 4)
-    assert (alone.count, alone.each, pairs.count, pairs.each, fours.count, fours.each) == (4, 1, 2, 2, 1, 4)
+    assert (alone.count, alone.each, pairs.count, pairs.each, fours.count, fours.each) == (
+        4,
+        1,
+        2,
+        2,
+        1,
+        4,
+    )
     assert alone.memory["weights"] == 14e9 and fours.memory["weights"] == 3.5e9
     assert alone.rows == int((72e9 - 14e9) / (524_288 * 600)) == 184
     assert pairs.rows == int((72e9 - 7e9) / (524_288 * 300)) == 413, "less of each GPU is weights"
-    assert generation_memory(many, GPUS["h100"], 4, taken=40e9)[0].rows == int((32e9 - 14e9) / (524_288 * 600))
-    assert generation_memory(SEVEN_B, GPUS["h100"], 4)[0].rows == 128, "more than there are, nobody writes"
+    assert generation_memory(many, GPUS["h100"], 4, taken=40e9)[0].rows == int(
+        (32e9 - 14e9) / (524_288 * 600)
+    )
+    assert generation_memory(SEVEN_B, GPUS["h100"], 4)[0].rows == 128, (
+        "more than there are, nobody writes"
+    )
     seventy = dataclasses.replace(SEVEN_B, parameters=70_000_000_000)
     assert [copies.each for copies in generation_memory(seventy, GPUS["h100"], 8)] == [4, 8], (
         "140 GB and an answer want 2.1 GPUs"
     )
-    with pytest.raises(CannotFit, match="generation: 140 GB of weights and 0.63 GB for one answer do not fit into 2 × 72 GB"):
+    with pytest.raises(
+        CannotFit,
+        match="generation: 140 GB of weights and 0.63 GB for one answer do not fit into 2 × 72 GB",
+    ):
         generation_memory(seventy, GPUS["h100"], 2)
 
 
@@ -98,7 +119,8 @@ def test_the_copies_are_those_with_which_generation_is_shortest():
     made, _, copies = generating(seventy, GPUS["h100"], 8)
     assert copies.each == 8
     assert made.best == min(
-        _generating(seventy, GPUS["h100"], 8, c)[0].best for c in generation_memory(seventy, GPUS["h100"], 8)
+        _generating(seventy, GPUS["h100"], 8, c)[0].best
+        for c in generation_memory(seventy, GPUS["h100"], 8)
     )
 
 
@@ -120,20 +142,31 @@ def test_training_by_hand():
 
 def test_the_best_split_is_the_best_of_all():
     config = read_settings(
-        recipe_path("reviews"), ["policy.create.hidden_size=2048", "policy.create.num_layers=24"], "x"
+        recipe_path("reviews"),
+        ["policy.create.hidden_size=2048", "policy.create.num_layers=24"],
+        "x",
     ).config
     cluster = Cluster.of("16xH100")
     made, everything = plan_cluster(config, cluster), list(splits(workload(config), cluster))
-    assert {split.trainers + split.generators for split in everything} == {16} or everything[0].generators == 0
-    assert made.best.step.best + made.best.step.worst == min(s.step.best + s.step.worst for s in everything)
+    assert {split.trainers + split.generators for split in everything} == {16} or everything[
+        0
+    ].generators == 0
+    assert made.best.step.best + made.best.step.worst == min(
+        s.step.best + s.step.worst for s in everything
+    )
     assert any("GPU-hours" in line for line in in_words(made))
 
 
 def test_what_does_not_fit_is_refused_with_what_is_missing(tmp_path):
-    words = ["policy.create.hidden_size=8192", "policy.create.num_layers=80", "policy.create.num_heads=64"]
+    words = [
+        "policy.create.hidden_size=8192",
+        "policy.create.num_layers=80",
+        "policy.create.num_heads=64",
+    ]
     config = read_settings(recipe_path("reviews"), words, "x").config
     with pytest.raises(
-        CannotFit, match=r"training needs [\d,.]+ GB on each of 1xl40s, 43.2 GB are usable: [\d,.]+ GB are missing"
+        CannotFit,
+        match=r"training needs [\d,.]+ GB on each of 1xl40s, 43.2 GB are usable: [\d,.]+ GB are missing",
     ) as found:
         plan_cluster(config, Cluster.of("1xl40s"))
     assert "actor: " in str(found.value) and "gradient_checkpointing = true" in str(found.value)
@@ -157,7 +190,9 @@ def test_answers_that_take_as_long_as_each_other_cost_the_longer_of_both():
     assert step(4.0, 0) == pytest.approx(14)
     assert step(4.0, 1) == pytest.approx(10)
     assert step(15.0, 1) == pytest.approx(15)
-    assert simulate(64, 10.0, 0.0, 64, 4.0, 1.0, 0, 40).seconds == pytest.approx(15), "and the weights' way"
+    assert simulate(64, 10.0, 0.0, 64, 4.0, 1.0, 0, 40).seconds == pytest.approx(15), (
+        "and the weights' way"
+    )
 
 
 def test_half_the_slots_take_twice_as_long():
@@ -167,8 +202,14 @@ def test_half_the_slots_take_twice_as_long():
 def test_no_answer_is_older_than_the_bound_and_a_longer_tail_costs_time():
     for bound in (0, 1, 2, 4):
         made = simulate(128, 10.0, 0.8, 64, 6.0, 0.5, bound, 100)
-        assert len(made.staleness) == 6400 and min(made.staleness) >= 0 and max(made.staleness) <= bound
-    even, tailed = (simulate(64, 10.0, spread, 64, 4.0, 0.0, 1, 100).seconds for spread in (0.0, 0.8))
+        assert (
+            len(made.staleness) == 6400
+            and min(made.staleness) >= 0
+            and max(made.staleness) <= bound
+        )
+    even, tailed = (
+        simulate(64, 10.0, spread, 64, 4.0, 0.0, 1, 100).seconds for spread in (0.0, 0.8)
+    )
     assert tailed > 1.3 * even
 
 
@@ -199,7 +240,9 @@ def test_littles_law():
         (501, 120, 347, 1, 566),
     ],
 )
-def test_published_steps_are_little_longer_than_their_phases_in_turn_or_side_by_side(generation, scoring, update, bound, step):
+def test_published_steps_are_little_longer_than_their_phases_in_turn_or_side_by_side(
+    generation, scoring, update, bound, step
+):
     """A 7 B model by DAPO on 16 H20 GPUs, FSDP2 and Megatron, all in turn or 4 that generate beside 12 that train: verl,
     docs/advance/one_step_off.md. Phases that a published row does not list are 4 to 12 % of it."""
     found = simulate(1, float(generation), 0.0, 1, float(scoring + update), 0.0, bound, 40).seconds
@@ -210,7 +253,9 @@ def published(parameters, hidden, layers, intermediate, heads_share, vocabulary,
     """2,048 answers of at most 4,096 tokens a step, a reference; prompts are not told."""
     return Workload(
         parameters=parameters,
-        model=Sizes(hidden=hidden, layers=layers, intermediate=intermediate, heads_share=heads_share),
+        model=Sizes(
+            hidden=hidden, layers=layers, intermediate=intermediate, heads_share=heads_share
+        ),
         beside=2 * vocabulary * hidden,
         learners=1,
         frozen=1,
@@ -236,6 +281,9 @@ def test_ranges_against_published_steps(size, count, generators, step):
     else:
         work = published(8_030_000_000, 4096, 32, 14336, 0.25, 128_256, 1019.0)
     gpu = GPUS["h100"]
-    made, update = generating(work, gpu, generators or count)[0], training(work, gpu, count - generators)
+    made, update = (
+        generating(work, gpu, generators or count)[0],
+        training(work, gpu, count - generators),
+    )
     found = made.most(update) + pushing(work, gpu) if generators else made + update
     assert found.best / 1.1 < step < 1.4 * found.worst

@@ -23,14 +23,20 @@ def config_of(*words: str) -> Config:
 def test_a_line_through_two_sizes():
     assert Line.through((10.0, 3.0), (20.0, 5.0)) == Line(1.0, 0.2)
     assert Line.through((10.0, 3.0), (20.0, 5.0)).at(40.0) == pytest.approx(9.0)
-    assert Line.through((10.0, 5.0), (20.0, 3.0)) == Line(4.0, 0.0), "noise: no time is gained by longer answers"
-    assert Line.through((10.0, 1.0), (20.0, 5.0)) == Line(0.0, 0.2), "nor is there less than nothing besides"
+    assert Line.through((10.0, 5.0), (20.0, 3.0)) == Line(4.0, 0.0), (
+        "noise: no time is gained by longer answers"
+    )
+    assert Line.through((10.0, 1.0), (20.0, 5.0)) == Line(0.0, 0.2), (
+        "nor is there less than nothing besides"
+    )
     assert Line.through((8.0, 1.0), (8.0, 3.0)) == Line(2.0, 0.0)
 
 
 def test_a_whole_run_from_its_parts():
     """3 + 7 SFT and reward model steps of 1 and 2 s; 40 steps of 0.5 s + 8 tokens of 0.1 s; 20 looks of 0.25 s; an evaluation of 6 s; 4 s."""
-    config = config_of("run.steps=40", "sft.steps=3", "reward_model.steps=7", "evaluation.prompts=8")
+    config = config_of(
+        "run.steps=40", "sft.steps=3", "reward_model.steps=7", "evaluation.prompts=8"
+    )
     made = Measured({"sft": 1.0, "reward_model": 2.0}, Line(0.5, 0.1), 0.25, 6.0, 4.0)
     assert made.seconds(config, 8.0) == pytest.approx(4 + 3 + 14 + 40 * 1.3 + 20 * 0.25 + 6)
     assert "in all   about 84 s" in in_words(config, made)[-1]
@@ -44,7 +50,9 @@ def test_the_first_step_warms_up_and_looking_is_apart():
         "sft": [step(9.0), step(1.0), step(2.0), step(3.0)],
         "ppo": [step(9.0), *[step(5.0, update=1.0, rollouts=2.0)] * 3],
     }
-    assert _summed(config_of(), events, 1.5, 60.0) == Short({"sft": 2.0, "ppo": 3.0}, 2.0, 6.0, 1.5, 60.0 - 1.5 - 15.0 - 24.0)
+    assert _summed(config_of(), events, 1.5, 60.0) == Short(
+        {"sft": 2.0, "ppo": 3.0}, 2.0, 6.0, 1.5, 60.0 - 1.5 - 15.0 - 24.0
+    )
 
 
 def test_the_command_says_what_it_measured(tmp_path):
@@ -59,7 +67,9 @@ def test_the_command_says_what_it_measured(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [(), ("launch.processes=2", "launch.shard=true")], ids=["whole", "in parts"])
+@pytest.mark.parametrize(
+    "place", [(), ("launch.processes=2", "launch.shard=true")], ids=["whole", "in parts"]
+)
 def test_the_plan_knows_the_memory(place, tmp_path):
     """A model of 27 M parameters, three of which learn or are read beside it: within a quarter, of the rank that writes."""
     shape = [f"policy.create.{key}" for key in ("hidden_size=512", "num_layers=8", "num_heads=8")]
@@ -71,7 +81,12 @@ def test_the_plan_knows_the_memory(place, tmp_path):
         "evaluation.prompts=8",
         "data.rows=64",
     ]
-    rows = ["sft.batch_size=8", "reward_model.batch_size=8", "rollout.prompts_per_step=8", "rollout.max_new_tokens=8"]
+    rows = [
+        "sft.batch_size=8",
+        "reward_model.batch_size=8",
+        "rollout.prompts_per_step=8",
+        "rollout.max_new_tokens=8",
+    ]
     said = quartet("run", "reviews", *shape, *steps, *rows, *place, cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     done = Run(tmp_path / "runs" / "latest").events[-1]
@@ -91,7 +106,12 @@ def test_so_is_the_plan_that_measures_nothing(tmp_path):
 @pytest.mark.slow
 def test_the_prediction_is_within_its_band(tmp_path):
     """Measured: within a factor of 1.6 of a run that takes half a minute, on a machine that does other things besides."""
-    words = ("run.steps=60", "sft.steps=100", "reward_model.steps=60", "rollout.prompts_per_step=32")
+    words = (
+        "run.steps=60",
+        "sft.steps=100",
+        "reward_model.steps=60",
+        "rollout.prompts_per_step=32",
+    )
     config = config_of(*words)
     expected = measure(config, build)
     began = time.monotonic()

@@ -12,7 +12,13 @@ from quartet.generation.sampling import Sampling
 from quartet.models.language_model import create, masked_logprobs
 from quartet.models.shape import Shape
 from quartet.models.trunk import checkpoint_blocks
-from quartet.planning.memory import Sizes, activation_bytes, micro_batch_tokens, policy_parameters, sizes
+from quartet.planning.memory import (
+    Sizes,
+    activation_bytes,
+    micro_batch_tokens,
+    policy_parameters,
+    sizes,
+)
 from quartet.recipes import recipe_path
 from tests.support.world import model, prompts, tokenizer
 
@@ -45,7 +51,9 @@ def test_activations_are_what_autograd_keeps(checkpointing):
     mask = torch.arange(64).expand(8, 64) > 0
     tokens = torch.randint(4, 20, (8, 64))
     measured = kept_bytes(made, tokens, mask) / tokens.numel()
-    if checkpointing:  # one block is computed again at a time, and its activations are not alive here
+    if (
+        checkpointing
+    ):  # one block is computed again at a time, and its activations are not alive here
         assert measured == pytest.approx(4 * 3 * 64, rel=0.8)
         assert measured < activation_bytes(Sizes(64, 3, 192), False) / 4
         assert predicted < activation_bytes(Sizes(64, 3, 192), False) / 1.5
@@ -59,21 +67,27 @@ def test_checkpoints_change_no_gradient_and_turn_no_dropout_on(kind):
     tokens = torch.randint(4, 20, (3, 12))
     mask = torch.arange(12).expand(3, 12) > 2
     gradients = [
-        torch.autograd.grad(masked_logprobs(m, tokens, mask).sum(), list(m.parameters())) for m in (plain, checkpointed)
+        torch.autograd.grad(masked_logprobs(m, tokens, mask).sum(), list(m.parameters()))
+        for m in (plain, checkpointed)
     ]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert kept_bytes(checkpointed, tokens, mask) < kept_bytes(plain, tokens, mask)
     assert not any(m.training for m in checkpointed.modules())
     answers = [
-        NativeGenerator(m, tokenizer(), frozenset({1}), seed=0).generate(prompts(4), Sampling(max_new_tokens=9))
+        NativeGenerator(m, tokenizer(), frozenset({1}), seed=0).generate(
+            prompts(4), Sampling(max_new_tokens=9)
+        )
         for m in (plain, checkpointed)
     ]
     assert answers[0] == answers[1]
 
 
 def test_a_run_with_checkpoints_trains(tmp_path):
-    config = read_settings(recipe_path("reviews"), ["policy.gradient_checkpointing=true", 'recipe="sft"', "sft.steps=2"]).config
+    config = read_settings(
+        recipe_path("reviews"),
+        ["policy.gradient_checkpointing=true", 'recipe="sft"', "sft.steps=2"],
+    ).config
     job = build(dataclasses.replace(config, data=dataclasses.replace(config.data, rows=32)))
     trained = job.stages[0].load_policy(tmp_path)
     assert all(block.gradient_checkpointing for block in trained.base_model.layers)
@@ -86,14 +100,23 @@ def config_with(*words):
 def test_the_setting_wins_and_a_gpu_gets_what_its_memory_holds():
     chosen, asked = config_with(), config_with("optim.micro_batch_tokens=999")
     parameters = policy_parameters(chosen, 320)
-    assert micro_batch_tokens(asked, parameters, None) == micro_batch_tokens(asked, parameters, 80e9) == 999
+    assert (
+        micro_batch_tokens(asked, parameters, None)
+        == micro_batch_tokens(asked, parameters, 80e9)
+        == 999
+    )
     assert micro_batch_tokens(chosen, parameters, None) == 2048
     roomy, tight = (micro_batch_tokens(chosen, parameters, free) for free in (2e9, 0.4e9))
     assert 2048 < tight < roomy <= 2**16
     assert micro_batch_tokens(chosen, parameters, 0.0) == 2048
     many = config_with("launch.shard=true", "launch.processes=8")
-    assert micro_batch_tokens(many, parameters, 0.4e9, world=8) > tight, "an eighth of the weights leaves more room"
-    assert micro_batch_tokens(config_with("policy.gradient_checkpointing=true"), parameters, 0.4e9) > tight
+    assert micro_batch_tokens(many, parameters, 0.4e9, world=8) > tight, (
+        "an eighth of the weights leaves more room"
+    )
+    assert (
+        micro_batch_tokens(config_with("policy.gradient_checkpointing=true"), parameters, 0.4e9)
+        > tight
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -102,7 +125,9 @@ def test_sizes_and_parameters_of_a_folder_are_read_from_its_files(kind, tmp_path
     made.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     config = config_with()
-    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, create=None, model=str(tmp_path)))
+    config = dataclasses.replace(
+        config, policy=dataclasses.replace(config.policy, create=None, model=str(tmp_path))
+    )
     found = sizes(config)
     assert found is not None and (found.hidden, found.layers) == (32, 2)
     assert found.intermediate == (4 * 32 if kind == "gpt2" and made.config.n_inner is None else 96)

@@ -26,5 +26,7 @@ def test_what_only_grows_is_no_extreme():
 
 
 def test_a_run_keeps_what_it_was_asked_to(tmp_path):
-    run = make_run(tmp_path, "sums", "run.steps=3", "run.rollouts_every=2", "rollout.samples_per_prompt=4")
+    run = make_run(
+        tmp_path, "sums", "run.steps=3", "run.rollouts_every=2", "rollout.samples_per_prompt=4"
+    )
     assert run.steps() == [1, 3]

@@ -39,10 +39,16 @@ def test_what_a_token_earned_adds_up(ppo_run):
             score = min(5.0, max(-5.0, rows["score"][i])) if i == own[-1] else 0.0
             assert rows["reward"][i] == pytest.approx(rows["penalty"][i] + score, abs=5e-3)
             assert rows["penalty"][i] == pytest.approx(-0.12 * rows["kl"][i], rel=8e-3, abs=1e-6)
-            assert rows["return"][i] == pytest.approx(rows["raw_advantage"][i] + rows["value"][i], abs=2e-2)
+            assert rows["return"][i] == pytest.approx(
+                rows["raw_advantage"][i] + rows["value"][i], abs=2e-2
+            )
             later = rows["value"][i + 1] if i != own[-1] else 0.0
-            assert rows["td_error"][i] == pytest.approx(rows["reward"][i] + later - rows["value"][i], abs=2e-2)
-            assert rows["ratio"][i] - 1 == pytest.approx(math.expm1(rows["change"][i]), rel=1e-2, abs=1e-7)
+            assert rows["td_error"][i] == pytest.approx(
+                rows["reward"][i] + later - rows["value"][i], abs=2e-2
+            )
+            assert rows["ratio"][i] - 1 == pytest.approx(
+                math.expm1(rows["change"][i]), rel=1e-2, abs=1e-7
+            )
         assert all(rows["reward"][i] is None for i in range(len(rows["text"])) if i not in own)
 
 
@@ -58,7 +64,9 @@ def test_td_errors_by_hand():
     ppo = ALGORITHMS["ppo"]
     values = torch.zeros_like(batch.old_logprobs)
     values[batch.response_mask] = torch.tensor([0.5, 0.6], dtype=values.dtype)
-    batch = batch.__class__(**{**batch.__dict__, "values": values, "ref_logprobs": batch.old_logprobs})
+    batch = batch.__class__(
+        **{**batch.__dict__, "values": values, "ref_logprobs": batch.old_logprobs}
+    )
     made = td_errors(batch, ppo.experience(batch), ppo)
     assert made[batch.response_mask].tolist() == pytest.approx([0.1, 0.4])
 
@@ -74,14 +82,30 @@ def test_a_step_of_64_responses_of_512_tokens_is_less_than_a_megabyte(tmp_path):
     batch = ragged_batch([511] * 64, [0.1] * 64, dtype=torch.float32)
     mask = torch.ones(64, 512, dtype=torch.bool)
     tokens = (torch.rand(64, 512, generator=noise).pow(4) * 50_000).long()
-    changed = {"tokens": tokens, "lengths": torch.full((64,), 512), "response_mask": mask, "rollout_logprobs": old}
-    changed |= {"old_logprobs": old, "ref_logprobs": old + normal(0.2), "values": normal(), "entropy": None}
+    changed = {
+        "tokens": tokens,
+        "lengths": torch.full((64,), 512),
+        "response_mask": mask,
+        "rollout_logprobs": old,
+    }
+    changed |= {
+        "old_logprobs": old,
+        "ref_logprobs": old + normal(0.2),
+        "values": normal(),
+        "entropy": None,
+    }
     batch = batch.__class__(**{**batch.__dict__, **changed})
-    seen = {"logprob": old + normal(0.05), "ratio": normal(0.05).exp(), "clipped": normal() > 1.8, "entropy": normal().abs()}
+    seen = {
+        "logprob": old + normal(0.05),
+        "ratio": normal(0.05).exp(),
+        "clipped": normal() > 1.8,
+        "entropy": normal().abs(),
+    }
     rollouts = [rollout(prompts(1)[0], (5,), 0.1)] * 64
     ppo = ALGORITHMS["ppo"]
     path = write_tokens(
-        token_table(1, rollouts, batch, ppo.experience(batch), ppo, Texts(), seen), tmp_path / "r" / "000001.parquet"
+        token_table(1, rollouts, batch, ppo.experience(batch), ppo, Texts(), seen),
+        tmp_path / "r" / "000001.parquet",
     )
     assert path.stat().st_size < 1_000_000
     read = pq.read_table(path)
@@ -94,5 +118,10 @@ def test_probes_are_the_same_answers_and_other_numbers(ppo_run):
     first, last = ppo_run.sample(0, 2, "probes"), ppo_run.sample(14, 2, "probes")
     assert first["token_id"] == last["token_id"] and first["id"] == last["id"]
     own = first["is_response"].index(True)
-    assert first["logprob"][own] != last["logprob"][own] and first["value"][own] != last["value"][own]
-    assert first["ref_logprob"] == last["ref_logprob"] and first["logprob"][own] == first["ref_logprob"][own]
+    assert (
+        first["logprob"][own] != last["logprob"][own] and first["value"][own] != last["value"][own]
+    )
+    assert (
+        first["ref_logprob"] == last["ref_logprob"]
+        and first["logprob"][own] == first["ref_logprob"][own]
+    )

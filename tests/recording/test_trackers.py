@@ -49,7 +49,9 @@ def test_mlflow(tmp_path, monkeypatch):
     [made] = client.search_runs([experiment.experiment_id])
     assert made.data.metrics["ppo/reward"] == 1.5 and made.data.params["optim.lr"] == "1e-06"
     assert made.info.run_name == tmp_path.name and made.info.status == "FINISHED"
-    assert [(m.step, m.value) for m in client.get_metric_history(made.info.run_id, "ppo/reward.gold")] == [(1, 0.25), (2, 0.75)]
+    assert [
+        (m.step, m.value) for m in client.get_metric_history(made.info.run_id, "ppo/reward.gold")
+    ] == [(1, 0.25), (2, 0.75)]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -90,7 +92,9 @@ def test_a_tracker_that_fails_says_so_once_and_the_others_go_on(tmp_path, monkey
     said = [tracking.log("ppo", step, {"reward": 0.0}) for step in (1, 2, 3)]
     tracking.close()
     assert said == [
-        ["wandb takes no more metrics (no route to the tracker). The run goes on; its folder has them all."],
+        [
+            "wandb takes no more metrics (no route to the tracker). The run goes on; its folder has them all."
+        ],
         [],
         [],
     ]
@@ -108,7 +112,9 @@ def test_a_tracker_that_cannot_even_begin(tmp_path, monkeypatch):
 
 def test_a_tracker_that_is_not_installed_is_said_before_the_run(monkeypatch):
     monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(sinks.TrackerMissing, match=r'run.track = \["wandb"\]: wandb is not installed: pip install'):
+    with pytest.raises(
+        sinks.TrackerMissing, match=r'run.track = \["wandb"\]: wandb is not installed: pip install'
+    ):
         check_trackers(["wandb"])
 
 
@@ -126,10 +132,17 @@ def test_the_pipeline_tells_the_trackers_and_says_when_one_fails(tmp_path, monke
         def begin(self, folder):
             return Work(lambda done: iter(Progress(n, {"loss": 1.0 / n}) for n in (1, 2, 3)), dict)
 
-    monkeypatch.setattr(sinks, "make_sink", lambda name, *_: {"wandb": Broken(), "mlflow": Well()}[name])
+    monkeypatch.setattr(
+        sinks, "make_sink", lambda name, *_: {"wandb": Broken(), "mlflow": Well()}[name]
+    )
     folder = RunFolder.create(tmp_path, "x", {})
     told = list(
-        Pipeline([Talks()], folder, TokenTexts(tokenizer()), tracking=Tracking(["wandb", "mlflow"], folder.path, {})).run()
+        Pipeline(
+            [Talks()],
+            folder,
+            TokenTexts(tokenizer()),
+            tracking=Tracking(["wandb", "mlflow"], folder.path, {}),
+        ).run()
     )
     folder.close()
     assert got == [("sft", n, {"loss": 1.0 / n}) for n in (1, 2, 3)]

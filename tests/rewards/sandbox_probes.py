@@ -523,7 +523,11 @@ def main() -> None:
     programs = probes(*sys.argv[1:])
     with ThreadPoolExecutor(6) as pool:
         outcomes = dict(zip(programs, pool.map(outcome, programs, programs.values()), strict=True))
-    print(json.dumps({"user": os.getuid(), "outcomes": {name: asdict(o) for name, o in outcomes.items()}}))
+    print(
+        json.dumps(
+            {"user": os.getuid(), "outcomes": {name: asdict(o) for name, o in outcomes.items()}}
+        )
+    )
 
 
 if __name__ == "__main__":

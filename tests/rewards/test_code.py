@@ -23,7 +23,9 @@ def sandbox():
 
 def answer(text, tests):
     one = rollout(prompts(1)[0], (5,), 0.0)
-    return dataclasses.replace(one, response=text, prompt=dataclasses.replace(one.prompt, extra={"tests": tests}))
+    return dataclasses.replace(
+        one, response=text, prompt=dataclasses.replace(one.prompt, extra={"tests": tests})
+    )
 
 
 ADD = [{"call": "add(2, 3)", "result": 5}, {"call": "add('a', 'b')", "result": "ab"}]
@@ -50,7 +52,12 @@ ECHO = [{"input": "4\n", "output": "8\n"}, {"input": "0", "output": "0"}]
         ("", ADD, 0, 0),
         ("def add(a, b): return True", [{"call": "add(1, 0)", "result": 1}], 0, 0),
         ("def add(a, b): return 1", [{"call": "add(1, 0)", "result": True}], 0, 0),
-        ("def add(a, b): return [0.0, {'x': False}]", [{"call": "add(1, 0)", "result": [0, {"x": 0}]}], 0, 0),
+        (
+            "def add(a, b): return [0.0, {'x': False}]",
+            [{"call": "add(1, 0)", "result": [0, {"x": 0}]}],
+            0,
+            0,
+        ),
         ("def add(a, b): return 1.0", [{"call": "add(1, 0)", "result": 1}], 1, 1),
     ],
 )
@@ -108,9 +115,15 @@ def test_there_is_no_network(sandbox):
 
 @needs_bwrap
 def test_memory_disk_output_and_time_are_bounded(sandbox):
-    assert sandbox.run("try:\n    x = bytearray(10**9)\nexcept MemoryError:\n    print('no')").output == "no\n"
     assert (
-        "full" in sandbox.run("try:\n    open('/tmp/x', 'wb').write(b'x' * 10**8)\nexcept OSError:\n    print('full')").output
+        sandbox.run("try:\n    x = bytearray(10**9)\nexcept MemoryError:\n    print('no')").output
+        == "no\n"
+    )
+    assert (
+        "full"
+        in sandbox.run(
+            "try:\n    open('/tmp/x', 'wb').write(b'x' * 10**8)\nexcept OSError:\n    print('full')"
+        ).output
     )
     flood = sandbox.run("while True: print('x' * 10000)")
     assert flood.code is None and len(flood.output) <= module.MAX_OUTPUT

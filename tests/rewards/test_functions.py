@@ -102,7 +102,9 @@ def rollouts(**extra):
 
 
 def reward(file, name, **more):
-    return FunctionReward(name, f"{file}:{name}", lambda ids: [tokenizer().decode([i]) for i in ids], **more)
+    return FunctionReward(
+        name, f"{file}:{name}", lambda ids: [tokenizer().decode([i]) for i in ids], **more
+    )
 
 
 def test_a_function_gets_responses_and_its_prints_are_no_answers(file):
@@ -152,11 +154,15 @@ def test_a_process_that_was_stopped_is_started_again_and_stays(file):
 
 
 def test_none_leaves_a_response_out_and_is_never_zero(file):
-    scored = rewarded(rollouts(), [Weighted(reward(file, "sometimes")), Weighted(reward(file, "slowly"), 0.5)])
+    scored = rewarded(
+        rollouts(), [Weighted(reward(file, "sometimes")), Weighted(reward(file, "slowly"), 0.5)]
+    )
     assert [r.score for r in scored] == [1.5, None, 1.5]
     assert scored[1].components == {"sometimes": None, "slowly": 1.0}
     assert len(with_score(scored)) == 2
-    watched = rewarded(rollouts(), [Weighted(reward(file, "sometimes"), 0.0), Weighted(reward(file, "slowly"))])
+    watched = rewarded(
+        rollouts(), [Weighted(reward(file, "sometimes"), 0.0), Weighted(reward(file, "slowly"))]
+    )
     assert [r.score for r in watched] == [1, 1, 1]
 
 
@@ -174,9 +180,18 @@ def test_where_nothing_has_a_score_the_reward_is_named():
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("short", "my_rewards.py:short returned 1 value for 3 responses. Return a list of 3 numbers."),
-        ("wrong", "failed: TypeError: returned 'good' for response 0, not a number, None or a list of numbers"),
-        ("fails", "failed: ZeroDivisionError: division by zero (my_rewards.py, line 33). The traceback is in run.log."),
+        (
+            "short",
+            "my_rewards.py:short returned 1 value for 3 responses. Return a list of 3 numbers.",
+        ),
+        (
+            "wrong",
+            "failed: TypeError: returned 'good' for response 0, not a number, None or a list of numbers",
+        ),
+        (
+            "fails",
+            "failed: ZeroDivisionError: division by zero (my_rewards.py, line 33). The traceback is in run.log.",
+        ),
         ("exits", "failed: SystemExit: enough"),
         ("dies", "its process ended by itself (exit code 3)"),
         ("asks", "asks for difficulty, which the data do not have. There are prompts, responses"),
@@ -193,7 +208,9 @@ def test_a_time_limit_is_kept_and_the_process_is_gone(file):
     made = reward(file, "hangs", timeout=0.3)
     process = made.workers[0].process
     started = time.monotonic()
-    with pytest.raises(RewardError, match="took longer than 0.3 s for 3 responses. Raise reward.timeout"):
+    with pytest.raises(
+        RewardError, match="took longer than 0.3 s for 3 responses. Raise reward.timeout"
+    ):
         made.score(rollouts())
     assert time.monotonic() - started < 10
     assert process.poll() == -signal.SIGKILL
@@ -227,11 +244,16 @@ def test_a_wrong_reference_is_known_without_running_it(file, tmp_path, reference
     assert sentence in str(error.value)
 
 
-def test_what_is_not_a_function_and_what_cannot_be_imported_are_refused_at_the_start(file, tmp_path):
+def test_what_is_not_a_function_and_what_cannot_be_imported_are_refused_at_the_start(
+    file, tmp_path
+):
     with pytest.raises(RewardError, match="number is a int, not a function"):
         reward(file, "number")
     (tmp_path / "raises.py").write_text("import nowhere_to_be_found\ndef f(responses): return []\n")
-    with pytest.raises(RewardError, match="cannot be used: ModuleNotFoundError: No module named 'nowhere_to_be_found'"):
+    with pytest.raises(
+        RewardError,
+        match="cannot be used: ModuleNotFoundError: No module named 'nowhere_to_be_found'",
+    ):
         reward(tmp_path / "raises.py", "f")
 
 
@@ -307,4 +329,8 @@ def test_these_values_are_refused_and_never_converted(values):
 
 def test_values_that_no_float32_holds_leave_their_responses_out(file):
     file.write_text("def f(responses):\n    return [10**400, float('nan'), 1.0]\n")
-    assert [r.score for r in rewarded(rollouts(), [Weighted(reward(file, "f"))])] == [None, None, 1.0]
+    assert [r.score for r in rewarded(rollouts(), [Weighted(reward(file, "f"))])] == [
+        None,
+        None,
+        1.0,
+    ]

@@ -101,7 +101,9 @@ def test_a_score_in_a_range_of_ones_own(text, low, high, score):
     assert parse_score(text, float(low), float(high)) == score
 
 
-@pytest.mark.parametrize("given", [[5, 1], [1, 1], [-1, 1], [1, float("nan")], [1, float("inf")], [1], "1-10"])
+@pytest.mark.parametrize(
+    "given", [[5, 1], [1, 1], [-1, 1], [1, float("nan")], [1, float("inf")], [1], "1-10"]
+)
 def test_a_range_that_is_none_is_refused(given):
     with pytest.raises(ValueError, match="score_range"):
         JudgeSource(url="http://127.0.0.1/", model="m", score_range=given)
@@ -128,7 +130,9 @@ PREFERENCES = {
 }
 
 
-@pytest.mark.parametrize(("text", "share"), PREFERENCES.items(), ids=[text[:40] for text in PREFERENCES])
+@pytest.mark.parametrize(
+    ("text", "share"), PREFERENCES.items(), ids=[text[:40] for text in PREFERENCES]
+)
 def test_a_preference_is_a_or_b_or_tie_or_none(text, share):
     assert parse_preference(text) == share
 
@@ -143,7 +147,10 @@ def short_waits(monkeypatch):
 
 def rollouts(count):
     words = [prompts(1)[0]] * count
-    return [dataclasses.replace(rollout(p, (5,), 0.0, i, i), response=f"answer {i}.") for i, p in enumerate(words)]
+    return [
+        dataclasses.replace(rollout(p, (5,), 0.0, i, i), response=f"answer {i}.")
+        for i, p in enumerate(words)
+    ]
 
 
 def verdict(text):
@@ -155,7 +162,9 @@ class Judge:
 
     def __init__(self, path, answer, timeout=20.0, tries=1):
         self.path, self.timeout, self.tries = path, timeout, tries
-        self.server = FaultServer(choose=lambda body: answer(int(re.search(rb"answer (\d+)\.", body)[1])))
+        self.server = FaultServer(
+            choose=lambda body: answer(int(re.search(rb"answer (\d+)\.", body)[1]))
+        )
 
     def __enter__(self):
         self.server.__enter__()
@@ -187,9 +196,15 @@ def test_what_came_before_an_interruption_is_cached_and_nothing_is_waited_for(tm
 
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
-        with Judge(tmp_path / "cache.jsonl", lambda n: verdict("Score: 7") if n < 2 else silent, timeout=60.0) as judge:
+        with Judge(
+            tmp_path / "cache.jsonl",
+            lambda n: verdict("Score: 7") if n < 2 else silent,
+            timeout=60.0,
+        ) as judge:
             cached = lambda: len(judge.cache._texts) == 2  # noqa: E731
-            asking = threading.Thread(target=lambda: wait_for(cached) or os.kill(os.getpid(), signal.SIGUSR1))
+            asking = threading.Thread(
+                target=lambda: wait_for(cached) or os.kill(os.getpid(), signal.SIGUSR1)
+            )
             asking.start()
             begun = time.monotonic()
             with pytest.raises(Stop):
@@ -215,9 +230,13 @@ def test_one_question_is_asked_once(tmp_path):
 
 
 def test_answers_without_a_verdict_are_cached_counted_and_logged(tmp_path, caplog):
-    with Judge(tmp_path / "cache.jsonl", lambda n: verdict("Score: 11" if n else "Score: 7")) as judge:
+    with Judge(
+        tmp_path / "cache.jsonl", lambda n: verdict("Score: 11" if n else "Score: 7")
+    ) as judge:
         assert judge.score(rollouts(3)) == [7, None, None]
-        assert caplog.messages == ["reward judge: 2 of 3 answers of the judge have no verdict; one ends: Score: 11"]
+        assert caplog.messages == [
+            "reward judge: 2 of 3 answers of the judge have no verdict; one ends: Score: 11"
+        ]
     assert len((tmp_path / "cache.jsonl").read_bytes().splitlines()) == 3
 
 
@@ -254,13 +273,20 @@ def test_a_bad_line_is_absent_with_a_log_line_and_harms_no_other(tmp_path, caplo
     path.write_bytes(line + b"\n" + GOOD + b"\n" + line)
     cache = JudgeCache(path)
     assert cache.get("k") == "Score: 7" and cache.get("x") is None
-    assert len(caplog.messages) == 1 and "2 lines are no answer of a judge and left out (line 1: " in caplog.messages[0]
+    assert (
+        len(caplog.messages) == 1
+        and "2 lines are no answer of a judge and left out (line 1: " in caplog.messages[0]
+    )
     cache.put("x", "Score: 8")
     again = JudgeCache(path)
-    assert (again.get("k"), again.get("x")) == ("Score: 7", "Score: 8"), "the line after a torn one is whole"
+    assert (again.get("k"), again.get("x")) == ("Score: 7", "Score: 8"), (
+        "the line after a torn one is whole"
+    )
 
 
-@pytest.mark.parametrize("text", ["a\u2028b\x85c", "a\nb\r\nc", "🙂 größer", "\x00\x1b[0m", "x" * 1_000_000])
+@pytest.mark.parametrize(
+    "text", ["a\u2028b\x85c", "a\nb\r\nc", "🙂 größer", "\x00\x1b[0m", "x" * 1_000_000]
+)
 def test_any_text_comes_back(tmp_path, text):
     path = tmp_path / "deep" / "cache.jsonl"
     JudgeCache(path).put("k", text)
@@ -270,7 +296,11 @@ def test_any_text_comes_back(tmp_path, text):
 def test_half_a_surrogate_pair_does_not_end_a_run(tmp_path):
     JudgeCache(tmp_path / "cache.jsonl").put("k", "a \ud800")
     (tmp_path / "old.jsonl").write_bytes(rb'{"key": "k", "text": "a \ud800"}' + b"\n")
-    assert JudgeCache(tmp_path / "cache.jsonl").get("k") == JudgeCache(tmp_path / "old.jsonl").get("k") == "a \\ud800"
+    assert (
+        JudgeCache(tmp_path / "cache.jsonl").get("k")
+        == JudgeCache(tmp_path / "old.jsonl").get("k")
+        == "a \\ud800"
+    )
 
 
 def test_what_is_no_file_is_refused_before_the_run(tmp_path):
@@ -301,7 +331,11 @@ for thread in threads:
 
 
 def writer(path, name, count):
-    return subprocess.Popen([sys.executable, "-c", WRITER, str(path), name, str(count)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), name, str(count)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_two_processes_of_two_threads_lose_nothing(tmp_path, caplog):
@@ -356,7 +390,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_line(tmp_path, monkeypat
             return self.file.write(data[:10])
 
     monkeypatch.setattr(judge_cache, "_append", lambda file, line: append(Full(file), line))
-    with pytest.raises(RewardError, match=r"cache.jsonl: cannot be written \(No space left on device\)"):
+    with pytest.raises(
+        RewardError, match=r"cache.jsonl: cannot be written \(No space left on device\)"
+    ):
         cache.put("b", "Score: 8")
     assert path.stat().st_size == size
 

@@ -72,7 +72,9 @@ def short_waits(monkeypatch):
 def rollouts(count=3, **extra):
     made = []
     for i, prompt in enumerate(prompts(count)):
-        made.append(rollout(dataclasses.replace(prompt, extra=extra), (5 + i, 6, 7)[: 1 + i % 3], 0.0, i, i))
+        made.append(
+            rollout(dataclasses.replace(prompt, extra=extra), (5 + i, 6, 7)[: 1 + i % 3], 0.0, i, i)
+        )
     return made
 
 
@@ -100,7 +102,10 @@ def test_prompts_responses_and_columns_go_there_and_scores_come_back():
 
 def test_conversations_go_along_as_they_are():
     messages = [{"role": "user", "content": "was it good"}]
-    asked = [dataclasses.replace(r, prompt=dataclasses.replace(r.prompt, messages=messages)) for r in rollouts(1)]
+    asked = [
+        dataclasses.replace(r, prompt=dataclasses.replace(r.prompt, messages=messages))
+        for r in rollouts(1)
+    ]
     with Fake((200, {"scores": [1]}, 0)) as fake:
         endpoint = Endpoint("reward server", fake.url)
         ServerReward("server", endpoint).score(asked)
@@ -111,7 +116,11 @@ def test_conversations_go_along_as_they_are():
 def test_openrlhfs_protocol():
     with Fake((200, {"rewards": [1, 2, 3], "extra_logs": {}}, 0)) as fake:
         endpoint = Endpoint("reward server", fake.url)
-        assert ServerReward("server", endpoint, "openrlhf").score(rollouts(answer="44")) == [1, 2, 3]
+        assert ServerReward("server", endpoint, "openrlhf").score(rollouts(answer="44")) == [
+            1,
+            2,
+            3,
+        ]
         endpoint.close()
         assert fake.requests[0] == {
             "query": [r.prompt.text + r.response for r in rollouts()],
@@ -159,7 +168,9 @@ def test_silence_and_absence():
 
 
 def test_the_token_comes_from_the_environment_and_is_in_no_message(monkeypatch):
-    with pytest.raises(RewardError, match='reward.token_env = "NO_SUCH_TOKEN": no such environment variable'):
+    with pytest.raises(
+        RewardError, match='reward.token_env = "NO_SUCH_TOKEN": no such environment variable'
+    ):
         ask("http://127.0.0.1:1/", token_env="NO_SUCH_TOKEN")
     monkeypatch.setenv("REWARD_TOKEN", "s3cret")
     with Fake((403, b"not you", 0)) as fake, pytest.raises(RewardError) as error:
@@ -198,12 +209,16 @@ class Served:
 def test_a_served_reward_model_scores_as_in_process(reward_model):
     end = tokenizer().eos_token_id
     asked = [dataclasses.replace(r, response_ids=(*r.response_ids, end)) for r in rollouts(5)]
-    asked[1] = dataclasses.replace(rollouts(5)[1], finish_reason="length")  # cut off: no end for the model to read
+    asked[1] = dataclasses.replace(
+        rollouts(5)[1], finish_reason="length"
+    )  # cut off: no end for the model to read
     expected = ModelReward(ScalarModel.load(reward_model), 4096).score(asked)
     with Served(app(Scorer(reward_model.parent, None))) as url:
         endpoint = Endpoint("reward server", url)
         assert ServerReward("server", endpoint).score(asked) == pytest.approx(expected, abs=1e-5)
-        others = ServerReward("server", endpoint, "openrlhf").score(asked)  # which cannot say that one was cut off
+        others = ServerReward("server", endpoint, "openrlhf").score(
+            asked
+        )  # which cannot say that one was cut off
         endpoint.close()
         assert others[:1] + others[2:] == pytest.approx(expected[:1] + expected[2:], abs=1e-5)
         assert abs(others[1] - expected[1]) > 1e-4
@@ -212,15 +227,24 @@ def test_a_served_reward_model_scores_as_in_process(reward_model):
 def test_what_a_server_refuses(reward_model, monkeypatch):
     monkeypatch.setenv("TOKEN", "s3cret")
     with Served(app(Scorer(reward_model, None), "TOKEN")) as url:
-        good, token = {"prompts": ["the film"], "responses": ["was good"]}, {"authorization": "Bearer s3cret"}
+        good, token = (
+            {"prompts": ["the film"], "responses": ["was good"]},
+            {"authorization": "Bearer s3cret"},
+        )
         assert httpx.post(url, json=good, headers=token).status_code == 200
         assert httpx.post(url, json=good).status_code == 401
-        assert httpx.post(url, json=good, headers={"authorization": "Bearer s3cre"}).status_code == 401
+        assert (
+            httpx.post(url, json=good, headers={"authorization": "Bearer s3cre"}).status_code == 401
+        )
         assert httpx.post(url, content=json.dumps(good), headers=token).status_code == 415
-        assert httpx.post(url, json=good, headers=token | {"host": "evil.example"}).status_code == 400
+        assert (
+            httpx.post(url, json=good, headers=token | {"host": "evil.example"}).status_code == 400
+        )
         assert httpx.get(url, headers=token).status_code == 405
         assert httpx.get(url + "health").json() == {"status": "ok"}
-        long = httpx.post(url, json={"prompts": ["the"], "responses": ["film " * 200]}, headers=token)
+        long = httpx.post(
+            url, json={"prompts": ["the"], "responses": ["film " * 200]}, headers=token
+        )
         assert long.status_code == 400 and "more than 64 tokens" in long.json()["error"]
 
 
@@ -232,7 +256,10 @@ def test_what_a_server_refuses(reward_model, monkeypatch):
         ({"prompts": ["a"], "responses": [1]}, '"responses" must be a list of texts'),
         ({"prompts": ["a", "b"], "responses": ["c"]}, "2 prompts, 1 responses"),
         ({"prompts": ["a"], "query": ["b"]}, "query 0 does not begin with its prompt"),
-        ({"prompts": ["a"], "responses": ["b"], "messages": [[{"role": 1}]]}, "messages 0 is no list"),
+        (
+            {"prompts": ["a"], "responses": ["b"], "messages": [[{"role": 1}]]},
+            "messages 0 is no list",
+        ),
         ({"prompts": ["a"] * 5000, "responses": ["b"] * 5000}, "4,096 at most"),
     ],
 )
@@ -249,7 +276,9 @@ def says(text):
 
 
 def judge(url, folder, mode="score", prompt=None):
-    return JudgeReward("judge", Endpoint("judge", url), "judge-1", mode, prompt, folder / "judge.jsonl")
+    return JudgeReward(
+        "judge", Endpoint("judge", url), "judge-1", mode, prompt, folder / "judge.jsonl"
+    )
 
 
 def test_a_judges_number_is_read_and_asked_for_once(tmp_path):
@@ -261,7 +290,9 @@ def test_a_judges_number_is_read_and_asked_for_once(tmp_path):
         made.endpoint.close(), again.endpoint.close()
 
 
-def test_a_judge_without_a_verdict_gives_no_score_and_one_that_never_answers_stops_the_run(tmp_path):
+def test_a_judge_without_a_verdict_gives_no_score_and_one_that_never_answers_stops_the_run(
+    tmp_path,
+):
     with Fake((200, says("I would rather not."), 0)) as fake:
         made = judge(fake.url, tmp_path)
         assert made.score(rollouts()) == [None] * 3
@@ -275,7 +306,11 @@ def test_a_judge_without_a_verdict_gives_no_score_and_one_that_never_answers_sto
 
 def test_one_failing_answer_is_none_and_the_others_stay(tmp_path):
     def picky(request):
-        return says("Score: 4") if "a film" not in request["messages"][0]["content"] else {"error": "no"}
+        return (
+            says("Score: 4")
+            if "a film" not in request["messages"][0]["content"]
+            else {"error": "no"}
+        )
 
     with Fake((200, picky, 0)) as fake:
         made = judge(fake.url, tmp_path)
@@ -288,11 +323,16 @@ def test_one_failing_answer_is_none_and_the_others_stay(tmp_path):
 def test_pairs_are_asked_both_ways_round_and_a_judge_of_positions_gives_ties(tmp_path):
     def longer(request):
         text = request["messages"][0]["content"]
-        first, second = (text.partition(f"<answer {side}>")[2].partition(f"</answer {side}>")[0] for side in "AB")
-        return says(f"Better: {'A' if len(first) > len(second) else 'B' if len(second) > len(first) else 'tie'}")
+        first, second = (
+            text.partition(f"<answer {side}>")[2].partition(f"</answer {side}>")[0] for side in "AB"
+        )
+        return says(
+            f"Better: {'A' if len(first) > len(second) else 'B' if len(second) > len(first) else 'tie'}"
+        )
 
     asked = [
-        dataclasses.replace(r, group=0, prompt=rollouts()[0].prompt, response="x" * (3 - i)) for i, r in enumerate(rollouts())
+        dataclasses.replace(r, group=0, prompt=rollouts()[0].prompt, response="x" * (3 - i))
+        for i, r in enumerate(rollouts())
     ]
     with Fake((200, longer, 0)) as fake:
         made = judge(fake.url, tmp_path, "pairwise")
@@ -306,7 +346,10 @@ def test_pairs_are_asked_both_ways_round_and_a_judge_of_positions_gives_ties(tmp
 
 
 def test_rings():
-    asked = [dataclasses.replace(r, group=g) for r, g in zip(rollouts(6), (0, 0, 1, 2, 2, 2), strict=True)]
+    asked = [
+        dataclasses.replace(r, group=g)
+        for r, g in zip(rollouts(6), (0, 0, 1, 2, 2, 2), strict=True)
+    ]
     asked = [dataclasses.replace(r, prompt=rollouts()[0].prompt) for r in asked]
     assert neighbours(asked) == [(0, 1), (3, 4), (4, 5), (5, 3)]
 
@@ -316,7 +359,10 @@ def test_braces_in_texts_stay_and_a_prompt_without_its_places_is_refused(tmp_pat
         made = judge(fake.url, tmp_path, prompt="{prompt}|{response}")
         asked = [dataclasses.replace(rollouts()[0], response="{prompt} {0} {}")]
         assert made.score(asked) == [1]
-        assert fake.requests[0]["messages"][0]["content"] == f"{asked[0].prompt.text}|{{prompt}} {{0}} {{}}"
+        assert (
+            fake.requests[0]["messages"][0]["content"]
+            == f"{asked[0].prompt.text}|{{prompt}} {{0}} {{}}"
+        )
         made.endpoint.close()
     with pytest.raises(RewardError, match=r"has no \{response\}"):
         judge("http://127.0.0.1:1/", tmp_path, prompt="{prompt}")

@@ -18,7 +18,9 @@ def rollouts():
 
 def test_a_model_scores_prompt_and_response_together_whatever_the_micro_batch():
     scalar = ScalarModel.from_trunk(model(), 0, seed=0)
-    expected = [scalar.scores(*right_pad([(*r.prompt.ids, *r.response_ids)])).item() for r in rollouts()]
+    expected = [
+        scalar.scores(*right_pad([(*r.prompt.ids, *r.response_ids)])).item() for r in rollouts()
+    ]
     for tokens in (1, 4096):
         assert ModelReward(scalar, tokens).score(rollouts()) == pytest.approx(expected, abs=1e-6)
 
@@ -48,11 +50,15 @@ def test_a_reward_that_returns_the_wrong_number_of_values_is_named():
 
     with pytest.raises(RewardError) as error:
         rewarded(rollouts(), [Weighted(Short())])
-    assert str(error.value) == ("reward rewards.py:brevity returned 1 value for 3 responses. Return a list of 3 numbers.")
+    assert str(error.value) == (
+        "reward rewards.py:brevity returned 1 value for 3 responses. Return a list of 3 numbers."
+    )
 
 
 def test_the_centre_is_taken_off():
     scalar = ScalarModel.from_trunk(model(), 0, seed=0)
     before = torch.tensor(ModelReward(scalar, 4096).score(rollouts()))
     scalar.centre = 1.25
-    torch.testing.assert_close(torch.tensor(ModelReward(scalar, 4096).score(rollouts())), before - 1.25)
+    torch.testing.assert_close(
+        torch.tensor(ModelReward(scalar, 4096).score(rollouts())), before - 1.25
+    )

@@ -48,7 +48,13 @@ def place(tmp_path_factory) -> Path:
 
 
 def rewards(*tables: dict) -> str:
-    return "reward=[" + ", ".join("{" + ", ".join(f"{k}={json.dumps(v)}" for k, v in t.items()) + "}" for t in tables) + "]"
+    return (
+        "reward=["
+        + ", ".join(
+            "{" + ", ".join(f"{k}={json.dumps(v)}" for k, v in t.items()) + "}" for t in tables
+        )
+        + "]"
+    )
 
 
 def test_two_functions_and_a_verifier_are_weighed_and_all_of_them_are_recorded(place):
@@ -66,7 +72,11 @@ def test_two_functions_and_a_verifier_are_weighed_and_all_of_them_are_recorded(p
     for step in steps:
         parts = step["reward/number"] + 0.5 * step["reward/digits"] + 0.25 * step["reward/mood"]
         assert step["reward"] == pytest.approx(parts, abs=1e-6)
-        assert step["reward/mood"] == 1.0 and step["reward/unscored"] == 0.25 and "reward/length" in step
+        assert (
+            step["reward/mood"] == 1.0
+            and step["reward/unscored"] == 0.25
+            and "reward/length" in step
+        )
     table = pq.read_table(run / "rollouts" / "000001.parquet").to_pylist()
     row = table[0]
     total = row["score/number"] + 0.5 * row["score/digits"] + 0.25 * row["score/mood"]
@@ -96,25 +106,51 @@ def test_dense_rewards_stand_on_their_tokens(place):
 @pytest.mark.parametrize(
     ("table", "sentence"),
     [
-        ({"type": "function", "function": "mine.py:gone"}, "mine.py has no gone. It defines digits, shaky"),
+        (
+            {"type": "function", "function": "mine.py:gone"},
+            "mine.py has no gone. It defines digits, shaky",
+        ),
         ({"type": "function", "function": "gone.py:f"}, "gone.py: no such file."),
         ({"type": "function"}, "reward.0.function: is missing."),
         ({"type": "pattern", "pattern": "("}, 'reward.pattern = "(": not a regular expression'),
-        ({"type": "json", "schema_file": "gone.json"}, 'reward.schema_file = "gone.json": no such file.'),
-        ({"type": "exact", "answer": "solution"}, 'has no column solution, which reward.type = "exact" compares with.'),
+        (
+            {"type": "json", "schema_file": "gone.json"},
+            'reward.schema_file = "gone.json": no such file.',
+        ),
+        (
+            {"type": "exact", "answer": "solution"},
+            'has no column solution, which reward.type = "exact" compares with.',
+        ),
         ({"type": "length", "least": 5, "most": 2}, "least = 5 is more than most = 2"),
         ({"type": "server", "url": "ftp://x"}, "reward.0.url"),
         ({"type": "server", "url": "http://x", "token_env": "NO_TOKEN_HERE"}, "NO_TOKEN_HERE"),
-        ({"type": "judge", "url": "http://x", "model": "m", "prompt": "gone.txt"}, 'reward.prompt = "gone.txt": no such file.'),
-        ({"type": "judge", "url": "http://x", "model": "m", "prompt": "mine.py"}, "the judge's prompt has no {prompt}"),
-        ({"type": "judge", "url": "http://x", "model": "m", "token_env": "NO_TOKEN_HERE"}, "no such environment variable"),
-        ({"type": "judge", "url": "http://x", "model": "m", "weight": 0}, "weight: is 0 for every reward"),
+        (
+            {"type": "judge", "url": "http://x", "model": "m", "prompt": "gone.txt"},
+            'reward.prompt = "gone.txt": no such file.',
+        ),
+        (
+            {"type": "judge", "url": "http://x", "model": "m", "prompt": "mine.py"},
+            "the judge's prompt has no {prompt}",
+        ),
+        (
+            {"type": "judge", "url": "http://x", "model": "m", "token_env": "NO_TOKEN_HERE"},
+            "no such environment variable",
+        ),
+        (
+            {"type": "judge", "url": "http://x", "model": "m", "weight": 0},
+            "weight: is 0 for every reward",
+        ),
         ({"type": "ensemble", "models": ["a"]}, "reward.0.models"),
-        ({"type": "ensemble", "models": ["./gone", "./too"]}, 'reward.models = "./gone": no such folder.'),
+        (
+            {"type": "ensemble", "models": ["./gone", "./too"]},
+            'reward.models = "./gone": no such folder.',
+        ),
         ({"type": "functoin", "function": "mine.py:digits"}, "Did you mean function?"),
     ],
 )
-def test_what_cannot_be_a_reward_is_said_before_anything_is_loaded(place, monkeypatch, table, sentence):
+def test_what_cannot_be_a_reward_is_said_before_anything_is_loaded(
+    place, monkeypatch, table, sentence
+):
     monkeypatch.chdir(place)
     assert sentence in refusal(*SUMS[1:], rewards(table))
 
@@ -129,19 +165,29 @@ def refusal(recipe: str, *words: str) -> str:
 
 def test_a_refused_reward_ends_the_command_with_one_sentence(place):
     done = quartet(*SUMS, rewards({"type": "function", "function": "mine.py:gone"}), cwd=place)
-    assert done.returncode == 2 and "mine.py has no gone" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (
+        done.returncode == 2
+        and "mine.py has no gone" in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+    )
 
 
 def test_two_rewards_of_one_name_and_pairs_without_pairs():
     twice = refusal(*SUMS[1:], rewards({"type": "exact"}, {"type": "exact", "answer": "question"}))
     assert "two rewards are called exact" in twice
-    alone = refusal("reviews", rewards({"type": "judge", "url": "http://x", "model": "m", "mode": "pairwise"}))
+    alone = refusal(
+        "reviews", rewards({"type": "judge", "url": "http://x", "model": "m", "mode": "pairwise"})
+    )
     assert 'reward.mode = "pairwise": compares answers to the same prompt' in alone
 
 
 def test_a_reward_that_is_never_a_number_stops_the_run(place):
     done = quartet(*SUMS, rewards({"type": "function", "function": "mine.py:nan"}), cwd=place)
-    assert done.returncode == 1 and "grpo, step 1: none of" in done.stderr and "responses has a score from" in done.stderr
+    assert (
+        done.returncode == 1
+        and "grpo, step 1: none of" in done.stderr
+        and "responses has a score from" in done.stderr
+    )
     log = (place / "runs" / "latest" / "run.log").read_text()
     assert "gave nan for sums:" in log and "which is left out" in log
 
@@ -149,17 +195,29 @@ def test_a_reward_that_is_never_a_number_stops_the_run(place):
 def test_trying_a_reward(place):
     file = write_lines(
         place / "pairs.jsonl",
-        *(json.dumps({"prompt": "p", "chosen": "x" * (i + 2), "rejected": "y" * (i + 1)}) for i in range(20)),
+        *(
+            json.dumps({"prompt": "p", "chosen": "x" * (i + 2), "rejected": "y" * (i + 1)})
+            for i in range(20)
+        ),
     )
     done = quartet("reward", "mine.py:longer", "--on", str(file), "--json", cwd=place)
     found = json.loads(done.stdout)
-    assert found["answers"] == 40 and found["least"] == 1 and found["most"] == 21 and found["different"] == 21
+    assert (
+        found["answers"] == 40
+        and found["least"] == 1
+        and found["most"] == 21
+        and found["different"] == 21
+    )
     assert found["accuracy"] == 1.0 and found["length_correlation"] == pytest.approx(1.0)
     assert any("longer answers score higher (r = 1.00)" in f for f in found["findings"])
     shown = quartet("reward", "mine.py:longer", "--on", str(file), cwd=place).stdout
     assert "scores    1 to 21" in shown and "the chosen side scores higher in 100%" in shown
-    assert "NaN or infinite" in quartet("reward", "mine.py:nan", "--on", str(file), cwd=place).stdout
-    assert "has no column answer" in quartet("reward", "number", "--on", str(file), cwd=place).stderr
+    assert (
+        "NaN or infinite" in quartet("reward", "mine.py:nan", "--on", str(file), cwd=place).stdout
+    )
+    assert (
+        "has no column answer" in quartet("reward", "number", "--on", str(file), cwd=place).stderr
+    )
 
 
 def test_serving_a_run(place, tmp_path):
@@ -176,7 +234,9 @@ def test_serving_a_run(place, tmp_path):
     try:
         for _ in range(300):
             try:
-                answer = httpx.post(f"http://127.0.0.1:{port}/", json={"prompts": ["the"], "responses": ["film"]})
+                answer = httpx.post(
+                    f"http://127.0.0.1:{port}/", json={"prompts": ["the"], "responses": ["film"]}
+                )
                 break
             except httpx.TransportError:
                 time.sleep(0.1)
@@ -218,7 +278,9 @@ TINY_GUESS = [
 
 def test_an_environment_of_ones_own_answers_in_a_run(place):
     (place / "game.py").write_text(GAME)
-    done = quartet(*TINY_GUESS, "environment.function=game.py:Twice", "environment.max_turns=3", cwd=place)
+    done = quartet(
+        *TINY_GUESS, "environment.function=game.py:Twice", "environment.max_turns=3", cwd=place
+    )
     assert done.returncode == 0, done.stderr
     run = place / "runs" / "latest"
     table = pq.read_table(run / "rollouts" / "000001.parquet").to_pylist()
@@ -231,12 +293,18 @@ def test_an_environment_of_ones_own_answers_in_a_run(place):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["environment.function=game.py:Half"], 'environment.function = "game.py:Half": has no method step.'),
+        (
+            ["environment.function=game.py:Half"],
+            'environment.function = "game.py:Half": has no method step.',
+        ),
         (
             ["environment.function=game.py:None_"],
             'environment.function = "game.py:None_": game.py has no None_. It defines Twice, Half.',
         ),
-        (["environment.max_turns=0", "environment.function=game.py:Twice"], "environment.max_turns = 0: must be ≥ 1."),
+        (
+            ["environment.max_turns=0", "environment.function=game.py:Twice"],
+            "environment.max_turns = 0: must be ≥ 1.",
+        ),
     ],
 )
 def test_environments_that_cannot_work(place, monkeypatch, words, sentence):
@@ -250,4 +318,6 @@ def test_an_environment_needs_conversations_and_its_reward_an_environment(place,
     monkeypatch.chdir(place)
     plain = refusal(*SUMS[1:], "environment.function=game.py:Twice")
     assert "is plain text, and an environment speaks in conversations" in plain
-    assert '"environment" needs an environment. Add [environment]' in refusal(*SUMS[1:], rewards({"type": "environment"}))
+    assert '"environment" needs an environment. Add [environment]' in refusal(
+        *SUMS[1:], rewards({"type": "environment"})
+    )

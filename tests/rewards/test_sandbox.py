@@ -35,7 +35,9 @@ from tests.rewards.sandbox_probes import KINDS, Outcome, probes
 BWRAP = shutil.which("bwrap")
 ROOT = os.geteuid() == 0
 needs_bwrap = pytest.mark.skipif(BWRAP is None, reason="no bubblewrap here")
-needs_root = pytest.mark.skipif(BWRAP is None or not ROOT, reason="needs bubblewrap and root, to become another user")
+needs_root = pytest.mark.skipif(
+    BWRAP is None or not ROOT, reason="needs bubblewrap and root, to become another user"
+)
 PROJECT = Path(__file__).parents[2]
 USER = 12345
 
@@ -56,15 +58,34 @@ def as_ordinary_user(*command: str, namespaces: bool = True) -> list[str]:
         view += ["--ro-bind", str(prefix), str(prefix)]
     assert BWRAP is not None
     if namespaces:
-        user = ["--", "setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--bounding-set=-all"]
+        user = [
+            "--",
+            "setpriv",
+            f"--reuid={USER}",
+            f"--regid={USER}",
+            "--clear-groups",
+            "--bounding-set=-all",
+        ]
     else:
-        user = ["--unshare-user", "--uid", str(USER), "--gid", str(USER), "--disable-userns", "--cap-drop", "ALL", "--"]
+        user = [
+            "--unshare-user",
+            "--uid",
+            str(USER),
+            "--gid",
+            str(USER),
+            "--disable-userns",
+            "--cap-drop",
+            "ALL",
+            "--",
+        ]
     return [BWRAP, *view, "--chdir", str(PROJECT), *user, *command]
 
 
 def contained(command: list[str], kind: str, user: int) -> None:
     """Run the probes of one kind by a command and see that none of them got anywhere."""
-    done = subprocess.run([*command, kind], capture_output=True, text=True, check=False, cwd=PROJECT, timeout=300)
+    done = subprocess.run(
+        [*command, kind], capture_output=True, text=True, check=False, cwd=PROJECT, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     outcomes = {name: Outcome(**row) for name, row in told["outcomes"].items()}
@@ -88,7 +109,13 @@ def test_hostile_programs_of_an_ordinary_user_are_contained(kind):
 @needs_bwrap
 def test_settings_of_the_host_are_as_before():
     """The program tries the settings that were once open to it, by their harmless values: what they are already."""
-    places = ["kernel/core_pattern", "kernel/hostname", "vm/swappiness", "fs/aio-max-nr", "vm/drop_caches"]
+    places = [
+        "kernel/core_pattern",
+        "kernel/hostname",
+        "vm/swappiness",
+        "fs/aio-max-nr",
+        "vm/drop_caches",
+    ]
     before = [Path("/proc/sys", place).read_text() for place in places[:4]]
     program = f"""
 for place, text in zip({places!r}, {before!r}):
@@ -104,19 +131,30 @@ def processes_of_the_sandbox() -> list[Path]:
     found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            group = (folder / "stat").read_text().rpartition(")")[2].split()[2] if folder.name.isdigit() else ""
-            if group and LAUNCHER.strip()[:20].encode() in Path("/proc", group, "cmdline").read_bytes():
+            group = (
+                (folder / "stat").read_text().rpartition(")")[2].split()[2]
+                if folder.name.isdigit()
+                else ""
+            )
+            if (
+                group
+                and LAUNCHER.strip()[:20].encode() in Path("/proc", group, "cmdline").read_bytes()
+            ):
                 found.append(folder)
     return found
 
 
 @needs_bwrap
-def test_to_the_kernel_a_program_is_nobody_and_its_keepers_hold_nothing_of_the_caller(monkeypatch, tmp_path):
+def test_to_the_kernel_a_program_is_nobody_and_its_keepers_hold_nothing_of_the_caller(
+    monkeypatch, tmp_path
+):
     monkeypatch.setenv("HF_TOKEN", "a secret")
     monkeypatch.chdir(tmp_path)
     with (tmp_path / "open.txt").open("w") as file:
         os.set_inheritable(file.fileno(), True)
-        thread = threading.Thread(target=Sandbox(20.0).run, args=("print('up', flush=True)\nimport time\ntime.sleep(3)",))
+        thread = threading.Thread(
+            target=Sandbox(20.0).run, args=("print('up', flush=True)\nimport time\ntime.sleep(3)",)
+        )
         thread.start()
         deadline = time.monotonic() + 15
         program = None
@@ -135,7 +173,12 @@ def test_to_the_kernel_a_program_is_nobody_and_its_keepers_hold_nothing_of_the_c
     field = dict(line.split(":\t", 1) for line in program.splitlines() if ":\t" in line)
     assert "0" not in field["Uid"].split() + field["Gid"].split()
     assert field["Groups"].strip() == "" or not ROOT
-    assert [int(field[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")] == [0, 0, 0, 0]
+    assert [int(field[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")] == [
+        0,
+        0,
+        0,
+        0,
+    ]
     assert field["NoNewPrivs"] == "1"
     assert len(keepers) >= 3 and not any(b"secret" in text for text in environments)
     assert str(tmp_path) not in str(places) and "open.txt" not in files
@@ -145,7 +188,10 @@ def test_to_the_kernel_a_program_is_nobody_and_its_keepers_hold_nothing_of_the_c
 @needs_bwrap
 def test_nothing_is_left_running_and_the_sandbox_returns_where_the_program_closed_its_pipes():
     short = Sandbox(seconds=1.0)
-    for program in ("import time\ntime.sleep(1234.5)", "import os, time\nos.close(1)\ntime.sleep(1234.5)"):
+    for program in (
+        "import time\ntime.sleep(1234.5)",
+        "import os, time\nos.close(1)\ntime.sleep(1234.5)",
+    ):
         began = time.monotonic()
         assert short.run(program).code is None
         assert time.monotonic() - began < 10
@@ -177,7 +223,9 @@ open("a", "w").write("x"); shutil.copy2("a", "b"); print(open("b").read(), os.sy
 """
     expected = "1 [2] Europe/Berlin\nfile\n[(3,)] 16 True\nsignal\nFalse in\n[4]\nx True True\n"
     assert Sandbox().run(program, "in\n").output == expected
-    assert Sandbox(memory_mb=64).run("import asyncio, json\nprint(1)").output == "1\n"  # the least that a file may ask for
+    assert (
+        Sandbox(memory_mb=64).run("import asyncio, json\nprint(1)").output == "1\n"
+    )  # the least that a file may ask for
 
 
 @needs_bwrap
@@ -187,7 +235,9 @@ def test_a_sandbox_that_fails_later_is_an_error_and_no_score(monkeypatch, tmp_pa
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
     made.bwrap = str(broken)
-    with pytest.raises(RewardError, match="a program could not be started in the sandbox .exit code 1"):
+    with pytest.raises(
+        RewardError, match="a program could not be started in the sandbox .exit code 1"
+    ):
         made.run("print(1)")
     made.bwrap = str(tmp_path / "gone")
     made.bounds_all_memory = False
@@ -201,7 +251,11 @@ def test_memory_groups_are_removed_and_without_one_the_rest_still_holds(monkeypa
     if made.bounds_all_memory:
         assert made.run("print(1)").output == "1\n"
         cgroup.remove_left(5.0)
-        assert not [path for parent, _ in cgroup._parents() for path in parent.glob(f"quartet-{os.getpid()}-*")]
+        assert not [
+            path
+            for parent, _ in cgroup._parents()
+            for path in parent.glob(f"quartet-{os.getpid()}-*")
+        ]
     monkeypatch.setattr(module, "memory_cgroup", lambda limit: None)
     plain = Sandbox(memory_mb=128)
     assert not plain.bounds_all_memory
@@ -213,13 +267,20 @@ def test_memory_groups_are_removed_and_without_one_the_rest_still_holds(monkeypa
 
 def test_without_bubblewrap_or_on_another_machine_no_program_is_run(monkeypatch, tmp_path):
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
-    with pytest.raises(RewardError, match="needs Linux and bubblewrap.*Without it no program is run"):
+    with pytest.raises(
+        RewardError, match="needs Linux and bubblewrap.*Without it no program is run"
+    ):
         Sandbox()
     broken = tmp_path / "bwrap"
-    broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+    broken.write_text(
+        "#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n"
+    )
     broken.chmod(0o755)
     monkeypatch.setattr(module.shutil, "which", lambda name: str(broken))
-    with pytest.raises(RewardError, match="cannot isolate programs here .bwrap: No permissions to create new namespace"):
+    with pytest.raises(
+        RewardError,
+        match="cannot isolate programs here .bwrap: No permissions to create new namespace",
+    ):
         Sandbox()
     with pytest.raises(RewardError, match="not on riscv64"):
         seccomp_filter("riscv64")
@@ -227,7 +288,13 @@ def test_without_bubblewrap_or_on_another_machine_no_program_is_run(monkeypatch,
 
 def refusal(command: list[str]) -> str:
     code = "from quartet.rewards.sandbox import Sandbox\ntry: Sandbox(); print('runs')\nexcept Exception as e: print(e)"
-    done = subprocess.run([*command, sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=PROJECT)
+    done = subprocess.run(
+        [*command, sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=PROJECT,
+    )
     return done.stdout.strip() or done.stderr
 
 
@@ -235,7 +302,10 @@ def refusal(command: list[str]) -> str:
 @pytest.mark.parametrize("right", ["sys_admin", "setuid", "setgid"])
 def test_root_without_the_rights_to_contain_programs_is_refused(right):
     said = refusal(["setpriv", f"--bounding-set=-{right}", f"--inh-caps=-{right}"])
-    assert "cannot isolate programs here" in said and "As root it needs CAP_SYS_ADMIN, CAP_SETUID and CAP_SETGID." in said
+    assert (
+        "cannot isolate programs here" in said
+        and "As root it needs CAP_SYS_ADMIN, CAP_SETUID and CAP_SETGID." in said
+    )
 
 
 @needs_root
@@ -249,7 +319,10 @@ def test_a_user_without_namespaces_is_refused():
     ("line", "instead"),
     [
         ("    os.setresuid(user, user, user)", "    pass"),
-        ('check(libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()), "capset")', "pass"),
+        (
+            'check(libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()), "capset")',
+            "pass",
+        ),
         ('"seccomp")', '"seccomp") or sys.exit("no filter here")'),
         ('b"size=16m,nr_inodes=1024,mode=1777"', 'b"size=nonsense"'),
     ],
@@ -292,7 +365,9 @@ def judged(code: bytes, machine: int, number: int, arguments: tuple[int, ...] = 
 def test_the_filter_allows_the_list_and_nothing_else(machine):
     code, own = seccomp_filter(machine), ARCHITECTURES[machine]
     column = list(ARCHITECTURES).index(machine)
-    names = {numbers[column]: name for name, numbers in NUMBERS.items() if numbers[column] is not None}
+    names = {
+        numbers[column]: name for name, numbers in NUMBERS.items() if numbers[column] is not None
+    }
     assert len(names) == sum(numbers[column] is not None for numbers in NUMBERS.values())
     for number in range(600):
         name = names.get(number)
@@ -350,7 +425,9 @@ def test_arguments_are_judged(name, arguments, allowed):
     for machine, number in zip(ARCHITECTURES, NUMBERS[name], strict=True):
         assert number is not None
         expected = ALLOW if allowed else EPERM
-        assert judged(seccomp_filter(machine), ARCHITECTURES[machine], number, arguments) == expected
+        assert (
+            judged(seccomp_filter(machine), ARCHITECTURES[machine], number, arguments) == expected
+        )
 
 
 @pytest.mark.parametrize(

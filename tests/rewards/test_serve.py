@@ -101,24 +101,36 @@ BODIES = {
 
 @pytest.mark.parametrize(("body", "status"), BODIES.values(), ids=BODIES)
 def test_a_body_that_cannot_be_read_is_refused(port, body, status):
-    reply = httpx.post(f"http://127.0.0.1:{port}/", content=body, headers={"content-type": "application/json"})
+    reply = httpx.post(
+        f"http://127.0.0.1:{port}/", content=body, headers={"content-type": "application/json"}
+    )
     assert reply.status_code == status and reply.json()["error"]
 
 
 def test_what_is_right_is_scored(port):
     url = f"http://127.0.0.1:{port}/"
     assert httpx.post(url, json=GOOD).json() == {"scores": [8.0]}
-    assert httpx.post(url, json=OPENRLHF).json() == {"rewards": [2.0], "scores": [2.0], "extra_logs": {}}
-    assert httpx.post(url, json=OPENRLHF | GOOD).json() == {"scores": [8.0]}, "with responses it is Quartet's format"
+    assert httpx.post(url, json=OPENRLHF).json() == {
+        "rewards": [2.0],
+        "scores": [2.0],
+        "extra_logs": {},
+    }
+    assert httpx.post(url, json=OPENRLHF | GOOD).json() == {"scores": [8.0]}, (
+        "with responses it is Quartet's format"
+    )
     assert httpx.post(url, json={"prompts": [], "responses": []}).json() == {"scores": []}
     conversation = [{"role": "user", "content": "hello", "name": "me"}]
-    assert understood(GOOD | {"messages": [conversation], "ended": [False]}) == Asked([conversation], ["was good"], [False])
+    assert understood(GOOD | {"messages": [conversation], "ended": [False]}) == Asked(
+        [conversation], ["was good"], [False]
+    )
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, None])
 def test_a_score_that_is_no_number_is_null(number):
     with serving(lambda asked: [number, 1.0]) as port:
-        reply = httpx.post(f"http://127.0.0.1:{port}/", json={"prompts": ["", ""], "responses": ["", ""]})
+        reply = httpx.post(
+            f"http://127.0.0.1:{port}/", json={"prompts": ["", ""], "responses": ["", ""]}
+        )
     assert reply.status_code == 200 and reply.json() == {"scores": [None, 1.0]}
 
 
@@ -131,7 +143,9 @@ def test_a_scorer_that_fails_is_500_with_its_reason_and_the_next_request_is_scor
     with serving(picky) as port:
         url = f"http://127.0.0.1:{port}/"
         reply = httpx.post(url, json={"prompts": [""], "responses": ["a"]})
-        assert reply.status_code == 500 and reply.json() == {"error": "scoring failed: out of \\ud800 memory"}
+        assert reply.status_code == 500 and reply.json() == {
+            "error": "scoring failed: out of \\ud800 memory"
+        }
         assert httpx.post(url, json=GOOD).json() == {"scores": [8.0]}
 
 
@@ -145,8 +159,15 @@ JSON = st.recursive(
     max_leaves=10,
 )
 KEYS = ("prompts", "responses", "query", "messages", "ended", "labels", "columns")
-MESSAGES = st.lists(st.dictionaries(st.sampled_from(["role", "content", "x"]), TEXTS | JSON, max_size=3), max_size=2)
-VALUES = JSON | st.lists(TEXTS, max_size=3) | st.lists(MESSAGES | st.none(), max_size=3) | st.lists(st.booleans(), max_size=3)
+MESSAGES = st.lists(
+    st.dictionaries(st.sampled_from(["role", "content", "x"]), TEXTS | JSON, max_size=3), max_size=2
+)
+VALUES = (
+    JSON
+    | st.lists(TEXTS, max_size=3)
+    | st.lists(MESSAGES | st.none(), max_size=3)
+    | st.lists(st.booleans(), max_size=3)
+)
 
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
@@ -213,7 +234,9 @@ def test_a_request_that_is_never_finished_keeps_no_connection(monkeypatch, begin
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
 
 
-def test_a_slow_scorer_is_waited_for_and_the_next_request_comes_over_the_same_connection(monkeypatch):
+def test_a_slow_scorer_is_waited_for_and_the_next_request_comes_over_the_same_connection(
+    monkeypatch,
+):
     monkeypatch.setattr(http_server, "HEADER_SECONDS", 0.3)
 
     def slow(asked):

@@ -28,7 +28,10 @@ class Rank:
         self.asked.append([r.id for r in rows])
         sizes = [[len(o.response_ids) for o in rows if o.group == r.group] for r in rows]
         assert all(len(size) == 3 for size in sizes)
-        return [float(sum(n > len(r.response_ids) for n in size)) for r, size in zip(rows, sizes, strict=True)]
+        return [
+            float(sum(n > len(r.response_ids) for n in size))
+            for r, size in zip(rows, sizes, strict=True)
+        ]
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
@@ -42,7 +45,9 @@ def test_answers_to_one_prompt_are_asked_of_one_rank(world):
         return scores
 
     assert together(world, score) == [alone] * world
-    assert sorted(i for calls in asked for ids in calls for i in ids) == sorted(r.id for r in rollouts()), "each once"
+    assert sorted(i for calls in asked for ids in calls for i in ids) == sorted(
+        r.id for r in rollouts()
+    ), "each once"
 
 
 def test_what_fails_on_one_rank_fails_on_all():

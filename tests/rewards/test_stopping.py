@@ -26,7 +26,16 @@ def wait_for(condition, process, seconds=90.0):
 
 def run_of(tmp_path, *words, output=subprocess.PIPE):
     small = [word for word in SMALL if not word.startswith(("sft.", "evaluation."))]
-    command = [sys.executable, "-m", "quartet", "run", "sums", 'recipe=["grpo"]', *small, "policy.create.max_length=32"]
+    command = [
+        sys.executable,
+        "-m",
+        "quartet",
+        "run",
+        "sums",
+        'recipe=["grpo"]',
+        *small,
+        "policy.create.max_length=32",
+    ]
     return subprocess.Popen(
         [*command, "run.checkpoint_every=1", "run.steps=1", *words],
         cwd=tmp_path,
@@ -47,13 +56,23 @@ def stopped(process, number):
         process.kill()
         raise
     took = time.monotonic() - began
-    assert process.returncode == 75 and "Nothing is lost" in said, (process.returncode, said, complaints)
+    assert process.returncode == 75 and "Nothing is lost" in said, (
+        process.returncode,
+        said,
+        complaints,
+    )
     time.sleep(0.2)
-    assert not [pid for pid in below if pid in descendants(1)], "nothing that the run started is left"
+    assert not [pid for pid in below if pid in descendants(1)], (
+        "nothing that the run started is left"
+    )
     return took
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda n: n.name,
+)
 def test_while_a_function_is_asked(tmp_path, number):
     file, mark = tmp_path / "mine.py", tmp_path / "asked"
     file.write_text(
@@ -67,7 +86,9 @@ def test_while_a_function_is_asked(tmp_path, number):
     (tmp_path / "asked2").touch()
     [folder] = (tmp_path / "runs").iterdir()
     command = [sys.executable, "-m", "quartet", "run", str(folder), "--resume"]
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    again = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
     assert again.returncode == 0, again.stderr
     assert Run(folder).status == "done"
 
@@ -114,4 +135,6 @@ def test_while_a_function_scores_rollouts_in_the_background_of_an_update(tmp_pat
             process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75 and time.monotonic() - began < 2 * ALLOWED
     assert "Nothing is lost" in output.read_text()
-    assert not [pid for pid in below if pid in descendants(1)], "nothing that the run started is left"
+    assert not [pid for pid in below if pid in descendants(1)], (
+        "nothing that the run started is left"
+    )

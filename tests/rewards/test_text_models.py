@@ -33,10 +33,16 @@ def bert_tokenizer():
     backend = Tokenizer(models.WordLevel(words, "[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
     )
 
 
@@ -62,10 +68,15 @@ def test_an_encoder_reads_prompt_and_response_as_a_pair_whatever_the_micro_batch
     theirs = bert(tmp_path)
     asked = rollouts()
     with torch.no_grad():
-        expected = [theirs(**bert_tokenizer()(r.prompt.text, r.response, return_tensors="pt")).logits.item() for r in asked]
+        expected = [
+            theirs(**bert_tokenizer()(r.prompt.text, r.response, return_tensors="pt")).logits.item()
+            for r in asked
+        ]
     assert len(set(expected)) == len(asked)
     for tokens in (1, 4096):
-        assert TextModelReward("m", tmp_path, None, tokens).score(asked) == pytest.approx(expected, abs=1e-5)
+        assert TextModelReward("m", tmp_path, None, tokens).score(asked) == pytest.approx(
+            expected, abs=1e-5
+        )
 
 
 def test_a_decoder_with_another_tokenizer_reads_the_text_again(tmp_path):
@@ -74,18 +85,30 @@ def test_a_decoder_with_another_tokenizer_reads_the_text_again(tmp_path):
     other.add_tokens(["unheard"])
     scalar.save(tmp_path, other)
     asked = rollouts()
-    ids = [[*tokenizer().encode(r.prompt.text + r.response), tokenizer().eos_token_id] for r in asked]
+    ids = [
+        [*tokenizer().encode(r.prompt.text + r.response), tokenizer().eos_token_id] for r in asked
+    ]
     expected = [scalar.scores(torch.tensor([row]), torch.tensor([len(row)])).item() for row in ids]
-    assert TextModelReward("m", tmp_path, None, 4096).score(asked) == pytest.approx(expected, abs=1e-5)
+    assert TextModelReward("m", tmp_path, None, 4096).score(asked) == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 def test_one_of_several_labels_can_be_the_score(tmp_path):
     theirs = bert(tmp_path, labels=3)
     asked = rollouts(2)
     with torch.no_grad():
-        logits = [theirs(**bert_tokenizer()(r.prompt.text, r.response, return_tensors="pt")).logits[0] for r in asked]
-    assert TextModelReward("m", tmp_path, 2, 4096).score(asked) == pytest.approx([x[2].item() for x in logits], abs=1e-5)
-    with pytest.raises(ModelError, match="has 3 labels; a reward model needs 1. To use the first: reward.label = 0."):
+        logits = [
+            theirs(**bert_tokenizer()(r.prompt.text, r.response, return_tensors="pt")).logits[0]
+            for r in asked
+        ]
+    assert TextModelReward("m", tmp_path, 2, 4096).score(asked) == pytest.approx(
+        [x[2].item() for x in logits], abs=1e-5
+    )
+    with pytest.raises(
+        ModelError,
+        match="has 3 labels; a reward model needs 1. To use the first: reward.label = 0.",
+    ):
         TextModelReward("m", tmp_path, None, 4096)
     with pytest.raises(ModelError, match="reward.label = 3: .* has 3 labels, counted from 0"):
         TextModelReward("m", tmp_path, 3, 4096)
@@ -95,7 +118,8 @@ def test_a_language_model_is_no_reward_model(tmp_path):
     model().save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(
-        ModelError, match="has no weights for score.weight, so it is no trained model for SequenceClassification"
+        ModelError,
+        match="has no weights for score.weight, so it is no trained model for SequenceClassification",
     ):
         ScalarModel.load(tmp_path)
 
@@ -103,7 +127,9 @@ def test_a_language_model_is_no_reward_model(tmp_path):
 def test_text_that_is_too_long_is_refused_not_cut(tmp_path):
     bert(tmp_path)
     long = dataclasses.replace(rollouts(1)[0], response=" ".join(["film"] * 40))
-    with pytest.raises(RewardError, match=r"have \d+ tokens for reward model .*, which reads at most 32"):
+    with pytest.raises(
+        RewardError, match=r"have \d+ tokens for reward model .*, which reads at most 32"
+    ):
         TextModelReward("m", tmp_path, None, 4096).score([long])
 
 
@@ -122,10 +148,14 @@ def test_ensembles_by_hand():
     assert EnsembleReward("e", members).score(rollouts(2)) == [3.0, None]
     assert EnsembleReward("e", members, combine="min").score(rollouts(2)) == [1.0, None]
     deviation = ((4 + 1 + 9) / 3) ** 0.5
-    assert EnsembleReward("e", members, combine="lower_bound").score(rollouts(2))[0] == pytest.approx(3 - deviation)
+    assert EnsembleReward("e", members, combine="lower_bound").score(rollouts(2))[
+        0
+    ] == pytest.approx(3 - deviation)
     assert EnsembleReward("e", members, weights=[2.0, 1.0, 1.0]).score(rollouts(2))[0] == 2.5
     weighted = (2 * 1.5**2 + 0.5**2 + 3.5**2) / 4
-    lower = EnsembleReward("e", members, [2.0, 1.0, 1.0], "lower_bound", k=2.0).score(rollouts(2))[0]
+    lower = EnsembleReward("e", members, [2.0, 1.0, 1.0], "lower_bound", k=2.0).score(rollouts(2))[
+        0
+    ]
     assert lower == pytest.approx(2.5 - 2 * weighted**0.5)
 
 
@@ -149,7 +179,9 @@ def test_steps_are_scored_at_their_last_token_and_stand_on_ours(tmp_path, labels
     with torch.no_grad():
         logits = theirs(input_ids=torch.tensor([encoded.input_ids])).logits[0]
     worth = logits[:, 0] if labels == 1 else logits.softmax(-1)[:, 1]
-    ends = [next(i for i, (a, b) in enumerate(encoded.offset_mapping) if b == at) for at in (15, 25)]
+    ends = [
+        next(i for i, (a, b) in enumerate(encoded.offset_mapping) if b == at) for at in (15, 25)
+    ]
     first, second = worth[ends[0]].item(), worth[ends[1]].item()
 
     def made(combine):

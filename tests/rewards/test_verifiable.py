@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from quartet.rewards.protocol import RewardError
-from quartet.rewards.verifiable import JsonMatch, LengthWithin, MathMatch, NumberMatch, PatternMatch, final_number
+from quartet.rewards.verifiable import (
+    JsonMatch,
+    LengthWithin,
+    MathMatch,
+    NumberMatch,
+    PatternMatch,
+    final_number,
+)
 from tests.support.world import prompts, rollout
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl.gz"
@@ -15,7 +22,9 @@ GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl.gz"
 
 def answers(*texts, answer="72"):
     one = rollout(prompts(1)[0], (5, 6), 0.0)
-    asked = dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, extra={"answer": answer}))
+    asked = dataclasses.replace(
+        one, prompt=dataclasses.replace(one.prompt, extra={"answer": answer})
+    )
     return [dataclasses.replace(asked, response=text) for text in texts]
 
 
@@ -61,7 +70,13 @@ def test_all_answers_of_gsm8k_are_read():
 
 
 def test_numbers_are_compared_as_numbers():
-    assert NumberMatch().score(answers("72.0", "#### 72", "seventy-two", "72 or 73", "0.72e2")) == [1, 1, 0, 0, 1]
+    assert NumberMatch().score(answers("72.0", "#### 72", "seventy-two", "72 or 73", "0.72e2")) == [
+        1,
+        1,
+        0,
+        0,
+        1,
+    ]
     with pytest.raises(RewardError, match="there is no number in its answer"):
         NumberMatch().score(answers("72", answer="many"))
 
@@ -69,7 +84,14 @@ def test_numbers_are_compared_as_numbers():
 def test_mathematics_is_compared_as_mathematics():
     made = MathMatch()
     assert made.score(
-        answers(r"The result is $\frac{1}{2}$.", "$0.5$", "1/2", r"$\frac{2}{3}$", "", answer=r"\frac{1}{2}")
+        answers(
+            r"The result is $\frac{1}{2}$.",
+            "$0.5$",
+            "1/2",
+            r"$\frac{2}{3}$",
+            "",
+            answer=r"\frac{1}{2}",
+        )
     ) == [
         1,
         1,
@@ -77,12 +99,18 @@ def test_mathematics_is_compared_as_mathematics():
         0,
         0,
     ]
-    assert made.score(answers("$x^2+2x+1$", "$(x+1)^2$", "$x^2+1$", answer="$(x+1)^2$")) == [1, 1, 0]
+    assert made.score(answers("$x^2+2x+1$", "$(x+1)^2$", "$x^2+1$", answer="$(x+1)^2$")) == [
+        1,
+        1,
+        0,
+    ]
 
 
 def test_patterns():
     made = PatternMatch(r"\A<think>.*</think>\s*<answer>.*</answer>\s*\Z")
-    assert made.score(answers("<think>a\nb</think>\n<answer>4</answer>", "<answer>4</answer>", "x<think></think>")) == [1, 0, 0]
+    assert made.score(
+        answers("<think>a\nb</think>\n<answer>4</answer>", "<answer>4</answer>", "x<think></think>")
+    ) == [1, 0, 0]
     with pytest.raises(RewardError, match="not a regular expression"):
         PatternMatch("(")
 

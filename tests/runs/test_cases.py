@@ -12,7 +12,11 @@ CLIP = Clipping("clip", 0.2, 0.3)
 @pytest.mark.parametrize(
     ("advantage", "ratio", "sentence"),
     [
-        (1.0, 0.7, "advantage > 0, ratio 0.7 < 0.8: not clipped, pushed back up: it moved against its advantage."),
+        (
+            1.0,
+            0.7,
+            "advantage > 0, ratio 0.7 < 0.8: not clipped, pushed back up: it moved against its advantage.",
+        ),
         (1.0, 1.1, "advantage > 0, ratio 1.1 within 0.8 to 1.3: pushed up."),
         (
             1.0,
@@ -25,20 +29,28 @@ CLIP = Clipping("clip", 0.2, 0.3)
             "advantage < 0, ratio 0.7 < 0.8: clipped, no gradient. The token has fallen as far as one update may take it.",
         ),
         (-1.0, 1.1, "advantage < 0, ratio 1.1 within 0.8 to 1.3: pushed down."),
-        (-1.0, 1.4, "advantage < 0, ratio 1.4 > 1.3: not clipped, pushed back down: it moved against its advantage."),
+        (
+            -1.0,
+            1.4,
+            "advantage < 0, ratio 1.4 > 1.3: not clipped, pushed back down: it moved against its advantage.",
+        ),
     ],
 )
 def test_the_six_cases_are_those_of_the_loss(advantage, ratio, sentence):
     loss = Clip(low=0.2, high=0.3)
     new = torch.tensor([[ratio]]).log()
     mask = torch.ones(1, 1, dtype=torch.bool)
-    clipped = bool(loss.clipped(Surrogate(new, torch.zeros(1, 1), torch.tensor([[advantage]]), mask)))
+    clipped = bool(
+        loss.clipped(Surrogate(new, torch.zeros(1, 1), torch.tensor([[advantage]]), mask))
+    )
     assert clip_case(CLIP, advantage, ratio, clipped) == sentence
 
 
 def test_at_the_edge_what_the_loss_did_decides():
     """Ratios are stored rounded: 1.2001 and 1.1999 may both read 1.2."""
-    assert clip_case(Clipping("clip", 0.2, 0.2), 1.0, 1.1992, True).startswith("advantage > 0, ratio 1.199 > 1.2: clipped")
+    assert clip_case(Clipping("clip", 0.2, 0.2), 1.0, 1.1992, True).startswith(
+        "advantage > 0, ratio 1.199 > 1.2: clipped"
+    )
     assert (
         clip_case(Clipping("clip", 0.2, 0.2), -1.0, 0.7998, False)
         == "advantage < 0, ratio 0.7998 within 0.8 to 1.2: pushed down."
@@ -47,9 +59,16 @@ def test_at_the_edge_what_the_loss_did_decides():
 
 def test_the_dual_clip_is_named():
     loss = DualClip(low=0.2, high=0.2, cap=3.0)
-    arguments = torch.tensor([[5.0]]).log(), torch.zeros(1, 1), torch.tensor([[-1.0]]), torch.ones(1, 1, dtype=torch.bool)
+    arguments = (
+        torch.tensor([[5.0]]).log(),
+        torch.zeros(1, 1),
+        torch.tensor([[-1.0]]),
+        torch.ones(1, 1, dtype=torch.bool),
+    )
     assert bool(loss.clipped(Surrogate(*arguments)))
-    said = clip_case(Clipping.of({"type": "dual_clip", "low": 0.2, "high": 0.2, "cap": 3.0}), -1.0, 5.0, True)
+    said = clip_case(
+        Clipping.of({"type": "dual_clip", "low": 0.2, "high": 0.2, "cap": 3.0}), -1.0, 5.0, True
+    )
     assert said == "advantage < 0, ratio 5 > 1.2: clipped by the dual clip (cap 3), no gradient."
 
 
@@ -62,7 +81,11 @@ def test_the_dual_clip_is_named():
             True,
             "advantage > 0: clipped by the whole response's ratio, no gradient.",
         ),
-        ({"type": "gmpo", "window": 0.4}, False, "advantage > 0: pushed up; its ratio is in range."),
+        (
+            {"type": "gmpo", "window": 0.4},
+            False,
+            "advantage > 0: pushed up; its ratio is in range.",
+        ),
     ],
 )
 def test_losses_that_clip_otherwise(table, clipped, sentence):

@@ -39,39 +39,88 @@ def healthy(step: int) -> dict[str, float]:
         "response/distinct": 0.99,
         "response/most_common": 0.03,
         "advantage/reward_correlation": 0.6 + 0.1 * wave,
-        **({"policy/win_rate": 0.5 + 0.4 * learnt + 0.08 * wave, "policy/sft_perplexity": 6 + 3 * learnt} if step % 2 else {}),
+        **(
+            {
+                "policy/win_rate": 0.5 + 0.4 * learnt + 0.08 * wave,
+                "policy/sft_perplexity": 6 + 3 * learnt,
+            }
+            if step % 2
+            else {}
+        ),
     }
 
 
 FAULTS = {
-    doctor.responses_do_not_end: (lambda s: {"response/ended": 0.6}, "40% of responses end without EOS"),
+    doctor.responses_do_not_end: (
+        lambda s: {"response/ended": 0.6},
+        "40% of responses end without EOS",
+    ),
     doctor.no_signal: (lambda s: {"advantage/std": 0.0}, "every group has equal rewards"),
     doctor.unscored: (lambda s: {"reward/unscored": 0.2}, "20% of responses got no score"),
-    doctor.sampler_disagrees: (lambda s: {"sampler_ratio": 1.4}, "40.00% from the learner's on average. Do both use"),
-    doctor.ratio_is_not_one: (lambda s: {"ratio/first_error": 0.05}, "up to 0.05 from 1 before any weight has moved"),
-    doctor.reference_differs: (lambda s: {"kl/token_k3": 0.3}, "0.3 per token at step 1, and should be 0"),
+    doctor.sampler_disagrees: (
+        lambda s: {"sampler_ratio": 1.4},
+        "40.00% from the learner's on average. Do both use",
+    ),
+    doctor.ratio_is_not_one: (
+        lambda s: {"ratio/first_error": 0.05},
+        "up to 0.05 from 1 before any weight has moved",
+    ),
+    doctor.reference_differs: (
+        lambda s: {"kl/token_k3": 0.3},
+        "0.3 per token at step 1, and should be 0",
+    ),
     doctor.reference_moved: (lambda s: {"reference/moved": 1.0}, "the reference's weights changed"),
     doctor.does_not_start_at_the_reference: (
         lambda s: {"logratio/abs": 0.2 * s},
         "log-ratios to the reference are 0.2 on average",
     ),
-    doctor.not_sampled_as_trained: (lambda s: {"policy/surprise_gap": -1.0}, "likelier than draws from the policy"),
+    doctor.not_sampled_as_trained: (
+        lambda s: {"policy/surprise_gap": -1.0},
+        "likelier than draws from the policy",
+    ),
     doctor.kl_is_negative: (lambda s: {"kl": -0.4}, "below 0 for 5 steps (now -0.4)"),
-    doctor.kl_above_target: (lambda s: {"kl": 20.0}, "20 over ten steps, more than twice the target 6"),
-    doctor.critic_knows_nothing: (lambda s: {"value/explained_variance": -0.5}, "-0.50 after 22 steps"),
+    doctor.kl_above_target: (
+        lambda s: {"kl": 20.0},
+        "20 over ten steps, more than twice the target 6",
+    ),
+    doctor.critic_knows_nothing: (
+        lambda s: {"value/explained_variance": -0.5},
+        "-0.50 after 22 steps",
+    ),
     doctor.value_loss_explodes: (lambda s: {"loss/value": 0.2 * 1.3**s}, "the value loss is"),
-    doctor.clipped_too_often: (lambda s: {"policy/clip_fraction": 0.5}, "50% of token visits were clipped"),
+    doctor.clipped_too_often: (
+        lambda s: {"policy/clip_fraction": 0.5},
+        "50% of token visits were clipped",
+    ),
     doctor.nothing_moves: (lambda s: {"grad_norm/actor": 0.0}, "no gradient in ten updates"),
     doctor.entropy_collapse: (
         lambda s: {"policy/entropy": 1.8 * 0.8**s, "response/most_common": min(0.95, s / 20)},
         "of prompts get the same response. Raise kl.coef",
     ),
-    doctor.duplicates: (lambda s: {"response/most_common": min(0.95, s / 20)}, "the policy found one that always pays"),
-    doctor.length_drift: (lambda s: {"response/tokens": 20.0 + 3 * s}, "tokens. If nobody asked for that"),
-    doctor.paid_for_length: (lambda s: {"reward/length_correlation": 0.95}, "a correlation of 0.95 over ten steps"),
-    doctor.repeats_itself: (lambda s: {"response/repetition": min(0.9, 0.02 * s)}, "repetition within responses went from"),
-    doctor.hacked: (lambda s: {"reward": 0.1 * s, "reward/gold": min(s, 24 - s) / 5.0}, "the reward model is being fooled"),
-    doctor.reward_falls: (lambda s: {"reward": -0.1 * s, "reward/gold": -0.1 * s}, "Is a sign wrong?"),
+    doctor.duplicates: (
+        lambda s: {"response/most_common": min(0.95, s / 20)},
+        "the policy found one that always pays",
+    ),
+    doctor.length_drift: (
+        lambda s: {"response/tokens": 20.0 + 3 * s},
+        "tokens. If nobody asked for that",
+    ),
+    doctor.paid_for_length: (
+        lambda s: {"reward/length_correlation": 0.95},
+        "a correlation of 0.95 over ten steps",
+    ),
+    doctor.repeats_itself: (
+        lambda s: {"response/repetition": min(0.9, 0.02 * s)},
+        "repetition within responses went from",
+    ),
+    doctor.hacked: (
+        lambda s: {"reward": 0.1 * s, "reward/gold": min(s, 24 - s) / 5.0},
+        "the reward model is being fooled",
+    ),
+    doctor.reward_falls: (
+        lambda s: {"reward": -0.1 * s, "reward/gold": -0.1 * s},
+        "Is a sign wrong?",
+    ),
     doctor.paid_for_others: (
         lambda s: {"advantage/reward_correlation": 0.05 * (-1) ** s},
         "a correlation of 0.00 over ten steps: responses are paid what others and not what they earned",
@@ -80,7 +129,10 @@ FAULTS = {
         lambda s: {"policy/win_rate": 0.95 - 0.04 * s},
         "the win rate on held-out prompts fell from 87% to",
     ),
-    doctor.forgets: (lambda s: {"policy/sft_perplexity": 5.0 + 2 * s, "policy/win_rate": 0.5}, "went from 7 to"),
+    doctor.forgets: (
+        lambda s: {"policy/sft_perplexity": 5.0 + 2 * s, "policy/win_rate": 0.5},
+        "went from 7 to",
+    ),
     doctor.reward_saturates: (lambda s: {"reward/std": 0.8**s}, "no longer tells answers apart"),
 }
 BESIDE = {
@@ -162,4 +214,8 @@ def test_the_same_rules_look_at_a_folder(ppo_run, grpo_run):
     for run in (ppo_run, grpo_run):
         said = {(w["stage"], w["rule"], w["step"]) for w in run.warnings}
         assert said == {(f.stage, f.rule, f.step) for f in examine(run)}
-    assert {f.rule for f in examine(ppo_run)} <= {"responses_do_not_end", "length_drift", "duplicates"}
+    assert {f.rule for f in examine(ppo_run)} <= {
+        "responses_do_not_end",
+        "length_drift",
+        "duplicates",
+    }

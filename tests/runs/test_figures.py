@@ -48,7 +48,9 @@ def test_over_optimisation_is_where_gold_turns_while_reward_rises():
     top = overoptimised(series(reward=rising, reward__gold=hill))
     assert top is not None and 14 <= top <= 22
     assert overoptimised(series(reward=rising, reward__gold=rising)) is None
-    assert overoptimised(series(reward=hill, reward__gold=hill)) is None  # both fell: no fooled reward
+    assert (
+        overoptimised(series(reward=hill, reward__gold=hill)) is None
+    )  # both fell: no fooled reward
     assert overoptimised(series(reward=rising)) is None
 
 
@@ -56,7 +58,9 @@ def test_over_optimisation_is_not_seen_in_noise():
     rng = random.Random(0)
     for _ in range(50):
         flat = [rng.gauss(1.5, 0.1) for _ in range(100)]
-        assert overoptimised(series(reward=[i / 100 for i in range(100)], reward__gold=flat)) is None
+        assert (
+            overoptimised(series(reward=[i / 100 for i in range(100)], reward__gold=flat)) is None
+        )
 
 
 def test_what_is_infinite_or_missing_is_no_number_in_json():
@@ -73,7 +77,10 @@ def test_every_metric_of_a_run_is_defined(ppo_run, grpo_run):
 
 
 def test_definitions_of_families():
-    assert definition("reward/brevity").label == "reward brevity" and definition("reward/gold").label == "gold reward"
+    assert (
+        definition("reward/brevity").label == "reward brevity"
+        and definition("reward/gold").label == "gold reward"
+    )
     assert definition("grad_norm/actor").label == "gradient norm, actor"
     assert definition("nobody_knows").what == ""
     assert len({d.name for d in DEFINITIONS}) == len(DEFINITIONS)
@@ -97,8 +104,19 @@ def test_figures_are_plain_json_and_plotly_objects(ppo_run):
 def test_each_metric_of_rl_is_in_a_chart(ppo_run):
     drawn = {name for _, names in charts(ppo_run.series["ppo"]) for name in names}
     left = set(ppo_run.series["ppo"].columns) - drawn
-    said_in_words_or_always_zero = {"responses", "reward/model", "reward/std", "reward/unscored", "reward/length_correlation"}
-    said_in_words_or_always_zero |= {"advantage/std", "policy/surprise_gap", "loss/kl", "loss/entropy"}
+    said_in_words_or_always_zero = {
+        "responses",
+        "reward/model",
+        "reward/std",
+        "reward/unscored",
+        "reward/length_correlation",
+    }
+    said_in_words_or_always_zero |= {
+        "advantage/std",
+        "policy/surprise_gap",
+        "loss/kl",
+        "loss/entropy",
+    }
     assert left <= said_in_words_or_always_zero
 
 
@@ -108,10 +126,14 @@ def test_calibration_of_a_model_that_is_as_sure_as_right():
     for difference in (0.5, 2.0):
         share = 1 / (1 + math.exp(-difference))
         pairs += [{"chosen_score": difference, "rejected_score": 0.0}] * round(1000 * share)
-        pairs += [{"chosen_score": 0.0, "rejected_score": difference}] * (1000 - round(1000 * share))
+        pairs += [{"chosen_score": 0.0, "rejected_score": difference}] * (
+            1000 - round(1000 * share)
+        )
     line = calibration(pairs)["data"][1]
     assert sum(line["y"][:4]) / 4 == pytest.approx(1 / (1 + math.exp(-0.5)), abs=1e-3)
-    assert line["x"][0] == pytest.approx(1 / (1 + math.exp(-0.5))) and line["x"][-1] == pytest.approx(1 / (1 + math.exp(-2.0)))
+    assert line["x"][0] == pytest.approx(1 / (1 + math.exp(-0.5))) and line["x"][
+        -1
+    ] == pytest.approx(1 / (1 + math.exp(-2.0)))
 
 
 def test_what_is_measured_now_and_then_is_a_line_through_its_points():
@@ -125,4 +147,6 @@ def test_what_is_measured_now_and_then_is_a_line_through_its_points():
     assert rates["mode"] == "lines+markers" and list(rates["x"]) == list(range(4, 41, 4))
     assert list(rates["y"]) == pytest.approx([0.5 + step / 100 for step in range(4, 41, 4)])
     assert smoothed([0.12] * 40) == [0.12] * 40
-    assert {v for line in lines(run, "ppo", "coefficient", ["kl/coef"])["data"] for v in line["y"]} == {0.12}
+    assert {
+        v for line in lines(run, "ppo", "coefficient", ["kl/coef"])["data"] for v in line["y"]
+    } == {0.12}

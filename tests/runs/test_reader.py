@@ -16,13 +16,22 @@ def write(path, *events, end="\n"):
 
 
 def metrics(step, **values):
-    return {"time": 1.0, "event": "metrics", "stage": "ppo", "step": step, "metrics": values, "seconds": 0.5}
+    return {
+        "time": 1.0,
+        "event": "metrics",
+        "stage": "ppo",
+        "step": step,
+        "metrics": values,
+        "seconds": 0.5,
+    }
 
 
 def test_a_run_is_read_without_torch(runs):
     code = "import sys, quartet; run = quartet.Run(sys.argv[1]); run.samples(1); run.figure('frontier'); print('torch' in sys.modules)"
     run = str(find_runs(runs)[0])
-    done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, run], capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == "False", done.stderr
 
 
@@ -44,7 +53,9 @@ def test_samples_are_the_rows_in_short(ppo_run):
     for sample in ppo_run.samples(2):
         rows = ppo_run.sample(2, sample.number)
         own = rows["is_response"]
-        assert sample.response == "".join(t for t, mine in zip(rows["text"], own, strict=True) if mine)
+        assert sample.response == "".join(
+            t for t, mine in zip(rows["text"], own, strict=True) if mine
+        )
         assert sample.tokens == sum(own) and sample.score == rows["score"][0]
         assert sample.kl == pytest.approx(sum(k for k in rows["kl"] if k is not None))
         assert set(sample.components) == {"model", "gold"}

@@ -24,7 +24,13 @@ from quartet.training.checkpoint import Checkpoints, Damaged, read_checkpoint, w
 from tests.malformed.saying import readable
 from tests.support.tiny_run import make_run
 
-WORDS = ("run.steps=3", "run.checkpoint_every=1", "run.keep_last=3", "optim.schedule=constant", 'recipe=["sft", "grpo"]')
+WORDS = (
+    "run.steps=3",
+    "run.checkpoint_every=1",
+    "run.keep_last=3",
+    "optim.schedule=constant",
+    'recipe=["sft", "grpo"]',
+)
 NEWEST, BEFORE = "grpo-000003", "grpo-000002"
 
 
@@ -42,7 +48,11 @@ def job(whole):
 @pytest.fixture
 def run(whole, tmp_path) -> Path:
     """A copy to be damaged."""
-    return Path(shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("policy", "README.md")))
+    return Path(
+        shutil.copytree(
+            whole, tmp_path / "run", ignore=shutil.ignore_patterns("policy", "README.md")
+        )
+    )
 
 
 def chosen(run: Path, job):
@@ -259,7 +269,9 @@ def test_a_checkpoint_that_is_not_one_is_passed_over_for_the_one_before(whole, j
     [(path, reason)] = choice.skipped
     assert path.name == NEWEST and re.search(sentence, readable(reason)), reason
     assert choice.checkpoint.name == BEFORE
-    assert equal(choice.checkpoint.state(), state_of(whole / "checkpoints" / BEFORE)), "what goes on is what was written"
+    assert equal(choice.checkpoint.state(), state_of(whole / "checkpoints" / BEFORE)), (
+        "what goes on is what was written"
+    )
 
 
 def resumed(run: Path, job) -> None:
@@ -280,7 +292,9 @@ def gone_on(whole: Path, run: Path, job) -> None:
         assert (run / path).read_bytes() == (whole / path).read_bytes(), path
 
 
-@pytest.mark.parametrize("name", ["an empty state", "overlapping tensors", "a manifest that lists no file"])
+@pytest.mark.parametrize(
+    "name", ["an empty state", "overlapping tensors", "a manifest that lists no file"]
+)
 def test_the_run_that_goes_on_has_the_weights_of_the_run_left_alone(whole, job, run, name):
     PASSED_OVER[name][0](run / "checkpoints" / NEWEST)
     gone_on(whole, run, job)
@@ -343,14 +357,19 @@ def test_a_state_without_a_part_of_the_stage_is_refused_with_a_sentence(job, run
     (newest / "state.json").write_text(json.dumps(table))
     save_file(kept, newest / "state.safetensors")
     sealed(newest)
-    with pytest.raises(Damaged, match="does not fit what this config trains .there is no 'learner'"):
+    with pytest.raises(
+        Damaged, match="does not fit what this config trains .there is no 'learner'"
+    ):
         Worker(job.stages, run).begin("grpo", str(newest))
 
 
 def test_where_every_checkpoint_is_damaged_nothing_is_changed(job, run):
     for path in (run / "checkpoints").iterdir():
         replaced_by(os.mkfifo)(path)
-    with pytest.raises(CannotResume, match="no checkpoint can be used .grpo-000003: cannot be read .not a regular file"):
+    with pytest.raises(
+        CannotResume,
+        match="no checkpoint can be used .grpo-000003: cannot be read .not a regular file",
+    ):
         chosen(run, job)
     assert (run / "checkpoints" / NEWEST).is_dir()
 

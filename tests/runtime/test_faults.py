@@ -43,13 +43,26 @@ def spoken(fault, seed):
     actor = model(seed=seed)
     models = Separate(actor, ScalarModel.from_trunk(actor, 0, seed=0))
     sampling = Sampling(max_new_tokens=56)
-    learner = Learner(models, freeze(copy.deepcopy(actor)), Optim(lr=3e-3, critic_lr=3e-3, epochs=2), sampling, STEPS, seed)
+    learner = Learner(
+        models,
+        freeze(copy.deepcopy(actor)),
+        Optim(lr=3e-3, critic_lr=3e-3, epochs=2),
+        sampling,
+        STEPS,
+        seed,
+    )
     cast = Cast(
-        learner, NativeGenerator(actor, tokenizer(), frozenset({END}), seed), [Weighted(TextReward("goodness", goodness))]
+        learner,
+        NativeGenerator(actor, tokenizer(), frozenset({END}), seed),
+        [Weighted(TextReward("goodness", goodness))],
     )
     if fault is not None:
         FAULTS[fault](cast)
-    steps = rl(Collector(Sampler(prompts(24), 24, seed), cast.generator, cast.rewards), learner, ALGORITHMS["ppo"])
+    steps = rl(
+        Collector(Sampler(prompts(24), 24, seed), cast.generator, cast.rewards),
+        learner,
+        ALGORITHMS["ppo"],
+    )
     watch = Watch()
     return {rule.__name__ for step in steps for rule, _ in watch.see(step.metrics)}
 
@@ -62,10 +75,14 @@ def test_what_is_planted_is_found(fault):
         assert said == set()
 
 
-@pytest.mark.parametrize("fault", ["stale", *(pytest.param(f, marks=pytest.mark.slow) for f in (None, "temperature"))])
+@pytest.mark.parametrize(
+    "fault", ["stale", *(pytest.param(f, marks=pytest.mark.slow) for f in (None, "temperature"))]
+)
 def test_a_sampler_with_other_weights_is_found_among_older_ones(fault, tmp_path):
     """Rollouts in advance are never the learner's own; answers for the win rate are."""
-    run = make_run(tmp_path, "reviews", "rollout.staleness=1", "run.steps=4", "optim.lr=3e-3", fault=fault)
+    run = make_run(
+        tmp_path, "reviews", "rollout.staleness=1", "run.steps=4", "optim.lr=3e-3", fault=fault
+    )
     found = {w["rule"] for w in run.warnings if w["stage"] == "ppo"}
     assert ("sampler_disagrees" in found) == (fault is not None)
 
@@ -76,5 +93,10 @@ def test_every_fault_says_what_it_is():
 
 
 def test_a_run_that_is_asked_to_be_broken_is(tmp_path):
-    run = make_run(tmp_path, "sums", "run.steps=1", "rollout.samples_per_prompt=4", fault="reference")
-    assert [w["rule"] for w in run.warnings if w["stage"] == "grpo"] == ["reference_differs", "reference_moved"]
+    run = make_run(
+        tmp_path, "sums", "run.steps=1", "rollout.samples_per_prompt=4", fault="reference"
+    )
+    assert [w["rule"] for w in run.warnings if w["stage"] == "grpo"] == [
+        "reference_differs",
+        "reference_moved",
+    ]

@@ -19,7 +19,13 @@ from quartet.runtime.pipeline import Advanced, Started
 from tests.cli.test_screen import STAGE, shown
 from tests.support.tiny_run import SMALL, SMALL_REVIEWS, make_run
 
-WORDS = (*SMALL, 'recipe=["sft", "grpo"]', "run.steps=2", "run.checkpoint_every=1", "optim.schedule=constant")
+WORDS = (
+    *SMALL,
+    'recipe=["sft", "grpo"]',
+    "run.steps=2",
+    "run.checkpoint_every=1",
+    "optim.schedule=constant",
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,11 @@ def test_a_run_that_is_done_says_how_to_add_steps_and_what_it_says_works(run):
     assert said == f"next   to add steps: quartet run {run} --resume run.steps=4"
     more = CliRunner().invoke(app, said.partition("quartet ")[2].split())
     assert more.exit_code == 0, more.output
-    steps = [e["step"] for e in read_record(run).events if e["event"] == "metrics" and e["stage"] == "grpo"]
+    steps = [
+        e["step"]
+        for e in read_record(run).events
+        if e["event"] == "metrics" and e["stage"] == "grpo"
+    ]
     assert steps == [1, 2, 3, 4]
 
 
@@ -61,8 +71,12 @@ def test_other_stages_are_lengthened_by_their_own_key(run, capsys, name, steps):
     """Where learning rates fell to the end, more steps would have been other steps: that has to be accepted."""
     key = {"dpo": "preference"}.get(name, name) + ".steps"
     words = [w for w in SMALL_REVIEWS if w.startswith(("policy", "data", name))]
-    _say_done(run, read_settings(recipe_path("reviews"), [*words, f'recipe="{name}"'], "recipe reviews"))
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f"--resume {key}={steps} --accept {key}")
+    _say_done(
+        run, read_settings(recipe_path("reviews"), [*words, f'recipe="{name}"'], "recipe reviews")
+    )
+    assert (
+        capsys.readouterr().out.splitlines()[-1].endswith(f"--resume {key}={steps} --accept {key}")
+    )
 
 
 def test_progress_keeps_the_numbers_that_it_began_with():
@@ -107,13 +121,19 @@ def test_a_run_whose_record_was_damaged_goes_on_and_says_so(whole, run):
     """Behind its last checkpoint: the lines go, and the steps are taken again. Before it: only if that is accepted."""
     lines = (run / "events.jsonl").read_bytes().splitlines(keepends=True)
     shutil.rmtree(run / "checkpoints" / "grpo-000002")
-    (run / "events.jsonl").write_bytes(b"".join([*lines, *(line + b"\n" for line in LINES.values())]))
+    (run / "events.jsonl").write_bytes(
+        b"".join([*lines, *(line + b"\n" for line in LINES.values())])
+    )
     done = resumed(run)
     assert done.exit_code == 0, done.output
-    assert (run / "policy" / "model.safetensors").read_bytes() == (whole / "policy" / "model.safetensors").read_bytes()
+    assert (run / "policy" / "model.safetensors").read_bytes() == (
+        whole / "policy" / "model.safetensors"
+    ).read_bytes()
     assert read_record(run).damaged == 0
     text = (run / "events.jsonl").read_bytes()
-    (run / "events.jsonl").write_bytes(LINES["a huge step"] + b"\n" + LINES["deeply nested"] + b"\n" + text)
+    (run / "events.jsonl").write_bytes(
+        LINES["a huge step"] + b"\n" + LINES["deeply nested"] + b"\n" + text
+    )
     refused = resumed(run, "run.steps=3")
     assert refused.exit_code == 2 and "--accept events.jsonl" in refused.stderr
     accepted = resumed(run, "run.steps=3", "--accept", "events.jsonl")
@@ -207,5 +227,9 @@ def test_what_begins_two_runs_at_once_gets_two_folders(tmp_path):
     for folder in made:
         folder.close()
     assert len({folder.path for folder in made}) == 3
-    assert all((folder.path / "a").read_text() == "b" and json.loads((folder.path / "env.json").read_text()) for folder in made)
+    assert all(
+        (folder.path / "a").read_text() == "b"
+        and json.loads((folder.path / "env.json").read_text())
+        for folder in made
+    )
     assert not list(tmp_path.glob(".*"))

@@ -17,9 +17,18 @@ MOMENTS = (
 
 
 def killing(*words: str) -> dict:
-    environment = {k: v for k, v in os.environ.items() if k != "QUARTET_CHECK_SHAPES"} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "QUARTET_CHECK_SHAPES"} | {
+        "OMP_NUM_THREADS": "1"
+    }
     command = [sys.executable, "-m", "tests.support.killing", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -60,10 +69,14 @@ def without_room(*words: str, at_least: int) -> None:
         if case["code"] == 0:
             assert lines == []
         elif case["code"] == 2:
-            assert len(lines) == 1 and lines[0].startswith('run.folder = "runs": cannot be written ('), case
+            assert len(lines) == 1 and lines[0].startswith(
+                'run.folder = "runs": cannot be written ('
+            ), case
         else:
             assert case["code"] == 1 and len(lines) == 2 and lines[0].startswith("failed: "), case
-            assert lines[1].startswith("Make room on the disk, then go on with: quartet run runs/"), case
+            assert lines[1].startswith(
+                "Make room on the disk, then go on with: quartet run runs/"
+            ), case
     assert sum(case["code"] != 0 for case in found) >= at_least
 
 

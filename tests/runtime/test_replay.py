@@ -13,7 +13,14 @@ from quartet.algorithms.policy_loss import Clip
 from quartet.assembly import Workshop
 from quartet.cli import app
 from quartet.config.toml import read_settings
-from quartet.runtime.replay import CannotReplay, checkpoint_before, cosine, differences, merged, replay
+from quartet.runtime.replay import (
+    CannotReplay,
+    checkpoint_before,
+    cosine,
+    differences,
+    merged,
+    replay,
+)
 
 
 def rl_stage(run, *words):
@@ -21,7 +28,9 @@ def rl_stage(run, *words):
 
 
 def everything(run):
-    return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in run.path.rglob("*") if p.is_file()}
+    return {
+        p: hashlib.sha256(p.read_bytes()).hexdigest() for p in run.path.rglob("*") if p.is_file()
+    }
 
 
 @pytest.mark.parametrize("step", [1, 3])
@@ -30,11 +39,17 @@ def test_as_it_was_to_the_bit_and_nothing_is_written(grpo_run, step):
     stage = rl_stage(grpo_run)
     since = checkpoint_before(grpo_run.path, "grpo", step)
     outcome, other = replay(stage, grpo_run.path, since, step)
-    events = [json.loads(line) for line in (grpo_run.path / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (grpo_run.path / "events.jsonl").read_text().splitlines()
+    ]
     recorded = next(
-        e["metrics"] for e in events if e.get("stage") == "grpo" and e.get("step") == step and e["event"] == "metrics"
+        e["metrics"]
+        for e in events
+        if e.get("stage") == "grpo" and e.get("step") == step and e["event"] == "metrics"
     )
-    assert differences(recorded, outcome.metrics) == [] and recorded["loss"] == outcome.metrics["loss"]
+    assert (
+        differences(recorded, outcome.metrics) == [] and recorded["loss"] == outcome.metrics["loss"]
+    )
     assert other is None and outcome.tokens > 0
     assert everything(grpo_run) == before
 
@@ -50,11 +65,18 @@ def changed(stage, **parts):
 
 def test_with_a_setting_changed_it_learns_something_else_from_the_same_rollouts(ppo_run, ppo_stage):
     since = checkpoint_before(ppo_run.path, "ppo", 2)
-    was, clipped = replay(ppo_stage, ppo_run.path, since, 2, changed(ppo_stage, policy_loss=Clip(low=1e-5, high=1e-5)))
+    was, clipped = replay(
+        ppo_stage, ppo_run.path, since, 2, changed(ppo_stage, policy_loss=Clip(low=1e-5, high=1e-5))
+    )
     assert int(clipped.clipped.sum()) > int(was.clipped.sum()) and clipped.tokens == was.tokens
-    assert clipped.metrics["reward"] == was.metrics["reward"] and -1 < cosine(was.moved, clipped.moved) < 0.9999
+    assert (
+        clipped.metrics["reward"] == was.metrics["reward"]
+        and -1 < cosine(was.moved, clipped.moved) < 0.9999
+    )
     assert was.moved.norm() > 0
-    assert clipped.metrics["kl/coef"] == was.metrics["kl/coef"], "what was not changed is as it had adapted"
+    assert clipped.metrics["kl/coef"] == was.metrics["kl/coef"], (
+        "what was not changed is as it had adapted"
+    )
     _, again = replay(ppo_stage, ppo_run.path, since, 2, ppo_stage)
     assert torch.equal(again.moved, was.moved) and again.kl_after == was.kl_after
     assert differences(again.metrics, was.metrics) == []
@@ -62,11 +84,15 @@ def test_with_a_setting_changed_it_learns_something_else_from_the_same_rollouts(
 
 def test_an_adapted_coefficient_is_kept_and_a_changed_one_is_not(ppo_run, ppo_stage):
     written = changed(ppo_stage, kl=KLInReward(coef=0.2, controller=AdaptiveCoef(target=6.0)))
-    now = dataclasses.asdict(changed(written, kl=dataclasses.replace(written.algorithm.kl, coef=0.35)).algorithm)
+    now = dataclasses.asdict(
+        changed(written, kl=dataclasses.replace(written.algorithm.kl, coef=0.35)).algorithm
+    )
     then = dataclasses.asdict(written.algorithm)
     wider = dataclasses.asdict(changed(written, policy_loss=Clip(high=0.3)).algorithm)
     assert merged(now, then, wider) == {**wider, "kl": now["kl"]}
-    dearer = dataclasses.asdict(changed(written, kl=dataclasses.replace(written.algorithm.kl, coef=0.7)).algorithm)
+    dearer = dataclasses.asdict(
+        changed(written, kl=dataclasses.replace(written.algorithm.kl, coef=0.7)).algorithm
+    )
     assert merged(now, then, dearer)["kl"]["coef"] == 0.7
 
 
@@ -80,15 +106,22 @@ def test_what_cannot_be_replayed(grpo_run, tmp_path):
 def test_the_verb(grpo_run):
     shown = CliRunner().invoke(app, ["replay", str(grpo_run.path), "optim.lr=1e-9", "--step", "2"])
     assert shown.exit_code == 0, shown.output
-    assert "every metric is the recorded one, to the bit" in shown.output and "cosine" in shown.output
+    assert (
+        "every metric is the recorded one, to the bit" in shown.output and "cosine" in shown.output
+    )
     refused = CliRunner().invoke(app, ["replay", str(grpo_run.path), "seed=3"])
-    assert refused.exit_code == 2 and "only algorithm.* and optim.* can be changed" in refused.output
+    assert (
+        refused.exit_code == 2 and "only algorithm.* and optim.* can be changed" in refused.output
+    )
 
 
 def test_the_model_of_a_checkpoint_is_what_the_stage_would_have_left(grpo_run, tmp_path):
     words = ["export", str(grpo_run.path), "--to", str(tmp_path / "out"), "--checkpoint"]
     assert CliRunner().invoke(app, [*words, "grpo-000003"]).exit_code == 0
-    ours, theirs = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "out", grpo_run.path / "policy"))
+    ours, theirs = (
+        (folder / "model.safetensors").read_bytes()
+        for folder in (tmp_path / "out", grpo_run.path / "policy")
+    )
     assert ours == theirs
     for name, said in (
         ("best", "no checkpoint was measured"),

@@ -25,7 +25,14 @@ from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.pipeline import Advanced, Pipeline, Saving
 from quartet.runtime.resume import CannotResume, choose, find_run, has_begun, set_aside
 from quartet.stages import Work
-from quartet.training.checkpoint import Checkpoints, Damaged, joined, parted, read_checkpoint, write_checkpoint
+from quartet.training.checkpoint import (
+    Checkpoints,
+    Damaged,
+    joined,
+    parted,
+    read_checkpoint,
+    write_checkpoint,
+)
 from quartet.training.descend import NonFinite
 from tests.runtime.test_runs import TINY_REVIEWS, events, metrics, quartet
 from tests.support.tiny_run import SMALL, make_run
@@ -55,7 +62,11 @@ def chosen(run: Path, *words: str, accept=()):
 
 def test_a_state_goes_to_disk_and_comes_back_to_the_bit(tmp_path):
     state = {
-        "a": {"w": torch.tensor([1.5, -0.0, 1e-45]), "none": None, "list": [1, torch.arange(3, dtype=torch.uint8), {"x": 0.1}]},
+        "a": {
+            "w": torch.tensor([1.5, -0.0, 1e-45]),
+            "none": None,
+            "list": [1, torch.arange(3, dtype=torch.uint8), {"x": 0.1}],
+        },
         "inf": float("inf"),
         "text": "“é”",
     }
@@ -79,7 +90,12 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     made = Checkpoints(tmp_path, {"sft": 0, "ppo": 1}, keep_last=2, keep_best=True)
     for step, merit in ((0, None), (1, 0.1), (2, 0.9), (3, 0.3), (4, None), (5, 0.2)):
         made.write("ppo", step, {}, {"merit": merit})
-    assert [p.name for p in made.newest_first()] == ["ppo-000005", "ppo-000004", "ppo-000002", "ppo-000000"]
+    assert [p.name for p in made.newest_first()] == [
+        "ppo-000005",
+        "ppo-000004",
+        "ppo-000002",
+        "ppo-000000",
+    ]
     made.write("sft", 9, {}, {"merit": None})
     assert made.newest_first()[0].name == "ppo-000005", "a later stage is newer, whatever its step"
 
@@ -115,7 +131,13 @@ def corruptions(seed: int):
 
 @pytest.mark.parametrize("seed", range(50))
 def test_what_is_damaged_is_never_loaded_and_never_forgotten(checkpointed, tmp_path, seed):
-    run = Path(shutil.copytree(checkpointed, tmp_path / "run", ignore=shutil.ignore_patterns("rollouts", "probes", "*.html")))
+    run = Path(
+        shutil.copytree(
+            checkpointed,
+            tmp_path / "run",
+            ignore=shutil.ignore_patterns("rollouts", "probes", "*.html"),
+        )
+    )
     shutil.rmtree(run / "checkpoints" / "evaluation-000000")
     corrupt, rng = corruptions(seed)
     newest = run / "checkpoints" / "grpo-000006"
@@ -125,15 +147,21 @@ def test_what_is_damaged_is_never_loaded_and_never_forgotten(checkpointed, tmp_p
     harmless = newest.is_dir() and target.name == "manifest.json" and _same_json(target, before)
     if target.parent.name == "sft":  # what all of them started from
         found = chosen(run)
-        assert found.checkpoint.name == "sft-000000" and "sft/model.safetensors" in found.skipped[0][1]
+        assert (
+            found.checkpoint.name == "sft-000000" and "sft/model.safetensors" in found.skipped[0][1]
+        )
         return
     found = chosen(run)
     if not harmless:
         assert found.checkpoint.name == "grpo-000005"
         [(path, reason)] = found.skipped
-        assert path == newest and any(name in reason for name in ("manifest", "state", "is missing"))
+        assert path == newest and any(
+            name in reason for name in ("manifest", "state", "is missing")
+        )
         set_aside(found.skipped)
-        assert chosen(run).checkpoint.name == "grpo-000005" and list((run / "checkpoints").glob("grpo-000006.skipped-1"))
+        assert chosen(run).checkpoint.name == "grpo-000005" and list(
+            (run / "checkpoints").glob("grpo-000006.skipped-1")
+        )
 
 
 def _same_json(path: Path, before: bytes) -> bool:
@@ -149,7 +177,9 @@ def test_with_nothing_left_to_go_on_from_it_says_so_and_changes_nothing(checkpoi
     for path in (run / "checkpoints").iterdir():
         (path / "state.json").write_text("{}")
     before = sorted(p.name for p in (run / "checkpoints").iterdir())
-    with pytest.raises(CannotResume, match=r"no checkpoint can be used \(evaluation-000000: state.json has 2 bytes"):
+    with pytest.raises(
+        CannotResume, match=r"no checkpoint can be used \(evaluation-000000: state.json has 2 bytes"
+    ):
         chosen(run)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before
     shutil.rmtree(run / "checkpoints")
@@ -167,7 +197,10 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
 
 
 CHANGES = [
-    ("optim.lr=5e-6", "made with optim.lr = .*, the config says 5e-06. Pass --accept optim.lr, or change it back."),
+    (
+        "optim.lr=5e-6",
+        "made with optim.lr = .*, the config says 5e-06. Pass --accept optim.lr, or change it back.",
+    ),
     ("seed=1", "made with seed = 0, the config says 1"),
     ("rollout.temperature=0.5", "rollout.temperature = 1.0, the config says 0.5"),
     ("sft.lr=1e-4", "sft.lr"),
@@ -177,7 +210,9 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("word", "sentence"), CHANGES)
-def test_a_config_that_would_have_made_another_past_is_refused_until_it_is_accepted(checkpointed, word, sentence):
+def test_a_config_that_would_have_made_another_past_is_refused_until_it_is_accepted(
+    checkpointed, word, sentence
+):
     with pytest.raises(CannotResume, match=sentence):
         chosen(checkpointed, word)
     found = chosen(checkpointed, word, accept=[word.partition("=")[0]])
@@ -201,7 +236,10 @@ def test_what_cannot_change_the_past_may_change(checkpointed, word):
 
 
 def test_a_run_may_go_on_with_rollouts_in_advance_if_that_is_accepted(checkpointed):
-    with pytest.raises(CannotResume, match=r"rollout.staleness = 0, the config says 1\. Pass --accept rollout.staleness"):
+    with pytest.raises(
+        CannotResume,
+        match=r"rollout.staleness = 0, the config says 1\. Pass --accept rollout.staleness",
+    ):
         chosen(checkpointed, "rollout.staleness=1")
     assert chosen(checkpointed, "rollout.staleness=1", accept=["rollout.staleness"]).accepted
     work = Work(lambda _: iter(()), dict, {"ahead": Ahead(1)})
@@ -213,7 +251,9 @@ def test_more_steps_go_on_from_the_last_of_them(checkpointed):
     found = chosen(checkpointed, "run.steps=9")
     assert found.checkpoint.name == "grpo-000006"
     assert found.skipped[0][1] == "grpo had 6 steps when it was made, and has 9 now"
-    with pytest.raises(CannotResume, match="grpo has done 6 steps already, and the config asks for 3"):
+    with pytest.raises(
+        CannotResume, match="grpo has done 6 steps already, and the config asks for 3"
+    ):
         chosen(checkpointed, "run.steps=3")
 
 
@@ -235,14 +275,19 @@ def test_other_data_are_noticed(checkpointed, tmp_path):
     after = fingerprints(config)
     assert set(before) == {str(file)} == set(after) and before != after
     config, made_with = wanted((checkpointed / "config.resolved.toml").read_text(), ())
-    with pytest.raises(CannotResume, match=rf"with other contents of {file}. Pass --accept {file}, or put the old file back."):
+    with pytest.raises(
+        CannotResume,
+        match=rf"with other contents of {file}. Pass --accept {file}, or put the old file back.",
+    ):
         choose(checkpointed, config, {**made_with, "data": after}, [])
     assert choose(checkpointed, config, {**made_with, "data": after}, [str(file)]).accepted
 
 
 def test_a_planted_mistake_stays_planted(checkpointed):
     config, made_with = wanted((checkpointed / "config.resolved.toml").read_text(), ())
-    with pytest.raises(CannotResume, match="was made with no --break. Pass --accept break, or say the same again"):
+    with pytest.raises(
+        CannotResume, match="was made with no --break. Pass --accept break, or say the same again"
+    ):
         choose(checkpointed, config, {**made_with, "fault": "stale"}, [])
 
 
@@ -309,21 +354,36 @@ def test_a_signal_between_steps_saves_the_step_before(tmp_path, monkeypatch, at)
     folder = RunFolder.create(tmp_path, "x", {})
     with Interruption() as interruption:
         told = Pipeline(
-            [stage(monkeypatch, set())], folder, TokenTexts(tokenizer()), Saving(every=100), None, interruption
+            [stage(monkeypatch, set())],
+            folder,
+            TokenTexts(tokenizer()),
+            Saving(every=100),
+            None,
+            interruption,
         ).run()
         with pytest.raises(Interrupted, match="SIGTERM"):
             for event in told:
                 if isinstance(event, Advanced) and event.progress.number == at:
                     signal.raise_signal(signal.SIGTERM)
     folder.close()
-    assert sorted(p.name for p in (folder.path / "checkpoints").iterdir()) == ["sft-000000", f"sft-{at:06d}"]
+    assert sorted(p.name for p in (folder.path / "checkpoints").iterdir()) == [
+        "sft-000000",
+        f"sft-{at:06d}",
+    ]
 
 
-def stopped(tmp_path: Path, number: signal.Signals, words: list[str]) -> subprocess.CompletedProcess[str]:
+def stopped(
+    tmp_path: Path, number: signal.Signals, words: list[str]
+) -> subprocess.CompletedProcess[str]:
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from quartet.cli import main; main()"
     command = [sys.executable, "-c", heed, *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    third, deadline = tmp_path / "runs" / "latest" / "rollouts" / "000003.parquet", time.monotonic() + 120
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    third, deadline = (
+        tmp_path / "runs" / "latest" / "rollouts" / "000003.parquet",
+        time.monotonic() + 120,
+    )
     while not third.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
@@ -333,7 +393,10 @@ def stopped(tmp_path: Path, number: signal.Signals, words: list[str]) -> subproc
 
 def test_sigterm_saves_the_step_it_is_in_and_the_resumed_run_is_the_run(tmp_path):
     """Checkpoints are far apart here: what is saved is what the signal saved."""
-    words = [w for w in TINY_REVIEWS if not w.startswith("run.steps")] + ["run.steps=16", "run.checkpoint_every=1000"]
+    words = [w for w in TINY_REVIEWS if not w.startswith("run.steps")] + [
+        "run.steps=16",
+        "run.checkpoint_every=1000",
+    ]
     first = stopped(tmp_path, signal.SIGTERM, words)
     assert first.returncode == 75, first.stderr
     assert "stopped by SIGTERM. Nothing is lost; go on with: quartet run runs/" in first.stdout
@@ -348,14 +411,19 @@ def test_sigterm_saves_the_step_it_is_in_and_the_resumed_run_is_the_run(tmp_path
     other = next((tmp_path / "runs").glob("*-whole"))
     assert metrics(run) == metrics(other) and len(metrics(run)) == len(metrics(other))
     for name in ("policy", "critic"):
-        ours, theirs = ((folder / name / "model.safetensors").read_bytes() for folder in (run, other))
+        ours, theirs = (
+            (folder / name / "model.safetensors").read_bytes() for folder in (run, other)
+        )
         assert ours == theirs
     done = quartet("run", "runs/latest", "--resume", cwd=tmp_path)
     assert done.returncode == 0 and "is done" in done.stdout
 
 
 def test_a_time_limit_saves_and_stops(tmp_path):
-    words = [w for w in TINY_REVIEWS if not w.startswith("run.steps")] + ["run.steps=100000", "run.max_minutes=0.04"]
+    words = [w for w in TINY_REVIEWS if not w.startswith("run.steps")] + [
+        "run.steps=100000",
+        "run.max_minutes=0.04",
+    ]
     done = quartet(*words, cwd=tmp_path)
     assert done.returncode == 75 and "stopped by run.max_minutes" in done.stdout, done.stderr
     assert list((tmp_path / "runs" / "latest" / "checkpoints").glob("*-*"))
@@ -371,5 +439,16 @@ def test_words_for_what_cannot_be_resumed(tmp_path):
 def test_resume_begins_a_run_that_there_is_not_yet(tmp_path):
     settings = read_settings(recipe_path("sums"), SMALL, "recipe sums")
     assert settings.config
-    done = quartet("run", "sums", *SMALL, "policy.create.max_length=32", "run.steps=1", "--resume", cwd=tmp_path)
-    assert done.returncode == 0 and "There is no run of this name to resume: a new one begins." in done.stdout
+    done = quartet(
+        "run",
+        "sums",
+        *SMALL,
+        "policy.create.max_length=32",
+        "run.steps=1",
+        "--resume",
+        cwd=tmp_path,
+    )
+    assert (
+        done.returncode == 0
+        and "There is no run of this name to resume: a new one begins." in done.stdout
+    )

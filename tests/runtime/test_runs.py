@@ -35,7 +35,9 @@ COLUMNS = (
 
 def quartet(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "QUARTET_CHECK_SHAPES"}
-    return subprocess.run([QUARTET, *words], capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    return subprocess.run(
+        [QUARTET, *words], capture_output=True, text=True, cwd=cwd, env=environment, check=False
+    )
 
 
 def events(run: Path) -> list[dict]:
@@ -61,7 +63,9 @@ def test_the_screen_tells_the_story(reviews):
     assert lines[1].startswith("plan   policy")
     for stage in ("1/4 sft", "2/4 reward model", "3/4 ppo", "4/4 evaluation"):
         assert any(line.startswith(stage) for line in lines)
-    assert any("pair accuracy" in line and "held out" in line and "possible" in line for line in lines)
+    assert any(
+        "pair accuracy" in line and "held out" in line and "possible" in line for line in lines
+    )
     assert any(line.startswith("gold (what was meant)") for line in lines)
 
 
@@ -69,8 +73,23 @@ def test_the_run_folder_has_what_was_promised(reviews):
     run = reviews / "runs" / "latest"
     assert run.is_symlink()
     names = {p.name for p in run.iterdir()}
-    assert names >= {"config.toml", "config.resolved.toml", "env.json", "run.log", "events.jsonl", "rollouts"}
-    assert names >= {"sft", "policy", "reward_model", "critic", "evaluation", "probes", "report.html"}
+    assert names >= {
+        "config.toml",
+        "config.resolved.toml",
+        "env.json",
+        "run.log",
+        "events.jsonl",
+        "rollouts",
+    }
+    assert names >= {
+        "sft",
+        "policy",
+        "reward_model",
+        "critic",
+        "evaluation",
+        "probes",
+        "report.html",
+    }
     assert json.loads((run / "env.json").read_text())["packages"]["torch"]
     kinds = [e["event"] for e in events(run)]
     assert kinds.count("finished") == 4 and kinds[-1] == "done"
@@ -90,7 +109,9 @@ def test_rollouts_have_a_row_per_token_that_adds_up(reviews):
         assert r["kl"] == pytest.approx(r["old_logprob"] - r["ref_logprob"], abs=1e-2)
         assert r["ratio"] == pytest.approx(math.exp(r["logprob"] - r["old_logprob"]), rel=1e-2)
     score = max(-5.0, min(5.0, first[0]["score"]))
-    assert sum(r["reward"] for r in response) == pytest.approx(score - 0.12 * sum(r["kl"] for r in response), abs=1e-2)
+    assert sum(r["reward"] for r in response) == pytest.approx(
+        score - 0.12 * sum(r["kl"] for r in response), abs=1e-2
+    )
     assert (
         "".join(r["text"] for r in first)
         .strip()
@@ -112,7 +133,9 @@ def test_what_comes_out_loads_in_transformers_alone(reviews):
 def test_the_reward_model_is_centred_on_the_policy_that_rl_starts_from(reviews):
     run = reviews / "runs" / "latest"
     config = json.loads((run / "reward_model" / "config.json").read_text())
-    finished = next(e for e in events(run) if e["event"] == "finished" and e["stage"] == "reward_model")
+    finished = next(
+        e for e in events(run) if e["event"] == "finished" and e["stage"] == "reward_model"
+    )
     assert config["quartet_reward_centre"] == pytest.approx(finished["summary"]["centre"])
     summary = json.loads((run / "evaluation" / "final.json").read_text())
     assert abs(summary["before"]["reward/model"]) < 0.5
@@ -152,18 +175,28 @@ def test_sums_runs_without_a_reward_model_and_without_a_critic(tmp_path):
     done = quartet(*TINY_SUMS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "latest"
-    assert (run / "policy").is_dir() and not (run / "critic").exists() and not (run / "reward_model").exists()
+    assert (
+        (run / "policy").is_dir()
+        and not (run / "critic").exists()
+        and not (run / "reward_model").exists()
+    )
     table = pq.read_table(run / "rollouts" / "000001.parquet")
     assert table["value"].null_count == len(table) and len(set(table["group"].to_pylist())) == 8
 
 
 def test_the_policys_average_is_saved_beside_it_and_pretraining_texts_are_mixed_in(tmp_path):
     words = [w for w in TINY_REVIEWS if w not in {"run", "reviews"}]
-    recipe = ['recipe=["sft", "reward_model", "instructgpt"]', "algorithm.preset=instructgpt", "optim.ema=0.9"]
+    recipe = [
+        'recipe=["sft", "reward_model", "instructgpt"]',
+        "algorithm.preset=instructgpt",
+        "optim.ema=0.9",
+    ]
     done = quartet("run", "reviews", *words, *recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "latest"
-    averaged, last, first = (AutoModelForCausalLM.from_pretrained(run / name) for name in ("policy_ema", "policy", "sft"))
+    averaged, last, first = (
+        AutoModelForCausalLM.from_pretrained(run / name) for name in ("policy_ema", "policy", "sft")
+    )
     for a, b, c in zip(averaged.parameters(), last.parameters(), first.parameters(), strict=True):
         assert (a - c).norm() < (b - c).norm() or torch.equal(b, c)
     assert all("loss/ptx" in m for m in metrics(run) if "kl" in m)
@@ -194,7 +227,12 @@ def test_the_command_lists_presets_and_prints_one(tmp_path):
     for name in ("ppo", "grpo", "trpo", "deepspeed_chat", "minimal", "dpo", "kto"):
         assert any(line.startswith(name) for line in listed.stdout.splitlines())
     assert 'estimator = "k1"' in quartet("algorithms", "ppo", cwd=tmp_path).stdout
-    assert json.loads(quartet("algorithms", "--json", cwd=tmp_path).stdout)["rloo"]["advantage"]["type"] == "leave_one_out"
+    assert (
+        json.loads(quartet("algorithms", "--json", cwd=tmp_path).stdout)["rloo"]["advantage"][
+            "type"
+        ]
+        == "leave_one_out"
+    )
     assert quartet("algorithms", "ipo", cwd=tmp_path).stdout.splitlines()[0] == "[preference.loss]"
     wrong = quartet("algorithms", "ppoo", cwd=tmp_path)
     assert wrong.returncode == 2 and "Did you mean ppo?" in wrong.stderr
@@ -205,7 +243,9 @@ def test_ctrl_c_in_the_middle_of_ppo_leaves_a_readable_folder(tmp_path):
     # A shell's background job would ignore the signal, and so would its children: this one heeds it again.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from quartet.cli import main; main()"
     command = [sys.executable, "-c", heed, *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
     rollouts = tmp_path / "runs" / "latest" / "rollouts" / "000006.parquet"
     deadline = time.monotonic() + 120
     while not rollouts.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -228,11 +268,21 @@ def test_a_reward_model_that_is_not_finite_stops_the_run_with_its_sample(reviews
     with torch.no_grad():
         model.score.weight[0, 0] = torch.nan
     model.save_pretrained(broken)
-    words = ["run", "reviews", *TINY, 'recipe=["sft","ppo"]', f'reward.0.model="{broken}"', "critic.init=policy"]
+    words = [
+        "run",
+        "reviews",
+        *TINY,
+        'recipe=["sft","ppo"]',
+        f'reward.0.model="{broken}"',
+        "critic.init=policy",
+    ]
     done = quartet(*words, "run.name=broken", cwd=tmp_path)
     assert done.returncode == 1
     assert "ppo, before it began: reward model: the score of reviews:" in done.stderr
-    assert "is not finite: the model's weights are wrong." in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "is not finite: the model's weights are wrong." in done.stderr
+        and "Traceback" not in done.stderr
+    )
     run = next((tmp_path / "runs").glob("*-broken"))
     assert events(run)[-1]["event"] == "failed" and not (run / "policy").exists()
 
@@ -287,7 +337,10 @@ def write_table(path: Path, rows: list[dict]) -> Path:
 
 
 def test_conversations_are_learnt_through_a_chat_template(tmp_path):
-    talk = [{"role": "user", "content": "what is one and one"}, {"role": "assistant", "content": "two"}]
+    talk = [
+        {"role": "user", "content": "what is one and one"},
+        {"role": "assistant", "content": "two"},
+    ]
     write_table(tmp_path / "talk.jsonl", [{"messages": talk}] * 20)
     (tmp_path / "talk.toml").write_text(
         """
@@ -300,16 +353,24 @@ tokenizer = { type = "train", vocab_size = 320 }
 """
     )
     refused = quartet("run", "talk.toml", cwd=tmp_path)
-    assert refused.returncode == 2 and 'Set policy.chat_template = "chatml" or give a file.' in refused.stderr
+    assert (
+        refused.returncode == 2
+        and 'Set policy.chat_template = "chatml" or give a file.' in refused.stderr
+    )
     done = quartet("run", "talk.toml", "policy.chat_template=chatml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     saved = load_tokenizer(tmp_path / "runs" / "latest" / "sft")
-    assert saved.apply_chat_template(talk[:1], tokenize=False) == "<|im_start|>user\nwhat is one and one<|im_end|>\n"
+    assert (
+        saved.apply_chat_template(talk[:1], tokenize=False)
+        == "<|im_start|>user\nwhat is one and one<|im_end|>\n"
+    )
 
 
 @pytest.mark.parametrize("file", ["pairs.jsonl", pytest.param("pairs.csv", marks=pytest.mark.slow)])
 def test_from_a_folder_and_a_file_that_the_user_has(tmp_path, users_model, file):
-    pairs = [{"prompt": f"{a}+{a}=", "chosen": str(a + a), "rejected": str(a)} for a in range(1, 31)]
+    pairs = [
+        {"prompt": f"{a}+{a}=", "chosen": str(a + a), "rejected": str(a)} for a in range(1, 31)
+    ]
     write_table(tmp_path / file, pairs)
     (tmp_path / "mine.toml").write_text(
         f"""
@@ -327,7 +388,11 @@ evaluation = {{ prompts = 3 }}
     assert done.returncode == 0, done.stderr
     assert "masks come from lengths, so nothing is lost" in done.stdout
     assert load_tokenizer(tmp_path / "runs" / "latest" / "policy").eos_token == "<eos>"
-    single = ['recipe="ppo"', 'reward=[{type="model", model="runs/latest/reward_model"}]', "run.name=alone"]
+    single = [
+        'recipe="ppo"',
+        'reward=[{type="model", model="runs/latest/reward_model"}]',
+        "run.name=alone",
+    ]
     again = quartet("run", "mine.toml", *single, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
 
@@ -358,21 +423,36 @@ def test_bad_data_are_refused_before_anything_is_written(tmp_path, users_model, 
 
 def test_a_model_too_short_for_its_answers_is_said(tmp_path, users_model):
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "3"}\n' * 5)
-    words = ['recipe="reward_model"', f'policy.model="{users_model}"', 'data.train="p.jsonl"', "rollout.max_new_tokens=1024"]
+    words = [
+        'recipe="reward_model"',
+        f'policy.model="{users_model}"',
+        'data.train="p.jsonl"',
+        "rollout.max_new_tokens=1024",
+    ]
     (tmp_path / "x.toml").write_text("")
     done = quartet("run", "x.toml", *words, cwd=tmp_path)
-    assert done.returncode == 2 and "leaves no room for a prompt" in done.stderr and "reads at most 1024 tokens" in done.stderr
+    assert (
+        done.returncode == 2
+        and "leaves no room for a prompt" in done.stderr
+        and "reads at most 1024 tokens" in done.stderr
+    )
 
 
 def test_a_folder_without_a_tokenizer_or_without_weights_is_refused(tmp_path, users_model):
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 5)
-    (tmp_path / "x.toml").write_text(f'recipe = "sft"\npolicy.model = "{users_model}"\ndata.train = "p.jsonl"\n')
+    (tmp_path / "x.toml").write_text(
+        f'recipe = "sft"\npolicy.model = "{users_model}"\ndata.train = "p.jsonl"\n'
+    )
     (users_model / "tokenizer.json").rename(tmp_path / "aside.json")
     (users_model / "tokenizer_config.json").unlink()
     done = quartet("run", "x.toml", cwd=tmp_path)
-    assert done.returncode == 2 and "model: has no tokenizer. Save one beside the model" in done.stderr
+    assert (
+        done.returncode == 2 and "model: has no tokenizer. Save one beside the model" in done.stderr
+    )
     missing = quartet("run", "x.toml", "policy.model=./nowhere", cwd=tmp_path)
-    assert missing.returncode == 2 and 'policy.model = "./nowhere": no such folder.' in missing.stderr
+    assert (
+        missing.returncode == 2 and 'policy.model = "./nowhere": no such folder.' in missing.stderr
+    )
     (users_model / "model.safetensors").unlink()
     (tmp_path / "aside.json").rename(users_model / "tokenizer.json")
     empty = quartet("run", "x.toml", cwd=tmp_path)
@@ -410,14 +490,21 @@ def test_one_trunk_with_four_roles_and_what_comes_out_loads_elsewhere_without_us
     assert first["kl"] == 0.0 and first["ratio/first_error"] < 1e-5
     ids = [5, 9, 12, 7, 20]
     loaded = subprocess.run(
-        [sys.executable, "-c", LOAD, str(run), json.dumps(ids)], capture_output=True, text=True, check=False, cwd=tmp_path
+        [sys.executable, "-c", LOAD, str(run), json.dumps(ids)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
     )
     assert loaded.returncode == 0, loaded.stderr
     theirs = json.loads(loaded.stdout.partition("RESULT")[2])
     tokens = torch.tensor([ids])
     every = torch.ones_like(tokens, dtype=torch.bool)
     with torch.no_grad():
-        reward_model, critic = ScalarModel.load(run / "reward_model"), ScalarModel.load(run / "critic")
+        reward_model, critic = (
+            ScalarModel.load(run / "reward_model"),
+            ScalarModel.load(run / "critic"),
+        )
         ours = {
             "policy": load_model(run / "policy")(input_ids=tokens).logits.flatten(),
             "reward_model": reward_model(tokens, every)[-1:] + reward_model.centre,
@@ -425,7 +512,19 @@ def test_one_trunk_with_four_roles_and_what_comes_out_loads_elsewhere_without_us
         }
     for name, logits in ours.items():
         torch.testing.assert_close(torch.tensor(theirs[name]), logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.tensor(theirs["adapter"]), ours["policy"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(theirs["adapter"]), ours["policy"], atol=1e-5, rtol=1e-5
+    )
     card = (run / "policy" / "README.md").read_text()
-    assert "library_name: transformers" in card and "wins 0." in card and "`adapter/` is the LoRA adapter alone" in card
-    assert "ppo" not in (run / "sft" / "README.md").read_text().partition("---\n\n")[2].partition("Made by")[0]
+    assert (
+        "library_name: transformers" in card
+        and "wins 0." in card
+        and "`adapter/` is the LoRA adapter alone" in card
+    )
+    assert (
+        "ppo"
+        not in (run / "sft" / "README.md")
+        .read_text()
+        .partition("---\n\n")[2]
+        .partition("Made by")[0]
+    )

@@ -14,7 +14,9 @@ from quartet.studio.report import write_report
 from tests.support.tiny_run import copied, put_words_into_its_mouth
 
 sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -57,14 +59,18 @@ def live(runs, tmp_path_factory):
     going = shutil.copytree(ppo, root / "going")
     lines = (going / "events.jsonl").read_text().splitlines()
     unfinished = [
-        line for line in lines if json.loads(line)["event"] != "done" and json.loads(line).get("stage") != "evaluation"
+        line
+        for line in lines
+        if json.loads(line)["event"] != "done" and json.loads(line).get("stage") != "evaluation"
     ]
     (going / "events.jsonl").write_text("\n".join(unfinished[:-4]) + "\n")
     (going / "rest").write_text("\n".join(unfinished[-4:]) + "\n")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(make_app([root]), host="127.0.0.1", port=port, log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(make_app([root]), host="127.0.0.1", port=port, log_level="error")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -80,7 +86,9 @@ def page(browser, live):
     context = browser.new_context(viewport={"width": 1300, "height": 900}, base_url=live[0])
     made = context.new_page()
     errors = []
-    made.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    made.on(
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
+    )
     made.on("pageerror", lambda error: errors.append(str(error)))
     yield made
     context.close()
@@ -106,7 +114,9 @@ def test_every_page_opens_in_light_dark_and_on_a_phone(page, live, ending):
     shown = [p for p in PAGES if ending == "reviews" or "step=" not in p] + (
         ["tokens?step=1&sample=0"] if ending == "sums" else []
     )
-    for number, address in enumerate(["/", *(f"/run/{name}/{p}" for p in shown), f"/compare?run={name}&run=evil"]):
+    for number, address in enumerate(
+        ["/", *(f"/run/{name}/{p}" for p in shown), f"/compare?run={name}&run=evil"]
+    ):
         page.emulate_media(color_scheme="dark" if number % 2 else "light")
         for width in (1300, 390):
             page.set_viewport_size({"width": width, "height": 844})
@@ -121,8 +131,19 @@ def test_a_token_shows_the_numbers_of_its_row(page, live, ppo_run):
     own = [i for i, mine in enumerate(rows["is_response"]) if mine]
     for i in (own[0], own[-1]):
         page.locator(f"#token-{i}").click()
-        for column in ("advantage", "reward", "value", "ratio", "kl", "logprob", "td_error", "entropy"):
-            said = page.locator(f"#detail tr[data-column={column}] td").inner_text().replace("−", "-")
+        for column in (
+            "advantage",
+            "reward",
+            "value",
+            "ratio",
+            "kl",
+            "logprob",
+            "td_error",
+            "entropy",
+        ):
+            said = (
+                page.locator(f"#detail tr[data-column={column}] td").inner_text().replace("−", "-")
+            )
             assert float(said) == pytest.approx(rows[column][i], rel=1e-3, abs=1e-6)
         assert page.locator("#case").inner_text() == ppo_run.cases(rows)[i]
     page.locator("#token-0").click()
@@ -134,10 +155,14 @@ def test_colours_say_which_way_a_number_goes(page, live, ppo_run):
     rows = ppo_run.sample(5, 2)
     strongest = max(range(len(rows["text"])), key=lambda i: abs(rows["advantage"][i] or 0))
     blue = "59, 130, 246" if rows["advantage"][strongest] > 0 else "245, 158, 11"
-    assert blue in page.locator(f"#token-{strongest}").evaluate("e => getComputedStyle(e).backgroundColor")
+    assert blue in page.locator(f"#token-{strongest}").evaluate(
+        "e => getComputedStyle(e).backgroundColor"
+    )
     page.locator("#column").select_option("entropy")
     highest = max(range(len(rows["text"])), key=lambda i: rows["entropy"][i] or 0)
-    assert "59, 130, 246" in page.locator(f"#token-{highest}").evaluate("e => getComputedStyle(e).backgroundColor")
+    assert "59, 130, 246" in page.locator(f"#token-{highest}").evaluate(
+        "e => getComputedStyle(e).backgroundColor"
+    )
 
 
 def test_the_keyboard_alone_is_enough(page, live):
@@ -187,7 +212,9 @@ def test_a_run_that_is_going_grows_on_the_page(page, live):
 def test_a_point_leads_to_its_rollouts(page, live):
     page.goto(f"/run/{name_of(live, 'reviews')}/?stage=ppo")
     until(page, "document.querySelectorAll('#charts .js-plotly-plot').length > 3")
-    page.evaluate("document.querySelector('#charts .js-plotly-plot').emit('plotly_click', {points: [{x: 7}]})")
+    page.evaluate(
+        "document.querySelector('#charts .js-plotly-plot').emit('plotly_click', {points: [{x: 7}]})"
+    )
     page.wait_for_url("**/samples?step=7")
 
 

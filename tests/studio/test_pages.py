@@ -40,7 +40,9 @@ def test_every_page_of_every_kind_of_run(client, ppo_run, grpo_run, page):
     for run in (ppo_run, grpo_run):
         answer = client.get(f"/run/{run.name}/{page}")
         assert answer.status_code == 200 and "<main" in answer.text
-        assert "http://" not in answer.text and "https://" not in answer.text  # nothing from elsewhere
+        assert (
+            "http://" not in answer.text and "https://" not in answer.text
+        )  # nothing from elsewhere
         for stage in run.series:
             assert client.get(f"/run/{run.name}/?stage={stage}").status_code == 200
 
@@ -66,7 +68,10 @@ def test_the_glance_counts_what_the_rows_say(ppo_run):
     down = sum(a < 0 for a in rows["advantage"] if a is not None)
     said = " ".join(views.glance(rows))
     assert f"pushed {up} tokens up and {down} down" in said
-    assert f"The critic expected {views.number(next(v for v in rows['value'] if v is not None))} at the first token" in said
+    assert (
+        f"The critic expected {views.number(next(v for v in rows['value'] if v is not None))} at the first token"
+        in said
+    )
 
 
 def test_the_glance_at_a_group_says_that_responses_are_compared(grpo_run):
@@ -95,7 +100,9 @@ def evil(tmp_path, ppo_run):
     return Run(folder)
 
 
-@pytest.mark.parametrize("page", ["samples?step=1", "tokens?step=1&sample=0", "answers", f"samples?step=1&q={EVIL}"])
+@pytest.mark.parametrize(
+    "page", ["samples?step=1", "tokens?step=1&sample=0", "answers", f"samples?step=1&q={EVIL}"]
+)
 def test_what_a_model_wrote_is_text(evil, page):
     answer = TestClient(make_app([evil.path]), base_url="http://127.0.0.1").get(f"/run/evil/{page}")
     assert answer.status_code == 200
@@ -131,7 +138,9 @@ def test_the_first_policy_answers_in_a_process_of_its_own(client, ppo_run):
     address = f"/api/run/{ppo_run.name}/first-answer?step=5&sample=2"
     answer = client.post(address, headers={"origin": "http://127.0.0.1:8700"})
     before = tokenizer.decode(prompt, skip_special_tokens=True)
-    assert answer.json() == {"answer": tokenizer.decode([*prompt, *said], skip_special_tokens=True)[len(before) :]}
+    assert answer.json() == {
+        "answer": tokenizer.decode([*prompt, *said], skip_special_tokens=True)[len(before) :]
+    }
 
 
 def test_who_may_ask_a_model(client, ppo_run, tmp_path):
@@ -142,7 +151,9 @@ def test_who_may_ask_a_model(client, ppo_run, tmp_path):
     copied(ppo_run.path, tmp_path / "lean")
     lean = TestClient(make_app([tmp_path]), base_url="http://127.0.0.1")
     answer = lean.post("/api/run/lean/first-answer?step=5&sample=2")
-    assert answer.json() == {"error": "lean: the model that RL started from is not on this machine."}
+    assert answer.json() == {
+        "error": "lean: the model that RL started from is not on this machine."
+    }
     assert "first-answer" not in lean.get("/run/lean/tokens?step=5&sample=2").text
 
 
@@ -206,14 +217,19 @@ def test_a_folder_that_cannot_be_read_does_not_hide_the_others(tmp_path, ppo_run
 def test_the_link_to_the_latest_run_is_that_run(runs):
     client = TestClient(make_app([runs / "latest"]), base_url="http://localhost")
     name = (runs / "latest").resolve().name
-    assert f"/run/{name}/" in client.get("/").text and client.get(f"/run/{name}/").status_code == 200
+    assert (
+        f"/run/{name}/" in client.get("/").text and client.get(f"/run/{name}/").status_code == 200
+    )
 
 
 def test_an_answer_without_a_token_of_the_policy_is_shown(tmp_path, ppo_run):
     folder = copied(ppo_run.path, tmp_path / "empty")
     file = folder / "rollouts" / "000001.parquet"
     table = pq.read_table(file)
-    pq.write_table(table.filter(pc.or_(pc.not_equal(table["sample"], 0), pc.invert(table["is_response"]))), file)
+    pq.write_table(
+        table.filter(pc.or_(pc.not_equal(table["sample"], 0), pc.invert(table["is_response"]))),
+        file,
+    )
     client = TestClient(make_app([folder]), base_url="http://localhost")
     assert client.get("/run/empty/samples?step=1").status_code == 200
     assert "The response is empty." in client.get("/run/empty/tokens?step=1&sample=0").text
@@ -229,7 +245,10 @@ def test_a_run_that_has_just_begun(tmp_path):
 
 
 def test_no_runs_at_all(tmp_path):
-    assert "no run here yet" in TestClient(make_app([tmp_path]), base_url="http://localhost").get("/").text
+    assert (
+        "no run here yet"
+        in TestClient(make_app([tmp_path]), base_url="http://localhost").get("/").text
+    )
 
 
 def test_samples_are_sorted_and_searched(ppo_run):
@@ -237,7 +256,10 @@ def test_samples_are_sorted_and_searched(ppo_run):
     best = views.sorted_samples(samples, "best", "")
     assert [s.score for s in best] == sorted((s.score for s in samples), reverse=True)
     word = samples[3].response.split()[0]
-    assert all(word in (s.prompt + s.response) for s in views.sorted_samples(samples, "number", word.upper()))
+    assert all(
+        word in (s.prompt + s.response)
+        for s in views.sorted_samples(samples, "number", word.upper())
+    )
 
 
 def test_a_reward_model_is_judged_by_its_held_out_pairs(ppo_run):
@@ -250,13 +272,26 @@ def test_a_reward_model_is_judged_by_its_held_out_pairs(ppo_run):
 
 def test_judging_by_hand():
     def pair(good, bad, long, short):
-        return {"chosen_score": good, "rejected_score": bad, "chosen_tokens": long, "rejected_tokens": short}
+        return {
+            "chosen_score": good,
+            "rejected_score": bad,
+            "chosen_tokens": long,
+            "rejected_tokens": short,
+        }
 
-    made = views.judged([pair(2.0, 1.0, 5, 3), pair(0.0, 1.0, 3, 5), pair(1.0, 1.0, 3, 5), pair(4.0, 0.0, 2, 2)])
-    assert made["accuracy"] == 2.5 / 4 and made["accuracy_longer"] == 1 and made["accuracy_shorter"] == 0.25
+    made = views.judged(
+        [pair(2.0, 1.0, 5, 3), pair(0.0, 1.0, 3, 5), pair(1.0, 1.0, 3, 5), pair(4.0, 0.0, 2, 2)]
+    )
+    assert (
+        made["accuracy"] == 2.5 / 4
+        and made["accuracy_longer"] == 1
+        and made["accuracy_shorter"] == 0.25
+    )
     assert made["longer"] == 0.25 and len(made["worst"]) == 1
 
 
 def test_configs_differ_by_key():
-    rows = views.differences([{"a": {"b": 1, "c": 2}, "r": [{"t": "x"}]}, {"a": {"b": 1, "c": 3}, "r": [{"t": "y"}]}])
+    rows = views.differences(
+        [{"a": {"b": 1, "c": 2}, "r": [{"t": "x"}]}, {"a": {"b": 1, "c": 3}, "r": [{"t": "y"}]}]
+    )
     assert rows == [("a.c", ["2", "3"]), ("r.0.t", ["x", "y"])]

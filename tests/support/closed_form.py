@@ -32,7 +32,9 @@ DOCS = Path(__file__).parents[2] / "docs" / "algorithms.md"
 
 PREFIXES = [p for n in range(L) for p in itertools.product(range(1, V), repeat=n)]
 STATE = {prefix: i for i, prefix in enumerate(PREFIXES)}
-RESPONSES = [(*p, EOS) for p in PREFIXES] + [(*p, t) for p in PREFIXES if len(p) == L - 1 for t in range(1, V)]
+RESPONSES = [(*p, EOS) for p in PREFIXES] + [
+    (*p, t) for p in PREFIXES if len(p) == L - 1 for t in range(1, V)
+]
 RNG = torch.Generator().manual_seed(20)
 SCORES = 2 * torch.rand(len(RESPONSES), generator=RNG, dtype=torch.float64) - 1
 REFERENCE = torch.randn(len(PREFIXES), V, generator=RNG, dtype=torch.float64)
@@ -41,7 +43,9 @@ REFERENCE = torch.randn(len(PREFIXES), V, generator=RNG, dtype=torch.float64)
 LENGTHS = torch.tensor([len(r) for r in RESPONSES])
 MASK = (torch.arange(L + 1) >= 1) & (torch.arange(L + 1) <= LENGTHS[:, None])
 CHOSEN = torch.tensor([[0, *r, *[0] * (L - len(r))] for r in RESPONSES])
-VISITED = torch.tensor([[0, *[STATE[r[:t]] for t in range(len(r))], *[0] * (L - len(r))] for r in RESPONSES])
+VISITED = torch.tensor(
+    [[0, *[STATE[r[:t]] for t in range(len(r))], *[0] * (L - len(r))] for r in RESPONSES]
+)
 
 
 def token_logprobs(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -81,7 +85,9 @@ def reached(logits: torch.Tensor) -> Reached:
     return Reached(total_variation(p, optimum()), float(p @ SCORES), float(kl))
 
 
-def make_batch(logits: torch.Tensor, rows: torch.Tensor, groups: torch.Tensor, values: torch.Tensor) -> Batch:
+def make_batch(
+    logits: torch.Tensor, rows: torch.Tensor, groups: torch.Tensor, values: torch.Tensor
+) -> Batch:
     mask = MASK[rows]
     old = token_logprobs(logits, rows).detach()
     kl = exact_kl(logits.detach().log_softmax(-1), REFERENCE.log_softmax(-1))
@@ -117,11 +123,15 @@ def greedy(logits: torch.Tensor) -> int:
 def exact_values(algorithm: Algorithm, logits: torch.Tensor) -> torch.Tensor:
     """What a perfect critic says of each state: the expected token rewards from there on."""
     everything = torch.arange(len(RESPONSES))
-    batch = make_batch(logits, everything, everything, torch.zeros(len(PREFIXES), dtype=torch.float64))
+    batch = make_batch(
+        logits, everything, everything, torch.zeros(len(PREFIXES), dtype=torch.float64)
+    )
     to_go = algorithm.token_rewards(batch).flip(1).cumsum(1).flip(1)
     weights = distribution(logits.detach())[:, None].expand_as(to_go)[MASK]
     visited = VISITED[MASK]
-    total = torch.zeros(len(PREFIXES), dtype=torch.float64).index_add_(0, visited, weights * to_go[MASK])
+    total = torch.zeros(len(PREFIXES), dtype=torch.float64).index_add_(
+        0, visited, weights * to_go[MASK]
+    )
     return total / torch.zeros(len(PREFIXES), dtype=torch.float64).index_add_(0, visited, weights)
 
 
@@ -144,16 +154,29 @@ def gradients(
         "exact_kl": exact_kl(logits.log_softmax(-1), REFERENCE.log_softmax(-1))[state],
     }
     leaves = {name: x.detach().requires_grad_() for name, x in now.items()}
-    denominators = algorithm.denominators(made) if weights is None else dict.fromkeys(algorithm.denominators(made), 1.0)
+    denominators = (
+        algorithm.denominators(made)
+        if weights is None
+        else dict.fromkeys(algorithm.denominators(made), 1.0)
+    )
     loss = sum(algorithm.loss(made, Forward(**leaves), denominators).values())
     per_row = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     scale = 1.0 if weights is None else weights[:, None]
-    surrogate = sum((scale * g * now[name]).sum() for name, g in zip(leaves, per_row, strict=True) if g is not None)
+    surrogate = sum(
+        (scale * g * now[name]).sum()
+        for name, g in zip(leaves, per_row, strict=True)
+        if g is not None
+    )
     found = torch.autograd.grad(surrogate, [logits, values], allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip((logits, values), found, strict=True)]
+    return [
+        torch.zeros_like(x) if g is None else g
+        for x, g in zip((logits, values), found, strict=True)
+    ]
 
 
-def train(algorithm: Algorithm, sampled: int = 0, steps: int = 2000, lr: float = 0.1, seed: int = 0) -> Reached:
+def train(
+    algorithm: Algorithm, sampled: int = 0, steps: int = 2000, lr: float = 0.1, seed: int = 0
+) -> Reached:
     """Gradient steps from the reference until the rate has gone to 0: with exact expectations, or with `sampled` responses
     per step (in groups of 8) and a critic that is learnt along."""
     logits = REFERENCE.clone().requires_grad_()
@@ -173,9 +196,13 @@ def train(algorithm: Algorithm, sampled: int = 0, steps: int = 2000, lr: float =
             groups = torch.arange(len(pairs)).repeat_interleave(2)
         else:
             rows, weights, groups = everything, p, everything
-        judge = exact_values(algorithm, logits) if algorithm.needs_critic and not sampled else values
+        judge = (
+            exact_values(algorithm, logits) if algorithm.needs_critic and not sampled else values
+        )
         adam.zero_grad()
-        logits.grad, values.grad = gradients(algorithm, logits, judge.detach().requires_grad_(), rows, groups, weights)
+        logits.grad, values.grad = gradients(
+            algorithm, logits, judge.detach().requires_grad_(), rows, groups, weights
+        )
         adam.step()
     return reached(logits.detach())
 
@@ -185,7 +212,9 @@ def train(algorithm: Algorithm, sampled: int = 0, steps: int = 2000, lr: float =
 
 def at_beta(algorithm: Algorithm) -> Algorithm:
     """The preset with the environment's β, held fixed."""
-    return dataclasses.replace(algorithm, kl=dataclasses.replace(algorithm.kl, coef=BETA, controller=FixedCoef()))
+    return dataclasses.replace(
+        algorithm, kl=dataclasses.replace(algorithm.kl, coef=BETA, controller=FixedCoef())
+    )
 
 
 BATCH_STATISTICS = {"lm_human_preferences", "moss_ppo_max"}
@@ -197,7 +226,11 @@ PRESETS = {name: at_beta(a) for name, a in ALGORITHMS.items() if not isinstance(
 
 def placement(kl: KLInReward | KLInLoss, **parts: object) -> Algorithm:
     """−ρ A with the return for an advantage: nothing between the penalty and its gradient."""
-    frame = {"advantage": ReturnToGo(), "aggregation": TokenMean(), "policy_loss": ImportanceWeighted()}
+    frame = {
+        "advantage": ReturnToGo(),
+        "aggregation": TokenMean(),
+        "policy_loss": ImportanceWeighted(),
+    }
     return Algorithm(kl=kl, **(frame | parts))
 
 
@@ -211,16 +244,33 @@ def in_loss(estimator: str, weight: str = "none") -> KLInLoss:
 
 BY_SEQUENCE = in_loss("k1", "sequence")
 PLACEMENTS: dict[str, Algorithm] = {
-    **{f"in the reward, {e}": placement(in_reward(e)) for e in ("k1", "k2", "k3", "abs", "squared", "exact")},
-    **{f"in the loss, {e}": placement(in_loss(e)) for e in ("k1", "k2", "k3", "abs", "squared", "exact")},
+    **{
+        f"in the reward, {e}": placement(in_reward(e))
+        for e in ("k1", "k2", "k3", "abs", "squared", "exact")
+    },
+    **{
+        f"in the loss, {e}": placement(in_loss(e))
+        for e in ("k1", "k2", "k3", "abs", "squared", "exact")
+    },
     **{f"in the loss, {e}, weight token": placement(in_loss(e, "token")) for e in ("k1", "k3")},
-    **{f"in the loss, {e}, weight sequence": placement(in_loss(e, "sequence")) for e in ("k1", "k3", "exact")},
+    **{
+        f"in the loss, {e}, weight sequence": placement(in_loss(e, "sequence"))
+        for e in ("k1", "k3", "exact")
+    },
     "in the reward, k1; group mean": placement(in_reward("k1"), advantage=GroupMean(std="none")),
     "in the reward, k1; group mean / deviation": placement(in_reward("k1"), advantage=GroupMean()),
-    "in the reward, k1; return to go, mean over each response": placement(in_reward("k1"), aggregation=SequenceMean()),
-    "in the loss, k1, weight sequence; leave one out": placement(BY_SEQUENCE, advantage=LeaveOneOut()),
-    "in the loss, k1, weight sequence; group mean": placement(BY_SEQUENCE, advantage=GroupMean(std="none")),
-    "in the loss, k1, weight sequence; group mean / deviation": placement(BY_SEQUENCE, advantage=GroupMean()),
+    "in the reward, k1; return to go, mean over each response": placement(
+        in_reward("k1"), aggregation=SequenceMean()
+    ),
+    "in the loss, k1, weight sequence; leave one out": placement(
+        BY_SEQUENCE, advantage=LeaveOneOut()
+    ),
+    "in the loss, k1, weight sequence; group mean": placement(
+        BY_SEQUENCE, advantage=GroupMean(std="none")
+    ),
+    "in the loss, k1, weight sequence; group mean / deviation": placement(
+        BY_SEQUENCE, advantage=GroupMean()
+    ),
 }
 
 WHY_NOT = {
@@ -277,7 +327,9 @@ def table(names: list[str]) -> str:
     for name in names:
         found = exact(name)
         first = "–" if found is None else f"{found.distance:.4f}"
-        lines.append(f"| {name} | {first} | {sampled(name).distance:.3f} | {WHY_NOT.get(name, 'π*')} |")
+        lines.append(
+            f"| {name} | {first} | {sampled(name).distance:.3f} | {WHY_NOT.get(name, 'π*')} |"
+        )
         print(lines[-1], flush=True)
     return "\n".join(lines)
 
@@ -285,8 +337,14 @@ def table(names: list[str]) -> str:
 def published() -> dict[str, tuple[float | None, float]]:
     """The distances that docs/algorithms.md prints: exact and sampled, by name."""
     block = DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("| ")]
-    return {row[0]: (None if row[1] == "–" else float(row[1]), float(row[2])) for row in rows if row[0]}
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in block.splitlines()
+        if line.startswith("| ")
+    ]
+    return {
+        row[0]: (None if row[1] == "–" else float(row[1]), float(row[2])) for row in rows if row[0]
+    }
 
 
 def main() -> None:

@@ -36,7 +36,12 @@ class Engine:
 
     def read(self, folder):
         """Another base: adapters stood on the old one."""
-        self.folder, self.model, self.adapters, self.version = folder, load_model(folder), {}, "default"
+        self.folder, self.model, self.adapters, self.version = (
+            folder,
+            load_model(folder),
+            {},
+            "default",
+        )
 
     def put_on(self, name, folder):
         model = load_model(self.folder)
@@ -69,7 +74,9 @@ class Engine:
                 if self.paused.is_set():
                     return so_far("abort")
                 time.sleep(self.pause)
-                logits = (model or self.model)(torch.tensor([ids])).logits[0, -1].float() / temperature
+                logits = (model or self.model)(torch.tensor([ids])).logits[
+                    0, -1
+                ].float() / temperature
                 probabilities = logits.softmax(-1)
                 token = int(torch.multinomial(probabilities, 1, generator=rng))
                 ids.append(token)
@@ -114,7 +121,12 @@ def make_app(engine, kind="vllm"):
         return Route(path, handle, methods=["POST"])
 
     routes = (vllm if kind == "vllm" else sglang)(engine)
-    return Starlette(routes=[Route("/health", health), *(route(path, handler) for path, handler in routes.items())])
+    return Starlette(
+        routes=[
+            Route("/health", health),
+            *(route(path, handler) for path, handler in routes.items()),
+        ]
+    )
 
 
 class Refused(Exception):
@@ -156,15 +168,27 @@ def vllm(engine):
     def generate(asked, _):
         needs(asked, "token_ids", "sampling_params")
         how = asked["sampling_params"]
-        needs(how, "max_tokens", "temperature", "top_p", "top_k", "seed", "logprobs", "stop_token_ids")
+        needs(
+            how, "max_tokens", "temperature", "top_p", "top_k", "seed", "logprobs", "stop_token_ids"
+        )
         if not all(isinstance(i, int) for i in asked["token_ids"]) or how["max_tokens"] < 1:
             raise Refused("bad request")
         model = adapter(engine, asked.get("model"))
         engine.asked.append(asked["token_ids"])
         drawing = how["temperature"], how["seed"], how["stop_token_ids"]
-        ids, logprobs, spans, reason = engine.complete(asked["token_ids"], how["max_tokens"], *drawing, model)
-        content = [{"token_id": i, "logprob": logprob, "rank": 1} for i, logprob in zip(ids, logprobs, strict=True)]
-        choice = {"index": 0, "token_ids": ids, "logprobs": {"content": content}, "finish_reason": reason}
+        ids, logprobs, spans, reason = engine.complete(
+            asked["token_ids"], how["max_tokens"], *drawing, model
+        )
+        content = [
+            {"token_id": i, "logprob": logprob, "rank": 1}
+            for i, logprob in zip(ids, logprobs, strict=True)
+        ]
+        choice = {
+            "index": 0,
+            "token_ids": ids,
+            "logprobs": {"content": content},
+            "finish_reason": reason,
+        }
         return {"choices": [choice | {"weight_versions": spans}]}
 
     def pause(_, query):
@@ -202,16 +226,29 @@ def sglang(engine):
     def generate(asked, _):
         needs(asked, "input_ids", "sampling_params", "return_logprob")
         how = asked["sampling_params"]
-        needs(how, "max_new_tokens", "temperature", "top_p", "top_k", "sampling_seed", "stop_token_ids", "skip_special_tokens")
+        needs(
+            how,
+            "max_new_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "sampling_seed",
+            "stop_token_ids",
+            "skip_special_tokens",
+        )
         model = adapter(engine, asked.get("lora_path"))
         engine.asked.append(asked["input_ids"])
         drawing = how["temperature"], how["sampling_seed"], how["stop_token_ids"]
-        ids, logprobs, spans, reason = engine.complete(asked["input_ids"], how["max_new_tokens"], *drawing, model)
+        ids, logprobs, spans, reason = engine.complete(
+            asked["input_ids"], how["max_new_tokens"], *drawing, model
+        )
         meta = {
             "finish_reason": {"type": reason},
             "weight_version": engine.version,
             "weight_versions": spans,
-            "output_token_logprobs": [[logprob, token, None] for token, logprob in zip(ids, logprobs, strict=True)],
+            "output_token_logprobs": [
+                [logprob, token, None] for token, logprob in zip(ids, logprobs, strict=True)
+            ],
         }
         return {"text": "", "output_ids": ids, "meta_info": meta}
 

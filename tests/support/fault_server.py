@@ -143,7 +143,11 @@ def slowly(data, pause):
 
 
 def whole(body, *headers):
-    return "\r\n".join(["HTTP/1.1 200 OK", f"content-length: {len(body)}", *headers]).encode() + b"\r\n\r\n" + body
+    return (
+        "\r\n".join(["HTTP/1.1 200 OK", f"content-length: {len(body)}", *headers]).encode()
+        + b"\r\n\r\n"
+        + body
+    )
 
 
 def text(table):
@@ -164,7 +168,11 @@ def bomb(layers):
     return data
 
 
-LOST, LATE, NO_JSON = r"cannot be reached \(", r"did not answer in ", r"answered with something that is not JSON: "
+LOST, LATE, NO_JSON = (
+    r"cannot be reached \(",
+    r"did not answer in ",
+    r"answered with something that is not JSON: ",
+)
 """What is said of faults that no answer is read from."""
 
 FAULTS: dict[str, tuple[Callable[[dict], Answer], str]] = {

@@ -63,14 +63,44 @@ SCENARIOS: dict[str, list[str]] = {
     "dpo": ["file.toml", "sft.steps=3", "run.checkpoint_every=2"],
     "async": [*REVIEWS, "rollout.staleness=2", 'algorithm.correction={type="truncated"}'],
     "async_lora": [*REVIEWS, "rollout.staleness=1", 'policy.adapter={type="lora", rank=2}'],
-    "lora_sharded": [*REVIEWS, 'policy.adapter={type="lora", rank=2}', "launch.processes=2", "launch.shard=true"],
+    "lora_sharded": [
+        *REVIEWS,
+        'policy.adapter={type="lora", rank=2}',
+        "launch.processes=2",
+        "launch.shard=true",
+    ],
     "async_two": [*REVIEWS, "rollout.staleness=1", "launch.processes=2", "launch.deadline=60"],
-    "async_sharded": [*REVIEWS, "rollout.staleness=1", "launch.processes=2", "launch.shard=true", "launch.deadline=60"],
+    "async_sharded": [
+        *REVIEWS,
+        "rollout.staleness=1",
+        "launch.processes=2",
+        "launch.shard=true",
+        "launch.deadline=60",
+    ],
     "two": [*REVIEWS, "launch.processes=2", "launch.deadline=60"],
     "sharded": [*REVIEWS, "launch.processes=2", "launch.shard=true", "launch.deadline=60"],
-    "rows": [*REVIEWS, "optim.ema=0.9", "launch.processes=4", "launch.shard=2", "launch.deadline=60"],
-    "online_sharded": ["file.toml", "sft.steps=3", "run.checkpoint_every=2", "launch.processes=2", "launch.shard=true"],
-    "games_two": ["guess", *SMALL, "policy.create.max_length=24", "sft.steps=5", *STEPS, "launch.processes=2"],
+    "rows": [
+        *REVIEWS,
+        "optim.ema=0.9",
+        "launch.processes=4",
+        "launch.shard=2",
+        "launch.deadline=60",
+    ],
+    "online_sharded": [
+        "file.toml",
+        "sft.steps=3",
+        "run.checkpoint_every=2",
+        "launch.processes=2",
+        "launch.shard=true",
+    ],
+    "games_two": [
+        "guess",
+        *SMALL,
+        "policy.create.max_length=24",
+        "sft.steps=5",
+        *STEPS,
+        "launch.processes=2",
+    ],
 }
 DPO = """recipe = ["sft", "online_dpo", "evaluation"]
 [data]
@@ -149,14 +179,22 @@ def digest(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
-        if path.suffix == ".safetensors" or name in {"evaluation/final.json", "evaluation/answers.jsonl"}:
+        if path.suffix == ".safetensors" or name in {
+            "evaluation/final.json",
+            "evaluation/answers.jsonl",
+        }:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.suffix == ".parquet":
             found[name] = hashlib.sha256(repr(pq.read_table(path).to_pydict()).encode()).hexdigest()
         elif name.startswith("checkpoints") and path.name == "state.json":
-            found[name] = hashlib.sha256(json.dumps(durable.read_json(path)["state"]).encode()).hexdigest()
+            found[name] = hashlib.sha256(
+                json.dumps(durable.read_json(path)["state"]).encode()
+            ).hexdigest()
     lines = (json.loads(line) for line in (run / "events.jsonl").read_text().splitlines())
-    kept = [{k: e.get(k) for k in ("event", "stage", "step", "metrics", "summary", "rule")} for e in lines]
+    kept = [
+        {k: e.get(k) for k in ("event", "stage", "step", "metrics", "summary", "rule")}
+        for e in lines
+    ]
     ours = [e for e in kept if e["event"] in {"metrics", "started", "finished", "warning", "done"}]
     return found | {"events": json.dumps(ours)}
 
@@ -176,7 +214,10 @@ def recorded(folder: Path) -> int:
 
 def wait_for(folder: Path, lines: int, child: int) -> None:
     """Until a run has come so far, or has ended: its own pace, not the clock's, says when, as other work slows it down."""
-    while recorded(folder) < lines and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    while (
+        recorded(folder) < lines
+        and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    ):
         time.sleep(0.005)
 
 
@@ -196,7 +237,9 @@ def instants(scenario: str, trials: int, seed: int, how: int = signal.SIGKILL) -
     for trial in range(trials):
         folder = root / str(trial)
         folder.mkdir()
-        times = sorted(rng.uniform(0.2 * frozen, 1) for _ in range(1 if frozen else rng.choice([1, 1, 2, 3])))
+        times = sorted(
+            rng.uniform(0.2 * frozen, 1) for _ in range(1 if frozen else rng.choice([1, 1, 2, 3]))
+        )
         for number, after in enumerate([*times, None]):
             child = forked(run_in(folder, [*words, *(["--resume"] if number else [])]))
             if after is not None:
@@ -212,7 +255,9 @@ def instants(scenario: str, trials: int, seed: int, how: int = signal.SIGKILL) -
             if code not in ({0} if after is None else {0, -signal.SIGKILL, RESUMABLE}):
                 wrong.append({"trial": trial, "code": code})
         found = digest(folder)
-        if different := [k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)]:
+        if different := [
+            k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)
+        ]:
             wrong.append({"trial": trial, "times": times, "different": different})
         else:
             shutil.rmtree(folder)
@@ -231,7 +276,9 @@ def serving(port: int, model: Path, kind: str) -> int:
     """The process id of a server that answers."""
 
     def work() -> None:
-        uvicorn.run(make_app(Engine(model, 0.002), kind), host="127.0.0.1", port=port, log_level="error")
+        uvicorn.run(
+            make_app(Engine(model, 0.002), kind), host="127.0.0.1", port=port, log_level="error"
+        )
 
     child = forked(work)
     while True:
@@ -249,7 +296,11 @@ def servers(kind: str, trials: int, seed: int) -> dict[str, object]:
     ports = [free_port(), free_port()]
     alive = {port: serving(port, root / "first", kind) for port in ports}
     urls = ", ".join(f'"http://127.0.0.1:{port}"' for port in ports)
-    adapter = ['policy.adapter={type="lora", rank=2}', "generator.adapter=true"] if kind == "sglang" else []
+    adapter = (
+        ['policy.adapter={type="lora", rank=2}', "generator.adapter=true"]
+        if kind == "sglang"
+        else []
+    )
     words = [*REVIEWS, f"generator={{type='{kind}', urls=[{urls}]}}", *adapter]
 
     def trial(name: str, times: list[float]) -> tuple[dict[str, str], float]:
@@ -272,19 +323,32 @@ def servers(kind: str, trials: int, seed: int) -> dict[str, object]:
         times = [rng.uniform(0, length) for _ in range(rng.choice([1, 1, 2, 3]))]
         found, _ = trial(str(number), times)
         kills += len(times)
-        if different := [k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)]:
+        if different := [
+            k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)
+        ]:
             wrong.append({"trial": number, "times": times, "different": different})
         else:
             shutil.rmtree(root / str(number))
     for child in alive.values():
         os.kill(child, signal.SIGKILL)
-    return {"trials": trials, "kills": kills, "seconds": round(length, 1), "wrong": wrong, "root": str(root)}
+    return {
+        "trials": trials,
+        "kills": kills,
+        "seconds": round(length, 1),
+        "wrong": wrong,
+        "root": str(root),
+    }
 
 
 def soak(minutes: float, seed: int) -> dict[str, object]:
     """One long run: for half of the time it is killed about once a minute and resumed, then it is left alone and watched."""
     rng, root = random.Random(seed), Path(tempfile.mkdtemp())
-    words = [*SCENARIOS["ppo"], "run.steps=1000000", "run.checkpoint_every=10", "run.rollouts_every=1000"]
+    words = [
+        *SCENARIOS["ppo"],
+        "run.steps=1000000",
+        "run.checkpoint_every=10",
+        "run.rollouts_every=1000",
+    ]
     ends, kills, number = time.monotonic() + 60 * minutes, 0, 0
     while time.monotonic() < ends - 30 * minutes:
         child = forked(run_in(root, [*words, *(["--resume"] if number else [])]))
@@ -314,7 +378,8 @@ def soak(minutes: float, seed: int) -> dict[str, object]:
         "bytes": [settled[0][0], settled[-1][0]],
         "growth": round(settled[-1][0] / settled[0][0] - 1, 4),
         "descriptors": [settled[0][1], settled[-1][1]],
-        "left_over": [p.name for p in run.rglob("*.tmp")] + [p.name for p in (run / "checkpoints").glob(".*")],
+        "left_over": [p.name for p in run.rglob("*.tmp")]
+        + [p.name for p in (run / "checkpoints").glob(".*")],
         "processes": [p for p in Path("/proc").glob("[0-9]*/cwd") if _points_at(p, root)],
     }
     shutil.rmtree(root)
@@ -394,7 +459,9 @@ def mutations() -> dict[str, object]:
             _, newest = next(again.usable(lambda _: None))
             state = newest.state() if not isinstance(newest, str) else {"n": newest}
             good = state["n"] in (3, 4) and torch.equal(state["w"], states[state["n"]]["w"])
-            again.write("ppo", 4, states[4], {"i": 4})  # and the run that was resumed gets there too
+            again.write(
+                "ppo", 4, states[4], {"i": 4}
+            )  # and the run that was resumed gets there too
             _, last = next(again.usable(lambda _: None))
             names = [p.name for p in again.newest_first()]
             if not good or last.state()["n"] != 4 or names != ["ppo-000004", "ppo-000003"]:
@@ -406,7 +473,13 @@ def mutations() -> dict[str, object]:
     return {"changes": counts, "wrong": wrong}
 
 
-def kill_before(owner: object, name: str, when: Callable[..., bool] = lambda *_: True, nth: int = 1, after: bool = False):
+def kill_before(
+    owner: object,
+    name: str,
+    when: Callable[..., bool] = lambda *_: True,
+    nth: int = 1,
+    after: bool = False,
+):
     """Kill this process as it calls a function for the nth time with such arguments, or as that returns."""
     real, count = getattr(owner, name), 0
 
@@ -440,47 +513,79 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "when the first checkpoint is written": lambda: kill_before(Checkpoints, "write", after=True),
     "before it becomes the latest": lambda: kill_before(observability_run, "point_latest"),
     "while it becomes the latest": lambda: kill_before(Path, "replace", _called(".latest.tmp")),
-    "before a checkpoint has a manifest": lambda: kill_before(checkpoint, "write", _called("grpo-000002.tmp/manifest.json")),
-    "before a checkpoint has its name": lambda: kill_before(checkpoint, "move", _called("grpo-000002.tmp")),
+    "before a checkpoint has a manifest": lambda: kill_before(
+        checkpoint, "write", _called("grpo-000002.tmp/manifest.json")
+    ),
+    "before a checkpoint has its name": lambda: kill_before(
+        checkpoint, "move", _called("grpo-000002.tmp")
+    ),
     "before an older checkpoint goes": lambda: kill_before(checkpoint, "remove_folder", nth=2),
     "while an older checkpoint goes": lambda: kill_before(shutil, "rmtree", _called(".gone")),
-    "between a checkpoint and its event": lambda: kill_before(Checkpoints, "write", _of_step("grpo", 2), after=True),
-    "between the last checkpoint and its event": lambda: kill_before(Checkpoints, "write", _of_step("grpo", 3), after=True),
-    "while rollouts are written": lambda: kill_before(Path, "replace", _called("rollouts/000002.tmp")),
+    "between a checkpoint and its event": lambda: kill_before(
+        Checkpoints, "write", _of_step("grpo", 2), after=True
+    ),
+    "between the last checkpoint and its event": lambda: kill_before(
+        Checkpoints, "write", _of_step("grpo", 3), after=True
+    ),
+    "while rollouts are written": lambda: kill_before(
+        Path, "replace", _called("rollouts/000002.tmp")
+    ),
     "while probes are written": lambda: kill_before(Path, "replace", _called("probes/000002.tmp")),
     "before a stage is finished": lambda: kill_before(Pipeline, "_left"),
-    "while an evaluation is written": lambda: kill_before(durable, "replace", _called("answers.jsonl")),
+    "while an evaluation is written": lambda: kill_before(
+        durable, "replace", _called("answers.jsonl")
+    ),
     "before the model cards": lambda: kill_before(pipeline, "write_cards"),
-    "while the model cards are written": lambda: kill_before(durable, "replace", _called("policy/README.md")),
-    "before it is done": lambda: kill_before(RunFolder, "event", lambda _, kind, *rest: kind == "done"),
+    "while the model cards are written": lambda: kill_before(
+        durable, "replace", _called("policy/README.md")
+    ),
+    "before it is done": lambda: kill_before(
+        RunFolder, "event", lambda _, kind, *rest: kind == "done"
+    ),
     "between done and the report": lambda: kill_before(quartet.cli.lifecycle, "_write_report"),
-    "while the report is written": lambda: kill_before(Path, "replace", lambda _, to: Path(to).name == "report.html"),
+    "while the report is written": lambda: kill_before(
+        Path, "replace", lambda _, to: Path(to).name == "report.html"
+    ),
 }
 """Each kills the process that calls it when it gets there."""
 AGAIN: dict[str, Callable[[], None]] = {
-    "while the config is renewed": lambda: kill_before(durable, "replace", _called("config.resolved.toml")),
+    "while the config is renewed": lambda: kill_before(
+        durable, "replace", _called("config.resolved.toml")
+    ),
     "while what is left over is swept away": lambda: kill_before(shutil, "rmtree", _called(".tmp")),
     "when the record is cut back": lambda: kill_before(RunFolder, "cut_back", after=True),
-    "before the run goes on": lambda: kill_before(RunFolder, "event", lambda _, kind, *rest: kind == "resumed"),
+    "before the run goes on": lambda: kill_before(
+        RunFolder, "event", lambda _, kind, *rest: kind == "resumed"
+    ),
 }
 """The same, of a run that was killed before a checkpoint had a manifest and is resumed."""
 
 
 def left_over(folder: Path) -> list[str]:
     """Names of what a process that was killed left half made."""
-    return [p.name for p in folder.rglob("*") if p.name.endswith((durable.UNFINISHED, durable.DOOMED))]
+    return [
+        p.name for p in folder.rglob("*") if p.name.endswith((durable.UNFINISHED, durable.DOOMED))
+    ]
 
 
 def moments(chosen: list[str]) -> dict[str, object]:
     """Each, or each of those chosen: a run that is killed there and resumed, against one that was left alone; what is missing,
     or left over."""
-    words = [*SCENARIOS["grpo"], "sft.steps=2", "run.steps=3", "run.checkpoint_every=1", "run.keep_last=1"]
+    words = [
+        *SCENARIOS["grpo"],
+        "sft.steps=2",
+        "run.steps=3",
+        "run.checkpoint_every=1",
+        "run.keep_last=1",
+    ]
     root = Path(tempfile.mkdtemp())
     (root / "alone").mkdir()
     assert ended(forked(run_in(root / "alone", words))) == 0
     expected, wrong, kills = digest(root / "alone"), [], 0
     first = MOMENTS["before a checkpoint has a manifest"]
-    cases = [(name, [kill]) for name, kill in MOMENTS.items()] + [(name, [first, kill]) for name, kill in AGAIN.items()]
+    cases = [(name, [kill]) for name, kill in MOMENTS.items()] + [
+        (name, [first, kill]) for name, kill in AGAIN.items()
+    ]
     cases = [(name, kills) for name, kills in cases if not chosen or name in chosen]
     for number, (name, places) in enumerate(cases):
         folder = root / str(number)
@@ -489,7 +594,9 @@ def moments(chosen: list[str]) -> dict[str, object]:
         for time_, kill in enumerate([*places, None]):
             resumed = run_in(folder, [*words, *(["--resume"] if time_ else [])])
 
-            def work(kill: Callable[[], None] | None = kill, resumed: Callable[[], None] = resumed) -> None:
+            def work(
+                kill: Callable[[], None] | None = kill, resumed: Callable[[], None] = resumed
+            ) -> None:
                 if kill is not None:
                     kill()
                 resumed()
@@ -497,16 +604,28 @@ def moments(chosen: list[str]) -> dict[str, object]:
             codes.append(ended(forked(work)))
         kills += codes.count(-signal.SIGKILL)
         runs = [p for p in (folder / "runs").iterdir() if not p.is_symlink()]
-        problems: list[object] = [] if codes == [-signal.SIGKILL] * len(places) + [0] else [f"exit codes {codes}"]
-        problems += [f"{p} is left over" for p in left_over(folder)] + ([] if len(runs) == 1 else [f"{len(runs)} runs"])
+        problems: list[object] = (
+            [] if codes == [-signal.SIGKILL] * len(places) + [0] else [f"exit codes {codes}"]
+        )
+        problems += [f"{p} is left over" for p in left_over(folder)] + (
+            [] if len(runs) == 1 else [f"{len(runs)} runs"]
+        )
         found = digest(folder)
-        problems += [f"{k} differs" for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)]
+        problems += [
+            f"{k} differs"
+            for k in expected.keys() | found.keys()
+            if expected.get(k) != found.get(k)
+        ]
         [run] = runs[:1]
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         named = [e["name"] for e in events if e["event"] == "checkpoint"]
         if named != ["sft-000001", "sft-000002", "grpo-000001", "grpo-000002", "grpo-000003"]:
             problems.append(f"checkpoints in the record: {named}")
-        problems += [f"{name} is missing" for name in ("report.html", "README.md", "env.json") if not (run / name).is_file()]
+        problems += [
+            f"{name} is missing"
+            for name in ("report.html", "README.md", "env.json")
+            if not (run / name).is_file()
+        ]
         if (folder / "runs" / "latest").resolve() != run.resolve():
             problems.append("it is not the latest")
         if problems:
@@ -519,7 +638,13 @@ def moments(chosen: list[str]) -> dict[str, object]:
 def full(shares: list[float]) -> dict[str, object]:
     """Each: a run on a file system with room for a share of what it writes. What it says on stderr, and whether it is the run
     that was left alone once there is room. None where no file system can be mounted."""
-    words = [*SCENARIOS["grpo"], "sft.steps=2", "run.steps=3", "run.checkpoint_every=1", "run.keep_last=1"]
+    words = [
+        *SCENARIOS["grpo"],
+        "sft.steps=2",
+        "run.steps=3",
+        "run.checkpoint_every=1",
+        "run.keep_last=1",
+    ]
     root = Path(tempfile.mkdtemp())
     (root / "alone").mkdir()
     assert ended(forked(run_in(root / "alone", words))) == 0
@@ -531,7 +656,9 @@ def full(shares: list[float]) -> dict[str, object]:
     for share in shares:
         disk = root / f"{share:g}"
         disk.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(share * size)}", "tmpfs", disk], check=False).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={int(share * size)}", "tmpfs", disk], check=False
+        ).returncode:
             return {"cases": None}
         try:
             first = said_by(run_in(disk, words), root)
@@ -545,7 +672,13 @@ def full(shares: list[float]) -> dict[str, object]:
 
 def limited(sizes: list[int]) -> dict[str, object]:
     """The same where no file may have more bytes than this."""
-    words = [*SCENARIOS["grpo"], "sft.steps=2", "run.steps=3", "run.checkpoint_every=1", "run.keep_last=1"]
+    words = [
+        *SCENARIOS["grpo"],
+        "sft.steps=2",
+        "run.steps=3",
+        "run.checkpoint_every=1",
+        "run.keep_last=1",
+    ]
     root = Path(tempfile.mkdtemp())
     (root / "alone").mkdir()
     assert ended(forked(run_in(root / "alone", words))) == 0
@@ -574,12 +707,20 @@ def said_by(work: Callable[[], None], root: Path) -> tuple[int, str]:
     return ended(forked(silently)), spoken.read_text()
 
 
-def gone_on(first: tuple[int, str], folder: Path, words: list[str], expected: dict[str, str], root: Path) -> dict[str, object]:
+def gone_on(
+    first: tuple[int, str], folder: Path, words: list[str], expected: dict[str, str], root: Path
+) -> dict[str, object]:
     """What a run said that had no room, and what came of it when it had."""
     then = said_by(run_in(folder, [*words, "--resume"]), root)
     found = digest(folder)
     different = [k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)]
-    return {"code": first[0], "said": first[1], "then": then[0], "different": different, "left_over": left_over(folder)}
+    return {
+        "code": first[0],
+        "said": first[1],
+        "then": then[0],
+        "different": different,
+        "left_over": left_over(folder),
+    }
 
 
 if __name__ == "__main__":

@@ -47,7 +47,11 @@ def made(patch):
 
     def saved(optimizer):
         made = state(optimizer)
-        return made | {"moments": [{name: bed.truth(t) for name, t in moments.items()} for moments in made["moments"]]}
+        return made | {
+            "moments": [
+                {name: bed.truth(t) for name, t in moments.items()} for moments in made["moments"]
+            ]
+        }
 
     patch(learner, "_bits", lambda parameter: bits(bed.truth(parameter)))
     patch(Optimizer, "state", saved)

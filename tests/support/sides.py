@@ -27,7 +27,12 @@ class Side(Team):
 
     def add_up(self, *tensors):
         for tensor in tensors:
-            tensor.copy_(sum(torch.tensor(said, dtype=tensor.dtype) for said in self.exchange(tensor.tolist())))
+            tensor.copy_(
+                sum(
+                    torch.tensor(said, dtype=tensor.dtype)
+                    for said in self.exchange(tensor.tolist())
+                )
+            )
 
 
 def together(world, work):

@@ -71,7 +71,10 @@ class Recording(Optimizer):
     def clip(self) -> float:
         norm = super().clip()
         gradients = [whole(p.grad) for p in self.parameters if p.grad is not None]
-        self.seen.append({str(i): g.detach().clone() for i, g in enumerate(gradients)} | {"norm": torch.tensor(norm)})
+        self.seen.append(
+            {str(i): g.detach().clone() for i, g in enumerate(gradients)}
+            | {"norm": torch.tensor(norm)}
+        )
         return norm
 
 
@@ -94,30 +97,62 @@ def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, t
         for step, gradients in enumerate(optimizer.seen):
             found.update({f"{name}/{step}/{key}": value for key, value in gradients.items()})
         for step, row in enumerate(metrics):
-            found.update({f"{name}/{step}/{key}": torch.tensor(value, dtype=torch.float64) for key, value in row.items()})
+            found.update(
+                {
+                    f"{name}/{step}/{key}": torch.tensor(value, dtype=torch.float64)
+                    for key, value in row.items()
+                }
+            )
 
     descent = Descent(lr=1e-4)
-    texts = [Demonstration(f"d{i}", p.ids, a) for i, (p, a) in enumerate(zip(prompts(len(LENGTHS)), answers(0), strict=True))]
+    texts = [
+        Demonstration(f"d{i}", p.ids, a)
+        for i, (p, a) in enumerate(zip(prompts(len(LENGTHS)), answers(0), strict=True))
+    ]
     policy = spread(double(model()))
     optimizer = watched(Optimizer([*policy.parameters()], descent, 2))
-    keep("sft", optimizer, [s.metrics for s in sft(policy, Sampler(texts, 10, 0), optimizer, 2, Budget(64, team))])
+    keep(
+        "sft",
+        optimizer,
+        [s.metrics for s in sft(policy, Sampler(texts, 10, 0), optimizer, 2, Budget(64, team))],
+    )
 
-    pairs = [Comparison(d.id, d.prompt_ids, a, b) for d, a, b in zip(texts, answers(1), answers(2)[::-1], strict=True)]
+    pairs = [
+        Comparison(d.id, d.prompt_ids, a, b)
+        for d, a, b in zip(texts, answers(1), answers(2)[::-1], strict=True)
+    ]
     judge = ScalarModel.from_trunk(double(model()), 0, seed=0).to(torch.float64)
     spread(judge.model)
     optimizer = watched(Optimizer([*judge.parameters()], descent, 2))
-    steps = reward_model(judge, Sampler(pairs, 10, 0), LastTokenLoss(), optimizer, 2, Budget(64, team))
+    steps = reward_model(
+        judge, Sampler(pairs, 10, 0), LastTokenLoss(), optimizer, 2, Budget(64, team)
+    )
     keep("reward_model", optimizer, [s.metrics for s in steps])
 
     for name in ("dpo", "kto"):
         policy, reference = spread(double(model())), spread(freeze(double(model(seed=2))))
         optimizer = watched(Optimizer([*policy.parameters()], descent, 2))
-        steps = preference(policy, reference, Sampler(pairs, 10, 0), PREFERENCES[name], optimizer, 2, Budget(64, team))
+        steps = preference(
+            policy,
+            reference,
+            Sampler(pairs, 10, 0),
+            PREFERENCES[name],
+            optimizer,
+            2,
+            Budget(64, team),
+        )
         keep(name, optimizer, [s.metrics for s in steps])
 
-    rollouts = [rollout(p, a, float(i % 3), i // 2, i) for i, (p, a) in enumerate(zip(prompts(10), answers(3), strict=True))]
+    rollouts = [
+        rollout(p, a, float(i % 3), i // 2, i)
+        for i, (p, a) in enumerate(zip(prompts(10), answers(3), strict=True))
+    ]
     for name in ("ppo", "grpo"):
-        critic = ScalarModel.from_trunk(double(model(seed=1)), 0, seed=0).to(torch.float64) if name == "ppo" else None
+        critic = (
+            ScalarModel.from_trunk(double(model(seed=1)), 0, seed=0).to(torch.float64)
+            if name == "ppo"
+            else None
+        )
         if critic is not None:
             spread(critic.model)
         actor, reference = double(model()), freeze(double(copy.deepcopy(model(seed=2))))
@@ -143,7 +178,9 @@ def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, t
         for role, made in learner.optimizers.items():
             keep(f"{name}/{role}", made, [update.losses, update.descents])
         found |= {f"{name}/logprobs": update.logprobs, f"{name}/clipped": update.clipped}
-        found[f"{name}/weights"] = torch.cat([t.flatten() for t in learner.weights().tensors.values()])
+        found[f"{name}/weights"] = torch.cat(
+            [t.flatten() for t in learner.weights().tensors.values()]
+        )
         assert learner.ema is not None
         averages = whole_state(learner.models.actor, learner.ema.average)
         found[f"{name}/averages"] = torch.cat([t.flatten() for t in averages.values()])
@@ -152,12 +189,24 @@ def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, t
         everything = sum(p.numel() for p in learner.models.actor.parameters())
         assert held < everything / parts + 1000, "norms are small, and all else is in parts"
     else:
-        actor, critic = double(model()), ScalarModel.from_trunk(double(model(seed=1)), 0, seed=0).to(torch.float64)
+        actor, critic = (
+            double(model()),
+            ScalarModel.from_trunk(double(model(seed=1)), 0, seed=0).to(torch.float64),
+        )
         reference = freeze(double(model(seed=2)))
         learner = TrustRegionLearner(
-            Separate(actor, critic), reference, Optim(), Sampling(), 1, micro_batch_tokens=64, team=team
+            Separate(actor, critic),
+            reference,
+            Optim(),
+            Sampling(),
+            1,
+            micro_batch_tokens=64,
+            team=team,
         )
-        update = learner.update(ALGORITHMS["trpo"].experience(learner.score(rollouts, ALGORITHMS["trpo"])), ALGORITHMS["trpo"])
+        update = learner.update(
+            ALGORITHMS["trpo"].experience(learner.score(rollouts, ALGORITHMS["trpo"])),
+            ALGORITHMS["trpo"],
+        )
         assert update.descents["trust_region/fraction"] > 0
         keep("trpo", Recording([actor.lm_head.weight], descent, 1), [update.descents])
         found |= {
@@ -168,19 +217,31 @@ def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, t
 
 
 def main() -> None:
-    rank, world, store, out, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5]
+    rank, world, store, out, kind = (
+        int(sys.argv[1]),
+        int(sys.argv[2]),
+        sys.argv[3],
+        Path(sys.argv[4]),
+        sys.argv[5],
+    )
     torch.set_num_threads(1)
     team: Team = ALONE
     if world > 1 or kind == "sharded":
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+            "gloo",
+            store=dist.FileStore(store, world),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=60),
         )
         team = (Selfish if kind == "selfish" else Together)(rank, world)
     bed = resting.made(setattr) if kind == "resting" else None
     placement = STAYS if bed is None else Offloading(torch.device("cpu"))
     found = run(team, {"sharded": world, "resting": world, "rows": 2}.get(kind, 0), placement)
     assert bed is None or bed.bytes > 0
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, out / f"{rank}.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in found.items()}, out / f"{rank}.safetensors"
+    )
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -46,12 +46,18 @@ def make_run(root: Path, recipe: str, *words: str, fault: str | None = None) -> 
 
 def copied(run: Path, to: Path) -> Path:
     """The record of a run, without its models."""
-    return Path(shutil.copytree(run, to, ignore=shutil.ignore_patterns("policy", "sft", "critic", "reward_model")))
+    return Path(
+        shutil.copytree(
+            run, to, ignore=shutil.ignore_patterns("policy", "sft", "critic", "reward_model")
+        )
+    )
 
 
 def put_words_into_its_mouth(run: Path, words: str) -> None:
     """As if the model had written them, for each token of step 1."""
     file = run / "rollouts" / "000001.parquet"
     table = pq.read_table(file)
-    text = pc.if_else(table.column("is_response"), pa.scalar(words), table.column("text").cast(pa.string()))
+    text = pc.if_else(
+        table.column("is_response"), pa.scalar(words), table.column("text").cast(pa.string())
+    )
     pq.write_table(table.set_column(table.column_names.index("text"), "text", text), file)

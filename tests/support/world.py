@@ -10,7 +10,24 @@ from quartet.models.language_model import create
 from quartet.models.shape import Shape
 from quartet.worlds.tokenizers import word_tokenizer
 
-WORDS = ["the", "a", "film", "was", "is", "good", "bad", "long", "short", "and", "but", "not", "very", "story", "music", "end"]
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "was",
+    "is",
+    "good",
+    "bad",
+    "long",
+    "short",
+    "and",
+    "but",
+    "not",
+    "very",
+    "story",
+    "music",
+    "end",
+]
 SHAPES = {
     "llama": Shape(type="llama", hidden_size=32, num_layers=2, num_heads=4, max_length=64),
     "qwen2": Shape(type="qwen2", hidden_size=32, num_layers=2, num_heads=4, max_length=64),
@@ -41,7 +58,9 @@ def prompts(count: int, seed: int = 0) -> list[Prompt]:
     return made
 
 
-def rollout(prompt: Prompt, response_ids: tuple[int, ...], score: float, group: int = 0, number: int = 0) -> Rollout:
+def rollout(
+    prompt: Prompt, response_ids: tuple[int, ...], score: float, group: int = 0, number: int = 0
+) -> Rollout:
     return Rollout(
         id=f"{prompt.id}/{number}",
         prompt=prompt,
@@ -56,7 +75,12 @@ def rollout(prompt: Prompt, response_ids: tuple[int, ...], score: float, group: 
     )
 
 
-def ragged_batch(lengths: list[int], scores: list[float], groups: list[int] | None = None, dtype: Any = torch.float64) -> Batch:
+def ragged_batch(
+    lengths: list[int],
+    scores: list[float],
+    groups: list[int] | None = None,
+    dtype: Any = torch.float64,
+) -> Batch:
     """A batch of one-token prompts with responses of these lengths, its numbers drawn from a seed."""
     rng = torch.Generator().manual_seed(1)
     width = 1 + max(lengths)

@@ -77,7 +77,12 @@ def test_skipping_leaves_weights_and_moments_alone_and_ends():
     optimizer = Optimizer([weight], Descent(lr=0.1, schedule="constant", on_nonfinite="skip"), 100)
     for count in range(1, MAX_SKIPPED + 1):
         assert descend([weight.sum() * torch.nan], {"w": optimizer}) == {"skipped": 1.0}
-        assert weight.item() == 1.0 and weight.grad is None and optimizer.steps == 0 and optimizer.skipped == count
+        assert (
+            weight.item() == 1.0
+            and weight.grad is None
+            and optimizer.steps == 0
+            and optimizer.skipped == count
+        )
     assert "loss" in descend([weight.sum()], {"w": optimizer})
     with pytest.raises(NonFinite):
         descend([weight.sum() * torch.nan], {"w": optimizer})
@@ -91,12 +96,16 @@ def test_a_skipped_minibatch_is_counted_and_the_others_are_learnt_from():
     def sometimes(*arguments, **named):
         now = forward(*arguments, **named)
         calls.append(1)
-        return dataclasses.replace(now, logprobs=now.logprobs * torch.nan) if len(calls) == 2 else now
+        return (
+            dataclasses.replace(now, logprobs=now.logprobs * torch.nan) if len(calls) == 2 else now
+        )
 
     made.models.forward = sometimes
     update = made.update(experience, PPO)
     assert update.descents["skipped"] == 1.0
-    assert all(o.steps == 3 for o in made.optimizers.values()), "two epochs of two minibatches, one of them left out"
+    assert all(o.steps == 3 for o in made.optimizers.values()), (
+        "two epochs of two minibatches, one of them left out"
+    )
 
 
 def test_a_reward_that_is_no_number_takes_its_own_sample_out_and_not_the_group(caplog):
@@ -133,8 +142,12 @@ def test_groups_of_equal_rewards_have_an_advantage_of_exactly_zero(preset, size)
 def test_no_further_epoch_begins_above_the_target_kl():
     far, near, free = (learner(epochs=8, lr=5e-3, target_kl=target) for target in (1e-6, 1e3, None))
     updates = [made.update(experienced(made), PPO) for made in (far, near, free)]
-    assert updates[0].descents["policy/epochs"] == 1.0, "its second minibatch is away from π_old already"
-    assert updates[1].descents["policy/epochs"] == 8.0 and "policy/epochs" not in updates[2].descents
+    assert updates[0].descents["policy/epochs"] == 1.0, (
+        "its second minibatch is away from π_old already"
+    )
+    assert (
+        updates[1].descents["policy/epochs"] == 8.0 and "policy/epochs" not in updates[2].descents
+    )
     assert far.optimizers["actor"].steps == 2 and near.optimizers["actor"].steps == 16
     assert all(torch.equal(a, b) for a, b in zip(weights(near), weights(free), strict=True))
 
@@ -155,13 +168,22 @@ def starved(made, limit):
 def test_out_of_memory_is_tried_again_with_half_and_gives_the_same_update():
     roomy, tight = learner(tokens=256), starved(learner(tokens=256), 60)
     updates = [made.update(experienced(made), PPO) for made in (roomy, tight)]
-    assert tight.budget.tokens == 256 // 2**tight.budget.halvings and 1 <= tight.budget.halvings <= MAX_HALVINGS
-    assert "out of memory in scoring with 256 tokens at once; retried with 128." in tight.budget.notes[0]
+    assert (
+        tight.budget.tokens == 256 // 2**tight.budget.halvings
+        and 1 <= tight.budget.halvings <= MAX_HALVINGS
+    )
+    assert (
+        "out of memory in scoring with 256 tokens at once; retried with 128."
+        in tight.budget.notes[0]
+    )
     for a, b in zip(weights(roomy), weights(tight), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     for name, value in updates[0].losses.items():
         assert updates[1].losses[name] == pytest.approx(value, rel=1e-4)
-    assert updates[1].clip_fraction == updates[0].clip_fraction and roomy.rng.getstate() == tight.rng.getstate()
+    assert (
+        updates[1].clip_fraction == updates[0].clip_fraction
+        and roomy.rng.getstate() == tight.rng.getstate()
+    )
 
 
 def test_memory_that_is_never_enough_fails_after_a_few_times():
@@ -174,7 +196,9 @@ def test_memory_that_is_never_enough_fails_after_a_few_times():
 def test_sft_retries_with_less_memory_and_other_errors_pass(monkeypatch):
     def tight(model, tokens, mask, *rest):
         if len(tokens) > 1:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"
+            )
         return masked_logprobs(model, tokens, mask, *rest)
 
     monkeypatch.setattr(imitation, "masked_logprobs", tight)
@@ -208,7 +232,9 @@ class Spoiled(NativeGenerator):
             read = [dataclasses.replace(p, ids=(p.ids[0], *p.ids)) for p in asked]
         if self.mistake == "pad side":  # padding on the left counts as text
             longest = max(len(p.ids) for p in asked) + 1
-            read = [dataclasses.replace(p, ids=(0,) * (longest - len(p.ids)) + p.ids) for p in asked]
+            read = [
+                dataclasses.replace(p, ids=(0,) * (longest - len(p.ids)) + p.ids) for p in asked
+            ]
         made = super().generate(read, sampling, samples_per_prompt)
         made = [dataclasses.replace(r, prompt=asked[r.group]) for r in made]
         if self.mistake == "shift by one":
@@ -216,7 +242,12 @@ class Spoiled(NativeGenerator):
         if self.mistake == "dropout":
             noise = torch.Generator().manual_seed(0)
             made = [
-                dataclasses.replace(r, logprobs=tuple(p + 0.1 * float(torch.randn((), generator=noise)) for p in r.logprobs))
+                dataclasses.replace(
+                    r,
+                    logprobs=tuple(
+                        p + 0.1 * float(torch.randn((), generator=noise)) for p in r.logprobs
+                    ),
+                )
                 for r in made
             ]
         return made
@@ -242,7 +273,13 @@ def test_the_usual_mistakes_are_refused_at_the_first_step_that_can_show_them(mis
     actor = model()
     reference = freeze(copy.deepcopy(model(seed=3) if mistake == "wrong reference" else actor))
     critic = ScalarModel.from_trunk(actor, 0, seed=0)
-    made = Learner(Separate(actor, critic), reference, Optim(lr=1e-2, critic_lr=1e-2, epochs=2), Sampling(max_new_tokens=12), 3)
+    made = Learner(
+        Separate(actor, critic),
+        reference,
+        Optim(lr=1e-2, critic_lr=1e-2, epochs=2),
+        Sampling(max_new_tokens=12),
+        3,
+    )
     if mistake == "a reference that learns":
         made.reference = actor
         made.reference_mark = mark(actor)
@@ -263,7 +300,9 @@ def test_dpo_starts_at_its_reference_and_a_loss_of_ln_2():
     made, loss = model(), PREFERENCES["dpo"]
     for reference, held in ((freeze(copy.deepcopy(made)), True), (freeze(model(seed=5)), False)):
         optimizer = Optimizer(list(made.parameters()), Descent(lr=1e-9), 1)
-        [step] = preference(made, reference, Sampler(comparisons(), 4, 0), loss, optimizer, 1, Budget(4096))
+        [step] = preference(
+            made, reference, Sampler(comparisons(), 4, 0), loss, optimizer, 1, Budget(4096)
+        )
         said = [rule.__name__ for rule, _ in Watch().see(step.metrics)]
         assert (abs(step.metrics["loss"] - 0.693147) < 1e-4) == held
         assert ("does_not_start_at_the_reference" in said) == (not held)
@@ -287,7 +326,9 @@ def stage(monkeypatch, broken_at):
         held_out=demonstrations()[:2],
         tokenizer=tokenizer(),
         load_policy=lambda folder: model(),
-        optimizer=lambda made: Optimizer(list(made.parameters()), Descent(lr=1e-2, schedule="constant"), 6),
+        optimizer=lambda made: Optimizer(
+            list(made.parameters()), Descent(lr=1e-2, schedule="constant"), 6
+        ),
         num_steps=6,
         batch_size=4,
         micro_batch_tokens=4096,
@@ -298,7 +339,11 @@ def stage(monkeypatch, broken_at):
 def test_a_run_stops_with_phase_sample_and_text_and_saves_nothing_of_it(tmp_path, monkeypatch):
     folder = RunFolder.create(tmp_path, "x", {})
     with pytest.raises(StageFailed) as caught:
-        list(Pipeline([stage(monkeypatch, {4})], folder, TokenTexts(tokenizer()), Saving(every=1)).run())
+        list(
+            Pipeline(
+                [stage(monkeypatch, {4})], folder, TokenTexts(tokenizer()), Saving(every=1)
+            ).run()
+        )
     folder.close()
     message = str(caught.value)
     assert message.startswith("sft, step 4: the loss is not finite in sample ") and ': "' in message
@@ -306,9 +351,15 @@ def test_a_run_stops_with_phase_sample_and_text_and_saves_nothing_of_it(tmp_path
     assert sorted(p.name for p in (folder.path / "checkpoints").iterdir())[-1] == "sft-000003"
 
 
-def test_a_run_that_may_goes_back_to_its_last_checkpoint_with_half_the_learning_rate(tmp_path, monkeypatch):
+def test_a_run_that_may_goes_back_to_its_last_checkpoint_with_half_the_learning_rate(
+    tmp_path, monkeypatch
+):
     folder = RunFolder.create(tmp_path, "x", {})
-    told = list(Pipeline([stage(monkeypatch, {5})], folder, TokenTexts(tokenizer()), Saving(every=2, rollbacks=1)).run())
+    told = list(
+        Pipeline(
+            [stage(monkeypatch, {5})], folder, TokenTexts(tokenizer()), Saving(every=2, rollbacks=1)
+        ).run()
+    )
     folder.close()
     run = Run(folder.path)
     assert list(run.series["sft"].steps) == [1, 2, 3, 4, 5, 6], "no step is in the record twice"
@@ -320,16 +371,36 @@ def test_a_run_that_may_goes_back_to_its_last_checkpoint_with_half_the_learning_
     assert list(run.series["sft"].columns["lr"]) == [0.01] * 4 + [0.005] * 2
     again = RunFolder.create(tmp_path, "y", {})
     with pytest.raises(
-        StageFailed, match="step 5: the loss is not finite.*rolled back 2 times .run.rollbacks., with the learning"
+        StageFailed,
+        match="step 5: the loss is not finite.*rolled back 2 times .run.rollbacks., with the learning",
     ):
-        list(Pipeline([stage(monkeypatch, {5, 6, 7})], again, TokenTexts(tokenizer()), Saving(every=2, rollbacks=2)).run())
+        list(
+            Pipeline(
+                [stage(monkeypatch, {5, 6, 7})],
+                again,
+                TokenTexts(tokenizer()),
+                Saving(every=2, rollbacks=2),
+            ).run()
+        )
     again.close()
 
 
-def test_where_nothing_has_been_learnt_yet_the_run_says_why_it_cannot_go_back(tmp_path, monkeypatch):
+def test_where_nothing_has_been_learnt_yet_the_run_says_why_it_cannot_go_back(
+    tmp_path, monkeypatch
+):
     folder = RunFolder.create(tmp_path, "x", {})
-    with pytest.raises(StageFailed, match=r"step 1: the loss is not finite.* \(run.rollbacks\) cannot help, because nothing"):
-        list(Pipeline([stage(monkeypatch, {1})], folder, TokenTexts(tokenizer()), Saving(every=1, rollbacks=3)).run())
+    with pytest.raises(
+        StageFailed,
+        match=r"step 1: the loss is not finite.* \(run.rollbacks\) cannot help, because nothing",
+    ):
+        list(
+            Pipeline(
+                [stage(monkeypatch, {1})],
+                folder,
+                TokenTexts(tokenizer()),
+                Saving(every=1, rollbacks=3),
+            ).run()
+        )
     folder.close()
 
 
@@ -353,26 +424,41 @@ def test_where_other_ranks_may_have_learnt_already_the_stage_begins_again(tmp_pa
     told = list(pipeline.run(crew=Ranks(Worker([sft], folder.path))))
     folder.close()
     [warned] = [event for event in told if isinstance(event, Warned)]
-    assert warned.sentence.startswith("rolled back to sft-000000") and isinstance(told[-1], Finished)
+    assert warned.sentence.startswith("rolled back to sft-000000") and isinstance(
+        told[-1], Finished
+    )
 
 
 def test_before_its_first_checkpoint_a_stage_begins_again(tmp_path, monkeypatch):
     """The checkpoint of step 0 holds no weights; written again it does, with the halved learning rate."""
     folder = RunFolder.create(tmp_path, "x", {})
-    pipeline = Pipeline([stage(monkeypatch, {4})], folder, TokenTexts(tokenizer()), Saving(every=6, last=9, rollbacks=1))
+    pipeline = Pipeline(
+        [stage(monkeypatch, {4})],
+        folder,
+        TokenTexts(tokenizer()),
+        Saving(every=6, last=9, rollbacks=1),
+    )
     told = list(pipeline.run())
     folder.close()
     [warned] = [event for event in told if isinstance(event, Warned)]
-    assert warned.sentence.startswith("rolled back to sft-000000, learning rates × 0.5, because of step 4: the loss is not")
+    assert warned.sentence.startswith(
+        "rolled back to sft-000000, learning rates × 0.5, because of step 4: the loss is not"
+    )
     run = Run(folder.path)
     assert list(run.series["sft"].steps) == [1, 2, 3, 4, 5, 6], "no step is in the record twice"
     assert list(run.series["sft"].columns["lr"]) == [0.005] * 6
     first = [event.progress.metrics["loss"] for event in told if isinstance(event, Advanced)]
-    assert first[3] == first[0] and first[4] != first[1], "the same weights and rows again, and then smaller steps"
+    assert first[3] == first[0] and first[4] != first[1], (
+        "the same weights and rows again, and then smaller steps"
+    )
     start = read_checkpoint(folder.path / "checkpoints" / "sft-000000")
     assert start.state()["work"]["optimizer"]["scale"] == 0.5
     rest = RunFolder.create(tmp_path, "y", {})
-    resumed = list(Pipeline([stage(monkeypatch, set())], rest, TokenTexts(tokenizer()), Saving(every=6)).run(start))
+    resumed = list(
+        Pipeline([stage(monkeypatch, set())], rest, TokenTexts(tokenizer()), Saving(every=6)).run(
+            start
+        )
+    )
     rest.close()
     assert [e.progress.metrics["loss"] for e in resumed if isinstance(e, Advanced)] == first[3:]
 
@@ -382,11 +468,22 @@ def test_before_its_first_checkpoint_a_stage_begins_again(tmp_path, monkeypatch)
 
 def grpo_run(root, *words):
     small = [word for word in SMALL if not word.startswith("sft.")]
-    chosen = ['recipe=["grpo"]', *small, "policy.create.max_length=32", "run.steps=4", "run.checkpoint_every=1", *words]
+    chosen = [
+        'recipe=["grpo"]',
+        *small,
+        "policy.create.max_length=32",
+        "run.steps=4",
+        "run.checkpoint_every=1",
+        *words,
+    ]
     settings = read_settings(recipe_path("sums"), chosen, "recipe sums")
     job, folder = build(settings.config), RunFolder.create(root, "sums", {})
     try:
-        list(Pipeline(job.stages, folder, TokenTexts(job.tokenizer), job.saving(settings.config.run)).run())
+        list(
+            Pipeline(
+                job.stages, folder, TokenTexts(job.tokenizer), job.saving(settings.config.run)
+            ).run()
+        )
     finally:
         folder.close()
     return Run(folder.path)
@@ -410,12 +507,17 @@ def diverges_once(monkeypatch):
 def test_a_run_goes_back_to_weights_whose_logits_were_finite(tmp_path, diverges_once):
     run = grpo_run(tmp_path, "run.rollbacks=1")
     [warned] = [warning for warning in run.warnings if warning["rule"] == "rolled_back"]
-    assert "the log-probability is not finite in sample sums:" in warned["sentence"] and ': "' in warned["sentence"]
+    assert (
+        "the log-probability is not finite in sample sums:" in warned["sentence"]
+        and ': "' in warned["sentence"]
+    )
     assert list(run.series["grpo"].steps) == [1, 2, 3, 4]
 
 
 def test_a_run_that_may_not_go_back_stops_and_names_the_sample(tmp_path, diverges_once):
-    with pytest.raises(StageFailed, match="grpo, step [23]: the log-probability is not finite in sample sums:"):
+    with pytest.raises(
+        StageFailed, match="grpo, step [23]: the log-probability is not finite in sample sums:"
+    ):
         grpo_run(tmp_path)
 
 
@@ -433,7 +535,13 @@ def test_where_nothing_learns_nothing_is_said_of_rollbacks(tmp_path):
             return Work(steps, dict)
 
     folder = RunFolder.create(tmp_path, "x", {})
-    with pytest.raises(StageFailed, match="evaluation, step 2: the log-probability is not finite") as caught:
-        list(Pipeline([Evaluation()], folder, TokenTexts(tokenizer()), Saving(every=1, rollbacks=2)).run())
+    with pytest.raises(
+        StageFailed, match="evaluation, step 2: the log-probability is not finite"
+    ) as caught:
+        list(
+            Pipeline(
+                [Evaluation()], folder, TokenTexts(tokenizer()), Saving(every=1, rollbacks=2)
+            ).run()
+        )
     folder.close()
     assert "rolled back" not in str(caught.value) and "run.rollbacks" not in str(caught.value)

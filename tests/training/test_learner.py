@@ -26,7 +26,11 @@ def rollouts(count=8):
     for number, prompt in enumerate(prompts(count // 2) * 2):
         length = int(torch.randint(1, 9, (), generator=rng))
         ids = tuple(torch.randint(4, 20, (length,), generator=rng).tolist())
-        made.append(rollout(prompt, ids, float(torch.randn((), generator=rng)), number % (count // 2), number))
+        made.append(
+            rollout(
+                prompt, ids, float(torch.randn((), generator=rng)), number % (count // 2), number
+            )
+        )
     return made
 
 
@@ -34,18 +38,31 @@ def actor_critic(kind="separate"):
     actor = model()
     if kind == "shared":
         return Shared(actor, ValueHead(actor.config.hidden_size))
-    return Separate(actor, ScalarModel.from_trunk(model(seed=1), 0, seed=0) if kind == "separate" else None)
+    return Separate(
+        actor, ScalarModel.from_trunk(model(seed=1), 0, seed=0) if kind == "separate" else None
+    )
 
 
 def learner(kind="separate", tokens=2048, placement=STAYS, **settings):
     reference = freeze(copy.deepcopy(model(seed=2)))
     optim = dataclasses.replace(SETTINGS, **settings)
     sampling = Sampling(max_new_tokens=8, temperature=0.8)
-    return Learner(actor_critic(kind), reference, optim, sampling, 4, micro_batch_tokens=tokens, placement=placement)
+    return Learner(
+        actor_critic(kind),
+        reference,
+        optim,
+        sampling,
+        4,
+        micro_batch_tokens=tokens,
+        placement=placement,
+    )
 
 
 def weights(made):
-    return [p.detach().clone() for p in (*made.models.actor_parameters(), *made.models.critic_parameters())]
+    return [
+        p.detach().clone()
+        for p in (*made.models.actor_parameters(), *made.models.critic_parameters())
+    ]
 
 
 def test_score_gives_each_token_three_opinions_and_none_outside_the_response():
@@ -102,7 +119,9 @@ def test_one_minibatch_is_one_step_by_hand():
     advantages, mask = experience.advantages[:, 1:], experience.response_mask[:, 1:]
     loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)[mask].mean()
     loss.backward()
-    torch.optim.AdamW(expected.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0).step()
+    torch.optim.AdamW(
+        expected.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0
+    ).step()
     made.update(experience, algorithm)
     for one, other in zip(expected.parameters(), made.models.actor_parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
@@ -114,14 +133,20 @@ def test_during_the_critics_warm_up_the_actor_stands_still():
     actor = [p.detach().clone() for p in made.models.actor_parameters()]
     critic = [p.detach().clone() for p in made.models.critic_parameters()]
     made.update(algorithm.experience(made.score(rollouts(), algorithm)), algorithm)
-    assert all(torch.equal(a, b) for a, b in zip(actor, made.models.actor_parameters(), strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(critic, made.models.critic_parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(actor, made.models.actor_parameters(), strict=True)
+    )
+    assert not all(
+        torch.equal(a, b) for a, b in zip(critic, made.models.critic_parameters(), strict=True)
+    )
 
 
 def test_the_reference_never_moves():
     made = learner()
     before = copy.deepcopy(made.reference.state_dict())
-    made.update(ALGORITHMS["ppo"].experience(made.score(rollouts(), ALGORITHMS["ppo"])), ALGORITHMS["ppo"])
+    made.update(
+        ALGORITHMS["ppo"].experience(made.score(rollouts(), ALGORITHMS["ppo"])), ALGORITHMS["ppo"]
+    )
     assert all(torch.equal(before[k], v) for k, v in made.reference.state_dict().items())
 
 
@@ -138,7 +163,9 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_has_changed(what):
     numbers = getattr(experience, what).clone()
     numbers[2, int(experience.response_mask[2].int().argmax())] = torch.inf
     before = weights(made)
-    with pytest.raises(NonFinite, match=f"the {what[:-1]} is not finite in sample {experience.ids[2]}"):
+    with pytest.raises(
+        NonFinite, match=f"the {what[:-1]} is not finite in sample {experience.ids[2]}"
+    ):
         made.update(dataclasses.replace(experience, **{what: numbers}), ALGORITHMS["ppo"])
     assert all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
 
@@ -153,9 +180,13 @@ def test_a_weight_that_is_not_finite_is_seen_in_the_first_forward():
 
 def test_descend_adds_gradients_and_reports_their_norm():
     weight = torch.tensor([3.0], requires_grad=True)
-    optimizer = Optimizer([weight], Descent(lr=0.1, schedule="constant", max_grad_norm=float("inf")), total_steps=1)
+    optimizer = Optimizer(
+        [weight], Descent(lr=0.1, schedule="constant", max_grad_norm=float("inf")), total_steps=1
+    )
     # losses w² and 2w: gradient 2·3 + 2 = 8, loss 9 + 6 = 15
-    assert descend((loss for loss in (weight.square().sum(), 2 * weight.sum())), {"w": optimizer}) == {
+    assert descend(
+        (loss for loss in (weight.square().sum(), 2 * weight.sum())), {"w": optimizer}
+    ) == {
         "loss": 15.0,
         "grad_norm/w": 8.0,
     }
@@ -164,13 +195,21 @@ def test_descend_adds_gradients_and_reports_their_norm():
 
 def test_check_finite_names_the_first_bad_row():
     with pytest.raises(NonFinite, match="x is not finite in sample b"):
-        check_finite("x", torch.tensor([[1.0, 2.0], [1.0, torch.inf], [torch.nan, 0.0]]), ["a", "b", "c"])
+        check_finite(
+            "x", torch.tensor([[1.0, 2.0], [1.0, torch.inf], [torch.nan, 0.0]]), ["a", "b", "c"]
+        )
 
 
 def test_schedules_rise_and_fall():
     # warm-up over 2 steps, 10 in all: 1/3, 2/3, then 8/8 … 1/8
     linear = Descent(lr=1.0, warmup_steps=2)
-    assert [round(linear.factor(step, 10), 4) for step in (0, 1, 2, 6, 9)] == [0.3333, 0.6667, 1.0, 0.5, 0.125]
+    assert [round(linear.factor(step, 10), 4) for step in (0, 1, 2, 6, 9)] == [
+        0.3333,
+        0.6667,
+        1.0,
+        0.5,
+        0.125,
+    ]
     constant = Descent(lr=1.0, warmup_steps=1, schedule="constant")
     assert [constant.factor(step, 10) for step in (0, 1, 9)] == [0.5, 1.0, 1.0]
 
@@ -180,14 +219,20 @@ def test_the_entropy_has_a_gradient_only_where_it_is_asked_for():
     tokens = torch.tensor([[5, 6, 7]])
     silent: Forward = made.forward(tokens, torch.arange(tokens.shape[1])[None] > 0, 1.0)
     assert not silent.entropy.requires_grad
-    assert made.forward(tokens, torch.arange(tokens.shape[1])[None] > 0, 1.0, entropy_gradient=True).entropy.requires_grad
+    assert made.forward(
+        tokens, torch.arange(tokens.shape[1])[None] > 0, 1.0, entropy_gradient=True
+    ).entropy.requires_grad
 
 
 def sampled(made, count=6):
     """Rollouts of the learner's own actor, with a reward each."""
-    generator = NativeGenerator(made.models.actor, tokenizer(), frozenset({tokenizer().eos_token_id}), 0)
+    generator = NativeGenerator(
+        made.models.actor, tokenizer(), frozenset({tokenizer().eos_token_id}), 0
+    )
     generator.load_weights(made.weights())
-    answers = generator.generate(prompts(count), Sampling(max_new_tokens=8, temperature=made.sampling.temperature))
+    answers = generator.generate(
+        prompts(count), Sampling(max_new_tokens=8, temperature=made.sampling.temperature)
+    )
     return [dataclasses.replace(r, score=float(len(r.response_ids))) for r in answers]
 
 
@@ -210,11 +255,19 @@ def test_what_the_sampler_saw_is_not_computed_again_once_it_was_checked(kind, mo
             torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("changed", [{"temperature": 1.0}, {"top_k": 3}, {"top_p": 0.5}], ids=["temperature", "top_k", "top_p"])
+@pytest.mark.parametrize(
+    "changed",
+    [{"temperature": 1.0}, {"top_k": 3}, {"top_p": 0.5}],
+    ids=["temperature", "top_k", "top_p"],
+)
 def test_a_sampler_that_disagrees_is_not_believed(changed):
     made = learner("none")
-    generator = NativeGenerator(made.models.actor, tokenizer(), frozenset({tokenizer().eos_token_id}), 0)
-    sampling = Sampling(**({"max_new_tokens": 8, "temperature": made.sampling.temperature} | changed))
+    generator = NativeGenerator(
+        made.models.actor, tokenizer(), frozenset({tokenizer().eos_token_id}), 0
+    )
+    sampling = Sampling(
+        **({"max_new_tokens": 8, "temperature": made.sampling.temperature} | changed)
+    )
     answers = [dataclasses.replace(r, score=1.0) for r in generator.generate(prompts(6), sampling)]
     made.score(answers, ALGORITHMS["grpo"])
     assert made.sampler_agrees is False

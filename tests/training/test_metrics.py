@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from quartet.training.metrics import distinct, explained_variance, mean_and_interval, repetition, response_metrics
+from quartet.training.metrics import (
+    distinct,
+    explained_variance,
+    mean_and_interval,
+    repetition,
+    response_metrics,
+)
 from tests.support.world import prompts, rollout
 
 MASK = torch.tensor([[True, True, True, False]])
@@ -12,7 +18,9 @@ def test_explained_variance_of_a_perfect_a_flat_and_a_wrong_critic():
     assert explained_variance(returns, returns, MASK) == 1
     assert explained_variance(torch.full((1, 4), 7.0), returns, MASK) == 0
     # errors 2, 0, −2 around returns 1, 2, 3: 1 − (8/3) / (2/3) = −3
-    assert explained_variance(torch.tensor([[3.0, 2.0, 1.0, 0.0]]), returns, MASK) == pytest.approx(-3)
+    assert explained_variance(torch.tensor([[3.0, 2.0, 1.0, 0.0]]), returns, MASK) == pytest.approx(
+        -3
+    )
 
 
 def test_repetition_counts_pairs_said_before():
@@ -23,7 +31,9 @@ def test_repetition_counts_pairs_said_before():
 
 
 def test_answers_are_counted():
-    made = response_metrics([rollout(prompts(1)[0], (5, 6), 1.0), rollout(prompts(1)[0], (5, 6, 7, 8), 2.0)])
+    made = response_metrics(
+        [rollout(prompts(1)[0], (5, 6), 1.0), rollout(prompts(1)[0], (5, 6, 7, 8), 2.0)]
+    )
     assert made["reward"] == made["reward/tiny"] == 1.5
     assert made["response/tokens"] == 3 and made["response/ended"] == 1
 
@@ -40,5 +50,7 @@ def test_perplexity_on_demonstrations_and_drift_of_the_reward_model_are_in_the_r
         [x for x in series.columns[name] if x == x]  # noqa: PLR0124
         for name in ("policy/sft_perplexity", "reward/drift")
     )
-    assert len(perplexity) == len(ppo_run.steps("probes")) - 1 and all(1 < x < 1e6 for x in perplexity)
+    assert len(perplexity) == len(ppo_run.steps("probes")) - 1 and all(
+        1 < x < 1e6 for x in perplexity
+    )
     assert drift == [0.0] * len(perplexity), "a reward model does not learn while it judges"

@@ -21,7 +21,14 @@ TRPO = ALGORITHMS["trpo"]
 def learner(tokens=2048, **settings):
     reference = freeze(copy.deepcopy(model(seed=2)))
     optim = dataclasses.replace(SETTINGS, **settings)
-    return TrustRegionLearner(actor_critic(), reference, optim, Sampling(max_new_tokens=8), steps=4, micro_batch_tokens=tokens)
+    return TrustRegionLearner(
+        actor_critic(),
+        reference,
+        optim,
+        Sampling(max_new_tokens=8),
+        steps=4,
+        micro_batch_tokens=tokens,
+    )
 
 
 def experience_of(made, algorithm=TRPO):
@@ -29,12 +36,14 @@ def experience_of(made, algorithm=TRPO):
 
 
 def test_conjugate_gradients_solve_what_they_are_asked():
-    assert conjugate_gradient(lambda v: torch.tensor([1.0, 4.0]) * v, torch.tensor([1.0, 4.0]), 2).tolist() == pytest.approx(
-        [1, 1]
-    )
+    assert conjugate_gradient(
+        lambda v: torch.tensor([1.0, 4.0]) * v, torch.tensor([1.0, 4.0]), 2
+    ).tolist() == pytest.approx([1, 1])
     root = torch.randn(20, 20, dtype=torch.float64)
     matrix, b = root @ root.T + torch.eye(20), torch.randn(20, dtype=torch.float64)
-    torch.testing.assert_close(conjugate_gradient(lambda v: matrix @ v, b, 60), torch.linalg.solve(matrix, b))
+    torch.testing.assert_close(
+        conjugate_gradient(lambda v: matrix @ v, b, 60), torch.linalg.solve(matrix, b)
+    )
 
 
 def test_the_fisher_product_is_the_expected_square_of_the_score():
@@ -66,14 +75,19 @@ def test_trpo_improves_and_stays_within_its_region():
     assert 0 < update.descents["trust_region/kl"] <= 0.01
     assert update.descents["trust_region/improvement"] > 0
     assert 0 < update.descents["trust_region/fraction"] <= 1
-    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), made.models.actor.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(before.parameters(), made.models.actor.parameters(), strict=True)
+    )
     again = made.score(rollouts(), TRPO)
     torch.testing.assert_close(again.old_logprobs, update.logprobs, atol=1e-5, rtol=0)
 
 
 def test_the_natural_gradient_takes_the_whole_step_and_lands_near_its_region():
     made = learner()
-    npg = dataclasses.replace(ALGORITHMS["npg"], update=TrustRegion(max_kl=1e-4, damping=0.0, line_search_steps=0))
+    npg = dataclasses.replace(
+        ALGORITHMS["npg"], update=TrustRegion(max_kl=1e-4, damping=0.0, line_search_steps=0)
+    )
     update = made.update(experience_of(made), npg)
     assert update.descents["trust_region/fraction"] == 1
     # √(2δ / xᵀFx) x is the step whose quadratic KL is δ; for a small δ the quadratic is the KL
@@ -97,7 +111,9 @@ def test_for_the_same_kl_the_natural_step_gains_more_than_the_gradients():
         plain *= 1.1
     gain_of_plain = before - objective.loss()
     torch.nn.utils.vector_to_parameters(start, parameters)
-    npg = dataclasses.replace(ALGORITHMS["npg"], update=TrustRegion(max_kl=1e-3, damping=1e-3, line_search_steps=0))
+    npg = dataclasses.replace(
+        ALGORITHMS["npg"], update=TrustRegion(max_kl=1e-3, damping=1e-3, line_search_steps=0)
+    )
     update = made.update(experience, npg)
     assert update.descents["trust_region/improvement"] > 1.2 * gain_of_plain
 
@@ -109,7 +125,9 @@ def test_where_no_step_is_better_nothing_moves():
     before = [p.clone() for p in made.models.actor_parameters()]
     update = made.update(still, TRPO)
     assert update.descents["trust_region/fraction"] == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, made.models.actor_parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, made.models.actor_parameters(), strict=True)
+    )
 
 
 def test_micro_batches_change_nothing():

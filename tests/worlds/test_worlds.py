@@ -21,7 +21,9 @@ def test_every_word_is_known_and_text_comes_back_as_it_was(name):
     for example in world.demonstrations(300):
         if example.conversational:
             said = "".join(m["content"] for m in (*example.prompt, *example.completion))
-            assert tokenizer.decode(tokenizer.encode(said)) == said and tokenizer.unk_token_id not in tokenizer.encode(said)
+            assert tokenizer.decode(
+                tokenizer.encode(said)
+            ) == said and tokenizer.unk_token_id not in tokenizer.encode(said)
             continue
         prompt = tokenizer.encode(example.prompt, add_special_tokens=False)
         ids = prompt + tokenizer.encode(example.completion, add_special_tokens=False)
@@ -73,7 +75,9 @@ def test_the_cheap_hack_does_not_pay():
 def test_labels_follow_gold_but_not_always():
     world = WORLDS["reviews"](0)
     pairs = world.comparisons(500)
-    agreement = sum(world.gold(p.prompt, p.chosen) > world.gold(p.prompt, p.rejected) for p in pairs) / len(pairs)
+    agreement = sum(
+        world.gold(p.prompt, p.chosen) > world.gold(p.prompt, p.rejected) for p in pairs
+    ) / len(pairs)
     assert 0.85 < agreement < 0.96
 
 

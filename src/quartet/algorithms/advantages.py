@@ -1,7 +1,9 @@
-"""How much better than expected each token turned out, by a critic: advantages, and the returns that the critic learns.
+"""How much better than expected each token turned out, by a critic: advantages, and the returns
+that the critic learns.
 
-The critic's targets are V + an advantage with a λ of its own, `value_lam`: 0 gives the one-step (TD) target, 1 the Monte
-Carlo return, anything between GAE's. Left out, it is the policy's λ. Baselines that need no critic are in `baselines.py`.
+The critic's targets are V + an advantage with a λ of its own, `value_lam`: 0 gives the one-step
+(TD) target, 1 the Monte Carlo return, anything between GAE's. Left out, it is the policy's λ.
+Baselines that need no critic are in `baselines.py`.
 """
 
 from typing import ClassVar, Literal
@@ -27,11 +29,13 @@ def gae(
 
         δ_t = r_t + γ V_{t+1} − V_t          A_t = δ_t + γ λ A_{t+1}
 
-    The value after the last token of the mask is 0, or `final_values`. Entries outside the mask are stepped over, as if
-    they were not there: the recursion carries the next value and advantage across them, so that tokens which are not the
-    policy's own (a tool's output) are part of the environment.
+    The value after the last token of the mask is 0, or `final_values`. Entries outside the mask are
+    stepped over, as if they were not there: the recursion carries the next value and advantage
+    across them, so that tokens which are not the policy's own (a tool's output) are part of the
+    environment.
 
-    Two tokens with rewards (0, 1), values (0.5, 0.6), γ = 1, λ = 0.5: δ = (0.1, 0.4), A = (0.1 + 0.5·0.4, 0.4) = (0.3, 0.4).
+    Two tokens with rewards (0, 1), values (0.5, 0.6), γ = 1, λ = 0.5: δ = (0.1, 0.4), A = (0.1 +
+    0.5·0.4, 0.4) = (0.3, 0.4).
     """
     advantages = torch.zeros_like(rewards)
     next_value = torch.zeros_like(rewards[:, 0]) if final_values is None else final_values
@@ -53,10 +57,12 @@ def n_step(
     gamma: float = 1.0,
     final_values: Float[Tensor, "B"] | None = None,
 ) -> Float[Tensor, "B T"]:
-    """A_t = r_t + γ r_{t+1} + … + γ^{n−1} r_{t+n−1} + γ^n V_{t+n} − V_t (Sutton & Barto, eq. 7.1), over the tokens of the
-    mask only. n = 1 is the TD error, n ≥ the number of tokens the Monte Carlo return less the value.
+    """A_t = r_t + γ r_{t+1} + … + γ^{n−1} r_{t+n−1} + γ^n V_{t+n} − V_t (Sutton & Barto, eq. 7.1),
+    over the tokens of the mask only. n = 1 is the TD error, n ≥ the number of tokens the Monte
+    Carlo return less the value.
 
-    Rewards (0, 0, 1), values (0.5, 0.6, 0.7), n = 2: A = (0 + 0 + 0.7 − 0.5, 0 + 1 − 0.6, 1 − 0.7) = (0.2, 0.4, 0.3).
+    Rewards (0, 0, 1), values (0.5, 0.6, 0.7), n = 2: A = (0 + 0 + 0.7 − 0.5, 0 + 1 − 0.6, 1 − 0.7)
+    = (0.2, 0.4, 0.3).
     """
     order = torch.argsort(~mask, dim=1, stable=True)  # the mask's entries first, in their order
     width, n = mask.shape[1], min(n, mask.shape[1])
@@ -71,16 +77,23 @@ def n_step(
     return masked(torch.zeros_like(rewards).scatter(1, order, total), mask)
 
 
-def return_to_go(rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], gamma: float = 1.0) -> Float[Tensor, "B T"]:
-    """G_t = Σ_k γ^k r_{t+k}: GAE with λ = 1 and no critic. Rewards (0.1, 0, 1), γ = 0.5: (0.35, 0.5, 1)."""
+def return_to_go(
+    rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], gamma: float = 1.0
+) -> Float[Tensor, "B T"]:
+    """G_t = Σ_k γ^k r_{t+k}: GAE with λ = 1 and no critic. Rewards (0.1, 0, 1), γ = 0.5: (0.35,
+    0.5, 1)."""
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
 
 
-# --- parts with a critic -------------------------------------------------------------------------------------------------
+# --- parts with a critic
+# -------------------------------------------------------------------------------------------------
 
 
-def critic_values(batch: Batch, bootstrap_truncated: bool) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B"] | None]:
-    """The critic's values, and those after the end of responses that were cut off where they are asked for."""
+def critic_values(
+    batch: Batch, bootstrap_truncated: bool
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B"] | None]:
+    """The critic's values, and those after the end of responses that were cut off where they are
+    asked for."""
     assert batch.values is not None, "this advantage needs a critic's values"
     if not bootstrap_truncated:
         return batch.values, None
@@ -99,23 +112,30 @@ def _with_targets(
     """The advantages, and the critic's targets."""
     values, final = critic_values(batch, bootstrap_truncated)
     mask = batch.response_mask
-    error = advantages if value_lam is None else gae(token_rewards, values, mask, gamma, value_lam, final)
+    error = (
+        advantages
+        if value_lam is None
+        else gae(token_rewards, values, mask, gamma, value_lam, final)
+    )
     return advantages, masked(error + values, mask)
 
 
 class Advantage(Family):
-    """How much better each token was than expected. A subclass implements `__call__` and says what it needs."""
+    """How much better each token was than expected. A subclass implements `__call__` and says what
+    it needs."""
 
     needs_critic: ClassVar[bool] = False
     """Whether it reads `batch.values`."""
     needs_group: ClassVar[bool] = False
     """Whether it compares several responses to one prompt."""
     needs_greedy: ClassVar[bool] = False
-    """Whether it reads `batch.greedy_scores`, the score of the greedy response to the same prompt."""
+    """Whether it reads `batch.greedy_scores`, the score of the greedy response to the same
+    prompt."""
 
     @property
     def needs_final_values(self) -> bool:
-        """Whether it reads `batch.final_values`, the value after the last token of a response that was cut off."""
+        """Whether it reads `batch.final_values`, the value after the last token of a response that
+        was cut off."""
         return False
 
     def __call__(
@@ -131,7 +151,9 @@ class Gae(Advantage):
     type: Literal["gae"] = "gae"
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
     lam: float = Field(default=0.95, ge=0, le=1, description=LAM)
-    value_lam: float | None = Field(default=None, ge=0, le=1, description="λ of the critic's targets. Default: lam.")
+    value_lam: float | None = Field(
+        default=None, ge=0, le=1, description="λ of the critic's targets. Default: lam."
+    )
     bootstrap_truncated: bool = False
     """Whether a response that was cut off ends in the critic's value instead of 0."""
     needs_critic = True
@@ -144,12 +166,15 @@ class Gae(Advantage):
         """Advantages and returns, both [B T]."""
         values, final = critic_values(batch, self.bootstrap_truncated)
         advantages = gae(token_rewards, values, batch.response_mask, self.gamma, self.lam, final)
-        return _with_targets(advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated)
+        return _with_targets(
+            advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated
+        )
 
 
 class LengthAdaptiveGae(Advantage):
-    """GAE with λ = 1 − 1 / (alpha · l) for a response of l tokens (VAPO, Yue et al. 2025, eq. 8), so that the reward at the
-    end reaches the first tokens of long responses too. The critic's targets are Monte Carlo returns.
+    """GAE with λ = 1 − 1 / (alpha · l) for a response of l tokens (VAPO, Yue et al. 2025, eq. 8),
+    so that the reward at the end reaches the first tokens of long responses too. The critic's
+    targets are Monte Carlo returns.
 
     alpha = 0.05, l = 100: λ = 1 − 1/5 = 0.8. Short responses, where that is below 0, get λ = 0.
     """
@@ -170,16 +195,24 @@ class LengthAdaptiveGae(Advantage):
         lengths = batch.response_mask.sum(dim=1).clamp(min=1).to(values.dtype)
         lam = (1 - 1 / (self.alpha * lengths)).clamp(min=0)
         advantages = gae(token_rewards, values, batch.response_mask, self.gamma, lam, final)
-        return _with_targets(advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated)
+        return _with_targets(
+            advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated
+        )
 
 
 class NStep(Advantage):
     """n sampled rewards, then the critic."""
 
     type: Literal["n_step"] = "n_step"
-    n: int = Field(default=4, ge=1, description="1 is the TD error; the response's length or more is Monte Carlo.")
+    n: int = Field(
+        default=4,
+        ge=1,
+        description="1 is the TD error; the response's length or more is Monte Carlo.",
+    )
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
-    value_lam: float | None = Field(default=None, ge=0, le=1, description="λ of the critic's targets. Default: n steps too.")
+    value_lam: float | None = Field(
+        default=None, ge=0, le=1, description="λ of the critic's targets. Default: n steps too."
+    )
     bootstrap_truncated: bool = False
     needs_critic = True
 
@@ -190,7 +223,9 @@ class NStep(Advantage):
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
         values, final = critic_values(batch, self.bootstrap_truncated)
         advantages = n_step(token_rewards, values, batch.response_mask, self.n, self.gamma, final)
-        return _with_targets(advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated)
+        return _with_targets(
+            advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated
+        )
 
 
 class MonteCarlo(Advantage):
@@ -205,7 +240,8 @@ class MonteCarlo(Advantage):
 
 
 class TemporalDifference(Advantage):
-    """A_t = r_t + γ V_{t+1} − V_t: one reward, then the critic. Of low variance, as biased as the critic."""
+    """A_t = r_t + γ V_{t+1} − V_t: one reward, then the critic. Of low variance, as biased as the
+    critic."""
 
     type: Literal["temporal_difference"] = "temporal_difference"
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
@@ -215,13 +251,16 @@ class TemporalDifference(Advantage):
         return Gae(gamma=self.gamma, lam=0.0)(token_rewards, batch)
 
 
-# --- after the estimate --------------------------------------------------------------------------------------------------
+# --- after the estimate
+# --------------------------------------------------------------------------------------------------
 
 
 class Normalize(Family):
     """What is done to the advantages of all tokens of a step before they weigh the loss."""
 
-    def __call__(self, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(
+        self, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"]:
         raise NotImplementedError
 
 
@@ -230,20 +269,31 @@ class AsEstimated(Normalize):
 
     type: Literal["none"] = "none"
 
-    def __call__(self, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(
+        self, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"]:
         return advantages
 
 
 class Whiten(Normalize):
-    """(A − μ) / σ over all response tokens of the step, so that minibatches do not change it; then cut to ±clip
-    (PPO-max: 0.5).
+    """(A − μ) / σ over all response tokens of the step, so that minibatches do not change it; then
+    cut to ±clip (PPO-max: 0.5).
 
-    OpenAI's code and its reproductions divide by the population's deviation, TRL, trlx and veRL by the sample's.
+    OpenAI's code and its reproductions divide by the population's deviation, TRL, trlx and veRL by
+    the sample's.
     """
 
     type: Literal["whiten"] = "whiten"
     deviation: Literal["population", "sample"] = "population"
-    clip: OrInf = Field(default=float("inf"), gt=0, description="Whitened advantages are cut to ± this value; inf: not at all.")
+    clip: OrInf = Field(
+        default=float("inf"),
+        gt=0,
+        description="Whitened advantages are cut to ± this value; inf: not at all.",
+    )
 
-    def __call__(self, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        return whiten(advantages, mask, sample=self.deviation == "sample").clamp(-self.clip, self.clip)
+    def __call__(
+        self, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"]:
+        return whiten(advantages, mask, sample=self.deviation == "sample").clamp(
+            -self.clip, self.clip
+        )

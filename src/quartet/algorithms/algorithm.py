@@ -1,4 +1,5 @@
-"""An algorithm is a record of parts: how scores become token rewards, rewards advantages, and advantages a loss."""
+"""An algorithm is a record of parts: how scores become token rewards, rewards advantages, and
+advantages a loss."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,8 +26,8 @@ from quartet.tensors import Bool, Float, Tensor
 
 @dataclass(frozen=True)
 class Forward:
-    """What the models being trained say now of the tokens of some experience. The entropy carries a gradient only where
-    the algorithm asks for it."""
+    """What the models being trained say now of the tokens of some experience. The entropy carries a
+    gradient only where the algorithm asks for it."""
 
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
@@ -37,10 +38,11 @@ class Forward:
 
 @part
 class Algorithm:
-    """scores → token rewards → advantage × policy loss × KL placement × aggregation (× value loss × entropy × …).
+    """scores → token rewards → advantage × policy loss × KL placement × aggregation (× value loss ×
+    entropy × …).
 
-    Everything else in Quartet asks the record what it needs and calls `experience`, `loss` and `adapt`; nothing asks its
-    name.
+    Everything else in Quartet asks the record what it needs and calls `experience`, `loss` and
+    `adapt`; nothing asks its name.
     """
 
     advantage: Advantage
@@ -63,33 +65,39 @@ class Algorithm:
         advantage = self.advantage.type
         if self.advantage.needs_critic and not self.value_loss.trains_critic:
             raise ValueError(
-                f'advantage.type = "{advantage}" uses a critic, and without value_loss nobody trains it. '
+                f'advantage.type = "{advantage}" uses a critic, and without value_loss nobody '
+                f"trains it. "
                 'Add value_loss = { type = "clipped" }.'
             )
         if self.value_loss.trains_critic and not self.advantage.needs_critic:
             raise ValueError(
-                f'value_loss.type = "{self.value_loss.type}" trains a critic that advantage.type = "{advantage}" never reads. '
+                f'value_loss.type = "{self.value_loss.type}" trains a critic that advantage.type = '
+                f'"{advantage}" never reads. '
                 'Use value_loss = { type = "none" }, or advantage = { type = "gae" }.'
             )
         if self.scores and not self.rewards.shapes_scores:
             raise ValueError(
-                f'scores: shape the score of a response, and rewards.type = "{self.rewards.type}" does not read it. '
+                f'scores: shape the score of a response, and rewards.type = "{self.rewards.type}" '
+                f"does not read it. "
                 "Use scores = []."
             )
         for number, shape in enumerate(self.scores):
             if shape.type == "running_scale" and (number > 0 or self.rewards.needs_token_scores):
                 raise ValueError(
-                    'scores: type = "running_scale" keeps the moments of the scores as the reward gave them. Put it first, and '
+                    'scores: type = "running_scale" keeps the moments of the scores as the reward '
+                    "gave them. Put it first, and "
                     "use it with rewards that read one score per response."
                 )
         if self.groups.max_rounds > 1 and not self.needs_group:
             raise ValueError(
-                f'groups.type = "{self.groups.type}" drops groups of equal scores, and advantage.type = "{advantage}" compares '
+                f'groups.type = "{self.groups.type}" drops groups of equal scores, and '
+                f'advantage.type = "{advantage}" compares '
                 'no groups. Use groups = { type = "all" }.'
             )
         return self
 
-    # --- what it needs -----------------------------------------------------------------------------------------------------
+    # --- what it needs
+    # -----------------------------------------------------------------------------------------------------
 
     @property
     def needs_critic(self) -> bool:
@@ -126,7 +134,8 @@ class Algorithm:
     def needs_entropy_gradient(self) -> bool:
         return self.entropy.coef > 0
 
-    # --- what it does ------------------------------------------------------------------------------------------------------
+    # --- what it does
+    # ------------------------------------------------------------------------------------------------------
 
     def token_rewards(self, batch: Batch) -> Float[Tensor, "B T"]:
         """The shaped score where it belongs, plus the KL penalty."""
@@ -139,10 +148,14 @@ class Algorithm:
 
     def penalties(self, batch: Batch) -> Float[Tensor, "B T"]:
         """What the KL takes from each token's reward."""
-        return masked(self.kl.reward(batch.old_logprobs, batch.ref_logprobs, batch.exact_kl), batch.response_mask)
+        return masked(
+            self.kl.reward(batch.old_logprobs, batch.ref_logprobs, batch.exact_kl),
+            batch.response_mask,
+        )
 
     def experience(self, batch: Batch) -> Experience:
-        """Token rewards, advantages and returns of a batch. Pure: the same batch gives the same experience."""
+        """Token rewards, advantages and returns of a batch. Pure: the same batch gives the same
+        experience."""
         mask = batch.response_mask
         token_rewards = self.token_rewards(batch)
         advantages, returns = self.advantage(token_rewards, batch)
@@ -161,20 +174,32 @@ class Algorithm:
             penalties=self.penalties(batch),
             raw_advantages=advantages,
             weights=self.correction(batch.old_logprobs, batch.rollout_logprobs, mask),
-            mean_entropy=None if batch.entropy is None else masked_mean(batch.entropy, mask).expand(len(mask)),
+            mean_entropy=None
+            if batch.entropy is None
+            else masked_mean(batch.entropy, mask).expand(len(mask)),
         )
 
     def denominators(self, experience: Experience) -> dict[str, float]:
-        """What each term of the loss is divided by, counted over everything that feeds one optimizer step."""
-        return {name: self.aggregation.denominator(mask) for name, mask in self._masks(experience).items()}
+        """What each term of the loss is divided by, counted over everything that feeds one
+        optimizer step."""
+        return {
+            name: self.aggregation.denominator(mask)
+            for name, mask in self._masks(experience).items()
+        }
 
-    def loss(self, experience: Experience, now: Forward, denominators: Mapping[str, float]) -> dict[str, Float[Tensor, ""]]:
-        """The terms of the loss on these rows; their sum is what is minimised. `denominators` are those of the whole
-        optimizer step, of which these rows may be a part."""
+    def loss(
+        self, experience: Experience, now: Forward, denominators: Mapping[str, float]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The terms of the loss on these rows; their sum is what is minimised. `denominators` are
+        those of the whole optimizer step, of which these rows may be a part."""
         per_token = {
             "policy": self._policy(experience, now),
             "kl": self.kl.loss(
-                now.logprobs, experience.old_logprobs, experience.ref_logprobs, now.exact_kl, experience.response_mask
+                now.logprobs,
+                experience.old_logprobs,
+                experience.ref_logprobs,
+                now.exact_kl,
+                experience.response_mask,
             ),
             "entropy": self.entropy(now.entropy, experience.mean_entropy),
         }
@@ -184,17 +209,22 @@ class Algorithm:
         if self.positives.coef > 0:
             per_token["positives"] = self.positives(now.logprobs)
         masks = self._masks(experience)
-        return {name: self.aggregation(loss, masks[name], denominators[name]) for name, loss in per_token.items()}
+        return {
+            name: self.aggregation(loss, masks[name], denominators[name])
+            for name, loss in per_token.items()
+        }
 
-    def clipped(self, experience: Experience, logprobs: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    def clipped(
+        self, experience: Experience, logprobs: Float[Tensor, "B T"]
+    ) -> Bool[Tensor, "B T"]:
         """The response tokens whose gradient the policy loss took away."""
         mask = experience.response_mask
         tokens = Surrogate(logprobs, experience.old_logprobs, experience.advantages, mask)
         return self.policy_loss.clipped(tokens) & mask
 
     def adapt(self, metrics: Mapping[str, float]) -> "Algorithm":
-        """The algorithm of the next step: every part that has state has seen this step's metrics. State lives in the record
-        and nowhere else."""
+        """The algorithm of the next step: every part that has state has seen this step's metrics.
+        State lives in the record and nowhere else."""
         return dataclasses.replace(
             self,
             scores=tuple(shape.adapt(metrics) for shape in self.scores),
@@ -204,7 +234,9 @@ class Algorithm:
 
     def _policy(self, experience: Experience, now: Forward) -> Float[Tensor, "B T"]:
         mask = experience.response_mask
-        loss = self.policy_loss(Surrogate(now.logprobs, experience.old_logprobs, experience.advantages, mask))
+        loss = self.policy_loss(
+            Surrogate(now.logprobs, experience.old_logprobs, experience.advantages, mask)
+        )
         return loss if experience.weights is None else experience.weights * loss
 
     def _masks(self, experience: Experience) -> dict[str, Bool[Tensor, "B T"]]:

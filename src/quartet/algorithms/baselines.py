@@ -1,8 +1,10 @@
-"""Advantages without a critic: what a response earned, less what other responses to the same prompt earned.
+"""Advantages without a critic: what a response earned, less what other responses to the same prompt
+earned.
 
-R is the sum of a response's token rewards, KL penalty included where it is in the reward. The parts that compare whole
-responses give every token of one the same advantage. A group is the responses to one prompt; its statistics are taken in
-float64, and a group of equals, or of one, gets exactly 0: float32 noise over a tiny deviation would give up to ±1.
+R is the sum of a response's token rewards, KL penalty included where it is in the reward. The parts
+that compare whole responses give every token of one the same advantage. A group is the responses to
+one prompt; its statistics are taken in float64, and a group of equals, or of one, gets exactly 0:
+float32 noise over a tiny deviation would give up to ±1.
 """
 
 from typing import Literal
@@ -23,7 +25,8 @@ def same_for_every_token(advantage: Float[Tensor, "B"], batch: Batch) -> Float[T
 
 
 class ReturnToGo(Advantage):
-    """A_t = G_t = Σ_k γ^k r_{t+k}: no baseline at all (REINFORCE, Williams 1992); whitened, REINFORCE++ (Hu 2025)."""
+    """A_t = G_t = Σ_k γ^k r_{t+k}: no baseline at all (REINFORCE, Williams 1992); whitened,
+    REINFORCE++ (Hu 2025)."""
 
     type: Literal["return_to_go"] = "return_to_go"
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
@@ -34,11 +37,12 @@ class ReturnToGo(Advantage):
 
 
 class GroupMean(Advantage):
-    """A = (R − mean of the group) / (std of the group + eps) (GRPO, Shao et al. 2024); std = "none" leaves it undivided
-    (Dr. GRPO, Liu et al. 2025).
+    """A = (R − mean of the group) / (std of the group + eps) (GRPO, Shao et al. 2024); std = "none"
+    leaves it undivided (Dr. GRPO, Liu et al. 2025).
 
-    The sample's deviation (n − 1) as in TRL, veRL and OpenRLHF, or the population's (n). Rewards (1, 0, 0, 0): 1.5 and three
-    times −0.5 by the sample's 0.5; 1.73 and −0.58 by the population's 0.433; 0.75 and −0.25 undivided.
+    The sample's deviation (n − 1) as in TRL, veRL and OpenRLHF, or the population's (n). Rewards
+    (1, 0, 0, 0): 1.5 and three times −0.5 by the sample's 0.5; 1.73 and −0.58 by the population's
+    0.433; 0.75 and −0.25 undivided.
     """
 
     type: Literal["group_mean"] = "group_mean"
@@ -50,14 +54,19 @@ class GroupMean(Advantage):
         total = total_reward(token_rewards, batch)
         centred = total.double() - group_mean(total, batch.groups)
         if self.std != "none":
-            centred = centred / (group_std(total, batch.groups, sample=self.std == "sample") + self.eps)
-        advantage = torch.where(all_equal_in_group(total, batch.groups), 0.0, centred).to(total.dtype)
+            centred = centred / (
+                group_std(total, batch.groups, sample=self.std == "sample") + self.eps
+            )
+        advantage = torch.where(all_equal_in_group(total, batch.groups), 0.0, centred).to(
+            total.dtype
+        )
         return same_for_every_token(advantage, batch), None
 
 
 class LeaveOneOut(Advantage):
-    """A_i = R_i − mean of the others' R (RLOO, Kool et al. 2019; Ahmadian et al. 2024). It is n / (n − 1) times the distance
-    from the group's mean. Rewards (1, 0, 0, 0): 1 and three times −1/3."""
+    """A_i = R_i − mean of the others' R (RLOO, Kool et al. 2019; Ahmadian et al. 2024). It is n /
+    (n − 1) times the distance from the group's mean. Rewards (1, 0, 0, 0): 1 and three times
+    −1/3."""
 
     type: Literal["leave_one_out"] = "leave_one_out"
     needs_group = True
@@ -65,14 +74,19 @@ class LeaveOneOut(Advantage):
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, None]:
         total = total_reward(token_rewards, batch)
         size = group_size(batch.groups)
-        centred = (total.double() - group_mean(total, batch.groups)) * size / (size - 1).clamp(min=1)
-        advantage = torch.where(all_equal_in_group(total, batch.groups), 0.0, centred).to(total.dtype)
+        centred = (
+            (total.double() - group_mean(total, batch.groups)) * size / (size - 1).clamp(min=1)
+        )
+        advantage = torch.where(all_equal_in_group(total, batch.groups), 0.0, centred).to(
+            total.dtype
+        )
         return same_for_every_token(advantage, batch), None
 
 
 class LengthWeightedBaseline(Advantage):
-    """A_i = R_i − Σ_j l_j R_j / Σ_j l_j over the group, l_j tokens in response j (OPO, Hao et al. 2025): the baseline of least
-    variance where a response's gradient is as large as it is long. Rewards (1, 0), lengths (3, 1): 1 − 0.75 and −0.75."""
+    """A_i = R_i − Σ_j l_j R_j / Σ_j l_j over the group, l_j tokens in response j (OPO, Hao et al.
+    2025): the baseline of least variance where a response's gradient is as large as it is long.
+    Rewards (1, 0), lengths (3, 1): 1 − 0.75 and −0.75."""
 
     type: Literal["length_weighted"] = "length_weighted"
     needs_group = True
@@ -80,15 +94,18 @@ class LengthWeightedBaseline(Advantage):
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, None]:
         total = total_reward(token_rewards, batch)
         lengths = batch.response_mask.sum(dim=1).double()
-        weighted = group_mean(total.double() * lengths, batch.groups) / group_mean(lengths, batch.groups).clamp(min=1e-12)
+        weighted = group_mean(total.double() * lengths, batch.groups) / group_mean(
+            lengths, batch.groups
+        ).clamp(min=1e-12)
         alike = all_equal_in_group(total, batch.groups)
         advantage = torch.where(alike, 0.0, total.double() - weighted).to(total.dtype)
         return same_for_every_token(advantage, batch), None
 
 
 class GreedyBaseline(Advantage):
-    """A_t = G_t − score of the greedy response to the same prompt (ReMax, Li et al. 2024, algorithm 2). The baseline is
-    that response's score as the reward gave it: no KL penalty and no shaping."""
+    """A_t = G_t − score of the greedy response to the same prompt (ReMax, Li et al. 2024, algorithm
+    2). The baseline is that response's score as the reward gave it: no KL penalty and no
+    shaping."""
 
     type: Literal["greedy_baseline"] = "greedy_baseline"
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)

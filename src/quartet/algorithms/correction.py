@@ -1,8 +1,9 @@
 """Weights for rollouts that another engine, or an older policy, sampled.
 
-w_t = π_old(token t) / μ(token t), where μ is what the sampler says it drew from (`rollout_logprobs`) and π_old what the
-learner computes for the same weights. They multiply the policy loss and carry no gradient; tokens that are masked out still
-count in the denominator. Where sampler and learner are one, every weight is 1.
+w_t = π_old(token t) / μ(token t), where μ is what the sampler says it drew from
+(`rollout_logprobs`) and π_old what the learner computes for the same weights. They multiply the
+policy loss and carry no gradient; tokens that are masked out still count in the denominator. Where
+sampler and learner are one, every weight is 1.
 """
 
 from typing import Literal
@@ -16,7 +17,10 @@ class Correction(Family):
     """Weights of tokens that another engine or older weights have sampled."""
 
     def __call__(
-        self, old_logprobs: Float[Tensor, "B T"], rollout_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+        self,
+        old_logprobs: Float[Tensor, "B T"],
+        rollout_logprobs: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"] | None:
         """Return the weight of each token's policy loss; None where every weight is 1."""
         raise NotImplementedError
@@ -28,47 +32,63 @@ class NoCorrection(Correction):
     type: Literal["none"] = "none"
 
     def __call__(
-        self, old_logprobs: Float[Tensor, "B T"], rollout_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+        self,
+        old_logprobs: Float[Tensor, "B T"],
+        rollout_logprobs: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
     ) -> None:
         return None
 
 
 class Truncated(Correction):
-    """min(w_t, cap) (TIS, Yao et al. 2025; after Espeholt et al. 2018). w = (0.5, 3), cap = 2: (0.5, 2)."""
+    """min(w_t, cap) (TIS, Yao et al. 2025; after Espeholt et al. 2018). w = (0.5, 3), cap = 2:
+    (0.5, 2)."""
 
     type: Literal["truncated"] = "truncated"
     cap: float = Field(default=2.0, ge=1)
 
     def __call__(
-        self, old_logprobs: Float[Tensor, "B T"], rollout_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+        self,
+        old_logprobs: Float[Tensor, "B T"],
+        rollout_logprobs: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        return masked((old_logprobs - rollout_logprobs).clamp(-20, 20).exp().clamp(max=self.cap), mask)
+        return masked(
+            (old_logprobs - rollout_logprobs).clamp(-20, 20).exp().clamp(max=self.cap), mask
+        )
 
 
 class Masked(Correction):
-    """w_t where low ≤ w_t ≤ high, else 0 (IcePop, 2025). w = (0.4, 1.2, 6), 0.5 to 5: (0, 1.2, 0)."""
+    """w_t where low ≤ w_t ≤ high, else 0 (IcePop, 2025). w = (0.4, 1.2, 6), 0.5 to 5: (0, 1.2,
+    0)."""
 
     type: Literal["masked"] = "masked"
     low: float = Field(default=0.5, ge=0, le=1)
     high: float = Field(default=5.0, ge=1)
 
     def __call__(
-        self, old_logprobs: Float[Tensor, "B T"], rollout_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+        self,
+        old_logprobs: Float[Tensor, "B T"],
+        rollout_logprobs: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
         weight = (old_logprobs - rollout_logprobs).clamp(-20, 20).exp()
         return masked(weight, mask & (weight >= self.low) & (weight <= self.high))
 
 
 class SequenceMasked(Correction):
-    """Π_s w_s at every token of responses where low ≤ Π_s w_s ≤ high, 0 at every token of the others. Weights (2, 1.2): 2.4
-    twice; (2, 2) with high = 3: 0 twice."""
+    """Π_s w_s at every token of responses where low ≤ Π_s w_s ≤ high, 0 at every token of the
+    others. Weights (2, 1.2): 2.4 twice; (2, 2) with high = 3: 0 twice."""
 
     type: Literal["sequence_masked"] = "sequence_masked"
     low: float = Field(default=0.0, ge=0, le=1)
     high: float = Field(default=3.0, ge=1)
 
     def __call__(
-        self, old_logprobs: Float[Tensor, "B T"], rollout_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+        self,
+        old_logprobs: Float[Tensor, "B T"],
+        rollout_logprobs: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
         log_weight = masked(old_logprobs - rollout_logprobs, mask).sum(dim=1, keepdim=True)
         weight = log_weight.clamp(-20, 20).exp()

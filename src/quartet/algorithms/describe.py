@@ -18,7 +18,9 @@ def in_short(part: Any) -> str:
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if field.name != "type" and value != getattr(default, field.name):
-            words.append(f"{field.name} {in_short(value) if dataclasses.is_dataclass(value) else value}")
+            words.append(
+                f"{field.name} {in_short(value) if dataclasses.is_dataclass(value) else value}"
+            )
     return " ".join(words)
 
 

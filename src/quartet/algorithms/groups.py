@@ -7,7 +7,8 @@ from quartet.parts import Family, Field
 
 
 class Groups(Family):
-    """Which groups of responses to one prompt are learnt from, and how many batches of prompts a step may try."""
+    """Which groups of responses to one prompt are learnt from, and how many batches of prompts a
+    step may try."""
 
     @property
     def max_rounds(self) -> int:
@@ -28,12 +29,14 @@ class AllGroups(Groups):
 
 
 class DynamicSampling(Groups):
-    """DAPO's dynamic sampling (Yu et al. 2025, eq. 11): a group whose responses all score the same has no advantage. It is
-    dropped, and more prompts are sampled until the step is full or `max_rounds` batches of prompts were tried; then the step
-    is what there is."""
+    """DAPO's dynamic sampling (Yu et al. 2025, eq. 11): a group whose responses all score the same
+    has no advantage. It is dropped, and more prompts are sampled until the step is full or
+    `max_rounds` batches of prompts were tried; then the step is what there is."""
 
     type: Literal["dynamic_sampling"] = "dynamic_sampling"
-    max_rounds: int = Field(default=10, ge=1, description="How many batches of prompts one step may try.")
+    max_rounds: int = Field(
+        default=10, ge=1, description="How many batches of prompts one step may try."
+    )
 
     def keep(self, scores: Sequence[float]) -> bool:
         return min(scores) < max(scores)

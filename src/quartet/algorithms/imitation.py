@@ -1,4 +1,5 @@
-"""Likelihood beside reinforcement: of good answers of the policy's own, or of texts that are not its own."""
+"""Likelihood beside reinforcement: of good answers of the policy's own, or of texts that are not
+its own."""
 
 from typing import Literal
 
@@ -9,8 +10,9 @@ from quartet.tensors import Bool, Float, Tensor
 
 @part
 class PositiveExamples:
-    """ℓ_t = −coef · log π(token t) on responses whose score is above the threshold (VAPO, Yue et al. 2025, eq. 12–13). Its mean
-    is over those responses' tokens only. At the default of 0 there is no such term."""
+    """ℓ_t = −coef · log π(token t) on responses whose score is above the threshold (VAPO, Yue et
+    al. 2025, eq. 12–13). Its mean is over those responses' tokens only. At the default of 0 there
+    is no such term."""
 
     type: Literal["positive_examples"] = "positive_examples"
     coef: float = Field(default=0.0, ge=0, description="VAPO: 0.1.")
@@ -25,8 +27,9 @@ class PositiveExamples:
 
 @part
 class Pretraining:
-    """PTX: coef · the mean negative log-probability of texts that are not the policy's own, added to every optimizer step
-    (Ouyang et al. 2022, InstructGPT, eq. 2: coef 27.8). At 0 no such texts are read.
+    """PTX: coef · the mean negative log-probability of texts that are not the policy's own, added
+    to every optimizer step (Ouyang et al. 2022, InstructGPT, eq. 2: coef 27.8). At 0 no such texts
+    are read.
 
     The texts are the run's demonstrations, or those of `data.pretraining`.
     """

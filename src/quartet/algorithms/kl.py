@@ -1,9 +1,10 @@
-"""The Kullback–Leibler divergence between two policies, and where an algorithm puts it: in the reward, in the loss, or
-nowhere.
+"""The Kullback–Leibler divergence between two policies, and where an algorithm puts it: in the
+reward, in the loss, or nowhere.
 
-Estimators after Schulman 2020, "Approximating KL divergence". For a token x ~ π and the log-ratio
-d = log π(x) − log π_ref(x), each says something of KL(π ‖ π_ref) of that token's distribution. Which placement and which
-estimator reach the optimum of E[score] − coef · KL, and which do not, is measured in docs/algorithms.md.
+Estimators after Schulman 2020, "Approximating KL divergence". For a token x ~ π and the log-ratio d
+= log π(x) − log π_ref(x), each says something of KL(π ‖ π_ref) of that token's distribution. Which
+placement and which estimator reach the optimum of E[score] − coef · KL, and which do not, is
+measured in docs/algorithms.md.
 """
 
 import dataclasses
@@ -26,37 +27,49 @@ def k1(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Fl
 
 
 def k2(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """d² / 2. Biased as a value; as a loss on sampled tokens its gradient is that of the exact KL. For d = log 2: 0.240."""
+    """d² / 2. Biased as a value; as a loss on sampled tokens its gradient is that of the exact KL.
+    For d = log 2: 0.240."""
     return (logprobs - ref_logprobs).square() / 2
 
 
 def k3(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """exp(−d) − 1 + d. Unbiased, never negative, low variance. For d = log 2: 0.5 − 1 + 0.693 = 0.193.
+    """exp(−d) − 1 + d. Unbiased, never negative, low variance. For d = log 2: 0.5 − 1 + 0.693 =
+    0.193.
 
-    It is not clamped: a clamp at 10, as some libraries have it, removes the gradient below π/π_ref = 0.074, exactly where
-    it is needed.
+    It is not clamped: a clamp at 10, as some libraries have it, removes the gradient below π/π_ref
+    = 0.074, exactly where it is needed.
     """
     difference = ref_logprobs - logprobs
     return difference.expm1() - difference
 
 
-def absolute(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """|d|: veRL's "abs". No estimate of the KL, a distance that punishes leaving in either direction."""
+def absolute(
+    logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """|d|: veRL's "abs". No estimate of the KL, a distance that punishes leaving in either
+    direction."""
     return (logprobs - ref_logprobs).abs()
 
 
-def squared(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+def squared(
+    logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
     """d², twice k2."""
     return (logprobs - ref_logprobs).square()
 
 
-def exact_kl(logprobs: Float[Tensor, "*n V"], ref_logprobs: Float[Tensor, "*n V"]) -> Float[Tensor, "*n"]:
+def exact_kl(
+    logprobs: Float[Tensor, "*n V"], ref_logprobs: Float[Tensor, "*n V"]
+) -> Float[Tensor, "*n"]:
     """Σ_v π(v) (log π(v) − log π_ref(v)), from the log-probs of the whole vocabulary.
 
-    π = (0.5, 0.5), π_ref = (0.25, 0.75): 0.5 log 2 + 0.5 log ⅔ = 0.1438. A token that π rules out adds nothing.
+    π = (0.5, 0.5), π_ref = (0.25, 0.75): 0.5 log 2 + 0.5 log ⅔ = 0.1438. A token that π rules out
+    adds nothing.
     """
     probabilities = logprobs.exp()
-    return torch.where(probabilities > 0, probabilities * (logprobs - ref_logprobs), 0.0).sum(dim=-1)
+    return torch.where(probabilities > 0, probabilities * (logprobs - ref_logprobs), 0.0).sum(
+        dim=-1
+    )
 
 
 SAMPLED = {"k1": k1, "k2": k2, "k3": k3, "abs": absolute, "squared": squared}
@@ -75,7 +88,8 @@ def estimate(
     return SAMPLED[estimator](logprobs, ref_logprobs)
 
 
-# --- coefficients --------------------------------------------------------------------------------------------------------
+# --- coefficients
+# --------------------------------------------------------------------------------------------------------
 
 
 class Controller(Family):
@@ -96,26 +110,32 @@ class FixedCoef(Controller):
 
 
 class AdaptiveCoef(Controller):
-    """β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon), after every step of n responses (Ziegler et al. 2019,
-    section 2.2). KL is that of a whole response, in nats.
+    """β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon), after every step of n responses
+    (Ziegler et al. 2019, section 2.2). KL is that of a whole response, in nats.
 
     β = 0.2, KL = 9, target = 6, n = 64, horizon = 10000: 0.2 (1 + 0.2 · 0.0064) = 0.200256.
     """
 
     type: Literal["adaptive"] = "adaptive"
-    target: float = Field(default=6.0, gt=0, description="The KL of a response to aim at, in nats. Typical: 1 to 20.")
-    horizon: int = Field(default=10_000, gt=0, description="Responses over which β may grow by a fifth.")
+    target: float = Field(
+        default=6.0, gt=0, description="The KL of a response to aim at, in nats. Typical: 1 to 20."
+    )
+    horizon: int = Field(
+        default=10_000, gt=0, description="Responses over which β may grow by a fifth."
+    )
 
     def __call__(self, coef: float, kl: float, num_responses: float) -> float:
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         return coef * (1 + error * num_responses / self.horizon)
 
 
-# --- placements ----------------------------------------------------------------------------------------------------------
+# --- placements
+# ----------------------------------------------------------------------------------------------------------
 
 
 class KL(Family):
-    """Where the divergence from the reference goes: into the reward, into the loss, both, or neither (the default)."""
+    """Where the divergence from the reference goes: into the reward, into the loss, both, or
+    neither (the default)."""
 
     needs_reference: ClassVar[bool] = True
 
@@ -159,12 +179,14 @@ class NoKL(KL):
 
 
 class KLInReward(KL):
-    """Token reward −coef · KL(π_old ‖ π_ref), a constant for the update (Ziegler et al. 2019, eq. 2).
+    """Token reward −coef · KL(π_old ‖ π_ref), a constant for the update (Ziegler et al. 2019, eq.
+    2).
 
-    With k1 the best policy of the penalised reward is exactly π_ref · exp(score / coef), normalised. With no other estimator
-    is it: a policy gradient takes the reward for a constant, and of k1 alone the part that it misses is 0. The exact KL is
-    the same whichever token is chosen next, so the token that should pay for it does not; it is offered because texts and
-    libraries propose it. The coefficient is the controller's state: `adapt` returns a part with the next one.
+    With k1 the best policy of the penalised reward is exactly π_ref · exp(score / coef),
+    normalised. With no other estimator is it: a policy gradient takes the reward for a constant,
+    and of k1 alone the part that it misses is 0. The exact KL is the same whichever token is chosen
+    next, so the token that should pay for it does not; it is offered because texts and libraries
+    propose it. The coefficient is the controller's state: `adapt` returns a part with the next one.
     """
 
     type: Literal["in_reward"] = "in_reward"
@@ -185,11 +207,14 @@ class KLInReward(KL):
         return {"kl/coef": self.coef}
 
     def adapt(self, metrics: Mapping[str, float]) -> "KL":
-        return dataclasses.replace(self, coef=self.controller(self.coef, metrics["kl"], metrics["responses"]))
+        return dataclasses.replace(
+            self, coef=self.controller(self.coef, metrics["kl"], metrics["responses"])
+        )
 
 
 class KLInLoss(KL):
-    """Token loss coef · w_t · KL(π ‖ π_ref), differentiated with the rest of the loss (Shao et al. 2024, GRPO, eq. 3–4).
+    """Token loss coef · w_t · KL(π ‖ π_ref), differentiated with the rest of the loss (Shao et al.
+    2024, GRPO, eq. 3–4).
 
     The weight w_t says which gradient that is:
 
@@ -198,8 +223,8 @@ class KLInLoss(KL):
     - "token": w_t = π(token t) / π_old(token t). Unbiased for the KL of each token's distribution, as in DeepSeek-V3.2;
       k1 and k3 only, k2 would be wrong.
     - "sequence": w_t = Π_{s ≤ t} π(s) / π_old(s), the product up to this token (before it, for the exact KL). The gradient
-      is that of the KL of whole responses: it also knows that an early token decides how far later ones will be from
-      the reference.
+      is that of the KL of whole responses: it also knows that an early token decides how far later
+      ones will be from the reference.
     """
 
     type: Literal["in_loss"] = "in_loss"
@@ -212,12 +237,14 @@ class KLInLoss(KL):
     def _weighs_what_is_unbiased(self) -> "KLInLoss":
         if self.weight != "none" and self.estimator in {"k2", "abs", "squared"}:
             raise ValueError(
-                f'kl.weight = "{self.weight}" corrects k1, k3 and exact only; {self.estimator} is no unbiased estimate of the '
+                f'kl.weight = "{self.weight}" corrects k1, k3 and exact only; {self.estimator} is '
+                f"no unbiased estimate of the "
                 'KL. Use kl.estimator = "k3".'
             )
         if self.weight == "token" and self.estimator == "exact":
             raise ValueError(
-                'kl.weight = "token" corrects for a sampled token; the exact KL has none. Use "sequence" or "none".'
+                'kl.weight = "token" corrects for a sampled token; the exact KL has none. Use '
+                '"sequence" or "none".'
             )
         return self
 
@@ -246,4 +273,6 @@ class KLInLoss(KL):
         return {"kl/coef": self.coef}
 
     def adapt(self, metrics: Mapping[str, float]) -> "KL":
-        return dataclasses.replace(self, coef=self.controller(self.coef, metrics["kl"], metrics["responses"]))
+        return dataclasses.replace(
+            self, coef=self.controller(self.coef, metrics["kl"], metrics["responses"])
+        )

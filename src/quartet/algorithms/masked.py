@@ -1,6 +1,7 @@
 """Sums, means, whitening and group statistics under a mask.
 
-What is masked never enters a result, not even a NaN or an infinity: masked entries are replaced, not multiplied by zero.
+What is masked never enters a result, not even a NaN or an infinity: masked entries are replaced,
+not multiplied by zero.
 """
 
 from quartet.tensors import Bool, Float, Int, Tensor, torch
@@ -21,11 +22,14 @@ def row_mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor
     return masked(x, mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-def whiten(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], eps: float = 1e-8, sample: bool = False) -> Float[Tensor, "B T"]:
+def whiten(
+    x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], eps: float = 1e-8, sample: bool = False
+) -> Float[Tensor, "B T"]:
     """(x − μ) / √(σ² + eps) over the entries of the mask, 0 elsewhere.
 
-    σ² is the population variance, as in Ziegler et al. 2019 and its reproductions; with `sample` it is divided by n − 1, as
-    in TRL and veRL. The results differ by √(n / (n − 1)), 1.4 % on 35 tokens.
+    σ² is the population variance, as in Ziegler et al. 2019 and its reproductions; with `sample` it
+    is divided by n − 1, as in TRL and veRL. The results differ by √(n / (n − 1)), 1.4 % on 35
+    tokens.
     """
     count = mask.sum()
     mean = masked_mean(x, mask)
@@ -42,21 +46,28 @@ def group_size(groups: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
 def group_mean(x: Float[Tensor, "B"], groups: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
     """For every row the mean of its group, in float64."""
     _, index, count = groups.unique(return_inverse=True, return_counts=True)
-    total = torch.zeros(len(count), dtype=torch.float64, device=x.device).index_add_(0, index, x.double())
+    total = torch.zeros(len(count), dtype=torch.float64, device=x.device).index_add_(
+        0, index, x.double()
+    )
     return (total / count)[index]
 
 
-def group_std(x: Float[Tensor, "B"], groups: Int[Tensor, "B"], sample: bool = True) -> Float[Tensor, "B"]:
-    """For every row the standard deviation of its group, in float64: the sample's (n − 1) or the population's (n); 0 for a
-    group of one."""
+def group_std(
+    x: Float[Tensor, "B"], groups: Int[Tensor, "B"], sample: bool = True
+) -> Float[Tensor, "B"]:
+    """For every row the standard deviation of its group, in float64: the sample's (n − 1) or the
+    population's (n); 0 for a group of one."""
     _, index, count = groups.unique(return_inverse=True, return_counts=True)
     squares = (x.double() - group_mean(x, groups)).square()
-    total = torch.zeros(len(count), dtype=torch.float64, device=x.device).index_add_(0, index, squares)
+    total = torch.zeros(len(count), dtype=torch.float64, device=x.device).index_add_(
+        0, index, squares
+    )
     return (total / (count - int(sample)).clamp(min=1)).sqrt()[index]
 
 
 def all_equal_in_group(x: Float[Tensor, "B"], groups: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
-    """For every row whether all values of its group are exactly the same: such a group has no signal."""
+    """For every row whether all values of its group are exactly the same: such a group has no
+    signal."""
     _, index, count = groups.unique(return_inverse=True, return_counts=True)
     highest = torch.full((len(count),), -torch.inf, dtype=x.dtype, device=x.device)
     lowest = torch.full((len(count),), torch.inf, dtype=x.dtype, device=x.device)

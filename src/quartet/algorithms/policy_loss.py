@@ -1,4 +1,5 @@
-"""Policy losses: the loss per token that moves the policy. Notation: ρ_t = π(token t) / π_old(token t)."""
+"""Policy losses: the loss per token that moves the policy. Notation: ρ_t = π(token t) / π_old(token
+t)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,17 +15,20 @@ BELOW = "Ratios below 1 − low are clipped."
 ABOVE = "Ratios above 1 + high are clipped."
 
 
-def token_ratio(logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """ρ_t = π(token t) / π_old(token t). The log-ratio is held within ±20, where exp still fits in float32 and any
-    clip has long since taken hold."""
+def token_ratio(
+    logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """ρ_t = π(token t) / π_old(token t). The log-ratio is held within ±20, where exp still fits in
+    float32 and any clip has long since taken hold."""
     return (logprobs - old_logprobs).clamp(-20, 20).exp()
 
 
 def sequence_ratio(
     logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """s = exp(mean over the response's tokens of log ρ_t), at every token; as GSPO-token has it, its value is the
-    sequence's and its gradient the token's: s_t = sg[s] · π_t / sg[π_t] (Zheng et al. 2025, eq. 14).
+    """s = exp(mean over the response's tokens of log ρ_t), at every token; as GSPO-token has it,
+    its value is the sequence's and its gradient the token's: s_t = sg[s] · π_t / sg[π_t] (Zheng et
+    al. 2025, eq. 14).
 
     Ratios (2, 0.5, 2): exp((log 2 − log 2 + log 2) / 3) = 2^(1/3) = 1.26.
     """
@@ -40,14 +44,18 @@ def clip_surrogate(
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
-def outside(ratio: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"], low: float, high: float) -> Bool[Tensor, "B T"]:
-    """Where `clip_surrogate` has no gradient: the ratio has gone too far the way the advantage pushes it."""
+def outside(
+    ratio: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"], low: float, high: float
+) -> Bool[Tensor, "B T"]:
+    """Where `clip_surrogate` has no gradient: the ratio has gone too far the way the advantage
+    pushes it."""
     return ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """What a policy loss is computed from, for each token of some responses. All are [B T]; entry t is of token t."""
+    """What a policy loss is computed from, for each token of some responses. All are [B T]; entry t
+    is of token t."""
 
     logprobs: Float[Tensor, "B T"]
     """log π(token t), with a gradient."""
@@ -55,7 +63,8 @@ class Surrogate:
     """log π_old(token t): of the policy that sampled."""
     advantages: Float[Tensor, "B T"]
     mask: Bool[Tensor, "B T"]
-    """True at the response's tokens. A loss may hold anything elsewhere; it is not counted there."""
+    """True at the response's tokens. A loss may hold anything elsewhere; it is not counted
+    there."""
 
     @property
     def ratio(self) -> Float[Tensor, "B T"]:
@@ -71,8 +80,9 @@ class Surrogate:
 class PolicyLoss(Family):
     """The loss that moves the policy: one number per token, to be minimised.
 
-    A subclass implements `__call__`. Where it takes the gradient of some tokens away it also says where, in `clipped`, and
-    over which ratios, in `clip_range`: the clip fraction, the inspector and the doctor read them.
+    A subclass implements `__call__`. Where it takes the gradient of some tokens away it also says
+    where, in `clipped`, and over which ratios, in `clip_range`: the clip fraction, the inspector
+    and the doctor read them.
     """
 
     @property
@@ -94,8 +104,8 @@ class PolicyLoss(Family):
 
 
 class Reinforce(PolicyLoss):
-    """ℓ_t = −A_t log π(token t) (Williams 1992): the first rungs of the ladder. With the return for an advantage it is
-    −V log π; with a critic's advantage, the actor's loss of A2C."""
+    """ℓ_t = −A_t log π(token t) (Williams 1992): the first rungs of the ladder. With the return for
+    an advantage it is −V log π; with a critic's advantage, the actor's loss of A2C."""
 
     type: Literal["reinforce"] = "reinforce"
 
@@ -104,8 +114,8 @@ class Reinforce(PolicyLoss):
 
 
 class ImportanceWeighted(PolicyLoss):
-    """ℓ_t = −ρ_t A_t: several updates from one batch, and nothing that keeps them near it (Schulman et al. 2017, eq. 6).
-    ρ = 1.5, A = 2: −3."""
+    """ℓ_t = −ρ_t A_t: several updates from one batch, and nothing that keeps them near it (Schulman
+    et al. 2017, eq. 6). ρ = 1.5, A = 2: −3."""
 
     type: Literal["importance_weighted"] = "importance_weighted"
 
@@ -114,19 +124,29 @@ class ImportanceWeighted(PolicyLoss):
 
 
 class KLPenalty(PolicyLoss):
-    """ℓ_t = −ρ_t A_t + β KL(π_old ‖ π) (Schulman et al. 2017, eq. 8 and section 4). The KL of the sampled token is
-    ρ − 1 − log ρ, whose expectation under π_old, and whose gradient's, are the KL's.
+    """ℓ_t = −ρ_t A_t + β KL(π_old ‖ π) (Schulman et al. 2017, eq. 8 and section 4). The KL of the
+    sampled token is ρ − 1 − log ρ, whose expectation under π_old, and whose gradient's, are the
+    KL's.
 
-    After a step whose KL per token, measured when the step is over, is above 1.5 δ, β doubles; below δ / 1.5, it halves. A step
-    in which only the critic learnt says nothing. δ = 0 keeps β fixed. ρ = 1.5, A = 2, β = 1: −3 + (0.5 − 0.405) = −2.905.
+    After a step whose KL per token, measured when the step is over, is above 1.5 δ, β doubles;
+    below δ / 1.5, it halves. A step in which only the critic learnt says nothing. δ = 0 keeps β
+    fixed. ρ = 1.5, A = 2, β = 1: −3 + (0.5 − 0.405) = −2.905.
     """
 
     type: Literal["kl_penalty"] = "kl_penalty"
-    beta: float = Field(default=1.0, ge=0, description="The weight of KL(π_old ‖ π): the controller's state.")
-    target: float = Field(default=0.01, ge=0, description="δ, the KL per token of one step to aim at; 0 keeps beta fixed.")
+    beta: float = Field(
+        default=1.0, ge=0, description="The weight of KL(π_old ‖ π): the controller's state."
+    )
+    target: float = Field(
+        default=0.01,
+        ge=0,
+        description="δ, the KL per token of one step to aim at; 0 keeps beta fixed.",
+    )
 
     def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
-        return -tokens.ratio * tokens.advantages + self.beta * k3(tokens.old_logprobs, tokens.logprobs)
+        return -tokens.ratio * tokens.advantages + self.beta * k3(
+            tokens.old_logprobs, tokens.logprobs
+        )
 
     @property
     def needs_step_kl(self) -> bool:
@@ -147,9 +167,9 @@ class Clip(PolicyLoss):
 
         ℓ_t = −min(ρ_t A_t, clip(ρ_t, 1 − low, 1 + high) A_t)
 
-    No gradient flows where A > 0 and ρ > 1 + high, or A < 0 and ρ < 1 − low: the update has gone far enough that way.
-    With ρ = 1.5, A = 2 and high = 0.2: −min(3, 2.4) = −2.4, and no gradient. A `high` above `low` lets unlikely tokens grow
-    ("clip-higher", DAPO: 0.2 and 0.28).
+    No gradient flows where A > 0 and ρ > 1 + high, or A < 0 and ρ < 1 − low: the update has gone
+    far enough that way. With ρ = 1.5, A = 2 and high = 0.2: −min(3, 2.4) = −2.4, and no gradient. A
+    `high` above `low` lets unlikely tokens grow ("clip-higher", DAPO: 0.2 and 0.28).
     """
 
     type: Literal["clip"] = "clip"
@@ -164,30 +184,38 @@ class Clip(PolicyLoss):
 
 
 class DualClip(PolicyLoss):
-    """Clip, and for A < 0 no loss above −cap · A (Ye et al. 2020): one token whose ratio exploded cannot drive the update.
+    """Clip, and for A < 0 no loss above −cap · A (Ye et al. 2020): one token whose ratio exploded
+    cannot drive the update.
 
-    ρ = 10, A = −1, cap = 3: Clip says 10, this says min(10, 3) = 3, without a gradient. veRL has it always on.
+    ρ = 10, A = −1, cap = 3: Clip says 10, this says min(10, 3) = 3, without a gradient. veRL has it
+    always on.
     """
 
     type: Literal["dual_clip"] = "dual_clip"
     low: float = Field(default=0.2, gt=0, lt=1, description=f"{BELOW} Typical: 0.1 to 0.3.")
     high: OrInf = Field(default=0.2, gt=0, description=f"{ABOVE} Typical: 0.1 to 0.3.")
-    cap: OrInf = Field(default=3.0, gt=1, description="The largest ratio that a token with A < 0 may count with.")
+    cap: OrInf = Field(
+        default=3.0, gt=1, description="The largest ratio that a token with A < 0 may count with."
+    )
 
     def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
         loss = clip_surrogate(tokens.ratio, tokens.advantages, self.low, self.high)
-        return torch.where(tokens.advantages < 0, torch.minimum(loss, -self.cap * tokens.advantages), loss)
+        return torch.where(
+            tokens.advantages < 0, torch.minimum(loss, -self.cap * tokens.advantages), loss
+        )
 
     def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
         ratio = tokens.ratio
-        return outside(ratio, tokens.advantages, self.low, self.high) | ((tokens.advantages < 0) & (ratio > self.cap))
+        return outside(ratio, tokens.advantages, self.low, self.high) | (
+            (tokens.advantages < 0) & (ratio > self.cap)
+        )
 
 
 class SequenceClip(PolicyLoss):
     """GSPO (Zheng et al. 2025): the clip acts on the whole response's ratio s = exp(mean log ρ_t).
 
-    Written per token in the form of GSPO-token, which has GSPO's value and gradient where a response has one advantage.
-    The window is narrow because a mean of log-ratios moves little.
+    Written per token in the form of GSPO-token, which has GSPO's value and gradient where a
+    response has one advantage. The window is narrow because a mean of log-ratios moves little.
     """
 
     type: Literal["sequence_clip"] = "sequence_clip"
@@ -202,10 +230,12 @@ class SequenceClip(PolicyLoss):
 
 
 class Cispo(PolicyLoss):
-    """ℓ_t = −sg[clip(ρ_t, ratio_min, ratio_max)] A_t log π(token t) (MiniMax-M1, 2025, eq. 4): the weight is cut, the
-    gradient of every token stays. On the first step, where ρ = 1, it is REINFORCE.
+    """ℓ_t = −sg[clip(ρ_t, ratio_min, ratio_max)] A_t log π(token t) (MiniMax-M1, 2025, eq. 4): the
+    weight is cut, the gradient of every token stays. On the first step, where ρ = 1, it is
+    REINFORCE.
 
-    MiniMax-M1 leaves the lower bound open and does not print the upper one; 5 is what ScaleRL (Khatri et al. 2025) uses.
+    MiniMax-M1 leaves the lower bound open and does not print the upper one; 5 is what ScaleRL
+    (Khatri et al. 2025) uses.
     """
 
     type: Literal["cispo"] = "cispo"
@@ -218,8 +248,9 @@ class Cispo(PolicyLoss):
 
 
 class Sapo(PolicyLoss):
-    """ℓ_t = −(4/τ) σ(τ (ρ_t − 1)) A_t (SAPO, Gao et al. 2025): a soft gate in place of the clip; τ is `positive` where A > 0,
-    else `negative`. At ρ = 1 its gradient is that of −ρ A. ρ = 1.5, A = 2, τ = 1: −4 · σ(0.5) · 2 = −4.98."""
+    """ℓ_t = −(4/τ) σ(τ (ρ_t − 1)) A_t (SAPO, Gao et al. 2025): a soft gate in place of the clip; τ
+    is `positive` where A > 0, else `negative`. At ρ = 1 its gradient is that of −ρ A. ρ = 1.5, A =
+    2, τ = 1: −4 · σ(0.5) · 2 = −4.98."""
 
     type: Literal["sapo"] = "sapo"
     positive: float = Field(default=1.0, gt=0)
@@ -232,18 +263,24 @@ class Sapo(PolicyLoss):
 
 
 class Gmpo(PolicyLoss):
-    """ℓ_t = −A_t (Π_s ρ̃_s)^{1/|o|} (GMPO, Zhao et al. 2025, algorithm 1): the geometric mean of the response's ratios, each
-    cut in the log at +window where A > 0 and at −window where A < 0.
+    """ℓ_t = −A_t (Π_s ρ̃_s)^{1/|o|} (GMPO, Zhao et al. 2025, algorithm 1): the geometric mean of
+    the response's ratios, each cut in the log at +window where A > 0 and at −window where A < 0.
 
     A = 1, ratios (e^0.6, e^0.2), window 0.4: −exp((0.4 + 0.2) / 2) = −1.35.
     """
 
     type: Literal["gmpo"] = "gmpo"
-    window: float = Field(default=0.4, gt=0, description="In the log: ratios are held within e^−window and e^window.")
+    window: float = Field(
+        default=0.4, gt=0, description="In the log: ratios are held within e^−window and e^window."
+    )
 
     def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
         log_ratio = masked(tokens.logprobs - tokens.old_logprobs, tokens.mask)
-        kept = torch.where(tokens.advantages > 0, log_ratio.clamp(max=self.window), log_ratio.clamp(min=-self.window))
+        kept = torch.where(
+            tokens.advantages > 0,
+            log_ratio.clamp(max=self.window),
+            log_ratio.clamp(min=-self.window),
+        )
         mean = kept.sum(dim=1, keepdim=True) / tokens.mask.sum(dim=1, keepdim=True).clamp(min=1)
         return -tokens.advantages * mean.clamp(-20, 20).exp()
 

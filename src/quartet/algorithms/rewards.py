@@ -1,7 +1,7 @@
 """From the score of a response to a reward for each of its tokens.
 
-First the score is shaped, by any number of parts in the order in which they are listed (`algorithm.scores`); then it is
-given to tokens (`algorithm.rewards`), and the KL penalty is added.
+First the score is shaped, by any number of parts in the order in which they are listed
+(`algorithm.scores`); then it is given to tokens (`algorithm.rewards`), and the KL penalty is added.
 """
 
 import dataclasses
@@ -13,7 +13,8 @@ from quartet.experience import Batch
 from quartet.parts import Family, Field
 from quartet.tensors import Bool, Float, Int, Tensor, torch
 
-# --- shaping the score -----------------------------------------------------------------------------------------------------
+# --- shaping the score
+# -----------------------------------------------------------------------------------------------------
 
 
 class ScoreShape(Family):
@@ -28,7 +29,8 @@ class ScoreShape(Family):
 
 
 class ClipScore(ScoreShape):
-    """clip(score, ±limit): bounds what one outlier of the reward model can do to an update (DeepSpeed-Chat: 5)."""
+    """clip(score, ±limit): bounds what one outlier of the reward model can do to an update
+    (DeepSpeed-Chat: 5)."""
 
     type: Literal["clip"] = "clip"
     limit: float = Field(default=5.0, gt=0, description="Scores are cut to ± this value.")
@@ -38,21 +40,28 @@ class ClipScore(ScoreShape):
 
 
 class RunningScale(ScoreShape):
-    """score / σ, or (score − μ) / σ with `centre`, by the mean and sample deviation of all scores so far, this step's
-    included (Zheng et al. 2023, PPO-max).
+    """score / σ, or (score − μ) / σ with `centre`, by the mean and sample deviation of all scores
+    so far, this step's included (Zheng et al. 2023, PPO-max).
 
-    `count`, `mean` and `squares` (Σ (x − mean)²) are its state; `adapt` returns a part that has seen one step more. After
-    the scores 1 and 3: mean 2, squares 2, σ = √(2 / (2 − 1)). As long as all scores were the same, they stay as they are.
+    `count`, `mean` and `squares` (Σ (x − mean)²) are its state; `adapt` returns a part that has
+    seen one step more. After the scores 1 and 3: mean 2, squares 2, σ = √(2 / (2 − 1)). As long as
+    all scores were the same, they stay as they are.
     """
 
     type: Literal["running_scale"] = "running_scale"
     centre: bool = False
-    count: float = Field(default=0.0, ge=0, description="How many scores were seen: state, not a setting.")
+    count: float = Field(
+        default=0.0, ge=0, description="How many scores were seen: state, not a setting."
+    )
     mean: float = 0.0
     squares: float = Field(default=0.0, ge=0)
 
     def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
-        seen = self._seen(float(len(scores)), float(scores.double().mean()), float(scores.double().var(correction=0)))
+        seen = self._seen(
+            float(len(scores)),
+            float(scores.double().mean()),
+            float(scores.double().var(correction=0)),
+        )
         deviation = (seen.squares / max(seen.count - 1, 1)) ** 0.5
         return (scores - seen.mean if self.centre else scores) / (deviation or 1.0)
 
@@ -72,8 +81,8 @@ class RunningScale(ScoreShape):
 
 
 class MissingEos(ScoreShape):
-    """What a response that was cut off gets: `penalty` off its score, or, with `replace`, −penalty for a score (Stiennon et
-    al. 2020: −1, whatever the reward model says of half a summary)."""
+    """What a response that was cut off gets: `penalty` off its score, or, with `replace`, −penalty
+    for a score (Stiennon et al. 2020: −1, whatever the reward model says of half a summary)."""
 
     type: Literal["missing_eos"] = "missing_eos"
     penalty: float = Field(default=1.0, ge=0)
@@ -85,16 +94,21 @@ class MissingEos(ScoreShape):
 
 
 class SoftOverlong(ScoreShape):
-    """DAPO's soft punishment (Yu et al. 2025, eq. 13): 0 up to max_tokens − buffer tokens, then down in a straight line to
-    −1 at max_tokens, −1 beyond. With max_tokens = 20, buffer = 5, a response of 17 tokens: (15 − 17) / 5 = −0.4."""
+    """DAPO's soft punishment (Yu et al. 2025, eq. 13): 0 up to max_tokens − buffer tokens, then
+    down in a straight line to −1 at max_tokens, −1 beyond. With max_tokens = 20, buffer = 5, a
+    response of 17 tokens: (15 − 17) / 5 = −0.4."""
 
     type: Literal["soft_overlong"] = "soft_overlong"
     max_tokens: int = Field(default=20_480, ge=1)
-    buffer: int = Field(default=4_096, ge=1, description="Over how many tokens the punishment grows from 0 to 1.")
+    buffer: int = Field(
+        default=4_096, ge=1, description="Over how many tokens the punishment grows from 0 to 1."
+    )
 
     def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
         tokens = batch.response_mask.sum(dim=1)
-        return scores + ((self.max_tokens - self.buffer - tokens) / self.buffer).clamp(-1, 0).to(scores.dtype)
+        return scores + ((self.max_tokens - self.buffer - tokens) / self.buffer).clamp(-1, 0).to(
+            scores.dtype
+        )
 
 
 class LengthPenalty(ScoreShape):
@@ -107,25 +121,29 @@ class LengthPenalty(ScoreShape):
         return scores - self.coef * batch.response_mask.sum(dim=1).to(scores.dtype)
 
 
-# --- giving it to tokens ---------------------------------------------------------------------------------------------------
+# --- giving it to tokens
+# ---------------------------------------------------------------------------------------------------
 
 
 def last_token_index(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B"]:
-    """Index of the last response token of each row: the end-of-sequence token where there is one, never the pad after
-    it. 0 for a row with an empty response."""
+    """Index of the last response token of each row: the end-of-sequence token where there is one,
+    never the pad after it. 0 for a row with an empty response."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, positions, 0).amax(dim=1)
 
 
 def at_last_token(scores: Float[Tensor, "B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The score on the last response token, 0 on every other; nowhere in a row with an empty response."""
+    """The score on the last response token, 0 on every other; nowhere in a row with an empty
+    response."""
     rewards = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
     return masked(rewards.scatter(1, last_token_index(mask)[:, None], scores[:, None]), mask)
 
 
-def whiten_keeping_mean(rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """(r − μ) / σ + μ (Ziegler et al. 2019, `whiten_rewards`). Not harmless: every token gets μ − μ / σ more than its share,
-    which pays for length or for brevity."""
+def whiten_keeping_mean(
+    rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """(r − μ) / σ + μ (Ziegler et al. 2019, `whiten_rewards`). Not harmless: every token gets μ − μ
+    / σ more than its share, which pays for length or for brevity."""
     return masked(whiten(rewards, mask) + masked_mean(rewards, mask), mask)
 
 
@@ -162,7 +180,8 @@ class LastToken(Rewards):
 
 
 class MeanOfTokens(Rewards):
-    """The score is the mean of the reward model's values at every response token; it goes to the last."""
+    """The score is the mean of the reward model's values at every response token; it goes to the
+    last."""
 
     type: Literal["mean_of_tokens"] = "mean_of_tokens"
     whiten: bool = False
@@ -178,7 +197,8 @@ class MeanOfTokens(Rewards):
 
 
 class EveryToken(Rewards):
-    """Every token keeps its own score: the reward model read at each of them, or dense rewards that the user gives."""
+    """Every token keeps its own score: the reward model read at each of them, or dense rewards that
+    the user gives."""
 
     type: Literal["every_token"] = "every_token"
     whiten: bool = False

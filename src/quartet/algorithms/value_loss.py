@@ -29,22 +29,27 @@ class NoValueLoss(ValueLoss):
 
 
 class ClippedValueLoss(ValueLoss):
-    """coef · ½ max((V − R)², (clip(V, V_old ± clip) − R)²), as in OpenAI's PPO2 and Ziegler et al. 2019.
+    """coef · ½ max((V − R)², (clip(V, V_old ± clip) − R)²), as in OpenAI's PPO2 and Ziegler et al.
+    2019.
 
-    The maximum is the pessimistic side: a value that has moved further than `clip` towards its target stops moving, one
-    that moved away from it does not. `clip = null` (in Python None) gives the plain half squared error.
+    The maximum is the pessimistic side: a value that has moved further than `clip` towards its
+    target stops moving, one that moved away from it does not. `clip = null` (in Python None) gives
+    the plain half squared error.
 
     V = 1, V_old = 0, R = 2, clip = 0.2, coef = 1: ½ max(1, (0.2 − 2)²) = 1.62.
     """
 
     type: Literal["clipped"] = "clipped"
     clip: OrInf = Field(
-        default=0.2, gt=0, description="How far a value may move in one update; inf: freely. Typical: 0.2 to 0.5."
+        default=0.2,
+        gt=0,
+        description="How far a value may move in one update; inf: freely. Typical: 0.2 to 0.5.",
     )
     coef: float = Field(
         default=0.1,
         gt=0,
-        description="The weight beside the policy loss; it matters where actor and critic share a trunk.",
+        description="The weight beside the policy loss; it matters where actor and critic share a "
+        "trunk.",
     )
 
     def __call__(

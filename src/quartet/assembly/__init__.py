@@ -61,7 +61,16 @@ from quartet.rewards.sources import JudgeSource, ModelSource
 from quartet.rewards.text_models import StepReward, TextModelReward
 from quartet.runtime.faults import FAULTS
 from quartet.runtime.pipeline import Saving
-from quartet.stages import Cast, Contest, EvaluationStage, PreferenceStage, RewardModelStage, RLStage, SftStage, Stage
+from quartet.stages import (
+    Cast,
+    Contest,
+    EvaluationStage,
+    PreferenceStage,
+    RewardModelStage,
+    RLStage,
+    SftStage,
+    Stage,
+)
 from quartet.training.checkpoint import GlobalRandom
 from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
@@ -95,16 +104,26 @@ class Job:
     team: Team = ALONE
 
     def saving(self, run: Run) -> Saving:
-        return Saving(run.keep_every, run.checkpoint_every, run.keep_last, run.keep_best, run.rollbacks, self.made_with)
+        return Saving(
+            run.keep_every,
+            run.checkpoint_every,
+            run.keep_last,
+            run.keep_best,
+            run.rollbacks,
+            self.made_with,
+        )
 
 
 def build(config: Config, fault: str | None = None, team: Team = ALONE) -> Job:
-    """Read and check the data, and make the stages. Models are loaded when their stage starts; what they are loaded from
-    is checked now. `fault`: a mistake to plant in the RL stage, see `faults.py`. `team`: the ranks that do the same."""
+    """Read and check the data, and make the stages. Models are loaded when their stage starts; what
+    they are loaded from is checked now. `fault`: a mistake to plant in the RL stage, see
+    `faults.py`. `team`: the ranks that do the same."""
     GlobalRandom().seed(config.seed)
     workshop = Workshop(config, fault, team)
     stages = [workshop.stage(name) for name in config.recipe]
-    complete = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, staleness=config.staleness))
+    complete = dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, staleness=config.staleness)
+    )
     made_with = {"config": json_ready(complete), "data": fingerprints(config), "fault": fault}
     return Job(stages, workshop.tokenizer, workshop.notes(), made_with, workshop.device, team)
 
@@ -115,20 +134,30 @@ class Workshop:
     def __init__(self, config: Config, fault: str | None = None, team: Team = ALONE) -> None:
         self.fault, self.team = fault, team
         if config.policy.adapter is not None and importlib.util.find_spec("peft") is None:
-            raise AdapterError('policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".')
+            raise AdapterError(
+                'policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".'
+            )
         check_trackers(config.run.track)
         self.config = config
-        self.world: World | None = WORLDS[config.data.world](config.seed) if config.data.world else None
+        self.world: World | None = (
+            WORLDS[config.data.world](config.seed) if config.data.world else None
+        )
         self.rows = Rows(config, self.world)
         self.device = device(config.run.device, team)
         if isinstance(team, Together) and team.world % config.launch.parts(team.world):
             raise ModelError(
-                f"launch.shard = {config.launch.shard}: there are {team.world} ranks, which is no multiple of it, so "
+                f"launch.shard = {config.launch.shard}: there are {team.world} ranks, which is no "
+                f"multiple of it, so "
                 "some would have no part."
             )
-        if self.device.type == "cuda" and config.launch.type == "local" and team.world > torch.cuda.device_count():
+        if (
+            self.device.type == "cuda"
+            and config.launch.type == "local"
+            and team.world > torch.cuda.device_count()
+        ):
             raise ModelError(
-                f"launch.processes = {team.world}: each rank takes a GPU of its own, and this machine has "
+                f"launch.processes = {team.world}: each rank takes a GPU of its own, and this "
+                f"machine has "
                 f'{torch.cuda.device_count()}. For ranks on the CPU set run.device = "cpu".'
             )
         self.policy_model = existing("policy.model", config.policy.model)
@@ -142,7 +171,8 @@ class Workshop:
         room = longest - config.rollout.max_new_tokens * generates
         if room < 1:
             raise ModelError(
-                f"rollout.max_new_tokens = {config.rollout.max_new_tokens}: leaves no room for a prompt, {config.policy.model} "
+                f"rollout.max_new_tokens = {config.rollout.max_new_tokens}: leaves no room for a "
+                f"prompt, {config.policy.model} "
                 f"reads at most {longest} tokens."
             )
         self.encoder = Encoder(
@@ -153,15 +183,28 @@ class Workshop:
             unusable=config.data.unusable,
         )
         self.models.check()
-        # Ranks must choose alike: several go by what their GPUs have in all, which is not free to the same byte on each.
-        memory = torch.cuda.mem_get_info(self.device)[team.world > 1] if self.device.type == "cuda" else None
-        self.micro_batch_tokens = micro_batch_tokens(config, policy_parameters(config, len(self.tokenizer)), memory, team.world)
+        # Ranks must choose alike: several go by what their GPUs have in all, which is not free to
+        # the same byte on each.
+        memory = (
+            torch.cuda.mem_get_info(self.device)[team.world > 1]
+            if self.device.type == "cuda"
+            else None
+        )
+        self.micro_batch_tokens = micro_batch_tokens(
+            config, policy_parameters(config, len(self.tokenizer)), memory, team.world
+        )
         texts, gold = TokenTexts(self.tokenizer), self.world.gold if self.world else None
         self.rewards = RewardMaker(
-            self.tokenizer, lambda ids: [texts[i] for i in ids], self.micro_batch_tokens, self.device, gold
+            self.tokenizer,
+            lambda ids: [texts[i] for i in ids],
+            self.micro_batch_tokens,
+            self.device,
+            gold,
         )
         if config.reads("reward"):
-            self.rewards.check(self.sources, bool(config.algorithm and config.algorithm.needs_token_scores))
+            self.rewards.check(
+                self.sources, bool(config.algorithm and config.algorithm.needs_token_scores)
+            )
         self.critic_init = self._critic_init()
         self.generators = Generators(config, self.tokenizer, longest, self.world)
 
@@ -178,7 +221,8 @@ class Workshop:
             case _:  # any preset
                 return self.rl_stage()
 
-    # --- stages --------------------------------------------------------------------------------------------------------
+    # --- stages
+    # --------------------------------------------------------------------------------------------------------
 
     def sft_stage(self) -> SftStage:
         train, held_out = self.rows.read("demonstrations", self.config.sft.data)
@@ -228,7 +272,10 @@ class Workshop:
         def pairs(folder: Path, model: Any) -> OnlinePairs:
             sampled = self._sampled(model)
             generator = self.generators.native(sampled, self.team, copied=sampled is not model)
-            sampler, rewards = Sampler(prompts, settings.batch_size, self.config.seed), self._rewards(folder, team=self.team)
+            sampler, rewards = (
+                Sampler(prompts, settings.batch_size, self.config.seed),
+                self._rewards(folder, team=self.team),
+            )
             now = None if sampled is model else lambda: Weights(0, Gathered(model))
             return OnlinePairs(sampler, generator, self.config.rollout, rewards, weights=now)
 
@@ -277,15 +324,18 @@ class Workshop:
             sampling=self.config.rollout,
             micro_batch_tokens=self.micro_batch_tokens,
             generator=self.generators.examined,
-            best_of=0 if self._asks_a_judge else self.config.evaluation.best_of,  # some hundred questions more cost money
+            best_of=0
+            if self._asks_a_judge
+            else self.config.evaluation.best_of,  # some hundred questions more cost money
             team=self.team,
         )
 
-    # --- who plays in RL ---------------------------------------------------------------------------------------------
+    # --- who plays in RL
+    # ---------------------------------------------------------------------------------------------
 
     def _sampled(self, actor: Any) -> Any:
-        """The model that answers are sampled with. Sampling reads all weights at every token: where the actor will be in parts,
-        or learns meanwhile, it is a copy."""
+        """The model that answers are sampled with. Sampling reads all weights at every token: where
+        the actor will be in parts, or learns meanwhile, it is a copy."""
         return copy.deepcopy(actor) if self.config.launch.shard or self.config.staleness else actor
 
     def _cast(self, folder: Path) -> Cast:
@@ -293,11 +343,16 @@ class Workshop:
         assert config.algorithm
         actor = self.models.starting(folder)
         reference = reference_of(actor) if config.algorithm.needs_reference else None
-        # Where servers write the answers, only a judge on the policy's trunk needs a model that does not learn meanwhile.
+        # Where servers write the answers, only a judge on the policy's trunk needs a model that
+        # does not learn meanwhile.
         served = isinstance(config.generator, Servers) and not self._attaches_judge(folder)
         sampled = actor if served else self._sampled(actor)
         judge = self._attached_judge(sampled, folder)
-        models = self._actor_critic(actor, judge, folder) if config.algorithm.needs_critic else Separate(actor, None)
+        models = (
+            self._actor_critic(actor, judge, folder)
+            if config.algorithm.needs_critic
+            else Separate(actor, None)
+        )
         self.models.spread(actor)
         meanwhile = self.team.apart() if config.staleness else self.team
         reference = None if reference is None else self.models.spread(reference)
@@ -328,8 +383,11 @@ class Workshop:
             FAULTS[self.fault](cast)
         return cast
 
-    def _probes(self, generator: Callable[[], Generator], rewards: Sequence[Weighted]) -> list[Rollout]:
-        """Answers to held-out prompts; the policy's training draws no random number less for them."""
+    def _probes(
+        self, generator: Callable[[], Generator], rewards: Sequence[Weighted]
+    ) -> list[Rollout]:
+        """Answers to held-out prompts; the policy's training draws no random number less for
+        them."""
         rollout, algorithm = self.config.rollout, self.config.algorithm
         assert algorithm
         prompts = list(self.prompts[1][: max(1, PROBES // rollout.samples_per_prompt)])
@@ -337,7 +395,9 @@ class Workshop:
         collector = Collector(sampler, generator(), rewards, rollout.samples_per_prompt)
         return [r for r in collector.respond(prompts, algorithm, rollout) if r.score is not None]
 
-    def _contest(self, generator: Callable[[], Generator], rewards: Sequence[Weighted]) -> Contest | None:
+    def _contest(
+        self, generator: Callable[[], Generator], rewards: Sequence[Weighted]
+    ) -> Contest | None:
         """None where a judge would have to be paid for it."""
         if self._asks_a_judge:
             return None
@@ -356,32 +416,53 @@ class Workshop:
         """Of those that SFT did not see."""
         if "sft" not in self.config.recipe:
             return []
-        return self.encoder.demonstrations(self.rows.read("demonstrations", self.config.sft.data)[1])[:WATCHED_TEXTS]
+        return self.encoder.demonstrations(
+            self.rows.read("demonstrations", self.config.sft.data)[1]
+        )[:WATCHED_TEXTS]
 
     def _attached_judge(self, actor: Any, folder: Path) -> AdaptedScalar | None:
-        """The run's own reward model as an adapter on the actor's trunk, where it was trained as one on the same."""
-        return attach(actor, REWARD, folder / "reward_model" / "adapter") if self._attaches_judge(folder) else None
+        """The run's own reward model as an adapter on the actor's trunk, where it was trained as
+        one on the same."""
+        return (
+            attach(actor, REWARD, folder / "reward_model" / "adapter")
+            if self._attaches_judge(folder)
+            else None
+        )
 
     def _attaches_judge(self, folder: Path) -> bool:
         wanted = any(isinstance(s, ModelSource) and s.model is None for s in self.sources)
-        return self.config.policy.adapter is not None and wanted and (folder / "reward_model" / "adapter").is_dir()
+        return (
+            self.config.policy.adapter is not None
+            and wanted
+            and (folder / "reward_model" / "adapter").is_dir()
+        )
 
     def _pretraining(self, algorithm: Algorithm) -> Sampler[Demonstration] | None:
         """What PTX reads: texts of their own, or the run's demonstrations."""
         if algorithm.ptx.coef == 0:
             return None
-        texts, _ = self.rows.read("demonstrations", self.config.data.pretraining or self.config.sft.data)
-        return Sampler(self.encoder.demonstrations(texts), algorithm.ptx.batch_size, self.config.seed)
+        texts, _ = self.rows.read(
+            "demonstrations", self.config.data.pretraining or self.config.sft.data
+        )
+        return Sampler(
+            self.encoder.demonstrations(texts), algorithm.ptx.batch_size, self.config.seed
+        )
 
     def _actor_critic(self, actor: Any, judge: AdaptedScalar | None, folder: Path) -> ActorCritic:
         match self.config.critic:
             case SharedCritic():
-                return Shared(actor, ValueHead(actor.config.get_text_config().hidden_size).to(self.device))
+                return Shared(
+                    actor, ValueHead(actor.config.get_text_config().hidden_size).to(self.device)
+                )
             case SeparateCritic():
                 if judge is not None and self.critic_init is None:
-                    return Separate(actor, self.models.spread_scalar(self._critic_like(judge, actor)))
+                    return Separate(
+                        actor, self.models.spread_scalar(self._critic_like(judge, actor))
+                    )
                 if self.critic_init == "policy":
-                    return Separate(actor, self.models.spread_scalar(self.models.new_scalar(actor, CRITIC)))
+                    return Separate(
+                        actor, self.models.spread_scalar(self.models.new_scalar(actor, CRITIC))
+                    )
                 critic = ScalarModel.load(self.critic_init or folder / "reward_model", self.device)
                 self.models.set_up(critic.model)
                 return Separate(actor, self.models.spread_scalar(critic))
@@ -395,9 +476,15 @@ class Workshop:
         return critic
 
     def _critic_init(self) -> str | None:
-        """What a separate critic starts from: "policy", a folder, or None for the reward model that this run trains."""
-        config, source = self.config, next((s for s in self.sources if isinstance(s, ModelSource)), None)
-        if not isinstance(config.critic, SeparateCritic) or not (config.algorithm and config.algorithm.needs_critic):
+        """What a separate critic starts from: "policy", a folder, or None for the reward model that
+        this run trains."""
+        config, source = (
+            self.config,
+            next((s for s in self.sources if isinstance(s, ModelSource)), None),
+        )
+        if not isinstance(config.critic, SeparateCritic) or not (
+            config.algorithm and config.algorithm.needs_critic
+        ):
             return "policy"
         init = config.critic.init
         if init not in {None, "reward_model"}:
@@ -409,40 +496,61 @@ class Workshop:
             return source.model
         if init == "reward_model":
             raise ModelError(
-                f'critic.init = "reward_model": {source.model} does not read the policy\'s tokens, so it cannot value them. '
+                f'critic.init = "reward_model": {source.model} does not read the policy\'s tokens, '
+                f"so it cannot value them. "
                 'Use "policy".'
             )
         return "policy"
 
     def _placement(self) -> Placement:
-        return Offloading(self.device) if self.config.run.offload and self.device.type != "cpu" else STAYS
+        return (
+            Offloading(self.device)
+            if self.config.run.offload and self.device.type != "cpu"
+            else STAYS
+        )
 
     def _rewards(
-        self, folder: Path, judge: ScalarModel | None = None, team: Team = ALONE, placement: Placement = STAYS
+        self,
+        folder: Path,
+        judge: ScalarModel | None = None,
+        team: Team = ALONE,
+        placement: Placement = STAYS,
     ) -> list[Weighted]:
-        """`judge`: the run's own reward model, where it is loaded already. `team`: the ranks that ask for them together."""
+        """`judge`: the run's own reward model, where it is loaded already. `team`: the ranks that
+        ask for them together."""
         trained = judge or folder / "reward_model"
         rewards = [
-            Weighted(self._for_all(self.rewards.make(source, trained, folder), team, placement), source.weight)
+            Weighted(
+                self._for_all(self.rewards.make(source, trained, folder), team, placement),
+                source.weight,
+            )
             for source in self.sources
         ]
-        if self.rewards.gold is not None and "gold" not in {source.called for source in self.sources}:
-            rewards.append(Weighted(TextReward("gold", self.rewards.gold), weight=0.0))  # seen, not trained on
+        if self.rewards.gold is not None and "gold" not in {
+            source.called for source in self.sources
+        }:
+            rewards.append(
+                Weighted(TextReward("gold", self.rewards.gold), weight=0.0)
+            )  # seen, not trained on
         return rewards
 
     def _for_all(self, reward: Reward, team: Team, placement: Placement) -> Reward:
-        """The reward as a team asks for it; a reward model is read by all, each its share, and may be in parts."""
+        """The reward as a team asks for it; a reward model is read by all, each its share, and may
+        be in parts."""
         if isinstance(reward, ModelReward) and team is not ALONE:
             reward.team = team
             if not isinstance(reward.model, AdaptedScalar):  # else its trunk is the sampler's
                 self.models.spread_scalar(reward.model, team)
         for one in reward.members if isinstance(reward, EnsembleReward) else [reward]:
-            if isinstance(one, ModelReward | TextModelReward | StepReward) and not isinstance(one.model, AdaptedScalar):
+            if isinstance(one, ModelReward | TextModelReward | StepReward) and not isinstance(
+                one.model, AdaptedScalar
+            ):
                 one.placement = placement
                 placement.rests(one.model)
         return shared(reward, team)
 
-    # --- data ----------------------------------------------------------------------------------------------------------
+    # --- data
+    # ----------------------------------------------------------------------------------------------------------
 
     def _tokenizer(self) -> Any:
         policy = self.config.policy
@@ -462,7 +570,10 @@ class Workshop:
         prompts = self.encoder.prompts(train), self.encoder.prompts(held_out)
         plain = next((p for p in prompts[0] if p.messages is None), None)
         if self.generators.environment is not None and plain is not None:
-            raise DataError(f"{plain.id}: is plain text, and an environment speaks in conversations. Give the rows messages.")
+            raise DataError(
+                f"{plain.id}: is plain text, and an environment speaks in conversations. Give the "
+                f"rows messages."
+            )
         if self.config.reads("reward"):
             self.rewards.check_prompts(chain(*prompts), self.sources)
         return prompts
@@ -472,7 +583,9 @@ class Workshop:
         if self.world is None or self.config.reward_model.data is not None:
             return None
         right = [
-            self.world.gold(str(c.prompt), str(c.chosen)) > self.world.gold(str(c.prompt), str(c.rejected)) for c in comparisons
+            self.world.gold(str(c.prompt), str(c.chosen))
+            > self.world.gold(str(c.prompt), str(c.rejected))
+            for c in comparisons
         ]
         return sum(right) / len(right)
 
@@ -480,16 +593,25 @@ class Workshop:
         notes = list(self.rewards.notes)
         if self.encoder.dropped:
             count = len(self.encoder.dropped)
-            notes.append(f"{count:,} rows cannot be used and were left out, the first: {first_of(self.encoder.dropped)}")
+            notes.append(
+                f"{count:,} rows cannot be used and were left out, the first: "
+                f"{first_of(self.encoder.dropped)}"
+            )
         if self.config.rl_stage and self.config.rollout.filters:
             notes.append(
-                "rollout.top_k and rollout.top_p sample another distribution than is trained: ratios do not start at 1, "
+                "rollout.top_k and rollout.top_p sample another distribution than is trained: "
+                "ratios do not start at 1, "
                 "and KL estimates can be negative."
             )
         if self.config.run.offload and self.device.type == "cpu":
-            notes.append("run.offload = true moves nothing here: the models are in main memory already.")
+            notes.append(
+                "run.offload = true moves nothing here: the models are in main memory already."
+            )
         if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
-            notes.append("the tokenizer pads with its end-of-sequence token; masks come from lengths, so nothing is lost.")
+            notes.append(
+                "the tokenizer pads with its end-of-sequence token; masks come from lengths, so "
+                "nothing is lost."
+            )
         return notes
 
 

@@ -27,11 +27,14 @@ class Rows:
     world: World | None
 
     def read(self, purpose: Purpose, path: str | None = None) -> Split:
-        """Rows to train on and rows held out; of the file `path` where a stage has one of its own."""
+        """Rows to train on and rows held out; of the file `path` where a stage has one of its
+        own."""
         data = self.config.data
         if path is None and self.world is not None:
             make = getattr(self.world, "comparisons" if purpose == "preferences" else purpose)
-            return make(data.rows), make(max(self.config.evaluation.prompts, HELD_OUT_ROWS), held_out=True)
+            return make(data.rows), make(
+                max(self.config.evaluation.prompts, HELD_OUT_ROWS), held_out=True
+            )
         files = (path,) if path is not None else data.files
         weights = (1.0,) * len(files) if path is not None or data.weights is None else data.weights
         shelf, train, held_out = Shelf(Example), array("Q"), array("Q")
@@ -43,8 +46,14 @@ class Rows:
             if not count:
                 raise DataError(f"{file}: has no rows.")
             if data.eval is None and count < 2:
-                raise DataError(f"{file}: has one row; to hold some out it needs two or more. Or set data.eval.")
-            kept = count if data.eval is not None else count - min(count - 1, max(1, round(count * data.held_out)))
+                raise DataError(
+                    f"{file}: has one row; to hold some out it needs two or more. Or set data.eval."
+                )
+            kept = (
+                count
+                if data.eval is not None
+                else count - min(count - 1, max(1, round(count * data.held_out)))
+            )
             train.extend(seen_so_often(range(first, first + kept), weight, self.config.seed))
             held_out.extend(range(first + kept, first + count))
         if data.eval is not None:
@@ -53,7 +62,11 @@ class Rows:
 
     def texts(self) -> Iterator[str]:
         """Whatever text there is to train a tokenizer on."""
-        paths = {p for p in (*self.config.data.files, self.config.sft.data, self.config.reward_model.data) if p}
+        paths = {
+            p
+            for p in (*self.config.data.files, self.config.sft.data, self.config.reward_model.data)
+            if p
+        }
         for path in sorted(paths):
             for example in examples_in(Path(path), "prompts", self.config.data.columns):
                 for cell in (example.prompt, example.completion, example.chosen, example.rejected):
@@ -64,10 +77,21 @@ class Rows:
 def fingerprints(config: Config) -> dict[str, str]:
     """SHA-256 of each file that rows come from, by its path: a resumed run must find the same."""
     tables = (config.sft, config.reward_model, config.preference)
-    named = (*config.data.files, config.data.eval, config.data.pretraining, *(table.data for table in tables))
+    named = (
+        *config.data.files,
+        config.data.eval,
+        config.data.pretraining,
+        *(table.data for table in tables),
+    )
     found: dict[str, str] = {}
     for path in sorted({Path(name) for name in named if name}):
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+        files = (
+            sorted(p for p in path.rglob("*") if p.is_file())
+            if path.is_dir()
+            else [path]
+            if path.is_file()
+            else []
+        )
         found |= {str(file): durable.fingerprint(file)["sha256"] for file in files}
     return found
 

@@ -13,7 +13,14 @@ from quartet.generation.led import Led
 from quartet.generation.native import NativeGenerator
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.servers import ServedGenerator
-from quartet.models.adapters import POLICY, adapters_of, in_adapter, merged_state, save_adapter, working
+from quartet.models.adapters import (
+    POLICY,
+    adapters_of,
+    in_adapter,
+    merged_state,
+    save_adapter,
+    working,
+)
 from quartet.models.language_model import stop_ids
 from quartet.rewards.functions import check_reference
 from quartet.rewards.protocol import RewardError
@@ -22,14 +29,21 @@ from quartet.worlds import World
 
 
 class Generators:
-    def __init__(self, config: Config, tokenizer: Any, max_tokens: int, world: World | None) -> None:
+    def __init__(
+        self, config: Config, tokenizer: Any, max_tokens: int, world: World | None
+    ) -> None:
         """`max_tokens`: of a whole conversation."""
         self.config, self.tokenizer, self.max_tokens = config, tokenizer, max_tokens
         self.environment = _environment(config, world)
 
     def native(self, model: Any, team: Team = ALONE, copied: bool = False) -> Generator:
         stops = stop_ids(model, self.tokenizer)
-        return self.in_turns(NativeGenerator(model, self.tokenizer, stops, self.config.seed, team=team, copied=copied), team)
+        return self.in_turns(
+            NativeGenerator(
+                model, self.tokenizer, stops, self.config.seed, team=team, copied=copied
+            ),
+            team,
+        )
 
     def in_turns(self, turns: Generator, team: Team) -> Generator:
         """Answers of one turn, or of several where there is an environment."""
@@ -39,7 +53,8 @@ class Generators:
         return Episodes(turns, self.tokenizer, make, max_turns, self.max_tokens, team)
 
     def asked(self, servers: ServedGenerator, team: Team) -> Generator:
-        """By one rank, where there are several. Adapters that go alone are all that is put together for a push."""
+        """By one rank, where there are several. Adapters that go alone are all that is put together
+        for a push."""
         only = partial(in_adapter, POLICY) if servers.save_base is not None else None
         return self.in_turns(servers if team is ALONE else Led(servers, team, only), team)
 
@@ -49,8 +64,8 @@ class Generators:
         return self.native(model) if servers is None else self.asked(servers, ALONE)
 
     def servers(self, actor: Any, folder: Path, team: Team) -> ServedGenerator | None:
-        """Those of other processes, where the config names them; they are given the model's weights at once. Where it has an
-        adapter, that may be all they are given later."""
+        """Those of other processes, where the config names them; they are given the model's weights
+        at once. Where it has an adapter, that may be all they are given later."""
         settings = self.config.generator
         if not isinstance(settings, Servers):
             return None
@@ -60,7 +75,12 @@ class Generators:
             if adapter:
                 save_adapter(actor, POLICY, place, tensors)
             else:
-                actor.save_pretrained(place, state_dict=merged_state(actor, tensors) if adapters_of(actor) else dict(tensors))
+                actor.save_pretrained(
+                    place,
+                    state_dict=merged_state(actor, tensors)
+                    if adapters_of(actor)
+                    else dict(tensors),
+                )
                 self.tokenizer.save_pretrained(place)
 
         def write_base(place: Path, tensors: Mapping[str, Any]) -> None:
@@ -84,13 +104,19 @@ class Generators:
         return made
 
 
-def _environment(config: Config, world: World | None) -> tuple[Callable[[], Environment], int] | None:
+def _environment(
+    config: Config, world: World | None
+) -> tuple[Callable[[], Environment], int] | None:
     """What makes one, and how many turns the policy has."""
     table, own = config.environment, getattr(world, "environment", None)
     if table is not None:
         check_reference(table.function, "environment.function")
         make = load(table.function)
-        if missing := [name for name in ("reset", "step") if not callable(getattr(make, name, None))]:
-            raise RewardError(f'environment.function = "{table.function}": has no method {missing[0]}.')
+        if missing := [
+            name for name in ("reset", "step") if not callable(getattr(make, name, None))
+        ]:
+            raise RewardError(
+                f'environment.function = "{table.function}": has no method {missing[0]}.'
+            )
         return make, table.max_turns
     return None if own is None else (own, getattr(world, "max_turns", 8))

@@ -21,30 +21,53 @@ from quartet.rewards.sources import EnsembleSource, ModelSource, Source, StepsSo
 class Models:
     """Makes them anew each time it is asked."""
 
-    def __init__(self, config: Config, folder: str | None, tokenizer: Any, device: torch.device, team: Team) -> None:
-        """`folder`: of the policy that the run begins with, or its name on the hub; None where it is created."""
-        self.config, self.folder, self.tokenizer, self.device, self.team = config, folder, tokenizer, device, team
+    def __init__(
+        self, config: Config, folder: str | None, tokenizer: Any, device: torch.device, team: Team
+    ) -> None:
+        """`folder`: of the policy that the run begins with, or its name on the hub; None where it
+        is created."""
+        self.config, self.folder, self.tokenizer, self.device, self.team = (
+            config,
+            folder,
+            tokenizer,
+            device,
+            team,
+        )
         self.meshes: dict[Team, Any] = {}
         """What the models of a team are in parts over."""
 
     def longest_sequence(self) -> int:
-        """How many tokens the policy reads at most; architectures without such a limit read any number."""
+        """How many tokens the policy reads at most; architectures without such a limit read any
+        number."""
         policy = self.config.policy
         if policy.create is not None:
             return policy.create.max_length
-        return getattr(read_config(str(self.folder)).get_text_config(), "max_position_embeddings", None) or 10**9
+        return (
+            getattr(
+                read_config(str(self.folder)).get_text_config(), "max_position_embeddings", None
+            )
+            or 10**9
+        )
 
     def check(self) -> None:
         """What can be known of the models before they are loaded."""
         policy = self.config.policy
-        kind = policy.create.type if policy.create else read_config(str(self.folder)).get_text_config().model_type
+        kind = (
+            policy.create.type
+            if policy.create
+            else read_config(str(self.folder)).get_text_config().model_type
+        )
         if policy.compile and kind not in FAMILY:
-            raise ModelError(f"policy.compile = true: is there for {', '.join(sorted(FAMILY))}, not for {kind}. Use false.")
+            raise ModelError(
+                f"policy.compile = true: is there for {', '.join(sorted(FAMILY))}, not for {kind}. "
+                f"Use false."
+            )
         if self.folder is not None:
             size = read_config(self.folder).get_text_config().vocab_size
             if len(self.tokenizer) > size:
                 raise ModelError(
-                    f"policy.tokenizer has {len(self.tokenizer):,} tokens, but {self.config.policy.model} knows only {size:,}. "
+                    f"policy.tokenizer has {len(self.tokenizer):,} tokens, but "
+                    f"{self.config.policy.model} knows only {size:,}. "
                     "Use the model's own tokenizer."
                 )
 
@@ -52,11 +75,14 @@ class Models:
         """The model that the run begins with."""
         policy = self.config.policy
         if policy.create is not None:
-            return self.set_up(create(policy.create, self.tokenizer, self.config.seed).to(self.device))
+            return self.set_up(
+                create(policy.create, self.tokenizer, self.config.seed).to(self.device)
+            )
         return self.set_up(load_model(str(self.folder), self.device))
 
     def before(self, folder: Path) -> Any:
-        """The policy that RL starts from, and is held to: the run's own SFT model where it made one."""
+        """The policy that RL starts from, and is held to: the run's own SFT model where it made
+        one."""
         if "sft" not in self.config.recipe:
             return self.base()
         return self.set_up(load_model(folder / "sft", self.device))
@@ -80,28 +106,43 @@ class Models:
         return compile_blocks(model) if policy.compile else model
 
     def new_scalar(self, policy: Any, adapter: str) -> ScalarModel:
-        """A new head, on a copy of the policy's trunk or, where the policy is an adapter, on another adapter beside it."""
+        """A new head, on a copy of the policy's trunk or, where the policy is an adapter, on
+        another adapter beside it."""
         pad, seed, lora = pad_token_id(self.tokenizer), self.config.seed, self.config.policy.adapter
         if lora is not None:
             return AdaptedScalar(add_adapter(policy, lora, adapter, seed), adapter, pad, seed)
-        made = ScalarModel.from_trunk(policy, pad, seed, share_frozen=self.config.policy.frozen_layers > 0)
+        made = ScalarModel.from_trunk(
+            policy, pad, seed, share_frozen=self.config.policy.frozen_layers > 0
+        )
         self.set_up(made.model)
         return made
 
     def judge_to_be(self, policy: Any) -> ScalarModel:
-        """A reward model to be trained. The policy will write answers for it, so a trunk that goes into parts is a copy."""
-        trunk = copy.deepcopy(policy) if self.config.launch.shard and self.config.policy.adapter is not None else policy
+        """A reward model to be trained. The policy will write answers for it, so a trunk that goes
+        into parts is a copy."""
+        trunk = (
+            copy.deepcopy(policy)
+            if self.config.launch.shard and self.config.policy.adapter is not None
+            else policy
+        )
         return self.spread_scalar(self.new_scalar(trunk, REWARD))
 
     def spread(self, model: Any, team: Team | None = None) -> Any:
-        """In parts over the ranks, where the config says so. `team`: who puts it together, if not the run's own."""
+        """In parts over the ranks, where the config says so. `team`: who puts it together, if not
+        the run's own."""
         team = team or self.team
-        if not self.config.launch.shard or not isinstance(team, Together) or any(map(is_sharded, model.parameters())):
+        if (
+            not self.config.launch.shard
+            or not isinstance(team, Together)
+            or any(map(is_sharded, model.parameters()))
+        ):
             return model
         from quartet.training.parallelize import mesh_of, parallelize
 
         if team not in self.meshes:
-            self.meshes[team] = mesh_of(self.device.type, team, self.config.launch.parts(team.world))
+            self.meshes[team] = mesh_of(
+                self.device.type, team, self.config.launch.parts(team.world)
+            )
         return parallelize(model, self.meshes[team])
 
     def spread_scalar(self, scalar: ScalarModel, team: Team | None = None) -> ScalarModel:
@@ -122,7 +163,9 @@ def device(name: str, team: Team = ALONE) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f'run.device = "{name}": cannot be used here ({str(error).splitlines()[0]}).') from error
+        raise ModelError(
+            f'run.device = "{name}": cannot be used here ({str(error).splitlines()[0]}).'
+        ) from error
 
 
 def with_existing_models(source: Source) -> Source:
@@ -133,13 +176,15 @@ def with_existing_models(source: Source) -> Source:
         case StepsSource(model=model):
             return dataclasses.replace(source, model=str(existing("reward.model", model)))
         case EnsembleSource(models=models):
-            return dataclasses.replace(source, models=tuple(str(existing("reward.models", model)) for model in models))
+            return dataclasses.replace(
+                source, models=tuple(str(existing("reward.models", model)) for model in models)
+            )
     return source
 
 
 def existing(key: str, model: str | None) -> str | None:
-    """A model's folder as an absolute path, so that it stays the same folder when `runs/latest` moves on; a hub id, which is
-    `name` or `owner/name`, as it is."""
+    """A model's folder as an absolute path, so that it stays the same folder when `runs/latest`
+    moves on; a hub id, which is `name` or `owner/name`, as it is."""
     if model is None or Path(model).is_dir():
         return None if model is None else str(Path(model).resolve())
     if model.startswith((".", "/", "~")) or model.count("/") > 1:

@@ -54,7 +54,8 @@ from quartet.rewards.verifiable import (
 )
 
 HEAVY = (ModelSource, EnsembleSource, StepsSource)
-"""Sources that load models: made when a stage begins. The others are made, and thereby checked, before anything is loaded."""
+"""Sources that load models: made when a stage begins. The others are made, and thereby checked,
+before anything is loaded."""
 
 
 @dataclass
@@ -80,7 +81,9 @@ class RewardMaker:
             elif isinstance(source, StepsSource):
                 read_config(source.model)
             elif isinstance(source, JudgeSource):
-                _judge(source, Path(source.cache) if source.cache else None)  # prompt, token and cache are usable
+                _judge(
+                    source, Path(source.cache) if source.cache else None
+                )  # prompt, token and cache are usable
             elif not isinstance(source, HEAVY):
                 self.made[source.called] = self._light(source)
 
@@ -89,23 +92,27 @@ class RewardMaker:
         kinds = config.architectures or ["ForSequenceClassification"]
         if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
             raise ModelError(
-                f"{model}: is a {kinds[0]}, not a reward model. A reward model is a ForSequenceClassification with one label; "
+                f"{model}: is a {kinds[0]}, not a reward model. A reward model is a "
+                f"ForSequenceClassification with one label; "
                 "the stage reward_model makes one."
             )
         the_label(model, config.num_labels, label)
         if not self.reads_ids(model, label) and source.weight:
             if per_token:
                 raise ModelError(
-                    f"{model}: policy and reward model use different tokenizers, so it has no score for each of the policy's "
+                    f"{model}: policy and reward model use different tokenizers, so it has no "
+                    f"score for each of the policy's "
                     'tokens. Use algorithm.rewards.type = "last_token".'
                 )
             self.notes.append(
-                f"policy and reward model {model} use different tokenizers: text is re-encoded for the reward model; "
+                f"policy and reward model {model} use different tokenizers: text is re-encoded for "
+                f"the reward model; "
                 "per-token rewards are not available."
             )
 
     def reads_ids(self, model: str, label: int | None = None) -> bool:
-        """Whether a reward model can read the very ids that the policy writes: a decoder with the policy's tokenizer."""
+        """Whether a reward model can read the very ids that the policy writes: a decoder with the
+        policy's tokenizer."""
         config = read_config(model)
         same = load_tokenizer(model, generates=False).get_vocab() == self.tokenizer.get_vocab()
         return same and config.num_labels == 1 and label is None and scores_last_token(config)
@@ -117,7 +124,10 @@ class RewardMaker:
             for source, column in asking:
                 if column not in prompt.extra:
                     kind = getattr(source, "type", "")
-                    raise DataError(f'{prompt.id}: has no column {column}, which reward.type = "{kind}" compares with.')
+                    raise DataError(
+                        f'{prompt.id}: has no column {column}, which reward.type = "{kind}" '
+                        f"compares with."
+                    )
                 answer = prompt.extra[column]
                 if isinstance(source, CodeSource):
                     checked_tests(prompt.id, column, answer)
@@ -137,10 +147,19 @@ class RewardMaker:
                 return EnsembleReward(name, members, source.weights, source.combine, source.k)
             case StepsSource():
                 return StepReward(
-                    name, source.model, source.separator, source.label, source.combine, self.token_texts, self.device
+                    name,
+                    source.model,
+                    source.separator,
+                    source.label,
+                    source.combine,
+                    self.token_texts,
+                    self.device,
                 )
             case JudgeSource():
-                judge = _judge(source, Path(source.cache) if source.cache else folder / "judge" / f"{name}.jsonl")
+                judge = _judge(
+                    source,
+                    Path(source.cache) if source.cache else folder / "judge" / f"{name}.jsonl",
+                )
                 (folder / "judge").mkdir(exist_ok=True)
                 durable.replace(folder / "judge" / f"{name}.txt", judge.prompt)
                 return judge
@@ -148,14 +167,18 @@ class RewardMaker:
 
     def _model(self, name: str, model: str, label: int | None) -> Reward:
         if self.reads_ids(model, label):
-            return ModelReward(freeze(ScalarModel.load(model, self.device)), self.micro_batch_tokens, name)
+            return ModelReward(
+                freeze(ScalarModel.load(model, self.device)), self.micro_batch_tokens, name
+            )
         return TextModelReward(name, model, label, self.micro_batch_tokens, self.device)
 
     def _light(self, source: Source) -> Reward:
         name = source.called
         match source:
             case FunctionSource():
-                return FunctionReward(name, source.function, self.token_texts, source.timeout, source.processes)
+                return FunctionReward(
+                    name, source.function, self.token_texts, source.timeout, source.processes
+                )
             case ExactSource(answer=answer):
                 return ExactMatch(name, answer)
             case NumberSource(answer=answer):
@@ -169,10 +192,18 @@ class RewardMaker:
             case LengthSource():
                 return LengthWithin(source.least, source.most, name)
             case ServerSource():
-                endpoint = Endpoint("reward server", source.url, source.timeout, source.tries, source.token_env)
+                endpoint = Endpoint(
+                    "reward server", source.url, source.timeout, source.tries, source.token_env
+                )
                 return ServerReward(name, endpoint, source.protocol, source.batch)
             case CodeSource():
-                return CodeReward(name, Sandbox(source.seconds, source.memory_mb), source.tests, source.score, source.parallel)
+                return CodeReward(
+                    name,
+                    Sandbox(source.seconds, source.memory_mb),
+                    source.tests,
+                    source.score,
+                    source.parallel,
+                )
             case EnvironmentSource():
                 return EnvironmentReward(name)
             case GoldSource():
@@ -184,7 +215,16 @@ class RewardMaker:
 def _judge(source: JudgeSource, cache: Path | None) -> JudgeReward:
     endpoint = Endpoint("judge", source.url, source.timeout, source.tries, source.token_env)
     prompt = None if source.prompt is None else _prompt_file(source.prompt)
-    return JudgeReward(source.called, endpoint, source.model, source.mode, prompt, cache, source.parallel, source.score_range)
+    return JudgeReward(
+        source.called,
+        endpoint,
+        source.model,
+        source.mode,
+        prompt,
+        cache,
+        source.parallel,
+        source.score_range,
+    )
 
 
 def _prompt_file(file: str) -> str:

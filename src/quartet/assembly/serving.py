@@ -16,8 +16,8 @@ from quartet.texts import excerpt
 
 
 class Scorer:
-    """Scores what is asked as a run would: prompt and response tokenized apart, the end of sequence behind a response that
-    ended."""
+    """Scores what is asked as a run would: prompt and response tokenized apart, the end of sequence
+    behind a response that ended."""
 
     def __init__(self, folder: Path, device: Any, micro_batch_tokens: int = 4096) -> None:
         """`folder`: a run's, or a reward model's."""
@@ -32,7 +32,9 @@ class Scorer:
         if not scores_last_token(config):
             self.reward = TextModelReward("model", place, None, micro_batch_tokens, device)
             return
-        self.encoder = Encoder(load_tokenizer(place), max_prompt_tokens=self.limit, max_response_tokens=self.limit)
+        self.encoder = Encoder(
+            load_tokenizer(place), max_prompt_tokens=self.limit, max_response_tokens=self.limit
+        )
         self.reward = ModelReward(freeze(ScalarModel.load(place, device)), micro_batch_tokens)
 
     def __call__(self, asked: Asked) -> list[Score]:
@@ -51,17 +53,24 @@ class Scorer:
         try:
             prompt_ids, ids = self._ids(prompt, response, ended)
         except Exception as error:  # whatever a tokenizer or a chat template raises
-            raise BadRequest(f"response {number}: cannot be tokenized: {excerpt(str(error))}") from None
+            raise BadRequest(
+                f"response {number}: cannot be tokenized: {excerpt(str(error))}"
+            ) from None
         if self.encoder is not None and not prompt_ids and not ids:
-            raise BadRequest(f"response {number} and its prompt are empty: there is no token to score.")
+            raise BadRequest(
+                f"response {number} and its prompt are empty: there is no token to score."
+            )
         if len(prompt_ids) + len(ids) > self.limit:
             raise BadRequest(
-                f"response {number} and its prompt have more than {self.limit:,} tokens, all that the model reads."
+                f"response {number} and its prompt have more than {self.limit:,} tokens, all that "
+                f"the model reads."
             )
         text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
         return Rollout(
             id=str(number),
-            prompt=Prompt(str(number), prompt_ids, text, messages=None if isinstance(prompt, str) else prompt),
+            prompt=Prompt(
+                str(number), prompt_ids, text, messages=None if isinstance(prompt, str) else prompt
+            ),
             group=number,
             response_ids=ids,
             response=response,
@@ -70,9 +79,13 @@ class Scorer:
             policy_version=0,
         )
 
-    def _ids(self, prompt: Any, response: str, ended: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _ids(
+        self, prompt: Any, response: str, ended: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if self.encoder is None:
             return (), ()
         tokenizer = self.encoder.tokenizer
         ids = tokenizer.encode(response, add_special_tokens=False)
-        return tuple(self.encoder.prompt_ids(prompt)), tuple([*ids, tokenizer.eos_token_id] if ended else ids)
+        return tuple(self.encoder.prompt_ids(prompt)), tuple(
+            [*ids, tokenizer.eos_token_id] if ended else ids
+        )

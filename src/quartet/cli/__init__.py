@@ -1,4 +1,5 @@
-"""The command `quartet`: parse, call, print. Heavy imports happen inside the verbs that need them."""
+"""The command `quartet`: parse, call, print. Heavy imports happen inside the verbs that need
+them."""
 
 import sys
 
@@ -28,5 +29,9 @@ def main() -> None:
         if debug:
             raise
         said = " ".join(str(error).split())[:500]
-        complaints.print(f"failed: {type(error).__name__}: {said}. With --debug it says where.", style="red", soft_wrap=True)
+        complaints.print(
+            f"failed: {type(error).__name__}: {said}. With --debug it says where.",
+            style="red",
+            soft_wrap=True,
+        )
         sys.exit(FAILED)

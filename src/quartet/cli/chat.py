@@ -15,17 +15,25 @@ from quartet.models.language_model import ModelError, load_model, load_tokenizer
 
 
 class ChatSession:
-    """A conversation with the policy of a run; where the run has the policy from before, it can answer beside."""
+    """A conversation with the policy of a run; where the run has the policy from before, it can
+    answer beside."""
 
     def __init__(self, run: Path, temperature: float, max_new_tokens: int, seed: int = 0) -> None:
         after = next((run / name for name in ("policy", "sft") if (run / name).is_dir()), None)
         if after is None:
-            raise ModelError(f"{run}: has no policy/ or sft/ to talk to. Name a run folder that finished a stage.")
+            raise ModelError(
+                f"{run}: has no policy/ or sft/ to talk to. Name a run folder that finished a "
+                f"stage."
+            )
         self.tokenizer = load_tokenizer(after)
         self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
         self.after = self._generator(load_model(after), seed)
         before = run / "sft"
-        self.before = self._generator(load_model(before), seed) if before.is_dir() and before != after else None
+        self.before = (
+            self._generator(load_model(before), seed)
+            if before.is_dir() and before != after
+            else None
+        )
         self.compare = False
         self.messages: list[dict[str, str]] = []
 
@@ -33,7 +41,9 @@ class ChatSession:
         """Answer line by line until the input ends or says /quit."""
         conversation = self.tokenizer.chat_template is not None
         console.print(
-            "A line is a message." if conversation else "A line is the beginning of a text; the policy goes on.",
+            "A line is a message."
+            if conversation
+            else "A line is the beginning of a text; the policy goes on.",
             "/compare: before and after side by side. /quit: leave.",
             style="dim",
         )
@@ -50,12 +60,20 @@ class ChatSession:
 
     def answer(self, console: Console, line: str) -> None:
         self.messages = [*self.messages, {"role": "user", "content": line}]
-        ids = Encoder(self.tokenizer, 1, 1).prompt_ids(self.messages if self.tokenizer.chat_template else line)
+        ids = Encoder(self.tokenizer, 1, 1).prompt_ids(
+            self.messages if self.tokenizer.chat_template else line
+        )
         prompt = Prompt("chat", tuple(ids), line)
         if self.compare and self.before is not None:
-            console.print(Text("before ", style="dim").append(self._reply(self.before, prompt), style="default"))
+            console.print(
+                Text("before ", style="dim").append(
+                    self._reply(self.before, prompt), style="default"
+                )
+            )
         reply = self._reply(self.after, prompt)
-        console.print(Text("after  " if self.compare else "", style="green").append(reply, style="default"))
+        console.print(
+            Text("after  " if self.compare else "", style="green").append(reply, style="default")
+        )
         self.messages = [*self.messages, {"role": "assistant", "content": reply}]
 
     def _toggle(self, console: Console) -> None:
@@ -63,7 +81,9 @@ class ChatSession:
             console.print("This run has no policy from before to compare with.")
             return
         self.compare = not self.compare
-        console.print("Answers from before and after." if self.compare else "Answers of the policy only.")
+        console.print(
+            "Answers from before and after." if self.compare else "Answers of the policy only."
+        )
 
     def _reply(self, generator: NativeGenerator, prompt: Prompt) -> str:
         text = generator.generate([prompt], self.sampling)[0].response.strip()

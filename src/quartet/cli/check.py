@@ -15,13 +15,23 @@ if TYPE_CHECKING:
 
 @app.command()
 def reward(
-    function: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="A function, a dotted path, or exact, number, math.")],
-    on: Annotated[Path, typer.Option(help="A file with prompts and completions, or with comparisons.")],
-    columns: Annotated[list[str] | None, typer.Option(metavar="OURS=THEIRS", help="What a column is called there.")] = None,
+    function: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE.py:NAME", help="A function, a dotted path, or exact, number, math."
+        ),
+    ],
+    on: Annotated[
+        Path, typer.Option(help="A file with prompts and completions, or with comparisons.")
+    ],
+    columns: Annotated[
+        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="What a column is called there.")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that the call may take.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Try a reward on answers from a file: range, constancy, None and NaN, time, and whether it pays for length."""
+    """Try a reward on answers from a file: range, constancy, None and NaN, time, and whether it
+    pays for length."""
     from quartet.data import DataError
     from quartet.evaluation.trial import findings, trial_on_file
     from quartet.rewards.protocol import RewardError
@@ -44,7 +54,8 @@ def _trial_lines(tried: "Trial") -> list[str]:
     lines = [f"answers   {tried.answers:,} in {tried.seconds:.2f} s ({1e3 * each:.2f} ms each)"]
     if tried.mean is not None and tried.deviation is not None:
         lines.append(
-            f"scores    {tried.least:g} to {tried.most:g}, mean {tried.mean:.3g} ± {tried.deviation:.3g}, "
+            f"scores    {tried.least:g} to {tried.most:g}, mean {tried.mean:.3g} ± "
+            f"{tried.deviation:.3g}, "
             f"{tried.different:,} different"
         )
     if tried.length_correlation is not None:
@@ -59,16 +70,31 @@ def _trial_lines(tried: "Trial") -> list[str]:
 
 @app.command()
 def data(
-    file: Annotated[Path, typer.Argument(help="A .jsonl, .jsonl.gz, .json, .csv or .parquet file, or a folder of them.")],
-    tokenizer: Annotated[str | None, typer.Option(help="A model or tokenizer folder: count and render in its tokens.")] = None,
-    chat_template: Annotated[str | None, typer.Option(help='"chatml" or a file with a template.')] = None,
-    held_out: Annotated[Path | None, typer.Option("--eval", help="A file that should share no prompts with it.")] = None,
-    columns: Annotated[list[str] | None, typer.Option(metavar="OURS=THEIRS", help="What a column is called there.")] = None,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A .jsonl, .jsonl.gz, .json, .csv or .parquet file, or a folder of them."
+        ),
+    ],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="A model or tokenizer folder: count and render in its tokens."),
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help='"chatml" or a file with a template.')
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option("--eval", help="A file that should share no prompts with it.")
+    ] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="What a column is called there.")
+    ] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
     max_response_tokens: Annotated[int, typer.Option(min=1)] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """What is in a file: its shape, two rows with what the loss is on between ⟦ and ⟧, lengths, and what is wrong with it."""
+    """What is in a file: its shape, two rows with what the loss is on between ⟦ and ⟧, lengths, and
+    what is wrong with it."""
     from quartet.data import DataError
     from quartet.data.report import report, words
 
@@ -77,7 +103,9 @@ def data(
         if tokenizer is None:
             made = report(file, _columns(columns), words, "words", None, None, held_out)
         else:
-            made = _report_in_tokens(file, _columns(columns), tokenizer, chat_template, limits, held_out)
+            made = _report_in_tokens(
+                file, _columns(columns), tokenizer, chat_template, limits, held_out
+            )
     except DataError as error:
         refuse(str(error))
     if as_json:
@@ -124,12 +152,19 @@ def _report_in_tokens(
 
 def _report_lines(made: "Report") -> list[tuple[str, str]]:
     plain, dim, warning = "", "dim", "yellow"
-    shapes = ", ".join(f"{count:,} × {shape}" if len(made.shapes) > 1 else shape for shape, count in made.shapes.items())
+    shapes = ", ".join(
+        f"{count:,} × {shape}" if len(made.shapes) > 1 else shape
+        for shape, count in made.shapes.items()
+    )
     lines = [(f"rows       {made.rows:,}", plain), (f"shape      {shapes}", plain)]
     for part, sizes in made.lengths.items():
         over = "" if sizes.over is None else f", {sizes.over:.1%} over the limit"
         lines.append(
-            (f"{part:<11}median {sizes.median:,}, 95 % up to {sizes.p95:,}, longest {sizes.longest:,} {made.unit}{over}", plain)
+            (
+                f"{part:<11}median {sizes.median:,}, 95 % up to {sizes.p95:,}, longest "
+                f"{sizes.longest:,} {made.unit}{over}",
+                plain,
+            )
         )
     for place, pieces in made.examples:
         lines.append((f"--- {place}", dim))

@@ -15,7 +15,8 @@ from rich.console import Console
 from quartet import __version__
 
 FAILED, WRONG_REQUEST, CHECK_FAILED, RESUMABLE, INTERRUPTED = 1, 2, 3, 75, 130
-"""Exit codes; 75 is what sysexits.h calls a temporary failure: the same command again, with --resume, goes on."""
+"""Exit codes; 75 is what sysexits.h calls a temporary failure: the same command again, with
+--resume, goes on."""
 
 app = typer.Typer(
     help="RLHF for language models, from a laptop to a cluster.",
@@ -26,13 +27,16 @@ app = typer.Typer(
 
 
 class Terminal(Console):
-    """A console that leaves it to its stream what becomes of it when nobody reads it any more (see `cli/printing.py`)."""
+    """A console that leaves it to its stream what becomes of it when nobody reads it any more (see
+    `cli/printing.py`)."""
 
     def on_broken_pipe(self) -> None:
         raise  # noqa: PLE0704  rich calls it where the error is handled
 
 
-console = Terminal(highlight=False, markup=False, emoji=False)  # text is shown as it is: [x] and :train: too
+console = Terminal(
+    highlight=False, markup=False, emoji=False
+)  # text is shown as it is: [x] and :train: too
 complaints = Terminal(stderr=True, highlight=False, markup=False, emoji=False)
 
 FILE_WIDTH = 200
@@ -42,7 +46,9 @@ if not console.is_terminal:
 
 
 @app.callback(invoke_without_command=True)
-def quartet(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def quartet(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     if version:
         console.print(f"quartet {__version__}")
         raise typer.Exit
@@ -85,7 +91,8 @@ def print_json(value: Any) -> None:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that is bound to this address, for uvicorn to listen on; or a sentence on why it cannot be."""
+    """A socket that is bound to this address, for uvicorn to listen on; or a sentence on why it
+    cannot be."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     try:
@@ -94,9 +101,15 @@ def listening(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            refuse(f"--port {port}: is in use on {host}. Give another with --port, or 0 for any that is free.")
+            refuse(
+                f"--port {port}: is in use on {host}. Give another with --port, or 0 for any that "
+                f"is free."
+            )
         reason = error.strerror or error
-        refuse(f"--host {host} --port {port}: cannot listen there ({reason}). Give another with --port or --host.")
+        refuse(
+            f"--host {host} --port {port}: cannot listen there ({reason}). Give another with "
+            f"--port or --host."
+        )
     return listener
 
 

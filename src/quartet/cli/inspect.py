@@ -30,13 +30,19 @@ if TYPE_CHECKING:
 
 @app.command()
 def studio(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders of them. Default: runs.")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders, or folders of them. Default: runs.")
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8700,
     host: Annotated[
-        str, typer.Option(help="The address to listen on; others than this machine reach it only if you say so.")
+        str,
+        typer.Option(
+            help="The address to listen on; others than this machine reach it only if you say so."
+        ),
     ] = "127.0.0.1",
 ) -> None:
-    """Every run in the browser: curves, samples, each token with its numbers, live while it trains."""
+    """Every run in the browser: curves, samples, each token with its numbers, live while it
+    trains."""
     from quartet.http_server import make_server
     from quartet.runs.reader import NoRun, find_runs
     from quartet.studio.app import LOOPBACK, make_app
@@ -46,17 +52,25 @@ def studio(
         count = sum(len(find_runs(root)) for root in roots)
     except NoRun as error:
         refuse(str(error))
-    hosts, token = ((*LOOPBACK, host), None) if is_loopback(host) else (("*",), secrets.token_urlsafe(24))
+    hosts, token = (
+        ((*LOOPBACK, host), None) if is_loopback(host) else (("*",), secrets.token_urlsafe(24))
+    )
     listener = listening(host, port)
     server = make_server(make_app(roots, hosts, token), host, port)
     asked = "" if token is None else f"?token={token}"
-    console.print(f"{count} run{'s' * (count != 1)} on {url_of(listener, host)}{asked}  Ctrl-C ends it", soft_wrap=True)
+    console.print(
+        f"{count} run{'s' * (count != 1)} on {url_of(listener, host)}{asked}  Ctrl-C ends it",
+        soft_wrap=True,
+    )
     server.run(sockets=[listener])
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN")] = Path("runs/latest")) -> None:
-    """One HTML file that opens from disk anywhere: what was trained, what came of it, whether to trust it."""
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN")] = Path("runs/latest"),
+) -> None:
+    """One HTML file that opens from disk anywhere: what was trained, what came of it, whether to
+    trust it."""
     from quartet.studio.report import write_report
 
     run = _run(run_folder)
@@ -70,11 +84,18 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN")] = Path("ru
 @app.command()
 def inspect(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN")] = Path("runs/latest"),
-    step: Annotated[int | None, typer.Option(min=0, help="Left out, the last that was written.")] = None,
-    sample: Annotated[int | None, typer.Option(min=0, help="Left out, the samples of the step are listed.")] = None,
-    probes: Annotated[bool, typer.Option("--probes", help="The answers that are looked at again and again.")] = False,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Left out, the last that was written.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="Left out, the samples of the step are listed.")
+    ] = None,
+    probes: Annotated[
+        bool, typer.Option("--probes", help="The answers that are looked at again and again.")
+    ] = False,
 ) -> None:
-    """One rollout in the terminal, a row per token: reward, value, advantage, ratio, and what the clip did."""
+    """One rollout in the terminal, a row per token: reward, value, advantage, ratio, and what the
+    clip did."""
     from quartet.runs.reader import NoRun
     from quartet.runs.tables import sample_table, token_rows
     from quartet.runs.untrusted import printable
@@ -89,7 +110,10 @@ def inspect(
     try:
         if sample is None:
             console.print(sample_table(run.samples(step, kind), step))
-            console.print(f"next   quartet inspect {typed(run_folder)} --step {step} --sample 0", soft_wrap=True)
+            console.print(
+                f"next   quartet inspect {typed(run_folder)} --step {step} --sample 0",
+                soft_wrap=True,
+            )
             _say_problems(run)
             return
         rows = run.sample(step, sample, kind)
@@ -129,7 +153,9 @@ def runs(folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Pat
 
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN …", help="Two run folders or more.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN …", help="Two run folders or more.")
+    ],
 ) -> None:
     """Runs side by side: what was set differently, and where they ended."""
     from quartet.runs.tables import comparison
@@ -141,7 +167,11 @@ def compare(
     numbers = [dict(headline(run)) for run in chosen]
     labels = dict.fromkeys(label for table in numbers for label in table)
     names = [run.name for run in chosen]
-    console.print(comparison("ended with", names, [(label, [t.get(label, "–") for t in numbers]) for label in labels]))
+    console.print(
+        comparison(
+            "ended with", names, [(label, [t.get(label, "–") for t in numbers]) for label in labels]
+        )
+    )
     console.print(comparison("set differently", names, differences([run.config for run in chosen])))
 
 
@@ -149,12 +179,13 @@ def compare(
 def replay(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN")],
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE …]", help="Settings of algorithm or optim to change.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE …]", help="Settings of algorithm or optim to change."),
     ] = None,
     step: Annotated[int, typer.Option(min=1, help="Which update.")] = 1,
 ) -> None:
-    """Compute one update of an RL stage again: as it was, to the bit; or, of the same rollouts, with a setting changed. Nothing
-    is written."""
+    """Compute one update of an RL stage again: as it was, to the bit; or, of the same rollouts,
+    with a setting changed. Nothing is written."""
     from quartet.assembly import Workshop
     from quartet.config.toml import ConfigError, read_settings
     from quartet.runs.tables import comparison
@@ -164,41 +195,71 @@ def replay(
     without_progress_bars()
     run, words = _run(run_folder), words or []
     if strange := [word for word in words if not word.startswith(("algorithm.", "optim."))]:
-        refuse(f"{strange[0]}: a replay learns from the same rollouts again; only algorithm.* and optim.* can be changed.")
+        refuse(
+            f"{strange[0]}: a replay learns from the same rollouts again; only algorithm.* and "
+            f"optim.* can be changed."
+        )
     recorded = run.series.get(run.rl_stage or "")
     if run.rl_stage is None or recorded is None:
         refuse(f"{run.name} has no RL stage whose updates could be computed again.")
     if step not in recorded.steps:
-        refuse(f"{run.name}: {run.rl_stage} has the steps 1 to {recorded.steps[-1]:,}, not {step:,}.")
+        refuse(
+            f"{run.name}: {run.rl_stage} has the steps 1 to {recorded.steps[-1]:,}, not {step:,}."
+        )
     try:
         since = checkpoint_before(run.path, run.rl_stage, step)
-        configs = [read_settings(run.path / "config.resolved.toml", chosen).config for chosen in ([], words)]
+        configs = [
+            read_settings(run.path / "config.resolved.toml", chosen).config
+            for chosen in ([], words)
+        ]
     except (ConfigError, CannotReplay) as error:
         refuse(str(error))
     stages = [Workshop(config, since.facts["fault"]).rl_stage() for config in configs]
-    console.print(f"from {since.name}: {step - since.facts['step']} steps to compute", soft_wrap=True)
+    console.print(
+        f"from {since.name}: {step - since.facts['step']} steps to compute", soft_wrap=True
+    )
     same: list[str] = []
 
     def told(done: "Step") -> None:
         place = recorded.steps.index(done.number) if done.number in recorded.steps else None
-        there = {} if place is None else {name: column[place] for name, column in recorded.columns.items()}
-        same[:] = differences({name: x for name, x in there.items() if not math.isnan(x)}, done.metrics)
+        there = (
+            {}
+            if place is None
+            else {name: column[place] for name, column in recorded.columns.items()}
+        )
+        same[:] = differences(
+            {name: x for name, x in there.items() if not math.isnan(x)}, done.metrics
+        )
 
     was, other = compute(stages[0], run.path, since, step, stages[1] if words else None, told)
     if same:
-        console.print(f"not as it was: {', '.join(same)} differ from the record", style="yellow", soft_wrap=True)
+        console.print(
+            f"not as it was: {', '.join(same)} differ from the record",
+            style="yellow",
+            soft_wrap=True,
+        )
     else:
-        console.print(f"step {step} again: every metric is the recorded one, to the bit", soft_wrap=True)
+        console.print(
+            f"step {step} again: every metric is the recorded one, to the bit", soft_wrap=True
+        )
     sides = [was] if other is None else [was, other]
     rows = [
         ("tokens clipped", [f"{int(o.clipped.sum()):,} of {o.tokens:,}" for o in sides]),
         ("KL(π_old ‖ π) after, per token", [f"{o.kl_after:.3g}" for o in sides]),
         ("length of the actor's step", [f"{float(o.moved.norm()):.3g}" for o in sides]),
-        *((name, [f"{o.metrics[name]:.4g}" if name in o.metrics else "–" for o in sides]) for name in REPLAYED),
+        *(
+            (name, [f"{o.metrics[name]:.4g}" if name in o.metrics else "–" for o in sides])
+            for name in REPLAYED
+        ),
     ]
-    console.print(comparison("", ["as it was", *([] if other is None else ["with " + " ".join(words)])], rows))
+    console.print(
+        comparison("", ["as it was", *([] if other is None else ["with " + " ".join(words)])], rows)
+    )
     if other is not None:
-        console.print(f"angle between the two steps: cosine {cosine(was.moved, other.moved):.4f}", soft_wrap=True)
+        console.print(
+            f"angle between the two steps: cosine {cosine(was.moved, other.moved):.4f}",
+            soft_wrap=True,
+        )
 
 
 REPLAYED = (
@@ -216,10 +277,13 @@ REPLAYED = (
 
 @app.command()
 def doctor(
-    run_folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Left out, it looks at this machine.")] = None,
+    run_folder: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Left out, it looks at this machine.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """What is wrong with a run, with evidence and remedy; or what this machine has. Exit code 3: there are findings."""
+    """What is wrong with a run, with evidence and remedy; or what this machine has. Exit code 3:
+    there are findings."""
     if run_folder is None:
         _machine(as_json)
         return
@@ -254,18 +318,27 @@ def _machine(as_json: bool) -> None:
         **environment(),
         "threads": torch.get_num_threads(),
         "gpus": devices,
-        "extras": {extra: importlib.util.find_spec(package) is not None for extra, package in extras.items()},
+        "extras": {
+            extra: importlib.util.find_spec(package) is not None
+            for extra, package in extras.items()
+        },
         "bubblewrap": shutil.which("bwrap"),
     }
     if as_json:
         print_json(facts)
         return
     for name, value in facts.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        shown = (
+            ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        )
         console.print(f"{name:<12}{'none' if value in (None, []) else shown}", soft_wrap=True)
     missing = [extra for extra, there in facts["extras"].items() if not there]
     if missing:
-        console.print(f'to add      pip install "quartet-rlhf[{",".join(missing)}]"', style="yellow", soft_wrap=True)
+        console.print(
+            f'to add      pip install "quartet-rlhf[{",".join(missing)}]"',
+            style="yellow",
+            soft_wrap=True,
+        )
 
 
 def _say_problems(run: "Run") -> None:

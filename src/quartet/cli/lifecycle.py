@@ -12,7 +12,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
 from quartet import __version__
-from quartet.cli.common import FAILED, RESUMABLE, complaints, console, refuse, typed, without_progress_bars
+from quartet.cli.common import (
+    FAILED,
+    RESUMABLE,
+    complaints,
+    console,
+    refuse,
+    typed,
+    without_progress_bars,
+)
 from quartet.cli.printing import outlive_readers
 from quartet.recipes import recipe_names, recipe_path
 
@@ -27,18 +35,24 @@ if TYPE_CHECKING:
 
 DEFAULT = "reviews"
 AGAIN, MINUTES = "QUARTET_RESTARTED", "QUARTET_MINUTES_LEFT"
-"""What a process that starts itself again tells the next: how often that was, and how long it may take."""
+"""What a process that starts itself again tells the next: how often that was, and how long it may
+take."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """What the system says where there is no room for a file."""
 
 
-def settings_of(what: str, words: list[str], known_links: Mapping[str, str] = MappingProxyType({})) -> "Settings":
-    """A recipe's name or a file, and what is said beside it. `known_links`: where links led when a run began."""
+def settings_of(
+    what: str, words: list[str], known_links: Mapping[str, str] = MappingProxyType({})
+) -> "Settings":
+    """A recipe's name or a file, and what is said beside it. `known_links`: where links led when a
+    run began."""
     from quartet.config.toml import ConfigError, read_settings
 
     if (Path(what) / "events.jsonl").is_file():
         refuse(f"{what}: is a run's folder. To go on with it: quartet run {typed(what)} --resume")
-    if "=" in what and not Path(what).exists():  # quartet run seed=1: the default recipe with a setting
+    if (
+        "=" in what and not Path(what).exists()
+    ):  # quartet run seed=1: the default recipe with a setting
         what, words = DEFAULT, [what, *words]
     path = recipe_path(what)
     shown = f"recipe {what}" if path else None
@@ -46,7 +60,10 @@ def settings_of(what: str, words: list[str], known_links: Mapping[str, str] = Ma
         from quartet.config.tables import did_you_mean
 
         near = did_you_mean(what, recipe_names())
-        refuse(f'"{what}": no such recipe, and not a .toml file.{near} Recipes are {", ".join(recipe_names())}.')
+        refuse(
+            f'"{what}": no such recipe, and not a .toml file.{near} Recipes are '
+            f"{', '.join(recipe_names())}."
+        )
     try:
         return read_settings(path or Path(what), words, shown, known_links)
     except ConfigError as error:
@@ -72,13 +89,15 @@ def run_to_resume(what: str | None, words: list[str]) -> "tuple[Path | None, Set
     run = settings.config.run
     found = find_run(Path(run.folder), run.name or settings.name)
     if found is not None and (links := beginning_of(found).links):
-        settings = settings_of(what, words, links)  # `runs/latest` is another run now, this one among them
+        settings = settings_of(
+            what, words, links
+        )  # `runs/latest` is another run now, this one among them
     return found, settings
 
 
 def _settings_of_run(folder: Path, words: list[str]) -> "Settings":
-    """The config in a run's folder with words on top. Where it names files that are not here but where the run was started,
-    that becomes the working directory."""
+    """The config in a run's folder with words on top. Where it names files that are not here but
+    where the run was started, that becomes the working directory."""
     from quartet.config.links import absolute_word, relative_paths
     from quartet.config.tables import json_ready
     from quartet.recording.run_folder import beginning_of
@@ -89,12 +108,22 @@ def _settings_of_run(folder: Path, words: list[str]) -> "Settings":
         return settings
     first = os.environ.get("RANK", "0") == "0"
     if first:
-        console.print(f"note   the run was started in {began.folder}", style="yellow", soft_wrap=True)
-    away = [p for p in relative_paths(json_ready(settings.config)) if not p.exists() and (began.folder / p).exists()]
+        console.print(
+            f"note   the run was started in {began.folder}", style="yellow", soft_wrap=True
+        )
+    away = [
+        p
+        for p in relative_paths(json_ready(settings.config))
+        if not p.exists() and (began.folder / p).exists()
+    ]
     if not away:
         return settings
     if first:
-        console.print(f"note   {away[0]} is not here but there: paths are taken from there", style="yellow", soft_wrap=True)
+        console.print(
+            f"note   {away[0]} is not here but there: paths are taken from there",
+            style="yellow",
+            soft_wrap=True,
+        )
     words, config = [absolute_word(word) for word in words], str(Path(config).resolve())
     os.chdir(began.folder)
     return settings_of(config, words, began.links)
@@ -108,9 +137,13 @@ def new_run(settings: "Settings", fault: str | None) -> int:
     job, config = _build(settings, fault), settings.config
     files = {"config.toml": settings.text, "config.resolved.toml": resolved_toml(settings)}
     try:
-        folder = RunFolder.create(Path(config.run.folder), config.run.name or settings.name, files, settings.links)
+        folder = RunFolder.create(
+            Path(config.run.folder), config.run.name or settings.name, files, settings.links
+        )
     except OSError as error:
-        refuse(f'run.folder = "{config.run.folder}": cannot be written ({error.strerror or error}).')
+        refuse(
+            f'run.folder = "{config.run.folder}": cannot be written ({error.strerror or error}).'
+        )
     return _work(settings, job, folder, fault)
 
 
@@ -127,7 +160,9 @@ def go_on(path: Path | None, settings: "Settings", fault: str | None, accept: li
         folder = RunFolder(path)
         record = folder.record()
     except OSError as error:
-        refuse(str(error) if error.errno is None else f"{path}: cannot be written ({error.strerror}).")
+        refuse(
+            str(error) if error.errno is None else f"{path}: cannot be written ({error.strerror})."
+        )
     except Unreadable as error:
         refuse(f"{path / 'events.jsonl'}: {error}")
     job = _build(settings, fault)
@@ -139,14 +174,20 @@ def go_on(path: Path | None, settings: "Settings", fault: str | None, accept: li
             folder.close()
             refuse(str(error))
         facts = choice.checkpoint.facts
-        more_to_do = choice.skipped or facts["step"] < steps_of(settings.config).get(facts["stage"], 0)
+        more_to_do = choice.skipped or facts["step"] < steps_of(settings.config).get(
+            facts["stage"], 0
+        )
         if record.is_done and not more_to_do:
             folder.sweep()
             folder.close()
             _say_done(path, settings)
             return 0
         for checkpoint, reason in choice.skipped:
-            console.print(f"note   checkpoint {checkpoint.name} was skipped: {reason}", style="yellow", soft_wrap=True)
+            console.print(
+                f"note   checkpoint {checkpoint.name} was skipped: {reason}",
+                style="yellow",
+                soft_wrap=True,
+            )
         set_aside(choice.skipped)
         folder.become_latest()
     else:
@@ -155,7 +196,8 @@ def go_on(path: Path | None, settings: "Settings", fault: str | None, accept: li
 
 
 def _say_done(path: Path, settings: "Settings") -> None:
-    """That a run is done, and how to make it longer. The report is written where a kill came before it."""
+    """That a run is done, and how to make it longer. The report is written where a kill came before
+    it."""
     from quartet.runs.reader import Run
     from quartet.runtime.resume import steps_of
 
@@ -172,7 +214,9 @@ def _say_done(path: Path, settings: "Settings") -> None:
         "reward_model": ("reward_model.steps", config.reward_model.schedule),
         "sft": ("sft.steps", config.sft.schedule),
     }[stage]
-    accept = "" if schedule == "constant" else f" --accept {key}"  # its learning rates looked ahead to the end
+    accept = (
+        "" if schedule == "constant" else f" --accept {key}"
+    )  # its learning rates looked ahead to the end
     more = f"quartet run {typed(path)} --resume {key}={2 * lengths[stage]}{accept}"
     console.print(f"next   to add steps: {more}", soft_wrap=True)
 
@@ -186,17 +230,22 @@ def _work(
     accept: Sequence[str] = (),
     resumed: bool = False,
 ) -> int:
-    """From the first event to the last, whatever ends it. `accept`: the settings that may have changed."""
+    """From the first event to the last, whatever ends it. `accept`: the settings that may have
+    changed."""
     from quartet.cli.screen import Screen, sample_lines
     from quartet.runtime.interruption import Interrupted, Interruption
     from quartet.runtime.pipeline import StageFailed
     from quartet.runtime.worker import WorkerLost
 
     outlive_readers()
-    words = [word for key in accept for word in ("--accept", key)] + (["--break", fault] if fault else [])
+    words = [word for key in accept for word in ("--accept", key)] + (
+        ["--break", fault] if fault else []
+    )
     resume = " ".join(["quartet run", typed(folder.path), "--resume", *map(shlex.quote, words)])
     screen, launch = Screen(console), settings.config.launch
-    interruption = Interruption(float(os.environ.get(MINUTES, "0")) or settings.config.run.max_minutes, screen.notice)
+    interruption = Interruption(
+        float(os.environ.get(MINUTES, "0")) or settings.config.run.max_minutes, screen.notice
+    )
     with contextlib.ExitStack() as open_things:
         open_things.callback(folder.close)
         open_things.callback(screen.close)
@@ -204,7 +253,9 @@ def _work(
             _send_chatter_to(folder.path / "run.log")
             if resumed:
                 _renew(folder, settings, choice)
-            samples = _through(settings, job, folder, fault, choice, screen, interruption, open_things)
+            samples = _through(
+                settings, job, folder, fault, choice, screen, interruption, open_things
+            )
         except (Interrupted, WorkerLost) as reason:
             screen.close()
             with contextlib.suppress(OSError):  # a full disk may be why it is to stop
@@ -247,7 +298,9 @@ def _through(
     tracking = Tracking(config.run.track, folder.path, json_ready(config))
     open_things.callback(tracking.close)
     saving, texts = job.saving(config.run), TokenTexts(job.tokenizer)
-    pipeline = Pipeline(job.stages, folder, texts, saving, tracking, interruption, strict=fault is None)
+    pipeline = Pipeline(
+        job.stages, folder, texts, saving, tracking, interruption, strict=fault is None
+    )
     since = None if choice is None else choice.checkpoint
     if since is not None:
         pipeline.cut_back(since)
@@ -259,12 +312,20 @@ def _through(
             if isinstance(event, Finished) and event.stage.name == "evaluation":
                 samples = event.summary["samples"]
     planned_to = {"planned_peak_bytes": planned.peak, "planned_seconds": planned.seconds}
-    folder.event("done", None, None, peak_bytes=_peak_bytes(), seconds=round(time.monotonic() - began, 1), **planned_to)
+    folder.event(
+        "done",
+        None,
+        None,
+        peak_bytes=_peak_bytes(),
+        seconds=round(time.monotonic() - began, 1),
+        **planned_to,
+    )
     return samples
 
 
 def _renew(folder: "RunFolder", settings: "Settings", choice: "Choice | None") -> None:
-    """The folder of a run that is to go on: what a killed process left half done goes, the config is the one of now."""
+    """The folder of a run that is to go on: what a killed process left half done goes, the config
+    is the one of now."""
     from quartet import files as durable
     from quartet.config.toml import resolved_toml
 
@@ -283,11 +344,15 @@ def _say_stopped(reason: BaseException, resume: str | None) -> None:
         said = f"stopped by {reason}. Nothing is lost"
     else:
         said = f"stopped: {str(reason).rstrip('.')}. The last checkpoint is whole"
-    console.print(f"{said}; {'the run goes on from it' if resume is None else f'go on with: {resume}'}", soft_wrap=True)
+    console.print(
+        f"{said}; {'the run goes on from it' if resume is None else f'go on with: {resume}'}",
+        soft_wrap=True,
+    )
 
 
 def _say_failed(folder: "RunFolder", error: Exception, resume: str) -> None:
-    """One sentence on what failed, and one on what there is. Of a full disk: how to go on once there is room."""
+    """One sentence on what failed, and one on what there is. Of a full disk: how to go on once
+    there is room."""
     said = str(error)
     if isinstance(error, OSError):
         reason = os.strerror(error.errno) if error.errno else str(error)
@@ -296,9 +361,13 @@ def _say_failed(folder: "RunFolder", error: Exception, resume: str) -> None:
         folder.event("failed", error=said)
     complaints.print(f"failed: {said}", style="red", soft_wrap=True)
     if _is_full(error):
-        complaints.print(f"Make room on the disk, then go on with: {resume}", style="red", soft_wrap=True)
+        complaints.print(
+            f"Make room on the disk, then go on with: {resume}", style="red", soft_wrap=True
+        )
     else:
-        complaints.print(f"The record so far is in {folder.path}, details in run.log.", soft_wrap=True)
+        complaints.print(
+            f"The record so far is in {folder.path}, details in run.log.", soft_wrap=True
+        )
     _log_traceback()
 
 
@@ -320,7 +389,13 @@ def _start_again(path: Path, again: int, minutes: float | None, more: list[str])
     os.execv(sys.executable, [sys.executable, "-m", "quartet", "run", str(path), "--resume", *more])
 
 
-def _say_what(settings: "Settings", job: "Job", folder: "RunFolder", fault: str | None, choice: "Choice | None") -> "Plan":
+def _say_what(
+    settings: "Settings",
+    job: "Job",
+    folder: "RunFolder",
+    fault: str | None,
+    choice: "Choice | None",
+) -> "Plan":
     """What will be run, what it takes, and what a person should know before."""
     from quartet.planning.plan import in_words
     from quartet.planning.plan import plan as make_plan
@@ -330,11 +405,20 @@ def _say_what(settings: "Settings", job: "Job", folder: "RunFolder", fault: str 
     console.print(f"plan   {in_words(planned)}", soft_wrap=True)
     if choice is not None:
         since = choice.checkpoint
-        folder.event("resumed", checkpoint=since.name, accepted=list(choice.accepted), skipped=dict(choice.reasons()))
+        folder.event(
+            "resumed",
+            checkpoint=since.name,
+            accepted=list(choice.accepted),
+            skipped=dict(choice.reasons()),
+        )
         console.print(f"resume {since.name}, of {folder.path}", soft_wrap=True)
         if damaged := folder.record().damaged:
             lines = f"{damaged:,} line{'s' * (damaged != 1)}"
-            console.print(f"note   {lines} of events.jsonl cannot be read and are passed over", style="yellow", soft_wrap=True)
+            console.print(
+                f"note   {lines} of events.jsonl cannot be read and are passed over",
+                style="yellow",
+                soft_wrap=True,
+            )
         for sentence in choice.accepted:
             console.print(f"note   {sentence}", style="yellow", soft_wrap=True)
     planted = [] if fault is None else [f"--break {fault}: this run has a mistake on purpose."]
@@ -349,7 +433,9 @@ def _say_where(folder: Path, root: str) -> None:
     console.print(f"run    {folder}    peak {_peak_bytes() / 1e6:,.0f} MB", soft_wrap=True)
     _write_report(folder)
     talk = f", quartet chat {typed(folder)}" if (folder / "policy").is_dir() else ""
-    console.print(f"next   quartet studio{'' if root == 'runs' else f' {typed(root)}'}{talk}", soft_wrap=True)
+    console.print(
+        f"next   quartet studio{'' if root == 'runs' else f' {typed(root)}'}{talk}", soft_wrap=True
+    )
 
 
 def _write_report(folder: Path) -> None:
@@ -382,7 +468,12 @@ def _build(settings: "Settings", fault: str | None) -> "Job":
     keep_freed_memory(in_parts=bool(settings.config.launch.shard))
     if fault is not None and (fault not in FAULTS or settings.config.rl_stage is None):
         refuse(
-            f"--break {fault}: " + ("there is no RL stage to break." if fault in FAULTS else f"known are {', '.join(FAULTS)}.")
+            f"--break {fault}: "
+            + (
+                "there is no RL stage to break."
+                if fault in FAULTS
+                else f"known are {', '.join(FAULTS)}."
+            )
         )
     try:
         return build(settings.config, fault, team_of(settings.config.launch))
@@ -395,7 +486,9 @@ def _first_line(settings: "Settings", job: "Job", folder: Path) -> str:
 
     place = job.device.type
     threads = f", {torch.get_num_threads()} threads" if place == "cpu" else ""
-    return f"quartet {__version__} · {place}{threads} · fp32 · seed {settings.config.seed} · {folder}"
+    return (
+        f"quartet {__version__} · {place}{threads} · fp32 · seed {settings.config.seed} · {folder}"
+    )
 
 
 def _send_chatter_to(path: Path) -> None:
@@ -405,9 +498,13 @@ def _send_chatter_to(path: Path) -> None:
 
     import transformers
 
-    logging.raiseExceptions = False  # a full disk is said once, by the run, and not by every line of the log
+    logging.raiseExceptions = (
+        False  # a full disk is said once, by the run, and not by every line of the log
+    )
     log = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    logging.basicConfig(handlers=[log], level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
+    logging.basicConfig(
+        handlers=[log], level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True
+    )
     logging.captureWarnings(True)
     warnings.simplefilter("default")
     transformers.logging.disable_default_handler()

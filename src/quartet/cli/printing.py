@@ -1,4 +1,5 @@
-"""The border between what is printed and where it goes: consoles that know few characters, pipes that nobody reads any more."""
+"""The border between what is printed and where it goes: consoles that know few characters, pipes
+that nobody reads any more."""
 
 import codecs
 import contextlib
@@ -30,7 +31,8 @@ SIGNS = {
     "’": "'",
     "∞": "inf",
 }
-"""What stands for a sign where a console does not have it. Anything else becomes its escape, as in Python."""
+"""What stands for a sign where a console does not have it. Anything else becomes its escape, as in
+Python."""
 ERRORS = "quartet.signs"
 NOBODY = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ESHUTDOWN, errno.ECONNRESET}
 """What a stream says that will never be read again."""
@@ -40,19 +42,22 @@ def _signs(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lost = error.object[error.start : error.end]
-    return "".join(SIGNS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lost), error.end
+    return "".join(
+        SIGNS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lost
+    ), error.end
 
 
 codecs.register_error(ERRORS, _signs)
 
 
 class Printed(io.TextIOWrapper):
-    """Standard output or error. It prints whatever it is given. With `outlives_reader` it goes on where nobody reads it any
-    more, or its disk is full, and prints nothing then."""
+    """Standard output or error. It prints whatever it is given. With `outlives_reader` it goes on
+    where nobody reads it any more, or its disk is full, and prints nothing then."""
 
     outlives_reader = False
     replaced: Any = None
-    """The stream in whose place it stands, which would close the file that both write to when it is forgotten."""
+    """The stream in whose place it stands, which would close the file that both write to when it is
+    forgotten."""
 
     def write(self, text: str) -> int:
         try:

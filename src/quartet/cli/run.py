@@ -15,34 +15,61 @@ if TYPE_CHECKING:
     from quartet.config.toml import Settings
 
 What = Annotated[
-    str | None, typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, a TOML file or, with --resume, a run.")
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE or FILE.toml]",
+        help="A recipe's name, a TOML file or, with --resume, a run.",
+    ),
 ]
-Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE …]", help="Settings that win over the file.")]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE …]", help="Settings that win over the file."),
+]
 
 
 @app.command()
 def run(
     what: What = None,
     words: Words = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run of this name stopped.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the run of this name stopped.")
+    ] = False,
     accept: Annotated[
-        list[str] | None, typer.Option("--accept", metavar="KEY", help="With --resume: a setting that may have changed.")
+        list[str] | None,
+        typer.Option(
+            "--accept", metavar="KEY", help="With --resume: a setting that may have changed."
+        ),
     ] = None,
-    show_plan: Annotated[bool, typer.Option("--plan", help="Say what the run would take, and stop.")] = False,
+    show_plan: Annotated[
+        bool, typer.Option("--plan", help="Say what the run would take, and stop.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --plan: print it as JSON.")] = False,
     nodes: Annotated[
-        str | None, typer.Option("--nodes", metavar="2x8", help="Say how to start it on 2 nodes of 8 ranks, and stop.")
+        str | None,
+        typer.Option(
+            "--nodes", metavar="2x8", help="Say how to start it on 2 nodes of 8 ranks, and stop."
+        ),
     ] = None,
     fault: Annotated[
-        str | None, typer.Option("--break", help="Plant a mistake in the RL stage, for the doctor to find: see docs/doctor.md.")
+        str | None,
+        typer.Option(
+            "--break",
+            help="Plant a mistake in the RL stage, for the doctor to find: see docs/doctor.md.",
+        ),
     ] = None,
 ) -> None:
     """Run a recipe or a TOML file: one stage, or a pipeline of them. Without a name: `reviews`."""
     if nodes is not None:
-        _print_commands(DEFAULT if what is None else what, [*(words or []), *(["--resume"] if resume else [])], nodes)
+        _print_commands(
+            DEFAULT if what is None else what,
+            [*(words or []), *(["--resume"] if resume else [])],
+            nodes,
+        )
         return
     resumed = run_to_resume(what, words or []) if resume else None
-    settings = resumed[1] if resumed else settings_of(DEFAULT if what is None else what, words or [])
+    settings = (
+        resumed[1] if resumed else settings_of(DEFAULT if what is None else what, words or [])
+    )
     if show_plan:
         _print_plan(settings, as_json)
         return
@@ -53,29 +80,45 @@ def run(
 
         if missing := [name for name in RANKS if name not in os.environ]:
             refuse(
-                f'launch.type = "torchrun": {missing[0]} is not set, so torchrun or srun did not start this. '
+                f'launch.type = "torchrun": {missing[0]} is not set, so torchrun or srun did not '
+                f"start this. "
                 "quartet run … --nodes 2x8 says how."
             )
         if follows(settings.config.launch):
             follow_the_first(settings.config.launch)
             return
-    raise typer.Exit(go_on(resumed[0], settings, fault, accept or []) if resumed else new_run(settings, fault))
+    raise typer.Exit(
+        go_on(resumed[0], settings, fault, accept or []) if resumed else new_run(settings, fault)
+    )
 
 
 @app.command()
 def plan(
-    what: Annotated[str, typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, or a TOML file.")],
+    what: Annotated[
+        str,
+        typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, or a TOML file."),
+    ],
     words: Words = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-    cluster: Annotated[str | None, typer.Option("--on", metavar="8xh200", help="Plan for these GPUs.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--on", metavar="8xh200", help="Plan for these GPUs.")
+    ] = None,
     simulated: Annotated[
-        int | None, typer.Option("--simulate", metavar="STALENESS", help="With --on: play 200 steps, answer by answer.")
+        int | None,
+        typer.Option(
+            "--simulate", metavar="STALENESS", help="With --on: play 200 steps, answer by answer."
+        ),
     ] = None,
     measured: Annotated[
-        bool, typer.Option("--measure", help="Run a few steps of each stage here, twice, and reckon the time from them.")
+        bool,
+        typer.Option(
+            "--measure",
+            help="Run a few steps of each stage here, twice, and reckon the time from them.",
+        ),
     ] = False,
 ) -> None:
-    """Models, memory, tokens, time, and the resolved config with the origin of each value. Loads no model."""
+    """Models, memory, tokens, time, and the resolved config with the origin of each value. Loads no
+    model."""
     settings = settings_of(what, words or [])
     if measured:
         _print_measured(settings)
@@ -90,7 +133,9 @@ def plan(
 @app.command()
 def init(
     recipe: Annotated[str, typer.Argument(help="sft, reward_model, ppo, grpo or dpo.")],
-    file: Annotated[Path | None, typer.Argument(help="Where to write it. Default: RECIPE.toml.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="Where to write it. Default: RECIPE.toml.")
+    ] = None,
 ) -> None:
     """Write a commented file to start from."""
     template = template_path({"rm": "reward_model"}.get(recipe, recipe))
@@ -104,18 +149,22 @@ def init(
     except OSError as error:
         refuse(f"{target}: cannot be written ({error.strerror}).")
     console.print(
-        f"{target} written. Fill it in, then: quartet plan {typed(target)}, quartet run {typed(target)}", soft_wrap=True
+        f"{target} written. Fill it in, then: quartet plan {typed(target)}, quartet run "
+        f"{typed(target)}",
+        soft_wrap=True,
     )
 
 
 @app.command()
 def algorithms(
     name: Annotated[
-        str | None, typer.Argument(metavar="[PRESET]", help="Print this one as the TOML that recreates it.")
+        str | None,
+        typer.Argument(metavar="[PRESET]", help="Print this one as the TOML that recreates it."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
-    """The presets with their parts; with a name, the record as TOML, to be changed and put into a run's file."""
+    """The presets with their parts; with a name, the record as TOML, to be changed and put into a
+    run's file."""
     from quartet.algorithms.preference import PREFERENCES
     from quartet.algorithms.presets import ALGORITHMS
     from quartet.config.tables import did_you_mean, without_none
@@ -123,7 +172,10 @@ def algorithms(
 
     everything = ALGORITHMS | PREFERENCES
     if name is not None and name not in everything:
-        refuse(f'"{name}": no such preset.{did_you_mean(name, everything)} `quartet algorithms` lists them.')
+        refuse(
+            f'"{name}": no such preset.{did_you_mean(name, everything)} `quartet algorithms` lists '
+            f"them."
+        )
     chosen = {name: everything[name]} if name else everything
     if as_json:
         print_json({key: without_none(dataclasses.asdict(value)) for key, value in chosen.items()})
@@ -141,7 +193,11 @@ def _print_plan(settings: "Settings", as_json: bool) -> None:
 
     made = make_plan(settings.config)
     if as_json:
-        whole = {"plan": dataclasses.asdict(made), "config": json_ready(settings.config), "origins": settings.origins}
+        whole = {
+            "plan": dataclasses.asdict(made),
+            "config": json_ready(settings.config),
+            "origins": settings.origins,
+        }
         print_json(whole)
         return
     console.print(f"plan   {in_words(made)}", soft_wrap=True)
@@ -198,8 +254,10 @@ def _print_cluster(settings: "Settings", words: str, bound: int | None) -> None:
         found = simulated(made, bound)
         age = statistics.fmean(found.staleness)
         console.print(
-            f"played  {found.steps} steps of {found.seconds:,.1f} s with a staleness of at most {bound}: on average {age:.2f}; "
-            f"trainers wait {found.trainer_idle:.0%} of the time, slots of generators {found.generators_idle:.0%}",
+            f"played  {found.steps} steps of {found.seconds:,.1f} s with a staleness of at most "
+            f"{bound}: on average {age:.2f}; "
+            f"trainers wait {found.trainer_idle:.0%} of the time, slots of generators "
+            f"{found.generators_idle:.0%}",
             soft_wrap=True,
         )
 
@@ -219,7 +277,13 @@ def _print_presets() -> None:
         table.add_row("", Text(family, style="dim"))
         for name, algorithm in members.items():
             table.add_row(name, " · ".join([*main_parts(algorithm), *other_parts(algorithm)]))
-    table.add_row("", Text("from comparisons instead of rewards; only online_dpo samples, and needs both", style="dim"))
+    table.add_row(
+        "",
+        Text(
+            "from comparisons instead of rewards; only online_dpo samples, and needs both",
+            style="dim",
+        ),
+    )
     for name, loss in PREFERENCES.items():
         table.add_row(name, f"loss {in_short(loss)}")
     console.print(table, width=None if console.is_terminal else 200)

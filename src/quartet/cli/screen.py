@@ -1,4 +1,5 @@
-"""What a run prints: one live line per stage on a terminal, plain lines every few seconds elsewhere."""
+"""What a run prints: one live line per stage on a terminal, plain lines every few seconds
+elsewhere."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -67,7 +68,10 @@ class Screen:
 
     def notice(self, reason: str) -> None:
         """A signal was heard where it has to wait a little."""
-        self.console.print(f"     {reason}: the update is finished and saved first. Once more stops at once.", soft_wrap=True)
+        self.console.print(
+            f"     {reason}: the update is finished and saved first. Once more stops at once.",
+            soft_wrap=True,
+        )
 
     def close(self) -> None:
         """Leave what is on screen as it is; nothing more comes."""
@@ -77,16 +81,22 @@ class Screen:
 
     def _render(self) -> Text:
         """The stage's line, its words padded as far as the screen is wide."""
-        return self.line.render(max(0, min(62, self.console.width - 48)) if self.console.is_terminal else 62)
+        return self.line.render(
+            max(0, min(62, self.console.width - 48)) if self.console.is_terminal else 62
+        )
 
     def _started(self, event: Any) -> None:
-        self.line = _Line(f"{event.number}/{event.of} {event.stage.title}", event.stage, time.monotonic())
+        self.line = _Line(
+            f"{event.number}/{event.of} {event.stage.title}", event.stage, time.monotonic()
+        )
         for metrics in event.earlier:  # a resumed run still shows where its numbers began
             self.line.see(event.done, metrics)
         self.line.step = event.done
         self.printed = time.monotonic()
         if self.console.is_terminal:
-            self.live = Live(self._render(), console=self.console, refresh_per_second=8, transient=True)
+            self.live = Live(
+                self._render(), console=self.console, refresh_per_second=8, transient=True
+            )
             self.live.start()
 
     def _advanced(self, event: Any) -> None:
@@ -98,7 +108,9 @@ class Screen:
             self.printed = time.monotonic()
 
     def _warned(self, event: Any) -> None:
-        self.console.print(Text(f"     ▲ step {event.step}: {event.sentence}", style="yellow"), soft_wrap=True)
+        self.console.print(
+            Text(f"     ▲ step {event.step}: {event.sentence}", style="yellow"), soft_wrap=True
+        )
 
     def _finished(self, event: Any) -> None:
         self.line.closing = closing_words(event.stage.name, event.summary)
@@ -134,7 +146,9 @@ class _Line:
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(f"{self.label:<18} ", style="bold")
         line.append("█" * full, style="cyan").append("░" * (BAR_WIDTH - full), style="dim")
-        line.append(f" {count:>7}  {words:<{width}} ").append(f"{seconds // 60}:{seconds % 60:02}", style="dim")
+        line.append(f" {count:>7}  {words:<{width}} ").append(
+            f"{seconds // 60}:{seconds % 60:02}", style="dim"
+        )
         return line
 
     def _words(self) -> list[str]:
@@ -148,7 +162,9 @@ class _Line:
             recent = seen[-SMOOTHING:]
             now = shown.form.format(sum(recent) / len(recent)).replace("-", "−")
             first = shown.form.format(seen[0]).replace("-", "−")
-            words.append(f"{shown.label} {first} → {now}" if shown.change else f"{shown.label} {now}")
+            words.append(
+                f"{shown.label} {first} → {now}" if shown.change else f"{shown.label} {now}"
+            )
         return words
 
 
@@ -166,7 +182,8 @@ def closing_words(stage: str, summary: Mapping[str, Any]) -> str:
         judge = summary["judge"]
         gain = summary["after"].get(judge, 0.0) - summary["before"].get(judge, 0.0)
         return (
-            f"win rate by {judge} {win['mean']:.2f} ± {win['interval']:.2f} · {judge} {gain:+.2f} at KL {kl['mean']:.1f}"
+            f"win rate by {judge} {win['mean']:.2f} ± {win['interval']:.2f} · {judge} {gain:+.2f} "
+            f"at KL {kl['mean']:.1f}"
         ).replace("-", "−")
     return ""
 
@@ -183,7 +200,12 @@ MEASURES = (
 
 def evaluation_table(summary: Mapping[str, Any]) -> Table:
     """Before and after, side by side, and answers to read."""
-    table = Table(title=f"{summary['prompts']} held-out prompts", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=f"{summary['prompts']} held-out prompts",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
     for header in ("", "before", "after"):
         table.add_column(header, justify="left" if not header else "right", overflow="fold")
     for name, label in MEASURES:
@@ -198,8 +220,12 @@ def sample_lines(samples: Sequence[Mapping[str, str]], count: int = 3) -> list[T
     lines = []
     for sample in samples[:count]:
         lines.append(Text(_one_line(sample["prompt"]), style="bold"))
-        lines.append(Text("  before ", style="dim").append(_one_line(sample["before"]), style="default"))
-        lines.append(Text("  after  ", style="green").append(_one_line(sample["after"]), style="default"))
+        lines.append(
+            Text("  before ", style="dim").append(_one_line(sample["before"]), style="default")
+        )
+        lines.append(
+            Text("  after  ", style="green").append(_one_line(sample["after"]), style="default")
+        )
     return lines
 
 

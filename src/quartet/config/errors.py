@@ -1,4 +1,5 @@
-"""What is said of a config that cannot work: one sentence from what pydantic found, with the place and the way out."""
+"""What is said of a config that cannot work: one sentence from what pydantic found, with the place
+and the way out."""
 
 import dataclasses
 import difflib
@@ -70,8 +71,12 @@ def sentence(error: ErrorDetails, table: Table, origins: Mapping[str, str]) -> s
         if name in context:
             return f"{shown}: must be {sign} {context[name]:g}.{_description(path)}"
     if kind in {"union_tag_invalid", "literal_error"}:
-        choices = re.findall(r"'([^']*)'", str(context.get("expected_tags") or context.get("expected")))
-        tag = value.get("type") if kind == "union_tag_invalid" and isinstance(value, dict) else value
+        choices = re.findall(
+            r"'([^']*)'", str(context.get("expected_tags") or context.get("expected"))
+        )
+        tag = (
+            value.get("type") if kind == "union_tag_invalid" and isinstance(value, dict) else value
+        )
         inner = f"{key}.type" if kind == "union_tag_invalid" else key
         return f"{where(inner, origins)}: {inner} = {in_short(tag)}: {one_of(tag, choices)}"
     if kind == "union_tag_not_found":
@@ -90,7 +95,9 @@ def _path_in_file(location: tuple[int | str, ...], table: Table) -> list[str]:
     for i, step in enumerate(location):
         last = i == len(location) - 1
         if isinstance(here, dict):
-            tag = here.get("type") == step and location[i - 1] != step  # a table of type function has a key function
+            tag = (
+                here.get("type") == step and location[i - 1] != step
+            )  # a table of type function has a key function
             if step not in here and (not last or tag):
                 continue
             here = here.get(step)
@@ -117,12 +124,23 @@ def one_of(value: Any, choices: Sequence[str]) -> str:
 
 
 def _suggestion(path: Sequence[str]) -> str:
-    """The known key that was meant: by its name here, by its name elsewhere, or in another table."""
+    """The known key that was meant: by its name here, by its name elsewhere, or in another
+    table."""
     *table, name = path
     here = ".".join(table)
     known = list(_known_keys(Config))
-    siblings = [key.removeprefix(here + ".") if here else key for key in known if key.startswith(here)]
-    names = list(dict.fromkeys([*(s for s in siblings if "." not in s), *SYNONYMS, *(k.rpartition(".")[2] for k in known)]))
+    siblings = [
+        key.removeprefix(here + ".") if here else key for key in known if key.startswith(here)
+    ]
+    names = list(
+        dict.fromkeys(
+            [
+                *(s for s in siblings if "." not in s),
+                *SYNONYMS,
+                *(k.rpartition(".")[2] for k in known),
+            ]
+        )
+    )
     for near in difflib.get_close_matches(name, names, n=1, cutoff=0.7):
         meant = near if near in siblings else SYNONYMS.get(near, near)
         candidates = [k for k in known if k == meant or k.endswith("." + meant)]
@@ -137,14 +155,18 @@ def _description(path: Sequence[str]) -> str:
     """The second sentence of an error: what the key's declaration says of it."""
     for owner, field in _fields(Config, list(path)):
         default = field.default if field.default is not dataclasses.MISSING else None
-        description = getattr(default, "description", None) or owner.__pydantic_fields__[field.name].description
+        description = (
+            getattr(default, "description", None)
+            or owner.__pydantic_fields__[field.name].description
+        )
         if description:
             return f" {description}"
     return ""
 
 
 def _fields(owner: Any, path: list[str]) -> Iterator[tuple[Any, Any]]:
-    """The declarations that a path may lead to: one, or one for each member of a union that has the key."""
+    """The declarations that a path may lead to: one, or one for each member of a union that has the
+    key."""
     if not path:
         return
     for field in dataclasses.fields(owner):
@@ -187,7 +209,11 @@ def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + " }" if value else "{}"
+        return (
+            "{ " + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + " }"
+            if value
+            else "{}"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

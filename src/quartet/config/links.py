@@ -1,5 +1,5 @@
-"""Paths in a config that lead over links. A link such as `runs/latest` moves on; a run keeps the place that it led to when the
-run began."""
+"""Paths in a config that lead over links. A link such as `runs/latest` moves on; a run keeps the
+place that it led to when the run began."""
 
 import json
 import os
@@ -33,8 +33,9 @@ NAMES = {"critic.init": ("policy", "reward_model"), "policy.chat_template": ("ch
 
 
 def resolve_links(table: dict[str, Any], known: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Replace the paths in a table that lead over links by where they lead; return, by key, what was written and what stands
-    there now. `known`: where paths led when a run began that is to go on."""
+    """Replace the paths in a table that lead over links by where they lead; return, by key, what
+    was written and what stands there now. `known`: where paths led when a run began that is to go
+    on."""
     resolved = {}
     for holder, name, key in _paths(table):
         written = holder[name]
@@ -45,8 +46,9 @@ def resolve_links(table: dict[str, Any], known: Mapping[str, str]) -> dict[str, 
 
 
 def where(written: str) -> str:
-    """Return where a path leads over links: a folder itself, a file in its folder, `file.py:name` as `file.py`. What has no
-    link on its way, or is not there, stays as it is written; what is below the working directory stays relative."""
+    """Return where a path leads over links: a folder itself, a file in its folder, `file.py:name`
+    as `file.py`. What has no link on its way, or is not there, stays as it is written; what is
+    below the working directory stays relative."""
     file, colon, name = written.rpartition(":") if ".py:" in written else (written, "", "")
     path, here = Path(file), Path.cwd()
     try:
@@ -74,7 +76,12 @@ def absolute_word(word: str) -> str:
     plain = value.strip("\"'")
     path = Path(plain.rpartition(":")[0] if ".py:" in plain else plain)
     try:
-        if pattern not in PATHS or plain in NAMES.get(pattern, ()) or path.is_absolute() or not path.exists():
+        if (
+            pattern not in PATHS
+            or plain in NAMES.get(pattern, ())
+            or path.is_absolute()
+            or not path.exists()
+        ):
             return word
     except (OSError, ValueError):
         return word
@@ -82,7 +89,8 @@ def absolute_word(word: str) -> str:
 
 
 def _paths(table: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:
-    """The texts at the keys of PATHS: what holds each, its key or place in there, and its dotted key."""
+    """The texts at the keys of PATHS: what holds each, its key or place in there, and its dotted
+    key."""
     for pattern in PATHS:
         for holder, name, key in _found(table, pattern.split("."), ""):
             value, judges = holder[name], isinstance(holder, dict) and holder.get("type") == "judge"
@@ -91,7 +99,11 @@ def _paths(table: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:
             if isinstance(value, str) and value not in NAMES.get(pattern, ()):
                 yield holder, name, key
             elif isinstance(value, list):
-                yield from ((value, i, f"{key}.{i}") for i, text in enumerate(value) if isinstance(text, str))
+                yield from (
+                    (value, i, f"{key}.{i}")
+                    for i, text in enumerate(value)
+                    if isinstance(text, str)
+                )
 
 
 def _found(table: Any, path: list[str], prefix: str) -> Iterator[tuple[Any, Any, str]]:

@@ -1,7 +1,8 @@
-"""From a TOML file and `key=value` words to a `Config` in which every value knows where it came from.
+"""From a TOML file and `key=value` words to a `Config` in which every value knows where it came
+from.
 
-`key=value` wins over the file, the file over the preset, the preset over the defaults. A mistake becomes one sentence: where
-(file and line, or key), what is wrong, what to do.
+`key=value` wins over the file, the file over the preset, the preset over the defaults. A mistake
+becomes one sentence: where (file and line, or key), what is wrong, what to do.
 """
 
 import dataclasses
@@ -42,10 +43,14 @@ class Settings:
 
 
 def read_settings(
-    path: Path, words: Sequence[str] = (), shown_as: str | None = None, known_links: Mapping[str, str] = MappingProxyType({})
+    path: Path,
+    words: Sequence[str] = (),
+    shown_as: str | None = None,
+    known_links: Mapping[str, str] = MappingProxyType({}),
 ) -> Settings:
-    """The config of a TOML file with `key=value` words on top; paths in it that lead over links are where they lead now.
-    `shown_as` is what messages call the file, `known_links` where paths led when a run began that is to go on."""
+    """The config of a TOML file with `key=value` words on top; paths in it that lead over links are
+    where they lead now. `shown_as` is what messages call the file, `known_links` where paths led
+    when a run began that is to go on."""
     shown = shown_as or str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -57,7 +62,9 @@ def read_settings(
     except IsADirectoryError:
         raise ConfigError(f"{shown}: is a folder, not a file.") from None
     except (OSError, RecursionError) as error:
-        raise ConfigError(f"{shown}: cannot be read ({getattr(error, 'strerror', None) or 'too deep'}).") from None
+        raise ConfigError(
+            f"{shown}: cannot be read ({getattr(error, 'strerror', None) or 'too deep'})."
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{shown}: not TOML: {error}.") from None
     except ValueError as error:  # a name with a NUL in it, a number of thousands of digits
@@ -78,21 +85,31 @@ def read_settings(
 
 
 def _refuse_unread(config: Config, written: Mapping[str, str]) -> None:
-    """A setting that no stage looks at is a mistake, unless a recipe that was changed on the command line left it over."""
+    """A setting that no stage looks at is a mistake, unless a recipe that was changed on the
+    command line left it over."""
     if written.get("recipe") == "command line":
         return
     for key, origin in written.items():
         if not config.reads(key):
-            raise ConfigError(f"{origin}: {key}: no stage of this recipe reads it ({', '.join(config.recipe)}). Take it out.")
+            raise ConfigError(
+                f"{origin}: {key}: no stage of this recipe reads it ({', '.join(config.recipe)}). "
+                f"Take it out."
+            )
 
 
 def resolved_toml(settings: Settings) -> str:
-    """All that the recipe reads as TOML that gives the same run again, the origin of each value behind it."""
+    """All that the recipe reads as TOML that gives the same run again, the origin of each value
+    behind it."""
     config, table = settings.config, json_ready(settings.config)
-    led = {key: f'{settings.origins.get(key, "default")}: "{written}" then' for key, (written, _) in settings.links.items()}
+    led = {
+        key: f'{settings.origins.get(key, "default")}: "{written}" then'
+        for key, (written, _) in settings.links.items()
+    }
     for name, inner in list(table.items()):
         if isinstance(inner, dict):
-            table[name] = {key: value for key, value in inner.items() if config.reads(f"{name}.{key}")}
+            table[name] = {
+                key: value for key, value in inner.items() if config.reads(f"{name}.{key}")
+            }
         elif not config.reads(name):
             del table[name]
     blocks = list(_blocks("", table, {**settings.origins, **led}))
@@ -102,17 +119,26 @@ def resolved_toml(settings: Settings) -> str:
 def preset_toml(preset: Algorithm | PreferenceLoss) -> str:
     """A preset as the tables of a run's file that recreate it, whatever the preset becomes."""
     record = without_none(dataclasses.asdict(preset))
-    table = {"algorithm": record} if isinstance(preset, Algorithm) else {"preference": {"loss": record}}
+    table = (
+        {"algorithm": record} if isinstance(preset, Algorithm) else {"preference": {"loss": record}}
+    )
     return "\n\n".join("\n".join(block) for block in _blocks("", table, None)) + "\n"
 
 
-def _blocks(name: str, table: Table, origins: Mapping[str, str] | None, header: str = "") -> Iterator[list[str]]:
+def _blocks(
+    name: str, table: Table, origins: Mapping[str, str] | None, header: str = ""
+) -> Iterator[list[str]]:
     """A table as a block of lines, then the tables inside it as blocks of their own."""
     prefix = f"{name}." if name else ""
     tables = {key: value for key, value in table.items() if isinstance(value, dict)}
-    lists = {key: value for key, value in table.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
+    lists = {
+        key: value
+        for key, value in table.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    }
     lines = [
-        f"{key} = {toml_value(value)}" + (f"  # {origins.get(prefix + key, 'default')}" if origins is not None else "")
+        f"{key} = {toml_value(value)}"
+        + (f"  # {origins.get(prefix + key, 'default')}" if origins is not None else "")
         for key, value in table.items()
         if key not in tables and key not in lists
     ]
@@ -125,11 +151,13 @@ def _blocks(name: str, table: Table, origins: Mapping[str, str] | None, header: 
             yield from _blocks(f"{prefix}{key}.{i}", row, origins, f"[[{prefix}{key}]]")
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading
+# -------------------------------------------------------------------------------------------------------
 
 
 def _line_numbers(text: str) -> dict[str, int]:
-    """The line on which each table and each key at the start of a line is written, by dotted key."""
+    """The line on which each table and each key at the start of a line is written, by dotted
+    key."""
     lines: dict[str, int] = {}
     counts: dict[str, int] = {}
     prefix = ""
@@ -172,7 +200,9 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _assignment(word: str) -> tuple[str, Any]:
     key, equals, text = word.partition("=")
     if not equals or not re.fullmatch(r"[\w.]+", key):
-        raise ConfigError(f'"{word}": not understood. Settings are written key=value, such as optim.lr=1e-5.')
+        raise ConfigError(
+            f'"{word}": not understood. Settings are written key=value, such as optim.lr=1e-5.'
+        )
     try:
         return key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -190,26 +220,39 @@ def _set(table: Table, key: str, value: Any) -> None:
         if not isinstance(here, dict | list):
             raise ConfigError(f"{key}: {'.'.join(path[: i + 1])} is a value, not a table.")
     if not isinstance(here, dict):
-        raise ConfigError(f"{key}: name one of the list by its number, such as {'.'.join(path)}.0.{last}.")
+        raise ConfigError(
+            f"{key}: name one of the list by its number, such as {'.'.join(path)}.0.{last}."
+        )
     here[last] = value
 
 
 def _expand(table: Table, origins: dict[str, str]) -> None:
-    """Write out what a file may leave unsaid: the preset's parts, the kind of critic, the reward model that is trained."""
+    """Write out what a file may leave unsaid: the preset's parts, the kind of critic, the reward
+    model that is trained."""
     stages = table.get("recipe", [])
     if isinstance(stages, str):
         stages = table["recipe"] = [stages]
-    rl = next((s for s in stages if isinstance(s, str) and s in ALGORITHMS), None) if isinstance(stages, list) else None
+    rl = (
+        next((s for s in stages if isinstance(s, str) and s in ALGORITHMS), None)
+        if isinstance(stages, list)
+        else None
+    )
     if isinstance(table.get("critic"), dict):
         table["critic"] = {"type": "separate", **table["critic"]}
-    named = next((s for s in stages if isinstance(s, str) and s in PREFERENCES), None) if isinstance(stages, list) else None
+    named = (
+        next((s for s in stages if isinstance(s, str) and s in PREFERENCES), None)
+        if isinstance(stages, list)
+        else None
+    )
     if named is not None and isinstance(table.setdefault("preference", {}), dict):
         below = dataclasses.asdict(PREFERENCES[named])
         above = table["preference"].get("loss", {})
         table["preference"]["loss"] = _merged({"loss": below}, {"loss": above})["loss"]
         for key, _ in _leaves(table["preference"]["loss"], "preference.loss"):
             origins.setdefault(key, f"preset {named}")
-    elif isinstance(table.get("preference"), dict) and isinstance(table["preference"].get("loss"), dict):
+    elif isinstance(table.get("preference"), dict) and isinstance(
+        table["preference"].get("loss"), dict
+    ):
         table["preference"]["loss"] = {"type": "dpo", **table["preference"]["loss"]}
     algorithm = table.get("algorithm", {})
     if not isinstance(algorithm, dict):
@@ -219,18 +262,30 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
     if rl is None:
         known = {"sft", "reward_model", "evaluation", *PREFERENCES}
         cut_short = origins.get("recipe") == "command line"
-        if (algorithm or origin) and not cut_short and isinstance(stages, list) and known.issuperset(map(str, stages)):
+        if (
+            (algorithm or origin)
+            and not cut_short
+            and isinstance(stages, list)
+            and known.issuperset(map(str, stages))
+        ):
             place = origin or where("algorithm", origins)
-            raise ConfigError(f"{place}: algorithm: the recipe ({', '.join(stages)}) has no RL stage that would read it.")
+            raise ConfigError(
+                f"{place}: algorithm: the recipe ({', '.join(stages)}) has no RL stage that would "
+                f"read it."
+            )
         table.pop("algorithm", None)
         return
     if not isinstance(asked, str) or asked not in ALGORITHMS:
         raise ConfigError(
-            f"{origin}: algorithm.preset = {toml_value(asked)}: no such preset.{did_you_mean(asked, ALGORITHMS)} "
+            f"{origin}: algorithm.preset = {toml_value(asked)}: no such "
+            f"preset.{did_you_mean(asked, ALGORITHMS)} "
             "`quartet algorithms` lists them."
         )
     if asked != rl:
-        raise ConfigError(f'{origin}: algorithm.preset = "{asked}", but the recipe says "{rl}". Make them the same.')
+        raise ConfigError(
+            f'{origin}: algorithm.preset = "{asked}", but the recipe says "{rl}". Make them the '
+            f"same."
+        )
     preset = without_none(dataclasses.asdict(ALGORITHMS[rl]))
     table["algorithm"] = _merged(preset, algorithm)
     for key, _ in _leaves(table["algorithm"], "algorithm"):
@@ -243,20 +298,34 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
 def _has(table: Any, path: list[str]) -> bool:
     if isinstance(table, list) and path and path[0].isdigit():
         return int(path[0]) < len(table) and _has(table[int(path[0])], path[1:])
-    return not path or (isinstance(table, dict) and path[0] in table and _has(table[path[0]], path[1:]))
+    return not path or (
+        isinstance(table, dict) and path[0] in table and _has(table[path[0]], path[1:])
+    )
 
 
 def _merged(below: Table, above: Table) -> Table:
-    """`above` over `below`, key by key; a table of another type replaces the whole; `scores.0` is the first of a list."""
+    """`above` over `below`, key by key; a table of another type replaces the whole; `scores.0` is
+    the first of a list."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        if isinstance(old, list) and isinstance(value, dict) and value and all(k.isdigit() for k in value):
+        if (
+            isinstance(old, list)
+            and isinstance(value, dict)
+            and value
+            and all(k.isdigit() for k in value)
+        ):
             if beyond := [k for k in value if int(k) >= len(old)]:
-                raise ConfigError(f"algorithm.{key}.{beyond[0]}: {key} has {len(old)} parts, counted from 0.")
+                raise ConfigError(
+                    f"algorithm.{key}.{beyond[0]}: {key} has {len(old)} parts, counted from 0."
+                )
             merged[key] = [_merged(item, value.get(str(i), {})) for i, item in enumerate(old)]
             continue
-        same = isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type")
+        same = (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and value.get("type", old.get("type")) == old.get("type")
+        )
         if same and old:
             merged[key] = _merged(old, value)
         else:
@@ -268,5 +337,7 @@ def _validate(table: Table, origins: Mapping[str, str]) -> Config:
     try:
         return TypeAdapter(Config).validate_json(json.dumps(table, default=str), strict=True)
     except ValidationError as error:
-        unknown_first = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
+        unknown_first = sorted(
+            error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument"
+        )
         raise ConfigError(sentence(unknown_first[0], table, origins)) from None

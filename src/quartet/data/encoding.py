@@ -20,7 +20,8 @@ LARGEST = 3.4e38
 
 @dataclass
 class Encoder:
-    """Turns examples into records for one tokenizer, and refuses the rows that cannot be used, or drops and counts them."""
+    """Turns examples into records for one tokenizer, and refuses the rows that cannot be used, or
+    drops and counts them."""
 
     tokenizer: Any
     max_prompt_tokens: int
@@ -41,16 +42,20 @@ class Encoder:
         return self._all(Comparison, self._comparison, examples)
 
     def prompt_ids(self, prompt: Text) -> list[int]:
-        """The ids a policy is given; the beginning-of-sequence token first where the tokenizer wants one, and once."""
+        """The ids a policy is given; the beginning-of-sequence token first where the tokenizer
+        wants one, and once."""
         if not isinstance(prompt, str):
             return render(self.tokenizer, prompt)[0]
         ids = self.tokenizer.encode(prompt, add_special_tokens=False)
         begin = self.tokenizer.bos_token_id
-        wants_begin = begin is not None and begin in self.tokenizer.encode("", add_special_tokens=True)[:1]
+        wants_begin = (
+            begin is not None and begin in self.tokenizer.encode("", add_special_tokens=True)[:1]
+        )
         return [begin, *ids] if wants_begin and ids[:1] != [begin] else ids
 
     def count(self, text: Text) -> int:
-        """Tokens of a text; of a conversation, as its template writes it; of an answer in messages, of what they say."""
+        """Tokens of a text; of a conversation, as its template writes it; of an answer in messages,
+        of what they say."""
         if isinstance(text, str):
             return len(self.tokenizer.encode(text, add_special_tokens=False))
         if text[-1]["role"] == "assistant":
@@ -59,9 +64,14 @@ class Encoder:
 
     def pieces(self, example: Example) -> list[tuple[str, bool]]:
         """The example as the model reads it, cut where the loss begins and ends."""
-        answer = next((a for a in (example.completion, example.chosen, example.rejected) if a is not None), None)
+        answer = next(
+            (a for a in (example.completion, example.chosen, example.rejected) if a is not None),
+            None,
+        )
         prompt = self._prompt_ids(example.prompt)
-        response, written = ([], []) if answer is None else self._turns(example.prompt, answer, "answer")
+        response, written = (
+            ([], []) if answer is None else self._turns(example.prompt, answer, "answer")
+        )
         return token_pieces(self.tokenizer, prompt, response, written)
 
     def _prompt_ids(self, prompt: Text) -> list[int]:
@@ -70,7 +80,9 @@ class Encoder:
         except ChatError as error:
             raise DataError(str(error)) from error
 
-    def _all(self, kind: type[R], encode: Callable[[Example], R], examples: Sequence[Example]) -> Sequence[R]:
+    def _all(
+        self, kind: type[R], encode: Callable[[Example], R], examples: Sequence[Example]
+    ) -> Sequence[R]:
         records = Shelf(kind)
         refused: dict[str, str] = {}
         for example in examples:
@@ -79,8 +91,16 @@ class Encoder:
             except DataError as error:
                 refused.setdefault(example.id, str(error))
         if refused and (self.unusable == "refuse" or not records):
-            others = f" {len(refused) - 1:,} more rows of {len(examples):,} cannot be used." if len(refused) > 1 else ""
-            remedy = ' Mend the data, or set data.unusable = "drop" to go on without such rows.' if records else ""
+            others = (
+                f" {len(refused) - 1:,} more rows of {len(examples):,} cannot be used."
+                if len(refused) > 1
+                else ""
+            )
+            remedy = (
+                ' Mend the data, or set data.unusable = "drop" to go on without such rows.'
+                if records
+                else ""
+            )
             raise DataError(f"{first_of(refused)}{others}{remedy}")
         self.dropped |= refused
         return records
@@ -89,33 +109,59 @@ class Encoder:
         ids = self._checked_prompt(example)
         text = example.prompt if isinstance(example.prompt, str) else self.tokenizer.decode(ids)
         messages = None if isinstance(example.prompt, str) else list(example.prompt)
-        return Prompt(id=example.id, ids=tuple(ids), text=text, extra=dict(example.extra), messages=messages)
+        return Prompt(
+            id=example.id, ids=tuple(ids), text=text, extra=dict(example.extra), messages=messages
+        )
 
     def _demonstration(self, example: Example) -> Demonstration:
         answer = example.completion if example.completion is not None else example.chosen
         assert answer is not None, "only rows with an answer are demonstrations"
-        prompt, (response, written) = self._checked_prompt(example), self._turns(example.prompt, answer, "completion")
+        prompt, (response, written) = (
+            self._checked_prompt(example),
+            self._turns(example.prompt, answer, "completion"),
+        )
         self._check_whole(prompt, response)
-        return Demonstration(example.id, tuple(prompt), tuple(response), None if all(written) else tuple(written))
+        return Demonstration(
+            example.id, tuple(prompt), tuple(response), None if all(written) else tuple(written)
+        )
 
     def _comparison(self, example: Example) -> Comparison:
-        assert example.chosen is not None or example.rejected is not None, "only preferences are comparisons"
+        assert example.chosen is not None or example.rejected is not None, (
+            "only preferences are comparisons"
+        )
         if example.chosen == example.rejected:
-            raise DataError("chosen and rejected are identical, so there is nothing to learn from this row.")
+            raise DataError(
+                "chosen and rejected are identical, so there is nothing to learn from this row."
+            )
         prompt = self._checked_prompt(example)
-        chosen = [] if example.chosen is None else self._response(example.prompt, example.chosen, "chosen")
-        rejected = [] if example.rejected is None else self._response(example.prompt, example.rejected, "rejected")
+        chosen = (
+            []
+            if example.chosen is None
+            else self._response(example.prompt, example.chosen, "chosen")
+        )
+        rejected = (
+            []
+            if example.rejected is None
+            else self._response(example.prompt, example.rejected, "rejected")
+        )
         self._check_whole(prompt, max(chosen, rejected, key=len))
         margin = example.extra.get("margin", 0.0)
-        if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= LARGEST:
-            raise DataError(f"margin = {margin!r} is no number; it says by how much chosen is better.")
+        if (
+            isinstance(margin, bool)
+            or not isinstance(margin, int | float)
+            or not abs(margin) <= LARGEST
+        ):
+            raise DataError(
+                f"margin = {margin!r} is no number; it says by how much chosen is better."
+            )
         return Comparison(example.id, tuple(prompt), tuple(chosen), tuple(rejected), float(margin))
 
     def _check_whole(self, prompt: list[int], response: list[int]) -> None:
         length = len(prompt) + len(response)
         if length > self.max_tokens:
             raise DataError(
-                f"prompt and response have {length:,} tokens together, the model reads at most {self.max_tokens:,}."
+                f"prompt and response have {length:,} tokens together, the model reads at most "
+                f"{self.max_tokens:,}."
             )
 
     def _checked_prompt(self, example: Example) -> list[int]:
@@ -124,7 +170,8 @@ class Encoder:
         ids = self._prompt_ids(example.prompt)
         if len(ids) > self.max_prompt_tokens:
             raise DataError(
-                f"the prompt has {len(ids):,} tokens, the limit is {self.max_prompt_tokens:,} (data.max_prompt_tokens)."
+                f"the prompt has {len(ids):,} tokens, the limit is {self.max_prompt_tokens:,} "
+                f"(data.max_prompt_tokens)."
             )
         return ids
 
@@ -132,7 +179,10 @@ class Encoder:
         """One answer to a prompt."""
         response, written = self._turns(prompt, answer, column)
         if not all(written):
-            raise DataError(f"the {column} has several turns after the prompt; one answer of the assistant can be compared.")
+            raise DataError(
+                f"the {column} has several turns after the prompt; one answer of the assistant can "
+                f"be compared."
+            )
         return response
 
     def _turns(self, prompt: Text, answer: Text, column: str) -> tuple[list[int], list[bool]]:
@@ -140,7 +190,10 @@ class Encoder:
         if isinstance(answer, str):
             if not answer.strip():
                 raise DataError(f"the {column} is empty, a response of zero tokens.")
-            ids = [*self.tokenizer.encode(answer, add_special_tokens=False), self.tokenizer.eos_token_id]
+            ids = [
+                *self.tokenizer.encode(answer, add_special_tokens=False),
+                self.tokenizer.eos_token_id,
+            ]
             written = [True] * len(ids)
         else:
             said = [m for m in answer if m["role"] == "assistant"]
@@ -153,7 +206,8 @@ class Encoder:
                 raise DataError(str(error)) from error
         if len(ids) > self.max_response_tokens:
             raise DataError(
-                f"the {column} has {len(ids):,} tokens, the limit is {self.max_response_tokens:,} (data.max_response_tokens)."
+                f"the {column} has {len(ids):,} tokens, the limit is {self.max_response_tokens:,} "
+                f"(data.max_response_tokens)."
             )
         return ids, written
 

@@ -6,16 +6,17 @@ from typing import Any
 
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
-"""Plain text, or a conversation: messages with `role` and `content`, and what else a template may read."""
+"""Plain text, or a conversation: messages with `role` and `content`, and what else a template may
+read."""
 
 
 @dataclass(frozen=True)
 class Example:
     """One row. What is absent in the row's shape is None.
 
-    A demonstration has a completion, a comparison has chosen and rejected (an unpaired preference one of the two), a prompt has
-    neither.
-    `id` names the row for a person: file and line, or world and number.
+    A demonstration has a completion, a comparison has chosen and rejected (an unpaired preference
+    one of the two), a prompt has neither. `id` names the row for a person: file and line, or world
+    and number.
     """
 
     id: str

@@ -1,5 +1,5 @@
-"""Rows of files (.jsonl, .jsonl.gz, .json, .csv, .parquet), folders of them, or data sets of the hub: one by one, each with its
-place."""
+"""Rows of files (.jsonl, .jsonl.gz, .json, .csv, .parquet), folders of them, or data sets of the
+hub: one by one, each with its place."""
 
 import csv
 import gzip
@@ -15,11 +15,13 @@ from quartet.data import DataError
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".parquet")
 HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>.+))?")
-"""How a data set of the hub is named: owner/name, perhaps with a configuration behind a slash and a split behind a colon."""
+"""How a data set of the hub is named: owner/name, perhaps with a configuration behind a slash and a
+split behind a colon."""
 
 
 def rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a file and where each stands, such as `prefs.jsonl:12`. Lines count from 1; in a parquet file, rows do."""
+    """The rows of a file and where each stands, such as `prefs.jsonl:12`. Lines count from 1; in a
+    parquet file, rows do."""
     name = path.name.lower()
     saved, _, split = str(path).partition(":")
     if is_saved(Path(saved)):
@@ -45,16 +47,25 @@ def rows(path: Path) -> Iterator[tuple[str, Row]]:
         elif name.endswith(".parquet"):
             yield from _parquet(path)
         else:
-            raise DataError(f"{path}: not a format that is read here. Use .jsonl, .jsonl.gz, .json, .csv or .parquet.")
+            raise DataError(
+                f"{path}: not a format that is read here. Use .jsonl, .jsonl.gz, .json, .csv or "
+                f".parquet."
+            )
     except PermissionError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
 def files_in(folder: Path) -> list[Path]:
     """The data files of a folder and of those in it, by name."""
-    found = [file for file in sorted(folder.rglob("*")) if file.name.lower().endswith(FORMATS) and file.is_file()]
+    found = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.name.lower().endswith(FORMATS) and file.is_file()
+    ]
     if not found:
-        raise DataError(f"{folder}: is a folder without .jsonl, .jsonl.gz, .json, .csv or .parquet files.")
+        raise DataError(
+            f"{folder}: is a folder without .jsonl, .jsonl.gz, .json, .csv or .parquet files."
+        )
     return found
 
 
@@ -69,7 +80,10 @@ def _saved(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
     if isinstance(table, dict):
         if split not in table:
             which = f"has no split {split}" if split else "has several splits"
-            raise DataError(f"{folder}: {which}. Write one of {', '.join(f'{folder}:{name}' for name in table)}.")
+            raise DataError(
+                f"{folder}: {which}. Write one of "
+                f"{', '.join(f'{folder}:{name}' for name in table)}."
+            )
         table = table[split]
     for number, row in enumerate(table, 1):
         yield f"{folder.name}:{number}", row
@@ -82,7 +96,10 @@ def _hub(path: Path, name: "re.Match[str]") -> Iterator[tuple[str, Row]]:
         table = datasets.load_dataset(name["id"], name["config"], split=name["split"] or "train")
     except Exception as error:  # whatever a hub, a network or a cache may say
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise DataError(f"{path}: no such file or folder, and no data set of the hub that can be had ({reason}).") from error
+        raise DataError(
+            f"{path}: no such file or folder, and no data set of the hub that can be had "
+            f"({reason})."
+        ) from error
     for number, row in enumerate(table, 1):
         yield f"{path}:{number}", row
 
@@ -107,12 +124,17 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{path.name}: not UTF-8 text (byte {error.start}).") from None
     except json.JSONDecodeError as error:
         extra = " Is it JSON lines? Call it .jsonl." if error.msg == "Extra data" else ""
-        raise DataError(f"{path.name}:{error.lineno}: not JSON ({error.msg[0].lower() + error.msg[1:]}).{extra}") from None
+        raise DataError(
+            f"{path.name}:{error.lineno}: not JSON ({error.msg[0].lower() + error.msg[1:]}).{extra}"
+        ) from None
     if not isinstance(table, list):
         raise DataError(f"{path.name}: is {_kind(table)}, not a list of rows.")
     for number, row in enumerate(table, 1):
         if not isinstance(row, dict):
-            raise DataError(f"{path.name}:{number}: is {_kind(row)}, not an object with named columns. {_fine(number - 1)}")
+            raise DataError(
+                f"{path.name}:{number}: is {_kind(row)}, not an object with named columns. "
+                f"{_fine(number - 1)}"
+            )
         yield f"{path.name}:{number}", row
 
 
@@ -125,21 +147,35 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                     continue
                 place = f"{path.name}:{number}"
                 try:
-                    row = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
+                    row = json.loads(
+                        line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
+                    )
                 except UnicodeDecodeError as error:
-                    raise DataError(f"{place}: not UTF-8 text (byte {error.start} of the line). {_fine(good)}") from None
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{place}: not JSON ({_reason(error)}). {_fine(good)}") from None
-                except (RecursionError, ValueError):  # brackets without end, numbers of thousands of digits
                     raise DataError(
-                        f"{place}: JSON that cannot be read: too deep, or a number too long. {_fine(good)}"
+                        f"{place}: not UTF-8 text (byte {error.start} of the line). {_fine(good)}"
+                    ) from None
+                except json.JSONDecodeError as error:
+                    raise DataError(
+                        f"{place}: not JSON ({_reason(error)}). {_fine(good)}"
+                    ) from None
+                except (
+                    RecursionError,
+                    ValueError,
+                ):  # brackets without end, numbers of thousands of digits
+                    raise DataError(
+                        f"{place}: JSON that cannot be read: too deep, or a number too long. "
+                        f"{_fine(good)}"
                     ) from None
                 if not isinstance(row, dict):
-                    raise DataError(f"{place}: is {_kind(row)}, not an object with named columns. {_fine(good)}")
+                    raise DataError(
+                        f"{place}: is {_kind(row)}, not an object with named columns. {_fine(good)}"
+                    )
                 good += 1
                 yield place, row
         except (EOFError, zlib.error, OSError) as error:
-            raise DataError(f"{path.name}: the compressed file is damaged ({error}). {_fine(good)}") from None
+            raise DataError(
+                f"{path.name}: the compressed file is damaged ({error}). {_fine(good)}"
+            ) from None
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
@@ -155,15 +191,20 @@ def _csv_rows(path: Path, reader: "csv.DictReader[str]", good: int) -> Iterator[
             place = f"{path.name}:{reader.line_num}"
             if None in row or None in row.values():
                 raise DataError(
-                    f"{place}: has another number of cells than the {len(reader.fieldnames or [])} columns of the header. "
-                    + _fine(good)
+                    f"{place}: has another number of cells than the {len(reader.fieldnames or [])} "
+                    f"columns of the header. " + _fine(good)
                 )
             good += 1
             yield place, dict(row)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: not UTF-8 text after line {reader.line_num} ({error.reason}). {_fine(good)}") from None
+        raise DataError(
+            f"{path.name}: not UTF-8 text after line {reader.line_num} ({error.reason}). "
+            f"{_fine(good)}"
+        ) from None
     except csv.Error as error:
-        raise DataError(f"{path.name}:{reader.line_num}: not CSV ({error}). {_fine(good)}") from None
+        raise DataError(
+            f"{path.name}:{reader.line_num}: not CSV ({error}). {_fine(good)}"
+        ) from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
@@ -173,7 +214,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path.name}: not a parquet file ({str(error).partition('.')[0]}).") from None
+        raise DataError(
+            f"{path.name}: not a parquet file ({str(error).partition('.')[0]})."
+        ) from None
     number = 0
     try:
         for batch in file.iter_batches():
@@ -181,7 +224,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
                 number += 1
                 yield f"{path.name}:{number}", row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path.name}: damaged after row {number:,} ({str(error).partition('.')[0]}).") from None
+        raise DataError(
+            f"{path.name}: damaged after row {number:,} ({str(error).partition('.')[0]})."
+        ) from None
 
 
 def _fine(good: int) -> str:

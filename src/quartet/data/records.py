@@ -11,12 +11,14 @@ class Demonstration:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     written: tuple[bool, ...] | None = None
-    """Which of the response's tokens are to be imitated, in a conversation in which others speak as well; None: all."""
+    """Which of the response's tokens are to be imitated, in a conversation in which others speak as
+    well; None: all."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt and two answers, of which a labeller preferred the first. Of an unpaired preference one side is empty."""
+    """A prompt and two answers, of which a labeller preferred the first. Of an unpaired preference
+    one side is empty."""
 
     id: str
     prompt_ids: tuple[int, ...]

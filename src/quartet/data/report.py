@@ -1,4 +1,5 @@
-"""What `quartet data` says of a file: its shape, how long its rows are, two of them rendered, and what is wrong with it.
+"""What `quartet data` says of a file: its shape, how long its rows are, two of them rendered, and
+what is wrong with it.
 
 Rows are read one by one and forgotten; what is kept of each are lengths and a hash.
 """
@@ -102,7 +103,9 @@ class Counted:
     def _look(self, place: str, example: Example) -> None:
         self.size("prompt", example.prompt)
         answers = {
-            part: answer for part in ("completion", "chosen", "rejected") if (answer := getattr(example, part)) is not None
+            part: answer
+            for part in ("completion", "chosen", "rejected")
+            if (answer := getattr(example, part)) is not None
         }
         sizes = {part: self.size(part, answer) for part, answer in answers.items()}
         texts = {part: plain(text) for part, text in {"prompt": example.prompt, **answers}.items()}
@@ -145,8 +148,9 @@ def report(
     limits: Mapping[str, int] | None = None,
     held_out: Path | None = None,
 ) -> Report:
-    """`count` measures a text in `unit`s; `rendered` cuts an example into pieces; `limits` are of prompts and responses, in the
-    unit; `held_out` names a file whose prompts should not be in this one."""
+    """`count` measures a text in `unit`s; `rendered` cuts an example into pieces; `limits` are of
+    prompts and responses, in the unit; `held_out` names a file whose prompts should not be in this
+    one."""
     seen = Counted(count)
     stopped = _read(path, columns, seen)
     if not seen.shapes:
@@ -161,7 +165,8 @@ def report(
         both = seen.prompts & other.prompts
         if both:
             found.append(
-                f"{len(both):,} of {len(other.prompts):,} prompts of {held_out.name} are in {path.name} too: what is measured "
+                f"{len(both):,} of {len(other.prompts):,} prompts of {held_out.name} are in "
+                f"{path.name} too: what is measured "
                 "on them was seen in training."
             )
     limits = limits or {}
@@ -169,8 +174,13 @@ def report(
         rows=sum(seen.shapes.values()),
         shapes=dict(seen.shapes),
         unit=unit,
-        lengths={part: _lengths(s, limits.get("prompt" if part == "prompt" else "response")) for part, s in seen.sizes.items()},
-        examples=tuple((example.id, tuple((rendered or pieces)(example))) for example in seen.shown),
+        lengths={
+            part: _lengths(s, limits.get("prompt" if part == "prompt" else "response"))
+            for part, s in seen.sizes.items()
+        },
+        examples=tuple(
+            (example.id, tuple((rendered or pieces)(example))) for example in seen.shown
+        ),
         problems=seen.wrong["unusable"],
         findings=tuple(found),
     )
@@ -180,8 +190,13 @@ def _read(path: Path, columns: Mapping[str, str], seen: Counted) -> str | None:
     """Why reading had to stop, if it had to."""
     try:
         for place, row in rows(path):
-            if not seen.shapes and (missing := [theirs for theirs in columns.values() if theirs not in row]):
-                raise DataError(f"{path.name}: --columns names {missing[0]}, but the columns are {', '.join(row)}.")
+            if not seen.shapes and (
+                missing := [theirs for theirs in columns.values() if theirs not in row]
+            ):
+                raise DataError(
+                    f"{path.name}: --columns names {missing[0]}, but the columns are "
+                    f"{', '.join(row)}."
+                )
             try:
                 seen.see(place, renamed(row, columns))
             except DataError as error:
@@ -204,7 +219,11 @@ def _findings(seen: Counted, total: int) -> Iterator[str]:
     if seen.wrong["unusable"]:
         yield f"{seen.wrong['unusable']:,} of {total:,} rows cannot be used, the first: {seen.first['unusable'][0]}"
     if len(seen.shapes) > 1:
-        yield "rows of several shapes: " + ", ".join(f"{count:,} {shape}" for shape, count in seen.shapes.most_common()) + "."
+        yield (
+            "rows of several shapes: "
+            + ", ".join(f"{count:,} {shape}" for shape, count in seen.shapes.most_common())
+            + "."
+        )
     if "unknown" in seen.shapes and len(seen.shapes) == 1:
         yield "no column is called prompt, completion, chosen, rejected or messages. Say which are: --columns prompt=…"
     for part in ("prompt", "completion", "chosen", "rejected"):
@@ -218,7 +237,8 @@ def _findings(seen: Counted, total: int) -> Iterator[str]:
         yield f"damaged characters (such as � or â€™) in {of('encoding')}: the text was read in a wrong encoding once."
     if seen.wrong["joined"] > 0.5 * total:
         yield (
-            "prompts end and answers begin with a letter or digit: they are joined as they are. Put a space or a line end at "
+            "prompts end and answers begin with a letter or digit: they are joined as they are. "
+            "Put a space or a line end at "
             "the end of the prompt or the beginning of the answer."
         )
     more, less, pairs = seen.longer
@@ -236,11 +256,16 @@ def _lengths(sizes: "array[int]", limit: int | None) -> Lengths:
 
 def pieces(example: Example) -> list[Piece]:
     """An example without a tokenizer: who speaks, and what is learnt."""
-    answer = next((a for a in (example.completion, example.chosen, example.rejected) if a is not None), None)
+    answer = next(
+        (a for a in (example.completion, example.chosen, example.rejected) if a is not None), None
+    )
     if isinstance(example.prompt, str):
         return [(example.prompt, False), *([(plain(answer), True)] if answer is not None else [])]
     made: list[Piece] = []
-    for message in [*example.prompt, *(answer if answer is not None and not isinstance(answer, str) else [])]:
+    for message in [
+        *example.prompt,
+        *(answer if answer is not None and not isinstance(answer, str) else []),
+    ]:
         made += [(f"{message['role']}: ", False), (message["content"], False), ("\n", False)]
     spoken = 3 * len(example.prompt)
     for i in range(spoken + 1, len(made), 3):
@@ -248,7 +273,9 @@ def pieces(example: Example) -> list[Piece]:
     return made
 
 
-def token_pieces(tokenizer: Any, prompt: Sequence[int], response: Sequence[int], written: Sequence[bool]) -> list[Piece]:
+def token_pieces(
+    tokenizer: Any, prompt: Sequence[int], response: Sequence[int], written: Sequence[bool]
+) -> list[Piece]:
     """Encoded tokens as text, cut where the loss begins and ends."""
     marks = [False] * len(prompt) + list(written)
     ids = [*prompt, *response]

@@ -8,7 +8,8 @@ R = TypeVar("R")
 
 
 class Sampler(Generic[R]):
-    """Endless batches of records: every epoch all of them once, in an order shuffled by seed and epoch.
+    """Endless batches of records: every epoch all of them once, in an order shuffled by seed and
+    epoch.
 
     Its state is two numbers, so that a run can go on where another stopped.
     """
@@ -35,7 +36,12 @@ class Sampler(Generic[R]):
 
     def load_state(self, state: Mapping[str, int]) -> None:
         epoch, position = state["epoch"], state["position"]
-        if not isinstance(epoch, int) or not isinstance(position, int) or epoch < 0 or not 0 <= position < len(self.records):
+        if (
+            not isinstance(epoch, int)
+            or not isinstance(position, int)
+            or epoch < 0
+            or not 0 <= position < len(self.records)
+        ):
             raise ValueError(f"row {position} of epoch {epoch} of {len(self.records):,} rows")
         self.epoch, self.position = epoch, position
 

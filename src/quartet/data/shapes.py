@@ -12,9 +12,10 @@
 | comparisons, OpenAI's | `input`, `preferred_output`, `non_preferred_output` |
 | unpaired preferences | `prompt`, `completion`, `label` |
 
-Cells are plain text or lists of messages, as in TRL. Comparisons without a prompt column are whole dialogues, as messages or in
-Anthropic's HH format (`\\n\\nHuman: … \\n\\nAssistant: …`). A shape that has more than is asked for serves too: the chosen
-answer is a demonstration, and whatever has a prompt has a prompt.
+Cells are plain text or lists of messages, as in TRL. Comparisons without a prompt column are whole
+dialogues, as messages or in Anthropic's HH format (`\\n\\nHuman: … \\n\\nAssistant: …`). A shape
+that has more than is asked for serves too: the chosen answer is a demonstration, and whatever has a
+prompt has a prompt.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +36,13 @@ NEEDS: dict[Purpose, tuple[str, ...]] = {
     "comparisons": ("prompt", "chosen", "rejected"),
     "preferences": ("prompt", "completion", "label"),
 }
-ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "function_response": "tool", "observation": "tool"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "function_response": "tool",
+    "observation": "tool",
+}
 """ShareGPT's names of who speaks, where they are not ours."""
 ASSISTANT = "\n\nAssistant:"
 HUMAN = "\n\nHuman:"
@@ -50,7 +57,8 @@ USUAL_NAMES = {
 
 
 def read_examples(path: Path, purpose: Purpose, columns: Mapping[str, str]) -> Sequence[Example]:
-    """The rows of a file as examples that serve the purpose. `columns` maps our names to the file's."""
+    """The rows of a file as examples that serve the purpose. `columns` maps our names to the
+    file's."""
     examples = Shelf(Example, examples_in(path, purpose, columns))
     if not examples:
         raise DataError(f"{path}: has no rows.")
@@ -86,14 +94,21 @@ def usual(place: str, row: Row) -> tuple[str, Row]:
     if "messages" in row:
         return "conversations", row
     if "conversations" in row:
-        return "conversations, ShareGPT's", {**_without(row, "conversations"), "messages": _sharegpt(place, row)}
+        return "conversations, ShareGPT's", {
+            **_without(row, "conversations"),
+            "messages": _sharegpt(place, row),
+        }
     if {"prompt", "completion", "label"} <= keys:
         return "unpaired preferences", row
     if {"prompt", "completion"} <= keys:
         return "demonstrations", row
     if {"instruction", "output"} <= keys and "prompt" not in row:
         asked = [text for text in (row["instruction"], row.get("input")) if text]
-        prompt = "\n\n".join(asked) if all(isinstance(text, str) for text in asked) else row["instruction"]
+        prompt = (
+            "\n\n".join(asked)
+            if all(isinstance(text, str) for text in asked)
+            else row["instruction"]
+        )
         return "demonstrations, Alpaca's", {
             **_without(row, "instruction", "input", "output"),
             "prompt": [{"role": "user", "content": prompt}],
@@ -113,18 +128,30 @@ def _sharegpt(place: str, row: Row) -> Any:
     made = []
     for turn in turns:
         speaker = turn.get("from", turn.get("role"))
-        made.append({"role": ROLES.get(speaker, speaker), "content": turn.get("value", turn.get("content"))})
-    system = [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) and row["system"] else []
+        made.append(
+            {"role": ROLES.get(speaker, speaker), "content": turn.get("value", turn.get("content"))}
+        )
+    system = (
+        [{"role": "system", "content": row["system"]}]
+        if isinstance(row.get("system"), str) and row["system"]
+        else []
+    )
     return system + made
 
 
-def _check_columns(path: Path, purpose: Purpose, row: Row, named: Row, columns: Mapping[str, str]) -> None:
+def _check_columns(
+    path: Path, purpose: Purpose, row: Row, named: Row, columns: Mapping[str, str]
+) -> None:
     missing = [f'{ours} = "{theirs}"' for ours, theirs in columns.items() if theirs not in row]
     if missing:
-        raise DataError(f"{path.name}: data.columns names {missing[0]}, but the columns are {', '.join(row)}.")
+        raise DataError(
+            f"{path.name}: data.columns names {missing[0]}, but the columns are {', '.join(row)}."
+        )
     if not _serves(usual(path.name, named)[1], purpose):
         guess = {ours: _usual_name(ours, row) for ours in NEEDS[purpose] if ours not in named}
-        mapping = ", ".join(f'{ours} = "{theirs}"' for ours, theirs in (dict(columns) | guess).items())
+        mapping = ", ".join(
+            f'{ours} = "{theirs}"' for ours, theirs in (dict(columns) | guess).items()
+        )
         raise DataError(
             f"{path.name}: found columns {', '.join(row) or '(none)'}. {purpose.capitalize()} need "
             f"{', '.join(NEEDS[purpose])}. Add data.columns = {{ {mapping} }}."
@@ -149,7 +176,10 @@ def _usual_name(ours: str, row: Row) -> str:
 def example_of(place: str, row: Row, purpose: Purpose) -> Example:
     """A row with our names for its columns, checked."""
     if not _serves(row, purpose):
-        raise DataError(f"{place}: has columns {', '.join(row)}; the rows before it had {', '.join(NEEDS[purpose])}.")
+        raise DataError(
+            f"{place}: has columns {', '.join(row)}; the rows before it had "
+            f"{', '.join(NEEDS[purpose])}."
+        )
     shaped = {"prompt", "completion", "chosen", "rejected", "messages"}
     extra = {column: cell for column, cell in row.items() if column not in shaped}
     if "chosen" in row and "rejected" in row:
@@ -157,7 +187,11 @@ def example_of(place: str, row: Row, purpose: Purpose) -> Example:
         if "prompt" in row:
             prompt = _text(place, "prompt", row)
             return Example(
-                place, prompt, chosen=_reply(place, prompt, chosen), rejected=_reply(place, prompt, rejected), extra=extra
+                place,
+                prompt,
+                chosen=_reply(place, prompt, chosen),
+                rejected=_reply(place, prompt, rejected),
+                extra=extra,
             )
         prompt, chosen, rejected = split_pair(place, chosen, rejected)
         return Example(place, prompt, chosen=chosen, rejected=rejected, extra=extra)
@@ -167,24 +201,48 @@ def example_of(place: str, row: Row, purpose: Purpose) -> Example:
     if purpose == "preferences":
         answer = _reply(place, prompt, _text(place, "completion", row))
         if not isinstance(row["label"], bool) and row["label"] not in (0, 1):
-            raise DataError(f"{place}: label is {row['label']!r}; it must be true for a good completion, false for a bad one.")
-        return Example(place, prompt, **{"chosen" if row["label"] else "rejected": answer}, extra=extra)
+            raise DataError(
+                f"{place}: label is {row['label']!r}; it must be true for a good completion, false "
+                f"for a bad one."
+            )
+        return Example(
+            place, prompt, **{"chosen" if row["label"] else "rejected": answer}, extra=extra
+        )
     if purpose == "demonstrations":
-        return Example(place, prompt, completion=_reply(place, prompt, _text(place, "completion", row)), extra=extra)
-    return Example(place, prompt, extra=extra | ({"completion": row["completion"]} if "completion" in row else {}))
+        return Example(
+            place,
+            prompt,
+            completion=_reply(place, prompt, _text(place, "completion", row)),
+            extra=extra,
+        )
+    return Example(
+        place,
+        prompt,
+        extra=extra | ({"completion": row["completion"]} if "completion" in row else {}),
+    )
 
 
-def _conversation(place: str, messages: Sequence[Message], purpose: Purpose, extra: Mapping[str, Any]) -> Example:
+def _conversation(
+    place: str, messages: Sequence[Message], purpose: Purpose, extra: Mapping[str, Any]
+) -> Example:
     """To imitate: every turn of the assistant. As a prompt: all before its last."""
     spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if purpose == "demonstrations":
         if not spoken:
             raise DataError(
-                f'{place}: no message is by the assistant, the last is by "{messages[-1]["role"]}"; nothing to imitate.'
+                f"{place}: no message is by the assistant, the last is by "
+                f'"{messages[-1]["role"]}"; nothing to imitate.'
             )
         if spoken[0] == 0:
-            raise DataError(f"{place}: the assistant speaks first; a message by somebody else must come before.")
-        return Example(place, messages[: spoken[0]], completion=messages[spoken[0] : spoken[-1] + 1], extra=extra)
+            raise DataError(
+                f"{place}: the assistant speaks first; a message by somebody else must come before."
+            )
+        return Example(
+            place,
+            messages[: spoken[0]],
+            completion=messages[spoken[0] : spoken[-1] + 1],
+            extra=extra,
+        )
     if messages[-1]["role"] == "assistant" and len(messages) > 1:
         return Example(place, messages[:-1], completion=messages[-1:], extra=extra)
     return Example(place, messages, extra=extra)
@@ -196,13 +254,16 @@ def split_pair(place: str, chosen: Text, rejected: Text) -> tuple[Text, Text, Te
         at = chosen[: common_length(chosen, rejected)].rfind(ASSISTANT)
         if at < 0 or HUMAN not in chosen:
             raise DataError(
-                f"{place}: chosen and rejected come without a prompt column and are no dialogues of the form "
+                f"{place}: chosen and rejected come without a prompt column and are no dialogues "
+                f"of the form "
                 "“\\n\\nHuman: … \\n\\nAssistant: …” with a common beginning. Add a column prompt."
             )
         at += len(ASSISTANT)
         return chosen[:at], chosen[at:], rejected[at:]
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise DataError(f"{place}: one of chosen and rejected is text, the other a list of messages.")
+        raise DataError(
+            f"{place}: one of chosen and rejected is text, the other a list of messages."
+        )
     length = min(common_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if length < 1:
         raise DataError(f"{place}: chosen and rejected have no message in common to be the prompt.")
@@ -222,11 +283,15 @@ def _reply(place: str, prompt: Text, answer: Text) -> Text:
     if isinstance(answer, str):
         return answer
     if answer[-1]["role"] != "assistant":
-        raise DataError(f'{place}: the last message of an answer is by "{answer[-1]["role"]}"; it must be the assistant\'s.')
+        raise DataError(
+            f'{place}: the last message of an answer is by "{answer[-1]["role"]}"; it must be the '
+            f"assistant's."
+        )
     if isinstance(prompt, str):
         if len(answer) > 1:
             raise DataError(
-                f"{place}: the prompt is text and the answer has {len(answer)} messages; give the prompt messages too."
+                f"{place}: the prompt is text and the answer has {len(answer)} messages; give the "
+                f"prompt messages too."
             )
         return str(answer[0]["content"])
     return answer
@@ -249,7 +314,15 @@ def _messages(place: str, column: str, cell: Any) -> Sequence[Message]:
     for message in messages:
         calls = isinstance(message, dict) and bool(message.get("tool_calls"))
         fits = isinstance(message, dict) and isinstance(message.get("role"), str)
-        if not fits or not (isinstance(message.get("content"), str) or (calls and message.get("content") is None)):
-            raise DataError(f"{place}: {column} has a message that is not of the form {{role, content}}: {message!r}.")
+        if not fits or not (
+            isinstance(message.get("content"), str) or (calls and message.get("content") is None)
+        ):
+            raise DataError(
+                f"{place}: {column} has a message that is not of the form {{role, content}}: "
+                f"{message!r}."
+            )
     # A table format fills every column of every message: what is not there is null.
-    return [{"content": "", **{key: value for key, value in m.items() if value is not None}} for m in messages]
+    return [
+        {"content": "", **{key: value for key, value in m.items() if value is not None}}
+        for m in messages
+    ]

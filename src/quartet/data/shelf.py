@@ -15,10 +15,11 @@ IN_MEMORY_BYTES = 32 * 2**20
 
 
 class Shelf(Sequence[R], Generic[R]):
-    """Frozen dataclasses of plain cells in a temporary file, a line of JSON each, read one at a time. What is kept in memory is
-    where each begins. The file goes with the object.
+    """Frozen dataclasses of plain cells in a temporary file, a line of JSON each, read one at a
+    time. What is kept in memory is where each begins. The file goes with the object.
 
-    Sequences come back as tuples; cells that JSON has no form for (a date, a decimal) come back as text.
+    Sequences come back as tuples; cells that JSON has no form for (a date, a decimal) come back as
+    text.
     """
 
     def __init__(self, kind: type[R], rows: Iterable[R] = ()) -> None:
@@ -33,7 +34,9 @@ class Shelf(Sequence[R], Generic[R]):
 
     def append(self, row: R) -> None:
         cells = {name: getattr(row, name) for name in self._names}
-        line = json.dumps(cells, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "surrogatepass")
+        line = json.dumps(cells, ensure_ascii=False, separators=(",", ":"), default=str).encode(
+            "utf-8", "surrogatepass"
+        )
         self._file.seek(self._begins[-1])
         self._file.write(line)
         self._begins.append(self._begins[-1] + len(line))
@@ -50,7 +53,11 @@ class Shelf(Sequence[R], Generic[R]):
             return Chosen(self, range(len(self))[index])
         at = range(len(self))[index]
         self._file.seek(self._begins[at])
-        cells = json.loads(self._file.read(self._begins[at + 1] - self._begins[at]).decode("utf-8", "surrogatepass"))
+        cells = json.loads(
+            self._file.read(self._begins[at + 1] - self._begins[at]).decode(
+                "utf-8", "surrogatepass"
+            )
+        )
         for name in self._tuples:
             if cells[name] is not None:
                 cells[name] = tuple(cells[name])
@@ -72,7 +79,11 @@ class Chosen(Sequence[R], Generic[R]):
     @overload
     def __getitem__(self, index: slice) -> "Chosen[R]": ...
     def __getitem__(self, index: int | slice) -> "R | Chosen[R]":
-        return Chosen(self.rows, self.places[index]) if isinstance(index, slice) else self.rows[self.places[index]]
+        return (
+            Chosen(self.rows, self.places[index])
+            if isinstance(index, slice)
+            else self.rows[self.places[index]]
+        )
 
     def __iter__(self) -> Iterator[R]:
         return (self.rows[place] for place in self.places)

@@ -17,12 +17,13 @@ class Placement:
     """Who is where: here, everything stays on the device."""
 
     def rests(self, thing: Any, shared_with: Iterable[Tensor] = ()) -> None:
-        """From now on a model's weights, or an optimizer's moments, are on the device only `at_work`. Tensors that it shares
-        with another stay."""
+        """From now on a model's weights, or an optimizer's moments, are on the device only
+        `at_work`. Tensors that it shares with another stay."""
 
     @contextmanager
     def at_work(self, *things: Any) -> Iterator[None]:
-        """With these on the device; whoever never rests is there anyway. For the same thing not from two threads at once."""
+        """With these on the device; whoever never rests is there anyway. For the same thing not
+        from two threads at once."""
         yield
 
 
@@ -30,8 +31,8 @@ STAYS = Placement()
 
 
 class Offloading(Placement):
-    """What rests is moved to main memory and back, whole. (ZeRO-Offload, Ren et al. 2021, moves moments too; what it also does,
-    stepping on the CPU, this does not.)"""
+    """What rests is moved to main memory and back, whole. (ZeRO-Offload, Ren et al. 2021, moves
+    moments too; what it also does, stepping on the CPU, this does not.)"""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -58,9 +59,15 @@ class Offloading(Placement):
         stay = self.shared[id(thing)]
         if isinstance(thing, torch.optim.Optimizer):
             for moments in thing.state.values():
-                moments |= {name: moved(tensor, device) for name, tensor in moments.items() if name != "step"}
+                moments |= {
+                    name: moved(tensor, device)
+                    for name, tensor in moments.items()
+                    if name != "step"
+                }
         elif any(map(is_sharded, thing.parameters())):
-            thing._apply(lambda tensor: tensor if id(tensor) in stay else moved(tensor, device))  # FSDP does more than that
+            thing._apply(
+                lambda tensor: tensor if id(tensor) in stay else moved(tensor, device)
+            )  # FSDP does more than that
         else:
             for tensor in (*thing.parameters(), *thing.buffers()):
                 if id(tensor) not in stay:

@@ -1,8 +1,10 @@
-"""Who does which rows: the micro-batches of one process, and the shares of several that train one model together.
+"""Who does which rows: the micro-batches of one process, and the shares of several that train one
+model together.
 
-Every rank holds the same rows and knows the length of each, so who takes which needs no message: all of them reckon it alike.
-Only what was found travels. A rank that has less to do than another goes through a piece that counts for nothing meanwhile:
-where weights are sharded, every pass takes all ranks.
+Every rank holds the same rows and knows the length of each, so who takes which needs no message:
+all of them reckon it alike. Only what was found travels. A rank that has less to do than another
+goes through a piece that counts for nothing meanwhile: where weights are sharded, every pass takes
+all ranks.
 """
 
 import copy
@@ -23,8 +25,8 @@ BUCKET = 25_000_000
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row indices cut into groups whose rectangles hold at most `max_tokens` tokens each (or a single row), rows of
-    like length together, so that little of a rectangle is padding."""
+    """Row indices cut into groups whose rectangles hold at most `max_tokens` tokens each (or a
+    single row), rows of like length together, so that little of a rectangle is padding."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     groups: list[list[int]] = []
     for i in order:
@@ -36,8 +38,8 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def shares(lengths: Sequence[int], world: int) -> list[list[int]]:
-    """Row indices for each rank, in order: the longest first to whoever has the fewest tokens yet (Graham 1969), which is never
-    more than 4/3 of the best there is.
+    """Row indices for each rank, in order: the longest first to whoever has the fewest tokens yet
+    (Graham 1969), which is never more than 4/3 of the best there is.
 
     >>> shares([5, 3, 3, 1], 2)
     [[0, 3], [1, 2]]
@@ -61,7 +63,8 @@ class Piece:
 
 
 class Team:
-    """The ranks that train one model together: here, one that is alone. Each verb is then nothing, and costs nothing."""
+    """The ranks that train one model together: here, one that is alone. Each verb is then nothing,
+    and costs nothing."""
 
     rank = 0
     world = 1
@@ -81,14 +84,20 @@ class Team:
             return []
         by_rank = []
         for rows in shares(lengths, self.world):
-            by_rank.append([[rows[i] for i in piece] for piece in micro_batches([lengths[i] for i in rows], max_tokens)])
+            by_rank.append(
+                [
+                    [rows[i] for i in piece]
+                    for piece in micro_batches([lengths[i] for i in rows], max_tokens)
+                ]
+            )
         count = max(map(len, by_rank))
         shortest = min(range(len(lengths)), key=lengths.__getitem__)
         mine = [Piece(rows) for rows in by_rank[self.rank]]
         return mine + [Piece([shortest], counts=False)] * (count - len(mine))
 
     def add_up(self, *tensors: Tensor | None) -> None:
-        """Each tensor becomes the sum of all ranks' in place; of what stands at zero elsewhere, that is its collection."""
+        """Each tensor becomes the sum of all ranks' in place; of what stands at zero elsewhere,
+        that is its collection."""
 
     def total(self, *numbers: float) -> list[float]:
         return list(numbers)
@@ -101,10 +110,12 @@ class Team:
         return [mine]
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Of parameters that every rank holds whole. Where parameters are sharded, the backward pass has done it."""
+        """Of parameters that every rank holds whole. Where parameters are sharded, the backward
+        pass has done it."""
 
     def apart(self) -> "Team":
-        """The same ranks for a second thread of each: what they say does not mix with this team's. All must ask."""
+        """The same ranks for a second thread of each: what they say does not mix with this team's.
+        All must ask."""
         return self
 
 
@@ -112,8 +123,9 @@ ALONE = Team()
 
 
 class Together(Team):
-    """Several processes, by torch.distributed: gloo between CPUs, NCCL between GPUs. Every rank calls the same verbs in the
-    same order; a rank that does not come within the group's deadline ends the wait of all others with an error."""
+    """Several processes, by torch.distributed: gloo between CPUs, NCCL between GPUs. Every rank
+    calls the same verbs in the same order; a rank that does not come within the group's deadline
+    ends the wait of all others with an error."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
@@ -123,12 +135,18 @@ class Together(Team):
         """No two teams of the same ranks have the same."""
         self.deadline = timedelta(seconds=PATIENCE)
 
-    def join(self, store: "torch.distributed.Store", deadline: float, device: "torch.device") -> None:
-        """Until the others are there. `deadline`: seconds after which nobody waits any longer for what comes then. `device`:
-        where this rank's models are; what travels between GPUs goes by NCCL, all else by gloo."""
+    def join(
+        self, store: "torch.distributed.Store", deadline: float, device: "torch.device"
+    ) -> None:
+        """Until the others are there. `deadline`: seconds after which nobody waits any longer for
+        what comes then. `device`: where this rank's models are; what travels between GPUs goes by
+        NCCL, all else by gloo."""
         self.deadline = timedelta(seconds=deadline)
         store.set(HERE.format(self.rank), "yes")
-        store.wait([HERE.format(other) for other in range(self.world)], timedelta(seconds=max(deadline, PATIENCE)))
+        store.wait(
+            [HERE.format(other) for other in range(self.world)],
+            timedelta(seconds=max(deadline, PATIENCE)),
+        )
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.distributed.init_process_group(
@@ -141,7 +159,10 @@ class Together(Team):
 
     def apart(self) -> "Together":
         made = Together(self.rank, self.world)
-        made.deadline, made.group = self.deadline, torch.distributed.new_group(timeout=self.deadline)
+        made.deadline, made.group = (
+            self.deadline,
+            torch.distributed.new_group(timeout=self.deadline),
+        )
         made.name = f"{self.name}, apart"
         return made
 
@@ -175,7 +196,10 @@ class Together(Team):
         padded[: len(said)] = said
         heard = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
         torch.distributed.all_gather(heard, padded, group=self.group)
-        return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(heard, sizes, strict=True)]
+        return [
+            json.loads(bytes(text[: int(size)].tolist()))
+            for text, size in zip(heard, sizes, strict=True)
+        ]
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         held = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
@@ -183,12 +207,15 @@ class Together(Team):
             for bucket in _buckets([gradient for gradient in held if gradient.dtype == dtype]):
                 flat = torch.cat([gradient.flatten() for gradient in bucket])
                 torch.distributed.all_reduce(flat, group=self.group)
-                for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                for gradient, summed in zip(
+                    bucket, flat.split([g.numel() for g in bucket]), strict=True
+                ):
                     gradient.copy_(summed.view_as(gradient))
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which each rank holds a part. (Importing the class takes a second.)"""
+    """Whether it is a DTensor, of which each rank holds a part. (Importing the class takes a
+    second.)"""
     return hasattr(tensor, "to_local")
 
 
@@ -205,18 +232,25 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def counts_here(tensor: Tensor) -> bool:
-    """Whether this rank's part of it is the one to write and count: where several rows of ranks hold the same, the first's."""
+    """Whether this rank's part of it is the one to write and count: where several rows of ranks
+    hold the same, the first's."""
     return not any(tensor.device_mesh.get_coordinate()[:-1])  # type: ignore[attr-defined]
 
 
 class Gathered(Mapping[str, Tensor]):
-    """The weights of a model by their names, each put together when it is asked for, so that there need not be room for all.
-    Every rank must ask for the same ones in the same order."""
+    """The weights of a model by their names, each put together when it is asked for, so that there
+    need not be room for all. Every rank must ask for the same ones in the same order."""
 
     def __init__(self, model: Any, others: Mapping[str, Tensor] | None = None) -> None:
         """`others`: what stands in for parameters, by their names."""
-        instead = {id(p): others[name] for name, p in model.named_parameters() if name in others} if others else {}
-        self.held = {name: instead.get(id(t), t) for name, t in model.state_dict(keep_vars=True).items()}
+        instead = (
+            {id(p): others[name] for name, p in model.named_parameters() if name in others}
+            if others
+            else {}
+        )
+        self.held = {
+            name: instead.get(id(t), t) for name, t in model.state_dict(keep_vars=True).items()
+        }
 
     def only(self, wanted: Callable[[str], bool]) -> "Gathered":
         """Some of them."""
@@ -235,14 +269,16 @@ class Gathered(Mapping[str, Tensor]):
         return len(self.held)
 
 
-def whole_state(model: Any, others: Mapping[str, Tensor] | None = None, keep: bool = True) -> dict[str, Tensor]:
+def whole_state(
+    model: Any, others: Mapping[str, Tensor] | None = None, keep: bool = True
+) -> dict[str, Tensor]:
     """All of them, `collected`. Every rank must ask."""
     return collected(Gathered(model, others), keep)
 
 
 def collected(gathered: Gathered, keep: bool = True) -> dict[str, Tensor]:
-    """All of them; one that has two names is one tensor. Those that were in parts are on the CPU. `keep`: whether this rank
-    wants them, or only helps others to have them. Every rank must ask."""
+    """All of them; one that has two names is one tensor. Those that were in parts are on the CPU.
+    `keep`: whether this rank wants them, or only helps others to have them. Every rank must ask."""
     state, first = dict[str, Tensor](), dict[int, str]()
     for name, held in gathered.held.items():
         if (known := first.setdefault(id(held), name)) != name:
@@ -254,8 +290,8 @@ def collected(gathered: Gathered, keep: bool = True) -> dict[str, Tensor]:
 
 
 def restore(target: Tensor, saved: Any) -> Tensor:
-    """The target with what was saved of it: a tensor, or something to be cut along its first dimension as one. A sharded target
-    takes its own part."""
+    """The target with what was saved of it: a tensor, or something to be cut along its first
+    dimension as one. A sharded target takes its own part."""
     mine = local(target)
     if not is_sharded(target):
         return mine.copy_(saved[:] if not isinstance(saved, torch.Tensor) else saved)

@@ -1,4 +1,5 @@
-"""Best of n: what choosing among answers of the first policy would have given, at what KL. Training has to beat that line."""
+"""Best of n: what choosing among answers of the first policy would have given, at what KL. Training
+has to beat that line."""
 
 import math
 from collections.abc import Sequence
@@ -14,10 +15,13 @@ class BestOf:
     gold: float | None
 
 
-def best_of_n(rewards: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] | None) -> list[BestOf]:
-    """For n = 1, 2, 4 … up to the number of answers to each prompt: the mean reward, and gold reward, of the answer with the
-    highest reward among n. Without bias from all N answers (Nakano et al. 2021, appendix I): the answer of rank i from below is
-    the best of a random n with probability C(i − 1, n − 1) / C(N, n).
+def best_of_n(
+    rewards: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] | None
+) -> list[BestOf]:
+    """For n = 1, 2, 4 … up to the number of answers to each prompt: the mean reward, and gold
+    reward, of the answer with the highest reward among n. Without bias from all N answers (Nakano
+    et al. 2021, appendix I): the answer of rank i from below is the best of a random n with
+    probability C(i − 1, n − 1) / C(N, n).
 
     >>> [round(point.reward, 3) for point in best_of_n([[1.0, 2.0, 6.0, 3.0]], None)]  # of four, of six pairs, of one four
     [3.0, 4.333, 6.0]
@@ -29,7 +33,9 @@ def best_of_n(rewards: Sequence[Sequence[float]], gold: Sequence[Sequence[float]
             n,
             math.log(n) - (n - 1) / n,
             _mean([_expected(answers, answers, n) for answers in rewards]),
-            None if gold is None else _mean([_expected(r, g, n) for r, g in zip(rewards, gold, strict=True)]),
+            None
+            if gold is None
+            else _mean([_expected(r, g, n) for r, g in zip(rewards, gold, strict=True)]),
         )
         for n in sizes
     ]

@@ -20,16 +20,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of the evaluation, over the prompts for which both answers could be judged. A win is a higher gold reward
-    than the other policy's answer to the same prompt, a tie half a win; where there is no gold reward, the training reward
-    judges, which flatters the policy trained on it."""
+    """The result of the evaluation, over the prompts for which both answers could be judged. A win
+    is a higher gold reward than the other policy's answer to the same prompt, a tie half a win;
+    where there is no gold reward, the training reward judges, which flatters the policy trained on
+    it."""
 
     judge: str
     prompts: int
     win_rate: Measured
     kl: Measured
-    """KL of a response to the policy before, in nats: the mean of Σ_t log π(t) − log π_before(t) over the policy's own
-    answers."""
+    """KL of a response to the policy before, in nats: the mean of Σ_t log π(t) − log π_before(t)
+    over the policy's own answers."""
     before: dict[str, float]
     after: dict[str, float]
     samples: tuple[dict[str, str], ...]
@@ -37,12 +38,19 @@ class Comparison:
 
 
 def compare(
-    before: Sequence[Rollout], after: Sequence[Rollout], kl: Sequence[float], gold: Gold | None, samples: int = 8
+    before: Sequence[Rollout],
+    after: Sequence[Rollout],
+    kl: Sequence[float],
+    gold: Gold | None,
+    samples: int = 8,
 ) -> Comparison:
-    """`before` and `after` hold one rewarded answer to each prompt, in the same order; `kl` one number per answer."""
+    """`before` and `after` hold one rewarded answer to each prompt, in the same order; `kl` one
+    number per answer."""
     wins = wins_of(before, after, gold)
     if not wins:
-        raise RewardError("there is no prompt for which both answers have a score, so they cannot be compared.")
+        raise RewardError(
+            "there is no prompt for which both answers have a score, so they cannot be compared."
+        )
     return Comparison(
         judge="gold" if gold else "reward",
         prompts=len(wins),
@@ -60,7 +68,11 @@ def compare(
 def wins_of(before: Sequence[Rollout], after: Sequence[Rollout], gold: Gold | None) -> list[float]:
     """1, ½ or 0 for each prompt whose two answers could be judged."""
     worth = zip(_worth(before, gold), _worth(after, gold), strict=True)
-    return [1.0 if b > a else 0.5 if b == a else 0.0 for a, b in worth if a is not None and b is not None]
+    return [
+        1.0 if b > a else 0.5 if b == a else 0.0
+        for a, b in worth
+        if a is not None and b is not None
+    ]
 
 
 def _worth(rollouts: Sequence[Rollout], gold: Gold | None) -> list[Score]:
@@ -68,7 +80,9 @@ def _worth(rollouts: Sequence[Rollout], gold: Gold | None) -> list[Score]:
 
 
 def _measures(rollouts: Sequence[Rollout], gold: Gold | None) -> dict[str, float]:
-    measures = response_metrics(rollouts) | {"response/distinct": distinct([r.response for r in rollouts])}
+    measures = response_metrics(rollouts) | {
+        "response/distinct": distinct([r.response for r in rollouts])
+    }
     if gold:
         measures["gold"] = mean_and_interval([gold(r.prompt.text, r.response) for r in rollouts])[0]
     return measures

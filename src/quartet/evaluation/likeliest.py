@@ -1,6 +1,8 @@
 """The likeliest answer of the model in a folder, for a process that has no torch.
 
-`python -m quartet.evaluation.likeliest FOLDER` reads `{"prompt_ids": […], "max_new_tokens": …}` and writes a JSON string."""
+`python -m quartet.evaluation.likeliest FOLDER` reads `{"prompt_ids": […], "max_new_tokens": …}` and
+writes a JSON string.
+"""
 
 import json
 import sys

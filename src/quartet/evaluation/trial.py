@@ -14,12 +14,17 @@ from quartet.rewards.functions import FunctionReward
 from quartet.rewards.protocol import Reward, RewardError, Score
 from quartet.rewards.verifiable import ExactMatch, MathMatch, NumberMatch
 
-VERIFIERS: dict[str, Callable[[str], Reward]] = {"exact": ExactMatch, "number": NumberMatch, "math": MathMatch}
+VERIFIERS: dict[str, Callable[[str], Reward]] = {
+    "exact": ExactMatch,
+    "number": NumberMatch,
+    "math": MathMatch,
+}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a reward said of some answers. Statistics are over the numbers; None where there are too few."""
+    """What a reward said of some answers. Statistics are over the numbers; None where there are too
+    few."""
 
     answers: int
     none: int
@@ -44,7 +49,9 @@ def try_reward(reward: Reward, rollouts: Sequence[Rollout], pairs: bool) -> Tria
     started = time.monotonic()
     scores = reward.score(rollouts)
     seconds = time.monotonic() - started
-    there = [(s, r) for s, r in zip(scores, rollouts, strict=True) if s is not None and math.isfinite(s)]
+    there = [
+        (s, r) for s, r in zip(scores, rollouts, strict=True) if s is not None and math.isfinite(s)
+    ]
     numbers = [s for s, _ in there]
     lengths = [len(r.response) for _, r in there]
     varied = len(set(numbers)) > 1 and len(set(lengths)) > 1
@@ -70,26 +77,42 @@ def findings(trial: Trial) -> list[str]:
     """What a person should know before training on it."""
     said = []
     if trial.nan:
-        said.append(f"{trial.nan} of {trial.answers} scores are NaN or infinite: a run would stop at the first of them.")
+        said.append(
+            f"{trial.nan} of {trial.answers} scores are NaN or infinite: a run would stop at the "
+            f"first of them."
+        )
     if trial.none:
         said.append(f"{trial.none} of {trial.answers} answers got None: a run leaves them out.")
     if trial.different == 1 and trial.answers > 1:
         said.append("all answers got the same number: there is nothing to learn from it.")
     if trial.length_correlation is not None and abs(trial.length_correlation) > 0.5:
         longer = "longer" if trial.length_correlation > 0 else "shorter"
-        said.append(f"{longer} answers score higher (r = {trial.length_correlation:.2f}): the policy will find that out.")
+        said.append(
+            f"{longer} answers score higher (r = {trial.length_correlation:.2f}): the policy will "
+            f"find that out."
+        )
     if trial.accuracy is not None and trial.accuracy < 0.5:
-        said.append(f"the rejected side scores higher in {1 - trial.accuracy:.0%} of comparisons: is the sign right?")
+        said.append(
+            f"the rejected side scores higher in {1 - trial.accuracy:.0%} of comparisons: is the "
+            f"sign right?"
+        )
     return said
 
 
 def _accuracy(chosen: Sequence[Score], rejected: Sequence[Score]) -> float | None:
-    sides = [(c, r) for c, r in zip(chosen, rejected, strict=True) if c is not None and r is not None]
-    return sum(1.0 if c > r else 0.5 if c == r else 0.0 for c, r in sides) / len(sides) if sides else None
+    sides = [
+        (c, r) for c, r in zip(chosen, rejected, strict=True) if c is not None and r is not None
+    ]
+    return (
+        sum(1.0 if c > r else 0.5 if c == r else 0.0 for c, r in sides) / len(sides)
+        if sides
+        else None
+    )
 
 
 def trial_on_file(function: str, file: Path, columns: Mapping[str, str], timeout: float) -> Trial:
-    """The function, or the verifier of that name, on the file's answers: its completions, or both sides of its comparisons."""
+    """The function, or the verifier of that name, on the file's answers: its completions, or both
+    sides of its comparisons."""
     examples = read_examples(file, "demonstrations", columns)
     pairs = all(e.rejected is not None for e in examples)
     texts = _Texts()
@@ -97,15 +120,23 @@ def trial_on_file(function: str, file: Path, columns: Mapping[str, str], timeout
     if function in VERIFIERS:
         reward = VERIFIERS[function](function)
         if lacking := next((e for e in examples if "answer" not in e.extra), None):
-            raise RewardError(f"{lacking.id}: has no column answer, which {function} compares with.")
+            raise RewardError(
+                f"{lacking.id}: has no column answer, which {function} compares with."
+            )
     else:
         reward = FunctionReward(function, function, texts.of, timeout)
-    rollouts = [texts.rollout(example, answer) for example in examples for answer in _answers(example)]
+    rollouts = [
+        texts.rollout(example, answer) for example in examples for answer in _answers(example)
+    ]
     return try_reward(reward, rollouts, pairs)
 
 
 def _answers(example: Example) -> list[Text]:
-    sides = (example.completion,) if example.completion is not None else (example.chosen, example.rejected)
+    sides = (
+        (example.completion,)
+        if example.completion is not None
+        else (example.chosen, example.rejected)
+    )
     return [side for side in sides if side is not None]
 
 

@@ -1,7 +1,8 @@
-"""What the generator needs of a model: to read prompts, to be given one more token per row, to forget rows.
+"""What the generator needs of a model: to read prompts, to be given one more token per row, to
+forget rows.
 
-Two decoders do it. `PlainDecoder` is the model's own forward with transformers' cache: any architecture. `LlamaDecoder` is
-the Llama family written out, on a cache of its own.
+Two decoders do it. `PlainDecoder` is the model's own forward with transformers' cache: any
+architecture. `LlamaDecoder` is the Llama family written out, on a cache of its own.
 """
 
 import inspect
@@ -23,7 +24,8 @@ BLOCK = 64
 """Tokens by which a cache grows."""
 
 FEWEST_ROWS = 64
-"""Rows that are written at once whatever their keys and values take: fewer would read the weights more often than it pays."""
+"""Rows that are written at once whatever their keys and values take: fewer would read the weights
+more often than it pays."""
 
 PREFILL_TOKENS = 4096
 """Prompt tokens that are read at once."""
@@ -31,14 +33,16 @@ PREFILL_TOKENS = 4096
 
 @runtime_checkable
 class Decoder(Protocol):
-    """Rows of text that grow by a token at a time. Rows are numbered 0, 1, … in the order in which they came."""
+    """Rows of text that grow by a token at a time. Rows are numbered 0, 1, … in the order in which
+    they came."""
 
     def room(self) -> int:
         """How many rows more could be taken in now."""
         ...
 
     def read(self, prompts: Sequence[Sequence[int]], copies: int) -> Float[Tensor, "B V"]:
-        """Take in `copies` rows for each prompt, next to each other. Logits of the first token of each."""
+        """Take in `copies` rows for each prompt, next to each other. Logits of the first token of
+        each."""
         ...
 
     def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
@@ -46,20 +50,26 @@ class Decoder(Protocol):
         ...
 
     def keep(self, going: Bool[Tensor, "B"]) -> Int[Tensor, "n"]:
-        """Forget the rows that are not going on; the old numbers of those that are, in their new order."""
+        """Forget the rows that are not going on; the old numbers of those that are, in their new
+        order."""
         ...
 
 
 def decoder(model: Any, width: int, max_rows: int | None = None) -> Decoder:
-    """The fastest there is for this model, for texts of up to `width` tokens in at most so many rows at once."""
-    if written_out(model.base_model, width) and has_linear_head(model) and _plain_weights(model.base_model):
+    """The fastest there is for this model, for texts of up to `width` tokens in at most so many
+    rows at once."""
+    if (
+        written_out(model.base_model, width)
+        and has_linear_head(model)
+        and _plain_weights(model.base_model)
+    ):
         return LlamaDecoder(model, width, max_rows)
     return PlainDecoder(model, max_rows)
 
 
 class PlainDecoder:
-    """Any causal language model of transformers, padded on the left so that its rows end together. New rows are taken in when
-    the last old one has left."""
+    """Any causal language model of transformers, padded on the left so that its rows end together.
+    New rows are taken in when the last old one has left."""
 
     def __init__(self, model: Any, max_rows: int | None = None) -> None:
         self.model, self.max_rows = model, max_rows or 512
@@ -108,9 +118,10 @@ class PlainDecoder:
 class LlamaDecoder:
     """The Llama family on a cache of its own: a slot per row, no padding, rows come and go.
 
-    The cache of a block is one tensor [slots, 2 · kv heads, columns, D], keys and values beside each other. The rows fill the
-    first slots; when one leaves, the last takes its slot, so that nothing else is moved. Columns are added by the block, for
-    the rows that are left: few answers get long.
+    The cache of a block is one tensor [slots, 2 · kv heads, columns, D], keys and values beside
+    each other. The rows fill the first slots; when one leaves, the last takes its slot, so that
+    nothing else is moved. Columns are added by the block, for the rows that are left: few answers
+    get long.
     """
 
     @torch.inference_mode()
@@ -127,7 +138,9 @@ class LlamaDecoder:
         per_row = len(self.blocks) * 2 * self.num_kv * self.size * width * self.dtype.itemsize
         self.max_rows = max_rows or max(cache_bytes(self.device) // per_row, FEWEST_ROWS)
         shape = (0, 2 * self.num_kv, 0, self.size)
-        self.caches = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.blocks]
+        self.caches = [
+            torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.blocks
+        ]
         self.mask = torch.zeros(0, 1, 1, 0, dtype=self.dtype, device=self.device)
         """What each row sees of its slot: 0, and −∞ behind its end."""
         self.lengths = torch.zeros(0, dtype=torch.long, device=self.device)
@@ -135,7 +148,8 @@ class LlamaDecoder:
         self.turns = self._turns(torch.arange(width, device=self.device))
 
     def _turns(self, positions: Int[Tensor, "n"]) -> Tensor:
-        """The rotation of each position for every head of queries, keys and values: the last are multiplied by 1."""
+        """The rotation of each position for every head of queries, keys and values: the last are
+        multiplied by 1."""
         turn = rotations(self.trunk, positions).expand(-1, self.num_heads + self.num_kv, -1)
         return torch.cat([turn, turn.new_ones(len(positions), self.num_kv, self.size // 2)], dim=1)
 
@@ -156,8 +170,12 @@ class LlamaDecoder:
             self._copy(before, len(prompts), copies, int(sizes.max()))
         self.lengths = torch.cat([self.lengths, sizes.repeat_interleave(copies)])
         self.longest = max(self.longest, int(sizes.max()))
-        behind = torch.arange(self.mask.shape[-1], device=self.device) >= self.lengths[before:, None]
-        self.mask[before : before + added, 0, 0] = torch.where(behind, -torch.inf, 0.0).to(self.dtype)
+        behind = (
+            torch.arange(self.mask.shape[-1], device=self.device) >= self.lengths[before:, None]
+        )
+        self.mask[before : before + added, 0, 0] = torch.where(behind, -torch.inf, 0.0).to(
+            self.dtype
+        )
         return torch.cat(logits).repeat_interleave(copies, 0)
 
     def _read(self, packed: Packed, slots: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
@@ -169,7 +187,9 @@ class LlamaDecoder:
             heads = block.projected(x, turns)
             cache[slot, :, packed.positions] = heads[:, self.num_heads :]
             queries, keys, values = heads.split([self.num_heads, self.num_kv, self.num_kv], dim=1)
-            read = repacked(causal_attention(queries, keys, values, packed, self.scale), packed).flatten(1)
+            read = repacked(
+                causal_attention(queries, keys, values, packed, self.scale), packed
+            ).flatten(1)
             if number == len(self.blocks) - 1:
                 x, read = take(x, packed.asked), take(read, packed.asked)
             x = block.added(x, read)
@@ -190,7 +210,9 @@ class LlamaDecoder:
             queries = heads[:, : self.num_heads].unflatten(1, (self.num_kv, -1))
             seen = cache[: len(tokens), :, :until]
             keys, values = seen[:, : self.num_kv], seen[:, self.num_kv :]
-            read = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
+            read = scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, scale=self.scale
+            )
             x = block.added(x, read.flatten(1))
         self.lengths += 1
         self.longest += 1
@@ -210,11 +232,18 @@ class LlamaDecoder:
         return order
 
     def _fit(self, rows: int, columns: int) -> None:
-        """Make the caches large enough. What no row has written yet is 0: it is multiplied by 0 and must not be infinite."""
+        """Make the caches large enough. What no row has written yet is 0: it is multiplied by 0 and
+        must not be infinite."""
         have, wide = self.mask.shape[0], self.mask.shape[-1]
         if rows <= have and columns <= wide:
             return
-        slots = max(rows, min(2 * have, self.max_rows)) if rows > have else rows if 2 * rows <= have else have
+        slots = (
+            max(rows, min(2 * have, self.max_rows))
+            if rows > have
+            else rows
+            if 2 * rows <= have
+            else have
+        )
         wide = min(-(-columns // BLOCK) * BLOCK, self.width) if columns > wide else wide
         live, until = len(self.lengths), self.longest
 
@@ -227,7 +256,9 @@ class LlamaDecoder:
     def _copy(self, first: int, prompts: int, copies: int, until: int) -> None:
         """Each prompt's slot into those of its other samples."""
         for cache in self.caches:
-            slots = cache[first : first + prompts * copies, :, :until].unflatten(0, (prompts, copies))
+            slots = cache[first : first + prompts * copies, :, :until].unflatten(
+                0, (prompts, copies)
+            )
             slots[:, 1:] = slots[:, :1]
 
     def _logits(self, x: Float[Tensor, "B H"]) -> Float[Tensor, "B V"]:
@@ -235,14 +266,17 @@ class LlamaDecoder:
 
 
 class _Block:
-    """One block's weights as the products that are taken: queries, keys and values in one, gate and up in one. The
-    coordinates of queries and keys are ordered as the rotation wants them, neighbours in pairs."""
+    """One block's weights as the products that are taken: queries, keys and values in one, gate and
+    up in one. The coordinates of queries and keys are ordered as the rotation wants them,
+    neighbours in pairs."""
 
     def __init__(self, block: Any, turning: int) -> None:
         attention, mlp = block.self_attn, block.mlp
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         self.size, self.turning = attention.head_dim, turning
-        paired = [lambda x: x.unflatten(0, (-1, 2, self.size // 2)).transpose(1, 2).flatten(0, 2)] * 2
+        paired = [
+            lambda x: x.unflatten(0, (-1, 2, self.size // 2)).transpose(1, 2).flatten(0, 2)
+        ] * 2
         self.qkv = _Product(parts, [*paired, lambda x: x])
         self.out, self.gate_up, self.down = (
             _Product([attention.o_proj]),
@@ -277,8 +311,9 @@ class _Block:
 
 
 class _Product:
-    """x Wᵀ + b for the rows of one W or of several one below the other. On a CPU, oneDNN's kernels with W laid out for them
-    are up to three times as fast as what torch takes for few rows; for small W the call itself costs more than that."""
+    """x Wᵀ + b for the rows of one W or of several one below the other. On a CPU, oneDNN's kernels
+    with W laid out for them are up to three times as fast as what torch takes for few rows; for
+    small W the call itself costs more than that."""
 
     PACKED = 2**16
 
@@ -288,9 +323,16 @@ class _Product:
         self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.bias = None
         if getattr(parts[0], "bias", None) is not None:
-            self.bias = torch.cat([f(getattr(part, "base_layer", part).bias) for f, part in zip(order, parts, strict=True)])
+            self.bias = torch.cat(
+                [
+                    f(getattr(part, "base_layer", part).bias)
+                    for f, part in zip(order, parts, strict=True)
+                ]
+            )
         on_cpu = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
-        self.packed = on_cpu and self.weight.numel() >= self.PACKED and torch.backends.mkldnn.is_available()
+        self.packed = (
+            on_cpu and self.weight.numel() >= self.PACKED and torch.backends.mkldnn.is_available()
+        )
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 64)
 
@@ -313,7 +355,8 @@ def _plain_weights(trunk: Any) -> bool:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """What keys and values may take: half a GiB of a computer's memory, half of what is free on a GPU."""
+    """What keys and values may take: half a GiB of a computer's memory, half of what is free on a
+    GPU."""
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**29
 
 

@@ -1,7 +1,7 @@
 """How generation servers are spoken to: what vLLM and SGLang call the same things.
 
-Both take token ids and give back ids with log-probs, stop with what was being written (`abort`), read new weights from a
-folder, and put on adapters by name. Where they differ in more than names:
+Both take token ids and give back ids with log-probs, stop with what was being written (`abort`),
+read new weights from a folder, and put on adapters by name. Where they differ in more than names:
 
 - vLLM's log-probs are of the distribution it draws from (`--logprobs-mode processed_logprobs`), SGLang's of the one before
   top-k and top-p.
@@ -17,7 +17,8 @@ from quartet.generation.sampling import Sampling
 from quartet.texts import excerpt
 
 LOWEST = -1e9
-"""Below it, and where it is not a number, a log-prob is none. vLLM writes −9,999 for probability 0."""
+"""Below it, and where it is not a number, a log-prob is none. vLLM writes −9,999 for probability
+0."""
 ROUNDING = 1e-3
 """By how much rounding may put a log-prob above 0."""
 
@@ -48,7 +49,13 @@ class Dialect(Protocol):
     resume: Order
 
     def write(
-        self, ids: Sequence[int], tokens: int, sampling: Sampling, stops: list[int], seed: int, name: str | None
+        self,
+        ids: Sequence[int],
+        tokens: int,
+        sampling: Sampling,
+        stops: list[int],
+        seed: int,
+        name: str | None,
     ) -> Order:
         """Go on after `ids` by at most so many tokens; `name`: of the adapter."""
         ...
@@ -72,21 +79,30 @@ class _Adapters:
     below = ""
 
     def put_on(self, name: str, folder: Path) -> Order:
-        return Order(f"{self.below}/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        return Order(
+            f"{self.below}/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}
+        )
 
     def take_off(self, name: str) -> Order:
         return Order(f"{self.below}/unload_lora_adapter", {"lora_name": name})
 
 
 class Vllm(_Adapters):
-    """vLLM 0.32, which says what weights a token is from, started with VLLM_SERVER_DEV_MODE=1 and `--enable-scale-out`; for
-    adapters with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and `--enable-lora`."""
+    """vLLM 0.32, which says what weights a token is from, started with VLLM_SERVER_DEV_MODE=1 and
+    `--enable-scale-out`; for adapters with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and
+    `--enable-lora`."""
 
     pause, resume = Order("/pause?mode=abort"), Order("/resume")
     below = "/v1"
 
     def write(
-        self, ids: Sequence[int], tokens: int, sampling: Sampling, stops: list[int], seed: int, name: str | None
+        self,
+        ids: Sequence[int],
+        tokens: int,
+        sampling: Sampling,
+        stops: list[int],
+        seed: int,
+        name: str | None,
     ) -> Order:
         drawing = {
             "max_tokens": tokens,
@@ -109,16 +125,26 @@ class Vllm(_Adapters):
 
     def read(self, folder: Path, version: int) -> list[Order]:
         reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        return [Order("/collective_rpc", reload), Order("/update_weight_version", {"new_version": str(version)})]
+        return [
+            Order("/collective_rpc", reload),
+            Order("/update_weight_version", {"new_version": str(version)}),
+        ]
 
 
 class Sglang(_Adapters):
-    """SGLang's own endpoints; for adapters started with `--enable-lora --max-lora-rank … --lora-target-modules all`."""
+    """SGLang's own endpoints; for adapters started with `--enable-lora --max-lora-rank …
+    --lora-target-modules all`."""
 
     pause, resume = Order("/pause_generation", {"mode": "abort"}), Order("/continue_generation", {})
 
     def write(
-        self, ids: Sequence[int], tokens: int, sampling: Sampling, stops: list[int], seed: int, name: str | None
+        self,
+        ids: Sequence[int],
+        tokens: int,
+        sampling: Sampling,
+        stops: list[int],
+        seed: int,
+        name: str | None,
     ) -> Order:
         drawing = {
             "max_new_tokens": tokens,
@@ -137,7 +163,9 @@ class Sglang(_Adapters):
         rows = meta.get("output_token_logprobs") or []  # aborted before it was begun
         ids, logprobs = [row[1] for row in rows], [row[0] for row in rows]
         whole = [{"version": meta["weight_version"], "start": 0, "end": len(ids)}]
-        return _piece(ids, logprobs, meta.get("weight_versions") or whole, meta["finish_reason"]["type"])
+        return _piece(
+            ids, logprobs, meta.get("weight_versions") or whole, meta["finish_reason"]["type"]
+        )
 
     def read(self, folder: Path, version: int) -> list[Order]:
         asked = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
@@ -148,8 +176,8 @@ DIALECTS: dict[str, Dialect] = {"vllm": Vllm(), "sglang": Sglang()}
 
 
 def _piece(ids: Any, logprobs: Any, spans: Any, finish: Any) -> Piece:
-    """`spans`: versions of the tokens from `start` to before `end`. Raises ValueError for anything that is no such answer:
-    what a server says is trained on, so nothing is converted."""
+    """`spans`: versions of the tokens from `start` to before `end`. Raises ValueError for anything
+    that is no such answer: what a server says is trained on, so nothing is converted."""
     if not all(isinstance(values, list) for values in (ids, logprobs, spans or [])):
         raise ValueError("token ids, log-probs or versions are no list")
     if len(ids) != len(logprobs):
@@ -164,7 +192,9 @@ def _piece(ids: Any, logprobs: Any, spans: Any, finish: Any) -> Piece:
         raise ValueError(f"finish_reason {excerpt(repr(finish), 40)}")
     if not ids and finish != "abort":
         raise ValueError("an answer came without a token")
-    return Piece(ids, [float(logprob) for logprob in logprobs], _versions(spans or [], len(ids)), finish)
+    return Piece(
+        ids, [float(logprob) for logprob in logprobs], _versions(spans or [], len(ids)), finish
+    )
 
 
 def _versions(spans: Sequence[Any], length: int) -> list[int]:
@@ -172,10 +202,17 @@ def _versions(spans: Sequence[Any], length: int) -> list[int]:
     versions: list[int] = []
     for span in spans:
         version, start, end = str(span["version"]), span["start"], span["end"]
-        follows = type(start) is int and type(end) is int and start == len(versions) <= end <= length
+        follows = (
+            type(start) is int and type(end) is int and start == len(versions) <= end <= length
+        )
         if not follows or not (version.isascii() and version.isdecimal() and len(version) < 10):
-            raise ValueError(f"{excerpt(repr(span), 80)} does not say which weights the next tokens are from")
+            raise ValueError(
+                f"{excerpt(repr(span), 80)} does not say which weights the next tokens are from"
+            )
         versions += [int(version)] * (end - start)
     if len(versions) != length:
-        raise ValueError("it does not say which weights each token is from: is it as new as docs/scaling.md asks?")
+        raise ValueError(
+            "it does not say which weights each token is from: is it as new as docs/scaling.md "
+            "asks?"
+        )
     return versions

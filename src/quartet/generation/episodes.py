@@ -1,4 +1,5 @@
-"""Answers of several turns: a policy and an environment take turns, and only what the policy wrote is learnt from."""
+"""Answers of several turns: a policy and an environment take turns, and only what the policy wrote
+is learnt from."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,8 @@ class Environment(Protocol):
         ...
 
     def step(self, response: str) -> tuple[Sequence[Message], float, bool]:
-        """The answer to what the policy said, the reward for it, and whether the episode is over."""
+        """The answer to what the policy said, the reward for it, and whether the episode is
+        over."""
         ...
 
 
@@ -64,7 +66,8 @@ class _Episode:
 
 
 _Answer = Sequence[Any]
-"""What an environment says to a turn, as it also comes from another rank: messages, a reward, and whether that was all."""
+"""What an environment says to a turn, as it also comes from another rank: messages, a reward, and
+whether that was all."""
 
 
 def _answers(episodes: Sequence[_Episode], turns: Sequence[Rollout]) -> list[_Answer]:
@@ -80,10 +83,10 @@ def _answers(episodes: Sequence[_Episode], turns: Sequence[Rollout]) -> list[_An
 class Episodes:
     """A generator of rollouts of several turns, on top of one that answers prompts.
 
-    `max_tokens` bounds prompt and response together; `sampling.max_new_tokens` bounds a turn. An episode ends when the
-    environment says so, after `max_turns`, or when a turn was cut off or the next one would not fit ("length"). The reward of a
-    turn stands on its last token. Of a team, the lead has the environments, which may be different each time, and all hear what
-    they say.
+    `max_tokens` bounds prompt and response together; `sampling.max_new_tokens` bounds a turn. An
+    episode ends when the environment says so, after `max_turns`, or when a turn was cut off or the
+    next one would not fit ("length"). The reward of a turn stands on its last token. Of a team, the
+    lead has the environments, which may be different each time, and all hear what they say.
     """
 
     def __init__(
@@ -95,7 +98,13 @@ class Episodes:
         max_tokens: int,
         team: Team = ALONE,
     ) -> None:
-        self.turns, self.tokenizer, self.make, self.max_turns, self.max_tokens = turns, tokenizer, make, max_turns, max_tokens
+        self.turns, self.tokenizer, self.make, self.max_turns, self.max_tokens = (
+            turns,
+            tokenizer,
+            make,
+            max_turns,
+            max_tokens,
+        )
         self.team = team
 
     def load_weights(self, weights: Weights) -> None:
@@ -107,12 +116,23 @@ class Episodes:
     def load_state(self, state: Any) -> None:
         self.turns.load_state(state)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1
+    ) -> list[Rollout]:
         for prompt in prompts:
             if prompt.messages is None:
-                raise ChatError(f"{prompt.id}: is plain text; an environment speaks in conversations. Give the row messages.")
-        worlds = [(self.make(), p) if self.team.lead else (None, p) for p in prompts for _ in range(samples_per_prompt)]
-        openings = self._heard(lambda: [list(world.reset(p)) for world, p in worlds if world is not None])
+                raise ChatError(
+                    f"{prompt.id}: is plain text; an environment speaks in conversations. Give the "
+                    f"row messages."
+                )
+        worlds = [
+            (self.make(), p) if self.team.lead else (None, p)
+            for p in prompts
+            for _ in range(samples_per_prompt)
+        ]
+        openings = self._heard(
+            lambda: [list(world.reset(p)) for world, p in worlds if world is not None]
+        )
         episodes = [
             self._begun(p, row // samples_per_prompt, row % samples_per_prompt, world, opening)
             for row, ((world, p), opening) in enumerate(zip(worlds, openings, strict=True))
@@ -134,15 +154,26 @@ class Episodes:
         return said
 
     def _begun(
-        self, prompt: Prompt, group: int, number: int, world: Environment | None, opening: Sequence[Message]
+        self,
+        prompt: Prompt,
+        group: int,
+        number: int,
+        world: Environment | None,
+        opening: Sequence[Message],
     ) -> _Episode:
         history, context = list(prompt.messages or ()), list(prompt.ids)
         if opening:
             history += opening
-            context = list(self.tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=False))
+            context = list(
+                self.tokenizer.apply_chat_template(
+                    history, add_generation_prompt=True, return_dict=False
+                )
+            )
         return _Episode(prompt, group, number, world, history, context)
 
-    def _take(self, episode: _Episode, turn: Rollout, answer: _Answer, sampling: Sampling, last: bool) -> None:
+    def _take(
+        self, episode: _Episode, turn: Rollout, answer: _Answer, sampling: Sampling, last: bool
+    ) -> None:
         """One turn of the policy, and what the environment says to it."""
         episode.say(turn)
         messages, reward, done = answer

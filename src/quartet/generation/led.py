@@ -12,14 +12,21 @@ from quartet.generation.sampling import Sampling
 class Led:
     """The lead asks; everybody hears the answers."""
 
-    def __init__(self, generator: Generator, team: Team, only: Callable[[str], bool] | None = None) -> None:
+    def __init__(
+        self, generator: Generator, team: Team, only: Callable[[str], bool] | None = None
+    ) -> None:
         """`only`: which of the weights the generator reads, where not all."""
         self.generator, self.team, self.only = generator, team, only
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1
+    ) -> list[Rollout]:
         mine: Any = None
         if self.team.lead:
-            mine = [rollout_ready(r) for r in self.generator.generate(prompts, sampling, samples_per_prompt)]
+            mine = [
+                rollout_ready(r)
+                for r in self.generator.generate(prompts, sampling, samples_per_prompt)
+            ]
         return [rollout_from(row) for row in self.team.exchange(mine)[0]]
 
     def load_weights(self, weights: Weights) -> None:

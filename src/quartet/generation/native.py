@@ -1,4 +1,5 @@
-"""Generation in plain torch, by the very module that trains: its log-probs are the learner's up to rounding."""
+"""Generation in plain torch, by the very module that trains: its log-probs are the learner's up to
+rounding."""
 
 import math
 from collections import deque
@@ -18,8 +19,9 @@ from quartet.tensors import Bool, Float, Int, Tensor
 
 
 class NativeGenerator:
-    """Samples with a key-value cache. Each prompt is read once, however many answers it gets; rows that have finished leave the
-    batch and cost nothing more, and prompts that wait take their place."""
+    """Samples with a key-value cache. Each prompt is read once, however many answers it gets; rows
+    that have finished leave the batch and cost nothing more, and prompts that wait take their
+    place."""
 
     def __init__(
         self,
@@ -31,9 +33,16 @@ class NativeGenerator:
         team: Team = ALONE,
         copied: bool = False,
     ) -> None:
-        """`team`: the ranks among which prompts are dealt out; each has all answers. Random numbers belong to the answer and
-        not to who writes it. `copied`: the model is a copy of the learner's, which new weights are read into."""
-        self.model, self.tokenizer, self.max_rows, self.team, self.copied = model, tokenizer, max_rows, team, copied
+        """`team`: the ranks among which prompts are dealt out; each has all answers. Random numbers
+        belong to the answer and not to who writes it. `copied`: the model is a copy of the
+        learner's, which new weights are read into."""
+        self.model, self.tokenizer, self.max_rows, self.team, self.copied = (
+            model,
+            tokenizer,
+            max_rows,
+            team,
+            copied,
+        )
         self.stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
         self.rng = torch.Generator().manual_seed(seed)
         self.version = 0
@@ -43,7 +52,9 @@ class NativeGenerator:
         if self.copied:
             with torch.no_grad():
                 for name, tensor in self.model.state_dict().items():
-                    if f".{REWARD}." not in name:  # the judge may stand on the copy, and never changes
+                    if (
+                        f".{REWARD}." not in name
+                    ):  # the judge may stand on the copy, and never changes
                         tensor.copy_(weights.tensors[name])
         self.version = weights.version
 
@@ -55,15 +66,28 @@ class NativeGenerator:
         self.version = state["version"]
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
-        """Return `samples_per_prompt` answers to each prompt, those to one prompt next to each other. Raises `NonFinite`, on
-        every rank, with the first answer that the model gave no distribution for."""
-        noise = torch.rand(len(prompts) * samples_per_prompt, sampling.max_new_tokens, generator=self.rng)
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1
+    ) -> list[Rollout]:
+        """Return `samples_per_prompt` answers to each prompt, those to one prompt next to each
+        other. Raises `NonFinite`, on every rank, with the first answer that the model gave no
+        distribution for."""
+        noise = torch.rand(
+            len(prompts) * samples_per_prompt, sampling.max_new_tokens, generator=self.rng
+        )
         mine = self.team.share([len(p.ids) for p in prompts])
-        rows = [row for i in mine for row in range(i * samples_per_prompt, (i + 1) * samples_per_prompt)]
-        found = self._sample([prompts[i].ids for i in mine], sampling, samples_per_prompt, noise[rows])
+        rows = [
+            row for i in mine for row in range(i * samples_per_prompt, (i + 1) * samples_per_prompt)
+        ]
+        found = self._sample(
+            [prompts[i].ids for i in mine], sampling, samples_per_prompt, noise[rows]
+        )
         everybodys = self.team.exchange([rows, found]) if self.team.world > 1 else [(rows, found)]
-        by_row = {row: answer for taken, written in everybodys for row, answer in zip(taken, written, strict=True)}
+        by_row = {
+            row: answer
+            for taken, written in everybodys
+            for row, answer in zip(taken, written, strict=True)
+        }
         answers = [by_row[row] for row in range(len(noise))]
         before = [self.tokenizer.decode(p.ids, skip_special_tokens=True) for p in prompts]
         rollouts = []
@@ -88,7 +112,11 @@ class NativeGenerator:
         return rollouts
 
     def _sample(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, samples: int, noise: Float[Tensor, "B T"]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        samples: int,
+        noise: Float[Tensor, "B T"],
     ) -> list[tuple[list[int], list[float], list[float]]]:
         """Tokens, log-probs and entropies of each answer, which `noise` draws."""
         if not prompts:
@@ -97,17 +125,24 @@ class NativeGenerator:
         noise = noise.to(device)
         decode = decoder(self.model, max(map(len, prompts)) + limit, self.max_rows)
         waiting = deque(range(len(prompts)))
-        rows = torch.empty(0, dtype=torch.long, device=device)  # the answer that each row of the decoder belongs to
+        rows = torch.empty(
+            0, dtype=torch.long, device=device
+        )  # the answer that each row of the decoder belongs to
         written = torch.empty(0, dtype=torch.long, device=device)  # tokens of it so far
         logits = torch.empty(0, 0, device=device)
         steps: list[tuple[Tensor, Drawn]] = []
         while len(rows) or waiting:
             if waiting and (not len(rows) or decode.room() >= samples):
-                taken = [waiting.popleft() for _ in range(min(len(waiting), max(decode.room() // samples, 1)))]
+                taken = [
+                    waiting.popleft()
+                    for _ in range(min(len(waiting), max(decode.room() // samples, 1)))
+                ]
                 new = decode.read([prompts[i] for i in taken], samples)
                 logits = torch.cat([logits, new]) if len(rows) else new
                 first = samples * torch.tensor(taken, device=device)
-                rows = torch.cat([rows, (first[:, None] + torch.arange(samples, device=device)).flatten()])
+                rows = torch.cat(
+                    [rows, (first[:, None] + torch.arange(samples, device=device)).flatten()]
+                )
                 written = torch.nn.functional.pad(written, (0, len(new)))
             drawn = draw(logits, sampling, noise[rows, written])
             steps.append((rows, drawn))
@@ -121,23 +156,32 @@ class NativeGenerator:
                 logits = decode.step(tokens)
         return _by_row(steps, len(prompts) * samples)
 
-    def _ends(self, tokens: Int[Tensor, "B"], rows: Int[Tensor, "B"], written: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
-        """Which answers these tokens end; each is the token number `written` of the answer `rows`."""
+    def _ends(
+        self, tokens: Int[Tensor, "B"], rows: Int[Tensor, "B"], written: Int[Tensor, "B"]
+    ) -> Bool[Tensor, "B"]:
+        """Which answers these tokens end; each is the token number `written` of the answer
+        `rows`."""
         return torch.isin(tokens, self.stop_ids)
 
     def _text(self, prompt: Prompt, before: str, response_ids: list[int]) -> str:
-        """The response as it reads after its prompt: some tokenizers write a first word differently on its own."""
+        """The response as it reads after its prompt: some tokenizers write a first word differently
+        on its own."""
         whole = self.tokenizer.decode([*prompt.ids, *response_ids], skip_special_tokens=True)
         if whole.startswith(before):
             return whole[len(before) :]
         return self.tokenizer.decode(response_ids, skip_special_tokens=True)
 
 
-def _by_row(steps: Sequence[tuple[Tensor, Drawn]], num_rows: int) -> list[tuple[list[int], list[float], list[float]]]:
+def _by_row(
+    steps: Sequence[tuple[Tensor, Drawn]], num_rows: int
+) -> list[tuple[list[int], list[float], list[float]]]:
     """What was drawn step by step, answer by answer."""
     rows = torch.cat([r for r, _ in steps])
     order = rows.sort(stable=True).indices
     sizes = rows.bincount(minlength=num_rows).tolist()
-    columns = (torch.cat([getattr(d, name) for _, d in steps])[order] for name in ("tokens", "logprobs", "entropies"))
+    columns = (
+        torch.cat([getattr(d, name) for _, d in steps])[order]
+        for name in ("tokens", "logprobs", "entropies")
+    )
     split = [[piece.tolist() for piece in column.split(sizes)] for column in columns]
     return list(zip(*split, strict=True))

@@ -11,16 +11,26 @@ class Sampling:
     """The distribution that answers are drawn from, and how long they may get."""
 
     max_new_tokens: int = Field(default=64, ge=1)
-    temperature: float = Field(default=1.0, gt=0, description="Logits are divided by it. PPO samples, so it is never 0.")
-    top_k: int = Field(
-        default=0, ge=0, description="Keep the k likeliest tokens; 0 keeps all. Prefer 0: the learner does not filter."
+    temperature: float = Field(
+        default=1.0, gt=0, description="Logits are divided by it. PPO samples, so it is never 0."
     )
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the likeliest tokens of this mass. Prefer 1, as above.")
+    top_k: int = Field(
+        default=0,
+        ge=0,
+        description="Keep the k likeliest tokens; 0 keeps all. Prefer 0: the learner does not "
+        "filter.",
+    )
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Keep the likeliest tokens of this mass. Prefer 1, as above.",
+    )
 
     @property
     def filters(self) -> bool:
-        """Whether some tokens can never be drawn. The learner's log-probs know of no filter, so that the ratio is not 1
-        on the first minibatch and KL estimates can turn negative."""
+        """Whether some tokens can never be drawn. The learner's log-probs know of no filter, so
+        that the ratio is not 1 on the first minibatch and KL estimates can turn negative."""
         return self.top_k > 0 or self.top_p < 1
 
 
@@ -36,8 +46,8 @@ class Drawn:
 
 
 def scaled(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
-    """The logits of the distribution that is sampled, in float32: divided by the temperature, and where tokens are filtered
-    away, −∞ for those."""
+    """The logits of the distribution that is sampled, in float32: divided by the temperature, and
+    where tokens are filtered away, −∞ for those."""
     z = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
     if not sampling.filters:
         return z
@@ -51,9 +61,10 @@ def scaled(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B
 def draw(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, "B"]) -> Drawn:
     """One token per row by inverting its cumulative distribution at a uniform number of [0, 1).
 
-    The noise comes from outside, one number per row and token, so that a row's answer does not depend on which other rows are
-    being sampled. With P(k) = Σ_{j≤k} e^{z_j − max z} the token is the first k with P(k) > noise · P(V); its log-prob is
-    z_k − max z − log P(V), the entropy log P(V) − Σ_j e^{z_j − max z} (z_j − max z) / P(V).
+    The noise comes from outside, one number per row and token, so that a row's answer does not
+    depend on which other rows are being sampled. With P(k) = Σ_{j≤k} e^{z_j − max z} the token is
+    the first k with P(k) > noise · P(V); its log-prob is z_k − max z − log P(V), the entropy log
+    P(V) − Σ_j e^{z_j − max z} (z_j − max z) / P(V).
 
     Where the logits of a row hold NaN or +∞, its token is any token and its log-prob is NaN.
     """
@@ -62,8 +73,12 @@ def draw(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, 
     weights = z.exp()
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
-    below = torch.nextafter(total, torch.zeros_like(total))  # noise · total may round up to the total itself
-    tokens = torch.searchsorted(cumulative, torch.minimum(noise[:, None] * total, below), right=True)
+    below = torch.nextafter(
+        total, torch.zeros_like(total)
+    )  # noise · total may round up to the total itself
+    tokens = torch.searchsorted(
+        cumulative, torch.minimum(noise[:, None] * total, below), right=True
+    )
     tokens = tokens.clamp(max=z.shape[-1] - 1)  # NaN compares with nothing: past the end
     log_total = total[:, 0].log()
     mean = torch.linalg.vecdot(weights, z.clamp(min=-1e4) if sampling.filters else z) / total[:, 0]

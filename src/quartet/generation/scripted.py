@@ -1,4 +1,5 @@
-"""The fake: answers from a list. For tests of everything downstream of generation, and for replaying a dialogue."""
+"""The fake: answers from a list. For tests of everything downstream of generation, and for
+replaying a dialogue."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,8 @@ from quartet.generation.sampling import Sampling
 
 
 class ScriptedGenerator:
-    """Gives the answers in order, over and over, each ended by the end-of-sequence token where it fits the limit."""
+    """Gives the answers in order, over and over, each ended by the end-of-sequence token where it
+    fits the limit."""
 
     def __init__(self, answers: Iterable[str], tokenizer: Any) -> None:
         self.answers, self.given = tuple(answers), 0
@@ -25,7 +27,9 @@ class ScriptedGenerator:
     def load_state(self, state: Mapping[str, int]) -> None:
         self.given, self.version = state["given"], state["version"]
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1
+    ) -> list[Rollout]:
         return [
             self._rollout(prompt, group, sample, self._next(), sampling.max_new_tokens)
             for group, prompt in enumerate(prompts)
@@ -37,7 +41,10 @@ class ScriptedGenerator:
         return self.answers[(self.given - 1) % len(self.answers)]
 
     def _rollout(self, prompt: Prompt, group: int, sample: int, answer: str, limit: int) -> Rollout:
-        ids = [*self.tokenizer.encode(answer, add_special_tokens=False), self.tokenizer.eos_token_id]
+        ids = [
+            *self.tokenizer.encode(answer, add_special_tokens=False),
+            self.tokenizer.eos_token_id,
+        ]
         return Rollout(
             id=f"{prompt.id}/{sample}",
             prompt=prompt,

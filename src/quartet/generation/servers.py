@@ -1,12 +1,13 @@
 """Answers from servers: vLLM's or SGLang's, each in an environment of its own, spoken to over HTTP.
 
-Token ids go out, token ids and log-probs come back; text is never encoded twice. New weights go through a folder that trainer
-and servers share: the server stops, giving back the answers that it was writing, reads the folder and goes on; what was half
-written is continued with the new weights. So every token was sampled by one version, which is known. Where the policy is an
-adapter, a server may be given its base once and then the adapters alone, each by a name of its own.
+Token ids go out, token ids and log-probs come back; text is never encoded twice. New weights go
+through a folder that trainer and servers share: the server stops, giving back the answers that it
+was writing, reads the folder and goes on; what was half written is continued with the new weights.
+So every token was sampled by one version, which is known. Where the policy is an adapter, a server
+may be given its base once and then the adapters alone, each by a name of its own.
 
-A server that fails is left alone until it answers again, and is then given the newest weights first; its requests go to the
-others. What the endpoints are called, `dialects.py` says.
+A server that fails is left alone until it answers again, and is then given the newest weights
+first; its requests go to the others. What the endpoints are called, `dialects.py` says.
 """
 
 import contextlib
@@ -77,7 +78,11 @@ class Server:
         self.failed, self.again = reason, time.monotonic() + PAUSE
         if reason != self.complaint:
             self.complaint = reason
-            log.warning("generation server %s %s. It is left alone until it answers again.", self.url, reason)
+            log.warning(
+                "generation server %s %s. It is left alone until it answers again.",
+                self.url,
+                reason,
+            )
 
 
 @dataclass
@@ -107,12 +112,19 @@ class ServedGenerator:
         save_base: Callable[[Path, Mapping[str, Any]], None] | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        """`save` writes weights as a model folder; `shared` is where, a path that servers read too. `timeout`: seconds for one
-        answer, and for how long one waits until a server is back. `at_once`: requests in flight. `save_base`: writes a model
-        folder; what `save` writes is then an adapter on it. `vocab_size`: token ids are below it."""
+        """`save` writes weights as a model folder; `shared` is where, a path that servers read too.
+        `timeout`: seconds for one answer, and for how long one waits until a server is back.
+        `at_once`: requests in flight. `save_base`: writes a model folder; what `save` writes is
+        then an adapter on it. `vocab_size`: token ids are below it."""
         self.dialect, self.save_base, self.vocab_size = dialect, save_base, vocab_size
         self.servers = [Server(url.rstrip("/")) for url in urls]
-        self.save, self.shared, self.tokenizer, self.seed, self.timeout = save, shared, tokenizer, seed, timeout
+        self.save, self.shared, self.tokenizer, self.seed, self.timeout = (
+            save,
+            shared,
+            tokenizer,
+            seed,
+            timeout,
+        )
         self.stop_ids = sorted(stop_ids)
         self.version, self.calls, self._pushed = 0, 0, False
         self.pool = ThreadPoolExecutor(at_once, "ask")
@@ -126,8 +138,8 @@ class ServedGenerator:
         self.version, self.calls = state["version"], state["calls"]
 
     def aside(self) -> "ServedGenerator":
-        """The same servers with the weights that they have now, for questions that are no part of the run: none of its random
-        numbers are drawn, and each time the same ones."""
+        """The same servers with the weights that they have now, for questions that are no part of
+        the run: none of its random numbers are drawn, and each time the same ones."""
         made = copy.copy(self)
         made.seed, made.calls = self.seed + 1, 0
         return made
@@ -137,19 +149,33 @@ class ServedGenerator:
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.client.close()
 
-    # --- answers ---------------------------------------------------------------------------------------------------------
+    # --- answers
+    # ---------------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1
+    ) -> list[Rollout]:
         """Random numbers belong to the call and the row, not to the server."""
         self.calls += 1
-        rows = [(prompt, group, sample) for group, prompt in enumerate(prompts) for sample in range(samples_per_prompt)]
-        seeds = [random.Random(f"{self.seed}/{self.calls}/{row}").getrandbits(31) for row in range(len(rows))]
+        rows = [
+            (prompt, group, sample)
+            for group, prompt in enumerate(prompts)
+            for sample in range(samples_per_prompt)
+        ]
+        seeds = [
+            random.Random(f"{self.seed}/{self.calls}/{row}").getrandbits(31)
+            for row in range(len(rows))
+        ]
         abandoned = threading.Event()
         answers = [
-            self.pool.submit(self._answer, row[0], sampling, seed, abandoned) for row, seed in zip(rows, seeds, strict=True)
+            self.pool.submit(self._answer, row[0], sampling, seed, abandoned)
+            for row, seed in zip(rows, seeds, strict=True)
         ]
         try:
-            return [self._rollout(*row, result_of(answer)) for row, answer in zip(rows, answers, strict=True)]
+            return [
+                self._rollout(*row, result_of(answer))
+                for row, answer in zip(rows, answers, strict=True)
+            ]
         except BaseException:  # a signal, or no server: nobody waits for the other answers
             abandoned.set()
             for answer in answers:
@@ -157,9 +183,11 @@ class ServedGenerator:
             self.client.close()
             raise
 
-    def _answer(self, prompt: Prompt, sampling: Sampling, seed: int, abandoned: threading.Event) -> _Answer:
-        """One answer, by however many servers and versions it takes. Raises ServersGone where no token came for `timeout`
-        seconds."""
+    def _answer(
+        self, prompt: Prompt, sampling: Sampling, seed: int, abandoned: threading.Event
+    ) -> _Answer:
+        """One answer, by however many servers and versions it takes. Raises ServersGone where no
+        token came for `timeout` seconds."""
         answer, until, failures, reason = _Answer(), time.monotonic() + self.timeout, 0, ""
         while answer.finish is None:
             server = self._next_server(max(until, time.monotonic() + PAUSE), reason, abandoned)
@@ -178,20 +206,26 @@ class ServedGenerator:
                     self._free.notify_all()
             if len(answer.ids) > length:
                 until = time.monotonic() + self.timeout
-            elif answer.finish is None and server.failed is None:  # it was aborted before its first token
+            elif (
+                answer.finish is None and server.failed is None
+            ):  # it was aborted before its first token
                 if time.monotonic() > until:
                     raise self._gone("aborted every request before its first token")
                 time.sleep(PAUSE / 10)
         return answer
 
-    def _continue(self, server: Server, prompt: Prompt, sampling: Sampling, seed: int, answer: _Answer) -> None:
+    def _continue(
+        self, server: Server, prompt: Prompt, sampling: Sampling, seed: int, answer: _Answer
+    ) -> None:
         """Ask for the rest of an answer, and take what comes. Raises one of FAILURES."""
         version = server.version
         if version < 0:
             return  # it was just taken aside, to be given others
         name = None if self.save_base is None else _name(version)
         left = sampling.max_new_tokens - len(answer.ids)
-        order = self.dialect.write([*prompt.ids, *answer.ids], left, sampling, self.stop_ids, seed, name)
+        order = self.dialect.write(
+            [*prompt.ids, *answer.ids], left, sampling, self.stop_ids, seed, name
+        )
         reply = self._post(server, order, MAX_BYTES + BYTES_PER_TOKEN * left)
         if name is not None and 400 <= reply.status < 500 and server.version != version:
             return  # it asked for an adapter that was taken off meanwhile
@@ -211,15 +245,25 @@ class ServedGenerator:
         except ValueError as error:
             raise BadReply(f"gave no answer: {error}") from None
         except (LookupError, TypeError, AttributeError) as error:
-            raise BadReply(f"gave an answer of another form ({type(error).__name__}: {excerpt(str(error))})") from None
+            raise BadReply(
+                f"gave an answer of another form ({type(error).__name__}: {excerpt(str(error))})"
+            ) from None
         if len(piece.ids) > left:
             raise BadReply(f"wrote {len(piece.ids)} tokens where {left} were asked for")
         if piece.finish == "length" and len(piece.ids) < left:
-            raise BadReply(f"it wrote {len(piece.ids)} of {left} tokens: does it read fewer than a prompt and an answer have?")
+            raise BadReply(
+                f"it wrote {len(piece.ids)} of {left} tokens: does it read fewer than a prompt and "
+                f"an answer have?"
+            )
         if self.vocab_size is not None and any(token >= self.vocab_size for token in piece.ids):
-            raise BadReply(f"wrote token {max(piece.ids)}; the policy has tokens up to {self.vocab_size - 1}")
+            raise BadReply(
+                f"wrote token {max(piece.ids)}; the policy has tokens up to {self.vocab_size - 1}"
+            )
         if self.save_base is None and any(version > self.version for version in piece.versions):
-            raise BadReply(f"says that a token is from weights {max(piece.versions)}; the newest are {self.version}")
+            raise BadReply(
+                f"says that a token is from weights {max(piece.versions)}; the newest are "
+                f"{self.version}"
+            )
         return piece
 
     def _next_server(self, until: float, reason: str, abandoned: threading.Event) -> Server:
@@ -242,7 +286,9 @@ class ServedGenerator:
         before = self.tokenizer.decode(prompt.ids, skip_special_tokens=True)
         text = self.tokenizer.decode([*prompt.ids, *answer.ids], skip_special_tokens=True)
         response = (
-            text[len(before) :] if text.startswith(before) else self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+            text[len(before) :]
+            if text.startswith(before)
+            else self.tokenizer.decode(answer.ids, skip_special_tokens=True)
         )
         return Rollout(
             id=f"{prompt.id}/{sample}",
@@ -256,12 +302,16 @@ class ServedGenerator:
             versions=tuple(answer.versions),
         )
 
-    # --- weights ---------------------------------------------------------------------------------------------------------
+    # --- weights
+    # ---------------------------------------------------------------------------------------------------------
 
     def load_weights(self, weights: Weights) -> None:
-        """Write them where the servers read, and have each read them. May come while answers are being written."""
+        """Write them where the servers read, and have each read them. May come while answers are
+        being written."""
         save_base, tensors = self.save_base, weights.tensors
-        if save_base is not None and not self._pushed:  # a folder from an earlier run may be another's
+        if (
+            save_base is not None and not self._pushed
+        ):  # a folder from an earlier run may be another's
             self._write(self.shared / BASE, lambda place: save_base(place, tensors))
         self._pushed = True
         self._write(self._folder(weights.version), lambda place: self.save(place, tensors))
@@ -272,7 +322,9 @@ class ServedGenerator:
                 self._push(server)
         if all(server.failed for server in self.servers):
             self._revive()
-        for old in set(self.shared.resolve().glob("[0-9]*")) - kept:  # the newest, and one that somebody may be reading
+        for old in (
+            set(self.shared.resolve().glob("[0-9]*")) - kept
+        ):  # the newest, and one that somebody may be reading
             shutil.rmtree(old, ignore_errors=True)
 
     def _write(self, folder: Path, save: Callable[[Path], None]) -> None:
@@ -310,7 +362,8 @@ class ServedGenerator:
             self._free.notify_all()
 
     def _put_on(self, server: Server, version: int, had: int) -> None:
-        """The base, where it is not known to have it; then the adapter alone. An older run may have left one by that name."""
+        """The base, where it is not known to have it; then the adapter alone. An older run may have
+        left one by that name."""
         if had < 0:
             self._tell(server, *self.dialect.read(self.shared.resolve() / BASE, version))
         for old in {had, version} - {-1}:
@@ -327,21 +380,29 @@ class ServedGenerator:
         return self.client.request("POST", server.url + order.path, body, self.timeout, max_bytes)
 
     def _revive(self) -> None:
-        """Those that failed, if they answer again, and not at once: else one that answers wrongly would be asked before those
-        that answer well."""
+        """Those that failed, if they answer again, and not at once: else one that answers wrongly
+        would be asked before those that answer well."""
         for server in self.servers:
             if server.failed is None and server.version == self.version:
                 continue
             if server.lock.locked() or time.monotonic() < server.again:
                 continue
             with contextlib.suppress(*FAILURES):
-                _accepted(self.client.request("GET", f"{server.url}/health", None, PAUSE * 4, MAX_BYTES))
+                _accepted(
+                    self.client.request("GET", f"{server.url}/health", None, PAUSE * 4, MAX_BYTES)
+                )
                 if self._folder(self.version).is_dir():
                     self._push(server)
 
     def _gone(self, reason: str) -> ServersGone:
-        said = "; ".join(f"{server.url}: {server.failed or reason or 'has older weights'}" for server in self.servers)
-        return ServersGone(f"no generation server answered for {self.timeout:g} s ({said}). Start one, and resume the run.")
+        said = "; ".join(
+            f"{server.url}: {server.failed or reason or 'has older weights'}"
+            for server in self.servers
+        )
+        return ServersGone(
+            f"no generation server answered for {self.timeout:g} s ({said}). Start one, and resume "
+            f"the run."
+        )
 
 
 def _name(version: int) -> str:
@@ -352,7 +413,9 @@ def _name(version: int) -> str:
 def _accepted(reply: Reply) -> None:
     """Raise BadReply where a server refuses an order, also where it does so with status 200."""
     if not 200 <= reply.status < 300:
-        raise BadReply(f"answered {reply.status}: {excerpt(reply.body, 300)}".rstrip(" :."), reply.status)
+        raise BadReply(
+            f"answered {reply.status}: {excerpt(reply.body, 300)}".rstrip(" :."), reply.status
+        )
     with contextlib.suppress(ValueError):
         table = reply.json()
         if (message := error_in(table)) is not None:
@@ -365,11 +428,15 @@ def _table(reply: Reply) -> Mapping[str, Any]:
     """The JSON object that a reply is."""
     _accepted(reply)
     if reply.status != 200:
-        raise BadReply(f"answered {reply.status}: {excerpt(reply.body) or '(nothing)'}", reply.status)
+        raise BadReply(
+            f"answered {reply.status}: {excerpt(reply.body) or '(nothing)'}", reply.status
+        )
     try:
         table = reply.json()
     except ValueError:
-        raise BadReply(f"answered with something that is not JSON: {excerpt(reply.body) or '(nothing)'}") from None
+        raise BadReply(
+            f"answered with something that is not JSON: {excerpt(reply.body) or '(nothing)'}"
+        ) from None
     if not isinstance(table, dict):
         raise BadReply(f"answered with something that is no object: {excerpt(reply.body)}")
     return table

@@ -21,17 +21,26 @@ def nodes_of(words: str) -> tuple[int, int]:
 
 
 def commands(words: Sequence[str], launch: Launch, nodes: int, each: int) -> list[str]:
-    """Lines that say who does what, and what to type on which node. `words`: those after `quartet run`. Raises ValueError."""
+    """Lines that say who does what, and what to type on which node. `words`: those after `quartet
+    run`. Raises ValueError."""
     world = nodes * each
     parts = launch.parts(world)
     if world % parts:
-        raise ValueError(f"launch.shard = {launch.shard}: {nodes} x {each} = {world} ranks are no multiple of it.")
+        raise ValueError(
+            f"launch.shard = {launch.shard}: {nodes} x {each} = {world} ranks are no multiple of "
+            f"it."
+        )
     if not launch.shard:
         held = "each holds all weights"
     else:
-        held = f"{parts} hold each model in parts" + (f", {world // parts} such rows" if parts < world else "")
+        held = f"{parts} hold each model in parts" + (
+            f", {world // parts} such rows" if parts < world else ""
+        )
     run = shlex.join(word for word in words if not word.startswith(SAID))
-    lines = [f"{nodes} x {each} = {world} ranks: {held}; all read and write one run folder, on a disk that all nodes see"]
+    lines = [
+        f"{nodes} x {each} = {world} ranks: {held}; all read and write one run folder, on a disk "
+        f"that all nodes see"
+    ]
     ways = {"torchrun": _torchrun, "slurm": _slurm, "ray": _ray}
     for name in {"local": ways, "torchrun": ("torchrun", "slurm"), "ray": ("ray",)}[launch.type]:
         lines += ["", *ways[name](run, nodes, each)]
@@ -42,7 +51,8 @@ def _torchrun(run: str, nodes: int, each: int) -> list[str]:
     place = f"--rdzv-backend=c10d --rdzv-endpoint={FIRST}:{PORTS['torchrun']}"
     return [
         f"torchrun, on each node ({FIRST} is the first one's name):",
-        f"    torchrun --nnodes={nodes} --nproc-per-node={each} {place} --no-python quartet run {run} launch.type=torchrun",
+        f"    torchrun --nnodes={nodes} --nproc-per-node={each} {place} --no-python quartet run "
+        f"{run} launch.type=torchrun",
     ]
 
 
@@ -59,5 +69,6 @@ def _ray(run: str, nodes: int, each: int) -> list[str]:
         "Ray, with the same secret in RAY_AUTH_TOKEN and RAY_AUTH_MODE=token on all nodes:",
         f"    ray start --head --port={PORTS['ray']} --include-dashboard=false      # on {FIRST}",
         *([f"    ray start --address={head}      # on the others"] if nodes > 1 else []),
-        f"    quartet run {run} launch.type=ray launch.processes={nodes * each} launch.address={head}      # on {FIRST}",
+        f"    quartet run {run} launch.type=ray launch.processes={nodes * each} "
+        f"launch.address={head}      # on {FIRST}",
     ]

@@ -1,4 +1,5 @@
-"""A rank that follows: `python -m quartet.launch.follower RANK WORLD PORT DEADLINE FOLDER [FAULT]`, started by rank 0."""
+"""A rank that follows: `python -m quartet.launch.follower RANK WORLD PORT DEADLINE FOLDER [FAULT]`,
+started by rank 0."""
 
 import signal
 import sys
@@ -9,11 +10,27 @@ from quartet.launch.spmd import LOOPBACK, Beating, follow, store_at
 
 
 def main() -> None:
-    rank, world, port, deadline, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5]
-    be_a_rank(LOOPBACK, port, rank, world, deadline, Path(folder), sys.argv[6] if len(sys.argv) > 6 else None)
+    rank, world, port, deadline, folder = (
+        int(sys.argv[1]),
+        int(sys.argv[2]),
+        int(sys.argv[3]),
+        float(sys.argv[4]),
+        sys.argv[5],
+    )
+    be_a_rank(
+        LOOPBACK,
+        port,
+        rank,
+        world,
+        deadline,
+        Path(folder),
+        sys.argv[6] if len(sys.argv) > 6 else None,
+    )
 
 
-def be_a_rank(host: str, port: int, rank: int, world: int, deadline: float, folder: Path, fault: str | None) -> None:
+def be_a_rank(
+    host: str, port: int, rank: int, world: int, deadline: float, folder: Path, fault: str | None
+) -> None:
     """Build what rank 0 builds, from the config in the run's folder, and follow it to the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to hear
     import torch.distributed as dist

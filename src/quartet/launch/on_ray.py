@@ -1,7 +1,8 @@
-"""Ranks that are Ray's actors: on this machine, or wherever the cluster has room. The driver is the run's process, and no rank.
+"""Ranks that are Ray's actors: on this machine, or wherever the cluster has room. The driver is the
+run's process, and no rank.
 
-Actors get the run folder's path, and so need a file system that all share; of the driver's environment they get nothing. Ray's
-own ports stay on loopback where this process starts it.
+Actors get the run folder's path, and so need a file system that all share; of the driver's
+environment they get nothing. Ray's own ports stay on loopback where this process starts it.
 """
 
 import contextlib
@@ -65,7 +66,8 @@ class OnRay:
     """The group of all actors."""
 
     def __init__(self, launch: Launch, device: str, folder: Path, fault: str | None) -> None:
-        """`device`: the config's. Each rank gets a GPU where the cluster has enough, unless it is to be the CPU."""
+        """`device`: the config's. Each rank gets a GPU where the cluster has enough, unless it is
+        to be the CPU."""
         import ray
 
         self.world, self.deadline, self._busy = launch.processes, launch.deadline, False
@@ -77,8 +79,13 @@ class OnRay:
         elif self.owner:
             ray.init(address=launch.address, log_to_driver=False, logging_level="error")
         interface = "lo" if launch.address is None else os.environ.get("GLOO_SOCKET_IFNAME")
-        gpus = int(device != "cpu" and (device != "auto" or ray.cluster_resources().get("GPU", 0) >= self.world))
-        self.placement = ray.util.placement_group([{"CPU": 1, "GPU": gpus}] * self.world, strategy="SPREAD")
+        gpus = int(
+            device != "cpu"
+            and (device != "auto" or ray.cluster_resources().get("GPU", 0) >= self.world)
+        )
+        self.placement = ray.util.placement_group(
+            [{"CPU": 1, "GPU": gpus}] * self.world, strategy="SPREAD"
+        )
         try:
             self._begin(gpus, interface, folder, fault)
         except BaseException:  # a process that starts itself anew would leave them behind
@@ -93,14 +100,15 @@ class OnRay:
             ray.get(self.placement.ready(), timeout=PATIENCE)
         except ray.exceptions.GetTimeoutError:
             raise RuntimeError(
-                f"the Ray cluster has no room for {self.world} ranks of one {'GPU' if gpus else 'CPU'} each."
+                f"the Ray cluster has no room for {self.world} ranks of one "
+                f"{'GPU' if gpus else 'CPU'} each."
             ) from None
         actor = ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=2)(Rank)
         place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
         self.ranks = [
-            actor.options(scheduling_strategy=place(self.placement, placement_group_bundle_index=rank)).remote(
-                rank, self.world, self.deadline, interface
-            )
+            actor.options(
+                scheduling_strategy=place(self.placement, placement_group_bundle_index=rank)
+            ).remote(rank, self.world, self.deadline, interface)
             for rank in range(self.world)
         ]
         [(host, port)] = self._all([self.ranks[0].address.remote()])
@@ -113,7 +121,9 @@ class OnRay:
     def map(self, name: str, rows: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
         def call(dealt: list[list[Any]]) -> list[list[Any]]:
             self._busy = True
-            return self._all([rank.do.remote(name, mine) for rank, mine in zip(self.ranks, dealt, strict=True)])
+            return self._all(
+                [rank.do.remote(name, mine) for rank, mine in zip(self.ranks, dealt, strict=True)]
+            )
 
         return mapped(rows, lengths, self.world, call)
 
@@ -136,7 +146,8 @@ class OnRay:
             ray.shutdown()
 
     def _all(self, asked: Sequence[Any]) -> list[Any]:
-        """What each of them says, however long it takes, as long as all are alive: that is asked at every deadline."""
+        """What each of them says, however long it takes, as long as all are alive: that is asked at
+        every deadline."""
         import ray
 
         waiting = list(asked)
@@ -149,7 +160,9 @@ class OnRay:
             except ray.exceptions.RayTaskError as error:
                 raise self._cause(error.as_instanceof_cause(), asked) from None
             except ray.exceptions.RayActorError:
-                raise WorkerLost(self._dead() or [list(asked).index(ready[0])], "its process is gone.") from None
+                raise WorkerLost(
+                    self._dead() or [list(asked).index(ready[0])], "its process is gone."
+                ) from None
         self._busy = False
         return list(ray.get(list(asked)))
 
@@ -163,7 +176,11 @@ class OnRay:
             return WorkerLost(dead, "its process is gone.")
         _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ALIVE)
         stuck = [rank for rank, one in enumerate(asked) if one in silent]
-        return WorkerLost(stuck, f"alive, but not where the others waited for it ({error}).") if stuck else error
+        return (
+            WorkerLost(stuck, f"alive, but not where the others waited for it ({error}).")
+            if stuck
+            else error
+        )
 
     def _dead(self) -> list[int]:
         """Ranks that do not say within a while that they are alive."""

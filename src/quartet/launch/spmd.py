@@ -1,8 +1,10 @@
-"""Ranks that are processes of their own: rank 0 is the run's process, and works too; the others follow it.
+"""Ranks that are processes of their own: rank 0 is the run's process, and works too; the others
+follow it.
 
-What rank 0 says goes through a store, a small table that all can read, as JSON: the name of a method and what it is given. Each
-follower does it and says that it is done, or what went wrong. Every rank also counts up in the store once a second, so that a
-rank that is dead or frozen is known by name while others wait for it.
+What rank 0 says goes through a store, a small table that all can read, as JSON: the name of a
+method and what it is given. Each follower does it and says that it is done, or what went wrong.
+Every rank also counts up in the store once a second, so that a rank that is dead or frozen is known
+by name while others wait for it.
 """
 
 import contextlib
@@ -37,13 +39,25 @@ class Spmd:
     """The group as rank 0 sees it."""
 
     def __init__(
-        self, worker: Any, store: "dist.Store", world: int, deadline: float, started: "Sequence[Process]" = ()
+        self,
+        worker: Any,
+        store: "dist.Store",
+        world: int,
+        deadline: float,
+        started: "Sequence[Process]" = (),
     ) -> None:
-        self.worker, self.store, self.world, self.deadline, self.started = worker, store, world, deadline, started
+        self.worker, self.store, self.world, self.deadline, self.started = (
+            worker,
+            store,
+            world,
+            deadline,
+            started,
+        )
         self._number = 0
         self._busy = False
         self._alive: dict[int, tuple[int, float]] = {}
-        """How often each other rank has given a sign of life, and when that was last seen to change."""
+        """How often each other rank has given a sign of life, and when that was last seen to
+        change."""
 
     def call(self, name: str, *args: Any) -> list[Any]:
         self._say({"name": name, "args": list(args)})
@@ -97,7 +111,9 @@ class Spmd:
             if lost := self.silent():
                 raise WorkerLost(lost, f"no sign of life for {SILENCE:g} s.")
             if time.monotonic() > until:
-                raise WorkerLost([rank], f"it did not finish within launch.deadline = {self.deadline:g} s.")
+                raise WorkerLost(
+                    [rank], f"it did not finish within launch.deadline = {self.deadline:g} s."
+                )
         if "error" in said:
             raise RuntimeError(f"rank {rank}: {said['error']}")
         return said["result"]
@@ -116,12 +132,18 @@ class Spmd:
                 return WorkerLost(lost, f"no sign of life for {SILENCE:g} s.")
             time.sleep(0.1)
         stuck = [rank for rank, words in said.items() if words is None]
-        return WorkerLost(stuck, f"alive, but not where the others waited for it ({error}).") if stuck else error
+        return (
+            WorkerLost(stuck, f"alive, but not where the others waited for it ({error}).")
+            if stuck
+            else error
+        )
 
     def _said(self, rank: int) -> dict[str, Any] | None:
         """Of the call that is under way; None: nothing yet."""
         key = f"done/{self._number}/{rank}"
-        said: dict[str, Any] | None = json.loads(self.store.get(key)) if self.store.check([key]) else None
+        said: dict[str, Any] | None = (
+            json.loads(self.store.get(key)) if self.store.check([key]) else None
+        )
         return said
 
     def silent(self) -> list[int]:
@@ -144,12 +166,14 @@ class _Later:
         return self.group._done(getattr(self.group.worker, self.name), self.args)
 
 
-# --- a rank that follows ---------------------------------------------------------------------------------------------------
+# --- a rank that follows
+# ---------------------------------------------------------------------------------------------------
 
 
 def follow(worker: Any, store: "dist.Store", rank: int) -> None:
-    """Do what rank 0 says until it says no more, or something fails: the connections of a process that ends then tell those who
-    wait for it. (Numbers that are not finite all ranks see alike, and rank 0 may go back to a checkpoint.)"""
+    """Do what rank 0 says until it says no more, or something fails: the connections of a process
+    that ends then tell those who wait for it. (Numbers that are not finite all ranks see alike, and
+    rank 0 may go back to a checkpoint.)"""
     number = 0
     while True:
         number += 1
@@ -168,7 +192,8 @@ def follow(worker: Any, store: "dist.Store", rank: int) -> None:
 
 
 def by_another(error: Exception) -> bool:
-    """Whether it is what a collective says when another rank is gone: that one is to be named, not this."""
+    """Whether it is what a collective says when another rank is gone: that one is to be named, not
+    this."""
     return isinstance(error, dist.DistError) or any(
         word in str(error).lower() for word in ("gloo", "nccl", "connection closed")
     )
@@ -184,7 +209,8 @@ def plain(value: Any) -> Any:
 
 
 def _waited(store: "dist.Store", key: str) -> bytes:
-    """Between two calls a run may do anything for as long as it likes; the store goes when rank 0 does."""
+    """Between two calls a run may do anything for as long as it likes; the store goes when rank 0
+    does."""
     store.wait([key], timedelta(days=365))
     return bytes(store.get(key))
 
@@ -205,7 +231,8 @@ class Beating:
                 os._exit(1)
 
 
-# --- processes that rank 0 starts itself -------------------------------------------------------------------------------------
+# --- processes that rank 0 starts itself
+# -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -225,19 +252,26 @@ class Process:
 
 
 def threads_of(world: int) -> int:
-    """Of each process, where all are on this machine: more than there are cores make every one wait."""
+    """Of each process, where all are on this machine: more than there are cores make every one
+    wait."""
     return max(min(torch.get_num_threads(), (os.cpu_count() or 1) // world), 1)
 
 
 def wait_for(started: Sequence[Process], store: "dist.Store", patience: float) -> None:
-    """Until all have begun. One that ends before, or does not come within `patience` seconds, is lost."""
+    """Until all have begun. One that ends before, or does not come within `patience` seconds, is
+    lost."""
     until = time.monotonic() + patience
     for one in started:
         while not store.check([HERE.format(one.rank)]):
             if one.process.poll() is not None:
-                raise WorkerLost([one.rank], f"it ended with code {one.process.returncode} before it began; see run.log.")
+                raise WorkerLost(
+                    [one.rank],
+                    f"it ended with code {one.process.returncode} before it began; see run.log.",
+                )
             if time.monotonic() > until:
-                raise WorkerLost([one.rank], f"it did not begin within {patience:g} s; see run.log.")
+                raise WorkerLost(
+                    [one.rank], f"it did not begin within {patience:g} s; see run.log."
+                )
             time.sleep(0.02)
 
 
@@ -248,7 +282,12 @@ def own_store() -> "tuple[dist.Store, int]":
     listening.listen()
     port = listening.getsockname()[1]
     store = dist.TCPStore(
-        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach(), multi_tenant=False
+        LOOPBACK,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+        multi_tenant=False,
     )
     return _of_this_attempt(store), port
 
@@ -256,25 +295,37 @@ def own_store() -> "tuple[dist.Store, int]":
 def store_at(host: str, port: int, keeps: bool = False, timeout: float = 300.0) -> "dist.Store":
     """The store there; `keeps`: this process is the one that keeps it."""
     wait = timedelta(seconds=timeout)
-    return _of_this_attempt(dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=wait))
+    return _of_this_attempt(
+        dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=wait)
+    )
 
 
 def _of_this_attempt(store: "dist.Store") -> "dist.Store":
-    """Torchrun may keep its store when it starts its ranks again: what they said before is not to be heard."""
+    """Torchrun may keep its store when it starts its ranks again: what they said before is not to
+    be heard."""
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
     return dist.PrefixStore(f"attempt {attempt}", store)
 
 
 def start_followers(world: int, port: int, words: Sequence[str], log: Any) -> list[Process]:
-    """`python -m quartet.launch.follower RANK WORLD PORT …` for each other rank; they hear each other on loopback only. They
-    get this process's environment, being this machine's; what they print goes to the log."""
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": str(threads_of(world))}
+    """`python -m quartet.launch.follower RANK WORLD PORT …` for each other rank; they hear each
+    other on loopback only. They get this process's environment, being this machine's; what they
+    print goes to the log."""
+    environment = os.environ | {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": str(threads_of(world)),
+    }
     command = [sys.executable, "-m", "quartet.launch.follower"]
     return [
         Process(
             rank,
-            subprocess.Popen([*command, str(rank), str(world), str(port), *words], env=environment, stdout=log, stderr=log),
+            subprocess.Popen(
+                [*command, str(rank), str(world), str(port), *words],
+                env=environment,
+                stdout=log,
+                stderr=log,
+            ),
         )
         for rank in range(1, world)
     ]

@@ -37,14 +37,19 @@ def follows(launch: Launch) -> bool:
 
 def follow_the_first(launch: Launch) -> None:
     """Be that rank. What is to be done, rank 0 has left in the store."""
-    host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    host, port, rank = (
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["RANK"]),
+    )
     folder, _, fault = spmd.store_at(host, port).get("run").decode().partition("\n")
     be_a_rank(host, port, rank, world_of(launch), launch.deadline, Path(folder), fault or None)
 
 
 @contextlib.contextmanager
 def crew(config: Config, job: Job, folder: Path, fault: str | None) -> Iterator[Group]:
-    """Those who do the work, for as long as it takes. What followers print goes to the run's log."""
+    """Those who do the work, for as long as it takes. What followers print goes to the run's
+    log."""
     if config.launch.type == "ray":
         from quartet.launch.on_ray import OnRay
 

@@ -23,7 +23,8 @@ class Collected:
 
 @dataclass(frozen=True)
 class Collector:
-    """Makes rollouts: takes the next prompts, generates responses to them, and asks the rewards for scores."""
+    """Makes rollouts: takes the next prompts, generates responses to them, and asks the rewards for
+    scores."""
 
     prompts: Sampler[Prompt]
     generator: Generator
@@ -33,8 +34,9 @@ class Collector:
     def collect(self, algorithm: Algorithm, sampling: Sampling) -> Collected:
         """Return the rollouts of one batch of prompts, without those that no reward could score.
 
-        Where the algorithm drops groups (`Groups.keep`), further batches are generated until as many groups are kept as one
-        batch has prompts, or `max_rounds` batches were tried; if nothing at all was kept, the last batch is returned as it is.
+        Where the algorithm drops groups (`Groups.keep`), further batches are generated until as
+        many groups are kept as one batch has prompts, or `max_rounds` batches were tried; if
+        nothing at all was kept, the last batch is returned as it is.
         """
         kept: list[list[Rollout]] = []
         generated, unscored = 0, 0
@@ -44,19 +46,30 @@ class Collector:
             scored = with_score(rollouts)
             generated, unscored = generated + len(rollouts), unscored + len(rollouts) - len(scored)
             groups = [list(group) for _, group in itertools.groupby(scored, key=lambda r: r.group)]
-            kept += [group for group in groups if algorithm.groups.keep([r.score or 0.0 for r in group])]
+            kept += [
+                group for group in groups if algorithm.groups.keep([r.score or 0.0 for r in group])
+            ]
             if len(kept) >= len(batch):
                 break
         chosen = kept[: len(batch)] or groups
-        rollouts = [dataclasses.replace(r, group=number) for number, group in enumerate(chosen) for r in group]
+        rollouts = [
+            dataclasses.replace(r, group=number)
+            for number, group in enumerate(chosen)
+            for r in group
+        ]
         return Collected(rollouts, unscored / generated)
 
-    def respond(self, prompts: Sequence[Prompt], algorithm: Algorithm, sampling: Sampling) -> list[Rollout]:
+    def respond(
+        self, prompts: Sequence[Prompt], algorithm: Algorithm, sampling: Sampling
+    ) -> list[Rollout]:
         """Return responses to these prompts with what the rewards give and the algorithm reads."""
         generated = self.generator.generate(prompts, sampling, self.samples_per_prompt)
         rollouts = rewarded(generated, self.rewards, algorithm.needs_token_scores)
         if algorithm.needs_greedy:
-            greedy = rewarded(self.generator.generate(prompts, dataclasses.replace(sampling, top_k=1)), self.rewards)
+            greedy = rewarded(
+                self.generator.generate(prompts, dataclasses.replace(sampling, top_k=1)),
+                self.rewards,
+            )
             rollouts = [_with_baseline(r, greedy[r.group].score) for r in rollouts]
         return rollouts
 
@@ -67,4 +80,6 @@ class Collector:
 
 def _with_baseline(rollout: Rollout, greedy_score: float | None) -> Rollout:
     """A score that has nothing to be compared with counts as no score."""
-    return dataclasses.replace(rollout, greedy_score=greedy_score, score=None if greedy_score is None else rollout.score)
+    return dataclasses.replace(
+        rollout, greedy_score=greedy_score, score=None if greedy_score is None else rollout.score
+    )

@@ -35,8 +35,9 @@ class Source(Protocol):
 
 
 class OnlinePairs:
-    """Two responses of the policy to each prompt; the reward says which is better (Guo et al. 2024, with a reward model for a
-    judge). Prompts whose two responses score the same give no comparison; if none gives one, the next prompts are tried."""
+    """Two responses of the policy to each prompt; the reward says which is better (Guo et al. 2024,
+    with a reward model for a judge). Prompts whose two responses score the same give no comparison;
+    if none gives one, the next prompts are tried."""
 
     def __init__(
         self,
@@ -48,7 +49,13 @@ class OnlinePairs:
         weights: Callable[[], Weights] | None = None,
     ) -> None:
         """`weights`: the policy's as they are now, where the generator has a copy."""
-        self.prompts, self.generator, self.sampling, self.rewards, self.rounds = prompts, generator, sampling, rewards, rounds
+        self.prompts, self.generator, self.sampling, self.rewards, self.rounds = (
+            prompts,
+            generator,
+            sampling,
+            rewards,
+            rounds,
+        )
         self.weights = weights
 
     def state(self) -> dict[str, Any]:
@@ -62,18 +69,28 @@ class OnlinePairs:
         if self.weights is not None:
             self.generator.load_weights(self.weights())
         for _ in range(self.rounds):
-            rollouts = rewarded(self.generator.generate(self.prompts.next(), self.sampling, 2), self.rewards)
+            rollouts = rewarded(
+                self.generator.generate(self.prompts.next(), self.sampling, 2), self.rewards
+            )
             pairs = []
             for two in zip(rollouts[::2], rollouts[1::2], strict=True):
                 if any(r.score is None for r in two):
                     continue
                 worse, better = sorted(two, key=lambda r: r.score or 0.0)
                 if worse.score != better.score:
-                    pairs.append(Comparison(better.prompt.id, better.prompt.ids, better.response_ids, worse.response_ids))
+                    pairs.append(
+                        Comparison(
+                            better.prompt.id,
+                            better.prompt.ids,
+                            better.response_ids,
+                            worse.response_ids,
+                        )
+                    )
             if pairs:
                 return pairs
         raise ValueError(
-            f"in {self.rounds} batches of prompts both responses always scored the same: there is nothing to prefer. "
+            f"in {self.rounds} batches of prompts both responses always scored the same: there is "
+            f"nothing to prefer. "
             "The task is too hard, too easy, or the reward never tells responses apart."
         )
 
@@ -91,7 +108,10 @@ def preference(
     """Minimise the loss on batches of comparisons; the first steps may be done already."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
-        metrics = budget.spend("the update", partial(_step, model, reference, comparisons.next(), loss, optimizer, budget.team))
+        metrics = budget.spend(
+            "the update",
+            partial(_step, model, reference, comparisons.next(), loss, optimizer, budget.team),
+        )
         yield Progress(number, {**metrics, "lr": lr})
 
 
@@ -105,7 +125,11 @@ def _step(
     micro_batch_tokens: int,
 ) -> dict[str, float]:
     seen: list[Pairs] = []
-    metrics = descend(_losses(model, reference, batch, loss, micro_batch_tokens, seen, team), {"policy": optimizer}, team)
+    metrics = descend(
+        _losses(model, reference, batch, loss, micro_batch_tokens, seen, team),
+        {"policy": optimizer},
+        team,
+    )
     return {**metrics, **preference_metrics(seen, team)} if "skipped" not in metrics else metrics
 
 
@@ -120,25 +144,36 @@ def held_out_preference(
 ) -> dict[str, float]:
     """The loss, and how often the policy prefers what the labeller preferred."""
     seen: list[Pairs] = []
-    total = added_up(_losses(model, reference, comparisons, loss, micro_batch_tokens, seen, team), team)
+    total = added_up(
+        _losses(model, reference, comparisons, loss, micro_batch_tokens, seen, team), team
+    )
     return {"loss": total, **preference_metrics(seen, team)}
 
 
 def preference_metrics(seen: Sequence[Pairs], team: Team = ALONE) -> dict[str, float]:
-    """Accuracy: the share of pairs whose chosen side gained more on the reference than the rejected (without a reference: is
-    likelier per token); a tie counts half. How far from 0 the log-ratios to the reference are, which is where they start. The
-    mean log-probs of both sides: they may fall together, which is worth seeing. Over the pairs that all ranks have seen."""
+    """Accuracy: the share of pairs whose chosen side gained more on the reference than the rejected
+    (without a reference: is likelier per token); a tie counts half. How far from 0 the log-ratios
+    to the reference are, which is where they start. The mean log-probs of both sides: they may fall
+    together, which is worth seeing. Over the pairs that all ranks have seen."""
     margins = [_margin(pairs) for pairs in seen]
     numbers = {
         "accuracy": [(m > 0).double() + 0.5 * (m == 0).double() for m in margins],
         "margin": margins,
-        "logratio/abs": [torch.cat(pairs.log_ratios()).abs() for pairs in seen if pairs.ref_chosen is not None],
+        "logratio/abs": [
+            torch.cat(pairs.log_ratios()).abs() for pairs in seen if pairs.ref_chosen is not None
+        ],
         "logprobs/chosen": [pairs.chosen[pairs.chosen_tokens > 0] for pairs in seen],
         "logprobs/rejected": [pairs.rejected[pairs.rejected_tokens > 0] for pairs in seen],
     }
-    sums = team.total(*(float(sum(n.detach().double().sum() for n in found)) for found in numbers.values()))
+    sums = team.total(
+        *(float(sum(n.detach().double().sum() for n in found)) for found in numbers.values())
+    )
     counts = team.total(*(float(sum(len(n) for n in found)) for found in numbers.values()))
-    return {name: total / count for name, total, count in zip(numbers, sums, counts, strict=True) if count}
+    return {
+        name: total / count
+        for name, total, count in zip(numbers, sums, counts, strict=True)
+        if count
+    }
 
 
 def _margin(pairs: Pairs) -> Float[Tensor, "P"]:
@@ -157,7 +192,8 @@ def _losses(
     seen: list[Pairs],
     team: Team,
 ) -> Iterator[Float[Tensor, ""]]:
-    """The loss of a batch in pieces that add up to it over all ranks; what was seen on the way is appended to `seen`."""
+    """The loss of a batch in pieces that add up to it over all ranks; what was seen on the way is
+    appended to `seen`."""
     kl = _mismatched_kl(model, reference, batch, micro_batch_tokens, team) if loss.needs_kl else 0.0
     for part in team.pieces(_longest(batch), micro_batch_tokens):
         piece = [batch[i] for i in part.rows]
@@ -178,7 +214,8 @@ def _losses(
         if part.counts:
             seen.append(pairs)
         losses = loss(pairs)
-        check_finite("the loss", losses, [c.id for c in piece], lambda row: [*piece[row].prompt_ids, *piece[row].chosen_ids])  # noqa: B023
+        samples = [[*c.prompt_ids, *c.chosen_ids] for c in piece]
+        check_finite("the loss", losses, [c.id for c in piece], samples.__getitem__)
         yield part.counts * losses.sum() / len(batch)
 
 
@@ -186,28 +223,42 @@ def _longest(batch: Sequence[Comparison]) -> list[int]:
     return [2 * (len(c.prompt_ids) + max(len(c.chosen_ids), len(c.rejected_ids))) for c in batch]
 
 
-def _both_sides(model: Any, comparisons: Sequence[Comparison]) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
-    sides = [(c.prompt_ids, c.chosen_ids) for c in comparisons] + [(c.prompt_ids, c.rejected_ids) for c in comparisons]
+def _both_sides(
+    model: Any, comparisons: Sequence[Comparison]
+) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
+    sides = [(c.prompt_ids, c.chosen_ids) for c in comparisons] + [
+        (c.prompt_ids, c.rejected_ids) for c in comparisons
+    ]
     chosen, rejected = _response_logprobs(model, sides).chunk(2)
     return chosen, rejected
 
 
 @torch.no_grad()
-def _mismatched_kl(model: Any, reference: Any, batch: Sequence[Comparison], micro_batch_tokens: int, team: Team) -> float:
-    """KTO's z: the responses of both sides under their neighbours' prompts, mean of log π / π_ref, not below 0."""
+def _mismatched_kl(
+    model: Any, reference: Any, batch: Sequence[Comparison], micro_batch_tokens: int, team: Team
+) -> float:
+    """KTO's z: the responses of both sides under their neighbours' prompts, mean of log π / π_ref,
+    not below 0."""
     neighbours = [*batch[1:], batch[0]]
     sides = [
-        (a.prompt_ids, ids) for a, b in zip(batch, neighbours, strict=True) for ids in (b.chosen_ids, b.rejected_ids) if ids
+        (a.prompt_ids, ids)
+        for a, b in zip(batch, neighbours, strict=True)
+        for ids in (b.chosen_ids, b.rejected_ids)
+        if ids
     ]
     mine = 0.0
     for part in team.pieces([len(p) + len(r) for p, r in sides], micro_batch_tokens):
         piece = [sides[i] for i in part.rows]
-        mine += part.counts * float((_response_logprobs(model, piece) - _response_logprobs(reference, piece)).sum())
+        mine += part.counts * float(
+            (_response_logprobs(model, piece) - _response_logprobs(reference, piece)).sum()
+        )
     [total] = team.total(mine)
     return max(total / len(sides), 0.0)
 
 
-def _response_logprobs(model: Any, sides: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Float[Tensor, "B"]:
+def _response_logprobs(
+    model: Any, sides: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> Float[Tensor, "B"]:
     """Σ log π over the tokens of each response."""
     tokens, lengths = right_pad([(*prompt, *response) for prompt, response in sides], model.device)
     starts = torch.tensor([len(prompt) for prompt, _ in sides], device=model.device)

@@ -11,7 +11,8 @@ class Progress:
     number: int
     metrics: dict[str, float]
     seconds: dict[str, float] = field(default_factory=dict, kw_only=True)
-    """How long each phase of the step took. Apart from the metrics, which two equal runs have in common."""
+    """How long each phase of the step took. Apart from the metrics, which two equal runs have in
+    common."""
 
 
 class Clock:

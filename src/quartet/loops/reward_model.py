@@ -29,10 +29,13 @@ def reward_model(
     budget: Budget,
     done: int = 0,
 ) -> Iterator[Progress]:
-    """Minimise a Bradley–Terry loss on batches of comparisons; the first steps may be done already."""
+    """Minimise a Bradley–Terry loss on batches of comparisons; the first steps may be done
+    already."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
-        metrics = budget.spend("the update", partial(_step, model, comparisons.next(), loss, optimizer, budget.team))
+        metrics = budget.spend(
+            "the update", partial(_step, model, comparisons.next(), loss, optimizer, budget.team)
+        )
         yield Progress(number, {**metrics, "lr": lr})
 
 
@@ -45,7 +48,11 @@ def _step(
     micro_batch_tokens: int,
 ) -> dict[str, float]:
     margins = torch.zeros(len(batch), dtype=torch.float64)
-    metrics = descend(_losses(model, batch, loss, micro_batch_tokens, margins, team), {"reward_model": optimizer}, team)
+    metrics = descend(
+        _losses(model, batch, loss, micro_batch_tokens, margins, team),
+        {"reward_model": optimizer},
+        team,
+    )
     if "skipped" in metrics:
         return metrics
     team.add_up(margins)
@@ -54,20 +61,30 @@ def _step(
 
 @torch.no_grad()
 def pair_scores(
-    model: ScalarModel, comparisons: Sequence[Comparison], micro_batch_tokens: int, team: Team = ALONE
+    model: ScalarModel,
+    comparisons: Sequence[Comparison],
+    micro_batch_tokens: int,
+    team: Team = ALONE,
 ) -> Float[Tensor, "P 2"]:
     """What the chosen and the rejected side of each pair score, at their last tokens."""
     scores = torch.zeros(len(comparisons), 2)
     for piece in team.pieces(_lengths(comparisons), micro_batch_tokens):
         read = _read(model, [comparisons[i] for i in piece.rows])
         if piece.counts:
-            scores[piece.rows] = torch.stack([at(read.chosen, read.good), at(read.rejected, read.bad)], dim=1).to(scores)
+            scores[piece.rows] = torch.stack(
+                [at(read.chosen, read.good), at(read.rejected, read.bad)], dim=1
+            ).to(scores)
     team.add_up(scores)
     check_finite("the score", scores, [c.id for c in comparisons])
     return scores
 
 
-def pair_accuracy(model: ScalarModel, comparisons: Sequence[Comparison], micro_batch_tokens: int, team: Team = ALONE) -> float:
+def pair_accuracy(
+    model: ScalarModel,
+    comparisons: Sequence[Comparison],
+    micro_batch_tokens: int,
+    team: Team = ALONE,
+) -> float:
     """The share of pairs whose chosen side scores higher at its last token; a tie counts half."""
     scores = pair_scores(model, comparisons, micro_batch_tokens, team)
     return accuracy_of(scores[:, 0] - scores[:, 1])
@@ -81,13 +98,15 @@ def _losses(
     margins: Float[Tensor, "P"],
     team: Team,
 ) -> Iterator[Float[Tensor, ""]]:
-    """The loss of a batch in pieces that add up to it over all ranks; the differences of scores seen on the way are written
-    into `margins`."""
+    """The loss of a batch in pieces that add up to it over all ranks; the differences of scores
+    seen on the way are written into `margins`."""
     for part in team.pieces(_lengths(batch), micro_batch_tokens):
         piece = [batch[i] for i in part.rows]
         read = _read(model, piece, loss.needs_every_token)
         scores = at(read.chosen, read.good), at(read.rejected, read.bad)
-        check_finite("the score", torch.cat(scores), [c.id for c in piece] * 2, partial(_said, piece))
+        check_finite(
+            "the score", torch.cat(scores), [c.id for c in piece] * 2, partial(_said, piece)
+        )
         if part.counts:
             margins[part.rows] = (scores[0] - scores[1]).detach().to(margins)
         labelled = torch.tensor([c.margin for c in piece], device=read.chosen.device)
@@ -108,13 +127,17 @@ class _Sides:
 
 def _read(model: ScalarModel, pairs: Sequence[Comparison], every_token: bool = False) -> _Sides:
     """Both sides go through the model in one batch."""
-    sides = [(*c.prompt_ids, *c.chosen_ids) for c in pairs] + [(*c.prompt_ids, *c.rejected_ids) for c in pairs]
+    sides = [(*c.prompt_ids, *c.chosen_ids) for c in pairs] + [
+        (*c.prompt_ids, *c.rejected_ids) for c in pairs
+    ]
     tokens, lengths = right_pad(sides, next(model.parameters()).device)
     (these, those), (good, bad) = tokens.chunk(2), lengths.chunk(2)
     differs = after_divergence(these, those, good, bad)
     asked = response_mask(lengths - 1, lengths, tokens.shape[1])
     if every_token:
-        asked |= differs.repeat(2, 1) & response_mask(torch.zeros_like(lengths), lengths, tokens.shape[1])
+        asked |= differs.repeat(2, 1) & response_mask(
+            torch.zeros_like(lengths), lengths, tokens.shape[1]
+        )
     chosen, rejected = under_own_token(model(tokens, asked), asked).chunk(2)
     return _Sides(chosen, rejected, good, bad, differs)
 

@@ -23,9 +23,11 @@ class Step(Progress):
     """The algorithm of the next step: its coefficients have adapted to this one."""
 
 
-def rl(collector: Collector, learner: Learner, algorithm: Algorithm, done: int = 0) -> Iterator[Step]:
-    """Generate and reward, score, estimate, update, load weights, adapt, until `learner.steps` steps are done. `done` is the
-    number of steps that were done before."""
+def rl(
+    collector: Collector, learner: Learner, algorithm: Algorithm, done: int = 0
+) -> Iterator[Step]:
+    """Generate and reward, score, estimate, update, load weights, adapt, until `learner.steps`
+    steps are done. `done` is the number of steps that were done before."""
     for number in range(done + 1, learner.steps + 1):
         clock = Clock()
         collected = collector.collect(algorithm, learner.sampling)
@@ -36,6 +38,17 @@ def rl(collector: Collector, learner: Learner, algorithm: Algorithm, done: int =
         update = learner.update(experience, algorithm)
         collector.load_weights(learner.weights())
         clock.lap("update")
-        metrics = rl_metrics(collected.rollouts, collected.unscored, batch, experience, update, algorithm)
+        metrics = rl_metrics(
+            collected.rollouts, collected.unscored, batch, experience, update, algorithm
+        )
         algorithm = algorithm.adapt(metrics)  # coefficients that follow what was measured
-        yield Step(number, metrics, collected.rollouts, batch, experience, update, algorithm, seconds=clock.laps)
+        yield Step(
+            number,
+            metrics,
+            collected.rollouts,
+            batch,
+            experience,
+            update,
+            algorithm,
+            seconds=clock.laps,
+        )

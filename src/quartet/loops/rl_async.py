@@ -1,9 +1,10 @@
 """Reinforcement learning with rollouts and updates at the same time.
 
-While the learner updates on one batch, the next ones are being generated, with the weights of when the update began. At most
-`staleness` batches are generated ahead, so no rollout is older than that many updates when it is trained on; the algorithm's
-correction weighs what it lacks in freshness. Which weights generate which batch does not depend on which side is faster: a run
-that is resumed goes on with the batches that were waiting.
+While the learner updates on one batch, the next ones are being generated, with the weights of when
+the update began. At most `staleness` batches are generated ahead, so no rollout is older than that
+many updates when it is trained on; the algorithm's correction weighs what it lacks in freshness.
+Which weights generate which batch does not depend on which side is faster: a run that is resumed
+goes on with the batches that were waiting.
 """
 
 from collections import deque
@@ -31,10 +32,14 @@ class Ahead:
         return [[batch.rollouts, batch.unscored] for batch in self.waiting]
 
     def load_state(self, state: Sequence[Any]) -> None:
-        self.waiting = deque(Collected([rollout_from(row) for row in rows], unscored) for rows, unscored in state)
+        self.waiting = deque(
+            Collected([rollout_from(row) for row in rows], unscored) for rows, unscored in state
+        )
 
 
-def rl_async(collector: Collector, learner: Learner, algorithm: Algorithm, ahead: Ahead, done: int = 0) -> Iterator[Step]:
+def rl_async(
+    collector: Collector, learner: Learner, algorithm: Algorithm, ahead: Ahead, done: int = 0
+) -> Iterator[Step]:
     """As `rl`, with `ahead.staleness` batches generated in advance."""
 
     def sampled() -> Collected:
@@ -49,7 +54,9 @@ def rl_async(collector: Collector, learner: Learner, algorithm: Algorithm, ahead
                 ahead.waiting.append(sampled())
             collected = ahead.waiting.popleft()
             more = number + ahead.staleness <= steps
-            coming = background.start(sampled) if more else None  # by the weights before this update
+            coming = (
+                background.start(sampled) if more else None
+            )  # by the weights before this update
             clock.lap("rollouts")
             batch = learner.score(collected.rollouts, algorithm)
             experience = algorithm.experience(batch)
@@ -59,12 +66,25 @@ def rl_async(collector: Collector, learner: Learner, algorithm: Algorithm, ahead
             if coming is not None:
                 ahead.waiting.append(coming.result())
             clock.lap("waiting for rollouts")
-            metrics = rl_metrics(collected.rollouts, collected.unscored, batch, experience, update, algorithm)
-            metrics = with_staleness(metrics, collected.rollouts, batch, experience, learner.version - 1)
+            metrics = rl_metrics(
+                collected.rollouts, collected.unscored, batch, experience, update, algorithm
+            )
+            metrics = with_staleness(
+                metrics, collected.rollouts, batch, experience, learner.version - 1
+            )
             collector.load_weights(learner.weights())
             clock.lap("new weights")
             algorithm = algorithm.adapt(metrics)
-            yield Step(number, metrics, collected.rollouts, batch, experience, update, algorithm, seconds=clock.laps)
+            yield Step(
+                number,
+                metrics,
+                collected.rollouts,
+                batch,
+                experience,
+                update,
+                algorithm,
+                seconds=clock.laps,
+            )
     except Exception:
         background.finish()  # a rollback may follow, and draws from the same random numbers
         raise

@@ -1,4 +1,5 @@
-"""The two models that learn, as one forward pass: the actor, and a critic on its own trunk, on the actor's, or none."""
+"""The two models that learn, as one forward pass: the actor, and a critic on its own trunk, on the
+actor's, or none."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +28,13 @@ class ActorCritic(Protocol):
         entropy_gradient: bool = False,
         reference: Any | None = None,
     ) -> Forward:
-        """Log-probs, entropy and values of the masked tokens of right-padded rows; given a reference, the exact KL to it as
-        well. What stands outside the mask means nothing."""
+        """Log-probs, entropy and values of the masked tokens of right-padded rows; given a
+        reference, the exact KL to it as well. What stands outside the mask means nothing."""
         ...
 
-    def values(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"] | None:
+    def values(
+        self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"] | None:
         """What the critic alone says of the masked tokens; None where there is none."""
         ...
 
@@ -59,11 +62,15 @@ class Separate:
         reference: Any | None = None,
     ) -> Forward:
         spoken = speak(self.actor, tokens, mask)
-        logprobs, entropy = statistics(self.actor, spoken, tokens, mask, temperature, entropy_gradient)
+        logprobs, entropy = statistics(
+            self.actor, spoken, tokens, mask, temperature, entropy_gradient
+        )
         exact = exact_kl_to(reference, self.actor, spoken, tokens, mask, temperature)
         return Forward(logprobs, entropy, self.values(tokens, mask), exact)
 
-    def values(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"] | None:
+    def values(
+        self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"] | None:
         return None if self.critic is None else self.critic.values(tokens, mask)
 
     def actor_parameters(self) -> list[nn.Parameter]:
@@ -80,8 +87,8 @@ class Separate:
 
 
 class Shared:
-    """A scalar head on the actor's last hidden states (Ziegler et al. 2019): one trunk, one pass, two answers. The
-    trunk belongs to the actor's optimizer, the head to the critic's."""
+    """A scalar head on the actor's last hidden states (Ziegler et al. 2019): one trunk, one pass,
+    two answers. The trunk belongs to the actor's optimizer, the head to the critic's."""
 
     def __init__(self, actor: Any, head: ValueHead) -> None:
         self.actor, self.head = actor, head
@@ -95,11 +102,20 @@ class Shared:
         reference: Any | None = None,
     ) -> Forward:
         spoken = speak(self.actor, tokens, mask)
-        logprobs, entropy = statistics(self.actor, spoken, tokens, mask, temperature, entropy_gradient)
+        logprobs, entropy = statistics(
+            self.actor, spoken, tokens, mask, temperature, entropy_gradient
+        )
         values = under_own_token(self.head(spoken.hidden), mask)
-        return Forward(logprobs, entropy, values, exact_kl_to(reference, self.actor, spoken, tokens, mask, temperature))
+        return Forward(
+            logprobs,
+            entropy,
+            values,
+            exact_kl_to(reference, self.actor, spoken, tokens, mask, temperature),
+        )
 
-    def values(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"] | None:
+    def values(
+        self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"] | None:
         return under_own_token(self.head(speak(self.actor, tokens, mask).hidden), mask)
 
     def actor_parameters(self) -> list[nn.Parameter]:
@@ -128,7 +144,8 @@ def exact_kl_to(
     mask: Bool[Tensor, "B T"],
     temperature: float,
 ) -> Float[Tensor, "B T"] | None:
-    """KL(π ‖ π_ref) before each masked token; both distributions are whole for one micro-batch at a time."""
+    """KL(π ‖ π_ref) before each masked token; both distributions are whole for one micro-batch at a
+    time."""
     if reference is None:
         return None
     with torch.no_grad():
@@ -146,6 +163,6 @@ def freeze(module: Any) -> Any:
 
 
 def pad_token_id(tokenizer: Any) -> int | None:
-    """The id that a saved reward model may treat as padding: none where the tokenizer pads with its end of sequence, for
-    then the last real token could not be told from padding by its id."""
+    """The id that a saved reward model may treat as padding: none where the tokenizer pads with its
+    end of sequence, for then the last real token could not be told from padding by its id."""
     return None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id

@@ -1,8 +1,10 @@
-"""Adapters (LoRA, by peft) inside a model: several on one trunk, of which one works at a time, or none.
+"""Adapters (LoRA, by peft) inside a model: several on one trunk, of which one works at a time, or
+none.
 
-A model with adapters stays the transformers model that it was; its linear layers were replaced by peft's. Whoever speaks
-through it sees the adapter that was left switched on, the policy's. The base below it is the reference (`Under(model, None)`),
-and further roles are further adapters (`Under(model, "critic")`): one trunk, four roles.
+A model with adapters stays the transformers model that it was; its linear layers were replaced by
+peft's. Whoever speaks through it sees the adapter that was left switched on, the policy's. The base
+below it is the reference (`Under(model, None)`), and further roles are further adapters
+(`Under(model, "critic")`): one trunk, four roles.
 """
 
 import copy
@@ -30,16 +32,20 @@ class AdapterError(ValueError):
 
 
 def add_adapter(model: Any, lora: Lora, name: str, seed: int) -> Any:
-    """The model with one adapter more, the only thing in it that it adds to what is trained; its own weights are frozen. The
-    policy's is left switched on, any other off."""
+    """The model with one adapter more, the only thing in it that it adds to what is trained; its
+    own weights are frozen. The policy's is left switched on, any other off."""
     try:
         import peft
     except ImportError:
-        raise AdapterError('policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".') from None
+        raise AdapterError(
+            'policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".'
+        ) from None
     trained = [p for p in model.parameters() if p.requires_grad] if adapters_of(model) else []
     config = lora_config(model, lora)
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+        warnings.filterwarnings(
+            "ignore", "Already found a `peft_config`"
+        )  # several adapters are what is wanted
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model, adapter_name=name)
     model.requires_grad_(False)
@@ -56,7 +62,10 @@ def lora_config(model: Any, lora: Lora) -> Any:
     linear = linear_layers(model)
     targets = sorted(linear) if lora.targets == "all-linear" else list(lora.targets)
     if missing := [target for target in targets if target not in linear]:
-        raise AdapterError(f"policy.adapter.targets: the model has no layer {missing[0]}. It has {', '.join(sorted(linear))}.")
+        raise AdapterError(
+            f"policy.adapter.targets: the model has no layer {missing[0]}. It has "
+            f"{', '.join(sorted(linear))}."
+        )
     return peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -68,18 +77,27 @@ def lora_config(model: Any, lora: Lora) -> Any:
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """The layers of the trunk that are matrix products, by the last part of their names; below adapters, the plain ones."""
+    """The layers of the trunk that are matrix products, by the last part of their names; below
+    adapters, the plain ones."""
     layers = {}
     for name, module in model.base_model.named_modules():
         plain = getattr(module, "base_layer", module)
-        if isinstance(plain, nn.Linear | Conv1D) and "lora_" not in name and not name.endswith("base_layer"):
+        if (
+            isinstance(plain, nn.Linear | Conv1D)
+            and "lora_" not in name
+            and not name.endswith("base_layer")
+        ):
             layers[name.rpartition(".")[2]] = plain
     return layers
 
 
 def named_layers(model: Any) -> dict[str, Any]:
     """The layers that have adapters."""
-    return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if hasattr(m, "lora_A") and hasattr(m, "base_layer")
+    }
 
 
 def layers_with_adapters(model: Any) -> list[Any]:
@@ -109,11 +127,13 @@ def copy_adapter(model: Any, source: str, other: Any, target: str) -> None:
             ours.copy_(theirs)
 
 
-# --- which one works -----------------------------------------------------------------------------------------------------
+# --- which one works
+# -----------------------------------------------------------------------------------------------------
 
 
 class Under:
-    """A language model as it is under one of its adapters, or under none: the frozen base. It speaks, and that is all."""
+    """A language model as it is under one of its adapters, or under none: the frozen base. It
+    speaks, and that is all."""
 
     def __init__(self, model: Any, adapter: str | None) -> None:
         self.model, self.adapter = model, adapter
@@ -141,7 +161,8 @@ class Under:
 
 @contextmanager
 def working(model: Any, adapter: str | None) -> Iterator[None]:
-    """Inside, this adapter works, or none. What requires gradients stays as it is, as peft's own switches would not."""
+    """Inside, this adapter works, or none. What requires gradients stays as it is, as peft's own
+    switches would not."""
     before = _state(model)
     _switch(model, adapter)
     try:
@@ -158,12 +179,19 @@ def _switch(model: Any, adapter: str | None) -> None:
 
 def _state(model: Any) -> str | None:
     for layer in layers_with_adapters(model):
-        return None if layer._disable_adapters or not layer._active_adapter else str(layer._active_adapter[0])
+        return (
+            None
+            if layer._disable_adapters or not layer._active_adapter
+            else str(layer._active_adapter[0])
+        )
     return None
 
 
-def as_now(model: Any) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
-    """For torch's checkpoints: what is computed again for the gradient is computed under the adapter of the first time."""
+def as_now(
+    model: Any,
+) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+    """For torch's checkpoints: what is computed again for the gradient is computed under the
+    adapter of the first time."""
     if not adapters_of(model):
         return lambda: (nullcontext(), nullcontext())
 
@@ -173,33 +201,41 @@ def as_now(model: Any) -> Callable[[], tuple[AbstractContextManager[None], Abstr
     return contexts
 
 
-# --- one matrix --------------------------------------------------------------------------------------------------------------
+# --- one matrix
+# --------------------------------------------------------------------------------------------------------------
 
 
 def one_matrix(product: Any) -> bool:
-    """Whether a product can be written as one matrix: a plain linear layer, or one under plain LoRA."""
+    """Whether a product can be written as one matrix: a plain linear layer, or one under plain
+    LoRA."""
     if type(product) is nn.Linear:
         return True
     if not hasattr(product, "lora_A") or type(product.base_layer) is not nn.Linear:
         return False
     active = product.active_adapters
-    return len(active) <= 1 and all(name in product.lora_A and name not in product.lora_variant for name in active)
+    return len(active) <= 1 and all(
+        name in product.lora_A and name not in product.lora_variant for name in active
+    )
 
 
 def through(product: Any, x: Tensor) -> Tensor:
-    """What a product makes of x: [n, in] -> [n, out]. Under plain LoRA W x + (alpha / rank) B A x without a tensor in between
-    that is as large as the result; everything else by its own forward."""
+    """What a product makes of x: [n, in] -> [n, out]. Under plain LoRA W x + (alpha / rank) B A x
+    without a tensor in between that is as large as the result; everything else by its own
+    forward."""
     if hasattr(product, "lora_A") and one_matrix(product) and not product._disable_adapters:
         [name] = product.active_adapters
         low = product.lora_A[name](x)
-        return torch.addmm(product.base_layer(x), low, product.lora_B[name].weight.T, alpha=product.scaling[name])
+        return torch.addmm(
+            product.base_layer(x), low, product.lora_B[name].weight.T, alpha=product.scaling[name]
+        )
     made: Tensor = product(x)
     return made
 
 
 @torch.no_grad()
 def matrix(product: Any) -> Tensor:
-    """The weights that a product comes to: W, or W + (alpha / rank) B A under the adapter that works now."""
+    """The weights that a product comes to: W, or W + (alpha / rank) B A under the adapter that
+    works now."""
     if not hasattr(product, "base_layer"):
         weight: Tensor = product.weight
         return weight
@@ -212,14 +248,17 @@ def matrix(product: Any) -> Tensor:
 
 @torch.no_grad()
 def merged_state(model: Any, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights of a model under the adapter that works now, by the names of the model without adapters. `tensors`: its
-    `whole_state`, where that is there already; every rank must ask for it."""
+    """The weights of a model under the adapter that works now, by the names of the model without
+    adapters. `tensors`: its `whole_state`, where that is there already; every rank must ask for
+    it."""
     layers, tensors = named_layers(model), whole_state(model) if tensors is None else tensors
     state = {}
     for name, value in tensors.items():
         layer, _, rest = name.partition(".base_layer.")
         if rest:
-            state[f"{layer}.{rest}"] = value + _change(layers[layer], layer, tensors) if rest == "weight" else value
+            state[f"{layer}.{rest}"] = (
+                value + _change(layers[layer], layer, tensors) if rest == "weight" else value
+            )
         elif not any(part.startswith("lora_") for part in name.split(".")):
             state[name] = value
     return state
@@ -235,15 +274,25 @@ def _change(product: Any, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def save_adapter(model: Any, name: str, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads. `tensors`: the model's `whole_state`."""
+    """A folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads. `tensors`: the
+    model's `whole_state`."""
     folder.mkdir(parents=True, exist_ok=True)
     ours = {key: tensors[key] for key in tensors if in_adapter(name, key)}
-    save_file({_PREFIX + key.replace(f".{name}.", "."): ours[key].contiguous() for key in ours}, folder / _WEIGHTS)
+    save_file(
+        {_PREFIX + key.replace(f".{name}.", "."): ours[key].contiguous() for key in ours},
+        folder / _WEIGHTS,
+    )
     layers = named_layers(model)
     first = next(iter(layers.values()))
     targets = tuple(sorted({module_name.rpartition(".")[2] for module_name in layers}))
-    config = lora_config(model, Lora(rank=first.r[name], alpha=float(first.lora_alpha[name]), targets=targets))
-    config.base_model_name_or_path, config.inference_mode, config.task_type = model.name_or_path, True, "CAUSAL_LM"
+    config = lora_config(
+        model, Lora(rank=first.r[name], alpha=float(first.lora_alpha[name]), targets=targets)
+    )
+    config.base_model_name_or_path, config.inference_mode, config.task_type = (
+        model.name_or_path,
+        True,
+        "CAUSAL_LM",
+    )
     config.save_pretrained(folder)
 
 
@@ -255,7 +304,9 @@ def in_adapter(name: str, key: str) -> bool:
 def load_adapter(model: Any, name: str, folder: Path) -> None:
     """An adapter that `save_adapter` wrote, put on under this name; nothing of it is trained."""
     table = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    lora = Lora(rank=table["r"], alpha=float(table["lora_alpha"]), targets=tuple(table["target_modules"]))
+    lora = Lora(
+        rank=table["r"], alpha=float(table["lora_alpha"]), targets=tuple(table["target_modules"])
+    )
     add_adapter(model, lora, name, seed=0)
     weights = load_file(folder / _WEIGHTS)
     with torch.no_grad():
@@ -272,14 +323,17 @@ _PREFIX, _WEIGHTS = "base_model.model.", "adapter_model.safetensors"
 
 
 def freeze_layers(model: Any, count: int) -> Any:
-    """The model, of which the embeddings and the first `count` blocks are never trained; a head that is tied to the embeddings
-    is not either, or the reference, which shares them, would drift."""
+    """The model, of which the embeddings and the first `count` blocks are never trained; a head
+    that is tied to the embeddings is not either, or the reference, which shares them, would
+    drift."""
     if count == 0:
         return model
     blocks = next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList))
     if count >= len(blocks):
         raise AdapterError(f"policy.frozen_layers = {count}: the model has {len(blocks)} layers.")
-    trained = {id(p) for module in [*blocks[count:], *_behind(model, blocks)] for p in module.parameters()}
+    trained = {
+        id(p) for module in [*blocks[count:], *_behind(model, blocks)] for p in module.parameters()
+    }
     embedded = {id(p) for p in model.get_input_embeddings().parameters()}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained - embedded)
@@ -294,7 +348,8 @@ def _behind(model: Any, blocks: nn.ModuleList) -> list[Any]:
 
 
 def reference_of(model: Any) -> Any:
-    """What the policy is held to: its base, where it is one under an adapter; else a copy, which shares what is not trained."""
+    """What the policy is held to: its base, where it is one under an adapter; else a copy, which
+    shares what is not trained."""
     if adapters_of(model):
         return Under(model, None)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}

@@ -9,7 +9,8 @@ Message = Mapping[str, Any]
 
 NAMED_TEMPLATES = {
     "chatml": (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% "
+        "endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
 }
@@ -30,12 +31,16 @@ def set_chat_template(tokenizer: Any, template: str) -> None:
             raise ChatError(f'policy.chat_template = "{template}": is not UTF-8 text.') from None
     else:
         raise ChatError(
-            f'policy.chat_template = "{template}": neither a named template ({", ".join(NAMED_TEMPLATES)}) nor a file.'
+            f'policy.chat_template = "{template}": neither a named template '
+            f"({', '.join(NAMED_TEMPLATES)}) nor a file."
         )
 
 
-def render(tokenizer: Any, messages: Sequence[Message], reply: Sequence[Message] = ()) -> tuple[list[int], list[int]]:
-    """Ids of the conversation up to where the assistant speaks, and ids of its reply with the end of its turn."""
+def render(
+    tokenizer: Any, messages: Sequence[Message], reply: Sequence[Message] = ()
+) -> tuple[list[int], list[int]]:
+    """Ids of the conversation up to where the assistant speaks, and ids of its reply with the end
+    of its turn."""
     prompt, response, _ = render_turns(tokenizer, messages, reply)
     return prompt, response
 
@@ -43,8 +48,9 @@ def render(tokenizer: Any, messages: Sequence[Message], reply: Sequence[Message]
 def render_turns(
     tokenizer: Any, messages: Sequence[Message], turns: Sequence[Message]
 ) -> tuple[list[int], list[int], list[bool]]:
-    """Ids of the conversation up to where the assistant speaks; ids of all that follows, up to the end of the assistant's last
-    turn; and which of these the assistant wrote, the ends of its turns included."""
+    """Ids of the conversation up to where the assistant speaks; ids of all that follows, up to the
+    end of the assistant's last turn; and which of these the assistant wrote, the ends of its turns
+    included."""
     if tokenizer.chat_template is None:
         raise ChatError(
             "the data are conversations, but the policy's tokenizer has no chat template. "
@@ -63,10 +69,13 @@ def render_turns(
         between = _behind(so_far, before)
         if turn["content"] and len(_behind(before, whole)) == 0:
             raise ChatError(
-                "the chat template does not write what the assistant says, so there would be nothing to learn. Look at "
+                "the chat template does not write what the assistant says, so there would be "
+                "nothing to learn. Look at "
                 "policy.chat_template."
             )
-        reply, rest = _to_its_end(_behind(before, whole), tokenizer.eos_token_id, last=number == len(turns))
+        reply, rest = _to_its_end(
+            _behind(before, whole), tokenizer.eos_token_id, last=number == len(turns)
+        )
         response += [*between, *reply, *rest]
         written += [False] * len(between) + [True] * len(reply) + [False] * len(rest)
         so_far = whole
@@ -74,26 +83,31 @@ def render_turns(
     return prompt, response[:last], written[:last]
 
 
-def after_reply(tokenizer: Any, history: Sequence[Message], reply: Message, messages: Sequence[Message]) -> list[int]:
+def after_reply(
+    tokenizer: Any, history: Sequence[Message], reply: Message, messages: Sequence[Message]
+) -> list[int]:
     """What stands between the end-of-sequence token of the assistant's reply and its next turn."""
     before = _ids(tokenizer, history, add_generation_prompt=True)
     whole = _ids(tokenizer, [*history, reply], add_generation_prompt=False)
     _, rest = _to_its_end(_behind(before, whole), tokenizer.eos_token_id, last=False)
-    return rest + _behind(whole, _ids(tokenizer, [*history, reply, *messages], add_generation_prompt=True))
+    return rest + _behind(
+        whole, _ids(tokenizer, [*history, reply, *messages], add_generation_prompt=True)
+    )
 
 
 def _behind(start: list[int], whole: list[int]) -> list[int]:
     if whole[: len(start)] != start:
         raise ChatError(
-            "the chat template writes the prompt differently once a reply follows, so prompt and reply cannot be told "
+            "the chat template writes the prompt differently once a reply follows, so prompt and "
+            "reply cannot be told "
             "apart. Use a template in which a conversation only grows."
         )
     return whole[len(start) :]
 
 
 def _to_its_end(reply: list[int], end: int, last: bool) -> tuple[list[int], list[int]]:
-    """A turn up to the end-of-sequence token that the template writes, and what it writes behind; where it writes none, the
-    whole turn, and the last one gets it."""
+    """A turn up to the end-of-sequence token that the template writes, and what it writes behind;
+    where it writes none, the whole turn, and the last one gets it."""
     if end in reply:
         at = reply.index(end) + 1
         return reply[:at], reply[at:]
@@ -110,5 +124,7 @@ def _ids(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: boo
                 return_dict=False,
             )
         )
-    except Exception as error:  # a template is a program: whatever it raises is about this conversation
+    except (
+        Exception
+    ) as error:  # a template is a program: whatever it raises is about this conversation
         raise ChatError(f"the chat template refuses the conversation: {error}") from error

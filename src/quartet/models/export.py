@@ -9,9 +9,21 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-from quartet.models.language_model import OWN_CODE, UNLOADABLE, ModelError, check_whole, first_line, load_tokenizer, read_config
+from quartet.models.language_model import (
+    OWN_CODE,
+    UNLOADABLE,
+    ModelError,
+    check_whole,
+    first_line,
+    load_tokenizer,
+    read_config,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 WEIGHTS = ".safetensors"
@@ -27,9 +39,10 @@ class DamagedModel(ModelError):
 
 
 def export(folder: Path, target: Path, dtype: Dtype | None = None) -> None:
-    """Copy a Hugging Face folder, its floating-point weights as `dtype` where one is given. What was copied is checked before
-    it gets its name. DamagedModel where it is no whole model; ModelError where float16 has no room for a weight, or the target
-    exists. Nothing is left behind then."""
+    """Copy a Hugging Face folder, its floating-point weights as `dtype` where one is given. What
+    was copied is checked before it gets its name. DamagedModel where it is no whole model;
+    ModelError where float16 has no room for a weight, or the target exists. Nothing is left behind
+    then."""
     if target.exists() or target.is_symlink():
         raise ModelError(f"{target}: exists already. Give another place with --to.")
     _refuse_links(folder)
@@ -42,53 +55,75 @@ def export(folder: Path, target: Path, dtype: Dtype | None = None) -> None:
         except ModelError as error:
             raise DamagedModel(str(error).replace(str(beside), str(folder))) from error
         if dtype is not None:
-            for file in beside.glob(f"*{WEIGHTS}"):  # an adapter in a folder below stays as precise as it was
+            for file in beside.glob(
+                f"*{WEIGHTS}"
+            ):  # an adapter in a folder below stays as precise as it was
                 _cast(file, getattr(torch, dtype))
             config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
             config.pop("torch_dtype", None)
-            (beside / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+            (beside / "config.json").write_text(
+                json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8"
+            )
         beside.replace(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_model(folder: Path) -> None:
-    """Raise ModelError where a folder is not a whole model: transformers must load it as its config says, with every weight of
-    its name and shape and no other layer's, all finite, and a tokenizer beside. It is in memory once, in its own precision."""
+    """Raise ModelError where a folder is not a whole model: transformers must load it as its config
+    says, with every weight of its name and shape and no other layer's, all finite, and a tokenizer
+    beside. It is in memory once, in its own precision."""
     for file in sorted(folder.rglob(f"*{WEIGHTS}")):
         _check_weights(folder, file)
     kind = str((read_config(folder).architectures or [""])[0])
-    auto: Any = next((auto for ending, auto in CLASSIFIERS.items() if kind.endswith(ending)), AutoModelForCausalLM)
+    auto: Any = next(
+        (auto for ending, auto in CLASSIFIERS.items() if kind.endswith(ending)),
+        AutoModelForCausalLM,
+    )
     try:
         model, report = auto.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, output_loading_info=True, local_files_only=True, **OWN_CODE
+            folder,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+            **OWN_CODE,
         )
     except UNLOADABLE as error:
-        raise ModelError(f"{folder}: cannot be loaded as {kind or 'a language model'} ({first_line(error)}).") from error
+        raise ModelError(
+            f"{folder}: cannot be loaded as {kind or 'a language model'} ({first_line(error)})."
+        ) from error
     check_whole(folder, model, report)
     load_tokenizer(folder, generates=auto is AutoModelForCausalLM)
 
 
 def _check_weights(folder: Path, file: Path) -> None:
-    """The header of a file of weights fits the file (no gap, no overlap, nothing cut off), and all its numbers are finite."""
+    """The header of a file of weights fits the file (no gap, no overlap, nothing cut off), and all
+    its numbers are finite."""
     name = file.relative_to(folder)
     try:
         with safe_open(file, "pt") as stored:
             for key in stored.keys():  # noqa: SIM118
                 tensor = stored.get_tensor(key)
                 if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                    raise ModelError(f"{folder}: {key} in {name} is not finite: the weights are damaged.")
+                    raise ModelError(
+                        f"{folder}: {key} in {name} is not finite: the weights are damaged."
+                    )
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder}: {name} cannot be read ({first_line(error)}).") from error
 
 
 def _refuse_links(folder: Path) -> None:
-    """A link could put any file of this machine into the copy, and a named pipe would be waited for."""
+    """A link could put any file of this machine into the copy, and a named pipe would be waited
+    for."""
     for path in (folder, *sorted(folder.rglob("*"))):
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             what = "a link" if stat.S_ISLNK(mode) else "no ordinary file"
-            raise DamagedModel(f"{path}: is {what}, and only files and folders are exported. Put the file in its place.")
+            raise DamagedModel(
+                f"{path}: is {what}, and only files and folders are exported. Put the file in its "
+                f"place."
+            )
 
 
 def _cast(file: Path, dtype: torch.dtype) -> None:
@@ -100,6 +135,7 @@ def _cast(file: Path, dtype: torch.dtype) -> None:
             tensors[name] = tensor.to(dtype)
             if not torch.isfinite(tensors[name]).all():
                 raise ModelError(
-                    f"{name} has weights up to {float(tensor.abs().max()):.3g}, too large for float16. Use bfloat16."
+                    f"{name} has weights up to {float(tensor.abs().max()):.3g}, too large for "
+                    f"float16. Use bfloat16."
                 )
     save_file(tensors, file, metadata)

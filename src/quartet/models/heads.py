@@ -1,9 +1,10 @@
 """Scalar heads: one number per sequence (a reward model) or per token (a critic).
 
-Both are a causal trunk with a linear layer to one number. The reward model reads it at the last real token, the critic at
-every token; so a critic can start as a copy of the reward model. They are saved as Hugging Face folders that
-`AutoModelForSequenceClassification` and `AutoModelForTokenClassification` load. On a trunk that is a policy's, each is an
-adapter and a head.
+Both are a causal trunk with a linear layer to one number. The reward model reads it at the last
+real token, the critic at every token; so a critic can start as a copy of the reward model. They are
+saved as Hugging Face folders that `AutoModelForSequenceClassification` and
+`AutoModelForTokenClassification` load. On a trunk that is a policy's, each is an adapter and a
+head.
 """
 
 import math
@@ -15,11 +16,28 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from quartet.distributed.team import ALONE, Team, whole_state
-from quartet.models.adapters import Under, adapter_parameters, load_adapter, merged_state, save_adapter
-from quartet.models.language_model import OWN_CODE, UNLOADABLE, ModelError, check_finite, first_line, read_config
+from quartet.models.adapters import (
+    Under,
+    adapter_parameters,
+    load_adapter,
+    merged_state,
+    save_adapter,
+)
+from quartet.models.language_model import (
+    OWN_CODE,
+    UNLOADABLE,
+    ModelError,
+    check_finite,
+    first_line,
+    read_config,
+)
 from quartet.models.logprobs import at_least_float32, speaking, under_own_token
 from quartet.models.trunk import read
 from quartet.tensors import Bool, Float, Int, Tensor
@@ -29,14 +47,16 @@ CENTRE = "quartet_reward_centre"
 
 
 def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) -> Any:
-    """A sequence or token classifier of a Hugging Face folder or hub id, by its Auto class. A folder without the head would be
-    given a random one: it is refused."""
+    """A sequence or token classifier of a Hugging Face folder or hub id, by its Auto class. A
+    folder without the head would be given a random one: it is refused."""
     try:
         model, report = auto.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OWN_CODE
         )
     except UNLOADABLE as error:
-        raise ModelError(f"{folder}: cannot be loaded as a reward model ({first_line(error)}).") from error
+        raise ModelError(
+            f"{folder}: cannot be loaded as a reward model ({first_line(error)})."
+        ) from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{folder}: has no weights for {missing[0]}, so it is no trained model for "
@@ -47,13 +67,15 @@ def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) 
 
 
 class ScalarModel(nn.Module):
-    """A Hugging Face sequence or token classifier with one label, read as a reward model or as a critic."""
+    """A Hugging Face sequence or token classifier with one label, read as a reward model or as a
+    critic."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         if model.config.num_labels != 1:
             raise ModelError(
-                f"{model.config.name_or_path or 'the model'} has {model.config.num_labels} labels; a reward model needs 1."
+                f"{model.config.name_or_path or 'the model'} has {model.config.num_labels} labels; "
+                f"a reward model needs 1."
             )
         self.model = model.eval()
         self.head = head_of(model)
@@ -67,16 +89,21 @@ class ScalarModel(nn.Module):
         share_frozen: bool = False,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> "ScalarModel":
-        """The trunk of a language model under a new head with weights N(0, 1/√(d + 1)), the initialisation of Stiennon et al.
-        2020. Its weights are copied, with the adapter that works now; with `share_frozen`, those that are not trained are the
-        language model's own. `tensors`: the trunk's, where it is in parts."""
-        config = AutoConfig.for_model(**_one_label(language_model.config, "reward") | {"pad_token_id": pad_token_id})
+        """The trunk of a language model under a new head with weights N(0, 1/√(d + 1)), the
+        initialisation of Stiennon et al. 2020. Its weights are copied, with the adapter that works
+        now; with `share_frozen`, those that are not trained are the language model's own.
+        `tensors`: the trunk's, where it is in parts."""
+        config = AutoConfig.for_model(
+            **_one_label(language_model.config, "reward") | {"pad_token_id": pad_token_id}
+        )
         try:
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         except ValueError as error:
             raise ModelError(
-                f"transformers has no sequence classifier for the architecture {config.model_type}, so it cannot be a "
-                'reward model or a critic of its own. Use critic = { type = "shared" } and a reward that is no model.'
+                f"transformers has no sequence classifier for the architecture "
+                f"{config.model_type}, so it cannot be a "
+                'reward model or a critic of its own. Use critic = { type = "shared" } and a '
+                "reward that is no model."
             ) from error
         model.base_model.load_state_dict(merged_state(language_model.base_model, tensors))
         if share_frozen:
@@ -94,7 +121,8 @@ class ScalarModel(nn.Module):
         return cls(load_classifier(auto, folder, device))
 
     def save(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
-        """A sequence classifier: what a reward model is elsewhere. Every rank of the team calls it, one writes."""
+        """A sequence classifier: what a reward model is elsewhere. Every rank of the team calls it,
+        one writes."""
         state = whole_state(self.model, keep=team.lead)
         if not team.lead:
             return
@@ -102,8 +130,9 @@ class ScalarModel(nn.Module):
         tokenizer.save_pretrained(folder)
 
     def save_per_token(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
-        """A token classifier: what a critic is elsewhere. Its number at a token is the value once that token was read; the
-        centre is in the head's bias. Architectures without one are saved as `save` does."""
+        """A token classifier: what a critic is elsewhere. Its number at a token is the value once
+        that token was read; the centre is in the head's bias. Architectures without one are saved
+        as `save` does."""
         config = AutoConfig.for_model(**_one_label(self.model.config, "value"))
         setattr(config, CENTRE, 0.0)
         try:
@@ -132,36 +161,51 @@ class ScalarModel(nn.Module):
     def centre(self, mean: float) -> None:
         setattr(self.model.config, CENTRE, mean)
 
-    def hidden(self, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> Float[Tensor, "N H"]:
+    def hidden(
+        self, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "N H"]:
         return read(self.model.base_model, tokens, asked)
 
     def forward(self, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> Float[Tensor, "N"]:
-        """The head, centred, at the positions of right-padded rows that are asked for: what the model thinks once it has read
-        that token."""
+        """The head, centred, at the positions of right-padded rows that are asked for: what the
+        model thinks once it has read that token."""
         return at_least_float32(self.head(self.hidden(tokens, asked)).squeeze(-1)) - self.centre
 
     def scores(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """One number per row: the head at the last real token."""
-        return self(tokens, torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1)
+        return self(
+            tokens, torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1
+        )
 
     def values(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """One number per masked token, the value before it was chosen: the head at the position before. 0 elsewhere."""
+        """One number per masked token, the value before it was chosen: the head at the position
+        before. 0 elsewhere."""
         return under_own_token(self(tokens, speaking(mask)), mask)
 
 
 class AdaptedScalar(ScalarModel):
-    """A reward model or a critic that is an adapter and a head on a policy's trunk, which belongs to somebody else."""
+    """A reward model or a critic that is an adapter and a head on a policy's trunk, which belongs
+    to somebody else."""
 
-    def __init__(self, language_model: Any, adapter: str, pad_token_id: int | None, seed: int) -> None:
+    def __init__(
+        self, language_model: Any, adapter: str, pad_token_id: int | None, seed: int
+    ) -> None:
         nn.Module.__init__(self)
         self.under, self.pad_token_id, self.mean = Under(language_model, adapter), pad_token_id, 0.0
-        self.head = nn.Linear(language_model.config.get_text_config().hidden_size, 1, bias=False, device=language_model.device)
+        self.head = nn.Linear(
+            language_model.config.get_text_config().hidden_size,
+            1,
+            bias=False,
+            device=language_model.device,
+        )
         self.look_again()
         initialise(self.head, seed)
 
     def look_again(self) -> None:
         """For the parameters of its adapter: once the trunk is in parts they are others."""
-        self.adapted = nn.ParameterList(adapter_parameters(self.under.model, str(self.under.adapter)))
+        self.adapted = nn.ParameterList(
+            adapter_parameters(self.under.model, str(self.under.adapter))
+        )
 
     @property
     def centre(self) -> float:
@@ -171,7 +215,9 @@ class AdaptedScalar(ScalarModel):
     def centre(self, mean: float) -> None:
         self.mean = mean
 
-    def hidden(self, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> Float[Tensor, "N H"]:
+    def hidden(
+        self, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "N H"]:
         with self.under.working():
             return read(self.under.model.base_model, tokens, asked)
 
@@ -181,11 +227,17 @@ class AdaptedScalar(ScalarModel):
         if not team.lead:
             return
         prefix = f"{self.under.model.base_model_prefix}."
-        trunk = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        trunk = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
         self._whole(trunk).save(folder, tokenizer)
         adapter = folder / "adapter"
         save_adapter(self.under.model, str(self.under.adapter), adapter, tensors)
-        save_file({"score.weight": self.head.weight}, adapter / HEAD, metadata={"centre": repr(self.mean)})
+        save_file(
+            {"score.weight": self.head.weight}, adapter / HEAD, metadata={"centre": repr(self.mean)}
+        )
 
     def save_per_token(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
         tensors = whole_state(self.under.model.base_model, keep=team.lead)
@@ -194,7 +246,9 @@ class AdaptedScalar(ScalarModel):
 
     def _whole(self, trunk: Mapping[str, Tensor]) -> ScalarModel:
         with self.under.working():
-            whole = ScalarModel.from_trunk(self.under.model, self.pad_token_id, seed=0, tensors=trunk)
+            whole = ScalarModel.from_trunk(
+                self.under.model, self.pad_token_id, seed=0, tensors=trunk
+            )
         with torch.no_grad():
             whole.head.weight.copy_(self.head.weight)
         whole.centre = self.mean
@@ -202,7 +256,8 @@ class AdaptedScalar(ScalarModel):
 
 
 def attach(language_model: Any, adapter: str, folder: Path) -> AdaptedScalar:
-    """The adapter and head of a folder that `AdaptedScalar.save` wrote, on the trunk they were trained on; frozen."""
+    """The adapter and head of a folder that `AdaptedScalar.save` wrote, on the trunk they were
+    trained on; frozen."""
     load_adapter(language_model, adapter, folder)
     made = AdaptedScalar(language_model, adapter, None, seed=0)
     with safe_open(folder / HEAD, "pt") as file, torch.no_grad():
@@ -215,8 +270,9 @@ HEAD = "head.safetensors"
 
 
 def scores_last_token(config: Any) -> bool:
-    """Whether the sequence classifier of this architecture is a causal trunk read at its last token, which transformers calls
-    `score`, and not an encoder that wants its own special tokens around the text."""
+    """Whether the sequence classifier of this architecture is a causal trunk read at its last
+    token, which transformers calls `score`, and not an encoder that wants its own special tokens
+    around the text."""
     with torch.device("meta"):
         return hasattr(AutoModelForSequenceClassification.from_config(config), "score")
 
@@ -224,9 +280,14 @@ def scores_last_token(config: Any) -> bool:
 def head_of(model: Any) -> nn.Linear:
     """The linear layer to the labels: `score`, or in some token classifiers `classifier`."""
     per_token = type(model).__name__.endswith("ForTokenClassification")
-    head = getattr(model, "score", None) or (getattr(model, "classifier", None) if per_token else None)
+    head = getattr(model, "score", None) or (
+        getattr(model, "classifier", None) if per_token else None
+    )
     if not isinstance(head, nn.Linear):
-        raise ModelError(f"{type(model).__name__}: is not read at a token by a head called score, as decoders are.")
+        raise ModelError(
+            f"{type(model).__name__}: is not read at a token by a head called score, as decoders "
+            f"are."
+        )
     return head
 
 
@@ -234,7 +295,9 @@ def initialise(head: nn.Linear, seed: int) -> None:
     """N(0, 1/√(d + 1))."""
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        drawn = torch.empty(head.weight.shape).normal_(0, 1 / math.sqrt(head.in_features + 1), generator=noise)
+        drawn = torch.empty(head.weight.shape).normal_(
+            0, 1 / math.sqrt(head.in_features + 1), generator=noise
+        )
         head.weight.copy_(drawn)
 
 
@@ -243,7 +306,8 @@ def _one_label(config: Any, name: str) -> dict[str, Any]:
 
 
 def take_frozen(source: Any, target: Any) -> None:
-    """Parameters of the source that are not trained take the place of the target's own of the same name."""
+    """Parameters of the source that are not trained take the place of the target's own of the same
+    name."""
     for name, p in source.named_parameters():
         if not p.requires_grad:
             module, _, leaf = name.rpartition(".")

@@ -1,7 +1,8 @@
-"""Causal language models and their tokenizers: made from a config, loaded from a Hugging Face folder, saved as one.
+"""Causal language models and their tokenizers: made from a config, loaded from a Hugging Face
+folder, saved as one.
 
-Models stay in evaluation mode for life, also while they are trained: dropout between sampling and learning would make
-the ratio of PPO differ from 1 before anything was learnt.
+Models stay in evaluation mode for life, also while they are trained: dropout between sampling and
+learning would make the ratio of PPO differ from 1 before anything was learnt.
 """
 
 import json
@@ -30,12 +31,21 @@ class ModelError(ValueError):
 
 
 OWN_CODE = {"trust_remote_code": False}
-"""Code that a folder brings along is never run. Left unsaid, transformers would ask on the terminal."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+"""Code that a folder brings along is never run. Left unsaid, transformers would ask on the
+terminal."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
 
 
 def create(shape: Shape, tokenizer: Any, seed: int) -> nn.Module:
-    """A causal language model of this shape for this tokenizer, with random weights from the seed."""
+    """A causal language model of this shape for this tokenizer, with random weights from the
+    seed."""
     config = AutoConfig.for_model(
         shape.type,
         **shape.hugging_face(vocabulary=len(tokenizer)),
@@ -49,30 +59,51 @@ def create(shape: Shape, tokenizer: Any, seed: int) -> nn.Module:
 
 
 def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
-    """The causal language model of a Hugging Face folder or hub id. Weights come from safetensors only; code that a
-    folder brings along is not run."""
+    """The causal language model of a Hugging Face folder or hub id. Weights come from safetensors
+    only; code that a folder brings along is not run."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OWN_CODE
         )
     except UNLOADABLE as error:
-        raise ModelError(f"{folder}: cannot be loaded as a language model ({first_line(error)}).") from error
+        raise ModelError(
+            f"{folder}: cannot be loaded as a language model ({first_line(error)})."
+        ) from error
     check_whole(folder, model, report)
     return model.to(device).eval()
 
 
-UNLOADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError)
+UNLOADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    SafetensorError,
+)
 """What transformers raises for folders that are damaged, or not what their config says."""
 
 
 @torch.no_grad()
 def check_whole(folder: str | Path, model: Any, report: Mapping[str, Any]) -> None:
-    """All weights came from the folder, all of the folder's weights found a place, and all are numbers."""
+    """All weights came from the folder, all of the folder's weights found a place, and all are
+    numbers."""
     if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"{folder}: has no weights for {missing[0]}, which would be random. Is its config.json its own?")
-    layers = [name for name in sorted(report["unexpected_keys"]) if ".layers." in name and "rotary" not in name]
+        raise ModelError(
+            f"{folder}: has no weights for {missing[0]}, which would be random. Is its config.json "
+            f"its own?"
+        )
+    layers = [
+        name
+        for name in sorted(report["unexpected_keys"])
+        if ".layers." in name and "rotary" not in name
+    ]
     if layers:
-        raise ModelError(f"{folder}: has weights for {layers[0]}, which its config.json does not know. Is it its own?")
+        raise ModelError(
+            f"{folder}: has weights for {layers[0]}, which its config.json does not know. Is it "
+            f"its own?"
+        )
     check_finite(folder, model)
 
 
@@ -85,9 +116,15 @@ def check_finite(folder: str | Path, model: Any) -> None:
 
 
 def load_tokenizer(folder: str | Path, generates: bool = True) -> Any:
-    """The tokenizer of a Hugging Face folder or hub id. Where the model generates, it must know its end-of-sequence token."""
-    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelError(f"{folder}: has no tokenizer. Save one beside the model, or name another folder in policy.tokenizer.")
+    """The tokenizer of a Hugging Face folder or hub id. Where the model generates, it must know its
+    end-of-sequence token."""
+    if Path(folder).is_dir() and not any(
+        (Path(folder) / name).is_file() for name in TOKENIZER_FILES
+    ):
+        raise ModelError(
+            f"{folder}: has no tokenizer. Save one beside the model, or name another folder in "
+            f"policy.tokenizer."
+        )
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(folder, **OWN_CODE)
     except (*UNLOADABLE, ImportError) as error:
@@ -97,20 +134,22 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> Any:
         ) from error
     if generates and tokenizer.eos_token_id is None:
         raise ModelError(
-            f"{folder}: its tokenizer has no end-of-sequence token, so no answer could ever end. Set eos_token in it."
+            f"{folder}: its tokenizer has no end-of-sequence token, so no answer could ever end. "
+            f"Set eos_token in it."
         )
     return tokenizer
 
 
 def read_config(folder: str | Path) -> Any:
-    """The config of a model folder or hub id, without its weights. Of a folder it is also checked that there are weights
-    which may be loaded."""
+    """The config of a model folder or hub id, without its weights. Of a folder it is also checked
+    that there are weights which may be loaded."""
     path = Path(folder)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{folder}: has no config.json, so it is not a Hugging Face model folder.")
     if path.is_dir() and not any(path.glob("*.safetensors")):
         raise ModelError(
-            f"{folder}: has no .safetensors weights. Other formats can run code when they are read, so they are not."
+            f"{folder}: has no .safetensors weights. Other formats can run code when they are "
+            f"read, so they are not."
         )
     try:
         return AutoConfig.from_pretrained(folder, **OWN_CODE)
@@ -118,12 +157,21 @@ def read_config(folder: str | Path) -> Any:
         raise ModelError(f"{folder}: its config cannot be read ({first_line(error)}).") from error
 
 
-CONFIG_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, HfHubError)
+CONFIG_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ZeroDivisionError,
+    HfHubError,
+)
 
 
 def _tokenizer_class(folder: str | Path) -> Any:
-    """AutoTokenizer, except where the folder says that tokenizer.json is all there is to it. AutoTokenizer overrules that for
-    some architectures (Qwen2) and decodes with the tokenizer of the original model."""
+    """AutoTokenizer, except where the folder says that tokenizer.json is all there is to it.
+    AutoTokenizer overrules that for some architectures (Qwen2) and decodes with the tokenizer of
+    the original model."""
     config = Path(folder) / "tokenizer_config.json"
     if config.is_file() and (Path(folder) / "tokenizer.json").is_file():
         named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
@@ -132,10 +180,16 @@ def _tokenizer_class(folder: str | Path) -> Any:
     return AutoTokenizer
 
 
-def save(model: Any, tokenizer: Any, folder: Path, team: Team = ALONE, others: Mapping[str, Tensor] | None = None) -> None:
-    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load. Of a model under an adapter the sum of both is saved, and
-    the adapter alone in `adapter/`. `others`: what is saved in the place of parameters, by their names. Every rank of the team
-    calls it, one writes."""
+def save(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    team: Team = ALONE,
+    others: Mapping[str, Tensor] | None = None,
+) -> None:
+    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load. Of a model under an adapter
+    the sum of both is saved, and the adapter alone in `adapter/`. `others`: what is saved in the
+    place of parameters, by their names. Every rank of the team calls it, one writes."""
     adapted = adapters_of(model)
     tensors = whole_state(model, others, keep=team.lead)
     if not team.lead:
@@ -154,8 +208,8 @@ def first_line(error: Exception) -> str:
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The ids after which an answer is over: the tokenizer's end of sequence and whatever else the model's generation
-    config lists (chat models end a turn with a token of its own)."""
+    """The ids after which an answer is over: the tokenizer's end of sequence and whatever else the
+    model's generation config lists (chat models end a turn with a token of its own)."""
     listed = model.generation_config.eos_token_id if model.generation_config is not None else None
     more = [] if listed is None else [listed] if isinstance(listed, int) else listed
     return frozenset({tokenizer.eos_token_id, *more})
@@ -168,7 +222,8 @@ class Spoken:
     hidden: Float[Tensor, "N H"]
     """The last hidden states."""
     logits: Float[Tensor, "N V"] | None
-    """Where the head is more than a linear layer on them; elsewhere they are made when they are asked for, in chunks."""
+    """Where the head is more than a linear layer on them; elsewhere they are made when they are
+    asked for, in chunks."""
 
 
 _LINEAR_HEADS: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
@@ -176,14 +231,20 @@ _LINEAR_HEADS: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 @torch.no_grad()
 def has_linear_head(model: Any) -> bool:
-    """Whether the logits are the output embedding of the last hidden states and nothing else. Some architectures scale or
-    squash them (Gemma 2, Cohere, Granite); asked once per model, by looking."""
+    """Whether the logits are the output embedding of the last hidden states and nothing else. Some
+    architectures scale or squash them (Gemma 2, Cohere, Granite); asked once per model, by
+    looking."""
     if model not in _LINEAR_HEADS:
-        tokens = torch.arange(4, device=model.device)[None] % model.get_output_embeddings().weight.shape[0]
+        tokens = (
+            torch.arange(4, device=model.device)[None]
+            % model.get_output_embeddings().weight.shape[0]
+        )
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         logits = model(input_ids=tokens, use_cache=False).logits
         made = model.get_output_embeddings()(hidden)
-        _LINEAR_HEADS[model] = made.shape == logits.shape and torch.allclose(made, logits, atol=1e-5, rtol=1e-5)
+        _LINEAR_HEADS[model] = made.shape == logits.shape and torch.allclose(
+            made, logits, atol=1e-5, rtol=1e-5
+        )
     return _LINEAR_HEADS[model]
 
 
@@ -216,7 +277,9 @@ def statistics(
     if spoken.logits is None:
         head = model.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        found = head_statistics(spoken.hidden, head.weight, bias, tokens[mask], temperature, entropy_gradient)
+        found = head_statistics(
+            spoken.hidden, head.weight, bias, tokens[mask], temperature, entropy_gradient
+        )
     else:
         found = logits_statistics(spoken.logits, tokens[mask], temperature, entropy_gradient)
     logprobs, entropy = found
@@ -240,8 +303,11 @@ def policy_logprobs(
     micro_batch_tokens: int,
     team: Team = ALONE,
 ) -> Float[Tensor, "B T"]:
-    """What a model gives the masked tokens of right-padded rows, 0 elsewhere; each rank goes through its share."""
-    logprobs = torch.zeros(tokens.shape, dtype=torch.promote_types(model.dtype, torch.float32), device=tokens.device)
+    """What a model gives the masked tokens of right-padded rows, 0 elsewhere; each rank goes
+    through its share."""
+    logprobs = torch.zeros(
+        tokens.shape, dtype=torch.promote_types(model.dtype, torch.float32), device=tokens.device
+    )
     for piece in team.pieces(lengths.tolist(), micro_batch_tokens):
         rows, width = piece.rows, int(lengths[piece.rows].max())
         found = masked_logprobs(model, tokens[rows, :width], mask[rows, :width], temperature)

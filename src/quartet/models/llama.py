@@ -1,13 +1,14 @@
 """The Llama family, written out: Llama, Mistral, Qwen2, Qwen3.
 
-The same weights as in the transformers module, in fewer and larger products: real tokens only, the three projections of
-attention as one, the last block only at the positions that are asked for. `hidden_states` is what training and scoring read;
-`Decoder` is what answers are sampled with. Whether a model is one that is written out right is known by its architecture
-and checked by comparing both forwards, once.
+The same weights as in the transformers module, in fewer and larger products: real tokens only, the
+three projections of attention as one, the last block only at the positions that are asked for.
+`hidden_states` is what training and scoring read; `Decoder` is what answers are sampled with.
+Whether a model is one that is written out right is known by its architecture and checked by
+comparing both forwards, once.
 
-The rotation of positions multiplies pairs of coordinates, read as complex numbers, by e^{iωt} (Su et al. 2021). The family
-pairs coordinate j of a head with j + D/2; here the pair becomes neighbours. Queries and keys move alike, so that their
-products stay what they were.
+The rotation of positions multiplies pairs of coordinates, read as complex numbers, by e^{iωt} (Su
+et al. 2021). The family pairs coordinate j of a head with j + D/2; here the pair becomes
+neighbours. Queries and keys move alike, so that their products stay what they were.
 """
 
 from functools import partial
@@ -30,7 +31,8 @@ _WRITTEN_OUT: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 def written_out(trunk: Any, width: int) -> bool:
-    """Whether this file computes what the trunk (a transformers base model) does, for sequences of up to `width` tokens."""
+    """Whether this file computes what the trunk (a transformers base model) does, for sequences of
+    up to `width` tokens."""
     if trunk not in _WRITTEN_OUT:
         _WRITTEN_OUT[trunk] = getattr(trunk.config, "model_type", None) in FAMILY and _agrees(trunk)
     window = getattr(trunk.config, "sliding_window", None)
@@ -39,7 +41,8 @@ def written_out(trunk: Any, width: int) -> bool:
 
 @torch.no_grad()
 def _agrees(trunk: Any) -> bool:
-    """Both forwards on a few tokens. Rotations that change with the length of the text are left to transformers."""
+    """Both forwards on a few tokens. Rotations that change with the length of the text are left to
+    transformers."""
     if trunk.rotary_emb.rope_type in {"dynamic", "longrope"}:
         return False
     count = 12
@@ -52,7 +55,8 @@ def _agrees(trunk: Any) -> bool:
     return torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
-# --- reading whole sequences ---------------------------------------------------------------------------------------------
+# --- reading whole sequences
+# ---------------------------------------------------------------------------------------------
 
 
 def hidden_states(trunk: Any, packed: Packed) -> Float[Tensor, "n H"]:
@@ -64,30 +68,40 @@ def hidden_states(trunk: Any, packed: Packed) -> Float[Tensor, "n H"]:
         asked = packed.asked if number == last else None
         go_on = getattr(block, READ_ON, None) or partial(read_on, block)
         if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled():
-            x = checkpoint(go_on, x, rotation, packed, asked, use_reentrant=False, context_fn=contexts)
+            x = checkpoint(
+                go_on, x, rotation, packed, asked, use_reentrant=False, context_fn=contexts
+            )
         else:
             x = go_on(x, rotation, packed, asked)
     return normed(trunk.norm, x)
 
 
 def rotations(trunk: Any, positions: Int[Tensor, "N"]) -> Tensor:
-    """e^{iωt} of each position and pair of coordinates: [N, 1, D/2], complex. YaRN's scale is in its modulus."""
+    """e^{iωt} of each position and pair of coordinates: [N, 1, D/2], complex. YaRN's scale is in
+    its modulus."""
     exact = torch.zeros((), dtype=torch.float32, device=positions.device)
     cos, sin = trunk.rotary_emb(exact, positions[None])
     half = cos.shape[-1] // 2
     return torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
 
 
-def read_on(block: Any, x: Tensor, rotation: Tensor, packed: Packed, asked: Tensor | None) -> Tensor:
-    """Attention and multi-layer perceptron, each added to what it read. What nobody asks for ends with its keys and values."""
+def read_on(
+    block: Any, x: Tensor, rotation: Tensor, packed: Packed, asked: Tensor | None
+) -> Tensor:
+    """Attention and multi-layer perceptron, each added to what it read. What nobody asks for ends
+    with its keys and values."""
     attention, mlp = block.self_attn, block.mlp
     queries, keys, values = _projected(attention, normed(block.input_layernorm, x), rotation)
-    read = repacked(causal_attention(queries, keys, values, packed, attention.scaling), packed).flatten(1)
+    read = repacked(
+        causal_attention(queries, keys, values, packed, attention.scaling), packed
+    ).flatten(1)
     if asked is not None:
         x, read = take(x, asked), take(read, asked)
     x = x + through(attention.o_proj, read)
     h = normed(block.post_attention_layernorm, x)
-    return x + through(mlp.down_proj, gated(through(mlp.gate_proj, h), through(mlp.up_proj, h), mlp.act_fn))
+    return x + through(
+        mlp.down_proj, gated(through(mlp.gate_proj, h), through(mlp.up_proj, h), mlp.act_fn)
+    )
 
 
 def _projected(attention: Any, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,23 +118,30 @@ def _projected(attention: Any, h: Tensor, rotation: Tensor) -> tuple[Tensor, Ten
     turning, values = heads[:, :-num_kv], heads[:, -num_kv:]
     if hasattr(attention, "q_norm"):
         queries, keys = turning[:, :-num_kv], turning[:, -num_kv:]
-        turning = torch.cat([normed(attention.q_norm, queries), normed(attention.k_norm, keys)], dim=1)
+        turning = torch.cat(
+            [normed(attention.q_norm, queries), normed(attention.k_norm, keys)], dim=1
+        )
     turned = rotate(turning, rotation)
     return turned[:, :-num_kv], turned[:, -num_kv:], values
 
 
 def rotate(x: Float[Tensor, "N heads D"], rotation: Tensor) -> Float[Tensor, "N heads D"]:
-    """Coordinates j and j + D/2 of each head as one complex number, turned; they come out side by side."""
+    """Coordinates j and j + D/2 of each head as one complex number, turned; they come out side by
+    side."""
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.view_as_real(torch.complex(first, second) * rotation).flatten(-2).to(x.dtype)
 
 
-def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: float) -> Tensor:
-    """softmax(q kᵀ · scale) v of each sequence, every token seeing itself and what is before it: [rows, width, heads, D]. The
-    rows end in padding, which no real token sees."""
+def causal_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: float
+) -> Tensor:
+    """softmax(q kᵀ · scale) v of each sequence, every token seeing itself and what is before it:
+    [rows, width, heads, D]. The rows end in padding, which no real token sees."""
     queries, keys, values = (unpacked(x, packed).transpose(1, 2) for x in (queries, keys, values))
     shared = queries.shape[1] != keys.shape[1]
-    read = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=shared)
+    read = scaled_dot_product_attention(
+        queries, keys, values, is_causal=True, scale=scale, enable_gqa=shared
+    )
     return read.transpose(1, 2)
 
 

@@ -1,12 +1,13 @@
 """The one shift, and what the output head says of tokens.
 
-A causal model's output at position t speaks of token t + 1. `speaking` is the only place in Quartet that
-knows; everything else may rely on entry t speaking of token t.
+A causal model's output at position t speaks of token t + 1. `speaking` is the only place in Quartet
+that knows; everything else may rely on entry t speaking of token t.
 
-The head is the largest product of a small model and its output the largest tensor: [positions, vocabulary]. It is asked
-only at the positions that speak of tokens somebody wants to know about (N of them), and where the output would be large,
-a chunk of the vocabulary at a time: `head_statistics` keeps log-probs and entropies, and computes a chunk's logits again
-for its gradient.
+The head is the largest product of a small model and its output the largest tensor: [positions,
+vocabulary]. It is asked only at the positions that speak of tokens somebody wants to know about (N
+of them), and where the output would be large, a chunk of the vocabulary at a time:
+`head_statistics` keeps log-probs and entropies, and computes a chunk's logits again for its
+gradient.
 """
 
 from collections.abc import Iterator
@@ -18,35 +19,44 @@ from quartet.algorithms.kl import exact_kl
 from quartet.tensors import Bool, Float, Int, Tensor
 
 CHUNK_ELEMENTS = 2**21
-"""Logits that are alive at once: 8 MB in float32, which stay in a CPU's cache while they are read five times."""
+"""Logits that are alive at once: 8 MB in float32, which stay in a CPU's cache while they are read
+five times."""
 
 
 def speaking(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """The positions whose outputs speak of the masked tokens, in the same order: each is one before. The first token of a
-    row has nobody to speak of it and may not be asked for."""
+    """The positions whose outputs speak of the masked tokens, in the same order: each is one
+    before. The first token of a row has nobody to speak of it and may not be asked for."""
     return torch.nn.functional.pad(mask[:, 1:], (0, 1))
 
 
 def under_own_token(values: Float[Tensor, "N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Numbers of the masked tokens, each under its own, 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
+        mask, values
+    )
 
 
-def token_logprobs(logits: Float[Tensor, "*n V"], tokens: Int[Tensor, "*n"], temperature: float) -> Float[Tensor, "*n"]:
-    """log softmax(logits / temperature) of the given tokens, in float32. The temperature belongs to the policy: what is
-    trained is the distribution that was sampled."""
+def token_logprobs(
+    logits: Float[Tensor, "*n V"], tokens: Int[Tensor, "*n"], temperature: float
+) -> Float[Tensor, "*n"]:
+    """log softmax(logits / temperature) of the given tokens, in float32. The temperature belongs to
+    the policy: what is trained is the distribution that was sampled."""
     scaled = at_least_float32(logits) / temperature
     return scaled.gather(-1, tokens[..., None])[..., 0] - scaled.logsumexp(-1)
 
 
 def token_entropy(logits: Float[Tensor, "*n V"], temperature: float) -> Float[Tensor, "*n"]:
-    """−Σ p log p of softmax(logits / temperature), in nats: log V when all are equal, 0 when one is certain."""
+    """−Σ p log p of softmax(logits / temperature), in nats: log V when all are equal, 0 when one is
+    certain."""
     logprobs = (at_least_float32(logits) / temperature).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def logits_statistics(
-    logits: Float[Tensor, "N V"], tokens: Int[Tensor, "N"], temperature: float, entropy_gradient: bool = False
+    logits: Float[Tensor, "N V"],
+    tokens: Int[Tensor, "N"],
+    temperature: float,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
     """log-probs and entropies; the entropies carry a gradient only where it is asked for."""
     logprobs = token_logprobs(logits, tokens, temperature)
@@ -54,7 +64,8 @@ def logits_statistics(
         return logprobs, token_entropy(logits, temperature)
 
 
-# --- log-probs and entropy from hidden states ----------------------------------------------------------------------------
+# --- log-probs and entropy from hidden states
+# ----------------------------------------------------------------------------
 
 
 class _HeadStatistics(torch.autograd.Function):
@@ -62,16 +73,29 @@ class _HeadStatistics(torch.autograd.Function):
 
         ∂ log p_y / ∂z = onehot(y) − p        ∂H / ∂z = −p (log p + H)        z = (h Wᵀ + b) / T
 
-    A chunk of the vocabulary at a time, forwards (Milakov & Gimelshein 2018: the sums are kept relative to the largest logit so
-    far) and, from logits computed again, backwards. Each chunk of W is read once and its gradient written once."""
+    A chunk of the vocabulary at a time, forwards (Milakov & Gimelshein 2018: the sums are kept
+    relative to the largest logit so far) and, from logits computed again, backwards. Each chunk of
+    W is read once and its gradient written once.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, columns: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+        columns: int,
     ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         zeros = torch.zeros(len(hidden), 1, dtype=exact, device=hidden.device)
-        own, top, total, along = zeros, zeros - torch.inf, zeros, zeros  # along = Σ e^(z − top) (z − top)
+        own, top, total, along = (
+            zeros,
+            zeros - torch.inf,
+            zeros,
+            zeros,
+        )  # along = Σ e^(z − top) (z − top)
         for first, z in _logits_by_chunk(hidden, weight, bias, temperature, columns):
             here = (tokens - first)[:, None]
             inside = (here >= 0) & (here < z.shape[1])
@@ -82,7 +106,10 @@ class _HeadStatistics(torch.autograd.Function):
             if first:
                 shrunk = (top - new_top).exp()
                 along, total = shrunk * (along + total * (top - new_top)), shrunk * total
-            along, total = along + torch.linalg.vecdot(p, z)[:, None], total + p.sum(-1, keepdim=True)
+            along, total = (
+                along + torch.linalg.vecdot(p, z)[:, None],
+                total + p.sum(-1, keepdim=True),
+            )
             top = new_top
         log_total = total.log()
         normalizer, entropy = top + log_total, log_total - along / total
@@ -96,23 +123,40 @@ class _HeadStatistics(torch.autograd.Function):
         asked = ctx.needs_input_grad
         on_logprob, on_entropy = (g[:, None] for g in grads)
         entropies_matter = bool(on_entropy.count_nonzero())
-        d_hidden = torch.zeros(hidden.shape, dtype=normalizer.dtype, device=hidden.device) if asked[0] else None
+        d_hidden = (
+            torch.zeros(hidden.shape, dtype=normalizer.dtype, device=hidden.device)
+            if asked[0]
+            else None
+        )
         d_weight = torch.empty_like(weight) if asked[1] else None
         d_bias = torch.empty_like(bias) if bias is not None and asked[2] else None
         for first, z in _logits_by_chunk(hidden, weight, bias, ctx.temperature, ctx.columns):
             chunk = slice(first, first + z.shape[1])
             p = z.sub_(normalizer).exp()  # z is log p from here on
-            d = p.mul_(-on_logprob - on_entropy * (z + entropy)) if entropies_matter else p.mul_(-on_logprob)
+            d = (
+                p.mul_(-on_logprob - on_entropy * (z + entropy))
+                if entropies_matter
+                else p.mul_(-on_logprob)
+            )
             rows = ((tokens >= first) & (tokens < chunk.stop)).nonzero()[:, 0]
             d[rows, tokens[rows] - first] += grads[0][rows]
             d = (d if ctx.temperature == 1 else d.div_(ctx.temperature)).to(weight.dtype)
             if d_hidden is not None:
-                d_hidden.add_(d @ weight[chunk]) if d.dtype != d_hidden.dtype else d_hidden.addmm_(d, weight[chunk])
+                d_hidden.add_(d @ weight[chunk]) if d.dtype != d_hidden.dtype else d_hidden.addmm_(
+                    d, weight[chunk]
+                )
             if d_weight is not None:
                 torch.mm(d.t(), hidden, out=d_weight[chunk])
             if d_bias is not None:
                 d_bias[chunk] = d.sum(0)
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None
+        return (
+            None if d_hidden is None else d_hidden.to(hidden.dtype),
+            d_weight,
+            d_bias,
+            None,
+            None,
+            None,
+        )
 
 
 def head_statistics(
@@ -124,10 +168,12 @@ def head_statistics(
     entropy_gradient: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-    """log-probs of `tokens` and entropies of the distributions they were drawn from, in float32, without an [N, V] tensor. The
-    entropies carry a gradient only where it is asked for."""
+    """log-probs of `tokens` and entropies of the distributions they were drawn from, in float32,
+    without an [N, V] tensor. The entropies carry a gradient only where it is asked for."""
     if not len(hidden):
-        return logits_statistics(torch.nn.functional.linear(hidden, weight, bias), tokens, temperature, entropy_gradient)
+        return logits_statistics(
+            torch.nn.functional.linear(hidden, weight, bias), tokens, temperature, entropy_gradient
+        )
     columns = max(chunk_elements // len(hidden), 1)
     logprobs, entropy = _HeadStatistics.apply(hidden, weight, bias, tokens, temperature, columns)
     return logprobs, entropy if entropy_gradient else entropy.detach()
@@ -136,25 +182,37 @@ def head_statistics(
 def _logits_by_chunk(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, columns: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """The first token of each chunk, and the logits of its tokens over the temperature, to be changed in place."""
+    """The first token of each chunk, and the logits of its tokens over the temperature, to be
+    changed in place."""
     for first in range(0, len(weight), columns):
         chunk = slice(first, first + columns)
-        logits = torch.nn.functional.linear(hidden, weight[chunk], None if bias is None else bias[chunk])
+        logits = torch.nn.functional.linear(
+            hidden, weight[chunk], None if bias is None else bias[chunk]
+        )
         yield first, at_least_float32(logits if temperature == 1 else logits.div_(temperature))
 
 
-# --- the exact KL from logits --------------------------------------------------------------------------------------------
+# --- the exact KL from logits
+# --------------------------------------------------------------------------------------------
 
 
 class _ExactKL(torch.autograd.Function):
-    """KL(softmax(logits / T) ‖ softmax(ref_logits / T)) with ∂KL/∂logit_v = π_v (log π_v − log π_ref,v − KL) / T. A chunk of
-    positions at a time, forwards and backwards: log-probs of the whole vocabulary are never kept."""
+    """KL(softmax(logits / T) ‖ softmax(ref_logits / T)) with ∂KL/∂logit_v = π_v (log π_v − log
+    π_ref,v − KL) / T. A chunk of positions at a time, forwards and backwards: log-probs of the
+    whole vocabulary are never kept."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, temperature: float, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, ref_logits: Tensor, temperature: float, chunk: int
+    ) -> Tensor:
         ctx.save_for_backward(logits, ref_logits)
         ctx.temperature, ctx.chunk = temperature, chunk
-        return torch.cat([exact_kl(*_both_logprobs(a, b, temperature)) for a, b in _chunks(logits, ref_logits, chunk)])
+        return torch.cat(
+            [
+                exact_kl(*_both_logprobs(a, b, temperature))
+                for a, b in _chunks(logits, ref_logits, chunk)
+            ]
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
@@ -162,15 +220,23 @@ class _ExactKL(torch.autograd.Function):
         gradient, outer = torch.empty_like(logits), grads[0][:, None].split(ctx.chunk)
         for i, (a, b) in enumerate(_chunks(logits, ref_logits, ctx.chunk)):
             logprobs, ref = _both_logprobs(a, b, ctx.temperature)
-            inner = logprobs.exp() * (logprobs - ref - exact_kl(logprobs, ref)[:, None]) / ctx.temperature
+            inner = (
+                logprobs.exp()
+                * (logprobs - ref - exact_kl(logprobs, ref)[:, None])
+                / ctx.temperature
+            )
             gradient[i * ctx.chunk : i * ctx.chunk + len(a)] = outer[i] * inner
         return gradient, None, None, None
 
 
 def token_exact_kl(
-    logits: Float[Tensor, "N V"], ref_logits: Float[Tensor, "N V"], temperature: float, chunk: int = 1024
+    logits: Float[Tensor, "N V"],
+    ref_logits: Float[Tensor, "N V"],
+    temperature: float,
+    chunk: int = 1024,
 ) -> Float[Tensor, "N"]:
-    """KL(π ‖ π_ref) of every position's distribution, temperature included, differentiable in `logits`."""
+    """KL(π ‖ π_ref) of every position's distribution, temperature included, differentiable in
+    `logits`."""
     kl: Tensor = _ExactKL.apply(logits, ref_logits, temperature, chunk)
     return kl
 
@@ -180,9 +246,9 @@ def _chunks(logits: Tensor, ref_logits: Tensor, chunk: int) -> Iterator[tuple[Te
 
 
 def _both_logprobs(logits: Tensor, ref_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    return (at_least_float32(logits) / temperature).log_softmax(-1), (at_least_float32(ref_logits) / temperature).log_softmax(
-        -1
-    )
+    return (at_least_float32(logits) / temperature).log_softmax(-1), (
+        at_least_float32(ref_logits) / temperature
+    ).log_softmax(-1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -8,17 +8,17 @@ import torch
 from quartet.tensors import Bool, Int, Tensor
 
 WORTH_PACKING = 0.1
-"""The share of padding from which moving real tokens together costs less than computing with the rest. Micro-batches hold
-rows of like length, so that most of them stay as they are."""
+"""The share of padding from which moving real tokens together costs less than computing with the
+rest. Micro-batches hold rows of like length, so that most of them stay as they are."""
 
 
 @dataclass(frozen=True)
 class Packed:
     """The beginnings of some rows, as far as somebody wants to know what is said there.
 
-    For rows of 4 and 2 tokens, `tokens` is [a0 a1 a2 a3 b0 b1], `positions` [0 1 2 3 0 1], and with nothing but the row's last
-    token asked for, `asked` is [3 5]. Where so little is padding that it may as well be computed, it stays: `places` is
-    None, and `tokens` are the whole rectangle.
+    For rows of 4 and 2 tokens, `tokens` is [a0 a1 a2 a3 b0 b1], `positions` [0 1 2 3 0 1], and with
+    nothing but the row's last token asked for, `asked` is [3 5]. Where so little is padding that it
+    may as well be computed, it stays: `places` is None, and `tokens` are the whole rectangle.
     """
 
     tokens: Int[Tensor, "N"]
@@ -38,7 +38,8 @@ class Packed:
 
 
 def pack(tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> Packed:
-    """Each row up to the last position that is asked for: a causal model's output there depends on nothing later."""
+    """Each row up to the last position that is asked for: a causal model's output there depends on
+    nothing later."""
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     lengths = torch.where(asked, positions + 1, 0).amax(dim=1)
     width = int(lengths.max())
@@ -73,7 +74,8 @@ def pack_rows(rows: Sequence[Sequence[int]], device: torch.device) -> Packed:
 
 
 class _Take(torch.autograd.Function):
-    """x[index] for an index without repetitions, so that its gradient is put back by a copy and not by an addition."""
+    """x[index] for an index without repetitions, so that its gradient is put back by a copy and not
+    by an addition."""
 
     @staticmethod
     def forward(ctx, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

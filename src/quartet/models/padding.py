@@ -7,10 +7,13 @@ import torch
 from quartet.tensors import Bool, Float, Int, Tensor
 
 PAD = 0
-"""What fills the rectangle. Any id does: what is real is known from lengths, and no real token attends to padding."""
+"""What fills the rectangle. Any id does: what is real is known from lengths, and no real token
+attends to padding."""
 
 
-def right_pad(rows: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B"]]:
+def right_pad(
+    rows: Sequence[Sequence[int]], device: torch.device | None = None
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B"]]:
     """Tokens padded on the right, and the length of each row."""
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long, device=device)
     tokens = torch.full((len(rows), int(lengths.max())), PAD, dtype=torch.long)
@@ -32,7 +35,9 @@ def left_pad(
     return tokens.to(device), mask.to(device)
 
 
-def response_mask(starts: Int[Tensor, "B"], lengths: Int[Tensor, "B"], width: int) -> Bool[Tensor, "B {width}"]:
+def response_mask(
+    starts: Int[Tensor, "B"], lengths: Int[Tensor, "B"], width: int
+) -> Bool[Tensor, "B {width}"]:
     """True from each row's first response token to its last."""
     positions = torch.arange(width, device=lengths.device)
     return (positions >= starts[:, None]) & (positions < lengths[:, None])

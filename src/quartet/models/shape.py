@@ -1,4 +1,5 @@
-"""The shape of a model that is made from scratch. Known without torch, so that a plan can count its parameters."""
+"""The shape of a model that is made from scratch. Known without torch, so that a plan can count its
+parameters."""
 
 from typing import Any, Literal
 
@@ -13,19 +14,27 @@ class Shape:
     hidden_size: int = Field(default=128, ge=8)
     num_layers: int = Field(default=4, ge=1)
     num_heads: int = Field(default=4, ge=1, description="It must divide hidden_size.")
-    intermediate_size: int | None = Field(default=None, ge=8, description="Left out, it is three times hidden_size.")
-    max_length: int = Field(default=512, ge=8, description="The longest prompt and response together, in tokens.")
+    intermediate_size: int | None = Field(
+        default=None, ge=8, description="Left out, it is three times hidden_size."
+    )
+    max_length: int = Field(
+        default=512, ge=8, description="The longest prompt and response together, in tokens."
+    )
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size = {self.hidden_size} is not a multiple of num_heads = {self.num_heads}")
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_heads = "
+                f"{self.num_heads}"
+            )
 
     @property
     def intermediate(self) -> int:
         return self.intermediate_size or 3 * self.hidden_size
 
     def hugging_face(self, vocabulary: int) -> dict[str, Any]:
-        """The same shape in the words of the architecture's Hugging Face config. Embedding and head are tied."""
+        """The same shape in the words of the architecture's Hugging Face config. Embedding and head
+        are tied."""
         if self.type == "gpt2":
             return {
                 "vocab_size": vocabulary,

@@ -16,20 +16,25 @@ from quartet.models.packing import pack
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
-def read(trunk: Any, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> Float[Tensor, "N H"]:
-    """The last hidden states there, row by row, from right-padded rows. No real token can see padding, and its position is its
-    index: transformers' own forward needs neither an attention mask nor position ids."""
+def read(
+    trunk: Any, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]
+) -> Float[Tensor, "N H"]:
+    """The last hidden states there, row by row, from right-padded rows. No real token can see
+    padding, and its position is its index: transformers' own forward needs neither an attention
+    mask nor position ids."""
     packed = pack(tokens, asked)
     if written_out(trunk, packed.width):
         return hidden_states(trunk, packed)
     within = slice(None, packed.width)
     with checkpointing(trunk):
-        return trunk(input_ids=tokens[:, within], use_cache=False).last_hidden_state[asked[:, within]]
+        return trunk(input_ids=tokens[:, within], use_cache=False).last_hidden_state[
+            asked[:, within]
+        ]
 
 
 def checkpoint_blocks(model: Any) -> Any:
-    """The model, which from now on keeps only what each block was given and computes the rest again for the gradient (Chen
-    et al. 2016)."""
+    """The model, which from now on keeps only what each block was given and computes the rest again
+    for the gradient (Chen et al. 2016)."""
     for block in blocks_of(model):
         block.gradient_checkpointing = True
         block._gradient_checkpointing_func = partial(_checkpoint, model)
@@ -37,8 +42,10 @@ def checkpoint_blocks(model: Any) -> Any:
 
 
 def compile_blocks(model: Any) -> Any:
-    """The model, whose written-out blocks run as torch.compile writes them when they are first used. Lengths stay variable."""
-    # Reading and learning, one row and several, padded and packed, all tokens and some: each is a program of its own.
+    """The model, whose written-out blocks run as torch.compile writes them when they are first
+    used. Lengths stay variable."""
+    # Reading and learning, one row and several, padded and packed, all tokens and some: each is a
+    # program of its own.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks_of(model):
         setattr(block, READ_ON, types.MethodType(torch.compile(read_on, dynamic=True), block))
@@ -55,8 +62,9 @@ def _checkpoint(model: Any, *args: Any) -> Any:
 
 @contextmanager
 def checkpointing(model: Any) -> Iterator[None]:
-    """transformers makes its checkpoints in training mode only, and drops the cache then. So the blocks are in it while
-    something is learnt; the modules inside them, and their dropout, never are."""
+    """transformers makes its checkpoints in training mode only, and drops the cache then. So the
+    blocks are in it while something is learnt; the modules inside them, and their dropout, never
+    are."""
     blocks = [block for block in blocks_of(model) if block.gradient_checkpointing]
     for block in blocks:
         block.training = torch.is_grad_enabled()

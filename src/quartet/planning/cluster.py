@@ -1,7 +1,8 @@
-"""What a run would take on a cluster: memory by role, seconds by phase, and what binds them. Formulas: docs/scaling.md.
+"""What a run would take on a cluster: memory by role, seconds by phase, and what binds them.
+Formulas: docs/scaling.md.
 
-Nothing here was measured on the machines it speaks of: their numbers are the makers', what part of them is reached is given as
-a range, and so is every answer.
+Nothing here was measured on the machines it speaks of: their numbers are the makers', what part of
+them is reached is given as a range, and so is every answer.
 """
 
 import heapq
@@ -66,7 +67,9 @@ class Cluster:
         """`8xh200`."""
         found = re.fullmatch(r"(\d+)\s*[x×]\s*(\w+)", words.strip().lower())
         if found is None or found[2] not in GPUS or int(found[1]) < 1:
-            raise ValueError(f'--on "{words}": say how many of which, "8xh200". Known are {", ".join(GPUS)}.')
+            raise ValueError(
+                f'--on "{words}": say how many of which, "8xh200". Known are {", ".join(GPUS)}.'
+            )
         return cls(GPUS[found[2]], int(found[1]), words)
 
 
@@ -85,7 +88,11 @@ class Span:
         return Span(max(self.best, other.best), max(self.worst, other.worst))
 
     def __str__(self) -> str:
-        return f"{self.best:,.2g} to {self.worst:,.2g} s" if self.worst < 100 else f"{self.best:,.0f} to {self.worst:,.0f} s"
+        return (
+            f"{self.best:,.2g} to {self.worst:,.2g} s"
+            if self.worst < 100
+            else f"{self.best:,.0f} to {self.worst:,.0f} s"
+        )
 
 
 @dataclass(frozen=True)
@@ -131,12 +138,15 @@ def workload(config: Config) -> Workload:
     parameters, model = policy_parameters(config, words), sizes(config)
     if not parameters or not model or not config.algorithm:
         raise ValueError(
-            "the size of the policy is not known, or there is no RL stage: name a folder, or describe it in policy.create."
+            "the size of the policy is not known, or there is no RL stage: name a folder, or "
+            "describe it in policy.create."
         )
     algorithm, (prompt, response) = config.algorithm, row_tokens(config)
     own_critic = algorithm.needs_critic and not isinstance(config.critic, SharedCritic)
     judges = int(bool(config.reward_model_source))
-    per_block = (2 + 2 * model.heads_share) * model.hidden**2 + 3 * model.hidden * model.intermediate
+    per_block = (
+        2 + 2 * model.heads_share
+    ) * model.hidden**2 + 3 * model.hidden * model.intermediate
     return Workload(
         parameters=parameters,
         model=model,
@@ -148,7 +158,9 @@ def workload(config: Config) -> Workload:
         response=response,
         longest=config.rollout.max_new_tokens,
         epochs=config.optim.epochs,
-        micro_tokens=int(config.optim.micro_batch_tokens) if config.optim.micro_batch_tokens != "auto" else 8192,
+        micro_tokens=int(config.optim.micro_batch_tokens)
+        if config.optim.micro_batch_tokens != "auto"
+        else 8192,
         checkpointing=config.policy.gradient_checkpointing,
         offload=config.run.offload,
         read_by_loss=int(algorithm.needs_reference and algorithm.kl.exact_loss),
@@ -156,13 +168,14 @@ def workload(config: Config) -> Workload:
     )
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------------
+# --- memory
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def training_memory(work: Workload, ranks: int, meanwhile: bool = False) -> dict[str, float]:
-    """Bytes on each GPU that trains, by role: 16 per parameter over the ranks, 4 of frozen models; of the largest unit, a
-    block or what is beside them, weights and gradient put together; the activations of a micro-batch. `meanwhile`: while others
-    generate."""
+    """Bytes on each GPU that trains, by role: 16 per parameter over the ranks, 4 of frozen models;
+    of the largest unit, a block or what is beside them, weights and gradient put together; the
+    activations of a micro-batch. `meanwhile`: while others generate."""
     sharded = work.parameters / ranks
     roles = {"actor": TRAINED_BYTES * sharded}
     if work.learners > 1:
@@ -189,8 +202,8 @@ class Copies:
 
 
 def generation_memory(work: Workload, gpu: Gpu, count: int, taken: float = 0.0) -> list[Copies]:
-    """Every way that fits. An answer holds the pages that it fills: on average its prompt and response. `taken`: what training
-    leaves on the same GPU."""
+    """Every way that fits. An answer holds the pages that it fills: on average its prompt and
+    response. `taken`: what training leaves on the same GPU."""
     room, weights = gpu.memory * (1 - RESERVED) - taken, 2.0 * work.parameters
     per_row = work.cache_bytes * (work.prompt + work.response)
     longest = work.cache_bytes * (work.prompt + work.longest)
@@ -198,39 +211,53 @@ def generation_memory(work: Workload, gpu: Gpu, count: int, taken: float = 0.0) 
     for each in (1, 2, 4, HOST):
         copies = count // each
         if copies and (weights + longest) / each < 0.95 * room:
-            rows = int(min((room - weights / each) / (per_row / each), math.ceil(work.rows / copies)))
+            rows = int(
+                min((room - weights / each) / (per_row / each), math.ceil(work.rows / copies))
+            )
             memory = {"weights": weights / each, "keys and values": rows * per_row / each}
             found.append(Copies(copies, each, max(rows, 1), memory))
     if not found:
         raise CannotFit(
-            f"generation: {weights / GB:,.0f} GB of weights and {longest / GB:,.2f} GB for one answer do not fit into "
+            f"generation: {weights / GB:,.0f} GB of weights and {longest / GB:,.2f} GB for one "
+            f"answer do not fit into "
             f"{count} × {room / GB:,.0f} GB."
         )
     return found
 
 
-# --- time ------------------------------------------------------------------------------------------------------------------
+# --- time
+# ------------------------------------------------------------------------------------------------------------------
 
 
-def generating(work: Workload, gpu: Gpu, count: int, taken: float = 0.0) -> tuple[Span, str, Copies]:
-    """Seconds to sample one step's answers on so many GPUs, what binds, and the copies with which it is shortest: a token of
-    every row costs one reading of the weights and of the rows' keys and values, or its arithmetic, whichever is longer. A slot
-    that is free is given the next answer. Never less than the longest answer."""
-    made = [(*_generating(work, gpu, count, copies), copies) for copies in generation_memory(work, gpu, count, taken)]
+def generating(
+    work: Workload, gpu: Gpu, count: int, taken: float = 0.0
+) -> tuple[Span, str, Copies]:
+    """Seconds to sample one step's answers on so many GPUs, what binds, and the copies with which
+    it is shortest: a token of every row costs one reading of the weights and of the rows' keys and
+    values, or its arithmetic, whichever is longer. A slot that is free is given the next answer.
+    Never less than the longest answer."""
+    made = [
+        (*_generating(work, gpu, count, copies), copies)
+        for copies in generation_memory(work, gpu, count, taken)
+    ]
     return min(made, key=lambda one: one[0].best + one[0].worst)
 
 
 def _generating(work: Workload, gpu: Gpu, count: int, copies: Copies) -> tuple[Span, str]:
     each, rows = copies.each, copies.rows
     turns = max(work.rows / (rows * copies.count), 1.0)
-    read = (2.0 * work.parameters + rows * work.cache_bytes * (work.prompt + work.response / 2)) / (gpu.bandwidth * each)
+    read = (2.0 * work.parameters + rows * work.cache_bytes * (work.prompt + work.response / 2)) / (
+        gpu.bandwidth * each
+    )
     reckoned = 2.0 * work.parameters * rows / (gpu.flops * each)
     prefill = 2.0 * work.parameters * work.rows * work.prompt / (gpu.flops * count)
     alone = 2.0 * work.parameters / (gpu.bandwidth * each)
     spans = []
     for compute, bandwidth in zip(reversed(COMPUTE), reversed(BANDWIDTH), strict=True):
         token = max(read / bandwidth, reckoned / compute)
-        tail = (work.longest - work.response) * alone / bandwidth  # few rows are left when the longest is written
+        tail = (
+            (work.longest - work.response) * alone / bandwidth
+        )  # few rows are left when the longest is written
         spans.append(turns * work.response * token + tail + prefill / compute)
     binds = "bandwidth" if read / BANDWIDTH[1] > reckoned / COMPUTE[1] else "compute"
     tail = (work.longest - work.response) * alone / BANDWIDTH[1]
@@ -238,7 +265,8 @@ def _generating(work: Workload, gpu: Gpu, count: int, copies: Copies) -> tuple[S
 
 
 def training(work: Workload, gpu: Gpu, count: int) -> Span:
-    """6 operations per trained parameter and token and epoch, 8 with checkpointing; 2 for each model that only reads."""
+    """6 operations per trained parameter and token and epoch, 8 with checkpointing; 2 for each
+    model that only reads."""
     tokens = work.rows * (work.prompt + work.response)
     trained = (8 if work.checkpointing else 6) * work.learners * work.epochs
     operations = work.parameters * tokens * (trained + 2 * (work.learners + work.frozen))
@@ -270,11 +298,16 @@ def splits(work: Workload, cluster: Cluster) -> Iterator[Split]:
     gpu, count = cluster.gpu, cluster.count
     for generators in range(count):
         trainers = count - generators
-        sampling, memory = generators or count, training_memory(work, trainers, meanwhile=generators > 0)
+        sampling, memory = (
+            generators or count,
+            training_memory(work, trainers, meanwhile=generators > 0),
+        )
         if sum(memory.values()) > gpu.memory * (1 - RESERVED):
             continue
         try:
-            made, binds, copies = generating(work, gpu, sampling, 0.0 if generators else _at_rest(memory, work.offload))
+            made, binds, copies = generating(
+                work, gpu, sampling, 0.0 if generators else _at_rest(memory, work.offload)
+            )
         except CannotFit:
             continue
         update = training(work, gpu, trainers)
@@ -307,7 +340,10 @@ def plan_cluster(config: Config, cluster: Cluster) -> ClusterPlan:
     best = min(found, key=lambda split: split.step.best + split.step.worst)
     memory = training_memory(work, best.trainers, meanwhile=best.generators > 0)
     left = cluster.gpu.memory * (1 - RESERVED) - sum(memory.values()) + memory["activations"]
-    hours = [config.run.steps * seconds * cluster.count / 3600 for seconds in (best.step.best, best.step.worst)]
+    hours = [
+        config.run.steps * seconds * cluster.count / 3600
+        for seconds in (best.step.best, best.step.worst)
+    ]
     return ClusterPlan(
         work,
         cluster,
@@ -336,7 +372,8 @@ def _short(work: Workload, cluster: Cluster) -> Iterator[str]:
     total = sum(memory.values())
     if total > room:
         yield (
-            f"training needs {total / GB:,.1f} GB on each of {cluster.name}, {room / GB:,.1f} GB are usable: "
+            f"training needs {total / GB:,.1f} GB on each of {cluster.name}, {room / GB:,.1f} GB "
+            f"are usable: "
             f"{(total - room) / GB:,.1f} GB are missing."
         )
         yield from (f"  {role}: {size / GB:,.1f} GB" for role, size in memory.items() if size)
@@ -352,7 +389,11 @@ def _short(work: Workload, cluster: Cluster) -> Iterator[str]:
 def in_words(plan: ClusterPlan) -> Iterator[str]:
     """A line per fact."""
     best, gpu = plan.best, plan.cluster.gpu
-    how = f"{best.trainers} GPUs train, {best.generators} generate" if best.generators else f"all {best.trainers} GPUs, in turn"
+    how = (
+        f"{best.trainers} GPUs train, {best.generators} generate"
+        if best.generators
+        else f"all {best.trainers} GPUs, in turn"
+    )
     yield f"cluster {plan.cluster.name}: {how}; staleness {best.staleness}; {best.binds} binds"
     yield f"step    {best.step}: generation {best.generation}, update {best.update}"
     if plan.in_turn is not None and best.generators:
@@ -370,7 +411,8 @@ def in_words(plan: ClusterPlan) -> Iterator[str]:
     yield f"in all  {plan.gpu_hours.best:,.1f} to {plan.gpu_hours.worst:,.1f} GPU-hours"
 
 
-# --- simulation --------------------------------------------------------------------------------------------------------------
+# --- simulation
+# --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -397,23 +439,27 @@ def simulate(
     steps: int,
     seed: int = 0,
 ) -> Simulated:
-    """Answers that take as long as they take (log-normal with this mean and spread of the logarithm), written in `slots` at
-    once; a trainer that takes `rows` at a time, in the order in which they were begun. An answer is only begun if it will be
-    trained on no more than `bound` updates later; until then its slot waits. `push` holds up every slot."""
+    """Answers that take as long as they take (log-normal with this mean and spread of the
+    logarithm), written in `slots` at once; a trainer that takes `rows` at a time, in the order in
+    which they were begun. An answer is only begun if it will be trained on no more than `bound`
+    updates later; until then its slot waits. `push` holds up every slot."""
     rng = random.Random(seed)
     shift = math.log(mean_seconds) - spread**2 / 2
 
     def duration() -> float:
         return math.exp(rng.gauss(shift, spread)) if spread else mean_seconds
 
-    writing: list[tuple[float, int, int]] = []  # when it will be done, its number, the version that began it
+    writing: list[
+        tuple[float, int, int]
+    ] = []  # when it will be done, its number, the version that began it
     ready: dict[int, int] = {}  # the version that began each
     begun, version, now, busy, waited = 0, 0, 0.0, 0.0, 0.0
     ages: list[int] = []
     ends: list[float] = []
 
     def begin(at: float) -> None:
-        """As many as may be: number n is trained on in step n // rows, by the version of that number."""
+        """As many as may be: number n is trained on in step n // rows, by the version of that
+        number."""
         nonlocal begun, busy
         while len(writing) < slots and begun // rows <= version + bound and begun < rows * steps:
             took = duration()
@@ -443,7 +489,10 @@ def simulate(
         heapq.heapify(writing)
         begin(now)
         ends.append(now)
-    first, last = len(ends) // 2, max(9 * len(ends) // 10, 1) - 1  # neither while it fills nor while it empties
+    first, last = (
+        len(ends) // 2,
+        max(9 * len(ends) // 10, 1) - 1,
+    )  # neither while it fills nor while it empties
     seconds = (ends[last] - ends[first]) / (last - first) if last > first else ends[-1] / len(ends)
     return Simulated(steps, seconds, ages, waited / now, max(1 - busy / (slots * now), 0.0))
 

@@ -1,8 +1,10 @@
-"""What a run takes on this machine, found by running a little of it: twice, with answers of different length.
+"""What a run takes on this machine, found by running a little of it: twice, with answers of
+different length.
 
-Of SFT, reward model and comparisons a step is a step; the first of each, which warms up, is left out. A step of RL costs
-something for each token of its answers and something besides: two lengths give a line. An evaluation is measured with about as
-many prompts as a step has answers, and takes as much longer as it asks for more answers.
+Of SFT, reward model and comparisons a step is a step; the first of each, which warms up, is left
+out. A step of RL costs something for each token of its answers and something besides: two lengths
+give a line. An evaluation is measured with about as many prompts as a step has answers, and takes
+as much longer as it asks for more answers.
 """
 
 import dataclasses
@@ -80,22 +82,35 @@ class Measured:
         total, counts = self.rest, _counts(config)
         total += sum(seconds * counts[stage] for stage, seconds in self.steps.items())
         if self.rl is not None:
-            total += config.run.steps * self.rl.at(tokens) + min(config.run.steps, PROBED_TIMES) * self.probing
+            total += (
+                config.run.steps * self.rl.at(tokens)
+                + min(config.run.steps, PROBED_TIMES) * self.probing
+            )
         return total + self.evaluation
 
 
 def measure(config: Config, build: Callable[[Config], Any]) -> Measured:
-    """Run `STEPS` steps of each stage in a temporary folder, with answers of half the length and of the whole. `build` makes
-    the stages of a config: `quartet.assembly.build`."""
+    """Run `STEPS` steps of each stage in a temporary folder, with answers of half the length and of
+    the whole. `build` makes the stages of a config: `quartet.assembly.build`."""
     most = config.rollout.max_new_tokens
-    prompts = min(config.evaluation.prompts, config.rollout.prompts_per_step * config.rollout.samples_per_prompt)
-    first, second = _short(config, build, max(most // 2, 1), prompts), _short(config, build, most, prompts)
+    prompts = min(
+        config.evaluation.prompts,
+        config.rollout.prompts_per_step * config.rollout.samples_per_prompt,
+    )
+    first, second = (
+        _short(config, build, max(most // 2, 1), prompts),
+        _short(config, build, most, prompts),
+    )
     rl = config.rl_stage
     line = None
     if rl is not None:
         line = Line.through((first.tokens, first.steps[rl]), (second.tokens, second.steps[rl]))
     return Measured(
-        {stage: statistics.fmean((first.steps[stage], second.steps[stage])) for stage in first.steps if stage != rl},
+        {
+            stage: statistics.fmean((first.steps[stage], second.steps[stage]))
+            for stage in first.steps
+            if stage != rl
+        },
         line,
         second.probing,
         second.evaluation * _answers(config, config.evaluation.prompts) / _answers(config, prompts),
@@ -114,7 +129,10 @@ def in_words(config: Config, measured: Measured) -> list[str]:
         besides = f"{min(config.run.steps, PROBED_TIMES)} looks at it of {_shown(measured.probing)}"
         lines.append(f"measured {config.rl_stage}: {config.run.steps} steps of {each}; {besides}")
     if "evaluation" in config.recipe:
-        lines.append(f"measured evaluation: {config.evaluation.prompts} prompts in {_shown(measured.evaluation)}")
+        lines.append(
+            f"measured evaluation: {config.evaluation.prompts} prompts in "
+            f"{_shown(measured.evaluation)}"
+        )
     likely = measured.seconds(config, expected)
     longest = measured.seconds(config, float(config.rollout.max_new_tokens))
     guessed = plan(config).seconds
@@ -158,17 +176,31 @@ def _short(config: Config, build: Callable[[Config], Any], answer: int, prompts:
         job = build(small)
         folder = RunFolder.create(Path(place), "measured", {})
         pipeline = Pipeline(job.stages, folder, TokenTexts(job.tokenizer), job.saving(small.run))
-        ended = {event.stage.name: event.seconds for event in pipeline.run() if isinstance(event, Finished)}
+        ended = {
+            event.stage.name: event.seconds
+            for event in pipeline.run()
+            if isinstance(event, Finished)
+        }
         folder.close()
-        lines = (json.loads(line) for line in (folder.path / "events.jsonl").read_text(encoding="utf-8").splitlines())
+        lines = (
+            json.loads(line)
+            for line in (folder.path / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        )
         events = [e for e in lines if e["event"] == "metrics"]
     evaluation = ended.get("evaluation", 0.0)
-    by_stage = {name: [e for e in events if e["stage"] == name] for name in ended if name != "evaluation"}
+    by_stage = {
+        name: [e for e in events if e["stage"] == name] for name in ended if name != "evaluation"
+    }
     return _summed(config, by_stage, evaluation, time.monotonic() - began)
 
 
-def _summed(config: Config, by_stage: Mapping[str, list[dict[str, Any]]], evaluation: float, took: float) -> Short:
-    steps = {stage: statistics.median(_seconds(e) for e in events[1:]) for stage, events in by_stage.items()}
+def _summed(
+    config: Config, by_stage: Mapping[str, list[dict[str, Any]]], evaluation: float, took: float
+) -> Short:
+    steps = {
+        stage: statistics.median(_seconds(e) for e in events[1:])
+        for stage, events in by_stage.items()
+    }
     rl = by_stage.get(config.rl_stage or "", [])
     probing = statistics.median(e["seconds"] - _seconds(e) for e in rl[1:]) if rl else 0.0
     tokens = statistics.fmean(e["metrics"]["response/tokens"] for e in rl[1:]) if rl else 0.0

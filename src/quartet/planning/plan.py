@@ -8,12 +8,14 @@ from quartet.planning.memory import FLOAT, adapter_parameters, phases, policy_pa
 from quartet.worlds import WORLDS
 
 FLOPS_PER_CPU = 22e9
-"""What models of a million parameters reach per CPU core, generation included, measured on 2.5 GHz server cores."""
+"""What models of a million parameters reach per CPU core, generation included, measured on 2.5 GHz
+server cores."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts, bytes and seconds. What the config does not tell (the size of a model on a hub) is None."""
+    """Counts, bytes and seconds. What the config does not tell (the size of a model on a hub) is
+    None."""
 
     models: dict[str, int | None]
     """Parameters by role; only the models that the run needs."""
@@ -55,18 +57,29 @@ def _models(config: Config, policy: int | None) -> dict[str, int | None]:
     if (adapter := adapter_parameters(config)) is not None:
         return models | _adapters(config, adapter, policy)
     if algorithm and algorithm.needs_critic:
-        models["critic (head on the policy's trunk)" if isinstance(config.critic, SharedCritic) else "critic"] = policy
+        models[
+            "critic (head on the policy's trunk)"
+            if isinstance(config.critic, SharedCritic)
+            else "critic"
+        ] = policy
     if config.reward_model_source or "reward_model" in config.recipe:
         models["reward model"] = policy
-    if (algorithm and algorithm.needs_reference) or (config.preference_stage and config.preference.loss.needs_reference):
+    if (algorithm and algorithm.needs_reference) or (
+        config.preference_stage and config.preference.loss.needs_reference
+    ):
         models["reference"] = policy
     return models
 
 
 def _adapters(config: Config, adapter: int, policy: int | None) -> dict[str, int | None]:
-    """What stands on the policy's trunk, which is the reference, and what has a trunk of its own."""
+    """What stands on the policy's trunk, which is the reference, and what has a trunk of its
+    own."""
     roles: dict[str, int | None] = {"adapter": adapter}
-    if config.algorithm and config.algorithm.needs_critic and not isinstance(config.critic, SharedCritic):
+    if (
+        config.algorithm
+        and config.algorithm.needs_critic
+        and not isinstance(config.critic, SharedCritic)
+    ):
         roles["critic (adapter)"] = adapter
     if "reward_model" in config.recipe:
         roles["reward model (adapter)"] = adapter
@@ -85,7 +98,8 @@ def vocabulary(config: Config) -> int | None:
 
 
 def row_tokens(config: Config) -> tuple[float, float]:
-    """A world knows; of files it is assumed that prompts and responses fill a third of what they may."""
+    """A world knows; of files it is assumed that prompts and responses fill a third of what they
+    may."""
     if config.data.world is not None:
         prompt, response = WORLDS[config.data.world](config.seed).typical_tokens
         return float(prompt), float(response)
@@ -105,7 +119,9 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
             tokens[stage] = config.sft.steps * config.sft.batch_size * sum(row)
         elif stage == "reward_model":
             steps[stage] = config.reward_model.steps
-            tokens[stage] = config.reward_model.steps * config.reward_model.batch_size * 2 * sum(row)
+            tokens[stage] = (
+                config.reward_model.steps * config.reward_model.batch_size * 2 * sum(row)
+            )
         elif stage == config.preference_stage:
             steps[stage] = config.preference.steps
             tokens[stage] = config.preference.steps * config.preference.batch_size * 2 * sum(row)
@@ -117,17 +133,32 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
 
 
 def _disk(config: Config, models: dict[str, int | None]) -> float:
-    """Model folders, about 25 bytes per token of rollouts, and three numbers per trained parameter (itself, Adam's two) for
-    each checkpoint that is kept and for the one being written."""
-    folders = ("sft" in config.recipe) + sum(role.partition(" (")[0] in {"policy", "critic", "reward model"} for role in models)
-    written = _answers(config) * sum(row_tokens(config)) / config.run.keep_every if config.rl_stage else 0
-    learners = 2 if config.algorithm and config.algorithm.needs_critic and not isinstance(config.critic, SharedCritic) else 1
-    kept = 0 if config.policy.adapter else config.run.keep_last + (config.run.keep_best is not None) + 1
+    """Model folders, about 25 bytes per token of rollouts, and three numbers per trained parameter
+    (itself, Adam's two) for each checkpoint that is kept and for the one being written."""
+    folders = ("sft" in config.recipe) + sum(
+        role.partition(" (")[0] in {"policy", "critic", "reward model"} for role in models
+    )
+    written = (
+        _answers(config) * sum(row_tokens(config)) / config.run.keep_every if config.rl_stage else 0
+    )
+    learners = (
+        2
+        if config.algorithm
+        and config.algorithm.needs_critic
+        and not isinstance(config.critic, SharedCritic)
+        else 1
+    )
+    kept = (
+        0
+        if config.policy.adapter
+        else config.run.keep_last + (config.run.keep_best is not None) + 1
+    )
     return FLOAT * (models["policy"] or 0) * (folders + 3 * learners * kept) + 25 * written
 
 
 def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:
-    """6 operations per parameter and trained token, 2 for each token that is generated or scored."""
+    """6 operations per parameter and trained token, 2 for each token that is generated or
+    scored."""
     work = 0.0
     for name, count in tokens.items():
         if name == config.rl_stage:
@@ -142,7 +173,10 @@ def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:
 
 def in_words(plan: Plan) -> str:
     """One line: the models, the peak of memory, the time."""
-    words = [f"{role} {count / 1e6:.1f} M" if count else f"{role} ?" for role, count in plan.models.items()]
+    words = [
+        f"{role} {count / 1e6:.1f} M" if count else f"{role} ?"
+        for role, count in plan.models.items()
+    ]
     if plan.peak:
         words.append(f"peak ≈ {plan.peak / 1e6:,.0f} MB")
     if plan.seconds:

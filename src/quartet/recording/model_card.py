@@ -12,9 +12,11 @@ from quartet.recording.run_folder import read_record
 ROLES = {
     "policy": "The policy: a causal language model.",
     "policy_ema": "The average of the policy over its training: a causal language model.",
-    "sft": "The policy after supervised fine-tuning, which later stages start from: a causal language model.",
+    "sft": "The policy after supervised fine-tuning, which later stages start from: a causal "
+    "language model.",
     "reward_model": "A reward model: a sequence classifier with one label, the higher the better.",
-    "critic": "The critic of the policy beside it: a token classifier with one label, the return it expects after each token.",
+    "critic": "The critic of the policy beside it: a token classifier with one label, the return "
+    "it expects after each token.",
 }
 BEFORE = {"sft": {"sft"}, "reward_model": {"sft", "reward_model"}}
 """The stages that had a part in a model, where not all did."""
@@ -32,7 +34,13 @@ def write_cards(folder: Path) -> None:
     for role, sentence in ROLES.items():
         if (folder / role / "config.json").is_file():
             title = f"# {folder.name}: {role.replace('_', ' ')}\n\n{sentence}\n\n"
-            numbers = _numbers([event for event in events if event.get("stage") in BEFORE.get(role, {event.get("stage")})])
+            numbers = _numbers(
+                [
+                    event
+                    for event in events
+                    if event.get("stage") in BEFORE.get(role, {event.get("stage")})
+                ]
+            )
             text = _front(role, config) + title + _loading(folder, role) + numbers + _making(config)
             durable.replace(folder / role / "README.md", text)
     durable.replace(folder / "README.md", f"# {folder.name}\n\n{_numbers(events)}{_making(config)}")
@@ -43,25 +51,34 @@ def _front(role: str, config: dict[str, Any]) -> str:
     base = config.get("policy", {}).get("model")
     named = f"base_model: {json.dumps(base)}\n" if base else ""
     tasks = {"reward_model": "text-classification", "critic": "token-classification"}
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: {tasks.get(role, 'text-generation')}\ntags: [{tags}]\n{named}---\n\n"
-    )
+    return f"---\nlibrary_name: transformers\npipeline_tag: {tasks.get(role, 'text-generation')}\ntags: [{tags}]\n{named}---\n\n"
 
 
 def _loading(folder: Path, role: str) -> str:
     auto = LOADED_BY.get(role, "AutoModelForCausalLM")
     table = json.loads((folder / role / "config.json").read_text(encoding="utf-8"))
-    if role == "critic" and not str(table.get("architectures", [""])[0]).endswith("ForTokenClassification"):
+    if role == "critic" and not str(table.get("architectures", [""])[0]).endswith(
+        "ForTokenClassification"
+    ):
         auto = "AutoModelForSequenceClassification"
-    lines = ["    import transformers", f'    model = transformers.{auto}.from_pretrained("{role}")', ""]
+    lines = [
+        "    import transformers",
+        f'    model = transformers.{auto}.from_pretrained("{role}")',
+        "",
+    ]
     if centre := table.get("quartet_reward_centre"):
         lines += [
-            f"Quartet takes {centre:.6g} (`quartet_reward_centre` in config.json) off its scores, so that the policy RL "
+            f"Quartet takes {centre:.6g} (`quartet_reward_centre` in config.json) off its scores, "
+            f"so that the policy RL "
             "started from scores 0 on average; transformers does not.",
             "",
         ]
     if (folder / role / "adapter").is_dir() and role not in {"reward_model", "critic"}:
-        lines += ["`adapter/` is the LoRA adapter alone, for peft, on the model it was trained on; here it is merged.", ""]
+        lines += [
+            "`adapter/` is the LoRA adapter alone, for peft, on the model it was trained on; here "
+            "it is merged.",
+            "",
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -71,13 +88,25 @@ def _numbers(events: list[dict[str, Any]]) -> str:
     for event in events:
         if event["event"] == "metrics":
             last[event["stage"]] = (event["step"], event["metrics"])
-    shown = ("loss", "accuracy", "reward", "kl", "response/tokens", "response/ended", "value/explained_variance")
+    shown = (
+        "loss",
+        "accuracy",
+        "reward",
+        "kl",
+        "response/tokens",
+        "response/ended",
+        "value/explained_variance",
+    )
     rows = []
     for stage, (step, metrics) in last.items():
         found = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
         if found:
             rows.append(f"| {stage} | {step:,} | {', '.join(found)} |")
-    text = "| stage | steps | at the last step |\n|---|---|---|\n" + "\n".join(rows) + "\n\n" if rows else ""
+    text = (
+        "| stage | steps | at the last step |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        if rows
+        else ""
+    )
     for event in events:
         if event["event"] != "finished" or not event.get("summary"):
             continue
@@ -85,7 +114,9 @@ def _numbers(events: list[dict[str, Any]]) -> str:
         if event["stage"] == "evaluation":
             text += _evaluation(summary)
         else:
-            numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary.items())
+            numbers = ", ".join(
+                f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary.items()
+            )
             text += f"{event['stage']}: {numbers}.\n\n"
     return text
 
@@ -93,12 +124,17 @@ def _numbers(events: list[dict[str, Any]]) -> str:
 def _evaluation(summary: dict[str, Any]) -> str:
     win, kl = summary["win_rate"], summary["kl"]
     lines = [
-        f"Against the model it started from, on {summary['prompts']:,} held-out prompts: wins {win['mean']:.2f} ± "
-        f"{win['interval']:.2f} (judged by {summary['judge']}), KL {kl['mean']:.3g} ± {kl['interval']:.2g} nats per response.",
+        f"Against the model it started from, on {summary['prompts']:,} held-out prompts: wins "
+        f"{win['mean']:.2f} ± "
+        f"{win['interval']:.2f} (judged by {summary['judge']}), KL {kl['mean']:.3g} ± "
+        f"{kl['interval']:.2g} nats per response.",
         "",
         "| | before | after |",
         "|---|---|---|",
-        *(f"| {name} | {value:.4g} | {summary['after'][name]:.4g} |" for name, value in summary["before"].items()),
+        *(
+            f"| {name} | {value:.4g} | {summary['after'][name]:.4g} |"
+            for name, value in summary["before"].items()
+        ),
     ]
     return "\n".join([*lines, "", ""])
 
@@ -107,7 +143,9 @@ def _making(config: dict[str, Any]) -> str:
     """How it was made: the settings, without the marks of where each came from."""
     data = config.get("data", {})
     train = data.get("train")
-    source = (", ".join(train) if isinstance(train, list) else train) or f"the embedded world {data.get('world')}"
+    source = (
+        ", ".join(train) if isinstance(train, list) else train
+    ) or f"the embedded world {data.get('world')}"
     recipe = " → ".join(config.get("recipe", []))
     made = f"Made by Quartet {__version__}: {recipe}, on {source}, seed {config.get('seed')}."
     return f"{made} All settings: `config.resolved.toml`.\n"

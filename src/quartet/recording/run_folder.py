@@ -36,11 +36,13 @@ STRAY_SECONDS = 60.0
 EXTREMES = ("reward", "kl", "ratio/max", "response/tokens", "policy/clip_fraction")
 """Metrics whose highest and lowest steps are kept as well."""
 BEYOND = 0.1
-"""By how much of the range so far an extreme must exceed it: a metric that only grows is not extreme at every step."""
+"""By how much of the range so far an extreme must exceed it: a metric that only grows is not
+extreme at every step."""
 
 
 class Keeping:
-    """Which steps' rollouts are written: every so many, and those at which something was far higher or lower than before."""
+    """Which steps' rollouts are written: every so many, and those at which something was far higher
+    or lower than before."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -64,8 +66,9 @@ class InUse(OSError):
 
 
 class RunFolder:
-    """One folder under `runs/`. events.jsonl has one writer, this; every line is complete when it is written. The file is
-    locked while it is open: a second process that wants to write it raises `InUse`."""
+    """One folder under `runs/`. events.jsonl has one writer, this; every line is complete when it
+    is written. The file is locked while it is open: a second process that wants to write it raises
+    `InUse`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,11 +82,16 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, root: Path, name: str, files: Mapping[str, str], links: Mapping[str, tuple[str, str]] = MappingProxyType({})
+        cls,
+        root: Path,
+        name: str,
+        files: Mapping[str, str],
+        links: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     ) -> "RunFolder":
-        """Make a new folder named after the minute and the run, with these files in it. It gets its name when all of them are
-        on the disk; until then it is a hidden one, which the next run deletes if this process dies. `links`: the config's
-        paths that led over links, as they were written and where they led."""
+        """Make a new folder named after the minute and the run, with these files in it. It gets its
+        name when all of them are on the disk; until then it is a hidden one, which the next run
+        deletes if this process dies. `links`: the config's paths that led over links, as they were
+        written and where they led."""
         root.mkdir(parents=True, exist_ok=True)
         sweep_strays(root)
         stamp = f"{time.strftime('%m%d-%H%M')}-{name}"
@@ -107,11 +115,25 @@ class RunFolder:
         """Let `latest` point at this run."""
         point_latest(self.path.parent, self.path)
 
-    def event(self, kind: str, stage: str | None = None, step: int | None = None, **fields: Any) -> None:
-        """Append one line to events.jsonl, or raise OSError and append nothing. Times are apart from metrics, so that the
-        metrics of two runs can be compared."""
-        line = {"time": round(time.time(), 3), "event": kind, "stage": stage, "step": step, **fields}
-        self._append(json.dumps(well_formed_json({k: v for k, v in line.items() if v is not None}), ensure_ascii=False) + "\n")
+    def event(
+        self, kind: str, stage: str | None = None, step: int | None = None, **fields: Any
+    ) -> None:
+        """Append one line to events.jsonl, or raise OSError and append nothing. Times are apart
+        from metrics, so that the metrics of two runs can be compared."""
+        line = {
+            "time": round(time.time(), 3),
+            "event": kind,
+            "stage": stage,
+            "step": step,
+            **fields,
+        }
+        self._append(
+            json.dumps(
+                well_formed_json({k: v for k, v in line.items() if v is not None}),
+                ensure_ascii=False,
+            )
+            + "\n"
+        )
 
     def _append(self, text: str) -> None:
         data, before = text.encode(), os.fstat(self._events.fileno()).st_size
@@ -125,7 +147,9 @@ class RunFolder:
 
     def write_rollouts(self, step: "Step", texts: TokenTexts) -> Path:
         """`rollouts/000031.parquet`: a row per token of every prompt and response of the step."""
-        path = write_tokens(rollout_table(step, texts), self.path / "rollouts" / f"{step.number:06d}.parquet")
+        path = write_tokens(
+            rollout_table(step, texts), self.path / "rollouts" / f"{step.number:06d}.parquet"
+        )
         self._written.append(path)
         return path
 
@@ -149,16 +173,24 @@ class RunFolder:
         sweep_strays(self.path.parent)
 
     def cut_back(self, size: int, last_rollouts: int | None) -> None:
-        """To what there was when a checkpoint was written: so many bytes of events.jsonl, and no rollouts or probes of later
-        steps than this one (None: all stay)."""
+        """To what there was when a checkpoint was written: so many bytes of events.jsonl, and no
+        rollouts or probes of later steps than this one (None: all stay)."""
         os.ftruncate(self._events.fileno(), min(size, os.fstat(self._events.fileno()).st_size))
         self._digest, self._hashed = hashlib.sha256(), 0
         with (self.path / RECORD).open("rb") as file:
-            if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) + 1 and file.read(1) != b"\n":
+            if (
+                file.seek(0, os.SEEK_END)
+                and file.seek(-1, os.SEEK_END) + 1
+                and file.read(1) != b"\n"
+            ):
                 self._append("\n")  # the file was cut short within a line
         for kind in ("rollouts", "probes"):
             for path in (self.path / kind).glob("*.parquet"):
-                if last_rollouts is not None and path.stem.isdecimal() and int(path.stem) > last_rollouts:
+                if (
+                    last_rollouts is not None
+                    and path.stem.isdecimal()
+                    and int(path.stem) > last_rollouts
+                ):
                     path.unlink()
 
     def record(self) -> "Record":
@@ -166,7 +198,11 @@ class RunFolder:
 
     def metrics_of(self, stage: str) -> list[dict[str, Any]]:
         """The events with metrics of a stage, as far as the record goes."""
-        return [event for event in self.record().events if event["event"] == "metrics" and event["stage"] == stage]
+        return [
+            event
+            for event in self.record().events
+            if event["event"] == "metrics" and event["stage"] == stage
+        ]
 
     def close(self) -> None:
         self._events.close()
@@ -187,8 +223,8 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """Read events.jsonl. A line that is no event is passed over and counted, and so is one of which a part had to be left out.
-    Raises Unreadable where it is no ordinary file."""
+    """Read events.jsonl. A line that is no event is passed over and counted, and so is one of which
+    a part had to be left out. Raises Unreadable where it is no ordinary file."""
     events, damaged = [], 0
     for line in read_lines(Folder(folder), RECORD):
         try:
@@ -212,11 +248,14 @@ def _named(beside: Path, root: Path, stamp: str) -> Path:
         except OSError as error:  # another process took the name in between
             if error.errno not in {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}:
                 raise
-    raise FileExistsError(errno.EEXIST, "a thousand runs of this name and minute exist", str(root / stamp))
+    raise FileExistsError(
+        errno.EEXIST, "a thousand runs of this name and minute exist", str(root / stamp)
+    )
 
 
 def sweep_strays(root: Path) -> None:
-    """Delete the hidden folders of runs whose process died before they had begun. One that is being made is locked."""
+    """Delete the hidden folders of runs whose process died before they had begun. One that is being
+    made is locked."""
     for path in root.glob(f".*{durable.UNFINISHED}"):
         if not STRAY.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
             continue
@@ -263,11 +302,14 @@ def lock(file: IO[bytes], path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise InUse(f"{path}: another process is writing this run. Wait for it, or stop it.") from None
+        raise InUse(
+            f"{path}: another process is writing this run. Wait for it, or stop it."
+        ) from None
 
 
 def point_latest(root: Path, path: Path) -> None:
-    """`latest` points at the newest run; where the file system has no links, it is simply not there."""
+    """`latest` points at the newest run; where the file system has no links, it is simply not
+    there."""
     link, beside = root / "latest", root / f".latest{durable.UNFINISHED}"
     try:
         beside.unlink(missing_ok=True)
@@ -279,8 +321,17 @@ def point_latest(root: Path, path: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware and the state of the code: what a later reader needs to know where the numbers came from."""
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "pyarrow")
+    """Versions, hardware and the state of the code: what a later reader needs to know where the
+    numbers came from."""
+    packages = (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "pydantic",
+        "pyarrow",
+    )
     return {
         "quartet": __version__,
         "python": sys.version.split()[0],

@@ -49,10 +49,18 @@ def rollout_table(step: "Step", texts: TokenTexts) -> Any:
         "clipped": update.clipped,
         "entropy": update.entropy,
     }
-    return token_table(step.number, step.rollouts, step.batch, step.experience, algorithm, texts, seen)
+    return token_table(
+        step.number, step.rollouts, step.batch, step.experience, algorithm, texts, seen
+    )
 
 
-def probe_table(number: int, learner: "Learner", probes: "Sequence[Rollout]", algorithm: "Algorithm", texts: TokenTexts) -> Any:
+def probe_table(
+    number: int,
+    learner: "Learner",
+    probes: "Sequence[Rollout]",
+    algorithm: "Algorithm",
+    texts: TokenTexts,
+) -> Any:
     """What the models say, now, of answers that were given before."""
     batch = learner.score([dataclasses.replace(r, policy_version=-1) for r in probes], algorithm)
     seen = {"logprob": batch.old_logprobs, "entropy": batch.entropy}
@@ -71,26 +79,34 @@ def token_table(
     """`seen`: what an update saw of each token, by column."""
     import pyarrow as pa
 
-    real = torch.arange(batch.tokens.shape[1], device=batch.lengths.device)[None, :] < batch.lengths[:, None]
+    real = (
+        torch.arange(batch.tokens.shape[1], device=batch.lengths.device)[None, :]
+        < batch.lengths[:, None]
+    )
     rows = torch.arange(len(batch.ids), device=real.device)[:, None].expand_as(real)[real].cpu()
     ids = batch.tokens[real].cpu()
     response = batch.response_mask[real].cpu()
     prompt = (~response).numpy()
 
     def column(values: Tensor | None, middle: float = 0.0) -> Any:
-        """float32, null for prompt tokens and where there is no such model. What matters is how far a number is from the
-        middle."""
+        """float32, null for prompt tokens and where there is no such model. What matters is how far
+        a number is from the middle."""
         if values is None:
             return pa.nulls(len(ids), pa.float32())
         if values.dtype == torch.bool:
             return pa.array(values[real].cpu().numpy(), mask=prompt)
-        return pa.array((middle + rounded(values[real].float().cpu() - middle)).numpy(), pa.float32(), mask=prompt)
+        return pa.array(
+            (middle + rounded(values[real].float().cpu() - middle)).numpy(),
+            pa.float32(),
+            mask=prompt,
+        )
 
     def spread(per_row: Any, kind: Any) -> Any:
         return pa.array(per_row, kind).take(pa.array(rows.numpy()))
 
     components = {
-        f"score/{name}": spread([r.components[name] for r in rollouts], pa.float32()) for name in rollouts[0].components
+        f"score/{name}": spread([r.components[name] for r in rollouts], pa.float32())
+        for name in rollouts[0].components
     }
     kl = None if batch.ref_logprobs is None else k1(batch.old_logprobs, batch.ref_logprobs)
     positions = torch.arange(batch.tokens.shape[1], device=real.device).expand_as(real)[real].cpu()
@@ -130,8 +146,11 @@ def token_table(
     )
 
 
-def write_pairs(path: Path, comparisons: "Sequence[Comparison]", scores: Float[Tensor, "P 2"], tokenizer: Any) -> Path:
-    """A row per held-out pair: the texts, their lengths in tokens, and what the reward model gave to each side."""
+def write_pairs(
+    path: Path, comparisons: "Sequence[Comparison]", scores: Float[Tensor, "P 2"], tokenizer: Any
+) -> Path:
+    """A row per held-out pair: the texts, their lengths in tokens, and what the reward model gave
+    to each side."""
     import pyarrow as pa
 
     def text(ids: Sequence[int]) -> str:
@@ -154,7 +173,9 @@ def write_pairs(path: Path, comparisons: "Sequence[Comparison]", scores: Float[T
     )
 
 
-def td_errors(batch: "Batch", experience: "Experience", algorithm: "Algorithm") -> Float[Tensor, "B T"] | None:
+def td_errors(
+    batch: "Batch", experience: "Experience", algorithm: "Algorithm"
+) -> Float[Tensor, "B T"] | None:
     """δ_t = r_t + γ V_{t+1} − V_t: by how much the critic was surprised. None without a critic."""
     if batch.values is None:
         return None
@@ -164,7 +185,8 @@ def td_errors(batch: "Batch", experience: "Experience", algorithm: "Algorithm") 
 
 
 def rounded(values: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
-    """To MANTISSA_BITS, to nearest: noise in the last bits is most of what a file of them would hold."""
+    """To MANTISSA_BITS, to nearest: noise in the last bits is most of what a file of them would
+    hold."""
     drop = 24 - MANTISSA_BITS
     bits = values.contiguous().view(torch.int32)
     finite = ((bits + (1 << (drop - 1))) >> drop << drop).view(torch.float32)

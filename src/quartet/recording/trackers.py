@@ -1,4 +1,5 @@
-"""Trackers: where else the metrics of a run go. The run folder has them all; these are for who is used to another place."""
+"""Trackers: where else the metrics of a run go. The run folder has them all; these are for who is
+used to another place."""
 
 import contextlib
 import importlib.util
@@ -44,14 +45,17 @@ class TensorBoard:
 
 
 class Logged:
-    """A run of Weights & Biases, or of Trackio, which speaks the same language. WANDB_MODE=offline keeps the first on this
-    machine, in the run's folder; TRACKIO_DIR says where the second has its store."""
+    """A run of Weights & Biases, or of Trackio, which speaks the same language. WANDB_MODE=offline
+    keeps the first on this machine, in the run's folder; TRACKIO_DIR says where the second has its
+    store."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}})
+        self._run.log(
+            {f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}}
+        )
 
     def close(self) -> None:
         self._run.finish()
@@ -72,7 +76,8 @@ class MLflow:
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            # Its file store makes a file of each name and a folder of each slash: reward/gold cannot stand beside reward.
+            # Its file store makes a file of each name and a folder of each slash: reward/gold
+            # cannot stand beside reward.
             self._client.log_metric(self._id, f"{stage}/{name.replace('/', '.')}", value, step=step)
 
     def close(self) -> None:
@@ -110,7 +115,9 @@ class Tracking:
     def _fail(self, name: str, error: Exception) -> None:
         self._sinks.pop(name, None)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        self._failed.append(f"{name} takes no more metrics ({reason}). The run goes on; its folder has them all.")
+        self._failed.append(
+            f"{name} takes no more metrics ({reason}). The run goes on; its folder has them all."
+        )
 
 
 def make_sink(name: Tracker, folder: Path, config: Mapping[str, Any]) -> Sink:
@@ -121,7 +128,9 @@ def make_sink(name: Tracker, folder: Path, config: Mapping[str, Any]) -> Sink:
             import wandb
 
             os.environ.setdefault("WANDB_SILENT", "true")
-            return Logged(wandb.init(project=PROJECT, name=folder.name, config=dict(config), dir=str(folder)))
+            return Logged(
+                wandb.init(project=PROJECT, name=folder.name, config=dict(config), dir=str(folder))
+            )
         case "trackio":
             import trackio
 
@@ -134,12 +143,19 @@ def check_trackers(names: Sequence[Tracker]) -> None:
     """Their packages are there. TrackerMissing names one that is not."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise TrackerMissing(f'run.track = ["{name}"]: {name} is not installed: pip install "quartet-rlhf[{name}]".')
+            raise TrackerMissing(
+                f'run.track = ["{name}"]: {name} is not installed: pip install '
+                f'"quartet-rlhf[{name}]".'
+            )
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return [
         pair
         for key, value in table.items()
-        for pair in (_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)])
+        for pair in (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else [(f"{prefix}{key}", value)]
+        )
     ]

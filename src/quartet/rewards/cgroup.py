@@ -1,4 +1,5 @@
-"""A memory cgroup for one program: it bounds all memory that the program makes the kernel hold, page tables included."""
+"""A memory cgroup for one program: it bounds all memory that the program makes the kernel hold,
+page tables included."""
 
 import atexit
 import contextlib
@@ -39,17 +40,25 @@ class MemoryCgroup:
         return self
 
     def enter_command(self) -> list[str]:
-        """Return what a command begins with so that it and all its children are in the group from their first byte."""
+        """Return what a command begins with so that it and all its children are in the group from
+        their first byte."""
         return ["/bin/sh", "-c", 'echo 0 > "$0" && exec "$@"', str(self.path / "cgroup.procs")]
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Remove the group, or leave that to the next one: the last process takes some milliseconds to leave it."""
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the group, or leave that to the next one: the last process takes some milliseconds
+        to leave it."""
         _left.append(self.path)
         remove_left()
 
 
 def remove_left(seconds: float = 0.0) -> None:
-    """Remove the groups that no process is in any more; wait up to so many seconds for those that are left."""
+    """Remove the groups that no process is in any more; wait up to so many seconds for those that
+    are left."""
     deadline = time.monotonic() + seconds
     while _left:
         for path in list(_left):
@@ -62,20 +71,26 @@ def remove_left(seconds: float = 0.0) -> None:
 
 
 def memory_cgroup(limit_mb: int) -> MemoryCgroup | None:
-    """Return a memory cgroup below this process's own that can be made here; None where none can."""
+    """Return a memory cgroup below this process's own that can be made here; None where none
+    can."""
     for parent, limit_file in _parents():
-        group = MemoryCgroup(parent / f"quartet-{os.getpid()}-{next(_numbers)}", limit_file, limit_mb << 20)
+        group = MemoryCgroup(
+            parent / f"quartet-{os.getpid()}-{next(_numbers)}", limit_file, limit_mb << 20
+        )
         if parent in _usable:
             return group
         with contextlib.suppress(OSError), group:
             _usable.add(parent)
         if parent in _usable:
-            return MemoryCgroup(parent / f"quartet-{os.getpid()}-{next(_numbers)}", limit_file, limit_mb << 20)
+            return MemoryCgroup(
+                parent / f"quartet-{os.getpid()}-{next(_numbers)}", limit_file, limit_mb << 20
+            )
     return None
 
 
 def _parents() -> list[tuple[Path, str]]:
-    """Return the cgroups that this process is in and could have children with a memory limit, and the name of the limit."""
+    """Return the cgroups that this process is in and could have children with a memory limit, and
+    the name of the limit."""
     found = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

@@ -27,17 +27,30 @@ for call in {calls!r}:
 
 
 class CodeReward:
-    """1 where the program in the response passes all tests of its row, else 0; with `share`, the share that it passes.
+    """1 where the program in the response passes all tests of its row, else 0; with `share`, the
+    share that it passes.
 
-    A test is `{"input": …, "output": …}`, standard input and what must come out of it (white space at line ends aside), or
-    `{"call": "add(2, 3)", "result": 5}`, an expression and its value as JSON. Values and outputs are compared here, outside:
-    what is expected never enters the sandbox, so there is no verdict in it that a program could forge.
+    A test is `{"input": …, "output": …}`, standard input and what must come out of it (white space
+    at line ends aside), or `{"call": "add(2, 3)", "result": 5}`, an expression and its value as
+    JSON. Values and outputs are compared here, outside: what is expected never enters the sandbox,
+    so there is no verdict in it that a program could forge.
     """
 
     def __init__(
-        self, name: str, sandbox: Sandbox, column: str = "tests", score: Literal["all", "share"] = "all", parallel: int = 2
+        self,
+        name: str,
+        sandbox: Sandbox,
+        column: str = "tests",
+        score: Literal["all", "share"] = "all",
+        parallel: int = 2,
     ) -> None:
-        self.name, self.sandbox, self.column, self.kind, self.parallel = name, sandbox, column, score, parallel
+        self.name, self.sandbox, self.column, self.kind, self.parallel = (
+            name,
+            sandbox,
+            column,
+            score,
+            parallel,
+        )
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return map_concurrently(self._score, rollouts, self.parallel)
@@ -63,7 +76,8 @@ class CodeReward:
         return made
 
     def _values(self, program: str, calls: Sequence[str]) -> list[Any]:
-        """What each expression came to, as a list of one, or None; shorter than the calls where the program ended before."""
+        """What each expression came to, as a list of one, or None; shorter than the calls where the
+        program ended before."""
         ran = self.sandbox.run(HARNESS.format(program=program, calls=list(calls)))
         values = []
         for line in ran.output.split("\n")[: len(calls)]:
@@ -75,8 +89,8 @@ class CodeReward:
 
 
 def same_json(a: Any, b: Any) -> bool:
-    """Whether two JSON values are the same. Numbers compare by value (1 and 1.0 are the same); `true` is not 1, which
-    Python's `==` says it is, nor `false` 0."""
+    """Whether two JSON values are the same. Numbers compare by value (1 and 1.0 are the same);
+    `true` is not 1, which Python's `==` says it is, nor `false` 0."""
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, list) and isinstance(b, list):
@@ -97,14 +111,21 @@ def checked_tests(place: str, column: str, cell: Any) -> list[Mapping[str, Any]]
     try:
         tests = json.loads(cell) if isinstance(cell, str) else cell
     except ValueError:
-        raise RewardError(f"{place}: {column} is text that is not JSON; it must be a list of tests.") from None
+        raise RewardError(
+            f"{place}: {column} is text that is not JSON; it must be a list of tests."
+        ) from None
     if not isinstance(tests, list) or not tests:
         raise RewardError(f"{place}: {column} must be a list of tests, and not an empty one.")
     for number, test in enumerate(tests):
         asks = isinstance(test, dict) and isinstance(test.get("call"), str) and "result" in test
-        reads = isinstance(test, dict) and all(isinstance(test.get(key), str) for key in ("input", "output"))
+        reads = isinstance(test, dict) and all(
+            isinstance(test.get(key), str) for key in ("input", "output")
+        )
         if not asks and not reads:
-            raise RewardError(f'{place}: test {number} has neither "call" and "result" nor "input" and "output" (texts).')
+            raise RewardError(
+                f'{place}: test {number} has neither "call" and "result" nor "input" and "output" '
+                f"(texts)."
+            )
     return tests
 
 

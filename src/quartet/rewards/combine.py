@@ -9,9 +9,10 @@ from quartet.rewards.protocol import Reward, Score
 
 
 class EnsembleReward:
-    """Reward models that must not be fooled all at once (Coste et al. 2024): the weighted mean of their scores;
-    `lower_bound`, the mean less k deviations (the population's, weighted likewise); `min`, the worst case. Scores 1, 2, 6 with
-    equal weights and k = 1: 3, 3 − 2.16 = 0.84, and 1."""
+    """Reward models that must not be fooled all at once (Coste et al. 2024): the weighted mean of
+    their scores; `lower_bound`, the mean less k deviations (the population's, weighted likewise);
+    `min`, the worst case. Scores 1, 2, 6 with equal weights and k = 1: 3, 3 − 2.16 = 0.84, and
+    1."""
 
     def __init__(
         self,
@@ -26,7 +27,10 @@ class EnsembleReward:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         rows = zip(*(member.score(rollouts) for member in self.members), strict=True)
-        return [self._combined([s for s in row if s is not None]) if None not in row else None for row in rows]
+        return [
+            self._combined([s for s in row if s is not None]) if None not in row else None
+            for row in rows
+        ]
 
     def _combined(self, scores: Sequence[float]) -> float:
         if self.combine == "min":

@@ -7,7 +7,8 @@ from quartet.rewards.protocol import RewardError, Score
 
 
 class EnvironmentReward:
-    """The sum of the rewards of an episode's turns; token by token, each on the last token of its turn."""
+    """The sum of the rewards of an episode's turns; token by token, each on the last token of its
+    turn."""
 
     def __init__(self, name: str = "environment") -> None:
         self.name = name
@@ -19,6 +20,9 @@ class EnvironmentReward:
         made = []
         for rollout in rollouts:
             if rollout.turn_rewards is None:
-                raise RewardError(f"{rollout.id} was answered without an environment, so there is no reward of one.")
+                raise RewardError(
+                    f"{rollout.id} was answered without an environment, so there is no reward of "
+                    f"one."
+                )
             made.append(list(rollout.turn_rewards))
         return made

@@ -1,4 +1,5 @@
-"""Rewards that are functions: of ours, called here; of a person's, called in processes of their own."""
+"""Rewards that are functions: of ours, called here; of a person's, called in processes of their
+own."""
 
 import ast
 import contextlib
@@ -44,10 +45,12 @@ class TextReward:
 
 
 class FunctionReward:
-    """A person's function, by `file.py:name` or dotted path. docs/rewards.md says what it is given and may return.
+    """A person's function, by `file.py:name` or dotted path. docs/rewards.md says what it is given
+    and may return.
 
-    It runs in `processes` processes, each with a share of the responses, never more than `timeout` seconds; what it does to
-    its process, it does not do to the run. A function that gives a number per token has their sum for a score.
+    It runs in `processes` processes, each with a share of the responses, never more than `timeout`
+    seconds; what it does to its process, it does not do to the run. A function that gives a number
+    per token has their sum for a score.
     """
 
     def __init__(
@@ -59,34 +62,50 @@ class FunctionReward:
         processes: int = 1,
     ) -> None:
         check_reference(function)
-        self.name, self.function, self.token_texts, self.timeout = name, function, token_texts, timeout
+        self.name, self.function, self.token_texts, self.timeout = (
+            name,
+            function,
+            token_texts,
+            timeout,
+        )
         self.workers = [Worker(function) for _ in range(processes)]
         self._last: tuple[list[Rollout], list[Any]] = ([], [])
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        return [sum(value) if isinstance(value, list) else value for value in self._values(rollouts)]
+        return [
+            sum(value) if isinstance(value, list) else value for value in self._values(rollouts)
+        ]
 
     def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         values = self._values(rollouts)
         for rollout, value in zip(rollouts, values, strict=True):
             if value is not None and not isinstance(value, list):
                 raise RewardError(
-                    f"{self.function} returned one number for {rollout.id}, and the algorithm reads one per token: return a "
+                    f"{self.function} returned one number for {rollout.id}, and the algorithm "
+                    f"reads one per token: return a "
                     'list of them, or use algorithm.rewards.type = "last_token".'
                 )
         return [[] if value is None else value for value in values]
 
     def _values(self, rollouts: Sequence[Rollout]) -> list[Any]:
         """What the function returned; asked once for the same rollouts."""
-        if len(rollouts) == len(self._last[0]) and all(a is b for a, b in zip(rollouts, self._last[0], strict=True)):
+        if len(rollouts) == len(self._last[0]) and all(
+            a is b for a, b in zip(rollouts, self._last[0], strict=True)
+        ):
             return self._last[1]
         size = -(-len(rollouts) // len(self.workers))
         shares = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
         for worker in self.workers:
             worker.start()  # here: a process dies with the thread that made it, and those of the pool end
         try:
-            found = map_concurrently(lambda pair: self._ask(*pair), list(zip(self.workers, shares, strict=False)), len(shares))
-        except BaseException:  # a failure or an interruption: nothing that was asked goes on by itself
+            found = map_concurrently(
+                lambda pair: self._ask(*pair),
+                list(zip(self.workers, shares, strict=False)),
+                len(shares),
+            )
+        except (
+            BaseException
+        ):  # a failure or an interruption: nothing that was asked goes on by itself
             for worker in self.workers:
                 worker.stop()
             raise
@@ -95,23 +114,31 @@ class FunctionReward:
         return values
 
     def _ask(self, worker: "Worker", rollouts: Sequence[Rollout]) -> list[Any]:
-        values: list[Any] = worker.call(self._arguments(rollouts, worker.parameters), self.timeout, len(rollouts))
+        values: list[Any] = worker.call(
+            self._arguments(rollouts, worker.parameters), self.timeout, len(rollouts)
+        )
         if len(values) != len(rollouts):
             raise RewardError(
-                f"{self.function} returned {len(values)} value{'s' * (len(values) != 1)} for {len(rollouts)} responses. "
+                f"{self.function} returned {len(values)} value{'s' * (len(values) != 1)} for "
+                f"{len(rollouts)} responses. "
                 f"Return a list of {len(rollouts)} numbers."
             )
         for rollout, value in zip(rollouts, values, strict=True):
             if isinstance(value, list) and len(value) != len(rollout.response_ids):
                 raise RewardError(
-                    f"{self.function} returned {len(value)} numbers for {rollout.id}, which has {len(rollout.response_ids)} "
+                    f"{self.function} returned {len(value)} numbers for {rollout.id}, which has "
+                    f"{len(rollout.response_ids)} "
                     "tokens. Return one for each of `tokens`."
                 )
         return values
 
     def _arguments(self, rollouts: Sequence[Rollout], takes: Mapping[str, Any]) -> dict[str, Any]:
         """All that there is, as far as the function takes it."""
-        offered = {name: [r.prompt.extra.get(name) for r in rollouts] for r in rollouts for name in r.prompt.extra}
+        offered = {
+            name: [r.prompt.extra.get(name) for r in rollouts]
+            for r in rollouts
+            for name in r.prompt.extra
+        }
         offered |= {
             "prompts": [r.prompt.text for r in rollouts],
             "responses": [r.response for r in rollouts],
@@ -123,9 +150,14 @@ class FunctionReward:
             offered["tokens"] = [self.token_texts(r.response_ids) for r in rollouts]
         if missing := [name for name in takes["required"] if name not in offered]:
             raise RewardError(
-                f"{self.function} asks for {', '.join(missing)}, which the data do not have. There are {', '.join(offered)}."
+                f"{self.function} asks for {', '.join(missing)}, which the data do not have. There "
+                f"are {', '.join(offered)}."
             )
-        return {name: column for name, column in offered.items() if takes["any"] or name in takes["names"]}
+        return {
+            name: column
+            for name, column in offered.items()
+            if takes["any"] or name in takes["names"]
+        }
 
 
 class Worker:
@@ -153,7 +185,9 @@ class Worker:
         assert self.process.stdin is not None and self.process.stdout is not None
         os.set_blocking(self.process.stdin.fileno(), False)
         os.set_blocking(self.process.stdout.fileno(), False)
-        threading.Thread(target=_log_lines, args=(self.process.stderr, self.function), daemon=True).start()
+        threading.Thread(
+            target=_log_lines, args=(self.process.stderr, self.function), daemon=True
+        ).start()
         answer = self._exchange({"function": self.function}, START_SECONDS)
         if answer is None:
             raise RewardError(f"{self.function} could not be imported within {START_SECONDS:g} s.")
@@ -166,17 +200,21 @@ class Worker:
         answer = self._exchange({"arguments": arguments}, timeout)
         if answer is None:
             raise RewardError(
-                f"{self.function} took longer than {timeout:g} s for {count} responses. Raise reward.timeout, give it more "
+                f"{self.function} took longer than {timeout:g} s for {count} responses. Raise "
+                f"reward.timeout, give it more "
                 "reward.processes, or let it return None for what it cannot judge in time."
             )
         if "error" in answer:
-            raise RewardError(f"{self.function} failed: {answer['error']}. The traceback is in run.log.")
+            raise RewardError(
+                f"{self.function} failed: {answer['error']}. The traceback is in run.log."
+            )
         values: list[Any] = answer["values"]
         return values
 
     def _exchange(self, request: Mapping[str, Any], timeout: float) -> dict[str, Any] | None:
-        """Return the answer; None where there was none in time, and then the process is ended. No wait here is without a
-        deadline, whatever the function does to its process, its descriptors and its children."""
+        """Return the answer; None where there was none in time, and then the process is ended. No
+        wait here is without a deadline, whatever the function does to its process, its descriptors
+        and its children."""
         process = self.process
         assert process is not None
         self.number += 1
@@ -190,7 +228,11 @@ class Worker:
         if line is None:
             code = exit_code(process, GRACE_SECONDS)
             self._stop(process)
-            how = "closed its output and went on, and was ended" if code is None else f"ended by itself (exit code {code})"
+            how = (
+                "closed its output and went on, and was ended"
+                if code is None
+                else f"ended by itself (exit code {code})"
+            )
             raise RewardError(f"{self.function}: its process {how}. What it said is in run.log.")
         try:
             answer: dict[str, Any] = json.loads(line)
@@ -226,8 +268,8 @@ class Worker:
 
 
 def _converse(process: "subprocess.Popen[bytes]", request: bytes, deadline: float) -> bytes | None:
-    """Write a request and return the line that answers it; None where the output was closed instead. Raises `TimeoutError` at
-    the deadline."""
+    """Write a request and return the line that answers it; None where the output was closed
+    instead. Raises `TimeoutError` at the deadline."""
     assert process.stdin is not None and process.stdout is not None
     remaining, answer = memoryview(request), bytearray()
     with selectors.DefaultSelector() as selector:
@@ -257,8 +299,8 @@ def _converse(process: "subprocess.Popen[bytes]", request: bytes, deadline: floa
 
 
 def exit_code(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
-    """Return how a process has ended, without collecting it: its group keeps its number for as long. None where it has not
-    ended within so many seconds."""
+    """Return how a process has ended, without collecting it: its group keeps its number for as
+    long. None where it has not ended within so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -272,8 +314,9 @@ def exit_code(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
 
 
 def end_tree(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a process, its process group and, where /proc tells of them, all that descends from it. The process adopts its
-    orphans (see `worker.py`), so a child that left the group is found, too, unless the process has ended before."""
+    """Kill a process, its process group and, where /proc tells of them, all that descends from it.
+    The process adopts its orphans (see `worker.py`), so a child that left the group is found, too,
+    unless the process has ended before."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid, signal.SIGSTOP)  # it starts nothing more
     for _ in range(20):
@@ -309,7 +352,8 @@ def descendants(root: int) -> list[int]:
 
 
 def _as_trl(rollout: Rollout) -> str | list[dict[str, str]]:
-    """A completion as TRL's reward functions read it: text, or a list with the assistant's message in a conversation."""
+    """A completion as TRL's reward functions read it: text, or a list with the assistant's message
+    in a conversation."""
     if rollout.prompt.messages is None:
         return rollout.response
     return [{"role": "assistant", "content": rollout.response}]
@@ -331,11 +375,24 @@ def check_reference(function: str, key: str = "reward.function") -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
         raise RewardError(f'{key} = "{function}": {place} is not Python: {error}.') from None
-    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
-    assigned = [
-        n.id for node in ast.walk(tree) if isinstance(node, ast.Assign) for n in node.targets if isinstance(n, ast.Name)
+    defined = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
     ]
-    imported = [a.asname or a.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names]
+    assigned = [
+        n.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for n in node.targets
+        if isinstance(n, ast.Name)
+    ]
+    imported = [
+        a.asname or a.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for a in node.names
+    ]
     if name not in {*defined, *assigned, *imported}:
         there = f" It defines {', '.join(defined)}." if defined else ""
         raise RewardError(f'{key} = "{function}": {place} has no {name}.{there}')

@@ -55,14 +55,15 @@ NEEDED = {"score": ("{prompt}", "{response}"), "pairwise": ("{prompt}", "{first}
 
 
 class JudgeReward:
-    """Scores that a language model gives each response: a number within `score_range`, or, pairwise,
-    the share of comparisons that the response wins against its neighbours among the responses to the
-    same prompt (a ring: each is compared with two).
+    """Scores that a language model gives each response: a number within `score_range`, or,
+    pairwise, the share of comparisons that the response wins against its neighbours among the
+    responses to the same prompt (a ring: each is compared with two).
 
     Every comparison is made twice, with the sides swapped; a judge that changes its mind gives a
-    tie. Answers are cached by the hash of the whole request, in a file that later runs may be given.
-    An answer of the judge that is not text, is empty or was cut off is an error and not cached; a
-    text without a verdict is cached and gives no score. If there is no text at all, the run stops.
+    tie. Answers are cached by the hash of the whole request, in a file that later runs may be
+    given. An answer of the judge that is not text, is empty or was cut off is an error and not
+    cached; a text without a verdict is cached and gives no score. If there is no text at all, the
+    run stops.
     """
 
     def __init__(
@@ -80,14 +81,19 @@ class JudgeReward:
         self.parallel, self.score_range = parallel, score_range
         self.prompt = prompt or (SCORE_PROMPT if mode == "score" else PAIR_PROMPT)
         if missing := [field for field in NEEDED[mode] if field not in self.prompt]:
-            raise RewardError(f"reward.prompt: the judge's prompt has no {missing[0]}; it is where the text is put in.")
+            raise RewardError(
+                f"reward.prompt: the judge's prompt has no {missing[0]}; it is where the text is "
+                f"put in."
+            )
         self.cache = JudgeCache(cache)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return self._single(rollouts) if self.mode == "score" else self._pairwise(rollouts)
 
     def _single(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        texts = self._ask([self._filled(prompt=r.prompt.text, response=r.response) for r in rollouts])
+        texts = self._ask(
+            [self._filled(prompt=r.prompt.text, response=r.response) for r in rollouts]
+        )
         scores = [None if text is None else parse_score(text, *self.score_range) for text in texts]
         self._warn_of_missing(texts, scores)
         return scores
@@ -124,7 +130,9 @@ class JudgeReward:
         it comes, so that a run that is stopped loses none."""
         requests = [self._request(prompt) for prompt in prompts]
         keys = [self._key(request) for request in requests]
-        unknown = {key: r for key, r in zip(keys, requests, strict=True) if self.cache.get(key) is None}
+        unknown = {
+            key: r for key, r in zip(keys, requests, strict=True) if self.cache.get(key) is None
+        }
         errors = {}
         try:
             with closing(self.endpoint.ask_each(list(unknown.values()), self.parallel)) as answers:
@@ -164,12 +172,16 @@ class JudgeReward:
             return RewardError(f'{name} was cut off before its end (finish_reason "{reason}").')
         if not isinstance(content, str):
             shown = excerpt(json.dumps(content), 60)
-            return RewardError(f"{name} answered with {shown} for choices[0].message.content, not a text.")
+            return RewardError(
+                f"{name} answered with {shown} for choices[0].message.content, not a text."
+            )
         if not content.strip():
             return RewardError(f"{name} answered with an empty text.")
         return content
 
-    def _warn_of_missing(self, texts: Sequence[str | None], verdicts: Sequence[float | None]) -> None:
+    def _warn_of_missing(
+        self, texts: Sequence[str | None], verdicts: Sequence[float | None]
+    ) -> None:
         unread = [t for t, v in zip(texts, verdicts, strict=True) if t is not None and v is None]
         if unread:
             log.warning(
@@ -183,8 +195,9 @@ class JudgeReward:
 
 def parse_score(text: str, low: float, high: float) -> Score:
     """Return the number N of the last "Score: N" in a judge's text, None where it is no number
-    between `low` and `high`. Behind N may stand "/" and the highest score; nothing else but marks of
-    bold type and a full stop. "Score: 8,5", "Score: 11" of 10 and "Score: 8 or 9" are no scores."""
+    between `low` and `high`. Behind N may stand "/" and the highest score; nothing else but marks
+    of bold type and a full stop. "Score: 8,5", "Score: 11" of 10 and "Score: 8 or 9" are no
+    scores."""
     match = NUMBER.fullmatch(_verdict(text, "score"))
     if match is None or (match[2] is not None and float(match[2]) != high):
         return None
@@ -199,13 +212,15 @@ def parse_preference(text: str) -> float | None:
 
 
 def _verdict(text: str, word: str) -> str:
-    """What the last line with `word:` says behind it, without marks of bold type and a full stop."""
+    """What the last line with `word:` says behind it, without marks of bold type and a full
+    stop."""
     lines = [match[2] for match in VERDICT.finditer(text) if match[1].lower() == word]
     return lines[-1].strip("*_` \t\r").removesuffix(".").strip("*_` \t\r") if lines else ""
 
 
 def neighbours(rollouts: Sequence[Rollout]) -> list[tuple[int, int]]:
-    """Pairs of answers to the same prompt, each with the next and the last with the first: a ring for three or more."""
+    """Pairs of answers to the same prompt, each with the next and the last with the first: a ring
+    for three or more."""
     groups: dict[tuple[int, str], list[int]] = {}
     for i, rollout in enumerate(rollouts):
         groups.setdefault((rollout.group, rollout.prompt.id), []).append(i)

@@ -71,7 +71,9 @@ class JudgeCache:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise RewardError(f"{path}: the judge's cache cannot be read ({error.strerror}).") from None
+            raise RewardError(
+                f"{path}: the judge's cache cannot be read ({error.strerror})."
+            ) from None
         bad = []
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -84,7 +86,8 @@ class JudgeCache:
         if bad:
             lines_are = "1 line is" if len(bad) == 1 else f"{len(bad)} lines are"
             log.warning(
-                "%s: %s no answer of a judge and left out (line %d: %s); what they answered is asked again.",
+                "%s: %s no answer of a judge and left out (line %d: %s); what they answered is "
+                "asked again.",
                 path,
                 lines_are,
                 bad[0][0],
@@ -140,7 +143,9 @@ def _locked(file: IO[bytes], path: Path) -> Iterator[None]:
                     f"{LOCK_SECONDS:g} s. Stop it, or name another reward.cache."
                 ) from None
             time.sleep(0.005)
-        except OSError:  # a file system without locks: a line is one write, which most of them keep whole
+        except (
+            OSError
+        ):  # a file system without locks: a line is one write, which most of them keep whole
             yield
             return
     try:

@@ -13,8 +13,9 @@ log = logging.getLogger(__name__)
 LARGEST = 3.4e38
 """The largest number of float32, nearly."""
 Score = float | None
-"""None: there is no score for this response (a judge that did not answer, a test that could not be run). It is never read as
-0: the response is left out of the step, and the step says how many were."""
+"""None: there is no score for this response (a judge that did not answer, a test that could not be
+run). It is never read as 0: the response is left out of the step, and the step says how many
+were."""
 
 
 @runtime_checkable
@@ -36,7 +37,8 @@ class TokenReward(Reward, Protocol):
 
 
 class RewardError(RuntimeError):
-    """A reward that cannot be used, or did not keep its contract. The message may quote what others wrote."""
+    """A reward that cannot be used, or did not keep its contract. The message may quote what others
+    wrote."""
 
     def __init__(self, message: str) -> None:
         super().__init__(well_formed(message))
@@ -50,10 +52,12 @@ class Weighted:
     weight: float = 1.0
 
 
-def rewarded(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], per_token: bool = False) -> list[Rollout]:
-    """The rollouts with their score, the weighted sum of the rewards, and with each reward's own number by name; `per_token`
-    also with the weighted sum of their numbers for each token. Where a reward that counts has no score, there is none at
-    all; those of weight 0 are only watched."""
+def rewarded(
+    rollouts: Sequence[Rollout], rewards: Sequence[Weighted], per_token: bool = False
+) -> list[Rollout]:
+    """The rollouts with their score, the weighted sum of the rewards, and with each reward's own
+    number by name; `per_token` also with the weighted sum of their numbers for each token. Where a
+    reward that counts has no score, there is none at all; those of weight 0 are only watched."""
     columns = {w.reward.name: _scores(w.reward, rollouts) for w in rewards}
     made = []
     for i, rollout in enumerate(rollouts):
@@ -62,22 +66,29 @@ def rewarded(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], per_token
         made.append(
             dataclasses.replace(
                 rollout,
-                score=None if missing else sum(weight * (score or 0.0) for weight, score in counted),
+                score=None
+                if missing
+                else sum(weight * (score or 0.0) for weight, score in counted),
                 components={name: column[i] for name, column in columns.items()},
             )
         )
     if not per_token:
         return made
     totals = _token_scores(rollouts, made, rewards)
-    return [dataclasses.replace(r, token_scores=tuple(total)) for r, total in zip(made, totals, strict=True)]
+    return [
+        dataclasses.replace(r, token_scores=tuple(total))
+        for r, total in zip(made, totals, strict=True)
+    ]
 
 
 def _scores(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
-    """One for each; what is no number in float32 (NaN, infinity, 1e308) counts as no score, and the log says so."""
+    """One for each; what is no number in float32 (NaN, infinity, 1e308) counts as no score, and the
+    log says so."""
     column = reward.score(rollouts)
     if len(column) != len(rollouts):
         raise RewardError(
-            f"reward {reward.name} returned {len(column)} value{'s' * (len(column) != 1)} for {len(rollouts)} responses. "
+            f"reward {reward.name} returned {len(column)} value{'s' * (len(column) != 1)} for "
+            f"{len(rollouts)} responses. "
             f"Return a list of {len(rollouts)} numbers."
         )
     usable: list[Score] = []
@@ -85,7 +96,11 @@ def _scores(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
         fits = score is None or abs(score) <= LARGEST  # a comparison with NaN is false
         if not fits:
             log.warning(
-                "reward %s gave %s for %s, which is left out: %r", reward.name, score, rollout.id, rollout.response[:200]
+                "reward %s gave %s for %s, which is left out: %r",
+                reward.name,
+                score,
+                rollout.id,
+                rollout.response[:200],
             )
         usable.append(score if fits else None)
     return usable
@@ -95,23 +110,32 @@ def with_score(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Those that there is something to learn from."""
     kept = [r for r in rollouts if r.score is not None]
     if rollouts and not kept:
-        absent = [name for name in rollouts[0].components if all(r.components[name] is None for r in rollouts)]
+        absent = [
+            name
+            for name in rollouts[0].components
+            if all(r.components[name] is None for r in rollouts)
+        ]
         raise RewardError(
-            f"none of {len(rollouts)} responses has a score{' from ' + ' and '.join(absent) if absent else ''}: "
+            f"none of {len(rollouts)} responses has a "
+            f"score{' from ' + ' and '.join(absent) if absent else ''}: "
             "there is nothing to learn from."
         )
     return kept
 
 
-def _token_scores(rollouts: Sequence[Rollout], made: Sequence[Rollout], rewards: Sequence[Weighted]) -> list[list[float]]:
-    """The rewards are given the rollouts that they have scored, so that they need not be asked twice."""
+def _token_scores(
+    rollouts: Sequence[Rollout], made: Sequence[Rollout], rewards: Sequence[Weighted]
+) -> list[list[float]]:
+    """The rewards are given the rollouts that they have scored, so that they need not be asked
+    twice."""
     total = [[0.0] * len(r.response_ids) for r in rollouts]
     for w in rewards:
         if w.weight == 0:
             continue
         if not isinstance(w.reward, TokenReward):
             raise RewardError(
-                f"reward {w.reward.name} gives one number per response, and the algorithm reads one per token. Use a reward "
+                f"reward {w.reward.name} gives one number per response, and the algorithm reads "
+                f"one per token. Use a reward "
                 'model, or algorithm.rewards.type = "last_token".'
             )
         for i, numbers in enumerate(w.reward.token_scores(rollouts)):
@@ -119,7 +143,8 @@ def _token_scores(rollouts: Sequence[Rollout], made: Sequence[Rollout], rewards:
                 continue
             if len(numbers) != len(total[i]):
                 raise RewardError(
-                    f"reward {w.reward.name} returned {len(numbers)} token scores for {rollouts[i].id}, "
+                    f"reward {w.reward.name} returned {len(numbers)} token scores for "
+                    f"{rollouts[i].id}, "
                     f"which has {len(total[i])} tokens."
                 )
             total[i] = [a + w.weight * b for a, b in zip(total[i], numbers, strict=True)]

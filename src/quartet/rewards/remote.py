@@ -52,7 +52,9 @@ class Endpoint:
             raise answer
         return answer
 
-    def ask_each(self, requests: Sequence[Mapping[str, Any]], parallel: int) -> Generator[tuple[int, Any], None, None]:
+    def ask_each(
+        self, requests: Sequence[Mapping[str, Any]], parallel: int
+    ) -> Generator[tuple[int, Any], None, None]:
         """Yield the index of each request and its answer, or the RewardError in place of one, in
         the order in which they come. Requests that are on their way when the iterator is closed,
         or the caller interrupted, are given up."""
@@ -84,13 +86,17 @@ class Endpoint:
         try:
             body = encode(request)
         except ValueError as error:
-            raise RewardError(f"{self.what} {self.url} cannot be asked: the request is no JSON ({error}).") from None
+            raise RewardError(
+                f"{self.what} {self.url} cannot be asked: the request is no JSON ({error})."
+            ) from None
         pause, reason = 0.0, ""
         for attempt in range(self.tries):
             if attempt:
                 await asyncio.sleep(max(pause, FIRST_WAIT * 2 ** (attempt - 1)))
             try:
-                reply = await self._client.exchange("POST", self.url, body, self.timeout, self.max_bytes)
+                reply = await self._client.exchange(
+                    "POST", self.url, body, self.timeout, self.max_bytes
+                )
             except RequestError as error:
                 if not error.again:
                     raise RewardError(f"{self.what} {self.url} {error}.") from None
@@ -117,12 +123,15 @@ class Endpoint:
 
 
 class ServerReward:
-    """A server that is posted `{"prompts": […], "responses": […], "ended": […], "columns": {…}}`, and for conversations
-    `"messages"`, and answers `{"scores": […]}`, one number or null for each response. With `protocol="openrlhf"`:
-    `{"query": […], "prompts": […], "labels": […]}` for `{"rewards": […]}`, as OpenRLHF's remote reward models have it; `labels`
-    are the rows' `label`, or else their `answer`."""
+    """A server that is posted `{"prompts": […], "responses": […], "ended": […], "columns": {…}}`,
+    and for conversations `"messages"`, and answers `{"scores": […]}`, one number or null for each
+    response. With `protocol="openrlhf"`: `{"query": […], "prompts": […], "labels": […]}` for
+    `{"rewards": […]}`, as OpenRLHF's remote reward models have it; `labels` are the rows' `label`,
+    or else their `answer`."""
 
-    def __init__(self, name: str, endpoint: Endpoint, protocol: str = "quartet", batch: int = 256) -> None:
+    def __init__(
+        self, name: str, endpoint: Endpoint, protocol: str = "quartet", batch: int = 256
+    ) -> None:
         self.name, self.endpoint, self.protocol, self.batch = name, endpoint, protocol, batch
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
@@ -163,7 +172,9 @@ class ServerReward:
         for i, score in enumerate(scores):
             if type(score) not in (int, float, type(None)):
                 shown = excerpt(repr(score), 60)
-                raise RewardError(f"{name} returned {shown} for response {i}, not a number or null.")
+                raise RewardError(
+                    f"{name} returned {shown} for response {i}, not a number or null."
+                )
         return [None if score is None else _as_float(score) for score in scores]
 
 
@@ -178,9 +189,14 @@ def _token(name: str) -> str:
     """The token in an environment variable."""
     token = os.environ.get(name)
     if not token:
-        raise RewardError(f'reward.token_env = "{name}": no such environment variable. Set it to the token.')
+        raise RewardError(
+            f'reward.token_env = "{name}": no such environment variable. Set it to the token.'
+        )
     if not all("!" <= letter <= "~" for letter in token):
-        raise RewardError(f'reward.token_env = "{name}": holds letters that no token has, such as a space or a line break.')
+        raise RewardError(
+            f'reward.token_env = "{name}": holds letters that no token has, such as a space or a '
+            f"line break."
+        )
     return token
 
 

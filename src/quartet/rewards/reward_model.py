@@ -14,12 +14,19 @@ from quartet.rewards.protocol import RewardError, Score
 
 
 class ModelReward:
-    """The reward model's score of prompt and response, at the last real token. It reads the very ids that the policy
-    wrote, so policy and reward model share a tokenizer."""
+    """The reward model's score of prompt and response, at the last real token. It reads the very
+    ids that the policy wrote, so policy and reward model share a tokenizer."""
 
-    def __init__(self, model: ScalarModel, micro_batch_tokens: int, name: str = "model", team: Team = ALONE) -> None:
+    def __init__(
+        self, model: ScalarModel, micro_batch_tokens: int, name: str = "model", team: Team = ALONE
+    ) -> None:
         """`team`: the ranks that have the model too; each reads its share."""
-        self.name, self.model, self.micro_batch_tokens, self.team = name, model, micro_batch_tokens, team
+        self.name, self.model, self.micro_batch_tokens, self.team = (
+            name,
+            model,
+            micro_batch_tokens,
+            team,
+        )
         self.device = next(model.parameters()).device
         self.placement = STAYS
 
@@ -27,7 +34,8 @@ class ModelReward:
         return [outputs[-1] for outputs in self._outputs(rollouts, whole=False)]
 
     def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        """The head read at every response token: what the model thinks once it has read that token."""
+        """The head read at every response token: what the model thinks once it has read that
+        token."""
         return self._outputs(rollouts, whole=True)
 
     @torch.no_grad()
@@ -37,21 +45,30 @@ class ModelReward:
         lengths = [len(r.prompt.ids) + len(r.response_ids) for r in rollouts]
         with self.placement.at_work(self.model):
             for piece in self.team.pieces(lengths, self.micro_batch_tokens):
-                mine |= {i: found for i, found in self._read(rollouts, piece.rows, whole) if piece.counts}
-        everything = {i: found for rows in self.team.exchange(list(mine.items())) for i, found in rows}
+                mine |= {
+                    i: found for i, found in self._read(rollouts, piece.rows, whole) if piece.counts
+                }
+        everything = {
+            i: found for rows in self.team.exchange(list(mine.items())) for i, found in rows
+        }
         for i, found in sorted(everything.items()):
             if not all(map(math.isfinite, found)):
                 raise RewardError(
-                    f"reward {self.name}: the score of {rollouts[i].id} is not finite: the model's weights are wrong. "
+                    f"reward {self.name}: the score of {rollouts[i].id} is not finite: the model's "
+                    f"weights are wrong. "
                     f'The response is "{rollouts[i].response[:200]}".'
                 )
         return [everything[i] for i in range(len(rollouts))]
 
-    def _read(self, rollouts: Sequence[Rollout], rows: Sequence[int], whole: bool) -> Iterator[tuple[int, list[float]]]:
+    def _read(
+        self, rollouts: Sequence[Rollout], rows: Sequence[int], whole: bool
+    ) -> Iterator[tuple[int, list[float]]]:
         """What the head says of some rows."""
         pieces = [rollouts[i] for i in rows]
         tokens, ends = right_pad([(*r.prompt.ids, *r.response_ids) for r in pieces], self.device)
         counts = [len(r.response_ids) if whole else 1 for r in pieces]
-        asked = response_mask(ends - torch.tensor(counts, device=self.device), ends, tokens.shape[1])
+        asked = response_mask(
+            ends - torch.tensor(counts, device=self.device), ends, tokens.shape[1]
+        )
         for i, found in zip(rows, self.model(tokens, asked).split(counts), strict=True):
             yield i, found.tolist()

@@ -3,16 +3,18 @@
 Three layers:
 
 - bubblewrap gives each program namespaces of its own (processes, network, mounts, IPC, host name; users
-  too where the caller is not root) and a read-only file system of the interpreter and its libraries.
-  There is no `/proc` and no `/sys`, `/dev` holds null, full, random and urandom, and nothing of the caller
-  is visible but the interpreter's path: no environment, arguments, open files, working directory.
+  too where the caller is not root) and a read-only file system of the interpreter and its
+  libraries. There is no `/proc` and no `/sys`, `/dev` holds null, full, random and urandom, and
+  nothing of the caller is visible but the interpreter's path: no environment, arguments, open
+  files, working directory.
 - A launcher inside mounts a small `/tmp` and `/dev/shm`, limits its resources, gives up every right and
-  becomes the program. Where the caller is root, it becomes an unprivileged host user first: to the kernel,
-  too, the program is not root.
+  becomes the program. Where the caller is root, it becomes an unprivileged host user first: to the
+  kernel, too, the program is not root.
 - A seccomp filter allows the calls that a Python program needs and no others (`seccomp.py`).
 
-A memory cgroup bounds the sum of all memory where one can be made (`cgroup.py`). The caller bounds wall time
-and output, and ends the whole process group. Where any of the three layers cannot be had, nothing is run.
+A memory cgroup bounds the sum of all memory where one can be made (`cgroup.py`). The caller bounds
+wall time and output, and ends the whole process group. Where any of the three layers cannot be had,
+nothing is run.
 """
 
 import contextlib
@@ -36,15 +38,15 @@ from quartet.rewards.seccomp import seccomp_filter
 MAX_OUTPUT = 1_000_000
 MAX_PROGRAM = 1_000_000
 OUTSIDE_MB = 32
-"""What a program can make the kernel hold beside its address space: files in /tmp (16 MB) and /dev/shm (1 MB), buffers of pipes
-and socket pairs (64 descriptors), stacks of threads (64)."""
+"""What a program can make the kernel hold beside its address space: files in /tmp (16 MB) and
+/dev/shm (1 MB), buffers of pipes and socket pairs (64 descriptors), stacks of threads (64)."""
 START_SECONDS = 60.0
 """How long a program may take to be started."""
 GRACE_SECONDS = 2.0
 """How long the end of a killed process is waited for."""
 FIRST_USER, USERS = 60600, 512
-"""Host users that programs run as where the caller is root: ids that neither Debian nor systemd gives to anybody. Programs
-that run at the same time are different users."""
+"""Host users that programs run as where the caller is root: ids that neither Debian nor systemd
+gives to anybody. Programs that run at the same time are different users."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ class Ran:
 class Sandbox:
     """Runs Python programs for at most `seconds` of wall time each, in `memory_mb` MiB of memory.
 
-    `OUTSIDE_MB` of these are kept for what the kernel holds outside the program's address space. Page tables
-    count only where there is a memory cgroup (`bounds_all_memory`); elsewhere a program that maps single pages
-    far apart can take up to 512 MB more in them.
+    `OUTSIDE_MB` of these are kept for what the kernel holds outside the program's address space.
+    Page tables count only where there is a memory cgroup (`bounds_all_memory`); elsewhere a program
+    that maps single pages far apart can take up to 512 MB more in them.
 
     Raises `RewardError` where programs cannot be isolated.
     """
@@ -72,7 +74,8 @@ class Sandbox:
         self.bwrap = None if found is None else str(Path(found).absolute())
         if sys.platform != "linux" or self.bwrap is None:
             raise RewardError(
-                'reward.type = "code" needs Linux and bubblewrap, which isolates the programs (Debian: apt install bubblewrap).'
+                'reward.type = "code" needs Linux and bubblewrap, which isolates the programs '
+                "(Debian: apt install bubblewrap)."
                 " Without it no program is run."
             )
         self.filter = seccomp_filter(platform.machine())
@@ -80,15 +83,22 @@ class Sandbox:
         self.bounds_all_memory = memory_cgroup(memory_mb) is not None
         output, complaint = self._probe()
         if output != "42\n":
-            needs = "As root it needs CAP_SYS_ADMIN, CAP_SETUID and CAP_SETGID" if _root() else "It needs user namespaces"
+            needs = (
+                "As root it needs CAP_SYS_ADMIN, CAP_SETUID and CAP_SETGID"
+                if _root()
+                else "It needs user namespaces"
+            )
             raise RewardError(
-                f"bubblewrap cannot isolate programs here ({complaint or 'no output'}); without it no program is run. {needs}."
+                f"bubblewrap cannot isolate programs here ({complaint or 'no output'}); without it "
+                f"no program is run. {needs}."
             )
 
     def run(self, program: str, stdin: str = "") -> Ran:
-        """Run a program, given as source text, with `stdin` as its standard input. Its standard error is thrown away.
+        """Run a program, given as source text, with `stdin` as its standard input. Its standard
+        error is thrown away.
 
-        Raises `RewardError` where the program could not be started: that says nothing about the program.
+        Raises `RewardError` where the program could not be started: that says nothing about the
+        program.
         """
         data = program.encode("utf-8", errors="surrogatepass")
         if len(data) > MAX_PROGRAM:
@@ -96,7 +106,8 @@ class Sandbox:
         return self._run(data, stdin.encode("utf-8", errors="surrogatepass"))
 
     def _probe(self) -> tuple[str, str]:
-        """Run a program that is known; return its output and the last line of what bubblewrap or the launcher said."""
+        """Run a program that is known; return its output and the last line of what bubblewrap or
+        the launcher said."""
         with tempfile.TemporaryFile() as complaints:
             try:
                 output = self._run(b"print(6 * 7)", b"", complaints.fileno()).output
@@ -121,7 +132,10 @@ class Sandbox:
                 stack.callback(os.close, started)
                 try:
                     process = subprocess.Popen(
-                        [*(group.enter_command() if group is not None else []), *self._command(source, starting)],
+                        [
+                            *(group.enter_command() if group is not None else []),
+                            *self._command(source, starting),
+                        ],
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=stderr,
@@ -133,7 +147,9 @@ class Sandbox:
                 finally:
                     os.close(starting)
             except OSError as error:
-                raise RewardError(f"a program could not be started in the sandbox: {error.strerror or error}.") from None
+                raise RewardError(
+                    f"a program could not be started in the sandbox: {error.strerror or error}."
+                ) from None
             return _watch(process, started, stdin, self.seconds)
 
     def _command(self, source: int, starting: int) -> list[str]:
@@ -146,15 +162,51 @@ class Sandbox:
         else:
             rights += ["--unshare-user"]
         return [
-            *(str(self.bwrap), "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
+            *(
+                str(self.bwrap),
+                "--unshare-ipc",
+                "--unshare-pid",
+                "--unshare-net",
+                "--unshare-uts",
+                "--unshare-cgroup-try",
+            ),
             *(*rights, "--die-with-parent", "--clearenv", "--hostname", "sandbox"),
             *_interpreter_mounts(prefix, python),
-            *("--perms", "0755", "--dir", "/dev", "--perms", "0755", "--dir", "/dev/shm", "--perms", "0755", "--dir", "/tmp"),
+            *(
+                "--perms",
+                "0755",
+                "--dir",
+                "/dev",
+                "--perms",
+                "0755",
+                "--dir",
+                "/dev/shm",
+                "--perms",
+                "0755",
+                "--dir",
+                "/tmp",
+            ),
             *(part for name in DEVICES for part in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")),
             *(part for name in DEVICES for part in ("--remount-ro", f"/dev/{name}")),
-            *("--perms", "0444", "--ro-bind-data", str(source), "/program.py", "--remount-ro", "/", "--chdir", "/"),
+            *(
+                "--perms",
+                "0444",
+                "--ro-bind-data",
+                str(source),
+                "/program.py",
+                "--remount-ro",
+                "/",
+                "--chdir",
+                "/",
+            ),
             *("--", str(python), "-I", "-S", "-c", LAUNCHER),
-            *(str(self.memory_mb - OUTSIDE_MB), str(int(self.seconds) + 1), str(user), self.filter.hex(), str(starting)),
+            *(
+                str(self.memory_mb - OUTSIDE_MB),
+                str(int(self.seconds) + 1),
+                str(user),
+                self.filter.hex(),
+                str(starting),
+            ),
         ]
 
 
@@ -167,7 +219,8 @@ def _root() -> bool:
 
 
 def _interpreter_mounts(prefix: Path, python: Path) -> list[str]:
-    """Return bubblewrap's arguments for the interpreter, its library and the system's shared libraries, read-only."""
+    """Return bubblewrap's arguments for the interpreter, its library and the system's shared
+    libraries, read-only."""
     mounts: list[str] = []
     libraries = ("lib", "lib32", "lib64")
     for folder in libraries:
@@ -226,15 +279,16 @@ os.close(started)
 sys.argv = ["/program.py"]
 runpy.run_path("/program.py", run_name="__main__")
 """
-"""The first program inside. It has CAP_SYS_ADMIN over its own mounts (and may become another user where the caller is root)
-until it gives that up, and checks that nothing is left before the untrusted program starts. For an ordinary caller, the program
-keeps the caller's user id, in a user namespace of its own where that id owns nothing but /tmp and /dev/shm."""
+"""The first program inside. It has CAP_SYS_ADMIN over its own mounts (and may become another user
+where the caller is root) until it gives that up, and checks that nothing is left before the
+untrusted program starts. For an ordinary caller, the program keeps the caller's user id, in a user
+namespace of its own where that id owns nothing but /tmp and /dev/shm."""
 
 
 def _watch(process: "subprocess.Popen[bytes]", started: int, stdin: bytes, seconds: float) -> Ran:
-    """Feed a process its input and read its output, up to the limits, and end its whole process group. `seconds` count from
-    when the launcher hands over to the program, which `started` tells. Nothing here waits without a deadline, whatever the
-    program does to its pipes."""
+    """Feed a process its input and read its output, up to the limits, and end its whole process
+    group. `seconds` count from when the launcher hands over to the program, which `started` tells.
+    Nothing here waits without a deadline, whatever the program does to its pipes."""
     assert process.stdin is not None and process.stdout is not None
     deadline = time.monotonic() + START_SECONDS
     output, begun, stopped = bytearray(), False, False
@@ -247,7 +301,9 @@ def _watch(process: "subprocess.Popen[bytes]", started: int, stdin: bytes, secon
             selector.register(process.stdout, selectors.EVENT_READ)
             selector.register(process.stdin, selectors.EVENT_WRITE)
             while len(selector.get_map()) and not stopped:
-                ready = [key.fileobj for key, _ in selector.select(max(deadline - time.monotonic(), 0))]
+                ready = [
+                    key.fileobj for key, _ in selector.select(max(deadline - time.monotonic(), 0))
+                ]
                 if started in ready:
                     selector.unregister(started)
                     begun = os.read(started, 1) == b"1"
@@ -265,15 +321,21 @@ def _watch(process: "subprocess.Popen[bytes]", started: int, stdin: bytes, secon
                         selector.unregister(process.stdin)
                         process.stdin.close()
                 stopped = not ready or len(output) > MAX_OUTPUT or time.monotonic() >= deadline
-        if not stopped:  # the pipes are closed: the program has ended, or has closed them and goes on
+        if (
+            not stopped
+        ):  # the pipes are closed: the program has ended, or has closed them and goes on
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(deadline - time.monotonic(), 0))
             stopped = process.returncode is None
     finally:
         _end(process)
     if not begun:
-        raise RewardError(f"a program could not be started in the sandbox (exit code {process.returncode}).")
-    text = output[:MAX_OUTPUT].decode("utf-8", errors="surrogateescape")  # bytes that are no text equal no text
+        raise RewardError(
+            f"a program could not be started in the sandbox (exit code {process.returncode})."
+        )
+    text = output[:MAX_OUTPUT].decode(
+        "utf-8", errors="surrogateescape"
+    )  # bytes that are no text equal no text
     return Ran(text, None if stopped else process.returncode)
 
 
@@ -288,8 +350,9 @@ def _write(pipe: int, data: memoryview) -> int:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End what is left of the group: bubblewrap, its reaper (the init of the process namespace, whose end is the end of
-    every process in it) and the program. The group's leader has not been waited for, so its id is not used again."""
+    """End what is left of the group: bubblewrap, its reaper (the init of the process namespace,
+    whose end is the end of every process in it) and the program. The group's leader has not been
+    waited for, so its id is not used again."""
     assert process.stdin is not None and process.stdout is not None
     try:
         if process.returncode is None:
@@ -298,7 +361,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
             process.wait(GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         raise RewardError(
-            f"process {process.pid} of the sandbox does not end though it was killed; no further program is run."
+            f"process {process.pid} of the sandbox does not end though it was killed; no further "
+            f"program is run."
         ) from None
     finally:
         process.stdin.close()

@@ -1,12 +1,13 @@
 """The system calls that an untrusted program may make, as a seccomp filter.
 
-The list names what is allowed. A call that is not on it fails with ENOSYS, as on a kernel that does not have it, so a kernel's
-new calls are closed until someone has thought about them. What the list leaves out on purpose:
+The list names what is allowed. A call that is not on it fails with ENOSYS, as on a kernel that does
+not have it, so a kernel's new calls are closed until someone has thought about them. What the list
+leaves out on purpose:
 
 - new processes and programs (fork, vfork, execve; clone makes threads only), so that one process is all there is to bound;
 - memory that belongs to no address space and would escape RLIMIT_AS: memfd_create, System V shared memory, message queues,
-  shared anonymous mappings (their pages stay after a partial unmap), larger pipes, record locks, extended attributes, threads
-  with a descriptor table of their own;
+  shared anonymous mappings (their pages stay after a partial unmap), larger pipes, record locks,
+  extended attributes, threads with a descriptor table of their own;
 - other processes: ptrace, process_vm_readv, pidfd calls, signals to any other process, limits of any other process;
 - sockets (but for a pair connected to itself, which asyncio needs), passing of descriptors, devices' ioctls;
 - names and rights: mounting, namespaces, users, capabilities, keys, further filters, bpf, io_uring, modules.
@@ -21,11 +22,14 @@ ALLOW, KILL_PROCESS = 0x7FFF0000, 0x80000000
 EPERM, ENOSYS, EOPNOTSUPP = 0x00050001, 0x00050026, 0x0005005F
 
 THREAD = 0x00010F00
-"""The flags of clone that every thread has: VM, FS, FILES, SIGHAND, THREAD. One without FILES would copy the descriptors."""
+"""The flags of clone that every thread has: VM, FS, FILES, SIGHAND, THREAD. One without FILES would
+copy the descriptors."""
 THREAD_FLAGS = 0x007D0F00
-"""All flags that glibc and musl pass for a thread: those, SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID, DETACHED."""
+"""All flags that glibc and musl pass for a thread: those, SYSVSEM, SETTLS, PARENT_SETTID,
+CHILD_CLEARTID, DETACHED."""
 SHARED, ANONYMOUS = 0x01, 0x20
-"""Flags of mmap. A shared mapping of a file is bounded by the size of /tmp or /dev/shm, one of no file by nothing."""
+"""Flags of mmap. A shared mapping of a file is bounded by the size of /tmp or /dev/shm, one of no
+file by nothing."""
 PROGRAM_PID = 2
 """The program's process id in its own namespace; bubblewrap's reaper is 1."""
 
@@ -77,11 +81,25 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
 """The number of each call on x86_64 and on aarch64; None where that machine has no such call."""
 
 REFUSED = {
-    **dict.fromkeys(("fork", "vfork", "execve", "execveat", "socket", "ptrace", "mount", "unshare", "setns", "bpf"), EPERM),
+    **dict.fromkeys(
+        (
+            "fork",
+            "vfork",
+            "execve",
+            "execveat",
+            "socket",
+            "ptrace",
+            "mount",
+            "unshare",
+            "setns",
+            "bpf",
+        ),
+        EPERM,
+    ),
     **dict.fromkeys(("listxattr", "llistxattr", "flistxattr"), EOPNOTSUPP),
 }
-"""Calls that fail with the error that programs expect: of a missing right, and of a file system without extended attributes,
-which shutil copies from all the same."""
+"""Calls that fail with the error that programs expect: of a missing right, and of a file system
+without extended attributes, which shutil copies from all the same."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +114,8 @@ class Rule:
 RULES: dict[str, tuple[Rule, ...]] = {
     "mmap": (Rule(3, (0, SHARED, ANONYMOUS), SHARED | ANONYMOUS),),
     "clone": (Rule(0, (THREAD,), THREAD), Rule(0, (0,), 0xFFFFFFFF & ~THREAD_FLAGS)),
-    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC: no locks, no pipe sizes, no owners, no leases
+    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC: no locks, no pipe sizes, no
+    # owners, no leases
     "fcntl": (Rule(1, (0, 1, 2, 3, 4, 1030)),),
     # TCGETS (isatty), FIONREAD, FIONBIO, FIOCLEX
     "ioctl": (Rule(1, (0x5401, 0x541B, 0x5421, 0x5451)),),
@@ -112,11 +131,13 @@ ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 
 def seccomp_filter(machine: str) -> bytes:
-    """Return the filter for a machine as `struct sock_filter` instructions: classic BPF over `struct seccomp_data` (call
-    number at 0, architecture at 4, arguments at 16 + 8 i). Calls of another architecture kill the process, and so do the
-    numbers of the x32 interface."""
+    """Return the filter for a machine as `struct sock_filter` instructions: classic BPF over
+    `struct seccomp_data` (call number at 0, architecture at 4, arguments at 16 + 8 i). Calls of
+    another architecture kill the process, and so do the numbers of the x32 interface."""
     if machine not in ARCHITECTURES:
-        raise RewardError(f"programs can be isolated on {' and '.join(ARCHITECTURES)}, not on {machine}.")
+        raise RewardError(
+            f"programs can be isolated on {' and '.join(ARCHITECTURES)}, not on {machine}."
+        )
     column = list(ARCHITECTURES).index(machine)
     load, mask, jump_equal, jump_at_least, give = 0x20, 0x54, 0x15, 0x35, 0x06
     code: list[tuple[int, int, int, int]] = [

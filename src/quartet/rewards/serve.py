@@ -34,7 +34,11 @@ class BadRequest(ValueError):
     """What is wrong with a request, in one sentence."""
 
 
-def app(score: Callable[[Asked], list[Score]], token_env: str | None = None, hosts: Sequence[str] = LOOPBACK) -> Any:
+def app(
+    score: Callable[[Asked], list[Score]],
+    token_env: str | None = None,
+    hosts: Sequence[str] = LOOPBACK,
+) -> Any:
     """Return a Starlette application.
 
     `POST /` takes Quartet's format, `{"prompts", "responses"}` with the optional `"messages"`
@@ -116,7 +120,8 @@ def is_openrlhf(table: dict[str, Any]) -> bool:
 
 
 def understood(table: Any) -> Asked:
-    """Check a request in either format and return what it asks. Raises BadRequest, and nothing else, whatever the JSON."""
+    """Check a request in either format and return what it asks. Raises BadRequest, and nothing
+    else, whatever the JSON."""
     if not isinstance(table, dict):
         raise BadRequest("the request must be an object with prompts and responses.")
     if is_openrlhf(table):
@@ -135,7 +140,10 @@ def understood(table: Any) -> Asked:
     if not isinstance(ended, list) or not all(isinstance(e, bool) for e in ended):
         raise BadRequest('"ended" must be a list of true and false.')
     if len(prompts) != len(responses) or len(ended) != len(responses):
-        raise BadRequest(f"{len(prompts)} prompts, {len(responses)} responses, {len(ended)} ended: must be as many of each.")
+        raise BadRequest(
+            f"{len(prompts)} prompts, {len(responses)} responses, {len(ended)} ended: must be as "
+            f"many of each."
+        )
     return Asked(_with_conversations(prompts, table.get("messages")), responses, ended)
 
 
@@ -155,7 +163,10 @@ def _is_conversation(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) > 0
-        and all(isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content")) for m in value)
+        and all(
+            isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content"))
+            for m in value
+        )
     )
 
 
@@ -172,5 +183,7 @@ def _texts(table: dict[str, Any], key: str) -> list[str]:
         raise BadRequest(f"{len(texts):,} {key}; {MAX_RESPONSES:,} at most in one request.")
     for i, text in enumerate(texts):
         if not _is_text(text):
-            raise BadRequest(f'text {i} of "{key}" holds half a surrogate pair, which is no character.')
+            raise BadRequest(
+                f'text {i} of "{key}" holds half a surrogate pair, which is no character.'
+            )
     return texts

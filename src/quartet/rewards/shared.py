@@ -9,8 +9,8 @@ from quartet.rewards.protocol import Reward, RewardError, Score, TokenReward
 
 
 class Shared:
-    """A reward of which each rank asks for the scores of its rows. Answers to one prompt stay together, as some rewards compare
-    them. What fails on one rank fails on all."""
+    """A reward of which each rank asks for the scores of its rows. Answers to one prompt stay
+    together, as some rewards compare them. What fails on one rank fails on all."""
 
     def __init__(self, reward: Reward, team: Team) -> None:
         self.reward, self.team, self.name = reward, team, reward.name
@@ -18,12 +18,16 @@ class Shared:
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return self._everybodys(rollouts, self.reward.score)
 
-    def _everybodys(self, rollouts: Sequence[Rollout], ask: Callable[[Sequence[Rollout]], Sequence[Any]]) -> list[Any]:
+    def _everybodys(
+        self, rollouts: Sequence[Rollout], ask: Callable[[Sequence[Rollout]], Sequence[Any]]
+    ) -> list[Any]:
         groups: dict[tuple[int, str], list[int]] = {}
         for row, r in enumerate(rollouts):
             groups.setdefault((r.group, r.prompt.id), []).append(row)
         together = list(groups.values())
-        mine = self.team.share([sum(len(rollouts[row].response_ids) for row in rows) for rows in together])
+        mine = self.team.share(
+            [sum(len(rollouts[row].response_ids) for row in rows) for rows in together]
+        )
         rows = [row for i in mine for row in together[i]]
         try:
             said: Any = [rows, list(ask([rollouts[i] for i in rows])) if rows else []]
@@ -32,7 +36,9 @@ class Shared:
         heard = self.team.exchange(said)
         if failures := [words for words in heard if isinstance(words, str)]:
             raise RewardError(failures[0])
-        by_row = {row: score for taken, scores in heard for row, score in zip(taken, scores, strict=True)}
+        by_row = {
+            row: score for taken, scores in heard for row, score in zip(taken, scores, strict=True)
+        }
         return [by_row[row] for row in range(len(rollouts))]
 
 

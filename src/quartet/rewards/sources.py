@@ -1,4 +1,5 @@
-"""Where scores come from, as a run's file says it: one `[[reward]]` table for each. Known without torch."""
+"""Where scores come from, as a run's file says it: one `[[reward]]` table for each. Known without
+torch."""
 
 from dataclasses import KW_ONLY
 from typing import Annotated, Literal
@@ -38,11 +39,14 @@ class AnswerSource(Source):
 
 @part
 class ModelSource(Source):
-    """A reward model: a folder or hub id of any sequence classifier with one label, or the one that this run trains."""
+    """A reward model: a folder or hub id of any sequence classifier with one label, or the one that
+    this run trains."""
 
     type: Literal["model"] = "model"
     model: str | None = None
-    label: int | None = Field(default=None, ge=0, description="Which label is the score, where the model has several.")
+    label: int | None = Field(
+        default=None, ge=0, description="Which label is the score, where the model has several."
+    )
 
 
 @part
@@ -51,15 +55,22 @@ class EnsembleSource(Source):
 
     models: tuple[str, ...] = Field(min_length=2, description="Folders or hub ids, two or more.")
     type: Literal["ensemble"] = "ensemble"
-    weights: tuple[float, ...] | None = Field(default=None, description="One for each model. Left out, they are equal.")
+    weights: tuple[float, ...] | None = Field(
+        default=None, description="One for each model. Left out, they are equal."
+    )
     combine: Literal["mean", "lower_bound", "min"] = "mean"
-    k: float = Field(default=1.0, ge=0, description="How many deviations lower_bound goes below the mean.")
+    k: float = Field(
+        default=1.0, ge=0, description="How many deviations lower_bound goes below the mean."
+    )
 
     def __post_init__(self) -> None:
         if self.weights is not None and (
             len(self.weights) != len(self.models) or min(self.weights) < 0 or not sum(self.weights)
         ):
-            raise ValueError(f"weights = {list(self.weights)}: needs one number ≥ 0 for each of {len(self.models)} models")
+            raise ValueError(
+                f"weights = {list(self.weights)}: needs one number ≥ 0 for each of "
+                f"{len(self.models)} models"
+            )
 
 
 @part
@@ -69,7 +80,9 @@ class FunctionSource(Source):
     function: str = Field(description="file.py:name, or package.module.name.")
     type: Literal["function"] = "function"
     timeout: float = Field(default=60.0, gt=0, description="Seconds that one call may take.")
-    processes: int = Field(default=1, ge=1, le=256, description="How many processes share the responses of a step.")
+    processes: int = Field(
+        default=1, ge=1, le=256, description="How many processes share the responses of a step."
+    )
 
     @property
     def called(self) -> str:
@@ -127,19 +140,26 @@ class LengthSource(Source):
 
 
 URL = r"^https?://[^/@\s]+(/\S*)?$"
-"""No user or password in it, which would stand in every copy of the config: reward.token_env is for that."""
+"""No user or password in it, which would stand in every copy of the config: reward.token_env is for
+that."""
 
 
 @part
 class ServerSource(Source):
     """A reward server over HTTP."""
 
-    url: str = Field(pattern=URL, description="http:// or https://, the whole address that is posted to.")
+    url: str = Field(
+        pattern=URL, description="http:// or https://, the whole address that is posted to."
+    )
     type: Literal["server"] = "server"
     protocol: Literal["quartet", "openrlhf"] = "quartet"
-    timeout: float = Field(default=30.0, gt=0, description="Seconds that one try may take as a whole.")
+    timeout: float = Field(
+        default=30.0, gt=0, description="Seconds that one try may take as a whole."
+    )
     tries: int = Field(default=3, ge=1)
-    token_env: str | None = Field(default=None, description="The environment variable with the token; never the token itself.")
+    token_env: str | None = Field(
+        default=None, description="The environment variable with the token; never the token itself."
+    )
     batch: int = Field(default=256, ge=1, description="Responses in one request.")
 
 
@@ -147,25 +167,41 @@ class ServerSource(Source):
 class JudgeSource(Source):
     """A language model as judge, behind an OpenAI-compatible endpoint."""
 
-    url: str = Field(pattern=URL, description="The whole address, such as http://127.0.0.1:8000/v1/chat/completions.")
+    url: str = Field(
+        pattern=URL,
+        description="The whole address, such as http://127.0.0.1:8000/v1/chat/completions.",
+    )
     model: str = Field(description="What the endpoint calls the judge.")
     type: Literal["judge"] = "judge"
     mode: Literal["score", "pairwise"] = "score"
-    prompt: str | None = Field(default=None, description="A file with the judge's prompt. Left out, Quartet's own.")
-    cache: str | None = Field(default=None, description="A file with earlier verdicts. Left out, it is in the run folder.")
-    timeout: float = Field(default=60.0, gt=0, description="Seconds that one try may take as a whole.")
+    prompt: str | None = Field(
+        default=None, description="A file with the judge's prompt. Left out, Quartet's own."
+    )
+    cache: str | None = Field(
+        default=None, description="A file with earlier verdicts. Left out, it is in the run folder."
+    )
+    timeout: float = Field(
+        default=60.0, gt=0, description="Seconds that one try may take as a whole."
+    )
     tries: int = Field(default=3, ge=1)
-    parallel: int = Field(default=8, ge=1, description="How many requests are on their way at once.")
-    token_env: str | None = Field(default=None, description="The environment variable with the token; never the token itself.")
+    parallel: int = Field(
+        default=8, ge=1, description="How many requests are on their way at once."
+    )
+    token_env: str | None = Field(
+        default=None, description="The environment variable with the token; never the token itself."
+    )
     score_range: tuple[float, float] = Field(
         default=(1.0, 10.0),
-        description="The lowest and highest score that the prompt asks for; another number is no score.",
+        description="The lowest and highest score that the prompt asks for; another number is no "
+        "score.",
     )
 
     def __post_init__(self) -> None:
         low, high = self.score_range
         if not 0 <= low < high:
-            raise ValueError(f"score_range = {list(self.score_range)}: needs two numbers, 0 ≤ lowest < highest")
+            raise ValueError(
+                f"score_range = {list(self.score_range)}: needs two numbers, 0 ≤ lowest < highest"
+            )
 
 
 @part
@@ -175,8 +211,12 @@ class StepsSource(Source):
     model: str
     type: Literal["steps"] = "steps"
     separator: str = Field(default="\n\n", min_length=1, description="What ends a step.")
-    label: int | None = Field(default=None, ge=0, description="Which label is a good step. Left out: the last.")
-    combine: Literal["min", "mean", "last"] = Field(default="min", description="The response's score from its steps'.")
+    label: int | None = Field(
+        default=None, ge=0, description="Which label is a good step. Left out: the last."
+    )
+    combine: Literal["min", "mean", "last"] = Field(
+        default="min", description="The response's score from its steps'."
+    )
 
 
 @part
@@ -185,7 +225,9 @@ class CodeSource(Source):
 
     type: Literal["code"] = "code"
     tests: str = Field(default="tests", description="The column with the tests.")
-    score: Literal["all", "share"] = Field(default="all", description="1 for all tests passed, or the share that is.")
+    score: Literal["all", "share"] = Field(
+        default="all", description="1 for all tests passed, or the share that is."
+    )
     seconds: float = Field(default=10.0, gt=0, le=3600, description="Wall time of one program.")
     memory_mb: int = Field(default=512, ge=64, description="Memory of one program, in MiB.")
     parallel: int = Field(default=2, ge=1, description="How many programs run at once.")

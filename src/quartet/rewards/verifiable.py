@@ -9,7 +9,9 @@ from typing import Any
 from quartet.experience import Rollout
 from quartet.rewards.protocol import RewardError, Score
 
-NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?(?=\D|$)")
+NUMBER = re.compile(
+    r"(?:(?<![\w)])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?(?=\D|$)"
+)
 FINAL = "####"
 """GSM8K's mark before the final answer."""
 
@@ -21,12 +23,15 @@ class ExactMatch:
         self.name, self.column = name, column
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        return [float(r.response.strip() == str(r.prompt.extra[self.column]).strip()) for r in rollouts]
+        return [
+            float(r.response.strip() == str(r.prompt.extra[self.column]).strip()) for r in rollouts
+        ]
 
 
 class NumberMatch:
-    """The response's final number is the answer's, as a number: 1,234.0 is 1234. Final is what follows the last `####` (GSM8K's
-    convention; Cobbe et al. 2021), or else the last number in the text."""
+    """The response's final number is the answer's, as a number: 1,234.0 is 1234. Final is what
+    follows the last `####` (GSM8K's convention; Cobbe et al. 2021), or else the last number in the
+    text."""
 
     def __init__(self, name: str = "number", column: str = "answer") -> None:
         self.name, self.column = name, column
@@ -36,15 +41,21 @@ class NumberMatch:
         for r in rollouts:
             wanted = final_number(str(r.prompt.extra[self.column]))
             if wanted is None:
-                raise RewardError(f"{r.prompt.id}: there is no number in its {self.column}: {r.prompt.extra[self.column]!r}.")
+                raise RewardError(
+                    f"{r.prompt.id}: there is no number in its {self.column}: "
+                    f"{r.prompt.extra[self.column]!r}."
+                )
             made.append(float(final_number(r.response) == wanted))
         return made
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the last `####`, or the last number of a text without the mark; None where there is none."""
+    """The number after the last `####`, or the last number of a text without the mark; None where
+    there is none."""
     said = text.rpartition(FINAL)[2] if FINAL in text else text
-    found = [match for match in NUMBER.findall(said.replace("−", "-")) if any(c.isdigit() for c in match)]
+    found = [
+        match for match in NUMBER.findall(said.replace("−", "-")) if any(c.isdigit() for c in match)
+    ]
     if not found:
         return None
     try:
@@ -54,14 +65,17 @@ def final_number(text: str) -> Decimal | None:
 
 
 class MathMatch:
-    """The response's final expression equals the answer's, as mathematics (math-verify: numbers, fractions, LaTeX, sets,
-    intervals). What cannot be compared counts as wrong."""
+    """The response's final expression equals the answer's, as mathematics (math-verify: numbers,
+    fractions, LaTeX, sets, intervals). What cannot be compared counts as wrong."""
 
     def __init__(self, name: str = "math", column: str = "answer", timeout: int = 5) -> None:
         try:
             import math_verify
         except ImportError:
-            raise RewardError('reward.type = "math" needs the package math-verify: pip install "quartet-rlhf[math]".') from None
+            raise RewardError(
+                'reward.type = "math" needs the package math-verify: pip install '
+                '"quartet-rlhf[math]".'
+            ) from None
         self.name, self.column, self.timeout, self.verifier = name, column, timeout, math_verify
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
@@ -70,19 +84,24 @@ class MathMatch:
     def equal(self, answer: str, response: str) -> bool:
         parse, verify = self.verifier.parse, self.verifier.verify
         # A bare answer such as \frac12 is LaTeX that lacks its dollars.
-        gold = parse(answer, parsing_timeout=self.timeout) or parse(f"${answer}$", parsing_timeout=self.timeout)
+        gold = parse(answer, parsing_timeout=self.timeout) or parse(
+            f"${answer}$", parsing_timeout=self.timeout
+        )
         said = parse(response, parsing_timeout=self.timeout)
         return bool(gold and said and verify(gold, said, timeout_seconds=self.timeout))
 
 
 class PatternMatch:
-    """The regular expression is found in the response. `^`, `$` and `\\\\A`, `\\\\Z` anchor it; `.` matches line ends too."""
+    """The regular expression is found in the response. `^`, `$` and `\\\\A`, `\\\\Z` anchor it; `.`
+    matches line ends too."""
 
     def __init__(self, pattern: str, name: str = "pattern") -> None:
         try:
             self.pattern = re.compile(pattern, re.DOTALL)
         except re.error as error:
-            raise RewardError(f'reward.pattern = "{pattern}": not a regular expression ({error}).') from None
+            raise RewardError(
+                f'reward.pattern = "{pattern}": not a regular expression ({error}).'
+            ) from None
         self.name = name
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
@@ -90,8 +109,8 @@ class PatternMatch:
 
 
 class JsonMatch:
-    """The response is JSON, and fits the schema where there is one (JSON Schema 2020-12, by jsonschema). A fence of three
-    backticks around it is allowed."""
+    """The response is JSON, and fits the schema where there is one (JSON Schema 2020-12, by
+    jsonschema). A fence of three backticks around it is allowed."""
 
     def __init__(self, schema: dict[str, Any] | None = None, name: str = "json") -> None:
         self.name, self.validator = name, None
@@ -99,7 +118,9 @@ class JsonMatch:
             try:
                 import jsonschema
             except ImportError:
-                raise RewardError('reward.schema needs the package jsonschema: pip install "quartet-rlhf[json]".') from None
+                raise RewardError(
+                    'reward.schema needs the package jsonschema: pip install "quartet-rlhf[json]".'
+                ) from None
             try:
                 jsonschema.Draft202012Validator.check_schema(schema)
             except jsonschema.SchemaError as error:
@@ -119,7 +140,8 @@ class JsonMatch:
 
 
 class LengthWithin:
-    """1 for a response of `least` to `most` tokens; outside, less by the share that is missing or too much, and not below
+    """1 for a response of `least` to `most` tokens; outside, less by the share that is missing or
+    too much, and not below
     0. With 10 to 20: 5 tokens give 0.5, 25 give 0.75."""
 
     def __init__(self, least: int, most: int, name: str = "length") -> None:

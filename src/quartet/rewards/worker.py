@@ -1,7 +1,7 @@
 """The process in which a person's reward function runs: `python -m quartet.rewards.worker`.
 
-A line of JSON in, a line of JSON out; nothing of Quartet is imported, and nothing is unpickled. What the function prints goes
-to standard error, so that it cannot be taken for an answer.
+A line of JSON in, a line of JSON out; nothing of Quartet is imported, and nothing is unpickled.
+What the function prints goes to standard error, so that it cannot be taken for an answer.
 """
 
 import asyncio
@@ -49,8 +49,8 @@ def main() -> None:
 
 
 def _own_pipes() -> tuple[TextIO, TextIO]:
-    """Return where requests come from and where answers go. The function and the programs that it starts have other ones:
-    standard input is empty, and standard output is standard error."""
+    """Return where requests come from and where answers go. The function and the programs that it
+    starts have other ones: standard input is empty, and standard output is standard error."""
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -106,8 +106,9 @@ def call(function: Function, arguments: dict[str, Any]) -> Any:
 
 
 def plain(values: Any) -> list[Any]:
-    """Return what a function returned as a list of numbers, None and lists of numbers. Arrays and tensors are such lists;
-    True and False are 1 and 0; an integer that no float can hold is infinite. Nothing else is converted."""
+    """Return what a function returned as a list of numbers, None and lists of numbers. Arrays and
+    tensors are such lists; True and False are 1 and 0; an integer that no float can hold is
+    infinite. Nothing else is converted."""
     if not _is_list(values):
         raise TypeError(f"returned {_kind(values)}, not a list with a number for each response")
     return [_number(i, value) for i, value in enumerate(values)]
@@ -121,19 +122,27 @@ def _number(index: int, value: Any, nested: bool = False) -> Any:
             raise TypeError(f"returned lists in lists for response {index}")
         return [_number(index, item, nested=True) for item in value]
     try:
-        item = value.item() if hasattr(value, "item") else value  # of an array: float() takes text and complex numbers there
+        item = (
+            value.item() if hasattr(value, "item") else value
+        )  # of an array: float() takes text and complex numbers there
         if isinstance(item, (*NO_LISTS, complex)):
             raise TypeError("no number")
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
     except Exception:
-        raise TypeError(f"returned {_kind(value)} for response {index}, not a number, None or a list of numbers") from None
+        raise TypeError(
+            f"returned {_kind(value)} for response {index}, not a number, None or a list of numbers"
+        ) from None
 
 
 def _is_list(value: Any) -> bool:
     """Whether it has entries in an order, which are not letters or bytes."""
-    return isinstance(value, Iterable) and not isinstance(value, NO_LISTS) and getattr(value, "ndim", 1) != 0
+    return (
+        isinstance(value, Iterable)
+        and not isinstance(value, NO_LISTS)
+        and getattr(value, "ndim", 1) != 0
+    )
 
 
 def _kind(value: Any) -> str:
@@ -144,7 +153,11 @@ def _kind(value: Any) -> str:
 
 def described(error: BaseException) -> str:
     """The error and the last line of the person's own code that it came from."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and "importlib" not in f.filename]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename != __file__ and "importlib" not in f.filename
+    ]
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     try:
         text = str(error)
@@ -155,8 +168,8 @@ def described(error: BaseException) -> str:
 
 
 def _die_with_parent() -> None:
-    """On Linux, end with the run (PR_SET_PDEATHSIG), and adopt orphans (PR_SET_CHILD_SUBREAPER): what a function starts and
-    leaves stays below this process, where the run finds it."""
+    """On Linux, end with the run (PR_SET_PDEATHSIG), and adopt orphans (PR_SET_CHILD_SUBREAPER):
+    what a function starts and leaves stays below this process, where the run finds it."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.prctl(1, signal.SIGKILL)

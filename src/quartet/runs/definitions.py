@@ -51,16 +51,28 @@ DEFINITIONS = (
         "how far the policy is from the reference; 0 at step 1",
     ),
     Definition(
-        "kl/token_k1", "KL per token, k1", "mean over tokens of log π_old − log π_ref", "unbiased, noisy, may be negative"
+        "kl/token_k1",
+        "KL per token, k1",
+        "mean over tokens of log π_old − log π_ref",
+        "unbiased, noisy, may be negative",
     ),
     Definition(
-        "kl/token_k2", "KL per token, k2", "mean over tokens of ½ (log π_old − log π_ref)²", "biased a little, never negative"
+        "kl/token_k2",
+        "KL per token, k2",
+        "mean over tokens of ½ (log π_old − log π_ref)²",
+        "biased a little, never negative",
     ),
     Definition(
-        "kl/token_k3", "KL per token, k3", "mean over tokens of ρ − 1 − log ρ, ρ = π_ref / π_old", "unbiased, never negative"
+        "kl/token_k3",
+        "KL per token, k3",
+        "mean over tokens of ρ − 1 − log ρ, ρ = π_ref / π_old",
+        "unbiased, never negative",
     ),
     Definition(
-        "kl/coef", "KL coefficient", "what multiplies the KL, as this step used it", "one that only grows: the policy runs away"
+        "kl/coef",
+        "KL coefficient",
+        "what multiplies the KL, as this step used it",
+        "one that only grows: the policy runs away",
     ),
     Definition(
         "value/explained_variance",
@@ -68,7 +80,12 @@ DEFINITIONS = (
         "1 − Var(return − value) / Var(return) over tokens",
         "1 perfect, 0 knows the mean only, below 0 worse than nothing",
     ),
-    Definition("value/mean", "mean value", "what the critic expects, over tokens", "should follow the mean return"),
+    Definition(
+        "value/mean",
+        "mean value",
+        "what the critic expects, over tokens",
+        "should follow the mean return",
+    ),
     Definition("return/mean", "mean return", "what the critic is taught, over tokens"),
     Definition(
         "advantage/std",
@@ -119,7 +136,10 @@ DEFINITIONS = (
         "how far one update went; typically below 0.05",
     ),
     Definition(
-        "policy/step_kl", "KL of the step", "k3 of π_old to π when the step is over, per token", "what policy_loss.beta follows"
+        "policy/step_kl",
+        "KL of the step",
+        "k3 of π_old to π when the step is over, per token",
+        "what policy_loss.beta follows",
     ),
     Definition(
         "policy/entropy",
@@ -155,14 +175,17 @@ DEFINITIONS = (
     Definition(
         "policy/win_rate",
         "win rate",
-        "share of 32 held-out prompts to which the policy answers better than the one RL started from, by the gold "
-        "reward where there is one, else by the training reward; a tie is half a win; twenty times a run",
+        "share of 32 held-out prompts to which the policy answers better than the one RL started "
+        "from, by the gold "
+        "reward where there is one, else by the training reward; a tie is half a win; twenty times "
+        "a run",
         "½ at first; falling while reward rises is reward hacking",
     ),
     Definition(
         "advantage/reward_correlation",
         "advantage against reward",
-        "Pearson's r, over the step's responses, of the sum of a response's token rewards and the mean advantage that the "
+        "Pearson's r, over the step's responses, of the sum of a response's token rewards and the "
+        "mean advantage that the "
         "update took for it; within groups where advantages compare these",
         "well above 0; around 0 responses are paid for others', below 0 a sign is wrong",
     ),
@@ -178,7 +201,9 @@ DEFINITIONS = (
         "mean |score now − score at first| of the same answers, twenty times a run",
         "0: a reward model does not learn while it judges",
     ),
-    Definition("policy/beta", "KL penalty β", "coefficient of the KL to π_old, as this step used it"),
+    Definition(
+        "policy/beta", "KL penalty β", "coefficient of the KL to π_old, as this step used it"
+    ),
     Definition(
         "ratio/first_error",
         "first ratio error",
@@ -197,7 +222,8 @@ DEFINITIONS = (
         "sampler_ratio",
         "sampler ratio",
         "mean of exp |log-prob of the sampler − of the learner|",
-        "1 but for rounding (1.0001), unless top-k or top-p is on; more stops the run. With a staleness: of answers by the "
+        "1 but for rounding (1.0001), unless top-k or top-p is on; more stops the run. With a "
+        "staleness: of answers by the "
         "newest weights, the first ones and those of the win rate",
     ),
     Definition(
@@ -224,7 +250,12 @@ DEFINITIONS = (
         "mean |log π − log π_ref| over chosen and rejected responses",
         "0 at step 1; anything else stops the run",
     ),
-    Definition("response/tokens", "response length", "mean number of tokens", "drift in either direction: read answers"),
+    Definition(
+        "response/tokens",
+        "response length",
+        "mean number of tokens",
+        "drift in either direction: read answers",
+    ),
     Definition(
         "response/ended",
         "ended",
@@ -237,29 +268,52 @@ DEFINITIONS = (
         "share of neighbouring token pairs said before in the same response",
         "rises when text degenerates",
     ),
-    Definition("response/distinct", "distinct", "share of responses that no other repeats", "falls when the policy collapses"),
+    Definition(
+        "response/distinct",
+        "distinct",
+        "share of responses that no other repeats",
+        "falls when the policy collapses",
+    ),
     Definition(
         "response/most_common",
         "said to most",
         "share of prompts that got the same response, the most common one",
         "towards 1 the policy says one thing to everything",
     ),
-    Definition("response/turns", "turns", "mean number of turns of the policy, where an environment answers it"),
-    Definition("responses", "responses", "responses in the step", "fewer than prompts × samples where some were dropped"),
+    Definition(
+        "response/turns",
+        "turns",
+        "mean number of turns of the policy, where an environment answers it",
+    ),
+    Definition(
+        "responses",
+        "responses",
+        "responses in the step",
+        "fewer than prompts × samples where some were dropped",
+    ),
     Definition(
         "correction/mean_weight",
         "mean weight",
         "mean weight of rollouts by another engine or policy",
         "near 1; far below, most tokens are masked out",
     ),
-    Definition("trust_region/kl", "KL of the trust region", "KL of the step taken", "at most the bound"),
-    Definition("trust_region/fraction", "step taken", "share of the full natural-gradient step", "0: no step was better"),
+    Definition(
+        "trust_region/kl", "KL of the trust region", "KL of the step taken", "at most the bound"
+    ),
+    Definition(
+        "trust_region/fraction",
+        "step taken",
+        "share of the full natural-gradient step",
+        "0: no step was better",
+    ),
     Definition("trust_region/improvement", "improvement", "by how much the loss fell"),
     Definition("loss", "loss", "the stage's loss, mean over its optimizer steps", "should fall"),
     Definition("loss/*", "loss: *", "this term of the loss, mean over optimizer steps"),
     Definition("grad_norm/*", "gradient norm, *", "norm of the gradient before it is clipped"),
     Definition("grad_norm", "gradient norm", "norm of the gradient before it is clipped"),
-    Definition("accuracy", "pair accuracy", "share of pairs in which the better side wins", "0.5 is chance"),
+    Definition(
+        "accuracy", "pair accuracy", "share of pairs in which the better side wins", "0.5 is chance"
+    ),
     Definition("margin", "margin", "mean of what the better side wins by"),
     Definition(
         "logprobs/*",

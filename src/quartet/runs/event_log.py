@@ -38,7 +38,10 @@ class Series:
         count, step = len(self.steps), event["step"]
         self.times.append(event["time"])
         self.seconds.append(event.get("seconds", math.nan))
-        for columns, values in ((self.columns, event["metrics"]), (self.phases, event.get("phases") or {})):
+        for columns, values in (
+            (self.columns, event["metrics"]),
+            (self.phases, event.get("phases") or {}),
+        ):
             for name in values.keys() - columns.keys():
                 columns[name] = array("d", [math.nan]) * count
             for name, column in columns.items():
@@ -69,14 +72,16 @@ class EventLog:
         self._in_long_line = False
 
     def refresh(self) -> bool | None:
-        """Read what was written since; whether there was anything, or None where there is no file. A last line that is not
-        whole yet is left for later."""
+        """Read what was written since; whether there was anything, or None where there is no file.
+        A last line that is not whole yet is left for later."""
         file = self.folder.open(self.name)
         if file is None:
             return None
         with file:
             facts = os.fstat(file.fileno())
-            if facts.st_size < self._read_to or facts.st_ino != self._inode:  # cut back to a checkpoint, or another file
+            if (
+                facts.st_size < self._read_to or facts.st_ino != self._inode
+            ):  # cut back to a checkpoint, or another file
                 self._forget()
             self._inode = facts.st_ino
             begin = self._read_to
@@ -89,7 +94,9 @@ class EventLog:
     @property
     def full(self) -> bool:
         """Whether as much was read as is read of any run."""
-        much = self._read_to >= MAX_BYTES or self._lines >= MAX_LINES or self._numbers >= MAX_NUMBERS
+        much = (
+            self._read_to >= MAX_BYTES or self._lines >= MAX_LINES or self._numbers >= MAX_NUMBERS
+        )
         return much or self.damaged + self.incomplete >= MAX_FAULTS
 
     def problems(self) -> Iterator[str]:
@@ -123,7 +130,9 @@ class EventLog:
     def _see(self, line: bytes) -> None:
         try:
             event, faults = records.parse_event(line)
-        except Unreadable as error:  # such as one that was torn by a crash, and written on behind it
+        except (
+            Unreadable
+        ) as error:  # such as one that was torn by a crash, and written on behind it
             self._leave_out(str(error).rstrip("."))
             return
         kind, stage = event["event"], event.get("stage")
@@ -134,7 +143,10 @@ class EventLog:
             self.series[str(stage)] = Series()
         if kind == "metrics":
             series = self.series[str(stage)]
-            faults += [*_too_many(event["metrics"], series.columns), *_too_many(event.get("phases") or {}, series.phases)]
+            faults += [
+                *_too_many(event["metrics"], series.columns),
+                *_too_many(event.get("phases") or {}, series.phases),
+            ]
             series.add(event)
             self._numbers += len(series.columns) + len(series.phases)
         elif len(self.events) < MAX_EVENTS or kind in {"done", "failed", "interrupted"}:
@@ -142,7 +154,9 @@ class EventLog:
         else:
             self._leave_out(f"comes after {MAX_EVENTS:,} events")
         if faults:
-            self._first_incomplete = self._first_incomplete or f"in line {self._lines:,}, {faults[0]}"
+            self._first_incomplete = (
+                self._first_incomplete or f"in line {self._lines:,}, {faults[0]}"
+            )
             self.incomplete += len(faults)
 
     def _leave_out(self, why: str) -> None:
@@ -156,5 +170,9 @@ def _too_many(table: dict[str, Any], columns: Mapping[str, Any]) -> Iterator[str
     for name in [name for name in table if name not in columns]:
         if name in IDENTITY or room <= 0:
             del table[name]
-            yield f"{shown(name)} cannot be a metric's name" if name in IDENTITY else f"{shown(name)} is one metric too many"
+            yield (
+                f"{shown(name)} cannot be a metric's name"
+                if name in IDENTITY
+                else f"{shown(name)} is one metric too many"
+            )
         room -= 1

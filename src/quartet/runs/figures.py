@@ -1,7 +1,7 @@
 """Charts of a run as Plotly figures: the same in the studio, the report and a notebook.
 
-Each is a plain dict of `data` and `layout`, which Plotly draws in a page as in Python; colours of text and background are left
-to the page.
+Each is a plain dict of `data` and `layout`, which Plotly draws in a page as in Python; colours of
+text and background are left to the page.
 """
 
 import fnmatch
@@ -48,7 +48,11 @@ CHARTS = (
         percent=True,
     ),
     Chart("Explained variance", ("value/explained_variance",)),
-    Chart("Clip fraction", ("policy/clip_fraction", "policy/clip_high", "policy/clip_low"), percent=True),
+    Chart(
+        "Clip fraction",
+        ("policy/clip_fraction", "policy/clip_high", "policy/clip_low"),
+        percent=True,
+    ),
     Chart("Entropy", ("policy/entropy",)),
     Chart("KL of one update", ("policy/kl_to_old", "policy/step_kl")),
     Chart("Ratio", ("ratio/max", "ratio/min")),
@@ -75,13 +79,19 @@ CHARTS = (
     Chart("Learning rate", ("lr", "lr/*")),
 )
 """In the order in which a page shows them; those of which a stage has no metric are left out."""
-APART = {"reward/gold", "reward/std", "reward/unscored", "reward/length_correlation", "reward/drift"}
+APART = {
+    "reward/gold",
+    "reward/std",
+    "reward/unscored",
+    "reward/length_correlation",
+    "reward/drift",
+}
 """Not among the components that `reward/*` stands for."""
 
 
 def charts(series: "Series") -> list[tuple[Chart, list[str]]]:
-    """The charts that a stage has something for, each with the names it draws. A pattern that stands for one line that is
-    drawn already is left out."""
+    """The charts that a stage has something for, each with the names it draws. A pattern that
+    stands for one line that is drawn already is left out."""
     shown: set[str] = set()
     made = []
     for chart in CHARTS:
@@ -95,21 +105,32 @@ def charts(series: "Series") -> list[tuple[Chart, list[str]]]:
 def _matching(pattern: str, series: "Series") -> list[str]:
     if "*" not in pattern:
         return [pattern] if pattern in series.columns else []
-    found = [name for name in series.columns if fnmatch.fnmatchcase(name, pattern) and name not in APART]
+    found = [
+        name for name in series.columns if fnmatch.fnmatchcase(name, pattern) and name not in APART
+    ]
     # A component that is the whole reward, or a term that is always 0, says nothing new.
     if found == ["reward/model"] or (len(found) == 1 and pattern == "reward/*"):
         return []
-    return [name for name in found if any(x not in {0.0} and not math.isnan(x) for x in series.columns[name])]
+    return [
+        name
+        for name in found
+        if any(x not in {0.0} and not math.isnan(x) for x in series.columns[name])
+    ]
 
 
 def lines(run: "Run", stage: str, title: str, names: Sequence[str], percent: bool = False) -> Spec:
-    """Metrics of a stage over its steps; KL with its target, where it has one, and marks where warnings were given."""
+    """Metrics of a stage over its steps; KL with its target, where it has one, and marks where
+    warnings were given."""
     series = run.series[stage]
     data = []
     for place, name in enumerate(names):
         color = COLORS[place % len(COLORS)]
         label = definition(name).label
-        there = [(step, v) for step, v in zip(series.steps, series.columns[name], strict=True) if not math.isnan(v)]
+        there = [
+            (step, v)
+            for step, v in zip(series.steps, series.columns[name], strict=True)
+            if not math.isnan(v)
+        ]
         if len(there) < 0.9 * len(series.steps):  # measured now and then
             steps, values = zip(*there, strict=True) if there else ((), ())
             data.append(_line(steps, values, color, {"name": label, "mode": "lines+markers"}))
@@ -117,15 +138,28 @@ def lines(run: "Run", stage: str, title: str, names: Sequence[str], percent: boo
         x, y = thinned(list(series.steps), list(series.columns[name]))
         smooth = smoothed(y)
         if smooth is not None:
-            data.append(_line(x, y, color, {"opacity": 0.25, "hoverinfo": "skip", "showlegend": False}))
+            data.append(
+                _line(x, y, color, {"opacity": 0.25, "hoverinfo": "skip", "showlegend": False})
+            )
         data.append(_line(x, smooth or y, color, {"name": label}))
-    spec: Spec = {"data": data, "layout": layout(title, ".0%" if percent else None, legend=len(names) > 1)}
+    spec: Spec = {
+        "data": data,
+        "layout": layout(title, ".0%" if percent else None, legend=len(names) > 1),
+    }
     target = run.config.get("algorithm", {}).get("kl", {}).get("controller", {}).get("target")
     if names[0] == "kl" and target:
         spec["layout"]["shapes"] = [_horizontal(target)]
     marks = sorted({w["step"] for w in run.warnings if w.get("stage") == stage})
     spec["layout"]["annotations"] = [
-        {"x": step, "y": 0, "yref": "paper", "text": "▲", "showarrow": False, "font": {"color": "#f59e0b"}} for step in marks
+        {
+            "x": step,
+            "y": 0,
+            "yref": "paper",
+            "text": "▲",
+            "showarrow": False,
+            "font": {"color": "#f59e0b"},
+        }
+        for step in marks
     ]
     return spec
 
@@ -141,11 +175,15 @@ def phases(run: "Run", stage: str) -> Spec:
 
 
 def frontier(run: "Run") -> Spec:
-    """What was gained for how far the policy went: scores against √KL, a point per step, with the best-of-n line of the first
-    policy; win rates on held-out prompts; and where gold was highest if it fell from there."""
+    """What was gained for how far the policy went: scores against √KL, a point per step, with the
+    best-of-n line of the first policy; win rates on held-out prompts; and where gold was highest if
+    it fell from there."""
     stage = run.rl_stage
     data: list[Spec] = []
-    spec: Spec = {"data": data, "layout": layout("What was gained, for how far the policy went", None, legend=True)}
+    spec: Spec = {
+        "data": data,
+        "layout": layout("What was gained, for how far the policy went", None, legend=True),
+    }
     spec["layout"] |= {"xaxis": _axis("√KL, nats"), "yaxis": _axis("mean score"), "height": 480}
     spec["layout"]["legend"]["y"], spec["layout"]["margin"]["b"] = -0.13, 80
     for place, key in enumerate(("reward", "gold")):
@@ -153,32 +191,66 @@ def frontier(run: "Run") -> Spec:
         if points:
             xs, ys = zip(*points, strict=True)
             name = f"best of n by reward: {key}"
-            data.append(_line(xs, ys, COLORS[place], {"name": name, "line": {"color": COLORS[place], "dash": "dot"}}))
+            data.append(
+                _line(
+                    xs,
+                    ys,
+                    COLORS[place],
+                    {"name": name, "line": {"color": COLORS[place], "dash": "dot"}},
+                )
+            )
     if stage is None or "kl" not in run.series[stage].columns:
         return spec
     series = run.series[stage]
     every = slice(None, None, math.ceil(len(series.steps) / MOST_POINTS))
-    distance = [math.sqrt(max(kl, 0.0)) for kl in smoothed(list(series.columns["kl"]), 0.15) or series.columns["kl"]]
+    distance = [
+        math.sqrt(max(kl, 0.0))
+        for kl in smoothed(list(series.columns["kl"]), 0.15) or series.columns["kl"]
+    ]
     for place, name in enumerate(("reward", "reward/gold")):
         if name not in series.columns:
             continue
         y = smoothed(list(series.columns[name]), 0.15) or list(series.columns[name])
         label = definition(name).label
         marker = {"size": 6, "color": COLORS[place]}
-        more = {"name": label, "mode": "lines+markers", "marker": marker, "customdata": list(series.steps[every])}
-        more["hovertemplate"] = "step %{customdata}: %{y:.3g} at √KL %{x:.3g}<extra>" + label + "</extra>"
+        more = {
+            "name": label,
+            "mode": "lines+markers",
+            "marker": marker,
+            "customdata": list(series.steps[every]),
+        }
+        more["hovertemplate"] = (
+            "step %{customdata}: %{y:.3g} at √KL %{x:.3g}<extra>" + label + "</extra>"
+        )
         data.append(_line(distance[every], y[every], COLORS[place], more))
     if "policy/win_rate" in series.columns:
         data.append(_win_rates(series, distance))
         title = "win rate on held-out prompts"
-        spec["layout"]["yaxis2"] = _axis(title) | {"overlaying": "y", "side": "right", "range": [0, 1.02], "tickformat": ".0%"}
-        spec["layout"]["yaxis2"] |= {"showgrid": False, "dtick": 0.25, "tick0": 0, "zeroline": False}
+        spec["layout"]["yaxis2"] = _axis(title) | {
+            "overlaying": "y",
+            "side": "right",
+            "range": [0, 1.02],
+            "tickformat": ".0%",
+        }
+        spec["layout"]["yaxis2"] |= {
+            "showgrid": False,
+            "dtick": 0.25,
+            "tick0": 0,
+            "zeroline": False,
+        }
     if (onset := overoptimised(series)) is not None:
         at = list(series.steps).index(onset)
         spec["layout"]["shapes"] = [_vertical(distance[at])]
         words = f"gold is highest at step {onset}: over-optimised from here"
         spec["layout"]["annotations"] = [
-            {"x": distance[at], "y": 1, "yref": "paper", "text": words, "showarrow": False, "xanchor": "right"}
+            {
+                "x": distance[at],
+                "y": 1,
+                "yref": "paper",
+                "text": words,
+                "showarrow": False,
+                "xanchor": "right",
+            }
         ]
     return spec
 
@@ -193,9 +265,16 @@ def _win_rates(series: "Series", distance: Sequence[float]) -> Spec:
         "yaxis": "y2",
         "marker": {"size": 9, "symbol": "diamond", "color": COLORS[2]},
         "customdata": [series.steps[i] for i in there],
-        "hovertemplate": "step %{customdata}: wins %{y:.0%} at √KL %{x:.3g}<extra>" + label + "</extra>",
+        "hovertemplate": "step %{customdata}: wins %{y:.0%} at √KL %{x:.3g}<extra>"
+        + label
+        + "</extra>",
     }
-    return _line([distance[i] for i in there], [series.columns["policy/win_rate"][i] for i in there], COLORS[2], more)
+    return _line(
+        [distance[i] for i in there],
+        [series.columns["policy/win_rate"][i] for i in there],
+        COLORS[2],
+        more,
+    )
 
 
 BINS = 8
@@ -203,18 +282,38 @@ BINS = 8
 
 
 def calibration(pairs: Sequence[Mapping[str, Any]]) -> Spec:
-    """How often a reward model is right, by how sure it is: for pairs by the difference of their scores, the probability that
-    it gives the higher one, σ(|difference|), against the share of which that one was preferred."""
-    ranked = sorted((abs(p["chosen_score"] - p["rejected_score"]), p["chosen_score"] > p["rejected_score"]) for p in pairs)
+    """How often a reward model is right, by how sure it is: for pairs by the difference of their
+    scores, the probability that it gives the higher one, σ(|difference|), against the share of
+    which that one was preferred."""
+    ranked = sorted(
+        (abs(p["chosen_score"] - p["rejected_score"]), p["chosen_score"] > p["rejected_score"])
+        for p in pairs
+    )
     size = max(1, math.ceil(len(ranked) / BINS))
     pieces = [ranked[i : i + size] for i in range(0, len(ranked), size)]
     said = [sum(1 / (1 + math.exp(-d)) for d, _ in piece) / len(piece) for piece in pieces]
     was = [sum(right for _, right in piece) / len(piece) for piece in pieces]
-    margin = [f"differences of {piece[0][0]:.2g} to {piece[-1][0]:.2g}, {len(piece)} pairs" for piece in pieces]
+    margin = [
+        f"differences of {piece[0][0]:.2g} to {piece[-1][0]:.2g}, {len(piece)} pairs"
+        for piece in pieces
+    ]
     data = [
-        _line([0.5, 1.0], [0.5, 1.0], GREY, {"name": "as sure as right", "line": {"color": GREY, "dash": "dash", "width": 1}}),
         _line(
-            said, was, COLORS[0], {"mode": "lines+markers", "name": "reward model", "text": margin, "hovertemplate": "%{text}"}
+            [0.5, 1.0],
+            [0.5, 1.0],
+            GREY,
+            {"name": "as sure as right", "line": {"color": GREY, "dash": "dash", "width": 1}},
+        ),
+        _line(
+            said,
+            was,
+            COLORS[0],
+            {
+                "mode": "lines+markers",
+                "name": "reward model",
+                "text": margin,
+                "hovertemplate": "%{text}",
+            },
         ),
     ]
     spec: Spec = {"data": data, "layout": layout("As sure as right?", ".0%", legend=True)}
@@ -246,8 +345,8 @@ def score_histogram(pairs: Sequence[Mapping[str, Any]]) -> Spec:
 
 
 def overoptimised(series: "Series") -> int | None:
-    """The step from which gold fell for good while reward went on rising: where gold, smoothed, is highest, if it ends lower by
-    more than a tenth of what it had gained and reward ends higher."""
+    """The step from which gold fell for good while reward went on rising: where gold, smoothed, is
+    highest, if it ends lower by more than a tenth of what it had gained and reward ends higher."""
     if not {"reward", "reward/gold"} <= series.columns.keys() or len(series.steps) < 10:
         return None
     gold = smoothed(list(series.columns["reward/gold"]), 0.2) or []
@@ -258,7 +357,11 @@ def overoptimised(series: "Series") -> int | None:
     top = max(range(begun, len(gold)), key=gold.__getitem__)
     gained, lost = gold[top] - gold[begun], gold[top] - gold[-1]
     noise = 6 * roughness(list(series.columns["reward/gold"])) / math.sqrt(0.2 * len(gold))
-    return series.steps[top] if lost > max(0.1 * gained, noise, 0.01) and reward[-1] > reward[top] else None
+    return (
+        series.steps[top]
+        if lost > max(0.1 * gained, noise, 0.01) and reward[-1] > reward[top]
+        else None
+    )
 
 
 def figure(run: "Run", name: str, stage: str | None = None) -> Any:
@@ -269,17 +372,23 @@ def figure(run: "Run", name: str, stage: str | None = None) -> Any:
 
     if name == "frontier":
         return go.Figure(frontier(run))
-    stage = stage or next((s for s, series in run.series.items() if name in series.columns), run.main_stage)
+    stage = stage or next(
+        (s for s, series in run.series.items() if name in series.columns), run.main_stage
+    )
     if stage is None or stage not in run.series:
         raise NoRun(f"{run.name}: has no stage {stage}. It has {', '.join(run.series) or 'none'}.")
     if name == "phases":
         return go.Figure(phases(run, stage))
     if name not in run.series[stage].columns:
-        raise NoRun(f"{run.name}: {stage} has no metric {name}. It has {', '.join(sorted(run.series[stage].columns))}.")
+        raise NoRun(
+            f"{run.name}: {stage} has no metric {name}. It has "
+            f"{', '.join(sorted(run.series[stage].columns))}."
+        )
     return go.Figure(lines(run, stage, definition(name).label, [name]))
 
 
-# --- drawing -------------------------------------------------------------------------------------------------------------
+# --- drawing
+# -------------------------------------------------------------------------------------------------------------
 
 
 def thinned(x: Sequence[int], y: Sequence[float]) -> tuple[list[int], list[float | None]]:
@@ -288,7 +397,9 @@ def thinned(x: Sequence[int], y: Sequence[float]) -> tuple[list[int], list[float
     if size == 1:
         return list(x), finite(y)
     pieces = [[v for v in finite(y[i : i + size]) if v is not None] for i in range(0, len(y), size)]
-    return list(x[size - 1 :: size]) + ([x[-1]] if len(x) % size else []), [sum(p) / len(p) if p else None for p in pieces]
+    return list(x[size - 1 :: size]) + ([x[-1]] if len(x) % size else []), [
+        sum(p) / len(p) if p else None for p in pieces
+    ]
 
 
 def finite(values: Sequence[Any]) -> list[Any]:
@@ -297,8 +408,9 @@ def finite(values: Sequence[Any]) -> list[Any]:
 
 
 def smoothed(y: Sequence[float | None], share: float = SMOOTHING) -> list[float] | None:
-    """Exponential moving average over a share of the points, its start not biased to 0; None for less than 12 points, or where
-    a number is missing. What never changes stays as it is, to the bit."""
+    """Exponential moving average over a share of the points, its start not biased to 0; None for
+    less than 12 points, or where a number is missing. What never changes stays as it is, to the
+    bit."""
     if len(y) >= 12 and len(set(y)) == 1 and y[0] is not None:
         return [v for v in y if v is not None]
     if len(y) < 12 or any(v is None or not math.isfinite(v) for v in y):
@@ -320,7 +432,14 @@ def layout(title: str, tickformat: str | None = None, legend: bool = False) -> S
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "showlegend": legend,
-        "legend": {"orientation": "h", "x": 0, "y": -0.14, "yanchor": "top", "xanchor": "left", "font": {"size": 11}},
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "y": -0.14,
+            "yanchor": "top",
+            "xanchor": "left",
+            "font": {"size": 11},
+        },
         "hovermode": "x unified",
         "xaxis": _axis(None),
         "yaxis": _axis(None) | ({"tickformat": tickformat} if tickformat else {}),
@@ -329,12 +448,23 @@ def layout(title: str, tickformat: str | None = None, legend: bool = False) -> S
 
 
 def _axis(title: str | None) -> Spec:
-    made: Spec = {"gridcolor": "rgba(128,128,128,0.18)", "zerolinecolor": "rgba(128,128,128,0.35)", "automargin": True}
+    made: Spec = {
+        "gridcolor": "rgba(128,128,128,0.18)",
+        "zerolinecolor": "rgba(128,128,128,0.35)",
+        "automargin": True,
+    }
     return made | ({"title": {"text": title}} if title else {})
 
 
 def _line(x: Sequence[Any], y: Sequence[Any], color: str, more: Mapping[str, Any]) -> Spec:
-    return {"type": "scatter", "mode": "lines", "x": finite(x), "y": finite(y), "line": {"color": color, "width": 2}, **more}
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": finite(x),
+        "y": finite(y),
+        "line": {"color": color, "width": 2},
+        **more,
+    }
 
 
 DASHED = {"color": GREY, "dash": "dash", "width": 1}

@@ -1,4 +1,5 @@
-"""Parquet files that someone else wrote, as tables with the columns and types that the reader asked for."""
+"""Parquet files that someone else wrote, as tables with the columns and types that the reader asked
+for."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,17 +26,20 @@ MAX_PARTS = 100_000
 
 @dataclass(frozen=True)
 class Column:
-    """What a reader expects of a column. A file without a required one, or with an empty place in it, cannot be read; another
-    that is absent or of the wrong type is null throughout."""
+    """What a reader expects of a column. A file without a required one, or with an empty place in
+    it, cannot be read; another that is absent or of the wrong type is null throughout."""
 
     kind: Kind
     required: bool = False
 
 
-def read_parquet(file: IO[bytes], expected: Mapping[str, Column], names: Sequence[str] | None = None) -> tuple[Any, list[str]]:
-    """Return the file as an Arrow table, and a phrase for each column that was left out of it. The table has all expected
-    columns and, of others, those of text, numbers and flags; or of all these only the ones called `names`. Columns of text are
-    dictionaries. Unreadable where it is no Parquet, lacks a required column, or would not fit into memory."""
+def read_parquet(
+    file: IO[bytes], expected: Mapping[str, Column], names: Sequence[str] | None = None
+) -> tuple[Any, list[str]]:
+    """Return the file as an Arrow table, and a phrase for each column that was left out of it. The
+    table has all expected columns and, of others, those of text, numbers and flags; or of all these
+    only the ones called `names`. Columns of text are dictionaries. Unreadable where it is no
+    Parquet, lacks a required column, or would not fit into memory."""
     import pyarrow as pa
 
     try:
@@ -52,10 +56,14 @@ def read_parquet(file: IO[bytes], expected: Mapping[str, Column], names: Sequenc
         RuntimeError,
         MemoryError,
     ) as error:
-        raise Unreadable(f"is no whole Parquet file ({shown(str(error).partition('.')[0])}).") from None
+        raise Unreadable(
+            f"is no whole Parquet file ({shown(str(error).partition('.')[0])})."
+        ) from None
 
 
-def _read(file: IO[bytes], expected: Mapping[str, Column], names: Sequence[str] | None) -> tuple[Any, list[str]]:
+def _read(
+    file: IO[bytes], expected: Mapping[str, Column], names: Sequence[str] | None
+) -> tuple[Any, list[str]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -65,13 +73,19 @@ def _read(file: IO[bytes], expected: Mapping[str, Column], names: Sequence[str] 
         kinds = {field.name: _kind(field.type) for field in opened.schema_arrow}
         if len(kinds) < len(opened.schema_arrow.names):
             raise Unreadable("has two columns of one name.")
-    expected = {name: expected[key] for name in [*expected, *kinds] if (key := _key(name, expected))}
+    expected = {
+        name: expected[key] for name in [*expected, *kinds] if (key := _key(name, expected))
+    }
     wanted = [*dict.fromkeys([*expected, *kinds])] if names is None else names
     faults = {name: fault for name in wanted if (fault := _fault(name, kinds, expected))}
     for name, fault in faults.items():
         if name in expected and expected[name].required:
             raise Unreadable(f"{fault}.")
-    present = [name for name in wanted if kinds.get(name) is not None and (name in expected or name not in faults)]
+    present = [
+        name
+        for name in wanted
+        if kinds.get(name) is not None and (name in expected or name not in faults)
+    ]
     texts = [name for name in present if kinds[name] == "text"]
     file.seek(0)
     with pq.ParquetFile(file, read_dictionary=texts, **limits) as opened:
@@ -85,18 +99,30 @@ def _read(file: IO[bytes], expected: Mapping[str, Column], names: Sequence[str] 
     columns = {}
     for name in wanted:
         if name in present and name not in faults:
-            as_float = kinds[name] == "whole" and name in expected and expected[name].kind == "number"
-            columns[name] = table.column(name).cast(pa.float64(), safe=False) if as_float else table.column(name)
+            as_float = (
+                kinds[name] == "whole" and name in expected and expected[name].kind == "number"
+            )
+            columns[name] = (
+                table.column(name).cast(pa.float64(), safe=False)
+                if as_float
+                else table.column(name)
+            )
         elif name in expected:
             if name in present and table.column(name).null_count == table.num_rows:
                 del faults[name]  # a column without a value, whatever its type
-            types = {"text": pa.string(), "whole": pa.int64(), "number": pa.float32(), "flag": pa.bool_()}
+            types = {
+                "text": pa.string(),
+                "whole": pa.int64(),
+                "number": pa.float32(),
+                "flag": pa.bool_(),
+            }
             columns[name] = pa.nulls(table.num_rows, types[expected[name].kind])
     return pa.table(columns), list(faults.values())
 
 
 def _key(name: str, expected: Mapping[str, Column]) -> str | None:
-    """Under which name a column is expected: its own, or for `score/gold` the pattern `score/*`, which is no column itself."""
+    """Under which name a column is expected: its own, or for `score/gold` the pattern `score/*`,
+    which is no column itself."""
     pattern = f"{name.partition('/')[0]}/*"
     if name.endswith("/*") or printable(name) != name:
         return None
@@ -107,14 +133,23 @@ def _refuse_large(metadata: Any) -> None:
     """By what the file says of itself; no column has been read yet."""
     groups = [metadata.row_group(i) for i in range(min(metadata.num_row_groups, MAX_PARTS))]
     if not 0 <= metadata.num_rows <= MAX_ROWS:
-        raise Unreadable(f"says that it has {metadata.num_rows:,} rows; {MAX_ROWS:,} is the most that is read.")
+        raise Unreadable(
+            f"says that it has {metadata.num_rows:,} rows; {MAX_ROWS:,} is the most that is read."
+        )
     if metadata.num_columns > MAX_COLUMNS:
-        raise Unreadable(f"has {metadata.num_columns:,} columns; {MAX_COLUMNS} is the most that is read.")
-    if any(group.total_byte_size < 0 for group in groups) or sum(group.total_byte_size for group in groups) > MAX_BYTES:
+        raise Unreadable(
+            f"has {metadata.num_columns:,} columns; {MAX_COLUMNS} is the most that is read."
+        )
+    if (
+        any(group.total_byte_size < 0 for group in groups)
+        or sum(group.total_byte_size for group in groups) > MAX_BYTES
+    ):
         raise Unreadable(f"holds more than {MAX_BYTES >> 30} GB.")
 
 
-def _fault(name: str, kinds: Mapping[str, Kind | None], expected: Mapping[str, Column]) -> str | None:
+def _fault(
+    name: str, kinds: Mapping[str, Kind | None], expected: Mapping[str, Column]
+) -> str | None:
     """What is wrong with a column, if anything is. A whole number is a number too."""
     if name not in kinds:
         return f"has no column {shown(name)}"
@@ -155,7 +190,8 @@ def _text_bytes(column: Any) -> int:
 
 
 def values(column: Any) -> list[Any]:
-    """Return a column as a Python list; one of a dictionary's texts far faster than Arrow does it."""
+    """Return a column as a Python list; one of a dictionary's texts far faster than Arrow does
+    it."""
     import pyarrow as pa
 
     plain = column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column

@@ -1,7 +1,8 @@
-"""A run folder, read: while it grows, or copied from another machine. Imports no trainer and no torch.
+"""A run folder, read: while it grows, or copied from another machine. Imports no trainer and no
+torch.
 
-Nothing in it is trusted: `untrusted` opens every file, `records` has the types that are expected in it. What cannot be read is
-left out, and `Run.problems` has a sentence for it.
+Nothing in it is trusted: `untrusted` opens every file, `records` has the types that are expected in
+it. What cannot be read is left out, and `Run.problems` has a sentence for it.
 """
 
 import functools
@@ -53,7 +54,8 @@ PAIR_COLUMNS = {
 
 
 class NoRun(ValueError):
-    """A folder that is no run's, or something that the run does not have; the message is a sentence for a person."""
+    """A folder that is no run's, or something that the run does not have; the message is a sentence
+    for a person."""
 
 
 class Damaged(NoRun):
@@ -81,10 +83,12 @@ class Run:
         """Sentences by file."""
         self.refresh()
 
-    # --- what it says --------------------------------------------------------------------------------------------------------
+    # --- what it says
+    # --------------------------------------------------------------------------------------------------------
 
     def refresh(self) -> bool:
-        """Read what was written since; whether there was anything. A last line that is not whole yet is left for later."""
+        """Read what was written since; whether there was anything. A last line that is not whole
+        yet is left for later."""
         try:
             grown = self._log.refresh() if self.path.is_dir() else None
         except Unreadable as error:
@@ -110,8 +114,8 @@ class Run:
 
     @property
     def problems(self) -> list[str]:
-        """What could not be read so far, a sentence each: of the record, the config, the evaluation, and of whatever else was
-        asked for. `check` asks for everything."""
+        """What could not be read so far, a sentence each: of the record, the config, the
+        evaluation, and of whatever else was asked for. `check` asks for everything."""
         _ = self.config, self.environment, self.evaluation, self.best_of_n
         return [*self._log.problems(), *(said for file in self._problems.values() for said in file)]
 
@@ -128,8 +132,15 @@ class Run:
                     continue
         return self.problems
 
-    def _document(self, name: str, limit: int, parse: Callable[[bytes], tuple[Any, list[str]]], of: "TypeAdapter[Any]") -> Any:
-        """A file's value, without what is not of its type; None where there is none, or nothing can be read."""
+    def _document(
+        self,
+        name: str,
+        limit: int,
+        parse: Callable[[bytes], tuple[Any, list[str]]],
+        of: "TypeAdapter[Any]",
+    ) -> Any:
+        """A file's value, without what is not of its type; None where there is none, or nothing can
+        be read."""
         self._problems.pop(name, None)
         try:
             content = self._folder.read(name, limit)
@@ -164,7 +175,9 @@ class Run:
     def config_text(self) -> str:
         """As it is written, with bytes that are no UTF-8 as escape sequences."""
         try:
-            return (self._folder.read(CONFIG, MAX_CONFIG) or b"").decode("utf-8", "backslashreplace")
+            return (self._folder.read(CONFIG, MAX_CONFIG) or b"").decode(
+                "utf-8", "backslashreplace"
+            )
         except Unreadable:
             return ""
 
@@ -175,18 +188,30 @@ class Run:
     @property
     def rl_stage(self) -> str | None:
         """The stage with rollouts, if there is one."""
-        return next((stage for stage, series in self.series.items() if "policy/entropy" in series.columns), None)
+        return next(
+            (stage for stage, series in self.series.items() if "policy/entropy" in series.columns),
+            None,
+        )
 
     @property
     def main_stage(self) -> str | None:
         """The one to look at first: RL, else a preference stage, else the last that has numbers."""
         if self.rl_stage is not None:
             return self.rl_stage
-        return next((stage for stage, series in reversed(self.series.items()) if series.columns), None)
+        return next(
+            (stage for stage, series in reversed(self.series.items()) if series.columns), None
+        )
 
     def summary(self, stage: str) -> dict[str, Any] | None:
         """What a stage said when it was finished."""
-        return next((e.get("summary", {}) for e in self.events if e["event"] == "finished" and e.get("stage") == stage), None)
+        return next(
+            (
+                e.get("summary", {})
+                for e in self.events
+                if e["event"] == "finished" and e.get("stage") == stage
+            ),
+            None,
+        )
 
     @property
     def warnings(self) -> list[dict[str, Any]]:
@@ -195,7 +220,8 @@ class Run:
 
     @property
     def metrics(self) -> Any:
-        """An Arrow table with a row per step of every stage: `stage`, `step`, `time`, `seconds`, and a column per metric."""
+        """An Arrow table with a row per step of every stage: `stage`, `step`, `time`, `seconds`,
+        and a column per metric."""
         import pyarrow as pa
 
         tables = [
@@ -205,37 +231,56 @@ class Run:
                     "step": pa.array(series.steps),
                     "time": pa.array(series.times),
                     "seconds": pa.array(series.seconds),
-                    **{name: pa.array(column, from_pandas=True) for name, column in series.columns.items()},
+                    **{
+                        name: pa.array(column, from_pandas=True)
+                        for name, column in series.columns.items()
+                    },
                 }
             )
             for stage, series in self.series.items()
         ]
         return pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
 
-    # --- rollouts ------------------------------------------------------------------------------------------------------------
+    # --- rollouts
+    # ------------------------------------------------------------------------------------------------------------
 
     def steps(self, kind: str = "rollouts") -> list[int]:
         """The steps whose rollouts (or probes) are here."""
         self._problems.pop(kind, None)
         try:
-            stems = [name.removesuffix(".parquet") for name in self._folder.names(kind) if name.endswith(".parquet")]
+            stems = [
+                name.removesuffix(".parquet")
+                for name in self._folder.names(kind)
+                if name.endswith(".parquet")
+            ]
         except Unreadable as error:
             self._problems[kind] = [f"{kind} {error}"]
             return []
-        steps = {stem: int(stem) for stem in stems if stem.isascii() and stem.isdecimal() and len(stem) <= 9}
+        steps = {
+            stem: int(stem)
+            for stem in stems
+            if stem.isascii() and stem.isdecimal() and len(stem) <= 9
+        }
         strange = [stem for stem in stems if stem not in steps or f"{steps[stem]:06d}" != stem]
         if strange:
             others = f" and {len(strange) - 1:,} others" if len(strange) > 1 else ""
-            self._problems[kind] = [f"{kind}: {shown(strange[0])}.parquet{others} left out: the name is no step's."]
+            self._problems[kind] = [
+                f"{kind}: {shown(strange[0])}.parquet{others} left out: the name is no step's."
+            ]
         return sorted(steps[stem] for stem in steps.keys() - set(strange))
 
-    def rollouts(self, step: int, kind: str = "rollouts", columns: Sequence[str] | None = None) -> Any:
-        """An Arrow table with a row per token of the step. NoRun where there is none, or it cannot be read."""
+    def rollouts(
+        self, step: int, kind: str = "rollouts", columns: Sequence[str] | None = None
+    ) -> Any:
+        """An Arrow table with a row per token of the step. NoRun where there is none, or it cannot
+        be read."""
         import pyarrow as pa
 
         table = self._tokens(step, kind, columns)
         texts = [
-            name for name in table.column_names if name != "text" and pa.types.is_dictionary(table.schema.field(name).type)
+            name
+            for name in table.column_names
+            if name != "text" and pa.types.is_dictionary(table.schema.field(name).type)
         ]
         for name in texts:
             place = table.column_names.index(name)
@@ -255,9 +300,15 @@ class Run:
                 return table
         except Unreadable as error:
             self._problems[name] = [f"{name} {error}"]
-            raise Damaged(f"{self.name}: {kind} of step {step} cannot be read: the file {error}") from None
+            raise Damaged(
+                f"{self.name}: {kind} of step {step} cannot be read: the file {error}"
+            ) from None
         there = self.steps(kind)
-        has = f"There are {len(there):,}, from {there[0]:,} to {there[-1]:,}." if there else "There are none."
+        has = (
+            f"There are {len(there):,}, from {there[0]:,} to {there[-1]:,}."
+            if there
+            else "There are none."
+        )
         raise NoRun(f"{self.name}: has no {kind} of step {step}. {has}")
 
     def samples(self, step: int, kind: str = "rollouts") -> list[Sample]:
@@ -265,14 +316,20 @@ class Run:
         try:
             return samples_of(self._tokens(step, kind))
         except Unreadable as error:
-            raise Damaged(f"{self.name}: {kind} of step {step} cannot be shown: the file {error}") from None
+            raise Damaged(
+                f"{self.name}: {kind} of step {step} cannot be shown: the file {error}"
+            ) from None
 
     def sample(self, step: int, sample: int, kind: str = "rollouts") -> dict[str, list[Any]]:
         """All columns of one rollout, a number or text per token."""
         import pyarrow.compute as pc
 
         table = self._tokens(step, kind)
-        table = table.filter(pc.equal(table.column("sample"), sample)) if 0 <= sample < records.MAX_STEP else table[:0]
+        table = (
+            table.filter(pc.equal(table.column("sample"), sample))
+            if 0 <= sample < records.MAX_STEP
+            else table[:0]
+        )
         if table.num_rows == 0:
             raise NoRun(f"{self.name}: step {step} has no sample {sample}.")
         return {name: values(table.column(name)) for name in table.column_names}
@@ -288,7 +345,8 @@ class Run:
         rows = zip(sample["advantage"], sample["ratio"], sample["clipped"], strict=True)
         return [clip_case(clipping, *row) if row[1] is not None else "" for row in rows]
 
-    # --- evaluation ----------------------------------------------------------------------------------------------------------
+    # --- evaluation
+    # ----------------------------------------------------------------------------------------------------------
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
@@ -312,10 +370,15 @@ class Run:
             self._problems[PAIRS] = [f"{PAIRS} {error}"]
             return []
         columns = [values(table.column(name)[:MAX_PAIRS]) for name in table.column_names]
-        rows = [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+        rows = [
+            dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)
+        ]
         whole = [row for row in rows if all(_usable(row[name]) for name in PAIR_COLUMNS)]
         if len(whole) < table.num_rows:
-            faults.append(f"{table.num_rows - len(whole):,} of {table.num_rows:,} pairs are too many or lack a value")
+            faults.append(
+                f"{table.num_rows - len(whole):,} of {table.num_rows:,} pairs are too many or lack "
+                f"a value"
+            )
         if faults:
             self._problems[PAIRS] = [left_out(PAIRS, faults)]
         return whole
@@ -343,7 +406,8 @@ class Run:
         if faults:
             self._problems[ANSWERS] = [left_out(ANSWERS, faults)]
 
-    # --- for eyes ------------------------------------------------------------------------------------------------------------
+    # --- for eyes
+    # ------------------------------------------------------------------------------------------------------------
 
     def figure(self, name: str, stage: str | None = None) -> "plotly.graph_objects.Figure":
         """A Plotly figure: "frontier", "phases", or a metric's name."""
@@ -352,7 +416,9 @@ class Run:
         return figure(self, name, stage)
 
     def __repr__(self) -> str:
-        stages = ", ".join(f"{stage} {len(series.steps):,}" for stage, series in self.series.items())
+        stages = ", ".join(
+            f"{stage} {len(series.steps):,}" for stage, series in self.series.items()
+        )
         return f"Run({self.name}: {self.status}; {stages or 'no stage yet'})"
 
     def _repr_html_(self) -> str:
@@ -360,8 +426,15 @@ class Run:
 
         rows = []
         for stage, series in self.series.items():
-            shown = ", ".join(f"{name} {series.last(name):.4g}" for name in HEADLINE if series.last(name) is not None)
-            rows.append(f"<tr><td>{escape(stage)}</td><td>{len(series.steps):,} steps</td><td>{escape(shown)}</td></tr>")
+            shown = ", ".join(
+                f"{name} {series.last(name):.4g}"
+                for name in HEADLINE
+                if series.last(name) is not None
+            )
+            rows.append(
+                f"<tr><td>{escape(stage)}</td><td>{len(series.steps):,} "
+                f"steps</td><td>{escape(shown)}</td></tr>"
+            )
         return f"<b>{escape(self.name)}</b> ({self.status})<table>{''.join(rows)}</table>"
 
 
@@ -373,15 +446,21 @@ def _usable(value: Any) -> bool:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """The run folders in a folder, the newest first; the folder itself where it is one. Links in a folder are passed over, such
-    as `latest`."""
+    """The run folders in a folder, the newest first; the folder itself where it is one. Links in a
+    folder are passed over, such as `latest`."""
     if _written(root) is not None:
         return [root.resolve()]
     try:
         there = list(root.iterdir())
     except OSError as error:
-        raise NoRun(f"{printable(str(root))}: {'no such folder' if not root.is_dir() else error.strerror}.") from None
-    found = {path: when for path in there if not path.is_symlink() and (when := _written(path)) is not None}
+        raise NoRun(
+            f"{printable(str(root))}: {'no such folder' if not root.is_dir() else error.strerror}."
+        ) from None
+    found = {
+        path: when
+        for path in there
+        if not path.is_symlink() and (when := _written(path)) is not None
+    }
     return sorted(found, key=found.__getitem__, reverse=True)
 
 

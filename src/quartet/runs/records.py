@@ -1,4 +1,5 @@
-"""What the files of a run folder hold, as far as it is read: the types and ranges that every reader may rely on."""
+"""What the files of a run folder hold, as far as it is read: the types and ranges that every reader
+may rely on."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,9 @@ MAX_LINE = 4 << 20
 MAX_TEXT = 1 << 20
 """Characters of one text of an event or a summary."""
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]
+Name = Annotated[
+    str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")
+]
 """Printable, so that it is safe in a terminal."""
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Step = Annotated[int, Field(ge=0, lt=MAX_STEP)]
@@ -25,12 +28,14 @@ Seconds = Annotated[float, Field(ge=0, lt=1e11, allow_inf_nan=False)]
 
 
 class Record(BaseModel):
-    """A table of which these entries are read. Others may stand beside them; nothing is converted."""
+    """A table of which these entries are read. Others may stand beside them; nothing is
+    converted."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-# --- events.jsonl --------------------------------------------------------------------------------------------------------
+# --- events.jsonl
+# --------------------------------------------------------------------------------------------------------
 
 
 class Event(Record):
@@ -83,19 +88,21 @@ OTHER_EVENT: "TypeAdapter[Any]" = TypeAdapter(Event)
 
 
 def parse_event(line: bytes) -> tuple[dict[str, Any], list[str]]:
-    """Return the event of a line of events.jsonl, and a sentence for each entry that was left out of it. Unreadable where the
-    line is no event."""
+    """Return the event of a line of events.jsonl, and a sentence for each entry that was left out
+    of it. Unreadable where the line is no event."""
     value, problems = parse_json(line)
     kind = value.get("event") if isinstance(value, dict) else None
-    event, more = checked(EVENTS.get(kind, OTHER_EVENT) if isinstance(kind, str) else OTHER_EVENT, value)
+    event, more = checked(
+        EVENTS.get(kind, OTHER_EVENT) if isinstance(kind, str) else OTHER_EVENT, value
+    )
     if event is None:
         raise Unreadable(f"is no event ({[*problems, *more][0]}).")
     return event, [*problems, *more]
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a run folder that can be read, in their order; lines that are no events are passed over. Unreadable
-    where events.jsonl is no ordinary file."""
+    """Yield the events of a run folder that can be read, in their order; lines that are no events
+    are passed over. Unreadable where events.jsonl is no ordinary file."""
     for line in read_lines(Folder(folder), "events.jsonl"):
         try:
             yield parse_event(line)[0]
@@ -104,7 +111,8 @@ def read_events(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_lines(folder: Folder, name: str) -> Iterator[bytes]:
-    """Yield the lines of a file, of each at most MAX_LINE + 1 bytes; nothing where there is no file."""
+    """Yield the lines of a file, of each at most MAX_LINE + 1 bytes; nothing where there is no
+    file."""
     file = folder.open(name)
     if file is None:
         return
@@ -115,7 +123,8 @@ def read_lines(folder: Folder, name: str) -> Iterator[bytes]:
                 line = file.readline(MAX_LINE + 1)
 
 
-# --- documents -----------------------------------------------------------------------------------------------------------
+# --- documents
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Measured(Record):
@@ -164,7 +173,8 @@ class AnswerPair(Record):
     after: Answer
 
 
-# --- config.resolved.toml ------------------------------------------------------------------------------------------------
+# --- config.resolved.toml
+# ------------------------------------------------------------------------------------------------
 
 Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

@@ -19,11 +19,28 @@ TOKEN_COLUMNS = {
     "ended": Column("flag"),
     "clipped": Column("flag"),
     "score/*": Column("number"),
-    **dict.fromkeys(("logprob", "old_logprob", "ref_logprob", "kl", "reward", "penalty", "value"), Column("number")),
-    **dict.fromkeys(("td_error", "raw_advantage", "advantage", "return", "change", "ratio", "entropy"), Column("number")),
+    **dict.fromkeys(
+        ("logprob", "old_logprob", "ref_logprob", "kl", "reward", "penalty", "value"),
+        Column("number"),
+    ),
+    **dict.fromkeys(
+        ("td_error", "raw_advantage", "advantage", "return", "change", "ratio", "entropy"),
+        Column("number"),
+    ),
 }
 """Of a file of rollouts."""
-IN_SHORT = ("sample", "id", "group", "score", "ended", "text", "is_response", "kl", "clipped", "advantage")
+IN_SHORT = (
+    "sample",
+    "id",
+    "group",
+    "score",
+    "ended",
+    "text",
+    "is_response",
+    "kl",
+    "clipped",
+    "advantage",
+)
 """Those of which a sample in short is made."""
 MAX_SAMPLES = 100_000
 """Of one step."""
@@ -50,25 +67,41 @@ class Sample:
 
 
 def samples_of(table: Any) -> list[Sample]:
-    """Return the rollouts in short, in their order: a rollout is a run of rows with the same sample number."""
+    """Return the rollouts in short, in their order: a rollout is a run of rows with the same sample
+    number."""
     import numpy as np
     import pyarrow as pa
 
     sample = table.column("sample").to_numpy()
-    ends = [*(np.flatnonzero(sample[1:] != sample[:-1]) + 1).tolist(), len(sample)] if len(sample) else []
+    ends = (
+        [*(np.flatnonzero(sample[1:] != sample[:-1]) + 1).tolist(), len(sample)]
+        if len(sample)
+        else []
+    )
     if len(ends) > MAX_SAMPLES:
         raise Unreadable(f"has {len(ends):,} samples; {MAX_SAMPLES:,} is the most that is read.")
     firsts = [0, *ends[:-1]] if ends else []
     names = [name for name in table.column_names if name.startswith("score/")]
     columns = {name: values(table.column(name)) for name in IN_SHORT}
-    columns |= {name: values(table.column(name).take(pa.array(firsts, pa.int64()))) for name in names}
-    return [_sample(columns, names, place, *bounds) for place, bounds in enumerate(zip(firsts, ends, strict=True))]
+    columns |= {
+        name: values(table.column(name).take(pa.array(firsts, pa.int64()))) for name in names
+    }
+    return [
+        _sample(columns, names, place, *bounds)
+        for place, bounds in enumerate(zip(firsts, ends, strict=True))
+    ]
 
 
-def _sample(columns: Mapping[str, list[Any]], names: Sequence[str], place: int, first: int, last: int) -> Sample:
+def _sample(
+    columns: Mapping[str, list[Any]], names: Sequence[str], place: int, first: int, last: int
+) -> Sample:
     own = columns["is_response"][first:last]
     begin = first + (own.index(True) if True in own else len(own))
-    text, kl, advantage = columns["text"], columns["kl"][begin:last], columns["advantage"][begin:last]
+    text, kl, advantage = (
+        columns["text"],
+        columns["kl"][begin:last],
+        columns["advantage"][begin:last],
+    )
     kls, advantages = ([x for x in numbers if x is not None] for numbers in (kl, advantage))
     score = columns["score"][first]
     return Sample(

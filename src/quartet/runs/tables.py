@@ -11,7 +11,16 @@ from quartet.runs.untrusted import printable
 if TYPE_CHECKING:
     from quartet.runs.reader import Sample
 
-COLUMNS = {"reward": 2, "value": 2, "advantage": 2, "ratio": 3, "kl": 2, "td_error": 2, "return": 2, "entropy": 2}
+COLUMNS = {
+    "reward": 2,
+    "value": 2,
+    "advantage": 2,
+    "ratio": 3,
+    "kl": 2,
+    "td_error": 2,
+    "return": 2,
+    "entropy": 2,
+}
 COLUMNS |= {"logprob": 2, "ref_logprob": 2}
 """The most important first, with their decimals: as many are shown as the screen has room for."""
 TOKEN_WIDTH, NUMBER_WIDTH, CASE_WIDTH = 18, 10, 60
@@ -26,8 +35,9 @@ def decimal(value: float | None, places: int) -> str:
 
 
 def token_rows(sample: Mapping[str, Sequence[Any]], cases: Sequence[str], width: int) -> Table:
-    """A row per token of the response, coloured by its advantage; a prompt is one row. On a wide screen what the update did is
-    said in words, on a narrow one by an arrow, and an x where the clip stopped it."""
+    """A row per token of the response, coloured by its advantage; a prompt is one row. On a wide
+    screen what the update did is said in words, on a narrow one by an arrow, and an x where the
+    clip stopped it."""
     wordy = width >= TOKEN_WIDTH + NUMBER_WIDTH * len(COLUMNS) + CASE_WIDTH
     room = (width - TOKEN_WIDTH - (CASE_WIDTH if wordy else 4)) // NUMBER_WIDTH
     there = [c for c in COLUMNS if any(v is not None for v in sample[c])][: max(room, 1)]
@@ -36,31 +46,46 @@ def token_rows(sample: Mapping[str, Sequence[Any]], cases: Sequence[str], width:
     for name in there:
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     table.add_column("what the update did" if wordy else "", overflow="fold")
-    begin = sample["is_response"].index(True) if True in sample["is_response"] else len(sample["text"])
+    begin = (
+        sample["is_response"].index(True) if True in sample["is_response"] else len(sample["text"])
+    )
     prompt = Text(printable("".join(sample["text"][:begin])), style="dim")
     table.add_row(prompt, *[""] * len(there), "given" if wordy else "")
     most = max((abs(a) for a in sample["advantage"] if a is not None), default=0.0) or 1.0
     for i in range(begin, len(sample["text"])):
         if not sample["is_response"][i]:  # what an environment said
-            table.add_row(Text(printable(sample["text"][i]), style="dim"), *[""] * len(there), "given" if wordy else "")
+            table.add_row(
+                Text(printable(sample["text"][i]), style="dim"),
+                *[""] * len(there),
+                "given" if wordy else "",
+            )
             continue
         advantage, clipped = sample["advantage"][i] or 0.0, bool(sample["clipped"][i])
         color = "blue" if advantage > 0 else "yellow" if advantage < 0 else "default"
-        token = Text(printable(sample["text"][i]) or "∅", style=f"bold {color}" if abs(advantage) > 0.5 * most else color)
+        token = Text(
+            printable(sample["text"][i]) or "∅",
+            style=f"bold {color}" if abs(advantage) > 0.5 * most else color,
+        )
         numbers = [decimal(sample[name][i], COLUMNS[name]) for name in there]
         arrow = ("x" if clipped else "") + ("↑" if advantage > 0 else "↓" if advantage < 0 else "")
-        table.add_row(token, *numbers, Text(cases[i] if wordy else arrow, style="red" if clipped else "dim"))
+        table.add_row(
+            token, *numbers, Text(cases[i] if wordy else arrow, style="red" if clipped else "dim")
+        )
     return table
 
 
 def sample_table(samples: "Sequence[Sample]", step: int) -> Table:
     """The rollouts of a step, the best first."""
-    table = Table(title=f"step {step}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title=f"step {step}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for header in ("sample", "score", "tokens", "KL"):
         table.add_column(header, justify="right", no_wrap=True, min_width=6)
     table.add_column("response", no_wrap=True, overflow="ellipsis", ratio=1)
     for s in sorted(samples, key=lambda s: -s.score):
-        table.add_row(str(s.number), shown(s.score), str(s.tokens), shown(s.kl), printable(s.response))
+        table.add_row(
+            str(s.number), shown(s.score), str(s.tokens), shown(s.kl), printable(s.response)
+        )
     return table
 
 
@@ -76,7 +101,9 @@ def run_table(cards: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def comparison(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Table:
+def comparison(
+    title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]
+) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
     for name in names:

@@ -1,7 +1,9 @@
-"""Files that someone else wrote: opened without following links, parsed within bounds, checked piece by piece.
+"""Files that someone else wrote: opened without following links, parsed within bounds, checked
+piece by piece.
 
-A run folder may be damaged, or made to harm its reader. Every read of one goes through here: `Folder` opens, `parse_json` and
-`parse_toml` parse, `checked` takes out what is not of the type that the reader needs. Each says in a sentence what it refused.
+A run folder may be damaged, or made to harm its reader. Every read of one goes through here:
+`Folder` opens, `parse_json` and `parse_toml` parse, `checked` takes out what is not of the type
+that the reader needs. Each says in a sentence what it refused.
 """
 
 import errno
@@ -37,7 +39,9 @@ MAX_CONFIG = 512 << 10
 SHOWN = 60
 """Characters of a name in a sentence."""
 
-NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+NO_FOLLOW = (
+    getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+)
 FOLDER = NO_FOLLOW | getattr(os, "O_DIRECTORY", 0)
 RELATIVE = os.open in os.supports_dir_fd
 KINDS = (
@@ -50,7 +54,8 @@ KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 LONG_KEY = re.compile(r"""(?:\.[ \t]*(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*){20}""")
-"""A dotted key of twenty parts: the time that tomllib takes for one grows with the square of its length."""
+"""A dotted key of twenty parts: the time that tomllib takes for one grows with the square of its
+length."""
 
 
 class Unreadable(ValueError):
@@ -58,14 +63,16 @@ class Unreadable(ValueError):
 
 
 class Folder:
-    """A folder below which files are opened by their relative names; a link on the way is refused, not followed."""
+    """A folder below which files are opened by their relative names; a link on the way is refused,
+    not followed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def open(self, name: str) -> IO[bytes] | None:
-        """Return the file, open for reading; None where there is none. Unreadable where it is no ordinary file, a link, or
-        reached through one. Never waits: not for the writer of a named pipe either."""
+        """Return the file, open for reading; None where there is none. Unreadable where it is no
+        ordinary file, a link, or reached through one. Never waits: not for the writer of a named
+        pipe either."""
         *parents, last = name.split("/")
         try:
             with _Place(self.path, parents) as place:
@@ -93,7 +100,9 @@ class Folder:
             except OSError as error:
                 raise Unreadable(f"cannot be read ({_reason(error)}).") from None
         if len(content) > limit:
-            raise Unreadable(f"is larger than {limit / 2**20:,.3g} MB, the most that is read of it.")
+            raise Unreadable(
+                f"is larger than {limit / 2**20:,.3g} MB, the most that is read of it."
+            )
         return content
 
     def is_plain(self, name: str) -> bool:
@@ -120,8 +129,8 @@ class Folder:
 
 
 class _Place:
-    """A folder that was reached step by step, no step over a link. Where the system opens nothing relative to an open folder
-    (Windows), each step is looked at before it is taken."""
+    """A folder that was reached step by step, no step over a link. Where the system opens nothing
+    relative to an open folder (Windows), each step is looked at before it is taken."""
 
     def __init__(self, root: Path, parents: Sequence[str]) -> None:
         self.path = root
@@ -173,7 +182,8 @@ class _Place:
 
 
 def parse_json(content: bytes) -> tuple[Any, list[str]]:
-    """Return the value, and a sentence for each entry that was left out of it. Unreadable where it is no JSON."""
+    """Return the value, and a sentence for each entry that was left out of it. Unreadable where it
+    is no JSON."""
     try:
         value = pydantic_core.from_json(content)
     except ValueError as error:
@@ -182,7 +192,8 @@ def parse_json(content: bytes) -> tuple[Any, list[str]]:
 
 
 def parse_toml(content: bytes) -> tuple[dict[str, Any], list[str]]:
-    """Return the table, and a sentence for each entry that was left out of it. Unreadable where it is no TOML."""
+    """Return the table, and a sentence for each entry that was left out of it. Unreadable where it
+    is no TOML."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -199,8 +210,8 @@ def parse_toml(content: bytes) -> tuple[dict[str, Any], list[str]]:
 
 
 def bounded(value: Any) -> tuple[Any, list[str]]:
-    """Return the value without whole numbers of more than 64 bits and without what is nested deeper than MAX_DEPTH, and a
-    sentence for each that was left out."""
+    """Return the value without whole numbers of more than 64 bits and without what is nested deeper
+    than MAX_DEPTH, and a sentence for each that was left out."""
     problems: list[str] = []
     top = [value]
     waiting: list[tuple[Any, tuple[Any, ...]]] = [(top, ())]
@@ -211,7 +222,9 @@ def bounded(value: Any) -> tuple[Any, list[str]]:
         if entries > MAX_ENTRIES:
             raise Unreadable(f"has more than {MAX_ENTRIES:,} entries.")
         doomed = []
-        for key, entry in container.items() if isinstance(container, dict) else enumerate(container):
+        for key, entry in (
+            container.items() if isinstance(container, dict) else enumerate(container)
+        ):
             if isinstance(entry, dict | list):
                 if len(path) > MAX_DEPTH:
                     doomed.append((key, "is nested too deeply"))
@@ -228,8 +241,9 @@ def bounded(value: Any) -> tuple[Any, list[str]]:
 
 
 def checked(adapter: "TypeAdapter[Any]", value: Any) -> tuple[Any, list[str]]:
-    """Return the value without the entries that are not of the adapter's types, and a sentence for each; None in place of the
-    value where nothing of it is left. What lacks a required entry is left out with it."""
+    """Return the value without the entries that are not of the adapter's types, and a sentence for
+    each; None in place of the value where nothing of it is left. What lacks a required entry is
+    left out with it."""
     problems: list[str] = []
     while True:
         try:
@@ -245,7 +259,9 @@ def checked(adapter: "TypeAdapter[Any]", value: Any) -> tuple[Any, list[str]]:
         problems += places.values()
         if () in places:
             return None, problems
-        for place in sorted(places, key=lambda path: [(isinstance(k, int), k) for k in path], reverse=True):
+        for place in sorted(
+            places, key=lambda path: [(isinstance(k, int), k) for k in path], reverse=True
+        ):
             _remove(value, place)
 
 
@@ -263,10 +279,14 @@ def _existing(value: Any, path: Sequence[Any]) -> tuple[Any, ...]:
 def _remove(value: Any, path: Sequence[Any]) -> None:
     """Nothing happens where a container of it was removed before."""
     for key in path[:-1]:
-        if not (isinstance(value, dict) and key in value) and not (isinstance(value, list) and key < len(value)):
+        if not (isinstance(value, dict) and key in value) and not (
+            isinstance(value, list) and key < len(value)
+        ):
             return
         value = value[key]
-    if (isinstance(value, dict) and path[-1] in value) or (isinstance(value, list) and path[-1] < len(value)):
+    if (isinstance(value, dict) and path[-1] in value) or (
+        isinstance(value, list) and path[-1] < len(value)
+    ):
         del value[path[-1]]
 
 
@@ -277,7 +297,11 @@ def _readable(kind: str, message: str) -> str:
         return "should be a table"
     if kind == "string_pattern_mismatch":
         return "holds characters that cannot be printed"
-    return message.removeprefix("Input ") if message.startswith("Input ") else message[0].lower() + message[1:]
+    return (
+        message.removeprefix("Input ")
+        if message.startswith("Input ")
+        else message[0].lower() + message[1:]
+    )
 
 
 def _joined(name: str, *keys: Any) -> str:
@@ -291,8 +315,11 @@ def left_out(name: str, faults: Sequence[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text with what cannot be printed as an escape sequence: safe on a terminal, and valid UTF-8."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    """Return the text with what cannot be printed as an escape sequence: safe on a terminal, and
+    valid UTF-8."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
 
 
 def shown(text: str) -> str:
@@ -301,7 +328,8 @@ def shown(text: str) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Return the value with None in place of what is infinite or no number: JSON has no word for them."""
+    """Return the value with None in place of what is infinite or no number: JSON has no word for
+    them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,6 +1,8 @@
-"""The fault lab: the usual mistakes of PPO on language models, planted on purpose, so that the doctor can be seen to find them.
+"""The fault lab: the usual mistakes of PPO on language models, planted on purpose, so that the
+doctor can be seen to find them.
 
-Each takes the players of an RL stage and spoils one of them. `quartet run … --break NAME` is for teaching and for tests.
+Each takes the players of an RL stage and spoils one of them. `quartet run … --break NAME` is for
+teaching and for tests.
 """
 
 import copy
@@ -18,7 +20,9 @@ from quartet.stages import Cast
 
 def temperature(cast: Cast) -> None:
     """The sampler draws at 0.6 of the temperature that the learner reckons with."""
-    _resample(cast, lambda sampling: dataclasses.replace(sampling, temperature=0.6 * sampling.temperature))
+    _resample(
+        cast, lambda sampling: dataclasses.replace(sampling, temperature=0.6 * sampling.temperature)
+    )
 
 
 def greedy(cast: Cast) -> None:
@@ -35,7 +39,10 @@ def eos(cast: Cast) -> None:
 
 def shift(cast: Cast) -> None:
     """The old log-probs stand one token too late."""
-    _rescore(cast, lambda batch: dataclasses.replace(batch, old_logprobs=batch.old_logprobs.roll(1, dims=1)))
+    _rescore(
+        cast,
+        lambda batch: dataclasses.replace(batch, old_logprobs=batch.old_logprobs.roll(1, dims=1)),
+    )
 
 
 def stale(cast: Cast) -> None:
@@ -59,14 +66,18 @@ def leak(cast: Cast) -> None:
 
     def everything(batch: Batch) -> Batch:
         places = torch.arange(batch.tokens.shape[1], device=batch.lengths.device)
-        return dataclasses.replace(batch, response_mask=(places > 0) & (places < batch.lengths[:, None]))
+        return dataclasses.replace(
+            batch, response_mask=(places > 0) & (places < batch.lengths[:, None])
+        )
 
     _rescore(cast, everything)
 
 
 def sign(cast: Cast) -> None:
     """The loss is maximised."""
-    _relearn(cast, lambda experience: dataclasses.replace(experience, advantages=-experience.advantages))
+    _relearn(
+        cast, lambda experience: dataclasses.replace(experience, advantages=-experience.advantages)
+    )
 
 
 def broadcast(cast: Cast) -> None:
@@ -74,7 +85,9 @@ def broadcast(cast: Cast) -> None:
 
     def neighbour(experience: Experience) -> Experience:
         returns = None if experience.returns is None else experience.returns.roll(1, dims=0)
-        return dataclasses.replace(experience, advantages=experience.advantages.roll(1, dims=0), returns=returns)
+        return dataclasses.replace(
+            experience, advantages=experience.advantages.roll(1, dims=0), returns=returns
+        )
 
     _relearn(cast, neighbour)
 
@@ -87,13 +100,16 @@ def dropout(cast: Cast) -> None:
         now = forward(*arguments, **named)
         if not torch.is_grad_enabled():
             return now
-        return dataclasses.replace(now, logprobs=now.logprobs + 0.05 * torch.randn_like(now.logprobs))
+        return dataclasses.replace(
+            now, logprobs=now.logprobs + 0.05 * torch.randn_like(now.logprobs)
+        )
 
     cast.learner.models.forward = noisy  # type: ignore[method-assign]
 
 
 FAULTS: dict[str, Callable[[Cast], None]] = {
-    fault.__name__: fault for fault in (temperature, greedy, eos, shift, stale, reference, leak, sign, broadcast, dropout)
+    fault.__name__: fault
+    for fault in (temperature, greedy, eos, shift, stale, reference, leak, sign, broadcast, dropout)
 }
 
 
@@ -106,7 +122,9 @@ def _plain(cast: Cast, fault: str) -> Any:
 def _resample(cast: Cast, spoil: Callable[[Sampling], Sampling]) -> None:
     generator: Any = cast.generator
     generate = generator.generate
-    generator.generate = lambda prompts, sampling, *count: generate(prompts, spoil(sampling), *count)
+    generator.generate = lambda prompts, sampling, *count: generate(
+        prompts, spoil(sampling), *count
+    )
 
 
 def _rescore(cast: Cast, spoil: Callable[[Batch], Batch]) -> None:

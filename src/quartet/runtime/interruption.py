@@ -23,10 +23,13 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """While it is entered, SIGINT, SIGTERM and the time limit raise `Interrupted`: at once inside `only_if`, where that is so,
-    elsewhere when `check` is called. A second signal raises wherever it finds the run."""
+    """While it is entered, SIGINT, SIGTERM and the time limit raise `Interrupted`: at once inside
+    `only_if`, where that is so, elsewhere when `check` is called. A second signal raises wherever
+    it finds the run."""
 
-    def __init__(self, minutes: float | None = None, notice: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, minutes: float | None = None, notice: Callable[[str], None] | None = None
+    ) -> None:
         self.minutes, self.notice, self._began = minutes, notice, time.monotonic()
         self.reason: str | None = None
         self._free: Callable[[], bool] = never
@@ -34,7 +37,11 @@ class Interruption:
 
     def minutes_left(self) -> float | None:
         """Not quite none, so that a limit stays one."""
-        return None if self.minutes is None else max(self.minutes - (time.monotonic() - self._began) / 60, 0.001)
+        return (
+            None
+            if self.minutes is None
+            else max(self.minutes - (time.monotonic() - self._began) / 60, 0.001)
+        )
 
     def __enter__(self) -> "Interruption":
         self._before = {number: signal.signal(number, self._hear) for number in HEARD}
@@ -42,7 +49,12 @@ class Interruption:
             signal.setitimer(signal.ITIMER_REAL, 60 * self.minutes)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.minutes is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():

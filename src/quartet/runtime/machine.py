@@ -28,17 +28,22 @@ def unmet() -> list[str]:
             continue
         if not need.specifier.contains(there, prereleases=True):
             wanted = f"{need.name}{need.specifier}"
-            found.append(f'{need.name} {there} is installed, Quartet needs {need.specifier}: pip install "{wanted}"')
+            found.append(
+                f"{need.name} {there} is installed, Quartet needs {need.specifier}: pip install "
+                f'"{wanted}"'
+            )
     return found
 
 
 def keep_freed_memory(in_parts: bool = False) -> None:
-    """Let freed memory wait for its next use instead of going back to the system. A training step allocates the same tensors
-    over and over; where memory is virtual, having their pages made again cost a tenth of the step. Only for a process that
-    is ours, and only where the C library is glibc; elsewhere nothing happens.
+    """Let freed memory wait for its next use instead of going back to the system. A training step
+    allocates the same tensors over and over; where memory is virtual, having their pages made again
+    cost a tenth of the step. Only for a process that is ours, and only where the C library is
+    glibc; elsewhere nothing happens.
 
-    `in_parts`: but not tensors of a megabyte. Where models are in parts, whole matrices come and go between parts that
-    stay, and the holes they leave were half of a rank's memory."""
+    `in_parts`: but not tensors of a megabyte. Where models are in parts, whole matrices come and go
+    between parts that stay, and the holes they leave were half of a rank's memory.
+    """
     if mallopt := _glibc("mallopt"):
         mallopt(M_MMAP_THRESHOLD, SMALL if in_parts else LARGEST)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

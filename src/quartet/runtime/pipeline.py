@@ -1,4 +1,5 @@
-"""A run: stages one after the other, from checkpoint to checkpoint, and a record of everything on the way."""
+"""A run: stages one after the other, from checkpoint to checkpoint, and a record of everything on
+the way."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,11 @@ from quartet.training.checkpoint import Checkpoint, Checkpoints
 
 QUOTED = 300
 """Characters of a sample that a message shows."""
-RESULTS: dict[str, tuple[str, ...]] = {"sft": ("sft",), "reward_model": ("reward_model",), "evaluation": ()}
+RESULTS: dict[str, tuple[str, ...]] = {
+    "sft": ("sft",),
+    "reward_model": ("reward_model",),
+    "evaluation": (),
+}
 POLICY_RESULTS = ("policy", "policy_ema", "critic")
 """Folders that a stage leaves for later ones: by its name, and those of all others."""
 SHARE = 0.02
@@ -82,7 +87,8 @@ class Saving:
     best: str | None = None
     """The metric, with "-" before it where less is better, by which one more checkpoint is kept."""
     rollbacks: int = 0
-    """How often a stage may go back to its last checkpoint, with half the learning rate, where a number is not finite."""
+    """How often a stage may go back to its last checkpoint, with half the learning rate, where a
+    number is not finite."""
     made_with: Mapping[str, Any] = field(default_factory=dict)
     """What a resumed run must have in common with this one."""
 
@@ -107,7 +113,8 @@ class Pace:
 
 
 class Pipeline:
-    """One run of some stages. Iterate over `run()`; everything is in the run folder before it is yielded."""
+    """One run of some stages. Iterate over `run()`; everything is in the run folder before it is
+    yielded."""
 
     def __init__(
         self,
@@ -120,17 +127,26 @@ class Pipeline:
         strict: bool = True,
     ) -> None:
         """`strict`: stop where an invariant of the doctor's does not hold."""
-        self.stages, self.folder, self.texts, self.saving, self.tracking = stages, folder, texts, saving, tracking
+        self.stages, self.folder, self.texts, self.saving, self.tracking = (
+            stages,
+            folder,
+            texts,
+            saving,
+            tracking,
+        )
         self.interruption, self.strict = interruption or Interruption(), strict
         places = {stage.name: place for place, stage in enumerate(stages)}
-        self.checkpoints = Checkpoints(folder.path / "checkpoints", places, saving.last, saving.best is not None)
+        self.checkpoints = Checkpoints(
+            folder.path / "checkpoints", places, saving.last, saving.best is not None
+        )
         self.crew: Group = Local(Worker(stages, folder.path))
         self._is_latest = False
         self.results: dict[str, Any] = {}
         """Fingerprints of what finished stages left."""
 
     def run(self, since: Checkpoint | None = None, crew: Group | None = None) -> Iterator[Event]:
-        """From the beginning, or from a checkpoint. `crew`: who does the work, where it is not this process alone."""
+        """From the beginning, or from a checkpoint. `crew`: who does the work, where it is not this
+        process alone."""
         self.crew = crew or self.crew
         first = 0 if since is None else self.checkpoints.stages[since.facts["stage"]]
         for number, stage in enumerate(self.stages[first:], first + 1):
@@ -139,11 +155,13 @@ class Pipeline:
         self._write_cards()
 
     def cut_back(self, since: Checkpoint) -> None:
-        """Cut the record back to what the checkpoint knows of, and to the event that says that the checkpoint was written: no
-        step is in it twice."""
+        """Cut the record back to what the checkpoint knows of, and to the event that says that the
+        checkpoint was written: no step is in it twice."""
         stage, step = since.facts["stage"], since.facts["step"]
         place = self.checkpoints.stages[stage]
-        makes_rollouts = next((i for i, one in enumerate(self.stages) if isinstance(one, RLStage)), place)
+        makes_rollouts = next(
+            (i for i, one in enumerate(self.stages) if isinstance(one, RLStage)), place
+        )
         last = step if makes_rollouts == place else None if makes_rollouts < place else -1
         seconds = self._seconds_of(since.name)
         self.folder.cut_back(since.facts["events"]["size"], last)
@@ -153,15 +171,23 @@ class Pipeline:
     def _seconds_of(self, checkpoint: str) -> float | None:
         """How long it took to write; None where a kill came before that was in the record."""
         events = self.folder.record().events
-        seconds = [e.get("seconds") for e in events if e["event"] == "checkpoint" and e.get("name") == checkpoint]
+        seconds = [
+            e.get("seconds")
+            for e in events
+            if e["event"] == "checkpoint" and e.get("name") == checkpoint
+        ]
         return seconds[-1] if seconds and isinstance(seconds[-1], float) else None
 
     def _write_cards(self) -> None:
-        """Of a record that was damaged and accepted as it is no card can be made: the run is done all the same."""
+        """Of a record that was damaged and accepted as it is no card can be made: the run is done
+        all the same."""
         try:
             write_cards(self.folder.path)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            self.folder.event("note", sentence=f"The model cards could not be written: the record is damaged ({error!r}).")
+            self.folder.event(
+                "note",
+                sentence=f"The model cards could not be written: the record is damaged ({error!r}).",
+            )
 
     def _stage(self, stage: Stage, number: int, since: Checkpoint | None) -> Iterator[Event]:
         """One stage, from its beginning or from a checkpoint of it."""
@@ -174,7 +200,9 @@ class Pipeline:
         earlier = [event["metrics"] for event in self.folder.metrics_of(stage.name)] if step else []
         yield Started(stage, number, len(self.stages), step, earlier)
         with self._failing(f"{stage.title}, before it began"), self.interruption.only_if(always):
-            resumable = self.crew.call("begin", stage.name, None if since is None else str(since.path))[0]
+            resumable = self.crew.call(
+                "begin", stage.name, None if since is None else str(since.path)
+            )[0]
         yield from self._advance(stage, step, resumable)
         with self._failing(f"{stage.title}, at its end"), self.interruption.only_if(always):
             summary = self.crew.call("finish")[0]
@@ -203,35 +231,48 @@ class Pipeline:
         return watch, kept
 
     def _back(self, stage: Stage, step: int, cause: str) -> tuple[int, str]:
-        """Go back to the last checkpoint of the stage, from the step after `step`, with half the learning rate. Return the
-        checkpoint's step, and a sentence about it. It is written again, so that a run that is resumed from it goes on with
-        half too.
+        """Go back to the last checkpoint of the stage, from the step after `step`, with half the
+        learning rate. Return the checkpoint's step, and a sentence about it. It is written again,
+        so that a run that is resumed from it goes on with half too.
 
-        Raises `StageFailed` where that is not wanted, cannot help, was done often enough, or there is no checkpoint.
+        Raises `StageFailed` where that is not wanted, cannot help, was done often enough, or there
+        is no checkpoint.
         """
         failed = f"{stage.title}, {cause}"
-        untouched = step == 0 and self.crew.untouched()  # asked first: with several ranks it is about the last call
+        untouched = (
+            step == 0 and self.crew.untouched()
+        )  # asked first: with several ranks it is about the last call
         scale, rollbacks = self.crew.call("scale")[0], self.saving.rollbacks
         if rollbacks == 0 or scale == 0:  # not wanted, or nothing learns
             raise StageFailed(failed)
         if untouched:
             raise StageFailed(
-                f"{failed}. Going back (run.rollbacks) cannot help, because nothing has been learnt yet: look at the data, the "
+                f"{failed}. Going back (run.rollbacks) cannot help, because nothing has been "
+                f"learnt yet: look at the data, the "
                 "rewards and the model that the stage starts from."
             )
         if scale <= 0.5**rollbacks:
             raise StageFailed(
-                f"{failed}. The stage was rolled back {rollbacks} time{'s' * (rollbacks != 1)} (run.rollbacks), with the "
-                f"learning rates × {scale:g} at last: lower them, or find out what the numbers have in common."
+                f"{failed}. The stage was rolled back {rollbacks} time{'s' * (rollbacks != 1)} "
+                f"(run.rollbacks), with the "
+                f"learning rates × {scale:g} at last: lower them, or find out what the numbers "
+                f"have in common."
             )
-        found = next((c for _, c in self.checkpoints.usable(lambda _: None) if isinstance(c, Checkpoint)), None)
+        found = next(
+            (c for _, c in self.checkpoints.usable(lambda _: None) if isinstance(c, Checkpoint)),
+            None,
+        )
         if found is None or found.facts["stage"] != stage.name:
             raise StageFailed(
-                f"{failed}. It cannot be rolled back (run.rollbacks), because no checkpoint of this stage can be used."
+                f"{failed}. It cannot be rolled back (run.rollbacks), because no checkpoint of "
+                f"this stage can be used."
             )
         self.crew.call("go_back", str(found.path), scale / 2)
         self.cut_back(found)
-        step, sentence = found.facts["step"], f"rolled back to {found.name}, learning rates × {scale / 2:g}, because of {cause}"
+        step, sentence = (
+            found.facts["step"],
+            f"rolled back to {found.name}, learning rates × {scale / 2:g}, because of {cause}",
+        )
         self.folder.event("warning", stage.name, step, rule="rolled_back", sentence=sentence)
         self._save(stage.name, step, found.facts["merit"])
         return step, sentence
@@ -246,13 +287,17 @@ class Pipeline:
                 with self._failing(f"{stage.title}, step {step + 1}"):
                     stepped = self._step()
             except Interrupted:
-                if self.crew.untouched() and step and resumable:  # a second signal may find the weights half way
+                if (
+                    self.crew.untouched() and step and resumable
+                ):  # a second signal may find the weights half way
                     self._checkpoint(stage, step, merits, pace)
                 raise
             except StageFailed as failure:
                 if not isinstance(failure.__cause__, NonFinite):
                     raise
-                cause = f"step {step + 1}: {failure.__cause__}{self._quoted(failure.__cause__.tokens)}"
+                cause = (
+                    f"step {step + 1}: {failure.__cause__}{self._quoted(failure.__cause__.tokens)}"
+                )
                 try:
                     step, sentence = self._back(stage, step, cause)
                 except StageFailed as final:
@@ -282,29 +327,48 @@ class Pipeline:
         return f': "{text[:QUOTED]}{"…" if len(text) > QUOTED else ""}"' if tokens else ""
 
     def _record(
-        self, stage: Stage, progress: Progress, notes: Sequence[str], seconds: float, watch: Watch, kept: Keeping
+        self,
+        stage: Stage,
+        progress: Progress,
+        notes: Sequence[str],
+        seconds: float,
+        watch: Watch,
+        kept: Keeping,
     ) -> list[Warned]:
         """One step, in the run folder and for the trackers. What there is to warn of."""
         number, metrics = progress.number, progress.metrics
-        self.folder.event("metrics", stage.name, number, metrics=metrics, seconds=seconds, phases=progress.seconds or None)
+        self.folder.event(
+            "metrics",
+            stage.name,
+            number,
+            metrics=metrics,
+            seconds=seconds,
+            phases=progress.seconds or None,
+        )
         if not self._is_latest:
             self.folder.become_latest()
             self._is_latest = True
         if isinstance(progress, Step) and kept(number, metrics):
             self.folder.write_rollouts(progress, self.texts)
         failed = self.tracking.log(stage.name, number, metrics) if self.tracking else []
-        found = [("tracker", sentence) for sentence in failed] + [("memory", sentence) for sentence in notes]
+        found = [("tracker", sentence) for sentence in failed] + [
+            ("memory", sentence) for sentence in notes
+        ]
         found += [(rule.__name__, said) for rule, said in watch.see(metrics)]
         for rule, sentence in found:
             self.folder.event("warning", stage.name, number, rule=rule, sentence=sentence)
             if self.strict and rule in INVARIANTS:
-                raise StageFailed(f"{stage.title}, step {number}: {sentence} Nothing of this step is saved.")
+                raise StageFailed(
+                    f"{stage.title}, step {number}: {sentence} Nothing of this step is saved."
+                )
         return [Warned(stage, number, sentence) for _, sentence in found]
 
     def _checkpoint(self, stage: Stage, step: int, merits: "_Mean", pace: Pace) -> None:
         began = time.monotonic()
         written = self._save(stage.name, step, merits.taken())
-        self.folder.event("checkpoint", stage.name, step, name=written.name, seconds=pace.written(began))
+        self.folder.event(
+            "checkpoint", stage.name, step, name=written.name, seconds=pace.written(began)
+        )
 
     def _save(self, stage: str, step: int, merit: float | None = None) -> Path:
         """The record is on the disk before the checkpoint that says how far it goes."""
@@ -317,14 +381,19 @@ class Pipeline:
             **self.saving.made_with,
         }
         try:
-            return self.checkpoints.write(stage, step, lambda folder: self.crew.call("save", str(folder))[0], facts)
+            return self.checkpoints.write(
+                stage, step, lambda folder: self.crew.call("save", str(folder))[0], facts
+            )
         except OSError as error:
             there = next(
-                (f"The last good one is {path.name}." for path in self.checkpoints.newest_first()), "There is none yet."
+                (f"The last good one is {path.name}." for path in self.checkpoints.newest_first()),
+                "There is none yet.",
             )
             size = sum(self.crew.call("size"))
             reason = f"{error.strerror or error}; it needs {size / 1e6:,.1f} MB"
-            raise StageFailed(f"checkpoint {stage}-{step:06d} could not be written ({reason}). {there}") from error
+            raise StageFailed(
+                f"checkpoint {stage}-{step:06d} could not be written ({reason}). {there}"
+            ) from error
 
     def _left(self, stage: Stage) -> dict[str, Any]:
         """Fingerprints of what a stage has left for others; it is on the disk then."""

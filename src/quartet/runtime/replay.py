@@ -39,12 +39,14 @@ class Outcome:
 
 
 def checkpoint_before(folder: Path, stage: str, step: int) -> Checkpoint:
-    """The newest from which the step can be reached, be it that others have to be done again on the way."""
+    """The newest from which the step can be reached, be it that others have to be done again on the
+    way."""
     for _, found in Checkpoints(folder / "checkpoints", {stage: 0}).usable(misfit):
         if isinstance(found, Checkpoint) and found.facts["step"] < step:
             return found
     raise CannotReplay(
-        f"{folder.name}: has no checkpoint before step {step:,} of {stage}. Runs keep their last ones: copy them, or set "
+        f"{folder.name}: has no checkpoint before step {step:,} of {stage}. Runs keep their last "
+        f"ones: copy them, or set "
         "run.keep_last."
     )
 
@@ -57,8 +59,8 @@ def replay(
     changed: RLStage | None = None,
     done: Callable[[Step], None] | None = None,
 ) -> tuple[Outcome, Outcome | None]:
-    """The update of this step; and, of the same rollouts, the one that a changed stage would have made. Nothing is written.
-    `done` is told of each step on the way."""
+    """The update of this step; and, of the same rollouts, the one that a changed stage would have
+    made. Nothing is written. `done` is told of each step on the way."""
     work, state = _begun(stage, folder, since)
     before, weights = state, _weights(work)
     for made in cast(Iterator[Step], work.steps(since.facts["step"])):
@@ -75,7 +77,13 @@ def replay(
     return outcome, _other(changed, stage.algorithm, folder, before, rollouts)
 
 
-def _outcome(work: Work, metrics: Mapping[str, float], update: Update, experience: Experience, weights: Tensor) -> Outcome:
+def _outcome(
+    work: Work,
+    metrics: Mapping[str, float],
+    update: Update,
+    experience: Experience,
+    weights: Tensor,
+) -> Outcome:
     """`weights`: the actor's before the update."""
     tokens, kl = int(experience.response_mask.sum()), _learner(work).kl_since(experience)
     return Outcome(metrics, update.clipped, tokens, kl, _weights(work) - weights)
@@ -96,7 +104,9 @@ def models_at(stage: Stage, folder: Path, found: Checkpoint, scratch: Path) -> N
     work.finish()
 
 
-def _other(changed: RLStage, written: Algorithm, folder: Path, before: Tree, rollouts: Sequence[Rollout]) -> Outcome:
+def _other(
+    changed: RLStage, written: Algorithm, folder: Path, before: Tree, rollouts: Sequence[Rollout]
+) -> Outcome:
     """The update with another algorithm or optimizer, from the same state and the same rollouts."""
     work = dataclasses.replace(changed, cast=_without_probes(changed)).begin(folder)
     then, now = dataclasses.asdict(written), dataclasses.asdict(changed.algorithm)
@@ -130,7 +140,12 @@ def _without_probes(stage: RLStage) -> Any:
 
 def merged(now: Any, written: Any, changed: Any) -> Any:
     """The algorithm as it has adapted, with what the two configs have different."""
-    if isinstance(now, dict) and isinstance(changed, dict) and isinstance(written, dict) and now.keys() == changed.keys():
+    if (
+        isinstance(now, dict)
+        and isinstance(changed, dict)
+        and isinstance(written, dict)
+        and now.keys() == changed.keys()
+    ):
         return {key: merged(now[key], written[key], changed[key]) for key in now}
     return now if written == changed else changed
 
@@ -143,7 +158,9 @@ def _learner(work: Work) -> Learner:
 
 def _weights(work: Work) -> Float[Tensor, "P"]:
     """The actor's, in one vector, on the CPU."""
-    return torch.cat([p.detach().flatten().float().cpu() for p in _learner(work).models.actor_parameters()])
+    return torch.cat(
+        [p.detach().flatten().float().cpu() for p in _learner(work).models.actor_parameters()]
+    )
 
 
 def differences(recorded: Mapping[str, float], again: Mapping[str, float]) -> list[str]:

@@ -51,9 +51,15 @@ class Choice:
 def find_run(root: Path, name: str) -> Path | None:
     """The newest run folder of this name."""
     found = [
-        p for p in root.glob("*") if not p.is_symlink() and re.fullmatch(rf"\d{{4}}-\d{{4}}-{re.escape(name)}(-\d+)?", p.name)
+        p
+        for p in root.glob("*")
+        if not p.is_symlink() and re.fullmatch(rf"\d{{4}}-\d{{4}}-{re.escape(name)}(-\d+)?", p.name)
     ]
-    return max((p for p in found if (p / RECORD).is_file()), key=lambda p: (p / RECORD).stat().st_mtime, default=None)
+    return max(
+        (p for p in found if (p / RECORD).is_file()),
+        key=lambda p: (p / RECORD).stat().st_mtime,
+        default=None,
+    )
 
 
 def has_begun(folder: Path) -> bool:
@@ -62,9 +68,12 @@ def has_begun(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("[!.]*")) or '"event": "metrics"' in events
 
 
-def choose(folder: Path, config: Config, made_with: Mapping[str, Any], accept: Sequence[str]) -> Choice:
-    """The newest checkpoint that is as it was written and fits the config. `made_with`: what `Saving.made_with` would be now.
-    Raises `CannotResume` where there is none, or where what cannot change has changed."""
+def choose(
+    folder: Path, config: Config, made_with: Mapping[str, Any], accept: Sequence[str]
+) -> Choice:
+    """The newest checkpoint that is as it was written and fits the config. `made_with`: what
+    `Saving.made_with` would be now. Raises `CannotResume` where there is none, or where what cannot
+    change has changed."""
     steps = steps_of(config)
     skipped: list[tuple[Path, str]] = []
 
@@ -78,19 +87,30 @@ def choose(folder: Path, config: Config, made_with: Mapping[str, Any], accept: S
                 return f"{stage} had {count:,} steps when it was made, and has {steps[stage]:,} now"
         return durable.difference(folder, found.facts["results"])
 
-    for path, found in Checkpoints(folder / "checkpoints", {name: i for i, name in enumerate(config.recipe)}).usable(fits):
+    for path, found in Checkpoints(
+        folder / "checkpoints", {name: i for i, name in enumerate(config.recipe)}
+    ).usable(fits):
         if isinstance(found, str):
             skipped.append((path, found))
             continue
         return Choice(found, skipped, list(_checked(folder, found, config, made_with, accept)))
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped) or "there are none"
-    raise CannotResume(f"{folder}: no checkpoint can be used ({reasons}). Nothing was changed. Start anew without --resume.")
+    raise CannotResume(
+        f"{folder}: no checkpoint can be used ({reasons}). Nothing was changed. Start anew without "
+        f"--resume."
+    )
 
 
 def set_aside(skipped: Sequence[tuple[Path, str]]) -> None:
     """Under another name, so that nobody takes them for the newest again; nothing is deleted."""
     for path, _ in skipped:
-        path.rename(next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}.skipped-{i}")).exists()))
+        path.rename(
+            next(
+                p
+                for i in range(1, 10**6)
+                if not (p := path.with_name(f"{path.name}.skipped-{i}")).exists()
+            )
+        )
 
 
 def steps_of(config: Config) -> dict[str, int]:
@@ -104,7 +124,11 @@ def steps_of(config: Config) -> dict[str, int]:
 
 
 def _checked(
-    folder: Path, found: Checkpoint, config: Config, made_with: Mapping[str, Any], accept: Sequence[str]
+    folder: Path,
+    found: Checkpoint,
+    config: Config,
+    made_with: Mapping[str, Any],
+    accept: Sequence[str],
 ) -> Iterator[str]:
     """Sentences on differences that were accepted; raises on the others, all at once."""
     refused = []
@@ -118,17 +142,23 @@ def _checked(
         raise CannotResume("\n".join(refused))
     done, length = found.facts["step"], steps_of(config).get(found.facts["stage"], 0)
     if done > length > 0:
-        raise CannotResume(f"{found.facts['stage']} has done {done:,} steps already, and the config asks for {length:,}.")
+        raise CannotResume(
+            f"{found.facts['stage']} has done {done:,} steps already, and the config asks for "
+            f"{length:,}."
+        )
 
 
 def _differences(
     folder: Path, found: Checkpoint, config: Config, made_with: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
-    """What differs by its key, how it was then, and how to undo it; only of what the checkpoint's past depends on."""
+    """What differs by its key, how it was then, and how to undo it; only of what the checkpoint's
+    past depends on."""
     then, now = (dict(leaves(side["config"])) for side in (found.facts, made_with))
     for key in sorted(then.keys() | now.keys()):
         if then.get(key) != now.get(key) and _shaped_the_past(key, found, config):
-            before, after = (toml_value(side[key]) if key in side else "not set" for side in (then, now))
+            before, after = (
+                toml_value(side[key]) if key in side else "not set" for side in (then, now)
+            )
             yield key, f"{key} = {before}, the config says {after}", "change it back"
     for path in sorted(found.facts["data"].keys() | made_with["data"].keys()):
         if found.facts["data"].get(path) != made_with["data"].get(path):
@@ -138,7 +168,11 @@ def _differences(
         yield "break", said, "say the same again"
     record = found.facts["events"]
     if durable.fingerprint(folder / RECORD, record["size"]) != record:
-        yield RECORD, f"another {RECORD}: it was changed or cut short since", "put the old file back"
+        yield (
+            RECORD,
+            f"another {RECORD}: it was changed or cut short since",
+            "put the old file back",
+        )
 
 
 def _shaped_the_past(key: str, found: Checkpoint, config: Config) -> bool:
@@ -148,8 +182,15 @@ def _shaped_the_past(key: str, found: Checkpoint, config: Config) -> bool:
         return False  # the stages up to the checkpoint's own are the same, or it would not have been chosen
     if table == "run" and name in FREE:
         return False
-    reader = {"sft": "sft", "reward_model": "reward_model", "evaluation": "evaluation", "preference": config.preference_stage}
-    reader |= dict.fromkeys(("optim", "algorithm", "critic"), config.rl_stage or config.preference_stage)
+    reader = {
+        "sft": "sft",
+        "reward_model": "reward_model",
+        "evaluation": "evaluation",
+        "preference": config.preference_stage,
+    }
+    reader |= dict.fromkeys(
+        ("optim", "algorithm", "critic"), config.rl_stage or config.preference_stage
+    )
     stage, step, place = found.facts["stage"], found.facts["step"], list(config.recipe).index
     if key == "optim.micro_batch_tokens":
         return True
@@ -158,8 +199,14 @@ def _shaped_the_past(key: str, found: Checkpoint, config: Config) -> bool:
         return owner is None
     if place(owner) > place(stage) or (owner == stage and step == 0):
         return False
-    if name == "steps" and owner == stage:  # more of the same, unless the learning rate looked ahead to the end
-        descents = {"sft": config.sft, "reward_model": config.reward_model, config.preference_stage: config.preference}
+    if (
+        name == "steps" and owner == stage
+    ):  # more of the same, unless the learning rate looked ahead to the end
+        descents = {
+            "sft": config.sft,
+            "reward_model": config.reward_model,
+            config.preference_stage: config.preference,
+        }
         return descents.get(owner, config.optim).schedule != "constant"
     return True
 

@@ -1,7 +1,8 @@
 """Who does the work of a run: a worker per process, and groups of them that are spoken to as one.
 
-A worker is a plain class that knows its rank and its team as data. A group runs its methods: `Local` here, others in `launch`
-behind processes and machines. What crosses a border are names, paths, and what a step returns.
+A worker is a plain class that knows its rank and its team as data. A group runs its methods:
+`Local` here, others in `launch` behind processes and machines. What crosses a border are names,
+paths, and what a step returns.
 """
 
 import contextlib
@@ -52,12 +53,13 @@ class Group(Protocol):
     world: int
 
     def call(self, name: str, *args: Any) -> list[Any]:
-        """The method of all ranks; what each returned, by rank. Only the lead speaks of what all know: others return None."""
+        """The method of all ranks; what each returned, by rank. Only the lead speaks of what all
+        know: others return None."""
         ...
 
     def map(self, name: str, rows: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
-        """A method that takes some rows and returns as much for each: every rank takes its share by tokens, and the results
-        come in the order of the rows."""
+        """A method that takes some rows and returns as much for each: every rank takes its share by
+        tokens, and the results come in the order of the rows."""
         ...
 
     def start(self, name: str, *args: Any) -> Handle:
@@ -65,7 +67,8 @@ class Group(Protocol):
         ...
 
     def untouched(self) -> bool:
-        """Whether no weight has moved since the last call ended: then a run that stops now has lost nothing."""
+        """Whether no weight has moved since the last call ended: then a run that stops now has lost
+        nothing."""
         ...
 
     def close(self) -> None: ...
@@ -80,7 +83,8 @@ class Stepped:
 
 
 class Worker:
-    """One rank of a run: its stages, and the one that has begun. Everything that changes from step to step is here."""
+    """One rank of a run: its stages, and the one that has begun. Everything that changes from step
+    to step is here."""
 
     def __init__(self, stages: Sequence[Stage], folder: Path, team: Team = ALONE) -> None:
         self.stages, self.folder, self.team = {stage.name: stage for stage in stages}, folder, team
@@ -91,7 +95,8 @@ class Worker:
         self._moves = 0
 
     def begin(self, name: str, checkpoint: str | None) -> bool:
-        """Load the models of a stage, as a checkpoint left them where there is one. Whether there is anything to save."""
+        """Load the models of a stage, as a checkpoint left them where there is one. Whether there
+        is anything to save."""
         found = None if checkpoint is None else read_checkpoint(Path(checkpoint))
         state = {} if found is None else found.state()
         if found is not None and "work" not in state:
@@ -129,15 +134,19 @@ class Worker:
         return sum(local(t).nbytes for t in parted(self._at)[1].values())
 
     def go_back(self, checkpoint: str, scale: float) -> None:
-        """Go back to a checkpoint of this stage, with all learning rates times `scale`. Where it is the one of step 0, which
-        holds no weights, the stage begins again."""
+        """Go back to a checkpoint of this stage, with all learning rates times `scale`. Where it is
+        the one of step 0, which holds no weights, the stage begins again."""
         found = read_checkpoint(Path(checkpoint))
         state = found.state()
         if "work" in state:
             with _loading(found):
                 self._load(state)
         else:
-            self.work, self._steps, self._at = None, iter(()), None  # its models go before they are loaded again
+            self.work, self._steps, self._at = (
+                None,
+                iter(()),
+                None,
+            )  # its models go before they are loaded again
             self.begin(found.facts["stage"], checkpoint)
         work = self._begun()
         for optimizer in work.optimizers:
@@ -157,7 +166,8 @@ class Worker:
         self.random.load_state(state["random"])
 
     def _mark(self, steps: Iterator[Progress] | None = None) -> None:
-        """This is what a checkpoint holds from now on. Its tensors are the live ones: good until the next step changes them."""
+        """This is what a checkpoint holds from now on. Its tensors are the live ones: good until
+        the next step changes them."""
         work = self._begun()
         self._steps = self._steps if steps is None else steps
         self._at, self._moves = {"work": work.state(), "random": self.random.state()}, work.moves()
@@ -169,16 +179,29 @@ class Worker:
 
 @contextlib.contextmanager
 def _loading(found: Checkpoint) -> Iterator[None]:
-    """Whatever a state says that the stage cannot take becomes one sentence about its checkpoint."""
+    """Whatever a state says that the stage cannot take becomes one sentence about its
+    checkpoint."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         if isinstance(error, ValidationError):
             reason = first_problem(error)
         else:
-            reason = f"there is no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0].rstrip(".")
+            reason = (
+                f"there is no {error}"
+                if isinstance(error, KeyError)
+                else str(error).partition("\n")[0].rstrip(".")
+            )
         raise Damaged(
-            f"checkpoint {found.name} does not fit what this config trains ({reason}). Rename {found.path} to go on from an "
+            f"checkpoint {found.name} does not fit what this config trains ({reason}). Rename "
+            f"{found.path} to go on from an "
             "earlier one."
         ) from error
 
@@ -218,10 +241,18 @@ class Done:
 
 
 def mapped(
-    rows: Sequence[Any], lengths: Sequence[int], world: int, call: Callable[[list[list[Any]]], list[list[Any]]]
+    rows: Sequence[Any],
+    lengths: Sequence[int],
+    world: int,
+    call: Callable[[list[list[Any]]], list[list[Any]]],
 ) -> list[Any]:
-    """The rows dealt out by tokens, and what came of them in their order. `call`: the rows of each rank in, its results out."""
+    """The rows dealt out by tokens, and what came of them in their order. `call`: the rows of each
+    rank in, its results out."""
     dealt = shares(lengths, world)
     found = call([[rows[i] for i in mine] for mine in dealt])
-    made = dict(pair for mine, results in zip(dealt, found, strict=True) for pair in zip(mine, results, strict=True))
+    made = dict(
+        pair
+        for mine, results in zip(dealt, found, strict=True)
+        for pair in zip(mine, results, strict=True)
+    )
     return [made[i] for i in range(len(rows))]

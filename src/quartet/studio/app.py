@@ -1,5 +1,5 @@
-"""The pages and what they are made from. Only this machine by default, and nothing is written. One question costs something:
-that to a model is a POST, from the studio's own pages."""
+"""The pages and what they are made from. Only this machine by default, and nothing is written. One
+question costs something: that to a model is a POST, from the studio's own pages."""
 
 import html as markup
 import secrets
@@ -32,7 +32,8 @@ from quartet.studio.rendering import plotly_file, templates
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src "
+    "'self' data: blob:; "
     "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",
@@ -68,8 +69,12 @@ class Pages:
                 status = 404 if isinstance(error, NoRun) else 400
                 if request.url.path.startswith("/api/"):
                     return JSONResponse({"error": str(error)}, status, HEADERS)
-                return self.html("error.html", status, title="Not here", sentence=str(error), run=None)
-            return made if isinstance(made, Response) else JSONResponse(finite(made), headers=HEADERS)
+                return self.html(
+                    "error.html", status, title="Not here", sentence=str(error), run=None
+                )
+            return (
+                made if isinstance(made, Response) else JSONResponse(finite(made), headers=HEADERS)
+            )
 
         return respond
 
@@ -83,7 +88,8 @@ class Pages:
 
     def runs(self, _: Request) -> Response:
         cards = [
-            views.card(run) if isinstance(run, Run) else views.unreadable(name, str(run)) for name, run in self.library.runs()
+            views.card(run) if isinstance(run, Run) else views.unreadable(name, str(run))
+            for name, run in self.library.runs()
         ]
         return self.html("runs.html", title="Runs", cards=cards, run=None)
 
@@ -167,12 +173,16 @@ class Pages:
             steps=steps,
             sample=mine,
             count=len(everything),
-            siblings=[s for s in everything if s.group == mine.group and s.number != number][: views.SAMPLES_SHOWN],
+            siblings=[s for s in everything if s.group == mine.group and s.number != number][
+                : views.SAMPLES_SHOWN
+            ],
             length=len(rows["text"]),
             shown=views.TOKENS_SHOWN,
             glance=views.glance(rows),
             inspector=views.inspector(run, rows),
-            can_ask=kind == "rollouts" and folder_of(run) is not None and "environment" not in run.config,
+            can_ask=kind == "rollouts"
+            and folder_of(run) is not None
+            and "environment" not in run.config,
             page="probes" if kind == "probes" else "samples",
         )
 
@@ -182,13 +192,18 @@ class Pages:
         return {"inspector": views.inspector(run, rows), "glance": views.glance(rows)}
 
     async def first_answer(self, request: Request) -> Response:
-        """What the policy that RL started from says to a rollout's prompt. Pages are served while it thinks."""
+        """What the policy that RL started from says to a rollout's prompt. Pages are served while
+        it thinks."""
         asked_from = request.headers.get("origin")
         if asked_from is not None and urlsplit(asked_from).netloc != request.headers.get("host"):
-            return JSONResponse({"error": "only the studio's own pages may ask a model."}, 403, HEADERS)
+            return JSONResponse(
+                {"error": "only the studio's own pages may ask a model."}, 403, HEADERS
+            )
         try:
             run, ids = await run_in_threadpool(self._one_at_a_time, self._prompt, request)
-            return JSONResponse({"answer": await self.first_policies.answer(run, ids)}, headers=HEADERS)
+            return JSONResponse(
+                {"answer": await self.first_policies.answer(run, ids)}, headers=HEADERS
+            )
         except (NoRun, BadQuestion, NoAnswer) as error:
             statuses = {NoRun: 404, BadQuestion: 400, Busy: 503, NoAnswer: 500}
             status = next(status for kind, status in statuses.items() if isinstance(error, kind))
@@ -197,16 +212,24 @@ class Pages:
     def _prompt(self, request: Request) -> tuple[Run, list[int]]:
         run = self.run_of(request)
         rows = run.sample(_whole(request, "step", 0), _whole(request, "sample", 0))
-        begin = rows["is_response"].index(True) if True in rows["is_response"] else len(rows["is_response"])
+        begin = (
+            rows["is_response"].index(True)
+            if True in rows["is_response"]
+            else len(rows["is_response"])
+        )
         if None in rows["token_id"][:begin]:
-            raise NoRun(f"{run.name}: the file of rollouts does not have the tokens of this prompt.")
+            raise NoRun(
+                f"{run.name}: the file of rollouts does not have the tokens of this prompt."
+            )
         return run, rows["token_id"][:begin]
 
     def token_history(self, request: Request) -> dict[str, Any]:
         """One token of a probe through training."""
         run = self.run_of(request)
         sample, position = _whole(request, "sample", 0), _whole(request, "position", 0)
-        made: dict[str, list[Any]] = {name: [] for name in ("step", "logprob", "ref_logprob", "value", "advantage")}
+        made: dict[str, list[Any]] = {
+            name: [] for name in ("step", "logprob", "ref_logprob", "value", "advantage")
+        }
         for step in run.steps("probes"):
             try:
                 rows = run.sample(step, sample, "probes")
@@ -248,17 +271,29 @@ class Pages:
         run = self.run_of(request)
         rows = list(run.answers())
         return self.html(
-            "answers.html", title="Before and after", run=run, rows=rows[: views.SAMPLES_SHOWN], found=len(rows), page="answers"
+            "answers.html",
+            title="Before and after",
+            run=run,
+            rows=rows[: views.SAMPLES_SHOWN],
+            found=len(rows),
+            page="answers",
         )
 
     def doctor(self, request: Request) -> Response:
         run = self.run_of(request)
-        return self.html("doctor.html", title="Doctor", run=run, findings=examine(run), page="doctor")
+        return self.html(
+            "doctor.html", title="Doctor", run=run, findings=examine(run), page="doctor"
+        )
 
     def config(self, request: Request) -> Response:
         run = self.run_of(request)
         return self.html(
-            "config.html", title="Config", run=run, text=run.config_text, environment=run.environment, page="config"
+            "config.html",
+            title="Config",
+            run=run,
+            text=run.config_text,
+            environment=run.environment,
+            page="config",
         )
 
     def compare(self, request: Request) -> Response:
@@ -271,14 +306,17 @@ class Pages:
             chosen=chosen,
             everything=list(self.library.paths()),
             charts=_overlaid(chosen) if len(chosen) > 1 else [],
-            differences=views.differences([run.config for run in chosen]) if len(chosen) > 1 else [],
+            differences=views.differences([run.config for run in chosen])
+            if len(chosen) > 1
+            else [],
             numbers=[dict(views.headline(run)) for run in chosen],
             answers=_same_prompts(chosen),
         )
 
 
 class TokenNeeded:
-    """Answers nobody who does not bring the token: once in the address, `?token=…`, then in a cookie."""
+    """Answers nobody who does not bring the token: once in the address, `?token=…`, then in a
+    cookie."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self.app, self.token = app, token
@@ -295,7 +333,9 @@ class TokenNeeded:
             answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
             await answer(scope, receive, send)
         else:
-            await HTMLResponse("The address that the studio printed has a token in it.", 401, HEADERS)(scope, receive, send)
+            await HTMLResponse(
+                "The address that the studio printed has a token in it.", 401, HEADERS
+            )(scope, receive, send)
 
     def _fits(self, said: str) -> bool:
         return secrets.compare_digest(said.encode(), self.token.encode())
@@ -304,7 +344,9 @@ class TokenNeeded:
 COOKIE = "quartet_studio"
 
 
-def make_app(roots: Sequence[Path], hosts: Sequence[str] = LOOPBACK, token: str | None = None) -> Starlette:
+def make_app(
+    roots: Sequence[Path], hosts: Sequence[str] = LOOPBACK, token: str | None = None
+) -> Starlette:
     """`token`: what a browser must bring; None asks for nothing."""
     import pyarrow.parquet  # noqa: F401  now, and not while somebody waits for the first page
 
@@ -327,7 +369,10 @@ def make_app(roots: Sequence[Path], hosts: Sequence[str] = LOOPBACK, token: str 
     }
     routes = [Route(path, pages.answering(make)) for path, make in addresses.items()]
     routes.append(Route("/api/run/{name}/first-answer", pages.first_answer, methods=["POST"]))
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)), Middleware(GZipMiddleware, compresslevel=1)]
+    middleware = [
+        Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)),
+        Middleware(GZipMiddleware, compresslevel=1),
+    ]
     if token is not None:
         middleware.insert(0, Middleware(TokenNeeded, token=token))
     static = Mount("/static", StaticFiles(packages=[("quartet.studio", "static")]))
@@ -335,7 +380,11 @@ def make_app(roots: Sequence[Path], hosts: Sequence[str] = LOOPBACK, token: str 
 
 
 def plotly_js(_: Request) -> Response:
-    return FileResponse(plotly_file(), media_type="text/javascript", headers={"Cache-Control": "max-age=86400", **HEADERS})
+    return FileResponse(
+        plotly_file(),
+        media_type="text/javascript",
+        headers={"Cache-Control": "max-age=86400", **HEADERS},
+    )
 
 
 def _whole(request: Request, name: str, default: int) -> int:
@@ -352,12 +401,18 @@ def _kind(request: Request) -> str:
 
 
 def _overlaid(chosen: Sequence[Run]) -> list[dict[str, Any]]:
-    """A chart per metric that at least two runs have in their first stage to look at, a line per run."""
+    """A chart per metric that at least two runs have in their first stage to look at, a line per
+    run."""
     stages = [(run, run.main_stage) for run in chosen]
     there = [(run, stage) for run, stage in stages if stage is not None]
     made = []
     names = list(
-        dict.fromkeys(name for run, stage in there for _, group in figures.charts(run.series[stage]) for name in group)
+        dict.fromkeys(
+            name
+            for run, stage in there
+            for _, group in figures.charts(run.series[stage])
+            for name in group
+        )
     )
     for name in names:
         having = [(run, stage) for run, stage in there if name in run.series[stage].columns]
@@ -370,7 +425,12 @@ def _overlaid(chosen: Sequence[Run]) -> list[dict[str, Any]]:
                 more = {"name": markup.escape(run.name)} if "name" in line else {}
                 data.append(line | more | {"line": {"color": color, "width": 2}})
         row = views.meaning(name)
-        made.append({"figure": {"data": data, "layout": figures.layout(row["label"], legend=False)}, "meanings": [row]})
+        made.append(
+            {
+                "figure": {"data": data, "layout": figures.layout(row["label"], legend=False)},
+                "meanings": [row],
+            }
+        )
     return made
 
 
@@ -380,4 +440,6 @@ def _same_prompts(chosen: Sequence[Run]) -> list[dict[str, Any]]:
         return []
     by_prompt = [{row["prompt"]: row["after"] for row in run.answers()} for run in chosen]
     common = [prompt for prompt in by_prompt[0] if all(prompt in table for table in by_prompt)][:20]
-    return [{"prompt": prompt, "answers": [table[prompt] for table in by_prompt]} for prompt in common]
+    return [
+        {"prompt": prompt, "answers": [table[prompt] for table in by_prompt]} for prompt in common
+    ]

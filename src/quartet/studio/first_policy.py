@@ -33,7 +33,8 @@ class Busy(NoAnswer):
 
 
 def folder_of(run: Run) -> Path | None:
-    """Where that policy is: the run's own SFT model, else the model it was given, where it is on this machine."""
+    """Where that policy is: the run's own SFT model, else the model it was given, where it is on
+    this machine."""
     given = run.config.get("policy", {}).get("model")
     own = [run.path / "sft"] if Folder(run.path).is_plain("sft") else []
     for folder in (*own, *([Path(given)] if given else ())):
@@ -46,8 +47,8 @@ def folder_of(run: Run) -> Path | None:
 
 
 class FirstPolicies:
-    """One question at a time, in a thread of its own: those that wait take none from the pages. An answer that was given once
-    is remembered."""
+    """One question at a time, in a thread of its own: those that wait take none from the pages. An
+    answer that was given once is remembered."""
 
     def __init__(self) -> None:
         self._one = CapacityLimiter(1)
@@ -55,12 +56,16 @@ class FirstPolicies:
         self._said: OrderedDict[tuple[Path, tuple[int, ...]], str] = OrderedDict()
 
     async def answer(self, run: Run, prompt_ids: Sequence[int]) -> str:
-        """The likeliest answer: greedy, as long as the run's rollouts may be. Busy where too many wait for theirs."""
+        """The likeliest answer: greedy, as long as the run's rollouts may be. Busy where too many
+        wait for theirs."""
         folder, length = folder_of(run), run.config.get("rollout", {}).get("max_new_tokens")
         if folder is None:
             raise NoRun(f"{run.name}: the model that RL started from is not on this machine.")
         if length is None:
-            raise NoRun(f"{run.name}: its config does not say how long an answer may be (rollout.max_new_tokens).")
+            raise NoRun(
+                f"{run.name}: its config does not say how long an answer may be "
+                f"(rollout.max_new_tokens)."
+            )
         key = folder, tuple(prompt_ids)
         if key not in self._said:
             with self._in_line():
@@ -88,7 +93,9 @@ def _asked(folder: Path, prompt_ids: Sequence[int], max_new_tokens: int) -> str:
     command = [sys.executable, "-m", "quartet.evaluation.likeliest", str(folder.resolve())]
     question = json.dumps({"prompt_ids": list(prompt_ids), "max_new_tokens": max_new_tokens})
     try:
-        done = subprocess.run(command, input=question, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(
+            command, input=question, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"the model in {folder} did not answer in {PATIENCE} s.") from None
     if done.returncode:

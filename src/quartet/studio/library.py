@@ -19,8 +19,8 @@ class Library:
         self._open: OrderedDict[str, Run] = OrderedDict()
 
     def paths(self) -> dict[str, Path]:
-        """The folder of each run by its name, the newest first of each root; of a name that two roots have, the second comes
-        with its root's."""
+        """The folder of each run by its name, the newest first of each root; of a name that two
+        roots have, the second comes with its root's."""
         made: dict[str, Path] = {}
         for root in self.roots:
             for path in find_runs(root):

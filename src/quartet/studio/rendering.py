@@ -15,9 +15,14 @@ from quartet.studio.views import number, shortened
 
 @functools.cache
 def templates() -> Environment:
-    """The templates of pages and report, each compiled once. Everything that is put into them is escaped."""
+    """The templates of pages and report, each compiled once. Everything that is put into them is
+    escaped."""
     made = Environment(
-        loader=PackageLoader("quartet.studio"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("quartet.studio"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     made.filters |= {"number": number, "ago": ago, "shortened": shortened}
     made.policies["json.dumps_function"] = json_text

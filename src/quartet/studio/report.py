@@ -19,17 +19,23 @@ CHARTS = 4
 """Of each stage."""
 
 STAGES = {
-    "sft": "Supervised fine-tuning: the model imitates demonstrations. The loss is the surprise at each token that should have "
+    "sft": "Supervised fine-tuning: the model imitates demonstrations. The loss is the surprise at "
+    "each token that should have "
     "come next; it should fall.",
-    "reward_model": "The reward model: from pairs of answers of which one was preferred, a model learns to score answers. Pair "
+    "reward_model": "The reward model: from pairs of answers of which one was preferred, a model "
+    "learns to score answers. Pair "
     "accuracy is how often the preferred one scores higher; 50 % is guessing.",
     "evaluation": "",
 }
 RL = (
-    "Reinforcement learning: the model answers prompts, the answers are scored, and what led to better scores than expected "
-    "becomes more likely. The KL says how far the model has gone from where it started; every answer pays for it."
+    "Reinforcement learning: the model answers prompts, the answers are scored, and what led to "
+    "better scores than expected "
+    "becomes more likely. The KL says how far the model has gone from where it started; every "
+    "answer pays for it."
 )
-COMPARISONS = "The model learns from pairs of answers directly: the preferred one should gain on the other."
+COMPARISONS = (
+    "The model learns from pairs of answers directly: the preferred one should gain on the other."
+)
 
 
 def write_report(run: Run) -> Path:
@@ -46,7 +52,11 @@ def write_report(run: Run) -> Path:
 def report(run: Run) -> str:
     static = Path(__file__).parent / "static"
     stages: list[dict[str, Any]] = [
-        {"name": stage, "about": STAGES.get(stage, RL if stage == run.rl_stage else COMPARISONS), "charts": made}
+        {
+            "name": stage,
+            "about": STAGES.get(stage, RL if stage == run.rl_stage else COMPARISONS),
+            "charts": made,
+        }
         for stage in run.series
         if (made := views.overview(run, stage)[:CHARTS])
     ]
@@ -65,13 +75,19 @@ def report(run: Run) -> str:
             verdict=verdict(run, found),
             numbers=views.headline(run),
             stages=stages,
-            figures=Markup(json_text(figures).replace("<", "\\u003c")),  # JSON in a script; < cannot end it
+            figures=Markup(
+                json_text(figures).replace("<", "\\u003c")
+            ),  # JSON in a script; < cannot end it
             has_frontier=bool(line["data"]),
             findings=found,
             evaluation=run.evaluation,
             rollouts=rollouts,
             problems=run.problems,
-            style=Markup((static / "studio.css").read_text(encoding="utf-8").replace('url("icon.svg")', "none")),
+            style=Markup(
+                (static / "studio.css")
+                .read_text(encoding="utf-8")
+                .replace('url("icon.svg")', "none")
+            ),
             plotly=Markup(plotly_file().read_text(encoding="utf-8")),
         )
     )
@@ -82,7 +98,11 @@ def verdict(run: Run, found: Sequence[Finding]) -> list[str]:
     config = run.config
     data = config.get("data", {})
     train = data.get("train")
-    source = ", ".join(train) if isinstance(train, list) else train or f"the embedded world {data.get('world')}"
+    source = (
+        ", ".join(train)
+        if isinstance(train, list)
+        else train or f"the embedded world {data.get('world')}"
+    )
     said = [f"{' → '.join(s.replace('_', ' ') for s in config.get('recipe', []))}, on {source}."]
     evaluation = run.evaluation
     if evaluation and evaluation.get("win_rate"):
@@ -91,13 +111,16 @@ def verdict(run: Run, found: Sequence[Finding]) -> list[str]:
             "worse than" if win["mean"] + win["interval"] < 0.5 else "no different from"
         )  # fmt: skip
         said.append(
-            f"On {evaluation['prompts']:,} prompts that it was not trained on, its answers are {better} those of the model it "
-            f"started from: it wins {win['mean']:.0%} ± {win['interval']:.0%} of them by {judge} (a tie is half a win), at a "
+            f"On {evaluation['prompts']:,} prompts that it was not trained on, its answers are "
+            f"{better} those of the model it "
+            f"started from: it wins {win['mean']:.0%} ± {win['interval']:.0%} of them by {judge} "
+            f"(a tie is half a win), at a "
             f"KL of {kl['mean']:.1f} nats per answer."
         )
         if judge != "gold":
             said.append(
-                "The judge is the reward that it was trained on, which flatters it: nobody else has looked at these answers. "
+                "The judge is the reward that it was trained on, which flatters it: nobody else "
+                "has looked at these answers. "
                 "Read some below."
             )
     elif run.status != "done":
@@ -107,7 +130,8 @@ def verdict(run: Run, found: Sequence[Finding]) -> list[str]:
         said.append(f"It failed: {last['error']}")
     if found:
         said.append(
-            f"The doctor has {len(found)} finding{'s' * (len(found) > 1)}, the gravest first seen at step {found[0].step}."
+            f"The doctor has {len(found)} finding{'s' * (len(found) > 1)}, the gravest first seen "
+            f"at step {found[0].step}."
         )
     else:
         said.append("The doctor found nothing wrong.")
@@ -115,7 +139,8 @@ def verdict(run: Run, found: Sequence[Finding]) -> list[str]:
 
 
 def told(run: Run) -> list[tuple[int, int]]:
-    """Rollouts that tell the story: of the first, the middle and the last step the best and the worst, of the last more."""
+    """Rollouts that tell the story: of the first, the middle and the last step the best and the
+    worst, of the last more."""
     steps = run.steps()
     if not steps:
         return []
@@ -136,14 +161,21 @@ def told(run: Run) -> list[tuple[int, int]]:
 
 def _rollout(run: Run, step: int, number: int) -> dict[str, Any]:
     rows = {name: column[: views.TOKENS_SHOWN] for name, column in run.sample(step, number).items()}
-    return {"step": step, "number": number, "glance": views.glance(rows), "tokens": list(_shaded(run, rows))}
+    return {
+        "step": step,
+        "number": number,
+        "glance": views.glance(rows),
+        "tokens": list(_shaded(run, rows)),
+    }
 
 
 def _shaded(run: Run, rows: Mapping[str, Sequence[Any]]) -> Any:
     """Each token's text, colour by its advantage, and what one reads when one points at it."""
     there = sorted(abs(a) for a in rows["advantage"] if a is not None)
     most = there[int(0.97 * (len(there) - 1))] if there else 1.0
-    for i, (text, advantage, case) in enumerate(zip(rows["text"], rows["advantage"], run.cases(rows), strict=True)):
+    for i, (text, advantage, case) in enumerate(
+        zip(rows["text"], rows["advantage"], run.cases(rows), strict=True)
+    ):
         size = 0.0 if advantage is None or not most else min(1.0, abs(advantage) / most)
         color = "59,130,246" if (advantage or 0) > 0 else "245,158,11"
         numbers = ", ".join(

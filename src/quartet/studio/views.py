@@ -33,22 +33,56 @@ class Column:
 
 
 TOKEN_COLUMNS = (
-    Column("advantage", "advantage", "what the update pushes by, as trained: above 0 the token becomes likelier", "zero"),
-    Column("reward", "reward", "the score where it is given, and the KL penalty of each token", "zero"),
     Column(
-        "change", "change of log-prob", "log π − log π_old: what the update has done to the token by its last visit", "zero"
+        "advantage",
+        "advantage",
+        "what the update pushes by, as trained: above 0 the token becomes likelier",
+        "zero",
     ),
-    Column("kl", "KL", "log π_old − log π_ref: how much likelier than the reference finds it", "zero"),
-    Column("penalty", "KL penalty", "−coefficient × KL: the part of the reward that holds the policy back", "zero"),
-    Column("value", "value", "the return that the critic expected before the token was chosen", "zero"),
-    Column("td_error", "TD error", "δ = r + γ V(next) − V: by how much the critic was surprised", "zero"),
+    Column(
+        "reward", "reward", "the score where it is given, and the KL penalty of each token", "zero"
+    ),
+    Column(
+        "change",
+        "change of log-prob",
+        "log π − log π_old: what the update has done to the token by its last visit",
+        "zero",
+    ),
+    Column(
+        "kl", "KL", "log π_old − log π_ref: how much likelier than the reference finds it", "zero"
+    ),
+    Column(
+        "penalty",
+        "KL penalty",
+        "−coefficient × KL: the part of the reward that holds the policy back",
+        "zero",
+    ),
+    Column(
+        "value", "value", "the return that the critic expected before the token was chosen", "zero"
+    ),
+    Column(
+        "td_error",
+        "TD error",
+        "δ = r + γ V(next) − V: by how much the critic was surprised",
+        "zero",
+    ),
     Column("raw_advantage", "advantage before whitening", "A as estimated", "zero"),
     Column("return", "return", "what the critic is taught: advantage + value", "zero"),
     Column("ratio", "ratio", "π / π_old at the last visit of the update", "one"),
-    Column("entropy", "entropy", "of the distribution the token was drawn from, in nats: how open the choice was", "up"),
+    Column(
+        "entropy",
+        "entropy",
+        "of the distribution the token was drawn from, in nats: how open the choice was",
+        "up",
+    ),
     Column("logprob", "log-prob now", "log π at the last visit of the update", "up"),
     Column("old_logprob", "log-prob old", "log π_old: when it was sampled", "up"),
-    Column("ref_logprob", "log-prob reference", "log π_ref: by the frozen model that the KL is counted from", "up"),
+    Column(
+        "ref_logprob",
+        "log-prob reference",
+        "log π_ref: by the frozen model that the KL is counted from",
+        "up",
+    ),
 )
 
 
@@ -58,7 +92,13 @@ def number(value: Any, digits: int = 3) -> str:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    text = f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}" if abs(value) < 1e6 else f"{value:.2e}"
+    text = (
+        f"{value:,}"
+        if isinstance(value, int)
+        else f"{value:.{digits}g}"
+        if abs(value) < 1e6
+        else f"{value:.2e}"
+    )
     return text.replace("-", "−")
 
 
@@ -99,14 +139,28 @@ def unreadable(name: str, sentence: str) -> dict[str, Any]:
         "sparkline_of": "",
         "warnings": 0,
     }
-    return {"name": name, "status": "unreadable", **empty, "problems": [sentence.removeprefix(f"{name}: ")], "started": None}
+    return {
+        "name": name,
+        "status": "unreadable",
+        **empty,
+        "problems": [sentence.removeprefix(f"{name}: ")],
+        "started": None,
+    }
 
 
 def shortened(text: str, limit: int = TEXT_SHOWN) -> str:
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
 
 
-HEADLINE = ("reward", "reward/gold", "kl", "accuracy", "loss", "response/tokens", "value/explained_variance")
+HEADLINE = (
+    "reward",
+    "reward/gold",
+    "kl",
+    "accuracy",
+    "loss",
+    "response/tokens",
+    "value/explained_variance",
+)
 
 
 def headline(run: Run) -> list[tuple[str, str]]:
@@ -121,7 +175,9 @@ def headline(run: Run) -> list[tuple[str, str]]:
     evaluation = run.evaluation
     if evaluation and evaluation.get("win_rate"):
         win = evaluation["win_rate"]
-        made.append((f"win rate by {evaluation['judge']}", f"{win['mean']:.2f} ± {win['interval']:.2f}"))
+        made.append(
+            (f"win rate by {evaluation['judge']}", f"{win['mean']:.2f} ± {win['interval']:.2f}")
+        )
     return made
 
 
@@ -134,7 +190,10 @@ def sparkline(values: Sequence[float], width: int = 120, height: int = 28) -> st
     shown = shown[::step]
     low, high = min(shown), max(shown)
     scale = (height - 4) / (high - low) if high > low and math.isfinite(high - low) else 0.0
-    return " ".join(f"{i * width / (len(shown) - 1):.1f},{height - 2 - (v - low) * scale:.1f}" for i, v in enumerate(shown))
+    return " ".join(
+        f"{i * width / (len(shown) - 1):.1f},{height - 2 - (v - low) * scale:.1f}"
+        for i, v in enumerate(shown)
+    )
 
 
 def overview(run: Run, stage: str) -> list[dict[str, Any]]:
@@ -174,10 +233,12 @@ def sorted_samples(samples: Sequence[Sample], sort: str, words: str) -> list[Sam
 
 
 def inspector(run: Run, sample: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """One rollout for the page of tokens: the texts, a list of numbers per column, and what happened to each token in words.
-    Of more than TOKENS_SHOWN tokens the first."""
+    """One rollout for the page of tokens: the texts, a list of numbers per column, and what
+    happened to each token in words. Of more than TOKENS_SHOWN tokens the first."""
     sample = {name: column[:TOKENS_SHOWN] for name, column in sample.items()}
-    begin = sample["is_response"].index(True) if True in sample["is_response"] else len(sample["text"])
+    begin = (
+        sample["is_response"].index(True) if True in sample["is_response"] else len(sample["text"])
+    )
     columns = [c for c in TOKEN_COLUMNS if any(v is not None for v in sample.get(c.name, ()))]
     whitened = run.config.get("algorithm", {}).get("rewards", {}).get("whiten", False)
     return {
@@ -186,28 +247,50 @@ def inspector(run: Run, sample: Mapping[str, list[Any]]) -> dict[str, Any]:
         "begin": begin,
         "own": sample["is_response"],
         "clipped": sample["clipped"],
-        "numbers": {c.name: finite([None if v is None else round(v, 6) for v in sample[c.name]]) for c in columns},
+        "numbers": {
+            c.name: finite([None if v is None else round(v, 6) for v in sample[c.name]])
+            for c in columns
+        },
         "apart": not whitened,  # whitened rewards are no sum of score and penalty
-        "columns": [{"name": c.name, "label": c.label, "what": c.what, "scale": c.scale} for c in columns],
+        "columns": [
+            {"name": c.name, "label": c.label, "what": c.what, "scale": c.scale} for c in columns
+        ],
         "cases": run.cases(sample),
-        "clip": [1 - run.clipping.low, 1 + run.clipping.high] if math.isfinite(run.clipping.high) else None,
+        "clip": [1 - run.clipping.low, 1 + run.clipping.high]
+        if math.isfinite(run.clipping.high)
+        else None,
     }
 
 
 def glance(sample: Mapping[str, list[Any]]) -> list[str]:
-    """One rollout in a few sentences: what it earned, what the critic thought, what the update did."""
+    """One rollout in a few sentences: what it earned, what the critic thought, what the update
+    did."""
     own = [i for i, mine in enumerate(sample["is_response"]) if mine]
     if not own:
         return ["The response is empty."]
-    parts = [f"{name.removeprefix('score/')} {number(v[0])}" for name, v in sample.items() if name.startswith("score/")]
-    said = [f"Score {number(sample['score'][0])}" + (f" ({', '.join(parts)})" if parts else "") + "."]
-    penalties = [sample["penalty"][i] for i in own if sample.get("penalty") and sample["penalty"][i] is not None]
+    parts = [
+        f"{name.removeprefix('score/')} {number(v[0])}"
+        for name, v in sample.items()
+        if name.startswith("score/")
+    ]
+    said = [
+        f"Score {number(sample['score'][0])}" + (f" ({', '.join(parts)})" if parts else "") + "."
+    ]
+    penalties = [
+        sample["penalty"][i]
+        for i in own
+        if sample.get("penalty") and sample["penalty"][i] is not None
+    ]
     if penalties and any(penalties):
-        said[0] = said[0][:-1] + f"; the KL penalty {'took' if sum(penalties) < 0 else 'gave'} {number(abs(sum(penalties)))}."
+        said[0] = (
+            said[0][:-1] + f"; the KL penalty {'took' if sum(penalties) < 0 else 'gave'} "
+            f"{number(abs(sum(penalties)))}."
+        )
     values, returns = ([sample[c][i] for i in own] for c in ("value", "return"))
     if values[0] is not None:
         said.append(
-            f"The critic expected {number(values[0])} at the first token and {number(values[-1])} at the last; "
+            f"The critic expected {number(values[0])} at the first token and {number(values[-1])} "
+            f"at the last; "
             f"the return from the first was {number(returns[0])}."
         )
     advantages = [(sample["advantage"][i], i) for i in own if sample["advantage"][i] is not None]
@@ -223,7 +306,10 @@ def glance(sample: Mapping[str, list[Any]]) -> list[str]:
             f"most lost by “{_quoted(sample, worst[1])}” ({number(worst[0])})."
         )
     elif advantages:
-        said.append(f"Every token has the advantage {number(advantages[0][0])}: whole responses are compared.")
+        said.append(
+            f"Every token has the advantage {number(advantages[0][0])}: whole responses are "
+            f"compared."
+        )
     return said
 
 
@@ -234,9 +320,17 @@ def _quoted(sample: Mapping[str, list[Any]], place: int) -> str:
 def judged(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a reward model got right and wrong of held-out pairs."""
     margins = [p["chosen_score"] - p["rejected_score"] for p in pairs]
-    longer = [m for m, p in zip(margins, pairs, strict=True) if p["chosen_tokens"] > p["rejected_tokens"]]
-    shorter = [m for m, p in zip(margins, pairs, strict=True) if p["chosen_tokens"] < p["rejected_tokens"]]
-    sides = [(p[f"{side}_score"], float(p[f"{side}_tokens"])) for p in pairs for side in ("chosen", "rejected")]
+    longer = [
+        m for m, p in zip(margins, pairs, strict=True) if p["chosen_tokens"] > p["rejected_tokens"]
+    ]
+    shorter = [
+        m for m, p in zip(margins, pairs, strict=True) if p["chosen_tokens"] < p["rejected_tokens"]
+    ]
+    sides = [
+        (p[f"{side}_score"], float(p[f"{side}_tokens"]))
+        for p in pairs
+        for side in ("chosen", "rejected")
+    ]
     worst = sorted(zip(margins, pairs, strict=True), key=lambda pair: pair[0])[:WORST_PAIRS]
     return {
         "count": len(pairs),
@@ -251,13 +345,21 @@ def judged(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def right(margins: Sequence[float]) -> float | None:
     """The share above 0; a tie counts half."""
-    return sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins) / len(margins) if margins else None
+    return (
+        sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins) / len(margins)
+        if margins
+        else None
+    )
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
     try:
         return statistics.correlation(x, y)
-    except (statistics.StatisticsError, OverflowError, ValueError):  # one of them does not vary, or beyond all numbers
+    except (
+        statistics.StatisticsError,
+        OverflowError,
+        ValueError,
+    ):  # one of them does not vary, or beyond all numbers
         return None
 
 
@@ -271,7 +373,11 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[st
 
 def _flat(table: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if isinstance(table, Mapping):
-        return [pair for key, value in table.items() for pair in _flat(value, f"{prefix}.{key}" if prefix else key)]
+        return [
+            pair
+            for key, value in table.items()
+            for pair in _flat(value, f"{prefix}.{key}" if prefix else key)
+        ]
     if isinstance(table, list) and any(isinstance(x, Mapping) for x in table):
         return [pair for i, value in enumerate(table) for pair in _flat(value, f"{prefix}.{i}")]
     return [(prefix, table)]

@@ -16,8 +16,9 @@ CPU_WORDS = ("can't allocate memory", "not enough memory")
 
 
 class Budget:
-    """A bound on the tokens of a forward pass: it changes memory and no result. Where memory does not suffice it is halved,
-    for good, and what was asked is done again. Not in a team: the others could not know."""
+    """A bound on the tokens of a forward pass: it changes memory and no result. Where memory does
+    not suffice it is halved, for good, and what was asked is done again. Not in a team: the others
+    could not know."""
 
     def __init__(self, tokens: int, team: Team = ALONE) -> None:
         self.tokens, self.team = tokens, team
@@ -31,12 +32,18 @@ class Budget:
             try:
                 return work(self.tokens)
             except RuntimeError as error:
-                if not out_of_memory(error) or self.halvings == MAX_HALVINGS or self.tokens < 2 or self.team.world > 1:
+                if (
+                    not out_of_memory(error)
+                    or self.halvings == MAX_HALVINGS
+                    or self.tokens < 2
+                    or self.team.world > 1
+                ):
                     raise
             self.halvings += 1
             self.tokens //= 2
             self.notes.append(
-                f"out of memory in {phase} with {2 * self.tokens:,} tokens at once; retried with {self.tokens:,}. "
+                f"out of memory in {phase} with {2 * self.tokens:,} tokens at once; retried with "
+                f"{self.tokens:,}. "
                 f"optim.micro_batch_tokens = {self.tokens} would have avoided it."
             )
             gc.collect()
@@ -48,10 +55,17 @@ class Budget:
 
     def load_state(self, state: dict[str, int]) -> None:
         tokens, halvings = state["tokens"], state["halvings"]
-        if not isinstance(tokens, int) or not isinstance(halvings, int) or tokens < 1 or halvings < 0:
+        if (
+            not isinstance(tokens, int)
+            or not isinstance(halvings, int)
+            or tokens < 1
+            or halvings < 0
+        ):
             raise ValueError(f"a budget of {tokens} tokens, halved {halvings} times")
         self.tokens, self.halvings = tokens, halvings
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in CPU_WORDS)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in CPU_WORDS
+    )

@@ -1,8 +1,10 @@
-"""Checkpoints: everything that a stage changes as it goes on, in folders that are whole or not there.
+"""Checkpoints: everything that a stage changes as it goes on, in folders that are whole or not
+there.
 
-A state is a tree of dictionaries and lists with tensors, numbers, texts and plain records for leaves. On disk it is JSON and
-safetensors; a manifest, written last, has their sizes and SHA-256. The folder gets its name when all are on the disk. Tensors
-that ranks hold in parts are written in parts, a file per rank, and read by however many ranks there are then.
+A state is a tree of dictionaries and lists with tensors, numbers, texts and plain records for
+leaves. On disk it is JSON and safetensors; a manifest, written last, has their sizes and SHA-256.
+The folder gets its name when all are on the disk. Tensors that ranks hold in parts are written in
+parts, a file per rank, and read by however many ranks there are then.
 """
 
 import dataclasses
@@ -25,7 +27,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from quartet.distributed.team import ALONE, Team, counts_here, is_sharded, local
-from quartet.files import UNFINISHED, difference, fingerprints, move, read_json, remove_folder, sync, write
+from quartet.files import (
+    UNFINISHED,
+    difference,
+    fingerprints,
+    move,
+    read_json,
+    remove_folder,
+    sync,
+    write,
+)
 from quartet.nonfinite import NonFinite
 from quartet.tensors import Tensor
 
@@ -42,7 +53,8 @@ TENSOR, SHARDED = "$tensor", "$sharded"
 @runtime_checkable
 class Stateful(Protocol):
     def state(self) -> Tree:
-        """What it is now. Tensors in it may be the live ones: they are read before anything goes on."""
+        """What it is now. Tensors in it may be the live ones: they are read before anything goes
+        on."""
         ...
 
     def load_state(self, state: Tree) -> None: ...
@@ -107,7 +119,11 @@ class Checkpoint:
 
     def state(self) -> Tree:
         tensors = load_file(self.path / TENSORS) if TENSORS in self.files else {}
-        return joined(self.tree, tensors, [self.path / name for name in sorted(self.files) if SHARDS.fullmatch(name)])
+        return joined(
+            self.tree,
+            tensors,
+            [self.path / name for name in sorted(self.files) if SHARDS.fullmatch(name)],
+        )
 
 
 class Parts:
@@ -139,14 +155,19 @@ def _shape(part: Any) -> list[int]:
 
 
 def keep_tensors(folder: Path, state: Tree, team: Team = ALONE) -> Any:
-    """Write the tensors of a state into a folder, every rank its own parts, the lead what all have; the rest of the state, with
-    a name in the place of each. Raises `NonFinite` where a number is not finite: what cannot go on is not kept."""
+    """Write the tensors of a state into a folder, every rank its own parts, the lead what all have;
+    the rest of the state, with a name in the place of each. Raises `NonFinite` where a number is
+    not finite: what cannot go on is not kept."""
     tree, tensors = parted(state)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(local(tensor).isfinite().all()):
             raise NonFinite(f"the checkpoint's {name}")
-    files = {TENSORS: {name: t for name, t in tensors.items() if not is_sharded(t)} if team.lead else {}}
-    files[SHARD.format(team.rank)] = {n: local(t).contiguous() for n, t in tensors.items() if is_sharded(t) and counts_here(t)}
+    files = {
+        TENSORS: {name: t for name, t in tensors.items() if not is_sharded(t)} if team.lead else {}
+    }
+    files[SHARD.format(team.rank)] = {
+        n: local(t).contiguous() for n, t in tensors.items() if is_sharded(t) and counts_here(t)
+    }
     for file, held in files.items():
         if held:
             try:
@@ -160,9 +181,11 @@ def keep_tensors(folder: Path, state: Tree, team: Team = ALONE) -> Any:
     return tree
 
 
-def write_checkpoint(folder: Path, state: Tree | Callable[[Path], Any], facts: Mapping[str, Any]) -> Path:
-    """Write a new folder. `state`: what is kept, or what writes the tensors of it into a folder and returns the rest. Where it
-    cannot be written, nothing is left of the attempt."""
+def write_checkpoint(
+    folder: Path, state: Tree | Callable[[Path], Any], facts: Mapping[str, Any]
+) -> Path:
+    """Write a new folder. `state`: what is kept, or what writes the tensors of it into a folder and
+    returns the rest. Where it cannot be written, nothing is left of the attempt."""
     beside = folder.with_name(f".{folder.name}{UNFINISHED}")
     if beside.exists():
         shutil.rmtree(beside)
@@ -183,11 +206,15 @@ def write_checkpoint(folder: Path, state: Tree | Callable[[Path], Any], facts: M
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint and verify it: every byte against the manifest, the manifest against what the state needs, the state's
-    name against the folder's. Raises `Damaged`."""
+    """Read a checkpoint and verify it: every byte against the manifest, the manifest against what
+    the state needs, the state's name against the folder's. Raises `Damaged`."""
     try:
         table = read_json(folder / MANIFEST)
-        if isinstance(table, dict) and isinstance(table.get("format"), int) and table["format"] != FORMAT:
+        if (
+            isinstance(table, dict)
+            and isinstance(table.get("format"), int)
+            and table["format"] != FORMAT
+        ):
             raise Damaged(f"is of format {table['format']}, this Quartet reads format {FORMAT}")
         files = Manifest.model_validate(table).model_dump()["files"]
         if STATE not in files:
@@ -199,7 +226,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except OSError as error:
         raise Damaged(f"cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, Damaged) else Damaged("its manifest cannot be read") from None
+        raise (
+            error if isinstance(error, Damaged) else Damaged("its manifest cannot be read")
+        ) from None
     try:
         inner = read_json(folder / STATE)
         facts, tree = inner["facts"], inner["state"]
@@ -214,7 +243,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except SafetensorError as error:
         raise Damaged(f"its tensors cannot be read ({error})") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise error if isinstance(error, Damaged) else Damaged(f"{STATE} is not that of a checkpoint") from None
+        raise (
+            error if isinstance(error, Damaged) else Damaged(f"{STATE} is not that of a checkpoint")
+        ) from None
     return Checkpoint(folder, facts, tree, frozenset(files))
 
 
@@ -226,7 +257,9 @@ def misfit(found: Checkpoint) -> str | None:
         return f"its facts are not those of a run's checkpoint: {first_problem(error)}"
     needed = {"random", "work"} if facts.step else {"random"}
     if not isinstance(found.tree, dict) or found.tree.keys() != needed:
-        return f"its state does not have what step {facts.step} needs: {' and '.join(sorted(needed))}"
+        return (
+            f"its state does not have what step {facts.step} needs: {' and '.join(sorted(needed))}"
+        )
     return None
 
 
@@ -240,12 +273,16 @@ def first_problem(error: ValidationError) -> str:
 def _unlisted(folder: Path, files: Mapping[str, Any]) -> str | None:
     """A file of tensors or states that is there and not in the manifest."""
     names = sorted(path.name for path in folder.iterdir())
-    strange = next((n for n in names if (n in {STATE, TENSORS} or SHARDS.fullmatch(n)) and n not in files), None)
+    strange = next(
+        (n for n in names if (n in {STATE, TENSORS} or SHARDS.fullmatch(n)) and n not in files),
+        None,
+    )
     return None if strange is None else f"its manifest does not list {strange}"
 
 
 def _check_tensors(folder: Path, files: Mapping[str, Any], tree: Tree) -> None:
-    """The files of tensors have those that the state names, no other ones, and all numbers in them are finite."""
+    """The files of tensors have those that the state names, no other ones, and all numbers in them
+    are finite."""
     whole, sharded = set(_tensor_names(tree, TENSOR)), set(_tensor_names(tree, SHARDED))
     shards = [name for name in files if SHARDS.fullmatch(name)]
     for name, expected in {TENSORS: whole, **dict.fromkeys(shards, sharded)}.items():
@@ -259,7 +296,9 @@ def _check_tensors(folder: Path, files: Mapping[str, Any], tree: Tree) -> None:
                         raise Damaged(f"{tensor} in {name} is not finite")
         if odd := sorted(stored ^ expected):
             told = (
-                f"has {odd[0]}, which its state does not name" if odd[0] in stored else f"lacks {odd[0]}, which its state names"
+                f"has {odd[0]}, which its state does not name"
+                if odd[0] in stored
+                else f"lacks {odd[0]}, which its state names"
             )
             raise Damaged(f"{name} {told}")
     if sharded and not shards:
@@ -291,7 +330,10 @@ def parted(state: Tree) -> tuple[Any, dict[str, Tensor]]:
         if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
             return dataclasses.asdict(tree)
         if isinstance(tree, Mapping):
-            return {key: name_tensors(value, f"{path}/{key}" if path else str(key)) for key, value in tree.items()}
+            return {
+                key: name_tensors(value, f"{path}/{key}" if path else str(key))
+                for key, value in tree.items()
+            }
         if isinstance(tree, list | tuple):
             return [name_tensors(value, f"{path}/{i}") for i, value in enumerate(tree)]
         return tree
@@ -311,16 +353,27 @@ def joined(tree: Any, tensors: Mapping[str, Tensor], shards: Sequence[Path] = ()
 
 
 class Checkpoints:
-    """The checkpoints of a run: `checkpoints/ppo-000060`. Those of step 0 hold no weights, only the place where a stage
-    begins; they are all kept."""
+    """The checkpoints of a run: `checkpoints/ppo-000060`. Those of step 0 hold no weights, only the
+    place where a stage begins; they are all kept."""
 
-    def __init__(self, folder: Path, stages: Mapping[str, int], keep_last: int = 2, keep_best: bool = False) -> None:
+    def __init__(
+        self, folder: Path, stages: Mapping[str, int], keep_last: int = 2, keep_best: bool = False
+    ) -> None:
         """`stages`: their names, and their places in the order in which they run."""
-        self.folder, self.stages, self.keep_last, self.keep_best = folder, stages, keep_last, keep_best
+        self.folder, self.stages, self.keep_last, self.keep_best = (
+            folder,
+            stages,
+            keep_last,
+            keep_best,
+        )
 
-    def write(self, stage: str, step: int, state: Tree | Callable[[Path], Any], facts: Mapping[str, Any]) -> Path:
+    def write(
+        self, stage: str, step: int, state: Tree | Callable[[Path], Any], facts: Mapping[str, Any]
+    ) -> Path:
         """Older ones go only when this one is safe."""
-        written = write_checkpoint(self.folder / f"{stage}-{step:06d}", state, {"stage": stage, "step": step, **facts})
+        written = write_checkpoint(
+            self.folder / f"{stage}-{step:06d}", state, {"stage": stage, "step": step, **facts}
+        )
         if step:
             for folder in self.superfluous():
                 remove_folder(folder)
@@ -330,15 +383,23 @@ class Checkpoints:
         """All with weights but the last, and the best."""
         full = [path for path in self.newest_first() if not path.name.endswith("-000000")]
         known = [path for path in full if merit(path) is not None]
-        best = max(known, key=lambda path: merit(path) or 0.0, default=None) if self.keep_best else None
+        best = (
+            max(known, key=lambda path: merit(path) or 0.0, default=None)
+            if self.keep_best
+            else None
+        )
         return [path for path in full[self.keep_last :] if path != best]
 
     def newest_first(self) -> list[Path]:
-        there = [(self._place(path.name), path) for path in self.folder.glob("*-[0-9]*") if path.is_dir()]
+        there = [
+            (self._place(path.name), path) for path in self.folder.glob("*-[0-9]*") if path.is_dir()
+        ]
         known = [(place, path) for place, path in there if place is not None]
         return [path for _, path in sorted(known, reverse=True)]
 
-    def usable(self, fits: Callable[[Checkpoint], str | None]) -> Iterator[tuple[Path, Checkpoint | str]]:
+    def usable(
+        self, fits: Callable[[Checkpoint], str | None]
+    ) -> Iterator[tuple[Path, Checkpoint | str]]:
         """The newest first: each, or what is wrong with it. `fits`: what else may be wrong."""
         for path in self.newest_first():
             try:
@@ -350,7 +411,9 @@ class Checkpoints:
 
     def _place(self, name: str) -> tuple[int, int] | None:
         stage, _, step = name.rpartition("-")
-        return (self.stages[stage], int(step)) if stage in self.stages and step.isdecimal() else None
+        return (
+            (self.stages[stage], int(step)) if stage in self.stages and step.isdecimal() else None
+        )
 
 
 def merit(folder: Path) -> float | None:
@@ -376,7 +439,13 @@ class GlobalRandom:
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "python": random.getstate(),
-            "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+            "numpy": [
+                kind,
+                torch.from_numpy(np.asarray(keys).astype(np.int64)),
+                position,
+                has_gauss,
+                gauss,
+            ],
         }
 
     def load_state(self, state: Tree) -> None:

@@ -9,15 +9,20 @@ from quartet.distributed.team import local, restore
 
 
 class Ema:
-    """θ̄ ← decay · θ̄ + (1 − decay) · θ after every optimizer step, in float32 (InstructGPT and DeepSpeed-Chat: 0.992).
+    """θ̄ ← decay · θ̄ + (1 − decay) · θ after every optimizer step, in float32 (InstructGPT and
+    DeepSpeed-Chat: 0.992).
 
-    Unlike the last step's weights, the average does not depend on where in an oscillation the run stopped. It is kept by the
-    parameters' names, in parts where they are.
+    Unlike the last step's weights, the average does not depend on where in an oscillation the run
+    stopped. It is kept by the parameters' names, in parts where they are.
     """
 
     def __init__(self, model: Any, decay: float) -> None:
         self.decay = decay
-        self.average = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {
+            name: p.detach().float().clone()
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, model: Any) -> None:

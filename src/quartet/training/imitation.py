@@ -1,4 +1,5 @@
-"""The loss of demonstrations: what supervised fine-tuning minimises, and what PTX adds to reinforcement."""
+"""The loss of demonstrations: what supervised fine-tuning minimises, and what PTX adds to
+reinforcement."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,20 +17,36 @@ from quartet.training.descend import check_finite
 def imitation_losses(
     model: Any, batch: Sequence[Demonstration], micro_batch_tokens: int, team: Team = ALONE
 ) -> Iterator[Float[Tensor, ""]]:
-    """The mean negative log-probability of the answers' tokens, in pieces that add up to it over all ranks."""
+    """The mean negative log-probability of the answers' tokens, in pieces that add up to it over
+    all ranks."""
     num_tokens = sum(len(d.response_ids) if d.written is None else sum(d.written) for d in batch)
-    for piece in team.pieces([len(d.prompt_ids) + len(d.response_ids) for d in batch], micro_batch_tokens):
-        yield piece.counts * _negative_logprobs(model, [batch[i] for i in piece.rows]).sum() / num_tokens
+    for piece in team.pieces(
+        [len(d.prompt_ids) + len(d.response_ids) for d in batch], micro_batch_tokens
+    ):
+        yield (
+            piece.counts
+            * _negative_logprobs(model, [batch[i] for i in piece.rows]).sum()
+            / num_tokens
+        )
 
 
 def _negative_logprobs(model: Any, demonstrations: Sequence[Demonstration]) -> Float[Tensor, "B T"]:
     """−log p of every answer token, 0 elsewhere."""
-    tokens, lengths = right_pad([(*d.prompt_ids, *d.response_ids) for d in demonstrations], model.device)
+    tokens, lengths = right_pad(
+        [(*d.prompt_ids, *d.response_ids) for d in demonstrations], model.device
+    )
     starts = torch.tensor([len(d.prompt_ids) for d in demonstrations], device=model.device)
     mask = response_mask(starts, lengths, tokens.shape[1])
     for row, d in enumerate(demonstrations):
         if d.written is not None:
-            mask[row, len(d.prompt_ids) : len(d.prompt_ids) + len(d.written)] &= torch.tensor(d.written, device=mask.device)
+            mask[row, len(d.prompt_ids) : len(d.prompt_ids) + len(d.written)] &= torch.tensor(
+                d.written, device=mask.device
+            )
     losses = -masked_logprobs(model, tokens, mask)
-    check_finite("the loss", losses, [d.id for d in demonstrations], lambda row: tokens[row, : lengths[row]].tolist())
+    check_finite(
+        "the loss",
+        losses,
+        [d.id for d in demonstrations],
+        lambda row: tokens[row, : lengths[row]].tolist(),
+    )
     return losses

@@ -33,24 +33,29 @@ from quartet.training.imitation import imitation_losses
 from quartet.training.optim import Optim, Optimizer
 
 AGREEMENT = 1e-4
-"""How far from 1 the ratio of the learner's to the sampler's probability may be for the two to count as the same numbers: more
-than float32 rounding in deep models, less than any other weights, temperature or filter would give."""
+"""How far from 1 the ratio of the learner's to the sampler's probability may be for the two to
+count as the same numbers: more than float32 rounding in deep models, less than any other weights,
+temperature or filter would give."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one call of `Learner.update` did. The tensors hold, for every token, what was seen at its last visit."""
+    """What one call of `Learner.update` did. The tensors hold, for every token, what was seen at
+    its last visit."""
 
     losses: dict[str, float]
     """The terms of the loss, averaged over the optimizer steps."""
     descents: dict[str, float]
-    """The total loss and the gradient norms, averaged likewise, and the learning rates that the update began with."""
+    """The total loss and the gradient norms, averaged likewise, and the learning rates that the
+    update began with."""
     clip_fraction: float
     """The share of token visits at which the clip took the gradient away."""
     first_ratio_error: float
-    """max |ratio − 1| on the first minibatch, before any weight has moved: rounding, and nothing else."""
+    """max |ratio − 1| on the first minibatch, before any weight has moved: rounding, and nothing
+    else."""
     step_kl: float | None
-    """Mean KL(π_old ‖ π) per token when all was done, where the algorithm follows it and the actor was trained."""
+    """Mean KL(π_old ‖ π) per token when all was done, where the algorithm follows it and the actor
+    was trained."""
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
     clipped: Bool[Tensor, "B T"]
@@ -78,16 +83,19 @@ class Learner:
         team: Team = ALONE,
         placement: Placement = STAYS,
     ) -> None:
-        """`sampling` says how rollouts are generated; log-probs take its temperature. `steps` is the number of updates, over
-        which learning rates follow their schedule. `team` are the ranks that hold the same models: each is given the same
-        rollouts and experience, computes its share of the rows, and returns the whole result."""
+        """`sampling` says how rollouts are generated; log-probs take its temperature. `steps` is
+        the number of updates, over which learning rates follow their schedule. `team` are the ranks
+        that hold the same models: each is given the same rollouts and experience, computes its
+        share of the rows, and returns the whole result."""
         self.team, self.budget, self.placement = team, Budget(micro_batch_tokens, team), placement
         self.models, self.reference, self.optim = models, reference, optim
         self.sampling, self.steps = sampling, steps
         self.pretraining = pretraining
         self.ema = Ema(models.actor, optim.ema) if optim.ema else None
         total = steps * optim.epochs * optim.minibatches
-        self.optimizers = {"actor": Optimizer(models.actor_parameters(), optim.descent(optim.lr), total)}
+        self.optimizers = {
+            "actor": Optimizer(models.actor_parameters(), optim.descent(optim.lr), total)
+        }
         if critic := models.critic_parameters():
             self.optimizers["critic"] = Optimizer(critic, optim.descent(optim.critic_lr), total)
         self.rng = random.Random(seed)
@@ -131,17 +139,25 @@ class Learner:
         self.version, self.sampler_agrees = state["version"], state["sampler_agrees"]
 
     def score(self, rollouts: Sequence[Rollout], algorithm: Algorithm) -> Batch:
-        """The rollouts as tensors, with what actor, critic and reference say of each token, as far as the algorithm reads
-        it. Log-probs and entropies that the sampler took while it sampled are not computed again, once the first step has
-        shown that they are the learner's."""
+        """The rollouts as tensors, with what actor, critic and reference say of each token, as far
+        as the algorithm reads it. Log-probs and entropies that the sampler took while it sampled
+        are not computed again, once the first step has shown that they are the learner's."""
         batch = collate(rollouts, self.device)
         check_finite("the reward", batch.scores, batch.ids, partial(said, batch))
         with self.placement.at_work(self.reference):
             return self.budget.spend("scoring", partial(self._scored, batch, rollouts, algorithm))
 
     @torch.no_grad()
-    def _scored(self, batch: Batch, rollouts: Sequence[Rollout], algorithm: Algorithm, micro_batch_tokens: int) -> Batch:
-        current = batch.entropy is not None and all(r.policy_version == self.version for r in rollouts)
+    def _scored(
+        self,
+        batch: Batch,
+        rollouts: Sequence[Rollout],
+        algorithm: Algorithm,
+        micro_batch_tokens: int,
+    ) -> Batch:
+        current = batch.entropy is not None and all(
+            r.policy_version == self.version for r in rollouts
+        )
         known = current and self.sampler_agrees is True and not algorithm.kl.exact_reward
         scores = _Scores(batch, torch.promote_types(self.models.actor.dtype, torch.float32))
         for piece in self.team.pieces(batch.lengths.tolist(), micro_batch_tokens):
@@ -149,11 +165,21 @@ class Learner:
             if piece.counts:
                 scores.put(piece.rows, *seen)
         scores.collect(self.team)
-        old, entropy = (batch.rollout_logprobs, batch.entropy) if known else (scores.old, scores.entropy)
+        old, entropy = (
+            (batch.rollout_logprobs, batch.entropy) if known else (scores.old, scores.entropy)
+        )
         if current and self.sampler_agrees is None:
             self.sampler_agrees = same_numbers(batch.rollout_logprobs, old, batch.response_mask)
-        ref = None if self.reference is None else self._logprobs(self.reference, batch, micro_batch_tokens)
-        seen_by = (("the log-probability", old), ("the reference log-probability", ref), ("the value", scores.values))
+        ref = (
+            None
+            if self.reference is None
+            else self._logprobs(self.reference, batch, micro_batch_tokens)
+        )
+        seen_by = (
+            ("the log-probability", old),
+            ("the reference log-probability", ref),
+            ("the value", scores.values),
+        )
         for what, numbers in seen_by:
             if numbers is not None:
                 check_finite(what, numbers, batch.ids, partial(said, batch))
@@ -170,12 +196,18 @@ class Learner:
     def _look(
         self, batch: Batch, rows: Sequence[int], algorithm: Algorithm, only_values: bool
     ) -> tuple[Forward | None, Float[Tensor, "b t"] | None]:
-        """What actor and critic say of some rows; where the algorithm needs it, the values are one column longer."""
+        """What actor and critic say of some rows; where the algorithm needs it, the values are one
+        column longer."""
         lengths = batch.lengths[list(rows)]
         width = int(lengths.max())
         tokens, asked = batch.tokens[list(rows), :width], batch.response_mask[list(rows), :width]
-        if algorithm.needs_final_values:  # the value before a token that was never written is that after the last
-            tokens, asked = torch.nn.functional.pad(tokens, (0, 1), value=PAD), torch.nn.functional.pad(asked, (0, 1))
+        if (
+            algorithm.needs_final_values
+        ):  # the value before a token that was never written is that after the last
+            tokens, asked = (
+                torch.nn.functional.pad(tokens, (0, 1), value=PAD),
+                torch.nn.functional.pad(asked, (0, 1)),
+            )
             asked = asked.scatter(1, lengths[:, None], True)
         if only_values:
             return None, self.models.values(tokens, asked)
@@ -185,7 +217,8 @@ class Learner:
 
     @property
     def trains_actor(self) -> bool:
-        """Whether the next update trains the actor; in the first `optim.critic_warmup_steps` only the critic is trained."""
+        """Whether the next update trains the actor; in the first `optim.critic_warmup_steps` only
+        the critic is trained."""
         return self.version >= self.optim.critic_warmup_steps
 
     def update(self, experience: Experience, algorithm: Algorithm) -> Update:
@@ -193,9 +226,12 @@ class Learner:
         return self._update(experience, algorithm, self.trains_actor)
 
     def _update(self, experience: Experience, algorithm: Algorithm, train_actor: bool) -> Update:
-        """Epochs × minibatches of optimizer steps on one step's experience. Micro-batches bound the memory of a
-        minibatch and change nothing else: its denominator is counted over all of it."""
-        for what, numbers in (("the advantage", experience.advantages), ("the return", experience.returns)):
+        """Epochs × minibatches of optimizer steps on one step's experience. Micro-batches bound the
+        memory of a minibatch and change nothing else: its denominator is counted over all of it."""
+        for what, numbers in (
+            ("the advantage", experience.advantages),
+            ("the return", experience.returns),
+        ):
             if numbers is not None:
                 shown = torch.where(experience.response_mask, numbers, 0.0)
                 check_finite(what, shown, experience.ids, partial(said, experience))
@@ -222,7 +258,8 @@ class Learner:
             clipped=seen.clipped,
             row_advantages=row_mean(experience.advantages, experience.response_mask),
             trained_actor=train_actor,
-            reference_moved=self.reference is not None and mark(self.reference, self.team) != self.reference_mark,
+            reference_moved=self.reference is not None
+            and mark(self.reference, self.team) != self.reference_mark,
         )
 
     def _descents(
@@ -234,7 +271,17 @@ class Learner:
         for _ in range(self.optim.epochs):
             for rows in self._minibatches(len(experience)):
                 texts = self._pretraining_texts(algorithm) if train_actor else ()
-                step = partial(self._step, experience, rows, texts, algorithm, train_actor, seen, not descents, seen.tally())
+                step = partial(
+                    self._step,
+                    experience,
+                    rows,
+                    texts,
+                    algorithm,
+                    train_actor,
+                    seen,
+                    not descents,
+                    seen.tally(),
+                )
                 descents.append(self.budget.spend("the update", step))
                 if train_actor and self.ema is not None:
                     self.ema.update(self.models.actor)
@@ -258,7 +305,9 @@ class Learner:
         """One optimizer step. `before`: what was seen until then, for a step that is done again."""
         seen.tallied = before.copy()
         seen.forget(rows)
-        losses = self._losses(experience, rows, algorithm, train_actor, seen, first, micro_batch_tokens)
+        losses = self._losses(
+            experience, rows, algorithm, train_actor, seen, first, micro_batch_tokens
+        )
         mixed_in = self._pretraining_losses(texts, algorithm, seen, micro_batch_tokens)
         optimizers = self.optimizers if train_actor else {"critic": self.optimizers["critic"]}
         done = descend(itertools.chain(losses, mixed_in), optimizers, self.team)
@@ -267,13 +316,22 @@ class Learner:
         return done
 
     def kl_since(self, experience: Experience) -> float:
-        """Mean KL(π_old ‖ π) per token, by k3, of the policy as it is now to the one that made the experience."""
+        """Mean KL(π_old ‖ π) per token, by k3, of the policy as it is now to the one that made the
+        experience."""
         now = self._logprobs(self.models.actor, experience, self.budget.tokens)
         return float(masked_mean(k3(experience.old_logprobs, now), experience.response_mask))
 
-    def _logprobs(self, model: Any, rows: Batch | Experience, micro_batch_tokens: int) -> Float[Tensor, "B T"]:
+    def _logprobs(
+        self, model: Any, rows: Batch | Experience, micro_batch_tokens: int
+    ) -> Float[Tensor, "B T"]:
         return policy_logprobs(
-            model, rows.tokens, rows.lengths, rows.response_mask, self.sampling.temperature, micro_batch_tokens, self.team
+            model,
+            rows.tokens,
+            rows.lengths,
+            rows.response_mask,
+            self.sampling.temperature,
+            micro_batch_tokens,
+            self.team,
         )
 
     def _minibatches(self, num_rows: int) -> list[list[int]]:
@@ -313,14 +371,24 @@ class Learner:
             terms = algorithm.loss(part, now, denominators)
             if piece.counts:
                 seen.record(indices, part, now, terms, algorithm, first_visit)
-            yield piece.counts * (sum(terms.values(), torch.zeros((), device=self.device)) if train_actor else terms["value"])
+            yield piece.counts * (
+                sum(terms.values(), torch.zeros((), device=self.device))
+                if train_actor
+                else terms["value"]
+            )
 
     def _pretraining_texts(self, algorithm: Algorithm) -> Sequence[Demonstration]:
         """The demonstrations that PTX mixes into the next step."""
-        return () if self.pretraining is None or algorithm.ptx.coef == 0 else self.pretraining.next()
+        return (
+            () if self.pretraining is None or algorithm.ptx.coef == 0 else self.pretraining.next()
+        )
 
     def _pretraining_losses(
-        self, texts: Sequence[Demonstration], algorithm: Algorithm, seen: "_Seen", micro_batch_tokens: int
+        self,
+        texts: Sequence[Demonstration],
+        algorithm: Algorithm,
+        seen: "_Seen",
+        micro_batch_tokens: int,
     ) -> Iterator[Float[Tensor, ""]]:
         """PTX: the loss of some demonstrations beside that of the rollouts."""
         if not texts:
@@ -351,7 +419,9 @@ class _Tally:
         """A rank that had no row at all knows no term's name."""
         names = sorted({name for known in team.exchange(list(self.losses)) for name in known})
         counts = (float(self.num_clipped), float(self.num_visits), self.kl)
-        clipped, visits, kl, *losses = team.total(*counts, *(self.losses.get(name, 0.0) for name in names))
+        clipped, visits, kl, *losses = team.total(
+            *counts, *(self.losses.get(name, 0.0) for name in names)
+        )
         error = team.highest(self.first_ratio_error)
         return _Tally(dict(zip(names, losses, strict=True)), int(clipped), int(visits), error, kl)
 
@@ -362,12 +432,15 @@ class _Scores:
     def __init__(self, batch: Batch, dtype: torch.dtype) -> None:
         self.batch = batch
         self.old, self.entropy, self.exact, self.values = (
-            torch.zeros(batch.tokens.shape, dtype=dtype, device=batch.tokens.device) for _ in range(4)
+            torch.zeros(batch.tokens.shape, dtype=dtype, device=batch.tokens.device)
+            for _ in range(4)
         )
         self.final = torch.zeros(len(batch.ids), dtype=dtype, device=batch.tokens.device)
         """The values after the last tokens, where they were asked for."""
 
-    def put(self, rows: Sequence[int], now: Forward | None, values: Float[Tensor, "b t"] | None) -> None:
+    def put(
+        self, rows: Sequence[int], now: Forward | None, values: Float[Tensor, "b t"] | None
+    ) -> None:
         rows = list(rows)
         lengths = self.batch.lengths[rows]
         width = int(lengths.max())
@@ -403,7 +476,9 @@ class _Seen:
     def epoch_kl(self, team: Team) -> float:
         """Mean k3 of π_old to π over the visits since it was last asked, all ranks'."""
         before, self._epoch = self._epoch, self.tally()
-        kl, visits = team.total(self._epoch.kl - before.kl, float(self._epoch.num_visits - before.num_visits))
+        kl, visits = team.total(
+            self._epoch.kl - before.kl, float(self._epoch.num_visits - before.num_visits)
+        )
         return kl / max(visits, 1)
 
     def forget(self, rows: Sequence[int]) -> None:
@@ -446,14 +521,20 @@ def averaged(descents: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over the steps that were taken; `skipped` counts the others."""
     taken = [d for d in descents if "skipped" not in d]
     means = {name: sum(d[name] for d in taken) / len(taken) for name in (taken[0] if taken else {})}
-    return means | ({"skipped": float(len(descents) - len(taken))} if len(taken) < len(descents) else {})
+    return means | (
+        {"skipped": float(len(descents) - len(taken))} if len(taken) < len(descents) else {}
+    )
 
 
 @torch.no_grad()
 def mark(model: Any, team: Team = ALONE) -> int:
-    """The bits of all parameters, added up: another number, almost surely, when one of them changes."""
+    """The bits of all parameters, added up: another number, almost surely, when one of them
+    changes."""
     held, parts = (
-        torch.stack([_bits(p) for p in model.parameters() if is_sharded(p) == kind] or [torch.zeros((), dtype=torch.int64)])
+        torch.stack(
+            [_bits(p) for p in model.parameters() if is_sharded(p) == kind]
+            or [torch.zeros((), dtype=torch.int64)]
+        )
         for kind in (False, True)
     )
     total = parts.sum()
@@ -468,35 +549,48 @@ def _bits(parameter: Tensor) -> Int[Tensor, ""]:
     return bits if not is_sharded(parameter) or counts_here(parameter) else torch.zeros_like(bits)
 
 
-def same_numbers(sampled: Float[Tensor, "B T"], own: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> bool:
+def same_numbers(
+    sampled: Float[Tensor, "B T"], own: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> bool:
     """Whether the ratio of two policies' probabilities is 1 up to rounding, token by token."""
     return float(((sampled - own).expm1().abs() * mask).max()) <= AGREEMENT
 
 
 def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
-    """Rollouts side by side, padded on the right. Log-probs of the old policy are the sampler's until the learner has
-    taken its own."""
+    """Rollouts side by side, padded on the right. Log-probs of the old policy are the sampler's
+    until the learner has taken its own."""
     tokens, lengths = right_pad([(*r.prompt.ids, *r.response_ids) for r in rollouts], device)
     starts = torch.tensor([len(r.prompt.ids) for r in rollouts], device=device)
     mask = response_mask(starts, lengths, tokens.shape[1])
     for row, r in enumerate(rollouts):
         if r.written is not None:
-            mask[row, len(r.prompt.ids) : len(r.prompt.ids) + len(r.written)] &= torch.tensor(r.written, device=device)
+            mask[row, len(r.prompt.ids) : len(r.prompt.ids) + len(r.written)] &= torch.tensor(
+                r.written, device=device
+            )
     logprobs = spread([_own(r.logprobs, r) or () for r in rollouts], mask)
     return Batch(
         ids=tuple(r.id for r in rollouts),
         tokens=tokens,
         lengths=lengths,
         response_mask=mask,
-        scores=torch.tensor([math.nan if r.score is None else r.score for r in rollouts], dtype=torch.float32, device=device),
+        scores=torch.tensor(
+            [math.nan if r.score is None else r.score for r in rollouts],
+            dtype=torch.float32,
+            device=device,
+        ),
         ended=torch.tensor([r.finish_reason == "stop" for r in rollouts], device=device),
         groups=torch.tensor([r.group for r in rollouts], device=device),
         rollout_logprobs=logprobs,
         old_logprobs=logprobs,
-        entropy=_where_all_have_it([_own(r.entropies, r) for r in rollouts], lambda rows: spread(rows, mask)),
-        token_scores=_where_all_have_it([_own(r.token_scores, r) for r in rollouts], lambda rows: spread(rows, mask)),
+        entropy=_where_all_have_it(
+            [_own(r.entropies, r) for r in rollouts], lambda rows: spread(rows, mask)
+        ),
+        token_scores=_where_all_have_it(
+            [_own(r.token_scores, r) for r in rollouts], lambda rows: spread(rows, mask)
+        ),
         greedy_scores=_where_all_have_it(
-            [r.greedy_score for r in rollouts], lambda scores: torch.tensor(scores, dtype=torch.float32, device=device)
+            [r.greedy_score for r in rollouts],
+            lambda scores: torch.tensor(scores, dtype=torch.float32, device=device),
         ),
     )
 

@@ -20,17 +20,19 @@ if TYPE_CHECKING:
     from quartet.training.learner import Update
 
 
-def explained_variance(values: Float[Tensor, "B T"], returns: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
-    """1 − Var(returns − values) / Var(returns): 1 for a perfect critic, 0 for one that knows the mean only, below 0 for
-    one that is worse than none. 0 where the returns do not vary."""
+def explained_variance(
+    values: Float[Tensor, "B T"], returns: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> float:
+    """1 − Var(returns − values) / Var(returns): 1 for a perfect critic, 0 for one that knows the
+    mean only, below 0 for one that is worse than none. 0 where the returns do not vary."""
     v, r = values[mask].double(), returns[mask].double()
     variance = float(r.var(correction=0))
     return 1 - float((r - v).var(correction=0)) / variance if variance > 0 else 0.0
 
 
 def repetition(ids: Sequence[int]) -> float:
-    """The share of pairs of neighbouring tokens that were there before: 0 for a text that says nothing twice, towards 1
-    for one that turns in circles."""
+    """The share of pairs of neighbouring tokens that were there before: 0 for a text that says
+    nothing twice, towards 1 for one that turns in circles."""
     pairs = Counter(pairwise(ids))
     total = sum(pairs.values())
     return 1 - len(pairs) / total if total else 0.0
@@ -82,7 +84,8 @@ def rl_metrics(
     update: "Update",
     algorithm: Algorithm,
 ) -> dict[str, float]:
-    """The numbers of one RL step. `unscored`: the share of responses that no reward could score, which were left out."""
+    """The numbers of one RL step. `unscored`: the share of responses that no reward could score,
+    which were left out."""
     mask = batch.response_mask
     metrics = response_metrics(rollouts) | state_metrics(algorithm)
     metrics["responses"] = float(len(rollouts))
@@ -97,19 +100,30 @@ def rl_metrics(
         kl = masked(k1(batch.old_logprobs, batch.ref_logprobs), mask)
         metrics["kl"] = float(kl.sum(dim=1).mean())
         for name, estimator in (("k1", k1), ("k2", k2), ("k3", k3)):
-            metrics[f"kl/token_{name}"] = float(masked_mean(estimator(batch.old_logprobs, batch.ref_logprobs), mask))
+            metrics[f"kl/token_{name}"] = float(
+                masked_mean(estimator(batch.old_logprobs, batch.ref_logprobs), mask)
+            )
     if experience.values is not None and experience.returns is not None:
         metrics["value/mean"] = float(masked_mean(experience.values, mask))
-        metrics["value/explained_variance"] = explained_variance(experience.values, experience.returns, mask)
+        metrics["value/explained_variance"] = explained_variance(
+            experience.values, experience.returns, mask
+        )
         metrics["return/mean"] = float(masked_mean(experience.returns, mask))
     if experience.weights is not None:
         metrics["correction/mean_weight"] = float(masked_mean(experience.weights, mask))
     metrics["advantage/std"] = float(experience.advantages[mask].double().std(correction=0))
-    metrics["advantage/reward_correlation"] = earned_correlation(batch, experience, update, algorithm.needs_group)
+    metrics["advantage/reward_correlation"] = earned_correlation(
+        batch, experience, update, algorithm.needs_group
+    )
     if experience.raw_advantages is not None:
         raw = experience.raw_advantages[mask].double()
-        metrics["advantage/raw_mean"], metrics["advantage/raw_std"] = float(raw.mean()), float(raw.std(correction=0))
-    metrics["sampler_mismatch"] = float(masked((batch.rollout_logprobs - batch.old_logprobs).abs(), mask).max())
+        metrics["advantage/raw_mean"], metrics["advantage/raw_std"] = (
+            float(raw.mean()),
+            float(raw.std(correction=0)),
+        )
+    metrics["sampler_mismatch"] = float(
+        masked((batch.rollout_logprobs - batch.old_logprobs).abs(), mask).max()
+    )
     metrics["sampler_ratio"] = sampler_ratio(batch)
     metrics["reference/moved"] = float(update.reference_moved)
     ratio = masked((update.logprobs - batch.old_logprobs).clamp(-20, 20).exp(), mask)
@@ -124,14 +138,19 @@ def rl_metrics(
     metrics["policy/clip_high"] = float(masked_mean((update.clipped & pushed_up).float(), mask))
     metrics["policy/clip_low"] = float(masked_mean((update.clipped & ~pushed_up).float(), mask))
     if batch.entropy is not None:
-        metrics["policy/surprise_gap"] = float(masked_mean(-batch.old_logprobs - batch.entropy, mask))
+        metrics["policy/surprise_gap"] = float(
+            masked_mean(-batch.old_logprobs - batch.entropy, mask)
+        )
     metrics["policy/entropy"] = float(masked_mean(update.entropy, mask))
     metrics |= {f"loss/{name}": value for name, value in update.losses.items()}
     return metrics | update.descents
 
 
-def earned_correlation(batch: Batch, experience: Experience, update: "Update", within_groups: bool) -> float:
-    """r of what a response earned, Σ_t of its token rewards, and the mean advantage that the update took for it."""
+def earned_correlation(
+    batch: Batch, experience: Experience, update: "Update", within_groups: bool
+) -> float:
+    """r of what a response earned, Σ_t of its token rewards, and the mean advantage that the update
+    took for it."""
     earned = masked(experience.token_rewards, batch.response_mask).sum(dim=1)
     if within_groups:
         earned = earned - group_mean(earned, batch.groups)
@@ -139,22 +158,34 @@ def earned_correlation(batch: Batch, experience: Experience, update: "Update", w
 
 
 def sampler_ratio(batch: Batch) -> float:
-    """How far the sampler's probabilities are from the learner's: mean of exp |log π_sampler − log π|."""
+    """How far the sampler's probabilities are from the learner's: mean of exp |log π_sampler − log
+    π|."""
     apart = (batch.rollout_logprobs - batch.old_logprobs).abs().clamp(max=20).exp()
     return float(masked_mean(apart, batch.response_mask))
 
 
 def with_staleness(
-    metrics: Mapping[str, float], rollouts: Sequence[Rollout], batch: Batch, experience: Experience, version: int
+    metrics: Mapping[str, float],
+    rollouts: Sequence[Rollout],
+    batch: Batch,
+    experience: Experience,
+    version: int,
 ) -> dict[str, float]:
-    """How old the weights were that sampled, in updates, and what the correction left out for it. Between the learner and older
-    weights the sampler's ratio is no fault, and called otherwise. `version`: of the policy that the update began with."""
+    """How old the weights were that sampled, in updates, and what the correction left out for it.
+    Between the learner and older weights the sampler's ratio is no fault, and called otherwise.
+    `version`: of the policy that the update began with."""
     ages = [version - v for r in rollouts for v in (r.versions or (r.policy_version,))]
-    metrics = {**metrics, "staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages))}
+    metrics = {
+        **metrics,
+        "staleness/mean": sum(ages) / len(ages),
+        "staleness/max": float(max(ages)),
+    }
     if max(ages) > 0:
         metrics["staleness/ratio"] = metrics.pop("sampler_ratio")
     if experience.weights is not None:
-        metrics["staleness/thrown_away"] = float(masked_mean((experience.weights == 0).float(), batch.response_mask))
+        metrics["staleness/thrown_away"] = float(
+            masked_mean((experience.weights == 0).float(), batch.response_mask)
+        )
     return metrics
 
 
@@ -164,8 +195,8 @@ def turns(written: Sequence[bool]) -> int:
 
 
 def most_common(rollouts: Sequence[Rollout]) -> float:
-    """The share of prompts to which the response that most of them share was given: 1 for a policy that says one thing to
-    everything."""
+    """The share of prompts to which the response that most of them share was given: 1 for a policy
+    that says one thing to everything."""
     said = Counter(response for response, _ in {(r.response, r.prompt.id) for r in rollouts})
     return max(said.values()) / len({r.prompt.id for r in rollouts})
 

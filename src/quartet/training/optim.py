@@ -21,17 +21,24 @@ class Descent:
 
     lr: float = Field(default=1e-5, gt=0, description="The highest learning rate of the schedule.")
     schedule: Literal["linear", "constant"] = "linear"
-    warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps over which the rate rises from 0.")
-    max_grad_norm: OrInf = Field(default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them.")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Optimizer steps over which the rate rises from 0."
+    )
+    max_grad_norm: OrInf = Field(
+        default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them."
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     on_nonfinite: Literal["stop", "skip"] = Field(
-        default="stop", description='An update whose loss or gradient is not finite stops the run; "skip" leaves out ten.'
+        default="stop",
+        description='An update whose loss or gradient is not finite stops the run; "skip" leaves '
+        "out ten.",
     )
 
     def factor(self, step: int, total: int) -> float:
-        """The share of `lr` at optimizer step 0 … total − 1: up over the warm-up, then flat or down to 0."""
+        """The share of `lr` at optimizer step 0 … total − 1: up over the warm-up, then flat or down
+        to 0."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self.schedule == "constant":
@@ -44,9 +51,13 @@ class Optimizer:
 
     def __init__(self, parameters: Sequence[Tensor], descent: Descent, total_steps: int) -> None:
         self.parameters, self.descent, self.total_steps = list(parameters), descent, total_steps
-        kinds = [[p for p in self.parameters if is_sharded(p) == sharded] for sharded in (False, True)]
+        kinds = [
+            [p for p in self.parameters if is_sharded(p) == sharded] for sharded in (False, True)
+        ]
         self.adam = torch.optim.AdamW(
-            [{"params": kind} for kind in kinds if kind],  # torch steps a group at once, and cannot mix the kinds
+            [
+                {"params": kind} for kind in kinds if kind
+            ],  # torch steps a group at once, and cannot mix the kinds
             lr=descent.lr,
             betas=descent.betas,
             eps=descent.eps,
@@ -70,10 +81,17 @@ class Optimizer:
     def clip(self) -> float:
         """Bound the gradient; its norm before that. Not finite if any gradient is not."""
         if not any(map(is_sharded, self.parameters)):
-            return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.descent.max_grad_norm))
+            return float(
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.descent.max_grad_norm)
+            )
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        parts = [[g for g in gradients if is_sharded(g)], [g for g in gradients if not is_sharded(g)]]
-        norm = math.hypot(*(float(whole(torch.nn.utils.get_total_norm(part))) for part in parts if part))
+        parts = [
+            [g for g in gradients if is_sharded(g)],
+            [g for g in gradients if not is_sharded(g)],
+        ]
+        norm = math.hypot(
+            *(float(whole(torch.nn.utils.get_total_norm(part))) for part in parts if part)
+        )
         if math.isfinite(norm):
             scale = min(1.0, self.descent.max_grad_norm / (norm + 1e-6))
             for gradient in gradients:
@@ -102,20 +120,44 @@ class Optimizer:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         if len(state["parameters"]) != len(self.parameters):
-            raise ValueError(f"{len(state['parameters'])} parameters were saved, and {len(self.parameters)} are trained now")
+            raise ValueError(
+                f"{len(state['parameters'])} parameters were saved, and {len(self.parameters)} are "
+                f"trained now"
+            )
         steps, skipped, scale = state["steps"], state["skipped"], state["scale"]
-        if not isinstance(steps, int) or not isinstance(skipped, int) or min(steps, skipped) < 0 or not 0 < scale <= 1:
-            raise ValueError(f"an optimizer after {steps} steps, {skipped} skipped, with learning rates × {scale}")
-        for mine, saved, moments in zip(self.parameters, state["parameters"], state["moments"], strict=True):
+        if (
+            not isinstance(steps, int)
+            or not isinstance(skipped, int)
+            or min(steps, skipped) < 0
+            or not 0 < scale <= 1
+        ):
+            raise ValueError(
+                f"an optimizer after {steps} steps, {skipped} skipped, with learning rates × "
+                f"{scale}"
+            )
+        for mine, saved, moments in zip(
+            self.parameters, state["parameters"], state["moments"], strict=True
+        ):
             if moments and moments.keys() != MOMENTS:
-                raise ValueError(f"moments {', '.join(moments)} instead of {', '.join(sorted(MOMENTS))}")
+                raise ValueError(
+                    f"moments {', '.join(moments)} instead of {', '.join(sorted(MOMENTS))}"
+                )
             if any(mine.shape != moments[name].shape for name in moments if name != "step"):
                 raise ValueError("moments of another shape than their parameter")
             if mine.shape != saved.shape:
-                raise ValueError(f"a parameter of shape {list(saved.shape)} was saved, and has shape {list(mine.shape)} now")
+                raise ValueError(
+                    f"a parameter of shape {list(saved.shape)} was saved, and has shape "
+                    f"{list(mine.shape)} now"
+                )
             restore(mine.data, saved)
-            if moments:  # those that no gradient ever reached have none; Adam counts its steps on the CPU
-                restored = {name: restore(torch.zeros_like(mine), t) for name, t in moments.items() if name != "step"}
+            if (
+                moments
+            ):  # those that no gradient ever reached have none; Adam counts its steps on the CPU
+                restored = {
+                    name: restore(torch.zeros_like(mine), t)
+                    for name, t in moments.items()
+                    if name != "step"
+                }
                 self.adam.state[mine] = {"step": moments["step"], **restored}
         self.steps, self.skipped, self.scale = steps, skipped, scale
 
@@ -130,26 +172,42 @@ class Optim:
     minibatches: int = Field(default=1, ge=1, description="Optimizer steps per epoch.")
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
-        description="Tokens per forward pass: it bounds memory and changes no result. Chosen to suit the machine if left out.",
+        description="Tokens per forward pass: it bounds memory and changes no result. Chosen to "
+        "suit the machine if left out.",
     )
     ema: float = Field(
-        default=0.0, ge=0, lt=1, description="Decay of an average of the actor, saved beside it; 0 keeps none. Typical: 0.992."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Decay of an average of the actor, saved beside it; 0 keeps none. Typical: "
+        "0.992.",
     )
-    critic_warmup_steps: int = Field(default=0, ge=0, description="First steps in which only the critic learns.")
+    critic_warmup_steps: int = Field(
+        default=0, ge=0, description="First steps in which only the critic learns."
+    )
     target_kl: float | None = Field(
         default=None,
         gt=0,
-        description="No further epoch begins once the KL(π_old ‖ π) per token is above this. Typical: 0.02.",
+        description="No further epoch begins once the KL(π_old ‖ π) per token is above this. "
+        "Typical: 0.02.",
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
-        default="stop", description='An update whose loss or gradient is not finite stops the run; "skip" leaves out ten.'
+        default="stop",
+        description='An update whose loss or gradient is not finite stops the run; "skip" leaves '
+        "out ten.",
     )
     schedule: Literal["linear", "constant"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps over which the rates rise from 0.")
-    max_grad_norm: OrInf = Field(default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them.")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Optimizer steps over which the rates rise from 0."
+    )
+    max_grad_norm: OrInf = Field(
+        default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them."
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-5, gt=0, description="Adam's epsilon; 1e-5 as in Ziegler et al. 2019.")
+    eps: float = Field(
+        default=1e-5, gt=0, description="Adam's epsilon; 1e-5 as in Ziegler et al. 2019."
+    )
 
     def descent(self, lr: float) -> Descent:
         return Descent(

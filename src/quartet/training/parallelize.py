@@ -1,11 +1,14 @@
-"""One model over many devices: its matrices in parts, one per rank, put together while they are worked with.
+"""One model over many devices: its matrices in parts, one per rank, put together while they are
+worked with.
 
-Blocks by FSDP2 (Zhao et al. 2023), around whose forward pass torch gathers and frees. The matrices beside them, embeddings and
-heads, are read in more than one place, and often one is the other: they put themselves together for whoever asks, and the
-gradient goes back in parts (as in SimpleFSDP, Zhang et al. 2024). What is small beside the blocks, norms and the head
-to one number, every rank holds whole.
+Blocks by FSDP2 (Zhao et al. 2023), around whose forward pass torch gathers and frees. The matrices
+beside them, embeddings and heads, are read in more than one place, and often one is the other: they
+put themselves together for whoever asks, and the gradient goes back in parts (as in SimpleFSDP,
+Zhang et al. 2024). What is small beside the blocks, norms and the head to one number, every rank
+holds whole.
 
-The forward pass is the one of a single process: written-out blocks are methods of their own, for torch to gather around.
+The forward pass is the one of a single process: written-out blocks are methods of their own, for
+torch to gather around.
 """
 
 import types
@@ -15,7 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method, share_comm_ctx
+from torch.distributed.fsdp import (
+    FSDPModule,
+    fully_shard,
+    register_fsdp_forward_method,
+    share_comm_ctx,
+)
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from quartet.distributed.team import Together, is_sharded
@@ -24,9 +32,10 @@ from quartet.models.trunk import blocks_of
 
 
 def mesh_of(device: str, team: Together, parts: int) -> DeviceMesh:
-    """The ranks in rows of `parts`. Those of a row have a model together; every row has the same (HSDP, Zhao et al. 2023, where
-    there are several). They give up waiting when the team does. Dimensions are called after the team: torch takes two meshes of
-    the same ranks and names for one, and would let one thread speak through the other's group."""
+    """The ranks in rows of `parts`. Those of a row have a model together; every row has the same
+    (HSDP, Zhao et al. 2023, where there are several). They give up waiting when the team does.
+    Dimensions are called after the team: torch takes two meshes of the same ranks and names for
+    one, and would let one thread speak through the other's group."""
     names = (f"replicate{team.name}", f"shard{team.name}")
     if parts == team.world:
         group = team.group or dist.group.WORLD
@@ -34,14 +43,15 @@ def mesh_of(device: str, team: Together, parts: int) -> DeviceMesh:
         return DeviceMesh.from_group(group, device, mesh_dim_names=names[1:])
     rows = torch.arange(team.world).view(-1, parts)
     groups = [
-        dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=team.deadline)[0] for ranks in (rows.T.contiguous(), rows)
+        dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=team.deadline)[0]
+        for ranks in (rows.T.contiguous(), rows)
     ]
     return DeviceMesh.from_group(groups, device, mesh=rows, mesh_dim_names=names)
 
 
 def parallelize(model: Any, mesh: DeviceMesh) -> Any:
-    """The model, in parts over the mesh. Gradients of several ranks are added, not averaged: the losses of one step share a
-    denominator. Works on a mesh of one rank as on many."""
+    """The model, in parts over the mesh. Gradients of several ranks are added, not averaged: the
+    losses of one step share a denominator. Works on a mesh of one rank as on many."""
     blocks = blocks_of(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no blocks that could be sharded.")
@@ -55,12 +65,20 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
             if not hasattr(block, READ_ON):
                 setattr(block, READ_ON, types.MethodType(read_on, block))
             register_fsdp_forward_method(block, READ_ON)
-    share_comm_ctx(blocks)  # else each keeps its whole gradient until the backward pass of all is done
+    share_comm_ctx(
+        blocks
+    )  # else each keeps its whole gradient until the backward pass of all is done
     inside = {id(m) for block in blocks for m in block.modules()}
-    beside = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.Linear) and id(m) not in inside]
+    beside = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.Embedding | nn.Linear) and id(m) not in inside
+    ]
     _divide([m for m in beside if len(m.weight) > 1], mesh)
     for small in model.parameters():
-        if not is_sharded(small):  # read from a file, it is a view that would keep the file's whole map in memory
+        if not is_sharded(
+            small
+        ):  # read from a file, it is a view that would keep the file's whole map in memory
             small.data = small.data.clone()
     return model
 
@@ -71,7 +89,9 @@ def _divide(modules: list[Any], mesh: DeviceMesh) -> None:
     for module in modules:
         matrix = module.weight
         if id(matrix) not in made:
-            placed = distribute_tensor(matrix.detach(), mesh, [*[Replicate()] * (mesh.ndim - 1), Shard(0)])
+            placed = distribute_tensor(
+                matrix.detach(), mesh, [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+            )
             made[id(matrix)] = nn.Parameter(placed, requires_grad=matrix.requires_grad)
         module.weight = made[id(matrix)]
         kind = type(module)

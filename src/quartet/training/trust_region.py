@@ -1,8 +1,10 @@
-"""TRPO and the natural policy gradient: one step of the actor along F⁻¹g, as far as a KL constraint allows.
+"""TRPO and the natural policy gradient: one step of the actor along F⁻¹g, as far as a KL constraint
+allows.
 
-F, the Fisher matrix, is the Hessian of the mean KL(π_old ‖ π) at π = π_old. It is never built: conjugate gradients ask
-only for products F v, and each is two backward passes (Schulman et al. 2015, appendix C). For small models: a step costs
-some twenty passes over the whole experience, and the direction is as large as the weights.
+F, the Fisher matrix, is the Hessian of the mean KL(π_old ‖ π) at π = π_old. It is never built:
+conjugate gradients ask only for products F v, and each is two backward passes (Schulman et al.
+2015, appendix C). For small models: a step costs some twenty passes over the whole experience, and
+the direction is as large as the weights.
 """
 
 import dataclasses
@@ -24,8 +26,11 @@ from quartet.training.learner import Learner, Update
 Vector = Float[Tensor, "P"]
 
 
-def conjugate_gradient(product: Callable[[Vector], Vector], b: Vector, steps: int, tolerance: float = 1e-10) -> Vector:
-    """x with A x ≈ b, for a positive definite A that is known by its products A v (Hestenes & Stiefel 1952).
+def conjugate_gradient(
+    product: Callable[[Vector], Vector], b: Vector, steps: int, tolerance: float = 1e-10
+) -> Vector:
+    """x with A x ≈ b, for a positive definite A that is known by its products A v (Hestenes &
+    Stiefel 1952).
 
     In n dimensions it is exact after n steps: A = diag(1, 4), b = (1, 4) gives (1, 1).
     """
@@ -56,7 +61,8 @@ class NaturalStep:
 
 
 class TrustRegionLearner(Learner):
-    """A learner whose actor moves by one natural step on each experience; the critic learns as in `Learner`."""
+    """A learner whose actor moves by one natural step on each experience; the critic learns as in
+    `Learner`."""
 
     def update(self, experience: Experience, algorithm: Algorithm) -> Update:
         trains_actor = self.trains_actor
@@ -84,9 +90,12 @@ class TrustRegionLearner(Learner):
         )
 
 
-def natural_step(objective: "_Objective", parameters: Sequence[Tensor], settings: TrustRegion) -> NaturalStep:
-    """θ ← θ − √(2 δ / xᵀFx) · x with x = F⁻¹g; with a line search, half of it, and half again, until the loss is lower and
-    the KL within δ. Where no step is found, the weights stay as they were."""
+def natural_step(
+    objective: "_Objective", parameters: Sequence[Tensor], settings: TrustRegion
+) -> NaturalStep:
+    """θ ← θ − √(2 δ / xᵀFx) · x with x = F⁻¹g; with a line search, half of it, and half again,
+    until the loss is lower and the KL within δ. Where no step is found, the weights stay as they
+    were."""
     # Second derivatives of attention exist for torch's plain kernel only.
     with sdpa_kernel(SDPBackend.MATH):
         before = objective.loss()
@@ -116,11 +125,17 @@ def natural_step(objective: "_Objective", parameters: Sequence[Tensor], settings
 
 
 class _Objective:
-    """The actor's loss on one experience, and its KL to the policy that the experience began with. The loss of the
-    value is no part of it. Each rank goes through its share of the rows, and has the sums of all."""
+    """The actor's loss on one experience, and its KL to the policy that the experience began with.
+    The loss of the value is no part of it. Each rank goes through its share of the rows, and has
+    the sums of all."""
 
     def __init__(self, learner: Learner, experience: Experience, algorithm: Algorithm) -> None:
-        self.learner, self.experience, self.algorithm, self.team = learner, experience, algorithm, learner.team
+        self.learner, self.experience, self.algorithm, self.team = (
+            learner,
+            experience,
+            algorithm,
+            learner.team,
+        )
         self.denominators = algorithm.denominators(experience)
         self.num_tokens = int(experience.response_mask.sum())
         pieces = self.team.pieces(experience.lengths.tolist(), learner.budget.tokens)
@@ -147,8 +162,13 @@ class _Objective:
         """F v = ∇(∇KL · v), piece by piece."""
         total = torch.zeros_like(vector)
         for kl in self._kls():
-            slope = _flat(torch.autograd.grad(kl, parameters, create_graph=True, allow_unused=True), parameters)
-            total += _flat(torch.autograd.grad(slope @ vector, parameters, allow_unused=True), parameters).detach()
+            slope = _flat(
+                torch.autograd.grad(kl, parameters, create_graph=True, allow_unused=True),
+                parameters,
+            )
+            total += _flat(
+                torch.autograd.grad(slope @ vector, parameters, allow_unused=True), parameters
+            ).detach()
         self.team.add_up(total)
         return total
 
@@ -157,7 +177,9 @@ class _Objective:
         made = torch.zeros_like(self.experience.old_logprobs)
         for rows in self.pieces:
             part = self.experience.rows(rows)
-            now = self.learner.models.forward(part.tokens, part.response_mask, self.learner.sampling.temperature)
+            now = self.learner.models.forward(
+                part.tokens, part.response_mask, self.learner.sampling.temperature
+            )
             made[rows, : part.tokens.shape[1]] = torch.where(part.response_mask, now.logprobs, 0.0)
         self.team.add_up(made)
         return made
@@ -174,7 +196,10 @@ class _Objective:
                 exact,
             )
             terms = self.algorithm.loss(part, now, self.denominators)
-            yield sum((term for name, term in terms.items() if name != "value"), torch.zeros((), device=self.learner.device))
+            yield sum(
+                (term for name, term in terms.items() if name != "value"),
+                torch.zeros((), device=self.learner.device),
+            )
 
     def _kls(self) -> Iterator[Tensor]:
         for rows, old in zip(self.pieces, self.old, strict=True):
@@ -191,12 +216,19 @@ class _Objective:
 def _sum_of_gradients(losses: Iterator[Tensor], parameters: Sequence[Tensor]) -> Vector:
     total = _flat([None] * len(parameters), parameters)
     for loss in losses:
-        total += _flat(torch.autograd.grad(loss, parameters, allow_unused=True), parameters).detach()
+        total += _flat(
+            torch.autograd.grad(loss, parameters, allow_unused=True), parameters
+        ).detach()
     return total
 
 
 def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradients, parameters, strict=True)])
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if g is None else g).flatten()
+            for g, p in zip(gradients, parameters, strict=True)
+        ]
+    )
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""A guessing game of several turns: a letter from a to p, found in at most four guesses. The host says whether the secret comes
-before (`<`) or after (`>`) the guess, or that it is found (`=`)."""
+"""A guessing game of several turns: a letter from a to p, found in at most four guesses. The host
+says whether the secret comes before (`<`) or after (`>`) the guess, or that it is found (`=`)."""
 
 import random
 from collections.abc import Sequence
@@ -36,9 +36,9 @@ def said(text: str) -> Message:
 
 
 class Guess:
-    """The world `guess`. The demonstrations are of a player who guesses at random, six times in ten among the letters that are
-    still possible; halving finds 15 secrets of 16 in four guesses. The held-out games have the same 16 secrets: the policy
-    never sees them, only the host's answers."""
+    """The world `guess`. The demonstrations are of a player who guesses at random, six times in ten
+    among the letters that are still possible; halving finds 15 secrets of 16 in four guesses. The
+    held-out games have the same 16 secrets: the policy never sees them, only the host's answers."""
 
     name = "guess"
     typical_tokens = (1, 11)
@@ -65,7 +65,10 @@ class Guess:
     def prompts(self, count: int, held_out: bool = False) -> list[Example]:
         rng = random.Random(f"guess/{self.seed}/prompts/{held_out}")
         secrets = [rng.choice(LETTERS) for _ in range(count)]
-        return [Example(f"guess:{i}:{secret}", [said("?")], extra={"secret": secret}) for i, secret in enumerate(secrets)]
+        return [
+            Example(f"guess:{i}:{secret}", [said("?")], extra={"secret": secret})
+            for i, secret in enumerate(secrets)
+        ]
 
     def gold(self, prompt: str, response: str) -> float:
         """Whether the host said that it was found."""
@@ -84,7 +87,9 @@ class Guess:
             guess = rng.choice(possible if rng.random() < self.heeds else LETTERS)
             answer, _, done = host.step(guess)
             talk += [{"role": "assistant", "content": guess}, *answer]
-            possible = [x for x in possible if (x < guess) == (secret < guess) and x != guess] or list(LETTERS)
+            possible = [
+                x for x in possible if (x < guess) == (secret < guess) and x != guess
+            ] or list(LETTERS)
             if done:
                 break
         while talk[-1]["role"] != "assistant":

@@ -1,4 +1,5 @@
-"""What a world offers. Everything is made on the spot from a seed; the same seed gives the same rows."""
+"""What a world offers. Everything is made on the spot from a seed; the same seed gives the same
+rows."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +22,8 @@ class World(Protocol):
         ...
 
     def comparisons(self, count: int, held_out: bool = False) -> list[Example]:
-        """Pairs of completions, labelled by the gold reward with noise. Empty where the world needs no reward model."""
+        """Pairs of completions, labelled by the gold reward with noise. Empty where the world needs
+        no reward model."""
         ...
 
     def prompts(self, count: int, held_out: bool = False) -> list[Example]: ...

@@ -1,7 +1,7 @@
 """Addition with a verifier: a question such as "47+85=", an answer that is right or wrong.
 
-Answers are written from the ones up, as one adds on paper: "231" for 132. A small transformer learns that order fast
-(Lee et al. 2023, "Teaching arithmetic to small transformers").
+Answers are written from the ones up, as one adds on paper: "231" for 132. A small transformer
+learns that order fast (Lee et al. 2023, "Teaching arithmetic to small transformers").
 """
 
 import random
@@ -17,8 +17,9 @@ ALPHABET = "0123456789+="
 class Sums:
     """The world `sums`: two numbers of two digits.
 
-    The demonstrations are a careless pupil's: two in three have a digit wrong. Imitation learns to be careless
-    too; a verifier can reward being right. A tenth of all questions is held out of everything else.
+    The demonstrations are a careless pupil's: two in three have a digit wrong. Imitation learns to
+    be careless too; a verifier can reward being right. A tenth of all questions is held out of
+    everything else.
     """
 
     name = "sums"
@@ -37,14 +38,20 @@ class Sums:
     def demonstrations(self, count: int, held_out: bool = False) -> list[Example]:
         rng = random.Random(f"sums/{self.seed}/slips/{held_out}")
         questions = self._questions("demonstrations", count, held_out)
-        return [Example(f"sums:{a}+{b}", f"{a}+{b}=", completion=self._careless(answer(a, b), rng)) for a, b in questions]
+        return [
+            Example(f"sums:{a}+{b}", f"{a}+{b}=", completion=self._careless(answer(a, b), rng))
+            for a, b in questions
+        ]
 
     def comparisons(self, count: int, held_out: bool = False) -> list[Example]:
         return []
 
     def prompts(self, count: int, held_out: bool = False) -> list[Example]:
         questions = self._questions("prompts", count, held_out)
-        return [Example(f"sums:{a}+{b}", f"{a}+{b}=", extra={"answer": answer(a, b)}) for a, b in questions]
+        return [
+            Example(f"sums:{a}+{b}", f"{a}+{b}=", extra={"answer": answer(a, b)})
+            for a, b in questions
+        ]
 
     def gold(self, prompt: str, response: str) -> float:
         first, second = prompt.rstrip("=").split("+")
@@ -64,15 +71,18 @@ class Sums:
         rng = random.Random(f"sums/{self.seed}/{purpose}/{held_out}")
         questions: list[tuple[int, int]] = []
         while len(questions) < count:
-            pair = (rng.randint(self.smallest, self.largest), rng.randint(self.smallest, self.largest))
+            pair = (
+                rng.randint(self.smallest, self.largest),
+                rng.randint(self.smallest, self.largest),
+            )
             if self._is_held_out(pair) == held_out:
                 questions.append(pair)
         return questions
 
     @staticmethod
     def _is_held_out(pair: tuple[int, int]) -> bool:
-        """By a hash: a rule of arithmetic would hold out some pairs of digits altogether, and nobody can add digits that
-        were never shown."""
+        """By a hash: a rule of arithmetic would hold out some pairs of digits altogether, and
+        nobody can add digits that were never shown."""
         return zlib.crc32(f"{pair[0]}+{pair[1]}".encode()) % 10 == 0
 
 

@@ -10,16 +10,23 @@ def _fast(backend: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
     )
 
 
 def word_tokenizer(words: Iterable[str], punctuation: str) -> Any:
-    """One token per word and punctuation mark; a word carries the space before it, so that text comes back exactly."""
+    """One token per word and punctuation mark; a word carries the space before it, so that text
+    comes back exactly."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = [*SPECIAL, *punctuation, *sorted({"▁" + word for word in words})]
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation("isolated")]
     )
@@ -32,7 +39,9 @@ def character_tokenizer(alphabet: str) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = [*SPECIAL, *alphabet]
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
     return _fast(backend)
