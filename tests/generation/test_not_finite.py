@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from quartet.errors import NonFinite
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling, draw
-from quartet.nonfinite import NonFinite
 from tests.generation.test_episodes import SAMPLING, TOKENIZER, episodes, game_prompts, policy
 from tests.support.world import model, prompts, tokenizer
 

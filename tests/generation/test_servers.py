@@ -24,7 +24,7 @@ from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
 from quartet.generation.scripted import ScriptedGenerator
 from quartet.generation.servers import ServedGenerator, ServersGone
-from quartet.http_client import IDLE
+from quartet.io.http_client import IDLE
 from quartet.models.adapters import (
     POLICY,
     adapter_parameters,

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from quartet.concurrent import map_concurrently
 from quartet.data.sampler import Sampler
+from quartet.io.threads import map_concurrently
 from quartet.loops.collect import Collector
 from quartet.loops.rl_async import Ahead, rl_async
 from quartet.rewards.protocol import Weighted

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from quartet.assembly.rewards import _judge
-from quartet.concurrent import map_concurrently
+from quartet.io.threads import map_concurrently
 from quartet.rewards import judge_cache, remote
 from quartet.rewards.judge import JudgeReward, parse_preference, parse_score
 from quartet.rewards.judge_cache import JudgeCache

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quartet import http_server
-from quartet.http_server import make_server
+from quartet.io import http_server
+from quartet.io.http_server import make_server
 from quartet.rewards import serve
 from quartet.rewards.serve import Asked, BadRequest, app, parsed, understood
 

@@ -11,6 +11,7 @@ from quartet.algorithms.presets import ALGORITHMS
 from quartet.assembly import build
 from quartet.config.toml import read_settings
 from quartet.data.sampler import Sampler
+from quartet.errors import NonFinite
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.loops.collect import Collector
@@ -21,7 +22,6 @@ from quartet.loops.sft import sft
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import masked_logprobs
-from quartet.nonfinite import NonFinite
 from quartet.recipes import recipe_path
 from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts

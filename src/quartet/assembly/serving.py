@@ -5,6 +5,7 @@ from typing import Any
 
 from quartet.data.encoding import Encoder
 from quartet.experience import Prompt, Rollout
+from quartet.io.texts import excerpt
 from quartet.models.actor_critic import freeze
 from quartet.models.heads import ScalarModel, scores_last_token
 from quartet.models.language_model import ModelError, load_tokenizer, read_config
@@ -12,7 +13,6 @@ from quartet.rewards.protocol import Reward, RewardError, Score
 from quartet.rewards.reward_model import ModelReward
 from quartet.rewards.serve import Asked, BadRequest
 from quartet.rewards.text_models import TextModelReward, the_label
-from quartet.texts import excerpt
 
 
 class Scorer:

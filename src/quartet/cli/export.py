@@ -32,8 +32,8 @@ def chat(
     """Talk to the policy of a run. `/compare` turns the answers of before and after side by side on
     and off."""
     from quartet.cli.chat import ChatSession
+    from quartet.errors import NonFinite
     from quartet.models.language_model import ModelError
-    from quartet.nonfinite import NonFinite
 
     try:
         session = ChatSession(Path(run_folder), temperature, max_new_tokens)
@@ -175,7 +175,7 @@ def serve_reward(
     models."""
     import os
 
-    from quartet.http_server import make_server
+    from quartet.io.http_server import make_server
     from quartet.rewards.serve import LOOPBACK
     from quartet.rewards.serve import app as make_app
 

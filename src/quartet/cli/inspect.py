@@ -43,7 +43,7 @@ def studio(
 ) -> None:
     """Every run in the browser: curves, samples, each token with its numbers, live while it
     trains."""
-    from quartet.http_server import make_server
+    from quartet.io.http_server import make_server
     from quartet.runs.reader import NoRun, find_runs
     from quartet.studio.app import LOOPBACK, make_app
 

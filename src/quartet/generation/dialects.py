@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from quartet.generation.sampling import Sampling
-from quartet.texts import excerpt
+from quartet.io.texts import excerpt
 
 LOWEST = -1e9
 """Below it, and where it is not a number, a log-prob is none. vLLM writes −9,999 for probability

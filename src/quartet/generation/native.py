@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from quartet.distributed.team import ALONE, Team
+from quartet.errors import NonFinite
 from quartet.experience import Prompt, Rollout
 from quartet.generation.decoders import decoder
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
 from quartet.models.adapters import REWARD
-from quartet.nonfinite import NonFinite
 from quartet.tensors import Bool, Float, Int, Tensor
 
 

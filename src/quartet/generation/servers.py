@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quartet.concurrent import result_of
 from quartet.experience import Prompt, Rollout
 from quartet.generation.dialects import Dialect, Order, Piece
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
-from quartet.http_client import HttpClient, Reply, RequestError, encode, error_in
-from quartet.texts import excerpt
+from quartet.io.http_client import HttpClient, Reply, RequestError, encode, error_in
+from quartet.io.texts import excerpt
+from quartet.io.threads import result_of
 
 log = logging.getLogger(__name__)
 PAUSE = 0.5

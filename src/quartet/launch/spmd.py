@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from quartet.distributed.team import HERE
-from quartet.nonfinite import NonFinite
+from quartet.errors import NonFinite
 from quartet.runtime.worker import Handle, WorkerLost, mapped
 
 BEAT = 1.0

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from quartet.algorithms.algorithm import Algorithm
-from quartet.concurrent import BackgroundThread
 from quartet.experience import rollout_from
+from quartet.io.threads import BackgroundThread
 from quartet.loops.collect import Collected, Collector
 from quartet.loops.progress import Clock
 from quartet.loops.rl import Step

@@ -20,10 +20,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from quartet import __version__
 from quartet import files as durable
+from quartet.io.texts import well_formed_json
 from quartet.recording.tokens import TokenTexts, rollout_table, write_tokens
 from quartet.runs.records import parse_event, read_lines
 from quartet.runs.untrusted import Folder, Unreadable
-from quartet.texts import well_formed_json
 
 if TYPE_CHECKING:
     from quartet.loops.rl import Step

@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from quartet.concurrent import map_concurrently
 from quartet.experience import Rollout
+from quartet.io.threads import map_concurrently
 from quartet.rewards.protocol import RewardError, Score
 from quartet.rewards.sandbox import Sandbox
 

@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quartet.concurrent import map_concurrently
 from quartet.experience import Rollout
+from quartet.io.texts import excerpt
+from quartet.io.threads import map_concurrently
 from quartet.rewards.protocol import RewardError, Score
-from quartet.texts import excerpt
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quartet.experience import Rollout
+from quartet.io.texts import excerpt
 from quartet.rewards.judge_cache import JudgeCache
 from quartet.rewards.protocol import RewardError, Score
 from quartet.rewards.remote import Endpoint
-from quartet.texts import excerpt
 
 log = logging.getLogger(__name__)
 VERDICT = re.compile(r"(?<![a-z])(score|better)[*_`]*[ \t]*:([^\n]*)", re.IGNORECASE | re.ASCII)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from quartet import files as durable
+from quartet.io.texts import excerpt, well_formed
 from quartet.rewards.protocol import RewardError
-from quartet.texts import excerpt, well_formed
 
 log = logging.getLogger(__name__)
 LOCK_SECONDS = 30.0

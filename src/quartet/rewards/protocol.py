@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from quartet.experience import Rollout
-from quartet.texts import well_formed
+from quartet.io.texts import well_formed
 
 log = logging.getLogger(__name__)
 LARGEST = 3.4e38

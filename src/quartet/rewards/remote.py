@@ -9,11 +9,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
 from typing import Any
 
-from quartet.concurrent import WAKE_SECONDS
 from quartet.experience import Rollout
-from quartet.http_client import HttpClient, Reply, RequestError, encode, error_in
+from quartet.io.http_client import HttpClient, Reply, RequestError, encode, error_in
+from quartet.io.texts import excerpt
+from quartet.io.threads import WAKE_SECONDS
 from quartet.rewards.protocol import RewardError, Score
-from quartet.texts import excerpt
 
 FIRST_WAIT = 0.5
 """Seconds before the second try; each further wait is twice as long."""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quartet.io.texts import excerpt, well_formed
 from quartet.rewards.protocol import Score
-from quartet.texts import excerpt, well_formed
 
 log = logging.getLogger(__name__)
 MAX_BYTES = 16_000_000

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pydantic_core
 from pydantic import ValidationError
 
-from quartet.texts import excerpt
+from quartet.io.texts import excerpt
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

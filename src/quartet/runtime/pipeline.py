@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from quartet import files as durable
+from quartet.errors import NonFinite
 from quartet.loops.progress import Progress
 from quartet.loops.rl import Step
-from quartet.nonfinite import NonFinite
 from quartet.recording.model_card import write_cards
 from quartet.recording.run_folder import Keeping, RunFolder
 from quartet.recording.tokens import TokenTexts

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from quartet.distributed.team import ALONE, Team, counts_here, is_sharded, local
+from quartet.errors import NonFinite
 from quartet.files import (
     UNFINISHED,
     difference,
@@ -37,7 +38,6 @@ from quartet.files import (
     sync,
     write,
 )
-from quartet.nonfinite import NonFinite
 from quartet.tensors import Tensor
 
 Tree = Any

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from quartet.distributed.team import ALONE, Team
-from quartet.nonfinite import NonFinite
+from quartet.errors import NonFinite
 from quartet.tensors import Float, Tensor
 from quartet.training.optim import Optimizer
 

@@ -24,6 +24,7 @@ from quartet.experience import Prompt, Rollout
 from quartet.generation.native import NativeGenerator
 from quartet.generation.protocol import Generator as Generates
 from quartet.generation.sampling import Sampling
+from quartet.io.texts import well_formed_json
 from quartet.loops.collect import Collector
 from quartet.loops.preference import Source, held_out_preference, preference
 from quartet.loops.progress import Progress
@@ -37,7 +38,6 @@ from quartet.models.language_model import policy_logprobs, save, stop_ids
 from quartet.recording.tokens import TokenTexts, probe_table, write_pairs, write_tokens
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.rewards.reward_model import ModelReward
-from quartet.texts import well_formed_json
 from quartet.training.budget import Budget
 from quartet.training.checkpoint import Stateful, Tree
 from quartet.training.learner import Learner, collate

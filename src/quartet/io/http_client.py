@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 import httpx
 
-from quartet.concurrent import result_of
-from quartet.texts import excerpt, well_formed_json
+from quartet.io.texts import excerpt, well_formed_json
+from quartet.io.threads import result_of
 
 T = TypeVar("T")
 IDLE = 1.0

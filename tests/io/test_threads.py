@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from quartet.concurrent import BackgroundThread, map_concurrently, result_of
+from quartet.io.threads import BackgroundThread, map_concurrently, result_of
 
 ALLOWED = 30.0
 """Seconds, where waiting for the threads would take 60 and more."""
@@ -48,7 +48,7 @@ def test_the_first_failure_ends_the_waiting_and_begins_no_further_call():
 
 def test_the_interpreter_ends_though_a_call_does_not():
     code = (
-        "import os, signal, threading, time\nfrom quartet.concurrent import map_concurrently\n"
+        "import os, signal, threading, time\nfrom quartet.io.threads import map_concurrently\n"
         "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "try: map_concurrently(lambda _: time.sleep(120), [1, 2, 3], 2)\nexcept KeyboardInterrupt: print('interrupted')"
     )
@@ -101,7 +101,7 @@ def test_a_thread_that_is_abandoned_ends_in_the_middle_of_its_call(waiting):
 def test_the_interpreter_ends_as_it_was_told_though_torch_was_at_work_in_the_background():
     """Without the end of that thread torch aborts the process: exit code -6."""
     code = (
-        "import sys, time, torch\nfrom quartet.concurrent import BackgroundThread\n"
+        "import sys, time, torch\nfrom quartet.io.threads import BackgroundThread\n"
         "def work():\n    a = torch.randn(200, 200)\n    while True: (a @ a).sort(dim=1)\n"
         "background = BackgroundThread('rollouts')\nbackground.start(work)\ntime.sleep(0.3)\n"
         "try: raise KeyboardInterrupt\nexcept KeyboardInterrupt: background.abandon()\nsys.exit(75)"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from quartet.texts import excerpt, well_formed, well_formed_json
+from quartet.io.texts import excerpt, well_formed, well_formed_json
 
 
 def test_half_a_surrogate_pair_is_spelled_and_all_else_stays():

@@ -1,0 +1,24 @@
+"""The base class of the package's exceptions, and the exception of a number that is not finite."""
+
+from collections.abc import Sequence
+
+
+class QuartetError(Exception):
+    """Base class of all exceptions that this package raises on purpose.
+
+    The message is one sentence or more for a reader: what is wrong, where, and what to do about it.
+    Each exception class also keeps a base among Python's own (ValueError, RuntimeError, OSError).
+    """
+
+
+class NonFinite(QuartetError, RuntimeError):
+    """A number that is not finite, found before it could change a weight.
+
+    `what` names the number. `sample` and `tokens` name the sample that it belongs to and the
+    sample's tokens; they are empty where the number belongs to no single sample.
+    """
+
+    def __init__(self, what: str, sample: str | None = None, tokens: Sequence[int] = ()) -> None:
+        where = f" in sample {sample}" if sample else ""
+        super().__init__(f"{what} is not finite{where}; no weight was changed by it")
+        self.what, self.sample, self.tokens = what, sample, list(tokens)
