@@ -43,6 +43,25 @@ hook = install_import_hook("quartet", "beartype.beartype")
 hook.__enter__()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable():
+    """Spell out half a surrogate pair in what a test logged or raised: xdist sends reports as UTF-8, which has no form for it,
+    and the worker that holds such a report ends with all tests that it had left."""
+    report = yield
+    return encodable(report)
+
+
+def encodable(value):
+    """Return a report's tables, lists and texts with what UTF-8 cannot encode as its escape."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {encodable(key): encodable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(encodable, value))
+    return value
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_to_chance() -> None:
     torch.manual_seed(0)
