@@ -12,7 +12,7 @@ from quartet.config.toml import ConfigError, read_settings, resolved_toml
 from quartet.data import DataError
 from quartet.data.shapes import examples_in
 from quartet.recipes import recipe_names, recipe_path, template_names, template_path
-from quartet.training.checkpoint import Damaged, read_checkpoint, write_checkpoint
+from quartet.training.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
 
 EXAMPLES = int(os.environ.get("QUARTET_FUZZ", "60"))
 fuzz = settings(
@@ -155,6 +155,6 @@ def test_a_checkpoint_is_what_was_written_or_damaged(tmp_path, data):
     file.write_bytes(
         data.draw(st.one_of(st.binary(max_size=60), CELLS.map(json.dumps).map(str.encode)))
     )
-    with pytest.raises(Damaged) as caught:
+    with pytest.raises(DamagedCheckpoint) as caught:
         read_checkpoint(folder)
     assert short(caught.value)

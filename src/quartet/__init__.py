@@ -23,6 +23,7 @@ _MODULES = {
     "algorithms.rewards": "Rewards ScoreShape",
     "algorithms.value_loss": "ValueLoss",
     "data.sampler": "Sampler",
+    "errors": "QuartetError",
     "experience": "Batch Experience Prompt Rollout",
     "generation.native": "NativeGenerator",
     "generation.protocol": "Generator Weights",

@@ -17,6 +17,7 @@ from quartet.algorithms.rewards import Rewards as Rewards
 from quartet.algorithms.rewards import ScoreShape as ScoreShape
 from quartet.algorithms.value_loss import ValueLoss as ValueLoss
 from quartet.data.sampler import Sampler as Sampler
+from quartet.errors import QuartetError as QuartetError
 from quartet.experience import Batch as Batch
 from quartet.experience import Experience as Experience
 from quartet.experience import Prompt as Prompt

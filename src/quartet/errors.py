@@ -7,7 +7,7 @@ class QuartetError(Exception):
     """Base class of all exceptions that this package raises on purpose.
 
     The message is one sentence or more for a reader: what is wrong, where, and what to do about it.
-    Each exception class also keeps a base among Python's own (ValueError, RuntimeError, OSError).
+    Most subclasses also have a base among Python's own (ValueError, RuntimeError, OSError).
     """
 
 

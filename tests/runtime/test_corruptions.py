@@ -12,15 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quartet import files as durable
 from quartet.assembly import build
 from quartet.config.toml import read_settings
+from quartet.files import fingerprints, sweep
 from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts
 from quartet.runtime.pipeline import Pipeline
 from quartet.runtime.resume import CannotResume, choose, set_aside
 from quartet.runtime.worker import Worker
-from quartet.training.checkpoint import Checkpoints, Damaged, read_checkpoint, write_checkpoint
+from quartet.training.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from tests.malformed.saying import readable
 from tests.support.tiny_run import make_run
 
@@ -62,7 +67,7 @@ def chosen(run: Path, job):
 def sealed(folder: Path) -> None:
     """The manifest says again what the files are: only what they say is wrong."""
     (folder / "manifest.json").unlink(missing_ok=True)
-    files = durable.fingerprints(folder, folder)
+    files = fingerprints(folder, folder)
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
 
 
@@ -342,7 +347,7 @@ def test_a_state_that_the_stage_cannot_take_is_refused_with_a_sentence(job, run,
     newest = run / "checkpoints" / NEWEST
     corrupt(newest)
     assert chosen(run, job).checkpoint.name == NEWEST, "only the stage can know"
-    with pytest.raises(Damaged) as caught:
+    with pytest.raises(DamagedCheckpoint) as caught:
         Worker(job.stages, run).begin("grpo", str(newest))
     said = readable(str(caught.value))
     assert sentence in said and f"Rename {newest} to go on from an earlier one." in said
@@ -358,7 +363,7 @@ def test_a_state_without_a_part_of_the_stage_is_refused_with_a_sentence(job, run
     save_file(kept, newest / "state.safetensors")
     sealed(newest)
     with pytest.raises(
-        Damaged, match="does not fit what this config trains .there is no 'learner'"
+        DamagedCheckpoint, match="does not fit what this config trains .there is no 'learner'"
     ):
         Worker(job.stages, run).begin("grpo", str(newest))
 
@@ -391,5 +396,5 @@ def test_what_a_killed_process_left_half_done_is_swept_away(tmp_path):
         (tmp_path / name / "state.json").write_text("x")
     (tmp_path / "config.toml.tmp").write_text("x")
     (tmp_path / ".hidden").mkdir()
-    durable.sweep(tmp_path)
+    sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", kept.name]

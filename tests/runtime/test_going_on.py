@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from quartet import files as durable
+from quartet import files
 from quartet.cli import app
 from quartet.cli.lifecycle import _say_done
 from quartet.config.toml import read_settings
@@ -210,15 +210,15 @@ def test_the_folder_of_a_run_that_never_began_goes_and_one_that_begins_stays(tmp
 
 
 def test_a_file_that_cannot_be_replaced_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
-    durable.replace(tmp_path / "x", "old")
+    files.replace(tmp_path / "x", "old")
 
     def full(path, text):
         path.write_text(text[:1])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(durable, "write", full)
+    monkeypatch.setattr(files, "write", full)
     with pytest.raises(OSError):
-        durable.replace(tmp_path / "x", "new")
+        files.replace(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 

@@ -24,10 +24,10 @@ from quartet.recording.tokens import TokenTexts
 from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.pipeline import Advanced, Pipeline, Saving
 from quartet.runtime.resume import CannotResume, choose, find_run, has_begun, set_aside
-from quartet.stages import Work
+from quartet.stages import StageRun
 from quartet.training.checkpoint import (
     Checkpoints,
-    Damaged,
+    DamagedCheckpoint,
     joined,
     parted,
     read_checkpoint,
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     write_checkpoint(tmp_path / "a-000001", {}, {})
     manifest = tmp_path / "a-000001" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(Damaged, match="is of format 2, this Quartet reads format 1"):
+    with pytest.raises(DamagedCheckpoint, match="is of format 2, this Quartet reads format 1"):
         read_checkpoint(tmp_path / "a-000001")
 
 
@@ -242,7 +242,7 @@ def test_a_run_may_go_on_with_rollouts_in_advance_if_that_is_accepted(checkpoint
     ):
         chosen(checkpointed, "rollout.staleness=1")
     assert chosen(checkpointed, "rollout.staleness=1", accept=["rollout.staleness"]).accepted
-    work = Work(lambda _: iter(()), dict, {"ahead": Ahead(1)})
+    work = StageRun(lambda _: iter(()), dict, {"ahead": Ahead(1)})
     work.load_state({})
     assert work.state() == {"ahead": []}, "none are waiting"
 

@@ -38,7 +38,7 @@ import quartet.assembly
 import quartet.cli.lifecycle
 import quartet.recording.run_folder as observability_run
 import quartet.studio.report  # loaded once, before forks
-from quartet import files as durable
+from quartet import files
 from quartet.cli import main
 from quartet.cli.common import RESUMABLE
 from quartet.models.language_model import save
@@ -188,7 +188,7 @@ def digest(folder: Path) -> dict[str, str]:
             found[name] = hashlib.sha256(repr(pq.read_table(path).to_pydict()).encode()).hexdigest()
         elif name.startswith("checkpoints") and path.name == "state.json":
             found[name] = hashlib.sha256(
-                json.dumps(durable.read_json(path)["state"]).encode()
+                json.dumps(files.read_json(path)["state"]).encode()
             ).hexdigest()
     lines = (json.loads(line) for line in (run / "events.jsonl").read_text().splitlines())
     kept = [
@@ -400,7 +400,7 @@ class Shim:
         self.at, self.how, self.count = at, how, 0
         for name in ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir"):
             setattr(os, name, self.watched(getattr(os, name)))
-        for module, name in ((checkpoint, "write"), (durable, "write"), (checkpoint, "save_file")):
+        for module, name in ((checkpoint, "write"), (files, "write"), (checkpoint, "save_file")):
             setattr(module, name, self.torn(getattr(module, name), 1 if name == "save_file" else 0))
 
     def watched(self, change: Callable) -> Callable:
@@ -505,7 +505,7 @@ def _of_step(stage: str, step: int) -> Callable[..., bool]:
 
 
 MOMENTS: dict[str, Callable[[], None]] = {
-    "while its folder is made": lambda: kill_before(durable, "write"),
+    "while its folder is made": lambda: kill_before(files, "write"),
     "before its folder has its name": lambda: kill_before(observability_run, "_named"),
     "when its folder has its name": lambda: kill_before(observability_run, "_named", after=True),
     "before its first event": lambda: kill_before(RunFolder, "event"),
@@ -533,11 +533,11 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "while probes are written": lambda: kill_before(Path, "replace", _called("probes/000002.tmp")),
     "before a stage is finished": lambda: kill_before(Pipeline, "_left"),
     "while an evaluation is written": lambda: kill_before(
-        durable, "replace", _called("answers.jsonl")
+        files, "replace", _called("answers.jsonl")
     ),
     "before the model cards": lambda: kill_before(pipeline, "write_cards"),
     "while the model cards are written": lambda: kill_before(
-        durable, "replace", _called("policy/README.md")
+        files, "replace", _called("policy/README.md")
     ),
     "before it is done": lambda: kill_before(
         RunFolder, "event", lambda _, kind, *rest: kind == "done"
@@ -550,7 +550,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
 """Each kills the process that calls it when it gets there."""
 AGAIN: dict[str, Callable[[], None]] = {
     "while the config is renewed": lambda: kill_before(
-        durable, "replace", _called("config.resolved.toml")
+        files, "replace", _called("config.resolved.toml")
     ),
     "while what is left over is swept away": lambda: kill_before(shutil, "rmtree", _called(".tmp")),
     "when the record is cut back": lambda: kill_before(RunFolder, "cut_back", after=True),
@@ -563,9 +563,7 @@ AGAIN: dict[str, Callable[[], None]] = {
 
 def left_over(folder: Path) -> list[str]:
     """Names of what a process that was killed left half made."""
-    return [
-        p.name for p in folder.rglob("*") if p.name.endswith((durable.UNFINISHED, durable.DOOMED))
-    ]
+    return [p.name for p in folder.rglob("*") if p.name.endswith((files.UNFINISHED, files.DOOMED))]
 
 
 def moments(chosen: list[str]) -> dict[str, object]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quartet import files as durable
 from quartet.config.tables import Config
 from quartet.data import DataError
 from quartet.data.examples import Example
 from quartet.data.shapes import Purpose, examples_in, read_examples
 from quartet.data.shelf import Chosen, Shelf
+from quartet.files import fingerprint
 from quartet.worlds import World
 
 HELD_OUT_ROWS = 1000
@@ -92,7 +92,7 @@ def fingerprints(config: Config) -> dict[str, str]:
             if path.is_file()
             else []
         )
-        found |= {str(file): durable.fingerprint(file)["sha256"] for file in files}
+        found |= {str(file): fingerprint(file)["sha256"] for file in files}
     return found
 
 

@@ -117,7 +117,7 @@ def _at_checkpoint(run_folder: Path, name: str, scratch: Path) -> None:
     from quartet.config.toml import ConfigError, read_settings
     from quartet.recording.model_card import write_cards
     from quartet.runtime.replay import models_at
-    from quartet.training.checkpoint import Checkpoints, Damaged, merit, read_checkpoint
+    from quartet.training.checkpoint import Checkpoints, DamagedCheckpoint, merit, read_checkpoint
 
     without_progress_bars()
     folder = run_folder / "checkpoints"
@@ -144,7 +144,7 @@ def _at_checkpoint(run_folder: Path, name: str, scratch: Path) -> None:
         found = read_checkpoint(chosen)
     except ConfigError as error:
         refuse(str(error))
-    except Damaged as error:
+    except DamagedCheckpoint as error:
         refuse(f"{chosen}: {error}.")
     models_at(
         Workshop(config, found.facts["fault"]).stage(found.facts["stage"]),

@@ -23,9 +23,10 @@ from quartet.algorithms.presets import ALGORITHMS
 from quartet.config.errors import Table, sentence, toml_value, where
 from quartet.config.links import resolve_links
 from quartet.config.tables import Config, did_you_mean, json_ready, without_none
+from quartet.errors import QuartetError
 
 
-class ConfigError(ValueError):
+class ConfigError(QuartetError, ValueError):
     """A request that cannot work: one sentence."""
 
 

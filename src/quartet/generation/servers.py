@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quartet.errors import QuartetError
 from quartet.experience import Prompt, Rollout
 from quartet.generation.dialects import Dialect, Order, Piece
 from quartet.generation.protocol import Weights
@@ -40,11 +41,11 @@ BASE = "base"
 """The folder beside them, of what adapters stand on."""
 
 
-class ServersGone(RuntimeError):
+class ServersGone(QuartetError, RuntimeError):
     """No server answers: the message names them and what they said."""
 
 
-class BadReply(Exception):
+class BadReply(QuartetError):
     """What a server answered is an error, or not an answer. The message is a phrase that follows
     the server's name."""
 

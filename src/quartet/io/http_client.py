@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from quartet.errors import QuartetError
 from quartet.io.texts import excerpt, well_formed_json
 from quartet.io.threads import result_of
 
@@ -32,7 +33,7 @@ LONGEST_INTEGER = 400
 """Digits from which on an integer is read as a float, which is then infinite."""
 
 
-class RequestError(Exception):
+class RequestError(QuartetError):
     """There is no whole reply. The message is a phrase that follows the server's name."""
 
     def __init__(self, phrase: str, again: bool) -> None:

@@ -21,13 +21,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quartet.distributed.team import whole_state
+from quartet.errors import QuartetError
 from quartet.models.lora import Lora
 from quartet.tensors import Tensor
 
 POLICY, CRITIC, REWARD = "policy", "critic", "reward"
 
 
-class AdapterError(ValueError):
+class AdapterError(QuartetError, ValueError):
     """An adapter that cannot be put on: one sentence."""
 
 

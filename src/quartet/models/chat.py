@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quartet.errors import QuartetError
+
 Message = Mapping[str, Any]
 """`role` and `content`; whatever else there is (tool calls, a name) is the template's to read."""
 
@@ -16,7 +18,7 @@ NAMED_TEMPLATES = {
 }
 
 
-class ChatError(ValueError):
+class ChatError(QuartetError, ValueError):
     """A conversation or a template that cannot be used."""
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from quartet.distributed.team import ALONE, Team, whole_state
+from quartet.errors import QuartetError
 from quartet.models.adapters import POLICY, Under, adapters_of, merged_state, save_adapter
 from quartet.models.logprobs import head_statistics, logits_statistics, speaking, under_own_token
 from quartet.models.shape import Shape
@@ -26,7 +27,7 @@ from quartet.models.trunk import checkpointing, read
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
-class ModelError(ValueError):
+class ModelError(QuartetError, ValueError):
     """A folder that cannot be used as asked: one sentence that says why and what to do."""
 
 

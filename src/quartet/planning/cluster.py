@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from quartet.config.tables import Config, SharedCritic
+from quartet.errors import QuartetError
 from quartet.planning.memory import FLOAT, Sizes, activation_bytes, policy_parameters, sizes
 from quartet.planning.plan import row_tokens, vocabulary
 
@@ -52,7 +53,7 @@ GPUS = {
 """By the makers' data sheets."""
 
 
-class CannotFit(ValueError):
+class CannotFit(QuartetError, ValueError):
     """The message says by how much, role by role."""
 
 

@@ -5,8 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from quartet import __version__
-from quartet import files as durable
+from quartet import __version__, files
 from quartet.recording.run_folder import read_record
 
 ROLES = {
@@ -42,8 +41,8 @@ def write_cards(folder: Path) -> None:
                 ]
             )
             text = _front(role, config) + title + _loading(folder, role) + numbers + _making(config)
-            durable.replace(folder / role / "README.md", text)
-    durable.replace(folder / "README.md", f"# {folder.name}\n\n{_numbers(events)}{_making(config)}")
+            files.replace(folder / role / "README.md", text)
+    files.replace(folder / "README.md", f"# {folder.name}\n\n{_numbers(events)}{_making(config)}")
 
 
 def _front(role: str, config: dict[str, Any]) -> str:

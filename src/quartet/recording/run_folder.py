@@ -18,8 +18,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from quartet import __version__
-from quartet import files as durable
+from quartet import __version__, files
+from quartet.errors import QuartetError
 from quartet.io.texts import well_formed_json
 from quartet.recording.tokens import TokenTexts, rollout_table, write_tokens
 from quartet.runs.records import parse_event, read_lines
@@ -61,7 +61,7 @@ class Keeping:
         return (step - 1) % self.every == 0 or (settled and extreme)
 
 
-class InUse(OSError):
+class InUse(QuartetError, OSError):
     """A run folder that another process is writing."""
 
 
@@ -85,27 +85,33 @@ class RunFolder:
         cls,
         root: Path,
         name: str,
-        files: Mapping[str, str],
+        contents: Mapping[str, str],
         links: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     ) -> "RunFolder":
-        """Make a new folder named after the minute and the run, with these files in it. It gets its
-        name when all of them are on the disk; until then it is a hidden one, which the next run
-        deletes if this process dies. `links`: the config's paths that led over links, as they were
-        written and where they led."""
+        """Make a new folder named after the minute and the run, with a file for each of `contents`
+        (its name and its text).
+
+        The folder gets its name when all files are on the disk. Until then its name begins with a
+        dot, and the next run deletes it if this process dies. `links` holds the config's paths that
+        led over links, as they were written and where they led.
+        """
         root.mkdir(parents=True, exist_ok=True)
         sweep_strays(root)
         stamp = f"{time.strftime('%m%d-%H%M')}-{name}"
-        beside = root / f".{stamp}.{os.getpid()}{durable.UNFINISHED}"
+        beside = root / f".{stamp}.{os.getpid()}{files.UNFINISHED}"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         around = environment() | {"folder": str(Path.cwd()), "links": dict(links.values())}
         try:
             folder = cls(beside)
-            for file, text in {**files, ENVIRONMENT: json.dumps(around, indent=2) + "\n"}.items():
-                durable.write(beside / file, text)
-            durable.sync(beside)
+            for file, text in {
+                **contents,
+                ENVIRONMENT: json.dumps(around, indent=2) + "\n",
+            }.items():
+                files.write(beside / file, text)
+            files.sync(beside)
             folder.path = _named(beside, root, stamp)
-            durable.sync(root)
+            files.sync(root)
         except OSError:
             shutil.rmtree(beside, ignore_errors=True)
             raise
@@ -157,7 +163,7 @@ class RunFolder:
         """All of the record is on the disk; size and SHA-256 of events.jsonl as it is now."""
         os.fsync(self._events.fileno())
         for path in (*self._written, *{p.parent for p in self._written}, self.path):
-            durable.sync(path)
+            files.sync(path)
         self._written = []
         with (self.path / RECORD).open("rb") as file:
             file.seek(self._hashed)
@@ -169,7 +175,7 @@ class RunFolder:
     def sweep(self) -> None:
         """Delete what a killed process left half written."""
         for name in ("", "rollouts", "probes", "evaluation", "judge", "checkpoints"):
-            durable.sweep(self.path / name)
+            files.sweep(self.path / name)
         sweep_strays(self.path.parent)
 
     def cut_back(self, size: int, last_rollouts: int | None) -> None:
@@ -256,7 +262,7 @@ def _named(beside: Path, root: Path, stamp: str) -> Path:
 def sweep_strays(root: Path) -> None:
     """Delete the hidden folders of runs whose process died before they had begun. One that is being
     made is locked."""
-    for path in root.glob(f".*{durable.UNFINISHED}"):
+    for path in root.glob(f".*{files.UNFINISHED}"):
         if not STRAY.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
             continue
         try:
@@ -284,7 +290,7 @@ class Beginning:
 def beginning_of(folder: Path) -> Beginning:
     """Read from env.json where a run was started, as far as it says."""
     try:
-        table = durable.read_json(folder / ENVIRONMENT)
+        table = files.read_json(folder / ENVIRONMENT)
         started, links = Path(table["folder"]), table["links"]
         known = {k: v for k, v in links.items() if isinstance(k, str) and isinstance(v, str)}
         return Beginning(started if started.is_absolute() and started.is_dir() else None, known)
@@ -310,7 +316,7 @@ def lock(file: IO[bytes], path: Path) -> None:
 def point_latest(root: Path, path: Path) -> None:
     """`latest` points at the newest run; where the file system has no links, it is simply not
     there."""
-    link, beside = root / "latest", root / f".latest{durable.UNFINISHED}"
+    link, beside = root / "latest", root / f".latest{files.UNFINISHED}"
     try:
         beside.unlink(missing_ok=True)
         beside.symlink_to(path.name)

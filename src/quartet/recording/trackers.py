@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from quartet.errors import QuartetError
+
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 PROJECT = "quartet"
 """The project or experiment that runs are filed under."""
 
 
-class TrackerMissing(ValueError):
+class TrackerMissing(QuartetError, ValueError):
     """A tracker whose package is not installed; the message is a sentence for a person."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from quartet import files as durable
+from quartet import files
 from quartet.io.texts import excerpt, well_formed
 from quartet.rewards.protocol import RewardError
 
@@ -50,7 +50,7 @@ class JudgeCache:
             with path.open("a+b", buffering=0) as file, _locked(file, path):
                 _append(file, well_formed(line).encode("utf-8"))
             if is_new:
-                durable.sync(path.parent)
+                files.sync(path.parent)
         except OSError as error:
             raise RewardError(f"{path}: cannot be written ({error.strerror}).") from None
         self._unsynced = True
@@ -59,14 +59,14 @@ class JudgeCache:
         """Return when all texts are on the disk."""
         if self._unsynced and self.path is not None:
             try:
-                durable.sync(self.path)
+                files.sync(self.path)
             except OSError as error:
                 raise RewardError(f"{self.path}: cannot be written ({error.strerror}).") from None
         self._unsynced = False
 
     def _load(self, path: Path) -> None:
         try:
-            with durable.open_regular(path) as file, _locked(file, path):
+            with files.open_regular(path) as file, _locked(file, path):
                 lines = file.read().split(b"\n")
         except FileNotFoundError:
             return

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from quartet.errors import QuartetError
 from quartet.experience import Rollout
 from quartet.io.texts import well_formed
 
@@ -36,7 +37,7 @@ class TokenReward(Reward, Protocol):
         ...
 
 
-class RewardError(RuntimeError):
+class RewardError(QuartetError, RuntimeError):
     """A reward that cannot be used, or did not keep its contract. The message may quote what others
     wrote."""
 

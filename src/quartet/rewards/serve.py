@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quartet.errors import QuartetError
 from quartet.io.texts import excerpt, well_formed
 from quartet.rewards.protocol import Score
 
@@ -30,7 +31,7 @@ class Asked:
     ended: Sequence[bool]
 
 
-class BadRequest(ValueError):
+class BadRequest(QuartetError, ValueError):
     """What is wrong with a request, in one sentence."""
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quartet.errors import QuartetError
 from quartet.runs import records
 from quartet.runs.cases import Clipping, clip_case
 from quartet.runs.event_log import EventLog, Series
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects
     from pydantic import TypeAdapter
 
-__all__ = ["Damaged", "NoRun", "Run", "Sample", "Series", "find_runs"]
+__all__ = ["DamagedRun", "NoRun", "Run", "Sample", "Series", "find_runs"]
 
 EVENTS, CONFIG, ENVIRONMENT = "events.jsonl", "config.resolved.toml", "env.json"
 FINAL, BEST_OF_N = "evaluation/final.json", "evaluation/best_of_n.json"
@@ -53,12 +54,12 @@ PAIR_COLUMNS = {
 }
 
 
-class NoRun(ValueError):
+class NoRun(QuartetError, ValueError):
     """A folder that is no run's, or something that the run does not have; the message is a sentence
     for a person."""
 
 
-class Damaged(NoRun):
+class DamagedRun(NoRun):
     """Something that is there and cannot be read."""
 
 
@@ -300,7 +301,7 @@ class Run:
                 return table
         except Unreadable as error:
             self._problems[name] = [f"{name} {error}"]
-            raise Damaged(
+            raise DamagedRun(
                 f"{self.name}: {kind} of step {step} cannot be read: the file {error}"
             ) from None
         there = self.steps(kind)
@@ -316,7 +317,7 @@ class Run:
         try:
             return samples_of(self._tokens(step, kind))
         except Unreadable as error:
-            raise Damaged(
+            raise DamagedRun(
                 f"{self.name}: {kind} of step {step} cannot be shown: the file {error}"
             ) from None
 

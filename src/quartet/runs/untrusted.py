@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pydantic_core
 from pydantic import ValidationError
 
+from quartet.errors import QuartetError
 from quartet.io.texts import excerpt
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ LONG_KEY = re.compile(r"""(?:\.[ \t]*(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*){20}""
 length."""
 
 
-class Unreadable(ValueError):
+class Unreadable(QuartetError, ValueError):
     """A file that cannot be read; the message goes on behind the file's name."""
 
 

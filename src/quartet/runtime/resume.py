@@ -9,6 +9,7 @@ from typing import Any
 from quartet import files as durable
 from quartet.config.errors import toml_value
 from quartet.config.tables import Config
+from quartet.errors import QuartetError
 from quartet.training.checkpoint import Checkpoint, Checkpoints, misfit
 
 FREE = frozenset(
@@ -29,7 +30,7 @@ FREE = frozenset(
 RECORD = "events.jsonl"
 
 
-class CannotResume(ValueError):
+class CannotResume(QuartetError, ValueError):
     """The message says why, and what to do."""
 
 

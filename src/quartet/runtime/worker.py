@@ -14,11 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 from pydantic import ValidationError
 
 from quartet.distributed.team import ALONE, Team, local, shares
+from quartet.errors import QuartetError
 from quartet.loops.progress import Progress
-from quartet.stages import Stage, Summary, Work
+from quartet.stages import Stage, StageRun, Summary
 from quartet.training.checkpoint import (
     Checkpoint,
-    Damaged,
+    DamagedCheckpoint,
     GlobalRandom,
     Tree,
     first_problem,
@@ -28,7 +29,7 @@ from quartet.training.checkpoint import (
 )
 
 
-class WorkerLost(RuntimeError):
+class WorkerLost(QuartetError, RuntimeError):
     """Ranks that are dead, or did not answer in time: the message names them."""
 
     def __init__(self, ranks: Sequence[int], why: str) -> None:
@@ -89,7 +90,7 @@ class Worker:
     def __init__(self, stages: Sequence[Stage], folder: Path, team: Team = ALONE) -> None:
         self.stages, self.folder, self.team = {stage.name: stage for stage in stages}, folder, team
         self.random = GlobalRandom()
-        self.work: Work | None = None
+        self.work: StageRun | None = None
         self._steps: Iterator[Progress] = iter(())
         self._at: Tree = None
         self._moves = 0
@@ -109,7 +110,7 @@ class Worker:
                 self._load(state)
             done = found.facts["step"]
         self._mark(self.work.steps(done))
-        return bool(self.work.players)
+        return bool(self.work.stateful)
 
     def step(self) -> Stepped:
         work = self._begun()
@@ -159,7 +160,7 @@ class Worker:
         return work.optimizers[0].scale if work.optimizers else 0.0
 
     def untouched(self) -> bool:
-        return self.work is None or self.work.moves() == self._moves
+        return self.work is None or self.work.optimizer_steps() == self._moves
 
     def _load(self, state: Tree) -> None:
         self._begun().load_state(state["work"])
@@ -170,9 +171,12 @@ class Worker:
         the next step changes them."""
         work = self._begun()
         self._steps = self._steps if steps is None else steps
-        self._at, self._moves = {"work": work.state(), "random": self.random.state()}, work.moves()
+        self._at, self._moves = (
+            {"work": work.state(), "random": self.random.state()},
+            work.optimizer_steps(),
+        )
 
-    def _begun(self) -> Work:
+    def _begun(self) -> StageRun:
         assert self.work is not None, "no stage has begun"
         return self.work
 
@@ -199,7 +203,7 @@ def _loading(found: Checkpoint) -> Iterator[None]:
                 if isinstance(error, KeyError)
                 else str(error).partition("\n")[0].rstrip(".")
             )
-        raise Damaged(
+        raise DamagedCheckpoint(
             f"checkpoint {found.name} does not fit what this config trains ({reason}). Rename "
             f"{found.path} to go on from an "
             "earlier one."

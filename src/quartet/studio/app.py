@@ -21,9 +21,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quartet import __version__
+from quartet.errors import QuartetError
 from quartet.runs import figures
 from quartet.runs.doctor import examine
-from quartet.runs.reader import Damaged, NoRun, Run
+from quartet.runs.reader import DamagedRun, NoRun, Run
 from quartet.runs.untrusted import finite
 from quartet.studio import views
 from quartet.studio.first_policy import Busy, FirstPolicies, NoAnswer, folder_of
@@ -42,7 +43,7 @@ HEADERS = {
 """Only files of the studio run as scripts: what a model wrote cannot."""
 
 
-class BadQuestion(ValueError):
+class BadQuestion(QuartetError, ValueError):
     """An address that asks for something in a form that cannot be understood."""
 
 
@@ -133,7 +134,7 @@ class Pages:
         fault, found = "", []
         try:
             found = views.sorted_samples(run.samples(step, kind), sort, words) if steps else []
-        except Damaged as error:
+        except DamagedRun as error:
             fault = str(error)
         at = steps.index(step) if step in steps else 0
         return self.html(
@@ -233,7 +234,7 @@ class Pages:
         for step in run.steps("probes"):
             try:
                 rows = run.sample(step, sample, "probes")
-            except Damaged:
+            except DamagedRun:
                 continue
             if not 0 <= position < len(rows["text"]):
                 raise NoRun(f"the probe {sample} has no token {position}.")

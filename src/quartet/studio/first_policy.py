@@ -13,6 +13,7 @@ from pathlib import Path
 
 from anyio import CapacityLimiter, to_thread
 
+from quartet.errors import QuartetError
 from quartet.runs.reader import NoRun, Run
 from quartet.runs.untrusted import Folder, printable
 
@@ -24,7 +25,7 @@ WAITING = 8
 """Questions that may wait, with the one that is being answered; a further one is refused."""
 
 
-class NoAnswer(RuntimeError):
+class NoAnswer(QuartetError, RuntimeError):
     """The model could not be asked; the message is a sentence for a person."""
 
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from quartet import __version__
 from quartet.runs.doctor import Finding, examine
 from quartet.runs.figures import frontier
-from quartet.runs.reader import Damaged, Run
+from quartet.runs.reader import DamagedRun, Run
 from quartet.studio import views
 from quartet.studio.rendering import json_text, plotly_file, templates
 
@@ -149,7 +149,7 @@ def told(run: Run) -> list[tuple[int, int]]:
     for step in chosen:
         try:
             ranked = views.sorted_samples(run.samples(step), "worst", "")
-        except Damaged:  # it is among the run's problems
+        except DamagedRun:  # it is among the run's problems
             continue
         if not ranked:
             continue

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from quartet.distributed.team import ALONE, Team, counts_here, is_sharded, local
-from quartet.errors import NonFinite
+from quartet.errors import NonFinite, QuartetError
 from quartet.files import (
     UNFINISHED,
     difference,
@@ -60,7 +60,7 @@ class Stateful(Protocol):
     def load_state(self, state: Tree) -> None: ...
 
 
-class Damaged(ValueError):
+class DamagedCheckpoint(QuartetError, ValueError):
     """A checkpoint that is not what was written; the message says in what."""
 
 
@@ -207,7 +207,7 @@ def write_checkpoint(
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint and verify it: every byte against the manifest, the manifest against what
-    the state needs, the state's name against the folder's. Raises `Damaged`."""
+    the state needs, the state's name against the folder's. Raises `DamagedCheckpoint`."""
     try:
         table = read_json(folder / MANIFEST)
         if (
@@ -215,36 +215,44 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             and isinstance(table.get("format"), int)
             and table["format"] != FORMAT
         ):
-            raise Damaged(f"is of format {table['format']}, this Quartet reads format {FORMAT}")
+            raise DamagedCheckpoint(
+                f"is of format {table['format']}, this Quartet reads format {FORMAT}"
+            )
         files = Manifest.model_validate(table).model_dump()["files"]
         if STATE not in files:
-            raise Damaged(f"its manifest does not list {STATE}")
+            raise DamagedCheckpoint(f"its manifest does not list {STATE}")
         if wrong := difference(folder, files) or _unlisted(folder, files):
-            raise Damaged(wrong)
+            raise DamagedCheckpoint(wrong)
     except FileNotFoundError as error:
-        raise Damaged(f"{Path(error.filename).name} is missing") from None
+        raise DamagedCheckpoint(f"{Path(error.filename).name} is missing") from None
     except OSError as error:
-        raise Damaged(f"cannot be read ({error.strerror})") from None
+        raise DamagedCheckpoint(f"cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise (
-            error if isinstance(error, Damaged) else Damaged("its manifest cannot be read")
+            error
+            if isinstance(error, DamagedCheckpoint)
+            else DamagedCheckpoint("its manifest cannot be read")
         ) from None
     try:
         inner = read_json(folder / STATE)
         facts, tree = inner["facts"], inner["state"]
         named = Named.model_validate(facts)
         if folder.name != (name := f"{named.stage}-{named.step:06d}"):
-            raise Damaged(f"holds {name}, which is not what its folder is called")
+            raise DamagedCheckpoint(f"holds {name}, which is not what its folder is called")
         _check_tensors(folder, files, tree)
     except ValidationError as error:
-        raise Damaged(f"its facts are not those of a checkpoint: {first_problem(error)}") from None
+        raise DamagedCheckpoint(
+            f"its facts are not those of a checkpoint: {first_problem(error)}"
+        ) from None
     except OSError as error:
-        raise Damaged(f"{STATE} cannot be read ({error.strerror})") from None
+        raise DamagedCheckpoint(f"{STATE} cannot be read ({error.strerror})") from None
     except SafetensorError as error:
-        raise Damaged(f"its tensors cannot be read ({error})") from None
+        raise DamagedCheckpoint(f"its tensors cannot be read ({error})") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise (
-            error if isinstance(error, Damaged) else Damaged(f"{STATE} is not that of a checkpoint")
+            error
+            if isinstance(error, DamagedCheckpoint)
+            else DamagedCheckpoint(f"{STATE} is not that of a checkpoint")
         ) from None
     return Checkpoint(folder, facts, tree, frozenset(files))
 
@@ -293,16 +301,16 @@ def _check_tensors(folder: Path, files: Mapping[str, Any], tree: Tree) -> None:
                 for tensor in stored:
                     numbers = opened.get_tensor(tensor)
                     if numbers.is_floating_point() and not bool(numbers.isfinite().all()):
-                        raise Damaged(f"{tensor} in {name} is not finite")
+                        raise DamagedCheckpoint(f"{tensor} in {name} is not finite")
         if odd := sorted(stored ^ expected):
             told = (
                 f"has {odd[0]}, which its state does not name"
                 if odd[0] in stored
                 else f"lacks {odd[0]}, which its state names"
             )
-            raise Damaged(f"{name} {told}")
+            raise DamagedCheckpoint(f"{name} {told}")
     if sharded and not shards:
-        raise Damaged(f"{SHARD.format(0)} is not there, and the state has tensors in it")
+        raise DamagedCheckpoint(f"{SHARD.format(0)} is not there, and the state has tensors in it")
 
 
 def _tensor_names(tree: Tree, mark: str) -> Iterator[str]:
@@ -404,7 +412,7 @@ class Checkpoints:
         for path in self.newest_first():
             try:
                 found = read_checkpoint(path)
-            except Damaged as damage:
+            except DamagedCheckpoint as damage:
                 yield path, str(damage)
                 continue
             yield path, fits(found) or found
