@@ -37,6 +37,7 @@ _MODULES = {
     "rewards.functions": "TextReward",
     "rewards.protocol": "Reward Weighted",
     "rewards.reward_model": "ModelReward",
+    "rewards.source": "RewardContext RewardSource",
     "runs.reader": "Run",
     "training.learner": "Learner Update",
     "training.optim": "Optim",

@@ -43,6 +43,8 @@ from quartet.rewards.functions import TextReward as TextReward
 from quartet.rewards.protocol import Reward as Reward
 from quartet.rewards.protocol import Weighted as Weighted
 from quartet.rewards.reward_model import ModelReward as ModelReward
+from quartet.rewards.source import RewardContext as RewardContext
+from quartet.rewards.source import RewardSource as RewardSource
 from quartet.runs.reader import Run as Run
 from quartet.training.learner import Learner as Learner
 from quartet.training.learner import Update as Update

@@ -10,14 +10,15 @@ import threading
 import time
 
 import pytest
+import torch
 
-from quartet.assembly.rewards import _judge
 from quartet.io.threads import map_concurrently
 from quartet.rewards import judge_cache, remote
 from quartet.rewards.judge import JudgeReward, parse_preference, parse_score
 from quartet.rewards.judge_cache import JudgeCache
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.remote import Endpoint
+from quartet.rewards.source import RewardContext
 from quartet.rewards.sources import JudgeSource
 from tests.support.fault_server import FaultServer, says, silent
 from tests.support.world import prompts, rollout
@@ -303,12 +304,16 @@ def test_half_a_surrogate_pair_does_not_end_a_run(tmp_path):
     )
 
 
+def context():
+    return RewardContext(None, lambda ids: [], 1000, torch.device("cpu"))
+
+
 def test_what_is_no_file_is_refused_before_the_run(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, reason in (("pipe", "not a regular file"), (".", "Is a directory")):
         source = JudgeSource(url="http://127.0.0.1/", model="m", cache=str(tmp_path / name))
         with pytest.raises(RewardError, match=f"the judge's cache cannot be read .{reason}"):
-            _judge(source, tmp_path / name)
+            source.make(context())
 
 
 WRITER = """
@@ -416,4 +421,4 @@ def test_a_prompt_that_cannot_be_read_is_refused(tmp_path, text):
     if text is not None:
         path.write_bytes(text)
     with pytest.raises(RewardError, match="no such file|it is not UTF-8"):
-        _judge(JudgeSource(url="http://127.0.0.1/", model="m", prompt=str(path)), None)
+        JudgeSource(url="http://127.0.0.1/", model="m", prompt=str(path)).make(context())

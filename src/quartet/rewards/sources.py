@@ -1,34 +1,19 @@
-"""Where scores come from, as a run's file says it: one `[[reward]]` table for each. Known without
-torch."""
+"""The kinds of `[[reward]]` tables that Quartet has. Nothing here imports torch until a reward is
+made."""
 
-from dataclasses import KW_ONLY
-from typing import Annotated, Literal
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from quartet.parts import Field, part
-
-WEIGHT = "What it counts for in the score, which is the weighted sum. 0: watched only."
-NAME = "What metrics and rollouts call it. Left out: the type, or the function's name."
-
-
-@part
-class Source:
-    _: KW_ONLY
-    weight: float = Field(default=1.0, description=WEIGHT)
-    name: str | None = Field(default=None, description=NAME)
-
-    @property
-    def called(self) -> str:
-        return self.name or str(getattr(self, "type", ""))
-
-    @property
-    def column(self) -> str | None:
-        """The column of the data that it cannot do without."""
-        return None
+from quartet.parts import Field
+from quartet.rewards.protocol import Reward, RewardError
+from quartet.rewards.source import RewardContext, RewardSource
 
 
-@part
-class AnswerSource(Source):
+class AnswerSource(RewardSource):
     """Compares the response with a column."""
+
+    abstract = True
 
     answer: str = Field(default="answer", description="The column with the answer.")
 
@@ -37,24 +22,34 @@ class AnswerSource(Source):
         return self.answer
 
 
-@part
-class ModelSource(Source):
+class ModelSource(RewardSource):
     """A reward model: a folder or hub id of any sequence classifier with one label, or the one that
     this run trains."""
 
     type: Literal["model"] = "model"
+    per_stage: ClassVar[bool] = True
+    gives_token_scores: ClassVar[bool] = True
     model: str | None = None
     label: int | None = Field(
         default=None, ge=0, description="Which label is the score, where the model has several."
     )
 
+    def make(self, context: RewardContext) -> Reward:
+        if self.model is not None:
+            return context.load_model(self.called, self.model, self.label)
+        if isinstance(context.trained, Path):
+            return context.load_model(self.called, str(context.trained), self.label)
+        from quartet.rewards.reward_model import ModelReward
 
-@part
-class EnsembleSource(Source):
+        return ModelReward(context.trained, context.micro_batch_tokens, self.called)
+
+
+class EnsembleSource(RewardSource):
     """Several reward models as one: their mean, the mean less k deviations, or the worst case."""
 
     models: tuple[str, ...] = Field(min_length=2, description="Folders or hub ids, two or more.")
     type: Literal["ensemble"] = "ensemble"
+    per_stage: ClassVar[bool] = True
     weights: tuple[float, ...] | None = Field(
         default=None, description="One for each model. Left out, they are equal."
     )
@@ -72,13 +67,19 @@ class EnsembleSource(Source):
                 f"{len(self.models)} models"
             )
 
+    def make(self, context: RewardContext) -> Reward:
+        from quartet.rewards.combine import EnsembleReward
 
-@part
-class FunctionSource(Source):
+        members = [context.load_model(self.called, model) for model in self.models]
+        return EnsembleReward(self.called, members, self.weights, self.combine, self.k)
+
+
+class FunctionSource(RewardSource):
     """A Python function of yours."""
 
     function: str = Field(description="file.py:name, or package.module.name.")
     type: Literal["function"] = "function"
+    gives_token_scores: ClassVar[bool] = True
     timeout: float = Field(default=60.0, gt=0, description="Seconds that one call may take.")
     processes: int = Field(
         default=1, ge=1, le=256, description="How many processes share the responses of a step."
@@ -88,46 +89,73 @@ class FunctionSource(Source):
     def called(self) -> str:
         return self.name or self.function.replace(":", ".").rpartition(".")[2]
 
+    def make(self, context: RewardContext) -> Reward:
+        from quartet.rewards.functions import FunctionReward
 
-@part
+        return FunctionReward(
+            self.called, self.function, context.token_texts, self.timeout, self.processes
+        )
+
+
 class ExactSource(AnswerSource):
     """1 where the response is the answer in the prompt's row."""
 
     type: Literal["exact"] = "exact"
 
+    def make(self, context: RewardContext) -> Reward:
+        from quartet.rewards.verifiable import ExactMatch
 
-@part
+        return ExactMatch(self.called, self.answer)
+
+
 class NumberSource(AnswerSource):
     """1 where the response's final number is that of the answer; GSM8K's `####` is understood."""
 
     type: Literal["number"] = "number"
 
+    def make(self, context: RewardContext) -> Reward:
+        from quartet.rewards.verifiable import NumberMatch
 
-@part
+        return NumberMatch(self.called, self.answer)
+
+
 class MathSource(AnswerSource):
     """1 where the response's final expression equals the answer, as mathematics."""
 
     type: Literal["math"] = "math"
 
+    def make(self, context: RewardContext) -> Reward:
+        from quartet.rewards.verifiable import MathMatch
 
-@part
-class PatternSource(Source):
+        return MathMatch(self.called, self.answer)
+
+
+class PatternSource(RewardSource):
     """1 where a regular expression is found in the response."""
 
     pattern: str
     type: Literal["pattern"] = "pattern"
 
+    def make(self, context: RewardContext) -> Reward:
+        from quartet.rewards.verifiable import PatternMatch
 
-@part
-class JsonSource(Source):
+        return PatternMatch(self.pattern, self.called)
+
+
+class JsonSource(RewardSource):
     """1 where the response is JSON, and fits the schema if one is named."""
 
     type: Literal["json"] = "json"
     schema_file: str | None = Field(default=None, description="A file with a JSON schema.")
 
+    def make(self, context: RewardContext) -> Reward:
+        from quartet.rewards.verifiable import JsonMatch
 
-@part
-class LengthSource(Source):
+        schema = None if self.schema_file is None else _json_file(self.schema_file)
+        return JsonMatch(schema, self.called)
+
+
+class LengthSource(RewardSource):
     """1 for a response of `least` to `most` tokens, less outside."""
 
     most: int = Field(ge=1)
@@ -138,14 +166,18 @@ class LengthSource(Source):
         if self.least > self.most:
             raise ValueError(f"least = {self.least} is more than most = {self.most}")
 
+    def make(self, context: RewardContext) -> Reward:
+        from quartet.rewards.verifiable import LengthWithin
+
+        return LengthWithin(self.least, self.most, self.called)
+
 
 URL = r"^https?://[^/@\s]+(/\S*)?$"
 """No user or password in it, which would stand in every copy of the config: reward.token_env is for
 that."""
 
 
-@part
-class ServerSource(Source):
+class ServerSource(RewardSource):
     """A reward server over HTTP."""
 
     url: str = Field(
@@ -162,9 +194,14 @@ class ServerSource(Source):
     )
     batch: int = Field(default=256, ge=1, description="Responses in one request.")
 
+    def make(self, context: RewardContext) -> Reward:
+        from quartet.rewards.remote import Endpoint, ServerReward
 
-@part
-class JudgeSource(Source):
+        endpoint = Endpoint("reward server", self.url, self.timeout, self.tries, self.token_env)
+        return ServerReward(self.called, endpoint, self.protocol, self.batch)
+
+
+class JudgeSource(RewardSource):
     """A language model as judge, behind an OpenAI-compatible endpoint."""
 
     url: str = Field(
@@ -173,6 +210,7 @@ class JudgeSource(Source):
     )
     model: str = Field(description="What the endpoint calls the judge.")
     type: Literal["judge"] = "judge"
+    per_stage: ClassVar[bool] = True
     mode: Literal["score", "pairwise"] = "score"
     prompt: str | None = Field(
         default=None, description="A file with the judge's prompt. Left out, Quartet's own."
@@ -203,13 +241,38 @@ class JudgeSource(Source):
                 f"score_range = {list(self.score_range)}: needs two numbers, 0 ≤ lowest < highest"
             )
 
+    def make(self, context: RewardContext) -> Reward:
+        """Return the judge. Its prompt and its cache are kept in the run folder, where there is
+        one."""
+        from quartet import files
+        from quartet.rewards.judge import JudgeReward
+        from quartet.rewards.remote import Endpoint
 
-@part
-class StepsSource(Source):
+        cache = None if self.cache is None else Path(self.cache)
+        folder = None if context.folder is None else context.folder / "judge"
+        judge = JudgeReward(
+            self.called,
+            Endpoint("judge", self.url, self.timeout, self.tries, self.token_env),
+            self.model,
+            self.mode,
+            None if self.prompt is None else _prompt_file(self.prompt),
+            folder / f"{self.called}.jsonl" if cache is None and folder is not None else cache,
+            self.parallel,
+            self.score_range,
+        )
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+            files.replace(folder / f"{self.called}.txt", judge.prompt)
+        return judge
+
+
+class StepsSource(RewardSource):
     """A process reward model: a token classifier that scores each step of a response."""
 
     model: str
     type: Literal["steps"] = "steps"
+    per_stage: ClassVar[bool] = True
+    gives_token_scores: ClassVar[bool] = True
     separator: str = Field(default="\n\n", min_length=1, description="What ends a step.")
     label: int | None = Field(
         default=None, ge=0, description="Which label is a good step. Left out: the last."
@@ -218,9 +281,21 @@ class StepsSource(Source):
         default="min", description="The response's score from its steps'."
     )
 
+    def make(self, context: RewardContext) -> Reward:
+        from quartet.rewards.text_models import StepReward
 
-@part
-class CodeSource(Source):
+        return StepReward(
+            self.called,
+            self.model,
+            self.separator,
+            self.label,
+            self.combine,
+            context.token_texts,
+            context.device,
+        )
+
+
+class CodeSource(RewardSource):
     """Python programs against the tests of the prompt's row, run in a sandbox."""
 
     type: Literal["code"] = "code"
@@ -236,38 +311,52 @@ class CodeSource(Source):
     def column(self) -> str | None:
         return self.tests
 
+    def make(self, context: RewardContext) -> Reward:
+        from quartet.rewards.code import CodeReward
+        from quartet.rewards.sandbox import Sandbox
 
-@part
-class EnvironmentSource(Source):
+        sandbox = Sandbox(self.seconds, self.memory_mb)
+        return CodeReward(self.called, sandbox, self.tests, self.score, self.parallel)
+
+
+class EnvironmentSource(RewardSource):
     """What the environment gives, turn by turn."""
 
     type: Literal["environment"] = "environment"
+    gives_token_scores: ClassVar[bool] = True
+
+    def make(self, context: RewardContext) -> Reward:
+        from quartet.rewards.environment import EnvironmentReward
+
+        return EnvironmentReward(self.called)
 
 
-@part
-class GoldSource(Source):
+class GoldSource(RewardSource):
     """The gold reward of a world."""
 
     type: Literal["gold"] = "gold"
 
+    def make(self, context: RewardContext) -> Reward:
+        from quartet.rewards.functions import TextReward
 
-RewardSource = Annotated[
-    ModelSource
-    | EnsembleSource
-    | FunctionSource
-    | ExactSource
-    | NumberSource
-    | MathSource
-    | PatternSource
-    | JsonSource
-    | LengthSource
-    | ServerSource
-    | JudgeSource
-    | StepsSource
-    | CodeSource
-    | EnvironmentSource
-    | GoldSource,
-    Field(discriminator="type"),
-]
-PER_TOKEN = (ModelSource, FunctionSource, StepsSource, EnvironmentSource)
-"""Those that can give a number per token."""
+        assert context.gold is not None, "the config has refused gold without a world"
+        return TextReward(self.called, context.gold)
+
+
+def _prompt_file(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RewardError(f'reward.prompt = "{file}": no such file.') from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise RewardError(f'reward.prompt = "{file}": cannot be read: {reason}.') from None
+
+
+def _json_file(file: str) -> Any:
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RewardError(f'reward.schema_file = "{file}": no such file.') from None
+    except ValueError as error:
+        raise RewardError(f'reward.schema_file = "{file}": not JSON: {error}.') from None
