@@ -3,18 +3,21 @@
 python benchmarks/ours.py WORK SIZE [--repeats N]
 """
 
-import argparse
-import functools
 import itertools
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 import workload as w
+from quartet.algorithms.preference import LastTokenLoss
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.sampler import Sampler
-from quartet.distributed.team import micro_batches
+from quartet.distributed.balance import micro_batches
 from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
@@ -31,199 +34,208 @@ from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward
 from quartet.runtime.machine import keep_freed_memory
+from quartet.tensors import Tensor
+from quartet.training.budget import Budget
 from quartet.training.learner import Learner
-from quartet.training.optim import Descent, Optim, Optimizer
+from quartet.training.optim import Optim, Optimizer, OptimizerConfig
+from workload import Measurement, Size
 
 MICRO_BATCH_TOKENS = 2048
 
 
-class EndsAsTold(NativeGenerator):
-    """Answers end where the workload says, with the end of sequence."""
+class FixedLengthGenerator(NativeGenerator):
+    """A generator whose responses end at given lengths, with the end of sequence."""
 
-    lengths: torch.Tensor
+    def __init__(self, model: torch.nn.Module, size: Size, count: int) -> None:
+        super().__init__(model, w.tokenizer(size), frozenset({w.EOS}), seed=0)
+        self.lengths = torch.tensor(
+            w.response_lengths(size.limit, count), device=self.stop_ids.device
+        )
 
-    def _ends(self, tokens, rows, written):
+    def _ends(self, tokens: Tensor, rows: Tensor, written: Tensor) -> Tensor:
         over = written >= self.lengths[rows]
         tokens[over] = w.EOS
         return over
 
 
-def generator(model, size, count):
-    made = EndsAsTold(model, w.tokenizer(size), frozenset({w.EOS}), seed=0)
-    made.lengths = torch.tensor(w.response_lengths(size.limit, count))
-    return made
-
-
-def prompts(size, count, *bounds):
+def prompts(size: Size, count: int, low: int = 16, high: int = 48) -> list[Prompt]:
     return [
         Prompt(f"p{i}", tuple(ids), w.text(ids))
-        for i, ids in enumerate(w.prompts(size, count, *bounds))
+        for i, ids in enumerate(w.prompts(size, count, low, high))
     ]
 
 
-def generation(size, repeats, copies=1):
-    made = generator(w.language_model(size), size, size.rows)
-    asked = prompts(size, size.rows // copies, *((16, 48) if copies == 1 else (64, 128)))
-    found = []
+def generation(size: Size, repeats: int, copies: int = 1) -> Measurement:
+    generator = FixedLengthGenerator(w.language_model(size), size, size.rows)
+    low, high = (16, 48) if copies == 1 else (64, 128)
+    asked = prompts(size, size.rows // copies, low, high)
+    sampling = Sampling(max_new_tokens=size.limit)
+    tokens: list[int] = []
 
-    def work():
-        found[:] = made.generate(asked, Sampling(max_new_tokens=size.limit), copies)
+    def work() -> None:
+        rollouts = generator.generate(asked, sampling, copies)
+        tokens.append(sum(len(r.response_ids) for r in rollouts))
 
-    seconds = w.timed(work, repeats)
-    w.report(seconds=seconds, tokens=sum(len(r.response_ids) for r in found))
+    return Measurement(w.timed(work, repeats), tokens[-1])
 
 
-def steps_of(progress, repeats):
-    """Seconds between the results of a loop, the first left out."""
+def seconds_of_steps(progress: Iterator[object], repeats: int) -> list[float]:
+    """Return the seconds between the results of a loop, without the first."""
     stamps = [time.perf_counter() for _ in progress]
     return [b - a for a, b in itertools.pairwise(stamps)][:repeats]
 
 
-def ppo(size, repeats):
+def ppo(size: Size, repeats: int) -> Measurement:
     rows = size.rows // 2
     actor = w.language_model(size)
-    critic, judge = (ScalarModel(w.scalar_model(size, seed)) for seed in (2, 1))
+    critic, scorer = (ScalarModel(w.scalar_model(size, seed)) for seed in (2, 1))
     optim = Optim(lr=1e-5, critic_lr=1e-5, epochs=4, minibatches=1)
     sampling = Sampling(max_new_tokens=size.limit)
-    learner = Learner(
-        Separate(actor, critic), freeze(w.language_model(size)), optim, sampling, steps=repeats + 1
+    reference = freeze(w.language_model(size))
+    learner = Learner(Separate(actor, critic), reference, optim, sampling, steps=repeats + 1)
+    collector = Collector(
+        Sampler(prompts(size, rows), rows, 0),
+        FixedLengthGenerator(actor, size, rows),
+        [Weighted(ModelReward(freeze(scorer), MICRO_BATCH_TOKENS), 1.0)],
     )
-    asked = Sampler(prompts(size, rows), rows, 0)
-    rewards = [Weighted(ModelReward(freeze(judge), MICRO_BATCH_TOKENS), 1.0)]
-    steps = rl(Collector(asked, generator(actor, size, rows), rewards), learner, ALGORITHMS["ppo"])
-    w.report(
-        seconds=steps_of(steps, repeats),
-        tokens=sum(w.response_lengths(size.limit, rows)),
-        optimizer_steps=4,
-    )
+    seconds = seconds_of_steps(rl(collector, learner, ALGORITHMS["ppo"]), repeats)
+    return Measurement(seconds, sum(w.response_lengths(size.limit, rows)), optimizer_steps=4)
 
 
-def grpo(size, repeats, preset="grpo"):
+def grpo(size: Size, repeats: int, preset: str = "grpo") -> Measurement:
     samples = 8
     actor = w.language_model(size)
-    algorithm = ALGORITHMS[preset]
     sampling, optim = Sampling(max_new_tokens=size.limit), Optim(lr=1e-5, epochs=1)
-    learner = Learner(
-        Separate(actor, None), freeze(w.language_model(size)), optim, sampling, steps=repeats + 1
+    reference = freeze(w.language_model(size))
+    learner = Learner(Separate(actor, None), reference, optim, sampling, steps=repeats + 1)
+    collector = Collector(
+        Sampler(prompts(size, size.rows // samples), size.rows // samples, 0),
+        FixedLengthGenerator(actor, size, size.rows),
+        [Weighted(TextReward("length", lambda _, response: float(len(response))), 1.0)],
+        samples,
     )
-    rewards = [Weighted(TextReward("length", lambda _, response: float(len(response))), 1.0)]
-    asked = Sampler(prompts(size, size.rows // samples), size.rows // samples, 0)
-    steps = rl(
-        Collector(asked, generator(actor, size, size.rows), rewards, samples), learner, algorithm
-    )
-    w.report(
-        seconds=steps_of(steps, repeats),
-        tokens=sum(w.response_lengths(size.limit, size.rows)),
-        optimizer_steps=1,
-    )
+    seconds = seconds_of_steps(rl(collector, learner, ALGORITHMS[preset]), repeats)
+    return Measurement(seconds, sum(w.response_lengths(size.limit, size.rows)), optimizer_steps=1)
 
 
-def sft(size, repeats):
+def sft(size: Size, repeats: int) -> Measurement:
     rows, model = size.rows // 2, w.language_model(size)
     pairs = list(zip(w.prompts(size, rows), w.responses(size, rows), strict=True))
-    data = Sampler(
-        [Demonstration(str(i), tuple(p), tuple(a)) for i, (p, a) in enumerate(pairs)], rows, 0
-    )
+    demonstrations = [Demonstration(str(i), tuple(p), tuple(a)) for i, (p, a) in enumerate(pairs)]
+    optimizer = Optimizer(list(model.parameters()), OptimizerConfig(), 100)
     steps = sft_loop(
         model,
-        data,
-        Optimizer(list(model.parameters()), Descent(), 100),
+        Sampler(demonstrations, rows, 0),
+        optimizer,
         repeats + 1,
-        MICRO_BATCH_TOKENS,
+        Budget(MICRO_BATCH_TOKENS),
     )
-    w.report(
-        seconds=steps_of(steps, repeats),
-        tokens=sum(len(p) + len(a) for p, a in pairs),
-        optimizer_steps=1,
-    )
+    tokens = sum(len(p) + len(a) for p, a in pairs)
+    return Measurement(seconds_of_steps(steps, repeats), tokens, optimizer_steps=1)
 
 
-def reward_model(size, repeats):
-    from quartet.algorithms.preference import LastTokenLoss
-
+def reward_model(size: Size, repeats: int) -> Measurement:
     rows, model = size.rows // 4, ScalarModel(w.scalar_model(size))
-    triples = list(
-        zip(w.prompts(size, rows), w.responses(size, rows), w.responses(size, rows, 4), strict=True)
+    asked, chosen, rejected = (
+        w.prompts(size, rows),
+        w.responses(size, rows),
+        w.responses(size, rows, 4),
     )
-    data = Sampler(
-        [Comparison(str(i), *map(tuple, triple)) for i, triple in enumerate(triples)], rows, 0
-    )
-    optimizer = Optimizer(list(model.parameters()), Descent(), 100)
+    comparisons = [
+        Comparison(str(i), tuple(p), tuple(a), tuple(b))
+        for i, (p, a, b) in enumerate(zip(asked, chosen, rejected, strict=True))
+    ]
+    optimizer = Optimizer(list(model.parameters()), OptimizerConfig(), 100)
     steps = reward_model_loop(
-        model, data, LastTokenLoss(), optimizer, repeats + 1, MICRO_BATCH_TOKENS
+        model,
+        Sampler(comparisons, rows, 0),
+        LastTokenLoss(),
+        optimizer,
+        repeats + 1,
+        Budget(MICRO_BATCH_TOKENS),
     )
-    tokens = sum(2 * len(p) + len(a) + len(b) for p, a, b in triples)
-    w.report(seconds=steps_of(steps, repeats), tokens=tokens, optimizer_steps=1)
+    tokens = 2 * sum(map(len, asked)) + sum(map(len, chosen)) + sum(map(len, rejected))
+    return Measurement(seconds_of_steps(steps, repeats), tokens, optimizer_steps=1)
 
 
-def reading(size, repeats, train, padded):
-    """Scoring or training on the log-probs of answers: real tokens, or the rectangle that holds
-    them, by transformers' own forward."""
-    model = w.language_model(size)
-    pairs = list(zip(w.prompts(size, size.rows), w.responses(size, size.rows), strict=True))
-    tokens, lengths = right_pad([(*p, *a) for p, a in pairs])
-    mask = response_mask(torch.tensor([len(p) for p, _ in pairs]), lengths, tokens.shape[1])
-    if padded:
-        llama._WRITTEN_OUT[model.base_model] = False
-        pieces = list(torch.arange(size.rows).split(max(MICRO_BATCH_TOKENS // tokens.shape[1], 1)))
-    else:
-        pieces = [
-            torch.tensor(rows) for rows in micro_batches(lengths.tolist(), MICRO_BATCH_TOKENS)
-        ]
+@dataclass(frozen=True)
+class Scoring:
+    """A model, prompts with responses, and the pieces in which their log-probs are computed: real
+    tokens only, or with `padded` the rectangle that holds them, by transformers' own forward."""
 
-    def score():
+    model: Any
+    tokens: Tensor
+    lengths: Tensor
+    mask: Tensor
+    pieces: list[tuple[Tensor, int]]
+    """Rows of each piece, and its width."""
+
+    @classmethod
+    def of(cls, size: Size, padded: bool) -> "Scoring":
+        model = w.language_model(size)
+        pairs = list(zip(w.prompts(size, size.rows), w.responses(size, size.rows), strict=True))
+        tokens, lengths = right_pad([(*p, *a) for p, a in pairs])
+        width = tokens.shape[1]
+        mask = response_mask(torch.tensor([len(p) for p, _ in pairs]), lengths, width)
+        if padded:
+            llama._WRITTEN_OUT[model.base_model] = False
+            rows = torch.arange(size.rows).split(max(MICRO_BATCH_TOKENS // width, 1))
+            pieces = [(piece, width) for piece in rows]
+        else:
+            batches = map(torch.tensor, micro_batches(lengths.tolist(), MICRO_BATCH_TOKENS))
+            pieces = [(piece, int(lengths[piece].max())) for piece in batches]
+        return cls(model, tokens, lengths, mask, pieces)
+
+    def logprobs(self) -> Iterator[Tensor]:
+        for rows, width in self.pieces:
+            yield masked_logprobs(self.model, self.tokens[rows, :width], self.mask[rows, :width])
+
+    def score(self) -> None:
         with torch.no_grad():
-            for rows in pieces:
-                width = tokens.shape[1] if padded else int(lengths[rows].max())
-                masked_logprobs(model, tokens[rows, :width], mask[rows, :width])
+            for _ in self.logprobs():
+                pass
 
-    def learn():
-        for rows in pieces:
-            width = tokens.shape[1] if padded else int(lengths[rows].max())
-            masked_logprobs(model, tokens[rows, :width], mask[rows, :width]).sum().backward()
-        model.zero_grad()
-
-    w.report(
-        seconds=w.timed(learn if train else score, repeats),
-        tokens=int(lengths.sum()),
-        padded=tokens.numel(),
-    )
+    def train(self) -> None:
+        for piece in self.logprobs():
+            piece.sum().backward()  # type: ignore[no-untyped-call]
+        self.model.zero_grad()
 
 
-def machine(_, repeats):
-    """What a plain product and a plain copy reach here."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    x, y = torch.randn(2**26), torch.empty(2**26)
+def scoring(size: Size, repeats: int, train: bool, padded: bool) -> Measurement:
+    """Compute the log-probs of responses, and with `train` their gradient."""
+    scored = Scoring.of(size, padded)
+    seconds = w.timed(scored.train if train else scored.score, repeats)
+    padded_tokens = {"padded": float(scored.tokens.numel())}
+    return Measurement(seconds, int(scored.lengths.sum()), other=padded_tokens)
+
+
+def machine(size: Size, repeats: int) -> Measurement:
+    """Measure what a plain product and a plain copy reach here, of 2048² numbers (32² where the
+    size is "tiny")."""
+    width = 2048 if size.hidden >= 128 else size.hidden
+    a, b = torch.randn(width, width), torch.randn(width, width)
+    x, y = torch.randn(16 * width**2), torch.empty(16 * width**2)
     product = min(w.timed(lambda: torch.mm(a, b), 5 * repeats))
     copy = min(w.timed(lambda: y.copy_(x), 5 * repeats))
-    w.report(
-        seconds=[product],
-        gflops=2 * 2048**3 / product / 1e9,
-        copy_gb_s=2 * x.numel() * 4 / copy / 1e9,
-        tokens=0,
-    )
+    reach = {"gflops": 2 * width**3 / product / 1e9, "copy_gb_s": 2 * x.numel() * 4 / copy / 1e9}
+    return Measurement([product], 0, other=reach)
 
 
-WORKS = {
+WORKS: dict[str, Callable[[Size, int], Measurement]] = {
     "machine": machine,
     "generation": generation,
-    "group": functools.partial(generation, copies=8),
+    "group": partial(generation, copies=8),
     "ppo": ppo,
     "grpo": grpo,
-    "rloo": functools.partial(grpo, preset="rloo"),
+    "rloo": partial(grpo, preset="rloo"),
     "sft": sft,
     "reward_model": reward_model,
-    "scoring": functools.partial(reading, train=False, padded=False),
-    "scoring_padded": functools.partial(reading, train=False, padded=True),
-    "training": functools.partial(reading, train=True, padded=False),
-    "training_padded": functools.partial(reading, train=True, padded=True),
+    "scoring": partial(scoring, train=False, padded=False),
+    "scoring_padded": partial(scoring, train=False, padded=True),
+    "training": partial(scoring, train=True, padded=False),
+    "training_padded": partial(scoring, train=True, padded=True),
 }
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", choices=sorted(WORKS))
-    parser.add_argument("size", choices=sorted(w.SIZES))
-    parser.add_argument("--repeats", type=int, default=3)
-    a = parser.parse_args()
     keep_freed_memory()
-    WORKS[a.work](w.SIZES[a.size], a.repeats)
+    w.run_worker(WORKS, __doc__)

@@ -16,51 +16,53 @@ import torch
 
 import ours
 import workload as w
-from quartet.distributed.team import micro_batches
 from quartet.generation.sampling import Sampling
-from quartet.models.language_model import masked_logprobs
-from quartet.models.padding import response_mask, right_pad
 from quartet.runtime.machine import keep_freed_memory
+from workload import Size
 
 
-def phases(size, repeats):
-    """(seconds, operations, answer tokens) of generating, scoring and training."""
-    model = w.language_model(size)
-    made, asked = ours.generator(model, size, size.rows), ours.prompts(size, size.rows)
-    answers = w.response_lengths(size.limit, size.rows)
-    rows = [[*p.ids, *[2] * n] for p, n in zip(asked, answers, strict=True)]
-    tokens, lengths = right_pad(rows)
-    mask = response_mask(torch.tensor([len(p.ids) for p in asked]), lengths, tokens.shape[1])
-    pieces = [
-        torch.tensor(piece) for piece in micro_batches(lengths.tolist(), ours.MICRO_BATCH_TOKENS)
-    ]
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase of a step: its median seconds, the operations counted, and its answer tokens."""
 
-    def score():
-        with torch.no_grad():
-            for piece in pieces:
-                width = int(lengths[piece].max())
-                masked_logprobs(model, tokens[piece, :width], mask[piece, :width])
+    seconds: float
+    operations: int
+    answer_tokens: int
 
-    def train():
-        for piece in pieces:
-            width = int(lengths[piece].max())
-            masked_logprobs(model, tokens[piece, :width], mask[piece, :width]).sum().backward()
-        model.zero_grad()
 
+def phases(size: Size, repeats: int) -> dict[str, Phase]:
+    """Measure generating, scoring and training."""
+    scoring = ours.Scoring.of(size, padded=False)
+    generator, prompts = (
+        ours.FixedLengthGenerator(scoring.model, size, size.rows),
+        ours.prompts(size, size.rows),
+    )
     trunk, head = 13 * size.layers * size.hidden**2, size.hidden * size.vocabulary
-    total, written = int(lengths.sum()), sum(answers)
+    tokens, answer_tokens = int(scoring.lengths.sum()), int(scoring.mask.sum())
     works = {
         "generate": (
-            lambda: made.generate(asked, Sampling(max_new_tokens=size.limit)),
-            2 * trunk * total + 2 * head * written,
+            lambda: generator.generate(prompts, Sampling(max_new_tokens=size.limit)),
+            2 * trunk * tokens + 2 * head * answer_tokens,
         ),
-        "score": (score, 2 * trunk * total + 2 * head * written),
-        "train": (train, 6 * trunk * total + 8 * head * written),
+        "score": (scoring.score, 2 * trunk * tokens + 2 * head * answer_tokens),
+        "train": (scoring.train, 6 * trunk * tokens + 8 * head * answer_tokens),
     }
     return {
-        name: (statistics.median(w.timed(work, repeats)), operations, written)
+        name: Phase(statistics.median(w.timed(work, repeats)), operations, answer_tokens)
         for name, (work, operations) in works.items()
     }
+
+
+def row(name: str, measured: dict[str, Phase], gflops: float) -> str:
+    """Return a line of the table; `gflops` is what a plain product reaches."""
+    cells = []
+    for phase in measured.values():
+        tokens_per_second = phase.answer_tokens / phase.seconds
+        cells += [
+            f"{phase.seconds:.2f} s, {tokens_per_second:,.0f} tokens/s",
+            f"{phase.operations / phase.seconds / 1e9 / gflops:.0%}",
+        ]
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -68,34 +70,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3)
-    a = parser.parse_args()
+    arguments = parser.parse_args()
     keep_freed_memory()
-    x = torch.randn(2048, 2048)
-    reach = 2 * 2048**3 / min(w.timed(lambda: torch.mm(x, x), 10)) / 1e9
-    print(f"{torch.get_num_threads()} threads, {reach:.0f} GFLOP/s in a plain product.\n")
     base = w.SIZES["1m"]
-    grid = {
-        "1m": base,
-        "10m": w.SIZES["10m"],
-        **{
-            f"1m, {rows} rows": dataclasses.replace(base, rows=rows)
-            for rows in (8, 16, 32, 128, 256)
-        },
-        **{
-            f"1m, answers to {limit}": dataclasses.replace(base, limit=limit)
-            for limit in (32, 64, 256, 512)
-        },
-    }
+    gflops = ours.machine(base, 2).other["gflops"]
+    print(f"{torch.get_num_threads()} threads, {gflops:.0f} GFLOP/s in a plain product.\n")
+    sizes = {"1m": base, "10m": w.SIZES["10m"]}
+    for rows in (8, 16, 32, 128, 256):
+        sizes[f"1m, {rows} rows"] = dataclasses.replace(base, rows=rows)
+    for limit in (32, 64, 256, 512):
+        sizes[f"1m, answers to {limit}"] = dataclasses.replace(base, limit=limit)
     print("| | generate | of the product | score | of the product | train | of the product |")
     print("|---|---|---|---|---|---|---|")
-    for name, size in grid.items():
-        cells = []
-        for seconds, operations, written in phases(size, a.repeats).values():
-            cells += [
-                f"{seconds:.2f} s, {written / seconds:,.0f} tokens/s",
-                f"{operations / seconds / 1e9 / reach:.0%}",
-            ]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    for name, size in sizes.items():
+        print(row(name, phases(size, arguments.repeats), gflops), flush=True)
 
 
 if __name__ == "__main__":

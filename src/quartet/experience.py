@@ -177,7 +177,7 @@ def rollout_from(row: Mapping[str, Any]) -> Rollout:
     return Rollout(**plain | {"prompt": Prompt(**prompt)})
 
 
-def said(rows: Batch | Experience, row: int) -> list[int]:
-    """The tokens of one row, prompt and response."""
+def row_tokens(rows: Batch | Experience, row: int) -> list[int]:
+    """Return the tokens of one row, prompt and response."""
     tokens: list[int] = rows.tokens[row, : rows.lengths[row]].tolist()
     return tokens

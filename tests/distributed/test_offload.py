@@ -8,7 +8,7 @@ import torch
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.assembly import Workshop, build
 from quartet.config.toml import read_settings
-from quartet.distributed.offload import STAYS, Offloading
+from quartet.distributed.offload import NO_OFFLOAD, Offloading
 from quartet.generation.native import NativeGenerator
 from quartet.recipes import recipe_path
 from tests.support import resting
@@ -81,7 +81,7 @@ def test_moments_that_were_saved_rest_too(monkeypatch):
         assert moments and all((m >= resting.ABSURD).all() for m in moments)
         return other
 
-    plain = learnt(STAYS)
+    plain = learnt(NO_OFFLOAD)
     resting.made(monkeypatch.setattr)
     assert torch.equal(learnt(Offloading(torch.device("cpu")), resumed), plain)
 
@@ -101,6 +101,6 @@ def test_on_a_cpu_nothing_moves():
     made = Offloading(torch.device("cpu"))
     weights = torch.nn.Linear(2, 2)
     before = weights.weight.data_ptr()
-    made.rests(weights)
-    with made.at_work(weights, None, "whatever"), STAYS.at_work(weights):
+    made.register(weights)
+    with made.on_device(weights, None, "whatever"), NO_OFFLOAD.on_device(weights):
         assert weights.weight.data_ptr() == before

@@ -27,9 +27,9 @@ from quartet.rewards.environment import EnvironmentReward
 from quartet.rewards.protocol import RewardError, Weighted, rewarded
 from quartet.training.budget import Budget
 from quartet.training.learner import Learner, collate
-from quartet.training.optim import Descent, Optim, Optimizer
+from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from quartet.worlds.guess import GUESSES, Guess, Host, said
-from tests.support.sides import together
+from tests.support.thread_ranks import on_ranks
 from tests.support.world import prompts as plain_prompts
 from tests.support.world import rollout
 
@@ -51,7 +51,7 @@ def player():
     """A policy that has seen some games, so that its turns are mostly letters."""
     made = policy()
     games = Encoder(TOKENIZER, 4, 16).demonstrations(WORLD.demonstrations(200))
-    optimizer = Optimizer(list(made.parameters()), Descent(lr=5e-3), 60)
+    optimizer = Optimizer(list(made.parameters()), OptimizerConfig(lr=5e-3), 60)
     list(sft(made, Sampler(games, 64, 0), optimizer, 60, Budget(4096)))
     return made
 
@@ -204,13 +204,13 @@ def test_of_a_team_the_lead_plays_and_all_hear_what_was_said():
             super().reset(prompt)
             return [{"role": "user", "content": "<>"[len(hosts) % 2]}] if len(hosts) > 1 else []
 
-    def play(team):
+    def play(process_group):
         turns = ScriptedGenerator(["h", "c", "e"], TOKENIZER)
-        return Episodes(turns, TOKENIZER, Willful, GUESSES, 24, team).generate(
+        return Episodes(turns, TOKENIZER, Willful, GUESSES, 24, process_group).generate(
             [prompt_with("e")], SAMPLING, 2
         )
 
-    first, second = together(2, play)
+    first, second = on_ranks(2, play)
     assert first == second and len(hosts) == 2, "one for each episode, on one rank"
     assert first[0].prompt.ids != prompt_with("e").ids, "what it said first"
 

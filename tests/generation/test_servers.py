@@ -17,10 +17,11 @@ import uvicorn
 
 from quartet.assembly import build
 from quartet.config.toml import ConfigError, read_settings
-from quartet.distributed.team import ALONE, Gathered
+from quartet.distributed.process_group import SINGLE_PROCESS
+from quartet.distributed.sharding import GatheredWeights
 from quartet.generation.dialects import DIALECTS, Piece
-from quartet.generation.led import Led
 from quartet.generation.protocol import Weights
+from quartet.generation.rank_zero import RankZeroGenerator
 from quartet.generation.sampling import Sampling
 from quartet.generation.scripted import ScriptedGenerator
 from quartet.generation.servers import ServedGenerator, ServersGone
@@ -353,7 +354,7 @@ def test_an_answer_that_a_server_cuts_short_is_no_answer(folder, generator):
 def test_one_rank_asks_for_all(folder, generator):
     with served(folder / "first") as (url, _):
         made = generator(folder, [url])
-        led = Led(made, ALONE)
+        led = RankZeroGenerator(made, SINGLE_PROCESS)
         rollouts = led.generate(prompts(2), SAMPLING)
         led.load_weights(Weights(1, model(seed=7).state_dict()))
         assert made.version == 1 and led.state() == {"version": 1, "calls": 1}
@@ -365,15 +366,17 @@ def test_one_rank_asks_for_all(folder, generator):
 def test_adapters_that_go_alone_are_all_that_is_put_together(monkeypatch):
     policy, read, pushed = model(), [], []
     add_adapter(policy, Lora(rank=2), POLICY, seed=0)
-    weights, get = Weights(1, Gathered(policy)), Gathered.__getitem__
+    weights, get = Weights(1, GatheredWeights(policy)), GatheredWeights.__getitem__
     monkeypatch.setattr(
-        Gathered, "__getitem__", lambda gathered, name: read.append(name) or get(gathered, name)
+        GatheredWeights,
+        "__getitem__",
+        lambda gathered, name: read.append(name) or get(gathered, name),
     )
     listening = ScriptedGenerator([], tokenizer())
     monkeypatch.setattr(
         listening, "load_weights", lambda weights: pushed.append(list(weights.tensors))
     )
-    Led(listening, ALONE, partial(in_adapter, POLICY)).load_weights(weights)
+    RankZeroGenerator(listening, SINGLE_PROCESS, partial(in_adapter, POLICY)).load_weights(weights)
     assert pushed == [list(dict.fromkeys(read))] and all(".policy." in name for name in read)
     assert len(pushed[0]) == len(list(adapter_parameters(policy, POLICY)))
 

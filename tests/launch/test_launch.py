@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 
 from quartet.assembly import build, device
 from quartet.config.toml import ConfigError, read_settings
-from quartet.distributed.team import Together
+from quartet.distributed.process_group import TorchProcessGroup
+from quartet.errors import NonFinite
 from quartet.launch import spmd
 from quartet.launch.spmd import Spmd, by_another, follow
 from quartet.models.language_model import ModelError
 from quartet.recipes import recipe_path
 from quartet.runtime.worker import Local, WorkerLost, mapped
-from quartet.training.descend import NonFinite
 from tests.support.tiny_run import SMALL_REVIEWS
 
 QUARTET = str(Path(sys.executable).parent / "quartet")
@@ -498,14 +498,14 @@ def test_what_several_ranks_cannot_do_is_said(words, sentence):
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr("quartet.assembly.device", lambda name, team: torch.device("cuda"))
+    monkeypatch.setattr("quartet.assembly.device", lambda name, process_group: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     config = read_settings(recipe_path("reviews"), ["launch.processes=2"], "recipe reviews").config
     with pytest.raises(
         ModelError,
         match="launch.processes = 2: each rank takes a GPU of its own, and this machine has 1.",
     ):
-        build(config, team=Together(0, 2))
+        build(config, process_group=TorchProcessGroup(0, 2))
 
 
 def test_torchruns_number_of_ranks_must_be_a_multiple_too_and_one_that_is_no_rank_may_build():
@@ -518,7 +518,7 @@ def test_torchruns_number_of_ranks_must_be_a_multiple_too_and_one_that_is_no_ran
     with pytest.raises(
         ModelError, match="launch.shard = 2: there are 3 ranks, which is no multiple of it"
     ):
-        build(config, team=Together(0, 3))
+        build(config, process_group=TorchProcessGroup(0, 3))
 
 
 # --- groups ----------------------------------------------------------------------------------------------------------------
@@ -690,11 +690,11 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
         torch, "empty", lambda size, device: chosen.append(device) or torch.zeros(size)
     )
     for rank in range(4):
-        device("auto", Together(rank, 4))
-    device("cuda:1", Together(0, 4))
+        device("auto", TorchProcessGroup(rank, 4))
+    device("cuda:1", TorchProcessGroup(0, 4))
     assert chosen == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:1"]
 
 
 def test_one_process_builds_no_team():
     job = build(read_settings(recipe_path("sums"), [], "recipe sums").config)
-    assert job.team.world == 1
+    assert job.process_group.world_size == 1

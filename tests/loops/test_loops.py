@@ -30,7 +30,7 @@ from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import RewardError, Weighted, rewarded
 from quartet.training.budget import Budget
 from quartet.training.learner import Learner, collate
-from quartet.training.optim import Descent, Optim, Optimizer
+from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from quartet.training.trust_region import TrustRegionLearner
 from tests.support.world import model, prompts, tokenizer
 
@@ -47,7 +47,7 @@ def comparisons():
 
 
 def optimizer(made, lr=3e-3, steps=40):
-    return Optimizer(list(made.parameters()), Descent(lr=lr), steps)
+    return Optimizer(list(made.parameters()), OptimizerConfig(lr=lr), steps)
 
 
 def test_sft_learns_the_answers():

@@ -6,12 +6,12 @@ import time
 import pytest
 
 from quartet.data.sampler import Sampler
+from quartet.errors import NonFinite
 from quartet.io.threads import map_concurrently
 from quartet.loops.collect import Collector
 from quartet.loops.rl_async import Ahead, rl_async
 from quartet.rewards.protocol import Weighted
 from quartet.runtime.interruption import Interrupted
-from quartet.training.descend import NonFinite
 from tests.loops.test_loops import END, NativeGenerator
 from tests.support.world import prompts, tokenizer
 from tests.training.test_guards import ALGORITHMS, learner

@@ -1,6 +1,6 @@
 import torch
 
-from quartet.distributed.team import micro_batches
+from quartet.distributed.balance import micro_batches
 from quartet.models.padding import left_pad, response_mask, right_pad, spread
 
 ROWS = [[5, 6, 7], [8]]

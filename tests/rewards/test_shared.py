@@ -2,10 +2,10 @@
 
 import pytest
 
-from quartet.distributed.team import ALONE
+from quartet.distributed.process_group import SINGLE_PROCESS
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.shared import shared
-from tests.support.sides import together
+from tests.support.thread_ranks import on_ranks
 from tests.support.world import prompts, rollout
 
 LENGTHS = [9, 1, 2, 1, 5, 1, 1, 3, 8, 2, 4, 4]
@@ -38,13 +38,13 @@ class Rank:
 def test_answers_to_one_prompt_are_asked_of_one_rank(world):
     alone, asked = Rank().score(rollouts()), []
 
-    def score(team):
+    def score(process_group):
         reward = Rank()
-        scores = shared(reward, team).score(rollouts())
+        scores = shared(reward, process_group).score(rollouts())
         asked.append(reward.asked)
         return scores
 
-    assert together(world, score) == [alone] * world
+    assert on_ranks(world, score) == [alone] * world
     assert sorted(i for calls in asked for ids in calls for i in ids) == sorted(
         r.id for r in rollouts()
     ), "each once"
@@ -57,14 +57,14 @@ def test_what_fails_on_one_rank_fails_on_all():
                 raise RewardError("no such film.")
             return [1.0] * len(rows)
 
-    def score(team):
+    def score(process_group):
         with pytest.raises(RewardError, match="no such film"):
-            shared(Picky(), team).score(rollouts())
+            shared(Picky(), process_group).score(rollouts())
         return True
 
-    assert together(2, score) == [True, True]
+    assert on_ranks(2, score) == [True, True]
 
 
 def test_alone_it_is_the_reward_itself():
     reward = Rank()
-    assert shared(reward, ALONE) is reward
+    assert shared(reward, SINGLE_PROCESS) is reward

@@ -17,6 +17,7 @@ import torch
 from quartet.assembly import build
 from quartet.assembly.data import fingerprints
 from quartet.config.toml import read_settings
+from quartet.errors import NonFinite
 from quartet.loops.rl_async import Ahead
 from quartet.recipes import recipe_path
 from quartet.recording.run_folder import InUse, RunFolder
@@ -24,7 +25,7 @@ from quartet.recording.tokens import TokenTexts
 from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.pipeline import Advanced, Pipeline, Saving
 from quartet.runtime.resume import CannotResume, choose, find_run, has_begun, set_aside
-from quartet.stages import StageRun
+from quartet.stages.protocol import StageRun
 from quartet.training.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
@@ -33,7 +34,6 @@ from quartet.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from quartet.training.descend import NonFinite
 from tests.runtime.test_runs import TINY_REVIEWS, events, metrics, quartet
 from tests.support.tiny_run import SMALL, make_run
 from tests.support.world import tokenizer

@@ -3,7 +3,7 @@
 import torch
 
 from quartet.distributed import offload as placement
-from quartet.distributed.team import local
+from quartet.distributed.sharding import local_tensor
 from quartet.training import learner
 from quartet.training.optim import Optimizer
 
@@ -32,11 +32,11 @@ class Bed:
 
     @property
     def bytes(self):
-        return sum(local(tensor).nbytes for tensor in self.there.values())
+        return sum(local_tensor(tensor).nbytes for tensor in self.there.values())
 
 
 def name_of(tensor):
-    part = local(tensor)
+    part = local_tensor(tensor)
     return float(part.flatten()[0]) if part.is_floating_point() and part.numel() else None
 
 

@@ -31,13 +31,14 @@ from quartet.runs.doctor import INVARIANTS, Watch
 from quartet.runs.reader import Run
 from quartet.runtime.pipeline import Advanced, Finished, Pipeline, Saving, StageFailed, Warned
 from quartet.runtime.worker import Local, Worker
-from quartet.stages import SftStage, Work
+from quartet.stages.protocol import StageRun
+from quartet.stages.sft import SftStage
 from quartet.training import imitation
 from quartet.training.budget import MAX_HALVINGS, Budget
 from quartet.training.checkpoint import read_checkpoint
-from quartet.training.descend import descend
-from quartet.training.learner import Learner, mark
-from quartet.training.optim import MAX_SKIPPED, Descent, Optim, Optimizer
+from quartet.training.learner import Learner, parameter_checksum
+from quartet.training.optim import MAX_SKIPPED, Optim, Optimizer, OptimizerConfig
+from quartet.training.optimizer_step import optimizer_step
 from tests.loops.test_loops import END, comparisons, demonstrations, goodness
 from tests.support.tiny_run import SMALL
 from tests.support.world import model, prompts, tokenizer
@@ -66,26 +67,28 @@ def test_the_message_has_the_sample_and_what_it_says():
 
 def test_a_loss_that_is_not_finite_stops_though_its_gradient_is():
     weight = torch.tensor([1.0], requires_grad=True)
-    optimizer = Optimizer([weight], Descent(lr=0.1, schedule="constant"), 1)
+    optimizer = Optimizer([weight], OptimizerConfig(lr=0.1, schedule="constant"), 1)
     with pytest.raises(NonFinite, match="the loss is not finite"):
-        descend([weight.sum() + torch.inf], {"w": optimizer})
+        optimizer_step([weight.sum() + torch.inf], {"w": optimizer})
     assert weight.item() == 1.0 and weight.grad is None
 
 
 def test_skipping_leaves_weights_and_moments_alone_and_ends():
     weight = torch.tensor([1.0], requires_grad=True)
-    optimizer = Optimizer([weight], Descent(lr=0.1, schedule="constant", on_nonfinite="skip"), 100)
+    optimizer = Optimizer(
+        [weight], OptimizerConfig(lr=0.1, schedule="constant", on_nonfinite="skip"), 100
+    )
     for count in range(1, MAX_SKIPPED + 1):
-        assert descend([weight.sum() * torch.nan], {"w": optimizer}) == {"skipped": 1.0}
+        assert optimizer_step([weight.sum() * torch.nan], {"w": optimizer}) == {"skipped": 1.0}
         assert (
             weight.item() == 1.0
             and weight.grad is None
             and optimizer.steps == 0
             and optimizer.skipped == count
         )
-    assert "loss" in descend([weight.sum()], {"w": optimizer})
+    assert "loss" in optimizer_step([weight.sum()], {"w": optimizer})
     with pytest.raises(NonFinite):
-        descend([weight.sum() * torch.nan], {"w": optimizer})
+        optimizer_step([weight.sum() * torch.nan], {"w": optimizer})
 
 
 def test_a_skipped_minibatch_is_counted_and_the_others_are_learnt_from():
@@ -102,7 +105,7 @@ def test_a_skipped_minibatch_is_counted_and_the_others_are_learnt_from():
 
     made.models.forward = sometimes
     update = made.update(experience, PPO)
-    assert update.descents["skipped"] == 1.0
+    assert update.step_stats["skipped"] == 1.0
     assert all(o.steps == 3 for o in made.optimizers.values()), (
         "two epochs of two minibatches, one of them left out"
     )
@@ -142,11 +145,12 @@ def test_groups_of_equal_rewards_have_an_advantage_of_exactly_zero(preset, size)
 def test_no_further_epoch_begins_above_the_target_kl():
     far, near, free = (learner(epochs=8, lr=5e-3, target_kl=target) for target in (1e-6, 1e3, None))
     updates = [made.update(experienced(made), PPO) for made in (far, near, free)]
-    assert updates[0].descents["policy/epochs"] == 1.0, (
+    assert updates[0].step_stats["policy/epochs"] == 1.0, (
         "its second minibatch is away from π_old already"
     )
     assert (
-        updates[1].descents["policy/epochs"] == 8.0 and "policy/epochs" not in updates[2].descents
+        updates[1].step_stats["policy/epochs"] == 8.0
+        and "policy/epochs" not in updates[2].step_stats
     )
     assert far.optimizers["actor"].steps == 2 and near.optimizers["actor"].steps == 16
     assert all(torch.equal(a, b) for a, b in zip(weights(near), weights(free), strict=True))
@@ -203,11 +207,11 @@ def test_sft_retries_with_less_memory_and_other_errors_pass(monkeypatch):
 
     monkeypatch.setattr(imitation, "masked_logprobs", tight)
     made, budget = model(), Budget(100)
-    optimizer = Optimizer(list(made.parameters()), Descent(lr=1e-2), 1)
+    optimizer = Optimizer(list(made.parameters()), OptimizerConfig(lr=1e-2), 1)
     [step] = sft(made, Sampler(demonstrations(), 2, 0), optimizer, 1, budget)
     assert step.metrics["loss"] > 0 and budget.halvings > 0 and optimizer.steps == 1
     with pytest.raises(RuntimeError, match="something else"):
-        budget.spend("x", lambda tokens: (_ for _ in ()).throw(RuntimeError("something else")))
+        budget.run_within("x", lambda tokens: (_ for _ in ()).throw(RuntimeError("something else")))
 
 
 # --- invariants ------------------------------------------------------------------------------------------------------------
@@ -282,7 +286,7 @@ def test_the_usual_mistakes_are_refused_at_the_first_step_that_can_show_them(mis
     )
     if mistake == "a reference that learns":
         made.reference = actor
-        made.reference_mark = mark(actor)
+        made.reference_checksum = parameter_checksum(actor)
     rewards = [Weighted(TextReward("goodness", goodness))]
     steps = rl(Collector(Sampler(prompts(16), 16, 0), Spoiled(mistake, actor), rewards), made, PPO)
     watch, said = Watch(), {}
@@ -299,7 +303,7 @@ def test_the_usual_mistakes_are_refused_at_the_first_step_that_can_show_them(mis
 def test_dpo_starts_at_its_reference_and_a_loss_of_ln_2():
     made, loss = model(), PREFERENCES["dpo"]
     for reference, held in ((freeze(copy.deepcopy(made)), True), (freeze(model(seed=5)), False)):
-        optimizer = Optimizer(list(made.parameters()), Descent(lr=1e-9), 1)
+        optimizer = Optimizer(list(made.parameters()), OptimizerConfig(lr=1e-9), 1)
         [step] = preference(
             made, reference, Sampler(comparisons(), 4, 0), loss, optimizer, 1, Budget(4096)
         )
@@ -327,7 +331,7 @@ def stage(monkeypatch, broken_at):
         tokenizer=tokenizer(),
         load_policy=lambda folder: model(),
         optimizer=lambda made: Optimizer(
-            list(made.parameters()), Descent(lr=1e-2, schedule="constant"), 6
+            list(made.parameters()), OptimizerConfig(lr=1e-2, schedule="constant"), 6
         ),
         num_steps=6,
         batch_size=4,
@@ -532,7 +536,7 @@ def test_where_nothing_learns_nothing_is_said_of_rollbacks(tmp_path):
                 yield Progress(1, {})
                 raise NonFinite("the log-probability", "sums:1/0", [5])
 
-            return Work(steps, dict)
+            return StageRun(steps, dict)
 
     folder = RunFolder.create(tmp_path, "x", {})
     with pytest.raises(

@@ -7,14 +7,16 @@ import torch
 from quartet.algorithms.algorithm import Forward
 from quartet.algorithms.entropy import EntropyBonus
 from quartet.algorithms.presets import ALGORITHMS
-from quartet.distributed.offload import STAYS
+from quartet.distributed.offload import NO_OFFLOAD
+from quartet.errors import NonFinite
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import Separate, Shared, freeze
 from quartet.models.heads import ScalarModel, ValueHead
-from quartet.training.descend import NonFinite, check_finite, descend
+from quartet.training.finite import check_finite
 from quartet.training.learner import Learner
-from quartet.training.optim import Descent, Optim, Optimizer
+from quartet.training.optim import Optim, Optimizer, OptimizerConfig
+from quartet.training.optimizer_step import optimizer_step
 from tests.support.world import model, prompts, rollout, tokenizer
 
 SETTINGS = Optim(lr=1e-3, critic_lr=1e-3, epochs=2, minibatches=2)
@@ -43,7 +45,7 @@ def actor_critic(kind="separate"):
     )
 
 
-def learner(kind="separate", tokens=2048, placement=STAYS, **settings):
+def learner(kind="separate", tokens=2048, placement=NO_OFFLOAD, **settings):
     reference = freeze(copy.deepcopy(model(seed=2)))
     optim = dataclasses.replace(SETTINGS, **settings)
     sampling = Sampling(max_new_tokens=8, temperature=0.8)
@@ -181,10 +183,12 @@ def test_a_weight_that_is_not_finite_is_seen_in_the_first_forward():
 def test_descend_adds_gradients_and_reports_their_norm():
     weight = torch.tensor([3.0], requires_grad=True)
     optimizer = Optimizer(
-        [weight], Descent(lr=0.1, schedule="constant", max_grad_norm=float("inf")), total_steps=1
+        [weight],
+        OptimizerConfig(lr=0.1, schedule="constant", max_grad_norm=float("inf")),
+        total_steps=1,
     )
     # losses w² and 2w: gradient 2·3 + 2 = 8, loss 9 + 6 = 15
-    assert descend(
+    assert optimizer_step(
         (loss for loss in (weight.square().sum(), 2 * weight.sum())), {"w": optimizer}
     ) == {
         "loss": 15.0,
@@ -202,7 +206,7 @@ def test_check_finite_names_the_first_bad_row():
 
 def test_schedules_rise_and_fall():
     # warm-up over 2 steps, 10 in all: 1/3, 2/3, then 8/8 … 1/8
-    linear = Descent(lr=1.0, warmup_steps=2)
+    linear = OptimizerConfig(lr=1.0, warmup_steps=2)
     assert [round(linear.factor(step, 10), 4) for step in (0, 1, 2, 6, 9)] == [
         0.3333,
         0.6667,
@@ -210,7 +214,7 @@ def test_schedules_rise_and_fall():
         0.5,
         0.125,
     ]
-    constant = Descent(lr=1.0, warmup_steps=1, schedule="constant")
+    constant = OptimizerConfig(lr=1.0, warmup_steps=1, schedule="constant")
     assert [constant.factor(step, 10) for step in (0, 1, 9)] == [0.5, 1.0, 1.0]
 
 

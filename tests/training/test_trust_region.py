@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.update import TrustRegion
-from quartet.distributed.team import whole_state
+from quartet.distributed.sharding import full_state_dict
 from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import freeze
 from quartet.training.learner import Learner
@@ -72,9 +72,9 @@ def test_trpo_improves_and_stays_within_its_region():
     made = learner()
     before = copy.deepcopy(made.models.actor)
     update = made.update(experience_of(made), TRPO)
-    assert 0 < update.descents["trust_region/kl"] <= 0.01
-    assert update.descents["trust_region/improvement"] > 0
-    assert 0 < update.descents["trust_region/fraction"] <= 1
+    assert 0 < update.step_stats["trust_region/kl"] <= 0.01
+    assert update.step_stats["trust_region/improvement"] > 0
+    assert 0 < update.step_stats["trust_region/fraction"] <= 1
     assert any(
         not torch.equal(a, b)
         for a, b in zip(before.parameters(), made.models.actor.parameters(), strict=True)
@@ -89,9 +89,9 @@ def test_the_natural_gradient_takes_the_whole_step_and_lands_near_its_region():
         ALGORITHMS["npg"], update=TrustRegion(max_kl=1e-4, damping=0.0, line_search_steps=0)
     )
     update = made.update(experience_of(made), npg)
-    assert update.descents["trust_region/fraction"] == 1
+    assert update.step_stats["trust_region/fraction"] == 1
     # √(2δ / xᵀFx) x is the step whose quadratic KL is δ; for a small δ the quadratic is the KL
-    assert update.descents["trust_region/kl"] == pytest.approx(1e-4, rel=0.2)
+    assert update.step_stats["trust_region/kl"] == pytest.approx(1e-4, rel=0.2)
 
 
 def test_for_the_same_kl_the_natural_step_gains_more_than_the_gradients():
@@ -115,7 +115,7 @@ def test_for_the_same_kl_the_natural_step_gains_more_than_the_gradients():
         ALGORITHMS["npg"], update=TrustRegion(max_kl=1e-3, damping=1e-3, line_search_steps=0)
     )
     update = made.update(experience, npg)
-    assert update.descents["trust_region/improvement"] > 1.2 * gain_of_plain
+    assert update.step_stats["trust_region/improvement"] > 1.2 * gain_of_plain
 
 
 def test_where_no_step_is_better_nothing_moves():
@@ -124,7 +124,7 @@ def test_where_no_step_is_better_nothing_moves():
     still = dataclasses.replace(experience, advantages=torch.zeros_like(experience.advantages))
     before = [p.clone() for p in made.models.actor_parameters()]
     update = made.update(still, TRPO)
-    assert update.descents["trust_region/fraction"] == 0
+    assert update.step_stats["trust_region/fraction"] == 0
     assert all(
         torch.equal(a, b) for a, b in zip(before, made.models.actor_parameters(), strict=True)
     )
@@ -140,7 +140,7 @@ def test_micro_batches_change_nothing():
 
 
 def averaged(made):
-    return whole_state(made.models.actor, made.ema.average)["lm_head.weight"]
+    return full_state_dict(made.models.actor, made.ema.average)["lm_head.weight"]
 
 
 def test_an_average_of_the_actor_is_that_of_its_past():

@@ -91,7 +91,7 @@ class LastTokenLoss(RewardModelLoss):
     ) -> Float[Tensor, "P"]:
         """From the head at every token, or at the last ones only; `differs` is
         `after_divergence`."""
-        good, bad = at(chosen, chosen_lengths), at(rejected, rejected_lengths)
+        good, bad = last_token(chosen, chosen_lengths), last_token(rejected, rejected_lengths)
         return bradley_terry(good, bad, margins) + self.centring * centring(good, bad)
 
 
@@ -123,8 +123,8 @@ class PerTokenLoss(RewardModelLoss):
         return masked(loss, differs).sum(dim=1) / differs.sum(dim=1).clamp(min=1)
 
 
-def at(outputs: Float[Tensor, "P T"], lengths: Int[Tensor, "P"]) -> Float[Tensor, "P"]:
-    """The output at each row's last token."""
+def last_token(outputs: Float[Tensor, "P T"], lengths: Int[Tensor, "P"]) -> Float[Tensor, "P"]:
+    """Return the output at the last token of each row."""
     return outputs.gather(1, lengths[:, None] - 1)[:, 0]
 
 

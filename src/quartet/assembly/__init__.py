@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,7 +22,6 @@ from quartet.config.tables import (
     Config,
     Preference,
     RewardModel,
-    Run,
     SeparateCritic,
     Servers,
     Sft,
@@ -38,8 +36,9 @@ from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.data.shapes import Purpose
 from quartet.data.tokenizer import train_tokenizer
-from quartet.distributed.offload import STAYS, Offloading, Placement
-from quartet.distributed.team import ALONE, Gathered, Team, Together
+from quartet.distributed.offload import NO_OFFLOAD, Offloading, Placement
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
+from quartet.distributed.sharding import GatheredWeights
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
 from quartet.loops.collect import Collector
@@ -57,20 +56,17 @@ from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Reward, Weighted, rewarded
 from quartet.rewards.reward_model import ModelReward
 from quartet.rewards.shared import shared
+from quartet.rewards.source import RewardContext
 from quartet.rewards.sources import JudgeSource, ModelSource
 from quartet.rewards.text_models import StepReward, TextModelReward
 from quartet.runtime.faults import FAULTS
-from quartet.runtime.pipeline import Saving
-from quartet.stages import (
-    Cast,
-    Contest,
-    EvaluationStage,
-    PreferenceStage,
-    RewardModelStage,
-    RLStage,
-    SftStage,
-    Stage,
-)
+from quartet.runtime.job import Job
+from quartet.stages.evaluation import EvaluationStage
+from quartet.stages.preference import PreferenceStage
+from quartet.stages.protocol import Stage
+from quartet.stages.reward_model import RewardModelStage
+from quartet.stages.rl import RLComponents, RLStage, WinRateProbe
+from quartet.stages.sft import SftStage
 from quartet.training.checkpoint import GlobalRandom
 from quartet.training.learner import Learner
 from quartet.training.optim import Optimizer
@@ -89,50 +85,31 @@ CENTRING_PROMPTS = 256
 """How many of the training prompts are answered to find a reward model's mean score."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """A run, ready to start: nothing on disk has been touched yet."""
-
-    stages: list[Stage]
-    tokenizer: Any
-    notes: list[str]
-    """What a person should know before it starts."""
-    made_with: dict[str, Any]
-    """What a resumed run must have in common with this one."""
-    device: torch.device
-    """Where the models are."""
-    team: Team = ALONE
-
-    def saving(self, run: Run) -> Saving:
-        return Saving(
-            run.keep_every,
-            run.checkpoint_every,
-            run.keep_last,
-            run.keep_best,
-            run.rollbacks,
-            self.made_with,
-        )
-
-
-def build(config: Config, fault: str | None = None, team: Team = ALONE) -> Job:
+def build(
+    config: Config, fault: str | None = None, process_group: ProcessGroup = SINGLE_PROCESS
+) -> Job:
     """Read and check the data, and make the stages. Models are loaded when their stage starts; what
     they are loaded from is checked now. `fault`: a mistake to plant in the RL stage, see
-    `faults.py`. `team`: the ranks that do the same."""
+    `faults.py`. `process_group`: the ranks that do the same."""
     GlobalRandom().seed(config.seed)
-    workshop = Workshop(config, fault, team)
+    workshop = Workshop(config, fault, process_group)
     stages = [workshop.stage(name) for name in config.recipe]
     complete = dataclasses.replace(
         config, rollout=dataclasses.replace(config.rollout, staleness=config.staleness)
     )
     made_with = {"config": json_ready(complete), "data": fingerprints(config), "fault": fault}
-    return Job(stages, workshop.tokenizer, workshop.notes(), made_with, workshop.device, team)
+    return Job(
+        stages, workshop.tokenizer, workshop.notes(), made_with, workshop.device, process_group
+    )
 
 
 class Workshop:
     """Makes the objects of one run, each of the shared ones once."""
 
-    def __init__(self, config: Config, fault: str | None = None, team: Team = ALONE) -> None:
-        self.fault, self.team = fault, team
+    def __init__(
+        self, config: Config, fault: str | None = None, process_group: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
+        self.fault, self.process_group = fault, process_group
         if config.policy.adapter is not None and importlib.util.find_spec("peft") is None:
             raise AdapterError(
                 'policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".'
@@ -143,20 +120,22 @@ class Workshop:
             WORLDS[config.data.world](config.seed) if config.data.world else None
         )
         self.rows = Rows(config, self.world)
-        self.device = device(config.run.device, team)
-        if isinstance(team, Together) and team.world % config.launch.parts(team.world):
+        self.device = device(config.run.device, process_group)
+        if isinstance(
+            process_group, TorchProcessGroup
+        ) and process_group.world_size % config.launch.parts(process_group.world_size):
             raise ModelError(
-                f"launch.shard = {config.launch.shard}: there are {team.world} ranks, which is no "
+                f"launch.shard = {config.launch.shard}: there are {process_group.world_size} ranks, which is no "
                 f"multiple of it, so "
                 "some would have no part."
             )
         if (
             self.device.type == "cuda"
             and config.launch.type == "local"
-            and team.world > torch.cuda.device_count()
+            and process_group.world_size > torch.cuda.device_count()
         ):
             raise ModelError(
-                f"launch.processes = {team.world}: each rank takes a GPU of its own, and this "
+                f"launch.processes = {process_group.world_size}: each rank takes a GPU of its own, and this "
                 f"machine has "
                 f'{torch.cuda.device_count()}. For ranks on the CPU set run.device = "cpu".'
             )
@@ -165,7 +144,7 @@ class Workshop:
         self.tokenizer = self._tokenizer()
         if config.policy.chat_template:
             set_chat_template(self.tokenizer, config.policy.chat_template)
-        self.models = Models(config, self.policy_model, self.tokenizer, self.device, team)
+        self.models = Models(config, self.policy_model, self.tokenizer, self.device, process_group)
         longest = self.models.longest_sequence()
         generates = set(config.recipe) != {"sft"}
         room = longest - config.rollout.max_new_tokens * generates
@@ -186,20 +165,22 @@ class Workshop:
         # Ranks must choose alike: several go by what their GPUs have in all, which is not free to
         # the same byte on each.
         memory = (
-            torch.cuda.mem_get_info(self.device)[team.world > 1]
+            torch.cuda.mem_get_info(self.device)[process_group.world_size > 1]
             if self.device.type == "cuda"
             else None
         )
         self.micro_batch_tokens = micro_batch_tokens(
-            config, policy_parameters(config, len(self.tokenizer)), memory, team.world
+            config, policy_parameters(config, len(self.tokenizer)), memory, process_group.world_size
         )
         texts, gold = TokenTexts(self.tokenizer), self.world.gold if self.world else None
         self.rewards = RewardMaker(
-            self.tokenizer,
-            lambda ids: [texts[i] for i in ids],
-            self.micro_batch_tokens,
-            self.device,
-            gold,
+            RewardContext(
+                self.tokenizer,
+                lambda ids: [texts[i] for i in ids],
+                self.micro_batch_tokens,
+                self.device,
+                gold,
+            )
         )
         if config.reads("reward"):
             self.rewards.check(
@@ -237,7 +218,7 @@ class Workshop:
             batch_size=sft.batch_size,
             micro_batch_tokens=self.micro_batch_tokens,
             seed=self.config.seed,
-            team=self.team,
+            process_group=self.process_group,
             spread=self.models.spread,
         )
 
@@ -260,7 +241,7 @@ class Workshop:
             batch_size=settings.batch_size,
             micro_batch_tokens=self.micro_batch_tokens,
             seed=self.config.seed,
-            team=self.team,
+            process_group=self.process_group,
         )
 
     def preference_stage(self, name: str) -> PreferenceStage:
@@ -271,12 +252,14 @@ class Workshop:
 
         def pairs(folder: Path, model: Any) -> OnlinePairs:
             sampled = self._sampled(model)
-            generator = self.generators.native(sampled, self.team, copied=sampled is not model)
+            generator = self.generators.native(
+                sampled, self.process_group, copied=sampled is not model
+            )
             sampler, rewards = (
                 Sampler(prompts, settings.batch_size, self.config.seed),
-                self._rewards(folder, team=self.team),
+                self._rewards(folder, process_group=self.process_group),
             )
-            now = None if sampled is model else lambda: Weights(0, Gathered(model))
+            now = None if sampled is model else lambda: Weights(0, GatheredWeights(model))
             return OnlinePairs(sampler, generator, self.config.rollout, rewards, weights=now)
 
         return PreferenceStage(
@@ -292,7 +275,7 @@ class Workshop:
             batch_size=settings.batch_size,
             micro_batch_tokens=self.micro_batch_tokens,
             seed=self.config.seed,
-            team=self.team,
+            process_group=self.process_group,
             spread=self.models.spread,
         )
 
@@ -303,7 +286,7 @@ class Workshop:
             name=config.rl_stage,
             prompts=self.prompts[0],
             tokenizer=self.tokenizer,
-            cast=self._cast,
+            load_components=self._rl_components,
             algorithm=config.algorithm,
             sampling=config.rollout,
             samples_per_prompt=config.rollout.samples_per_prompt,
@@ -320,14 +303,14 @@ class Workshop:
             load_before=self.models.before,
             load_after=lambda folder: load_model(folder / "policy", self.device),
             rewards=self._rewards,
-            gold=self.rewards.gold,
+            gold=self.rewards.context.gold,
             sampling=self.config.rollout,
             micro_batch_tokens=self.micro_batch_tokens,
             generator=self.generators.examined,
             best_of=0
             if self._asks_a_judge
             else self.config.evaluation.best_of,  # some hundred questions more cost money
-            team=self.team,
+            process_group=self.process_group,
         )
 
     # --- who plays in RL
@@ -338,7 +321,7 @@ class Workshop:
         the actor will be in parts, or learns meanwhile, it is a copy."""
         return copy.deepcopy(actor) if self.config.launch.shard or self.config.staleness else actor
 
-    def _cast(self, folder: Path) -> Cast:
+    def _rl_components(self, folder: Path) -> RLComponents:
         config = self.config
         assert config.algorithm
         actor = self.models.starting(folder)
@@ -354,7 +337,7 @@ class Workshop:
             else Separate(actor, None)
         )
         self.models.spread(actor)
-        meanwhile = self.team.apart() if config.staleness else self.team
+        meanwhile = self.process_group.clone() if config.staleness else self.process_group
         reference = None if reference is None else self.models.spread(reference)
         placement = self._placement()
         make = TrustRegionLearner if isinstance(config.algorithm.update, TrustRegion) else Learner
@@ -367,21 +350,23 @@ class Workshop:
             config.seed,
             self._pretraining(config.algorithm),
             self.micro_batch_tokens,
-            self.team,
+            self.process_group,
             placement,
         )
         rewards = self._rewards(folder, judge, meanwhile, placement)
         if servers := self.generators.servers(actor, folder, meanwhile):
             generator = self.generators.asked(servers, meanwhile)
-            aside = lambda: self.generators.asked(servers.aside(), self.team)  # noqa: E731
+            aside = lambda: self.generators.asked(servers.aside(), self.process_group)  # noqa: E731
         else:
             generator = self.generators.native(sampled, meanwhile, copied=sampled is not actor)
-            aside = lambda: self.generators.native(sampled, self.team)  # noqa: E731
-        probes, contest = self._probes(aside, rewards), self._contest(aside, rewards)
-        cast = Cast(learner, generator, rewards, probes, self._watched_texts(), contest)
+            aside = lambda: self.generators.native(sampled, self.process_group)  # noqa: E731
+        probes, win_rate_probe = self._probes(aside, rewards), self._win_rate_probe(aside, rewards)
+        components = RLComponents(
+            learner, generator, rewards, probes, self._watched_texts(), win_rate_probe
+        )
         if self.fault is not None:
-            FAULTS[self.fault](cast)
-        return cast
+            FAULTS[self.fault](components)
+        return components
 
     def _probes(
         self, generator: Callable[[], Generator], rewards: Sequence[Weighted]
@@ -395,9 +380,9 @@ class Workshop:
         collector = Collector(sampler, generator(), rewards, rollout.samples_per_prompt)
         return [r for r in collector.respond(prompts, algorithm, rollout) if r.score is not None]
 
-    def _contest(
+    def _win_rate_probe(
         self, generator: Callable[[], Generator], rewards: Sequence[Weighted]
-    ) -> Contest | None:
+    ) -> WinRateProbe | None:
         """None where a judge would have to be paid for it."""
         if self._asks_a_judge:
             return None
@@ -406,7 +391,7 @@ class Workshop:
         def answer() -> Sequence[Rollout]:
             return rewarded(generator().generate(prompts, self.config.rollout), rewards)
 
-        return Contest(answer, answer(), self.rewards.gold)
+        return WinRateProbe(answer, answer(), self.rewards.context.gold)
 
     @property
     def _asks_a_judge(self) -> bool:
@@ -492,7 +477,7 @@ class Workshop:
         on_its_trunk = config.policy.adapter is not None and init is None
         if source is None or (source.model is not None and on_its_trunk):
             return "policy"
-        if source.model is None or self.rewards.reads_ids(source.model, source.label):
+        if source.model is None or self.rewards.context.reads_ids(source.model, source.label):
             return source.model
         if init == "reward_model":
             raise ModelError(
@@ -506,48 +491,48 @@ class Workshop:
         return (
             Offloading(self.device)
             if self.config.run.offload and self.device.type != "cpu"
-            else STAYS
+            else NO_OFFLOAD
         )
 
     def _rewards(
         self,
         folder: Path,
         judge: ScalarModel | None = None,
-        team: Team = ALONE,
-        placement: Placement = STAYS,
+        process_group: ProcessGroup = SINGLE_PROCESS,
+        placement: Placement = NO_OFFLOAD,
     ) -> list[Weighted]:
-        """`judge`: the run's own reward model, where it is loaded already. `team`: the ranks that
+        """`judge`: the run's own reward model, where it is loaded already. `process_group`: the ranks that
         ask for them together."""
         trained = judge or folder / "reward_model"
         rewards = [
             Weighted(
-                self._for_all(self.rewards.make(source, trained, folder), team, placement),
+                self._for_all(self.rewards.make(source, trained, folder), process_group, placement),
                 source.weight,
             )
             for source in self.sources
         ]
-        if self.rewards.gold is not None and "gold" not in {
+        if self.rewards.context.gold is not None and "gold" not in {
             source.called for source in self.sources
         }:
             rewards.append(
-                Weighted(TextReward("gold", self.rewards.gold), weight=0.0)
+                Weighted(TextReward("gold", self.rewards.context.gold), weight=0.0)
             )  # seen, not trained on
         return rewards
 
-    def _for_all(self, reward: Reward, team: Team, placement: Placement) -> Reward:
+    def _for_all(self, reward: Reward, process_group: ProcessGroup, placement: Placement) -> Reward:
         """The reward as a team asks for it; a reward model is read by all, each its share, and may
         be in parts."""
-        if isinstance(reward, ModelReward) and team is not ALONE:
-            reward.team = team
+        if isinstance(reward, ModelReward) and process_group is not SINGLE_PROCESS:
+            reward.process_group = process_group
             if not isinstance(reward.model, AdaptedScalar):  # else its trunk is the sampler's
-                self.models.spread_scalar(reward.model, team)
+                self.models.spread_scalar(reward.model, process_group)
         for one in reward.members if isinstance(reward, EnsembleReward) else [reward]:
             if isinstance(one, ModelReward | TextModelReward | StepReward) and not isinstance(
                 one.model, AdaptedScalar
             ):
                 one.placement = placement
-                placement.rests(one.model)
-        return shared(reward, team)
+                placement.register(one.model)
+        return shared(reward, process_group)
 
     # --- data
     # ----------------------------------------------------------------------------------------------------------

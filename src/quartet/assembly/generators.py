@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from quartet.config.tables import Config, Servers
-from quartet.distributed.team import ALONE, Gathered, Team
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.distributed.sharding import GatheredWeights
 from quartet.generation.dialects import DIALECTS
 from quartet.generation.episodes import Environment, Episodes
-from quartet.generation.led import Led
 from quartet.generation.native import NativeGenerator
 from quartet.generation.protocol import Generator, Weights
+from quartet.generation.rank_zero import RankZeroGenerator
 from quartet.generation.servers import ServedGenerator
 from quartet.models.adapters import (
     POLICY,
@@ -36,34 +37,48 @@ class Generators:
         self.config, self.tokenizer, self.max_tokens = config, tokenizer, max_tokens
         self.environment = _environment(config, world)
 
-    def native(self, model: Any, team: Team = ALONE, copied: bool = False) -> Generator:
+    def native(
+        self, model: Any, process_group: ProcessGroup = SINGLE_PROCESS, copied: bool = False
+    ) -> Generator:
         stops = stop_ids(model, self.tokenizer)
         return self.in_turns(
             NativeGenerator(
-                model, self.tokenizer, stops, self.config.seed, team=team, copied=copied
+                model,
+                self.tokenizer,
+                stops,
+                self.config.seed,
+                process_group=process_group,
+                copied=copied,
             ),
-            team,
+            process_group,
         )
 
-    def in_turns(self, turns: Generator, team: Team) -> Generator:
+    def in_turns(self, turns: Generator, process_group: ProcessGroup) -> Generator:
         """Answers of one turn, or of several where there is an environment."""
         if self.environment is None:
             return turns
         make, max_turns = self.environment
-        return Episodes(turns, self.tokenizer, make, max_turns, self.max_tokens, team)
+        return Episodes(turns, self.tokenizer, make, max_turns, self.max_tokens, process_group)
 
-    def asked(self, servers: ServedGenerator, team: Team) -> Generator:
+    def asked(self, servers: ServedGenerator, process_group: ProcessGroup) -> Generator:
         """By one rank, where there are several. Adapters that go alone are all that is put together
         for a push."""
         only = partial(in_adapter, POLICY) if servers.save_base is not None else None
-        return self.in_turns(servers if team is ALONE else Led(servers, team, only), team)
+        return self.in_turns(
+            servers
+            if process_group is SINGLE_PROCESS
+            else RankZeroGenerator(servers, process_group, only),
+            process_group,
+        )
 
     def examined(self, model: Any, folder: Path) -> Generator:
         """Answers of a model that learns no more; one rank asks."""
-        servers = self.servers(model, folder, ALONE)
-        return self.native(model) if servers is None else self.asked(servers, ALONE)
+        servers = self.servers(model, folder, SINGLE_PROCESS)
+        return self.native(model) if servers is None else self.asked(servers, SINGLE_PROCESS)
 
-    def servers(self, actor: Any, folder: Path, team: Team) -> ServedGenerator | None:
+    def servers(
+        self, actor: Any, folder: Path, process_group: ProcessGroup
+    ) -> ServedGenerator | None:
         """Those of other processes, where the config names them; they are given the model's weights
         at once. Where it has an adapter, that may be all they are given later."""
         settings = self.config.generator
@@ -100,7 +115,7 @@ class Generators:
             save_base=write_base if adapter else None,
             vocab_size=actor.config.get_text_config().vocab_size,
         )
-        Led(made, team).load_weights(Weights(0, Gathered(actor)))
+        RankZeroGenerator(made, process_group).load_weights(Weights(0, GatheredWeights(actor)))
         return made
 
 

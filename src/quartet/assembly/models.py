@@ -8,32 +8,39 @@ from typing import Any
 import torch
 
 from quartet.config.tables import Config
-from quartet.distributed.team import ALONE, Team, Together, is_sharded
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
+from quartet.distributed.sharding import is_sharded
 from quartet.models.actor_critic import pad_token_id
 from quartet.models.adapters import POLICY, REWARD, add_adapter, freeze_layers
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import ModelError, create, load_model, read_config
 from quartet.models.llama import FAMILY
 from quartet.models.trunk import checkpoint_blocks, compile_blocks
-from quartet.rewards.sources import EnsembleSource, ModelSource, Source, StepsSource
+from quartet.rewards.source import RewardSource
+from quartet.rewards.sources import EnsembleSource, ModelSource, StepsSource
 
 
 class Models:
     """Makes them anew each time it is asked."""
 
     def __init__(
-        self, config: Config, folder: str | None, tokenizer: Any, device: torch.device, team: Team
+        self,
+        config: Config,
+        folder: str | None,
+        tokenizer: Any,
+        device: torch.device,
+        process_group: ProcessGroup,
     ) -> None:
         """`folder`: of the policy that the run begins with, or its name on the hub; None where it
         is created."""
-        self.config, self.folder, self.tokenizer, self.device, self.team = (
+        self.config, self.folder, self.tokenizer, self.device, self.process_group = (
             config,
             folder,
             tokenizer,
             device,
-            team,
+            process_group,
         )
-        self.meshes: dict[Team, Any] = {}
+        self.meshes: dict[ProcessGroup, Any] = {}
         """What the models of a team are in parts over."""
 
     def longest_sequence(self) -> int:
@@ -127,39 +134,41 @@ class Models:
         )
         return self.spread_scalar(self.new_scalar(trunk, REWARD))
 
-    def spread(self, model: Any, team: Team | None = None) -> Any:
-        """In parts over the ranks, where the config says so. `team`: who puts it together, if not
+    def spread(self, model: Any, process_group: ProcessGroup | None = None) -> Any:
+        """In parts over the ranks, where the config says so. `process_group`: who puts it together, if not
         the run's own."""
-        team = team or self.team
+        process_group = process_group or self.process_group
         if (
             not self.config.launch.shard
-            or not isinstance(team, Together)
+            or not isinstance(process_group, TorchProcessGroup)
             or any(map(is_sharded, model.parameters()))
         ):
             return model
         from quartet.training.parallelize import mesh_of, parallelize
 
-        if team not in self.meshes:
-            self.meshes[team] = mesh_of(
-                self.device.type, team, self.config.launch.parts(team.world)
+        if process_group not in self.meshes:
+            self.meshes[process_group] = mesh_of(
+                self.device.type, process_group, self.config.launch.parts(process_group.world_size)
             )
-        return parallelize(model, self.meshes[team])
+        return parallelize(model, self.meshes[process_group])
 
-    def spread_scalar(self, scalar: ScalarModel, team: Team | None = None) -> ScalarModel:
+    def spread_scalar(
+        self, scalar: ScalarModel, process_group: ProcessGroup | None = None
+    ) -> ScalarModel:
         if isinstance(scalar, AdaptedScalar):
-            self.spread(scalar.under.model, team)
+            self.spread(scalar.under.model, process_group)
             scalar.look_again()
         else:
-            self.spread(scalar.model, team)
+            self.spread(scalar.model, process_group)
         return scalar
 
 
-def device(name: str, team: Team = ALONE) -> torch.device:
+def device(name: str, process_group: ProcessGroup = SINGLE_PROCESS) -> torch.device:
     """What the config's name means for this rank: of several GPUs each rank has one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{team.rank % torch.cuda.device_count()}"
+        name = f"cuda:{process_group.rank % torch.cuda.device_count()}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -168,7 +177,7 @@ def device(name: str, team: Team = ALONE) -> torch.device:
         ) from error
 
 
-def with_existing_models(source: Source) -> Source:
+def with_existing_models(source: RewardSource) -> RewardSource:
     """The source, its folders absolute."""
     match source:
         case ModelSource(model=model):

@@ -1,4 +1,5 @@
-"""What waits in main memory while others work: for a GPU that cannot hold everything at once."""
+"""Models and optimizer states that wait in main memory while others use the device, for a GPU that
+cannot hold everything at once."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -7,72 +8,81 @@ from typing import Any
 import torch
 from torch import nn
 
-from quartet.distributed.team import is_sharded
+from quartet.distributed.sharding import is_sharded
 from quartet.tensors import Tensor
 
 MAIN_MEMORY = torch.device("cpu")
 
 
 class Placement:
-    """Who is where: here, everything stays on the device."""
+    """Decides where models and optimizer states are. This one leaves everything on the device."""
 
-    def rests(self, thing: Any, shared_with: Iterable[Tensor] = ()) -> None:
-        """From now on a model's weights, or an optimizer's moments, are on the device only
-        `at_work`. Tensors that it shares with another stay."""
+    def register(self, module_or_optimizer: Any, shared_with: Iterable[Tensor] = ()) -> None:
+        """Keep the weights of a model, or the moments of an optimizer, in main memory except inside
+        `on_device`. Tensors in `shared_with` belong to another model and stay on the device."""
 
     @contextmanager
-    def at_work(self, *things: Any) -> Iterator[None]:
-        """With these on the device; whoever never rests is there anyway. For the same thing not
-        from two threads at once."""
+    def on_device(self, *modules_or_optimizers: Any) -> Iterator[None]:
+        """Hold these on the device inside the `with` block. What was never registered is there
+        anyway. Two threads must not do this for the same object at once."""
         yield
 
 
-STAYS = Placement()
+NO_OFFLOAD = Placement()
 
 
 class Offloading(Placement):
-    """What rests is moved to main memory and back, whole. (ZeRO-Offload, Ren et al. 2021, moves
-    moments too; what it also does, stepping on the CPU, this does not.)"""
+    """Moves registered objects as a whole between main memory and the device.
+
+    ZeRO-Offload (Ren et al. 2021) keeps moments in main memory too, and also steps the optimizer
+    there; here the optimizer steps on the device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.shared: dict[int, set[int]] = {}
-        """Of each that rests, by id: tensors that stay."""
+        """For each registered object, by its id: the ids of the tensors that are not moved."""
 
-    def rests(self, thing: Any, shared_with: Iterable[Tensor] = ()) -> None:
-        if isinstance(thing, nn.Module | torch.optim.Optimizer):
-            self.shared[id(thing)] = {id(tensor) for tensor in shared_with}
-            self._move(thing, MAIN_MEMORY)
+    def register(self, module_or_optimizer: Any, shared_with: Iterable[Tensor] = ()) -> None:
+        if isinstance(module_or_optimizer, nn.Module | torch.optim.Optimizer):
+            self.shared[id(module_or_optimizer)] = {id(tensor) for tensor in shared_with}
+            self._move(module_or_optimizer, MAIN_MEMORY)
 
     @contextmanager
-    def at_work(self, *things: Any) -> Iterator[None]:
-        resting = [thing for thing in things if id(thing) in self.shared]
+    def on_device(self, *modules_or_optimizers: Any) -> Iterator[None]:
+        registered = [each for each in modules_or_optimizers if id(each) in self.shared]
         try:
-            for thing in resting:
-                self._move(thing, self.device)
+            for each in registered:
+                self._move(each, self.device)
             yield
         finally:
-            for thing in resting:
-                self._move(thing, MAIN_MEMORY)
+            for each in registered:
+                self._move(each, MAIN_MEMORY)
 
-    def _move(self, thing: nn.Module | torch.optim.Optimizer, device: torch.device) -> None:
-        stay = self.shared[id(thing)]
-        if isinstance(thing, torch.optim.Optimizer):
-            for moments in thing.state.values():
+    def _move(
+        self, module_or_optimizer: nn.Module | torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        stay = self.shared[id(module_or_optimizer)]
+        if isinstance(module_or_optimizer, torch.optim.Optimizer):
+            # AdamW reads its step counter on the CPU: moving it would make every step wait.
+            for moments in module_or_optimizer.state.values():
                 moments |= {
                     name: moved(tensor, device)
                     for name, tensor in moments.items()
                     if name != "step"
                 }
-        elif any(map(is_sharded, thing.parameters())):
-            thing._apply(
+        elif any(map(is_sharded, module_or_optimizer.parameters())):
+            # FSDP overrides `_apply` to keep its own references to the parts up to date.
+            module_or_optimizer._apply(
                 lambda tensor: tensor if id(tensor) in stay else moved(tensor, device)
-            )  # FSDP does more than that
+            )
         else:
-            for tensor in (*thing.parameters(), *thing.buffers()):
+            # The parameter objects stay the same, since the optimizer and other models hold them.
+            for tensor in (*module_or_optimizer.parameters(), *module_or_optimizer.buffers()):
                 if id(tensor) not in stay:
                     tensor.data = moved(tensor.data, device)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on a device."""
     return tensor.to(device)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-from quartet.distributed.team import ALONE, Team
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.experience import FinishReason, Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
@@ -96,7 +96,7 @@ class Episodes:
         make: Callable[[], Environment],
         max_turns: int,
         max_tokens: int,
-        team: Team = ALONE,
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.turns, self.tokenizer, self.make, self.max_turns, self.max_tokens = (
             turns,
@@ -105,7 +105,7 @@ class Episodes:
             max_turns,
             max_tokens,
         )
-        self.team = team
+        self.process_group = process_group
 
     def load_weights(self, weights: Weights) -> None:
         self.turns.load_weights(weights)
@@ -126,7 +126,7 @@ class Episodes:
                     f"row messages."
                 )
         worlds = [
-            (self.make(), p) if self.team.lead else (None, p)
+            (self.make(), p) if self.process_group.is_rank_zero else (None, p)
             for p in prompts
             for _ in range(samples_per_prompt)
         ]
@@ -150,7 +150,9 @@ class Episodes:
 
     def _heard(self, say: Callable[[], list[Any]]) -> list[Any]:
         """What environments say, one after the other."""
-        said: list[Any] = self.team.exchange(say() if self.team.lead else None)[0]
+        said: list[Any] = self.process_group.all_gather(
+            say() if self.process_group.is_rank_zero else None
+        )[0]
         return said
 
     def _begun(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quartet.distributed.team import ALONE, Team
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.errors import NonFinite
 from quartet.experience import Prompt, Rollout
 from quartet.generation.decoders import decoder
@@ -30,17 +30,17 @@ class NativeGenerator:
         stop_ids: frozenset[int],
         seed: int,
         max_rows: int | None = None,
-        team: Team = ALONE,
+        process_group: ProcessGroup = SINGLE_PROCESS,
         copied: bool = False,
     ) -> None:
-        """`team`: the ranks among which prompts are dealt out; each has all answers. Random numbers
+        """`process_group`: the ranks among which prompts are dealt out; each has all answers. Random numbers
         belong to the answer and not to who writes it. `copied`: the model is a copy of the
         learner's, which new weights are read into."""
-        self.model, self.tokenizer, self.max_rows, self.team, self.copied = (
+        self.model, self.tokenizer, self.max_rows, self.process_group, self.copied = (
             model,
             tokenizer,
             max_rows,
-            team,
+            process_group,
             copied,
         )
         self.stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
@@ -75,14 +75,18 @@ class NativeGenerator:
         noise = torch.rand(
             len(prompts) * samples_per_prompt, sampling.max_new_tokens, generator=self.rng
         )
-        mine = self.team.share([len(p.ids) for p in prompts])
+        mine = self.process_group.share([len(p.ids) for p in prompts])
         rows = [
             row for i in mine for row in range(i * samples_per_prompt, (i + 1) * samples_per_prompt)
         ]
         found = self._sample(
             [prompts[i].ids for i in mine], sampling, samples_per_prompt, noise[rows]
         )
-        everybodys = self.team.exchange([rows, found]) if self.team.world > 1 else [(rows, found)]
+        everybodys = (
+            self.process_group.all_gather([rows, found])
+            if self.process_group.world_size > 1
+            else [(rows, found)]
+        )
         by_row = {
             row: answer
             for taken, written in everybodys

@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from quartet.distributed.team import Together
+from quartet.distributed.process_group import TorchProcessGroup
 from quartet.launch.spmd import LOOPBACK, Beating, follow, store_at
 
 
@@ -44,10 +44,10 @@ def be_a_rank(
     config = read_settings(folder / "config.resolved.toml").config
     keep_freed_memory(in_parts=bool(config.launch.shard))
     store = store_at(host, port)
-    team = Together(rank, world)
-    job = build(config, fault, team)
-    team.join(dist.PrefixStore("team", store), deadline, job.device)
-    follow(Worker(job.stages, folder, team), store, rank)
+    process_group = TorchProcessGroup(rank, world)
+    job = build(config, fault, process_group)
+    process_group.join(dist.PrefixStore("process_group", store), deadline, job.device)
+    follow(Worker(job.stages, folder, process_group), store, rank)
     beating.stopped.set()
     dist.destroy_process_group()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quartet.config.tables import Launch
-from quartet.distributed.team import PATIENCE
+from quartet.distributed.process_group import PATIENCE
 from quartet.launch.spmd import by_another
 from quartet.runtime.worker import Handle, Worker, WorkerLost, mapped
 
@@ -49,14 +49,16 @@ class Rank:
 
         from quartet.assembly import build
         from quartet.config.toml import read_settings
-        from quartet.distributed.team import Together
+        from quartet.distributed.process_group import TorchProcessGroup
 
         os.chdir(here)
         store = dist.TCPStore(host, port, is_master=self.rank == 0, wait_for_workers=False)
-        team = Together(self.rank, self.world)
-        job = build(read_settings(Path(folder) / "config.resolved.toml").config, fault, team)
-        team.join(dist.PrefixStore("team", store), self.deadline, job.device)
-        self.worker = Worker(job.stages, Path(folder), team)
+        process_group = TorchProcessGroup(self.rank, self.world)
+        job = build(
+            read_settings(Path(folder) / "config.resolved.toml").config, fault, process_group
+        )
+        process_group.join(dist.PrefixStore("process_group", store), self.deadline, job.device)
+        self.worker = Worker(job.stages, Path(folder), process_group)
 
     def do(self, name: str, *args: Any) -> Any:
         return getattr(self.worker, name)(*args)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from quartet.distributed.team import HERE
+from quartet.distributed.process_group import HERE
 from quartet.errors import NonFinite
 from quartet.runtime.worker import Handle, WorkerLost, mapped
 

@@ -8,11 +8,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from quartet.assembly import Job
+from quartet.assembly import build
 from quartet.config.tables import Config, Launch
-from quartet.distributed.team import ALONE, PATIENCE, Team, Together
+from quartet.distributed.process_group import (
+    PATIENCE,
+    SINGLE_PROCESS,
+    ProcessGroup,
+    TorchProcessGroup,
+)
 from quartet.launch import spmd
 from quartet.launch.follower import be_a_rank
+from quartet.runtime.faults import FAULTS
+from quartet.runtime.job import Job
+from quartet.runtime.lifecycle import CannotRun
+from quartet.runtime.machine import unmet
 from quartet.runtime.worker import Group, Local, Worker
 
 RANKS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -24,10 +33,29 @@ def world_of(launch: Launch) -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if launch.type == "torchrun" else launch.processes
 
 
-def team_of(launch: Launch) -> Team:
+def process_group_of(launch: Launch) -> ProcessGroup:
     """The team of this process, as rank 0; nobody has been started yet. Ray's driver is no rank."""
     world = world_of(launch)
-    return Together(0, world) if launch.type != "ray" and (world > 1 or launch.shard) else ALONE
+    return (
+        TorchProcessGroup(0, world)
+        if launch.type != "ray" and (world > 1 or launch.shard)
+        else SINGLE_PROCESS
+    )
+
+
+def job_of(config: Config, fault: str | None = None) -> Job:
+    """Return the job of a config for this process, as rank 0. `fault` is a mistake to plant.
+
+    Raises `CannotRun` if what is installed does not fit or there is no such fault, and the errors
+    of `build`.
+    """
+    if problems := unmet():
+        raise CannotRun("\n".join(problems))
+    if fault is not None and fault not in FAULTS:
+        raise CannotRun(f"--break {fault}: known are {', '.join(FAULTS)}.")
+    if fault is not None and config.rl_stage is None:
+        raise CannotRun(f"--break {fault}: there is no RL stage to break.")
+    return build(config, fault, process_group_of(config.launch))
 
 
 def follows(launch: Launch) -> bool:
@@ -54,17 +82,19 @@ def crew(config: Config, job: Job, folder: Path, fault: str | None) -> Iterator[
         from quartet.launch.on_ray import OnRay
 
         group: Group = OnRay(config.launch, config.run.device, folder, fault)
-    elif not isinstance(job.team, Together):
+    elif not isinstance(job.process_group, TorchProcessGroup):
         group = Local(Worker(job.stages, folder))
     else:
-        group = _processes(config.launch, job.team, job, folder, fault)
+        group = _processes(config.launch, job.process_group, job, folder, fault)
     try:
         yield group
     finally:
         group.close()
 
 
-def _processes(launch: Launch, team: Together, job: Job, folder: Path, fault: str | None) -> Group:
+def _processes(
+    launch: Launch, process_group: TorchProcessGroup, job: Job, folder: Path, fault: str | None
+) -> Group:
     started: list[spmd.Process] = []
     if launch.type == "torchrun":
         # torchrun's agent keeps the store; under srun it is rank 0 that does.
@@ -76,14 +106,22 @@ def _processes(launch: Launch, team: Together, job: Job, folder: Path, fault: st
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store, port = spmd.own_store()
         words = [str(launch.deadline), str(folder.resolve()), *([fault] if fault else [])]
-        torch.set_num_threads(spmd.threads_of(team.world))
+        torch.set_num_threads(spmd.threads_of(process_group.world_size))
         with (folder / "run.log").open("ab") as log:
-            started = spmd.start_followers(team.world, port, words, log)
+            started = spmd.start_followers(process_group.world_size, port, words, log)
     try:
-        spmd.wait_for(started, dist.PrefixStore("team", store), max(launch.deadline, PATIENCE))
-        team.join(dist.PrefixStore("team", store), launch.deadline, job.device)
+        spmd.wait_for(
+            started, dist.PrefixStore("process_group", store), max(launch.deadline, PATIENCE)
+        )
+        process_group.join(dist.PrefixStore("process_group", store), launch.deadline, job.device)
     except BaseException:
         for one in started:
             one.end()
         raise
-    return spmd.Spmd(Worker(job.stages, folder, team), store, team.world, launch.deadline, started)
+    return spmd.Spmd(
+        Worker(job.stages, folder, process_group),
+        store,
+        process_group.world_size,
+        launch.deadline,
+        started,
+    )

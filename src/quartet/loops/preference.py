@@ -9,7 +9,7 @@ import torch
 from quartet.algorithms.preference import Pairs, PreferenceLoss
 from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
-from quartet.distributed.team import ALONE, Team
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.experience import Prompt
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
@@ -19,8 +19,9 @@ from quartet.models.padding import response_mask, right_pad
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.tensors import Float, Tensor
 from quartet.training.budget import Budget
-from quartet.training.descend import added_up, check_finite, descend
+from quartet.training.finite import check_finite
 from quartet.training.optim import Optimizer
+from quartet.training.optimizer_step import optimizer_step, sum_of_losses
 
 
 @runtime_checkable
@@ -108,9 +109,11 @@ def preference(
     """Minimise the loss on batches of comparisons; the first steps may be done already."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
-        metrics = budget.spend(
+        metrics = budget.run_within(
             "the update",
-            partial(_step, model, reference, comparisons.next(), loss, optimizer, budget.team),
+            partial(
+                _step, model, reference, comparisons.next(), loss, optimizer, budget.process_group
+            ),
         )
         yield Progress(number, {**metrics, "lr": lr})
 
@@ -121,16 +124,20 @@ def _step(
     batch: Sequence[Comparison],
     loss: PreferenceLoss,
     optimizer: Optimizer,
-    team: Team,
+    process_group: ProcessGroup,
     micro_batch_tokens: int,
 ) -> dict[str, float]:
     seen: list[Pairs] = []
-    metrics = descend(
-        _losses(model, reference, batch, loss, micro_batch_tokens, seen, team),
+    metrics = optimizer_step(
+        _losses(model, reference, batch, loss, micro_batch_tokens, seen, process_group),
         {"policy": optimizer},
-        team,
+        process_group,
     )
-    return {**metrics, **preference_metrics(seen, team)} if "skipped" not in metrics else metrics
+    return (
+        {**metrics, **preference_metrics(seen, process_group)}
+        if "skipped" not in metrics
+        else metrics
+    )
 
 
 @torch.no_grad()
@@ -140,17 +147,20 @@ def held_out_preference(
     comparisons: Sequence[Comparison],
     loss: PreferenceLoss,
     micro_batch_tokens: int,
-    team: Team = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """The loss, and how often the policy prefers what the labeller preferred."""
     seen: list[Pairs] = []
-    total = added_up(
-        _losses(model, reference, comparisons, loss, micro_batch_tokens, seen, team), team
+    total = sum_of_losses(
+        _losses(model, reference, comparisons, loss, micro_batch_tokens, seen, process_group),
+        process_group,
     )
-    return {"loss": total, **preference_metrics(seen, team)}
+    return {"loss": total, **preference_metrics(seen, process_group)}
 
 
-def preference_metrics(seen: Sequence[Pairs], team: Team = ALONE) -> dict[str, float]:
+def preference_metrics(
+    seen: Sequence[Pairs], process_group: ProcessGroup = SINGLE_PROCESS
+) -> dict[str, float]:
     """Accuracy: the share of pairs whose chosen side gained more on the reference than the rejected
     (without a reference: is likelier per token); a tie counts half. How far from 0 the log-ratios
     to the reference are, which is where they start. The mean log-probs of both sides: they may fall
@@ -165,10 +175,12 @@ def preference_metrics(seen: Sequence[Pairs], team: Team = ALONE) -> dict[str, f
         "logprobs/chosen": [pairs.chosen[pairs.chosen_tokens > 0] for pairs in seen],
         "logprobs/rejected": [pairs.rejected[pairs.rejected_tokens > 0] for pairs in seen],
     }
-    sums = team.total(
+    sums = process_group.all_reduce_sum(
         *(float(sum(n.detach().double().sum() for n in found)) for found in numbers.values())
     )
-    counts = team.total(*(float(sum(len(n) for n in found)) for found in numbers.values()))
+    counts = process_group.all_reduce_sum(
+        *(float(sum(len(n) for n in found)) for found in numbers.values())
+    )
     return {
         name: total / count
         for name, total, count in zip(numbers, sums, counts, strict=True)
@@ -190,12 +202,16 @@ def _losses(
     loss: PreferenceLoss,
     micro_batch_tokens: int,
     seen: list[Pairs],
-    team: Team,
+    process_group: ProcessGroup,
 ) -> Iterator[Float[Tensor, ""]]:
     """The loss of a batch in pieces that add up to it over all ranks; what was seen on the way is
     appended to `seen`."""
-    kl = _mismatched_kl(model, reference, batch, micro_batch_tokens, team) if loss.needs_kl else 0.0
-    for part in team.pieces(_longest(batch), micro_batch_tokens):
+    kl = (
+        _mismatched_kl(model, reference, batch, micro_batch_tokens, process_group)
+        if loss.needs_kl
+        else 0.0
+    )
+    for part in process_group.micro_batches(_longest(batch), micro_batch_tokens):
         piece = [batch[i] for i in part.rows]
         chosen, rejected = _both_sides(model, piece)
         ref_chosen, ref_rejected = None, None
@@ -235,7 +251,11 @@ def _both_sides(
 
 @torch.no_grad()
 def _mismatched_kl(
-    model: Any, reference: Any, batch: Sequence[Comparison], micro_batch_tokens: int, team: Team
+    model: Any,
+    reference: Any,
+    batch: Sequence[Comparison],
+    micro_batch_tokens: int,
+    process_group: ProcessGroup,
 ) -> float:
     """KTO's z: the responses of both sides under their neighbours' prompts, mean of log π / π_ref,
     not below 0."""
@@ -247,12 +267,14 @@ def _mismatched_kl(
         if ids
     ]
     mine = 0.0
-    for part in team.pieces([len(p) + len(r) for p, r in sides], micro_batch_tokens):
+    for part in process_group.micro_batches(
+        [len(p) + len(r) for p, r in sides], micro_batch_tokens
+    ):
         piece = [sides[i] for i in part.rows]
         mine += part.counts * float(
             (_response_logprobs(model, piece) - _response_logprobs(reference, piece)).sum()
         )
-    [total] = team.total(mine)
+    [total] = process_group.all_reduce_sum(mine)
     return max(total / len(sides), 0.0)
 
 

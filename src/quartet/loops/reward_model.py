@@ -6,18 +6,19 @@ from functools import partial
 
 import torch
 
-from quartet.algorithms.preference import RewardModelLoss, after_divergence, at
+from quartet.algorithms.preference import RewardModelLoss, after_divergence, last_token
 from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
-from quartet.distributed.team import ALONE, Team
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.loops.progress import Progress
 from quartet.models.heads import ScalarModel
 from quartet.models.logprobs import under_own_token
 from quartet.models.padding import response_mask, right_pad
 from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
-from quartet.training.descend import check_finite, descend
+from quartet.training.finite import check_finite
 from quartet.training.optim import Optimizer
+from quartet.training.optimizer_step import optimizer_step
 
 
 def reward_model(
@@ -33,8 +34,9 @@ def reward_model(
     already."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
-        metrics = budget.spend(
-            "the update", partial(_step, model, comparisons.next(), loss, optimizer, budget.team)
+        metrics = budget.run_within(
+            "the update",
+            partial(_step, model, comparisons.next(), loss, optimizer, budget.process_group),
         )
         yield Progress(number, {**metrics, "lr": lr})
 
@@ -44,18 +46,18 @@ def _step(
     batch: Sequence[Comparison],
     loss: RewardModelLoss,
     optimizer: Optimizer,
-    team: Team,
+    process_group: ProcessGroup,
     micro_batch_tokens: int,
 ) -> dict[str, float]:
     margins = torch.zeros(len(batch), dtype=torch.float64)
-    metrics = descend(
-        _losses(model, batch, loss, micro_batch_tokens, margins, team),
+    metrics = optimizer_step(
+        _losses(model, batch, loss, micro_batch_tokens, margins, process_group),
         {"reward_model": optimizer},
-        team,
+        process_group,
     )
     if "skipped" in metrics:
         return metrics
-    team.add_up(margins)
+    process_group.all_reduce(margins)
     return {**metrics, "accuracy": accuracy_of(margins), "margin": float(margins.mean())}
 
 
@@ -64,17 +66,17 @@ def pair_scores(
     model: ScalarModel,
     comparisons: Sequence[Comparison],
     micro_batch_tokens: int,
-    team: Team = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Float[Tensor, "P 2"]:
     """What the chosen and the rejected side of each pair score, at their last tokens."""
     scores = torch.zeros(len(comparisons), 2)
-    for piece in team.pieces(_lengths(comparisons), micro_batch_tokens):
+    for piece in process_group.micro_batches(_lengths(comparisons), micro_batch_tokens):
         read = _read(model, [comparisons[i] for i in piece.rows])
         if piece.counts:
             scores[piece.rows] = torch.stack(
-                [at(read.chosen, read.good), at(read.rejected, read.bad)], dim=1
+                [last_token(read.chosen, read.good), last_token(read.rejected, read.bad)], dim=1
             ).to(scores)
-    team.add_up(scores)
+    process_group.all_reduce(scores)
     check_finite("the score", scores, [c.id for c in comparisons])
     return scores
 
@@ -83,10 +85,10 @@ def pair_accuracy(
     model: ScalarModel,
     comparisons: Sequence[Comparison],
     micro_batch_tokens: int,
-    team: Team = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> float:
     """The share of pairs whose chosen side scores higher at its last token; a tie counts half."""
-    scores = pair_scores(model, comparisons, micro_batch_tokens, team)
+    scores = pair_scores(model, comparisons, micro_batch_tokens, process_group)
     return accuracy_of(scores[:, 0] - scores[:, 1])
 
 
@@ -96,14 +98,14 @@ def _losses(
     loss: RewardModelLoss,
     micro_batch_tokens: int,
     margins: Float[Tensor, "P"],
-    team: Team,
+    process_group: ProcessGroup,
 ) -> Iterator[Float[Tensor, ""]]:
     """The loss of a batch in pieces that add up to it over all ranks; the differences of scores
     seen on the way are written into `margins`."""
-    for part in team.pieces(_lengths(batch), micro_batch_tokens):
+    for part in process_group.micro_batches(_lengths(batch), micro_batch_tokens):
         piece = [batch[i] for i in part.rows]
         read = _read(model, piece, loss.needs_every_token)
-        scores = at(read.chosen, read.good), at(read.rejected, read.bad)
+        scores = last_token(read.chosen, read.good), last_token(read.rejected, read.bad)
         check_finite(
             "the score", torch.cat(scores), [c.id for c in piece] * 2, partial(_said, piece)
         )

@@ -8,12 +8,12 @@ import torch
 
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
-from quartet.distributed.team import ALONE, Team
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.loops.progress import Progress
 from quartet.training.budget import Budget
-from quartet.training.descend import added_up, descend
 from quartet.training.imitation import imitation_losses
 from quartet.training.optim import Optimizer
+from quartet.training.optimizer_step import optimizer_step, sum_of_losses
 
 
 def sft(
@@ -28,8 +28,9 @@ def sft(
     done already."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
-        metrics = budget.spend(
-            "the update", partial(_step, model, demonstrations.next(), optimizer, budget.team)
+        metrics = budget.run_within(
+            "the update",
+            partial(_step, model, demonstrations.next(), optimizer, budget.process_group),
         )
         yield Progress(number, {**metrics, "lr": lr})
 
@@ -38,17 +39,24 @@ def _step(
     model: Any,
     batch: Sequence[Demonstration],
     optimizer: Optimizer,
-    team: Team,
+    process_group: ProcessGroup,
     micro_batch_tokens: int,
 ) -> dict[str, float]:
-    return descend(
-        imitation_losses(model, batch, micro_batch_tokens, team), {"policy": optimizer}, team
+    return optimizer_step(
+        imitation_losses(model, batch, micro_batch_tokens, process_group),
+        {"policy": optimizer},
+        process_group,
     )
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: Any, demonstrations: Sequence[Demonstration], micro_batch_tokens: int, team: Team = ALONE
+    model: Any,
+    demonstrations: Sequence[Demonstration],
+    micro_batch_tokens: int,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> float:
     """Mean negative log-probability per answer token."""
-    return added_up(imitation_losses(model, demonstrations, micro_batch_tokens, team), team)
+    return sum_of_losses(
+        imitation_losses(model, demonstrations, micro_batch_tokens, process_group), process_group
+    )

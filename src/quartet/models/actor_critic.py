@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from quartet.algorithms.algorithm import Forward
-from quartet.distributed.team import ALONE, Team, whole_state
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.distributed.sharding import full_state_dict
 from quartet.models.heads import ScalarModel, ValueHead
 from quartet.models.language_model import Spoken, logits_of, speak, statistics
 from quartet.models.logprobs import token_exact_kl, under_own_token
@@ -42,7 +43,9 @@ class ActorCritic(Protocol):
 
     def critic_parameters(self) -> list[nn.Parameter]: ...
 
-    def save_critic(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
+    def save_critic(
+        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
         """Every rank of the team calls it, one writes."""
         ...
 
@@ -81,9 +84,11 @@ class Separate:
     def critic_parameters(self) -> list[nn.Parameter]:
         return [] if self.critic is None else list(trainable(self.critic))
 
-    def save_critic(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
+    def save_critic(
+        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
         if self.critic is not None:
-            self.critic.save_per_token(folder, tokenizer, team)
+            self.critic.save_per_token(folder, tokenizer, process_group)
 
 
 class Shared:
@@ -124,10 +129,12 @@ class Shared:
     def critic_parameters(self) -> list[nn.Parameter]:
         return list(trainable(self.head))
 
-    def save_critic(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
+    def save_critic(
+        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
         """Trunk and head as one folder, so that the critic can be read without the actor."""
-        trunk = whole_state(self.actor.base_model, keep=team.lead)
-        if not team.lead:
+        trunk = full_state_dict(self.actor.base_model, keep=process_group.is_rank_zero)
+        if not process_group.is_rank_zero:
             return
         critic = ScalarModel.from_trunk(self.actor, pad_token_id(tokenizer), seed=0, tensors=trunk)
         with torch.no_grad():

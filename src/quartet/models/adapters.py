@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from quartet.distributed.team import whole_state
+from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
 from quartet.models.lora import Lora
 from quartet.tensors import Tensor
@@ -252,7 +252,7 @@ def merged_state(model: Any, tensors: Mapping[str, Tensor] | None = None) -> dic
     """The weights of a model under the adapter that works now, by the names of the model without
     adapters. `tensors`: its `whole_state`, where that is there already; every rank must ask for
     it."""
-    layers, tensors = named_layers(model), whole_state(model) if tensors is None else tensors
+    layers, tensors = named_layers(model), full_state_dict(model) if tensors is None else tensors
     state = {}
     for name, value in tensors.items():
         layer, _, rest = name.partition(".base_layer.")

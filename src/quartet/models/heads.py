@@ -22,7 +22,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from quartet.distributed.team import ALONE, Team, whole_state
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.distributed.sharding import full_state_dict
 from quartet.models.adapters import (
     Under,
     adapter_parameters,
@@ -120,16 +121,20 @@ class ScalarModel(nn.Module):
         auto = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
         return cls(load_classifier(auto, folder, device))
 
-    def save(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
+    def save(
+        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
         """A sequence classifier: what a reward model is elsewhere. Every rank of the team calls it,
         one writes."""
-        state = whole_state(self.model, keep=team.lead)
-        if not team.lead:
+        state = full_state_dict(self.model, keep=process_group.is_rank_zero)
+        if not process_group.is_rank_zero:
             return
         self.model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
 
-    def save_per_token(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
+    def save_per_token(
+        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
         """A token classifier: what a critic is elsewhere. Its number at a token is the value once
         that token was read; the centre is in the head's bias. Architectures without one are saved
         as `save` does."""
@@ -139,9 +144,9 @@ class ScalarModel(nn.Module):
             with torch.device("meta"):
                 made = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
         except ValueError:
-            return self.save(folder, tokenizer, team)
-        trunk = whole_state(self.model.base_model, keep=team.lead)
-        if not team.lead:
+            return self.save(folder, tokenizer, process_group)
+        trunk = full_state_dict(self.model.base_model, keep=process_group.is_rank_zero)
+        if not process_group.is_rank_zero:
             return None
         made.base_model.load_state_dict(trunk, assign=True)
         head = head_of(made).to_empty(device=self.head.weight.device)
@@ -221,10 +226,12 @@ class AdaptedScalar(ScalarModel):
         with self.under.working():
             return read(self.under.model.base_model, tokens, asked)
 
-    def save(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
+    def save(
+        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
         """As a whole, for others; and in `adapter/` what `attach` puts on the same trunk again."""
-        tensors = whole_state(self.under.model, keep=team.lead)
-        if not team.lead:
+        tensors = full_state_dict(self.under.model, keep=process_group.is_rank_zero)
+        if not process_group.is_rank_zero:
             return
         prefix = f"{self.under.model.base_model_prefix}."
         trunk = {
@@ -239,9 +246,11 @@ class AdaptedScalar(ScalarModel):
             {"score.weight": self.head.weight}, adapter / HEAD, metadata={"centre": repr(self.mean)}
         )
 
-    def save_per_token(self, folder: Path, tokenizer: Any, team: Team = ALONE) -> None:
-        tensors = whole_state(self.under.model.base_model, keep=team.lead)
-        if team.lead:
+    def save_per_token(
+        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
+        tensors = full_state_dict(self.under.model.base_model, keep=process_group.is_rank_zero)
+        if process_group.is_rank_zero:
             self._whole(tensors).save_per_token(folder, tokenizer)
 
     def _whole(self, trunk: Mapping[str, Tensor]) -> ScalarModel:

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from quartet.distributed.team import ALONE, Team, whole_state
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
 from quartet.models.adapters import POLICY, Under, adapters_of, merged_state, save_adapter
 from quartet.models.logprobs import head_statistics, logits_statistics, speaking, under_own_token
@@ -185,15 +186,15 @@ def save(
     model: Any,
     tokenizer: Any,
     folder: Path,
-    team: Team = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
     others: Mapping[str, Tensor] | None = None,
 ) -> None:
     """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load. Of a model under an adapter
     the sum of both is saved, and the adapter alone in `adapter/`. `others`: what is saved in the
     place of parameters, by their names. Every rank of the team calls it, one writes."""
     adapted = adapters_of(model)
-    tensors = whole_state(model, others, keep=team.lead)
-    if not team.lead:
+    tensors = full_state_dict(model, others, keep=process_group.is_rank_zero)
+    if not process_group.is_rank_zero:
         return
     state = merged_state(model, tensors) if adapted else tensors
     if model.generation_config is not None and model.generation_config.eos_token_id is None:
@@ -302,17 +303,17 @@ def policy_logprobs(
     mask: Bool[Tensor, "B T"],
     temperature: float,
     micro_batch_tokens: int,
-    team: Team = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Float[Tensor, "B T"]:
     """What a model gives the masked tokens of right-padded rows, 0 elsewhere; each rank goes
     through its share."""
     logprobs = torch.zeros(
         tokens.shape, dtype=torch.promote_types(model.dtype, torch.float32), device=tokens.device
     )
-    for piece in team.pieces(lengths.tolist(), micro_batch_tokens):
+    for piece in process_group.micro_batches(lengths.tolist(), micro_batch_tokens):
         rows, width = piece.rows, int(lengths[piece.rows].max())
         found = masked_logprobs(model, tokens[rows, :width], mask[rows, :width], temperature)
         if piece.counts:
             logprobs[rows, :width] = found
-    team.add_up(logprobs)
+    process_group.all_reduce(logprobs)
     return logprobs

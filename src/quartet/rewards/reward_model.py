@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from quartet.distributed.offload import STAYS
-from quartet.distributed.team import ALONE, Team
+from quartet.distributed.offload import NO_OFFLOAD
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.experience import Rollout
 from quartet.models.heads import ScalarModel
 from quartet.models.padding import response_mask, right_pad
@@ -18,17 +18,21 @@ class ModelReward:
     ids that the policy wrote, so policy and reward model share a tokenizer."""
 
     def __init__(
-        self, model: ScalarModel, micro_batch_tokens: int, name: str = "model", team: Team = ALONE
+        self,
+        model: ScalarModel,
+        micro_batch_tokens: int,
+        name: str = "model",
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        """`team`: the ranks that have the model too; each reads its share."""
-        self.name, self.model, self.micro_batch_tokens, self.team = (
+        """`process_group`: the ranks that have the model too; each reads its share."""
+        self.name, self.model, self.micro_batch_tokens, self.process_group = (
             name,
             model,
             micro_batch_tokens,
-            team,
+            process_group,
         )
         self.device = next(model.parameters()).device
-        self.placement = STAYS
+        self.placement = NO_OFFLOAD
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return [outputs[-1] for outputs in self._outputs(rollouts, whole=False)]
@@ -43,13 +47,15 @@ class ModelReward:
         """The head at every token of each response, or at its last one."""
         mine: dict[int, list[float]] = {}
         lengths = [len(r.prompt.ids) + len(r.response_ids) for r in rollouts]
-        with self.placement.at_work(self.model):
-            for piece in self.team.pieces(lengths, self.micro_batch_tokens):
+        with self.placement.on_device(self.model):
+            for piece in self.process_group.micro_batches(lengths, self.micro_batch_tokens):
                 mine |= {
                     i: found for i, found in self._read(rollouts, piece.rows, whole) if piece.counts
                 }
         everything = {
-            i: found for rows in self.team.exchange(list(mine.items())) for i, found in rows
+            i: found
+            for rows in self.process_group.all_gather(list(mine.items()))
+            for i, found in rows
         }
         for i, found in sorted(everything.items()):
             if not all(map(math.isfinite, found)):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quartet.distributed.team import Team
+from quartet.distributed.process_group import ProcessGroup
 from quartet.experience import Rollout
 from quartet.rewards.protocol import Reward, RewardError, Score, TokenReward
 
@@ -12,8 +12,8 @@ class Shared:
     """A reward of which each rank asks for the scores of its rows. Answers to one prompt stay
     together, as some rewards compare them. What fails on one rank fails on all."""
 
-    def __init__(self, reward: Reward, team: Team) -> None:
-        self.reward, self.team, self.name = reward, team, reward.name
+    def __init__(self, reward: Reward, process_group: ProcessGroup) -> None:
+        self.reward, self.process_group, self.name = reward, process_group, reward.name
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return self._everybodys(rollouts, self.reward.score)
@@ -25,7 +25,7 @@ class Shared:
         for row, r in enumerate(rollouts):
             groups.setdefault((r.group, r.prompt.id), []).append(row)
         together = list(groups.values())
-        mine = self.team.share(
+        mine = self.process_group.share(
             [sum(len(rollouts[row].response_ids) for row in rows) for rows in together]
         )
         rows = [row for i in mine for row in together[i]]
@@ -33,7 +33,7 @@ class Shared:
             said: Any = [rows, list(ask([rollouts[i] for i in rows])) if rows else []]
         except RewardError as error:
             said = str(error)
-        heard = self.team.exchange(said)
+        heard = self.process_group.all_gather(said)
         if failures := [words for words in heard if isinstance(words, str)]:
             raise RewardError(failures[0])
         by_row = {
@@ -50,8 +50,12 @@ class SharedTokens(Shared):
         return self._everybodys(rollouts, self.reward.token_scores)
 
 
-def shared(reward: Reward, team: Team) -> Reward:
+def shared(reward: Reward, process_group: ProcessGroup) -> Reward:
     """The reward itself where there is one rank, or where it deals out its rows already."""
-    if team.world == 1 or getattr(reward, "team", None) is team:
+    if process_group.world_size == 1 or getattr(reward, "process_group", None) is process_group:
         return reward
-    return SharedTokens(reward, team) if isinstance(reward, TokenReward) else Shared(reward, team)
+    return (
+        SharedTokens(reward, process_group)
+        if isinstance(reward, TokenReward)
+        else Shared(reward, process_group)
+    )

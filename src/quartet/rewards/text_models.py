@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from quartet.distributed.offload import STAYS
-from quartet.distributed.team import micro_batches
+from quartet.distributed.balance import micro_batches
+from quartet.distributed.offload import NO_OFFLOAD
 from quartet.experience import Rollout
 from quartet.models.actor_critic import freeze
 from quartet.models.heads import ScalarModel, load_classifier
@@ -52,7 +52,7 @@ class TextModelReward:
             if is_decoder(self.model) and self.model.config.num_labels == 1
             else None
         )
-        self.placement = STAYS
+        self.placement = NO_OFFLOAD
         self.limit = (
             getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         )
@@ -69,7 +69,7 @@ class TextModelReward:
                     f"rollout.max_new_tokens."
                 )
         made: list[Score] = [None] * len(rollouts)
-        with self.placement.at_work(self.model):
+        with self.placement.on_device(self.model):
             for rows in micro_batches([len(ids) for ids, _ in texts], self.micro_batch_tokens):
                 scores = self._scores([texts[i] for i in rows])
                 for i, score in zip(rows, scores, strict=True):
@@ -147,7 +147,7 @@ class StepReward:
                 f"reward.label = {label}: {folder} has {labels} labels, counted from 0."
             )
         self.label = labels - 1 if label is None else label
-        self.placement = STAYS
+        self.placement = NO_OFFLOAD
         self._last: tuple[list[Rollout], list[list[tuple[int, float]]]] = ([], [])
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
@@ -178,7 +178,7 @@ class StepReward:
         if len(rollouts) != len(self._last[0]) or any(
             a is not b for a, b in zip(rollouts, self._last[0], strict=True)
         ):
-            with self.placement.at_work(self.model):
+            with self.placement.on_device(self.model):
                 self._last = (list(rollouts), [self._steps(r) for r in rollouts])
         return self._last[1]
 

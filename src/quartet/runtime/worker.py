@@ -13,10 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 
 from pydantic import ValidationError
 
-from quartet.distributed.team import ALONE, Team, local, shares
+from quartet.distributed.balance import shares
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.distributed.sharding import local_tensor
 from quartet.errors import QuartetError
 from quartet.loops.progress import Progress
-from quartet.stages import Stage, StageRun, Summary
+from quartet.stages.protocol import Stage, StageRun, Summary
 from quartet.training.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
@@ -87,8 +89,14 @@ class Worker:
     """One rank of a run: its stages, and the one that has begun. Everything that changes from step
     to step is here."""
 
-    def __init__(self, stages: Sequence[Stage], folder: Path, team: Team = ALONE) -> None:
-        self.stages, self.folder, self.team = {stage.name: stage for stage in stages}, folder, team
+    def __init__(
+        self, stages: Sequence[Stage], folder: Path, process_group: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
+        self.stages, self.folder, self.process_group = (
+            {stage.name: stage for stage in stages},
+            folder,
+            process_group,
+        )
         self.random = GlobalRandom()
         self.work: StageRun | None = None
         self._steps: Iterator[Progress] = iter(())
@@ -116,7 +124,7 @@ class Worker:
         work = self._begun()
         progress = next(self._steps, None)
         self._mark()
-        return Stepped(progress if self.team.lead else None, work.notes())
+        return Stepped(progress if self.process_group.is_rank_zero else None, work.notes())
 
     def finish(self) -> Summary:
         """Leave the results in the run folder, where this rank is the lead; say what came out."""
@@ -128,11 +136,11 @@ class Worker:
     def save(self, folder: str) -> Tree:
         """Write the tensors of the state after the last whole step; the rest of the state."""
         state = {"random": self.random.state()} if self.work is None else self._at
-        return keep_tensors(Path(folder), state, self.team)
+        return keep_tensors(Path(folder), state, self.process_group)
 
     def size(self) -> int:
         """Bytes of the tensors that `save` writes."""
-        return sum(local(t).nbytes for t in parted(self._at)[1].values())
+        return sum(local_tensor(t).nbytes for t in parted(self._at)[1].values())
 
     def go_back(self, checkpoint: str, scale: float) -> None:
         """Go back to a checkpoint of this stage, with all learning rates times `scale`. Where it is

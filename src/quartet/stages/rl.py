@@ -1,352 +1,119 @@
-"""The stages: each reads the folders that earlier ones wrote, and writes its own."""
+"""The RL stage: PPO and every other algorithm that learns from rewards."""
 
 import dataclasses
-import itertools
-import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from quartet import files as durable
 from quartet.algorithms.algorithm import Algorithm
-from quartet.algorithms.preference import PreferenceLoss, RewardModelLoss
-from quartet.data.records import Comparison, Demonstration
+from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
-from quartet.distributed.team import ALONE, Team
-from quartet.evaluation.best_of_n import BestOf, best_of_n
-from quartet.evaluation.compare import Gold, compare, wins_of
+from quartet.evaluation.compare import Gold, wins_of
 from quartet.experience import Prompt, Rollout
-from quartet.generation.native import NativeGenerator
-from quartet.generation.protocol import Generator as Generates
+from quartet.generation.protocol import Generator
 from quartet.generation.sampling import Sampling
-from quartet.io.texts import well_formed_json
 from quartet.loops.collect import Collector
-from quartet.loops.preference import Source, held_out_preference, preference
-from quartet.loops.progress import Progress
-from quartet.loops.reward_model import accuracy_of, pair_accuracy, pair_scores, reward_model
 from quartet.loops.rl import Step, rl
 from quartet.loops.rl_async import Ahead, rl_async
-from quartet.loops.sft import held_out_loss, sft
-from quartet.models.adapters import reference_of
-from quartet.models.heads import ScalarModel
-from quartet.models.language_model import policy_logprobs, save, stop_ids
-from quartet.recording.tokens import TokenTexts, probe_table, write_pairs, write_tokens
-from quartet.rewards.protocol import Weighted, rewarded
+from quartet.loops.sft import held_out_loss
+from quartet.models.language_model import save
+from quartet.recording.tokens import TokenTexts, probe_table, write_tokens
+from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward
-from quartet.training.budget import Budget
+from quartet.stages.protocol import StageRun, Summary
 from quartet.training.checkpoint import Stateful, Tree
-from quartet.training.learner import Learner, collate
+from quartet.training.learner import Learner
 from quartet.training.metrics import sampler_ratio
-from quartet.training.optim import Optimizer
 
-BEST_OF_ANSWERS = 512
-"""How many answers the best-of-n curve is drawn from in all: as many at once as the evaluation
-itself has by default."""
-PROBED_TIMES = 20
-"""How often an RL stage looks at its probes."""
-
-Summary = dict[str, Any]
-
-
-def as_it_is(model: Any) -> Any:
-    """Whole, on every rank."""
-    return model
+PROBE_COUNT = 20
+"""How many times an RL stage evaluates its probes."""
+MAX_LOG_PERPLEXITY = 50.0
+"""Above this the perplexity of the held-out texts is cut off, so that it stays a finite number."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """A stage that has begun: its models are loaded."""
+class WinRateProbe:
+    """Compares the policy, as it learns, with the one that the stage started from, on the same
+    held-out prompts."""
 
-    steps: Callable[[int], Iterator[Progress]]
-    """The steps that come after so many."""
-    finish: Callable[[], Summary]
-    """Leave the results in the run folder; say what came out."""
-    players: Mapping[str, Stateful] = field(default_factory=dict)
-    """All that changes from step to step."""
-    optimizers: Sequence[Optimizer] = ()
-    budget: Budget | None = None
-
-    def state(self) -> Tree:
-        """What a checkpoint holds. Its tensors are the live ones: good until the next step changes
-        them."""
-        return {name: player.state() for name, player in self.players.items()}
-
-    def load_state(self, state: Tree) -> None:
-        for name, player in self.players.items():
-            if (
-                name in state or name != "ahead"
-            ):  # a run that did not sample ahead may go on as one that does
-                player.load_state(state[name])
-
-    def notes(self) -> list[str]:
-        """What there was to say of memory since the last step."""
-        if self.budget is None:
-            return []
-        notes, self.budget.notes = self.budget.notes, []
-        return notes
-
-    def moves(self) -> int:
-        """How often an optimizer has stepped: between two equal counts no weight has changed."""
-        return sum(optimizer.steps for optimizer in self.optimizers)
-
-
-@runtime_checkable
-class Stage(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def title(self) -> str:
-        """The name as a person reads it."""
-        ...
-
-    @property
-    def num_steps(self) -> int: ...
-
-    def begin(self, folder: Path) -> Work:
-        """Load the models; nothing has been learnt yet."""
-        ...
-
-
-@dataclass(frozen=True)
-class SftStage:
-    """Writes `sft/`."""
-
-    demonstrations: Sequence[Demonstration]
-    held_out: Sequence[Demonstration]
-    tokenizer: Any
-    load_policy: Callable[[Path], Any]
-    optimizer: Callable[[Any], Optimizer]
-    num_steps: int
-    batch_size: int
-    micro_batch_tokens: int
-    seed: int
-    name: str = "sft"
-    title: str = "sft"
-    team: Team = ALONE
-    spread: Callable[[Any], Any] = as_it_is
-
-    def begin(self, folder: Path) -> Work:
-        model = self.spread(self.load_policy(folder))
-        before = held_out_loss(model, self.held_out, self.micro_batch_tokens, self.team)
-        sampler, optimizer = (
-            Sampler(self.demonstrations, self.batch_size, self.seed),
-            self.optimizer(model),
-        )
-        budget = Budget(self.micro_batch_tokens, self.team)
-
-        def steps(done: int) -> Iterator[Progress]:
-            return sft(model, sampler, optimizer, self.num_steps, budget, done)
-
-        def finish() -> Summary:
-            save(model, self.tokenizer, folder / "sft", self.team)
-            after = held_out_loss(model, self.held_out, self.micro_batch_tokens, self.team)
-            return {"held_out_loss_before": before, "held_out_loss": after}
-
-        return Work(
-            steps,
-            finish,
-            {"optimizer": optimizer, "sampler": sampler, "budget": budget},
-            [optimizer],
-            budget,
-        )
-
-
-@dataclass(frozen=True)
-class RewardModelStage:
-    """Writes `reward_model/` and, of the held-out pairs, `evaluation/pairs.parquet`. Its scores are
-    centred: the policy that RL starts from scores 0 on average."""
-
-    comparisons: Sequence[Comparison]
-    held_out: Sequence[Comparison]
-    ceiling: float | None
-    """The accuracy of a judge who knows the gold reward, where there is one: labels are noisy."""
-    prompts: Sequence[Prompt]
-    sampling: Sampling
-    tokenizer: Any
-    load_policy: Callable[[Path], Any]
-    make_model: Callable[[Any], ScalarModel]
-    loss: RewardModelLoss
-    optimizer: Callable[[Any], Optimizer]
-    num_steps: int
-    batch_size: int
-    micro_batch_tokens: int
-    seed: int
-    name: str = "reward_model"
-    title: str = "reward model"
-    team: Team = ALONE
-
-    def begin(self, folder: Path) -> Work:
-        policy = self.load_policy(folder)
-        model = self.make_model(policy)
-        before = pair_accuracy(model, self.held_out, self.micro_batch_tokens, self.team)
-        sampler, optimizer = (
-            Sampler(self.comparisons, self.batch_size, self.seed),
-            self.optimizer(model),
-        )
-        budget = Budget(self.micro_batch_tokens, self.team)
-
-        def steps(done: int) -> Iterator[Progress]:
-            return reward_model(model, sampler, self.loss, optimizer, self.num_steps, budget, done)
-
-        def finish() -> Summary:
-            judged = pair_scores(model, self.held_out, self.micro_batch_tokens, self.team)
-            accuracy = accuracy_of(judged[:, 0] - judged[:, 1])
-            generator = NativeGenerator(
-                policy, self.tokenizer, stop_ids(policy, self.tokenizer), self.seed, team=self.team
-            )
-            scores = ModelReward(model, self.micro_batch_tokens, team=self.team).score(
-                generator.generate(self.prompts, self.sampling)
-            )
-            mean = statistics.fmean(score for score in scores if score is not None)
-            model.centre += mean
-            model.save(folder / "reward_model", self.tokenizer, self.team)
-            if self.team.lead:
-                write_pairs(
-                    folder / "evaluation" / "pairs.parquet",
-                    self.held_out,
-                    judged - mean,
-                    self.tokenizer,
-                )
-            summary = {
-                "held_out_accuracy_before": before,
-                "held_out_accuracy": accuracy,
-                "centre": model.centre,
-            }
-            return summary | ({} if self.ceiling is None else {"ceiling": self.ceiling})
-
-        return Work(
-            steps,
-            finish,
-            {"optimizer": optimizer, "sampler": sampler, "budget": budget},
-            [optimizer],
-            budget,
-        )
-
-
-@dataclass(frozen=True)
-class PreferenceStage:
-    """Writes `policy/`, learnt from comparisons of a file or, where `online` makes them, of its
-    own."""
-
-    name: str
-    comparisons: Sequence[Comparison]
-    held_out: Sequence[Comparison]
-    online: Callable[[Path, Any], Source] | None
-    tokenizer: Any
-    load_policy: Callable[[Path], Any]
-    loss: PreferenceLoss
-    optimizer: Callable[[Any], Optimizer]
-    num_steps: int
-    batch_size: int
-    micro_batch_tokens: int
-    seed: int
-    team: Team = ALONE
-    spread: Callable[[Any], Any] = as_it_is
-
-    @property
-    def title(self) -> str:
-        return self.name.replace("_", " ")
-
-    def begin(self, folder: Path) -> Work:
-        model = self.load_policy(folder)
-        source = (
-            self.online(folder, model)
-            if self.online
-            else Sampler(self.comparisons, self.batch_size, self.seed)
-        )
-        reference = reference_of(model) if self.loss.needs_reference else None
-        model, reference = self.spread(model), None if reference is None else self.spread(reference)
-        optimizer, budget = self.optimizer(model), Budget(self.micro_batch_tokens, self.team)
-
-        def steps(done: int) -> Iterator[Progress]:
-            return preference(
-                model, reference, source, self.loss, optimizer, self.num_steps, budget, done
-            )
-
-        def finish() -> Summary:
-            save(model, self.tokenizer, folder / "policy", self.team)
-            if not self.held_out:
-                return {}
-            after = held_out_preference(
-                model, reference, self.held_out, self.loss, self.micro_batch_tokens, self.team
-            )
-            return {f"held_out_{name}": value for name, value in after.items()}
-
-        return Work(
-            steps,
-            finish,
-            {"optimizer": optimizer, "source": source, "budget": budget},
-            [optimizer],
-            budget,
-        )
-
-
-@dataclass(frozen=True)
-class Contest:
-    """The policy as it learns against the one that the stage starts with, on the same held-out
-    prompts."""
-
-    answer: Callable[[], Sequence[Rollout]]
-    """Now, with what the rewards give. The same random numbers each time, and none of the
-    training's."""
+    respond: Callable[[], Sequence[Rollout]]
+    """Returns the current policy's rewarded responses. It uses the same random numbers each time,
+    and none of those that training uses."""
     before: Sequence[Rollout]
+    """The responses of the policy that the stage started from."""
     gold: Gold | None
 
-    def win_rate(self, now: Sequence[Rollout]) -> float | None:
-        """Of these answers; None where none could be judged."""
-        wins = wins_of(self.before, now, self.gold)
+    def win_rate(self, responses: Sequence[Rollout]) -> float | None:
+        """Return the share of prompts on which these responses win, a tie counting half; None if
+        there is no prompt for which both responses have a score."""
+        wins = wins_of(self.before, responses, self.gold)
         return statistics.fmean(wins) if wins else None
 
 
 @dataclass(frozen=True)
-class Cast:
-    """Who plays in an RL stage."""
+class RLComponents:
+    """The models and objects of an RL stage, loaded."""
 
     learner: Learner
-    generator: Generates
+    generator: Generator
     rewards: Sequence[Weighted]
     probes: Sequence[Rollout] = ()
-    """Answers of the policy that the stage starts with, to be looked at again as it learns."""
+    """Responses of the policy that the stage starts from; all models evaluate them again and again
+    as the policy learns."""
     texts: Sequence[Demonstration] = ()
-    """Held-out demonstrations: is what SFT taught still there?"""
-    contest: Contest | None = None
+    """Held-out demonstrations, to see whether the policy forgets what SFT taught."""
+    win_rate_probe: WinRateProbe | None = None
 
-    def watched(self, algorithm: Algorithm, stale: bool) -> dict[str, float]:
-        """The policy's win rate, its perplexity on the texts, and how far reward models are from
-        what they first said of the probes. `stale`: the step's rollouts were older, and could not
-        tell whether the sampler has the learner's weights."""
-        metrics = {}
-        now = self.contest.answer() if self.contest is not None else []
-        if self.contest is not None and (rate := self.contest.win_rate(now)) is not None:
-            metrics["policy/win_rate"] = rate
-        if stale and (
-            scored := [
-                dataclasses.replace(r, policy_version=-1) for r in now if r.score is not None
-            ]
-        ):
-            metrics["sampler_ratio"] = sampler_ratio(self.learner.score(scored, algorithm))
+    def probe_metrics(self, algorithm: Algorithm, stale: bool) -> dict[str, float]:
+        """Return what is measured only now and then, by metric name: the win rate, the perplexity
+        of the held-out texts, and the drift of reward models.
+
+        `stale` says that the step's rollouts were sampled with older weights, so that the step
+        itself could not compare the sampler's probabilities with the learner's.
+        """
+        metrics = self._win_rate(algorithm, stale)
         if self.texts:
-            loss = held_out_loss(
-                self.learner.models.actor, self.texts, self.learner.budget.tokens, self.learner.team
-            )
-            metrics["policy/sft_perplexity"] = math.exp(min(loss, 50.0))
-        judges = [w.reward for w in self.rewards if isinstance(w.reward, ModelReward)]
-        apart = [
-            abs((now or 0.0) - (probe.components[judge.name] or 0.0))
-            for judge in judges
-            for now, probe in zip(judge.score(self.probes), self.probes, strict=True)
+            learner = self.learner
+            actor, tokens = learner.models.actor, learner.budget.tokens
+            loss = held_out_loss(actor, self.texts, tokens, learner.process_group)
+            metrics["policy/sft_perplexity"] = math.exp(min(loss, MAX_LOG_PERPLEXITY))
+        if drift := self._reward_drift():
+            metrics["reward/drift"] = statistics.fmean(drift)
+        return metrics
+
+    def _win_rate(self, algorithm: Algorithm, stale: bool) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        probe = self.win_rate_probe
+        responses = probe.respond() if probe is not None else []
+        if probe is not None and (rate := probe.win_rate(responses)) is not None:
+            metrics["policy/win_rate"] = rate
+        # Version −1 is never current, so the learner computes all log-probs itself.
+        scored = [
+            dataclasses.replace(r, policy_version=-1) for r in responses if r.score is not None
         ]
-        return metrics | ({"reward/drift": statistics.fmean(apart)} if apart else {})
+        if stale and scored:
+            metrics["sampler_ratio"] = sampler_ratio(self.learner.score(scored, algorithm))
+        return metrics
+
+    def _reward_drift(self) -> list[float]:
+        """Return how far each reward model's score of each probe is from its first score. Reward
+        models are frozen: anything but 0 is a fault."""
+        models = [w.reward for w in self.rewards if isinstance(w.reward, ModelReward)]
+        return [
+            abs((score or 0.0) - (probe.components[model.name] or 0.0))
+            for model in models
+            for score, probe in zip(model.score(self.probes), self.probes, strict=True)
+        ]
 
 
-class Adapting:
-    """The algorithm as it is after the last step: its coefficients follow what was measured."""
+class AlgorithmState:
+    """The algorithm as it is after the last step: adaptive coefficients are part of a
+    checkpoint."""
 
     def __init__(self, algorithm: Algorithm) -> None:
         self.now = algorithm
@@ -360,13 +127,14 @@ class Adapting:
 
 @dataclass(frozen=True)
 class RLStage:
-    """Writes `policy/`, `critic/` where there is one, `policy_ema/` where an average is kept, and
-    `probes/`: what the models say of the same few answers, as the stage goes on."""
+    """Trains a policy on rewards. Writes `policy/`; `critic/` if there is one; `policy_ema/` if an
+    average of the weights is kept; and `probes/`, what the models say of the same few responses as
+    the stage proceeds."""
 
     name: str
     prompts: Sequence[Prompt]
     tokenizer: Any
-    cast: Callable[[Path], Cast]
+    load_components: Callable[[Path], RLComponents]
     algorithm: Algorithm
     sampling: Sampling
     samples_per_prompt: int
@@ -379,187 +147,62 @@ class RLStage:
     def title(self) -> str:
         return self.name
 
-    def begin(self, folder: Path) -> Work:
-        cast, algorithm, texts = (
-            self.cast(folder),
-            Adapting(self.algorithm),
-            TokenTexts(self.tokenizer),
-        )
-        prompts, ahead = (
-            Sampler(self.prompts, self.prompts_per_step, self.seed),
-            Ahead(self.staleness),
-        )
+    def begin(self, folder: Path) -> StageRun:
+        components = self.load_components(folder)
+        algorithm = AlgorithmState(self.algorithm)
+        prompts = Sampler(self.prompts, self.prompts_per_step, self.seed)
+        ahead, texts = Ahead(self.staleness), TokenTexts(self.tokenizer)
+        learner, generator = components.learner, components.generator
 
-        def probe(number: int) -> None:
-            if not cast.probes:
+        def write_probes(number: int) -> None:
+            if not components.probes:
                 return
-            table = probe_table(number, cast.learner, cast.probes, algorithm.now, texts)
-            if cast.learner.team.lead:
+            table = probe_table(number, learner, components.probes, algorithm.now, texts)
+            if learner.process_group.is_rank_zero:
                 write_tokens(table, folder / "probes" / f"{number:06d}.parquet")
 
         def steps(done: int) -> Iterator[Step]:
             if done == 0:
-                probe(0)
+                write_probes(0)
             else:
-                cast.generator.load_weights(cast.learner.weights())
-            collector = Collector(prompts, cast.generator, cast.rewards, self.samples_per_prompt)
-            loop = (
-                rl_async(collector, cast.learner, algorithm.now, ahead, done)
-                if self.staleness
-                else None
-            )
-            for step in loop or rl(collector, cast.learner, algorithm.now, done):
+                generator.load_weights(learner.weights())
+            collector = Collector(prompts, generator, components.rewards, self.samples_per_prompt)
+            if self.staleness:
+                loop = rl_async(collector, learner, algorithm.now, ahead, done)
+            else:
+                loop = rl(collector, learner, algorithm.now, done)
+            for step in loop:
                 algorithm.now = step.algorithm
-                if (
-                    step.number % math.ceil(self.num_steps / PROBED_TIMES) == 0
-                    or step.number == self.num_steps
-                ):
-                    probe(step.number)
-                    seen = cast.watched(algorithm.now, stale="sampler_ratio" not in step.metrics)
-                    step = dataclasses.replace(step, metrics=step.metrics | seen)  # noqa: PLW2901
-                yield step
+                if not self._probed(step.number):
+                    yield step
+                    continue
+                write_probes(step.number)
+                stale = "sampler_ratio" not in step.metrics
+                metrics = step.metrics | components.probe_metrics(algorithm.now, stale)
+                yield dataclasses.replace(step, metrics=metrics)
 
         def finish() -> Summary:
-            learner = cast.learner
-            save(learner.models.actor, self.tokenizer, folder / "policy", learner.team)
-            learner.models.save_critic(folder / "critic", self.tokenizer, learner.team)
-            if learner.ema is not None:
-                average = learner.ema.average
-                save(
-                    learner.models.actor,
-                    self.tokenizer,
-                    folder / "policy_ema",
-                    learner.team,
-                    average,
-                )
+            self._save(learner, folder)
             return {}
 
-        players: dict[str, Stateful] = {
-            "learner": cast.learner,
-            "generator": cast.generator,
+        stateful: dict[str, Stateful] = {
+            "learner": learner,
+            "generator": generator,
             "prompts": prompts,
             "algorithm": algorithm,
         }
         if self.staleness:
-            players["ahead"] = ahead
-        return Work(
-            steps, finish, players, list(cast.learner.optimizers.values()), cast.learner.budget
-        )
+            stateful["ahead"] = ahead
+        optimizers = list(learner.optimizers.values())
+        return StageRun(steps, finish, stateful, optimizers, learner.budget)
 
+    def _probed(self, number: int) -> bool:
+        """Whether the probes are evaluated after this step: `PROBE_COUNT` times, and at the end."""
+        return number % math.ceil(self.num_steps / PROBE_COUNT) == 0 or number == self.num_steps
 
-@dataclass(frozen=True)
-class EvaluationStage:
-    """Writes `evaluation/final.json`: the policy against the one it started from, on held-out
-    prompts; `answers.jsonl`, what both answered; and `best_of_n.json`, what the first would have
-    answered at its best."""
-
-    prompts: Sequence[Prompt]
-    tokenizer: Any
-    load_before: Callable[[Path], Any]
-    load_after: Callable[[Path], Any]
-    rewards: Callable[[Path], Sequence[Weighted]]
-    gold: Gold | None
-    sampling: Sampling
-    micro_batch_tokens: int
-    generator: Callable[[Any, Path], Generates]
-    best_of: int = 0
-    num_steps: int = 2
-    name: str = field(default="evaluation")
-    title: str = field(default="evaluation")
-    team: Team = ALONE
-
-    def begin(self, folder: Path) -> Work:
-        if not self.team.lead:  # one reads the models and writes
-            return Work(
-                lambda done: iter(
-                    [Progress(number, {}) for number in range(done + 1, self.num_steps + 1)]
-                ),
-                dict,
-            )
-        before, after, rewards = (
-            self.load_before(folder),
-            self.load_after(folder),
-            self.rewards(folder),
-        )
-        answered: list[list[Rollout]] = []
-
-        def steps(done: int) -> Iterator[Progress]:
-            for number, model in enumerate((before, after)[done:], done + 1):
-                answered.append(
-                    rewarded(
-                        self.generator(model, folder).generate(self.prompts, self.sampling), rewards
-                    )
-                )
-                yield Progress(number, {})
-
-        def finish() -> Summary:
-            old, new = answered
-            kl = self._kl(before, after, new)
-            summary = dataclasses.asdict(compare(old, new, kl, self.gold))
-            if not any(w.weight for w in rewards):  # comparisons were learnt from, no reward was
-                del summary["before"]["reward"], summary["after"]["reward"]
-            (folder / "evaluation").mkdir(exist_ok=True)
-            _write_json(folder / "evaluation" / "final.json", summary)
-            best = [dataclasses.asdict(b) for b in self._best_of(before, folder, rewards)]
-            _write_json(folder / "evaluation" / "best_of_n.json", best)
-            pairs = [
-                json.dumps(well_formed_json(_pair(*row)), ensure_ascii=False) + "\n"
-                for row in zip(old, new, kl, strict=True)
-            ]
-            durable.replace(folder / "evaluation" / "answers.jsonl", "".join(pairs))
-            return summary
-
-        return Work(steps, finish)
-
-    def _best_of(self, model: Any, folder: Path, rewards: Sequence[Weighted]) -> list[BestOf]:
-        """Empty where nothing was rewarded, or too few answers have a score."""
-        if self.best_of < 2 or not any(w.weight for w in rewards):
-            return []
-        prompts = self.prompts[: max(1, BEST_OF_ANSWERS // self.best_of)]
-        made = rewarded(
-            self.generator(model, folder).generate(prompts, self.sampling, self.best_of), rewards
-        )
-        by_prompt = [list(group) for _, group in itertools.groupby(made, key=lambda r: r.group)]
-        whole = [group for group in by_prompt if all(r.score is not None for r in group)]
-        if not whole:
-            return []
-        gold = (
-            None
-            if self.gold is None
-            else [[self.gold(r.prompt.text, r.response) for r in group] for group in whole]
-        )
-        return best_of_n([[r.score or 0.0 for r in group] for group in whole], gold)
-
-    def _kl(self, before: Any, after: Any, rollouts: Sequence[Rollout]) -> list[float]:
-        batch = collate(rollouts, after.device)
-        new, old = (
-            policy_logprobs(
-                model,
-                batch.tokens,
-                batch.lengths,
-                batch.response_mask,
-                self.sampling.temperature,
-                self.micro_batch_tokens,
-            )
-            for model in (after, before)
-        )
-        differences: list[float] = (new - old).sum(dim=1).tolist()
-        return differences
-
-
-def _pair(first: Rollout, last: Rollout, kl: float) -> dict[str, Any]:
-    """A line of `evaluation/answers.jsonl`."""
-    sides = {
-        side: {
-            "response": r.response,
-            "score": r.score,
-            "components": dict(r.components),
-            "tokens": len(r.response_ids),
-        }
-        for side, r in (("before", first), ("after", last))
-    }
-    return {"id": first.prompt.id, "prompt": first.prompt.text, "kl": kl, **sides}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    durable.replace(path, json.dumps(well_formed_json(value), indent=2, ensure_ascii=False) + "\n")
+    def _save(self, learner: Learner, folder: Path) -> None:
+        actor, process_group = learner.models.actor, learner.process_group
+        save(actor, self.tokenizer, folder / "policy", process_group)
+        learner.models.save_critic(folder / "critic", self.tokenizer, process_group)
+        if learner.ema is not None:
+            save(actor, self.tokenizer, folder / "policy_ema", process_group, learner.ema.average)

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from quartet.distributed.team import ALONE, Team
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 T = TypeVar("T")
 MAX_HALVINGS = 4
@@ -20,13 +20,13 @@ class Budget:
     not suffice it is halved, for good, and what was asked is done again. Not in a team: the others
     could not know."""
 
-    def __init__(self, tokens: int, team: Team = ALONE) -> None:
-        self.tokens, self.team = tokens, team
+    def __init__(self, tokens: int, process_group: ProcessGroup = SINGLE_PROCESS) -> None:
+        self.tokens, self.process_group = tokens, process_group
         self.halvings = 0
         self.notes: list[str] = []
         """What there was to say of it since somebody looked."""
 
-    def spend(self, phase: str, work: Callable[[int], T]) -> T:
+    def run_within(self, phase: str, work: Callable[[int], T]) -> T:
         """What `work` returns for so many tokens. It must leave nothing behind when it fails."""
         while True:
             try:
@@ -36,7 +36,7 @@ class Budget:
                     not out_of_memory(error)
                     or self.halvings == MAX_HALVINGS
                     or self.tokens < 2
-                    or self.team.world > 1
+                    or self.process_group.world_size > 1
                 ):
                     raise
             self.halvings += 1

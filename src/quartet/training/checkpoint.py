@@ -26,7 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from quartet.distributed.team import ALONE, Team, counts_here, is_sharded, local
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.distributed.sharding import is_first_replica, is_sharded, local_tensor
 from quartet.errors import NonFinite, QuartetError
 from quartet.files import (
     UNFINISHED,
@@ -154,19 +155,23 @@ def _shape(part: Any) -> list[int]:
     return list(part.get_shape())
 
 
-def keep_tensors(folder: Path, state: Tree, team: Team = ALONE) -> Any:
+def keep_tensors(folder: Path, state: Tree, process_group: ProcessGroup = SINGLE_PROCESS) -> Any:
     """Write the tensors of a state into a folder, every rank its own parts, the lead what all have;
     the rest of the state, with a name in the place of each. Raises `NonFinite` where a number is
     not finite: what cannot go on is not kept."""
     tree, tensors = parted(state)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(local(tensor).isfinite().all()):
+        if tensor.is_floating_point() and not bool(local_tensor(tensor).isfinite().all()):
             raise NonFinite(f"the checkpoint's {name}")
     files = {
-        TENSORS: {name: t for name, t in tensors.items() if not is_sharded(t)} if team.lead else {}
+        TENSORS: {name: t for name, t in tensors.items() if not is_sharded(t)}
+        if process_group.is_rank_zero
+        else {}
     }
-    files[SHARD.format(team.rank)] = {
-        n: local(t).contiguous() for n, t in tensors.items() if is_sharded(t) and counts_here(t)
+    files[SHARD.format(process_group.rank)] = {
+        n: local_tensor(t).contiguous()
+        for n, t in tensors.items()
+        if is_sharded(t) and is_first_replica(t)
     }
     for file, held in files.items():
         if held:
@@ -291,9 +296,9 @@ def _unlisted(folder: Path, files: Mapping[str, Any]) -> str | None:
 def _check_tensors(folder: Path, files: Mapping[str, Any], tree: Tree) -> None:
     """The files of tensors have those that the state names, no other ones, and all numbers in them
     are finite."""
-    whole, sharded = set(_tensor_names(tree, TENSOR)), set(_tensor_names(tree, SHARDED))
+    full_tensor, sharded = set(_tensor_names(tree, TENSOR)), set(_tensor_names(tree, SHARDED))
     shards = [name for name in files if SHARDS.fullmatch(name)]
-    for name, expected in {TENSORS: whole, **dict.fromkeys(shards, sharded)}.items():
+    for name, expected in {TENSORS: full_tensor, **dict.fromkeys(shards, sharded)}.items():
         stored: set[str] = set()
         if name in files:
             with safe_open(folder / name, "pt") as opened:

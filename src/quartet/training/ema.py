@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from quartet.distributed.team import local, restore
+from quartet.distributed.sharding import copy_saved, local_tensor
 
 
 class Ema:
@@ -28,7 +28,7 @@ class Ema:
     def update(self, model: Any) -> None:
         for name, p in model.named_parameters():
             if name in self.average:
-                local(self.average[name]).lerp_(local(p).float(), 1 - self.decay)
+                local_tensor(self.average[name]).lerp_(local_tensor(p).float(), 1 - self.decay)
 
     def state(self) -> dict[str, Any]:
         return self.average
@@ -36,4 +36,4 @@ class Ema:
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Any]) -> None:
         for name, average in self.average.items():
-            restore(average, state[name])
+            copy_saved(average, state[name])

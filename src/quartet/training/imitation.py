@@ -7,20 +7,23 @@ from typing import Any
 import torch
 
 from quartet.data.records import Demonstration
-from quartet.distributed.team import ALONE, Team
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
 from quartet.tensors import Float, Tensor
-from quartet.training.descend import check_finite
+from quartet.training.finite import check_finite
 
 
 def imitation_losses(
-    model: Any, batch: Sequence[Demonstration], micro_batch_tokens: int, team: Team = ALONE
+    model: Any,
+    batch: Sequence[Demonstration],
+    micro_batch_tokens: int,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Iterator[Float[Tensor, ""]]:
     """The mean negative log-probability of the answers' tokens, in pieces that add up to it over
     all ranks."""
     num_tokens = sum(len(d.response_ids) if d.written is None else sum(d.written) for d in batch)
-    for piece in team.pieces(
+    for piece in process_group.micro_batches(
         [len(d.prompt_ids) + len(d.response_ids) for d in batch], micro_batch_tokens
     ):
         yield (

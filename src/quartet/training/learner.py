@@ -16,9 +16,10 @@ from quartet.algorithms.kl import k3
 from quartet.algorithms.masked import masked_mean, row_mean
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
-from quartet.distributed.offload import STAYS, Placement
-from quartet.distributed.team import ALONE, Gathered, Team, counts_here, is_sharded, local
-from quartet.experience import Batch, Experience, Rollout, said
+from quartet.distributed.offload import NO_OFFLOAD, Placement
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.distributed.sharding import GatheredWeights, is_first_replica, is_sharded, local_tensor
+from quartet.experience import Batch, Experience, Rollout, row_tokens
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import ActorCritic
@@ -27,10 +28,11 @@ from quartet.models.padding import PAD, response_mask, right_pad, spread
 from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
 from quartet.training.checkpoint import python_random
-from quartet.training.descend import check_finite, descend
 from quartet.training.ema import Ema
+from quartet.training.finite import check_finite
 from quartet.training.imitation import imitation_losses
 from quartet.training.optim import Optim, Optimizer
+from quartet.training.optimizer_step import optimizer_step
 
 AGREEMENT = 1e-4
 """How far from 1 the ratio of the learner's to the sampler's probability may be for the two to
@@ -45,7 +47,7 @@ class Update:
 
     losses: dict[str, float]
     """The terms of the loss, averaged over the optimizer steps."""
-    descents: dict[str, float]
+    step_stats: dict[str, float]
     """The total loss and the gradient norms, averaged likewise, and the learning rates that the
     update began with."""
     clip_fraction: float
@@ -80,14 +82,18 @@ class Learner:
         seed: int = 0,
         pretraining: Sampler[Demonstration] | None = None,
         micro_batch_tokens: int = 2048,
-        team: Team = ALONE,
-        placement: Placement = STAYS,
+        process_group: ProcessGroup = SINGLE_PROCESS,
+        placement: Placement = NO_OFFLOAD,
     ) -> None:
         """`sampling` says how rollouts are generated; log-probs take its temperature. `steps` is
-        the number of updates, over which learning rates follow their schedule. `team` are the ranks
+        the number of updates, over which learning rates follow their schedule. `process_group` are the ranks
         that hold the same models: each is given the same rollouts and experience, computes its
         share of the rows, and returns the whole result."""
-        self.team, self.budget, self.placement = team, Budget(micro_batch_tokens, team), placement
+        self.process_group, self.budget, self.placement = (
+            process_group,
+            Budget(micro_batch_tokens, process_group),
+            placement,
+        )
         self.models, self.reference, self.optim = models, reference, optim
         self.sampling, self.steps = sampling, steps
         self.pretraining = pretraining
@@ -103,14 +109,16 @@ class Learner:
         self.sampler_agrees: bool | None = None
         """Whether the sampler's log-probs are the learner's; not known before the first step."""
         self.device = models.actor.device
-        self.reference_mark = None if reference is None else mark(reference, team)
+        self.reference_checksum = (
+            None if reference is None else parameter_checksum(reference, process_group)
+        )
         """The reference's weights in one number: they never change."""
-        placement.rests(reference, shared_with=models.actor.parameters())
+        placement.register(reference, shared_with=models.actor.parameters())
         for optimizer in self.optimizers.values():
-            placement.rests(optimizer.adam)
+            placement.register(optimizer.adam)
 
     def weights(self) -> Weights:
-        return Weights(self.version, Gathered(self.models.actor))
+        return Weights(self.version, GatheredWeights(self.models.actor))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -119,7 +127,7 @@ class Learner:
             "rng": self.rng.getstate(),
             "version": self.version,
             "sampler_agrees": self.sampler_agrees,
-            "reference_mark": self.reference_mark,
+            "reference_mark": self.reference_checksum,
             "budget": self.budget.state(),
             "pretraining": None if self.pretraining is None else self.pretraining.state(),
         }
@@ -127,12 +135,12 @@ class Learner:
     def load_state(self, state: Mapping[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state(state["optimizers"][name])
-            self.placement.rests(optimizer.adam)
+            self.placement.register(optimizer.adam)
         if self.ema is not None:
             self.ema.load_state(state["ema"])
         if self.pretraining is not None:
             self.pretraining.load_state(state["pretraining"])
-        if self.reference_mark != state["reference_mark"]:
+        if self.reference_checksum != state["reference_mark"]:
             raise ValueError("the reference is not the model that the run began with")
         self.budget.load_state(state["budget"])
         self.rng.setstate(python_random(state["rng"]))
@@ -143,9 +151,11 @@ class Learner:
         as the algorithm reads it. Log-probs and entropies that the sampler took while it sampled
         are not computed again, once the first step has shown that they are the learner's."""
         batch = collate(rollouts, self.device)
-        check_finite("the reward", batch.scores, batch.ids, partial(said, batch))
-        with self.placement.at_work(self.reference):
-            return self.budget.spend("scoring", partial(self._scored, batch, rollouts, algorithm))
+        check_finite("the reward", batch.scores, batch.ids, partial(row_tokens, batch))
+        with self.placement.on_device(self.reference):
+            return self.budget.run_within(
+                "scoring", partial(self._scored, batch, rollouts, algorithm)
+            )
 
     @torch.no_grad()
     def _scored(
@@ -160,16 +170,16 @@ class Learner:
         )
         known = current and self.sampler_agrees is True and not algorithm.kl.exact_reward
         scores = _Scores(batch, torch.promote_types(self.models.actor.dtype, torch.float32))
-        for piece in self.team.pieces(batch.lengths.tolist(), micro_batch_tokens):
+        for piece in self.process_group.micro_batches(batch.lengths.tolist(), micro_batch_tokens):
             seen = self._look(batch, piece.rows, algorithm, only_values=known)
             if piece.counts:
                 scores.put(piece.rows, *seen)
-        scores.collect(self.team)
+        scores.collect(self.process_group)
         old, entropy = (
             (batch.rollout_logprobs, batch.entropy) if known else (scores.old, scores.entropy)
         )
         if current and self.sampler_agrees is None:
-            self.sampler_agrees = same_numbers(batch.rollout_logprobs, old, batch.response_mask)
+            self.sampler_agrees = logprobs_agree(batch.rollout_logprobs, old, batch.response_mask)
         ref = (
             None
             if self.reference is None
@@ -182,7 +192,7 @@ class Learner:
         )
         for what, numbers in seen_by:
             if numbers is not None:
-                check_finite(what, numbers, batch.ids, partial(said, batch))
+                check_finite(what, numbers, batch.ids, partial(row_tokens, batch))
         return dataclasses.replace(
             batch,
             old_logprobs=old,
@@ -234,20 +244,22 @@ class Learner:
         ):
             if numbers is not None:
                 shown = torch.where(experience.response_mask, numbers, 0.0)
-                check_finite(what, shown, experience.ids, partial(said, experience))
+                check_finite(what, shown, experience.ids, partial(row_tokens, experience))
         seen = _Seen(experience)
         optimizers = self.optimizers if train_actor else {"critic": self.optimizers["critic"]}
         rates = {f"lr/{name}": optimizer.lr for name, optimizer in optimizers.items()}
         moments = [optimizer.adam for optimizer in optimizers.values()]
-        with self.placement.at_work(*moments, self.reference if algorithm.kl.exact_loss else None):
-            descents, epochs = self._descents(experience, algorithm, train_actor, seen)
+        with self.placement.on_device(
+            *moments, self.reference if algorithm.kl.exact_loss else None
+        ):
+            step_stats, epochs = self._descents(experience, algorithm, train_actor, seen)
         self.version += 1
-        seen.collect(self.team)
+        seen.collect(self.process_group)
         if self.sampler_agrees and seen.tallied.first_ratio_error > AGREEMENT:
             self.sampler_agrees = None  # the next step will tell
         return Update(
-            losses={name: total / len(descents) for name, total in seen.tallied.losses.items()},
-            descents=averaged(descents)
+            losses={name: total / len(step_stats) for name, total in seen.tallied.losses.items()},
+            step_stats=averaged(step_stats)
             | rates
             | ({"policy/epochs": float(epochs)} if self.optim.target_kl is not None else {}),
             clip_fraction=seen.tallied.num_clipped / max(seen.tallied.num_visits, 1),
@@ -259,14 +271,14 @@ class Learner:
             row_advantages=row_mean(experience.advantages, experience.response_mask),
             trained_actor=train_actor,
             reference_moved=self.reference is not None
-            and mark(self.reference, self.team) != self.reference_mark,
+            and parameter_checksum(self.reference, self.process_group) != self.reference_checksum,
         )
 
     def _descents(
         self, experience: Experience, algorithm: Algorithm, train_actor: bool, seen: "_Seen"
     ) -> tuple[list[dict[str, float]], int]:
         """All optimizer steps of an update: what each found, and how many epochs they were."""
-        descents: list[dict[str, float]] = []
+        step_stats: list[dict[str, float]] = []
         epochs = 0
         for _ in range(self.optim.epochs):
             for rows in self._minibatches(len(experience)):
@@ -279,16 +291,19 @@ class Learner:
                     algorithm,
                     train_actor,
                     seen,
-                    not descents,
+                    not step_stats,
                     seen.tally(),
                 )
-                descents.append(self.budget.spend("the update", step))
+                step_stats.append(self.budget.run_within("the update", step))
                 if train_actor and self.ema is not None:
                     self.ema.update(self.models.actor)
             epochs += 1
-            if self.optim.target_kl is not None and seen.epoch_kl(self.team) > self.optim.target_kl:
+            if (
+                self.optim.target_kl is not None
+                and seen.epoch_kl(self.process_group) > self.optim.target_kl
+            ):
                 break
-        return descents, epochs
+        return step_stats, epochs
 
     def _step(
         self,
@@ -310,7 +325,7 @@ class Learner:
         )
         mixed_in = self._pretraining_losses(texts, algorithm, seen, micro_batch_tokens)
         optimizers = self.optimizers if train_actor else {"critic": self.optimizers["critic"]}
-        done = descend(itertools.chain(losses, mixed_in), optimizers, self.team)
+        done = optimizer_step(itertools.chain(losses, mixed_in), optimizers, self.process_group)
         if not train_actor:
             self.optimizers["actor"].zero_grad()
         return done
@@ -331,7 +346,7 @@ class Learner:
             rows.response_mask,
             self.sampling.temperature,
             micro_batch_tokens,
-            self.team,
+            self.process_group,
         )
 
     def _minibatches(self, num_rows: int) -> list[list[int]]:
@@ -354,7 +369,7 @@ class Learner:
         denominators = algorithm.denominators(experience.rows(rows))
         reference = self.reference if algorithm.kl.exact_loss else None
         lengths = experience.lengths[list(rows)].tolist()
-        for piece in self.team.pieces(lengths, micro_batch_tokens):
+        for piece in self.process_group.micro_batches(lengths, micro_batch_tokens):
             indices = [rows[i] for i in piece.rows]
             part = experience.rows(indices)
             now = self.models.forward(
@@ -367,7 +382,7 @@ class Learner:
             for what, numbers in (("the log-probability", now.logprobs), ("the value", now.values)):
                 if numbers is not None:
                     shown = torch.where(part.response_mask, numbers, 0.0)
-                    check_finite(f"{what} in the update", shown, part.ids, partial(said, part))
+                    check_finite(f"{what} in the update", shown, part.ids, partial(row_tokens, part))
             terms = algorithm.loss(part, now, denominators)
             if piece.counts:
                 seen.record(indices, part, now, terms, algorithm, first_visit)
@@ -393,7 +408,9 @@ class Learner:
         """PTX: the loss of some demonstrations beside that of the rollouts."""
         if not texts:
             return
-        for loss in imitation_losses(self.models.actor, texts, micro_batch_tokens, self.team):
+        for loss in imitation_losses(
+            self.models.actor, texts, micro_batch_tokens, self.process_group
+        ):
             weighted = algorithm.ptx.coef * loss
             seen.tallied.add("ptx", float(weighted.detach()))
             yield weighted
@@ -415,14 +432,16 @@ class _Tally:
     def copy(self) -> "_Tally":
         return dataclasses.replace(self, losses=dict(self.losses))
 
-    def of_all(self, team: Team) -> "_Tally":
+    def of_all(self, process_group: ProcessGroup) -> "_Tally":
         """A rank that had no row at all knows no term's name."""
-        names = sorted({name for known in team.exchange(list(self.losses)) for name in known})
+        names = sorted(
+            {name for known in process_group.all_gather(list(self.losses)) for name in known}
+        )
         counts = (float(self.num_clipped), float(self.num_visits), self.kl)
-        clipped, visits, kl, *losses = team.total(
+        clipped, visits, kl, *losses = process_group.all_reduce_sum(
             *counts, *(self.losses.get(name, 0.0) for name in names)
         )
-        error = team.highest(self.first_ratio_error)
+        error = process_group.all_reduce_max(self.first_ratio_error)
         return _Tally(dict(zip(names, losses, strict=True)), int(clipped), int(visits), error, kl)
 
 
@@ -455,9 +474,9 @@ class _Scores:
             if values.shape[1] > width:
                 self.final[rows] = values.gather(1, lengths[:, None])[:, 0]
 
-    def collect(self, team: Team) -> None:
+    def collect(self, process_group: ProcessGroup) -> None:
         """What all ranks found; each row is one rank's."""
-        team.add_up(self.old, self.entropy, self.exact, self.values, self.final)
+        process_group.all_reduce(self.old, self.entropy, self.exact, self.values, self.final)
 
 
 class _Seen:
@@ -473,10 +492,10 @@ class _Seen:
     def tally(self) -> _Tally:
         return self.tallied.copy()
 
-    def epoch_kl(self, team: Team) -> float:
+    def epoch_kl(self, process_group: ProcessGroup) -> float:
         """Mean k3 of π_old to π over the visits since it was last asked, all ranks'."""
         before, self._epoch = self._epoch, self.tally()
-        kl, visits = team.total(
+        kl, visits = process_group.all_reduce_sum(
             self._epoch.kl - before.kl, float(self._epoch.num_visits - before.num_visits)
         )
         return kl / max(visits, 1)
@@ -486,10 +505,10 @@ class _Seen:
         for seen in (self.logprobs, self.entropy, self.clipped):
             seen[rows] = 0
 
-    def collect(self, team: Team) -> None:
+    def collect(self, process_group: ProcessGroup) -> None:
         """What all ranks saw."""
-        team.add_up(self.logprobs, self.entropy, self.clipped)
-        self.tallied = self.tallied.of_all(team)
+        process_group.all_reduce(self.logprobs, self.entropy, self.clipped)
+        self.tallied = self.tallied.of_all(process_group)
 
     @torch.no_grad()
     def record(
@@ -517,17 +536,17 @@ class _Seen:
             tally.first_ratio_error = max(tally.first_ratio_error, float(error))
 
 
-def averaged(descents: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def averaged(step_stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over the steps that were taken; `skipped` counts the others."""
-    taken = [d for d in descents if "skipped" not in d]
+    taken = [d for d in step_stats if "skipped" not in d]
     means = {name: sum(d[name] for d in taken) / len(taken) for name in (taken[0] if taken else {})}
     return means | (
-        {"skipped": float(len(descents) - len(taken))} if len(taken) < len(descents) else {}
+        {"skipped": float(len(step_stats) - len(taken))} if len(taken) < len(step_stats) else {}
     )
 
 
 @torch.no_grad()
-def mark(model: Any, team: Team = ALONE) -> int:
+def parameter_checksum(model: Any, process_group: ProcessGroup = SINGLE_PROCESS) -> int:
     """The bits of all parameters, added up: another number, almost surely, when one of them
     changes."""
     held, parts = (
@@ -538,18 +557,20 @@ def mark(model: Any, team: Team = ALONE) -> int:
         for kind in (False, True)
     )
     total = parts.sum()
-    team.add_up(total)
+    process_group.all_reduce(total)
     return int(held.sum()) + int(total)
 
 
 def _bits(parameter: Tensor) -> Int[Tensor, ""]:
     """Of this rank's part, where it is the one that counts."""
     size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    bits = local(parameter.detach()).view(size).sum(dtype=torch.int64).cpu()
-    return bits if not is_sharded(parameter) or counts_here(parameter) else torch.zeros_like(bits)
+    bits = local_tensor(parameter.detach()).view(size).sum(dtype=torch.int64).cpu()
+    return (
+        bits if not is_sharded(parameter) or is_first_replica(parameter) else torch.zeros_like(bits)
+    )
 
 
-def same_numbers(
+def logprobs_agree(
     sampled: Float[Tensor, "B T"], own: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> bool:
     """Whether the ratio of two policies' probabilities is 1 up to rounding, token by token."""

@@ -143,7 +143,7 @@ def rl_metrics(
         )
     metrics["policy/entropy"] = float(masked_mean(update.entropy, mask))
     metrics |= {f"loss/{name}": value for name, value in update.losses.items()}
-    return metrics | update.descents
+    return metrics | update.step_stats
 
 
 def earned_correlation(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from quartet.distributed.team import is_sharded, restore, whole
+from quartet.distributed.sharding import copy_saved, full_tensor, is_sharded
 from quartet.parts import Field, OrInf, part
 from quartet.tensors import Tensor, torch
 
@@ -16,7 +16,7 @@ MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 
 @part
-class Descent:
+class OptimizerConfig:
     """How weights follow gradients: AdamW, a schedule, a bound on the gradient."""
 
     lr: float = Field(default=1e-5, gt=0, description="The highest learning rate of the schedule.")
@@ -49,7 +49,9 @@ class Descent:
 class Optimizer:
     """AdamW over some parameters, with clipping and a schedule of `total_steps`."""
 
-    def __init__(self, parameters: Sequence[Tensor], descent: Descent, total_steps: int) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], descent: OptimizerConfig, total_steps: int
+    ) -> None:
         self.parameters, self.descent, self.total_steps = list(parameters), descent, total_steps
         kinds = [
             [p for p in self.parameters if is_sharded(p) == sharded] for sharded in (False, True)
@@ -90,7 +92,7 @@ class Optimizer:
             [g for g in gradients if not is_sharded(g)],
         ]
         norm = math.hypot(
-            *(float(whole(torch.nn.utils.get_total_norm(part))) for part in parts if part)
+            *(float(full_tensor(torch.nn.utils.get_total_norm(part))) for part in parts if part)
         )
         if math.isfinite(norm):
             scale = min(1.0, self.descent.max_grad_norm / (norm + 1e-6))
@@ -149,12 +151,12 @@ class Optimizer:
                     f"a parameter of shape {list(saved.shape)} was saved, and has shape "
                     f"{list(mine.shape)} now"
                 )
-            restore(mine.data, saved)
+            copy_saved(mine.data, saved)
             if (
                 moments
             ):  # those that no gradient ever reached have none; Adam counts its steps on the CPU
                 restored = {
-                    name: restore(torch.zeros_like(mine), t)
+                    name: copy_saved(torch.zeros_like(mine), t)
                     for name, t in moments.items()
                     if name != "step"
                 }
@@ -209,8 +211,8 @@ class Optim:
         default=1e-5, gt=0, description="Adam's epsilon; 1e-5 as in Ziegler et al. 2019."
     )
 
-    def descent(self, lr: float) -> Descent:
-        return Descent(
+    def descent(self, lr: float) -> OptimizerConfig:
+        return OptimizerConfig(
             lr,
             self.schedule,
             self.warmup_steps,

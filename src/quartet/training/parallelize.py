@@ -26,24 +26,25 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from quartet.distributed.team import Together, is_sharded
+from quartet.distributed.process_group import TorchProcessGroup
+from quartet.distributed.sharding import is_sharded
 from quartet.models.llama import READ_ON, read_on, written_out
 from quartet.models.trunk import blocks_of
 
 
-def mesh_of(device: str, team: Together, parts: int) -> DeviceMesh:
+def mesh_of(device: str, process_group: TorchProcessGroup, parts: int) -> DeviceMesh:
     """The ranks in rows of `parts`. Those of a row have a model together; every row has the same
     (HSDP, Zhao et al. 2023, where there are several). They give up waiting when the team does.
     Dimensions are called after the team: torch takes two meshes of the same ranks and names for
     one, and would let one thread speak through the other's group."""
-    names = (f"replicate{team.name}", f"shard{team.name}")
-    if parts == team.world:
-        group = team.group or dist.group.WORLD
+    names = (f"replicate{process_group.name}", f"shard{process_group.name}")
+    if parts == process_group.world_size:
+        group = process_group.group or dist.group.WORLD
         assert group is not None, "the team has not joined"
         return DeviceMesh.from_group(group, device, mesh_dim_names=names[1:])
-    rows = torch.arange(team.world).view(-1, parts)
+    rows = torch.arange(process_group.world_size).view(-1, parts)
     groups = [
-        dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=team.deadline)[0]
+        dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=process_group.deadline)[0]
         for ranks in (rows.T.contiguous(), rows)
     ]
     return DeviceMesh.from_group(groups, device, mesh=rows, mesh_dim_names=names)

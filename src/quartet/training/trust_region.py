@@ -71,7 +71,7 @@ class TrustRegionLearner(Learner):
         if not trains_actor:
             return update
         assert isinstance(algorithm.update, TrustRegion)
-        with self.placement.at_work(self.reference if algorithm.kl.exact_loss else None):
+        with self.placement.on_device(self.reference if algorithm.kl.exact_loss else None):
             objective = _Objective(self, experience, algorithm)
             step = natural_step(objective, self.models.actor_parameters(), algorithm.update)
         if self.ema is not None:
@@ -80,7 +80,7 @@ class TrustRegionLearner(Learner):
             update,
             logprobs=objective.logprobs(),
             trained_actor=True,
-            descents=update.descents
+            step_stats=update.step_stats
             | {
                 "grad_norm/actor": step.gradient_norm,
                 "trust_region/kl": step.kl,
@@ -130,32 +130,34 @@ class _Objective:
     the sums of all."""
 
     def __init__(self, learner: Learner, experience: Experience, algorithm: Algorithm) -> None:
-        self.learner, self.experience, self.algorithm, self.team = (
+        self.learner, self.experience, self.algorithm, self.process_group = (
             learner,
             experience,
             algorithm,
-            learner.team,
+            learner.process_group,
         )
         self.denominators = algorithm.denominators(experience)
         self.num_tokens = int(experience.response_mask.sum())
-        pieces = self.team.pieces(experience.lengths.tolist(), learner.budget.tokens)
+        pieces = self.process_group.micro_batches(
+            experience.lengths.tolist(), learner.budget.tokens
+        )
         self.pieces = [piece.rows for piece in pieces if piece.counts]
         with torch.no_grad():
             self.old = [self._vocabulary_logprobs(rows) for rows in self.pieces]
 
     def loss(self) -> float:
         with torch.no_grad():
-            [total] = self.team.total(float(sum(self._losses())))
+            [total] = self.process_group.all_reduce_sum(float(sum(self._losses())))
         return total
 
     def gradient(self, parameters: Sequence[Tensor]) -> Vector:
         total = _sum_of_gradients(self._losses(), parameters)
-        self.team.add_up(total)
+        self.process_group.all_reduce(total)
         return total
 
     def kl(self) -> float:
         with torch.no_grad():
-            [total] = self.team.total(float(sum(self._kls())))
+            [total] = self.process_group.all_reduce_sum(float(sum(self._kls())))
         return total
 
     def fisher_product(self, parameters: Sequence[Tensor], vector: Vector) -> Vector:
@@ -169,7 +171,7 @@ class _Objective:
             total += _flat(
                 torch.autograd.grad(slope @ vector, parameters, allow_unused=True), parameters
             ).detach()
-        self.team.add_up(total)
+        self.process_group.all_reduce(total)
         return total
 
     @torch.no_grad()
@@ -181,7 +183,7 @@ class _Objective:
                 part.tokens, part.response_mask, self.learner.sampling.temperature
             )
             made[rows, : part.tokens.shape[1]] = torch.where(part.response_mask, now.logprobs, 0.0)
-        self.team.add_up(made)
+        self.process_group.all_reduce(made)
         return made
 
     def _losses(self) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""One rank of a team that trains the tiny world: `python -m tests.support.teamwork RANK WORLD STORE OUT KIND` writes losses and gradients.
+"""One rank that trains the tiny world: `python -m tests.support.rank RANK WORLD STORE OUT KIND` writes losses and gradients.
 
 KIND is plain; sharded, or rows: two ranks have a model in parts, and the next two have the same; resting: as sharded, and what
 waits in main memory is no number there; or selfish: the negative control, in which each rank divides by what it has itself.
@@ -18,8 +18,9 @@ from quartet.algorithms.preference import PREFERENCES, LastTokenLoss
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.sampler import Sampler
-from quartet.distributed.offload import STAYS, Offloading, Placement
-from quartet.distributed.team import ALONE, Team, Together, local, whole, whole_state
+from quartet.distributed.offload import NO_OFFLOAD, Offloading, Placement
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
+from quartet.distributed.sharding import full_state_dict, full_tensor, local_tensor
 from quartet.generation.sampling import Sampling
 from quartet.loops.preference import preference
 from quartet.loops.reward_model import reward_model
@@ -28,7 +29,7 @@ from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
 from quartet.training.budget import Budget
 from quartet.training.learner import Learner
-from quartet.training.optim import Descent, Optim, Optimizer
+from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from quartet.training.parallelize import mesh_of, parallelize
 from quartet.training.trust_region import TrustRegionLearner
 from tests.support import resting
@@ -38,20 +39,20 @@ LENGTHS = [30, 1, 2, 1, 17, 1, 1, 3, 28, 2]
 """Tokens of the answers: however they are dealt out, no two ranks have as many."""
 
 
-class Selfish(Together):
-    """Sums what should have had a common denominator, and then takes the mean over ranks, as plain data parallelism does."""
+class Selfish(TorchProcessGroup):
+    """Scales gradients as plain data parallelism does: the mean over ranks of losses that each rank divides by its own tokens."""
 
-    def pieces(self, lengths, max_tokens):
-        mine = list(range(self.rank, len(lengths), self.world))
-        self.factor = sum(lengths) / (self.world * sum(lengths[i] for i in mine))
-        return super().pieces(lengths, max_tokens)
+    def micro_batches(self, lengths, max_tokens):
+        mine = list(range(self.rank, len(lengths), self.world_size))
+        self.factor = sum(lengths) / (self.world_size * sum(lengths[i] for i in mine))
+        return super().micro_batches(lengths, max_tokens)
 
-    def add_gradients(self, parameters):
+    def all_reduce_gradients(self, parameters):
         parameters = list(parameters)
         for p in parameters:
             if p.grad is not None:
                 p.grad.mul_(self.factor)
-        super().add_gradients(parameters)
+        super().all_reduce_gradients(parameters)
 
 
 def answers(seed: int) -> list[tuple[int, ...]]:
@@ -70,7 +71,7 @@ class Recording(Optimizer):
 
     def clip(self) -> float:
         norm = super().clip()
-        gradients = [whole(p.grad) for p in self.parameters if p.grad is not None]
+        gradients = [full_tensor(p.grad) for p in self.parameters if p.grad is not None]
         self.seen.append(
             {str(i): g.detach().clone() for i, g in enumerate(gradients)}
             | {"norm": torch.tensor(norm)}
@@ -84,9 +85,11 @@ def watched(optimizer: Optimizer) -> Recording:
     return optimizer
 
 
-def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, torch.Tensor]:
+def run(
+    process_group: ProcessGroup, parts: int = 0, placement: Placement = NO_OFFLOAD
+) -> dict[str, torch.Tensor]:
     """Everything by name: losses, gradients, metrics. `parts`: over how many ranks a model is divided."""
-    mesh = mesh_of("cpu", team, parts) if parts else None
+    mesh = mesh_of("cpu", process_group, parts) if parts else None
 
     def spread(made: Any) -> Any:
         return made if mesh is None else parallelize(made, mesh)
@@ -104,7 +107,7 @@ def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, t
                 }
             )
 
-    descent = Descent(lr=1e-4)
+    descent = OptimizerConfig(lr=1e-4)
     texts = [
         Demonstration(f"d{i}", p.ids, a)
         for i, (p, a) in enumerate(zip(prompts(len(LENGTHS)), answers(0), strict=True))
@@ -114,7 +117,10 @@ def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, t
     keep(
         "sft",
         optimizer,
-        [s.metrics for s in sft(policy, Sampler(texts, 10, 0), optimizer, 2, Budget(64, team))],
+        [
+            s.metrics
+            for s in sft(policy, Sampler(texts, 10, 0), optimizer, 2, Budget(64, process_group))
+        ],
     )
 
     pairs = [
@@ -125,7 +131,7 @@ def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, t
     spread(judge.model)
     optimizer = watched(Optimizer([*judge.parameters()], descent, 2))
     steps = reward_model(
-        judge, Sampler(pairs, 10, 0), LastTokenLoss(), optimizer, 2, Budget(64, team)
+        judge, Sampler(pairs, 10, 0), LastTokenLoss(), optimizer, 2, Budget(64, process_group)
     )
     keep("reward_model", optimizer, [s.metrics for s in steps])
 
@@ -139,7 +145,7 @@ def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, t
             PREFERENCES[name],
             optimizer,
             2,
-            Budget(64, team),
+            Budget(64, process_group),
         )
         keep(name, optimizer, [s.metrics for s in steps])
 
@@ -164,7 +170,7 @@ def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, t
             Sampling(temperature=0.8),
             steps=1,
             micro_batch_tokens=64,
-            team=team,
+            process_group=process_group,
             placement=placement,
         )
         for role, made in learner.optimizers.items():
@@ -176,16 +182,16 @@ def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, t
         update = learner.update(ALGORITHMS[name].experience(batch), ALGORITHMS[name])
         assert not update.reference_moved
         for role, made in learner.optimizers.items():
-            keep(f"{name}/{role}", made, [update.losses, update.descents])
+            keep(f"{name}/{role}", made, [update.losses, update.step_stats])
         found |= {f"{name}/logprobs": update.logprobs, f"{name}/clipped": update.clipped}
         found[f"{name}/weights"] = torch.cat(
             [t.flatten() for t in learner.weights().tensors.values()]
         )
         assert learner.ema is not None
-        averages = whole_state(learner.models.actor, learner.ema.average)
+        averages = full_state_dict(learner.models.actor, learner.ema.average)
         found[f"{name}/averages"] = torch.cat([t.flatten() for t in averages.values()])
     if parts:
-        held = sum(local(p).numel() for p in learner.models.actor.parameters())
+        held = sum(local_tensor(p).numel() for p in learner.models.actor.parameters())
         everything = sum(p.numel() for p in learner.models.actor.parameters())
         assert held < everything / parts + 1000, "norms are small, and all else is in parts"
     else:
@@ -201,14 +207,14 @@ def run(team: Team, parts: int = 0, placement: Placement = STAYS) -> dict[str, t
             Sampling(),
             1,
             micro_batch_tokens=64,
-            team=team,
+            process_group=process_group,
         )
         update = learner.update(
             ALGORITHMS["trpo"].experience(learner.score(rollouts, ALGORITHMS["trpo"])),
             ALGORITHMS["trpo"],
         )
-        assert update.descents["trust_region/fraction"] > 0
-        keep("trpo", Recording([actor.lm_head.weight], descent, 1), [update.descents])
+        assert update.step_stats["trust_region/fraction"] > 0
+        keep("trpo", Recording([actor.lm_head.weight], descent, 1), [update.step_stats])
         found |= {
             "trpo/logprobs": update.logprobs,
             "trpo/weights": torch.cat([p.detach().flatten() for p in actor.parameters()]),
@@ -225,7 +231,7 @@ def main() -> None:
         sys.argv[5],
     )
     torch.set_num_threads(1)
-    team: Team = ALONE
+    process_group: ProcessGroup = SINGLE_PROCESS
     if world > 1 or kind == "sharded":
         dist.init_process_group(
             "gloo",
@@ -234,10 +240,12 @@ def main() -> None:
             world_size=world,
             timeout=timedelta(seconds=60),
         )
-        team = (Selfish if kind == "selfish" else Together)(rank, world)
+        process_group = (Selfish if kind == "selfish" else TorchProcessGroup)(rank, world)
     bed = resting.made(setattr) if kind == "resting" else None
-    placement = STAYS if bed is None else Offloading(torch.device("cpu"))
-    found = run(team, {"sharded": world, "resting": world, "rows": 2}.get(kind, 0), placement)
+    placement = NO_OFFLOAD if bed is None else Offloading(torch.device("cpu"))
+    found = run(
+        process_group, {"sharded": world, "resting": world, "rows": 2}.get(kind, 0), placement
+    )
     assert bed is None or bed.bytes > 0
     save_file(
         {name: tensor.contiguous() for name, tensor in found.items()}, out / f"{rank}.safetensors"

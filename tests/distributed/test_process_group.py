@@ -8,20 +8,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quartet.distributed.team import ALONE, Piece, Team, micro_batches, shares
-from tests.support.teamwork import LENGTHS, run
+from quartet.distributed.balance import MicroBatch, micro_batches, shares
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from tests.support.rank import LENGTHS, run
 
 LOOPBACK = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return run(ALONE)
+    return run(SINGLE_PROCESS)
 
 
 def ranks(folder, world, kind):
     """What each rank found."""
-    words = [sys.executable, "-m", "tests.support.teamwork"]
+    words = [sys.executable, "-m", "tests.support.rank"]
     where = [str(folder / "store"), str(folder), kind]
     started = [
         subprocess.Popen([*words, str(rank), str(world), *where], env=LOOPBACK)
@@ -81,22 +82,24 @@ def test_shares_are_balanced_whole_and_reckoned_alike_by_all():
     assert shares([5, 3, 3, 1], 2) == [[0, 3], [1, 2]]
 
 
-class Rank(Team):
+class Rank(ProcessGroup):
     def __init__(self, rank, world):
-        self.rank, self.world = rank, world
+        self.rank, self.world_size = rank, world
 
 
 def test_every_rank_goes_through_as_many_pieces():
     for world in (2, 3, 16):
-        pieces = [Rank(rank, world).pieces(LENGTHS, 32) for rank in range(world)]
+        pieces = [Rank(rank, world).micro_batches(LENGTHS, 32) for rank in range(world)]
         assert len({len(mine) for mine in pieces}) == 1
         counted = sorted(
             row for mine in pieces for piece in mine if piece.counts for row in piece.rows
         )
         assert counted == list(range(len(LENGTHS)))
-    assert pieces[15] == [Piece([1], counts=False)]  # the shortest row, to keep pace
+    assert pieces[15] == [MicroBatch([1], counts=False)]  # the shortest row, to keep pace
 
 
 def test_alone_the_pieces_are_the_micro_batches():
-    assert [piece.rows for piece in ALONE.pieces(LENGTHS, 32)] == micro_batches(LENGTHS, 32)
-    assert all(piece.counts for piece in ALONE.pieces(LENGTHS, 32))
+    assert [piece.rows for piece in SINGLE_PROCESS.micro_batches(LENGTHS, 32)] == micro_batches(
+        LENGTHS, 32
+    )
+    assert all(piece.counts for piece in SINGLE_PROCESS.micro_batches(LENGTHS, 32))

@@ -1,0 +1,190 @@
+"""The ranks that train one model together, and the collective operations between them.
+
+Every rank is given the same rows and computes the same division of them (`balance.py`), so only
+results travel. Loops and formulas know `ProcessGroup` alone: in one process its operations do
+nothing.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+from quartet.distributed.balance import MicroBatch, micro_batches, shares
+from quartet.distributed.sharding import is_sharded
+from quartet.tensors import Tensor, torch
+
+HERE = "here/{}"
+"""The key that rank {} sets in the store when it has started."""
+PATIENCE = 300.0
+"""Seconds that ranks have to start: they import torch, perhaps from a slow disk."""
+BUCKET = 25_000_000
+"""The most gradient elements that one all-reduce sends."""
+
+
+class ProcessGroup:
+    """The interface of a process group, and its implementation for a single process."""
+
+    rank = 0
+    world_size = 1
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this rank is the one that writes files and reports."""
+        return self.rank == 0
+
+    def share(self, lengths: Sequence[int]) -> list[int]:
+        """Return the rows of this rank, balanced by tokens."""
+        return shares(lengths, self.world_size)[self.rank]
+
+    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
+        """Return the micro-batches of this rank; every rank gets the same number of them.
+
+        Where weights are sharded, every forward pass needs all ranks. A rank with fewer
+        micro-batches than another repeats the shortest row with `counts=False` meanwhile.
+        """
+        if not lengths:
+            return []
+        by_rank = []
+        for rows in shares(lengths, self.world_size):
+            groups = micro_batches([lengths[i] for i in rows], max_tokens)
+            by_rank.append([[rows[i] for i in group] for group in groups])
+        most = max(map(len, by_rank))
+        shortest = min(range(len(lengths)), key=lengths.__getitem__)
+        own = [MicroBatch(rows) for rows in by_rank[self.rank]]
+        return own + [MicroBatch([shortest], counts=False)] * (most - len(own))
+
+    def all_reduce(self, *tensors: Tensor | None) -> None:
+        """Replace each tensor, in place, by its sum over all ranks; `None` is skipped.
+
+        Where each rank has filled in its own rows of a tensor of zeros, the sum holds all rows.
+        """
+
+    def all_reduce_sum(self, *numbers: float) -> list[float]:
+        """Return the sum of each number over all ranks."""
+        return list(numbers)
+
+    def all_reduce_max(self, number: float) -> float:
+        """Return the largest of all ranks' numbers."""
+        return number
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return the JSON-ready value of every rank, by rank."""
+        return [value]
+
+    def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Sum the gradients of the parameters that every rank holds whole. The gradients of sharded
+        parameters have been summed by the backward pass."""
+
+    def clone(self) -> "ProcessGroup":
+        """Return a group of the same ranks for a second thread, whose messages cannot mix with
+        those of this group. Every rank must call it."""
+        return self
+
+
+SINGLE_PROCESS = ProcessGroup()
+
+
+class TorchProcessGroup(ProcessGroup):
+    """Several processes that communicate by torch.distributed: gloo between CPUs, NCCL between
+    GPUs.
+
+    Every rank must call the same operations in the same order. Where one rank does not call an
+    operation within the group's deadline, it raises an error on all the others.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.group: torch.distributed.ProcessGroup | None = None
+        """The group in torch; None is torch's default group of all processes."""
+        self.name = ""
+        """Differs between the groups of the same ranks."""
+        self.deadline = timedelta(seconds=PATIENCE)
+
+    def join(
+        self, store: "torch.distributed.Store", deadline: float, device: "torch.device"
+    ) -> None:
+        """Wait for all ranks to start, and connect to them.
+
+        `deadline` is the number of seconds that a later operation waits for the other ranks.
+        `device` is where this rank's models are: tensors on GPUs travel by NCCL, others by gloo.
+        """
+        self.deadline = timedelta(seconds=deadline)
+        store.set(HERE.format(self.rank), "yes")
+        store.wait(
+            [HERE.format(other) for other in range(self.world_size)],
+            timedelta(seconds=max(deadline, PATIENCE)),
+        )
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=self.deadline,
+        )
+
+    def clone(self) -> "TorchProcessGroup":
+        clone = TorchProcessGroup(self.rank, self.world_size)
+        clone.deadline = self.deadline
+        clone.group = torch.distributed.new_group(timeout=self.deadline)
+        clone.name = f"{self.name}, clone"
+        return clone
+
+    def all_reduce(self, *tensors: Tensor | None) -> None:
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if tensor.dtype == torch.bool:  # no sum of truth values: any rank's True counts
+                numbers = tensor.to(torch.int32)
+                torch.distributed.all_reduce(numbers, group=self.group)
+                tensor.copy_(numbers > 0)
+            else:
+                torch.distributed.all_reduce(tensor, group=self.group)
+
+    def all_reduce_sum(self, *numbers: float) -> list[float]:
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        torch.distributed.all_reduce(sums, group=self.group)
+        return list(map(float, sums.tolist()))
+
+    def all_reduce_max(self, number: float) -> float:
+        largest = torch.tensor(number, dtype=torch.float64)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self.group)
+        return float(largest)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        # JSON in byte tensors of one length: torch's own all_gather_object would unpickle what
+        # another process sent.
+        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        torch.distributed.all_gather(sizes, torch.tensor([len(message)]), group=self.group)
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(message)] = message
+        messages = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
+        torch.distributed.all_gather(messages, padded, group=self.group)
+        return [
+            json.loads(bytes(text[: int(size)].tolist()))
+            for text, size in zip(messages, sizes, strict=True)
+        ]
+
+    def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
+        for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
+            for bucket in _buckets([g for g in gradients if g.dtype == dtype]):
+                flat = torch.cat([gradient.flatten() for gradient in bucket])
+                torch.distributed.all_reduce(flat, group=self.group)
+                sums = flat.split([gradient.numel() for gradient in bucket])
+                for gradient, summed in zip(bucket, sums, strict=True):
+                    gradient.copy_(summed.view_as(gradient))
+
+
+def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return the gradients in groups of at most `BUCKET` elements, or of one larger gradient."""
+    buckets: list[list[Tensor]] = [[]]
+    for gradient in gradients:
+        if buckets[-1] and sum(g.numel() for g in buckets[-1]) + gradient.numel() > BUCKET:
+            buckets.append([])
+        buckets[-1].append(gradient)
+    return buckets
