@@ -22,7 +22,6 @@ import httpx
 import numpy as np
 import pyarrow as pa
 
-from quartet import stages
 from quartet.assembly import build
 from quartet.config.toml import read_settings
 from quartet.recipes import recipe_path
@@ -30,6 +29,7 @@ from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts, write_tokens
 from quartet.runs.reader import Run
 from quartet.runtime import pipeline
+from quartet.stages import rl as stages
 
 RESULTS = Path(__file__).parent / "results" / "studio.json"
 PORT = 8799

@@ -3,10 +3,11 @@ import io
 import pytest
 from rich.console import Console
 
-from quartet.cli.screen import Screen, closing_words, sample_lines
+from quartet.cli.screen import Screen, sample_lines
 from quartet.loops.progress import Progress
 from quartet.runtime.pipeline import Advanced, Finished, Started, Warned
-from quartet.stages import Work
+from quartet.stages.kinds import REWARD_MODEL
+from quartet.stages.protocol import StageRun
 
 
 class Quiet:
@@ -14,7 +15,7 @@ class Quiet:
     num_steps = 4
 
     def begin(self, folder):
-        return Work(lambda done: iter(()), dict)
+        return StageRun(lambda done: iter(()), dict)
 
 
 STAGE = Quiet()
@@ -54,7 +55,7 @@ def test_a_warning_stands_on_its_own_line():
 
 
 def test_what_the_reward_model_could_have_reached_is_said():
-    words = closing_words("reward_model", {"held_out_accuracy": 0.84, "ceiling": 0.9})
+    words = REWARD_MODEL.closing({"held_out_accuracy": 0.84, "ceiling": 0.9})
     assert words == "(held out 0.84 of 0.90 possible)"
 
 

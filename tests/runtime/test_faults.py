@@ -16,7 +16,7 @@ from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
 from quartet.runs.doctor import Watch
 from quartet.runtime.faults import FAULTS
-from quartet.stages import Cast
+from quartet.stages.rl import RLComponents
 from quartet.training.learner import Learner
 from quartet.training.optim import Optim
 from tests.loops.test_loops import END, goodness
@@ -51,15 +51,15 @@ def spoken(fault, seed):
         STEPS,
         seed,
     )
-    cast = Cast(
+    components = RLComponents(
         learner,
         NativeGenerator(actor, tokenizer(), frozenset({END}), seed),
         [Weighted(TextReward("goodness", goodness))],
     )
     if fault is not None:
-        FAULTS[fault](cast)
+        FAULTS[fault](components)
     steps = rl(
-        Collector(Sampler(prompts(24), 24, seed), cast.generator, cast.rewards),
+        Collector(Sampler(prompts(24), 24, seed), components.generator, components.rewards),
         learner,
         ALGORITHMS["ppo"],
     )

@@ -4,8 +4,9 @@ them."""
 import sys
 
 from quartet.cli import check, export, inspect, run  # noqa: F401
-from quartet.cli.common import FAILED, INTERRUPTED, app, complaints
+from quartet.cli.common import FAILED, INTERRUPTED, WRONG_REQUEST, app, complaints
 from quartet.cli.printing import print_anything, to_nowhere
+from quartet.errors import QuartetError
 
 
 def main() -> None:
@@ -25,6 +26,11 @@ def main() -> None:
         for stream in (sys.stdout, sys.stderr):
             to_nowhere(stream)
         sys.exit(FAILED)
+    except QuartetError as error:
+        if debug:
+            raise
+        complaints.print(str(error), style="red", soft_wrap=True)
+        sys.exit(WRONG_REQUEST)
     except Exception as error:
         if debug:
             raise

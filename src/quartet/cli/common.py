@@ -1,18 +1,19 @@
 """What all verbs share: the application, the screen, and how a request is refused."""
 
+import contextlib
 import errno
 import ipaddress
 import json
-import shlex
 import socket
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from quartet import __version__
+from quartet.errors import QuartetError
 
 FAILED, WRONG_REQUEST, CHECK_FAILED, RESUMABLE, INTERRUPTED = 1, 2, 3, 75, 130
 """Exit codes; 75 is what sysexits.h calls a temporary failure: the same command again, with
@@ -74,10 +75,14 @@ def refuse(sentence: str) -> NoReturn:
     raise typer.Exit(WRONG_REQUEST)
 
 
-def typed(path: Path | str) -> str:
-    """A path as it is typed in a shell."""
-    text = str(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Refuse the request if the package raises an error about it: the error's message is the
+    sentence."""
+    try:
+        yield
+    except QuartetError as error:
+        refuse(str(error))
 
 
 def print_json(value: Any) -> None:

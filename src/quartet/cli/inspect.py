@@ -18,10 +18,10 @@ from quartet.cli.common import (
     listening,
     print_json,
     refuse,
-    typed,
     url_of,
     without_progress_bars,
 )
+from quartet.io.texts import typed
 
 if TYPE_CHECKING:
     from quartet.loops.rl import Step

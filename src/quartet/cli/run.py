@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quartet.cli.common import app, console, print_json, refuse, typed, without_progress_bars
-from quartet.cli.lifecycle import DEFAULT, go_on, new_run, run_to_resume, settings_of
+from quartet.cli.common import (
+    app,
+    console,
+    print_json,
+    refuse,
+    refusing,
+    without_progress_bars,
+)
+from quartet.cli.lifecycle import go_on, new_run
+from quartet.io.texts import typed
 from quartet.recipes import template_names, template_path
 
 if TYPE_CHECKING:
@@ -59,6 +67,8 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe or a TOML file: one stage, or a pipeline of them. Without a name: `reviews`."""
+    from quartet.runtime.requests import DEFAULT, run_to_resume, settings_of
+
     if nodes is not None:
         _print_commands(
             DEFAULT if what is None else what,
@@ -66,10 +76,9 @@ def run(
             nodes,
         )
         return
-    resumed = run_to_resume(what, words or []) if resume else None
-    settings = (
-        resumed[1] if resumed else settings_of(DEFAULT if what is None else what, words or [])
-    )
+    with refusing():
+        request = run_to_resume(what, words or []) if resume else None
+        settings = request.settings if request else settings_of(what or DEFAULT, words or [])
     if show_plan:
         _print_plan(settings, as_json)
         return
@@ -87,9 +96,9 @@ def run(
         if follows(settings.config.launch):
             follow_the_first(settings.config.launch)
             return
-    raise typer.Exit(
-        go_on(resumed[0], settings, fault, accept or []) if resumed else new_run(settings, fault)
-    )
+    if request is not None:
+        raise typer.Exit(go_on(request, fault, accept or []))
+    raise typer.Exit(new_run(settings, fault))
 
 
 @app.command()
@@ -119,7 +128,10 @@ def plan(
 ) -> None:
     """Models, memory, tokens, time, and the resolved config with the origin of each value. Loads no
     model."""
-    settings = settings_of(what, words or [])
+    from quartet.runtime.requests import settings_of
+
+    with refusing():
+        settings = settings_of(what, words or [])
     if measured:
         _print_measured(settings)
     elif cluster is not None:
@@ -167,8 +179,9 @@ def algorithms(
     run's file."""
     from quartet.algorithms.preference import PREFERENCES
     from quartet.algorithms.presets import ALGORITHMS
-    from quartet.config.tables import did_you_mean, without_none
+    from quartet.config.tables import without_none
     from quartet.config.toml import preset_toml
+    from quartet.io.texts import did_you_mean
 
     everything = ALGORITHMS | PREFERENCES
     if name is not None and name not in everything:
@@ -215,6 +228,7 @@ def _print_plan(settings: "Settings", as_json: bool) -> None:
 
 def _print_commands(what: str, words: list[str], nodes: str) -> None:
     from quartet.launch.commands import commands, nodes_of
+    from quartet.runtime.requests import settings_of
 
     try:
         count, each = nodes_of(nodes)

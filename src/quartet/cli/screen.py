@@ -11,47 +11,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from quartet.algorithms.preference import PREFERENCES
+from quartet.stages.kinds import kind_of
 
 if TYPE_CHECKING:
     from quartet.runtime.pipeline import Event
-    from quartet.stages import Stage
+    from quartet.stages.protocol import Stage
 
 BAR_WIDTH = 10
 PLAIN_SECONDS = 5.0
 SMOOTHING = 5
 """The latest value on screen is the mean of this many steps: single steps are noisy."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """How one metric appears in a stage's line."""
-
-    label: str
-    metric: str
-    form: str = "{:.2f}"
-    change: bool = False
-    """Show where it came from as well: 0.51 → 0.87."""
-
-
-HEADLINES: dict[str, tuple[Shown, ...]] = {
-    "sft": (Shown("loss", "loss", change=True),),
-    "reward_model": (Shown("pair accuracy", "accuracy", change=True),),
-    "evaluation": (),
-    "preference": (
-        Shown("loss", "loss", change=True),
-        Shown("pair accuracy", "accuracy", change=True),
-        Shown("log p chosen", "logprobs/chosen", "{:.1f}", change=True),
-    ),
-}
-RL_HEADLINE = (
-    Shown("reward", "reward", change=True),
-    Shown("gold", "reward/gold", change=True),
-    Shown("exact", "reward/exact", "{:.0%}", change=True),
-    Shown("KL", "kl", "{:.1f}"),
-    Shown("clip", "policy/clip_fraction", "{:.0%}"),
-    Shown("ev", "value/explained_variance"),
-)
 
 
 class Screen:
@@ -113,7 +82,8 @@ class Screen:
         )
 
     def _finished(self, event: Any) -> None:
-        self.line.closing = closing_words(event.stage.name, event.summary)
+        kind = kind_of(event.stage.name)
+        self.line.closing = "" if kind is None else kind.closing(event.summary)
         self.close()
         self.console.print(self._render(), soft_wrap=True)
         if event.stage.name == "evaluation":
@@ -154,38 +124,17 @@ class _Line:
     def _words(self) -> list[str]:
         assert self.stage is not None
         words = []
-        name = "preference" if self.stage.name in PREFERENCES else self.stage.name
-        for shown in HEADLINES.get(name, RL_HEADLINE):
-            seen = self.history.get(shown.metric)
-            if not seen:
+        kind = kind_of(self.stage.name)
+        for headline in () if kind is None else kind.headlines:
+            values = self.history.get(headline.metric)
+            if not values:
                 continue
-            recent = seen[-SMOOTHING:]
-            now = shown.form.format(sum(recent) / len(recent)).replace("-", "−")
-            first = shown.form.format(seen[0]).replace("-", "−")
-            words.append(
-                f"{shown.label} {first} → {now}" if shown.change else f"{shown.label} {now}"
-            )
+            recent = values[-SMOOTHING:]
+            now = headline.format.format(sum(recent) / len(recent)).replace("-", "−")
+            first = headline.format.format(values[0]).replace("-", "−")
+            change = f"{first} → {now}" if headline.change else now
+            words.append(f"{headline.label} {change}")
         return words
-
-
-def closing_words(stage: str, summary: Mapping[str, Any]) -> str:
-    """What is known of a stage only at its end."""
-    if stage == "sft":
-        return f"(held out {summary['held_out_loss_before']:.2f} → {summary['held_out_loss']:.2f})"
-    if stage == "reward_model":
-        possible = f" of {summary['ceiling']:.2f} possible" if "ceiling" in summary else ""
-        return f"(held out {summary['held_out_accuracy']:.2f}{possible})"
-    if "held_out_accuracy" in summary:
-        return f"(held out {summary['held_out_accuracy']:.2f})"
-    if stage == "evaluation":
-        win, kl = summary["win_rate"], summary["kl"]
-        judge = summary["judge"]
-        gain = summary["after"].get(judge, 0.0) - summary["before"].get(judge, 0.0)
-        return (
-            f"win rate by {judge} {win['mean']:.2f} ± {win['interval']:.2f} · {judge} {gain:+.2f} "
-            f"at KL {kl['mean']:.1f}"
-        ).replace("-", "−")
-    return ""
 
 
 MEASURES = (

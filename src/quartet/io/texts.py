@@ -6,6 +6,10 @@ UnicodeEncodeError, far from its origin. Text from outside goes through one of t
 it enters.
 """
 
+import difflib
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 DEEPEST = 100
@@ -48,3 +52,16 @@ def excerpt(text: str | bytes, limit: int = 200) -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def did_you_mean(value: object, known: Iterable[str]) -> str:
+    """Return " Did you mean X?" with the known name that is most like a value; "" if none is."""
+    near = difflib.get_close_matches(str(value), list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def typed(path: Path | str) -> str:
+    """Return a path as it is typed in a shell: quoted where a shell needs it, and never taken for
+    an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)

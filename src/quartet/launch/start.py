@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from quartet.assembly import build
-from quartet.config.tables import Config, Launch
+from quartet.config.run import Launch
+from quartet.config.tables import Config
 from quartet.distributed.process_group import (
     PATIENCE,
     SINGLE_PROCESS,

@@ -22,7 +22,8 @@ from quartet.planning.plan import plan, row_tokens
 from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts
 from quartet.runtime.pipeline import Finished, Pipeline
-from quartet.stages import BEST_OF_ANSWERS, PROBED_TIMES
+from quartet.stages.evaluation import BEST_OF_RESPONSES
+from quartet.stages.rl import PROBE_COUNT
 
 STEPS = 4
 
@@ -84,7 +85,7 @@ class Measured:
         if self.rl is not None:
             total += (
                 config.run.steps * self.rl.at(tokens)
-                + min(config.run.steps, PROBED_TIMES) * self.probing
+                + min(config.run.steps, PROBE_COUNT) * self.probing
             )
         return total + self.evaluation
 
@@ -126,7 +127,7 @@ def in_words(config: Config, measured: Measured) -> list[str]:
     expected = min(row_tokens(config)[1], float(config.rollout.max_new_tokens))
     if measured.rl is not None:
         each = f"{_shown(measured.rl.fixed)} + {_shown(measured.rl.per)} for each token of the mean answer"
-        besides = f"{min(config.run.steps, PROBED_TIMES)} looks at it of {_shown(measured.probing)}"
+        besides = f"{min(config.run.steps, PROBE_COUNT)} looks at it of {_shown(measured.probing)}"
         lines.append(f"measured {config.rl_stage}: {config.run.steps} steps of {each}; {besides}")
     if "evaluation" in config.recipe:
         lines.append(
@@ -149,7 +150,7 @@ def _shown(seconds: float) -> str:
 
 def _answers(config: Config, prompts: int) -> int:
     """Of an evaluation: before and after, and those that the best are picked from."""
-    return 2 * prompts + BEST_OF_ANSWERS * (config.evaluation.best_of >= 2)
+    return 2 * prompts + BEST_OF_RESPONSES * (config.evaluation.best_of >= 2)
 
 
 def _counts(config: Config) -> dict[str, int]:

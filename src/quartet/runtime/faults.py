@@ -1,7 +1,7 @@
 """The fault lab: the usual mistakes of PPO on language models, planted on purpose, so that the
 doctor can be seen to find them.
 
-Each takes the players of an RL stage and spoils one of them. `quartet run … --break NAME` is for
+Each takes the components of an RL stage and spoils one of them. `quartet run … --break NAME` is for
 teaching and for tests.
 """
 
@@ -15,53 +15,56 @@ import torch
 from quartet.experience import Batch, Experience
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
-from quartet.stages import Cast
+from quartet.stages.rl import RLComponents
 
 
-def temperature(cast: Cast) -> None:
+def temperature(components: RLComponents) -> None:
     """The sampler draws at 0.6 of the temperature that the learner reckons with."""
     _resample(
-        cast, lambda sampling: dataclasses.replace(sampling, temperature=0.6 * sampling.temperature)
+        components,
+        lambda sampling: dataclasses.replace(sampling, temperature=0.6 * sampling.temperature),
     )
 
 
-def greedy(cast: Cast) -> None:
+def greedy(components: RLComponents) -> None:
     """The sampler takes the likeliest token, and reports its probability under the policy."""
-    _resample(cast, lambda sampling: dataclasses.replace(sampling, top_k=1))
-    _rescore(cast, lambda batch: dataclasses.replace(batch, rollout_logprobs=batch.old_logprobs))
+    _resample(components, lambda sampling: dataclasses.replace(sampling, top_k=1))
+    _rescore(
+        components, lambda batch: dataclasses.replace(batch, rollout_logprobs=batch.old_logprobs)
+    )
 
 
-def eos(cast: Cast) -> None:
+def eos(components: RLComponents) -> None:
     """The sampler does not know where to stop."""
-    generator = _plain(cast, "eos")
+    generator = _plain(components, "eos")
     generator.stop_ids = generator.stop_ids[:0]
 
 
-def shift(cast: Cast) -> None:
+def shift(components: RLComponents) -> None:
     """The old log-probs stand one token too late."""
     _rescore(
-        cast,
+        components,
         lambda batch: dataclasses.replace(batch, old_logprobs=batch.old_logprobs.roll(1, dims=1)),
     )
 
 
-def stale(cast: Cast) -> None:
+def stale(components: RLComponents) -> None:
     """The sampler never gets new weights."""
-    generator = _plain(cast, "stale")
+    generator = _plain(components, "stale")
     generator.model = copy.deepcopy(generator.model)
 
 
-def reference(cast: Cast) -> None:
+def reference(components: RLComponents) -> None:
     """The reference is another model than RL starts from."""
-    if cast.learner.reference is None:
+    if components.learner.reference is None:
         raise ValueError("--break reference: this algorithm has no reference.")
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in cast.learner.reference.parameters():
+        for weight in components.learner.reference.parameters():
             weight.mul_(1 + 0.1 * torch.randn(weight.shape, generator=noise).to(weight.device))
 
 
-def leak(cast: Cast) -> None:
+def leak(components: RLComponents) -> None:
     """The tokens of the prompt count as the response's."""
 
     def everything(batch: Batch) -> Batch:
@@ -70,17 +73,18 @@ def leak(cast: Cast) -> None:
             batch, response_mask=(places > 0) & (places < batch.lengths[:, None])
         )
 
-    _rescore(cast, everything)
+    _rescore(components, everything)
 
 
-def sign(cast: Cast) -> None:
+def sign(components: RLComponents) -> None:
     """The loss is maximised."""
     _relearn(
-        cast, lambda experience: dataclasses.replace(experience, advantages=-experience.advantages)
+        components,
+        lambda experience: dataclasses.replace(experience, advantages=-experience.advantages),
     )
 
 
-def broadcast(cast: Cast) -> None:
+def broadcast(components: RLComponents) -> None:
     """A [B, 1] met a [B]: every response is paid for its neighbour's."""
 
     def neighbour(experience: Experience) -> Experience:
@@ -89,12 +93,12 @@ def broadcast(cast: Cast) -> None:
             experience, advantages=experience.advantages.roll(1, dims=0), returns=returns
         )
 
-    _relearn(cast, neighbour)
+    _relearn(components, neighbour)
 
 
-def dropout(cast: Cast) -> None:
+def dropout(components: RLComponents) -> None:
     """The update sees a policy with noise in it."""
-    forward = cast.learner.models.forward
+    forward = components.learner.models.forward
 
     def noisy(*arguments: Any, **named: Any) -> Any:
         now = forward(*arguments, **named)
@@ -104,38 +108,38 @@ def dropout(cast: Cast) -> None:
             now, logprobs=now.logprobs + 0.05 * torch.randn_like(now.logprobs)
         )
 
-    cast.learner.models.forward = noisy  # type: ignore[method-assign]
+    components.learner.models.forward = noisy  # type: ignore[method-assign]
 
 
-FAULTS: dict[str, Callable[[Cast], None]] = {
+FAULTS: dict[str, Callable[[RLComponents], None]] = {
     fault.__name__: fault
     for fault in (temperature, greedy, eos, shift, stale, reference, leak, sign, broadcast, dropout)
 }
 
 
-def _plain(cast: Cast, fault: str) -> Any:
-    if not isinstance(cast.generator, NativeGenerator):
+def _plain(components: RLComponents, fault: str) -> Any:
+    if not isinstance(components.generator, NativeGenerator):
         raise ValueError(f"--break {fault}: is planted in answers of one turn only.")
-    return cast.generator
+    return components.generator
 
 
-def _resample(cast: Cast, spoil: Callable[[Sampling], Sampling]) -> None:
-    generator: Any = cast.generator
+def _resample(components: RLComponents, spoil: Callable[[Sampling], Sampling]) -> None:
+    generator: Any = components.generator
     generate = generator.generate
     generator.generate = lambda prompts, sampling, *count: generate(
         prompts, spoil(sampling), *count
     )
 
 
-def _rescore(cast: Cast, spoil: Callable[[Batch], Batch]) -> None:
-    score = cast.learner.score
-    cast.learner.score = lambda rollouts, algorithm: spoil(score(rollouts, algorithm))  # type: ignore[method-assign]
+def _rescore(components: RLComponents, spoil: Callable[[Batch], Batch]) -> None:
+    score = components.learner.score
+    components.learner.score = lambda rollouts, algorithm: spoil(score(rollouts, algorithm))  # type: ignore[method-assign]
 
 
-def _relearn(cast: Cast, spoil: Callable[[Experience], Experience]) -> None:
-    update = cast.learner.update
+def _relearn(components: RLComponents, spoil: Callable[[Experience], Experience]) -> None:
+    update = components.learner.update
 
     def spoiled(experience: Experience, algorithm: Any) -> Any:
         return update(spoil(experience), algorithm)
 
-    cast.learner.update = spoiled  # type: ignore[method-assign]
+    components.learner.update = spoiled  # type: ignore[method-assign]

@@ -1,6 +1,8 @@
 """A run: stages one after the other, from checkpoint to checkpoint, and a record of everything on
 the way."""
 
+import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,30 +10,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quartet.algorithms.policy_loss import PolicyLoss
 from quartet import files as durable
-from quartet.errors import NonFinite
+from quartet.errors import NonFinite, QuartetError
 from quartet.loops.progress import Progress
 from quartet.loops.rl import Step
+from quartet.recording.metric import Metric, measured, rule_of
 from quartet.recording.model_card import write_cards
 from quartet.recording.run_folder import Keeping, RunFolder
 from quartet.recording.tokens import TokenTexts
 from quartet.recording.trackers import Tracking
-from quartet.runs.doctor import INVARIANTS, Watch
+from quartet.runs.doctor import INVARIANTS, RULES, Watch
 from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.machine import give_back_memory
 from quartet.runtime.worker import Group, Local, Stepped, Worker, WorkerLost
-from quartet.stages import RLStage, Stage, Summary
+from quartet.stages.kinds import kind_of
+from quartet.stages.protocol import Stage, Summary
+from quartet.stages.rl import RLStage
 from quartet.training.checkpoint import Checkpoint, Checkpoints
 
 QUOTED = 300
 """Characters of a sample that a message shows."""
-RESULTS: dict[str, tuple[str, ...]] = {
-    "sft": ("sft",),
-    "reward_model": ("reward_model",),
-    "evaluation": (),
-}
-POLICY_RESULTS = ("policy", "policy_ema", "critic")
-"""Folders that a stage leaves for later ones: by its name, and those of all others."""
 SHARE = 0.02
 """Left to itself, a run spends no more of its time on checkpoints …"""
 PAUSE = 10.0
@@ -72,7 +71,7 @@ class Finished:
 Event = Started | Advanced | Warned | Finished
 
 
-class StageFailed(RuntimeError):
+class StageFailed(QuartetError, RuntimeError):
     """A stage that could not go on: its name, the step, and the cause."""
 
 
@@ -91,6 +90,8 @@ class Saving:
     number is not finite."""
     made_with: Mapping[str, Any] = field(default_factory=dict)
     """What a resumed run must have in common with this one."""
+    metrics: Sequence[Metric] = ()
+    """The user's own metrics of RL steps."""
 
 
 @dataclass
@@ -141,6 +142,7 @@ class Pipeline:
         )
         self.crew: Group = Local(Worker(stages, folder.path))
         self._is_latest = False
+        self._failed_metrics: set[str] = set()
         self.results: dict[str, Any] = {}
         """Fingerprints of what finished stages left."""
 
@@ -197,6 +199,7 @@ class Pipeline:
             self._save(stage.name, 0)
         else:
             step, self.results = since.facts["step"], since.facts["results"]
+        self._describe(stage)
         earlier = [event["metrics"] for event in self.folder.metrics_of(stage.name)] if step else []
         yield Started(stage, number, len(self.stages), step, earlier)
         with self._failing(f"{stage.title}, before it began"), self.interruption.only_if(always):
@@ -211,6 +214,20 @@ class Pipeline:
         self.folder.event("finished", stage.name, summary=summary, seconds=took)
         yield Finished(stage, summary, took)
 
+    def _describe(self, stage: Stage) -> None:
+        """Record what readers must know of an RL stage's parts, which they cannot import: how its
+        loss clips, and the user's own metrics. A resumed stage records it again where it has
+        changed."""
+        if not isinstance(stage, RLStage):
+            return
+        described: dict[str, Any] = {
+            "clip": clip_bounds(stage.algorithm.policy_loss),
+            "metrics": [dataclasses.asdict(metric.definition) for metric in self.saving.metrics],
+        }
+        before = [e for e in self.folder.record().events if e["event"] == "definitions"]
+        if not before or any(before[-1].get(key) != value for key, value in described.items()):
+            self.folder.event("definitions", stage.name, **described)
+
     @contextmanager
     def _failing(self, where: str) -> Iterator[None]:
         """Whatever it is, the run says which stage it was in."""
@@ -223,7 +240,10 @@ class Pipeline:
 
     def _watching(self, stage: Stage) -> tuple[Watch, Keeping]:
         """Those who look at every step; they have seen what is in the record."""
-        watch = Watch(kl_target(stage), isinstance(stage, RLStage) and stage.sampling.filters)
+        is_rl = isinstance(stage, RLStage)
+        own = {rule_of(metric): 1 for metric in self.saving.metrics} if is_rl else {}
+        filtered = isinstance(stage, RLStage) and stage.sampling.filters
+        watch = Watch(kl_target(stage), filtered, {**RULES, **own})
         kept = Keeping(self.saving.rollouts_every)
         for event in self.folder.metrics_of(stage.name):
             watch.see(event["metrics"])
@@ -308,8 +328,11 @@ class Pipeline:
             if stepped.progress is None:
                 return
             progress, took = stepped.progress, round(time.monotonic() - before, 4)
-            step = progress.number
-            warnings = self._record(stage, progress, stepped.notes, took, watch, kept)
+            step, notes = progress.number, [("memory", sentence) for sentence in stepped.notes]
+            if isinstance(progress, Step) and self.saving.metrics:
+                progress, failures = measured(progress, self.saving.metrics, self._failed_metrics)
+                notes += failures
+            warnings = self._record(stage, progress, notes, took, watch, kept)
             merits.see(progress.metrics, self.saving.best)
             if resumable and pace.due(step, stage.num_steps):
                 self._checkpoint(stage, step, merits, pace)
@@ -330,7 +353,7 @@ class Pipeline:
         self,
         stage: Stage,
         progress: Progress,
-        notes: Sequence[str],
+        notes: Sequence[tuple[str, str]],
         seconds: float,
         watch: Watch,
         kept: Keeping,
@@ -351,9 +374,7 @@ class Pipeline:
         if isinstance(progress, Step) and kept(number, metrics):
             self.folder.write_rollouts(progress, self.texts)
         failed = self.tracking.log(stage.name, number, metrics) if self.tracking else []
-        found = [("tracker", sentence) for sentence in failed] + [
-            ("memory", sentence) for sentence in notes
-        ]
+        found = [*(("tracker", sentence) for sentence in failed), *notes]
         found += [(rule.__name__, said) for rule, said in watch.see(metrics)]
         for rule, sentence in found:
             self.folder.event("warning", stage.name, number, rule=rule, sentence=sentence)
@@ -398,7 +419,8 @@ class Pipeline:
     def _left(self, stage: Stage) -> dict[str, Any]:
         """Fingerprints of what a stage has left for others; it is on the disk then."""
         found: dict[str, Any] = {}
-        for name in RESULTS.get(stage.name, POLICY_RESULTS):
+        kind = kind_of(stage.name)
+        for name in () if kind is None else kind.results:
             if (self.folder.path / name).is_dir():
                 found |= durable.fingerprints(self.folder.path, self.folder.path / name)
         paths = [self.folder.path / name for name in found]
@@ -421,6 +443,15 @@ class _Mean:
         mean = sum(self.seen) / len(self.seen) if self.seen else None
         self.seen = []
         return mean
+
+
+def clip_bounds(loss: PolicyLoss) -> dict[str, Any] | None:
+    """Return over which ratios a loss keeps the gradient, without the bounds that are infinite;
+    None where it does not say."""
+    if loss.clip_range is None:
+        return None
+    bounds = dataclasses.asdict(loss.clip_range)
+    return {name: value for name, value in bounds.items() if value != math.inf}
 
 
 def kl_target(stage: Stage) -> float | None:

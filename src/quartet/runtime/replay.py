@@ -11,16 +11,18 @@ from typing import Any, cast
 import torch
 
 from quartet.algorithms.algorithm import Algorithm
+from quartet.errors import QuartetError
 from quartet.experience import Experience, Rollout
 from quartet.loops.rl import Step
-from quartet.stages import Adapting, RLStage, Stage, Work
+from quartet.stages.protocol import Stage, StageRun
+from quartet.stages.rl import AlgorithmState, RLStage
 from quartet.tensors import Bool, Float, Tensor
 from quartet.training.checkpoint import Checkpoint, Checkpoints, GlobalRandom, Tree, misfit
 from quartet.training.learner import Learner, Update
 from quartet.training.metrics import rl_metrics
 
 
-class CannotReplay(ValueError):
+class CannotReplay(QuartetError, ValueError):
     """The message says why, and what to do."""
 
 
@@ -78,7 +80,7 @@ def replay(
 
 
 def _outcome(
-    work: Work,
+    work: StageRun,
     metrics: Mapping[str, float],
     update: Update,
     experience: Experience,
@@ -108,11 +110,11 @@ def _other(
     changed: RLStage, written: Algorithm, folder: Path, before: Tree, rollouts: Sequence[Rollout]
 ) -> Outcome:
     """The update with another algorithm or optimizer, from the same state and the same rollouts."""
-    work = dataclasses.replace(changed, cast=_without_probes(changed)).begin(folder)
+    work = dataclasses.replace(changed, load_components=_without_probes(changed)).begin(folder)
     then, now = dataclasses.asdict(written), dataclasses.asdict(changed.algorithm)
     work.load_state({**before, "algorithm": merged(before["algorithm"], then, now)})
-    adapting, learner = work.players["algorithm"], _learner(work)
-    assert isinstance(adapting, Adapting)
+    adapting, learner = work.stateful["algorithm"], _learner(work)
+    assert isinstance(adapting, AlgorithmState)
     algorithm, weights = adapting.now, _weights(work)
     batch = learner.score(rollouts, algorithm)
     experience = algorithm.experience(batch)
@@ -121,12 +123,12 @@ def _other(
     return _outcome(work, metrics, update, experience, weights)
 
 
-def _begun(stage: RLStage, folder: Path, since: Checkpoint) -> tuple[Work, Tree]:
+def _begun(stage: RLStage, folder: Path, since: Checkpoint) -> tuple[StageRun, Tree]:
     """The stage as the checkpoint left it, and a copy of its state."""
     saved, shared = since.state(), GlobalRandom()
     if "work" not in saved:
         shared.load_state(saved["random"])
-    work = dataclasses.replace(stage, cast=_without_probes(stage)).begin(folder)
+    work = dataclasses.replace(stage, load_components=_without_probes(stage)).begin(folder)
     if "work" in saved:
         work.load_state(saved["work"])
         shared.load_state(saved["random"])
@@ -135,7 +137,7 @@ def _begun(stage: RLStage, folder: Path, since: Checkpoint) -> tuple[Work, Tree]
 
 def _without_probes(stage: RLStage) -> Any:
     """They would be looked at again, and written."""
-    return lambda folder: dataclasses.replace(stage.cast(folder), probes=())
+    return lambda folder: dataclasses.replace(stage.load_components(folder), probes=())
 
 
 def merged(now: Any, written: Any, changed: Any) -> Any:
@@ -150,13 +152,13 @@ def merged(now: Any, written: Any, changed: Any) -> Any:
     return now if written == changed else changed
 
 
-def _learner(work: Work) -> Learner:
-    learner = work.players["learner"]
+def _learner(work: StageRun) -> Learner:
+    learner = work.stateful["learner"]
     assert isinstance(learner, Learner)
     return learner
 
 
-def _weights(work: Work) -> Float[Tensor, "P"]:
+def _weights(work: StageRun) -> Float[Tensor, "P"]:
     """The actor's, in one vector, on the CPU."""
     return torch.cat(
         [p.detach().flatten().float().cpu() for p in _learner(work).models.actor_parameters()]

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and whether the config still fits it."""
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,25 +9,12 @@ from typing import Any
 
 from quartet import files as durable
 from quartet.config.errors import toml_value
+from quartet.config.read_by import changes_what_is_learnt, roles_that_read
 from quartet.config.tables import Config
 from quartet.errors import QuartetError
+from quartet.stages.kinds import kind_of
 from quartet.training.checkpoint import Checkpoint, Checkpoints, misfit
 
-FREE = frozenset(
-    [
-        "track",
-        "name",
-        "folder",
-        "offload",
-        "rollouts_every",
-        "checkpoint_every",
-        "keep_last",
-        "keep_best",
-        "max_minutes",
-        "rollbacks",
-    ]
-)
-"""Keys of [run] that change nothing of what was learnt."""
 RECORD = "events.jsonl"
 
 
@@ -114,14 +102,19 @@ def set_aside(skipped: Sequence[tuple[Path, str]]) -> None:
         )
 
 
+def setting(config: Config, key: str) -> Any:
+    """Return the value of a dotted key, such as "sft.steps"."""
+    return functools.reduce(getattr, key.split("."), config)
+
+
 def steps_of(config: Config) -> dict[str, int]:
-    """How long each stage of the recipe is."""
-    lengths = {"sft": config.sft.steps, "reward_model": config.reward_model.steps}
-    if config.rl_stage:
-        lengths[config.rl_stage] = config.run.steps
-    if config.preference_stage:
-        lengths[config.preference_stage] = config.preference.steps
-    return {stage: lengths[stage] for stage in config.recipe if stage in lengths}
+    """Return how many steps each stage of the recipe has, of those whose number is a setting."""
+    kinds = {stage: kind_of(stage) for stage in config.recipe}
+    return {
+        stage: setting(config, kind.steps)
+        for stage, kind in kinds.items()
+        if kind is not None and kind.steps is not None
+    }
 
 
 def _checked(
@@ -177,39 +170,18 @@ def _differences(
 
 
 def _shaped_the_past(key: str, found: Checkpoint, config: Config) -> bool:
-    """Whether the steps before the checkpoint would have been others with another value."""
-    table, _, name = key.partition(".")
-    if table in {"recipe", "launch"}:
-        return False  # the stages up to the checkpoint's own are the same, or it would not have been chosen
-    if table == "run" and name in FREE:
+    """Return whether the steps before the checkpoint would have been others with another value."""
+    if not changes_what_is_learnt(key):
         return False
-    reader = {
-        "sft": "sft",
-        "reward_model": "reward_model",
-        "evaluation": "evaluation",
-        "preference": config.preference_stage,
-    }
-    reader |= dict.fromkeys(
-        ("optim", "algorithm", "critic"), config.rl_stage or config.preference_stage
-    )
-    stage, step, place = found.facts["stage"], found.facts["step"], list(config.recipe).index
-    if key == "optim.micro_batch_tokens":
+    if roles_that_read(key) is None:
         return True
-    owner = config.rl_stage if key == "run.steps" else reader.get(table)
-    if owner is None or owner not in config.recipe:
-        return owner is None
-    if place(owner) > place(stage) or (owner == stage and step == 0):
-        return False
-    if (
-        name == "steps" and owner == stage
-    ):  # more of the same, unless the learning rate looked ahead to the end
-        descents = {
-            "sft": config.sft,
-            "reward_model": config.reward_model,
-            config.preference_stage: config.preference,
-        }
-        return descents.get(owner, config.optim).schedule != "constant"
-    return True
+    stage, step = found.facts["stage"], found.facts["step"]
+    past = config.recipe[: config.recipe.index(stage) + (step > 0)]
+    kind = kind_of(stage)
+    if stage in past and kind is not None and kind.steps == key and kind.schedule is not None:
+        # More steps of the same, unless the learning rate falls towards the last of them.
+        return bool(setting(config, kind.schedule) != "constant")
+    return not set(config.readers(key)).isdisjoint(past)
 
 
 def leaves(table: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

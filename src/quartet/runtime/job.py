@@ -1,0 +1,39 @@
+"""A run that is ready to start: its stages and what they were made from."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quartet.config.run import Run
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.runtime.pipeline import Saving
+from quartet.stages.protocol import Stage
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to start. No model has been loaded and no file written."""
+
+    stages: list[Stage]
+    tokenizer: Any
+    notes: list[str]
+    """Sentences about what the user should know before it starts."""
+    made_with: dict[str, Any]
+    """The config, fingerprints of the data, and the planted fault: what a resumed run must have in
+    common with this one."""
+    device: torch.device
+    """Where the models are."""
+    process_group: ProcessGroup = SINGLE_PROCESS
+
+    def saving(self, run: Run) -> Saving:
+        """Return what is written down, and how often, by the config's [run] table."""
+        return Saving(
+            run.keep_every,
+            run.checkpoint_every,
+            run.keep_last,
+            run.keep_best,
+            run.rollbacks,
+            self.made_with,
+            run.metrics,
+        )

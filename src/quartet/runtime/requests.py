@@ -1,0 +1,100 @@
+"""From what a user names, a recipe, a TOML file or a run's folder, to the settings of a run."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from quartet.config.links import absolute_word, relative_paths
+from quartet.config.tables import json_ready
+from quartet.config.toml import ConfigError, Settings, read_settings
+from quartet.io.texts import did_you_mean, typed
+from quartet.recipes import recipe_names, recipe_path
+from quartet.recording.run_folder import beginning_of
+from quartet.runtime.resume import find_run
+
+DEFAULT = "reviews"
+"""The recipe that is run if none is named."""
+
+
+@dataclass(frozen=True)
+class ResumeRequest:
+    """A run that is to be resumed."""
+
+    path: Path | None
+    """Its folder; None if there is no run of this name yet."""
+    settings: Settings
+    notes: list[str] = field(default_factory=list)
+    """Sentences about where its files are looked for."""
+
+
+def settings_of(
+    what: str, words: Sequence[str] = (), known_links: Mapping[str, str] = MappingProxyType({})
+) -> Settings:
+    """Return the settings of a recipe or a TOML file with `key=value` words on top.
+
+    `known_links` says where paths led when a run began that is to be resumed. Raises `ConfigError`
+    if there is no such recipe or file, or the settings cannot work.
+    """
+    if (Path(what) / "events.jsonl").is_file():
+        raise ConfigError(
+            f"{what}: is a run's folder. To go on with it: quartet run {typed(what)} --resume"
+        )
+    if "=" in what and not Path(what).exists():  # quartet run seed=1: the default recipe
+        what, words = DEFAULT, [what, *words]
+    path = recipe_path(what)
+    if path is None and not what.endswith(".toml"):
+        raise ConfigError(
+            f'"{what}": no such recipe, and not a .toml file.{did_you_mean(what, recipe_names())} '
+            f"Recipes are {', '.join(recipe_names())}."
+        )
+    shown = f"recipe {what}" if path else None
+    return read_settings(path or Path(what), words, shown, known_links)
+
+
+def run_to_resume(what: str | None, words: Sequence[str] = ()) -> ResumeRequest:
+    """Return the run that `what` names: its folder, or a recipe or file whose newest run is meant;
+    None is the latest run.
+
+    Raises `ConfigError` if there is none, or its config is missing or cannot work any more.
+    """
+    if what is not None and "=" in what and not Path(what).exists():
+        words, what = [what, *words], None
+    folder = Path(what or "runs/latest")
+    if (folder / "events.jsonl").is_file():
+        if not (folder / "config.resolved.toml").is_file():
+            raise ConfigError(
+                f"{folder}: has no config.resolved.toml, so it is not known what to go on with."
+            )
+        return _run_in(folder, words)
+    if what is None:
+        raise ConfigError(
+            "runs/latest: there is no run to resume. Name one: quartet run runs/… --resume"
+        )
+    settings = settings_of(what, words)
+    run = settings.config.run
+    path = find_run(Path(run.folder), run.name or settings.name)
+    if path is not None and (links := beginning_of(path).links):
+        settings = settings_of(what, words, links)  # `runs/latest` has moved since, to this run too
+    return ResumeRequest(path, settings)
+
+
+def _run_in(folder: Path, words: Sequence[str]) -> ResumeRequest:
+    """Return the run in a folder, with words on top of its config. If the config names files that
+    are not here but where the run was started, that becomes the working directory."""
+    config, began = folder / "config.resolved.toml", beginning_of(folder)
+    settings = settings_of(str(config), words, began.links)
+    path = folder.resolve()
+    if began.folder is None or began.folder == Path.cwd():
+        return ResumeRequest(path, settings)
+    notes = [f"the run was started in {began.folder}"]
+    paths = relative_paths(json_ready(settings.config))
+    away = [p for p in paths if not p.exists() and (began.folder / p).exists()]
+    if not away:
+        return ResumeRequest(path, settings, notes)
+    notes.append(f"{away[0]} is not here but there: paths are taken from there")
+    words = [absolute_word(word) for word in words]
+    config = config.resolve()
+    os.chdir(began.folder)
+    return ResumeRequest(path, settings_of(str(config), words, began.links), notes)

@@ -1,0 +1,141 @@
+"""The kinds of stages, as data: what a stage is called, where its settings are, what it leaves.
+
+A stage's name is what a recipe says ("sft", "ppo", "dpo"); its kind is what it does. Everything
+that must know the stages iterates over `KINDS` or asks `kind_of`; nothing compares names.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quartet.algorithms.preference import PREFERENCES
+from quartet.algorithms.presets import ALGORITHMS
+
+Summary = Mapping[str, Any]
+"""What is known at the end of a stage, by name."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """How one metric is shown in the line of a running stage."""
+
+    label: str
+    metric: str
+    format: str = "{:.2f}"
+    change: bool = False
+    """Show the first value as well: 0.51 → 0.87."""
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """One kind of stage."""
+
+    name: str
+    order: int
+    """The place in a recipe: lower comes first, and two stages of one order exclude each other."""
+    presets: Mapping[str, Any] | None = None
+    """The names that stages of this kind have in a recipe, with their presets; None: its own."""
+    steps: str | None = None
+    """The key that says how many steps the stage has."""
+    schedule: str | None = None
+    """The key of its learning-rate schedule."""
+    results: tuple[str, ...] = ()
+    """The folders that it leaves for later stages."""
+    headlines: tuple[Headline, ...] = ()
+    closing: Callable[[Summary], str] = lambda summary: ""  # noqa: ARG005
+    """What its line says at the end, from its summary."""
+    learns: bool = True
+    """Whether the stage trains a model."""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The names that stages of this kind have in a recipe."""
+        return (self.name,) if self.presets is None else tuple(self.presets)
+
+
+def _sft_closing(summary: Summary) -> str:
+    return f"(held out {summary['held_out_loss_before']:.2f} → {summary['held_out_loss']:.2f})"
+
+
+def _reward_model_closing(summary: Summary) -> str:
+    ceiling = f" of {summary['ceiling']:.2f} possible" if "ceiling" in summary else ""
+    return f"(held out {summary['held_out_accuracy']:.2f}{ceiling})"
+
+
+def _preference_closing(summary: Summary) -> str:
+    accuracy = summary.get("held_out_accuracy")
+    return "" if accuracy is None else f"(held out {accuracy:.2f})"
+
+
+def _evaluation_closing(summary: Summary) -> str:
+    win, kl, judge = summary["win_rate"], summary["kl"], summary["judge"]
+    gain = summary["after"].get(judge, 0.0) - summary["before"].get(judge, 0.0)
+    rate = f"win rate by {judge} {win['mean']:.2f} ± {win['interval']:.2f}"
+    return f"{rate} · {judge} {gain:+.2f} at KL {kl['mean']:.1f}".replace("-", "−")
+
+
+LOSS = Headline("loss", "loss", change=True)
+PAIR_ACCURACY = Headline("pair accuracy", "accuracy", change=True)
+
+SFT = StageKind(
+    name="sft",
+    order=0,
+    steps="sft.steps",
+    schedule="sft.schedule",
+    results=("sft",),
+    headlines=(LOSS,),
+    closing=_sft_closing,
+)
+REWARD_MODEL = StageKind(
+    name="reward_model",
+    order=1,
+    steps="reward_model.steps",
+    schedule="reward_model.schedule",
+    results=("reward_model",),
+    headlines=(PAIR_ACCURACY,),
+    closing=_reward_model_closing,
+)
+PREFERENCE = StageKind(
+    name="preference",
+    order=2,
+    presets=PREFERENCES,
+    steps="preference.steps",
+    schedule="preference.schedule",
+    results=("policy",),
+    headlines=(
+        LOSS,
+        PAIR_ACCURACY,
+        Headline("log p chosen", "logprobs/chosen", "{:.1f}", change=True),
+    ),
+    closing=_preference_closing,
+)
+RL = StageKind(
+    name="rl",
+    order=2,
+    presets=ALGORITHMS,
+    steps="run.steps",
+    schedule="optim.schedule",
+    results=("policy", "policy_ema", "critic"),
+    headlines=(
+        Headline("reward", "reward", change=True),
+        Headline("gold", "reward/gold", change=True),
+        Headline("exact", "reward/exact", "{:.0%}", change=True),
+        Headline("KL", "kl", "{:.1f}"),
+        Headline("clip", "policy/clip_fraction", "{:.0%}"),
+        Headline("ev", "value/explained_variance"),
+    ),
+)
+EVALUATION = StageKind(name="evaluation", order=3, closing=_evaluation_closing, learns=False)
+
+KINDS = (SFT, REWARD_MODEL, PREFERENCE, RL, EVALUATION)
+"""All kinds, in the order in which a recipe names them."""
+
+
+def kind_of(stage: str) -> StageKind | None:
+    """Return the kind of the stage that a recipe calls `stage`, None if there is no such stage."""
+    return next((kind for kind in KINDS if stage in kind.stages), None)
+
+
+def stage_of(kind: StageKind, recipe: Iterable[str]) -> str | None:
+    """Return the name of the recipe's stage of this kind, None if it has none."""
+    return next((stage for stage in recipe if stage in kind.stages), None)

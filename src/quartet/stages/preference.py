@@ -1,0 +1,83 @@
+"""The stage that learns from comparisons directly: the DPO family."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quartet.algorithms.preference import PreferenceLoss
+from quartet.data.records import Comparison
+from quartet.data.sampler import Sampler
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.loops.preference import Source, held_out_preference, preference
+from quartet.loops.progress import Progress
+from quartet.models.adapters import reference_of
+from quartet.models.language_model import save
+from quartet.stages.protocol import StageRun, Summary, unchanged
+from quartet.training.budget import Budget
+from quartet.training.checkpoint import Stateful
+from quartet.training.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class PreferenceStage:
+    """Trains a policy on comparisons and writes it to `policy/`.
+
+    The comparisons are those of a file or, with `online`, of pairs that the policy samples itself.
+    """
+
+    name: str
+    comparisons: Sequence[Comparison]
+    held_out: Sequence[Comparison]
+    online: Callable[[Path, Any], Source] | None
+    tokenizer: Any
+    load_policy: Callable[[Path], Any]
+    loss: PreferenceLoss
+    optimizer: Callable[[Any], Optimizer]
+    num_steps: int
+    batch_size: int
+    micro_batch_tokens: int
+    seed: int
+    process_group: ProcessGroup = SINGLE_PROCESS
+    spread: Callable[[Any], Any] = unchanged
+    """Distributes a model over the ranks, if the config says so."""
+
+    @property
+    def title(self) -> str:
+        return self.name.replace("_", " ")
+
+    def begin(self, folder: Path) -> StageRun:
+        model = self.load_policy(folder)
+        if self.online is not None:
+            source = self.online(folder, model)
+        else:
+            source = Sampler(self.comparisons, self.batch_size, self.seed)
+        reference = reference_of(model) if self.loss.needs_reference else None
+        model = self.spread(model)
+        reference = None if reference is None else self.spread(reference)
+        optimizer, budget = (
+            self.optimizer(model),
+            Budget(self.micro_batch_tokens, self.process_group),
+        )
+
+        def steps(done: int) -> Iterator[Progress]:
+            return preference(
+                model, reference, source, self.loss, optimizer, self.num_steps, budget, done
+            )
+
+        def finish() -> Summary:
+            save(model, self.tokenizer, folder / "policy", self.process_group)
+            if not self.held_out:
+                return {}
+            after = held_out_preference(
+                model,
+                reference,
+                self.held_out,
+                self.loss,
+                self.micro_batch_tokens,
+                self.process_group,
+            )
+            return {f"held_out_{name}": value for name, value in after.items()}
+
+        stateful: dict[str, Stateful] = {"optimizer": optimizer, "source": source, "budget": budget}
+        return StageRun(steps, finish, stateful, [optimizer], budget)

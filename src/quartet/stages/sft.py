@@ -1,0 +1,59 @@
+"""The stage of supervised fine-tuning."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quartet.data.records import Demonstration
+from quartet.data.sampler import Sampler
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.loops.progress import Progress
+from quartet.loops.sft import held_out_loss, sft
+from quartet.models.language_model import save
+from quartet.stages.protocol import StageRun, Summary, unchanged
+from quartet.training.budget import Budget
+from quartet.training.checkpoint import Stateful
+from quartet.training.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class SftStage:
+    """Trains a policy on demonstrations and writes it to `sft/`."""
+
+    demonstrations: Sequence[Demonstration]
+    held_out: Sequence[Demonstration]
+    tokenizer: Any
+    load_policy: Callable[[Path], Any]
+    optimizer: Callable[[Any], Optimizer]
+    num_steps: int
+    batch_size: int
+    micro_batch_tokens: int
+    seed: int
+    name: str = "sft"
+    title: str = "sft"
+    process_group: ProcessGroup = SINGLE_PROCESS
+    spread: Callable[[Any], Any] = unchanged
+    """Distributes a model over the ranks, if the config says so."""
+
+    def begin(self, folder: Path) -> StageRun:
+        model = self.spread(self.load_policy(folder))
+        before = held_out_loss(model, self.held_out, self.micro_batch_tokens, self.process_group)
+        sampler = Sampler(self.demonstrations, self.batch_size, self.seed)
+        optimizer = self.optimizer(model)
+        budget = Budget(self.micro_batch_tokens, self.process_group)
+
+        def steps(done: int) -> Iterator[Progress]:
+            return sft(model, sampler, optimizer, self.num_steps, budget, done)
+
+        def finish() -> Summary:
+            save(model, self.tokenizer, folder / "sft", self.process_group)
+            after = held_out_loss(model, self.held_out, self.micro_batch_tokens, self.process_group)
+            return {"held_out_loss_before": before, "held_out_loss": after}
+
+        stateful: dict[str, Stateful] = {
+            "optimizer": optimizer,
+            "sampler": sampler,
+            "budget": budget,
+        }
+        return StageRun(steps, finish, stateful, [optimizer], budget)
