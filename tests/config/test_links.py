@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from quartet.cli import app
-from quartet.cli.common import typed
 from quartet.config.errors import _parts_in
 from quartet.config.links import PATHS, absolute_word, where
 from quartet.config.tables import Config
 from quartet.config.toml import read_settings, resolved_toml
+from quartet.io.texts import typed
 from quartet.recording.run_folder import RunFolder, beginning_of, point_latest
 from tests.support.tiny_run import SMALL, make_run
 

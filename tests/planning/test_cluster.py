@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from quartet.config.tables import Run
+from quartet.config.run import Run
 from quartet.config.toml import read_settings
 from quartet.planning.cluster import (
     GPUS,

@@ -1,6 +1,6 @@
 import pytest
 
-from quartet.config.tables import Run
+from quartet.config.run import Run
 from quartet.recording.run_folder import Keeping
 from tests.support.tiny_run import make_run
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from quartet.config.tables import Config, did_you_mean
+from quartet.config.tables import Config
+from quartet.io.texts import did_you_mean
 from quartet.parts import Family
 
 Table = dict[str, Any]

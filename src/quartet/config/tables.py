@@ -1,12 +1,11 @@
-"""What a run is. Every key has a default or a reason to be asked for; what cannot work is refused,
-with what to do instead.
+"""The tables of a run's file, and `Config`, which puts them together.
 
-The hyper-parameters of formulas, sampling and optimizers are declared where they are read; this
-file has the rest, and puts them together.
+The hyper-parameters of formulas, sampling and optimizers are declared in the modules that read
+them; this file has the rest. A `Config` is checked when it is made: types and ranges by the
+declarations, combinations of settings by `quartet.config.rules`.
 """
 
 import dataclasses
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
@@ -19,11 +18,11 @@ from quartet.algorithms.preference import (
     RewardModelLoss,
 )
 from quartet.config.read_by import PRETRAINING, REWARDED, roles_that_read
+from quartet.config.run import Launch, Run
 from quartet.generation.sampling import Sampling
 from quartet.models.lora import Lora
 from quartet.models.shape import Shape
 from quartet.parts import Field, part
-from quartet.recording.metric import Metric
 from quartet.rewards.source import RewardSource
 from quartet.rewards.sources import ModelSource
 from quartet.stages.kinds import PREFERENCE, RL, kind_of, stage_of
@@ -34,312 +33,261 @@ WORLDS = Literal["reviews", "sums", "guess"]
 
 @part
 class Data:
-    """Where prompts, demonstrations and comparisons come from: a file, or an embedded world."""
+    """The file's [data] table: where prompts, demonstrations and comparisons come from, which is
+    files or an embedded world."""
 
-    world: WORLDS | None = None
+    world: WORLDS | None = Field(
+        default=None,
+        description="An embedded world, which makes its own data and knows the gold reward.",
+    )
     train: str | tuple[str, ...] | None = Field(
-        default=None, description="A file or folder, or a list of them."
+        default=None, description="A file or folder to train on, or a list of them."
     )
     weights: tuple[float, ...] | None = Field(
         default=None,
-        description="How often a row of each file of train is seen in an epoch: 2 is twice, 0.5 a "
-        "random half.",
+        description="How often an epoch shows each row of a file, one number for each file of "
+        "data.train: 2 is twice, 0.5 a random half.",
     )
-    eval: str | None = Field(default=None, description="Left out, a share of train is held out.")
+    eval: str | None = Field(
+        default=None,
+        description="A file or folder of held-out rows. Left out, a share of data.train is held "
+        "out.",
+    )
     pretraining: str | None = Field(
-        default=None, description="What PTX reads. Left out, it is the SFT stage's data."
+        default=None,
+        description="The demonstrations that algorithm.ptx mixes in. Left out, they are the SFT "
+        "stage's.",
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="What the columns of the files are called here."
+        default_factory=dict,
+        description="The names of the files' columns, by Quartet's names for them.",
     )
     rows: int = Field(default=4000, ge=1, description="How many rows a world makes for each stage.")
     held_out: float = Field(
         default=0.1,
         gt=0,
         lt=1,
-        description="The share of train that is held out where there is no eval.",
+        description="The share of data.train that is held out where there is no data.eval.",
     )
-    max_prompt_tokens: int = Field(default=512, ge=1)
-    max_response_tokens: int = Field(default=512, ge=1)
-    unusable: Literal["refuse", "drop"] = "refuse"
+    max_prompt_tokens: int = Field(
+        default=512, ge=1, description="Rows with a longer prompt are unusable."
+    )
+    max_response_tokens: int = Field(
+        default=512,
+        ge=1,
+        description="Rows with a longer demonstration or answer are unusable; what the policy "
+        "samples is bounded by rollout.max_new_tokens.",
+    )
+    unusable: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description='Unusable rows stop the run before it starts; "drop" leaves them out.',
+    )
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Of train."""
+        """The files and folders of `train`."""
         return (self.train,) if isinstance(self.train, str) else self.train or ()
 
 
 @part
 class TrainTokenizer:
-    """A byte-level BPE tokenizer, trained on the run's own data."""
+    """A byte-level BPE tokenizer that is trained on the run's own data."""
 
     type: Literal["train"] = "train"
     vocab_size: int = Field(
         default=4096,
         ge=300,
-        description="256 bytes, the special tokens, and what merges make of them.",
+        description="The number of tokens: 256 bytes, the special tokens, and merges.",
     )
 
 
 @part
 class Policy:
-    """The model to align: a folder or hub id, or a shape to create from scratch."""
+    """The file's [policy] table: the model to align, loaded from a folder or the hub, or created
+    from a shape."""
 
-    model: str | None = None
-    create: Shape | None = None
+    model: str | None = Field(
+        default=None, description="The folder or hub id of the model to start from."
+    )
+    create: Shape | None = Field(
+        default=None, description="The shape of a new model, whose weights are random."
+    )
     tokenizer: TrainTokenizer | str | None = Field(
-        default=None, description="A folder, or one to train. Default: the model's."
+        default=None,
+        description='A folder or hub id, or { type = "train" }. Left out, it is the model\'s.',
     )
     chat_template: str | None = Field(
-        default=None, description='"chatml" or a file with a template.'
+        default=None,
+        description='"chatml", or a file with a template. Left out, it is the tokenizer\'s.',
     )
     adapter: Lora | None = Field(
-        default=None, description='{ type = "lora" }. Left out, all weights are trained.'
+        default=None,
+        description='{ type = "lora" } trains an adapter. Left out, all weights are trained.',
     )
     frozen_layers: int = Field(
         default=0,
         ge=0,
-        description="The embeddings and so many of the first layers stay as they are, and "
-        "reference and critic share them.",
+        description="How many of the first layers are frozen, with the embeddings. Reference and "
+        "critic share frozen layers with the actor.",
     )
     gradient_checkpointing: bool = Field(
         default=False,
-        description="While training, keep only what each block was given and compute the rest "
-        "again: a third more work for a "
-        "fraction of the memory.",
+        description="Keep only the input of each block for the backward pass, and compute the rest "
+        "again: a third more work for a fraction of the memory.",
     )
     compile: bool = Field(
         default=False,
-        description="Let torch.compile write the blocks of a Llama: slower to begin, quicker "
-        "after. A resumed run then agrees "
-        "to rounding, not to the bit.",
+        description="Compile the blocks of a Llama with torch.compile: a slower start, quicker "
+        "steps. A resumed run then agrees to rounding, not to the bit.",
     )
 
 
 @part
 class Sft(OptimizerConfig):
-    """Supervised fine-tuning: the file's [sft] table."""
+    """The file's [sft] table: supervised fine-tuning."""
 
-    steps: int = Field(default=200, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    data: str | None = Field(default=None, description="Left out, it is data.train.")
+    steps: int = Field(default=200, ge=1, description="How many optimizer steps the stage takes.")
+    batch_size: int = Field(default=32, ge=1, description="Demonstrations in each optimizer step.")
+    data: str | None = Field(
+        default=None, description="A file of demonstrations. Left out, it is data.train."
+    )
 
 
 @part
 class RewardModel(OptimizerConfig):
-    """Training the reward model: the file's [reward_model] table."""
+    """The file's [reward_model] table: training a reward model from comparisons."""
 
-    steps: int = Field(default=200, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    data: str | None = Field(default=None, description="Left out, it is data.train.")
+    steps: int = Field(default=200, ge=1, description="How many optimizer steps the stage takes.")
+    batch_size: int = Field(default=32, ge=1, description="Comparisons in each optimizer step.")
+    data: str | None = Field(
+        default=None, description="A file of comparisons. Left out, it is data.train."
+    )
     loss: RewardModelLoss = LastTokenLoss()
 
 
 @part
 class Preference(OptimizerConfig):
-    """Learning from comparisons directly (dpo, ipo, kto, …): the file's [preference] table."""
+    """The file's [preference] table: learning from comparisons directly (dpo, ipo, kto, …)."""
 
-    steps: int = Field(default=200, ge=1)
+    steps: int = Field(default=200, ge=1, description="How many optimizer steps the stage takes.")
     batch_size: int = Field(
-        default=32, ge=1, description="Comparisons in each optimizer step; online, prompts."
+        default=32,
+        ge=1,
+        description="Comparisons in each optimizer step; of online DPO, prompts.",
     )
-    data: str | None = Field(default=None, description="Left out, it is data.train.")
+    data: str | None = Field(
+        default=None, description="A file of comparisons. Left out, it is data.train."
+    )
     loss: PreferenceLoss = Dpo()
 
 
 @part
 class SeparateCritic:
-    """A critic with a trunk of its own."""
+    """A critic that is a whole model, apart from the actor."""
 
     type: Literal["separate"] = "separate"
     init: str | None = Field(
         default=None,
-        description='"reward_model", "policy", or a folder. Left out: the reward model where there '
-        "is one.",
+        description='The weights that the critic starts from: "reward_model", "policy", or a '
+        "folder. Left out, they are the reward model's where there is one, else the policy's.",
     )
 
 
 @part
 class SharedCritic:
-    """A scalar head on the actor's trunk."""
+    """A critic that is a scalar head on the actor's hidden states."""
 
     type: Literal["shared"] = "shared"
 
 
 @part
 class Environment:
-    """Who answers the policy, where an answer has several turns: the file's [environment] table."""
+    """The file's [environment] table: what answers the policy between the turns of an episode."""
 
     function: str = Field(
-        description="file.py:Name of a class with reset and step, or package.module.Name."
+        description="A class with reset and step, as file.py:Name or package.module.Name."
     )
     max_turns: int = Field(default=8, ge=1, description="Turns of the policy in one episode.")
 
 
 @part
 class Rollout(Sampling):
-    """What is sampled in one RL step: the file's [rollout] table."""
+    """The file's [rollout] table: what is sampled in one RL step."""
 
     prompts_per_step: int = Field(
-        default=64, ge=1, description="The only batch size a person sets."
+        default=64,
+        ge=1,
+        description="Prompts in each RL step. Micro-batches are cut by optim.micro_batch_tokens.",
     )
     samples_per_prompt: int = Field(
-        default=1, ge=1, description="Answers to each prompt; group advantages need 2 or more."
+        default=1, ge=1, description="Responses to each prompt; group advantages need 2 or more."
     )
     staleness: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         default="auto",
-        description="How many updates old the weights may be that sample, while others are being "
-        "made. 0: one after the other. "
-        "Left out: 1 where servers write the answers, else 0.",
+        description="How many updates behind the learner the sampling weights may be; 0 samples "
+        "and learns in turn. Left out, it is 1 with servers and 0 without.",
     )
 
 
 @part
 class Native:
-    """Answers are sampled here, by the very module that learns."""
+    """Responses are sampled in the training process, by the weights that are trained."""
 
     type: Literal["native"] = "native"
 
 
 @part
 class Servers:
-    """Answers are sampled by servers, each in an environment of its own."""
+    """Responses are sampled by inference servers, which are given the new weights."""
 
     urls: tuple[str, ...] = Field(
-        min_length=1, description='Where they listen, ["http://127.0.0.1:8000"].'
+        min_length=1,
+        description='The addresses that the servers listen on, such as ["http://127.0.0.1:8000"].',
     )
-    type: Literal["vllm", "sglang"] = "vllm"
+    type: Literal["vllm", "sglang"] = Field(default="vllm", description="What the servers run.")
     shared: str | None = Field(
         default=None,
-        description="The folder through which they get new weights; they read it too. Left out, in "
-        "the run's.",
+        description="A folder that this process writes new weights to and the servers read them "
+        "from. Left out, it is in the run's.",
     )
     timeout: float = Field(
-        default=600.0, gt=0, description="Seconds for one answer, and for a server to come back."
+        default=600.0,
+        gt=0,
+        description="Seconds that one response may take, and that a lost server has to come back.",
     )
     adapter: bool = Field(
         default=False,
-        description="They were started with --enable-lora: the policy's base goes to them once, "
-        "and then its adapter alone.",
+        description="Send the base model once and then the adapter alone. The servers must have "
+        "been started with --enable-lora.",
     )
 
 
 @part
 class Evaluation:
-    """The last stage: the policy against the model it started from, on held-out prompts."""
+    """The file's [evaluation] table: the policy against the model it started from, on held-out
+    prompts."""
 
-    prompts: int = Field(default=500, ge=2)
+    prompts: int = Field(default=500, ge=2, description="How many held-out prompts are answered.")
     best_of: int = Field(
         default=16,
         ge=0,
-        description="How many answers of the first model the best-of-n curve chooses from; 0: none.",
+        description="The largest n of the best-of-n curve of the first model; 0 draws no curve.",
     )
-
-
-KEPT_STEPS = 1000
-"""A run with more keeps some of its rollouts only."""
-
-
-@part
-class Run:
-    steps: int = Field(default=100, ge=1, description="How many RL steps.")
-    folder: str = "runs"
-    name: str | None = Field(
-        default=None, description="Left out, it is the recipe's or the file's."
-    )
-    device: str = Field(default="auto", description='"auto", "cpu" or "cuda".')
-    offload: bool = Field(
-        default=False,
-        description="On a GPU: frozen models, and the optimizers' moments, wait in main memory "
-        "while others work.",
-    )
-    rollouts_every: int | None = Field(
-        default=None,
-        ge=1,
-        description="Every how many RL steps the rollouts are written, and all extreme ones. Left "
-        "out: all of 1,000 steps.",
-    )
-    checkpoint_every: int | None = Field(
-        default=None,
-        ge=1,
-        description="Steps between checkpoints. Left out: as often as takes under 2 % of the time.",
-    )
-    keep_last: int = Field(
-        default=2, ge=1, description="How many checkpoints are kept, beside the best."
-    )
-    keep_best: str | None = Field(
-        default=None,
-        description='The metric by which one more checkpoint is kept, "reward/gold"; "-loss" where '
-        "less is better.",
-    )
-    rollbacks: int = Field(
-        default=0,
-        ge=0,
-        description="How often a stage may go back to its last checkpoint, with half the learning "
-        "rate, where a loss, gradient "
-        "or log-probability is not finite. 0: it stops.",
-    )
-    max_minutes: float | None = Field(
-        default=None,
-        gt=0,
-        description="The run saves and stops after so long, to be resumed: for machines on loan.",
-    )
-    track: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
-        default=(), description="Where else the metrics go; each needs the extra of its name."
-    )
-    metrics: tuple[Metric, ...] = Field(
-        default=(),
-        description='Metrics of your own, ["mine.py:MyMetric"]: a number of each RL step.',
-    )
-
-    @property
-    def keep_every(self) -> int:
-        """The same, resolved."""
-        return self.rollouts_every or math.ceil(self.steps / KEPT_STEPS)
-
-
-@part
-class Launch:
-    """How many processes train, and who starts them: the file's [launch] table."""
-
-    type: Literal["local", "torchrun", "ray"] = Field(
-        default="local",
-        description="Processes of this machine; those that torchrun or srun has started; or Ray's "
-        "actors.",
-    )
-    processes: int = Field(
-        default=1, ge=1, description="Ranks. Under torchrun its own number counts."
-    )
-    shard: bool | Annotated[int, Field(ge=2)] = Field(
-        default=False,
-        description="Each rank holds a part of every matrix (FSDP2) instead of all weights. A "
-        "number: of so many ranks one "
-        "model each (HSDP).",
-    )
-    deadline: float = Field(
-        default=600.0,
-        gt=0,
-        description="Seconds after which a rank that others wait for counts as lost.",
-    )
-    restarts: int = Field(
-        default=0, ge=0, description="How often the run goes on by itself after a rank was lost."
-    )
-    address: str | None = Field(
-        default=None, description="Of a Ray cluster. Left out, one is started on this machine."
-    )
-
-    def parts(self, world: int) -> int:
-        """Over how many of so many ranks a model is in parts."""
-        return world if isinstance(self.shard, bool) else self.shard
 
 
 @part
 class Config:
-    """A run, complete and checked."""
+    """All settings of a run."""
 
-    recipe: tuple[str, ...]
+    recipe: tuple[str, ...] = Field(
+        description='The stages of the run in order, such as ["sft", "reward_model", "ppo"].'
+    )
     algorithm: Algorithm | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="Seeds all that is random; a run with the same seed gives the same numbers.",
+    )
     data: Data = Data()
     policy: Policy = Policy()
     sft: Sft = Sft()
@@ -377,7 +325,7 @@ class Config:
 
     @property
     def staleness(self) -> int:
-        """How many updates old the weights may be that sample."""
+        """How many updates behind the learner the sampling weights may be."""
         if self.rollout.staleness == "auto":
             return int(isinstance(self.generator, Servers))
         return self.rollout.staleness
@@ -406,7 +354,8 @@ class Config:
 
     @property
     def reward_model_source(self) -> ModelSource | None:
-        """The reward model that a critic may start from: the first."""
+        """The first reward model among the rewards, which a critic can start from; None if there is
+        none."""
         return next((r for r in self.reward if isinstance(r, ModelSource)), None)
 
     @model_validator(mode="after")
@@ -419,13 +368,14 @@ class Config:
 
 
 def json_ready(config: Config) -> dict[str, Any]:
-    """The config as plain tables, without what is not set."""
+    """Return the config as plain tables, without settings that are None."""
     table: dict[str, Any] = without_none(dataclasses.asdict(config))
     return table
 
 
 def without_none(value: Any) -> Any:
-    """Tables and lists without what is not set, as TOML has them."""
+    """Return a tree of tables and lists without the keys whose value is None, which TOML does not
+    have."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list | tuple) else value

@@ -22,8 +22,9 @@ from quartet.algorithms.preference import PREFERENCES, PreferenceLoss
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.config.errors import Table, sentence, toml_value, where
 from quartet.config.links import resolve_links
-from quartet.config.tables import Config, did_you_mean, json_ready, without_none
+from quartet.config.tables import Config, json_ready, without_none
 from quartet.errors import QuartetError
+from quartet.io.texts import did_you_mean
 
 
 class ConfigError(QuartetError, ValueError):

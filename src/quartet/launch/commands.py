@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
-from quartet.config.tables import Launch
+from quartet.config.run import Launch
 
 FIRST = "NODE0"
 """Stands for the name of the first node."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quartet.config.tables import Launch
+from quartet.config.run import Launch
 from quartet.distributed.process_group import PATIENCE
 from quartet.launch.spmd import by_another
 from quartet.runtime.worker import Handle, Worker, WorkerLost, mapped

@@ -1,0 +1,464 @@
+"""What cannot work: one function for each combination of settings that is refused.
+
+A rule returns a sentence that names the key, says what is wrong and what to do, or None. Rules are
+asked in the order in which they stand here, and a config is refused with the first sentence; so a
+rule may rely on those before it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from quartet.algorithms.preference import PREFERENCES
+from quartet.algorithms.update import TrustRegion
+from quartet.config.tables import Config, SeparateCritic, Servers
+from quartet.io.texts import did_you_mean
+from quartet.rewards.sources import EnvironmentSource, GoldSource, JudgeSource, ModelSource
+from quartet.stages.kinds import KINDS, kind_of
+
+Rule = Callable[[Config], str | None]
+
+RULES: list[Rule] = []
+"""All rules, in the order in which they are asked."""
+
+KNOWN_STAGES = "sft, reward_model, evaluation, and what `quartet algorithms` lists"
+CHECKED_WORLDS = ("sums", "guess")
+"""Worlds whose answers are right or wrong; they have no comparisons to learn from."""
+
+
+def rule(function: Rule) -> Rule:
+    """Add a function to `RULES`."""
+    RULES.append(function)
+    return function
+
+
+def first_problem(config: Config) -> str | None:
+    """Return the sentence of the first rule that a config breaks, None if it breaks none."""
+    return next((problem for check in RULES if (problem := check(config)) is not None), None)
+
+
+# --- the recipe
+
+
+@rule
+def recipe_needs_a_stage(config: Config) -> str | None:
+    if config.recipe:
+        return None
+    return f"recipe: is empty. Name one stage or more of {KNOWN_STAGES}."
+
+
+@rule
+def recipe_names_known_stages(config: Config) -> str | None:
+    known = [stage for kind in KINDS for stage in kind.stages]
+    for stage in config.recipe:
+        if stage not in known:
+            near = did_you_mean(stage, known)
+            return f'recipe: "{stage}" is no stage.{near} Known are {KNOWN_STAGES}.'
+    return None
+
+
+@rule
+def stages_stand_in_order(config: Config) -> str | None:
+    order = [kind.order for stage in config.recipe if (kind := kind_of(stage)) is not None]
+    if order == sorted(set(order)):
+        return None
+    return (
+        "recipe: stages go from sft over reward_model and one RL or preference stage to "
+        f"evaluation, each at most once; this one says {', '.join(config.recipe)}."
+    )
+
+
+@rule
+def preference_loss_is_the_stages(config: Config) -> str | None:
+    stage, loss = config.preference_stage, config.preference.loss.type
+    if stage is None or loss == PREFERENCES[stage].type:
+        return None
+    return f'preference.loss.type = "{loss}", but the recipe says "{stage}". Make them the same.'
+
+
+@rule
+def kto_needs_two_comparisons(config: Config) -> str | None:
+    if config.preference_stage != "kto" or config.preference.batch_size >= 2:
+        return None
+    return (
+        "preference.batch_size = 1: KTO estimates the KL from answers under other prompts of the "
+        "batch, so it must be ≥ 2."
+    )
+
+
+@rule
+def evaluation_needs_an_aligned_policy(config: Config) -> str | None:
+    if "evaluation" not in config.recipe or config.rl_stage or config.preference_stage:
+        return None
+    return (
+        "recipe: evaluation compares an RL or preference stage's policy with the one before it; "
+        "there is none."
+    )
+
+
+@rule
+def evaluation_needs_a_reward(config: Config) -> str | None:
+    if "evaluation" not in config.recipe or config.reward or config.data.world is not None:
+        return None
+    return "recipe: evaluation needs a [[reward]] or a world to say which answers are better."
+
+
+# --- data and the policy
+
+
+@rule
+def data_train_lists_a_file(config: Config) -> str | None:
+    if config.data.train is None or config.data.files:
+        return None
+    return "data.train: is empty. Name a file."
+
+
+@rule
+def paths_are_not_empty(config: Config) -> str | None:
+    paths = {
+        "data.train": config.data.files,
+        "data.eval": (config.data.eval,),
+        "policy.model": (config.policy.model,),
+    }
+    for key, named in paths.items():
+        if "" in named:
+            return f"{key}: is empty. Name a file or folder."
+    return None
+
+
+@rule
+def run_name_is_no_path(config: Config) -> str | None:
+    name = config.run.name
+    if name is None or (
+        name.strip() and Path(name).name == name and name[0] != "." and name.isprintable()
+    ):
+        return None
+    return f"run.name = {name!r}: is a name, not a path; letters, digits and dashes."
+
+
+@rule
+def policy_has_one_origin(config: Config) -> str | None:
+    if (config.policy.model is None) != (config.policy.create is None):
+        return None
+    return (
+        "policy.model: name a folder or hub id, or describe a new model in policy.create; exactly "
+        "one of the two."
+    )
+
+
+@rule
+def data_have_one_origin(config: Config) -> str | None:
+    if (config.data.world is None) != (config.data.train is None):
+        return None
+    return "data.train: name a file, or an embedded world in data.world; exactly one of the two."
+
+
+@rule
+def adapter_excludes_frozen_layers(config: Config) -> str | None:
+    if config.policy.adapter is None or not config.policy.frozen_layers:
+        return None
+    return "policy.frozen_layers: an adapter freezes all layers already. Take one of the two out."
+
+
+@rule
+def some_layers_are_trained(config: Config) -> str | None:
+    shape, frozen = config.policy.create, config.policy.frozen_layers
+    if shape is None or frozen < shape.num_layers:
+        return None
+    return f"policy.frozen_layers = {frozen}: the model has {shape.num_layers} layers."
+
+
+@rule
+def every_file_has_a_weight(config: Config) -> str | None:
+    weights, files = config.data.weights, config.data.files
+    if weights is None:
+        return None
+    if len(weights) == len(files) and all(w >= 0 for w in weights) and sum(weights):
+        return None
+    return (
+        f"data.weights = {list(weights)}: needs one number ≥ 0 for each of {len(files)} files in "
+        "data.train."
+    )
+
+
+@rule
+def new_model_needs_a_tokenizer(config: Config) -> str | None:
+    policy = config.policy
+    if policy.create is None or policy.tokenizer is not None or config.data.world is not None:
+        return None
+    return (
+        'policy.tokenizer: a new model needs one. Write tokenizer = { type = "train" } or name a '
+        "folder."
+    )
+
+
+@rule
+def reward_model_needs_comparisons(config: Config) -> str | None:
+    if config.data.world not in CHECKED_WORLDS or "reward_model" not in config.recipe:
+        return None
+    return (
+        f"recipe: the world {config.data.world} has no comparisons to train a reward model on, its "
+        "answers are checked."
+    )
+
+
+# --- rewards
+
+
+@rule
+def learning_needs_a_reward(config: Config) -> str | None:
+    if config.rewarded_stage is None or config.reward:
+        return None
+    return (
+        f'reward: {config.rewarded_stage} needs one. Add [[reward]] with type = "model" and model '
+        '= a folder, or type = "exact".'
+    )
+
+
+@rule
+def reward_model_has_an_origin(config: Config) -> str | None:
+    unnamed = any(isinstance(r, ModelSource) and r.model is None for r in config.reward)
+    if not unnamed or "reward_model" in config.recipe or not config.reads("reward"):
+        return None
+    return (
+        "reward.model: name the reward model's folder, or put reward_model before "
+        f"{config.rewarded_stage or 'the others'} in the recipe."
+    )
+
+
+@rule
+def rewards_have_different_names(config: Config) -> str | None:
+    names = [r.called for r in config.reward]
+    for name in names:
+        if names.count(name) > 1:
+            return (
+                f"reward.name: two rewards are called {name}. Give each a name of its own, "
+                'name = "…".'
+            )
+    return None
+
+
+@rule
+def some_reward_counts(config: Config) -> str | None:
+    if config.rewarded_stage is None or any(r.weight for r in config.reward):
+        return None
+    return "reward.weight: is 0 for every reward, so there is nothing to learn from."
+
+
+@rule
+def pairwise_judge_needs_two_answers(config: Config) -> str | None:
+    pairwise = any(
+        isinstance(r, JudgeSource) and r.mode == "pairwise" and r.weight for r in config.reward
+    )
+    if not pairwise or config.rl_stage is None or config.rollout.samples_per_prompt >= 2:
+        return None
+    return (
+        'reward.mode = "pairwise": compares answers to the same prompt, so '
+        "rollout.samples_per_prompt must be ≥ 2."
+    )
+
+
+@rule
+def gold_reward_needs_a_world(config: Config) -> str | None:
+    if config.data.world is not None or not any(isinstance(r, GoldSource) for r in config.reward):
+        return None
+    return 'reward.type: "gold" is known in an embedded world only.'
+
+
+@rule
+def preference_stage_needs_comparisons(config: Config) -> str | None:
+    world = config.data.world
+    if world not in CHECKED_WORLDS or not config.preference_stage or config.rewarded_stage:
+        return None
+    return f"recipe: the world {world} has no comparisons to learn from; its answers are checked."
+
+
+@rule
+def environment_reward_needs_an_environment(config: Config) -> str | None:
+    if config.has_episodes or not any(isinstance(r, EnvironmentSource) for r in config.reward):
+        return None
+    return (
+        'reward.type: "environment" needs an environment. Add [environment] with function = '
+        '"file.py:Name".'
+    )
+
+
+@rule
+def greedy_baseline_needs_one_turn(config: Config) -> str | None:
+    if config.algorithm is None or not config.algorithm.needs_greedy or not config.has_episodes:
+        return None
+    return (
+        "environment: an algorithm that compares with a greedy answer is not written for several "
+        "turns."
+    )
+
+
+# --- the RL stage
+
+
+@rule
+def groups_need_two_answers(config: Config) -> str | None:
+    algorithm, samples = config.algorithm, config.rollout.samples_per_prompt
+    if algorithm is None or not algorithm.needs_group or samples >= 2:
+        return None
+    return (
+        f"rollout.samples_per_prompt = {samples}: {config.rl_stage} compares several answers to "
+        "one prompt, so it must be ≥ 2. Typical: 8."
+    )
+
+
+@rule
+def critic_starts_from_something(config: Config) -> str | None:
+    critic = config.critic
+    if not isinstance(critic, SeparateCritic) or critic.init != "reward_model":
+        return None
+    if config.rl_stage is None or config.reward_model_source is not None:
+        return None
+    return 'critic.init = "reward_model": there is no reward model here. Use "policy" or a folder.'
+
+
+@rule
+def token_rewards_need_token_scores(config: Config) -> str | None:
+    algorithm = config.algorithm
+    whole = [r for r in config.reward if r.weight and not r.gives_token_scores]
+    if algorithm is None or not algorithm.needs_token_scores or not whole:
+        return None
+    return (
+        f'algorithm.rewards.type = "{algorithm.rewards.type}": reads a score for each token, and '
+        f'the reward {whole[0].called} gives one per response. Use "last_token", or a reward of '
+        'type "model", "steps", "function".'
+    )
+
+
+@rule
+def trust_region_needs_a_critic(config: Config) -> str | None:
+    algorithm = config.algorithm
+    if algorithm is None or not isinstance(algorithm.update, TrustRegion) or algorithm.needs_critic:
+        return None
+    return (
+        'algorithm.update.type = "trust_region": is written for algorithms with a critic, and '
+        f'advantage.type = "{algorithm.advantage.type}" has none. Use advantage = '
+        '{ type = "gae" }.'
+    )
+
+
+@rule
+def trust_region_excludes_ptx(config: Config) -> str | None:
+    algorithm = config.algorithm
+    if (
+        algorithm is None
+        or not isinstance(algorithm.update, TrustRegion)
+        or algorithm.ptx.coef <= 0
+    ):
+        return None
+    return 'algorithm.ptx: is not mixed into update.type = "trust_region". Use "first_order".'
+
+
+@rule
+def served_adapter_needs_an_adapter(config: Config) -> str | None:
+    generator = config.generator
+    if config.rl_stage is None or not isinstance(generator, Servers):
+        return None
+    if not generator.adapter or config.policy.adapter is not None:
+        return None
+    return "generator.adapter = true: the policy is none. Set policy.adapter, or take it out."
+
+
+@rule
+def sglang_excludes_filters(config: Config) -> str | None:
+    generator = config.generator
+    if config.rl_stage is None or not isinstance(generator, Servers):
+        return None
+    if generator.type != "sglang" or not config.rollout.filters:
+        return None
+    return (
+        'generator.type = "sglang": tells log-probs of the distribution before rollout.top_k and '
+        "rollout.top_p, from which nothing was drawn. Leave those at 0 and 1."
+    )
+
+
+@rule
+def critic_warmup_needs_a_critic(config: Config) -> str | None:
+    algorithm, steps = config.algorithm, config.optim.critic_warmup_steps
+    if algorithm is None or algorithm.needs_critic or not steps:
+        return None
+    return f"optim.critic_warmup_steps = {steps}: {config.rl_stage} has no critic."
+
+
+@rule
+def minibatches_have_responses(config: Config) -> str | None:
+    responses = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    if config.rl_stage is None or config.optim.minibatches <= responses:
+        return None
+    return f"optim.minibatches = {config.optim.minibatches}: a step has only {responses} responses."
+
+
+@rule
+def new_model_is_long_enough(config: Config) -> str | None:
+    shape, prompt = config.policy.create, config.data.max_prompt_tokens
+    response = config.rollout.max_new_tokens
+    if config.rl_stage is None or shape is None or prompt + response <= shape.max_length:
+        return None
+    return (
+        f"policy.create.max_length = {shape.max_length}: too short for data.max_prompt_tokens = "
+        f"{prompt} and rollout.max_new_tokens = {response} together."
+    )
+
+
+# --- processes
+
+
+@rule
+def address_needs_ray(config: Config) -> str | None:
+    launch = config.launch
+    if launch.address is None or launch.type == "ray":
+        return None
+    return (
+        f'launch.address: is a Ray cluster\'s, and launch.type = "{launch.type}". Use type = "ray".'
+    )
+
+
+@rule
+def torchrun_restarts_itself(config: Config) -> str | None:
+    if not config.launch.restarts or config.launch.type != "torchrun":
+        return None
+    return (
+        "launch.restarts: torchrun starts its ranks again itself, with --max-restarts; run.name "
+        "and --resume make the same words go on."
+    )
+
+
+@rule
+def every_rank_has_a_part(config: Config) -> str | None:
+    launch = config.launch
+    if launch.type == "torchrun" or isinstance(launch.shard, bool):
+        return None
+    if launch.processes % launch.parts(launch.processes) == 0:
+        return None
+    return (
+        f"launch.shard = {launch.shard}: launch.processes = {launch.processes} is no multiple of "
+        "it, so some rank would have no part."
+    )
+
+
+@rule
+def trust_region_excludes_compile(config: Config) -> str | None:
+    if not config.policy.compile or not _has_trust_region(config):
+        return None
+    return (
+        'policy.compile: algorithm.update.type = "trust_region" takes second derivatives, and what '
+        "torch.compile writes has none. Use false."
+    )
+
+
+@rule
+def trust_region_excludes_sharding(config: Config) -> str | None:
+    if not config.launch.shard or not _has_trust_region(config):
+        return None
+    return (
+        'launch.shard: second derivatives, for algorithm.update.type = "trust_region", need all '
+        "weights on every rank. Use false."
+    )
+
+
+def _has_trust_region(config: Config) -> bool:
+    return config.algorithm is not None and isinstance(config.algorithm.update, TrustRegion)
