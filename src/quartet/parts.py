@@ -65,6 +65,9 @@ class Family:
 
     members: ClassVar[dict[str, Any]]
     """The classes of the family, by type."""
+    accepts_name: ClassVar[bool] = False
+    """Whether a member may be given by its type alone, as text, where its settings are the
+    defaults."""
 
     if TYPE_CHECKING:
 
@@ -97,6 +100,8 @@ class Family:
         """Return the member that a value is or describes."""
         if isinstance(value, cls):
             return value
+        if cls.accepts_name and isinstance(value, str):
+            value = {"type": value}
         if not isinstance(value, dict):
             raise PydanticCustomError("dataclass_type", "a table is needed")
         name = value.get("type")

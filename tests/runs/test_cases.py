@@ -1,12 +1,25 @@
 """The six cases of the clipped surrogate, in words, and what else clips."""
 
+import dataclasses
+import json
+import math
+
 import pytest
 import torch
 
-from quartet.algorithms.policy_loss import Clip, DualClip, Surrogate
+from quartet.algorithms.policy_loss import (
+    Cispo,
+    Clip,
+    DualClip,
+    Gmpo,
+    Reinforce,
+    SequenceClip,
+    Surrogate,
+)
 from quartet.runs.cases import Clipping, clip_case
+from quartet.runtime.pipeline import clip_bounds
 
-CLIP = Clipping("clip", 0.2, 0.3)
+CLIP = Clipping(0.8, 1.3)
 
 
 @pytest.mark.parametrize(
@@ -43,16 +56,17 @@ def test_the_six_cases_are_those_of_the_loss(advantage, ratio, sentence):
     clipped = bool(
         loss.clipped(Surrogate(new, torch.zeros(1, 1), torch.tensor([[advantage]]), mask))
     )
+    assert Clipping(**dataclasses.asdict(loss.clip_range)) == CLIP
     assert clip_case(CLIP, advantage, ratio, clipped) == sentence
 
 
 def test_at_the_edge_what_the_loss_did_decides():
     """Ratios are stored rounded: 1.2001 and 1.1999 may both read 1.2."""
-    assert clip_case(Clipping("clip", 0.2, 0.2), 1.0, 1.1992, True).startswith(
+    assert clip_case(Clipping(0.8, 1.2), 1.0, 1.1992, True).startswith(
         "advantage > 0, ratio 1.199 > 1.2: clipped"
     )
     assert (
-        clip_case(Clipping("clip", 0.2, 0.2), -1.0, 0.7998, False)
+        clip_case(Clipping(0.8, 1.2), -1.0, 0.7998, False)
         == "advantage < 0, ratio 0.7998 within 0.8 to 1.2: pushed down."
     )
 
@@ -66,30 +80,38 @@ def test_the_dual_clip_is_named():
         torch.ones(1, 1, dtype=torch.bool),
     )
     assert bool(loss.clipped(Surrogate(*arguments)))
-    said = clip_case(
-        Clipping.of({"type": "dual_clip", "low": 0.2, "high": 0.2, "cap": 3.0}), -1.0, 5.0, True
-    )
+    said = clip_case(Clipping(**dataclasses.asdict(loss.clip_range)), -1.0, 5.0, True)
     assert said == "advantage < 0, ratio 5 > 1.2: clipped by the dual clip (cap 3), no gradient."
 
 
 @pytest.mark.parametrize(
-    ("table", "clipped", "sentence"),
+    ("loss", "clipped", "sentence"),
     [
-        ({"type": "reinforce"}, False, "advantage > 0: pushed up; reinforce clips nothing."),
+        (Reinforce(), False, "advantage > 0, ratio 1.05: pushed up."),
+        (Cispo(), True, "advantage > 0, ratio 1.05: clipped, no gradient."),
         (
-            {"type": "sequence_clip", "low": 0.1, "high": 0.1},
+            SequenceClip(low=0.1, high=0.1),
             True,
             "advantage > 0: clipped by the whole response's ratio, no gradient.",
         ),
         (
-            {"type": "gmpo", "window": 0.4},
+            Gmpo(window=0.4),
             False,
-            "advantage > 0: pushed up; its ratio is in range.",
+            "advantage > 0, ratio 1.05 within 0.67032 to 1.49182: pushed up.",
         ),
+        (Clip(high=math.inf), False, "advantage > 0, ratio 1.05 above 0.8: pushed up."),
     ],
 )
-def test_losses_that_clip_otherwise(table, clipped, sentence):
-    assert clip_case(Clipping.of(table), 1.0, 1.05, clipped) == sentence
+def test_what_clips_and_where_is_said_by_the_loss(loss, clipped, sentence):
+    """A loss without a range has the recorded column alone."""
+    bounds = clip_bounds(loss)
+    clipping = None if bounds is None else Clipping.read(json.loads(json.dumps(bounds)))
+    assert clip_case(clipping, 1.0, 1.05, clipped) == sentence
+
+
+def test_a_run_records_how_its_loss_clips(ppo_run, grpo_run):
+    assert ppo_run.clipping == Clipping(0.8, 1.2)
+    assert grpo_run.clipping == Clipping(0.8, 1.2)
 
 
 def test_no_advantage_no_gradient():

@@ -2,6 +2,7 @@
 t)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -77,6 +78,21 @@ class Surrogate:
         return sequence_ratio(self.logprobs, self.old_logprobs, self.mask)
 
 
+@dataclass(frozen=True)
+class ClipRange:
+    """Over which ratios a policy loss keeps the gradient. It goes into the record of a run, for the
+    readers that say of each token what the clip did."""
+
+    low: float = 0.0
+    """A token with A < 0 loses its gradient below this ratio."""
+    high: float = math.inf
+    """A token with A > 0 loses its gradient above this ratio."""
+    cap: float = math.inf
+    """A token with A < 0 loses its gradient above this ratio, too: the dual clip."""
+    of_response: bool = False
+    """Whether the ratio is that of the whole response, and not each token's own."""
+
+
 class PolicyLoss(Family):
     """The loss that moves the policy: one number per token, to be minimised.
 
@@ -97,6 +113,12 @@ class PolicyLoss(Family):
     def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
         """Return the tokens whose gradient the loss has taken away; by default none."""
         return torch.zeros_like(tokens.mask)
+
+    @property
+    def clip_range(self) -> ClipRange | None:
+        """The ratios between which tokens keep their gradient; None, the default, where no two
+        bounds say it. Readers then say only what `clipped` said of each token."""
+        return None
 
     def adapt(self, metrics: Mapping[str, float]) -> "PolicyLoss":
         """Return the loss of the next step, after a step with these metrics; by default itself."""
@@ -182,6 +204,10 @@ class Clip(PolicyLoss):
     def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
         return outside(tokens.ratio, tokens.advantages, self.low, self.high)
 
+    @property
+    def clip_range(self) -> ClipRange:
+        return ClipRange(1 - self.low, 1 + self.high)
+
 
 class DualClip(PolicyLoss):
     """Clip, and for A < 0 no loss above −cap · A (Ye et al. 2020): one token whose ratio exploded
@@ -210,6 +236,10 @@ class DualClip(PolicyLoss):
             (tokens.advantages < 0) & (ratio > self.cap)
         )
 
+    @property
+    def clip_range(self) -> ClipRange:
+        return ClipRange(1 - self.low, 1 + self.high, self.cap)
+
 
 class SequenceClip(PolicyLoss):
     """GSPO (Zheng et al. 2025): the clip acts on the whole response's ratio s = exp(mean log ρ_t).
@@ -227,6 +257,10 @@ class SequenceClip(PolicyLoss):
 
     def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
         return outside(tokens.sequence_ratio, tokens.advantages, self.low, self.high)
+
+    @property
+    def clip_range(self) -> ClipRange:
+        return ClipRange(1 - self.low, 1 + self.high, of_response=True)
 
 
 class Cispo(PolicyLoss):
@@ -287,3 +321,7 @@ class Gmpo(PolicyLoss):
     def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
         log_ratio = tokens.logprobs - tokens.old_logprobs
         return torch.where(tokens.advantages > 0, log_ratio > self.window, log_ratio < -self.window)
+
+    @property
+    def clip_range(self) -> ClipRange:
+        return ClipRange(math.exp(-self.window), math.exp(self.window))

@@ -1,5 +1,6 @@
 """What each metric is and how to read it: one row each, shown wherever the metric is."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -10,6 +11,11 @@ class Definition:
     label: str
     what: str
     reading: str = ""
+    chart: str = ""
+    """The title of the chart that shows it; of a metric of a user's own only, the charts of the
+    others are listed in `figures`."""
+    percent: bool = False
+    """Whether that chart is in percent."""
 
 
 DEFINITIONS = (
@@ -327,9 +333,10 @@ DEFINITIONS = (
 """In the order in which they are looked up and shown."""
 
 
-def definition(name: str) -> Definition:
-    """Of a metric; one that nobody described is its own label."""
-    for row in DEFINITIONS:
+def definition(name: str, own: Sequence[Definition] = ()) -> Definition:
+    """Return the definition of a metric, `own` being those of the run's user. A metric without one
+    is its own label."""
+    for row in (*own, *DEFINITIONS):
         if row.name == name:
             return row
         head, star, _ = row.name.partition("*")

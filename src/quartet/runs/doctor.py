@@ -478,6 +478,8 @@ class Watch:
     kl_target: float | None = None
     filtered: bool = False
     """Whether top-k or top-p is on: not what is trained, and that is known."""
+    rules: Mapping[Rule, int] = field(default_factory=lambda: RULES)
+    """The rules, each with the number of steps in a row for which it must hold."""
     history: History = field(init=False)
     held: dict[Rule, int] = field(default_factory=dict)
 
@@ -487,14 +489,16 @@ class Watch:
     def see(self, metrics: Mapping[str, float]) -> list[tuple[Rule, str]]:
         """What is found at this step for the first time."""
         return [
-            (rule, sentence) for rule, sentence, count in self.look(metrics) if count == RULES[rule]
+            (rule, sentence)
+            for rule, sentence, count in self.look(metrics)
+            if count == self.rules[rule]
         ]
 
     def look(self, metrics: Mapping[str, float]) -> list[tuple[Rule, str, int]]:
         """What holds at this step, and for how many steps in a row it has."""
         self.history.add(metrics)
         found = []
-        for rule in RULES:
+        for rule in self.rules:
             sentence = rule(self.history)
             self.held[rule] = 0 if sentence is None else self.held.get(rule, 0) + 1
             if sentence is not None:
@@ -541,7 +545,23 @@ def examine(run: "Run") -> list[Finding]:
                 elif count >= RULES[rule]:
                     why = " ".join((rule.__doc__ or "").split())
                     found[stage, rule] = Finding(rule.__name__, stage, step, sentence, why, step)
-    return sorted(found.values(), key=lambda finding: finding.step)
+    return sorted([*found.values(), *_own(run)], key=lambda finding: finding.step)
+
+
+def _own(run: "Run") -> list[Finding]:
+    """Return what the rules of the user's own metrics said while the run went on. They are not
+    here to be asked again, but what they said is in the record."""
+    own = {row.name: row.what for row in run.definitions}
+    found: dict[tuple[str, str], Finding] = {}
+    for warning in run.warnings:
+        name, stage = warning.get("rule"), warning["stage"]
+        if not isinstance(name, str) or name not in own:
+            continue
+        first = found.get((stage, name))
+        step, sentence = warning["step"], warning["sentence"]
+        begin = step if first is None else first.step
+        found[stage, name] = Finding(name, stage, begin, sentence, own[name], step)
+    return list(found.values())
 
 
 def moving_means(values: Sequence[float], width: int) -> list[float]:

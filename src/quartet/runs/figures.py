@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quartet.runs.definitions import definition
+from quartet.runs.definitions import Definition, definition
 from quartet.runs.doctor import roughness
 
 if TYPE_CHECKING:
@@ -89,17 +89,29 @@ APART = {
 """Not among the components that `reward/*` stands for."""
 
 
-def charts(series: "Series") -> list[tuple[Chart, list[str]]]:
-    """The charts that a stage has something for, each with the names it draws. A pattern that
-    stands for one line that is drawn already is left out."""
+def charts(series: "Series", own: Sequence[Definition] = ()) -> list[tuple[Chart, list[str]]]:
+    """Return the charts that a stage has something for, each with the names it draws; the last are
+    those of the user's own metrics. A pattern that stands for one line that is drawn already is
+    left out."""
     shown: set[str] = set()
     made = []
-    for chart in CHARTS:
+    for chart in (*CHARTS, *own_charts(own)):
         names = [name for pattern in chart.metrics for name in _matching(pattern, series)]
         if names and not (set(names) <= shown):
             made.append((chart, names))
             shown |= set(names)
     return made
+
+
+def own_charts(own: Sequence[Definition]) -> list[Chart]:
+    """Return the charts of the user's own metrics: one for each title."""
+    titles: dict[str, list[Definition]] = {}
+    for row in own:
+        titles.setdefault(row.chart or row.label, []).append(row)
+    return [
+        Chart(title, tuple(row.name for row in rows), rows[0].percent)
+        for title, rows in titles.items()
+    ]
 
 
 def _matching(pattern: str, series: "Series") -> list[str]:
@@ -125,7 +137,7 @@ def lines(run: "Run", stage: str, title: str, names: Sequence[str], percent: boo
     data = []
     for place, name in enumerate(names):
         color = COLORS[place % len(COLORS)]
-        label = definition(name).label
+        label = definition(name, run.definitions).label
         there = [
             (step, v)
             for step, v in zip(series.steps, series.columns[name], strict=True)
@@ -384,7 +396,7 @@ def figure(run: "Run", name: str, stage: str | None = None) -> Any:
             f"{run.name}: {stage} has no metric {name}. It has "
             f"{', '.join(sorted(run.series[stage].columns))}."
         )
-    return go.Figure(lines(run, stage, definition(name).label, [name]))
+    return go.Figure(lines(run, stage, definition(name, run.definitions).label, [name]))
 
 
 # --- drawing

@@ -5,6 +5,7 @@ Nothing in it is trusted: `untrusted` opens every file, `records` has the types 
 it. What cannot be read is left out, and `Run.problems` has a sentence for it.
 """
 
+import dataclasses
 import functools
 import math
 import time
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from quartet.errors import QuartetError
 from quartet.runs import records
 from quartet.runs.cases import Clipping, clip_case
+from quartet.runs.definitions import Definition
 from quartet.runs.event_log import EventLog, Series
 from quartet.runs.parquet import Column, read_parquet, values
 from quartet.runs.rollouts import TOKEN_COLUMNS, Sample, samples_of
@@ -336,9 +338,22 @@ class Run:
         return {name: values(table.column(name)) for name in table.column_names}
 
     @property
-    def clipping(self) -> Clipping:
-        """How the run's policy loss clips."""
-        return Clipping.of(self.config.get("algorithm", {}).get("policy_loss", {}))
+    def _described(self) -> dict[str, Any]:
+        """The last event that describes parts of the run which readers cannot import."""
+        return next((e for e in reversed(self.events) if e["event"] == "definitions"), {})
+
+    @property
+    def clipping(self) -> Clipping | None:
+        """How the run's policy loss clips; None where it did not say over which ratios."""
+        clip = self._described.get("clip")
+        return None if clip is None else Clipping.read(clip)
+
+    @property
+    def definitions(self) -> list[Definition]:
+        """The metrics of the user's own, as the run described them."""
+        rows: list[dict[str, Any]] = self._described.get("metrics", [])
+        known = {field.name for field in dataclasses.fields(Definition)}
+        return [Definition(**{k: v for k, v in row.items() if k in known}) for row in rows]
 
     def cases(self, sample: Mapping[str, Sequence[Any]]) -> list[str]:
         """What the update did with each token of a sample, in words; empty for a prompt's."""

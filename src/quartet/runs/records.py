@@ -23,6 +23,7 @@ Name = Annotated[
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Step = Annotated[int, Field(ge=0, lt=MAX_STEP)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, lt=1e11, allow_inf_nan=False)]
 """A time since 1970, or a duration: below the year 5138."""
 
@@ -77,12 +78,41 @@ class FailedEvent(Event):
     error: Text
 
 
+class Clip(Record):
+    """Over which ratios the policy loss keeps the gradient; a bound that is left out is none."""
+
+    low: Size = 0.0
+    high: Size | None = None
+    cap: Size | None = None
+    of_response: bool = False
+
+
+class OwnMetric(Record):
+    """A metric of the user's own, as the run described it."""
+
+    name: Name
+    label: Name
+    what: Text = ""
+    reading: Text = ""
+    chart: Text = ""
+    percent: bool = False
+
+
+class DefinitionsEvent(Event):
+    """What readers must know of parts that they cannot import."""
+
+    stage: Name
+    clip: Clip | None = None
+    metrics: list[OwnMetric] = []
+
+
 EVENTS: "dict[str, TypeAdapter[Any]]" = {
     "metrics": TypeAdapter(MetricsEvent),
     "started": TypeAdapter(StartedEvent),
     "finished": TypeAdapter(FinishedEvent),
     "warning": TypeAdapter(WarningEvent),
     "failed": TypeAdapter(FailedEvent),
+    "definitions": TypeAdapter(DefinitionsEvent),
 }
 OTHER_EVENT: "TypeAdapter[Any]" = TypeAdapter(Event)
 
@@ -176,16 +206,6 @@ class AnswerPair(Record):
 # --- config.resolved.toml
 # ------------------------------------------------------------------------------------------------
 
-Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class PolicyLoss(Record):
-    type: Name = "clip"
-    low: Size = 0.0
-    high: Size = 0.0
-    cap: Size = 0.0
-    window: Annotated[float, Field(ge=0, le=100)] = 0.0
-
 
 class RewardShaping(Record):
     whiten: bool = False
@@ -200,7 +220,6 @@ class Kl(Record):
 
 
 class Algorithm(Record):
-    policy_loss: PolicyLoss = PolicyLoss()
     rewards: RewardShaping = RewardShaping()
     kl: Kl = Kl()
 

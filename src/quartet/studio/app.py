@@ -411,7 +411,7 @@ def _overlaid(chosen: Sequence[Run]) -> list[dict[str, Any]]:
         dict.fromkeys(
             name
             for run, stage in there
-            for _, group in figures.charts(run.series[stage])
+            for _, group in figures.charts(run.series[stage], run.definitions)
             for name in group
         )
     )
@@ -425,7 +425,7 @@ def _overlaid(chosen: Sequence[Run]) -> list[dict[str, Any]]:
             for line in figures.lines(run, stage, name, [name])["data"]:
                 more = {"name": markup.escape(run.name)} if "name" in line else {}
                 data.append(line | more | {"line": {"color": color, "width": 2}})
-        row = views.meaning(name)
+        row = views.meaning(name, having[0][0].definitions)
         made.append(
             {
                 "figure": {"data": data, "layout": figures.layout(row["label"], legend=False)},

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quartet.runs.definitions import definition
+from quartet.runs.definitions import Definition, definition
 from quartet.runs.figures import charts, finite, lines, phases, smoothed
 from quartet.runs.reader import Run, Sample
 
@@ -202,17 +202,17 @@ def overview(run: Run, stage: str) -> list[dict[str, Any]]:
     made = [
         {
             "figure": lines(run, stage, chart.title, names, chart.percent),
-            "meanings": [meaning(name) for name in names],
+            "meanings": [meaning(name, run.definitions) for name in names],
         }
-        for chart, names in charts(series)
+        for chart, names in charts(series, run.definitions)
     ]
     if series.phases:
         made.append({"figure": phases(run, stage), "meanings": []})
     return made
 
 
-def meaning(name: str) -> dict[str, str]:
-    row = definition(name)
+def meaning(name: str, own: Sequence[Definition] = ()) -> dict[str, str]:
+    row = definition(name, own)
     return {"name": name, "label": row.label, "what": row.what, "reading": row.reading}
 
 
@@ -256,9 +256,7 @@ def inspector(run: Run, sample: Mapping[str, list[Any]]) -> dict[str, Any]:
             {"name": c.name, "label": c.label, "what": c.what, "scale": c.scale} for c in columns
         ],
         "cases": run.cases(sample),
-        "clip": [1 - run.clipping.low, 1 + run.clipping.high]
-        if math.isfinite(run.clipping.high)
-        else None,
+        "clip": None if run.clipping is None else run.clipping.bounds,
     }
 
 
