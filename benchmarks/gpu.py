@@ -2,7 +2,7 @@
 against the machine's limits.
 
     python benchmarks/gpu.py [--shapes 0.5b,1.5b,7b] [--out results/gpu.json]
-    python benchmarks/gpu.py --device cpu --shapes tiny        # the same code, small: what a machine without a GPU can check
+    python benchmarks/gpu.py --device cpu --shapes tiny        # the same code without a GPU
 
 Needs torch ≥ 2.11, transformers ≥ 5.17 and quartet's own dependencies; weights are random, nothing
 is downloaded. Generation: 64 prompts × 8 samples, answers with a mean of a third of 512 tokens. The
@@ -16,20 +16,24 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    StoppingCriteriaList,
+    GenerationConfig,
 )
 
 import ours
 import workload as w
+from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.sampler import Sampler
+from quartet.experience import Prompt
 from quartet.generation.sampling import Sampling
 from quartet.loops.collect import Collector
 from quartet.models.actor_critic import Separate, freeze
@@ -37,14 +41,19 @@ from quartet.models.heads import ScalarModel
 from quartet.models.trunk import checkpoint_blocks
 from quartet.planning.memory import Sizes, activation_bytes
 from quartet.rewards.functions import TextReward
-from quartet.rewards.protocol import Weighted
+from quartet.rewards.protocol import Reward, Weighted
 from quartet.rewards.reward_model import ModelReward
 from quartet.training.learner import Learner
 from quartet.training.optim import Optim
 
+TOKENS_PER_PASS = 16_384
+Numbers = dict[str, Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Qwen:
+    """The shape of a Qwen2 model, and how much it is asked to do."""
+
     hidden: int
     layers: int
     heads: int
@@ -57,7 +66,7 @@ class Qwen:
     samples: int = 8
     training_rows: int = 64
 
-    def config(self, **more):
+    def config(self, **more: Any) -> Any:
         return AutoConfig.for_model(
             "qwen2",
             vocab_size=self.vocabulary,
@@ -75,6 +84,15 @@ class Qwen:
         )
 
     @property
+    def size(self) -> w.Size:
+        rows = self.prompts * self.samples
+        return w.Size(self.hidden, self.layers, self.heads, self.vocabulary, self.limit, rows)
+
+    @property
+    def asked(self) -> list[Prompt]:
+        return ours.prompts(self.size, self.prompts, 64, 192)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         return 2 * 2 * self.layers * self.kv_heads * (self.hidden // self.heads)
 
@@ -87,129 +105,129 @@ SHAPES = {
 }
 
 
-class Clock:
-    """Seconds of a piece of work, the device's queue included."""
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The device that is measured, and what it reaches in a plain bf16 product and a plain copy."""
 
-    def __init__(self, device):
-        self.device = device
+    device: torch.device
+    tflops: float
+    gb_s: float
 
-    def __call__(self, work):
-        self.wait()
-        started = time.perf_counter()
-        result = work()
-        self.wait()
-        return time.perf_counter() - started, result
+    @classmethod
+    def measured(cls, device: torch.device) -> "Machine":
+        n = 8192 if device.type == "cuda" else 256
+        a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+        x = torch.empty(2**30 if device.type == "cuda" else 2**22, dtype=torch.uint8, device=device)
+        y = torch.empty_like(x)
+        product = min(seconds_of(lambda: a @ b, device)[0] for _ in range(8))
+        copied = min(seconds_of(lambda: y.copy_(x), device)[0] for _ in range(8))
+        return cls(device, 2 * n**3 / product / 1e12, 2 * x.numel() / copied / 1e9)
 
-    def wait(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-def limits(device, clock):
-    """What a plain bf16 product and a plain copy reach."""
-    n = 8192 if device.type == "cuda" else 256
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    x = torch.empty(2**30 if device.type == "cuda" else 2**22, dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    product = min(clock(lambda: a @ b)[0] for _ in range(8))
-    copied = min(clock(lambda: y.copy_(x))[0] for _ in range(8))
-    return {"tflops": 2 * n**3 / product / 1e12, "gb_s": 2 * x.numel() / copied / 1e9}
+    def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        return seconds_of(work, self.device)
 
 
-def asked_of(shape):
-    size = w.Size(
-        shape.hidden,
-        shape.layers,
-        shape.heads,
-        shape.vocabulary,
-        shape.limit,
-        shape.prompts * shape.samples,
-    )
-    return ours.prompts(size, shape.prompts, 64, 192), size
+def seconds_of(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Return the seconds of a piece of work, the device's queue included, and its result."""
+    wait_for(device)
+    started = time.perf_counter()
+    result = work()
+    wait_for(device)
+    return time.perf_counter() - started, result
 
 
-def generation(shape, model, device, clock, reach):
-    asked, size = asked_of(shape)
-    rows = shape.prompts * shape.samples
-    made = ours.generator(model, size, rows)
-    made.lengths = made.lengths.to(device)
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def generation(shape: Qwen, model: Any, machine: Machine) -> Numbers:
+    """Measure generation by Quartet and by transformers against the limit of the bandwidth."""
+    asked, size = shape.asked, shape.size
+    generator = ours.FixedLengthGenerator(model, size, size.rows)
     sampling = Sampling(max_new_tokens=shape.limit)
-    clock(
-        lambda: made.generate(
-            asked[:2], dataclasses.replace(sampling, max_new_tokens=8), shape.samples
-        )
-    )
-    seconds, rollouts = clock(lambda: made.generate(asked, sampling, shape.samples))
-    tokens = sum(len(r.response_ids) for r in rollouts)
-    # Each step reads the weights once, and the keys and values of the rows that are left.
-    lengths = torch.tensor([len(r.response_ids) for r in rollouts])
-    prompt = torch.tensor([len(r.prompt.ids) for r in rollouts])
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    read = 0.0
-    for t in range(int(lengths.max())):
-        left = lengths > t
-        read += weights + float((prompt[left] + t).sum()) * shape.kv_bytes_per_token
+    short = dataclasses.replace(sampling, max_new_tokens=8)
+    machine.timed(lambda: generator.generate(asked[:2], short, shape.samples))
+    seconds, rollouts = machine.timed(lambda: generator.generate(asked, sampling, shape.samples))
+    lengths = [len(r.response_ids) for r in rollouts]
+    limit = bytes_read(shape, model, [len(r.prompt.ids) for r in rollouts], lengths)
+    limit_seconds = limit / machine.gb_s / 1e9
+    rows = [list(p.ids) for p in asked for _ in range(shape.samples)]
+    theirs, _ = machine.timed(lambda: w.transformers_generate(model, rows, lengths, shape.limit))
     return {
-        "tokens": tokens,
+        "tokens": sum(lengths),
         "seconds": seconds,
-        "tokens_per_s": tokens / seconds,
-        "bandwidth_limit_s": read / reach["gb_s"] / 1e9,
-        "share_of_limit": read / reach["gb_s"] / 1e9 / seconds,
-        "transformers_s": theirs(shape, model, asked, lengths.tolist(), device, clock),
+        "tokens_per_s": sum(lengths) / seconds,
+        "bandwidth_limit_s": limit_seconds,
+        "share_of_limit": limit_seconds / seconds,
+        "transformers_s": theirs,
     }
 
 
-def theirs(shape, model, asked, lengths, device, clock):
-    """transformers' generate, every row until the last has ended."""
-    from peers import StopAt, left_padded
-
-    ids, mask = left_padded([list(p.ids) for p in asked for _ in range(shape.samples)])
-    stop = StopAt(lengths, ids.shape[1])
-    stop.lengths = stop.lengths.to(device)
-    settings = {
-        "do_sample": True,
-        "top_k": 0,
-        "top_p": 1.0,
-        "eos_token_id": None,
-        "pad_token_id": w.PAD,
-    }
-
-    def work():
-        with torch.no_grad():
-            return model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=shape.limit,
-                stopping_criteria=StoppingCriteriaList([stop]),
-                **settings,
-            )
-
-    return clock(work)[0]
+def bytes_read(shape: Qwen, model: Any, prompts: list[int], responses: list[int]) -> float:
+    """Return the bytes that decoding has to read: each step the weights once, and the keys and
+    values of the rows that are left."""
+    prompt, response = torch.tensor(prompts), torch.tensor(responses)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    total = 0.0
+    for t in range(int(response.max())):
+        left = response > t
+        total += weights + float((prompt[left] + t).sum()) * shape.kv_bytes_per_token
+    return total
 
 
-def continuous(shape, model, clock):
-    """transformers' continuous batching, everybody writing the mean number of tokens."""
-    from transformers import GenerationConfig
-
-    asked, size = asked_of(shape)
+def continuous(shape: Qwen, model: Any, machine: Machine) -> Numbers:
+    """Measure transformers' continuous batching; every row writes the mean number of tokens."""
+    if machine.device.type != "cuda":
+        return {"skipped": "it takes all the memory of a machine without a GPU"}
+    size = shape.size
     mean = round(sum(w.response_lengths(size.limit, size.rows)) / size.rows)
     config = GenerationConfig(
         do_sample=True, top_k=0, top_p=1.0, max_new_tokens=mean, eos_token_id=-1, pad_token_id=w.PAD
     )
-    rows = [list(p.ids) for p in asked for _ in range(shape.samples)]
-    seconds, _ = clock(
+    rows = [list(p.ids) for p in shape.asked for _ in range(shape.samples)]
+    seconds, _ = machine.timed(
         lambda: model.generate_batch(inputs=rows, generation_config=config, progress_bar=False)
     )
     return {"seconds": seconds, "tokens_per_s": mean * len(rows) / seconds}
 
 
-def step(shape, model, device, clock, reach, preset):
-    """Two steps of PPO or GRPO, phase by phase; the second counts."""
+def step(shape: Qwen, model: Any, machine: Machine, preset: str) -> Numbers:
+    """Measure two steps of PPO or GRPO, phase by phase; the second counts."""
     algorithm = ALGORITHMS[preset]
-    asked, size = asked_of(shape)
-    samples = shape.samples if algorithm.needs_group else 1
-    prompts = asked[: max(shape.training_rows // samples, 1)]
-    rows = len(prompts) * samples
+    learner = make_learner(shape, model, algorithm, machine.device)
+    collector = make_collector(shape, learner, algorithm)
+    for _ in range(2):
+        if machine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        phases = {}
+        phases["generate and reward"], collected = machine.timed(
+            functools.partial(collector.collect, algorithm, learner.sampling)
+        )
+        phases["score"], batch = machine.timed(
+            functools.partial(learner.score, collected.rollouts, algorithm)
+        )
+        phases["update"], _ = machine.timed(
+            functools.partial(learner.update, algorithm.experience(batch), algorithm)
+        )
+        collector.load_weights(learner.weights())
+    tokens = int(batch.lengths.sum())
+    parameters = sum(p.numel() for p in learner.models.actor.parameters())
+    models = 1 + algorithm.needs_critic
+    operations = 6 * parameters * tokens * learner.optim.epochs * models
+    on_gpu = machine.device.type == "cuda"
+    return {
+        "phases": phases,
+        "tokens": tokens,
+        "mfu_update": operations / phases["update"] / machine.tflops / 1e12,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
+        "predicted_gb": predicted_bytes(shape, algorithm, parameters, tokens) / 1e9,
+        "sampler_agrees": learner.sampler_agrees,
+    }
+
+
+def make_learner(shape: Qwen, model: Any, algorithm: Algorithm, device: torch.device) -> Learner:
+    """Return a learner whose actor is a copy of the model and whose reference is the model."""
     actor = checkpoint_blocks(copy.deepcopy(model).requires_grad_(True))
     critic = None
     if algorithm.needs_critic:
@@ -218,106 +236,91 @@ def step(shape, model, device, clock, reach, preset):
             shape.config(num_labels=1), dtype=model.dtype
         )
         critic = ScalarModel(checkpoint_blocks(classifier.to(device)))
-    reference = freeze(model) if algorithm.needs_reference else None
-    judge = TextReward("length", lambda _, response: float(len(response)))
-    rewards = [
-        Weighted(
-            judge if critic is None else ModelReward(freeze(copy.deepcopy(critic)), 16_384), 1.0
-        )
-    ]
-    epochs = 1 if critic is None else 4
-    tokens_per_pass = 16_384
-    sampling = Sampling(max_new_tokens=shape.limit)
-    learner = Learner(
+    return Learner(
         Separate(actor, critic),
-        reference,
-        Optim(lr=1e-6, epochs=epochs),
-        sampling,
+        freeze(model) if algorithm.needs_reference else None,
+        Optim(lr=1e-6, epochs=4 if algorithm.needs_critic else 1),
+        Sampling(max_new_tokens=shape.limit),
         steps=2,
-        micro_batch_tokens=tokens_per_pass,
+        micro_batch_tokens=TOKENS_PER_PASS,
     )
-    made = ours.generator(actor, size, rows)
-    made.lengths = made.lengths.to(device)
-    collector = Collector(Sampler(prompts, len(prompts), 0), made, rewards, samples)
-    for _ in range(2):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        took = {}
-        took["generate and reward"], collected = clock(
-            lambda: collector.collect(algorithm, sampling)
-        )
-        took["score"], batch = clock(
-            functools.partial(learner.score, collected.rollouts, algorithm)
-        )
-        took["update"], _ = clock(
-            functools.partial(learner.update, algorithm.experience(batch), algorithm)
-        )
-        made.load_weights(learner.weights())
-    tokens = int(batch.lengths.sum())
-    parameters = sum(p.numel() for p in actor.parameters())
-    models = 1 if critic is None else 2
-    trained = 6 * parameters * tokens * epochs * models
+
+
+def make_collector(shape: Qwen, learner: Learner, algorithm: Algorithm) -> Collector:
+    """Return a collector that scores by a copy of the critic, or by length where there is none."""
+    samples = shape.samples if algorithm.needs_group else 1
+    prompts = shape.asked[: max(shape.training_rows // samples, 1)]
+    models = learner.models
+    assert isinstance(models, Separate)
+    reward: Reward = TextReward("length", lambda _, response: float(len(response)))
+    if models.critic is not None:
+        reward = ModelReward(freeze(copy.deepcopy(models.critic)), TOKENS_PER_PASS)
+    return Collector(
+        Sampler(prompts, len(prompts), 0),
+        ours.FixedLengthGenerator(models.actor, shape.size, len(prompts) * samples),
+        [Weighted(reward, 1.0)],
+        samples,
+    )
+
+
+def predicted_bytes(shape: Qwen, algorithm: Algorithm, parameters: int, tokens: int) -> float:
+    """Return the memory that the planner's formula gives for a step in bf16."""
     sizes = Sizes(shape.hidden, shape.layers, shape.intermediate, shape.kv_heads / shape.heads)
-    frozen = parameters * 2 * ((reference is not None) + (critic is not None))
-    predicted = frozen + models * (
-        parameters * 8 + activation_bytes(sizes, True) / 2 * min(tokens, tokens_per_pass)
-    )
-    return {
-        "phases": took,
-        "tokens": tokens,
-        "mfu_update": trained / took["update"] / reach["tflops"] / 1e12,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
-        "predicted_gb": predicted / 1e9,
-        "sampler_agrees": learner.sampler_agrees,
-    }
+    frozen = parameters * 2 * (algorithm.needs_reference + algorithm.needs_critic)
+    activations = activation_bytes(sizes, True) / 2 * min(tokens, TOKENS_PER_PASS)
+    return float(frozen + (1 + algorithm.needs_critic) * (parameters * 8 + activations))
 
 
-def main():
+WORKS: dict[str, Callable[[Qwen, Any, Machine], Numbers]] = {
+    "generation": generation,
+    "continuous batching": continuous,
+    "ppo": functools.partial(step, preset="ppo"),
+    "grpo": functools.partial(step, preset="grpo"),
+}
+
+
+def make_model(shape: Qwen, device: torch.device) -> Any:
+    """Return a bf16 model with random weights."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(shape.config(), dtype=torch.bfloat16).eval()
+
+
+def attempt(work: Callable[[Qwen, Any, Machine], Numbers], shape: Qwen, *given: Any) -> Numbers:
+    """Return what a work measured, or how it failed: the others are measured all the same."""
+    try:
+        return work(shape, *given)
+    except (RuntimeError, ValueError, AttributeError) as error:
+        return {"failed": f"{type(error).__name__}: {error}"[:500]}
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shapes", default="0.5b,1.5b,7b")
     parser.add_argument("--out", type=Path)
-    a = parser.parse_args()
-    device = torch.device(a.device)
-    clock = Clock(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    found = {
-        "device": name,
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    machine = Machine.measured(device)
+    results: Numbers = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "limits": limits(device, clock),
+        "limits": {"tflops": machine.tflops, "gb_s": machine.gb_s},
         "shapes": {},
     }
-    print(json.dumps({k: found[k] for k in ("device", "torch", "limits")}), flush=True)
-    for shape_name in a.shapes.split(","):
-        shape, rows = SHAPES[shape_name], {}
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(shape.config(), dtype=torch.bfloat16).eval()
-        works = {
-            "generation": lambda: generation(shape, model, device, clock, found["limits"]),  # noqa: B023
-            "continuous batching": lambda: continuous(shape, model, clock),  # noqa: B023
-            "ppo": lambda: step(shape, model, device, clock, found["limits"], "ppo"),  # noqa: B023
-            "grpo": lambda: step(shape, model, device, clock, found["limits"], "grpo"),  # noqa: B023
-        }
-        if device.type != "cuda":
-            del works["continuous batching"]  # it wants all the memory of a CPU's machine
-        for what, work in works.items():
-            try:
-                rows[what] = work()
-            except (
-                RuntimeError,
-                ValueError,
-                AttributeError,
-            ) as error:  # one piece that fails leaves the others standing
-                rows[what] = {"failed": f"{type(error).__name__}: {error}"[:500]}
-            print(shape_name, what, json.dumps(rows[what]), flush=True)
+    print(json.dumps({k: results[k] for k in ("device", "torch", "limits")}), flush=True)
+    for name in arguments.shapes.split(","):
+        model = make_model(SHAPES[name], device)
+        rows = results["shapes"][name] = {}
+        for what, work in WORKS.items():
+            rows[what] = attempt(work, SHAPES[name], model, machine)
+            print(name, what, json.dumps(rows[what]), flush=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        found["shapes"][shape_name] = rows
-        if a.out:
-            a.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        if arguments.out:
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

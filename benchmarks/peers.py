@@ -1,80 +1,46 @@
-"""The peers' side of the comparisons: run by the Python of a peers' environment, never by ours.
+"""The peers' side of the comparisons, for the Python of a peers' environment.
 
     peers-python benchmarks/peers.py WORK SIZE [--repeats N]
 
 Trainers run as their documentation has it: their defaults for how things are computed, our numbers
 for what is computed. Responses end where the workload says: `generate` is given a stopping
 criterion per row, and TRL's PPO, which never stops early, has the end of sequence written into what
-it generated.
+it generated. Works whose package is not installed print that they were skipped.
 """
 
-import argparse
 import functools
+import importlib.util
 import itertools
 import logging
 import time
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 import workload as w
+from workload import Measurement, Size
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.WARNING)
-
-
-class StopAt(StoppingCriteria):
-    """Each row is over after its own number of tokens."""
-
-    def __init__(self, lengths, prompt_width):
-        self.lengths, self.prompt_width = torch.tensor(lengths), prompt_width
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return input_ids.shape[1] - self.prompt_width >= self.lengths
+FOLDER = Path("/tmp/quartet-bench-peer")
+"""Where trainers write; nothing of it is read again."""
 
 
-def left_padded(rows):
-    width = max(map(len, rows))
-    ids, mask = (
-        torch.full((len(rows), width), w.PAD),
-        torch.zeros(len(rows), width, dtype=torch.long),
-    )
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :], mask[i, width - len(row) :] = torch.tensor(row), 1
-    return ids, mask
-
-
-def generate(model, rows, lengths, limit):
-    """transformers' generate with nothing that filters or records."""
-    ids, mask = left_padded(rows)
-    return model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=True,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
-        max_new_tokens=limit,
-        eos_token_id=None,
-        pad_token_id=w.PAD,
-        stopping_criteria=StoppingCriteriaList([StopAt(lengths, ids.shape[1])]),
-    )
-
-
-def generation(size, repeats, copies=1):
+def generation(size: Size, repeats: int, copies: int = 1) -> Measurement:
     model = w.language_model(size)
-    rows = w.prompts(size, size.rows // copies, *((16, 48) if copies == 1 else (64, 128)))
-    rows = [row for row in rows for _ in range(copies)]
+    low, high = (16, 48) if copies == 1 else (64, 128)
+    prompts = w.prompts(size, size.rows // copies, low, high)
+    rows = [row for row in prompts for _ in range(copies)]
     lengths = w.response_lengths(size.limit, size.rows)
-    seconds = w.timed(lambda: generate(model, rows, lengths, size.limit), repeats)
-    w.report(seconds=seconds, tokens=sum(lengths))
+    seconds = w.timed(lambda: w.transformers_generate(model, rows, lengths, size.limit), repeats)
+    return Measurement(seconds, sum(lengths))
 
 
-def continuous(size, repeats):
-    """transformers' continuous batching, whose requests end at a limit of their own."""
-    from transformers import GenerationConfig
-
+def continuous(size: Size, repeats: int) -> Measurement:
+    """Run transformers' continuous batching. Its requests cannot be given limits of their own, so
+    each writes the mean number of tokens."""
     model = w.language_model(size)
     model.set_attn_implementation("sdpa")
     rows, lengths = w.prompts(size, size.rows), w.response_lengths(size.limit, size.rows)
@@ -82,65 +48,62 @@ def continuous(size, repeats):
         do_sample=True,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=size.limit,
+        max_new_tokens=round(sum(lengths) / len(lengths)),
         eos_token_id=-1,
         pad_token_id=w.PAD,
     )
 
-    def work():
-        # One request at a time cannot be given its own limit by generate_batch: everybody writes
-        # the mean number of tokens.
-        config.max_new_tokens = round(sum(lengths) / len(lengths))
+    def work() -> Any:
         return model.generate_batch(inputs=rows, generation_config=config, progress_bar=False)
 
-    made = work()
-    count = sum(len(m.generated_tokens) for m in made.values())
-    w.report(seconds=w.timed(work, repeats), tokens=count)
+    tokens = sum(len(output.generated_tokens) for output in work().values())
+    return Measurement(w.timed(work, repeats), tokens)
 
 
-def forced(model, size, steps_rows):
-    """A model whose generate ends its rows where the workload says, with the end of sequence."""
+def force_lengths(model: Any, size: Size, rows: int) -> int:
+    """Replace the model's `generate` by one that ends its rows where the workload says, with the
+    end of sequence. Return how many tokens that is."""
     inner = model.generate
-    lengths = w.response_lengths(size.limit, steps_rows)
+    lengths = w.response_lengths(size.limit, rows)
 
     @functools.wraps(inner)
-    def wrapped(input_ids, generation_config=None, **kwargs):
+    def wrapped(input_ids: torch.Tensor, generation_config: Any = None, **kwargs: Any) -> Any:
         width = input_ids.shape[1]
         generation_config.eos_token_id = None
-        stop = StoppingCriteriaList([StopAt(lengths[: len(input_ids)], width)])
-        made = inner(
+        stop = StoppingCriteriaList([w.StopAt(lengths[: len(input_ids)], width)])
+        output = inner(
             input_ids=input_ids,
             generation_config=generation_config,
             stopping_criteria=stop,
             **kwargs,
         )
         for i, n in enumerate(lengths[: len(input_ids)]):
-            made[i, width + n - 1] = w.EOS
-            made[i, width + n :] = w.PAD
-        return made
+            output[i, width + n - 1] = w.EOS
+            output[i, width + n :] = w.PAD
+        return output
 
     model.generate = wrapped
     return sum(lengths)
 
 
-def steps_of(trainer, repeats):
-    """Seconds from one log to the next."""
-    stamps = []
+def seconds_of_steps(trainer: Any, repeats: int) -> list[float]:
+    """Train, and return the seconds from one log to the next."""
+    stamps: list[float] = []
     log = trainer.log
 
-    def stamped(*args, **kwargs):
+    def stamped(*args: Any, **kwargs: Any) -> Any:
         stamps.append(time.perf_counter())
         return log(*args, **kwargs)
 
     trainer.log = stamped
     trainer.train()
-    gaps = [b - a for a, b in itertools.pairwise(stamps)]
-    return gaps[:repeats]
+    return [b - a for a, b in itertools.pairwise(stamps)][:repeats]
 
 
-def common(folder="/tmp/quartet-bench-peer"):
+def common() -> dict[str, Any]:
+    """Return the settings that all of TRL's trainers are given."""
     return {
-        "output_dir": folder,
+        "output_dir": str(FOLDER),
         "report_to": [],
         "save_strategy": "no",
         "logging_steps": 1,
@@ -153,7 +116,7 @@ def common(folder="/tmp/quartet-bench-peer"):
     }
 
 
-def ppo(size, repeats):
+def ppo(size: Size, repeats: int) -> Measurement:
     import trl.experimental.ppo.ppo_trainer as module
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -163,11 +126,11 @@ def ppo(size, repeats):
     lengths = w.response_lengths(size.limit, rows)
     plain = module.batch_generation
 
-    def ended(model, queries, *args, **kwargs):
-        made, logits = plain(model, queries, *args, **kwargs)
+    def ended(model: Any, queries: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output, logits = plain(model, queries, *args, **kwargs)
         for i, n in enumerate(lengths):
-            made[i, queries.shape[1] + n - 1] = w.EOS
-        return made, logits
+            output[i, queries.shape[1] + n - 1] = w.EOS
+        return output, logits
 
     module.batch_generation = ended
     config = PPOConfig(
@@ -193,10 +156,10 @@ def ppo(size, repeats):
         value_model=w.scalar_model(size, 2),
         train_dataset=Dataset.from_dict({"input_ids": w.prompts(size, rows)}),
     )
-    w.report(seconds=steps_of(trainer, repeats), tokens=sum(lengths), optimizer_steps=4)
+    return Measurement(seconds_of_steps(trainer, repeats), sum(lengths), optimizer_steps=4)
 
 
-def grpo(size, repeats, rloo=False):
+def grpo(size: Size, repeats: int, rloo: bool = False) -> Measurement:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -217,24 +180,24 @@ def grpo(size, repeats, rloo=False):
         "top_p": 1.0,
         "model_init_kwargs": None,
     }
-    make_config, make = (RLOOConfig, RLOOTrainer) if rloo else (GRPOConfig, GRPOTrainer)
+    config_type, trainer_type = (RLOOConfig, RLOOTrainer) if rloo else (GRPOConfig, GRPOTrainer)
     model = w.language_model(size)
     model.name_or_path = model.config.name_or_path = ""
-    folder = "/tmp/quartet-bench-peer/model"
+    folder = str(FOLDER / "model")
     model.save_pretrained(folder)
     words.save_pretrained(folder)
-    trainer = make(
+    trainer = trainer_type(
         model=folder,
         reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
-        args=make_config(**common(), **settings),
+        args=config_type(**common(), **settings),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=words,
     )
-    tokens = forced(trainer.model, size, rows)
-    w.report(seconds=steps_of(trainer, repeats), tokens=tokens, optimizer_steps=1)
+    tokens = force_lengths(trainer.model, size, rows)
+    return Measurement(seconds_of_steps(trainer, repeats), tokens, optimizer_steps=1)
 
 
-def sft(size, repeats):
+def sft(size: Size, repeats: int) -> Measurement:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -257,19 +220,23 @@ def sft(size, repeats):
         w.language_model(size), args=config, train_dataset=data, processing_class=w.tokenizer(size)
     )
     tokens = sum(map(len, asked)) + sum(map(len, answers))
-    w.report(seconds=steps_of(trainer, repeats), tokens=tokens, optimizer_steps=1)
+    return Measurement(seconds_of_steps(trainer, repeats), tokens, optimizer_steps=1)
 
 
-def reward_model(size, repeats):
+def reward_model(size: Size, repeats: int) -> Measurement:
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
     rows = size.rows // 4
-    asked, good, bad = w.prompts(size, rows), w.responses(size, rows), w.responses(size, rows, 4)
+    asked, chosen, rejected = (
+        w.prompts(size, rows),
+        w.responses(size, rows),
+        w.responses(size, rows, 4),
+    )
     data = Dataset.from_dict(
         {
-            "chosen_ids": [p + a for p, a in zip(asked, good, strict=True)],
-            "rejected_ids": [p + a for p, a in zip(asked, bad, strict=True)],
+            "chosen_ids": [p + a for p, a in zip(asked, chosen, strict=True)],
+            "rejected_ids": [p + a for p, a in zip(asked, rejected, strict=True)],
         }
     )
     config = RewardConfig(
@@ -282,11 +249,11 @@ def reward_model(size, repeats):
     trainer = RewardTrainer(
         w.scalar_model(size), args=config, train_dataset=data, processing_class=w.tokenizer(size)
     )
-    tokens = 2 * sum(map(len, asked)) + sum(map(len, good)) + sum(map(len, bad))
-    w.report(seconds=steps_of(trainer, repeats), tokens=tokens, optimizer_steps=1)
+    tokens = 2 * sum(map(len, asked)) + sum(map(len, chosen)) + sum(map(len, rejected))
+    return Measurement(seconds_of_steps(trainer, repeats), tokens, optimizer_steps=1)
 
 
-WORKS = {
+WORKS: dict[str, Callable[[Size, int], Measurement]] = {
     "generation": generation,
     "group": functools.partial(generation, copies=8),
     "continuous": continuous,
@@ -297,10 +264,16 @@ WORKS = {
     "reward_model": reward_model,
 }
 
+NEEDS_TRL = set(WORKS) - {"generation", "group", "continuous"}
+
+
+def missing_package(work: str) -> str | None:
+    """Return the package that a work needs and that is not installed."""
+    needed = ["trl", "datasets"] if work in NEEDS_TRL else []
+    return next((name for name in needed if importlib.util.find_spec(name) is None), None)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", choices=sorted(WORKS))
-    parser.add_argument("size", choices=sorted(w.SIZES))
-    parser.add_argument("--repeats", type=int, default=3)
-    a = parser.parse_args()
-    WORKS[a.work](w.SIZES[a.size], a.repeats)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    w.run_worker(WORKS, __doc__, missing_package)

@@ -1,14 +1,17 @@
-"""What is computed in every comparison, whoever computes it: the same shapes, texts and lengths
-from the same seeds.
+"""The inputs of every comparison: the same shapes, texts and lengths from the same seeds for both
+sides.
 
-Imported by the workers of both sides, so it knows torch and transformers and nothing else.
+The workers of both sides import this file, so it needs torch and transformers and nothing else.
 """
 
+import argparse
 import json
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,6 +20,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 PAD, EOS = 0, 1
@@ -24,6 +29,8 @@ PAD, EOS = 0, 1
 
 @dataclass(frozen=True)
 class Size:
+    """The shape of a Llama model and how much it is asked to do."""
+
     hidden: int
     layers: int
     heads: int
@@ -32,7 +39,7 @@ class Size:
     """The longest response."""
     rows: int = 64
 
-    def config(self, **more):
+    def config(self, **more: Any) -> Any:
         return AutoConfig.for_model(
             "llama",
             vocab_size=self.vocabulary,
@@ -61,24 +68,24 @@ SIZES = {
 }
 
 
-def language_model(size: Size, seed: int = 0):
+def language_model(size: Size, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(size.config(), dtype=torch.float32).eval()
 
 
-def scalar_model(size: Size, seed: int = 0):
+def scalar_model(size: Size, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return AutoModelForSequenceClassification.from_config(
         size.config(num_labels=1), dtype=torch.float32
     ).eval()
 
 
-def tokenizer(size: Size):
-    """Every token a word: t2 is token 2."""
+def tokenizer(size: Size) -> Any:
+    """Return a tokenizer in which every token is a word: "t2" is token 2."""
     words = {"<pad>": PAD, "<eos>": EOS} | {f"t{i}": i for i in range(2, size.vocabulary)}
-    made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+    by_word = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    by_word.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=by_word, pad_token="<pad>", eos_token="<eos>")
 
 
 def prompts(
@@ -90,13 +97,12 @@ def prompts(
 
 
 def response_lengths(limit: int, count: int, seed: int = 2) -> list[int]:
-    """Log-normal with a mean of a third of the limit, as answers are: many short, few at the
-    limit."""
+    """Return log-normal lengths with a mean of a third of the limit: many short responses, few at
+    the limit, the first one exactly at it."""
     rng = torch.Generator().manual_seed(seed)
     drawn = torch.exp(0.6 * torch.randn(count, generator=rng)) * limit / 3 / 2.718281828 ** (0.18)
-    lengths = drawn.round().long().clamp(2, limit)
-    lengths[0] = limit  # somebody always runs into it
-    return lengths.tolist()
+    lengths: list[int] = drawn.round().long().clamp(2, limit).tolist()
+    return [limit, *lengths[1:]]
 
 
 def responses(size: Size, count: int, seed: int = 3) -> list[list[int]]:
@@ -111,8 +117,61 @@ def text(ids: list[int]) -> str:
     return " ".join(f"t{i}" for i in ids)
 
 
-def timed(work, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls, after one that warms up."""
+class StopAt(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row of transformers' `generate` after its own number of tokens."""
+
+    def __init__(self, lengths: Sequence[int], prompt_width: int) -> None:
+        self.lengths, self.prompt_width = torch.tensor(lengths), prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.lengths = self.lengths.to(input_ids.device)
+        return input_ids.shape[1] - self.prompt_width >= self.lengths
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ids of the rows, padded on the left to the longest, and their attention mask."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :], mask[i, width - len(row) :] = torch.tensor(row), 1
+    return ids, mask
+
+
+def transformers_generate(
+    model: Any, rows: Sequence[Sequence[int]], lengths: Sequence[int], limit: int
+) -> torch.Tensor:
+    """Run transformers' `generate` with nothing that filters or records; row i ends after
+    `lengths[i]` tokens."""
+    ids, mask = left_padded(rows)
+    with torch.no_grad():
+        output: torch.Tensor = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            max_new_tokens=limit,
+            eos_token_id=None,
+            pad_token_id=PAD,
+            stopping_criteria=StoppingCriteriaList([StopAt(lengths, ids.shape[1])]),
+        )
+    return output
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a worker measured: seconds of each repeat, and how much was computed in it."""
+
+    seconds: list[float]
+    tokens: int
+    optimizer_steps: int | None = None
+    other: dict[str, float] = field(default_factory=dict)
+
+
+def timed(work: Callable[[], object], repeats: int) -> list[float]:
+    """Return the seconds of each of `repeats` calls, after one that warms up."""
     seconds = []
     for i in range(repeats + 1):
         started = time.perf_counter()
@@ -123,10 +182,38 @@ def timed(work, repeats: int) -> list[float]:
 
 
 def peak_mb() -> float:
+    """Return the largest resident size of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def report(**numbers) -> None:
-    """One line that the driver reads."""
-    numbers |= {"peak_mb": peak_mb(), "threads": torch.get_num_threads()}
+def print_result(measurement: Measurement) -> None:
+    """Print one line that speed.py reads."""
+    numbers = {
+        "seconds": measurement.seconds,
+        "tokens": measurement.tokens,
+        "optimizer_steps": measurement.optimizer_steps,
+        **measurement.other,
+        "peak_mb": peak_mb(),
+        "threads": torch.get_num_threads(),
+    }
     print("RESULT " + json.dumps(numbers), file=sys.__stdout__, flush=True)
+
+
+def run_worker(
+    works: dict[str, Callable[[Size, int], Measurement]],
+    description: str | None,
+    missing_package: Callable[[str], str | None] = lambda _: None,
+) -> None:
+    """Run the work that the command line names and print its result, or that it was skipped for
+    want of a package."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("work", choices=sorted(works))
+    parser.add_argument("size", choices=sorted(SIZES))
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    if package := missing_package(arguments.work):
+        print("RESULT " + json.dumps({"skipped": f"{package} is not installed"}))
+        return
+    print_result(works[arguments.work](SIZES[arguments.size], arguments.repeats))
