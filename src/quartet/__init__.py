@@ -39,7 +39,8 @@ _MODULES = {
     "rewards.reward_model": "ModelReward",
     "rewards.source": "RewardContext RewardSource",
     "runs.reader": "Run",
-    "training.learner": "Learner Update",
+    "training.learner": "Learner",
+    "training.update": "Update",
     "training.optim": "Optim",
 }
 _ORIGINS = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -47,7 +47,7 @@ from quartet.rewards.source import RewardContext as RewardContext
 from quartet.rewards.source import RewardSource as RewardSource
 from quartet.runs.reader import Run as Run
 from quartet.training.learner import Learner as Learner
-from quartet.training.learner import Update as Update
+from quartet.training.update import Update as Update
 from quartet.training.optim import Optim as Optim
 
 __version__: str

@@ -25,8 +25,9 @@ from quartet.models.language_model import create, masked_logprobs
 from quartet.models.shape import Shape
 from quartet.rewards.environment import EnvironmentReward
 from quartet.rewards.protocol import RewardError, Weighted, rewarded
+from quartet.training.batch import collate
 from quartet.training.budget import Budget
-from quartet.training.learner import Learner, collate
+from quartet.training.learner import Learner
 from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from quartet.worlds.guess import GUESSES, Guess, Host, said
 from tests.support.thread_ranks import on_ranks

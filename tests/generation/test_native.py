@@ -10,7 +10,7 @@ from quartet.generation.sampling import Sampling, draw, scaled
 from quartet.models.language_model import policy_logprobs, stop_ids
 from quartet.models.logprobs import token_entropy
 from quartet.models.padding import left_pad, response_mask, right_pad
-from quartet.training.learner import collate
+from quartet.training.batch import collate
 from tests.support.world import SHAPES, model, prompts, tokenizer
 
 KINDS = pytest.mark.parametrize("kind", sorted(SHAPES))

@@ -28,8 +28,9 @@ from quartet.models.actor_critic import Separate, Shared, freeze
 from quartet.models.heads import ScalarModel, ValueHead
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import RewardError, Weighted, rewarded
+from quartet.training.batch import collate
 from quartet.training.budget import Budget
-from quartet.training.learner import Learner, collate
+from quartet.training.learner import Learner
 from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from quartet.training.trust_region import TrustRegionLearner
 from tests.support.world import model, prompts, tokenizer

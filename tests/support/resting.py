@@ -4,7 +4,7 @@ import torch
 
 from quartet.distributed import offload as placement
 from quartet.distributed.sharding import local_tensor
-from quartet.training import learner
+from quartet.training import checksum
 from quartet.training.optim import Optimizer
 
 ABSURD = 2.0**100
@@ -43,7 +43,7 @@ def name_of(tensor):
 def made(patch):
     """A bed that all rest in. `patch(module, name, value)` puts it there. What rests may be read as it is, to be compared and
     to be saved; not worked with."""
-    bed, bits, state = Bed(), learner._bits, Optimizer.state
+    bed, bits, state = Bed(), checksum._bits, Optimizer.state
 
     def saved(optimizer):
         made = state(optimizer)
@@ -53,7 +53,7 @@ def made(patch):
             ]
         }
 
-    patch(learner, "_bits", lambda parameter: bits(bed.truth(parameter)))
+    patch(checksum, "_bits", lambda parameter: bits(bed.truth(parameter)))
     patch(Optimizer, "state", saved)
     patch(placement, "MAIN_MEMORY", torch.device("meta"))
     patch(placement, "moved", bed.moved)

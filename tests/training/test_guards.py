@@ -36,7 +36,8 @@ from quartet.stages.sft import SftStage
 from quartet.training import imitation
 from quartet.training.budget import MAX_HALVINGS, Budget
 from quartet.training.checkpoint import read_checkpoint
-from quartet.training.learner import Learner, parameter_checksum
+from quartet.training.checksum import parameter_checksum
+from quartet.training.learner import Learner
 from quartet.training.optim import MAX_SKIPPED, Optim, Optimizer, OptimizerConfig
 from quartet.training.optimizer_step import optimizer_step
 from tests.loops.test_loops import END, comparisons, demonstrations, goodness

@@ -59,7 +59,7 @@ def test_the_fisher_product_is_the_expected_square_of_the_score():
     def logprobs(scale):
         torch.nn.utils.vector_to_parameters(start + scale * vector, parameters)
         with torch.no_grad():
-            found = torch.cat([objective._vocabulary_logprobs(rows) for rows in objective.pieces])
+            found = torch.cat([objective._vocabulary_logprobs(rows) for rows in objective.rows])
         torch.nn.utils.vector_to_parameters(start, parameters)
         return found.double()
 

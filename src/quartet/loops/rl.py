@@ -7,8 +7,9 @@ from quartet.algorithms.algorithm import Algorithm
 from quartet.experience import Batch, Experience, Rollout
 from quartet.loops.collect import Collector
 from quartet.loops.progress import Clock, Progress
-from quartet.training.learner import Learner, Update
+from quartet.training.learner import Learner
 from quartet.training.metrics import rl_metrics
+from quartet.training.update import Update
 
 
 @dataclass(frozen=True)

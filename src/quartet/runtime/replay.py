@@ -18,8 +18,9 @@ from quartet.stages.protocol import Stage, StageRun
 from quartet.stages.rl import AlgorithmState, RLStage
 from quartet.tensors import Bool, Float, Tensor
 from quartet.training.checkpoint import Checkpoint, Checkpoints, GlobalRandom, Tree, misfit
-from quartet.training.learner import Learner, Update
+from quartet.training.learner import Learner
 from quartet.training.metrics import rl_metrics
+from quartet.training.update import Update
 
 
 class CannotReplay(QuartetError, ValueError):

@@ -20,7 +20,7 @@ from quartet.loops.progress import Progress
 from quartet.models.language_model import policy_logprobs
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.stages.protocol import StageRun, Summary
-from quartet.training.learner import collate
+from quartet.training.batch import collate
 
 BEST_OF_RESPONSES = 512
 """How many responses the best-of-n curve is computed from, in all."""

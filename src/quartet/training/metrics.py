@@ -6,7 +6,6 @@ Names are paths; `definitions.py` says what each is and how to read it.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,9 +14,7 @@ from quartet.algorithms.kl import k1, k2, k3
 from quartet.algorithms.masked import group_mean, masked, masked_mean
 from quartet.experience import Batch, Experience, Rollout
 from quartet.tensors import Bool, Float, Tensor
-
-if TYPE_CHECKING:
-    from quartet.training.learner import Update
+from quartet.training.update import Update
 
 
 def explained_variance(
@@ -81,7 +78,7 @@ def rl_metrics(
     unscored: float,
     batch: Batch,
     experience: Experience,
-    update: "Update",
+    update: Update,
     algorithm: Algorithm,
 ) -> dict[str, float]:
     """The numbers of one RL step. `unscored`: the share of responses that no reward could score,
@@ -147,7 +144,7 @@ def rl_metrics(
 
 
 def earned_correlation(
-    batch: Batch, experience: Experience, update: "Update", within_groups: bool
+    batch: Batch, experience: Experience, update: Update, within_groups: bool
 ) -> float:
     """r of what a response earned, Σ_t of its token rewards, and the mean advantage that the update
     took for it."""

@@ -50,9 +50,9 @@ class Optimizer:
     """AdamW over some parameters, with clipping and a schedule of `total_steps`."""
 
     def __init__(
-        self, parameters: Sequence[Tensor], descent: OptimizerConfig, total_steps: int
+        self, parameters: Sequence[Tensor], config: OptimizerConfig, total_steps: int
     ) -> None:
-        self.parameters, self.descent, self.total_steps = list(parameters), descent, total_steps
+        self.parameters, self.config, self.total_steps = list(parameters), config, total_steps
         kinds = [
             [p for p in self.parameters if is_sharded(p) == sharded] for sharded in (False, True)
         ]
@@ -60,10 +60,10 @@ class Optimizer:
             [
                 {"params": kind} for kind in kinds if kind
             ],  # torch steps a group at once, and cannot mix the kinds
-            lr=descent.lr,
-            betas=descent.betas,
-            eps=descent.eps,
-            weight_decay=descent.weight_decay,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
         )
         self.steps = 0
         self.skipped = 0
@@ -73,19 +73,17 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        return self.scale * self.descent.lr * self.descent.factor(self.steps, self.total_steps)
+        return self.scale * self.config.lr * self.config.factor(self.steps, self.total_steps)
 
     def skip(self) -> bool:
         """Whether this update may be left out."""
         self.skipped += 1
-        return self.descent.on_nonfinite == "skip" and self.skipped <= MAX_SKIPPED
+        return self.config.on_nonfinite == "skip" and self.skipped <= MAX_SKIPPED
 
     def clip(self) -> float:
         """Bound the gradient; its norm before that. Not finite if any gradient is not."""
         if not any(map(is_sharded, self.parameters)):
-            return float(
-                torch.nn.utils.clip_grad_norm_(self.parameters, self.descent.max_grad_norm)
-            )
+            return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         parts = [
             [g for g in gradients if is_sharded(g)],
@@ -95,7 +93,7 @@ class Optimizer:
             *(float(full_tensor(torch.nn.utils.get_total_norm(part))) for part in parts if part)
         )
         if math.isfinite(norm):
-            scale = min(1.0, self.descent.max_grad_norm / (norm + 1e-6))
+            scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
             for gradient in gradients:
                 gradient.mul_(scale)
         return norm
@@ -211,7 +209,7 @@ class Optim:
         default=1e-5, gt=0, description="Adam's epsilon; 1e-5 as in Ziegler et al. 2019."
     )
 
-    def descent(self, lr: float) -> OptimizerConfig:
+    def optimizer_config(self, lr: float) -> OptimizerConfig:
         return OptimizerConfig(
             lr,
             self.schedule,

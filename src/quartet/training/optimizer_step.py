@@ -25,7 +25,7 @@ def optimizer_step(
     `on_nonfinite = "skip"`, up to ten such steps are left out and `{"skipped": 1.0}` is returned.
     """
     try:
-        total = sum_of_losses(losses, process_group, backward=True)
+        total = sum_of_losses(map(_differentiated, losses), process_group)
         process_group.all_reduce_gradients(
             p for optimizer in optimizers.values() for p in optimizer.parameters
         )
@@ -47,21 +47,23 @@ def optimizer_step(
     return {"loss": total, **{f"grad_norm/{name}": norm for name, norm in norms.items()}}
 
 
+def _differentiated(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Add the gradient of a loss to `.grad` of the parameters, and return the loss."""
+    loss.backward()
+    return loss.detach()
+
+
 def sum_of_losses(
-    losses: Iterable[Float[Tensor, ""]],
-    process_group: ProcessGroup = SINGLE_PROCESS,
-    backward: bool = False,
+    losses: Iterable[Float[Tensor, ""]], process_group: ProcessGroup = SINGLE_PROCESS
 ) -> float:
     """Return the sum of the losses over all ranks.
 
-    With `backward`, each loss is differentiated, and this rank's gradients are left in `.grad`. A
-    `NonFinite` that is raised on one rank is raised on every rank, so that none waits for another.
+    A `NonFinite` that is raised on one rank is raised on every rank, so that none waits for
+    another.
     """
     total, error = 0.0, None
     try:
         for loss in losses:
-            if backward:
-                loss.backward()
             total += float(loss.detach())
     except NonFinite as nonfinite:
         error = nonfinite

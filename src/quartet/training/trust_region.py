@@ -2,13 +2,13 @@
 allows.
 
 F, the Fisher matrix, is the Hessian of the mean KL(π_old ‖ π) at π = π_old. It is never built:
-conjugate gradients ask only for products F v, and each is two backward passes (Schulman et al.
-2015, appendix C). For small models: a step costs some twenty passes over the whole experience, and
-the direction is as large as the weights.
+conjugate gradients need only products F v, and each of them is two backward passes (Schulman et al.
+2015, appendix C). This is for small models: a step costs about twenty passes over the whole
+experience, and several vectors as large as the weights.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,9 @@ from quartet.experience import Experience
 from quartet.models.language_model import logits_of, speak
 from quartet.models.logprobs import at_least_float32
 from quartet.tensors import Float, Tensor
-from quartet.training.learner import Learner, Update
+from quartet.training.learner import Learner
+from quartet.training.optim import Optimizer
+from quartet.training.update import Update
 
 Vector = Float[Tensor, "P"]
 
@@ -29,8 +31,8 @@ Vector = Float[Tensor, "P"]
 def conjugate_gradient(
     product: Callable[[Vector], Vector], b: Vector, steps: int, tolerance: float = 1e-10
 ) -> Vector:
-    """x with A x ≈ b, for a positive definite A that is known by its products A v (Hestenes &
-    Stiefel 1952).
+    """Return x with A x ≈ b, for a positive definite A of which only the products A v are known
+    (Hestenes & Stiefel 1952).
 
     In n dimensions it is exact after n steps: A = diag(1, 4), b = (1, 4) gives (1, 1).
     """
@@ -49,25 +51,28 @@ def conjugate_gradient(
 
 @dataclass(frozen=True)
 class NaturalStep:
-    """What one step did."""
+    """What one natural step did."""
 
     kl: float
-    """Mean KL(π_old ‖ π) per token, over the whole vocabulary."""
+    """Mean KL(π_old ‖ π) per token after it, over the whole vocabulary."""
     loss_before: float
     loss_after: float
     fraction: float
-    """The share of the full step that was taken; 0 where the line search found none."""
+    """The share of the full step that was taken; 0 where the line search found no step."""
     gradient_norm: float
 
 
 class TrustRegionLearner(Learner):
-    """A learner whose actor moves by one natural step on each experience; the critic learns as in
+    """A learner whose actor takes one natural step on each experience. The critic is trained as in
     `Learner`."""
+
+    def stepped_optimizers(self) -> Mapping[str, Optimizer]:
+        return {"critic": self.optimizers["critic"]}
 
     def update(self, experience: Experience, algorithm: Algorithm) -> Update:
         trains_actor = self.trains_actor
-        # The base class trains the critic only here, and records what was seen of the policy.
-        update = self._update(experience, algorithm, train_actor=False)
+        # `Learner.update` trains the critic only, and records entropies and clips of the policy.
+        update = super().update(experience, algorithm)
         if not trains_actor:
             return update
         assert isinstance(algorithm.update, TrustRegion)
@@ -93,9 +98,11 @@ class TrustRegionLearner(Learner):
 def natural_step(
     objective: "_Objective", parameters: Sequence[Tensor], settings: TrustRegion
 ) -> NaturalStep:
-    """θ ← θ − √(2 δ / xᵀFx) · x with x = F⁻¹g; with a line search, half of it, and half again,
-    until the loss is lower and the KL within δ. Where no step is found, the weights stay as they
-    were."""
+    """Take the step θ ← θ − √(2 δ / xᵀFx) · x with x = F⁻¹g, where δ is `max_kl`.
+
+    With a line search the step is halved until the loss is lower and the KL within δ. Where no such
+    step is found, the weights stay as they were.
+    """
     # Second derivatives of attention exist for torch's plain kernel only.
     with sdpa_kernel(SDPBackend.MATH):
         before = objective.loss()
@@ -125,43 +132,45 @@ def natural_step(
 
 
 class _Objective:
-    """The actor's loss on one experience, and its KL to the policy that the experience began with.
-    The loss of the value is no part of it. Each rank goes through its share of the rows, and has
-    the sums of all."""
+    """The actor's loss on one experience, without the critic's, and the KL of the policy that the
+    experience began with to the actor as it is now.
+
+    Each rank goes through its share of the rows; sums are those of all ranks.
+    """
 
     def __init__(self, learner: Learner, experience: Experience, algorithm: Algorithm) -> None:
-        self.learner, self.experience, self.algorithm, self.process_group = (
-            learner,
-            experience,
-            algorithm,
-            learner.process_group,
-        )
+        self.learner, self.experience, self.algorithm = learner, experience, algorithm
+        self.process_group = learner.process_group
         self.denominators = algorithm.denominators(experience)
         self.num_tokens = int(experience.response_mask.sum())
-        pieces = self.process_group.micro_batches(
+        micro_batches = self.process_group.micro_batches(
             experience.lengths.tolist(), learner.budget.tokens
         )
-        self.pieces = [piece.rows for piece in pieces if piece.counts]
+        # Weights are never sharded here, so no rank has to keep pace with another.
+        self.rows = [micro_batch.rows for micro_batch in micro_batches if micro_batch.counts]
         with torch.no_grad():
-            self.old = [self._vocabulary_logprobs(rows) for rows in self.pieces]
+            self.old = [self._vocabulary_logprobs(rows) for rows in self.rows]
 
     def loss(self) -> float:
+        """Return the loss at the present weights."""
         with torch.no_grad():
             [total] = self.process_group.all_reduce_sum(float(sum(self._losses())))
         return total
 
     def gradient(self, parameters: Sequence[Tensor]) -> Vector:
+        """Return the gradient of the loss."""
         total = _sum_of_gradients(self._losses(), parameters)
         self.process_group.all_reduce(total)
         return total
 
     def kl(self) -> float:
+        """Return the mean KL(π_old ‖ π) per token."""
         with torch.no_grad():
             [total] = self.process_group.all_reduce_sum(float(sum(self._kls())))
         return total
 
     def fisher_product(self, parameters: Sequence[Tensor], vector: Vector) -> Vector:
-        """F v = ∇(∇KL · v), piece by piece."""
+        """Return F v = ∇(∇KL · v), summed over micro-batches."""
         total = torch.zeros_like(vector)
         for kl in self._kls():
             slope = _flat(
@@ -176,39 +185,44 @@ class _Objective:
 
     @torch.no_grad()
     def logprobs(self) -> Float[Tensor, "B T"]:
-        made = torch.zeros_like(self.experience.old_logprobs)
-        for rows in self.pieces:
+        """Return the log-probs of the response tokens at the present weights."""
+        logprobs = torch.zeros_like(self.experience.old_logprobs)
+        for rows in self.rows:
             part = self.experience.rows(rows)
-            now = self.learner.models.forward(
+            forward = self.learner.models.forward(
                 part.tokens, part.response_mask, self.learner.sampling.temperature
             )
-            made[rows, : part.tokens.shape[1]] = torch.where(part.response_mask, now.logprobs, 0.0)
-        self.process_group.all_reduce(made)
-        return made
+            width = part.tokens.shape[1]
+            logprobs[rows, :width] = torch.where(part.response_mask, forward.logprobs, 0.0)
+        self.process_group.all_reduce(logprobs)
+        return logprobs
 
     def _losses(self) -> Iterator[Tensor]:
-        exact = self.learner.reference if self.algorithm.kl.exact_loss else None
-        for rows in self.pieces:
+        """Yield the actor's loss of each micro-batch."""
+        reference = self.learner.reference if self.algorithm.kl.exact_loss else None
+        for rows in self.rows:
             part = self.experience.rows(rows)
-            now = self.learner.models.forward(
+            forward = self.learner.models.forward(
                 part.tokens,
                 part.response_mask,
                 self.learner.sampling.temperature,
                 self.algorithm.needs_entropy_gradient,
-                exact,
+                reference,
             )
-            terms = self.algorithm.loss(part, now, self.denominators)
+            terms = self.algorithm.loss(part, forward, self.denominators)
             yield sum(
                 (term for name, term in terms.items() if name != "value"),
                 torch.zeros((), device=self.learner.device),
             )
 
     def _kls(self) -> Iterator[Tensor]:
-        for rows, old in zip(self.pieces, self.old, strict=True):
+        """Yield the share of each micro-batch in the mean KL."""
+        for rows, old in zip(self.rows, self.old, strict=True):
             yield exact_kl(old, self._vocabulary_logprobs(rows)).sum() / self.num_tokens
 
     def _vocabulary_logprobs(self, rows: Sequence[int]) -> Float[Tensor, "n V"]:
-        """Of the response tokens of these rows, over the whole vocabulary."""
+        """Return the log-probs over the whole vocabulary before each of the rows' n response
+        tokens."""
         part = self.experience.rows(rows)
         actor = self.learner.models.actor
         logits = logits_of(actor, speak(actor, part.tokens, part.response_mask))
@@ -216,6 +230,7 @@ class _Objective:
 
 
 def _sum_of_gradients(losses: Iterator[Tensor], parameters: Sequence[Tensor]) -> Vector:
+    """Return the summed gradients of the losses as one vector."""
     total = _flat([None] * len(parameters), parameters)
     for loss in losses:
         total += _flat(
@@ -225,6 +240,7 @@ def _sum_of_gradients(losses: Iterator[Tensor], parameters: Sequence[Tensor]) ->
 
 
 def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
+    """Return gradients as one vector; None, for a parameter without one, is zeros."""
     return torch.cat(
         [
             (torch.zeros_like(p) if g is None else g).flatten()
@@ -235,6 +251,7 @@ def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> V
 
 @torch.no_grad()
 def _assign(parameters: Sequence[Tensor], vector: Vector) -> None:
+    """Write a vector into the parameters."""
     offset = 0
     for p in parameters:
         p.copy_(vector[offset : offset + p.numel()].view_as(p))

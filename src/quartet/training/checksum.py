@@ -1,0 +1,36 @@
+"""A number that shows whether the weights of a model have changed."""
+
+from typing import Any
+
+import torch
+
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.distributed.sharding import is_first_replica, is_sharded, local_tensor
+from quartet.tensors import Int, Tensor
+
+
+@torch.no_grad()
+def parameter_checksum(model: Any, process_group: ProcessGroup = SINGLE_PROCESS) -> int:
+    """Return the sum of the bit patterns of all parameters, read as integers.
+
+    It is the same for sharded and for whole weights, and any change of one parameter changes it
+    almost surely. Every rank must call it.
+    """
+    whole, sharded = (
+        torch.stack(
+            [_bits(p) for p in model.parameters() if is_sharded(p) == kind]
+            or [torch.zeros((), dtype=torch.int64)]
+        )
+        for kind in (False, True)
+    )
+    sum_of_parts = sharded.sum()
+    process_group.all_reduce(sum_of_parts)  # whole parameters are the same on every rank
+    return int(whole.sum()) + int(sum_of_parts)
+
+
+def _bits(parameter: Tensor) -> Int[Tensor, ""]:
+    """Return the sum over this rank's part, or 0 where another rank counts the same part."""
+    size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    bits = local_tensor(parameter.detach()).view(size).sum(dtype=torch.int64).cpu()
+    counts = not is_sharded(parameter) or is_first_replica(parameter)
+    return bits if counts else torch.zeros_like(bits)

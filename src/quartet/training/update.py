@@ -1,0 +1,151 @@
+"""What one update of the learner did: its result, and how that is collected on the way."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from quartet.algorithms.algorithm import Algorithm, Forward
+from quartet.algorithms.kl import k3
+from quartet.distributed.process_group import ProcessGroup
+from quartet.experience import Experience
+from quartet.tensors import Bool, Float, Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one call of `Learner.update` did. Each token's entry in a tensor is from the last time
+    that the update visited the token."""
+
+    losses: dict[str, float]
+    """The terms of the loss, averaged over the optimizer steps."""
+    step_stats: dict[str, float]
+    """The total loss and the gradient norms, averaged over the optimizer steps, and the learning
+    rates of the first."""
+    clip_fraction: float
+    """The share of token visits at which the clip removed the gradient."""
+    first_ratio_error: float
+    """The largest |ratio − 1| in the first minibatch, before any weight has moved: what rounding
+    alone does."""
+    step_kl: float | None
+    """Mean KL(π_old ‖ π) per token after the update, where the algorithm reads it and the actor was
+    trained."""
+    logprobs: Float[Tensor, "B T"]
+    entropy: Float[Tensor, "B T"]
+    clipped: Bool[Tensor, "B T"]
+    row_advantages: Float[Tensor, "B"]
+    """The mean advantage of each row."""
+    trained_actor: bool = True
+    """False where only the critic was trained, in its warm-up."""
+    reference_moved: bool = False
+    """Whether the weights of the reference have changed, which is a fault."""
+
+
+@dataclass
+class Tally:
+    """Sums over the token visits of an update."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    num_clipped: int = 0
+    num_visits: int = 0
+    first_ratio_error: float = 0.0
+    kl: float = 0.0
+    """The sum of k3(π_old, π)."""
+
+    def add(self, name: str, loss: float) -> None:
+        self.losses[name] = self.losses.get(name, 0.0) + loss
+
+    def copy(self) -> "Tally":
+        return dataclasses.replace(self, losses=dict(self.losses))
+
+    def all_reduce(self, process_group: ProcessGroup) -> "Tally":
+        """Return the tally of all ranks."""
+        # A rank that had no row of its own does not know the names of the terms.
+        names_by_rank = process_group.all_gather(list(self.losses))
+        names = sorted({name for names in names_by_rank for name in names})
+        counts = (float(self.num_clipped), float(self.num_visits), self.kl)
+        clipped, visits, kl, *losses = process_group.all_reduce_sum(
+            *counts, *(self.losses.get(name, 0.0) for name in names)
+        )
+        error = process_group.all_reduce_max(self.first_ratio_error)
+        return Tally(dict(zip(names, losses, strict=True)), int(clipped), int(visits), error, kl)
+
+
+class UpdateRecord:
+    """Collects what an update computes for each token, and the sums over its visits."""
+
+    def __init__(self, experience: Experience, process_group: ProcessGroup) -> None:
+        self.process_group = process_group
+        self.logprobs, self.entropy = (torch.zeros_like(experience.old_logprobs) for _ in range(2))
+        self.clipped = torch.zeros_like(experience.response_mask)
+        self.tally = Tally()
+        self._last_epoch = Tally()
+        """The tally when the last epoch ended."""
+        self._rows: Sequence[int] = ()
+        self._before_step = Tally()
+        self._num_steps = 0
+
+    def begin_step(self, rows: Sequence[int]) -> None:
+        """Begin an optimizer step on some rows. What an attempt at it records, `rewind` undoes."""
+        self._rows, self._before_step = rows, self.tally.copy()
+        self._num_steps += 1
+
+    def rewind(self) -> None:
+        """Return to the beginning of the step, and clear its rows.
+
+        An attempt that ran out of memory is repeated with smaller micro-batches. Rows are cleared
+        in the first attempt too: another rank may have visited them in the last epoch, and the
+        ranks' tensors are summed in the end.
+        """
+        self.tally = self._before_step.copy()
+        for tensor in (self.logprobs, self.entropy, self.clipped):
+            tensor[self._rows] = 0
+
+    @torch.no_grad()
+    def add(
+        self,
+        rows: list[int],
+        part: Experience,
+        forward: Forward,
+        terms: Mapping[str, Tensor],
+        algorithm: Algorithm,
+    ) -> None:
+        """Record one micro-batch. `part` is those rows of the experience, `terms` their losses."""
+        mask, width = part.response_mask, part.tokens.shape[1]
+        clipped = algorithm.clipped(part, forward.logprobs)
+        self.logprobs[rows, :width] = torch.where(mask, forward.logprobs, 0.0)
+        self.entropy[rows, :width] = torch.where(mask, forward.entropy, 0.0)
+        self.clipped[rows, :width] = clipped
+        self.tally.num_clipped += int(clipped.sum())
+        self.tally.num_visits += int(mask.sum())
+        kl = torch.where(mask, k3(part.old_logprobs, forward.logprobs), 0.0)
+        self.tally.kl += float(kl.sum())
+        for name, term in terms.items():
+            self.tally.add(name, float(term))
+        if self._num_steps == 1:  # no weight has moved yet
+            error = ((forward.logprobs - part.old_logprobs).expm1().abs() * mask).max()
+            self.tally.first_ratio_error = max(self.tally.first_ratio_error, float(error))
+
+    def end_epoch(self) -> float:
+        """Return the mean k3(π_old, π) over the token visits of the epoch, on all ranks."""
+        before, self._last_epoch = self._last_epoch, self.tally.copy()
+        kl, visits = self.process_group.all_reduce_sum(
+            self.tally.kl - before.kl, float(self.tally.num_visits - before.num_visits)
+        )
+        return kl / max(visits, 1)
+
+    def all_reduce(self) -> None:
+        """Collect what all ranks have recorded."""
+        self.process_group.all_reduce(self.logprobs, self.entropy, self.clipped)
+        self.tally = self.tally.all_reduce(self.process_group)
+
+
+def mean_stats(step_stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each number over the optimizer steps that were taken, and as `skipped` the
+    number of those that were not, if any."""
+    taken = [stats for stats in step_stats if "skipped" not in stats]
+    names = taken[0] if taken else {}
+    means = {name: sum(stats[name] for stats in taken) / len(taken) for name in names}
+    num_skipped = len(step_stats) - len(taken)
+    return means | ({"skipped": float(num_skipped)} if num_skipped else {})
