@@ -20,12 +20,8 @@ from quartet.recording.tokens import TokenTexts
 from quartet.runtime.pipeline import Pipeline
 from quartet.runtime.resume import CannotResume, choose, set_aside
 from quartet.runtime.worker import Worker
-from quartet.training.checkpoint import (
-    Checkpoints,
-    DamagedCheckpoint,
-    read_checkpoint,
-    write_checkpoint,
-)
+from quartet.training.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
+from quartet.training.checkpoints import Checkpoints
 from tests.malformed.saying import readable
 from tests.support.tiny_run import make_run
 

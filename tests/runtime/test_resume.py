@@ -26,14 +26,9 @@ from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.pipeline import Advanced, Pipeline, Saving
 from quartet.runtime.resume import CannotResume, choose, find_run, has_begun, set_aside
 from quartet.stages.protocol import StageRun
-from quartet.training.checkpoint import (
-    Checkpoints,
-    DamagedCheckpoint,
-    joined,
-    parted,
-    read_checkpoint,
-    write_checkpoint,
-)
+from quartet.training.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
+from quartet.training.checkpoints import Checkpoints
+from quartet.training.state_tree import join_tensors, split_tensors
 from tests.runtime.test_runs import TINY_REVIEWS, events, metrics, quartet
 from tests.support.tiny_run import SMALL, make_run
 from tests.support.world import tokenizer
@@ -75,8 +70,8 @@ def test_a_state_goes_to_disk_and_comes_back_to_the_bit(tmp_path):
     assert again["a"]["w"].view(torch.int32).tolist() == state["a"]["w"].view(torch.int32).tolist()
     assert again["a"]["list"][1].dtype == torch.uint8 and again["a"]["list"][2] == {"x": 0.1}
     assert again["inf"] == float("inf") and again["text"] == "“é”" and again["a"]["none"] is None
-    tree, tensors = parted(state)
-    assert joined(tree, tensors)["a"]["list"][0] == 1 and set(tensors) == {"a/w", "a/list/1"}
+    tree, tensors = split_tensors(state)
+    assert join_tensors(tree, tensors)["a"]["list"][0] == 1 and set(tensors) == {"a/w", "a/list/1"}
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

@@ -46,7 +46,7 @@ from quartet.recording.run_folder import RunFolder
 from quartet.runtime import pipeline
 from quartet.runtime.pipeline import Pipeline
 from quartet.training import checkpoint
-from quartet.training.checkpoint import Checkpoints
+from quartet.training.checkpoints import Checkpoints
 from tests.support.fake_server import Engine, free_port, make_app
 from tests.support.tiny_run import SMALL, SMALL_REVIEWS
 from tests.support.world import model, tokenizer

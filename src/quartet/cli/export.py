@@ -16,6 +16,7 @@ from quartet.cli.common import (
     is_loopback,
     listening,
     refuse,
+    refusing,
     url_of,
     without_progress_bars,
 )
@@ -113,11 +114,12 @@ def export(
 def _at_checkpoint(run_folder: Path, name: str, scratch: Path) -> None:
     """The models of a checkpoint, as its stage would have left them, in a run folder of their
     own."""
-    from quartet.assembly import Workshop
+    from quartet.assembly import Assembler, stage
     from quartet.config.toml import ConfigError, read_settings
     from quartet.recording.model_card import write_cards
     from quartet.runtime.replay import models_at
-    from quartet.training.checkpoint import Checkpoints, DamagedCheckpoint, merit, read_checkpoint
+    from quartet.training.checkpoint import DamagedCheckpoint, read_checkpoint
+    from quartet.training.checkpoints import Checkpoints, merit
 
     without_progress_bars()
     folder = run_folder / "checkpoints"
@@ -146,12 +148,9 @@ def _at_checkpoint(run_folder: Path, name: str, scratch: Path) -> None:
         refuse(str(error))
     except DamagedCheckpoint as error:
         refuse(f"{chosen}: {error}.")
-    models_at(
-        Workshop(config, found.facts["fault"]).stage(found.facts["stage"]),
-        run_folder,
-        found,
-        scratch,
-    )
+    with refusing():
+        of_checkpoint = stage(Assembler(config, found.facts["fault"]), found.facts["stage"])
+    models_at(of_checkpoint, run_folder, found, scratch)
     write_cards(scratch)
 
 
@@ -186,7 +185,7 @@ def serve_reward(
             f"--host {host}: others could reach it, so it must ask for a token: --token-env NAME."
         )
     listener = listening(host, port)
-    from quartet.assembly import device
+    from quartet.assembly.models import device
     from quartet.assembly.serving import Scorer
     from quartet.models.language_model import ModelError
 

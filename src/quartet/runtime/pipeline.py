@@ -10,24 +10,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quartet.algorithms.policy_loss import PolicyLoss
 from quartet import files as durable
+from quartet.algorithms.policy_loss import PolicyLoss
 from quartet.errors import NonFinite, QuartetError
 from quartet.loops.progress import Progress
 from quartet.loops.rl import Step
 from quartet.recording.metric import Metric, measured, rule_of
 from quartet.recording.model_card import write_cards
-from quartet.recording.run_folder import Keeping, RunFolder
+from quartet.recording.run_folder import RunFolder
+from quartet.recording.step_recorder import InvariantBroken, StepRecorder
 from quartet.recording.tokens import TokenTexts
 from quartet.recording.trackers import Tracking
-from quartet.runs.doctor import INVARIANTS, RULES, Watch
+from quartet.runs.doctor import RULES, Watch
 from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.machine import give_back_memory
 from quartet.runtime.worker import Group, Local, Stepped, Worker, WorkerLost
 from quartet.stages.kinds import kind_of
 from quartet.stages.protocol import Stage, Summary
 from quartet.stages.rl import RLStage
-from quartet.training.checkpoint import Checkpoint, Checkpoints
+from quartet.training.checkpoint import Checkpoint
+from quartet.training.checkpoints import Checkpoints
 
 QUOTED = 300
 """Characters of a sample that a message shows."""
@@ -188,7 +190,8 @@ class Pipeline:
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             self.folder.event(
                 "note",
-                sentence=f"The model cards could not be written: the record is damaged ({error!r}).",
+                sentence="The model cards could not be written: the record is damaged "
+                f"({error!r}).",
             )
 
     def _stage(self, stage: Stage, number: int, since: Checkpoint | None) -> Iterator[Event]:
@@ -238,17 +241,21 @@ class Pipeline:
         except Exception as error:
             raise StageFailed(f"{where}: {error}") from error
 
-    def _watching(self, stage: Stage) -> tuple[Watch, Keeping]:
-        """Those who look at every step; they have seen what is in the record."""
+    def _recorder(self, stage: Stage) -> StepRecorder:
+        """Return the recorder of a stage's steps, which has seen those that are in the record."""
         is_rl = isinstance(stage, RLStage)
         own = {rule_of(metric): 1 for metric in self.saving.metrics} if is_rl else {}
         filtered = isinstance(stage, RLStage) and stage.sampling.filters
         watch = Watch(kl_target(stage), filtered, {**RULES, **own})
-        kept = Keeping(self.saving.rollouts_every)
-        for event in self.folder.metrics_of(stage.name):
-            watch.see(event["metrics"])
-            kept(event["step"], event["metrics"])
-        return watch, kept
+        return StepRecorder(
+            self.folder,
+            stage.name,
+            self.texts,
+            watch,
+            self.saving.rollouts_every,
+            self.tracking,
+            self.strict,
+        )
 
     def _back(self, stage: Stage, step: int, cause: str) -> tuple[int, str]:
         """Go back to the last checkpoint of the stage, from the step after `step`, with half the
@@ -300,7 +307,7 @@ class Pipeline:
     def _advance(self, stage: Stage, step: int, resumable: bool) -> Iterator[Event]:
         """All steps of a stage that are still to do."""
         pace, merits = Pace(self.saving.every), _Mean()
-        watch, kept = self._watching(stage)
+        recorder = self._recorder(stage)
         while True:
             before = time.monotonic()
             try:
@@ -322,7 +329,7 @@ class Pipeline:
                     step, sentence = self._back(stage, step, cause)
                 except StageFailed as final:
                     raise final from failure.__cause__
-                watch, kept = self._watching(stage)
+                recorder = self._recorder(stage)
                 yield Warned(stage, step, sentence)
                 continue
             if stepped.progress is None:
@@ -332,7 +339,7 @@ class Pipeline:
             if isinstance(progress, Step) and self.saving.metrics:
                 progress, failures = measured(progress, self.saving.metrics, self._failed_metrics)
                 notes += failures
-            warnings = self._record(stage, progress, notes, took, watch, kept)
+            warnings = self._record(stage, progress, notes, took, recorder)
             merits.see(progress.metrics, self.saving.best)
             if resumable and pace.due(step, stage.num_steps):
                 self._checkpoint(stage, step, merits, pace)
@@ -355,34 +362,21 @@ class Pipeline:
         progress: Progress,
         notes: Sequence[tuple[str, str]],
         seconds: float,
-        watch: Watch,
-        kept: Keeping,
+        recorder: StepRecorder,
     ) -> list[Warned]:
-        """One step, in the run folder and for the trackers. What there is to warn of."""
-        number, metrics = progress.number, progress.metrics
-        self.folder.event(
-            "metrics",
-            stage.name,
-            number,
-            metrics=metrics,
-            seconds=seconds,
-            phases=progress.seconds or None,
-        )
-        if not self._is_latest:
-            self.folder.become_latest()
-            self._is_latest = True
-        if isinstance(progress, Step) and kept(number, metrics):
-            self.folder.write_rollouts(progress, self.texts)
-        failed = self.tracking.log(stage.name, number, metrics) if self.tracking else []
-        found = [*(("tracker", sentence) for sentence in failed), *notes]
-        found += [(rule.__name__, said) for rule, said in watch.see(metrics)]
-        for rule, sentence in found:
-            self.folder.event("warning", stage.name, number, rule=rule, sentence=sentence)
-            if self.strict and rule in INVARIANTS:
-                raise StageFailed(
-                    f"{stage.title}, step {number}: {sentence} Nothing of this step is saved."
-                )
-        return [Warned(stage, number, sentence) for _, sentence in found]
+        """Record one step; return what there is to warn of."""
+        number = progress.number
+        try:
+            sentences = recorder.record(progress, seconds, notes)
+        except InvariantBroken as error:
+            raise StageFailed(
+                f"{stage.title}, step {number}: {error} Nothing of this step is saved."
+            ) from error
+        finally:
+            if not self._is_latest:
+                self.folder.become_latest()
+                self._is_latest = True
+        return [Warned(stage, number, sentence) for sentence in sentences]
 
     def _checkpoint(self, stage: Stage, step: int, merits: "_Mean", pace: Pace) -> None:
         began = time.monotonic()

@@ -17,9 +17,12 @@ from quartet.loops.rl import Step
 from quartet.stages.protocol import Stage, StageRun
 from quartet.stages.rl import AlgorithmState, RLStage
 from quartet.tensors import Bool, Float, Tensor
-from quartet.training.checkpoint import Checkpoint, Checkpoints, GlobalRandom, Tree, misfit
+from quartet.training.checkpoint import Checkpoint, misfit
+from quartet.training.checkpoints import Checkpoints
 from quartet.training.learner import Learner
 from quartet.training.metrics import rl_metrics
+from quartet.training.random_state import GlobalRandom
+from quartet.training.state_tree import Tree
 from quartet.training.update import Update
 
 

@@ -13,7 +13,8 @@ from quartet.config.read_by import changes_what_is_learnt, roles_that_read
 from quartet.config.tables import Config
 from quartet.errors import QuartetError
 from quartet.stages.kinds import kind_of
-from quartet.training.checkpoint import Checkpoint, Checkpoints, misfit
+from quartet.training.checkpoint import Checkpoint, misfit
+from quartet.training.checkpoints import Checkpoints
 
 RECORD = "events.jsonl"
 

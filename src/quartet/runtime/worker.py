@@ -22,13 +22,11 @@ from quartet.stages.protocol import Stage, StageRun, Summary
 from quartet.training.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
-    GlobalRandom,
-    Tree,
     first_problem,
-    keep_tensors,
-    parted,
     read_checkpoint,
 )
+from quartet.training.random_state import GlobalRandom
+from quartet.training.state_tree import Tree, save_tensors, split_tensors
 
 
 class WorkerLost(QuartetError, RuntimeError):
@@ -136,11 +134,11 @@ class Worker:
     def save(self, folder: str) -> Tree:
         """Write the tensors of the state after the last whole step; the rest of the state."""
         state = {"random": self.random.state()} if self.work is None else self._at
-        return keep_tensors(Path(folder), state, self.process_group)
+        return save_tensors(Path(folder), state, self.process_group)
 
     def size(self) -> int:
         """Bytes of the tensors that `save` writes."""
-        return sum(local_tensor(t).nbytes for t in parted(self._at)[1].values())
+        return sum(local_tensor(t).nbytes for t in split_tensors(self._at)[1].values())
 
     def go_back(self, checkpoint: str, scale: float) -> None:
         """Go back to a checkpoint of this stage, with all learning rates times `scale`. Where it is

@@ -15,8 +15,8 @@ from quartet.models.adapters import reference_of
 from quartet.models.language_model import save
 from quartet.stages.protocol import StageRun, Summary, unchanged
 from quartet.training.budget import Budget
-from quartet.training.checkpoint import Stateful
 from quartet.training.optim import Optimizer
+from quartet.training.state_tree import Stateful
 
 
 @dataclass(frozen=True)

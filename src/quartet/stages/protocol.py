@@ -7,8 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from quartet.loops.progress import Progress
 from quartet.training.budget import Budget
-from quartet.training.checkpoint import Stateful, Tree
 from quartet.training.optim import Optimizer
+from quartet.training.state_tree import Stateful, Tree
 
 Summary = dict[str, Any]
 """What is known at the end of a stage, by name: JSON."""

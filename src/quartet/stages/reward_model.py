@@ -21,8 +21,8 @@ from quartet.recording.tokens import write_pairs
 from quartet.rewards.reward_model import ModelReward
 from quartet.stages.protocol import StageRun, Summary
 from quartet.training.budget import Budget
-from quartet.training.checkpoint import Stateful
 from quartet.training.optim import Optimizer
+from quartet.training.state_tree import Stateful
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from quartet.recording.tokens import TokenTexts, probe_table, write_tokens
 from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward
 from quartet.stages.protocol import StageRun, Summary
-from quartet.training.checkpoint import Stateful, Tree
 from quartet.training.learner import Learner
 from quartet.training.metrics import sampler_ratio
+from quartet.training.state_tree import Stateful, Tree
 
 PROBE_COUNT = 20
 """How many times an RL stage evaluates its probes."""

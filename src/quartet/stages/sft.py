@@ -13,8 +13,8 @@ from quartet.loops.sft import held_out_loss, sft
 from quartet.models.language_model import save
 from quartet.stages.protocol import StageRun, Summary, unchanged
 from quartet.training.budget import Budget
-from quartet.training.checkpoint import Stateful
 from quartet.training.optim import Optimizer
+from quartet.training.state_tree import Stateful
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Everything that changes weights."""
+"""Training: batches, scoring, updates, optimizers and checkpoints."""

@@ -1,4 +1,4 @@
-"""How many tokens go through the models at once, and what happens when they are too many."""
+"""How many tokens go through the models at once, and what happens when memory runs out."""
 
 import gc
 from collections.abc import Callable
@@ -10,24 +10,29 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 T = TypeVar("T")
 MAX_HALVINGS = 4
-"""A stage that has no memory after so many halvings will not have it after more."""
+"""Halvings after which out of memory is an error: the cause is then not the batch."""
 CPU_WORDS = ("can't allocate memory", "not enough memory")
-"""What torch's allocator on the CPU says; it has no error of its own."""
+"""Texts of torch's RuntimeError when the CPU has no memory; it has no class of its own."""
 
 
 class Budget:
-    """A bound on the tokens of a forward pass: it changes memory and no result. Where memory does
-    not suffice it is halved, for good, and what was asked is done again. Not in a team: the others
-    could not know."""
+    """The most tokens of one forward pass. It bounds memory and changes no result.
+
+    When memory runs out it is halved for the rest of the stage, and the work is repeated. With
+    several ranks it is not: the others would wait for collectives that this rank has left.
+    """
 
     def __init__(self, tokens: int, process_group: ProcessGroup = SINGLE_PROCESS) -> None:
         self.tokens, self.process_group = tokens, process_group
         self.halvings = 0
         self.notes: list[str] = []
-        """What there was to say of it since somebody looked."""
+        """Sentences about halvings; the stage reports and clears them."""
 
     def run_within(self, phase: str, work: Callable[[int], T]) -> T:
-        """What `work` returns for so many tokens. It must leave nothing behind when it fails."""
+        """Return `work(tokens)`, repeated with half the tokens while memory does not suffice.
+
+        `phase` names the work in the report. Work that fails must leave nothing behind.
+        """
         while True:
             try:
                 return work(self.tokens)
@@ -66,6 +71,7 @@ class Budget:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
+    """Return whether the error says that a device or the CPU has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         words in str(error) for words in CPU_WORDS
     )

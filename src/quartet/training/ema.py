@@ -1,4 +1,4 @@
-"""An average of the actor over its past."""
+"""An exponential moving average of the actor's weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +12,8 @@ class Ema:
     """θ̄ ← decay · θ̄ + (1 − decay) · θ after every optimizer step, in float32 (InstructGPT and
     DeepSpeed-Chat: 0.992).
 
-    Unlike the last step's weights, the average does not depend on where in an oscillation the run
-    stopped. It is kept by the parameters' names, in parts where they are.
+    Unlike the weights of the last step, the average does not depend on where in an oscillation the
+    run stops. It holds the trained parameters by name, sharded as they are.
     """
 
     def __init__(self, model: Any, decay: float) -> None:

@@ -1,5 +1,5 @@
-"""The loss of demonstrations: what supervised fine-tuning minimises, and what PTX adds to
-reinforcement."""
+"""The loss of demonstrations: what supervised fine-tuning minimises, and what PTX adds to the RL
+loss."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,31 +20,30 @@ def imitation_losses(
     micro_batch_tokens: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Iterator[Float[Tensor, ""]]:
-    """The mean negative log-probability of the answers' tokens, in pieces that add up to it over
-    all ranks."""
+    """Yield the loss of each micro-batch. Their sum over all ranks is the mean negative
+    log-probability per response token of the batch."""
     num_tokens = sum(len(d.response_ids) if d.written is None else sum(d.written) for d in batch)
-    for piece in process_group.micro_batches(
+    for micro_batch in process_group.micro_batches(
         [len(d.prompt_ids) + len(d.response_ids) for d in batch], micro_batch_tokens
     ):
         yield (
-            piece.counts
-            * _negative_logprobs(model, [batch[i] for i in piece.rows]).sum()
+            micro_batch.counts
+            * _negative_logprobs(model, [batch[i] for i in micro_batch.rows]).sum()
             / num_tokens
         )
 
 
 def _negative_logprobs(model: Any, demonstrations: Sequence[Demonstration]) -> Float[Tensor, "B T"]:
-    """−log p of every answer token, 0 elsewhere."""
+    """Return −log p of every response token, and 0 elsewhere."""
     tokens, lengths = right_pad(
         [(*d.prompt_ids, *d.response_ids) for d in demonstrations], model.device
     )
     starts = torch.tensor([len(d.prompt_ids) for d in demonstrations], device=model.device)
     mask = response_mask(starts, lengths, tokens.shape[1])
     for row, d in enumerate(demonstrations):
-        if d.written is not None:
-            mask[row, len(d.prompt_ids) : len(d.prompt_ids) + len(d.written)] &= torch.tensor(
-                d.written, device=mask.device
-            )
+        if d.written is not None:  # an environment wrote the other tokens of the response
+            start, end = len(d.prompt_ids), len(d.prompt_ids) + len(d.written)
+            mask[row, start:end] &= torch.tensor(d.written, device=mask.device)
     losses = -masked_logprobs(model, tokens, mask)
     check_finite(
         "the loss",

@@ -25,13 +25,13 @@ from quartet.models.actor_critic import ActorCritic
 from quartet.tensors import Float, Tensor
 from quartet.training.batch import collate
 from quartet.training.budget import Budget
-from quartet.training.checkpoint import python_random
 from quartet.training.checksum import parameter_checksum
 from quartet.training.ema import Ema
 from quartet.training.finite import check_finite
 from quartet.training.imitation import imitation_losses
 from quartet.training.optim import Optim, Optimizer
 from quartet.training.optimizer_step import optimizer_step
+from quartet.training.random_state import python_random
 from quartet.training.scoring import AGREEMENT, Scorer, logprobs_agree
 from quartet.training.update import Update, UpdateRecord, mean_stats
 

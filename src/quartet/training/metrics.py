@@ -1,6 +1,6 @@
 """Every metric, defined once: pure functions of what a step produced.
 
-Names are paths; `definitions.py` says what each is and how to read it.
+Names are paths; `runs/definitions.py` says what each metric is and how to read it.
 """
 
 from collections import Counter
@@ -20,23 +20,26 @@ from quartet.training.update import Update
 def explained_variance(
     values: Float[Tensor, "B T"], returns: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> float:
-    """1 − Var(returns − values) / Var(returns): 1 for a perfect critic, 0 for one that knows the
-    mean only, below 0 for one that is worse than none. 0 where the returns do not vary."""
+    """Return 1 − Var(returns − values) / Var(returns) over the tokens of the mask.
+
+    It is 1 for a perfect critic, 0 for one that knows only the mean, and negative for one that is
+    worse than that. Where the returns do not vary it is 0.
+    """
     v, r = values[mask].double(), returns[mask].double()
     variance = float(r.var(correction=0))
     return 1 - float((r - v).var(correction=0)) / variance if variance > 0 else 0.0
 
 
 def repetition(ids: Sequence[int]) -> float:
-    """The share of pairs of neighbouring tokens that were there before: 0 for a text that says
-    nothing twice, towards 1 for one that turns in circles."""
+    """Return the share of pairs of neighbouring tokens that occur earlier in the text: 0 for a text
+    without repetition, nearly 1 for a loop."""
     pairs = Counter(pairwise(ids))
     total = sum(pairs.values())
     return 1 - len(pairs) / total if total else 0.0
 
 
 def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """What can be said of answers without a model."""
+    """Return the metrics of responses that need no model."""
     count = len(rollouts)
     metrics = {
         "reward": _mean([r.score for r in rollouts]),
@@ -52,13 +55,13 @@ def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def _mean(values: Sequence[float | None]) -> float:
-    """Of the numbers that there are; 0 where there is none."""
-    there = [value for value in values if value is not None]
-    return sum(there) / max(len(there), 1)
+    """Return the mean of the values that are not None; 0 where all are."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / max(len(numbers), 1)
 
 
 def groups_without_signal(batch: Batch) -> float:
-    """The share of prompts whose answers all got the same score. 1 for groups of one."""
+    """Return the share of prompts whose responses all got the same score; 1 for groups of one."""
     by_group: dict[int, set[float]] = {}
     for group, score in zip(batch.groups.tolist(), batch.scores.tolist(), strict=True):
         by_group.setdefault(group, set()).add(score)
@@ -66,10 +69,10 @@ def groups_without_signal(batch: Batch) -> float:
 
 
 def state_metrics(algorithm: Algorithm) -> dict[str, float]:
-    """The coefficients that adapt, as this step used them."""
+    """Return the adaptive coefficients that this step used."""
     metrics: dict[str, float] = {}
-    for piece in (algorithm.kl, algorithm.policy_loss, *algorithm.scores):
-        metrics |= piece.coefficients()
+    for adaptive in (algorithm.kl, algorithm.policy_loss, *algorithm.scores):
+        metrics |= adaptive.coefficients()
     return metrics
 
 
@@ -81,43 +84,65 @@ def rl_metrics(
     update: Update,
     algorithm: Algorithm,
 ) -> dict[str, float]:
-    """The numbers of one RL step. `unscored`: the share of responses that no reward could score,
-    which were left out."""
-    mask = batch.response_mask
+    """Return the metrics of one RL step. `unscored` is the share of responses that no reward could
+    score and that were left out."""
     metrics = response_metrics(rollouts) | state_metrics(algorithm)
     metrics["responses"] = float(len(rollouts))
     metrics["reward/unscored"] = unscored
-    lengths = [float(len(r.response_ids)) for r in rollouts]
-    metrics["reward/length_correlation"] = correlation([r.score or 0.0 for r in rollouts], lengths)
-    metrics["response/most_common"] = most_common(rollouts)
-    metrics["response/distinct"] = distinct([r.response for r in rollouts])
-    metrics["reward/std"] = float(batch.scores.double().std(correction=0))
-    metrics["groups_without_signal"] = groups_without_signal(batch)
+    metrics |= _reward_metrics(rollouts, batch)
     if batch.ref_logprobs is not None:
-        kl = masked(k1(batch.old_logprobs, batch.ref_logprobs), mask)
-        metrics["kl"] = float(kl.sum(dim=1).mean())
-        for name, estimator in (("k1", k1), ("k2", k2), ("k3", k3)):
-            metrics[f"kl/token_{name}"] = float(
-                masked_mean(estimator(batch.old_logprobs, batch.ref_logprobs), mask)
-            )
-    if experience.values is not None and experience.returns is not None:
-        metrics["value/mean"] = float(masked_mean(experience.values, mask))
-        metrics["value/explained_variance"] = explained_variance(
-            experience.values, experience.returns, mask
-        )
-        metrics["return/mean"] = float(masked_mean(experience.returns, mask))
-    if experience.weights is not None:
-        metrics["correction/mean_weight"] = float(masked_mean(experience.weights, mask))
-    metrics["advantage/std"] = float(experience.advantages[mask].double().std(correction=0))
+        metrics |= _kl_metrics(batch.old_logprobs, batch.ref_logprobs, batch.response_mask)
+    metrics |= _value_metrics(experience)
+    metrics["advantage/std"] = _std(experience.advantages, experience.response_mask)
     metrics["advantage/reward_correlation"] = earned_correlation(
         batch, experience, update, algorithm.needs_group
     )
     if experience.raw_advantages is not None:
-        raw = experience.raw_advantages[mask].double()
-        metrics["advantage/raw_mean"], metrics["advantage/raw_std"] = (
-            float(raw.mean()),
-            float(raw.std(correction=0)),
-        )
+        raw = experience.raw_advantages[experience.response_mask].double()
+        metrics["advantage/raw_mean"] = float(raw.mean())
+        metrics["advantage/raw_std"] = float(raw.std(correction=0))
+    metrics |= _policy_metrics(batch, experience, update)
+    metrics |= {f"loss/{name}": value for name, value in update.losses.items()}
+    return metrics | update.step_stats
+
+
+def _reward_metrics(rollouts: Sequence[Rollout], batch: Batch) -> dict[str, float]:
+    lengths = [float(len(r.response_ids)) for r in rollouts]
+    return {
+        "reward/length_correlation": correlation([r.score or 0.0 for r in rollouts], lengths),
+        "response/most_common": most_common(rollouts),
+        "response/distinct": distinct([r.response for r in rollouts]),
+        "reward/std": float(batch.scores.double().std(correction=0)),
+        "groups_without_signal": groups_without_signal(batch),
+    }
+
+
+def _kl_metrics(
+    old: Float[Tensor, "B T"], reference: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> dict[str, float]:
+    """Return KL(π_old ‖ π_ref) per response, and per token by each estimator."""
+    metrics = {"kl": float(masked(k1(old, reference), mask).sum(dim=1).mean())}
+    for name, estimator in (("k1", k1), ("k2", k2), ("k3", k3)):
+        metrics[f"kl/token_{name}"] = float(masked_mean(estimator(old, reference), mask))
+    return metrics
+
+
+def _value_metrics(experience: Experience) -> dict[str, float]:
+    """Return the metrics of the critic and of the importance weights, where there are any."""
+    metrics, mask = dict[str, float](), experience.response_mask
+    values, returns = experience.values, experience.returns
+    if values is not None and returns is not None:
+        metrics["value/mean"] = float(masked_mean(values, mask))
+        metrics["value/explained_variance"] = explained_variance(values, returns, mask)
+        metrics["return/mean"] = float(masked_mean(returns, mask))
+    if experience.weights is not None:
+        metrics["correction/mean_weight"] = float(masked_mean(experience.weights, mask))
+    return metrics
+
+
+def _policy_metrics(batch: Batch, experience: Experience, update: Update) -> dict[str, float]:
+    """Return how far the sampler, the old policy and the updated policy are from each other."""
+    mask, metrics = batch.response_mask, dict[str, float]()
     metrics["sampler_mismatch"] = float(
         masked((batch.rollout_logprobs - batch.old_logprobs).abs(), mask).max()
     )
@@ -131,23 +156,25 @@ def rl_metrics(
     if update.step_kl is not None:
         metrics["policy/step_kl"] = update.step_kl
     metrics["policy/clip_fraction"] = update.clip_fraction
-    pushed_up = experience.advantages > 0
-    metrics["policy/clip_high"] = float(masked_mean((update.clipped & pushed_up).float(), mask))
-    metrics["policy/clip_low"] = float(masked_mean((update.clipped & ~pushed_up).float(), mask))
+    positive = experience.advantages > 0
+    metrics["policy/clip_high"] = float(masked_mean((update.clipped & positive).float(), mask))
+    metrics["policy/clip_low"] = float(masked_mean((update.clipped & ~positive).float(), mask))
     if batch.entropy is not None:
-        metrics["policy/surprise_gap"] = float(
-            masked_mean(-batch.old_logprobs - batch.entropy, mask)
-        )
+        surprise = -batch.old_logprobs - batch.entropy
+        metrics["policy/surprise_gap"] = float(masked_mean(surprise, mask))
     metrics["policy/entropy"] = float(masked_mean(update.entropy, mask))
-    metrics |= {f"loss/{name}": value for name, value in update.losses.items()}
-    return metrics | update.step_stats
+    return metrics
+
+
+def _std(numbers: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
+    return float(numbers[mask].double().std(correction=0))
 
 
 def earned_correlation(
     batch: Batch, experience: Experience, update: Update, within_groups: bool
 ) -> float:
-    """r of what a response earned, Σ_t of its token rewards, and the mean advantage that the update
-    took for it."""
+    """Return Pearson's r of Σ_t token rewards of a response and its mean advantage. Within groups,
+    each sum is taken relative to the mean of its group."""
     earned = masked(experience.token_rewards, batch.response_mask).sum(dim=1)
     if within_groups:
         earned = earned - group_mean(earned, batch.groups)
@@ -155,10 +182,10 @@ def earned_correlation(
 
 
 def sampler_ratio(batch: Batch) -> float:
-    """How far the sampler's probabilities are from the learner's: mean of exp |log π_sampler − log
-    π|."""
-    apart = (batch.rollout_logprobs - batch.old_logprobs).abs().clamp(max=20).exp()
-    return float(masked_mean(apart, batch.response_mask))
+    """Return the mean of exp |log π_sampler − log π| over response tokens: 1 where the sampler's
+    probabilities are the learner's."""
+    ratio = (batch.rollout_logprobs - batch.old_logprobs).abs().clamp(max=20).exp()
+    return float(masked_mean(ratio, batch.response_mask))
 
 
 def with_staleness(
@@ -168,9 +195,12 @@ def with_staleness(
     experience: Experience,
     version: int,
 ) -> dict[str, float]:
-    """How old the weights were that sampled, in updates, and what the correction left out for it.
-    Between the learner and older weights the sampler's ratio is no fault, and called otherwise.
-    `version`: of the policy that the update began with."""
+    """Return the metrics with those of staleness: the age, in updates, of the weights that sampled,
+    and the share of tokens that the correction drops.
+
+    `version` is the version of the policy when the update began. Older weights have other
+    probabilities without a fault, so `sampler_ratio` is then reported as `staleness/ratio`.
+    """
     ages = [version - v for r in rollouts for v in (r.versions or (r.policy_version,))]
     metrics = {
         **metrics,
@@ -187,19 +217,19 @@ def with_staleness(
 
 
 def turns(written: Sequence[bool]) -> int:
-    """How many times the policy spoke."""
+    """Return the number of turns: runs of tokens that the policy wrote."""
     return sum(own and not before for before, own in pairwise((False, *written)))
 
 
 def most_common(rollouts: Sequence[Rollout]) -> float:
-    """The share of prompts to which the response that most of them share was given: 1 for a policy
-    that says one thing to everything."""
-    said = Counter(response for response, _ in {(r.response, r.prompt.id) for r in rollouts})
-    return max(said.values()) / len({r.prompt.id for r in rollouts})
+    """Return the share of prompts that got the most common response: 1 for a policy that answers
+    everything alike."""
+    prompts = Counter(response for response, _ in {(r.response, r.prompt.id) for r in rollouts})
+    return max(prompts.values()) / len({r.prompt.id for r in rollouts})
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Pearson's r; 0 where one of the two does not vary."""
+    """Return Pearson's r; 0 where one of the two does not vary."""
     pair = torch.tensor([x, y], dtype=torch.float64)
     pair = pair - pair.mean(dim=1, keepdim=True)
     scale = float(pair.norm(dim=1).prod())
@@ -207,12 +237,13 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def distinct(texts: Sequence[str]) -> float:
-    """The share of texts that no other repeats."""
+    """Return the number of different texts divided by the number of texts."""
     return len(set(texts)) / len(texts)
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and half the width of its 95 % confidence interval (normal approximation)."""
+    """Return the mean and half the width of its 95 % confidence interval (normal
+    approximation)."""
     x = torch.tensor(values, dtype=torch.float64)
     half = 1.96 * float(x.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return float(x.mean()), half

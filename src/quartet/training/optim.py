@@ -9,15 +9,15 @@ from quartet.parts import Field, OrInf, part
 from quartet.tensors import Tensor, torch
 
 MAX_SKIPPED = 10
-"""Updates that a stage may skip where it is told to; more are no accident."""
+"""Optimizer steps that `on_nonfinite = "skip"` leaves out; after more the run stops."""
 
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-"""What AdamW keeps of each parameter."""
+"""The keys of AdamW's state of each parameter."""
 
 
 @part
 class OptimizerConfig:
-    """How weights follow gradients: AdamW, a schedule, a bound on the gradient."""
+    """AdamW, the schedule of its learning rate, and the bound on the gradient."""
 
     lr: float = Field(default=1e-5, gt=0, description="The highest learning rate of the schedule.")
     schedule: Literal["linear", "constant"] = "linear"
@@ -37,8 +37,8 @@ class OptimizerConfig:
     )
 
     def factor(self, step: int, total: int) -> float:
-        """The share of `lr` at optimizer step 0 … total − 1: up over the warm-up, then flat or down
-        to 0."""
+        """Return the share of `lr` at optimizer step 0 … total − 1: it rises over the warm-up, and
+        then stays at 1 or falls linearly towards 0."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self.schedule == "constant":
@@ -47,19 +47,18 @@ class OptimizerConfig:
 
 
 class Optimizer:
-    """AdamW over some parameters, with clipping and a schedule of `total_steps`."""
+    """AdamW over some parameters, with gradient clipping and a schedule over `total_steps`."""
 
     def __init__(
         self, parameters: Sequence[Tensor], config: OptimizerConfig, total_steps: int
     ) -> None:
         self.parameters, self.config, self.total_steps = list(parameters), config, total_steps
-        kinds = [
+        # torch updates a group of parameters at once, and cannot mix sharded and plain ones.
+        groups = [
             [p for p in self.parameters if is_sharded(p) == sharded] for sharded in (False, True)
         ]
         self.adam = torch.optim.AdamW(
-            [
-                {"params": kind} for kind in kinds if kind
-            ],  # torch steps a group at once, and cannot mix the kinds
+            [{"params": group} for group in groups if group],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
@@ -67,30 +66,33 @@ class Optimizer:
         )
         self.steps = 0
         self.skipped = 0
-        """Updates that were left out, for their numbers were not finite."""
+        """Steps that were left out because the loss or a gradient was not finite."""
         self.scale = 1.0
-        """What the learning rate is multiplied by; a run that was rolled back goes on with half."""
+        """A factor of the learning rate. Each rollback of a run halves it."""
 
     @property
     def lr(self) -> float:
+        """The learning rate of the next step."""
         return self.scale * self.config.lr * self.config.factor(self.steps, self.total_steps)
 
     def skip(self) -> bool:
-        """Whether this update may be left out."""
+        """Count a step with numbers that are not finite, and return whether it may be left out."""
         self.skipped += 1
         return self.config.on_nonfinite == "skip" and self.skipped <= MAX_SKIPPED
 
     def clip(self) -> float:
-        """Bound the gradient; its norm before that. Not finite if any gradient is not."""
+        """Scale the gradient down to `max_grad_norm`, and return its norm before that, which is not
+        finite if any gradient is not."""
         if not any(map(is_sharded, self.parameters)):
             return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        # torch takes no norm over sharded and plain gradients together.
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        parts = [
+        kinds = [
             [g for g in gradients if is_sharded(g)],
             [g for g in gradients if not is_sharded(g)],
         ]
         norm = math.hypot(
-            *(float(full_tensor(torch.nn.utils.get_total_norm(part))) for part in parts if part)
+            *(float(full_tensor(torch.nn.utils.get_total_norm(kind))) for kind in kinds if kind)
         )
         if math.isfinite(norm):
             scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
@@ -99,9 +101,11 @@ class Optimizer:
         return norm
 
     def step(self) -> None:
+        """Step at the scheduled learning rate, and clear the gradients."""
         for group in self.adam.param_groups:
             group["lr"] = self.lr
-        self.steps += 1  # before the weights change: whoever asks in between learns that they do
+        # Counted before the weights change: an interruption in between must see that they may have.
+        self.steps += 1
         self.adam.step()
         self.zero_grad()
 
@@ -109,7 +113,7 @@ class Optimizer:
         self.adam.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        """The parameters themselves, how often they were stepped, and Adam's moments of each."""
+        """Return the parameters themselves, Adam's moments of each, and the counters."""
         return {
             "parameters": self.parameters,
             "moments": [dict(self.adam.state[p]) for p in self.parameters],
@@ -150,14 +154,13 @@ class Optimizer:
                     f"{list(mine.shape)} now"
                 )
             copy_saved(mine.data, saved)
-            if (
-                moments
-            ):  # those that no gradient ever reached have none; Adam counts its steps on the CPU
+            if moments:  # a parameter that no gradient has reached has none
                 restored = {
                     name: copy_saved(torch.zeros_like(mine), t)
                     for name, t in moments.items()
                     if name != "step"
                 }
+                # Adam counts steps on the CPU: the counter is not copied to the device.
                 self.adam.state[mine] = {"step": moments["step"], **restored}
         self.steps, self.skipped, self.scale = steps, skipped, scale
 

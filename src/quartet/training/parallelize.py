@@ -1,14 +1,14 @@
-"""One model over many devices: its matrices in parts, one per rank, put together while they are
-worked with.
+"""One model over many devices: every rank holds a part of each matrix, and the ranks gather the
+matrix while it is used.
 
-Blocks by FSDP2 (Zhao et al. 2023), around whose forward pass torch gathers and frees. The matrices
-beside them, embeddings and heads, are read in more than one place, and often one is the other: they
-put themselves together for whoever asks, and the gradient goes back in parts (as in SimpleFSDP,
-Zhang et al. 2024). What is small beside the blocks, norms and the head to one number, every rank
-holds whole.
+Blocks are sharded by FSDP2 (Zhao et al. 2023): torch gathers a block's weights before its forward
+pass and frees them afterwards. Embeddings and heads are read in several places, and a head often is
+the embedding: a property gathers them wherever they are read, and its backward pass scatters the
+gradient (as in SimpleFSDP, Zhang et al. 2024). Norms and heads with one output are small, and every
+rank holds them whole.
 
-The forward pass is the one of a single process: written-out blocks are methods of their own, for
-torch to gather around.
+The forward pass is that of a single process. A fused forward pass of a block is registered with
+FSDP as a method of the block, so that torch gathers around it too.
 """
 
 import types
@@ -33,14 +33,17 @@ from quartet.models.trunk import blocks_of
 
 
 def mesh_of(device: str, process_group: TorchProcessGroup, parts: int) -> DeviceMesh:
-    """The ranks in rows of `parts`. Those of a row have a model together; every row has the same
-    (HSDP, Zhao et al. 2023, where there are several). They give up waiting when the team does.
-    Dimensions are called after the team: torch takes two meshes of the same ranks and names for
-    one, and would let one thread speak through the other's group."""
+    """Return the mesh of the ranks in rows of `parts`.
+
+    The ranks of a row hold one model together. Several rows hold replicas of it (HSDP, Zhao et al.
+    2023). Collectives on the mesh have the deadline of the process group.
+    """
+    # torch shares the communicators of meshes with equal ranks and names. The name of the group
+    # keeps two threads of a rank from using the same one.
     names = (f"replicate{process_group.name}", f"shard{process_group.name}")
     if parts == process_group.world_size:
         group = process_group.group or dist.group.WORLD
-        assert group is not None, "the team has not joined"
+        assert group is not None, "the process group has not joined"
         return DeviceMesh.from_group(group, device, mesh_dim_names=names[1:])
     rows = torch.arange(process_group.world_size).view(-1, parts)
     groups = [
@@ -51,8 +54,11 @@ def mesh_of(device: str, process_group: TorchProcessGroup, parts: int) -> Device
 
 
 def parallelize(model: Any, mesh: DeviceMesh) -> Any:
-    """The model, in parts over the mesh. Gradients of several ranks are added, not averaged: the
-    losses of one step share a denominator. Works on a mesh of one rank as on many."""
+    """Shard a model over the mesh, in place, and return it.
+
+    Gradients are summed over ranks, not averaged: the losses of one step share a denominator. A
+    mesh of one rank works as well.
+    """
     blocks = blocks_of(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no blocks that could be sharded.")
@@ -66,41 +72,42 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
             if not hasattr(block, READ_ON):
                 setattr(block, READ_ON, types.MethodType(read_on, block))
             register_fsdp_forward_method(block, READ_ON)
-    share_comm_ctx(
-        blocks
-    )  # else each keeps its whole gradient until the backward pass of all is done
-    inside = {id(m) for block in blocks for m in block.modules()}
-    beside = [
+    # Else every block keeps its whole gradient until the backward pass of all blocks has ended.
+    share_comm_ctx(blocks)
+    in_blocks = {id(m) for block in blocks for m in block.modules()}
+    outside = [
         m
         for m in model.modules()
-        if isinstance(m, nn.Embedding | nn.Linear) and id(m) not in inside
+        if isinstance(m, nn.Embedding | nn.Linear) and id(m) not in in_blocks
     ]
-    _divide([m for m in beside if len(m.weight) > 1], mesh)
-    for small in model.parameters():
-        if not is_sharded(
-            small
-        ):  # read from a file, it is a view that would keep the file's whole map in memory
-            small.data = small.data.clone()
+    _divide([m for m in outside if len(m.weight) > 1], mesh)
+    for parameter in model.parameters():
+        if not is_sharded(parameter):
+            # One that was read from a file is a view that keeps the file mapped as a whole.
+            parameter.data = parameter.data.clone()
     return model
 
 
 def _divide(modules: list[Any], mesh: DeviceMesh) -> None:
-    """The matrix of each in parts; one that several have stays one matrix."""
-    made: dict[int, nn.Parameter] = {}
+    """Shard the weight of each module; a weight that modules share stays one parameter."""
+    sharded: dict[int, nn.Parameter] = {}
     for module in modules:
         matrix = module.weight
-        if id(matrix) not in made:
+        if id(matrix) not in sharded:
             placed = distribute_tensor(
                 matrix.detach(), mesh, [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
             )
-            made[id(matrix)] = nn.Parameter(placed, requires_grad=matrix.requires_grad)
-        module.weight = made[id(matrix)]
+            sharded[id(matrix)] = nn.Parameter(placed, requires_grad=matrix.requires_grad)
+        module.weight = sharded[id(matrix)]
+        # A class of its own for each module, since properties belong to classes: reading `weight`
+        # gathers the matrix.
         kind = type(module)
-        module.__class__ = type(kind.__name__, (kind,), {"weight": property(_put_together)})
+        module.__class__ = type(kind.__name__, (kind,), {"weight": property(_gathered_weight)})
 
 
-def _put_together(module: Any) -> torch.Tensor:
-    """The matrix of a module. Every rank must ask; what each makes of it adds to its gradient."""
+def _gathered_weight(module: Any) -> torch.Tensor:
+    """Return the whole weight of a module. Every rank must read it; the gradients that the ranks
+    compute for it are summed."""
     matrix: DTensor = module._parameters["weight"]
     whole: torch.Tensor = matrix.full_tensor(grad_placements=[Partial()] * matrix.device_mesh.ndim)
     return whole
