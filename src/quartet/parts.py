@@ -104,28 +104,27 @@ class Family:
             value = {"type": value}
         if not isinstance(value, dict):
             raise PydanticCustomError("dataclass_type", "a table is needed")
-        name = value.get("type")
-        if not isinstance(name, str):
+        if "type" not in value:
             raise PydanticCustomError(
                 "union_tag_not_found", "a table needs a type", {"discriminator": "'type'"}
             )
-        validator = cls.member(name).__pydantic_validator__
+        validator = cls.member(value["type"]).__pydantic_validator__
         if info.mode == "json":
             return validator.validate_json(json.dumps(value), strict=True)
         return validator.validate_python(value)
 
     @classmethod
-    def member(cls, name: str) -> Any:
+    def member(cls, name: object) -> Any:
         """Return the member of this type; a reference `file.py:Name` or `package.module:Name` is
         loaded first."""
-        if name not in cls.members and ":" in name:
+        if isinstance(name, str) and name not in cls.members and ":" in name:
             loaded = load_reference(name)
             if not (
                 isinstance(loaded, type) and issubclass(loaded, cls)
             ) or "__pydantic_validator__" not in vars(loaded):
                 raise PydanticCustomError("part_reference", f"{name} is no {cls.__name__}")
             cls.members[name] = loaded
-        if name not in cls.members:
+        if not isinstance(name, str) or name not in cls.members:
             known = ", ".join(repr(n) for n in cls.members)
             raise PydanticCustomError(
                 "union_tag_invalid", "no such type", {"tag": name, "expected_tags": known}

@@ -65,8 +65,8 @@ def test_what_is_not_toml_is_said_with_its_place(tmp_path, content, place):
 
 
 FILES = {
-    "empty": (b"", "run.toml: recipe: is missing."),
-    "only comments": (b"\n\n# nothing yet\n", "run.toml: recipe: is missing."),
+    "empty": (b"", 'run.toml: recipe: is missing. The stages of the run in order, such as ["sft", "reward_model", "ppo"].'),
+    "only comments": (b"\n\n# nothing yet\n", 'run.toml: recipe: is missing. The stages of the run in order, such as ["sft", "reward_model", "ppo"].'),
     "random bytes": (b"\x00\x01\xff\xfe", "run.toml: not UTF-8 text (byte 2)."),
     "utf-16": ('recipe = "ppo"\n'.encode("utf-16"), "run.toml: not UTF-8 text (byte 0)."),
     "latin-1": (PPO.encode() + b'[run]\nname = "\xe9"\n', "run.toml: not UTF-8 text (byte 114)."),
@@ -152,13 +152,13 @@ RANGES = {
     "rollout.top_p=nan": "rollout.top_p = nan: must be a finite number.",
     "rollout.top_k=-1": "rollout.top_k = -1: must be ≥ 0. Keep the k likeliest tokens; 0 keeps all.",
     "rollout.samples_per_prompt=0": "rollout.samples_per_prompt = 0: must be ≥ 1.",
-    "data.held_out=1": "data.held_out = 1: must be < 1. The share of train that is held out",
+    "data.held_out=1": "data.held_out = 1: must be < 1. The share of data.train that is held out",
     "data.held_out=nan": "data.held_out = nan: must be a finite number.",
-    "run.steps=-5": "run.steps = -5: must be ≥ 1. How many RL steps.",
+    "run.steps=-5": "run.steps = -5: must be ≥ 1. How many RL steps the run takes.",
     "run.steps=1e3": "run.steps = 1000.0: must be a whole number.",
     "run.steps=ten": 'run.steps = "ten": must be a whole number.',
     "run.max_minutes=nan": "run.max_minutes = nan: must be a finite number.",
-    "run.keep_last=0": "run.keep_last = 0: must be ≥ 1. How many checkpoints are kept",
+    "run.keep_last=0": "run.keep_last = 0: must be ≥ 1. How many of the newest checkpoints are kept",
     "algorithm.kl.coef=nan": "algorithm.kl.coef = nan: must be a finite number.",
     "algorithm.advantage.gamma=2": "algorithm.advantage.gamma = 2: must be ≤ 1. The discount of later rewards.",
     "algorithm.policy_loss.low=1.5": "algorithm.policy_loss.low = 1.5: must be < 1. Ratios below 1 − low are clipped.",
@@ -173,7 +173,7 @@ RANGES = {
     "critic.type=seperate": 'critic.type = "seperate": not one of separate, shared. Did you mean separate?',
     "policy.adapter.type=dora": 'policy.adapter.type = "dora": not one of lora. Did you mean lora?',
     'run.track=["wadb"]': 'run.track.0 = "wadb": not one of tensorboard, wandb, trackio, mlflow. Did you mean wandb?',
-    "algorithm.policy_loss.type=clipp": "cispo, sapo, gmpo. Did you mean clip?",
+    "algorithm.policy_loss.type=clipp": "Did you mean clip?",
     "algorithm.kl.estimator=k4": 'algorithm.kl.estimator = "k4": not one of k1, k2, k3, abs, squared, exact.',
     "policy.gradient_checkpointing=yes": 'policy.gradient_checkpointing = "yes": must be true or false.',
 }

@@ -90,22 +90,18 @@ def sentence(error: ErrorDetails, table: Table, origins: Mapping[str, str]) -> s
 
 
 def _path_in_file(location: tuple[int | str, ...], table: Table) -> list[str]:
-    """pydantic's location without the tags of unions, which are no keys of the file."""
+    """Return the keys of the file on the way to an error. pydantic's location also has the tags of
+    unions and the names of types, which are no keys."""
     path: list[str] = []
     here: Any = table
     for i, step in enumerate(location):
         last = i == len(location) - 1
-        if isinstance(here, dict):
-            tag = (
-                here.get("type") == step and location[i - 1] != step
-            )  # a table of type function has a key function
-            if step not in here and (not last or tag):
-                continue
+        if isinstance(here, dict) and (step in here or last):
             here = here.get(step)
         elif isinstance(here, list) and isinstance(step, int) and step < len(here):
             here = here[step]
         else:
-            continue  # the tag or type name of a union's member
+            continue
         path.append(str(step))
     return path
 
