@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quartet.assembly.user_code import code_files
 from quartet.config.tables import Config
 from quartet.data import DataError
 from quartet.data.examples import Example
@@ -75,7 +76,8 @@ class Rows:
 
 
 def fingerprints(config: Config) -> dict[str, str]:
-    """SHA-256 of each file that rows come from, by its path: a resumed run must find the same."""
+    """Return the SHA-256 of each file that rows come from, and of each file of the user's code, by
+    the path that the config has: a resumed run must find the same."""
     tables = (config.sft, config.reward_model, config.preference)
     named = (
         *config.data.files,
@@ -93,7 +95,8 @@ def fingerprints(config: Config) -> dict[str, str]:
             else []
         )
         found |= {str(file): fingerprint(file)["sha256"] for file in files}
-    return found
+    code = {place: fingerprint(file)["sha256"] for place, file in code_files(config).items()}
+    return found | code
 
 
 def plain_texts(cell: Any) -> list[str]:
