@@ -1,7 +1,7 @@
 """What a `[[reward]]` table becomes: a source, which makes the reward when the run is assembled."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +31,8 @@ class RewardContext:
     """The run folder; None before the run has one."""
     trained: Any = None
     """The run's own reward model: its folder, or the `ScalarModel` itself where it is loaded."""
+    objects: Mapping[str, Any] = field(default_factory=dict)
+    """Rewards that were given as Python objects, by name."""
 
     def reads_ids(self, model: str, label: int | None = None) -> bool:
         """Return whether a reward model can read the policy's token ids as they are: it is a
@@ -65,8 +67,8 @@ class RewardSource(Family):
     """
 
     _: KW_ONLY
-    weight: float = Field(default=1.0, description=WEIGHT)
-    name: str | None = Field(default=None, description=NAME)
+    weight: float = Field(default=1.0, kw_only=True, description=WEIGHT)
+    name: str | None = Field(default=None, kw_only=True, description=NAME)
 
     per_stage: ClassVar[bool] = False
     """Whether each stage makes the reward anew when it begins, as it must where the reward loads a
