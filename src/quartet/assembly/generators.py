@@ -1,19 +1,20 @@
 """What writes a run's answers: the model itself, or servers; in one turn or several."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quartet.config.tables import Config, Servers
+from quartet.config.tables import Config
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import GatheredWeights
 from quartet.generation.dialects import DIALECTS
 from quartet.generation.episodes import Environment, Episodes
-from quartet.generation.native import NativeGenerator
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.rank_zero import RankZeroGenerator
 from quartet.generation.servers import ServedGenerator
+from quartet.generation.source import GeneratorContext, Native, Servers
 from quartet.models.adapters import (
     POLICY,
     adapters_of,
@@ -30,28 +31,36 @@ from quartet.worlds import World
 
 
 class Generators:
+    """Makes the generators of a run."""
+
     def __init__(
         self, config: Config, tokenizer: Any, max_tokens: int, world: World | None
     ) -> None:
-        """`max_tokens`: of a whole conversation."""
+        """`max_tokens` is the length limit of a whole conversation."""
         self.config, self.tokenizer, self.max_tokens = config, tokenizer, max_tokens
         self.environment = _environment(config, world)
 
-    def native(
+    def in_process(
         self, model: Any, process_group: ProcessGroup = SINGLE_PROCESS, copied: bool = False
     ) -> Generator:
-        stops = stop_ids(model, self.tokenizer)
-        return self.in_turns(
-            NativeGenerator(
-                model,
-                self.tokenizer,
-                stops,
-                self.config.seed,
-                process_group=process_group,
-                copied=copied,
-            ),
+        """Return the config's generator for a model of this process; the native one where the
+        config names servers. A user's own is called on rank 0 alone. `copied`: the model is a copy
+        of the one that learns."""
+        source = self.config.generator
+        context = GeneratorContext(
+            model,
+            self.tokenizer,
+            stop_ids(model, self.tokenizer),
+            self.config.seed,
+            copied,
             process_group,
         )
+        if isinstance(source, Native | Servers):
+            return self.in_turns(Native().make(context), process_group)
+        own = source.make(replace(context, process_group=SINGLE_PROCESS))
+        if process_group is not SINGLE_PROCESS:
+            own = RankZeroGenerator(own, process_group)
+        return self.in_turns(own, process_group)
 
     def in_turns(self, turns: Generator, process_group: ProcessGroup) -> Generator:
         """Answers of one turn, or of several where there is an environment."""
@@ -74,7 +83,7 @@ class Generators:
     def examined(self, model: Any, folder: Path) -> Generator:
         """Answers of a model that learns no more; one rank asks."""
         servers = self.servers(model, folder, SINGLE_PROCESS)
-        return self.native(model) if servers is None else self.asked(servers, SINGLE_PROCESS)
+        return self.in_process(model) if servers is None else self.asked(servers, SINGLE_PROCESS)
 
     def servers(
         self, actor: Any, folder: Path, process_group: ProcessGroup

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from quartet.algorithms.preference import PREFERENCES
 from quartet.algorithms.update import TrustRegion
-from quartet.config.tables import Config, SeparateCritic, Servers
+from quartet.config.tables import Config, SeparateCritic
+from quartet.generation.source import Servers
 from quartet.io.texts import did_you_mean
 from quartet.rewards.sources import EnvironmentSource, GoldSource, JudgeSource, ModelSource
 from quartet.stages.kinds import KINDS, kind_of
@@ -86,8 +87,14 @@ def kto_needs_two_comparisons(config: Config) -> str | None:
 
 
 @rule
-def evaluation_needs_an_aligned_policy(config: Config) -> str | None:
-    if "evaluation" not in config.recipe or config.rl_stage or config.preference_stage:
+def evaluation_needs_a_policy(config: Config) -> str | None:
+    aligned, given = config.rl_stage or config.preference_stage, config.evaluation.policy
+    if aligned and given is not None:
+        return (
+            f"evaluation.policy: this run evaluates the policy that {aligned} trains. Leave it "
+            'out, or evaluate another with recipe = ["evaluation"].'
+        )
+    if "evaluation" not in config.recipe or aligned or given is not None:
         return None
     return (
         "recipe: evaluation compares an RL or preference stage's policy with the one before it; "
@@ -172,7 +179,7 @@ def every_file_has_a_weight(config: Config) -> str | None:
     weights, files = config.data.weights, config.data.files
     if weights is None:
         return None
-    if len(weights) == len(files) and all(w >= 0 for w in weights) and sum(weights):
+    if len(weights) == len(files) and all(w >= 0 for w in weights) and any(weights):
         return None
     return (
         f"data.weights = {list(weights)}: needs one number ≥ 0 for each of {len(files)} files in "

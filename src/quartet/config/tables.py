@@ -20,6 +20,7 @@ from quartet.algorithms.preference import (
 from quartet.config.read_by import PRETRAINING, REWARDED, roles_that_read
 from quartet.config.run import Launch, Run
 from quartet.generation.sampling import Sampling
+from quartet.generation.source import GeneratorSource, Native, Servers
 from quartet.models.lora import Lora
 from quartet.models.shape import Shape
 from quartet.parts import Field, part
@@ -230,43 +231,15 @@ class Rollout(Sampling):
 
 
 @part
-class Native:
-    """Responses are sampled in the training process, by the weights that are trained."""
-
-    type: Literal["native"] = "native"
-
-
-@part
-class Servers:
-    """Responses are sampled by inference servers, which are given the new weights."""
-
-    urls: tuple[str, ...] = Field(
-        min_length=1,
-        description='The addresses that the servers listen on, such as ["http://127.0.0.1:8000"].',
-    )
-    type: Literal["vllm", "sglang"] = Field(default="vllm", description="What the servers run.")
-    shared: str | None = Field(
-        default=None,
-        description="A folder that this process writes new weights to and the servers read them "
-        "from. Left out, it is in the run's.",
-    )
-    timeout: float = Field(
-        default=600.0,
-        gt=0,
-        description="Seconds that one response may take, and that a lost server has to come back.",
-    )
-    adapter: bool = Field(
-        default=False,
-        description="Send the base model once and then the adapter alone. The servers must have "
-        "been started with --enable-lora.",
-    )
-
-
-@part
 class Evaluation:
     """The file's [evaluation] table: the policy against the model it started from, on held-out
     prompts."""
 
+    policy: str | None = Field(
+        default=None,
+        description="The policy to evaluate, a folder or hub id, where the run trains none. It is "
+        "compared with policy.model.",
+    )
     prompts: int = Field(default=500, ge=2, description="How many held-out prompts are answered.")
     best_of: int = Field(
         default=16,
@@ -297,7 +270,7 @@ class Config:
     reward: tuple[RewardSource, ...] = ()
     environment: Environment | None = None
     rollout: Rollout = Rollout()
-    generator: Annotated[Native | Servers, Field(discriminator="type")] = Native()
+    generator: GeneratorSource = Native()
     optim: Optim = Optim()
     evaluation: Evaluation = Evaluation()
     run: Run = Run()
