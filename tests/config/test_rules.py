@@ -1,0 +1,141 @@
+"""Each combination of settings that cannot work, and the one rule that refuses it."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from quartet.config import rules
+from quartet.config.toml import ConfigError, settings_of_table
+
+MODEL = {"type": "model", "model": "rm"}
+PPO = {
+    "recipe": ["ppo"],
+    "policy": {"model": "m"},
+    "data": {"train": "p.jsonl"},
+    "reward": [MODEL],
+}
+DPO = {"recipe": ["dpo"], "policy": {"model": "m"}, "data": {"train": "p.jsonl"}}
+SHAPE = {"num_layers": 2, "max_length": 1024}
+SERVERS = {"type": "vllm", "urls": ["http://127.0.0.1:8000"]}
+TRUST_REGION = {"algorithm.update": {"type": "trust_region"}}
+
+BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "recipe_needs_a_stage": (DPO, {"recipe": []}),
+    "recipe_names_known_stages": (PPO, {"recipe": ["ppo", "pop"]}),
+    "stages_stand_in_order": (PPO, {"recipe": ["ppo", "sft"]}),
+    "preference_loss_is_the_stages": (DPO, {"preference.loss": {"type": "ipo"}}),
+    "kto_needs_two_comparisons": (DPO, {"recipe": ["kto"], "preference.batch_size": 1}),
+    "evaluation_needs_a_policy": (DPO, {"recipe": ["evaluation"]}),
+    "evaluation_needs_a_reward": (DPO, {"recipe": ["dpo", "evaluation"]}),
+    "data_train_lists_a_file": (PPO, {"data.train": []}),
+    "paths_are_not_empty": (PPO, {"data.eval": ""}),
+    "run_name_is_no_path": (PPO, {"run.name": "a/b"}),
+    "policy_has_one_origin": (PPO, {"policy.create": SHAPE}),
+    "data_have_one_origin": (PPO, {"data.world": "reviews"}),
+    "adapter_excludes_frozen_layers": (
+        PPO,
+        {"policy.adapter": {"type": "lora"}, "policy.frozen_layers": 1},
+    ),
+    "some_layers_are_trained": (
+        PPO,
+        {"policy": {"create": SHAPE, "tokenizer": "t", "frozen_layers": 2}},
+    ),
+    "every_file_has_a_weight": (PPO, {"data.weights": [1.0, 2.0]}),
+    "new_model_needs_a_tokenizer": (PPO, {"policy": {"create": SHAPE}}),
+    "reward_model_needs_comparisons": (
+        PPO,
+        {"recipe": ["reward_model", "ppo"], "data": {"world": "sums"}},
+    ),
+    "learning_needs_a_reward": (PPO, {"reward": []}),
+    "reward_model_has_an_origin": (PPO, {"reward": [{"type": "model"}]}),
+    "rewards_have_different_names": (PPO, {"reward": [MODEL, MODEL]}),
+    "some_reward_counts": (PPO, {"reward": [MODEL | {"weight": 0.0}]}),
+    "pairwise_judge_needs_two_answers": (
+        PPO,
+        {"reward": [{"type": "judge", "url": "http://h/", "model": "j", "mode": "pairwise"}]},
+    ),
+    "gold_reward_needs_a_world": (PPO, {"reward": [{"type": "gold"}]}),
+    "preference_stage_needs_comparisons": (DPO, {"data": {"world": "sums"}}),
+    "environment_reward_needs_an_environment": (PPO, {"reward": [{"type": "environment"}]}),
+    "greedy_baseline_needs_one_turn": (
+        PPO,
+        {"recipe": ["remax"], "environment": {"function": "x.py:X"}},
+    ),
+    "groups_need_two_answers": (PPO, {"recipe": ["grpo"], "rollout.samples_per_prompt": 1}),
+    "critic_starts_from_something": (
+        PPO,
+        {"reward": [{"type": "exact"}], "critic": {"init": "reward_model"}},
+    ),
+    "token_rewards_need_token_scores": (
+        PPO,
+        {
+            "reward": [{"type": "exact"}],
+            "algorithm": {"rewards": {"type": "every_token"}, "scores": []},
+        },
+    ),
+    "trust_region_needs_a_critic": (
+        PPO,
+        {"recipe": ["grpo"], "rollout.samples_per_prompt": 8, **TRUST_REGION},
+    ),
+    "trust_region_excludes_ptx": (PPO, {"algorithm.ptx": {"coef": 1.0}, **TRUST_REGION}),
+    "served_adapter_needs_an_adapter": (PPO, {"generator": SERVERS | {"adapter": True}}),
+    "sglang_excludes_filters": (
+        PPO,
+        {"generator": SERVERS | {"type": "sglang"}, "rollout.top_k": 5},
+    ),
+    "critic_warmup_needs_a_critic": (
+        PPO,
+        {"recipe": ["rloo"], "rollout.samples_per_prompt": 4, "optim.critic_warmup_steps": 3},
+    ),
+    "minibatches_have_responses": (PPO, {"optim.minibatches": 65}),
+    "new_model_is_long_enough": (
+        PPO,
+        {"policy": {"create": SHAPE | {"max_length": 64}, "tokenizer": "t"}},
+    ),
+    "address_needs_ray": (PPO, {"launch.address": "head:6379"}),
+    "torchrun_restarts_itself": (PPO, {"launch.type": "torchrun", "launch.restarts": 1}),
+    "every_rank_has_a_part": (PPO, {"launch.processes": 3, "launch.shard": 2}),
+    "trust_region_excludes_compile": (PPO, {"policy.compile": True, **TRUST_REGION}),
+    "trust_region_excludes_sharding": (
+        PPO,
+        {"launch.processes": 2, "launch.shard": True, **TRUST_REGION},
+    ),
+}
+"""A config that works and what is changed in it, by the rule that this breaks."""
+
+
+def changed(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    table = copy.deepcopy(table)
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        inner = table
+        for name in path:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return table
+
+
+def test_every_rule_has_a_config_that_breaks_it():
+    assert list(BROKEN) == [rule.__name__ for rule in rules.RULES]
+
+
+@pytest.mark.parametrize("base", [PPO, DPO], ids=["ppo", "dpo"])
+def test_the_configs_work_before_they_are_changed(base):
+    assert settings_of_table(base, "x", "here").config.recipe == tuple(base["recipe"])
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_rule_refuses_what_cannot_work_with_a_sentence(monkeypatch, name):
+    """The sentence is the rule's: without the rule, the config works or gets another one."""
+    table = changed(*BROKEN[name])
+    with pytest.raises(ConfigError) as refused:
+        settings_of_table(table, "x", "here")
+    others = [rule for rule in rules.RULES if rule.__name__ != name]
+    monkeypatch.setattr(rules, "RULES", others)
+    try:
+        settings_of_table(table, "x", "here")
+    except ConfigError as another:
+        assert str(another) != str(refused.value)
+    sentence = str(refused.value)
+    assert sentence.startswith("here: ") and sentence.endswith(".")
