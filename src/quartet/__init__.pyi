@@ -16,6 +16,12 @@ from quartet.algorithms.presets import ALGORITHMS as ALGORITHMS
 from quartet.algorithms.rewards import Rewards as Rewards
 from quartet.algorithms.rewards import ScoreShape as ScoreShape
 from quartet.algorithms.value_loss import ValueLoss as ValueLoss
+from quartet.api.evaluate import evaluate as evaluate
+from quartet.api.record import record as record
+from quartet.api.run import RunInterrupted as RunInterrupted
+from quartet.api.run import TrainingRun as TrainingRun
+from quartet.api.train import train as train
+from quartet.data.row_shape import RowShape as RowShape
 from quartet.data.sampler import Sampler as Sampler
 from quartet.errors import QuartetError as QuartetError
 from quartet.experience import Batch as Batch
@@ -26,7 +32,10 @@ from quartet.generation.native import NativeGenerator as NativeGenerator
 from quartet.generation.protocol import Generator as Generator
 from quartet.generation.protocol import Weights as Weights
 from quartet.generation.sampling import Sampling as Sampling
+from quartet.generation.source import GeneratorContext as GeneratorContext
+from quartet.generation.source import GeneratorSource as GeneratorSource
 from quartet.loops.collect import Collector as Collector
+from quartet.loops.progress import Progress as Progress
 from quartet.loops.rl import Step as Step
 from quartet.loops.rl import rl as rl
 from quartet.models.actor_critic import Separate as Separate
@@ -39,6 +48,7 @@ from quartet.models.language_model import load_tokenizer as load_tokenizer
 from quartet.models.language_model import save as save
 from quartet.models.language_model import stop_ids as stop_ids
 from quartet.parts import Field as Field
+from quartet.recording.metric import Metric as Metric
 from quartet.rewards.functions import TextReward as TextReward
 from quartet.rewards.protocol import Reward as Reward
 from quartet.rewards.protocol import Weighted as Weighted
@@ -47,8 +57,8 @@ from quartet.rewards.source import RewardContext as RewardContext
 from quartet.rewards.source import RewardSource as RewardSource
 from quartet.runs.reader import Run as Run
 from quartet.training.learner import Learner as Learner
-from quartet.training.update import Update as Update
 from quartet.training.optim import Optim as Optim
+from quartet.training.update import Update as Update
 
 __version__: str
 __all__: list[str]

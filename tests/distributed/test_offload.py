@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quartet.algorithms.presets import ALGORITHMS
-from quartet.assembly import Workshop, build
+from quartet.assembly import Assembler, build
 from quartet.config.toml import read_settings
 from quartet.distributed.offload import NO_OFFLOAD, Offloading
 from quartet.generation.native import NativeGenerator
@@ -57,7 +57,7 @@ def test_a_run_whose_models_rest_is_the_run(kind, tmp_path, monkeypatch):
         return generate(*args, **kwargs)
 
     monkeypatch.setattr(NativeGenerator, "generate", generated)
-    monkeypatch.setattr(Workshop, "_placement", lambda self: Offloading(self.device))
+    monkeypatch.setattr(Assembler, "placement", property(lambda self: Offloading(self.device)))
     assert numbers(make_run(tmp_path / "rests", recipe, *words)) == plain and plain
     assert max(rested) > 0, "while answers are sampled, something rests"
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from quartet.algorithms.kl import AdaptiveCoef, KLInReward
 from quartet.algorithms.policy_loss import Clip
-from quartet.assembly import Workshop
+from quartet.assembly import Assembler, stage
 from quartet.cli import app
 from quartet.config.toml import read_settings
 from quartet.runtime.replay import (
@@ -24,7 +24,8 @@ from quartet.runtime.replay import (
 
 
 def rl_stage(run, *words):
-    return Workshop(read_settings(run.path / "config.resolved.toml", words).config).rl_stage()
+    config = read_settings(run.path / "config.resolved.toml", words).config
+    return stage(Assembler(config), config.rl_stage)
 
 
 def everything(run):

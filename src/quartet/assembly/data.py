@@ -41,7 +41,7 @@ class Rows:
         shelf, train, held_out = Shelf(Example), array("Q"), array("Q")
         for file, weight in zip(files, weights, strict=True):
             first = len(shelf)
-            for example in examples_in(Path(file), purpose, data.columns):
+            for example in examples_in(Path(file), purpose, data.columns, data.shape):
                 shelf.append(example)
             count = len(shelf) - first
             if not count:
@@ -58,18 +58,21 @@ class Rows:
             train.extend(seen_so_often(range(first, first + kept), weight, self.config.seed))
             held_out.extend(range(first + kept, first + count))
         if data.eval is not None:
-            return Chosen(shelf, train), read_examples(Path(data.eval), purpose, data.columns)
+            return Chosen(shelf, train), read_examples(
+                Path(data.eval), purpose, data.columns, data.shape
+            )
         return Chosen(shelf, train), Chosen(shelf, held_out)
 
     def texts(self) -> Iterator[str]:
         """Whatever text there is to train a tokenizer on."""
+        data = self.config.data
         paths = {
             p
             for p in (*self.config.data.files, self.config.sft.data, self.config.reward_model.data)
             if p
         }
         for path in sorted(paths):
-            for example in examples_in(Path(path), "prompts", self.config.data.columns):
+            for example in examples_in(Path(path), "prompts", data.columns, data.shape):
                 for cell in (example.prompt, example.completion, example.chosen, example.rejected):
                     if cell is not None:
                         yield from plain_texts(cell)

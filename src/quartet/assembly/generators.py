@@ -17,11 +17,11 @@ from quartet.generation.servers import ServedGenerator
 from quartet.generation.source import GeneratorContext, Native, Servers
 from quartet.models.adapters import (
     POLICY,
+    adapter_active,
     adapters_of,
     in_adapter,
     merged_state,
     save_adapter,
-    working,
 )
 from quartet.models.language_model import stop_ids
 from quartet.rewards.functions import check_reference
@@ -108,7 +108,7 @@ class Generators:
                 self.tokenizer.save_pretrained(place)
 
         def write_base(place: Path, tensors: Mapping[str, Any]) -> None:
-            with working(actor, None):
+            with adapter_active(actor, None):
                 actor.save_pretrained(place, state_dict=merged_state(actor, tensors))
             self.tokenizer.save_pretrained(place)
 

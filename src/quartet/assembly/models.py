@@ -124,7 +124,7 @@ class Models:
         self.set_up(made.model)
         return made
 
-    def judge_to_be(self, policy: Any) -> ScalarModel:
+    def new_reward_model(self, policy: Any) -> ScalarModel:
         """A reward model to be trained. The policy will write answers for it, so a trunk that goes
         into parts is a copy."""
         trunk = (
@@ -156,8 +156,8 @@ class Models:
         self, scalar: ScalarModel, process_group: ProcessGroup | None = None
     ) -> ScalarModel:
         if isinstance(scalar, AdaptedScalar):
-            self.spread(scalar.under.model, process_group)
-            scalar.look_again()
+            self.spread(scalar.view.model, process_group)
+            scalar.collect_parameters()
         else:
             self.spread(scalar.model, process_group)
         return scalar

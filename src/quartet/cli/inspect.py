@@ -18,6 +18,7 @@ from quartet.cli.common import (
     listening,
     print_json,
     refuse,
+    refusing,
     url_of,
     without_progress_bars,
 )
@@ -186,7 +187,8 @@ def replay(
 ) -> None:
     """Compute one update of an RL stage again: as it was, to the bit; or, of the same rollouts,
     with a setting changed. Nothing is written."""
-    from quartet.assembly import Workshop
+    from quartet.assembly import Assembler
+    from quartet.assembly.stages import rl_stage
     from quartet.config.toml import ConfigError, read_settings
     from quartet.runs.tables import comparison
     from quartet.runtime.replay import CannotReplay, checkpoint_before, cosine, differences
@@ -214,7 +216,9 @@ def replay(
         ]
     except (ConfigError, CannotReplay) as error:
         refuse(str(error))
-    stages = [Workshop(config, since.facts["fault"]).rl_stage() for config in configs]
+    fault = since.facts["fault"]
+    with refusing():
+        stages = [rl_stage(Assembler(config, fault), run.rl_stage) for config in configs]
     console.print(
         f"from {since.name}: {step - since.facts['step']} steps to compute", soft_wrap=True
     )

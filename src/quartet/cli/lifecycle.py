@@ -61,7 +61,7 @@ def _carry_out(execution: "Execution") -> int:
     import dataclasses
 
     from quartet.cli.screen import Screen, sample_lines
-    from quartet.launch.start import crew
+    from quartet.launch.start import open_workers
     from quartet.planning.plan import plan
     from quartet.runtime.interruption import Interrupted, Interruption
     from quartet.runtime.lifecycle import Noted, Resumed
@@ -80,7 +80,7 @@ def _carry_out(execution: "Execution") -> int:
     try:
         log_to(path / "run.log")
         _say_what(execution, planned)
-        open_group = lambda job, folder: crew(settings.config, job, folder, fault)  # noqa: E731
+        open_group = lambda job, folder: open_workers(settings.config, job, folder, fault)  # noqa: E731
         with interruption:
             for event in execution.events(open_group, interruption):
                 if isinstance(event, Noted):

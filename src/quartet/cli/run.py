@@ -85,16 +85,16 @@ def run(
     if accept and not resume:
         refuse("--accept: goes with --resume.")
     if settings.config.launch.type == "torchrun":
-        from quartet.launch.start import RANKS, follow_the_first, follows
+        from quartet.launch.start import RANK_VARIABLES, follow_rank_zero, starts_as_follower
 
-        if missing := [name for name in RANKS if name not in os.environ]:
+        if missing := [name for name in RANK_VARIABLES if name not in os.environ]:
             refuse(
                 f'launch.type = "torchrun": {missing[0]} is not set, so torchrun or srun did not '
                 f"start this. "
                 "quartet run … --nodes 2x8 says how."
             )
-        if follows(settings.config.launch):
-            follow_the_first(settings.config.launch)
+        if starts_as_follower(settings.config.launch):
+            follow_rank_zero(settings.config.launch)
             return
     if request is not None:
         raise typer.Exit(go_on(request, fault, accept or []))

@@ -19,6 +19,7 @@ from quartet.algorithms.preference import (
 )
 from quartet.config.read_by import PRETRAINING, REWARDED, roles_that_read
 from quartet.config.run import Launch, Run
+from quartet.data.row_shape import RowShape
 from quartet.generation.sampling import Sampling
 from quartet.generation.source import GeneratorSource, Native, Servers
 from quartet.models.lora import Lora
@@ -62,6 +63,11 @@ class Data:
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="The names of the files' columns, by Quartet's names for them.",
+    )
+    shape: RowShape | None = Field(
+        default=None,
+        description='How rows become prompts and answers, "mine.py:MyShape". Left out, the columns '
+        "say it.",
     )
     rows: int = Field(default=4000, ge=1, description="How many rows a world makes for each stage.")
     held_out: float = Field(

@@ -73,6 +73,37 @@ def read_settings(
         raise ConfigError(f"{shown}: cannot be read ({str(error).partition(';')[0]}).") from None
     lines = _line_numbers(text)
     origins = {key: f"{shown}:{_line_of(key, lines)}" for key, _ in _leaves(table)}
+    return _settings(table, origins, words, path.stem, text, known_links)
+
+
+def settings_of_table(table: Table, name: str, origin: str) -> Settings:
+    """Return the settings of a config that was written in Python, as nested dicts.
+
+    `name` is what the run is called, `origin` what messages say of where a value came from. The
+    text of the settings is the TOML file that gives the same run. Raises `ConfigError` as
+    `read_settings` does.
+    """
+    text = table_toml(table)
+    parsed = tomllib.loads(text)
+    origins = {key: origin for key, _ in _leaves(parsed)}
+    return _settings(parsed, origins, (), name, text, {})
+
+
+def table_toml(table: Table) -> str:
+    """Return a config of nested dicts and lists as a TOML file."""
+    blocks = _blocks("", table, None)
+    return "\n\n".join("\n".join(block) for block in blocks) + "\n"
+
+
+def _settings(
+    table: Table,
+    origins: dict[str, str],
+    words: Sequence[str],
+    name: str,
+    text: str,
+    known_links: Mapping[str, str],
+) -> Settings:
+    """Put words on top of a table, fill in what it leaves out, and check it."""
     for word in words:
         key, value = _assignment(word)
         _set(table, key, value)
@@ -83,7 +114,7 @@ def read_settings(
     links = resolve_links(table, known_links)
     config = _validate(table, origins)
     _refuse_unread(config, written)
-    return Settings(config, origins, path.stem, text, links)
+    return Settings(config, origins, name, text, links)
 
 
 def _refuse_unread(config: Config, written: Mapping[str, str]) -> None:
@@ -124,7 +155,7 @@ def preset_toml(preset: Algorithm | PreferenceLoss) -> str:
     table = (
         {"algorithm": record} if isinstance(preset, Algorithm) else {"preference": {"loss": record}}
     )
-    return "\n\n".join("\n".join(block) for block in _blocks("", table, None)) + "\n"
+    return table_toml(table)
 
 
 def _blocks(

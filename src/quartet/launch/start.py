@@ -1,9 +1,11 @@
-"""From a config to a group of workers."""
+"""From a config to the workers of its run."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,35 +19,43 @@ from quartet.distributed.process_group import (
     ProcessGroup,
     TorchProcessGroup,
 )
-from quartet.launch import spmd
-from quartet.launch.follower import be_a_rank
+from quartet.launch.follower import Place, run_follower
+from quartet.launch.processes import Follower, start_followers, threads_of, wait_for
+from quartet.launch.spmd import ProcessWorkers
+from quartet.launch.store import own_store, store_at
 from quartet.runtime.faults import FAULTS
 from quartet.runtime.job import Job
 from quartet.runtime.lifecycle import CannotRun
 from quartet.runtime.machine import unmet
-from quartet.runtime.worker import Group, Local, Worker
+from quartet.runtime.worker import LocalWorkers, Worker, WorkerGroup
 
-RANKS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells each process that it starts."""
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The environment variables that torchrun sets for each process."""
 
 
-def world_of(launch: Launch) -> int:
-    """How many ranks there will be."""
+def world_size_of(launch: Launch) -> int:
+    """Return how many ranks the run has."""
     return int(os.environ.get("WORLD_SIZE", "1")) if launch.type == "torchrun" else launch.processes
 
 
 def process_group_of(launch: Launch) -> ProcessGroup:
-    """The team of this process, as rank 0; nobody has been started yet. Ray's driver is no rank."""
-    world = world_of(launch)
+    """Return the process group of this process as rank 0. It has not joined the others, which may
+    not have been started. Ray's driver is no rank and gets `SINGLE_PROCESS`."""
+    world_size = world_size_of(launch)
     return (
-        TorchProcessGroup(0, world)
-        if launch.type != "ray" and (world > 1 or launch.shard)
+        TorchProcessGroup(0, world_size)
+        if launch.type != "ray" and (world_size > 1 or launch.shard)
         else SINGLE_PROCESS
     )
 
 
-def job_of(config: Config, fault: str | None = None) -> Job:
-    """Return the job of a config for this process, as rank 0. `fault` is a mistake to plant.
+def job_of(
+    config: Config,
+    fault: str | None = None,
+    objects: Mapping[str, Any] = MappingProxyType({}),
+) -> Job:
+    """Return the job of a config for this process, as rank 0. `fault` is a mistake to plant,
+    `objects` are the rewards that were given as Python objects.
 
     Raises `CannotRun` if what is installed does not fit or there is no such fault, and the errors
     of `build`.
@@ -56,73 +66,73 @@ def job_of(config: Config, fault: str | None = None) -> Job:
         raise CannotRun(f"--break {fault}: known are {', '.join(FAULTS)}.")
     if fault is not None and config.rl_stage is None:
         raise CannotRun(f"--break {fault}: there is no RL stage to break.")
-    return build(config, fault, process_group_of(config.launch))
+    return build(config, fault, process_group_of(config.launch), objects)
 
 
-def follows(launch: Launch) -> bool:
-    """Whether this process is one that torchrun or srun has started, and not the first."""
+def starts_as_follower(launch: Launch) -> bool:
+    """Return whether torchrun or srun has started this process as a rank other than 0."""
     return launch.type == "torchrun" and int(os.environ.get("RANK", "0")) > 0
 
 
-def follow_the_first(launch: Launch) -> None:
-    """Be that rank. What is to be done, rank 0 has left in the store."""
-    host, port, rank = (
+def follow_rank_zero(launch: Launch) -> None:
+    """Be the rank that torchrun or srun has started. Rank 0 has written into the store which run it
+    is."""
+    place = Place(
+        int(os.environ["RANK"]),
+        world_size_of(launch),
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        int(os.environ["RANK"]),
     )
-    folder, _, fault = spmd.store_at(host, port).get("run").decode().partition("\n")
-    be_a_rank(host, port, rank, world_of(launch), launch.deadline, Path(folder), fault or None)
+    folder, _, fault = store_at(place.host, place.port).get("run").decode().partition("\n")
+    run_follower(place, launch.deadline, Path(folder), fault or None)
 
 
 @contextlib.contextmanager
-def crew(config: Config, job: Job, folder: Path, fault: str | None) -> Iterator[Group]:
-    """Those who do the work, for as long as it takes. What followers print goes to the run's
-    log."""
+def open_workers(
+    config: Config, job: Job, folder: Path, fault: str | None
+) -> Iterator[WorkerGroup]:
+    """Start the workers of a run, and end them on leaving. What the processes of other ranks print
+    goes to the run's log."""
     if config.launch.type == "ray":
-        from quartet.launch.on_ray import OnRay
+        from quartet.launch.on_ray import RayWorkers
 
-        group: Group = OnRay(config.launch, config.run.device, folder, fault)
+        workers: WorkerGroup = RayWorkers(config.launch, config.run.device, folder, fault)
     elif not isinstance(job.process_group, TorchProcessGroup):
-        group = Local(Worker(job.stages, folder))
+        workers = LocalWorkers(Worker(job.stages, folder))
     else:
-        group = _processes(config.launch, job.process_group, job, folder, fault)
+        workers = _process_workers(config.launch, job.process_group, job, folder, fault)
     try:
-        yield group
+        yield workers
     finally:
-        group.close()
+        workers.close()
 
 
-def _processes(
+def _process_workers(
     launch: Launch, process_group: TorchProcessGroup, job: Job, folder: Path, fault: str | None
-) -> Group:
-    started: list[spmd.Process] = []
+) -> WorkerGroup:
+    """Start or find the other ranks, and join them as rank 0."""
+    followers: list[Follower] = []
+    world_size = process_group.world_size
     if launch.type == "torchrun":
-        # torchrun's agent keeps the store; under srun it is rank 0 that does.
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        # torchrun's agent holds the store; under srun, which has none, rank 0 does.
+        has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = spmd.store_at(host, port, keeps=not agent)
+        store = store_at(host, port, is_server=not has_agent)
         store.set("run", f"{folder.resolve()}\n{fault or ''}")
     else:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        store, port = spmd.own_store()
-        words = [str(launch.deadline), str(folder.resolve()), *([fault] if fault else [])]
-        torch.set_num_threads(spmd.threads_of(process_group.world_size))
+        store, port = own_store()
+        arguments = [str(launch.deadline), str(folder.resolve()), *([fault] if fault else [])]
+        torch.set_num_threads(threads_of(world_size))
         with (folder / "run.log").open("ab") as log:
-            started = spmd.start_followers(process_group.world_size, port, words, log)
+            followers = start_followers(world_size, port, arguments, log)
+    group_store = dist.PrefixStore("process_group", store)
     try:
-        spmd.wait_for(
-            started, dist.PrefixStore("process_group", store), max(launch.deadline, PATIENCE)
-        )
-        process_group.join(dist.PrefixStore("process_group", store), launch.deadline, job.device)
+        wait_for(followers, group_store, max(launch.deadline, PATIENCE))
+        process_group.join(group_store, launch.deadline, job.device)
     except BaseException:
-        for one in started:
-            one.end()
+        for follower in followers:
+            follower.end()
         raise
-    return spmd.Spmd(
-        Worker(job.stages, folder, process_group),
-        store,
-        process_group.world_size,
-        launch.deadline,
-        started,
-    )
+    worker = Worker(job.stages, folder, process_group)
+    return ProcessWorkers(worker, store, world_size, launch.deadline, followers)

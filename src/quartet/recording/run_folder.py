@@ -117,6 +117,16 @@ class RunFolder:
             raise
         return folder
 
+    @classmethod
+    def create_at(cls, path: Path, contents: Mapping[str, str]) -> "RunFolder":
+        """Make a new folder at `path`, with a file for each of `contents` (its name and its text).
+        Raises FileExistsError if there is something at `path`."""
+        path.mkdir(parents=True)
+        around = environment() | {"folder": str(Path.cwd()), "links": {}}
+        for file, text in {**contents, ENVIRONMENT: json.dumps(around, indent=2) + "\n"}.items():
+            files.write(path / file, text)
+        return cls(path)
+
     def become_latest(self) -> None:
         """Let `latest` point at this run."""
         point_latest(self.path.parent, self.path)

@@ -27,7 +27,7 @@ def temperature(components: RLComponents) -> None:
 
 
 def greedy(components: RLComponents) -> None:
-    """The sampler takes the likeliest token, and reports its probability under the policy."""
+    """The sampler takes the most probable token, and reports its probability under the policy."""
     _resample(components, lambda sampling: dataclasses.replace(sampling, top_k=1))
     _rescore(
         components, lambda batch: dataclasses.replace(batch, rollout_logprobs=batch.old_logprobs)

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,12 @@ from quartet.runtime.interruption import Interrupted, Interruption
 from quartet.runtime.job import Job
 from quartet.runtime.pipeline import Event, Pipeline, StageFailed
 from quartet.runtime.resume import CannotResume, Choice, choose, has_begun, set_aside, steps_of
-from quartet.runtime.worker import Group, WorkerLost
+from quartet.runtime.worker import WorkerGroup, WorkerLost
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """The error numbers of a file system that has no room for a file."""
 
-OpenGroup = Callable[[Job, Path], AbstractContextManager[Group]]
+OpenGroup = Callable[[Job, Path], AbstractContextManager[WorkerGroup]]
 """Starts the workers of a job in a run folder, and ends them."""
 
 
@@ -42,7 +42,7 @@ class CannotRun(QuartetError, ValueError):
     """A run that cannot begin or go on as it was asked for: one sentence."""
 
 
-class AlreadyDone(Exception):
+class AlreadyDone(QuartetError):
     """A run that was to be resumed has no steps left. `path` is its folder."""
 
     def __init__(self, path: Path) -> None:
@@ -97,7 +97,7 @@ class Execution:
 
     def events(
         self, open_group: OpenGroup, interruption: Interruption
-    ) -> Iterator[Event | Resumed | Noted]:
+    ) -> Generator[Event | Resumed | Noted, None, None]:
         """Carry out all stages that are left; yield each event when it is recorded.
 
         Raises, when the run folder says so too, `Interrupted` for a signal or the time limit,

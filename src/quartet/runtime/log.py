@@ -1,8 +1,10 @@
 """The log of a run: what libraries log and warn about goes to `run.log`, not over the live
 lines."""
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -24,6 +26,31 @@ def log_to(path: Path) -> None:
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()
     transformers.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Send what Quartet logs to a file as well, for as long as the context lasts, and show no
+    progress bars of transformers. For a process that belongs to the caller: other handlers stay,
+    and everything is as before in the end."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    logger = logging.getLogger("quartet")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()
 
 
 def log_traceback() -> None:

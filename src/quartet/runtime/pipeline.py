@@ -24,7 +24,7 @@ from quartet.recording.trackers import Tracking
 from quartet.runs.doctor import RULES, Watch
 from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.machine import give_back_memory
-from quartet.runtime.worker import Group, Local, Stepped, Worker, WorkerLost
+from quartet.runtime.worker import LocalWorkers, StepResult, Worker, WorkerGroup, WorkerLost
 from quartet.stages.kinds import kind_of
 from quartet.stages.protocol import Stage, Summary
 from quartet.stages.rl import RLStage
@@ -142,16 +142,18 @@ class Pipeline:
         self.checkpoints = Checkpoints(
             folder.path / "checkpoints", places, saving.last, saving.best is not None
         )
-        self.crew: Group = Local(Worker(stages, folder.path))
+        self.workers: WorkerGroup = LocalWorkers(Worker(stages, folder.path))
         self._is_latest = False
         self._failed_metrics: set[str] = set()
         self.results: dict[str, Any] = {}
         """Fingerprints of what finished stages left."""
 
-    def run(self, since: Checkpoint | None = None, crew: Group | None = None) -> Iterator[Event]:
-        """From the beginning, or from a checkpoint. `crew`: who does the work, where it is not this
-        process alone."""
-        self.crew = crew or self.crew
+    def run(
+        self, since: Checkpoint | None = None, workers: WorkerGroup | None = None
+    ) -> Iterator[Event]:
+        """Run the stages from the beginning, or on from a checkpoint. `workers` do the work;
+        without them this process does it alone."""
+        self.workers = workers or self.workers
         first = 0 if since is None else self.checkpoints.stages[since.facts["stage"]]
         for number, stage in enumerate(self.stages[first:], first + 1):
             yield from self._stage(stage, number, since if number == first + 1 else None)
@@ -206,12 +208,12 @@ class Pipeline:
         earlier = [event["metrics"] for event in self.folder.metrics_of(stage.name)] if step else []
         yield Started(stage, number, len(self.stages), step, earlier)
         with self._failing(f"{stage.title}, before it began"), self.interruption.only_if(always):
-            resumable = self.crew.call(
+            resumable = self.workers.call(
                 "begin", stage.name, None if since is None else str(since.path)
             )[0]
         yield from self._advance(stage, step, resumable)
         with self._failing(f"{stage.title}, at its end"), self.interruption.only_if(always):
-            summary = self.crew.call("finish")[0]
+            summary = self.workers.call("finish")[0]
         self.results |= self._left(stage)
         took = round(time.monotonic() - started, 2)
         self.folder.event("finished", stage.name, summary=summary, seconds=took)
@@ -267,9 +269,9 @@ class Pipeline:
         """
         failed = f"{stage.title}, {cause}"
         untouched = (
-            step == 0 and self.crew.untouched()
+            step == 0 and self.workers.untouched()
         )  # asked first: with several ranks it is about the last call
-        scale, rollbacks = self.crew.call("scale")[0], self.saving.rollbacks
+        scale, rollbacks = self.workers.call("scale")[0], self.saving.rollbacks
         if rollbacks == 0 or scale == 0:  # not wanted, or nothing learns
             raise StageFailed(failed)
         if untouched:
@@ -294,7 +296,7 @@ class Pipeline:
                 f"{failed}. It cannot be rolled back (run.rollbacks), because no checkpoint of "
                 f"this stage can be used."
             )
-        self.crew.call("go_back", str(found.path), scale / 2)
+        self.workers.call("go_back", str(found.path), scale / 2)
         self.cut_back(found)
         step, sentence = (
             found.facts["step"],
@@ -315,7 +317,7 @@ class Pipeline:
                     stepped = self._step()
             except Interrupted:
                 if (
-                    self.crew.untouched() and step and resumable
+                    self.workers.untouched() and step and resumable
                 ):  # a second signal may find the weights half way
                     self._checkpoint(stage, step, merits, pace)
                 raise
@@ -346,9 +348,9 @@ class Pipeline:
             yield Advanced(stage, progress)
             yield from warnings
 
-    def _step(self) -> Stepped:
-        with self.interruption.only_if(self.crew.untouched):
-            stepped: Stepped = self.crew.call("step")[0]
+    def _step(self) -> StepResult:
+        with self.interruption.only_if(self.workers.untouched):
+            stepped: StepResult = self.workers.call("step")[0]
         return stepped
 
     def _quoted(self, tokens: Sequence[int]) -> str:
@@ -397,14 +399,14 @@ class Pipeline:
         }
         try:
             return self.checkpoints.write(
-                stage, step, lambda folder: self.crew.call("save", str(folder))[0], facts
+                stage, step, lambda folder: self.workers.call("save", str(folder))[0], facts
             )
         except OSError as error:
             there = next(
                 (f"The last good one is {path.name}." for path in self.checkpoints.newest_first()),
                 "There is none yet.",
             )
-            size = sum(self.crew.call("size"))
+            size = sum(self.workers.call("size"))
             reason = f"{error.strerror or error}; it needs {size / 1e6:,.1f} MB"
             raise StageFailed(
                 f"checkpoint {stage}-{step:06d} could not be written ({reason}). {there}"

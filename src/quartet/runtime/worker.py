@@ -1,19 +1,18 @@
-"""Who does the work of a run: a worker per process, and groups of them that are spoken to as one.
+"""The workers of a run: one per process, and groups of them that are called as one.
 
-A worker is a plain class that knows its rank and its team as data. A group runs its methods:
-`Local` here, others in `launch` behind processes and machines. What crosses a border are names,
-paths, and what a step returns.
+A `Worker` is a plain class that knows its process group. A `WorkerGroup` calls its methods by name
+on every rank: `LocalWorkers` in this process, others in `launch` in further processes and on other
+machines. Only names, paths, numbers and the results of methods cross between processes.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from pydantic import ValidationError
 
-from quartet.distributed.balance import shares
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import local_tensor
 from quartet.errors import QuartetError
@@ -30,7 +29,7 @@ from quartet.training.state_tree import Tree, save_tensors, split_tensors
 
 
 class WorkerLost(QuartetError, RuntimeError):
-    """Ranks that are dead, or did not answer in time: the message names them."""
+    """Ranks that have died or did not answer in time; the message names them."""
 
     def __init__(self, ranks: Sequence[int], why: str) -> None:
         self.ranks, self.why = tuple(ranks), why
@@ -39,157 +38,152 @@ class WorkerLost(QuartetError, RuntimeError):
 
 
 @runtime_checkable
-class Handle(Protocol):
-    """A call that is under way."""
+class WorkerGroup(Protocol):
+    """The workers of all ranks, which do the same things at the same time."""
 
-    def result(self) -> list[Any]:
-        """What each rank returned. Raises `WorkerLost` after the deadline."""
-        ...
-
-
-@runtime_checkable
-class Group(Protocol):
-    """Workers that do the same."""
-
-    world: int
+    world_size: int
 
     def call(self, name: str, *args: Any) -> list[Any]:
-        """The method of all ranks; what each returned, by rank. Only the lead speaks of what all
-        know: others return None."""
-        ...
+        """Call a method of every worker, and return the results by rank.
 
-    def map(self, name: str, rows: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
-        """A method that takes some rows and returns as much for each: every rank takes its share by
-        tokens, and the results come in the order of the rows."""
-        ...
-
-    def start(self, name: str, *args: Any) -> Handle:
-        """The same as `call`, to be waited for later."""
+        What is the same on every rank is returned by rank 0 only; the others return None. Raises
+        `WorkerLost` if a rank does not finish.
+        """
         ...
 
     def untouched(self) -> bool:
-        """Whether no weight has moved since the last call ended: then a run that stops now has lost
+        """Return whether no weight has moved since the last call ended: a run that stops now loses
         nothing."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the other processes, if there are any."""
+        ...
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepResult:
+    """What a worker returns for one step."""
+
     progress: Progress | None
-    """None: all steps of the stage are done, or another rank speaks."""
+    """None once the stage has no more steps, and on every rank but rank 0."""
     notes: list[str]
-    """What there was to say of memory."""
+    """Sentences about memory."""
 
 
 class Worker:
-    """One rank of a run: its stages, and the one that has begun. Everything that changes from step
-    to step is here."""
+    """One rank of a run. It holds the stage that has begun, and everything that changes from step
+    to step."""
 
     def __init__(
         self, stages: Sequence[Stage], folder: Path, process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
-        self.stages, self.folder, self.process_group = (
-            {stage.name: stage for stage in stages},
-            folder,
-            process_group,
-        )
+        self.stages = {stage.name: stage for stage in stages}
+        self.folder, self.process_group = folder, process_group
         self.random = GlobalRandom()
-        self.work: StageRun | None = None
+        self.stage_run: StageRun | None = None
         self._steps: Iterator[Progress] = iter(())
-        self._at: Tree = None
-        self._moves = 0
+        self._state: Tree = None
+        """The state after the last whole step. Its tensors are the live ones: the next step changes
+        them."""
+        self._optimizer_steps = 0
+        """How many optimizer steps there had been then."""
 
     def begin(self, name: str, checkpoint: str | None) -> bool:
-        """Load the models of a stage, as a checkpoint left them where there is one. Whether there
-        is anything to save."""
-        found = None if checkpoint is None else read_checkpoint(Path(checkpoint))
-        state = {} if found is None else found.state()
-        if found is not None and "work" not in state:
-            with _loading(found):
-                self.random.load_state(state["random"])
-        self.work = self.stages[name].begin(self.folder)
-        done = 0
-        if found is not None and "work" in state:
-            with _loading(found):
-                self._load(state)
-            done = found.facts["step"]
-        self._mark(self.work.steps(done))
-        return bool(self.work.stateful)
+        """Load the models of a stage, and its state from a checkpoint if one is given. Return
+        whether the stage has a state to save.
 
-    def step(self) -> Stepped:
-        work = self._begun()
+        A checkpoint of step 0 holds the random numbers only: the stage begins from its start.
+        """
+        loaded = None if checkpoint is None else read_checkpoint(Path(checkpoint))
+        state = {} if loaded is None else loaded.state()
+        if loaded is not None and "work" not in state:
+            with _naming(loaded):
+                self.random.load_state(state["random"])
+        self.stage_run = self.stages[name].begin(self.folder)
+        num_done = 0
+        if loaded is not None and "work" in state:
+            with _naming(loaded):
+                self._load(state)
+            num_done = loaded.facts["step"]
+        self._continue(self.stage_run.steps(num_done))
+        return bool(self.stage_run.stateful)
+
+    def step(self) -> StepResult:
+        """Take one step of the stage."""
+        stage_run = self._begun()
         progress = next(self._steps, None)
-        self._mark()
-        return Stepped(progress if self.process_group.is_rank_zero else None, work.notes())
+        self._keep_state()
+        return StepResult(progress if self.process_group.is_rank_zero else None, stage_run.notes())
 
     def finish(self) -> Summary:
-        """Leave the results in the run folder, where this rank is the lead; say what came out."""
-        work = self._begun()
-        summary = work.finish()
-        self.work, self._steps, self._at = None, iter(()), None
+        """End the stage: rank 0 writes its results to the run folder. Return their summary."""
+        summary = self._begun().finish()
+        self._forget_stage()
         return summary
 
     def save(self, folder: str) -> Tree:
-        """Write the tensors of the state after the last whole step; the rest of the state."""
-        state = {"random": self.random.state()} if self.work is None else self._at
+        """Write the tensors of the state after the last whole step, and return the rest of it."""
+        state = {"random": self.random.state()} if self.stage_run is None else self._state
         return save_tensors(Path(folder), state, self.process_group)
 
     def size(self) -> int:
-        """Bytes of the tensors that `save` writes."""
-        return sum(local_tensor(t).nbytes for t in split_tensors(self._at)[1].values())
+        """Return the number of bytes of the tensors that `save` writes."""
+        return sum(local_tensor(t).nbytes for t in split_tensors(self._state)[1].values())
 
     def go_back(self, checkpoint: str, scale: float) -> None:
-        """Go back to a checkpoint of this stage, with all learning rates times `scale`. Where it is
-        the one of step 0, which holds no weights, the stage begins again."""
-        found = read_checkpoint(Path(checkpoint))
-        state = found.state()
+        """Go back to a checkpoint of this stage, and multiply all learning rates by `scale`.
+
+        The checkpoint of step 0 holds no weights; the stage then begins again.
+        """
+        loaded = read_checkpoint(Path(checkpoint))
+        state = loaded.state()
         if "work" in state:
-            with _loading(found):
+            with _naming(loaded):
                 self._load(state)
         else:
-            self.work, self._steps, self._at = (
-                None,
-                iter(()),
-                None,
-            )  # its models go before they are loaded again
-            self.begin(found.facts["stage"], checkpoint)
-        work = self._begun()
-        for optimizer in work.optimizers:
+            self._forget_stage()  # frees its models before they are loaded a second time
+            self.begin(loaded.facts["stage"], checkpoint)
+        stage_run = self._begun()
+        for optimizer in stage_run.optimizers:
             optimizer.scale = scale
-        self._mark(work.steps(found.facts["step"]))
+        self._continue(stage_run.steps(loaded.facts["step"]))
 
     def scale(self) -> float:
-        """What learning rates are multiplied by; 0 where nothing learns."""
-        work = self._begun()
-        return work.optimizers[0].scale if work.optimizers else 0.0
+        """Return the factor of the learning rates; 0 for a stage that trains nothing."""
+        stage_run = self._begun()
+        return stage_run.optimizers[0].scale if stage_run.optimizers else 0.0
 
     def untouched(self) -> bool:
-        return self.work is None or self.work.optimizer_steps() == self._moves
+        """Return whether no optimizer has stepped since the state was kept."""
+        return self.stage_run is None or self.stage_run.optimizer_steps() == self._optimizer_steps
 
     def _load(self, state: Tree) -> None:
         self._begun().load_state(state["work"])
         self.random.load_state(state["random"])
 
-    def _mark(self, steps: Iterator[Progress] | None = None) -> None:
-        """This is what a checkpoint holds from now on. Its tensors are the live ones: good until
-        the next step changes them."""
-        work = self._begun()
-        self._steps = self._steps if steps is None else steps
-        self._at, self._moves = (
-            {"work": work.state(), "random": self.random.state()},
-            work.optimizer_steps(),
-        )
+    def _continue(self, steps: Iterator[Progress]) -> None:
+        """Go on with these steps."""
+        self._steps = steps
+        self._keep_state()
+
+    def _keep_state(self) -> None:
+        """Make the present state the one that `save` writes."""
+        stage_run = self._begun()
+        self._state = {"work": stage_run.state(), "random": self.random.state()}
+        self._optimizer_steps = stage_run.optimizer_steps()
+
+    def _forget_stage(self) -> None:
+        self.stage_run, self._steps, self._state = None, iter(()), None
 
     def _begun(self) -> StageRun:
-        assert self.work is not None, "no stage has begun"
-        return self.work
+        assert self.stage_run is not None, "no stage has begun"
+        return self.stage_run
 
 
 @contextlib.contextmanager
-def _loading(found: Checkpoint) -> Iterator[None]:
-    """Whatever a state says that the stage cannot take becomes one sentence about its
+def _naming(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn any error of a state that does not fit the stage into one sentence about its
     checkpoint."""
     try:
         yield
@@ -203,23 +197,20 @@ def _loading(found: Checkpoint) -> Iterator[None]:
     ) as error:
         if isinstance(error, ValidationError):
             reason = first_problem(error)
+        elif isinstance(error, KeyError):
+            reason = f"there is no {error}"
         else:
-            reason = (
-                f"there is no {error}"
-                if isinstance(error, KeyError)
-                else str(error).partition("\n")[0].rstrip(".")
-            )
+            reason = str(error).partition("\n")[0].rstrip(".")
         raise DamagedCheckpoint(
-            f"checkpoint {found.name} does not fit what this config trains ({reason}). Rename "
-            f"{found.path} to go on from an "
-            "earlier one."
+            f"checkpoint {checkpoint.name} does not fit what this config trains ({reason}). Rename "
+            f"{checkpoint.path} to go on from an earlier one."
         ) from error
 
 
-class Local:
-    """One worker, in this process: a call is a call."""
+class LocalWorkers:
+    """The group of a run in a single process: one worker, called directly."""
 
-    world = 1
+    world_size = 1
 
     def __init__(self, worker: Any) -> None:
         self.worker = worker
@@ -227,42 +218,8 @@ class Local:
     def call(self, name: str, *args: Any) -> list[Any]:
         return [getattr(self.worker, name)(*args)]
 
-    def map(self, name: str, rows: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
-        return list(getattr(self.worker, name)(list(rows)))
-
-    def start(self, name: str, *args: Any) -> Handle:
-        return Done(self.call(name, *args))
-
     def untouched(self) -> bool:
         return bool(self.worker.untouched())
 
     def close(self) -> None:
-        """Nothing is left running."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """A call that was made at once."""
-
-    results: list[Any]
-
-    def result(self) -> list[Any]:
-        return self.results
-
-
-def mapped(
-    rows: Sequence[Any],
-    lengths: Sequence[int],
-    world: int,
-    call: Callable[[list[list[Any]]], list[list[Any]]],
-) -> list[Any]:
-    """The rows dealt out by tokens, and what came of them in their order. `call`: the rows of each
-    rank in, its results out."""
-    dealt = shares(lengths, world)
-    found = call([[rows[i] for i in mine] for mine in dealt])
-    made = dict(
-        pair
-        for mine, results in zip(dealt, found, strict=True)
-        for pair in zip(mine, results, strict=True)
-    )
-    return [made[i] for i in range(len(rows))]
+        """There is no other process."""

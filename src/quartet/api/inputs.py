@@ -1,0 +1,282 @@
+"""From the arguments of `quartet.train` to the tables of a config.
+
+A config is text, so that it recreates a run. Rows and models that are given as Python objects are
+therefore written to files first, which the config names; rewards that are given as objects are
+named in the config and kept in memory (`rewards/objects.py`).
+"""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quartet import files
+from quartet.config.errors import Table
+from quartet.config.tables import without_none
+from quartet.config.toml import ConfigError
+from quartet.files import fingerprint
+from quartet.io.texts import well_formed_json
+from quartet.recipes import recipe_path
+from quartet.rewards.source import RewardSource
+from quartet.stages.kinds import kind_of
+
+STORE = "inputs"
+"""The folder, beside the runs, of rows and models that were given as objects. Their names hold
+their checksums, so equal ones are stored once."""
+ROWS = ("data.train", "data.eval", "data.pretraining", "sft.data", "reward_model.data")
+ROW_KEYS = (*ROWS, "preference.data")
+"""The settings that name a file of rows; here they may be rows."""
+VERIFIERS = frozenset({"exact", "number", "math", "code", "gold", "environment"})
+"""The rewards that may be given by their type alone."""
+
+
+@dataclass
+class Inputs:
+    """A config as tables, and the rewards that it names but cannot hold."""
+
+    table: Table
+    name: str
+    objects: dict[str, Any] = field(default_factory=dict)
+
+
+def inputs_of(
+    recipe: str | Sequence[str],
+    arguments: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> Inputs:
+    """Return the config that arguments and settings describe.
+
+    `arguments` are those of `quartet.train` that are not None, `settings` tables or dotted keys of
+    the config. Raises `ConfigError` for what cannot be one.
+    """
+    table, name = _recipe(recipe)
+    inputs = Inputs(table, arguments.get("name") or name)
+    for key, value in settings.items():
+        put(table, key, plain(value))
+    for key, value in _shortcuts(arguments, table):
+        put(table, key, value)
+    if "reward" in arguments:
+        table["reward"] = _rewards(arguments["reward"], inputs.objects)
+    runs = Path(get(table, "run.folder") or "runs")
+    if "policy" in arguments:
+        put(table, "policy", policy_table(arguments["policy"], arguments.get("tokenizer"), runs))
+    elif "tokenizer" in arguments:
+        put(table, "policy.tokenizer", _path(arguments["tokenizer"], "tokenizer"))
+    for key in ROW_KEYS:
+        rows = get(table, key)
+        if rows is not None and not _is_file_setting(rows):
+            put(table, key, str(store_rows(rows, key, runs / STORE)))
+    return inputs
+
+
+def _recipe(recipe: str | Sequence[str]) -> tuple[Table, str]:
+    """Return the tables that a recipe begins with and its name: a stage or several, a recipe of the
+    package, or a TOML file."""
+    stages = [recipe] if isinstance(recipe, str) else list(recipe)
+    if all(kind_of(stage) is not None for stage in stages):
+        return {"recipe": stages}, "-".join(stages)
+    if not isinstance(recipe, str):
+        return {"recipe": stages}, "run"  # the config says which stage there is not
+    path = recipe_path(recipe) or (Path(recipe) if recipe.endswith(".toml") else None)
+    if path is None:
+        return {"recipe": stages}, "run"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig")), path.stem
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{recipe}: cannot be read ({error}).") from None
+
+
+def _shortcuts(arguments: Mapping[str, Any], table: Table) -> Iterable[tuple[str, Any]]:
+    """Yield the settings that short arguments stand for."""
+    if "data" in arguments:
+        data = arguments["data"]
+        yield ("data", plain(data)) if isinstance(data, Mapping) else ("data.train", _rows(data))
+    if "eval_data" in arguments:
+        yield "data.eval", _rows(arguments["eval_data"])
+    if "folder" in arguments:
+        yield "run.folder", str(arguments["folder"])
+    if "name" in arguments:
+        yield "run.name", arguments["name"]
+    if "seed" in arguments:
+        yield "seed", arguments["seed"]
+    if "steps" in arguments:
+        kinds = [kind_of(str(stage)) for stage in table.get("recipe", [])]
+        keys = [kind.steps for kind in kinds if kind is not None and kind.steps is not None]
+        if not keys:
+            raise ConfigError("steps: no stage of this recipe has a number of steps.")
+        yield keys[-1], arguments["steps"]
+
+
+def _rows(data: Any) -> Any:
+    return str(data) if isinstance(data, Path) else data
+
+
+def put(table: Table, key: str, value: Any) -> None:
+    """Set a dotted key; a dict is merged into the table that is there."""
+    *path, last = key.split(".")
+    for name in path:
+        inner = table.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key}: {name} is a value, not a table.")
+        table = inner
+    if isinstance(value, dict) and isinstance(table.get(last), dict):
+        for name, item in value.items():
+            put(table[last], name, item)
+    else:
+        table[last] = value
+
+
+def get(table: Table, key: str) -> Any:
+    """Return the value of a dotted key, None if it is not set."""
+    value: Any = table
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def plain(value: Any) -> Any:
+    """Return a value as TOML has it: parts become tables, paths text. Rows stay as they are."""
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return without_none(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _is_file_setting(value: Any) -> bool:
+    """Whether it is what a file may say: a path, or several paths."""
+    if isinstance(value, str):
+        return True
+    paths = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    return paths and bool(value) and all(Path(item).exists() for item in value)
+
+
+def store_rows(rows: Any, key: str, store: Path) -> Path:
+    """Write rows, a list of prompts or of dicts or a `datasets.Dataset`, as a JSONL file and return
+    its path."""
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a pandas DataFrame
+        rows = rows.to_dict("records")
+    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+        raise ConfigError(
+            f"{key}: a {type(rows).__name__} is no data. Give a path, or a list of prompts or "
+            "dicts."
+        )
+    lines = []
+    for number, row in enumerate(rows, 1):
+        record = {"prompt": row} if isinstance(row, str) else row
+        if not isinstance(record, Mapping):
+            raise ConfigError(
+                f"{key}, row {number}: a {type(row).__name__} is no text and no dict."
+            )
+        try:
+            lines.append(json.dumps(well_formed_json(dict(record)), ensure_ascii=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{key}, row {number}: cannot be written as JSON: {error}.") from None
+    if not lines:
+        raise ConfigError(f"{key}: is empty. Give at least one row.")
+    store.mkdir(parents=True, exist_ok=True)
+    beside = store / f".{key}.jsonl"
+    files.replace(beside, "".join(lines))
+    path = store / f"{key}-{fingerprint(beside)['sha256'][:12]}.jsonl"
+    beside.replace(path)
+    return path
+
+
+def policy_table(policy: Any, tokenizer: Any, folder: str | Path = "runs") -> Table:
+    """Return the [policy] table of a folder or hub id, of such a table, or of a model with its
+    tokenizer. `folder` is where run folders are made."""
+    if isinstance(policy, tuple) and len(policy) == 2 and tokenizer is None:
+        policy, tokenizer = policy
+    if hasattr(policy, "save_pretrained"):
+        if not hasattr(tokenizer, "save_pretrained"):
+            raise ConfigError(
+                "policy: a model that is loaded already needs its tokenizer: "
+                "policy=model, tokenizer=tokenizer."
+            )
+        return {"model": str(store_model(policy, tokenizer, Path(folder) / STORE))}
+    if isinstance(policy, str | Path):
+        table = {"model": str(policy)}
+    elif isinstance(policy, Mapping):
+        table = dict(plain(policy))
+    else:
+        raise ConfigError(
+            f"policy: a {type(policy).__name__} is no model. Give a folder, a hub id, or a model "
+            "of transformers with its tokenizer."
+        )
+    return table if tokenizer is None else {**table, "tokenizer": _path(tokenizer, "tokenizer")}
+
+
+def _path(value: Any, name: str) -> Any:
+    if isinstance(value, str | Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return plain(value)
+    raise ConfigError(f"{name}: a {type(value).__name__} is no folder. Give one, or a hub id.")
+
+
+def store_model(model: Any, tokenizer: Any, store: Path) -> Path:
+    """Write a model and its tokenizer as a Hugging Face folder and return its path. The model
+    itself is not changed by the run: it trains what it reads from there."""
+    store.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".policy-", dir=store))
+    try:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        sums = [f"{path.name} {fingerprint(path)['sha256']}" for path in sorted(beside.iterdir())]
+        files.write(beside / "CHECKSUMS", "\n".join(sums) + "\n")
+        path = store / f"policy-{fingerprint(beside / 'CHECKSUMS')['sha256'][:12]}"
+        if not path.exists():
+            beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return path
+
+
+def _rewards(given: Any, objects: dict[str, Any]) -> list[Table]:
+    """Return the [[reward]] tables of one reward or a list of them, each alone or with its weight:
+    `(reward, weight)`. Those that a file cannot hold are put into `objects`."""
+    is_pair = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int | float)
+    items = given if isinstance(given, list | tuple) and not is_pair else [given]
+    tables = []
+    for item in items:
+        weighted = isinstance(item, tuple) and len(item) == 2
+        reward, weight = item if weighted else (item, None)
+        table = _reward(reward, objects)
+        tables.append(table if weight is None else {**table, "weight": float(weight)})
+    return tables
+
+
+def _reward(reward: Any, objects: dict[str, Any]) -> Table:
+    if isinstance(reward, Mapping):
+        return dict(plain(reward))
+    if isinstance(reward, Path):
+        return {"type": "model", "model": str(reward)}
+    if isinstance(reward, str):
+        if reward in VERIFIERS:
+            return {"type": reward}
+        place, colon, _ = reward.rpartition(":")
+        if colon and place.endswith(".py"):
+            return {"type": "function", "function": reward}
+        return {"type": "model", "model": reward}
+    name = object_name(reward)
+    first, number = name, 1
+    while name in objects:
+        number += 1
+        name = f"{first}_{number}"
+    objects[name] = reward
+    return {"type": "object", "object": name}
+
+
+def object_name(reward: Any) -> str:
+    """Return what a reward is called in metrics: the function's or class's name."""
+    if isinstance(reward, RewardSource):
+        return reward.called
+    name = getattr(reward, "__name__", None) or getattr(reward, "name", None)
+    return str(name) if name and str(name).isidentifier() else type(reward).__name__

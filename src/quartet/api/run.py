@@ -1,0 +1,243 @@
+"""A run in Python: iterate over its steps, or finish it; read its folder; resume it."""
+
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quartet.api.inputs import inputs_of, plain
+from quartet.config.errors import toml_value
+from quartet.config.toml import ConfigError, Settings
+from quartet.errors import QuartetError
+from quartet.launch.start import job_of, open_workers
+from quartet.loops.progress import Progress
+from quartet.runs.reader import Run
+from quartet.runtime.interruption import Interrupted, Interruption
+from quartet.runtime.lifecycle import (
+    AlreadyDone,
+    Execution,
+    Noted,
+    begin,
+    open_folder,
+    resume,
+    write_report,
+)
+from quartet.runtime.log import logging_to
+from quartet.runtime.pipeline import Advanced, Event, Finished, Started, Warned
+from quartet.runtime.requests import run_to_resume
+
+POLICIES = ("policy", "sft")
+"""The folders that hold a trained policy, the last stage's first."""
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """A run was stopped by Ctrl-C, SIGTERM or its time limit. Nothing is lost: iterate over it
+    again, or call `finish()`, and it goes on from its last checkpoint."""
+
+
+class TrainingRun:
+    """A run, made by `quartet.train`.
+
+    >>> run = quartet.train("sums", steps=50)  # doctest: +SKIP
+    >>> for step in run:  # doctest: +SKIP
+    ...     print(step.number, step.metrics["reward"])
+
+    Attributes:
+        folder: the run folder; None before the first step is asked for.
+        stage: the name of the stage that is running, "ppo" for example.
+        summaries: what each finished stage said at its end, by stage.
+        warnings: sentences of the doctor and about memory.
+        notes: sentences about the settings.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        objects: Mapping[str, Any],
+        path: Path | None = None,
+        accept: Sequence[str] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        """`objects` are the rewards that were given as objects, by name; `path` is the folder of a
+        run that is to be resumed."""
+        launch = settings.config.launch
+        if objects and (launch.processes > 1 or launch.type != "local"):
+            raise ConfigError(
+                "launch: several processes cannot share a reward that was given as a Python "
+                'object. Put the function into a file: reward="file.py:name".'
+            )
+        self.settings, self.objects, self.accept = settings, dict(objects), tuple(accept)
+        self.job = job_of(settings.config, None, self.objects)
+        self.folder = path
+        self.stage: str | None = None
+        self.summaries: dict[str, Mapping[str, Any]] = {}
+        self.warnings: list[str] = []
+        self.notes = list(notes)
+        self.finished = False
+        self._steps: Iterator[Progress] | None = None
+
+    @classmethod
+    def resumed(
+        cls,
+        path: Path,
+        arguments: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        accept: Sequence[str],
+    ) -> "TrainingRun":
+        """Return the run of a folder, to go on from its last checkpoint with changed settings."""
+        request = run_to_resume(str(path))
+        changes = inputs_of(request.settings.config.recipe, arguments, settings)
+        del changes.table["recipe"]
+        if changes.objects:  # the [[reward]] tables are those of the run
+            changes.table.pop("reward")
+        words = [f"{key}={toml_value(value)}" for key, value in _leaves(changes.table)]
+        if words:
+            request = run_to_resume(str(path), words)
+        return cls(request.settings, changes.objects, request.path, accept, request.notes)
+
+    def __iter__(self) -> Iterator[Progress]:
+        """Return the steps that are left, of all stages. RL steps are `quartet.Step`s with
+        rollouts, batch and experience; others have a number and metrics."""
+        if self._steps is None:
+            self._steps = self._advance()
+        return self._steps
+
+    def finish(self, progress: bool = True) -> "TrainingRun":
+        """Carry out all steps that are left, and return the run. `progress` prints a line every few
+        seconds."""
+        if not self.finished:
+            self._steps = None
+            for _ in self._advance(progress):
+                pass
+        return self
+
+    def _advance(self, progress: bool = False) -> Iterator[Progress]:
+        """Carry out the run, or resume it; yield its steps."""
+        execution = self._execution()
+        if execution is None:
+            self.finished = True
+            return
+        self.folder = execution.folder.path
+        screen = _screen() if progress else None
+        interruption = Interruption(self.settings.config.run.max_minutes)
+        config, folder = self.settings.config, self.folder
+        events = execution.events(lambda job, path: open_workers(config, job, path, None), interruption)
+        try:
+            with logging_to(folder / "run.log"):
+                while True:
+                    with interruption:  # signals are handled here, not while the caller's code runs
+                        event = next(events, None)
+                    if event is None:
+                        break
+                    self._see(event)
+                    if screen is not None and isinstance(event, Event):
+                        screen.show(event)
+                    if isinstance(event, Advanced):
+                        yield event.progress
+        except Interrupted as reason:
+            raise RunInterrupted(
+                f"stopped by {reason}. Nothing is lost; go on with run.finish(), or "
+                f'quartet.train(resume="{folder}").'
+            ) from None
+        finally:
+            self._steps = None
+            events.close()
+            if screen is not None:
+                screen.close()
+        self.finished, self.stage = True, None
+        write_report(folder)
+
+    def _execution(self) -> Execution | None:
+        """Begin the run, or resume it where it has a folder already. None if it is done."""
+        if self.folder is None:
+            return begin(self.settings, self.job)
+        folder = open_folder(self.folder)
+        try:
+            return resume(folder, self.settings, self.job, None, self.accept)
+        except AlreadyDone:
+            return None
+
+    def _see(self, event: Any) -> None:
+        if isinstance(event, Started):
+            self.stage = event.stage.name
+        elif isinstance(event, Finished):
+            self.summaries[event.stage.name] = event.summary
+        elif isinstance(event, Warned):
+            self.warnings.append(f"{event.stage.title}, step {event.step}: {event.sentence}")
+        elif isinstance(event, Noted):
+            self.notes.append(event.sentence)
+
+    @property
+    def record(self) -> Run:
+        """The run folder, read: `metrics`, `rollouts(step)`, `figure(name)`."""
+        return Run(self._begun())
+
+    @property
+    def report(self) -> Path | None:
+        """The report, one HTML file; None before the run is finished."""
+        path = None if self.folder is None else self.folder / "report.html"
+        return path if path is not None and path.is_file() else None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer."""
+        return self.job.tokenizer
+
+    @property
+    def policy(self) -> Any:
+        """The trained policy, a model of transformers, loaded from the run folder."""
+        from quartet.models.language_model import load_model
+
+        return load_model(self._result(*POLICIES), self.job.device)
+
+    @property
+    def reward_model(self) -> Any:
+        """The trained reward model, a `quartet.ScalarModel`, loaded from the run folder."""
+        from quartet.models.heads import ScalarModel
+
+        return ScalarModel.load(self._result("reward_model"), self.job.device)
+
+    def _result(self, *names: str) -> Path:
+        folder = self._begun()
+        for name in names:
+            if (folder / name).is_dir():
+                return folder / name
+        raise QuartetError(f"{folder}: has no {names[0]} yet. Call run.finish() first.")
+
+    def _begun(self) -> Path:
+        if self.folder is None:
+            raise QuartetError("the run has not begun: iterate over it, or call run.finish().")
+        return self.folder
+
+    def __repr__(self) -> str:
+        recipe = " → ".join(self.settings.config.recipe)
+        if self.folder is None:
+            return f"<quartet run {recipe}, not begun>"
+        state = "done" if self.finished else "not finished"
+        return f"<quartet run {recipe}, {state}, {self.folder}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the state of the run and its main figure."""
+        text = f"<code>{html.escape(repr(self))}</code>"
+        if self.folder is None:
+            return text
+        from quartet.api.notebook import figures
+
+        return text + figures(self.record)
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values; a list of tables is one value per table."""
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, plain(value)
+
+
+def _screen() -> Any:
+    from quartet.cli.common import console
+    from quartet.cli.screen import Screen
+
+    return Screen(console)

@@ -1,0 +1,259 @@
+"""The objects that all stages of a run share: device, tokenizer, data, models and rewards."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from quartet.assembly.data import Rows
+from quartet.assembly.generators import Generators
+from quartet.assembly.models import Models, device, existing, with_existing_models
+from quartet.assembly.rewards import RewardMaker
+from quartet.config.tables import Config, SeparateCritic, TrainTokenizer
+from quartet.data import DataError
+from quartet.data.encoding import Encoder, first_of
+from quartet.data.tokenizer import train_tokenizer
+from quartet.distributed.offload import NO_OFFLOAD, Offloading, Placement
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
+from quartet.experience import Prompt
+from quartet.models.adapters import AdapterError
+from quartet.models.chat import set_chat_template
+from quartet.models.heads import AdaptedScalar, ScalarModel
+from quartet.models.language_model import ModelError, load_tokenizer
+from quartet.planning.memory import micro_batch_tokens, policy_parameters
+from quartet.recording.tokens import TokenTexts
+from quartet.recording.trackers import check_trackers
+from quartet.rewards.combine import EnsembleReward
+from quartet.rewards.functions import TextReward
+from quartet.rewards.protocol import Reward, Weighted
+from quartet.rewards.reward_model import ModelReward
+from quartet.rewards.shared import shared
+from quartet.rewards.source import RewardContext
+from quartet.rewards.sources import JudgeSource, ModelSource
+from quartet.rewards.text_models import StepReward, TextModelReward
+from quartet.worlds import WORLDS, World
+
+
+class Assembler:
+    """Makes the objects of one run; those that stages share are made once."""
+
+    def __init__(
+        self,
+        config: Config,
+        fault: str | None = None,
+        process_group: ProcessGroup = SINGLE_PROCESS,
+        objects: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Raises a QuartetError for anything that the config names and that cannot be used: files,
+        folders, packages, devices."""
+        self.config, self.fault, self.process_group = config, fault, process_group
+        if config.policy.adapter is not None and importlib.util.find_spec("peft") is None:
+            raise AdapterError(
+                'policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".'
+            )
+        check_trackers(config.run.track)
+        self.world: World | None = (
+            WORLDS[config.data.world](config.seed) if config.data.world else None
+        )
+        self.rows = Rows(config, self.world)
+        self.device = device(config.run.device, process_group)
+        self._check_ranks()
+        self.policy_model = existing("policy.model", config.policy.model)
+        self.sources = [with_existing_models(source) for source in config.reward]
+        self.tokenizer = self._tokenizer()
+        if config.policy.chat_template:
+            set_chat_template(self.tokenizer, config.policy.chat_template)
+        self.models = Models(config, self.policy_model, self.tokenizer, self.device, process_group)
+        longest = self.models.longest_sequence()
+        self.encoder = self._encoder(longest)
+        self.models.check()
+        self.micro_batch_tokens = self._micro_batch_tokens()
+        texts = TokenTexts(self.tokenizer)
+        self.rewards = RewardMaker(
+            RewardContext(
+                self.tokenizer,
+                lambda ids: [texts[i] for i in ids],
+                self.micro_batch_tokens,
+                self.device,
+                self.world.gold if self.world else None,
+                objects=objects,
+            )
+        )
+        if config.reads("reward"):
+            per_token = config.algorithm is not None and config.algorithm.needs_token_scores
+            self.rewards.check(self.sources, per_token)
+        self.critic_init = self._critic_init()
+        self.generators = Generators(config, self.tokenizer, longest, self.world)
+
+    def _check_ranks(self) -> None:
+        launch, group = self.config.launch, self.process_group
+        world_size = group.world_size
+        if isinstance(group, TorchProcessGroup) and world_size % launch.parts(world_size):
+            raise ModelError(
+                f"launch.shard = {launch.shard}: there are {world_size} ranks, which is no "
+                "multiple of it, so some would have no part."
+            )
+        on_gpus = self.device.type == "cuda" and launch.type == "local"
+        if on_gpus and world_size > torch.cuda.device_count():
+            raise ModelError(
+                f"launch.processes = {world_size}: each rank takes a GPU of its own, and this "
+                f"machine has {torch.cuda.device_count()}. For ranks on the CPU set "
+                'run.device = "cpu".'
+            )
+
+    def _tokenizer(self) -> Any:
+        policy = self.config.policy
+        if isinstance(policy.tokenizer, TrainTokenizer):
+            return train_tokenizer(self.rows.texts(), policy.tokenizer.vocab_size)
+        if policy.tokenizer is not None:
+            return load_tokenizer(policy.tokenizer)
+        if self.policy_model is not None:
+            return load_tokenizer(self.policy_model)
+        assert self.world is not None
+        return self.world.tokenizer()
+
+    def _encoder(self, longest: int) -> Encoder:
+        """Return the encoder of the data. `longest` is how many tokens the policy reads at most."""
+        config = self.config
+        generates = set(config.recipe) != {"sft"}
+        room = longest - config.rollout.max_new_tokens * generates
+        if room < 1:
+            raise ModelError(
+                f"rollout.max_new_tokens = {config.rollout.max_new_tokens}: leaves no room for a "
+                f"prompt, {config.policy.model} reads at most {longest} tokens."
+            )
+        return Encoder(
+            self.tokenizer,
+            max_prompt_tokens=min(config.data.max_prompt_tokens, room),
+            max_response_tokens=config.data.max_response_tokens,
+            max_tokens=longest,
+            unusable=config.data.unusable,
+        )
+
+    def _micro_batch_tokens(self) -> int:
+        """Return how many tokens one forward pass takes. All ranks must choose the same number, so
+        several go by the total memory of their GPUs: the free memory differs by a few bytes."""
+        world_size, memory = self.process_group.world_size, None
+        if self.device.type == "cuda":
+            memory = torch.cuda.mem_get_info(self.device)[world_size > 1]
+        parameters = policy_parameters(self.config, len(self.tokenizer))
+        return micro_batch_tokens(self.config, parameters, memory, world_size)
+
+    def _critic_init(self) -> str | None:
+        """Return what a separate critic starts from: "policy", a folder, or None for the reward
+        model that this run trains."""
+        config = self.config
+        source = next((s for s in self.sources if isinstance(s, ModelSource)), None)
+        has_critic = config.algorithm is not None and config.algorithm.needs_critic
+        if not isinstance(config.critic, SeparateCritic) or not has_critic:
+            return "policy"
+        init = config.critic.init
+        if init not in {None, "reward_model"}:
+            return init if init == "policy" else existing("critic.init", init)
+        on_its_trunk = config.policy.adapter is not None and init is None
+        if source is None or (source.model is not None and on_its_trunk):
+            return "policy"
+        if source.model is None or self.rewards.context.reads_ids(source.model, source.label):
+            return source.model
+        if init == "reward_model":
+            raise ModelError(
+                f'critic.init = "reward_model": {source.model} does not read the policy\'s tokens, '
+                'so it cannot value them. Use "policy".'
+            )
+        return "policy"
+
+    @cached_property
+    def prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+        """The prompts to train on and those held out, each with the columns that the rewards
+        compare responses with."""
+        train, held_out = self.rows.read("prompts")
+        prompts = self.encoder.prompts(train), self.encoder.prompts(held_out)
+        plain = next((p for p in prompts[0] if p.messages is None), None)
+        if self.generators.environment is not None and plain is not None:
+            raise DataError(
+                f"{plain.id}: is plain text, and an environment speaks in conversations. Give the "
+                "rows messages."
+            )
+        if self.config.reads("reward"):
+            self.rewards.check_prompts(chain(*prompts), self.sources)
+        return prompts
+
+    @property
+    def has_llm_judge(self) -> bool:
+        """Whether a reward asks an LLM judge, which costs money per question."""
+        return any(isinstance(source, JudgeSource) for source in self.sources)
+
+    @property
+    def placement(self) -> Placement:
+        """Where models and optimizer states are while they are not used."""
+        offloads = self.config.run.offload and self.device.type != "cpu"
+        return Offloading(self.device) if offloads else NO_OFFLOAD
+
+    def weighted_rewards(
+        self,
+        folder: Path,
+        reward_model: ScalarModel | None = None,
+        process_group: ProcessGroup = SINGLE_PROCESS,
+        placement: Placement = NO_OFFLOAD,
+    ) -> list[Weighted]:
+        """Return the rewards of a stage. `reward_model` is the run's own where it is loaded
+        already, `process_group` the ranks that ask for scores together."""
+        trained = reward_model or folder / "reward_model"
+        rewards = []
+        for source in self.sources:
+            reward = self.rewards.make(source, trained, folder)
+            reward = self._distributed(reward, process_group, placement)
+            rewards.append(Weighted(reward, source.weight))
+        gold = self.rewards.context.gold
+        if gold is not None and "gold" not in {source.called for source in self.sources}:
+            rewards.append(
+                Weighted(TextReward("gold", gold), weight=0.0)
+            )  # recorded, not trained on
+        return rewards
+
+    def _distributed(
+        self, reward: Reward, process_group: ProcessGroup, placement: Placement
+    ) -> Reward:
+        """Return the reward as a group of ranks asks for it: each rank runs a reward model on its
+        share of the rollouts, other rewards are asked by one rank."""
+        if isinstance(reward, ModelReward) and process_group is not SINGLE_PROCESS:
+            reward.process_group = process_group
+            if not isinstance(reward.model, AdaptedScalar):  # else its trunk is the sampler's
+                self.models.spread_scalar(reward.model, process_group)
+        for member in reward.members if isinstance(reward, EnsembleReward) else [reward]:
+            if not isinstance(member, ModelReward | TextModelReward | StepReward):
+                continue
+            if not isinstance(member.model, AdaptedScalar):
+                member.placement = placement
+                placement.register(member.model)
+        return shared(reward, process_group)
+
+    def notes(self) -> list[str]:
+        """Return sentences about what the user should know before the run starts."""
+        notes, config = list(self.rewards.notes), self.config
+        if self.encoder.dropped:
+            count = len(self.encoder.dropped)
+            notes.append(
+                f"{count:,} rows cannot be used and were left out, the first: "
+                f"{first_of(self.encoder.dropped)}"
+            )
+        if config.rl_stage and config.rollout.filters:
+            notes.append(
+                "rollout.top_k and rollout.top_p sample another distribution than is trained: "
+                "ratios do not start at 1, and KL estimates can be negative."
+            )
+        if config.run.offload and self.device.type == "cpu":
+            notes.append(
+                "run.offload = true moves nothing here: the models are in main memory already."
+            )
+        if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
+            notes.append(
+                "the tokenizer pads with its end-of-sequence token; masks come from lengths, so "
+                "nothing is lost."
+            )
+        return notes

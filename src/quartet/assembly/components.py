@@ -1,0 +1,181 @@
+"""The models and objects of an RL stage, loaded when the stage begins."""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.update import TrustRegion
+from quartet.assembly.assembler import Assembler
+from quartet.config.tables import Config, SeparateCritic, SharedCritic
+from quartet.data.records import Demonstration
+from quartet.data.sampler import Sampler
+from quartet.experience import Rollout
+from quartet.generation.protocol import Generator
+from quartet.generation.source import Servers
+from quartet.loops.collect import Collector
+from quartet.models.actor_critic import ActorCritic, Separate, Shared
+from quartet.models.adapters import CRITIC, REWARD, copy_adapter, reference_of
+from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach
+from quartet.rewards.protocol import Weighted, rewarded
+from quartet.rewards.sources import ModelSource
+from quartet.runtime.faults import FAULTS
+from quartet.stages.rl import RLComponents, WinRateProbe
+from quartet.training.learner import Learner
+from quartet.training.trust_region import TrustRegionLearner
+
+PROBES = 8
+"""How many responses are evaluated again and again as an RL stage proceeds."""
+WIN_RATE_PROMPTS = 32
+"""How many held-out prompts the win rate is measured on as an RL stage proceeds."""
+PERPLEXITY_TEXTS = 32
+"""How many held-out demonstrations the policy's perplexity is measured on."""
+
+
+def sampled_model(config: Config, actor: Any) -> Any:
+    """Return the model that responses are sampled with. Sampling reads all weights at every token:
+    where the actor will be sharded, or learns in the meantime, it is a copy."""
+    return copy.deepcopy(actor) if config.launch.shard or config.staleness else actor
+
+
+def load_components(assembler: Assembler, folder: Path) -> RLComponents:
+    """Load the models of the RL stage and connect them. `folder` is the run's."""
+    config, models, group = assembler.config, assembler.models, assembler.process_group
+    algorithm = config.algorithm
+    assert algorithm is not None
+    actor = models.starting(folder)
+    reference = reference_of(actor) if algorithm.needs_reference else None
+    attached = _attaches_reward_model(assembler, folder)
+    # Where servers sample, only a reward model on the policy's trunk needs a model that does not
+    # learn in the meantime.
+    served = isinstance(config.generator, Servers) and not attached
+    sampled = actor if served else sampled_model(config, actor)
+    reward_model = (
+        attach(sampled, REWARD, folder / "reward_model" / "adapter") if attached else None
+    )
+    actor_critic: ActorCritic = Separate(actor, None)
+    if algorithm.needs_critic:
+        actor_critic = _actor_critic(assembler, actor, reward_model, folder)
+    models.spread(actor)
+    reference = None if reference is None else models.spread(reference)
+    sampling_group = group.clone() if config.staleness else group
+    placement = assembler.placement
+    make = TrustRegionLearner if isinstance(algorithm.update, TrustRegion) else Learner
+    learner = make(
+        actor_critic,
+        reference,
+        config.optim,
+        config.rollout,
+        config.run.steps,
+        config.seed,
+        _pretraining(assembler, algorithm),
+        assembler.micro_batch_tokens,
+        group,
+        placement,
+    )
+    rewards = assembler.weighted_rewards(folder, reward_model, sampling_group, placement)
+    generators = assembler.generators
+    if servers := generators.servers(actor, folder, sampling_group):
+        generator = generators.asked(servers, sampling_group)
+        probe_generator = lambda: generators.asked(servers.aside(), group)  # noqa: E731
+    else:
+        generator = generators.in_process(sampled, sampling_group, copied=sampled is not actor)
+        probe_generator = lambda: generators.in_process(sampled, group)  # noqa: E731
+    components = RLComponents(
+        learner,
+        generator,
+        rewards,
+        _probes(assembler, algorithm, probe_generator, rewards),
+        _perplexity_texts(assembler),
+        _win_rate_probe(assembler, probe_generator, rewards),
+    )
+    if assembler.fault is not None:
+        FAULTS[assembler.fault](components)
+    return components
+
+
+def _probes(
+    assembler: Assembler,
+    algorithm: Algorithm,
+    generator: Callable[[], Generator],
+    rewards: Sequence[Weighted],
+) -> list[Rollout]:
+    """Return responses to held-out prompts. They are sampled by a generator of their own, so that
+    training draws the same random numbers with and without them."""
+    rollout, (train, held_out) = assembler.config.rollout, assembler.prompts
+    prompts = list(held_out[: max(1, PROBES // rollout.samples_per_prompt)])
+    sampler = Sampler(train, 1, assembler.config.seed)
+    collector = Collector(sampler, generator(), rewards, rollout.samples_per_prompt)
+    return [r for r in collector.respond(prompts, algorithm, rollout) if r.score is not None]
+
+
+def _win_rate_probe(
+    assembler: Assembler, generator: Callable[[], Generator], rewards: Sequence[Weighted]
+) -> WinRateProbe | None:
+    """Return the probe of the win rate; None where an LLM judge would have to be paid for it."""
+    if assembler.has_llm_judge:
+        return None
+    prompts = list(assembler.prompts[1][:WIN_RATE_PROMPTS])
+
+    def respond() -> Sequence[Rollout]:
+        return rewarded(generator().generate(prompts, assembler.config.rollout), rewards)
+
+    return WinRateProbe(respond, respond(), assembler.rewards.context.gold)
+
+
+def _perplexity_texts(assembler: Assembler) -> Sequence[Demonstration]:
+    """Return demonstrations that the run's SFT stage did not see; none if it has no such stage."""
+    config = assembler.config
+    if "sft" not in config.recipe:
+        return []
+    _, held_out = assembler.rows.read("demonstrations", config.sft.data)
+    return assembler.encoder.demonstrations(held_out)[:PERPLEXITY_TEXTS]
+
+
+def _attaches_reward_model(assembler: Assembler, folder: Path) -> bool:
+    """Whether the run's own reward model is an adapter, which then is attached to the trunk of the
+    sampled model."""
+    own = any(isinstance(s, ModelSource) and s.model is None for s in assembler.sources)
+    has_adapter = (folder / "reward_model" / "adapter").is_dir()
+    return assembler.config.policy.adapter is not None and own and has_adapter
+
+
+def _pretraining(assembler: Assembler, algorithm: Algorithm) -> Sampler[Demonstration] | None:
+    """Return the batches that PTX mixes in: texts of their own, or the run's demonstrations."""
+    if algorithm.ptx.coef == 0:
+        return None
+    config = assembler.config
+    file = config.data.pretraining or config.sft.data
+    texts, _ = assembler.rows.read("demonstrations", file)
+    demonstrations = assembler.encoder.demonstrations(texts)
+    return Sampler(demonstrations, algorithm.ptx.batch_size, config.seed)
+
+
+def _actor_critic(
+    assembler: Assembler, actor: Any, reward_model: AdaptedScalar | None, folder: Path
+) -> ActorCritic:
+    """Return the actor with the critic that the config asks for."""
+    models, init = assembler.models, assembler.critic_init
+    match assembler.config.critic:
+        case SharedCritic():
+            size = actor.config.get_text_config().hidden_size
+            return Shared(actor, ValueHead(size).to(assembler.device))
+        case SeparateCritic():
+            if reward_model is not None and init is None:
+                critic = _critic_like(assembler, reward_model, actor)
+            elif init == "policy":
+                critic = models.new_scalar(actor, CRITIC)
+            else:
+                critic = ScalarModel.load(init or folder / "reward_model", assembler.device)
+                models.set_up(critic.model)
+            return Separate(actor, models.spread_scalar(critic))
+
+
+def _critic_like(assembler: Assembler, reward_model: AdaptedScalar, actor: Any) -> ScalarModel:
+    """Return a critic on the actor's trunk that starts as the reward model."""
+    critic = assembler.models.new_scalar(actor, CRITIC)
+    copy_adapter(reward_model.view.model, REWARD, actor, CRITIC)
+    critic.head.load_state_dict(reward_model.head.state_dict())
+    critic.centre = reward_model.centre
+    return critic

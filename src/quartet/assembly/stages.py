@@ -1,0 +1,189 @@
+"""From the config's tables to stages: one function per kind."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from quartet.algorithms.preference import Kto
+from quartet.assembly.assembler import Assembler
+from quartet.assembly.components import load_components, sampled_model
+from quartet.assembly.models import existing
+from quartet.config.tables import Preference, RewardModel, Sft
+from quartet.data.examples import Example
+from quartet.data.sampler import Sampler
+from quartet.data.shapes import Purpose
+from quartet.distributed.sharding import GatheredWeights
+from quartet.generation.protocol import Weights
+from quartet.loops.preference import OnlinePairs
+from quartet.models.language_model import load_model
+from quartet.stages.evaluation import EvaluationStage
+from quartet.stages.kinds import EVALUATION, PREFERENCE, REWARD_MODEL, RL, SFT, kind_of
+from quartet.stages.preference import PreferenceStage
+from quartet.stages.protocol import Stage
+from quartet.stages.reward_model import RewardModelStage
+from quartet.stages.rl import RLStage
+from quartet.stages.sft import SftStage
+from quartet.training.optim import Optimizer
+from quartet.worlds import World
+
+CENTRING_PROMPTS = 256
+"""How many training prompts are answered to find a reward model's mean score."""
+
+
+def stage(assembler: Assembler, name: str) -> Stage:
+    """Return the stage that a recipe calls `name`. Raises KeyError for an unknown name."""
+    kind = kind_of(name)
+    if kind is None:
+        raise KeyError(name)
+    return STAGES[kind.name](assembler, name)
+
+
+def sft_stage(assembler: Assembler, name: str) -> SftStage:
+    """Return the stage of supervised fine-tuning."""
+    settings, models, encoder = assembler.config.sft, assembler.models, assembler.encoder
+    train, held_out = assembler.rows.read("demonstrations", settings.data)
+    return SftStage(
+        name=name,
+        demonstrations=encoder.demonstrations(train),
+        held_out=encoder.demonstrations(held_out),
+        tokenizer=assembler.tokenizer,
+        load_policy=lambda _: models.learning(models.base()),
+        optimizer=lambda model: _optimizer(model, settings),
+        num_steps=settings.steps,
+        batch_size=settings.batch_size,
+        micro_batch_tokens=assembler.micro_batch_tokens,
+        seed=assembler.config.seed,
+        process_group=assembler.process_group,
+        spread=models.spread,
+    )
+
+
+def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
+    """Return the stage that trains a reward model."""
+    settings, config = assembler.config.reward_model, assembler.config
+    train, held_out = assembler.rows.read("comparisons", settings.data)
+    world = assembler.world if settings.data is None else None
+    return RewardModelStage(
+        name=name,
+        comparisons=assembler.encoder.comparisons(train),
+        held_out=assembler.encoder.comparisons(held_out),
+        ceiling=None if world is None else _gold_accuracy(world, held_out),
+        prompts=assembler.prompts[0][:CENTRING_PROMPTS],
+        sampling=config.rollout,
+        tokenizer=assembler.tokenizer,
+        load_policy=assembler.models.before,
+        make_model=assembler.models.new_reward_model,
+        loss=settings.loss,
+        optimizer=lambda model: _optimizer(model, settings),
+        num_steps=settings.steps,
+        batch_size=settings.batch_size,
+        micro_batch_tokens=assembler.micro_batch_tokens,
+        seed=config.seed,
+        process_group=assembler.process_group,
+    )
+
+
+def preference_stage(assembler: Assembler, name: str) -> PreferenceStage:
+    """Return a stage of the DPO family. Online DPO samples its comparisons itself; the others read
+    them from a file."""
+    settings, encoder = assembler.config.preference, assembler.encoder
+    online = name == "online_dpo"
+    purpose: Purpose = "preferences" if isinstance(settings.loss, Kto) else "comparisons"
+    train, held_out = ([], []) if online else assembler.rows.read(purpose, settings.data)
+    return PreferenceStage(
+        name=name,
+        comparisons=encoder.comparisons(train) if train else [],
+        held_out=encoder.comparisons(held_out) if held_out else [],
+        online=_online_pairs(assembler) if online else None,
+        tokenizer=assembler.tokenizer,
+        load_policy=assembler.models.starting,
+        loss=settings.loss,
+        optimizer=lambda model: _optimizer(model, settings),
+        num_steps=settings.steps,
+        batch_size=settings.batch_size,
+        micro_batch_tokens=assembler.micro_batch_tokens,
+        seed=assembler.config.seed,
+        process_group=assembler.process_group,
+        spread=assembler.models.spread,
+    )
+
+
+def _online_pairs(assembler: Assembler) -> Callable[[Path, Any], OnlinePairs]:
+    """Return a function that makes the source of the policy's own pairs."""
+    config, group, prompts = assembler.config, assembler.process_group, assembler.prompts[0]
+
+    def pairs(folder: Path, model: Any) -> OnlinePairs:
+        sampled = sampled_model(config, model)
+        is_copy = sampled is not model
+        generator = assembler.generators.in_process(sampled, group, copied=is_copy)
+        sampler = Sampler(prompts, config.preference.batch_size, config.seed)
+        rewards = assembler.weighted_rewards(folder, process_group=group)
+        weights = (lambda: Weights(0, GatheredWeights(model))) if is_copy else None
+        return OnlinePairs(sampler, generator, config.rollout, rewards, weights=weights)
+
+    return pairs
+
+
+def rl_stage(assembler: Assembler, name: str) -> RLStage:
+    """Return the RL stage."""
+    config = assembler.config
+    assert config.algorithm is not None
+    return RLStage(
+        name=name,
+        prompts=assembler.prompts[0],
+        tokenizer=assembler.tokenizer,
+        load_components=lambda folder: load_components(assembler, folder),
+        algorithm=config.algorithm,
+        sampling=config.rollout,
+        samples_per_prompt=config.rollout.samples_per_prompt,
+        prompts_per_step=config.rollout.prompts_per_step,
+        num_steps=config.run.steps,
+        seed=config.seed,
+        staleness=config.staleness,
+    )
+
+
+def evaluation_stage(assembler: Assembler, name: str) -> EvaluationStage:
+    """Return the evaluation. The best-of-n curve needs hundreds of scores, so there is none where
+    an LLM judge would be paid for them."""
+    settings, device = assembler.config.evaluation, assembler.device
+    given = existing("evaluation.policy", settings.policy)
+    return EvaluationStage(
+        name=name,
+        prompts=assembler.prompts[1][: settings.prompts],
+        tokenizer=assembler.tokenizer,
+        load_before=assembler.models.before,
+        load_after=lambda folder: load_model(given or folder / "policy", device),
+        rewards=assembler.weighted_rewards,
+        gold=assembler.rewards.context.gold,
+        sampling=assembler.config.rollout,
+        micro_batch_tokens=assembler.micro_batch_tokens,
+        generator=assembler.generators.examined,
+        best_of=0 if assembler.has_llm_judge else settings.best_of,
+        process_group=assembler.process_group,
+    )
+
+
+STAGES: dict[str, Callable[[Assembler, str], Stage]] = {
+    SFT.name: sft_stage,
+    REWARD_MODEL.name: reward_model_stage,
+    PREFERENCE.name: preference_stage,
+    RL.name: rl_stage,
+    EVALUATION.name: evaluation_stage,
+}
+"""What makes a stage, by its kind."""
+
+
+def _optimizer(model: Any, settings: Sft | RewardModel | Preference) -> Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return Optimizer(parameters, settings, settings.steps)
+
+
+def _gold_accuracy(world: World, comparisons: Sequence[Example]) -> float:
+    """Return how often the gold reward agrees with the labels of these comparisons."""
+    gold = world.gold
+    agreements = [
+        gold(str(c.prompt), str(c.chosen)) > gold(str(c.prompt), str(c.rejected))
+        for c in comparisons
+    ]
+    return sum(agreements) / len(agreements)

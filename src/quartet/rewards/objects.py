@@ -1,0 +1,105 @@
+"""Rewards that Python code gives as objects: functions, `Reward` objects and reward models.
+
+A run's config names them; the objects themselves are in `RewardContext.objects`. They run in the
+process of the run, so nothing limits their time or protects the run from what they do.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+from quartet.parts import Field
+from quartet.rewards.functions import FunctionReward
+from quartet.rewards.protocol import Reward, RewardError
+from quartet.rewards.source import RewardContext, RewardSource
+from quartet.rewards.worker import call, described, parameters, plain
+
+
+class ObjectSource(RewardSource):
+    """A function, a reward or a reward model that was given to `quartet.train` as an object."""
+
+    object: str = Field(description="The name of the object, for this run only.")
+    type: Literal["object"] = "object"
+    gives_token_scores: ClassVar[bool] = True
+
+    @property
+    def called(self) -> str:
+        return self.name or self.object
+
+    def make(self, context: RewardContext) -> Reward:
+        """Return the reward. Raises `RewardError` if the object is not there, as in a run that is
+        resumed on the command line."""
+        if self.object not in context.objects:
+            raise RewardError(
+                f'reward.object = "{self.object}": was given as a Python object, which a file '
+                f"cannot hold. Resume the run from Python: quartet.train(resume=…, "
+                f"reward={self.object})."
+            )
+        return reward_from(self.called, context.objects[self.object], context)
+
+
+def reward_from(name: str, given: Any, context: RewardContext) -> Reward:
+    """Return the reward of an object: a `Reward` as it is; a reward model, ours or a sequence
+    classifier of transformers with one label, frozen; a function, called in this process."""
+    if hasattr(given, "parameters") and hasattr(given, "forward"):
+        from quartet.models.actor_critic import freeze
+        from quartet.models.heads import ScalarModel
+        from quartet.rewards.reward_model import ModelReward
+
+        model = given if isinstance(given, ScalarModel) else ScalarModel(given)
+        return ModelReward(freeze(model.to(context.device)), context.micro_batch_tokens, name)
+    if isinstance(given, RewardSource):
+        return given.make(context)
+    if hasattr(given, "score"):
+        return NamedReward(name, given)
+    if not callable(given):
+        raise RewardError(
+            f"reward {name}: a {type(given).__name__} is no reward. Give a function, an object "
+            "with a method score(rollouts), or a reward model."
+        )
+    return InProcessReward(name, given, context.token_texts)
+
+
+class NamedReward:
+    """A user's reward object under the name that the run knows it by."""
+
+    def __init__(self, name: str, reward: Any) -> None:
+        self.name, self.reward = name, reward
+        self.score = reward.score
+        if hasattr(reward, "token_scores"):
+            self.token_scores = reward.token_scores
+
+
+class InProcessReward(FunctionReward):
+    """A function that is called in this process, with the arguments that a function in a file is
+    given (docs/rewards.md)."""
+
+    def __init__(
+        self, name: str, function: Callable[..., Any], token_texts: Callable[..., list[str]]
+    ) -> None:
+        self.name, self.function, self.token_texts = name, name, token_texts
+        self.timeout = math.inf
+        self.workers: list[Any] = [InProcess(name, function)]
+        self._last = ([], [])
+
+
+class InProcess:
+    """A function in this process behind the interface of `functions.Worker`."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name, self.function = name, function
+        self.parameters = parameters(function)
+
+    def start(self) -> None:
+        """Nothing has to be started."""
+
+    def stop(self) -> None:
+        """Nothing can be stopped."""
+
+    def call(self, arguments: Mapping[str, Any], timeout: float, count: int) -> list[Any]:
+        """Return what the function returns, a number, None or a list of numbers per response.
+        Raises `RewardError` if it fails; the function's own exception is its cause."""
+        try:
+            return plain(call(self.function, dict(arguments)))
+        except Exception as error:
+            raise RewardError(f"{self.name} failed: {described(error)}.") from error

@@ -1,0 +1,186 @@
+"""The Python API makes the same runs as TOML files, holds objects that a file cannot, and resumes."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import quartet
+from quartet.config.toml import read_settings
+from tests.support.tiny_run import make_run
+
+TINY = {
+    "policy": {"create": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_length": 32}},
+    "data": {"rows": 64},
+    "sft": {"steps": 3, "batch_size": 8},
+    "rollout": {"prompts_per_step": 8, "max_new_tokens": 8, "samples_per_prompt": 4},
+    "evaluation": {"prompts": 8},
+}
+
+
+def short(responses, **_):
+    return [-float(len(response)) for response in responses]
+
+
+def tiny(root, *, steps=2, **changes):
+    settings = {**TINY, **changes}
+    return quartet.train("sums", steps=steps, folder=root, **settings)
+
+
+def recorded(folder, stage):
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [
+        line["metrics"] for line in lines if line["event"] == "metrics" and line["stage"] == stage
+    ]
+
+
+def test_it_makes_the_same_run_as_the_command_line(tmp_path):
+    words = ("rollout.samples_per_prompt=4", "run.steps=2")
+    expected = make_run(tmp_path / "toml", "sums", *words)
+    run = tiny(tmp_path / "python").finish(progress=False)
+    for stage in ("sft", "grpo"):
+        assert recorded(run.folder, stage) == recorded(expected.path, stage)
+
+
+def test_steps_come_one_by_one_with_their_rollouts_and_the_rest_follows(tmp_path, capsys):
+    run = tiny(tmp_path, steps=3)
+    assert run.folder is None
+    for step in run:
+        if run.stage == "grpo":
+            assert step.number == 1
+            assert isinstance(step.rollouts[0].response, str)
+            assert step.metrics["reward"] == pytest.approx(
+                sum(r.score for r in step.rollouts) / len(step.rollouts)
+            )
+            break
+    assert not run.finished
+    assert next(iter(run)).number == 2  # an iterator that was left goes on
+    run.finish()
+    assert run.finished
+    assert [m["step"] for m in steps_of(run, "grpo")] == [1, 2, 3]
+    assert run.report.is_file()
+    assert run.policy.config.hidden_size == 16
+    assert run.tokenizer.eos_token_id is not None
+    assert run.summaries["evaluation"]["win_rate"]["mean"] >= 0
+    assert "<svg" in run._repr_html_()
+    assert list(run) == []
+    assert "win rate by" in capsys.readouterr().out
+
+
+def steps_of(run, stage):
+    lines = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "metrics" and line["stage"] == stage]
+
+
+def test_a_function_is_a_reward_with_its_weight_and_is_asked_for_again(tmp_path):
+    run = tiny(tmp_path, reward=[short, ("gold", 0.5)]).finish(progress=False)
+    table = tomllib.loads((run.folder / "config.toml").read_text())
+    assert table["reward"] == [
+        {"type": "object", "object": "short"},
+        {"type": "gold", "weight": 0.5},
+    ]
+    assert {"reward/short", "reward/gold"} <= set(recorded(run.folder, "grpo")[0])
+    with pytest.raises(quartet.QuartetError, match="was given as a Python object"):
+        quartet.train(resume=run.folder, steps=3)
+    again = quartet.train(resume=run.folder, steps=3, reward=short).finish(progress=False)
+    assert [m["step"] for m in steps_of(again, "grpo")] == [1, 2, 3]
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    whole = tiny(tmp_path / "whole", steps=4, reward=short).finish(progress=False)
+    parts = tiny(tmp_path / "parts", steps=4, reward=short, run={"checkpoint_every": 1})
+    for step in parts:
+        if parts.stage == "grpo" and step.number == 2:
+            break
+    del parts._steps
+    resumed = quartet.train(resume=parts.folder, reward=short, accept=["run.checkpoint_every"])
+    resumed.finish(progress=False)
+    assert recorded(resumed.folder, "grpo") == recorded(whole.folder, "grpo")
+
+
+def test_rows_and_a_model_given_as_objects_become_files_that_the_config_names(tmp_path):
+    first = tiny(tmp_path, steps=1).finish(progress=False)
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(40)]
+    run = quartet.train(
+        "grpo",
+        policy=first.policy,
+        tokenizer=first.tokenizer,
+        prompts=rows,
+        reward="exact",
+        steps=1,
+        folder=tmp_path,
+        **{"rollout.samples_per_prompt": 2, "rollout.prompts_per_step": 4},
+        rollout={"max_new_tokens": 4},
+    ).finish(progress=False)
+    config = read_settings(run.folder / "config.toml").config
+    assert [json.loads(line) for line in Path(config.data.train).read_text().splitlines()] == rows
+    assert config.policy.model.startswith(str(tmp_path / "inputs"))
+    assert recorded(run.folder, "grpo")
+    same = quartet.train(
+        "sft",
+        policy=first.policy,
+        tokenizer=first.tokenizer,
+        data=[{"prompt": "a", "completion": "b"}] * 4,
+        steps=1,
+        folder=tmp_path,
+    )
+    assert same.settings.config.policy.model == config.policy.model  # equal weights: stored once
+
+
+def test_the_stages_before_rl_and_an_evaluation_of_two_folders(tmp_path):
+    pairs = [{"prompt": f"{i}", "chosen": " good", "rejected": " bad"} for i in range(24)]
+    create = {"create": TINY["policy"]["create"], "tokenizer": {"type": "train", "vocab_size": 300}}
+    common = {"folder": tmp_path, "policy": create, "rollout": {"max_new_tokens": 4}}
+    reward_model = quartet.train("reward_model", data=pairs, steps=2, **common)
+    assert reward_model.finish(progress=False).reward_model.head is not None
+    del common["rollout"]  # no stage of DPO reads it
+    dpo = quartet.train("dpo", data=pairs, steps=2, seed=3, **common).finish(progress=False)
+    result = quartet.evaluate(
+        dpo.folder / "policy",
+        dpo.folder / "policy",
+        data=[row["prompt"] for row in pairs],
+        reward=short,
+        prompts=4,
+        folder=tmp_path,
+        rollout={"max_new_tokens": 4},
+    )
+    summary = result.summaries["evaluation"]
+    assert summary["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert summary["before"]["reward"] == pytest.approx(summary["after"]["reward"], abs=4)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (quartet.train, "recipe: name a stage"),
+        (
+            lambda: quartet.train("pppo", prompts=["a"]),
+            'recipe: "pppo" is no stage. Did you mean ppo?',
+        ),
+        (lambda: quartet.train("sums", optim={"lrr": 1}), "quartet.train: optim.lrr: no such key"),
+        (lambda: quartet.train("sums", prompts=["a"], data=["a"]), "Give one of the two"),
+        (lambda: quartet.train("ppo", policy=3, prompts=["a"]), "policy: a int is no model"),
+        (lambda: quartet.train("ppo", prompts=[3]), "data.train, row 1: a int is no text"),
+        (lambda: quartet.train("ppo", prompts=[]), "data.train: is empty"),
+        (lambda: quartet.train("sums", reward=short, launch={"processes": 2}), "launch: several"),
+        (lambda: quartet.train("sums", reward=3), "a int is no reward"),
+        (lambda: quartet.train("evaluation", data={"world": "sums"}), "evaluation compares"),
+        (lambda: quartet.train(resume="nowhere"), "nowhere"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(call, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(quartet.QuartetError, match=sentence.replace("?", r"\?")):
+        call()
+    assert not list(tmp_path.glob("runs/[0-9]*"))
+
+
+def test_a_failing_function_stops_the_run_with_its_own_error_as_the_cause(tmp_path):
+    def broken(responses):
+        raise KeyError("no such column")
+
+    run = tiny(tmp_path, reward=broken)
+    with pytest.raises(quartet.QuartetError, match="broken failed: KeyError"):
+        run.finish(progress=False)
+    assert run.record.status == "failed"
