@@ -25,6 +25,7 @@ from typing import Any, Literal
 from quartet.data import DataError
 from quartet.data.examples import Example, Message, Text
 from quartet.data.files import Row, rows
+from quartet.data.row_shape import Alpaca, OpenAIComparisons, RowShape, ShareGpt
 from quartet.data.shelf import Shelf
 
 Purpose = Literal["prompts", "demonstrations", "comparisons", "preferences"]
@@ -36,14 +37,7 @@ NEEDS: dict[Purpose, tuple[str, ...]] = {
     "comparisons": ("prompt", "chosen", "rejected"),
     "preferences": ("prompt", "completion", "label"),
 }
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "function_response": "tool",
-    "observation": "tool",
-}
-"""ShareGPT's names of who speaks, where they are not ours."""
+OPENAI, SHAREGPT, ALPACA = OpenAIComparisons(), ShareGpt(), Alpaca()
 ASSISTANT = "\n\nAssistant:"
 HUMAN = "\n\nHuman:"
 
@@ -56,24 +50,33 @@ USUAL_NAMES = {
 """Column names seen elsewhere; used to suggest a mapping, never to guess one."""
 
 
-def read_examples(path: Path, purpose: Purpose, columns: Mapping[str, str]) -> Sequence[Example]:
-    """The rows of a file as examples that serve the purpose. `columns` maps our names to the
-    file's."""
-    examples = Shelf(Example, examples_in(path, purpose, columns))
+def read_examples(
+    path: Path, purpose: Purpose, columns: Mapping[str, str], shape: RowShape | None = None
+) -> Sequence[Example]:
+    """Return the rows of a file as examples that serve the purpose. `columns` maps Quartet's names
+    to the file's; `shape`, where the user names one, is applied after that. Raises `DataError`."""
+    examples = Shelf(Example, examples_in(path, purpose, columns, shape))
     if not examples:
         raise DataError(f"{path}: has no rows.")
     return examples
 
 
-def examples_in(path: Path, purpose: Purpose, columns: Mapping[str, str]) -> Iterator[Example]:
-    """The same, one by one."""
+def examples_in(
+    path: Path, purpose: Purpose, columns: Mapping[str, str], shape: RowShape | None = None
+) -> Iterator[Example]:
+    """Yield the examples of `read_examples` one by one."""
     first = True
     for place, row in rows(path):
         named = renamed(row, columns)
         if first:
-            _check_columns(path, purpose, row, named, columns)
+            _check_columns(path, row, columns)
+            if shape is None:
+                _check_purpose(path, purpose, row, columns)
+            else:
+                _check_shape(path, purpose, named, shape)
             first = False
-        yield example_of(place, usual(place, named)[1], purpose)
+        ours = usual(place, named)[1] if shape is None else shape.shaped(place, named)
+        yield example_of(place, ours, purpose)
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
@@ -82,71 +85,52 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def usual(place: str, row: Row) -> tuple[str, Row]:
-    """What a row is called where it comes from, and the row with our names for its columns."""
+    """Return what rows like this one are called where they come from, and the row with Quartet's
+    names for its columns."""
     keys = row.keys()
     if {"chosen", "rejected"} <= keys:
         return ("comparisons" if "prompt" in row else "comparisons, whole dialogues"), row
-    if {"preferred_output", "non_preferred_output", "input"} <= keys:
-        prompt = row["input"].get("messages") if isinstance(row["input"], dict) else row["input"]
-        rest = _without(row, "input", "preferred_output", "non_preferred_output")
-        sides = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
-        return "comparisons, OpenAI's", {**rest, "prompt": prompt, **sides}
+    if OPENAI.fits(row):
+        return OPENAI.label, OPENAI.shaped(place, row)
     if "messages" in row:
         return "conversations", row
-    if "conversations" in row:
-        return "conversations, ShareGPT's", {
-            **_without(row, "conversations"),
-            "messages": _sharegpt(place, row),
-        }
+    if SHAREGPT.fits(row):
+        return SHAREGPT.label, SHAREGPT.shaped(place, row)
     if {"prompt", "completion", "label"} <= keys:
         return "unpaired preferences", row
     if {"prompt", "completion"} <= keys:
         return "demonstrations", row
-    if {"instruction", "output"} <= keys and "prompt" not in row:
-        asked = [text for text in (row["instruction"], row.get("input")) if text]
-        prompt = (
-            "\n\n".join(asked)
-            if all(isinstance(text, str) for text in asked)
-            else row["instruction"]
-        )
-        return "demonstrations, Alpaca's", {
-            **_without(row, "instruction", "input", "output"),
-            "prompt": [{"role": "user", "content": prompt}],
-            "completion": row["output"],
-        }
+    if ALPACA.fits(row):
+        return ALPACA.label, ALPACA.shaped(place, row)
     return ("prompts" if "prompt" in row else ""), row
 
 
-def _without(row: Row, *columns: str) -> Row:
-    return {column: cell for column, cell in row.items() if column not in columns}
-
-
-def _sharegpt(place: str, row: Row) -> Any:
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(f"{place}: conversations must be a list of turns with from and value.")
-    made = []
-    for turn in turns:
-        speaker = turn.get("from", turn.get("role"))
-        made.append(
-            {"role": ROLES.get(speaker, speaker), "content": turn.get("value", turn.get("content"))}
+def _check_shape(path: Path, purpose: Purpose, named: Row, shape: RowShape) -> None:
+    """Check the first row of a file against a shape that the user named."""
+    given = f'{path.name}: data.shape = "{shape.type}"'
+    if not shape.fits(named):
+        needed = ", ".join(shape.columns) or "other ones"
+        raise DataError(f"{given}: needs the columns {needed}; the file has {', '.join(named)}.")
+    shaped = shape.shaped(path.name, named)
+    if not _serves(shaped, purpose):
+        needed = ", ".join(NEEDS[purpose])
+        raise DataError(
+            f"{given}: returns {', '.join(shaped) or 'nothing'}; {purpose} need {needed}."
         )
-    system = (
-        [{"role": "system", "content": row["system"]}]
-        if isinstance(row.get("system"), str) and row["system"]
-        else []
-    )
-    return system + made
 
 
-def _check_columns(
-    path: Path, purpose: Purpose, row: Row, named: Row, columns: Mapping[str, str]
-) -> None:
+def _check_columns(path: Path, row: Row, columns: Mapping[str, str]) -> None:
+    """Check that the columns that `data.columns` names are there."""
     missing = [f'{ours} = "{theirs}"' for ours, theirs in columns.items() if theirs not in row]
     if missing:
         raise DataError(
             f"{path.name}: data.columns names {missing[0]}, but the columns are {', '.join(row)}."
         )
+
+
+def _check_purpose(path: Path, purpose: Purpose, row: Row, columns: Mapping[str, str]) -> None:
+    """Check that a row has the columns that the purpose needs, or suggest how to map them."""
+    named = renamed(row, columns)
     if not _serves(usual(path.name, named)[1], purpose):
         guess = {ours: _usual_name(ours, row) for ours in NEEDS[purpose] if ours not in named}
         mapping = ", ".join(
