@@ -64,7 +64,7 @@ class Rollout:
     token_scores: tuple[float, ...] | None = None
     """A score for each token of the response, where the reward gives one and the algorithm reads
     it."""
-    written: tuple[bool, ...] | None = None
+    policy_mask: tuple[bool, ...] | None = None
     """Which of the response's tokens the policy wrote, where an environment spoke as well; its
     log-probs are 0. None: all."""
     turn_rewards: tuple[float, ...] | None = None
@@ -161,20 +161,20 @@ class Experience:
         return Experience(ids=tuple(self.ids[i] for i in indices), **tensors)
 
 
-def rollout_ready(rollout: Rollout) -> dict[str, Any]:
-    """As JSON takes it."""
+def rollout_to_row(rollout: Rollout) -> dict[str, Any]:
+    """Return the rollout as a table that JSON takes."""
     return dataclasses.asdict(rollout)
 
 
-def rollout_from(row: Mapping[str, Any]) -> Rollout:
-    """The rollout again: JSON has lists for tuples."""
+def rollout_from_row(row: Mapping[str, Any]) -> Rollout:
+    """Return the rollout of a table that came through JSON, which has lists for tuples."""
     prompt: dict[str, Any] = {
         name: tuple(value) if name == "ids" else value for name, value in row["prompt"].items()
     }
-    plain: dict[str, Any] = {
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
     }
-    return Rollout(**plain | {"prompt": Prompt(**prompt)})
+    return Rollout(**values | {"prompt": Prompt(**prompt)})
 
 
 def row_tokens(rows: Batch | Experience, row: int) -> list[int]:

@@ -122,7 +122,7 @@ def test_in_a_long_conversation_the_loss_is_on_what_the_assistant_wrote(tmp_path
     [made] = Encoder(chatty, 100, 100).demonstrations(read_examples(file, "demonstrations", {}))
     chatty.chat_template = NAMED_TEMPLATES["chatml"]
     pieces, current = [], None
-    for token, mine in zip(made.response_ids, made.written, strict=True):
+    for token, mine in zip(made.response_ids, made.loss_mask, strict=True):
         if mine != current:
             pieces.append((mine, ""))
             current = mine

@@ -72,7 +72,7 @@ def test_a_game_by_hand():
     scripted = ScriptedGenerator(["h", "c", "e"], TOKENIZER)
     [made] = episodes(scripted).generate([prompt_with("e")], SAMPLING)
     assert TOKENIZER.decode(made.response_ids) == "h<eos><c<eos>>e<eos>="
-    assert made.written == (True, True, False) * 3
+    assert made.policy_mask == (True, True, False) * 3
     assert made.turn_rewards == (0, 0, 0, 0, 0, 0, 0, 1.0, 0)
     assert made.finish_reason == "stop" and made.response == "h<c>e="
     assert EnvironmentReward().score([made]) == [1.0] and WORLD.gold("?", made.response) == 1.0
@@ -120,7 +120,7 @@ def test_the_samplers_logprobs_are_those_of_the_whole_text_at_the_policys_tokens
             ]
         )
         assert says == TOKENIZER.decode(
-            [t for t, mine in zip(r.response_ids, r.written, strict=True) if mine]
+            [t for t, mine in zip(r.response_ids, r.policy_mask, strict=True) if mine]
         )
 
 
@@ -221,7 +221,7 @@ def test_the_demonstrations_of_the_world_are_games_and_the_loss_is_on_the_guesse
     for made in encoder.demonstrations(WORLD.demonstrations(50)):
         own = [
             t
-            for t, mine in zip(made.response_ids, made.written or [True] * 99, strict=False)
+            for t, mine in zip(made.response_ids, made.loss_mask or [True] * 99, strict=False)
             if mine
         ]
         assert set(TOKENIZER.decode(own).replace("<eos>", "")) <= set("abcdefghijklmnop")

@@ -65,8 +65,14 @@ def test_what_is_not_toml_is_said_with_its_place(tmp_path, content, place):
 
 
 FILES = {
-    "empty": (b"", 'run.toml: recipe: is missing. The stages of the run in order, such as ["sft", "reward_model", "ppo"].'),
-    "only comments": (b"\n\n# nothing yet\n", 'run.toml: recipe: is missing. The stages of the run in order, such as ["sft", "reward_model", "ppo"].'),
+    "empty": (
+        b"",
+        'run.toml: recipe: is missing. The stages of the run in order, such as ["sft", "reward_model", "ppo"].',
+    ),
+    "only comments": (
+        b"\n\n# nothing yet\n",
+        'run.toml: recipe: is missing. The stages of the run in order, such as ["sft", "reward_model", "ppo"].',
+    ),
     "random bytes": (b"\x00\x01\xff\xfe", "run.toml: not UTF-8 text (byte 2)."),
     "utf-16": ('recipe = "ppo"\n'.encode("utf-16"), "run.toml: not UTF-8 text (byte 0)."),
     "latin-1": (PPO.encode() + b'[run]\nname = "\xe9"\n', "run.toml: not UTF-8 text (byte 114)."),
@@ -148,9 +154,9 @@ RANGES = {
     "optim.weight_decay=-1": "optim.weight_decay = -1: must be ≥ 0.",
     "optim.warmup_steps=-1": "optim.warmup_steps = -1: must be ≥ 0.",
     "rollout.temperature=0": "rollout.temperature = 0: must be > 0. Logits are divided by it. PPO samples, so it is never 0.",
-    "rollout.top_p=1.5": "rollout.top_p = 1.5: must be ≤ 1. Keep the likeliest tokens of this mass.",
+    "rollout.top_p=1.5": "rollout.top_p = 1.5: must be ≤ 1. Keep the most probable tokens of this mass.",
     "rollout.top_p=nan": "rollout.top_p = nan: must be a finite number.",
-    "rollout.top_k=-1": "rollout.top_k = -1: must be ≥ 0. Keep the k likeliest tokens; 0 keeps all.",
+    "rollout.top_k=-1": "rollout.top_k = -1: must be ≥ 0. Keep the k most probable tokens; 0 keeps all.",
     "rollout.samples_per_prompt=0": "rollout.samples_per_prompt = 0: must be ≥ 1.",
     "data.held_out=1": "data.held_out = 1: must be < 1. The share of data.train that is held out",
     "data.held_out=nan": "data.held_out = nan: must be a finite number.",

@@ -24,14 +24,14 @@ from quartet.models.adapters import (
     POLICY,
     REWARD,
     AdapterError,
-    Under,
+    AdapterView,
+    adapter_active,
     adapter_parameters,
     adapters_of,
     add_adapter,
     copy_adapter,
     freeze_layers,
     reference_of,
-    working,
 )
 from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach
 from quartet.models.language_model import masked_logprobs, save
@@ -68,15 +68,15 @@ def test_the_base_is_the_reference_and_an_untrained_adapter_changes_nothing(kind
     torch.testing.assert_close(masked_logprobs(fresh, TOKENS, MASK), plain)
     changed = adapted(kind)
     assert (masked_logprobs(changed, TOKENS, MASK) - plain).abs().max() > 0.01
-    torch.testing.assert_close(masked_logprobs(Under(changed, None), TOKENS, MASK), plain)
-    assert isinstance(reference_of(changed), Under) and reference_of(changed).model is changed
+    torch.testing.assert_close(masked_logprobs(AdapterView(changed, None), TOKENS, MASK), plain)
+    assert isinstance(reference_of(changed), AdapterView) and reference_of(changed).model is changed
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_only_the_adapter_gets_gradients_also_after_the_reference_was_read(kind):
     made = adapted(kind)
     loss = masked_logprobs(made, TOKENS, MASK).sum()
-    masked_logprobs(Under(made, None), TOKENS, MASK)
+    masked_logprobs(AdapterView(made, None), TOKENS, MASK)
     loss.backward()
     with_gradient = {
         id(p) for p in made.parameters() if p.grad is not None and p.grad.abs().sum() > 0
@@ -117,7 +117,7 @@ def test_further_adapters_leave_the_policys_switched_on_and_trained():
     assert adapters_of(made) == {POLICY, CRITIC}
     trained = {id(p) for p in made.parameters() if p.requires_grad}
     assert trained == {id(p) for name in (POLICY, CRITIC) for p in adapter_parameters(made, name)}
-    with working(made, CRITIC), working(made, None):
+    with adapter_active(made, CRITIC), adapter_active(made, None):
         pass
     torch.testing.assert_close(masked_logprobs(made, TOKENS, MASK), before)
 

@@ -8,7 +8,7 @@ from quartet.generation.decoders import LlamaDecoder, PlainDecoder, decoder
 from quartet.models import packing
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import masked_logprobs
-from quartet.models.llama import hidden_states, written_out
+from quartet.models.llama import has_fused_forward, packed_hidden_states
 from quartet.models.packing import pack, pack_rows, repacked, unpacked
 from tests.support.world import model
 
@@ -74,9 +74,9 @@ def ragged():
 @FAMILY
 def test_hidden_states_and_gradients_are_transformers_own(name):
     trunk = language_model(name, torch.float64).base_model
-    assert written_out(trunk, 33)
+    assert has_fused_forward(trunk, 33)
     tokens, asked = ragged()
-    ours = hidden_states(trunk, pack(tokens, asked))
+    ours = packed_hidden_states(trunk, pack(tokens, asked))
     theirs = trunk(input_ids=tokens, use_cache=False).last_hidden_state[asked]
     # transformers keeps the angles of the rotation in float32 also here
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -97,7 +97,7 @@ def test_packed_or_not_or_with_checkpoints_nothing_else_changes(name, monkeypatc
     tokens, asked = ragged()
 
     def gradients():
-        h = hidden_states(trunk, pack(tokens, asked))
+        h = packed_hidden_states(trunk, pack(tokens, asked))
         return [h, *torch.autograd.grad(h.sin().sum(), list(trunk.parameters()))]
 
     expected = gradients()
@@ -125,7 +125,7 @@ def test_second_derivatives_exist(name):
             gradients = torch.autograd.grad(forward().sin().sum(), weights, create_graph=True)
             return torch.autograd.grad(sum(g.square().sum() for g in gradients), weights)
 
-    ours = slope(lambda: hidden_states(trunk, pack(tokens, asked)))
+    ours = slope(lambda: packed_hidden_states(trunk, pack(tokens, asked)))
     theirs = slope(lambda: trunk(input_ids=tokens, use_cache=False).last_hidden_state)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=0)
@@ -166,10 +166,12 @@ def test_sampling_gives_the_logits_of_transformers_token_by_token(name):
 
 
 def test_other_architectures_and_longer_texts_than_the_window_go_the_plain_way():
-    assert not written_out(model("gpt2").base_model, 10)
+    assert not has_fused_forward(model("gpt2").base_model, 10)
     assert isinstance(decoder(model("gpt2"), 10), PlainDecoder)
     windowed = language_model("shared keys", sliding_window=16)
-    assert written_out(windowed.base_model, 16) and not written_out(windowed.base_model, 17)
+    assert has_fused_forward(windowed.base_model, 16) and not has_fused_forward(
+        windowed.base_model, 17
+    )
     tokens = torch.randint(40, (2, 30))
     mask = torch.arange(30).expand(2, 30) > 3
     theirs = (
@@ -193,7 +195,7 @@ def test_products_that_are_more_than_a_matrix_are_sampled_from_as_they_are():
     new = Adapted(old.in_features, old.out_features, bias=False)
     new.load_state_dict(old.state_dict())
     made.base_model.layers[0].self_attn.q_proj = new
-    assert written_out(made.base_model, 10)
+    assert has_fused_forward(made.base_model, 10)
     assert isinstance(decoder(made, 10), PlainDecoder)
     prompt = [[5, 6, 7]]
     torch.testing.assert_close(
@@ -204,7 +206,7 @@ def test_products_that_are_more_than_a_matrix_are_sampled_from_as_they_are():
 def test_a_model_that_computes_something_else_is_found_out():
     made = model("llama")
     made.base_model.norm.register_forward_hook(lambda module, inputs, output: 2 * output)
-    assert not written_out(made.base_model, 10)
+    assert not has_fused_forward(made.base_model, 10)
 
 
 def test_a_reward_model_is_read_at_the_last_token_by_the_same_code():
@@ -234,7 +236,9 @@ def test_rows_are_packed_as_far_as_they_are_asked_for():
         0,
         1,
     ]
-    assert packed.lengths == (4, 2) and packed.width == 4 and packed.asked.tolist() == [2, 3, 5]
+    assert (
+        packed.lengths == (4, 2) and packed.width == 4 and packed.output_index.tolist() == [2, 3, 5]
+    )
     rectangle = unpacked(packed.tokens, packed)
     assert (
         rectangle.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
@@ -245,5 +249,5 @@ def test_rows_are_packed_as_far_as_they_are_asked_for():
 def test_prompts_are_asked_about_their_last_tokens():
     packed = pack_rows([[5, 6, 7], [8]], torch.device("cpu"))
     assert packed.tokens.tolist() == [5, 6, 7, 8] and packed.positions.tolist() == [0, 1, 2, 0]
-    assert packed.asked.tolist() == [2, 3] and packed.places.tolist() == [0, 1, 2, 3]
+    assert packed.output_index.tolist() == [2, 3] and packed.places.tolist() == [0, 1, 2, 3]
     assert pack_rows([[5, 6], [8, 9]], torch.device("cpu")).places is None

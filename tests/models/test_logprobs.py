@@ -5,11 +5,11 @@ import torch
 
 from quartet.models.logprobs import (
     head_statistics,
-    speaking,
+    predicting_positions,
+    scatter_to_tokens,
     token_entropy,
     token_exact_kl,
     token_logprobs,
-    under_own_token,
 )
 
 
@@ -27,8 +27,8 @@ def test_entropy_of_equals_is_the_log_of_their_number_and_of_certainty_zero():
 
 def test_masked_tokens_are_spoken_of_from_one_before_and_their_numbers_return_to_them():
     mask = torch.tensor([[False, True, True], [False, False, True]])
-    assert speaking(mask).tolist() == [[True, True, False], [False, True, False]]
-    assert under_own_token(torch.tensor([7.0, 8.0, 9.0]), mask).tolist() == [[0, 7, 8], [0, 0, 9]]
+    assert predicting_positions(mask).tolist() == [[True, True, False], [False, True, False]]
+    assert scatter_to_tokens(torch.tensor([7.0, 8.0, 9.0]), mask).tolist() == [[0, 7, 8], [0, 0, 9]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

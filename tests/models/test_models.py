@@ -15,6 +15,7 @@ from quartet.models.heads import ScalarModel, ValueHead
 from quartet.models.language_model import (
     ModelError,
     create,
+    forward_positions,
     has_linear_head,
     load_model,
     load_tokenizer,
@@ -22,7 +23,6 @@ from quartet.models.language_model import (
     masked_logprobs,
     policy_logprobs,
     save,
-    speak,
 )
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.shape import Shape
@@ -222,7 +222,7 @@ def test_any_head_is_read_as_the_model_means_it(architecture, linear):
     measured = masked_logprobs(made, tokens, mask)
     torch.testing.assert_close(measured, torch.where(mask, expected, 0.0), atol=1e-5, rtol=1e-5)
     assert has_linear_head(made) == linear
-    spoken = speak(made, tokens, mask)
+    outputs = forward_positions(made, tokens, mask)
     torch.testing.assert_close(
-        logits_of(made, spoken), logits[:, :-1][mask[:, 1:]], atol=1e-5, rtol=1e-5
+        logits_of(made, outputs), logits[:, :-1][mask[:, 1:]], atol=1e-5, rtol=1e-5
     )

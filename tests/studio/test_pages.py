@@ -125,7 +125,7 @@ def test_nothing_can_be_written(client, ppo_run, method):
 
 
 def test_the_first_policy_answers_in_a_process_of_its_own(client, ppo_run):
-    """The same as its model says here: the SFT model's likeliest tokens."""
+    """The same as its model says here: the SFT model's greedy response."""
     rows = ppo_run.sample(5, 2)
     prompt = rows["token_id"][: rows["is_response"].index(True)]
     model, tokenizer = load_model(ppo_run.path / "sft"), load_tokenizer(ppo_run.path / "sft")

@@ -10,7 +10,7 @@ class Demonstration:
     id: str
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
-    written: tuple[bool, ...] | None = None
+    loss_mask: tuple[bool, ...] | None = None
     """Which of the response's tokens are to be imitated, in a conversation in which others speak as
     well; None: all."""
 

@@ -13,9 +13,9 @@ import torch
 from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention
 from transformers import DynamicCache
 
-from quartet.models.adapters import matrix, one_matrix
+from quartet.models.adapters import has_merged_weight, merged_weight
 from quartet.models.language_model import has_linear_head
-from quartet.models.llama import causal_attention, gated, normed, rotations, written_out
+from quartet.models.llama import causal_attention, gated, has_fused_forward, normed, rotations
 from quartet.models.packing import Packed, pack_rows, repacked, take
 from quartet.models.padding import left_pad
 from quartet.tensors import Bool, Float, Int, Tensor
@@ -59,7 +59,7 @@ def decoder(model: Any, width: int, max_rows: int | None = None) -> Decoder:
     """The fastest there is for this model, for texts of up to `width` tokens in at most so many
     rows at once."""
     if (
-        written_out(model.base_model, width)
+        has_fused_forward(model.base_model, width)
         and has_linear_head(model)
         and _plain_weights(model.base_model)
     ):
@@ -191,7 +191,7 @@ class LlamaDecoder:
                 causal_attention(queries, keys, values, packed, self.scale), packed
             ).flatten(1)
             if number == len(self.blocks) - 1:
-                x, read = take(x, packed.asked), take(read, packed.asked)
+                x, read = take(x, packed.output_index), take(read, packed.output_index)
             x = block.added(x, read)
         return self._logits(x)
 
@@ -319,7 +319,7 @@ class _Product:
 
     def __init__(self, parts: Sequence[Any], ordered: Sequence[Any] = ()) -> None:
         order = ordered or [lambda x: x] * len(parts)
-        weights = [f(matrix(part)) for f, part in zip(order, parts, strict=True)]
+        weights = [f(merged_weight(part)) for f, part in zip(order, parts, strict=True)]
         self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.bias = None
         if getattr(parts[0], "bias", None) is not None:
@@ -351,7 +351,7 @@ def _plain_weights(trunk: Any) -> bool:
         for name, product in part.named_children()
         if name.endswith("_proj")
     )
-    return all(one_matrix(product) for product in products)
+    return all(has_merged_weight(product) for product in products)
 
 
 def cache_bytes(device: torch.device) -> int:

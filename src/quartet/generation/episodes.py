@@ -43,7 +43,7 @@ class _Episode:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
-    written: list[bool] = field(default_factory=list)
+    policy_mask: list[bool] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     finish: FinishReason | None = None
     version: int = 0
@@ -53,14 +53,14 @@ class _Episode:
         self.ids += turn.response_ids
         self.logprobs += turn.logprobs
         self.entropies += turn.entropies or [0.0] * len(turn.response_ids)
-        self.written += [True] * len(turn.response_ids)
+        self.policy_mask += [True] * len(turn.response_ids)
         self.rewards += [0.0] * len(turn.response_ids)
         self.version = turn.policy_version
 
     def hear(self, ids: Sequence[int]) -> None:
         """What the environment said."""
         self.ids += ids
-        self.written += [False] * len(ids)
+        self.policy_mask += [False] * len(ids)
         for numbers in (self.logprobs, self.entropies, self.rewards):
             numbers.extend([0.0] * len(ids))
 
@@ -207,6 +207,6 @@ class Episodes:
             entropies=tuple(episode.entropies),
             finish_reason=episode.finish or "length",
             policy_version=episode.version,
-            written=tuple(episode.written),
+            policy_mask=tuple(episode.policy_mask),
             turn_rewards=tuple(episode.rewards),
         )

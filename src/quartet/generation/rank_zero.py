@@ -5,7 +5,7 @@ from typing import Any
 
 from quartet.distributed.process_group import ProcessGroup
 from quartet.distributed.sharding import GatheredWeights, gather_weights
-from quartet.experience import Prompt, Rollout, rollout_from, rollout_ready
+from quartet.experience import Prompt, Rollout, rollout_from_row, rollout_to_row
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
 
@@ -28,8 +28,8 @@ class RankZeroGenerator:
         rows: Any = None
         if self.process_group.is_rank_zero:
             rollouts = self.generator.generate(prompts, sampling, samples_per_prompt)
-            rows = [rollout_ready(rollout) for rollout in rollouts]
-        return [rollout_from(row) for row in self.process_group.all_gather(rows)[0]]
+            rows = [rollout_to_row(rollout) for rollout in rollouts]
+        return [rollout_from_row(row) for row in self.process_group.all_gather(rows)[0]]
 
     def load_weights(self, weights: Weights) -> None:
         tensors = weights.tensors

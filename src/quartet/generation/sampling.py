@@ -17,14 +17,14 @@ class Sampling:
     top_k: int = Field(
         default=0,
         ge=0,
-        description="Keep the k likeliest tokens; 0 keeps all. Prefer 0: the learner does not "
+        description="Keep the k most probable tokens; 0 keeps all. Prefer 0: the learner does not "
         "filter.",
     )
     top_p: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="Keep the likeliest tokens of this mass. Prefer 1, as above.",
+        description="Keep the most probable tokens of this mass. Prefer 1, as above.",
     )
 
     @property

@@ -12,7 +12,7 @@ from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.loops.progress import Progress
 from quartet.models.heads import ScalarModel
-from quartet.models.logprobs import under_own_token
+from quartet.models.logprobs import scatter_to_tokens
 from quartet.models.padding import response_mask, right_pad
 from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
@@ -140,7 +140,7 @@ def _read(model: ScalarModel, pairs: Sequence[Comparison], every_token: bool = F
         asked |= differs.repeat(2, 1) & response_mask(
             torch.zeros_like(lengths), lengths, tokens.shape[1]
         )
-    chosen, rejected = under_own_token(model(tokens, asked), asked).chunk(2)
+    chosen, rejected = scatter_to_tokens(model(tokens, asked), asked).chunk(2)
     return _Sides(chosen, rejected, good, bad, differs)
 
 

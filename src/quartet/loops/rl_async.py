@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from quartet.algorithms.algorithm import Algorithm
-from quartet.experience import rollout_from
+from quartet.experience import rollout_from_row
 from quartet.io.threads import BackgroundThread
 from quartet.loops.collect import Collected, Collector
 from quartet.loops.progress import Clock
@@ -33,7 +33,7 @@ class Ahead:
 
     def load_state(self, state: Sequence[Any]) -> None:
         self.waiting = deque(
-            Collected([rollout_from(row) for row in rows], unscored) for rows, unscored in state
+            Collected([rollout_from_row(row) for row in rows], unscored) for rows, unscored in state
         )
 
 

@@ -12,8 +12,8 @@ from quartet.algorithms.algorithm import Forward
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.models.heads import ScalarModel, ValueHead
-from quartet.models.language_model import Spoken, logits_of, speak, statistics
-from quartet.models.logprobs import token_exact_kl, under_own_token
+from quartet.models.language_model import PositionOutputs, forward_positions, logits_of, statistics
+from quartet.models.logprobs import scatter_to_tokens, token_exact_kl
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -64,11 +64,11 @@ class Separate:
         entropy_gradient: bool = False,
         reference: Any | None = None,
     ) -> Forward:
-        spoken = speak(self.actor, tokens, mask)
+        outputs = forward_positions(self.actor, tokens, mask)
         logprobs, entropy = statistics(
-            self.actor, spoken, tokens, mask, temperature, entropy_gradient
+            self.actor, outputs, tokens, mask, temperature, entropy_gradient
         )
-        exact = exact_kl_to(reference, self.actor, spoken, tokens, mask, temperature)
+        exact = exact_kl_to(reference, self.actor, outputs, tokens, mask, temperature)
         return Forward(logprobs, entropy, self.values(tokens, mask), exact)
 
     def values(
@@ -106,22 +106,24 @@ class Shared:
         entropy_gradient: bool = False,
         reference: Any | None = None,
     ) -> Forward:
-        spoken = speak(self.actor, tokens, mask)
+        outputs = forward_positions(self.actor, tokens, mask)
         logprobs, entropy = statistics(
-            self.actor, spoken, tokens, mask, temperature, entropy_gradient
+            self.actor, outputs, tokens, mask, temperature, entropy_gradient
         )
-        values = under_own_token(self.head(spoken.hidden), mask)
+        values = scatter_to_tokens(self.head(outputs.hidden), mask)
         return Forward(
             logprobs,
             entropy,
             values,
-            exact_kl_to(reference, self.actor, spoken, tokens, mask, temperature),
+            exact_kl_to(reference, self.actor, outputs, tokens, mask, temperature),
         )
 
     def values(
         self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "B T"] | None:
-        return under_own_token(self.head(speak(self.actor, tokens, mask).hidden), mask)
+        return scatter_to_tokens(
+            self.head(forward_positions(self.actor, tokens, mask).hidden), mask
+        )
 
     def actor_parameters(self) -> list[nn.Parameter]:
         return list(trainable(self.actor))
@@ -146,7 +148,7 @@ class Shared:
 def exact_kl_to(
     reference: Any | None,
     actor: Any,
-    spoken: Spoken,
+    outputs: PositionOutputs,
     tokens: Int[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     temperature: float,
@@ -156,8 +158,10 @@ def exact_kl_to(
     if reference is None:
         return None
     with torch.no_grad():
-        ref_logits = logits_of(reference, speak(reference, tokens, mask))
-    return under_own_token(token_exact_kl(logits_of(actor, spoken), ref_logits, temperature), mask)
+        ref_logits = logits_of(reference, forward_positions(reference, tokens, mask))
+    return scatter_to_tokens(
+        token_exact_kl(logits_of(actor, outputs), ref_logits, temperature), mask
+    )
 
 
 def trainable(module: nn.Module) -> Iterator[nn.Parameter]:

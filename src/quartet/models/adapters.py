@@ -3,8 +3,8 @@ none.
 
 A model with adapters stays the transformers model that it was; its linear layers were replaced by
 peft's. Whoever speaks through it sees the adapter that was left switched on, the policy's. The base
-below it is the reference (`Under(model, None)`), and further roles are further adapters
-(`Under(model, "critic")`): one trunk, four roles.
+below it is the reference (`AdapterView(model, None)`), and further roles are further adapters
+(`AdapterView(model, "critic")`): one trunk, four roles.
 """
 
 import copy
@@ -52,7 +52,7 @@ def add_adapter(model: Any, lora: Lora, name: str, seed: int) -> Any:
     model.requires_grad_(False)
     for p in [*trained, *adapter_parameters(model, name)]:
         p.requires_grad_(True)
-    _switch(model, POLICY if POLICY in adapters_of(model) else None)
+    _activate(model, POLICY if POLICY in adapters_of(model) else None)
     return model
 
 
@@ -132,7 +132,7 @@ def copy_adapter(model: Any, source: str, other: Any, target: str) -> None:
 # -----------------------------------------------------------------------------------------------------
 
 
-class Under:
+class AdapterView:
     """A language model as it is under one of its adapters, or under none: the frozen base. It
     speaks, and that is all."""
 
@@ -156,29 +156,29 @@ class Under:
         """Those of the model that nobody trains."""
         return (p for p in self.model.parameters() if not p.requires_grad)
 
-    def working(self) -> AbstractContextManager[None]:
-        return working(self.model, self.adapter)
+    def active(self) -> AbstractContextManager[None]:
+        return adapter_active(self.model, self.adapter)
 
 
 @contextmanager
-def working(model: Any, adapter: str | None) -> Iterator[None]:
+def adapter_active(model: Any, adapter: str | None) -> Iterator[None]:
     """Inside, this adapter works, or none. What requires gradients stays as it is, as peft's own
     switches would not."""
-    before = _state(model)
-    _switch(model, adapter)
+    before = _active_adapter_of(model)
+    _activate(model, adapter)
     try:
         yield
     finally:
-        _switch(model, before)
+        _activate(model, before)
 
 
-def _switch(model: Any, adapter: str | None) -> None:
+def _activate(model: Any, adapter: str | None) -> None:
     for layer in layers_with_adapters(model):
         layer._disable_adapters = adapter is None
         layer._active_adapter = [] if adapter is None else [adapter]
 
 
-def _state(model: Any) -> str | None:
+def _active_adapter_of(model: Any) -> str | None:
     for layer in layers_with_adapters(model):
         return (
             None
@@ -188,7 +188,7 @@ def _state(model: Any) -> str | None:
     return None
 
 
-def as_now(
+def checkpoint_contexts(
     model: Any,
 ) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
     """For torch's checkpoints: what is computed again for the gradient is computed under the
@@ -197,7 +197,7 @@ def as_now(
         return lambda: (nullcontext(), nullcontext())
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), working(model, _state(model))
+        return nullcontext(), adapter_active(model, _active_adapter_of(model))
 
     return contexts
 
@@ -206,7 +206,7 @@ def as_now(
 # --------------------------------------------------------------------------------------------------------------
 
 
-def one_matrix(product: Any) -> bool:
+def has_merged_weight(product: Any) -> bool:
     """Whether a product can be written as one matrix: a plain linear layer, or one under plain
     LoRA."""
     if type(product) is nn.Linear:
@@ -219,11 +219,11 @@ def one_matrix(product: Any) -> bool:
     )
 
 
-def through(product: Any, x: Tensor) -> Tensor:
+def apply_linear(product: Any, x: Tensor) -> Tensor:
     """What a product makes of x: [n, in] -> [n, out]. Under plain LoRA W x + (alpha / rank) B A x
     without a tensor in between that is as large as the result; everything else by its own
     forward."""
-    if hasattr(product, "lora_A") and one_matrix(product) and not product._disable_adapters:
+    if hasattr(product, "lora_A") and has_merged_weight(product) and not product._disable_adapters:
         [name] = product.active_adapters
         low = product.lora_A[name](x)
         return torch.addmm(
@@ -234,7 +234,7 @@ def through(product: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def matrix(product: Any) -> Tensor:
+def merged_weight(product: Any) -> Tensor:
     """The weights that a product comes to: W, or W + (alpha / rank) B A under the adapter that
     works now."""
     if not hasattr(product, "base_layer"):
@@ -352,6 +352,6 @@ def reference_of(model: Any) -> Any:
     """What the policy is held to: its base, where it is one under an adapter; else a copy, which
     shares what is not trained."""
     if adapters_of(model):
-        return Under(model, None)
+        return AdapterView(model, None)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared).requires_grad_(False).eval()

@@ -25,7 +25,7 @@ from transformers import (
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.models.adapters import (
-    Under,
+    AdapterView,
     adapter_parameters,
     load_adapter,
     merged_state,
@@ -39,8 +39,8 @@ from quartet.models.language_model import (
     first_line,
     read_config,
 )
-from quartet.models.logprobs import at_least_float32, speaking, under_own_token
-from quartet.models.trunk import read
+from quartet.models.logprobs import at_least_float32, predicting_positions, scatter_to_tokens
+from quartet.models.trunk import hidden_states
 from quartet.tensors import Bool, Float, Int, Tensor
 
 CENTRE = "quartet_reward_centre"
@@ -167,14 +167,18 @@ class ScalarModel(nn.Module):
         setattr(self.model.config, CENTRE, mean)
 
     def hidden(
-        self, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]
+        self, tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "N H"]:
-        return read(self.model.base_model, tokens, asked)
+        return hidden_states(self.model.base_model, tokens, output_mask)
 
-    def forward(self, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> Float[Tensor, "N"]:
+    def forward(
+        self, tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "N"]:
         """The head, centred, at the positions of right-padded rows that are asked for: what the
         model thinks once it has read that token."""
-        return at_least_float32(self.head(self.hidden(tokens, asked)).squeeze(-1)) - self.centre
+        return (
+            at_least_float32(self.head(self.hidden(tokens, output_mask)).squeeze(-1)) - self.centre
+        )
 
     def scores(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """One number per row: the head at the last real token."""
@@ -185,7 +189,7 @@ class ScalarModel(nn.Module):
     def values(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """One number per masked token, the value before it was chosen: the head at the position
         before. 0 elsewhere."""
-        return under_own_token(self(tokens, speaking(mask)), mask)
+        return scatter_to_tokens(self(tokens, predicting_positions(mask)), mask)
 
 
 class AdaptedScalar(ScalarModel):
@@ -196,21 +200,23 @@ class AdaptedScalar(ScalarModel):
         self, language_model: Any, adapter: str, pad_token_id: int | None, seed: int
     ) -> None:
         nn.Module.__init__(self)
-        self.under, self.pad_token_id, self.mean = Under(language_model, adapter), pad_token_id, 0.0
+        self.view, self.pad_token_id, self.mean = (
+            AdapterView(language_model, adapter),
+            pad_token_id,
+            0.0,
+        )
         self.head = nn.Linear(
             language_model.config.get_text_config().hidden_size,
             1,
             bias=False,
             device=language_model.device,
         )
-        self.look_again()
+        self.collect_parameters()
         initialise(self.head, seed)
 
-    def look_again(self) -> None:
+    def collect_parameters(self) -> None:
         """For the parameters of its adapter: once the trunk is in parts they are others."""
-        self.adapted = nn.ParameterList(
-            adapter_parameters(self.under.model, str(self.under.adapter))
-        )
+        self.adapted = nn.ParameterList(adapter_parameters(self.view.model, str(self.view.adapter)))
 
     @property
     def centre(self) -> float:
@@ -221,19 +227,19 @@ class AdaptedScalar(ScalarModel):
         self.mean = mean
 
     def hidden(
-        self, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]
+        self, tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "N H"]:
-        with self.under.working():
-            return read(self.under.model.base_model, tokens, asked)
+        with self.view.active():
+            return hidden_states(self.view.model.base_model, tokens, output_mask)
 
     def save(
         self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
         """As a whole, for others; and in `adapter/` what `attach` puts on the same trunk again."""
-        tensors = full_state_dict(self.under.model, keep=process_group.is_rank_zero)
+        tensors = full_state_dict(self.view.model, keep=process_group.is_rank_zero)
         if not process_group.is_rank_zero:
             return
-        prefix = f"{self.under.model.base_model_prefix}."
+        prefix = f"{self.view.model.base_model_prefix}."
         trunk = {
             name.removeprefix(prefix): tensor
             for name, tensor in tensors.items()
@@ -241,7 +247,7 @@ class AdaptedScalar(ScalarModel):
         }
         self._whole(trunk).save(folder, tokenizer)
         adapter = folder / "adapter"
-        save_adapter(self.under.model, str(self.under.adapter), adapter, tensors)
+        save_adapter(self.view.model, str(self.view.adapter), adapter, tensors)
         save_file(
             {"score.weight": self.head.weight}, adapter / HEAD, metadata={"centre": repr(self.mean)}
         )
@@ -249,14 +255,14 @@ class AdaptedScalar(ScalarModel):
     def save_per_token(
         self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
-        tensors = full_state_dict(self.under.model.base_model, keep=process_group.is_rank_zero)
+        tensors = full_state_dict(self.view.model.base_model, keep=process_group.is_rank_zero)
         if process_group.is_rank_zero:
             self._whole(tensors).save_per_token(folder, tokenizer)
 
     def _whole(self, trunk: Mapping[str, Tensor]) -> ScalarModel:
-        with self.under.working():
+        with self.view.active():
             whole = ScalarModel.from_trunk(
-                self.under.model, self.pad_token_id, seed=0, tensors=trunk
+                self.view.model, self.pad_token_id, seed=0, tensors=trunk
             )
         with torch.no_grad():
             whole.head.weight.copy_(self.head.weight)

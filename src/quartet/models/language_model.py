@@ -21,10 +21,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
-from quartet.models.adapters import POLICY, Under, adapters_of, merged_state, save_adapter
-from quartet.models.logprobs import head_statistics, logits_statistics, speaking, under_own_token
+from quartet.models.adapters import POLICY, AdapterView, adapters_of, merged_state, save_adapter
+from quartet.models.logprobs import (
+    head_statistics,
+    logits_statistics,
+    predicting_positions,
+    scatter_to_tokens,
+)
 from quartet.models.shape import Shape
-from quartet.models.trunk import checkpointing, read
+from quartet.models.trunk import checkpointing, hidden_states
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -218,7 +223,7 @@ def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 @dataclass(frozen=True)
-class Spoken:
+class PositionOutputs:
     """What a model says at the positions that speak of the masked tokens, N of them."""
 
     hidden: Float[Tensor, "N H"]
@@ -250,49 +255,53 @@ def has_linear_head(model: Any) -> bool:
     return _LINEAR_HEADS[model]
 
 
-def speak(model: Any, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Spoken:
+def forward_positions(
+    model: Any, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> PositionOutputs:
     """One pass over right-padded rows."""
-    if isinstance(model, Under):
-        with model.working():
-            return speak(model.model, tokens, mask)
-    at = speaking(mask)
+    if isinstance(model, AdapterView):
+        with model.active():
+            return forward_positions(model.model, tokens, mask)
+    at = predicting_positions(mask)
     if has_linear_head(model):
-        return Spoken(read(model.base_model, tokens, at), None)
+        return PositionOutputs(hidden_states(model.base_model, tokens, at), None)
     with checkpointing(model):
         output = model(input_ids=tokens, use_cache=False, output_hidden_states=True)
-    return Spoken(output.hidden_states[-1][at], output.logits[at])
+    return PositionOutputs(output.hidden_states[-1][at], output.logits[at])
 
 
-def logits_of(model: Any, spoken: Spoken) -> Float[Tensor, "N V"]:
-    return model.get_output_embeddings()(spoken.hidden) if spoken.logits is None else spoken.logits
+def logits_of(model: Any, outputs: PositionOutputs) -> Float[Tensor, "N V"]:
+    return (
+        model.get_output_embeddings()(outputs.hidden) if outputs.logits is None else outputs.logits
+    )
 
 
 def statistics(
     model: Any,
-    spoken: Spoken,
+    outputs: PositionOutputs,
     tokens: Int[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     temperature: float,
     entropy_gradient: bool = False,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """log-probs and entropies of the masked tokens, each under its own token, 0 elsewhere."""
-    if spoken.logits is None:
+    if outputs.logits is None:
         head = model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         found = head_statistics(
-            spoken.hidden, head.weight, bias, tokens[mask], temperature, entropy_gradient
+            outputs.hidden, head.weight, bias, tokens[mask], temperature, entropy_gradient
         )
     else:
-        found = logits_statistics(spoken.logits, tokens[mask], temperature, entropy_gradient)
+        found = logits_statistics(outputs.logits, tokens[mask], temperature, entropy_gradient)
     logprobs, entropy = found
-    return under_own_token(logprobs, mask), under_own_token(entropy, mask)
+    return scatter_to_tokens(logprobs, mask), scatter_to_tokens(entropy, mask)
 
 
 def masked_logprobs(
     model: Any, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], temperature: float = 1.0
 ) -> Float[Tensor, "B T"]:
     """log-probs of the masked tokens of right-padded rows, 0 elsewhere."""
-    return statistics(model, speak(model, tokens, mask), tokens, mask, temperature)[0]
+    return statistics(model, forward_positions(model, tokens, mask), tokens, mask, temperature)[0]
 
 
 @torch.no_grad()

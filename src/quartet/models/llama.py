@@ -2,7 +2,7 @@
 
 The same weights as in the transformers module, in fewer and larger products: real tokens only, the
 three projections of attention as one, the last block only at the positions that are asked for.
-`hidden_states` is what training and scoring read; `Decoder` is what answers are sampled with.
+`packed_hidden_states` is what training and scoring read; `Decoder` is what answers are sampled with.
 Whether a model is one that is written out right is known by its architecture and checked by
 comparing both forwards, once.
 
@@ -20,23 +20,25 @@ from torch import nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from quartet.models.adapters import as_now, through
+from quartet.models.adapters import apply_linear, checkpoint_contexts
 from quartet.models.packing import Packed, repacked, take, unpacked
 from quartet.tensors import Float, Int, Tensor
 
-READ_ON = "read_on"
-"""A block that is sharded, or compiled, has `read_on` as a method of this name."""
+BLOCK_FORWARD = "block_forward"
+"""A block that is sharded, or compiled, has `block_forward` as a method of this name."""
 FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-_WRITTEN_OUT: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+_HAS_FUSED_FORWARD: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
-def written_out(trunk: Any, width: int) -> bool:
+def has_fused_forward(trunk: Any, width: int) -> bool:
     """Whether this file computes what the trunk (a transformers base model) does, for sequences of
     up to `width` tokens."""
-    if trunk not in _WRITTEN_OUT:
-        _WRITTEN_OUT[trunk] = getattr(trunk.config, "model_type", None) in FAMILY and _agrees(trunk)
+    if trunk not in _HAS_FUSED_FORWARD:
+        _HAS_FUSED_FORWARD[trunk] = getattr(trunk.config, "model_type", None) in FAMILY and _agrees(
+            trunk
+        )
     window = getattr(trunk.config, "sliding_window", None)
-    return _WRITTEN_OUT[trunk] and (window is None or width <= window)
+    return _HAS_FUSED_FORWARD[trunk] and (window is None or width <= window)
 
 
 @torch.no_grad()
@@ -49,7 +51,9 @@ def _agrees(trunk: Any) -> bool:
     device = trunk.embed_tokens.weight.device
     tokens = torch.arange(count, device=device) * 7 % trunk.embed_tokens.weight.shape[0]
     everything = torch.arange(count, device=device)
-    ours = hidden_states(trunk, Packed(tokens, everything, (count,), count, None, everything))
+    ours = packed_hidden_states(
+        trunk, Packed(tokens, everything, (count,), count, None, everything)
+    )
     theirs = trunk(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
     tolerance = 1e-4 if ours.dtype in {torch.float32, torch.float64} else 0.1
     return torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance)
@@ -59,14 +63,14 @@ def _agrees(trunk: Any) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
-def hidden_states(trunk: Any, packed: Packed) -> Float[Tensor, "n H"]:
+def packed_hidden_states(trunk: Any, packed: Packed) -> Float[Tensor, "n H"]:
     """The last hidden states at the positions that are asked for."""
     x = trunk.embed_tokens(packed.tokens)
     rotation = rotations(trunk, packed.positions)
-    last, contexts = len(trunk.layers) - 1, as_now(trunk)
+    last, contexts = len(trunk.layers) - 1, checkpoint_contexts(trunk)
     for number, block in enumerate(trunk.layers):
-        asked = packed.asked if number == last else None
-        go_on = getattr(block, READ_ON, None) or partial(read_on, block)
+        asked = packed.output_index if number == last else None
+        go_on = getattr(block, BLOCK_FORWARD, None) or partial(block_forward, block)
         if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled():
             x = checkpoint(
                 go_on, x, rotation, packed, asked, use_reentrant=False, context_fn=contexts
@@ -85,7 +89,7 @@ def rotations(trunk: Any, positions: Int[Tensor, "N"]) -> Tensor:
     return torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
 
 
-def read_on(
+def block_forward(
     block: Any, x: Tensor, rotation: Tensor, packed: Packed, asked: Tensor | None
 ) -> Tensor:
     """Attention and multi-layer perceptron, each added to what it read. What nobody asks for ends
@@ -97,10 +101,11 @@ def read_on(
     ).flatten(1)
     if asked is not None:
         x, read = take(x, asked), take(read, asked)
-    x = x + through(attention.o_proj, read)
+    x = x + apply_linear(attention.o_proj, read)
     h = normed(block.post_attention_layernorm, x)
-    return x + through(
-        mlp.down_proj, gated(through(mlp.gate_proj, h), through(mlp.up_proj, h), mlp.act_fn)
+    return x + apply_linear(
+        mlp.down_proj,
+        gated(apply_linear(mlp.gate_proj, h), apply_linear(mlp.up_proj, h), mlp.act_fn),
     )
 
 
@@ -112,7 +117,7 @@ def _projected(attention: Any, h: Tensor, rotation: Tensor) -> tuple[Tensor, Ten
         bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
         projected = linear(h, torch.cat([part.weight for part in parts]), bias)
     else:  # adapters
-        projected = torch.cat([through(part, h) for part in parts], dim=-1)
+        projected = torch.cat([apply_linear(part, h) for part in parts], dim=-1)
     heads = projected.unflatten(-1, (-1, size))
     num_kv = attention.k_proj.out_features // size
     turning, values = heads[:, :-num_kv], heads[:, -num_kv:]

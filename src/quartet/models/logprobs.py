@@ -1,6 +1,6 @@
 """The one shift, and what the output head says of tokens.
 
-A causal model's output at position t speaks of token t + 1. `speaking` is the only place in Quartet
+A causal model's output at position t speaks of token t + 1. `predicting_positions` is the only place in Quartet
 that knows; everything else may rely on entry t speaking of token t.
 
 The head is the largest product of a small model and its output the largest tensor: [positions,
@@ -23,13 +23,15 @@ CHUNK_ELEMENTS = 2**21
 five times."""
 
 
-def speaking(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+def predicting_positions(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """The positions whose outputs speak of the masked tokens, in the same order: each is one
     before. The first token of a row has nobody to speak of it and may not be asked for."""
     return torch.nn.functional.pad(mask[:, 1:], (0, 1))
 
 
-def under_own_token(values: Float[Tensor, "N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+def scatter_to_tokens(
+    values: Float[Tensor, "N"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
     """Numbers of the masked tokens, each under its own, 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
         mask, values

@@ -17,7 +17,7 @@ class Packed:
     """The beginnings of some rows, as far as somebody wants to know what is said there.
 
     For rows of 4 and 2 tokens, `tokens` is [a0 a1 a2 a3 b0 b1], `positions` [0 1 2 3 0 1], and with
-    nothing but the row's last token asked for, `asked` is [3 5]. Where so little is padding that it
+    nothing but the row's last token asked for, `output_index` is [3 5]. Where so little is padding that it
     may as well be computed, it stays: `places` is None, and `tokens` are the whole rectangle.
     """
 
@@ -28,7 +28,7 @@ class Packed:
     """The longest of the lengths."""
     places: Int[Tensor, "N"] | None
     """Where each token is in the rectangle of rows × width."""
-    asked: Int[Tensor, "n"]
+    output_index: Int[Tensor, "n"]
     """The tokens whose outputs are wanted, row by row."""
     rows: int = field(init=False)
     """How many lengths there are; a number of its own, for a compiled block to take any."""
@@ -37,23 +37,23 @@ class Packed:
         object.__setattr__(self, "rows", len(self.lengths))
 
 
-def pack(tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]) -> Packed:
+def pack(tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]) -> Packed:
     """Each row up to the last position that is asked for: a causal model's output there depends on
     nothing later."""
     positions = torch.arange(tokens.shape[1], device=tokens.device)
-    lengths = torch.where(asked, positions + 1, 0).amax(dim=1)
+    lengths = torch.where(output_mask, positions + 1, 0).amax(dim=1)
     width = int(lengths.max())
     within = positions[:width] < lengths[:, None]
-    asked_places = asked[:, :width].flatten().nonzero()[:, 0]
+    output_places = output_mask[:, :width].flatten().nonzero()[:, 0]
     flat = tokens[:, :width].flatten()
     where = positions[:width].expand(len(tokens), width).flatten()
     sizes = tuple(lengths.tolist())
     if sum(sizes) >= (1 - WORTH_PACKING) * len(sizes) * width:
-        return Packed(flat, where, (width,) * len(sizes), width, None, asked_places)
+        return Packed(flat, where, (width,) * len(sizes), width, None, output_places)
     places = within.flatten().nonzero()[:, 0]
     index = torch.zeros(within.numel(), dtype=torch.long, device=tokens.device)
     index[places] = torch.arange(len(places), device=tokens.device)
-    return Packed(flat[places], where[places], sizes, width, places, index[asked_places])
+    return Packed(flat[places], where[places], sizes, width, places, index[output_places])
 
 
 def pack_rows(rows: Sequence[Sequence[int]], device: torch.device) -> Packed:
@@ -69,7 +69,7 @@ def pack_rows(rows: Sequence[Sequence[int]], device: torch.device) -> Packed:
         lengths=sizes,
         width=width,
         places=None if min(sizes) == width else (starts + positions).to(device),
-        asked=(lengths.cumsum(0) - 1).to(device),
+        output_index=(lengths.cumsum(0) - 1).to(device),
     )
 
 

@@ -10,25 +10,30 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from quartet.models.adapters import as_now
-from quartet.models.llama import READ_ON, hidden_states, read_on, written_out
+from quartet.models.adapters import checkpoint_contexts
+from quartet.models.llama import (
+    BLOCK_FORWARD,
+    block_forward,
+    has_fused_forward,
+    packed_hidden_states,
+)
 from quartet.models.packing import pack
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
-def read(
-    trunk: Any, tokens: Int[Tensor, "B T"], asked: Bool[Tensor, "B T"]
+def hidden_states(
+    trunk: Any, tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "N H"]:
     """The last hidden states there, row by row, from right-padded rows. No real token can see
     padding, and its position is its index: transformers' own forward needs neither an attention
     mask nor position ids."""
-    packed = pack(tokens, asked)
-    if written_out(trunk, packed.width):
-        return hidden_states(trunk, packed)
+    packed = pack(tokens, output_mask)
+    if has_fused_forward(trunk, packed.width):
+        return packed_hidden_states(trunk, packed)
     within = slice(None, packed.width)
     with checkpointing(trunk):
         return trunk(input_ids=tokens[:, within], use_cache=False).last_hidden_state[
-            asked[:, within]
+            output_mask[:, within]
         ]
 
 
@@ -48,7 +53,11 @@ def compile_blocks(model: Any) -> Any:
     # program of its own.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks_of(model):
-        setattr(block, READ_ON, types.MethodType(torch.compile(read_on, dynamic=True), block))
+        setattr(
+            block,
+            BLOCK_FORWARD,
+            types.MethodType(torch.compile(block_forward, dynamic=True), block),
+        )
     return model
 
 
@@ -57,7 +66,7 @@ def blocks_of(model: Any) -> list[Any]:
 
 
 def _checkpoint(model: Any, *args: Any) -> Any:
-    return checkpoint(*args, use_reentrant=False, context_fn=as_now(model))
+    return checkpoint(*args, use_reentrant=False, context_fn=checkpoint_contexts(model))
 
 
 @contextmanager

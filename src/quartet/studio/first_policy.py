@@ -57,7 +57,7 @@ class FirstPolicies:
         self._said: OrderedDict[tuple[Path, tuple[int, ...]], str] = OrderedDict()
 
     async def answer(self, run: Run, prompt_ids: Sequence[int]) -> str:
-        """The likeliest answer: greedy, as long as the run's rollouts may be. Busy where too many
+        """Return the greedy response, as long as the run's rollouts may be. Busy where too many
         wait for theirs."""
         folder, length = folder_of(run), run.config.get("rollout", {}).get("max_new_tokens")
         if folder is None:
@@ -91,7 +91,7 @@ class FirstPolicies:
 
 
 def _asked(folder: Path, prompt_ids: Sequence[int], max_new_tokens: int) -> str:
-    command = [sys.executable, "-m", "quartet.evaluation.likeliest", str(folder.resolve())]
+    command = [sys.executable, "-m", "quartet.evaluation.greedy", str(folder.resolve())]
     question = json.dumps({"prompt_ids": list(prompt_ids), "max_new_tokens": max_new_tokens})
     try:
         done = subprocess.run(

@@ -20,9 +20,9 @@ def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
     starts = torch.tensor([len(r.prompt.ids) for r in rollouts], device=device)
     mask = response_mask(starts, lengths, tokens.shape[1])
     for row, r in enumerate(rollouts):
-        if r.written is not None:  # an environment wrote the other tokens of the response
-            start, end = len(r.prompt.ids), len(r.prompt.ids) + len(r.written)
-            mask[row, start:end] &= torch.tensor(r.written, device=device)
+        if r.policy_mask is not None:  # an environment wrote the other tokens of the response
+            start, end = len(r.prompt.ids), len(r.prompt.ids) + len(r.policy_mask)
+            mask[row, start:end] &= torch.tensor(r.policy_mask, device=device)
     logprobs = spread([_on_policy_tokens(r.logprobs, r) or () for r in rollouts], mask)
     return Batch(
         ids=tuple(r.id for r in rollouts),
@@ -54,9 +54,9 @@ def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
 
 def _on_policy_tokens(numbers: Sequence[float] | None, rollout: Rollout) -> Sequence[float] | None:
     """Return the numbers of those response tokens that the policy wrote."""
-    if numbers is None or rollout.written is None:
+    if numbers is None or rollout.policy_mask is None:
         return numbers
-    return [number for number, own in zip(numbers, rollout.written, strict=True) if own]
+    return [number for number, own in zip(numbers, rollout.policy_mask, strict=True) if own]
 
 
 def _if_complete(values: Sequence[Any], to_tensor: Callable[[Any], Tensor]) -> Tensor | None:

@@ -22,7 +22,9 @@ def imitation_losses(
 ) -> Iterator[Float[Tensor, ""]]:
     """Yield the loss of each micro-batch. Their sum over all ranks is the mean negative
     log-probability per response token of the batch."""
-    num_tokens = sum(len(d.response_ids) if d.written is None else sum(d.written) for d in batch)
+    num_tokens = sum(
+        len(d.response_ids) if d.loss_mask is None else sum(d.loss_mask) for d in batch
+    )
     for micro_batch in process_group.micro_batches(
         [len(d.prompt_ids) + len(d.response_ids) for d in batch], micro_batch_tokens
     ):
@@ -41,9 +43,9 @@ def _negative_logprobs(model: Any, demonstrations: Sequence[Demonstration]) -> F
     starts = torch.tensor([len(d.prompt_ids) for d in demonstrations], device=model.device)
     mask = response_mask(starts, lengths, tokens.shape[1])
     for row, d in enumerate(demonstrations):
-        if d.written is not None:  # an environment wrote the other tokens of the response
-            start, end = len(d.prompt_ids), len(d.prompt_ids) + len(d.written)
-            mask[row, start:end] &= torch.tensor(d.written, device=mask.device)
+        if d.loss_mask is not None:  # an environment wrote the other tokens of the response
+            start, end = len(d.prompt_ids), len(d.prompt_ids) + len(d.loss_mask)
+            mask[row, start:end] &= torch.tensor(d.loss_mask, device=mask.device)
     losses = -masked_logprobs(model, tokens, mask)
     check_finite(
         "the loss",

@@ -47,8 +47,8 @@ def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "response/ended": sum(r.finish_reason == "stop" for r in rollouts) / count,
         "response/repetition": sum(repetition(r.response_ids) for r in rollouts) / count,
     }
-    if rollouts[0].written is not None:
-        metrics["response/turns"] = sum(turns(r.written or ()) for r in rollouts) / count
+    if rollouts[0].policy_mask is not None:
+        metrics["response/turns"] = sum(turns(r.policy_mask or ()) for r in rollouts) / count
     for name in rollouts[0].components:
         metrics[f"reward/{name}"] = _mean([r.components[name] for r in rollouts])
     return metrics
@@ -216,9 +216,9 @@ def with_staleness(
     return metrics
 
 
-def turns(written: Sequence[bool]) -> int:
+def turns(policy_mask: Sequence[bool]) -> int:
     """Return the number of turns: runs of tokens that the policy wrote."""
-    return sum(own and not before for before, own in pairwise((False, *written)))
+    return sum(own and not before for before, own in pairwise((False, *policy_mask)))
 
 
 def most_common(rollouts: Sequence[Rollout]) -> float:

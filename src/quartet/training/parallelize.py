@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from quartet.distributed.process_group import TorchProcessGroup
 from quartet.distributed.sharding import is_sharded
-from quartet.models.llama import READ_ON, read_on, written_out
+from quartet.models.llama import BLOCK_FORWARD, block_forward, has_fused_forward
 from quartet.models.trunk import blocks_of
 
 
@@ -62,16 +62,16 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
     blocks = blocks_of(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no blocks that could be sharded.")
-    by_hand = written_out(model.base_model, 1) if hasattr(model, "base_model") else False
+    by_hand = has_fused_forward(model.base_model, 1) if hasattr(model, "base_model") else False
     for block in blocks:
         sharded = fully_shard(block, mesh=mesh, reshard_after_forward=True)
         assert isinstance(sharded, FSDPModule)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
         if by_hand:
-            if not hasattr(block, READ_ON):
-                setattr(block, READ_ON, types.MethodType(read_on, block))
-            register_fsdp_forward_method(block, READ_ON)
+            if not hasattr(block, BLOCK_FORWARD):
+                setattr(block, BLOCK_FORWARD, types.MethodType(block_forward, block))
+            register_fsdp_forward_method(block, BLOCK_FORWARD)
     # Else every block keeps its whole gradient until the backward pass of all blocks has ended.
     share_comm_ctx(blocks)
     in_blocks = {id(m) for block in blocks for m in block.modules()}

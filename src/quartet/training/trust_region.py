@@ -18,7 +18,7 @@ from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.kl import exact_kl
 from quartet.algorithms.update import TrustRegion
 from quartet.experience import Experience
-from quartet.models.language_model import logits_of, speak
+from quartet.models.language_model import forward_positions, logits_of
 from quartet.models.logprobs import at_least_float32
 from quartet.tensors import Float, Tensor
 from quartet.training.learner import Learner
@@ -225,7 +225,7 @@ class _Objective:
         tokens."""
         part = self.experience.rows(rows)
         actor = self.learner.models.actor
-        logits = logits_of(actor, speak(actor, part.tokens, part.response_mask))
+        logits = logits_of(actor, forward_positions(actor, part.tokens, part.response_mask))
         return (at_least_float32(logits) / self.learner.sampling.temperature).log_softmax(-1)
 
 

@@ -219,7 +219,7 @@
       const { step } = document.getElementById("first").dataset;
       const answer = await fetch(`/api/run/${encodeURIComponent(run)}/first-answer?step=${step}&sample=${sample}`, { method: "POST" });
       const made = await answer.json().catch(() => ({ error: "the studio did not answer" }));
-      said.textContent = answer.ok ? "its likeliest answer:" : made.error;
+      said.textContent = answer.ok ? "its greedy response:" : made.error;
       if (answer.ok) { place.textContent = made.answer === "" ? "∅" : made.answer; place.hidden = false; ask.hidden = true; }
       ask.disabled = false;
     });

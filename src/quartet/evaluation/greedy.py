@@ -1,6 +1,6 @@
-"""The likeliest answer of the model in a folder, for a process that has no torch.
+"""Return the greedy response of the model in a folder to a process that has no torch.
 
-`python -m quartet.evaluation.likeliest FOLDER` reads `{"prompt_ids": […], "max_new_tokens": …}` and
+`python -m quartet.evaluation.greedy FOLDER` reads `{"prompt_ids": […], "max_new_tokens": …}` and
 writes a JSON string.
 """
 
