@@ -1,4 +1,4 @@
-"""Does the doctor find what is wrong, and nothing else? Every planted fault, and runs without one.
+"""Does the doctor report each planted fault, and nothing in runs without one?
 
     python benchmarks/doctor.py [--folder runs-doctor] [--seeds 2] [--at-once 2]
 
@@ -28,13 +28,13 @@ HEALTHY = (
     ("guess", 1),
 )
 STEPS = 24
-"""PPO steps of a run with a fault: what is not found in these is found late."""
+"""PPO steps of a run with a fault; what is reported later counts as not reported."""
 
 
 def run(folder: Path, name: str, *words: str) -> Run:
-    """One run as a person would start it; one that is there already is not made again."""
-    there = [path for path in folder.glob(f"*-{name}") if Run(path).status == "done"]
-    if not there:
+    """Make a run with `quartet run`, or take the finished one of this name, and return it."""
+    finished = [path for path in folder.glob(f"*-{name}") if Run(path).status == "done"]
+    if not finished:
         command = [
             str(Path(sys.executable).parent / "quartet"),
             "run",
@@ -48,12 +48,13 @@ def run(folder: Path, name: str, *words: str) -> Run:
             stdout=subprocess.DEVNULL,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        there = list(folder.glob(f"*-{name}"))
-    return Run(max(there, key=lambda path: path.stat().st_mtime))
+        finished = list(folder.glob(f"*-{name}"))
+    return Run(max(finished, key=lambda path: path.stat().st_mtime))
 
 
-def broken(folder: Path, fault: str, seed: int) -> dict[str, Any]:
-    """PPO with a fault, on the SFT and reward models of the healthy run of the seed."""
+def faulty(folder: Path, fault: str, seed: int, *settings: str) -> dict[str, Any]:
+    """Run PPO with a fault, on the SFT and reward models of the healthy run of the seed, and return
+    the step at which each rule first spoke. `settings` come on top of the benchmark's own."""
     models = run(folder, f"reviews-{seed}").path
     words = [
         "reviews",
@@ -61,26 +62,27 @@ def broken(folder: Path, fault: str, seed: int) -> dict[str, Any]:
         f'policy={{ model = "{models / "sft"}" }}',
         f'reward.0.model="{models / "reward_model"}"',
     ]
-    made = run(
-        folder, f"{fault}-{seed}", *words, f"seed={seed}", f"run.steps={STEPS}", "--break", fault
-    )
+    words += [f"seed={seed}", f"run.steps={STEPS}", *settings, "--break", fault]
+    findings = examine(run(folder, f"{fault}-{seed}", *words))
     return {
         "fault": fault,
         "seed": seed,
-        "found": {f.rule: f.step for f in examine(made) if f.stage == "ppo"},
+        "found": {f.rule: f.step for f in findings if f.stage == "ppo"},
     }
 
 
-def healthy(folder: Path, recipe: str, seed: int) -> dict[str, Any]:
-    made = run(folder, f"{recipe}-{seed}", recipe, f"seed={seed}")
+def healthy(folder: Path, recipe: str, seed: int, *settings: str) -> dict[str, Any]:
+    """Run a recipe without a fault and return the step at which each rule first spoke."""
+    findings = examine(run(folder, f"{recipe}-{seed}", recipe, f"seed={seed}", *settings))
     return {
         "recipe": recipe,
         "seed": seed,
-        "found": {f"{f.stage}: {f.rule}": f.step for f in examine(made)},
+        "found": {f"{f.stage}: {f.rule}": f.step for f in findings},
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    """Return the faults and the rules that reported them as Markdown."""
     lines = ["| planted | what it is | the doctor says (at step, by seed) |", "|---|---|---|"]
     for fault, plant in FAULTS.items():
         mine = [row for row in rows if row["fault"] == fault]
@@ -88,32 +90,35 @@ def table(rows: list[dict[str, Any]]) -> str:
             {rule for row in mine for rule in row["found"]},
             key=lambda r: min(x["found"].get(r, 99) for x in mine),
         )
-        said = [
+        reported = [
             f"`{rule}` ({', '.join(str(row['found'].get(rule, '–')) for row in mine)})"
             for rule in rules
         ]
         what = (plant.__doc__ or "").strip().splitlines()[0]
-        lines.append(f"| `{fault}` | {what} | {', '.join(said) or '**nothing**'} |")
+        lines.append(f"| `{fault}` | {what} | {', '.join(reported) or '**nothing**'} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs-doctor"))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--at-once", type=int, default=2)
-    chosen = parser.parse_args()
-    folder = chosen.folder.resolve()
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
     folder.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(chosen.at_once) as pool:
-        well = list(pool.map(lambda job: healthy(folder, *job), HEALTHY))
-        jobs = [(fault, seed) for seed in range(chosen.seeds) for fault in FAULTS]
-        ill = list(pool.map(lambda job: broken(folder, *job), jobs))
-    print(table(ill))
-    for row in well:
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        without_fault = list(pool.map(lambda job: healthy(folder, *job), HEALTHY))
+        jobs = [(fault, seed) for seed in range(arguments.seeds) for fault in FAULTS]
+        with_fault = list(pool.map(lambda job: faulty(folder, *job), jobs))
+    print(table(with_fault))
+    for row in without_fault:
         print(f"{row['recipe']} {row['seed']}: {row['found'] or 'silent'}")
     RESULTS.write_text(
-        json.dumps({"steps": STEPS, "broken": ill, "healthy": well}, indent=2) + "\n"
+        json.dumps({"steps": STEPS, "broken": with_fault, "healthy": without_fault}, indent=2)
+        + "\n"
     )
 
 

@@ -1,5 +1,5 @@
-"""What each engine costs per step on the tiny world: the same run alone, on two processes, in
-parts, on Ray, and asynchronous.
+"""What each engine costs per step on the tiny world: the same run in one process, in two, sharded,
+on Ray, and asynchronous.
 
     python benchmarks/engines.py [--repeats 3]
 
@@ -36,7 +36,7 @@ STEPS = [
     "run.steps=40",
     "run.checkpoint_every=1000",
 ]
-ENGINES = {
+ENGINES: dict[str, list[str]] = {
     "Local": [],
     "in parts (FSDP2), 1 process": ["launch.shard=true"],
     "2 processes": ["launch.processes=2"],
@@ -48,7 +48,7 @@ ENGINES = {
 
 
 def seconds_of_a_step(words: list[str]) -> float:
-    """The median over the PPO steps but the first five."""
+    """Return the median over the PPO steps without the first five, in a run with these settings."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             str(Path(sys.executable).parent / "quartet"),
@@ -74,6 +74,16 @@ def seconds_of_a_step(words: list[str]) -> float:
     return statistics.median(steps[5:])
 
 
+def table(measured: dict[str, list[float]]) -> str:
+    """Return the engines' medians, and how much more than `Local` each takes."""
+    local = statistics.median(measured["Local"])
+    lines = ["| engine | a step | more than Local |", "|---|---|---|"]
+    for name, seconds in measured.items():
+        median = statistics.median(seconds)
+        lines.append(f"| {name} | {1000 * median:.0f} ms | {1000 * (median - local):+.0f} ms |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
@@ -82,11 +92,7 @@ def main() -> None:
     for _ in range(repeats):
         for name, words in ENGINES.items():
             measured[name].append(seconds_of_a_step(words))
-    alone = statistics.median(measured["Local"])
-    print("| engine | a step | more than Local |\n|---|---|---|")
-    for name, seconds in measured.items():
-        middle = statistics.median(seconds)
-        print(f"| {name} | {1000 * middle:.0f} ms | {1000 * (middle - alone):+.0f} ms |")
+    print(table(measured))
     RESULTS.write_text(json.dumps(measured, indent=2) + "\n")
 
 

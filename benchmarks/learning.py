@@ -15,13 +15,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "learning.json"
-JOBS = {
+JOBS: dict[str, tuple[str, range, list[str]]] = {
     "reviews": ("reviews", range(5), []),
     "sums": ("sums", range(3), []),
     "hacking": (
@@ -30,13 +31,13 @@ JOBS = {
         ["algorithm.kl.coef=0", "run.steps=48", 'recipe=["ppo", "evaluation"]'],
     ),
 }
-"""`hacking` goes on from the SFT and reward models of `reviews`: only PPO is another."""
+"""`hacking` starts from the SFT and reward models of `reviews`: only PPO differs."""
 
 
 def run(
-    recipe: str, seed: int, words: list[str], folder: Path, name: str, threads: int
+    recipe: str, seed: int, words: Sequence[str], folder: Path, name: str, threads: int
 ) -> dict[str, Any]:
-    """One run, and what its folder says of it."""
+    """Make one run and return the results of its stages."""
     quartet = str(Path(sys.executable).parent / "quartet")
     command = [
         quartet,
@@ -79,15 +80,17 @@ def run(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The runs of one job as Markdown."""
+    """Return the runs of one job as Markdown."""
     lines = [
         "| seed | held-out pair accuracy (possible) | reward | gold | repetition | win rate by "
         "gold | KL | time | peak |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for r in rows:
-        judge, before, after = r["reward_model"], r["before"], r["after"]
-        accuracy = f"{judge['held_out_accuracy']:.3f} ({judge['ceiling']:.3f})" if judge else "–"
+        reward_model, before, after = r["reward_model"], r["before"], r["after"]
+        accuracy = "–"
+        if reward_model:
+            accuracy = f"{reward_model['held_out_accuracy']:.3f} ({reward_model['ceiling']:.3f})"
         changes = [
             f"{before[k]:.2f} → {after[k]:.2f}" for k in ("reward", "gold", "response/repetition")
         ]
@@ -111,7 +114,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs-learning"))
     parser.add_argument("--only", choices=sorted(JOBS))
     parser.add_argument("--at-once", type=int, default=1)

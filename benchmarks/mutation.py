@@ -1,8 +1,10 @@
-"""Would the tests notice a wrong formula? Small errors are made in src/quartet/algorithms, one at a
-time, and the tests run.
+"""Would the tests notice a wrong formula? Small errors are put into src/quartet/algorithms, one at
+a time, and the tests run.
 
     python benchmarks/mutation.py [--sample 150] [--seed 0] [--timeout 120] [--out mutation.json]
-    python benchmarks/mutation.py --again mutation.json --out again.json        what was not killed there, once more
+    python benchmarks/mutation.py --again mutation.json --out again.json
+
+With --again, only what was not killed in that result is tried, once more.
 
 A mutant is the source with one expression exchanged: another operator, constant, bound or
 dimension, a branch the other way round, a term left out. Text, types, assertions and `raise` are
@@ -23,7 +25,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,13 @@ ROOT = Path(__file__).resolve().parents[1]
 FORMULAS, TESTS = "src/quartet/algorithms", "tests/algorithms"
 VERDICTS = ("killed", "timeout", "survived")
 OPERATORS: dict[type, tuple[type, ...]] = {
-    ast.Add: (ast.Sub,), ast.Sub: (ast.Add,), ast.Mult: (ast.Div,), ast.Div: (ast.Mult,), ast.Pow: (ast.Mult,),
+    ast.Add: (ast.Sub,), ast.Sub: (ast.Add,),
+    ast.Mult: (ast.Div,), ast.Div: (ast.Mult,), ast.Pow: (ast.Mult,),
     ast.BitAnd: (ast.BitOr,), ast.BitOr: (ast.BitAnd,), ast.And: (ast.Or,), ast.Or: (ast.And,),
-    ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.Lt),
-    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.In: (ast.NotIn,),
+    ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.In: (ast.NotIn,),
 }  # fmt: skip
 NAMES = {
     "min": "max",
@@ -74,11 +79,12 @@ class Mutant:
 
 
 def variants(node: Any, returns: str) -> Iterator[tuple[ast.expr, str]]:  # noqa: PLR0912
-    """Expressions at this node, each with what may stand in its place. `returns` is the type that
-    its function returns."""
+    """Yield the expressions at this node, each with a replacement. `returns` is the type that the
+    function around it returns."""
 
-    def text(made: ast.AST, **changed: Any) -> str:
-        return f"({ast.unparse(type(made)(**({f: getattr(made, f) for f in made._fields} | changed)))})"
+    def text(original: ast.AST, **changed: Any) -> str:
+        fields = {name: getattr(original, name) for name in original._fields} | changed
+        return f"({ast.unparse(type(original)(**fields))})"
 
     match node:
         case ast.Return(value) if value and returns in NEGATED:
@@ -133,8 +139,8 @@ def variants(node: Any, returns: str) -> Iterator[tuple[ast.expr, str]]:  # noqa
 
 
 def places(node: Any, inside: str = "", returns: str = "") -> Iterator[tuple[ast.AST, str, str]]:
-    """Every node that may change, the function or class around it, and the type that the function
-    returns."""
+    """Yield every node that may change, the function or class around it, and the type that the
+    function returns."""
     is_type = (
         isinstance(node, ast.Subscript)
         and isinstance(node.value, ast.Name)
@@ -160,11 +166,12 @@ def places(node: Any, inside: str = "", returns: str = "") -> Iterator[tuple[ast
 
 
 def mutants(file: str) -> list[Mutant]:
+    """Return all mutants of one file, given by its path from the root of the repository."""
     source = (ROOT / file).read_bytes()
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
-    found: dict[tuple[int, int, str], Mutant] = {}
+    by_place: dict[tuple[int, int, str], Mutant] = {}
     for place, inside, returns in places(ast.parse(source)):
         for node, after in variants(place, returns):
             start, end = (
@@ -172,14 +179,14 @@ def mutants(file: str) -> list[Mutant]:
                 starts[node.end_lineno - 1] + node.end_col_offset,
             )
             before = source[start:end].decode()
-            found.setdefault(
+            by_place.setdefault(
                 (start, end, after), Mutant(file, node.lineno, start, end, before, after, inside)
             )
-    return list(found.values())
+    return list(by_place.values())
 
 
 def sample(size: int, seed: int) -> list[Mutant]:
-    """A random sample in which every file has its share, and no file fewer than three."""
+    """Return a random sample in which every file has its share, and no file fewer than three."""
     by_file = [mutants(str(p.relative_to(ROOT))) for p in sorted((ROOT / FORMULAS).glob("*.py"))]
     total, chosen = sum(map(len, by_file)), []
     for some in by_file:
@@ -244,8 +251,8 @@ def run_pytest(plugin: object, *options: str) -> int:
 
 
 def in_fork(work: Callable[[], Any], timeout: int = 0) -> Any:
-    """What `work` returns, in a process of its own; None if time was up, "crash" if it died
-    otherwise."""
+    """Return what `work` returns, run in a forked process: None if its time was up, "crash" if it
+    died otherwise."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -272,17 +279,17 @@ def measure(*options: str) -> Any:
 
 
 def attempt(m: Mutant, tests: list[str], *options: str) -> str:
-    """The test that notices the mutant, "" if none does."""
+    """Return the test that notices the mutant, "" if none does."""
     path, loader = ROOT / m.file, importlib.machinery.SourceFileLoader
     plain, source = loader.get_data, path.read_bytes()
 
-    def get_data(self: Any, asked: str) -> bytes:
-        if Path(asked).parent == path.parent / "__pycache__":
+    def get_data(self: Any, file: str) -> bytes:
+        if Path(file).parent == path.parent / "__pycache__":
             raise OSError("a mutant has no bytecode")
         return (
             source[: m.start] + m.after.encode() + source[m.end :]
-            if asked == str(path)
-            else plain(self, asked)
+            if file == str(path)
+            else plain(self, file)
         )
 
     loader.get_data, loader.set_data = get_data, lambda *_, **__: None  # type: ignore[method-assign,assignment]
@@ -291,7 +298,8 @@ def attempt(m: Mutant, tests: list[str], *options: str) -> str:
 
 
 def relevant(m: Mutant, seconds: dict[str, float], enters: dict[str, list[str]]) -> list[str]:
-    """The tests that can notice it, quickest first; of a class, those first that enter it."""
+    """Return the tests that can notice a mutant, the quickest first; for a class, those that enter
+    it before the others."""
     entering = {
         test: any(f.startswith(f"{m.file}:{m.inside}") for f in enters[test]) for test in seconds
     }
@@ -315,6 +323,38 @@ def report(results: list[dict[str, Any]]) -> None:
         print(f"{r['verdict']}  {r['file']}:{r['line']}  {r['before']}  →  {r['after']}")
 
 
+def examine(
+    chosen: list[Mutant], options: Sequence[str], timeout: int, out: Path
+) -> list[dict[str, Any]]:
+    """Try each mutant, write the results to `out` as they come, and return them. Changes the
+    working directory, the import path and hypothesis's profile of this process."""
+    os.chdir(ROOT)
+    sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+    settings.register_profile(
+        "mutation", derandomize=True, database=None, phases=[Phase.explicit, Phase.generate]
+    )
+    settings.load_profile("mutation")
+    run_pytest(Chosen([]), "--collect-only", *options)  # loads the libraries
+    code, seconds, enters = in_fork(lambda: measure(*options))
+    if code:
+        raise SystemExit("the tests fail without any mutant")
+    print(f"{len(seconds)} tests pass in {sum(seconds.values()):.0f} s", flush=True)
+    results: list[dict[str, Any]] = []
+    for number, mutant in enumerate(chosen, 1):
+        started, tests = time.perf_counter(), relevant(mutant, seconds, enters)
+        by = in_fork(lambda m=mutant, t=tests: attempt(m, t, *options), timeout) if tests else ""
+        verdict = "timeout" if by is None else "killed" if by else "survived"
+        results.append(asdict(mutant) | {"verdict": verdict, "by": by, "tests": len(tests)})
+        out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        took = time.perf_counter() - started
+        print(
+            f"{number:4} {verdict:8} {took:6.1f} s {len(tests):4} tests  "
+            f"{mutant.file}:{mutant.line}  {by or ''}",
+            flush=True,
+        )
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -336,32 +376,8 @@ def main() -> None:
         ]
         chosen = [Mutant(**{f.name: r[f.name] for f in fields(Mutant)}) for r in again]
         assert all(m in mutants(m.file) for m in chosen), "the sources are not those of the result"
-    os.chdir(ROOT)
-    sys.path[:0] = [str(ROOT), str(ROOT / "src")]
-    settings.register_profile(
-        "mutation", derandomize=True, database=None, phases=[Phase.explicit, Phase.generate]
-    )
-    settings.load_profile("mutation")
     options = () if a.everything else (f"--ignore={TESTS}/test_closed_form.py",)
-    run_pytest(Chosen([]), "--collect-only", *options)  # loads the libraries
-    code, seconds, enters = in_fork(lambda: measure(*options))
-    if code:
-        raise SystemExit("the tests fail without any mutant")
-    print(f"{len(seconds)} tests pass in {sum(seconds.values()):.0f} s", flush=True)
-    results = []
-    for number, mutant in enumerate(chosen, 1):
-        started, tests = time.perf_counter(), relevant(mutant, seconds, enters)
-        by = in_fork(lambda m=mutant, t=tests: attempt(m, t, *options), a.timeout) if tests else ""
-        verdict = "timeout" if by is None else "killed" if by else "survived"
-        results.append(asdict(mutant) | {"verdict": verdict, "by": by, "tests": len(tests)})
-        out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        took = time.perf_counter() - started
-        print(
-            f"{number:4} {verdict:8} {took:6.1f} s {len(tests):4} tests  "
-            f"{mutant.file}:{mutant.line}  {by or ''}",
-            flush=True,
-        )
-    report(results)
+    report(examine(chosen, options, a.timeout, out))
 
 
 if __name__ == "__main__":

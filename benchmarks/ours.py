@@ -178,7 +178,7 @@ class Scoring:
         width = tokens.shape[1]
         mask = response_mask(torch.tensor([len(p) for p, _ in pairs]), lengths, width)
         if padded:
-            llama._WRITTEN_OUT[model.base_model] = False
+            llama._HAS_FUSED_FORWARD[model.base_model] = False
             rows = torch.arange(size.rows).split(max(MICRO_BATCH_TOKENS // width, 1))
             pieces = [(piece, width) for piece in rows]
         else:

@@ -1,5 +1,5 @@
-"""Is looking fast? A long run, a wide step and a large folder in the studio, and what writing
-rollouts costs.
+"""How fast the studio shows a long run, a wide step and a large folder, and what writing rollouts
+costs.
 
     python benchmarks/studio.py
 
@@ -7,16 +7,20 @@ Prints the table of docs/performance.md and writes benchmarks/results/studio.jso
 minutes.
 """
 
+import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -29,7 +33,7 @@ from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts, write_tokens
 from quartet.runs.reader import Run
 from quartet.runtime import pipeline
-from quartet.stages import rl as stages
+from quartet.stages import rl
 
 RESULTS = Path(__file__).parent / "results" / "studio.json"
 PORT = 8799
@@ -48,10 +52,10 @@ COLUMNS += ("advantage", "return", "ratio", "entropy")
 
 
 def long_run(folder: Path, steps: int) -> None:
-    """Twenty thousand steps with as many metrics as PPO has."""
+    """Write a run of so many steps, with as many metrics as PPO has."""
     rng = np.random.default_rng(0)
     names = ["reward", "reward/gold", "kl", "policy/entropy", *(f"loss/{i}" for i in range(36))]
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with (folder / "events.jsonl").open("w") as file:
         file.write(json.dumps({"time": 0.0, "event": "started", "stage": "ppo"}) + "\n")
         for step in range(1, steps + 1):
@@ -68,7 +72,7 @@ def long_run(folder: Path, steps: int) -> None:
 
 
 def wide_step(path: Path, rows: int, tokens: int) -> int:
-    """One step of so many rollouts; its size in bytes."""
+    """Write one step of so many rollouts and return its size in bytes."""
     rng = np.random.default_rng(0)
     count = rows * tokens
     sample = np.repeat(np.arange(rows, dtype=np.int32), tokens)
@@ -97,41 +101,40 @@ def wide_step(path: Path, rows: int, tokens: int) -> int:
     return write_tokens(table, path).stat().st_size
 
 
-def writing_share(root: Path) -> dict[str, float]:
-    """What part of a PPO step of `reviews` goes into the record: its rollouts, its line of events,
-    its share of the probes."""
+def writing_share(root: Path, *settings: str) -> dict[str, float]:
+    """Return which part of the PPO steps of `reviews` goes into the record: the rollouts, the lines
+    of events, and the probes. `settings` come on top of the benchmark's own."""
     spent = dict.fromkeys(("rollouts", "events", "probes"), 0.0)
 
     def measured(name: str, function: Any) -> Any:
-        def call(*arguments: Any, **named: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
-            result = function(*arguments, **named)
+            result = function(*args, **kwargs)
             spent[name] += time.perf_counter() - started
             return result
 
         return call
 
     words = ["sft.steps=5", "reward_model.steps=5", "run.steps=20", "evaluation.prompts=8"]
-    settings = read_settings(recipe_path("reviews"), words, "recipe reviews")
-    job = build(settings.config)
+    config = read_settings(recipe_path("reviews"), [*words, *settings], "recipe reviews").config
+    job = build(config)
     folder = RunFolder.create(root, "writing", {})
-    folder.event, folder.write_rollouts = (
-        measured("events", folder.event),
-        measured("rollouts", folder.write_rollouts),
-    )
-    stages.probe_table = measured("probes", stages.probe_table)
+    folder.event = measured("events", folder.event)  # type: ignore[method-assign]
+    folder.write_rollouts = measured("rollouts", folder.write_rollouts)  # type: ignore[method-assign]
     steps = 0.0
-    for event in pipeline.Pipeline(job.stages, folder, TokenTexts(job.tokenizer)).run():
-        if isinstance(event, pipeline.Advanced) and event.stage.name == "ppo":
-            steps += sum(event.progress.seconds.values())
-        elif isinstance(event, pipeline.Started):
-            spent.update(dict.fromkeys(spent, 0.0)) if event.stage.name == "ppo" else None
-        elif isinstance(event, pipeline.Finished) and event.stage.name == "ppo":
-            break
+    with mock.patch.object(rl, "probe_table", measured("probes", rl.probe_table)):
+        for event in pipeline.Pipeline(job.stages, folder, TokenTexts(job.tokenizer)).run():
+            if isinstance(event, pipeline.Advanced) and event.stage.name == "ppo":
+                steps += sum(event.progress.seconds.values())
+            elif isinstance(event, pipeline.Started) and event.stage.name == "ppo":
+                spent.update(dict.fromkeys(spent, 0.0))
+            elif isinstance(event, pipeline.Finished) and event.stage.name == "ppo":
+                break
     return {name: round(seconds / steps, 4) for name, seconds in spent.items()}
 
 
 def timed(client: httpx.Client, address: str, repeats: int = 5) -> dict[str, float]:
+    """Return the seconds of the first request and the median of all."""
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -145,57 +148,75 @@ def memory_mb(pid: int) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1000
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as made:
-        root = Path(made)
-        long_run(root / "long", 20_000)
-        long_run(root / "large", 2)
-        bytes_of_step = wide_step(root / "large" / "rollouts" / "000001.parquet", 200, 512)
-        copies = 5 * 10**9 // bytes_of_step
-        for number in range(
-            2, copies + 1
-        ):  # as many names for the same bytes: nobody reads them all
-            os.link(
-                root / "large" / "rollouts" / "000001.parquet",
-                root / "large" / "rollouts" / f"{number:06d}.parquet",
-            )
-        command = [
-            str(Path(sys.executable).parent / "quartet"),
-            "studio",
-            str(root),
-            "--port",
-            str(PORT),
-        ]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        client = httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60)
-        try:
-            for _ in range(200):
+@contextmanager
+def studio(root: Path) -> Iterator[tuple[httpx.Client, int]]:
+    """Serve the runs of a folder; yields a client of the studio and the server's process id."""
+    quartet = str(Path(sys.executable).parent / "quartet")
+    server = subprocess.Popen(
+        [quartet, "studio", str(root), "--port", str(PORT)], stdout=subprocess.DEVNULL
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60) as client:
+            for _ in range(600):
                 try:
                     client.get("/static/icon.svg")
                     break
                 except httpx.ConnectError:
                     time.sleep(0.05)
-            results: dict[str, Any] = {
-                "overview of 20,000 steps": timed(client, "/run/long/"),
-                "doctor on 20,000 steps": timed(client, "/run/long/doctor", 1),
-                "list of runs": timed(client, "/"),
-                f"samples, 200 × 512 tokens, one of {copies:,} files": timed(
-                    client, "/run/large/samples?step=7"
-                ),
-                "inspector, 512 tokens": timed(client, "/run/large/tokens?step=7&sample=150"),
-            }
-            for step in range(1, 40):
-                client.get(f"/run/large/samples?step={step}").raise_for_status()
-            results["peak memory, MB"] = memory_mb(server.pid)
-            results["folder, GB"] = copies * bytes_of_step / 1e9
-        finally:
-            server.terminate()
-            server.wait()
-        started = time.perf_counter()
-        Run(root / "long")
-        results["Run() of 20,000 steps"] = round(time.perf_counter() - started, 2)
-        shutil.rmtree(root / "large")
-        results["share of a PPO step that goes into the record"] = writing_share(root)
+            yield client, server.pid
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much the studio is asked to show."""
+
+    steps: int = 20_000
+    rows: int = 200
+    tokens: int = 512
+    folder_bytes: int = 5 * 10**9
+
+
+def looking(root: Path, load: Workload) -> dict[str, Any]:
+    """Measure the studio's pages on a long run, a wide step and a large folder."""
+    long_run(root / "long", load.steps)
+    long_run(root / "large", 2)
+    rollouts = root / "large" / "rollouts"
+    bytes_of_step = wide_step(rollouts / "000001.parquet", load.rows, load.tokens)
+    copies = load.folder_bytes // bytes_of_step
+    for number in range(2, copies + 1):  # many names for the same bytes: no page reads all of them
+        os.link(rollouts / "000001.parquet", rollouts / f"{number:06d}.parquet")
+    wide = f"{load.rows} × {load.tokens} tokens"
+    with studio(root) as (client, pid):
+        results: dict[str, Any] = {
+            f"overview of {load.steps:,} steps": timed(client, "/run/long/"),
+            f"doctor on {load.steps:,} steps": timed(client, "/run/long/doctor", 1),
+            "list of runs": timed(client, "/"),
+            f"samples, {wide}, one of {copies:,} files": timed(client, "/run/large/samples?step=7"),
+            f"inspector, {load.tokens} tokens": timed(
+                client, f"/run/large/tokens?step=7&sample={3 * load.rows // 4}"
+            ),
+        }
+        for step in range(1, min(copies, 40)):
+            client.get(f"/run/large/samples?step={step}").raise_for_status()
+        results["peak memory, MB"] = memory_mb(pid)
+    results["folder, GB"] = copies * bytes_of_step / 1e9
+    started = time.perf_counter()
+    Run(root / "long")
+    results[f"Run() of {load.steps:,} steps"] = round(time.perf_counter() - started, 2)
+    return results
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = looking(Path(folder) / "looking", Workload())
+    with tempfile.TemporaryDirectory() as folder:
+        results["share of a PPO step that goes into the record"] = writing_share(Path(folder))
     for name, value in results.items():
         print(f"{name:<55} {value}")
     RESULTS.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")

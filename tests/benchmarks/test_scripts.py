@@ -1,0 +1,162 @@
+"""The other benchmarks at toy size, through their own functions."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+
+from tests.support.tiny_run import SMALL_REVIEWS
+
+GPU = torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("work", ["generation", "continuous batching", "ppo", "grpo"])
+def test_gpu_measures_a_work_on_whatever_device_there_is(work):
+    import gpu
+
+    device = torch.device("cuda" if GPU else "cpu")
+    shape = gpu.SHAPES["tiny"]
+    machine = gpu.Machine(device, tflops=1.0, gb_s=1.0)
+    result = gpu.WORKS[work](shape, gpu.make_model(shape, device), machine)
+    if "skipped" in result:
+        pytest.skip(result["skipped"])
+    seconds = result["seconds"] if work == "generation" else result["phases"]["update"]
+    assert seconds > 0 and result["tokens"] > 0
+
+
+def test_gpu_reports_a_work_that_fails_and_goes_on():
+    import gpu
+
+    def fails(*_):
+        raise RuntimeError("no memory")
+
+    machine = gpu.Machine.measured(torch.device("cpu"))
+    assert machine.tflops > 0 and machine.gb_s > 0
+    assert gpu.attempt(fails, gpu.SHAPES["tiny"], None, machine) == {
+        "failed": "RuntimeError: no memory"
+    }
+
+
+def test_gpu_counts_the_bytes_of_decoding():
+    import gpu
+
+    shape = dataclasses.replace(gpu.SHAPES["tiny"], layers=1, kv_heads=1, hidden=8, heads=4)
+    model = torch.nn.Linear(3, 2, bias=False)  # 24 bytes
+    # Two steps read the weights; 5 + 6 tokens of one row and 2 of the other, 2 · 2 · 2 bytes each.
+    assert shape.kv_bytes_per_token == 8
+    assert gpu.bytes_read(shape, model, [5, 2], [2, 1]) == 2 * 24 + (5 + 6 + 2) * 8
+
+
+@pytest.mark.parametrize("way", ["torch's own log_softmax", "selective", "quartet"])
+def test_each_way_through_the_head_computes_the_same(way):
+    import head
+
+    measured, expected = (head.measure(name, 97, 16, 24) for name in (way, "selective"))
+    assert measured["sum"] == pytest.approx(expected["sum"], rel=1e-5)
+    assert measured["norm"] == pytest.approx(expected["norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_ways_through_the_head_are_measured_in_processes_of_their_own():
+    import head
+
+    assert len(head.compare(97, 16, 24, 1)) == 2 + len(head.WAYS)
+
+
+def test_scaling_measures_the_three_phases():
+    import scaling
+    import workload as w
+
+    phases = scaling.phases(w.SIZES["tiny"], 1)
+    assert list(phases) == ["generate", "score", "train"]
+    assert phases["score"].operations < phases["train"].operations < 4 * phases["score"].operations
+    assert scaling.row("tiny", phases, 1.0).count("|") == 8
+
+
+def test_the_studio_is_measured_on_a_small_folder(tmp_path):
+    import studio
+
+    load = studio.Workload(steps=20, rows=4, tokens=40, folder_bytes=10**5)
+    results = studio.looking(tmp_path, load)
+    assert results["overview of 20 steps"]["median"] > 0 and results["peak memory, MB"] > 0
+
+
+def test_the_share_of_a_step_that_is_written_is_measured(tmp_path):
+    import studio
+
+    share = studio.writing_share(tmp_path, *SMALL_REVIEWS, "run.steps=2")
+    assert all(0 < value < 1 for name, value in share.items() if name != "probes")
+
+
+def test_an_engine_is_measured():
+    import engines
+
+    assert engines.seconds_of_a_step(["run.steps=7"]) > 0
+    measured = {name: [0.25, 0.5, 1.0] for name in engines.ENGINES}
+    assert engines.table(measured).splitlines()[2] == "| Local | 500 ms | +0 ms |"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", range(1, 7))
+def test_every_engine_is_measured(engine):
+    import engines
+
+    name = list(engines.ENGINES)[engine]
+    if name.startswith("Ray"):
+        pytest.importorskip("ray")
+    assert engines.seconds_of_a_step([*engines.ENGINES[name], "run.steps=7"]) > 0
+
+
+def test_the_doctor_and_learning_are_measured_on_the_same_small_runs(tmp_path):
+    import doctor
+    import learning
+
+    job = learning.run("reviews", 0, [*SMALL_REVIEWS, "run.steps=2"], tmp_path, "reviews", 1)
+    assert job["seed"] == 0 and 0 <= job["win_rate"]["mean"] <= 1
+    assert learning.table([job]).count("\n") == 4
+    assert doctor.healthy(tmp_path, "reviews", 0)["recipe"] == "reviews"  # of the run that is there
+    fault = doctor.faulty(tmp_path, "sign", 0, *SMALL_REVIEWS, "run.steps=2")
+    assert fault["fault"] == "sign" and isinstance(fault["found"], dict)
+    assert doctor.table([fault]).count("\n") == 1 + len(doctor.FAULTS)
+
+
+@pytest.mark.slow
+def test_the_hacking_job_starts_from_the_models_of_the_reviews_job(tmp_path):
+    import learning
+
+    settings = [*SMALL_REVIEWS, "run.steps=2"]
+    learning.run("reviews", 0, settings, tmp_path, "reviews", 1)
+    *_, words = learning.JOBS["hacking"]
+    job = learning.run("reviews", 0, [*words, *settings], tmp_path, "hacking", 1)
+    assert job["reward_model"] is None
+
+
+def test_mutants_of_a_formula_are_found():
+    import mutation
+
+    mutants = mutation.mutants("src/quartet/algorithms/masked.py")
+    assert len(mutants) > 10 and all(m.before != m.after for m in mutants)
+    chosen = mutation.sample(1, 0)
+    assert len({m.file for m in chosen}) == len(
+        [f for f in (mutation.ROOT / mutation.FORMULAS).glob("*.py") if mutation.mutants(str(f))]
+    )
+
+
+@pytest.mark.slow
+def test_a_mutant_is_killed_by_the_tests_of_the_algorithms(tmp_path):
+    import subprocess
+
+    script = (
+        "import sys, pathlib, mutation\n"
+        "first = mutation.mutants('src/quartet/algorithms/masked.py')[:1]\n"
+        "ignore = [f'--ignore={mutation.TESTS}/test_closed_form.py']\n"
+        "mutation.report(mutation.examine(first, ignore, 120, pathlib.Path(sys.argv[1])))\n"
+    )
+    from tests.benchmarks.conftest import FOLDER
+
+    out = tmp_path / "mutation.json"
+    subprocess.run([sys.executable, "-c", script, str(out)], cwd=FOLDER, check=True, timeout=600)
+    [result] = json.loads(out.read_text(encoding="utf-8"))
+    assert result["verdict"] == "killed"
