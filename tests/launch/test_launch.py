@@ -17,15 +17,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from quartet.assembly import build, device
+from quartet.assembly import build
+from quartet.assembly.models import device
 from quartet.config.toml import ConfigError, read_settings
 from quartet.distributed.process_group import TorchProcessGroup
 from quartet.errors import NonFinite
 from quartet.launch import spmd
-from quartet.launch.spmd import Spmd, by_another, follow
+from quartet.launch.processes import Follower, wait_for
+from quartet.launch.spmd import ProcessWorkers, by_another, follow
 from quartet.models.language_model import ModelError
 from quartet.recipes import recipe_path
-from quartet.runtime.worker import Local, WorkerLost, mapped
+from quartet.runtime.worker import LocalWorkers, WorkerLost
 from tests.support.tiny_run import SMALL_REVIEWS
 
 QUARTET = str(Path(sys.executable).parent / "quartet")
@@ -498,7 +500,9 @@ def test_what_several_ranks_cannot_do_is_said(words, sentence):
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr("quartet.assembly.device", lambda name, process_group: torch.device("cuda"))
+    monkeypatch.setattr(
+        "quartet.assembly.assembler.device", lambda name, process_group: torch.device("cuda")
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     config = read_settings(recipe_path("reviews"), ["launch.processes=2"], "recipe reviews").config
     with pytest.raises(
@@ -558,7 +562,7 @@ def two(monkeypatch):
     store, other = dist.HashStore(), Doubles(1)
     following = threading.Thread(target=follow, args=(other, store, 1))
     following.start()
-    group = Spmd(Doubles(), store, 2, deadline=20.0)
+    group = ProcessWorkers(Doubles(), store, 2, deadline=20.0)
     yield group, other, following
     other.free.set()
     group.close()
@@ -566,23 +570,25 @@ def two(monkeypatch):
     assert not following.is_alive()
 
 
-def test_the_three_verbs_in_one_process():
-    group = Local(Doubles())
+def test_a_call_in_one_process():
+    group = LocalWorkers(Doubles())
     assert group.call("double", [1, 2]) == [[2, 4]]
-    assert group.map("double", [5, 1, 4], [1, 1, 1]) == [10, 2, 8]
-    assert group.start("double", [3]).result() == [[6]]
-    assert group.world == 1 and group.untouched()
+    assert group.world_size == 1 and group.untouched()
 
 
-def test_the_three_verbs_in_two(two):
+def test_a_call_in_two(two):
     group, other, _ = two
     assert group.call("double", [1, 2]) == [[2, 4], [2, 4]]
+    assert (group.worker.seen, other.seen) == ([[1, 2]], [[1, 2]])
     assert group.untouched()
-    assert group.map("double", [5, 1, 4], [9, 1, 2]) == [10, 2, 8]
-    assert (group.worker.seen[-1], other.seen[-1]) == ([5], [1, 4])
-    begun = group.start("double", [3])
-    assert not group.untouched()
-    assert begun.result() == [[6], [6]]
+
+
+def test_a_group_is_not_untouched_while_a_call_is_under_way(two):
+    group, *_ = two
+    untouched = []
+    group.worker.double = lambda rows: untouched.append(group.untouched())
+    group.call("double", [3])
+    assert untouched == [False] and group.untouched()
 
 
 def test_the_rank_that_failed_is_the_cause_and_ends(two):
@@ -619,7 +625,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_stuck(tw
 @pytest.mark.slow
 def test_on_ray_a_long_step_is_not_a_lost_rank_and_a_dead_one_is():
     ray = pytest.importorskip("ray")
-    from quartet.launch.on_ray import OnRay
+    from quartet.launch.on_ray import RayWorkers
 
     class Slow:
         def alive(self):
@@ -637,7 +643,7 @@ def test_on_ray_a_long_step_is_not_a_lost_rank_and_a_dead_one_is():
         _node_ip_address="127.0.0.1",
     )
     try:
-        group = object.__new__(OnRay)
+        group = object.__new__(RayWorkers)
         group.deadline, group.ranks = (
             0.3,
             [ray.remote(max_concurrency=2)(Slow).remote() for _ in range(2)],
@@ -651,17 +657,6 @@ def test_on_ray_a_long_step_is_not_a_lost_rank_and_a_dead_one_is():
         ray.shutdown()
 
 
-def test_rows_are_dealt_out_by_tokens_and_come_back_in_order():
-    dealt = []
-
-    def call(rows):
-        dealt.extend(rows)
-        return [[10 * row for row in mine] for mine in rows]
-
-    assert mapped([1, 2, 3, 4], [9, 1, 1, 7], 2, call) == [10, 20, 30, 40]
-    assert dealt == [[1], [2, 3, 4]] or sum(map(len, dealt)) == 4
-
-
 def test_a_rank_that_ends_or_does_not_come_before_it_has_begun_is_lost():
     for command, patience, said in (
         ("exit 3", 60.0, "ended with code 3 before"),
@@ -669,7 +664,7 @@ def test_a_rank_that_ends_or_does_not_come_before_it_has_begun_is_lost():
     ):
         process = subprocess.Popen(["sh", "-c", command])
         with pytest.raises(WorkerLost, match=f"rank 1 of the run was lost: it {said}"):
-            spmd.wait_for([spmd.Process(1, process)], dist.HashStore(), patience)
+            wait_for([Follower(1, process)], dist.HashStore(), patience)
         process.kill()
         process.wait()
 
@@ -695,6 +690,6 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     assert chosen == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:1"]
 
 
-def test_one_process_builds_no_team():
+def test_one_process_builds_no_process_group():
     job = build(read_settings(recipe_path("sums"), [], "recipe sums").config)
     assert job.process_group.world_size == 1

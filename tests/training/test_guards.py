@@ -30,7 +30,7 @@ from quartet.rewards.protocol import Weighted, rewarded
 from quartet.runs.doctor import INVARIANTS, Watch
 from quartet.runs.reader import Run
 from quartet.runtime.pipeline import Advanced, Finished, Pipeline, Saving, StageFailed, Warned
-from quartet.runtime.worker import Local, Worker
+from quartet.runtime.worker import LocalWorkers, Worker
 from quartet.stages.protocol import StageRun
 from quartet.stages.sft import SftStage
 from quartet.training import imitation
@@ -412,7 +412,7 @@ def test_where_nothing_has_been_learnt_yet_the_run_says_why_it_cannot_go_back(
 def test_where_other_ranks_may_have_learnt_already_the_stage_begins_again(tmp_path, monkeypatch):
     """Whether weights have moved in the failed step is known before the next call to the ranks, and not after it."""
 
-    class Ranks(Local):
+    class Ranks(LocalWorkers):
         busy = False
 
         def call(self, name, *arguments):
@@ -426,7 +426,7 @@ def test_where_other_ranks_may_have_learnt_already_the_stage_begins_again(tmp_pa
 
     sft, folder = stage(monkeypatch, {1}), RunFolder.create(tmp_path, "x", {})
     pipeline = Pipeline([sft], folder, TokenTexts(tokenizer()), Saving(every=6, rollbacks=1))
-    told = list(pipeline.run(crew=Ranks(Worker([sft], folder.path))))
+    told = list(pipeline.run(workers=Ranks(Worker([sft], folder.path))))
     folder.close()
     [warned] = [event for event in told if isinstance(event, Warned)]
     assert warned.sentence.startswith("rolled back to sft-000000") and isinstance(

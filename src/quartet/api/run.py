@@ -125,7 +125,7 @@ class TrainingRun:
         try:
             with logging_to(folder / "run.log"):
                 while True:
-                    with interruption:  # signals are handled here, not while the caller's code runs
+                    with interruption:  # not while the code of the caller runs
                         event = next(events, None)
                     if event is None:
                         break

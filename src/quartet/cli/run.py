@@ -256,7 +256,9 @@ def _print_measured(settings: "Settings") -> None:
 def _print_cluster(settings: "Settings", words: str, bound: int | None) -> None:
     import statistics
 
-    from quartet.planning.cluster import Cluster, in_words, plan_cluster, simulated
+    from quartet.planning.cluster import in_words, plan_cluster
+    from quartet.planning.hardware import Cluster
+    from quartet.planning.simulation import simulated
 
     try:
         made = plan_cluster(settings.config, Cluster.of(words))

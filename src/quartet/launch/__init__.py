@@ -1,5 +1,5 @@
-"""The workers of a run behind other processes: the same objects, spoken to by the same three verbs.
+"""Starting the workers of a run in other processes and on other machines.
 
-`spmd` needs nothing but torch: processes that this one starts, or that torchrun or srun has
-started. `on_ray` needs Ray.
+`processes`, `follower`, `spmd` and `store` need nothing but torch: they serve processes that rank 0
+starts, or that torchrun or srun has started. `on_ray` needs Ray. `start` chooses between them.
 """

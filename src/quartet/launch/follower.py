@@ -1,41 +1,40 @@
-"""A rank that follows: `python -m quartet.launch.follower RANK WORLD PORT DEADLINE FOLDER [FAULT]`,
-started by rank 0."""
+"""A rank that follows rank 0: `python -m quartet.launch.follower RANK WORLD_SIZE PORT DEADLINE
+FOLDER [FAULT]`."""
 
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from quartet.distributed.process_group import TorchProcessGroup
-from quartet.launch.spmd import LOOPBACK, Beating, follow, store_at
+from quartet.launch.spmd import follow
+from quartet.launch.store import LOOPBACK, Heartbeat, store_at
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank a process is, and where the store is."""
+
+    rank: int
+    world_size: int
+    host: str
+    port: int
 
 
 def main() -> None:
-    rank, world, port, deadline, folder = (
-        int(sys.argv[1]),
-        int(sys.argv[2]),
-        int(sys.argv[3]),
-        float(sys.argv[4]),
-        sys.argv[5],
-    )
-    be_a_rank(
-        LOOPBACK,
-        port,
-        rank,
-        world,
-        deadline,
-        Path(folder),
-        sys.argv[6] if len(sys.argv) > 6 else None,
-    )
+    rank, world_size, port, deadline, folder, *fault = sys.argv[1:]
+    place = Place(int(rank), int(world_size), LOOPBACK, int(port))
+    run_follower(place, float(deadline), Path(folder), fault[0] if fault else None)
 
 
-def be_a_rank(
-    host: str, port: int, rank: int, world: int, deadline: float, folder: Path, fault: str | None
-) -> None:
-    """Build what rank 0 builds, from the config in the run's folder, and follow it to the end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to hear
+def run_follower(place: Place, deadline: float, folder: Path, fault: str | None) -> None:
+    """Build what rank 0 builds, from the config in the run's folder, and follow rank 0 until it
+    ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; rank 0 decides what it means
     import torch.distributed as dist
 
-    beating = Beating(host, port, rank)
+    # It begins before the slow imports: a rank that is still importing is alive.
+    heartbeat = Heartbeat(place.host, place.port, place.rank)
     from quartet.assembly import build
     from quartet.config.toml import read_settings
     from quartet.runtime.machine import keep_freed_memory
@@ -43,12 +42,12 @@ def be_a_rank(
 
     config = read_settings(folder / "config.resolved.toml").config
     keep_freed_memory(in_parts=bool(config.launch.shard))
-    store = store_at(host, port)
-    process_group = TorchProcessGroup(rank, world)
+    store = store_at(place.host, place.port)
+    process_group = TorchProcessGroup(place.rank, place.world_size)
     job = build(config, fault, process_group)
     process_group.join(dist.PrefixStore("process_group", store), deadline, job.device)
-    follow(Worker(job.stages, folder, process_group), store, rank)
-    beating.stopped.set()
+    follow(Worker(job.stages, folder, process_group), store, place.rank)
+    heartbeat.stopped.set()
     dist.destroy_process_group()
 
 

@@ -1,32 +1,31 @@
-"""Ranks that are Ray's actors: on this machine, or wherever the cluster has room. The driver is the
-run's process, and no rank.
+"""Workers that are Ray actors: on this machine, or wherever the cluster has room. The run's process
+drives them and is no rank itself.
 
-Actors get the run folder's path, and so need a file system that all share; of the driver's
-environment they get nothing. Ray's own ports stay on loopback where this process starts it.
+Actors get the path of the run folder, so all of them need a file system that holds it. They get
+nothing of the driver's environment. Where this process starts Ray, Ray's ports are on loopback.
 """
 
 import contextlib
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quartet.config.run import Launch
 from quartet.distributed.process_group import PATIENCE
 from quartet.launch.spmd import by_another
-from quartet.runtime.worker import Handle, Worker, WorkerLost, mapped
+from quartet.runtime.worker import Worker, WorkerLost
 
 ALIVE = 10.0
-"""Seconds in which a rank that is alive says so."""
+"""Seconds that a rank has to answer that it is alive."""
 
 
 class Rank:
-    """What an actor is: a worker, and what it takes to make one."""
+    """The actor of one rank: it builds a worker and calls its methods."""
 
-    def __init__(self, rank: int, world: int, deadline: float, interface: str | None) -> None:
-        self.rank, self.world, self.deadline = rank, world, deadline
+    def __init__(self, rank: int, world_size: int, deadline: float, interface: str | None) -> None:
+        self.rank, self.world_size, self.deadline = rank, world_size, deadline
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
         self.worker: Worker | None = None
@@ -35,7 +34,7 @@ class Rank:
         return True
 
     def address(self) -> tuple[str, int]:
-        """Where the others find this rank's store."""
+        """Return a free address of this machine, for the store."""
         import ray
 
         with socket.socket() as probe:
@@ -43,97 +42,91 @@ class Rank:
             host, port = probe.getsockname()
         return str(host), int(port)
 
-    def join(self, host: str, port: int, here: str, folder: str, fault: str | None) -> None:
-        """`here`: where the driver is, and what its files' names start from."""
+    def join(
+        self, store_address: tuple[str, int], directory: str, folder: str, fault: str | None
+    ) -> None:
+        """Build the worker and connect to the other ranks. `directory` is the driver's working
+        directory, which relative paths of the config start from."""
         import torch.distributed as dist
 
         from quartet.assembly import build
         from quartet.config.toml import read_settings
         from quartet.distributed.process_group import TorchProcessGroup
 
-        os.chdir(here)
-        store = dist.TCPStore(host, port, is_master=self.rank == 0, wait_for_workers=False)
-        process_group = TorchProcessGroup(self.rank, self.world)
-        job = build(
-            read_settings(Path(folder) / "config.resolved.toml").config, fault, process_group
-        )
+        os.chdir(directory)
+        is_server = self.rank == 0
+        store = dist.TCPStore(*store_address, is_master=is_server, wait_for_workers=False)
+        process_group = TorchProcessGroup(self.rank, self.world_size)
+        config = read_settings(Path(folder) / "config.resolved.toml").config
+        job = build(config, fault, process_group)
         process_group.join(dist.PrefixStore("process_group", store), self.deadline, job.device)
         self.worker = Worker(job.stages, Path(folder), process_group)
 
     def do(self, name: str, *args: Any) -> Any:
+        """Call a method of the worker."""
         return getattr(self.worker, name)(*args)
 
 
-class OnRay:
-    """The group of all actors."""
+class RayWorkers:
+    """The worker group of all actors."""
 
     def __init__(self, launch: Launch, device: str, folder: Path, fault: str | None) -> None:
-        """`device`: the config's. Each rank gets a GPU where the cluster has enough, unless it is
-        to be the CPU."""
+        """`device` is the config's. Every rank gets a GPU if the cluster has enough of them, except
+        with "cpu"."""
         import ray
 
-        self.world, self.deadline, self._busy = launch.processes, launch.deadline, False
+        self.world_size, self.deadline, self._busy = launch.processes, launch.deadline, False
         self.ranks: list[Any] = []
-        self.owner = not ray.is_initialized()
-        if self.owner and launch.address is None:
-            here = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
-            ray.init(num_cpus=self.world, log_to_driver=False, logging_level="error", **here)
-        elif self.owner:
+        self.owns_ray = not ray.is_initialized()
+        if self.owns_ray and launch.address is None:
+            loopback = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+            ray.init(
+                num_cpus=self.world_size, log_to_driver=False, logging_level="error", **loopback
+            )
+        elif self.owns_ray:
             ray.init(address=launch.address, log_to_driver=False, logging_level="error")
         interface = "lo" if launch.address is None else os.environ.get("GLOO_SOCKET_IFNAME")
-        gpus = int(
-            device != "cpu"
-            and (device != "auto" or ray.cluster_resources().get("GPU", 0) >= self.world)
-        )
+        enough = ray.cluster_resources().get("GPU", 0) >= self.world_size
+        gpus = int(device != "cpu" and (device != "auto" or enough))
         self.placement = ray.util.placement_group(
-            [{"CPU": 1, "GPU": gpus}] * self.world, strategy="SPREAD"
+            [{"CPU": 1, "GPU": gpus}] * self.world_size, strategy="SPREAD"
         )
         try:
-            self._begin(gpus, interface, folder, fault)
-        except BaseException:  # a process that starts itself anew would leave them behind
+            self._start(gpus, interface, folder, fault)
+        except BaseException:  # a run that restarts its process would leave the actors behind
             self.close()
             raise
 
-    def _begin(self, gpus: int, interface: str | None, folder: Path, fault: str | None) -> None:
-        """The actors, joined."""
+    def _start(self, gpus: int, interface: str | None, folder: Path, fault: str | None) -> None:
+        """Start the actors and let them join each other."""
         import ray
 
         try:
             ray.get(self.placement.ready(), timeout=PATIENCE)
         except ray.exceptions.GetTimeoutError:
             raise RuntimeError(
-                f"the Ray cluster has no room for {self.world} ranks of one "
+                f"the Ray cluster has no room for {self.world_size} ranks of one "
                 f"{'GPU' if gpus else 'CPU'} each."
             ) from None
+        # Two at once: a rank that is at work must still be able to answer that it is alive.
         actor = ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=2)(Rank)
-        place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
+        strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
         self.ranks = [
             actor.options(
-                scheduling_strategy=place(self.placement, placement_group_bundle_index=rank)
-            ).remote(rank, self.world, self.deadline, interface)
-            for rank in range(self.world)
+                scheduling_strategy=strategy(self.placement, placement_group_bundle_index=rank)
+            ).remote(rank, self.world_size, self.deadline, interface)
+            for rank in range(self.world_size)
         ]
-        [(host, port)] = self._all([self.ranks[0].address.remote()])
-        where = (host, port, str(Path.cwd()), str(folder.resolve()), fault)
-        self._all([rank.join.remote(*where) for rank in self.ranks])
+        [address] = self._all([self.ranks[0].address.remote()])
+        arguments = (address, str(Path.cwd()), str(folder.resolve()), fault)
+        self._all([rank.join.remote(*arguments) for rank in self.ranks])
 
     def call(self, name: str, *args: Any) -> list[Any]:
-        return self.start(name, *args).result()
-
-    def map(self, name: str, rows: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
-        def call(dealt: list[list[Any]]) -> list[list[Any]]:
-            self._busy = True
-            return self._all(
-                [rank.do.remote(name, mine) for rank, mine in zip(self.ranks, dealt, strict=True)]
-            )
-
-        return mapped(rows, lengths, self.world, call)
-
-    def start(self, name: str, *args: Any) -> Handle:
         self._busy = True
-        return _Later(self, [rank.do.remote(name, *args) for rank in self.ranks])
+        return self._all([rank.do.remote(name, *args) for rank in self.ranks])
 
     def untouched(self) -> bool:
+        """Return whether no call is under way."""
         return not self._busy
 
     def close(self) -> None:
@@ -144,15 +137,15 @@ class OnRay:
                 ray.kill(rank)
         with contextlib.suppress(Exception):
             ray.util.remove_placement_group(self.placement)
-        if self.owner:
+        if self.owns_ray:
             ray.shutdown()
 
-    def _all(self, asked: Sequence[Any]) -> list[Any]:
-        """What each of them says, however long it takes, as long as all are alive: that is asked at
-        every deadline."""
+    def _all(self, calls: Sequence[Any]) -> list[Any]:
+        """Return the results of the ranks' calls. A call may take any time as long as all ranks are
+        alive, which is checked whenever none has finished within the deadline."""
         import ray
 
-        waiting = list(asked)
+        waiting = list(calls)
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=self.deadline)
             if not ready and (dead := self._dead()):
@@ -160,24 +153,25 @@ class OnRay:
             try:
                 ray.get(ready)
             except ray.exceptions.RayTaskError as error:
-                raise self._cause(error.as_instanceof_cause(), asked) from None
+                raise self._cause(error.as_instanceof_cause(), calls) from None
             except ray.exceptions.RayActorError:
                 raise WorkerLost(
-                    self._dead() or [list(asked).index(ready[0])], "its process is gone."
+                    self._dead() or [list(calls).index(ready[0])], "its process is gone."
                 ) from None
         self._busy = False
-        return list(ray.get(list(asked)))
+        return list(ray.get(list(calls)))
 
-    def _cause(self, error: Exception, asked: Sequence[Any]) -> Exception:
-        """Why one could not go on: others that are lost, or itself."""
+    def _cause(self, error: Exception, calls: Sequence[Any]) -> Exception:
+        """Return why a rank could not finish its call: ranks that are lost or wait elsewhere, or
+        its own error."""
         import ray
 
         if not by_another(error):
             return error
         if dead := self._dead():
             return WorkerLost(dead, "its process is gone.")
-        _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ALIVE)
-        stuck = [rank for rank, one in enumerate(asked) if one in silent]
+        _, unfinished = ray.wait(list(calls), num_returns=len(calls), timeout=ALIVE)
+        stuck = [rank for rank, call in enumerate(calls) if call in unfinished]
         return (
             WorkerLost(stuck, f"alive, but not where the others waited for it ({error}).")
             if stuck
@@ -185,24 +179,15 @@ class OnRay:
         )
 
     def _dead(self) -> list[int]:
-        """Ranks that do not say within a while that they are alive."""
+        """Return the ranks that do not answer within `ALIVE` seconds."""
         import ray
 
-        asked = {rank.alive.remote(): number for number, rank in enumerate(self.ranks)}
-        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ALIVE)
-        silent = [number for ref, number in asked.items() if ref not in ready]
-        for ref in ready:
+        calls = {rank.alive.remote(): number for number, rank in enumerate(self.ranks)}
+        ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=ALIVE)
+        dead = [number for call, number in calls.items() if call not in ready]
+        for call in ready:
             try:
-                ray.get(ref)
-            except Exception:
-                silent.append(asked[ref])
-        return sorted(silent)
-
-
-@dataclass
-class _Later:
-    group: OnRay
-    asked: Sequence[Any]
-
-    def result(self) -> list[Any]:
-        return self.group._all(self.asked)
+                ray.get(call)
+            except Exception:  # the answer is that the actor has died
+                dead.append(calls[call])
+        return sorted(dead)
