@@ -121,7 +121,8 @@ class TrainingRun:
         screen = _screen() if progress else None
         interruption = Interruption(self.settings.config.run.max_minutes)
         config, folder = self.settings.config, self.folder
-        events = execution.events(lambda job, path: open_workers(config, job, path, None), interruption)
+        open_group = lambda job, path: open_workers(config, job, path, None)  # noqa: E731
+        events = execution.events(open_group, interruption)
         try:
             with logging_to(folder / "run.log"):
                 while True:

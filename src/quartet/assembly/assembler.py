@@ -120,7 +120,7 @@ class Assembler:
     def _encoder(self, longest: int) -> Encoder:
         """Return the encoder of the data. `longest` is how many tokens the policy reads at most."""
         config = self.config
-        generates = set(config.recipe) != {"sft"}
+        generates = config.reads("rollout")
         room = longest - config.rollout.max_new_tokens * generates
         if room < 1:
             raise ModelError(

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from quartet.experience import Rollout
 from quartet.io.texts import excerpt
@@ -68,7 +68,7 @@ class FunctionReward:
             token_texts,
             timeout,
         )
-        self.workers = [Worker(function) for _ in range(processes)]
+        self.workers: list[FunctionProcess] = [Worker(function) for _ in range(processes)]
         self._last: tuple[list[Rollout], list[Any]] = ([], [])
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
@@ -113,7 +113,7 @@ class FunctionReward:
         self._last = (list(rollouts), values)
         return values
 
-    def _ask(self, worker: "Worker", rollouts: Sequence[Rollout]) -> list[Any]:
+    def _ask(self, worker: "FunctionProcess", rollouts: Sequence[Rollout]) -> list[Any]:
         values: list[Any] = worker.call(
             self._arguments(rollouts, worker.parameters), self.timeout, len(rollouts)
         )
@@ -158,6 +158,20 @@ class FunctionReward:
             for name, column in offered.items()
             if takes["any"] or name in takes["names"]
         }
+
+
+@runtime_checkable
+class FunctionProcess(Protocol):
+    """What calls a function: a process of its own, or this one (`objects.InProcess`)."""
+
+    parameters: dict[str, Any]
+    """Which arguments the function takes, see `worker.parameters`."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def call(self, arguments: Mapping[str, Any], timeout: float, count: int) -> list[Any]: ...
 
 
 class Worker:

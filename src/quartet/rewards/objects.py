@@ -79,7 +79,7 @@ class InProcessReward(FunctionReward):
     ) -> None:
         self.name, self.function, self.token_texts = name, name, token_texts
         self.timeout = math.inf
-        self.workers: list[Any] = [InProcess(name, function)]
+        self.workers = [InProcess(name, function)]
         self._last = ([], [])
 
 
