@@ -1,6 +1,6 @@
 import pytest
 
-from quartet.config.run import Run
+from quartet.config.run import RunConfig
 from quartet.recording.run_folder import Keeping
 from tests.support.tiny_run import make_run
 
@@ -12,8 +12,8 @@ def kept(every, steps, **metrics):
 
 @pytest.mark.parametrize(("steps", "every"), [(40, 1), (1000, 1), (1001, 2), (20_000, 20)])
 def test_short_runs_keep_all_and_long_ones_a_thousand(steps, every):
-    assert Run(steps=steps).keep_every == every
-    assert Run(steps=steps, rollouts_every=7).keep_every == 7
+    assert RunConfig(steps=steps).keep_every == every
+    assert RunConfig(steps=steps, rollouts_every=7).keep_every == 7
 
 
 def test_extremes_are_kept_between():

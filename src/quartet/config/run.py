@@ -11,7 +11,7 @@ KEPT_STEPS = 1000
 
 
 @part
-class Run:
+class RunConfig:
     """The file's [run] table: how long the run is, where it is, and what is kept of it."""
 
     steps: int = Field(default=100, ge=1, description="How many RL steps the run takes.")

@@ -18,7 +18,7 @@ from quartet.algorithms.preference import (
     RewardModelLoss,
 )
 from quartet.config.read_by import PRETRAINING, REWARDED, roles_that_read
-from quartet.config.run import Launch, Run
+from quartet.config.run import Launch, RunConfig
 from quartet.data.row_shape import RowShape
 from quartet.generation.sampling import Sampling
 from quartet.generation.source import GeneratorSource, Native, Servers
@@ -208,7 +208,7 @@ class SharedCritic:
 
 
 @part
-class Environment:
+class EnvironmentConfig:
     """The file's [environment] table: what answers the policy between the turns of an episode."""
 
     function: str = Field(
@@ -218,7 +218,7 @@ class Environment:
 
 
 @part
-class Rollout(Sampling):
+class RolloutConfig(Sampling):
     """The file's [rollout] table: what is sampled in one RL step."""
 
     prompts_per_step: int = Field(
@@ -274,12 +274,12 @@ class Config:
     preference: Preference = Preference()
     critic: Annotated[SeparateCritic | SharedCritic, Field(discriminator="type")] = SeparateCritic()
     reward: tuple[RewardSource, ...] = ()
-    environment: Environment | None = None
-    rollout: Rollout = Rollout()
+    environment: EnvironmentConfig | None = None
+    rollout: RolloutConfig = RolloutConfig()
     generator: GeneratorSource = Native()
     optim: Optim = Optim()
     evaluation: Evaluation = Evaluation()
-    run: Run = Run()
+    run: RunConfig = RunConfig()
     launch: Launch = Launch()
 
     def readers(self, key: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from quartet.config.run import Run
+from quartet.config.run import RunConfig
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.runtime.pipeline import Saving
 from quartet.stages.protocol import Stage
@@ -26,7 +26,7 @@ class Job:
     """Where the models are."""
     process_group: ProcessGroup = SINGLE_PROCESS
 
-    def saving(self, run: Run) -> Saving:
+    def saving(self, run: RunConfig) -> Saving:
         """Return what is written down, and how often, by the config's [run] table."""
         return Saving(
             run.keep_every,
