@@ -330,7 +330,7 @@ LISTS = {
     "learning rates times two": (work(lambda w: optimizer(w).update(scale=2.0)), "learning rates × 2.0"),
     "learning rates that are not finite": (work(lambda w: optimizer(w).update(scale=float("nan"))), "learning rates × nan"),
     "a budget of no tokens": (work(lambda w: w["learner"]["budget"].update(tokens=0)), "a budget of 0 tokens"),
-    "another reference": (work(lambda w: w["learner"].update(reference_checksum="x")), "the reference is not the model"),
+    "another reference": (work(lambda w: w["learner"].update(reference_mark="x")), "the reference is not the model"),
     "an unknown algorithm": (work(lambda w: w.update(algorithm={"advantage": {"type": "none"}})), "does not match any of the expected tags"),
     "random numbers of text": (work(lambda w: w["learner"].update(rng="x")), "unpack"),
     "fewer weights": (in_tensors(half_of), "shape"),
