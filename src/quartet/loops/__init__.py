@@ -1,1 +1,1 @@
-"""The loops: flat, without flags; they yield what happened, and whoever wants it iterates."""
+"""The training loops: generators that yield each step with its metrics."""

@@ -1,4 +1,4 @@
-"""The rollouts of one step: generated, rewarded, and those that are worth learning from."""
+"""The rollouts of one step: generated, rewarded, and filtered."""
 
 import dataclasses
 import itertools
@@ -23,8 +23,8 @@ class Collected:
 
 @dataclass(frozen=True)
 class Collector:
-    """Makes rollouts: takes the next prompts, generates responses to them, and asks the rewards for
-    scores."""
+    """Collects rollouts: takes the next prompts, generates responses to them, and scores the
+    responses."""
 
     prompts: Sampler[Prompt]
     generator: Generator
@@ -62,7 +62,7 @@ class Collector:
     def respond(
         self, prompts: Sequence[Prompt], algorithm: Algorithm, sampling: Sampling
     ) -> list[Rollout]:
-        """Return responses to these prompts with what the rewards give and the algorithm reads."""
+        """Return responses to these prompts with the scores that the algorithm reads."""
         generated = self.generator.generate(prompts, sampling, self.samples_per_prompt)
         rollouts = rewarded(generated, self.rewards, algorithm.needs_token_scores)
         if algorithm.needs_greedy:
@@ -79,7 +79,8 @@ class Collector:
 
 
 def _with_baseline(rollout: Rollout, greedy_score: float | None) -> Rollout:
-    """A score that has nothing to be compared with counts as no score."""
+    """Return the rollout with the score of the greedy response to its prompt. Without that score it
+    counts as unscored."""
     return dataclasses.replace(
         rollout, greedy_score=greedy_score, score=None if greedy_score is None else rollout.score
     )

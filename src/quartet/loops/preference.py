@@ -1,4 +1,4 @@
-"""Learning from comparisons without a reward model: the DPO family, one loop."""
+"""Learning from comparisons without a reward model: one loop for the DPO family."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -25,10 +25,12 @@ from quartet.training.optimizer_step import optimizer_step, sum_of_losses
 
 
 @runtime_checkable
-class Source(Protocol):
-    """Where batches of comparisons come from: a sampler over a file, or the policy itself."""
+class ComparisonSource(Protocol):
+    """A source of batches of comparisons: a sampler over a file, or the policy itself."""
 
-    def next(self) -> list[Comparison]: ...
+    def next(self) -> list[Comparison]:
+        """Return the next batch."""
+        ...
 
     def state(self) -> Any: ...
 
@@ -36,9 +38,13 @@ class Source(Protocol):
 
 
 class OnlinePairs:
-    """Two responses of the policy to each prompt; the reward says which is better (Guo et al. 2024,
-    with a reward model for a judge). Prompts whose two responses score the same give no comparison;
-    if none gives one, the next prompts are tried."""
+    """Comparisons of two responses of the policy itself, of which the rewards score one higher (Guo
+    et al. 2024, with a reward model in the place of the LLM judge).
+
+    A prompt whose two responses score the same, or have no score, gives no comparison. If no prompt
+    of a batch gives one, the next batch is tried, up to `rounds` times; then `next` raises
+    ValueError.
+    """
 
     def __init__(
         self,
@@ -49,15 +55,9 @@ class OnlinePairs:
         rounds: int = 10,
         weights: Callable[[], Weights] | None = None,
     ) -> None:
-        """`weights`: the policy's as they are now, where the generator has a copy."""
-        self.prompts, self.generator, self.sampling, self.rewards, self.rounds = (
-            prompts,
-            generator,
-            sampling,
-            rewards,
-            rounds,
-        )
-        self.weights = weights
+        """`weights` returns the policy's weights, for a generator that has a copy of them."""
+        self.prompts, self.generator, self.sampling = prompts, generator, sampling
+        self.rewards, self.rounds, self.weights = rewards, rounds, weights
 
     def state(self) -> dict[str, Any]:
         return {"prompts": self.prompts.state(), "generator": self.generator.state()}
@@ -99,14 +99,15 @@ class OnlinePairs:
 def preference(
     model: Any,
     reference: Any | None,
-    comparisons: Source,
+    comparisons: ComparisonSource,
     loss: PreferenceLoss,
     optimizer: Optimizer,
     steps: int,
     budget: Budget,
     done: int = 0,
 ) -> Iterator[Progress]:
-    """Minimise the loss on batches of comparisons; the first steps may be done already."""
+    """Yield the steps that follow the first `done` ones. Each minimises the loss on one batch of
+    comparisons."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
         metrics = budget.run_within(
@@ -127,14 +128,14 @@ def _step(
     process_group: ProcessGroup,
     micro_batch_tokens: int,
 ) -> dict[str, float]:
-    seen: list[Pairs] = []
+    collected: list[Pairs] = []
     metrics = optimizer_step(
-        _losses(model, reference, batch, loss, micro_batch_tokens, seen, process_group),
+        _losses(model, reference, batch, loss, micro_batch_tokens, collected, process_group),
         {"policy": optimizer},
         process_group,
     )
     return (
-        {**metrics, **preference_metrics(seen, process_group)}
+        {**metrics, **preference_metrics(collected, process_group)}
         if "skipped" not in metrics
         else metrics
     )
@@ -149,37 +150,43 @@ def held_out_preference(
     micro_batch_tokens: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
-    """The loss, and how often the policy prefers what the labeller preferred."""
-    seen: list[Pairs] = []
+    """Return the loss and the metrics of `preference_metrics` on held-out comparisons."""
+    collected: list[Pairs] = []
     total = sum_of_losses(
-        _losses(model, reference, comparisons, loss, micro_batch_tokens, seen, process_group),
+        _losses(model, reference, comparisons, loss, micro_batch_tokens, collected, process_group),
         process_group,
     )
-    return {"loss": total, **preference_metrics(seen, process_group)}
+    return {"loss": total, **preference_metrics(collected, process_group)}
 
 
 def preference_metrics(
-    seen: Sequence[Pairs], process_group: ProcessGroup = SINGLE_PROCESS
+    collected: Sequence[Pairs], process_group: ProcessGroup = SINGLE_PROCESS
 ) -> dict[str, float]:
-    """Accuracy: the share of pairs whose chosen side gained more on the reference than the rejected
-    (without a reference: is likelier per token); a tie counts half. How far from 0 the log-ratios
-    to the reference are, which is where they start. The mean log-probs of both sides: they may fall
-    together, which is worth seeing. Over the pairs that all ranks have seen."""
-    margins = [_margin(pairs) for pairs in seen]
+    """Return the metrics of pairs, over all ranks:
+
+    - `accuracy`: the share of pairs with a positive margin; a tie counts half;
+    - `margin`: how much more the chosen side gained on the reference than the rejected one;
+      without a reference, the difference of their log-probs per token;
+    - `logratio/abs`: the mean distance of the log-ratios to the reference from 0, where they start;
+    - `logprobs/chosen`, `logprobs/rejected`: the mean log-probs, which may fall together.
+    """
+    margins = [_margin(pairs) for pairs in collected]
     numbers = {
         "accuracy": [(m > 0).double() + 0.5 * (m == 0).double() for m in margins],
         "margin": margins,
         "logratio/abs": [
-            torch.cat(pairs.log_ratios()).abs() for pairs in seen if pairs.ref_chosen is not None
+            torch.cat(pairs.log_ratios()).abs()
+            for pairs in collected
+            if pairs.ref_chosen is not None
         ],
-        "logprobs/chosen": [pairs.chosen[pairs.chosen_tokens > 0] for pairs in seen],
-        "logprobs/rejected": [pairs.rejected[pairs.rejected_tokens > 0] for pairs in seen],
+        "logprobs/chosen": [pairs.chosen[pairs.chosen_tokens > 0] for pairs in collected],
+        "logprobs/rejected": [pairs.rejected[pairs.rejected_tokens > 0] for pairs in collected],
     }
     sums = process_group.all_reduce_sum(
-        *(float(sum(n.detach().double().sum() for n in found)) for found in numbers.values())
+        *(float(sum(n.detach().double().sum() for n in values)) for values in numbers.values())
     )
     counts = process_group.all_reduce_sum(
-        *(float(sum(len(n) for n in found)) for found in numbers.values())
+        *(float(sum(len(n) for n in values)) for values in numbers.values())
     )
     return {
         name: total / count
@@ -189,6 +196,7 @@ def preference_metrics(
 
 
 def _margin(pairs: Pairs) -> Float[Tensor, "P"]:
+    """Return by how much the policy prefers the chosen side of each pair."""
     if pairs.ref_chosen is None:
         return pairs.chosen / pairs.chosen_tokens - pairs.rejected / pairs.rejected_tokens
     chosen, rejected = pairs.log_ratios()
@@ -201,41 +209,42 @@ def _losses(
     batch: Sequence[Comparison],
     loss: PreferenceLoss,
     micro_batch_tokens: int,
-    seen: list[Pairs],
+    collected: list[Pairs],
     process_group: ProcessGroup,
 ) -> Iterator[Float[Tensor, ""]]:
-    """The loss of a batch in pieces that add up to it over all ranks; what was seen on the way is
-    appended to `seen`."""
+    """Yield the loss of each micro-batch; their sum over all ranks is the loss of the batch. This
+    rank's pairs are appended to `collected`."""
     kl = (
         _mismatched_kl(model, reference, batch, micro_batch_tokens, process_group)
         if loss.needs_kl
         else 0.0
     )
-    for part in process_group.micro_batches(_longest(batch), micro_batch_tokens):
-        piece = [batch[i] for i in part.rows]
-        chosen, rejected = _both_sides(model, piece)
+    for micro_batch in process_group.micro_batches(_lengths(batch), micro_batch_tokens):
+        comparisons = [batch[i] for i in micro_batch.rows]
+        chosen, rejected = _both_sides(model, comparisons)
         ref_chosen, ref_rejected = None, None
         if reference is not None:
             with torch.no_grad():
-                ref_chosen, ref_rejected = _both_sides(reference, piece)
+                ref_chosen, ref_rejected = _both_sides(reference, comparisons)
         pairs = Pairs(
             chosen,
             rejected,
-            torch.tensor([float(len(c.chosen_ids)) for c in piece], device=chosen.device),
-            torch.tensor([float(len(c.rejected_ids)) for c in piece], device=chosen.device),
+            torch.tensor([float(len(c.chosen_ids)) for c in comparisons], device=chosen.device),
+            torch.tensor([float(len(c.rejected_ids)) for c in comparisons], device=chosen.device),
             ref_chosen,
             ref_rejected,
             kl,
         )
-        if part.counts:
-            seen.append(pairs)
+        if micro_batch.counts:
+            collected.append(pairs)
         losses = loss(pairs)
-        samples = [[*c.prompt_ids, *c.chosen_ids] for c in piece]
-        check_finite("the loss", losses, [c.id for c in piece], samples.__getitem__)
-        yield part.counts * losses.sum() / len(batch)
+        samples = [[*c.prompt_ids, *c.chosen_ids] for c in comparisons]
+        check_finite("the loss", losses, [c.id for c in comparisons], samples.__getitem__)
+        yield micro_batch.counts * losses.sum() / len(batch)
 
 
-def _longest(batch: Sequence[Comparison]) -> list[int]:
+def _lengths(batch: Sequence[Comparison]) -> list[int]:
+    """Return the tokens that each pair takes in a batch, padding included."""
     return [2 * (len(c.prompt_ids) + max(len(c.chosen_ids), len(c.rejected_ids))) for c in batch]
 
 
@@ -257,8 +266,8 @@ def _mismatched_kl(
     micro_batch_tokens: int,
     process_group: ProcessGroup,
 ) -> float:
-    """KTO's z: the responses of both sides under their neighbours' prompts, mean of log π / π_ref,
-    not below 0."""
+    """Return the reference point z of KTO (Ethayarajh et al. 2024): the mean of log π / π_ref of
+    responses to the prompt of another pair, and at least 0."""
     neighbours = [*batch[1:], batch[0]]
     sides = [
         (a.prompt_ids, ids)
@@ -266,22 +275,22 @@ def _mismatched_kl(
         for ids in (b.chosen_ids, b.rejected_ids)
         if ids
     ]
-    mine = 0.0
-    for part in process_group.micro_batches(
+    total = 0.0
+    for micro_batch in process_group.micro_batches(
         [len(p) + len(r) for p, r in sides], micro_batch_tokens
     ):
-        piece = [sides[i] for i in part.rows]
-        mine += part.counts * float(
-            (_response_logprobs(model, piece) - _response_logprobs(reference, piece)).sum()
+        responses = [sides[i] for i in micro_batch.rows]
+        total += micro_batch.counts * float(
+            (_response_logprobs(model, responses) - _response_logprobs(reference, responses)).sum()
         )
-    [total] = process_group.all_reduce_sum(mine)
+    [total] = process_group.all_reduce_sum(total)
     return max(total / len(sides), 0.0)
 
 
 def _response_logprobs(
     model: Any, sides: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> Float[Tensor, "B"]:
-    """Σ log π over the tokens of each response."""
+    """Return Σ log π over the tokens of each response."""
     tokens, lengths = right_pad([(*prompt, *response) for prompt, response in sides], model.device)
     starts = torch.tensor([len(prompt) for prompt, _ in sides], device=model.device)
     mask = response_mask(starts, lengths, tokens.shape[1])

@@ -1,4 +1,4 @@
-"""What every loop yields at least."""
+"""What every loop yields."""
 
 import time
 from dataclasses import dataclass, field
@@ -11,18 +11,17 @@ class Progress:
     number: int
     metrics: dict[str, float]
     seconds: dict[str, float] = field(default_factory=dict, kw_only=True)
-    """How long each phase of the step took. Apart from the metrics, which two equal runs have in
-    common."""
+    """How long each phase of the step took. Not among the metrics, which two equal runs share."""
 
 
 class Clock:
-    """Measures the phases of a step, one after the other, from when it is made."""
+    """Measures the phases of a step, which follow one another from its construction on."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """The phase that ends now."""
+        """End the phase: record its seconds under this name."""
         now = time.perf_counter()
         self.laps[phase], self._last = round(now - self._last, 4), now

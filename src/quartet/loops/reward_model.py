@@ -1,4 +1,4 @@
-"""The reward model: which of two answers would a person prefer?"""
+"""Training a reward model on comparisons: which of two responses would a person prefer?"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ def reward_model(
     budget: Budget,
     done: int = 0,
 ) -> Iterator[Progress]:
-    """Minimise a Bradley–Terry loss on batches of comparisons; the first steps may be done
-    already."""
+    """Yield the steps that follow the first `done` ones. Each minimises a Bradley–Terry loss on one
+    batch of comparisons."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
         metrics = budget.run_within(
@@ -68,14 +68,12 @@ def pair_scores(
     micro_batch_tokens: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Float[Tensor, "P 2"]:
-    """What the chosen and the rejected side of each pair score, at their last tokens."""
+    """Return the scores of the chosen and the rejected side of each pair, at their last tokens."""
     scores = torch.zeros(len(comparisons), 2)
-    for piece in process_group.micro_batches(_lengths(comparisons), micro_batch_tokens):
-        read = _read(model, [comparisons[i] for i in piece.rows])
-        if piece.counts:
-            scores[piece.rows] = torch.stack(
-                [last_token(read.chosen, read.good), last_token(read.rejected, read.bad)], dim=1
-            ).to(scores)
+    for micro_batch in process_group.micro_batches(_lengths(comparisons), micro_batch_tokens):
+        sides = _forward(model, [comparisons[i] for i in micro_batch.rows])
+        if micro_batch.counts:
+            scores[micro_batch.rows] = torch.stack(_last_scores(sides), dim=1).to(scores)
     process_group.all_reduce(scores)
     check_finite("the score", scores, [c.id for c in comparisons])
     return scores
@@ -87,7 +85,7 @@ def pair_accuracy(
     micro_batch_tokens: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> float:
-    """The share of pairs whose chosen side scores higher at its last token; a tie counts half."""
+    """Return the share of pairs whose chosen side scores higher; a tie counts half."""
     scores = pair_scores(model, comparisons, micro_batch_tokens, process_group)
     return accuracy_of(scores[:, 0] - scores[:, 1])
 
@@ -100,59 +98,77 @@ def _losses(
     margins: Float[Tensor, "P"],
     process_group: ProcessGroup,
 ) -> Iterator[Float[Tensor, ""]]:
-    """The loss of a batch in pieces that add up to it over all ranks; the differences of scores
-    seen on the way are written into `margins`."""
-    for part in process_group.micro_batches(_lengths(batch), micro_batch_tokens):
-        piece = [batch[i] for i in part.rows]
-        read = _read(model, piece, loss.needs_every_token)
-        scores = last_token(read.chosen, read.good), last_token(read.rejected, read.bad)
+    """Yield the loss of each micro-batch; their sum over all ranks is the loss of the batch. The
+    score differences of this rank's pairs are written into `margins`."""
+    for micro_batch in process_group.micro_batches(_lengths(batch), micro_batch_tokens):
+        pairs = [batch[i] for i in micro_batch.rows]
+        sides = _forward(model, pairs, loss.needs_every_token)
+        scores = _last_scores(sides)
         check_finite(
-            "the score", torch.cat(scores), [c.id for c in piece] * 2, partial(_said, piece)
+            "the score", torch.cat(scores), [c.id for c in pairs] * 2, partial(_row_tokens, pairs)
         )
-        if part.counts:
-            margins[part.rows] = (scores[0] - scores[1]).detach().to(margins)
-        labelled = torch.tensor([c.margin for c in piece], device=read.chosen.device)
-        losses = loss(read.chosen, read.rejected, read.good, read.bad, read.differs, labelled)
-        yield part.counts * losses.sum() / len(batch)
+        if micro_batch.counts:
+            margins[micro_batch.rows] = (scores[0] - scores[1]).detach().to(margins)
+        losses = loss(
+            sides.chosen,
+            sides.rejected,
+            sides.chosen_lengths,
+            sides.rejected_lengths,
+            sides.differs,
+            torch.tensor([c.margin for c in pairs], device=sides.chosen.device),
+        )
+        yield micro_batch.counts * losses.sum() / len(batch)
 
 
 @dataclass(frozen=True)
 class _Sides:
-    """Outputs for both sides of some pairs, their lengths, and where the sides differ."""
+    """The model's outputs for both sides of some pairs, the lengths of the sides, and the tokens
+    after which they diverge."""
 
     chosen: Float[Tensor, "P T"]
     rejected: Float[Tensor, "P T"]
-    good: Int[Tensor, "P"]
-    bad: Int[Tensor, "P"]
+    chosen_lengths: Int[Tensor, "P"]
+    rejected_lengths: Int[Tensor, "P"]
     differs: Bool[Tensor, "P T"]
 
 
-def _read(model: ScalarModel, pairs: Sequence[Comparison], every_token: bool = False) -> _Sides:
-    """Both sides go through the model in one batch."""
+def _forward(model: ScalarModel, pairs: Sequence[Comparison], every_token: bool = False) -> _Sides:
+    """Return the outputs for some pairs; both sides go through the model in one batch."""
     sides = [(*c.prompt_ids, *c.chosen_ids) for c in pairs] + [
         (*c.prompt_ids, *c.rejected_ids) for c in pairs
     ]
     tokens, lengths = right_pad(sides, next(model.parameters()).device)
-    (these, those), (good, bad) = tokens.chunk(2), lengths.chunk(2)
-    differs = after_divergence(these, those, good, bad)
-    asked = response_mask(lengths - 1, lengths, tokens.shape[1])
+    chosen, rejected = tokens.chunk(2)
+    chosen_lengths, rejected_lengths = lengths.chunk(2)
+    differs = after_divergence(chosen, rejected, chosen_lengths, rejected_lengths)
+    mask = response_mask(lengths - 1, lengths, tokens.shape[1])
     if every_token:
-        asked |= differs.repeat(2, 1) & response_mask(
+        mask |= differs.repeat(2, 1) & response_mask(
             torch.zeros_like(lengths), lengths, tokens.shape[1]
         )
-    chosen, rejected = scatter_to_tokens(model(tokens, asked), asked).chunk(2)
-    return _Sides(chosen, rejected, good, bad, differs)
+    chosen, rejected = scatter_to_tokens(model(tokens, mask), mask).chunk(2)
+    return _Sides(chosen, rejected, chosen_lengths, rejected_lengths, differs)
 
 
-def _said(pairs: Sequence[Comparison], row: int) -> list[int]:
-    """The chosen sides stand before the rejected."""
+def _last_scores(sides: _Sides) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
+    """Return the scores of both sides, which stand at their last tokens."""
+    return (
+        last_token(sides.chosen, sides.chosen_lengths),
+        last_token(sides.rejected, sides.rejected_lengths),
+    )
+
+
+def _row_tokens(pairs: Sequence[Comparison], row: int) -> list[int]:
+    """Return the tokens of one side. The rows are first the chosen sides, then the rejected."""
     pair = pairs[row % len(pairs)]
     return [*pair.prompt_ids, *(pair.chosen_ids if row < len(pairs) else pair.rejected_ids)]
 
 
 def _lengths(pairs: Sequence[Comparison]) -> list[int]:
+    """Return the tokens that each pair takes in a batch, padding included."""
     return [2 * (len(c.prompt_ids) + max(len(c.chosen_ids), len(c.rejected_ids))) for c in pairs]
 
 
 def accuracy_of(margins: Float[Tensor, "P"]) -> float:
+    """Return the share of positive margins; 0 counts half."""
     return float(((margins > 0).float() + 0.5 * (margins == 0).float()).mean())

@@ -1,4 +1,4 @@
-"""Reinforcement learning from a reward: the loop, readable in a minute."""
+"""Reinforcement learning from a reward."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,21 +14,22 @@ from quartet.training.update import Update
 
 @dataclass(frozen=True)
 class Step(Progress):
-    """One turn of the loop: the numbers, and everything they were computed from."""
+    """One step of the loop: its metrics, and everything that they were computed from."""
 
     rollouts: list[Rollout]
     batch: Batch
     experience: Experience
     update: Update
     algorithm: Algorithm
-    """The algorithm of the next step: its coefficients have adapted to this one."""
+    """The algorithm of the next step, with coefficients adapted to this one."""
 
 
 def rl(
     collector: Collector, learner: Learner, algorithm: Algorithm, done: int = 0
 ) -> Iterator[Step]:
-    """Generate and reward, score, estimate, update, load weights, adapt, until `learner.steps`
-    steps are done. `done` is the number of steps that were done before."""
+    """Yield the steps that follow the first `done` ones, up to `learner.steps`. Each collects
+    rollouts, scores them, estimates advantages, updates the models, gives the generator the new
+    weights, and adapts the algorithm's coefficients."""
     for number in range(done + 1, learner.steps + 1):
         clock = Clock()
         collected = collector.collect(algorithm, learner.sampling)
@@ -42,7 +43,7 @@ def rl(
         metrics = rl_metrics(
             collected.rollouts, collected.unscored, batch, experience, update, algorithm
         )
-        algorithm = algorithm.adapt(metrics)  # coefficients that follow what was measured
+        algorithm = algorithm.adapt(metrics)  # coefficients that follow the metrics
         yield Step(
             number,
             metrics,

@@ -1,10 +1,11 @@
 """Reinforcement learning with rollouts and updates at the same time.
 
-While the learner updates on one batch, the next ones are being generated, with the weights of when
-the update began. At most `staleness` batches are generated ahead, so no rollout is older than that
-many updates when it is trained on; the algorithm's correction weighs what it lacks in freshness.
-Which weights generate which batch does not depend on which side is faster: a run that is resumed
-goes on with the batches that were waiting.
+While the learner updates on one batch, a later batch is generated with the weights from before the
+update. At most `staleness` batches are generated ahead, so no rollout is more than that many
+updates old when it is trained on; the algorithm's correction weights tokens for the difference.
+
+Which weights generate which batch does not depend on timing. A checkpoint holds the batches that
+wait, and a resumed run continues with them.
 """
 
 from collections import deque
@@ -22,7 +23,7 @@ from quartet.training.metrics import rl_metrics, with_staleness
 
 
 class Ahead:
-    """Batches that have been generated and not yet been trained on, the oldest first."""
+    """The batches that have been generated and not yet trained on, the oldest first."""
 
     def __init__(self, staleness: int) -> None:
         self.staleness = staleness
@@ -40,9 +41,9 @@ class Ahead:
 def rl_async(
     collector: Collector, learner: Learner, algorithm: Algorithm, ahead: Ahead, done: int = 0
 ) -> Iterator[Step]:
-    """As `rl`, with `ahead.staleness` batches generated in advance."""
+    """Yield the steps of `rl`, with `ahead.staleness` batches generated in advance."""
 
-    def sampled() -> Collected:
+    def collect() -> Collected:
         return collector.collect(algorithm, learner.sampling)
 
     steps = learner.steps
@@ -51,20 +52,19 @@ def rl_async(
         for number in range(done + 1, steps + 1):
             clock = Clock()
             while len(ahead.waiting) < min(ahead.staleness, steps - number + 1):
-                ahead.waiting.append(sampled())
+                ahead.waiting.append(collect())
             collected = ahead.waiting.popleft()
-            more = number + ahead.staleness <= steps
-            coming = (
-                background.start(sampled) if more else None
-            )  # by the weights before this update
+            # The next batch is generated with the weights from before this update.
+            is_needed = number + ahead.staleness <= steps
+            next_batch = background.start(collect) if is_needed else None
             clock.lap("rollouts")
             batch = learner.score(collected.rollouts, algorithm)
             experience = algorithm.experience(batch)
             clock.lap("scoring")
             update = learner.update(experience, algorithm)
             clock.lap("update")
-            if coming is not None:
-                ahead.waiting.append(coming.result())
+            if next_batch is not None:
+                ahead.waiting.append(next_batch.result())
             clock.lap("waiting for rollouts")
             metrics = rl_metrics(
                 collected.rollouts, collected.unscored, batch, experience, update, algorithm
@@ -86,7 +86,7 @@ def rl_async(
                 seconds=clock.laps,
             )
     except Exception:
-        background.finish()  # a rollback may follow, and draws from the same random numbers
+        background.finish()  # a rollback may follow, and uses the same random numbers
         raise
     finally:
-        background.abandon()  # where the run was interrupted; else nothing is under way
+        background.abandon()  # after an interruption; otherwise nothing is under way

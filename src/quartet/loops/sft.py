@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: imitate the answers, and only the answers."""
+"""Supervised fine-tuning: the policy learns the responses of demonstrations, not their prompts."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -24,8 +24,8 @@ def sft(
     budget: Budget,
     done: int = 0,
 ) -> Iterator[Progress]:
-    """Minimise the mean negative log-probability of the answers' tokens; the first steps may be
-    done already."""
+    """Yield the steps that follow the first `done` ones. Each minimises the mean negative
+    log-probability of the response tokens on one batch."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
         metrics = budget.run_within(
@@ -56,7 +56,7 @@ def held_out_loss(
     micro_batch_tokens: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> float:
-    """Mean negative log-probability per answer token."""
+    """Return the mean negative log-probability per response token."""
     return sum_of_losses(
         imitation_losses(model, demonstrations, micro_batch_tokens, process_group), process_group
     )

@@ -9,7 +9,7 @@ from quartet.algorithms.preference import PreferenceLoss
 from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from quartet.loops.preference import Source, held_out_preference, preference
+from quartet.loops.preference import ComparisonSource, held_out_preference, preference
 from quartet.loops.progress import Progress
 from quartet.models.adapters import reference_of
 from quartet.models.language_model import save
@@ -29,7 +29,7 @@ class PreferenceStage:
     name: str
     comparisons: Sequence[Comparison]
     held_out: Sequence[Comparison]
-    online: Callable[[Path, Any], Source] | None
+    online: Callable[[Path, Any], ComparisonSource] | None
     tokenizer: Any
     load_policy: Callable[[Path], Any]
     loss: PreferenceLoss
