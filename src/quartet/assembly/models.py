@@ -15,6 +15,7 @@ from quartet.models.adapters import POLICY, REWARD, add_adapter, freeze_layers
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import ModelError, create, load_model, read_config
 from quartet.models.llama import FAMILY
+from quartet.models.protocols import Tokenizer
 from quartet.models.trunk import checkpoint_blocks, compile_blocks
 from quartet.rewards.source import RewardSource
 from quartet.rewards.sources import EnsembleSource, ModelSource, StepsSource
@@ -27,7 +28,7 @@ class Models:
         self,
         config: Config,
         folder: str | None,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         device: torch.device,
         process_group: ProcessGroup,
     ) -> None:
@@ -41,7 +42,7 @@ class Models:
             process_group,
         )
         self.meshes: dict[ProcessGroup, Any] = {}
-        """What the models of a team are in parts over."""
+        """The mesh over which the models of each process group are sharded."""
 
     def longest_sequence(self) -> int:
         """How many tokens the policy reads at most; architectures without such a limit read any

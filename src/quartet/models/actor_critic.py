@@ -1,5 +1,5 @@
-"""The two models that learn, as one forward pass: the actor, and a critic on its own trunk, on the
-actor's, or none."""
+"""Actor and critic as one forward pass. The critic has its own trunk, shares the actor's, or is
+absent."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,15 +11,17 @@ from torch import nn
 from quartet.algorithms.algorithm import Forward
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
+from quartet.models.adapters import LanguageModel
 from quartet.models.heads import ScalarModel, ValueHead
 from quartet.models.language_model import PositionOutputs, forward_positions, logits_of, statistics
 from quartet.models.logprobs import scatter_to_tokens, token_exact_kl
+from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
 @runtime_checkable
 class ActorCritic(Protocol):
-    actor: Any
+    actor: CausalModel
 
     def forward(
         self,
@@ -27,16 +29,17 @@ class ActorCritic(Protocol):
         mask: Bool[Tensor, "B T"],
         temperature: float,
         entropy_gradient: bool = False,
-        reference: Any | None = None,
+        reference: LanguageModel | None = None,
     ) -> Forward:
-        """Log-probs, entropy and values of the masked tokens of right-padded rows; given a
-        reference, the exact KL to it as well. What stands outside the mask means nothing."""
+        """Return log-probs, entropy and values of the masked tokens of right-padded rows and, given
+        a reference, the exact KL to it. Entries outside the mask mean nothing."""
         ...
 
     def values(
         self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "B T"] | None:
-        """What the critic alone says of the masked tokens; None where there is none."""
+        """Return the values of the masked tokens, from the critic's forward pass alone; None
+        without a critic."""
         ...
 
     def actor_parameters(self) -> list[nn.Parameter]: ...
@@ -44,16 +47,16 @@ class ActorCritic(Protocol):
     def critic_parameters(self) -> list[nn.Parameter]: ...
 
     def save_critic(
-        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+        self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
-        """Every rank of the team calls it, one writes."""
+        """Every rank must call it; rank 0 writes."""
         ...
 
 
 class Separate:
-    """A critic with a trunk of its own, or none at all (critic-free algorithms)."""
+    """An actor and a critic with a trunk of its own, or no critic (critic-free algorithms)."""
 
-    def __init__(self, actor: Any, critic: ScalarModel | None) -> None:
+    def __init__(self, actor: CausalModel, critic: ScalarModel | None) -> None:
         self.actor, self.critic = actor, critic
 
     def forward(
@@ -62,7 +65,7 @@ class Separate:
         mask: Bool[Tensor, "B T"],
         temperature: float,
         entropy_gradient: bool = False,
-        reference: Any | None = None,
+        reference: LanguageModel | None = None,
     ) -> Forward:
         outputs = forward_positions(self.actor, tokens, mask)
         logprobs, entropy = statistics(
@@ -77,7 +80,8 @@ class Separate:
         return None if self.critic is None else self.critic.values(tokens, mask)
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        """Without the critic's, which may be an adapter on the actor's trunk."""
+        """Return the trainable parameters of the actor, without those of a critic that is an
+        adapter on the actor's trunk."""
         critic = {id(p) for p in self.critic_parameters()}
         return [p for p in trainable(self.actor) if id(p) not in critic]
 
@@ -85,17 +89,18 @@ class Separate:
         return [] if self.critic is None else list(trainable(self.critic))
 
     def save_critic(
-        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+        self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
         if self.critic is not None:
             self.critic.save_per_token(folder, tokenizer, process_group)
 
 
 class Shared:
-    """A scalar head on the actor's last hidden states (Ziegler et al. 2019): one trunk, one pass,
-    two answers. The trunk belongs to the actor's optimizer, the head to the critic's."""
+    """A critic that is a scalar head on the actor's last hidden states (Ziegler et al. 2019): one
+    trunk and one forward pass for both. The trunk belongs to the actor's optimizer, the head to the
+    critic's."""
 
-    def __init__(self, actor: Any, head: ValueHead) -> None:
+    def __init__(self, actor: CausalModel, head: ValueHead) -> None:
         self.actor, self.head = actor, head
 
     def forward(
@@ -104,7 +109,7 @@ class Shared:
         mask: Bool[Tensor, "B T"],
         temperature: float,
         entropy_gradient: bool = False,
-        reference: Any | None = None,
+        reference: LanguageModel | None = None,
     ) -> Forward:
         outputs = forward_positions(self.actor, tokens, mask)
         logprobs, entropy = statistics(
@@ -132,9 +137,9 @@ class Shared:
         return list(trainable(self.head))
 
     def save_critic(
-        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+        self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
-        """Trunk and head as one folder, so that the critic can be read without the actor."""
+        """Save trunk and head as one folder, so that the critic can be loaded without the actor."""
         trunk = full_state_dict(self.actor.base_model, keep=process_group.is_rank_zero)
         if not process_group.is_rank_zero:
             return
@@ -146,15 +151,15 @@ class Shared:
 
 
 def exact_kl_to(
-    reference: Any | None,
-    actor: Any,
+    reference: LanguageModel | None,
+    actor: CausalModel,
     outputs: PositionOutputs,
     tokens: Int[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     temperature: float,
 ) -> Float[Tensor, "B T"] | None:
-    """KL(π ‖ π_ref) before each masked token; both distributions are whole for one micro-batch at a
-    time."""
+    """Return KL(π ‖ π_ref) before each masked token, or None without a reference. The logits of
+    both models are held whole, [N, V] for the N masked tokens of a micro-batch."""
     if reference is None:
         return None
     with torch.no_grad():
@@ -165,15 +170,16 @@ def exact_kl_to(
 
 
 def trainable(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that require gradients."""
     return (p for p in module.parameters() if p.requires_grad)
 
 
 def freeze(module: Any) -> Any:
-    """The module, never to be trained again."""
+    """Freeze the parameters of a module and return it, in evaluation mode."""
     return module.requires_grad_(False).eval()
 
 
-def pad_token_id(tokenizer: Any) -> int | None:
-    """The id that a saved reward model may treat as padding: none where the tokenizer pads with its
-    end of sequence, for then the last real token could not be told from padding by its id."""
+def pad_token_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id that a saved reward model may treat as padding, or None if the tokenizer pads
+    with its end of sequence: the last real token could not be told from padding by its id."""
     return None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
