@@ -136,8 +136,8 @@ class Models:
         return self.spread_scalar(self.new_scalar(trunk, REWARD))
 
     def spread(self, model: Any, process_group: ProcessGroup | None = None) -> Any:
-        """In parts over the ranks, where the config says so. `process_group`: who puts it together, if not
-        the run's own."""
+        """Return the model, sharded over the ranks where the config says so. `process_group` is the
+        one that gathers its weights; None is the run's own."""
         process_group = process_group or self.process_group
         if (
             not self.config.launch.shard

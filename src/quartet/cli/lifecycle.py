@@ -129,7 +129,7 @@ def _stopped(execution: "Execution", reason: BaseException, interruption: "Inter
 
 
 def _start_again(execution: "Execution", again: int, minutes: float | None) -> NoReturn:
-    """Replace this process by a new one, which holds nothing of a process group that lost a rank."""
+    """Replace this process by a new one, without the process group that lost a rank."""
     os.environ[AGAIN] = str(again)
     if minutes is not None:
         os.environ[MINUTES] = str(minutes)

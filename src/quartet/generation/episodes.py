@@ -11,6 +11,7 @@ from quartet.experience import FinishReason, Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
 from quartet.models.chat import ChatError, after_reply
+from quartet.models.protocols import Tokenizer
 
 Message = Mapping[str, Any]
 
@@ -85,14 +86,15 @@ class Episodes:
 
     `max_tokens` bounds prompt and response together; `sampling.max_new_tokens` bounds a turn. An
     episode ends when the environment says so, after `max_turns`, or when a turn was cut off or the
-    next one would not fit ("length"). The reward of a turn stands on its last token. Of a team, the
-    lead has the environments, which may be different each time, and all hear what they say.
+    next one would not fit ("length"). The reward of a turn stands on its last token. Rank 0
+    of a process group runs the environments, which may answer differently each time, and gives
+    their messages to all ranks.
     """
 
     def __init__(
         self,
         turns: Generator,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         make: Callable[[], Environment],
         max_turns: int,
         max_tokens: int,
