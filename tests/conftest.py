@@ -1,4 +1,4 @@
-"""Shapes are checked at every call: the annotations of `src/quartet` become assertions before it is first imported."""
+"""Shapes are checked at run time: the annotations of `src/quartet` become assertions before it is first imported."""
 
 import os
 
@@ -12,6 +12,8 @@ import traceback
 import pytest
 import torch
 from jaxtyping import install_import_hook
+
+from tests.support import checks
 
 HERE = f"{os.sep}src{os.sep}quartet{os.sep}"
 
@@ -39,8 +41,14 @@ def loopback(host: str) -> bool:
 
 sys.addaudithook(never)
 
+checks.install()
 hook = install_import_hook("quartet", "beartype.beartype")
 hook.__enter__()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    checks.start_test()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -302,12 +302,12 @@ WHY_NOT = {
 EXACT_STEPS, SAMPLED_STEPS, SAMPLES = 500, 500, 2048
 
 
-def exact(name: str) -> Reached | None:
+def exact(name: str, steps: int = EXACT_STEPS) -> Reached | None:
     if name in BATCH_STATISTICS:
         return None
     # Whitening scales the gradient of a step and, on-policy, changes its expectation in no other way.
     algorithm = dataclasses.replace({**PLACEMENTS, **PRESETS}[name], normalize=AsEstimated())
-    return train(algorithm, steps=EXACT_STEPS)
+    return train(algorithm, steps=steps)
 
 
 def sampled(name: str) -> Reached:
