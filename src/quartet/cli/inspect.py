@@ -132,7 +132,7 @@ def runs(folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Pat
     from quartet.runs.reader import NoRun, Run, find_runs
     from quartet.runs.tables import run_table
     from quartet.runs.untrusted import printable
-    from quartet.studio.views import card, unreadable
+    from quartet.studio.views import run_row, unreadable_row
 
     try:
         found = find_runs(folder)
@@ -141,14 +141,14 @@ def runs(folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Pat
     if not found:
         console.print(f"{folder} has no runs yet.", soft_wrap=True)
         return
-    cards = []
+    rows = []
     for path in found:
         try:
-            cards.append(card(Run(path)))
+            rows.append(run_row(Run(path)))
         except NoRun as error:
-            cards.append(unreadable(printable(path.name), str(error)))
-    console.print(run_table(cards))
-    for row in cards:
+            rows.append(unreadable_row(printable(path.name), str(error)))
+    console.print(run_table(rows))
+    for row in rows:
         _say(row["name"], row["problems"])
 
 

@@ -11,7 +11,7 @@ Gold = Callable[[str, str], float]
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeanAndInterval:
     """A mean and half the width of its 95 % confidence interval."""
 
     mean: float
@@ -19,7 +19,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PolicyComparison:
     """The result of the evaluation, over the prompts for which both answers could be judged. A win
     is a higher gold reward than the other policy's answer to the same prompt, a tie half a win;
     where there is no gold reward, the training reward judges, which flatters the policy trained on
@@ -27,8 +27,8 @@ class Comparison:
 
     judge: str
     prompts: int
-    win_rate: Measured
-    kl: Measured
+    win_rate: MeanAndInterval
+    kl: MeanAndInterval
     """KL of a response to the policy before, in nats: the mean of Σ_t log π(t) − log π_before(t)
     over the policy's own answers."""
     before: dict[str, float]
@@ -43,7 +43,7 @@ def compare(
     kl: Sequence[float],
     gold: Gold | None,
     samples: int = 8,
-) -> Comparison:
+) -> PolicyComparison:
     """`before` and `after` hold one rewarded answer to each prompt, in the same order; `kl` one
     number per answer."""
     wins = wins_of(before, after, gold)
@@ -51,11 +51,11 @@ def compare(
         raise RewardError(
             "there is no prompt for which both answers have a score, so they cannot be compared."
         )
-    return Comparison(
+    return PolicyComparison(
         judge="gold" if gold else "reward",
         prompts=len(wins),
-        win_rate=Measured(*mean_and_interval(wins)),
-        kl=Measured(*mean_and_interval(kl)),
+        win_rate=MeanAndInterval(*mean_and_interval(wins)),
+        kl=MeanAndInterval(*mean_and_interval(kl)),
         before=_measures(before, gold),
         after=_measures(after, gold),
         samples=tuple(

@@ -157,7 +157,7 @@ def read_lines(folder: Folder, name: str) -> Iterator[bytes]:
 # -----------------------------------------------------------------------------------------------------------
 
 
-class Measured(Record):
+class IntervalRecord(Record):
     mean: Finite
     interval: Finite
 
@@ -168,13 +168,13 @@ class SamplePair(Record):
     after: Text
 
 
-class Evaluation(Record):
+class EvaluationRecord(Record):
     """evaluation/final.json."""
 
     judge: Name
     prompts: Annotated[int, Field(ge=0)]
-    win_rate: Measured
-    kl: Measured
+    win_rate: IntervalRecord
+    kl: IntervalRecord
     before: dict[Name, float | None]
     after: dict[Name, float | None]
     samples: list[SamplePair] = []
@@ -211,31 +211,31 @@ class RewardShaping(Record):
     whiten: bool = False
 
 
-class Controller(Record):
+class ControllerRecord(Record):
     target: Size | None = None
 
 
-class Kl(Record):
-    controller: Controller = Controller()
+class KlRecord(Record):
+    controller: ControllerRecord = ControllerRecord()
 
 
-class Algorithm(Record):
+class AlgorithmRecord(Record):
     rewards: RewardShaping = RewardShaping()
-    kl: Kl = Kl()
+    kl: KlRecord = KlRecord()
 
 
-class Rollout(Record):
+class RolloutRecord(Record):
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
-class Data(Record):
+class DataRecord(Record):
     train: Text | list[Text] = ""
     world: Text = ""
 
 
-class Policy(Record):
+class PolicyRecord(Record):
     model: Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")] = ""
 
 
@@ -243,14 +243,14 @@ class ResolvedConfig(Record):
     """What readers use of a resolved config; the rest is only shown."""
 
     recipe: list[Name] = []
-    algorithm: Algorithm = Algorithm()
-    rollout: Rollout = Rollout()
-    data: Data = Data()
-    policy: Policy = Policy()
+    algorithm: AlgorithmRecord = AlgorithmRecord()
+    rollout: RolloutRecord = RolloutRecord()
+    data: DataRecord = DataRecord()
+    policy: PolicyRecord = PolicyRecord()
 
 
 CONFIG = TypeAdapter(ResolvedConfig)
-EVALUATION = TypeAdapter(Evaluation)
+EVALUATION = TypeAdapter(EvaluationRecord)
 BEST_OF_N = TypeAdapter(list[BestOf])
 ANSWERS = TypeAdapter(AnswerPair)
 ENVIRONMENT = TypeAdapter(dict[Name, Any])

@@ -89,15 +89,15 @@ def sample_table(samples: "Sequence[Sample]", step: int) -> Table:
     return table
 
 
-def run_table(cards: Sequence[Mapping[str, Any]]) -> Table:
+def run_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for header in ("run", "status", "at", "last numbers"):
         table.add_column(header, overflow="fold")
-    for card in cards:
-        numbers = "  ".join(f"{label} {value}" for label, value in card["numbers"])
-        warnings = f" ▲{card['warnings']}" if card["warnings"] else ""
-        at = "" if card["step"] is None else f"{card['stage'] or ''} {card['step']}"
-        table.add_row(card["name"], card["status"] + warnings, at, numbers)
+    for row in rows:
+        numbers = "  ".join(f"{label} {value}" for label, value in row["numbers"])
+        warnings = f" ▲{row['warnings']}" if row["warnings"] else ""
+        at = "" if row["step"] is None else f"{row['stage'] or ''} {row['step']}"
+        table.add_row(row["name"], row["status"] + warnings, at, numbers)
     return table
 
 

@@ -88,11 +88,11 @@ class Pages:
         return self.library.run(request.path_params["name"])
 
     def runs(self, _: Request) -> Response:
-        cards = [
-            views.card(run) if isinstance(run, Run) else views.unreadable(name, str(run))
+        rows = [
+            views.run_row(run) if isinstance(run, Run) else views.unreadable_row(name, str(run))
             for name, run in self.library.runs()
         ]
-        return self.html("runs.html", title="Runs", cards=cards, run=None)
+        return self.html("runs.html", title="Runs", rows=rows, run=None)
 
     def overview(self, request: Request) -> Response:
         run = self.run_of(request)

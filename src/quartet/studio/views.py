@@ -22,7 +22,7 @@ TOKENS_SHOWN = 50_000
 
 
 @dataclass(frozen=True)
-class Column:
+class TokenColumn:
     """A number of each token, as the inspector shows it."""
 
     name: str
@@ -33,51 +33,51 @@ class Column:
 
 
 TOKEN_COLUMNS = (
-    Column(
+    TokenColumn(
         "advantage",
         "advantage",
         "what the update pushes by, as trained: above 0 the token becomes likelier",
         "zero",
     ),
-    Column(
+    TokenColumn(
         "reward", "reward", "the score where it is given, and the KL penalty of each token", "zero"
     ),
-    Column(
+    TokenColumn(
         "change",
         "change of log-prob",
         "log π − log π_old: what the update has done to the token by its last visit",
         "zero",
     ),
-    Column(
+    TokenColumn(
         "kl", "KL", "log π_old − log π_ref: how much likelier than the reference finds it", "zero"
     ),
-    Column(
+    TokenColumn(
         "penalty",
         "KL penalty",
         "−coefficient × KL: the part of the reward that holds the policy back",
         "zero",
     ),
-    Column(
+    TokenColumn(
         "value", "value", "the return that the critic expected before the token was chosen", "zero"
     ),
-    Column(
+    TokenColumn(
         "td_error",
         "TD error",
         "δ = r + γ V(next) − V: by how much the critic was surprised",
         "zero",
     ),
-    Column("raw_advantage", "advantage before whitening", "A as estimated", "zero"),
-    Column("return", "return", "what the critic is taught: advantage + value", "zero"),
-    Column("ratio", "ratio", "π / π_old at the last visit of the update", "one"),
-    Column(
+    TokenColumn("raw_advantage", "advantage before whitening", "A as estimated", "zero"),
+    TokenColumn("return", "return", "what the critic is taught: advantage + value", "zero"),
+    TokenColumn("ratio", "ratio", "π / π_old at the last visit of the update", "one"),
+    TokenColumn(
         "entropy",
         "entropy",
         "of the distribution the token was drawn from, in nats: how open the choice was",
         "up",
     ),
-    Column("logprob", "log-prob now", "log π at the last visit of the update", "up"),
-    Column("old_logprob", "log-prob old", "log π_old: when it was sampled", "up"),
-    Column(
+    TokenColumn("logprob", "log-prob now", "log π at the last visit of the update", "up"),
+    TokenColumn("old_logprob", "log-prob old", "log π_old: when it was sampled", "up"),
+    TokenColumn(
         "ref_logprob",
         "log-prob reference",
         "log π_ref: by the frozen model that the KL is counted from",
@@ -102,7 +102,7 @@ def number(value: Any, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
-def card(run: Run) -> dict[str, Any]:
+def run_row(run: Run) -> dict[str, Any]:
     """A row of the list of runs."""
     stage = run.main_stage
     series = run.series[stage] if stage else None
@@ -128,7 +128,7 @@ def card(run: Run) -> dict[str, Any]:
     }
 
 
-def unreadable(name: str, sentence: str) -> dict[str, Any]:
+def unreadable_row(name: str, sentence: str) -> dict[str, Any]:
     """A row of the list of runs for a folder whose record cannot be read."""
     empty: dict[str, Any] = {
         "recipe": "",
