@@ -5,27 +5,25 @@ import statistics
 
 import pytest
 
-from quartet.config.run import Run
+from quartet.config.run import RunConfig
 from quartet.config.toml import read_settings
 from quartet.planning.cluster import (
-    GPUS,
-    CannotFit,
-    Cluster,
     Workload,
-    _at_rest,
     _generating,
     generating,
     generation_memory,
     in_words,
+    memory_between_updates,
     plan_cluster,
     pushing,
-    simulate,
     splits,
     training,
     training_memory,
     workload,
 )
+from quartet.planning.hardware import GPUS, CannotFit, Cluster
 from quartet.planning.memory import Sizes
+from quartet.planning.simulation import simulate
 from quartet.recipes import recipe_path
 from tests.runtime.test_runs import quartet
 
@@ -64,18 +62,18 @@ def test_memory_by_hand():
 def test_what_rests_in_main_memory_leaves_room():
     """Of 7 B in 8 parts: two models that are only read, 7 GB, wait while others learn. Between updates half of what is trained
     waits too, 14 of 28 GB: so much more room for answers."""
-    rests = dataclasses.replace(SEVEN_B, offload=True, judges=1)
+    rests = dataclasses.replace(SEVEN_B, offload=True, reward_models=1)
     with_all, without = training_memory(SEVEN_B, 8), training_memory(rests, 8)
     assert sum(with_all.values()) - sum(without.values()) == 2 * 4 * 7e9 / 8
     meanwhile = training_memory(rests, 8, meanwhile=True)
     assert meanwhile["reference, reward model"] == 4 * 7e9 / 8, (
         "rollouts are scored while others learn"
     )
-    assert _at_rest(with_all, False) == (16 + 16 + 8) * 7e9 / 8
-    assert _at_rest(without, True) == 16 * 7e9 / 8
+    assert memory_between_updates(with_all, False) == (16 + 16 + 8) * 7e9 / 8
+    assert memory_between_updates(without, True) == 16 * 7e9 / 8
     asked = read_settings(recipe_path("reviews"), ["run.offload=true"]).config
     assert workload(asked) == dataclasses.replace(
-        workload(dataclasses.replace(asked, run=Run())), offload=True
+        workload(dataclasses.replace(asked, run=RunConfig())), offload=True
     )
 
 
@@ -285,5 +283,5 @@ def test_ranges_against_published_steps(size, count, generators, step):
         generating(work, gpu, generators or count)[0],
         training(work, gpu, count - generators),
     )
-    found = made.most(update) + pushing(work, gpu) if generators else made + update
+    found = made.max(update) + pushing(work, gpu) if generators else made + update
     assert found.best / 1.1 < step < 1.4 * found.worst

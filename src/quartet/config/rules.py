@@ -71,7 +71,8 @@ def stages_stand_in_order(config: Config) -> str | None:
 @rule
 def preference_loss_is_the_stages(config: Config) -> str | None:
     stage, loss = config.preference_stage, config.preference.loss.type
-    if stage is None or loss == PREFERENCES[stage].type:
+    is_own = loss not in {preset.type for preset in PREFERENCES.values()}
+    if stage is None or is_own or loss == PREFERENCES[stage].type:
         return None
     return f'preference.loss.type = "{loss}", but the recipe says "{stage}". Make them the same.'
 

@@ -1,10 +1,10 @@
-"""What a run takes on this machine, found by running a little of it: twice, with answers of
-different length.
+"""The time that a run takes on this machine, measured on a few of its steps.
 
-Of SFT, reward model and comparisons a step is a step; the first of each, which warms up, is left
-out. A step of RL costs something for each token of its answers and something besides: two lengths
-give a line. An evaluation is measured with about as many prompts as a step has answers, and takes
-as much longer as it asks for more answers.
+Two short runs are made, with responses of different length. The steps of SFT, of the reward model
+and of a preference stage all take the same time; the first of each, which warms up, is left out. An
+RL step takes a fixed time and a time for each token of its responses, which the two lengths give.
+An evaluation is measured with about as many prompts as an RL step has responses, and scaled to the
+number of its own.
 """
 
 import dataclasses
@@ -26,18 +26,20 @@ from quartet.stages.evaluation import BEST_OF_RESPONSES
 from quartet.stages.rl import PROBE_COUNT
 
 STEPS = 4
+"""Steps of each stage in a short run."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds for a size."""
+    """A time that is linear in a size: `fixed` seconds, and `per` seconds for each unit."""
 
     fixed: float
     per: float
 
     @classmethod
     def through(cls, first: tuple[float, float], second: tuple[float, float]) -> "Line":
-        """Two sizes with their seconds. What noise makes fall with size is level.
+        """Return the line through two sizes with their seconds. Where noise makes the time fall
+        with size, the line is level.
 
         >>> Line.through((10.0, 3.0), (20.0, 5.0))
         Line(fixed=1.0, per=0.2)
@@ -48,38 +50,43 @@ class Line:
         return cls(fixed, per) if fixed >= 0 else cls(0.0, (seconds + more) / (x + other))
 
     def at(self, size: float) -> float:
+        """Return the seconds for a size."""
         return self.fixed + self.per * size
 
 
 @dataclass(frozen=True)
 class Short:
-    """One of the two runs."""
+    """The times of one of the two short runs."""
 
     steps: dict[str, float]
     """Seconds of a step, by stage."""
     probing: float
-    """Seconds for what RL looks at now and then, besides its steps."""
+    """Seconds of one probe of the RL stage, which it makes between some of its steps."""
     tokens: float
-    """Of an answer."""
+    """Tokens of a response on average."""
     evaluation: float
+    """Seconds of the evaluation."""
     rest: float
     """Seconds outside all steps: data, models, files."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the whole run is reckoned from."""
+    """The measured times, from which the time of the whole run follows."""
 
     steps: dict[str, float]
+    """Seconds of a step, by stage, without the RL stage."""
     rl: Line | None
-    """Of a step, by tokens of an answer."""
+    """Seconds of an RL step, by the tokens of a response on average."""
     probing: float
+    """Seconds of one probe of the RL stage."""
     evaluation: float
-    """Seconds of the whole."""
+    """Seconds of the whole evaluation."""
     rest: float
+    """Seconds outside all steps."""
 
     def seconds(self, config: Config, tokens: float) -> float:
-        """Of the whole run, if answers have so many tokens on average."""
+        """Return the seconds of the whole run if responses have so many tokens on average."""
         total, counts = self.rest, _counts(config)
         total += sum(seconds * counts[stage] for stage, seconds in self.steps.items())
         if self.rl is not None:
@@ -91,8 +98,9 @@ class Measured:
 
 
 def measure(config: Config, build: Callable[[Config], Any]) -> Measured:
-    """Run `STEPS` steps of each stage in a temporary folder, with answers of half the length and of
-    the whole. `build` makes the stages of a config: `quartet.assembly.build`."""
+    """Run `STEPS` steps of each stage in a temporary folder, once with responses of at most half
+    the length and once of the whole, and return the times. `build` makes the stages of a config
+    (`quartet.assembly.build`)."""
     most = config.rollout.max_new_tokens
     prompts = min(
         config.evaluation.prompts,
@@ -120,15 +128,18 @@ def measure(config: Config, build: Callable[[Config], Any]) -> Measured:
 
 
 def in_words(config: Config, measured: Measured) -> list[str]:
-    """A line per fact; the last is the answer."""
+    """Return lines for a terminal, one fact in each; the last is the time of the whole run."""
     counts, lines = _counts(config), []
     for stage, seconds in measured.steps.items():
         lines.append(f"measured {stage}: {counts[stage]} steps of {_shown(seconds)}")
     expected = min(row_tokens(config)[1], float(config.rollout.max_new_tokens))
     if measured.rl is not None:
-        each = f"{_shown(measured.rl.fixed)} + {_shown(measured.rl.per)} for each token of the mean answer"
-        besides = f"{min(config.run.steps, PROBE_COUNT)} looks at it of {_shown(measured.probing)}"
-        lines.append(f"measured {config.rl_stage}: {config.run.steps} steps of {each}; {besides}")
+        step = (
+            f"{_shown(measured.rl.fixed)} + {_shown(measured.rl.per)} for each token of the mean "
+            "answer"
+        )
+        probes = f"{min(config.run.steps, PROBE_COUNT)} probes of {_shown(measured.probing)}"
+        lines.append(f"measured {config.rl_stage}: {config.run.steps} steps of {step}; {probes}")
     if "evaluation" in config.recipe:
         lines.append(
             f"measured evaluation: {config.evaluation.prompts} prompts in "
@@ -140,8 +151,11 @@ def in_words(config: Config, measured: Measured) -> list[str]:
     beside = f" (without measuring: {guessed:,.0f} s)" if guessed else ""
     if measured.rl is None or longest < 1.05 * likely:
         return [*lines, f"in all   about {likely:,.0f} s{beside}"]
-    said = f"about {likely:,.0f} s with answers of {expected:.0f} tokens, {longest:,.0f} s if each takes all it may"
-    return [*lines, f"in all   {said}{beside}"]
+    range_of_times = (
+        f"about {likely:,.0f} s with answers of {expected:.0f} tokens, {longest:,.0f} s if each "
+        "has the most tokens it may"
+    )
+    return [*lines, f"in all   {range_of_times}{beside}"]
 
 
 def _shown(seconds: float) -> str:
@@ -149,12 +163,12 @@ def _shown(seconds: float) -> str:
 
 
 def _answers(config: Config, prompts: int) -> int:
-    """Of an evaluation: before and after, and those that the best are picked from."""
+    """Return the responses of an evaluation: of the policy before and after, and for best-of-n."""
     return 2 * prompts + BEST_OF_RESPONSES * (config.evaluation.best_of >= 2)
 
 
 def _counts(config: Config) -> dict[str, int]:
-    """Steps of each stage."""
+    """Return the number of steps of each stage but RL."""
     counts = {"sft": config.sft.steps, "reward_model": config.reward_model.steps}
     if config.preference_stage is not None:
         counts[config.preference_stage] = config.preference.steps
@@ -210,6 +224,6 @@ def _summed(
 
 
 def _seconds(event: dict[str, Any]) -> float:
-    """Of a step; of RL without what is looked at only now and then."""
+    """Return the seconds of a step, without the RL stage's probes."""
     phases = event.get("phases")
     return sum(phases.values()) if phases else float(event["seconds"])

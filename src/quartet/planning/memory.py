@@ -1,4 +1,4 @@
-"""The memory that a run takes, phase by phase, worked out before anything heavy is loaded."""
+"""The memory that a run takes in each phase, estimated before torch is loaded."""
 
 import json
 import math
@@ -11,21 +11,21 @@ from quartet.rewards.sources import ModelSource
 
 FLOAT = 4
 PROGRAM_BYTES = 500e6
-"""The resident size of Python with torch, transformers and pyarrow loaded, measured."""
+"""The resident size of Python with torch, transformers and pyarrow loaded. Measured."""
 WORKING_BYTES = 60e6
-"""What is alive beside the activations: chunks of logits, gradients on their way."""
+"""Bytes that are in use beside the activations: chunks of logits, intermediate gradients."""
 KERNEL_BYTES = 80e6
-"""What the kernels of generation keep, made for every number of rows. Measured."""
-UNJOINED = 1.4
-"""What the allocator holds over what is alive: freed pieces that it cannot join. Measured."""
+"""Bytes that the kernels of generation keep; each number of rows has its own. Measured."""
+FRAGMENTATION = 1.4
+"""The memory that the allocator holds, over the memory in use. Measured."""
 CPU_MICRO_BATCH = 2048
-"""On CPUs larger micro-batches were not faster at any size that was measured, and rows of like
-length end up together."""
+"""Tokens of a micro-batch on CPUs. Larger ones were not faster at any size that was measured, and
+with this one rows of similar length share a micro-batch."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What activations depend on."""
+    """The sizes of a model that its activations depend on."""
 
     hidden: int
     layers: int
@@ -35,31 +35,31 @@ class Sizes:
 
 
 def sizes(config: Config) -> Sizes | None:
-    """Of the model that is created, or of the folder's config.json; None where there is no folder
-    to look into."""
+    """Return the sizes of the policy: from its shape, or from its folder's config.json; None where
+    it is not in a folder."""
     shape = config.policy.create
     if shape is not None:
         return Sizes(shape.hidden_size, shape.num_layers, shape.intermediate)
     file = Path(str(config.policy.model)) / "config.json"
     if not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
+    table = json.loads(file.read_text(encoding="utf-8"))
     hidden, layers = (
-        found.get("hidden_size") or found.get("n_embd"),
-        found.get("num_hidden_layers") or found.get("n_layer"),
+        table.get("hidden_size") or table.get("n_embd"),
+        table.get("num_hidden_layers") or table.get("n_layer"),
     )
     if not hidden or not layers:
         return None
-    heads = found.get("num_attention_heads") or 1
-    share = (found.get("num_key_value_heads") or heads) / heads
+    heads = table.get("num_attention_heads") or 1
+    share = (table.get("num_key_value_heads") or heads) / heads
     return Sizes(
-        hidden, layers, found.get("intermediate_size") or found.get("n_inner") or 4 * hidden, share
+        hidden, layers, table.get("intermediate_size") or table.get("n_inner") or 4 * hidden, share
     )
 
 
 def policy_parameters(config: Config, vocabulary: int | None) -> int | None:
-    """How many numbers the policy holds: counted from its shape, or from the headers of its
-    folder's files."""
+    """Return the number of the policy's parameters: from its shape, or from the headers of its
+    folder's files; None where neither is known."""
     if config.policy.create is not None:
         return config.policy.create.parameters(vocabulary) if vocabulary else None
     files = sorted(Path(str(config.policy.model)).glob("*.safetensors"))
@@ -67,7 +67,7 @@ def policy_parameters(config: Config, vocabulary: int | None) -> int | None:
 
 
 def _safetensors_parameters(file: Path) -> int:
-    """Counted from the header: eight bytes of length, then JSON."""
+    """Return the number of parameters in a file. Its header is eight bytes of length, then JSON."""
     try:
         with file.open("rb") as opened:
             length = struct.unpack("<Q", opened.read(8))[0]
@@ -76,22 +76,24 @@ def _safetensors_parameters(file: Path) -> int:
             math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
-        return 0  # loading it will say what is wrong
+        return 0  # loading the model reports what is wrong
 
 
 def activation_bytes(model: Sizes, checkpointing: bool) -> float:
-    """Per token of a micro-batch, what the backward pass needs of the Llama family written out: of
-    each block the residual stream and its norm before attention and before the perceptron, queries,
-    keys, values, what attention read (twice: as it comes out and packed), gate, up and their
-    product. With checkpoints: each block's input, and all that of one block."""
+    """Return the bytes per token of a micro-batch that the backward pass of the Llama family needs.
+
+    A block keeps the residual stream and its norm before attention and before the perceptron,
+    queries, keys, values, the output of attention (twice: as it comes out, and packed), gate, up
+    and their product. With checkpointing, each block keeps its input, and one block all of it.
+    """
     block = (7 + 2 * model.heads_share) * model.hidden + 3 * model.intermediate
     kept = model.layers * model.hidden + block if checkpointing else model.layers * block
     return FLOAT * kept
 
 
 def adapter_parameters(config: Config) -> int | None:
-    """How many numbers one adapter holds; None where there is none. Of a model whose shape is not
-    known, a guess of 1 %."""
+    """Return the number of parameters of one adapter, None where the policy has none. For a model
+    whose shape is not known, 1 % of its parameters is the guess."""
     lora, model = config.policy.adapter, sizes(config)
     if lora is None:
         return None
@@ -103,9 +105,12 @@ def adapter_parameters(config: Config) -> int | None:
 def micro_batch_tokens(
     config: Config, parameters: int | None, free_bytes: float | None, world: int = 1
 ) -> int:
-    """The setting, or what suits: on a GPU as many tokens as fit into half of what its free memory
-    has left beside weights, gradients and the optimizer's moments. `world`: ranks, over which those
-    may be in parts."""
+    """Return the tokens of a micro-batch: the setting, or as many as suit the machine.
+
+    On a GPU, that is as many as fit into half of the memory that weights, gradients and the
+    optimizer's moments leave. `free_bytes` is the GPU's free memory, None on a CPU; `world` is the
+    number of ranks, which may hold the models in parts.
+    """
     setting = config.optim.micro_batch_tokens
     if setting != "auto":
         return setting
@@ -114,11 +119,10 @@ def micro_batch_tokens(
         return CPU_MICRO_BATCH
     needs_critic = bool(config.algorithm and config.algorithm.needs_critic)
     parts = config.launch.parts(world) if config.launch.shard else 1
-    rests = config.run.offload and config.rl_stage is not None and not config.staleness
-    read = 0 if rests else 2
-    resident = (
-        FLOAT * (parameters or 0) * ((4 * (1 + needs_critic) + read) / parts + (parts > 1))
-    )  # and a copy to sample with
+    offloaded = config.run.offload and config.rl_stage is not None and not config.staleness
+    frozen = 0 if offloaded else 2
+    # Sharded ranks also hold a whole copy, which samples.
+    resident = FLOAT * (parameters or 0) * ((4 * (1 + needs_critic) + frozen) / parts + (parts > 1))
     per_token = activation_bytes(model, config.policy.gradient_checkpointing)
     return int(min(max((free_bytes - resident) / 2 / per_token, CPU_MICRO_BATCH), 2**16))
 
@@ -126,9 +130,12 @@ def micro_batch_tokens(
 def phases(
     config: Config, models: dict[str, int | None], policy: int, row: float
 ) -> dict[str, float]:
-    """Expected resident bytes: program + weights + gradients and two Adam moments of what is
-    trained + activations of one micro-batch, whose rows have `row` tokens on average. Of each rank,
-    where several hold the models in parts."""
+    """Return the expected resident bytes of each phase, on each rank: the program, weights,
+    gradients and two Adam moments of what is trained, and the activations of one micro-batch.
+
+    `models` are the parameters by role, `policy` the policy's, `row` the tokens of a row on
+    average.
+    """
     launch = config.launch
     parts = launch.parts(launch.processes) if launch.shard else 1
     model = sizes(config) or Sizes(int(60 * (policy / 12) ** 0.5) // 10, 1, 0)
@@ -137,13 +144,12 @@ def phases(
     whole = FLOAT * policy
     weights = whole / parts
     adapter = adapter_parameters(config)
-    # Of what is trained: weights, gradients and two moments. Adapters are that on one trunk,
-    # whoever else reads it.
+    # A trained model is its weights, gradients and two moments. Adapters share one trunk.
     trained = 4 * FLOAT * (policy if adapter is None else adapter) / parts
     trunk = 0.0 if adapter is None else weights
 
     def micro(rows: int, learners: int = 1) -> float:
-        return WORKING_BYTES + UNJOINED * learners * min(rows * row, tokens) * per_token
+        return WORKING_BYTES + FRAGMENTATION * learners * min(rows * row, tokens) * per_token
 
     memory = {}
     if "sft" in config.recipe:
@@ -159,7 +165,7 @@ def phases(
         )
     if config.rl_stage:
         frozen = weights * sum(role in models for role in ("reward model", "reference"))
-        if adapter is not None:  # one trunk, and whole reward models that were trained elsewhere
+        if adapter is not None:  # the trunk, and reward models that were trained elsewhere
             frozen = weights * (
                 1 + sum(isinstance(r, ModelSource) and r.model is not None for r in config.reward)
             )
@@ -168,8 +174,8 @@ def phases(
         )
         learners = 1 + has_critic
         rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-        # A cache is as wide as the longest answer, for the rows that are left; its memory waits for
-        # the next step.
+        # The cache has room for the longest response of the rows that are left; the allocator keeps
+        # its memory for the next step.
         cache = (
             FLOAT
             * 2

@@ -1,4 +1,4 @@
-"""What a run will take, worked out before anything heavy is loaded."""
+"""What a run will take, estimated before torch is loaded."""
 
 import os
 from dataclasses import dataclass
@@ -8,34 +8,36 @@ from quartet.planning.memory import FLOAT, adapter_parameters, phases, policy_pa
 from quartet.worlds import WORLDS
 
 FLOPS_PER_CPU = 22e9
-"""What models of a million parameters reach per CPU core, generation included, measured on 2.5 GHz
-server cores."""
+"""Operations per second of one CPU core with models of a million parameters, generation included;
+measured on 2.5 GHz server cores."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts, bytes and seconds. What the config does not tell (the size of a model on a hub) is
-    None."""
+    """What a run takes. A value that the config does not determine, such as the size of a model on
+    the hub, is None."""
 
     models: dict[str, int | None]
-    """Parameters by role; only the models that the run needs."""
+    """Parameters of each model that the run needs, by role."""
     row_tokens: tuple[float, float]
     """Expected tokens of a prompt and of a response."""
     optimizer_steps: dict[str, int]
     tokens: dict[str, float]
-    """Tokens that each stage trains on, epochs counted; for RL also those it generates."""
+    """Tokens that each stage trains on, once per epoch, and tokens that RL generates."""
     memory: dict[str, float] | None
     """Expected resident bytes in each phase."""
     disk: float | None
+    """Bytes."""
     seconds: float | None
 
     @property
     def peak(self) -> float | None:
+        """The bytes of the phase that needs most."""
         return max(self.memory.values()) if self.memory else None
 
 
 def plan(config: Config) -> Plan:
-    """The models, tokens, memory, disk and time of a run on this machine's CPUs."""
+    """Return the models, tokens, memory, disk space and time of a run on this machine's CPUs."""
     policy = policy_parameters(config, vocabulary(config))
     models = _models(config, policy)
     row = row_tokens(config)
@@ -72,8 +74,8 @@ def _models(config: Config, policy: int | None) -> dict[str, int | None]:
 
 
 def _adapters(config: Config, adapter: int, policy: int | None) -> dict[str, int | None]:
-    """What stands on the policy's trunk, which is the reference, and what has a trunk of its
-    own."""
+    """Return the models beside the policy in a run with an adapter, where the trunk is the
+    reference: adapters on it, and reward models that were trained elsewhere."""
     roles: dict[str, int | None] = {"adapter": adapter}
     if (
         config.algorithm
@@ -89,7 +91,7 @@ def _adapters(config: Config, adapter: int, policy: int | None) -> dict[str, int
 
 
 def vocabulary(config: Config) -> int | None:
-    """How many tokens the policy knows, where it can be known before it is loaded."""
+    """Return the size of the policy's vocabulary, None where only loading the tokenizer tells."""
     if isinstance(config.policy.tokenizer, TrainTokenizer):
         return config.policy.tokenizer.vocab_size
     if config.policy.create is not None and config.data.world is not None:
@@ -98,15 +100,16 @@ def vocabulary(config: Config) -> int | None:
 
 
 def row_tokens(config: Config) -> tuple[float, float]:
-    """A world knows; of files it is assumed that prompts and responses fill a third of what they
-    may."""
+    """Return the expected tokens of a prompt and of a response. A world states them; with files,
+    both are taken to be a third of the longest that is allowed."""
     if config.data.world is not None:
         prompt, response = WORLDS[config.data.world](config.seed).typical_tokens
         return float(prompt), float(response)
     return config.data.max_prompt_tokens / 3, config.rollout.max_new_tokens / 3
 
 
-def _answers(config: Config) -> int:
+def _responses(config: Config) -> int:
+    """Return the number of responses that the RL stage samples."""
     return config.run.steps * config.rollout.prompts_per_step * config.rollout.samples_per_prompt
 
 
@@ -127,19 +130,22 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
             tokens[stage] = config.preference.steps * config.preference.batch_size * 2 * sum(row)
         elif stage == config.rl_stage:
             steps[stage] = config.run.steps * config.optim.epochs * config.optim.minibatches
-            tokens[f"{stage}, generated"] = _answers(config) * row[1]
-            tokens[stage] = _answers(config) * sum(row) * config.optim.epochs
+            tokens[f"{stage}, generated"] = _responses(config) * row[1]
+            tokens[stage] = _responses(config) * sum(row) * config.optim.epochs
     return steps, tokens
 
 
 def _disk(config: Config, models: dict[str, int | None]) -> float:
-    """Model folders, about 25 bytes per token of rollouts, and three numbers per trained parameter
-    (itself, Adam's two) for each checkpoint that is kept and for the one being written."""
+    """Return the bytes of model folders; of rollouts, about 25 bytes per token; and of checkpoints,
+    three numbers per trained parameter (itself and Adam's two moments) for each that is kept and
+    for one that is being written."""
     folders = ("sft" in config.recipe) + sum(
         role.partition(" (")[0] in {"policy", "critic", "reward model"} for role in models
     )
     written = (
-        _answers(config) * sum(row_tokens(config)) / config.run.keep_every if config.rl_stage else 0
+        _responses(config) * sum(row_tokens(config)) / config.run.keep_every
+        if config.rl_stage
+        else 0
     )
     learners = (
         2
@@ -157,8 +163,8 @@ def _disk(config: Config, models: dict[str, int | None]) -> float:
 
 
 def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:
-    """6 operations per parameter and trained token, 2 for each token that is generated or
-    scored."""
+    """Return the expected seconds: 6 operations per parameter and trained token, 2 for each token
+    that is generated or scored."""
     work = 0.0
     for name, count in tokens.items():
         if name == config.rl_stage:
@@ -172,7 +178,7 @@ def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:
 
 
 def in_words(plan: Plan) -> str:
-    """One line: the models, the peak of memory, the time."""
+    """Return the plan in one line: the models, the peak memory, the time."""
     words = [
         f"{role} {count / 1e6:.1f} M" if count else f"{role} ?"
         for role, count in plan.models.items()
@@ -185,6 +191,7 @@ def in_words(plan: Plan) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Return a time in the unit that suits it: "45 s", "12 min", "3.5 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
