@@ -23,7 +23,9 @@ def best_of_n(
     et al. 2021, appendix I): the answer of rank i from below is the best of a random n with
     probability C(i − 1, n − 1) / C(N, n).
 
-    >>> [round(point.reward, 3) for point in best_of_n([[1.0, 2.0, 6.0, 3.0]], None)]  # of four, of six pairs, of one four
+    Of four answers, of their six pairs, and of all four together:
+
+    >>> [round(point.reward, 3) for point in best_of_n([[1.0, 2.0, 6.0, 3.0]], None)]
     [3.0, 4.333, 6.0]
     """
     most = min(len(answers) for answers in rewards)

@@ -1,11 +1,12 @@
-"""How generation servers are spoken to: what vLLM and SGLang call the same things.
+"""The HTTP interfaces of vLLM and SGLang, as one protocol.
 
-Both take token ids and give back ids with log-probs, stop with what was being written (`abort`),
-read new weights from a folder, and put on adapters by name. Where they differ in more than names:
+Both servers take token ids and return ids with log-probs, can abort running requests and return
+what was generated so far, load new weights from a folder, and load adapters by name. They differ
+in the names of these things, and in two facts:
 
-- vLLM's log-probs are of the distribution it draws from (`--logprobs-mode processed_logprobs`), SGLang's of the one before
-  top-k and top-p.
-- vLLM draws by the seed of a request; SGLang only where it was started with `--enable-deterministic-inference`.
+- vLLM's log-probs are of the distribution it samples from (`--logprobs-mode processed_logprobs`),
+  SGLang's of the distribution before top-k and top-p.
+- vLLM uses the seed of a request; SGLang does so only with `--enable-deterministic-inference`.
 """
 
 from collections.abc import Mapping, Sequence

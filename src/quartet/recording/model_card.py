@@ -50,7 +50,8 @@ def _front(role: str, config: dict[str, Any]) -> str:
     base = config.get("policy", {}).get("model")
     named = f"base_model: {json.dumps(base)}\n" if base else ""
     tasks = {"reward_model": "text-classification", "critic": "token-classification"}
-    return f"---\nlibrary_name: transformers\npipeline_tag: {tasks.get(role, 'text-generation')}\ntags: [{tags}]\n{named}---\n\n"
+    task = tasks.get(role, "text-generation")
+    return f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [{tags}]\n{named}---\n\n"
 
 
 def _loading(folder: Path, role: str) -> str:

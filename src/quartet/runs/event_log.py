@@ -103,7 +103,8 @@ class EventLog:
         """A sentence for each kind of what was left out."""
         if self.damaged:
             count = "1 line was" if self.damaged == 1 else f"{self.damaged:,} lines were"
-            yield f"{self.name}: {count} left out: {'the first, ' * (self.damaged > 1)}{self._first_damaged}."
+            first = "the first, " if self.damaged > 1 else ""
+            yield f"{self.name}: {count} left out: {first}{self._first_damaged}."
         if self.incomplete:
             more = f" ({self.incomplete - 1:,} more)" if self.incomplete > 1 else ""
             yield f"{self.name}: {self._first_incomplete}; it is left out{more}."

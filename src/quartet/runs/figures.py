@@ -400,7 +400,6 @@ def figure(run: "Run", name: str, stage: str | None = None) -> Any:
 
 
 # --- drawing
-# -------------------------------------------------------------------------------------------------------------
 
 
 def thinned(x: Sequence[int], y: Sequence[float]) -> tuple[list[int], list[float | None]]:

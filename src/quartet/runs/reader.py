@@ -70,7 +70,8 @@ class Run:
 
     >>> run = Run("runs/latest")  # doctest: +SKIP
     >>> run.metrics.to_pandas()["reward"].plot()  # doctest: +SKIP
-    >>> run.rollouts(40).to_pandas().query("sample == 3")[["text", "advantage", "ratio"]]  # doctest: +SKIP
+    >>> tokens = run.rollouts(40).to_pandas().query("sample == 3")  # doctest: +SKIP
+    >>> tokens[["text", "advantage", "ratio"]]  # doctest: +SKIP
     >>> run.figure("frontier")  # doctest: +SKIP
     """
 
@@ -87,7 +88,6 @@ class Run:
         self.refresh()
 
     # --- what it says
-    # --------------------------------------------------------------------------------------------------------
 
     def refresh(self) -> bool:
         """Read what was written since; whether there was anything. A last line that is not whole
@@ -245,7 +245,6 @@ class Run:
         return pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
 
     # --- rollouts
-    # ------------------------------------------------------------------------------------------------------------
 
     def steps(self, kind: str = "rollouts") -> list[int]:
         """The steps whose rollouts (or probes) are here."""
@@ -362,7 +361,6 @@ class Run:
         return [clip_case(clipping, *row) if row[1] is not None else "" for row in rows]
 
     # --- evaluation
-    # ----------------------------------------------------------------------------------------------------------
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
@@ -423,7 +421,6 @@ class Run:
             self._problems[ANSWERS] = [left_out(ANSWERS, faults)]
 
     # --- for eyes
-    # ------------------------------------------------------------------------------------------------------------
 
     def figure(self, name: str, stage: str | None = None) -> "plotly.graph_objects.Figure":
         """A Plotly figure: "frontier", "phases", or a metric's name."""

@@ -36,7 +36,6 @@ class Record(BaseModel):
 
 
 # --- events.jsonl
-# --------------------------------------------------------------------------------------------------------
 
 
 class Event(Record):
@@ -154,7 +153,6 @@ def read_lines(folder: Folder, name: str) -> Iterator[bytes]:
 
 
 # --- documents
-# -----------------------------------------------------------------------------------------------------------
 
 
 class IntervalRecord(Record):
@@ -204,7 +202,6 @@ class AnswerPair(Record):
 
 
 # --- config.resolved.toml
-# ------------------------------------------------------------------------------------------------
 
 
 class RewardShaping(Record):

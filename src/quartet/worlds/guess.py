@@ -13,7 +13,10 @@ from quartet.worlds.tokenizers import SPECIAL, character_tokenizer
 LETTERS = "abcdefghijklmnop"
 ALPHABET = LETTERS + "?<>="
 GUESSES = 4
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+)
 
 
 class Host:

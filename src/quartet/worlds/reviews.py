@@ -439,9 +439,11 @@ def _continuation(rng: random.Random) -> str:
     def opinion() -> str:
         sign, kind = side(), rng.randrange(6)
         if kind == 0:
-            return f"the {aspects.pop()} is {judged(sign)} and the {rng.choice(PLURALS)} are {judged(sign)}"
+            first, others = f"the {aspects.pop()} is {judged(sign)}", rng.choice(PLURALS)
+            return f"{first} and the {others} are {judged(sign)}"
         if kind == 1:
-            return f"the {aspects.pop()} is {judged(sign)}, but the {rng.choice(PLURALS)} are {judged(-sign)}"
+            first, others = f"the {aspects.pop()} is {judged(sign)}", rng.choice(PLURALS)
+            return f"{first}, but the {others} are {judged(-sign)}"
         if kind == 2:
             return f"i {rng.choice(LIKED if sign > 0 else DISLIKED)} the {aspects.pop()}"
         if kind == 3:
