@@ -17,9 +17,13 @@ from tests.support.tiny_run import make_run
 from tests.support.world import model, tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
-MINE = re.findall(
-    r"```python\n# mine\.py\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL
-)[0]
+MINE = "".join(
+    re.findall(
+        r"```python\n# (?:spo|centred)\.py\n(.*?)```",
+        (DOCS / "extending.md").read_text(),
+        re.DOTALL,
+    )
+)
 
 
 @pytest.fixture
@@ -108,11 +112,15 @@ def test_what_is_wrong_with_a_part_is_one_sentence(mine, tmp_path, value, senten
     assert place(sentence) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_documented_loop_runs(tmp_path, capsys):
-    block = re.findall(r"```python\n(.*?)```", (DOCS / "api.md").read_text(), re.DOTALL)[0]
+def test_the_documented_loop_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, block = re.findall(r"```python\n(.*?)```", (DOCS / "api.md").read_text(), re.DOTALL)
     model().save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
+    exec(first, {})
+    assert "ppo 2 {" in capsys.readouterr().out
     exec(block, {"folder": str(tmp_path)})
+    assert quartet.Run("runs/mine").status == "done"
     assert [
         line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()
     ] == ["1", "2"]
