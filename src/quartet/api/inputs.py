@@ -147,6 +147,8 @@ def plain(value: Any) -> Any:
         return without_none(dataclasses.asdict(value))
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [plain(item) if dataclasses.is_dataclass(item) else item for item in value]
     return value
 
 
@@ -254,7 +256,7 @@ def _rewards(given: Any, objects: dict[str, Any]) -> list[Table]:
 
 
 def _reward(reward: Any, objects: dict[str, Any]) -> Table:
-    if isinstance(reward, Mapping):
+    if isinstance(reward, Mapping | RewardSource):
         return dict(plain(reward))
     if isinstance(reward, Path):
         return {"type": "model", "model": str(reward)}
@@ -276,7 +278,5 @@ def _reward(reward: Any, objects: dict[str, Any]) -> Table:
 
 def object_name(reward: Any) -> str:
     """Return what a reward is called in metrics: the function's or class's name."""
-    if isinstance(reward, RewardSource):
-        return reward.called
     name = getattr(reward, "__name__", None) or getattr(reward, "name", None)
     return str(name) if name and str(name).isidentifier() else type(reward).__name__
