@@ -70,7 +70,9 @@ def seconds_of_a_step(words: list[str]) -> float:
         )
         [events] = Path(folder).glob("runs/*[!t]/events.jsonl")
         rows = [json.loads(line) for line in events.read_text().splitlines()]
-    steps = [row["seconds"] for row in rows if row["event"] == "metrics" and row["stage"] == "ppo"]
+    steps: list[float] = [
+        row["seconds"] for row in rows if row["event"] == "metrics" and row["stage"] == "ppo"
+    ]
     return statistics.median(steps[5:])
 
 

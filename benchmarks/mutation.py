@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,10 @@ def variants(node: Any, returns: str) -> Iterator[tuple[ast.expr, str]]:  # noqa
         case ast.BoolOp(op):
             yield node, text(node, op=OPERATORS[type(op)][0]())
         case ast.Compare(_, ops):
-            for i, op in enumerate(ops):
+            for i, comparison in enumerate(ops):
                 yield from (
-                    (node, text(node, ops=[*ops[:i], o(), *ops[i + 1 :]]))
-                    for o in OPERATORS.get(type(op), ())
+                    (node, text(node, ops=[*ops[:i], other(), *ops[i + 1 :]]))
+                    for other in OPERATORS.get(type(comparison), ())
                 )
         case ast.UnaryOp(_, operand):
             yield node, f"({ast.unparse(operand)})"
@@ -174,10 +175,9 @@ def mutants(file: str) -> list[Mutant]:
     by_place: dict[tuple[int, int, str], Mutant] = {}
     for place, inside, returns in places(ast.parse(source)):
         for node, after in variants(place, returns):
-            start, end = (
-                starts[node.lineno - 1] + node.col_offset,
-                starts[node.end_lineno - 1] + node.end_col_offset,
-            )
+            assert node.end_lineno is not None and node.end_col_offset is not None
+            start = starts[node.lineno - 1] + node.col_offset
+            end = starts[node.end_lineno - 1] + node.end_col_offset
             before = source[start:end].decode()
             by_place.setdefault(
                 (start, end, after), Mutant(file, node.lineno, start, end, before, after, inside)
@@ -342,7 +342,8 @@ def examine(
     results: list[dict[str, Any]] = []
     for number, mutant in enumerate(chosen, 1):
         started, tests = time.perf_counter(), relevant(mutant, seconds, enters)
-        by = in_fork(lambda m=mutant, t=tests: attempt(m, t, *options), timeout) if tests else ""
+        trial = partial(attempt, mutant, tests, *options)
+        by = in_fork(trial, timeout) if tests else ""
         verdict = "timeout" if by is None else "killed" if by else "survived"
         results.append(asdict(mutant) | {"verdict": verdict, "by": by, "tests": len(tests)})
         out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

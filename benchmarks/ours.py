@@ -30,6 +30,7 @@ from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
+from quartet.models.protocols import CausalModel
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward
@@ -46,7 +47,7 @@ MICRO_BATCH_TOKENS = 2048
 class FixedLengthGenerator(NativeGenerator):
     """A generator whose responses end at given lengths, with the end of sequence."""
 
-    def __init__(self, model: torch.nn.Module, size: Size, count: int) -> None:
+    def __init__(self, model: CausalModel, size: Size, count: int) -> None:
         super().__init__(model, w.tokenizer(size), frozenset({w.EOS}), seed=0)
         self.lengths = torch.tensor(
             w.response_lengths(size.limit, count), device=self.stop_ids.device
@@ -197,7 +198,7 @@ class Scoring:
 
     def train(self) -> None:
         for piece in self.logprobs():
-            piece.sum().backward()  # type: ignore[no-untyped-call]
+            piece.sum().backward()
         self.model.zero_grad()
 
 

@@ -29,6 +29,7 @@ import pyarrow as pa
 from quartet.assembly import build
 from quartet.config.toml import read_settings
 from quartet.recipes import recipe_path
+from quartet.recording import tokens
 from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts, write_tokens
 from quartet.runs.reader import Run
@@ -47,8 +48,11 @@ COLUMNS = (
     "value",
     "td_error",
     "raw_advantage",
+    "advantage",
+    "return",
+    "ratio",
+    "entropy",
 )
-COLUMNS += ("advantage", "return", "ratio", "entropy")
 
 
 def long_run(folder: Path, steps: int) -> None:
@@ -71,11 +75,11 @@ def long_run(folder: Path, steps: int) -> None:
             file.write(json.dumps(event) + "\n")
 
 
-def wide_step(path: Path, rows: int, tokens: int) -> int:
+def wide_step(path: Path, rows: int, row_tokens: int) -> int:
     """Write one step of so many rollouts and return its size in bytes."""
     rng = np.random.default_rng(0)
-    count = rows * tokens
-    sample = np.repeat(np.arange(rows, dtype=np.int32), tokens)
+    count = rows * row_tokens
+    sample = np.repeat(np.arange(rows, dtype=np.int32), row_tokens)
     numbers = {
         name: pa.array(rng.normal(size=count).astype(np.float16).astype(np.float32))
         for name in COLUMNS
@@ -90,10 +94,10 @@ def wide_step(path: Path, rows: int, tokens: int) -> int:
             "score": pa.array(sample.astype(np.float32)),
             "score/model": pa.array(sample.astype(np.float32)),
             "ended": pa.array([True] * count),
-            "position": pa.array(np.tile(np.arange(tokens, dtype=np.int32), rows)),
+            "position": pa.array(np.tile(np.arange(row_tokens, dtype=np.int32), rows)),
             "token_id": pa.array(rng.integers(0, 50_000, count).astype(np.int32)),
             "text": words,
-            "is_response": pa.array(np.tile(np.arange(tokens) >= 32, rows)),
+            "is_response": pa.array(np.tile(np.arange(row_tokens) >= 32, rows)),
             **numbers,
             "clipped": pa.array(rng.random(count) < 0.1),
         }
@@ -116,13 +120,15 @@ def writing_share(root: Path, *settings: str) -> dict[str, float]:
         return call
 
     words = ["sft.steps=5", "reward_model.steps=5", "run.steps=20", "evaluation.prompts=8"]
-    config = read_settings(recipe_path("reviews"), [*words, *settings], "recipe reviews").config
+    recipe = recipe_path("reviews")
+    assert recipe is not None
+    config = read_settings(recipe, [*words, *settings], "recipe reviews").config
     job = build(config)
     folder = RunFolder.create(root, "writing", {})
     folder.event = measured("events", folder.event)  # type: ignore[method-assign]
     folder.write_rollouts = measured("rollouts", folder.write_rollouts)  # type: ignore[method-assign]
     steps = 0.0
-    with mock.patch.object(rl, "probe_table", measured("probes", rl.probe_table)):
+    with mock.patch.object(rl, "probe_table", measured("probes", tokens.probe_table)):
         for event in pipeline.Pipeline(job.stages, folder, TokenTexts(job.tokenizer)).run():
             if isinstance(event, pipeline.Advanced) and event.stage.name == "ppo":
                 steps += sum(event.progress.seconds.values())

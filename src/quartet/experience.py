@@ -1,7 +1,7 @@
-"""The data that flows: Prompt -> Rollout -> Batch -> Experience. Each is frozen; a stage takes one
+"""The data that flow: Prompt -> Rollout -> Batch -> Experience. Each is frozen; a stage takes one
 and returns the next.
 
-Everywhere, entry t of a per-token tensor speaks of token t: `logprobs[:, t] = log p(tokens[:, t] |
+Everywhere, entry t of a per-token tensor is about token t: `logprobs[:, t] = log p(tokens[:, t] |
 tokens[:, :t])`, and `values[:, t]` is the value before token t is chosen. Rows are padded on the
 right; what is real is known from lengths and from the response mask, never from comparing ids with
 a pad id.
@@ -58,22 +58,23 @@ class Rollout:
     policy_version: int
     score: float | None = None
     components: Mapping[str, float | None] = field(default_factory=dict)
-    """What each reward gave; None where it gave none."""
+    """The score of each reward by name; None where it gave none."""
     entropies: tuple[float, ...] | None = None
-    """Of the distribution that each token was drawn from, where the sampler took them."""
+    """The entropy of the distribution that each token was drawn from, where the sampler gives
+    it."""
     token_scores: tuple[float, ...] | None = None
     """A score for each token of the response, where the reward gives one and the algorithm reads
     it."""
     policy_mask: tuple[bool, ...] | None = None
-    """Which of the response's tokens the policy wrote, where an environment spoke as well; its
-    log-probs are 0. None: all."""
+    """True for the response's tokens that the policy sampled, False for those that an environment
+    added, whose log-probs are 0. None: the policy sampled all."""
     turn_rewards: tuple[float, ...] | None = None
-    """What an environment gave, on the last token of each turn; 0 elsewhere."""
+    """The rewards of an environment, on the last token of each turn; 0 elsewhere."""
     greedy_score: float | None = None
     """The score of the greedy response to the same prompt, where the algorithm compares with it."""
     versions: tuple[int, ...] | None = None
-    """Of the weights that sampled each token, where they may differ; None: `policy_version` for
-    all."""
+    """The version of the weights that sampled each token, where they may differ; None:
+    `policy_version` for all."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Batch:
     exact_kl: Float[Tensor, "B T"] | None = None
     """KL(π_old ‖ π_ref) over the whole vocabulary, before each token."""
     entropy: Float[Tensor, "B T"] | None = None
-    """Of π_old, before each token."""
+    """The entropy of π_old before each token."""
     values: Float[Tensor, "B T"] | None = None
     final_values: Float[Tensor, "B"] | None = None
     """The value after the last token of each row: what a response that was cut off could still have
@@ -138,7 +139,8 @@ class Experience:
     raw_advantages: Float[Tensor, "B T"] | None = None
     """`advantages` before they were whitened."""
     weights: Float[Tensor, "B T"] | None = None
-    """What corrects for a sampler that was not π_old; it multiplies the policy loss."""
+    """Importance weights that correct for a sampler that was not π_old; they multiply the policy
+    loss."""
     mean_entropy: Float[Tensor, "B"] | None = None
     """The mean entropy of π_old over the tokens of the step: the same number in every row."""
 
@@ -146,7 +148,7 @@ class Experience:
         return len(self.ids)
 
     def rows(self, indices: Sequence[int]) -> "Experience":
-        """These rows only, without the columns in which all of them are padding."""
+        """Return these rows only, without the columns in which all of them are padding."""
         index = torch.as_tensor(indices, device=self.tokens.device)
         width = int(self.lengths[index].max())
 

@@ -54,7 +54,8 @@ def part(cls: type[T]) -> type[T]:
     decorate: Callable[..., Any] = checked_dataclass(
         frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False)
     )
-    return decorate(cls)
+    checked: type[T] = decorate(cls)
+    return checked
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))

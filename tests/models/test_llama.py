@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from quartet.generation.decoders import LlamaDecoder, PlainDecoder, decoder
+from quartet.generation.decoders import LlamaDecoder, PlainDecoder, make_decoder
 from quartet.models import packing
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import masked_logprobs
@@ -135,11 +135,11 @@ def test_second_derivatives_exist(name):
 def test_sampling_gives_the_logits_of_transformers_token_by_token(name):
     """Both decoders, given the same tokens; rows leave, others come, samples share their prompt."""
     made = language_model(name)
-    ours, plain = decoder(made, 48), PlainDecoder(made)
+    ours, plain = make_decoder(made, 48), PlainDecoder(made)
     assert isinstance(ours, LlamaDecoder)
     prompts = [torch.randint(40, (n,)).tolist() for n in (3, 9, 5, 14)]
     texts = [list(p) for p in prompts for _ in range(3)]
-    first, theirs = ours.read(prompts, 3), plain.read(prompts, 3)
+    first, theirs = ours.prefill(prompts, 3), plain.prefill(prompts, 3)
     torch.testing.assert_close(first, theirs, atol=1e-5, rtol=1e-5)
     rows = list(range(12))  # the text that each row of ours belongs to
     for step in range(16):
@@ -150,7 +150,7 @@ def test_sampling_gives_the_logits_of_transformers_token_by_token(name):
         if step == 9:
             texts += [[7, 8, 9, 10, 11], [4]]
             rows += [12, 13]
-            late = ours.read(texts[12:], 1)
+            late = ours.prefill(texts[12:], 1)
             for text, logits in zip(texts[12:], late, strict=True):
                 torch.testing.assert_close(
                     logits, made(input_ids=torch.tensor([text])).logits[0, -1], atol=1e-5, rtol=1e-5
@@ -167,7 +167,7 @@ def test_sampling_gives_the_logits_of_transformers_token_by_token(name):
 
 def test_other_architectures_and_longer_texts_than_the_window_go_the_plain_way():
     assert not has_fused_forward(model("gpt2").base_model, 10)
-    assert isinstance(decoder(model("gpt2"), 10), PlainDecoder)
+    assert isinstance(make_decoder(model("gpt2"), 10), PlainDecoder)
     windowed = language_model("shared keys", sliding_window=16)
     assert has_fused_forward(windowed.base_model, 16) and not has_fused_forward(
         windowed.base_model, 17
@@ -196,10 +196,11 @@ def test_products_that_are_more_than_a_matrix_are_sampled_from_as_they_are():
     new.load_state_dict(old.state_dict())
     made.base_model.layers[0].self_attn.q_proj = new
     assert has_fused_forward(made.base_model, 10)
-    assert isinstance(decoder(made, 10), PlainDecoder)
+    assert isinstance(make_decoder(made, 10), PlainDecoder)
     prompt = [[5, 6, 7]]
     torch.testing.assert_close(
-        decoder(made, 10).read(prompt, 1)[0], made(input_ids=torch.tensor(prompt)).logits[0, -1]
+        make_decoder(made, 10).prefill(prompt, 1)[0],
+        made(input_ids=torch.tensor(prompt)).logits[0, -1],
     )
 
 

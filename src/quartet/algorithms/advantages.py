@@ -1,5 +1,5 @@
-"""How much better than expected each token turned out, by a critic: advantages, and the returns
-that the critic learns.
+"""Advantages by a critic (how much better than expected each token was), and the returns that the
+critic learns.
 
 The critic's targets are V + an advantage with a λ of its own, `value_lam`: 0 gives the one-step
 (TD) target, 1 the Monte Carlo return, anything between GAE's. Left out, it is the policy's λ.
@@ -57,14 +57,14 @@ def n_step(
     gamma: float = 1.0,
     final_values: Float[Tensor, "B"] | None = None,
 ) -> Float[Tensor, "B T"]:
-    """A_t = r_t + γ r_{t+1} + … + γ^{n−1} r_{t+n−1} + γ^n V_{t+n} − V_t (Sutton & Barto, eq. 7.1),
-    over the tokens of the mask only. n = 1 is the TD error, n ≥ the number of tokens the Monte
-    Carlo return less the value.
+    """Return A_t = r_t + γ r_{t+1} + … + γ^{n−1} r_{t+n−1} + γ^n V_{t+n} − V_t (Sutton & Barto, eq.
+    7.1), over the tokens of the mask only. n = 1 is the TD error, n ≥ the number of tokens the
+    Monte Carlo return less the value.
 
     Rewards (0, 0, 1), values (0.5, 0.6, 0.7), n = 2: A = (0 + 0 + 0.7 − 0.5, 0 + 1 − 0.6, 1 − 0.7)
     = (0.2, 0.4, 0.3).
     """
-    order = torch.argsort(~mask, dim=1, stable=True)  # the mask's entries first, in their order
+    order = torch.argsort(~mask, dim=1, stable=True)  # entries of the mask first, in their order
     width, n = mask.shape[1], min(n, mask.shape[1])
     ahead = torch.nn.functional.pad(masked(rewards, mask).gather(1, order), (0, n))
     value = torch.nn.functional.pad(masked(values, mask).gather(1, order), (0, n))
@@ -80,20 +80,19 @@ def n_step(
 def return_to_go(
     rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], gamma: float = 1.0
 ) -> Float[Tensor, "B T"]:
-    """G_t = Σ_k γ^k r_{t+k}: GAE with λ = 1 and no critic. Rewards (0.1, 0, 1), γ = 0.5: (0.35,
-    0.5, 1)."""
+    """Return G_t = Σ_k γ^k r_{t+k}: GAE with λ = 1 and no critic. Rewards (0.1, 0, 1), γ = 0.5:
+    (0.35, 0.5, 1)."""
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
 
 
-# --- parts with a critic
-# -------------------------------------------------------------------------------------------------
+# --- parts with a critic ---
 
 
 def critic_values(
     batch: Batch, bootstrap_truncated: bool
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B"] | None]:
-    """The critic's values, and those after the end of responses that were cut off where they are
-    asked for."""
+    """Return the critic's values and, with `bootstrap_truncated`, those after the end of responses
+    that were cut off (0 for the others), else None."""
     assert batch.values is not None, "this advantage needs a critic's values"
     if not bootstrap_truncated:
         return batch.values, None
@@ -109,7 +108,7 @@ def _with_targets(
     value_lam: float | None,
     bootstrap_truncated: bool,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """The advantages, and the critic's targets."""
+    """Return the advantages, and the critic's targets."""
     values, final = critic_values(batch, bootstrap_truncated)
     mask = batch.response_mask
     error = (
@@ -163,7 +162,7 @@ class Gae(Advantage):
         return self.bootstrap_truncated
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Advantages and returns, both [B T]."""
+        """Return the advantages and the critic's targets, both [B T]."""
         values, final = critic_values(batch, self.bootstrap_truncated)
         advantages = gae(token_rewards, values, batch.response_mask, self.gamma, self.lam, final)
         return _with_targets(
@@ -251,8 +250,7 @@ class TemporalDifference(Advantage):
         return Gae(gamma=self.gamma, lam=0.0)(token_rewards, batch)
 
 
-# --- after the estimate
-# --------------------------------------------------------------------------------------------------
+# --- after the estimate ---
 
 
 class Normalize(Family):

@@ -26,8 +26,8 @@ from quartet.tensors import Bool, Float, Tensor
 
 @dataclass(frozen=True)
 class Forward:
-    """What the models being trained say now of the tokens of some experience. The entropy carries a
-    gradient only where the algorithm asks for it."""
+    """The outputs of the models in training at the tokens of some experience. The entropy has a
+    gradient only if the algorithm needs it."""
 
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
@@ -41,8 +41,8 @@ class Algorithm:
     """scores → token rewards → advantage × policy loss × KL placement × aggregation (× value loss ×
     entropy × …).
 
-    Everything else in Quartet asks the record what it needs and calls `experience`, `loss` and
-    `adapt`; nothing asks its name.
+    The rest of Quartet reads what an algorithm needs from the record and calls `experience`, `loss`
+    and `adapt`; nothing depends on its name.
     """
 
     advantage: Advantage
@@ -96,8 +96,7 @@ class Algorithm:
             )
         return self
 
-    # --- what it needs
-    # -----------------------------------------------------------------------------------------------------
+    # --- what it needs ---
 
     @property
     def needs_critic(self) -> bool:
@@ -134,11 +133,10 @@ class Algorithm:
     def needs_entropy_gradient(self) -> bool:
         return self.entropy.coef > 0
 
-    # --- what it does
-    # ------------------------------------------------------------------------------------------------------
+    # --- what it does ---
 
     def token_rewards(self, batch: Batch) -> Float[Tensor, "B T"]:
-        """The shaped score where it belongs, plus the KL penalty."""
+        """Return the reward of each token: the shaped score at its place, plus the KL penalty."""
         mask = batch.response_mask
         scores = self.rewards.score(batch)
         for shape in self.scores:
@@ -147,15 +145,15 @@ class Algorithm:
         return whiten_keeping_mean(rewards, mask) if self.rewards.whiten else rewards
 
     def penalties(self, batch: Batch) -> Float[Tensor, "B T"]:
-        """What the KL takes from each token's reward."""
+        """Return the KL penalty of each token, which is added to its reward."""
         return masked(
             self.kl.reward(batch.old_logprobs, batch.ref_logprobs, batch.exact_kl),
             batch.response_mask,
         )
 
     def experience(self, batch: Batch) -> Experience:
-        """Token rewards, advantages and returns of a batch. Pure: the same batch gives the same
-        experience."""
+        """Return the token rewards, advantages and returns of a batch. The function is pure: the
+        same batch gives the same experience."""
         mask = batch.response_mask
         token_rewards = self.token_rewards(batch)
         advantages, returns = self.advantage(token_rewards, batch)
@@ -180,7 +178,7 @@ class Algorithm:
         )
 
     def denominators(self, experience: Experience) -> dict[str, float]:
-        """What each term of the loss is divided by, counted over everything that feeds one
+        """Return the divisor of each term of the loss, counted over everything that feeds one
         optimizer step."""
         return {
             name: self.aggregation.denominator(mask)
@@ -190,7 +188,7 @@ class Algorithm:
     def loss(
         self, experience: Experience, now: Forward, denominators: Mapping[str, float]
     ) -> dict[str, Float[Tensor, ""]]:
-        """The terms of the loss on these rows; their sum is what is minimised. `denominators` are
+        """Return the terms of the loss on these rows; their sum is minimised. `denominators` are
         those of the whole optimizer step, of which these rows may be a part."""
         per_token = {
             "policy": self._policy(experience, now),
@@ -217,14 +215,14 @@ class Algorithm:
     def clipped(
         self, experience: Experience, logprobs: Float[Tensor, "B T"]
     ) -> Bool[Tensor, "B T"]:
-        """The response tokens whose gradient the policy loss took away."""
+        """Return the response tokens whose gradient the clip of the policy loss removes."""
         mask = experience.response_mask
         tokens = Surrogate(logprobs, experience.old_logprobs, experience.advantages, mask)
         return self.policy_loss.clipped(tokens) & mask
 
     def adapt(self, metrics: Mapping[str, float]) -> "Algorithm":
-        """The algorithm of the next step: every part that has state has seen this step's metrics.
-        State lives in the record and nowhere else."""
+        """Return the algorithm of the next step, whose parts with state have taken in this step's
+        metrics. All state of an algorithm is in the record."""
         return dataclasses.replace(
             self,
             scores=tuple(shape.adapt(metrics) for shape in self.scores),

@@ -32,7 +32,7 @@ class ReturnToGo(Advantage):
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, None]:
-        """Advantages [B T]; there are no returns, for there is no critic."""
+        """Return the advantages [B T] and None: without a critic there are no returns."""
         return return_to_go(token_rewards, batch.response_mask, self.gamma), None
 
 

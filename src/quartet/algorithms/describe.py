@@ -1,4 +1,5 @@
-"""An algorithm in a few words: the types of its parts, and what of them is not at its default."""
+"""An algorithm in a few words: the types of its parts, and their settings that differ from the
+defaults."""
 
 import dataclasses
 from typing import Any
@@ -7,12 +8,21 @@ from quartet.algorithms.algorithm import Algorithm
 
 MAIN = ("advantage", "policy_loss", "kl", "aggregation")
 OTHERS = (
-    "normalize", "scores", "rewards", "value_loss", "entropy", "positives", "ptx", "groups", "correction", "update"
-)  # fmt: skip
+    "normalize",
+    "scores",
+    "rewards",
+    "value_loss",
+    "entropy",
+    "positives",
+    "ptx",
+    "groups",
+    "correction",
+    "update",
+)
 
 
 def in_short(part: Any) -> str:
-    """A part's type and the settings that differ from its defaults: "clip high 0.28"."""
+    """Return a part's type and the settings that differ from its defaults: "clip high 0.28"."""
     default = type(part)()
     words = [part.type]
     for field in dataclasses.fields(part):
@@ -29,7 +39,7 @@ def main_parts(algorithm: Algorithm) -> list[str]:
 
 
 def other_parts(algorithm: Algorithm) -> list[str]:
-    """The parts beside the main four, as far as they do anything."""
+    """Return the parts beside the main four that have an effect."""
     words = []
     defaults = {field.name: field.default for field in dataclasses.fields(Algorithm)}
     for name in OTHERS:
@@ -42,6 +52,6 @@ def other_parts(algorithm: Algorithm) -> list[str]:
 
 
 def in_words(algorithm: Algorithm) -> str:
-    """All of it on one line: "advantage gae · policy_loss clip · …"."""
+    """Return all parts on one line: "advantage gae · policy_loss clip · …"."""
     main = [f"{name} {words}" for name, words in zip(MAIN, main_parts(algorithm), strict=True)]
     return " · ".join([*main, *other_parts(algorithm)])

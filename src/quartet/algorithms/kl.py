@@ -88,8 +88,7 @@ def estimate(
     return SAMPLED[estimator](logprobs, ref_logprobs)
 
 
-# --- coefficients
-# --------------------------------------------------------------------------------------------------------
+# --- coefficients ---
 
 
 class Controller(Family):
@@ -129,8 +128,7 @@ class AdaptiveCoef(Controller):
         return coef * (1 + error * num_responses / self.horizon)
 
 
-# --- placements
-# ----------------------------------------------------------------------------------------------------------
+# --- placements ---
 
 
 class KL(Family):
@@ -218,11 +216,14 @@ class KLInLoss(KL):
 
     The weight w_t says which gradient that is:
 
-    - "none": w = 1, the classic of the libraries. The gradient of a sampled k3 is not that of the KL, that of k1 is 0 in
+    - "none": w = 1, the classic of the libraries. The gradient of a sampled k3 is not that of the
+    KL, that of k1 is 0 in
       expectation, that of k2 is the KL's of this token.
-    - "token": w_t = π(token t) / π_old(token t). Unbiased for the KL of each token's distribution, as in DeepSeek-V3.2;
+    - "token": w_t = π(token t) / π_old(token t). Unbiased for the KL of each token's distribution,
+    as in DeepSeek-V3.2;
       k1 and k3 only, k2 would be wrong.
-    - "sequence": w_t = Π_{s ≤ t} π(s) / π_old(s), the product up to this token (before it, for the exact KL). The gradient
+    - "sequence": w_t = Π_{s ≤ t} π(s) / π_old(s), the product up to this token (before it, for the
+    exact KL). The gradient
       is that of the KL of whole responses: it also knows that an early token decides how far later
       ones will be from the reference.
     """

@@ -41,15 +41,15 @@ def sequence_ratio(
 def clip_surrogate(
     ratio: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"], low: float, high: float
 ) -> Float[Tensor, "B T"]:
-    """−min(ρ A, clip(ρ, 1 − low, 1 + high) A) (Schulman et al. 2017, eq. 7)."""
+    """Return −min(ρ A, clip(ρ, 1 − low, 1 + high) A) (Schulman et al. 2017, eq. 7)."""
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
 def outside(
     ratio: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"], low: float, high: float
 ) -> Bool[Tensor, "B T"]:
-    """Where `clip_surrogate` has no gradient: the ratio has gone too far the way the advantage
-    pushes it."""
+    """Return where `clip_surrogate` has no gradient: the ratio has left the range in the direction
+    in which the advantage pushes it."""
     return ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
 
 
@@ -69,12 +69,12 @@ class Surrogate:
 
     @property
     def ratio(self) -> Float[Tensor, "B T"]:
-        """ρ_t, see `token_ratio`."""
+        """Return ρ_t, see `token_ratio`."""
         return token_ratio(self.logprobs, self.old_logprobs)
 
     @property
     def sequence_ratio(self) -> Float[Tensor, "B T"]:
-        """The response's ratio at each of its tokens, see `sequence_ratio`."""
+        """Return the response's ratio at each of its tokens, see `sequence_ratio`."""
         return sequence_ratio(self.logprobs, self.old_logprobs, self.mask)
 
 

@@ -11,8 +11,7 @@ from quartet.algorithms.masked import masked
 from quartet.parts import Family, Field
 from quartet.tensors import Bool, Float, Int, Tensor, torch
 
-# --- reward models
-# -------------------------------------------------------------------------------------------------------
+# --- reward models ---
 
 
 def bradley_terry(
@@ -41,8 +40,8 @@ def after_divergence(
     chosen_lengths: Int[Tensor, "P"],
     rejected_lengths: Int[Tensor, "P"],
 ) -> Bool[Tensor, "P T"]:
-    """From the first token in which the two sides differ to the end of the longer. For tokens (5 6
-    7) and (5 8): columns 1 and 2."""
+    """Return a mask from the first token in which the two sides differ to the end of the longer.
+    For tokens (5 6 7) and (5 8): columns 1 and 2."""
     columns = torch.arange(chosen.shape[1], device=chosen.device)
     real = (columns < chosen_lengths[:, None]) & (columns < rejected_lengths[:, None])
     apart = (chosen != rejected) | ~real
@@ -128,8 +127,7 @@ def last_token(outputs: Float[Tensor, "P T"], lengths: Int[Tensor, "P"]) -> Floa
     return outputs.gather(1, lengths[:, None] - 1)[:, 0]
 
 
-# --- the DPO family
-# ------------------------------------------------------------------------------------------------------
+# --- the DPO family ---
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ class Pairs:
     """KL to the reference as KTO estimates it, over the whole batch."""
 
     def log_ratios(self) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
-        """log π / π_ref of either side."""
+        """Return log π / π_ref of the chosen and of the rejected side."""
         assert self.ref_chosen is not None and self.ref_rejected is not None, (
             "this loss needs a reference"
         )
@@ -252,8 +250,8 @@ class Orpo(PreferenceLoss):
 
 
 def log_odds_of(logprobs: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
-    """log p − log(1 − p). Just below p = 1 the second term is held at what float32 can tell from
-    0."""
+    """Return log p − log(1 − p). Just below p = 1 the second term is held at what float32 can tell
+    from 0."""
     return logprobs - torch.log(-torch.expm1(logprobs.clamp(max=-1e-7)))
 
 

@@ -13,8 +13,7 @@ from quartet.experience import Batch
 from quartet.parts import Family, Field
 from quartet.tensors import Bool, Float, Int, Tensor, torch
 
-# --- shaping the score
-# -----------------------------------------------------------------------------------------------------
+# --- shaping the score ---
 
 
 class ScoreShape(Family):
@@ -43,9 +42,9 @@ class RunningScale(ScoreShape):
     """score / σ, or (score − μ) / σ with `centre`, by the mean and sample deviation of all scores
     so far, this step's included (Zheng et al. 2023, PPO-max).
 
-    `count`, `mean` and `squares` (Σ (x − mean)²) are its state; `adapt` returns a part that has
-    seen one step more. After the scores 1 and 3: mean 2, squares 2, σ = √(2 / (2 − 1)). As long as
-    all scores were the same, they stay as they are.
+    `count`, `mean` and `squares` (Σ (x − mean)²) are its state; `adapt` returns a part that
+    includes one step more. After the scores 1 and 3: mean 2, squares 2, σ = √(2 / (2 − 1)). As long
+    as all scores were the same, they stay as they are.
     """
 
     type: Literal["running_scale"] = "running_scale"
@@ -57,19 +56,20 @@ class RunningScale(ScoreShape):
     squares: float = Field(default=0.0, ge=0)
 
     def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
-        seen = self._seen(
+        moments = self.including(
             float(len(scores)),
             float(scores.double().mean()),
             float(scores.double().var(correction=0)),
         )
-        deviation = (seen.squares / max(seen.count - 1, 1)) ** 0.5
-        return (scores - seen.mean if self.centre else scores) / (deviation or 1.0)
+        deviation = (moments.squares / max(moments.count - 1, 1)) ** 0.5
+        return (scores - moments.mean if self.centre else scores) / (deviation or 1.0)
 
     def adapt(self, metrics: Mapping[str, float]) -> "ScoreShape":
-        return self._seen(metrics["responses"], metrics["reward"], metrics["reward/std"] ** 2)
+        return self.including(metrics["responses"], metrics["reward"], metrics["reward/std"] ** 2)
 
-    def _seen(self, count: float, mean: float, variance: float) -> "RunningScale":
-        """Chan et al. 1979: the moments of two samples together."""
+    def including(self, count: float, mean: float, variance: float) -> "RunningScale":
+        """Return the part with the moments of the old and the new scores together (Chan et al.
+        1979)."""
         total = self.count + count
         difference = mean - self.mean
         return dataclasses.replace(
@@ -121,20 +121,19 @@ class LengthPenalty(ScoreShape):
         return scores - self.coef * batch.response_mask.sum(dim=1).to(scores.dtype)
 
 
-# --- giving it to tokens
-# ---------------------------------------------------------------------------------------------------
+# --- giving it to tokens ---
 
 
 def last_token_index(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B"]:
-    """Index of the last response token of each row: the end-of-sequence token where there is one,
-    never the pad after it. 0 for a row with an empty response."""
+    """Return the index of the last response token of each row: the end-of-sequence token where
+    there is one, never the pad after it. 0 for a row with an empty response."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, positions, 0).amax(dim=1)
 
 
 def at_last_token(scores: Float[Tensor, "B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The score on the last response token, 0 on every other; nowhere in a row with an empty
-    response."""
+    """Return rewards with the score on the last response token and 0 on every other; a row with an
+    empty response gets none."""
     rewards = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
     return masked(rewards.scatter(1, last_token_index(mask)[:, None], scores[:, None]), mask)
 
@@ -142,8 +141,8 @@ def at_last_token(scores: Float[Tensor, "B"], mask: Bool[Tensor, "B T"]) -> Floa
 def whiten_keeping_mean(
     rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """(r − μ) / σ + μ (Ziegler et al. 2019, `whiten_rewards`). Not harmless: every token gets μ − μ
-    / σ more than its share, which pays for length or for brevity."""
+    """Return (r − μ) / σ + μ (Ziegler et al. 2019, `whiten_rewards`). Not harmless: every token
+    gets μ − μ / σ more than its share, which pays for length or for brevity."""
     return masked(whiten(rewards, mask) + masked_mean(rewards, mask), mask)
 
 

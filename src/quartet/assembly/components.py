@@ -18,6 +18,7 @@ from quartet.loops.collect import Collector
 from quartet.models.actor_critic import ActorCritic, Separate, Shared
 from quartet.models.adapters import CRITIC, REWARD, copy_adapter, reference_of
 from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach
+from quartet.models.protocols import CausalModel
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.rewards.sources import ModelSource
 from quartet.runtime.faults import FAULTS
@@ -33,7 +34,7 @@ PERPLEXITY_TEXTS = 32
 """How many held-out demonstrations the policy's perplexity is measured on."""
 
 
-def sampled_model(config: Config, actor: Any) -> Any:
+def sampled_model(config: Config, actor: CausalModel) -> Any:
     """Return the model that responses are sampled with. Sampling reads all weights at every token:
     where the actor will be sharded, or learns in the meantime, it is a copy."""
     return copy.deepcopy(actor) if config.launch.shard or config.staleness else actor
@@ -153,7 +154,7 @@ def _pretraining(assembler: Assembler, algorithm: Algorithm) -> Sampler[Demonstr
 
 
 def _actor_critic(
-    assembler: Assembler, actor: Any, reward_model: AdaptedScalar | None, folder: Path
+    assembler: Assembler, actor: CausalModel, reward_model: AdaptedScalar | None, folder: Path
 ) -> ActorCritic:
     """Return the actor with the critic that the config asks for."""
     models, init = assembler.models, assembler.critic_init
@@ -172,7 +173,9 @@ def _actor_critic(
             return Separate(actor, models.spread_scalar(critic))
 
 
-def _critic_like(assembler: Assembler, reward_model: AdaptedScalar, actor: Any) -> ScalarModel:
+def _critic_like(
+    assembler: Assembler, reward_model: AdaptedScalar, actor: CausalModel
+) -> ScalarModel:
     """Return a critic on the actor's trunk that starts as the reward model."""
     critic = assembler.models.new_scalar(actor, CRITIC)
     copy_adapter(reward_model.view.model, REWARD, actor, CRITIC)

@@ -24,6 +24,7 @@ from quartet.models.adapters import (
     save_adapter,
 )
 from quartet.models.language_model import stop_ids
+from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.rewards.functions import check_reference
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.worker import load
@@ -34,7 +35,7 @@ class Generators:
     """Makes the generators of a run."""
 
     def __init__(
-        self, config: Config, tokenizer: Any, max_tokens: int, world: World | None
+        self, config: Config, tokenizer: Tokenizer, max_tokens: int, world: World | None
     ) -> None:
         """`max_tokens` is the length limit of a whole conversation."""
         self.config, self.tokenizer, self.max_tokens = config, tokenizer, max_tokens
@@ -86,7 +87,7 @@ class Generators:
         return self.in_process(model) if servers is None else self.asked(servers, SINGLE_PROCESS)
 
     def servers(
-        self, actor: Any, folder: Path, process_group: ProcessGroup
+        self, actor: CausalModel, folder: Path, process_group: ProcessGroup
     ) -> ServedGenerator | None:
         """Those of other processes, where the config names them; they are given the model's weights
         at once. Where it has an adapter, that may be all they are given later."""

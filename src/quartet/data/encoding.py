@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from quartet.data import DataError
 from quartet.data.examples import Example, Text
@@ -11,6 +11,7 @@ from quartet.data.report import token_pieces
 from quartet.data.shelf import Shelf
 from quartet.experience import Prompt
 from quartet.models.chat import ChatError, render, render_turns
+from quartet.models.protocols import Tokenizer
 
 R = TypeVar("R")
 
@@ -23,7 +24,7 @@ class Encoder:
     """Turns examples into records for one tokenizer, and refuses the rows that cannot be used, or
     drops and counts them."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     max_prompt_tokens: int
     max_response_tokens: int
     max_tokens: int = 10**9
@@ -51,7 +52,9 @@ class Encoder:
         wants_begin = (
             begin is not None and begin in self.tokenizer.encode("", add_special_tokens=True)[:1]
         )
-        return [begin, *ids] if wants_begin and ids[:1] != [begin] else ids
+        if begin is not None and wants_begin and ids[:1] != [begin]:
+            return [begin, *ids]
+        return ids
 
     def count(self, text: Text) -> int:
         """Tokens of a text; of a conversation, as its template writes it; of an answer in messages,

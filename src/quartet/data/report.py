@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from quartet.data import DataError
 from quartet.data.examples import Example, Text
 from quartet.data.files import Row, rows
 from quartet.data.shapes import Purpose, example_of, renamed, usual
+from quartet.models.protocols import Tokenizer
 
 MOJIBAKE = ("\N{REPLACEMENT CHARACTER}", "Ã©", "Ã¨", "Ã¼", "Ã¶", "â€™", "â€œ", "â€", "Â ")
 """What UTF-8 looks like after it was read as Latin-1, or after bytes were lost."""
@@ -274,7 +274,7 @@ def pieces(example: Example) -> list[Piece]:
 
 
 def token_pieces(
-    tokenizer: Any, prompt: Sequence[int], response: Sequence[int], written: Sequence[bool]
+    tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int], written: Sequence[bool]
 ) -> list[Piece]:
     """Encoded tokens as text, cut where the loss begins and ends."""
     marks = [False] * len(prompt) + list(written)

@@ -2,18 +2,18 @@
 replaying a dialogue."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
+from quartet.models.protocols import Tokenizer
 
 
 class ScriptedGenerator:
     """Gives the answers in order, over and over, each ended by the end-of-sequence token where it
     fits the limit."""
 
-    def __init__(self, answers: Iterable[str], tokenizer: Any) -> None:
+    def __init__(self, answers: Iterable[str], tokenizer: Tokenizer) -> None:
         self.answers, self.given = tuple(answers), 0
         self.tokenizer = tokenizer
         self.version = 0

@@ -31,6 +31,7 @@ from quartet.generation.sampling import Sampling
 from quartet.io.http_client import HttpClient, Reply, RequestError, encode, error_in
 from quartet.io.texts import excerpt
 from quartet.io.threads import result_of
+from quartet.models.protocols import Tokenizer
 
 log = logging.getLogger(__name__)
 PAUSE = 0.5
@@ -105,7 +106,7 @@ class ServedGenerator:
         urls: Sequence[str],
         save: Callable[[Path, Mapping[str, Any]], None],
         shared: Path,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         stop_ids: frozenset[int],
         seed: int,
         timeout: float = 600.0,
@@ -151,7 +152,6 @@ class ServedGenerator:
         self.client.close()
 
     # --- answers
-    # ---------------------------------------------------------------------------------------------------------
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1
@@ -304,7 +304,6 @@ class ServedGenerator:
         )
 
     # --- weights
-    # ---------------------------------------------------------------------------------------------------------
 
     def load_weights(self, weights: Weights) -> None:
         """Write them where the servers read, and have each read them. May come while answers are

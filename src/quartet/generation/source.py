@@ -1,10 +1,11 @@
 """What the `[generator]` table becomes: a source, which makes the generator when a stage begins."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.generation.protocol import Generator
+from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.parts import Family, Field
 
 
@@ -12,9 +13,9 @@ from quartet.parts import Family, Field
 class GeneratorContext:
     """What a source is given to make a generator."""
 
-    model: Any
+    model: CausalModel
     """The model to sample from."""
-    tokenizer: Any
+    tokenizer: Tokenizer
     stop_ids: frozenset[int]
     """The tokens after which a response is over."""
     seed: int

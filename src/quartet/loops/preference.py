@@ -14,8 +14,10 @@ from quartet.experience import Prompt
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
 from quartet.loops.progress import Progress
+from quartet.models.adapters import LanguageModel
 from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
+from quartet.models.protocols import CausalModel
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.tensors import Float, Tensor
 from quartet.training.budget import Budget
@@ -97,8 +99,8 @@ class OnlinePairs:
 
 
 def preference(
-    model: Any,
-    reference: Any | None,
+    model: CausalModel,
+    reference: LanguageModel | None,
     comparisons: ComparisonSource,
     loss: PreferenceLoss,
     optimizer: Optimizer,
@@ -120,8 +122,8 @@ def preference(
 
 
 def _step(
-    model: Any,
-    reference: Any | None,
+    model: CausalModel,
+    reference: LanguageModel | None,
     batch: Sequence[Comparison],
     loss: PreferenceLoss,
     optimizer: Optimizer,
@@ -143,8 +145,8 @@ def _step(
 
 @torch.no_grad()
 def held_out_preference(
-    model: Any,
-    reference: Any | None,
+    model: CausalModel,
+    reference: LanguageModel | None,
     comparisons: Sequence[Comparison],
     loss: PreferenceLoss,
     micro_batch_tokens: int,
@@ -204,8 +206,8 @@ def _margin(pairs: Pairs) -> Float[Tensor, "P"]:
 
 
 def _losses(
-    model: Any,
-    reference: Any | None,
+    model: CausalModel,
+    reference: LanguageModel | None,
     batch: Sequence[Comparison],
     loss: PreferenceLoss,
     micro_batch_tokens: int,
@@ -214,11 +216,10 @@ def _losses(
 ) -> Iterator[Float[Tensor, ""]]:
     """Yield the loss of each micro-batch; their sum over all ranks is the loss of the batch. This
     rank's pairs are appended to `collected`."""
-    kl = (
-        _mismatched_kl(model, reference, batch, micro_batch_tokens, process_group)
-        if loss.needs_kl
-        else 0.0
-    )
+    kl = 0.0
+    if loss.needs_kl:
+        assert reference is not None, "the loss needs a reference"
+        kl = _mismatched_kl(model, reference, batch, micro_batch_tokens, process_group)
     for micro_batch in process_group.micro_batches(_lengths(batch), micro_batch_tokens):
         comparisons = [batch[i] for i in micro_batch.rows]
         chosen, rejected = _both_sides(model, comparisons)
@@ -249,7 +250,7 @@ def _lengths(batch: Sequence[Comparison]) -> list[int]:
 
 
 def _both_sides(
-    model: Any, comparisons: Sequence[Comparison]
+    model: LanguageModel, comparisons: Sequence[Comparison]
 ) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
     sides = [(c.prompt_ids, c.chosen_ids) for c in comparisons] + [
         (c.prompt_ids, c.rejected_ids) for c in comparisons
@@ -260,8 +261,8 @@ def _both_sides(
 
 @torch.no_grad()
 def _mismatched_kl(
-    model: Any,
-    reference: Any,
+    model: LanguageModel,
+    reference: LanguageModel,
     batch: Sequence[Comparison],
     micro_batch_tokens: int,
     process_group: ProcessGroup,
@@ -288,7 +289,7 @@ def _mismatched_kl(
 
 
 def _response_logprobs(
-    model: Any, sides: Sequence[tuple[Sequence[int], Sequence[int]]]
+    model: LanguageModel, sides: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> Float[Tensor, "B"]:
     """Return Σ log π over the tokens of each response."""
     tokens, lengths = right_pad([(*prompt, *response) for prompt, response in sides], model.device)

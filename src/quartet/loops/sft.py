@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -10,6 +9,7 @@ from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.loops.progress import Progress
+from quartet.models.protocols import CausalModel
 from quartet.training.budget import Budget
 from quartet.training.imitation import imitation_losses
 from quartet.training.optim import Optimizer
@@ -17,7 +17,7 @@ from quartet.training.optimizer_step import optimizer_step, sum_of_losses
 
 
 def sft(
-    model: Any,
+    model: CausalModel,
     demonstrations: Sampler[Demonstration],
     optimizer: Optimizer,
     steps: int,
@@ -36,7 +36,7 @@ def sft(
 
 
 def _step(
-    model: Any,
+    model: CausalModel,
     batch: Sequence[Demonstration],
     optimizer: Optimizer,
     process_group: ProcessGroup,
@@ -51,7 +51,7 @@ def _step(
 
 @torch.no_grad()
 def held_out_loss(
-    model: Any,
+    model: CausalModel,
     demonstrations: Sequence[Demonstration],
     micro_batch_tokens: int,
     process_group: ProcessGroup = SINGLE_PROCESS,

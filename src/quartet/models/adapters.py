@@ -1,9 +1,8 @@
-"""Adapters (LoRA, by peft) inside a model: several on one trunk, of which one works at a time, or
-none.
+"""Adapters (LoRA, by peft) inside a model: several on one trunk, of which at most one is active.
 
-A model with adapters stays the transformers model that it was; its linear layers were replaced by
-peft's. Whoever speaks through it sees the adapter that was left switched on, the policy's. The base
-below it is the reference (`AdapterView(model, None)`), and further roles are further adapters
+A model with adapters stays the transformers model that it was, with its linear layers replaced by
+peft's. Its forward pass uses the active adapter, normally the policy's. The base without an adapter
+is the reference (`AdapterView(model, None)`), and further roles are further adapters
 (`AdapterView(model, "critic")`): one trunk, four roles.
 """
 
@@ -23,18 +22,20 @@ from transformers.pytorch_utils import Conv1D
 from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
 from quartet.models.lora import Lora
+from quartet.models.protocols import CausalModel, Trunk
 from quartet.tensors import Tensor
 
 POLICY, CRITIC, REWARD = "policy", "critic", "reward"
 
 
 class AdapterError(QuartetError, ValueError):
-    """An adapter that cannot be put on: one sentence."""
+    """An adapter that cannot be added to a model; the message is one sentence."""
 
 
-def add_adapter(model: Any, lora: Lora, name: str, seed: int) -> Any:
-    """The model with one adapter more, the only thing in it that it adds to what is trained; its
-    own weights are frozen. The policy's is left switched on, any other off."""
+def add_adapter(model: CausalModel, lora: Lora, name: str, seed: int) -> Any:
+    """Add an adapter to the model and return the model. Its own weights are frozen; the new
+    adapter's are trained, as are those of adapters that were trained before. The policy's adapter
+    is active afterwards, if there is one."""
     try:
         import peft
     except ImportError:
@@ -46,7 +47,7 @@ def add_adapter(model: Any, lora: Lora, name: str, seed: int) -> Any:
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "Already found a `peft_config`"
-        )  # several adapters are what is wanted
+        )  # several adapters are intended
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model, adapter_name=name)
     model.requires_grad_(False)
@@ -56,8 +57,9 @@ def add_adapter(model: Any, lora: Lora, name: str, seed: int) -> Any:
     return model
 
 
-def lora_config(model: Any, lora: Lora) -> Any:
-    """peft's record of it."""
+def lora_config(model: CausalModel, lora: Lora) -> Any:
+    """Return peft's configuration of an adapter. Raises AdapterError for a layer that the model
+    does not have."""
     import peft
 
     linear = linear_layers(model)
@@ -77,9 +79,9 @@ def lora_config(model: Any, lora: Lora) -> Any:
     )
 
 
-def linear_layers(model: Any) -> dict[str, Any]:
-    """The layers of the trunk that are matrix products, by the last part of their names; below
-    adapters, the plain ones."""
+def linear_layers(model: CausalModel) -> dict[str, Any]:
+    """Return the linear layers of the trunk by the last part of their names; under adapters, the
+    layers that the adapters are added to."""
     layers = {}
     for name, module in model.base_model.named_modules():
         plain = getattr(module, "base_layer", module)
@@ -92,8 +94,8 @@ def linear_layers(model: Any) -> dict[str, Any]:
     return layers
 
 
-def named_layers(model: Any) -> dict[str, Any]:
-    """The layers that have adapters."""
+def named_layers(model: Trunk | CausalModel) -> dict[str, Any]:
+    """Return the layers that have adapters, by name."""
     return {
         name: m
         for name, m in model.named_modules()
@@ -101,16 +103,16 @@ def named_layers(model: Any) -> dict[str, Any]:
     }
 
 
-def layers_with_adapters(model: Any) -> list[Any]:
+def layers_with_adapters(model: Trunk | CausalModel) -> list[Any]:
     return list(named_layers(model).values())
 
 
-def adapters_of(model: Any) -> set[str]:
-    """The names of the adapters that a model has."""
+def adapters_of(model: Trunk | CausalModel) -> set[str]:
+    """Return the names of the adapters that a model has."""
     return {name for layer in layers_with_adapters(model)[:1] for name in layer.lora_A}
 
 
-def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
+def adapter_parameters(model: CausalModel, name: str) -> list[nn.Parameter]:
     return [
         p
         for layer in layers_with_adapters(model)
@@ -120,23 +122,23 @@ def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
     ]
 
 
-def copy_adapter(model: Any, source: str, other: Any, target: str) -> None:
-    """The weights of one adapter into another of the same shape, on the same model or another."""
+def copy_adapter(model: CausalModel, source: str, other: Any, target: str) -> None:
+    """Copy the weights of one adapter into another of the same shape, on the same model or
+    another."""
     pairs = zip(adapter_parameters(model, source), adapter_parameters(other, target), strict=True)
     with torch.no_grad():
-        for theirs, ours in pairs:
-            ours.copy_(theirs)
+        for from_weight, to_weight in pairs:
+            to_weight.copy_(from_weight)
 
 
-# --- which one works
-# -----------------------------------------------------------------------------------------------------
+# --- which adapter is active ---
 
 
 class AdapterView:
-    """A language model as it is under one of its adapters, or under none: the frozen base. It
-    speaks, and that is all."""
+    """A language model under one of its adapters, or under none, which is the frozen base. It
+    serves forward passes only: `forward_positions` activates the adapter for one pass."""
 
-    def __init__(self, model: Any, adapter: str | None) -> None:
+    def __init__(self, model: CausalModel, adapter: str | None) -> None:
         self.model, self.adapter = model, adapter
 
     @property
@@ -149,21 +151,28 @@ class AdapterView:
         dtype: torch.dtype = self.model.dtype
         return dtype
 
-    def get_output_embeddings(self) -> Any:
+    def get_output_embeddings(self) -> nn.Linear:
         return self.model.get_output_embeddings()
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Those of the model that nobody trains."""
+        """Return the parameters of the model that are not trained."""
         return (p for p in self.model.parameters() if not p.requires_grad)
 
     def active(self) -> AbstractContextManager[None]:
         return adapter_active(self.model, self.adapter)
 
 
+LanguageModel = CausalModel | AdapterView
+"""What `forward_positions` takes: a model, or a model under another of its adapters."""
+
+
 @contextmanager
-def adapter_active(model: Any, adapter: str | None) -> Iterator[None]:
-    """Inside, this adapter works, or none. What requires gradients stays as it is, as peft's own
-    switches would not."""
+def adapter_active(model: Trunk | CausalModel, adapter: str | None) -> Iterator[None]:
+    """Make this adapter (None: none) the active one inside the context.
+
+    peft's own `set_adapter` would also change `requires_grad`; here it stays, so that one backward
+    pass can reach two adapters.
+    """
     before = _active_adapter_of(model)
     _activate(model, adapter)
     try:
@@ -172,13 +181,13 @@ def adapter_active(model: Any, adapter: str | None) -> Iterator[None]:
         _activate(model, before)
 
 
-def _activate(model: Any, adapter: str | None) -> None:
+def _activate(model: Trunk | CausalModel, adapter: str | None) -> None:
     for layer in layers_with_adapters(model):
         layer._disable_adapters = adapter is None
         layer._active_adapter = [] if adapter is None else [adapter]
 
 
-def _active_adapter_of(model: Any) -> str | None:
+def _active_adapter_of(model: Trunk | CausalModel) -> str | None:
     for layer in layers_with_adapters(model):
         return (
             None
@@ -189,10 +198,10 @@ def _active_adapter_of(model: Any) -> str | None:
 
 
 def checkpoint_contexts(
-    model: Any,
+    model: Trunk | CausalModel,
 ) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
-    """For torch's checkpoints: what is computed again for the gradient is computed under the
-    adapter of the first time."""
+    """Return the `context_fn` of torch's activation checkpoints: the backward pass computes a block
+    again under the adapter that was active in the forward pass."""
     if not adapters_of(model):
         return lambda: (nullcontext(), nullcontext())
 
@@ -202,13 +211,12 @@ def checkpoint_contexts(
     return contexts
 
 
-# --- one matrix
-# --------------------------------------------------------------------------------------------------------------
+# --- layers as one weight ---
 
 
 def has_merged_weight(product: Any) -> bool:
-    """Whether a product can be written as one matrix: a plain linear layer, or one under plain
-    LoRA."""
+    """Return whether `merged_weight` gives the weight of a layer: a plain linear layer, or one
+    under plain LoRA (no DoRA or other variant) with at most one active adapter."""
     if type(product) is nn.Linear:
         return True
     if not hasattr(product, "lora_A") or type(product.base_layer) is not nn.Linear:
@@ -220,23 +228,28 @@ def has_merged_weight(product: Any) -> bool:
 
 
 def apply_linear(product: Any, x: Tensor) -> Tensor:
-    """What a product makes of x: [n, in] -> [n, out]. Under plain LoRA W x + (alpha / rank) B A x
-    without a tensor in between that is as large as the result; everything else by its own
-    forward."""
+    """Return layer(x): [n, in] -> [n, out].
+
+    Under plain LoRA it is W x + (alpha / rank) B A x in one `addmm`, which saves an intermediate
+    tensor as large as the result; any other layer uses its own forward.
+    """
     if hasattr(product, "lora_A") and has_merged_weight(product) and not product._disable_adapters:
         [name] = product.active_adapters
-        low = product.lora_A[name](x)
+        low_rank = product.lora_A[name](x)
         return torch.addmm(
-            product.base_layer(x), low, product.lora_B[name].weight.T, alpha=product.scaling[name]
+            product.base_layer(x),
+            low_rank,
+            product.lora_B[name].weight.T,
+            alpha=product.scaling[name],
         )
-    made: Tensor = product(x)
-    return made
+    output: Tensor = product(x)
+    return output
 
 
 @torch.no_grad()
 def merged_weight(product: Any) -> Tensor:
-    """The weights that a product comes to: W, or W + (alpha / rank) B A under the adapter that
-    works now."""
+    """Return the weight of a linear layer: W, or W + (alpha / rank) B A under the active
+    adapter."""
     if not hasattr(product, "base_layer"):
         weight: Tensor = product.weight
         return weight
@@ -248,10 +261,11 @@ def merged_weight(product: Any) -> Tensor:
 
 
 @torch.no_grad()
-def merged_state(model: Any, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights of a model under the adapter that works now, by the names of the model without
-    adapters. `tensors`: its `whole_state`, where that is there already; every rank must ask for
-    it."""
+def merged_state(
+    model: Trunk | CausalModel, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return the weights of a model with the active adapter merged into them, by the names of the
+    model without adapters. `tensors` is its `full_state_dict`, which every rank must call for."""
     layers, tensors = named_layers(model), full_state_dict(model) if tensors is None else tensors
     state = {}
     for name, value in tensors.items():
@@ -266,21 +280,28 @@ def merged_state(model: Any, tensors: Mapping[str, Tensor] | None = None) -> dic
 
 
 def _change(product: Any, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """What the adapters that work add to a layer's matrix: (alpha / rank) B A."""
+    """Return what the active adapter adds to a layer's weight: (alpha / rank) B A."""
     change = torch.zeros((), device=tensors[f"{layer}.base_layer.weight"].device)
     for name in [] if product._disable_adapters else product.active_adapters:
-        made = tensors[f"{layer}.lora_B.{name}.weight"] @ tensors[f"{layer}.lora_A.{name}.weight"]
-        change = change + (made.T if product.fan_in_fan_out else made) * product.scaling[name]
+        product_ba = (
+            tensors[f"{layer}.lora_B.{name}.weight"] @ tensors[f"{layer}.lora_A.{name}.weight"]
+        )
+        change = (
+            change
+            + (product_ba.T if product.fan_in_fan_out else product_ba) * product.scaling[name]
+        )
     return change
 
 
-def save_adapter(model: Any, name: str, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads. `tensors`: the
-    model's `whole_state`."""
+def save_adapter(
+    model: CausalModel, name: str, folder: Path, tensors: Mapping[str, Tensor]
+) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads. `tensors` is
+    the model's `full_state_dict`."""
     folder.mkdir(parents=True, exist_ok=True)
-    ours = {key: tensors[key] for key in tensors if in_adapter(name, key)}
+    weights = {key: tensors[key] for key in tensors if in_adapter(name, key)}
     save_file(
-        {_PREFIX + key.replace(f".{name}.", "."): ours[key].contiguous() for key in ours},
+        {_PREFIX + key.replace(f".{name}.", "."): weights[key].contiguous() for key in weights},
         folder / _WEIGHTS,
     )
     layers = named_layers(model)
@@ -298,12 +319,12 @@ def save_adapter(model: Any, name: str, folder: Path, tensors: Mapping[str, Tens
 
 
 def in_adapter(name: str, key: str) -> bool:
-    """Whether a tensor of the model's state belongs to this adapter."""
+    """Return whether a tensor of the model's state dict belongs to this adapter."""
     return f".lora_A.{name}." in key or f".lora_B.{name}." in key
 
 
-def load_adapter(model: Any, name: str, folder: Path) -> None:
-    """An adapter that `save_adapter` wrote, put on under this name; nothing of it is trained."""
+def load_adapter(model: CausalModel, name: str, folder: Path) -> None:
+    """Add the adapter that `save_adapter` wrote to a model under this name, frozen."""
     table = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     lora = Lora(
         rank=table["r"], alpha=float(table["lora_alpha"]), targets=tuple(table["target_modules"])
@@ -323,10 +344,12 @@ def load_adapter(model: Any, name: str, folder: Path) -> None:
 _PREFIX, _WEIGHTS = "base_model.model.", "adapter_model.safetensors"
 
 
-def freeze_layers(model: Any, count: int) -> Any:
-    """The model, of which the embeddings and the first `count` blocks are never trained; a head
-    that is tied to the embeddings is not either, or the reference, which shares them, would
-    drift."""
+def freeze_layers(model: CausalModel, count: int) -> Any:
+    """Freeze the embeddings and the first `count` blocks and return the model.
+
+    A head that is tied to the embeddings is frozen with them: the reference shares them, and would
+    move otherwise.
+    """
     if count == 0:
         return model
     blocks = next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList))
@@ -341,16 +364,16 @@ def freeze_layers(model: Any, count: int) -> Any:
     return model
 
 
-def _behind(model: Any, blocks: nn.ModuleList) -> list[Any]:
-    """What comes after the blocks: the last norm, and the head."""
+def _behind(model: CausalModel, blocks: nn.ModuleList) -> list[Any]:
+    """Return the modules after the blocks: the last norm, and the head."""
     children = list(model.base_model.children())
     position = next(i for i, child in enumerate(children) if child is blocks)
     return [*children[position + 1 :], model.get_output_embeddings()]
 
 
-def reference_of(model: Any) -> Any:
-    """What the policy is held to: its base, where it is one under an adapter; else a copy, which
-    shares what is not trained."""
+def reference_of(model: CausalModel) -> Any:
+    """Return the reference of a policy: its base without the adapter, or a frozen copy that shares
+    the parameters that are not trained."""
     if adapters_of(model):
         return AdapterView(model, None)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}

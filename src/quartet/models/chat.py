@@ -1,13 +1,15 @@
-"""Conversations become token ids through the tokenizer's chat template, once."""
+"""Token ids of conversations, by the tokenizer's chat template."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quartet.errors import QuartetError
+from quartet.models.protocols import Tokenizer
 
 Message = Mapping[str, Any]
-"""`role` and `content`; whatever else there is (tool calls, a name) is the template's to read."""
+"""A mapping with `role` and `content`; other keys (tool calls, a name) are passed to the
+template."""
 
 NAMED_TEMPLATES = {
     "chatml": (
@@ -22,7 +24,7 @@ class ChatError(QuartetError, ValueError):
     """A conversation or a template that cannot be used."""
 
 
-def set_chat_template(tokenizer: Any, template: str) -> None:
+def set_chat_template(tokenizer: Tokenizer, template: str) -> None:
     """Give the tokenizer a template by name or from a file."""
     if template in NAMED_TEMPLATES:
         tokenizer.chat_template = NAMED_TEMPLATES[template]
@@ -39,20 +41,20 @@ def set_chat_template(tokenizer: Any, template: str) -> None:
 
 
 def render(
-    tokenizer: Any, messages: Sequence[Message], reply: Sequence[Message] = ()
+    tokenizer: Tokenizer, messages: Sequence[Message], reply: Sequence[Message] = ()
 ) -> tuple[list[int], list[int]]:
-    """Ids of the conversation up to where the assistant speaks, and ids of its reply with the end
-    of its turn."""
+    """Return the ids of the conversation up to where the assistant's reply begins, and the ids of
+    the reply up to the end of its turn."""
     prompt, response, _ = render_turns(tokenizer, messages, reply)
     return prompt, response
 
 
 def render_turns(
-    tokenizer: Any, messages: Sequence[Message], turns: Sequence[Message]
+    tokenizer: Tokenizer, messages: Sequence[Message], turns: Sequence[Message]
 ) -> tuple[list[int], list[int], list[bool]]:
-    """Ids of the conversation up to where the assistant speaks; ids of all that follows, up to the
-    end of the assistant's last turn; and which of these the assistant wrote, the ends of its turns
-    included."""
+    """Return the ids of the conversation up to where the assistant's first turn begins; the ids of
+    all that follows, up to the end of its last turn; and a mask of the latter that is True for the
+    assistant's own tokens, the ends of its turns included."""
     if tokenizer.chat_template is None:
         raise ChatError(
             "the data are conversations, but the policy's tokenizer has no chat template. "
@@ -61,43 +63,46 @@ def render_turns(
     prompt = _ids(tokenizer, messages, add_generation_prompt=True)
     history, so_far = list(messages), prompt
     response: list[int] = []
-    written: list[bool] = []
+    own: list[bool] = []
     for number, turn in enumerate(turns, 1):
         history.append(turn)
         if turn["role"] != "assistant":
             continue
         before = _ids(tokenizer, history[:-1], add_generation_prompt=True)
         whole = _ids(tokenizer, history, add_generation_prompt=False)
-        between = _behind(so_far, before)
-        if turn["content"] and len(_behind(before, whole)) == 0:
+        between = _remainder(so_far, before)
+        if turn["content"] and len(_remainder(before, whole)) == 0:
             raise ChatError(
                 "the chat template does not write what the assistant says, so there would be "
                 "nothing to learn. Look at "
                 "policy.chat_template."
             )
         reply, rest = _to_its_end(
-            _behind(before, whole), tokenizer.eos_token_id, last=number == len(turns)
+            _remainder(before, whole), tokenizer.eos_token_id, last=number == len(turns)
         )
         response += [*between, *reply, *rest]
-        written += [False] * len(between) + [True] * len(reply) + [False] * len(rest)
+        own += [False] * len(between) + [True] * len(reply) + [False] * len(rest)
         so_far = whole
-    last = len(written) - written[::-1].index(True) if True in written else 0
-    return prompt, response[:last], written[:last]
+    last = len(own) - own[::-1].index(True) if True in own else 0
+    return prompt, response[:last], own[:last]
 
 
 def after_reply(
-    tokenizer: Any, history: Sequence[Message], reply: Message, messages: Sequence[Message]
+    tokenizer: Tokenizer, history: Sequence[Message], reply: Message, messages: Sequence[Message]
 ) -> list[int]:
-    """What stands between the end-of-sequence token of the assistant's reply and its next turn."""
+    """Return the ids between the end-of-sequence token of the assistant's reply and its next
+    turn."""
     before = _ids(tokenizer, history, add_generation_prompt=True)
     whole = _ids(tokenizer, [*history, reply], add_generation_prompt=False)
-    _, rest = _to_its_end(_behind(before, whole), tokenizer.eos_token_id, last=False)
-    return rest + _behind(
+    _, rest = _to_its_end(_remainder(before, whole), tokenizer.eos_token_id, last=False)
+    return rest + _remainder(
         whole, _ids(tokenizer, [*history, reply, *messages], add_generation_prompt=True)
     )
 
 
-def _behind(start: list[int], whole: list[int]) -> list[int]:
+def _remainder(start: list[int], whole: list[int]) -> list[int]:
+    """Return what follows `start` in `whole`. Raises ChatError if `whole` does not begin with
+    it."""
     if whole[: len(start)] != start:
         raise ChatError(
             "the chat template writes the prompt differently once a reply follows, so prompt and "
@@ -108,15 +113,17 @@ def _behind(start: list[int], whole: list[int]) -> list[int]:
 
 
 def _to_its_end(reply: list[int], end: int, last: bool) -> tuple[list[int], list[int]]:
-    """A turn up to the end-of-sequence token that the template writes, and what it writes behind;
-    where it writes none, the whole turn, and the last one gets it."""
+    """Split a turn after its end-of-sequence token. If the template writes none, the whole turn is
+    the first part, and the last turn gets one appended."""
     if end in reply:
-        at = reply.index(end) + 1
-        return reply[:at], reply[at:]
+        length = reply.index(end) + 1
+        return reply[:length], reply[length:]
     return ([*reply, end] if last else reply), []
 
 
-def _ids(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+def _ids(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool
+) -> list[int]:
     try:
         return list(
             tokenizer.apply_chat_template(
@@ -126,7 +133,5 @@ def _ids(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: boo
                 return_dict=False,
             )
         )
-    except (
-        Exception
-    ) as error:  # a template is a program: whatever it raises is about this conversation
+    except Exception as error:  # a template is a program and may raise anything
         raise ChatError(f"the chat template refuses the conversation: {error}") from error

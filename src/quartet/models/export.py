@@ -1,4 +1,4 @@
-"""A model of a run as a folder of its own, in the precision it will be used in."""
+"""Export: a model of a run as a folder of its own, in a precision of choice."""
 
 import json
 import shutil
@@ -31,48 +31,53 @@ CLASSIFIERS = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
 }
-"""By how the name of an architecture ends; others are language models."""
+"""Auto classes by the end of an architecture's name; architectures with other names are language
+models."""
 
 
 class DamagedModel(ModelError):
-    """A folder with files that are not what a model's files must be."""
+    """A model folder with damaged, missing or foreign files."""
 
 
 def export(folder: Path, target: Path, dtype: Dtype | None = None) -> None:
-    """Copy a Hugging Face folder, its floating-point weights as `dtype` where one is given. What
-    was copied is checked before it gets its name. DamagedModel where it is no whole model;
-    ModelError where float16 has no room for a weight, or the target exists. Nothing is left behind
-    then."""
+    """Copy a Hugging Face folder, with its floating-point weights cast to `dtype` if one is given.
+
+    The copy is checked before it gets its final name. Raises DamagedModel if the folder is not a
+    whole model, ModelError if a weight is too large for float16 or the target exists; nothing is
+    left of the copy then.
+    """
     if target.exists() or target.is_symlink():
         raise ModelError(f"{target}: exists already. Give another place with --to.")
     _refuse_links(folder)
-    beside = target.with_name(f".{target.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
+    unfinished = target.with_name(f".{target.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        shutil.copytree(folder, beside, symlinks=True)
+        shutil.copytree(folder, unfinished, symlinks=True)
         try:
-            check_model(beside)
+            check_model(unfinished)
         except ModelError as error:
-            raise DamagedModel(str(error).replace(str(beside), str(folder))) from error
+            raise DamagedModel(str(error).replace(str(unfinished), str(folder))) from error
         if dtype is not None:
-            for file in beside.glob(
+            for file in unfinished.glob(
                 f"*{WEIGHTS}"
-            ):  # an adapter in a folder below stays as precise as it was
+            ):  # an adapter, in a folder below, keeps its precision
                 _cast(file, getattr(torch, dtype))
-            config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
+            config = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
             config.pop("torch_dtype", None)
-            (beside / "config.json").write_text(
+            (unfinished / "config.json").write_text(
                 json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8"
             )
-        beside.replace(target)
+        unfinished.replace(target)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_model(folder: Path) -> None:
-    """Raise ModelError where a folder is not a whole model: transformers must load it as its config
-    says, with every weight of its name and shape and no other layer's, all finite, and a tokenizer
-    beside. It is in memory once, in its own precision."""
+    """Raise ModelError if a folder is not a whole model.
+
+    transformers must load it as its config says, with exactly the weights that the architecture
+    has, all finite, and with a tokenizer. The model is in memory once, in its own precision.
+    """
     for file in sorted(folder.rglob(f"*{WEIGHTS}")):
         _check_weights(folder, file)
     kind = str((read_config(folder).architectures or [""])[0])
@@ -98,8 +103,8 @@ def check_model(folder: Path) -> None:
 
 
 def _check_weights(folder: Path, file: Path) -> None:
-    """The header of a file of weights fits the file (no gap, no overlap, nothing cut off), and all
-    its numbers are finite."""
+    """Raise ModelError if the header of a file of weights does not fit the file (a gap, an overlap,
+    a truncated end) or a number is not finite."""
     name = file.relative_to(folder)
     try:
         with safe_open(file, "pt") as stored:
@@ -114,8 +119,8 @@ def _check_weights(folder: Path, file: Path) -> None:
 
 
 def _refuse_links(folder: Path) -> None:
-    """A link could put any file of this machine into the copy, and a named pipe would be waited
-    for."""
+    """Raise DamagedModel for links, which could copy any file of this machine, and for other
+    special files: reading a named pipe would block."""
     for path in (folder, *sorted(folder.rglob("*"))):
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):

@@ -1,10 +1,9 @@
 """Scalar heads: one number per sequence (a reward model) or per token (a critic).
 
-Both are a causal trunk with a linear layer to one number. The reward model reads it at the last
-real token, the critic at every token; so a critic can start as a copy of the reward model. They are
-saved as Hugging Face folders that `AutoModelForSequenceClassification` and
-`AutoModelForTokenClassification` load. On a trunk that is a policy's, each is an adapter and a
-head.
+Both are a causal trunk with a linear layer to one number. A reward model uses its output at the
+last real token, a critic at every token, so a critic can start as a copy of the reward model. They
+are saved as Hugging Face folders that `AutoModelForSequenceClassification` and
+`AutoModelForTokenClassification` load. On a policy's trunk, each is an adapter and a head.
 """
 
 import math
@@ -40,16 +39,18 @@ from quartet.models.language_model import (
     read_config,
 )
 from quartet.models.logprobs import at_least_float32, predicting_positions, scatter_to_tokens
+from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.trunk import hidden_states
 from quartet.tensors import Bool, Float, Int, Tensor
 
 CENTRE = "quartet_reward_centre"
-"""The key of config.json under which a reward model keeps the mean that is taken off its scores."""
+"""The key of config.json with the mean that a reward model subtracts from its scores."""
 
 
 def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) -> Any:
-    """A sequence or token classifier of a Hugging Face folder or hub id, by its Auto class. A
-    folder without the head would be given a random one: it is refused."""
+    """Return the sequence or token classifier of a Hugging Face folder or hub id, by its Auto
+    class. Raises ModelError for a folder without the head, which transformers would initialise at
+    random."""
     try:
         model, report = auto.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OWN_CODE
@@ -68,7 +69,7 @@ def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) 
 
 
 class ScalarModel(nn.Module):
-    """A Hugging Face sequence or token classifier with one label, read as a reward model or as a
+    """A Hugging Face sequence or token classifier with one label, used as a reward model or a
     critic."""
 
     def __init__(self, model: Any) -> None:
@@ -84,16 +85,19 @@ class ScalarModel(nn.Module):
     @classmethod
     def from_trunk(
         cls,
-        language_model: Any,
+        language_model: CausalModel,
         pad_token_id: int | None,
         seed: int,
         share_frozen: bool = False,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> "ScalarModel":
-        """The trunk of a language model under a new head with weights N(0, 1/√(d + 1)), the
-        initialisation of Stiennon et al. 2020. Its weights are copied, with the adapter that works
-        now; with `share_frozen`, those that are not trained are the language model's own.
-        `tensors`: the trunk's, where it is in parts."""
+        """Return the trunk of a language model under a new head with weights N(0, 1/√(d + 1)), the
+        initialisation of Stiennon et al. 2020.
+
+        The weights of the trunk are copied, with the active adapter merged; with `share_frozen`,
+        those that are not trained are shared. `tensors` are the trunk's gathered weights, for a
+        sharded trunk.
+        """
         config = AutoConfig.for_model(
             **_one_label(language_model.config, "reward") | {"pad_token_id": pad_token_id}
         )
@@ -109,23 +113,23 @@ class ScalarModel(nn.Module):
         model.base_model.load_state_dict(merged_state(language_model.base_model, tensors))
         if share_frozen:
             take_frozen(language_model.base_model, model.base_model)
-        made = cls(model.to(next(language_model.parameters()).device))
-        initialise(made.head, seed)
-        return made
+        scalar = cls(model.to(next(language_model.parameters()).device))
+        initialise(scalar.head, seed)
+        return scalar
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | None = None) -> "ScalarModel":
-        """A Hugging Face folder with a sequence or token classifier of one label."""
+        """Return the sequence or token classifier with one label of a Hugging Face folder."""
         kinds = read_config(folder).architectures or [""]
         per_token = kinds[0].endswith("ForTokenClassification")
         auto = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
         return cls(load_classifier(auto, folder, device))
 
     def save(
-        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+        self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
-        """A sequence classifier: what a reward model is elsewhere. Every rank of the team calls it,
-        one writes."""
+        """Save as a sequence classifier, as other libraries expect a reward model. Every rank of
+        the process group must call it; rank 0 writes."""
         state = full_state_dict(self.model, keep=process_group.is_rank_zero)
         if not process_group.is_rank_zero:
             return
@@ -133,28 +137,30 @@ class ScalarModel(nn.Module):
         tokenizer.save_pretrained(folder)
 
     def save_per_token(
-        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+        self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
-        """A token classifier: what a critic is elsewhere. Its number at a token is the value once
-        that token was read; the centre is in the head's bias. Architectures without one are saved
-        as `save` does."""
+        """Save as a token classifier, as other libraries expect a critic: its output at a token is
+        the value after that token, and the centre is in the head's bias. Architectures without a
+        token classifier are saved as `save` does."""
         config = AutoConfig.for_model(**_one_label(self.model.config, "value"))
         setattr(config, CENTRE, 0.0)
         try:
             with torch.device("meta"):
-                made = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
+                classifier = AutoModelForTokenClassification.from_config(
+                    config, dtype=torch.float32
+                )
         except ValueError:
             return self.save(folder, tokenizer, process_group)
         trunk = full_state_dict(self.model.base_model, keep=process_group.is_rank_zero)
         if not process_group.is_rank_zero:
             return None
-        made.base_model.load_state_dict(trunk, assign=True)
-        head = head_of(made).to_empty(device=self.head.weight.device)
+        classifier.base_model.load_state_dict(trunk, assign=True)
+        head = head_of(classifier).to_empty(device=self.head.weight.device)
         with torch.no_grad():
             head.weight.copy_(self.head.weight)
             bias = 0.0 if self.head.bias is None else self.head.bias
             head.bias.copy_(torch.zeros_like(head.bias) + bias - self.centre)
-        made.save_pretrained(folder)
+        classifier.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return None
 
@@ -174,30 +180,30 @@ class ScalarModel(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "N"]:
-        """The head, centred, at the positions of right-padded rows that are asked for: what the
-        model thinks once it has read that token."""
+        """Return the output of the head less the centre at the positions of the mask, of
+        right-padded rows: the number after the token at that position."""
         return (
             at_least_float32(self.head(self.hidden(tokens, output_mask)).squeeze(-1)) - self.centre
         )
 
     def scores(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """One number per row: the head at the last real token."""
-        return self(
-            tokens, torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1
-        )
+        """Return one number per row: the output at the last real token."""
+        last = torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1
+        scores: Tensor = self(tokens, last)
+        return scores
 
     def values(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """One number per masked token, the value before it was chosen: the head at the position
-        before. 0 elsewhere."""
+        """Return one number per masked token, the value before it was chosen: the output at the
+        position before. 0 elsewhere."""
         return scatter_to_tokens(self(tokens, predicting_positions(mask)), mask)
 
 
 class AdaptedScalar(ScalarModel):
-    """A reward model or a critic that is an adapter and a head on a policy's trunk, which belongs
-    to somebody else."""
+    """A reward model or a critic that is an adapter and a head on a policy's trunk. The trunk is
+    not among its parameters."""
 
     def __init__(
-        self, language_model: Any, adapter: str, pad_token_id: int | None, seed: int
+        self, language_model: CausalModel, adapter: str, pad_token_id: int | None, seed: int
     ) -> None:
         nn.Module.__init__(self)
         self.view, self.pad_token_id, self.mean = (
@@ -215,7 +221,8 @@ class AdaptedScalar(ScalarModel):
         initialise(self.head, seed)
 
     def collect_parameters(self) -> None:
-        """For the parameters of its adapter: once the trunk is in parts they are others."""
+        """Take up the parameters of the adapter. Sharding a trunk replaces them by others, so it
+        must be called again afterwards."""
         self.adapted = nn.ParameterList(adapter_parameters(self.view.model, str(self.view.adapter)))
 
     @property
@@ -233,9 +240,10 @@ class AdaptedScalar(ScalarModel):
             return hidden_states(self.view.model.base_model, tokens, output_mask)
 
     def save(
-        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+        self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
-        """As a whole, for others; and in `adapter/` what `attach` puts on the same trunk again."""
+        """Save a whole sequence classifier, and in `adapter/` what `attach` needs to put adapter
+        and head on the same trunk again."""
         tensors = full_state_dict(self.view.model, keep=process_group.is_rank_zero)
         if not process_group.is_rank_zero:
             return
@@ -253,7 +261,7 @@ class AdaptedScalar(ScalarModel):
         )
 
     def save_per_token(
-        self, folder: Path, tokenizer: Any, process_group: ProcessGroup = SINGLE_PROCESS
+        self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
         tensors = full_state_dict(self.view.model.base_model, keep=process_group.is_rank_zero)
         if process_group.is_rank_zero:
@@ -270,30 +278,30 @@ class AdaptedScalar(ScalarModel):
         return whole
 
 
-def attach(language_model: Any, adapter: str, folder: Path) -> AdaptedScalar:
-    """The adapter and head of a folder that `AdaptedScalar.save` wrote, on the trunk they were
-    trained on; frozen."""
+def attach(language_model: CausalModel, adapter: str, folder: Path) -> AdaptedScalar:
+    """Return the adapter and head of a folder that `AdaptedScalar.save` wrote, frozen, on the trunk
+    that they were trained on."""
     load_adapter(language_model, adapter, folder)
-    made = AdaptedScalar(language_model, adapter, None, seed=0)
+    scalar = AdaptedScalar(language_model, adapter, None, seed=0)
     with safe_open(folder / HEAD, "pt") as file, torch.no_grad():
-        made.head.weight.copy_(file.get_tensor("score.weight"))
-        made.mean = float(file.metadata()["centre"])
-    return made.requires_grad_(False)
+        scalar.head.weight.copy_(file.get_tensor("score.weight"))
+        scalar.mean = float(file.metadata()["centre"])
+    return scalar.requires_grad_(False)
 
 
 HEAD = "head.safetensors"
 
 
 def scores_last_token(config: Any) -> bool:
-    """Whether the sequence classifier of this architecture is a causal trunk read at its last
-    token, which transformers calls `score`, and not an encoder that wants its own special tokens
+    """Return whether the sequence classifier of this architecture is a causal trunk with a head at
+    its last token, which transformers calls `score`, and not an encoder that needs special tokens
     around the text."""
     with torch.device("meta"):
         return hasattr(AutoModelForSequenceClassification.from_config(config), "score")
 
 
 def head_of(model: Any) -> nn.Linear:
-    """The linear layer to the labels: `score`, or in some token classifiers `classifier`."""
+    """Return the linear layer to the labels: `score`, or in some token classifiers `classifier`."""
     per_token = type(model).__name__.endswith("ForTokenClassification")
     head = getattr(model, "score", None) or (
         getattr(model, "classifier", None) if per_token else None
@@ -307,13 +315,14 @@ def head_of(model: Any) -> nn.Linear:
 
 
 def initialise(head: nn.Linear, seed: int) -> None:
-    """N(0, 1/√(d + 1))."""
+    """Fill the weights of a head of input size d with N(0, 1/√(d + 1)); the standard deviation is
+    the second number."""
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        drawn = torch.empty(head.weight.shape).normal_(
+        weight = torch.empty(head.weight.shape).normal_(
             0, 1 / math.sqrt(head.in_features + 1), generator=noise
         )
-        head.weight.copy_(drawn)
+        head.weight.copy_(weight)
 
 
 def _one_label(config: Any, name: str) -> dict[str, Any]:
@@ -321,8 +330,7 @@ def _one_label(config: Any, name: str) -> dict[str, Any]:
 
 
 def take_frozen(source: Any, target: Any) -> None:
-    """Parameters of the source that are not trained take the place of the target's own of the same
-    name."""
+    """Replace parameters of the target by the source's of the same name that are not trained."""
     for name, p in source.named_parameters():
         if not p.requires_grad:
             module, _, leaf = name.rpartition(".")
@@ -330,7 +338,7 @@ def take_frozen(source: Any, target: Any) -> None:
 
 
 class ValueHead(nn.Module):
-    """A linear layer to one number on hidden states that somebody else computed; it starts at 0."""
+    """A linear layer from given hidden states to one number each; its weights start at 0."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Causal language models and their tokenizers: made from a config, loaded from a Hugging Face
-folder, saved as one.
+"""Causal language models and their tokenizers: created from a config, loaded from a Hugging Face
+folder, saved as one; and their forward passes.
 
-Models stay in evaluation mode for life, also while they are trained: dropout between sampling and
-learning would make the ratio of PPO differ from 1 before anything was learnt.
+Models stay in evaluation mode all the time, also while they are trained: dropout between sampling
+and learning would make the ratio of PPO differ from 1 before anything was learnt.
 """
 
 import json
@@ -15,30 +15,38 @@ from weakref import WeakKeyDictionary
 import torch
 from huggingface_hub.errors import StrictDataclassError as HfHubError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
-from quartet.models.adapters import POLICY, AdapterView, adapters_of, merged_state, save_adapter
+from quartet.models.adapters import (
+    POLICY,
+    AdapterView,
+    LanguageModel,
+    adapters_of,
+    merged_state,
+    save_adapter,
+)
 from quartet.models.logprobs import (
     head_statistics,
     logits_statistics,
     predicting_positions,
     scatter_to_tokens,
 )
+from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.shape import Shape
 from quartet.models.trunk import checkpointing, hidden_states
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
 class ModelError(QuartetError, ValueError):
-    """A folder that cannot be used as asked: one sentence that says why and what to do."""
+    """A model folder that cannot be used; the message is one sentence that says why and what to
+    do."""
 
 
 OWN_CODE = {"trust_remote_code": False}
-"""Code that a folder brings along is never run. Left unsaid, transformers would ask on the
+"""Code in a model folder is never run. Without this argument transformers would ask on the
 terminal."""
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,8 +58,8 @@ TOKENIZER_FILES = (
 )
 
 
-def create(shape: Shape, tokenizer: Any, seed: int) -> nn.Module:
-    """A causal language model of this shape for this tokenizer, with random weights from the
+def create(shape: Shape, tokenizer: Tokenizer, seed: int) -> CausalModel:
+    """Return a causal language model of this shape for this tokenizer, with random weights from the
     seed."""
     config = AutoConfig.for_model(
         shape.type,
@@ -62,12 +70,13 @@ def create(shape: Shape, tokenizer: Any, seed: int) -> nn.Module:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model: CausalModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return model
 
 
 def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
-    """The causal language model of a Hugging Face folder or hub id. Weights come from safetensors
-    only; code that a folder brings along is not run."""
+    """Return the causal language model of a Hugging Face folder or hub id, in float32. Weights are
+    read from safetensors only, and code in the folder is not run. Raises ModelError."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OWN_CODE
@@ -89,13 +98,14 @@ UNLOADABLE = (
     AttributeError,
     SafetensorError,
 )
-"""What transformers raises for folders that are damaged, or not what their config says."""
+"""What transformers raises for folders that are damaged or do not fit their config."""
 
 
 @torch.no_grad()
-def check_whole(folder: str | Path, model: Any, report: Mapping[str, Any]) -> None:
-    """All weights came from the folder, all of the folder's weights found a place, and all are
-    numbers."""
+def check_whole(folder: str | Path, model: CausalModel, report: Mapping[str, Any]) -> None:
+    """Raise ModelError if the model has weights that the folder lacks, the folder has weights of
+    layers that the model lacks, or a weight is not finite. `report` is transformers' loading
+    info."""
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{folder}: has no weights for {missing[0]}, which would be random. Is its config.json "
@@ -115,16 +125,16 @@ def check_whole(folder: str | Path, model: Any, report: Mapping[str, Any]) -> No
 
 
 @torch.no_grad()
-def check_finite(folder: str | Path, model: Any) -> None:
-    """Raise ModelError where a weight is no number, or infinite."""
+def check_finite(folder: str | Path, model: CausalModel) -> None:
+    """Raise ModelError if a weight is NaN or infinite."""
     for name, p in model.named_parameters():
         if not bool(p.isfinite().all()):
             raise ModelError(f"{folder}: {name} is not finite: the weights are damaged.")
 
 
-def load_tokenizer(folder: str | Path, generates: bool = True) -> Any:
-    """The tokenizer of a Hugging Face folder or hub id. Where the model generates, it must know its
-    end-of-sequence token."""
+def load_tokenizer(folder: str | Path, generates: bool = True) -> Tokenizer:
+    """Return the tokenizer of a Hugging Face folder or hub id. Raises ModelError without one, or if
+    the model `generates` and the tokenizer has no end-of-sequence token."""
     if Path(folder).is_dir() and not any(
         (Path(folder) / name).is_file() for name in TOKENIZER_FILES
     ):
@@ -133,7 +143,7 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> Any:
             f"policy.tokenizer."
         )
     try:
-        tokenizer = _tokenizer_class(folder).from_pretrained(folder, **OWN_CODE)
+        tokenizer: Tokenizer = _tokenizer_class(folder).from_pretrained(folder, **OWN_CODE)
     except (*UNLOADABLE, ImportError) as error:
         raise ModelError(
             f"{folder}: has no tokenizer that transformers can load ({first_line(error)}). "
@@ -148,8 +158,8 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> Any:
 
 
 def read_config(folder: str | Path) -> Any:
-    """The config of a model folder or hub id, without its weights. Of a folder it is also checked
-    that there are weights which may be loaded."""
+    """Return the config of a model folder or hub id. Raises ModelError, also for a local folder
+    without safetensors weights."""
     path = Path(folder)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{folder}: has no config.json, so it is not a Hugging Face model folder.")
@@ -176,9 +186,9 @@ CONFIG_ERRORS = (
 
 
 def _tokenizer_class(folder: str | Path) -> Any:
-    """AutoTokenizer, except where the folder says that tokenizer.json is all there is to it.
-    AutoTokenizer overrules that for some architectures (Qwen2) and decodes with the tokenizer of
-    the original model."""
+    """Return the class to load a tokenizer with: AutoTokenizer, unless the folder says that
+    tokenizer.json is all of its tokenizer. AutoTokenizer ignores that for some architectures
+    (Qwen2) and decodes with the tokenizer of the original model."""
     config = Path(folder) / "tokenizer_config.json"
     if config.is_file() and (Path(folder) / "tokenizer.json").is_file():
         named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
@@ -188,17 +198,20 @@ def _tokenizer_class(folder: str | Path) -> Any:
 
 
 def save(
-    model: Any,
-    tokenizer: Any,
+    model: CausalModel,
+    tokenizer: Tokenizer,
     folder: Path,
     process_group: ProcessGroup = SINGLE_PROCESS,
-    others: Mapping[str, Tensor] | None = None,
+    replacements: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load. Of a model under an adapter
-    the sum of both is saved, and the adapter alone in `adapter/`. `others`: what is saved in the
-    place of parameters, by their names. Every rank of the team calls it, one writes."""
+    """Save a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
+
+    A model with an adapter is saved with the adapter merged, and the adapter alone in `adapter/`.
+    `replacements` are saved in the place of the parameters of these names. Every rank of the
+    process group must call it; rank 0 writes.
+    """
     adapted = adapters_of(model)
-    tensors = full_state_dict(model, others, keep=process_group.is_rank_zero)
+    tensors = full_state_dict(model, replacements, keep=process_group.is_rank_zero)
     if not process_group.is_rank_zero:
         return
     state = merged_state(model, tensors) if adapted else tensors
@@ -211,12 +224,13 @@ def save(
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type's name where it has none."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
-def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The ids after which an answer is over: the tokenizer's end of sequence and whatever else the
-    model's generation config lists (chat models end a turn with a token of its own)."""
+def stop_ids(model: CausalModel, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the ids that end a response: the tokenizer's end of sequence and the others that the
+    model's generation config lists (chat models end a turn with a token of their own)."""
     listed = model.generation_config.eos_token_id if model.generation_config is not None else None
     more = [] if listed is None else [listed] if isinstance(listed, int) else listed
     return frozenset({tokenizer.eos_token_id, *more})
@@ -224,23 +238,23 @@ def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class PositionOutputs:
-    """What a model says at the positions that speak of the masked tokens, N of them."""
+    """The outputs of a model at the N positions that predict the masked tokens."""
 
     hidden: Float[Tensor, "N H"]
     """The last hidden states."""
     logits: Float[Tensor, "N V"] | None
-    """Where the head is more than a linear layer on them; elsewhere they are made when they are
-    asked for, in chunks."""
+    """Present only if the head is more than a linear layer on the hidden states; for linear heads
+    the logits are computed when they are needed, in chunks."""
 
 
 _LINEAR_HEADS: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def has_linear_head(model: Any) -> bool:
-    """Whether the logits are the output embedding of the last hidden states and nothing else. Some
-    architectures scale or squash them (Gemma 2, Cohere, Granite); asked once per model, by
-    looking."""
+def has_linear_head(model: CausalModel) -> bool:
+    """Return whether the logits are the output embedding of the last hidden states and nothing
+    else. Some architectures scale or squash them (Gemma 2, Cohere, Granite), so the two are
+    compared on four tokens, once per model."""
     if model not in _LINEAR_HEADS:
         tokens = (
             torch.arange(4, device=model.device)[None]
@@ -248,65 +262,71 @@ def has_linear_head(model: Any) -> bool:
         )
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         logits = model(input_ids=tokens, use_cache=False).logits
-        made = model.get_output_embeddings()(hidden)
-        _LINEAR_HEADS[model] = made.shape == logits.shape and torch.allclose(
-            made, logits, atol=1e-5, rtol=1e-5
+        linear = model.get_output_embeddings()(hidden)
+        _LINEAR_HEADS[model] = linear.shape == logits.shape and torch.allclose(
+            linear, logits, atol=1e-5, rtol=1e-5
         )
     return _LINEAR_HEADS[model]
 
 
 def forward_positions(
-    model: Any, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    model: LanguageModel, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> PositionOutputs:
-    """One pass over right-padded rows."""
+    """Return the outputs of one forward pass over right-padded rows at the positions that predict
+    the masked tokens."""
     if isinstance(model, AdapterView):
         with model.active():
             return forward_positions(model.model, tokens, mask)
-    at = predicting_positions(mask)
+    positions = predicting_positions(mask)
     if has_linear_head(model):
-        return PositionOutputs(hidden_states(model.base_model, tokens, at), None)
+        return PositionOutputs(hidden_states(model.base_model, tokens, positions), None)
     with checkpointing(model):
         output = model(input_ids=tokens, use_cache=False, output_hidden_states=True)
-    return PositionOutputs(output.hidden_states[-1][at], output.logits[at])
+    return PositionOutputs(output.hidden_states[-1][positions], output.logits[positions])
 
 
-def logits_of(model: Any, outputs: PositionOutputs) -> Float[Tensor, "N V"]:
+def logits_of(model: LanguageModel, outputs: PositionOutputs) -> Float[Tensor, "N V"]:
+    """Return the logits of all N positions at once."""
     return (
         model.get_output_embeddings()(outputs.hidden) if outputs.logits is None else outputs.logits
     )
 
 
 def statistics(
-    model: Any,
+    model: LanguageModel,
     outputs: PositionOutputs,
     tokens: Int[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     temperature: float,
     entropy_gradient: bool = False,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """log-probs and entropies of the masked tokens, each under its own token, 0 elsewhere."""
+    """Return log-probs and entropies of the masked tokens, at their places; 0 elsewhere."""
     if outputs.logits is None:
         head = model.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        found = head_statistics(
+        logprobs, entropy = head_statistics(
             outputs.hidden, head.weight, bias, tokens[mask], temperature, entropy_gradient
         )
     else:
-        found = logits_statistics(outputs.logits, tokens[mask], temperature, entropy_gradient)
-    logprobs, entropy = found
+        logprobs, entropy = logits_statistics(
+            outputs.logits, tokens[mask], temperature, entropy_gradient
+        )
     return scatter_to_tokens(logprobs, mask), scatter_to_tokens(entropy, mask)
 
 
 def masked_logprobs(
-    model: Any, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], temperature: float = 1.0
+    model: LanguageModel,
+    tokens: Int[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    temperature: float = 1.0,
 ) -> Float[Tensor, "B T"]:
-    """log-probs of the masked tokens of right-padded rows, 0 elsewhere."""
+    """Return the log-probs of the masked tokens of right-padded rows; 0 elsewhere."""
     return statistics(model, forward_positions(model, tokens, mask), tokens, mask, temperature)[0]
 
 
 @torch.no_grad()
 def policy_logprobs(
-    model: Any,
+    model: LanguageModel,
     tokens: Int[Tensor, "B T"],
     lengths: Int[Tensor, "B"],
     mask: Bool[Tensor, "B T"],
@@ -314,15 +334,17 @@ def policy_logprobs(
     micro_batch_tokens: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Float[Tensor, "B T"]:
-    """What a model gives the masked tokens of right-padded rows, 0 elsewhere; each rank goes
-    through its share."""
+    """Return the log-probs of the masked tokens of right-padded rows, without a gradient; 0
+    elsewhere. Each rank computes its share of the rows, and all ranks return the whole."""
     logprobs = torch.zeros(
         tokens.shape, dtype=torch.promote_types(model.dtype, torch.float32), device=tokens.device
     )
     for piece in process_group.micro_batches(lengths.tolist(), micro_batch_tokens):
         rows, width = piece.rows, int(lengths[piece.rows].max())
-        found = masked_logprobs(model, tokens[rows, :width], mask[rows, :width], temperature)
+        piece_logprobs = masked_logprobs(
+            model, tokens[rows, :width], mask[rows, :width], temperature
+        )
         if piece.counts:
-            logprobs[rows, :width] = found
+            logprobs[rows, :width] = piece_logprobs
     process_group.all_reduce(logprobs)
     return logprobs

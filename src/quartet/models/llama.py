@@ -1,14 +1,14 @@
-"""The Llama family, written out: Llama, Mistral, Qwen2, Qwen3.
+"""The fused forward of the Llama family: Llama, Mistral, Qwen2, Qwen3.
 
-The same weights as in the transformers module, in fewer and larger products: real tokens only, the
-three projections of attention as one, the last block only at the positions that are asked for.
-`packed_hidden_states` is what training and scoring read; `Decoder` is what answers are sampled with.
-Whether a model is one that is written out right is known by its architecture and checked by
-comparing both forwards, once.
+It computes the same function of the same weights as the transformers module, in fewer and larger
+products: real tokens only, the three projections of attention as one, the last block only at the
+positions whose outputs are needed. `packed_hidden_states` serves training and scoring;
+`generation/decoders.py` samples with the pieces below. A model takes this way if its architecture
+is of the family and both forwards agreed on a few tokens, which is checked once per model.
 
 The rotation of positions multiplies pairs of coordinates, read as complex numbers, by e^{iωt} (Su
-et al. 2021). The family pairs coordinate j of a head with j + D/2; here the pair becomes
-neighbours. Queries and keys move alike, so that their products stay what they were.
+et al. 2021). The family pairs coordinate j of a head with j + D/2; `rotate` leaves the two of a
+pair side by side. Queries and keys are reordered alike, so their dot products stay the same.
 """
 
 from functools import partial
@@ -22,17 +22,19 @@ from torch.utils.checkpoint import checkpoint
 
 from quartet.models.adapters import apply_linear, checkpoint_contexts
 from quartet.models.packing import Packed, repacked, take, unpacked
+from quartet.models.protocols import Trunk
 from quartet.tensors import Float, Int, Tensor
 
 BLOCK_FORWARD = "block_forward"
-"""A block that is sharded, or compiled, has `block_forward` as a method of this name."""
+"""The name under which a block that is sharded or compiled has `block_forward` as a method."""
 FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _HAS_FUSED_FORWARD: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
-def has_fused_forward(trunk: Any, width: int) -> bool:
-    """Whether this file computes what the trunk (a transformers base model) does, for sequences of
-    up to `width` tokens."""
+def has_fused_forward(trunk: Trunk, width: int) -> bool:
+    """Return whether this file computes what the trunk (a transformers base model) does, for
+    sequences of up to `width` tokens. Sliding windows are left to transformers where they
+    matter."""
     if trunk not in _HAS_FUSED_FORWARD:
         _HAS_FUSED_FORWARD[trunk] = getattr(trunk.config, "model_type", None) in FAMILY and _agrees(
             trunk
@@ -42,9 +44,9 @@ def has_fused_forward(trunk: Any, width: int) -> bool:
 
 
 @torch.no_grad()
-def _agrees(trunk: Any) -> bool:
-    """Both forwards on a few tokens. Rotations that change with the length of the text are left to
-    transformers."""
+def _agrees(trunk: Trunk) -> bool:
+    """Return whether both forwards agree on 12 tokens. Rotations that change with the length of the
+    text would pass on so few tokens, and are left to transformers."""
     if trunk.rotary_emb.rope_type in {"dynamic", "longrope"}:
         return False
     count = 12
@@ -59,30 +61,29 @@ def _agrees(trunk: Any) -> bool:
     return torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
-# --- reading whole sequences
-# ---------------------------------------------------------------------------------------------
+# --- whole sequences ---
 
 
-def packed_hidden_states(trunk: Any, packed: Packed) -> Float[Tensor, "n H"]:
-    """The last hidden states at the positions that are asked for."""
+def packed_hidden_states(trunk: Trunk, packed: Packed) -> Float[Tensor, "n H"]:
+    """Return the last hidden states at `packed.output_index`."""
     x = trunk.embed_tokens(packed.tokens)
     rotation = rotations(trunk, packed.positions)
     last, contexts = len(trunk.layers) - 1, checkpoint_contexts(trunk)
     for number, block in enumerate(trunk.layers):
-        asked = packed.output_index if number == last else None
-        go_on = getattr(block, BLOCK_FORWARD, None) or partial(block_forward, block)
+        output_index = packed.output_index if number == last else None
+        forward = getattr(block, BLOCK_FORWARD, None) or partial(block_forward, block)
         if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled():
             x = checkpoint(
-                go_on, x, rotation, packed, asked, use_reentrant=False, context_fn=contexts
+                forward, x, rotation, packed, output_index, use_reentrant=False, context_fn=contexts
             )
         else:
-            x = go_on(x, rotation, packed, asked)
+            x = forward(x, rotation, packed, output_index)
     return normed(trunk.norm, x)
 
 
-def rotations(trunk: Any, positions: Int[Tensor, "N"]) -> Tensor:
-    """e^{iωt} of each position and pair of coordinates: [N, 1, D/2], complex. YaRN's scale is in
-    its modulus."""
+def rotations(trunk: Trunk, positions: Int[Tensor, "N"]) -> Tensor:
+    """Return e^{iωt} of each position t and pair of coordinates: [N, 1, D/2], complex. Its modulus
+    is YaRN's scale, 1 for the others."""
     exact = torch.zeros((), dtype=torch.float32, device=positions.device)
     cos, sin = trunk.rotary_emb(exact, positions[None])
     half = cos.shape[-1] // 2
@@ -90,18 +91,21 @@ def rotations(trunk: Any, positions: Int[Tensor, "N"]) -> Tensor:
 
 
 def block_forward(
-    block: Any, x: Tensor, rotation: Tensor, packed: Packed, asked: Tensor | None
+    block: Any, x: Tensor, rotation: Tensor, packed: Packed, output_index: Tensor | None
 ) -> Tensor:
-    """Attention and multi-layer perceptron, each added to what it read. What nobody asks for ends
-    with its keys and values."""
+    """Return the output of one block: x plus attention, plus the multi-layer perceptron of that.
+
+    With `output_index` (the last block) only the rows at these indices go on after attention; the
+    others are needed for their keys and values only.
+    """
     attention, mlp = block.self_attn, block.mlp
     queries, keys, values = _projected(attention, normed(block.input_layernorm, x), rotation)
-    read = repacked(
+    attended = repacked(
         causal_attention(queries, keys, values, packed, attention.scaling), packed
     ).flatten(1)
-    if asked is not None:
-        x, read = take(x, asked), take(read, asked)
-    x = x + apply_linear(attention.o_proj, read)
+    if output_index is not None:
+        x, attended = take(x, output_index), take(attended, output_index)
+    x = x + apply_linear(attention.o_proj, attended)
     h = normed(block.post_attention_layernorm, x)
     return x + apply_linear(
         mlp.down_proj,
@@ -110,29 +114,30 @@ def block_forward(
 
 
 def _projected(attention: Any, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of each head: [N, heads, D], the first two rotated."""
+    """Return queries, keys and values of each head, [N, heads, D], the first two rotated."""
     size = attention.head_dim
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     if all(type(part) is nn.Linear for part in parts):
         bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
         projected = linear(h, torch.cat([part.weight for part in parts]), bias)
-    else:  # adapters
+    else:  # layers under adapters have no weight to concatenate
         projected = torch.cat([apply_linear(part, h) for part in parts], dim=-1)
     heads = projected.unflatten(-1, (-1, size))
     num_kv = attention.k_proj.out_features // size
-    turning, values = heads[:, :-num_kv], heads[:, -num_kv:]
+    # Queries and keys are rotated together, values are not.
+    rotating, values = heads[:, :-num_kv], heads[:, -num_kv:]
     if hasattr(attention, "q_norm"):
-        queries, keys = turning[:, :-num_kv], turning[:, -num_kv:]
-        turning = torch.cat(
+        queries, keys = rotating[:, :-num_kv], rotating[:, -num_kv:]
+        rotating = torch.cat(
             [normed(attention.q_norm, queries), normed(attention.k_norm, keys)], dim=1
         )
-    turned = rotate(turning, rotation)
-    return turned[:, :-num_kv], turned[:, -num_kv:], values
+    rotated = rotate(rotating, rotation)
+    return rotated[:, :-num_kv], rotated[:, -num_kv:], values
 
 
 def rotate(x: Float[Tensor, "N heads D"], rotation: Tensor) -> Float[Tensor, "N heads D"]:
-    """Coordinates j and j + D/2 of each head as one complex number, turned; they come out side by
-    side."""
+    """Return x with coordinates j and j + D/2 of each head, read as one complex number, multiplied
+    by the rotation. The two come out side by side."""
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.view_as_real(torch.complex(first, second) * rotation).flatten(-2).to(x.dtype)
 
@@ -140,14 +145,15 @@ def rotate(x: Float[Tensor, "N heads D"], rotation: Tensor) -> Float[Tensor, "N 
 def causal_attention(
     queries: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: float
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v of each sequence, every token seeing itself and what is before it:
-    [rows, width, heads, D]. The rows end in padding, which no real token sees."""
+    """Return softmax(q kᵀ · scale) v of each sequence, [rows, width, heads, D]. Every token attends
+    to itself and to those before it, so no real token attends to the padding at the end of its
+    row."""
     queries, keys, values = (unpacked(x, packed).transpose(1, 2) for x in (queries, keys, values))
-    shared = queries.shape[1] != keys.shape[1]
-    read = scaled_dot_product_attention(
-        queries, keys, values, is_causal=True, scale=scale, enable_gqa=shared
+    grouped = queries.shape[1] != keys.shape[1]
+    attended = scaled_dot_product_attention(
+        queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped
     )
-    return read.transpose(1, 2)
+    return attended.transpose(1, 2)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -178,18 +184,21 @@ class _RMSNorm(torch.autograd.Function):
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if torch.is_grad_enabled():
-        return (norm.square() / x.shape[-1] + eps).rsqrt()
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse: Tensor = (norm.square() / x.shape[-1] + eps).rsqrt()
+    else:
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return inverse
 
 
 def normed(norm: Any, x: Tensor) -> Tensor:
-    """The family's RMSNorm. Torch's own is one kernel on a GPU and a dozen on a CPU."""
+    """Return the family's RMSNorm of x. torch's own is one kernel on a GPU and a dozen on a CPU,
+    where this file's is used."""
     if x.device.type != "cpu" or x.dtype not in {torch.float32, torch.float64}:
         return rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
     if not torch.is_grad_enabled():
         return (x * _inverse_rms(x, norm.variance_epsilon)).mul_(norm.weight)
-    made: Tensor = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
-    return made
+    normalized: Tensor = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
+    return normalized
 
 
 class _Gated(torch.autograd.Function):
@@ -211,9 +220,13 @@ class _Gated(torch.autograd.Function):
 
 
 def gated(gate: Tensor, up: Tensor, activation: Any) -> Tensor:
+    """Return activation(gate) · up."""
     if not torch.is_grad_enabled():
-        return activation(gate).mul_(up)
+        activated: Tensor = activation(gate)
+        return activated.mul_(up)
+    product: Tensor
     if isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation":
-        product: Tensor = _Gated.apply(gate, up)
+        product = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
         return product
-    return activation(gate) * up
+    product = activation(gate) * up
+    return product

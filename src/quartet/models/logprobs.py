@@ -1,13 +1,13 @@
-"""The one shift, and what the output head says of tokens.
+"""The one shift between positions and tokens, and log-probs and entropies from the output head.
 
-A causal model's output at position t speaks of token t + 1. `predicting_positions` is the only place in Quartet
-that knows; everything else may rely on entry t speaking of token t.
+The output of a causal model at position t is the distribution of token t + 1.
+`predicting_positions` is the only place in Quartet that shifts; everywhere else entry t of a tensor
+is about token t.
 
-The head is the largest product of a small model and its output the largest tensor: [positions,
-vocabulary]. It is asked only at the positions that speak of tokens somebody wants to know about (N
-of them), and where the output would be large, a chunk of the vocabulary at a time:
-`head_statistics` keeps log-probs and entropies, and computes a chunk's logits again for its
-gradient.
+The head is the largest product of a small model, and its output [positions, vocabulary] the largest
+tensor. It is computed only at the N positions that predict a masked token, and where the output
+would be large, a chunk of the vocabulary at a time: `head_statistics` keeps log-probs and
+entropies, and computes the logits of a chunk again for the gradient.
 """
 
 from collections.abc import Iterator
@@ -19,20 +19,21 @@ from quartet.algorithms.kl import exact_kl
 from quartet.tensors import Bool, Float, Int, Tensor
 
 CHUNK_ELEMENTS = 2**21
-"""Logits that are alive at once: 8 MB in float32, which stay in a CPU's cache while they are read
-five times."""
+"""The number of logits in memory at once: 8 MB in float32, which stay in a CPU's cache while they
+are read five times."""
 
 
 def predicting_positions(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """The positions whose outputs speak of the masked tokens, in the same order: each is one
-    before. The first token of a row has nobody to speak of it and may not be asked for."""
+    """Return the positions whose outputs predict the masked tokens, in the same order: each is one
+    before its token. No position predicts the first token of a row, so the mask must not have
+    it."""
     return torch.nn.functional.pad(mask[:, 1:], (0, 1))
 
 
 def scatter_to_tokens(
     values: Float[Tensor, "N"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """Numbers of the masked tokens, each under its own, 0 elsewhere."""
+    """Return numbers, one per masked token, at the places of their tokens; 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
         mask, values
     )
@@ -41,15 +42,15 @@ def scatter_to_tokens(
 def token_logprobs(
     logits: Float[Tensor, "*n V"], tokens: Int[Tensor, "*n"], temperature: float
 ) -> Float[Tensor, "*n"]:
-    """log softmax(logits / temperature) of the given tokens, in float32. The temperature belongs to
-    the policy: what is trained is the distribution that was sampled."""
+    """Return log softmax(logits / temperature) at the given tokens, in float32. The temperature is
+    part of the policy: the distribution that is trained is the one that was sampled from."""
     scaled = at_least_float32(logits) / temperature
     return scaled.gather(-1, tokens[..., None])[..., 0] - scaled.logsumexp(-1)
 
 
 def token_entropy(logits: Float[Tensor, "*n V"], temperature: float) -> Float[Tensor, "*n"]:
-    """−Σ p log p of softmax(logits / temperature), in nats: log V when all are equal, 0 when one is
-    certain."""
+    """Return −Σ p log p of softmax(logits / temperature), in nats: log V when all are equal, 0 when
+    one is certain."""
     logprobs = (at_least_float32(logits) / temperature).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
@@ -60,14 +61,13 @@ def logits_statistics(
     temperature: float,
     entropy_gradient: bool = False,
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-    """log-probs and entropies; the entropies carry a gradient only where it is asked for."""
+    """Return log-probs and entropies. Entropies have a gradient only with `entropy_gradient`."""
     logprobs = token_logprobs(logits, tokens, temperature)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         return logprobs, token_entropy(logits, temperature)
 
 
-# --- log-probs and entropy from hidden states
-# ----------------------------------------------------------------------------
+# --- log-probs and entropy from hidden states ---
 
 
 class _HeadStatistics(torch.autograd.Function):
@@ -99,9 +99,11 @@ class _HeadStatistics(torch.autograd.Function):
             zeros,
         )  # along = Σ e^(z − top) (z − top)
         for first, z in _logits_by_chunk(hidden, weight, bias, temperature, columns):
+            # Tokens of this chunk take their own logit from it.
             here = (tokens - first)[:, None]
             inside = (here >= 0) & (here < z.shape[1])
             own = torch.where(inside, z.gather(1, here.clamp(0, z.shape[1] - 1)), own)
+            # Sums so far are relative to the old maximum: scale them to the new one.
             new_top = torch.maximum(top, z.amax(-1, keepdim=True))
             z.sub_(new_top)
             p = z.exp()
@@ -122,16 +124,16 @@ class _HeadStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, tokens, normalizer, entropy = ctx.saved_tensors
-        asked = ctx.needs_input_grad
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         on_logprob, on_entropy = (g[:, None] for g in grads)
         entropies_matter = bool(on_entropy.count_nonzero())
         d_hidden = (
             torch.zeros(hidden.shape, dtype=normalizer.dtype, device=hidden.device)
-            if asked[0]
+            if needs_hidden
             else None
         )
-        d_weight = torch.empty_like(weight) if asked[1] else None
-        d_bias = torch.empty_like(bias) if bias is not None and asked[2] else None
+        d_weight = torch.empty_like(weight) if needs_weight else None
+        d_bias = torch.empty_like(bias) if bias is not None and needs_bias else None
         for first, z in _logits_by_chunk(hidden, weight, bias, ctx.temperature, ctx.columns):
             chunk = slice(first, first + z.shape[1])
             p = z.sub_(normalizer).exp()  # z is log p from here on
@@ -140,8 +142,10 @@ class _HeadStatistics(torch.autograd.Function):
                 if entropies_matter
                 else p.mul_(-on_logprob)
             )
+            # The onehot(y) of tokens in this chunk.
             rows = ((tokens >= first) & (tokens < chunk.stop)).nonzero()[:, 0]
             d[rows, tokens[rows] - first] += grads[0][rows]
+            # From the gradient of z to that of the logits, z = logits / temperature.
             d = (d if ctx.temperature == 1 else d.div_(ctx.temperature)).to(weight.dtype)
             if d_hidden is not None:
                 d_hidden.add_(d @ weight[chunk]) if d.dtype != d_hidden.dtype else d_hidden.addmm_(
@@ -170,22 +174,22 @@ def head_statistics(
     entropy_gradient: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-    """log-probs of `tokens` and entropies of the distributions they were drawn from, in float32,
-    without an [N, V] tensor. The entropies carry a gradient only where it is asked for."""
+    """Return log-probs of `tokens` and the entropies of their distributions, in float32, without an
+    [N, V] tensor. Entropies have a gradient only with `entropy_gradient`."""
     if not len(hidden):
         return logits_statistics(
             torch.nn.functional.linear(hidden, weight, bias), tokens, temperature, entropy_gradient
         )
     columns = max(chunk_elements // len(hidden), 1)
-    logprobs, entropy = _HeadStatistics.apply(hidden, weight, bias, tokens, temperature, columns)
+    logprobs, entropy = _HeadStatistics.apply(hidden, weight, bias, tokens, temperature, columns)  # type: ignore[no-untyped-call]
     return logprobs, entropy if entropy_gradient else entropy.detach()
 
 
 def _logits_by_chunk(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, columns: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """The first token of each chunk, and the logits of its tokens over the temperature, to be
-    changed in place."""
+    """Yield the first token of each chunk and its logits / temperature, which may be changed in
+    place."""
     for first in range(0, len(weight), columns):
         chunk = slice(first, first + columns)
         logits = torch.nn.functional.linear(
@@ -194,8 +198,7 @@ def _logits_by_chunk(
         yield first, at_least_float32(logits if temperature == 1 else logits.div_(temperature))
 
 
-# --- the exact KL from logits
-# --------------------------------------------------------------------------------------------
+# --- the exact KL from logits ---
 
 
 class _ExactKL(torch.autograd.Function):
@@ -237,9 +240,9 @@ def token_exact_kl(
     temperature: float,
     chunk: int = 1024,
 ) -> Float[Tensor, "N"]:
-    """KL(π ‖ π_ref) of every position's distribution, temperature included, differentiable in
+    """Return KL(π ‖ π_ref) of each position's distribution at the temperature, differentiable in
     `logits`."""
-    kl: Tensor = _ExactKL.apply(logits, ref_logits, temperature, chunk)
+    kl: Tensor = _ExactKL.apply(logits, ref_logits, temperature, chunk)  # type: ignore[no-untyped-call]
     return kl
 
 
@@ -254,4 +257,5 @@ def _both_logprobs(logits: Tensor, ref_logits: Tensor, temperature: float) -> tu
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """Return x in float32, or as it is where it is more precise."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

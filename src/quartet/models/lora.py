@@ -1,4 +1,5 @@
-"""What an adapter is, as a run's file says it. Known without torch and without peft."""
+"""The settings of a LoRA adapter. This file imports neither torch nor peft, so that a config can be
+read without them."""
 
 from typing import Literal
 
@@ -15,7 +16,7 @@ class Lora:
     alpha: float = Field(
         default=32.0,
         gt=0,
-        description="Twice the rank is usual: what B A x counts for, times rank.",
+        description="The weight of B A x, times rank. Typical: twice the rank.",
     )
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear",
@@ -24,7 +25,7 @@ class Lora:
     )
 
     def parameters(self, hidden: int, layers: int, intermediate: int, kv_share: float = 1.0) -> int:
-        """How many numbers it adds to a model of the Llama family, on all of its linear layers."""
+        """Return the number of parameters of adapters on all linear layers of a Llama model."""
         kv = int(hidden * kv_share)
         per_layer = 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + intermediate)
         return layers * self.rank * per_layer

@@ -1,24 +1,29 @@
-"""Sequences end to end, real tokens only, behind a [B, T] face."""
+"""Packing: the real tokens of right-padded rows [B, T] end to end as one sequence [N].
+
+Products of weights and hidden states then compute no padding; attention unpacks for a moment.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from quartet.tensors import Bool, Int, Tensor
 
 WORTH_PACKING = 0.1
-"""The share of padding from which moving real tokens together costs less than computing with the
-rest. Micro-batches hold rows of like length, so that most of them stay as they are."""
+"""The share of padding from which packing costs less time than computing the padding. Micro-batches
+hold rows of similar length, so most of them are below it and stay rectangles."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The beginnings of some rows, as far as somebody wants to know what is said there.
+    """The tokens of some rows, each row up to the last position whose output is needed.
 
     For rows of 4 and 2 tokens, `tokens` is [a0 a1 a2 a3 b0 b1], `positions` [0 1 2 3 0 1], and with
-    nothing but the row's last token asked for, `output_index` is [3 5]. Where so little is padding that it
-    may as well be computed, it stays: `places` is None, and `tokens` are the whole rectangle.
+    only the outputs of each row's last token needed, `output_index` is [3 5]. Where less than
+    `WORTH_PACKING` of the rectangle is padding, nothing is packed: `places` is None, and `tokens`
+    is the whole rectangle, row by row.
     """
 
     tokens: Int[Tensor, "N"]
@@ -27,19 +32,20 @@ class Packed:
     width: int
     """The longest of the lengths."""
     places: Int[Tensor, "N"] | None
-    """Where each token is in the rectangle of rows × width."""
+    """The index of each token in the flattened rectangle of rows × width; None: not packed."""
     output_index: Int[Tensor, "n"]
-    """The tokens whose outputs are wanted, row by row."""
+    """The indices of the tokens whose outputs are needed, row by row."""
     rows: int = field(init=False)
-    """How many lengths there are; a number of its own, for a compiled block to take any."""
+    """The number of rows. It is a field, not `len(lengths)`, because torch.compile would make a
+    program for each length of the tuple."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", len(self.lengths))
 
 
 def pack(tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]) -> Packed:
-    """Each row up to the last position that is asked for: a causal model's output there depends on
-    nothing later."""
+    """Return each row up to the last position of the mask, packed. Later tokens are left out: a
+    causal model's output depends on nothing after it."""
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     lengths = torch.where(output_mask, positions + 1, 0).amax(dim=1)
     width = int(lengths.max())
@@ -57,7 +63,8 @@ def pack(tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]) -> Packed
 
 
 def pack_rows(rows: Sequence[Sequence[int]], device: torch.device) -> Packed:
-    """Whole rows, of which only the last token is asked for: what a prompt's answer begins from."""
+    """Return whole rows, packed, with the output of the last token of each: the position that
+    predicts the first token of a response."""
     sizes = tuple(len(row) for row in rows)
     lengths = torch.tensor(sizes)
     width = max(sizes)
@@ -74,35 +81,36 @@ def pack_rows(rows: Sequence[Sequence[int]], device: torch.device) -> Packed:
 
 
 class _Take(torch.autograd.Function):
-    """x[index] for an index without repetitions, so that its gradient is put back by a copy and not
-    by an addition."""
+    """x[index] for an index without repetitions. Its gradient is then a copy, where that of torch's
+    own indexing is an addition, which is slower."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.shape = x.shape
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         return grads[0].new_zeros(ctx.shape).index_copy_(0, index, grads[0]), None
 
 
 def take(x: Tensor, index: Int[Tensor, "n"]) -> Tensor:
-    """Some of the rows of x, each at most once."""
-    taken: Tensor = _Take.apply(x, index)
-    return taken
+    """Return x[index] for an index without repetitions."""
+    rows: Tensor = _Take.apply(x, index)  # type: ignore[no-untyped-call]
+    return rows
 
 
 def unpacked(x: Tensor, packed: Packed) -> Tensor:
-    """[N, …] as [rows, width, …], 0 where there was padding."""
+    """Return packed values [N, …] as a rectangle [rows, width, …] with 0 for padding."""
     if packed.places is not None:
         x = x.new_zeros(packed.rows * packed.width, *x.shape[1:]).index_copy_(0, packed.places, x)
-    return x.unflatten(0, (packed.rows, packed.width))
+    rectangle: Tensor = x.unflatten(0, (packed.rows, packed.width))
+    return rectangle
 
 
 def repacked(x: Tensor, packed: Packed) -> Tensor:
-    """[rows, width, …] as [N, …]."""
+    """Return a rectangle [rows, width, …] as packed values [N, …]."""
     flat = x.flatten(0, 1)
     return flat if packed.places is None else take(flat, packed.places)

@@ -1,4 +1,4 @@
-"""Ragged lists of token ids as rectangles."""
+"""Padding: ragged lists of token ids and numbers as rectangular tensors."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ import torch
 from quartet.tensors import Bool, Float, Int, Tensor
 
 PAD = 0
-"""What fills the rectangle. Any id does: what is real is known from lengths, and no real token
-attends to padding."""
+"""The id that fills a rectangle. Any id would do: real tokens are known by lengths and masks, and
+no real token attends to padding."""
 
 
 def right_pad(
     rows: Sequence[Sequence[int]], device: torch.device | None = None
 ) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B"]]:
-    """Tokens padded on the right, and the length of each row."""
+    """Return the rows padded on the right, and the length of each."""
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long, device=device)
     tokens = torch.full((len(rows), int(lengths.max())), PAD, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -25,7 +25,8 @@ def right_pad(
 def left_pad(
     rows: Sequence[Sequence[int]], device: torch.device | None = None
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Tokens padded on the left, so that all rows end together, and the mask of real tokens."""
+    """Return the rows padded on the left, so that all end in the last column, and the mask of real
+    tokens."""
     width = max(len(row) for row in rows)
     tokens = torch.full((len(rows), width), PAD, dtype=torch.long)
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -38,7 +39,7 @@ def left_pad(
 def response_mask(
     starts: Int[Tensor, "B"], lengths: Int[Tensor, "B"], width: int
 ) -> Bool[Tensor, "B {width}"]:
-    """True from each row's first response token to its last."""
+    """Return a mask that is True from each row's first response token (`starts`) to its last."""
     positions = torch.arange(width, device=lengths.device)
     return (positions >= starts[:, None]) & (positions < lengths[:, None])
 
@@ -46,6 +47,7 @@ def response_mask(
 def spread(
     rows: Sequence[Sequence[float]], mask: Bool[Tensor, "B T"], dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "B T"]:
-    """Ragged numbers, one per response token, at their places in the rectangle."""
+    """Return numbers, one per response token of each row, at the True places of the mask; 0
+    elsewhere."""
     flat = torch.tensor([x for row in rows for x in row], dtype=dtype, device=mask.device)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_scatter(mask, flat)

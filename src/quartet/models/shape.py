@@ -1,5 +1,5 @@
-"""The shape of a model that is made from scratch. Known without torch, so that a plan can count its
-parameters."""
+"""The shape of a model that is created from scratch. This file does not import torch, so that
+`quartet plan` can count parameters without it."""
 
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ class Shape:
         default=None, ge=8, description="Left out, it is three times hidden_size."
     )
     max_length: int = Field(
-        default=512, ge=8, description="The longest prompt and response together, in tokens."
+        default=1024, ge=8, description="The longest prompt and response together, in tokens."
     )
 
     def __post_init__(self) -> None:
@@ -33,8 +33,8 @@ class Shape:
         return self.intermediate_size or 3 * self.hidden_size
 
     def hugging_face(self, vocabulary: int) -> dict[str, Any]:
-        """The same shape in the words of the architecture's Hugging Face config. Embedding and head
-        are tied."""
+        """Return the same shape as the keys of the architecture's Hugging Face config. Embedding
+        and head are tied."""
         if self.type == "gpt2":
             return {
                 "vocab_size": vocabulary,
@@ -59,7 +59,7 @@ class Shape:
         }
 
     def parameters(self, vocabulary: int) -> int:
-        """How many numbers the model holds."""
+        """Return the number of parameters of the model."""
         hidden, inner = self.hidden_size, self.intermediate
         if self.type == "gpt2":
             attention = 4 * hidden * hidden + 4 * hidden

@@ -1,4 +1,5 @@
-"""What a trunk, a model without its head, has understood at the positions somebody asks about."""
+"""The trunk of a model (all but its head): its last hidden states, activation checkpoints, and
+compiled blocks."""
 
 import types
 from collections.abc import Iterator
@@ -18,39 +19,42 @@ from quartet.models.llama import (
     packed_hidden_states,
 )
 from quartet.models.packing import pack
+from quartet.models.protocols import CausalModel, Trunk
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
 def hidden_states(
-    trunk: Any, tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]
+    trunk: Trunk, tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "N H"]:
-    """The last hidden states there, row by row, from right-padded rows. No real token can see
-    padding, and its position is its index: transformers' own forward needs neither an attention
-    mask nor position ids."""
+    """Return the last hidden states at the positions of the mask, row by row, of right-padded rows.
+
+    Causal attention keeps real tokens from seeing the padding on their right, and the position of a
+    token is its index. transformers' own forward therefore needs neither an attention mask nor
+    position ids.
+    """
     packed = pack(tokens, output_mask)
     if has_fused_forward(trunk, packed.width):
         return packed_hidden_states(trunk, packed)
     within = slice(None, packed.width)
     with checkpointing(trunk):
-        return trunk(input_ids=tokens[:, within], use_cache=False).last_hidden_state[
-            output_mask[:, within]
-        ]
+        hidden: Tensor = trunk(input_ids=tokens[:, within], use_cache=False).last_hidden_state
+    return hidden[output_mask[:, within]]
 
 
-def checkpoint_blocks(model: Any) -> Any:
-    """The model, which from now on keeps only what each block was given and computes the rest again
-    for the gradient (Chen et al. 2016)."""
+def checkpoint_blocks(model: CausalModel) -> Any:
+    """Turn on activation checkpoints and return the model: a forward pass keeps only the input of
+    each block, and the backward pass computes the rest again (Chen et al. 2016)."""
     for block in blocks_of(model):
         block.gradient_checkpointing = True
         block._gradient_checkpointing_func = partial(_checkpoint, model)
     return model
 
 
-def compile_blocks(model: Any) -> Any:
-    """The model, whose written-out blocks run as torch.compile writes them when they are first
-    used. Lengths stay variable."""
-    # Reading and learning, one row and several, padded and packed, all tokens and some: each is a
-    # program of its own.
+def compile_blocks(model: CausalModel) -> Any:
+    """Have torch.compile compile the blocks of the fused forward at their first use, and return the
+    model. Lengths stay variable."""
+    # With and without gradients, one row and several, padded and packed, all outputs and some: each
+    # combination is a program of its own, and torch's default limit is 8.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks_of(model):
         setattr(
@@ -61,19 +65,22 @@ def compile_blocks(model: Any) -> Any:
     return model
 
 
-def blocks_of(model: Any) -> list[Any]:
+def blocks_of(model: Trunk | CausalModel) -> list[Any]:
+    """Return the transformer blocks of a model."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _checkpoint(model: Any, *args: Any) -> Any:
+def _checkpoint(model: CausalModel, *args: Any) -> Any:
     return checkpoint(*args, use_reentrant=False, context_fn=checkpoint_contexts(model))
 
 
 @contextmanager
-def checkpointing(model: Any) -> Iterator[None]:
-    """transformers makes its checkpoints in training mode only, and drops the cache then. So the
-    blocks are in it while something is learnt; the modules inside them, and their dropout, never
-    are."""
+def checkpointing(model: Trunk | CausalModel) -> Iterator[None]:
+    """Put checkpointed blocks into training mode inside the context, where gradients are recorded.
+
+    transformers makes activation checkpoints in training mode only. Only the block's own flag is
+    set: the modules inside it, and so their dropout, stay in evaluation mode.
+    """
     blocks = [block for block in blocks_of(model) if block.gradient_checkpointing]
     for block in blocks:
         block.training = torch.is_grad_enabled()

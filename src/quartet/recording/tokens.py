@@ -10,6 +10,7 @@ import torch
 
 from quartet.algorithms.advantages import critic_values, gae
 from quartet.algorithms.kl import k1
+from quartet.models.protocols import Tokenizer
 from quartet.tensors import Float, Tensor
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ MANTISSA_BITS = 9
 class TokenTexts:
     """What each token id reads as inside a text, its leading space included."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.anchor = next(i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids)
         self.before = tokenizer.decode([self.anchor])
@@ -147,7 +148,10 @@ def token_table(
 
 
 def write_pairs(
-    path: Path, comparisons: "Sequence[Comparison]", scores: Float[Tensor, "P 2"], tokenizer: Any
+    path: Path,
+    comparisons: "Sequence[Comparison]",
+    scores: Float[Tensor, "P 2"],
+    tokenizer: Tokenizer,
 ) -> Path:
     """A row per held-out pair: the texts, their lengths in tokens, and what the reward model gave
     to each side."""

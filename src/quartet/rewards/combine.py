@@ -39,4 +39,5 @@ class EnsembleReward:
         if self.combine == "mean":
             return mean
         variance = statistics.fmean([(s - mean) ** 2 for s in scores], self.weights)
-        return mean - self.k * variance**0.5
+        deviation: float = variance**0.5
+        return mean - self.k * deviation

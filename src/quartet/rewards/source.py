@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from quartet.experience import Rollout
+from quartet.models.protocols import Tokenizer
 from quartet.parts import Family, Field
 from quartet.rewards.protocol import Reward, RewardError, Score
 
@@ -17,7 +18,7 @@ NAME = "What metrics and rollouts call it. Left out: the type, or the function's
 class RewardContext:
     """What a source may need of its run to make a reward."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     """The policy's."""
     token_texts: Callable[[Sequence[int]], list[str]]
     """Returns the text of each of some token ids."""

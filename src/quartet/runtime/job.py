@@ -7,6 +7,7 @@ import torch
 
 from quartet.config.run import RunConfig
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.models.protocols import Tokenizer
 from quartet.runtime.pipeline import Saving
 from quartet.stages.protocol import Stage
 
@@ -16,7 +17,7 @@ class Job:
     """A run that is ready to start. No model has been loaded and no file written."""
 
     stages: list[Stage]
-    tokenizer: Any
+    tokenizer: Tokenizer
     notes: list[str]
     """Sentences about what the user should know before it starts."""
     made_with: dict[str, Any]

@@ -18,6 +18,7 @@ from quartet.generation.sampling import Sampling
 from quartet.io.texts import well_formed_json
 from quartet.loops.progress import Progress
 from quartet.models.language_model import policy_logprobs
+from quartet.models.protocols import Tokenizer
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.stages.protocol import StageRun, Summary
 from quartet.training.batch import collate
@@ -36,7 +37,7 @@ class EvaluationStage:
     """
 
     prompts: Sequence[Prompt]
-    tokenizer: Any
+    tokenizer: Tokenizer
     load_before: Callable[[Path], Any]
     load_after: Callable[[Path], Any]
     rewards: Callable[[Path], Sequence[Weighted]]

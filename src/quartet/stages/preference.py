@@ -13,6 +13,7 @@ from quartet.loops.preference import ComparisonSource, held_out_preference, pref
 from quartet.loops.progress import Progress
 from quartet.models.adapters import reference_of
 from quartet.models.language_model import save
+from quartet.models.protocols import Tokenizer
 from quartet.stages.protocol import StageRun, Summary, unchanged
 from quartet.training.budget import Budget
 from quartet.training.optim import Optimizer
@@ -30,7 +31,7 @@ class PreferenceStage:
     comparisons: Sequence[Comparison]
     held_out: Sequence[Comparison]
     online: Callable[[Path, Any], ComparisonSource] | None
-    tokenizer: Any
+    tokenizer: Tokenizer
     load_policy: Callable[[Path], Any]
     loss: PreferenceLoss
     optimizer: Callable[[Any], Optimizer]

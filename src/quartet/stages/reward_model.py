@@ -17,6 +17,7 @@ from quartet.loops.progress import Progress
 from quartet.loops.reward_model import accuracy_of, pair_accuracy, pair_scores, reward_model
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import stop_ids
+from quartet.models.protocols import Tokenizer
 from quartet.recording.tokens import write_pairs
 from quartet.rewards.reward_model import ModelReward
 from quartet.stages.protocol import StageRun, Summary
@@ -42,7 +43,7 @@ class RewardModelStage:
     prompts: Sequence[Prompt]
     """The prompts of the responses that the scores are centred on."""
     sampling: Sampling
-    tokenizer: Any
+    tokenizer: Tokenizer
     load_policy: Callable[[Path], Any]
     make_model: Callable[[Any], ScalarModel]
     loss: RewardModelLoss

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -22,6 +21,7 @@ from quartet.loops.rl import Step, rl
 from quartet.loops.rl_async import Ahead, rl_async
 from quartet.loops.sft import held_out_loss
 from quartet.models.language_model import save
+from quartet.models.protocols import Tokenizer
 from quartet.recording.tokens import TokenTexts, probe_table, write_tokens
 from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward
@@ -133,7 +133,7 @@ class RLStage:
 
     name: str
     prompts: Sequence[Prompt]
-    tokenizer: Any
+    tokenizer: Tokenizer
     load_components: Callable[[Path], RLComponents]
     algorithm: Algorithm
     sampling: Sampling

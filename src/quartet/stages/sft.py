@@ -11,6 +11,7 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.loops.progress import Progress
 from quartet.loops.sft import held_out_loss, sft
 from quartet.models.language_model import save
+from quartet.models.protocols import Tokenizer
 from quartet.stages.protocol import StageRun, Summary, unchanged
 from quartet.training.budget import Budget
 from quartet.training.optim import Optimizer
@@ -23,7 +24,7 @@ class SftStage:
 
     demonstrations: Sequence[Demonstration]
     held_out: Sequence[Demonstration]
-    tokenizer: Any
+    tokenizer: Tokenizer
     load_policy: Callable[[Path], Any]
     optimizer: Callable[[Any], Optimizer]
     num_steps: int

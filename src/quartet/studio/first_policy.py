@@ -37,8 +37,9 @@ def folder_of(run: Run) -> Path | None:
     """Where that policy is: the run's own SFT model, else the model it was given, where it is on
     this machine."""
     given = run.config.get("policy", {}).get("model")
-    own = [run.path / "sft"] if Folder(run.path).is_plain("sft") else []
-    for folder in (*own, *([Path(given)] if given else ())):
+    own: list[Path] = [run.path / "sft"] if Folder(run.path).is_plain("sft") else []
+    folders: list[Path] = [*own, *([Path(given)] if given else [])]
+    for folder in folders:
         try:
             if (folder / "config.json").is_file():
                 return folder

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from quartet.distributed.sharding import copy_saved, local_tensor
+from quartet.models.protocols import CausalModel
 
 
 class Ema:
@@ -16,7 +17,7 @@ class Ema:
     run stops. It holds the trained parameters by name, sharded as they are.
     """
 
-    def __init__(self, model: Any, decay: float) -> None:
+    def __init__(self, model: CausalModel, decay: float) -> None:
         self.decay = decay
         self.average = {
             name: p.detach().float().clone()
@@ -25,7 +26,7 @@ class Ema:
         }
 
     @torch.no_grad()
-    def update(self, model: Any) -> None:
+    def update(self, model: CausalModel) -> None:
         for name, p in model.named_parameters():
             if name in self.average:
                 local_tensor(self.average[name]).lerp_(local_tensor(p).float(), 1 - self.decay)

@@ -2,7 +2,6 @@
 loss."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -10,12 +9,13 @@ from quartet.data.records import Demonstration
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
+from quartet.models.protocols import CausalModel
 from quartet.tensors import Float, Tensor
 from quartet.training.finite import check_finite
 
 
 def imitation_losses(
-    model: Any,
+    model: CausalModel,
     batch: Sequence[Demonstration],
     micro_batch_tokens: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
@@ -35,7 +35,9 @@ def imitation_losses(
         )
 
 
-def _negative_logprobs(model: Any, demonstrations: Sequence[Demonstration]) -> Float[Tensor, "B T"]:
+def _negative_logprobs(
+    model: CausalModel, demonstrations: Sequence[Demonstration]
+) -> Float[Tensor, "B T"]:
     """Return −log p of every response token, and 0 elsewhere."""
     tokens, lengths = right_pad(
         [(*d.prompt_ids, *d.response_ids) for d in demonstrations], model.device

@@ -22,6 +22,7 @@ from quartet.experience import Batch, Experience, Rollout, row_tokens
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import ActorCritic
+from quartet.models.adapters import LanguageModel
 from quartet.tensors import Float, Tensor
 from quartet.training.batch import collate
 from quartet.training.budget import Budget
@@ -55,7 +56,7 @@ class Learner:
     def __init__(
         self,
         models: ActorCritic,
-        reference: Any | None,
+        reference: LanguageModel | None,
         optim: Optim,
         sampling: Sampling,
         steps: int,

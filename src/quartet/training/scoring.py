@@ -10,6 +10,7 @@ from quartet.algorithms.algorithm import Algorithm, Forward
 from quartet.distributed.process_group import ProcessGroup
 from quartet.experience import Batch, Experience
 from quartet.models.actor_critic import ActorCritic
+from quartet.models.adapters import LanguageModel
 from quartet.models.language_model import policy_logprobs
 from quartet.models.padding import PAD
 from quartet.tensors import Bool, Float, Tensor
@@ -55,7 +56,7 @@ class Scorer:
     """The models that score a batch, and the temperature that log-probs are taken at."""
 
     models: ActorCritic
-    reference: Any | None
+    reference: LanguageModel | None
     temperature: float
     process_group: ProcessGroup
 
