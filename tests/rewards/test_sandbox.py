@@ -18,7 +18,7 @@ import pytest
 from quartet.rewards import cgroup
 from quartet.rewards import sandbox as module
 from quartet.rewards.protocol import RewardError
-from quartet.rewards.sandbox import LAUNCHER, MAX_PROGRAM, Sandbox
+from quartet.rewards.sandbox import FIRST_USER, LAUNCHER, MAX_PROGRAM, USERS, Sandbox
 from quartet.rewards.seccomp import (
     ALLOW,
     ARCHITECTURES,
@@ -445,3 +445,19 @@ def test_numbers_are_those_of_the_kernels_headers(machine, header, aliases):
     for name, numbers in NUMBERS.items():
         number = numbers[column]
         assert found.get(aliases.get(name, name)) == (None if number is None else str(number)), name
+
+
+def test_the_docs_count_the_calls_and_the_probes_as_they_are():
+    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    x86, arm = (
+        sum(
+            numbers[column] is not None and name not in REFUSED for name, numbers in NUMBERS.items()
+        )
+        for column in (0, 1)
+    )
+    assert f"{x86} calls on x86_64 and {arm} on aarch64, {len(RULES)} of them" in text
+    assert f"({FIRST_USER} to {FIRST_USER + USERS - 1} where the run is root" in text
+    if platform.machine() == "x86_64":
+        count = sum(len(probes(kind)) for kind in KINDS)
+        calls = len(probes("system call"))
+        assert f"{count} hostile programs" in text and f"and {calls} system calls)" in text
