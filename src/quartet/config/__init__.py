@@ -1,2 +1,2 @@
-"""The configuration of a run: its tables, the files it is read from, and the sentences about what
-is wrong in it."""
+"""The configuration of a run: its tables, the rules that they follow, the TOML files they are read
+from, and the sentences about mistakes in them."""

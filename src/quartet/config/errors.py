@@ -1,5 +1,5 @@
-"""What is said of a config that cannot work: one sentence from what pydantic found, with the place
-and the way out."""
+"""Sentences about mistakes in a config: one from each error of pydantic's, with the place and the
+remedy."""
 
 import dataclasses
 import difflib
@@ -36,7 +36,7 @@ SYNONYMS = {
     "model_name_or_path": "model",
     "dataset": "train",
 }
-"""What the keys are called elsewhere."""
+"""Names that other libraries have for keys, and the keys."""
 
 
 WANTED = {
@@ -54,6 +54,7 @@ WANTED = {
 
 
 def sentence(error: ErrorDetails, table: Table, origins: Mapping[str, str]) -> str:
+    """Return the sentence about an error: its place, its key and value, and what is right."""
     path = _path_in_file(error["loc"], table)
     key, value = ".".join(path), error["input"]
     place = where(key, origins)
@@ -107,7 +108,7 @@ def _path_in_file(location: tuple[int | str, ...], table: Table) -> list[str]:
 
 
 def where(key: str, origins: Mapping[str, str]) -> str:
-    """The origin of a key, or of the first thing below or above it that has one."""
+    """Return the origin of a key, or of the first key below or above it that has one."""
     while key:
         for dotted, origin in origins.items():
             if dotted == key or dotted.startswith(key + "."):
@@ -117,12 +118,13 @@ def where(key: str, origins: Mapping[str, str]) -> str:
 
 
 def one_of(value: Any, choices: Sequence[str]) -> str:
+    """Return a phrase that lists the choices and suggests the one most like the value."""
     return f"not one of {', '.join(choices)}.{did_you_mean(value, choices)}"
 
 
 def _suggestion(path: Sequence[str]) -> str:
-    """The known key that was meant: by its name here, by its name elsewhere, or in another
-    table."""
+    """Return a sentence with the key that was probably meant: one of the same table with a similar
+    name, one that another library calls so, or one of another table."""
     *table, name = path
     here = ".".join(table)
     known = list(_known_keys(Config))
@@ -149,7 +151,7 @@ def _suggestion(path: Sequence[str]) -> str:
 
 
 def _description(path: Sequence[str]) -> str:
-    """The second sentence of an error: what the key's declaration says of it."""
+    """Return the description in a key's declaration, which is the second sentence of an error."""
     for owner, field in _fields(Config, list(path)):
         default = field.default if field.default is not dataclasses.MISSING else None
         description = (
@@ -162,8 +164,8 @@ def _description(path: Sequence[str]) -> str:
 
 
 def _fields(owner: Any, path: list[str]) -> Iterator[tuple[Any, Any]]:
-    """The declarations that a path may lead to: one, or one for each member of a union that has the
-    key."""
+    """Yield the declarations that a path leads to: one, or one for each member of a union that has
+    the key."""
     if not path:
         return
     for field in dataclasses.fields(owner):
@@ -185,7 +187,7 @@ def _known_keys(owner: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _parts_in(hint: Any) -> Iterator[Any]:
-    """The parts that a type hint mentions, through unions, lists and annotations."""
+    """Yield the parts in a type hint, also inside unions, lists and annotations."""
     if isinstance(hint, type) and Family in hint.__bases__:
         yield from hint.members.values()  # type: ignore[attr-defined]
     elif dataclasses.is_dataclass(hint):
@@ -196,13 +198,13 @@ def _parts_in(hint: Any) -> Iterator[Any]:
 
 
 def in_short(value: Any, most: int = 120) -> str:
-    """A value in TOML, cut where it is long."""
+    """Return a value in TOML, cut to `most` characters."""
     text = toml_value(value)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def toml_value(value: Any) -> str:
-    """A value in TOML, on one line."""
+    """Return a value in TOML, on one line."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, dict):

@@ -1,5 +1,5 @@
-"""Paths in a config that lead over links. A link such as `runs/latest` moves on; a run keeps the
-place that it led to when the run began."""
+"""Paths in a config that lead over links. A link such as `runs/latest` changes with later runs, so a
+run keeps the place that the link led to when the run began."""
 
 import json
 import os
@@ -27,15 +27,15 @@ PATHS = (
     "reward.*.cache",
     "reward.*.schema_file",
 )
-"""Keys whose values are files or folders, or may be."""
+"""Keys whose values are, or can be, files or folders."""
 NAMES = {"critic.init": ("policy", "reward_model"), "policy.chat_template": ("chatml",)}
-"""Words that mean something else, whatever there is under that name."""
+"""Values of these keys that are not paths, even if there is a file of that name."""
 
 
 def resolve_links(table: dict[str, Any], known: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Replace the paths in a table that lead over links by where they lead; return, by key, what
-    was written and what stands there now. `known`: where paths led when a run began that is to go
-    on."""
+    """Replace the paths in a table that lead over links by where they lead. Return, by key, the
+    path in the config and the path that replaced it. `known` holds, for a run that is resumed,
+    where its paths led when it began."""
     resolved = {}
     for holder, name, key in _paths(table):
         written = holder[name]
@@ -46,9 +46,9 @@ def resolve_links(table: dict[str, Any], known: Mapping[str, str]) -> dict[str, 
 
 
 def where(written: str) -> str:
-    """Return where a path leads over links: a folder itself, a file in its folder, `file.py:name`
-    as `file.py`. What has no link on its way, or is not there, stays as it is written; what is
-    below the working directory stays relative."""
+    """Return where a path leads over links. Of a folder all links are resolved, of a file (and of
+    `file.py:name`) only those of its folder. A path without links, or to nothing, is returned as it
+    is; one below the working directory stays relative."""
     file, colon, name = written.rpartition(":") if ".py:" in written else (written, "", "")
     path, here = Path(file), Path.cwd()
     try:
@@ -63,7 +63,8 @@ def where(written: str) -> str:
 
 
 def relative_paths(table: dict[str, Any]) -> list[Path]:
-    """Return the relative paths that a table of settings names; hub ids look the same."""
+    """Return the relative paths in a table of settings; hub ids, which look the same, are among
+    them."""
     written = [holder[name] for holder, name, _ in _paths(table)]
     paths = [Path(text.rpartition(":")[0] if ".py:" in text else text) for text in written]
     return [path for path in paths if not path.is_absolute()]
@@ -89,12 +90,12 @@ def absolute_word(word: str) -> str:
 
 
 def _paths(table: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:
-    """The texts at the keys of PATHS: what holds each, its key or place in there, and its dotted
-    key."""
+    """Yield the texts at the keys of PATHS: the table or list that holds each, its key or index
+    there, and its dotted key."""
     for pattern in PATHS:
         for holder, name, key in _found(table, pattern.split("."), ""):
             value, judges = holder[name], isinstance(holder, dict) and holder.get("type") == "judge"
-            if judges and name == "model":  # what the judge is called where it runs
+            if judges and name == "model":  # a name at the judge's endpoint, no path
                 continue
             if isinstance(value, str) and value not in NAMES.get(pattern, ()):
                 yield holder, name, key

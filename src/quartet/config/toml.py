@@ -1,8 +1,8 @@
-"""From a TOML file and `key=value` words to a `Config` in which every value knows where it came
-from.
+"""Reads a TOML file and `key=value` words into a `Config`, and keeps the origin of each value.
 
-`key=value` wins over the file, the file over the preset, the preset over the defaults. A mistake
-becomes one sentence: where (file and line, or key), what is wrong, what to do.
+`key=value` words replace the file's values, the file's replace the preset's, and the preset's the
+defaults. A mistake is reported in one sentence: where it is (file and line, or key), what is wrong,
+what to do.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from quartet.io.texts import did_you_mean
 
 
 class ConfigError(QuartetError, ValueError):
-    """A request that cannot work: one sentence."""
+    """A config that cannot work. The message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Settings:
     origins: Mapping[str, str]
     name: str
     text: str
-    """The file as it was written."""
+    """The text of the file."""
     links: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Paths that led over links, by key: as they were written, and where they led."""
 
@@ -50,9 +50,12 @@ def read_settings(
     shown_as: str | None = None,
     known_links: Mapping[str, str] = MappingProxyType({}),
 ) -> Settings:
-    """The config of a TOML file with `key=value` words on top; paths in it that lead over links are
-    where they lead now. `shown_as` is what messages call the file, `known_links` where paths led
-    when a run began that is to go on."""
+    """Return the settings of a TOML file, with `key=value` words on top.
+
+    Paths that lead over links are replaced by where they lead. `shown_as` is what messages call the
+    file. `known_links` holds, for a run that is resumed, where its paths led when it began. Raises
+    `ConfigError`.
+    """
     shown = shown_as or str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -118,8 +121,8 @@ def _settings(
 
 
 def _refuse_unread(config: Config, written: Mapping[str, str]) -> None:
-    """A setting that no stage looks at is a mistake, unless a recipe that was changed on the
-    command line left it over."""
+    """Raise `ConfigError` for a setting that no stage reads. Where the recipe was changed on the
+    command line, the file may have settings of stages that were left out."""
     if written.get("recipe") == "command line":
         return
     for key, origin in written.items():
@@ -131,8 +134,8 @@ def _refuse_unread(config: Config, written: Mapping[str, str]) -> None:
 
 
 def resolved_toml(settings: Settings) -> str:
-    """All that the recipe reads as TOML that gives the same run again, the origin of each value
-    behind it."""
+    """Return all settings that the recipe reads as a TOML file that gives the same run again. A
+    comment behind each value names its origin."""
     config, table = settings.config, json_ready(settings.config)
     led = {
         key: f'{settings.origins.get(key, "default")}: "{written}" then'
@@ -150,7 +153,8 @@ def resolved_toml(settings: Settings) -> str:
 
 
 def preset_toml(preset: Algorithm | PreferenceLoss) -> str:
-    """A preset as the tables of a run's file that recreate it, whatever the preset becomes."""
+    """Return a preset as tables of a run's file, which give the same algorithm even if the preset
+    changes later."""
     record = without_none(dataclasses.asdict(preset))
     table = (
         {"algorithm": record} if isinstance(preset, Algorithm) else {"preference": {"loss": record}}
@@ -161,7 +165,7 @@ def preset_toml(preset: Algorithm | PreferenceLoss) -> str:
 def _blocks(
     name: str, table: Table, origins: Mapping[str, str] | None, header: str = ""
 ) -> Iterator[list[str]]:
-    """A table as a block of lines, then the tables inside it as blocks of their own."""
+    """Yield a table as a block of lines, then each table inside it as a block."""
     prefix = f"{name}." if name else ""
     tables = {key: value for key, value in table.items() if isinstance(value, dict)}
     lists = {
@@ -185,12 +189,10 @@ def _blocks(
 
 
 # --- reading
-# -------------------------------------------------------------------------------------------------------
 
 
 def _line_numbers(text: str) -> dict[str, int]:
-    """The line on which each table and each key at the start of a line is written, by dotted
-    key."""
+    """Return the line number of each table, and of each key that starts a line, by dotted key."""
     lines: dict[str, int] = {}
     counts: dict[str, int] = {}
     prefix = ""
@@ -211,7 +213,7 @@ def _line_numbers(text: str) -> dict[str, int]:
 
 
 def _line_of(key: str, lines: Mapping[str, int]) -> int:
-    """The line of a key, or of the nearest thing that contains it."""
+    """Return the line of a key, or of the innermost table around it that has a line."""
     while key not in lines and "." in key:
         key = key.rpartition(".")[0]
     return lines.get(key, 1)
@@ -260,8 +262,8 @@ def _set(table: Table, key: str, value: Any) -> None:
 
 
 def _expand(table: Table, origins: dict[str, str]) -> None:
-    """Write out what a file may leave unsaid: the preset's parts, the kind of critic, the reward
-    model that is trained."""
+    """Fill in what a file may leave out: the preset's parts, the type of the critic, and the
+    reward model that the recipe trains."""
     stages = table.get("recipe", [])
     if isinstance(stages, str):
         stages = table["recipe"] = [stages]
@@ -337,8 +339,8 @@ def _has(table: Any, path: list[str]) -> bool:
 
 
 def _merged(below: Table, above: Table) -> Table:
-    """`above` over `below`, key by key; a table of another type replaces the whole; `scores.0` is
-    the first of a list."""
+    """Return `below` with the keys of `above` replaced. A table of another type replaces the whole
+    table; the key `scores.0` names the first table of the list `scores`."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
