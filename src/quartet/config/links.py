@@ -1,5 +1,8 @@
-"""Paths in a config that lead over links. A link such as `runs/latest` changes with later runs, so a
-run keeps the place that the link led to when the run began."""
+"""Paths in a config that lead over links.
+
+A link such as `runs/latest` changes with later runs, so a run keeps the place that the link led to
+when the run began.
+"""
 
 import json
 import os
