@@ -21,9 +21,9 @@ def exception_classes() -> dict[str, type[Exception]]:
             assert module.name in OPTIONAL, module.name
             continue
         for member in members:
-            if isinstance(member, type) and issubclass(member, Exception):
-                if member.__module__.startswith("quartet."):
-                    classes[f"{member.__module__}.{member.__qualname__}"] = member
+            own = getattr(member, "__module__", "").startswith("quartet.")
+            if own and isinstance(member, type) and issubclass(member, Exception):
+                classes[f"{member.__module__}.{member.__qualname__}"] = member
     return classes
 
 
