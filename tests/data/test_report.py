@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from quartet.assembly.data import seen_so_often
+from quartet.assembly.data import weighted_places
 from quartet.data import DataError
 from quartet.data.encoding import Encoder
 from quartet.data.report import report
@@ -324,7 +324,7 @@ def test_real_dialogues():
 
 def test_weights_of_sources():
     def often(weight, seed=0):
-        return list(seen_so_often(range(10), weight, seed))
+        return list(weighted_places(range(10), weight, seed))
 
     assert often(1.0) == list(range(10)) and often(2.0) == list(range(10)) * 2
     assert len(often(0.5)) == len(set(often(0.5))) == 5 and often(0.5) == often(0.5, 0) != often(

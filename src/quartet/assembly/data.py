@@ -10,9 +10,9 @@ from typing import Any
 from quartet.assembly.user_code import code_files
 from quartet.config.tables import Config
 from quartet.data import DataError
+from quartet.data.disk_rows import DiskRows, Subset
 from quartet.data.examples import Example
 from quartet.data.shapes import Purpose, examples_in, read_examples
-from quartet.data.shelf import Chosen, Shelf
 from quartet.files import fingerprint
 from quartet.worlds import World
 
@@ -28,8 +28,8 @@ class Rows:
     world: World | None
 
     def read(self, purpose: Purpose, path: str | None = None) -> Split:
-        """Rows to train on and rows held out; of the file `path` where a stage has one of its
-        own."""
+        """Return the rows to train on and the rows held out, of the world or of the files of the
+        config; of the file `path` where a stage has one of its own."""
         data = self.config.data
         if path is None and self.world is not None:
             make = getattr(self.world, "comparisons" if purpose == "preferences" else purpose)
@@ -38,12 +38,12 @@ class Rows:
             )
         files = (path,) if path is not None else data.files
         weights = (1.0,) * len(files) if path is not None or data.weights is None else data.weights
-        shelf, train, held_out = Shelf(Example), array("Q"), array("Q")
+        rows, train, held_out = DiskRows(Example), array("Q"), array("Q")
         for file, weight in zip(files, weights, strict=True):
-            first = len(shelf)
+            first = len(rows)
             for example in examples_in(Path(file), purpose, data.columns, data.shape):
-                shelf.append(example)
-            count = len(shelf) - first
+                rows.append(example)
+            count = len(rows) - first
             if not count:
                 raise DataError(f"{file}: has no rows.")
             if data.eval is None and count < 2:
@@ -55,16 +55,16 @@ class Rows:
                 if data.eval is not None
                 else count - min(count - 1, max(1, round(count * data.held_out)))
             )
-            train.extend(seen_so_often(range(first, first + kept), weight, self.config.seed))
+            train.extend(weighted_places(range(first, first + kept), weight, self.config.seed))
             held_out.extend(range(first + kept, first + count))
         if data.eval is not None:
-            return Chosen(shelf, train), read_examples(
+            return Subset(rows, train), read_examples(
                 Path(data.eval), purpose, data.columns, data.shape
             )
-        return Chosen(shelf, train), Chosen(shelf, held_out)
+        return Subset(rows, train), Subset(rows, held_out)
 
     def texts(self) -> Iterator[str]:
-        """Whatever text there is to train a tokenizer on."""
+        """Yield all texts of the files, to train a tokenizer on."""
         data = self.config.data
         paths = {
             p
@@ -106,8 +106,9 @@ def plain_texts(cell: Any) -> list[str]:
     return [cell] if isinstance(cell, str) else [message["content"] for message in cell]
 
 
-def seen_so_often(places: range, weight: float, seed: int) -> Iterator[int]:
-    """The places as often as the weight says: 2.5 is twice, and a random half a third time."""
+def weighted_places(places: range, weight: float, seed: int) -> Iterator[int]:
+    """Yield each place as often as the weight says: 2.5 is twice, and a random half of them a third
+    time."""
     whole = int(weight)
     for _ in range(whole):
         yield from places

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from quartet.data import DataError
+from quartet.data.disk_rows import DiskRows
 from quartet.data.examples import Example, Text
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.report import token_pieces
-from quartet.data.shelf import Shelf
 from quartet.experience import Prompt
 from quartet.models.chat import ChatError, render, render_turns
 from quartet.models.protocols import Tokenizer
@@ -86,7 +86,7 @@ class Encoder:
     def _all(
         self, kind: type[R], encode: Callable[[Example], R], examples: Sequence[Example]
     ) -> Sequence[R]:
-        records = Shelf(kind)
+        records = DiskRows(kind)
         refused: dict[str, str] = {}
         for example in examples:
             try:

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quartet.data import DataError
+from quartet.data.disk_rows import DiskRows
 from quartet.data.examples import Example, Message, Text
 from quartet.data.files import Row, rows
 from quartet.data.row_shape import Alpaca, OpenAIComparisons, RowShape, ShareGpt
-from quartet.data.shelf import Shelf
 
 Purpose = Literal["prompts", "demonstrations", "comparisons", "preferences"]
 """What rows are read for; preferences are comparisons, or unpaired."""
@@ -55,7 +55,7 @@ def read_examples(
 ) -> Sequence[Example]:
     """Return the rows of a file as examples that serve the purpose. `columns` maps Quartet's names
     to the file's; `shape`, where the user names one, is applied after that. Raises `DataError`."""
-    examples = Shelf(Example, examples_in(path, purpose, columns, shape))
+    examples = DiskRows(Example, examples_in(path, purpose, columns, shape))
     if not examples:
         raise DataError(f"{path}: has no rows.")
     return examples

@@ -1,4 +1,4 @@
-"""Rows kept on disk: a data set may be larger than memory."""
+"""Rows in a temporary file, for data sets that are larger than memory."""
 
 import dataclasses
 import json
@@ -11,15 +11,15 @@ from typing import Generic, TypeVar, overload
 R = TypeVar("R")
 
 IN_MEMORY_BYTES = 32 * 2**20
-"""A shelf smaller than this stays in memory."""
+"""Rows that take fewer bytes than this stay in memory."""
 
 
-class Shelf(Sequence[R], Generic[R]):
-    """Frozen dataclasses of plain cells in a temporary file, a line of JSON each, read one at a
-    time. What is kept in memory is where each begins. The file goes with the object.
+class DiskRows(Sequence[R], Generic[R]):
+    """A sequence of frozen dataclasses in a temporary file, one line of JSON for each, read one at
+    a time. Memory holds only the offset of each line. The file is deleted with the object.
 
-    Sequences come back as tuples; cells that JSON has no form for (a date, a decimal) come back as
-    text.
+    Sequences are read back as tuples; cells that JSON has no form for (a date, a decimal) are read
+    back as text.
     """
 
     def __init__(self, kind: type[R], rows: Iterable[R] = ()) -> None:
@@ -33,6 +33,7 @@ class Shelf(Sequence[R], Generic[R]):
             self.append(row)
 
     def append(self, row: R) -> None:
+        """Write a row at the end of the file."""
         cells = {name: getattr(row, name) for name in self._names}
         line = json.dumps(cells, ensure_ascii=False, separators=(",", ":"), default=str).encode(
             "utf-8", "surrogatepass"
@@ -47,10 +48,10 @@ class Shelf(Sequence[R], Generic[R]):
     @overload
     def __getitem__(self, index: int) -> R: ...
     @overload
-    def __getitem__(self, index: slice) -> "Chosen[R]": ...
-    def __getitem__(self, index: int | slice) -> "R | Chosen[R]":
+    def __getitem__(self, index: slice) -> "Subset[R]": ...
+    def __getitem__(self, index: int | slice) -> "R | Subset[R]":
         if isinstance(index, slice):
-            return Chosen(self, range(len(self))[index])
+            return Subset(self, range(len(self))[index])
         at = range(len(self))[index]
         self._file.seek(self._begins[at])
         cells = json.loads(
@@ -65,11 +66,12 @@ class Shelf(Sequence[R], Generic[R]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen(Sequence[R], Generic[R]):
-    """Some rows of a sequence, by their places, in any order and as often as wanted."""
+class Subset(Sequence[R], Generic[R]):
+    """Some rows of a sequence, in any order; a row may occur several times."""
 
     rows: Sequence[R]
     places: Sequence[int]
+    """The index in `rows` of each row of the subset."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -77,10 +79,10 @@ class Chosen(Sequence[R], Generic[R]):
     @overload
     def __getitem__(self, index: int) -> R: ...
     @overload
-    def __getitem__(self, index: slice) -> "Chosen[R]": ...
-    def __getitem__(self, index: int | slice) -> "R | Chosen[R]":
+    def __getitem__(self, index: slice) -> "Subset[R]": ...
+    def __getitem__(self, index: int | slice) -> "R | Subset[R]":
         return (
-            Chosen(self.rows, self.places[index])
+            Subset(self.rows, self.places[index])
             if isinstance(index, slice)
             else self.rows[self.places[index]]
         )

@@ -6,9 +6,9 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quartet.data import shelf
+from quartet.data import disk_rows
+from quartet.data.disk_rows import DiskRows, Subset
 from quartet.data.records import Comparison, Demonstration
-from quartet.data.shelf import Chosen, Shelf
 from quartet.experience import Prompt
 
 cells = st.recursive(
@@ -40,15 +40,15 @@ kinds = st.one_of(
 def test_what_is_put_in_comes_out(given):
     kind, cells = given
     rows = [kind(*row) for row in cells]
-    made = Shelf(kind, rows)
+    made = DiskRows(kind, rows)
     assert list(made) == rows
-    assert list(made[1:]) == rows[1:] and made[1:] == Chosen(made, range(1, len(rows)))
+    assert list(made[1:]) == rows[1:] and made[1:] == Subset(made, range(1, len(rows)))
 
 
 def test_large_shelves_are_on_disk_and_read_in_any_order(monkeypatch):
-    monkeypatch.setattr(shelf, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(disk_rows, "IN_MEMORY_BYTES", 1000)
     rows = [Demonstration(f"x:{i}", (i,), tuple(range(i % 50))) for i in range(500)]
-    made = Shelf(Demonstration, rows[:400])
+    made = DiskRows(Demonstration, rows[:400])
     for row in rows[400:]:
         assert made[len(made) - 1] == rows[len(made) - 1]  # reading between two writes
         made.append(row)
@@ -59,11 +59,11 @@ def test_large_shelves_are_on_disk_and_read_in_any_order(monkeypatch):
 
 
 def test_a_date_comes_back_as_text():
-    [prompt] = Shelf(Prompt, [Prompt("x:1", (1,), "a", {"day": datetime.date(2026, 1, 2)})])
+    [prompt] = DiskRows(Prompt, [Prompt("x:1", (1,), "a", {"day": datetime.date(2026, 1, 2)})])
     assert prompt.extra == {"day": "2026-01-02"}
 
 
 def test_half_surrogates_survive():
     """JSON may hold "\\ud83d" alone; Python reads it, UTF-8 has no form for it."""
-    [prompt] = Shelf(Prompt, [Prompt("x:1", (1,), "\ud83d")])
+    [prompt] = DiskRows(Prompt, [Prompt("x:1", (1,), "\ud83d")])
     assert prompt.text == "\ud83d"
