@@ -66,6 +66,8 @@ class Family:
 
     members: ClassVar[dict[str, Any]]
     """The classes of the family, by type."""
+    internal: ClassVar[bool] = False
+    """Whether the member is Quartet's own business, and not offered where a type is not known."""
     accepts_name: ClassVar[bool] = False
     """Whether a member may be given by its type alone, as text, where its settings are the
     defaults."""
@@ -126,7 +128,7 @@ class Family:
                 raise PydanticCustomError("part_reference", f"{name} is no {cls.__name__}")
             cls.members[name] = loaded
         if not isinstance(name, str) or name not in cls.members:
-            known = ", ".join(repr(n) for n in cls.members)
+            known = ", ".join(repr(n) for n, c in cls.members.items() if not c.internal)
             raise PydanticCustomError(
                 "union_tag_invalid", "no such type", {"tag": name, "expected_tags": known}
             )

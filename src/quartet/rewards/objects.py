@@ -21,6 +21,7 @@ class ObjectSource(RewardSource):
     object: str = Field(description="The name of the object, for this run only.")
     type: Literal["object"] = "object"
     gives_token_scores: ClassVar[bool] = True
+    internal: ClassVar[bool] = True
 
     @property
     def called(self) -> str:
