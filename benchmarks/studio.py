@@ -33,7 +33,7 @@ from quartet.recording import tokens
 from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts, write_tokens
 from quartet.runs.reader import Run
-from quartet.runtime import pipeline
+from quartet.runtime import events, pipeline
 from quartet.stages import rl
 
 RESULTS = Path(__file__).parent / "results" / "studio.json"
@@ -130,11 +130,11 @@ def writing_share(root: Path, *settings: str) -> dict[str, float]:
     steps = 0.0
     with mock.patch.object(rl, "probe_table", measured("probes", tokens.probe_table)):
         for event in pipeline.Pipeline(job.stages, folder, TokenTexts(job.tokenizer)).run():
-            if isinstance(event, pipeline.Advanced) and event.stage.name == "ppo":
+            if isinstance(event, events.Advanced) and event.stage.name == "ppo":
                 steps += sum(event.progress.seconds.values())
-            elif isinstance(event, pipeline.Started) and event.stage.name == "ppo":
+            elif isinstance(event, events.Started) and event.stage.name == "ppo":
                 spent.update(dict.fromkeys(spent, 0.0))
-            elif isinstance(event, pipeline.Finished) and event.stage.name == "ppo":
+            elif isinstance(event, events.Finished) and event.stage.name == "ppo":
                 break
     return {name: round(seconds / steps, 4) for name, seconds in spent.items()}
 

@@ -23,7 +23,9 @@ from quartet.recording.tokens import TokenTexts
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.remote import Endpoint
 from quartet.runtime import machine
-from quartet.runtime.pipeline import Pipeline, Saving, StageFailed
+from quartet.runtime.events import StageFailed
+from quartet.runtime.pipeline import Pipeline
+from quartet.runtime.saving import Saving
 from quartet.studio.app import make_app
 from quartet.training import checkpoint
 from tests.support.world import tokenizer

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from quartet.cli.screen import Screen, sample_lines
 from quartet.loops.progress import Progress
-from quartet.runtime.pipeline import Advanced, Finished, Started, Warned
+from quartet.runtime.events import Advanced, Finished, Started, Warned
 from quartet.stages.kinds import REWARD_MODEL
 from quartet.stages.protocol import StageRun
 

@@ -11,8 +11,9 @@ from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts
 from quartet.recording.trackers import Tracking, check_trackers
 from quartet.runs.reader import Run
-from quartet.runtime.pipeline import Pipeline, Warned
-from quartet.stages import Work
+from quartet.runtime.events import Warned
+from quartet.runtime.pipeline import Pipeline
+from quartet.stages.protocol import StageRun
 from tests.support.world import tokenizer
 
 STORY = [
@@ -130,7 +131,7 @@ def test_the_pipeline_tells_the_trackers_and_says_when_one_fails(tmp_path, monke
         num_steps = 3
 
         def begin(self, folder):
-            return Work(lambda done: iter(Progress(n, {"loss": 1.0 / n}) for n in (1, 2, 3)), dict)
+            return StageRun(lambda done: iter(Progress(n, {"loss": 1.0 / n}) for n in (1, 2, 3)), dict)
 
     monkeypatch.setattr(
         sinks, "make_sink", lambda name, *_: {"wandb": Broken(), "mlflow": Well()}[name]

@@ -15,7 +15,7 @@ from quartet.config.toml import read_settings
 from quartet.loops.progress import Progress
 from quartet.recipes import recipe_path
 from quartet.recording.run_folder import RunFolder, read_record, sweep_strays
-from quartet.runtime.pipeline import Advanced, Started
+from quartet.runtime.events import Advanced, Started
 from tests.cli.test_screen import STAGE, shown
 from tests.support.tiny_run import SMALL, SMALL_REVIEWS, make_run
 

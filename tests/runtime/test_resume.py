@@ -22,9 +22,11 @@ from quartet.loops.rl_async import Ahead
 from quartet.recipes import recipe_path
 from quartet.recording.run_folder import InUse, RunFolder
 from quartet.recording.tokens import TokenTexts
+from quartet.runtime.events import Advanced
 from quartet.runtime.interruption import Interrupted, Interruption, always
-from quartet.runtime.pipeline import Advanced, Pipeline, Saving
+from quartet.runtime.pipeline import Pipeline
 from quartet.runtime.resume import CannotResume, choose, find_run, has_begun, set_aside
+from quartet.runtime.saving import Saving
 from quartet.stages.protocol import StageRun
 from quartet.training.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
 from quartet.training.checkpoints import Checkpoints

@@ -29,7 +29,9 @@ from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.runs.doctor import INVARIANTS, Watch
 from quartet.runs.reader import Run
-from quartet.runtime.pipeline import Advanced, Finished, Pipeline, Saving, StageFailed, Warned
+from quartet.runtime.events import Advanced, Finished, StageFailed, Warned
+from quartet.runtime.pipeline import Pipeline
+from quartet.runtime.saving import Saving
 from quartet.runtime.worker import LocalWorkers, Worker
 from quartet.stages.protocol import StageRun
 from quartet.stages.sft import SftStage

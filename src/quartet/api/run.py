@@ -12,6 +12,7 @@ from quartet.errors import QuartetError
 from quartet.launch.start import job_of, open_workers
 from quartet.loops.progress import Progress
 from quartet.runs.reader import Run
+from quartet.runtime.events import Advanced, Event, Finished, Started, Warned
 from quartet.runtime.interruption import Interrupted, Interruption
 from quartet.runtime.lifecycle import (
     AlreadyDone,
@@ -23,7 +24,6 @@ from quartet.runtime.lifecycle import (
     write_report,
 )
 from quartet.runtime.log import logging_to
-from quartet.runtime.pipeline import Advanced, Event, Finished, Started, Warned
 from quartet.runtime.requests import run_to_resume
 
 POLICIES = ("policy", "sft")

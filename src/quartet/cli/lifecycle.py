@@ -63,10 +63,10 @@ def _carry_out(execution: "Execution") -> int:
     from quartet.cli.screen import Screen, sample_lines
     from quartet.launch.start import open_workers
     from quartet.planning.plan import plan
+    from quartet.runtime.events import Finished, StageFailed
     from quartet.runtime.interruption import Interrupted, Interruption
     from quartet.runtime.lifecycle import Noted, Resumed
     from quartet.runtime.log import log_to
-    from quartet.runtime.pipeline import Finished, StageFailed
     from quartet.runtime.worker import WorkerLost
 
     outlive_readers()

@@ -14,7 +14,7 @@ from rich.text import Text
 from quartet.stages.kinds import kind_of
 
 if TYPE_CHECKING:
-    from quartet.runtime.pipeline import Event
+    from quartet.runtime.events import Event
     from quartet.stages.protocol import Stage
 
 BAR_WIDTH = 10

@@ -21,7 +21,8 @@ from quartet.config.tables import Config
 from quartet.planning.plan import plan, row_tokens
 from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts
-from quartet.runtime.pipeline import Finished, Pipeline
+from quartet.runtime.events import Finished
+from quartet.runtime.pipeline import Pipeline
 from quartet.stages.evaluation import BEST_OF_RESPONSES
 from quartet.stages.rl import PROBE_COUNT
 

@@ -8,7 +8,7 @@ import torch
 from quartet.config.run import RunConfig
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.models.protocols import Tokenizer
-from quartet.runtime.pipeline import Saving
+from quartet.runtime.saving import Saving
 from quartet.stages.protocol import Stage
 
 

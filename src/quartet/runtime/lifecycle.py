@@ -25,9 +25,10 @@ from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts
 from quartet.recording.trackers import Tracking
 from quartet.runs.untrusted import Unreadable
+from quartet.runtime.events import Event, StageFailed
 from quartet.runtime.interruption import Interrupted, Interruption
 from quartet.runtime.job import Job
-from quartet.runtime.pipeline import Event, Pipeline, StageFailed
+from quartet.runtime.pipeline import Pipeline
 from quartet.runtime.resume import CannotResume, Choice, choose, has_begun, set_aside, steps_of
 from quartet.runtime.worker import WorkerGroup, WorkerLost
 
