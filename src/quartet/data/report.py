@@ -217,7 +217,10 @@ def _findings(seen: Counted, total: int) -> Iterator[str]:
         return f"{seen.wrong[kind]:,} of {total:,} rows ({places})"
 
     if seen.wrong["unusable"]:
-        yield f"{seen.wrong['unusable']:,} of {total:,} rows cannot be used, the first: {seen.first['unusable'][0]}"
+        yield (
+            f"{seen.wrong['unusable']:,} of {total:,} rows cannot be used, the first: "
+            f"{seen.first['unusable'][0]}"
+        )
     if len(seen.shapes) > 1:
         yield (
             "rows of several shapes: "
@@ -225,16 +228,25 @@ def _findings(seen: Counted, total: int) -> Iterator[str]:
             + "."
         )
     if "unknown" in seen.shapes and len(seen.shapes) == 1:
-        yield "no column is called prompt, completion, chosen, rejected or messages. Say which are: --columns prompt=…"
+        yield (
+            "no column is called prompt, completion, chosen, rejected or messages. Say which are: "
+            "--columns prompt=…"
+        )
     for part in ("prompt", "completion", "chosen", "rejected"):
         if seen.wrong[f"empty {part}"]:
             yield f"empty {part} in {of(f'empty {part}')}."
     if seen.wrong["identical"]:
-        yield f"chosen and rejected are identical in {of('identical')}: there is nothing to learn from them."
+        yield (
+            f"chosen and rejected are identical in {of('identical')}: there is nothing to learn "
+            "from them."
+        )
     if seen.wrong["duplicate"]:
         yield f"{of('duplicate')} repeat an earlier row."
     if seen.wrong["encoding"]:
-        yield f"damaged characters (such as � or â€™) in {of('encoding')}: the text was read in a wrong encoding once."
+        yield (
+            f"damaged characters (such as � or â€™) in {of('encoding')}: the text was read in a "
+            "wrong encoding once."
+        )
     if seen.wrong["joined"] > 0.5 * total:
         yield (
             "prompts end and answers begin with a letter or digit: they are joined as they are. "
@@ -245,7 +257,10 @@ def _findings(seen: Counted, total: int) -> Iterator[str]:
     if pairs >= 20 and max(more, less) > 0.6 * (more + less):
         which = "chosen" if more > less else "rejected"
         share = max(more, less) / pairs
-        yield f"the {which} side is longer in {share:.0%} of comparisons: a reward model can learn length alone."
+        yield (
+            f"the {which} side is longer in {share:.0%} of comparisons: a reward model can learn "
+            "length alone."
+        )
 
 
 def _lengths(sizes: "array[int]", limit: int | None) -> Lengths:

@@ -96,7 +96,8 @@ class FunctionReward:
         size = -(-len(rollouts) // len(self.workers))
         shares = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
         for worker in self.workers:
-            worker.start()  # here: a process dies with the thread that made it, and those of the pool end
+            # In this thread: a process dies with the thread that started it, and the pool's end.
+            worker.start()
         try:
             found = map_concurrently(
                 lambda pair: self._ask(*pair),

@@ -21,7 +21,8 @@ VERDICT = re.compile(r"(?<![a-z])(score|better)[*_`]*[ \t]*:([^\n]*)", re.IGNORE
 NUMBER = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:\s*/\s*([0-9]{1,9}))?", re.ASCII)
 
 SCORE_PROMPT = """\
-Rate the answer to the request below from 1 (useless or wrong) to 10 (could not be better). Judge what it says, not its
+Rate the answer to the request below from 1 (useless or wrong) to 10 (could not be better). \
+Judge what it says, not its
 length.
 
 <request>
@@ -35,7 +36,8 @@ length.
 End with one line of the form "Score: N"."""
 
 PAIR_PROMPT = """\
-Which of two answers to the request below is better? Judge what they say, not how long they are or which comes first.
+Which of two answers to the request below is better? \
+Judge what they say, not how long they are or which comes first.
 
 <request>
 {prompt}

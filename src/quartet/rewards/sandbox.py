@@ -2,14 +2,14 @@
 
 Three layers:
 
-- bubblewrap gives each program namespaces of its own (processes, network, mounts, IPC, host name; users
-  too where the caller is not root) and a read-only file system of the interpreter and its
+- bubblewrap gives each program namespaces of its own (processes, network, mounts, IPC, host name;
+  users too where the caller is not root) and a read-only file system of the interpreter and its
   libraries. There is no `/proc` and no `/sys`, `/dev` holds null, full, random and urandom, and
   nothing of the caller is visible but the interpreter's path: no environment, arguments, open
   files, working directory.
-- A launcher inside mounts a small `/tmp` and `/dev/shm`, limits its resources, gives up every right and
-  becomes the program. Where the caller is root, it becomes an unprivileged host user first: to the
-  kernel, too, the program is not root.
+- A launcher inside mounts a small `/tmp` and `/dev/shm`, limits its resources, gives up every right
+  and becomes the program. Where the caller is root, it becomes an unprivileged host user first: to
+  the kernel, too, the program is not root.
 - A seccomp filter allows the calls that a Python program needs and no others (`seccomp.py`).
 
 A memory cgroup bounds the sum of all memory where one can be made (`cgroup.py`). The caller bounds
@@ -242,21 +242,29 @@ def _interpreter_mounts(prefix: Path, python: Path) -> list[str]:
 
 LAUNCHER = """
 import ctypes, os, resource, runpy, sys
-memory, seconds, user, code = int(sys.argv[1]) << 20, int(sys.argv[2]), int(sys.argv[3]), bytes.fromhex(sys.argv[4])
+memory, seconds, user = int(sys.argv[1]) << 20, int(sys.argv[2]), int(sys.argv[3])
+code = bytes.fromhex(sys.argv[4])
 libc = ctypes.CDLL(None, use_errno=True)
 def check(result, what):
     if result != 0:
         sys.exit(what + ": " + os.strerror(ctypes.get_errno()))
 def prctl(*numbers):
-    return libc.prctl(numbers[0], *(ctypes.c_ulong(n) for n in numbers[1:]), *[ctypes.c_ulong(0)] * (5 - len(numbers)))
-for place, options in ((b"/tmp", b"size=16m,nr_inodes=1024,mode=1777"), (b"/dev/shm", b"size=1m,nr_inodes=64,mode=1777")):
-    check(libc.mount(b"tmpfs", place, b"tmpfs", ctypes.c_ulong(2 | 4 | 8), options), "mount")  # nosuid, nodev, noexec
+    zeros = [ctypes.c_ulong(0)] * (5 - len(numbers))
+    return libc.prctl(numbers[0], *(ctypes.c_ulong(n) for n in numbers[1:]), *zeros)
+for place, options in (
+    (b"/tmp", b"size=16m,nr_inodes=1024,mode=1777"),
+    (b"/dev/shm", b"size=1m,nr_inodes=64,mode=1777"),
+):
+    flags = ctypes.c_ulong(2 | 4 | 8)  # nosuid, nodev, noexec
+    check(libc.mount(b"tmpfs", place, b"tmpfs", flags, options), "mount")
 os.chdir("/tmp")
 started = os.dup2(int(sys.argv[5]), 3, inheritable=False)
 os.closerange(4, 4096)
-check(prctl(41, 1), "huge pages")  # PR_SET_THP_DISABLE: the kernel keeps a huge page of which all but a part was unmapped
+# PR_SET_THP_DISABLE: the kernel keeps a huge page of which all but a part was unmapped.
+check(prctl(41, 1), "huge pages")
 for what, limit in (
-    ("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 24), ("NOFILE", 64), ("CORE", 0), ("NPROC", 64),
+    ("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 24),
+    ("NOFILE", 64), ("CORE", 0), ("NPROC", 64),
     ("MEMLOCK", 0), ("MSGQUEUE", 0), ("SIGPENDING", 64), ("NICE", 0), ("RTPRIO", 0),
 ):
     resource.setrlimit(getattr(resource, "RLIMIT_" + what), (limit, limit))
@@ -273,7 +281,8 @@ if 0 in os.getresuid() or 0 in os.getresgid() or any(held) or prctl(39) != 1:  #
 class Filter(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 program = Filter(len(code) // 8, code)
-check(libc.prctl(22, ctypes.c_ulong(2), ctypes.byref(program), ctypes.c_ulong(0), ctypes.c_ulong(0)), "seccomp")
+none = ctypes.c_ulong(0)
+check(libc.prctl(22, ctypes.c_ulong(2), ctypes.byref(program), none, none), "seccomp")
 os.write(started, b"1")
 os.close(started)
 sys.argv = ["/program.py"]

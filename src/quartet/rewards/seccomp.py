@@ -4,13 +4,17 @@ The list names what is allowed. A call that is not on it fails with ENOSYS, as o
 not have it, so a kernel's new calls are closed until someone has thought about them. What the list
 leaves out on purpose:
 
-- new processes and programs (fork, vfork, execve; clone makes threads only), so that one process is all there is to bound;
-- memory that belongs to no address space and would escape RLIMIT_AS: memfd_create, System V shared memory, message queues,
-  shared anonymous mappings (their pages stay after a partial unmap), larger pipes, record locks,
-  extended attributes, threads with a descriptor table of their own;
-- other processes: ptrace, process_vm_readv, pidfd calls, signals to any other process, limits of any other process;
-- sockets (but for a pair connected to itself, which asyncio needs), passing of descriptors, devices' ioctls;
-- names and rights: mounting, namespaces, users, capabilities, keys, further filters, bpf, io_uring, modules.
+- new processes and programs (fork, vfork, execve; clone makes threads only), so that one process
+  is all there is to bound;
+- memory that belongs to no address space and would escape RLIMIT_AS: memfd_create, System V shared
+  memory, message queues, shared anonymous mappings (their pages stay after a partial unmap), larger
+  pipes, record locks, extended attributes, threads with a descriptor table of their own;
+- other processes: ptrace, process_vm_readv, pidfd calls, signals to any other process, limits of
+  any other process;
+- sockets (but for a pair connected to itself, which asyncio needs), passing of descriptors,
+  devices' ioctls;
+- names and rights: mounting, namespaces, users, capabilities, keys, further filters, bpf, io_uring,
+  modules.
 """
 
 import struct
@@ -38,7 +42,8 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66),
     "pread64": (17, 67), "pwrite64": (18, 68), "lseek": (8, 62),
     "open": (2, None), "openat": (257, 56), "close": (3, 57),
-    "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291),
+    "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79),
+    "statx": (332, 291),
     "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439),
     "readlink": (89, None), "readlinkat": (267, 78),
     "getdents": (78, None), "getdents64": (217, 61), "getcwd": (79, 17), "chdir": (80, 49),
@@ -46,7 +51,8 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "link": (86, None), "linkat": (265, 37), "mkdir": (83, None), "mkdirat": (258, 34),
     "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35),
     "truncate": (76, 45), "ftruncate": (77, 46), "fsync": (74, 82), "fdatasync": (75, 83),
-    "umask": (95, 166), "utimensat": (280, 88), "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53),
+    "umask": (95, 166), "utimensat": (280, 88), "chmod": (90, None), "fchmod": (91, 52),
+    "fchmodat": (268, 53),
     # descriptors and waiting for them
     "pipe": (22, None), "pipe2": (293, 59), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24),
     "select": (23, None), "pselect6": (270, 72), "poll": (7, None), "ppoll": (271, 73),
@@ -54,15 +60,19 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "epoll_wait": (232, None), "epoll_pwait": (281, 22), "eventfd2": (290, 19),
     "socketpair": (53, 199), "sendto": (44, 206), "recvfrom": (45, 207), "shutdown": (48, 210),
     # private memory
-    "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216), "brk": (12, 214), "madvise": (28, 233),
+    "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216), "brk": (12, 214),
+    "madvise": (28, 233),
     # threads and signals of its own
-    "futex": (202, 98), "set_robust_list": (273, 99), "set_tid_address": (218, 96), "rseq": (334, 293),
+    "futex": (202, 98), "set_robust_list": (273, 99), "set_tid_address": (218, 96),
+    "rseq": (334, 293),
     "sched_yield": (24, 124), "sched_getaffinity": (204, 123), "restart_syscall": (219, 128),
-    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "rt_sigpending": (127, 136),
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
+    "rt_sigpending": (127, 136),
     "rt_sigsuspend": (130, 133), "rt_sigtimedwait": (128, 137), "sigaltstack": (131, 132),
     "setitimer": (38, 103), "getitimer": (36, 102), "alarm": (37, None), "pause": (34, None),
     # time
-    "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "clock_gettime": (228, 113), "clock_getres": (229, 114),
+    "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
     "gettimeofday": (96, 169), "time": (201, None), "times": (100, 153), "getrusage": (98, 165),
     # what it is, and its end
     "getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173),
@@ -74,8 +84,10 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "mmap": (9, 222), "clone": (56, 220), "fcntl": (72, 25), "ioctl": (16, 29), "prctl": (157, 167),
     "prlimit64": (302, 261), "kill": (62, 129), "tgkill": (234, 131),
     # refused with another error than ENOSYS: see REFUSED
-    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "socket": (41, 198),
-    "ptrace": (101, 117), "mount": (165, 40), "unshare": (272, 97), "setns": (308, 268), "bpf": (321, 280),
+    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
+    "socket": (41, 198),
+    "ptrace": (101, 117), "mount": (165, 40), "unshare": (272, 97), "setns": (308, 268),
+    "bpf": (321, 280),
     "listxattr": (194, 11), "llistxattr": (195, 12), "flistxattr": (196, 13),
 }  # fmt: skip
 """The number of each call on x86_64 and on aarch64; None where that machine has no such call."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from quartet.parts import Field
-from quartet.rewards.objects import ObjectSource
+from quartet.rewards.objects import ObjectSource  # noqa: F401  registers itself
 from quartet.rewards.protocol import Reward, RewardError
 from quartet.rewards.source import RewardContext, RewardSource
 

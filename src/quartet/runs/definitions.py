@@ -169,7 +169,8 @@ DEFINITIONS = (
     Definition(
         "staleness/ratio",
         "drift while waiting",
-        "mean of exp |log-prob of the weights that sampled − of the learner|, where those are older",
+        "mean of exp |log-prob of the weights that sampled − of the learner|, where those are "
+        "older",
         "grows with the learning rate and the staleness; a correction weighs it",
     ),
     Definition(

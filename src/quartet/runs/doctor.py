@@ -77,8 +77,14 @@ def responses_do_not_end(history: History) -> str | None:
     if cut <= 0.25 or "response/turns" in history.columns:  # out of turns is an end
         return None
     if cut > 0.95:
-        return f"{cut:.0%} of responses never end. Does SFT teach the end-of-sequence token, and does the sampler stop at it?"
-    return f"{cut:.0%} of responses end without EOS. Raise rollout.max_new_tokens, or let SFT see whole answers."
+        return (
+            f"{cut:.0%} of responses never end. Does SFT teach the end-of-sequence token, and does "
+            "the sampler stop at it?"
+        )
+    return (
+        f"{cut:.0%} of responses end without EOS. Raise rollout.max_new_tokens, or let SFT see "
+        "whole answers."
+    )
 
 
 def no_signal(history: History) -> str | None:
@@ -86,7 +92,10 @@ def no_signal(history: History) -> str | None:
     section 3.2)."""
     if history.now("advantage/std", 1.0) > 0:
         return None
-    return "every group has equal rewards: no gradient. The task is too hard, too easy, or the verifier never matches."
+    return (
+        "every group has equal rewards: no gradient. The task is too hard, too easy, or the "
+        "verifier never matches."
+    )
 
 
 def unscored(history: History) -> str | None:
@@ -95,7 +104,10 @@ def unscored(history: History) -> str | None:
     share = history.now("reward/unscored", 0.0)
     if share <= 0.05:
         return None
-    return f"{share:.0%} of responses got no score and were left out. See run.log for what the reward said."
+    return (
+        f"{share:.0%} of responses got no score and were left out. See run.log for what the reward "
+        "said."
+    )
 
 
 def sampler_disagrees(history: History) -> str | None:
@@ -150,7 +162,10 @@ def reference_moved(history: History) -> str | None:
     with the policy holds it to nothing."""
     if history.now("reference/moved", 0.0) == 0:
         return None
-    return "the reference's weights changed during the step. Does it share parameters with what is trained?"
+    return (
+        "the reference's weights changed during the step. Does it share parameters with what is "
+        "trained?"
+    )
 
 
 def does_not_start_at_the_reference(history: History) -> str | None:
@@ -159,7 +174,10 @@ def does_not_start_at_the_reference(history: History) -> str | None:
     apart = history.columns.get("logratio/abs", [0.0])[0]
     if history.steps > 1 or apart < 1e-3:
         return None
-    return f"log-ratios to the reference are {apart:.2g} on average at step 1, and should be 0: the reference is another model."
+    return (
+        f"log-ratios to the reference are {apart:.2g} on average at step 1, and should be 0: the "
+        "reference is another model."
+    )
 
 
 def not_sampled_as_trained(history: History) -> str | None:
@@ -184,7 +202,10 @@ def kl_is_negative(history: History) -> str | None:
     last = history.columns.get("kl", [])[-RECENT:]
     if len(last) < RECENT or max(last) > -0.05:
         return None
-    return f"the KL to the reference was below 0 for {RECENT} steps (now {last[-1]:.2g}): responses are not samples of the policy."
+    return (
+        f"the KL to the reference was below 0 for {RECENT} steps (now {last[-1]:.2g}): responses "
+        "are not samples of the policy."
+    )
 
 
 def kl_above_target(history: History) -> str | None:
@@ -193,7 +214,10 @@ def kl_above_target(history: History) -> str | None:
     kl, target = history.recent("kl", 10), history.kl_target
     if kl is None or target is None or kl < 2 * target:
         return None
-    return f"the KL was {kl:.3g} over ten steps, more than twice the target {target:g}. Raise kl.coef, or lower optim.lr."
+    return (
+        f"the KL was {kl:.3g} over ten steps, more than twice the target {target:g}. Raise "
+        "kl.coef, or lower optim.lr."
+    )
 
 
 def critic_knows_nothing(history: History) -> str | None:
@@ -223,7 +247,10 @@ def value_loss_explodes(history: History) -> str | None:
     if now is None or before is None or now < 20 * max(before, 1e-6):
         return None
     times = now / max(before, 1e-6)
-    return f"the value loss is {times:.0f} times what it was. Lower optim.critic_lr, and bound the reward (algorithm.scores)."
+    return (
+        f"the value loss is {times:.0f} times what it was. Lower optim.critic_lr, and bound the "
+        "reward (algorithm.scores)."
+    )
 
 
 def clipped_too_often(history: History) -> str | None:
@@ -272,7 +299,10 @@ def duplicates(history: History) -> str | None:
     now, first = history.recent("response/most_common"), history.first("response/most_common")
     if now is None or first is None or now < 0.5 or now < 2 * first:
         return None
-    return f"{now:.0%} of prompts get the same response, {first:.0%} did at first: the policy found one that always pays. Read it."
+    return (
+        f"{now:.0%} of prompts get the same response, {first:.0%} did at first: the policy found "
+        "one that always pays. Read it."
+    )
 
 
 def length_drift(history: History) -> str | None:
@@ -293,7 +323,10 @@ def paid_for_length(history: History) -> str | None:
     r = history.recent("reward/length_correlation", 10)
     if r is None or abs(r) < 0.8:
         return None
-    return f"score and length have a correlation of {r:.2f} over ten steps: the reward is mostly a measure of length."
+    return (
+        f"score and length have a correlation of {r:.2f} over ten steps: the reward is mostly a "
+        "measure of length."
+    )
 
 
 def repeats_itself(history: History) -> str | None:
@@ -302,7 +335,10 @@ def repeats_itself(history: History) -> str | None:
     now, first = history.recent("response/repetition"), history.first("response/repetition")
     if now is None or first is None or now < max(0.25, 3 * first):
         return None
-    return f"repetition within responses went from {first:.0%} to {now:.0%}. Read samples; raise kl.coef."
+    return (
+        f"repetition within responses went from {first:.0%} to {now:.0%}. Read samples; raise "
+        "kl.coef."
+    )
 
 
 def hacked(history: History) -> str | None:
@@ -412,7 +448,10 @@ def reward_saturates(history: History) -> str | None:
     now, first = history.recent("reward/std"), history.first("reward/std")
     if now is None or first is None or "reward/model" not in history.columns or now > 0.1 * first:
         return None
-    return f"the spread of scores fell from {first:.2g} to {now:.2g}: the reward model no longer tells answers apart."
+    return (
+        f"the spread of scores fell from {first:.2g} to {now:.2g}: the reward model no longer "
+        "tells answers apart."
+    )
 
 
 Rule = Callable[[History], str | None]
@@ -521,7 +560,10 @@ def examine(run: "Run") -> list[Finding]:
     for stage, series in run.series.items():
         watch = Watch(target, filtered)
         if len(series.steps) > MAX_STEPS:
-            sentence = f"{stage} has {len(series.steps):,} steps; the rules looked at the first {MAX_STEPS:,} of them."
+            sentence = (
+                f"{stage} has {len(series.steps):,} steps; the rules looked at the first "
+                f"{MAX_STEPS:,} of them."
+            )
             found[stage, None] = Finding(
                 "too_many_steps",
                 stage,
