@@ -80,7 +80,7 @@ def main() -> None:
         sizes[f"1m, {rows} rows"] = dataclasses.replace(base, rows=rows)
     for limit in (32, 64, 256, 512):
         sizes[f"1m, answers to {limit}"] = dataclasses.replace(base, limit=limit)
-    print("| | generate | of the product | score | of the product | train | of the product |")
+    print("| | generate | share | score | share | train | share |")
     print("|---|---|---|---|---|---|---|")
     for name, size in sizes.items():
         print(row(name, phases(size, arguments.repeats), gflops), flush=True)

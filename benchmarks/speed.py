@@ -160,7 +160,7 @@ def start_up() -> list[Result]:
 def table(results: Result) -> str:
     """Return the comparisons as the page shows them."""
     lines = [
-        "| work | model | Quartet | peer | | faster | by round | asked | memory of the peer's |",
+        "| work | model | Quartet | peer | | speed-up | by round | target | relative memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     asked = {(c.work, c.size): c.asked for c in COMPARISONS}
