@@ -29,7 +29,7 @@ from quartet.training.batch import collate
 from quartet.training.budget import Budget
 from quartet.training.learner import Learner
 from quartet.training.optim import Optim, Optimizer, OptimizerConfig
-from quartet.worlds.guess import GUESSES, Guess, Host, said
+from quartet.worlds.guess import GUESSES, Guess, Host, message
 from tests.support.thread_ranks import on_ranks
 from tests.support.world import prompts as plain_prompts
 from tests.support.world import rollout
@@ -184,7 +184,7 @@ def test_an_opening_of_the_environment_is_part_of_the_prompt():
     class Opening(Host):
         def reset(self, prompt):
             super().reset(prompt)
-            return [said("<")]
+            return [message("<")]
 
     [made] = episodes(ScriptedGenerator(["e"], TOKENIZER), make=Opening).generate(
         [prompt_with("e")], SAMPLING

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from quartet.generation.decoders import decoder
+from quartet.generation.decoders import make_decoder
 from quartet.generation.native import NativeGenerator
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling, draw, scaled
@@ -81,12 +81,12 @@ class Spy:
     def __init__(self, inner):
         self.inner, self.steps, self.reads = inner, [], []
 
-    def room(self):
-        return self.inner.room()
+    def free_rows(self):
+        return self.inner.free_rows()
 
-    def read(self, prompts, copies):
+    def prefill(self, prompts, copies):
         self.reads.append((len(prompts), copies))
-        return self.inner.read(prompts, copies)
+        return self.inner.prefill(prompts, copies)
 
     def step(self, tokens):
         self.steps.append(len(tokens))
@@ -101,10 +101,10 @@ def spies(monkeypatch):
     made = []
 
     def spying(*args):
-        made.append(Spy(decoder(*args)))
+        made.append(Spy(make_decoder(*args)))
         return made[-1]
 
-    monkeypatch.setattr("quartet.generation.native.decoder", spying)
+    monkeypatch.setattr("quartet.generation.native.make_decoder", spying)
     return made
 
 

@@ -1,5 +1,5 @@
-"""Best of n: what choosing among answers of the first policy would have given, at what KL. Training
-has to beat that line."""
+"""Best-of-n sampling from the initial policy: the reward it reaches and its KL. It is the baseline
+that training must exceed at equal KL."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BestOf:
+    """Mean rewards of the best of n responses."""
+
     n: int
     kl: float
     """log n − (n − 1) / n, in nats (Stiennon et al. 2020, appendix G.3)."""
@@ -18,10 +20,11 @@ class BestOf:
 def best_of_n(
     rewards: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] | None
 ) -> list[BestOf]:
-    """For n = 1, 2, 4 … up to the number of answers to each prompt: the mean reward, and gold
-    reward, of the answer with the highest reward among n. Without bias from all N answers (Nakano
-    et al. 2021, appendix I): the answer of rank i from below is the best of a random n with
-    probability C(i − 1, n − 1) / C(N, n).
+    """Return, for n = 1, 2, 4 … up to the number N of responses to each prompt, the mean reward and
+    gold reward of the response with the highest reward among n.
+
+    The estimate uses all N responses and is unbiased (Nakano et al. 2021, appendix I): the response
+    of rank i from below is the best of a random n with probability C(i − 1, n − 1) / C(N, n).
 
     Of four answers, of their six pairs, and of all four together:
 

@@ -1,4 +1,4 @@
-"""A policy against the one it started from, on the same held-out prompts."""
+"""Comparison of a policy with its initial policy on the same held-out prompts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,8 +44,8 @@ def compare(
     gold: Gold | None,
     samples: int = 8,
 ) -> PolicyComparison:
-    """`before` and `after` hold one rewarded answer to each prompt, in the same order; `kl` one
-    number per answer."""
+    """Compare the responses of two policies. `before` and `after` have one rewarded response to
+    each prompt, in the same order; `kl` has one number per response."""
     wins = wins_of(before, after, gold)
     if not wins:
         raise RewardError(
@@ -66,7 +66,8 @@ def compare(
 
 
 def wins_of(before: Sequence[Rollout], after: Sequence[Rollout], gold: Gold | None) -> list[float]:
-    """1, ½ or 0 for each prompt whose two answers could be judged."""
+    """Return 1, ½ or 0 (win, tie, loss of `after`) for each prompt whose two responses both have a
+    score."""
     worth = zip(_worth(before, gold), _worth(after, gold), strict=True)
     return [
         1.0 if b > a else 0.5 if b == a else 0.0

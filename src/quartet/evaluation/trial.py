@@ -1,4 +1,4 @@
-"""A reward tried on answers from a file, before a run trusts it. Imports no torch."""
+"""Testing a reward on responses from a file before it is used in a run. Imports no torch."""
 
 import math
 import statistics
@@ -23,8 +23,8 @@ VERIFIERS: dict[str, Callable[[str], Reward]] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """What a reward said of some answers. Statistics are over the numbers; None where there are too
-    few."""
+    """A reward's scores of some responses. Statistics are over the finite scores; they are None
+    where there are too few."""
 
     answers: int
     none: int
@@ -34,18 +34,19 @@ class Trial:
     mean: float | None
     deviation: float | None
     different: int
-    """How many different numbers."""
+    """The number of distinct scores."""
     length_correlation: float | None
     """Pearson's r of the score with the answer's length in characters."""
     seconds: float
     accuracy: float | None
-    """Of comparisons: how often the chosen side scored higher, ties counting half."""
+    """For comparisons, the share in which the chosen side scored higher; a tie counts half."""
     examples: tuple[tuple[Score, str], ...]
     """The lowest and the highest answers, shortened."""
 
 
 def try_reward(reward: Reward, rollouts: Sequence[Rollout], pairs: bool) -> Trial:
-    """`pairs`: the answers come as chosen and rejected in turn."""
+    """Score the responses and return the statistics. With `pairs` they alternate: chosen,
+    rejected."""
     started = time.monotonic()
     scores = reward.score(rollouts)
     seconds = time.monotonic() - started
@@ -74,7 +75,7 @@ def try_reward(reward: Reward, rollouts: Sequence[Rollout], pairs: bool) -> Tria
 
 
 def findings(trial: Trial) -> list[str]:
-    """What a person should know before training on it."""
+    """Return sentences about what may go wrong in training with this reward."""
     said = []
     if trial.nan:
         said.append(
@@ -111,8 +112,8 @@ def _accuracy(chosen: Sequence[Score], rejected: Sequence[Score]) -> float | Non
 
 
 def trial_on_file(function: str, file: Path, columns: Mapping[str, str], timeout: float) -> Trial:
-    """The function, or the verifier of that name, on the file's answers: its completions, or both
-    sides of its comparisons."""
+    """Test a function, or the verifier of that name, on a file's responses: its completions, or
+    both sides of its comparisons."""
     examples = read_examples(file, "demonstrations", columns)
     pairs = all(e.rejected is not None for e in examples)
     texts = _Texts()
@@ -141,7 +142,7 @@ def _answers(example: Example) -> list[Text]:
 
 
 class _Texts:
-    """Words in place of tokens: there is no tokenizer here."""
+    """Splits texts into words that stand for tokens, because a trial has no tokenizer."""
 
     def __init__(self) -> None:
         self.words: dict[str, int] = {}

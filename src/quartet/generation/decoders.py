@@ -1,8 +1,9 @@
-"""What the generator needs of a model: to read prompts, to be given one more token per row, to
-forget rows.
+"""Decoders: a language model with a key-value cache, as the native generator uses it.
 
-Two decoders do it. `PlainDecoder` is the model's own forward with transformers' cache: any
-architecture. `LlamaDecoder` is the Llama family written out, on a cache of its own.
+A decoder takes prompts in (`prefill`), appends one token to every row (`step`) and drops finished
+rows (`keep`). `PlainDecoder` calls the model's own forward with transformers' cache and works for
+any architecture. `LlamaDecoder` computes the Llama family itself, on a cache that it owns: rows
+need no padding, and new rows can join while others are being decoded.
 """
 
 import inspect
@@ -18,69 +19,71 @@ from quartet.models.language_model import has_linear_head
 from quartet.models.llama import causal_attention, gated, has_fused_forward, normed, rotations
 from quartet.models.packing import Packed, pack_rows, repacked, take
 from quartet.models.padding import left_pad
+from quartet.models.protocols import CausalModel
 from quartet.tensors import Bool, Float, Int, Tensor
 
 BLOCK = 64
-"""Tokens by which a cache grows."""
+"""A cache is lengthened by a multiple of this many columns (tokens)."""
 
-FEWEST_ROWS = 64
-"""Rows that are written at once whatever their keys and values take: fewer would read the weights
-more often than it pays."""
+MIN_ROWS = 64
+"""Rows that are decoded together however large their keys and values are. With fewer rows, reading
+the weights for each step would cost more than the memory is worth."""
 
 PREFILL_TOKENS = 4096
-"""Prompt tokens that are read at once."""
+"""Prompt tokens in one forward pass of the prefill; a longer prompt has a pass of its own."""
 
 
 @runtime_checkable
 class Decoder(Protocol):
-    """Rows of text that grow by a token at a time. Rows are numbered 0, 1, … in the order in which
-    they came."""
+    """A batch of texts, the rows, each of which grows by one token per step. Rows are numbered
+    0, 1, … in the order in which they were added."""
 
-    def room(self) -> int:
-        """How many rows more could be taken in now."""
+    def free_rows(self) -> int:
+        """Return how many rows can be added now."""
         ...
 
-    def read(self, prompts: Sequence[Sequence[int]], copies: int) -> Float[Tensor, "B V"]:
-        """Take in `copies` rows for each prompt, next to each other. Logits of the first token of
-        each."""
+    def prefill(self, prompts: Sequence[Sequence[int]], copies: int) -> Float[Tensor, "B V"]:
+        """Add `copies` rows for each prompt, next to each other, and return the logits of each new
+        row's first response token."""
         ...
 
     def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        """Append a token to every row. Logits of the next one."""
+        """Append a token to every row and return the logits of the token after it."""
         ...
 
-    def keep(self, going: Bool[Tensor, "B"]) -> Int[Tensor, "n"]:
-        """Forget the rows that are not going on; the old numbers of those that are, in their new
-        order."""
+    def keep(self, unfinished: Bool[Tensor, "B"]) -> Int[Tensor, "n"]:
+        """Drop the other rows. The rows that remain may change places: entry i of the result is the
+        old number of the row that is now row i."""
         ...
 
 
-def decoder(model: Any, width: int, max_rows: int | None = None) -> Decoder:
-    """The fastest there is for this model, for texts of up to `width` tokens in at most so many
-    rows at once."""
+def make_decoder(model: CausalModel, width: int, max_rows: int | None = None) -> Decoder:
+    """Return the fastest decoder for this model. Texts have up to `width` tokens; at most
+    `max_rows` rows are decoded together, by default as many as memory holds."""
     if (
         has_fused_forward(model.base_model, width)
         and has_linear_head(model)
-        and _plain_weights(model.base_model)
+        and _has_merged_weights(model.base_model)
     ):
         return LlamaDecoder(model, width, max_rows)
     return PlainDecoder(model, max_rows)
 
 
 class PlainDecoder:
-    """Any causal language model of transformers, padded on the left so that its rows end together.
-    New rows are taken in when the last old one has left."""
+    """Decodes with the forward pass of any causal language model of transformers. Prompts are
+    padded on the left, so that all rows end in the same column. Its cache has one length, so new
+    rows can be added only when no old row is left."""
 
-    def __init__(self, model: Any, max_rows: int | None = None) -> None:
+    def __init__(self, model: CausalModel, max_rows: int | None = None) -> None:
         self.model, self.max_rows = model, max_rows or 512
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.mask = torch.zeros(0, 0, dtype=torch.bool, device=model.device)
         self.cache: Any = None
 
-    def room(self) -> int:
+    def free_rows(self) -> int:
         return 0 if len(self.mask) else self.max_rows
 
-    def read(self, prompts: Sequence[Sequence[int]], copies: int) -> Float[Tensor, "B V"]:
+    def prefill(self, prompts: Sequence[Sequence[int]], copies: int) -> Float[Tensor, "B V"]:
         self.cache = DynamicCache(config=self.model.config)
         ids, self.mask = left_pad(prompts, self.model.device)
         logits = self._forward(ids)
@@ -93,15 +96,17 @@ class PlainDecoder:
         self.mask = pad(self.mask, (0, 1), value=True)
         return self._forward(tokens[:, None])
 
-    def keep(self, going: Bool[Tensor, "B"]) -> Int[Tensor, "n"]:
-        stay = going.nonzero()[:, 0]
-        if len(stay):
-            self.cache.batch_select_indices(stay)
-        self.mask = self.mask[stay]
-        return stay
+    def keep(self, unfinished: Bool[Tensor, "B"]) -> Int[Tensor, "n"]:
+        kept = unfinished.nonzero()[:, 0]
+        if len(kept):
+            self.cache.batch_select_indices(kept)
+        self.mask = self.mask[kept]
+        return kept
 
     def _forward(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B V"]:
-        """Positions count real tokens, so that padding on the left shifts nothing."""
+        """Return the logits behind each row's last token."""
+        # Positions count real tokens: padding on the left must not shift a text. The clamp is for
+        # the padding itself, whose outputs nothing reads.
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         extra = {"position_ids": positions} if self.takes_positions else {}
         output = self.model(
@@ -112,64 +117,71 @@ class PlainDecoder:
             logits_to_keep=1,
             **extra,
         )
-        return output.logits[:, -1]
+        logits: Tensor = output.logits
+        return logits[:, -1]
 
 
 class LlamaDecoder:
-    """The Llama family on a cache of its own: a slot per row, no padding, rows come and go.
+    """Decodes the Llama family on a cache of its own, one slot per row, without padding.
 
-    The cache of a block is one tensor [slots, 2 · kv heads, columns, D], keys and values beside
-    each other. The rows fill the first slots; when one leaves, the last takes its slot, so that
-    nothing else is moved. Columns are added by the block, for the rows that are left: few answers
-    get long.
+    Each block's cache is one tensor [slots, 2 · kv heads, columns, D], the keys before the values.
+    Row i is in slot i. When a row leaves, the last row moves into its slot, so at most one slot is
+    copied per row that leaves. Columns are added `BLOCK` at a time for the rows that are left,
+    because few responses get long.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Any, width: int, max_rows: int | None = None) -> None:
+    def __init__(self, model: CausalModel, width: int, max_rows: int | None = None) -> None:
         trunk = model.base_model
         first = trunk.layers[0].self_attn
         self.model, self.trunk, self.width = model, trunk, width
-        self.size, self.scale = first.head_dim, first.scaling
-        self.num_kv = first.k_proj.out_features // self.size
-        self.num_heads = first.q_proj.out_features // self.size
-        self.blocks = [_Block(block, self.num_heads + self.num_kv) for block in trunk.layers]
-        self.head = _Product([model.get_output_embeddings()])
+        self.head_size, self.scale = first.head_dim, first.scaling
+        self.num_kv_heads = first.k_proj.out_features // self.head_size
+        self.num_heads = first.q_proj.out_features // self.head_size
+        self.blocks = [_Block(block, self.num_heads + self.num_kv_heads) for block in trunk.layers]
+        self.head = _FusedLinear([model.get_output_embeddings()])
         self.device, self.dtype = model.device, model.dtype
-        per_row = len(self.blocks) * 2 * self.num_kv * self.size * width * self.dtype.itemsize
-        self.max_rows = max_rows or max(cache_bytes(self.device) // per_row, FEWEST_ROWS)
-        shape = (0, 2 * self.num_kv, 0, self.size)
+        per_row = (
+            len(self.blocks) * 2 * self.num_kv_heads * self.head_size * width * self.dtype.itemsize
+        )
+        self.max_rows = max_rows or max(cache_bytes(self.device) // per_row, MIN_ROWS)
+        shape = (0, 2 * self.num_kv_heads, 0, self.head_size)
         self.caches = [
             torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.blocks
         ]
         self.mask = torch.zeros(0, 1, 1, 0, dtype=self.dtype, device=self.device)
-        """What each row sees of its slot: 0, and −∞ behind its end."""
+        """[slots, 1, 1, columns], added to attention scores: 0 for tokens, −∞ behind the last."""
         self.lengths = torch.zeros(0, dtype=torch.long, device=self.device)
-        self.longest = 0
-        self.turns = self._turns(torch.arange(width, device=self.device))
+        self.max_length = 0
+        self.rotation_table = self._rotation_table(torch.arange(width, device=self.device))
 
-    def _turns(self, positions: Int[Tensor, "n"]) -> Tensor:
-        """The rotation of each position for every head of queries, keys and values: the last are
-        multiplied by 1."""
-        turn = rotations(self.trunk, positions).expand(-1, self.num_heads + self.num_kv, -1)
-        return torch.cat([turn, turn.new_ones(len(positions), self.num_kv, self.size // 2)], dim=1)
+    def _rotation_table(self, positions: Int[Tensor, "n"]) -> Tensor:
+        """Return the factors that rotate queries and keys at each position: [n, heads + 2 · kv
+        heads, D/2], complex. Values have the factor 1, so that one product rotates the fused
+        projection in place."""
+        factors = rotations(self.trunk, positions).expand(
+            -1, self.num_heads + self.num_kv_heads, -1
+        )
+        ones = factors.new_ones(len(positions), self.num_kv_heads, self.head_size // 2)
+        return torch.cat([factors, ones], dim=1)
 
-    def room(self) -> int:
+    def free_rows(self) -> int:
         return self.max_rows - len(self.lengths)
 
     @torch.inference_mode()
-    def read(self, prompts: Sequence[Sequence[int]], copies: int) -> Float[Tensor, "B V"]:
+    def prefill(self, prompts: Sequence[Sequence[int]], copies: int) -> Float[Tensor, "B V"]:
         before, added = len(self.lengths), len(prompts) * copies
         sizes = torch.tensor([len(p) for p in prompts], device=self.device)
-        self._fit(before + added, max(self.longest, int(sizes.max())))
+        self._resize(before + added, max(self.max_length, int(sizes.max())))
         logits = []
-        for start, stop in _spans([len(p) for p in prompts], PREFILL_TOKENS):
+        for start, stop in _spans_within([len(p) for p in prompts], PREFILL_TOKENS):
             packed = pack_rows(prompts[start:stop], self.device)
             slots = before + copies * torch.arange(start, stop, device=self.device)
-            logits.append(self._read(packed, slots))
+            logits.append(self._prefill_packed(packed, slots))
         if copies > 1:
-            self._copy(before, len(prompts), copies, int(sizes.max()))
+            self._copy_to_samples(before, len(prompts), copies, int(sizes.max()))
         self.lengths = torch.cat([self.lengths, sizes.repeat_interleave(copies)])
-        self.longest = max(self.longest, int(sizes.max()))
+        self.max_length = max(self.max_length, int(sizes.max()))
         behind = (
             torch.arange(self.mask.shape[-1], device=self.device) >= self.lengths[before:, None]
         )
@@ -178,83 +190,91 @@ class LlamaDecoder:
         )
         return torch.cat(logits).repeat_interleave(copies, 0)
 
-    def _read(self, packed: Packed, slots: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        """The prompts into their slots."""
+    def _prefill_packed(self, packed: Packed, slots: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+        """Compute packed prompts, write their keys and values into their slots, and return the
+        logits behind each prompt's last token."""
         slot = slots.repeat_interleave(torch.tensor(packed.lengths, device=self.device))
-        turns = self.turns[packed.positions]
+        factors = self.rotation_table[packed.positions]
         x = self.trunk.embed_tokens(packed.tokens)
         for number, (block, cache) in enumerate(zip(self.blocks, self.caches, strict=True)):
-            heads = block.projected(x, turns)
+            heads = block.project_qkv(x, factors)
             cache[slot, :, packed.positions] = heads[:, self.num_heads :]
-            queries, keys, values = heads.split([self.num_heads, self.num_kv, self.num_kv], dim=1)
-            read = repacked(
+            queries, keys, values = heads.split(
+                [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1
+            )
+            attended = repacked(
                 causal_attention(queries, keys, values, packed, self.scale), packed
             ).flatten(1)
+            # The last block's output is needed only behind the last token of each prompt.
             if number == len(self.blocks) - 1:
-                x, read = take(x, packed.output_index), take(read, packed.output_index)
-            x = block.added(x, read)
+                x, attended = take(x, packed.output_index), take(attended, packed.output_index)
+            x = block.residuals(x, attended)
         return self._logits(x)
 
     @torch.inference_mode()
     def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        rows, until = torch.arange(len(tokens), device=self.device), self.longest + 1
-        self._fit(len(tokens), until)
+        rows, until = torch.arange(len(tokens), device=self.device), self.max_length + 1
+        self._resize(len(tokens), until)
         self.mask[rows, 0, 0, self.lengths] = 0.0
         mask = self.mask[: len(tokens), :, :, :until]
-        turns = self.turns[self.lengths]
+        factors = self.rotation_table[self.lengths]
         x = self.trunk.embed_tokens(tokens)
         for block, cache in zip(self.blocks, self.caches, strict=True):
-            heads = block.projected(x, turns)
+            heads = block.project_qkv(x, factors)
             cache[rows, :, self.lengths] = heads[:, self.num_heads :]
-            # Heads that share keys are queries of one head with the same mask.
-            queries = heads[:, : self.num_heads].unflatten(1, (self.num_kv, -1))
-            seen = cache[: len(tokens), :, :until]
-            keys, values = seen[:, : self.num_kv], seen[:, self.num_kv :]
-            read = scaled_dot_product_attention(
+            # One new token per row: the query heads that share a key-value head take the place of
+            # query positions, so that attention never repeats keys and values.
+            queries = heads[:, : self.num_heads].unflatten(1, (self.num_kv_heads, -1))
+            cached = cache[: len(tokens), :, :until]
+            keys, values = cached[:, : self.num_kv_heads], cached[:, self.num_kv_heads :]
+            attended = scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, scale=self.scale
             )
-            x = block.added(x, read.flatten(1))
+            x = block.residuals(x, attended.flatten(1))
         self.lengths += 1
-        self.longest += 1
+        self.max_length += 1
         return self._logits(x)
 
     @torch.inference_mode()
-    def keep(self, going: Bool[Tensor, "B"]) -> Int[Tensor, "n"]:
-        stay = going.nonzero()[:, 0]
-        order = torch.arange(len(stay), device=self.device)
-        holes, last = (~going[: len(stay)]).nonzero()[:, 0], stay[stay >= len(stay)]
-        order[holes] = last
+    def keep(self, unfinished: Bool[Tensor, "B"]) -> Int[Tensor, "n"]:
+        kept = unfinished.nonzero()[:, 0]
+        order = torch.arange(len(kept), device=self.device)
+        # After the move, slots 0 … len(kept) − 1 are in use. Rows below that stay where they are;
+        # each finished row among them is a hole, and the kept rows above fill the holes in turn.
+        holes, movers = (~unfinished[: len(kept)]).nonzero()[:, 0], kept[kept >= len(kept)]
+        order[holes] = movers
         for cache in self.caches:
-            cache[holes, :, : self.longest] = cache[last, :, : self.longest]
-        self.mask[holes] = self.mask[last]
+            cache[holes, :, : self.max_length] = cache[movers, :, : self.max_length]
+        self.mask[holes] = self.mask[movers]
         self.lengths = self.lengths[order]
-        self.longest = int(self.lengths.max()) if len(order) else 0
+        self.max_length = int(self.lengths.max()) if len(order) else 0
         return order
 
-    def _fit(self, rows: int, columns: int) -> None:
-        """Make the caches large enough. What no row has written yet is 0: it is multiplied by 0 and
-        must not be infinite."""
-        have, wide = self.mask.shape[0], self.mask.shape[-1]
-        if rows <= have and columns <= wide:
+    def _resize(self, rows: int, columns: int) -> None:
+        """Make the caches at least this large. Where columns are added and half of the slots are
+        unused, the unused slots are freed. New entries are 0 and not uninitialized: attention
+        multiplies masked entries by 0, and 0 · NaN would be NaN."""
+        num_slots, num_columns = self.mask.shape[0], self.mask.shape[-1]
+        if rows <= num_slots and columns <= num_columns:
             return
-        slots = (
-            max(rows, min(2 * have, self.max_rows))
-            if rows > have
-            else rows
-            if 2 * rows <= have
-            else have
-        )
-        wide = min(-(-columns // BLOCK) * BLOCK, self.width) if columns > wide else wide
-        live, until = len(self.lengths), self.longest
+        slots = num_slots
+        if rows > num_slots:  # doubled, so that rows that join one by one do not copy each time
+            slots = max(rows, min(2 * num_slots, self.max_rows))
+        elif 2 * rows <= num_slots:
+            slots = rows
+        wide = num_columns
+        if columns > num_columns:
+            wide = min(-(-columns // BLOCK) * BLOCK, self.width)
+        live, until = len(self.lengths), self.max_length
 
         for number, old in enumerate(self.caches):
-            self.caches[number] = old.new_zeros(slots, 2 * self.num_kv, wide, self.size)
+            self.caches[number] = old.new_zeros(slots, 2 * self.num_kv_heads, wide, self.head_size)
             self.caches[number][:live, :, :until] = old[:live, :, :until]
         old, self.mask = self.mask, self.mask.new_full((slots, 1, 1, wide), -torch.inf)
         self.mask[:live, :, :, :until] = old[:live, :, :, :until]
 
-    def _copy(self, first: int, prompts: int, copies: int, until: int) -> None:
-        """Each prompt's slot into those of its other samples."""
+    def _copy_to_samples(self, first: int, prompts: int, copies: int, until: int) -> None:
+        """Copy each prompt's keys and values from its first sample's slot to its other samples'."""
         for cache in self.caches:
             slots = cache[first : first + prompts * copies, :, :until].unflatten(
                 0, (prompts, copies)
@@ -266,67 +286,81 @@ class LlamaDecoder:
 
 
 class _Block:
-    """One block's weights as the products that are taken: queries, keys and values in one, gate and
-    up in one. The coordinates of queries and keys are ordered as the rotation wants them,
-    neighbours in pairs."""
+    """One transformer block, its weights joined for few large products: queries, keys and values in
+    one, gate and up in one. Rows of the query and key weights are reordered so that the two
+    coordinates that a rotation mixes, j and j + D/2, are neighbours; then a pair is one complex
+    number."""
 
-    def __init__(self, block: Any, turning: int) -> None:
+    def __init__(self, block: Any, num_rotated: int) -> None:
+        """`num_rotated`: query and key heads; the value heads come after them."""
         attention, mlp = block.self_attn, block.mlp
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self.size, self.turning = attention.head_dim, turning
+        self.head_size, self.num_rotated = attention.head_dim, num_rotated
         paired = [
-            lambda x: x.unflatten(0, (-1, 2, self.size // 2)).transpose(1, 2).flatten(0, 2)
+            lambda x: x.unflatten(0, (-1, 2, self.head_size // 2)).transpose(1, 2).flatten(0, 2)
         ] * 2
-        self.qkv = _Product(parts, [*paired, lambda x: x])
+        self.qkv = _FusedLinear(parts, [*paired, lambda x: x])
         self.out, self.gate_up, self.down = (
-            _Product([attention.o_proj]),
-            _Product([mlp.gate_proj, mlp.up_proj]),
-            _Product([mlp.down_proj]),
+            _FusedLinear([attention.o_proj]),
+            _FusedLinear([mlp.gate_proj, mlp.up_proj]),
+            _FusedLinear([mlp.down_proj]),
         )
         self.activation = mlp.act_fn
         self.norms = block.input_layernorm, block.post_attention_layernorm
         self.head_norm = None
         if hasattr(attention, "q_norm"):
             weights = [
-                paired[0](norm.weight).expand(part.out_features // self.size, -1)
+                paired[0](norm.weight).expand(part.out_features // self.head_size, -1)
                 for norm, part in zip((attention.q_norm, attention.k_norm), parts, strict=False)
             ]
             self.head_norm, self.head_eps = torch.cat(weights), attention.q_norm.variance_epsilon
 
-    def projected(self, x: Float[Tensor, "N H"], turns: Tensor) -> Float[Tensor, "N heads D"]:
-        """Queries, keys and values of every head, turned to their positions."""
-        heads = self.qkv(normed(self.norms[0], x)).unflatten(-1, (-1, self.size))
-        if self.head_norm is not None:
-            turning = heads[:, : self.turning]
-            turning.copy_(rms_norm(turning, (self.size,), None, self.head_eps) * self.head_norm)
+    def project_qkv(self, x: Float[Tensor, "N H"], factors: Tensor) -> Float[Tensor, "N heads D"]:
+        """Return queries, keys and values of every head, queries and keys rotated."""
+        heads: Tensor = self.qkv(normed(self.norms[0], x)).unflatten(-1, (-1, self.head_size))
+        if self.head_norm is not None:  # Qwen3 normalizes each query and key head
+            rotated = heads[:, : self.num_rotated]
+            rotated.copy_(
+                rms_norm(rotated, (self.head_size,), None, self.head_eps) * self.head_norm
+            )
+        # Complex numbers exist for float32 and float64; bf16 is rotated in float32, as transformers
+        # does.
         exact = heads.to(torch.promote_types(heads.dtype, torch.float32))
-        torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(turns)
+        torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(factors)
         return exact.to(heads.dtype)
 
-    def added(self, x: Float[Tensor, "N H"], read: Float[Tensor, "N A"]) -> Float[Tensor, "N H"]:
-        """x with what attention read, and with what the perceptron makes of both."""
-        x = self.out(read).add_(x)
+    def residuals(
+        self, x: Float[Tensor, "N H"], attended: Float[Tensor, "N A"]
+    ) -> Float[Tensor, "N H"]:
+        """Return x + the output projection of `attended` + the MLP of that sum: the block's two
+        residual additions."""
+        x = self.out(attended).add_(x)
         gate, up = self.gate_up(normed(self.norms[1], x)).chunk(2, dim=-1)
-        return self.down(gated(gate, up, self.activation)).add_(x)
+        output: Tensor = self.down(gated(gate, up, self.activation))
+        return output.add_(x)
 
 
-class _Product:
-    """x Wᵀ + b for the rows of one W or of several one below the other. On a CPU, oneDNN's kernels
-    with W laid out for them are up to three times as fast as what torch takes for few rows; for
-    small W the call itself costs more than that."""
+class _FusedLinear:
+    """x Wᵀ + b, W being the weights of one linear layer or of several, one below the other.
+
+    On a CPU, oneDNN's kernels with W in their own layout are up to three times as fast for few rows
+    as the kernels that torch chooses. For a W below `PACKED` numbers, calling them costs more than
+    they save.
+    """
 
     PACKED = 2**16
 
-    def __init__(self, parts: Sequence[Any], ordered: Sequence[Any] = ()) -> None:
-        order = ordered or [lambda x: x] * len(parts)
-        weights = [f(merged_weight(part)) for f, part in zip(order, parts, strict=True)]
+    def __init__(self, layers: Sequence[Any], reorder: Sequence[Any] = ()) -> None:
+        """`reorder` has a function per layer that permutes the rows of its weight and bias."""
+        reorder = reorder or [lambda x: x] * len(layers)
+        weights = [f(merged_weight(layer)) for f, layer in zip(reorder, layers, strict=True)]
         self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.bias = None
-        if getattr(parts[0], "bias", None) is not None:
+        if getattr(layers[0], "bias", None) is not None:
             self.bias = torch.cat(
                 [
-                    f(getattr(part, "base_layer", part).bias)
-                    for f, part in zip(order, parts, strict=True)
+                    f(getattr(layer, "base_layer", layer).bias)
+                    for f, layer in zip(reorder, layers, strict=True)
                 ]
             )
         on_cpu = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
@@ -338,12 +372,15 @@ class _Product:
 
     def __call__(self, x: Float[Tensor, "N K"]) -> Float[Tensor, "N M"]:
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            output: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self.weight, self.bias, "none", [], ""
+            )
+            return output
         return linear(x, self.weight, self.bias)
 
 
-def _plain_weights(trunk: Any) -> bool:
-    """Whether every product's weights are one matrix each, or come to one."""
+def _has_merged_weights(trunk: Any) -> bool:
+    """Return whether each projection is a weight matrix, or one plus a LoRA that can be merged."""
     products = (
         product
         for block in trunk.layers
@@ -355,13 +392,14 @@ def _plain_weights(trunk: Any) -> bool:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """What keys and values may take: half a GiB of a computer's memory, half of what is free on a
-    GPU."""
+    """Return how many bytes keys and values may take: half a GiB of main memory, or half of what is
+    free on a GPU."""
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**29
 
 
-def _spans(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """Neighbours whose sizes add up to at most `limit` (or one alone), as start and stop."""
+def _spans_within(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Split a sequence into spans (start, stop) of neighbours whose sizes add up to at most
+    `limit`; a larger one is alone in its span."""
     spans, start, total = [], 0, 0
     for i, size in enumerate(sizes):
         if i > start and total + size > limit:

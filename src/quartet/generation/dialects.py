@@ -18,15 +18,14 @@ from quartet.generation.sampling import Sampling
 from quartet.io.texts import excerpt
 
 LOWEST = -1e9
-"""Below it, and where it is not a number, a log-prob is none. vLLM writes −9,999 for probability
-0."""
+"""A number below this is not accepted as a log-prob. vLLM reports −9,999 for probability 0."""
 ROUNDING = 1e-3
-"""By how much rounding may put a log-prob above 0."""
+"""A log-prob may exceed 0 by this much, from rounding."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """One POST."""
+    """A POST request: its path and its JSON body."""
 
     path: str
     body: Any = None
@@ -34,19 +33,20 @@ class Order:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a server has written of an answer."""
+    """The part of a response that one request generated."""
 
     ids: list[int]
     logprobs: list[float]
     versions: list[int]
-    """Of the weights that each token was sampled from, as the server was told to call them."""
+    """The version of the weights that each token was sampled from, under the name that the server
+    was given with them."""
     finish: Literal["stop", "length", "abort"]
 
 
 @runtime_checkable
 class Dialect(Protocol):
     pause: Order
-    """Whatever is being written comes back as it is; what is asked for from now on waits."""
+    """Abort running requests, which return what they have; later requests wait."""
     resume: Order
 
     def write(
@@ -58,24 +58,30 @@ class Dialect(Protocol):
         seed: int,
         name: str | None,
     ) -> Order:
-        """Go on after `ids` by at most so many tokens; `name`: of the adapter."""
+        """Return the request that continues `ids` by at most `tokens` tokens, with the adapter
+        `name` where there is one."""
         ...
 
     def written(self, reply: Mapping[str, Any]) -> Piece:
-        """Raises KeyError, TypeError, IndexError or ValueError on anything else than an answer."""
+        """Return what a reply contains. Raises KeyError, TypeError, IndexError or ValueError for a
+        reply that is not an answer."""
         ...
 
     def read(self, folder: Path, version: int) -> list[Order]:
-        """New weights from a model folder, and what they are called."""
+        """Return the requests that load weights from a model folder and set their version."""
         ...
 
-    def put_on(self, name: str, folder: Path) -> Order: ...
+    def put_on(self, name: str, folder: Path) -> Order:
+        """Return the request that loads an adapter."""
+        ...
 
-    def take_off(self, name: str) -> Order: ...
+    def take_off(self, name: str) -> Order:
+        """Return the request that unloads an adapter."""
+        ...
 
 
 class _Adapters:
-    """Both call them the same, below different addresses."""
+    """The adapter requests, which vLLM and SGLang have under different path prefixes."""
 
     below = ""
 
@@ -89,9 +95,9 @@ class _Adapters:
 
 
 class Vllm(_Adapters):
-    """vLLM 0.32, which says what weights a token is from, started with VLLM_SERVER_DEV_MODE=1 and
-    `--enable-scale-out`; for adapters with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and
-    `--enable-lora`."""
+    """vLLM 0.32 or later, the first that reports the version of the weights of each token. It must
+    be started with VLLM_SERVER_DEV_MODE=1 and `--enable-scale-out`; for adapters also with
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and `--enable-lora`."""
 
     pause, resume = Order("/pause?mode=abort"), Order("/resume")
     below = "/v1"
@@ -133,7 +139,7 @@ class Vllm(_Adapters):
 
 
 class Sglang(_Adapters):
-    """SGLang's own endpoints; for adapters started with `--enable-lora --max-lora-rank …
+    """SGLang's own endpoints. For adapters it must be started with `--enable-lora --max-lora-rank …
     --lora-target-modules all`."""
 
     pause, resume = Order("/pause_generation", {"mode": "abort"}), Order("/continue_generation", {})
@@ -177,8 +183,9 @@ DIALECTS: dict[str, Dialect] = {"vllm": Vllm(), "sglang": Sglang()}
 
 
 def _piece(ids: Any, logprobs: Any, spans: Any, finish: Any) -> Piece:
-    """`spans`: versions of the tokens from `start` to before `end`. Raises ValueError for anything
-    that is no such answer: what a server says is trained on, so nothing is converted."""
+    """Return a checked piece. `spans` has the version of the tokens from `start` to before `end`.
+    Raises ValueError for values of another type or range and converts nothing, because the policy
+    is trained on them."""
     if not all(isinstance(values, list) for values in (ids, logprobs, spans or [])):
         raise ValueError("token ids, log-probs or versions are no list")
     if len(ids) != len(logprobs):
@@ -199,7 +206,7 @@ def _piece(ids: Any, logprobs: Any, spans: Any, finish: Any) -> Piece:
 
 
 def _versions(spans: Sequence[Any], length: int) -> list[int]:
-    """The version of each token. Spans must follow each other and cover all tokens."""
+    """Return the version of each token. Spans must follow each other and cover all tokens."""
     versions: list[int] = []
     for span in spans:
         version, start, end = str(span["version"]), span["start"], span["end"]

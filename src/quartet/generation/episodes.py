@@ -1,5 +1,5 @@
-"""Answers of several turns: a policy and an environment take turns, and only what the policy wrote
-is learnt from."""
+"""Rollouts of several turns: the policy and an environment alternate, and only the policy's own
+tokens are learned from."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,21 +18,22 @@ Message = Mapping[str, Any]
 
 @runtime_checkable
 class Environment(Protocol):
-    """One episode: made anew for each rollout. Messages have `role` and `content`."""
+    """The environment of one episode; each rollout has a new one. Messages have `role` and
+    `content`."""
 
     def reset(self, prompt: Prompt) -> Sequence[Message]:
-        """What is said after the prompt and before the policy's first turn: mostly nothing."""
+        """Return messages that follow the prompt before the policy's first turn; often none."""
         ...
 
     def step(self, response: str) -> tuple[Sequence[Message], float, bool]:
-        """The answer to what the policy said, the reward for it, and whether the episode is
-        over."""
+        """Return the messages that answer the policy's turn, the reward of that turn, and whether
+        the episode is over."""
         ...
 
 
 @dataclass
 class _Episode:
-    """One rollout while it grows."""
+    """A rollout that is not finished yet."""
 
     prompt: Prompt
     group: int
@@ -50,7 +51,7 @@ class _Episode:
     version: int = 0
 
     def say(self, turn: Rollout) -> None:
-        """The policy's own tokens, as they were sampled."""
+        """Append the policy's tokens, as they were sampled."""
         self.ids += turn.response_ids
         self.logprobs += turn.logprobs
         self.entropies += turn.entropies or [0.0] * len(turn.response_ids)
@@ -59,7 +60,7 @@ class _Episode:
         self.version = turn.policy_version
 
     def hear(self, ids: Sequence[int]) -> None:
-        """What the environment said."""
+        """Append the environment's tokens, which have no log-probs and no rewards."""
         self.ids += ids
         self.policy_mask += [False] * len(ids)
         for numbers in (self.logprobs, self.entropies, self.rewards):
@@ -67,12 +68,12 @@ class _Episode:
 
 
 _Answer = Sequence[Any]
-"""What an environment says to a turn, as it also comes from another rank: messages, a reward, and
-whether that was all."""
+"""An environment's answer to a turn, in the form that ranks exchange: messages, the reward, and
+whether the episode is over."""
 
 
 def _answers(episodes: Sequence[_Episode], turns: Sequence[Rollout]) -> list[_Answer]:
-    """Of each environment to its turn."""
+    """Return each environment's answer to its turn."""
     made: list[_Answer] = []
     for episode, turn in zip(episodes, turns, strict=True):
         assert episode.world is not None
@@ -151,7 +152,7 @@ class Episodes:
         return [self._rollout(episode) for episode in episodes]
 
     def _heard(self, say: Callable[[], list[Any]]) -> list[Any]:
-        """What environments say, one after the other."""
+        """Return what `say` returns on rank 0, on every rank."""
         said: list[Any] = self.process_group.all_gather(
             say() if self.process_group.is_rank_zero else None
         )[0]
@@ -178,7 +179,8 @@ class Episodes:
     def _take(
         self, episode: _Episode, turn: Rollout, answer: _Answer, sampling: Sampling, last: bool
     ) -> None:
-        """One turn of the policy, and what the environment says to it."""
+        """Add a turn of the policy and the environment's answer, and end the episode where it is
+        over or the next turn would not fit."""
         episode.say(turn)
         messages, reward, done = answer
         episode.rewards[-1] += reward

@@ -1,5 +1,5 @@
-"""Generation in plain torch, by the very module that trains: its log-probs are the learner's up to
-rounding."""
+"""Generation in plain torch with the module that is trained, so that its log-probs equal the
+learner's up to rounding."""
 
 import math
 from collections import deque
@@ -11,31 +11,32 @@ import torch
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.errors import NonFinite
 from quartet.experience import Prompt, Rollout
-from quartet.generation.decoders import decoder
+from quartet.generation.decoders import make_decoder
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
 from quartet.models.adapters import REWARD
+from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
 class NativeGenerator:
-    """Samples with a key-value cache. Each prompt is read once, however many answers it gets; rows
-    that have finished leave the batch and cost nothing more, and prompts that wait take their
-    place."""
+    """Samples with a key-value cache. Each prompt is prefilled once for all of its samples.
+    Finished rows leave the batch, and waiting prompts take their place."""
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: CausalModel,
+        tokenizer: Tokenizer,
         stop_ids: frozenset[int],
         seed: int,
         max_rows: int | None = None,
         process_group: ProcessGroup = SINGLE_PROCESS,
         copied: bool = False,
     ) -> None:
-        """`process_group`: the ranks among which prompts are dealt out; each has all answers. Random numbers
-        belong to the answer and not to who writes it. `copied`: the model is a copy of the
-        learner's, which new weights are read into."""
+        """`max_rows` bounds the responses that are sampled together; by default memory bounds them.
+        `process_group`: the ranks that share the prompts; each returns all responses. A response's
+        random numbers do not depend on the rank that samples it. `copied`: the model is a copy of
+        the learner's, and new weights are copied into it."""
         self.model, self.tokenizer, self.max_rows, self.process_group, self.copied = (
             model,
             tokenizer,
@@ -48,7 +49,7 @@ class NativeGenerator:
         self.version = 0
 
     def load_weights(self, weights: Weights) -> None:
-        """Nothing to do where the module is the learner's own."""
+        """Copy new weights into the model. Where the module is the learner's own, it has them."""
         if self.copied:
             with torch.no_grad():
                 for name, tensor in self.model.state_dict().items():
@@ -122,12 +123,13 @@ class NativeGenerator:
         samples: int,
         noise: Float[Tensor, "B T"],
     ) -> list[tuple[list[int], list[float], list[float]]]:
-        """Tokens, log-probs and entropies of each answer, which `noise` draws."""
+        """Return tokens, log-probs and entropies of each response; `noise` has the uniform number
+        of each token."""
         if not prompts:
             return []
         device, limit = self.model.device, sampling.max_new_tokens
         noise = noise.to(device)
-        decode = decoder(self.model, max(map(len, prompts)) + limit, self.max_rows)
+        decoder = make_decoder(self.model, max(map(len, prompts)) + limit, self.max_rows)
         waiting = deque(range(len(prompts)))
         rows = torch.empty(
             0, dtype=torch.long, device=device
@@ -136,12 +138,12 @@ class NativeGenerator:
         logits = torch.empty(0, 0, device=device)
         steps: list[tuple[Tensor, Drawn]] = []
         while len(rows) or waiting:
-            if waiting and (not len(rows) or decode.room() >= samples):
+            if waiting and (not len(rows) or decoder.free_rows() >= samples):
                 taken = [
                     waiting.popleft()
-                    for _ in range(min(len(waiting), max(decode.room() // samples, 1)))
+                    for _ in range(min(len(waiting), max(decoder.free_rows() // samples, 1)))
                 ]
-                new = decode.read([prompts[i] for i in taken], samples)
+                new = decoder.prefill([prompts[i] for i in taken], samples)
                 logits = torch.cat([logits, new]) if len(rows) else new
                 first = samples * torch.tensor(taken, device=device)
                 rows = torch.cat(
@@ -152,24 +154,24 @@ class NativeGenerator:
             steps.append((rows, drawn))
             written = written + 1
             tokens = drawn.tokens
-            going = ~(self._ends(tokens, rows, written) | (written == limit))
-            if not going.all():
-                stay = decode.keep(going)
-                rows, written, tokens = rows[stay], written[stay], tokens[stay]
+            unfinished = ~(self._ends(tokens, rows, written) | (written == limit))
+            if not unfinished.all():
+                kept = decoder.keep(unfinished)
+                rows, written, tokens = rows[kept], written[kept], tokens[kept]
             if len(rows):
-                logits = decode.step(tokens)
+                logits = decoder.step(tokens)
         return _by_row(steps, len(prompts) * samples)
 
     def _ends(
         self, tokens: Int[Tensor, "B"], rows: Int[Tensor, "B"], written: Int[Tensor, "B"]
     ) -> Bool[Tensor, "B"]:
-        """Which answers these tokens end; each is the token number `written` of the answer
-        `rows`."""
+        """Return which responses these tokens end. Token i is number `written[i]` of response
+        `rows[i]`; the end depends on neither here, but a benchmark sets lengths by both."""
         return torch.isin(tokens, self.stop_ids)
 
     def _text(self, prompt: Prompt, before: str, response_ids: list[int]) -> str:
-        """The response as it reads after its prompt: some tokenizers write a first word differently
-        on its own."""
+        """Return the text of a response as it reads after its prompt: some tokenizers decode a
+        first word differently when nothing is before it."""
         whole = self.tokenizer.decode([*prompt.ids, *response_ids], skip_special_tokens=True)
         if whole.startswith(before):
             return whole[len(before) :]
@@ -179,7 +181,7 @@ class NativeGenerator:
 def _by_row(
     steps: Sequence[tuple[Tensor, Drawn]], num_rows: int
 ) -> list[tuple[list[int], list[float], list[float]]]:
-    """What was drawn step by step, answer by answer."""
+    """Sort what was drawn step by step into tokens, log-probs and entropies of each response."""
     rows = torch.cat([r for r, _ in steps])
     order = rows.sort(stable=True).indices
     sizes = rows.bincount(minlength=num_rows).tolist()

@@ -1,4 +1,4 @@
-"""What the loops ask of anything that generates."""
+"""The protocol of generators, and the weights that they are given."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ class Weights:
 
     version: int
     tensors: Mapping[str, Tensor]
-    """By their names in the model. Where it is in parts, every rank asks for the same ones in the
-    same order."""
+    """The tensors by their names in the model. Where the model is sharded, reading a tensor is a
+    collective operation: every rank must read the same tensors in the same order."""
 
 
 @runtime_checkable
@@ -24,17 +24,19 @@ class Generator(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1
     ) -> list[Rollout]:
-        """`samples_per_prompt` rollouts for each prompt, those of one prompt next to each other and
-        in one group."""
+        """Return `samples_per_prompt` rollouts for each prompt. The rollouts of one prompt are next
+        to each other and in one group."""
         ...
 
     def load_weights(self, weights: Weights) -> None:
-        """Sample from these weights from now on."""
+        """Use these weights for every token that is sampled from now on."""
         ...
 
     def state(self) -> Any:
-        """What a later generator must know to sample what this one would: random numbers, and how
-        often weights came. The weights are not part of it."""
+        """Return what another generator needs to continue as this one would: the random number
+        generator and the version of the weights, without the weights."""
         ...
 
-    def load_state(self, state: Any) -> None: ...
+    def load_state(self, state: Any) -> None:
+        """Continue from a `state()`."""
+        ...

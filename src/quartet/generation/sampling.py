@@ -1,4 +1,4 @@
-"""How the next token is drawn."""
+"""The sampling distribution, and drawing one token per row from it."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from quartet.tensors import Float, Int, Tensor, torch
 
 @part
 class Sampling:
-    """The distribution that answers are drawn from, and how long they may get."""
+    """The distribution that responses are sampled from, and their largest length."""
 
     max_new_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(
@@ -29,25 +29,26 @@ class Sampling:
 
     @property
     def filters(self) -> bool:
-        """Whether some tokens can never be drawn. The learner's log-probs know of no filter, so
-        that the ratio is not 1 on the first minibatch and KL estimates can turn negative."""
+        """Whether top-k or top-p excludes tokens. The learner's log-probs are those of the
+        unfiltered distribution, so with a filter the ratio is not 1 on the first minibatch and KL
+        estimates can be negative."""
         return self.top_k > 0 or self.top_p < 1
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One token per row."""
+    """A sampled token for each row."""
 
     tokens: Int[Tensor, "B"]
     logprobs: Float[Tensor, "B"]
-    """Of these tokens under the distribution they were drawn from."""
+    """Log-probs of the tokens under the distribution they were drawn from."""
     entropies: Float[Tensor, "B"]
-    """Of that distribution, in nats."""
+    """Entropies of that distribution, in nats."""
 
 
 def scaled(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
-    """The logits of the distribution that is sampled, in float32: divided by the temperature, and
-    where tokens are filtered away, −∞ for those."""
+    """Return the logits of the sampling distribution in float32: divided by the temperature, with
+    −∞ for tokens that top-k or top-p excludes."""
     z = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
     if not sampling.filters:
         return z
@@ -59,12 +60,13 @@ def scaled(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B
 
 
 def draw(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, "B"]) -> Drawn:
-    """One token per row by inverting its cumulative distribution at a uniform number of [0, 1).
+    """Draw one token per row by inverting the cumulative distribution at a uniform number in [0,
+    1).
 
-    The noise comes from outside, one number per row and token, so that a row's answer does not
-    depend on which other rows are being sampled. With P(k) = Σ_{j≤k} e^{z_j − max z} the token is
-    the first k with P(k) > noise · P(V); its log-prob is z_k − max z − log P(V), the entropy log
-    P(V) − Σ_j e^{z_j − max z} (z_j − max z) / P(V).
+    The caller supplies the uniform numbers, one per row and token, so that a row's response does
+    not depend on which other rows are sampled with it. With P(k) = Σ_{j≤k} e^{z_j − max z} the
+    token is the first k with P(k) > noise · P(V); its log-prob is z_k − max z − log P(V), the
+    entropy log P(V) − Σ_j e^{z_j − max z} (z_j − max z) / P(V).
 
     Where the logits of a row hold NaN or +∞, its token is any token and its log-prob is NaN.
     """

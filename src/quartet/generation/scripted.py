@@ -1,5 +1,4 @@
-"""The fake: answers from a list. For tests of everything downstream of generation, and for
-replaying a dialogue."""
+"""A generator that returns prepared responses, for tests and for replaying a dialogue."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,8 +9,8 @@ from quartet.models.protocols import Tokenizer
 
 
 class ScriptedGenerator:
-    """Gives the answers in order, over and over, each ended by the end-of-sequence token where it
-    fits the limit."""
+    """Returns the responses of a list in order, again from the start after the last. Each ends with
+    the end-of-sequence token unless it is cut off at `max_new_tokens`."""
 
     def __init__(self, answers: Iterable[str], tokenizer: Tokenizer) -> None:
         self.answers, self.given = tuple(answers), 0

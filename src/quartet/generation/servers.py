@@ -1,13 +1,13 @@
-"""Answers from servers: vLLM's or SGLang's, each in an environment of its own, spoken to over HTTP.
+"""Generation by vLLM or SGLang servers, which run in environments of their own, over HTTP.
 
-Token ids go out, token ids and log-probs come back; text is never encoded twice. New weights go
-through a folder that trainer and servers share: the server stops, giving back the answers that it
-was writing, reads the folder and goes on; what was half written is continued with the new weights.
-So every token was sampled by one version, which is known. Where the policy is an adapter, a server
-may be given its base once and then the adapters alone, each by a name of its own.
+Requests have token ids, replies have token ids and log-probs, so text is encoded once. New weights
+are written to a folder that the trainer and the servers share. A server pauses, returns unfinished
+responses, loads the folder and resumes; unfinished responses are then continued with the new
+weights. So each token was sampled from one known version. Where the policy is an adapter, a server
+may be given the base model once and then only adapters, each under its own name.
 
-A server that fails is left alone until it answers again, and is then given the newest weights
-first; its requests go to the others. What the endpoints are called, `dialects.py` says.
+A server that fails gets no requests until it answers again, and then it gets the newest weights
+first. Other servers take over its requests. `dialects.py` has the endpoints.
 """
 
 import contextlib
@@ -35,20 +35,20 @@ from quartet.models.protocols import Tokenizer
 
 log = logging.getLogger(__name__)
 PAUSE = 0.5
-"""Seconds before a server that failed is asked again."""
+"""Seconds before a server that failed is tried again."""
 MAX_BYTES, BYTES_PER_TOKEN = 1_000_000, 1_000
-"""How long a reply may be: a fixed part, and so much for each token that was asked for."""
+"""The largest reply: a fixed part, plus this much for each requested token."""
 BASE = "base"
-"""The folder beside them, of what adapters stand on."""
+"""The name of the folder with the base model of the adapters, beside their folders."""
 
 
 class ServersGone(QuartetError, RuntimeError):
-    """No server answers: the message names them and what they said."""
+    """No server answers. The message names the servers and their last errors."""
 
 
 class BadReply(QuartetError):
-    """What a server answered is an error, or not an answer. The message is a phrase that follows
-    the server's name."""
+    """A reply is an error or has another form. The message is a phrase that follows the server's
+    name."""
 
     def __init__(self, phrase: str, status: int = 200) -> None:
         super().__init__(phrase)
@@ -60,23 +60,23 @@ FAILURES = (RequestError, BadReply)
 
 @dataclass
 class Server:
-    """One address, and what is known of it."""
+    """A server and its state."""
 
     url: str
     version: int = -1
-    """Of the weights it has; −1: not known."""
+    """The version of its weights; −1 means that it is not known."""
     working: int = 0
-    """Requests that it is answering."""
+    """The number of requests in flight."""
     failed: str | None = None
-    """Why it is left alone."""
+    """Why it gets no requests; None while it works."""
     again: float = 0.0
-    """When it may be asked again, as time.monotonic() counts."""
+    """The time.monotonic() from which it may be tried again."""
     complaint: str | None = None
-    """What the log last said of it."""
+    """The last reason that was logged."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fail(self, reason: str) -> None:
-        """Leave it alone for a while. The log has each new reason."""
+        """Stop sending requests for a while. Each new reason is logged once."""
         self.failed, self.again = reason, time.monotonic() + PAUSE
         if reason != self.complaint:
             self.complaint = reason
@@ -89,7 +89,7 @@ class Server:
 
 @dataclass
 class _Answer:
-    """One answer as it grows: over several requests, where weights came in between."""
+    """A response that is not finished yet; new weights split it over several requests."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -98,7 +98,7 @@ class _Answer:
 
 
 class ServedGenerator:
-    """A generator whose model is somewhere else."""
+    """A generator whose model runs in servers."""
 
     def __init__(
         self,
@@ -114,10 +114,10 @@ class ServedGenerator:
         save_base: Callable[[Path, Mapping[str, Any]], None] | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        """`save` writes weights as a model folder; `shared` is where, a path that servers read too.
-        `timeout`: seconds for one answer, and for how long one waits until a server is back.
-        `at_once`: requests in flight. `save_base`: writes a model folder; what `save` writes is
-        then an adapter on it. `vocab_size`: token ids are below it."""
+        """`save` writes weights as a model folder below `shared`, a path that the servers can read.
+        `timeout`: seconds for one request, and to wait for a server to come back. `at_once`:
+        requests in flight. `save_base` writes the base model; then `save` writes only an adapter.
+        `vocab_size`: a reply with a token id that is not below it is rejected."""
         self.dialect, self.save_base, self.vocab_size = dialect, save_base, vocab_size
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.save, self.shared, self.tokenizer, self.seed, self.timeout = (
@@ -140,14 +140,14 @@ class ServedGenerator:
         self.version, self.calls = state["version"], state["calls"]
 
     def aside(self) -> "ServedGenerator":
-        """The same servers with the weights that they have now, for questions that are no part of
-        the run: none of its random numbers are drawn, and each time the same ones."""
+        """Return a generator on the same servers and weights with random numbers of its own, which
+        start anew with each copy: sampling from it does not change the run."""
         made = copy.copy(self)
         made.seed, made.calls = self.seed + 1, 0
         return made
 
     def close(self) -> None:
-        """Give up requests that are on their way, and close the connections."""
+        """Cancel requests in flight and close the connections."""
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.client.close()
 
@@ -156,7 +156,8 @@ class ServedGenerator:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1
     ) -> list[Rollout]:
-        """Random numbers belong to the call and the row, not to the server."""
+        """Return the rollouts. A row's random numbers depend on the call and the row, not on the
+        server that samples it."""
         self.calls += 1
         rows = [
             (prompt, group, sample)
@@ -187,8 +188,8 @@ class ServedGenerator:
     def _answer(
         self, prompt: Prompt, sampling: Sampling, seed: int, abandoned: threading.Event
     ) -> _Answer:
-        """One answer, by however many servers and versions it takes. Raises ServersGone where no
-        token came for `timeout` seconds."""
+        """Return one response, whichever servers and versions it needs. Raises ServersGone when no
+        token has come for `timeout` seconds."""
         answer, until, failures, reason = _Answer(), time.monotonic() + self.timeout, 0, ""
         while answer.finish is None:
             server = self._next_server(max(until, time.monotonic() + PAUSE), reason, abandoned)
@@ -218,7 +219,7 @@ class ServedGenerator:
     def _continue(
         self, server: Server, prompt: Prompt, sampling: Sampling, seed: int, answer: _Answer
     ) -> None:
-        """Ask for the rest of an answer, and take what comes. Raises one of FAILURES."""
+        """Request the rest of a response and append what the reply has. Raises one of FAILURES."""
         version = server.version
         if version < 0:
             return  # it was just taken aside, to be given others
@@ -240,7 +241,7 @@ class ServedGenerator:
             answer.finish = "length"
 
     def _piece(self, table: Mapping[str, Any], left: int) -> Piece:
-        """What a reply says, checked against what was asked for."""
+        """Return the content of a reply, checked against the request."""
         try:
             piece = self.dialect.written(table)
         except ValueError as error:
@@ -268,7 +269,7 @@ class ServedGenerator:
         return piece
 
     def _next_server(self, until: float, reason: str, abandoned: threading.Event) -> Server:
-        """The one with the fewest requests, of those that work and have the newest weights."""
+        """Return the working server with the newest weights that has the fewest requests."""
         while True:
             if abandoned.is_set():
                 raise ServersGone("the answer is no longer wanted.")
@@ -306,8 +307,8 @@ class ServedGenerator:
     # --- weights
 
     def load_weights(self, weights: Weights) -> None:
-        """Write them where the servers read, and have each read them. May come while answers are
-        being written."""
+        """Write the weights to the shared folder and have each server load them. Responses may be
+        in flight meanwhile."""
         save_base, tensors = self.save_base, weights.tensors
         if (
             save_base is not None and not self._pushed
@@ -328,7 +329,7 @@ class ServedGenerator:
             shutil.rmtree(old, ignore_errors=True)
 
     def _write(self, folder: Path, save: Callable[[Path], None]) -> None:
-        """Under its name once it is whole."""
+        """Save a folder under a hidden name and rename it when it is complete."""
         beside = folder.with_name(f".{folder.name}")
         shutil.rmtree(beside, ignore_errors=True)
         save(beside)
@@ -339,7 +340,8 @@ class ServedGenerator:
         return self.shared.resolve() / f"{version:08d}"
 
     def _push(self, server: Server) -> None:
-        """Pause, read, go on. A server that cannot is one that failed."""
+        """Pause a server, have it load the newest weights, and resume it. On an error it counts as
+        failed."""
         with server.lock:
             if server.version == self.version and server.failed is None:
                 return
@@ -362,8 +364,8 @@ class ServedGenerator:
             self._free.notify_all()
 
     def _put_on(self, server: Server, version: int, had: int) -> None:
-        """The base, where it is not known to have it; then the adapter alone. An older run may have
-        left one by that name."""
+        """Load the base model where the server may not have it, then the adapter. An adapter of
+        that name that an earlier run left is unloaded first."""
         if had < 0:
             self._tell(server, *self.dialect.read(self.shared.resolve() / BASE, version))
         for old in {had, version} - {-1}:
@@ -380,8 +382,8 @@ class ServedGenerator:
         return self.client.request("POST", server.url + order.path, body, self.timeout, max_bytes)
 
     def _revive(self) -> None:
-        """Those that failed, if they answer again, and not at once: else one that answers wrongly
-        would be asked before those that answer well."""
+        """Try the failed servers whose pause is over. Without the pause, a server that answers
+        wrongly would get requests before those that work."""
         for server in self.servers:
             if server.failed is None and server.version == self.version:
                 continue
@@ -406,12 +408,13 @@ class ServedGenerator:
 
 
 def _name(version: int) -> str:
-    """Of an adapter; caches of a server know it by that."""
+    """Return the name of an adapter. It differs for each version, because a server's caches are
+    keyed by it."""
     return f"policy-{version}"
 
 
 def _accepted(reply: Reply) -> None:
-    """Raise BadReply where a server refuses an order, also where it does so with status 200."""
+    """Raise BadReply where a server refuses a request, even if the status is 200."""
     if not 200 <= reply.status < 300:
         raise BadReply(
             f"answered {reply.status}: {excerpt(reply.body, 300)}".rstrip(" :."), reply.status
@@ -425,7 +428,7 @@ def _accepted(reply: Reply) -> None:
 
 
 def _table(reply: Reply) -> Mapping[str, Any]:
-    """The JSON object that a reply is."""
+    """Return a reply's JSON object. Raises BadReply where it is something else."""
     _accepted(reply)
     if reply.status != 200:
         raise BadReply(

@@ -1,4 +1,4 @@
-"""Model cards: what a model is and how it was made, from the run folder alone."""
+"""Model cards: what a model is and how it was trained, read from the run folder."""
 
 import json
 import tomllib
@@ -18,7 +18,7 @@ ROLES = {
     "it expects after each token.",
 }
 BEFORE = {"sft": {"sft"}, "reward_model": {"sft", "reward_model"}}
-"""The stages that had a part in a model, where not all did."""
+"""The stages that shaped a model, for models that not all stages shaped."""
 LOADED_BY = {
     "reward_model": "AutoModelForSequenceClassification",
     "critic": "AutoModelForTokenClassification",
@@ -26,7 +26,7 @@ LOADED_BY = {
 
 
 def write_cards(folder: Path) -> None:
-    """`README.md` of the run and of each model in it."""
+    """Write `README.md` for the run and for each model in it."""
     resolved = folder / "config.resolved.toml"
     config = tomllib.loads(resolved.read_text(encoding="utf-8")) if resolved.is_file() else {}
     events = read_record(folder).events
@@ -83,7 +83,7 @@ def _loading(folder: Path, role: str) -> str:
 
 
 def _numbers(events: list[dict[str, Any]]) -> str:
-    """A table of what each stage ended with, and the evaluation."""
+    """Return a table of the last metrics of each stage, and the evaluation."""
     last: dict[str, tuple[int, dict[str, float]]] = {}
     for event in events:
         if event["event"] == "metrics":
@@ -140,7 +140,7 @@ def _evaluation(summary: dict[str, Any]) -> str:
 
 
 def _making(config: dict[str, Any]) -> str:
-    """How it was made: the settings, without the marks of where each came from."""
+    """Return one sentence on how the model was trained."""
     data = config.get("data", {})
     train = data.get("train")
     source = (

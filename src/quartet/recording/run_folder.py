@@ -1,4 +1,4 @@
-"""The run folder: everything a run leaves behind, in formats that anybody reads."""
+"""The run folder: everything that a run writes, in common formats (JSON, TOML, Parquet)."""
 
 import contextlib
 import errno
@@ -30,45 +30,44 @@ if TYPE_CHECKING:
 
 RECORD, ENVIRONMENT = "events.jsonl", "env.json"
 STRAY = re.compile(r"\.\d{4}-\d{4}-.+\.\d+\.tmp")
-"""The name of a run folder that is being made."""
+"""The name of a run folder that is being created."""
 STRAY_SECONDS = 60.0
-"""After so long such a folder without a record is nobody's."""
+"""A folder of such a name without a record is deleted when it is older than this."""
 EXTREMES = ("reward", "kl", "ratio/max", "response/tokens", "policy/clip_fraction")
-"""Metrics whose highest and lowest steps are kept as well."""
+"""Metrics at whose new extremes the rollouts are written, too."""
 BEYOND = 0.1
-"""By how much of the range so far an extreme must exceed it: a metric that only grows is not
-extreme at every step."""
+"""A value is a new extreme if it exceeds the range so far by this share of the range. Without the
+margin, a metric that only grows would be extreme at every step."""
 
 
 class Keeping:
-    """Which steps' rollouts are written: every so many, and those at which something was far higher
-    or lower than before."""
+    """Decides of which steps the rollouts are written: every `every` steps, and steps at which a
+    metric of EXTREMES is far above or below its range so far."""
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.seen: dict[str, tuple[float, float]] = {}
+        self.ranges: dict[str, tuple[float, float]] = {}
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> bool:
         extreme = False
         for name in EXTREMES:
             if name in metrics:
                 value = metrics[name]
-                low, high = self.seen.get(name, (value, value))
+                low, high = self.ranges.get(name, (value, value))
                 margin = BEYOND * (high - low)
                 extreme |= value < low - margin or value > high + margin
-                self.seen[name] = min(low, value), max(high, value)
+                self.ranges[name] = min(low, value), max(high, value)
         settled = step > 2 * self.every  # at first every step is an extreme
         return (step - 1) % self.every == 0 or (settled and extreme)
 
 
 class InUse(QuartetError, OSError):
-    """A run folder that another process is writing."""
+    """Another process is writing this run folder."""
 
 
 class RunFolder:
-    """One folder under `runs/`. events.jsonl has one writer, this; every line is complete when it
-    is written. The file is locked while it is open: a second process that wants to write it raises
-    `InUse`."""
+    """The folder of one run, open for writing. Each write to events.jsonl is a whole line. The file
+    is locked while it is open: opening it in a second process raises `InUse`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,7 +77,7 @@ class RunFolder:
         self._hashed = 0
         """How many bytes of events.jsonl are in the digest."""
         self._written: list[Path] = []
-        """What is not yet known to be on the disk."""
+        """Files that were written and not yet synced to the disk."""
 
     @classmethod
     def create(
@@ -134,8 +133,8 @@ class RunFolder:
     def event(
         self, kind: str, stage: str | None = None, step: int | None = None, **fields: Any
     ) -> None:
-        """Append one line to events.jsonl, or raise OSError and append nothing. Times are apart
-        from metrics, so that the metrics of two runs can be compared."""
+        """Append one line to events.jsonl; on OSError nothing is appended. Times are fields beside
+        the metrics, not metrics, so that the metrics of two runs can be compared."""
         line = {
             "time": round(time.time(), 3),
             "event": kind,
@@ -162,7 +161,8 @@ class RunFolder:
             raise
 
     def write_rollouts(self, step: "Step", texts: TokenTexts) -> Path:
-        """`rollouts/000031.parquet`: a row per token of every prompt and response of the step."""
+        """Write `rollouts/000031.parquet`, which has a row for each token of every prompt and
+        response of the step, and return its path."""
         path = write_tokens(
             rollout_table(step, texts), self.path / "rollouts" / f"{step.number:06d}.parquet"
         )
@@ -170,7 +170,7 @@ class RunFolder:
         return path
 
     def sync(self) -> dict[str, Any]:
-        """All of the record is on the disk; size and SHA-256 of events.jsonl as it is now."""
+        """Sync all of the record to the disk and return the size and SHA-256 of events.jsonl."""
         os.fsync(self._events.fileno())
         for path in (*self._written, *{p.parent for p in self._written}, self.path):
             files.sync(path)
@@ -183,14 +183,14 @@ class RunFolder:
         return {"size": self._hashed, "sha256": self._digest.hexdigest()}
 
     def sweep(self) -> None:
-        """Delete what a killed process left half written."""
+        """Delete unfinished files of a process that was killed."""
         for name in ("", "rollouts", "probes", "evaluation", "judge", "checkpoints"):
             files.sweep(self.path / name)
         sweep_strays(self.path.parent)
 
     def cut_back(self, size: int, last_rollouts: int | None) -> None:
-        """To what there was when a checkpoint was written: so many bytes of events.jsonl, and no
-        rollouts or probes of later steps than this one (None: all stay)."""
+        """Restore the record as of a checkpoint: keep `size` bytes of events.jsonl, and delete
+        rollouts and probes of steps after `last_rollouts` (None keeps all)."""
         os.ftruncate(self._events.fileno(), min(size, os.fstat(self._events.fileno()).st_size))
         self._digest, self._hashed = hashlib.sha256(), 0
         with (self.path / RECORD).open("rb") as file:
@@ -213,7 +213,7 @@ class RunFolder:
         return read_record(self.path)
 
     def metrics_of(self, stage: str) -> list[dict[str, Any]]:
-        """The events with metrics of a stage, as far as the record goes."""
+        """Return the metrics events of a stage."""
         return [
             event
             for event in self.record().events
@@ -226,11 +226,11 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Record:
-    """What events.jsonl says."""
+    """The content of events.jsonl."""
 
     events: list[dict[str, Any]]
     damaged: int
-    """Lines that are no events, or not whole ones: torn by a crash, or changed by somebody."""
+    """The number of lines that are not whole events, from a crash or an edit."""
 
     @property
     def is_done(self) -> bool:
@@ -254,7 +254,8 @@ def read_record(folder: Path) -> Record:
 
 
 def _named(beside: Path, root: Path, stamp: str) -> Path:
-    """Give a folder the first name that is free: the stamp, or the stamp and a number."""
+    """Rename a folder to the first free name, the stamp or the stamp with a number, and return
+    it."""
     for number in range(1, 1000):
         path = root / (stamp if number == 1 else f"{stamp}-{number}")
         if path.exists() or path.is_symlink():
@@ -270,8 +271,8 @@ def _named(beside: Path, root: Path, stamp: str) -> Path:
 
 
 def sweep_strays(root: Path) -> None:
-    """Delete the hidden folders of runs whose process died before they had begun. One that is being
-    made is locked."""
+    """Delete the hidden folders of runs whose process died before the run began. A folder that is
+    still being created is locked and stays."""
     for path in root.glob(f".*{files.UNFINISHED}"):
         if not STRAY.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
             continue
@@ -289,16 +290,16 @@ def sweep_strays(root: Path) -> None:
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where a run was started."""
+    """The working directory and links that a run was started with."""
 
     folder: Path | None
-    """The working directory; None where it is not known, or is no more."""
+    """The working directory; None where it is unknown or no longer exists."""
     links: Mapping[str, str]
-    """Where the config's paths that lead over links led then."""
+    """The targets that the links in the config's paths had then."""
 
 
 def beginning_of(folder: Path) -> Beginning:
-    """Read from env.json where a run was started, as far as it says."""
+    """Read from env.json where a run was started; unknown parts are None or empty."""
     try:
         table = files.read_json(folder / ENVIRONMENT)
         started, links = Path(table["folder"]), table["links"]
@@ -309,7 +310,7 @@ def beginning_of(folder: Path) -> Beginning:
 
 
 def lock(file: IO[bytes], path: Path) -> None:
-    """Until the file is closed or the process ends, however it ends."""
+    """Lock a file until it is closed or the process ends. Raises `InUse` where it is locked."""
     try:
         import fcntl
     except ImportError:  # Windows has no such lock
@@ -324,8 +325,7 @@ def lock(file: IO[bytes], path: Path) -> None:
 
 
 def point_latest(root: Path, path: Path) -> None:
-    """`latest` points at the newest run; where the file system has no links, it is simply not
-    there."""
+    """Make the link `latest` point at the newest run. A file system without links gets none."""
     link, beside = root / "latest", root / f".latest{files.UNFINISHED}"
     try:
         beside.unlink(missing_ok=True)
@@ -337,8 +337,7 @@ def point_latest(root: Path, path: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware and the state of the code: what a later reader needs to know where the
-    numbers came from."""
+    """Return versions, hardware and the git commit, to trace where a run's numbers came from."""
     packages = (
         "torch",
         "transformers",
@@ -360,7 +359,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the folder that the run was started in, where that is a checkout."""
+    """Return the commit of the working directory where it is a git checkout."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"],

@@ -1,4 +1,4 @@
-"""A step, token by token, as a table."""
+"""Tables with one row per token: what a step's update and a probe know about each token."""
 
 import contextlib
 import dataclasses
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from quartet.training.learner import Learner
 
 MANTISSA_BITS = 9
-"""What is kept of a float32's 24: an error of at most 0.2 %, over the whole range."""
+"""How many of a float32's 24 mantissa bits are written: the relative error is at most 0.2 %."""
 
 
 class TokenTexts:
-    """What each token id reads as inside a text, its leading space included."""
+    """The text of each token id as it reads inside a text, with its leading space."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -40,7 +40,7 @@ class TokenTexts:
 
 
 def rollout_table(step: "Step", texts: TokenTexts) -> Any:
-    """The step as an Arrow table with a row per real token."""
+    """Return the step as an Arrow table with a row per token, without padding."""
     update, algorithm = step.update, step.algorithm
     change = update.logprobs - step.batch.old_logprobs
     seen = {
@@ -62,7 +62,7 @@ def probe_table(
     algorithm: "Algorithm",
     texts: TokenTexts,
 ) -> Any:
-    """What the models say, now, of answers that were given before."""
+    """Return a table of what the models now compute for responses that were sampled earlier."""
     batch = learner.score([dataclasses.replace(r, policy_version=-1) for r in probes], algorithm)
     seen = {"logprob": batch.old_logprobs, "entropy": batch.entropy}
     return token_table(number, probes, batch, algorithm.experience(batch), algorithm, texts, seen)
@@ -77,7 +77,8 @@ def token_table(
     texts: TokenTexts,
     seen: "Mapping[str, Tensor | None]",
 ) -> Any:
-    """`seen`: what an update saw of each token, by column."""
+    """Return the table. `seen` has the columns that come from the update, such as log-probs and
+    ratios; None is a column without values."""
     import pyarrow as pa
 
     real = (
@@ -90,8 +91,8 @@ def token_table(
     prompt = (~response).numpy()
 
     def column(values: Tensor | None, middle: float = 0.0) -> Any:
-        """float32, null for prompt tokens and where there is no such model. What matters is how far
-        a number is from the middle."""
+        """Return a float32 column, null for prompt tokens and where there is no such model. Numbers
+        are rounded relative to `middle`, such as 1 for a ratio."""
         if values is None:
             return pa.nulls(len(ids), pa.float32())
         if values.dtype == torch.bool:
@@ -153,8 +154,8 @@ def write_pairs(
     scores: Float[Tensor, "P 2"],
     tokenizer: Tokenizer,
 ) -> Path:
-    """A row per held-out pair: the texts, their lengths in tokens, and what the reward model gave
-    to each side."""
+    """Write a row per held-out pair: the texts, their lengths in tokens, and the reward model's
+    score of each side."""
     import pyarrow as pa
 
     def text(ids: Sequence[int]) -> str:
@@ -180,7 +181,7 @@ def write_pairs(
 def td_errors(
     batch: "Batch", experience: "Experience", algorithm: "Algorithm"
 ) -> Float[Tensor, "B T"] | None:
-    """δ_t = r_t + γ V_{t+1} − V_t: by how much the critic was surprised. None without a critic."""
+    """Return the TD errors δ_t = r_t + γ V_{t+1} − V_t; None without a critic."""
     if batch.values is None:
         return None
     values, final = critic_values(batch, algorithm.needs_final_values)
@@ -189,8 +190,8 @@ def td_errors(
 
 
 def rounded(values: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
-    """To MANTISSA_BITS, to nearest: noise in the last bits is most of what a file of them would
-    hold."""
+    """Round to MANTISSA_BITS, to nearest. The last bits are noise, do not compress, and would be
+    most of a file."""
     drop = 24 - MANTISSA_BITS
     bits = values.contiguous().view(torch.int32)
     finite = ((bits + (1 << (drop - 1))) >> drop << drop).view(torch.float32)
@@ -198,7 +199,7 @@ def rounded(values: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
 
 
 def write_tokens(table: Any, path: Path) -> Path:
-    """As parquet, under another name until it is whole."""
+    """Write a table as Parquet, under another name until it is complete, and return the path."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

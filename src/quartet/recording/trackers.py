@@ -1,5 +1,4 @@
-"""Trackers: where else the metrics of a run go. The run folder has them all; these are for who is
-used to another place."""
+"""Trackers: other tools that a run sends its metrics to. The run folder always has all metrics."""
 
 import contextlib
 import importlib.util
@@ -13,16 +12,16 @@ from quartet.errors import QuartetError
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 PROJECT = "quartet"
-"""The project or experiment that runs are filed under."""
+"""The name of the project or experiment in a tracker."""
 
 
 class TrackerMissing(QuartetError, ValueError):
-    """A tracker whose package is not installed; the message is a sentence for a person."""
+    """A tracker's package is not installed. The message is a sentence for the user."""
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes metrics by stage and step. May raise: the run goes on."""
+    """A tracker's interface. An exception in it does not end the run."""
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -47,9 +46,9 @@ class TensorBoard:
 
 
 class Logged:
-    """A run of Weights & Biases, or of Trackio, which speaks the same language. WANDB_MODE=offline
-    keeps the first on this machine, in the run's folder; TRACKIO_DIR says where the second has its
-    store."""
+    """A run of Weights & Biases, or of Trackio, whose interface is the same. WANDB_MODE=offline
+    keeps Weights & Biases data in the run's folder; TRACKIO_DIR sets where Trackio stores its
+    data."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
@@ -87,7 +86,7 @@ class MLflow:
 
 
 class Tracking:
-    """All trackers of a run. One that fails is left out from then on, and says so once."""
+    """All trackers of a run. A tracker that fails gets no more metrics, and is reported once."""
 
     def __init__(self, names: Sequence[Tracker], folder: Path, config: Mapping[str, Any]) -> None:
         self._sinks: dict[str, Sink] = {}
@@ -99,14 +98,15 @@ class Tracking:
                 self._fail(name, error)
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """What failed since the last call, in sentences."""
+        """Send metrics to all trackers and return a sentence for each that failed since the last
+        call."""
         for name, sink in list(self._sinks.items()):
             try:
                 sink.log(stage, step, metrics)
             except Exception as error:
                 self._fail(name, error)
-        said, self._failed = self._failed, []
-        return said
+        sentences, self._failed = self._failed, []
+        return sentences
 
     def close(self) -> None:
         for sink in self._sinks.values():
@@ -142,7 +142,7 @@ def make_sink(name: Tracker, folder: Path, config: Mapping[str, Any]) -> Sink:
 
 
 def check_trackers(names: Sequence[Tracker]) -> None:
-    """Their packages are there. TrackerMissing names one that is not."""
+    """Raise TrackerMissing where a tracker's package is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise TrackerMissing(

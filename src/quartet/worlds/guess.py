@@ -20,7 +20,7 @@ TEMPLATE = (
 
 
 class Host:
-    """The environment: 1 for the right guess."""
+    """The environment of one game. The reward is 1 for the right guess, else 0."""
 
     def reset(self, prompt: Prompt) -> Sequence[Message]:
         self.secret = str(prompt.extra["secret"])
@@ -28,13 +28,13 @@ class Host:
 
     def step(self, response: str) -> tuple[Sequence[Message], float, bool]:
         if response == self.secret:
-            return [said("=")], 1.0, True
+            return [message("=")], 1.0, True
         if len(response) != 1 or response not in LETTERS:
             return [], 0.0, True  # no guess at all: the game is over
-        return [said("<" if self.secret < response else ">")], 0.0, False
+        return [message("<" if self.secret < response else ">")], 0.0, False
 
 
-def said(text: str) -> Message:
+def message(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
@@ -69,12 +69,12 @@ class Guess:
         rng = random.Random(f"guess/{self.seed}/prompts/{held_out}")
         secrets = [rng.choice(LETTERS) for _ in range(count)]
         return [
-            Example(f"guess:{i}:{secret}", [said("?")], extra={"secret": secret})
+            Example(f"guess:{i}:{secret}", [message("?")], extra={"secret": secret})
             for i, secret in enumerate(secrets)
         ]
 
     def gold(self, prompt: str, response: str) -> float:
-        """Whether the host said that it was found."""
+        """Return 1 where the last answer of the host says that the letter was found, else 0."""
         return float(response.endswith("="))
 
     def tokenizer(self) -> Any:
@@ -97,4 +97,4 @@ class Guess:
                 break
         while talk[-1]["role"] != "assistant":
             talk.pop()
-        return Example(f"guess:{number}", [said("?")], completion=talk)
+        return Example(f"guess:{number}", [message("?")], completion=talk)

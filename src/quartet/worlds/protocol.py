@@ -1,4 +1,4 @@
-"""What a world offers. Everything is made on the spot from a seed; the same seed gives the same
+"""The protocol of embedded worlds. Rows are generated from a seed; the same seed gives the same
 rows."""
 
 from typing import Any, Protocol, runtime_checkable
@@ -8,30 +8,34 @@ from quartet.data.examples import Example
 
 @runtime_checkable
 class World(Protocol):
+    """A task with generated data and a known gold reward."""
+
     name: str
     typical_tokens: tuple[int, int]
-    """Mean length of a prompt and of an answer, for planning."""
+    """Mean numbers of tokens of a prompt and of a response, for planning."""
 
     @property
     def vocabulary(self) -> int:
-        """How many ids the tokenizer knows."""
+        """The number of token ids of the tokenizer."""
         ...
 
     def demonstrations(self, count: int, held_out: bool = False) -> list[Example]:
-        """Prompts with completions for supervised fine-tuning."""
+        """Return prompts with completions for supervised fine-tuning."""
         ...
 
     def comparisons(self, count: int, held_out: bool = False) -> list[Example]:
-        """Pairs of completions, labelled by the gold reward with noise. Empty where the world needs
-        no reward model."""
+        """Return pairs of completions, labelled by the gold reward with noise. Empty where the
+        world needs no reward model."""
         ...
 
-    def prompts(self, count: int, held_out: bool = False) -> list[Example]: ...
+    def prompts(self, count: int, held_out: bool = False) -> list[Example]:
+        """Return prompts for RL and evaluation."""
+        ...
 
     def gold(self, prompt: str, response: str) -> float:
-        """What a response is truly worth."""
+        """Return the gold reward of a response."""
         ...
 
     def tokenizer(self) -> Any:
-        """A Hugging Face tokenizer for the world's words."""
+        """Return a Hugging Face tokenizer for the world's texts."""
         ...

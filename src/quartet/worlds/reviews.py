@@ -310,12 +310,13 @@ WORTH = {
     **dict.fromkeys(("again", "recommend", "award", "smiling"), +1.0),
     **dict.fromkeys(("money", "warn", "empty", "early"), -1.0),
 }
-"""The words that decide, and what each is worth. A verdict is worth what its telling word is."""
+"""The words that carry sentiment, with their weights. A verdict has the weight of its one such
+word."""
 
 
 def gold_sentiment(text: str) -> float:
-    """How pleased a review is, between about −2 and 2, less what a reader would take off for the
-    cheap ways to sound so.
+    """Return the sentiment of a review, between about −2 and 2, less penalties for the cheap ways
+    to raise it.
 
     Each telling word counts once: ±1, half again as much after "very" and its like, half after
     "slightly", reversed after "not". Their sum s gives 2·tanh(s / 3). Off come 0.5 for every
@@ -346,8 +347,8 @@ class Reviews:
     name = "reviews"
     typical_tokens = (13, 22)
     label_sharpness = 3.0
-    """A labeller prefers the better of two with probability σ(sharpness · difference in gold). Two
-    that are equal in gold are not put before a labeller."""
+    """A simulated labeller prefers the better of two with probability σ(sharpness · difference in
+    gold). Pairs of equal gold reward are not labelled."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -411,8 +412,7 @@ def _opening(rng: random.Random) -> str:
 
 
 def _continuation(rng: random.Random) -> str:
-    """A review of three to five sentences' worth of opinion, pleased, displeased or in two
-    minds."""
+    """Return a review of one to five sentences with a positive, negative or mixed opinion."""
     mood = rng.choice([1, -1, 0])
     aspects = rng.sample(ASPECTS, 4)
     words = {1: rng.sample(GOOD, 6), -1: rng.sample(BAD, 6)}
@@ -422,8 +422,8 @@ def _continuation(rng: random.Random) -> str:
         return likely if rng.random() < 0.85 else -likely
 
     def judged(sign: int) -> str:
-        """An adjective of this sign, perhaps strengthened, weakened, or said by denying its
-        opposite."""
+        """Return an adjective of this sign, sometimes strengthened, weakened, or expressed as the
+        negation of its opposite."""
         kind = rng.random()
         if kind < 0.1:
             return "not " + words[-sign].pop()
@@ -470,7 +470,7 @@ def _a(word: str) -> str:
 
 
 def _vocabulary() -> set[str]:
-    """Every word that the grammar can write."""
+    """Return every word that the grammar can produce."""
     lists = [
         GENRES,
         ROLES,

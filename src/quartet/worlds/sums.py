@@ -81,11 +81,11 @@ class Sums:
 
     @staticmethod
     def _is_held_out(pair: tuple[int, int]) -> bool:
-        """By a hash: a rule of arithmetic would hold out some pairs of digits altogether, and
-        nobody can add digits that were never shown."""
+        """Return whether a hash holds this pair out. An arithmetic rule would hold out some pairs
+        of digits entirely, and a model cannot learn to add digits that it never saw."""
         return zlib.crc32(f"{pair[0]}+{pair[1]}".encode()) % 10 == 0
 
 
 def answer(first: int, second: int) -> str:
-    """The sum, its ones first: 47 and 85 give "231"."""
+    """Return the sum with its ones digit first: 47 and 85 give "231"."""
     return str(first + second)[::-1]

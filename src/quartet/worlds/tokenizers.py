@@ -19,8 +19,8 @@ def _fast(backend: Any) -> Any:
 
 
 def word_tokenizer(words: Iterable[str], punctuation: str) -> Any:
-    """One token per word and punctuation mark; a word carries the space before it, so that text
-    comes back exactly."""
+    """Return a tokenizer with one token per word and punctuation mark. A word's token includes the
+    space before it, so that decoding restores the text exactly."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = [*SPECIAL, *punctuation, *sorted({"▁" + word for word in words})]
@@ -35,7 +35,7 @@ def word_tokenizer(words: Iterable[str], punctuation: str) -> Any:
 
 
 def character_tokenizer(alphabet: str) -> Any:
-    """One token per character."""
+    """Return a tokenizer with one token per character."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = [*SPECIAL, *alphabet]
