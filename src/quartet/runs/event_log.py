@@ -1,4 +1,4 @@
-"""events.jsonl, read as it grows: the metrics of each stage as columns, and the other events."""
+"""Reading events.jsonl while it grows: the metrics of each stage as columns, and other events."""
 
 import math
 import os
@@ -12,16 +12,16 @@ from quartet.runs.untrusted import Folder, Unreadable, shown
 MAX_BYTES = 1 << 30
 MAX_LINES = 2_000_000
 MAX_NUMBERS = 50_000_000
-"""Bytes, lines and metrics of events.jsonl that are read."""
+"""The most bytes, lines and numbers of events.jsonl that are read."""
 MAX_FAULTS = 1_000_000
-"""Lines and entries that are left out before the rest is."""
+"""After so many damaged lines and entries, the rest of the file is not read."""
 MAX_EVENTS = 100_000
-"""Events other than metrics that are kept."""
+"""The most events other than metrics that are kept."""
 MAX_STAGES = 64
 MAX_METRICS = 2_000
-"""Of one stage."""
+"""The most metrics of one stage."""
 IDENTITY = frozenset({"stage", "step", "time", "seconds"})
-"""Columns of the table of metrics that say which step it is."""
+"""Columns of the metrics table that identify a step; no metric may have such a name."""
 
 
 class Series:
@@ -50,13 +50,14 @@ class Series:
         self.steps.append(step)
 
     def last(self, name: str, count: int = 1) -> float | None:
-        """The mean of the last `count` numbers."""
+        """Return the mean of the last `count` values that are numbers; None where there are
+        none."""
         there = [x for x in self.columns.get(name, ())[-count:] if not math.isnan(x)]
         return sum(there) / len(there) if there else None
 
 
 class EventLog:
-    """What could be read of the file so far."""
+    """The part of events.jsonl that has been read so far."""
 
     def __init__(self, folder: Folder, name: str) -> None:
         self.folder, self.name = folder, name
@@ -66,14 +67,15 @@ class EventLog:
         self.series: dict[str, Series] = {}
         self.events: list[dict[str, Any]] = []
         self.damaged = self.incomplete = 0
-        """Lines that are no events, and entries of others that are not of their type."""
+        """Counts of lines that are no events, and of entries in other lines that have a wrong
+        type."""
         self._first_damaged = self._first_incomplete = ""
         self._inode = self._read_to = self._lines = self._numbers = 0
         self._in_long_line = False
 
     def refresh(self) -> bool | None:
-        """Read what was written since; whether there was anything, or None where there is no file.
-        A last line that is not whole yet is left for later."""
+        """Read what was appended since the last call. Return whether there was anything, or None
+        where there is no file. A last line without its end is read next time."""
         file = self.folder.open(self.name)
         if file is None:
             return None
@@ -93,14 +95,14 @@ class EventLog:
 
     @property
     def full(self) -> bool:
-        """Whether as much was read as is read of any run."""
+        """Whether a limit was reached, so that no more of the file is read."""
         much = (
             self._read_to >= MAX_BYTES or self._lines >= MAX_LINES or self._numbers >= MAX_NUMBERS
         )
         return much or self.damaged + self.incomplete >= MAX_FAULTS
 
     def problems(self) -> Iterator[str]:
-        """A sentence for each kind of what was left out."""
+        """Yield a sentence for each kind of thing that was left out."""
         if self.damaged:
             count = "1 line was" if self.damaged == 1 else f"{self.damaged:,} lines were"
             first = "the first, " if self.damaged > 1 else ""
@@ -166,7 +168,7 @@ class EventLog:
 
 
 def _too_many(table: dict[str, Any], columns: Mapping[str, Any]) -> Iterator[str]:
-    """Take out metrics for which there is no room beside those that a stage has, and say which."""
+    """Remove metrics beyond MAX_METRICS, or with a forbidden name, and yield a phrase for each."""
     room = MAX_METRICS - len(columns)
     for name in [name for name in table if name not in columns]:
         if name in IDENTITY or room <= 0:

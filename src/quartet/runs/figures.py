@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 Spec = dict[str, Any]
 
 MOST_POINTS = 800
-"""A line has no more; longer ones are drawn by the means of equal pieces."""
+"""The most points of a line; a longer series is drawn as the means of equal pieces."""
 SMOOTHING = 0.1
-"""A thin line is drawn behind its mean over this share of the steps, where it is noisy."""
+"""The share of the steps that the moving average covers; the raw line is drawn thinly behind."""
 COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#14b8a6", "#ec4899", "#84cc16")
 GREY = "#8a8f98"
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Some metrics that belong together."""
+    """Metrics that are drawn in one chart."""
 
     title: str
     metrics: tuple[str, ...]
@@ -78,7 +78,7 @@ CHARTS = (
     Chart("Drift of the reward model", ("reward/drift",)),
     Chart("Learning rate", ("lr", "lr/*")),
 )
-"""In the order in which a page shows them; those of which a stage has no metric are left out."""
+"""The charts in the order of a page. A chart without a metric of the stage is left out."""
 APART = {
     "reward/gold",
     "reward/std",
@@ -86,7 +86,7 @@ APART = {
     "reward/length_correlation",
     "reward/drift",
 }
-"""Not among the components that `reward/*` stands for."""
+"""Metrics that match `reward/*` and are not components of the reward."""
 
 
 def charts(series: "Series", own: Sequence[Definition] = ()) -> list[tuple[Chart, list[str]]]:
@@ -131,8 +131,8 @@ def _matching(pattern: str, series: "Series") -> list[str]:
 
 
 def lines(run: "Run", stage: str, title: str, names: Sequence[str], percent: bool = False) -> Spec:
-    """Metrics of a stage over its steps; KL with its target, where it has one, and marks where
-    warnings were given."""
+    """Return a chart of metrics over the steps of a stage, with the KL target where there is one
+    and a mark at each step with a warning."""
     series = run.series[stage]
     data = []
     for place, name in enumerate(names):
@@ -177,7 +177,7 @@ def lines(run: "Run", stage: str, title: str, names: Sequence[str], percent: boo
 
 
 def phases(run: "Run", stage: str) -> Spec:
-    """Where the time of each step goes."""
+    """Return a chart of the seconds of each step by phase."""
     series = run.series[stage]
     data = []
     for place, (name, column) in enumerate(series.phases.items()):
@@ -187,9 +187,9 @@ def phases(run: "Run", stage: str) -> Spec:
 
 
 def frontier(run: "Run") -> Spec:
-    """What was gained for how far the policy went: scores against √KL, a point per step, with the
-    best-of-n line of the first policy; win rates on held-out prompts; and where gold was highest if
-    it fell from there."""
+    """Return the chart of scores against √KL, with a point per step, the best-of-n line of the
+    initial policy, win rates on held-out prompts, and a mark where the gold reward began to
+    fall."""
     stage = run.rl_stage
     data: list[Spec] = []
     spec: Spec = {
@@ -268,7 +268,7 @@ def frontier(run: "Run") -> Spec:
 
 
 def _win_rates(series: "Series", distance: Sequence[float]) -> Spec:
-    """A point for each step at which the policy met its first self on held-out prompts."""
+    """Return the win rates against the initial policy on held-out prompts as points."""
     there = [i for i, rate in enumerate(series.columns["policy/win_rate"]) if not math.isnan(rate)]
     label = definition("policy/win_rate").label
     more = {
@@ -290,13 +290,13 @@ def _win_rates(series: "Series", distance: Sequence[float]) -> Spec:
 
 
 BINS = 8
-"""Of a calibration, with as many pairs in each."""
+"""The number of bins of the calibration chart; each has the same number of pairs."""
 
 
 def calibration(pairs: Sequence[Mapping[str, Any]]) -> Spec:
-    """How often a reward model is right, by how sure it is: for pairs by the difference of their
-    scores, the probability that it gives the higher one, σ(|difference|), against the share of
-    which that one was preferred."""
+    """Return the calibration chart of a reward model: for pairs binned by the difference of their
+    scores, the predicted probability σ(|difference|) that the higher one is preferred, against the
+    share in which it was."""
     ranked = sorted(
         (abs(p["chosen_score"] - p["rejected_score"]), p["chosen_score"] > p["rejected_score"])
         for p in pairs
@@ -339,7 +339,7 @@ def calibration(pairs: Sequence[Mapping[str, Any]]) -> Spec:
 
 
 def score_histogram(pairs: Sequence[Mapping[str, Any]]) -> Spec:
-    """The scores of both sides."""
+    """Return histograms of the scores of chosen and rejected responses."""
     data: list[Spec] = [
         {
             "type": "histogram",
@@ -357,8 +357,9 @@ def score_histogram(pairs: Sequence[Mapping[str, Any]]) -> Spec:
 
 
 def overoptimised(series: "Series") -> int | None:
-    """The step from which gold fell for good while reward went on rising: where gold, smoothed, is
-    highest, if it ends lower by more than a tenth of what it had gained and reward ends higher."""
+    """Return the step at which over-optimization begins, or None: the maximum of the smoothed gold
+    reward, if gold ends lower by more than a tenth of what it had gained while reward ends
+    higher."""
     if not {"reward", "reward/gold"} <= series.columns.keys() or len(series.steps) < 10:
         return None
     gold = smoothed(list(series.columns["reward/gold"]), 0.2) or []
@@ -377,7 +378,7 @@ def overoptimised(series: "Series") -> int | None:
 
 
 def figure(run: "Run", name: str, stage: str | None = None) -> Any:
-    """As a Plotly object: "frontier", "phases", or a metric by its name."""
+    """Return a Plotly figure: "frontier", "phases", or a metric by its name."""
     import plotly.graph_objects as go
 
     from quartet.runs.reader import NoRun
@@ -403,7 +404,8 @@ def figure(run: "Run", name: str, stage: str | None = None) -> Any:
 
 
 def thinned(x: Sequence[int], y: Sequence[float]) -> tuple[list[int], list[float | None]]:
-    """At most MOST_POINTS points: the means of equal pieces. What is no number is None."""
+    """Return at most MOST_POINTS points, the means of equal pieces; None where there is no
+    number."""
     size = math.ceil(len(x) / MOST_POINTS) if x else 1
     if size == 1:
         return list(x), finite(y)
@@ -414,14 +416,14 @@ def thinned(x: Sequence[int], y: Sequence[float]) -> tuple[list[int], list[float
 
 
 def finite(values: Sequence[Any]) -> list[Any]:
-    """None in place of what is no number, or infinite: JSON has no word for them."""
+    """Return the values with None for NaN and infinity, which JSON cannot hold."""
     return [None if isinstance(v, float) and not math.isfinite(v) else v for v in values]
 
 
 def smoothed(y: Sequence[float | None], share: float = SMOOTHING) -> list[float] | None:
-    """Exponential moving average over a share of the points, its start not biased to 0; None for
-    less than 12 points, or where a number is missing. What never changes stays as it is, to the
-    bit."""
+    """Return the exponential moving average over a share of the points, without bias to 0 at its
+    start. None for fewer than 12 points or where a number is missing. A constant series is returned
+    unchanged, to the bit."""
     if len(y) >= 12 and len(set(y)) == 1 and y[0] is not None:
         return [v for v in y if v is not None]
     if len(y) < 12 or any(v is None or not math.isfinite(v) for v in y):

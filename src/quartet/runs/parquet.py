@@ -1,5 +1,4 @@
-"""Parquet files that someone else wrote, as tables with the columns and types that the reader asked
-for."""
+"""Reading untrusted Parquet files as tables with the columns and types that the caller expects."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,24 +9,24 @@ from quartet.runs.untrusted import Unreadable, printable, shown
 Kind = Literal["text", "whole", "number", "flag"]
 
 MAX_ROWS = 4_000_000
-"""Rows of one file: a step of a thousand responses of four thousand tokens."""
+"""The most rows of one file: a step of a thousand responses of four thousand tokens."""
 MAX_COLUMNS = 500
 SEVERAL_THREADS = 100_000
-"""Rows from which on threads are worth their start."""
+"""From this number of rows on, reading with several threads is faster."""
 MAX_BYTES = 1 << 30
-"""Bytes of a file's columns, uncompressed."""
+"""The most bytes of a file's columns, uncompressed."""
 MAX_TEXT_BYTES = 256 << 20
-"""Bytes of all texts of a file, each counted as often as a row has it."""
+"""The most bytes of all texts of a file, each counted once per row that has it."""
 MAX_STRINGS = 64 << 20
-"""Bytes of one string in a file's own description."""
+"""The most bytes of one string in a file's metadata."""
 MAX_PARTS = 100_000
-"""Row groups, and entries of any list in a file's own description."""
+"""The most row groups, and entries of any list in a file's metadata."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """What a reader expects of a column. A file without a required one, or with an empty place in
-    it, cannot be read; another that is absent or of the wrong type is null throughout."""
+    """The expected type of a column. A file is refused where a required column is absent or has a
+    null; another column that is absent or of a wrong type becomes null throughout."""
 
     kind: Kind
     required: bool = False
@@ -121,8 +120,8 @@ def _read(
 
 
 def _key(name: str, expected: Mapping[str, Column]) -> str | None:
-    """Under which name a column is expected: its own, or for `score/gold` the pattern `score/*`,
-    which is no column itself."""
+    """Return the key of `expected` for a column: its name, or for `score/gold` the pattern
+    `score/*`; None where it is not expected."""
     pattern = f"{name.partition('/')[0]}/*"
     if name.endswith("/*") or printable(name) != name:
         return None
@@ -130,7 +129,7 @@ def _key(name: str, expected: Mapping[str, Column]) -> str | None:
 
 
 def _refuse_large(metadata: Any) -> None:
-    """By what the file says of itself; no column has been read yet."""
+    """Raise Unreadable where the metadata describes more than the limits; no column is read yet."""
     groups = [metadata.row_group(i) for i in range(min(metadata.num_row_groups, MAX_PARTS))]
     if not 0 <= metadata.num_rows <= MAX_ROWS:
         raise Unreadable(
@@ -150,7 +149,7 @@ def _refuse_large(metadata: Any) -> None:
 def _fault(
     name: str, kinds: Mapping[str, Kind | None], expected: Mapping[str, Column]
 ) -> str | None:
-    """What is wrong with a column, if anything is. A whole number is a number too."""
+    """Return a phrase on what is wrong with a column, or None. Integers are accepted as numbers."""
     if name not in kinds:
         return f"has no column {shown(name)}"
     kind, column = kinds[name], expected.get(name)
@@ -179,7 +178,7 @@ def _kind(type_: Any) -> Kind | None:
 
 
 def _text_bytes(column: Any) -> int:
-    """How long a column of a dictionary's texts is when each is written out."""
+    """Return the bytes of a dictionary column's texts, each counted once per row."""
     import pyarrow.compute as pc
 
     total = 0
@@ -190,8 +189,8 @@ def _text_bytes(column: Any) -> int:
 
 
 def values(column: Any) -> list[Any]:
-    """Return a column as a Python list; one of a dictionary's texts far faster than Arrow does
-    it."""
+    """Return a column as a Python list. A dictionary column is cast first, because Arrow's own
+    conversion of one is far slower."""
     import pyarrow as pa
 
     plain = column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column

@@ -1,8 +1,8 @@
-"""A run folder, read: while it grows, or copied from another machine. Imports no trainer and no
-torch.
+"""Reading a run folder, while the run goes on or afterwards. Imports no trainer and no torch.
 
-Nothing in it is trusted: `untrusted` opens every file, `records` has the types that are expected in
-it. What cannot be read is left out, and `Run.problems` has a sentence for it.
+The folder may come from another machine, so nothing in it is trusted: `untrusted` opens every file,
+and `records` has the expected types. What cannot be read is left out, and `Run.problems` has a
+sentence about it.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ FINAL, BEST_OF_N = "evaluation/final.json", "evaluation/best_of_n.json"
 ANSWERS, PAIRS = "evaluation/answers.jsonl", "evaluation/pairs.parquet"
 
 RECENT_SECONDS = 300
-"""A run that has written nothing for longer, and said no last word, counts as stopped."""
+"""A run that has written nothing for longer, and no final event, counts as stopped."""
 MAX_ANSWERS = 20_000
 MAX_ANSWER_BYTES = 128 << 20
 MAX_PAIRS = 100_000
@@ -57,12 +57,12 @@ PAIR_COLUMNS = {
 
 
 class NoRun(QuartetError, ValueError):
-    """A folder that is no run's, or something that the run does not have; the message is a sentence
-    for a person."""
+    """A folder is no run folder, or a run does not have what was requested. The message is a
+    sentence for the user."""
 
 
 class DamagedRun(NoRun):
-    """Something that is there and cannot be read."""
+    """Something in a run folder exists and cannot be read."""
 
 
 class Run:
@@ -84,14 +84,14 @@ class Run:
         self._folder = Folder(self.path)
         self._log = EventLog(self._folder, EVENTS)
         self._problems: dict[str, list[str]] = {}
-        """Sentences by file."""
+        """What could not be read: sentences by file name."""
         self.refresh()
 
-    # --- what it says
+    # --- the record
 
     def refresh(self) -> bool:
-        """Read what was written since; whether there was anything. A last line that is not whole
-        yet is left for later."""
+        """Read what the run has written since the last call, and return whether there was anything.
+        A last line without its end is read next time."""
         try:
             grown = self._log.refresh() if self.path.is_dir() else None
         except Unreadable as error:
@@ -107,23 +107,26 @@ class Run:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """All but the metrics."""
+        """All events except metrics."""
         return self._log.events
 
     @property
     def damaged(self) -> int:
-        """Lines of events.jsonl that are no events."""
+        """The number of lines of events.jsonl that are no events."""
         return self._log.damaged
 
     @property
     def problems(self) -> list[str]:
-        """What could not be read so far, a sentence each: of the record, the config, the
-        evaluation, and of whatever else was asked for. `check` asks for everything."""
+        """Sentences about what could not be read: in the record, the config, the evaluation, and in
+        whatever else was requested so far. `check` reads everything."""
         _ = self.config, self.environment, self.evaluation, self.best_of_n
-        return [*self._log.problems(), *(said for file in self._problems.values() for said in file)]
+        return [
+            *self._log.problems(),
+            *(sentence for file in self._problems.values() for sentence in file),
+        ]
 
     def check(self) -> list[str]:
-        """Read all there is, and return `problems`."""
+        """Read every file of the run, and return `problems`."""
         self.pairs()
         for _ in self.answers():
             pass
@@ -142,8 +145,8 @@ class Run:
         parse: Callable[[bytes], tuple[Any, list[str]]],
         of: "TypeAdapter[Any]",
     ) -> Any:
-        """A file's value, without what is not of its type; None where there is none, or nothing can
-        be read."""
+        """Return a file's value without entries of a wrong type; None where there is no file or
+        nothing of it can be read."""
         self._problems.pop(name, None)
         try:
             content = self._folder.read(name, limit)
@@ -160,7 +163,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """done, failed, interrupted, running or stopped (no word for five minutes)."""
+        """done, failed, interrupted, running, or stopped (nothing was written for five minutes)."""
         last = self.events[-1]["event"] if self.events else ""
         if last in {"done", "failed", "interrupted"}:
             return str(last)
@@ -176,7 +179,7 @@ class Run:
 
     @property
     def config_text(self) -> str:
-        """As it is written, with bytes that are no UTF-8 as escape sequences."""
+        """The text of config.resolved.toml; bytes that are not UTF-8 are escape sequences."""
         try:
             return (self._folder.read(CONFIG, MAX_CONFIG) or b"").decode(
                 "utf-8", "backslashreplace"
@@ -190,7 +193,7 @@ class Run:
 
     @property
     def rl_stage(self) -> str | None:
-        """The stage with rollouts, if there is one."""
+        """The name of the RL stage; None where there is none."""
         return next(
             (stage for stage, series in self.series.items() if "policy/entropy" in series.columns),
             None,
@@ -198,7 +201,7 @@ class Run:
 
     @property
     def main_stage(self) -> str | None:
-        """The one to look at first: RL, else a preference stage, else the last that has numbers."""
+        """The stage to look at first: RL, else the last that has metrics."""
         if self.rl_stage is not None:
             return self.rl_stage
         return next(
@@ -206,7 +209,7 @@ class Run:
         )
 
     def summary(self, stage: str) -> dict[str, Any] | None:
-        """What a stage said when it was finished."""
+        """Return the summary that a stage wrote when it finished; None before that."""
         return next(
             (
                 e.get("summary", {})
@@ -218,7 +221,7 @@ class Run:
 
     @property
     def warnings(self) -> list[dict[str, Any]]:
-        """`stage`, `step` and `sentence` of each."""
+        """The warnings, each with `stage`, `step` and `sentence`."""
         return [event for event in self.events if event["event"] == "warning"]
 
     @property
@@ -247,7 +250,7 @@ class Run:
     # --- rollouts
 
     def steps(self, kind: str = "rollouts") -> list[int]:
-        """The steps whose rollouts (or probes) are here."""
+        """Return the steps whose rollouts (or probes) were written."""
         self._problems.pop(kind, None)
         try:
             stems = [
@@ -274,8 +277,8 @@ class Run:
     def rollouts(
         self, step: int, kind: str = "rollouts", columns: Sequence[str] | None = None
     ) -> Any:
-        """An Arrow table with a row per token of the step. NoRun where there is none, or it cannot
-        be read."""
+        """Return an Arrow table with a row per token of the step. Raises NoRun where there is none
+        or it cannot be read."""
         import pyarrow as pa
 
         table = self._tokens(step, kind, columns)
@@ -314,7 +317,7 @@ class Run:
         raise NoRun(f"{self.name}: has no {kind} of step {step}. {has}")
 
     def samples(self, step: int, kind: str = "rollouts") -> list[Sample]:
-        """The rollouts of a step in short, in their order."""
+        """Return a summary of each rollout of a step, in their order."""
         try:
             return samples_of(self._tokens(step, kind))
         except Unreadable as error:
@@ -323,7 +326,7 @@ class Run:
             ) from None
 
     def sample(self, step: int, sample: int, kind: str = "rollouts") -> dict[str, list[Any]]:
-        """All columns of one rollout, a number or text per token."""
+        """Return all columns of one rollout, a number or text per token."""
         import pyarrow.compute as pc
 
         table = self._tokens(step, kind)
@@ -338,7 +341,7 @@ class Run:
 
     @property
     def _described(self) -> dict[str, Any]:
-        """The last event that describes parts of the run which readers cannot import."""
+        """The last event with descriptions of the run's own parts, which a reader cannot import."""
         return next((e for e in reversed(self.events) if e["event"] == "definitions"), {})
 
     @property
@@ -355,7 +358,8 @@ class Run:
         return [Definition(**{k: v for k, v in row.items() if k in known}) for row in rows]
 
     def cases(self, sample: Mapping[str, Sequence[Any]]) -> list[str]:
-        """What the update did with each token of a sample, in words; empty for a prompt's."""
+        """Return a phrase for each token of a sample on what the update did to it; empty for prompt
+        tokens."""
         clipping = self.clipping
         rows = zip(sample["advantage"], sample["ratio"], sample["clipped"], strict=True)
         return [clip_case(clipping, *row) if row[1] is not None else "" for row in rows]
@@ -372,7 +376,7 @@ class Run:
         return self._document(BEST_OF_N, MAX_DOCUMENT, parse_json, records.BEST_OF_N) or []
 
     def pairs(self) -> list[dict[str, Any]]:
-        """The pairs that were held out from the reward model, with its scores."""
+        """Return the held-out pairs of the reward model, with its scores."""
         self._problems.pop(PAIRS, None)
         try:
             file = self._folder.open(PAIRS)
@@ -398,7 +402,7 @@ class Run:
         return whole
 
     def answers(self) -> Iterator[dict[str, Any]]:
-        """What the policy before and after answered to the held-out prompts."""
+        """Yield the responses to the held-out prompts of the policy before and after training."""
         self._problems.pop(ANSWERS, None)
         faults: list[str] = []
         size = 0
@@ -420,10 +424,10 @@ class Run:
         if faults:
             self._problems[ANSWERS] = [left_out(ANSWERS, faults)]
 
-    # --- for eyes
+    # --- display
 
     def figure(self, name: str, stage: str | None = None) -> "plotly.graph_objects.Figure":
-        """A Plotly figure: "frontier", "phases", or a metric's name."""
+        """Return a Plotly figure: "frontier", "phases", or a metric by its name."""
         from quartet.runs.figures import figure
 
         return figure(self, name, stage)
@@ -459,8 +463,8 @@ def _usable(value: Any) -> bool:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """The run folders in a folder, the newest first; the folder itself where it is one. Links in a
-    folder are passed over, such as `latest`."""
+    """Return the run folders in a folder, the newest first, or the folder itself where it is one.
+    Links such as `latest` are skipped."""
     if _written(root) is not None:
         return [root.resolve()]
     try:
@@ -478,7 +482,7 @@ def find_runs(root: Path) -> list[Path]:
 
 
 def _written(folder: Path) -> float | None:
-    """When the record of a run folder was last written; None where a folder has none."""
+    """Return when events.jsonl of a folder was last written; None where there is none."""
     try:
         return (folder / EVENTS).lstat().st_mtime
     except (OSError, ValueError):

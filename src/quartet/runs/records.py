@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 from quartet.runs.untrusted import Folder, Unreadable, checked, parse_json
 
 MAX_STEP = 10**9
-"""Steps are below it, as in the addresses of the studio."""
+"""Steps are smaller, as in the addresses of the studio."""
 MAX_LINE = 4 << 20
-"""Bytes of a line of events.jsonl or answers.jsonl."""
+"""The most bytes of a line of events.jsonl or answers.jsonl."""
 MAX_TEXT = 1 << 20
-"""Characters of one text of an event or a summary."""
+"""The most characters of a text in an event or a summary."""
 
 Name = Annotated[
     str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")
@@ -29,8 +29,7 @@ Seconds = Annotated[float, Field(ge=0, lt=1e11, allow_inf_nan=False)]
 
 
 class Record(BaseModel):
-    """A table of which these entries are read. Others may stand beside them; nothing is
-    converted."""
+    """A table with the entries that are read. Other entries are allowed; nothing is converted."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -49,7 +48,7 @@ class MetricsEvent(Event):
     stage: Name
     step: Step
     metrics: dict[Name, float | None]
-    """NaN and infinity are there where a run diverged."""
+    """NaN and infinity are allowed: a run that diverged has them."""
     phases: dict[Name, float | None] | None = None
     seconds: Seconds = 0.0
 
@@ -87,7 +86,7 @@ class Clip(Record):
 
 
 class OwnMetric(Record):
-    """A metric of the user's own, as the run described it."""
+    """A user-defined metric, as the run described it."""
 
     name: Name
     label: Name
@@ -98,7 +97,7 @@ class OwnMetric(Record):
 
 
 class DefinitionsEvent(Event):
-    """What readers must know of parts that they cannot import."""
+    """Descriptions of user-defined parts, which a reader cannot import."""
 
     stage: Name
     clip: Clip | None = None
@@ -237,7 +236,7 @@ class PolicyRecord(Record):
 
 
 class ResolvedConfig(Record):
-    """What readers use of a resolved config; the rest is only shown."""
+    """The entries of a resolved config that readers use; the rest is only displayed."""
 
     recipe: list[Name] = []
     algorithm: AlgorithmRecord = AlgorithmRecord()

@@ -1,4 +1,4 @@
-"""The rollouts of a step, from the table that has a row per token."""
+"""Summaries of a step's rollouts, computed from the table with a row per token."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ TOKEN_COLUMNS = {
         Column("number"),
     ),
 }
-"""Of a file of rollouts."""
+"""The columns of a file of rollouts."""
 IN_SHORT = (
     "sample",
     "id",
@@ -41,20 +41,20 @@ IN_SHORT = (
     "clipped",
     "advantage",
 )
-"""Those of which a sample in short is made."""
+"""The columns that a `Sample` is computed from."""
 MAX_SAMPLES = 100_000
-"""Of one step."""
+"""The most samples of one step that are read."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One rollout of a step, in short."""
+    """A summary of one rollout of a step."""
 
     number: int
     id: str
     group: int
     score: float
-    """NaN where it is not known."""
+    """NaN where there is none."""
     components: Mapping[str, float | None]
     prompt: str
     response: str
@@ -63,12 +63,12 @@ class Sample:
     kl: float | None
     clipped: int
     advantage: float | None
-    """The mean over its tokens."""
+    """The mean over the response tokens."""
 
 
 def samples_of(table: Any) -> list[Sample]:
-    """Return the rollouts in short, in their order: a rollout is a run of rows with the same sample
-    number."""
+    """Return a summary of each rollout, in their order. A rollout is a sequence of rows with the
+    same sample number."""
     import numpy as np
     import pyarrow as pa
 

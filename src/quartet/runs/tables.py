@@ -1,4 +1,4 @@
-"""Runs, rollouts and tokens as tables in a terminal."""
+"""Tables of runs, rollouts and tokens for a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ COLUMNS = {
     "entropy": 2,
 }
 COLUMNS |= {"logprob": 2, "ref_logprob": 2}
-"""The most important first, with their decimals: as many are shown as the screen has room for."""
+"""Columns with their decimals, the most important first; as many are shown as fit the screen."""
 TOKEN_WIDTH, NUMBER_WIDTH, CASE_WIDTH = 18, 10, 60
 
 
@@ -35,9 +35,9 @@ def decimal(value: float | None, places: int) -> str:
 
 
 def token_rows(sample: Mapping[str, Sequence[Any]], cases: Sequence[str], width: int) -> Table:
-    """A row per token of the response, coloured by its advantage; a prompt is one row. On a wide
-    screen what the update did is said in words, on a narrow one by an arrow, and an x where the
-    clip stopped it."""
+    """Return a table with a row per response token, coloured by its advantage, and one row for the
+    prompt. A wide screen has a phrase on what the update did; a narrow one has an arrow, and an x
+    where the clip stopped the update."""
     wordy = width >= TOKEN_WIDTH + NUMBER_WIDTH * len(COLUMNS) + CASE_WIDTH
     room = (width - TOKEN_WIDTH - (CASE_WIDTH if wordy else 4)) // NUMBER_WIDTH
     there = [c for c in COLUMNS if any(v is not None for v in sample[c])][: max(room, 1)]
@@ -75,7 +75,7 @@ def token_rows(sample: Mapping[str, Sequence[Any]], cases: Sequence[str], width:
 
 
 def sample_table(samples: "Sequence[Sample]", step: int) -> Table:
-    """The rollouts of a step, the best first."""
+    """Return a table of a step's rollouts, the highest score first."""
     table = Table(
         title=f"step {step}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )

@@ -1,9 +1,9 @@
-"""Files that someone else wrote: opened without following links, parsed within bounds, checked
-piece by piece.
+"""Reading untrusted files: opened without following links, parsed within limits, checked entry by
+entry.
 
-A run folder may be damaged, or made to harm its reader. Every read of one goes through here:
-`Folder` opens, `parse_json` and `parse_toml` parse, `checked` takes out what is not of the type
-that the reader needs. Each says in a sentence what it refused.
+A run folder may be damaged, or made to harm its reader. All reads of one go through here: `Folder`
+opens, `parse_json` and `parse_toml` parse, `checked` removes entries of a wrong type. Each returns
+or raises a sentence about what it refused.
 """
 
 import errno
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 MAX_DEPTH = 50
-"""Tables or lists within each other."""
+"""The deepest nesting of tables and lists."""
 MAX_WHOLE = 1 << 63
-"""What an Arrow or JavaScript number has no room for is no number of a run."""
+"""Larger integers are refused: Arrow and JavaScript cannot hold them."""
 MAX_NAMES = 200_000
-"""Entries of a folder that are looked at."""
+"""The most entries of a folder that are listed."""
 MAX_ENTRIES = 100_000
-"""Entries of all tables and lists of one JSON or TOML value."""
+"""The most entries of all tables and lists in one JSON or TOML value."""
 MAX_DOCUMENT = 4 << 20
-"""Bytes of a JSON file that is read at once."""
+"""The most bytes of a JSON file."""
 MAX_CONFIG = 512 << 10
-"""Bytes of a config."""
+"""The most bytes of a config."""
 SHOWN = 60
-"""Characters of a name in a sentence."""
+"""The most characters of a name in a sentence."""
 
 NO_FOLLOW = (
     getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -55,12 +55,11 @@ KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 LONG_KEY = re.compile(r"""(?:\.[ \t]*(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*){20}""")
-"""A dotted key of twenty parts: the time that tomllib takes for one grows with the square of its
-length."""
+"""A dotted key of twenty parts or more. tomllib needs time quadratic in the number of parts."""
 
 
 class Unreadable(QuartetError, ValueError):
-    """A file that cannot be read; the message goes on behind the file's name."""
+    """A file cannot be read. The message is a phrase that follows the file's name."""
 
 
 class Folder:
@@ -130,8 +129,8 @@ class Folder:
 
 
 class _Place:
-    """A folder that was reached step by step, no step over a link. Where the system opens nothing
-    relative to an open folder (Windows), each step is looked at before it is taken."""
+    """A folder that was reached step by step without following a link. Where the system cannot open
+    a file relative to an open folder (Windows), each step is checked with lstat first."""
 
     def __init__(self, root: Path, parents: Sequence[str]) -> None:
         self.path = root
@@ -267,7 +266,8 @@ def checked(adapter: "TypeAdapter[Any]", value: Any) -> tuple[Any, list[str]]:
 
 
 def _existing(value: Any, path: Sequence[Any]) -> tuple[Any, ...]:
-    """The longest beginning of the path that is there; the rest of it names types."""
+    """Return the longest prefix of the path that exists in the value; pydantic appends type
+    names."""
     for i, key in enumerate(path):
         listed = isinstance(value, list) and isinstance(key, int) and key < len(value)
         if listed or (isinstance(value, dict) and key in value):
@@ -278,7 +278,7 @@ def _existing(value: Any, path: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _remove(value: Any, path: Sequence[Any]) -> None:
-    """Nothing happens where a container of it was removed before."""
+    """Delete the entry at the path, unless one of its containers was deleted before."""
     for key in path[:-1]:
         if not (isinstance(value, dict) and key in value) and not (
             isinstance(value, list) and key < len(value)

@@ -1,5 +1,6 @@
-"""The pages and what they are made from. Only this machine by default, and nothing is written. One
-question costs something: that to a model is a POST, from the studio's own pages."""
+"""The studio's pages and its JSON addresses. By default only this machine can open them, and
+nothing is written. The one costly request, which runs a model, is a POST that only the studio's own
+pages may send."""
 
 import html as markup
 import secrets
@@ -40,15 +41,15 @@ HEADERS = {
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-"""Only files of the studio run as scripts: what a model wrote cannot."""
+"""Headers of every page. Only the studio's own files run as scripts, so a model's text cannot."""
 
 
 class BadQuestion(QuartetError, ValueError):
-    """An address that asks for something in a form that cannot be understood."""
+    """A parameter in the address has a wrong form."""
 
 
 class Pages:
-    """A method per page: a request in, HTML or plain values out."""
+    """A method per page. Each takes a request and returns HTML or plain values."""
 
     def __init__(self, library: Library) -> None:
         self.library = library
@@ -61,7 +62,8 @@ class Pages:
         return HTMLResponse(text, status, HEADERS)
 
     def answering(self, make: Callable[[Request], Any]) -> Callable[[Request], Awaitable[Response]]:
-        """Files are read in a thread; what is not there is said, not raised."""
+        """Return a request handler that calls `make` in a thread. Errors become a page or JSON with
+        a sentence."""
 
         async def respond(request: Request) -> Response:
             try:
@@ -80,7 +82,7 @@ class Pages:
         return respond
 
     def _one_at_a_time(self, make: Callable[[Request], Any], request: Request) -> Any:
-        """A run must not grow while a page is made of it."""
+        """Call `make` under a lock, so that no run is refreshed while a page is made from it."""
         with self.lock:
             return make(request)
 
@@ -193,8 +195,8 @@ class Pages:
         return {"inspector": views.inspector(run, rows), "glance": views.glance(rows)}
 
     async def first_answer(self, request: Request) -> Response:
-        """What the policy that RL started from says to a rollout's prompt. Pages are served while
-        it thinks."""
+        """Return the initial policy's greedy response to a rollout's prompt. Pages are served
+        meanwhile."""
         asked_from = request.headers.get("origin")
         if asked_from is not None and urlsplit(asked_from).netloc != request.headers.get("host"):
             return JSONResponse(
@@ -225,7 +227,7 @@ class Pages:
         return run, rows["token_id"][:begin]
 
     def token_history(self, request: Request) -> dict[str, Any]:
-        """One token of a probe through training."""
+        """Return the numbers of one token of a probe over the steps of training."""
         run = self.run_of(request)
         sample, position = _whole(request, "sample", 0), _whole(request, "position", 0)
         made: dict[str, list[Any]] = {
@@ -316,7 +318,7 @@ class Pages:
 
 
 class TokenNeeded:
-    """Answers nobody who does not bring the token: once in the address, `?token=…`, then in a
+    """Refuses requests without the token, which is first in the address, `?token=…`, and then in a
     cookie."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
@@ -348,8 +350,9 @@ COOKIE = "quartet_studio"
 def make_app(
     roots: Sequence[Path], hosts: Sequence[str] = LOOPBACK, token: str | None = None
 ) -> Starlette:
-    """`token`: what a browser must bring; None asks for nothing."""
-    import pyarrow.parquet  # noqa: F401  now, and not while somebody waits for the first page
+    """Return the app over the runs in these folders. `token` is what a browser must send; None
+    means that no token is needed."""
+    import pyarrow.parquet  # noqa: F401  imported now, so that the first page does not wait
 
     pages = Pages(Library(roots))
     addresses = {
@@ -402,8 +405,8 @@ def _kind(request: Request) -> str:
 
 
 def _overlaid(chosen: Sequence[Run]) -> list[dict[str, Any]]:
-    """A chart per metric that at least two runs have in their first stage to look at, a line per
-    run."""
+    """Return a chart for each metric that at least two runs have in their main stage, with a line
+    per run."""
     stages = [(run, run.main_stage) for run in chosen]
     there = [(run, stage) for run, stage in stages if stage is not None]
     made = []
@@ -436,7 +439,7 @@ def _overlaid(chosen: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _same_prompts(chosen: Sequence[Run]) -> list[dict[str, Any]]:
-    """The runs' answers to prompts that all of them were evaluated on."""
+    """Return the runs' responses to prompts that all of them were evaluated on."""
     if len(chosen) < 2:
         return []
     by_prompt = [{row["prompt"]: row["after"] for row in run.answers()} for run in chosen]

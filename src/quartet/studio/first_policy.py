@@ -1,6 +1,6 @@
-"""What the policy that RL started from answers to a prompt.
+"""Responses of the policy that RL started from.
 
-It is asked in a process of its own, so that the studio imports no torch and its memory stays small.
+The model runs in a process of its own, so that the studio imports no torch and stays small.
 """
 
 import json
@@ -18,24 +18,24 @@ from quartet.runs.reader import NoRun, Run
 from quartet.runs.untrusted import Folder, printable
 
 PATIENCE = 300
-"""Seconds in which a model must be loaded and have answered."""
+"""Seconds within which the model must be loaded and have answered."""
 KEPT = 500
-"""Answers that are remembered."""
+"""The number of cached answers."""
 WAITING = 8
-"""Questions that may wait, with the one that is being answered; a further one is refused."""
+"""The most questions in flight, including the one being answered; a further one is refused."""
 
 
 class NoAnswer(QuartetError, RuntimeError):
-    """The model could not be asked; the message is a sentence for a person."""
+    """The model could not be asked. The message is a sentence for the user."""
 
 
 class Busy(NoAnswer):
-    """As many questions wait as may."""
+    """Too many questions are waiting."""
 
 
 def folder_of(run: Run) -> Path | None:
-    """Where that policy is: the run's own SFT model, else the model it was given, where it is on
-    this machine."""
+    """Return the folder of the initial policy: the run's SFT model, else the model that it was
+    given, if it is on this machine; None otherwise."""
     given = run.config.get("policy", {}).get("model")
     own: list[Path] = [run.path / "sft"] if Folder(run.path).is_plain("sft") else []
     folders: list[Path] = [*own, *([Path(given)] if given else [])]
@@ -49,8 +49,8 @@ def folder_of(run: Run) -> Path | None:
 
 
 class FirstPolicies:
-    """One question at a time, in a thread of its own: those that wait take none from the pages. An
-    answer that was given once is remembered."""
+    """Asks initial policies, one question at a time. Waiting questions have a thread limit of their
+    own, so they do not block pages. Answers are cached."""
 
     def __init__(self) -> None:
         self._one = CapacityLimiter(1)

@@ -1,4 +1,4 @@
-"""The runs of some folders, each opened once and read on as it grows."""
+"""The runs of some folders. Each is opened once and refreshed as it grows."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -8,19 +8,19 @@ from quartet.runs.reader import NoRun, Run, find_runs
 from quartet.runs.untrusted import printable
 
 KEPT_OPEN = 200
-"""Runs whose metrics stay in memory."""
+"""The most runs whose metrics stay in memory."""
 
 
 class Library:
-    """Runs are asked for by name, and a name is looked up, never joined to a path."""
+    """Finds runs by name. A name is looked up in a listing and never joined to a path."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
         self.roots = roots
         self._open: OrderedDict[str, Run] = OrderedDict()
 
     def paths(self) -> dict[str, Path]:
-        """The folder of each run by its name, the newest first of each root; of a name that two
-        roots have, the second comes with its root's."""
+        """Return the run folders by name, the newest of each root first. Where two roots have the
+        same name, the second is listed with its root's name before it."""
         made: dict[str, Path] = {}
         for root in self.roots:
             for path in find_runs(root):
@@ -29,7 +29,7 @@ class Library:
         return made
 
     def run(self, name: str) -> Run:
-        """Up to date. NoRun where it is not there, or cannot be read."""
+        """Return a run, refreshed. Raises NoRun where it does not exist or cannot be read."""
         path = self.paths().get(name)
         if path is None:
             self._open.pop(name, None)
@@ -51,7 +51,7 @@ class Library:
         return self._open[name]
 
     def runs(self) -> list[tuple[str, Run | NoRun]]:
-        """All by name; in place of a run that cannot be read, the reason."""
+        """Return all runs with their names; the error in place of a run that cannot be read."""
         made: list[tuple[str, Run | NoRun]] = []
         for name, path in self.paths().items():
             try:

@@ -1,4 +1,4 @@
-"""Templates and the chart library: what pages and report are rendered with."""
+"""The templates and the chart library of pages and reports."""
 
 import functools
 import importlib.util
@@ -15,8 +15,7 @@ from quartet.studio.views import number, shortened
 
 @functools.cache
 def templates() -> Environment:
-    """The templates of pages and report, each compiled once. Everything that is put into them is
-    escaped."""
+    """Return the templates, each compiled once. Every value that is inserted is escaped."""
     made = Environment(
         loader=PackageLoader("quartet.studio"),
         autoescape=True,
@@ -30,19 +29,19 @@ def templates() -> Environment:
 
 
 def json_text(value: Any, **more: Any) -> str:
-    """Return JSON as browsers know it: null in place of what is infinite or no number."""
+    """Return JSON with null for NaN and infinity, which browsers do not accept."""
     return json.dumps(finite(value), allow_nan=False, **more)
 
 
 def plotly_file() -> Path:
-    """Of Plotly's Python package: nothing comes from elsewhere."""
+    """Return Plotly's JavaScript file from its Python package, so that nothing is downloaded."""
     found = importlib.util.find_spec("plotly")
     assert found is not None and found.origin is not None
     return Path(found.origin).parent / "package_data" / "plotly.min.js"
 
 
 def ago(when: float | None) -> str:
-    """How long since, in words."""
+    """Return how long ago a time was, in words."""
     if when is None:
         return ""
     seconds = max(0.0, time.time() - when)

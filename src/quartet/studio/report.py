@@ -1,4 +1,4 @@
-"""One HTML file that says what a run did, to somebody who was not there."""
+"""The report: one HTML file that explains a run to a reader who did not follow it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +14,9 @@ from quartet.studio import views
 from quartet.studio.rendering import json_text, plotly_file, templates
 
 ROLLOUTS = 10
-"""How many are shown token by token."""
+"""The number of rollouts that are shown token by token."""
 CHARTS = 4
-"""Of each stage."""
+"""The number of charts of each stage."""
 
 STAGES = {
     "sft": "Supervised fine-tuning: the model imitates demonstrations. The loss is the surprise at "
@@ -39,7 +39,7 @@ COMPARISONS = (
 
 
 def write_report(run: Run) -> Path:
-    """`report.html` in the run's folder; it needs nothing beside it."""
+    """Write `report.html` into the run's folder and return its path. The file needs no other."""
     path, page = run.path / "report.html", report(run)
     beside = path.with_suffix(".tmp")
     beside.unlink(missing_ok=True)  # a link would be written through
@@ -63,7 +63,7 @@ def report(run: Run) -> str:
     found = examine(run)
     figures = [chart["figure"] for stage in stages for chart in stage["charts"]]
     line = frontier(run)
-    rollouts = [_rollout(run, step, number) for step, number in told(run)]
+    rollouts = [_rollout(run, step, number) for step, number in chosen_rollouts(run)]
     if line["data"]:
         figures.append(line)
     return (
@@ -94,7 +94,7 @@ def report(run: Run) -> str:
 
 
 def verdict(run: Run, found: Sequence[Finding]) -> list[str]:
-    """What was trained on what, what came of it, and whether to trust it."""
+    """Return sentences on what was trained on which data, the result, and whether to trust it."""
     config = run.config
     data = config.get("data", {})
     train = data.get("train")
@@ -138,9 +138,9 @@ def verdict(run: Run, found: Sequence[Finding]) -> list[str]:
     return said
 
 
-def told(run: Run) -> list[tuple[int, int]]:
-    """Rollouts that tell the story: of the first, the middle and the last step the best and the
-    worst, of the last more."""
+def chosen_rollouts(run: Run) -> list[tuple[int, int]]:
+    """Choose the rollouts of the report, as (step, sample): the best and the worst of the first and
+    the middle step, and more of the last step."""
     steps = run.steps()
     if not steps:
         return []
@@ -170,7 +170,7 @@ def _rollout(run: Run, step: int, number: int) -> dict[str, Any]:
 
 
 def _shaded(run: Run, rows: Mapping[str, Sequence[Any]]) -> Any:
-    """Each token's text, colour by its advantage, and what one reads when one points at it."""
+    """Yield each token's text, its colour by its advantage, and its tooltip."""
     there = sorted(abs(a) for a in rows["advantage"] if a is not None)
     most = there[int(0.97 * (len(there) - 1))] if there else 1.0
     for i, (text, advantage, case) in enumerate(

@@ -12,24 +12,24 @@ from quartet.runs.reader import Run, Sample
 
 WORST_PAIRS = 12
 SAMPLES_SHOWN = 200
-"""Rows of a page of samples."""
+"""The most rows of a page of samples."""
 TEXT_SHOWN = 4_000
-"""Characters of a prompt or response in a list."""
+"""The most characters of a prompt or response in a list."""
 TOKEN_TEXT_SHOWN = 400
-"""Characters of one token."""
+"""The most characters of one token."""
 TOKENS_SHOWN = 50_000
-"""Tokens of one sample that a page can hold."""
+"""The most tokens of one sample on a page."""
 
 
 @dataclass(frozen=True)
 class TokenColumn:
-    """A number of each token, as the inspector shows it."""
+    """A per-token number and how the inspector shows it."""
 
     name: str
     label: str
     what: str
     scale: str
-    """How it colours the text: around 0, around 1, upwards from 0, or none."""
+    """The colour scale: "zero" (diverging around 0), "one" (around 1) or "up" (from 0)."""
 
 
 TOKEN_COLUMNS = (
@@ -87,7 +87,7 @@ TOKEN_COLUMNS = (
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """As a person reads it; a dash where there is none."""
+    """Return a value as text; a dash where there is none."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -103,7 +103,7 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def run_row(run: Run) -> dict[str, Any]:
-    """A row of the list of runs."""
+    """Return the row of a run in the list of runs."""
     stage = run.main_stage
     series = run.series[stage] if stage else None
     curve, label = None, ""
@@ -129,7 +129,7 @@ def run_row(run: Run) -> dict[str, Any]:
 
 
 def unreadable_row(name: str, sentence: str) -> dict[str, Any]:
-    """A row of the list of runs for a folder whose record cannot be read."""
+    """Return the row in the list of runs of a folder whose record cannot be read."""
     empty: dict[str, Any] = {
         "recipe": "",
         "stage": None,
@@ -164,7 +164,7 @@ HEADLINE = (
 
 
 def headline(run: Run) -> list[tuple[str, str]]:
-    """The last numbers of the stage to look at first, and the win rate."""
+    """Return the last values of the main stage's most important metrics, and the win rate."""
     stage = run.main_stage
     made = []
     if stage is not None:
@@ -182,7 +182,7 @@ def headline(run: Run) -> list[tuple[str, str]]:
 
 
 def sparkline(values: Sequence[float], width: int = 120, height: int = 28) -> str:
-    """The points of an SVG line."""
+    """Return the points of an SVG polyline."""
     shown = [v for v in values if math.isfinite(v)]
     if len(shown) < 2:
         return ""
@@ -197,7 +197,7 @@ def sparkline(values: Sequence[float], width: int = 120, height: int = 28) -> st
 
 
 def overview(run: Run, stage: str) -> list[dict[str, Any]]:
-    """The charts of a stage, each with what its metrics mean."""
+    """Return the charts of a stage, each with the meanings of its metrics."""
     series = run.series[stage]
     made = [
         {
@@ -227,14 +227,14 @@ SORTS = {
 
 
 def sorted_samples(samples: Sequence[Sample], sort: str, words: str) -> list[Sample]:
-    """Those that contain the words, in the order asked for."""
+    """Return the samples that contain the words, in the order that `sort` names."""
     found = [s for s in samples if words.lower() in (s.prompt + s.response + s.id).lower()]
     return sorted(found, key=SORTS.get(sort, SORTS["number"])[1])
 
 
 def inspector(run: Run, sample: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """One rollout for the page of tokens: the texts, a list of numbers per column, and what
-    happened to each token in words. Of more than TOKENS_SHOWN tokens the first."""
+    """Return one rollout for the page of tokens: texts, a list of numbers per column, and a phrase
+    on what the update did to each token. At most TOKENS_SHOWN tokens."""
     sample = {name: column[:TOKENS_SHOWN] for name, column in sample.items()}
     begin = (
         sample["is_response"].index(True) if True in sample["is_response"] else len(sample["text"])
@@ -261,8 +261,7 @@ def inspector(run: Run, sample: Mapping[str, list[Any]]) -> dict[str, Any]:
 
 
 def glance(sample: Mapping[str, list[Any]]) -> list[str]:
-    """One rollout in a few sentences: what it earned, what the critic thought, what the update
-    did."""
+    """Describe one rollout in a few sentences: its score, the critic's values, and the update."""
     own = [i for i, mine in enumerate(sample["is_response"]) if mine]
     if not own:
         return ["The response is empty."]
@@ -316,7 +315,7 @@ def _quoted(sample: Mapping[str, list[Any]], place: int) -> str:
 
 
 def judged(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a reward model got right and wrong of held-out pairs."""
+    """Return a reward model's accuracy on held-out pairs, and the pairs where it is most wrong."""
     margins = [p["chosen_score"] - p["rejected_score"] for p in pairs]
     longer = [
         m for m, p in zip(margins, pairs, strict=True) if p["chosen_tokens"] > p["rejected_tokens"]
@@ -342,7 +341,7 @@ def judged(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def right(margins: Sequence[float]) -> float | None:
-    """The share above 0; a tie counts half."""
+    """Return the share of margins above 0; a tie counts half."""
     return (
         sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins) / len(margins)
         if margins
@@ -362,7 +361,7 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """The keys in which several configs differ, with the value of each."""
+    """Return the keys in which configs differ, with the value in each config."""
     flat = [dict(_flat(config)) for config in configs]
     keys = sorted({key for table in flat for key in table})
     rows = [(key, [str(table.get(key, "–")) for table in flat]) for key in keys]
