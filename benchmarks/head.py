@@ -68,7 +68,7 @@ def measure(way: str, vocabulary: int, size: int, positions: int) -> dict[str, f
     return {
         "seconds": seconds,
         "mb": peak,
-        "sum": float(logprobs.sum()),
+        "sum": float(logprobs.detach().sum()),
         "norm": float(hidden.grad.norm()),
     }
 
