@@ -38,9 +38,9 @@ STEPS = [
 ]
 ENGINES: dict[str, list[str]] = {
     "Local": [],
-    "in parts (FSDP2), 1 process": ["launch.shard=true"],
+    "sharded (FSDP2), 1 process": ["launch.shard=true"],
     "2 processes": ["launch.processes=2"],
-    "in parts, 2 processes": ["launch.processes=2", "launch.shard=true"],
+    "sharded, 2 processes": ["launch.processes=2", "launch.shard=true"],
     "Ray, 1 actor": ["launch.type=ray"],
     "Ray, 2 actors": ["launch.type=ray", "launch.processes=2"],
     "staleness 1": ["rollout.staleness=1"],
