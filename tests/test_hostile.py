@@ -200,12 +200,12 @@ def test_a_full_disk_is_said_with_what_is_needed_and_what_there_is(tmp_path, mon
 
 
 def test_a_package_that_is_too_old_is_named_with_what_to_install(monkeypatch):
-    assert machine.unmet() == []
+    assert machine.unmet_requirements() == []
     real = machine.metadata.version
     monkeypatch.setattr(
         machine.metadata, "version", lambda name: "2.4.0" if name == "torch" else real(name)
     )
-    [said] = machine.unmet()
+    [said] = machine.unmet_requirements()
     need = next(
         Requirement(line)
         for line in machine.metadata.requires("quartet-rlhf")

@@ -219,7 +219,7 @@ def _job(settings: "Settings", fault: str | None) -> "Job":
     from quartet.launch.start import job_of
     from quartet.runtime.machine import keep_freed_memory
 
-    keep_freed_memory(in_parts=bool(settings.config.launch.shard))
+    keep_freed_memory(sharded=bool(settings.config.launch.shard))
     return job_of(settings.config, fault)
 
 

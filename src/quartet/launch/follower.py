@@ -41,7 +41,7 @@ def run_follower(place: Place, deadline: float, folder: Path, fault: str | None)
     from quartet.runtime.worker import Worker
 
     config = read_settings(folder / "config.resolved.toml").config
-    keep_freed_memory(in_parts=bool(config.launch.shard))
+    keep_freed_memory(sharded=bool(config.launch.shard))
     store = store_at(place.host, place.port)
     process_group = TorchProcessGroup(place.rank, place.world_size)
     job = build(config, fault, process_group)

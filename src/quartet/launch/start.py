@@ -26,7 +26,7 @@ from quartet.launch.store import own_store, store_at
 from quartet.runtime.faults import FAULTS
 from quartet.runtime.job import Job
 from quartet.runtime.lifecycle import CannotRun
-from quartet.runtime.machine import unmet
+from quartet.runtime.machine import unmet_requirements
 from quartet.runtime.worker import LocalWorkers, Worker, WorkerGroup
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -60,7 +60,7 @@ def job_of(
     Raises `CannotRun` if what is installed does not fit or there is no such fault, and the errors
     of `build`.
     """
-    if problems := unmet():
+    if problems := unmet_requirements():
         raise CannotRun("\n".join(problems))
     if fault is not None and fault not in FAULTS:
         raise CannotRun(f"--break {fault}: known are {', '.join(FAULTS)}.")

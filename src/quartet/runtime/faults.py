@@ -1,8 +1,7 @@
-"""The fault lab: the usual mistakes of PPO on language models, planted on purpose, so that the
-doctor can be seen to find them.
+"""Common mistakes of PPO on language models, planted on purpose to see that the doctor finds them.
 
-Each takes the components of an RL stage and spoils one of them. `quartet run … --break NAME` is for
-teaching and for tests.
+Each function takes the components of an RL stage and breaks one of them. `quartet run … --break
+NAME` plants one; it is meant for teaching and for tests.
 """
 
 import copy
@@ -19,7 +18,7 @@ from quartet.stages.rl import RLComponents
 
 
 def temperature(components: RLComponents) -> None:
-    """The sampler draws at 0.6 of the temperature that the learner reckons with."""
+    """The sampler uses 0.6 of the temperature that the learner divides by."""
     _resample(
         components,
         lambda sampling: dataclasses.replace(sampling, temperature=0.6 * sampling.temperature),
@@ -27,7 +26,7 @@ def temperature(components: RLComponents) -> None:
 
 
 def greedy(components: RLComponents) -> None:
-    """The sampler takes the most probable token, and reports its probability under the policy."""
+    """The sampler always takes the most probable token, but reports the policy's log-prob of it."""
     _resample(components, lambda sampling: dataclasses.replace(sampling, top_k=1))
     _rescore(
         components, lambda batch: dataclasses.replace(batch, rollout_logprobs=batch.old_logprobs)
@@ -35,13 +34,13 @@ def greedy(components: RLComponents) -> None:
 
 
 def eos(components: RLComponents) -> None:
-    """The sampler does not know where to stop."""
-    generator = _plain(components, "eos")
+    """The sampler knows no end-of-sequence token, so responses end at the length limit only."""
+    generator = _native_generator(components, "eos")
     generator.stop_ids = generator.stop_ids[:0]
 
 
 def shift(components: RLComponents) -> None:
-    """The old log-probs stand one token too late."""
+    """The old log-probs are shifted right by one token."""
     _rescore(
         components,
         lambda batch: dataclasses.replace(batch, old_logprobs=batch.old_logprobs.roll(1, dims=1)),
@@ -49,15 +48,15 @@ def shift(components: RLComponents) -> None:
 
 
 def stale(components: RLComponents) -> None:
-    """The sampler never gets new weights."""
-    generator = _plain(components, "stale")
+    """The sampler keeps the weights of the start: updates never reach it."""
+    generator = _native_generator(components, "stale")
     generator.model = copy.deepcopy(generator.model)
 
 
 def reference(components: RLComponents) -> None:
-    """The reference is another model than RL starts from."""
+    """The reference is not the model that RL starts from: its weights have 10 % noise."""
     if components.learner.reference is None:
-        raise ValueError("--break reference: this algorithm has no reference.")
+        raise ValueError("--break reference: this algorithm has no reference model.")
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in components.learner.reference.parameters():
@@ -65,19 +64,19 @@ def reference(components: RLComponents) -> None:
 
 
 def leak(components: RLComponents) -> None:
-    """The tokens of the prompt count as the response's."""
+    """The response mask includes the tokens of the prompt."""
 
-    def everything(batch: Batch) -> Batch:
-        places = torch.arange(batch.tokens.shape[1], device=batch.lengths.device)
+    def mask_all_tokens(batch: Batch) -> Batch:
+        positions = torch.arange(batch.tokens.shape[1], device=batch.lengths.device)
         return dataclasses.replace(
-            batch, response_mask=(places > 0) & (places < batch.lengths[:, None])
+            batch, response_mask=(positions > 0) & (positions < batch.lengths[:, None])
         )
 
-    _rescore(components, everything)
+    _rescore(components, mask_all_tokens)
 
 
 def sign(components: RLComponents) -> None:
-    """The loss is maximised."""
+    """The advantages have the wrong sign, so the update lowers the reward."""
     _relearn(
         components,
         lambda experience: dataclasses.replace(experience, advantages=-experience.advantages),
@@ -85,30 +84,30 @@ def sign(components: RLComponents) -> None:
 
 
 def broadcast(components: RLComponents) -> None:
-    """A [B, 1] met a [B]: every response is paid for its neighbour's."""
+    """Each response is trained with the advantages and returns of its neighbour, as a wrong
+    broadcast of `[B, 1]` with `[B]` does it."""
 
-    def neighbour(experience: Experience) -> Experience:
+    def roll_rows(experience: Experience) -> Experience:
         returns = None if experience.returns is None else experience.returns.roll(1, dims=0)
         return dataclasses.replace(
             experience, advantages=experience.advantages.roll(1, dims=0), returns=returns
         )
 
-    _relearn(components, neighbour)
+    _relearn(components, roll_rows)
 
 
 def dropout(components: RLComponents) -> None:
-    """The update sees a policy with noise in it."""
+    """The policy's log-probs have noise of 0.05 in the update, as with dropout left on."""
     forward = components.learner.models.forward
 
-    def noisy(*arguments: Any, **named: Any) -> Any:
-        now = forward(*arguments, **named)
-        if not torch.is_grad_enabled():
-            return now
-        return dataclasses.replace(
-            now, logprobs=now.logprobs + 0.05 * torch.randn_like(now.logprobs)
-        )
+    def noisy_forward(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        if not torch.is_grad_enabled():  # scoring is without noise
+            return outputs
+        noise = 0.05 * torch.randn_like(outputs.logprobs)
+        return dataclasses.replace(outputs, logprobs=outputs.logprobs + noise)
 
-    components.learner.models.forward = noisy  # type: ignore[method-assign]
+    components.learner.models.forward = noisy_forward  # type: ignore[method-assign]
 
 
 FAULTS: dict[str, Callable[[RLComponents], None]] = {
@@ -117,29 +116,33 @@ FAULTS: dict[str, Callable[[RLComponents], None]] = {
 }
 
 
-def _plain(components: RLComponents, fault: str) -> Any:
+def _native_generator(components: RLComponents, fault: str) -> Any:
+    """Return the native generator of the components. Raises ValueError if they have another."""
     if not isinstance(components.generator, NativeGenerator):
-        raise ValueError(f"--break {fault}: is planted in answers of one turn only.")
+        raise ValueError(f"--break {fault}: needs the native generator and responses of one turn.")
     return components.generator
 
 
-def _resample(components: RLComponents, spoil: Callable[[Sampling], Sampling]) -> None:
+def _resample(components: RLComponents, change: Callable[[Sampling], Sampling]) -> None:
+    """Change the sampling settings that the generator gets."""
     generator: Any = components.generator
     generate = generator.generate
     generator.generate = lambda prompts, sampling, *count: generate(
-        prompts, spoil(sampling), *count
+        prompts, change(sampling), *count
     )
 
 
-def _rescore(components: RLComponents, spoil: Callable[[Batch], Batch]) -> None:
+def _rescore(components: RLComponents, change: Callable[[Batch], Batch]) -> None:
+    """Change the batches that the learner scores."""
     score = components.learner.score
-    components.learner.score = lambda rollouts, algorithm: spoil(score(rollouts, algorithm))  # type: ignore[method-assign]
+    components.learner.score = lambda rollouts, algorithm: change(score(rollouts, algorithm))  # type: ignore[method-assign]
 
 
-def _relearn(components: RLComponents, spoil: Callable[[Experience], Experience]) -> None:
+def _relearn(components: RLComponents, change: Callable[[Experience], Experience]) -> None:
+    """Change the experience that the learner trains on."""
     update = components.learner.update
 
-    def spoiled(experience: Experience, algorithm: Any) -> Any:
-        return update(spoil(experience), algorithm)
+    def changed_update(experience: Experience, algorithm: Any) -> Any:
+        return update(change(experience), algorithm)
 
-    components.learner.update = spoiled  # type: ignore[method-assign]
+    components.learner.update = changed_update  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""What the process asks of the machine it runs on."""
+"""The installed packages, and the memory that the C library keeps for this process."""
 
 import ctypes
 import gc
@@ -9,52 +9,56 @@ from typing import Any
 from packaging.requirements import Requirement
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST = 32 * 2**20
-"""Bytes above which glibc asks the system for memory each time whatever it is told."""
-SMALL = 2**20
+MAX_THRESHOLD = 32 * 2**20
+"""The largest mmap threshold that glibc accepts, in bytes: larger blocks always come from the
+system."""
+SHARDED_THRESHOLD = 2**20
 
 
-def unmet() -> list[str]:
-    """What is installed in a version that Quartet does not work with, a sentence each."""
-    found = []
+def unmet_requirements() -> list[str]:
+    """Return a sentence about each required package that is missing or has a wrong version."""
+    problems = []
     for line in metadata.requires("quartet-rlhf") or []:
-        need = Requirement(line)
-        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
+        name, specifier = requirement.name, requirement.specifier
         try:
-            there = metadata.version(need.name)
+            installed = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found.append(f"{need.name} is not installed.")
+            problems.append(f"{name} is not installed.")
             continue
-        if not need.specifier.contains(there, prereleases=True):
-            wanted = f"{need.name}{need.specifier}"
-            found.append(
-                f"{need.name} {there} is installed, Quartet needs {need.specifier}: pip install "
-                f'"{wanted}"'
+        if not specifier.contains(installed, prereleases=True):
+            problems.append(
+                f"{name} {installed} is installed, Quartet needs {specifier}: pip install "
+                f'"{name}{specifier}"'
             )
-    return found
+    return problems
 
 
-def keep_freed_memory(in_parts: bool = False) -> None:
-    """Let freed memory wait for its next use instead of going back to the system. A training step
-    allocates the same tensors over and over; where memory is virtual, having their pages made again
-    cost a tenth of the step. Only for a process that is ours, and only where the C library is
-    glibc; elsewhere nothing happens.
+def keep_freed_memory(sharded: bool = False) -> None:
+    """Keep freed memory in this process for its next use, instead of returning it to the system.
 
-    `in_parts`: but not tensors of a megabyte. Where models are in parts, whole matrices come and go
-    between parts that stay, and the holes they leave were half of a rank's memory.
+    A training step allocates the same tensors again and again; to have the system map their pages
+    anew took a tenth of the step. It changes the whole process, so a program that only imports
+    Quartet does not call it. Does nothing if the C library is not glibc.
+
+    `sharded` returns blocks of a megabyte and more all the same: a sharded model gathers whole
+    matrices and frees them between parameters that stay, and the holes that they left were half of
+    a rank's memory.
     """
     if mallopt := _glibc("mallopt"):
-        mallopt(M_MMAP_THRESHOLD, SMALL if in_parts else LARGEST)
+        mallopt(M_MMAP_THRESHOLD, SHARDED_THRESHOLD if sharded else MAX_THRESHOLD)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def give_back_memory() -> None:
-    """Let go of everything that waits, as after a stage whose models are gone."""
+def return_freed_memory() -> None:
+    """Return all freed memory to the system, as after a stage whose models are no longer needed."""
     gc.collect()
     if malloc_trim := _glibc("malloc_trim"):
         malloc_trim(0)
 
 
 def _glibc(function: str) -> Any:
+    """Return a function of glibc; None if there is no glibc."""
     return getattr(ctypes.CDLL(None), function, None) if sys.platform.startswith("linux") else None

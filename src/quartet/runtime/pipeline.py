@@ -23,7 +23,7 @@ from quartet.recording.trackers import Tracking
 from quartet.runs.doctor import RULES, Watch
 from quartet.runtime.events import Advanced, Event, Finished, StageFailed, Started, Warned
 from quartet.runtime.interruption import Interrupted, Interruption, always
-from quartet.runtime.machine import give_back_memory
+from quartet.runtime.machine import return_freed_memory
 from quartet.runtime.saving import CheckpointTimer, RunningMean, Saving
 from quartet.runtime.worker import LocalWorkers, StepResult, Worker, WorkerGroup, WorkerLost
 from quartet.stages.kinds import kind_of
@@ -73,7 +73,7 @@ class Pipeline:
         first = 0 if since is None else self.checkpoints.stages[since.facts["stage"]]
         for number, stage in enumerate(self.stages[first:], first + 1):
             yield from self._stage(stage, number, since if number == first + 1 else None)
-            give_back_memory()
+            return_freed_memory()
         self._write_cards()
 
     def cut_back(self, since: Checkpoint) -> None:
