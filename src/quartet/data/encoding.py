@@ -1,4 +1,4 @@
-"""Text becomes token ids: here, once, and never again."""
+"""Encodes examples as token ids. Text is tokenized here and nowhere else."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,8 +43,8 @@ class Encoder:
         return self._all(Comparison, self._comparison, examples)
 
     def prompt_ids(self, prompt: Text) -> list[int]:
-        """The ids a policy is given; the beginning-of-sequence token first where the tokenizer
-        wants one, and once."""
+        """Return the ids that the policy is given; the beginning-of-sequence token first where the
+        tokenizer wants one, and once."""
         if not isinstance(prompt, str):
             return render(self.tokenizer, prompt)[0]
         ids = self.tokenizer.encode(prompt, add_special_tokens=False)
@@ -57,8 +57,8 @@ class Encoder:
         return ids
 
     def count(self, text: Text) -> int:
-        """Tokens of a text; of a conversation, as its template writes it; of an answer in messages,
-        of what they say."""
+        """Return the tokens of a text; of a conversation, as its template writes it; of an answer
+        in messages, of what they say."""
         if isinstance(text, str):
             return len(self.tokenizer.encode(text, add_special_tokens=False))
         if text[-1]["role"] == "assistant":
@@ -66,7 +66,7 @@ class Encoder:
         return len(self._prompt_ids(text))
 
     def pieces(self, example: Example) -> list[tuple[str, bool]]:
-        """The example as the model reads it, cut where the loss begins and ends."""
+        """Return the example as the model reads it, cut where the loss begins and ends."""
         answer = next(
             (a for a in (example.completion, example.chosen, example.rejected) if a is not None),
             None,
@@ -179,7 +179,7 @@ class Encoder:
         return ids
 
     def _response(self, prompt: Text, answer: Text, column: str) -> list[int]:
-        """One answer to a prompt."""
+        """Return the ids of one answer to a prompt."""
         response, written = self._turns(prompt, answer, column)
         if not all(written):
             raise DataError(
@@ -189,7 +189,7 @@ class Encoder:
         return response
 
     def _turns(self, prompt: Text, answer: Text, column: str) -> tuple[list[int], list[bool]]:
-        """What follows a prompt, and which of its tokens are the assistant's."""
+        """Return the tokens that follow a prompt, and which of them are the assistant's."""
         if isinstance(answer, str):
             if not answer.strip():
                 raise DataError(f"the {column} is empty, a response of zero tokens.")
@@ -216,6 +216,6 @@ class Encoder:
 
 
 def first_of(refused: dict[str, str]) -> str:
-    """The first row that was refused, and why."""
+    """Return the id of the first row that was refused, and the reason."""
     place, reason = next(iter(refused.items()))
     return f"{place}: {reason}"

@@ -1,4 +1,4 @@
-"""A row of data as it was understood: text or messages, not yet token ids."""
+"""A row of data in Quartet's form: text or messages, not yet token ids."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

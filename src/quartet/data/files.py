@@ -20,8 +20,8 @@ split behind a colon."""
 
 
 def rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a file and where each stands, such as `prefs.jsonl:12`. Lines count from 1; in a
-    parquet file, rows do."""
+    """Yield the rows of a file, each with its place, such as `prefs.jsonl:12`. Lines count from 1;
+    in a parquet file, rows do."""
     name = path.name.lower()
     saved, _, split = str(path).partition(":")
     if is_saved(Path(saved)):
@@ -56,7 +56,7 @@ def rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The data files of a folder and of those in it, by name."""
+    """Return the data files of a folder and its subfolders, sorted by name."""
     found = [
         file
         for file in sorted(folder.rglob("*"))
@@ -70,12 +70,12 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether the package datasets wrote this folder."""
+    """Return whether the package datasets wrote this folder."""
     return (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
 
 
 def _saved(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
-    """Memory-mapped, not loaded."""
+    """Yield the rows of a folder of the package datasets, which is memory-mapped."""
     table = _datasets(folder).load_from_disk(str(folder))
     if isinstance(table, dict):
         if split not in table:
@@ -90,7 +90,7 @@ def _saved(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
 
 
 def _hub(path: Path, name: "re.Match[str]") -> Iterator[tuple[str, Row]]:
-    """Downloaded to the package's cache once, and read from there."""
+    """Yield the rows of a data set of the hub, downloaded once to the cache of the package."""
     datasets = _datasets(path)
     try:
         table = datasets.load_dataset(name["id"], name["config"], split=name["split"] or "train")
@@ -117,7 +117,7 @@ def _datasets(path: Path) -> Any:
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
-    """A list of objects. Read whole: JSON has no lines."""
+    """Yield the objects of a JSON list. The file is read whole, for JSON has no lines."""
     try:
         table = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:

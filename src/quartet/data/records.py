@@ -1,4 +1,4 @@
-"""Encoded rows: token ids, made once."""
+"""Encoded rows: token ids."""
 
 from dataclasses import dataclass
 
@@ -25,4 +25,4 @@ class Comparison:
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
     margin: float = 0.0
-    """How sure the labeller was, where the row says it."""
+    """By how much the chosen side must win, where the row says it."""

@@ -29,7 +29,7 @@ Piece = tuple[str, bool]
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of one part of the rows, in the report's unit."""
+    """The lengths of one part of the rows, in the report's unit."""
 
     median: int
     p95: int
@@ -52,7 +52,7 @@ class Report:
 
 
 def purpose_of(shape: str) -> Purpose:
-    """What rows of a shape are most useful for."""
+    """Return the purpose that rows of a shape serve best."""
     if shape.startswith("comparisons"):
         return "comparisons"
     if shape.startswith("unpaired"):
@@ -62,7 +62,7 @@ def purpose_of(shape: str) -> Purpose:
 
 @dataclass
 class Counted:
-    """What is kept while rows go by."""
+    """Counts over the rows that have been read so far."""
 
     count: Callable[[Text], int]
     shapes: Counter[str] = field(default_factory=Counter)
@@ -72,7 +72,7 @@ class Counted:
     whole: set[int] = field(default_factory=set)
     prompts: set[int] = field(default_factory=set)
     longer: list[int] = field(default_factory=lambda: [0, 0, 0])
-    """Of comparisons: chosen longer, rejected longer, all."""
+    """Numbers of comparisons: the chosen side is longer, the rejected side is longer, all."""
     shown: list[Example] = field(default_factory=list)
 
     def note(self, kind: str, place: str) -> None:
@@ -187,7 +187,7 @@ def report(
 
 
 def _read(path: Path, columns: Mapping[str, str], seen: Counted) -> str | None:
-    """Why reading had to stop, if it had to."""
+    """Return the reason why reading stopped before the end; None where it did not."""
     try:
         for place, row in rows(path):
             if not seen.shapes and (
@@ -210,7 +210,7 @@ def _read(path: Path, columns: Mapping[str, str], seen: Counted) -> str | None:
 
 
 def _findings(seen: Counted, total: int) -> Iterator[str]:
-    """One sentence for each thing that is wrong, the worst first."""
+    """Yield a sentence for each problem, the worst first."""
 
     def of(kind: str) -> str:
         places = ", ".join(seen.first[kind]) + (", …" if seen.wrong[kind] > FEW else "")
@@ -270,7 +270,7 @@ def _lengths(sizes: "array[int]", limit: int | None) -> Lengths:
 
 
 def pieces(example: Example) -> list[Piece]:
-    """An example without a tokenizer: who speaks, and what is learnt."""
+    """Return the pieces of an example without a tokenizer: the speakers, and what is learnt."""
     answer = next(
         (a for a in (example.completion, example.chosen, example.rejected) if a is not None), None
     )
@@ -291,7 +291,7 @@ def pieces(example: Example) -> list[Piece]:
 def token_pieces(
     tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int], written: Sequence[bool]
 ) -> list[Piece]:
-    """Encoded tokens as text, cut where the loss begins and ends."""
+    """Return encoded tokens as pieces of text, cut where the loss begins and ends."""
     marks = [False] * len(prompt) + list(written)
     ids = [*prompt, *response]
     cuts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(marks)) if a != b), len(ids)]

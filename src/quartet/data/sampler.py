@@ -1,4 +1,4 @@
-"""Which rows come next."""
+"""Batches of records in shuffled order."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,10 @@ R = TypeVar("R")
 
 
 class Sampler(Generic[R]):
-    """Endless batches of records: every epoch all of them once, in an order shuffled by seed and
-    epoch.
+    """Endless batches of records. Each epoch has every record once, in an order that the seed and
+    the number of the epoch decide.
 
-    Its state is two numbers, so that a run can go on where another stopped.
+    The state is two numbers: the epoch and the position in it.
     """
 
     def __init__(self, records: Sequence[R], batch_size: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Which columns mean what: the shapes of rows that Quartet understands.
+"""The shapes of rows that Quartet understands, recognised by their columns.
 
 | shape | columns |
 |---|---|
@@ -29,7 +29,7 @@ from quartet.data.files import Row, rows
 from quartet.data.row_shape import Alpaca, OpenAIComparisons, RowShape, ShareGpt
 
 Purpose = Literal["prompts", "demonstrations", "comparisons", "preferences"]
-"""What rows are read for; preferences are comparisons, or unpaired."""
+"""What rows are used for; preferences are comparisons, or unpaired."""
 
 NEEDS: dict[Purpose, tuple[str, ...]] = {
     "prompts": ("prompt",),
@@ -47,7 +47,8 @@ USUAL_NAMES = {
     "chosen": ("good", "better", "preferred", "accepted", "winner", "positive"),
     "rejected": ("bad", "worse", "dispreferred", "refused", "loser", "negative"),
 }
-"""Column names seen elsewhere; used to suggest a mapping, never to guess one."""
+"""Common column names of other data sets. They suggest a mapping in an error, and are never
+guessed."""
 
 
 def read_examples(
@@ -158,7 +159,7 @@ def _usual_name(ours: str, row: Row) -> str:
 
 
 def example_of(place: str, row: Row, purpose: Purpose) -> Example:
-    """A row with our names for its columns, checked."""
+    """Return the example of a row that has Quartet's column names. Raises `DataError`."""
     if not _serves(row, purpose):
         raise DataError(
             f"{place}: has columns {', '.join(row)}; the rows before it had "
@@ -209,7 +210,8 @@ def example_of(place: str, row: Row, purpose: Purpose) -> Example:
 def _conversation(
     place: str, messages: Sequence[Message], purpose: Purpose, extra: Mapping[str, Any]
 ) -> Example:
-    """To imitate: every turn of the assistant. As a prompt: all before its last."""
+    """Return the example of a conversation. A demonstration is every turn of the assistant; a
+    prompt is everything before its last turn."""
     spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if purpose == "demonstrations":
         if not spoken:
@@ -233,7 +235,7 @@ def _conversation(
 
 
 def split_pair(place: str, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
-    """The prompt that two whole dialogues share, and what follows it in each."""
+    """Return the prompt that two whole dialogues share, and the rest of each."""
     if isinstance(chosen, str) and isinstance(rejected, str):
         at = chosen[: common_length(chosen, rejected)].rfind(ASSISTANT)
         if at < 0 or HUMAN not in chosen:
@@ -255,13 +257,14 @@ def split_pair(place: str, chosen: Text, rejected: Text) -> tuple[Text, Text, Te
 
 
 def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many items two sequences begin with in common."""
+    """Return the length of the common beginning of two sequences."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _reply(place: str, prompt: Text, answer: Text) -> Text:
-    """An answer in the form of its prompt: text after a conversation is the assistant's message."""
+    """Return an answer in the form of its prompt: text after a conversation becomes a message of
+    the assistant."""
     if not isinstance(prompt, str) and isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
     if isinstance(answer, str):

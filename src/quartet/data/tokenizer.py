@@ -1,11 +1,12 @@
-"""A tokenizer made from the run's own text."""
+"""Trains a tokenizer on the run's own text."""
 
 from collections.abc import Iterable
 from typing import Any
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """Byte-level BPE (Radford et al. 2019): any text can be written, none is unknown."""
+    """Return a byte-level BPE tokenizer (Radford et al. 2019): any text can be written, none is
+    unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -62,7 +62,7 @@ class CodeReward:
         return share if self.kind == "share" else float(share == 1)
 
     def passed(self, program: str, tests: Sequence[Mapping[str, Any]]) -> list[bool]:
-        """Which tests a program passes."""
+        """Return, for each test, whether a program passes it."""
         calls = [test["call"] for test in tests if "call" in test]
         values = iter(self._values(program, calls) if calls else [])
         made = []
@@ -76,8 +76,8 @@ class CodeReward:
         return made
 
     def _values(self, program: str, calls: Sequence[str]) -> list[Any]:
-        """What each expression came to, as a list of one, or None; shorter than the calls where the
-        program ended before."""
+        """Return the value of each expression as a list of one, or None where it failed; fewer than
+        the calls where the program ended early."""
         ran = self.sandbox.run(HARNESS.format(program=program, calls=list(calls)))
         values = []
         for line in ran.output.split("\n")[: len(calls)]:
@@ -89,8 +89,8 @@ class CodeReward:
 
 
 def same_json(a: Any, b: Any) -> bool:
-    """Whether two JSON values are the same. Numbers compare by value (1 and 1.0 are the same);
-    `true` is not 1, which Python's `==` says it is, nor `false` 0."""
+    """Return whether two JSON values are the same. Numbers compare by value (1 and 1.0 are the
+    same); `true` is not 1, which Python's `==` says it is, nor `false` 0."""
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, list) and isinstance(b, list):
@@ -101,13 +101,14 @@ def same_json(a: Any, b: Any) -> bool:
 
 
 def program_in(response: str) -> str:
-    """The last fenced block, or else the whole response."""
+    """Return the last fenced block of a response, or the whole response without one."""
     blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", response, re.DOTALL)
     return blocks[-1] if blocks else response
 
 
 def checked_tests(place: str, column: str, cell: Any) -> list[Mapping[str, Any]]:
-    """A row's tests, checked. The cell is a list, or JSON text of one."""
+    """Return the tests in a row's cell, which is a list or JSON text of one. Raises
+    `RewardError` where they are not well formed."""
     try:
         tests = json.loads(cell) if isinstance(cell, str) else cell
     except ValueError:

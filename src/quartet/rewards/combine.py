@@ -1,4 +1,4 @@
-"""Several judges as one."""
+"""Several reward models as one reward."""
 
 import statistics
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the environment gave."""
+"""The rewards of an environment."""
 
 from collections.abc import Sequence
 

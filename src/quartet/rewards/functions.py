@@ -1,4 +1,4 @@
-"""Rewards that are functions: of ours, called here; of a person's, called in processes of their
+"""Rewards that are functions: Quartet's own in this process, a user's in processes of their
 own."""
 
 import ast
@@ -25,13 +25,13 @@ from quartet.rewards.protocol import RewardError, Score
 log = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
-"""How long the import of a user's module may take."""
+"""Seconds that the import of a user's module may take."""
 MAX_ANSWER_BYTES = 1_000_000_000
 """How long an answer may be: numbers for some 50 million tokens."""
 MAX_LINE_BYTES = 65_536
 """How much of what a function prints is one line of the log."""
 GRACE_SECONDS = 2.0
-"""How long the end of a process is waited for."""
+"""Seconds to wait for a process to end."""
 
 
 class TextReward:
@@ -45,7 +45,7 @@ class TextReward:
 
 
 class FunctionReward:
-    """A person's function, by `file.py:name` or dotted path. docs/rewards.md says what it is given
+    """A user's function, by `file.py:name` or dotted path. docs/rewards.md says what it is given
     and may return.
 
     It runs in `processes` processes, each with a share of the responses, never more than `timeout`
@@ -88,7 +88,7 @@ class FunctionReward:
         return [[] if value is None else value for value in values]
 
     def _values(self, rollouts: Sequence[Rollout]) -> list[Any]:
-        """What the function returned; asked once for the same rollouts."""
+        """Return what the function returns; it is called once for the same rollouts."""
         if len(rollouts) == len(self._last[0]) and all(
             a is b for a, b in zip(rollouts, self._last[0], strict=True)
         ):
@@ -134,7 +134,7 @@ class FunctionReward:
         return values
 
     def _arguments(self, rollouts: Sequence[Rollout], takes: Mapping[str, Any]) -> dict[str, Any]:
-        """All that there is, as far as the function takes it."""
+        """Return the arguments of the function: those that it takes, of all there are."""
         offered = {
             name: [r.prompt.extra.get(name) for r in rollouts]
             for r in rollouts
@@ -186,7 +186,7 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        """Unless it is there already."""
+        """Start the process, unless it is running."""
         if self.process is not None:
             return
         self.process = subprocess.Popen(
@@ -367,15 +367,16 @@ def descendants(root: int) -> list[int]:
 
 
 def _as_trl(rollout: Rollout) -> str | list[dict[str, str]]:
-    """A completion as TRL's reward functions read it: text, or a list with the assistant's message
-    in a conversation."""
+    """Return a completion in the form of TRL's reward functions: text, or a list with the
+    assistant's message in a conversation."""
     if rollout.prompt.messages is None:
         return rollout.response
     return [{"role": "assistant", "content": rollout.response}]
 
 
 def check_reference(function: str, key: str = "reward.function") -> None:
-    """A file that is not there, or does not define the name, is known without running it."""
+    """Raise `RewardError` where the file is not there or does not define the name. The file is
+    parsed and not run."""
     place, colon, name = function.rpartition(":")
     if not colon and "." in function:
         return  # a dotted path

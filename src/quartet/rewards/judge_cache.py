@@ -15,7 +15,7 @@ from quartet.rewards.protocol import RewardError
 
 log = logging.getLogger(__name__)
 LOCK_SECONDS = 30.0
-"""How long one waits for another process that writes."""
+"""Seconds to wait for another process that is writing the file."""
 
 
 class JudgeCache:
@@ -56,7 +56,7 @@ class JudgeCache:
         self._unsynced = True
 
     def sync(self) -> None:
-        """Return when all texts are on the disk."""
+        """Sync the file: when this returns, all texts are on the disk."""
         if self._unsynced and self.path is not None:
             try:
                 files.sync(self.path)
@@ -96,7 +96,7 @@ class JudgeCache:
 
 
 def _entry(line: bytes) -> tuple[str, str] | None:
-    """Key and text of a line, None where it is not what `put` writes."""
+    """Return the key and text of a line; None where it is not a line that `put` writes."""
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):

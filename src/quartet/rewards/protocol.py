@@ -1,4 +1,4 @@
-"""What the loop asks of a reward."""
+"""The interface of rewards, and the scores that they give to rollouts."""
 
 import dataclasses
 import logging
@@ -12,7 +12,7 @@ from quartet.io.texts import well_formed
 
 log = logging.getLogger(__name__)
 LARGEST = 3.4e38
-"""The largest number of float32, nearly."""
+"""Almost the largest number of float32. A score beyond it counts as none."""
 Score = float | None
 """None: there is no score for this response (a judge that did not answer, a test that could not be
 run). It is never read as 0: the response is left out of the step, and the step says how many
@@ -24,7 +24,7 @@ class Reward(Protocol):
     name: str
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        """One number, or None, per rollout, in their order."""
+        """Return one number, or None, for each rollout, in their order."""
         ...
 
 
@@ -33,13 +33,14 @@ class TokenReward(Reward, Protocol):
     """A reward that can also say what each token of a response is worth."""
 
     def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        """For each rollout one number per response token; an empty list where there is no score."""
+        """Return one number per response token for each rollout; an empty list where there is no
+        score."""
         ...
 
 
 class RewardError(QuartetError, RuntimeError):
-    """A reward that cannot be used, or did not keep its contract. The message may quote what others
-    wrote."""
+    """A reward that cannot be used, or that returned something else than scores. The message may
+    quote text of a server, a function or the policy."""
 
     def __init__(self, message: str) -> None:
         super().__init__(well_formed(message))
@@ -47,7 +48,7 @@ class RewardError(QuartetError, RuntimeError):
 
 @dataclass(frozen=True)
 class Weighted:
-    """A reward and what it counts for."""
+    """A reward and its weight in the score."""
 
     reward: Reward
     weight: float = 1.0
@@ -56,15 +57,16 @@ class Weighted:
 def rewarded(
     rollouts: Sequence[Rollout], rewards: Sequence[Weighted], per_token: bool = False
 ) -> list[Rollout]:
-    """The rollouts with their score, the weighted sum of the rewards, and with each reward's own
-    number by name; `per_token` also with the weighted sum of their numbers for each token. Where a
-    reward that counts has no score, there is none at all; those of weight 0 are only watched."""
+    """Return the rollouts with their score, the weighted sum of the rewards, and with each reward's
+    own number by name; `per_token` also with the weighted sum of their numbers for each token.
+    Where a reward that counts has no score, there is none at all; those of weight 0 are only
+    watched."""
     columns = {w.reward.name: _scores(w.reward, rollouts) for w in rewards}
-    made = []
+    scored = []
     for i, rollout in enumerate(rollouts):
         counted = [(w.weight, columns[w.reward.name][i]) for w in rewards if w.weight != 0]
         missing = any(score is None for _, score in counted)
-        made.append(
+        scored.append(
             dataclasses.replace(
                 rollout,
                 score=None
@@ -74,17 +76,17 @@ def rewarded(
             )
         )
     if not per_token:
-        return made
-    totals = _token_scores(rollouts, made, rewards)
+        return scored
+    totals = _token_scores(rollouts, scored, rewards)
     return [
         dataclasses.replace(r, token_scores=tuple(total))
-        for r, total in zip(made, totals, strict=True)
+        for r, total in zip(scored, totals, strict=True)
     ]
 
 
 def _scores(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
-    """One for each; what is no number in float32 (NaN, infinity, 1e308) counts as no score, and the
-    log says so."""
+    """Return one score for each rollout. A value that is no number of float32 (NaN, infinity,
+    1e308) counts as no score, and is logged."""
     column = reward.score(rollouts)
     if len(column) != len(rollouts):
         raise RewardError(
@@ -108,7 +110,7 @@ def _scores(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
 
 
 def with_score(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Those that there is something to learn from."""
+    """Return the rollouts that have a score. Raises `RewardError` if none has one."""
     kept = [r for r in rollouts if r.score is not None]
     if rollouts and not kept:
         absent = [
@@ -125,10 +127,10 @@ def with_score(rollouts: Sequence[Rollout]) -> list[Rollout]:
 
 
 def _token_scores(
-    rollouts: Sequence[Rollout], made: Sequence[Rollout], rewards: Sequence[Weighted]
+    rollouts: Sequence[Rollout], scored: Sequence[Rollout], rewards: Sequence[Weighted]
 ) -> list[list[float]]:
-    """The rewards are given the rollouts that they have scored, so that they need not be asked
-    twice."""
+    """Return the weighted sum of the rewards' numbers for each response token. The rewards are
+    given the same rollouts as before, so that they can return what they computed then."""
     total = [[0.0] * len(r.response_ids) for r in rollouts]
     for w in rewards:
         if w.weight == 0:
@@ -140,7 +142,7 @@ def _token_scores(
                 'model, or algorithm.rewards.type = "last_token".'
             )
         for i, numbers in enumerate(w.reward.token_scores(rollouts)):
-            if made[i].score is None:
+            if scored[i].score is None:
                 continue
             if len(numbers) != len(total[i]):
                 raise RewardError(

@@ -1,4 +1,4 @@
-"""Rewards that another process gives, over HTTP."""
+"""Rewards from a server, over HTTP."""
 
 import asyncio
 import itertools
@@ -186,7 +186,7 @@ def _as_float(score: int | float) -> float:
 
 
 def _token(name: str) -> str:
-    """The token in an environment variable."""
+    """Return the token in an environment variable."""
     token = os.environ.get(name)
     if not token:
         raise RewardError(
@@ -201,13 +201,13 @@ def _token(name: str) -> str:
 
 
 def _retry_after(reply: Reply) -> float:
-    """Seconds that a server asks to be left alone for; 0 where it does not say, or says a date."""
+    """Return the seconds of a Retry-After header; 0 where there is none, or where it is a date."""
     seconds = reply.headers.get("retry-after", "").strip()
     return float(seconds) if seconds.isascii() and seconds.isdecimal() else 0.0
 
 
 def _complaint(reply: Reply) -> str:
-    """The reason that a failing server gives in JSON."""
+    """Return the reason in the JSON of an error response."""
     try:
         message = error_in(reply.json())
     except ValueError:

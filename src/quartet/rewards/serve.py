@@ -1,4 +1,4 @@
-"""A reward model behind HTTP: what `quartet serve-reward` runs, and what `ServerReward` asks."""
+"""A reward model behind HTTP: the server of `quartet serve-reward`, which `ServerReward` calls."""
 
 import asyncio
 import json
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 16_000_000
 MAX_RESPONSES = 4096
 BODY_SECONDS = 60.0
-"""How long the body of a request may take to come."""
+"""Seconds within which the body of a request must arrive."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request wants scored. A prompt is a text or a conversation."""
+    """The prompts and responses of a request. A prompt is a text or a conversation."""
 
     prompts: Sequence[Any]
     responses: Sequence[str]
@@ -32,7 +32,7 @@ class Asked:
 
 
 class BadRequest(QuartetError, ValueError):
-    """What is wrong with a request, in one sentence."""
+    """A request that cannot be answered; the message is one sentence."""
 
 
 def app(
@@ -107,7 +107,7 @@ def app(
 
 
 def parsed(body: bytes) -> Any:
-    """The JSON in the body of a request. Raises BadRequest."""
+    """Return the JSON in the body of a request. Raises BadRequest."""
     try:
         return json.loads(body.decode("utf-8"))
     except RecursionError:
@@ -121,8 +121,8 @@ def is_openrlhf(table: dict[str, Any]) -> bool:
 
 
 def understood(table: Any) -> Asked:
-    """Check a request in either format and return what it asks. Raises BadRequest, and nothing
-    else, whatever the JSON."""
+    """Check a request in either format and return its prompts and responses. Raises BadRequest, and
+    nothing else, whatever the JSON."""
     if not isinstance(table, dict):
         raise BadRequest("the request must be an object with prompts and responses.")
     if is_openrlhf(table):
@@ -149,7 +149,7 @@ def understood(table: Any) -> Asked:
 
 
 def _with_conversations(prompts: Sequence[str], messages: Any) -> list[Any]:
-    """The prompts, those that have a conversation replaced by it."""
+    """Return the prompts, each replaced by its conversation where it has one."""
     if messages is None:
         return list(prompts)
     if not isinstance(messages, list) or len(messages) != len(prompts):
@@ -172,7 +172,7 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is a text that UTF-8 can hold, as tokenizers need it."""
+    """Return whether a value is text that UTF-8 can hold, as tokenizers need it."""
     return isinstance(value, str) and well_formed(value) == value
 
 

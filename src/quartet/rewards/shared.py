@@ -1,4 +1,4 @@
-"""Rewards that several ranks ask for: each its share, and all hear everything."""
+"""Rewards whose work is divided among the ranks of a process group."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,8 +9,9 @@ from quartet.rewards.protocol import Reward, RewardError, Score, TokenReward
 
 
 class Shared:
-    """A reward of which each rank asks for the scores of its rows. Answers to one prompt stay
-    together, as some rewards compare them. What fails on one rank fails on all."""
+    """A reward of which each rank computes the scores of its share of the rollouts; all ranks get
+    all scores. Responses to one prompt stay on one rank, because some rewards compare them. A
+    failure on one rank is raised on all."""
 
     def __init__(self, reward: Reward, process_group: ProcessGroup) -> None:
         self.reward, self.process_group, self.name = reward, process_group, reward.name
@@ -43,7 +44,7 @@ class Shared:
 
 
 class SharedTokens(Shared):
-    """One that scores tokens, too."""
+    """A shared reward that also scores tokens."""
 
     def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         assert isinstance(self.reward, TokenReward)
@@ -51,7 +52,8 @@ class SharedTokens(Shared):
 
 
 def shared(reward: Reward, process_group: ProcessGroup) -> Reward:
-    """The reward itself where there is one rank, or where it deals out its rows already."""
+    """Return the reward divided among the ranks; the reward itself where there is one rank, or
+    where it divides its rows already."""
     if process_group.world_size == 1 or getattr(reward, "process_group", None) is process_group:
         return reward
     return (

@@ -98,7 +98,7 @@ class TextModelReward:
         return picked
 
     def _ids(self, rollout: Rollout) -> tuple[Ids, Ids | None]:
-        """Ids, and which of the pair each belongs to where the model wants to know."""
+        """Return the token ids, and their token types where the model has them."""
         if rollout.prompt.messages is not None and self.tokenizer.chat_template is not None:
             reply = {"role": "assistant", "content": rollout.response}
             conversation = [dict(m) for m in rollout.prompt.messages] + [reply]
@@ -184,7 +184,7 @@ class StepReward:
 
     @torch.no_grad()
     def _steps(self, rollout: Rollout) -> list[tuple[int, float]]:
-        """Where each step of the response ends, in characters, and its score."""
+        """Return the character index at which each step of the response ends, and its score."""
         ends = step_ends(rollout.response, self.separator)
         if not ends:
             return []
@@ -205,8 +205,8 @@ class StepReward:
 
 
 def step_ends(text: str, separator: str) -> list[int]:
-    """The index behind each step that is not empty, its separator left out: "a\\n\\nb" has steps
-    that end at 1 and 4."""
+    """Return the index behind each step that is not empty, its separator left out: "a\\n\\nb" has
+    steps that end at 1 and 4."""
     ends, start = [], 0
     for step in text.split(separator):
         if step.strip():
@@ -216,7 +216,7 @@ def step_ends(text: str, separator: str) -> list[int]:
 
 
 def the_label(folder: str, labels: int, label: int | None) -> int:
-    """Which of a classifier's labels is the score."""
+    """Return the index of the label that is the score."""
     if label is None and labels != 1:
         raise ModelError(
             f"{folder} has {labels} labels; a reward model needs 1. To use the first: reward.label "

@@ -17,7 +17,7 @@ FINAL = "####"
 
 
 class ExactMatch:
-    """The response, white space around it aside, is the answer in the prompt's row."""
+    """1 where the response is the answer in the prompt's row, white space around both aside."""
 
     def __init__(self, name: str = "exact", column: str = "answer") -> None:
         self.name, self.column = name, column
@@ -29,9 +29,9 @@ class ExactMatch:
 
 
 class NumberMatch:
-    """The response's final number is the answer's, as a number: 1,234.0 is 1234. Final is what
-    follows the last `####` (GSM8K's convention; Cobbe et al. 2021), or else the last number in the
-    text."""
+    """1 where the response's final number is the answer's, as a number: 1,234.0 is 1234. Final is
+    what follows the last `####` (GSM8K's convention; Cobbe et al. 2021), or else the last number in
+    the text."""
 
     def __init__(self, name: str = "number", column: str = "answer") -> None:
         self.name, self.column = name, column
@@ -50,8 +50,8 @@ class NumberMatch:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the last `####`, or the last number of a text without the mark; None where
-    there is none."""
+    """Return the number after the last `####`, or the last number of a text without the mark; None
+    where there is none."""
     said = text.rpartition(FINAL)[2] if FINAL in text else text
     found = [
         match for match in NUMBER.findall(said.replace("−", "-")) if any(c.isdigit() for c in match)
@@ -65,8 +65,8 @@ def final_number(text: str) -> Decimal | None:
 
 
 class MathMatch:
-    """The response's final expression equals the answer's, as mathematics (math-verify: numbers,
-    fractions, LaTeX, sets, intervals). What cannot be compared counts as wrong."""
+    """1 where the response's final expression equals the answer's, as mathematics (math-verify:
+    numbers, fractions, LaTeX, sets, intervals). An expression that cannot be compared is wrong."""
 
     def __init__(self, name: str = "math", column: str = "answer", timeout: int = 5) -> None:
         try:
@@ -92,8 +92,8 @@ class MathMatch:
 
 
 class PatternMatch:
-    """The regular expression is found in the response. `^`, `$` and `\\\\A`, `\\\\Z` anchor it; `.`
-    matches line ends too."""
+    """1 where the regular expression is found in the response. `^`, `$` and `\\\\A`, `\\\\Z` anchor
+    it; `.` matches line ends too."""
 
     def __init__(self, pattern: str, name: str = "pattern") -> None:
         try:
@@ -109,8 +109,8 @@ class PatternMatch:
 
 
 class JsonMatch:
-    """The response is JSON, and fits the schema where there is one (JSON Schema 2020-12, by
-    jsonschema). A fence of three backticks around it is allowed."""
+    """1 where the response is JSON, and fits the schema where there is one (JSON Schema 2020-12,
+    by jsonschema). A fence of three backticks around it is allowed."""
 
     def __init__(self, schema: dict[str, Any] | None = None, name: str = "json") -> None:
         self.name, self.validator = name, None

@@ -1,4 +1,4 @@
-"""The process in which a person's reward function runs: `python -m quartet.rewards.worker`.
+"""The process in which a user's reward function runs: `python -m quartet.rewards.worker`.
 
 A line of JSON in, a line of JSON out; nothing of Quartet is imported, and nothing is unpickled.
 What the function prints goes to standard error, so that it cannot be taken for an answer.
@@ -62,7 +62,7 @@ def _own_pipes() -> tuple[TextIO, TextIO]:
 
 
 def load(reference: str) -> Function:
-    """The function of `file.py:name`, `package.module:name` or `package.module.name`."""
+    """Return the function of `file.py:name`, `package.module:name` or `package.module.name`."""
     place, _, name = reference.rpartition(":") if ":" in reference else reference.rpartition(".")
     if place.endswith(".py"):
         path = Path(place).resolve()
@@ -84,7 +84,7 @@ def load(reference: str) -> Function:
 
 
 def parameters(function: Function) -> dict[str, Any]:
-    """Which arguments a function can be given, and which of them it must be."""
+    """Return the arguments that a function takes, and those that it requires."""
     takes = inspect.signature(function).parameters.values()
     named = [p for p in takes if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}]
     return {
@@ -137,7 +137,7 @@ def _number(index: int, value: Any, nested: bool = False) -> Any:
 
 
 def _is_list(value: Any) -> bool:
-    """Whether it has entries in an order, which are not letters or bytes."""
+    """Return whether a value is a sequence other than text and bytes."""
     return (
         isinstance(value, Iterable)
         and not isinstance(value, NO_LISTS)
@@ -152,7 +152,7 @@ def _kind(value: Any) -> str:
 
 
 def described(error: BaseException) -> str:
-    """The error and the last line of the person's own code that it came from."""
+    """Return the error, with the last line of the user's own code that it came from."""
     frames = [
         f
         for f in traceback.extract_tb(error.__traceback__)
