@@ -274,28 +274,28 @@ PLACEMENTS: dict[str, Algorithm] = {
 }
 
 WHY_NOT = {
-    "in the reward, k2": "a policy gradient holds the reward constant and misses E[∇k2]",
-    "in the reward, k3": "the same: E[∇k3] is not 0",
+    "in the reward, k2": "a policy gradient treats the reward as a constant and misses E[∇k2]",
+    "in the reward, k3": "as k2: E[∇k3] is not 0",
     "in the reward, abs": "another penalty",
     "in the reward, squared": "another penalty",
-    "in the reward, exact": "it is the same whichever token comes next, so that token does not pay for it",
+    "in the reward, exact": "it does not depend on the sampled token, so that token is not penalized for it",
     "in the loss, k1": "E[∇k1] = 0: no constraint at all",
-    "in the loss, k2": "the right gradient for each token, blind to where a token leads",
+    "in the loss, k2": "the right gradient for each token, without its effect on later tokens",
     "in the loss, k3": "its sampled gradient is that of KL(π_ref ‖ π)",
     "in the loss, abs": "another penalty",
     "in the loss, squared": "k2 with twice the coefficient",
-    "in the loss, exact": "as k2: right for each token, blind to where it leads",
+    "in the loss, exact": "as k2: right for each token, without its effect on later tokens",
     "in the loss, k1, weight token": "as k2",
     "in the loss, k3, weight token": "as k2",
-    "in the reward, k1; return to go, mean over each response": "short responses count more, per token",
-    "in the loss, k1, weight sequence; group mean": "the own score in the mean shrinks rewards by 1 − 1/n: β is n / (n − 1) times as large",
-    "in the loss, k1, weight sequence; group mean / deviation": "rewards are divided by their deviation, the KL is not",
+    "in the reward, k1; return to go, mean over each response": "each token of a short response counts more",
+    "in the loss, k1, weight sequence; group mean": "the response's own score in the mean shrinks rewards by 1 − 1/n: β is n / (n − 1) times as large",
+    "in the loss, k1, weight sequence; group mean / deviation": "rewards are divided by their standard deviation, the KL is not",
     "a2c": "its entropy bonus of 0.01",
-    "grpo": "k3 in the loss, deviation, mean over each response",
-    "reinforce_pp_baseline": "k2 in the loss beside whitened rewards",
-    "lm_human_preferences": "whitened rewards pay for brevity or length",
-    "summarize_from_feedback": "the objective is another: a response that is cut off scores −1",
-    "moss_ppo_max": "scores are divided by their running deviation; the KL is not",
+    "grpo": "k3 in the loss, standard deviation, mean over each response",
+    "reinforce_pp_baseline": "k2 in the loss with whitened rewards",
+    "lm_human_preferences": "whitened rewards reward short or long responses",
+    "summarize_from_feedback": "another objective: a truncated response scores −1",
+    "moss_ppo_max": "scores are divided by their running standard deviation, the KL is not",
 }
 """Those that do not come to rest at π*, and what keeps them away. All others must."""
 
@@ -316,9 +316,8 @@ def sampled(name: str) -> Reached:
 
 # --- the tables of docs/algorithms.md ------------------------------------------------------------------------------------
 
-ABOUT_PRESETS = """The presets, with β for their coefficient and no controller. The exact column leaves whitening out, which scales a step and,
-on-policy, changes its expectation in no other way; `trpo` and `npg` are here by their loss, their update is tested elsewhere;
-`instructgpt` is without PTX."""
+ABOUT_PRESETS = """The presets, with β as their coefficient and no controller. The exact column omits whitening, which only scales the expectation of an
+on-policy step. `trpo` and `npg` are represented by their loss; their update is tested elsewhere. `instructgpt` is without PTX."""
 BEGIN, END = "<!-- closed form: begin -->", "<!-- closed form: end -->"
 
 
