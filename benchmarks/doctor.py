@@ -83,7 +83,7 @@ def healthy(folder: Path, recipe: str, seed: int, *settings: str) -> dict[str, A
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the faults and the rules that reported them as Markdown."""
-    lines = ["| planted | what it is | the doctor says (at step, by seed) |", "|---|---|---|"]
+    lines = ["| planted | what it is | the doctor reports (at step, by seed) |", "|---|---|---|"]
     for fault, plant in FAULTS.items():
         mine = [row for row in rows if row["fault"] == fault]
         rules = sorted(
