@@ -136,6 +136,7 @@ def writing_share(root: Path, *settings: str) -> dict[str, float]:
                 spent.update(dict.fromkeys(spent, 0.0))
             elif isinstance(event, events.Finished) and event.stage.name == "ppo":
                 break
+    folder.close()
     return {name: round(seconds / steps, 4) for name, seconds in spent.items()}
 
 

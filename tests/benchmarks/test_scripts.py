@@ -90,16 +90,15 @@ def test_the_share_of_a_step_that_is_written_is_measured(tmp_path):
     assert all(0 < value < 1 for name, value in share.items() if name != "probes")
 
 
-def test_an_engine_is_measured():
+def test_the_engines_are_compared_with_one_process():
     import engines
 
-    assert engines.seconds_of_a_step(["run.steps=7"]) > 0
     measured = {name: [0.25, 0.5, 1.0] for name in engines.ENGINES}
     assert engines.table(measured).splitlines()[2] == "| Local | 500 ms | +0 ms |"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", range(1, 7))
+@pytest.mark.parametrize("engine", range(7))
 def test_every_engine_is_measured(engine):
     import engines
 
@@ -109,27 +108,38 @@ def test_every_engine_is_measured(engine):
     assert engines.seconds_of_a_step([*engines.ENGINES[name], "run.steps=7"]) > 0
 
 
+def test_the_recorded_results_of_doctor_and_learning_make_their_tables():
+    import doctor
+    import learning
+
+    faulty = json.loads(doctor.RESULTS.read_text(encoding="utf-8"))["broken"]
+    assert doctor.table(faulty).count("\n") == 1 + len(doctor.FAULTS)
+    for rows in json.loads(learning.RESULTS.read_text(encoding="utf-8")).values():
+        assert learning.table(rows).count("\n") == 1 + len(rows) + 2
+
+
+@pytest.mark.slow
 def test_the_doctor_and_learning_are_measured_on_the_same_small_runs(tmp_path):
     import doctor
     import learning
 
     job = learning.run("reviews", 0, [*SMALL_REVIEWS, "run.steps=2"], tmp_path, "reviews", 1)
     assert job["seed"] == 0 and 0 <= job["win_rate"]["mean"] <= 1
-    assert learning.table([job]).count("\n") == 4
-    assert doctor.healthy(tmp_path, "reviews", 0)["recipe"] == "reviews"  # of the run that is there
-    fault = doctor.faulty(tmp_path, "sign", 0, *SMALL_REVIEWS, "run.steps=2")
+    assert doctor.healthy(tmp_path, "reviews", 0)["recipe"] == "reviews"  # the run that is there
+    settings = [word for word in SMALL_REVIEWS if word.startswith("rollout.")]
+    fault = doctor.faulty(tmp_path, "sign", 0, *settings, "data.rows=64", "run.steps=2")
     assert fault["fault"] == "sign" and isinstance(fault["found"], dict)
-    assert doctor.table([fault]).count("\n") == 1 + len(doctor.FAULTS)
 
 
 @pytest.mark.slow
 def test_the_hacking_job_starts_from_the_models_of_the_reviews_job(tmp_path):
     import learning
 
-    settings = [*SMALL_REVIEWS, "run.steps=2"]
-    learning.run("reviews", 0, settings, tmp_path, "reviews", 1)
+    learning.run("reviews", 0, [*SMALL_REVIEWS, "run.steps=2"], tmp_path, "reviews", 1)
     *_, words = learning.JOBS["hacking"]
-    job = learning.run("reviews", 0, [*words, *settings], tmp_path, "hacking", 1)
+    settings = [w for w in SMALL_REVIEWS if w.startswith(("rollout.", "evaluation."))]
+    words = [*words, *settings, "data.rows=64", "run.steps=2"]
+    job = learning.run("reviews", 0, words, tmp_path, "hacking", 1)
     assert job["reward_model"] is None
 
 
