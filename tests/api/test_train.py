@@ -89,11 +89,11 @@ def test_a_function_is_a_reward_with_its_weight_and_is_asked_for_again(tmp_path)
 
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     whole = tiny(tmp_path / "whole", steps=4, reward=short).finish(progress=False)
-    parts = tiny(tmp_path / "parts", steps=4, reward=short, run={"checkpoint_every": 1})
+    parts = tiny(tmp_path / "parts", steps=4, reward=short, run={"checkpoint_every": 100})
     for step in parts:
         if parts.stage == "grpo" and step.number == 2:
             break
-    del parts._steps
+    parts._steps.close()
     resumed = quartet.train(resume=parts.folder, reward=short, accept=["run.checkpoint_every"])
     resumed.finish(progress=False)
     assert recorded(resumed.folder, "grpo") == recorded(whole.folder, "grpo")

@@ -1,5 +1,6 @@
 """A run in Python: iterate over its steps, or finish it; read its folder; resume it."""
 
+import atexit
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -123,6 +124,7 @@ class TrainingRun:
         config, folder = self.settings.config, self.folder
         open_group = lambda job, path: open_workers(config, job, path, None)  # noqa: E731
         events = execution.events(open_group, interruption)
+        atexit.register(events.close)  # a run that the program leaves is saved, too
         try:
             with logging_to(folder / "run.log"):
                 while True:
@@ -142,6 +144,7 @@ class TrainingRun:
             ) from None
         finally:
             self._steps = None
+            atexit.unregister(events.close)
             events.close()
             if screen is not None:
                 screen.close()

@@ -250,8 +250,13 @@ class Pipeline:
             mean.add(progress.metrics)
             if resumable and timer.due(step, stage.num_steps):
                 self._checkpoint(stage, step, mean, timer)
-            yield Advanced(stage, progress)
-            yield from warnings
+            try:
+                yield Advanced(stage, progress)
+                yield from warnings
+            except GeneratorExit:  # the caller has enough of it for now
+                if resumable and timer.last_step != step:
+                    self._checkpoint(stage, step, mean, timer)
+                raise
 
     def _step(self) -> StepResult:
         with self.interruption.only_if(self.workers.untouched):
@@ -295,7 +300,7 @@ class Pipeline:
         """Write a checkpoint and record that."""
         began = time.monotonic()
         path = self._save(stage.name, step, mean.take())
-        seconds = timer.written(began)
+        seconds = timer.written(began, step)
         self.folder.event("checkpoint", stage.name, step, name=path.name, seconds=seconds)
 
     def _save(self, stage: str, step: int, merit: float | None = None) -> Path:

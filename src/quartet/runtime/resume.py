@@ -1,13 +1,14 @@
-"""Which checkpoint a run goes on from, and whether the config still fits it."""
+"""The checkpoint that a resumed run starts from, and whether the config still fits it."""
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quartet import files as durable
+from quartet import files
 from quartet.config.errors import toml_value
 from quartet.config.read_by import changes_what_is_learnt, roles_that_read
 from quartet.config.tables import Config
@@ -20,40 +21,37 @@ RECORD = "events.jsonl"
 
 
 class CannotResume(QuartetError, ValueError):
-    """The message says why, and what to do."""
+    """A run that cannot be resumed. The message says why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Where a run goes on."""
+    """The checkpoint that a resumed run starts from."""
 
     checkpoint: Checkpoint
     skipped: Sequence[tuple[Path, str]]
-    """Newer ones that cannot be used, and why."""
+    """Newer checkpoints that cannot be used, each with the reason."""
     accepted: Sequence[str]
-    """What is no longer as it was, a sentence each."""
+    """A sentence about each difference that the user accepted."""
 
     def reasons(self) -> Iterator[tuple[str, str]]:
-        """Why which was skipped, by name."""
+        """Return the name of each skipped checkpoint with the reason."""
         return ((path.name, reason) for path, reason in self.skipped)
 
 
 def find_run(root: Path, name: str) -> Path | None:
-    """The newest run folder of this name."""
-    found = [
-        p
-        for p in root.glob("*")
-        if not p.is_symlink() and re.fullmatch(rf"\d{{4}}-\d{{4}}-{re.escape(name)}(-\d+)?", p.name)
+    """Return the newest run folder of this name below `root`; None if there is none."""
+    pattern = re.compile(rf"\d{{4}}-\d{{4}}-{re.escape(name)}(-\d+)?")
+    folders = [
+        path
+        for path in root.glob("*")
+        if not path.is_symlink() and pattern.fullmatch(path.name) and (path / RECORD).is_file()
     ]
-    return max(
-        (p for p in found if (p / RECORD).is_file()),
-        key=lambda p: (p / RECORD).stat().st_mtime,
-        default=None,
-    )
+    return max(folders, key=lambda path: (path / RECORD).stat().st_mtime, default=None)
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a step was ever taken, or a checkpoint written."""
+    """Return whether the run took a step or wrote a checkpoint."""
     events = (folder / RECORD).read_text(encoding="utf-8", errors="replace")
     return any((folder / "checkpoints").glob("[!.]*")) or '"event": "metrics"' in events
 
@@ -61,46 +59,48 @@ def has_begun(folder: Path) -> bool:
 def choose(
     folder: Path, config: Config, made_with: Mapping[str, Any], accept: Sequence[str]
 ) -> Choice:
-    """The newest checkpoint that is as it was written and fits the config. `made_with`: what
-    `Saving.made_with` would be now. Raises `CannotResume` where there is none, or where what cannot
-    change has changed."""
-    steps = steps_of(config)
+    """Return the newest checkpoint that is undamaged and fits the config.
+
+    `made_with` describes the run as it would be now, see `Saving.made_with`; `accept` has the keys
+    of the differences that the user accepts. Raises `CannotResume` if there is no such checkpoint,
+    or if a setting or file that shaped it has changed and is not in `accept`.
+    """
     skipped: list[tuple[Path, str]] = []
-
-    def fits(found: Checkpoint) -> str | None:
-        if wrong := misfit(found):
-            return wrong
-        if list(config.recipe[: len(found.facts["steps"])]) != list(found.facts["steps"]):
-            return "the recipe's stages before it are others now"
-        for stage, count in found.facts["steps"].items():
-            if steps.get(stage, count) != count:
-                return f"{stage} had {count:,} steps when it was made, and has {steps[stage]:,} now"
-        return durable.difference(folder, found.facts["results"])
-
-    for path, found in Checkpoints(
-        folder / "checkpoints", {name: i for i, name in enumerate(config.recipe)}
-    ).usable(fits):
-        if isinstance(found, str):
-            skipped.append((path, found))
+    order = {name: place for place, name in enumerate(config.recipe)}
+    checkpoints = Checkpoints(folder / "checkpoints", order)
+    for path, checkpoint in checkpoints.usable(lambda c: _unusable(c, folder, config)):
+        if isinstance(checkpoint, str):
+            skipped.append((path, checkpoint))
             continue
-        return Choice(found, skipped, list(_checked(folder, found, config, made_with, accept)))
+        accepted = list(_checked(folder, checkpoint, config, made_with, accept))
+        return Choice(checkpoint, skipped, accepted)
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped) or "there are none"
     raise CannotResume(
-        f"{folder}: no checkpoint can be used ({reasons}). Nothing was changed. Start anew without "
-        f"--resume."
+        f"{folder}: no checkpoint can be used ({reasons}). Nothing was changed. To start a new "
+        "run, leave out --resume."
     )
 
 
+def _unusable(checkpoint: Checkpoint, folder: Path, config: Config) -> str | None:
+    """Return why a run of this config cannot start from the checkpoint; None if it can."""
+    if problem := misfit(checkpoint):
+        return problem
+    past = checkpoint.facts["steps"]
+    if list(config.recipe[: len(past)]) != list(past):
+        return "the recipe has other stages before it now"
+    steps = steps_of(config)
+    for stage, count in past.items():
+        if steps.get(stage, count) != count:
+            return f"{stage} had {count:,} steps when it was made, and has {steps[stage]:,} now"
+    return files.difference(folder, checkpoint.facts["results"])
+
+
 def set_aside(skipped: Sequence[tuple[Path, str]]) -> None:
-    """Under another name, so that nobody takes them for the newest again; nothing is deleted."""
+    """Rename skipped checkpoints to `NAME.skipped-1`, `-2`, …, so that they no longer count as the
+    newest. Nothing is deleted."""
     for path, _ in skipped:
-        path.rename(
-            next(
-                p
-                for i in range(1, 10**6)
-                if not (p := path.with_name(f"{path.name}.skipped-{i}")).exists()
-            )
-        )
+        names = (path.with_name(f"{path.name}.skipped-{i}") for i in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
 
 
 def setting(config: Config, key: str) -> Any:
@@ -109,7 +109,7 @@ def setting(config: Config, key: str) -> Any:
 
 
 def steps_of(config: Config) -> dict[str, int]:
-    """Return how many steps each stage of the recipe has, of those whose number is a setting."""
+    """Return the number of steps of each stage in the recipe whose number is a setting."""
     kinds = {stage: kind_of(stage) for stage in config.recipe}
     return {
         stage: setting(config, kind.steps)
@@ -120,73 +120,86 @@ def steps_of(config: Config) -> dict[str, int]:
 
 def _checked(
     folder: Path,
-    found: Checkpoint,
+    checkpoint: Checkpoint,
     config: Config,
     made_with: Mapping[str, Any],
     accept: Sequence[str],
 ) -> Iterator[str]:
-    """Sentences on differences that were accepted; raises on the others, all at once."""
+    """Yield a sentence for each accepted difference. Raises `CannotResume` with a sentence for each
+    of the others, and if the stage has more steps behind it than the config has."""
     refused = []
-    for key, was, undo in _differences(folder, found, config, made_with):
-        sentence = f"checkpoint {found.name} was made with {was}."
+    for key, value_then, remedy in _differences(folder, checkpoint, config, made_with):
+        sentence = f"checkpoint {checkpoint.name} was made with {value_then}."
         if key in accept:
             yield f"{sentence} Accepted."
         else:
-            refused.append(f"{sentence} Pass --accept {key}, or {undo}.")
+            refused.append(f"{sentence} Pass --accept {key}, or {remedy}.")
     if refused:
         raise CannotResume("\n".join(refused))
-    done, length = found.facts["step"], steps_of(config).get(found.facts["stage"], 0)
-    if done > length > 0:
+    facts = checkpoint.facts
+    num_done, num_steps = facts["step"], steps_of(config).get(facts["stage"], 0)
+    if num_done > num_steps > 0:
         raise CannotResume(
-            f"{found.facts['stage']} has done {done:,} steps already, and the config asks for "
-            f"{length:,}."
+            f"{facts['stage']} has done {num_done:,} steps already, and the config asks for "
+            f"{num_steps:,}."
         )
 
 
 def _differences(
-    folder: Path, found: Checkpoint, config: Config, made_with: Mapping[str, Any]
+    folder: Path, checkpoint: Checkpoint, config: Config, made_with: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
-    """What differs by its key, how it was then, and how to undo it; only of what the checkpoint's
-    past depends on."""
-    then, now = (dict(leaves(side["config"])) for side in (found.facts, made_with))
+    """Yield what differs between the run now and the run that wrote the checkpoint, if it shaped
+    the steps before the checkpoint: the key to accept it by, what it was, and how to undo it."""
+    facts = checkpoint.facts
+    yield from _changed_settings(checkpoint, config, made_with["config"])
+    for path in sorted(facts["data"].keys() | made_with["data"].keys()):
+        if facts["data"].get(path) != made_with["data"].get(path):
+            yield path, f"other contents of {path}", "put the old file back"
+    if facts["fault"] != made_with["fault"]:
+        fault = facts["fault"]
+        option, remedy = (
+            ("no --break", "leave --break out")
+            if fault is None
+            else (f"--break {fault}", f"pass --break {fault}")
+        )
+        yield "break", option, remedy
+    record = facts["events"]
+    if files.fingerprint(folder / RECORD, record["size"]) != record:
+        contents = f"another {RECORD}: it was changed or cut short since"
+        yield RECORD, contents, "put the old file back"
+
+
+def _changed_settings(
+    checkpoint: Checkpoint, config: Config, settings: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield the settings that changed; the triples are those of `_differences`."""
+    then, now = dict(leaves(checkpoint.facts["config"])), dict(leaves(settings))
     for key in sorted(then.keys() | now.keys()):
-        if then.get(key) != now.get(key) and _shaped_the_past(key, found, config):
+        if then.get(key) != now.get(key) and _shaped_the_past(key, checkpoint, config):
             before, after = (
-                toml_value(side[key]) if key in side else "not set" for side in (then, now)
+                toml_value(values[key]) if key in values else "not set" for values in (then, now)
             )
             yield key, f"{key} = {before}, the config says {after}", "change it back"
-    for path in sorted(found.facts["data"].keys() | made_with["data"].keys()):
-        if found.facts["data"].get(path) != made_with["data"].get(path):
-            yield path, f"other contents of {path}", "put the old file back"
-    if found.facts["fault"] != made_with["fault"]:
-        said = "no --break" if found.facts["fault"] is None else f"--break {found.facts['fault']}"
-        yield "break", said, "say the same again"
-    record = found.facts["events"]
-    if durable.fingerprint(folder / RECORD, record["size"]) != record:
-        yield (
-            RECORD,
-            f"another {RECORD}: it was changed or cut short since",
-            "put the old file back",
-        )
 
 
-def _shaped_the_past(key: str, found: Checkpoint, config: Config) -> bool:
-    """Return whether the steps before the checkpoint would have been others with another value."""
+def _shaped_the_past(key: str, checkpoint: Checkpoint, config: Config) -> bool:
+    """Return whether the steps before the checkpoint depend on the value of this setting."""
     if not changes_what_is_learnt(key):
         return False
     if roles_that_read(key) is None:
         return True
-    stage, step = found.facts["stage"], found.facts["step"]
+    stage, step = checkpoint.facts["stage"], checkpoint.facts["step"]
     past = config.recipe[: config.recipe.index(stage) + (step > 0)]
     kind = kind_of(stage)
     if stage in past and kind is not None and kind.steps == key and kind.schedule is not None:
-        # More steps of the same, unless the learning rate falls towards the last of them.
+        # A new number of steps only adds steps, unless the learning rate falls towards the last.
         return bool(setting(config, kind.schedule) != "constant")
     return not set(config.readers(key)).isdisjoint(past)
 
 
 def leaves(table: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; a list is a value, unless it is one of tables."""
+    """Yield each dotted key of nested tables with its value. A list of tables counts as a table
+    whose keys are 0, 1, …; any other list is a value."""
     if isinstance(table, Mapping):
         items = list(table.items())
     elif isinstance(table, list) and table and isinstance(table[0], Mapping):

@@ -43,6 +43,8 @@ class CheckpointTimer:
     """When the last checkpoint was written, on the monotonic clock."""
     duration: float = 0.0
     """The seconds that it took."""
+    last_step: int = 0
+    """The step that it was written after."""
 
     def due(self, step: int, num_steps: int) -> bool:
         """Whether a checkpoint is due after this step. One always is after the last step."""
@@ -52,8 +54,10 @@ class CheckpointTimer:
             return step % self.every == 0
         return time.monotonic() - self.last > max(MIN_SECONDS, self.duration / MAX_SHARE)
 
-    def written(self, began: float) -> float:
-        """Note that a checkpoint is written that was begun at `began`; return its seconds."""
+    def written(self, began: float, step: int) -> float:
+        """Note that the checkpoint of a step is written, which was begun at `began`; return its
+        seconds."""
+        self.last_step = step
         self.last = time.monotonic()
         self.duration = self.last - began
         return round(self.duration, 4)
