@@ -69,9 +69,7 @@ def folders_for_manifests(run):
         (folder / "manifest.json").mkdir()
 
 
-NONE = (
-    "no checkpoint can be used (there are none). Nothing was changed. Start anew without --resume."
-)
+NONE = "no checkpoint can be used (there are none). Nothing was changed. To start a new run, leave out --resume."
 CHECKPOINTS = {
     "no folder of checkpoints": (only(), NONE),
     "a file for the folder": (a_file_for_the_folder, NONE),

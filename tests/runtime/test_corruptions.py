@@ -202,7 +202,7 @@ PASSED_OVER = {
     "a result with a long name": (facts(results={"x" * 5000: {"size": 1, "sha256": DIGEST}}), "cannot be read .File name too long"),
     "no steps": (without("steps"), "steps: field required"),
     "steps that are text": (facts(steps={"sft": "3"}), "steps.sft: input should be a valid integer"),
-    "steps of other stages": (facts(steps={"ppo": 3}), "the recipe's stages before it are others now"),
+    "steps of other stages": (facts(steps={"ppo": 3}), "the recipe has other stages before it now"),
     "no record": (without("events"), "events: field required"),
     "a record of a negative size": (facts(events={"size": -1, "sha256": DIGEST}), "events.size: input should be greater"),
     "a record without a digest": (facts(events={"size": 1, "sha256": "x"}), "events.sha256: string should match"),
@@ -331,7 +331,7 @@ LISTS = {
     "learning rates that are not finite": (work(lambda w: optimizer(w).update(scale=float("nan"))), "learning rates × nan"),
     "a budget of no tokens": (work(lambda w: w["learner"]["budget"].update(tokens=0)), "a budget of 0 tokens"),
     "another reference": (work(lambda w: w["learner"].update(reference_mark="x")), "the reference is not the model"),
-    "an unknown algorithm": (work(lambda w: w.update(algorithm={"advantage": {"type": "none"}})), "does not match any of the expected tags"),
+    "an unknown algorithm": (work(lambda w: w.update(algorithm={"advantage": {"type": "none"}})), "advantage: no such type"),
     "random numbers of text": (work(lambda w: w["learner"].update(rng="x")), "unpack"),
     "fewer weights": (in_tensors(half_of), "shape"),
 }  # fmt: skip

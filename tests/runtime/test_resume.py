@@ -32,6 +32,7 @@ from quartet.training.checkpoint import DamagedCheckpoint, read_checkpoint, writ
 from quartet.training.checkpoints import Checkpoints
 from quartet.training.state_tree import join_tensors, split_tensors
 from tests.runtime.test_runs import TINY_REVIEWS, events, metrics, quartet
+from tests.support.command import quartet_here
 from tests.support.tiny_run import SMALL, make_run
 from tests.support.world import tokenizer
 from tests.training.test_guards import stage
@@ -283,7 +284,7 @@ def test_other_data_are_noticed(checkpointed, tmp_path):
 def test_a_planted_mistake_stays_planted(checkpointed):
     config, made_with = wanted((checkpointed / "config.resolved.toml").read_text(), ())
     with pytest.raises(
-        CannotResume, match="was made with no --break. Pass --accept break, or say the same again"
+        CannotResume, match="was made with no --break. Pass --accept break, or leave --break out"
     ):
         choose(checkpointed, config, {**made_with, "fault": "stale"}, [])
 
@@ -427,9 +428,9 @@ def test_a_time_limit_saves_and_stops(tmp_path):
 
 
 def test_words_for_what_cannot_be_resumed(tmp_path):
-    nothing = quartet("run", "--resume", cwd=tmp_path)
+    nothing = quartet_here("run", "--resume", cwd=tmp_path)
     assert nothing.returncode == 2 and "there is no run to resume" in nothing.stderr
-    alone = quartet("run", "reviews", "--accept", "optim.lr", cwd=tmp_path)
+    alone = quartet_here("run", "reviews", "--accept", "optim.lr", cwd=tmp_path)
     assert alone.returncode == 2 and "--accept: goes with --resume." in alone.stderr
 
 
