@@ -24,7 +24,8 @@ FinishReason = Literal["stop", "length"]
 class Prompt:
     """What the policy is asked to continue.
 
-    >>> Prompt(id="sums:17", ids=(6, 3, 14, 5, 15), text="41+3=", extra={"answer": "44"})  # doctest: +SKIP
+    >>> Prompt(id="sums:17", ids=(6, 3, 14, 5, 15), text="41+3=").text
+    '41+3='
     """
 
     id: str
@@ -164,8 +165,9 @@ class Experience:
 
 
 def rollout_to_row(rollout: Rollout) -> dict[str, Any]:
-    """Return the rollout as a table that JSON takes."""
-    return dataclasses.asdict(rollout)
+    """Return the rollout as a table that JSON takes; the policy mask is called `written` there."""
+    row = dataclasses.asdict(rollout)
+    return row | {"written": row.pop("policy_mask")}
 
 
 def rollout_from_row(row: Mapping[str, Any]) -> Rollout:
@@ -176,6 +178,7 @@ def rollout_from_row(row: Mapping[str, Any]) -> Rollout:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
     }
+    values["policy_mask"] = values.pop("written")
     return Rollout(**values | {"prompt": Prompt(**prompt)})
 
 
