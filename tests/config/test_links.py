@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from quartet.cli import app
 from quartet.config.errors import _parts_in
-from quartet.config.links import PATHS, absolute_word, where
+from quartet.config.links import PATHS, absolute_word, relative_paths, where
 from quartet.config.tables import Config
 from quartet.config.toml import read_settings, resolved_toml
 from quartet.io.texts import typed
@@ -95,7 +95,8 @@ def test_every_key_that_names_a_path_is_known():
     others = {
         "policy.adapter.targets", "run.folder", "run.name", "run.device", "run.keep_best", "launch.address",
         "generator.urls", "reward.*.name", "reward.*.url", "reward.*.token_env", "reward.*.answer", "reward.*.tests",
-        "reward.*.pattern", "reward.*.separator", "recipe",
+        "reward.*.pattern", "reward.*.separator", "reward.*.object", "recipe",
+        "data.shape.columns", "data.shape.label",
     }  # fmt: skip
     found = set()
 
@@ -126,6 +127,16 @@ def test_every_key_that_names_a_path_is_known():
         if key.partition(".")[0] in tables and key.count(".") <= 2 and not key.endswith(".type")
     }
     assert sorted(ours - set(PATHS) - others) == []
+
+
+def test_the_files_of_own_parts_are_paths(tmp_path):
+    table = {
+        "algorithm": {"policy_loss": {"type": "a.py:Loss"}, "scores": [{"type": "b.py:Shape"}]},
+        "reward": [{"type": "exact"}, {"type": "c.py:Source"}],
+        "data": {"shape": "d.py:Rows"},
+        "run": {"metrics": ["e.py:One", {"type": "f.py:Two"}]},
+    }
+    assert sorted(map(str, relative_paths(table))) == [f"{name}.py" for name in "abcdef"]
 
 
 def _leaves(hint):

@@ -142,7 +142,7 @@ def test_what_is_measured_now_and_then_is_a_line_through_its_points():
     for step in range(1, 41):
         now_and_then = {"policy/win_rate": 0.5 + step / 100} if step % 4 == 0 else {}
         series.add({"step": step, "time": 0.0, "metrics": {"kl/coef": 0.12, **now_and_then}})
-    run = SimpleNamespace(series={"ppo": series}, config={}, warnings=[])
+    run = SimpleNamespace(series={"ppo": series}, config={}, warnings=[], definitions=[])
     [rates] = lines(run, "ppo", "win rate", ["policy/win_rate"])["data"]
     assert rates["mode"] == "lines+markers" and list(rates["x"]) == list(range(4, 41, 4))
     assert list(rates["y"]) == pytest.approx([0.5 + step / 100 for step in range(4, 41, 4)])

@@ -14,6 +14,7 @@ PATHS = (
     "data.train",
     "data.eval",
     "data.pretraining",
+    "data.shape",
     "sft.data",
     "reward_model.data",
     "preference.data",
@@ -29,6 +30,7 @@ PATHS = (
     "reward.*.prompt",
     "reward.*.cache",
     "reward.*.schema_file",
+    "run.metrics",
 )
 """Keys whose values are, or can be, files or folders."""
 NAMES = {"critic.init": ("policy", "reward_model"), "policy.chat_template": ("chatml",)}
@@ -108,6 +110,21 @@ def _paths(table: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:
                     for i, text in enumerate(value)
                     if isinstance(text, str)
                 )
+    yield from _own_parts(table, "")
+
+
+def _own_parts(value: Any, prefix: str) -> Iterator[tuple[Any, Any, str]]:
+    """Yield the types of the user's own parts, `file.py:Name`, wherever they are in a table."""
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    for name, item in items:
+        if name == "type" and isinstance(item, str) and ".py:" in item:
+            yield value, name, f"{prefix}{name}"
+        else:
+            yield from _own_parts(item, f"{prefix}{name}.")
 
 
 def _found(table: Any, path: list[str], prefix: str) -> Iterator[tuple[Any, Any, str]]:
