@@ -165,9 +165,8 @@ class Experience:
 
 
 def rollout_to_row(rollout: Rollout) -> dict[str, Any]:
-    """Return the rollout as a table that JSON takes; the policy mask is called `written` there."""
-    row = dataclasses.asdict(rollout)
-    return row | {"written": row.pop("policy_mask")}
+    """Return the rollout as a table that JSON takes."""
+    return dataclasses.asdict(rollout)
 
 
 def rollout_from_row(row: Mapping[str, Any]) -> Rollout:
@@ -178,7 +177,8 @@ def rollout_from_row(row: Mapping[str, Any]) -> Rollout:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
     }
-    values["policy_mask"] = values.pop("written")
+    if "written" in values:  # what checkpoints before version 0.2 call the policy mask
+        values["policy_mask"] = values.pop("written")
     return Rollout(**values | {"prompt": Prompt(**prompt)})
 
 

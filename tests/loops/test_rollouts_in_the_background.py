@@ -1,5 +1,6 @@
 """Rollouts that are made in the background, where the update beside them is interrupted or fails."""
 
+import json
 import threading
 import time
 
@@ -7,6 +8,7 @@ import pytest
 
 from quartet.data.sampler import Sampler
 from quartet.errors import NonFinite
+from quartet.experience import Prompt, Rollout, rollout_from_row, rollout_to_row
 from quartet.io.threads import map_concurrently
 from quartet.loops.collect import Collector
 from quartet.loops.rl_async import Ahead, rl_async
@@ -70,3 +72,21 @@ def test_after_a_failure_they_are_finished_before_a_rollback_samples_again():
     with pytest.raises(NonFinite):
         step_with(reward, NonFinite("the loss"))
     assert reward.ends == ["finished"]
+
+
+def test_a_rollout_of_an_older_checkpoint_has_its_policy_mask_by_the_old_name():
+    rollout = Rollout(
+        id="p/0",
+        prompt=Prompt("p", (1, 2), "x"),
+        group=0,
+        response_ids=(3, 4),
+        response="yz",
+        logprobs=(-1.0, -2.0),
+        finish_reason="stop",
+        policy_version=0,
+        policy_mask=(True, False),
+    )
+    row = json.loads(json.dumps(rollout_to_row(rollout)))
+    assert rollout_from_row(row) == rollout
+    row["written"] = row.pop("policy_mask")
+    assert rollout_from_row(row) == rollout
