@@ -431,7 +431,7 @@ def test_words_for_what_cannot_be_resumed(tmp_path):
     nothing = quartet_here("run", "--resume", cwd=tmp_path)
     assert nothing.returncode == 2 and "there is no run to resume" in nothing.stderr
     alone = quartet_here("run", "reviews", "--accept", "optim.lr", cwd=tmp_path)
-    assert alone.returncode == 2 and "--accept: goes with --resume." in alone.stderr
+    assert alone.returncode == 2 and "--accept: needs --resume." in alone.stderr
 
 
 def test_resume_begins_a_run_that_there_is_not_yet(tmp_path):

@@ -20,6 +20,7 @@ from quartet.models.heads import ScalarModel
 from quartet.models.language_model import create, load_model, load_tokenizer, save
 from quartet.models.shape import Shape
 from quartet.worlds import WORLDS
+from tests.support.command import quartet_here
 from tests.support.tiny_run import SMALL, SMALL_REVIEWS
 
 QUARTET = str(Path(sys.executable).parent / "quartet")
@@ -222,19 +223,22 @@ def test_comparisons_straight_into_the_policy(tmp_path, stage):
 
 
 def test_the_command_lists_presets_and_prints_one(tmp_path):
-    listed = quartet("algorithms", cwd=tmp_path)
+    listed = quartet_here("algorithms", cwd=tmp_path)
     assert listed.returncode == 0
     for name in ("ppo", "grpo", "trpo", "deepspeed_chat", "minimal", "dpo", "kto"):
         assert any(line.startswith(name) for line in listed.stdout.splitlines())
-    assert 'estimator = "k1"' in quartet("algorithms", "ppo", cwd=tmp_path).stdout
+    assert 'estimator = "k1"' in quartet_here("algorithms", "ppo", cwd=tmp_path).stdout
     assert (
-        json.loads(quartet("algorithms", "--json", cwd=tmp_path).stdout)["rloo"]["advantage"][
+        json.loads(quartet_here("algorithms", "--json", cwd=tmp_path).stdout)["rloo"]["advantage"][
             "type"
         ]
         == "leave_one_out"
     )
-    assert quartet("algorithms", "ipo", cwd=tmp_path).stdout.splitlines()[0] == "[preference.loss]"
-    wrong = quartet("algorithms", "ppoo", cwd=tmp_path)
+    assert (
+        quartet_here("algorithms", "ipo", cwd=tmp_path).stdout.splitlines()[0]
+        == "[preference.loss]"
+    )
+    wrong = quartet_here("algorithms", "ppoo", cwd=tmp_path)
     assert wrong.returncode == 2 and "Did you mean ppo?" in wrong.stderr
 
 
@@ -352,7 +356,7 @@ create = { hidden_size = 16, num_layers = 1, num_heads = 2, max_length = 1024 }
 tokenizer = { type = "train", vocab_size = 320 }
 """
     )
-    refused = quartet("run", "talk.toml", cwd=tmp_path)
+    refused = quartet_here("run", "talk.toml", cwd=tmp_path)
     assert (
         refused.returncode == 2
         and 'Set policy.chat_template = "chatml" or give a file.' in refused.stderr
@@ -415,7 +419,7 @@ def test_bad_data_are_refused_before_anything_is_written(tmp_path, users_model, 
     (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
     words = ['recipe="reward_model"', f'policy.model="{users_model}"', 'data.train="p.jsonl"']
     (tmp_path / "x.toml").write_text("")
-    done = quartet("run", "x.toml", *words, cwd=tmp_path)
+    done = quartet_here("run", "x.toml", *words, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert sentence in done.stderr
     assert done.stderr.strip().count("\n") == 0 and not (tmp_path / "runs").exists()
@@ -430,7 +434,7 @@ def test_a_model_too_short_for_its_answers_is_said(tmp_path, users_model):
         "rollout.max_new_tokens=1024",
     ]
     (tmp_path / "x.toml").write_text("")
-    done = quartet("run", "x.toml", *words, cwd=tmp_path)
+    done = quartet_here("run", "x.toml", *words, cwd=tmp_path)
     assert (
         done.returncode == 2
         and "leaves no room for a prompt" in done.stderr
@@ -445,17 +449,17 @@ def test_a_folder_without_a_tokenizer_or_without_weights_is_refused(tmp_path, us
     )
     (users_model / "tokenizer.json").rename(tmp_path / "aside.json")
     (users_model / "tokenizer_config.json").unlink()
-    done = quartet("run", "x.toml", cwd=tmp_path)
+    done = quartet_here("run", "x.toml", cwd=tmp_path)
     assert (
         done.returncode == 2 and "model: has no tokenizer. Save one beside the model" in done.stderr
     )
-    missing = quartet("run", "x.toml", "policy.model=./nowhere", cwd=tmp_path)
+    missing = quartet_here("run", "x.toml", "policy.model=./nowhere", cwd=tmp_path)
     assert (
         missing.returncode == 2 and 'policy.model = "./nowhere": no such folder.' in missing.stderr
     )
     (users_model / "model.safetensors").unlink()
     (tmp_path / "aside.json").rename(users_model / "tokenizer.json")
-    empty = quartet("run", "x.toml", cwd=tmp_path)
+    empty = quartet_here("run", "x.toml", cwd=tmp_path)
     assert empty.returncode == 2 and "has no .safetensors weights" in empty.stderr
     assert not (tmp_path / "runs").exists()
 
