@@ -44,13 +44,14 @@ def go_on(request: "ResumeRequest", fault: str | None, accept: list[str]) -> int
     if request.path is None:
         _print("There is no run of this name to resume: a new one begins.")
         return new_run(settings, fault)
-    try:
-        with refusing():
-            folder = open_folder(request.path)
-            execution = resume(folder, settings, _job(settings, fault), fault, accept)
-    except AlreadyDone:
-        _say_done(request.path, settings)
-        return 0
+    with refusing():
+        folder = open_folder(request.path)
+        job = _job(settings, fault)
+        try:
+            execution = resume(folder, settings, job, fault, accept)
+        except AlreadyDone:
+            _say_done(request.path, settings)
+            return 0
     if execution.choice is None:
         _print(f"{request.path} had not begun when it stopped: it begins now.")
     return _carry_out(execution)
