@@ -343,7 +343,7 @@ def test_when_no_server_answers_it_is_said_which_and_why(folder, generator):
 def test_an_answer_that_a_server_cuts_short_is_no_answer(folder, generator):
     with served(folder / "first") as (url, engine):
         made = generator(folder, [url])
-        made.timeout, engine.context = 0.3, 8
+        made.timeout, engine.context = 1.0, 8
         with pytest.raises(
             ServersGone,
             match=r"it wrote 2 of 12 tokens: does it read fewer than a prompt and an answer have",

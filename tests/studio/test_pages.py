@@ -246,7 +246,7 @@ def test_a_run_that_has_just_begun(tmp_path):
 
 def test_no_runs_at_all(tmp_path):
     assert (
-        "no run here yet"
+        "There are no runs yet"
         in TestClient(make_app([tmp_path]), base_url="http://localhost").get("/").text
     )
 

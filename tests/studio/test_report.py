@@ -3,7 +3,7 @@
 import re
 
 from quartet.runs.doctor import examine
-from quartet.studio.report import report, told, verdict, write_report
+from quartet.studio.report import chosen_rollouts, report, verdict, write_report
 
 
 def test_it_needs_nothing_else(ppo_run):
@@ -22,13 +22,13 @@ def test_it_tells_what_was_done_and_what_came_of_it(ppo_run, grpo_run):
     page = report(ppo_run)
     for heading in (
         "Before and after",
-        "What the doctor says",
+        "Findings of the doctor",
         "reward model",
         "token by token",
         "Settings",
     ):
         assert heading in page
-    assert len(told(ppo_run)) == 10 and page.count('<p class="tokens"') == 10
+    assert len(chosen_rollouts(ppo_run)) == 10 and page.count('<p class="tokens"') == 10
     assert page.count('<p class="tokens"') == report(grpo_run).count('<p class="tokens"')
 
 

@@ -31,8 +31,8 @@ def best_of_n(
     >>> [round(point.reward, 3) for point in best_of_n([[1.0, 2.0, 6.0, 3.0]], None)]
     [3.0, 4.333, 6.0]
     """
-    most = min(len(answers) for answers in rewards)
-    sizes = [2**power for power in range(most.bit_length()) if 2**power <= most]
+    smallest_group = min(len(answers) for answers in rewards)
+    sizes = [2**power for power in range(smallest_group.bit_length()) if 2**power <= smallest_group]
     return [
         BestOf(
             n,

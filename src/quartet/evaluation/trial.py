@@ -50,13 +50,13 @@ def try_reward(reward: Reward, rollouts: Sequence[Rollout], pairs: bool) -> Tria
     started = time.monotonic()
     scores = reward.score(rollouts)
     seconds = time.monotonic() - started
-    there = [
+    scored = [
         (s, r) for s, r in zip(scores, rollouts, strict=True) if s is not None and math.isfinite(s)
     ]
-    numbers = [s for s, _ in there]
-    lengths = [len(r.response) for _, r in there]
+    numbers = [s for s, _ in scored]
+    lengths = [len(r.response) for _, r in scored]
     varied = len(set(numbers)) > 1 and len(set(lengths)) > 1
-    ranked = sorted(there, key=lambda pair: pair[0])
+    ranked = sorted(scored, key=lambda pair: pair[0])
     shown = [*ranked[:2], *ranked[-2:]] if len(ranked) > 3 else ranked
     return Trial(
         answers=len(rollouts),
@@ -76,28 +76,30 @@ def try_reward(reward: Reward, rollouts: Sequence[Rollout], pairs: bool) -> Tria
 
 def findings(trial: Trial) -> list[str]:
     """Return sentences about what may go wrong in training with this reward."""
-    said = []
+    sentences = []
     if trial.nan:
-        said.append(
+        sentences.append(
             f"{trial.nan} of {trial.answers} scores are NaN or infinite: a run would stop at the "
             f"first of them."
         )
     if trial.none:
-        said.append(f"{trial.none} of {trial.answers} answers got None: a run leaves them out.")
+        sentences.append(
+            f"{trial.none} of {trial.answers} answers got None: a run leaves them out."
+        )
     if trial.different == 1 and trial.answers > 1:
-        said.append("all answers got the same number: there is nothing to learn from it.")
+        sentences.append("all answers got the same number: there is nothing to learn from it.")
     if trial.length_correlation is not None and abs(trial.length_correlation) > 0.5:
         longer = "longer" if trial.length_correlation > 0 else "shorter"
-        said.append(
+        sentences.append(
             f"{longer} answers score higher (r = {trial.length_correlation:.2f}): the policy will "
             f"find that out."
         )
     if trial.accuracy is not None and trial.accuracy < 0.5:
-        said.append(
+        sentences.append(
             f"the rejected side scores higher in {1 - trial.accuracy:.0%} of comparisons: is the "
             f"sign right?"
         )
-    return said
+    return sentences
 
 
 def _accuracy(chosen: Sequence[Score], rejected: Sequence[Score]) -> float | None:

@@ -121,8 +121,8 @@ class Vllm(_Adapters):
             "stop_token_ids": stops,
             "detokenize": False,
         }
-        asked = {"token_ids": list(ids), "sampling_params": drawing}
-        return Order("/inference/v1/generate", asked if name is None else {"model": name, **asked})
+        body = {"token_ids": list(ids), "sampling_params": drawing}
+        return Order("/inference/v1/generate", body if name is None else {"model": name, **body})
 
     def written(self, reply: Mapping[str, Any]) -> Piece:
         choice = reply["choices"][0]
@@ -162,8 +162,8 @@ class Sglang(_Adapters):
             "stop_token_ids": stops,
             "skip_special_tokens": False,
         }
-        asked = {"input_ids": list(ids), "sampling_params": drawing, "return_logprob": True}
-        return Order("/generate", asked if name is None else {"lora_path": name, **asked})
+        body = {"input_ids": list(ids), "sampling_params": drawing, "return_logprob": True}
+        return Order("/generate", body if name is None else {"lora_path": name, **body})
 
     def written(self, reply: Mapping[str, Any]) -> Piece:
         meta = reply["meta_info"]
@@ -175,8 +175,8 @@ class Sglang(_Adapters):
         )
 
     def read(self, folder: Path, version: int) -> list[Order]:
-        asked = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
-        return [Order("/update_weights_from_disk", asked)]
+        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
+        return [Order("/update_weights_from_disk", body)]
 
 
 DIALECTS: dict[str, Dialect] = {"vllm": Vllm(), "sglang": Sglang()}

@@ -74,12 +74,12 @@ whether the episode is over."""
 
 def _answers(episodes: Sequence[_Episode], turns: Sequence[Rollout]) -> list[_Answer]:
     """Return each environment's answer to its turn."""
-    made: list[_Answer] = []
+    answers: list[_Answer] = []
     for episode, turn in zip(episodes, turns, strict=True):
         assert episode.world is not None
-        messages, reward, done = episode.world.step(turn.response)
-        made.append((list(messages), float(reward), bool(done)))
-    return made
+        messages, reward, is_over = episode.world.step(turn.response)
+        answers.append((list(messages), float(reward), bool(is_over)))
+    return answers
 
 
 class Episodes:
@@ -144,8 +144,8 @@ class Episodes:
             going = [e for e in episodes if e.finish is None]
             if not going:
                 break
-            asked = [replace(e.prompt, ids=(*e.context, *e.ids)) for e in going]
-            turns = self.turns.generate(asked, sampling, 1)
+            contexts = [replace(e.prompt, ids=(*e.context, *e.ids)) for e in going]
+            turns = self.turns.generate(contexts, sampling, 1)
             answers = self._heard(partial(_answers, going, turns))
             for episode, turn, answer in zip(going, turns, answers, strict=True):
                 self._take(episode, turn, answer, sampling, last=number == self.max_turns)
@@ -153,10 +153,10 @@ class Episodes:
 
     def _heard(self, say: Callable[[], list[Any]]) -> list[Any]:
         """Return what `say` returns on rank 0, on every rank."""
-        said: list[Any] = self.process_group.all_gather(
+        messages: list[Any] = self.process_group.all_gather(
             say() if self.process_group.is_rank_zero else None
         )[0]
-        return said
+        return messages
 
     def _begun(
         self,
@@ -182,7 +182,7 @@ class Episodes:
         """Add a turn of the policy and the environment's answer, and end the episode where it is
         over or the next turn would not fit."""
         episode.say(turn)
-        messages, reward, done = answer
+        messages, reward, is_over = answer
         episode.rewards[-1] += reward
         if turn.finish_reason == "length":
             episode.finish = "length"
@@ -191,9 +191,9 @@ class Episodes:
         heard = after_reply(self.tokenizer, episode.history, reply, messages) if messages else []
         episode.history += [reply, *messages]
         room = self.max_tokens - len(episode.context) - len(episode.ids) - len(heard)
-        if done or last:
+        if is_over or last:
             episode.hear(heard if room >= 0 else [])
-            episode.finish = "stop" if done else "length"
+            episode.finish = "stop" if is_over else "length"
         elif room < sampling.max_new_tokens:
             episode.finish = "length"
         else:

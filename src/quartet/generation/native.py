@@ -80,18 +80,18 @@ class NativeGenerator:
         rows = [
             row for i in mine for row in range(i * samples_per_prompt, (i + 1) * samples_per_prompt)
         ]
-        found = self._sample(
+        own_answers = self._sample(
             [prompts[i].ids for i in mine], sampling, samples_per_prompt, noise[rows]
         )
-        everybodys = (
-            self.process_group.all_gather([rows, found])
+        by_rank = (
+            self.process_group.all_gather([rows, own_answers])
             if self.process_group.world_size > 1
-            else [(rows, found)]
+            else [(rows, own_answers)]
         )
         by_row = {
             row: answer
-            for taken, written in everybodys
-            for row, answer in zip(taken, written, strict=True)
+            for rank_rows, rank_answers in by_rank
+            for row, answer in zip(rank_rows, rank_answers, strict=True)
         }
         answers = [by_row[row] for row in range(len(noise))]
         before = [self.tokenizer.decode(p.ids, skip_special_tokens=True) for p in prompts]
@@ -134,38 +134,38 @@ class NativeGenerator:
         rows = torch.empty(
             0, dtype=torch.long, device=device
         )  # the answer that each row of the decoder belongs to
-        written = torch.empty(0, dtype=torch.long, device=device)  # tokens of it so far
+        lengths = torch.empty(0, dtype=torch.long, device=device)  # tokens of it so far
         logits = torch.empty(0, 0, device=device)
         steps: list[tuple[Tensor, Drawn]] = []
         while len(rows) or waiting:
             if waiting and (not len(rows) or decoder.free_rows() >= samples):
-                taken = [
+                chosen = [
                     waiting.popleft()
                     for _ in range(min(len(waiting), max(decoder.free_rows() // samples, 1)))
                 ]
-                new = decoder.prefill([prompts[i] for i in taken], samples)
+                new = decoder.prefill([prompts[i] for i in chosen], samples)
                 logits = torch.cat([logits, new]) if len(rows) else new
-                first = samples * torch.tensor(taken, device=device)
+                first = samples * torch.tensor(chosen, device=device)
                 rows = torch.cat(
                     [rows, (first[:, None] + torch.arange(samples, device=device)).flatten()]
                 )
-                written = torch.nn.functional.pad(written, (0, len(new)))
-            drawn = draw(logits, sampling, noise[rows, written])
+                lengths = torch.nn.functional.pad(lengths, (0, len(new)))
+            drawn = draw(logits, sampling, noise[rows, lengths])
             steps.append((rows, drawn))
-            written = written + 1
+            lengths = lengths + 1
             tokens = drawn.tokens
-            unfinished = ~(self._ends(tokens, rows, written) | (written == limit))
+            unfinished = ~(self._ends(tokens, rows, lengths) | (lengths == limit))
             if not unfinished.all():
                 kept = decoder.keep(unfinished)
-                rows, written, tokens = rows[kept], written[kept], tokens[kept]
+                rows, lengths, tokens = rows[kept], lengths[kept], tokens[kept]
             if len(rows):
                 logits = decoder.step(tokens)
         return _by_row(steps, len(prompts) * samples)
 
     def _ends(
-        self, tokens: Int[Tensor, "B"], rows: Int[Tensor, "B"], written: Int[Tensor, "B"]
+        self, tokens: Int[Tensor, "B"], rows: Int[Tensor, "B"], lengths: Int[Tensor, "B"]
     ) -> Bool[Tensor, "B"]:
-        """Return which responses these tokens end. Token i is number `written[i]` of response
+        """Return which responses these tokens end. Token i is number `lengths[i]` of response
         `rows[i]`; the end depends on neither here, but a benchmark sets lengths by both."""
         return torch.isin(tokens, self.stop_ids)
 

@@ -142,9 +142,9 @@ class ServedGenerator:
     def aside(self) -> "ServedGenerator":
         """Return a generator on the same servers and weights with random numbers of its own, which
         start anew with each copy: sampling from it does not change the run."""
-        made = copy.copy(self)
-        made.seed, made.calls = self.seed + 1, 0
-        return made
+        copied = copy.copy(self)
+        copied.seed, copied.calls = self.seed + 1, 0
+        return copied
 
     def close(self) -> None:
         """Cancel requests in flight and close the connections."""
@@ -330,11 +330,11 @@ class ServedGenerator:
 
     def _write(self, folder: Path, save: Callable[[Path], None]) -> None:
         """Save a folder under a hidden name and rename it when it is complete."""
-        beside = folder.with_name(f".{folder.name}")
-        shutil.rmtree(beside, ignore_errors=True)
-        save(beside)
+        temporary = folder.with_name(f".{folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        save(temporary)
         shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        temporary.rename(folder)
 
     def _folder(self, version: int) -> Path:
         return self.shared.resolve() / f"{version:08d}"
@@ -397,13 +397,13 @@ class ServedGenerator:
                     self._push(server)
 
     def _gone(self, reason: str) -> ServersGone:
-        said = "; ".join(
+        reasons = "; ".join(
             f"{server.url}: {server.failed or reason or 'has older weights'}"
             for server in self.servers
         )
         return ServersGone(
-            f"no generation server answered for {self.timeout:g} s ({said}). Start one, and resume "
-            f"the run."
+            f"no generation server answered for {self.timeout:g} s ({reasons}). Start one, and "
+            "resume the run."
         )
 
 

@@ -99,9 +99,9 @@ def _numbers(events: list[dict[str, Any]]) -> str:
     )
     rows = []
     for stage, (step, metrics) in last.items():
-        found = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
-        if found:
-            rows.append(f"| {stage} | {step:,} | {', '.join(found)} |")
+        values = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
+        if values:
+            rows.append(f"| {stage} | {step:,} | {', '.join(values)} |")
     text = (
         "| stage | steps | at the last step |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         if rows
@@ -147,5 +147,5 @@ def _making(config: dict[str, Any]) -> str:
         ", ".join(train) if isinstance(train, list) else train
     ) or f"the embedded world {data.get('world')}"
     recipe = " → ".join(config.get("recipe", []))
-    made = f"Made by Quartet {__version__}: {recipe}, on {source}, seed {config.get('seed')}."
-    return f"{made} All settings: `config.resolved.toml`.\n"
+    origin = f"Made by Quartet {__version__}: {recipe}, on {source}, seed {config.get('seed')}."
+    return f"{origin} All settings: `config.resolved.toml`.\n"

@@ -97,22 +97,22 @@ class RunFolder:
         root.mkdir(parents=True, exist_ok=True)
         sweep_strays(root)
         stamp = f"{time.strftime('%m%d-%H%M')}-{name}"
-        beside = root / f".{stamp}.{os.getpid()}{files.UNFINISHED}"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        around = environment() | {"folder": str(Path.cwd()), "links": dict(links.values())}
+        temporary = root / f".{stamp}.{os.getpid()}{files.UNFINISHED}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        surroundings = environment() | {"folder": str(Path.cwd()), "links": dict(links.values())}
         try:
-            folder = cls(beside)
+            folder = cls(temporary)
             for file, text in {
                 **contents,
-                ENVIRONMENT: json.dumps(around, indent=2) + "\n",
+                ENVIRONMENT: json.dumps(surroundings, indent=2) + "\n",
             }.items():
-                files.write(beside / file, text)
-            files.sync(beside)
-            folder.path = _named(beside, root, stamp)
+                files.write(temporary / file, text)
+            files.sync(temporary)
+            folder.path = _named(temporary, root, stamp)
             files.sync(root)
         except OSError:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
         return folder
 
@@ -121,8 +121,11 @@ class RunFolder:
         """Make a new folder at `path`, with a file for each of `contents` (its name and its text).
         Raises FileExistsError if there is something at `path`."""
         path.mkdir(parents=True)
-        around = environment() | {"folder": str(Path.cwd()), "links": {}}
-        for file, text in {**contents, ENVIRONMENT: json.dumps(around, indent=2) + "\n"}.items():
+        surroundings = environment() | {"folder": str(Path.cwd()), "links": {}}
+        for file, text in {
+            **contents,
+            ENVIRONMENT: json.dumps(surroundings, indent=2) + "\n",
+        }.items():
             files.write(path / file, text)
         return cls(path)
 
@@ -253,7 +256,7 @@ def read_record(folder: Path) -> Record:
     return Record(events, damaged)
 
 
-def _named(beside: Path, root: Path, stamp: str) -> Path:
+def _named(temporary: Path, root: Path, stamp: str) -> Path:
     """Rename a folder to the first free name, the stamp or the stamp with a number, and return
     it."""
     for number in range(1, 1000):
@@ -261,7 +264,7 @@ def _named(beside: Path, root: Path, stamp: str) -> Path:
         if path.exists() or path.is_symlink():
             continue
         try:
-            return beside.rename(path)
+            return temporary.rename(path)
         except OSError as error:  # another process took the name in between
             if error.errno not in {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}:
                 raise
@@ -326,14 +329,14 @@ def lock(file: IO[bytes], path: Path) -> None:
 
 def point_latest(root: Path, path: Path) -> None:
     """Make the link `latest` point at the newest run. A file system without links gets none."""
-    link, beside = root / "latest", root / f".latest{files.UNFINISHED}"
+    link, temporary = root / "latest", root / f".latest{files.UNFINISHED}"
     try:
-        beside.unlink(missing_ok=True)
-        beside.symlink_to(path.name)
-        beside.replace(link)
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(path.name)
+        temporary.replace(link)
     except OSError:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, Any]:
@@ -361,7 +364,7 @@ def environment() -> dict[str, Any]:
 def _git_commit() -> str | None:
     """Return the commit of the working directory where it is a git checkout."""
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             ["git", "rev-parse", "HEAD"],
             capture_output=True,
             text=True,
@@ -371,4 +374,4 @@ def _git_commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return completed.stdout.strip()

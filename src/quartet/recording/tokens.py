@@ -43,7 +43,7 @@ def rollout_table(step: "Step", texts: TokenTexts) -> Any:
     """Return the step as an Arrow table with a row per token, without padding."""
     update, algorithm = step.update, step.algorithm
     change = update.logprobs - step.batch.old_logprobs
-    seen = {
+    update_columns = {
         "logprob": update.logprobs,
         "change": change if update.trained_actor else None,
         "ratio": change.clamp(-20, 20).exp() if update.trained_actor else None,
@@ -51,7 +51,7 @@ def rollout_table(step: "Step", texts: TokenTexts) -> Any:
         "entropy": update.entropy,
     }
     return token_table(
-        step.number, step.rollouts, step.batch, step.experience, algorithm, texts, seen
+        step.number, step.rollouts, step.batch, step.experience, algorithm, texts, update_columns
     )
 
 
@@ -64,8 +64,10 @@ def probe_table(
 ) -> Any:
     """Return a table of what the models now compute for responses that were sampled earlier."""
     batch = learner.score([dataclasses.replace(r, policy_version=-1) for r in probes], algorithm)
-    seen = {"logprob": batch.old_logprobs, "entropy": batch.entropy}
-    return token_table(number, probes, batch, algorithm.experience(batch), algorithm, texts, seen)
+    update_columns = {"logprob": batch.old_logprobs, "entropy": batch.entropy}
+    return token_table(
+        number, probes, batch, algorithm.experience(batch), algorithm, texts, update_columns
+    )
 
 
 def token_table(
@@ -75,7 +77,7 @@ def token_table(
     experience: "Experience",
     algorithm: "Algorithm",
     texts: TokenTexts,
-    seen: "Mapping[str, Tensor | None]",
+    update_columns: "Mapping[str, Tensor | None]",
 ) -> Any:
     """Return the table. `seen` has the columns that come from the update, such as log-probs and
     ratios; None is a column without values."""
@@ -129,7 +131,7 @@ def token_table(
             "token_id": pa.array(ids.numpy(), pa.int32()),
             "text": text,
             "is_response": pa.array(response.numpy()),
-            "logprob": column(seen.get("logprob")),
+            "logprob": column(update_columns.get("logprob")),
             "old_logprob": column(batch.old_logprobs),
             "ref_logprob": column(batch.ref_logprobs),
             "kl": column(kl),
@@ -140,10 +142,10 @@ def token_table(
             "raw_advantage": column(experience.raw_advantages),
             "advantage": column(experience.advantages),
             "return": column(experience.returns),
-            "change": column(seen.get("change")),
-            "ratio": column(seen.get("ratio"), middle=1.0),
-            "clipped": column(seen.get("clipped")),
-            "entropy": column(seen.get("entropy")),
+            "change": column(update_columns.get("change")),
+            "ratio": column(update_columns.get("ratio"), middle=1.0),
+            "clipped": column(update_columns.get("clipped")),
+            "entropy": column(update_columns.get("entropy")),
         }
     )
 
@@ -205,18 +207,18 @@ def write_tokens(table: Any, path: Path) -> Path:
 
     path.parent.mkdir(exist_ok=True)
     floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
-    beside = path.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     try:
         pq.write_table(
             table,
-            beside,
+            temporary,
             compression="zstd",
             use_dictionary=[name for name in table.column_names if name not in floats],
             column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
         )
-        beside.replace(path)
+        temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
     return path

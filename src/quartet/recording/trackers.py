@@ -69,8 +69,8 @@ class MLflow:
         import mlflow
 
         self._client = mlflow.MlflowClient()
-        found = self._client.get_experiment_by_name(PROJECT)
-        experiment = found.experiment_id if found else self._client.create_experiment(PROJECT)
+        existing = self._client.get_experiment_by_name(PROJECT)
+        experiment = existing.experiment_id if existing else self._client.create_experiment(PROJECT)
         self._id = self._client.create_run(experiment, run_name=folder.name).info.run_id
         for key, value in _flat(config):
             self._client.log_param(self._id, key, str(value)[:500])

@@ -52,8 +52,8 @@ class Series:
     def last(self, name: str, count: int = 1) -> float | None:
         """Return the mean of the last `count` values that are numbers; None where there are
         none."""
-        there = [x for x in self.columns.get(name, ())[-count:] if not math.isnan(x)]
-        return sum(there) / len(there) if there else None
+        numbers = [x for x in self.columns.get(name, ())[-count:] if not math.isnan(x)]
+        return sum(numbers) / len(numbers) if numbers else None
 
 
 class EventLog:
@@ -111,8 +111,8 @@ class EventLog:
             more = f" ({self.incomplete - 1:,} more)" if self.incomplete > 1 else ""
             yield f"{self.name}: {self._first_incomplete}; it is left out{more}."
         if self.full:
-            read = f"its first {self._lines:,} lines ({self._read_to / 1e6:,.0f} MB)"
-            yield f"{self.name} is too long: only {read} were read."
+            part = f"its first {self._lines:,} lines ({self._read_to / 1e6:,.0f} MB)"
+            yield f"{self.name} is too long: only {part} were read."
 
     def _read_on(self, file: IO[bytes]) -> None:
         file.seek(self._read_to)

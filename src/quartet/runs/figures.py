@@ -43,7 +43,7 @@ CHARTS = (
     Chart("Response length", ("response/tokens",)),
     Chart("Turns", ("response/turns",)),
     Chart(
-        "Ends, repeats, differs",
+        "Ended, repetition, distinct",
         ("response/ended", "response/repetition", "response/distinct", "response/most_common"),
         percent=True,
     ),
@@ -71,9 +71,9 @@ CHARTS = (
     Chart("Invariants", ("sampler_ratio", "reference/moved", "logratio/abs")),
     Chart("Epochs, skipped updates", ("policy/epochs", "skipped")),
     Chart("Staleness", ("staleness/mean", "staleness/max")),
-    Chart("Thrown away", ("staleness/thrown_away",), percent=True),
+    Chart("Discarded rollouts", ("staleness/thrown_away",), percent=True),
     Chart("Win rate on held-out prompts", ("policy/win_rate",), percent=True),
-    Chart("Paid for what it earned", ("advantage/reward_correlation",)),
+    Chart("Correlation of advantage and reward", ("advantage/reward_correlation",)),
     Chart("Perplexity on SFT data", ("policy/sft_perplexity",)),
     Chart("Drift of the reward model", ("reward/drift",)),
     Chart("Learning rate", ("lr", "lr/*")),
@@ -94,13 +94,13 @@ def charts(series: "Series", own: Sequence[Definition] = ()) -> list[tuple[Chart
     those of the user's own metrics. A pattern that stands for one line that is drawn already is
     left out."""
     shown: set[str] = set()
-    made = []
+    result = []
     for chart in (*CHARTS, *own_charts(own)):
         names = [name for pattern in chart.metrics for name in _matching(pattern, series)]
         if names and not (set(names) <= shown):
-            made.append((chart, names))
+            result.append((chart, names))
             shown |= set(names)
-    return made
+    return result
 
 
 def own_charts(own: Sequence[Definition]) -> list[Chart]:
@@ -117,15 +117,15 @@ def own_charts(own: Sequence[Definition]) -> list[Chart]:
 def _matching(pattern: str, series: "Series") -> list[str]:
     if "*" not in pattern:
         return [pattern] if pattern in series.columns else []
-    found = [
+    matches = [
         name for name in series.columns if fnmatch.fnmatchcase(name, pattern) and name not in APART
     ]
     # A component that is the whole reward, or a term that is always 0, says nothing new.
-    if found == ["reward/model"] or (len(found) == 1 and pattern == "reward/*"):
+    if matches == ["reward/model"] or (len(matches) == 1 and pattern == "reward/*"):
         return []
     return [
         name
-        for name in found
+        for name in matches
         if any(x not in {0.0} and not math.isnan(x) for x in series.columns[name])
     ]
 
@@ -138,13 +138,13 @@ def lines(run: "Run", stage: str, title: str, names: Sequence[str], percent: boo
     for place, name in enumerate(names):
         color = COLORS[place % len(COLORS)]
         label = definition(name, run.definitions).label
-        there = [
+        points = [
             (step, v)
             for step, v in zip(series.steps, series.columns[name], strict=True)
             if not math.isnan(v)
         ]
-        if len(there) < 0.9 * len(series.steps):  # measured now and then
-            steps, values = zip(*there, strict=True) if there else ((), ())
+        if len(points) < 0.9 * len(series.steps):  # measured now and then
+            steps, values = zip(*points, strict=True) if points else ((), ())
             data.append(_line(steps, values, color, {"name": label, "mode": "lines+markers"}))
             continue
         x, y = thinned(list(series.steps), list(series.columns[name]))
@@ -194,7 +194,7 @@ def frontier(run: "Run") -> Spec:
     data: list[Spec] = []
     spec: Spec = {
         "data": data,
-        "layout": layout("What was gained, for how far the policy went", None, legend=True),
+        "layout": layout("Score against distance from the reference", None, legend=True),
     }
     spec["layout"] |= {"xaxis": _axis("√KL, nats"), "yaxis": _axis("mean score"), "height": 480}
     spec["layout"]["legend"]["y"], spec["layout"]["margin"]["b"] = -0.13, 80
@@ -253,7 +253,7 @@ def frontier(run: "Run") -> Spec:
     if (onset := overoptimised(series)) is not None:
         at = list(series.steps).index(onset)
         spec["layout"]["shapes"] = [_vertical(distance[at])]
-        words = f"gold is highest at step {onset}: over-optimised from here"
+        words = f"gold is highest at step {onset}; over-optimized after it"
         spec["layout"]["annotations"] = [
             {
                 "x": distance[at],
@@ -269,21 +269,21 @@ def frontier(run: "Run") -> Spec:
 
 def _win_rates(series: "Series", distance: Sequence[float]) -> Spec:
     """Return the win rates against the initial policy on held-out prompts as points."""
-    there = [i for i, rate in enumerate(series.columns["policy/win_rate"]) if not math.isnan(rate)]
+    places = [i for i, rate in enumerate(series.columns["policy/win_rate"]) if not math.isnan(rate)]
     label = definition("policy/win_rate").label
     more = {
         "name": label,
         "mode": "markers",
         "yaxis": "y2",
         "marker": {"size": 9, "symbol": "diamond", "color": COLORS[2]},
-        "customdata": [series.steps[i] for i in there],
+        "customdata": [series.steps[i] for i in places],
         "hovertemplate": "step %{customdata}: wins %{y:.0%} at √KL %{x:.3g}<extra>"
         + label
         + "</extra>",
     }
     return _line(
-        [distance[i] for i in there],
-        [series.columns["policy/win_rate"][i] for i in there],
+        [distance[i] for i in places],
+        [series.columns["policy/win_rate"][i] for i in places],
         COLORS[2],
         more,
     )
@@ -303,8 +303,8 @@ def calibration(pairs: Sequence[Mapping[str, Any]]) -> Spec:
     )
     size = max(1, math.ceil(len(ranked) / BINS))
     pieces = [ranked[i : i + size] for i in range(0, len(ranked), size)]
-    said = [sum(1 / (1 + math.exp(-d)) for d, _ in piece) / len(piece) for piece in pieces]
-    was = [sum(right for _, right in piece) / len(piece) for piece in pieces]
+    predicted = [sum(1 / (1 + math.exp(-d)) for d, _ in piece) / len(piece) for piece in pieces]
+    observed = [sum(right for _, right in piece) / len(piece) for piece in pieces]
     margin = [
         f"differences of {piece[0][0]:.2g} to {piece[-1][0]:.2g}, {len(piece)} pairs"
         for piece in pieces
@@ -314,11 +314,11 @@ def calibration(pairs: Sequence[Mapping[str, Any]]) -> Spec:
             [0.5, 1.0],
             [0.5, 1.0],
             GREY,
-            {"name": "as sure as right", "line": {"color": GREY, "dash": "dash", "width": 1}},
+            {"name": "calibrated", "line": {"color": GREY, "dash": "dash", "width": 1}},
         ),
         _line(
-            said,
-            was,
+            predicted,
+            observed,
             COLORS[0],
             {
                 "mode": "lines+markers",
@@ -328,10 +328,10 @@ def calibration(pairs: Sequence[Mapping[str, Any]]) -> Spec:
             },
         ),
     ]
-    spec: Spec = {"data": data, "layout": layout("As sure as right?", ".0%", legend=True)}
+    spec: Spec = {"data": data, "layout": layout("Calibration", ".0%", legend=True)}
     spec["layout"] |= {
-        "xaxis": _axis("says with") | {"tickformat": ".0%"},
-        "yaxis": _axis("is right in") | {"tickformat": ".0%"},
+        "xaxis": _axis("predicted probability") | {"tickformat": ".0%"},
+        "yaxis": _axis("share that was right") | {"tickformat": ".0%"},
     }
     spec["layout"] |= {"height": 340, "hovermode": "closest"}
     spec["layout"]["margin"]["b"], spec["layout"]["legend"]["y"] = 70, -0.2
@@ -430,11 +430,11 @@ def smoothed(y: Sequence[float | None], share: float = SMOOTHING) -> list[float]
         return None
     keep = 1 - 1 / max(share * len(y), 1.5)
     total = weight = 0.0
-    made = []
+    means = []
     for v in y:
         total, weight = keep * total + (1 - keep) * (v or 0.0), keep * weight + 1 - keep
-        made.append(total / weight)
-    return made
+        means.append(total / weight)
+    return means
 
 
 def layout(title: str, tickformat: str | None = None, legend: bool = False) -> Spec:
@@ -461,12 +461,12 @@ def layout(title: str, tickformat: str | None = None, legend: bool = False) -> S
 
 
 def _axis(title: str | None) -> Spec:
-    made: Spec = {
+    axis: Spec = {
         "gridcolor": "rgba(128,128,128,0.18)",
         "zerolinecolor": "rgba(128,128,128,0.35)",
         "automargin": True,
     }
-    return made | ({"title": {"text": title}} if title else {})
+    return axis | ({"title": {"text": title}} if title else {})
 
 
 def _line(x: Sequence[Any], y: Sequence[Any], color: str, more: Mapping[str, Any]) -> Spec:

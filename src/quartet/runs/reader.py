@@ -168,10 +168,10 @@ class Run:
         if last in {"done", "failed", "interrupted"}:
             return str(last)
         try:
-            written = (self.path / EVENTS).lstat().st_mtime
+            modified = (self.path / EVENTS).lstat().st_mtime
         except OSError:
             return "stopped"
-        return "running" if time.time() - written < RECENT_SECONDS else "stopped"
+        return "running" if time.time() - modified < RECENT_SECONDS else "stopped"
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -308,10 +308,10 @@ class Run:
             raise DamagedRun(
                 f"{self.name}: {kind} of step {step} cannot be read: the file {error}"
             ) from None
-        there = self.steps(kind)
+        steps = self.steps(kind)
         has = (
-            f"There are {len(there):,}, from {there[0]:,} to {there[-1]:,}."
-            if there
+            f"There are {len(steps):,}, from {steps[0]:,} to {steps[-1]:,}."
+            if steps
             else "There are none."
         )
         raise NoRun(f"{self.name}: has no {kind} of step {step}. {has}")
@@ -368,8 +368,8 @@ class Run:
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
-        found = self._document(FINAL, MAX_DOCUMENT, parse_json, records.EVALUATION)
-        return None if found is None else {"samples": [], **found}
+        evaluation = self._document(FINAL, MAX_DOCUMENT, parse_json, records.EVALUATION)
+        return None if evaluation is None else {"samples": [], **evaluation}
 
     @property
     def best_of_n(self) -> list[dict[str, Any]]:
@@ -468,17 +468,17 @@ def find_runs(root: Path) -> list[Path]:
     if _written(root) is not None:
         return [root.resolve()]
     try:
-        there = list(root.iterdir())
+        entries = list(root.iterdir())
     except OSError as error:
         raise NoRun(
             f"{printable(str(root))}: {'no such folder' if not root.is_dir() else error.strerror}."
         ) from None
-    found = {
+    modified = {
         path: when
-        for path in there
+        for path in entries
         if not path.is_symlink() and (when := _written(path)) is not None
     }
-    return sorted(found, key=found.__getitem__, reverse=True)
+    return sorted(modified, key=modified.__getitem__, reverse=True)
 
 
 def _written(folder: Path) -> float | None:

@@ -40,23 +40,23 @@ def token_rows(sample: Mapping[str, Sequence[Any]], cases: Sequence[str], width:
     where the clip stopped the update."""
     wordy = width >= TOKEN_WIDTH + NUMBER_WIDTH * len(COLUMNS) + CASE_WIDTH
     room = (width - TOKEN_WIDTH - (CASE_WIDTH if wordy else 4)) // NUMBER_WIDTH
-    there = [c for c in COLUMNS if any(v is not None for v in sample[c])][: max(room, 1)]
+    columns = [c for c in COLUMNS if any(v is not None for v in sample[c])][: max(room, 1)]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("token", no_wrap=True, overflow="ellipsis", max_width=TOKEN_WIDTH)
-    for name in there:
+    for name in columns:
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     table.add_column("what the update did" if wordy else "", overflow="fold")
     begin = (
         sample["is_response"].index(True) if True in sample["is_response"] else len(sample["text"])
     )
     prompt = Text(printable("".join(sample["text"][:begin])), style="dim")
-    table.add_row(prompt, *[""] * len(there), "given" if wordy else "")
-    most = max((abs(a) for a in sample["advantage"] if a is not None), default=0.0) or 1.0
+    table.add_row(prompt, *[""] * len(columns), "given" if wordy else "")
+    largest = max((abs(a) for a in sample["advantage"] if a is not None), default=0.0) or 1.0
     for i in range(begin, len(sample["text"])):
         if not sample["is_response"][i]:  # what an environment said
             table.add_row(
                 Text(printable(sample["text"][i]), style="dim"),
-                *[""] * len(there),
+                *[""] * len(columns),
                 "given" if wordy else "",
             )
             continue
@@ -64,9 +64,9 @@ def token_rows(sample: Mapping[str, Sequence[Any]], cases: Sequence[str], width:
         color = "blue" if advantage > 0 else "yellow" if advantage < 0 else "default"
         token = Text(
             printable(sample["text"][i]) or "∅",
-            style=f"bold {color}" if abs(advantage) > 0.5 * most else color,
+            style=f"bold {color}" if abs(advantage) > 0.5 * largest else color,
         )
-        numbers = [decimal(sample[name][i], COLUMNS[name]) for name in there]
+        numbers = [decimal(sample[name][i], COLUMNS[name]) for name in columns]
         arrow = ("x" if clipped else "") + ("↑" if advantage > 0 else "↓" if advantage < 0 else "")
         table.add_row(
             token, *numbers, Text(cases[i] if wordy else arrow, style="red" if clipped else "dim")

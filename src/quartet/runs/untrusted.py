@@ -254,8 +254,10 @@ def checked(adapter: "TypeAdapter[Any]", value: Any) -> tuple[Any, list[str]]:
         places: dict[tuple[Any, ...], str] = {}
         for e in errors:
             loc = tuple(part for part in e["loc"] if part != "[key]")
-            said = f"{_joined('', *loc)} {_readable(e['type'], e['msg'])}".strip()
-            places.setdefault(_existing(value, loc[:-1] if e["type"] == "missing" else loc), said)
+            sentence = f"{_joined('', *loc)} {_readable(e['type'], e['msg'])}".strip()
+            places.setdefault(
+                _existing(value, loc[:-1] if e["type"] == "missing" else loc), sentence
+            )
         problems += places.values()
         if () in places:
             return None, problems

@@ -67,16 +67,18 @@ class Pages:
 
         async def respond(request: Request) -> Response:
             try:
-                made = await run_in_threadpool(self._one_at_a_time, make, request)
+                content = await run_in_threadpool(self._one_at_a_time, make, request)
             except (NoRun, BadQuestion) as error:
                 status = 404 if isinstance(error, NoRun) else 400
                 if request.url.path.startswith("/api/"):
                     return JSONResponse({"error": str(error)}, status, HEADERS)
                 return self.html(
-                    "error.html", status, title="Not here", sentence=str(error), run=None
+                    "error.html", status, title="Not found", sentence=str(error), run=None
                 )
             return (
-                made if isinstance(made, Response) else JSONResponse(finite(made), headers=HEADERS)
+                content
+                if isinstance(content, Response)
+                else JSONResponse(finite(content), headers=HEADERS)
             )
 
         return respond
@@ -130,12 +132,12 @@ class Pages:
         run = self.run_of(request)
         kind = _kind(request)
         steps = run.steps(kind)
-        asked = _whole(request, "step", steps[-1] if steps else 0)
-        step = min(steps, key=lambda s: abs(s - asked), default=asked)
+        requested = _whole(request, "step", steps[-1] if steps else 0)
+        step = min(steps, key=lambda s: abs(s - requested), default=requested)
         sort, words = request.query_params.get("sort", "number"), request.query_params.get("q", "")
-        fault, found = "", []
+        fault, samples = "", []
         try:
-            found = views.sorted_samples(run.samples(step, kind), sort, words) if steps else []
+            samples = views.sorted_samples(run.samples(step, kind), sort, words) if steps else []
         except DamagedRun as error:
             fault = str(error)
         at = steps.index(step) if step in steps else 0
@@ -143,12 +145,12 @@ class Pages:
             "samples.html",
             title=f"Samples of step {step}",
             run=run,
-            samples=found[: views.SAMPLES_SHOWN],
-            found=len(found),
+            samples=samples[: views.SAMPLES_SHOWN],
+            found=len(samples),
             fault=fault,
             steps=steps,
             step=step,
-            asked=asked,
+            asked=requested,
             before=steps[at - 1] if at > 0 else None,
             after=steps[at + 1] if at + 1 < len(steps) else None,
             sort=sort,
@@ -230,7 +232,7 @@ class Pages:
         """Return the numbers of one token of a probe over the steps of training."""
         run = self.run_of(request)
         sample, position = _whole(request, "sample", 0), _whole(request, "position", 0)
-        made: dict[str, list[Any]] = {
+        history: dict[str, list[Any]] = {
             name: [] for name in ("step", "logprob", "ref_logprob", "value", "advantage")
         }
         for step in run.steps("probes"):
@@ -240,10 +242,10 @@ class Pages:
                 continue
             if not 0 <= position < len(rows["text"]):
                 raise NoRun(f"the probe {sample} has no token {position}.")
-            made["step"].append(step)
-            for name in made.keys() - {"step"}:
-                made[name].append(rows[name][position])
-        return made
+            history["step"].append(step)
+            for name in history.keys() - {"step"}:
+                history[name].append(rows[name][position])
+        return history
 
     def frontier(self, request: Request) -> Response:
         run = self.run_of(request)
@@ -259,12 +261,12 @@ class Pages:
     def reward_model(self, request: Request) -> Response:
         run = self.run_of(request)
         pairs = run.pairs()
-        drawn = [figures.calibration(pairs), figures.score_histogram(pairs)] if pairs else []
+        charts = [figures.calibration(pairs), figures.score_histogram(pairs)] if pairs else []
         return self.html(
             "reward_model.html",
             title="Reward model",
             run=run,
-            charts=[{"figure": figure, "meanings": []} for figure in drawn],
+            charts=[{"figure": figure, "meanings": []} for figure in charts],
             judged=views.judged(pairs) if pairs else None,
             summary=run.summary("reward_model") or {},
             page="reward_model",
@@ -340,8 +342,8 @@ class TokenNeeded:
                 "The address that the studio printed has a token in it.", 401, HEADERS
             )(scope, receive, send)
 
-    def _fits(self, said: str) -> bool:
-        return secrets.compare_digest(said.encode(), self.token.encode())
+    def _fits(self, token: str) -> bool:
+        return secrets.compare_digest(token.encode(), self.token.encode())
 
 
 COOKIE = "quartet_studio"
@@ -408,18 +410,18 @@ def _overlaid(chosen: Sequence[Run]) -> list[dict[str, Any]]:
     """Return a chart for each metric that at least two runs have in their main stage, with a line
     per run."""
     stages = [(run, run.main_stage) for run in chosen]
-    there = [(run, stage) for run, stage in stages if stage is not None]
-    made = []
+    having_stage = [(run, stage) for run, stage in stages if stage is not None]
+    charts = []
     names = list(
         dict.fromkeys(
             name
-            for run, stage in there
+            for run, stage in having_stage
             for _, group in figures.charts(run.series[stage], run.definitions)
             for name in group
         )
     )
     for name in names:
-        having = [(run, stage) for run, stage in there if name in run.series[stage].columns]
+        having = [(run, stage) for run, stage in having_stage if name in run.series[stage].columns]
         if len(having) < 2:
             continue
         data = []
@@ -429,13 +431,13 @@ def _overlaid(chosen: Sequence[Run]) -> list[dict[str, Any]]:
                 more = {"name": markup.escape(run.name)} if "name" in line else {}
                 data.append(line | more | {"line": {"color": color, "width": 2}})
         row = views.meaning(name, having[0][0].definitions)
-        made.append(
+        charts.append(
             {
                 "figure": {"data": data, "layout": figures.layout(row["label"], legend=False)},
                 "meanings": [row],
             }
         )
-    return made
+    return charts
 
 
 def _same_prompts(chosen: Sequence[Run]) -> list[dict[str, Any]]:

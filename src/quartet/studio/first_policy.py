@@ -36,9 +36,9 @@ class Busy(NoAnswer):
 def folder_of(run: Run) -> Path | None:
     """Return the folder of the initial policy: the run's SFT model, else the model that it was
     given, if it is on this machine; None otherwise."""
-    given = run.config.get("policy", {}).get("model")
+    model = run.config.get("policy", {}).get("model")
     own: list[Path] = [run.path / "sft"] if Folder(run.path).is_plain("sft") else []
-    folders: list[Path] = [*own, *([Path(given)] if given else [])]
+    folders: list[Path] = [*own, *([Path(model)] if model else [])]
     for folder in folders:
         try:
             if (folder / "config.json").is_file():
@@ -95,13 +95,13 @@ def _asked(folder: Path, prompt_ids: Sequence[int], max_new_tokens: int) -> str:
     command = [sys.executable, "-m", "quartet.evaluation.greedy", str(folder.resolve())]
     question = json.dumps({"prompt_ids": list(prompt_ids), "max_new_tokens": max_new_tokens})
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             command, input=question, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"the model in {folder} did not answer in {PATIENCE} s.") from None
-    if done.returncode:
-        why = printable((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
+    if completed.returncode:
+        why = printable((completed.stderr.strip().splitlines() or ["it said nothing"])[-1])
         raise NoAnswer(f"the model in {folder} could not be asked ({why}).")
-    answer: str = json.loads(done.stdout)
+    answer: str = json.loads(completed.stdout)
     return answer

@@ -21,12 +21,12 @@ class Library:
     def paths(self) -> dict[str, Path]:
         """Return the run folders by name, the newest of each root first. Where two roots have the
         same name, the second is listed with its root's name before it."""
-        made: dict[str, Path] = {}
+        paths: dict[str, Path] = {}
         for root in self.roots:
             for path in find_runs(root):
                 name = printable(path.name)
-                made[name if name not in made else f"{printable(path.parent.name)} {name}"] = path
-        return made
+                paths[name if name not in paths else f"{printable(path.parent.name)} {name}"] = path
+        return paths
 
     def run(self, name: str) -> Run:
         """Return a run, refreshed. Raises NoRun where it does not exist or cannot be read."""
@@ -52,10 +52,10 @@ class Library:
 
     def runs(self) -> list[tuple[str, Run | NoRun]]:
         """Return all runs with their names; the error in place of a run that cannot be read."""
-        made: list[tuple[str, Run | NoRun]] = []
+        runs: list[tuple[str, Run | NoRun]] = []
         for name, path in self.paths().items():
             try:
-                made.append((name, self._run(name, path)))
+                runs.append((name, self._run(name, path)))
             except NoRun as error:
-                made.append((name, error))
-        return made
+                runs.append((name, error))
+        return runs

@@ -16,16 +16,16 @@ from quartet.studio.views import number, shortened
 @functools.cache
 def templates() -> Environment:
     """Return the templates, each compiled once. Every value that is inserted is escaped."""
-    made = Environment(
+    environment = Environment(
         loader=PackageLoader("quartet.studio"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"number": number, "ago": ago, "shortened": shortened}
-    made.policies["json.dumps_function"] = json_text
-    return made
+    environment.filters |= {"number": number, "ago": ago, "shortened": shortened}
+    environment.policies["json.dumps_function"] = json_text
+    return environment
 
 
 def json_text(value: Any, **more: Any) -> str:
@@ -35,9 +35,9 @@ def json_text(value: Any, **more: Any) -> str:
 
 def plotly_file() -> Path:
     """Return Plotly's JavaScript file from its Python package, so that nothing is downloaded."""
-    found = importlib.util.find_spec("plotly")
-    assert found is not None and found.origin is not None
-    return Path(found.origin).parent / "package_data" / "plotly.min.js"
+    spec = importlib.util.find_spec("plotly")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "package_data" / "plotly.min.js"
 
 
 def ago(when: float | None) -> str:

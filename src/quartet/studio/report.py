@@ -19,33 +19,32 @@ CHARTS = 4
 """The number of charts of each stage."""
 
 STAGES = {
-    "sft": "Supervised fine-tuning: the model imitates demonstrations. The loss is the surprise at "
-    "each token that should have "
-    "come next; it should fall.",
-    "reward_model": "The reward model: from pairs of answers of which one was preferred, a model "
-    "learns to score answers. Pair "
-    "accuracy is how often the preferred one scores higher; 50 % is guessing.",
+    "sft": "Supervised fine-tuning: the model imitates demonstrations. The loss is the mean "
+    "negative log-probability of the demonstrations' tokens; it should fall.",
+    "reward_model": "Reward model: from pairs of answers of which one was preferred, a model "
+    "learns to score answers. Pair accuracy is the share of pairs in which the preferred answer "
+    "scores higher; guessing gives 50 %.",
     "evaluation": "",
 }
 RL = (
-    "Reinforcement learning: the model answers prompts, the answers are scored, and what led to "
-    "better scores than expected "
-    "becomes more likely. The KL says how far the model has gone from where it started; every "
-    "answer pays for it."
+    "Reinforcement learning: the model answers prompts, the answers are scored, and tokens that "
+    "led to better scores than expected become more likely. The KL is the distance from the "
+    "initial model; each answer pays a penalty for it."
 )
 COMPARISONS = (
-    "The model learns from pairs of answers directly: the preferred one should gain on the other."
+    "The model learns from pairs of answers directly: the preferred answer should become more "
+    "likely relative to the other."
 )
 
 
 def write_report(run: Run) -> Path:
     """Write `report.html` into the run's folder and return its path. The file needs no other."""
     path, page = run.path / "report.html", report(run)
-    beside = path.with_suffix(".tmp")
-    beside.unlink(missing_ok=True)  # a link would be written through
-    with beside.open("x", encoding="utf-8") as file:
+    temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)  # a link would be written through
+    with temporary.open("x", encoding="utf-8") as file:
         file.write(page)
-    beside.replace(path)
+    temporary.replace(path)
     return path
 
 
@@ -55,12 +54,12 @@ def report(run: Run) -> str:
         {
             "name": stage,
             "about": STAGES.get(stage, RL if stage == run.rl_stage else COMPARISONS),
-            "charts": made,
+            "charts": charts,
         }
         for stage in run.series
-        if (made := views.overview(run, stage)[:CHARTS])
+        if (charts := views.overview(run, stage)[:CHARTS])
     ]
-    found = examine(run)
+    findings = examine(run)
     figures = [chart["figure"] for stage in stages for chart in stage["charts"]]
     line = frontier(run)
     rollouts = [_rollout(run, step, number) for step, number in chosen_rollouts(run)]
@@ -72,14 +71,14 @@ def report(run: Run) -> str:
         .render(
             run=run,
             version=__version__,
-            verdict=verdict(run, found),
+            verdict=verdict(run, findings),
             numbers=views.headline(run),
             stages=stages,
             figures=Markup(
                 json_text(figures).replace("<", "\\u003c")
             ),  # JSON in a script; < cannot end it
             has_frontier=bool(line["data"]),
-            findings=found,
+            findings=findings,
             evaluation=run.evaluation,
             rollouts=rollouts,
             problems=run.problems,
@@ -93,7 +92,7 @@ def report(run: Run) -> str:
     )
 
 
-def verdict(run: Run, found: Sequence[Finding]) -> list[str]:
+def verdict(run: Run, findings: Sequence[Finding]) -> list[str]:
     """Return sentences on what was trained on which data, the result, and whether to trust it."""
     config = run.config
     data = config.get("data", {})
@@ -103,14 +102,16 @@ def verdict(run: Run, found: Sequence[Finding]) -> list[str]:
         if isinstance(train, list)
         else train or f"the embedded world {data.get('world')}"
     )
-    said = [f"{' → '.join(s.replace('_', ' ') for s in config.get('recipe', []))}, on {source}."]
+    sentences = [
+        f"{' → '.join(s.replace('_', ' ') for s in config.get('recipe', []))}, on {source}."
+    ]
     evaluation = run.evaluation
     if evaluation and evaluation.get("win_rate"):
         win, kl, judge = evaluation["win_rate"], evaluation["kl"], evaluation["judge"]
         better = "better than" if win["mean"] - win["interval"] > 0.5 else (
             "worse than" if win["mean"] + win["interval"] < 0.5 else "no different from"
         )  # fmt: skip
-        said.append(
+        sentences.append(
             f"On {evaluation['prompts']:,} prompts that it was not trained on, its answers are "
             f"{better} those of the model it "
             f"started from: it wins {win['mean']:.0%} ± {win['interval']:.0%} of them by {judge} "
@@ -118,24 +119,23 @@ def verdict(run: Run, found: Sequence[Finding]) -> list[str]:
             f"KL of {kl['mean']:.1f} nats per answer."
         )
         if judge != "gold":
-            said.append(
-                "The judge is the reward that it was trained on, which flatters it: nobody else "
-                "has looked at these answers. "
-                "Read some below."
+            sentences.append(
+                "The judge is the reward that the policy was trained on, which favours it. Read "
+                "some answers below before you trust this number."
             )
     elif run.status != "done":
-        said.append(f"The run is not whole: {run.status}.")
+        sentences.append(f"The run is not complete: {run.status}.")
     last = next((event for event in reversed(run.events) if event["event"] == "failed"), None)
     if last:
-        said.append(f"It failed: {last['error']}")
-    if found:
-        said.append(
-            f"The doctor has {len(found)} finding{'s' * (len(found) > 1)}, the gravest first seen "
-            f"at step {found[0].step}."
+        sentences.append(f"It failed: {last['error']}")
+    if findings:
+        sentences.append(
+            f"The doctor has {len(findings)} finding{'s' * (len(findings) > 1)}; the most serious "
+            f"was first seen at step {findings[0].step}."
         )
     else:
-        said.append("The doctor found nothing wrong.")
-    return said
+        sentences.append("The doctor found nothing wrong.")
+    return sentences
 
 
 def chosen_rollouts(run: Run) -> list[tuple[int, int]]:
@@ -145,7 +145,7 @@ def chosen_rollouts(run: Run) -> list[tuple[int, int]]:
     if not steps:
         return []
     chosen = list(dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]]))
-    made = []
+    rollouts = []
     for step in chosen:
         try:
             ranked = views.sorted_samples(run.samples(step), "worst", "")
@@ -155,8 +155,8 @@ def chosen_rollouts(run: Run) -> list[tuple[int, int]]:
             continue
         count = ROLLOUTS - 2 * (len(chosen) - 1) if step == chosen[-1] else 2
         places = {round(i * (len(ranked) - 1) / max(count - 1, 1)) for i in range(count)}
-        made += [(step, ranked[place].number) for place in sorted(places, reverse=True)]
-    return made
+        rollouts += [(step, ranked[place].number) for place in sorted(places, reverse=True)]
+    return rollouts
 
 
 def _rollout(run: Run, step: int, number: int) -> dict[str, Any]:
@@ -171,12 +171,12 @@ def _rollout(run: Run, step: int, number: int) -> dict[str, Any]:
 
 def _shaded(run: Run, rows: Mapping[str, Sequence[Any]]) -> Any:
     """Yield each token's text, its colour by its advantage, and its tooltip."""
-    there = sorted(abs(a) for a in rows["advantage"] if a is not None)
-    most = there[int(0.97 * (len(there) - 1))] if there else 1.0
+    sizes = sorted(abs(a) for a in rows["advantage"] if a is not None)
+    largest = sizes[int(0.97 * (len(sizes) - 1))] if sizes else 1.0
     for i, (text, advantage, case) in enumerate(
         zip(rows["text"], rows["advantage"], run.cases(rows), strict=True)
     ):
-        size = 0.0 if advantage is None or not most else min(1.0, abs(advantage) / most)
+        size = 0.0 if advantage is None or not largest else min(1.0, abs(advantage) / largest)
         color = "59,130,246" if (advantage or 0) > 0 else "245,158,11"
         numbers = ", ".join(
             f"{name.replace('_', ' ')} {views.number(rows[name][i])}"

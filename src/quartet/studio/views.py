@@ -36,7 +36,7 @@ TOKEN_COLUMNS = (
     TokenColumn(
         "advantage",
         "advantage",
-        "what the update pushes by, as trained: above 0 the token becomes likelier",
+        "the weight of the token in the update; above 0 the token becomes more likely",
         "zero",
     ),
     TokenColumn(
@@ -45,42 +45,43 @@ TOKEN_COLUMNS = (
     TokenColumn(
         "change",
         "change of log-prob",
-        "log π − log π_old: what the update has done to the token by its last visit",
+        "log π − log π_old at the last epoch of the update",
         "zero",
     ),
     TokenColumn(
-        "kl", "KL", "log π_old − log π_ref: how much likelier than the reference finds it", "zero"
+        "kl",
+        "KL",
+        "log π_old − log π_ref: positive where the policy finds it more likely than the reference",
+        "zero",
     ),
     TokenColumn(
         "penalty",
         "KL penalty",
-        "−coefficient × KL: the part of the reward that holds the policy back",
+        "−coefficient × KL, the part of the reward that keeps the policy near the reference",
         "zero",
     ),
-    TokenColumn(
-        "value", "value", "the return that the critic expected before the token was chosen", "zero"
-    ),
+    TokenColumn("value", "value", "the return that the critic expects before this token", "zero"),
     TokenColumn(
         "td_error",
         "TD error",
-        "δ = r + γ V(next) − V: by how much the critic was surprised",
+        "δ = r + γ V(next) − V, the error of the critic at this token",
         "zero",
     ),
     TokenColumn("raw_advantage", "advantage before whitening", "A as estimated", "zero"),
-    TokenColumn("return", "return", "what the critic is taught: advantage + value", "zero"),
-    TokenColumn("ratio", "ratio", "π / π_old at the last visit of the update", "one"),
+    TokenColumn("return", "return", "the target of the critic: advantage + value", "zero"),
+    TokenColumn("ratio", "ratio", "π / π_old at the last epoch of the update", "one"),
     TokenColumn(
         "entropy",
         "entropy",
-        "of the distribution the token was drawn from, in nats: how open the choice was",
+        "entropy of the sampling distribution, in nats",
         "up",
     ),
-    TokenColumn("logprob", "log-prob now", "log π at the last visit of the update", "up"),
+    TokenColumn("logprob", "log-prob now", "log π at the last epoch of the update", "up"),
     TokenColumn("old_logprob", "log-prob old", "log π_old: when it was sampled", "up"),
     TokenColumn(
         "ref_logprob",
         "log-prob reference",
-        "log π_ref: by the frozen model that the KL is counted from",
+        "log π_ref, by the frozen reference model",
         "up",
     ),
 )
@@ -166,19 +167,19 @@ HEADLINE = (
 def headline(run: Run) -> list[tuple[str, str]]:
     """Return the last values of the main stage's most important metrics, and the win rate."""
     stage = run.main_stage
-    made = []
+    numbers = []
     if stage is not None:
         for name in HEADLINE:
             value = run.series[stage].last(name, 5)
             if value is not None and not (name in {"accuracy", "loss"} and run.rl_stage):
-                made.append((definition(name).label, number(value)))
+                numbers.append((definition(name).label, number(value)))
     evaluation = run.evaluation
     if evaluation and evaluation.get("win_rate"):
         win = evaluation["win_rate"]
-        made.append(
+        numbers.append(
             (f"win rate by {evaluation['judge']}", f"{win['mean']:.2f} ± {win['interval']:.2f}")
         )
-    return made
+    return numbers
 
 
 def sparkline(values: Sequence[float], width: int = 120, height: int = 28) -> str:
@@ -199,7 +200,7 @@ def sparkline(values: Sequence[float], width: int = 120, height: int = 28) -> st
 def overview(run: Run, stage: str) -> list[dict[str, Any]]:
     """Return the charts of a stage, each with the meanings of its metrics."""
     series = run.series[stage]
-    made = [
+    result = [
         {
             "figure": lines(run, stage, chart.title, names, chart.percent),
             "meanings": [meaning(name, run.definitions) for name in names],
@@ -207,8 +208,8 @@ def overview(run: Run, stage: str) -> list[dict[str, Any]]:
         for chart, names in charts(series, run.definitions)
     ]
     if series.phases:
-        made.append({"figure": phases(run, stage), "meanings": []})
-    return made
+        result.append({"figure": phases(run, stage), "meanings": []})
+    return result
 
 
 def meaning(name: str, own: Sequence[Definition] = ()) -> dict[str, str]:
@@ -228,8 +229,8 @@ SORTS = {
 
 def sorted_samples(samples: Sequence[Sample], sort: str, words: str) -> list[Sample]:
     """Return the samples that contain the words, in the order that `sort` names."""
-    found = [s for s in samples if words.lower() in (s.prompt + s.response + s.id).lower()]
-    return sorted(found, key=SORTS.get(sort, SORTS["number"])[1])
+    matches = [s for s in samples if words.lower() in (s.prompt + s.response + s.id).lower()]
+    return sorted(matches, key=SORTS.get(sort, SORTS["number"])[1])
 
 
 def inspector(run: Run, sample: Mapping[str, list[Any]]) -> dict[str, Any]:
@@ -270,7 +271,7 @@ def glance(sample: Mapping[str, list[Any]]) -> list[str]:
         for name, v in sample.items()
         if name.startswith("score/")
     ]
-    said = [
+    sentences = [
         f"Score {number(sample['score'][0])}" + (f" ({', '.join(parts)})" if parts else "") + "."
     ]
     penalties = [
@@ -279,13 +280,13 @@ def glance(sample: Mapping[str, list[Any]]) -> list[str]:
         if sample.get("penalty") and sample["penalty"][i] is not None
     ]
     if penalties and any(penalties):
-        said[0] = (
-            said[0][:-1] + f"; the KL penalty {'took' if sum(penalties) < 0 else 'gave'} "
+        sentences[0] = (
+            sentences[0][:-1] + f"; the KL penalty {'took' if sum(penalties) < 0 else 'gave'} "
             f"{number(abs(sum(penalties)))}."
         )
     values, returns = ([sample[c][i] for i in own] for c in ("value", "return"))
     if values[0] is not None:
-        said.append(
+        sentences.append(
             f"The critic expected {number(values[0])} at the first token and {number(values[-1])} "
             f"at the last; "
             f"the return from the first was {number(returns[0])}."
@@ -295,19 +296,19 @@ def glance(sample: Mapping[str, list[Any]]) -> list[str]:
         up, down = (sum(1 for a, _ in advantages if sign * a > 0) for sign in (1, -1))
         stopped = sum(1 for i in own if sample["clipped"][i])
         clip = f"; the clip stopped {stopped:,}" if stopped else "; none was clipped"
-        said.append(f"The update pushed {up:,} tokens up and {down:,} down{clip}.")
+        sentences.append(f"The update pushed {up:,} tokens up and {down:,} down{clip}.")
     if len({a for a, _ in advantages}) > 1:
         best, worst = max(advantages), min(advantages)
-        said.append(
-            f"Most gained by “{_quoted(sample, best[1])}” (advantage {number(best[0])}), "
-            f"most lost by “{_quoted(sample, worst[1])}” ({number(worst[0])})."
+        sentences.append(
+            f"“{_quoted(sample, best[1])}” has the largest advantage ({number(best[0])}), "
+            f"“{_quoted(sample, worst[1])}” the smallest ({number(worst[0])})."
         )
     elif advantages:
-        said.append(
-            f"Every token has the advantage {number(advantages[0][0])}: whole responses are "
-            f"compared."
+        sentences.append(
+            f"Every token has the advantage {number(advantages[0][0])}, because whole responses "
+            "are compared."
         )
-    return said
+    return sentences
 
 
 def _quoted(sample: Mapping[str, list[Any]], place: int) -> str:

@@ -78,9 +78,9 @@ class Guess:
         return float(response.endswith("="))
 
     def tokenizer(self) -> Any:
-        made = character_tokenizer(ALPHABET)
-        made.chat_template = TEMPLATE
-        return made
+        tokenizer = character_tokenizer(ALPHABET)
+        tokenizer.chat_template = TEMPLATE
+        return tokenizer
 
     def _game(self, number: int, rng: random.Random) -> Example:
         host, possible, talk = Host(), list(LETTERS), list[Message]()
@@ -88,12 +88,12 @@ class Guess:
         host.reset(Prompt("", (), "", {"secret": secret}))
         for _ in range(GUESSES):
             guess = rng.choice(possible if rng.random() < self.heeds else LETTERS)
-            answer, _, done = host.step(guess)
+            answer, _, is_over = host.step(guess)
             talk += [{"role": "assistant", "content": guess}, *answer]
             possible = [
                 x for x in possible if (x < guess) == (secret < guess) and x != guess
             ] or list(LETTERS)
-            if done:
+            if is_over:
                 break
         while talk[-1]["role"] != "assistant":
             talk.pop()

@@ -324,18 +324,18 @@ def gold_sentiment(text: str) -> float:
     telling word that directly follows another, and for a text that does not end with a full stop.
     """
     words = re.findall(r"[a-z]+|[.,]", text)
-    total, penalty, seen = 0.0, 0.0, set()
+    total, penalty, earlier_words = 0.0, 0.0, set()
     for i, word in enumerate(words):
         before = words[i - 1] if i else ""
-        if word in WORTH and word not in seen:
+        if word in WORTH and word not in earlier_words:
             weight = 1.5 if before in STRONG else 0.5 if before in FAINT else 1.0
             negated = "not" in words[max(i - 2, 0) : i]
             total += WORTH[word] * weight * (-1 if negated else 1)
         if word in WORTH and before in WORTH:
             penalty += 0.5
-        if word in seen and (word in WORTH or word in STRONG or word == before):
+        if word in earlier_words and (word in WORTH or word in STRONG or word == before):
             penalty += 0.5
-        seen.add(word)
+        earlier_words.add(word)
     if not words or words[-1] != ".":
         penalty += 0.5
     return 2 * math.tanh(total / 3) - penalty

@@ -79,7 +79,7 @@
     const small = document.createElement("small");
     small.textContent = ` id ${view.ids[i]}, position ${i}`;
     name.append(small);
-    document.getElementById("case").textContent = view.own[i] ? view.cases[i] : "Given, not written by the policy: nothing is trained on it.";
+    document.getElementById("case").textContent = view.own[i] ? view.cases[i] : "Given, not written by the policy: it is not trained on.";
     const rows = [];
     if (view.own[i]) {
       const { penalty, reward } = view.numbers;
@@ -164,11 +164,11 @@
     if (!view.own[i]) return plot.replaceChildren();
     const answer = await fetch(`/api/run/${encodeURIComponent(run)}/token?sample=${sample}&position=${i}`);
     if (!answer.ok || i !== chosen) return;
-    const made = await answer.json();
+    const reply = await answer.json();
     const color = getComputedStyle(document.body).color, grid = "rgba(128,128,128,0.18)";
-    const line = (name, label, c, axis) => ({ type: "scatter", mode: "lines+markers", x: made.step, y: made[name].map((v) => (v === null ? null : name.endsWith("logprob") ? Math.exp(v) : v)), name: label, yaxis: axis, line: { color: c, width: 1.6 }, marker: { size: 4 } });
+    const line = (name, label, c, axis) => ({ type: "scatter", mode: "lines+markers", x: reply.step, y: reply[name].map((v) => (v === null ? null : name.endsWith("logprob") ? Math.exp(v) : v)), name: label, yaxis: axis, line: { color: c, width: 1.6 }, marker: { size: 4 } });
     const data = [line("logprob", "probability", "#3b82f6", "y"), line("ref_logprob", "reference", "#8a8f98", "y")];
-    if (made.value.some((v) => v !== null)) data.push(line("value", "value", "#10b981", "y2"));
+    if (reply.value.some((v) => v !== null)) data.push(line("value", "value", "#10b981", "y2"));
     data.push(line("advantage", "advantage", "#f59e0b", "y2"));
     Plotly.react(plot, data, { height: 260, title: { text: "this token through training", font: { size: 12 } }, margin: { l: 44, r: 8, t: 30, b: 28 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color, size: 11, family: "system-ui, sans-serif" }, legend: { orientation: "h", y: -0.14, font: { size: 10 }, entrywidth: 100 }, xaxis: { gridcolor: grid }, yaxis: { domain: [0.55, 1], gridcolor: grid, rangemode: "tozero" }, yaxis2: { domain: [0, 0.45], gridcolor: grid } }, { displayModeBar: false, responsive: true });
   }
@@ -202,10 +202,10 @@
       document.getElementById("scrubbed").textContent = step;
       const answer = await fetch(`/api/run/${encodeURIComponent(run)}/sample?kind=${kind}&step=${step}&sample=${sample}`);
       if (!answer.ok || steps[scrub.valueAsNumber] !== step) return;
-      const made = await answer.json();
-      view = made.inspector;
+      const reply = await answer.json();
+      view = reply.inspector;
       document.getElementById("step").textContent = step;
-      document.getElementById("glance").replaceChildren(...made.glance.map((sentence) => Object.assign(document.createElement("li"), { textContent: sentence })));
+      document.getElementById("glance").replaceChildren(...reply.glance.map((sentence) => Object.assign(document.createElement("li"), { textContent: sentence })));
       write(); paint(); curves(); detail();
     });
   }
@@ -213,14 +213,14 @@
   const ask = document.getElementById("ask");
   if (ask) {
     ask.addEventListener("click", async () => {
-      const said = document.getElementById("asked"), place = document.getElementById("first-answer");
+      const state = document.getElementById("asked"), place = document.getElementById("first-answer");
       ask.disabled = true;
-      said.textContent = "it reads the prompt …";
+      state.textContent = "loading the model and generating …";
       const { step } = document.getElementById("first").dataset;
       const answer = await fetch(`/api/run/${encodeURIComponent(run)}/first-answer?step=${step}&sample=${sample}`, { method: "POST" });
-      const made = await answer.json().catch(() => ({ error: "the studio did not answer" }));
-      said.textContent = answer.ok ? "its greedy response:" : made.error;
-      if (answer.ok) { place.textContent = made.answer === "" ? "∅" : made.answer; place.hidden = false; ask.hidden = true; }
+      const reply = await answer.json().catch(() => ({ error: "the studio did not answer" }));
+      state.textContent = answer.ok ? "greedy response:" : reply.error;
+      if (answer.ok) { place.textContent = reply.answer === "" ? "∅" : reply.answer; place.hidden = false; ask.hidden = true; }
       ask.disabled = false;
     });
   }
