@@ -108,7 +108,7 @@ def name_of(live, ending):
     return next(p.name for p in live[1].iterdir() if p.name.endswith(ending))
 
 
-@pytest.mark.parametrize("ending", ["reviews", "sums"])
+@pytest.mark.parametrize("ending", ["reviews", pytest.param("sums", marks=pytest.mark.slow)])
 def test_every_page_opens_in_light_dark_and_on_a_phone(page, live, ending):
     name = name_of(live, ending)
     shown = [p for p in PAGES if ending == "reviews" or "step=" not in p] + (
