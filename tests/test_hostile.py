@@ -228,7 +228,7 @@ def test_what_nobody_foresaw_is_a_sentence_and_with_debug_a_traceback(monkeypatc
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert (
-        "failed: ZeroDivisionError: of all things. With --debug it says where." in said
+        "failed: ZeroDivisionError: of all things. --debug prints the traceback." in said
         and "Traceback" not in said
     )
     monkeypatch.setattr("sys.argv", ["quartet", "runs", "--debug"])

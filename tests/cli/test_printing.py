@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from quartet.cli import app
 from quartet.cli.common import print_json
-from quartet.cli.printing import ERRORS, SIGNS, Printed, print_anything
+from quartet.cli.printing import ERRORS, SIGNS, SafeStream, print_anything
 from tests.runtime.test_runs import QUARTET
 from tests.support.tiny_run import SMALL, make_run
 
@@ -28,7 +28,7 @@ def place(tmp_path_factory):
 
 def printed(text: str, encoding: str) -> bytes:
     raw = io.BytesIO()
-    stream = Printed(raw, encoding=encoding, errors=ERRORS)
+    stream = SafeStream(raw, encoding=encoding, errors=ERRORS)
     stream.write(text)
     stream.flush()
     return raw.getvalue()
@@ -125,7 +125,7 @@ def test_every_verb_prints_in_every_encoding(place):
 def test_json_is_json_on_every_console(monkeypatch):
     for encoding in ("ascii", "latin-1", "utf-8"):
         raw = io.BytesIO()
-        monkeypatch.setattr("sys.stdout", Printed(raw, encoding=encoding, errors=ERRORS))
+        monkeypatch.setattr("sys.stdout", SafeStream(raw, encoding=encoding, errors=ERRORS))
         print_json({"text": "→ 😀 \ud800"})
         sys.stdout.flush()
         assert json.loads(raw.getvalue().decode(encoding)) == {"text": "→ 😀 \ud800"}
@@ -146,7 +146,7 @@ class Failing(io.RawIOBase):
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EBADF])
 def test_a_stream_that_fails_is_an_error_for_a_verb_and_none_for_a_run(number):
-    stream = Printed(io.BufferedWriter(Failing(number)), encoding="utf-8", errors=ERRORS)
+    stream = SafeStream(io.BufferedWriter(Failing(number)), encoding="utf-8", errors=ERRORS)
     stream.write("x")
     with pytest.raises(OSError):
         stream.flush()

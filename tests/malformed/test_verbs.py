@@ -28,7 +28,7 @@ VERBS = {
     "run seed=-1": "command line: seed = -1: must be ≥ 0.",
     "run reviews nonsense": '"nonsense": not understood.',
     "run reviews --break nosuch": "--break nosuch: known are temperature, greedy, eos",
-    "run reviews --accept seed": "--accept: goes with --resume.",
+    "run reviews --accept seed": "--accept: needs --resume.",
     "run nowhere --resume": f'"nowhere": {RECIPES}',
     "run --resume": "runs/latest: there is no run to resume. Name one: quartet run runs/… --resume",
     "plan nosuch": f'"nosuch": {RECIPES}',

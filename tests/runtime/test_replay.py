@@ -72,14 +72,14 @@ def test_with_a_setting_changed_it_learns_something_else_from_the_same_rollouts(
     assert int(clipped.clipped.sum()) > int(was.clipped.sum()) and clipped.tokens == was.tokens
     assert (
         clipped.metrics["reward"] == was.metrics["reward"]
-        and -1 < cosine(was.moved, clipped.moved) < 0.9999
+        and -1 < cosine(was.weight_change, clipped.weight_change) < 0.9999
     )
-    assert was.moved.norm() > 0
+    assert was.weight_change.norm() > 0
     assert clipped.metrics["kl/coef"] == was.metrics["kl/coef"], (
         "what was not changed is as it had adapted"
     )
     _, again = replay(ppo_stage, ppo_run.path, since, 2, ppo_stage)
-    assert torch.equal(again.moved, was.moved) and again.kl_after == was.kl_after
+    assert torch.equal(again.weight_change, was.weight_change) and again.kl_after == was.kl_after
     assert differences(again.metrics, was.metrics) == []
 
 

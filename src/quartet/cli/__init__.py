@@ -5,12 +5,12 @@ import sys
 
 from quartet.cli import check, export, inspect, run  # noqa: F401
 from quartet.cli.common import FAILED, INTERRUPTED, WRONG_REQUEST, app, complaints
-from quartet.cli.printing import print_anything, to_nowhere
+from quartet.cli.printing import discard_output, print_anything
 from quartet.errors import QuartetError
 
 
 def main() -> None:
-    """Whatever goes wrong ends in a sentence; with `--debug` in a traceback."""
+    """Run the command. An error prints one sentence; with `--debug` it prints a traceback."""
     print_anything()
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
@@ -19,12 +19,12 @@ def main() -> None:
             app()
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # here, where it is known what to do if nobody reads it
+                sys.stdout.flush()  # here, where a closed pipe is handled
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # whatever read what is printed has gone
+    except BrokenPipeError:  # the reader of the pipe has gone
         for stream in (sys.stdout, sys.stderr):
-            to_nowhere(stream)
+            discard_output(stream)
         sys.exit(FAILED)
     except QuartetError as error:
         if debug:
@@ -34,9 +34,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        said = " ".join(str(error).split())[:500]
+        message = " ".join(str(error).split())[:500]
         complaints.print(
-            f"failed: {type(error).__name__}: {said}. With --debug it says where.",
+            f"failed: {type(error).__name__}: {message}. --debug prints the traceback.",
             style="red",
             soft_wrap=True,
         )

@@ -1,4 +1,4 @@
-"""Talking to a trained policy in the terminal."""
+"""A conversation with a trained policy in the terminal."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,15 +15,15 @@ from quartet.models.language_model import ModelError, load_model, load_tokenizer
 
 
 class ChatSession:
-    """A conversation with the policy of a run; where the run has the policy from before, it can
-    answer beside."""
+    """A conversation with the policy of a run. If the run has the policy from before RL too, both
+    can answer side by side."""
 
     def __init__(self, run: Path, temperature: float, max_new_tokens: int, seed: int = 0) -> None:
         after = next((run / name for name in ("policy", "sft") if (run / name).is_dir()), None)
         if after is None:
             raise ModelError(
                 f"{run}: has no policy/ or sft/ to talk to. Name a run folder that finished a "
-                f"stage."
+                "stage."
             )
         self.tokenizer = load_tokenizer(after)
         self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
@@ -38,13 +38,13 @@ class ChatSession:
         self.messages: list[dict[str, str]] = []
 
     def talk(self, console: Console, lines: Iterable[str]) -> None:
-        """Answer line by line until the input ends or says /quit."""
+        """Answer line by line until the input ends or is /quit."""
         conversation = self.tokenizer.chat_template is not None
         console.print(
             "A line is a message."
             if conversation
-            else "A line is the beginning of a text; the policy goes on.",
-            "/compare: before and after side by side. /quit: leave.",
+            else "A line is the beginning of a text, which the policy continues.",
+            "/compare: turn the answers from before RL on or off. /quit: leave.",
             style="dim",
         )
         try:
@@ -59,6 +59,7 @@ class ChatSession:
             console.print()
 
     def answer(self, console: Console, line: str) -> None:
+        """Print the policy's answer to a message, and add both to the conversation."""
         self.messages = [*self.messages, {"role": "user", "content": line}]
         ids = Encoder(self.tokenizer, 1, 1).prompt_ids(
             self.messages if self.tokenizer.chat_template else line
@@ -78,7 +79,7 @@ class ChatSession:
 
     def _toggle(self, console: Console) -> None:
         if self.before is None:
-            console.print("This run has no policy from before to compare with.")
+            console.print("This run has no policy from before RL to compare with.")
             return
         self.compare = not self.compare
         console.print(

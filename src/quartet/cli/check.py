@@ -1,4 +1,4 @@
-"""Verbs that try a reward or look into a file."""
+"""The commands that check a reward or a data file: reward, data."""
 
 import dataclasses
 from pathlib import Path
@@ -18,51 +18,53 @@ def reward(
     function: Annotated[
         str,
         typer.Argument(
-            metavar="FILE.py:NAME", help="A function, a dotted path, or exact, number, math."
+            metavar="FILE.py:NAME",
+            help="A function in a file, a dotted path, or exact, number or math.",
         ),
     ],
     on: Annotated[
-        Path, typer.Option(help="A file with prompts and completions, or with comparisons.")
+        Path,
+        typer.Option(help="The file to score: prompts with completions, or comparisons."),
     ],
     columns: Annotated[
-        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="What a column is called there.")
+        list[str] | None,
+        typer.Option(metavar="OURS=THEIRS", help="The name that the file has for a column."),
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that the call may take.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Try a reward on answers from a file: range, constancy, None and NaN, time, and whether it
-    pays for length."""
+    """Score the answers in a file and print the range of the scores, missing values, the time, and
+    the correlation with length."""
     from quartet.data import DataError
     from quartet.evaluation.trial import findings, trial_on_file
     from quartet.rewards.protocol import RewardError
 
     try:
-        tried = trial_on_file(function, on, _columns(columns), timeout)
+        trial = trial_on_file(function, on, _columns(columns), timeout)
     except (DataError, RewardError) as error:
         refuse(str(error))
     if as_json:
-        print_json(dataclasses.asdict(tried) | {"findings": findings(tried)})
+        print_json(dataclasses.asdict(trial) | {"findings": findings(trial)})
         return
-    for line in _trial_lines(tried):
+    for line in _trial_lines(trial):
         console.print(line, soft_wrap=True)
-    for sentence in findings(tried):
+    for sentence in findings(trial):
         console.print(f"▲ {sentence}", style="yellow", soft_wrap=True)
 
 
-def _trial_lines(tried: "Trial") -> list[str]:
-    each = tried.seconds / tried.answers
-    lines = [f"answers   {tried.answers:,} in {tried.seconds:.2f} s ({1e3 * each:.2f} ms each)"]
-    if tried.mean is not None and tried.deviation is not None:
+def _trial_lines(trial: "Trial") -> list[str]:
+    milliseconds = 1e3 * trial.seconds / trial.answers
+    lines = [f"answers   {trial.answers:,} in {trial.seconds:.2f} s ({milliseconds:.2f} ms each)"]
+    if trial.mean is not None and trial.deviation is not None:
         lines.append(
-            f"scores    {tried.least:g} to {tried.most:g}, mean {tried.mean:.3g} ± "
-            f"{tried.deviation:.3g}, "
-            f"{tried.different:,} different"
+            f"scores    {trial.least:g} to {trial.most:g}, mean {trial.mean:.3g} ± "
+            f"{trial.deviation:.3g}, {trial.different:,} different"
         )
-    if tried.length_correlation is not None:
-        lines.append(f"length    r = {tried.length_correlation:.2f} with the answer's length")
-    if tried.accuracy is not None:
-        lines.append(f"pairs     the chosen side scores higher in {tried.accuracy:.0%}")
-    for score, text in tried.examples:
+    if trial.length_correlation is not None:
+        lines.append(f"length    r = {trial.length_correlation:.2f} with the answer's length")
+    if trial.accuracy is not None:
+        lines.append(f"pairs     the chosen side scores higher in {trial.accuracy:.0%}")
+    for score, text in trial.examples:
         shown = " ".join(text.split())
         lines.append(f"  {score:>9.3g}  {shown[:100] + ' …' if len(shown) > 100 else shown}")
     return lines
@@ -78,46 +80,49 @@ def data(
     ],
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="A model or tokenizer folder: count and render in its tokens."),
+        typer.Option(help="A model or tokenizer folder. Default: count words, not tokens."),
     ] = None,
     chat_template: Annotated[
-        str | None, typer.Option(help='"chatml" or a file with a template.')
+        str | None, typer.Option(help='The chat template: "chatml" or a file.')
     ] = None,
     held_out: Annotated[
-        Path | None, typer.Option("--eval", help="A file that should share no prompts with it.")
+        Path | None,
+        typer.Option("--eval", help="Held-out rows, which must not have the same prompts."),
     ] = None,
     columns: Annotated[
-        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="What a column is called there.")
+        list[str] | None,
+        typer.Option(metavar="OURS=THEIRS", help="The name that the file has for a column."),
     ] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
     max_response_tokens: Annotated[int, typer.Option(min=1)] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """What is in a file: its shape, two rows with what the loss is on between ⟦ and ⟧, lengths, and
-    what is wrong with it."""
+    """Print the shape of a file, its lengths, two rows with the trained text between ⟦ and ⟧, and
+    what is wrong with it. The exit code is 3 if rows cannot be used."""
     from quartet.data import DataError
     from quartet.data.report import report, words
 
     limits = {"prompt": max_prompt_tokens, "response": max_response_tokens}
     try:
         if tokenizer is None:
-            made = report(file, _columns(columns), words, "words", None, None, held_out)
+            summary = report(file, _columns(columns), words, "words", None, None, held_out)
         else:
-            made = _report_in_tokens(
+            summary = _report_in_tokens(
                 file, _columns(columns), tokenizer, chat_template, limits, held_out
             )
     except DataError as error:
         refuse(str(error))
     if as_json:
-        print_json(dataclasses.asdict(made))
+        print_json(dataclasses.asdict(summary))
     else:
-        for line, style in _report_lines(made):
+        for line, style in _report_lines(summary):
             console.print(line, style=style, soft_wrap=True)
-    if made.problems:
+    if summary.problems:
         raise typer.Exit(CHECK_FAILED)
 
 
 def _columns(words: list[str] | None) -> dict[str, str]:
+    """Return the columns of the file by Quartet's names, from words such as prompt=question."""
     mapping = {}
     for word in words or []:
         ours, equals, theirs = word.partition("=")
@@ -150,23 +155,23 @@ def _report_in_tokens(
     return report(file, columns, encoder.count, "tokens", encoder.pieces, limits, held_out)
 
 
-def _report_lines(made: "Report") -> list[tuple[str, str]]:
+def _report_lines(summary: "Report") -> list[tuple[str, str]]:
     plain, dim, warning = "", "dim", "yellow"
     shapes = ", ".join(
-        f"{count:,} × {shape}" if len(made.shapes) > 1 else shape
-        for shape, count in made.shapes.items()
+        f"{count:,} × {shape}" if len(summary.shapes) > 1 else shape
+        for shape, count in summary.shapes.items()
     )
-    lines = [(f"rows       {made.rows:,}", plain), (f"shape      {shapes}", plain)]
-    for part, sizes in made.lengths.items():
+    lines = [(f"rows       {summary.rows:,}", plain), (f"shape      {shapes}", plain)]
+    for part, sizes in summary.lengths.items():
         over = "" if sizes.over is None else f", {sizes.over:.1%} over the limit"
         lines.append(
             (
                 f"{part:<11}median {sizes.median:,}, 95 % up to {sizes.p95:,}, longest "
-                f"{sizes.longest:,} {made.unit}{over}",
+                f"{sizes.longest:,} {summary.unit}{over}",
                 plain,
             )
         )
-    for place, pieces in made.examples:
+    for place, pieces in summary.examples:
         lines.append((f"--- {place}", dim))
         lines.append(("".join(f"⟦{text}⟧" if trained else text for text, trained in pieces), plain))
-    return lines + [(f"▲ {finding}", warning) for finding in made.findings]
+    return lines + [(f"▲ {finding}", warning) for finding in summary.findings]

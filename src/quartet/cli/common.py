@@ -1,4 +1,4 @@
-"""What all verbs share: the application, the screen, and how a request is refused."""
+"""Helpers of all commands: the application, the consoles, exit codes and refusals."""
 
 import contextlib
 import errno
@@ -16,8 +16,7 @@ from quartet import __version__
 from quartet.errors import QuartetError
 
 FAILED, WRONG_REQUEST, CHECK_FAILED, RESUMABLE, INTERRUPTED = 1, 2, 3, 75, 130
-"""Exit codes; 75 is what sysexits.h calls a temporary failure: the same command again, with
---resume, goes on."""
+"""Exit codes. 75 is a temporary failure in sysexits.h: the same command with --resume goes on."""
 
 app = typer.Typer(
     help="RLHF for language models, from a laptop to a cluster.",
@@ -28,20 +27,19 @@ app = typer.Typer(
 
 
 class Terminal(Console):
-    """A console that leaves it to its stream what becomes of it when nobody reads it any more (see
-    `cli/printing.py`)."""
+    """A console that raises BrokenPipeError instead of exiting: `cli/printing.py` and `main` decide
+    what a closed pipe means."""
 
     def on_broken_pipe(self) -> None:
-        raise  # noqa: PLE0704  rich calls it where the error is handled
+        raise  # noqa: PLE0704  rich calls this inside its except block
 
 
-console = Terminal(
-    highlight=False, markup=False, emoji=False
-)  # text is shown as it is: [x] and :train: too
+# Without markup and emoji, text such as [x] and :train: is printed as it is.
+console = Terminal(highlight=False, markup=False, emoji=False)
 complaints = Terminal(stderr=True, highlight=False, markup=False, emoji=False)
 
 FILE_WIDTH = 200
-"""Columns of what goes into a file or a pipe."""
+"""The width, in columns, of what is printed into a file or a pipe."""
 if not console.is_terminal:
     console.width = FILE_WIDTH
 
@@ -56,7 +54,7 @@ def quartet(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
+    """Return whether only this machine can connect to the address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -64,21 +62,21 @@ def is_loopback(host: str) -> bool:
 
 
 def without_progress_bars() -> None:
-    """Those of transformers, which would stand between our lines."""
+    """Turn off the progress bars of transformers, which would break up the printed lines."""
     import transformers
 
     transformers.logging.disable_progress_bar()
 
 
 def refuse(sentence: str) -> NoReturn:
+    """Print why a request is refused, and exit with code 2."""
     complaints.print(sentence, style="red", soft_wrap=True)
     raise typer.Exit(WRONG_REQUEST)
 
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Refuse the request if the package raises an error about it: the error's message is the
-    sentence."""
+    """Refuse the request with the message of any QuartetError that is raised within."""
     try:
         yield
     except QuartetError as error:
@@ -86,7 +84,7 @@ def refusing() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """As readable as the console can print it, and JSON in any case."""
+    """Print a value as indented JSON, in ASCII if the console cannot encode its characters."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -95,9 +93,9 @@ def print_json(value: Any) -> None:
     print(text)
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that is bound to this address, for uvicorn to listen on; or a sentence on why it
-    cannot be."""
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to this address, for uvicorn to listen on. Refuses the request
+    if it cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     try:
@@ -119,6 +117,6 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket, host: str) -> str:
-    """The address that a browser takes."""
+    """Return the URL of a listening socket."""
     name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{listener.getsockname()[1]}/"

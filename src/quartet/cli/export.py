@@ -1,7 +1,8 @@
-"""Verbs that use what a run has made."""
+"""The commands that use the models of a run: chat, export, serve-reward."""
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,10 +12,10 @@ import typer
 from quartet.cli.common import (
     FAILED,
     app,
+    bound_socket,
     complaints,
     console,
     is_loopback,
-    listening,
     refuse,
     refusing,
     url_of,
@@ -30,7 +31,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
-    """Talk to the policy of a run. `/compare` turns the answers of before and after side by side on
+    """Talk to the policy of a run. `/compare` turns the answers from before RL, for comparison, on
     and off."""
     from quartet.cli.chat import ChatSession
     from quartet.errors import NonFinite
@@ -44,12 +45,17 @@ def chat(
         session.talk(console, sys.stdin)
     except NonFinite:
         refuse(
-            f"{run_folder}: its policy gives no finite numbers: the training diverged, or the "
-            f"weights were damaged."
+            f"{run_folder}: the policy's outputs are not finite: the training diverged, or the "
+            "weights are damaged."
         )
 
 
+NO_MODELS = "It has none: has the run finished a stage?"
+
+
 class Precision(StrEnum):
+    """The values of --dtype."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -62,21 +68,23 @@ def export(
     ],
     target: Annotated[Path, typer.Option("--to", help="The folder to write.")],
     part: Annotated[
-        str, typer.Option(help="policy, policy_ema, sft, reward_model or critic.")
+        str,
+        typer.Option(help="The model to export: policy, policy_ema, sft, reward_model or critic."),
     ] = "policy",
     dtype: Annotated[
-        Precision | None, typer.Option(help="Left out, the precision it was trained in.")
+        Precision | None,
+        typer.Option(help="The precision to write. Default: that of the training."),
     ] = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help='Of this checkpoint, such as ppo-000060, or "best"; left out, of the end of the '
-            "stage."
+            help='Export from this checkpoint, such as ppo-000060, or "best". Default: from the '
+            "end of the stage."
         ),
     ] = None,
 ) -> None:
-    """A Hugging Face folder with a model card, adapters merged, that transformers loads without
-    Quartet."""
+    """Write a model as a Hugging Face folder with a model card, adapters merged, which transformers
+    loads without Quartet."""
     from quartet.models.export import DamagedModel
     from quartet.models.export import export as write
     from quartet.models.language_model import ModelError
@@ -84,19 +92,19 @@ def export(
 
     if checkpoint is not None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            _at_checkpoint(run_folder, checkpoint, Path(scratch))
+            _write_checkpoint_models(run_folder, checkpoint, Path(scratch))
             export(Path(scratch), target, part, dtype)
         return
     without_progress_bars()
-    there = [role for role in ROLES if (run_folder / role / "config.json").is_file()]
-    if part not in there:
-        has = (
-            f"It has {', '.join(there)}." if there else "It has none: has the run finished a stage?"
-        )
-        refuse(f"{run_folder}: has no model called {part}. {has}")
-    named: Literal["float32", "bfloat16", "float16"] | None = None if dtype is None else dtype.value
+    roles = [role for role in ROLES if (run_folder / role / "config.json").is_file()]
+    if part not in roles:
+        models = f"It has {', '.join(roles)}." if roles else NO_MODELS
+        refuse(f"{run_folder}: has no model called {part}. {models}")
+    precision: Literal["float32", "bfloat16", "float16"] | None = (
+        None if dtype is None else dtype.value
+    )
     try:
-        write(run_folder / part, target, named)
+        write(run_folder / part, target, precision)
     except (DamagedModel, OSError) as error:
         reason = (
             f"{target}: cannot be written ({error.strerror or error})."
@@ -111,63 +119,69 @@ def export(
     console.print(f"{target} written, {size / 1e6:,.1f} MB", soft_wrap=True)
 
 
-def _at_checkpoint(run_folder: Path, name: str, scratch: Path) -> None:
-    """The models of a checkpoint, as its stage would have left them, in a run folder of their
-    own."""
+def _write_checkpoint_models(run_folder: Path, name: str, scratch: Path) -> None:
+    """Write the models of a checkpoint to `scratch`, as its stage would have written them if it had
+    ended there."""
     from quartet.assembly import Assembler, stage
     from quartet.config.toml import ConfigError, read_settings
     from quartet.recording.model_card import write_cards
     from quartet.runtime.replay import models_at
     from quartet.training.checkpoint import DamagedCheckpoint, read_checkpoint
-    from quartet.training.checkpoints import Checkpoints, merit
 
     without_progress_bars()
-    folder = run_folder / "checkpoints"
     try:
         config = read_settings(run_folder / "config.resolved.toml").config
-        there = Checkpoints(
-            folder, {stage: place for place, stage in enumerate(config.recipe)}
-        ).newest_first()
-        full = [path for path in there if not path.name.endswith("-000000")]
-        measured = [path for path in full if merit(path) is not None]
-        if name == "best" and not measured:
+    except ConfigError as error:
+        refuse(str(error))
+    path = _checkpoint_path(run_folder, name, config.recipe)
+    try:
+        checkpoint = read_checkpoint(path)
+    except DamagedCheckpoint as error:
+        refuse(f"{path}: {error}.")
+    facts = checkpoint.facts
+    with refusing():
+        checkpoint_stage = stage(Assembler(config, facts["fault"]), facts["stage"])
+    models_at(checkpoint_stage, run_folder, checkpoint, scratch)
+    write_cards(scratch)
+
+
+def _checkpoint_path(run_folder: Path, name: str, recipe: Sequence[str]) -> Path:
+    """Return the checkpoint of this name; for "best" the one with the highest metric of
+    `run.keep_best`. Refuses the request if there is none."""
+    from quartet.training.checkpoints import Checkpoints, merit
+
+    order = {stage: place for place, stage in enumerate(recipe)}
+    paths = Checkpoints(run_folder / "checkpoints", order).newest_first()
+    with_weights = [path for path in paths if not path.name.endswith("-000000")]
+    if name == "best":
+        measured = [path for path in with_weights if merit(path) is not None]
+        if not measured:
             refuse(
                 f"{run_folder}: no checkpoint was measured. Runs with run.keep_best measure them."
             )
-        best = max(measured, key=lambda path: merit(path) or 0.0, default=None)
-        chosen = (
-            best if name == "best" else next((path for path in full if path.name == name), None)
-        )
-        if chosen is None:
-            refuse(
-                f"{run_folder}: has no checkpoint {name}. There are "
-                f"{', '.join(path.name for path in full) or 'none'}."
-            )
-        found = read_checkpoint(chosen)
-    except ConfigError as error:
-        refuse(str(error))
-    except DamagedCheckpoint as error:
-        refuse(f"{chosen}: {error}.")
-    with refusing():
-        of_checkpoint = stage(Assembler(config, found.facts["fault"]), found.facts["stage"])
-    models_at(of_checkpoint, run_folder, found, scratch)
-    write_cards(scratch)
+        return max(measured, key=lambda path: merit(path) or 0.0)
+    path = next((path for path in with_weights if path.name == name), None)
+    if path is None:
+        names = ", ".join(path.name for path in with_weights) or "none"
+        refuse(f"{run_folder}: has no checkpoint {name}. There are {names}.")
+    return path
 
 
 @app.command("serve-reward")
 def serve_reward(
     folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder, or a reward model's.")
+        Path, typer.Argument(metavar="RUN", help="A run folder or a reward model's folder.")
     ],
     port: Annotated[int, typer.Option(min=0, max=65535)] = 9000,
     host: Annotated[
         str,
-        typer.Option(
-            help="The address to listen on; others than this machine reach it only if you say so."
-        ),
+        typer.Option(help="The address to listen on; by default only this machine can connect."),
     ] = "127.0.0.1",
     token_env: Annotated[
-        str | None, typer.Option(help="An environment variable with the token to ask for.")
+        str | None,
+        typer.Option(
+            help="The environment variable that holds the token which requests must carry."
+        ),
     ] = None,
 ) -> None:
     """Serve a reward model over HTTP, for `type = "server"` rewards and OpenRLHF's remote reward
@@ -182,9 +196,10 @@ def serve_reward(
         refuse(f"--token-env {token_env}: no such environment variable. Set it to the token.")
     if token_env is None and not is_loopback(host):
         refuse(
-            f"--host {host}: others could reach it, so it must ask for a token: --token-env NAME."
+            f"--host {host}: other machines can connect, so it must ask for a token: "
+            "--token-env NAME."
         )
-    listener = listening(host, port)
+    listener = bound_socket(host, port)
     from quartet.assembly.models import device
     from quartet.assembly.serving import Scorer
     from quartet.models.language_model import ModelError

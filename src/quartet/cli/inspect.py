@@ -1,4 +1,4 @@
-"""Verbs that look at runs."""
+"""The commands that show runs: studio, report, inspect, runs, compare, replay, doctor."""
 
 import dataclasses
 import math
@@ -12,10 +12,10 @@ import typer
 from quartet.cli.common import (
     CHECK_FAILED,
     app,
+    bound_socket,
     complaints,
     console,
     is_loopback,
-    listening,
     print_json,
     refuse,
     refusing,
@@ -26,7 +26,9 @@ from quartet.io.texts import typed
 
 if TYPE_CHECKING:
     from quartet.loops.rl import Step
+    from quartet.runs.event_log import Series
     from quartet.runs.reader import Run
+    from quartet.runtime.replay import Outcome
 
 
 @app.command()
@@ -37,12 +39,10 @@ def studio(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8700,
     host: Annotated[
         str,
-        typer.Option(
-            help="The address to listen on; others than this machine reach it only if you say so."
-        ),
+        typer.Option(help="The address to listen on; by default only this machine can connect."),
     ] = "127.0.0.1",
 ) -> None:
-    """Every run in the browser: curves, samples, each token with its numbers, live while it
+    """Show runs in the browser: curves, samples and the numbers of each token, live while a run
     trains."""
     from quartet.io.http_server import make_server
     from quartet.runs.reader import NoRun, find_runs
@@ -56,11 +56,11 @@ def studio(
     hosts, token = (
         ((*LOOPBACK, host), None) if is_loopback(host) else (("*",), secrets.token_urlsafe(24))
     )
-    listener = listening(host, port)
+    listener = bound_socket(host, port)
     server = make_server(make_app(roots, hosts, token), host, port)
-    asked = "" if token is None else f"?token={token}"
+    query = "" if token is None else f"?token={token}"
     console.print(
-        f"{count} run{'s' * (count != 1)} on {url_of(listener, host)}{asked}  Ctrl-C ends it",
+        f"{count} run{'s' * (count != 1)} on {url_of(listener, host)}{query}  Ctrl-C ends it",
         soft_wrap=True,
     )
     server.run(sockets=[listener])
@@ -70,8 +70,8 @@ def studio(
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN")] = Path("runs/latest"),
 ) -> None:
-    """One HTML file that opens from disk anywhere: what was trained, what came of it, whether to
-    trust it."""
+    """Write report.html into the run folder: one file, readable without Quartet, with the settings,
+    the results and the findings of the doctor."""
     from quartet.studio.report import write_report
 
     run = _run(run_folder)
@@ -79,24 +79,28 @@ def report(
         console.print(f"{write_report(run)} written", soft_wrap=True)
     except OSError as error:
         refuse(f"{run.path / 'report.html'}: cannot be written ({error.strerror}).")
-    _say_problems(run)
+    _print_problems(run)
 
 
 @app.command()
 def inspect(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN")] = Path("runs/latest"),
     step: Annotated[
-        int | None, typer.Option(min=0, help="Left out, the last that was written.")
+        int | None, typer.Option(min=0, help="The step to show. Default: the last one recorded.")
     ] = None,
     sample: Annotated[
-        int | None, typer.Option(min=0, help="Left out, the samples of the step are listed.")
+        int | None,
+        typer.Option(min=0, help="The sample to show. Default: list the samples of the step."),
     ] = None,
     probes: Annotated[
-        bool, typer.Option("--probes", help="The answers that are looked at again and again.")
+        bool,
+        typer.Option(
+            "--probes", help="Show the probes: responses that are scored again and again."
+        ),
     ] = False,
 ) -> None:
-    """One rollout in the terminal, a row per token: reward, value, advantage, ratio, and what the
-    clip did."""
+    """Print one rollout, a row per token: reward, value, advantage, ratio and whether the update
+    was clipped."""
     from quartet.runs.reader import NoRun
     from quartet.runs.tables import sample_table, token_rows
     from quartet.runs.untrusted import printable
@@ -105,7 +109,7 @@ def inspect(
     run, kind = _run(run_folder), "probes" if probes else "rollouts"
     steps = run.steps(kind)
     if not steps:
-        _say_problems(run)
+        _print_problems(run)
         refuse(f"{run.name} has no {kind}. An RL stage writes them.")
     step = steps[-1] if step is None else step
     try:
@@ -115,65 +119,65 @@ def inspect(
                 f"next   quartet inspect {typed(run_folder)} --step {step} --sample 0",
                 soft_wrap=True,
             )
-            _say_problems(run)
+            _print_problems(run)
             return
         rows = run.sample(step, sample, kind)
     except NoRun as error:
         refuse(str(error))
     for sentence in glance(rows):
-        console.print(printable(sentence), soft_wrap=True)  # it quotes what the model wrote
+        console.print(
+            printable(sentence), soft_wrap=True
+        )  # the sentence quotes the model, whose text may have control characters
     console.print(token_rows(rows, run.cases(rows), console.width))
-    _say_problems(run)
+    _print_problems(run)
 
 
 @app.command()
 def runs(folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Path("runs")) -> None:
-    """The runs in a folder, the newest first, with their last numbers."""
+    """List the runs in a folder, the newest first, with their last metrics."""
     from quartet.runs.reader import NoRun, Run, find_runs
     from quartet.runs.tables import run_table
     from quartet.runs.untrusted import printable
     from quartet.studio.views import run_row, unreadable_row
 
     try:
-        found = find_runs(folder)
+        paths = find_runs(folder)
     except NoRun as error:
         refuse(str(error))
-    if not found:
+    if not paths:
         console.print(f"{folder} has no runs yet.", soft_wrap=True)
         return
     rows = []
-    for path in found:
+    for path in paths:
         try:
             rows.append(run_row(Run(path)))
         except NoRun as error:
             rows.append(unreadable_row(printable(path.name), str(error)))
     console.print(run_table(rows))
     for row in rows:
-        _say(row["name"], row["problems"])
+        _print_sentences(row["name"], row["problems"])
 
 
 @app.command()
 def compare(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN …", help="Two run folders or more.")
+        list[Path], typer.Argument(metavar="RUN RUN …", help="Two or more run folders.")
     ],
 ) -> None:
-    """Runs side by side: what was set differently, and where they ended."""
+    """Print runs side by side: their last metrics and the settings in which they differ."""
     from quartet.runs.tables import comparison
     from quartet.studio.views import differences, headline
 
     if len(folders) < 2:
         refuse("compare needs two runs or more.")
-    chosen = [_run(folder) for folder in folders]
-    numbers = [dict(headline(run)) for run in chosen]
-    labels = dict.fromkeys(label for table in numbers for label in table)
-    names = [run.name for run in chosen]
-    console.print(
-        comparison(
-            "ended with", names, [(label, [t.get(label, "–") for t in numbers]) for label in labels]
-        )
-    )
-    console.print(comparison("set differently", names, differences([run.config for run in chosen])))
+    opened = [_run(folder) for folder in folders]
+    results = [dict(headline(run)) for run in opened]
+    labels = dict.fromkeys(label for result in results for label in result)
+    names = [run.name for run in opened]
+    rows = [(label, [result.get(label, "–") for result in results]) for label in labels]
+    console.print(comparison("ended with", names, rows))
+    settings = differences([run.config for run in opened])
+    console.print(comparison("set differently", names, settings))
 
 
 @app.command()
@@ -183,87 +187,105 @@ def replay(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE …]", help="Settings of algorithm or optim to change."),
     ] = None,
-    step: Annotated[int, typer.Option(min=1, help="Which update.")] = 1,
+    step: Annotated[int, typer.Option(min=1, help="The step whose update is computed.")] = 1,
 ) -> None:
-    """Compute one update of an RL stage again: as it was, to the bit; or, of the same rollouts,
-    with a setting changed. Nothing is written."""
+    """Compute one update of an RL stage again, to the bit; with settings changed, also the update
+    that they give from the same rollouts. Nothing is written."""
     from quartet.assembly import Assembler
     from quartet.assembly.stages import rl_stage
     from quartet.config.toml import ConfigError, read_settings
-    from quartet.runs.tables import comparison
-    from quartet.runtime.replay import CannotReplay, checkpoint_before, cosine, differences
+    from quartet.runtime.replay import CannotReplay, checkpoint_before
     from quartet.runtime.replay import replay as compute
 
     without_progress_bars()
     run, words = _run(run_folder), words or []
-    if strange := [word for word in words if not word.startswith(("algorithm.", "optim."))]:
-        refuse(
-            f"{strange[0]}: a replay learns from the same rollouts again; only algorithm.* and "
-            f"optim.* can be changed."
-        )
-    recorded = run.series.get(run.rl_stage or "")
-    if run.rl_stage is None or recorded is None:
-        refuse(f"{run.name} has no RL stage whose updates could be computed again.")
-    if step not in recorded.steps:
-        refuse(
-            f"{run.name}: {run.rl_stage} has the steps 1 to {recorded.steps[-1]:,}, not {step:,}."
-        )
+    series = _recorded_series(run, step, words)
+    assert run.rl_stage is not None
     try:
         since = checkpoint_before(run.path, run.rl_stage, step)
         configs = [
-            read_settings(run.path / "config.resolved.toml", chosen).config
-            for chosen in ([], words)
+            read_settings(run.path / "config.resolved.toml", settings).config
+            for settings in ([], words)
         ]
     except (ConfigError, CannotReplay) as error:
         refuse(str(error))
-    fault = since.facts["fault"]
     with refusing():
+        fault = since.facts["fault"]
         stages = [rl_stage(Assembler(config, fault), run.rl_stage) for config in configs]
     console.print(
         f"from {since.name}: {step - since.facts['step']} steps to compute", soft_wrap=True
     )
-    same: list[str] = []
+    changed_metrics: list[str] = []
 
-    def told(done: "Step") -> None:
-        place = recorded.steps.index(done.number) if done.number in recorded.steps else None
-        there = (
-            {}
-            if place is None
-            else {name: column[place] for name, column in recorded.columns.items()}
-        )
-        same[:] = differences(
-            {name: x for name, x in there.items() if not math.isnan(x)}, done.metrics
-        )
+    def compare_with_record(replayed: "Step") -> None:
+        changed_metrics[:] = _changed_metrics(series, replayed)
 
-    was, other = compute(stages[0], run.path, since, step, stages[1] if words else None, told)
-    if same:
-        console.print(
-            f"not as it was: {', '.join(same)} differ from the record",
-            style="yellow",
-            soft_wrap=True,
-        )
-    else:
-        console.print(
-            f"step {step} again: every metric is the recorded one, to the bit", soft_wrap=True
-        )
-    sides = [was] if other is None else [was, other]
-    rows = [
-        ("tokens clipped", [f"{int(o.clipped.sum()):,} of {o.tokens:,}" for o in sides]),
-        ("KL(π_old ‖ π) after, per token", [f"{o.kl_after:.3g}" for o in sides]),
-        ("length of the actor's step", [f"{float(o.moved.norm()):.3g}" for o in sides]),
-        *(
-            (name, [f"{o.metrics[name]:.4g}" if name in o.metrics else "–" for o in sides])
-            for name in REPLAYED
-        ),
-    ]
-    console.print(
-        comparison("", ["as it was", *([] if other is None else ["with " + " ".join(words)])], rows)
+    changed_stage = stages[1] if words else None
+    original, changed = compute(
+        stages[0], run.path, since, step, changed_stage, compare_with_record
     )
-    if other is not None:
-        console.print(
-            f"angle between the two steps: cosine {cosine(was.moved, other.moved):.4f}",
-            soft_wrap=True,
+    _print_replay(step, changed_metrics, original, changed, words)
+
+
+def _recorded_series(run: "Run", step: int, words: list[str]) -> "Series":
+    """Return the recorded metrics of the RL stage; refuse a replay that cannot be computed."""
+    if others := [word for word in words if not word.startswith(("algorithm.", "optim."))]:
+        refuse(
+            f"{others[0]}: a replay learns from the same rollouts again; only algorithm.* and "
+            f"optim.* can be changed."
         )
+    series = run.series.get(run.rl_stage or "")
+    if run.rl_stage is None or series is None:
+        refuse(f"{run.name} has no RL stage whose updates can be computed again.")
+    if step not in series.steps:
+        refuse(f"{run.name}: {run.rl_stage} has the steps 1 to {series.steps[-1]:,}, not {step:,}.")
+    return series
+
+
+def _changed_metrics(series: "Series", replayed: "Step") -> list[str]:
+    """Return the names of the metrics that differ from the recorded ones; none if the step is not
+    recorded."""
+    from quartet.runtime.replay import differences
+
+    if replayed.number not in series.steps:
+        return []
+    place = series.steps.index(replayed.number)
+    recorded = {name: column[place] for name, column in series.columns.items()}
+    measured = {name: value for name, value in recorded.items() if not math.isnan(value)}
+    return differences(measured, replayed.metrics)
+
+
+def _print_replay(
+    step: int,
+    changed_metrics: list[str],
+    original: "Outcome",
+    changed: "Outcome | None",
+    words: list[str],
+) -> None:
+    """Print whether the replay is exact, and the outcome beside that of the changed settings."""
+    from quartet.runs.tables import comparison
+    from quartet.runtime.replay import cosine
+
+    if changed_metrics:
+        sentence = f"not as recorded: {', '.join(changed_metrics)} differ from the record"
+        console.print(sentence, style="yellow", soft_wrap=True)
+    else:
+        sentence = f"step {step} again: every metric is the recorded one, to the bit"
+        console.print(sentence, soft_wrap=True)
+    outcomes = [original] if changed is None else [original, changed]
+    columns = ["as recorded", *([] if changed is None else ["with " + " ".join(words)])]
+    rows = [
+        ("tokens clipped", [f"{int(o.clipped.sum()):,} of {o.tokens:,}" for o in outcomes]),
+        ("KL(π_old ‖ π) after, per token", [f"{o.kl_after:.3g}" for o in outcomes]),
+        ("norm of the actor's change", [f"{float(o.weight_change.norm()):.3g}" for o in outcomes]),
+    ]
+    for name in REPLAYED:
+        values = [f"{o.metrics[name]:.4g}" if name in o.metrics else "–" for o in outcomes]
+        rows.append((name, values))
+    console.print(comparison("", columns, rows))
+    if changed is not None:
+        angle = cosine(original.weight_change, changed.weight_change)
+        console.print(f"cosine between the two changes: {angle:.4f}", soft_wrap=True)
 
 
 REPLAYED = (
@@ -276,39 +298,40 @@ REPLAYED = (
     "advantage/std",
     "kl/coef",
 )
-"""Metrics that a replay shows."""
+"""The metrics that `quartet replay` prints."""
 
 
 @app.command()
 def doctor(
     run_folder: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="Left out, it looks at this machine.")
+        Path | None,
+        typer.Argument(metavar="[RUN]", help="A run folder. Default: check this machine instead."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """What is wrong with a run, with evidence and remedy; or what this machine has. Exit code 3:
-    there are findings."""
+    """Print what is wrong with a run, with evidence and remedy; without a run, the versions and the
+    hardware of this machine. The exit code is 3 if there are findings."""
     if run_folder is None:
-        _machine(as_json)
+        _print_machine(as_json)
         return
     from quartet.runs.doctor import RULES, examine, unread
 
     run = _run(run_folder)
-    found = [*unread(run.check()), *examine(run)]
+    findings = [*unread(run.check()), *examine(run)]
     if as_json:
-        print_json([dataclasses.asdict(finding) for finding in found])
-    for finding in () if as_json else found:
+        print_json([dataclasses.asdict(finding) for finding in findings])
+    for finding in () if as_json else findings:
         where = f"{finding.stage}, step {finding.step}: " if finding.stage else ""
         console.print(f"▲ {where}{finding.sentence}", style="yellow", soft_wrap=True)
         console.print(f"  {finding.rule}. {finding.why}", style="dim", soft_wrap=True)
-    if found:
+    if findings:
         raise typer.Exit(CHECK_FAILED)
     if not as_json:
         console.print(f"{run.name}: nothing found by {len(RULES)} rules.", soft_wrap=True)
 
 
-def _machine(as_json: bool) -> None:
-    """Versions, hardware, extras and what isolates programs."""
+def _print_machine(as_json: bool) -> None:
+    """Print versions, hardware, optional packages and the sandbox for programs."""
     import importlib.util
     import shutil
 
@@ -336,7 +359,7 @@ def _machine(as_json: bool) -> None:
             ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         )
         console.print(f"{name:<12}{'none' if value in (None, []) else shown}", soft_wrap=True)
-    missing = [extra for extra, there in facts["extras"].items() if not there]
+    missing = [extra for extra, is_installed in facts["extras"].items() if not is_installed]
     if missing:
         console.print(
             f'to add      pip install "quartet-rlhf[{",".join(missing)}]"',
@@ -345,12 +368,12 @@ def _machine(as_json: bool) -> None:
         )
 
 
-def _say_problems(run: "Run") -> None:
-    _say(run.name, run.problems)
+def _print_problems(run: "Run") -> None:
+    """Print what could not be read of a run to standard error."""
+    _print_sentences(run.name, run.problems)
 
 
-def _say(name: str, problems: Sequence[str]) -> None:
-    """What could not be read of a run, beside what is printed of it."""
+def _print_sentences(name: str, problems: Sequence[str]) -> None:
     for sentence in problems:
         text = sentence if sentence.startswith(f"{name}: ") else f"{name}: {sentence}"
         complaints.print(text, style="yellow", soft_wrap=True)

@@ -1,5 +1,4 @@
-"""The border between what is printed and where it goes: consoles that know few characters, pipes
-that nobody reads any more."""
+"""Standard output for consoles that know few characters, and for pipes that may be closed."""
 
 import codecs
 import contextlib
@@ -31,33 +30,36 @@ SIGNS = {
     "’": "'",
     "∞": "inf",
 }
-"""What stands for a sign where a console does not have it. Anything else becomes its escape, as in
-Python."""
+"""The replacement of each sign that a console cannot encode. Other characters are printed as their
+escape in Python, such as `\\u20ac`."""
 ERRORS = "quartet.signs"
-NOBODY = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ESHUTDOWN, errno.ECONNRESET}
-"""What a stream says that will never be read again."""
+NO_READER = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ESHUTDOWN, errno.ECONNRESET}
+"""The error numbers of a stream that has no reader any more."""
 
 
-def _signs(error: UnicodeError) -> tuple[str, int]:
+def _replace_signs(error: UnicodeError) -> tuple[str, int]:
+    """Return the replacement of characters that cannot be encoded, and where to go on: the
+    interface of an error handler of `codecs`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    lost = error.object[error.start : error.end]
-    return "".join(
-        SIGNS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lost
-    ), error.end
+    characters = error.object[error.start : error.end]
+    replaced = [SIGNS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in characters]
+    return "".join(replaced), error.end
 
 
-codecs.register_error(ERRORS, _signs)
+codecs.register_error(ERRORS, _replace_signs)
 
 
-class Printed(io.TextIOWrapper):
-    """Standard output or error. It prints whatever it is given. With `outlives_reader` it goes on
-    where nobody reads it any more, or its disk is full, and prints nothing then."""
+class SafeStream(io.TextIOWrapper):
+    """Standard output or error that can print any character.
+
+    With `outlives_reader`, a closed pipe or a full disk does not raise: the text is dropped.
+    """
 
     outlives_reader = False
     replaced: Any = None
-    """The stream in whose place it stands, which would close the file that both write to when it is
-    forgotten."""
+    """The stream that this one replaces. A reference is kept because that stream would close the
+    file of both when it is garbage-collected."""
 
     def write(self, text: str) -> int:
         try:
@@ -73,40 +75,41 @@ class Printed(io.TextIOWrapper):
             self._lost(error)
 
     def _lost(self, error: Exception) -> None:
+        """Raise the error of a failed write, unless the stream outlives its reader."""
         if not self.outlives_reader or isinstance(error, UnicodeError):
             raise error
-        if isinstance(error, OSError) and error.errno in NOBODY:
-            to_nowhere(self)
+        if isinstance(error, OSError) and error.errno in NO_READER:
+            discard_output(self)
 
 
 def print_anything() -> None:
-    """Let standard output and error take every character from here on."""
+    """Replace standard output and error by streams that can print any character."""
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream, Printed):
+        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream, SafeStream):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-            made = Printed(
+            safe = SafeStream(
                 stream.buffer,
                 encoding=stream.encoding,
                 errors=ERRORS,
                 line_buffering=stream.line_buffering,
                 write_through=stream.write_through,
             )
-            made.replaced = stream
-            setattr(sys, name, made)
+            safe.replaced = stream
+            setattr(sys, name, safe)
 
 
 def outlive_readers() -> None:
-    """From here on printing does not end the process, whoever stops reading."""
+    """Drop what is printed to a closed pipe from here on, instead of ending the process."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, Printed):
+        if isinstance(stream, SafeStream):
             stream.outlives_reader = True
 
 
-def to_nowhere(stream: Any) -> None:
-    """What is printed from here on, and what waits to be, goes nowhere."""
+def discard_output(stream: Any) -> None:
+    """Send what is printed from here on, and what is still buffered, to the null device."""
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null_device = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null_device, stream.fileno())
+        os.close(null_device)

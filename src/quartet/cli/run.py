@@ -1,4 +1,4 @@
-"""Verbs that run, plan and start a run's file."""
+"""The commands that start with a recipe: run, plan, init, algorithms."""
 
 import dataclasses
 import os
@@ -26,12 +26,12 @@ What = Annotated[
     str | None,
     typer.Argument(
         metavar="[RECIPE or FILE.toml]",
-        help="A recipe's name, a TOML file or, with --resume, a run.",
+        help="A recipe's name, a TOML file or, with --resume, a run folder.",
     ),
 ]
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE …]", help="Settings that win over the file."),
+    typer.Argument(metavar="[KEY=VALUE …]", help="Settings that replace those of the file."),
 ]
 
 
@@ -40,33 +40,37 @@ def run(
     what: What = None,
     words: Words = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the run of this name stopped.")
+        bool, typer.Option("--resume", help="Resume the run of this name from its last checkpoint.")
     ] = False,
     accept: Annotated[
         list[str] | None,
         typer.Option(
-            "--accept", metavar="KEY", help="With --resume: a setting that may have changed."
+            "--accept",
+            metavar="KEY",
+            help="With --resume: a setting that may differ from the checkpoint's.",
         ),
     ] = None,
     show_plan: Annotated[
-        bool, typer.Option("--plan", help="Say what the run would take, and stop.")
+        bool, typer.Option("--plan", help="Print what the run would take, and stop.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --plan: print it as JSON.")] = False,
     nodes: Annotated[
         str | None,
         typer.Option(
-            "--nodes", metavar="2x8", help="Say how to start it on 2 nodes of 8 ranks, and stop."
+            "--nodes",
+            metavar="2x8",
+            help="Print the commands that start it on 2 nodes of 8 ranks, and stop.",
         ),
     ] = None,
     fault: Annotated[
         str | None,
         typer.Option(
             "--break",
-            help="Plant a mistake in the RL stage, for the doctor to find: see docs/doctor.md.",
+            help="Plant a mistake in the RL stage for the doctor to find (docs/doctor.md).",
         ),
     ] = None,
 ) -> None:
-    """Run a recipe or a TOML file: one stage, or a pipeline of them. Without a name: `reviews`."""
+    """Run a recipe or a TOML file: one stage or a pipeline of stages. Default: `reviews`."""
     from quartet.runtime.requests import DEFAULT, run_to_resume, settings_of
 
     if nodes is not None:
@@ -83,15 +87,14 @@ def run(
         _print_plan(settings, as_json)
         return
     if accept and not resume:
-        refuse("--accept: goes with --resume.")
+        refuse("--accept: needs --resume.")
     if settings.config.launch.type == "torchrun":
         from quartet.launch.start import RANK_VARIABLES, follow_rank_zero, starts_as_follower
 
         if missing := [name for name in RANK_VARIABLES if name not in os.environ]:
             refuse(
                 f'launch.type = "torchrun": {missing[0]} is not set, so torchrun or srun did not '
-                f"start this. "
-                "quartet run … --nodes 2x8 says how."
+                "start this process. quartet run … --nodes 2x8 prints the commands."
             )
         if starts_as_follower(settings.config.launch):
             follow_rank_zero(settings.config.launch)
@@ -110,24 +113,27 @@ def plan(
     words: Words = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
     cluster: Annotated[
-        str | None, typer.Option("--on", metavar="8xh200", help="Plan for these GPUs.")
+        str | None,
+        typer.Option("--on", metavar="8xh200", help="Plan for these GPUs instead of this machine."),
     ] = None,
     simulated: Annotated[
         int | None,
         typer.Option(
-            "--simulate", metavar="STALENESS", help="With --on: play 200 steps, answer by answer."
+            "--simulate",
+            metavar="STALENESS",
+            help="With --on: simulate 200 steps, response by response.",
         ),
     ] = None,
     measured: Annotated[
         bool,
         typer.Option(
             "--measure",
-            help="Run a few steps of each stage here, twice, and reckon the time from them.",
+            help="Run a few steps of each stage here, twice, and compute the time from them.",
         ),
     ] = False,
 ) -> None:
-    """Models, memory, tokens, time, and the resolved config with the origin of each value. Loads no
-    model."""
+    """Print the models, memory, tokens and time of a run, and its resolved config with the origin
+    of each value. No model is loaded."""
     from quartet.runtime.requests import settings_of
 
     with refusing():
@@ -137,7 +143,7 @@ def plan(
     elif cluster is not None:
         _print_cluster(settings, cluster, simulated)
     elif simulated is not None:
-        refuse("--simulate: goes with --on.")
+        refuse("--simulate: needs --on.")
     else:
         _print_plan(settings, as_json)
 
@@ -146,10 +152,10 @@ def plan(
 def init(
     recipe: Annotated[str, typer.Argument(help="sft, reward_model, ppo, grpo or dpo.")],
     file: Annotated[
-        Path | None, typer.Argument(help="Where to write it. Default: RECIPE.toml.")
+        Path | None, typer.Argument(help="The file to write. Default: RECIPE.toml.")
     ] = None,
 ) -> None:
-    """Write a commented file to start from."""
+    """Write a commented TOML file to start from."""
     template = template_path({"rm": "reward_model"}.get(recipe, recipe))
     if template is None:
         refuse(f'"{recipe}": no such file to start from. Known are {", ".join(template_names())}.')
@@ -171,29 +177,31 @@ def init(
 def algorithms(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[PRESET]", help="Print this one as the TOML that recreates it."),
+        typer.Argument(metavar="[PRESET]", help="Print this preset as the TOML that recreates it."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
-    """The presets with their parts; with a name, the record as TOML, to be changed and put into a
-    run's file."""
+    """List the presets with their parts; with a name, print the preset as TOML, to be changed and
+    put into a run's file."""
     from quartet.algorithms.preference import PREFERENCES
     from quartet.algorithms.presets import ALGORITHMS
     from quartet.config.tables import without_none
     from quartet.config.toml import preset_toml
     from quartet.io.texts import did_you_mean
 
-    everything = ALGORITHMS | PREFERENCES
-    if name is not None and name not in everything:
+    presets = ALGORITHMS | PREFERENCES
+    if name is not None and name not in presets:
         refuse(
-            f'"{name}": no such preset.{did_you_mean(name, everything)} `quartet algorithms` lists '
-            f"them."
+            f'"{name}": no such preset.{did_you_mean(name, presets)} `quartet algorithms` lists '
+            "them."
         )
-    chosen = {name: everything[name]} if name else everything
     if as_json:
-        print_json({key: without_none(dataclasses.asdict(value)) for key, value in chosen.items()})
+        selected = {name: presets[name]} if name else presets
+        print_json(
+            {key: without_none(dataclasses.asdict(preset)) for key, preset in selected.items()}
+        )
     elif name:
-        console.print(preset_toml(everything[name]), soft_wrap=True, end="")
+        console.print(preset_toml(presets[name]), soft_wrap=True, end="")
     else:
         _print_presets()
 
@@ -204,24 +212,24 @@ def _print_plan(settings: "Settings", as_json: bool) -> None:
     from quartet.planning.plan import in_words
     from quartet.planning.plan import plan as make_plan
 
-    made = make_plan(settings.config)
+    run_plan = make_plan(settings.config)
     if as_json:
         whole = {
-            "plan": dataclasses.asdict(made),
+            "plan": dataclasses.asdict(run_plan),
             "config": json_ready(settings.config),
             "origins": settings.origins,
         }
         print_json(whole)
         return
-    console.print(f"plan   {in_words(made)}", soft_wrap=True)
-    for phase, size in (made.memory or {}).items():
+    console.print(f"plan   {in_words(run_plan)}", soft_wrap=True)
+    for phase, size in (run_plan.memory or {}).items():
         console.print(f"       memory   {phase:<22} ≈ {size / 1e6:>9,.0f} MB")
-    for stage, count in made.optimizer_steps.items():
+    for stage, count in run_plan.optimizer_steps.items():
         console.print(f"       steps    {stage:<22}   {count:>9,} optimizer steps")
-    for stage, tokens in made.tokens.items():
+    for stage, tokens in run_plan.tokens.items():
         console.print(f"       tokens   {stage:<22} ≈ {tokens:>9,.0f}")
-    if made.disk is not None:
-        console.print(f"       disk     {'run folder':<22} ≈ {made.disk / 1e6:>9,.0f} MB")
+    if run_plan.disk is not None:
+        console.print(f"       disk     {'run folder':<22} ≈ {run_plan.disk / 1e6:>9,.0f} MB")
     console.print()
     console.print(resolved_toml(settings), soft_wrap=True, end="")
 
@@ -231,10 +239,10 @@ def _print_commands(what: str, words: list[str], nodes: str) -> None:
     from quartet.runtime.requests import settings_of
 
     try:
-        count, each = nodes_of(nodes)
-        said = [word for word in words if "=" in word]
-        settings = settings_of(what, [*said, f"launch.processes={count * each}"])
-        lines = commands([what, *words], settings.config.launch, count, each)
+        num_nodes, ranks_each = nodes_of(nodes)
+        changes = [word for word in words if "=" in word]
+        settings = settings_of(what, [*changes, f"launch.processes={num_nodes * ranks_each}"])
+        lines = commands([what, *words], settings.config.launch, num_nodes, ranks_each)
     except ValueError as error:
         refuse(str(error))
     print("\n".join(lines))
@@ -246,14 +254,14 @@ def _print_measured(settings: "Settings") -> None:
 
     config = settings.config
     if config.launch.processes > 1 or config.launch.shard or config.launch.type != "local":
-        refuse("--measure: measures one process. Leave [launch] out.")
+        refuse("--measure: measures one process only. Leave [launch] out.")
     without_progress_bars()
     console.print(f"running {STEPS} steps of each stage, twice")
     for line in in_words(config, measure(config, build)):
         console.print(line, soft_wrap=True)
 
 
-def _print_cluster(settings: "Settings", words: str, bound: int | None) -> None:
+def _print_cluster(settings: "Settings", words: str, max_staleness: int | None) -> None:
     import statistics
 
     from quartet.planning.cluster import in_words, plan_cluster
@@ -261,19 +269,19 @@ def _print_cluster(settings: "Settings", words: str, bound: int | None) -> None:
     from quartet.planning.simulation import simulated
 
     try:
-        made = plan_cluster(settings.config, Cluster.of(words))
+        cluster_plan = plan_cluster(settings.config, Cluster.of(words))
     except ValueError as error:
         refuse(str(error))
-    for line in in_words(made):
+    for line in in_words(cluster_plan):
         console.print(line, soft_wrap=True)
-    if bound is not None:
-        found = simulated(made, bound)
-        age = statistics.fmean(found.staleness)
+    if max_staleness is not None:
+        simulation = simulated(cluster_plan, max_staleness)
+        mean = statistics.fmean(simulation.staleness)
         console.print(
-            f"played  {found.steps} steps of {found.seconds:,.1f} s with a staleness of at most "
-            f"{bound}: on average {age:.2f}; "
-            f"trainers wait {found.trainer_idle:.0%} of the time, slots of generators "
-            f"{found.generators_idle:.0%}",
+            f"simulated  {simulation.steps} steps of {simulation.seconds:,.1f} s; staleness at "
+            f"most {max_staleness}, on average {mean:.2f}; trainers wait "
+            f"{simulation.trainer_idle:.0%} of the time, slots of generators "
+            f"{simulation.generators_idle:.0%}",
             soft_wrap=True,
         )
 
@@ -288,7 +296,7 @@ def _print_presets() -> None:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("preset", no_wrap=True, style="bold")
-    table.add_column("advantage · policy loss · KL · aggregation · and what else does something")
+    table.add_column("advantage · policy loss · KL · aggregation · other parts")
     for family, members in FAMILIES.items():
         table.add_row("", Text(family, style="dim"))
         for name, algorithm in members.items():
@@ -296,7 +304,7 @@ def _print_presets() -> None:
     table.add_row(
         "",
         Text(
-            "from comparisons instead of rewards; only online_dpo samples, and needs both",
+            "learn from comparisons; only online_dpo samples responses and needs rewards",
             style="dim",
         ),
     )

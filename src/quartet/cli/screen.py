@@ -1,5 +1,5 @@
-"""What a run prints: one live line per stage on a terminal, plain lines every few seconds
-elsewhere."""
+"""The progress of a run: one live line per stage on a terminal, a plain line every few seconds in
+a file or a pipe."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,36 +20,37 @@ if TYPE_CHECKING:
 BAR_WIDTH = 10
 PLAIN_SECONDS = 5.0
 SMOOTHING = 5
-"""The latest value on screen is the mean of this many steps: single steps are noisy."""
+"""The number of steps whose mean is shown as the latest value, because single steps are noisy."""
 
 
 class Screen:
-    """Shows the events of a pipeline as they come."""
+    """Prints the events of a pipeline."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.live: Live | None = None
         self.line = _Line()
-        self.printed = 0.0
+        self.printed_at = 0.0
 
     def show(self, event: "Event") -> None:
+        """Print an event with the method of its class: `_started` for `Started`, and so on."""
         getattr(self, f"_{type(event).__name__.lower()}")(event)
 
     def notice(self, reason: str) -> None:
-        """A signal was heard where it has to wait a little."""
+        """Print that a signal arrived during an update, which is finished first."""
         self.console.print(
             f"     {reason}: the update is finished and saved first. Once more stops at once.",
             soft_wrap=True,
         )
 
     def close(self) -> None:
-        """Leave what is on screen as it is; nothing more comes."""
+        """Stop the live line, and leave the screen as it is."""
         if self.live is not None:
             self.live.stop()
             self.live = None
 
     def _render(self) -> Text:
-        """The stage's line, its words padded as far as the screen is wide."""
+        """Return the stage's line, its metrics padded to the width of the screen."""
         return self.line.render(
             max(0, min(62, self.console.width - 48)) if self.console.is_terminal else 62
         )
@@ -59,9 +60,9 @@ class Screen:
             f"{event.number}/{event.of} {event.stage.title}", event.stage, time.monotonic()
         )
         for metrics in event.earlier:  # a resumed run still shows where its numbers began
-            self.line.see(event.done, metrics)
+            self.line.add(event.done, metrics)
         self.line.step = event.done
-        self.printed = time.monotonic()
+        self.printed_at = time.monotonic()
         if self.console.is_terminal:
             self.live = Live(
                 self._render(), console=self.console, refresh_per_second=8, transient=True
@@ -69,12 +70,12 @@ class Screen:
             self.live.start()
 
     def _advanced(self, event: Any) -> None:
-        self.line.see(event.progress.number, event.progress.metrics)
+        self.line.add(event.progress.number, event.progress.metrics)
         if self.live is not None:
             self.live.update(self._render())
-        elif time.monotonic() - self.printed > PLAIN_SECONDS:
+        elif time.monotonic() - self.printed_at > PLAIN_SECONDS:
             self.console.print(self._render(), soft_wrap=True)
-            self.printed = time.monotonic()
+            self.printed_at = time.monotonic()
 
     def _warned(self, event: Any) -> None:
         self.console.print(
@@ -92,7 +93,7 @@ class Screen:
 
 @dataclass
 class _Line:
-    """One stage on one line."""
+    """The line of one stage: its progress, metrics and time."""
 
     label: str = ""
     stage: "Stage | None" = None
@@ -101,12 +102,14 @@ class _Line:
     closing: str = ""
     history: dict[str, list[float]] = field(default_factory=dict)
 
-    def see(self, step: int, metrics: Mapping[str, float]) -> None:
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the metrics of a step."""
         self.step = step
         for name, value in metrics.items():
             self.history.setdefault(name, []).append(value)
 
     def render(self, width: int) -> Text:
+        """Return the line, its metrics padded to `width` columns."""
         assert self.stage is not None
         total = self.stage.num_steps
         full = BAR_WIDTH * self.step // total
@@ -122,6 +125,7 @@ class _Line:
         return line
 
     def _words(self) -> list[str]:
+        """Return the stage's headline metrics, such as "reward 0.12 → 0.80"."""
         assert self.stage is not None
         words = []
         kind = kind_of(self.stage.name)
@@ -130,10 +134,10 @@ class _Line:
             if not values:
                 continue
             recent = values[-SMOOTHING:]
-            now = headline.format.format(sum(recent) / len(recent)).replace("-", "−")
+            latest = headline.format.format(sum(recent) / len(recent)).replace("-", "−")
             first = headline.format.format(values[0]).replace("-", "−")
-            change = f"{first} → {now}" if headline.change else now
-            words.append(f"{headline.label} {change}")
+            value = f"{first} → {latest}" if headline.change else latest
+            words.append(f"{headline.label} {value}")
         return words
 
 
@@ -148,7 +152,7 @@ MEASURES = (
 
 
 def evaluation_table(summary: Mapping[str, Any]) -> Table:
-    """Before and after, side by side, and answers to read."""
+    """Return the measures of an evaluation, before and after, side by side."""
     table = Table(
         title=f"{summary['prompts']} held-out prompts",
         title_justify="left",
@@ -165,7 +169,7 @@ def evaluation_table(summary: Mapping[str, Any]) -> Table:
 
 
 def sample_lines(samples: Sequence[Mapping[str, str]], count: int = 3) -> list[Text]:
-    """A few prompts with the answers from before and after."""
+    """Return lines with a few prompts and their answers, before and after."""
     lines = []
     for sample in samples[:count]:
         lines.append(Text(_one_line(sample["prompt"]), style="bold"))
@@ -179,6 +183,6 @@ def sample_lines(samples: Sequence[Mapping[str, str]], count: int = 3) -> list[T
 
 
 def _one_line(text: str, limit: int = 200) -> str:
-    """Text of a model, safe to print: no line breaks, no control characters, not too long."""
+    """Return a model's text on one line of at most `limit` characters, all of them printable."""
     clean = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"

@@ -1,4 +1,4 @@
-"""One update of a run, computed again: as it was, to the bit, or with a setting changed."""
+"""Replay of one update of a run: with the same settings, to the bit, or with settings changed."""
 
 import copy
 import dataclasses
@@ -27,33 +27,33 @@ from quartet.training.update import Update
 
 
 class CannotReplay(QuartetError, ValueError):
-    """The message says why, and what to do."""
+    """An update that cannot be computed again. The message says why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one update did."""
+    """The effect of one update."""
 
     metrics: Mapping[str, float]
     clipped: Bool[Tensor, "B T"]
+    """True for each token whose ratio was clipped."""
     tokens: int
-    """Tokens of responses: what there was to clip."""
+    """The number of response tokens."""
     kl_after: float
-    """Mean k3 of π_old to π per token, when the update was done."""
-    moved: Float[Tensor, "P"]
-    """The change of the actor's weights."""
+    """KL(π_old ‖ π) after the update: the mean of the k3 estimator over the response tokens."""
+    weight_change: Float[Tensor, "P"]
+    """The change of the actor's weights, in one vector."""
 
 
 def checkpoint_before(folder: Path, stage: str, step: int) -> Checkpoint:
-    """The newest from which the step can be reached, be it that others have to be done again on the
-    way."""
-    for _, found in Checkpoints(folder / "checkpoints", {stage: 0}).usable(misfit):
-        if isinstance(found, Checkpoint) and found.facts["step"] < step:
-            return found
+    """Return the newest checkpoint of the stage that was written before the step. The steps between
+    the two have to be computed again. Raises `CannotReplay` if there is none."""
+    for _, checkpoint in Checkpoints(folder / "checkpoints", {stage: 0}).usable(misfit):
+        if isinstance(checkpoint, Checkpoint) and checkpoint.facts["step"] < step:
+            return checkpoint
     raise CannotReplay(
-        f"{folder.name}: has no checkpoint before step {step:,} of {stage}. Runs keep their last "
-        f"ones: copy them, or set "
-        "run.keep_last."
+        f"{folder.name}: has no checkpoint before step {step:,} of {stage}. A run deletes old "
+        "checkpoints: raise run.keep_last to keep more of them."
     )
 
 
@@ -63,117 +63,133 @@ def replay(
     since: Checkpoint,
     step: int,
     changed: RLStage | None = None,
-    done: Callable[[Step], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> tuple[Outcome, Outcome | None]:
-    """The update of this step; and, of the same rollouts, the one that a changed stage would have
-    made. Nothing is written. `done` is told of each step on the way."""
-    work, state = _begun(stage, folder, since)
-    before, weights = state, _weights(work)
-    for made in cast(Iterator[Step], work.steps(since.facts["step"])):
-        if done is not None:
-            done(made)
-        if made.number == step:
+    """Compute the update of a step again, starting from the checkpoint `since`.
+
+    If a `changed` stage is given, the second outcome is that of its update, computed from the same
+    weights and the same rollouts. `on_step` is called with each step on the way. Nothing is written
+    to the run folder.
+    """
+    run, state_before = _restored(stage, folder, since)
+    weights_before = _weights(run)
+    for replayed in cast(Iterator[Step], run.steps(since.facts["step"])):
+        if on_step is not None:
+            on_step(replayed)
+        if replayed.number == step:
             break
-        before, weights = copy.deepcopy(work.state()), _weights(work)
-    outcome = _outcome(work, made.metrics, made.update, made.experience, weights)
+        state_before, weights_before = copy.deepcopy(run.state()), _weights(run)
+    outcome = _outcome(run, replayed.metrics, replayed.update, replayed.experience, weights_before)
     if changed is None:
         return outcome, None
-    rollouts = made.rollouts
-    del work, made  # two learners at once might not fit
-    return outcome, _other(changed, stage.algorithm, folder, before, rollouts)
+    rollouts = replayed.rollouts
+    del run, replayed  # two learners at once might not fit into memory
+    return outcome, _changed_outcome(changed, stage.algorithm, folder, state_before, rollouts)
 
 
 def _outcome(
-    work: StageRun,
+    run: StageRun,
     metrics: Mapping[str, float],
     update: Update,
     experience: Experience,
-    weights: Tensor,
+    weights_before: Tensor,
 ) -> Outcome:
-    """`weights`: the actor's before the update."""
-    tokens, kl = int(experience.response_mask.sum()), _learner(work).kl_since(experience)
-    return Outcome(metrics, update.clipped, tokens, kl, _weights(work) - weights)
+    """Return the outcome of an update. `weights_before` are the actor's, before the update."""
+    tokens, kl = int(experience.response_mask.sum()), _learner(run).kl_since(experience)
+    return Outcome(metrics, update.clipped, tokens, kl, _weights(run) - weights_before)
 
 
-def models_at(stage: Stage, folder: Path, found: Checkpoint, scratch: Path) -> None:
-    """What the stage would have left, had it ended at this checkpoint, in another folder."""
+def models_at(stage: Stage, folder: Path, checkpoint: Checkpoint, scratch: Path) -> None:
+    """Write to the folder `scratch` the models that the stage would have written if it had ended at
+    this checkpoint. `folder` is the run's, which is only read."""
     for name in ("sft", "reward_model"):
         if (folder / name).is_dir():
             (scratch / name).symlink_to((folder / name).resolve())
     for name in ("events.jsonl", "config.resolved.toml"):
         shutil.copyfile(folder / name, scratch / name)
-    work = stage.begin(scratch)
-    work.load_state(found.state()["work"])
+    run = stage.begin(scratch)
+    run.load_state(checkpoint.state()["work"])
     for link in scratch.iterdir():
-        if link.is_symlink():  # what the stage reads it has read; what it writes is its own
+        if link.is_symlink():  # the stage has read it, and must not write through it to the run
             link.unlink()
-    work.finish()
+    run.finish()
 
 
-def _other(
-    changed: RLStage, written: Algorithm, folder: Path, before: Tree, rollouts: Sequence[Rollout]
+def _changed_outcome(
+    changed: RLStage,
+    configured: Algorithm,
+    folder: Path,
+    state: Tree,
+    rollouts: Sequence[Rollout],
 ) -> Outcome:
-    """The update with another algorithm or optimizer, from the same state and the same rollouts."""
-    work = dataclasses.replace(changed, load_components=_without_probes(changed)).begin(folder)
-    then, now = dataclasses.asdict(written), dataclasses.asdict(changed.algorithm)
-    work.load_state({**before, "algorithm": merged(before["algorithm"], then, now)})
-    adapting, learner = work.stateful["algorithm"], _learner(work)
-    assert isinstance(adapting, AlgorithmState)
-    algorithm, weights = adapting.now, _weights(work)
+    """Return the outcome of an update with another algorithm or optimizer. `configured` is the
+    original algorithm as the config has it, `state` the stage's before the step."""
+    run = dataclasses.replace(changed, load_components=_without_probes(changed)).begin(folder)
+    original, other = dataclasses.asdict(configured), dataclasses.asdict(changed.algorithm)
+    run.load_state({**state, "algorithm": merged(state["algorithm"], original, other)})
+    algorithm_state, learner = run.stateful["algorithm"], _learner(run)
+    assert isinstance(algorithm_state, AlgorithmState)
+    algorithm, weights = algorithm_state.now, _weights(run)
     batch = learner.score(rollouts, algorithm)
     experience = algorithm.experience(batch)
     update = learner.update(experience, algorithm)
     metrics = rl_metrics(rollouts, 0.0, batch, experience, update, algorithm)
-    return _outcome(work, metrics, update, experience, weights)
+    return _outcome(run, metrics, update, experience, weights)
 
 
-def _begun(stage: RLStage, folder: Path, since: Checkpoint) -> tuple[StageRun, Tree]:
-    """The stage as the checkpoint left it, and a copy of its state."""
-    saved, shared = since.state(), GlobalRandom()
-    if "work" not in saved:
-        shared.load_state(saved["random"])
-    work = dataclasses.replace(stage, load_components=_without_probes(stage)).begin(folder)
-    if "work" in saved:
-        work.load_state(saved["work"])
-        shared.load_state(saved["random"])
-    return work, copy.deepcopy(work.state())
+def _restored(stage: RLStage, folder: Path, checkpoint: Checkpoint) -> tuple[StageRun, Tree]:
+    """Return the stage as it was when the checkpoint was written, and a copy of its state."""
+    state, random = checkpoint.state(), GlobalRandom()
+    has_stage_state = "work" in state  # not at step 0, before which only random numbers are drawn
+    if not has_stage_state:
+        random.load_state(state["random"])
+    run = dataclasses.replace(stage, load_components=_without_probes(stage)).begin(folder)
+    if has_stage_state:
+        run.load_state(state["work"])
+        random.load_state(state["random"])
+    return run, copy.deepcopy(run.state())
 
 
 def _without_probes(stage: RLStage) -> Any:
-    """They would be looked at again, and written."""
+    """Return a loader of the stage's components without probes, whose scores would be written to
+    the run folder."""
     return lambda folder: dataclasses.replace(stage.load_components(folder), probes=())
 
 
-def merged(now: Any, written: Any, changed: Any) -> Any:
-    """The algorithm as it has adapted, with what the two configs have different."""
+def merged(adapted: Any, configured: Any, changed: Any) -> Any:
+    """Return the state of an algorithm with some settings changed.
+
+    `adapted` is the state as it is at the step, with coefficients that have adapted; `configured`
+    and `changed` are the algorithm by the original and by the changed config. A value that is equal
+    in both configs stays as it had adapted; any other comes from `changed`.
+    """
     if (
-        isinstance(now, dict)
+        isinstance(adapted, dict)
         and isinstance(changed, dict)
-        and isinstance(written, dict)
-        and now.keys() == changed.keys()
+        and isinstance(configured, dict)
+        and adapted.keys() == changed.keys()
     ):
-        return {key: merged(now[key], written[key], changed[key]) for key in now}
-    return now if written == changed else changed
+        return {key: merged(adapted[key], configured[key], changed[key]) for key in adapted}
+    return adapted if configured == changed else changed
 
 
-def _learner(work: StageRun) -> Learner:
-    learner = work.stateful["learner"]
+def _learner(run: StageRun) -> Learner:
+    learner = run.stateful["learner"]
     assert isinstance(learner, Learner)
     return learner
 
 
-def _weights(work: StageRun) -> Float[Tensor, "P"]:
-    """The actor's, in one vector, on the CPU."""
-    return torch.cat(
-        [p.detach().flatten().float().cpu() for p in _learner(work).models.actor_parameters()]
-    )
+def _weights(run: StageRun) -> Float[Tensor, "P"]:
+    """Return a copy of the actor's weights, in one vector on the CPU."""
+    parameters = _learner(run).models.actor_parameters()
+    return torch.cat([p.detach().flatten().float().cpu() for p in parameters])
 
 
-def differences(recorded: Mapping[str, float], again: Mapping[str, float]) -> list[str]:
-    """Names of the metrics that are not the same to the bit."""
-    return [name for name in recorded if recorded[name] != again.get(name)]
+def differences(recorded: Mapping[str, float], replayed: Mapping[str, float]) -> list[str]:
+    """Return the names of the recorded metrics that are not the same to the bit."""
+    return [name for name in recorded if recorded[name] != replayed.get(name)]
 
 
 def cosine(a: Float[Tensor, "P"], b: Float[Tensor, "P"]) -> float:
-    """Of the angle between two changes of the weights; 0 where one of them is none."""
+    """Return the cosine of the angle between two weight changes; 0 if one of them is zero."""
     return float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
