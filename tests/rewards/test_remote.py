@@ -11,7 +11,7 @@ import httpx
 import pytest
 import uvicorn
 
-from quartet.assembly.serving import Scorer
+from quartet.assembly.serving import TextScorer
 from quartet.models.heads import ScalarModel
 from quartet.rewards import remote
 from quartet.rewards.judge import JudgeReward, neighbours
@@ -213,7 +213,7 @@ def test_a_served_reward_model_scores_as_in_process(reward_model):
         rollouts(5)[1], finish_reason="length"
     )  # cut off: no end for the model to read
     expected = ModelReward(ScalarModel.load(reward_model), 4096).score(asked)
-    with Served(app(Scorer(reward_model.parent, None))) as url:
+    with Served(app(TextScorer(reward_model.parent, None))) as url:
         endpoint = Endpoint("reward server", url)
         assert ServerReward("server", endpoint).score(asked) == pytest.approx(expected, abs=1e-5)
         others = ServerReward("server", endpoint, "openrlhf").score(
@@ -226,7 +226,7 @@ def test_a_served_reward_model_scores_as_in_process(reward_model):
 
 def test_what_a_server_refuses(reward_model, monkeypatch):
     monkeypatch.setenv("TOKEN", "s3cret")
-    with Served(app(Scorer(reward_model, None), "TOKEN")) as url:
+    with Served(app(TextScorer(reward_model, None), "TOKEN")) as url:
         good, token = (
             {"prompts": ["the film"], "responses": ["was good"]},
             {"authorization": "Bearer s3cret"},

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from quartet.io import http_server
 from quartet.io.http_server import make_server
 from quartet.rewards import serve
-from quartet.rewards.serve import Asked, BadRequest, app, parsed, understood
+from quartet.rewards.serve import BadRequest, ScoringRequest, app, parsed, understood
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def test_what_is_right_is_scored(port):
     )
     assert httpx.post(url, json={"prompts": [], "responses": []}).json() == {"scores": []}
     conversation = [{"role": "user", "content": "hello", "name": "me"}]
-    assert understood(GOOD | {"messages": [conversation], "ended": [False]}) == Asked(
+    assert understood(GOOD | {"messages": [conversation], "ended": [False]}) == ScoringRequest(
         [conversation], ["was good"], [False]
     )
 

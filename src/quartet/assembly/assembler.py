@@ -12,7 +12,7 @@ import torch
 
 from quartet.assembly.data import Rows
 from quartet.assembly.generators import Generators
-from quartet.assembly.models import Models, device, existing, with_existing_models
+from quartet.assembly.models import Models, device, resolved_model, with_resolved_models
 from quartet.assembly.rewards import RewardMaker
 from quartet.config.tables import Config, SeparateCritic, TrainTokenizer
 from quartet.data import DataError
@@ -63,8 +63,8 @@ class Assembler:
         self.rows = Rows(config, self.world)
         self.device = device(config.run.device, process_group)
         self._check_ranks()
-        self.policy_model = existing("policy.model", config.policy.model)
-        self.sources = [with_existing_models(source) for source in config.reward]
+        self.policy_model = resolved_model("policy.model", config.policy.model)
+        self.sources = [with_resolved_models(source) for source in config.reward]
         self.tokenizer = self._tokenizer()
         if config.policy.chat_template:
             set_chat_template(self.tokenizer, config.policy.chat_template)
@@ -154,7 +154,7 @@ class Assembler:
             return "policy"
         init = config.critic.init
         if init not in {None, "reward_model"}:
-            return init if init == "policy" else existing("critic.init", init)
+            return init if init == "policy" else resolved_model("critic.init", init)
         on_its_trunk = config.policy.adapter is not None and init is None
         if source is None or (source.model is not None and on_its_trunk):
             return "policy"

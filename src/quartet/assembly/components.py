@@ -11,6 +11,8 @@ from quartet.assembly.assembler import Assembler
 from quartet.config.tables import Config, SeparateCritic, SharedCritic
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
+from quartet.distributed.offload import Placement
+from quartet.distributed.process_group import ProcessGroup
 from quartet.experience import Rollout
 from quartet.generation.protocol import Generator
 from quartet.generation.source import Servers
@@ -27,16 +29,16 @@ from quartet.training.learner import Learner
 from quartet.training.trust_region import TrustRegionLearner
 
 PROBES = 8
-"""How many responses are evaluated again and again as an RL stage proceeds."""
+"""The number of responses that are scored again and again during an RL stage."""
 WIN_RATE_PROMPTS = 32
-"""How many held-out prompts the win rate is measured on as an RL stage proceeds."""
+"""The number of held-out prompts that the win rate is measured on during an RL stage."""
 PERPLEXITY_TEXTS = 32
-"""How many held-out demonstrations the policy's perplexity is measured on."""
+"""The number of held-out demonstrations that the policy's perplexity is measured on."""
 
 
 def sampled_model(config: Config, actor: CausalModel) -> Any:
-    """Return the model that responses are sampled with. Sampling reads all weights at every token:
-    where the actor will be sharded, or learns in the meantime, it is a copy."""
+    """Return the model that responses are sampled with. It is a copy of the actor if the actor will
+    be sharded, because each sampled token needs all weights, or if it is trained meanwhile."""
     return copy.deepcopy(actor) if config.launch.shard or config.staleness else actor
 
 
@@ -45,11 +47,11 @@ def load_components(assembler: Assembler, folder: Path) -> RLComponents:
     config, models, group = assembler.config, assembler.models, assembler.process_group
     algorithm = config.algorithm
     assert algorithm is not None
-    actor = models.starting(folder)
+    actor = models.trainable_policy(folder)
     reference = reference_of(actor) if algorithm.needs_reference else None
     attached = _attaches_reward_model(assembler, folder)
-    # Where servers sample, only a reward model on the policy's trunk needs a model that does not
-    # learn in the meantime.
+    # Servers sample with their own copy of the weights. Only a reward model on the policy's trunk
+    # then still needs a model that is not trained meanwhile.
     served = isinstance(config.generator, Servers) and not attached
     sampled = actor if served else sampled_model(config, actor)
     reward_model = (
@@ -62,27 +64,9 @@ def load_components(assembler: Assembler, folder: Path) -> RLComponents:
     reference = None if reference is None else models.spread(reference)
     sampling_group = group.clone() if config.staleness else group
     placement = assembler.placement
-    make = TrustRegionLearner if isinstance(algorithm.update, TrustRegion) else Learner
-    learner = make(
-        actor_critic,
-        reference,
-        config.optim,
-        config.rollout,
-        config.run.steps,
-        config.seed,
-        _pretraining(assembler, algorithm),
-        assembler.micro_batch_tokens,
-        group,
-        placement,
-    )
+    learner = _learner(assembler, algorithm, actor_critic, reference, placement)
     rewards = assembler.weighted_rewards(folder, reward_model, sampling_group, placement)
-    generators = assembler.generators
-    if servers := generators.servers(actor, folder, sampling_group):
-        generator = generators.asked(servers, sampling_group)
-        probe_generator = lambda: generators.asked(servers.aside(), group)  # noqa: E731
-    else:
-        generator = generators.in_process(sampled, sampling_group, copied=sampled is not actor)
-        probe_generator = lambda: generators.in_process(sampled, group)  # noqa: E731
+    generator, probe_generator = _generators(assembler, actor, sampled, folder, sampling_group)
     components = RLComponents(
         learner,
         generator,
@@ -94,6 +78,50 @@ def load_components(assembler: Assembler, folder: Path) -> RLComponents:
     if assembler.fault is not None:
         FAULTS[assembler.fault](components)
     return components
+
+
+def _learner(
+    assembler: Assembler,
+    algorithm: Algorithm,
+    actor_critic: ActorCritic,
+    reference: CausalModel | None,
+    placement: Placement,
+) -> Learner:
+    config = assembler.config
+    kind = TrustRegionLearner if isinstance(algorithm.update, TrustRegion) else Learner
+    return kind(
+        actor_critic,
+        reference,
+        config.optim,
+        config.rollout,
+        config.run.steps,
+        config.seed,
+        _pretraining(assembler, algorithm),
+        assembler.micro_batch_tokens,
+        assembler.process_group,
+        placement,
+    )
+
+
+def _generators(
+    assembler: Assembler,
+    actor: CausalModel,
+    sampled: Any,
+    folder: Path,
+    sampling_group: ProcessGroup,
+) -> tuple[Generator, Callable[[], Generator]]:
+    """Return the generator of the stage, and a function that returns a new generator for probes,
+    which has random numbers of its own."""
+    generators, group = assembler.generators, assembler.process_group
+    if servers := generators.servers(actor, folder, sampling_group):
+        return (
+            generators.from_servers(servers, sampling_group),
+            lambda: generators.from_servers(servers.for_probes(), group),
+        )
+    return (
+        generators.in_process(sampled, sampling_group, copied=sampled is not actor),
+        lambda: generators.in_process(sampled, group),
+    )
 
 
 def _probes(
@@ -135,15 +163,15 @@ def _perplexity_texts(assembler: Assembler) -> Sequence[Demonstration]:
 
 
 def _attaches_reward_model(assembler: Assembler, folder: Path) -> bool:
-    """Whether the run's own reward model is an adapter, which then is attached to the trunk of the
-    sampled model."""
-    own = any(isinstance(s, ModelSource) and s.model is None for s in assembler.sources)
+    """Return whether the reward model that the run trained is an adapter: it is then attached to
+    the trunk of the sampled model."""
+    is_used = any(isinstance(s, ModelSource) and s.model is None for s in assembler.sources)
     has_adapter = (folder / "reward_model" / "adapter").is_dir()
-    return assembler.config.policy.adapter is not None and own and has_adapter
+    return assembler.config.policy.adapter is not None and is_used and has_adapter
 
 
 def _pretraining(assembler: Assembler, algorithm: Algorithm) -> Sampler[Demonstration] | None:
-    """Return the batches that PTX mixes in: texts of their own, or the run's demonstrations."""
+    """Return the texts that PTX mixes in: data.pretraining, or the demonstrations of the run."""
     if algorithm.ptx.coef == 0:
         return None
     config = assembler.config
@@ -169,7 +197,7 @@ def _actor_critic(
                 critic = models.new_scalar(actor, CRITIC)
             else:
                 critic = ScalarModel.load(init or folder / "reward_model", assembler.device)
-                models.set_up(critic.model)
+                models.prepare_blocks(critic.model)
             return Separate(actor, models.spread_scalar(critic))
 
 

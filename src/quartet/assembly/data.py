@@ -1,4 +1,4 @@
-"""The rows of a run: of its world or of its files, those to train on and those held out."""
+"""The rows of a run, from its world or its files: those to train on and those held out."""
 
 import random
 from array import array
@@ -17,25 +17,26 @@ from quartet.files import fingerprint
 from quartet.worlds import World
 
 HELD_OUT_ROWS = 1000
-"""How many rows a world holds out: enough to measure an accuracy to ± 2.5 %."""
+"""The number of rows that a world holds out: enough to measure an accuracy to ± 2.5 %."""
 
 Split = tuple[Sequence[Example], Sequence[Example]]
 
 
 @dataclass(frozen=True)
 class Rows:
+    """Reads the rows of a run."""
+
     config: Config
     world: World | None
 
     def read(self, purpose: Purpose, path: str | None = None) -> Split:
-        """Return the rows to train on and the rows held out, of the world or of the files of the
-        config; of the file `path` where a stage has one of its own."""
+        """Return the rows to train on and the rows held out. They come from the file `path` if a
+        stage has one of its own, else from the world or the files of the config."""
         data = self.config.data
         if path is None and self.world is not None:
-            make = getattr(self.world, "comparisons" if purpose == "preferences" else purpose)
-            return make(data.rows), make(
-                max(self.config.evaluation.prompts, HELD_OUT_ROWS), held_out=True
-            )
+            rows_of = getattr(self.world, "comparisons" if purpose == "preferences" else purpose)
+            num_held_out = max(self.config.evaluation.prompts, HELD_OUT_ROWS)
+            return rows_of(data.rows), rows_of(num_held_out, held_out=True)
         files = (path,) if path is not None else data.files
         weights = (1.0,) * len(files) if path is not None or data.weights is None else data.weights
         rows, train, held_out = DiskRows(Example), array("Q"), array("Q")
@@ -43,34 +44,34 @@ class Rows:
             first = len(rows)
             for example in examples_in(Path(file), purpose, data.columns, data.shape):
                 rows.append(example)
-            count = len(rows) - first
-            if not count:
-                raise DataError(f"{file}: has no rows.")
-            if data.eval is None and count < 2:
-                raise DataError(
-                    f"{file}: has one row; to hold some out it needs two or more. Or set data.eval."
-                )
-            kept = (
-                count
-                if data.eval is not None
-                else count - min(count - 1, max(1, round(count * data.held_out)))
-            )
-            train.extend(weighted_places(range(first, first + kept), weight, self.config.seed))
-            held_out.extend(range(first + kept, first + count))
+            end_of_train = first + self._num_train(file, len(rows) - first)
+            train.extend(weighted_places(range(first, end_of_train), weight, self.config.seed))
+            held_out.extend(range(end_of_train, len(rows)))
         if data.eval is not None:
             return Subset(rows, train), read_examples(
                 Path(data.eval), purpose, data.columns, data.shape
             )
         return Subset(rows, train), Subset(rows, held_out)
 
+    def _num_train(self, file: str, count: int) -> int:
+        """Return how many of a file's `count` rows to train on; the others are held out. Raises
+        `DataError` if there are too few."""
+        data = self.config.data
+        if not count:
+            raise DataError(f"{file}: has no rows.")
+        if data.eval is not None:
+            return count
+        if count < 2:
+            raise DataError(
+                f"{file}: has one row; to hold some out it needs two or more. Or set data.eval."
+            )
+        return count - min(count - 1, max(1, round(count * data.held_out)))
+
     def texts(self) -> Iterator[str]:
         """Yield all texts of the files, to train a tokenizer on."""
-        data = self.config.data
-        paths = {
-            p
-            for p in (*self.config.data.files, self.config.sft.data, self.config.reward_model.data)
-            if p
-        }
+        data, config = self.config.data, self.config
+        files = (*data.files, config.sft.data, config.reward_model.data)
+        paths = {path for path in files if path}
         for path in sorted(paths):
             for example in examples_in(Path(path), "prompts", data.columns, data.shape):
                 for cell in (example.prompt, example.completion, example.chosen, example.rejected):
@@ -80,35 +81,26 @@ class Rows:
 
 def fingerprints(config: Config) -> dict[str, str]:
     """Return the SHA-256 of each file that rows come from, and of each file of the user's code, by
-    the path that the config has: a resumed run must find the same."""
-    tables = (config.sft, config.reward_model, config.preference)
-    named = (
-        *config.data.files,
-        config.data.eval,
-        config.data.pretraining,
-        *(table.data for table in tables),
-    )
-    found: dict[str, str] = {}
+    the path that the config has. A resumed run must have the same ones."""
+    data, stages = config.data, (config.sft, config.reward_model, config.preference)
+    named = (*data.files, data.eval, data.pretraining, *(stage.data for stage in stages))
+    digests: dict[str, str] = {}
     for path in sorted({Path(name) for name in named if name}):
-        files = (
-            sorted(p for p in path.rglob("*") if p.is_file())
-            if path.is_dir()
-            else [path]
-            if path.is_file()
-            else []
-        )
-        found |= {str(file): fingerprint(file)["sha256"] for file in files}
+        folder_files = (file for file in path.rglob("*") if file.is_file())
+        files = sorted(folder_files) if path.is_dir() else [path] if path.is_file() else []
+        digests |= {str(file): fingerprint(file)["sha256"] for file in files}
     code = {place: fingerprint(file)["sha256"] for place, file in code_files(config).items()}
-    return found | code
+    return digests | code
 
 
 def plain_texts(cell: Any) -> list[str]:
+    """Return the text of a cell, or the texts of the messages if it is a conversation."""
     return [cell] if isinstance(cell, str) else [message["content"] for message in cell]
 
 
 def weighted_places(places: range, weight: float, seed: int) -> Iterator[int]:
-    """Yield each place as often as the weight says: 2.5 is twice, and a random half of them a third
-    time."""
+    """Yield each place as often as the weight says. With 2.5, all places come twice, and a random
+    half of them a third time."""
     whole = int(weight)
     for _ in range(whole):
         yield from places

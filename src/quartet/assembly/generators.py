@@ -1,4 +1,4 @@
-"""What writes a run's answers: the model itself, or servers; in one turn or several."""
+"""The generators of a run: a model in this process or servers, with or without an environment."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -32,7 +32,7 @@ from quartet.worlds import World
 
 
 class Generators:
-    """Makes the generators of a run."""
+    """Creates the generators of a run."""
 
     def __init__(
         self, config: Config, tokenizer: Tokenizer, max_tokens: int, world: World | None
@@ -44,9 +44,9 @@ class Generators:
     def in_process(
         self, model: Any, process_group: ProcessGroup = SINGLE_PROCESS, copied: bool = False
     ) -> Generator:
-        """Return the config's generator for a model of this process; the native one where the
-        config names servers. A user's own is called on rank 0 alone. `copied`: the model is a copy
-        of the one that learns."""
+        """Return the config's generator for a model in this process; the native generator if the
+        config names servers. A user-defined generator runs on rank 0 alone. `copied` says that the
+        model is a copy of the one that is trained."""
         source = self.config.generator
         context = GeneratorContext(
             model,
@@ -57,91 +57,96 @@ class Generators:
             process_group,
         )
         if isinstance(source, Native | Servers):
-            return self.in_turns(Native().make(context), process_group)
-        own = source.make(replace(context, process_group=SINGLE_PROCESS))
+            return self._with_environment(Native().make(context), process_group)
+        custom = source.make(replace(context, process_group=SINGLE_PROCESS))
         if process_group is not SINGLE_PROCESS:
-            own = RankZeroGenerator(own, process_group)
-        return self.in_turns(own, process_group)
+            custom = RankZeroGenerator(custom, process_group)
+        return self._with_environment(custom, process_group)
 
-    def in_turns(self, turns: Generator, process_group: ProcessGroup) -> Generator:
-        """Answers of one turn, or of several where there is an environment."""
+    def from_servers(self, servers: ServedGenerator, process_group: ProcessGroup) -> Generator:
+        """Return the generator that samples with servers. Of several ranks, rank 0 sends the
+        requests."""
+        if process_group is SINGLE_PROCESS:
+            return self._with_environment(servers, process_group)
+        # Servers that receive only the adapter need only its weights gathered from the ranks.
+        only = partial(in_adapter, POLICY) if servers.save_base is not None else None
+        generator = RankZeroGenerator(servers, process_group, only)
+        return self._with_environment(generator, process_group)
+
+    def for_evaluation(self, model: Any, folder: Path) -> Generator:
+        """Return a generator for a model that is no longer trained, for use by a single rank."""
+        servers = self.servers(model, folder, SINGLE_PROCESS)
+        if servers is None:
+            return self.in_process(model)
+        return self.from_servers(servers, SINGLE_PROCESS)
+
+    def _with_environment(self, turns: Generator, process_group: ProcessGroup) -> Generator:
+        """Return a generator of whole episodes if there is an environment; else `turns`, which
+        samples single turns."""
         if self.environment is None:
             return turns
-        make, max_turns = self.environment
-        return Episodes(turns, self.tokenizer, make, max_turns, self.max_tokens, process_group)
-
-    def asked(self, servers: ServedGenerator, process_group: ProcessGroup) -> Generator:
-        """By one rank, where there are several. Adapters that go alone are all that is put together
-        for a push."""
-        only = partial(in_adapter, POLICY) if servers.save_base is not None else None
-        return self.in_turns(
-            servers
-            if process_group is SINGLE_PROCESS
-            else RankZeroGenerator(servers, process_group, only),
-            process_group,
+        environment, max_turns = self.environment
+        return Episodes(
+            turns, self.tokenizer, environment, max_turns, self.max_tokens, process_group
         )
-
-    def examined(self, model: Any, folder: Path) -> Generator:
-        """Answers of a model that learns no more; one rank asks."""
-        servers = self.servers(model, folder, SINGLE_PROCESS)
-        return self.in_process(model) if servers is None else self.asked(servers, SINGLE_PROCESS)
 
     def servers(
         self, actor: CausalModel, folder: Path, process_group: ProcessGroup
     ) -> ServedGenerator | None:
-        """Those of other processes, where the config names them; they are given the model's weights
-        at once. Where it has an adapter, that may be all they are given later."""
+        """Return the generator for the servers that the config names, which receive the actor's
+        weights at once; None if it names none.
+
+        With `generator.adapter` the servers receive the base model once, and then adapters only.
+        """
         settings = self.config.generator
         if not isinstance(settings, Servers):
             return None
-        adapter = settings.adapter and bool(adapters_of(actor))
-
-        def write(place: Path, tensors: Mapping[str, Any]) -> None:
-            if adapter:
-                save_adapter(actor, POLICY, place, tensors)
-            else:
-                actor.save_pretrained(
-                    place,
-                    state_dict=merged_state(actor, tensors)
-                    if adapters_of(actor)
-                    else dict(tensors),
-                )
-                self.tokenizer.save_pretrained(place)
-
-        def write_base(place: Path, tensors: Mapping[str, Any]) -> None:
-            with adapter_active(actor, None):
-                actor.save_pretrained(place, state_dict=merged_state(actor, tensors))
-            self.tokenizer.save_pretrained(place)
-
-        made = ServedGenerator(
+        sends_adapter = settings.adapter and bool(adapters_of(actor))
+        generator = ServedGenerator(
             DIALECTS[settings.type],
             settings.urls,
-            write,
+            partial(self._save_adapter if sends_adapter else self._save_model, actor),
             Path(settings.shared) if settings.shared else folder / "weights",
             self.tokenizer,
             stop_ids(actor, self.tokenizer),
             self.config.seed,
             settings.timeout,
-            save_base=write_base if adapter else None,
+            save_base=partial(self._save_base, actor) if sends_adapter else None,
             vocab_size=actor.config.get_text_config().vocab_size,
         )
-        RankZeroGenerator(made, process_group).load_weights(Weights(0, GatheredWeights(actor)))
-        return made
+        weights = Weights(0, GatheredWeights(actor))
+        RankZeroGenerator(generator, process_group).load_weights(weights)
+        return generator
+
+    def _save_model(self, actor: CausalModel, folder: Path, tensors: Mapping[str, Any]) -> None:
+        """Write the actor with its tokenizer, adapters merged."""
+        state = merged_state(actor, tensors) if adapters_of(actor) else dict(tensors)
+        actor.save_pretrained(folder, state_dict=state)
+        self.tokenizer.save_pretrained(folder)
+
+    def _save_adapter(self, actor: CausalModel, folder: Path, tensors: Mapping[str, Any]) -> None:
+        """Write the actor's adapter alone."""
+        save_adapter(actor, POLICY, folder, tensors)
+
+    def _save_base(self, actor: CausalModel, folder: Path, tensors: Mapping[str, Any]) -> None:
+        """Write the base model without the adapter, with the tokenizer."""
+        with adapter_active(actor, None):
+            actor.save_pretrained(folder, state_dict=merged_state(actor, tensors))
+        self.tokenizer.save_pretrained(folder)
 
 
 def _environment(
     config: Config, world: World | None
 ) -> tuple[Callable[[], Environment], int] | None:
-    """What makes one, and how many turns the policy has."""
-    table, own = config.environment, getattr(world, "environment", None)
-    if table is not None:
-        check_reference(table.function, "environment.function")
-        make = load(table.function)
-        if missing := [
-            name for name in ("reset", "step") if not callable(getattr(make, name, None))
-        ]:
-            raise RewardError(
-                f'environment.function = "{table.function}": has no method {missing[0]}.'
-            )
-        return make, table.max_turns
-    return None if own is None else (own, getattr(world, "max_turns", 8))
+    """Return what creates an environment, and the number of turns of an episode; None if neither
+    the config nor the world has an environment."""
+    table = config.environment
+    if table is None:
+        of_world = getattr(world, "environment", None)
+        return None if of_world is None else (of_world, getattr(world, "max_turns", 8))
+    check_reference(table.function, "environment.function")
+    environment = load(table.function)
+    for method in ("reset", "step"):
+        if not callable(getattr(environment, method, None)):
+            raise RewardError(f'environment.function = "{table.function}": has no method {method}.')
+    return environment, table.max_turns

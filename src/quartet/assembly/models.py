@@ -1,4 +1,4 @@
-"""The models of a run, made or loaded, and as they are to run."""
+"""The models of a run: created or loaded, with adapters, compiled blocks and sharding."""
 
 import copy
 import dataclasses
@@ -22,7 +22,7 @@ from quartet.rewards.sources import EnsembleSource, ModelSource, StepsSource
 
 
 class Models:
-    """Makes them anew each time it is asked."""
+    """Creates or loads the models of a run. Each call returns a new model."""
 
     def __init__(
         self,
@@ -32,8 +32,8 @@ class Models:
         device: torch.device,
         process_group: ProcessGroup,
     ) -> None:
-        """`folder`: of the policy that the run begins with, or its name on the hub; None where it
-        is created."""
+        """`folder` is the folder, or the name on the hub, of the policy that the run starts from;
+        None if the policy is created."""
         self.config, self.folder, self.tokenizer, self.device, self.process_group = (
             config,
             folder,
@@ -45,20 +45,16 @@ class Models:
         """The mesh over which the models of each process group are sharded."""
 
     def longest_sequence(self) -> int:
-        """How many tokens the policy reads at most; architectures without such a limit read any
-        number."""
+        """Return the most tokens that the policy can read; 10⁹ for an architecture without a
+        limit."""
         policy = self.config.policy
         if policy.create is not None:
             return policy.create.max_length
-        return (
-            getattr(
-                read_config(str(self.folder)).get_text_config(), "max_position_embeddings", None
-            )
-            or 10**9
-        )
+        text_config = read_config(str(self.folder)).get_text_config()
+        return getattr(text_config, "max_position_embeddings", None) or 10**9
 
     def check(self) -> None:
-        """What can be known of the models before they are loaded."""
+        """Check what is known of the models before they are loaded. Raises `ModelError`."""
         policy = self.config.policy
         kind = (
             policy.create.type
@@ -67,8 +63,8 @@ class Models:
         )
         if policy.compile and kind not in FAMILY:
             raise ModelError(
-                f"policy.compile = true: is there for {', '.join(sorted(FAMILY))}, not for {kind}. "
-                f"Use false."
+                f"policy.compile = true: works with {', '.join(sorted(FAMILY))}, not with {kind}. "
+                "Use false."
             )
         if self.folder is not None:
             size = read_config(self.folder).get_text_config().vocab_size
@@ -79,64 +75,62 @@ class Models:
                     "Use the model's own tokenizer."
                 )
 
-    def base(self) -> Any:
-        """The model that the run begins with."""
+    def base_model(self) -> Any:
+        """Return the model that the run starts from."""
         policy = self.config.policy
         if policy.create is not None:
-            return self.set_up(
-                create(policy.create, self.tokenizer, self.config.seed).to(self.device)
-            )
-        return self.set_up(load_model(str(self.folder), self.device))
+            model = create(policy.create, self.tokenizer, self.config.seed)
+            return self.prepare_blocks(model.to(self.device))
+        return self.prepare_blocks(load_model(str(self.folder), self.device))
 
-    def before(self, folder: Path) -> Any:
-        """The policy that RL starts from, and is held to: the run's own SFT model where it made
-        one."""
+    def initial_policy(self, folder: Path) -> Any:
+        """Return the policy before RL or preference training: the SFT model in the run folder if
+        the recipe has that stage, else the base model."""
         if "sft" not in self.config.recipe:
-            return self.base()
-        return self.set_up(load_model(folder / "sft", self.device))
+            return self.base_model()
+        return self.prepare_blocks(load_model(folder / "sft", self.device))
 
-    def starting(self, folder: Path) -> Any:
-        """The same, as it will learn."""
-        return self.learning(self.before(folder))
+    def trainable_policy(self, folder: Path) -> Any:
+        """Return the initial policy, ready to be trained."""
+        return self.trainable(self.initial_policy(folder))
 
-    def learning(self, model: Any) -> Any:
-        """Under an adapter, or with its first layers frozen, where the config says so."""
+    def trainable(self, model: Any) -> Any:
+        """Return the model with an adapter, or with its first layers frozen, as the config asks."""
         policy = self.config.policy
         if policy.adapter is not None:
             return add_adapter(model, policy.adapter, POLICY, self.config.seed)
         return freeze_layers(model, policy.frozen_layers)
 
-    def set_up(self, model: Any) -> Any:
-        """Its blocks as they are to run."""
+    def prepare_blocks(self, model: Any) -> Any:
+        """Return the model with its blocks checkpointed or compiled, as the config asks."""
         policy = self.config.policy
         if policy.gradient_checkpointing:
             checkpoint_blocks(model)
         return compile_blocks(model) if policy.compile else model
 
     def new_scalar(self, policy: Any, adapter: str) -> ScalarModel:
-        """A new head, on a copy of the policy's trunk or, where the policy is an adapter, on
-        another adapter beside it."""
+        """Return a scalar model with a new head. Its trunk is a copy of the policy's; if the policy
+        is an adapter, its trunk is the same base model with a second adapter."""
         pad, seed, lora = pad_token_id(self.tokenizer), self.config.seed, self.config.policy.adapter
         if lora is not None:
             return AdaptedScalar(add_adapter(policy, lora, adapter, seed), adapter, pad, seed)
-        made = ScalarModel.from_trunk(
-            policy, pad, seed, share_frozen=self.config.policy.frozen_layers > 0
-        )
-        self.set_up(made.model)
-        return made
+        share_frozen = self.config.policy.frozen_layers > 0
+        scalar = ScalarModel.from_trunk(policy, pad, seed, share_frozen=share_frozen)
+        self.prepare_blocks(scalar.model)
+        return scalar
 
     def new_reward_model(self, policy: Any) -> ScalarModel:
-        """A reward model to be trained. The policy will write answers for it, so a trunk that goes
-        into parts is a copy."""
-        trunk = (
-            copy.deepcopy(policy)
-            if self.config.launch.shard and self.config.policy.adapter is not None
-            else policy
-        )
+        """Return a reward model to be trained.
+
+        The policy samples responses on which the reward model is centred. Where the two share a
+        base model that is sharded, the reward model therefore gets a copy.
+        """
+        is_shared = self.config.policy.adapter is not None
+        trunk = copy.deepcopy(policy) if self.config.launch.shard and is_shared else policy
         return self.spread_scalar(self.new_scalar(trunk, REWARD))
 
     def spread(self, model: Any, process_group: ProcessGroup | None = None) -> Any:
-        """Return the model, sharded over the ranks where the config says so. `process_group` is the
+        """Return the model, sharded over the ranks if the config says so. `process_group` is the
         one that gathers its weights; None is the run's own."""
         process_group = process_group or self.process_group
         if (
@@ -156,6 +150,7 @@ class Models:
     def spread_scalar(
         self, scalar: ScalarModel, process_group: ProcessGroup | None = None
     ) -> ScalarModel:
+        """Return the scalar model, sharded as by `spread`."""
         if isinstance(scalar, AdaptedScalar):
             self.spread(scalar.view.model, process_group)
             scalar.collect_parameters()
@@ -165,7 +160,8 @@ class Models:
 
 
 def device(name: str, process_group: ProcessGroup = SINGLE_PROCESS) -> torch.device:
-    """What the config's name means for this rank: of several GPUs each rank has one."""
+    """Return the device of this rank for the name in the config. Of several GPUs each rank gets
+    one. Raises `ModelError` if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available():
@@ -178,25 +174,26 @@ def device(name: str, process_group: ProcessGroup = SINGLE_PROCESS) -> torch.dev
         ) from error
 
 
-def with_existing_models(source: RewardSource) -> RewardSource:
-    """The source, its folders absolute."""
+def with_resolved_models(source: RewardSource) -> RewardSource:
+    """Return the reward source with the absolute paths of its models."""
     match source:
         case ModelSource(model=model):
-            return dataclasses.replace(source, model=existing("reward.model", model))
+            return dataclasses.replace(source, model=resolved_model("reward.model", model))
         case StepsSource(model=model):
-            return dataclasses.replace(source, model=str(existing("reward.model", model)))
+            return dataclasses.replace(source, model=str(resolved_model("reward.model", model)))
         case EnsembleSource(models=models):
-            return dataclasses.replace(
-                source, models=tuple(str(existing("reward.models", model)) for model in models)
-            )
+            resolved = (str(resolved_model("reward.models", model)) for model in models)
+            return dataclasses.replace(source, models=tuple(resolved))
     return source
 
 
-def existing(key: str, model: str | None) -> str | None:
-    """A model's folder as an absolute path, so that it stays the same folder when `runs/latest`
-    moves on; a hub id, which is `name` or `owner/name`, as it is."""
-    if model is None or Path(model).is_dir():
-        return None if model is None else str(Path(model).resolve())
+def resolved_model(key: str, model: str | None) -> str | None:
+    """Return a model's folder as an absolute path, so that it stays the same when `runs/latest`
+    changes. A hub id, `name` or `owner/name`, is returned as it is. `key` is named in errors."""
+    if model is None:
+        return None
+    if Path(model).is_dir():
+        return str(Path(model).resolve())
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelError(f'{key} = "{model}": no such folder.')
     return model

@@ -1,4 +1,4 @@
-"""From `[[reward]]` tables to rewards."""
+"""The rewards of a run, created from the `[[reward]]` tables of its config."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,14 +25,18 @@ from quartet.rewards.verifiable import final_number
 
 @dataclass
 class RewardMaker:
-    """Checks the sources of rewards, and makes each reward once, or once for each stage."""
+    """Checks the sources of rewards, and creates each reward: once per run, or once per stage for
+    sources that load a model."""
 
     context: RewardContext
-    made: dict[str, Reward] = field(default_factory=dict)
+    rewards: dict[str, Reward] = field(default_factory=dict)
+    """The rewards that are created once, by the name of their source."""
     notes: list[str] = field(default_factory=list)
+    """Sentences that the user should read before the run starts."""
 
     def check(self, sources: Sequence[RewardSource], per_token: bool) -> None:
-        """Check all that can be known before a model is loaded, and make what loads none."""
+        """Check what is known of the sources before a model is loaded, and create the rewards that
+        load none."""
         for source in sources:
             if isinstance(source, EnsembleSource):
                 for model in source.models:
@@ -42,45 +46,46 @@ class RewardMaker:
             elif isinstance(source, StepsSource):
                 read_config(source.model)
             elif isinstance(source, JudgeSource):
-                source.make(self.context)  # prompt, token and cache are usable
+                source.make(self.context)  # raises if its prompt, token or cache cannot be used
             elif not source.per_stage:
-                self.made[source.called] = source.make(self.context)
+                self.rewards[source.called] = source.make(self.context)
 
     def _check_model(
         self, source: RewardSource, model: str, label: int | None, per_token: bool
     ) -> None:
+        """Check that a folder holds a reward model that this run can use, and note if its tokenizer
+        is not the policy's."""
         config = read_config(model)
         kinds = config.architectures or ["ForSequenceClassification"]
         if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
             raise ModelError(
                 f"{model}: is a {kinds[0]}, not a reward model. A reward model is a "
-                f"ForSequenceClassification with one label; "
-                "the stage reward_model makes one."
+                "ForSequenceClassification with one label; the stage reward_model trains one."
             )
         the_label(model, config.num_labels, label)
         if not self.context.reads_ids(model, label) and source.weight:
             if per_token:
                 raise ModelError(
                     f"{model}: policy and reward model use different tokenizers, so it has no "
-                    f"score for each of the policy's "
-                    'tokens. Use algorithm.rewards.type = "last_token".'
+                    "score for each of the policy's tokens. "
+                    'Use algorithm.rewards.type = "last_token".'
                 )
             self.notes.append(
                 f"policy and reward model {model} use different tokenizers: text is re-encoded for "
-                f"the reward model; "
-                "per-token rewards are not available."
+                "the reward model; per-token rewards are not available."
             )
 
     def check_prompts(self, prompts: Iterable[Prompt], sources: Sequence[RewardSource]) -> None:
-        """Each prompt has what the rewards compare answers with."""
-        asking = [(source, source.column) for source in sources if source.column is not None]
-        for prompt in prompts if asking else ():
-            for source, column in asking:
+        """Check that each prompt has the columns that the rewards compare responses with. Raises
+        `DataError`."""
+        columns = [(source, source.column) for source in sources if source.column is not None]
+        for prompt in prompts if columns else ():
+            for source, column in columns:
                 if column not in prompt.extra:
                     kind = getattr(source, "type", "")
                     raise DataError(
                         f'{prompt.id}: has no column {column}, which reward.type = "{kind}" '
-                        f"compares with."
+                        "compares with."
                     )
                 answer = prompt.extra[column]
                 if isinstance(source, CodeSource):
@@ -89,8 +94,8 @@ class RewardMaker:
                     raise DataError(f'{prompt.id}: there is no number in its {column}: "{answer}".')
 
     def make(self, source: RewardSource, trained: Path | ScalarModel, folder: Path) -> Reward:
-        """Return the reward of a source. `trained` is the reward model of this run, `folder` the
-        run's."""
+        """Return the reward of a source. `trained` is the reward model that this run trains, or its
+        folder; `folder` is the run's."""
         if source.per_stage:
             return source.make(replace(self.context, trained=trained, folder=folder))
-        return self.made[source.called]
+        return self.rewards[source.called]

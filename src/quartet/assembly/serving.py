@@ -1,4 +1,4 @@
-"""A trained reward model as a function of texts."""
+"""A trained reward model that scores texts, for `quartet serve-reward`."""
 
 from pathlib import Path
 from typing import Any
@@ -11,41 +11,42 @@ from quartet.models.heads import ScalarModel, scores_last_token
 from quartet.models.language_model import ModelError, load_tokenizer, read_config
 from quartet.rewards.protocol import Reward, RewardError, Score
 from quartet.rewards.reward_model import ModelReward
-from quartet.rewards.serve import Asked, BadRequest
+from quartet.rewards.serve import BadRequest, ScoringRequest
 from quartet.rewards.text_models import TextModelReward, the_label
 
 
-class Scorer:
-    """Scores what is asked as a run would: prompt and response tokenized apart, the end of sequence
-    behind a response that ended."""
+class TextScorer:
+    """Scores prompts and responses as a run does: the two are tokenized separately, and the
+    end-of-sequence token follows a response that ended."""
 
     def __init__(self, folder: Path, device: Any, micro_batch_tokens: int = 4096) -> None:
-        """`folder`: a run's, or a reward model's."""
-        place = folder / "reward_model" if (folder / "reward_model").is_dir() else folder
-        if not place.is_dir():
+        """`folder` is a run folder or a reward model's folder."""
+        path = folder / "reward_model" if (folder / "reward_model").is_dir() else folder
+        if not path.is_dir():
             raise ModelError(f"{folder}: no such folder.")
-        config = read_config(place)
-        the_label(str(place), config.num_labels, None)
-        self.place, self.encoder = place, None
+        config = read_config(path)
+        the_label(str(path), config.num_labels, None)
+        self.path, self.encoder = path, None
         self.limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
         self.reward: Reward
         if not scores_last_token(config):
-            self.reward = TextModelReward("model", place, None, micro_batch_tokens, device)
+            self.reward = TextModelReward("model", path, None, micro_batch_tokens, device)
             return
         self.encoder = Encoder(
-            load_tokenizer(place), max_prompt_tokens=self.limit, max_response_tokens=self.limit
+            load_tokenizer(path), max_prompt_tokens=self.limit, max_response_tokens=self.limit
         )
-        self.reward = ModelReward(freeze(ScalarModel.load(place, device)), micro_batch_tokens)
+        self.reward = ModelReward(freeze(ScalarModel.load(path, device)), micro_batch_tokens)
 
-    def __call__(self, asked: Asked) -> list[Score]:
-        if not asked.responses:
+    def __call__(self, request: ScoringRequest) -> list[Score]:
+        """Return the score of each response. Raises `BadRequest` if a text cannot be scored."""
+        if not request.responses:
             return []
-        rows = zip(asked.prompts, asked.responses, asked.ended, strict=True)
+        rows = zip(request.prompts, request.responses, request.ended, strict=True)
         rollouts = [self._rollout(i, *row) for i, row in enumerate(rows)]
         try:
             return self.reward.score(rollouts)
         except RewardError as error:
-            if self.encoder is None:  # a text that is longer than the model reads
+            if self.encoder is None:  # a text is longer than the model reads
                 raise BadRequest(str(error)) from None
             raise
 
@@ -62,8 +63,8 @@ class Scorer:
             )
         if len(prompt_ids) + len(ids) > self.limit:
             raise BadRequest(
-                f"response {number} and its prompt have more than {self.limit:,} tokens, all that "
-                f"the model reads."
+                f"response {number} and its prompt have more than {self.limit:,} tokens, the most "
+                "that the model reads."
             )
         text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
         return Rollout(
@@ -82,6 +83,7 @@ class Scorer:
     def _ids(
         self, prompt: Any, response: str, ended: bool
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the tokens of the prompt and of the response; none for a model that reads text."""
         if self.encoder is None:
             return (), ()
         tokenizer = self.encoder.tokenizer

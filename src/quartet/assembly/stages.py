@@ -7,7 +7,7 @@ from typing import Any
 from quartet.algorithms.preference import Kto
 from quartet.assembly.assembler import Assembler
 from quartet.assembly.components import load_components, sampled_model
-from quartet.assembly.models import existing
+from quartet.assembly.models import resolved_model
 from quartet.config.tables import Preference, RewardModel, Sft
 from quartet.data.examples import Example
 from quartet.data.sampler import Sampler
@@ -47,7 +47,7 @@ def sft_stage(assembler: Assembler, name: str) -> SftStage:
         demonstrations=encoder.demonstrations(train),
         held_out=encoder.demonstrations(held_out),
         tokenizer=assembler.tokenizer,
-        load_policy=lambda _: models.learning(models.base()),
+        load_policy=lambda _: models.trainable(models.base_model()),
         optimizer=lambda model: _optimizer(model, settings),
         num_steps=settings.steps,
         batch_size=settings.batch_size,
@@ -71,7 +71,7 @@ def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
         prompts=assembler.prompts[0][:CENTRING_PROMPTS],
         sampling=config.rollout,
         tokenizer=assembler.tokenizer,
-        load_policy=assembler.models.before,
+        load_policy=assembler.models.initial_policy,
         make_model=assembler.models.new_reward_model,
         loss=settings.loss,
         optimizer=lambda model: _optimizer(model, settings),
@@ -96,7 +96,7 @@ def preference_stage(assembler: Assembler, name: str) -> PreferenceStage:
         held_out=encoder.comparisons(held_out) if held_out else [],
         online=_online_pairs(assembler) if online else None,
         tokenizer=assembler.tokenizer,
-        load_policy=assembler.models.starting,
+        load_policy=assembler.models.trainable_policy,
         loss=settings.loss,
         optimizer=lambda model: _optimizer(model, settings),
         num_steps=settings.steps,
@@ -147,18 +147,18 @@ def evaluation_stage(assembler: Assembler, name: str) -> EvaluationStage:
     """Return the evaluation. The best-of-n curve needs hundreds of scores, so there is none where
     an LLM judge would be paid for them."""
     settings, device = assembler.config.evaluation, assembler.device
-    given = existing("evaluation.policy", settings.policy)
+    policy = resolved_model("evaluation.policy", settings.policy)
     return EvaluationStage(
         name=name,
         prompts=assembler.prompts[1][: settings.prompts],
         tokenizer=assembler.tokenizer,
-        load_before=assembler.models.before,
-        load_after=lambda folder: load_model(given or folder / "policy", device),
+        load_before=assembler.models.initial_policy,
+        load_after=lambda folder: load_model(policy or folder / "policy", device),
         rewards=assembler.weighted_rewards,
         gold=assembler.rewards.context.gold,
         sampling=assembler.config.rollout,
         micro_batch_tokens=assembler.micro_batch_tokens,
-        generator=assembler.generators.examined,
+        generator=assembler.generators.for_evaluation,
         best_of=0 if assembler.has_llm_judge else settings.best_of,
         process_group=assembler.process_group,
     )

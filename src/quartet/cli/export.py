@@ -201,16 +201,16 @@ def serve_reward(
         )
     listener = bound_socket(host, port)
     from quartet.assembly.models import device
-    from quartet.assembly.serving import Scorer
+    from quartet.assembly.serving import TextScorer
     from quartet.models.language_model import ModelError
 
     try:
-        scorer = Scorer(folder, device("auto"))
+        scorer = TextScorer(folder, device("auto"))
     except ModelError as error:
         listener.close()
         refuse(str(error))
     console.print(
-        f"serving {scorer.place} on {url_of(listener, host)} (POST), Ctrl-C ends it", soft_wrap=True
+        f"serving {scorer.path} on {url_of(listener, host)} (POST), Ctrl-C ends it", soft_wrap=True
     )
     hosts = (*LOOPBACK, host) if is_loopback(host) else ("*",)
     make_server(make_app(scorer, token_env, hosts), host, port).run(sockets=[listener])

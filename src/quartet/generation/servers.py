@@ -139,7 +139,7 @@ class ServedGenerator:
     def load_state(self, state: Mapping[str, int]) -> None:
         self.version, self.calls = state["version"], state["calls"]
 
-    def aside(self) -> "ServedGenerator":
+    def for_probes(self) -> "ServedGenerator":
         """Return a generator on the same servers and weights with random numbers of its own, which
         start anew with each copy: sampling from it does not change the run."""
         copied = copy.copy(self)
@@ -222,7 +222,7 @@ class ServedGenerator:
         """Request the rest of a response and append what the reply has. Raises one of FAILURES."""
         version = server.version
         if version < 0:
-            return  # it was just taken aside, to be given others
+            return  # the server was taken out of use a moment ago, to receive new weights
         name = None if self.save_base is None else _name(version)
         left = sampling.max_new_tokens - len(answer.ids)
         order = self.dialect.write(

@@ -23,7 +23,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ScoringRequest:
     """The prompts and responses of a request. A prompt is a text or a conversation."""
 
     prompts: Sequence[Any]
@@ -36,7 +36,7 @@ class BadRequest(QuartetError, ValueError):
 
 
 def app(
-    score: Callable[[Asked], list[Score]],
+    score: Callable[[ScoringRequest], list[Score]],
     token_env: str | None = None,
     hosts: Sequence[str] = LOOPBACK,
 ) -> Any:
@@ -120,7 +120,7 @@ def is_openrlhf(table: dict[str, Any]) -> bool:
     return "query" in table and "responses" not in table
 
 
-def understood(table: Any) -> Asked:
+def understood(table: Any) -> ScoringRequest:
     """Check a request in either format and return its prompts and responses. Raises BadRequest, and
     nothing else, whatever the JSON."""
     if not isinstance(table, dict):
@@ -133,7 +133,7 @@ def understood(table: Any) -> Asked:
             if not query.startswith(prompt):
                 raise BadRequest(f"query {i} does not begin with its prompt.")
         responses = [query[len(prompt) :] for prompt, query in zip(prompts, queries, strict=True)]
-        return Asked(prompts, responses, [True] * len(responses))
+        return ScoringRequest(prompts, responses, [True] * len(responses))
     responses, prompts = _texts(table, "responses"), _texts(table, "prompts")
     ended = table.get("ended")
     if ended is None:
@@ -145,7 +145,7 @@ def understood(table: Any) -> Asked:
             f"{len(prompts)} prompts, {len(responses)} responses, {len(ended)} ended: must be as "
             f"many of each."
         )
-    return Asked(_with_conversations(prompts, table.get("messages")), responses, ended)
+    return ScoringRequest(_with_conversations(prompts, table.get("messages")), responses, ended)
 
 
 def _with_conversations(prompts: Sequence[str], messages: Any) -> list[Any]:
