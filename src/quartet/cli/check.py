@@ -33,8 +33,10 @@ def reward(
     timeout: Annotated[float, typer.Option(help="Seconds that the call may take.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Score the answers in a file and print the range of the scores, missing values, the time, and
-    the correlation with length."""
+    """Score the answers in a file with a reward, and print what the scores are like.
+
+    Shows their range, missing values, the time, and the correlation with length.
+    """
     from quartet.data import DataError
     from quartet.evaluation.trial import findings, trial_on_file
     from quartet.rewards.protocol import RewardError
@@ -97,8 +99,10 @@ def data(
     max_response_tokens: Annotated[int, typer.Option(min=1)] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Print the shape of a file, its lengths, two rows with the trained text between ⟦ and ⟧, and
-    what is wrong with it. The exit code is 3 if rows cannot be used."""
+    """Print the shape and lengths of a data file, and what is wrong with it.
+
+    Shows two rows with the trained text between ⟦ and ⟧. The exit code is 3 if rows cannot be used.
+    """
     from quartet.data import DataError
     from quartet.data.report import report, words
 

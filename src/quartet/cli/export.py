@@ -31,8 +31,10 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
-    """Talk to the policy of a run. `/compare` turns the answers from before RL, for comparison, on
-    and off."""
+    """Talk to the policy of a run.
+
+    `/compare` turns the answers from before RL, for comparison, on and off.
+    """
     from quartet.cli.chat import ChatSession
     from quartet.errors import NonFinite
     from quartet.models.language_model import ModelError
@@ -83,8 +85,10 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a model as a Hugging Face folder with a model card, adapters merged, which transformers
-    loads without Quartet."""
+    """Write a model as a Hugging Face folder with a model card.
+
+    Adapters are merged, and transformers loads the folder without Quartet.
+    """
     from quartet.models.export import DamagedModel
     from quartet.models.export import export as write
     from quartet.models.language_model import ModelError
@@ -184,8 +188,10 @@ def serve_reward(
         ),
     ] = None,
 ) -> None:
-    """Serve a reward model over HTTP, for `type = "server"` rewards and OpenRLHF's remote reward
-    models."""
+    """Serve a reward model over HTTP.
+
+    It answers `type = "server"` rewards and OpenRLHF's requests to remote reward models.
+    """
     import os
 
     from quartet.io.http_server import make_server

@@ -42,8 +42,10 @@ def studio(
         typer.Option(help="The address to listen on; by default only this machine can connect."),
     ] = "127.0.0.1",
 ) -> None:
-    """Show runs in the browser: curves, samples and the numbers of each token, live while a run
-    trains."""
+    """Show runs in the browser: curves, samples and the numbers of each token.
+
+    The pages follow a run while it trains.
+    """
     from quartet.io.http_server import make_server
     from quartet.runs.reader import NoRun, find_runs
     from quartet.studio.app import LOOPBACK, make_app
@@ -70,8 +72,10 @@ def studio(
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN")] = Path("runs/latest"),
 ) -> None:
-    """Write report.html into the run folder: one file, readable without Quartet, with the settings,
-    the results and the findings of the doctor."""
+    """Write report.html into the run folder.
+
+    It is one file, readable without Quartet, with settings, results and the doctor's findings.
+    """
     from quartet.studio.report import write_report
 
     run = _run(run_folder)
@@ -99,8 +103,10 @@ def inspect(
         ),
     ] = False,
 ) -> None:
-    """Print one rollout, a row per token: reward, value, advantage, ratio and whether the update
-    was clipped."""
+    """Print one rollout, a row per token.
+
+    Shows each token's reward, value, advantage and ratio, and whether its update was clipped.
+    """
     from quartet.runs.reader import NoRun
     from quartet.runs.tables import sample_table, token_rows
     from quartet.runs.untrusted import printable
@@ -164,7 +170,7 @@ def compare(
         list[Path], typer.Argument(metavar="RUN RUN …", help="Two or more run folders.")
     ],
 ) -> None:
-    """Print runs side by side: their last metrics and the settings in which they differ."""
+    """Print runs side by side: their last metrics and the settings that differ."""
     from quartet.runs.tables import comparison
     from quartet.studio.views import differences, headline
 
@@ -189,8 +195,11 @@ def replay(
     ] = None,
     step: Annotated[int, typer.Option(min=1, help="The step whose update is computed.")] = 1,
 ) -> None:
-    """Compute one update of an RL stage again, to the bit; with settings changed, also the update
-    that they give from the same rollouts. Nothing is written."""
+    """Compute one update of an RL stage again, to the bit.
+
+    With settings changed, also the update that they give on the same rollouts.
+    Nothing is written.
+    """
     from quartet.assembly import Assembler
     from quartet.assembly.stages import rl_stage
     from quartet.config.toml import ConfigError, read_settings
@@ -309,8 +318,11 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Print what is wrong with a run, with evidence and remedy; without a run, the versions and the
-    hardware of this machine. The exit code is 3 if there are findings."""
+    """Print what is wrong with a run, with evidence and remedy.
+
+    Without a run, print the versions and the hardware of this machine. The exit code is 3 if there
+    are findings.
+    """
     if run_folder is None:
         _print_machine(as_json)
         return

@@ -70,7 +70,10 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Run a recipe or a TOML file: one stage or a pipeline of stages. Default: `reviews`."""
+    """Run a recipe or a TOML file: one stage or a pipeline of stages.
+
+    The default is the recipe `reviews`.
+    """
     from quartet.runtime.requests import DEFAULT, run_to_resume, settings_of
 
     if nodes is not None:
@@ -132,8 +135,10 @@ def plan(
         ),
     ] = False,
 ) -> None:
-    """Print the models, memory, tokens and time of a run, and its resolved config with the origin
-    of each value. No model is loaded."""
+    """Print what a run would take: models, memory, tokens and time.
+
+    Also prints the resolved config with the origin of each value. No model is loaded.
+    """
     from quartet.runtime.requests import settings_of
 
     with refusing():
@@ -181,8 +186,10 @@ def algorithms(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
-    """List the presets with their parts; with a name, print the preset as TOML, to be changed and
-    put into a run's file."""
+    """List the presets of algorithms with their parts.
+
+    With a name, print that preset as TOML, to be changed and put into a run's file.
+    """
     from quartet.algorithms.preference import PREFERENCES
     from quartet.algorithms.presets import ALGORITHMS
     from quartet.config.tables import without_none
