@@ -12,7 +12,8 @@ def main(folder: str = "runs/latest"):
     stage = run.rl_stage or run.main_stage
     steps = [i for i, name in enumerate(metrics["stage"]) if name == stage]
     name = "reward" if run.rl_stage else "loss"
-    print(f"{stage}: {name} {metrics[name][steps[0]]:.3f} → {metrics[name][steps[-1]]:.3f}")
+    if name in metrics:
+        print(f"{stage}: {name} {metrics[name][steps[0]]:.3f} → {metrics[name][steps[-1]]:.3f}")
     for warning in run.warnings:
         print(f"step {warning['step']}: {warning['sentence']}")
     if not run.steps():

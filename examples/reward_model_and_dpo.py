@@ -22,7 +22,7 @@ def main(steps: int = 150, **settings):
         dpo.folder / "policy",
         policy,
         reward=judge.folder / "reward_model",
-        prompts=200,
+        num_prompts=200,
         **{"rollout.max_new_tokens": 24},
         **world,
     )

@@ -9,7 +9,7 @@ from quartet.config.toml import read_settings
 from quartet.planning.cluster import training_memory, workload
 from quartet.planning.hardware import GB
 from quartet.recipes import recipe_path
-from tests.runtime.test_runs import quartet
+from tests.support.command import quartet
 from tests.support.tiny_run import SMALL_REVIEWS, make_run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,6 +11,10 @@ class QuartetError(Exception):
     """
 
 
+class PartError(QuartetError, TypeError):
+    """A part of an algorithm that returned what it must not: the part, and what is expected."""
+
+
 class NonFinite(QuartetError, RuntimeError):
     """A number that is not finite, found before it could change a weight.
 

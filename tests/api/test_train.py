@@ -141,7 +141,7 @@ def test_the_stages_before_rl_and_an_evaluation_of_two_folders(tmp_path):
         dpo.folder / "policy",
         data=[row["prompt"] for row in pairs],
         reward=short,
-        prompts=4,
+        num_prompts=4,
         folder=tmp_path,
         rollout={"max_new_tokens": 4},
     )
@@ -184,3 +184,58 @@ def test_a_failing_function_stops_the_run_with_its_own_error_as_the_cause(tmp_pa
     with pytest.raises(quartet.QuartetError, match="broken failed: KeyError"):
         run.finish(progress=False)
     assert run.record.status == "failed"
+
+
+class Broken(quartet.Advantage):
+    type = "broken_on_purpose"
+    way: str = "shape"
+
+    def __call__(self, token_rewards, batch):
+        return {"shape": (token_rewards.sum(1), None), "pair": token_rewards}[self.way]
+
+
+@pytest.mark.parametrize(
+    ("way", "sentence"),
+    [
+        ("shape", r"broken_on_purpose: returned a tensor of shape \[32\], not a pair"),
+        ("pair", "broken_on_purpose: returned a Tensor, not a pair"),
+        ("else", r"KeyError, test_train.py, line \d+"),
+    ],
+)
+def test_a_mistake_in_an_own_part_is_named(way, sentence, tmp_path):
+    run = tiny(tmp_path, algorithm={"advantage": Broken(way=way)})
+    with pytest.raises(quartet.QuartetError, match=sentence):
+        run.finish(progress=False)
+
+
+def test_a_run_that_is_open_in_this_process_is_taken_over(tmp_path, capsys):
+    run = tiny(tmp_path, steps=3, reward=short)
+    held = iter(run)
+    while not (run.stage == "grpo" and next(held).number == 1):
+        pass
+    other = quartet.train(resume=run.folder, reward=lambda responses, **_: [0.0] * len(responses))
+    assert [step.number for step in other if other.stage == "grpo"] == [2, 3]
+    run.finish()  # nothing is left
+    assert run.finished
+
+
+def test_an_evaluation_answers_what_it_is_given(tmp_path):
+    run = tiny(tmp_path, steps=1).finish(progress=False)
+    prompts = [f"{i}+{i}=" for i in range(12)]
+    result = quartet.evaluate(
+        run.folder / "policy",
+        (run.policy, run.tokenizer),
+        data=prompts,
+        reward=short,
+        folder=tmp_path,
+        rollout={"max_new_tokens": 4},
+    )
+    assert result.summaries["evaluation"]["prompts"] == 12
+
+
+def test_warnings_are_shown_where_nothing_else_shows_them(tmp_path, capsys):
+    run = tiny(tmp_path, steps=4)
+    for _ in run:
+        pass
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("▲")]
+    assert [line.removeprefix("▲ ") for line in shown] == run.warnings

@@ -10,8 +10,8 @@ from quartet.data.report import report
 from quartet.data.shapes import read_examples
 from quartet.data.tokenizer import train_tokenizer
 from quartet.models.chat import NAMED_TEMPLATES
-from tests.runtime.test_runs import REAL, quartet
-from tests.support.command import quartet_here
+from tests.runtime.test_runs import REAL
+from tests.support.command import quartet
 from tests.support.world import write_lines
 
 USER, BOT = {"role": "user", "content": "was it good"}, {"role": "assistant", "content": "very"}
@@ -273,7 +273,7 @@ def test_in_tokens_with_the_mask_visible_and_limits(tmp_path, chatty):
         tmp_path / "x.jsonl",
         *({"messages": [USER, {**BOT, "content": "very good " * n}]} for n in (1, 2, 30)),
     )
-    done = quartet_here(
+    done = quartet(
         "data",
         str(file),
         "--tokenizer",
@@ -288,9 +288,9 @@ def test_in_tokens_with_the_mask_visible_and_limits(tmp_path, chatty):
         in done.stdout
     )
     assert "33.3% over the limit" in done.stdout
-    found = json.loads(quartet_here("data", str(file), "--json", cwd=tmp_path).stdout)
+    found = json.loads(quartet("data", str(file), "--json", cwd=tmp_path).stdout)
     assert found["unit"] == "words" and found["lengths"]["completion"]["longest"] == 60
-    bare = quartet_here("data", str(file), "--tokenizer", str(tmp_path / "none"), cwd=tmp_path)
+    bare = quartet("data", str(file), "--tokenizer", str(tmp_path / "none"), cwd=tmp_path)
     assert bare.returncode == 2 and len(bare.stderr.strip().splitlines()) == 1
 
 

@@ -25,7 +25,7 @@ from quartet.planning.hardware import GPUS, CannotFit, Cluster
 from quartet.planning.memory import Sizes
 from quartet.planning.simulation import simulate
 from quartet.recipes import recipe_path
-from tests.support.command import quartet_here
+from tests.support.command import quartet
 
 SEVEN_B = Workload(
     parameters=7_000_000_000,
@@ -168,11 +168,11 @@ def test_what_does_not_fit_is_refused_with_what_is_missing(tmp_path):
     ) as found:
         plan_cluster(config, Cluster.of("1xl40s"))
     assert "actor: " in str(found.value) and "gradient_checkpointing = true" in str(found.value)
-    said = quartet_here("plan", "reviews", *words, "--on", "1xl40s", cwd=tmp_path)
+    said = quartet("plan", "reviews", *words, "--on", "1xl40s", cwd=tmp_path)
     assert said.returncode == 2 and "GB are missing" in said.stderr
-    typo = quartet_here("plan", "reviews", "--on", "8 toasters", cwd=tmp_path)
+    typo = quartet("plan", "reviews", "--on", "8 toasters", cwd=tmp_path)
     assert typo.returncode == 2 and 'say how many of which, "8xh200". Known are a100' in typo.stderr
-    alone = quartet_here("plan", "reviews", "--simulate", "1", cwd=tmp_path)
+    alone = quartet("plan", "reviews", "--simulate", "1", cwd=tmp_path)
     assert alone.returncode == 2 and "--simulate: needs --on" in alone.stderr
 
 

@@ -12,8 +12,7 @@ from quartet.config.toml import read_settings
 from quartet.planning.measure import Line, Measured, Short, _summed, in_words, measure
 from quartet.recipes import recipe_path
 from quartet.runs.reader import Run
-from tests.runtime.test_runs import quartet
-from tests.support.command import quartet_here
+from tests.support.command import quartet
 from tests.support.tiny_run import SMALL_REVIEWS, make_run
 
 
@@ -63,7 +62,7 @@ def test_the_command_says_what_it_measured(tmp_path):
         assert f"measured {line}" in said.stdout
     assert re.search(r"in all   about \d+ s", said.stdout) and "Loading" not in said.stderr
     assert not (tmp_path / "runs").exists()
-    many = quartet_here("plan", "reviews", "launch.processes=2", "--measure", cwd=tmp_path)
+    many = quartet("plan", "reviews", "launch.processes=2", "--measure", cwd=tmp_path)
     assert many.returncode == 2 and "--measure: measures one process" in many.stderr
 
 

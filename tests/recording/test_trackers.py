@@ -131,7 +131,9 @@ def test_the_pipeline_tells_the_trackers_and_says_when_one_fails(tmp_path, monke
         num_steps = 3
 
         def begin(self, folder):
-            return StageRun(lambda done: iter(Progress(n, {"loss": 1.0 / n}) for n in (1, 2, 3)), dict)
+            return StageRun(
+                lambda done: iter(Progress(n, {"loss": 1.0 / n}) for n in (1, 2, 3)), dict
+            )
 
     monkeypatch.setattr(
         sinks, "make_sink", lambda name, *_: {"wandb": Broken(), "mlflow": Well()}[name]

@@ -18,8 +18,8 @@ from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError
 from quartet.recipes import recipe_path
 from quartet.rewards.protocol import RewardError
-from tests.runtime.test_runs import QUARTET, TINY, events, metrics, quartet
-from tests.support.command import quartet_here
+from tests.runtime.test_runs import QUARTET, TINY, events, metrics
+from tests.support.command import quartet
 from tests.support.world import model, tokenizer, write_lines
 
 CODE = """
@@ -165,7 +165,7 @@ def refusal(recipe: str, *words: str) -> str:
 
 
 def test_a_refused_reward_ends_the_command_with_one_sentence(place):
-    done = quartet_here(*SUMS, rewards({"type": "function", "function": "mine.py:gone"}), cwd=place)
+    done = quartet(*SUMS, rewards({"type": "function", "function": "mine.py:gone"}), cwd=place)
     assert (
         done.returncode == 2
         and "mine.py has no gone" in done.stderr
@@ -245,7 +245,7 @@ def test_serving_a_run(place, tmp_path):
     finally:
         started.terminate()
         started.communicate()
-    gone = quartet_here("serve-reward", "nowhere", cwd=place)
+    gone = quartet("serve-reward", "nowhere", cwd=place)
     assert gone.returncode == 2 and "nowhere: no such folder." in gone.stderr
 
 

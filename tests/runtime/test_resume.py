@@ -31,8 +31,8 @@ from quartet.stages.protocol import StageRun
 from quartet.training.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
 from quartet.training.checkpoints import Checkpoints
 from quartet.training.state_tree import join_tensors, split_tensors
-from tests.runtime.test_runs import TINY_REVIEWS, events, metrics, quartet
-from tests.support.command import quartet_here
+from tests.runtime.test_runs import TINY_REVIEWS, events, metrics
+from tests.support.command import quartet
 from tests.support.tiny_run import SMALL, make_run
 from tests.support.world import tokenizer
 from tests.training.test_guards import stage
@@ -428,9 +428,9 @@ def test_a_time_limit_saves_and_stops(tmp_path):
 
 
 def test_words_for_what_cannot_be_resumed(tmp_path):
-    nothing = quartet_here("run", "--resume", cwd=tmp_path)
+    nothing = quartet("run", "--resume", cwd=tmp_path)
     assert nothing.returncode == 2 and "there is no run to resume" in nothing.stderr
-    alone = quartet_here("run", "reviews", "--accept", "optim.lr", cwd=tmp_path)
+    alone = quartet("run", "reviews", "--accept", "optim.lr", cwd=tmp_path)
     assert alone.returncode == 2 and "--accept: needs --resume." in alone.stderr
 
 

@@ -39,4 +39,6 @@ def on_ranks(world, work):
     """Return what `work(process_group)` returns on each rank."""
     said, barrier = [""] * world, threading.Barrier(world)
     with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(lambda rank: work(ThreadRank(rank, world, said, barrier)), range(world)))
+        return list(
+            pool.map(lambda rank: work(ThreadRank(rank, world, said, barrier)), range(world))
+        )

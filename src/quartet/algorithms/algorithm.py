@@ -4,6 +4,7 @@ advantages a loss."""
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import model_validator
 
@@ -19,6 +20,7 @@ from quartet.algorithms.policy_loss import Clip, PolicyLoss, Surrogate
 from quartet.algorithms.rewards import LastToken, Rewards, ScoreShape, whiten_keeping_mean
 from quartet.algorithms.update import ActorUpdate, FirstOrder
 from quartet.algorithms.value_loss import NoValueLoss, ValueLoss
+from quartet.errors import PartError
 from quartet.experience import Batch, Experience
 from quartet.parts import part
 from quartet.tensors import Bool, Float, Tensor
@@ -156,7 +158,7 @@ class Algorithm:
         same batch gives the same experience."""
         mask = batch.response_mask
         token_rewards = self.token_rewards(batch)
-        advantages, returns = self.advantage(token_rewards, batch)
+        advantages, returns = _checked(self.advantage, self.advantage(token_rewards, batch), mask)
         return Experience(
             ids=batch.ids,
             tokens=batch.tokens,
@@ -240,3 +242,18 @@ class Algorithm:
     def _masks(self, experience: Experience) -> dict[str, Bool[Tensor, "B T"]]:
         everything = dict.fromkeys(("policy", "kl", "entropy", "value"), experience.response_mask)
         return everything | {"positives": self.positives.mask(experience)}
+
+
+def _checked(
+    part: Advantage, result: Any, mask: Bool[Tensor, "B T"]
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"] | None]:
+    """Return what a part of advantages has returned. Raises `PartError` if it is no pair of tensors
+    of the response mask's shape, the second of which may be None."""
+    expected = f"a pair (advantages, targets of the critic or None) of shape {list(mask.shape)}"
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise PartError(f"{part.type}: returned a {type(result).__name__}, not {expected}.")
+    for tensor in result:
+        if tensor is not None and (not hasattr(tensor, "shape") or tensor.shape != mask.shape):
+            shape = list(getattr(tensor, "shape", []))
+            raise PartError(f"{part.type}: returned a tensor of shape {shape}, not {expected}.")
+    return result

@@ -20,7 +20,7 @@ from quartet.config.errors import Table
 from quartet.config.tables import without_none
 from quartet.config.toml import ConfigError
 from quartet.files import fingerprint
-from quartet.io.texts import well_formed_json
+from quartet.io.texts import did_you_mean, well_formed_json
 from quartet.recipes import recipe_path
 from quartet.rewards.source import RewardSource
 from quartet.stages.kinds import kind_of
@@ -105,11 +105,13 @@ def _shortcuts(arguments: Mapping[str, Any], table: Table) -> Iterable[tuple[str
     if "seed" in arguments:
         yield "seed", arguments["seed"]
     if "steps" in arguments:
-        kinds = [kind_of(str(stage)) for stage in table.get("recipe", [])]
+        stages = table.get("recipe", [])
+        kinds = [kind_of(str(s)) for s in ([stages] if isinstance(stages, str) else stages)]
         keys = [kind.steps for kind in kinds if kind is not None and kind.steps is not None]
-        if not keys:
+        if not keys and all(kinds):  # of unknown stages the config says more
             raise ConfigError("steps: no stage of this recipe has a number of steps.")
-        yield keys[-1], arguments["steps"]
+        if keys:
+            yield keys[-1], arguments["steps"]
 
 
 def _rows(data: Any) -> Any:
@@ -141,6 +143,8 @@ def get(table: Table, key: str) -> Any:
 
 def plain(value: Any) -> Any:
     """Return a value as TOML has it: parts become tables, paths text. Rows stay as they are."""
+    if isinstance(value, type):
+        raise ConfigError(f"{value.__name__}: is a class. Give an instance: {value.__name__}().")
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -167,16 +171,13 @@ def store_rows(rows: Any, key: str, store: Path) -> Path:
         rows = rows.to_dict("records")
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         raise ConfigError(
-            f"{key}: a {type(rows).__name__} is no data. Give a path, or a list of prompts or "
-            "dicts."
+            f"{key}: {_a(rows)} is no data. Give a path, or a list of prompts or dicts."
         )
     lines = []
     for number, row in enumerate(rows, 1):
         record = {"prompt": row} if isinstance(row, str) else row
         if not isinstance(record, Mapping):
-            raise ConfigError(
-                f"{key}, row {number}: a {type(row).__name__} is no text and no dict."
-            )
+            raise ConfigError(f"{key}, row {number}: {_a(row)} is no text and no dict.")
         try:
             lines.append(json.dumps(well_formed_json(dict(record)), ensure_ascii=False) + "\n")
         except (TypeError, ValueError) as error:
@@ -209,10 +210,18 @@ def policy_table(policy: Any, tokenizer: Any, folder: str | Path = "runs") -> Ta
         table = dict(plain(policy))
     else:
         raise ConfigError(
-            f"policy: a {type(policy).__name__} is no model. Give a folder, a hub id, or a model "
+            f"policy: {_a(policy)} is no model. Give a folder, a hub id, or a model "
             "of transformers with its tokenizer."
         )
+    if hasattr(tokenizer, "save_pretrained"):  # it belongs to the other policy, which is an object
+        return table
     return table if tokenizer is None else {**table, "tokenizer": _path(tokenizer, "tokenizer")}
+
+
+def _a(value: Any) -> str:
+    """Return the name of a value's type with its article."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _path(value: Any, name: str) -> Any:
@@ -220,7 +229,7 @@ def _path(value: Any, name: str) -> Any:
         return str(value)
     if isinstance(value, Mapping):
         return plain(value)
-    raise ConfigError(f"{name}: a {type(value).__name__} is no folder. Give one, or a hub id.")
+    raise ConfigError(f"{name}: {_a(value)} is no folder. Give one, or a hub id.")
 
 
 def store_model(model: Any, tokenizer: Any, store: Path) -> Path:
@@ -250,6 +259,8 @@ def _rewards(given: Any, objects: dict[str, Any]) -> list[Table]:
     for item in items:
         weighted = isinstance(item, tuple) and len(item) == 2
         reward, weight = item if weighted else (item, None)
+        if weighted and not isinstance(weight, int | float):
+            raise ConfigError("reward: a pair is (reward, weight), with a number for the weight.")
         table = _reward(reward, objects)
         tables.append(table if weight is None else {**table, "weight": float(weight)})
     return tables
@@ -263,6 +274,8 @@ def _reward(reward: Any, objects: dict[str, Any]) -> Table:
     if isinstance(reward, str):
         if reward in VERIFIERS:
             return {"type": reward}
+        if (near := did_you_mean(reward, VERIFIERS)) and not Path(reward).exists():
+            raise ConfigError(f'reward = "{reward}": no such folder and no such type.{near}')
         place, colon, _ = reward.rpartition(":")
         if colon and place.endswith(".py"):
             return {"type": "function", "function": reward}

@@ -11,7 +11,7 @@ from quartet.config.toml import table_toml
 from quartet.errors import QuartetError
 from quartet.loops.progress import Progress
 from quartet.recording.run_folder import RunFolder
-from quartet.recording.step_recorder import StepRecorder
+from quartet.recording.step_recorder import InvariantBroken, StepRecorder
 from quartet.recording.tokens import TokenTexts
 from quartet.runs.doctor import Watch
 from quartet.runtime.lifecycle import peak_bytes, write_report
@@ -65,7 +65,7 @@ def record(
         yield from _recorded(steps, run, tokenizer, name, rollouts_every, kl_target, strict)
     finally:
         run.close()
-    write_report(path)
+        write_report(path)
 
 
 def _create(path: Path, table: Table) -> RunFolder:
@@ -93,12 +93,20 @@ def _recorded(
     run.become_latest()
     try:
         for step in steps:
+            if not isinstance(step, Progress):
+                raise QuartetError(
+                    f"{run.path}: a {type(step).__name__} is no step. Yield "
+                    "quartet.Progress(number, metrics)."
+                )
             recorder.record(step, round(time.monotonic() - before, 4))
             yield step
             before = time.monotonic()
     except (GeneratorExit, KeyboardInterrupt):
         run.event("interrupted", reason="the caller")
         raise
+    except InvariantBroken as error:
+        run.event("failed", error=str(error))
+        raise InvariantBroken(f"{run.path}, step {step.number}: {error}") from None
     except Exception as error:
         run.event("failed", error=str(error))
         raise

@@ -2,7 +2,8 @@
 
 import atexit
 import html
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from quartet.config.toml import ConfigError, Settings
 from quartet.errors import QuartetError
 from quartet.launch.start import job_of, open_workers
 from quartet.loops.progress import Progress
+from quartet.rewards.objects import ObjectSource
 from quartet.runs.reader import Run
 from quartet.runtime.events import Advanced, Event, Finished, Started, Warned
 from quartet.runtime.interruption import Interrupted, Interruption
@@ -24,9 +26,11 @@ from quartet.runtime.lifecycle import (
     resume,
     write_report,
 )
-from quartet.runtime.log import logging_to
+from quartet.runtime.log import logging_to, no_progress_bars
 from quartet.runtime.requests import run_to_resume
 
+_OPEN: dict[Path, Generator[Any, None, None]] = {}
+"""The runs of this process that are under way, by their folders."""
 POLICIES = ("policy", "sft")
 """The folders that hold a trained policy, the last stage's first."""
 
@@ -68,14 +72,15 @@ class TrainingRun:
                 'object. Put the function into a file: reward="file.py:name".'
             )
         self.settings, self.objects, self.accept = settings, dict(objects), tuple(accept)
-        self.job = job_of(settings.config, None, self.objects)
+        with no_progress_bars():
+            self.job = job_of(settings.config, None, self.objects)
         self.folder = path
         self.stage: str | None = None
         self.summaries: dict[str, Mapping[str, Any]] = {}
         self.warnings: list[str] = []
         self.notes = list(notes)
         self.finished = False
-        self._steps: Iterator[Progress] | None = None
+        self._steps: Generator[Progress, None, None] | None = None
 
     @classmethod
     def resumed(
@@ -91,10 +96,18 @@ class TrainingRun:
         del changes.table["recipe"]
         if changes.objects:  # the [[reward]] tables are those of the run
             changes.table.pop("reward")
+        sources = request.settings.config.reward
+        names = [source.object for source in sources if isinstance(source, ObjectSource)]
+        if changes.objects and len(names) != len(changes.objects):
+            raise ConfigError(
+                f"reward: the run has {', '.join(names) or 'no reward'} as Python objects, and "
+                f"{', '.join(changes.objects)} was given. Give the same, in the same order."
+            )
+        objects = dict(zip(names, changes.objects.values(), strict=False))
         words = [f"{key}={toml_value(value)}" for key, value in _leaves(changes.table)]
         if words:
             request = run_to_resume(str(path), words)
-        return cls(request.settings, changes.objects, request.path, accept, request.notes)
+        return cls(request.settings, objects, request.path, accept, request.notes)
 
     def __iter__(self) -> Iterator[Progress]:
         """Return the steps that are left, of all stages. RL steps are `quartet.Step`s with
@@ -107,12 +120,18 @@ class TrainingRun:
         """Carry out all steps that are left, and return the run. `progress` prints a line every few
         seconds."""
         if not self.finished:
-            self._steps = None
-            for _ in self._advance(progress):
+            if self._steps is not None and progress:  # a run that is shown begins to be shown anew
+                self.close()
+            for _ in self._steps or self._advance(progress):
                 pass
         return self
 
-    def _advance(self, progress: bool = False) -> Iterator[Progress]:
+    def close(self) -> None:
+        """Stop in the middle: the last step is saved. Iterating again, or `finish()`, goes on."""
+        if self._steps is not None:
+            self._steps.close()
+
+    def _advance(self, progress: bool = False) -> Generator[Progress, None, None]:
         """Carry out the run, or resume it; yield its steps."""
         execution = self._execution()
         if execution is None:
@@ -125,6 +144,7 @@ class TrainingRun:
         open_group = lambda job, path: open_workers(config, job, path, None)  # noqa: E731
         events = execution.events(open_group, interruption)
         atexit.register(events.close)  # a run that the program leaves is saved, too
+        _OPEN[folder] = events
         try:
             with logging_to(folder / "run.log"):
                 while True:
@@ -132,7 +152,7 @@ class TrainingRun:
                         event = next(events, None)
                     if event is None:
                         break
-                    self._see(event)
+                    self._see(event, quiet=screen is not None)
                     if screen is not None and isinstance(event, Event):
                         screen.show(event)
                     if isinstance(event, Advanced):
@@ -144,8 +164,9 @@ class TrainingRun:
             ) from None
         finally:
             self._steps = None
-            atexit.unregister(events.close)
             events.close()
+            atexit.unregister(events.close)
+            del _OPEN[folder]
             if screen is not None:
                 screen.close()
         self.finished, self.stage = True, None
@@ -155,19 +176,25 @@ class TrainingRun:
         """Begin the run, or resume it where it has a folder already. None if it is done."""
         if self.folder is None:
             return begin(self.settings, self.job)
+        if self.folder in _OPEN:  # by another object, whose loop was left in the middle
+            _OPEN[self.folder].close()
         folder = open_folder(self.folder)
         try:
             return resume(folder, self.settings, self.job, None, self.accept)
         except AlreadyDone:
             return None
 
-    def _see(self, event: Any) -> None:
+    def _see(self, event: Any, quiet: bool) -> None:
+        """Keep what an event says. Warnings go to standard error, too, if nothing else shows
+        them."""
         if isinstance(event, Started):
             self.stage = event.stage.name
         elif isinstance(event, Finished):
             self.summaries[event.stage.name] = event.summary
         elif isinstance(event, Warned):
             self.warnings.append(f"{event.stage.title}, step {event.step}: {event.sentence}")
+            if not quiet:
+                print(f"▲ {self.warnings[-1]}", file=sys.stderr)
         elif isinstance(event, Noted):
             self.notes.append(event.sentence)
 
@@ -192,20 +219,27 @@ class TrainingRun:
         """The trained policy, a model of transformers, loaded from the run folder."""
         from quartet.models.language_model import load_model
 
-        return load_model(self._result(*POLICIES), self.job.device)
+        with no_progress_bars():
+            return load_model(self._result(*POLICIES), self.job.device)
 
     @property
     def reward_model(self) -> Any:
         """The trained reward model, a `quartet.ScalarModel`, loaded from the run folder."""
         from quartet.models.heads import ScalarModel
 
-        return ScalarModel.load(self._result("reward_model"), self.job.device)
+        with no_progress_bars():
+            return ScalarModel.load(self._result("reward_model"), self.job.device)
 
     def _result(self, *names: str) -> Path:
         folder = self._begun()
         for name in names:
             if (folder / name).is_dir():
                 return folder / name
+        results = [name for name in (*POLICIES, "reward_model") if (folder / name).is_dir()]
+        if self.finished:
+            raise QuartetError(
+                f"{folder}: this run leaves no {names[0]}, only {', '.join(results) or 'a record'}."
+            )
         raise QuartetError(f"{folder}: has no {names[0]} yet. Call run.finish() first.")
 
     def _begun(self) -> Path:

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quartet.api.inputs import inputs_of
-from quartet.api.run import TrainingRun
 from quartet.config.toml import ConfigError, settings_of_table
+
+if TYPE_CHECKING:
+    from quartet.api.run import TrainingRun
+else:
+    TrainingRun = Any  # its module imports torch
 
 
 def train(
@@ -76,10 +80,16 @@ def train(
     if resume is not None and resume is not False:
         if recipe is not None:
             raise ConfigError("recipe: the run that is resumed has one. Leave it out.")
+        from quartet.api.run import TrainingRun
+
         path = Path(folder or "runs") / "latest" if resume is True else Path(resume)
+        if not (path / "events.jsonl").is_file():
+            raise ConfigError(f"resume: {path} is no run folder.")
         return TrainingRun.resumed(path, arguments, settings, accept)
     if recipe is None:
         raise ConfigError('recipe: name a stage, such as quartet.train("ppo", …).')
     inputs = inputs_of(recipe, arguments, settings)
-    found = settings_of_table(inputs.table, inputs.name, "quartet.train")
-    return TrainingRun(found, inputs.objects)
+    checked = settings_of_table(inputs.table, inputs.name, "quartet.train")
+    from quartet.api.run import TrainingRun  # imports torch, which mistakes need not wait for
+
+    return TrainingRun(checked, inputs.objects)

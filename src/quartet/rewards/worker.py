@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 Function = Callable[..., Any]
 NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, Set)
+PACKAGE = str(Path(__file__).parents[1])
 LONGEST_MESSAGE = 2000
 """Characters of an error that a run shows."""
 
@@ -156,7 +157,7 @@ def described(error: BaseException) -> str:
     frames = [
         f
         for f in traceback.extract_tb(error.__traceback__)
-        if f.filename != __file__ and "importlib" not in f.filename
+        if not f.filename.startswith(PACKAGE) and "importlib" not in f.filename
     ]
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     try:

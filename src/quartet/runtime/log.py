@@ -29,14 +29,24 @@ def log_to(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Show no progress bars of transformers for as long as the context lasts."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Send what Quartet logs to a file as well, for as long as the context lasts, and show no
     progress bars of transformers. For a process that belongs to the caller: other handlers stay,
     and everything is as before in the end."""
-    from transformers.utils import logging as transformers_logging
-
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     logger = logging.getLogger("quartet")
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
@@ -44,10 +54,9 @@ def logging_to(path: Path) -> Iterator[None]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield
+        with no_progress_bars():
+            yield
     finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
         logger.removeHandler(handler)
         logger.setLevel(level)
         handler.close()

@@ -4,6 +4,7 @@ everything."""
 import dataclasses
 import math
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from quartet import files
 from quartet.algorithms.policy_loss import PolicyLoss
-from quartet.errors import NonFinite
+from quartet.errors import NonFinite, QuartetError
 from quartet.loops.progress import Progress
 from quartet.loops.rl import Step
 from quartet.recording.metric import measured, rule_of
@@ -156,7 +157,7 @@ class Pipeline:
         except WorkerLost:
             raise
         except Exception as error:
-            raise StageFailed(f"{where}: {error}") from error
+            raise StageFailed(f"{where}: {error}{_users_line(error)}") from error
 
     def _recorder(self, stage: Stage) -> StepRecorder:
         """Return the recorder of a stage's steps, which has seen those that are in the record."""
@@ -354,3 +355,20 @@ def kl_target(stage: Stage) -> float | None:
     """What the KL of an RL stage is held to, if it is."""
     controller = getattr(getattr(getattr(stage, "algorithm", None), "kl", None), "controller", None)
     return getattr(controller, "target", None)
+
+
+def _users_line(error: Exception) -> str:
+    """Return the last line of the user's own code that an unexpected error came from, for the end
+    of a sentence; nothing if it came from no such code."""
+    if isinstance(error, QuartetError):
+        return ""
+    package, installed = str(Path(__file__).parents[1]), ("site-packages", "importlib", "<frozen")
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(package)
+        and not any(part in frame.filename for part in installed)
+    ]
+    if not frames:
+        return ""
+    return f" ({type(error).__name__}, {Path(frames[-1].filename).name}, line {frames[-1].lineno})"

@@ -11,8 +11,6 @@ from quartet.config.tables import json_ready
 from quartet.config.toml import ConfigError, Settings, read_settings
 from quartet.io.texts import did_you_mean, typed
 from quartet.recipes import recipe_names, recipe_path
-from quartet.recording.run_folder import beginning_of
-from quartet.runtime.resume import find_run
 
 DEFAULT = "reviews"
 """The recipe that is run if none is named."""
@@ -59,6 +57,9 @@ def run_to_resume(what: str | None, words: Sequence[str] = ()) -> ResumeRequest:
 
     Raises `ConfigError` if there is none, or its config is missing or cannot work any more.
     """
+    from quartet.recording.run_folder import beginning_of  # imports torch
+    from quartet.runtime.resume import find_run
+
     if what is not None and "=" in what and not Path(what).exists():
         words, what = [what, *words], None
     folder = Path(what or "runs/latest")
@@ -83,6 +84,8 @@ def run_to_resume(what: str | None, words: Sequence[str] = ()) -> ResumeRequest:
 def _run_in(folder: Path, words: Sequence[str]) -> ResumeRequest:
     """Return the run in a folder, with words on top of its config. If the config names files that
     are not here but where the run was started, that becomes the working directory."""
+    from quartet.recording.run_folder import beginning_of
+
     config, began = folder / "config.resolved.toml", beginning_of(folder)
     settings = settings_of(str(config), words, began.links)
     path = folder.resolve()
