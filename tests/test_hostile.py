@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import quartet.cli
 from quartet.cli import app
 from quartet.config.toml import ConfigError, read_settings
+from quartet.io.http_client import Reply
 from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts
 from quartet.rewards.protocol import RewardError
@@ -27,7 +28,7 @@ from quartet.runtime.events import StageFailed
 from quartet.runtime.pipeline import Pipeline
 from quartet.runtime.saving import Saving
 from quartet.studio.app import make_app
-from quartet.training import checkpoint
+from quartet.training import state_tree
 from tests.support.world import tokenizer
 from tests.training.test_guards import stage
 
@@ -114,15 +115,19 @@ def test_a_server_that_drips_is_not_waited_for(drips, begin):
     endpoint = Endpoint("reward server", url, timeout=0.3, tries=1)
     with pytest.raises(RewardError, match="did not answer in 0.3 s"):
         endpoint.ask({})
-    endpoint.client.close()
+    endpoint.close()
 
 
 def test_an_answer_that_is_nested_a_hundred_thousand_times(monkeypatch):
     endpoint = Endpoint("reward server", "http://127.0.0.1:9/", tries=1)
-    monkeypatch.setattr(endpoint, "_post", lambda request: (200, b"[" * 100_000))
+
+    async def exchange(*request):
+        return Reply(200, {}, b"[" * 100_000)
+
+    monkeypatch.setattr(endpoint._client, "exchange", exchange)
     with pytest.raises(RewardError, match="something that is not JSON"):
         endpoint.ask({})
-    endpoint.client.close()
+    endpoint.close()
 
 
 # --- secrets and strangers -----------------------------------------------------------------------------------------------------
@@ -141,11 +146,11 @@ def test_an_address_with_a_password_is_refused(tmp_path, url):
 def test_a_token_is_sent_and_never_written(monkeypatch, tmp_path):
     monkeypatch.setenv("MY_TOKEN", "hunter2-hunter2")
     endpoint = Endpoint("reward server", "http://127.0.0.1:9/", tries=1, token_env="MY_TOKEN")
-    assert endpoint.client.headers["Authorization"] == "Bearer hunter2-hunter2"
+    assert "Bearer hunter2-hunter2" in endpoint._client._headers.values()
     with pytest.raises(RewardError) as caught:
         endpoint.ask({})
     assert "hunter2" not in str(caught.value)
-    endpoint.client.close()
+    endpoint.close()
     file = tmp_path / "a.toml"
     file.write_text(
         'recipe = "grpo"\n[data]\nworld = "sums"\n[policy]\ncreate = { type = "llama", max_length = 1024 }\n'
@@ -181,7 +186,7 @@ def test_a_full_disk_is_said_with_what_is_needed_and_what_there_is(tmp_path, mon
     folder = RunFolder.create(tmp_path, "x", {})
     pipeline, save_file = (
         Pipeline([stage(monkeypatch, set())], folder, TokenTexts(tokenizer()), Saving(every=2)),
-        checkpoint.save_file,
+        state_tree.save_file,
     )
 
     def full(tensors, path):
@@ -189,7 +194,7 @@ def test_a_full_disk_is_said_with_what_is_needed_and_what_there_is(tmp_path, mon
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(state_tree, "save_file", full)
     with pytest.raises(
         StageFailed,
         match=r"checkpoint sft-000004 could not be written \(No space left on device; it needs \d.* MB\). "
