@@ -197,7 +197,7 @@ class Broken(quartet.Advantage):
 @pytest.mark.parametrize(
     ("way", "sentence"),
     [
-        ("shape", r"broken_on_purpose: returned a tensor of shape \[32\], not a pair"),
+        ("shape", r"broken_on_purpose: returned a tensor of shape \[8\], not a pair"),
         ("pair", "broken_on_purpose: returned a Tensor, not a pair"),
         ("else", r"KeyError, test_train.py, line \d+"),
     ],
