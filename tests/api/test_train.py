@@ -211,8 +211,7 @@ def test_a_mistake_in_an_own_part_is_named(way, sentence, tmp_path):
 def test_a_run_that_is_open_in_this_process_is_taken_over(tmp_path, capsys):
     run = tiny(tmp_path, steps=3, reward=short)
     held = iter(run)
-    while not (run.stage == "grpo" and next(held).number == 1):
-        pass
+    assert any(run.stage == "grpo" and step.number == 1 for step in held)  # left at this step
     other = quartet.train(resume=run.folder, reward=lambda responses, **_: [0.0] * len(responses))
     assert [step.number for step in other if other.stage == "grpo"] == [2, 3]
     run.finish()  # nothing is left
