@@ -166,7 +166,8 @@ class TrainingRun:
             self._steps = None
             events.close()
             atexit.unregister(events.close)
-            del _OPEN[folder]
+            if _OPEN.get(folder) is events:  # another object may have taken the run over
+                del _OPEN[folder]
             if screen is not None:
                 screen.close()
         self.finished, self.stage = True, None
