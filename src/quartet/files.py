@@ -1,5 +1,4 @@
-"""Files that a crash leaves whole or does not leave at all, and files that are read as if somebody
-hostile had written them."""
+"""Files that a crash leaves whole or not at all, and reading of files that may be hostile."""
 
 import contextlib
 import errno
@@ -60,8 +59,8 @@ def replace(path: Path, text: str) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Renamed first, so that nobody takes half of it for the whole. Of a link only the link
-    goes."""
+    """Delete a folder. It is renamed first, so that half of it is never taken for the whole. Of a
+    link, only the link is deleted."""
     if path.is_symlink():
         path.unlink()
         return

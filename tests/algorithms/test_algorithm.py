@@ -132,7 +132,7 @@ def test_presets_ask_only_for_the_models_they_use():
 @pytest.mark.parametrize(
     ("parts", "sentence"),
     [
-        ({"advantage": Gae()}, "nobody trains it"),
+        ({"advantage": Gae()}, "no value_loss trains it"),
         ({"advantage": GroupMean(), "value_loss": ClippedValueLoss()}, "never reads"),
         (
             {"advantage": Gae(), "value_loss": ClippedValueLoss(), "groups": DynamicSampling()},

@@ -65,7 +65,7 @@ def refusal(tmp_path, text, *words):
         (HEAD + "[algorithm]\nkl = 3", "run.toml:10: algorithm.kl = 3: must be a table."),
         (HEAD + "[algorithm.scores.3]\nlimit = 1", "algorithm.scores.3: scores has 1 parts, counted from 0."),
         (HEAD + "[run\nsteps = 1", "run.toml: not TOML:"),
-        (HEAD + '[algorithm]\nvalue_loss = { type = "none" }', 'run.toml:10: algorithm: advantage.type = "gae" uses a critic, and without value_loss nobody trains it.'),
+        (HEAD + '[algorithm]\nvalue_loss = { type = "none" }', 'run.toml:10: algorithm: advantage.type = "gae" uses a critic, and no value_loss trains it.'),
         (HEAD + '[algorithm]\nadvantage = { type = "leave_one_out" }', 'value_loss.type = "clipped" trains a critic that advantage.type = "leave_one_out" never reads.'),
         (HEAD + '[algorithm]\nrewards = { type = "every_token" }', 'scores: shape the score of a response, and rewards.type = "every_token" does not read it. Use scores = [].'),
         (HEAD + '[algorithm]\ngroups = { type = "dynamic_sampling" }', "drops groups of equal scores"),

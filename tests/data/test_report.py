@@ -209,7 +209,7 @@ def _empty(tmp_path):
         (
             "x.jsonl",
             '{"messages": [{"role": "assistant", "content": "x"}]}',
-            "the assistant speaks first",
+            "the first message is the assistant's",
         ),
         ("x.jsonl", '{"prompt": 7}', "prompt is 7; it must be text or a list of messages."),
     ],

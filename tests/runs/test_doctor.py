@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from quartet.runs import doctor
-from quartet.runs.doctor import RULES, Watch, examine
+from quartet.runs import rules
+from quartet.runs.doctor import Watch, examine
+from quartet.runs.rules import RULES
 
 
 def healthy(step: int) -> dict[str, float]:
@@ -51,92 +52,92 @@ def healthy(step: int) -> dict[str, float]:
 
 
 FAULTS = {
-    doctor.responses_do_not_end: (
+    rules.responses_do_not_end: (
         lambda s: {"response/ended": 0.6},
         "40% of responses end without EOS",
     ),
-    doctor.no_signal: (lambda s: {"advantage/std": 0.0}, "every group has equal rewards"),
-    doctor.unscored: (lambda s: {"reward/unscored": 0.2}, "20% of responses got no score"),
-    doctor.sampler_disagrees: (
+    rules.no_signal: (lambda s: {"advantage/std": 0.0}, "every group has equal rewards"),
+    rules.unscored: (lambda s: {"reward/unscored": 0.2}, "20% of responses got no score"),
+    rules.sampler_disagrees: (
         lambda s: {"sampler_ratio": 1.4},
         "40.00% from the learner's on average. Do both use",
     ),
-    doctor.ratio_is_not_one: (
+    rules.ratio_is_not_one: (
         lambda s: {"ratio/first_error": 0.05},
         "up to 0.05 from 1 before any weight has moved",
     ),
-    doctor.reference_differs: (
+    rules.reference_differs: (
         lambda s: {"kl/token_k3": 0.3},
         "0.3 per token at step 1, and should be 0",
     ),
-    doctor.reference_moved: (lambda s: {"reference/moved": 1.0}, "the reference's weights changed"),
-    doctor.does_not_start_at_the_reference: (
+    rules.reference_moved: (lambda s: {"reference/moved": 1.0}, "the reference's weights changed"),
+    rules.does_not_start_at_the_reference: (
         lambda s: {"logratio/abs": 0.2 * s},
         "log-ratios to the reference are 0.2 on average",
     ),
-    doctor.not_sampled_as_trained: (
+    rules.not_sampled_as_trained: (
         lambda s: {"policy/surprise_gap": -1.0},
         "likelier than draws from the policy",
     ),
-    doctor.kl_is_negative: (lambda s: {"kl": -0.4}, "below 0 for 5 steps (now -0.4)"),
-    doctor.kl_above_target: (
+    rules.kl_is_negative: (lambda s: {"kl": -0.4}, "below 0 for 5 steps (now -0.4)"),
+    rules.kl_above_target: (
         lambda s: {"kl": 20.0},
         "20 over ten steps, more than twice the target 6",
     ),
-    doctor.critic_knows_nothing: (
+    rules.critic_knows_nothing: (
         lambda s: {"value/explained_variance": -0.5},
         "-0.50 after 22 steps",
     ),
-    doctor.value_loss_explodes: (lambda s: {"loss/value": 0.2 * 1.3**s}, "the value loss is"),
-    doctor.clipped_too_often: (
+    rules.value_loss_explodes: (lambda s: {"loss/value": 0.2 * 1.3**s}, "the value loss is"),
+    rules.clipped_too_often: (
         lambda s: {"policy/clip_fraction": 0.5},
         "50% of token visits were clipped",
     ),
-    doctor.nothing_moves: (lambda s: {"grad_norm/actor": 0.0}, "no gradient in ten updates"),
-    doctor.entropy_collapse: (
+    rules.nothing_moves: (lambda s: {"grad_norm/actor": 0.0}, "no gradient in ten updates"),
+    rules.entropy_collapse: (
         lambda s: {"policy/entropy": 1.8 * 0.8**s, "response/most_common": min(0.95, s / 20)},
         "of prompts get the same response. Raise kl.coef",
     ),
-    doctor.duplicates: (
+    rules.duplicates: (
         lambda s: {"response/most_common": min(0.95, s / 20)},
         "the policy found one that always pays",
     ),
-    doctor.length_drift: (
+    rules.length_drift: (
         lambda s: {"response/tokens": 20.0 + 3 * s},
-        "tokens. If nobody asked for that",
+        "tokens. If that is not intended",
     ),
-    doctor.paid_for_length: (
+    rules.paid_for_length: (
         lambda s: {"reward/length_correlation": 0.95},
         "a correlation of 0.95 over ten steps",
     ),
-    doctor.repeats_itself: (
+    rules.repeats_itself: (
         lambda s: {"response/repetition": min(0.9, 0.02 * s)},
         "repetition within responses went from",
     ),
-    doctor.hacked: (
+    rules.hacked: (
         lambda s: {"reward": 0.1 * s, "reward/gold": min(s, 24 - s) / 5.0},
         "the reward model is being fooled",
     ),
-    doctor.reward_falls: (
+    rules.reward_falls: (
         lambda s: {"reward": -0.1 * s, "reward/gold": -0.1 * s},
         "Is a sign wrong?",
     ),
-    doctor.paid_for_others: (
+    rules.paid_for_others: (
         lambda s: {"advantage/reward_correlation": 0.05 * (-1) ** s},
         "a correlation of 0.00 over ten steps: responses are paid what others and not what they earned",
     ),
-    doctor.loses_held_out: (
+    rules.loses_held_out: (
         lambda s: {"policy/win_rate": 0.95 - 0.04 * s},
         "the win rate on held-out prompts fell from 87% to",
     ),
-    doctor.forgets: (
+    rules.forgets: (
         lambda s: {"policy/sft_perplexity": 5.0 + 2 * s, "policy/win_rate": 0.5},
         "went from 7 to",
     ),
-    doctor.reward_saturates: (lambda s: {"reward/std": 0.8**s}, "no longer tells answers apart"),
+    rules.reward_saturates: (lambda s: {"reward/std": 0.8**s}, "no longer tells answers apart"),
 }
 BESIDE = {
-    doctor.entropy_collapse: {doctor.duplicates},
+    rules.entropy_collapse: {rules.duplicates},
 }
 """What a fault brings along."""
 
@@ -182,7 +183,7 @@ def test_a_solved_task_is_no_fault_of_the_critic():
     def solved(step):
         return {"value/explained_variance": -50.0, "reward/std": 0.5 * 0.7**step}
 
-    assert doctor.critic_knows_nothing not in spoken(solved)
+    assert rules.critic_knows_nothing not in spoken(solved)
 
 
 def test_what_is_no_number_is_not_looked_at():
@@ -201,7 +202,7 @@ def test_a_fault_is_said_once_and_a_good_step_in_between_starts_the_count_again(
 
 def test_a_sampler_with_old_weights_is_told_from_one_with_another_temperature():
     found = spoken(lambda s: {"sampler_ratio": 1 + 1e-6 if s == 1 else 1.3})
-    assert "does not get the learner's new weights" in found[doctor.sampler_disagrees][1]
+    assert "does not get the learner's new weights" in found[rules.sampler_disagrees][1]
 
 
 def test_a_filter_that_was_asked_for_is_no_disagreement():

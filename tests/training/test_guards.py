@@ -27,8 +27,9 @@ from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted, rewarded
-from quartet.runs.doctor import INVARIANTS, Watch
+from quartet.runs.doctor import Watch
 from quartet.runs.reader import Run
+from quartet.runs.rules import INVARIANTS
 from quartet.runtime.events import Advanced, Finished, StageFailed, Warned
 from quartet.runtime.pipeline import Pipeline
 from quartet.runtime.saving import Saving

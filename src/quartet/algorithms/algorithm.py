@@ -67,8 +67,7 @@ class Algorithm:
         advantage = self.advantage.type
         if self.advantage.needs_critic and not self.value_loss.trains_critic:
             raise ValueError(
-                f'advantage.type = "{advantage}" uses a critic, and without value_loss nobody '
-                f"trains it. "
+                f'advantage.type = "{advantage}" uses a critic, and no value_loss trains it. '
                 'Add value_loss = { type = "clipped" }.'
             )
         if self.value_loss.trains_critic and not self.advantage.needs_critic:

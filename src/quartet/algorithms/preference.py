@@ -176,7 +176,7 @@ class Dpo(PreferenceLoss):
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="How dear it is to leave the reference. Typical: 0.01 to 0.5.",
+        description="The weight of the KL divergence from the reference. Typical: 0.01 to 0.5.",
     )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="The share of labels that are wrong."

@@ -326,7 +326,8 @@ def doctor(
     if run_folder is None:
         _print_machine(as_json)
         return
-    from quartet.runs.doctor import RULES, examine, unread
+    from quartet.runs.doctor import examine, unread
+    from quartet.runs.rules import RULES
 
     run = _run(run_folder)
     findings = [*unread(run.check()), *examine(run)]

@@ -58,8 +58,8 @@ CHANGES_NOTHING_LEARNT = frozenset(
         "run.metrics",
     }
 )
-"""Tables and keys that may change when a run is resumed, whoever reads them. The recipe is among
-them because a checkpoint is chosen only where the stages up to its own are the same."""
+"""Tables and keys that may change when a run is resumed, whichever stage reads them. The recipe is
+among them because a checkpoint is chosen only where the stages up to its own are the same."""
 
 
 def roles_that_read(key: str) -> frozenset[str] | None:

@@ -221,7 +221,8 @@ def _conversation(
             )
         if spoken[0] == 0:
             raise DataError(
-                f"{place}: the assistant speaks first; a message by somebody else must come before."
+                f"{place}: the first message is the assistant's; a message of another role must "
+                "come before it."
             )
         return Example(
             place,

@@ -178,7 +178,7 @@ class ServedGenerator:
                 self._rollout(*row, result_of(answer))
                 for row, answer in zip(rows, answers, strict=True)
             ]
-        except BaseException:  # a signal, or no server: nobody waits for the other answers
+        except BaseException:  # a signal, or no server: nothing waits for the other responses
             abandoned.set()
             for answer in answers:
                 answer.cancel()
@@ -325,7 +325,7 @@ class ServedGenerator:
             self._revive()
         for old in (
             set(self.shared.resolve().glob("[0-9]*")) - kept
-        ):  # the newest, and one that somebody may be reading
+        ):  # the newest, and one that a server may be reading
             shutil.rmtree(old, ignore_errors=True)
 
     def _write(self, folder: Path, save: Callable[[Path], None]) -> None:
@@ -347,7 +347,7 @@ class ServedGenerator:
                 return
             version, had = self.version, -1 if server.failed else server.version
             with self._free:
-                server.version = -1  # nobody asks it now
+                server.version = -1  # it gets no requests now
             try:
                 self._tell(server, self.dialect.pause)
                 if self.save_base is None:

@@ -3,7 +3,7 @@ interrupted.
 
 `concurrent.futures` waits for its threads when a pool is left and again when the interpreter exits,
 so one call that hangs would hold a run that was told to stop. The threads here are daemons, and
-nobody waits for them.
+nothing waits for them.
 """
 
 import contextlib

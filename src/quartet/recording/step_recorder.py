@@ -8,7 +8,8 @@ from quartet.loops.rl import Step
 from quartet.recording.run_folder import Keeping, RunFolder
 from quartet.recording.tokens import TokenTexts
 from quartet.recording.trackers import Tracking
-from quartet.runs.doctor import INVARIANTS, Watch
+from quartet.runs.doctor import Watch
+from quartet.runs.rules import INVARIANTS
 
 
 class InvariantBroken(QuartetError, RuntimeError):

@@ -300,7 +300,7 @@ def _converse(process: "subprocess.Popen[bytes]", request: bytes, deadline: floa
                         remaining = remaining[os.write(process.stdin.fileno(), remaining[:65536]) :]
                     except BlockingIOError:
                         continue
-                    except OSError:  # nobody reads it any more; the output tells why
+                    except OSError:  # the process has closed it; its output tells why
                         remaining = remaining[:0]
                     if not remaining:
                         selector.unregister(process.stdin)

@@ -349,7 +349,7 @@ def _watch(process: "subprocess.Popen[bytes]", started: int, stdin: bytes, secon
 
 
 def _write(pipe: int, data: memoryview) -> int:
-    """Return how many bytes went into a pipe; all of them where nobody reads it any more."""
+    """Return how many bytes went into a pipe; all of them where it is closed at the other end."""
     try:
         return os.write(pipe, data[:65536]) if data else 0
     except BlockingIOError:

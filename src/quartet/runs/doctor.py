@@ -1,505 +1,23 @@
-"""What is wrong with a run: rules that look at its metrics, while it goes and afterwards.
-
-A rule takes the history of a stage and returns a sentence, with the evidence and a remedy, or None.
-It sees nothing but what is in events.jsonl, so what it says live it says again of the folder.
-docs/doctor.md has what each finds and when it is silent.
-"""
+"""The doctor: applies the rules to a stage while it runs, or to the stages of a run folder."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
+
+from quartet.runs.rules import RULES, History, Rule
 
 if TYPE_CHECKING:
     from quartet.runs.reader import Run
 
-RECENT = 5
-"""Steps that a rule takes the mean of."""
-SAMPLER_GAP = 1e-4
-"""How far the mean ratio of the sampler's and the learner's probabilities may be from 1: 100 times
-what float32 leaves."""
-HACKED_WITHIN = 200
-"""Steps over which gold and reward are compared."""
-HACKED_MEAN = 10
-"""Steps of which one mean is taken there."""
-WIN_RATES = 3
-"""Win rates of which one mean is taken: each is of 32 prompts, ± 0.17."""
 MAX_STEPS = 100_000
-"""Steps of a stage that are examined afterwards."""
-FORGOTTEN = 5.0
-"""How many times the first perplexity on demonstrations is too much."""
-
-
-class History:
-    """The metrics of a stage so far, by name."""
-
-    def __init__(self, kl_target: float | None = None, filtered: bool = False) -> None:
-        self.kl_target, self.filtered = kl_target, filtered
-        self.steps = 0
-        self.columns: dict[str, list[float]] = {}
-        self.best_wins, self.best_place = -math.inf, 0
-        """The highest mean of WIN_RATES neighbouring win rates, and which was the first of them."""
-
-    def add(self, metrics: Mapping[str, float]) -> None:
-        self.steps += 1
-        for name, value in metrics.items():
-            if not math.isnan(value):
-                self.columns.setdefault(name, []).append(value)
-        wins = self.columns.get("policy/win_rate", ())
-        if (
-            "policy/win_rate" in metrics
-            and len(wins) >= WIN_RATES
-            and (mean := sum(wins[-WIN_RATES:]) / WIN_RATES) > self.best_wins
-        ):
-            self.best_wins, self.best_place = mean, len(wins) - WIN_RATES
-
-    def now(self, name: str, default: float) -> float:
-        """The latest value."""
-        column = self.columns.get(name)
-        return column[-1] if column else default
-
-    def recent(self, name: str, count: int = RECENT) -> float | None:
-        """The mean of the last steps; None until there are as many."""
-        column = self.columns.get(name, ())
-        return None if len(column) < count else sum(column[-count:]) / count
-
-    def first(self, name: str, count: int = RECENT) -> float | None:
-        """The mean of the first steps; None until as many others came after them."""
-        column = self.columns.get(name, ())
-        return None if len(column) < 2 * count else sum(column[:count]) / count
-
-
-def responses_do_not_end(history: History) -> str | None:
-    """A response that is cut off has no end for the reward to judge, and its last token gets a
-    reward it did not earn (Huang et al. 2024, "The N+ implementation details of RLHF with PPO")."""
-    cut = 1 - history.now("response/ended", 1.0)
-    if cut <= 0.25 or "response/turns" in history.columns:  # out of turns is an end
-        return None
-    if cut > 0.95:
-        return (
-            f"{cut:.0%} of responses never end. Does SFT teach the end-of-sequence token, and does "
-            "the sampler stop at it?"
-        )
-    return (
-        f"{cut:.0%} of responses end without EOS. Raise rollout.max_new_tokens, or let SFT see "
-        "whole answers."
-    )
-
-
-def no_signal(history: History) -> str | None:
-    """Group advantages are 0 where all answers to a prompt score the same (Yu et al. 2025, DAPO,
-    section 3.2)."""
-    if history.now("advantage/std", 1.0) > 0:
-        return None
-    return (
-        "every group has equal rewards: no gradient. The task is too hard, too easy, or the "
-        "verifier never matches."
-    )
-
-
-def unscored(history: History) -> str | None:
-    """A response without a score is left out of the step; a judge that often gives none changes
-    what is learnt from."""
-    share = history.now("reward/unscored", 0.0)
-    if share <= 0.05:
-        return None
-    return (
-        f"{share:.0%} of responses got no score and were left out. See run.log for what the reward "
-        "said."
-    )
-
-
-def sampler_disagrees(history: History) -> str | None:
-    """The learner must see the probabilities that were sampled from: another temperature, template,
-    shift or older weights make PPO's ratio a ratio of two other things (Yao et al. 2025, "Your
-    efficient RL framework secretly brings you off-policy RL training")."""
-    gap = history.now("sampler_ratio", 1.0) - 1
-    if gap < SAMPLER_GAP or history.filtered:
-        return None
-    if history.columns["sampler_ratio"][0] - 1 < SAMPLER_GAP:
-        return (
-            f"the sampler's probabilities are {gap:.2%} from the learner's on average, and were "
-            f"not at step 1: the sampler "
-            "does not get the learner's new weights."
-        )
-    return (
-        f"the sampler's probabilities are {gap:.2%} from the learner's on average. Do both use the "
-        f"same temperature, filters, "
-        "chat template, weights and padding, and is dropout off?"
-    )
-
-
-def ratio_is_not_one(history: History) -> str | None:
-    """Before the first optimizer step π is π_old, so every ratio is 1. What is more than rounding
-    is dropout in the update, or a forward pass that is not the one the old log-probs came from
-    (Huang et al. 2022, "The 37 implementation details")."""
-    error = history.now("ratio/first_error", 0.0)
-    if error < 1e-3:
-        return None
-    return (
-        f"ratios are up to {error:.2g} from 1 before any weight has moved. Is dropout on in the "
-        f"update? Are the old log-probs "
-        "of the same weights, temperature and masks?"
-    )
-
-
-def reference_differs(history: History) -> str | None:
-    """At step 1 the policy is the reference, and the KL between them is 0 (Ziegler et al. 2019). If
-    not, the penalty pulls towards another model."""
-    first = history.columns.get("kl/token_k3", [0.0])[0]
-    if history.steps > 1 or first < 1e-4:
-        return None
-    return (
-        f"the KL to the reference is {first:.2g} per token at step 1, and should be 0: the "
-        f"reference is not the policy that RL "
-        "starts from."
-    )
-
-
-def reference_moved(history: History) -> str | None:
-    """The KL is measured against a model that stands still (Ziegler et al. 2019). One that learns
-    with the policy holds it to nothing."""
-    if history.now("reference/moved", 0.0) == 0:
-        return None
-    return (
-        "the reference's weights changed during the step. Does it share parameters with what is "
-        "trained?"
-    )
-
-
-def does_not_start_at_the_reference(history: History) -> str | None:
-    """Before the first step a policy that is compared with a reference is that reference: all
-    log-ratios are 0, and DPO's loss is ln 2 (Rafailov et al. 2023)."""
-    apart = history.columns.get("logratio/abs", [0.0])[0]
-    if history.steps > 1 or apart < 1e-3:
-        return None
-    return (
-        f"log-ratios to the reference are {apart:.2g} on average at step 1, and should be 0: the "
-        "reference is another model."
-    )
-
-
-def not_sampled_as_trained(history: History) -> str | None:
-    """Tokens drawn from π_old have a mean surprise, −log π_old, of the entropy of π_old. Greedy
-    decoding, a filter or another temperature draws likelier tokens: a surprise below the
-    entropy."""
-    gap, entropy = history.recent("policy/surprise_gap", 3), history.recent("policy/entropy", 3)
-    if gap is None or entropy is None or abs(gap) < 0.15 + 0.05 * entropy:
-        return None
-    how = "likelier" if gap < 0 else "less likely"
-    return (
-        f"the tokens sampled are {how} than draws from the policy would be ({gap:+.2g} nats on a "
-        f"mean entropy of "
-        f"{entropy:.2g}): rollouts are greedy, filtered, or of another temperature."
-    )
-
-
-def kl_is_negative(history: History) -> str | None:
-    """The mean of log π − log π_ref over samples of π is never below 0 but for noise. Where it is,
-    the samples are not π's (filters, another temperature) or the two models read different
-    tokens."""
-    last = history.columns.get("kl", [])[-RECENT:]
-    if len(last) < RECENT or max(last) > -0.05:
-        return None
-    return (
-        f"the KL to the reference was below 0 for {RECENT} steps (now {last[-1]:.2g}): responses "
-        "are not samples of the policy."
-    )
-
-
-def kl_above_target(history: History) -> str | None:
-    """An adaptive coefficient (Ziegler et al. 2019) that cannot hold the KL is too slow, or the
-    reward too steep."""
-    kl, target = history.recent("kl", 10), history.kl_target
-    if kl is None or target is None or kl < 2 * target:
-        return None
-    return (
-        f"the KL was {kl:.3g} over ten steps, more than twice the target {target:g}. Raise "
-        "kl.coef, or lower optim.lr."
-    )
-
-
-def critic_knows_nothing(history: History) -> str | None:
-    """A critic whose errors vary more than the returns adds noise to every advantage; below 0 a
-    constant would do better (Huang et al. 2022). It has twenty steps to learn."""
-    seen = sorted(history.columns.get("value/explained_variance", [])[-RECENT:])
-    spread, first = history.recent("reward/std"), history.first("reward/std")
-    solved = (
-        spread is not None and first is not None and spread < 0.1 * first
-    )  # returns that do not vary cannot be explained
-    if len(seen) < RECENT or history.steps < 20 or solved:
-        return None
-    variance = seen[RECENT // 2]
-    if variance >= 0:
-        return None
-    return (
-        f"explained variance is {variance:.2f} after {history.steps} steps: the critic is worse "
-        f"than a constant. Raise "
-        "optim.critic_lr, let it begin as the reward model, or give it optim.critic_warmup_steps."
-    )
-
-
-def value_loss_explodes(history: History) -> str | None:
-    """A value loss that grows means returns that the critic cannot follow, or a critic that
-    diverges."""
-    now, before = history.recent("loss/value", 3), history.first("loss/value")
-    if now is None or before is None or now < 20 * max(before, 1e-6):
-        return None
-    times = now / max(before, 1e-6)
-    return (
-        f"the value loss is {times:.0f} times what it was. Lower optim.critic_lr, and bound the "
-        "reward (algorithm.scores)."
-    )
-
-
-def clipped_too_often(history: History) -> str | None:
-    """Where most tokens are clipped, an update went further than its surrogate can be trusted
-    (Schulman et al. 2017)."""
-    share = history.recent("policy/clip_fraction", 3)
-    if share is None or share <= 0.4:
-        return None
-    return f"{share:.0%} of token visits were clipped. Lower optim.lr or optim.epochs."
-
-
-def nothing_moves(history: History) -> str | None:
-    """An update without a gradient is none: frozen weights, or a loss that does not reach them.
-    (Without advantages there is no gradient either; `no_signal` says that.)"""
-    norms = history.columns.get("grad_norm/actor", [])[-10:]
-    if (
-        len(norms) < 10
-        or max(norms) > 0
-        or max(history.columns.get("advantage/std", [0.0])[-10:]) == 0
-    ):
-        return None
-    return (
-        "the actor had no gradient in ten updates, though advantages differ. Is everything frozen?"
-    )
-
-
-def entropy_collapse(history: History) -> str | None:
-    """A policy that is sure of everything explores no more. That is as it should be where it knows
-    the answers; where it says the same to different prompts, entropy was lost and not won."""
-    entropy, first = history.recent("policy/entropy"), history.first("policy/entropy")
-    common, before = history.recent("response/most_common"), history.first("response/most_common")
-    if entropy is None or first is None or common is None or before is None:
-        return None
-    if entropy > 0.2 * first or common < max(0.5, 2 * before):
-        return None
-    return (
-        f"entropy fell from {first:.2g} to {entropy:.2g} nats, and {common:.0%} of prompts get the "
-        f"same response. Raise "
-        "kl.coef, add entropy, or lower optim.lr."
-    )
-
-
-def duplicates(history: History) -> str | None:
-    """The same response to different prompts: the policy has found one that pays, whatever was
-    asked."""
-    now, first = history.recent("response/most_common"), history.first("response/most_common")
-    if now is None or first is None or now < 0.5 or now < 2 * first:
-        return None
-    return (
-        f"{now:.0%} of prompts get the same response, {first:.0%} did at first: the policy found "
-        "one that always pays. Read it."
-    )
-
-
-def length_drift(history: History) -> str | None:
-    """Reward models pay for length (Singhal et al. 2023, "A long way to go"); a policy that learns
-    that writes more and more, or less and less."""
-    now, first = history.recent("response/tokens"), history.first("response/tokens")
-    if now is None or first is None or 0.5 * first < now < 2 * first:
-        return None
-    return (
-        f"responses went from {first:.0f} to {now:.0f} tokens. If nobody asked for that, the "
-        f"reward pays for it: see the "
-        "correlation with length."
-    )
-
-
-def paid_for_length(history: History) -> str | None:
-    """The same, seen within a step: long answers score higher, or lower, whatever they say."""
-    r = history.recent("reward/length_correlation", 10)
-    if r is None or abs(r) < 0.8:
-        return None
-    return (
-        f"score and length have a correlation of {r:.2f} over ten steps: the reward is mostly a "
-        "measure of length."
-    )
-
-
-def repeats_itself(history: History) -> str | None:
-    """Degenerate text: the same words in circles, which a reward model may never have seen in
-    training (Stiennon et al. 2020 show such summaries)."""
-    now, first = history.recent("response/repetition"), history.first("response/repetition")
-    if now is None or first is None or now < max(0.25, 3 * first):
-        return None
-    return (
-        f"repetition within responses went from {first:.0%} to {now:.0%}. Read samples; raise "
-        "kl.coef."
-    )
-
-
-def hacked(history: History) -> str | None:
-    """The reward goes on rising while what it stands for falls: over-optimisation (Gao et al. 2023,
-    "Scaling laws for reward model overoptimization")."""
-    gold, reward = (
-        history.columns.get(name, [])[-HACKED_WITHIN:] for name in ("reward/gold", "reward")
-    )
-    if len(gold) < 2 * HACKED_MEAN or len(reward) != len(gold):
-        return None
-    means, rewards = moving_means(gold, HACKED_MEAN), moving_means(reward, HACKED_MEAN)
-    top = max(range(len(means)), key=means.__getitem__)
-    fallen, then, now = means[top] - means[-1], rewards[top], rewards[-1]
-    # The top of noise is the highest of many means, looked for at every step: eight standard
-    # errors.
-    noise = 8 * roughness(gold) / math.sqrt(HACKED_MEAN)
-    if fallen < max(0.15 * (means[top] - means[0]), noise, 0.05) or now <= then + noise:
-        return None
-    since = history.steps - len(gold) + top + HACKED_MEAN // 2
-    return (
-        f"reward rose from {then:.2f} to {now:.2f} since step {since}, gold reward fell from "
-        f"{means[top]:.2f} to "
-        f"{means[-1]:.2f}: the reward model is being fooled. Stop there, or raise kl.coef."
-    )
-
-
-def reward_falls(history: History) -> str | None:
-    """What is maximised should not fall. Where it does from the start, a sign is wrong, or
-    responses are paid for others'."""
-    now, first, spread = (
-        history.recent("reward"),
-        history.first("reward"),
-        history.first("reward/std"),
-    )
-    if now is None or first is None or spread is None or now > first - 0.5 * spread:
-        return None
-    return (
-        f"the reward fell from {first:.2f} to {now:.2f}, by more than half of its spread over "
-        f"responses. Is a sign wrong? Do "
-        "scores stand at the right responses? Or is optim.lr far too high?"
-    )
-
-
-def paid_for_others(history: History) -> str | None:
-    """Advantages follow what responses earned, less what was expected of them (Williams 1992).
-    Where they do not, rows were mixed up, as when a [B, 1] meets a [B]; where they go the other
-    way, a sign is wrong. A critic that knows nearly everything leaves advantages that are noise."""
-    r, known = (
-        history.recent("advantage/reward_correlation", 10),
-        history.recent("value/explained_variance") or 0.0,
-    )
-    if (
-        r is None
-        or r >= 0.1
-        or known > 0.9
-        or min(history.columns.get("advantage/std", [0.0])[-10:]) == 0
-    ):
-        return None
-    how = "the opposite of what" if r < -0.1 else "what others and not what"
-    return (
-        f"rewards and advantages have a correlation of {r:.2f} over ten steps: responses are paid "
-        f"{how} they earned. "
-        "Do rewards, values and advantages stand in the same rows, with the right sign?"
-    )
-
-
-def loses_held_out(history: History) -> str | None:
-    """Rewarded more and more for answers that are worse: the win rate on prompts that nobody trains
-    on falls while the reward rises (Stiennon et al. 2020, figure 5)."""
-    wins, reward = history.columns.get("policy/win_rate", []), history.columns.get("reward", [])
-    if len(wins) < 2 * WIN_RATES:
-        return None
-    top, now = history.best_wins, sum(wins[-WIN_RATES:]) / WIN_RATES
-    begin = int(history.best_place * len(reward) / len(wins))
-    then = reward[begin : begin + HACKED_MEAN]
-    last = reward[-HACKED_MEAN:]
-    if not then or top - now < 0.2 or sum(last) / len(last) <= sum(then) / len(then):
-        return None
-    return (
-        f"the win rate on held-out prompts fell from {top:.0%} to {now:.0%} while the reward rose: "
-        f"the answers get worse. Stop "
-        "there, or raise kl.coef."
-    )
-
-
-def forgets(history: History) -> str | None:
-    """What SFT taught is lost as the reward is gained: the alignment tax (Ouyang et al. 2022, who
-    mix pretraining texts in). Where held-out answers get better all the same, nobody misses it."""
-    seen, wins = (
-        history.columns.get("policy/sft_perplexity", []),
-        history.recent("policy/win_rate", WIN_RATES),
-    )
-    if wins is not None and wins > 0.55:
-        return None
-    if len(seen) < 2 or seen[-1] < FORGOTTEN * seen[0] or history.now("kl", 0.0) < 1:
-        return None
-    return (
-        f"perplexity on held-out demonstrations went from {seen[0]:.3g} to {seen[-1]:.3g}: the "
-        f"policy forgets what SFT taught. "
-        "Raise kl.coef, lower optim.lr, or mix demonstrations in (algorithm.ptx)."
-    )
-
-
-def reward_saturates(history: History) -> str | None:
-    """A reward model that gives all answers the same high score has nothing more to teach (its
-    sigmoid was trained on differences that are no longer there)."""
-    now, first = history.recent("reward/std"), history.first("reward/std")
-    if now is None or first is None or "reward/model" not in history.columns or now > 0.1 * first:
-        return None
-    return (
-        f"the spread of scores fell from {first:.2g} to {now:.2g}: the reward model no longer "
-        "tells answers apart."
-    )
-
-
-Rule = Callable[[History], str | None]
-
-RULES: dict[Rule, int] = {
-    sampler_disagrees: 1,
-    ratio_is_not_one: 1,
-    reference_differs: 1,
-    reference_moved: 1,
-    does_not_start_at_the_reference: 1,
-    not_sampled_as_trained: 3,
-    kl_is_negative: 1,
-    responses_do_not_end: 3,
-    no_signal: 3,
-    unscored: 3,
-    kl_above_target: 1,
-    critic_knows_nothing: 3,
-    value_loss_explodes: 1,
-    clipped_too_often: 1,
-    nothing_moves: 1,
-    entropy_collapse: 1,
-    duplicates: 1,
-    length_drift: 1,
-    paid_for_length: 1,
-    repeats_itself: 1,
-    hacked: 3,
-    loses_held_out: 1,
-    forgets: 1,
-    reward_falls: 3,
-    paid_for_others: 1,
-    reward_saturates: 3,
-}
-"""Each rule, and for how many steps in a row it must hold before it speaks."""
-INVARIANTS = frozenset(
-    rule.__name__
-    for rule in (
-        sampler_disagrees,
-        ratio_is_not_one,
-        reference_differs,
-        reference_moved,
-        does_not_start_at_the_reference,
-    )
-)
-"""What holds in every run that is what it says it is. A run in which one does not hold stops."""
+"""The steps of a stage that are examined; the rest is left out."""
 
 
 @dataclass(frozen=True)
 class Finding:
+    """What a rule found in a stage."""
+
     rule: str
     stage: str
     step: int
@@ -512,11 +30,12 @@ class Finding:
 
 @dataclass
 class Watch:
-    """Says each finding once per stage."""
+    """Applies the rules to the steps of one stage as they come."""
 
     kl_target: float | None = None
     filtered: bool = False
-    """Whether top-k or top-p is on: not what is trained, and that is known."""
+    """Whether top-k or top-p is on, so that the sampled distribution is known to differ from the
+    trained one."""
     rules: Mapping[Rule, int] = field(default_factory=lambda: RULES)
     """The rules, each with the number of steps in a row for which it must hold."""
     history: History = field(init=False)
@@ -526,7 +45,7 @@ class Watch:
         self.history = History(self.kl_target, self.filtered)
 
     def see(self, metrics: Mapping[str, float]) -> list[tuple[Rule, str]]:
-        """What is found at this step for the first time."""
+        """Add a step; return the rules that hold at it for the first time, and their sentences."""
         return [
             (rule, sentence)
             for rule, sentence, count in self.look(metrics)
@@ -534,7 +53,8 @@ class Watch:
         ]
 
     def look(self, metrics: Mapping[str, float]) -> list[tuple[Rule, str, int]]:
-        """What holds at this step, and for how many steps in a row it has."""
+        """Add a step; return the rules that hold at it, with their sentences and for how many steps
+        in a row they have held."""
         self.history.add(metrics)
         found = []
         for rule in self.rules:
@@ -546,13 +66,14 @@ class Watch:
 
 
 def unread(problems: Sequence[str]) -> list[Finding]:
-    """A finding, of no stage, for each thing in a run folder that could not be read."""
+    """Return a finding, of no stage, for each problem of reading a run folder."""
     why = "What cannot be read is left out; everything else is shown as the run wrote it."
     return [Finding("could_not_be_read", "", 0, sentence, why, 0) for sentence in problems]
 
 
 def examine(run: "Run") -> list[Finding]:
-    """All rules over all stages of a run, by the step at which each spoke first."""
+    """Apply all rules to all stages of a run. Return the findings, ordered by the step at which
+    they first held."""
     target = run.config.get("algorithm", {}).get("kl", {}).get("controller", {}).get("target")
     rollout = run.config.get("rollout", {})
     filtered = bool(rollout.get("top_k", 0)) or rollout.get("top_p", 1.0) < 1
@@ -591,8 +112,8 @@ def examine(run: "Run") -> list[Finding]:
 
 
 def _own(run: "Run") -> list[Finding]:
-    """Return what the rules of the user's own metrics said while the run went on. They are not
-    here to be asked again, but what they said is in the record."""
+    """Return the findings of the rules of the user's own metrics, from the record: the rules
+    themselves are code that a reader does not have."""
     own = {row.name: row.what for row in run.definitions}
     found: dict[tuple[str, str], Finding] = {}
     for warning in run.warnings:
@@ -604,16 +125,3 @@ def _own(run: "Run") -> list[Finding]:
         begin = step if first is None else first.step
         found[stage, name] = Finding(name, stage, begin, sentence, own[name], step)
     return list(found.values())
-
-
-def moving_means(values: Sequence[float], width: int) -> list[float]:
-    """Of each `width` neighbours."""
-    sums = [0.0, *accumulate(values)]
-    return [(after - before) / width for before, after in zip(sums, sums[width:], strict=False)]
-
-
-def roughness(values: Sequence[float]) -> float:
-    """The deviation of single values from their course: that of neighbours' differences, over
-    √2."""
-    steps = [b - a for a, b in pairwise(values)]
-    return math.sqrt(sum(d * d for d in steps) / max(len(steps), 1) / 2)

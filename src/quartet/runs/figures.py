@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quartet.runs.definitions import Definition, definition
-from quartet.runs.doctor import roughness
+from quartet.runs.rules import roughness
 
 if TYPE_CHECKING:
     from quartet.runs.reader import Run, Series

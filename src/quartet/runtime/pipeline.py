@@ -21,7 +21,8 @@ from quartet.recording.run_folder import RunFolder
 from quartet.recording.step_recorder import InvariantBroken, StepRecorder
 from quartet.recording.tokens import TokenTexts
 from quartet.recording.trackers import Tracking
-from quartet.runs.doctor import RULES, Watch
+from quartet.runs.doctor import Watch
+from quartet.runs.rules import RULES
 from quartet.runtime.events import Advanced, Event, Finished, StageFailed, Started, Warned
 from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.machine import return_freed_memory
