@@ -25,8 +25,8 @@ def main(steps: int = 40, **settings):
         **(SIZES | settings),
     )
     for step in run:
-        if run.stage == "ppo" and step.number % 10 == 0:
-            best = max(step.rollouts, key=lambda rollout: rollout.score)
+        if isinstance(step, quartet.Step) and step.number % 10 == 0:
+            best = max(step.rollouts, key=lambda rollout: rollout.score or 0.0)
             print(f"{step.number:3}  reward {step.metrics['reward']:5.2f}  {best.response}")
     print(run.summaries["evaluation"]["win_rate"], run.report)
     return run

@@ -10,21 +10,20 @@ SIZE = {"create": {"hidden_size": 64, "num_layers": 2, "num_heads": 4}}
 
 def main(steps: int = 150, **settings):
     world = {"data": {"world": "reviews"}, **settings}
-    start = quartet.train("sft", policy=SIZE, steps=steps, **{"sft.lr": 2e-3}, **world).finish()
+    start = quartet.train("sft", policy=SIZE, steps=steps, **{"sft.lr": 2e-3, **world}).finish()
     policy = start.folder / "sft"
     judge = quartet.train(
-        "reward_model", policy=policy, steps=steps, **{"reward_model.lr": 1e-3}, **world
+        "reward_model", policy=policy, steps=steps, **{"reward_model.lr": 1e-3, **world}
     ).finish()
     dpo = quartet.train(
-        "dpo", policy=policy, steps=steps, **{"preference.lr": 3e-4}, **world
+        "dpo", policy=policy, steps=steps, **{"preference.lr": 3e-4, **world}
     ).finish()
     result = quartet.evaluate(
         dpo.folder / "policy",
         policy,
         reward=judge.folder / "reward_model",
         num_prompts=200,
-        **{"rollout.max_new_tokens": 24},
-        **world,
+        **{"rollout.max_new_tokens": 24, **world},
     )
     before, after = (result.summaries["evaluation"][side] for side in ("before", "after"))
     print(f"score of the reward model: {before['reward']:.2f} → {after['reward']:.2f}")

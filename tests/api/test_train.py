@@ -45,7 +45,8 @@ def test_it_makes_the_same_run_as_the_command_line(tmp_path):
 
 def test_steps_come_one_by_one_with_their_rollouts_and_the_rest_follows(tmp_path, capsys):
     run = tiny(tmp_path, steps=3)
-    assert run.folder is None
+    with pytest.raises(quartet.QuartetError, match="has not begun"):
+        _ = run.folder
     for step in run:
         if run.stage == "grpo":
             assert step.number == 1
@@ -150,6 +151,14 @@ def test_the_stages_before_rl_and_an_evaluation_of_two_folders(tmp_path):
     assert summary["before"]["reward"] == pytest.approx(summary["after"]["reward"], abs=4)
 
 
+class Broken(quartet.Advantage):
+    type = "broken_on_purpose"
+    way: str = "shape"
+
+    def __call__(self, token_rewards, batch):
+        return {"shape": (token_rewards.sum(1), None), "pair": token_rewards}[self.way]
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -165,6 +174,10 @@ def test_the_stages_before_rl_and_an_evaluation_of_two_folders(tmp_path):
         (lambda: quartet.train("ppo", prompts=[]), "data.train: is empty"),
         (lambda: quartet.train("sums", reward=short, launch={"processes": 2}), "launch: several"),
         (lambda: quartet.train("sums", reward=3), "a int is no reward"),
+        (lambda: quartet.train("sums", launch={"type": "torchrun"}), "launch.type = .torchrun."),
+        (lambda: quartet.train("sums", reward=[(0.5, short)]), "a pair is .reward, weight."),
+        (lambda: quartet.train("sums", reward="exac"), "Did you mean exact?"),
+        (lambda: quartet.train("sums", algorithm={"advantage": Broken}), "Broken: is a class"),
         (lambda: quartet.train("evaluation", data={"world": "sums"}), "evaluation compares"),
         (lambda: quartet.train(resume="nowhere"), "nowhere"),
     ],
@@ -186,14 +199,6 @@ def test_a_failing_function_stops_the_run_with_its_own_error_as_the_cause(tmp_pa
     assert run.record.status == "failed"
 
 
-class Broken(quartet.Advantage):
-    type = "broken_on_purpose"
-    way: str = "shape"
-
-    def __call__(self, token_rewards, batch):
-        return {"shape": (token_rewards.sum(1), None), "pair": token_rewards}[self.way]
-
-
 @pytest.mark.parametrize(
     ("way", "sentence"),
     [
@@ -208,8 +213,9 @@ def test_a_mistake_in_an_own_part_is_named(way, sentence, tmp_path):
         run.finish(progress=False)
 
 
-def test_a_run_that_is_open_in_this_process_is_taken_over(tmp_path, capsys):
-    run = tiny(tmp_path, steps=3, reward=short)
+def test_a_run_that_is_open_in_this_process_is_taken_over(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tiny("runs", steps=3, reward=short)
     held = iter(run)
     assert any(run.stage == "grpo" and step.number == 1 for step in held)  # left at this step
     other = quartet.train(resume=run.folder, reward=lambda responses, **_: [0.0] * len(responses))

@@ -1,6 +1,7 @@
 """A run in Python: iterate over its steps, or finish it; read its folder; resume it."""
 
 import atexit
+import dataclasses
 import html
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -48,7 +49,6 @@ class TrainingRun:
     ...     print(step.number, step.metrics["reward"])
 
     Attributes:
-        folder: the run folder; None before the first step is asked for.
         stage: the name of the stage that is running, "ppo" for example.
         summaries: what each finished stage said at its end, by stage.
         warnings: sentences of the doctor and about memory.
@@ -66,6 +66,11 @@ class TrainingRun:
         """`objects` are the rewards that were given as objects, by name; `path` is the folder of a
         run that is to be resumed."""
         launch = settings.config.launch
+        if launch.type == "torchrun":
+            raise ConfigError(
+                'launch.type = "torchrun": torchrun starts the command line, not a program. Put '
+                "the settings into a file: torchrun … -m quartet run FILE.toml."
+            )
         if objects and (launch.processes > 1 or launch.type != "local"):
             raise ConfigError(
                 "launch: several processes cannot share a reward that was given as a Python "
@@ -74,13 +79,16 @@ class TrainingRun:
         self.settings, self.objects, self.accept = settings, dict(objects), tuple(accept)
         with no_progress_bars():
             self.job = job_of(settings.config, None, self.objects)
-        self.folder = path
+        self._folder = path
         self.stage: str | None = None
         self.summaries: dict[str, Mapping[str, Any]] = {}
         self.warnings: list[str] = []
         self.notes = list(notes)
         self.finished = False
         self._steps: Generator[Progress, None, None] | None = None
+        self._started: Started | None = None
+        """The stage that is running, with the number of its finished steps."""
+        self._screen: Any = None
 
     @classmethod
     def resumed(
@@ -106,7 +114,7 @@ class TrainingRun:
         objects = dict(zip(names, changes.objects.values(), strict=False))
         words = [f"{key}={toml_value(value)}" for key, value in _leaves(changes.table)]
         if words:
-            request = run_to_resume(str(path), words)
+            request = run_to_resume(str(request.path), words)
         return cls(request.settings, objects, request.path, accept, request.notes)
 
     def __iter__(self) -> Iterator[Progress]:
@@ -120,9 +128,10 @@ class TrainingRun:
         """Carry out all steps that are left, and return the run. `progress` prints a line every few
         seconds."""
         if not self.finished:
-            if self._steps is not None and progress:  # a run that is shown begins to be shown anew
-                self.close()
-            for _ in self._steps or self._advance(progress):
+            self._screen = _screen() if progress else None
+            if self._screen is not None and self._started is not None:  # shown from here on
+                self._screen.show(self._started)
+            for _ in self:
                 pass
         return self
 
@@ -131,20 +140,19 @@ class TrainingRun:
         if self._steps is not None:
             self._steps.close()
 
-    def _advance(self, progress: bool = False) -> Generator[Progress, None, None]:
+    def _advance(self) -> Generator[Progress, None, None]:
         """Carry out the run, or resume it; yield its steps."""
         execution = self._execution()
         if execution is None:
             self.finished = True
             return
-        self.folder = execution.folder.path
-        screen = _screen() if progress else None
+        self._folder = execution.folder.path
         interruption = Interruption(self.settings.config.run.max_minutes)
-        config, folder = self.settings.config, self.folder
+        config, folder = self.settings.config, self._folder
         open_group = lambda job, path: open_workers(config, job, path, None)  # noqa: E731
         events = execution.events(open_group, interruption)
         atexit.register(events.close)  # a run that the program leaves is saved, too
-        _OPEN[folder] = events
+        _OPEN[folder.resolve()] = events
         try:
             with logging_to(folder / "run.log"):
                 while True:
@@ -152,9 +160,7 @@ class TrainingRun:
                         event = next(events, None)
                     if event is None:
                         break
-                    self._see(event, quiet=screen is not None)
-                    if screen is not None and isinstance(event, Event):
-                        screen.show(event)
+                    self._see(event)
                     if isinstance(event, Advanced):
                         yield event.progress
         except Interrupted as reason:
@@ -163,51 +169,56 @@ class TrainingRun:
                 f'quartet.train(resume="{folder}").'
             ) from None
         finally:
-            self._steps = None
+            self._steps = self._started = None
             events.close()
             atexit.unregister(events.close)
-            if _OPEN.get(folder) is events:  # another object may have taken the run over
-                del _OPEN[folder]
-            if screen is not None:
-                screen.close()
+            if _OPEN.get(folder.resolve()) is events:  # another object may have taken the run over
+                del _OPEN[folder.resolve()]
+            if self._screen is not None:
+                self._screen.close()
+            self._screen = None
         self.finished, self.stage = True, None
         write_report(folder)
 
     def _execution(self) -> Execution | None:
         """Begin the run, or resume it where it has a folder already. None if it is done."""
-        if self.folder is None:
+        if self._folder is None:
             return begin(self.settings, self.job)
-        if self.folder in _OPEN:  # by another object, whose loop was left in the middle
-            _OPEN[self.folder].close()
-        folder = open_folder(self.folder)
+        if (path := self._folder.resolve()) in _OPEN:  # by another object, left in the middle
+            _OPEN[path].close()
+        folder = open_folder(self._folder)
         try:
             return resume(folder, self.settings, self.job, None, self.accept)
         except AlreadyDone:
             return None
 
-    def _see(self, event: Any, quiet: bool) -> None:
-        """Keep what an event says. Warnings go to standard error, too, if nothing else shows
-        them."""
+    def _see(self, event: Any) -> None:
+        """Keep what an event says, and show it where there is a screen. Without one, warnings go
+        to standard error."""
         if isinstance(event, Started):
-            self.stage = event.stage.name
+            self.stage, self._started = event.stage.name, event
+        elif isinstance(event, Advanced) and self._started is not None:
+            self._started = dataclasses.replace(self._started, done=event.progress.number)
         elif isinstance(event, Finished):
             self.summaries[event.stage.name] = event.summary
         elif isinstance(event, Warned):
             self.warnings.append(f"{event.stage.title}, step {event.step}: {event.sentence}")
-            if not quiet:
+            if self._screen is None:
                 print(f"▲ {self.warnings[-1]}", file=sys.stderr)
         elif isinstance(event, Noted):
             self.notes.append(event.sentence)
+        if self._screen is not None and isinstance(event, Event):
+            self._screen.show(event)
 
     @property
     def record(self) -> Run:
         """The run folder, read: `metrics`, `rollouts(step)`, `figure(name)`."""
-        return Run(self._begun())
+        return Run(self.folder)
 
     @property
     def report(self) -> Path | None:
         """The report, one HTML file; None before the run is finished."""
-        path = None if self.folder is None else self.folder / "report.html"
+        path = None if self._folder is None else self._folder / "report.html"
         return path if path is not None and path.is_file() else None
 
     @property
@@ -232,7 +243,7 @@ class TrainingRun:
             return ScalarModel.load(self._result("reward_model"), self.job.device)
 
     def _result(self, *names: str) -> Path:
-        folder = self._begun()
+        folder = self.folder
         for name in names:
             if (folder / name).is_dir():
                 return folder / name
@@ -243,22 +254,24 @@ class TrainingRun:
             )
         raise QuartetError(f"{folder}: has no {names[0]} yet. Call run.finish() first.")
 
-    def _begun(self) -> Path:
-        if self.folder is None:
+    @property
+    def folder(self) -> Path:
+        """The run folder. Raises `QuartetError` before the first step is asked for."""
+        if self._folder is None:
             raise QuartetError("the run has not begun: iterate over it, or call run.finish().")
-        return self.folder
+        return self._folder
 
     def __repr__(self) -> str:
         recipe = " → ".join(self.settings.config.recipe)
-        if self.folder is None:
+        if self._folder is None:
             return f"<quartet run {recipe}, not begun>"
         state = "done" if self.finished else "not finished"
-        return f"<quartet run {recipe}, {state}, {self.folder}>"
+        return f"<quartet run {recipe}, {state}, {self._folder}>"
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the state of the run and its main figure."""
         text = f"<code>{html.escape(repr(self))}</code>"
-        if self.folder is None:
+        if self._folder is None:
             return text
         from quartet.api.notebook import figures
 
