@@ -94,9 +94,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     for step in parts:
         if parts.stage == "grpo" and step.number == 2:
             break
-    parts._steps.close()
+    parts.close()
     resumed = quartet.train(resume=parts.folder, reward=short, accept=["run.checkpoint_every"])
-    resumed.finish(progress=False)
+    assert [step.number for step in resumed] == [3, 4, 1, 2]  # GRPO goes on; then the evaluation
     assert recorded(resumed.folder, "grpo") == recorded(whole.folder, "grpo")
 
 

@@ -45,7 +45,7 @@ from quartet.models.language_model import save
 from quartet.recording.run_folder import RunFolder
 from quartet.runtime import pipeline
 from quartet.runtime.pipeline import Pipeline
-from quartet.training import checkpoint
+from quartet.training import checkpoint, checkpoints, state_tree
 from quartet.training.checkpoints import Checkpoints
 from tests.support.fake_server import Engine, free_port, make_app
 from tests.support.tiny_run import SMALL, SMALL_REVIEWS
@@ -400,7 +400,7 @@ class Shim:
         self.at, self.how, self.count = at, how, 0
         for name in ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir"):
             setattr(os, name, self.watched(getattr(os, name)))
-        for module, name in ((checkpoint, "write"), (files, "write"), (checkpoint, "save_file")):
+        for module, name in ((checkpoint, "write"), (files, "write"), (state_tree, "save_file")):
             setattr(module, name, self.torn(getattr(module, name), 1 if name == "save_file" else 0))
 
     def watched(self, change: Callable) -> Callable:
@@ -455,6 +455,8 @@ def mutations() -> dict[str, object]:
                     sys.exit(28 if error.errno == errno.ENOSPC else 1)
 
             code = ended(forked(fourth))
+            if code not in {0, 28, -signal.SIGKILL}:
+                raise RuntimeError(f"the writing of a checkpoint ended with {code}")
             again = Checkpoints(root, {"ppo": 0})
             _, newest = next(again.usable(lambda _: None))
             state = newest.state() if not isinstance(newest, str) else {"n": newest}
@@ -519,7 +521,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "before a checkpoint has its name": lambda: kill_before(
         checkpoint, "move", _called("grpo-000002.tmp")
     ),
-    "before an older checkpoint goes": lambda: kill_before(checkpoint, "remove_folder", nth=2),
+    "before an older checkpoint goes": lambda: kill_before(checkpoints, "remove_folder", nth=2),
     "while an older checkpoint goes": lambda: kill_before(shutil, "rmtree", _called(".gone")),
     "between a checkpoint and its event": lambda: kill_before(
         Checkpoints, "write", _of_step("grpo", 2), after=True
@@ -531,7 +533,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
         Path, "replace", _called("rollouts/000002.tmp")
     ),
     "while probes are written": lambda: kill_before(Path, "replace", _called("probes/000002.tmp")),
-    "before a stage is finished": lambda: kill_before(Pipeline, "_left"),
+    "before a stage is finished": lambda: kill_before(Pipeline, "_result_fingerprints"),
     "while an evaluation is written": lambda: kill_before(
         files, "replace", _called("answers.jsonl")
     ),
