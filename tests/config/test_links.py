@@ -105,6 +105,8 @@ def test_every_key_that_names_a_path_is_known():
             if any(t is str for t in _leaves(hint)):
                 found.add(prefix + name)
             for part in _parts_in(hint):
+                if not part.__module__.startswith("quartet."):
+                    continue  # a part that another test has registered
                 look(part, f"{prefix}{name}." + ("*." if name == "reward" else ""))
 
     look(Config, "")

@@ -35,11 +35,11 @@ def ranks(folder, world, kind):
 @pytest.mark.parametrize(
     ("kind", "world"),
     [
-        ("plain", 4),
+        ("plain", 2),
         ("sharded", 2),
         ("rows", 4),
         ("resting", 2),
-        pytest.param("plain", 2, marks=pytest.mark.slow),
+        pytest.param("plain", 4, marks=pytest.mark.slow),
         pytest.param("sharded", 1, marks=pytest.mark.slow),
         pytest.param("sharded", 4, marks=pytest.mark.slow),
     ],

@@ -1,5 +1,6 @@
 """Threads that hold nobody: calls at once and in the background, abandoned where their owner is interrupted."""
 
+import ctypes
 import subprocess
 import sys
 import threading
@@ -96,6 +97,31 @@ def test_a_thread_that_is_abandoned_ends_in_the_middle_of_its_call(waiting):
     background.abandon(ALLOWED)
     assert ends and time.monotonic() - began < ALLOWED
     background.abandon(ALLOWED)  # a second time does no harm
+
+
+def test_a_thread_that_missed_it_is_told_again(monkeypatch):
+    """Python 3.11 may give the exception to a thread that the abandoned one has just started."""
+    real, calls = ctypes.pythonapi.PyThreadState_SetAsyncExc, []
+
+    def lost_once(ident, error):
+        calls.append(ident)
+        return real(ident, error) if len(calls) > 1 else 1
+
+    class Python:
+        PyThreadState_SetAsyncExc = staticmethod(lost_once)
+
+    monkeypatch.setattr(ctypes, "pythonapi", Python)
+    background, begun = BackgroundThread("test"), threading.Event()
+
+    def call():
+        begun.set()
+        while True:
+            time.sleep(0.01)
+
+    background.start(call)
+    begun.wait()
+    background.abandon(ALLOWED)
+    assert len(calls) == 2 and not background._thread.is_alive()
 
 
 def test_the_interpreter_ends_as_it_was_told_though_torch_was_at_work_in_the_background():

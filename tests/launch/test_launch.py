@@ -277,7 +277,7 @@ def test_how_to_start_it_on_several_nodes_is_said(tmp_path):
         ),
         (
             ["launch.type=torchrun"],
-            'launch.type = "torchrun": RANK is not set, so torchrun or srun did not start this.',
+            'launch.type = "torchrun": RANK is not set, so torchrun or srun did not start this process.',
         ),
     ):
         code, refused = done(tmp_path, "run", "reviews", *words)
@@ -403,6 +403,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, alone, before, aft
     assert_alike(metrics(tmp_path, "x"), alone, 2e-5)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(tmp_path):
     aside = tmp_path / "aside"
     aside.mkdir()

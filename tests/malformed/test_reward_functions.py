@@ -57,17 +57,16 @@ RETURNS = {
     "a decimal NaN": ("from decimal import Decimal; return [Decimal('nan')] * 3", NOTHING),
     "NaN for a token": ("return [[float('nan')] * n for n in (1, 2, 3)]", NOTHING),
     "None for all": ("return [None] * 3", NOTHING),
-    "10 to the 400": ("return [10 ** 400] * 3", "failed: OverflowError: int too large to convert to float."),
+    "10 to the 400": ("return [10 ** 400] * 3", NOTHING),
     "an error": ("raise ValueError('bad thing')", "mine.py:f failed: ValueError: bad thing (mine.py, line 2). The traceback is in run.log."),
     "itself again": ("return f(responses)", "failed: RecursionError: maximum recursion depth exceeded"),
     "an exit": ("raise SystemExit(0)", "failed: SystemExit: 0 (mine.py, line 2)."),
     "a silent exit": ("import os; os._exit(0)", "mine.py:f: its process ended by itself (exit code 0). What it said is in run.log."),
     "a signal": ("import os; os.kill(os.getpid(), 9)", "mine.py:f: its process ended by itself (exit code -9)."),
-    "an object that is no number": ("class X:\n        def __float__(self): raise RuntimeError('no')\n    return [X()] * 3", "failed: RuntimeError: no (mine.py, line 3)."),
+    "an object that is no number": ("class X:\n        def __float__(self): raise RuntimeError('no')\n    return [X()] * 3", "failed: TypeError: returned a X for response 0, not a number, None or a list of numbers."),
     "never": ("import time; time.sleep(60)", LATE),
     "never, and busy": ("while True: pass", LATE),
     "without end": ("while True: yield 1.0", LATE),
-    "what it reads": ("import sys; sys.stdin.read(); return [1.0] * 3", LATE),
 }  # fmt: skip
 
 

@@ -147,6 +147,7 @@ def test_twenty_runs_of_which_a_server_is_killed_at_random_instants(kind):
     assert found["wrong"] == [] and found["kills"] >= 20
 
 
+@pytest.mark.slow
 def test_a_run_whose_servers_are_killed_is_the_run_whose_servers_lived():
     found = killing("servers", "sglang", "1", "0")
     assert found["wrong"] == [] and found["kills"] >= 1

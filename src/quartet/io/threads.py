@@ -10,12 +10,15 @@ import contextlib
 import ctypes
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+RETRY_SECONDS = 1.0
+"""How long a thread may take to end before it is told again."""
 WAKE_SECONDS = 0.2
 """How often a thread that waits looks whether it was abandoned itself."""
 
@@ -103,10 +106,13 @@ class BackgroundThread:
         the process.
         """
         self._calls.put(None)
-        if self._thread.is_alive() and self._thread.ident is not None:
-            ident = ctypes.c_ulong(self._thread.ident)
+        deadline = time.monotonic() + seconds
+        while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+            # Once may not be enough: until a thread that ours has just started runs, Python 3.11
+            # knows it by our identity, too, and the exception may go there.
+            ident = ctypes.c_ulong(self._thread.ident or 0)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Abandoned))
-            self._thread.join(seconds)
+            self._thread.join(min(left, RETRY_SECONDS))
 
     def _work(self) -> None:
         with contextlib.suppress(Abandoned):
