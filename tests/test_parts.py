@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
 import quartet
 from quartet.algorithms.kl import NoKL
 from quartet.algorithms.policy_loss import Clip
+from quartet.cli import app
 from quartet.config.toml import ConfigError, read_settings
 from quartet.recipes import recipe_path
 from quartet.runs.reader import Run
@@ -138,3 +140,23 @@ def test_the_public_names_are_those_of_the_docs_and_each_is_there():
     assert quartet.PolicyLoss.members["clip"] is Clip
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = quartet.nonsense
+
+
+def test_the_parts_of_a_file_are_listed_with_their_settings(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import quartet\n\n\nclass Half(quartet.PolicyLoss):\n"
+        '    scale: float = quartet.Field(default=0.5, description="What it multiplies.")\n\n'
+        "    def __call__(self, tokens):\n        return -self.scale * tokens.advantages\n"
+    )
+    result = CliRunner().invoke(app, ["algorithms", str(file)])
+    assert result.exit_code == 0, result.output
+    assert f'PolicyLoss: type = "{file}:Half"' in result.output
+    assert "scale (default 0.5)  What it multiplies." in result.output
+    file = tmp_path / "none.py"
+    for text, sentence in (("", "defines no part"), ("1 / 0", "failed when it was imported")):
+        file.write_text(text)
+        refused = CliRunner().invoke(app, ["algorithms", str(file)])
+        assert refused.exit_code == 2 and sentence in refused.output
+        file = tmp_path / "broken.py"
+    assert "no such file" in CliRunner().invoke(app, ["algorithms", "nowhere.py"]).output

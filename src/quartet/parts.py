@@ -166,10 +166,28 @@ def load_reference(reference: str) -> Any:
     module or name, or where it fails when it is run.
     """
     place, _, name = reference.rpartition(":")
+    module = _loaded(place)
+    if not hasattr(module, name):
+        raise PydanticCustomError("part_reference", f"{place}: has no {name}")
+    return getattr(module, name)
+
+
+def parts_in(file: str) -> list[tuple[str, Any]]:
+    """Return the parts that a file defines, each with the name of its family. The file is run, as
+    an import runs it. Raises as `load_reference` does."""
+    module = _loaded(file)
+    return [
+        (family.__name__, member)
+        for family in Family.__subclasses__()
+        for member in family.members.values()
+        if member.__module__ == module.__name__
+    ]
+
+
+def _loaded(place: str) -> Any:
+    """Import a file or a module. Raises `PydanticCustomError` if that is not possible."""
     try:
-        module = (
-            _module_of(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        )
+        return _module_of(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except FileNotFoundError:
         raise PydanticCustomError("part_reference", f"{place}: no such file") from None
     except ImportError as error:
@@ -180,9 +198,6 @@ def load_reference(reference: str) -> Any:
         raise PydanticCustomError(
             "part_reference", f"{place}: failed when it was imported: {error!r}"
         ) from error
-    if not hasattr(module, name):
-        raise PydanticCustomError("part_reference", f"{place}: has no {name}")
-    return getattr(module, name)
 
 
 def _module_of(path: Path) -> Any:
@@ -206,4 +221,4 @@ def _module_of(path: Path) -> Any:
     return module
 
 
-__all__ = ["Family", "Field", "OrInf", "load_reference", "own_reference", "part"]
+__all__ = ["Family", "Field", "OrInf", "load_reference", "own_reference", "part", "parts_in"]

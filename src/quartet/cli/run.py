@@ -182,14 +182,22 @@ def init(
 def algorithms(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[PRESET]", help="Print this preset as the TOML that recreates it."),
+        typer.Argument(
+            metavar="[PRESET or FILE.py]",
+            help="Print this preset as the TOML that recreates it, or the parts that a file of "
+            "yours defines. The file is run.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
     """List the presets of algorithms with their parts.
 
-    With a name, print that preset as TOML, to be changed and put into a run's file.
+    With a name, print that preset as TOML, to be changed and put into a run's file. With a file,
+    list the parts that it defines.
     """
+    if name is not None and name.endswith(".py"):
+        _print_own_parts(name)
+        return
     from quartet.algorithms.preference import PREFERENCES
     from quartet.algorithms.presets import ALGORITHMS
     from quartet.config.tables import without_none
@@ -211,6 +219,26 @@ def algorithms(
         console.print(preset_toml(presets[name]), soft_wrap=True, end="")
     else:
         _print_presets()
+
+
+def _print_own_parts(file: str) -> None:
+    """Print the parts that a user's file defines, with their settings."""
+    from quartet.parts import parts_in
+
+    try:
+        parts = parts_in(file)
+    except ValueError as error:
+        refuse(f"{error}.")
+    if not parts:
+        refuse(f"{file}: defines no part. A part is a subclass of quartet.PolicyLoss or the like.")
+    for family, part in parts:
+        fields = part.__pydantic_fields__
+        console.print(f'{family}: type = "{fields["type"].default}"', soft_wrap=True)
+        for name, field in fields.items():
+            if name != "type":
+                default = "needed" if field.is_required() else f"default {field.default}"
+                sentence = f"  {field.description}" if field.description else ""
+                console.print(f"    {name} ({default}){sentence}", soft_wrap=True)
 
 
 def _print_plan(settings: "Settings", as_json: bool) -> None:
