@@ -99,6 +99,24 @@ def test_a_thread_that_is_abandoned_ends_in_the_middle_of_its_call(waiting):
     background.abandon(ALLOWED)  # a second time does no harm
 
 
+def test_a_thread_is_abandoned_while_it_starts_others():
+    """One in six of these never ended when the exception went to the thread that was being started."""
+    for _ in range(40):
+        background, begun, ends = BackgroundThread("test"), threading.Event(), []
+
+        def call(begun=begun, ends=ends):
+            try:
+                begun.set()
+                map_concurrently(lambda _: time.sleep(3), [1, 2], 2)
+            finally:
+                ends.append("ended")
+
+        background.start(call)
+        begun.wait()
+        background.abandon(ALLOWED)
+        assert ends
+
+
 def test_a_thread_that_missed_it_is_told_again(monkeypatch):
     """Python 3.11 may give the exception to a thread that the abandoned one has just started."""
     real, calls = ctypes.pythonapi.PyThreadState_SetAsyncExc, []

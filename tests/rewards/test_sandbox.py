@@ -42,9 +42,9 @@ PROJECT = Path(__file__).parents[2]
 USER = 12345
 
 
-def as_ordinary_user(*command: str, namespaces: bool = True) -> list[str]:
-    """Return a command, for root to call, that runs `command` as an ordinary user who can read the interpreter wherever it
-    lies; without `namespaces`, on a machine that gives ordinary users no user namespaces."""
+def as_ordinary_user(*arguments: str, namespaces: bool = True) -> list[str]:
+    """Return a command, for root to call, that runs Python with `arguments` as an ordinary user who can read the interpreter
+    and its packages wherever they lie; without `namespaces`, on a machine that gives ordinary users no user namespaces."""
     prefix = Path(sys.base_prefix).resolve()
     home = Path("/", *prefix.parts[1:2])
     view = (
@@ -56,6 +56,9 @@ def as_ordinary_user(*command: str, namespaces: bool = True) -> list[str]:
         for folder in [*prefix.parents][-3::-1]:
             view += ["--perms", "0755", "--dir", str(folder)]
         view += ["--ro-bind", str(prefix), str(prefix)]
+    # The environment may lie in a folder that only root can open, like one of `mktemp -d`.
+    view += ["--ro-bind", sys.prefix, "/mnt"]
+    python = str(Path("/mnt", Path(sys.executable).relative_to(sys.prefix)))
     assert BWRAP is not None
     if namespaces:
         user = [
@@ -78,7 +81,7 @@ def as_ordinary_user(*command: str, namespaces: bool = True) -> list[str]:
             "ALL",
             "--",
         ]
-    return [BWRAP, *view, "--chdir", str(PROJECT), *user, *command]
+    return [BWRAP, *view, "--chdir", str(PROJECT), *user, python, *arguments]
 
 
 def contained(command: list[str], kind: str, user: int) -> None:
@@ -103,7 +106,7 @@ def test_hostile_programs_are_contained(kind):
 @needs_root
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_programs_of_an_ordinary_user_are_contained(kind):
-    contained(as_ordinary_user(sys.executable, "-m", "tests.rewards.sandbox_probes"), kind, USER)
+    contained(as_ordinary_user("-m", "tests.rewards.sandbox_probes"), kind, USER)
 
 
 @needs_bwrap
@@ -286,10 +289,11 @@ def test_without_bubblewrap_or_on_another_machine_no_program_is_run(monkeypatch,
         seccomp_filter("riscv64")
 
 
-def refusal(command: list[str]) -> str:
+def refusal(python: list[str]) -> str:
+    """Return what Python, called by `python`, says about making a sandbox."""
     code = "from quartet.rewards.sandbox import Sandbox\ntry: Sandbox(); print('runs')\nexcept Exception as e: print(e)"
     done = subprocess.run(
-        [*command, sys.executable, "-c", code],
+        [*python, "-c", code],
         capture_output=True,
         text=True,
         check=False,
@@ -301,7 +305,7 @@ def refusal(command: list[str]) -> str:
 @needs_root
 @pytest.mark.parametrize("right", ["sys_admin", "setuid", "setgid"])
 def test_root_without_the_rights_to_contain_programs_is_refused(right):
-    said = refusal(["setpriv", f"--bounding-set=-{right}", f"--inh-caps=-{right}"])
+    said = refusal(["setpriv", f"--bounding-set=-{right}", f"--inh-caps=-{right}", sys.executable])
     assert (
         "cannot isolate programs here" in said
         and "As root it needs CAP_SYS_ADMIN, CAP_SETUID and CAP_SETGID." in said

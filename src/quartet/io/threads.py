@@ -21,6 +21,10 @@ RETRY_SECONDS = 1.0
 """How long a thread may take to end before it is told again."""
 WAKE_SECONDS = 0.2
 """How often a thread that waits looks whether it was abandoned itself."""
+_STARTING = threading.Lock()
+"""Held while a thread is started. Until the new thread runs, Python 3.11 knows it by the identity
+of the one that started it, and an exception raised in that one by its identity ends the new thread
+before it has begun: then the starting thread would wait for it forever."""
 
 
 def map_concurrently(function: Callable[[T], R], items: Sequence[T], workers: int) -> list[R]:
@@ -47,7 +51,7 @@ def map_concurrently(function: Callable[[T], R], items: Sequence[T], workers: in
                 outcomes.put((index, None, error))
 
     for _ in range(min(workers, len(items))):
-        threading.Thread(target=work, daemon=True).start()
+        _start(threading.Thread(target=work, daemon=True))
     results: dict[int, R] = {}
     try:
         while len(results) < len(items):
@@ -61,6 +65,11 @@ def map_concurrently(function: Callable[[T], R], items: Sequence[T], workers: in
     finally:
         abandoned.set()
     return [results[index] for index in range(len(items))]
+
+
+def _start(thread: threading.Thread) -> None:
+    with _STARTING:
+        thread.start()
 
 
 def result_of(future: "Future[R]") -> R:
@@ -84,7 +93,7 @@ class BackgroundThread:
             queue.SimpleQueue()
         )
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+        _start(self._thread)
 
     def start(self, function: Callable[[], R]) -> "Future[R]":
         """Make a call after those that were started before."""
@@ -108,10 +117,11 @@ class BackgroundThread:
         self._calls.put(None)
         deadline = time.monotonic() + seconds
         while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
-            # Once may not be enough: until a thread that ours has just started runs, Python 3.11
-            # knows it by our identity, too, and the exception may go there.
+            # Once may not be enough: a thread that other code has just started may get it.
             ident = ctypes.c_ulong(self._thread.ident or 0)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Abandoned))
+            if _STARTING.acquire(timeout=left):
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Abandoned))
+                _STARTING.release()
             self._thread.join(min(left, RETRY_SECONDS))
 
     def _work(self) -> None:
