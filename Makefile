@@ -1,4 +1,4 @@
-.PHONY: quickstart test test-long check format install bench bench-learning
+.PHONY: quickstart test test-slow test-long check format install bench bench-learning
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,8 +18,11 @@ quickstart: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
+test-slow: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "slow and not long"
+
 test-long: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m long
 
 check: install
 	$(BIN)/ruff format --check .

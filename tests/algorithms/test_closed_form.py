@@ -36,7 +36,7 @@ minutes, is in the long suite."""
 
 
 def each(names, often=IN_EVERY_RUN):
-    return [pytest.param(name, marks=[] if name in often else pytest.mark.slow) for name in names]
+    return [pytest.param(name, marks=[] if name in often else pytest.mark.long) for name in names]
 
 
 def test_the_optimum_is_one():

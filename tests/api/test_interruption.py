@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 import quartet
 
 PROGRAM = """
@@ -40,6 +42,7 @@ def short(responses, **_):
     return [-float(len(response)) for response in responses]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_step_and_the_run_goes_on_in_another_process(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

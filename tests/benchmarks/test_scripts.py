@@ -58,7 +58,7 @@ def test_each_way_through_the_head_computes_the_same(way):
     assert measured["norm"] == pytest.approx(expected["norm"], rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_ways_through_the_head_are_measured_in_processes_of_their_own():
     import head
 
@@ -83,6 +83,7 @@ def test_the_studio_is_measured_on_a_small_folder(tmp_path):
     assert results["overview of 20 steps"]["median"] > 0 and results["peak memory, MB"] > 0
 
 
+@pytest.mark.slow
 def test_the_share_of_a_step_that_is_written_is_measured(tmp_path):
     import studio
 
@@ -97,7 +98,7 @@ def test_the_engines_are_compared_with_one_process():
     assert engines.table(measured).splitlines()[2] == "| Local | 500 ms | +0 ms |"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("engine", range(7))
 def test_every_engine_is_measured(engine):
     import engines
@@ -118,7 +119,7 @@ def test_the_recorded_results_of_doctor_and_learning_make_their_tables():
         assert learning.table(rows).count("\n") == 1 + len(rows) + 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_doctor_and_learning_are_measured_on_the_same_small_runs(tmp_path):
     import doctor
     import learning
@@ -131,7 +132,7 @@ def test_the_doctor_and_learning_are_measured_on_the_same_small_runs(tmp_path):
     assert fault["fault"] == "sign" and isinstance(fault["found"], dict)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_hacking_job_starts_from_the_models_of_the_reviews_job(tmp_path):
     import learning
 
@@ -154,7 +155,7 @@ def test_mutants_of_a_formula_are_found():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mutant_is_killed_by_the_tests_of_the_algorithms(tmp_path):
     import subprocess
 

@@ -94,6 +94,7 @@ def test_a_work_of_a_peer_counts_the_same_tokens_as_ours(work):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="TRL is installed")
+@pytest.mark.slow
 def test_a_peer_that_is_not_installed_is_skipped_with_its_name(tmp_path):
     import speed
 
@@ -103,7 +104,7 @@ def test_a_peer_that_is_not_installed_is_skipped_with_its_name(tmp_path):
         speed.measured(str(tmp_path / "bin" / "python"), "peers.py", "ppo", "tiny", 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_comparison_runs_both_sides_in_processes_of_their_own(tmp_path):
     import speed
 

@@ -95,6 +95,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_every_verb_prints_in_every_encoding(place):
     """All of them in one process: whatever ends one ends there."""
     (place / "rows.jsonl").write_text('{"prompt": "é → 日本", "completion": "b"}\n' * 4)
@@ -177,11 +178,13 @@ def reader_gone(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("words", [["runs"], ["plan", "sums", "--json"]])
+@pytest.mark.slow
 def test_a_closed_pipe_ends_a_verb_quietly(place, words):
     done = reader_gone([QUARTET, *words], place)
     assert done.returncode == 1 and done.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_nobody_reads_it(tmp_path):
     words = ["run", "sums", *SMALL, "policy.create.max_length=32", 'recipe="sft"', "run.name=x"]
     small = [word for word in words if not word.startswith(("rollout.", "evaluation."))]

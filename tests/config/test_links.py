@@ -170,6 +170,7 @@ def invoked(*words: str):
 
 
 @pytest.mark.parametrize("file", ["grpo.toml", "both.toml"])
+@pytest.mark.slow
 def test_a_run_from_the_latest_model_is_stopped_and_goes_on_as_printed(place, monkeypatch, file):
     """The run became the latest meanwhile; with SFT in its recipe it even has an `sft/` of its own."""
     monkeypatch.chdir(place)

@@ -3,6 +3,7 @@
 import datetime
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,6 +38,7 @@ kinds = st.one_of(
 
 
 @given(kinds)
+@pytest.mark.slow
 def test_what_is_put_in_comes_out(given):
     kind, cells = given
     rows = [kind(*row) for row in cells]

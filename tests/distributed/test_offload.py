@@ -40,7 +40,12 @@ def numbers(run):
 
 
 @pytest.mark.parametrize(
-    "kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in LONG)]
+    "kind",
+    [
+        "no critic",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "no critic"),
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in LONG),
+    ],
 )
 def test_a_run_whose_models_rest_is_the_run(kind, tmp_path, monkeypatch):
     recipe, *words = (KINDS | LONG)[kind]

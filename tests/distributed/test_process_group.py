@@ -36,12 +36,12 @@ def ranks(folder, world, kind):
     ("kind", "world"),
     [
         ("plain", 2),
-        ("sharded", 2),
-        ("rows", 4),
-        ("resting", 2),
-        pytest.param("plain", 4, marks=pytest.mark.slow),
-        pytest.param("sharded", 1, marks=pytest.mark.slow),
-        pytest.param("sharded", 4, marks=pytest.mark.slow),
+        pytest.param("sharded", 2, marks=pytest.mark.slow),
+        pytest.param("rows", 4, marks=pytest.mark.slow),
+        pytest.param("resting", 2, marks=pytest.mark.slow),
+        pytest.param("plain", 4, marks=pytest.mark.long),
+        pytest.param("sharded", 1, marks=pytest.mark.long),
+        pytest.param("sharded", 4, marks=pytest.mark.long),
     ],
 )
 def test_losses_and_gradients_are_those_of_one_process(tmp_path, alone, kind, world):
@@ -59,6 +59,7 @@ def test_losses_and_gradients_are_those_of_one_process(tmp_path, alone, kind, wo
         )  # conjugate gradients make more of the last digits
 
 
+@pytest.mark.slow
 def test_ranks_that_divide_by_what_they_have_themselves_are_found_out(tmp_path, alone):
     """The negative control: equal weights for ranks with unequal tokens."""
     found = ranks(tmp_path, 2, "selfish")[0]

@@ -46,6 +46,7 @@ def test_a_script_trains_and_its_run_can_be_read(name, settings, tmp_path, monke
 
 
 @pytest.mark.parametrize("name", ["ppo", "own_algorithm"])
+@pytest.mark.slow
 def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     """Cells tagged "parameters" set sizes; here they are followed by smaller ones."""
     monkeypatch.chdir(tmp_path)

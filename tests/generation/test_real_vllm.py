@@ -26,7 +26,7 @@ from tests.support.world import prompts, tokenizer
 
 VLLM = os.environ.get("QUARTET_VLLM")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(VLLM is None, reason="QUARTET_VLLM names no vLLM"),
 ]
 SHAPE = Shape(type="llama", hidden_size=128, num_layers=2, num_heads=2, max_length=512)

@@ -283,6 +283,7 @@ def started(port, folder, *more):
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_loses_no_answer_and_is_given_the_newest_weights_when_it_is_back(
     folder, generator
 ):
@@ -381,6 +382,7 @@ def test_adapters_that_go_alone_are_all_that_is_put_together(monkeypatch):
     assert len(pushed[0]) == len(list(adapter_parameters(policy, POLICY)))
 
 
+@pytest.mark.slow
 def test_all_answers_of_a_run_are_written_by_servers(tmp_path):
     """Also those of its probes, its win rate and its evaluation, without a random number of the training's."""
     words = [

@@ -30,6 +30,8 @@ from quartet.recipes import recipe_path
 from quartet.runtime.worker import LocalWorkers, WorkerLost
 from tests.support.tiny_run import SMALL_REVIEWS
 
+pytestmark = pytest.mark.slow
+
 QUARTET = str(Path(sys.executable).parent / "quartet")
 WORDS = [
     "run",
@@ -96,7 +98,7 @@ def alone(tmp_path_factory):
     "launch",
     [
         SHARDED,
-        *(pytest.param(other, marks=pytest.mark.slow) for other in (TWO, ("launch.shard=true",))),
+        *(pytest.param(other, marks=pytest.mark.long) for other in (TWO, ("launch.shard=true",))),
     ],
 )
 def test_a_run_of_several_ranks_is_the_run_of_one(tmp_path, alone, launch):
@@ -114,7 +116,7 @@ def test_a_run_of_several_ranks_is_the_run_of_one(tmp_path, alone, launch):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("launch", [SHARDED, TWO])
 def test_so_is_one_of_adapters_on_one_trunk(tmp_path, launch):
     """Policy, reward model and critic are adapters, the reference is none; what is saved is whole."""
@@ -135,7 +137,7 @@ def test_so_is_one_of_adapters_on_one_trunk(tmp_path, launch):
         assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("launch", [TWO, SHARDED])
 def test_so_is_one_that_samples_while_it_learns(tmp_path, launch):
     """Two threads of each rank speak to their likes of the other, and neither hears the wrong one."""
@@ -146,7 +148,7 @@ def test_so_is_one_that_samples_while_it_learns(tmp_path, launch):
     assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("recipe", "launch"),
     [("grpo", TWO), ("dpo", TWO), ("online_dpo", TWO), ("online_dpo", SHARDED), ("kto", TWO)],
@@ -172,7 +174,7 @@ def test_other_recipes_too(tmp_path, recipe, launch):
     assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("launch", [SHARDED, ROWS])
 def test_so_is_one_with_frozen_layers_and_an_average(tmp_path, launch):
     words = [
@@ -198,7 +200,7 @@ def test_so_is_one_with_frozen_layers_and_an_average(tmp_path, launch):
         assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("launch", [(), ("policy.gradient_checkpointing=true",), SHARDED])
 def test_so_is_one_that_is_compiled(tmp_path, alone, launch):
@@ -207,7 +209,7 @@ def test_so_is_one_that_is_compiled(tmp_path, alone, launch):
     assert_alike(metrics(tmp_path, "x"), alone, 1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("launch", [TWO, SHARDED])
 def test_so_is_one_of_games(tmp_path, launch):
     """The lead plays them, and all hear what was said."""
@@ -218,7 +220,7 @@ def test_so_is_one_of_games(tmp_path, launch):
     assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("launch", [TWO, SHARDED])
 def test_torchrun_starts_the_same(tmp_path, alone, launch):
     words = [*WORDS, "run.name=x", *launch[1:], "launch.type=torchrun"]
@@ -284,7 +286,7 @@ def test_how_to_start_it_on_several_nodes_is_said(tmp_path):
         assert code == 2 and sentence in " ".join(refused.split()), refused
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["torchrun --", "srun --"])
 def test_what_is_said_starts_it(tmp_path, alone, way):
     """On one node, which is this one; without Slurm, what it would start is started with the numbers it would give."""
@@ -305,7 +307,7 @@ def test_what_is_said_starts_it(tmp_path, alone, way):
     assert_alike(metrics(tmp_path, "x"), alone, 2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_starts_again_what_lost_a_rank(tmp_path, alone):
     words = [*WORDS, "run.name=x", "launch.type=torchrun", "--resume"]
     command = [
@@ -331,7 +333,7 @@ def test_torchrun_starts_again_what_lost_a_rank(tmp_path, alone):
     assert_alike(metrics(tmp_path, "x"), alone, 2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("launch", [TWO, SHARDED])
 def test_ray_runs_the_same(tmp_path, alone, launch):
     pytest.importorskip("ray")
@@ -383,11 +385,11 @@ def followers(process):
     ("before", "after"),
     [
         (SHARDED, ()),
-        pytest.param((), SHARDED, marks=pytest.mark.slow),
-        pytest.param(TWO, SHARDED, marks=pytest.mark.slow),
-        pytest.param(SHARDED, ("launch.processes=4", "launch.shard=true"), marks=pytest.mark.slow),
-        pytest.param(ROWS, (), marks=pytest.mark.slow),
-        pytest.param(TWO, ROWS, marks=pytest.mark.slow),
+        pytest.param((), SHARDED, marks=pytest.mark.long),
+        pytest.param(TWO, SHARDED, marks=pytest.mark.long),
+        pytest.param(SHARDED, ("launch.processes=4", "launch.shard=true"), marks=pytest.mark.long),
+        pytest.param(ROWS, (), marks=pytest.mark.long),
+        pytest.param(TWO, ROWS, marks=pytest.mark.long),
     ],
 )
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, alone, before, after):
@@ -403,7 +405,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, alone, before, aft
     assert_alike(metrics(tmp_path, "x"), alone, 2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(tmp_path):
     aside = tmp_path / "aside"
     aside.mkdir()
@@ -431,7 +433,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(tmp
         assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_is_frozen_is_named_at_the_deadline(tmp_path):
     words = [w for w in WORDS if not w.startswith("launch")]
     process = begun(tmp_path, *words, "run.name=x", *TWO, "launch.deadline=6")
@@ -623,7 +625,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_stuck(tw
     beating.join()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_ray_a_long_step_is_not_a_lost_rank_and_a_dead_one_is():
     ray = pytest.importorskip("ray")
     from quartet.launch.on_ray import RayWorkers

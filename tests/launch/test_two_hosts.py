@@ -13,7 +13,7 @@ import pytest
 from tests.launch.test_launch import QUARTET, WORDS, assert_alike, metrics
 
 HOSTS, CABLE, ADDRESS = ("quartet-a", "quartet-b"), "quartet0", "10.77.0.1:6399"
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def said(*words, **more):

@@ -122,10 +122,10 @@ def run_rl(preset, critic, steps=30, samples=1, seed=0, algorithm=None, stalenes
     return rl(collector, learner, algorithm)
 
 
-def slow(*values):
+def long(*values):
     """These values of a parameter, for the long suite alone."""
     return [
-        pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values
+        pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.long) for v in values
     ]
 
 
@@ -138,12 +138,12 @@ def improvement(steps):
     ("preset", "critic", "samples"),
     [("ppo", "separate", 1), ("ppo", "shared", 1), ("grpo", "none", 4)],
 )
-@pytest.mark.parametrize("seed", [0, *slow(1, 2)])
+@pytest.mark.parametrize("seed", [0, *long(1, 2)])
 def test_rl_learns_to_please(preset, critic, samples, seed):
     assert improvement(run_rl(preset, critic, samples=samples, seed=seed)) > 0.8
 
 
-@pytest.mark.parametrize(("staleness", "seed"), [(1, 0), (3, 1), *slow((1, 1), (3, 0))])
+@pytest.mark.parametrize(("staleness", "seed"), [(1, 0), (3, 1), *long((1, 1), (3, 0))])
 def test_rollouts_may_be_older_but_no_older_than_said(staleness, seed):
     """Each batch is sampled by the weights that there were when the update so many batches before it began."""
     algorithm = dataclasses.replace(ALGORITHMS["ppo"], correction=Truncated())
@@ -168,7 +168,7 @@ GENTLE = {"minimal": 0.1, "instructgpt": 0.3, "npg": 0.3, "trpo": 0.3}
 """What these gain in 30 steps is less: a KL coefficient of 1, a pull of 27.8 towards other texts, steps of 0.01 nats."""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("preset", sorted(ALGORITHMS))
 def test_every_preset_learns_to_please(preset, seed):

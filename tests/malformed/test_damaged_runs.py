@@ -203,7 +203,7 @@ def test_pages_of_the_worst_of_all(readers):
     readers.methods(figures=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_million_rows_are_a_step(readers):
     many_rows(1_000_000)(readers.restore())
     assert len(Run(readers.victim).rollouts(1)) == 1_000_000

@@ -223,7 +223,7 @@ def test_readers_survive_changed_files(readers, seed):
         survive(readers, rng, everything=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(100, 104))
 def test_readers_survive_very_many_changed_files(readers, seed):
     rng = random.Random(seed)

@@ -78,11 +78,11 @@ REWARDS = {
 
 # Faults below the JSON are the client's, which all share: the long suite tries them on the other two as well.
 FEWER_REWARDS = [
-    pytest.param(*REWARDS[name], marks=[pytest.mark.slow] * (name == "OpenRLHF's"))
+    pytest.param(*REWARDS[name], marks=[pytest.mark.long] * (name == "OpenRLHF's"))
     for name in REWARDS
 ]
 FEWER_KINDS = pytest.mark.parametrize(
-    "kind", ["vllm", pytest.param("sglang", marks=pytest.mark.slow)]
+    "kind", ["vllm", pytest.param("sglang", marks=pytest.mark.long)]
 )
 
 

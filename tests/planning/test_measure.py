@@ -55,6 +55,7 @@ def test_the_first_step_warms_up_and_looking_is_apart():
     )
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_measured(tmp_path):
     said = quartet("plan", "reviews", *SMALL_REVIEWS, "--measure", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
@@ -66,7 +67,7 @@ def test_the_command_says_what_it_measured(tmp_path):
     assert many.returncode == 2 and "--measure: measures one process" in many.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "place", [(), ("launch.processes=2", "launch.shard=true")], ids=["whole", "in parts"]
 )
@@ -93,7 +94,7 @@ def test_the_plan_knows_the_memory(place, tmp_path):
     assert 0.75 < done["peak_bytes"] / done["planned_peak_bytes"] < 1.25
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_so_is_the_plan_that_measures_nothing(tmp_path):
     """Seconds within a factor of 3: the speed of a machine is not known to it."""
     words = ("run.steps=8", "sft.steps=60", "reward_model.steps=60")
@@ -103,7 +104,7 @@ def test_so_is_the_plan_that_measures_nothing(tmp_path):
     assert done["planned_seconds"] / 3 < done["seconds"] < 3 * done["planned_seconds"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_prediction_is_within_its_band(tmp_path):
     """Measured: within a factor of 1.6 of a run that takes half a minute, on a machine that does other things besides."""
     words = (

@@ -221,6 +221,7 @@ def test_trying_a_reward(place):
     )
 
 
+@pytest.mark.slow
 def test_serving_a_run(place, tmp_path):
     ScalarModel.from_trunk(model(), 0, seed=0).save(tmp_path / "reward_model", tokenizer())
     with socket.socket() as free:
@@ -277,6 +278,7 @@ TINY_GUESS = [
 ]
 
 
+@pytest.mark.slow
 def test_an_environment_of_ones_own_answers_in_a_run(place):
     (place / "game.py").write_text(GAME)
     done = quartet(

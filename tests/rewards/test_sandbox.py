@@ -105,6 +105,7 @@ def test_hostile_programs_are_contained(kind):
 
 @needs_root
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_hostile_programs_of_an_ordinary_user_are_contained(kind):
     contained(as_ordinary_user("-m", "tests.rewards.sandbox_probes"), kind, USER)
 

@@ -12,6 +12,8 @@ from quartet.rewards.functions import descendants
 from quartet.runs.reader import Run
 from tests.support.tiny_run import SMALL
 
+pytestmark = pytest.mark.slow
+
 ALLOWED = 20.0
 """Seconds to the end of the process; a sleeping function used to take its own 60, a silent server its 30 and more."""
 
@@ -70,7 +72,7 @@ def stopped(process, number):
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
     ids=lambda n: n.name,
 )
 def test_while_a_function_is_asked(tmp_path, number):
@@ -114,7 +116,7 @@ def test_while_a_silent_server_is_asked(tmp_path):
             accepted[0].close()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_while_a_function_scores_rollouts_in_the_background_of_an_update(tmp_path):
     """The first signal is answered when the step is done, for which those rollouts are needed; the second at once."""
     file, mark, output = tmp_path / "mine.py", tmp_path / "asked", tmp_path / "output"

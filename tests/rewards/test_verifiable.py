@@ -57,6 +57,7 @@ def test_final_numbers(text, number):
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="no GSM8K here")
+@pytest.mark.slow
 def test_all_answers_of_gsm8k_are_read():
     with gzip.open(GSM8K, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]

@@ -7,7 +7,7 @@ import pytest
 
 from quartet.runs import rules
 from quartet.runs.doctor import Watch, examine
-from quartet.runs.rules import RULES
+from quartet.runs.rules import RULES, TOLERANCES
 
 
 def healthy(step: int) -> dict[str, float]:
@@ -61,6 +61,10 @@ FAULTS = {
     rules.sampler_disagrees: (
         lambda s: {"sampler_ratio": 1.4},
         "40.00% from the learner's on average. Do both use",
+    ),
+    rules.sampler_is_imprecise: (
+        lambda s: {"sampler_ratio": 1.05},
+        "5.0% from the learner's on average, by rounding",
     ),
     rules.ratio_is_not_one: (
         lambda s: {"ratio/first_error": 0.05},
@@ -142,8 +146,12 @@ BESIDE = {
 """What a fault brings along."""
 
 
-def spoken(metrics, steps=40):
-    watch = Watch(6.0)
+ROUNDING = {rules.sampler_is_imprecise: "bf16"}
+"""What samples where a fault is looked for, if not float32."""
+
+
+def spoken(metrics, steps=40, rounding="fp32"):
+    watch = Watch(6.0, tolerance=TOLERANCES[rounding])
     found = {}
     for step in range(1, steps + 1):
         for rule, sentence in watch.see(healthy(step) | metrics(step)):
@@ -158,7 +166,7 @@ def test_a_healthy_run_is_silent():
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_rule_speaks_of_its_fault_and_no_other_does(rule):
     fault, words = FAULTS[rule]
-    found = spoken(fault)
+    found = spoken(fault, rounding=ROUNDING.get(rule, "fp32"))
     assert words in found[rule][1]
     assert set(found) - {rule} <= BESIDE.get(rule, set())
 
@@ -203,6 +211,20 @@ def test_a_fault_is_said_once_and_a_good_step_in_between_starts_the_count_again(
 def test_a_sampler_with_old_weights_is_told_from_one_with_another_temperature():
     found = spoken(lambda s: {"sampler_ratio": 1 + 1e-6 if s == 1 else 1.3})
     assert "does not get the learner's new weights" in found[rules.sampler_disagrees][1]
+
+
+@pytest.mark.parametrize("rounding", ["bf16", "engine"])
+def test_a_sampler_that_rounds_is_told_from_one_that_is_wrong(rounding):
+    """Stopped at 10 %, and at five times the gap of step 1; a gap that begins large may stay."""
+
+    def found(gaps):
+        return spoken(lambda s: {"sampler_ratio": 1 + gaps[min(s, len(gaps)) - 1]}, 12, rounding)
+
+    assert found([0.002]) == {} and found([0.002, 0.008]) == {} and found([0.01, 0.02]) == {}
+    assert "new weights" in found([0.002, 0.012])[rules.sampler_disagrees][1]
+    assert set(found([0.02, 0.04])) == {rules.sampler_is_imprecise}
+    step, sentence = found([0.12])[rules.sampler_disagrees]
+    assert step == 1 and "12.00% from the learner's on average. Do both use" in sentence
 
 
 def test_a_filter_that_was_asked_for_is_no_disagreement():

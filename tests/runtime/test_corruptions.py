@@ -301,7 +301,7 @@ def test_the_run_that_goes_on_has_the_weights_of_the_run_left_alone(whole, job, 
     gone_on(whole, run, job)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", PASSED_OVER)
 def test_every_run_that_goes_on_has_the_weights_of_the_run_left_alone(whole, job, run, name):
     PASSED_OVER[name][0](run / "checkpoints" / NEWEST)

@@ -76,8 +76,9 @@ def test_what_is_planted_is_found(fault):
 
 
 @pytest.mark.parametrize(
-    "fault", ["stale", *(pytest.param(f, marks=pytest.mark.slow) for f in (None, "temperature"))]
+    "fault", ["stale", *(pytest.param(f, marks=pytest.mark.long) for f in (None, "temperature"))]
 )
+@pytest.mark.slow
 def test_a_sampler_with_other_weights_is_found_among_older_ones(fault, tmp_path):
     """Rollouts in advance are never the learner's own; answers for the win rate are."""
     run = make_run(

@@ -39,13 +39,14 @@ def test_a_checkpoint_survives_a_kill_a_torn_write_and_a_full_disk_at_each_chang
     assert all(count >= 10 for count in found["changes"].values()) and len(found["changes"]) == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_is_made_complete_when_it_goes_on():
     """Before its first event, while an older checkpoint goes, between a checkpoint and its event, between done and the report."""
     found = killing("moments", *MOMENTS)
     assert found["wrong"] == [] and found["kills"] == len(MOMENTS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_at_each_moment_at_which_something_is_incomplete_is_made_complete():
     """Nothing is left over, nothing is missing, and everything is equal to the run that was left alone."""
     found = killing("moments")
@@ -53,6 +54,7 @@ def test_a_run_killed_at_each_moment_at_which_something_is_incomplete_is_made_co
     assert found["moments"] == 27 and found["kills"] == 31
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_instants_is_the_run_that_was_not():
     found = killing("instants", "grpo", "3", "0")
     assert found["wrong"] == [] and found["kills"] >= 3
@@ -80,21 +82,22 @@ def without_room(*words: str, at_least: int) -> None:
     assert sum(case["code"] != 0 for case in found) >= at_least
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room():
     without_room("full", "0.1", "0.5", at_least=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_at_many_moments():
     without_room("full", *(f"{percent / 100}" for percent in range(1, 100, 3)), at_least=25)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_limit_on_the_size_of_files():
     without_room("limited", "500", "3000", "8000", "20000", "50000", at_least=5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_long_run_that_is_killed_again_and_again_loses_nothing_and_leaks_nothing():
     """Ten minutes here; an hour's figures are in docs/reliability.md."""
     found = killing("soak", "10", "0")
@@ -103,7 +106,7 @@ def test_a_long_run_that_is_killed_again_and_again_loses_nothing_and_leaks_nothi
     assert found["growth"] < 0.01 and found["descriptors"][0] == found["descriptors"][1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", ["ppo", "shared", "lora", "grpo", "dpo"])
 def test_twenty_runs_killed_at_random_instants(scenario):
     """Adaptive KL, several epochs and minibatches, shared and separate critics, adapters, no critic, comparisons made online."""
@@ -111,7 +114,7 @@ def test_twenty_runs_killed_at_random_instants(scenario):
     assert found["wrong"] == [] and found["kills"] >= 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "scenario",
     [
@@ -132,14 +135,14 @@ def test_twenty_runs_of_which_a_rank_is_killed_at_random_instants(scenario):
     assert found["wrong"] == [] and found["kills"] >= 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twenty_runs_of_which_a_rank_is_frozen():
     """It is named, and what is resumed afterwards is the run."""
     found = killing("frozen", "20", "1")
     assert found["wrong"] == [] and found["named"] == found["kills"] >= 15
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_twenty_runs_of_which_a_server_is_killed_at_random_instants(kind):
     """No rollout is lost or learnt from twice: weights and rollouts are those of a run whose servers lived."""
@@ -147,7 +150,7 @@ def test_twenty_runs_of_which_a_server_is_killed_at_random_instants(kind):
     assert found["wrong"] == [] and found["kills"] >= 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_servers_are_killed_is_the_run_whose_servers_lived():
     found = killing("servers", "sglang", "1", "0")
     assert found["wrong"] == [] and found["kills"] >= 1

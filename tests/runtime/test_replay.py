@@ -64,6 +64,7 @@ def changed(stage, **parts):
     return dataclasses.replace(stage, algorithm=dataclasses.replace(stage.algorithm, **parts))
 
 
+@pytest.mark.slow
 def test_with_a_setting_changed_it_learns_something_else_from_the_same_rollouts(ppo_run, ppo_stage):
     since = checkpoint_before(ppo_run.path, "ppo", 2)
     was, clipped = replay(

@@ -255,6 +255,7 @@ def test_more_steps_go_on_from_the_last_of_them(checkpointed):
         chosen(checkpointed, "run.steps=3")
 
 
+@pytest.mark.slow
 def test_more_steps_of_a_falling_learning_rate_would_have_been_other_steps(tmp_path):
     run = make_run(tmp_path, "sums", *GRPO[:3], "optim.schedule=linear").path
     with pytest.raises(CannotResume, match="made with run.steps = 6, the config says 9"):
@@ -389,6 +390,7 @@ def stopped(
     return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_step_it_is_in_and_the_resumed_run_is_the_run(tmp_path):
     """Checkpoints are far apart here: what is saved is what the signal saved."""
     words = [w for w in TINY_REVIEWS if not w.startswith("run.steps")] + [

@@ -150,6 +150,7 @@ def test_the_same_seed_gives_bitwise_the_same_metrics(reviews):
     assert metrics(runs[0])
 
 
+@pytest.mark.slow
 def test_chat_compares_before_and_after(reviews):
     done = subprocess.run(
         [QUARTET, "chat", "runs/latest", "--max-new-tokens", "5"],
@@ -163,6 +164,7 @@ def test_chat_compares_before_and_after(reviews):
     assert "before " in done.stdout and "after  " in done.stdout
 
 
+@pytest.mark.slow
 def test_a_critic_on_the_actors_trunk(reviews):
     done = quartet(*TINY_REVIEWS, "critic.type=shared", "run.name=shared", cwd=reviews)
     assert done.returncode == 0, done.stderr
@@ -238,6 +240,7 @@ def test_the_command_lists_presets_and_prints_one(tmp_path):
     assert wrong.returncode == 2 and "Did you mean ppo?" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_ppo_leaves_a_readable_folder(tmp_path):
     words = [w for w in TINY_REVIEWS if not w.startswith("run.steps")] + ["run.steps=5000"]
     # A shell's background job would ignore the signal, and so would its children: this one heeds it again.
@@ -363,7 +366,7 @@ tokenizer = { type = "train", vocab_size = 320 }
     )
 
 
-@pytest.mark.parametrize("file", ["pairs.jsonl", pytest.param("pairs.csv", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("file", ["pairs.jsonl", pytest.param("pairs.csv", marks=pytest.mark.long)])
 def test_from_a_folder_and_a_file_that_the_user_has(tmp_path, users_model, file):
     pairs = [
         {"prompt": f"{a}+{a}=", "chosen": str(a + a), "rejected": str(a)} for a in range(1, 31)
@@ -478,6 +481,7 @@ print("RESULT" + json.dumps(made))
 """
 
 
+@pytest.mark.slow
 def test_one_trunk_with_four_roles_and_what_comes_out_loads_elsewhere_without_us(tmp_path):
     done = quartet(*TINY_REVIEWS, 'policy.adapter={type="lora",rank=2}', cwd=tmp_path)
     assert done.returncode == 0, done.stderr

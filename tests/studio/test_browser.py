@@ -108,7 +108,7 @@ def name_of(live, ending):
     return next(p.name for p in live[1].iterdir() if p.name.endswith(ending))
 
 
-@pytest.mark.parametrize("ending", ["reviews", pytest.param("sums", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ending", ["reviews", pytest.param("sums", marks=pytest.mark.long)])
 def test_every_page_opens_in_light_dark_and_on_a_phone(page, live, ending):
     name = name_of(live, ending)
     shown = [p for p in PAGES if ending == "reviews" or "step=" not in p] + (
@@ -225,6 +225,7 @@ def test_a_group_is_side_by_side(page, live):
     page.wait_for_url("**sample=1")
 
 
+@pytest.mark.slow
 def test_the_sft_answer_is_one_key_away(page, live):
     page.goto(f"/run/{name_of(live, 'reviews')}/tokens?step=5&sample=2")
     page.wait_for_selector("#inspector[data-ready]")

@@ -124,6 +124,7 @@ def test_nothing_can_be_written(client, ppo_run, method):
         assert getattr(client, method)(address).status_code == 405
 
 
+@pytest.mark.slow
 def test_the_first_policy_answers_in_a_process_of_its_own(client, ppo_run):
     """The same as its model says here: the SFT model's greedy response."""
     rows = ppo_run.sample(5, 2)

@@ -80,6 +80,7 @@ class Assembler:
                 lambda ids: [texts[i] for i in ids],
                 self.micro_batch_tokens,
                 self.device,
+                self.models.dtype("reward_model"),
                 self.world.gold if self.world else None,
                 objects=objects,
             )

@@ -18,8 +18,9 @@ from quartet.generation.protocol import Generator
 from quartet.generation.source import Servers
 from quartet.loops.collect import Collector
 from quartet.models.actor_critic import ActorCritic, Separate, Shared
-from quartet.models.adapters import CRITIC, REWARD, copy_adapter, reference_of
+from quartet.models.adapters import CRITIC, REWARD, copy_adapter
 from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach
+from quartet.models.precision import compute_dtype, compute_in
 from quartet.models.protocols import CausalModel
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.rewards.sources import ModelSource
@@ -38,8 +39,11 @@ PERPLEXITY_TEXTS = 32
 
 def sampled_model(config: Config, actor: CausalModel) -> Any:
     """Return the model that responses are sampled with. It is a copy of the actor if the actor will
-    be sharded, because each sampled token needs all weights, or if it is trained meanwhile."""
-    return copy.deepcopy(actor) if config.launch.shard or config.staleness else actor
+    be sharded, because each sampled token needs all weights, or if it is trained meanwhile. The
+    copy is held in the dtype that the actor computes in."""
+    if not config.launch.shard and not config.staleness:
+        return actor
+    return compute_in(copy.deepcopy(actor).requires_grad_(False), compute_dtype(actor))
 
 
 def load_components(assembler: Assembler, folder: Path) -> RLComponents:
@@ -48,7 +52,7 @@ def load_components(assembler: Assembler, folder: Path) -> RLComponents:
     algorithm = config.algorithm
     assert algorithm is not None
     actor = models.trainable_policy(folder)
-    reference = reference_of(actor) if algorithm.needs_reference else None
+    reference = models.reference_of(actor) if algorithm.needs_reference else None
     attached = _attaches_reward_model(assembler, folder)
     # Servers sample with their own copy of the weights. Only a reward model on the policy's trunk
     # then still needs a model that is not trained meanwhile.
@@ -198,6 +202,7 @@ def _actor_critic(
             else:
                 critic = ScalarModel.load(init or folder / "reward_model", assembler.device)
                 models.prepare_blocks(critic.model)
+                critic.compute_in(models.dtype("critic"))
             return Separate(actor, models.spread_scalar(critic))
 
 

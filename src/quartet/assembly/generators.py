@@ -23,7 +23,8 @@ from quartet.models.adapters import (
     merged_state,
     save_adapter,
 )
-from quartet.models.language_model import stop_ids
+from quartet.models.language_model import save_weights, stop_ids
+from quartet.models.precision import compute_dtype
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.rewards.functions import check_reference
 from quartet.rewards.protocol import RewardError
@@ -119,9 +120,10 @@ class Generators:
         return generator
 
     def _save_model(self, actor: CausalModel, folder: Path, tensors: Mapping[str, Any]) -> None:
-        """Write the actor with its tokenizer, adapters merged."""
+        """Write the actor with its tokenizer, adapters merged, in the dtype that it computes in: a
+        server rounds to that anyway, and half the bytes travel."""
         state = merged_state(actor, tensors) if adapters_of(actor) else dict(tensors)
-        actor.save_pretrained(folder, state_dict=state)
+        save_weights(actor, folder, state, compute_dtype(actor))
         self.tokenizer.save_pretrained(folder)
 
     def _save_adapter(self, actor: CausalModel, folder: Path, tensors: Mapping[str, Any]) -> None:
@@ -131,7 +133,7 @@ class Generators:
     def _save_base(self, actor: CausalModel, folder: Path, tensors: Mapping[str, Any]) -> None:
         """Write the base model without the adapter, with the tokenizer."""
         with adapter_active(actor, None):
-            actor.save_pretrained(folder, state_dict=merged_state(actor, tensors))
+            save_weights(actor, folder, merged_state(actor, tensors), compute_dtype(actor))
         self.tokenizer.save_pretrained(folder)
 
 

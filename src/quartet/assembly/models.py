@@ -7,14 +7,25 @@ from typing import Any
 
 import torch
 
+from quartet.algorithms.update import TrustRegion
+from quartet.config.run import Role
 from quartet.config.tables import Config
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
 from quartet.distributed.sharding import is_sharded
-from quartet.models.actor_critic import pad_token_id
-from quartet.models.adapters import POLICY, REWARD, add_adapter, freeze_layers
+from quartet.models.actor_critic import freeze, pad_token_id
+from quartet.models.adapters import (
+    CRITIC,
+    POLICY,
+    REWARD,
+    AdapterView,
+    add_adapter,
+    freeze_layers,
+    reference_of,
+)
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import ModelError, create, load_model, read_config
 from quartet.models.llama import FAMILY
+from quartet.models.precision import DTYPES, best_precision, compute_in
 from quartet.models.protocols import Tokenizer
 from quartet.models.trunk import checkpoint_blocks, compile_blocks
 from quartet.rewards.source import RewardSource
@@ -95,11 +106,36 @@ class Models:
         return self.trainable(self.initial_policy(folder))
 
     def trainable(self, model: Any) -> Any:
-        """Return the model with an adapter, or with its first layers frozen, as the config asks."""
+        """Return the model in its precision, with an adapter or with its first layers frozen, as
+        the config asks."""
         policy = self.config.policy
         if policy.adapter is not None:
-            return add_adapter(model, policy.adapter, POLICY, self.config.seed)
-        return freeze_layers(model, policy.frozen_layers)
+            add_adapter(model, policy.adapter, POLICY, self.config.seed)
+        else:
+            freeze_layers(model, policy.frozen_layers)
+        return compute_in(model, self.dtype("policy"))
+
+    def frozen_policy(self, model: Any) -> Any:
+        """Return a policy that is only sampled from, held in the policy's precision."""
+        return compute_in(freeze(model), self.dtype("policy"))
+
+    def reference_of(self, actor: Any) -> Any:
+        """Return the reference of a policy, held in its own precision; under an adapter it is the
+        policy's trunk."""
+        reference = reference_of(actor)
+        if isinstance(reference, AdapterView):
+            return reference
+        return compute_in(reference, self.dtype("reference"))
+
+    def dtype(self, role: Role) -> torch.dtype:
+        """Return what a model computes in."""
+        precision = self.config.run.precision_of(role)
+        if precision == "auto":
+            needs_fp32 = self.config.algorithm is not None and isinstance(
+                self.config.algorithm.update, TrustRegion
+            )
+            precision = "fp32" if needs_fp32 else best_precision(self.device)
+        return DTYPES[precision]
 
     def prepare_blocks(self, model: Any) -> Any:
         """Return the model with its blocks checkpointed or compiled, as the config asks."""
@@ -113,11 +149,12 @@ class Models:
         is an adapter, its trunk is the same base model with a second adapter."""
         pad, seed, lora = pad_token_id(self.tokenizer), self.config.seed, self.config.policy.adapter
         if lora is not None:
-            return AdaptedScalar(add_adapter(policy, lora, adapter, seed), adapter, pad, seed)
+            trunk = compute_in(add_adapter(policy, lora, adapter, seed), self.dtype("policy"))
+            return AdaptedScalar(trunk, adapter, pad, seed)
         share_frozen = self.config.policy.frozen_layers > 0
         scalar = ScalarModel.from_trunk(policy, pad, seed, share_frozen=share_frozen)
         self.prepare_blocks(scalar.model)
-        return scalar
+        return scalar.compute_in(self.dtype("critic" if adapter == CRITIC else "reward_model"))
 
     def new_reward_model(self, policy: Any) -> ScalarModel:
         """Return a reward model to be trained.
@@ -127,7 +164,10 @@ class Models:
         """
         is_shared = self.config.policy.adapter is not None
         trunk = copy.deepcopy(policy) if self.config.launch.shard and is_shared else policy
-        return self.spread_scalar(self.new_scalar(trunk, REWARD))
+        scalar = self.new_scalar(trunk, REWARD)
+        if trunk is not policy or not is_shared:
+            self.frozen_policy(policy)  # only sampled from here
+        return self.spread_scalar(scalar)
 
     def spread(self, model: Any, process_group: ProcessGroup | None = None) -> Any:
         """Return the model, sharded over the ranks if the config says so. `process_group` is the

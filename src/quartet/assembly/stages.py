@@ -14,8 +14,10 @@ from quartet.data.sampler import Sampler
 from quartet.data.shapes import Purpose
 from quartet.distributed.sharding import GatheredWeights
 from quartet.generation.protocol import Weights
+from quartet.generation.source import Servers
 from quartet.loops.preference import OnlinePairs
 from quartet.models.language_model import load_model
+from quartet.models.precision import DTYPES
 from quartet.stages.evaluation import EvaluationStage
 from quartet.stages.kinds import EVALUATION, PREFERENCE, REWARD_MODEL, RL, SFT, kind_of
 from quartet.stages.preference import PreferenceStage
@@ -97,6 +99,7 @@ def preference_stage(assembler: Assembler, name: str) -> PreferenceStage:
         online=_online_pairs(assembler) if online else None,
         tokenizer=assembler.tokenizer,
         load_policy=assembler.models.trainable_policy,
+        reference_of=assembler.models.reference_of,
         loss=settings.loss,
         optimizer=lambda model: _optimizer(model, settings),
         num_steps=settings.steps,
@@ -140,20 +143,30 @@ def rl_stage(assembler: Assembler, name: str) -> RLStage:
         num_steps=config.run.steps,
         seed=config.seed,
         staleness=config.staleness,
+        rounding=_rounding(assembler),
     )
+
+
+def _rounding(assembler: Assembler) -> str:
+    """Return what samples in the RL stage."""
+    if isinstance(assembler.config.generator, Servers):
+        return "engine"
+    return "bf16" if assembler.models.dtype("policy") == DTYPES["bf16"] else "fp32"
 
 
 def evaluation_stage(assembler: Assembler, name: str) -> EvaluationStage:
     """Return the evaluation. The best-of-n curve needs hundreds of scores, so there is none where
     an LLM judge would be paid for them."""
-    settings, device = assembler.config.evaluation, assembler.device
+    settings, models = assembler.config.evaluation, assembler.models
     policy = resolved_model("evaluation.policy", settings.policy)
     return EvaluationStage(
         name=name,
         prompts=assembler.prompts[1][: settings.prompts],
         tokenizer=assembler.tokenizer,
-        load_before=assembler.models.initial_policy,
-        load_after=lambda folder: load_model(policy or folder / "policy", device),
+        load_before=lambda folder: models.frozen_policy(models.initial_policy(folder)),
+        load_after=lambda folder: models.frozen_policy(
+            load_model(policy or folder / "policy", assembler.device)
+        ),
         rewards=assembler.weighted_rewards,
         gold=assembler.rewards.context.gold,
         sampling=assembler.config.rollout,

@@ -362,6 +362,27 @@ def trust_region_excludes_ptx(config: Config) -> str | None:
 
 
 @rule
+def trust_region_needs_fp32(config: Config) -> str | None:
+    if not _has_trust_region(config) or config.run.precision_of("policy") != "bf16":
+        return None
+    return (
+        'run.precision = "bf16": a trust region solves for its step with products of second '
+        'derivatives, which bfloat16 is too coarse for. Use "fp32" or "auto".'
+    )
+
+
+@rule
+def reference_on_the_trunk_has_its_precision(config: Config) -> str | None:
+    precision, policy = config.run.precision_of("reference"), config.run.precision_of("policy")
+    if config.policy.adapter is None or precision in {"auto", policy}:
+        return None
+    return (
+        f'run.precision.reference = "{precision}": with policy.adapter the reference is the '
+        f'policy\'s trunk, which computes in "{policy}". Set run.precision.policy, or leave it out.'
+    )
+
+
+@rule
 def served_adapter_needs_an_adapter(config: Config) -> str | None:
     generator = config.generator
     if config.rl_stage is None or not isinstance(generator, Servers):

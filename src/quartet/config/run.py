@@ -10,6 +10,23 @@ KEPT_STEPS = 1000
 """A run with more steps keeps the rollouts of about so many."""
 
 
+PrecisionName = Literal["auto", "fp32", "bf16"]
+"""What a setting of precision can say."""
+Role = Literal["policy", "critic", "reference", "reward_model"]
+"""The four models of PPO."""
+
+
+@part
+class RolePrecision:
+    """A precision for each model. With an adapter (policy.adapter), models on the policy's trunk
+    compute as the policy does."""
+
+    policy: PrecisionName = "auto"
+    critic: PrecisionName = "auto"
+    reference: PrecisionName = "auto"
+    reward_model: PrecisionName = "auto"
+
+
 @part
 class RunConfig:
     """The file's [run] table: how long the run is, where it is, and what is kept of it."""
@@ -22,6 +39,12 @@ class RunConfig:
     )
     device: str = Field(
         default="auto", description='"cpu", "cuda", or "auto": a GPU where there is one.'
+    )
+    precision: RolePrecision | PrecisionName = Field(
+        default="auto",
+        description='What models compute in: "fp32", or "bf16" with float32 weights of what is '
+        'trained. "auto" is bf16 on a GPU that has it, fp32 on a CPU and for trust regions. A '
+        "table sets it for each of policy, critic, reference and reward_model.",
     )
     offload: bool = Field(
         default=False,
@@ -66,6 +89,13 @@ class RunConfig:
         default=(),
         description='Metrics of your own, a number of each RL step: ["mine.py:MyMetric"].',
     )
+
+    def precision_of(self, role: Role) -> PrecisionName:
+        """Return the precision that the settings give a model."""
+        if isinstance(self.precision, str):
+            return self.precision
+        precision: PrecisionName = getattr(self.precision, role)
+        return precision
 
     @property
     def keep_every(self) -> int:

@@ -17,8 +17,10 @@ from transformers import DynamicCache
 from quartet.models.adapters import has_merged_weight, merged_weight
 from quartet.models.language_model import has_linear_head
 from quartet.models.llama import causal_attention, gated, has_fused_forward, normed, rotations
+from quartet.models.logprobs import head_logits
 from quartet.models.packing import Packed, pack_rows, repacked, take
 from quartet.models.padding import left_pad
+from quartet.models.precision import compute_dtype
 from quartet.models.protocols import CausalModel
 from quartet.tensors import Bool, Float, Int, Tensor
 
@@ -140,7 +142,7 @@ class LlamaDecoder:
         self.num_heads = first.q_proj.out_features // self.head_size
         self.blocks = [_Block(block, self.num_heads + self.num_kv_heads) for block in trunk.layers]
         self.head = _FusedLinear([model.get_output_embeddings()])
-        self.device, self.dtype = model.device, model.dtype
+        self.device, self.dtype = model.device, compute_dtype(model)
         per_row = (
             len(self.blocks) * 2 * self.num_kv_heads * self.head_size * width * self.dtype.itemsize
         )
@@ -282,7 +284,7 @@ class LlamaDecoder:
             slots[:, 1:] = slots[:, :1]
 
     def _logits(self, x: Float[Tensor, "B H"]) -> Float[Tensor, "B V"]:
-        return self.head(normed(self.trunk.norm, x))
+        return self.head.in_float32(normed(self.trunk.norm, x))
 
 
 class _Block:
@@ -377,6 +379,10 @@ class _FusedLinear:
             )
             return output
         return linear(x, self.weight, self.bias)
+
+    def in_float32(self, x: Float[Tensor, "N K"]) -> Float[Tensor, "N M"]:
+        """Return x Wᵀ + b in float32 at least, of bfloat16 numbers too."""
+        return self(x) if self.packed else head_logits(x, self.weight, self.bias)
 
 
 def _has_merged_weights(trunk: Any) -> bool:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
 from quartet.models.lora import Lora
+from quartet.models.precision import keep_in_float32
 from quartet.models.protocols import CausalModel, Trunk
 from quartet.tensors import Tensor
 
@@ -51,6 +52,7 @@ def add_adapter(model: CausalModel, lora: Lora, name: str, seed: int) -> Any:
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model, adapter_name=name)
     model.requires_grad_(False)
+    keep_in_float32(adapter_parameters(model, name))  # peft takes the dtype of the base
     for p in [*trained, *adapter_parameters(model, name)]:
         p.requires_grad_(True)
     _activate(model, POLICY if POLICY in adapters_of(model) else None)
@@ -214,12 +216,18 @@ def checkpoint_contexts(
 # --- layers as one weight ---
 
 
+def is_plain_linear(layer: Any) -> bool:
+    """Return whether a layer is torch's own linear layer, possibly read in another dtype, and not
+    one that a library has derived from it."""
+    return getattr(type(layer), "_plain_class", type(layer)) is nn.Linear
+
+
 def has_merged_weight(product: Any) -> bool:
     """Return whether `merged_weight` gives the weight of a layer: a plain linear layer, or one
     under plain LoRA (no DoRA or other variant) with at most one active adapter."""
-    if type(product) is nn.Linear:
+    if is_plain_linear(product):
         return True
-    if not hasattr(product, "lora_A") or type(product.base_layer) is not nn.Linear:
+    if not hasattr(product, "lora_A") or not is_plain_linear(product.base_layer):
         return False
     active = product.active_adapters
     return len(active) <= 1 and all(

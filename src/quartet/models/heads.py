@@ -37,8 +37,10 @@ from quartet.models.language_model import (
     check_finite,
     first_line,
     read_config,
+    save_weights,
 )
 from quartet.models.logprobs import at_least_float32, predicting_positions, scatter_to_tokens
+from quartet.models.precision import compute_in
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.trunk import hidden_states
 from quartet.tensors import Bool, Float, Int, Tensor
@@ -133,7 +135,7 @@ class ScalarModel(nn.Module):
         state = full_state_dict(self.model, keep=process_group.is_rank_zero)
         if not process_group.is_rank_zero:
             return
-        self.model.save_pretrained(folder, state_dict=state)
+        save_weights(self.model, folder, state)
         tokenizer.save_pretrained(folder)
 
     def save_per_token(
@@ -154,6 +156,7 @@ class ScalarModel(nn.Module):
         trunk = full_state_dict(self.model.base_model, keep=process_group.is_rank_zero)
         if not process_group.is_rank_zero:
             return None
+        trunk = {name: at_least_float32(tensor) for name, tensor in trunk.items()}
         classifier.base_model.load_state_dict(trunk, assign=True)
         head = head_of(classifier).to_empty(device=self.head.weight.device)
         with torch.no_grad():
@@ -172,6 +175,11 @@ class ScalarModel(nn.Module):
     def centre(self, mean: float) -> None:
         setattr(self.model.config, CENTRE, mean)
 
+    def compute_in(self, dtype: torch.dtype) -> "ScalarModel":
+        """Have the trunk compute in this dtype; the head and its numbers stay in float32."""
+        compute_in(self.model, dtype, self.head)
+        return self
+
     def hidden(
         self, tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "N H"]:
@@ -182,9 +190,9 @@ class ScalarModel(nn.Module):
     ) -> Float[Tensor, "N"]:
         """Return the output of the head less the centre at the positions of the mask, of
         right-padded rows: the number after the token at that position."""
-        return (
-            at_least_float32(self.head(self.hidden(tokens, output_mask)).squeeze(-1)) - self.centre
-        )
+        hidden = at_least_float32(self.hidden(tokens, output_mask))
+        numbers: Tensor = self.head(hidden).squeeze(-1) - self.centre
+        return numbers
 
     def scores(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Return one number per row: the output at the last real token."""
@@ -219,6 +227,10 @@ class AdaptedScalar(ScalarModel):
         )
         self.collect_parameters()
         initialise(self.head, seed)
+
+    def compute_in(self, dtype: torch.dtype) -> "AdaptedScalar":
+        """Do nothing: the trunk is the policy's, and computes as the policy does."""
+        return self
 
     def collect_parameters(self) -> None:
         """Take up the parameters of the adapter. Sharding a trunk replaces them by others, so it
@@ -347,4 +359,5 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N"]:
-        return at_least_float32(self.linear(hidden).squeeze(-1))
+        numbers: Tensor = self.linear(at_least_float32(hidden)).squeeze(-1)
+        return numbers

@@ -29,6 +29,7 @@ from quartet.models.adapters import (
     save_adapter,
 )
 from quartet.models.logprobs import (
+    head_logits,
     head_statistics,
     logits_statistics,
     predicting_positions,
@@ -217,10 +218,29 @@ def save(
     state = merged_state(model, tensors) if adapted else tensors
     if model.generation_config is not None and model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder, state_dict=state)
+    save_weights(model, folder, state)
     tokenizer.save_pretrained(folder)
     if adapted:
         save_adapter(model, POLICY, folder / "adapter", tensors)
+
+
+def save_weights(
+    model: Any, folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the config and the weights of a transformers model, all weights in this dtype.
+
+    Weights that were held in bfloat16 are exact in float32, too. A tensor with two names stays one.
+    """
+    tensors: dict[int, Tensor] = {}
+    for tensor in state.values():
+        converts = tensor.is_floating_point() and tensor.dtype != torch.float64
+        tensors.setdefault(id(tensor), tensor.to(dtype) if converts else tensor)
+    model.save_pretrained(folder, state_dict={n: tensors[id(t)] for n, t in state.items()})
+    # transformers writes the dtype of the model's first parameter.
+    path, name = folder / "config.json", str(dtype).removeprefix("torch.")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("dtype") != name:
+        path.write_text(json.dumps(config | {"dtype": name}, indent=2) + "\n", encoding="utf-8")
 
 
 def first_line(error: Exception) -> str:
@@ -287,9 +307,10 @@ def forward_positions(
 
 def logits_of(model: LanguageModel, outputs: PositionOutputs) -> Float[Tensor, "N V"]:
     """Return the logits of all N positions at once."""
-    return (
-        model.get_output_embeddings()(outputs.hidden) if outputs.logits is None else outputs.logits
-    )
+    if outputs.logits is not None:
+        return outputs.logits
+    head = model.get_output_embeddings()
+    return head_logits(outputs.hidden, head.weight, getattr(head, "bias", None))
 
 
 def statistics(

@@ -48,7 +48,8 @@ def reward_from(name: str, given: Any, context: RewardContext) -> Reward:
         from quartet.rewards.reward_model import ModelReward
 
         model = given if isinstance(given, ScalarModel) else ScalarModel(given)
-        return ModelReward(freeze(model.to(context.device)), context.micro_batch_tokens, name)
+        model = freeze(model.to(context.device)).compute_in(next(model.parameters()).dtype)
+        return ModelReward(model, context.micro_batch_tokens, name)
     if isinstance(given, RewardSource):
         return given.make(context)
     if hasattr(given, "score"):

@@ -26,6 +26,8 @@ class RewardContext:
     """Tokens of one forward pass."""
     device: Any
     """The `torch.device` of the run's models."""
+    dtype: Any = None
+    """The `torch.dtype` that reward models compute in; None is float32."""
     gold: Callable[[str, str], float] | None = None
     """The gold reward of a prompt and a response, in an embedded world."""
     folder: Path | None = None
@@ -55,8 +57,10 @@ class RewardContext:
 
         if self.reads_ids(model, label):
             loaded = freeze(ScalarModel.load(model, self.device))
+            if self.dtype is not None:
+                loaded.compute_in(self.dtype)
             return ModelReward(loaded, self.micro_batch_tokens, name)
-        return TextModelReward(name, model, label, self.micro_batch_tokens, self.device)
+        return TextModelReward(name, model, label, self.micro_batch_tokens, self.device, self.dtype)
 
 
 @dataclass(frozen=True)

@@ -293,6 +293,7 @@ class StepsSource(RewardSource):
             self.combine,
             context.token_texts,
             context.device,
+            context.dtype,
         )
 
 

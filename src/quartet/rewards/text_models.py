@@ -15,6 +15,7 @@ from quartet.models.actor_critic import freeze
 from quartet.models.heads import ScalarModel, load_classifier
 from quartet.models.language_model import ModelError, load_tokenizer
 from quartet.models.padding import right_pad
+from quartet.models.precision import compute_in, label_layer
 from quartet.rewards.protocol import RewardError, Score
 
 Ids = Sequence[int]
@@ -42,9 +43,12 @@ class TextModelReward:
         label: int | None,
         micro_batch_tokens: int,
         device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.name, self.folder, self.micro_batch_tokens = name, folder, micro_batch_tokens
         self.model = freeze(load_classifier(AutoModelForSequenceClassification, folder, device))
+        if dtype is not None:
+            compute_in(self.model, dtype, label_layer(self.model))
         self.tokenizer = load_tokenizer(folder, generates=False)
         self.label = the_label(str(folder), self.model.config.num_labels, label)
         self.scalar = (
@@ -132,6 +136,7 @@ class StepReward:
         combine: Literal["min", "mean", "last"],
         token_texts: Callable[[Ids], list[str]],
         device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.name, self.separator, self.combine, self.token_texts = (
             name,
@@ -140,6 +145,8 @@ class StepReward:
             token_texts,
         )
         self.model = freeze(load_classifier(AutoModelForTokenClassification, folder, device))
+        if dtype is not None:
+            compute_in(self.model, dtype, label_layer(self.model))
         self.tokenizer = load_tokenizer(folder, generates=False)
         labels = self.model.config.num_labels
         if label is not None and label >= labels:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from quartet.runs.rules import RULES, History, Rule
+from quartet.runs.rules import RULES, TOLERANCES, History, Rule, Tolerance
 
 if TYPE_CHECKING:
     from quartet.runs.reader import Run
@@ -36,13 +36,14 @@ class Watch:
     filtered: bool = False
     """Whether top-k or top-p is on, so that the sampled distribution is known to differ from the
     trained one."""
+    tolerance: Tolerance = TOLERANCES["fp32"]
     rules: Mapping[Rule, int] = field(default_factory=lambda: RULES)
     """The rules, each with the number of steps in a row for which it must hold."""
     history: History = field(init=False)
     held: dict[Rule, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.history = History(self.kl_target, self.filtered)
+        self.history = History(self.kl_target, self.filtered, self.tolerance)
 
     def see(self, metrics: Mapping[str, float]) -> list[tuple[Rule, str]]:
         """Add a step; return the rules that hold at it for the first time, and their sentences."""
@@ -79,7 +80,7 @@ def examine(run: "Run") -> list[Finding]:
     filtered = bool(rollout.get("top_k", 0)) or rollout.get("top_p", 1.0) < 1
     found: dict[tuple[str, Rule | None], Finding] = {}
     for stage, series in run.series.items():
-        watch = Watch(target, filtered)
+        watch = Watch(target, filtered, TOLERANCES[run.rounding])
         if len(series.steps) > MAX_STEPS:
             sentence = (
                 f"{stage} has {len(series.steps):,} steps; the rules looked at the first "

@@ -351,6 +351,12 @@ class Run:
         return None if clip is None else Clipping.read(clip)
 
     @property
+    def rounding(self) -> str:
+        """Which of the doctor's tolerances holds for the RL stage: a key of `TOLERANCES`."""
+        rounding: str = self._described.get("rounding", "fp32")
+        return rounding
+
+    @property
     def definitions(self) -> list[Definition]:
         """The metrics of the user's own, as the run described them."""
         rows: list[dict[str, Any]] = self._described.get("metrics", [])

@@ -3,7 +3,7 @@ may rely on."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
 
@@ -102,6 +102,7 @@ class DefinitionsEvent(Event):
     stage: Name
     clip: Clip | None = None
     metrics: list[OwnMetric] = []
+    rounding: Literal["fp32", "bf16", "engine"] = "fp32"
 
 
 EVENTS: "dict[str, TypeAdapter[Any]]" = {

@@ -7,13 +7,11 @@ findings. docs/doctor.md says what each rule finds and when it is silent.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 RECENT = 5
 """Steps that a rule takes the mean of."""
-SAMPLER_GAP = 1e-4
-"""How far the mean ratio of the sampler's and the learner's probabilities may be from 1: 100 times
-what float32 leaves."""
 HACKED_WITHIN = 200
 """Steps over which gold and reward are compared."""
 HACKED_MEAN = 10
@@ -24,11 +22,43 @@ FORGOTTEN = 5.0
 """How many times the first perplexity on demonstrations is too much."""
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """How far from each other numbers may be that are equal but for rounding."""
+
+    sampler_noted: float
+    """The mean ratio, less 1, of the sampler's and the learner's probabilities that is reported."""
+    sampler_wrong: float
+    """The same, where the run stops."""
+    growth: float
+    """How many times the gap of step 1 stops the run as well, once it is above `growth_from`: a
+    sampler that does not get new weights begins with a small gap."""
+    growth_from: float
+    ratio: float
+    """The largest |ratio − 1| before the first optimizer step."""
+    kl: float
+    """The KL per token between two models with the same weights."""
+
+
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 1e-4, math.inf, math.inf, 1e-3, 1e-4),
+    "bf16": Tolerance(0.03, 0.10, 5.0, 0.01, 0.5, 1e-3),
+    "engine": Tolerance(0.03, 0.10, 5.0, 0.01, 1e-3, 1e-4),
+}
+"""Tolerances by who samples, and in what: the learner's own module in float32, in bfloat16, or
+another engine with kernels of its own. docs/doctor.md says how they were found."""
+
+
 class History:
     """The metrics of a stage so far, by name."""
 
-    def __init__(self, kl_target: float | None = None, filtered: bool = False) -> None:
-        self.kl_target, self.filtered = kl_target, filtered
+    def __init__(
+        self,
+        kl_target: float | None = None,
+        filtered: bool = False,
+        tolerance: Tolerance = TOLERANCES["fp32"],
+    ) -> None:
+        self.kl_target, self.filtered, self.tolerance = kl_target, filtered, tolerance
         self.steps = 0
         self.columns: dict[str, list[float]] = {}
         self.best_wins, self.best_place = -math.inf, 0
@@ -107,19 +137,36 @@ def sampler_disagrees(history: History) -> str | None:
     """The learner must see the probabilities that were sampled from: another temperature, template,
     shift or older weights make PPO's ratio a ratio of two other things (Yao et al. 2025, "Your
     efficient RL framework secretly brings you off-policy RL training")."""
-    gap = history.now("sampler_ratio", 1.0) - 1
-    if gap < SAMPLER_GAP or history.filtered:
+    tolerance, gap = history.tolerance, history.now("sampler_ratio", 1.0) - 1
+    first = history.columns.get("sampler_ratio", [1.0])[0] - 1
+    grown = gap > tolerance.growth_from and gap > tolerance.growth * first
+    if history.filtered or not (gap >= tolerance.sampler_wrong or grown):
         return None
-    if history.columns["sampler_ratio"][0] - 1 < SAMPLER_GAP:
+    if first < tolerance.sampler_wrong:
         return (
             f"the sampler's probabilities are {gap:.2%} from the learner's on average, and were "
-            f"not at step 1: the sampler "
-            "does not get the learner's new weights."
+            f"{first:.2g} from them at step 1: the sampler does not get the learner's new weights."
         )
     return (
         f"the sampler's probabilities are {gap:.2%} from the learner's on average. Do both use the "
-        f"same temperature, filters, "
-        "chat template, weights and padding, and is dropout off?"
+        "same temperature, filters, chat template, weights and padding, and is dropout off?"
+    )
+
+
+def sampler_is_imprecise(history: History) -> str | None:
+    """Where the sampler computes in bfloat16 or with other kernels, its probabilities are a little
+    off, and what is learnt is off-policy by as much. Truncated importance weights
+    (algorithm.correction) bound the harm (Yao et al. 2025)."""
+    tolerance, gap = history.tolerance, history.recent("sampler_ratio", 3)
+    if (
+        gap is None
+        or history.filtered
+        or not (tolerance.sampler_noted <= gap - 1 < tolerance.sampler_wrong)
+    ):
+        return None
+    return (
+        f"the sampler's probabilities are {gap - 1:.1%} from the learner's on average, by rounding "
+        'as it seems. Set algorithm.correction = { type = "truncated" }, or sample in fp32.'
     )
 
 
@@ -128,7 +175,7 @@ def ratio_is_not_one(history: History) -> str | None:
     is dropout in the update, or a forward pass that is not the one the old log-probs came from
     (Huang et al. 2022, "The 37 implementation details")."""
     error = history.now("ratio/first_error", 0.0)
-    if error < 1e-3:
+    if error < history.tolerance.ratio:
         return None
     return (
         f"ratios are up to {error:.2g} from 1 before any weight has moved. Is dropout on in the "
@@ -141,7 +188,7 @@ def reference_differs(history: History) -> str | None:
     """At step 1 the policy is the reference, and the KL between them is 0 (Ziegler et al. 2019). If
     not, the penalty pulls towards another model."""
     first = history.columns.get("kl/token_k3", [0.0])[0]
-    if history.steps > 1 or first < 1e-4:
+    if history.steps > 1 or first < history.tolerance.kl:
         return None
     return (
         f"the KL to the reference is {first:.2g} per token at step 1, and should be 0: the "
@@ -451,6 +498,7 @@ Rule = Callable[[History], str | None]
 
 RULES: dict[Rule, int] = {
     sampler_disagrees: 1,
+    sampler_is_imprecise: 1,
     ratio_is_not_one: 1,
     reference_differs: 1,
     reference_moved: 1,

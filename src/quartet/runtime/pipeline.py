@@ -22,7 +22,7 @@ from quartet.recording.step_recorder import InvariantBroken, StepRecorder
 from quartet.recording.tokens import TokenTexts
 from quartet.recording.trackers import Tracking
 from quartet.runs.doctor import Watch
-from quartet.runs.rules import RULES
+from quartet.runs.rules import RULES, TOLERANCES
 from quartet.runtime.events import Advanced, Event, Finished, StageFailed, Started, Warned
 from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.machine import return_freed_memory
@@ -145,6 +145,7 @@ class Pipeline:
         definitions: dict[str, Any] = {
             "clip": clip_bounds(stage.algorithm.policy_loss),
             "metrics": [dataclasses.asdict(metric.definition) for metric in self.saving.metrics],
+            "rounding": stage.rounding,
         }
         earlier = [e for e in self.folder.record().events if e["event"] == "definitions"]
         if not earlier or any(earlier[-1].get(k) != value for k, value in definitions.items()):
@@ -165,7 +166,8 @@ class Pipeline:
         is_rl = isinstance(stage, RLStage)
         own = {rule_of(metric): 1 for metric in self.saving.metrics} if is_rl else {}
         filtered = isinstance(stage, RLStage) and stage.sampling.filters
-        watch = Watch(kl_target(stage), filtered, {**RULES, **own})
+        tolerance = TOLERANCES[stage.rounding if isinstance(stage, RLStage) else "fp32"]
+        watch = Watch(kl_target(stage), filtered, tolerance, {**RULES, **own})
         return StepRecorder(
             self.folder,
             stage.name,

@@ -11,7 +11,6 @@ from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.loops.preference import ComparisonSource, held_out_preference, preference
 from quartet.loops.progress import Progress
-from quartet.models.adapters import reference_of
 from quartet.models.language_model import save
 from quartet.models.protocols import Tokenizer
 from quartet.stages.protocol import StageRun, Summary, unchanged
@@ -33,6 +32,8 @@ class PreferenceStage:
     online: Callable[[Path, Any], ComparisonSource] | None
     tokenizer: Tokenizer
     load_policy: Callable[[Path], Any]
+    reference_of: Callable[[Any], Any]
+    """Returns the frozen reference of the policy that the stage starts from."""
     loss: PreferenceLoss
     optimizer: Callable[[Any], Optimizer]
     num_steps: int
@@ -53,7 +54,7 @@ class PreferenceStage:
             source = self.online(folder, model)
         else:
             source = Sampler(self.comparisons, self.batch_size, self.seed)
-        reference = reference_of(model) if self.loss.needs_reference else None
+        reference = self.reference_of(model) if self.loss.needs_reference else None
         model = self.spread(model)
         reference = None if reference is None else self.spread(reference)
         optimizer, budget = (

@@ -142,6 +142,8 @@ class RLStage:
     num_steps: int
     seed: int
     staleness: int = 0
+    rounding: str = "fp32"
+    """What samples: the learner's module in "fp32" or "bf16", or another "engine"."""
 
     @property
     def title(self) -> str:

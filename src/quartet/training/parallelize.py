@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
+    MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
     share_comm_ctx,
@@ -29,6 +30,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from quartet.distributed.process_group import TorchProcessGroup
 from quartet.distributed.sharding import is_sharded
 from quartet.models.llama import BLOCK_FORWARD, block_forward, has_fused_forward
+from quartet.models.precision import compute_dtype
 from quartet.models.trunk import blocks_of
 
 
@@ -62,9 +64,15 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
     blocks = blocks_of(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no blocks that could be sharded.")
+    dtype = compute_dtype(model)
+    # A block's weights are gathered rounded, and its gradients are summed over the ranks in
+    # float32, as one device sums those of micro-batches.
+    rounding = MixedPrecisionPolicy()
+    if dtype == torch.bfloat16:
+        rounding = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     by_hand = has_fused_forward(model.base_model, 1) if hasattr(model, "base_model") else False
     for block in blocks:
-        sharded = fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        sharded = fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=rounding)
         assert isinstance(sharded, FSDPModule)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
@@ -106,8 +114,14 @@ def _divide(modules: list[Any], mesh: DeviceMesh) -> None:
 
 
 def _gathered_weight(module: Any) -> torch.Tensor:
-    """Return the whole weight of a module. Every rank must read it; the gradients that the ranks
-    compute for it are summed."""
+    """Return the whole weight of a module, in the dtype that the module computes in. Every rank
+    must read it; the gradients that the ranks compute for it are summed, in float32 at least."""
     matrix: DTensor = module._parameters["weight"]
-    whole: torch.Tensor = matrix.full_tensor(grad_placements=[Partial()] * matrix.device_mesh.ndim)
-    return whole
+    dimensions = matrix.device_mesh.ndim
+    whole = matrix.redistribute(
+        placements=[Replicate()] * dimensions,
+        forward_dtype=getattr(module, "_compute_dtype", None),
+        backward_dtype=torch.promote_types(matrix.dtype, torch.float32),
+    )
+    weight: torch.Tensor = whole.to_local(grad_placements=[Partial()] * dimensions)
+    return weight
