@@ -78,6 +78,8 @@ def test_answers_end_at_the_stop_token_and_nothing_follows_it():
 class Spy:
     """A decoder that writes down how many rows and prompts it was asked about."""
 
+    look_every = 1
+
     def __init__(self, inner):
         self.inner, self.steps, self.reads = inner, [], []
 

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from quartet.generation.decoders import LlamaDecoder, PlainDecoder, make_decoder
+from quartet.generation.slots import SlotDecoder
 from quartet.models import packing
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import masked_logprobs
@@ -132,11 +133,12 @@ def test_second_derivatives_exist(name):
 
 
 @FAMILY
-def test_sampling_gives_the_logits_of_transformers_token_by_token(name):
+@pytest.mark.parametrize("kind", [LlamaDecoder, SlotDecoder])
+def test_sampling_gives_the_logits_of_transformers_token_by_token(name, kind):
     """Both decoders, given the same tokens; rows leave, others come, samples share their prompt."""
     made = language_model(name)
-    ours, plain = make_decoder(made, 48), PlainDecoder(made)
-    assert isinstance(ours, LlamaDecoder)
+    ours, plain = kind(made, 48), PlainDecoder(made)
+    assert isinstance(make_decoder(made, 48), LlamaDecoder)
     prompts = [torch.randint(40, (n,)).tolist() for n in (3, 9, 5, 14)]
     texts = [list(p) for p in prompts for _ in range(3)]
     first, theirs = ours.prefill(prompts, 3), plain.prefill(prompts, 3)

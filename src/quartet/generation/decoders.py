@@ -3,7 +3,8 @@
 A decoder takes prompts in (`prefill`), appends one token to every row (`step`) and drops finished
 rows (`keep`). `PlainDecoder` calls the model's own forward with transformers' cache and works for
 any architecture. `LlamaDecoder` computes the Llama family itself, on a cache that it owns: rows
-need no padding, and new rows can join while others are being decoded.
+need no padding, and new rows can join while others are being decoded. `SlotDecoder` does so with
+the shapes and kernels that suit a GPU.
 """
 
 import inspect
@@ -11,14 +12,16 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import embedding, pad, scaled_dot_product_attention
 from transformers import DynamicCache
 
-from quartet.models.adapters import has_merged_weight, merged_weight
+from quartet.generation.cache import MIN_ROWS, PREFILL_TOKENS, cache_bytes, spans_within
+from quartet.generation.fused import FusedBlock, HeldNorm, has_merged_weights, head_and_embedding
+from quartet.generation.slots import SlotDecoder
+from quartet.models.attention import backend, causal_attention
 from quartet.models.language_model import has_linear_head
-from quartet.models.llama import causal_attention, gated, has_fused_forward, normed, rotations
-from quartet.models.logprobs import head_logits
-from quartet.models.packing import Packed, pack_rows, repacked, take
+from quartet.models.llama import has_fused_forward, normed, rotations
+from quartet.models.packing import Packed, pack_rows, take
 from quartet.models.padding import left_pad
 from quartet.models.precision import compute_dtype
 from quartet.models.protocols import CausalModel
@@ -27,18 +30,15 @@ from quartet.tensors import Bool, Float, Int, Tensor
 BLOCK = 64
 """A cache is lengthened by a multiple of this many columns (tokens)."""
 
-MIN_ROWS = 64
-"""Rows that are decoded together however large their keys and values are. With fewer rows, reading
-the weights for each step would cost more than the memory is worth."""
-
-PREFILL_TOKENS = 4096
-"""Prompt tokens in one forward pass of the prefill; a longer prompt has a pass of its own."""
-
 
 @runtime_checkable
 class Decoder(Protocol):
     """A batch of texts, the rows, each of which grows by one token per step. Rows are numbered
     0, 1, … in the order in which they were added."""
+
+    look_every: int
+    """Tokens between two looks at which rows have ended. Where more than 1, an ended row is given
+    tokens until then, which nobody reads; a look makes the host wait for the device."""
 
     def free_rows(self) -> int:
         """Return how many rows can be added now."""
@@ -65,8 +65,10 @@ def make_decoder(model: CausalModel, width: int, max_rows: int | None = None) ->
     if (
         has_fused_forward(model.base_model, width)
         and has_linear_head(model)
-        and _has_merged_weights(model.base_model)
+        and has_merged_weights(model.base_model)
     ):
+        if backend(model.device, compute_dtype(model)) == "varlen":
+            return SlotDecoder(model, width, max_rows)
         return LlamaDecoder(model, width, max_rows)
     return PlainDecoder(model, max_rows)
 
@@ -75,6 +77,8 @@ class PlainDecoder:
     """Decodes with the forward pass of any causal language model of transformers. Prompts are
     padded on the left, so that all rows end in the same column. Its cache has one length, so new
     rows can be added only when no old row is left."""
+
+    look_every = 1
 
     def __init__(self, model: CausalModel, max_rows: int | None = None) -> None:
         self.model, self.max_rows = model, max_rows or 512
@@ -132,6 +136,8 @@ class LlamaDecoder:
     because few responses get long.
     """
 
+    look_every = 1
+
     @torch.inference_mode()
     def __init__(self, model: CausalModel, width: int, max_rows: int | None = None) -> None:
         trunk = model.base_model
@@ -140,8 +146,11 @@ class LlamaDecoder:
         self.head_size, self.scale = first.head_dim, first.scaling
         self.num_kv_heads = first.k_proj.out_features // self.head_size
         self.num_heads = first.q_proj.out_features // self.head_size
-        self.blocks = [_Block(block, self.num_heads + self.num_kv_heads) for block in trunk.layers]
-        self.head = _FusedLinear([model.get_output_embeddings()])
+        self.blocks = [
+            FusedBlock(block, self.num_heads + self.num_kv_heads) for block in trunk.layers
+        ]
+        self.head, self.embedding = head_and_embedding(model)
+        self.norm = HeldNorm(trunk.norm)
         self.device, self.dtype = model.device, compute_dtype(model)
         per_row = (
             len(self.blocks) * 2 * self.num_kv_heads * self.head_size * width * self.dtype.itemsize
@@ -176,7 +185,7 @@ class LlamaDecoder:
         sizes = torch.tensor([len(p) for p in prompts], device=self.device)
         self._resize(before + added, max(self.max_length, int(sizes.max())))
         logits = []
-        for start, stop in _spans_within([len(p) for p in prompts], PREFILL_TOKENS):
+        for start, stop in spans_within([len(p) for p in prompts], PREFILL_TOKENS):
             packed = pack_rows(prompts[start:stop], self.device)
             slots = before + copies * torch.arange(start, stop, device=self.device)
             logits.append(self._prefill_packed(packed, slots))
@@ -197,16 +206,14 @@ class LlamaDecoder:
         logits behind each prompt's last token."""
         slot = slots.repeat_interleave(torch.tensor(packed.lengths, device=self.device))
         factors = self.rotation_table[packed.positions]
-        x = self.trunk.embed_tokens(packed.tokens)
+        x = embedding(packed.tokens, self.embedding)
         for number, (block, cache) in enumerate(zip(self.blocks, self.caches, strict=True)):
             heads = block.project_qkv(x, factors)
             cache[slot, :, packed.positions] = heads[:, self.num_heads :]
             queries, keys, values = heads.split(
                 [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1
             )
-            attended = repacked(
-                causal_attention(queries, keys, values, packed, self.scale), packed
-            ).flatten(1)
+            attended = causal_attention(queries, keys, values, packed, self.scale).flatten(1)
             # The last block's output is needed only behind the last token of each prompt.
             if number == len(self.blocks) - 1:
                 x, attended = take(x, packed.output_index), take(attended, packed.output_index)
@@ -220,7 +227,7 @@ class LlamaDecoder:
         self.mask[rows, 0, 0, self.lengths] = 0.0
         mask = self.mask[: len(tokens), :, :, :until]
         factors = self.rotation_table[self.lengths]
-        x = self.trunk.embed_tokens(tokens)
+        x = embedding(tokens, self.embedding)
         for block, cache in zip(self.blocks, self.caches, strict=True):
             heads = block.project_qkv(x, factors)
             cache[rows, :, self.lengths] = heads[:, self.num_heads :]
@@ -284,132 +291,4 @@ class LlamaDecoder:
             slots[:, 1:] = slots[:, :1]
 
     def _logits(self, x: Float[Tensor, "B H"]) -> Float[Tensor, "B V"]:
-        return self.head.in_float32(normed(self.trunk.norm, x))
-
-
-class _Block:
-    """One transformer block, its weights joined for few large products: queries, keys and values in
-    one, gate and up in one. Rows of the query and key weights are reordered so that the two
-    coordinates that a rotation mixes, j and j + D/2, are neighbours; then a pair is one complex
-    number."""
-
-    def __init__(self, block: Any, num_rotated: int) -> None:
-        """`num_rotated`: query and key heads; the value heads come after them."""
-        attention, mlp = block.self_attn, block.mlp
-        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self.head_size, self.num_rotated = attention.head_dim, num_rotated
-        paired = [
-            lambda x: x.unflatten(0, (-1, 2, self.head_size // 2)).transpose(1, 2).flatten(0, 2)
-        ] * 2
-        self.qkv = _FusedLinear(parts, [*paired, lambda x: x])
-        self.out, self.gate_up, self.down = (
-            _FusedLinear([attention.o_proj]),
-            _FusedLinear([mlp.gate_proj, mlp.up_proj]),
-            _FusedLinear([mlp.down_proj]),
-        )
-        self.activation = mlp.act_fn
-        self.norms = block.input_layernorm, block.post_attention_layernorm
-        self.head_norm = None
-        if hasattr(attention, "q_norm"):
-            weights = [
-                paired[0](norm.weight).expand(part.out_features // self.head_size, -1)
-                for norm, part in zip((attention.q_norm, attention.k_norm), parts, strict=False)
-            ]
-            self.head_norm, self.head_eps = torch.cat(weights), attention.q_norm.variance_epsilon
-
-    def project_qkv(self, x: Float[Tensor, "N H"], factors: Tensor) -> Float[Tensor, "N heads D"]:
-        """Return queries, keys and values of every head, queries and keys rotated."""
-        heads: Tensor = self.qkv(normed(self.norms[0], x)).unflatten(-1, (-1, self.head_size))
-        if self.head_norm is not None:  # Qwen3 normalizes each query and key head
-            rotated = heads[:, : self.num_rotated]
-            rotated.copy_(
-                rms_norm(rotated, (self.head_size,), None, self.head_eps) * self.head_norm
-            )
-        # Complex numbers exist for float32 and float64; bf16 is rotated in float32, as transformers
-        # does.
-        exact = heads.to(torch.promote_types(heads.dtype, torch.float32))
-        torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(factors)
-        return exact.to(heads.dtype)
-
-    def residuals(
-        self, x: Float[Tensor, "N H"], attended: Float[Tensor, "N A"]
-    ) -> Float[Tensor, "N H"]:
-        """Return x + the output projection of `attended` + the MLP of that sum: the block's two
-        residual additions."""
-        x = self.out(attended).add_(x)
-        gate, up = self.gate_up(normed(self.norms[1], x)).chunk(2, dim=-1)
-        output: Tensor = self.down(gated(gate, up, self.activation))
-        return output.add_(x)
-
-
-class _FusedLinear:
-    """x Wᵀ + b, W being the weights of one linear layer or of several, one below the other.
-
-    On a CPU, oneDNN's kernels with W in their own layout are up to three times as fast for few rows
-    as the kernels that torch chooses. For a W below `PACKED` numbers, calling them costs more than
-    they save.
-    """
-
-    PACKED = 2**16
-
-    def __init__(self, layers: Sequence[Any], reorder: Sequence[Any] = ()) -> None:
-        """`reorder` has a function per layer that permutes the rows of its weight and bias."""
-        reorder = reorder or [lambda x: x] * len(layers)
-        weights = [f(merged_weight(layer)) for f, layer in zip(reorder, layers, strict=True)]
-        self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self.bias = None
-        if getattr(layers[0], "bias", None) is not None:
-            self.bias = torch.cat(
-                [
-                    f(getattr(layer, "base_layer", layer).bias)
-                    for f, layer in zip(reorder, layers, strict=True)
-                ]
-            )
-        on_cpu = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
-        self.packed = (
-            on_cpu and self.weight.numel() >= self.PACKED and torch.backends.mkldnn.is_available()
-        )
-        if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 64)
-
-    def __call__(self, x: Float[Tensor, "N K"]) -> Float[Tensor, "N M"]:
-        if self.packed:
-            output: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self.weight, self.bias, "none", [], ""
-            )
-            return output
-        return linear(x, self.weight, self.bias)
-
-    def in_float32(self, x: Float[Tensor, "N K"]) -> Float[Tensor, "N M"]:
-        """Return x Wᵀ + b in float32 at least, of bfloat16 numbers too."""
-        return self(x) if self.packed else head_logits(x, self.weight, self.bias)
-
-
-def _has_merged_weights(trunk: Any) -> bool:
-    """Return whether each projection is a weight matrix, or one plus a LoRA that can be merged."""
-    products = (
-        product
-        for block in trunk.layers
-        for part in (block.self_attn, block.mlp)
-        for name, product in part.named_children()
-        if name.endswith("_proj")
-    )
-    return all(has_merged_weight(product) for product in products)
-
-
-def cache_bytes(device: torch.device) -> int:
-    """Return how many bytes keys and values may take: half a GiB of main memory, or half of what is
-    free on a GPU."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**29
-
-
-def _spans_within(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """Split a sequence into spans (start, stop) of neighbours whose sizes add up to at most
-    `limit`; a larger one is alone in its span."""
-    spans, start, total = [], 0, 0
-    for i, size in enumerate(sizes):
-        if i > start and total + size > limit:
-            spans.append((start, i))
-            start, total = i, 0
-        total += size
-    return [*spans, (start, len(sizes))]
+        return self.head.in_float32(normed(self.norm, x))

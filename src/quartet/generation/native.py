@@ -135,8 +135,10 @@ class NativeGenerator:
             0, dtype=torch.long, device=device
         )  # the answer that each row of the decoder belongs to
         lengths = torch.empty(0, dtype=torch.long, device=device)  # tokens of it so far
+        alive = torch.empty(0, dtype=torch.bool, device=device)  # whether it goes on
         logits = torch.empty(0, 0, device=device)
-        steps: list[tuple[Tensor, Drawn]] = []
+        steps: list[Step] = []
+        unseen = 0  # tokens since the ends of rows were looked at
         while len(rows) or waiting:
             if waiting and (not len(rows) or decoder.free_rows() >= samples):
                 chosen = [
@@ -145,19 +147,21 @@ class NativeGenerator:
                 ]
                 new = decoder.prefill([prompts[i] for i in chosen], samples)
                 logits = torch.cat([logits, new]) if len(rows) else new
-                first = samples * torch.tensor(chosen, device=device)
-                rows = torch.cat(
-                    [rows, (first[:, None] + torch.arange(samples, device=device)).flatten()]
-                )
+                first = samples * torch.tensor(chosen)
+                added = (first[:, None] + torch.arange(samples)).flatten().to(device)
+                rows = torch.cat([rows, added])
                 lengths = torch.nn.functional.pad(lengths, (0, len(new)))
-            drawn = draw(logits, sampling, noise[rows, lengths])
-            steps.append((rows, drawn))
-            lengths = lengths + 1
+                alive = torch.nn.functional.pad(alive, (0, len(new)), value=True)
+            drawn = draw(logits, sampling, noise[rows, lengths.clamp(max=limit - 1)])
+            steps.append((rows, alive, drawn))
+            lengths = lengths + alive
             tokens = drawn.tokens
-            unfinished = ~(self._ends(tokens, rows, lengths) | (lengths == limit))
-            if not unfinished.all():
-                kept = decoder.keep(unfinished)
-                rows, lengths, tokens = rows[kept], lengths[kept], tokens[kept]
+            alive = alive & ~(self._ends(tokens, rows, lengths) | (lengths == limit))
+            unseen += 1
+            if unseen >= decoder.look_every and not alive.all():
+                kept = decoder.keep(alive)
+                rows, lengths, tokens, alive = rows[kept], lengths[kept], tokens[kept], alive[kept]
+            unseen %= decoder.look_every
             if len(rows):
                 logits = decoder.step(tokens)
         return _by_row(steps, len(prompts) * samples)
@@ -178,16 +182,21 @@ class NativeGenerator:
         return self.tokenizer.decode(response_ids, skip_special_tokens=True)
 
 
+Step = tuple[Tensor, Tensor, Drawn]
+"""The answer of each row, whether it goes on, and the token that was drawn for it."""
+
+
 def _by_row(
-    steps: Sequence[tuple[Tensor, Drawn]], num_rows: int
+    steps: Sequence[Step], num_rows: int
 ) -> list[tuple[list[int], list[float], list[float]]]:
     """Sort what was drawn step by step into tokens, log-probs and entropies of each response."""
-    rows = torch.cat([r for r, _ in steps])
+    rows = torch.cat([rows for rows, _, _ in steps]).cpu()
     order = rows.sort(stable=True).indices
-    sizes = rows.bincount(minlength=num_rows).tolist()
-    columns = (
-        torch.cat([getattr(d, name) for _, d in steps])[order]
+    order = order[torch.cat([alive for _, alive, _ in steps]).cpu()[order]]
+    ends = rows[order].bincount(minlength=num_rows).cumsum(0).tolist()
+    columns = [
+        torch.cat([getattr(drawn, name) for _, _, drawn in steps]).cpu()[order].tolist()
         for name in ("tokens", "logprobs", "entropies")
-    )
-    split = [[piece.tolist() for piece in column.split(sizes)] for column in columns]
-    return list(zip(*split, strict=True))
+    ]
+    spans = list(zip([0, *ends], ends, strict=False))
+    return [tuple(column[start:end] for column in columns) for start, end in spans]  # type: ignore[misc]

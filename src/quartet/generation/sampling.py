@@ -74,6 +74,10 @@ def draw(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, 
     z = z - z.amax(-1, keepdim=True)
     weights = z.exp()
     cumulative = weights.cumsum(-1)
+    if z.device.type != "cpu":
+        # Sums in parallel need not rise: a token of probability 0 could have a larger one than the
+        # token before it, and be drawn. So it gets the one before.
+        cumulative = torch.where(weights > 0, cumulative, 0.0).cummax(-1).values
     total = cumulative[:, -1:]
     below = torch.nextafter(
         total, torch.zeros_like(total)

@@ -190,9 +190,7 @@ class ScalarModel(nn.Module):
     ) -> Float[Tensor, "N"]:
         """Return the output of the head less the centre at the positions of the mask, of
         right-padded rows: the number after the token at that position."""
-        hidden = at_least_float32(self.hidden(tokens, output_mask))
-        numbers: Tensor = self.head(hidden).squeeze(-1) - self.centre
-        return numbers
+        return number_of(self.head, self.hidden(tokens, output_mask)) - self.centre
 
     def scores(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Return one number per row: the output at the last real token."""
@@ -326,6 +324,12 @@ def head_of(model: Any) -> nn.Linear:
     return head
 
 
+def number_of(head: nn.Linear, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N"]:
+    """Return the output of a head with one label, in float32 at least."""
+    parts = (hidden, head.weight, *([] if head.bias is None else [head.bias]))
+    return nn.functional.linear(*map(at_least_float32, parts)).squeeze(-1)
+
+
 def initialise(head: nn.Linear, seed: int) -> None:
     """Fill the weights of a head of input size d with N(0, 1/√(d + 1)); the standard deviation is
     the second number."""
@@ -359,5 +363,4 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N"]:
-        numbers: Tensor = self.linear(at_least_float32(hidden)).squeeze(-1)
-        return numbers
+        return number_of(self.linear, hidden)

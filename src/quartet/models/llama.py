@@ -17,11 +17,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import linear, rms_norm
 from torch.utils.checkpoint import checkpoint
 
 from quartet.models.adapters import apply_linear, checkpoint_contexts, is_plain_linear
-from quartet.models.packing import Packed, repacked, take, unpacked
+from quartet.models.attention import causal_attention
+from quartet.models.packing import Packed, take
 from quartet.models.protocols import Trunk
 from quartet.tensors import Float, Int, Tensor
 
@@ -107,9 +108,7 @@ def block_forward(
     """
     attention, mlp = block.self_attn, block.mlp
     queries, keys, values = _projected(attention, normed(block.input_layernorm, x), rotation)
-    attended = repacked(
-        causal_attention(queries, keys, values, packed, attention.scaling), packed
-    ).flatten(1)
+    attended = causal_attention(queries, keys, values, packed, attention.scaling).flatten(1)
     if output_index is not None:
         x, attended = take(x, output_index), take(attended, output_index)
     x = x + apply_linear(attention.o_proj, attended)
@@ -147,20 +146,6 @@ def rotate(x: Float[Tensor, "N heads D"], rotation: Tensor) -> Float[Tensor, "N 
     by the rotation. The two come out side by side."""
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.view_as_real(torch.complex(first, second) * rotation).flatten(-2).to(x.dtype)
-
-
-def causal_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: float
-) -> Tensor:
-    """Return softmax(q kᵀ · scale) v of each sequence, [rows, width, heads, D]. Every token attends
-    to itself and to those before it, so no real token attends to the padding at the end of its
-    row."""
-    queries, keys, values = (unpacked(x, packed).transpose(1, 2) for x in (queries, keys, values))
-    grouped = queries.shape[1] != keys.shape[1]
-    attended = scaled_dot_product_attention(
-        queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped
-    )
-    return attended.transpose(1, 2)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -5,6 +5,7 @@ Products of weights and hidden states then compute no padding; attention unpacks
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -35,31 +36,49 @@ class Packed:
     """The index of each token in the flattened rectangle of rows × width; None: not packed."""
     output_index: Int[Tensor, "n"]
     """The indices of the tokens whose outputs are needed, row by row."""
+    starts: Int[Tensor, "R"] = field(init=False)
+    """Where each row begins in `tokens`, and where the last one ends; int32, as kernels want it."""
     rows: int = field(init=False)
     """The number of rows. It is a field, not `len(lengths)`, because torch.compile would make a
     program for each length of the tuple."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", len(self.lengths))
+        starts = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+        object.__setattr__(self, "starts", starts.to(self.tokens.device, non_blocking=True))
 
 
 def pack(tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]) -> Packed:
     """Return each row up to the last position of the mask, packed. Later tokens are left out: a
-    causal model's output depends on nothing after it."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
-    lengths = torch.where(output_mask, positions + 1, 0).amax(dim=1)
+    causal model's output depends on nothing after it.
+
+    What decides shapes is computed on the CPU, where the result is known at once; tensors that are
+    there already cost no wait for the device. `output_mask` may be on the CPU for tokens that are
+    not. On other devices than a CPU rows are always packed.
+    """
+    device = tokens.device
+    mask = output_mask.cpu()
+    positions = torch.arange(mask.shape[1])
+    lengths = torch.where(mask, positions + 1, 0).amax(dim=1)
     width = int(lengths.max())
     within = positions[:width] < lengths[:, None]
-    output_places = output_mask[:, :width].flatten().nonzero()[:, 0]
-    flat = tokens[:, :width].flatten()
-    where = positions[:width].expand(len(tokens), width).flatten()
+    output_places = mask[:, :width].flatten().nonzero()[:, 0]
+    where = positions[:width].expand(len(mask), width).flatten()
     sizes = tuple(lengths.tolist())
-    if sum(sizes) >= (1 - WORTH_PACKING) * len(sizes) * width:
-        return Packed(flat, where, (width,) * len(sizes), width, None, output_places)
+    flat = tokens[:, :width].flatten()
+    worth = WORTH_PACKING if device.type == "cpu" else 0.0
+
+    def moved(x: Tensor) -> Tensor:
+        return x.to(device, non_blocking=True)
+
+    if sum(sizes) >= (1 - worth) * len(sizes) * width:
+        full = (width,) * len(sizes)
+        return Packed(flat, moved(where), full, width, None, moved(output_places))
     places = within.flatten().nonzero()[:, 0]
-    index = torch.zeros(within.numel(), dtype=torch.long, device=tokens.device)
-    index[places] = torch.arange(len(places), device=tokens.device)
-    return Packed(flat[places], where[places], sizes, width, places, index[output_places])
+    index = torch.zeros(within.numel(), dtype=torch.long)
+    index[places] = torch.arange(len(places))
+    where, output_index, places = moved(where[places]), moved(index[output_places]), moved(places)
+    return Packed(flat[places], where, sizes, width, places, output_index)
 
 
 def pack_rows(rows: Sequence[Sequence[int]], device: torch.device) -> Packed:

@@ -1,0 +1,224 @@
+"""The decoder for GPUs: fixed slots, few shapes, and a whole step as one CUDA graph.
+
+A GPU computes a decoding step of a small model in less time than the host needs to ask for its
+kernels. Here the host asks once: a step reads and writes tensors that stay where they are, its
+shapes are the number of slots and of columns from a small set, and it is recorded as a CUDA graph
+for each pair. Whether rows have ended is looked at every `LOOK_EVERY` tokens only.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn.functional import embedding
+
+from quartet.generation.cache import MIN_ROWS, PREFILL_TOKENS, cache_bytes, spans_within
+from quartet.generation.fused import FusedBlock, HeldNorm, head_and_embedding
+from quartet.models.attention import causal_attention, slot_attention
+from quartet.models.llama import normed, rotations
+from quartet.models.packing import Packed, pack_rows, take
+from quartet.models.precision import compute_dtype
+from quartet.models.protocols import CausalModel
+from quartet.tensors import Bool, Float, Int, Tensor
+
+LOOK_EVERY = 8
+"""Tokens between two looks at which rows have ended."""
+COLUMNS = 256
+"""A cache has a power of two times so many columns."""
+SMALLEST = 8
+"""The smallest number of slots that are computed."""
+WARM_UPS = 2
+"""Steps before one is recorded: kernels are chosen, and workspaces allocated, at first use."""
+
+
+def bucket(count: int, smallest: int, largest: int) -> int:
+    """Return the smallest of `smallest`, 2 · `smallest`, 4 · `smallest`, …, `largest` that is not
+    below `count`."""
+    size = smallest
+    while size < count:
+        size *= 2
+    return min(size, largest)
+
+
+class SlotDecoder:
+    """Decodes the Llama family in slots of one cache.
+
+    Each block's cache is one tensor [slots, columns, 2 · kv heads, D], the keys before the values.
+    Row i is in slot i. When rows leave, the last rows move into their slots, and steps compute a
+    smaller bucket of slots. Where columns run out, they are doubled.
+    """
+
+    look_every = LOOK_EVERY
+
+    @torch.inference_mode()
+    def __init__(self, model: CausalModel, width: int, max_rows: int | None = None) -> None:
+        trunk = model.base_model
+        first = trunk.layers[0].self_attn
+        self.trunk, self.scale, self.head_size = trunk, first.scaling, first.head_dim
+        self.num_kv_heads = first.k_proj.out_features // self.head_size
+        self.num_heads = first.q_proj.out_features // self.head_size
+        self.blocks = [
+            FusedBlock(block, self.num_heads + self.num_kv_heads) for block in trunk.layers
+        ]
+        self.head, self.embedding = head_and_embedding(model)
+        self.norm = HeldNorm(trunk.norm)
+        self.device, self.dtype = model.device, compute_dtype(model)
+        self.width = width + LOOK_EVERY  # a row that has ended goes on until somebody looks
+        numbers = len(self.blocks) * 2 * self.num_kv_heads * self.head_size * self.width
+        fit = cache_bytes(self.device) // (numbers * self.dtype.itemsize)
+        self.max_rows = max_rows or max(fit, MIN_ROWS)
+        self.rows, self.longest = 0, 0
+        """The rows there are, and the length of the longest. Both are known without the device."""
+        shape = (0, 0, 2 * self.num_kv_heads, self.head_size)
+        self.caches = [torch.zeros(shape, dtype=self.dtype, device=self.device)] * len(self.blocks)
+        self.slots, self.columns = 0, 0
+        self.lengths = torch.zeros(0, dtype=torch.int32, device=self.device)
+        self.tokens = torch.zeros(0, dtype=torch.long, device=self.device)
+        self.starts = torch.zeros(0, dtype=torch.int32, device=self.device)
+        self.factors = self._factors(torch.arange(self.width, device=self.device))
+        self.steps: dict[int, Callable[[], Tensor]] = {}
+        """What computes a step, by the number of slots that it computes."""
+
+    def _factors(self, positions: Int[Tensor, "n"]) -> Tensor:
+        """Return the factors that rotate queries and keys at each position, and leave values as
+        they are: [n, heads + 2 · kv heads, D/2], complex."""
+        factors = rotations(self.trunk, positions)
+        factors = factors.expand(-1, self.num_heads + self.num_kv_heads, -1)
+        ones = factors.new_ones(len(positions), self.num_kv_heads, self.head_size // 2)
+        return torch.cat([factors, ones], dim=1)
+
+    def free_rows(self) -> int:
+        return self.max_rows - self.rows
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], copies: int) -> Float[Tensor, "B V"]:
+        sizes = [len(prompt) for prompt in prompts]
+        before, added = self.rows, len(prompts) * copies
+        self._resize(before + added, max(self.longest, *sizes) + LOOK_EVERY)
+        logits = []
+        for start, stop in spans_within(sizes, PREFILL_TOKENS):
+            packed = pack_rows(prompts[start:stop], self.device)
+            slots = before + copies * torch.arange(start, stop)
+            logits.append(self._prefill_packed(packed, slots))
+        if copies > 1:
+            for cache in self.caches:
+                rows = cache[before : before + added, : max(sizes)]
+                rows = rows.unflatten(0, (len(prompts), copies))
+                rows[:, 1:] = rows[:, :1]
+        lengths = torch.tensor(sizes, dtype=torch.int32).repeat_interleave(copies)
+        self.lengths[before : before + added] = lengths.to(self.device, non_blocking=True)
+        self.rows, self.longest = before + added, max(self.longest, *sizes)
+        return torch.cat(logits).repeat_interleave(copies, 0, output_size=added)
+
+    def _prefill_packed(self, packed: Packed, slots: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+        """Compute packed prompts, write their keys and values into their slots, and return the
+        logits behind each prompt's last token."""
+        slot = slots.repeat_interleave(torch.tensor(packed.lengths)).to(self.device)
+        factors, x = self.factors[packed.positions], embedding(packed.tokens, self.embedding)
+        for number, (block, cache) in enumerate(zip(self.blocks, self.caches, strict=True)):
+            heads = block.project_qkv(x, factors)
+            cache[slot, packed.positions] = heads[:, self.num_heads :]
+            queries, keys, values = heads.split(
+                [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1
+            )
+            attended = causal_attention(queries, keys, values, packed, self.scale).flatten(1)
+            if number == len(self.blocks) - 1:
+                x, attended = take(x, packed.output_index), take(attended, packed.output_index)
+            x = block.residuals(x, attended)
+        return self.head.in_float32(normed(self.norm, x))
+
+    @torch.inference_mode()
+    def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+        self._resize(self.rows, self.longest + 1)
+        count = bucket(self.rows, SMALLEST, self.slots)
+        self.tokens[: self.rows] = tokens
+        if count not in self.steps:
+            self.steps[count] = self._recorded(count)
+        logits = self.steps[count]()
+        self.longest += 1
+        return logits[: self.rows]
+
+    def _recorded(self, count: int) -> Callable[[], Tensor]:
+        """Return a function that computes a step of so many slots: on a GPU, a graph's replay."""
+
+        def eager() -> Tensor:
+            logits = self._step(count)
+            self.lengths[:count] += 1
+            return logits
+
+        if not _can_record(self.device):
+            return eager
+        lengths = self.lengths.clone()
+        # Steps that only warm up write where the real one will, and leave the lengths alone.
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._step(count)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = eager()
+        self.lengths.copy_(lengths)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+    def _step(self, count: int) -> Float[Tensor, "B V"]:
+        """Append the tokens to the first `count` slots and return the logits after them."""
+        slots, lengths = self.starts[:count].long(), self.lengths[:count]
+        starts, columns = self.starts[: count + 1], lengths.long()
+        known = lengths + 1
+        factors, x = self.factors[columns], embedding(self.tokens[:count], self.embedding)
+        for block, cache in zip(self.blocks, self.caches, strict=True):
+            heads = block.project_qkv(x, factors)
+            cache[slots, columns] = heads[:, self.num_heads :]
+            queries = heads[:, : self.num_heads]
+            attended = slot_attention(queries, cache[:count], known, starts, self.scale)
+            x = block.residuals(x, attended.flatten(1))
+        return self.head.in_float32(normed(self.norm, x))
+
+    @torch.inference_mode()
+    def keep(self, unfinished: Bool[Tensor, "B"]) -> Int[Tensor, "n"]:
+        kept = unfinished.cpu().nonzero()[:, 0]
+        order = torch.arange(len(kept))
+        # Slots 0 … len(kept) − 1 stay in use. Each finished row among them is a hole, and the kept
+        # rows above fill the holes in turn.
+        holes = (order[:, None] == kept).any(1).logical_not().nonzero()[:, 0]
+        movers = kept[kept >= len(kept)]
+        order[holes] = movers
+        order, holes, movers = (x.to(self.device) for x in (order, holes, movers))
+        for cache in self.caches:
+            cache[holes, : self.longest] = cache[movers, : self.longest]
+        self.lengths[: len(order)] = self.lengths[order]
+        # What is left behind is never read, and must stay within the cache.
+        self.lengths[len(order) :] = 0
+        self.rows = len(order)
+        self.longest = int(self.lengths.max()) if len(order) else 0
+        return order
+
+    def _resize(self, rows: int, columns: int) -> None:
+        """Make room for so many rows and columns. Recorded steps are of the old cache."""
+        if rows <= self.slots and columns <= self.columns:
+            return
+        slots = bucket(max(rows, self.slots), SMALLEST, max(self.max_rows, SMALLEST))
+        wide = bucket(max(columns, self.columns), COLUMNS, 2**30)
+        self.steps.clear()  # a graph holds memory of its own
+        shape = (slots, wide, 2 * self.num_kv_heads, self.head_size)
+        live, until = min(self.rows, self.slots), self.longest
+        for number, old in enumerate(self.caches):
+            # Entries are 0 and not uninitialized: a kernel may multiply masked ones by 0.
+            self.caches[number] = old.new_zeros(shape)
+            self.caches[number][:live, :until] = old[:live, :until]
+        lengths, tokens = self.lengths, self.tokens
+        self.lengths, self.tokens = lengths.new_zeros(slots), tokens.new_zeros(slots)
+        self.lengths[: len(lengths)], self.tokens[: len(tokens)] = lengths, tokens
+        self.starts = torch.arange(slots + 1, dtype=torch.int32, device=self.device)
+        self.slots, self.columns = slots, wide
+
+
+def _can_record(device: torch.device) -> bool:
+    """Return whether steps can be CUDA graphs on a device."""
+    return device.type == "cuda" and torch.cuda.is_available()
