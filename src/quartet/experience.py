@@ -6,6 +6,11 @@ tokens[:, :t])`, and `values[:, t]` is the value before token t is chosen. Rows 
 right; what is real is known from lengths and from the response mask, never from comparing ids with
 a pad id.
 
+Batches and experience are in main memory, also where the models are on a GPU: advantages, metrics
+and the record are computed there without a wait for the device, and in float64 where that matters.
+Models take tokens and masks from main memory; the learner brings their outputs back, and sends the
+rows of a micro-batch to the device where its loss needs them.
+
 Two policies that are easily confused have two names: *old* is the actor when it sampled,
 *reference* the frozen model that the KL penalty holds the actor to.
 """
@@ -147,6 +152,18 @@ class Experience:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def to(self, device: Any) -> "Experience":
+        """Return the experience with its tensors on a `torch.device`."""
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(
+            self,
+            **{
+                name: value.to(device, non_blocking=True)
+                for name, value in tensors.items()
+                if name != "ids" and value is not None
+            },
+        )
 
     def rows(self, indices: Sequence[int]) -> "Experience":
         """Return these rows only, without the columns in which all of them are padding."""

@@ -128,8 +128,9 @@ class FusedLinear:
         return linear(x, self.weight, self.bias)
 
     def added_to(self, x: Float[Tensor, "N M"], y: Float[Tensor, "N K"]) -> Float[Tensor, "N M"]:
-        """Return x + y Wᵀ + b. On a GPU the sum is part of the product, and x is overwritten."""
-        if x.device.type == "cpu":
+        """Return x + y Wᵀ + b. On a GPU in half precision the sum is part of the product, and x is
+        overwritten."""
+        if x.device.type == "cpu" or x.dtype == torch.float32:
             return self(y).add_(x)
         if self.bias is not None:
             x = x + self.bias

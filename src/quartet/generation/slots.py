@@ -168,13 +168,13 @@ class SlotDecoder:
 
     def _step(self, count: int) -> Float[Tensor, "B V"]:
         """Append the tokens to the first `count` slots and return the logits after them."""
-        slots, lengths = self.starts[:count].long(), self.lengths[:count]
-        starts, columns = self.starts[: count + 1], lengths.long()
-        known = lengths + 1
-        factors, x = self.factors[columns], embedding(self.tokens[:count], self.embedding)
+        lengths, known = self.lengths[:count], self.lengths[:count] + 1
+        starts = self.starts[: count + 1], self.starts[: count + 1] * self.columns
+        places = (starts[1][:-1] + lengths).long()
+        factors, x = self.factors[lengths.long()], embedding(self.tokens[:count], self.embedding)
         for block, cache in zip(self.blocks, self.caches, strict=True):
             heads = block.project_qkv(x, factors)
-            cache[slots, columns] = heads[:, self.num_heads :]
+            cache.flatten(0, 1).index_copy_(0, places, heads[:, self.num_heads :])
             queries = heads[:, : self.num_heads]
             attended = slot_attention(queries, cache[:count], known, starts, self.scale)
             x = block.residuals(x, attended.flatten(1))

@@ -292,7 +292,7 @@ def _response_logprobs(
     model: LanguageModel, sides: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> Float[Tensor, "B"]:
     """Return Σ log π over the tokens of each response."""
-    tokens, lengths = right_pad([(*prompt, *response) for prompt, response in sides], model.device)
-    starts = torch.tensor([len(prompt) for prompt, _ in sides], device=model.device)
+    tokens, lengths = right_pad([(*prompt, *response) for prompt, response in sides])
+    starts = torch.tensor([len(prompt) for prompt, _ in sides])
     mask = response_mask(starts, lengths, tokens.shape[1])
     return masked_logprobs(model, tokens, mask).sum(dim=1)

@@ -137,17 +137,17 @@ def _forward(model: ScalarModel, pairs: Sequence[Comparison], every_token: bool 
     sides = [(*c.prompt_ids, *c.chosen_ids) for c in pairs] + [
         (*c.prompt_ids, *c.rejected_ids) for c in pairs
     ]
-    tokens, lengths = right_pad(sides, next(model.parameters()).device)
+    tokens, lengths = right_pad(sides)
     chosen, rejected = tokens.chunk(2)
-    chosen_lengths, rejected_lengths = lengths.chunk(2)
-    differs = after_divergence(chosen, rejected, chosen_lengths, rejected_lengths)
+    differs = after_divergence(chosen, rejected, *lengths.chunk(2))
     mask = response_mask(lengths - 1, lengths, tokens.shape[1])
     if every_token:
         mask |= differs.repeat(2, 1) & response_mask(
             torch.zeros_like(lengths), lengths, tokens.shape[1]
         )
     chosen, rejected = scatter_to_tokens(model(tokens, mask), mask).chunk(2)
-    return _Sides(chosen, rejected, chosen_lengths, rejected_lengths, differs)
+    chosen_lengths, rejected_lengths = lengths.to(chosen.device).chunk(2)
+    return _Sides(chosen, rejected, chosen_lengths, rejected_lengths, differs.to(chosen.device))
 
 
 def _last_scores(sides: _Sides) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:

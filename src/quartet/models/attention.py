@@ -83,12 +83,13 @@ def slot_attention(
     queries: Float[Tensor, "B heads D"],
     cache: Float[Tensor, "B columns kv2 D"],
     lengths: Int[Tensor, "B"],
-    starts: Int[Tensor, "B1"],
+    starts: tuple[Int[Tensor, "B1"], Int[Tensor, "B1"]],
     scale: float,
 ) -> Float[Tensor, "B heads D"]:
     """Return the attention of one query per row over the first `lengths` columns of its slot.
 
-    `cache` holds the keys of each column before its values. `starts` is 0, 1, …, B in int32. No
+    `cache` holds the keys of each column before its values. `starts`, in int32, says where each
+    row begins: among the queries, which is 0, 1, …, B, and in the cache, that times the columns. No
     shape depends on the lengths, so that a CUDA graph can hold the call.
     """
     kv, columns = cache.shape[2] // 2, cache.shape[1]
@@ -99,8 +100,7 @@ def slot_attention(
             queries,
             keys.flatten(0, 1),
             values.flatten(0, 1),
-            starts,
-            starts * columns,
+            *starts,
             1,
             columns,
             scale=scale,

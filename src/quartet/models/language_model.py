@@ -37,7 +37,7 @@ from quartet.models.logprobs import (
 )
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.shape import Shape
-from quartet.models.trunk import checkpointing, hidden_states
+from quartet.models.trunk import checkpointing, hidden_states, rows_at
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -301,8 +301,12 @@ def forward_positions(
     if has_linear_head(model):
         return PositionOutputs(hidden_states(model.base_model, tokens, positions), None)
     with checkpointing(model):
-        output = model(input_ids=tokens, use_cache=False, output_hidden_states=True)
-    return PositionOutputs(output.hidden_states[-1][positions], output.logits[positions])
+        output = model(
+            input_ids=tokens.to(model.device), use_cache=False, output_hidden_states=True
+        )
+    return PositionOutputs(
+        rows_at(output.hidden_states[-1], positions), rows_at(output.logits, positions)
+    )
 
 
 def logits_of(model: LanguageModel, outputs: PositionOutputs) -> Float[Tensor, "N V"]:
@@ -322,15 +326,16 @@ def statistics(
     entropy_gradient: bool = False,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Return log-probs and entropies of the masked tokens, at their places; 0 elsewhere."""
+    targets = tokens[mask].to(outputs.hidden.device, non_blocking=True)
     if outputs.logits is None:
         head = model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         logprobs, entropy = head_statistics(
-            outputs.hidden, head.weight, bias, tokens[mask], temperature, entropy_gradient
+            outputs.hidden, head.weight, bias, targets, temperature, entropy_gradient
         )
     else:
         logprobs, entropy = logits_statistics(
-            outputs.logits, tokens[mask], temperature, entropy_gradient
+            outputs.logits, targets, temperature, entropy_gradient
         )
     return scatter_to_tokens(logprobs, mask), scatter_to_tokens(entropy, mask)
 
@@ -366,6 +371,6 @@ def policy_logprobs(
             model, tokens[rows, :width], mask[rows, :width], temperature
         )
         if piece.counts:
-            logprobs[rows, :width] = piece_logprobs
+            logprobs[rows, :width] = piece_logprobs.to(logprobs.device)
     process_group.all_reduce(logprobs)
     return logprobs

@@ -38,7 +38,7 @@ def scatter_to_tokens(
 ) -> Float[Tensor, "B T"]:
     """Return numbers, one per masked token, at the places of their tokens; 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
-        mask, values
+        mask.to(values.device, non_blocking=True), values
     )
 
 

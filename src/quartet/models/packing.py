@@ -48,16 +48,18 @@ class Packed:
         object.__setattr__(self, "starts", starts.to(self.tokens.device, non_blocking=True))
 
 
-def pack(tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]) -> Packed:
+def pack(
+    tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"], device: torch.device | None = None
+) -> Packed:
     """Return each row up to the last position of the mask, packed. Later tokens are left out: a
     causal model's output depends on nothing after it.
 
-    What decides shapes is computed on the CPU, where the result is known at once; tensors that are
-    there already cost no wait for the device. `output_mask` may be on the CPU for tokens that are
-    not. On other devices than a CPU rows are always packed.
+    `device` is where the model is, by default where the tokens are. What decides shapes is computed
+    on the CPU: tokens and mask that are there cost no wait for the device. On other devices than a
+    CPU rows are always packed.
     """
-    device = tokens.device
-    mask = output_mask.cpu()
+    device = tokens.device if device is None else device
+    tokens, mask = tokens.cpu(), output_mask.cpu()
     positions = torch.arange(mask.shape[1])
     lengths = torch.where(mask, positions + 1, 0).amax(dim=1)
     width = int(lengths.max())
@@ -73,12 +75,14 @@ def pack(tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]) -> Packed
 
     if sum(sizes) >= (1 - worth) * len(sizes) * width:
         full = (width,) * len(sizes)
-        return Packed(flat, moved(where), full, width, None, moved(output_places))
+        return Packed(moved(flat), moved(where), full, width, None, moved(output_places))
     places = within.flatten().nonzero()[:, 0]
     index = torch.zeros(within.numel(), dtype=torch.long)
     index[places] = torch.arange(len(places))
-    where, output_index, places = moved(where[places]), moved(index[output_places]), moved(places)
-    return Packed(flat[places], where, sizes, width, places, output_index)
+    output_index = moved(index[output_places])
+    return Packed(
+        moved(flat[places]), moved(where[places]), sizes, width, moved(places), output_index
+    )
 
 
 def pack_rows(rows: Sequence[Sequence[int]], device: torch.device) -> Packed:

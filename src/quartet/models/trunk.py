@@ -32,13 +32,23 @@ def hidden_states(
     token is its index. transformers' own forward therefore needs neither an attention mask nor
     position ids.
     """
-    packed = pack(tokens, output_mask)
+    device = next(trunk.parameters()).device
+    packed = pack(tokens, output_mask, device)
     if has_fused_forward(trunk, packed.width):
         return packed_hidden_states(trunk, packed)
-    within = slice(None, packed.width)
     with checkpointing(trunk):
-        hidden: Tensor = trunk(input_ids=tokens[:, within], use_cache=False).last_hidden_state
-    return hidden[output_mask[:, within]]
+        hidden: Tensor = trunk(
+            input_ids=tokens[:, : packed.width].to(device), use_cache=False
+        ).last_hidden_state
+    return rows_at(hidden, output_mask[:, : packed.width])
+
+
+def rows_at(values: Float[Tensor, "B T *rest"], mask: Bool[Tensor, "B T"]) -> Tensor:
+    """Return values[mask]. A mask in main memory costs no wait for the device of the values."""
+    if values.device == mask.device:
+        return values[mask]
+    places = mask.flatten().nonzero()[:, 0].to(values.device, non_blocking=True)
+    return values.flatten(0, 1).index_select(0, places)
 
 
 def checkpoint_blocks(model: CausalModel) -> Any:

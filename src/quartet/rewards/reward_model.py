@@ -31,7 +31,6 @@ class ModelReward:
             micro_batch_tokens,
             process_group,
         )
-        self.device = next(model.parameters()).device
         self.placement = NO_OFFLOAD
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
@@ -71,10 +70,9 @@ class ModelReward:
     ) -> Iterator[tuple[int, list[float]]]:
         """What the head says of some rows."""
         pieces = [rollouts[i] for i in rows]
-        tokens, ends = right_pad([(*r.prompt.ids, *r.response_ids) for r in pieces], self.device)
+        tokens, ends = right_pad([(*r.prompt.ids, *r.response_ids) for r in pieces])
         counts = [len(r.response_ids) if whole else 1 for r in pieces]
-        asked = response_mask(
-            ends - torch.tensor(counts, device=self.device), ends, tokens.shape[1]
-        )
-        for i, found in zip(rows, self.model(tokens, asked).split(counts), strict=True):
+        asked = response_mask(ends - torch.tensor(counts), ends, tokens.shape[1])
+        numbers = self.model(tokens, asked).cpu()  # one wait for the device
+        for i, found in zip(rows, numbers.split(counts), strict=True):
             yield i, found.tolist()

@@ -81,10 +81,11 @@ class TextModelReward:
         return made
 
     def _scores(self, texts: Sequence[tuple[Ids, Ids | None]]) -> list[float]:
-        tokens, lengths = right_pad([ids for ids, _ in texts], self.model.device)
+        tokens, lengths = right_pad([ids for ids, _ in texts])
         if self.scalar is not None:
             found: list[float] = self.scalar.scores(tokens, lengths).tolist()
             return found
+        tokens, lengths = tokens.to(self.model.device), lengths.to(self.model.device)
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         if is_decoder(self.model):  # several labels, read at the last real token
             hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state

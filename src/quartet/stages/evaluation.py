@@ -110,7 +110,7 @@ class EvaluationStage:
 
     def _kl(self, before: Any, after: Any, rollouts: Sequence[Rollout]) -> list[float]:
         """Return Σ_t log π_after(t) − log π_before(t) for each rollout, in nats."""
-        batch = collate(rollouts, after.device)
+        batch = collate(rollouts)
         new, old = (
             policy_logprobs(
                 model,

@@ -11,8 +11,8 @@ from quartet.models.padding import response_mask, right_pad, spread
 from quartet.tensors import Tensor
 
 
-def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
-    """Return the rollouts as one batch, padded on the right.
+def collate(rollouts: Sequence[Rollout], device: torch.device | None = None) -> Batch:
+    """Return the rollouts as one batch, padded on the right, in main memory if no device is given.
 
     Until the learner computes its own, `old_logprobs` are the log-probs that the sampler took.
     """

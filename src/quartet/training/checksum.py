@@ -16,21 +16,22 @@ def parameter_checksum(model: Any, process_group: ProcessGroup = SINGLE_PROCESS)
     It is the same for sharded and for whole weights, and any change of one parameter changes it
     almost surely. Every rank must call it.
     """
-    whole, sharded = (
-        torch.stack(
-            [_bits(p) for p in model.parameters() if is_sharded(p) == kind]
-            or [torch.zeros((), dtype=torch.int64)]
-        )
+    whole, parts = (
+        _sum([_bits(p) for p in model.parameters() if is_sharded(p) == kind])
         for kind in (False, True)
     )
-    sum_of_parts = sharded.sum()
-    process_group.all_reduce(sum_of_parts)  # whole parameters are the same on every rank
-    return int(whole.sum()) + int(sum_of_parts)
+    process_group.all_reduce(parts)  # whole parameters are the same on every rank
+    return int(whole) + int(parts)
+
+
+def _sum(numbers: list[Tensor]) -> Int[Tensor, ""]:
+    """Return the sum of some numbers, in main memory: one wait for the device for all of them."""
+    return torch.stack(numbers).sum().cpu() if numbers else torch.zeros((), dtype=torch.int64)
 
 
 def _bits(parameter: Tensor) -> Int[Tensor, ""]:
     """Return the sum over this rank's part, or 0 where another rank counts the same part."""
     size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    bits = local_tensor(parameter.detach()).view(size).sum(dtype=torch.int64).cpu()
+    bits = local_tensor(parameter.detach()).view(size).sum(dtype=torch.int64)
     counts = not is_sharded(parameter) or is_first_replica(parameter)
     return bits if counts else torch.zeros_like(bits)

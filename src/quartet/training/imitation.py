@@ -39,15 +39,13 @@ def _negative_logprobs(
     model: CausalModel, demonstrations: Sequence[Demonstration]
 ) -> Float[Tensor, "B T"]:
     """Return −log p of every response token, and 0 elsewhere."""
-    tokens, lengths = right_pad(
-        [(*d.prompt_ids, *d.response_ids) for d in demonstrations], model.device
-    )
-    starts = torch.tensor([len(d.prompt_ids) for d in demonstrations], device=model.device)
+    tokens, lengths = right_pad([(*d.prompt_ids, *d.response_ids) for d in demonstrations])
+    starts = torch.tensor([len(d.prompt_ids) for d in demonstrations])
     mask = response_mask(starts, lengths, tokens.shape[1])
     for row, d in enumerate(demonstrations):
         if d.loss_mask is not None:  # an environment wrote the other tokens of the response
             start, end = len(d.prompt_ids), len(d.prompt_ids) + len(d.loss_mask)
-            mask[row, start:end] &= torch.tensor(d.loss_mask, device=mask.device)
+            mask[row, start:end] &= torch.tensor(d.loss_mask)
     losses = -masked_logprobs(model, tokens, mask)
     check_finite(
         "the loss",

@@ -1,7 +1,6 @@
 """The learner: scores rollouts, and trains actor and critic on experience."""
 
 import dataclasses
-import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,7 +140,7 @@ class Learner:
         Where the first step has shown that the sampler's log-probs are the learner's, the sampler's
         log-probs and entropies are taken, and the actor does not run again.
         """
-        batch = collate(rollouts, self.device)
+        batch = collate(rollouts)
         check_finite("the reward", batch.scores, batch.ids, partial(row_tokens, batch))
         with self.placement.on_device(self.reference):
             return self.budget.run_within(
@@ -208,7 +207,7 @@ class Learner:
         train_actor = "actor" in optimizers
         rates = {f"lr/{name}": optimizer.lr for name, optimizer in optimizers.items()}
         moments = [optimizer.adam for optimizer in optimizers.values()]
-        record = UpdateRecord(experience, self.process_group)
+        record = UpdateRecord(experience, self.process_group, self.device)
         step_stats: list[dict[str, float]] = []
         num_epochs = 0
         with self.placement.on_device(
@@ -267,14 +266,13 @@ class Learner:
         """Take one optimizer step, or try again what ran out of memory."""
         record.rewind()
         train_actor = "actor" in optimizers
-        stats = optimizer_step(
-            itertools.chain(
-                self._losses(minibatch, algorithm, train_actor, record, micro_batch_tokens),
-                self._ptx_losses(minibatch, algorithm, record, micro_batch_tokens),
-            ),
-            optimizers,
-            self.process_group,
-        )
+
+        def losses() -> Iterator[Float[Tensor, ""]]:
+            yield from self._losses(minibatch, algorithm, train_actor, record, micro_batch_tokens)
+            yield from self._ptx_losses(minibatch, algorithm, record, micro_batch_tokens)
+            record.settle()
+
+        stats = optimizer_step(losses(), optimizers, self.process_group)
         if not train_actor:  # a critic on the actor's trunk has left gradients there
             self.optimizers["actor"].zero_grad()
         return stats
@@ -302,9 +300,9 @@ class Learner:
                 algorithm.needs_entropy_gradient,
                 reference,
             )
-            outputs = {"the log-probability": forward.logprobs, "the value": forward.values}
-            for what, numbers in outputs.items():
-                _check_response_tokens(f"{what} in the update", numbers, part)
+            part = part.to(self.device)
+            record.check("the log-probability in the update", forward.logprobs, part, indices)
+            record.check("the value in the update", forward.values, part, indices)
             terms = algorithm.loss(part, forward, denominators)
             if micro_batch.counts:
                 record.add(indices, part, forward, terms, algorithm)
@@ -328,7 +326,7 @@ class Learner:
             self.models.actor, minibatch.demonstrations, micro_batch_tokens, self.process_group
         ):
             weighted = algorithm.ptx.coef * loss
-            record.tally.add("ptx", float(weighted.detach()))
+            record.add_terms({"ptx": weighted})
             yield weighted
 
     def kl_since(self, experience: Experience) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.errors import NonFinite
-from quartet.tensors import Float, Tensor
+from quartet.tensors import Float, Tensor, torch
 from quartet.training.optim import Optimizer
 
 
@@ -61,12 +61,14 @@ def sum_of_losses(
     A `NonFinite` that is raised on one rank is raised on every rank, so that none waits for
     another.
     """
-    total, error = 0.0, None
+    found, error = [], None
     try:
         for loss in losses:
-            total += float(loss.detach())
+            found.append(loss.detach())
     except NonFinite as nonfinite:
         error = nonfinite
+    # They are read together: each would cost a wait for the device.
+    total = sum(torch.stack(found).tolist(), 0.0) if found else 0.0
     [num_errors, total_of_all] = process_group.all_reduce_sum(float(error is not None), total)
     if not num_errors:
         return total_of_all

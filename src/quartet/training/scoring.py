@@ -1,6 +1,6 @@
 """What actor, critic and reference compute for every token of a batch, before an update."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,15 +40,26 @@ class TokenScores:
         lengths = self.batch.lengths[rows]
         width = int(lengths.max())
         mask = self.batch.response_mask[rows, :width]
+        outputs = {"values": values}
         if forward is not None:
-            self.logprobs[rows, :width] = torch.where(mask, forward.logprobs[:, :width], 0.0)
-            self.entropy[rows, :width] = torch.where(mask, forward.entropy[:, :width], 0.0)
-            if forward.exact_kl is not None:
-                self.exact_kl[rows, :width] = torch.where(mask, forward.exact_kl[:, :width], 0.0)
-        if values is not None:
-            self.values[rows, :width] = torch.where(mask, values[:, :width], 0.0)
-            if values.shape[1] > width:
-                self.final_values[rows] = values.gather(1, lengths[:, None])[:, 0]
+            outputs |= {
+                "logprobs": forward.logprobs,
+                "entropy": forward.entropy,
+                "exact_kl": forward.exact_kl,
+            }
+        for name, numbers in in_main_memory(outputs).items():
+            getattr(self, name)[rows, :width] = torch.where(mask, numbers[:, :width], 0.0)
+            if name == "values" and numbers.shape[1] > width:
+                self.final_values[rows] = numbers.gather(1, lengths[:, None])[:, 0]
+
+
+def in_main_memory(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return those of some tensors of one shape that are not None, in main memory. Together they
+    cost one wait for their device."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if all(tensor.device.type == "cpu" for tensor in given.values()):
+        return given
+    return dict(zip(given, torch.stack(list(given.values())).cpu(), strict=True))
 
 
 @dataclass(frozen=True)

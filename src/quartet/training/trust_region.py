@@ -192,8 +192,8 @@ class _Objective:
             forward = self.learner.models.forward(
                 part.tokens, part.response_mask, self.learner.sampling.temperature
             )
-            width = part.tokens.shape[1]
-            logprobs[rows, :width] = torch.where(part.response_mask, forward.logprobs, 0.0)
+            width, now = part.tokens.shape[1], forward.logprobs.cpu()
+            logprobs[rows, :width] = torch.where(part.response_mask, now, 0.0)
         self.process_group.all_reduce(logprobs)
         return logprobs
 
@@ -209,6 +209,7 @@ class _Objective:
                 self.algorithm.needs_entropy_gradient,
                 reference,
             )
+            part = part.to(self.learner.device)
             terms = self.algorithm.loss(part, forward, self.denominators)
             yield sum(
                 (term for name, term in terms.items() if name != "value"),

@@ -9,7 +9,8 @@ import torch
 from quartet.algorithms.algorithm import Algorithm, Forward
 from quartet.algorithms.kl import k3
 from quartet.distributed.process_group import ProcessGroup
-from quartet.experience import Experience
+from quartet.errors import NonFinite
+from quartet.experience import Experience, row_tokens
 from quartet.tensors import Bool, Float, Tensor
 
 
@@ -53,8 +54,20 @@ class Tally:
     kl: float = 0.0
     """The sum of k3(π_old, π)."""
 
-    def add(self, name: str, loss: float) -> None:
-        self.losses[name] = self.losses.get(name, 0.0) + loss
+    def add(self, numbers: Mapping[str, float]) -> None:
+        """Add the numbers of one micro-batch, by the names of `UpdateRecord.add`, and of losses."""
+        for name, number in numbers.items():
+            match name:
+                case "#clipped":
+                    self.num_clipped += int(number)
+                case "#visits":
+                    self.num_visits += int(number)
+                case "#kl":
+                    self.kl += number
+                case "#first_ratio_error":
+                    self.first_ratio_error = max(self.first_ratio_error, number)
+                case _:
+                    self.losses[name] = self.losses.get(name, 0.0) + number
 
     def copy(self) -> "Tally":
         return dataclasses.replace(self, losses=dict(self.losses))
@@ -73,18 +86,31 @@ class Tally:
 
 
 class UpdateRecord:
-    """Collects what an update computes for each token, and the sums over its visits."""
+    """Collects what an update computes for each token, and the sums over its visits.
 
-    def __init__(self, experience: Experience, process_group: ProcessGroup) -> None:
-        self.process_group = process_group
-        self.logprobs, self.entropy = (torch.zeros_like(experience.old_logprobs) for _ in range(2))
-        self.clipped = torch.zeros_like(experience.response_mask)
+    What micro-batches give stays on the device until `settle`, which each optimizer step calls
+    once: to read every number by itself would have the host wait for the device each time.
+    """
+
+    def __init__(
+        self, experience: Experience, process_group: ProcessGroup, device: torch.device
+    ) -> None:
+        self.experience, self.process_group = experience, process_group
+        shape, dtype = experience.old_logprobs.shape, experience.old_logprobs.dtype
+        self.logprobs, self.entropy = (
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)
+        )
+        self.clipped = torch.zeros(shape, dtype=torch.bool, device=device)
         self.tally = Tally()
         self._last_epoch = Tally()
         """The tally when the last epoch ended."""
         self._rows: Sequence[int] = ()
         self._before_step = Tally()
         self._num_steps = 0
+        self._unread: list[dict[str, Tensor]] = []
+        """Numbers of micro-batches, on the device."""
+        self._unchecked: list[tuple[str, Sequence[int], Tensor]] = []
+        """What was computed, the rows of the experience, and whether each row is finite."""
 
     def begin_step(self, rows: Sequence[int]) -> None:
         """Begin an optimizer step on some rows. What an attempt at it records, `rewind` undoes."""
@@ -99,8 +125,20 @@ class UpdateRecord:
         ranks' tensors are summed in the end.
         """
         self.tally = self._before_step.copy()
+        self._unread.clear()
+        self._unchecked.clear()
         for tensor in (self.logprobs, self.entropy, self.clipped):
             tensor[self._rows] = 0
+
+    @torch.no_grad()
+    def check(
+        self, what: str, numbers: Tensor | None, part: Experience, rows: Sequence[int]
+    ) -> None:
+        """Have `settle` raise `NonFinite` where a number of a response token is not finite. `part`
+        is those rows of the experience."""
+        if numbers is not None:
+            finite = (numbers.isfinite() | ~part.response_mask).all(dim=1)
+            self._unchecked.append((what, rows, finite))
 
     @torch.no_grad()
     def add(
@@ -114,18 +152,40 @@ class UpdateRecord:
         """Record one micro-batch. `part` is those rows of the experience, `terms` their losses."""
         mask, width = part.response_mask, part.tokens.shape[1]
         clipped = algorithm.clipped(part, forward.logprobs)
-        self.logprobs[rows, :width] = torch.where(mask, forward.logprobs, 0.0)
-        self.entropy[rows, :width] = torch.where(mask, forward.entropy, 0.0)
-        self.clipped[rows, :width] = clipped
-        self.tally.num_clipped += int(clipped.sum())
-        self.tally.num_visits += int(mask.sum())
+        index = torch.tensor(rows).to(mask.device, non_blocking=True)
+        self.logprobs[index, :width] = torch.where(mask, forward.logprobs, 0.0)
+        self.entropy[index, :width] = torch.where(mask, forward.entropy, 0.0)
+        self.clipped[index, :width] = clipped
         kl = torch.where(mask, k3(part.old_logprobs, forward.logprobs), 0.0)
-        self.tally.kl += float(kl.sum())
-        for name, term in terms.items():
-            self.tally.add(name, float(term))
+        numbers = {"#clipped": clipped.sum(), "#visits": mask.sum(), "#kl": kl.sum()}
         if self._num_steps == 1:  # no weight has moved yet
             error = ((forward.logprobs - part.old_logprobs).expm1().abs() * mask).max()
-            self.tally.first_ratio_error = max(self.tally.first_ratio_error, float(error))
+            numbers["#first_ratio_error"] = error
+        self.add_terms(numbers | dict(terms))
+
+    def add_terms(self, numbers: Mapping[str, Tensor]) -> None:
+        """Record numbers of one micro-batch by name: terms of the loss, and those of `add`."""
+        self._unread.append({name: number.detach() for name, number in numbers.items()})
+
+    def settle(self) -> None:
+        """Read what is on the device. Raises `NonFinite` with the first row that is not finite."""
+        unread, unchecked = self._unread, self._unchecked
+        self._unread, self._unchecked = [], []
+        if unchecked and not bool(torch.cat([finite for *_, finite in unchecked]).all()):
+            what, row = next(
+                (what, rows[finite.tolist().index(False)])
+                for what, rows, finite in unchecked
+                if not bool(finite.all())
+            )
+            experience = self.experience
+            raise NonFinite(what, experience.ids[row], row_tokens(experience, row))
+        if not unread:
+            return
+        exact = torch.float64 if self.logprobs.device.type == "cpu" else torch.float32
+        flat = torch.stack([n.to(exact) for numbers in unread for n in numbers.values()]).tolist()
+        for numbers in unread:
+            self.tally.add(dict(zip(numbers, flat, strict=False)))
+            del flat[: len(numbers)]
 
     def end_epoch(self) -> float:
         """Return the mean k3(π_old, π) over the token visits of the epoch, on all ranks."""
@@ -136,7 +196,10 @@ class UpdateRecord:
         return kl / max(visits, 1)
 
     def all_reduce(self) -> None:
-        """Collect what all ranks have recorded."""
+        """Collect what all ranks have recorded, in main memory."""
+        self.logprobs, self.entropy, self.clipped = (
+            tensor.cpu() for tensor in (self.logprobs, self.entropy, self.clipped)
+        )
         self.process_group.all_reduce(self.logprobs, self.entropy, self.clipped)
         self.tally = self.tally.all_reduce(self.process_group)
 

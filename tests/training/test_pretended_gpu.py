@@ -1,0 +1,200 @@
+"""Sampling, scoring and learning on a GPU that is not there: nothing mixes devices, and the host seldom waits."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quartet.algorithms.presets import ALGORITHMS
+from quartet.data.sampler import Sampler
+from quartet.generation.decoders import make_decoder
+from quartet.generation.native import NativeGenerator
+from quartet.generation.sampling import Sampling
+from quartet.generation.slots import SlotDecoder
+from quartet.loops.collect import Collector
+from quartet.loops.rl import rl
+from quartet.models.actor_critic import Separate, freeze
+from quartet.models.attention import backend
+from quartet.models.heads import ScalarModel
+from quartet.models.language_model import stop_ids
+from quartet.models.precision import compute_in
+from quartet.rewards.protocol import Weighted
+from quartet.training.learner import Learner
+from quartet.training.optim import Optim
+from tests.support.pretended_device import CUDA, Pretended, on_device, pretended
+from tests.support.world import model, prompts, tokenizer
+
+BF16 = torch.bfloat16
+FIRST_ORDER = sorted(name for name in ALGORITHMS if name not in {"trpo", "npg"})
+
+
+class Length:
+    name = "length"
+
+    def score(self, rollouts):
+        return [float(len(r.response_ids) % 5) for r in rollouts]
+
+    def token_scores(self, rollouts):
+        return [[1.0] * len(r.response_ids) for r in rollouts]
+
+
+def parts(name, on_gpu=True, layers=2, dtype=BF16, **optim):
+    """A learner, a generator and a collector of the tiny world, for a preset."""
+    algorithm = ALGORITHMS[name]
+
+    def there(made):
+        return on_device(made) if on_gpu else made
+
+    actor = model() if layers == 2 else deeper(layers)
+    critic = None
+    if algorithm.needs_critic:
+        critic = ScalarModel.from_trunk(actor, None, seed=0)
+        there(critic.model)
+        critic.compute_in(dtype)
+    actor = compute_in(there(actor), dtype)
+    reference = None
+    if algorithm.needs_reference:
+        reference = there(compute_in(freeze(model() if layers == 2 else deeper(layers)), dtype))
+    sampling = Sampling(max_new_tokens=12)
+    learner = Learner(
+        Separate(actor, critic), reference, Optim(lr=1e-4, epochs=2, **optim), sampling, steps=3
+    )
+    generator = NativeGenerator(actor, tokenizer(), stop_ids(actor, tokenizer()), 0)
+    samples = 4 if algorithm.needs_group else 1
+    collector = Collector(Sampler(prompts(8), 8, 0), generator, [Weighted(Length(), 1.0)], samples)
+    return algorithm, learner, collector
+
+
+def deeper(layers):
+    config = AutoConfig.for_model(
+        "llama", vocab_size=len(tokenizer()), hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64, eos_token_id=tokenizer().eos_token_id,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in {"ppo", "grpo", "remax"} else pytest.mark.slow)
+        for name in FIRST_ORDER
+    ],
+)
+def test_a_step_of_every_preset_mixes_no_devices(name):
+    with pretended():
+        algorithm, learner, collector = parts(name)
+        [step] = [s for s, _ in zip(rl(collector, learner, algorithm, 0), range(1), strict=False)]
+    assert step.metrics["sampler_ratio"] < 1.02
+    assert step.metrics["ratio/first_error"] < 0.05
+    assert all(isinstance(p, Pretended) for p in learner.models.actor.parameters())
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_it_learns_what_the_cpu_learns(name):
+    """In float32, whose kernels on a GPU are others too."""
+    found = {}
+    for on_gpu in (True, False):
+        with pretended():
+            algorithm, learner, collector = parts(name, on_gpu, dtype=torch.float32)
+            found[on_gpu] = next(iter(rl(collector, learner, algorithm, 0))).metrics
+    there, here = found[True], found[False]
+    assert there.keys() == here.keys()
+    for metric, value in here.items():
+        assert there[metric] == pytest.approx(value, rel=1e-2, abs=1e-3), metric
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "opo"])
+def test_a_device_without_float64_is_asked_for_none(name):
+    with pretended(forbid_float64=True):
+        algorithm, learner, collector = parts(name)
+        next(iter(rl(collector, learner, algorithm, 0)))
+
+
+# --- how often the host waits, and how much it asks for
+
+
+def counted(name, micro_batch_tokens):
+    """The waits and kernels of scoring and of one epoch of an update."""
+    with pretended() as counts:
+        algorithm, learner, collector = parts(name, layers=3)
+        learner.optim = dataclasses.replace(learner.optim, epochs=1)
+        learner.budget.tokens = micro_batch_tokens
+        generator = collector.generator
+        samples = collector.samples_per_prompt
+        rollouts = [
+            dataclasses.replace(r, score=float(i % 3))
+            for i, r in enumerate(generator.generate(prompts(8), learner.sampling, samples))
+        ]
+        learner.score(rollouts, algorithm)  # what is done once per model is done
+        counts.reset()
+        batch = learner.score(rollouts, algorithm)
+        scoring = Counter(counts.waits)
+        experience = algorithm.experience(batch)
+        counts.reset()
+        learner.update(experience, algorithm)
+        lengths = [len(r.prompt.ids) + len(r.response_ids) for r in rollouts]
+        number = len(list(learner.process_group.micro_batches(lengths, micro_batch_tokens)))
+        return number, scoring, Counter(counts.waits)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_the_host_waits_seldom(name):
+    """Each wait lets the device run dry: none per micro-batch of an update, two per micro-batch of scoring and model, and a
+    dozen per update with one optimizer step. These are ceilings, to be lowered when they are beaten."""
+    few, scoring_few, update_few = counted(name, 10_000)
+    many, scoring_many, update_many = counted(name, 60)
+    assert few == 1 and many >= 3
+    more = many - few
+    assert (sum(update_many.values()) - sum(update_few.values())) / more <= 0, update_many
+    assert (sum(scoring_many.values()) - sum(scoring_few.values())) / more <= 2, scoring_many
+    assert sum(scoring_few.values()) <= 2 and sum(update_few.values()) <= 11, update_few
+
+
+def test_a_decoded_token_costs_few_kernels_and_hardly_a_wait():
+    layers, rows = 6, 16
+    with pretended() as counts:
+        made = compute_in(on_device(deeper(layers)), BF16)
+        assert isinstance(make_decoder(made, 60), SlotDecoder)
+        generator = NativeGenerator(made, tokenizer(), frozenset({10**6}), 0)
+
+        def cost(tokens):
+            counts.reset()
+            generator.generate(prompts(rows), Sampling(max_new_tokens=tokens))
+            return sum(counts.kernels.values()), sum(counts.waits.values())
+
+        cost(4)
+        (few, waits_few), (many, waits_many) = cost(8), cost(40)
+    assert (many - few) / 32 <= 13 * layers + 43
+    assert (waits_many - waits_few) / 32 <= 0.13
+
+
+def test_back_ends_are_named_for_each_device_and_dtype():
+    table = {
+        ("cpu", torch.float32): "rectangle",
+        ("cpu", BF16): "rectangle",
+        ("cuda", BF16): "varlen",
+        ("cuda", torch.float16): "varlen",
+        ("cuda", torch.float32): "efficient",
+        ("mps", torch.float32): "repeated",
+        ("mps", BF16): "repeated",
+    }
+    assert {key: backend(torch.device(key[0]), key[1]) for key in table} == table
+
+
+def test_the_pretended_device_tells_faults():
+    """It raises where devices mix, and counts what a wait is."""
+    with pretended() as counts:
+        there = torch.ones(4, device=CUDA)
+        with pytest.raises(RuntimeError, match="one device"):
+            there + torch.ones(4)
+        assert float(there.sum()) == 4.0 and sum(counts.waits.values()) == 1
+        assert there[there > 0].shape == (4,) and sum(counts.waits.values()) == 2
+        before = counts.alive
+        more = torch.zeros(1000, device=CUDA)
+        assert counts.alive == before + 4000
+        del more
+        assert counts.alive == before
+    with pretended(forbid_float64=True), pytest.raises(TypeError, match="no float64"):
+        torch.ones(2, device=CUDA).double()
