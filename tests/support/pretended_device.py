@@ -174,7 +174,8 @@ class Pretended(torch.Tensor):
         def wrapped(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
                 return x
-            return known[id(x)] if id(x) in known else Pretended(x)
+            # A wrapper does not carry the flag by which torch conjugates and negates lazily.
+            return known[id(x)] if id(x) in known else Pretended(x.resolve_conj().resolve_neg())
 
         return tree_map(wrapped, out)
 
