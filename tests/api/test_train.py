@@ -88,9 +88,13 @@ def test_a_function_is_a_reward_with_its_weight_and_is_asked_for_again(tmp_path)
     assert [m["step"] for m in steps_of(again, "grpo")] == [1, 2, 3]
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
-    whole = tiny(tmp_path / "whole", steps=4, reward=short).finish(progress=False)
-    parts = tiny(tmp_path / "parts", steps=4, reward=short, run={"checkpoint_every": 100})
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, precision):
+    settings = {"steps": 4, "reward": short}
+    whole = tiny(tmp_path / "whole", **settings, run={"precision": precision})
+    whole = whole.finish(progress=False)
+    run = {"checkpoint_every": 100, "precision": precision}
+    parts = tiny(tmp_path / "parts", **settings, run=run)
     for step in parts:
         if parts.stage == "grpo" and step.number == 2:
             break

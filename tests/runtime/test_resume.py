@@ -422,7 +422,7 @@ def test_sigterm_saves_the_step_it_is_in_and_the_resumed_run_is_the_run(tmp_path
 def test_a_time_limit_saves_and_stops(tmp_path):
     words = [w for w in TINY_REVIEWS if not w.startswith("run.steps")] + [
         "run.steps=100000",
-        "run.max_minutes=0.04",
+        "run.max_minutes=0.12",
     ]
     done = quartet(*words, cwd=tmp_path)
     assert done.returncode == 75 and "stopped by run.max_minutes" in done.stdout, done.stderr

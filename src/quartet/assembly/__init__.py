@@ -32,7 +32,8 @@ def build(
     assembler = Assembler(config, fault, process_group, objects)
     stages = [stage(assembler, name) for name in config.recipe]
     rollout = dataclasses.replace(config.rollout, staleness=config.staleness)
-    complete = dataclasses.replace(config, rollout=rollout)
+    run = dataclasses.replace(config.run, precision=assembler.models.chosen_precision())
+    complete = dataclasses.replace(config, rollout=rollout, run=run)
     made_with = {
         "config": json_ready(complete),
         "data": fingerprints(config),
@@ -44,5 +45,6 @@ def build(
         assembler.notes(),
         made_with,
         assembler.device,
+        assembler.models.precision(),
         process_group,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from quartet.algorithms.update import TrustRegion
 from quartet.assembly.data import Rows
 from quartet.assembly.generators import Generators
 from quartet.assembly.models import Models, device, resolved_model, with_resolved_models
@@ -63,6 +64,10 @@ class Assembler:
         self.rows = Rows(config, self.world)
         self.device = device(config.run.device, process_group)
         self._check_ranks()
+        solves = config.algorithm is not None and isinstance(config.algorithm.update, TrustRegion)
+        if self.device.type == "cuda" and not solves:
+            # What stays in float32 on a GPU takes its tensor cores: 10 bits of each factor.
+            torch.set_float32_matmul_precision("high")
         self.policy_model = resolved_model("policy.model", config.policy.model)
         self.sources = [with_resolved_models(source) for source in config.reward]
         self.tokenizer = self._tokenizer()
@@ -252,6 +257,8 @@ class Assembler:
             notes.append(
                 "run.offload = true moves nothing here: the models are in main memory already."
             )
+        if (sentence := self.models.slow_path()) is not None:
+            notes.append(sentence)
         if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
             notes.append(
                 "the tokenizer pads with its end-of-sequence token; masks come from lengths, so "

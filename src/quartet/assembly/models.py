@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from quartet.algorithms.update import TrustRegion
-from quartet.config.run import Role
+from quartet.config.run import PrecisionName, Role, RolePrecision
 from quartet.config.tables import Config
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
 from quartet.distributed.sharding import is_sharded
@@ -126,6 +126,38 @@ class Models:
         if isinstance(reference, AdapterView):
             return reference
         return compute_in(reference, self.dtype("reference"))
+
+    def chosen_precision(self) -> RolePrecision | PrecisionName:
+        """Return run.precision with what "auto" means here, as one word where all models have the
+        same. A checkpoint holds it: a run that goes on elsewhere must compute alike."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        policy = names[self.dtype("policy")]
+        others = names[self.dtype("critic")], names[self.dtype("reference")]
+        chosen = RolePrecision(policy, *others, names[self.dtype("reward_model")])
+        same = chosen == RolePrecision(policy, policy, policy, policy)
+        return policy if same else chosen
+
+    def precision(self) -> str:
+        """Return what the policy computes in, in a word or two."""
+        if self.dtype("policy") == torch.bfloat16:
+            return "bf16"
+        uses_tf32 = torch.get_float32_matmul_precision() != "highest"
+        return "fp32 (products in TF32)" if self.device.type == "cuda" and uses_tf32 else "fp32"
+
+    def slow_path(self) -> str | None:
+        """Return a sentence where the policy's architecture has no fused forward pass of ours."""
+        policy = self.config.policy
+        kind: str = (
+            policy.create.type
+            if policy.create
+            else read_config(str(self.folder)).get_text_config().model_type
+        )
+        if kind in FAMILY:
+            return None
+        return (
+            f"{kind} goes through transformers' own forward pass and cache, in training and in "
+            f"sampling. Quartet's own, which is faster, is for {', '.join(sorted(FAMILY))}."
+        )
 
     def dtype(self, role: Role) -> torch.dtype:
         """Return what a model computes in."""

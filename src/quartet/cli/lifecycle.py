@@ -191,7 +191,7 @@ def _first_line(settings: "Settings", job: "Job", folder: Path) -> str:
     place = job.device.type
     threads = f", {torch.get_num_threads()} threads" if place == "cpu" else ""
     seed = settings.config.seed
-    return f"quartet {__version__} · {place}{threads} · fp32 · seed {seed} · {folder}"
+    return f"quartet {__version__} · {place}{threads} · {job.precision} · seed {seed} · {folder}"
 
 
 def _say_where(folder: Path, root: str) -> None:

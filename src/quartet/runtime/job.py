@@ -25,6 +25,8 @@ class Job:
     common with this one."""
     device: torch.device
     """Where the models are."""
+    precision: str = "fp32"
+    """What the policy computes in, for the reader."""
     process_group: ProcessGroup = SINGLE_PROCESS
 
     def saving(self, run: RunConfig) -> Saving:

@@ -169,11 +169,15 @@ def _differences(
         yield RECORD, contents, "put the old file back"
 
 
+ADDED_LATER: dict[str, Any] = {"run.precision": "fp32"}
+"""Settings that older checkpoints do not have, with the value that says what those versions did."""
+
+
 def _changed_settings(
     checkpoint: Checkpoint, config: Config, settings: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
     """Yield the settings that changed; the triples are those of `_differences`."""
-    then, now = dict(leaves(checkpoint.facts["config"])), dict(leaves(settings))
+    then, now = ADDED_LATER | dict(leaves(checkpoint.facts["config"])), dict(leaves(settings))
     for key in sorted(then.keys() | now.keys()):
         if then.get(key) != now.get(key) and _shaped_the_past(key, checkpoint, config):
             before, after = (
