@@ -1,5 +1,6 @@
 """Several processes train as one does: to rounding, whoever has the longer rows, with weights whole or in parts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from safetensors.torch import load_file
 
 from quartet.distributed.balance import MicroBatch, micro_batches, shares
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.models.precision import compute_in
+from tests.support import rounding_rank
 from tests.support.rank import LENGTHS, run
+from tests.support.world import model
 
 LOOPBACK = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
@@ -104,3 +108,28 @@ def test_alone_the_pieces_are_the_micro_batches():
         LENGTHS, 32
     )
     assert all(piece.counts for piece in SINGLE_PROCESS.micro_batches(LENGTHS, 32))
+
+
+@pytest.mark.slow
+def test_a_model_in_parts_is_gathered_in_bfloat16_and_its_gradients_are_summed_in_float32(tmp_path):
+    """Half of the bytes of float32 travel forwards, and no gradient is rounded before it is summed."""
+    alone = compute_in(model(), torch.bfloat16)
+    rounding_rank.loss(alone, slice(8)).backward()
+    words = [sys.executable, "-m", "tests.support.rounding_rank"]
+    started = [
+        subprocess.Popen(
+            [*words, str(rank), "2", str(tmp_path / "store"), str(tmp_path)], env=LOOPBACK
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=240) for process in started] == [0, 0]
+    found = load_file(tmp_path / "0.safetensors")
+    for name, p in alone.named_parameters():
+        assert found[name].dtype == torch.float32, name
+        error = (found[name] - p.grad).norm() / p.grad.norm().clamp(min=1e-3)
+        assert error < 0.02, name
+    sent = json.loads((tmp_path / "0.json").read_text())["calls"]
+    assert {key.split()[1] for key in sent if "allgather" in key or "all_gather" in key} == {
+        "bfloat16"
+    }
+    assert {key.split()[1] for key in sent if "reduce_scatter" in key} == {"float32"}

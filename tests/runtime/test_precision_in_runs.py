@@ -35,6 +35,17 @@ def test_a_run_in_bfloat16_learns_saves_float32_and_is_held_to_its_own_tolerance
 
 
 @pytest.mark.slow
+def test_one_trunk_with_four_roles_computes_in_bfloat16(tmp_path):
+    """SFT, a reward model and PPO, each an adapter on a base that is held in bfloat16."""
+    adapter = 'policy.adapter={type="lora", rank=2}'
+    run = make_run(tmp_path, "reviews", adapter, "run.precision=bf16", "run.steps=2")
+    assert run.status == "done" and run.rounding == "bf16"
+    steps = [m for m in metrics(run) if "sampler_ratio" in m]
+    assert len(steps) == 2 and all(m["sampler_ratio"] < 1.03 for m in steps)
+    assert all(m["kl/token_k3"] < 0.01 for m in steps)
+
+
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits(tmp_path):
     first, second = (make_run(tmp_path / name, "sums", *WORDS) for name in "ab")
     assert metrics(first) == metrics(second)

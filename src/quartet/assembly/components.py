@@ -58,9 +58,10 @@ def load_components(assembler: Assembler, folder: Path) -> RLComponents:
     # then still needs a model that is not trained meanwhile.
     served = isinstance(config.generator, Servers) and not attached
     sampled = actor if served else sampled_model(config, actor)
-    reward_model = (
-        attach(sampled, REWARD, folder / "reward_model" / "adapter") if attached else None
-    )
+    reward_model = None
+    if attached:
+        reward_model = attach(sampled, REWARD, folder / "reward_model" / "adapter")
+        compute_in(sampled, models.dtype("policy"))  # the adapter that has been added
     actor_critic: ActorCritic = Separate(actor, None)
     if algorithm.needs_critic:
         actor_critic = _actor_critic(assembler, actor, reward_model, folder)

@@ -61,6 +61,14 @@ def compute_in(model: Any, dtype: torch.dtype, head: Any = None) -> Any:
     return model
 
 
+def read_as_held(module: Any) -> None:
+    """Undo `compute_in` for reads: modules inside this one give their parameters as they are. FSDP
+    rounds what it gathers itself, and must find its own parameters where it put them."""
+    for each in module.modules():
+        if getattr(type(each), "_rounded_names", ()):
+            each.__class__ = type(each)._plain_class
+
+
 def compute_dtype(model: Any) -> torch.dtype:
     """Return the dtype that a language model computes in."""
     dtype: torch.dtype = model.get_input_embeddings().weight.dtype

@@ -79,8 +79,16 @@ def _safetensors_parameters(file: Path) -> int:
         return 0  # loading the model reports what is wrong
 
 
-def activation_bytes(model: Sizes, checkpointing: bool) -> float:
-    """Return the bytes per token of a micro-batch that the backward pass of the Llama family needs.
+def number_bytes(config: Config, on_gpu: bool) -> int:
+    """Return the bytes of a number that the policy computes with, of an activation, of the cache,
+    and of a frozen weight: 2 in bfloat16. What is trained takes float32 in any case."""
+    precision = config.run.precision_of("policy")
+    return 2 if precision == "bf16" or (precision == "auto" and on_gpu) else FLOAT
+
+
+def activation_bytes(model: Sizes, checkpointing: bool, number: int = FLOAT) -> float:
+    """Return the bytes per token of a micro-batch that the backward pass of the Llama family needs,
+    with so many bytes to a number.
 
     A block keeps the residual stream and its norm before attention and before the perceptron,
     queries, keys, values, the output of attention (twice: as it comes out, and packed), gate, up
@@ -88,7 +96,7 @@ def activation_bytes(model: Sizes, checkpointing: bool) -> float:
     """
     block = (7 + 2 * model.heads_share) * model.hidden + 3 * model.intermediate
     kept = model.layers * model.hidden + block if checkpointing else model.layers * block
-    return FLOAT * kept
+    return number * kept
 
 
 def adapter_parameters(config: Config) -> int | None:
@@ -121,9 +129,12 @@ def micro_batch_tokens(
     parts = config.launch.parts(world) if config.launch.shard else 1
     offloaded = config.run.offload and config.rl_stage is not None and not config.staleness
     frozen = 0 if offloaded else 2
-    # Sharded ranks also hold a whole copy, which samples.
-    resident = FLOAT * (parameters or 0) * ((4 * (1 + needs_critic) + frozen) / parts + (parts > 1))
-    per_token = activation_bytes(model, config.policy.gradient_checkpointing)
+    number = number_bytes(config, on_gpu=True)
+    trained = 4 * FLOAT * (1 + needs_critic)
+    # The decoder reads the weights in its own dtype; sharded ranks hold a whole copy for it.
+    copies = number if number != FLOAT or parts > 1 else 0
+    resident = (parameters or 0) * ((trained + number * frozen) / parts + copies)
+    per_token = activation_bytes(model, config.policy.gradient_checkpointing, number)
     return int(min(max((free_bytes - resident) / 2 / per_token, CPU_MICRO_BATCH), 2**16))
 
 
@@ -139,9 +150,10 @@ def phases(
     launch = config.launch
     parts = launch.parts(launch.processes) if launch.shard else 1
     model = sizes(config) or Sizes(int(60 * (policy / 12) ** 0.5) // 10, 1, 0)
-    per_token = activation_bytes(model, config.policy.gradient_checkpointing)
+    number = number_bytes(config, on_gpu=False)
+    per_token = activation_bytes(model, config.policy.gradient_checkpointing, number)
     tokens = micro_batch_tokens(config, policy, None)
-    whole = FLOAT * policy
+    whole = number * policy
     weights = whole / parts
     adapter = adapter_parameters(config)
     # A trained model is its weights, gradients and two moments. Adapters share one trunk.
@@ -177,7 +189,7 @@ def phases(
         # The cache has room for the longest response of the rows that are left; the allocator keeps
         # its memory for the next step.
         cache = (
-            FLOAT
+            number
             * 2
             * model.layers
             * model.heads_share

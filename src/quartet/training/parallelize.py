@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from quartet.distributed.process_group import TorchProcessGroup
 from quartet.distributed.sharding import is_sharded
 from quartet.models.llama import BLOCK_FORWARD, block_forward, has_fused_forward
-from quartet.models.precision import compute_dtype
+from quartet.models.precision import compute_dtype, read_as_held
 from quartet.models.trunk import blocks_of
 
 
@@ -72,6 +72,7 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
         rounding = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     by_hand = has_fused_forward(model.base_model, 1) if hasattr(model, "base_model") else False
     for block in blocks:
+        read_as_held(block)
         sharded = fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=rounding)
         assert isinstance(sharded, FSDPModule)
         sharded.set_gradient_divide_factor(1.0)
@@ -100,7 +101,7 @@ def _divide(modules: list[Any], mesh: DeviceMesh) -> None:
     """Shard the weight of each module; a weight that modules share stays one parameter."""
     sharded: dict[int, nn.Parameter] = {}
     for module in modules:
-        matrix = module.weight
+        matrix = module._parameters["weight"]  # as it is held, and not as it is read
         if id(matrix) not in sharded:
             placed = distribute_tensor(
                 matrix.detach(), mesh, [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
