@@ -38,6 +38,7 @@ from quartet.generation.sampling import Sampling
 from quartet.loops.collect import Collector
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
+from quartet.models.precision import compute_in
 from quartet.models.trunk import checkpoint_blocks
 from quartet.planning.memory import Sizes, activation_bytes
 from quartet.rewards.functions import TextReward
@@ -227,15 +228,17 @@ def step(shape: Qwen, model: Any, machine: Machine, preset: str) -> Numbers:
 
 
 def make_learner(shape: Qwen, model: Any, algorithm: Algorithm, device: torch.device) -> Learner:
-    """Return a learner whose actor is a copy of the model and whose reference is the model."""
-    actor = checkpoint_blocks(copy.deepcopy(model).requires_grad_(True))
+    """Return a learner whose actor is a copy of the model, with float32 master weights, and whose
+    reference is the model."""
+    actor = checkpoint_blocks(copy.deepcopy(model).float().requires_grad_(True))
+    compute_in(actor, torch.bfloat16)
     critic = None
     if algorithm.needs_critic:
         torch.manual_seed(1)
         classifier = AutoModelForSequenceClassification.from_config(
-            shape.config(num_labels=1), dtype=model.dtype
+            shape.config(num_labels=1), dtype=torch.float32
         )
-        critic = ScalarModel(checkpoint_blocks(classifier.to(device)))
+        critic = ScalarModel(checkpoint_blocks(classifier.to(device))).compute_in(torch.bfloat16)
     return Learner(
         Separate(actor, critic),
         freeze(model) if algorithm.needs_reference else None,
@@ -264,11 +267,12 @@ def make_collector(shape: Qwen, learner: Learner, algorithm: Algorithm) -> Colle
 
 
 def predicted_bytes(shape: Qwen, algorithm: Algorithm, parameters: int, tokens: int) -> float:
-    """Return the memory that the planner's formula gives for a step in bf16."""
+    """Return the memory that the planner's formula gives for a step in bf16: what is trained takes
+    16 bytes a parameter, what is frozen and what the decoder reads 2."""
     sizes = Sizes(shape.hidden, shape.layers, shape.intermediate, shape.kv_heads / shape.heads)
-    frozen = parameters * 2 * (algorithm.needs_reference + algorithm.needs_critic)
-    activations = activation_bytes(sizes, True) / 2 * min(tokens, TOKENS_PER_PASS)
-    return float(frozen + (1 + algorithm.needs_critic) * (parameters * 8 + activations))
+    frozen = parameters * 2 * (1 + algorithm.needs_reference + algorithm.needs_critic)
+    activations = activation_bytes(sizes, True, number=2) * min(tokens, TOKENS_PER_PASS)
+    return float(frozen + (1 + algorithm.needs_critic) * (parameters * 16 + activations))
 
 
 WORKS: dict[str, Callable[[Qwen, Any, Machine], Numbers]] = {

@@ -235,7 +235,8 @@ def device(name: str, process_group: ProcessGroup = SINGLE_PROCESS) -> torch.dev
     """Return the device of this rank for the name in the config. Of several GPUs each rank gets
     one. Raises `ModelError` if it cannot be used."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     if name == "cuda" and torch.cuda.is_available():
         name = f"cuda:{process_group.rank % torch.cuda.device_count()}"
     try:

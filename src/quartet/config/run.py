@@ -38,7 +38,7 @@ class RunConfig:
         description="The end of the run folder's name. Left out, it is the recipe's or the file's.",
     )
     device: str = Field(
-        default="auto", description='"cpu", "cuda", or "auto": a GPU where there is one.'
+        default="auto", description='"cpu", "cuda", "mps", or "auto": a GPU where there is one.'
     )
     precision: RolePrecision | PrecisionName = Field(
         default="auto",
