@@ -71,6 +71,7 @@ def took_part(name: str, run: TrainingRun) -> bool:
     return f"{name}:" in json.dumps(record.config)
 
 
+@pytest.mark.slow
 def test_an_example_runs_from_toml(example):
     table, block = BASES.get(example, BASE), tomllib.loads(EXAMPLES[example][1])
     for key, value in block.items():

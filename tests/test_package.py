@@ -89,6 +89,7 @@ def test_plan_prints_the_models_and_json_where_asked(tmp_path):
         (["chat", "nowhere"], "nowhere: has no policy/ or sft/ to talk to."),
     ],
 )
+@pytest.mark.slow
 def test_a_wrong_request_gets_one_sentence_exit_code_2_and_leaves_nothing_behind(
     tmp_path, words, sentence
 ):

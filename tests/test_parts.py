@@ -114,6 +114,7 @@ def test_what_is_wrong_with_a_part_is_one_sentence(mine, tmp_path, value, senten
     assert place(sentence) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_documented_loop_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first, block = re.findall(r"```python\n(.*?)```", (DOCS / "api.md").read_text(), re.DOTALL)

@@ -66,6 +66,7 @@ def test_the_tables_name_everything():
 
 
 @pytest.mark.parametrize("name", each(n for n in NAMES if n not in BATCH_STATISTICS))
+@pytest.mark.slow
 def test_with_exact_expectations(name):
     if name in WHY_NOT:
         distance = exact(name).distance
@@ -77,6 +78,7 @@ def test_with_exact_expectations(name):
 
 
 @pytest.mark.parametrize("name", each(NAMES, SAMPLED_IN_EVERY_RUN))
+@pytest.mark.slow
 def test_with_samples(name):
     distance = sampled(name).distance
     if name not in WHY_NOT:

@@ -256,6 +256,7 @@ ADVANTAGES = {
 @pytest.mark.parametrize("name", ADVANTAGES)
 @settings(max_examples=60, deadline=None)
 @given(rows=batches())
+@pytest.mark.slow
 def test_advantages(name, rows):
     part, by_loops = ADVANTAGES[name]
     rewards, _ = spread(rows, "rewards")

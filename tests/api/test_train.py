@@ -74,6 +74,7 @@ def steps_of(run, stage):
     return [line for line in lines if line["event"] == "metrics" and line["stage"] == stage]
 
 
+@pytest.mark.slow
 def test_a_function_is_a_reward_with_its_weight_and_is_asked_for_again(tmp_path):
     run = tiny(tmp_path, reward=[short, ("gold", 0.5)]).finish(progress=False)
     table = tomllib.loads((run.folder / "config.toml").read_text())
@@ -217,6 +218,7 @@ def test_a_mistake_in_an_own_part_is_named(way, sentence, tmp_path):
         run.finish(progress=False)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_open_in_this_process_is_taken_over(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tiny("runs", steps=3, reward=short)
@@ -228,6 +230,7 @@ def test_a_run_that_is_open_in_this_process_is_taken_over(tmp_path, capsys, monk
     assert run.finished
 
 
+@pytest.mark.slow
 def test_an_evaluation_answers_what_it_is_given(tmp_path):
     run = tiny(tmp_path, steps=1).finish(progress=False)
     prompts = [f"{i}+{i}=" for i in range(12)]

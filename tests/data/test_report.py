@@ -267,6 +267,7 @@ def test_prompts_and_answers_that_run_into_each_other(tmp_path):
     assert any("they are joined as they are" in f for f in made.findings)
 
 
+@pytest.mark.slow
 def test_in_tokens_with_the_mask_visible_and_limits(tmp_path, chatty):
     chatty.save_pretrained(tmp_path / "tok")
     file = lines(

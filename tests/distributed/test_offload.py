@@ -47,6 +47,7 @@ def numbers(run):
         *(pytest.param(kind, marks=pytest.mark.long) for kind in LONG),
     ],
 )
+@pytest.mark.slow
 def test_a_run_whose_models_rest_is_the_run(kind, tmp_path, monkeypatch):
     recipe, *words = (KINDS | LONG)[kind]
     stages = (

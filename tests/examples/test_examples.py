@@ -34,7 +34,7 @@ def test_no_script_has_more_than_forty_lines():
         ("ppo_own_reward", {"sft.steps": 2, "evaluation.prompts": 4, **ROLLOUT}),
         ("grpo_verifier", {"sft.steps": 2, "evaluation.prompts": 4, **ROLLOUT}),
         ("own_policy_loss", {"sft.steps": 2, "evaluation.prompts": 4, **ROLLOUT}),
-        ("reward_model_and_dpo", {}),
+        pytest.param("reward_model_and_dpo", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_script_trains_and_its_run_can_be_read(name, settings, tmp_path, monkeypatch, capsys):

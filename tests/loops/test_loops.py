@@ -139,11 +139,13 @@ def improvement(steps):
     [("ppo", "separate", 1), ("ppo", "shared", 1), ("grpo", "none", 4)],
 )
 @pytest.mark.parametrize("seed", [0, *long(1, 2)])
+@pytest.mark.slow
 def test_rl_learns_to_please(preset, critic, samples, seed):
     assert improvement(run_rl(preset, critic, samples=samples, seed=seed)) > 0.8
 
 
 @pytest.mark.parametrize(("staleness", "seed"), [(1, 0), (3, 1), *long((1, 1), (3, 0))])
+@pytest.mark.slow
 def test_rollouts_may_be_older_but_no_older_than_said(staleness, seed):
     """Each batch is sampled by the weights that there were when the update so many batches before it began."""
     algorithm = dataclasses.replace(ALGORITHMS["ppo"], correction=Truncated())
@@ -353,6 +355,7 @@ def test_dense_rewards_reach_their_tokens():
 
 
 @pytest.mark.parametrize("name", sorted(PREFERENCES))
+@pytest.mark.slow
 def test_the_whole_family_learns_the_preference(name):
     made = model()
     loss, reference = (

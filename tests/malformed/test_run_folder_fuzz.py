@@ -217,6 +217,7 @@ def survive(readers: Readers, rng: random.Random, everything: bool) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.slow
 def test_readers_survive_changed_files(readers, seed):
     rng = random.Random(seed)
     for _ in range(CASES):

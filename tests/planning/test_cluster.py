@@ -155,6 +155,7 @@ def test_the_best_split_is_the_best_of_all():
     assert any("GPU-hours" in line for line in in_words(made))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_is_missing(tmp_path):
     words = [
         "policy.create.hidden_size=8192",

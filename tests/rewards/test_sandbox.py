@@ -99,6 +99,7 @@ def contained(command: list[str], kind: str, user: int) -> None:
 
 @needs_bwrap
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_hostile_programs_are_contained(kind):
     contained([sys.executable, "-m", "tests.rewards.sandbox_probes"], kind, os.getuid())
 
@@ -305,6 +306,7 @@ def refusal(python: list[str]) -> str:
 
 @needs_root
 @pytest.mark.parametrize("right", ["sys_admin", "setuid", "setgid"])
+@pytest.mark.slow
 def test_root_without_the_rights_to_contain_programs_is_refused(right):
     said = refusal(["setpriv", f"--bounding-set=-{right}", f"--inh-caps=-{right}", sys.executable])
     assert (

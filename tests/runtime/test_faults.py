@@ -68,6 +68,7 @@ def spoken(fault, seed):
 
 
 @pytest.mark.parametrize("fault", FOUND_BY)
+@pytest.mark.slow
 def test_what_is_planted_is_found(fault):
     said = spoken(fault, seed=0)
     assert FOUND_BY[fault] <= said

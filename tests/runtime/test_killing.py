@@ -33,6 +33,7 @@ def killing(*words: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_survives_a_kill_a_torn_write_and_a_full_disk_at_each_change_to_the_file_system():
     found = killing("mutations")
     assert found["wrong"] == []

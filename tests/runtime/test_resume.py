@@ -419,6 +419,7 @@ def test_sigterm_saves_the_step_it_is_in_and_the_resumed_run_is_the_run(tmp_path
     assert done.returncode == 0 and "is done" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_time_limit_saves_and_stops(tmp_path):
     words = [w for w in TINY_REVIEWS if not w.startswith("run.steps")] + [
         "run.steps=100000",

@@ -141,6 +141,7 @@ def test_the_reward_model_is_centred_on_the_policy_that_rl_starts_from(reviews):
     assert abs(summary["before"]["reward/model"]) < 0.5
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_bitwise_the_same_metrics(reviews):
     done = quartet(*TINY_REVIEWS, cwd=reviews)
     assert done.returncode == 0, done.stderr
@@ -186,6 +187,7 @@ def test_sums_runs_without_a_reward_model_and_without_a_critic(tmp_path):
     assert table["value"].null_count == len(table) and len(set(table["group"].to_pylist())) == 8
 
 
+@pytest.mark.slow
 def test_the_policys_average_is_saved_beside_it_and_pretraining_texts_are_mixed_in(tmp_path):
     words = [w for w in TINY_REVIEWS if w not in {"run", "reviews"}]
     recipe = [
@@ -205,6 +207,7 @@ def test_the_policys_average_is_saved_beside_it_and_pretraining_texts_are_mixed_
 
 
 @pytest.mark.parametrize("stage", ["dpo", "online_dpo"])
+@pytest.mark.slow
 def test_comparisons_straight_into_the_policy(tmp_path, stage):
     words = [w for w in TINY if not w.startswith("run.steps")]
     (tmp_path / "file.toml").write_text(
@@ -305,6 +308,7 @@ DIALOGUE = [
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the shared HH file is not beside this checkout")
+@pytest.mark.slow
 def test_the_real_hh_file_goes_the_whole_way(tmp_path):
     done = quartet("run", "dialogue", f"data.train={REAL}", *DIALOGUE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -367,6 +371,7 @@ tokenizer = { type = "train", vocab_size = 320 }
 
 
 @pytest.mark.parametrize("file", ["pairs.jsonl", pytest.param("pairs.csv", marks=pytest.mark.long)])
+@pytest.mark.slow
 def test_from_a_folder_and_a_file_that_the_user_has(tmp_path, users_model, file):
     pairs = [
         {"prompt": f"{a}+{a}=", "chosen": str(a + a), "rejected": str(a)} for a in range(1, 31)

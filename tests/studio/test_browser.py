@@ -165,6 +165,7 @@ def test_colours_say_which_way_a_number_goes(page, live, ppo_run):
     )
 
 
+@pytest.mark.slow
 def test_the_keyboard_alone_is_enough(page, live):
     name = name_of(live, "reviews")
     page.goto(f"/run/{name}/tokens?step=5&sample=2")
@@ -198,6 +199,7 @@ def test_what_a_model_wrote_is_shown_as_text(page, live):
         assert "owned" not in page.title() and EVIL in page.locator("main").inner_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_going_grows_on_the_page(page, live):
     going = live[1] / "going"
     page.goto("/run/going/?stage=ppo")

@@ -92,6 +92,7 @@ def test_a_step_of_every_preset_mixes_no_devices(name):
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
+@pytest.mark.slow
 def test_it_learns_what_the_cpu_learns(name):
     """In float32, whose kernels on a GPU are others too."""
     found = {}
