@@ -11,7 +11,7 @@ from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.sampler import Sampler
 from quartet.generation.decoders import make_decoder
 from quartet.generation.native import NativeGenerator
-from quartet.generation.sampling import Sampling
+from quartet.generation.sampling import Sampling, draw
 from quartet.generation.slots import SlotDecoder
 from quartet.loops.collect import Collector
 from quartet.loops.rl import rl
@@ -199,3 +199,35 @@ def test_the_pretended_device_tells_faults():
         assert counts.alive == before
     with pretended(forbid_float64=True), pytest.raises(TypeError, match="no float64"):
         torch.ones(2, device=CUDA).double()
+
+
+def test_moments_that_were_saved_go_to_where_the_fused_kernel_reads_them():
+    with pretended():
+        _, learner, _ = parts("grpo")
+        optimizer = learner.optimizers["actor"]
+        loss = sum(p.sum() for p in optimizer.parameters)
+        loss.backward()
+        optimizer.step()
+        state = optimizer.state()
+        moments = [{name: m.cpu() for name, m in each.items()} for each in state["moments"]]
+        saved = [p.detach().clone() for p in optimizer.parameters]
+        optimizer.load_state(state | {"moments": moments, "parameters": saved})
+        steps = {type(s["step"]) for s in optimizer.adam.state.values()}
+    assert optimizer.is_fused and steps == {Pretended}
+
+
+def test_sums_in_parallel_draw_no_token_of_probability_zero(monkeypatch):
+    """On a GPU the sum up to such a token can be larger than the sum before it, by rounding."""
+    real = torch.Tensor.cumsum
+
+    def rounded(weights, dim):
+        sums = real(weights, dim)
+        sums[:, 1] = sums[:, 2] + 0.1  # token 1 has probability 0
+        return sums
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", rounded)
+    with pretended():
+        logits = torch.tensor([[0.0, -torch.inf, 0.0, 0.0]]).expand(50, 4).clone().to("cuda")
+        drawn = draw(logits, Sampling(), torch.linspace(0, 0.999, 50).to("cuda"))
+        tokens = drawn.tokens.tolist()
+    assert set(tokens) == {0, 2, 3}

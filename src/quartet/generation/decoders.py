@@ -37,8 +37,8 @@ class Decoder(Protocol):
     0, 1, … in the order in which they were added."""
 
     look_every: int
-    """Tokens between two looks at which rows have ended. Where more than 1, an ended row is given
-    tokens until then, which nobody reads; a look makes the host wait for the device."""
+    """After how many tokens the caller checks which rows have ended. Each check makes the host wait
+    for the device. Until the check, a row that has ended gets further tokens, which are dropped."""
 
     def free_rows(self) -> int:
         """Return how many rows can be added now."""

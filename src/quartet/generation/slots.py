@@ -21,7 +21,7 @@ from quartet.models.protocols import CausalModel
 from quartet.tensors import Bool, Float, Int, Tensor
 
 LOOK_EVERY = 8
-"""Tokens between two looks at which rows have ended."""
+"""After how many tokens it is checked which rows have ended."""
 COLUMNS = 256
 """A cache has a power of two times so many columns."""
 SMALLEST = 8
@@ -62,7 +62,7 @@ class SlotDecoder:
         self.head, self.embedding = head_and_embedding(model)
         self.norm = HeldNorm(trunk.norm)
         self.device, self.dtype = model.device, compute_dtype(model)
-        self.width = width + LOOK_EVERY  # a row that has ended goes on until somebody looks
+        self.width = width + LOOK_EVERY  # a row that has ended grows until the next check
         numbers = len(self.blocks) * 2 * self.num_kv_heads * self.head_size * self.width
         fit = cache_bytes(self.device) // (numbers * self.dtype.itemsize)
         self.max_rows = max_rows or max(fit, MIN_ROWS)

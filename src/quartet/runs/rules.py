@@ -45,8 +45,8 @@ TOLERANCES = {
     "bf16": Tolerance(0.03, 0.10, 5.0, 0.03, 0.5, 1e-3),
     "engine": Tolerance(0.03, 0.10, 5.0, 0.03, 1e-3, 1e-4),
 }
-"""Tolerances by who samples, and in what: the learner's own module in float32, in bfloat16, or
-another engine with kernels of its own. docs/doctor.md says how they were found."""
+"""Tolerances by what samples: the learner's own module in float32 ("fp32") or in bfloat16 ("bf16"),
+or another program with its own kernels ("engine"). docs/doctor.md says how they were found."""
 
 
 class History:

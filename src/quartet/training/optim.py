@@ -57,14 +57,15 @@ class Optimizer:
         groups = [
             [p for p in self.parameters if is_sharded(p) == sharded] for sharded in (False, True)
         ]
+        self.is_fused = all(p.device.type == "cuda" for p in self.parameters)
+        """Whether one kernel steps a whole group, without the temporaries of torch's other ways."""
         self.adam = torch.optim.AdamW(
             [{"params": group} for group in groups if group],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            # One kernel for all of a group, without the temporaries of torch's other ways.
-            fused=all(p.device.type == "cuda" for p in self.parameters) or None,
+            fused=self.is_fused or None,
         )
         self.steps = 0
         self.skipped = 0
@@ -162,8 +163,9 @@ class Optimizer:
                     for name, t in moments.items()
                     if name != "step"
                 }
-                # Adam counts steps on the CPU: the counter is not copied to the device.
-                self.adam.state[mine] = {"step": moments["step"], **restored}
+                # Adam counts steps on the CPU, but where one kernel does all, on the device.
+                step = moments["step"].to(mine.device if self.is_fused else "cpu")
+                self.adam.state[mine] = {"step": step, **restored}
         self.steps, self.skipped, self.scale = steps, skipped, scale
 
 
