@@ -203,7 +203,7 @@ def test_ten_steps_at_a_small_learning_rate_move_the_masters_as_in_float32():
         )
     assert (moved["fp32"] != 0).float().mean() > 0.9
     assert (moved["bf16"] != 0).float().mean() > 0.9
-    assert (moved["plain"] != 0).float().mean() < 0.2
+    assert (moved["plain"] != 0).float().mean() < 0.02
     cosine = torch.nn.functional.cosine_similarity(moved["bf16"], moved["fp32"], dim=0)
     assert cosine > 0.9
     ratio = moved["bf16"].norm() / moved["fp32"].norm()
