@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from quartet.generation.decoders import LlamaDecoder, make_decoder
-from quartet.models.adapters import CRITIC, POLICY, add_adapter, freeze_layers, reference_of
+from quartet.models.adapters import CRITIC, POLICY, add_adapter, freeze_layers, frozen_copy
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import masked_logprobs, save
 from quartet.models.llama import has_fused_forward
@@ -72,7 +72,7 @@ def test_what_is_not_trained_is_held_in_bfloat16():
     compute_in(policy, BF16)
     for name, p in policy.named_parameters():
         assert p.dtype == (FP32 if p.requires_grad else BF16), name
-    reference = compute_in(reference_of(policy), BF16)
+    reference = frozen_copy(policy, BF16)
     assert {p.dtype for p in reference.parameters()} == {BF16}
     # They compute with the same numbers, so the policy starts at its reference to the bit.
     assert torch.equal(loss_of(reference), loss_of(policy))
@@ -80,7 +80,7 @@ def test_what_is_not_trained_is_held_in_bfloat16():
 
 def test_a_reference_can_be_more_precise_than_the_policy():
     policy = in_bf16()
-    reference = compute_in(reference_of(policy), FP32)
+    reference = frozen_copy(policy, FP32)
     assert torch.equal(loss_of(reference), loss_of(model())) and compute_dtype(policy) == BF16
 
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -210,9 +210,10 @@ class Assembler:
         """Return the rewards of a stage. `reward_model` is the run's own where it is loaded
         already, `process_group` the ranks that ask for scores together."""
         trained = reward_model or folder / "reward_model"
+        load = partial(self.models.load_scalar, role="reward_model", process_group=process_group)
         rewards = []
         for source in self.sources:
-            reward = self.rewards.make(source, trained, folder)
+            reward = self.rewards.make(source, trained, folder, load)
             reward = self._distributed(reward, process_group, placement)
             rewards.append(Weighted(reward, source.weight))
         gold = self.rewards.context.gold
@@ -229,8 +230,6 @@ class Assembler:
         share of the rollouts, other rewards are asked by one rank."""
         if isinstance(reward, ModelReward) and process_group is not SINGLE_PROCESS:
             reward.process_group = process_group
-            if not isinstance(reward.model, AdaptedScalar):  # else its trunk is the sampler's
-                self.models.spread_scalar(reward.model, process_group)
         for member in reward.members if isinstance(reward, EnsembleReward) else [reward]:
             if not isinstance(member, ModelReward | TextModelReward | StepReward):
                 continue

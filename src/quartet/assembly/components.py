@@ -1,6 +1,5 @@
 """The models and objects of an RL stage, loaded when the stage begins."""
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.update import TrustRegion
 from quartet.assembly.assembler import Assembler
-from quartet.config.tables import Config, SeparateCritic, SharedCritic
+from quartet.config.tables import SeparateCritic, SharedCritic
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.distributed.offload import Placement
@@ -20,7 +19,7 @@ from quartet.loops.collect import Collector
 from quartet.models.actor_critic import ActorCritic, Separate, Shared
 from quartet.models.adapters import CRITIC, REWARD, copy_adapter
 from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach
-from quartet.models.precision import compute_dtype, compute_in
+from quartet.models.precision import compute_in
 from quartet.models.protocols import CausalModel
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.rewards.sources import ModelSource
@@ -37,27 +36,20 @@ PERPLEXITY_TEXTS = 32
 """The number of held-out demonstrations that the policy's perplexity is measured on."""
 
 
-def sampled_model(config: Config, actor: CausalModel) -> Any:
-    """Return the model that responses are sampled with. It is a copy of the actor if the actor will
-    be sharded, because each sampled token needs all weights, or if it is trained meanwhile. The
-    copy is held in the dtype that the actor computes in."""
-    if not config.launch.shard and not config.staleness:
-        return actor
-    return compute_in(copy.deepcopy(actor).requires_grad_(False), compute_dtype(actor))
-
-
 def load_components(assembler: Assembler, folder: Path) -> RLComponents:
     """Load the models of the RL stage and connect them. `folder` is the run's."""
     config, models, group = assembler.config, assembler.models, assembler.process_group
     algorithm = config.algorithm
     assert algorithm is not None
-    actor = models.trainable_policy(folder)
-    reference = models.reference_of(actor) if algorithm.needs_reference else None
+    critic_on_trunk = algorithm.needs_critic and isinstance(config.critic, SeparateCritic)
+    adapters = [CRITIC] if critic_on_trunk and config.policy.adapter is not None else []
+    actor = models.trainable_policy(folder, *adapters)
+    reference = models.reference_of(actor, folder) if algorithm.needs_reference else None
     attached = _attaches_reward_model(assembler, folder)
     # Servers sample with their own copy of the weights. Only a reward model on the policy's trunk
     # then still needs a model that is not trained meanwhile.
     served = isinstance(config.generator, Servers) and not attached
-    sampled = actor if served else sampled_model(config, actor)
+    sampled = actor if served else models.sampled_policy(actor, folder)
     reward_model = None
     if attached:
         reward_model = attach(sampled, REWARD, folder / "reward_model" / "adapter")
@@ -65,8 +57,6 @@ def load_components(assembler: Assembler, folder: Path) -> RLComponents:
     actor_critic: ActorCritic = Separate(actor, None)
     if algorithm.needs_critic:
         actor_critic = _actor_critic(assembler, actor, reward_model, folder)
-    models.spread(actor)
-    reference = None if reference is None else models.spread(reference)
     sampling_group = group.clone() if config.staleness else group
     placement = assembler.placement
     learner = _learner(assembler, algorithm, actor_critic, reference, placement)
@@ -197,21 +187,19 @@ def _actor_critic(
             return Shared(actor, ValueHead(size).to(assembler.device))
         case SeparateCritic():
             if reward_model is not None and init is None:
-                critic = _critic_like(assembler, reward_model, actor)
+                critic = _critic_like(assembler, reward_model, actor, folder)
             elif init == "policy":
-                critic = models.new_scalar(actor, CRITIC)
+                critic = models.new_scalar(actor, CRITIC, folder)
             else:
-                critic = ScalarModel.load(init or folder / "reward_model", assembler.device)
-                models.prepare_blocks(critic.model)
-                critic.compute_in(models.dtype("critic"))
-            return Separate(actor, models.spread_scalar(critic))
+                critic = models.load_scalar(init or folder / "reward_model", "critic")
+            return Separate(actor, critic)
 
 
 def _critic_like(
-    assembler: Assembler, reward_model: AdaptedScalar, actor: CausalModel
+    assembler: Assembler, reward_model: AdaptedScalar, actor: CausalModel, folder: Path
 ) -> ScalarModel:
     """Return a critic on the actor's trunk that starts as the reward model."""
-    critic = assembler.models.new_scalar(actor, CRITIC)
+    critic = assembler.models.new_scalar(actor, CRITIC, folder)
     copy_adapter(reward_model.view.model, REWARD, actor, CRITIC)
     critic.head.load_state_dict(reward_model.head.state_dict())
     critic.centre = reward_model.centre

@@ -1,7 +1,7 @@
 """The models of a run: created or loaded, with adapters, compiled blocks and sharding."""
 
-import copy
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,21 @@ from quartet.algorithms.update import TrustRegion
 from quartet.config.run import PrecisionName, Role, RolePrecision
 from quartet.config.tables import Config
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
-from quartet.distributed.sharding import is_sharded
 from quartet.models.actor_critic import freeze, pad_token_id
 from quartet.models.adapters import (
-    CRITIC,
     POLICY,
     REWARD,
     AdapterView,
+    adapters_of,
     add_adapter,
     freeze_layers,
-    reference_of,
+    frozen_copy,
 )
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import ModelError, create, load_model, read_config
 from quartet.models.llama import FAMILY
-from quartet.models.precision import DTYPES, best_precision, compute_in
+from quartet.models.loading import Rows, fill, skeleton, trunk_weights, weights_for
+from quartet.models.precision import DTYPES, best_precision, compute_dtype, compute_in
 from quartet.models.protocols import Tokenizer
 from quartet.models.trunk import checkpoint_blocks, compile_blocks
 from quartet.rewards.source import RewardSource
@@ -86,46 +86,80 @@ class Models:
                     "Use the model's own tokenizer."
                 )
 
-    def base_model(self) -> Any:
-        """Return the model that the run starts from."""
-        policy = self.config.policy
-        if policy.create is not None:
-            model = create(policy.create, self.tokenizer, self.config.seed)
-            return self.prepare_blocks(model.to(self.device))
-        return self.prepare_blocks(load_model(str(self.folder), self.device))
+    def origin(self, folder: Path | None) -> Path | str | None:
+        """Return where the policy of a run is read from before RL or preference training: its SFT
+        model if the recipe has that stage (`folder` is the run's; None: before that stage), else
+        the folder that the run starts from. None if the policy is created."""
+        if folder is not None and "sft" in self.config.recipe:
+            return folder / "sft"
+        return self.folder
 
-    def initial_policy(self, folder: Path) -> Any:
-        """Return the policy before RL or preference training: the SFT model in the run folder if
-        the recipe has that stage, else the base model."""
-        if "sft" not in self.config.recipe:
-            return self.base_model()
-        return self.prepare_blocks(load_model(folder / "sft", self.device))
+    def initial_policy(self, folder: Path | None) -> Any:
+        """Return the policy that a stage starts from, whole, in float32; see `origin`."""
+        origin = self.origin(folder)
+        if origin is not None:
+            return self.prepare_blocks(load_model(origin, self.device))
+        return self.prepare_blocks(self._created().to(self.device))
 
-    def trainable_policy(self, folder: Path) -> Any:
-        """Return the initial policy, ready to be trained."""
-        return self.trainable(self.initial_policy(folder))
+    def _created(self) -> Any:
+        shape = self.config.policy.create
+        assert shape is not None
+        return create(shape, self.tokenizer, self.config.seed)
+
+    def trainable_policy(self, folder: Path | None, *adapters: str) -> Any:
+        """Return the policy that a stage starts from, ready to be trained: in its precision, with
+        an adapter or with its first layers frozen, as the config asks, and in parts where the
+        config shards it. `adapters` are further ones that a trunk in parts gets at once."""
+
+        def prepare(model: Any) -> Any:
+            model = self.trainable(model)
+            for name in adapters:
+                self._add_adapter(model, name)
+            return model
+
+        if not self.is_in_parts():
+            return self.trainable(self.initial_policy(folder))
+        return self._policy_in_parts(folder, prepare)
 
     def trainable(self, model: Any) -> Any:
         """Return the model in its precision, with an adapter or with its first layers frozen, as
         the config asks."""
-        policy = self.config.policy
-        if policy.adapter is not None:
-            add_adapter(model, policy.adapter, POLICY, self.config.seed)
-        else:
-            freeze_layers(model, policy.frozen_layers)
+        if self.config.policy.adapter is not None:
+            return self._add_adapter(model, POLICY)
+        freeze_layers(model, self.config.policy.frozen_layers)
+        return compute_in(model, self.dtype("policy"))
+
+    def _add_adapter(self, model: Any, name: str) -> Any:
+        """Return the model with one more adapter, which is trained; one that it has stays."""
+        lora = self.config.policy.adapter
+        assert lora is not None
+        if name not in adapters_of(model):
+            add_adapter(model, lora, name, self.config.seed)
         return compute_in(model, self.dtype("policy"))
 
     def frozen_policy(self, model: Any) -> Any:
         """Return a policy that is only sampled from, held in the policy's precision."""
         return compute_in(freeze(model), self.dtype("policy"))
 
-    def reference_of(self, actor: Any) -> Any:
+    def reference_of(self, actor: Any, folder: Path | None) -> Any:
         """Return the reference of a policy, held in its own precision; under an adapter it is the
-        policy's trunk."""
-        reference = reference_of(actor)
-        if isinstance(reference, AdapterView):
-            return reference
-        return compute_in(reference, self.dtype("reference"))
+        policy's trunk. It is the policy that the stage starts from, so that weights in parts are
+        read again instead of copied."""
+        if adapters_of(actor):
+            return AdapterView(actor, None)
+        dtype = self.dtype("reference")
+        if self.is_in_parts():
+            return self._policy_in_parts(folder, lambda model: compute_in(freeze(model), dtype))
+        return frozen_copy(actor, dtype)
+
+    def sampled_policy(self, actor: Any, folder: Path | None) -> Any:
+        """Return the model that responses are sampled with: a copy of the actor if the actor is in
+        parts, because each sampled token needs all weights, or if it is trained meanwhile. The
+        copy is held in the dtype that the actor computes in."""
+        if self.is_in_parts():
+            whole = freeze(self.trainable(self.initial_policy(folder)))
+            return compute_in(whole, self.dtype("policy"))
+        return frozen_copy(actor, compute_dtype(actor)) if self.config.staleness else actor
 
     def chosen_precision(self) -> RolePrecision | PrecisionName:
         """Return run.precision with what "auto" means here, as one word where all models have the
@@ -176,59 +210,94 @@ class Models:
             checkpoint_blocks(model)
         return compile_blocks(model) if policy.compile else model
 
-    def new_scalar(self, policy: Any, adapter: str) -> ScalarModel:
-        """Return a scalar model with a new head. Its trunk is a copy of the policy's; if the policy
-        is an adapter, its trunk is the same base model with a second adapter."""
-        pad, seed, lora = pad_token_id(self.tokenizer), self.config.seed, self.config.policy.adapter
-        if lora is not None:
-            trunk = compute_in(add_adapter(policy, lora, adapter, seed), self.dtype("policy"))
-            return AdaptedScalar(trunk, adapter, pad, seed)
+    def new_scalar(self, policy: Any, adapter: str, folder: Path | None) -> ScalarModel:
+        """Return a scalar model with a new head. Its trunk is a copy of the policy that the stage
+        starts from; if the policy is an adapter, its trunk is the same base model with a second
+        adapter."""
+        pad, seed = pad_token_id(self.tokenizer), self.config.seed
+        if self.config.policy.adapter is not None:
+            return AdaptedScalar(self._add_adapter(policy, adapter), adapter, pad, seed)
+        dtype = self.dtype("reward_model" if adapter == REWARD else "critic")
+        if self.is_in_parts():
+            model, weights = self._skeleton_and_weights(folder)
+            scalar = ScalarModel.over(model.config, pad)
+            self.prepare_blocks(scalar.model)
+            self._shard(scalar.compute_in(dtype).model)
+            trunk = trunk_weights(model, weights)
+            return scalar.fill_trunk(trunk, self.device, self.origin(folder), seed)
         share_frozen = self.config.policy.frozen_layers > 0
         scalar = ScalarModel.from_trunk(policy, pad, seed, share_frozen=share_frozen)
         self.prepare_blocks(scalar.model)
-        return scalar.compute_in(self.dtype("critic" if adapter == CRITIC else "reward_model"))
+        return scalar.compute_in(dtype)
 
-    def new_reward_model(self, policy: Any) -> ScalarModel:
-        """Return a reward model to be trained.
+    def new_reward_model(self, folder: Path) -> tuple[ScalarModel, Any]:
+        """Return a reward model to be trained, and the policy that samples the responses on which
+        it is centred. The two share a base model unless it is in parts."""
+        if not self.is_in_parts():
+            policy = self.initial_policy(folder)
+            scalar = self.new_scalar(policy, REWARD, folder)
+            if self.config.policy.adapter is None:
+                self.frozen_policy(policy)
+            return scalar, policy
+        trunk = None
+        if self.config.policy.adapter is not None:
+            trunk = self._policy_in_parts(folder, lambda model: self._add_adapter(model, REWARD))
+        scalar = self.new_scalar(trunk, REWARD, folder)
+        return scalar, self.frozen_policy(self.initial_policy(folder))
 
-        The policy samples responses on which the reward model is centred. Where the two share a
-        base model that is sharded, the reward model therefore gets a copy.
-        """
-        is_shared = self.config.policy.adapter is not None
-        trunk = copy.deepcopy(policy) if self.config.launch.shard and is_shared else policy
-        scalar = self.new_scalar(trunk, REWARD)
-        if trunk is not policy or not is_shared:
-            self.frozen_policy(policy)  # only sampled from here
-        return self.spread_scalar(scalar)
+    def load_scalar(
+        self, source: str | Path, role: Role, process_group: ProcessGroup | None = None
+    ) -> ScalarModel:
+        """Return the reward model, frozen, or the critic of a folder or hub id, in its precision.
+        Its weights are in parts over the process group, the run's own if it is None, where the
+        config shards models."""
+        in_parts = self.is_in_parts(process_group)
+        scalar = (
+            ScalarModel.of_folder(source) if in_parts else ScalarModel.load(source, self.device)
+        )
+        if role == "reward_model":
+            freeze(scalar)
+        self.prepare_blocks(scalar.model)
+        scalar.compute_in(self.dtype(role))
+        if in_parts:
+            self._shard(scalar.model, process_group)
+            scalar.fill(source, self.device)
+        return scalar
 
-    def spread(self, model: Any, process_group: ProcessGroup | None = None) -> Any:
-        """Return the model, sharded over the ranks if the config says so. `process_group` is the
-        one that gathers its weights; None is the run's own."""
-        process_group = process_group or self.process_group
-        if (
-            not self.config.launch.shard
-            or not isinstance(process_group, TorchProcessGroup)
-            or any(map(is_sharded, model.parameters()))
-        ):
-            return model
+    # --- models in parts ---
+
+    def is_in_parts(self, process_group: ProcessGroup | None = None) -> bool:
+        """Return whether the ranks of a process group, the run's own if it is None, hold models in
+        parts."""
+        group = process_group or self.process_group
+        return bool(self.config.launch.shard) and isinstance(group, TorchProcessGroup)
+
+    def _skeleton_and_weights(self, folder: Path | None) -> tuple[Any, Mapping[str, Rows]]:
+        """Return the policy that a stage starts from without weights, and its weights by name."""
+        origin = self.origin(folder)
+        if origin is None:
+            whole = self._created()
+            return skeleton(whole.config), whole.state_dict()
+        model = skeleton(read_config(origin))
+        return model, weights_for(model, origin)
+
+    def _policy_in_parts(self, folder: Path | None, prepare: Callable[[Any], Any]) -> Any:
+        """Return the policy that a stage starts from in parts: it is prepared and sharded before
+        its weights are read."""
+        model, weights = self._skeleton_and_weights(folder)
+        model = self._shard(prepare(self.prepare_blocks(model)))
+        return fill(model, weights, self.device, self.origin(folder))
+
+    def _shard(self, model: Any, process_group: ProcessGroup | None = None) -> Any:
+        """Shard a model over the ranks of a process group, which gathers its weights."""
         from quartet.training.parallelize import mesh_of, parallelize
 
-        if process_group not in self.meshes:
-            self.meshes[process_group] = mesh_of(
-                self.device.type, process_group, self.config.launch.parts(process_group.world_size)
-            )
-        return parallelize(model, self.meshes[process_group])
-
-    def spread_scalar(
-        self, scalar: ScalarModel, process_group: ProcessGroup | None = None
-    ) -> ScalarModel:
-        """Return the scalar model, sharded as by `spread`."""
-        if isinstance(scalar, AdaptedScalar):
-            self.spread(scalar.view.model, process_group)
-            scalar.collect_parameters()
-        else:
-            self.spread(scalar.model, process_group)
-        return scalar
+        group = process_group or self.process_group
+        assert isinstance(group, TorchProcessGroup)
+        if group not in self.meshes:
+            parts = self.config.launch.parts(group.world_size)
+            self.meshes[group] = mesh_of(self.device.type, group, parts)
+        return parallelize(model, self.meshes[group])
 
 
 def device(name: str, process_group: ProcessGroup = SINGLE_PROCESS) -> torch.device:

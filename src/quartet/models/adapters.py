@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from quartet.distributed.sharding import full_state_dict
+from quartet.distributed.sharding import copy_saved, full_state_dict
 from quartet.errors import QuartetError
 from quartet.models.lora import Lora
-from quartet.models.precision import keep_in_float32
+from quartet.models.precision import compute_in, keep_in_float32
 from quartet.models.protocols import CausalModel, Trunk
 from quartet.tensors import Tensor
 
@@ -45,7 +45,7 @@ def add_adapter(model: CausalModel, lora: Lora, name: str, seed: int) -> Any:
         ) from None
     trained = [p for p in model.parameters() if p.requires_grad] if adapters_of(model) else []
     config = lora_config(model, lora)
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(), warnings.catch_warnings(), _weights_on_cpu(model):
         warnings.filterwarnings(
             "ignore", "Already found a `peft_config`"
         )  # several adapters are intended
@@ -57,6 +57,26 @@ def add_adapter(model: CausalModel, lora: Lora, name: str, seed: int) -> Any:
         p.requires_grad_(True)
     _activate(model, POLICY if POLICY in adapters_of(model) else None)
     return model
+
+
+@contextmanager
+def _weights_on_cpu(model: CausalModel) -> Iterator[None]:
+    """Have parameters without memory, of a model that is not read yet, look like such on a CPU, so
+    that peft initializes its matrices beside them. (One number stands for each of them.)"""
+    held = [
+        (module, name, p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if p is not None and p.is_meta
+    ]
+    for module, name, p in held:
+        stand_in = torch.zeros((), dtype=p.dtype).expand(p.shape)
+        module._parameters[name] = nn.Parameter(stand_in, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, p in held:
+            module._parameters[name] = p
 
 
 def lora_config(model: CausalModel, lora: Lora) -> Any:
@@ -130,7 +150,7 @@ def copy_adapter(model: CausalModel, source: str, other: Any, target: str) -> No
     pairs = zip(adapter_parameters(model, source), adapter_parameters(other, target), strict=True)
     with torch.no_grad():
         for from_weight, to_weight in pairs:
-            to_weight.copy_(from_weight)
+            copy_saved(to_weight, from_weight)
 
 
 # --- which adapter is active ---
@@ -379,10 +399,13 @@ def _behind(model: CausalModel, blocks: nn.ModuleList) -> list[Any]:
     return [*children[position + 1 :], model.get_output_embeddings()]
 
 
-def reference_of(model: CausalModel) -> Any:
-    """Return the reference of a policy: its base without the adapter, or a frozen copy that shares
-    the parameters that are not trained."""
-    if adapters_of(model):
-        return AdapterView(model, None)
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared).requires_grad_(False).eval()
+def frozen_copy(model: CausalModel, dtype: torch.dtype) -> Any:
+    """Return a frozen copy of a model that is held in this dtype. Parameters that are not trained
+    are shared where they have the dtype already."""
+    copied = {
+        id(p): p
+        if not p.requires_grad and p.dtype == dtype
+        else nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False)
+        for p in model.parameters()
+    }
+    return compute_in(copy.deepcopy(model, copied).eval(), dtype)

@@ -7,7 +7,7 @@ are saved as Hugging Face folders that `AutoModelForSequenceClassification` and
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from quartet.models.language_model import (
     read_config,
     save_weights,
 )
+from quartet.models.loading import Rows, fill, skeleton, weights_for
 from quartet.models.logprobs import at_least_float32, predicting_positions, scatter_to_tokens
 from quartet.models.precision import compute_in
 from quartet.models.protocols import CausalModel, Tokenizer
@@ -100,18 +101,7 @@ class ScalarModel(nn.Module):
         those that are not trained are shared. `tensors` are the trunk's gathered weights, for a
         sharded trunk.
         """
-        config = AutoConfig.for_model(
-            **_one_label(language_model.config, "reward") | {"pad_token_id": pad_token_id}
-        )
-        try:
-            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        except ValueError as error:
-            raise ModelError(
-                f"transformers has no sequence classifier for the architecture "
-                f"{config.model_type}, so it cannot be a "
-                'reward model or a critic of its own. Use critic = { type = "shared" } and a '
-                "reward that is no model."
-            ) from error
+        model = _classifier(language_model.config, pad_token_id, _with_weights)
         model.base_model.load_state_dict(merged_state(language_model.base_model, tensors))
         if share_frozen:
             take_frozen(language_model.base_model, model.base_model)
@@ -122,10 +112,44 @@ class ScalarModel(nn.Module):
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | None = None) -> "ScalarModel":
         """Return the sequence or token classifier with one label of a Hugging Face folder."""
-        kinds = read_config(folder).architectures or [""]
-        per_token = kinds[0].endswith("ForTokenClassification")
-        auto = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
-        return cls(load_classifier(auto, folder, device))
+        return cls(load_classifier(_auto_class(folder), folder, device))
+
+    @classmethod
+    def over(cls, config: Any, pad_token_id: int | None) -> "ScalarModel":
+        """Return a scalar model for the trunk of a language model with this config. It has no
+        weights yet; see `models/loading.py`."""
+        return cls(_classifier(config, pad_token_id, skeleton))
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> "ScalarModel":
+        """Return what `load` returns, without weights."""
+        return cls(skeleton(read_config(folder), _auto_class(folder)))
+
+    def fill(
+        self,
+        folder: str | Path,
+        device: torch.device,
+    ) -> "ScalarModel":
+        """Read the weights of a model that `of_folder` returned."""
+        auto = _auto_class(folder)
+        weights = weights_for(
+            self.model, folder, lambda: load_classifier(auto, folder, None).state_dict()
+        )
+        fill(self.model, weights, device, folder)
+        return self
+
+    def fill_trunk(
+        self,
+        trunk: Mapping[str, Rows],
+        device: torch.device,
+        source: Any,
+        seed: int,
+    ) -> "ScalarModel":
+        """Read the trunk's weights of a model that `over` returned. Its head is new."""
+        fill(self.model.base_model, trunk, device, source)
+        self.head.to_empty(device=device)
+        initialise(self.head, seed)
+        return self
 
     def save(
         self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS
@@ -339,6 +363,37 @@ def initialise(head: nn.Linear, seed: int) -> None:
             0, 1 / math.sqrt(head.in_features + 1), generator=noise
         )
         head.weight.copy_(weight)
+
+
+def _auto_class(folder: str | Path) -> Any:
+    """Return the Auto class that a folder of a scalar model is loaded with."""
+    kinds = read_config(folder).architectures or [""]
+    per_token = kinds[0].endswith("ForTokenClassification")
+    return AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
+
+
+def _classifier(
+    language_model: Any, pad_token_id: int | None, make: Callable[[Any, Any], Any]
+) -> Any:
+    """Return a sequence classifier with one label for the trunk of a language model's config.
+    `make` makes it from its config and Auto class. Raises ModelError where transformers has
+    none."""
+    config = AutoConfig.for_model(
+        **_one_label(language_model, "reward") | {"pad_token_id": pad_token_id}
+    )
+    try:
+        return make(config, AutoModelForSequenceClassification)
+    except ValueError as error:
+        raise ModelError(
+            f"transformers has no sequence classifier for the architecture "
+            f"{config.model_type}, so it cannot be a "
+            'reward model or a critic of its own. Use critic = { type = "shared" } and a '
+            "reward that is no model."
+        ) from error
+
+
+def _with_weights(config: Any, auto: Any) -> Any:
+    return auto.from_config(config, dtype=torch.float32)
 
 
 def _one_label(config: Any, name: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from quartet.tensors import Float, Int, Tensor
 
 BLOCK_FORWARD = "block_forward"
 """The name under which a block that is sharded or compiled has `block_forward` as a method."""
+TRUNK_FORWARD = "trunk_forward"
+"""The name under which a trunk that is sharded has `trunk_forward` as a method."""
 FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 BF16_DIFFERENCE = 0.05
 """How far apart, relative to their length, two forwards in bfloat16 may leave a token's vector.
@@ -74,6 +76,13 @@ def _agrees(trunk: Trunk) -> bool:
 
 def packed_hidden_states(trunk: Trunk, packed: Packed) -> Float[Tensor, "n H"]:
     """Return the last hidden states at `packed.output_index`."""
+    forward = getattr(trunk, TRUNK_FORWARD, None) or partial(trunk_forward, trunk)
+    states: Tensor = forward(packed)
+    return states
+
+
+def trunk_forward(trunk: Trunk, packed: Packed) -> Float[Tensor, "n H"]:
+    """Compute what `packed_hidden_states` returns."""
     x = trunk.embed_tokens(packed.tokens)
     rotation = rotations(trunk, packed.positions)
     last, contexts = len(trunk.layers) - 1, checkpoint_contexts(trunk)

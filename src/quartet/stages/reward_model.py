@@ -44,8 +44,8 @@ class RewardModelStage:
     """The prompts of the responses that the scores are centred on."""
     sampling: Sampling
     tokenizer: Tokenizer
-    load_policy: Callable[[Path], Any]
-    make_model: Callable[[Any], ScalarModel]
+    load_models: Callable[[Path], tuple[ScalarModel, Any]]
+    """Returns the reward model that is trained, and the policy whose responses it is centred on."""
     loss: RewardModelLoss
     optimizer: Callable[[Any], Optimizer]
     num_steps: int
@@ -57,8 +57,7 @@ class RewardModelStage:
     process_group: ProcessGroup = SINGLE_PROCESS
 
     def begin(self, folder: Path) -> StageRun:
-        policy = self.load_policy(folder)
-        model = self.make_model(policy)
+        model, policy = self.load_models(folder)
         before = pair_accuracy(model, self.held_out, self.micro_batch_tokens, self.process_group)
         sampler = Sampler(self.comparisons, self.batch_size, self.seed)
         optimizer = self.optimizer(model)

@@ -12,7 +12,7 @@ from quartet.loops.progress import Progress
 from quartet.loops.sft import held_out_loss, sft
 from quartet.models.language_model import save
 from quartet.models.protocols import Tokenizer
-from quartet.stages.protocol import StageRun, Summary, unchanged
+from quartet.stages.protocol import StageRun, Summary
 from quartet.training.budget import Budget
 from quartet.training.optim import Optimizer
 from quartet.training.state_tree import Stateful
@@ -34,11 +34,9 @@ class SftStage:
     name: str = "sft"
     title: str = "sft"
     process_group: ProcessGroup = SINGLE_PROCESS
-    spread: Callable[[Any], Any] = unchanged
-    """Distributes a model over the ranks, if the config says so."""
 
     def begin(self, folder: Path) -> StageRun:
-        model = self.spread(self.load_policy(folder))
+        model = self.load_policy(folder)
         before = held_out_loss(model, self.held_out, self.micro_batch_tokens, self.process_group)
         sampler = Sampler(self.demonstrations, self.batch_size, self.seed)
         optimizer = self.optimizer(model)
