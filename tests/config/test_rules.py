@@ -106,6 +106,16 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         PPO,
         {"launch.processes": 2, "launch.shard": True, **TRUST_REGION},
     ),
+    "quantize_needs_an_adapter": (PPO, {"policy.quantize": "nf4"}),
+    "quantize_holds_one_trunk_whole": (
+        PPO,
+        {
+            "policy.quantize": "nf4",
+            "policy.adapter": {"type": "lora"},
+            "launch.processes": 2,
+            "launch.shard": True,
+        },
+    ),
 }
 """A config that works and what is changed in it, by the rule that this breaks."""
 

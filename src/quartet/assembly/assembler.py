@@ -26,6 +26,7 @@ from quartet.models.adapters import AdapterError
 from quartet.models.chat import set_chat_template
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import ModelError, load_tokenizer
+from quartet.models.quantize import bitsandbytes
 from quartet.planning.memory import micro_batch_tokens, policy_parameters
 from quartet.recording.tokens import TokenTexts
 from quartet.recording.trackers import check_trackers
@@ -57,6 +58,8 @@ class Assembler:
             raise AdapterError(
                 'policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".'
             )
+        if config.policy.quantize is not None:
+            bitsandbytes()  # raises without it
         check_trackers(config.run.track)
         self.world: World | None = (
             WORLDS[config.data.world](config.seed) if config.data.world else None

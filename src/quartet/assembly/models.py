@@ -14,12 +14,16 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, Torc
 from quartet.models.actor_critic import freeze, pad_token_id
 from quartet.models.adapters import (
     POLICY,
+    REFERENCE,
     REWARD,
     AdapterView,
+    adapter_parameters,
     adapters_of,
     add_adapter,
+    freeze_adapter,
     freeze_layers,
     frozen_copy,
+    read_adapter,
 )
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import ModelError, create, load_model, read_config
@@ -27,9 +31,24 @@ from quartet.models.llama import FAMILY
 from quartet.models.loading import Rows, fill, skeleton, trunk_weights, weights_for
 from quartet.models.precision import DTYPES, best_precision, compute_dtype, compute_in
 from quartet.models.protocols import Tokenizer
+from quartet.models.quantize import quantize
 from quartet.models.trunk import checkpoint_blocks, compile_blocks
 from quartet.rewards.source import RewardSource
 from quartet.rewards.sources import EnsembleSource, ModelSource, StepsSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The weights that a stage's policy starts from."""
+
+    model: Path | str | None
+    """Their folder, or their name on the hub; None if the policy is created."""
+    adapter: Path | None = None
+    """The folder of the adapter that each new adapter starts as: what SFT has learnt on a base in 4
+    bits. Merged into the base and rounded again, most of it would be lost."""
+
+    def __str__(self) -> str:
+        return str(self.model or "policy.create")
 
 
 class Models:
@@ -86,55 +105,74 @@ class Models:
                     "Use the model's own tokenizer."
                 )
 
-    def origin(self, folder: Path | None) -> Path | str | None:
-        """Return where the policy of a run is read from before RL or preference training: its SFT
-        model if the recipe has that stage (`folder` is the run's; None: before that stage), else
-        the folder that the run starts from. None if the policy is created."""
-        if folder is not None and "sft" in self.config.recipe:
-            return folder / "sft"
-        return self.folder
+    def start(self, folder: Path | None) -> "Start":
+        """Return what the policy of a stage starts from. `folder` is the run's, and None before its
+        SFT stage."""
+        if folder is None or "sft" not in self.config.recipe:
+            return Start(self.folder)
+        if self.config.policy.quantize is not None:
+            return Start(self.folder, folder / "sft" / "adapter")
+        return Start(folder / "sft")
 
     def initial_policy(self, folder: Path | None) -> Any:
-        """Return the policy that a stage starts from, whole, in float32; see `origin`."""
-        origin = self.origin(folder)
-        if origin is not None:
-            return self.prepare_blocks(load_model(origin, self.device))
-        return self.prepare_blocks(self._created().to(self.device))
+        """Return the policy that a stage starts from, whole; in float32, or frozen on a base in 4
+        bits."""
+        return self._initial(self.start(folder))
 
-    def _created(self) -> Any:
-        shape = self.config.policy.create
-        assert shape is not None
-        return create(shape, self.tokenizer, self.config.seed)
+    def _initial(self, start: "Start") -> Any:
+        if self.config.policy.quantize is not None:
+
+            def prepare(model: Any) -> Any:
+                if start.adapter is not None:
+                    self._add_adapter(model, POLICY, start)
+                return self.frozen_policy(model)
+
+            return self._read(start, prepare, in_parts=False)
+        if start.model is None:
+            return self.prepare_blocks(self._created().to(self.device))
+        return self.prepare_blocks(load_model(start.model, self.device))
+
+    def trained_policy(self, source: Path | str) -> Any:
+        """Return a policy that training has written, frozen, to be sampled from."""
+        adapter = Path(source) / "adapter"
+        if self.config.policy.quantize is not None and adapter.is_dir():
+            return self._initial(Start(self.folder, adapter))
+        return self.frozen_policy(load_model(source, self.device))
 
     def trainable_policy(self, folder: Path | None, *adapters: str) -> Any:
         """Return the policy that a stage starts from, ready to be trained: in its precision, with
         an adapter or with its first layers frozen, as the config asks, and in parts where the
-        config shards it. `adapters` are further ones that a trunk in parts gets at once."""
+        config shards it. `adapters` are further ones, which a trunk in parts must get before its
+        weights are read."""
+        start = self.start(folder)
 
         def prepare(model: Any) -> Any:
-            model = self.trainable(model)
+            model = self._trainable(model, start)
             for name in adapters:
-                self._add_adapter(model, name)
+                self._add_adapter(model, name, start)
             return model
 
-        if not self.is_in_parts():
-            return self.trainable(self.initial_policy(folder))
-        return self._policy_in_parts(folder, prepare)
+        if self.is_in_parts():
+            return self._read(start, prepare)
+        return self._trainable(self.initial_policy(folder), start)
 
-    def trainable(self, model: Any) -> Any:
-        """Return the model in its precision, with an adapter or with its first layers frozen, as
-        the config asks."""
+    def _trainable(self, model: Any, start: "Start") -> Any:
         if self.config.policy.adapter is not None:
-            return self._add_adapter(model, POLICY)
+            return self._add_adapter(model, POLICY, start)
         freeze_layers(model, self.config.policy.frozen_layers)
         return compute_in(model, self.dtype("policy"))
 
-    def _add_adapter(self, model: Any, name: str) -> Any:
-        """Return the model with one more adapter, which is trained; one that it has stays."""
+    def _add_adapter(self, model: Any, name: str, start: "Start") -> Any:
+        """Return the model with an adapter of this name, which is trained; one that it has stays as
+        it is."""
         lora = self.config.policy.adapter
         assert lora is not None
         if name not in adapters_of(model):
             add_adapter(model, lora, name, self.config.seed)
+            if start.adapter is not None:
+                read_adapter(model, name, start.adapter)
+        for p in adapter_parameters(model, name):
+            p.requires_grad_(True)
         return compute_in(model, self.dtype("policy"))
 
     def frozen_policy(self, model: Any) -> Any:
@@ -142,14 +180,17 @@ class Models:
         return compute_in(freeze(model), self.dtype("policy"))
 
     def reference_of(self, actor: Any, folder: Path | None) -> Any:
-        """Return the reference of a policy, held in its own precision; under an adapter it is the
-        policy's trunk. It is the policy that the stage starts from, so that weights in parts are
-        read again instead of copied."""
+        """Return the reference of a policy, held in its own precision: what the stage starts from.
+        Under an adapter it is the policy's trunk, where that starts from an adapter under another
+        one."""
+        start, dtype = self.start(folder), self.dtype("reference")
+        if start.adapter is not None:
+            freeze_adapter(self._add_adapter(actor, REFERENCE, start), REFERENCE)
+            return AdapterView(compute_in(actor, self.dtype("policy")), REFERENCE)
         if adapters_of(actor):
             return AdapterView(actor, None)
-        dtype = self.dtype("reference")
-        if self.is_in_parts():
-            return self._policy_in_parts(folder, lambda model: compute_in(freeze(model), dtype))
+        if self.is_in_parts():  # a part cannot be copied
+            return self._read(start, lambda model: compute_in(freeze(model), dtype))
         return frozen_copy(actor, dtype)
 
     def sampled_policy(self, actor: Any, folder: Path | None) -> Any:
@@ -157,9 +198,15 @@ class Models:
         parts, because each sampled token needs all weights, or if it is trained meanwhile. The
         copy is held in the dtype that the actor computes in."""
         if self.is_in_parts():
-            whole = freeze(self.trainable(self.initial_policy(folder)))
-            return compute_in(whole, self.dtype("policy"))
+            start = self.start(folder)
+            frozen = lambda model: self.frozen_policy(self._trainable(model, start))  # noqa: E731
+            return self._read(start, frozen, in_parts=False)
         return frozen_copy(actor, compute_dtype(actor)) if self.config.staleness else actor
+
+    def _created(self) -> Any:
+        shape = self.config.policy.create
+        assert shape is not None
+        return create(shape, self.tokenizer, self.config.seed)
 
     def chosen_precision(self) -> RolePrecision | PrecisionName:
         """Return run.precision with what "auto" means here, as one word where all models have the
@@ -214,17 +261,16 @@ class Models:
         """Return a scalar model with a new head. Its trunk is a copy of the policy that the stage
         starts from; if the policy is an adapter, its trunk is the same base model with a second
         adapter."""
-        pad, seed = pad_token_id(self.tokenizer), self.config.seed
+        pad, seed, start = pad_token_id(self.tokenizer), self.config.seed, self.start(folder)
         if self.config.policy.adapter is not None:
-            return AdaptedScalar(self._add_adapter(policy, adapter), adapter, pad, seed)
+            return AdaptedScalar(self._add_adapter(policy, adapter, start), adapter, pad, seed)
         dtype = self.dtype("reward_model" if adapter == REWARD else "critic")
         if self.is_in_parts():
-            model, weights = self._skeleton_and_weights(folder)
+            model, weights = self._skeleton(start)
             scalar = ScalarModel.over(model.config, pad)
             self.prepare_blocks(scalar.model)
             self._shard(scalar.compute_in(dtype).model)
-            trunk = trunk_weights(model, weights)
-            return scalar.fill_trunk(trunk, self.device, self.origin(folder), seed)
+            return scalar.fill_trunk(trunk_weights(model, weights), self.device, start, seed)
         share_frozen = self.config.policy.frozen_layers > 0
         scalar = ScalarModel.from_trunk(policy, pad, seed, share_frozen=share_frozen)
         self.prepare_blocks(scalar.model)
@@ -232,18 +278,17 @@ class Models:
 
     def new_reward_model(self, folder: Path) -> tuple[ScalarModel, Any]:
         """Return a reward model to be trained, and the policy that samples the responses on which
-        it is centred. The two share a base model unless it is in parts."""
+        it is centred. An adapter shares the policy's base model unless that is in parts."""
+        start, has_adapter = self.start(folder), self.config.policy.adapter is not None
         if not self.is_in_parts():
             policy = self.initial_policy(folder)
             scalar = self.new_scalar(policy, REWARD, folder)
-            if self.config.policy.adapter is None:
-                self.frozen_policy(policy)
-            return scalar, policy
+            return scalar, policy if has_adapter else self.frozen_policy(policy)
         trunk = None
-        if self.config.policy.adapter is not None:
-            trunk = self._policy_in_parts(folder, lambda model: self._add_adapter(model, REWARD))
+        if has_adapter:
+            trunk = self._read(start, lambda model: self._add_adapter(model, REWARD, start))
         scalar = self.new_scalar(trunk, REWARD, folder)
-        return scalar, self.frozen_policy(self.initial_policy(folder))
+        return scalar, self._read(start, self.frozen_policy, in_parts=False)
 
     def load_scalar(
         self, source: str | Path, role: Role, process_group: ProcessGroup | None = None
@@ -264,7 +309,7 @@ class Models:
             scalar.fill(source, self.device)
         return scalar
 
-    # --- models in parts ---
+    # --- models that are built before their weights are read ---
 
     def is_in_parts(self, process_group: ProcessGroup | None = None) -> bool:
         """Return whether the ranks of a process group, the run's own if it is None, hold models in
@@ -272,21 +317,25 @@ class Models:
         group = process_group or self.process_group
         return bool(self.config.launch.shard) and isinstance(group, TorchProcessGroup)
 
-    def _skeleton_and_weights(self, folder: Path | None) -> tuple[Any, Mapping[str, Rows]]:
+    def _read(self, start: "Start", prepare: Callable[[Any], Any], in_parts: bool = True) -> Any:
+        """Return the policy that a stage starts from. It is quantized, prepared and sharded before
+        its weights are read, as the config asks; with `in_parts=False` every rank reads it
+        whole."""
+        model, weights = self._skeleton(start)
+        if self.config.policy.quantize is not None:
+            quantize(model)
+        model = prepare(self.prepare_blocks(model))
+        if in_parts:
+            self._shard(model)
+        return fill(model, weights, self.device, start)
+
+    def _skeleton(self, start: "Start") -> tuple[Any, Mapping[str, Rows]]:
         """Return the policy that a stage starts from without weights, and its weights by name."""
-        origin = self.origin(folder)
-        if origin is None:
+        if start.model is None:
             whole = self._created()
             return skeleton(whole.config), whole.state_dict()
-        model = skeleton(read_config(origin))
-        return model, weights_for(model, origin)
-
-    def _policy_in_parts(self, folder: Path | None, prepare: Callable[[Any], Any]) -> Any:
-        """Return the policy that a stage starts from in parts: it is prepared and sharded before
-        its weights are read."""
-        model, weights = self._skeleton_and_weights(folder)
-        model = self._shard(prepare(self.prepare_blocks(model)))
-        return fill(model, weights, self.device, self.origin(folder))
+        model = skeleton(read_config(start.model))
+        return model, weights_for(model, start.model)
 
     def _shard(self, model: Any, process_group: ProcessGroup | None = None) -> Any:
         """Shard a model over the ranks of a process group, which gathers its weights."""

@@ -489,5 +489,31 @@ def trust_region_excludes_sharding(config: Config) -> str | None:
     )
 
 
+@rule
+def quantize_needs_an_adapter(config: Config) -> str | None:
+    if config.policy.quantize is None or config.policy.adapter is not None:
+        return None
+    return (
+        f'policy.quantize = "{config.policy.quantize}": weights in 4 bits are not trained, so '
+        'policy.adapter = { type = "lora" } is needed too.'
+    )
+
+
+@rule
+def quantize_holds_one_trunk_whole(config: Config) -> str | None:
+    if config.policy.quantize is None:
+        return None
+    excluded = {
+        "launch.shard": bool(config.launch.shard),
+        "staleness, which samples with a copy": bool(config.staleness),
+        "policy.compile": config.policy.compile,
+        'algorithm.update.type = "trust_region"': _has_trust_region(config),
+    }
+    name = next((name for name, is_set in excluded.items() if is_set), None)
+    if name is None:
+        return None
+    return f'policy.quantize = "{config.policy.quantize}": does not go with {name}.'
+
+
 def _has_trust_region(config: Config) -> bool:
     return config.algorithm is not None and isinstance(config.algorithm.update, TrustRegion)

@@ -131,6 +131,11 @@ class Policy:
         default=None,
         description='{ type = "lora" } trains an adapter. Left out, all weights are trained.',
     )
+    quantize: Literal["nf4"] | None = Field(
+        default=None,
+        description='"nf4" holds the linear layers under an adapter in 4 bits (QLoRA). Left out, '
+        "they are in run.precision.",
+    )
     frozen_layers: int = Field(
         default=0,
         ge=0,

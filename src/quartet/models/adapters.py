@@ -24,9 +24,10 @@ from quartet.errors import QuartetError
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_in, keep_in_float32
 from quartet.models.protocols import CausalModel, Trunk
+from quartet.models.quantize import NF4Linear
 from quartet.tensors import Tensor
 
-POLICY, CRITIC, REWARD = "policy", "critic", "reward"
+POLICY, CRITIC, REWARD, REFERENCE = "policy", "critic", "reward", "reference"
 
 
 class AdapterError(QuartetError, ValueError):
@@ -245,13 +246,21 @@ def is_plain_linear(layer: Any) -> bool:
 def has_merged_weight(product: Any) -> bool:
     """Return whether `merged_weight` gives the weight of a layer: a plain linear layer, or one
     under plain LoRA (no DoRA or other variant) with at most one active adapter."""
-    if is_plain_linear(product):
-        return True
-    if not hasattr(product, "lora_A") or not is_plain_linear(product.base_layer):
+    return is_plain_linear(product) or (
+        has_plain_lora(product) and is_plain_linear(product.base_layer)
+    )
+
+
+def has_plain_lora(product: Any) -> bool:
+    """Return whether a layer is a linear one, possibly in 4 bits, under plain LoRA (no DoRA or
+    other variant) with at most one active adapter."""
+    if not hasattr(product, "lora_A"):
         return False
-    active = product.active_adapters
-    return len(active) <= 1 and all(
-        name in product.lora_A and name not in product.lora_variant for name in active
+    base, active = product.base_layer, product.active_adapters
+    return (
+        (is_plain_linear(base) or isinstance(base, NF4Linear))
+        and len(active) <= 1
+        and all(name in product.lora_A and name not in product.lora_variant for name in active)
     )
 
 
@@ -259,9 +268,9 @@ def apply_linear(product: Any, x: Tensor) -> Tensor:
     """Return layer(x): [n, in] -> [n, out].
 
     Under plain LoRA it is W x + (alpha / rank) B A x in one `addmm`, which saves an intermediate
-    tensor as large as the result; any other layer uses its own forward.
+    tensor as large as the result; any other layer uses its own forward. W may be in 4 bits.
     """
-    if hasattr(product, "lora_A") and has_merged_weight(product) and not product._disable_adapters:
+    if has_plain_lora(product) and not product._disable_adapters:
         [name] = product.active_adapters
         low_rank = product.lora_A[name](x)
         return torch.addmm(
@@ -296,14 +305,16 @@ def merged_state(
     model without adapters. `tensors` is its `full_state_dict`, which every rank must call for."""
     layers, tensors = named_layers(model), full_state_dict(model) if tensors is None else tensors
     state = {}
-    for name, value in tensors.items():
+    for name, tensor in tensors.items():
         layer, _, rest = name.partition(".base_layer.")
-        if rest:
-            state[f"{layer}.{rest}"] = (
-                value + _change(layers[layer], layer, tensors) if rest == "weight" else value
-            )
+        if rest == "weight":
+            base = layers[layer].base_layer
+            weight = base.dequantized() if isinstance(base, NF4Linear) else tensor
+            state[f"{layer}.{rest}"] = weight + _change(layers[layer], layer, tensors)
+        elif rest:
+            state[f"{layer}.{rest}"] = tensor
         elif not any(part.startswith("lora_") for part in name.split(".")):
-            state[name] = value
+            state[name] = tensor
     return state
 
 
@@ -358,6 +369,17 @@ def load_adapter(model: CausalModel, name: str, folder: Path) -> None:
         rank=table["r"], alpha=float(table["lora_alpha"]), targets=tuple(table["target_modules"])
     )
     add_adapter(model, lora, name, seed=0)
+    read_adapter(model, name, folder)
+    freeze_adapter(model, name)
+
+
+def freeze_adapter(model: CausalModel, name: str) -> None:
+    for p in adapter_parameters(model, name):
+        p.requires_grad_(False)
+
+
+def read_adapter(model: CausalModel, name: str, folder: Path) -> None:
+    """Read the weights that `save_adapter` wrote into the adapter of this name."""
     weights = load_file(folder / _WEIGHTS)
     with torch.no_grad():
         for module_name, module in model.named_modules():
@@ -365,8 +387,6 @@ def load_adapter(model: CausalModel, name: str, folder: Path) -> None:
                 key = f"{_PREFIX}{module_name}.{side}.weight"
                 if key in weights:
                     getattr(module, side)[name].weight.copy_(weights[key])
-    for p in adapter_parameters(model, name):
-        p.requires_grad_(False)
 
 
 _PREFIX, _WEIGHTS = "base_model.model.", "adapter_model.safetensors"

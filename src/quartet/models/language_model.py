@@ -36,6 +36,7 @@ from quartet.models.logprobs import (
     scatter_to_tokens,
 )
 from quartet.models.protocols import CausalModel, Tokenizer
+from quartet.models.quantize import NF4Linear
 from quartet.models.shape import Shape
 from quartet.models.trunk import checkpointing, hidden_states, rows_at
 from quartet.tensors import Bool, Float, Int, Tensor
@@ -208,6 +209,7 @@ def save(
     """Save a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
 
     A model with an adapter is saved with the adapter merged, and the adapter alone in `adapter/`.
+    Weights are in float32; merged with a base in 4 bits, in bfloat16.
     `replacements` are saved in the place of the parameters of these names. Every rank of the
     process group must call it; rank 0 writes.
     """
@@ -218,7 +220,8 @@ def save(
     state = merged_state(model, tensors) if adapted else tensors
     if model.generation_config is not None and model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
-    save_weights(model, folder, state)
+    in_4_bits = any(isinstance(module, NF4Linear) for module in model.modules())
+    save_weights(model, folder, state, torch.bfloat16 if in_4_bits else torch.float32)
     tokenizer.save_pretrained(folder)
     if adapted:
         save_adapter(model, POLICY, folder / "adapter", tensors)

@@ -7,7 +7,7 @@ parameter this rank's rows only, in the dtype that the parameter is held in.
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from quartet.distributed.sharding import copy_saved, local_tensor
 from quartet.models.language_model import UNLOADABLE, ModelError, first_line, load_model
+from quartet.models.quantize import NF4Linear
 from quartet.tensors import Tensor
 
 Rows = Any
@@ -125,8 +126,24 @@ def fill(model: Any, weights: Mapping[str, Rows], device: torch.device, source: 
     errors call the weights. Raises ModelError for a weight that is missing, has another shape, or
     is not finite, and for layers that the model does not have.
     """
-    _allocate(model, device)
+    quantized = {id(m.weight): m for m in model.modules() if isinstance(m, NF4Linear)}
     own = own_weights(model)
+    _check_names(own, weights, source)
+    _allocate(model, device, leave=quantized.keys())
+    for name, held in own_weights(model).items():
+        rows = weights[name]
+        if id(held) in quantized:
+            whole = (rows if isinstance(rows, torch.Tensor) else rows[:]).to(device)
+            _check_finite(name, whole, source)
+            quantized[id(held)].store(whole)
+        else:
+            copy_saved(held, rows)
+            _check_finite(name, local_tensor(held), source)
+    return model.to(device)
+
+
+def _check_names(own: Mapping[str, Tensor], weights: Mapping[str, Rows], source: Any) -> None:
+    """Raise ModelError unless the weights are those of the model, in their shapes."""
     unknown = [n for n in weights if ".layers." in n and "rotary" not in n and n not in own]
     if unknown:
         raise ModelError(
@@ -146,21 +163,21 @@ def fill(model: Any, weights: Mapping[str, Rows], device: torch.device, source: 
                 f"{source}: {name} has the shape {shape}, and by its config.json "
                 f"{list(held.shape)}. Is it its own?"
             )
-        copy_saved(held, rows)
-        if held.is_floating_point() and not bool(local_tensor(held).isfinite().all()):
-            raise ModelError(f"{source}: {name} is not finite: the weights are damaged.")
-    return model
 
 
-def _allocate(model: Any, device: torch.device) -> None:
-    """Give memory on the device to all parameters that have none, and move the others there. A
-    parameter that modules share stays one."""
+def _check_finite(name: str, weight: Tensor, source: Any) -> None:
+    if weight.is_floating_point() and not bool(weight.isfinite().all()):
+        raise ModelError(f"{source}: {name} is not finite: the weights are damaged.")
+
+
+def _allocate(model: Any, device: torch.device, leave: Collection[int]) -> None:
+    """Give memory on the device to all parameters that have none, but for those with an id in
+    `leave`. A parameter that modules share stays one."""
     allocated: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None and p.is_meta:
+            if p is not None and p.is_meta and id(p) not in leave:
                 if id(p) not in allocated:
                     empty = torch.empty_like(p, device=device)
                     allocated[id(p)] = nn.Parameter(empty, requires_grad=p.requires_grad)
                 module._parameters[name] = allocated[id(p)]
-    model.to(device)
