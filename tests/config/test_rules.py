@@ -106,6 +106,7 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         PPO,
         {"launch.processes": 2, "launch.shard": True, **TRUST_REGION},
     ),
+    "labelled_texts_have_a_file": (PPO, {"data": {"world": "labelled_texts"}}),
     "quantize_needs_an_adapter": (PPO, {"policy.quantize": "nf4"}),
     "quantize_holds_one_trunk_whole": (
         PPO,

@@ -169,11 +169,23 @@ def test_every_value_knows_its_origin(tmp_path):
 
 
 def test_the_resolved_file_gives_the_same_run_again(tmp_path):
+    needed = {
+        "dialogue": ["data.train=x.jsonl"],
+        "film-reviews": ["data.texts=x.jsonl", "policy.model=m"],
+    }
     for name in recipe_names():
-        words = ["data.train=x.jsonl"] if name == "dialogue" else []
+        words = needed.get(name, [])
         first = read_settings(recipe_path(name), words)
         (tmp_path / "again.toml").write_text(resolved_toml(first))
         assert read_settings(tmp_path / "again.toml").config == first.config
+
+
+def test_a_model_on_the_command_line_replaces_the_one_that_a_file_creates():
+    words = ["data.train=x.jsonl", "policy.model=m"]
+    policy = read_settings(recipe_path("dialogue"), words).config.policy
+    assert policy.model == "m" and policy.create is None and policy.tokenizer is None
+    with pytest.raises(ConfigError, match="exactly one"):
+        read_settings(recipe_path("dialogue"), [*words, "policy.create.num_layers=2"])
 
 
 def test_a_part_of_another_type_starts_from_its_own_defaults(tmp_path):

@@ -38,7 +38,7 @@ from quartet.rewards.shared import shared
 from quartet.rewards.source import RewardContext
 from quartet.rewards.sources import JudgeSource, ModelSource
 from quartet.rewards.text_models import StepReward, TextModelReward
-from quartet.worlds import WORLDS, World
+from quartet.worlds import World, make_world
 
 
 class Assembler:
@@ -61,8 +61,9 @@ class Assembler:
         if config.policy.quantize is not None:
             bitsandbytes()  # raises without it
         check_trackers(config.run.track)
+        data = config.data
         self.world: World | None = (
-            WORLDS[config.data.world](config.seed) if config.data.world else None
+            make_world(data.world, config.seed, data.texts) if data.world else None
         )
         self.rows = Rows(config, self.world)
         self.device = device(config.run.device, process_group)

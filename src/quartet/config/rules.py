@@ -125,6 +125,7 @@ def paths_are_not_empty(config: Config) -> str | None:
     paths = {
         "data.train": config.data.files,
         "data.eval": (config.data.eval,),
+        "data.texts": (config.data.texts,),
         "policy.model": (config.policy.model,),
     }
     for key, named in paths.items():
@@ -487,6 +488,19 @@ def trust_region_excludes_sharding(config: Config) -> str | None:
         'launch.shard: second derivatives, for algorithm.update.type = "trust_region", need all '
         "weights on every rank. Use false."
     )
+
+
+@rule
+def labelled_texts_have_a_file(config: Config) -> str | None:
+    needs = config.data.world == "labelled_texts"
+    if needs == (config.data.texts is not None):
+        return None
+    if needs:
+        return (
+            "data.texts: the world labelled_texts needs a file with columns text and label. Use "
+            'data.texts = "reviews.jsonl".'
+        )
+    return 'data.texts: only data.world = "labelled_texts" reads it.'
 
 
 @rule

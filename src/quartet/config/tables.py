@@ -30,7 +30,7 @@ from quartet.rewards.sources import ModelSource
 from quartet.stages.kinds import PREFERENCE, RL, kind_of, stage_of
 from quartet.training.optim import Optim, OptimizerConfig
 
-WORLDS = Literal["reviews", "sums", "guess"]
+WORLDS = Literal["reviews", "sums", "guess", "labelled_texts"]
 
 
 @part
@@ -40,7 +40,12 @@ class Data:
 
     world: WORLDS | None = Field(
         default=None,
-        description="An embedded world, which makes its own data and knows the gold reward.",
+        description="A task that makes its rows and knows the gold reward: an embedded one, or "
+        '"labelled_texts", which makes them from data.texts.',
+    )
+    texts: str | None = Field(
+        default=None,
+        description="A file of texts with label 1 (good) or 0 (bad), for the world labelled_texts.",
     )
     train: str | tuple[str, ...] | None = Field(
         default=None, description="A file or folder to train on, or a list of them."

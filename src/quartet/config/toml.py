@@ -112,12 +112,25 @@ def _settings(
         _set(table, key, value)
         origins = {k: v for k, v in origins.items() if k != key and not k.startswith(key + ".")}
         origins |= {k: "command line" for k, _ in _leaves(value, key)}
+    _replace_created_policy(table, origins)
     written = dict(origins)
     _expand(table, origins)
     links = resolve_links(table, known_links)
     config = _validate(table, origins)
     _refuse_unread(config, written)
     return Settings(config, origins, name, text, links)
+
+
+def _replace_created_policy(table: Table, origins: dict[str, str]) -> None:
+    """Drop the model that a file creates, and its tokenizer, where the command line names one."""
+    if origins.get("policy.model") != "command line" or "create" not in table["policy"]:
+        return
+    for name in ("create", "tokenizer"):
+        keys = [key for key in origins if f"{key}.".startswith(f"policy.{name}.")]
+        if all(origins[key] != "command line" for key in keys):
+            table["policy"].pop(name, None)
+            for key in keys:
+                del origins[key]
 
 
 def _refuse_unread(config: Config, written: Mapping[str, str]) -> None:
