@@ -74,6 +74,10 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "algorithm": {"rewards": {"type": "every_token"}, "scores": []},
         },
     ),
+    "critic_is_created_or_starts_from_weights": (
+        PPO,
+        {"critic": {"create": SHAPE, "init": "policy"}},
+    ),
     "trust_region_needs_a_critic": (
         PPO,
         {"recipe": ["grpo"], "rollout.samples_per_prompt": 8, **TRUST_REGION},

@@ -21,6 +21,7 @@ from quartet.models.adapters import CRITIC, REWARD, copy_adapter
 from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach
 from quartet.models.precision import compute_in
 from quartet.models.protocols import CausalModel
+from quartet.models.shape import Shape
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.rewards.sources import ModelSource
 from quartet.runtime.faults import FAULTS
@@ -41,11 +42,10 @@ def load_components(assembler: Assembler, folder: Path) -> RLComponents:
     config, models, group = assembler.config, assembler.models, assembler.process_group
     algorithm = config.algorithm
     assert algorithm is not None
-    critic_on_trunk = algorithm.needs_critic and isinstance(config.critic, SeparateCritic)
-    adapters = [CRITIC] if critic_on_trunk and config.policy.adapter is not None else []
+    attached = _attaches_reward_model(assembler, folder)
+    adapters = [CRITIC] if _critic_is_an_adapter(assembler, attached) else []
     actor = models.trainable_policy(folder, *adapters)
     reference = models.reference_of(actor, folder) if algorithm.needs_reference else None
-    attached = _attaches_reward_model(assembler, folder)
     # Servers sample with their own copy of the weights. Only a reward model on the policy's trunk
     # then still needs a model that is not trained meanwhile.
     served = isinstance(config.generator, Servers) and not attached
@@ -165,6 +165,17 @@ def _attaches_reward_model(assembler: Assembler, folder: Path) -> bool:
     return assembler.config.policy.adapter is not None and is_used and has_adapter
 
 
+def _critic_is_an_adapter(assembler: Assembler, attached: bool) -> bool:
+    """Return whether the critic is an adapter on the actor's trunk. `attached` says that the reward
+    model is one."""
+    config, init = assembler.config, assembler.critic_init
+    if config.algorithm is None or not config.algorithm.needs_critic:
+        return False
+    if not isinstance(config.critic, SeparateCritic) or config.critic.create is not None:
+        return False
+    return config.policy.adapter is not None and (init == "policy" or (attached and init is None))
+
+
 def _pretraining(assembler: Assembler, algorithm: Algorithm) -> Sampler[Demonstration] | None:
     """Return the texts that PTX mixes in: data.pretraining, or the demonstrations of the run."""
     if algorithm.ptx.coef == 0:
@@ -185,6 +196,8 @@ def _actor_critic(
         case SharedCritic():
             size = actor.config.get_text_config().hidden_size
             return Shared(actor, ValueHead(size).to(assembler.device))
+        case SeparateCritic(create=Shape() as shape):
+            return Separate(actor, models.created_critic(shape))
         case SeparateCritic():
             if reward_model is not None and init is None:
                 critic = _critic_like(assembler, reward_model, actor, folder)

@@ -32,6 +32,7 @@ from quartet.models.loading import Rows, fill, skeleton, trunk_weights, weights_
 from quartet.models.precision import DTYPES, best_precision, compute_dtype, compute_in
 from quartet.models.protocols import Tokenizer
 from quartet.models.quantize import quantize
+from quartet.models.shape import Shape
 from quartet.models.trunk import checkpoint_blocks, compile_blocks
 from quartet.rewards.source import RewardSource
 from quartet.rewards.sources import EnsembleSource, ModelSource, StepsSource
@@ -267,14 +268,31 @@ class Models:
         dtype = self.dtype("reward_model" if adapter == REWARD else "critic")
         if self.is_in_parts():
             model, weights = self._skeleton(start)
-            scalar = ScalarModel.over(model.config, pad)
-            self.prepare_blocks(scalar.model)
-            self._shard(scalar.compute_in(dtype).model)
-            return scalar.fill_trunk(trunk_weights(model, weights), self.device, start, seed)
+            return self._scalar_in_parts(model.config, dtype, trunk_weights(model, weights), start)
         share_frozen = self.config.policy.frozen_layers > 0
         scalar = ScalarModel.from_trunk(policy, pad, seed, share_frozen=share_frozen)
         self.prepare_blocks(scalar.model)
         return scalar.compute_in(dtype)
+
+    def created_critic(self, shape: Shape) -> ScalarModel:
+        """Return a critic of this shape with random weights."""
+        pad, dtype = pad_token_id(self.tokenizer), self.dtype("critic")
+        whole = create(shape, self.tokenizer, self.config.seed)
+        if not self.is_in_parts():
+            scalar = ScalarModel.from_trunk(whole.to(self.device), pad, self.config.seed)
+            self.prepare_blocks(scalar.model)
+            return scalar.compute_in(dtype)
+        weights = trunk_weights(whole, whole.state_dict())
+        return self._scalar_in_parts(whole.config, dtype, weights, "critic.create")
+
+    def _scalar_in_parts(
+        self, config: Any, dtype: torch.dtype, trunk: Mapping[str, Rows], source: Any
+    ) -> ScalarModel:
+        """Return a scalar model with a new head over a trunk of these weights, in parts."""
+        scalar = ScalarModel.over(config, pad_token_id(self.tokenizer))
+        self.prepare_blocks(scalar.model)
+        self._shard(scalar.compute_in(dtype).model)
+        return scalar.fill_trunk(trunk, self.device, source, self.config.seed)
 
     def new_reward_model(self, folder: Path) -> tuple[ScalarModel, Any]:
         """Return a reward model to be trained, and the policy that samples the responses on which

@@ -339,6 +339,14 @@ def token_rewards_need_token_scores(config: Config) -> str | None:
 
 
 @rule
+def critic_is_created_or_starts_from_weights(config: Config) -> str | None:
+    critic = config.critic
+    if not isinstance(critic, SeparateCritic) or critic.create is None or critic.init is None:
+        return None
+    return f'critic.create: a new critic has no weights of "{critic.init}". Leave critic.init out.'
+
+
+@rule
 def trust_region_needs_a_critic(config: Config) -> str | None:
     algorithm = config.algorithm
     if algorithm is None or not isinstance(algorithm.update, TrustRegion) or algorithm.needs_critic:

@@ -208,6 +208,11 @@ class SeparateCritic:
         description='The weights that the critic starts from: "reward_model", "policy", or a '
         "folder. Left out, they are the reward model's where there is one, else the policy's.",
     )
+    create: Shape | None = Field(
+        default=None,
+        description="The shape of a new critic with random weights, such as one smaller than the "
+        "actor. It reads the policy's tokens.",
+    )
 
 
 @part
