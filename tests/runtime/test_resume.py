@@ -25,6 +25,7 @@ from quartet.recording.tokens import TokenTexts
 from quartet.runtime.events import Advanced
 from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.pipeline import Pipeline
+from quartet.runtime.requests import run_to_resume
 from quartet.runtime.resume import CannotResume, choose, find_run, has_begun, set_aside
 from quartet.runtime.saving import Saving
 from quartet.stages.protocol import StageRun
@@ -315,6 +316,27 @@ def test_a_run_is_found_by_its_name(tmp_path):
     found = find_run(tmp_path, "ppo")
     assert found is not None and found.name == "1121-0901-ppo-2"
     assert find_run(tmp_path, "grpo") is None
+
+
+@pytest.mark.parametrize(
+    ("began", "kept"),
+    [('type = "none"', True), ('type = "truncated"\ncap = 2.0', False)],
+)
+def test_a_run_with_servers_that_began_before_they_were_corrected_for_is_resumed_without(
+    tmp_path, monkeypatch, began, kept
+):
+    """From its file; its own folder says `none` itself."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "1121-0900-served"
+    run.mkdir(parents=True)
+    (run / "events.jsonl").write_text("")
+    (run / "config.resolved.toml").write_text(f"[algorithm.correction]\n{began}\n")
+    words = ["generator={type='vllm', urls=['http://x']}", "run.name=served", "run.folder=runs"]
+    request = run_to_resume("reviews", words)
+    assert request.path is not None and request.settings.config.algorithm is not None
+    assert request.settings.config.algorithm.correction.type == ("none" if kept else "truncated")
+    assert [note for note in request.notes if "keeps it" in note] == request.notes
+    assert bool(request.notes) == kept
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------------

@@ -374,7 +374,7 @@ def device(name: str, process_group: ProcessGroup = SINGLE_PROCESS) -> torch.dev
         has_mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{process_group.rank % torch.cuda.device_count()}"
+        name = f"cuda:{process_group.local_rank % torch.cuda.device_count()}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -18,13 +18,18 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.correction import for_another_engine
 from quartet.algorithms.preference import PREFERENCES, PreferenceLoss
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.config.errors import Table, sentence, toml_value, where
 from quartet.config.links import resolve_links
 from quartet.config.tables import Config, json_ready, without_none
 from quartet.errors import QuartetError
+from quartet.generation.source import GeneratorSource, Servers
 from quartet.io.texts import did_you_mean
+
+FOR_SERVERS = "default with servers"
+"""The origin of the correction that a run with servers has where its file names none."""
 
 
 class ConfigError(QuartetError, ValueError):
@@ -336,11 +341,34 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
         )
     preset = without_none(dataclasses.asdict(ALGORITHMS[rl]))
     table["algorithm"] = _merged(preset, algorithm)
+    _correct_for_servers(table, algorithm, origins)
     for key, _ in _leaves(table["algorithm"], "algorithm"):
         origins.setdefault(key, f"preset {rl}" if _has(preset, key.split(".")[1:]) else "default")
     if "reward" not in table and "reward_model" in stages:
         table["reward"] = [{"type": "model"}]
         origins["reward.0.type"] = "recipe"
+
+
+def _is_served(table: Table) -> bool:
+    """Return whether the responses come from servers."""
+    generator = table.get("generator")
+    name = generator.get("type") if isinstance(generator, dict) else None
+    return isinstance(name, str) and issubclass(GeneratorSource.members.get(name, object), Servers)
+
+
+def _correct_for_servers(table: Table, written: Table, origins: dict[str, str]) -> None:
+    """Where the responses come from servers, give the algorithm the correction for another engine,
+    below what is `written` of it."""
+    if not _is_served(table):
+        return
+    algorithm = table["algorithm"]
+    loss = algorithm["policy_loss"]
+    default = for_another_engine(loss.get("type", "") if isinstance(loss, dict) else "")
+    below = {"correction": dataclasses.asdict(default)}
+    above = {key: value for key, value in written.items() if key == "correction"}
+    algorithm |= _merged(below, above)
+    for key, _ in _leaves(algorithm["correction"], "algorithm.correction"):
+        origins.setdefault(key, FOR_SERVERS)
 
 
 def _has(table: Any, path: list[str]) -> bool:

@@ -19,6 +19,8 @@ class Place:
     world_size: int
     host: str
     port: int
+    local_rank: int | None = None
+    """The rank among those on this machine; None: there is only one machine."""
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def run_follower(place: Place, deadline: float, folder: Path, fault: str | None)
     config = read_settings(folder / "config.resolved.toml").config
     keep_freed_memory(sharded=bool(config.launch.shard))
     store = store_at(place.host, place.port)
-    process_group = TorchProcessGroup(place.rank, place.world_size)
+    process_group = TorchProcessGroup(place.rank, place.world_size, place.local_rank)
     job = build(config, fault, process_group)
     process_group.join(dist.PrefixStore("process_group", store), deadline, job.device)
     follow(Worker(job.stages, folder, process_group), store, place.rank)

@@ -89,7 +89,7 @@ class RayWorkers:
         enough = ray.cluster_resources().get("GPU", 0) >= self.world_size
         gpus = int(device != "cpu" and (device != "auto" or enough))
         self.placement = ray.util.placement_group(
-            [{"CPU": 1, "GPU": gpus}] * self.world_size, strategy="SPREAD"
+            [{"CPU": 1, "GPU": gpus}] * self.world_size, strategy="PACK"
         )
         try:
             self._start(gpus, interface, folder, fault)
@@ -170,7 +170,14 @@ class RayWorkers:
             return error
         if dead := self._dead():
             return WorkerLost(dead, "its process is gone.")
-        _, unfinished = ray.wait(list(calls), num_returns=len(calls), timeout=ALIVE)
+        finished, unfinished = ray.wait(list(calls), num_returns=len(calls), timeout=ALIVE)
+        for call in finished:
+            try:
+                ray.get(call)
+            except ray.exceptions.RayTaskError as reported:
+                cause: Exception = reported.as_instanceof_cause()
+                if not by_another(cause):
+                    return cause
         stuck = [rank for rank, call in enumerate(calls) if call in unfinished]
         return (
             WorkerLost(stuck, f"alive, but not where the others waited for it ({error}).")

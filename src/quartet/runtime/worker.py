@@ -123,9 +123,11 @@ class Worker:
         return summary
 
     def save(self, folder: str) -> Tree:
-        """Write the tensors of the state after the last whole step, and return the rest of it."""
+        """Write the tensors of the state after the last whole step, and return the rest of it on
+        rank 0, None on the others."""
         state = {"random": self.random.state()} if self.stage_run is None else self._state
-        return save_tensors(Path(folder), state, self.process_group)
+        rest = save_tensors(Path(folder), state, self.process_group)
+        return rest if self.process_group.is_rank_zero else None
 
     def size(self) -> int:
         """Return the number of bytes of the tensors that `save` writes."""
