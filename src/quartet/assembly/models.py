@@ -23,10 +23,17 @@ from quartet.models.adapters import (
     reference_of,
 )
 from quartet.models.heads import AdaptedScalar, ScalarModel
-from quartet.models.language_model import ModelError, create, load_model, read_config
+from quartet.models.language_model import (
+    ModelError,
+    add_embeddings,
+    create,
+    load_model,
+    read_config,
+)
 from quartet.models.llama import FAMILY
 from quartet.models.precision import DTYPES, best_precision, compute_in
 from quartet.models.protocols import Tokenizer
+from quartet.models.support import limit_support
 from quartet.models.trunk import checkpoint_blocks, compile_blocks
 from quartet.rewards.source import RewardSource
 from quartet.rewards.sources import EnsembleSource, ModelSource, StepsSource
@@ -79,11 +86,12 @@ class Models:
             )
         if self.folder is not None:
             size = read_config(self.folder).get_text_config().vocab_size
-            if len(self.tokenizer) > size:
+            if len(self.tokenizer) > size and not policy.resize_embeddings:
                 raise ModelError(
                     f"policy.tokenizer has {len(self.tokenizer):,} tokens, but "
                     f"{self.config.policy.model} knows only {size:,}. "
-                    "Use the model's own tokenizer."
+                    "Use the model's own tokenizer. Or set policy.resize_embeddings = true, which "
+                    "adds embeddings for the others."
                 )
 
     def base_model(self) -> Any:
@@ -92,14 +100,21 @@ class Models:
         if policy.create is not None:
             model = create(policy.create, self.tokenizer, self.config.seed)
             return self.prepare_blocks(model.to(self.device))
-        return self.prepare_blocks(load_model(str(self.folder), self.device))
+        model = load_model(str(self.folder), self.device)
+        if policy.resize_embeddings:
+            add_embeddings(model, self.tokenizer)
+        return self.prepare_blocks(limit_support(model, self.tokenizer))
+
+    def loaded_policy(self, folder: str | Path) -> Any:
+        """Return the policy in a folder that a stage, or another run, has left."""
+        return limit_support(load_model(folder, self.device), self.tokenizer)
 
     def initial_policy(self, folder: Path) -> Any:
         """Return the policy before RL or preference training: the SFT model in the run folder if
         the recipe has that stage, else the base model."""
         if "sft" not in self.config.recipe:
             return self.base_model()
-        return self.prepare_blocks(load_model(folder / "sft", self.device))
+        return self.prepare_blocks(self.loaded_policy(folder / "sft"))
 
     def trainable_policy(self, folder: Path) -> Any:
         """Return the initial policy, ready to be trained."""

@@ -16,7 +16,6 @@ from quartet.distributed.sharding import GatheredWeights
 from quartet.generation.protocol import Weights
 from quartet.generation.source import Servers
 from quartet.loops.preference import OnlinePairs
-from quartet.models.language_model import load_model
 from quartet.models.precision import DTYPES
 from quartet.stages.evaluation import EvaluationStage
 from quartet.stages.kinds import EVALUATION, PREFERENCE, REWARD_MODEL, RL, SFT, kind_of
@@ -165,7 +164,7 @@ def evaluation_stage(assembler: Assembler, name: str) -> EvaluationStage:
         tokenizer=assembler.tokenizer,
         load_before=lambda folder: models.frozen_policy(models.initial_policy(folder)),
         load_after=lambda folder: models.frozen_policy(
-            load_model(policy or folder / "policy", assembler.device)
+            models.loaded_policy(policy or folder / "policy")
         ),
         rewards=assembler.weighted_rewards,
         gold=assembler.rewards.context.gold,
