@@ -1,8 +1,12 @@
+from functools import partial
+
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from quartet.data import DataError
 from quartet.data.encoding import Encoder
 from quartet.data.examples import Example
+from tests.support.chats import REASONING, byte_level, sentence_pieces
 from tests.support.world import tokenizer
 
 
@@ -99,13 +103,102 @@ def test_dropping_everything_is_refused_all_the_same():
 class Beginning:
     """A tokenizer that wants a beginning-of-sequence token, as Llama's do."""
 
-    bos_token_id, eos_token_id, chat_template = 1, 2, None
+    bos_token, bos_token_id, eos_token_id, chat_template = "<s>", 1, 2, None
 
-    def encode(self, text, add_special_tokens):
-        ids = [1 if word == "<s>" else 3 + len(word) for word in text.split()]
+    def encode(self, text, add_special_tokens, split_special_tokens=False):
+        ids = [3 + len(word) for word in text.split()]
         return [1, *ids] if add_special_tokens else ids
 
 
 def test_the_beginning_of_sequence_comes_once_even_where_the_text_has_it():
     made = Encoder(Beginning(), 8, 8)
     assert made.prompt_ids("the film") == made.prompt_ids("<s> the film") == [1, 6, 7]
+
+
+# --- what transformers' tokenizers and templates do
+
+ASK, SAY = {"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}
+THOUGHT = {"role": "assistant", "content": "<think>\nthink\n</think>\n\nthe answer"}
+
+
+def test_an_answer_that_quotes_the_end_is_not_cut_there_and_is_told():
+    made = byte_level()
+    encoder = Encoder(made, 100, 100)
+    answer = "the answer <|im_end|> and so on"
+    plain = Example("x:1", "why", completion=answer)
+    chat = Example("x:2", [ASK], completion=[{**SAY, "content": answer}])
+    for row in encoder.demonstrations([plain, chat]):
+        assert made.decode(row.response_ids[:-1]) == answer
+        assert row.response_ids.index(made.eos_token_id) == len(row.response_ids) - 1
+        assert row.loss_mask is None
+    [note] = encoder.notes()
+    assert note.startswith("2 rows quote a control token, the first: x:1 (<|im_end|>).")
+
+
+def test_a_conversation_that_is_rewritten_becomes_a_row_for_each_answer():
+    made = byte_level(REASONING)
+    encoder = Encoder(made, 100, 100)
+    talk = [THOUGHT, ASK, THOUGHT]
+    first, second = encoder.demonstrations([Example("x:1", [ASK], completion=talk)])
+    whole = partial(made.apply_chat_template, return_dict=False)
+    assert first.prompt_ids + first.response_ids == tuple(whole([ASK, THOUGHT])[:-1])
+    assert second.prompt_ids + second.response_ids == tuple(whole([ASK, *talk])[:-1])
+    assert made.decode(second.response_ids) == f"{THOUGHT['content']}<|im_end|>"
+    assert "think" not in made.decode(second.prompt_ids) and second.loss_mask is None
+    assert [first.id, second.id] == ["x:1, answer 1", "x:1, answer 2"]
+    [note] = encoder.notes()
+    assert note.startswith("1 conversations became 2 demonstrations, one for each answer")
+    pieces = encoder.pieces(Example("x:1", [ASK], completion=talk))
+    assert pieces[-1] == (f"{THOUGHT['content']}<|im_end|>", True)
+
+
+def test_the_rows_of_a_rewritten_conversation_are_bounded_as_one_row_is():
+    talk = [THOUGHT, ASK, THOUGHT]
+    example = Example("x:1", [ASK], completion=talk)
+    with pytest.raises(DataError, match="the completion has .* tokens, the limit is 20"):
+        Encoder(byte_level(REASONING), 100, 20).demonstrations([example])
+    pair = Example("x:1", [ASK], chosen=talk, rejected=[SAY])
+    with pytest.raises(DataError, match="the chosen has several turns after the prompt"):
+        Encoder(byte_level(REASONING), 100, 100).comparisons([pair])
+
+
+def test_tools_and_variables_of_a_row_are_in_its_prompt():
+    made = byte_level(REASONING)
+    tool = {"type": "function", "function": {"name": "look"}}
+    extra = {"tools": [tool], "chat_template_kwargs": {"enable_thinking": False}}
+    [prompt] = Encoder(made, 100, 100).prompts([Example("x:1", [ASK], extra=extra)])
+    assert list(prompt.ids) == made.apply_chat_template(
+        [ASK], tools=[tool], enable_thinking=False, add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_a_text_is_learnt_whole_behind_a_first_token():
+    [row] = Encoder(tokenizer(), 8, 8).demonstrations(
+        [Example("x:1", "", completion="the film was good", is_text=True)]
+    )
+    words = tokenizer()
+    assert words.decode(row.prompt_ids + row.response_ids) == "the film was good<eos>"
+    assert len(row.prompt_ids) == 1 and row.loss_mask is None
+    pieces = sentence_pieces_with_beginning()
+    [row] = Encoder(pieces, 8, 8).demonstrations(
+        [Example("x:1", "", completion="the answer", is_text=True)]
+    )
+    assert row.prompt_ids == (pieces.bos_token_id,)
+    assert pieces.decode(row.response_ids) == "the answer</s>"
+
+
+def sentence_pieces_with_beginning():
+    made = sentence_pieces()
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
+    )
+    return made
+
+
+def test_text_without_a_token_is_told():
+    encoder = Encoder(tokenizer(), 8, 8)
+    encoder.prompts([Example("x:1", "the film"), Example("x:2", "the zzz")])
+    assert encoder.unknown == ["x:2"]
+    assert "1 rows have text that the tokenizer has no token for, the first: x:2" in "".join(
+        encoder.notes()
+    )

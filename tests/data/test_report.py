@@ -11,7 +11,9 @@ from quartet.data.shapes import read_examples
 from quartet.data.tokenizer import train_tokenizer
 from quartet.models.chat import NAMED_TEMPLATES
 from tests.runtime.test_runs import REAL
+from tests.support.chats import CHATML, byte_level, sentence_pieces
 from tests.support.command import quartet
+from tests.support.world import tokenizer as world_tokenizer
 from tests.support.world import write_lines
 
 USER, BOT = {"role": "user", "content": "was it good"}, {"role": "assistant", "content": "very"}
@@ -33,6 +35,10 @@ SHAPES = {
         "non_preferred_output": [{**BOT, "content": "no"}],
     },
     "unpaired preferences": {"prompt": "a", "completion": "b", "label": True},
+    "demonstrations, OpenRLHF's": {"input": "a", "output": "b"},
+    "comparisons, OpenRLHF's": {"input": "a", "chosen": "b", "rejected": "c"},
+    "unpaired preferences, OpenRLHF's": {"input": "a", "output": "b", "label": 0},
+    "texts": {"text": "was it good", "source": "a book"},
 }
 
 
@@ -67,6 +73,10 @@ def test_every_shape_is_detected_and_serves_its_stage(shape, tmp_path, chatty):
         "comparisons, whole dialogues": ["prompts", "demonstrations", "comparisons", "preferences"],
         "comparisons, OpenAI's": ["prompts", "demonstrations", "comparisons", "preferences"],
         "unpaired preferences": ["prompts", "demonstrations", "preferences"],
+        "demonstrations, OpenRLHF's": ["prompts", "demonstrations"],
+        "comparisons, OpenRLHF's": ["prompts", "demonstrations", "comparisons", "preferences"],
+        "unpaired preferences, OpenRLHF's": ["prompts", "demonstrations", "preferences"],
+        "texts": ["demonstrations"],
     }[shape]
     for purpose in ("prompts", "demonstrations", "comparisons", "preferences"):
         if purpose not in purposes:
@@ -333,3 +343,53 @@ def test_weights_of_sources():
         0.5, 1
     )
     assert often(0.0) == []
+
+
+def in_tokens(file, tokenizer, **options):
+    encoder = Encoder(tokenizer, 10**9, 10**9)
+    return report(
+        file, {}, encoder.count, "tokens", encoder.pieces, oddities=encoder.oddities, **options
+    )
+
+
+def test_a_row_is_counted_once_whether_it_can_be_used_or_not(tmp_path):
+    """The second row's template refuses it after its shape is known."""
+    made = byte_level("{% if messages[0].content == 'no' %}{{ 1 / 0 }}{% endif %}" + CHATML)
+    talks = [[{**USER, "content": text}, BOT] for text in ("why", "no", "so")]
+    found = in_tokens(lines(tmp_path / "x.jsonl", *({"messages": t} for t in talks)), made)
+    assert found.rows == 3 and found.shapes == {"conversations": 3} and found.problems == 1
+    assert "1 of 3 rows cannot be used, the first: the chat template refuses" in found.findings[0]
+    assert len(found.findings) == 1 and len(found.examples) == 2
+    assert found.lengths["completion"].longest == len(made.encode("very"))
+
+
+def test_rows_that_quote_control_tokens_or_have_unknown_text_are_counted(tmp_path):
+    rows = [
+        {"prompt": "why", "completion": " the answer is </s>"},
+        {"prompt": "why", "completion": " the answer"},
+    ]
+    found = in_tokens(lines(tmp_path / "x.jsonl", *rows), sentence_pieces())
+    assert "1 of 2 rows (x.jsonl:1: </s>) quote a control token. It is encoded as text" in "".join(
+        found.findings
+    )
+    found = in_tokens(
+        lines(tmp_path / "y.jsonl", {"prompt": "the film", "completion": " was zzz"}),
+        world_tokenizer(),
+    )
+    assert (
+        "1 of 1 rows (y.jsonl:1: <unk>) have text that the tokenizer has no token for"
+        in "".join(found.findings)
+    )
+
+
+def test_labels_that_are_all_alike_are_told(tmp_path):
+    row = SHAPES["unpaired preferences"]
+    alike = report(lines(tmp_path / "x.jsonl", row, row), {}).findings
+    assert any("every label is true" in finding for finding in alike)
+    both = report(lines(tmp_path / "y.jsonl", row, row | {"label": False}), {}).findings
+    assert not any("every label" in finding for finding in both)
+
+
+def test_the_first_row_is_not_told_of_rows_before_it(tmp_path):
+    found = report(lines(tmp_path / "x.jsonl", {"a": 1}), {}).findings
+    assert "x.jsonl:1: has columns a; prompts need prompt." in found[0]

@@ -2,10 +2,14 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from quartet.data import DataError
+from quartet.data.encoding import Encoder
 from quartet.data.shapes import read_examples, split_pair
+from tests.support.chats import REASONING, byte_level
 from tests.support.world import write_lines
 
 HH = {
@@ -146,3 +150,92 @@ def test_a_later_row_of_another_shape_is_said(tmp_path):
 def test_a_file_without_rows_is_said(tmp_path):
     with pytest.raises(DataError, match="has no rows"):
         read_examples(write_lines(tmp_path / "x.jsonl", ""), "prompts", {})
+
+
+# --- what other tools write
+
+
+def test_a_prompt_that_both_dialogues_repeat_is_their_beginning(tmp_path):
+    """UltraFeedback's shape."""
+    row = {"prompt": "well?", "chosen": [USER, YES], "rejected": [USER, NO], "score_chosen": 9.0}
+    example = read(tmp_path, row, "comparisons")
+    assert (example.prompt, example.chosen, example.rejected) == ([USER], [YES], [NO])
+    assert example.extra == {"score_chosen": 9.0}
+    with pytest.raises(DataError, match="x.jsonl:1: prompt is no message of those"):
+        read(tmp_path, row | {"prompt": "another"}, "comparisons")
+
+
+def test_parts_of_text_are_joined_and_parts_of_images_refused_by_name(tmp_path):
+    parts = [{"type": "text", "text": "well", "image": None}, {"type": "text", "text": "?"}]
+    talk = [{"role": "user", "content": parts}, YES]
+    assert read(tmp_path, {"messages": talk}, "prompts").prompt == [USER]
+    image = [{"type": "image", "image": "a.png"}, *parts]
+    with pytest.raises(DataError, match="messages has a part of type image .* reads text only"):
+        read(tmp_path, {"messages": [{"role": "user", "content": image}, YES]}, "prompts")
+    with pytest.raises(DataError, match="x.jsonl:1: has images, and Quartet reads text only"):
+        read(tmp_path, {"messages": [USER, YES], "images": ["a.png"]}, "prompts")
+    assert read(tmp_path, {"messages": [USER, YES], "images": []}, "prompts").prompt == [USER]
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {column: "text"}}}
+    for name, column in (("look", "city"), ("add", "numbers"))
+]
+CALLS = [
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}],
+    }
+    for name, arguments in (("look", {"city": "Paris"}), ("add", {"numbers": [1, 2]}))
+]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_calls_and_tools_keep_their_own_keys_in_every_format(tmp_path, format):
+    """A table gives each call the arguments of all tools, null where they are another tool's."""
+    rows = [
+        {"messages": [USER, call, {"role": "tool", "content": "4"}, YES], "tools": TOOLS}
+        for call in CALLS
+    ]
+    path = tmp_path / f"x.{format}"
+    if format == "jsonl":
+        write_lines(path, *map(json.dumps, rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        filled = pq.read_table(path).to_pylist()[0]["messages"][1]["tool_calls"][0]["function"]
+        assert filled["arguments"] == {"city": "Paris", "numbers": None}
+    made = byte_level(REASONING)
+    encoder = Encoder(made, 1000, 1000)
+    examples = read_examples(path, "demonstrations", {})
+    records = encoder.demonstrations(examples)
+    for example, record, call in zip(examples, records, CALLS, strict=True):
+        assert example.completion[0] == call and example.extra["tools"] == TOOLS
+        text = made.decode(record.prompt_ids + record.response_ids)
+        function = call["tool_calls"][0]["function"]
+        assert json.dumps(function) in text and "null" not in text and "None" not in text
+
+
+def test_tools_may_be_json_or_stand_in_the_first_message(tmp_path):
+    as_text = {"messages": [USER, YES], "tools": json.dumps(TOOLS)}
+    assert read(tmp_path, as_text, "prompts").extra["tools"] == TOOLS
+    inside = {"messages": [{"role": "system", "content": "s", "tools": TOOLS}, USER, YES]}
+    example = read(tmp_path, inside, "prompts")
+    assert example.extra["tools"] == TOOLS and "tools" not in example.prompt[0]
+    with pytest.raises(DataError, match="x.jsonl:1: tools is text, and not JSON"):
+        read(tmp_path, as_text | {"tools": "hammer"}, "prompts")
+    with pytest.raises(DataError, match="chat_template_kwargs must be a table"):
+        read(tmp_path, as_text | {"chat_template_kwargs": [1]}, "prompts")
+    plain = {"prompt": "q", "tools": "hammer"}
+    assert read(tmp_path, plain, "prompts").extra["tools"] == "hammer", "no template reads it"
+
+
+def test_columns_of_openrlhf_and_plain_texts(tmp_path):
+    example = read(tmp_path, {"input": "q", "output": "a"}, "demonstrations")
+    assert (example.prompt, example.completion) == ("q", "a")
+    example = read(tmp_path, {"input": "q", "chosen": "a", "rejected": "b"}, "comparisons")
+    assert (example.prompt, example.chosen, example.rejected) == ("q", "a", "b")
+    example = read(tmp_path, {"text": "whole"}, "demonstrations")
+    assert example.is_text and example.completion == "whole"
+    with pytest.raises(DataError, match="found columns question, text"):
+        read(tmp_path, {"question": "q", "text": "a"}, "demonstrations")

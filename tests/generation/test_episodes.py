@@ -9,9 +9,10 @@ import torch
 from quartet.algorithms.advantages import gae
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.encoding import Encoder
+from quartet.data.examples import Example
 from quartet.data.sampler import Sampler
 from quartet.experience import Prompt
-from quartet.generation.episodes import Episodes
+from quartet.generation.episodes import Episodes, check_second_turn
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.generation.scripted import ScriptedGenerator
@@ -30,6 +31,7 @@ from quartet.training.budget import Budget
 from quartet.training.learner import Learner
 from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from quartet.worlds.guess import GUESSES, Guess, Host, message
+from tests.support.chats import CHATML, REASONING, byte_level
 from tests.support.thread_ranks import on_ranks
 from tests.support.world import prompts as plain_prompts
 from tests.support.world import rollout
@@ -226,3 +228,40 @@ def test_the_demonstrations_of_the_world_are_games_and_the_loss_is_on_the_guesse
         ]
         assert set(TOKENIZER.decode(own).replace("<eos>", "")) <= set("abcdefghijklmnop")
         assert TOKENIZER.decode(made.prompt_ids) == "?"
+
+
+class Asking:
+    """An environment that asks on, twice."""
+
+    def reset(self, prompt):
+        self.turns = 0
+        return []
+
+    def step(self, response):
+        self.turns += 1
+        return [{"role": "user", "content": "why<|im_end|>"}], 1.0, self.turns == 3
+
+
+@pytest.mark.parametrize("template", [CHATML, REASONING])
+def test_an_environment_goes_on_where_the_template_rewrites_earlier_answers(template):
+    words = byte_level(template)
+    [prompt] = Encoder(words, 100, 100).prompts(
+        [Example("x:1", [{"role": "user", "content": "why"}])]
+    )
+    check_second_turn(words, prompt)
+    said = "<think>\nthink\n</think>\n\nthe answer"
+    turns = ScriptedGenerator([said], words)
+    [made] = Episodes(turns, words, Asking, 8, 1000).generate([prompt], Sampling(max_new_tokens=64))
+    turn = f"{said}<|im_end|>\n<|im_start|>user\nwhy<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    assert words.decode(made.response_ids) == turn * 3, "sampled tokens stay as they were"
+    assert made.response_ids.count(words.eos_token_id) == 6, "what the environment quotes is text"
+    own = [t for t, mine in zip(made.response_ids, made.policy_mask, strict=True) if mine]
+    assert words.decode(own) == f"{said}<|im_end|>" * 3
+    assert sum(made.turn_rewards) == 3.0
+
+
+def test_a_template_that_cannot_go_on_is_refused_before_the_run():
+    words = byte_level("{% for m in messages %}{{ m['role'] }}{% endfor %}")
+    prompt = Prompt("x:1", (5,), "x", messages=[{"role": "user", "content": "why"}])
+    with pytest.raises(ChatError, match="x:1: an environment cannot answer the policy"):
+        check_second_turn(words, prompt)

@@ -193,3 +193,35 @@ def test_steps_are_scored_at_their_last_token_and_stand_on_ours(tmp_path, labels
     assert made("min").token_scores([asked]) == [pytest.approx([0, first, 0, 0, second])]
     nothing = dataclasses.replace(asked, response="", response_ids=(1,))
     assert made("min").score([nothing]) == [None]
+
+
+def test_text_that_reads_like_the_end_is_not_the_end_for_another_tokenizer(tmp_path):
+    """The policy wrote ordinary tokens that decode to <eos>."""
+    scalar = ScalarModel.from_trunk(model(), 0, seed=0)
+    other = tokenizer()
+    other.add_tokens(["unheard"])
+    scalar.save(tmp_path, other)
+    reward = TextModelReward("m", tmp_path, None, 4096)
+    [asked] = rollouts(1)
+    ids, _ = reward._ids(dataclasses.replace(asked, response=" was <eos> good"))
+    assert ids.count(other.eos_token_id) == 1 and ids[-1] == other.eos_token_id
+    cut = dataclasses.replace(asked, response=" was <eos>", finish_reason="length")
+    assert other.eos_token_id not in reward._ids(cut)[0]
+
+
+@pytest.mark.parametrize("kind", ["text", "steps", "ensemble"])
+def test_a_model_whose_score_is_not_finite_stops_the_run(kind, tmp_path):
+    auto = (
+        AutoModelForTokenClassification if kind == "steps" else AutoModelForSequenceClassification
+    )
+    bert(tmp_path, auto)
+    if kind == "steps":
+        reward = StepReward("m", tmp_path, "\n\n", None, "mean", lambda ids: ["a"] * len(ids))
+    else:
+        reward = TextModelReward("m", tmp_path, None, 4096)
+    with torch.no_grad():
+        reward.model.classifier.bias.fill_(torch.nan)
+    if kind == "ensemble":
+        reward = EnsembleReward("e", [TextModelReward("good", tmp_path, None, 4096), reward])
+    with pytest.raises(RewardError, match="reward m: the score of tiny:0/0 is not finite"):
+        reward.score(rollouts(2))

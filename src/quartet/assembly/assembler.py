@@ -17,13 +17,14 @@ from quartet.assembly.models import Models, device, resolved_model, with_resolve
 from quartet.assembly.rewards import RewardMaker
 from quartet.config.tables import Config, SeparateCritic, TrainTokenizer
 from quartet.data import DataError
-from quartet.data.encoding import Encoder, first_of
+from quartet.data.encoding import Encoder
 from quartet.data.tokenizer import train_tokenizer
 from quartet.distributed.offload import NO_OFFLOAD, Offloading, Placement
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
 from quartet.experience import Prompt
+from quartet.generation.episodes import check_second_turn
 from quartet.models.adapters import AdapterError
-from quartet.models.chat import set_chat_template
+from quartet.models.chat import set_chat_template, set_template_variables
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import ModelError, load_tokenizer
 from quartet.models.quantize import bitsandbytes
@@ -77,6 +78,7 @@ class Assembler:
         self.tokenizer = self._tokenizer()
         if config.policy.chat_template:
             set_chat_template(self.tokenizer, config.policy.chat_template)
+        set_template_variables(self.tokenizer, config.policy.chat_template_kwargs)
         self.models = Models(config, self.policy_model, self.tokenizer, self.device, process_group)
         longest = self.models.longest_sequence()
         self.encoder = self._encoder(longest)
@@ -184,11 +186,13 @@ class Assembler:
         train, held_out = self.rows.read("prompts")
         prompts = self.encoder.prompts(train), self.encoder.prompts(held_out)
         plain = next((p for p in prompts[0] if p.messages is None), None)
-        if self.generators.environment is not None and plain is not None:
-            raise DataError(
-                f"{plain.id}: is plain text, and an environment speaks in conversations. Give the "
-                "rows messages."
-            )
+        if self.generators.environment is not None:
+            if plain is not None:
+                raise DataError(
+                    f"{plain.id}: is plain text, and an environment speaks in conversations. Give "
+                    "the rows messages."
+                )
+            check_second_turn(self.tokenizer, prompts[0][0])
         if self.config.reads("reward"):
             self.rewards.check_prompts(chain(*prompts), self.sources)
         return prompts
@@ -244,13 +248,8 @@ class Assembler:
 
     def notes(self) -> list[str]:
         """Return sentences about what the user should know before the run starts."""
-        notes, config = list(self.rewards.notes), self.config
-        if self.encoder.dropped:
-            count = len(self.encoder.dropped)
-            notes.append(
-                f"{count:,} rows cannot be used and were left out, the first: "
-                f"{first_of(self.encoder.dropped)}"
-            )
+        config = self.config
+        notes = [*self.rewards.notes, *self.encoder.notes()]
         if config.rl_stage and config.rollout.filters:
             notes.append(
                 "rollout.top_k and rollout.top_p sample another distribution than is trained: "

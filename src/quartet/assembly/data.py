@@ -73,7 +73,7 @@ class Rows:
         files = (*data.files, config.sft.data, config.reward_model.data)
         paths = {path for path in files if path}
         for path in sorted(paths):
-            for example in examples_in(Path(path), "prompts", data.columns, data.shape):
+            for example in examples_in(Path(path), None, data.columns, data.shape):
                 for cell in (example.prompt, example.completion, example.chosen, example.rejected):
                     if cell is not None:
                         yield from plain_texts(cell)

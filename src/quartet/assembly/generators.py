@@ -26,6 +26,7 @@ from quartet.models.adapters import (
 from quartet.models.language_model import save_weights, stop_ids
 from quartet.models.precision import compute_dtype
 from quartet.models.protocols import CausalModel, Tokenizer
+from quartet.models.support import ids_outside
 from quartet.rewards.functions import check_reference
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.worker import load
@@ -114,6 +115,7 @@ class Generators:
             settings.timeout,
             save_base=partial(self._save_base, actor) if sends_adapter else None,
             vocab_size=actor.config.get_text_config().vocab_size,
+            excluded=ids_outside(actor),
         )
         weights = Weights(0, GatheredWeights(actor))
         RankZeroGenerator(generator, process_group).load_weights(weights)

@@ -26,13 +26,20 @@ from quartet.models.adapters import (
     read_adapter,
 )
 from quartet.models.heads import AdaptedScalar, ScalarModel
-from quartet.models.language_model import ModelError, create, load_model, read_config
+from quartet.models.language_model import (
+    ModelError,
+    add_embeddings,
+    create,
+    load_model,
+    read_config,
+)
 from quartet.models.llama import FAMILY
 from quartet.models.loading import Rows, fill, skeleton, trunk_weights, weights_for
 from quartet.models.precision import DTYPES, best_precision, compute_dtype, compute_in
 from quartet.models.protocols import Tokenizer
 from quartet.models.quantize import quantize
 from quartet.models.shape import Shape
+from quartet.models.support import limit_support
 from quartet.models.trunk import checkpoint_blocks, compile_blocks
 from quartet.rewards.source import RewardSource
 from quartet.rewards.sources import EnsembleSource, ModelSource, StepsSource
@@ -99,11 +106,12 @@ class Models:
             )
         if self.folder is not None:
             size = read_config(self.folder).get_text_config().vocab_size
-            if len(self.tokenizer) > size:
+            if len(self.tokenizer) > size and not policy.resize_embeddings:
                 raise ModelError(
                     f"policy.tokenizer has {len(self.tokenizer):,} tokens, but "
                     f"{self.config.policy.model} knows only {size:,}. "
-                    "Use the model's own tokenizer."
+                    "Use the model's own tokenizer. Or set policy.resize_embeddings = true, which "
+                    "adds embeddings for the others."
                 )
 
     def start(self, folder: Path | None) -> "Start":
@@ -129,16 +137,26 @@ class Models:
                 return self.frozen_policy(model)
 
             return self._read(start, prepare, in_parts=False)
+        return self.prepare_blocks(self._whole(start).to(self.device))
+
+    def _whole(self, start: "Start") -> Any:
+        """Return the policy that a stage starts from, in main memory."""
+        policy = self.config.policy
         if start.model is None:
-            return self.prepare_blocks(self._created().to(self.device))
-        return self.prepare_blocks(load_model(start.model, self.device))
+            assert policy.create is not None
+            return create(policy.create, self.tokenizer, self.config.seed)
+        model = load_model(start.model)
+        if policy.resize_embeddings:
+            add_embeddings(model, self.tokenizer)
+        return limit_support(model, self.tokenizer)
 
     def trained_policy(self, source: Path | str) -> Any:
         """Return a policy that training has written, frozen, to be sampled from."""
         adapter = Path(source) / "adapter"
         if self.config.policy.quantize is not None and adapter.is_dir():
             return self._initial(Start(self.folder, adapter))
-        return self.frozen_policy(load_model(source, self.device))
+        policy = limit_support(load_model(source, self.device), self.tokenizer)
+        return self.frozen_policy(policy)
 
     def trainable_policy(self, folder: Path | None, *adapters: str) -> Any:
         """Return the policy that a stage starts from, ready to be trained: in its precision, with
@@ -203,11 +221,6 @@ class Models:
             frozen = lambda model: self.frozen_policy(self._trainable(model, start))  # noqa: E731
             return self._read(start, frozen, in_parts=False)
         return frozen_copy(actor, compute_dtype(actor)) if self.config.staleness else actor
-
-    def _created(self) -> Any:
-        shape = self.config.policy.create
-        assert shape is not None
-        return create(shape, self.tokenizer, self.config.seed)
 
     def chosen_precision(self) -> RolePrecision | PrecisionName:
         """Return run.precision with what "auto" means here, as one word where all models have the
@@ -349,11 +362,13 @@ class Models:
 
     def _skeleton(self, start: "Start") -> tuple[Any, Mapping[str, Rows]]:
         """Return the policy that a stage starts from without weights, and its weights by name."""
-        if start.model is None:
-            whole = self._created()
-            return skeleton(whole.config), whole.state_dict()
-        model = skeleton(read_config(start.model))
-        return model, weights_for(model, start.model)
+        if start.model is None or self.config.policy.resize_embeddings:
+            whole = self._whole(start)
+            model, weights = skeleton(whole.config), whole.state_dict()
+        else:
+            model = skeleton(read_config(start.model))
+            weights = weights_for(model, start.model)
+        return limit_support(model, self.tokenizer), weights
 
     def _shard(self, model: Any, process_group: ProcessGroup | None = None) -> Any:
         """Shard a model over the ranks of a process group, which gathers its weights."""

@@ -9,6 +9,7 @@ from quartet.io.texts import excerpt
 from quartet.models.actor_critic import freeze
 from quartet.models.heads import ScalarModel, scores_last_token
 from quartet.models.language_model import ModelError, load_tokenizer, read_config
+from quartet.models.text import response_ids
 from quartet.rewards.protocol import Reward, RewardError, Score
 from quartet.rewards.reward_model import ModelReward
 from quartet.rewards.serve import BadRequest, ScoringRequest
@@ -86,8 +87,6 @@ class TextScorer:
         """Return the tokens of the prompt and of the response; none for a model that reads text."""
         if self.encoder is None:
             return (), ()
-        tokenizer = self.encoder.tokenizer
-        ids = tokenizer.encode(response, add_special_tokens=False)
         return tuple(self.encoder.prompt_ids(prompt)), tuple(
-            [*ids, tokenizer.eos_token_id] if ended else ids
+            response_ids(self.encoder.tokenizer, response, ended)
         )

@@ -12,6 +12,7 @@ from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.models.language_model import ModelError, load_model, load_tokenizer, stop_ids
+from quartet.models.support import limit_support
 
 
 class ChatSession:
@@ -91,6 +92,7 @@ class ChatSession:
         return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
     def _generator(self, model: Any, seed: int) -> NativeGenerator:
+        limit_support(model, self.tokenizer)
         return NativeGenerator(model, self.tokenizer, stop_ids(model, self.tokenizer), seed)
 
     @staticmethod

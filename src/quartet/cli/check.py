@@ -156,7 +156,16 @@ def _report_in_tokens(
     except (ModelError, ChatError) as error:
         refuse(str(error))
     encoder = Encoder(tokenizer, max_prompt_tokens=10**9, max_response_tokens=10**9)
-    return report(file, columns, encoder.count, "tokens", encoder.pieces, limits, held_out)
+    return report(
+        file,
+        columns,
+        encoder.count,
+        "tokens",
+        encoder.pieces,
+        limits,
+        held_out,
+        encoder.oddities,
+    )
 
 
 def _report_lines(summary: "Report") -> list[tuple[str, str]]:

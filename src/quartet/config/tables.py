@@ -132,6 +132,16 @@ class Policy:
         default=None,
         description='"chatml", or a file with a template. Left out, it is the tokenizer\'s.',
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Variables of the chat template, such as enable_thinking = false. A row's own "
+        "are in its column chat_template_kwargs.",
+    )
+    resize_embeddings: bool = Field(
+        default=False,
+        description="Add embeddings, the mean of the model's, for tokens that only the tokenizer "
+        "has.",
+    )
     adapter: Lora | None = Field(
         default=None,
         description='{ type = "lora" } trains an adapter. Left out, all weights are trained.',

@@ -1,8 +1,8 @@
 """Encodes examples as token ids. Text is tokenized here and nowhere else."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from quartet.data import DataError
 from quartet.data.disk_rows import DiskRows
@@ -10,11 +10,21 @@ from quartet.data.examples import Example, Text
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.report import token_pieces
 from quartet.experience import Prompt
-from quartet.models.chat import ChatError, render, render_turns
+from quartet.models.chat import (
+    NO_COLUMNS,
+    ChatError,
+    Columns,
+    HistoryRewritten,
+    render,
+    render_turns,
+)
 from quartet.models.protocols import Tokenizer
+from quartet.models.text import quoted_control, response_ids, text_ids
 
 R = TypeVar("R")
 
+EncodedRow = tuple[list[int], list[int], list[bool]]
+"""A prompt, a response, and which of the response's tokens are the assistant's."""
 LARGEST = 3.4e38
 """The largest number of float32, nearly."""
 
@@ -32,67 +42,139 @@ class Encoder:
     unusable: Literal["refuse", "drop"] = "refuse"
     dropped: dict[str, str] = field(default_factory=dict)
     """What was wrong with each row that was dropped, by the row's id."""
+    quoting: dict[str, str] = field(default_factory=dict)
+    """The control token that a row quotes in its text, by the row's id."""
+    unknown: list[str] = field(default_factory=list)
+    """The ids of rows with text that the tokenizer has no token for."""
+    divided: dict[str, int] = field(default_factory=dict)
+    """The number of demonstrations that a conversation became, by the row's id, where the template
+    rewrites earlier answers."""
+
+    sides: set[str] = field(default_factory=set)
+    """Which of chosen and rejected the preferences have had."""
 
     def prompts(self, examples: Sequence[Example]) -> Sequence[Prompt]:
-        return self._all(Prompt, self._prompt, examples)
+        return self._all(Prompt, lambda example: [self._prompt(example)], examples)
 
     def demonstrations(self, examples: Sequence[Example]) -> Sequence[Demonstration]:
-        return self._all(Demonstration, self._demonstration, examples)
+        return self._all(Demonstration, self._demonstrations, examples)
 
     def comparisons(self, examples: Sequence[Example]) -> Sequence[Comparison]:
-        return self._all(Comparison, self._comparison, examples)
+        records = self._all(Comparison, lambda example: [self._comparison(example)], examples)
+        for example in examples:
+            self.sides |= {side for side in ("chosen", "rejected") if getattr(example, side)}
+        return records
 
-    def prompt_ids(self, prompt: Text) -> list[int]:
+    def prompt_ids(self, prompt: Text, columns: Columns = NO_COLUMNS) -> list[int]:
         """Return the ids that the policy is given; the beginning-of-sequence token first where the
-        tokenizer wants one, and once."""
+        tokenizer wants one, and once. `columns` are the other columns of a conversation's row."""
         if not isinstance(prompt, str):
-            return render(self.tokenizer, prompt)[0]
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+            return render(self.tokenizer, prompt, columns=columns)[0]
         begin = self.tokenizer.bos_token_id
         wants_begin = (
             begin is not None and begin in self.tokenizer.encode("", add_special_tokens=True)[:1]
         )
-        if begin is not None and wants_begin and ids[:1] != [begin]:
-            return [begin, *ids]
-        return ids
+        if begin is None or not wants_begin:
+            return text_ids(self.tokenizer, prompt)
+        return [
+            begin,
+            *text_ids(self.tokenizer, prompt.removeprefix(str(self.tokenizer.bos_token))),
+        ]
 
     def count(self, text: Text) -> int:
         """Return the tokens of a text; of a conversation, as its template writes it; of an answer
         in messages, of what they say."""
         if isinstance(text, str):
-            return len(self.tokenizer.encode(text, add_special_tokens=False))
+            return len(text_ids(self.tokenizer, text))
         if text[-1]["role"] == "assistant":
             return sum(self.count(message["content"]) for message in text)
-        return len(self._prompt_ids(text))
+        return len(self._prompt_ids(text, NO_COLUMNS))
 
     def pieces(self, example: Example) -> list[tuple[str, bool]]:
-        """Return the example as the model reads it, cut where the loss begins and ends."""
+        """Return the example as the model reads it, cut where the loss begins and ends; of a
+        conversation that becomes several rows, the last."""
         answer = next(
             (a for a in (example.completion, example.chosen, example.rejected) if a is not None),
             None,
         )
-        prompt = self._prompt_ids(example.prompt)
-        response, written = (
-            ([], []) if answer is None else self._turns(example.prompt, answer, "answer")
-        )
-        return token_pieces(self.tokenizer, prompt, response, written)
+        prompt = self._prompt_ids(example.prompt, example.extra)
+        if answer is None:
+            return token_pieces(self.tokenizer, prompt, [], [])
+        last = self._answered(example, prompt, answer, "answer")[-1]
+        return token_pieces(self.tokenizer, *last)
 
-    def _prompt_ids(self, prompt: Text) -> list[int]:
+    def oddities(self, example: Example) -> dict[str, str]:
+        """Return what the user should know of an example's texts: "control" with the first control
+        token that they quote, "unknown" with the token of what the tokenizer has no token for."""
+        found, unknown = {}, self._unknown_id
+        if (control := self._quoted(example)) is not None:
+            found["control"] = control
+        if unknown is not None and any(
+            unknown in text_ids(self.tokenizer, text) for text in texts_of(example)
+        ):
+            found["unknown"] = self.tokenizer.convert_ids_to_tokens([unknown])[0]
+        return found
+
+    @property
+    def _unknown_id(self) -> int | None:
+        return getattr(self.tokenizer, "unk_token_id", None)
+
+    def _quoted(self, example: Example) -> str | None:
+        """Return the first control token that the texts of an example quote."""
+        tokens = (quoted_control(self.tokenizer, text) for text in texts_of(example))
+        return next((token for token in tokens if token is not None), None)
+
+    def notes(self) -> Iterator[str]:
+        """Yield sentences about the rows that were encoded, for the user to read."""
+        if self.dropped:
+            yield (
+                f"{len(self.dropped):,} rows cannot be used and were left out, the first: "
+                f"{first_of(self.dropped)}"
+            )
+        if self.quoting:
+            place, token = next(iter(self.quoting.items()))
+            yield (
+                f"{len(self.quoting):,} rows quote a control token, the first: {place} ({token}). "
+                "It is encoded as text: only the chat template writes control tokens."
+            )
+        if self.unknown:
+            yield (
+                f"{len(self.unknown):,} rows have text that the tokenizer has no token for, the "
+                f"first: {self.unknown[0]}. The policy reads "
+                f"{getattr(self.tokenizer, 'unk_token', None)} there."
+            )
+        if len(self.sides) == 1:
+            yield (
+                f"every label is {'true' if 'chosen' in self.sides else 'false'}: KTO learns from "
+                "the difference between good and bad completions."
+            )
+        if self.divided:
+            yield (
+                f"{len(self.divided):,} conversations became {sum(self.divided.values()):,} "
+                "demonstrations, one for each answer: the chat template writes earlier answers "
+                "differently once later turns follow."
+            )
+
+    def _prompt_ids(self, prompt: Text, columns: Columns) -> list[int]:
         try:
-            return self.prompt_ids(prompt)
+            return self.prompt_ids(prompt, columns)
         except ChatError as error:
             raise DataError(str(error)) from error
 
     def _all(
-        self, kind: type[R], encode: Callable[[Example], R], examples: Sequence[Example]
+        self, kind: type[R], encode: Callable[[Example], Sequence[R]], examples: Sequence[Example]
     ) -> Sequence[R]:
         records = DiskRows(kind)
         refused: dict[str, str] = {}
         for example in examples:
             try:
-                records.append(encode(example))
+                encoded = encode(example)
             except DataError as error:
                 refused.setdefault(example.id, str(error))
+                continue
+            for record in encoded:
+                records.append(record)
+            self._look(example, encoded)
         if refused and (self.unusable == "refuse" or not records):
             others = (
                 f" {len(refused) - 1:,} more rows of {len(examples):,} cannot be used."
@@ -108,6 +190,16 @@ class Encoder:
         self.dropped |= refused
         return records
 
+    def _look(self, example: Example, records: Sequence[Any]) -> None:
+        """Remember what the user should know of a row."""
+        if (token := self._quoted(example)) is not None:
+            self.quoting.setdefault(example.id, token)
+        unknown = self._unknown_id
+        if unknown is not None and any(unknown in ids for r in records for ids in ids_of(r)):
+            self.unknown.append(example.id)
+        if len(records) > 1:
+            self.divided[example.id] = len(records)
+
     def _prompt(self, example: Example) -> Prompt:
         ids = self._checked_prompt(example)
         text = example.prompt if isinstance(example.prompt, str) else self.tokenizer.decode(ids)
@@ -116,17 +208,60 @@ class Encoder:
             id=example.id, ids=tuple(ids), text=text, extra=dict(example.extra), messages=messages
         )
 
-    def _demonstration(self, example: Example) -> Demonstration:
+    def _demonstrations(self, example: Example) -> list[Demonstration]:
+        """Return the demonstrations of a row: one, or one for each answer of a conversation whose
+        template rewrites what came before the last."""
         answer = example.completion if example.completion is not None else example.chosen
         assert answer is not None, "only rows with an answer are demonstrations"
-        prompt, (response, written) = (
-            self._checked_prompt(example),
-            self._turns(example.prompt, answer, "completion"),
-        )
-        self._check_whole(prompt, response)
-        return Demonstration(
-            example.id, tuple(prompt), tuple(response), None if all(written) else tuple(written)
-        )
+        first = [] if example.is_text else self._checked_prompt(example)
+        rows = self._answered(example, first, answer, "completion")
+        made = []
+        for number, (prompt, response, written) in enumerate(rows, 1):
+            self._check_whole(prompt, response)
+            name = example.id if len(rows) == 1 else f"{example.id}, answer {number}"
+            mask = None if all(written) else tuple(written)
+            made.append(Demonstration(name, tuple(prompt), tuple(response), mask))
+        return made
+
+    def _answered(
+        self, example: Example, prompt: list[int], answer: Text, column: str
+    ) -> list[EncodedRow]:
+        """Return the rows that a prompt and its answer become; `prompt` is the prompt encoded."""
+        if example.is_text:
+            return [self._running_text(answer, column)]
+        try:
+            return [(prompt, *self._turns(example, answer, column))]
+        except HistoryRewritten:
+            assert not isinstance(answer, str) and not isinstance(example.prompt, str)
+            return list(self._one_by_one(example, prompt, answer, column))
+
+    def _one_by_one(
+        self, example: Example, first: list[int], turns: Sequence[Mapping[str, Any]], column: str
+    ) -> Iterator[EncodedRow]:
+        """Yield a row for each answer, with all that comes before it as its prompt. What follows
+        the `first` prompt is bounded as a response is, as it would be in one row."""
+        for number, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            before = [*example.prompt, *turns[:number]]
+            try:
+                prompt, response, written = render_turns(
+                    self.tokenizer, before, [turn], example.extra
+                )
+            except ChatError as error:
+                raise DataError(str(error)) from error
+            self._check_response(len(prompt) + len(response) - len(first), column)
+            yield prompt, response, written
+
+    def _running_text(self, text: Text, column: str) -> EncodedRow:
+        """Return a text all of which is learnt. Something must come before its first learnt token:
+        the beginning-of-sequence token, or else the text's own first token."""
+        assert isinstance(text, str)
+        if not text.strip():
+            raise DataError(f"the {column} is empty, a response of zero tokens.")
+        ids = [*self.prompt_ids(text), self.tokenizer.eos_token_id]
+        self._check_response(len(ids) - 1, column)
+        return ids[:1], ids[1:], [True] * (len(ids) - 1)
 
     def _comparison(self, example: Example) -> Comparison:
         assert example.chosen is not None or example.rejected is not None, (
@@ -137,15 +272,11 @@ class Encoder:
                 "chosen and rejected are identical, so there is nothing to learn from this row."
             )
         prompt = self._checked_prompt(example)
-        chosen = (
-            []
-            if example.chosen is None
-            else self._response(example.prompt, example.chosen, "chosen")
-        )
+        chosen = [] if example.chosen is None else self._response(example, example.chosen, "chosen")
         rejected = (
             []
             if example.rejected is None
-            else self._response(example.prompt, example.rejected, "rejected")
+            else self._response(example, example.rejected, "rejected")
         )
         self._check_whole(prompt, max(chosen, rejected, key=len))
         margin = example.extra.get("margin", 0.0)
@@ -170,7 +301,7 @@ class Encoder:
     def _checked_prompt(self, example: Example) -> list[int]:
         if not example.prompt or (isinstance(example.prompt, str) and not example.prompt.strip()):
             raise DataError("the prompt is empty.")
-        ids = self._prompt_ids(example.prompt)
+        ids = self._prompt_ids(example.prompt, example.extra)
         if len(ids) > self.max_prompt_tokens:
             raise DataError(
                 f"the prompt has {len(ids):,} tokens, the limit is {self.max_prompt_tokens:,} "
@@ -178,9 +309,19 @@ class Encoder:
             )
         return ids
 
-    def _response(self, prompt: Text, answer: Text, column: str) -> list[int]:
+    def _check_response(self, length: int, column: str) -> None:
+        if length > self.max_response_tokens:
+            raise DataError(
+                f"the {column} has {length:,} tokens, the limit is {self.max_response_tokens:,} "
+                f"(data.max_response_tokens)."
+            )
+
+    def _response(self, example: Example, answer: Text, column: str) -> list[int]:
         """Return the ids of one answer to a prompt."""
-        response, written = self._turns(prompt, answer, column)
+        try:
+            response, written = self._turns(example, answer, column)
+        except HistoryRewritten:
+            written = [False]
         if not all(written):
             raise DataError(
                 f"the {column} has several turns after the prompt; one answer of the assistant can "
@@ -188,31 +329,49 @@ class Encoder:
             )
         return response
 
-    def _turns(self, prompt: Text, answer: Text, column: str) -> tuple[list[int], list[bool]]:
-        """Return the tokens that follow a prompt, and which of them are the assistant's."""
+    def _turns(self, example: Example, answer: Text, column: str) -> tuple[list[int], list[bool]]:
+        """Return the tokens that follow a prompt, and which of them are the assistant's. Raises
+        HistoryRewritten as `render_turns` does."""
         if isinstance(answer, str):
             if not answer.strip():
                 raise DataError(f"the {column} is empty, a response of zero tokens.")
-            ids = [
-                *self.tokenizer.encode(answer, add_special_tokens=False),
-                self.tokenizer.eos_token_id,
-            ]
+            ids = response_ids(self.tokenizer, answer)
             written = [True] * len(ids)
         else:
             said = [m for m in answer if m["role"] == "assistant"]
             if not any(m["content"].strip() or m.get("tool_calls") for m in said):
                 raise DataError(f"the {column} is empty, a response of zero tokens.")
-            assert not isinstance(prompt, str), "a reply in messages follows a prompt in messages"
+            assert not isinstance(example.prompt, str), "its answer would be text, too"
             try:
-                _, ids, written = render_turns(self.tokenizer, prompt, answer)
+                _, ids, written = render_turns(
+                    self.tokenizer, example.prompt, answer, example.extra
+                )
+            except HistoryRewritten:
+                raise
             except ChatError as error:
                 raise DataError(str(error)) from error
-        if len(ids) > self.max_response_tokens:
-            raise DataError(
-                f"the {column} has {len(ids):,} tokens, the limit is {self.max_response_tokens:,} "
-                f"(data.max_response_tokens)."
-            )
+        self._check_response(len(ids), column)
         return ids, written
+
+
+def texts_of(example: Example) -> Iterator[str]:
+    """Yield the texts of an example."""
+    for text in (example.prompt, example.completion, example.chosen, example.rejected):
+        if isinstance(text, str):
+            yield text
+        elif text is not None:
+            yield from (message["content"] for message in text)
+
+
+def ids_of(record: Prompt | Demonstration | Comparison) -> Iterator[Sequence[int]]:
+    """Yield the token ids of an encoded row."""
+    match record:
+        case Prompt():
+            yield record.ids
+        case Demonstration():
+            yield from (record.prompt_ids, record.response_ids)
+        case Comparison():
+            yield from (record.prompt_ids, record.chosen_ids, record.rejected_ids)
 
 
 def first_of(refused: dict[str, str]) -> str:

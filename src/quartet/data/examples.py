@@ -25,6 +25,8 @@ class Example:
     chosen: Text | None = None
     rejected: Text | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    is_text: bool = False
+    """Whether the completion is a text without a prompt, all of which is learnt."""
 
     @property
     def conversational(self) -> bool:

@@ -65,6 +65,8 @@ class Counted:
     """Counts over the rows that have been read so far."""
 
     count: Callable[[Text], int]
+    oddities: Callable[[Example], Mapping[str, str]] = lambda _: {}
+    """Returns what a tokenizer finds odd about an example: `Encoder.oddities`."""
     shapes: Counter[str] = field(default_factory=Counter)
     sizes: dict[str, "array[int]"] = field(default_factory=dict)
     wrong: Counter[str] = field(default_factory=Counter)
@@ -73,6 +75,8 @@ class Counted:
     prompts: set[int] = field(default_factory=set)
     longer: list[int] = field(default_factory=lambda: [0, 0, 0])
     """Numbers of comparisons: the chosen side is longer, the rejected side is longer, all."""
+    labels: set[str] = field(default_factory=set)
+    """The sides of preferences that there are."""
     shown: list[Example] = field(default_factory=list)
 
     def note(self, kind: str, place: str) -> None:
@@ -80,55 +84,61 @@ class Counted:
         if len(self.first.setdefault(kind, [])) < FEW:
             self.first[kind].append(place)
 
-    def size(self, part: str, text: Text) -> int:
-        size = self.count(text)
-        self.sizes.setdefault(part, array("I")).append(size)
-        return size
-
     def see(self, place: str, row: Row) -> None:
-        shape, named = usual(place, row)
-        self.shapes[shape or "unknown"] += 1
+        """Count a row once: with its lengths if it can be used, as unusable if not."""
+        shape = ""
         try:
+            shape, named = usual(place, row)
             example = example_of(place, named, purpose_of(shape))
+            sizes = {part: self.count(text) for part, text in parts_of(example).items()}
+            oddities = self.oddities(example)
         except DataError as error:
+            self.shapes[shape or "unknown"] += 1
             self.note("unusable", str(error))
             return
-        self._look(place, example)
+        self.shapes[shape or "unknown"] += 1
+        for part, size in sizes.items():
+            self.sizes.setdefault(part, array("I")).append(size)
+        for kind, token in oddities.items():
+            self.note(kind, f"{place}: {token}")
+        self._look(place, example, sizes)
         total = sum(self.shapes.values())
         if len(self.shown) < 2:
             self.shown.append(example)
         elif random.Random(total).random() < 1 / total:
             self.shown[1] = example
 
-    def _look(self, place: str, example: Example) -> None:
-        self.size("prompt", example.prompt)
-        answers = {
-            part: answer
-            for part in ("completion", "chosen", "rejected")
-            if (answer := getattr(example, part)) is not None
-        }
-        sizes = {part: self.size(part, answer) for part, answer in answers.items()}
-        texts = {part: plain(text) for part, text in {"prompt": example.prompt, **answers}.items()}
+    def _look(self, place: str, example: Example, sizes: Mapping[str, int]) -> None:
+        """Note what is odd about a row that can be read."""
+        texts = {part: plain(text) for part, text in parts_of(example).items()}
         for part, text in texts.items():
             if not text.strip():
                 self.note(f"empty {part}", place)
             if any(mark in text for mark in MOJIBAKE):
                 self.note("encoding", place)
-        if "chosen" in answers and "rejected" in answers:
+        if "chosen" in texts and "rejected" in texts:
             if example.chosen == example.rejected:
                 self.note("identical", place)
             self.longer[2] += 1
             self.longer[0] += sizes["chosen"] > sizes["rejected"]
             self.longer[1] += sizes["chosen"] < sizes["rejected"]
-        if isinstance(example.prompt, str) and answers:
-            joined = next(iter(answers.values()))
+        self.labels |= {part for part in ("chosen", "rejected") if part in texts}
+        if isinstance(example.prompt, str) and len(texts) > 1:
+            joined = next(text for part, text in parts_of(example).items() if part != "prompt")
             if isinstance(joined, str) and joined[:1].isalnum() and example.prompt[-1:].isalnum():
                 self.note("joined", place)
-        key, prompt = hash(tuple(texts.items())), hash(texts["prompt"])
+        key = hash(tuple(texts.items()))
         if key in self.whole:
             self.note("duplicate", place)
         self.whole.add(key)
-        self.prompts.add(prompt)
+        self.prompts.add(hash(texts.get("prompt", "")))
+
+
+def parts_of(example: Example) -> dict[str, Text]:
+    """Return the parts of an example by name, those that it has."""
+    parts = {"prompt": None if example.is_text else example.prompt}
+    parts |= {part: getattr(example, part) for part in ("completion", "chosen", "rejected")}
+    return {part: text for part, text in parts.items() if text is not None}
 
 
 def plain(text: Text) -> str:
@@ -147,11 +157,12 @@ def report(
     rendered: Callable[[Example], Sequence[Piece]] | None = None,
     limits: Mapping[str, int] | None = None,
     held_out: Path | None = None,
+    oddities: Callable[[Example], Mapping[str, str]] = lambda _: {},
 ) -> Report:
     """`count` measures a text in `unit`s; `rendered` cuts an example into pieces; `limits` are of
     prompts and responses, in the unit; `held_out` names a file whose prompts should not be in this
-    one."""
-    seen = Counted(count)
+    one; `oddities` returns what a tokenizer finds odd about an example."""
+    seen = Counted(count, oddities)
     stopped = _read(path, columns, seen)
     if not seen.shapes:
         raise DataError(stopped or f"{path}: has no rows.")
@@ -178,9 +189,7 @@ def report(
             part: _lengths(s, limits.get("prompt" if part == "prompt" else "response"))
             for part, s in seen.sizes.items()
         },
-        examples=tuple(
-            (example.id, tuple((rendered or pieces)(example))) for example in seen.shown
-        ),
+        examples=tuple(_shown(seen.shown, rendered or pieces, found)),
         problems=seen.wrong["unusable"],
         findings=tuple(found),
     )
@@ -197,16 +206,40 @@ def _read(path: Path, columns: Mapping[str, str], seen: Counted) -> str | None:
                     f"{path.name}: --columns names {missing[0]}, but the columns are "
                     f"{', '.join(row)}."
                 )
-            try:
-                seen.see(place, renamed(row, columns))
-            except DataError as error:
-                seen.shapes["unknown"] += 1
-                seen.note("unusable", str(error))
+            seen.see(place, renamed(row, columns))
     except DataError as error:
         if not seen.shapes:
             raise
         return str(error)
     return None
+
+
+def _shown(
+    examples: Sequence[Example],
+    rendered: Callable[[Example], Sequence[Piece]],
+    findings: list[str],
+) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+    """Yield the place and the pieces of each example that can be rendered; add a finding for one
+    that cannot."""
+    for example in examples:
+        try:
+            yield example.id, tuple(rendered(example))
+        except DataError as error:
+            findings.append(f"{example.id} cannot be rendered: {error}")
+
+
+ODD = {
+    **{f"empty {p}": f"empty {p} in {{}}." for p in ("prompt", "completion", "chosen", "rejected")},
+    "identical": "chosen and rejected are identical in {}: there is nothing to learn from them.",
+    "duplicate": "{} repeat an earlier row.",
+    "encoding": "damaged characters (such as � or â€™) in {}: the text was read in a wrong "
+    "encoding once.",
+    "control": "{} quote a control token. It is encoded as text: only the chat template writes "
+    "control tokens.",
+    "unknown": "{} have text that the tokenizer has no token for: the model reads another token "
+    "there.",
+}
+"""What is said of the rows that were noted for something odd, the worst first."""
 
 
 def _findings(seen: Counted, total: int) -> Iterator[str]:
@@ -221,7 +254,8 @@ def _findings(seen: Counted, total: int) -> Iterator[str]:
             f"{seen.wrong['unusable']:,} of {total:,} rows cannot be used, the first: "
             f"{seen.first['unusable'][0]}"
         )
-    if len(seen.shapes) > 1:
+    usable = {shape: count for shape, count in seen.shapes.items() if shape != "unknown"}
+    if len(usable) > 1:
         yield (
             "rows of several shapes: "
             + ", ".join(f"{count:,} {shape}" for shape, count in seen.shapes.most_common())
@@ -232,20 +266,14 @@ def _findings(seen: Counted, total: int) -> Iterator[str]:
             "no column is called prompt, completion, chosen, rejected or messages. Say which are: "
             "--columns prompt=…"
         )
-    for part in ("prompt", "completion", "chosen", "rejected"):
-        if seen.wrong[f"empty {part}"]:
-            yield f"empty {part} in {of(f'empty {part}')}."
-    if seen.wrong["identical"]:
+    for kind, sentence in ODD.items():
+        if seen.wrong[kind]:
+            yield sentence.format(of(kind))
+    if len(seen.labels) == 1 and all(shape.startswith("unpaired") for shape in usable):
+        label = "true" if "chosen" in seen.labels else "false"
         yield (
-            f"chosen and rejected are identical in {of('identical')}: there is nothing to learn "
-            "from them."
-        )
-    if seen.wrong["duplicate"]:
-        yield f"{of('duplicate')} repeat an earlier row."
-    if seen.wrong["encoding"]:
-        yield (
-            f"damaged characters (such as � or â€™) in {of('encoding')}: the text was read in a "
-            "wrong encoding once."
+            f"every label is {label}: KTO learns from the difference between good and bad "
+            "completions."
         )
     if seen.wrong["joined"] > 0.5 * total:
         yield (

@@ -67,11 +67,16 @@ class OpenAIComparisons(RowShape):
 
     def __call__(self, row: Row) -> Row:
         asked = row["input"]
-        return without(row, *self.columns) | {
-            "prompt": asked.get("messages") if isinstance(asked, dict) else asked,
-            "chosen": row["preferred_output"],
-            "rejected": row["non_preferred_output"],
-        }
+        tools = {"tools": asked["tools"]} if isinstance(asked, dict) and asked.get("tools") else {}
+        return (
+            without(row, *self.columns)
+            | tools
+            | {
+                "prompt": asked.get("messages") if isinstance(asked, dict) else asked,
+                "chosen": row["preferred_output"],
+                "rejected": row["non_preferred_output"],
+            }
+        )
 
 
 class ShareGpt(RowShape):
@@ -114,9 +119,47 @@ class Alpaca(RowShape):
         }
 
 
+class OpenRlhf(RowShape):
+    """A prompt called `input`, with an `output`, or with `chosen` and `rejected`."""
+
+    type: Literal["openrlhf"] = "openrlhf"
+    label: ClassVar[str] = "OpenRLHF's"
+    columns: ClassVar[tuple[str, ...]] = ("input",)
+
+    def fits(self, row: Row) -> bool:
+        has_answer = "output" in row or {"chosen", "rejected"} <= row.keys()
+        return super().fits(row) and has_answer and row.keys().isdisjoint(("prompt", "instruction"))
+
+    def __call__(self, row: Row) -> Row:
+        answer = {"completion": row["output"]} if "output" in row else {}
+        return without(row, "input", "output") | {"prompt": row["input"]} | answer
+
+
+class PlainText(RowShape):
+    """Texts without a prompt, all of which is learnt."""
+
+    type: Literal["text"] = "text"
+    label: ClassVar[str] = "texts"
+    columns: ClassVar[tuple[str, ...]] = ("text",)
+
+    def fits(self, row: Row) -> bool:
+        """Return whether `text` is a row's only column that could be learnt from or asked for."""
+        return super().fits(row) and row.keys().isdisjoint(PROMPT_NAMES)
+
+    def __call__(self, row: Row) -> Row:
+        return row
+
+
+PROMPT_NAMES = (
+    *("prompt", "question", "instruction", "query", "input", "context", "post"),
+    *("messages", "conversations", "completion", "chosen", "rejected"),
+)
+"""Columns beside which a column `text` is not the whole of a row."""
+
+
 def without(row: Row, *columns: str) -> Row:
     """Return the row without these columns."""
     return {column: cell for column, cell in row.items() if column not in columns}
 
 
-__all__ = ["Alpaca", "OpenAIComparisons", "RowShape", "ShareGpt"]
+__all__ = ["Alpaca", "OpenAIComparisons", "OpenRlhf", "PlainText", "RowShape", "ShareGpt"]

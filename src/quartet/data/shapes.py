@@ -10,15 +10,21 @@
 | comparisons | `prompt`, `chosen`, `rejected` |
 | comparisons, whole dialogues | `chosen`, `rejected`, with the prompt in both |
 | comparisons, OpenAI's | `input`, `preferred_output`, `non_preferred_output` |
+| demonstrations, OpenRLHF's | `input`, `output` |
+| comparisons, OpenRLHF's | `input`, `chosen`, `rejected` |
+| texts | `text`, without a prompt |
 | unpaired preferences | `prompt`, `completion`, `label` |
 
 Cells are plain text or lists of messages, as in TRL. Comparisons without a prompt column are whole
 dialogues, as messages or in Anthropic's HH format (`\\n\\nHuman: … \\n\\nAssistant: …`). A shape
 that has more than is asked for serves too: the chosen answer is a demonstration, and whatever has a
-prompt has a prompt.
+prompt has a prompt. Beside messages, the columns `tools` and `chat_template_kwargs` are for the
+chat template.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +32,14 @@ from quartet.data import DataError
 from quartet.data.disk_rows import DiskRows
 from quartet.data.examples import Example, Message, Text
 from quartet.data.files import Row, rows
-from quartet.data.row_shape import Alpaca, OpenAIComparisons, RowShape, ShareGpt
+from quartet.data.row_shape import (
+    Alpaca,
+    OpenAIComparisons,
+    OpenRlhf,
+    PlainText,
+    RowShape,
+    ShareGpt,
+)
 
 Purpose = Literal["prompts", "demonstrations", "comparisons", "preferences"]
 """What rows are used for; preferences are comparisons, or unpaired."""
@@ -38,6 +51,7 @@ NEEDS: dict[Purpose, tuple[str, ...]] = {
     "preferences": ("prompt", "completion", "label"),
 }
 OPENAI, SHAREGPT, ALPACA = OpenAIComparisons(), ShareGpt(), Alpaca()
+OPENRLHF, TEXTS = OpenRlhf(), PlainText()
 ASSISTANT = "\n\nAssistant:"
 HUMAN = "\n\nHuman:"
 
@@ -63,13 +77,16 @@ def read_examples(
 
 
 def examples_in(
-    path: Path, purpose: Purpose, columns: Mapping[str, str], shape: RowShape | None = None
+    path: Path, purpose: Purpose | None, columns: Mapping[str, str], shape: RowShape | None = None
 ) -> Iterator[Example]:
-    """Yield the examples of `read_examples` one by one."""
+    """Yield the examples of `read_examples` one by one. Without a purpose they are prompts, or
+    texts where the file has those."""
     first = True
     for place, row in rows(path):
         named = renamed(row, columns)
         if first:
+            if purpose is None:
+                purpose = "demonstrations" if TEXTS.fits(named) else "prompts"
             _check_columns(path, row, columns)
             if shape is None:
                 _check_purpose(path, purpose, row, columns)
@@ -77,6 +94,7 @@ def examples_in(
                 _check_shape(path, purpose, named, shape)
             first = False
         ours = usual(place, named)[1] if shape is None else shape.shaped(place, named)
+        assert purpose is not None, "the first row decides"
         yield example_of(place, ours, purpose)
 
 
@@ -89,6 +107,10 @@ def usual(place: str, row: Row) -> tuple[str, Row]:
     """Return what rows like this one are called where they come from, and the row with Quartet's
     names for its columns."""
     keys = row.keys()
+    if OPENRLHF.fits(row):
+        unpaired = "unpaired preferences" if "label" in keys else "demonstrations"
+        kind = "comparisons" if "chosen" in keys else unpaired
+        return f"{kind}, {OPENRLHF.label}", OPENRLHF.shaped(place, row)
     if {"chosen", "rejected"} <= keys:
         return ("comparisons" if "prompt" in row else "comparisons, whole dialogues"), row
     if OPENAI.fits(row):
@@ -103,6 +125,8 @@ def usual(place: str, row: Row) -> tuple[str, Row]:
         return "demonstrations", row
     if ALPACA.fits(row):
         return ALPACA.label, ALPACA.shaped(place, row)
+    if TEXTS.fits(row):
+        return TEXTS.label, TEXTS.shaped(place, row)
     return ("prompts" if "prompt" in row else ""), row
 
 
@@ -150,7 +174,7 @@ def _serves(row: Row, purpose: Purpose) -> bool:
     if purpose == "preferences":
         return pair or {"prompt", "completion", "label"} <= row.keys()
     if purpose == "demonstrations":
-        return pair or talk or {"prompt", "completion"} <= row.keys()
+        return pair or talk or {"prompt", "completion"} <= row.keys() or TEXTS.fits(row)
     return pair or talk or "prompt" in row
 
 
@@ -162,26 +186,32 @@ def example_of(place: str, row: Row, purpose: Purpose) -> Example:
     """Return the example of a row that has Quartet's column names. Raises `DataError`."""
     if not _serves(row, purpose):
         raise DataError(
-            f"{place}: has columns {', '.join(row)}; the rows before it had "
-            f"{', '.join(NEEDS[purpose])}."
+            f"{place}: has columns {', '.join(row)}; {purpose} need {', '.join(NEEDS[purpose])}."
         )
-    shaped = {"prompt", "completion", "chosen", "rejected", "messages"}
-    extra = {column: cell for column, cell in row.items() if column not in shaped}
+    for column in MEDIA:
+        if row.get(column):
+            raise DataError(f"{place}: has {column}, and Quartet reads text only.")
+    example = _example(place, row, purpose)
+    return _with_template_columns(example) if example.conversational else example
+
+
+MEDIA = ("images", "videos", "audios")
+"""Columns of data sets that are of more than text."""
+SHAPED = frozenset({"prompt", "completion", "chosen", "rejected", "messages"})
+"""The columns that become the parts of an example; the others are its `extra`."""
+
+
+def _example(place: str, row: Row, purpose: Purpose) -> Example:
+    extra = {column: cell for column, cell in row.items() if column not in SHAPED}
     if "chosen" in row and "rejected" in row:
-        chosen, rejected = _text(place, "chosen", row), _text(place, "rejected", row)
-        if "prompt" in row:
-            prompt = _text(place, "prompt", row)
-            return Example(
-                place,
-                prompt,
-                chosen=_reply(place, prompt, chosen),
-                rejected=_reply(place, prompt, rejected),
-                extra=extra,
-            )
-        prompt, chosen, rejected = split_pair(place, chosen, rejected)
-        return Example(place, prompt, chosen=chosen, rejected=rejected, extra=extra)
+        return _comparison(place, row, extra)
     if "messages" in row:
         return _conversation(place, _messages(place, "messages", row["messages"]), purpose, extra)
+    if "prompt" not in row:
+        text = row["text"]
+        if not isinstance(text, str):
+            raise DataError(f"{place}: text is {text!r}; it must be text.")
+        return Example(place, "", completion=text, extra=extra, is_text=True)
     prompt = _text(place, "prompt", row)
     if purpose == "preferences":
         answer = _reply(place, prompt, _text(place, "completion", row))
@@ -190,21 +220,79 @@ def example_of(place: str, row: Row, purpose: Purpose) -> Example:
                 f"{place}: label is {row['label']!r}; it must be true for a good completion, false "
                 f"for a bad one."
             )
-        return Example(
-            place, prompt, **{"chosen" if row["label"] else "rejected": answer}, extra=extra
-        )
+        chosen, rejected = (answer, None) if row["label"] else (None, answer)
+        return Example(place, prompt, chosen=chosen, rejected=rejected, extra=extra)
     if purpose == "demonstrations":
-        return Example(
-            place,
-            prompt,
-            completion=_reply(place, prompt, _text(place, "completion", row)),
-            extra=extra,
-        )
+        answer = _reply(place, prompt, _text(place, "completion", row))
+        return Example(place, prompt, completion=answer, extra=extra)
+    given = {"completion": row["completion"]} if "completion" in row else {}
+    return Example(place, prompt, extra=extra | given)
+
+
+def _comparison(place: str, row: Row, extra: Mapping[str, Any]) -> Example:
+    """Return the example of a row with two answers."""
+    chosen, rejected = _text(place, "chosen", row), _text(place, "rejected", row)
+    if "prompt" not in row:
+        prompt, chosen, rejected = split_pair(place, chosen, rejected)
+        return Example(place, prompt, chosen=chosen, rejected=rejected, extra=extra)
+    prompt = _text(place, "prompt", row)
+    if isinstance(prompt, str) and _whole_dialogue(chosen) and _whole_dialogue(rejected):
+        # UltraFeedback: the prompt is repeated in both dialogues.
+        messages, chosen, rejected = split_pair(place, chosen, rejected)
+        assert not isinstance(messages, str)
+        if prompt.strip() not in {message["content"].strip() for message in messages}:
+            raise DataError(
+                f"{place}: prompt is no message of those that chosen and rejected have in common. "
+                "Take the column prompt out, or make it messages."
+            )
+        return Example(place, messages, chosen=chosen, rejected=rejected, extra=extra)
     return Example(
         place,
         prompt,
-        extra=extra | ({"completion": row["completion"]} if "completion" in row else {}),
+        chosen=_reply(place, prompt, chosen),
+        rejected=_reply(place, prompt, rejected),
+        extra=extra,
     )
+
+
+def _whole_dialogue(answer: Text) -> bool:
+    """Return whether an answer is messages that begin with what was asked."""
+    return not isinstance(answer, str) and answer[0]["role"] != "assistant"
+
+
+def _with_template_columns(example: Example) -> Example:
+    """Return a conversation with its tools and chat_template_kwargs in the form that a template
+    reads. Tools may stand in the first message instead of a column."""
+    extra, prompt = dict(example.extra), example.prompt
+    if not isinstance(prompt, str) and "tools" in prompt[0]:
+        first = {key: value for key, value in prompt[0].items() if key != "tools"}
+        prompt = [first, *prompt[1:]]
+        extra["tools"] = extra.get("tools") or example.prompt[0]["tools"]  # type: ignore[index]
+    for column, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        if column not in extra:
+            continue
+        cell = extra.pop(column)
+        if isinstance(cell, str):
+            try:
+                cell = json.loads(cell) if cell.strip() else None
+            except ValueError:
+                raise DataError(f"{example.id}: {column} is text, and not JSON.") from None
+        else:
+            cell = without_nulls(cell)
+        if cell is not None and not isinstance(cell, kind):
+            expected = "a list of tools" if kind is list else "a table of the template's variables"
+            raise DataError(f"{example.id}: {column} must be {expected}.")
+        if cell:
+            extra[column] = cell
+    return replace(example, prompt=prompt, extra=extra)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a cell without the keys that a table format added: it gives every struct the keys of
+    all rows, and null where a row did not have them."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _conversation(
@@ -296,21 +384,35 @@ def _text(place: str, column: str, row: Row) -> Text:
 
 
 def _messages(place: str, column: str, cell: Any) -> Sequence[Message]:
-    messages = list(cell) if isinstance(cell, list | tuple) else []
-    if not messages:
+    rows = list(cell) if isinstance(cell, list | tuple) else []
+    if not rows:
         raise DataError(f"{place}: {column} must be a list of messages, and not an empty one.")
-    for message in messages:
-        calls = isinstance(message, dict) and bool(message.get("tool_calls"))
-        fits = isinstance(message, dict) and isinstance(message.get("role"), str)
-        if not fits or not (
-            isinstance(message.get("content"), str) or (calls and message.get("content") is None)
-        ):
+    messages = []
+    for row in rows:
+        calls = isinstance(row, dict) and bool(row.get("tool_calls"))
+        fits = isinstance(row, dict) and isinstance(row.get("role"), str)
+        content = _joined(place, column, row.get("content")) if fits else None
+        if not fits or not (isinstance(content, str) or (calls and content is None)):
             raise DataError(
                 f"{place}: {column} has a message that is not of the form {{role, content}}: "
-                f"{message!r}."
+                f"{row!r}."
             )
-    # A table format fills every column of every message: what is not there is null.
-    return [
-        {"content": "", **{key: value for key, value in m.items() if value is not None}}
-        for m in messages
-    ]
+        messages.append({"content": "", **without_nulls(row | {"content": content})})
+    return messages
+
+
+def _joined(place: str, column: str, content: Any) -> Any:
+    """Return the text of a content that is a list of parts; any other content as it is."""
+    if not isinstance(content, list | tuple):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part if isinstance(part, str) else part.get("text") if kind == "text" else None
+        if not isinstance(text, str):
+            named = f"of type {kind}" if isinstance(kind, str) else f"{part!r}"
+            raise DataError(
+                f"{place}: {column} has a part {named} in a message, and Quartet reads text only."
+            )
+        texts.append(text)
+    return "".join(texts)

@@ -79,8 +79,8 @@ def findings(trial: Trial) -> list[str]:
     sentences = []
     if trial.nan:
         sentences.append(
-            f"{trial.nan} of {trial.answers} scores are NaN or infinite: a run would stop at the "
-            f"first of them."
+            f"{trial.nan} of {trial.answers} scores are NaN or infinite: a run leaves these "
+            f"answers out, as if there were no score."
         )
     if trial.none:
         sentences.append(

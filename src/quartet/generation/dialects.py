@@ -57,9 +57,10 @@ class Dialect(Protocol):
         stops: list[int],
         seed: int,
         name: str | None,
+        excluded: Sequence[int] = (),
     ) -> Order:
         """Return the request that continues `ids` by at most `tokens` tokens, with the adapter
-        `name` where there is one."""
+        `name` where there is one. Ids in `excluded` are not to be sampled."""
         ...
 
     def written(self, reply: Mapping[str, Any]) -> Piece:
@@ -110,6 +111,7 @@ class Vllm(_Adapters):
         stops: list[int],
         seed: int,
         name: str | None,
+        excluded: Sequence[int] = (),
     ) -> Order:
         drawing = {
             "max_tokens": tokens,
@@ -120,6 +122,7 @@ class Vllm(_Adapters):
             "logprobs": 0,
             "stop_token_ids": stops,
             "detokenize": False,
+            **_without(excluded),
         }
         body = {"token_ids": list(ids), "sampling_params": drawing}
         return Order("/inference/v1/generate", body if name is None else {"model": name, **body})
@@ -152,6 +155,7 @@ class Sglang(_Adapters):
         stops: list[int],
         seed: int,
         name: str | None,
+        excluded: Sequence[int] = (),
     ) -> Order:
         drawing = {
             "max_new_tokens": tokens,
@@ -161,6 +165,7 @@ class Sglang(_Adapters):
             "sampling_seed": seed,
             "stop_token_ids": stops,
             "skip_special_tokens": False,
+            **_without(excluded),
         }
         body = {"input_ids": list(ids), "sampling_params": drawing, "return_logprob": True}
         return Order("/generate", body if name is None else {"lora_path": name, **body})
@@ -180,6 +185,13 @@ class Sglang(_Adapters):
 
 
 DIALECTS: dict[str, Dialect] = {"vllm": Vllm(), "sglang": Sglang()}
+
+
+def _without(excluded: Sequence[int]) -> dict[str, Any]:
+    """Return the setting that takes ids out of the distribution, which both servers apply before
+    they sample and before they compute log-probs. A bias of −100 is the lowest that vLLM takes: it
+    leaves a probability below e⁻⁵⁰ where logits differ by less than 50."""
+    return {"logit_bias": {str(token): -100.0 for token in excluded}} if excluded else {}
 
 
 def _piece(ids: Any, logprobs: Any, spans: Any, finish: Any) -> Piece:

@@ -10,7 +10,7 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.experience import FinishReason, Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
-from quartet.models.chat import ChatError, after_reply
+from quartet.models.chat import ChatError, after_reply, render
 from quartet.models.protocols import Tokenizer
 
 Message = Mapping[str, Any]
@@ -80,6 +80,20 @@ def _answers(episodes: Sequence[_Episode], turns: Sequence[Rollout]) -> list[_An
         messages, reward, is_over = episode.world.step(turn.response)
         answers.append((list(messages), float(reward), bool(is_over)))
     return answers
+
+
+def check_second_turn(tokenizer: Tokenizer, prompt: Prompt) -> None:
+    """Check, before anything is sampled, that the chat template can continue an answer to the
+    prompt with a message of an environment. Raises ChatError."""
+    message = {"role": "user", "content": "and then?"}
+    try:
+        after_reply(
+            tokenizer, prompt.messages or (), [message], tokenizer.eos_token_id, prompt.extra
+        )
+    except ChatError as error:
+        raise ChatError(
+            f"{prompt.id}: an environment cannot answer the policy in this conversation: {error}"
+        ) from error
 
 
 class Episodes:
@@ -167,11 +181,7 @@ class Episodes:
         history, context = list(prompt.messages or ()), list(prompt.ids)
         if opening:
             history += opening
-            context = list(
-                self.tokenizer.apply_chat_template(
-                    history, add_generation_prompt=True, return_dict=False
-                )
-            )
+            context = render(self.tokenizer, history, columns=prompt.extra)[0]
         return _Episode(prompt, group, number, world, history, context)
 
     def _take(
@@ -186,7 +196,10 @@ class Episodes:
             episode.finish = "length"
             return
         reply = {"role": "assistant", "content": turn.response}
-        heard = after_reply(self.tokenizer, episode.history, reply, messages) if messages else []
+        heard: list[int] = []
+        if messages:
+            end, columns = turn.response_ids[-1], episode.prompt.extra
+            heard = after_reply(self.tokenizer, episode.history, messages, end, columns)
         episode.history += [reply, *messages]
         room = self.max_tokens - len(episode.context) - len(episode.ids) - len(heard)
         if is_over or last:

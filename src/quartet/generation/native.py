@@ -16,6 +16,7 @@ from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
 from quartet.models.adapters import REWARD
 from quartet.models.protocols import CausalModel, Tokenizer
+from quartet.models.support import support_of
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -128,6 +129,7 @@ class NativeGenerator:
         if not prompts:
             return []
         device, limit = self.model.device, sampling.max_new_tokens
+        support = support_of(self.model)
         noise = noise.to(device)
         decoder = make_decoder(self.model, max(map(len, prompts)) + limit, self.max_rows)
         waiting = deque(range(len(prompts)))
@@ -152,7 +154,8 @@ class NativeGenerator:
                 rows = torch.cat([rows, added])
                 lengths = torch.nn.functional.pad(lengths, (0, len(new)))
                 alive = torch.nn.functional.pad(alive, (0, len(new)), value=True)
-            drawn = draw(logits, sampling, noise[rows, lengths.clamp(max=limit - 1)])
+            noises = noise[rows, lengths.clamp(max=limit - 1)]
+            drawn = draw(logits[:, :support], sampling, noises)
             steps.append((rows, alive, drawn))
             lengths = lengths + alive
             tokens = drawn.tokens

@@ -6,6 +6,7 @@ from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
 from quartet.models.protocols import Tokenizer
+from quartet.models.text import response_ids
 
 
 class ScriptedGenerator:
@@ -40,10 +41,7 @@ class ScriptedGenerator:
         return self.answers[(self.given - 1) % len(self.answers)]
 
     def _rollout(self, prompt: Prompt, group: int, sample: int, answer: str, limit: int) -> Rollout:
-        ids = [
-            *self.tokenizer.encode(answer, add_special_tokens=False),
-            self.tokenizer.eos_token_id,
-        ]
+        ids = response_ids(self.tokenizer, answer)
         return Rollout(
             id=f"{prompt.id}/{sample}",
             prompt=prompt,

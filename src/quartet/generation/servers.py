@@ -113,12 +113,15 @@ class ServedGenerator:
         at_once: int = 256,
         save_base: Callable[[Path, Mapping[str, Any]], None] | None = None,
         vocab_size: int | None = None,
+        excluded: range = range(0),
     ) -> None:
         """`save` writes weights as a model folder below `shared`, a path that the servers can read.
         `timeout`: seconds for one request, for one server to load new weights, and to wait for a
         server to come back. `at_once`: requests in flight. `save_base` writes the base model; then
         `save` writes only an adapter. `vocab_size`: a reply with a token id that is not below it
-        is rejected."""
+        is rejected. `excluded`: ids outside of the policy's support, which servers are asked not to
+        sample; a reply with one is rejected."""
+        self.excluded = excluded
         self.dialect, self.save_base, self.vocab_size = dialect, save_base, vocab_size
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.save, self.shared, self.tokenizer, self.seed, self.timeout = (
@@ -227,7 +230,7 @@ class ServedGenerator:
         name = None if self.save_base is None else _name(version)
         left = sampling.max_new_tokens - len(answer.ids)
         order = self.dialect.write(
-            [*prompt.ids, *answer.ids], left, sampling, self.stop_ids, seed, name
+            [*prompt.ids, *answer.ids], left, sampling, self.stop_ids, seed, name, self.excluded
         )
         reply = self._post(server, order, MAX_BYTES + BYTES_PER_TOKEN * left, self.timeout)
         if name is not None and 400 <= reply.status < 500 and server.version != version:
@@ -261,6 +264,11 @@ class ServedGenerator:
         if self.vocab_size is not None and any(token >= self.vocab_size for token in piece.ids):
             raise BadReply(
                 f"wrote token {max(piece.ids)}; the policy has tokens up to {self.vocab_size - 1}"
+            )
+        if outside := [token for token in piece.ids if token in self.excluded]:
+            raise BadReply(
+                f"wrote token {outside[0]}, which the tokenizer does not have, although it was "
+                "excluded by logit_bias"
             )
         if self.save_base is None and any(version > self.version for version in piece.versions):
             raise BadReply(

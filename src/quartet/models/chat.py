@@ -1,15 +1,28 @@
-"""Token ids of conversations, by the tokenizer's chat template."""
+"""Token ids of conversations, by the tokenizer's chat template.
 
-from collections.abc import Mapping, Sequence
+The template is rendered as text. Control tokens are those that the template writes: where a message
+quotes one, the quotation is marked before the template sees it, and encoded as text.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from quartet.errors import QuartetError
 from quartet.models.protocols import Tokenizer
+from quartet.models.text import continued, control_pattern, text_ids
 
 Message = Mapping[str, Any]
 """A mapping with `role` and `content`; other keys (tool calls, a name) are passed to the
 template."""
+Columns = Mapping[str, Any]
+"""The other columns of a conversation's row. The template is given `tools`, and what
+`chat_template_kwargs` has."""
+NO_COLUMNS: Columns = MappingProxyType({})
 
 NAMED_TEMPLATES = {
     "chatml": (
@@ -18,10 +31,44 @@ NAMED_TEMPLATES = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
 }
+RESERVED = frozenset(
+    {
+        "messages",
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "return_dict",
+        "return_tensors",
+        "return_assistant_tokens_mask",
+        "sanitize_control_tokens",
+        "tokenizer_kwargs",
+        "padding",
+        "truncation",
+        "max_length",
+    }
+)
+"""Names that `apply_chat_template` gives a meaning of its own, so no template's own variables."""
+QUOTED = "\ufdd0"
+"""Stands behind the first character of a control token that a message quotes. It is no character of
+any text: Unicode leaves it to programs."""
+PLACE = "\ufdd1"
+"""Stands for a reply whose place in the rendered conversation is looked for."""
 
 
 class ChatError(QuartetError, ValueError):
     """A conversation or a template that cannot be used."""
+
+
+class HistoryRewritten(ChatError):
+    """The template writes earlier turns differently once later ones follow, so that a conversation
+    of several answers is not one text that only grows."""
+
+
+# --- templates
 
 
 def set_chat_template(tokenizer: Tokenizer, template: str) -> None:
@@ -40,27 +87,71 @@ def set_chat_template(tokenizer: Tokenizer, template: str) -> None:
         )
 
 
+def set_template_variables(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> None:
+    """Give variables of the tokenizer's template, such as `enable_thinking`, a value for where it
+    is rendered without one.
+
+    They are written at the beginning of the template, which is saved with the trained model: it is
+    used in the format that it was trained in. Raises ChatError for a name that the template does
+    not read.
+    """
+    key = "policy.chat_template_kwargs"
+    if not variables:
+        return
+    if tokenizer.chat_template is None:
+        raise ChatError(f"{key}: the policy's tokenizer has no chat template to read them.")
+    whole = json.dumps(tokenizer.chat_template)
+    for name in variables:
+        if name in RESERVED:
+            raise ChatError(
+                f"{key}.{name}: is not for the template to choose. Tools are a column of the data."
+            )
+        if not re.search(rf"\b{re.escape(name)}\b", whole):
+            raise ChatError(f"{key}.{name}: the chat template reads no {name}. Take it out.")
+    beginning = "".join(
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}"
+        for name, value in variables.items()
+    )
+    # A block swallows the line end behind it; an expression does not.
+    beginning += "{{- '' }}"
+    template = tokenizer.chat_template
+    tokenizer.chat_template = (
+        beginning + template
+        if isinstance(template, str)
+        else {name: beginning + each for name, each in template.items()}
+    )
+
+
+# --- conversations
+
+
 def render(
-    tokenizer: Tokenizer, messages: Sequence[Message], reply: Sequence[Message] = ()
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    reply: Sequence[Message] = (),
+    columns: Columns = NO_COLUMNS,
 ) -> tuple[list[int], list[int]]:
     """Return the ids of the conversation up to where the assistant's reply begins, and the ids of
     the reply up to the end of its turn."""
-    prompt, response, _ = render_turns(tokenizer, messages, reply)
+    prompt, response, _ = render_turns(tokenizer, messages, reply, columns)
     return prompt, response
 
 
 def render_turns(
-    tokenizer: Tokenizer, messages: Sequence[Message], turns: Sequence[Message]
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    turns: Sequence[Message],
+    columns: Columns = NO_COLUMNS,
 ) -> tuple[list[int], list[int], list[bool]]:
     """Return the ids of the conversation up to where the assistant's first turn begins; the ids of
     all that follows, up to the end of its last turn; and a mask of the latter that is True for the
-    assistant's own tokens, the ends of its turns included."""
-    if tokenizer.chat_template is None:
-        raise ChatError(
-            "the data are conversations, but the policy's tokenizer has no chat template. "
-            'Set policy.chat_template = "chatml" or give a file.'
-        )
-    prompt = _ids(tokenizer, messages, add_generation_prompt=True)
+    assistant's own tokens, the ends of its turns included.
+
+    Raises HistoryRewritten where the template writes an earlier turn differently once a later one
+    follows; each answer alone can then be rendered.
+    """
+    text = partial(_text, tokenizer, columns=columns)
+    prompt = text(messages, add_generation_prompt=True)
     history, so_far = list(messages), prompt
     response: list[int] = []
     own: list[bool] = []
@@ -68,46 +159,82 @@ def render_turns(
         history.append(turn)
         if turn["role"] != "assistant":
             continue
-        before = _ids(tokenizer, history[:-1], add_generation_prompt=True)
-        whole = _ids(tokenizer, history, add_generation_prompt=False)
-        between = _remainder(so_far, before)
-        if turn["content"] and len(_remainder(before, whole)) == 0:
-            raise ChatError(
-                "the chat template does not write what the assistant says, so there would be "
-                "nothing to learn. Look at "
-                "policy.chat_template."
+        before = text(history[:-1], add_generation_prompt=True)
+        whole = text(history, add_generation_prompt=False)
+        if not before.startswith(so_far):
+            raise HistoryRewritten(
+                "the chat template writes earlier answers differently once later turns follow."
             )
+        said = _remainder(before, whole)
+        if turn["content"] and not said:
+            raise ChatError(NOT_WRITTEN)
         reply, rest = _to_its_end(
-            _remainder(before, whole), tokenizer.eos_token_id, last=number == len(turns)
+            _ids(tokenizer, said, after=before),
+            tokenizer.eos_token_id,
+            last=number == len(turns),
         )
+        between = _ids(tokenizer, before[len(so_far) :], after=so_far)
         response += [*between, *reply, *rest]
         own += [False] * len(between) + [True] * len(reply) + [False] * len(rest)
         so_far = whole
     last = len(own) - own[::-1].index(True) if True in own else 0
-    return prompt, response[:last], own[:last]
+    return _ids(tokenizer, prompt), response[:last], own[:last]
+
+
+def conversation_ids(
+    tokenizer: Tokenizer, messages: Sequence[Message], columns: Columns = NO_COLUMNS
+) -> list[int]:
+    """Return the ids of a whole conversation, as a reward model reads it."""
+    return _ids(tokenizer, _text(tokenizer, messages, add_generation_prompt=False, columns=columns))
 
 
 def after_reply(
-    tokenizer: Tokenizer, history: Sequence[Message], reply: Message, messages: Sequence[Message]
+    tokenizer: Tokenizer,
+    history: Sequence[Message],
+    messages: Sequence[Message],
+    end: int,
+    columns: Columns = NO_COLUMNS,
 ) -> list[int]:
-    """Return the ids between the end-of-sequence token of the assistant's reply and its next
-    turn."""
-    before = _ids(tokenizer, history, add_generation_prompt=True)
-    whole = _ids(tokenizer, [*history, reply], add_generation_prompt=False)
-    _, rest = _to_its_end(_remainder(before, whole), tokenizer.eos_token_id, last=False)
-    return rest + _remainder(
-        whole, _ids(tokenizer, [*history, reply, *messages], add_generation_prompt=True)
+    """Return the ids between the token `end`, which ended the assistant's reply to the history, and
+    its next turn, which follows `messages`.
+
+    Only what is new is rendered: the template may write the reply, and turns before it, otherwise
+    once messages follow; what was sampled stays as it was.
+    """
+    reply = {"role": "assistant", "content": PLACE}
+    whole = _text(
+        tokenizer, [*history, reply, *messages], add_generation_prompt=True, columns=columns
     )
+    new = _behind_place(whole)
+    ids = _ids(tokenizer, new, after=PLACE)
+    if end in ids:
+        return ids[ids.index(end) + 1 :]
+    # The template ends no turn with that token; the policy wrote what ends a turn itself.
+    alone = _text(tokenizer, [*history, reply], add_generation_prompt=False, columns=columns)
+    closing = _behind_place(alone)
+    return _ids(tokenizer, _remainder(closing, new), after=PLACE + closing)
 
 
-def _remainder(start: list[int], whole: list[int]) -> list[int]:
+NOT_WRITTEN = (
+    "the chat template does not write what the assistant says, so there would be nothing to learn. "
+    "Look at policy.chat_template."
+)
+
+
+def _behind_place(text: str) -> str:
+    _, place, behind = text.rpartition(PLACE)
+    if not place:
+        raise ChatError(NOT_WRITTEN)
+    return behind
+
+
+def _remainder(start: str, whole: str) -> str:
     """Return what follows `start` in `whole`. Raises ChatError if `whole` does not begin with
     it."""
-    if whole[: len(start)] != start:
+    if not whole.startswith(start):
         raise ChatError(
             "the chat template writes the prompt differently once a reply follows, so prompt and "
-            "reply cannot be told "
-            "apart. Use a template in which a conversation only grows."
+            "reply cannot be told apart. Use a template that only adds the reply."
         )
     return whole[len(start) :]
 
@@ -121,17 +248,93 @@ def _to_its_end(reply: list[int], end: int, last: bool) -> tuple[list[int], list
     return ([*reply, end] if last else reply), []
 
 
-def _ids(
-    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool
-) -> list[int]:
+def _text(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    columns: Columns = NO_COLUMNS,
+) -> str:
+    """Return the conversation as the template writes it, quoted control tokens marked."""
+    if tokenizer.chat_template is None:
+        raise ChatError(
+            "the data are conversations, but the policy's tokenizer has no chat template. "
+            'Set policy.chat_template = "chatml" or give a file.'
+        )
+    pattern = control_pattern(tokenizer)
+    variables = columns.get("chat_template_kwargs") or {}
+    if misplaced := sorted(RESERVED & variables.keys()):
+        raise ChatError(f"chat_template_kwargs has {misplaced[0]}, which is no template's own.")
     try:
-        return list(
-            tokenizer.apply_chat_template(
-                [dict(m) for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-            )
+        rendered: str = tokenizer.apply_chat_template(
+            [_marked(pattern, dict(message)) for message in messages],
+            tools=_marked(pattern, columns.get("tools") or None),
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            **_marked(pattern, dict(variables)),
         )
     except Exception as error:  # a template is a program and may raise anything
         raise ChatError(f"the chat template refuses the conversation: {error}") from error
+    return rendered
+
+
+def _marked(pattern: "re.Pattern[str] | None", value: Any) -> Any:
+    """Return a value with the control tokens that its texts quote marked."""
+    if pattern is None:
+        return value
+    if isinstance(value, str):
+        while pattern.search(value):
+            value = pattern.sub(lambda token: token[1][0] + QUOTED + token[1][1:], value)
+        return value
+    if isinstance(value, Mapping):
+        return {_marked(pattern, k): _marked(pattern, v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(pattern, item) for item in value]
+    return value
+
+
+def _ids(tokenizer: Tokenizer, text: str, after: str = "") -> list[int]:
+    """Return the ids of text that a template rendered, and that stands behind the text `after`."""
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    continues = _continues(tokenizer, after)
+    if QUOTED not in text:
+        return continued(tokenizer, text, encode) if continues else encode(text)
+    return [
+        token
+        for segment, is_control, follows in _segments(tokenizer, text, continues)
+        for token in (
+            encode(segment) if is_control else text_ids(tokenizer, segment, continues=follows)
+        )
+    ]
+
+
+def _segments(tokenizer: Tokenizer, text: str, continues: bool) -> Iterator[tuple[str, bool, bool]]:
+    """Yield the control tokens of a rendered text and the texts between them, as the tokenizer cuts
+    it; whether each is a control token; and whether a text continues another one."""
+    pattern = control_pattern(tokenizer)
+    assert pattern is not None, "quotations were marked by it"
+    parts = pattern.split(text)
+    known = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    for place, part in enumerate(parts):
+        if place % 2:
+            yield part, True, False
+            continue
+        plain = part.replace(QUOTED, "")
+        # Some control tokens swallow the spaces around them.
+        if place and getattr(known.get(parts[place - 1]), "rstrip", False):
+            plain = plain.lstrip()
+        if place + 1 < len(parts) and getattr(known.get(parts[place + 1]), "lstrip", False):
+            plain = plain.rstrip()
+        if plain:
+            follows = continues if place == 0 else _continues(tokenizer, parts[place - 1])
+            yield plain, False, follows
+
+
+def _continues(tokenizer: Tokenizer, after: str) -> bool:
+    """Return whether text behind `after` is encoded as its continuation, and not as the beginning
+    of a text. Behind a control token, tokenizers with a dummy prefix differ."""
+    pattern = control_pattern(tokenizer)
+    parts = [after] if pattern is None else pattern.split(after)
+    if len(parts) == 1 or parts[-1]:
+        return bool(after)
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    return encode(parts[-2] + "a")[1:] != encode("a")

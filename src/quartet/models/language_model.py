@@ -38,6 +38,7 @@ from quartet.models.logprobs import (
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.quantize import NF4Linear
 from quartet.models.shape import Shape
+from quartet.models.support import support_of
 from quartet.models.trunk import checkpointing, hidden_states, rows_at
 from quartet.tensors import Bool, Float, Int, Tensor
 
@@ -89,6 +90,21 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
         ) from error
     check_whole(folder, model, report)
     return model.to(device).eval()
+
+
+@torch.no_grad()
+def add_embeddings(model: CausalModel, tokenizer: Tokenizer) -> None:
+    """Add rows to the embeddings and the head of a model for tokens that only its tokenizer has.
+    Each new row is the mean of the old ones, so that its logit is their mean (Hewitt 2021,
+    "Initializing New Word Embeddings for Pretrained Language Models")."""
+    rows, size = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if size <= rows:
+        return
+    model.resize_token_embeddings(size, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for tensor in (layer.weight, getattr(layer, "bias", None)):
+            if tensor is not None:
+                tensor[rows:] = tensor[:rows].mean(0)
 
 
 UNLOADABLE = (
@@ -313,11 +329,19 @@ def forward_positions(
 
 
 def logits_of(model: LanguageModel, outputs: PositionOutputs) -> Float[Tensor, "N V"]:
-    """Return the logits of all N positions at once."""
+    """Return the logits of all N positions at once; V is the size of the policy's support."""
     if outputs.logits is not None:
-        return outputs.logits
-    head = model.get_output_embeddings()
-    return head_logits(outputs.hidden, head.weight, getattr(head, "bias", None))
+        return outputs.logits[:, : support_of(model)]
+    return head_logits(outputs.hidden, *_head(model))
+
+
+def _head(model: LanguageModel) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of the output head, the rows of the policy's support."""
+    head, support = model.get_output_embeddings(), support_of(model)
+    bias = getattr(head, "bias", None)
+    if support is None:
+        return head.weight, bias
+    return head.weight[:support], None if bias is None else bias[:support]
 
 
 def statistics(
@@ -331,14 +355,12 @@ def statistics(
     """Return log-probs and entropies of the masked tokens, at their places; 0 elsewhere."""
     targets = tokens[mask].to(outputs.hidden.device, non_blocking=True)
     if outputs.logits is None:
-        head = model.get_output_embeddings()
-        bias = getattr(head, "bias", None)
         logprobs, entropy = head_statistics(
-            outputs.hidden, head.weight, bias, targets, temperature, entropy_gradient
+            outputs.hidden, *_head(model), targets, temperature, entropy_gradient
         )
     else:
         logprobs, entropy = logits_statistics(
-            outputs.logits, targets, temperature, entropy_gradient
+            logits_of(model, outputs), targets, temperature, entropy_gradient
         )
     return scatter_to_tokens(logprobs, mask), scatter_to_tokens(entropy, mask)
 

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
         def get_output_embeddings(self) -> nn.Linear:
             """Return the layer from hidden states to logits."""
 
+        def resize_token_embeddings(self, size: int, *, mean_resizing: bool = True) -> object:
+            """Give the embeddings and the head so many rows."""
+
         def save_pretrained(
             self, folder: str | PathLike[str], state_dict: Mapping[str, torch.Tensor] | None = None
         ) -> None:
@@ -63,13 +66,27 @@ if TYPE_CHECKING:
         pad_token_id: int | None
         vocab_size: int
         all_special_ids: list[int]
-        chat_template: str | None
+        all_special_tokens: list[str]
+        added_tokens_decoder: Mapping[int, Any]
+        bos_token: str | None
+        chat_template: Any
+        """A template, or templates by name."""
 
         def __len__(self) -> int: ...
 
         def __call__(self, *texts: Any, **options: Any) -> Any: ...
 
-        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+        def encode(
+            self,
+            text: str,
+            add_special_tokens: bool = True,
+            *,
+            split_special_tokens: bool = False,
+        ) -> list[int]: ...
+
+        def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]: ...
+
+        def convert_tokens_to_ids(self, token: str) -> int: ...
 
         def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str: ...
 
@@ -82,6 +99,7 @@ if TYPE_CHECKING:
             add_generation_prompt: bool = False,
             tokenize: bool = True,
             return_dict: bool = True,
+            **variables: Any,
         ) -> Any: ...
 
         def save_pretrained(self, folder: str | PathLike[str]) -> object: ...

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -107,6 +108,19 @@ def _scores(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
             )
         usable.append(score if fits else None)
     return usable
+
+
+def check_model_scores(
+    name: str, rollouts: Sequence[Rollout], scores: Sequence[Sequence[float]]
+) -> None:
+    """Raise `RewardError` where a reward model's numbers of a rollout are not finite. Other rewards
+    may have no number for a response; a model that gives none has damaged weights."""
+    for rollout, numbers in zip(rollouts, scores, strict=True):
+        if not all(map(math.isfinite, numbers)):
+            raise RewardError(
+                f"reward {name}: the score of {rollout.id} is not finite: the model's weights are "
+                f'wrong. The response is "{rollout.response[:200]}".'
+            )
 
 
 def with_score(rollouts: Sequence[Rollout]) -> list[Rollout]:

@@ -1,6 +1,5 @@
 """A trained reward model as a reward."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,7 +9,7 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.experience import Rollout
 from quartet.models.heads import ScalarModel
 from quartet.models.padding import response_mask, right_pad
-from quartet.rewards.protocol import RewardError, Score
+from quartet.rewards.protocol import Score, check_model_scores
 
 
 class ModelReward:
@@ -56,14 +55,9 @@ class ModelReward:
             for rows in self.process_group.all_gather(list(mine.items()))
             for i, found in rows
         }
-        for i, found in sorted(everything.items()):
-            if not all(map(math.isfinite, found)):
-                raise RewardError(
-                    f"reward {self.name}: the score of {rollouts[i].id} is not finite: the model's "
-                    f"weights are wrong. "
-                    f'The response is "{rollouts[i].response[:200]}".'
-                )
-        return [everything[i] for i in range(len(rollouts))]
+        outputs = [everything[i] for i in range(len(rollouts))]
+        check_model_scores(self.name, rollouts, outputs)
+        return outputs
 
     def _read(
         self, rollouts: Sequence[Rollout], rows: Sequence[int], whole: bool

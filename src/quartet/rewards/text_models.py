@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,12 @@ from quartet.distributed.balance import micro_batches
 from quartet.distributed.offload import NO_OFFLOAD
 from quartet.experience import Rollout
 from quartet.models.actor_critic import freeze
+from quartet.models.chat import conversation_ids
 from quartet.models.heads import ScalarModel, load_classifier
 from quartet.models.language_model import ModelError, load_tokenizer
 from quartet.models.padding import right_pad
 from quartet.models.precision import compute_in, label_layer
-from quartet.rewards.protocol import RewardError, Score
+from quartet.rewards.protocol import RewardError, Score, check_model_scores
 
 Ids = Sequence[int]
 
@@ -72,13 +74,14 @@ class TextModelReward:
                     f"reads at most {self.limit:,}. Lower data.max_prompt_tokens or "
                     f"rollout.max_new_tokens."
                 )
-        made: list[Score] = [None] * len(rollouts)
+        made = [0.0] * len(rollouts)
         with self.placement.on_device(self.model):
             for rows in micro_batches([len(ids) for ids, _ in texts], self.micro_batch_tokens):
                 scores = self._scores([texts[i] for i in rows])
                 for i, score in zip(rows, scores, strict=True):
                     made[i] = score
-        return made
+        check_model_scores(self.name, rollouts, [[score] for score in made])
+        return list(made)
 
     def _scores(self, texts: Sequence[tuple[Ids, Ids | None]]) -> list[float]:
         tokens, lengths = right_pad([ids for ids, _ in texts])
@@ -104,19 +107,18 @@ class TextModelReward:
 
     def _ids(self, rollout: Rollout) -> tuple[Ids, Ids | None]:
         """Return the token ids, and their token types where the model has them."""
-        if rollout.prompt.messages is not None and self.tokenizer.chat_template is not None:
-            reply = {"role": "assistant", "content": rollout.response}
-            conversation = [dict(m) for m in rollout.prompt.messages] + [reply]
-            return list(
-                self.tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
-            ), None
+        prompt, response = rollout.prompt, rollout.response
+        if prompt.messages is not None and self.tokenizer.chat_template is not None:
+            reply = {"role": "assistant", "content": response}
+            return conversation_ids(self.tokenizer, [*prompt.messages, reply], prompt.extra), None
+        # What the texts quote of this tokenizer's control tokens is text.
+        encode = partial(self.tokenizer, split_special_tokens=True)
         if is_decoder(self.model):
-            ids = self.tokenizer(rollout.prompt.text + rollout.response).input_ids
+            ids = encode(prompt.text + response).input_ids
             end = self.tokenizer.eos_token_id
-            return [*ids, end] if rollout.finish_reason == "stop" and end is not None and ids[
-                -1:
-            ] != [end] else ids, None
-        pair = self.tokenizer(rollout.prompt.text, rollout.response)
+            ended = rollout.finish_reason == "stop" and end is not None
+            return [*ids, end] if ended and ids[-1:] != [end] else ids, None
+        pair = encode(prompt.text, response)
         return pair.input_ids, pair.get("token_type_ids")
 
 
@@ -187,7 +189,9 @@ class StepReward:
             a is not b for a, b in zip(rollouts, self._last[0], strict=True)
         ):
             with self.placement.on_device(self.model):
-                self._last = (list(rollouts), [self._steps(r) for r in rollouts])
+                steps = [self._steps(r) for r in rollouts]
+            check_model_scores(self.name, rollouts, [[s for _, s in each] for each in steps])
+            self._last = (list(rollouts), steps)
         return self._last[1]
 
     @torch.no_grad()
@@ -198,7 +202,9 @@ class StepReward:
             return []
         start = len(rollout.prompt.text)
         encoded = self.tokenizer(
-            rollout.prompt.text + rollout.response, return_offsets_mapping=True
+            rollout.prompt.text + rollout.response,
+            return_offsets_mapping=True,
+            split_special_tokens=True,
         )
         logits = (
             self.model(input_ids=torch.tensor([encoded.input_ids], device=self.model.device))

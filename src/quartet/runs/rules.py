@@ -513,7 +513,7 @@ RULES: dict[Rule, int] = {
     kl_is_negative: 1,
     responses_do_not_end: 3,
     no_signal: 3,
-    unscored: 3,
+    unscored: 1,
     kl_above_target: 1,
     critic_knows_nothing: 3,
     value_loss_explodes: 1,

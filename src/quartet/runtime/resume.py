@@ -169,7 +169,7 @@ def _differences(
         yield RECORD, contents, "put the old file back"
 
 
-ADDED_LATER: dict[str, Any] = {"run.precision": "fp32"}
+ADDED_LATER: dict[str, Any] = {"run.precision": "fp32", "policy.resize_embeddings": False}
 """Settings that older checkpoints do not have, with the value that says what those versions did."""
 
 

@@ -1,0 +1,95 @@
+"""Token ids of text.
+
+A text that quotes a control token, such as `<|im_end|>`, is text: `text_ids` never returns the id
+of a control token. Only a chat template writes them (`quartet.models.chat`), and the end of a
+response is appended as an id.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from quartet.models.protocols import Tokenizer
+
+WORD_MARKS = ("▁", "Ġ")
+"""How tokenizers write the space before a word."""
+ANCHORS = ("\n", "a", ":", ".")
+"""Texts that stand before a text while it is encoded as the continuation of another. Most
+tokenizers with a dummy prefix have no token that contains the first and something else."""
+
+
+def text_ids(tokenizer: Tokenizer, text: str, continues: bool = False) -> list[int]:
+    """Return the token ids of a text in which nothing is a control token.
+
+    `continues`: the text follows another one, as a response follows its prompt. The ids are then
+    those that the text has inside a running text: tokenizers such as Llama 2's put a space before
+    the first word of what they are given, and here it is left out.
+    """
+    encode = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
+    return continued(tokenizer, text, encode) if continues else encode(text)
+
+
+def continued(tokenizer: Tokenizer, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    """Return what `encode` gives for a text that follows another one, without the space that some
+    tokenizers put before the first word."""
+    alone = encode(text)
+    if not alone or not _traits(tokenizer).dummy_prefix:
+        return alone
+    unknown: Any = getattr(tokenizer, "unk_token_id", None)
+    for anchor in ANCHORS:
+        before, whole = encode(anchor), encode(anchor + text)
+        ids = whole[len(before) :]
+        follows = before and ids and whole[: len(before)] == before
+        if follows and ids.count(unknown) <= alone.count(unknown):
+            return ids
+    return alone
+
+
+def response_ids(tokenizer: Tokenizer, text: str, ended: bool = True) -> list[int]:
+    """Return the ids of a response in plain text, with the end-of-sequence token if it ended."""
+    ids = text_ids(tokenizer, text, continues=True)
+    return [*ids, tokenizer.eos_token_id] if ended else ids
+
+
+def control_pattern(tokenizer: Tokenizer) -> "re.Pattern[str] | None":
+    """Return a pattern that matches the control tokens of a tokenizer as it writes them in text,
+    the longest first; None if it has none. The token is its first group."""
+    return _traits(tokenizer).control
+
+
+def quoted_control(tokenizer: Tokenizer, text: str) -> str | None:
+    """Return the first control token that a text quotes, None if it quotes none."""
+    pattern = control_pattern(tokenizer)
+    match = None if pattern is None else pattern.search(text)
+    return None if match is None else match[1]
+
+
+@dataclass(frozen=True)
+class _Traits:
+    """What is looked up once for each tokenizer."""
+
+    size: int
+    """The number of tokens when it was looked up: tokens can be added."""
+    control: "re.Pattern[str] | None"
+    dummy_prefix: bool
+    """Whether the tokenizer puts a space before the first word of every text."""
+
+
+_TRAITS: "WeakKeyDictionary[Tokenizer, _Traits]" = WeakKeyDictionary()
+
+
+def _traits(tokenizer: Tokenizer) -> _Traits:
+    traits = _TRAITS.get(tokenizer)
+    if traits is None or traits.size != len(tokenizer):
+        tokens = {str(token) for token in tokenizer.all_special_tokens}
+        tokens |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        longest_first = sorted((t for t in tokens if len(t) > 1), key=lambda t: (-len(t), t))
+        either = "|".join(map(re.escape, longest_first))
+        control = re.compile(f"({either})") if either else None
+        written = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))
+        dummy_prefix = bool(written) and written[0].startswith(WORD_MARKS)
+        _TRAITS[tokenizer] = traits = _Traits(len(tokenizer), control, dummy_prefix)
+    return traits

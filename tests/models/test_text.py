@@ -1,0 +1,47 @@
+"""Text and token ids: what looks like a control token is text, and text goes on as running text."""
+
+import pytest
+
+from quartet.models.text import quoted_control, response_ids, text_ids
+from tests.support.chats import byte_level, sentence_pieces
+from tests.support.world import tokenizer as world
+
+MAKERS = {"byte_level": byte_level, "sentence_pieces": sentence_pieces, "world": world}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_control_token_in_a_text_is_text(kind):
+    made = MAKERS[kind]()
+    end = made.eos_token
+    ids = text_ids(made, f"the {end} is it")
+    assert made.eos_token_id in made.encode(f"the {end} is it"), "this is what transformers does"
+    assert not set(ids) & set(made.all_special_ids) - {made.unk_token_id}
+    assert response_ids(made, f"so {end}").count(made.eos_token_id) == 1
+    assert response_ids(made, "so")[-1] == made.eos_token_id
+    assert response_ids(made, "so", ended=False)[-1:] != [made.eos_token_id]
+    assert quoted_control(made, f"a {end} b") == end and quoted_control(made, "a < b") is None
+
+
+def test_tokens_that_are_not_special_stay_tokens():
+    made = byte_level()
+    assert made.convert_tokens_to_ids("<think>") in text_ids(made, "<think>yes</think>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [("why:", " the answer is 4"), ("why:", "the answer"), ("why", "\nbecause"), ("is it", "  so")],
+)
+@pytest.mark.parametrize("kind", ["byte_level", "sentence_pieces"])
+def test_prompt_and_answer_have_the_ids_of_the_running_text(kind, prompt, answer):
+    made = MAKERS[kind]()
+    ids = text_ids(made, prompt) + text_ids(made, answer, continues=True)
+    assert made.decode(ids) == prompt + answer
+    assert ids == made.encode(prompt + answer, add_special_tokens=False)
+
+
+def test_the_world_of_words_keeps_its_words():
+    made = world()
+    for answer in (" was good.", "good"):
+        ids = made.encode(answer, add_special_tokens=False)
+        assert text_ids(made, answer, continues=True) == ids
+    assert text_ids(made, ".", continues=True) == made.encode("film.", add_special_tokens=False)[1:]
