@@ -222,12 +222,18 @@ def is_plain_linear(layer: Any) -> bool:
     return getattr(type(layer), "_plain_class", type(layer)) is nn.Linear
 
 
+def is_conv1d(layer: Any) -> bool:
+    """Return whether a layer is transformers' Conv1D, a linear layer whose weight is [in, out]."""
+    return getattr(type(layer), "_plain_class", type(layer)) is Conv1D
+
+
 def has_merged_weight(product: Any) -> bool:
-    """Return whether `merged_weight` gives the weight of a layer: a plain linear layer, or one
-    under plain LoRA (no DoRA or other variant) with at most one active adapter."""
-    if is_plain_linear(product):
+    """Return whether `merged_weight` gives the weight of a layer: a plain linear layer (or Conv1D),
+    or one under plain LoRA (no DoRA or other variant) with at most one active adapter."""
+    if is_plain_linear(product) or is_conv1d(product):
         return True
-    if not hasattr(product, "lora_A") or not is_plain_linear(product.base_layer):
+    base = getattr(product, "base_layer", None)
+    if not hasattr(product, "lora_A") or not (is_plain_linear(base) or is_conv1d(base)):
         return False
     active = product.active_adapters
     return len(active) <= 1 and all(
@@ -256,16 +262,14 @@ def apply_linear(product: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def merged_weight(product: Any) -> Tensor:
-    """Return the weight of a linear layer: W, or W + (alpha / rank) B A under the active
+    """Return the weight [out, in] of a linear layer: W, or W + (alpha / rank) B A under the active
     adapter."""
-    if not hasattr(product, "base_layer"):
-        weight: Tensor = product.weight
-        return weight
-    weight = product.base_layer.weight
-    if not product._disable_adapters:
+    base = getattr(product, "base_layer", product)
+    weight: Tensor = base.weight
+    if base is not product and not product._disable_adapters:
         for name in product.active_adapters:
             weight = weight + product.get_delta_weight(name)
-    return weight
+    return weight.t() if is_conv1d(base) else weight
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from quartet.distributed.process_group import TorchProcessGroup
 from quartet.distributed.sharding import is_sharded
-from quartet.models.llama import BLOCK_FORWARD, block_forward, has_fused_forward
+from quartet.models.fused import BLOCK_FORWARD, block_forward, has_fused_forward
 from quartet.models.precision import compute_dtype, read_as_held
 from quartet.models.trunk import blocks_of
 
