@@ -23,6 +23,7 @@ from quartet.models.packing import pack
 from quartet.models.precision import compute_in
 from quartet.models.trunk import checkpoint_blocks
 from tests.models.test_llama import disturbed, ragged
+from tests.support.pretended_device import on_device, pretended
 from tests.support.world import prompts, tokenizer
 
 WINDOWS = {
@@ -289,6 +290,27 @@ def test_in_bfloat16_both_forwards_agree_up_to_rounding_and_so_does_the_decoder(
     theirs = policy(input_ids=tokens[1:2, :25]).logits[0, -1].float()
     assert logits.dtype == torch.float32
     assert (logits[0] - theirs).norm() / theirs.norm() < 0.06
+
+
+@pytest.mark.parametrize("name", ["gemma 2", "gemma 3", "gpt-2", "gpt-neox", "granite", "olmo 3"])
+def test_on_a_gpu_that_is_not_there_slots_give_the_logits_of_the_cpu(name):
+    """Windows, caps, learned positions: no tensor is left on the other device, and numbers are those of bfloat16."""
+    here = compute_in(language_model(name), torch.bfloat16)
+    prompt, more = [5, 9, 21, 33, 4, 17, 8, 30, 2, 11], [7, 12, 30]
+
+    def logits(made):
+        decoder = make_decoder(made, 20)
+        found = [decoder.prefill([prompt, prompt[:4]], 1)]
+        found += [decoder.step(torch.tensor([token, token]).to(made.device)) for token in more]
+        return type(decoder), [x.cpu() for x in found]
+
+    kind, expected = logits(here)
+    with pretended():
+        there = compute_in(on_device(language_model(name)), torch.bfloat16)
+        other, found = logits(there)
+    assert (kind, other) == (RowDecoder, SlotDecoder)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() < 0.05 * b.norm()
 
 
 # --- what the table does not describe

@@ -36,7 +36,9 @@ def test_masked_tokens_are_spoken_of_from_one_before_and_their_numbers_return_to
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("chunk_elements", [1, 13 * 4, 13 * 5, 10**6])
-@pytest.mark.parametrize("shape", [PLAIN, LogitShape(0.3), LogitShape(1.0, 2.0), LogitShape(3.0, 4.0)])
+@pytest.mark.parametrize(
+    "shape", [PLAIN, LogitShape(0.3), LogitShape(1.0, 2.0), LogitShape(3.0, 4.0)]
+)
 def test_log_probs_in_chunks_are_those_of_the_whole_and_so_are_their_gradients(
     temperature, with_bias, chunk_elements, shape
 ):
