@@ -40,9 +40,9 @@ from quartet.tensors import Float, Int, Tensor
 
 BLOCK_FORWARD = "block_forward"
 """The name under which a block that is sharded or compiled has `block_forward` as a method."""
-BF16_DIFFERENCE = 0.05
-"""How far apart, relative to their length, two forwards in bfloat16 may leave a token's vector.
-They round some nine times a block, by up to 2⁻⁹ each."""
+DIFFERENCE, BF16_DIFFERENCE = 1e-4, 0.05
+"""How far apart, relative to its length, two forwards may leave a token's vector, in float32 and in
+bfloat16. In bfloat16 they round some nine times a block, by up to 2⁻⁹ each."""
 CHECKED_TOKENS = 12
 """How many tokens both forwards are compared on."""
 CHECKED_WINDOW = 5
@@ -74,12 +74,11 @@ def _agrees(trunk: Trunk) -> bool:
     with _narrow_windows(trunk.config):
         ours = packed_hidden_states(trunk, packed)
         theirs = trunk(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
-    if ours.dtype in {torch.float32, torch.float64}:
-        return torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4)
-    # In bfloat16 single numbers differ by rounding, which adds up over the layers; a token's vector
-    # as a whole keeps its direction and length.
+    bound = DIFFERENCE if ours.dtype in {torch.float32, torch.float64} else BF16_DIFFERENCE
+    # Single numbers differ by rounding, which adds up over the layers; a token's vector as a whole
+    # keeps its direction and length.
     error = (ours.float() - theirs.float()).norm(dim=-1)
-    return bool((error <= BF16_DIFFERENCE * theirs.float().norm(dim=-1)).all())
+    return bool((error <= bound * theirs.float().norm(dim=-1)).all())
 
 
 @contextmanager
