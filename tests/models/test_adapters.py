@@ -13,7 +13,7 @@ from transformers import (
 
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.sampler import Sampler
-from quartet.generation.decoders import LlamaDecoder, make_decoder
+from quartet.generation.decoders import RowDecoder, make_decoder
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.loops.collect import Collector
@@ -123,7 +123,7 @@ def test_further_adapters_leave_the_policys_switched_on_and_trained():
 
 def test_the_fast_decoder_samples_under_the_adapter_what_the_plain_one_does():
     made = adapted()
-    assert isinstance(make_decoder(made, 32), LlamaDecoder)
+    assert isinstance(make_decoder(made, 32), RowDecoder)
     generator = NativeGenerator(made, tokenizer(), frozenset({1}), 0)
     rollouts = generator.generate(prompts(6), Sampling(max_new_tokens=8))
     for r in rollouts:
@@ -277,4 +277,4 @@ def test_what_an_adapter_cannot_be_put_on():
 def test_named_targets_are_the_only_ones():
     made = add_adapter(model(), Lora(rank=2, targets=("q_proj", "v_proj")), POLICY, 0)
     assert len(adapter_parameters(made, POLICY)) == 2 * 2 * 2
-    assert isinstance(make_decoder(made, 32), LlamaDecoder)
+    assert isinstance(make_decoder(made, 32), RowDecoder)

@@ -25,6 +25,7 @@ from quartet.models.adapters import (
     frozen_copy,
     read_adapter,
 )
+from quartet.models.architectures import longest_fused, why_not_fused
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import (
     ModelError,
@@ -32,8 +33,8 @@ from quartet.models.language_model import (
     create,
     load_model,
     read_config,
+    shape_config,
 )
-from quartet.models.llama import FAMILY
 from quartet.models.loading import Rows, fill, skeleton, trunk_weights, weights_for
 from quartet.models.precision import DTYPES, best_precision, compute_dtype, compute_in
 from quartet.models.protocols import Tokenizer
@@ -94,15 +95,9 @@ class Models:
     def check(self) -> None:
         """Check what is known of the models before they are loaded. Raises `ModelError`."""
         policy = self.config.policy
-        kind = (
-            policy.create.type
-            if policy.create
-            else read_config(str(self.folder)).get_text_config().model_type
-        )
-        if policy.compile and kind not in FAMILY:
+        if policy.compile and (why := self.why_slow()) is not None:
             raise ModelError(
-                f"policy.compile = true: works with {', '.join(sorted(FAMILY))}, not with {kind}. "
-                "Use false."
+                f"policy.compile = true: compiles Quartet's own forward pass, and {why}. Use false."
             )
         if self.folder is not None:
             size = read_config(self.folder).get_text_config().vocab_size
@@ -239,20 +234,33 @@ class Models:
         uses_tf32 = torch.get_float32_matmul_precision() != "highest"
         return "fp32 (products in TF32)" if self.device.type == "cuda" and uses_tf32 else "fp32"
 
+    def policy_config(self) -> Any:
+        """Return the transformers config of the policy that the run starts from."""
+        create = self.config.policy.create
+        if create is None:
+            return read_config(str(self.folder))
+        return shape_config(create, self.tokenizer)
+
+    def why_slow(self) -> str | None:
+        """Return why the policy has no fused forward pass of ours, as the end of a sentence."""
+        why: str | None = why_not_fused(self.policy_config())
+        return why
+
     def slow_path(self) -> str | None:
-        """Return a sentence where the policy's architecture has no fused forward pass of ours."""
-        policy = self.config.policy
-        kind: str = (
-            policy.create.type
-            if policy.create
-            else read_config(str(self.folder)).get_text_config().model_type
-        )
-        if kind in FAMILY:
-            return None
-        return (
-            f"{kind} goes through transformers' own forward pass and cache, in training and in "
-            f"sampling. Quartet's own, which is faster, is for {', '.join(sorted(FAMILY))}."
-        )
+        """Return a sentence where the policy goes through transformers' forward pass, always or for
+        long texts."""
+        why, longest = self.why_slow(), longest_fused(self.policy_config())
+        if why is not None:
+            return (
+                f"{why[0].upper()}{why[1:]}: the policy goes through transformers' own forward "
+                "pass and cache, in training and in sampling, which is slower."
+            )
+        if longest is not None and longest < self.longest_sequence():
+            return (
+                f"Texts of more than {longest:,} tokens go through transformers' own forward pass "
+                "and cache, which is slower: LongRoPE rotates them by other frequencies."
+            )
+        return None
 
     def dtype(self, role: Role) -> torch.dtype:
         """Return what a model computes in."""

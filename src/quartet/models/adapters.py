@@ -243,12 +243,19 @@ def is_plain_linear(layer: Any) -> bool:
     return getattr(type(layer), "_plain_class", type(layer)) is nn.Linear
 
 
+def is_conv1d(layer: Any) -> bool:
+    """Return whether a layer is transformers' Conv1D, a linear layer whose weight is [in, out]."""
+    return getattr(type(layer), "_plain_class", type(layer)) is Conv1D
+
+
 def has_merged_weight(product: Any) -> bool:
-    """Return whether `merged_weight` gives the weight of a layer: a plain linear layer, or one
-    under plain LoRA (no DoRA or other variant) with at most one active adapter."""
-    return is_plain_linear(product) or (
-        has_plain_lora(product) and is_plain_linear(product.base_layer)
-    )
+    """Return whether `merged_weight` gives the weight of a layer: a plain linear layer (or Conv1D),
+    or one under plain LoRA (no DoRA or other variant) with at most one active adapter."""
+    return _has_matrix(product) or (has_plain_lora(product) and _has_matrix(product.base_layer))
+
+
+def _has_matrix(layer: Any) -> bool:
+    return is_plain_linear(layer) or is_conv1d(layer)
 
 
 def has_plain_lora(product: Any) -> bool:
@@ -258,7 +265,7 @@ def has_plain_lora(product: Any) -> bool:
         return False
     base, active = product.base_layer, product.active_adapters
     return (
-        (is_plain_linear(base) or isinstance(base, NF4Linear))
+        (_has_matrix(base) or isinstance(base, NF4Linear))
         and len(active) <= 1
         and all(name in product.lora_A and name not in product.lora_variant for name in active)
     )
@@ -285,16 +292,14 @@ def apply_linear(product: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def merged_weight(product: Any) -> Tensor:
-    """Return the weight of a linear layer: W, or W + (alpha / rank) B A under the active
+    """Return the weight [out, in] of a linear layer: W, or W + (alpha / rank) B A under the active
     adapter."""
-    if not hasattr(product, "base_layer"):
-        weight: Tensor = product.weight
-        return weight
-    weight = product.base_layer.weight
-    if not product._disable_adapters:
+    base = getattr(product, "base_layer", product)
+    weight: Tensor = base.weight
+    if base is not product and not product._disable_adapters:
         for name in product.active_adapters:
             weight = weight + product.get_delta_weight(name)
-    return weight
+    return weight.t() if is_conv1d(base) else weight
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from quartet.models.adapters import (
     save_adapter,
 )
 from quartet.models.logprobs import (
+    LogitShape,
     head_logits,
     head_statistics,
     logits_statistics,
@@ -64,17 +65,22 @@ TOKENIZER_FILES = (
 def create(shape: Shape, tokenizer: Tokenizer, seed: int) -> CausalModel:
     """Return a causal language model of this shape for this tokenizer, with random weights from the
     seed."""
-    config = AutoConfig.for_model(
+    config = shape_config(shape, tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: CausalModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return model
+
+
+def shape_config(shape: Shape, tokenizer: Tokenizer) -> Any:
+    """Return the transformers config of this shape for this tokenizer."""
+    return AutoConfig.for_model(
         shape.type,
         **shape.hugging_face(vocabulary=len(tokenizer)),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model: CausalModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    return model
 
 
 def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
@@ -282,18 +288,28 @@ class PositionOutputs:
     hidden: Float[Tensor, "N H"]
     """The last hidden states."""
     logits: Float[Tensor, "N V"] | None
-    """Present only if the head is more than a linear layer on the hidden states; for linear heads
-    the logits are computed when they are needed, in chunks."""
+    """Present only if the head is more than a linear layer with a scale and a cap; for others the
+    logits are computed when they are needed, in chunks."""
 
 
 _LINEAR_HEADS: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+HALF_PRECISION_DIFFERENCE = 2.0**-6
+"""How far apart two ways to round logits may leave them, relative to the largest."""
+
+
+def logit_shape(model: LanguageModel) -> LogitShape:
+    """Return what a model does to the outputs of its head, by the keys of its config: Cohere
+    multiplies them, Granite divides them, and Gemma caps them."""
+    config = (model.model if isinstance(model, AdapterView) else model).config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    return LogitShape(scale / divisor, getattr(config, "final_logit_softcapping", None))
 
 
 @torch.no_grad()
 def has_linear_head(model: CausalModel) -> bool:
-    """Return whether the logits are the output embedding of the last hidden states and nothing
-    else. Some architectures scale or squash them (Gemma 2, Cohere, Granite), so the two are
-    compared on four tokens, once per model."""
+    """Return whether the logits are the output embedding of the last hidden states under the
+    model's `logit_shape`, and nothing else. The two are compared on four tokens, once per model."""
     if model not in _LINEAR_HEADS:
         tokens = (
             torch.arange(4, device=model.device)[None]
@@ -301,11 +317,16 @@ def has_linear_head(model: CausalModel) -> bool:
         )
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         logits = model(input_ids=tokens, use_cache=False).logits
-        linear = model.get_output_embeddings()(hidden)
-        _LINEAR_HEADS[model] = linear.shape == logits.shape and torch.allclose(
-            linear, logits, atol=1e-5, rtol=1e-5
-        )
+        linear = logit_shape(model).applied_to(model.get_output_embeddings()(hidden))
+        _LINEAR_HEADS[model] = linear.shape == logits.shape and _logits_agree(linear, logits)
     return _LINEAR_HEADS[model]
+
+
+def _logits_agree(ours: Tensor, theirs: Tensor) -> bool:
+    if ours.dtype in {torch.float32, torch.float64}:
+        return torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
+    bound = HALF_PRECISION_DIFFERENCE * float(theirs.abs().max())
+    return torch.allclose(ours, theirs, atol=bound, rtol=0)
 
 
 def forward_positions(
@@ -332,7 +353,7 @@ def logits_of(model: LanguageModel, outputs: PositionOutputs) -> Float[Tensor, "
     """Return the logits of all N positions at once; V is the size of the policy's support."""
     if outputs.logits is not None:
         return outputs.logits[:, : support_of(model)]
-    return head_logits(outputs.hidden, *_head(model))
+    return head_logits(outputs.hidden, *_head(model), logit_shape(model))
 
 
 def _head(model: LanguageModel) -> tuple[Tensor, Tensor | None]:
@@ -356,7 +377,12 @@ def statistics(
     targets = tokens[mask].to(outputs.hidden.device, non_blocking=True)
     if outputs.logits is None:
         logprobs, entropy = head_statistics(
-            outputs.hidden, *_head(model), targets, temperature, entropy_gradient
+            outputs.hidden,
+            *_head(model),
+            targets,
+            temperature,
+            entropy_gradient,
+            shape=logit_shape(model),
         )
     else:
         logprobs, entropy = logits_statistics(

@@ -29,13 +29,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from quartet.distributed.process_group import TorchProcessGroup
 from quartet.distributed.sharding import is_sharded
-from quartet.models.llama import (
-    BLOCK_FORWARD,
-    FAMILY,
-    TRUNK_FORWARD,
-    block_forward,
-    trunk_forward,
-)
+from quartet.models.architectures import why_not_fused
+from quartet.models.fused import BLOCK_FORWARD, TRUNK_FORWARD, block_forward, trunk_forward
 from quartet.models.precision import compute_dtype, read_as_held
 from quartet.models.trunk import blocks_of
 
@@ -77,7 +72,7 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
     rounding = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:
         rounding = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    may_fuse = getattr(model.base_model.config, "model_type", None) in FAMILY
+    may_fuse = why_not_fused(model.base_model.config) is None
     for block in blocks:
         read_as_held(block)
         _shard(block, mesh, rounding)
