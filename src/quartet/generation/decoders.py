@@ -16,7 +16,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import DynamicCache
 
 from quartet.generation.cache import PREFILL_TOKENS, spans_within
-from quartet.generation.fused import FusedDecoder, has_merged_weights
+from quartet.generation.fused import FusedDecoder, has_products
 from quartet.generation.slots import SlotDecoder
 from quartet.models.attention import backend, capped_attention
 from quartet.models.fused import has_fused_forward
@@ -65,7 +65,7 @@ def make_decoder(model: CausalModel, width: int, max_rows: int | None = None) ->
     if (
         has_fused_forward(model.base_model, width)
         and has_linear_head(model)
-        and has_merged_weights(model.base_model)
+        and has_products(model.base_model)
     ):
         if backend(model.device, compute_dtype(model)) == "varlen":
             return SlotDecoder(model, width, max_rows)

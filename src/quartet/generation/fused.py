@@ -8,7 +8,12 @@ import torch
 from torch.nn.functional import embedding, linear, rms_norm
 
 from quartet.generation.cache import MIN_ROWS, cache_bytes
-from quartet.models.adapters import has_merged_weight, merged_weight
+from quartet.models.adapters import (
+    apply_linear,
+    has_merged_weight,
+    has_plain_lora,
+    merged_weight,
+)
 from quartet.models.architectures import Layer
 from quartet.models.attention import causal_attention
 from quartet.models.elementwise import HeldNorm, gated
@@ -27,6 +32,7 @@ from quartet.models.logprobs import head_logits
 from quartet.models.packing import Packed, take
 from quartet.models.precision import compute_dtype
 from quartet.models.protocols import CausalModel, Trunk
+from quartet.models.quantize import NF4Linear
 from quartet.tensors import Float, Int, Tensor
 
 
@@ -58,10 +64,10 @@ class FusedBlock:
             turned, values = heads.tensor_split([self.num_rotated])
             return torch.cat([paired(turned), values]).flatten(0, 1)
 
-        self.qkv = FusedLinear([getattr(attention, name) for name in row.qkv], arranged)
-        self.out = FusedLinear([getattr(attention, row.out)])
-        self.up = FusedLinear([getattr(mlp, name) for name in row.up])
-        self.down = FusedLinear([getattr(mlp, row.down)])
+        self.qkv = product_of([getattr(attention, name) for name in row.qkv], arranged)
+        self.out = product_of([getattr(attention, row.out)])
+        self.up = product_of([getattr(mlp, name) for name in row.up])
+        self.down = product_of([getattr(mlp, row.down)])
         self.activation = getattr(mlp, row.activation)
 
         def held(name: str | None) -> HeldNorm | None:
@@ -122,7 +128,7 @@ class FusedBlock:
         gate, linear_up = up.chunk(2, dim=-1)
         return gated(gate, linear_up, self.activation)
 
-    def _added(self, x: Tensor, product: "FusedLinear", y: Tensor, norm: HeldNorm | None) -> Tensor:
+    def _added(self, x: Tensor, product: "Product", y: Tensor, norm: HeldNorm | None) -> Tensor:
         """Return x + the product of y, under the norm of outputs and times the residual scale where
         the architecture has them."""
         if norm is None and self.layer.residual == 1:
@@ -215,17 +221,55 @@ class FusedLinear:
         return self(x) if self.packed else head_logits(x, self.weight, self.bias)
 
 
-def has_merged_weights(trunk: Trunk) -> bool:
-    """Return whether each projection is a weight matrix, or one plus a LoRA that can be merged."""
+class LinearsInTurn:
+    """What FusedLinear computes, of layers whose weights are in 4 bits: each layer by itself, as
+    the learner does, with its adapter beside it."""
+
+    def __init__(
+        self, layers: Sequence[Any], reorder: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.layers, self.order = layers, None
+        if reorder is not None:
+            plain = [getattr(layer, "base_layer", layer) for layer in layers]
+            outputs = torch.arange(sum(layer.out_features for layer in plain))
+            self.order = reorder(outputs).to(plain[0].weight.device)
+
+    def __call__(self, x: Float[Tensor, "N K"]) -> Float[Tensor, "N M"]:
+        products = [apply_linear(layer, x) for layer in self.layers]
+        joined = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        return joined if self.order is None else joined.index_select(-1, self.order)
+
+    def added_to(self, x: Float[Tensor, "N M"], y: Float[Tensor, "N K"]) -> Float[Tensor, "N M"]:
+        """Return x plus the product of y."""
+        return x + self(y)
+
+
+Product = FusedLinear | LinearsInTurn
+
+
+def product_of(layers: Sequence[Any], reorder: Callable[[Tensor], Tensor] | None = None) -> Product:
+    """Return the joint product of linear layers, its outputs reordered as rows of their weights."""
+    if all(map(has_merged_weight, layers)):
+        return FusedLinear(layers, reorder)
+    return LinearsInTurn(layers, reorder)
+
+
+def has_products(trunk: Trunk) -> bool:
+    """Return whether `product_of` takes each projection: it is a weight matrix, or one plus a LoRA
+    that can be merged, or in 4 bits."""
     row = row_of(trunk)
-    return all(
-        has_merged_weight(getattr(part, name))
+    layers = [
+        getattr(part, name)
         for block in blocks_in(trunk)
         for part, names in (
             (getattr(block, row.attention), (*row.qkv, row.out)),
             (mlp_of(block, row), (*row.up, row.down)),
         )
         for name in names
+    ]
+    return all(
+        has_merged_weight(layer) or has_plain_lora(layer) or isinstance(layer, NF4Linear)
+        for layer in layers
     )
 
 
