@@ -16,7 +16,7 @@ from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
 from quartet.models.adapters import REWARD
 from quartet.models.protocols import CausalModel, Tokenizer
-from quartet.models.support import support_of
+from quartet.models.support import ids_outside, support_of
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -48,6 +48,11 @@ class NativeGenerator:
         self.stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
         self.rng = torch.Generator().manual_seed(seed)
         self.version = 0
+
+    @property
+    def excluded(self) -> list[int]:
+        """The ids outside of the policy's support, which no generator may sample."""
+        return list(ids_outside(self.model))
 
     def load_weights(self, weights: Weights) -> None:
         """Copy new weights into the model. Where the module is the learner's own, it has them."""
