@@ -9,7 +9,7 @@ import torch
 
 from quartet.algorithms.update import TrustRegion
 from quartet.config.run import PrecisionName, Role, RolePrecision
-from quartet.config.tables import Config
+from quartet.config.tables import Config, SeparateCritic
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
 from quartet.models.actor_critic import freeze, pad_token_id
 from quartet.models.adapters import (
@@ -26,11 +26,12 @@ from quartet.models.adapters import (
     read_adapter,
 )
 from quartet.models.architectures import longest_fused, why_not_fused
-from quartet.models.heads import AdaptedScalar, ScalarModel
+from quartet.models.heads import AdaptedScalar, ScalarModel, define_classifier
 from quartet.models.language_model import (
     ModelError,
     add_embeddings,
     create,
+    is_recurrent,
     load_model,
     read_config,
     shape_config,
@@ -99,6 +100,9 @@ class Models:
             raise ModelError(
                 f"policy.compile = true: compiles Quartet's own forward pass, and {why}. Use false."
             )
+        self._check_sampling()
+        if self._needs_classifier():
+            define_classifier(self.policy_config())
         if self.folder is not None:
             size = read_config(self.folder).get_text_config().vocab_size
             if len(self.tokenizer) > size and not policy.resize_embeddings:
@@ -108,6 +112,23 @@ class Models:
                     "Use the model's own tokenizer. Or set policy.resize_embeddings = true, which "
                     "adds embeddings for the others."
                 )
+
+    def _check_sampling(self) -> None:
+        """Raise `ModelError` if answers would be sampled from a recurrent model."""
+        config = self.policy_config()
+        if self.config.reads("rollout") and is_recurrent(config):
+            raise ModelError(
+                f"policy.model: {config.model_type} keeps a recurrent state, and Quartet cannot "
+                "sample from such a model yet. Use a model whose layers all attend to tokens, or a "
+                "recipe that samples nothing, such as sft or dpo."
+            )
+
+    def _needs_classifier(self) -> bool:
+        """Return whether the run makes a reward model or a critic of the policy's trunk."""
+        config = self.config
+        has_critic = config.algorithm is not None and config.algorithm.needs_critic
+        own_critic = has_critic and isinstance(config.critic, SeparateCritic)
+        return "reward_model" in config.recipe or (config.rl_stage is not None and own_critic)
 
     def start(self, folder: Path | None) -> "Start":
         """Return what the policy of a stage starts from. `folder` is the run's, and None before its

@@ -20,7 +20,7 @@ from quartet.generation.fused import FusedDecoder, has_products
 from quartet.generation.slots import SlotDecoder
 from quartet.models.attention import backend, capped_attention
 from quartet.models.fused import has_fused_forward
-from quartet.models.language_model import has_linear_head
+from quartet.models.language_model import ModelError, has_linear_head, is_recurrent
 from quartet.models.packing import pack_rows
 from quartet.models.padding import left_pad
 from quartet.models.precision import compute_dtype
@@ -81,6 +81,11 @@ class PlainDecoder:
     look_every = 1
 
     def __init__(self, model: CausalModel, max_rows: int | None = None) -> None:
+        if is_recurrent(model.config):
+            raise ModelError(
+                f"{model.config.model_type} keeps a recurrent state, and Quartet cannot sample "
+                "from such a model yet."
+            )
         self.model, self.max_rows = model, max_rows or 512
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.mask = torch.zeros(0, 0, dtype=torch.bool, device=model.device)

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from quartet.models.heads import define_classifier
 from quartet.models.language_model import (
     OWN_CODE,
     UNLOADABLE,
@@ -80,7 +81,10 @@ def check_model(folder: Path) -> None:
     """
     for file in sorted(folder.rglob(f"*{WEIGHTS}")):
         _check_weights(folder, file)
-    kind = str((read_config(folder).architectures or [""])[0])
+    config = read_config(folder)
+    kind = str((config.architectures or [""])[0])
+    if kind.endswith("ForSequenceClassification"):
+        define_classifier(config)
     auto: Any = next(
         (auto for ending, auto in CLASSIFIERS.items() if kind.endswith(ending)),
         AutoModelForCausalLM,

@@ -16,10 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
@@ -50,10 +53,15 @@ CENTRE = "quartet_reward_centre"
 """The key of config.json with the mean that a reward model subtracts from its scores."""
 
 
+OWN_CLASSIFIER = "quartet_classifier"
+"""The key of config.json that says that `define_classifier` made the class."""
+
+
 def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) -> Any:
     """Return the sequence or token classifier of a Hugging Face folder or hub id, by its Auto
     class. Raises ModelError for a folder without the head, which transformers would initialise at
     random."""
+    define_classifier(read_config(folder))
     try:
         model, report = auto.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OWN_CODE
@@ -69,6 +77,31 @@ def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) 
         )
     check_finite(folder, model)
     return model.to(device).eval()
+
+
+def define_classifier(config: Any) -> None:
+    """Have `AutoModelForSequenceClassification` know the architecture of a config in this process.
+
+    transformers has no sequence classifier for some causal models (Granite, Cohere, OLMo 3). Theirs
+    is the trunk under a linear layer `score`, as its other classifiers are. Raises ModelError where
+    transformers has no single trunk.
+    """
+    kind = type(config)
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return
+    trunk = MODEL_MAPPING.get(kind, None)
+    if not isinstance(trunk, type) or config.is_encoder_decoder:
+        raise ModelError(
+            f"transformers has no sequence classifier for the architecture {config.model_type}, "
+            "and no trunk to make one of, so it cannot be a reward model or a critic of its own. "
+            'Use critic = { type = "shared" } and a reward that is no model.'
+        )
+    base = next(each for each in trunk.__mro__ if each.__name__.endswith("PreTrainedModel"))
+    name = f"{trunk.__name__.removesuffix('Model')}ForSequenceClassification"
+    body = {"__module__": __name__}
+    classifier = type(name, (GenericForSequenceClassification, base), body)
+    # `exist_ok`: without it transformers keeps its own configs from being registered
+    AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)
 
 
 class ScalarModel(nn.Module):
@@ -123,7 +156,9 @@ class ScalarModel(nn.Module):
     @classmethod
     def of_folder(cls, folder: str | Path) -> "ScalarModel":
         """Return what `load` returns, without weights."""
-        return cls(skeleton(read_config(folder), _auto_class(folder)))
+        config = read_config(folder)
+        define_classifier(config)
+        return cls(skeleton(config, _auto_class(folder)))
 
     def fill(
         self,
@@ -330,6 +365,7 @@ def scores_last_token(config: Any) -> bool:
     """Return whether the sequence classifier of this architecture is a causal trunk with a head at
     its last token, which transformers calls `score`, and not an encoder that needs special tokens
     around the text."""
+    define_classifier(config)
     with torch.device("meta"):
         return hasattr(AutoModelForSequenceClassification.from_config(config), "score")
 
@@ -376,20 +412,15 @@ def _classifier(
     language_model: Any, pad_token_id: int | None, make: Callable[[Any, Any], Any]
 ) -> Any:
     """Return a sequence classifier with one label for the trunk of a language model's config.
-    `make` makes it from its config and Auto class. Raises ModelError where transformers has
-    none."""
+    `make` makes it from its config and Auto class. Raises ModelError where there can be none."""
     config = AutoConfig.for_model(
         **_one_label(language_model, "reward") | {"pad_token_id": pad_token_id}
     )
-    try:
-        return make(config, AutoModelForSequenceClassification)
-    except ValueError as error:
-        raise ModelError(
-            f"transformers has no sequence classifier for the architecture "
-            f"{config.model_type}, so it cannot be a "
-            'reward model or a critic of its own. Use critic = { type = "shared" } and a '
-            "reward that is no model."
-        ) from error
+    define_classifier(config)
+    model = make(config, AutoModelForSequenceClassification)
+    if type(model).__module__ == __name__:
+        setattr(model.config, OWN_CLASSIFIER, True)
+    return model
 
 
 def _with_weights(config: Any, auto: Any) -> Any:
