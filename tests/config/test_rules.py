@@ -102,6 +102,8 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         PPO,
         {"policy": {"create": SHAPE | {"max_length": 64}, "tokenizer": "t"}},
     ),
+    "warmup_is_given_once": (PPO, {"optim.warmup_steps": 3, "optim.warmup_ratio": 0.1}),
+    "constant_rate_falls_to_nothing": (PPO, {"optim.min_lr_ratio": 0.1}),
     "address_needs_ray": (PPO, {"launch.address": "head:6379"}),
     "torchrun_restarts_itself": (PPO, {"launch.type": "torchrun", "launch.restarts": 1}),
     "every_rank_has_a_part": (PPO, {"launch.processes": 3, "launch.shard": 2}),

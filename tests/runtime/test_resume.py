@@ -257,8 +257,13 @@ def test_more_steps_go_on_from_the_last_of_them(checkpointed):
 
 
 @pytest.mark.slow
-def test_more_steps_of_a_falling_learning_rate_would_have_been_other_steps(tmp_path):
-    run = make_run(tmp_path, "sums", *GRPO[:3], "optim.schedule=linear").path
+@pytest.mark.parametrize(
+    "rate",
+    [("schedule=linear",), ("schedule=constant", "warmup_steps=0", "warmup_ratio=0.5")],
+    ids=["falling", "warming up by a ratio"],
+)
+def test_more_steps_would_have_been_other_steps_where_the_rate_depends_on_them(tmp_path, rate):
+    run = make_run(tmp_path, "sums", *GRPO[:3], *(f"optim.{word}" for word in rate)).path
     with pytest.raises(CannotResume, match="made with run.steps = 6, the config says 9"):
         chosen(run, "run.steps=9")
 

@@ -5,7 +5,7 @@ asked in the order in which they stand here, and a config is refused with the fi
 rule may rely on those before it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from quartet.algorithms.preference import PREFERENCES
@@ -15,6 +15,7 @@ from quartet.generation.source import Servers
 from quartet.io.texts import did_you_mean
 from quartet.rewards.sources import EnvironmentSource, GoldSource, JudgeSource, ModelSource
 from quartet.stages.kinds import KINDS, kind_of
+from quartet.training.optim import OptimizerConfig
 
 Rule = Callable[[Config], str | None]
 
@@ -440,6 +441,39 @@ def new_model_is_long_enough(config: Config) -> str | None:
         f"policy.create.max_length = {shape.max_length}: too short for data.max_prompt_tokens = "
         f"{prompt} and rollout.max_new_tokens = {response} together."
     )
+
+
+# --- learning rates
+
+
+@rule
+def warmup_is_given_once(config: Config) -> str | None:
+    for table, settings in _optimizers(config):
+        if settings.warmup_steps and settings.warmup_ratio:
+            return (
+                f"{table}.warmup_ratio = {settings.warmup_ratio:g}: {table}.warmup_steps = "
+                f"{settings.warmup_steps} says the same in steps. Take one of the two out."
+            )
+    return None
+
+
+@rule
+def constant_rate_falls_to_nothing(config: Config) -> str | None:
+    for table, settings in _optimizers(config):
+        if settings.schedule == "constant" and settings.min_lr_ratio:
+            return (
+                f"{table}.min_lr_ratio = {settings.min_lr_ratio:g}: is where a falling rate ends, "
+                f'and {table}.schedule = "constant". Use "linear" or "cosine", or take it out.'
+            )
+    return None
+
+
+def _optimizers(config: Config) -> Iterator[tuple[str, OptimizerConfig]]:
+    """Yield the table of each stage that trains, with its settings."""
+    for stage in config.recipe:
+        kind = kind_of(stage)
+        if kind is not None and kind.optim is not None:
+            yield kind.optim, getattr(config, kind.optim)
 
 
 # --- processes
