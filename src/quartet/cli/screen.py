@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from quartet.runtime.interruption import GRACE_SECONDS
 from quartet.stages.kinds import kind_of
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ class Screen:
         getattr(self, f"_{type(event).__name__.lower()}")(event)
 
     def notice(self, reason: str) -> None:
-        """Print that a signal arrived during an update, which is finished first."""
+        """Print that a signal arrived where weights have changed since the last whole step."""
         self.console.print(
-            f"     {reason}: the update is finished and saved first. Once more stops at once.",
+            f"     {reason}: the step is finished and saved first, or given up after "
+            f"{GRACE_SECONDS:g} s. Once more stops at once.",
             soft_wrap=True,
         )
 
