@@ -14,6 +14,7 @@ from quartet.experience import Prompt, Rollout
 from quartet.generation.decoders import make_decoder
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
+from quartet.io.activity import progress
 from quartet.models.adapters import REWARD
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.tensors import Bool, Float, Int, Tensor
@@ -139,6 +140,7 @@ class NativeGenerator:
         logits = torch.empty(0, 0, device=device)
         steps: list[Step] = []
         unseen = 0  # tokens since the ends of rows were looked at
+        num_tokens = 0
         while len(rows) or waiting:
             if waiting and (not len(rows) or decoder.free_rows() >= samples):
                 chosen = [
@@ -154,6 +156,8 @@ class NativeGenerator:
                 alive = torch.nn.functional.pad(alive, (0, len(new)), value=True)
             drawn = draw(logits, sampling, noise[rows, lengths.clamp(max=limit - 1)])
             steps.append((rows, alive, drawn))
+            num_tokens += len(rows)
+            progress(num_tokens, 0, "tokens")
             lengths = lengths + alive
             tokens = drawn.tokens
             alive = alive & ~(self._ends(tokens, rows, lengths) | (lengths == limit))

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
+from quartet.io.activity import progress
+
 T = TypeVar("T")
 R = TypeVar("R")
 RETRY_SECONDS = 1.0
@@ -63,6 +65,8 @@ def map_concurrently(function: Callable[[T], R], items: Sequence[T], workers: in
             if error is not None:
                 raise error
             results[index] = result
+            if len(items) > 1:
+                progress(len(results), len(items), "calls")
     finally:
         abandoned.set()
     return [results[index] for index in range(len(items))]

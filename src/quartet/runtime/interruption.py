@@ -43,8 +43,8 @@ class Interrupted(BaseException):
             return f"stopped by {self}. Nothing is lost"
         steps = f"{self.lost_steps:,} finished step{'s' * (self.lost_steps > 1)}"
         return (
-            f"stopped by {self} in the middle of an update. The last checkpoint is whole; {steps} "
-            "after it will be taken again, with the same numbers"
+            f"stopped by {self}. The last checkpoint is whole; {steps} after it will be taken "
+            "again, with the same numbers"
         )
 
 

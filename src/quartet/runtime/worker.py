@@ -20,8 +20,10 @@ from pydantic import ValidationError
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import is_sharded, local_tensor
 from quartet.errors import QuartetError
+from quartet.io.activity import activity
 from quartet.io.threads import Abandoned, BackgroundThread, result_of
 from quartet.loops.progress import Progress
+from quartet.runtime.machine import return_freed_memory
 from quartet.stages.protocol import Stage, StageRun, Summary
 from quartet.training.checkpoint import (
     Checkpoint,
@@ -112,6 +114,10 @@ class Worker:
 
         A checkpoint of step 0 holds the random numbers only: the stage begins from its start.
         """
+        with activity("loading"):
+            return self._begin(name, checkpoint)
+
+    def _begin(self, name: str, checkpoint: str | None) -> bool:
         loaded = None if checkpoint is None else read_checkpoint(Path(checkpoint))
         state = {} if loaded is None else loaded.state()
         if loaded is not None and "work" not in state:
@@ -135,6 +141,7 @@ class Worker:
 
     def finish(self) -> Summary:
         """End the stage: rank 0 writes its results to the run folder. Return their summary."""
+        return_freed_memory()  # of training: models are saved, and some are merged for that
         summary = self._begun().finish()
         self._forget_stage()
         return summary
