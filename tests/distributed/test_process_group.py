@@ -94,7 +94,7 @@ class Rank(ProcessGroup):
 
 def test_every_rank_goes_through_as_many_pieces():
     for world in (2, 3, 16):
-        pieces = [Rank(rank, world).micro_batches(LENGTHS, 32) for rank in range(world)]
+        pieces = [list(Rank(rank, world).micro_batches(LENGTHS, 32)) for rank in range(world)]
         assert len({len(mine) for mine in pieces}) == 1
         counted = sorted(
             row for mine in pieces for piece in mine if piece.counts for row in piece.rows

@@ -117,7 +117,7 @@ def _stopped(execution: "Execution", reason: BaseException, interruption: "Inter
     restarts = execution.settings.config.launch.restarts
     starts_again = isinstance(reason, WorkerLost) and again <= restarts
     if isinstance(reason, Interrupted):
-        sentence = f"stopped by {reason}. Nothing is lost"
+        sentence = reason.in_words()
     else:
         sentence = f"stopped: {str(reason).rstrip('.')}. The last checkpoint is whole"
     next_step = (

@@ -8,7 +8,7 @@ nothing.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from datetime import timedelta
 from typing import Any
@@ -17,6 +17,7 @@ from quartet.distributed.balance import MicroBatch, micro_batches, shares
 from quartet.distributed.messages import pack, unpack
 from quartet.distributed.sharding import is_sharded
 from quartet.errors import QuartetError
+from quartet.io.activity import counted
 from quartet.io.threads import BackgroundThread, result_of
 from quartet.tensors import Tensor, torch
 
@@ -61,14 +62,15 @@ class ProcessGroup:
         """Return the rows of this rank, balanced by tokens."""
         return shares(lengths, self.world_size)[self.rank]
 
-    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
-        """Return the micro-batches of this rank; every rank gets the same number of them.
+    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of this rank, and report the progress through their tokens.
+        Every rank gets the same number of them.
 
         Where weights are sharded, every forward pass needs all ranks. A rank with fewer
         micro-batches than another repeats the shortest row with `counts=False` meanwhile.
         """
         if not lengths:
-            return []
+            return
         by_rank = []
         for rows in shares(lengths, self.world_size):
             groups = micro_batches([lengths[i] for i in rows], max_tokens)
@@ -76,7 +78,9 @@ class ProcessGroup:
         most = max(map(len, by_rank))
         shortest = min(range(len(lengths)), key=lengths.__getitem__)
         own = [MicroBatch(rows) for rows in by_rank[self.rank]]
-        return own + [MicroBatch([shortest], counts=False)] * (most - len(own))
+        own += [MicroBatch([shortest], counts=False)] * (most - len(own))
+        tokens = lambda micro_batch: sum(lengths[i] for i in micro_batch.rows)  # noqa: E731
+        yield from counted(own, tokens, sum(map(tokens, own)), "tokens")
 
     def all_reduce(self, *tensors: Tensor | None) -> None:
         """Replace each tensor, in place, by its sum over all ranks; `None` is skipped.

@@ -28,6 +28,7 @@ from quartet.experience import Prompt, Rollout
 from quartet.generation.dialects import Dialect, Order, Piece
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
+from quartet.io.activity import counted
 from quartet.io.http_client import HttpClient, Reply, RequestError, encode, error_in
 from quartet.io.texts import excerpt
 from quartet.io.threads import map_concurrently, result_of
@@ -180,7 +181,9 @@ class ServedGenerator:
         try:
             return [
                 self._rollout(*row, result_of(answer))
-                for row, answer in zip(rows, answers, strict=True)
+                for row, answer in counted(
+                    zip(rows, answers, strict=True), lambda _: 1, len(rows), "responses"
+                )
             ]
         except BaseException:  # a signal, or no server: nothing waits for the other responses
             abandoned.set()

@@ -32,7 +32,9 @@ def main() -> None:
 def run_follower(place: Place, deadline: float, folder: Path, fault: str | None) -> None:
     """Build what rank 0 builds, from the config in the run's folder, and follow rank 0 until it
     ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; rank 0 decides what it means
+    # They reach all ranks; rank 0 decides what they mean. When it ends, the others do.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     import torch.distributed as dist
 
     # It begins before the slow imports: a rank that is still importing is alive.

@@ -22,7 +22,7 @@ from quartet.distributed.process_group import RankZeroFailed
 from quartet.errors import NonFinite
 from quartet.launch.processes import Follower
 from quartet.launch.store import BEAT, beat_key
-from quartet.runtime.worker import WorkerLost
+from quartet.runtime.worker import WorkerLost, WorkerThread
 
 SILENCE = 15.0
 """Seconds without a heartbeat after which a rank is lost. A call that holds the interpreter, or a
@@ -44,16 +44,30 @@ class ProcessWorkers:
         finish a call after rank 0 has. `followers` are the processes that `close` ends."""
         self.worker, self.store, self.world_size = worker, store, world_size
         self.deadline, self.followers = deadline, followers
+        self.thread = WorkerThread(worker)
         self._number = 0
         """The number of the last call."""
         self._busy = False
+        self._given_up = False
+        """Whether rank 0 was interrupted in the middle of a call."""
         self._beats: dict[int, tuple[int, float]] = {}
         """For each other rank: its count of heartbeats, and when that was last seen to change."""
 
     def call(self, name: str, *args: Any) -> list[Any]:
+        if self._given_up:  # the others are in the middle of another call
+            return [self.thread.call(name, *args)]
+        try:
+            return self._call(name, *args)
+        except Exception:
+            raise
+        except BaseException:
+            self._given_up = True
+            raise
+
+    def _call(self, name: str, *args: Any) -> list[Any]:
         self._tell({"name": name, "args": list(args)})
         try:
-            results = [getattr(self.worker, name)(*args)]
+            results = [self.thread.call(name, *args)]
         except RuntimeError as error:
             cause = self._cause(error)
             if cause is error:
@@ -68,11 +82,21 @@ class ProcessWorkers:
         """Return whether no call is under way: the weights of other ranks cannot be asked for."""
         return not self._busy
 
+    def halt(self, step: int) -> bool:
+        """In the middle of a call, rank 0 saves without the others, which may be anywhere in it.
+        That takes weights that are not sharded."""
+        return not (self._busy and self.worker.is_sharded()) and bool(self.worker.halt(step))
+
     def close(self) -> None:
-        with contextlib.suppress(Exception):
-            self._tell({"name": None})
+        if self._given_up:  # no rank will finish the call
+            for follower in self.followers:
+                follower.kill()
+        else:
+            with contextlib.suppress(Exception):
+                self._tell({"name": None})
         for follower in self.followers:
             follower.end()
+        self.thread.close()
 
     def lost(self) -> WorkerLost | None:
         """Return which ranks are lost, and why; None if there are none."""

@@ -25,6 +25,7 @@ from quartet.models.language_model import (
     load_tokenizer,
     read_config,
 )
+from quartet.tensors import is_finite
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 WEIGHTS = ".safetensors"
@@ -114,7 +115,7 @@ def _check_weights(folder: Path, file: Path) -> None:
         with safe_open(file, "pt") as stored:
             for key in stored.keys():  # noqa: SIM118
                 tensor = stored.get_tensor(key)
-                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                if not is_finite(tensor):
                     raise ModelError(
                         f"{folder}: {key} in {name} is not finite: the weights are damaged."
                     )

@@ -125,21 +125,42 @@ class ScalarModel(nn.Module):
         pad_token_id: int | None,
         seed: int,
         share_frozen: bool = False,
-        tensors: Mapping[str, Tensor] | None = None,
     ) -> "ScalarModel":
         """Return the trunk of a language model under a new head with weights N(0, 1/√(d + 1)), the
         initialisation of Stiennon et al. 2020.
 
         The weights of the trunk are copied, with the active adapter merged; with `share_frozen`,
-        those that are not trained are shared. `tensors` are the trunk's gathered weights, for a
-        sharded trunk.
+        those that are not trained are shared.
         """
         model = _classifier(language_model.config, pad_token_id, _with_weights)
-        model.base_model.load_state_dict(merged_state(language_model.base_model, tensors))
+        model.base_model.load_state_dict(merged_state(language_model.base_model))
         if share_frozen:
             take_frozen(language_model.base_model, model.base_model)
         scalar = cls(model.to(next(language_model.parameters()).device))
         initialise(scalar.head, seed)
+        return scalar
+
+    @classmethod
+    def assembled(
+        cls,
+        language_model: CausalModel,
+        trunk: Mapping[str, Tensor],
+        head_weight: Tensor,
+        centre: float,
+        pad_token_id: int | None,
+    ) -> "ScalarModel":
+        """Return trunk and head as one model that can be saved, and nothing else.
+
+        It shares the weights of `trunk`, the gathered weights of the language model's trunk, except
+        those that the active adapter changes.
+        """
+        model = _classifier(language_model.config, pad_token_id, skeleton)
+        state = merged_state(language_model.base_model, trunk)
+        state = {name: at_least_float32(tensor) for name, tensor in state.items()}
+        model.base_model.load_state_dict(state, assign=True)
+        scalar = cls(model)
+        scalar.head.weight = nn.Parameter(head_weight.detach())
+        scalar.centre = centre
         return scalar
 
     @classmethod
@@ -338,13 +359,9 @@ class AdaptedScalar(ScalarModel):
 
     def _whole(self, trunk: Mapping[str, Tensor]) -> ScalarModel:
         with self.view.active():
-            whole = ScalarModel.from_trunk(
-                self.view.model, self.pad_token_id, seed=0, tensors=trunk
+            return ScalarModel.assembled(
+                self.view.model, trunk, self.head.weight, self.mean, self.pad_token_id
             )
-        with torch.no_grad():
-            whole.head.weight.copy_(self.head.weight)
-        whole.centre = self.mean
-        return whole
 
 
 def attach(language_model: CausalModel, adapter: str, folder: Path) -> AdaptedScalar:

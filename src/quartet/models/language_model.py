@@ -26,6 +26,7 @@ from transformers import (
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
+from quartet.io.activity import activity, writing
 from quartet.models.adapters import (
     POLICY,
     AdapterView,
@@ -47,7 +48,7 @@ from quartet.models.quantize import NF4Linear
 from quartet.models.shape import Shape
 from quartet.models.support import support_of
 from quartet.models.trunk import checkpointing, hidden_states, rows_at
-from quartet.tensors import Bool, Float, Int, Tensor
+from quartet.tensors import Bool, Float, Int, Tensor, is_finite
 
 
 class ModelError(QuartetError, ValueError):
@@ -158,7 +159,7 @@ def check_whole(folder: str | Path, model: CausalModel, report: Mapping[str, Any
 def check_finite(folder: str | Path, model: CausalModel) -> None:
     """Raise ModelError if a weight is NaN or infinite."""
     for name, p in model.named_parameters():
-        if not bool(p.isfinite().all()):
+        if not is_finite(p):
             raise ModelError(f"{folder}: {name} is not finite: the weights are damaged.")
 
 
@@ -245,7 +246,8 @@ def save(
     tensors = full_state_dict(model, replacements, keep=process_group.is_rank_zero)
     if not process_group.is_rank_zero:
         return
-    state = merged_state(model, tensors) if adapted else tensors
+    with activity("merging"):
+        state = merged_state(model, tensors) if adapted else tensors
     if model.generation_config is not None and model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     in_4_bits = any(isinstance(module, NF4Linear) for module in model.modules())
@@ -266,7 +268,8 @@ def save_weights(
     for tensor in state.values():
         converts = tensor.is_floating_point() and tensor.dtype != torch.float64
         tensors.setdefault(id(tensor), tensor.to(dtype) if converts else tensor)
-    model.save_pretrained(folder, state_dict={n: tensors[id(t)] for n, t in state.items()})
+    with writing(f"writing {folder.name}", folder, sum(t.nbytes for t in tensors.values())):
+        model.save_pretrained(folder, state_dict={n: tensors[id(t)] for n, t in state.items()})
     # transformers writes the dtype of the model's first parameter.
     path, name = folder / "config.json", str(dtype).removeprefix("torch.")
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from quartet.algorithms.preference import PreferenceLoss
 from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.io.activity import activity
 from quartet.loops.preference import ComparisonSource, held_out_preference, preference
 from quartet.loops.progress import Progress
 from quartet.models.language_model import save
@@ -67,14 +68,15 @@ class PreferenceStage:
             save(model, self.tokenizer, folder / "policy", self.process_group)
             if not self.held_out:
                 return {}
-            after = held_out_preference(
-                model,
-                reference,
-                self.held_out,
-                self.loss,
-                self.micro_batch_tokens,
-                self.process_group,
-            )
+            with activity("held-out pairs"):
+                after = held_out_preference(
+                    model,
+                    reference,
+                    self.held_out,
+                    self.loss,
+                    self.micro_batch_tokens,
+                    self.process_group,
+                )
             return {f"held_out_{name}": value for name, value in after.items()}
 
         stateful: dict[str, Stateful] = {"optimizer": optimizer, "source": source, "budget": budget}

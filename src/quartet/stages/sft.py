@@ -8,6 +8,7 @@ from typing import Any
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.io.activity import activity
 from quartet.loops.progress import Progress
 from quartet.loops.sft import held_out_loss, sft
 from quartet.models.language_model import save
@@ -37,7 +38,10 @@ class SftStage:
 
     def begin(self, folder: Path) -> StageRun:
         model = self.load_policy(folder)
-        before = held_out_loss(model, self.held_out, self.micro_batch_tokens, self.process_group)
+        with activity("held-out texts"):
+            before = held_out_loss(
+                model, self.held_out, self.micro_batch_tokens, self.process_group
+            )
         sampler = Sampler(self.demonstrations, self.batch_size, self.seed)
         optimizer = self.optimizer(model)
         budget = Budget(self.micro_batch_tokens, self.process_group)
@@ -47,7 +51,10 @@ class SftStage:
 
         def finish() -> Summary:
             save(model, self.tokenizer, folder / "sft", self.process_group)
-            after = held_out_loss(model, self.held_out, self.micro_batch_tokens, self.process_group)
+            with activity("held-out texts"):
+                after = held_out_loss(
+                    model, self.held_out, self.micro_batch_tokens, self.process_group
+                )
             return {"held_out_loss_before": before, "held_out_loss": after}
 
         stateful: dict[str, Stateful] = {

@@ -1,11 +1,13 @@
 """Optimizers and their schedules."""
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from quartet.distributed.sharding import copy_saved, full_tensor, is_sharded
+from quartet.io.threads import Abandoned
 from quartet.parts import Field, OrInf, part
 from quartet.tensors import Tensor, torch
 
@@ -105,6 +107,10 @@ class Optimizer:
         """Steps that were left out because the loss or a gradient was not finite."""
         self.scale = 1.0
         """A factor of the learning rate. Each rollback of a run halves it."""
+        self.counting = threading.RLock()
+        """Held while a step is counted."""
+        self.halted = False
+        """Whether no further step may be taken: another thread saves the weights as they are."""
 
     @property
     def lr(self) -> float:
@@ -137,11 +143,15 @@ class Optimizer:
         return norm
 
     def step(self) -> None:
-        """Step at the scheduled learning rate, and clear the gradients."""
+        """Step at the scheduled learning rate, and clear the gradients. Raises `Abandoned` if the
+        optimizer was halted."""
         for group in self.adam.param_groups:
             group["lr"] = self.lr
         # Counted before the weights change: an interruption in between must see that they may have.
-        self.steps += 1
+        with self.counting:
+            if self.halted:
+                raise Abandoned
+            self.steps += 1
         self.adam.step()
         self.zero_grad()
 
