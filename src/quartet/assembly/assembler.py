@@ -37,6 +37,7 @@ from quartet.rewards.shared import shared
 from quartet.rewards.source import RewardContext
 from quartet.rewards.sources import JudgeSource, ModelSource
 from quartet.rewards.text_models import StepReward, TextModelReward
+from quartet.training.optimizer_types import TYPES, OptimizerError
 from quartet.worlds import WORLDS, World
 
 
@@ -57,6 +58,7 @@ class Assembler:
             raise AdapterError(
                 'policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".'
             )
+        _check_optimizers(config)
         check_trackers(config.run.track)
         self.world: World | None = (
             WORLDS[config.data.world](config.seed) if config.data.world else None
@@ -265,3 +267,14 @@ class Assembler:
                 "nothing is lost."
             )
         return notes
+
+
+def _check_optimizers(config: Config) -> None:
+    """Raise `OptimizerError` unless the packages of the recipe's optimizers are installed."""
+    for table, settings in config.optimizers():
+        package = TYPES[settings.optimizer].package
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise OptimizerError(
+                f'{table}.optimizer = "{settings.optimizer}" needs the package {package}: pip '
+                f'install "quartet-rlhf[{package}]".'
+            )
