@@ -104,6 +104,14 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "warmup_is_given_once": (PPO, {"optim.warmup_steps": 3, "optim.warmup_ratio": 0.1}),
     "constant_rate_falls_to_nothing": (PPO, {"optim.min_lr_ratio": 0.1}),
+    "moments_in_parts_need_a_type_that_takes_them": (
+        PPO,
+        {"optim.optimizer": "adamw_8bit", "launch.shard": True},
+    ),
+    "adapters_need_a_type_that_takes_them": (
+        PPO,
+        {"optim.optimizer": "muon", "policy.adapter": {"type": "lora"}},
+    ),
     "address_needs_ray": (PPO, {"launch.address": "head:6379"}),
     "torchrun_restarts_itself": (PPO, {"launch.type": "torchrun", "launch.restarts": 1}),
     "every_rank_has_a_part": (PPO, {"launch.processes": 3, "launch.shard": 2}),

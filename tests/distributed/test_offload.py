@@ -83,7 +83,7 @@ def test_moments_that_were_saved_rest_too(monkeypatch):
     def resumed(made):
         other = make_learner(placement=made.placement)
         other.load_state(made.state())
-        moments = [m["exp_avg"] for o in other.optimizers.values() for m in o.adam.state.values()]
+        moments = [o.moments(p)["exp_avg"] for o in other.optimizers.values() for p in o.parameters]
         assert moments and all((m >= resting.ABSURD).all() for m in moments)
         return other
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from quartet.distributed.balance import MicroBatch, micro_batches, shares
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.models.precision import compute_in
-from tests.support import rounding_rank
+from tests.support import muon_rank, rounding_rank
 from tests.support.rank import LENGTHS, run
 from tests.support.world import model
 
@@ -148,3 +148,22 @@ def test_a_model_in_parts_is_gathered_in_bfloat16_and_its_gradients_are_summed_i
         "bfloat16"
     }
     assert {key.split()[1] for key in sent if "reduce_scatter" in key} == {"float32"}
+
+
+@pytest.mark.slow
+def test_muon_steps_matrices_in_parts_as_it_does_whole(tmp_path):
+    """To the rounding of its products in bfloat16."""
+    words = [sys.executable, "-m", "tests.support.muon_rank"]
+    started = [
+        subprocess.Popen(
+            [*words, str(rank), "2", str(tmp_path / "store"), str(tmp_path)], env=LOOPBACK
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=240) for process in started] == [0, 0]
+    whole = muon_rank.steps()
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        for i in range(len(muon_rank.SHAPES)):
+            moved = (whole[f"end/{i}"] - whole[f"start/{i}"]).norm()
+            assert float((found[f"end/{i}"] - whole[f"end/{i}"]).norm() / moved) < 0.02

@@ -69,8 +69,11 @@ def test_what_rests_in_main_memory_leaves_room():
     assert meanwhile["reference, reward model"] == 4 * 7e9 / 8, (
         "rollouts are scored while others learn"
     )
-    assert memory_between_updates(with_all, False) == (16 + 16 + 8) * 7e9 / 8
-    assert memory_between_updates(without, True) == 16 * 7e9 / 8
+    assert memory_between_updates(with_all, SEVEN_B) == (16 + 16 + 8) * 7e9 / 8
+    assert memory_between_updates(without, rests) == 16 * 7e9 / 8
+    # muon's moments are 4 of 12 bytes where all is matrices: 8 of each stay
+    less = dataclasses.replace(rests, trained_bytes=12.0)
+    assert memory_between_updates(training_memory(less, 8), less) == 16 * 7e9 / 8
     asked = read_settings(recipe_path("reviews"), ["run.offload=true"]).config
     assert workload(asked) == dataclasses.replace(
         workload(dataclasses.replace(asked, run=RunConfig())), offload=True

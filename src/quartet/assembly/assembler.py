@@ -39,6 +39,7 @@ from quartet.rewards.shared import shared
 from quartet.rewards.source import RewardContext
 from quartet.rewards.sources import JudgeSource, ModelSource
 from quartet.rewards.text_models import StepReward, TextModelReward
+from quartet.training.optimizer_types import TYPES, OptimizerError
 from quartet.worlds import World, make_world
 
 
@@ -61,6 +62,7 @@ class Assembler:
             )
         if config.policy.quantize is not None:
             bitsandbytes()  # raises without it
+        _check_optimizers(config)
         check_trackers(config.run.track)
         data = config.data
         self.world: World | None = (
@@ -267,3 +269,14 @@ class Assembler:
                 "nothing is lost."
             )
         return notes
+
+
+def _check_optimizers(config: Config) -> None:
+    """Raise `OptimizerError` unless the packages of the recipe's optimizers are installed."""
+    for table, settings in config.optimizers():
+        package = TYPES[settings.optimizer].package
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise OptimizerError(
+                f'{table}.optimizer = "{settings.optimizer}" needs the package {package}: pip '
+                f'install "quartet-rlhf[{package}]".'
+            )

@@ -17,6 +17,7 @@ from quartet.generation.protocol import Weights
 from quartet.generation.source import Servers
 from quartet.loops.preference import OnlinePairs
 from quartet.models.precision import DTYPES
+from quartet.models.trunk import block_matrices
 from quartet.stages.evaluation import EvaluationStage
 from quartet.stages.kinds import EVALUATION, PREFERENCE, REWARD_MODEL, RL, SFT, kind_of
 from quartet.stages.preference import PreferenceStage
@@ -183,7 +184,7 @@ STAGES: dict[str, Callable[[Assembler, str], Stage]] = {
 
 def _optimizer(model: Any, settings: Sft | RewardModel | Preference) -> Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return Optimizer(parameters, settings, settings.steps)
+    return Optimizer(parameters, settings, settings.steps, block_matrices(model))
 
 
 def _gold_accuracy(world: World, comparisons: Sequence[Example]) -> float:

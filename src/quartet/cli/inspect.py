@@ -352,7 +352,13 @@ def _print_machine(as_json: bool) -> None:
 
     from quartet.recording.run_folder import environment
 
-    extras = {"lora": "peft", "math": "math_verify", "json": "jsonschema", "datasets": "datasets"}
+    extras = {
+        "lora": "peft",
+        "math": "math_verify",
+        "json": "jsonschema",
+        "datasets": "datasets",
+        "bitsandbytes": "bitsandbytes",
+    }
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = {
         **environment(),

@@ -5,7 +5,7 @@ asked in the order in which they stand here, and a config is refused with the fi
 rule may rely on those before it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from quartet.algorithms.preference import PREFERENCES
@@ -15,7 +15,7 @@ from quartet.generation.source import Servers
 from quartet.io.texts import did_you_mean
 from quartet.rewards.sources import EnvironmentSource, GoldSource, JudgeSource, ModelSource
 from quartet.stages.kinds import KINDS, kind_of
-from quartet.training.optim import OptimizerConfig
+from quartet.training.optimizer_types import TYPES
 
 Rule = Callable[[Config], str | None]
 
@@ -443,23 +443,23 @@ def new_model_is_long_enough(config: Config) -> str | None:
     )
 
 
-# --- learning rates
+# --- optimizers
 
 
 @rule
 def warmup_is_given_once(config: Config) -> str | None:
-    for table, settings in _optimizers(config):
+    for table, settings in config.optimizers():
         if settings.warmup_steps and settings.warmup_ratio:
             return (
                 f"{table}.warmup_ratio = {settings.warmup_ratio:g}: {table}.warmup_steps = "
-                f"{settings.warmup_steps} says the same in steps. Take one of the two out."
+                f"{settings.warmup_steps} is there already. Set one of the two to 0."
             )
     return None
 
 
 @rule
 def constant_rate_falls_to_nothing(config: Config) -> str | None:
-    for table, settings in _optimizers(config):
+    for table, settings in config.optimizers():
         if settings.schedule == "constant" and settings.min_lr_ratio:
             return (
                 f"{table}.min_lr_ratio = {settings.min_lr_ratio:g}: is where a falling rate ends, "
@@ -468,12 +468,31 @@ def constant_rate_falls_to_nothing(config: Config) -> str | None:
     return None
 
 
-def _optimizers(config: Config) -> Iterator[tuple[str, OptimizerConfig]]:
-    """Yield the table of each stage that trains, with its settings."""
-    for stage in config.recipe:
-        kind = kind_of(stage)
-        if kind is not None and kind.optim is not None:
-            yield kind.optim, getattr(config, kind.optim)
+@rule
+def moments_in_parts_need_a_type_that_takes_them(config: Config) -> str | None:
+    whole = [
+        (table, settings.optimizer)
+        for table, settings in config.optimizers()
+        if not TYPES[settings.optimizer].takes_sharded
+    ]
+    if not config.launch.shard or not whole:
+        return None
+    table, name = whole[0]
+    return (
+        f'{table}.optimizer = "{name}": does not step weights that launch.shard holds in parts. '
+        'Use "adamw" or "muon", or launch.shard = false.'
+    )
+
+
+@rule
+def adapters_need_a_type_that_takes_them(config: Config) -> str | None:
+    for table, settings in config.optimizers():
+        if config.policy.adapter is not None and not TYPES[settings.optimizer].takes_adapters:
+            return (
+                f'{table}.optimizer = "{settings.optimizer}": the thin matrices of policy.adapter '
+                'learn more slowly under it. Use "adamw" or "adamw_8bit".'
+            )
+    return None
 
 
 # --- processes

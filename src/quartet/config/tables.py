@@ -6,6 +6,7 @@ declarations, combinations of settings by `quartet.config.rules`.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
@@ -326,6 +327,13 @@ class Config:
         if stage == self.rl_stage and self.algorithm is not None and self.algorithm.ptx.coef > 0:
             roles.add(PRETRAINING)
         return frozenset(roles)
+
+    def optimizers(self) -> Iterator[tuple[str, OptimizerConfig]]:
+        """Yield the optimizer's table, by name, of each stage of the recipe that trains a model."""
+        for stage in self.recipe:
+            kind = kind_of(stage)
+            if kind is not None and kind.optim is not None:
+                yield kind.optim, getattr(self, kind.optim)
 
     @property
     def staleness(self) -> int:

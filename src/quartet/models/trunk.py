@@ -80,6 +80,15 @@ def blocks_of(model: Trunk | CausalModel) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def block_matrices(*models: Any) -> list[Tensor]:
+    """Return the weight matrices in the blocks of some models, with those of adapters; a model may
+    be None, or an adapter and a head on another's trunk. Embeddings, heads, norms and biases are
+    not among them."""
+    trunks = [getattr(getattr(model, "view", None), "model", model) for model in models]
+    blocks = [block for trunk in trunks if trunk is not None for block in blocks_of(trunk)]
+    return [p for block in blocks for p in block.parameters() if p.ndim == 2]
+
+
 def _checkpoint(model: CausalModel, *args: Any) -> Any:
     return checkpoint(*args, use_reentrant=False, context_fn=checkpoint_contexts(model))
 

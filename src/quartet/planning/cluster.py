@@ -21,12 +21,15 @@ from quartet.planning.hardware import (
     Gpu,
     Span,
 )
-from quartet.planning.memory import FLOAT, Sizes, activation_bytes, policy_parameters, sizes
+from quartet.planning.memory import (
+    FLOAT,
+    Sizes,
+    activation_bytes,
+    policy_parameters,
+    sizes,
+    trained_bytes,
+)
 from quartet.planning.plan import row_tokens, vocabulary
-
-TRAINED_BYTES = 16
-"""Bytes for each parameter that is trained: itself, its gradient and Adam's two moments, in
-float32."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Workload:
     """The number of frozen models that an update reads."""
     reward_models: int = 0
     """The number of frozen models that score rollouts, which can go on during an update."""
+    trained_bytes: float = 16.0
+    """Bytes for each parameter that is trained: itself and its gradient in float32, and the moments
+    that the optimizer keeps; 8 are AdamW's two."""
 
     @property
     def unit(self) -> float:
@@ -85,13 +91,10 @@ def workload(config: Config) -> Workload:
     algorithm, (prompt, response) = config.algorithm, row_tokens(config)
     own_critic = algorithm.needs_critic and not isinstance(config.critic, SharedCritic)
     reward_models = int(bool(config.reward_model_source))
-    per_block = (
-        2 + 2 * model.heads_share
-    ) * model.hidden**2 + 3 * model.hidden * model.intermediate
     return Workload(
         parameters=parameters,
         model=model,
-        beside=max(int(parameters - model.layers * per_block), 0),
+        beside=max(int(parameters - model.matrix_parameters), 0),
         learners=1 + own_critic,
         frozen=reward_models + algorithm.needs_reference,
         rows=config.rollout.prompts_per_step * config.rollout.samples_per_prompt,
@@ -106,6 +109,7 @@ def workload(config: Config) -> Workload:
         offload=config.run.offload,
         read_by_loss=int(algorithm.needs_reference and algorithm.kl.exact_loss),
         reward_models=reward_models,
+        trained_bytes=trained_bytes(config.optim.optimizer, model, parameters) / parameters,
     )
 
 
@@ -115,14 +119,14 @@ def workload(config: Config) -> Workload:
 def training_memory(work: Workload, ranks: int, meanwhile: bool = False) -> dict[str, float]:
     """Return the bytes on each GPU that trains, by role.
 
-    A trained parameter takes 16 bytes and a frozen one 4, divided by the ranks. The largest unit
-    (`Workload.unit`) is gathered whole, weights and gradient. `meanwhile` says that other GPUs
-    generate during the update, so that reward models are in use as well.
+    A trained parameter takes `Workload.trained_bytes` and a frozen one 4, divided by the ranks. The
+    largest unit (`Workload.unit`) is gathered whole, weights and gradient. `meanwhile` says that
+    other GPUs generate during the update, so that reward models are in use as well.
     """
     sharded = work.parameters / ranks
-    roles = {"actor": TRAINED_BYTES * sharded}
+    roles = {"actor": work.trained_bytes * sharded}
     if work.learners > 1:
-        roles["critic"] = TRAINED_BYTES * sharded
+        roles["critic"] = work.trained_bytes * sharded
     on_device = work.read_by_loss + work.reward_models * meanwhile if work.offload else work.frozen
     if on_device:
         roles["reference, reward model"] = FLOAT * sharded * on_device
@@ -262,7 +266,7 @@ def _split(work: Workload, cluster: Cluster, generators: int) -> Split | None:
     memory = training_memory(work, trainers, meanwhile=generators > 0)
     if sum(memory.values()) > gpu.memory * (1 - RESERVED):
         return None
-    taken = 0.0 if generators else memory_between_updates(memory, work.offload)
+    taken = 0.0 if generators else memory_between_updates(memory, work)
     generation, binds, copies = generating(work, gpu, generators or cluster.count, taken)
     update = training(work, gpu, trainers)
     in_parallel = generation.max(update) + pushing(work, gpu)
@@ -315,10 +319,10 @@ def plan_cluster(config: Config, cluster: Cluster) -> ClusterPlan:
     )
 
 
-def memory_between_updates(memory: dict[str, float], offload: bool) -> float:
-    """Return the bytes that training holds on a GPU between two updates. Half of what a trained
-    model takes are moments, which are in main memory with `offload`."""
-    trained = 0.5 if offload else 1.0
+def memory_between_updates(memory: dict[str, float], work: Workload) -> float:
+    """Return the bytes that training holds on a GPU between two updates. With `offload`, moments
+    are in main memory: weights and gradients stay."""
+    trained = 2 * FLOAT / work.trained_bytes if work.offload else 1.0
     return sum(
         size * (trained if role in {"actor", "critic"} else 1.0)
         for role, size in memory.items()

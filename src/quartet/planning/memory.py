@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quartet.config.tables import Config, SharedCritic
 from quartet.rewards.sources import ModelSource
+from quartet.training.optimizer_types import ADAMW, TYPES, OptimizerType
 
 FLOAT = 4
 PROGRAM_BYTES = 500e6
@@ -32,6 +33,12 @@ class Sizes:
     intermediate: int
     heads_share: float = 1.0
     """The width of keys, and of values, over that of queries."""
+
+    @property
+    def matrix_parameters(self) -> float:
+        """Parameters of the matrices in the blocks of a Llama."""
+        attention = (2 + 2 * self.heads_share) * self.hidden**2
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
 
 def sizes(config: Config) -> Sizes | None:
@@ -110,6 +117,21 @@ def adapter_parameters(config: Config) -> int | None:
     return lora.parameters(model.hidden, model.layers, model.intermediate, model.heads_share)
 
 
+def trained_bytes(
+    optimizer: OptimizerType, model: Sizes | None, parameters: int, adapter: int | None = None
+) -> float:
+    """Return the bytes of a trained model: its weights and gradients in float32, and the moments
+    that its optimizer keeps of the matrices in its blocks, and of the rest. Of an adapter, which is
+    all matrices, only its own parameters count. Where the sizes are not known, the moments are
+    those of the rest, which takes most."""
+    trained = parameters if adapter is None else adapter
+    matrices = 0.0 if model is None else min(model.matrix_parameters, parameters)
+    if adapter is not None:
+        matrices = adapter
+    moments = TYPES[optimizer].bytes_per_parameter * matrices
+    return 2 * FLOAT * trained + moments + ADAMW.bytes_per_parameter * (trained - matrices)
+
+
 def micro_batch_tokens(
     config: Config, parameters: int | None, free_bytes: float | None, world: int = 1
 ) -> int:
@@ -130,10 +152,11 @@ def micro_batch_tokens(
     offloaded = config.run.offload and config.rl_stage is not None and not config.staleness
     frozen = 0 if offloaded else 2
     number = number_bytes(config, on_gpu=True)
-    trained = 4 * FLOAT * (1 + needs_critic)
+    trained = trained_bytes(config.optim.optimizer, model, parameters or 0) * (1 + needs_critic)
     # The decoder reads the weights in its own dtype; sharded ranks hold a whole copy for it.
     copies = number if number != FLOAT or parts > 1 else 0
-    resident = (parameters or 0) * ((trained + number * frozen) / parts + copies)
+    resident = (trained + (parameters or 0) * number * frozen) / parts
+    resident += (parameters or 0) * copies
     per_token = activation_bytes(model, config.policy.gradient_checkpointing, number)
     return int(min(max((free_bytes - resident) / 2 / per_token, CPU_MICRO_BATCH), 2**16))
 
@@ -142,7 +165,7 @@ def phases(
     config: Config, models: dict[str, int | None], policy: int, row: float
 ) -> dict[str, float]:
     """Return the expected resident bytes of each phase, on each rank: the program, weights,
-    gradients and two Adam moments of what is trained, and the activations of one micro-batch.
+    gradients and moments of what is trained, and the activations of one micro-batch.
 
     `models` are the parameters by role, `policy` the policy's, `row` the tokens of a row on
     average.
@@ -156,8 +179,11 @@ def phases(
     whole = number * policy
     weights = whole / parts
     adapter = adapter_parameters(config)
-    # A trained model is its weights, gradients and two moments. Adapters share one trunk.
-    trained = 4 * FLOAT * (policy if adapter is None else adapter) / parts
+    # Adapters share one trunk.
+    trained = {
+        table: trained_bytes(settings.optimizer, sizes(config), policy, adapter) / parts
+        for table, settings in config.optimizers()
+    }
     trunk = 0.0 if adapter is None else weights
 
     def micro(rows: int, learners: int = 1) -> float:
@@ -165,15 +191,18 @@ def phases(
 
     memory = {}
     if "sft" in config.recipe:
-        memory["sft"] = PROGRAM_BYTES + trunk + trained + micro(config.sft.batch_size)
+        memory["sft"] = PROGRAM_BYTES + trunk + trained["sft"] + micro(config.sft.batch_size)
     if "reward_model" in config.recipe:
         memory["reward model"] = (
-            PROGRAM_BYTES + weights + trained + micro(2 * config.reward_model.batch_size)
+            PROGRAM_BYTES
+            + weights
+            + trained["reward_model"]
+            + micro(2 * config.reward_model.batch_size)
         )
     if config.preference_stage:
         frozen = weights * (config.preference.loss.needs_reference or adapter is not None)
         memory[config.preference_stage] = (
-            PROGRAM_BYTES + frozen + trained + micro(2 * config.preference.batch_size)
+            PROGRAM_BYTES + frozen + trained["preference"] + micro(2 * config.preference.batch_size)
         )
     if config.rl_stage:
         frozen = weights * sum(role in models for role in ("reward model", "reference"))
@@ -197,7 +226,9 @@ def phases(
             * rows
             * (row + config.rollout.max_new_tokens / 2)
         )
-        resident = PROGRAM_BYTES + KERNEL_BYTES + frozen + learners * trained + whole + cache
+        resident = (
+            PROGRAM_BYTES + KERNEL_BYTES + frozen + learners * trained["optim"] + whole + cache
+        )
         memory[f"{config.rl_stage} update"] = resident + micro(
             -(-rows // config.optim.minibatches), learners
         )

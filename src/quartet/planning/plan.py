@@ -4,7 +4,14 @@ import os
 from dataclasses import dataclass
 
 from quartet.config.tables import Config, SharedCritic, TrainTokenizer
-from quartet.planning.memory import FLOAT, adapter_parameters, phases, policy_parameters
+from quartet.planning.memory import (
+    FLOAT,
+    adapter_parameters,
+    phases,
+    policy_parameters,
+    sizes,
+    trained_bytes,
+)
 from quartet.worlds import make_world
 
 FLOPS_PER_CPU = 22e9
@@ -138,8 +145,8 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
 
 def _disk(config: Config, models: dict[str, int | None]) -> float:
     """Return the bytes of model folders; of rollouts, about 25 bytes per token; and of checkpoints,
-    three numbers per trained parameter (itself and Adam's two moments) for each that is kept and
-    for one that is being written."""
+    the trained parameters and their moments for each that is kept and for one that is being
+    written."""
     folders = ("sft" in config.recipe) + sum(
         role.partition(" (")[0] in {"policy", "critic", "reward model"} for role in models
     )
@@ -160,7 +167,10 @@ def _disk(config: Config, models: dict[str, int | None]) -> float:
         if config.policy.adapter
         else config.run.keep_last + (config.run.keep_best is not None) + 1
     )
-    return FLOAT * (models["policy"] or 0) * (folders + 3 * learners * kept) + 25 * written
+    weights = FLOAT * (models["policy"] or 0)
+    gradients = weights
+    saved = trained_bytes(config.optim.optimizer, sizes(config), models["policy"] or 0) - gradients
+    return weights * folders + saved * learners * kept + 25 * written
 
 
 def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:

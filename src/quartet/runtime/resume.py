@@ -170,8 +170,8 @@ def _differences(
 
 
 ADDED_LATER: dict[str, Any] = {"run.precision": "fp32", "policy.resize_embeddings": False} | {
-    f"{kind.optim}.{name}": 0.0
-    for name in ("min_lr_ratio", "warmup_ratio")
+    f"{kind.optim}.{name}": value
+    for name, value in {"optimizer": "adamw", "min_lr_ratio": 0.0, "warmup_ratio": 0.0}.items()
     for kind in KINDS
     if kind.optim is not None
 }

@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.adapters import LanguageModel
+from quartet.models.trunk import block_matrices
 from quartet.tensors import Float, Tensor
 from quartet.training.batch import collate
 from quartet.training.budget import Budget
@@ -78,14 +80,15 @@ class Learner:
         self.ema = Ema(models.actor, optim.ema) if optim.ema else None
         self.scorer = Scorer(models, reference, sampling.temperature, process_group)
         num_steps = steps * optim.epochs * optim.minibatches
+        matrices = block_matrices(models.actor, getattr(models, "critic", None))
         self.optimizers = {
             "actor": Optimizer(
-                models.actor_parameters(), optim.optimizer_config(optim.lr), num_steps
+                models.actor_parameters(), optim.optimizer_config(optim.lr), num_steps, matrices
             )
         }
         if critic := models.critic_parameters():
             self.optimizers["critic"] = Optimizer(
-                critic, optim.optimizer_config(optim.critic_lr), num_steps
+                critic, optim.optimizer_config(optim.critic_lr), num_steps, matrices
             )
         self.rng = random.Random(seed)
         self.version = 0
@@ -99,7 +102,7 @@ class Learner:
         )
         placement.register(reference, shared_with=models.actor.parameters())
         for optimizer in self.optimizers.values():
-            placement.register(optimizer.adam)
+            self._register_moments(optimizer)
 
     def weights(self) -> Weights:
         """Return the actor's weights as they are now, for a generator."""
@@ -120,7 +123,7 @@ class Learner:
     def load_state(self, state: Mapping[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state(state["optimizers"][name])
-            self.placement.register(optimizer.adam)  # its moments have been loaded to the device
+            self._register_moments(optimizer)  # they have been loaded to the device
         if self.ema is not None:
             self.ema.load_state(state["ema"])
         if self.pretraining is not None:
@@ -130,6 +133,10 @@ class Learner:
         self.budget.load_state(state["budget"])
         self.rng.setstate(python_random(state["rng"]))
         self.version, self.sampler_agrees = state["version"], state["sampler_agrees"]
+
+    def _register_moments(self, optimizer: Optimizer) -> None:
+        for moments in optimizer.torch_optimizers:
+            self.placement.register(moments)
 
     # --- scoring
 
@@ -206,7 +213,7 @@ class Learner:
         optimizers = self.stepped_optimizers()
         train_actor = "actor" in optimizers
         rates = {f"lr/{name}": optimizer.lr for name, optimizer in optimizers.items()}
-        moments = [optimizer.adam for optimizer in optimizers.values()]
+        moments = chain.from_iterable(o.torch_optimizers for o in optimizers.values())
         record = UpdateRecord(experience, self.process_group, self.device)
         step_stats: list[dict[str, float]] = []
         num_epochs = 0

@@ -2,20 +2,25 @@
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from quartet.distributed.sharding import copy_saved, full_tensor, is_sharded
 from quartet.io.threads import Abandoned
 from quartet.parts import Field, OrInf, part
 from quartet.tensors import Tensor, torch
+from quartet.training.optimizer_types import (
+    ADAMW,
+    TYPES,
+    OptimizerError,
+    OptimizerType,
+    Traits,
+    fuses,
+)
 
 MAX_SKIPPED = 10
 """Optimizer steps that `on_nonfinite = "skip"` leaves out; after more the run stops."""
-
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-"""The keys of AdamW's state of each parameter."""
 
 
 @part
@@ -23,6 +28,11 @@ class OptimizerConfig:
     """The optimizer, the schedule of its learning rate, and the bound on the gradient."""
 
     lr: float = Field(default=1e-5, gt=0, description="The highest learning rate of the schedule.")
+    optimizer: OptimizerType = Field(
+        default="adamw",
+        description='What steps the matrices of blocks: "adamw"; "adamw_8bit", whose moments take '
+        'a quarter of the memory; or "muon". All else is AdamW\'s.',
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="How the learning rate goes on after the warm-up."
     )
@@ -82,26 +92,22 @@ class OptimizerConfig:
 
 
 class Optimizer:
-    """AdamW over some parameters, with gradient clipping and a schedule over `total_steps`."""
+    """Steps some parameters, with gradient clipping and a schedule over `total_steps`."""
 
     def __init__(
-        self, parameters: Sequence[Tensor], config: OptimizerConfig, total_steps: int
+        self,
+        parameters: Sequence[Tensor],
+        config: OptimizerConfig,
+        total_steps: int,
+        matrices: Iterable[Tensor] = (),
     ) -> None:
+        """`matrices` are those of the blocks of the models at hand, which other types than AdamW
+        step in their own way; some may not be among the parameters. Raises OptimizerError where
+        such a type is given none, or parameters in a form that it does not take."""
         self.parameters, self.config, self.total_steps = list(parameters), config, total_steps
-        # torch updates a group of parameters at once, and cannot mix sharded and plain ones.
-        groups = [
-            [p for p in self.parameters if is_sharded(p) == sharded] for sharded in (False, True)
-        ]
-        self.is_fused = all(p.device.type == "cuda" for p in self.parameters)
-        """Whether one kernel steps a whole group, without the temporaries of torch's other ways."""
-        self.adam = torch.optim.AdamW(
-            [{"params": group} for group in groups if group],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=self.is_fused or None,
-        )
+        self.parts = _parts(self.parameters, config, {id(matrix) for matrix in matrices})
+        self.is_fused = fuses(self.parameters)
+        """Whether AdamW steps with one kernel for each group of parameters."""
         self.steps = 0
         self.skipped = 0
         """Steps that were left out because the loss or a gradient was not finite."""
@@ -111,6 +117,18 @@ class Optimizer:
         """Held while a step is counted."""
         self.halted = False
         """Whether no further step may be taken: another thread saves the weights as they are."""
+
+    @property
+    def torch_optimizers(self) -> list[Any]:
+        """The optimizers of torch's kind that do the steps; they hold the moments."""
+        return [part.stepper for part in self.parts]
+
+    def moments(self, parameter: Tensor) -> dict[str, Any]:
+        """Return the moments of a parameter; none where no gradient has reached it."""
+        return dict(self._part_of(parameter).stepper.state.get(parameter, {}))
+
+    def _part_of(self, parameter: Tensor) -> "_Part":
+        return next(part for part in self.parts if id(parameter) in part.ids)
 
     @property
     def lr(self) -> float:
@@ -145,30 +163,41 @@ class Optimizer:
     def step(self) -> None:
         """Step at the scheduled learning rate, and clear the gradients. Raises `Abandoned` if the
         optimizer was halted."""
-        for group in self.adam.param_groups:
-            group["lr"] = self.lr
+        for stepper in self.torch_optimizers:
+            for group in stepper.param_groups:
+                group["lr"] = self.lr
         # Counted before the weights change: an interruption in between must see that they may have.
         with self.counting:
             if self.halted:
                 raise Abandoned
             self.steps += 1
-        self.adam.step()
+        for stepper in self.torch_optimizers:
+            stepper.step()
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        self.adam.zero_grad(set_to_none=True)
+        for stepper in self.torch_optimizers:
+            stepper.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        """Return the parameters themselves, Adam's moments of each, and the counters."""
+        """Return the parameters themselves, the moments of each, and the counters."""
         return {
+            "optimizer": self.config.optimizer,
             "parameters": self.parameters,
-            "moments": [dict(self.adam.state[p]) for p in self.parameters],
+            "moments": [self._saved_moments(p) for p in self.parameters],
             "steps": self.steps,
             "skipped": self.skipped,
             "scale": self.scale,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError where the state is another type's, or no state of these parameters."""
+        saved_type = state.get("optimizer", "adamw")  # which was the only one once
+        if saved_type != self.config.optimizer:
+            raise ValueError(
+                f'its optimizer is "{saved_type}", and "{self.config.optimizer}" cannot go on from '
+                "its moments"
+            )
         if len(state["parameters"]) != len(self.parameters):
             raise ValueError(
                 f"{len(state['parameters'])} parameters were saved, and {len(self.parameters)} are "
@@ -188,28 +217,79 @@ class Optimizer:
         for mine, saved, moments in zip(
             self.parameters, state["parameters"], state["moments"], strict=True
         ):
-            if moments and moments.keys() != MOMENTS:
-                raise ValueError(
-                    f"moments {', '.join(moments)} instead of {', '.join(sorted(MOMENTS))}"
-                )
-            if any(mine.shape != moments[name].shape for name in moments if name != "step"):
-                raise ValueError("moments of another shape than their parameter")
+            restored = self._restored_moments(mine, moments)
             if mine.shape != saved.shape:
                 raise ValueError(
                     f"a parameter of shape {list(saved.shape)} was saved, and has shape "
                     f"{list(mine.shape)} now"
                 )
             copy_saved(mine.data, saved)
-            if moments:  # a parameter that no gradient has reached has none
-                restored = {
-                    name: copy_saved(torch.zeros_like(mine), t)
-                    for name, t in moments.items()
-                    if name != "step"
-                }
-                # Adam counts steps on the CPU, but where one kernel does all, on the device.
-                step = moments["step"].to(mine.device if self.is_fused else "cpu")
-                self.adam.state[mine] = {"step": step, **restored}
+            if restored:  # a parameter that no gradient has reached has none
+                self._part_of(mine).stepper.state[mine] = restored
         self.steps, self.skipped, self.scale = steps, skipped, scale
+
+    def _saved_moments(self, parameter: Tensor) -> dict[str, Any]:
+        constants = self._part_of(parameter).traits.constants
+        return {n: m for n, m in self.moments(parameter).items() if n not in constants}
+
+    def _restored_moments(self, parameter: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the moments that were saved, checked, and where the next step reads them."""
+        if not saved:
+            return {}
+        part = self._part_of(parameter)
+        moments = part.traits.fresh(part.stepper, parameter)
+        names = moments.keys() - part.traits.constants
+        if saved.keys() != names:
+            raise ValueError(f"moments {', '.join(saved)} instead of {', '.join(sorted(names))}")
+        for name in names:
+            moments[name] = _restored(name, moments[name], saved[name])
+        return moments
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The parameters that one optimizer of torch's kind steps."""
+
+    traits: Traits
+    stepper: Any
+    ids: frozenset[int]
+
+
+def _parts(parameters: list[Tensor], config: OptimizerConfig, matrices: set[int]) -> list[_Part]:
+    """Return what steps the matrices, if that is not AdamW, and what steps all else."""
+    traits = TYPES[config.optimizer]
+    if traits is ADAMW:
+        return [_part(ADAMW, parameters, config)]
+    if not matrices:
+        raise OptimizerError(
+            f'optimizer = "{config.optimizer}" steps the matrices of transformer blocks, and this '
+            'model has none that are known. Use "adamw".'
+        )
+    own = [p for p in parameters if id(p) in matrices]
+    rest = [p for p in parameters if id(p) not in matrices]
+    if not traits.takes_sharded and any(map(is_sharded, own)):
+        raise OptimizerError(
+            f'optimizer = "{config.optimizer}" does not step parameters that are held in parts. '
+            'Use "adamw" or "muon".'
+        )
+    return [_part(t, some, config) for t, some in ((traits, own), (ADAMW, rest)) if some]
+
+
+def _part(traits: Traits, parameters: list[Tensor], config: OptimizerConfig) -> _Part:
+    return _Part(traits, traits.make(parameters, config), frozenset(map(id, parameters)))
+
+
+def _restored(name: str, fresh: Any, saved: Any) -> Any:
+    """Return a saved moment in the form of a fresh one."""
+    if isinstance(fresh, int):
+        if type(saved) is not int or saved < 0:
+            raise ValueError(f"{name} is no number of steps")
+        return saved
+    if fresh.shape != saved.shape:
+        raise ValueError("moments of another shape than their parameter")
+    if isinstance(saved, torch.Tensor) and saved.is_floating_point() != fresh.is_floating_point():
+        raise ValueError(f"{name} has another type of number than its optimizer's")
+    return copy_saved(fresh, saved)
 
 
 @part
