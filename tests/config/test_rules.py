@@ -93,6 +93,10 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         PPO,
         {"generator": SERVERS | {"type": "sglang"}, "rollout.top_k": 5},
     ),
+    "sleeping_servers_sample_in_turn": (
+        PPO,
+        {"generator": SERVERS | {"sleep": True}, "rollout.staleness": 1},
+    ),
     "critic_warmup_needs_a_critic": (
         PPO,
         {"recipe": ["rloo"], "rollout.samples_per_prompt": 4, "optim.critic_warmup_steps": 3},

@@ -24,7 +24,7 @@ from quartet.generation.protocol import Weights
 from quartet.generation.rank_zero import RankZeroGenerator
 from quartet.generation.sampling import Sampling
 from quartet.generation.scripted import ScriptedGenerator
-from quartet.generation.servers import ServedGenerator, ServersGone
+from quartet.generation.servers import ServedGenerator, ServersAwake, ServersGone
 from quartet.io.http_client import IDLE
 from quartet.models.adapters import (
     POLICY,
@@ -37,7 +37,7 @@ from quartet.models.language_model import masked_logprobs, save
 from quartet.models.lora import Lora
 from quartet.models.padding import response_mask, right_pad
 from quartet.recipes import recipe_path
-from tests.support.fake_server import Engine, free_port, make_app
+from tests.support.fake_server import Engine, Refused, free_port, make_app
 from tests.support.tiny_run import SMALL_REVIEWS, make_run
 from tests.support.world import model, prompts, tokenizer
 
@@ -79,7 +79,7 @@ def generator():
         one.close()
 
 
-def speaking_to(folder, urls, kind="vllm"):
+def speaking_to(folder, urls, kind="vllm", **more):
     def write(place, tensors):
         other = model()
         other.load_state_dict(dict(tensors))
@@ -87,7 +87,15 @@ def speaking_to(folder, urls, kind="vllm"):
 
     stops = frozenset({tokenizer().eos_token_id})
     made = ServedGenerator(
-        DIALECTS[kind], urls, write, folder / "weights", tokenizer(), stops, seed=0, timeout=20.0
+        DIALECTS[kind],
+        urls,
+        write,
+        folder / "weights",
+        tokenizer(),
+        stops,
+        seed=0,
+        timeout=20.0,
+        **more,
     )
     made.load_weights(Weights(0, model().state_dict()))
     return made
@@ -264,6 +272,10 @@ def test_what_is_asked_while_a_server_stands_still_is_of_the_weights_that_come(
             ["generator={type='sglang', urls=['http://x']}", "rollout.top_p=0.9"],
             'generator.type = "sglang": tells log-probs',
         ),
+        (
+            ["generator={type='vllm', urls=['http://x'], sleep=true}", "rollout.staleness=1"],
+            "rollout.staleness = 1: with generator.sleep = true the servers sleep while",
+        ),
     ],
 )
 def test_what_servers_cannot_do_is_said(words, sentence):
@@ -419,6 +431,62 @@ def test_a_server_that_does_not_load_weights_in_time_is_named_and_the_others_go_
         released.set()
     for rollout, ours in zip(rollouts, own_logprobs(model(seed=7), rollouts), strict=True):
         assert rollout.logprobs == pytest.approx(ours, abs=1e-4)
+
+
+LOAD = ["/pause", "/collective_rpc", "/update_weight_version", "/resume"]
+
+
+def test_servers_that_sleep_are_woken_loaded_asked_and_put_to_sleep(folder, generator):
+    """Weights that are ready while they sleep wait until they are woken; the first wake is for a run that left them asleep."""
+    with served(folder / "first") as (url, engine):
+        engine.asleep = True
+        made = generator(folder, [url], sleeps=True)
+        assert engine.told == [] and (folder / "weights" / "00000000").is_dir()
+        asked = ["/inference/v1/generate"] * 2
+        made.generate(prompts(2), SAMPLING)
+        assert engine.told == ["/wake_up", *LOAD, *asked, "/sleep"] and engine.asleep
+        engine.told.clear()
+        made.load_weights(Weights(1, model(seed=7).state_dict()))
+        assert engine.told == []
+        rollouts = made.generate(prompts(2), SAMPLING)
+        assert engine.told == ["/wake_up", *LOAD, *asked, "/sleep"]
+        engine.told.clear()
+        made.for_probes().generate(prompts(2), SAMPLING)  # by weights that they have
+        assert engine.told == ["/wake_up", *asked, "/sleep"] and engine.asleep
+    for rollout, ours in zip(rollouts, own_logprobs(model(seed=7), rollouts), strict=True):
+        assert rollout.logprobs == pytest.approx(ours, abs=1e-4)
+        assert set(rollout.versions) == {1}
+
+
+def test_a_server_that_cannot_sleep_or_wake_is_named_and_none_is_asleep_after_an_error(
+    folder, generator
+):
+    def refuses(*_):
+        raise Refused("sleep mode is not enabled", 501)
+
+    with served(folder / "first") as (url, engine), served(folder / "first") as (other, beside):
+        made = generator(folder, [url], sleeps=True)
+        engine.context = 8
+        made.timeout = 1.0
+        with pytest.raises(ServersGone, match="it wrote 2 of 12 tokens"):
+            made.generate(prompts(4)[3:], SAMPLING)
+        assert not engine.asleep and "/sleep" not in engine.told
+        engine.context, made.timeout = 10**6, 20.0
+        engine.refuse["/sleep"] = refuses
+        sentence = rf"generation server {url} cannot be put to sleep .*sleep mode is not enabled.*--enable-sleep-mode"
+        both = generator(folder, [url, other], sleeps=True)
+        with pytest.raises(ServersAwake, match=sentence):
+            both.generate(prompts(1), SAMPLING)
+        assert beside.told[-2:] == ["/sleep", "/wake_up"] and not beside.asleep
+        del engine.refuse["/sleep"]
+        made.generate(prompts(1), SAMPLING)
+        assert engine.asleep
+        engine.refuse["/wake_up"] = refuses
+        made.timeout = 0.5
+        with pytest.raises(
+            ServersGone, match=rf"{url}: sleeps and could not be woken \(answered 501"
+        ):
+            made.generate(prompts(1), SAMPLING)
 
 
 @pytest.mark.slow

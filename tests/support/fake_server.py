@@ -41,6 +41,8 @@ class Engine:
         self.paused, self.writing, self.lock = threading.Event(), 0, threading.Condition()
         self.asked, self.told, self.context = [], [], 10**6
         self.ports = set()
+        self.asleep, self.refuse = False, {}
+        """Whether it sleeps; what paths do instead of what they should."""
         self.read(folder)
 
     def read(self, folder):
@@ -123,7 +125,8 @@ def make_app(engine, kind="vllm"):
             engine.told.append(path)
             engine.ports.add(request.client.port)
             try:
-                return JSONResponse(await run_in_threadpool(handler, asked, request.query_params))
+                chosen = engine.refuse.get(path, handler)
+                return JSONResponse(await run_in_threadpool(chosen, asked, request.query_params))
             except Refused as error:
                 return JSONResponse({"error": str(error)}, error.code)
 
@@ -174,7 +177,19 @@ def adapters(engine):
 
 
 def vllm(engine):
+    def awake():
+        if engine.asleep:
+            raise Refused("the engine is asleep", 500)
+
+    def sleep(_, query):
+        assert query["level"] == "1" and engine.writing == 0
+        engine.asleep = True
+
+    def wake(_, query):
+        engine.asleep = False
+
     def generate(asked, _):
+        awake()
         needs(asked, "token_ids", "sampling_params")
         how = asked["sampling_params"]
         needs(
@@ -210,6 +225,7 @@ def vllm(engine):
         return {"status": "resumed"}
 
     def rpc(asked, _):
+        awake()
         if asked["method"] != "reload_weights" or not engine.paused.is_set():
             raise Refused("not now")
         engine.read(asked["kwargs"]["weights_path"])
@@ -224,6 +240,8 @@ def vllm(engine):
         "/inference/v1/generate": generate,
         "/pause": pause,
         "/resume": resume,
+        "/sleep": sleep,
+        "/wake_up": wake,
         "/collective_rpc": rpc,
         "/update_weight_version": name,
         "/v1/load_lora_adapter": load,

@@ -23,6 +23,7 @@ from quartet.distributed.offload import NO_OFFLOAD, Offloading, Placement
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
 from quartet.experience import Prompt
 from quartet.generation.episodes import check_second_turn
+from quartet.generation.source import Servers
 from quartet.models.adapters import AdapterError
 from quartet.models.chat import set_chat_template, set_template_variables
 from quartet.models.heads import AdaptedScalar, ScalarModel
@@ -256,6 +257,11 @@ class Assembler:
             notes.append(
                 "rollout.top_k and rollout.top_p sample another distribution than is trained: "
                 "ratios do not start at 1, and KL estimates can be negative."
+            )
+        if config.rl_stage and isinstance(config.generator, Servers) and config.generator.sleeps:
+            notes.append(
+                "generator.sleep = true leaves the servers asleep when the run ends: POST /wake_up "
+                "wakes them."
             )
         if config.run.offload and self.device.type == "cpu":
             notes.append(

@@ -114,6 +114,7 @@ class Generators:
             self.config.seed,
             settings.timeout,
             save_base=partial(self._save_base, actor) if sends_adapter else None,
+            sleeps=settings.sleeps,
             vocab_size=actor.config.get_text_config().vocab_size,
             excluded=ids_outside(actor),
         )

@@ -45,6 +45,7 @@ CHANGES_NOTHING_LEARNT = frozenset(
     {
         "recipe",
         "launch",
+        "generator.sleep",
         "run.track",
         "run.name",
         "run.folder",

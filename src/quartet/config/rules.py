@@ -416,6 +416,19 @@ def sglang_excludes_filters(config: Config) -> str | None:
 
 
 @rule
+def sleeping_servers_sample_in_turn(config: Config) -> str | None:
+    generator = config.generator
+    if config.rl_stage is None or not isinstance(generator, Servers):
+        return None
+    if not generator.sleeps or config.staleness == 0:
+        return None
+    return (
+        f"rollout.staleness = {config.staleness}: with generator.sleep = true the servers sleep "
+        "while the run trains, so they cannot sample ahead. Set it to 0, or leave out one of them."
+    )
+
+
+@rule
 def critic_warmup_needs_a_critic(config: Config) -> str | None:
     algorithm, steps = config.algorithm, config.optim.critic_warmup_steps
     if algorithm is None or algorithm.needs_critic or not steps:

@@ -258,7 +258,7 @@ class RolloutConfig(Sampling):
     staleness: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         default="auto",
         description="How many updates behind the learner the sampling weights may be; 0 samples "
-        "and learns in turn. Left out, it is 1 with servers and 0 without.",
+        "and learns in turn. Left out, it is 1 with servers that do not sleep and 0 otherwise.",
     )
 
 
@@ -339,7 +339,7 @@ class Config:
     def staleness(self) -> int:
         """How many updates behind the learner the sampling weights may be."""
         if self.rollout.staleness == "auto":
-            return int(isinstance(self.generator, Servers))
+            return int(isinstance(self.generator, Servers) and not self.generator.sleeps)
         return self.rollout.staleness
 
     @property

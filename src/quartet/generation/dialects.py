@@ -48,6 +48,10 @@ class Dialect(Protocol):
     pause: Order
     """Abort running requests, which return what they have; later requests wait."""
     resume: Order
+    sleep: Order | None
+    """Release the memory of the GPU and keep the weights; None where this is not supported."""
+    wake: Order | None
+    """End `sleep`; nothing happens to a server that is awake."""
 
     def write(
         self,
@@ -98,9 +102,12 @@ class _Adapters:
 class Vllm(_Adapters):
     """vLLM 0.32 or later, the first that reports the version of the weights of each token. It must
     be started with VLLM_SERVER_DEV_MODE=1 and `--enable-scale-out`; for adapters also with
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and `--enable-lora`."""
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and `--enable-lora`; to sleep with `--enable-sleep-mode`.
+    """
 
     pause, resume = Order("/pause?mode=abort"), Order("/resume")
+    sleep: Order | None = Order("/sleep?level=1")
+    wake: Order | None = Order("/wake_up")
     below = "/v1"
 
     def write(
@@ -146,6 +153,8 @@ class Sglang(_Adapters):
     --lora-target-modules all`."""
 
     pause, resume = Order("/pause_generation", {"mode": "abort"}), Order("/continue_generation", {})
+    sleep: Order | None = None
+    wake: Order | None = None
 
     def write(
         self,

@@ -6,6 +6,9 @@ responses, loads the folder and resumes; unfinished responses are then continued
 weights. So each token was sampled from one known version. Where the policy is an adapter, a server
 may be given the base model once and then only adapters, each under its own name.
 
+Servers that share their GPUs with the trainer sleep whenever they do not sample (`sleeps`): they
+are woken and given the newest weights before they sample, and put to sleep afterwards.
+
 A server that fails gets no requests until it answers again, and then it gets the newest weights
 first. Other servers take over its requests. `dialects.py` has the endpoints.
 """
@@ -47,6 +50,10 @@ class ServersGone(QuartetError, RuntimeError):
     """No server answers. The message names the servers and their last errors."""
 
 
+class ServersAwake(QuartetError, RuntimeError):
+    """A server cannot be put to sleep, so it keeps the memory of its GPU."""
+
+
 class BadReply(QuartetError):
     """A reply is an error or has another form. The message is a phrase that follows the server's
     name."""
@@ -66,6 +73,8 @@ class Server:
     url: str
     version: int = -1
     """The version of its weights; −1 means that it is not known."""
+    asleep: bool = False
+    """Whether it sleeps, or may do so."""
     working: int = 0
     """The number of requests in flight."""
     failed: str | None = None
@@ -115,16 +124,20 @@ class ServedGenerator:
         save_base: Callable[[Path, Mapping[str, Any]], None] | None = None,
         vocab_size: int | None = None,
         excluded: range = range(0),
+        sleeps: bool = False,
     ) -> None:
         """`save` writes weights as a model folder below `shared`, a path that the servers can read.
         `timeout`: seconds for one request, for one server to load new weights, and to wait for a
         server to come back. `at_once`: requests in flight. `save_base` writes the base model; then
         `save` writes only an adapter. `vocab_size`: a reply with a token id that is not below it
         is rejected. `excluded`: ids outside of the policy's support, which servers are asked not to
-        sample; a reply with one is rejected."""
+        sample; a reply with one is rejected. With `sleeps` the servers sleep whenever they do not
+        sample."""
         self.excluded = excluded
         self.dialect, self.save_base, self.vocab_size = dialect, save_base, vocab_size
-        self.servers = [Server(url.rstrip("/")) for url in urls]
+        self.sleeps = sleeps
+        # An earlier run may have left them asleep.
+        self.servers = [Server(url.rstrip("/"), asleep=sleeps) for url in urls]
         self.save, self.shared, self.tokenizer, self.seed, self.timeout = (
             save,
             shared,
@@ -162,7 +175,23 @@ class ServedGenerator:
         self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1
     ) -> list[Rollout]:
         """Return the rollouts. A row's random numbers depend on the call and the row, not on the
-        server that samples it."""
+        server that samples it. Raises ServersGone, and ServersAwake where one does not sleep as it
+        should; after either the servers that answer are awake."""
+        if not self.sleeps:
+            return self._sample(prompts, sampling, samples_per_prompt)
+        self._push_to([server for server in self.servers if server.failed is None])
+        rollouts = self._sample(prompts, sampling, samples_per_prompt)
+        refusals = map_concurrently(self._put_to_sleep, self.servers, len(self.servers))
+        if refusal := next(filter(None, refusals), None):
+            for server in self.servers:
+                with contextlib.suppress(*FAILURES):
+                    self._wake(server, time.monotonic() + self.timeout)
+            raise refusal
+        return rollouts
+
+    def _sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int
+    ) -> list[Rollout]:
         self.calls += 1
         rows = [
             (prompt, group, sample)
@@ -321,7 +350,7 @@ class ServedGenerator:
     def load_weights(self, weights: Weights) -> None:
         """Write the weights to the shared folder and have all servers load them at the same time.
         Responses may be in flight meanwhile. A server that does not load them within `timeout`
-        seconds counts as failed."""
+        seconds counts as failed. Servers that sleep load them when they are woken."""
         save_base, tensors = self.save_base, weights.tensors
         if (
             save_base is not None and not self._pushed
@@ -331,9 +360,10 @@ class ServedGenerator:
         self._write(self._folder(weights.version), lambda place: self.save(place, tensors))
         kept = {self._folder(weights.version), self._folder(self.version)}
         self.version = weights.version
-        self._push_to([server for server in self.servers if server.failed is None])
-        if all(server.failed for server in self.servers):
-            self._revive()
+        if not self.sleeps:
+            self._push_to([server for server in self.servers if server.failed is None])
+            if all(server.failed for server in self.servers):
+                self._revive()
         for old in (
             set(self.shared.resolve().glob("[0-9]*")) - kept
         ):  # the newest, and one that a server may be reading
@@ -359,24 +389,28 @@ class ServedGenerator:
             raise
 
     def _push(self, server: Server) -> None:
-        """Pause a server, have it load the newest weights, and resume it. On an error, or after
-        `timeout` seconds, it counts as failed."""
+        """Wake a server that sleeps; pause it, have it load the newest weights, and resume it. On
+        an error, or after `timeout` seconds, it counts as failed."""
         with server.lock:
-            if server.version == self.version and server.failed is None:
+            has_newest = server.version == self.version and server.failed is None
+            if has_newest and not server.asleep:
                 return
             version, had = self.version, -1 if server.failed else server.version
             until = time.monotonic() + self.timeout
             with self._free:
                 server.version = -1  # it gets no requests now
             try:
-                self._tell(server, until, self.dialect.pause)
-                if self.save_base is None:
-                    self._tell(server, until, *self.dialect.read(self._folder(version), version))
-                else:
-                    self._put_on(server, until, version, had)
-                server.version = version
-                self._tell(server, until, self.dialect.resume)
-                server.failed = None
+                if self.sleeps:
+                    self._wake(server, until)
+                if not has_newest:
+                    self._tell(server, until, self.dialect.pause)
+                    if self.save_base is None:
+                        folder = self._folder(version)
+                        self._tell(server, until, *self.dialect.read(folder, version))
+                    else:
+                        self._put_on(server, until, version, had)
+                    self._tell(server, until, self.dialect.resume)
+                server.version, server.failed = version, None
             except FAILURES as error:
                 server.version = -1
                 server.fail(
@@ -397,6 +431,34 @@ class ServedGenerator:
             with contextlib.suppress(BadReply):
                 self._tell(server, until, self.dialect.take_off(_name(old)))
         self._tell(server, until, self.dialect.put_on(_name(version), self._folder(version)))
+
+    def _wake(self, server: Server, until: float) -> None:
+        """Wake a server. Raises one of FAILURES, with a phrase that says so."""
+        assert self.dialect.wake is not None
+        try:
+            self._tell(server, until, self.dialect.wake)
+        except FAILURES as error:
+            raise BadReply(f"sleeps and could not be woken ({error})") from error
+        server.asleep = False
+
+    def _put_to_sleep(self, server: Server) -> ServersAwake | None:
+        """Put a server to sleep. One that cannot be reached counts as failed. Return an error for
+        one that refuses, unless it has failed before."""
+        assert self.dialect.sleep is not None
+        had_failed, server.asleep = server.failed is not None, True
+        seconds = 4 * PAUSE if had_failed else self.timeout
+        try:
+            self._tell(server, time.monotonic() + seconds, self.dialect.sleep)
+        except RequestError as error:
+            server.fail(str(error))
+        except BadReply as error:
+            if not had_failed:
+                return ServersAwake(
+                    f"generation server {server.url} cannot be put to sleep and keeps its GPU's "
+                    f"memory ({error}). Start it with VLLM_SERVER_DEV_MODE=1 and "
+                    "--enable-sleep-mode, or take generator.sleep out."
+                )
+        return None
 
     def _tell(self, server: Server, until: float, *orders: Order) -> None:
         """Send orders one after another, which together end before time.monotonic() is `until`."""

@@ -79,11 +79,25 @@ class Servers(GeneratorSource):
         "been started with --enable-lora.",
     )
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether the servers sleep whenever they do not sample."""
+        return False
+
 
 class Vllm(Servers):
     """Servers that run vLLM."""
 
     type: Literal["vllm"] = "vllm"
+    sleep: bool = Field(
+        default=False,
+        description="Put the servers to sleep whenever they do not sample, so that a run can train "
+        "on their GPUs. They must have been started with --enable-sleep-mode.",
+    )
+
+    @property
+    def sleeps(self) -> bool:
+        return self.sleep
 
 
 class SgLang(Servers):
