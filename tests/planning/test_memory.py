@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 
 from quartet.assembly import build
 from quartet.config.toml import read_settings
@@ -132,3 +133,16 @@ def test_sizes_and_parameters_of_a_folder_are_read_from_its_files(kind, tmp_path
     assert found is not None and (found.hidden, found.layers) == (32, 2)
     assert found.intermediate == (4 * 32 if kind == "gpt2" and made.config.n_inner is None else 96)
     assert policy_parameters(config, None) == sum(p.numel() for p in made.parameters())
+
+
+def test_activations_of_an_architecture_that_is_not_fused_are_what_autograd_keeps():
+    """Gemma 3 has heads wider than hidden / heads: the widths of queries and keys count by themselves."""
+    shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1}
+    config = transformers.Gemma3TextConfig(vocab_size=64, pad_token_id=0, **shape, **heads)
+    made = transformers.Gemma3ForCausalLM(config).eval()
+    predicted = activation_bytes(Sizes(96, 3, 256, 1 / 4, 128 / 96, is_fused=False), False)
+    mask = torch.arange(64).expand(8, 64) > 0
+    tokens = torch.randint(4, 20, (8, 64))
+    measured = kept_bytes(made, tokens, mask) / tokens.numel()
+    assert measured == pytest.approx(predicted, rel=0.15)

@@ -16,11 +16,11 @@ MOMENTS = (
 )
 
 
-def killing(*words: str) -> dict:
+def killing(*words: str, module: str = "tests.support.killing") -> dict:
     environment = {k: v for k, v in os.environ.items() if k != "QUARTET_CHECK_SHAPES"} | {
         "OMP_NUM_THREADS": "1"
     }
-    command = [sys.executable, "-m", "tests.support.killing", *words]
+    command = [sys.executable, "-m", module, *words]
     done = subprocess.run(
         command,
         capture_output=True,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quartet.config.tables import Config, SharedCritic
+from quartet.models.architectures import ARCHITECTURES
 from quartet.rewards.sources import ModelSource
 from quartet.training.optimizer_types import ADAMW, TYPES, OptimizerType
 
@@ -19,6 +20,8 @@ KERNEL_BYTES = 80e6
 """Bytes that the kernels of generation keep; each number of rows has its own. Measured."""
 FRAGMENTATION = 1.4
 """The memory that the allocator holds, over the memory in use. Measured."""
+NF4_BYTES = 0.516
+"""Bytes of a weight in 4 bits, with its block's share of the scales."""
 CPU_MICRO_BATCH = 2048
 """Tokens of a micro-batch on CPUs. Larger ones were not faster at any size that was measured, and
 with this one rows of similar length share a micro-batch."""
@@ -33,6 +36,11 @@ class Sizes:
     intermediate: int
     heads_share: float = 1.0
     """The width of keys, and of values, over that of queries."""
+    queries: float = 1.0
+    """The width of queries over `hidden`: more than 1 where a head is wider than hidden / heads."""
+    is_fused: bool = True
+    """Whether it is of the family with the fused forward pass, which keeps less than that of
+    transformers."""
 
     @property
     def matrix_parameters(self) -> float:
@@ -57,11 +65,12 @@ def sizes(config: Config) -> Sizes | None:
     )
     if not hidden or not layers:
         return None
-    heads = table.get("num_attention_heads") or 1
+    heads = table.get("num_attention_heads") or table.get("n_head") or 1
     share = (table.get("num_key_value_heads") or heads) / heads
-    return Sizes(
-        hidden, layers, table.get("intermediate_size") or table.get("n_inner") or 4 * hidden, share
-    )
+    width = (table.get("head_dim") or hidden / heads) * heads
+    intermediate = table.get("intermediate_size") or table.get("n_inner") or 4 * hidden
+    is_fused = table.get("model_type") in ARCHITECTURES
+    return Sizes(hidden, layers, intermediate, share, width / hidden, is_fused)
 
 
 def policy_parameters(config: Config, vocabulary: int | None) -> int | None:
@@ -94,14 +103,21 @@ def number_bytes(config: Config, on_gpu: bool) -> int:
 
 
 def activation_bytes(model: Sizes, checkpointing: bool, number: int = FLOAT) -> float:
-    """Return the bytes per token of a micro-batch that the backward pass of the Llama family needs,
-    with so many bytes to a number.
+    """Return the bytes per token of a micro-batch that the backward pass needs, with so many bytes
+    to a number.
 
-    A block keeps the residual stream and its norm before attention and before the perceptron,
-    queries, keys, values, the output of attention (twice: as it comes out, and packed), gate, up
-    and their product. With checkpointing, each block keeps its input, and one block all of it.
+    A block of the fused forward pass keeps the residual stream and its norm before attention and
+    before the perceptron, queries, keys, values, the output of attention (twice: as it comes out,
+    and packed), gate, up and their product. That of transformers was counted on Gemma 3, which has
+    norms after attention and perceptron and on queries and keys, too. With checkpointing, each
+    block keeps its input, and one block all of it.
     """
-    block = (7 + 2 * model.heads_share) * model.hidden + 3 * model.intermediate
+    queries = model.queries * model.hidden
+    keys = model.heads_share * queries
+    if model.is_fused:
+        block = 4 * model.hidden + 3 * queries + 2 * keys + 3 * model.intermediate
+    else:
+        block = 10 * model.hidden + 4 * queries + 4 * keys + 4 * model.intermediate
     kept = model.layers * model.hidden + block if checkpointing else model.layers * block
     return number * kept
 
@@ -176,7 +192,9 @@ def phases(
     number = number_bytes(config, on_gpu=False)
     per_token = activation_bytes(model, config.policy.gradient_checkpointing, number)
     tokens = micro_batch_tokens(config, policy, None)
-    whole = number * policy
+    in_4_bits = config.policy.quantize is not None
+    matrices = min(model.matrix_parameters, policy) if in_4_bits else 0.0
+    whole = number * (policy - matrices) + NF4_BYTES * matrices
     weights = whole / parts
     adapter = adapter_parameters(config)
     # Adapters share one trunk.
@@ -222,12 +240,15 @@ def phases(
             * 2
             * model.layers
             * model.heads_share
+            * model.queries
             * model.hidden
             * rows
             * (row + config.rollout.max_new_tokens / 2)
         )
+        # A decoder of ours has its own layout of the weights, but of those in 4 bits.
+        decoder = whole if model.is_fused and not in_4_bits else 0.0
         resident = (
-            PROGRAM_BYTES + KERNEL_BYTES + frozen + learners * trained["optim"] + whole + cache
+            PROGRAM_BYTES + KERNEL_BYTES + frozen + learners * trained["optim"] + decoder + cache
         )
         memory[f"{config.rl_stage} update"] = resident + micro(
             -(-rows // config.optim.minibatches), learners
