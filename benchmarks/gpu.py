@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,22 @@ import ours
 import workload as w
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.presets import ALGORITHMS
+from quartet.algorithms.update import TrustRegion
 from quartet.data.sampler import Sampler
 from quartet.experience import Prompt
 from quartet.generation.sampling import Sampling
 from quartet.loops.collect import Collector
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
+from quartet.models.language_model import masked_logprobs
+from quartet.models.padding import response_mask, right_pad
 from quartet.models.precision import compute_in
 from quartet.models.trunk import checkpoint_blocks
 from quartet.planning.memory import Sizes, activation_bytes
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Reward, Weighted
 from quartet.rewards.reward_model import ModelReward
+from quartet.tensors import Tensor
 from quartet.training.learner import Learner
 from quartet.training.optim import Optim
 
@@ -275,12 +280,87 @@ def predicted_bytes(shape: Qwen, algorithm: Algorithm, parameters: int, tokens: 
     return float(frozen + (1 + algorithm.needs_critic) * (parameters * 16 + activations))
 
 
+@torch.no_grad()
+def correctness(shape: Qwen, model: Any, machine: Machine) -> Numbers:
+    """Compare log-probs of the same tokens: ours and transformers', in bf16 and in float32; and
+    those of the sampler with the learner's."""
+    del machine
+    asked, size = shape.asked[:4], shape.size
+    generator = ours.FixedLengthGenerator(model, size, len(asked))
+    rollouts = generator.generate(asked, Sampling(max_new_tokens=min(shape.limit, 64)))
+    tokens, lengths = right_pad([(*r.prompt.ids, *r.response_ids) for r in rollouts])
+    starts = torch.tensor([len(r.prompt.ids) for r in rollouts])
+    mask = response_mask(starts, lengths, tokens.shape[1])
+    exact = copy.deepcopy(model).float()
+    found = {
+        "ours bf16": masked_logprobs(model, tokens, mask)[mask],
+        "transformers bf16": transformers_logprobs(model, tokens)[mask[:, 1:]],
+        "ours fp32": masked_logprobs(exact, tokens, mask)[mask],
+    }
+    truth = transformers_logprobs(exact, tokens)[mask[:, 1:]]
+    sampled = torch.tensor([x for r in rollouts for x in r.logprobs])
+    errors = {name: (x.cpu() - truth.cpu()).abs() for name, x in found.items()}
+    errors["sampler against learner"] = (found["ours bf16"].cpu() - sampled).abs()
+    return {n: {"mean": float(e.mean()), "max": float(e.max())} for n, e in errors.items()}
+
+
+def transformers_logprobs(model: Any, tokens: Tensor) -> Tensor:
+    """Return the log-probs of the tokens of right-padded rows, but for the first, [B, T - 1]."""
+    there = tokens.to(model.device)
+    logits = model(input_ids=there, use_cache=False).logits[:, :-1].float()
+    chosen: Tensor = logits.log_softmax(-1).gather(-1, there[:, 1:, None])[..., 0]
+    return chosen
+
+
+def presets(machine: Machine) -> Numbers:
+    """Measure two steps of every first-order method, of a tiny model, as `step` does."""
+    tiny = SHAPES["tiny"]
+    made = make_model(tiny, machine.device)
+    first_order = [n for n, a in ALGORITHMS.items() if not isinstance(a.update, TrustRegion)]
+    return {
+        name: attempt(functools.partial(step, preset=name), tiny, made, machine)
+        for name in first_order
+    }
+
+
+def waits(shape: Qwen, model: Any, machine: Machine) -> Numbers:
+    """Count how often the host waits for the device, as torch sees it: per decoded token, and per
+    update of a GRPO step."""
+    if machine.device.type != "cuda":
+        return {"skipped": "only CUDA tells"}
+    algorithm = ALGORITHMS["grpo"]
+    learner = make_learner(shape, model, algorithm, machine.device)
+    collector = make_collector(shape, learner, algorithm)
+
+    def counted(work: Callable[[], Any]) -> tuple[int, Any]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                result = work()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing" in str(w.message) for w in caught), result
+
+    for _ in range(2):  # the first step also checks and captures
+        collecting, collected = counted(lambda: collector.collect(algorithm, learner.sampling))
+        batch = learner.score(collected.rollouts, algorithm)
+        experience = algorithm.experience(batch)
+        updating, _ = counted(functools.partial(learner.update, experience, algorithm))
+        collector.load_weights(learner.weights())
+    longest = max(len(r.response_ids) for r in collected.rollouts)
+    return {"per_decoded_token": collecting / longest, "per_update": updating}
+
+
 WORKS: dict[str, Callable[[Qwen, Any, Machine], Numbers]] = {
+    "correctness": correctness,
     "generation": generation,
     "continuous batching": continuous,
     "ppo": functools.partial(step, preset="ppo"),
     "grpo": functools.partial(step, preset="grpo"),
+    "waits": waits,
 }
+"""What is measured for each shape."""
 
 
 def make_model(shape: Qwen, device: torch.device) -> Any:
@@ -315,6 +395,8 @@ def main() -> None:
         "shapes": {},
     }
     print(json.dumps({k: results[k] for k in ("device", "torch", "limits")}), flush=True)
+    results["presets"] = presets(machine)
+    print("presets", json.dumps(results["presets"]), flush=True)
     for name in arguments.shapes.split(","):
         model = make_model(SHAPES[name], device)
         rows = results["shapes"][name] = {}

@@ -25,7 +25,7 @@ from quartet.loops.collect import Collector
 from quartet.loops.reward_model import reward_model as reward_model_loop
 from quartet.loops.rl import rl
 from quartet.loops.sft import sft as sft_loop
-from quartet.models import llama
+from quartet.models import fused
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import masked_logprobs
@@ -179,7 +179,7 @@ class Scoring:
         width = tokens.shape[1]
         mask = response_mask(torch.tensor([len(p) for p, _ in pairs]), lengths, width)
         if padded:
-            llama._HAS_FUSED_FORWARD[model.base_model] = False
+            fused._HAS_FUSED_FORWARD[model.base_model] = False
             rows = torch.arange(size.rows).split(max(MICRO_BATCH_TOKENS // width, 1))
             pieces = [(piece, width) for piece in rows]
         else:

@@ -182,8 +182,8 @@ class Experience:
 
 
 def rollout_to_row(rollout: Rollout) -> dict[str, Any]:
-    """Return the rollout as a table that JSON takes."""
-    return dataclasses.asdict(rollout)
+    """Return the rollout as a table that JSON takes, and that shares the rollout's values."""
+    return dict(vars(rollout)) | {"prompt": dict(vars(rollout.prompt))}
 
 
 def rollout_from_row(row: Mapping[str, Any]) -> Rollout:

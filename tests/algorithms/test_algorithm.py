@@ -8,7 +8,7 @@ from quartet.algorithms.advantages import Gae
 from quartet.algorithms.aggregation import TokenMean
 from quartet.algorithms.algorithm import Algorithm, Forward
 from quartet.algorithms.baselines import GroupMean
-from quartet.algorithms.correction import Masked, SequenceMasked, Truncated
+from quartet.algorithms.correction import Masked, SequenceMasked, SequenceTruncated, Truncated
 from quartet.algorithms.entropy import EntropyBonus, EntropyTarget
 from quartet.algorithms.groups import DynamicSampling
 from quartet.algorithms.imitation import PositiveExamples
@@ -64,7 +64,7 @@ COMPOSED = {
     "positives": dataclasses.replace(ALGORITHMS["grpo"], positives=PositiveExamples(coef=0.1)),
     **{
         f"correction {p.type}": dataclasses.replace(ALGORITHMS["ppo"], correction=p)
-        for p in (Truncated(), Masked(), SequenceMasked())
+        for p in (Truncated(), SequenceTruncated(), Masked(), SequenceMasked())
     },
 }
 PRESETS = pytest.mark.parametrize("name", sorted(ALGORITHMS))

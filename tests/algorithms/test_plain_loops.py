@@ -25,7 +25,7 @@ from quartet.algorithms.baselines import (
     LengthWeightedBaseline,
     ReturnToGo,
 )
-from quartet.algorithms.correction import Masked, SequenceMasked, Truncated
+from quartet.algorithms.correction import Masked, SequenceMasked, SequenceTruncated, Truncated
 from quartet.algorithms.kl import KLInLoss, KLInReward
 from quartet.algorithms.policy_loss import (
     Cispo,
@@ -482,6 +482,12 @@ def test_weighted_kl(name, rows):
 
 CORRECTIONS = {
     "truncated": (Truncated(cap=2.0), lambda weights: [min(w, 2.0) for w in weights]),
+    "sequence truncated": (
+        SequenceTruncated(cap=2.0),
+        lambda weights: (
+            [min(math.prod(weights) ** (1 / len(weights)), 2.0)] * len(weights) if weights else []
+        ),
+    ),
     "masked": (
         Masked(low=0.5, high=5.0),
         lambda weights: [w if 0.5 <= w <= 5.0 else 0.0 for w in weights],

@@ -26,6 +26,27 @@ def test_gpu_measures_a_work_on_whatever_device_there_is(work):
     assert seconds > 0 and result["tokens"] > 0
 
 
+def test_gpu_compares_numbers_with_transformers():
+    import gpu
+
+    device = torch.device("cuda" if GPU else "cpu")
+    machine = gpu.Machine(device, tflops=1.0, gb_s=1.0)
+    shape = gpu.SHAPES["tiny"]
+    errors = gpu.correctness(shape, gpu.make_model(shape, device), machine)
+    assert errors["ours fp32"]["max"] < 1e-4 < errors["ours bf16"]["max"] < 0.1
+    assert errors["ours bf16"]["mean"] < 2 * errors["transformers bf16"]["mean"]
+    assert errors["sampler against learner"]["mean"] < 0.01
+
+
+@pytest.mark.slow
+def test_gpu_takes_steps_of_every_method():
+    import gpu
+
+    found = gpu.presets(gpu.Machine(torch.device("cuda" if GPU else "cpu"), 1.0, 1.0))
+    assert {"ppo", "grpo", "rloo"} <= found.keys() and "trpo" not in found
+    assert [name for name, numbers in found.items() if "failed" in numbers] == []
+
+
 def test_gpu_reports_a_work_that_fails_and_goes_on():
     import gpu
 

@@ -1,9 +1,11 @@
 import io
+import time
 
 import pytest
 from rich.console import Console
 
-from quartet.cli.screen import Screen, sample_lines
+from quartet.cli.screen import Screen, now_in_words, sample_lines
+from quartet.io.activity import activity, counted, progress
 from quartet.loops.progress import Progress
 from quartet.runtime.events import Advanced, Finished, Started, Warned
 from quartet.stages.kinds import REWARD_MODEL
@@ -63,3 +65,34 @@ def test_what_the_reward_model_could_have_reached_is_said():
 def test_what_a_model_wrote_cannot_move_the_cursor(text):
     for line in sample_lines([{"prompt": text, "before": text, "after": text}]):
         assert line.plain.isprintable()
+
+
+def test_what_takes_long_is_named_with_its_rate(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with activity("centring"), activity("sampling"):
+        progress(0, 0, "tokens")
+        assert now_in_words() == "", "it has just begun"
+        now[0] += 10
+        progress(3480, 0, "tokens")
+        assert now_in_words() == "centring: sampling 3,480 tokens, 348/s"
+    with activity("win rate"):
+        for _ in counted([2, 3, 5], float, 10, "rows"):
+            now[0] += 2
+            words = now_in_words()
+    assert words == "win rate 5/10 rows, 0.8/s" and now_in_words() == ""
+
+
+def test_in_a_pipe_a_line_comes_though_no_step_ends(monkeypatch):
+    monkeypatch.setattr("quartet.cli.screen.PLAIN_SECONDS", 0.05)
+    monkeypatch.setattr("quartet.cli.screen.SHOWN_SECONDS", 0.0)
+    out = io.StringIO()
+    screen = Screen(Console(file=out, width=120))
+    screen.show(Started(STAGE, 1, 1))
+    with activity("merging"):
+        while "merging" not in out.getvalue():
+            time.sleep(0.01)
+    screen.close()
+    printed = out.getvalue()
+    time.sleep(0.3)
+    assert out.getvalue() == printed, "nothing is printed after the end"

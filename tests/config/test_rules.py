@@ -74,6 +74,10 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "algorithm": {"rewards": {"type": "every_token"}, "scores": []},
         },
     ),
+    "critic_is_created_or_starts_from_weights": (
+        PPO,
+        {"critic": {"create": SHAPE, "init": "policy"}},
+    ),
     "trust_region_needs_a_critic": (
         PPO,
         {"recipe": ["grpo"], "rollout.samples_per_prompt": 8, **TRUST_REGION},
@@ -98,6 +102,8 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         PPO,
         {"policy": {"create": SHAPE | {"max_length": 64}, "tokenizer": "t"}},
     ),
+    "warmup_is_given_once": (PPO, {"optim.warmup_steps": 3, "optim.warmup_ratio": 0.1}),
+    "constant_rate_falls_to_nothing": (PPO, {"optim.min_lr_ratio": 0.1}),
     "address_needs_ray": (PPO, {"launch.address": "head:6379"}),
     "torchrun_restarts_itself": (PPO, {"launch.type": "torchrun", "launch.restarts": 1}),
     "every_rank_has_a_part": (PPO, {"launch.processes": 3, "launch.shard": 2}),
@@ -105,6 +111,17 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "trust_region_excludes_sharding": (
         PPO,
         {"launch.processes": 2, "launch.shard": True, **TRUST_REGION},
+    ),
+    "labelled_texts_have_a_file": (PPO, {"data": {"world": "labelled_texts"}}),
+    "quantize_needs_an_adapter": (PPO, {"policy.quantize": "nf4"}),
+    "quantize_holds_one_trunk_whole": (
+        PPO,
+        {
+            "policy.quantize": "nf4",
+            "policy.adapter": {"type": "lora"},
+            "launch.processes": 2,
+            "launch.shard": True,
+        },
     ),
 }
 """A config that works and what is changed in it, by the rule that this breaks."""

@@ -4,6 +4,12 @@ import math
 
 import pytest
 
+from quartet.algorithms.correction import (
+    Masked,
+    NoCorrection,
+    SequenceTruncated,
+    Truncated,
+)
 from quartet.algorithms.kl import KLInLoss, KLInReward
 from quartet.algorithms.policy_loss import Clip
 from quartet.algorithms.preference import PREFERENCES
@@ -169,11 +175,23 @@ def test_every_value_knows_its_origin(tmp_path):
 
 
 def test_the_resolved_file_gives_the_same_run_again(tmp_path):
+    needed = {
+        "dialogue": ["data.train=x.jsonl"],
+        "film-reviews": ["data.texts=x.jsonl", "policy.model=m"],
+    }
     for name in recipe_names():
-        words = ["data.train=x.jsonl"] if name == "dialogue" else []
+        words = needed.get(name, [])
         first = read_settings(recipe_path(name), words)
         (tmp_path / "again.toml").write_text(resolved_toml(first))
         assert read_settings(tmp_path / "again.toml").config == first.config
+
+
+def test_a_model_on_the_command_line_replaces_the_one_that_a_file_creates():
+    words = ["data.train=x.jsonl", "policy.model=m"]
+    policy = read_settings(recipe_path("dialogue"), words).config.policy
+    assert policy.model == "m" and policy.create is None and policy.tokenizer is None
+    with pytest.raises(ConfigError, match="exactly one"):
+        read_settings(recipe_path("dialogue"), [*words, "policy.create.num_layers=2"])
 
 
 def test_a_part_of_another_type_starts_from_its_own_defaults(tmp_path):
@@ -231,3 +249,30 @@ def test_a_part_can_be_replaced_from_the_command_line(tmp_path):
     assert made.config.algorithm.scores == (ClipScore(limit=3),)
     assert made.config.algorithm.policy_loss == Clip(high=0.3)
     assert made.origins["algorithm.scores.0.limit"] == "command line"
+
+
+SERVED = "generator={type='vllm', urls=['http://127.0.0.1:8000']}"
+
+
+@pytest.mark.parametrize(
+    ("words", "correction", "origin"),
+    [
+        ([], NoCorrection(), "preset ppo"),
+        ([SERVED], Truncated(), "default with servers"),
+        ([SERVED, "recipe=gspo", "rollout.samples_per_prompt=2"], SequenceTruncated(), "default with servers"),
+        ([SERVED, "recipe=trpo"], Truncated(), "default with servers"),
+        ([SERVED, "algorithm.policy_loss={type='gmpo'}"], SequenceTruncated(), "default with servers"),
+        ([SERVED, "algorithm.correction={type='none'}"], NoCorrection(), "command line"),
+        ([SERVED, "algorithm.correction={cap=3.0}"], Truncated(cap=3.0), "default with servers"),
+        ([SERVED, "algorithm.correction={type='masked'}"], Masked(), "command line"),
+    ],
+)  # fmt: skip
+def test_what_servers_sample_is_corrected_unless_the_file_says_otherwise(
+    tmp_path, words, correction, origin
+):
+    made = settings(tmp_path, HEAD, *words)
+    assert made.config.algorithm.correction == correction
+    assert made.origins["algorithm.correction.type"] == origin
+    (tmp_path / "resolved.toml").write_text(text := resolved_toml(made))
+    assert f'type = "{correction.type}"  # {origin}' in text
+    assert read_settings(tmp_path / "resolved.toml").config == made.config

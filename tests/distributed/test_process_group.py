@@ -94,7 +94,7 @@ class Rank(ProcessGroup):
 
 def test_every_rank_goes_through_as_many_pieces():
     for world in (2, 3, 16):
-        pieces = [Rank(rank, world).micro_batches(LENGTHS, 32) for rank in range(world)]
+        pieces = [list(Rank(rank, world).micro_batches(LENGTHS, 32)) for rank in range(world)]
         assert len({len(mine) for mine in pieces}) == 1
         counted = sorted(
             row for mine in pieces for piece in mine if piece.counts for row in piece.rows
@@ -128,7 +128,22 @@ def test_a_model_in_parts_is_gathered_in_bfloat16_and_its_gradients_are_summed_i
         assert found[name].dtype == torch.float32, name
         error = (found[name] - p.grad).norm() / p.grad.norm().clamp(min=1e-3)
         assert error < 0.02, name
-    sent = json.loads((tmp_path / "0.json").read_text())["calls"]
+    told = json.loads((tmp_path / "0.json").read_text())
+    sent = told["calls"]
+    # Each of two blocks is gathered for its forward and for its backward pass and its gradient
+    # summed once; the matrix of embedding and head is gathered where it is read. The first block
+    # is gathered for the backward pass before the second block's gradient is on its way.
+    assert sent == {
+        "allgather_base bfloat16": 4,
+        "reduce_scatter_base float32": 2,
+        "all_gather_into_tensor bfloat16": 2,
+        "reduce_scatter_tensor float32": 2,
+    }
+    backward = [key.split()[0] for key in told["order"] if "_base" in key][2:]
+    assert backward == ["allgather_base"] * 2 + ["reduce_scatter_base"] * 2
+    blocks = sum(p.numel() for n, p in alone.named_parameters() if ".layers." in n)
+    assert told["bytes"]["allgather_base bfloat16"] >= 2 * 2 * blocks
+    assert told["bytes"]["reduce_scatter_base float32"] >= 4 * blocks
     assert {key.split()[1] for key in sent if "allgather" in key or "all_gather" in key} == {
         "bfloat16"
     }

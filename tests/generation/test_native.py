@@ -6,7 +6,7 @@ import torch
 from quartet.generation.decoders import make_decoder
 from quartet.generation.native import NativeGenerator
 from quartet.generation.protocol import Weights
-from quartet.generation.sampling import Sampling, draw, scaled
+from quartet.generation.sampling import WIDE_BLOCK, Sampling, draw, scaled
 from quartet.models.language_model import policy_logprobs, stop_ids
 from quartet.models.logprobs import token_entropy
 from quartet.models.padding import left_pad, response_mask, right_pad
@@ -213,3 +213,26 @@ def test_entropies_are_those_of_the_distribution_that_was_sampled(temperature):
     torch.testing.assert_close(
         drawn.entropies, token_entropy(logits, temperature), atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.7, top_k=5), Sampling(top_p=0.6)]
+)
+@pytest.mark.parametrize("size", [3 * WIDE_BLOCK, 3 * WIDE_BLOCK + 7])
+def test_a_wide_vocabulary_is_drawn_from_in_blocks_with_the_same_answers(
+    sampling, size, monkeypatch
+):
+    logits, noise = 3 * torch.randn(64, size), torch.rand(64)
+    noise[:4] = torch.tensor([0.0, 1 - 2**-24, 0.5, 1e-7])
+    expected = draw(logits, sampling, noise)
+    monkeypatch.setattr("quartet.generation.sampling.WIDE", size)
+    monkeypatch.setattr("quartet.generation.sampling.WIDE_LOGITS", 5 * size)
+    found = draw(logits, sampling, noise)
+    # a token at the edge of its interval may fall to either side
+    assert (found.tokens == expected.tokens).sum() >= 62
+    same = found.tokens == expected.tokens
+    torch.testing.assert_close(found.logprobs[same], expected.logprobs[same], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.entropies, expected.entropies, atol=1e-4, rtol=1e-4)
+    assert found.logprobs.isfinite().all()  # no token of probability 0
+    nan = draw(torch.full((2, size), torch.nan), sampling, noise[:2])
+    assert (nan.tokens < size).all() and nan.logprobs.isnan().all()

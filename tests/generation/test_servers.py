@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import httpx
@@ -380,6 +380,45 @@ def test_adapters_that_go_alone_are_all_that_is_put_together(monkeypatch):
     RankZeroGenerator(listening, SINGLE_PROCESS, partial(in_adapter, POLICY)).load_weights(weights)
     assert pushed == [list(dict.fromkeys(read))] and all(".policy." in name for name in read)
     assert len(pushed[0]) == len(list(adapter_parameters(policy, POLICY)))
+
+
+def test_weights_are_loaded_by_all_servers_at_the_same_time(folder, generator):
+    """Each waits until all are loading: one after another they would wait for ever."""
+    with ExitStack() as stack:
+        urls, engines = zip(
+            *(stack.enter_context(served(folder / "first")) for _ in range(3)), strict=True
+        )
+        made = generator(folder, urls)
+        together = threading.Barrier(3)
+        for engine in engines:
+            engine.read = lambda place, engine=engine: (
+                together.wait(10),
+                Engine.read(engine, place),
+            )
+        made.load_weights(Weights(1, model(seed=7).state_dict()))
+        assert [server.failed for server in made.servers] == [None] * 3
+        assert [server.version for server in made.servers] == [1] * 3
+        assert {engine.version for engine in engines} == {"1"}
+
+
+def test_a_server_that_does_not_load_weights_in_time_is_named_and_the_others_go_on(
+    folder, generator, caplog
+):
+    with served(folder / "first") as (stuck, engine), served(folder / "first") as (good, _):
+        made = generator(folder, [stuck, good])
+        released = threading.Event()
+        engine.read = lambda place: (released.wait(20), Engine.read(engine, place))
+        made.timeout = 0.5
+        made.load_weights(Weights(1, model(seed=7).state_dict()))
+        reason = "did not load weights 1 within generator.timeout = 0.5 s"
+        assert [server.failed for server in made.servers] == [reason, None]
+        assert f"generation server {stuck} {reason}." in caplog.text
+        made.timeout = 20.0
+        made.servers[0].again = time.monotonic() + 60  # left alone while the other answers
+        rollouts = made.generate(prompts(2), SAMPLING)
+        released.set()
+    for rollout, ours in zip(rollouts, own_logprobs(model(seed=7), rollouts), strict=True):
+        assert rollout.logprobs == pytest.approx(ours, abs=1e-4)
 
 
 @pytest.mark.slow

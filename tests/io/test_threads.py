@@ -50,6 +50,7 @@ def test_the_first_failure_ends_the_waiting_and_begins_no_further_call():
 def test_the_interpreter_ends_though_a_call_does_not():
     code = (
         "import os, signal, threading, time\nfrom quartet.io.threads import map_concurrently\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells start jobs without it
         "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "try: map_concurrently(lambda _: time.sleep(120), [1, 2, 3], 2)\nexcept KeyboardInterrupt: print('interrupted')"
     )

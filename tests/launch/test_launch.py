@@ -19,12 +19,14 @@ from safetensors.torch import load_file
 
 from quartet.assembly import build
 from quartet.assembly.models import device
+from quartet.config.run import Launch
 from quartet.config.toml import ConfigError, read_settings
 from quartet.distributed.process_group import TorchProcessGroup
 from quartet.errors import NonFinite
 from quartet.launch import spmd
 from quartet.launch.processes import Follower, wait_for
 from quartet.launch.spmd import ProcessWorkers, by_another, follow
+from quartet.launch.start import local_rank_of
 from quartet.models.language_model import ModelError
 from quartet.recipes import recipe_path
 from quartet.runtime.worker import LocalWorkers, WorkerLost
@@ -419,7 +421,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(tmp
     said, _ = process.communicate(timeout=120)
     assert (
         process.returncode == 75
-        and said.count("stopped: rank 1 of the run was lost: no sign of life") == 2
+        and said.count("stopped: rank 1 of the run was lost: its process has ended") == 2
     )
     assert (
         said.count("The last checkpoint is whole; the run goes on from it") == 1
@@ -625,6 +627,39 @@ def test_a_rank_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_stuck(tw
     beating.join()
 
 
+class Ended:
+    """A follower whose process has ended; what it did before that is noticed."""
+
+    rank = 1
+
+    def __init__(self, before=lambda: None):
+        self.process, self.before = self, before
+
+    def poll(self):
+        self.before()
+        return -9
+
+    def end(self):
+        pass
+
+
+def test_a_process_that_has_ended_is_lost_at_once(two, monkeypatch):
+    group, *_ = two
+    monkeypatch.setattr(spmd, "SILENCE", 60.0)
+    group.followers = [Ended()]
+    with pytest.raises(WorkerLost, match="rank 1 of the run was lost: its process has ended"):
+        group.call("fail", "silent")
+
+
+def test_a_rank_that_reports_its_error_and_ends_is_not_called_lost(two):
+    """However late the report is read: it is written before the end."""
+    group, *_ = two
+    report = json.dumps({"error": "seven is no number of legs", "by_another": False})
+    group.followers = [Ended(lambda: group.store.set("done/1/1", report))]
+    with pytest.raises(RuntimeError, match="^rank 1: seven is no number of legs$"):
+        group.call("fail", "silent")
+
+
 @pytest.mark.long
 def test_on_ray_a_long_step_is_not_a_lost_rank_and_a_dead_one_is():
     ray = pytest.importorskip("ray")
@@ -690,7 +725,17 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     for rank in range(4):
         device("auto", TorchProcessGroup(rank, 4))
     device("cuda:1", TorchProcessGroup(0, 4))
-    assert chosen == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:1"]
+    device("auto", TorchProcessGroup(3, 6, local_rank=0))  # the first of the second machine's three
+    assert chosen == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:1", "cuda:0"]
+
+
+def test_torchrun_says_which_rank_of_its_machine_a_process_is(monkeypatch):
+    """torchrun's ranks of a machine need not follow each other; those of `local` are on one machine."""
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert local_rank_of(Launch(type="torchrun")) == 2
+    assert local_rank_of(Launch(type="local")) is None
+    monkeypatch.delenv("LOCAL_RANK")
+    assert local_rank_of(Launch(type="torchrun")) is None
 
 
 def test_one_process_builds_no_process_group():

@@ -173,7 +173,7 @@ RANGES = {
     "policy.adapter.rank=0": "policy.adapter.rank = 0: must be ≥ 1.",
     "policy.adapter.alpha=nan": "policy.adapter.alpha = nan: must be a finite number.",
     "evaluation.prompts=1": "evaluation.prompts = 1: must be ≥ 2.",
-    "optim.schedule=linaer": 'optim.schedule = "linaer": not one of linear, constant. Did you mean linear?',
+    "optim.schedule=linaer": 'optim.schedule = "linaer": not one of linear, cosine, constant. Did you mean linear?',
     "data.world=review": 'data.world = "review": not one of reviews, sums, guess. Did you mean reviews?',
     "data.unusable=ignore": 'data.unusable = "ignore": not one of refuse, drop.',
     "critic.type=seperate": 'critic.type = "seperate": not one of separate, shared. Did you mean separate?',

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from quartet.models.logprobs import (
+    PLAIN,
+    LogitShape,
     head_statistics,
     predicting_positions,
     scatter_to_tokens,
@@ -34,8 +36,11 @@ def test_masked_tokens_are_spoken_of_from_one_before_and_their_numbers_return_to
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("chunk_elements", [1, 13 * 4, 13 * 5, 10**6])
+@pytest.mark.parametrize(
+    "shape", [PLAIN, LogitShape(0.3), LogitShape(1.0, 2.0), LogitShape(3.0, 4.0)]
+)
 def test_log_probs_in_chunks_are_those_of_the_whole_and_so_are_their_gradients(
-    temperature, with_bias, chunk_elements
+    temperature, with_bias, chunk_elements, shape
 ):
     hidden, weight = (
         torch.randn(10, 6, dtype=torch.float64),
@@ -50,9 +55,14 @@ def test_log_probs_in_chunks_are_those_of_the_whole_and_so_are_their_gradients(
         torch.randn(10, dtype=torch.float64),
     )
     leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
-    logprobs = (torch.nn.functional.linear(hidden, weight, bias) / temperature).log_softmax(-1)
+    logits = shape.scale * torch.nn.functional.linear(hidden, weight, bias)
+    if shape.cap is not None:
+        logits = shape.cap * torch.tanh(logits / shape.cap)
+    logprobs = (logits / temperature).log_softmax(-1)
     expected = logprobs[range(10), tokens], -(logprobs.exp() * logprobs).sum(-1)
-    measured = head_statistics(hidden, weight, bias, tokens, temperature, True, chunk_elements)
+    measured = head_statistics(
+        hidden, weight, bias, tokens, temperature, True, chunk_elements, shape
+    )
     for one, other in zip(measured, expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -62,9 +72,22 @@ def test_log_probs_in_chunks_are_those_of_the_whole_and_so_are_their_gradients(
     for one, other in zip(gradients(measured), gradients(expected), strict=True):
         torch.testing.assert_close(one, other)
     watched, ignored = head_statistics(
-        hidden, weight, bias, tokens, temperature, False, chunk_elements
+        hidden, weight, bias, tokens, temperature, False, chunk_elements, shape
     )
     assert watched.requires_grad and not ignored.requires_grad
+
+
+def test_gradients_of_a_capped_and_scaled_head_are_its_finite_differences():
+    hidden, weight, bias = (
+        torch.randn(*size, dtype=torch.float64, requires_grad=True)
+        for size in [(4, 3), (7, 3), (7,)]
+    )
+    tokens = torch.tensor([0, 6, 2, 2])
+
+    def found(*head):
+        return head_statistics(*head, tokens, 0.8, True, 4 * 3, LogitShape(0.7, 1.5))
+
+    torch.autograd.gradcheck(found, (hidden, weight, bias))
 
 
 def test_the_exact_kl_from_logits_and_its_gradient_in_any_chunks():

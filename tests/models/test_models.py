@@ -178,26 +178,23 @@ def test_a_tokenizer_that_pads_with_its_end_gives_the_reward_model_no_pad_id():
 
 
 @pytest.mark.parametrize(
-    ("architecture", "linear"),
+    "architecture",
     [
-        (
-            {
-                "model_type": "gemma2",
-                "num_key_value_heads": 4,
-                "head_dim": 8,
-                "final_logit_softcapping": 2.0,
-            },
-            False,
-        ),
-        ({"model_type": "cohere", "num_key_value_heads": 4, "logit_scale": 0.5}, False),
-        ({"model_type": "granite", "num_key_value_heads": 4, "logits_scaling": 3.0}, False),
-        ({"model_type": "phi", "num_key_value_heads": 4}, True),  # its head has a bias
-        ({"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32}, True),
-        ({"model_type": "mistral", "num_key_value_heads": 2}, True),
-        ({"model_type": "gpt2"}, True),
+        {
+            "model_type": "gemma2",
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "final_logit_softcapping": 2.0,
+        },
+        {"model_type": "cohere", "num_key_value_heads": 4, "logit_scale": 0.5},
+        {"model_type": "granite", "num_key_value_heads": 4, "logits_scaling": 3.0},
+        {"model_type": "phi", "num_key_value_heads": 4},  # its head has a bias
+        {"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32},
+        {"model_type": "mistral", "num_key_value_heads": 2},
+        {"model_type": "gpt2"},
     ],
 )
-def test_any_head_is_read_as_the_model_means_it(architecture, linear):
+def test_any_head_is_read_as_the_model_means_it(architecture):
     """Log-probs of masked tokens against the model's own logits, whatever it does to them after the head."""
     sizes = {
         "vocab_size": 24,
@@ -221,8 +218,26 @@ def test_any_head_is_read_as_the_model_means_it(architecture, linear):
     )
     measured = masked_logprobs(made, tokens, mask)
     torch.testing.assert_close(measured, torch.where(mask, expected, 0.0), atol=1e-5, rtol=1e-5)
-    assert has_linear_head(made) == linear
+    assert has_linear_head(made)
     outputs = forward_positions(made, tokens, mask)
     torch.testing.assert_close(
         logits_of(made, outputs), logits[:, :-1][mask[:, 1:]], atol=1e-5, rtol=1e-5
     )
+
+
+def test_a_head_that_is_more_than_a_scale_and_a_cap_is_left_to_the_model(monkeypatch):
+    made = model()
+    real = made.forward
+
+    def shifted(**inputs):
+        output = real(**inputs)
+        output.logits = output.logits + torch.arange(output.logits.shape[-1])
+        return output
+
+    monkeypatch.setattr(made, "forward", shifted)
+    assert not has_linear_head(made)
+    tokens = torch.tensor([[5, 6, 7, 8, 9]])
+    mask = torch.tensor([[False, False, True, True, True]])
+    expected = made(input_ids=tokens).logits[0, 1:4].log_softmax(-1)
+    measured = masked_logprobs(made, tokens, mask)[mask]
+    torch.testing.assert_close(measured, expected.gather(-1, tokens[0, 2:, None])[:, 0])

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from quartet.generation.decoders import LlamaDecoder, make_decoder
-from quartet.models.adapters import CRITIC, POLICY, add_adapter, freeze_layers, reference_of
+from quartet.generation.decoders import RowDecoder, make_decoder
+from quartet.models.adapters import CRITIC, POLICY, add_adapter, freeze_layers, frozen_copy
+from quartet.models.fused import has_fused_forward
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import masked_logprobs, save
-from quartet.models.llama import has_fused_forward
 from quartet.models.logprobs import head_logits, head_statistics
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_dtype, compute_in, label_layer
@@ -72,7 +72,7 @@ def test_what_is_not_trained_is_held_in_bfloat16():
     compute_in(policy, BF16)
     for name, p in policy.named_parameters():
         assert p.dtype == (FP32 if p.requires_grad else BF16), name
-    reference = compute_in(reference_of(policy), BF16)
+    reference = frozen_copy(policy, BF16)
     assert {p.dtype for p in reference.parameters()} == {BF16}
     # They compute with the same numbers, so the policy starts at its reference to the bit.
     assert torch.equal(loss_of(reference), loss_of(policy))
@@ -80,7 +80,7 @@ def test_what_is_not_trained_is_held_in_bfloat16():
 
 def test_a_reference_can_be_more_precise_than_the_policy():
     policy = in_bf16()
-    reference = compute_in(reference_of(policy), FP32)
+    reference = frozen_copy(policy, FP32)
     assert torch.equal(loss_of(reference), loss_of(model())) and compute_dtype(policy) == BF16
 
 
@@ -156,7 +156,7 @@ def test_the_fused_forward_and_the_decoder_are_taken_in_bfloat16_too(name):
     policy = compute_in(language_model(name), BF16)
     assert has_fused_forward(policy.base_model, 33)
     decoder = make_decoder(policy, 40)
-    assert isinstance(decoder, LlamaDecoder) and decoder.caches[0].dtype == BF16
+    assert isinstance(decoder, RowDecoder) and decoder.caches[0].dtype == BF16
     tokens, _ = ragged()
     logits = decoder.prefill([tokens[1, :20].tolist()], 1)
     for position in range(20, 25):

@@ -224,6 +224,10 @@ def test_a_sampler_that_rounds_is_told_from_one_that_is_wrong(rounding):
     assert found([0.002, 0.02]) == {}  # a policy that becomes surer rounds more
     assert "new weights" in found([0.002, 0.035])[rules.sampler_disagrees][1]
     assert set(found([0.02, 0.04])) == {rules.sampler_is_imprecise}
+    corrected = spoken(
+        lambda s: {"sampler_ratio": 1.04, "correction/mean_weight": 0.99}, 12, rounding
+    )
+    assert "algorithm.correction weighs the tokens" in corrected[rules.sampler_is_imprecise][1]
     step, sentence = found([0.12])[rules.sampler_disagrees]
     assert step == 1 and "12.00% from the learner's on average. Do both use" in sentence
 

@@ -77,3 +77,20 @@ def test_each_role_computes_in_what_the_config_says(word, policy, reference, tmp
 def test_a_checkpoint_says_what_auto_was(tmp_path):
     config = read_settings(recipe_path("sums"), [], "sums").config
     assert build(config).made_with["config"]["run"]["precision"] == "fp32"
+
+
+@pytest.mark.slow
+def test_all_stages_stand_on_a_base_in_4_bits(tmp_path):
+    """SFT, a reward model, PPO and an evaluation. What SFT has learnt is an adapter that the next ones start as: merged into the
+    base and rounded to 4 bits again, it would be lost."""
+    adapter = ('policy.adapter={type="lora", rank=2}', 'policy.quantize="nf4"')
+    run = make_run(tmp_path, "reviews", *adapter, "run.steps=2", "sft.lr=0.05", "optim.lr=0.0001")
+    assert run.status == "done"
+    first, second = (m for m in metrics(run) if "kl/token_k3" in m)
+    assert abs(first["kl"]) < 1e-6 < abs(second["kl"])  # the policy starts at its reference
+    summary = run.summary("sft")
+    assert summary["held_out_loss"] < summary["held_out_loss_before"] - 0.1
+    sft = load_file(run.path / "sft/adapter/adapter_model.safetensors")
+    policy = load_file(run.path / "policy/adapter/adapter_model.safetensors")
+    near = [(policy[n] - t).norm() / t.norm().clamp(min=1e-6) for n, t in sft.items()]
+    assert 0 < max(near) < 0.5

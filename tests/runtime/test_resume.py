@@ -25,6 +25,7 @@ from quartet.recording.tokens import TokenTexts
 from quartet.runtime.events import Advanced
 from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.pipeline import Pipeline
+from quartet.runtime.requests import run_to_resume
 from quartet.runtime.resume import CannotResume, choose, find_run, has_begun, set_aside
 from quartet.runtime.saving import Saving
 from quartet.stages.protocol import StageRun
@@ -256,8 +257,13 @@ def test_more_steps_go_on_from_the_last_of_them(checkpointed):
 
 
 @pytest.mark.slow
-def test_more_steps_of_a_falling_learning_rate_would_have_been_other_steps(tmp_path):
-    run = make_run(tmp_path, "sums", *GRPO[:3], "optim.schedule=linear").path
+@pytest.mark.parametrize(
+    "rate",
+    [("schedule=linear",), ("schedule=constant", "warmup_steps=0", "warmup_ratio=0.5")],
+    ids=["falling", "warming up by a ratio"],
+)
+def test_more_steps_would_have_been_other_steps_where_the_rate_depends_on_them(tmp_path, rate):
+    run = make_run(tmp_path, "sums", *GRPO[:3], *(f"optim.{word}" for word in rate)).path
     with pytest.raises(CannotResume, match="made with run.steps = 6, the config says 9"):
         chosen(run, "run.steps=9")
 
@@ -315,6 +321,27 @@ def test_a_run_is_found_by_its_name(tmp_path):
     found = find_run(tmp_path, "ppo")
     assert found is not None and found.name == "1121-0901-ppo-2"
     assert find_run(tmp_path, "grpo") is None
+
+
+@pytest.mark.parametrize(
+    ("began", "kept"),
+    [('type = "none"', True), ('type = "truncated"\ncap = 2.0', False)],
+)
+def test_a_run_with_servers_that_began_before_they_were_corrected_for_is_resumed_without(
+    tmp_path, monkeypatch, began, kept
+):
+    """From its file; its own folder says `none` itself."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "1121-0900-served"
+    run.mkdir(parents=True)
+    (run / "events.jsonl").write_text("")
+    (run / "config.resolved.toml").write_text(f"[algorithm.correction]\n{began}\n")
+    words = ["generator={type='vllm', urls=['http://x']}", "run.name=served", "run.folder=runs"]
+    request = run_to_resume("reviews", words)
+    assert request.path is not None and request.settings.config.algorithm is not None
+    assert request.settings.config.algorithm.correction.type == ("none" if kept else "truncated")
+    assert [note for note in request.notes if "keeps it" in note] == request.notes
+    assert bool(request.notes) == kept
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------------

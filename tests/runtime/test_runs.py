@@ -20,7 +20,7 @@ from quartet.models.language_model import create, load_model, load_tokenizer, sa
 from quartet.models.shape import Shape
 from quartet.worlds import WORLDS
 from tests.support.command import environment, quartet
-from tests.support.tiny_run import SMALL, SMALL_REVIEWS
+from tests.support.tiny_run import SMALL, SMALL_REVIEWS, make_run
 
 QUARTET = str(Path(sys.executable).parent / "quartet")
 REAL = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless.jsonl.gz"
@@ -534,3 +534,20 @@ def test_one_trunk_with_four_roles_and_what_comes_out_loads_elsewhere_without_us
         .partition("---\n\n")[2]
         .partition("Made by")[0]
     )
+
+
+def test_a_critic_can_be_smaller_than_the_actor(tmp_path):
+    shape = "{type='llama', hidden_size=8, num_layers=1, num_heads=2}"
+    words = [
+        *SMALL_REVIEWS,
+        f"critic.create={shape}",
+        "run.steps=2",
+        'recipe=["sft","reward_model","ppo"]',
+    ]
+    run = make_run(tmp_path, "reviews", *words)
+    sizes = {
+        name: json.loads((run.path / name / "config.json").read_text())["hidden_size"]
+        for name in ("policy", "critic", "reward_model")
+    }
+    assert sizes == {"policy": 16, "critic": 8, "reward_model": 16}
+    assert run.status == "done"

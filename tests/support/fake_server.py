@@ -26,6 +26,15 @@ def free_port():
         return probe.getsockname()[1]
 
 
+LOADING = threading.Lock()
+"""transformers loads one model at a time in a process; several fakes may live in one."""
+
+
+def loaded(folder):
+    with LOADING:
+        return load_model(folder)
+
+
 class Engine:
     def __init__(self, folder, pause=0.0):
         self.pause = pause
@@ -38,13 +47,13 @@ class Engine:
         """Another base: adapters stood on the old one."""
         self.folder, self.model, self.adapters, self.version = (
             folder,
-            load_model(folder),
+            loaded(folder),
             {},
             "default",
         )
 
     def put_on(self, name, folder):
-        model = load_model(self.folder)
+        model = loaded(self.folder)
         load_adapter(model, POLICY, Path(folder))
         self.adapters[name] = model
 

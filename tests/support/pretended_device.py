@@ -296,9 +296,15 @@ def plain_varlen(
     for row in range(len(starts_q) - 1):
         mine = q[starts_q[row] : starts_q[row + 1]].transpose(0, 1)
         keys, values = (x[starts_k[row] : ends[row]].transpose(0, 1) for x in (k, v))
+        # As flash attention counts: the last query is at the last key, and sees `left` keys before it.
+        behind = keys.shape[1] - mine.shape[1] + torch.arange(mine.shape[1])[:, None]
+        behind = behind - torch.arange(keys.shape[1])
+        left, right = named.get("window_size", (-1, -1))
+        seen = (left < 0) | (behind <= left)
+        seen = seen & ((right < 0) | (-behind <= right))
         outputs.append(
             torch.nn.functional.scaled_dot_product_attention(
-                mine[None], keys[None], values[None], is_causal=named.get("window_size") == (-1, 0),
+                mine[None], keys[None], values[None], attn_mask=seen,
                 scale=named["scale"], enable_gqa=named["enable_gqa"],
             )[0].transpose(0, 1)
         )  # fmt: skip
@@ -320,7 +326,7 @@ def _varlen(q: Any, k: Any, v: Any, starts_q: Any, starts_k: Any, *rest: Any, **
 def pretended(forbid_float64: bool = False) -> Iterator[Counts]:
     """Have `device="cuda"` make pretended tensors inside the context. `forbid_float64`: as on MPS."""
     from quartet.generation import fused
-    from quartet.models import attention, llama
+    from quartet.models import attention, elementwise
 
     varlen = torch.nn.attention.varlen
     places: list[tuple[Any, str, Any]] = [
@@ -328,7 +334,8 @@ def pretended(forbid_float64: bool = False) -> Iterator[Counts]:
     ]
     places += [(torch.Tensor, "to", _to(torch.Tensor.to)), (varlen, "varlen_attn", _varlen)]
     places += [
-        (module, "rms_norm", _rms_norm(torch.nn.functional.rms_norm)) for module in (llama, fused)
+        (module, "rms_norm", _rms_norm(torch.nn.functional.rms_norm))
+        for module in (elementwise, fused)
     ]
     # torch has no kernel here for what it takes for tensors of the CPU
     places += [(attention, "kernel", lambda kind: contextlib.nullcontext())]

@@ -22,6 +22,9 @@ class ThreadRank(ProcessGroup):
         self.barrier.wait(20)
         return heard
 
+    def on_rank_zero(self, function):
+        return self.all_gather(function() if self.rank == 0 else None)[0]
+
     def all_reduce_sum(self, *numbers):
         return [sum(said) for said in zip(*self.all_gather(numbers), strict=True)]
 

@@ -204,20 +204,6 @@ def test_check_finite_names_the_first_bad_row():
         )
 
 
-def test_schedules_rise_and_fall():
-    # warm-up over 2 steps, 10 in all: 1/3, 2/3, then 8/8 … 1/8
-    linear = OptimizerConfig(lr=1.0, warmup_steps=2)
-    assert [round(linear.factor(step, 10), 4) for step in (0, 1, 2, 6, 9)] == [
-        0.3333,
-        0.6667,
-        1.0,
-        0.5,
-        0.125,
-    ]
-    constant = OptimizerConfig(lr=1.0, warmup_steps=1, schedule="constant")
-    assert [constant.factor(step, 10) for step in (0, 1, 9)] == [0.5, 1.0, 1.0]
-
-
 def test_the_entropy_has_a_gradient_only_where_it_is_asked_for():
     made = actor_critic("none")
     tokens = torch.tensor([[5, 6, 7]])

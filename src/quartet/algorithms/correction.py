@@ -4,6 +4,9 @@ w_t = π_old(token t) / μ(token t), where μ is what the sampler says it drew f
 (`rollout_logprobs`) and π_old what the learner computes for the same weights. They multiply the
 policy loss and carry no gradient; tokens that are masked out still count in the denominator. Where
 sampler and learner are one, every weight is 1.
+
+A run whose responses come from servers has a correction unless its file says otherwise
+(`for_another_engine`): another engine computes other log-probs from the same weights.
 """
 
 from typing import Literal
@@ -58,6 +61,25 @@ class Truncated(Correction):
         )
 
 
+class SequenceTruncated(Correction):
+    """min((Π_s w_s)^{1/|o|}, cap) at every token of a response: the weight of π_old to the sampler
+    as GSPO takes ratios of responses (Zheng et al. 2025, eq. 7). Times GSPO's own ratio it is that
+    of π to the sampler. Weights (4, 0.25, 8): 8^(1/3) = 2; (0.5, 0.5): 0.5 twice."""
+
+    type: Literal["sequence_truncated"] = "sequence_truncated"
+    cap: float = Field(default=2.0, ge=1)
+
+    def __call__(
+        self,
+        old_logprobs: Float[Tensor, "B T"],
+        rollout_logprobs: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        log_weight = masked(old_logprobs - rollout_logprobs, mask).sum(dim=1, keepdim=True)
+        mean = log_weight / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return masked(mean.clamp(-20, 20).exp().clamp(max=self.cap).expand(mask.shape), mask)
+
+
 class Masked(Correction):
     """w_t where low ≤ w_t ≤ high, else 0 (IcePop, 2025). w = (0.4, 1.2, 6), 0.5 to 5: (0, 1.2,
     0)."""
@@ -94,3 +116,17 @@ class SequenceMasked(Correction):
         weight = log_weight.clamp(-20, 20).exp()
         inside = (weight >= self.low) & (weight <= self.high)
         return masked(torch.where(inside, weight, 0.0).expand(mask.shape), mask)
+
+
+OF_RESPONSES: frozenset[str] = frozenset({"sequence_clip", "gmpo"})
+"""The policy losses, by type, whose ratio is that of a whole response."""
+
+
+def for_another_engine(policy_loss: str) -> Correction:
+    """Return the correction that a run with servers has where its file names none.
+
+    It is `SequenceTruncated` for the losses whose ratio is that of a response, and `Truncated` for
+    all others (Yao et al. 2025), at their default caps. That suits trust regions too: their
+    surrogate is an expectation over the policy that sampled (Schulman et al. 2015, section 5).
+    """
+    return SequenceTruncated() if policy_loss in OF_RESPONSES else Truncated()

@@ -12,6 +12,7 @@ from quartet.api.inputs import inputs_of, plain
 from quartet.config.errors import toml_value
 from quartet.config.toml import ConfigError, Settings
 from quartet.errors import QuartetError
+from quartet.io.threads import left_behind
 from quartet.launch.start import job_of, open_workers
 from quartet.loops.progress import Progress
 from quartet.rewards.objects import ObjectSource
@@ -37,8 +38,8 @@ POLICIES = ("policy", "sft")
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A run was stopped by Ctrl-C, SIGTERM or its time limit. Nothing is lost: iterate over it
-    again, or call `finish()`, and it goes on from its last checkpoint."""
+    """A run was stopped by Ctrl-C, SIGTERM or its time limit. Iterate over it again, or call
+    `finish()`, and it goes on from its last checkpoint. The message says what is taken again."""
 
 
 class TrainingRun:
@@ -165,7 +166,7 @@ class TrainingRun:
                         yield event.progress
         except Interrupted as reason:
             raise RunInterrupted(
-                f"stopped by {reason}. Nothing is lost; go on with run.finish(), or "
+                f"{reason.in_words()}; go on with run.finish(), or "
                 f'quartet.train(resume="{folder}").'
             ) from None
         finally:
@@ -182,6 +183,8 @@ class TrainingRun:
 
     def _execution(self) -> Execution | None:
         """Begin the run, or resume it where it has a folder already. None if it is done."""
+        for thread in left_behind():  # by an interruption: it has the models of then
+            thread.join()
         if self._folder is None:
             return begin(self.settings, self.job)
         if (path := self._folder.resolve()) in _OPEN:  # by another object, left in the middle

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,7 @@ from quartet.models.adapters import AdapterError
 from quartet.models.chat import set_chat_template, set_template_variables
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import ModelError, load_tokenizer
+from quartet.models.quantize import bitsandbytes
 from quartet.planning.memory import micro_batch_tokens, policy_parameters
 from quartet.recording.tokens import TokenTexts
 from quartet.recording.trackers import check_trackers
@@ -38,7 +39,7 @@ from quartet.rewards.shared import shared
 from quartet.rewards.source import RewardContext
 from quartet.rewards.sources import JudgeSource, ModelSource
 from quartet.rewards.text_models import StepReward, TextModelReward
-from quartet.worlds import WORLDS, World
+from quartet.worlds import World, make_world
 
 
 class Assembler:
@@ -58,9 +59,12 @@ class Assembler:
             raise AdapterError(
                 'policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".'
             )
+        if config.policy.quantize is not None:
+            bitsandbytes()  # raises without it
         check_trackers(config.run.track)
+        data = config.data
         self.world: World | None = (
-            WORLDS[config.data.world](config.seed) if config.data.world else None
+            make_world(data.world, config.seed, data.texts) if data.world else None
         )
         self.rows = Rows(config, self.world)
         self.device = device(config.run.device, process_group)
@@ -214,9 +218,10 @@ class Assembler:
         """Return the rewards of a stage. `reward_model` is the run's own where it is loaded
         already, `process_group` the ranks that ask for scores together."""
         trained = reward_model or folder / "reward_model"
+        load = partial(self.models.load_scalar, role="reward_model", process_group=process_group)
         rewards = []
         for source in self.sources:
-            reward = self.rewards.make(source, trained, folder)
+            reward = self.rewards.make(source, trained, folder, load)
             reward = self._distributed(reward, process_group, placement)
             rewards.append(Weighted(reward, source.weight))
         gold = self.rewards.context.gold
@@ -233,8 +238,6 @@ class Assembler:
         share of the rollouts, other rewards are asked by one rank."""
         if isinstance(reward, ModelReward) and process_group is not SINGLE_PROCESS:
             reward.process_group = process_group
-            if not isinstance(reward.model, AdaptedScalar):  # else its trunk is the sampler's
-                self.models.spread_scalar(reward.model, process_group)
         for member in reward.members if isinstance(reward, EnsembleReward) else [reward]:
             if not isinstance(member, ModelReward | TextModelReward | StepReward):
                 continue

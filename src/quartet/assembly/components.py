@@ -1,6 +1,5 @@
 """The models and objects of an RL stage, loaded when the stage begins."""
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.update import TrustRegion
 from quartet.assembly.assembler import Assembler
-from quartet.config.tables import Config, SeparateCritic, SharedCritic
+from quartet.config.tables import SeparateCritic, SharedCritic
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.distributed.offload import Placement
@@ -20,8 +19,9 @@ from quartet.loops.collect import Collector
 from quartet.models.actor_critic import ActorCritic, Separate, Shared
 from quartet.models.adapters import CRITIC, REWARD, copy_adapter
 from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach
-from quartet.models.precision import compute_dtype, compute_in
+from quartet.models.precision import compute_in
 from quartet.models.protocols import CausalModel
+from quartet.models.shape import Shape
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.rewards.sources import ModelSource
 from quartet.runtime.faults import FAULTS
@@ -37,27 +37,19 @@ PERPLEXITY_TEXTS = 32
 """The number of held-out demonstrations that the policy's perplexity is measured on."""
 
 
-def sampled_model(config: Config, actor: CausalModel) -> Any:
-    """Return the model that responses are sampled with. It is a copy of the actor if the actor will
-    be sharded, because each sampled token needs all weights, or if it is trained meanwhile. The
-    copy is held in the dtype that the actor computes in."""
-    if not config.launch.shard and not config.staleness:
-        return actor
-    return compute_in(copy.deepcopy(actor).requires_grad_(False), compute_dtype(actor))
-
-
 def load_components(assembler: Assembler, folder: Path) -> RLComponents:
     """Load the models of the RL stage and connect them. `folder` is the run's."""
     config, models, group = assembler.config, assembler.models, assembler.process_group
     algorithm = config.algorithm
     assert algorithm is not None
-    actor = models.trainable_policy(folder)
-    reference = models.reference_of(actor) if algorithm.needs_reference else None
     attached = _attaches_reward_model(assembler, folder)
+    adapters = [CRITIC] if _critic_is_an_adapter(assembler, attached) else []
+    actor = models.trainable_policy(folder, *adapters)
+    reference = models.reference_of(actor, folder) if algorithm.needs_reference else None
     # Servers sample with their own copy of the weights. Only a reward model on the policy's trunk
     # then still needs a model that is not trained meanwhile.
     served = isinstance(config.generator, Servers) and not attached
-    sampled = actor if served else sampled_model(config, actor)
+    sampled = actor if served else models.sampled_policy(actor, folder)
     reward_model = None
     if attached:
         reward_model = attach(sampled, REWARD, folder / "reward_model" / "adapter")
@@ -65,8 +57,6 @@ def load_components(assembler: Assembler, folder: Path) -> RLComponents:
     actor_critic: ActorCritic = Separate(actor, None)
     if algorithm.needs_critic:
         actor_critic = _actor_critic(assembler, actor, reward_model, folder)
-    models.spread(actor)
-    reference = None if reference is None else models.spread(reference)
     sampling_group = group.clone() if config.staleness else group
     placement = assembler.placement
     learner = _learner(assembler, algorithm, actor_critic, reference, placement)
@@ -175,6 +165,17 @@ def _attaches_reward_model(assembler: Assembler, folder: Path) -> bool:
     return assembler.config.policy.adapter is not None and is_used and has_adapter
 
 
+def _critic_is_an_adapter(assembler: Assembler, attached: bool) -> bool:
+    """Return whether the critic is an adapter on the actor's trunk. `attached` says that the reward
+    model is one."""
+    config, init = assembler.config, assembler.critic_init
+    if config.algorithm is None or not config.algorithm.needs_critic:
+        return False
+    if not isinstance(config.critic, SeparateCritic) or config.critic.create is not None:
+        return False
+    return config.policy.adapter is not None and (init == "policy" or (attached and init is None))
+
+
 def _pretraining(assembler: Assembler, algorithm: Algorithm) -> Sampler[Demonstration] | None:
     """Return the texts that PTX mixes in: data.pretraining, or the demonstrations of the run."""
     if algorithm.ptx.coef == 0:
@@ -195,23 +196,23 @@ def _actor_critic(
         case SharedCritic():
             size = actor.config.get_text_config().hidden_size
             return Shared(actor, ValueHead(size).to(assembler.device))
+        case SeparateCritic(create=Shape() as shape):
+            return Separate(actor, models.created_critic(shape))
         case SeparateCritic():
             if reward_model is not None and init is None:
-                critic = _critic_like(assembler, reward_model, actor)
+                critic = _critic_like(assembler, reward_model, actor, folder)
             elif init == "policy":
-                critic = models.new_scalar(actor, CRITIC)
+                critic = models.new_scalar(actor, CRITIC, folder)
             else:
-                critic = ScalarModel.load(init or folder / "reward_model", assembler.device)
-                models.prepare_blocks(critic.model)
-                critic.compute_in(models.dtype("critic"))
-            return Separate(actor, models.spread_scalar(critic))
+                critic = models.load_scalar(init or folder / "reward_model", "critic")
+            return Separate(actor, critic)
 
 
 def _critic_like(
-    assembler: Assembler, reward_model: AdaptedScalar, actor: CausalModel
+    assembler: Assembler, reward_model: AdaptedScalar, actor: CausalModel, folder: Path
 ) -> ScalarModel:
     """Return a critic on the actor's trunk that starts as the reward model."""
-    critic = assembler.models.new_scalar(actor, CRITIC)
+    critic = assembler.models.new_scalar(actor, CRITIC, folder)
     copy_adapter(reward_model.view.model, REWARD, actor, CRITIC)
     critic.head.load_state_dict(reward_model.head.state_dict())
     critic.centre = reward_model.centre

@@ -83,7 +83,13 @@ def fingerprints(config: Config) -> dict[str, str]:
     """Return the SHA-256 of each file that rows come from, and of each file of the user's code, by
     the path that the config has. A resumed run must have the same ones."""
     data, stages = config.data, (config.sft, config.reward_model, config.preference)
-    named = (*data.files, data.eval, data.pretraining, *(stage.data for stage in stages))
+    named = (
+        *data.files,
+        data.texts,
+        data.eval,
+        data.pretraining,
+        *(stage.data for stage in stages),
+    )
     digests: dict[str, str] = {}
     for path in sorted({Path(name) for name in named if name}):
         folder_files = (file for file in path.rglob("*") if file.is_file())

@@ -1,7 +1,7 @@
 """The models of a run: created or loaded, with adapters, compiled blocks and sharding."""
 
-import copy
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +9,56 @@ import torch
 
 from quartet.algorithms.update import TrustRegion
 from quartet.config.run import PrecisionName, Role, RolePrecision
-from quartet.config.tables import Config
+from quartet.config.tables import Config, SeparateCritic
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
-from quartet.distributed.sharding import is_sharded
 from quartet.models.actor_critic import freeze, pad_token_id
 from quartet.models.adapters import (
-    CRITIC,
     POLICY,
+    REFERENCE,
     REWARD,
     AdapterView,
+    adapter_parameters,
+    adapters_of,
     add_adapter,
+    freeze_adapter,
     freeze_layers,
-    reference_of,
+    frozen_copy,
+    read_adapter,
 )
-from quartet.models.heads import AdaptedScalar, ScalarModel
+from quartet.models.architectures import longest_fused, why_not_fused
+from quartet.models.heads import AdaptedScalar, ScalarModel, define_classifier
 from quartet.models.language_model import (
     ModelError,
     add_embeddings,
     create,
+    is_recurrent,
     load_model,
     read_config,
+    shape_config,
 )
-from quartet.models.llama import FAMILY
-from quartet.models.precision import DTYPES, best_precision, compute_in
+from quartet.models.loading import Rows, fill, skeleton, trunk_weights, weights_for
+from quartet.models.precision import DTYPES, best_precision, compute_dtype, compute_in
 from quartet.models.protocols import Tokenizer
+from quartet.models.quantize import quantize
+from quartet.models.shape import Shape
 from quartet.models.support import limit_support
 from quartet.models.trunk import checkpoint_blocks, compile_blocks
 from quartet.rewards.source import RewardSource
 from quartet.rewards.sources import EnsembleSource, ModelSource, StepsSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The weights that a stage's policy starts from."""
+
+    model: Path | str | None
+    """Their folder, or their name on the hub; None if the policy is created."""
+    adapter: Path | None = None
+    """The folder of the adapter that each new adapter starts as: what SFT has learnt on a base in 4
+    bits. Merged into the base and rounded again, most of it would be lost."""
+
+    def __str__(self) -> str:
+        return str(self.model or "policy.create")
 
 
 class Models:
@@ -74,16 +96,13 @@ class Models:
     def check(self) -> None:
         """Check what is known of the models before they are loaded. Raises `ModelError`."""
         policy = self.config.policy
-        kind = (
-            policy.create.type
-            if policy.create
-            else read_config(str(self.folder)).get_text_config().model_type
-        )
-        if policy.compile and kind not in FAMILY:
+        if policy.compile and (why := self.why_slow()) is not None:
             raise ModelError(
-                f"policy.compile = true: works with {', '.join(sorted(FAMILY))}, not with {kind}. "
-                "Use false."
+                f"policy.compile = true: compiles Quartet's own forward pass, and {why}. Use false."
             )
+        self._check_sampling()
+        if self._needs_classifier():
+            define_classifier(self.policy_config())
         if self.folder is not None:
             size = read_config(self.folder).get_text_config().vocab_size
             if len(self.tokenizer) > size and not policy.resize_embeddings:
@@ -94,53 +113,130 @@ class Models:
                     "adds embeddings for the others."
                 )
 
-    def base_model(self) -> Any:
-        """Return the model that the run starts from."""
+    def _check_sampling(self) -> None:
+        """Raise `ModelError` if answers would be sampled from a recurrent model."""
+        config = self.policy_config()
+        if self.config.reads("rollout") and is_recurrent(config):
+            raise ModelError(
+                f"policy.model: {config.model_type} keeps a recurrent state, and Quartet cannot "
+                "sample from such a model yet. Use a model whose layers all attend to tokens, or a "
+                "recipe that samples nothing, such as sft or dpo."
+            )
+
+    def _needs_classifier(self) -> bool:
+        """Return whether the run makes a reward model or a critic of the policy's trunk."""
+        config = self.config
+        has_critic = config.algorithm is not None and config.algorithm.needs_critic
+        own_critic = has_critic and isinstance(config.critic, SeparateCritic)
+        return "reward_model" in config.recipe or (config.rl_stage is not None and own_critic)
+
+    def start(self, folder: Path | None) -> "Start":
+        """Return what the policy of a stage starts from. `folder` is the run's, and None before its
+        SFT stage."""
+        if folder is None or "sft" not in self.config.recipe:
+            return Start(self.folder)
+        if self.config.policy.quantize is not None:
+            return Start(self.folder, folder / "sft" / "adapter")
+        return Start(folder / "sft")
+
+    def initial_policy(self, folder: Path | None) -> Any:
+        """Return the policy that a stage starts from, whole; in float32, or frozen on a base in 4
+        bits."""
+        return self._initial(self.start(folder))
+
+    def _initial(self, start: "Start") -> Any:
+        if self.config.policy.quantize is not None:
+
+            def prepare(model: Any) -> Any:
+                if start.adapter is not None:
+                    self._add_adapter(model, POLICY, start)
+                return self.frozen_policy(model)
+
+            return self._read(start, prepare, in_parts=False)
+        return self.prepare_blocks(self._whole(start).to(self.device))
+
+    def _whole(self, start: "Start") -> Any:
+        """Return the policy that a stage starts from, in main memory."""
         policy = self.config.policy
-        if policy.create is not None:
-            model = create(policy.create, self.tokenizer, self.config.seed)
-            return self.prepare_blocks(model.to(self.device))
-        model = load_model(str(self.folder), self.device)
+        if start.model is None:
+            assert policy.create is not None
+            return create(policy.create, self.tokenizer, self.config.seed)
+        model = load_model(start.model)
         if policy.resize_embeddings:
             add_embeddings(model, self.tokenizer)
-        return self.prepare_blocks(limit_support(model, self.tokenizer))
+        return limit_support(model, self.tokenizer)
 
-    def loaded_policy(self, folder: str | Path) -> Any:
-        """Return the policy in a folder that a stage, or another run, has left."""
-        return limit_support(load_model(folder, self.device), self.tokenizer)
+    def trained_policy(self, source: Path | str) -> Any:
+        """Return a policy that training has written, frozen, to be sampled from."""
+        adapter = Path(source) / "adapter"
+        if self.config.policy.quantize is not None and adapter.is_dir():
+            return self._initial(Start(self.folder, adapter))
+        policy = limit_support(load_model(source, self.device), self.tokenizer)
+        return self.frozen_policy(policy)
 
-    def initial_policy(self, folder: Path) -> Any:
-        """Return the policy before RL or preference training: the SFT model in the run folder if
-        the recipe has that stage, else the base model."""
-        if "sft" not in self.config.recipe:
-            return self.base_model()
-        return self.prepare_blocks(self.loaded_policy(folder / "sft"))
+    def trainable_policy(self, folder: Path | None, *adapters: str) -> Any:
+        """Return the policy that a stage starts from, ready to be trained: in its precision, with
+        an adapter or with its first layers frozen, as the config asks, and in parts where the
+        config shards it. `adapters` are further ones, which a trunk in parts must get before its
+        weights are read."""
+        start = self.start(folder)
 
-    def trainable_policy(self, folder: Path) -> Any:
-        """Return the initial policy, ready to be trained."""
-        return self.trainable(self.initial_policy(folder))
+        def prepare(model: Any) -> Any:
+            model = self._trainable(model, start)
+            for name in adapters:
+                self._add_adapter(model, name, start)
+            return model
 
-    def trainable(self, model: Any) -> Any:
-        """Return the model in its precision, with an adapter or with its first layers frozen, as
-        the config asks."""
-        policy = self.config.policy
-        if policy.adapter is not None:
-            add_adapter(model, policy.adapter, POLICY, self.config.seed)
-        else:
-            freeze_layers(model, policy.frozen_layers)
+        if self.is_in_parts():
+            return self._read(start, prepare)
+        return self._trainable(self.initial_policy(folder), start)
+
+    def _trainable(self, model: Any, start: "Start") -> Any:
+        if self.config.policy.adapter is not None:
+            return self._add_adapter(model, POLICY, start)
+        freeze_layers(model, self.config.policy.frozen_layers)
+        return compute_in(model, self.dtype("policy"))
+
+    def _add_adapter(self, model: Any, name: str, start: "Start") -> Any:
+        """Return the model with an adapter of this name, which is trained; one that it has stays as
+        it is."""
+        lora = self.config.policy.adapter
+        assert lora is not None
+        if name not in adapters_of(model):
+            add_adapter(model, lora, name, self.config.seed)
+            if start.adapter is not None:
+                read_adapter(model, name, start.adapter)
+        for p in adapter_parameters(model, name):
+            p.requires_grad_(True)
         return compute_in(model, self.dtype("policy"))
 
     def frozen_policy(self, model: Any) -> Any:
         """Return a policy that is only sampled from, held in the policy's precision."""
         return compute_in(freeze(model), self.dtype("policy"))
 
-    def reference_of(self, actor: Any) -> Any:
-        """Return the reference of a policy, held in its own precision; under an adapter it is the
-        policy's trunk."""
-        reference = reference_of(actor)
-        if isinstance(reference, AdapterView):
-            return reference
-        return compute_in(reference, self.dtype("reference"))
+    def reference_of(self, actor: Any, folder: Path | None) -> Any:
+        """Return the reference of a policy, held in its own precision: what the stage starts from.
+        Under an adapter it is the policy's trunk, where that starts from an adapter under another
+        one."""
+        start, dtype = self.start(folder), self.dtype("reference")
+        if start.adapter is not None:
+            freeze_adapter(self._add_adapter(actor, REFERENCE, start), REFERENCE)
+            return AdapterView(compute_in(actor, self.dtype("policy")), REFERENCE)
+        if adapters_of(actor):
+            return AdapterView(actor, None)
+        if self.is_in_parts():  # a part cannot be copied
+            return self._read(start, lambda model: compute_in(freeze(model), dtype))
+        return frozen_copy(actor, dtype)
+
+    def sampled_policy(self, actor: Any, folder: Path | None) -> Any:
+        """Return the model that responses are sampled with: a copy of the actor if the actor is in
+        parts, because each sampled token needs all weights, or if it is trained meanwhile. The
+        copy is held in the dtype that the actor computes in."""
+        if self.is_in_parts():
+            start = self.start(folder)
+            frozen = lambda model: self.frozen_policy(self._trainable(model, start))  # noqa: E731
+            return self._read(start, frozen, in_parts=False)
+        return frozen_copy(actor, compute_dtype(actor)) if self.config.staleness else actor
 
     def chosen_precision(self) -> RolePrecision | PrecisionName:
         """Return run.precision with what "auto" means here, as one word where all models have the
@@ -159,20 +255,33 @@ class Models:
         uses_tf32 = torch.get_float32_matmul_precision() != "highest"
         return "fp32 (products in TF32)" if self.device.type == "cuda" and uses_tf32 else "fp32"
 
+    def policy_config(self) -> Any:
+        """Return the transformers config of the policy that the run starts from."""
+        create = self.config.policy.create
+        if create is None:
+            return read_config(str(self.folder))
+        return shape_config(create, self.tokenizer)
+
+    def why_slow(self) -> str | None:
+        """Return why the policy has no fused forward pass of ours, as the end of a sentence."""
+        why: str | None = why_not_fused(self.policy_config())
+        return why
+
     def slow_path(self) -> str | None:
-        """Return a sentence where the policy's architecture has no fused forward pass of ours."""
-        policy = self.config.policy
-        kind: str = (
-            policy.create.type
-            if policy.create
-            else read_config(str(self.folder)).get_text_config().model_type
-        )
-        if kind in FAMILY:
-            return None
-        return (
-            f"{kind} goes through transformers' own forward pass and cache, in training and in "
-            f"sampling. Quartet's own, which is faster, is for {', '.join(sorted(FAMILY))}."
-        )
+        """Return a sentence where the policy goes through transformers' forward pass, always or for
+        long texts."""
+        why, longest = self.why_slow(), longest_fused(self.policy_config())
+        if why is not None:
+            return (
+                f"{why[0].upper()}{why[1:]}: the policy goes through transformers' own forward "
+                "pass and cache, in training and in sampling, which is slower."
+            )
+        if longest is not None and longest < self.longest_sequence():
+            return (
+                f"Texts of more than {longest:,} tokens go through transformers' own forward pass "
+                "and cache, which is slower: LongRoPE rotates them by other frequencies."
+            )
+        return None
 
     def dtype(self, role: Role) -> torch.dtype:
         """Return what a model computes in."""
@@ -191,59 +300,115 @@ class Models:
             checkpoint_blocks(model)
         return compile_blocks(model) if policy.compile else model
 
-    def new_scalar(self, policy: Any, adapter: str) -> ScalarModel:
-        """Return a scalar model with a new head. Its trunk is a copy of the policy's; if the policy
-        is an adapter, its trunk is the same base model with a second adapter."""
-        pad, seed, lora = pad_token_id(self.tokenizer), self.config.seed, self.config.policy.adapter
-        if lora is not None:
-            trunk = compute_in(add_adapter(policy, lora, adapter, seed), self.dtype("policy"))
-            return AdaptedScalar(trunk, adapter, pad, seed)
+    def new_scalar(self, policy: Any, adapter: str, folder: Path | None) -> ScalarModel:
+        """Return a scalar model with a new head. Its trunk is a copy of the policy that the stage
+        starts from; if the policy is an adapter, its trunk is the same base model with a second
+        adapter."""
+        pad, seed, start = pad_token_id(self.tokenizer), self.config.seed, self.start(folder)
+        if self.config.policy.adapter is not None:
+            return AdaptedScalar(self._add_adapter(policy, adapter, start), adapter, pad, seed)
+        dtype = self.dtype("reward_model" if adapter == REWARD else "critic")
+        if self.is_in_parts():
+            model, weights = self._skeleton(start)
+            return self._scalar_in_parts(model.config, dtype, trunk_weights(model, weights), start)
         share_frozen = self.config.policy.frozen_layers > 0
         scalar = ScalarModel.from_trunk(policy, pad, seed, share_frozen=share_frozen)
         self.prepare_blocks(scalar.model)
-        return scalar.compute_in(self.dtype("critic" if adapter == CRITIC else "reward_model"))
+        return scalar.compute_in(dtype)
 
-    def new_reward_model(self, policy: Any) -> ScalarModel:
-        """Return a reward model to be trained.
+    def created_critic(self, shape: Shape) -> ScalarModel:
+        """Return a critic of this shape with random weights."""
+        pad, dtype = pad_token_id(self.tokenizer), self.dtype("critic")
+        whole = create(shape, self.tokenizer, self.config.seed)
+        if not self.is_in_parts():
+            scalar = ScalarModel.from_trunk(whole.to(self.device), pad, self.config.seed)
+            self.prepare_blocks(scalar.model)
+            return scalar.compute_in(dtype)
+        weights = trunk_weights(whole, whole.state_dict())
+        return self._scalar_in_parts(whole.config, dtype, weights, "critic.create")
 
-        The policy samples responses on which the reward model is centred. Where the two share a
-        base model that is sharded, the reward model therefore gets a copy.
-        """
-        is_shared = self.config.policy.adapter is not None
-        trunk = copy.deepcopy(policy) if self.config.launch.shard and is_shared else policy
-        scalar = self.new_scalar(trunk, REWARD)
-        if trunk is not policy or not is_shared:
-            self.frozen_policy(policy)  # only sampled from here
-        return self.spread_scalar(scalar)
+    def _scalar_in_parts(
+        self, config: Any, dtype: torch.dtype, trunk: Mapping[str, Rows], source: Any
+    ) -> ScalarModel:
+        """Return a scalar model with a new head over a trunk of these weights, in parts."""
+        scalar = ScalarModel.over(config, pad_token_id(self.tokenizer))
+        self.prepare_blocks(scalar.model)
+        self._shard(scalar.compute_in(dtype).model)
+        return scalar.fill_trunk(trunk, self.device, source, self.config.seed)
 
-    def spread(self, model: Any, process_group: ProcessGroup | None = None) -> Any:
-        """Return the model, sharded over the ranks if the config says so. `process_group` is the
-        one that gathers its weights; None is the run's own."""
-        process_group = process_group or self.process_group
-        if (
-            not self.config.launch.shard
-            or not isinstance(process_group, TorchProcessGroup)
-            or any(map(is_sharded, model.parameters()))
-        ):
-            return model
+    def new_reward_model(self, folder: Path) -> tuple[ScalarModel, Any]:
+        """Return a reward model to be trained, and the policy that samples the responses on which
+        it is centred. An adapter shares the policy's base model unless that is in parts."""
+        start, has_adapter = self.start(folder), self.config.policy.adapter is not None
+        if not self.is_in_parts():
+            policy = self.initial_policy(folder)
+            scalar = self.new_scalar(policy, REWARD, folder)
+            return scalar, policy if has_adapter else self.frozen_policy(policy)
+        trunk = None
+        if has_adapter:
+            trunk = self._read(start, lambda model: self._add_adapter(model, REWARD, start))
+        scalar = self.new_scalar(trunk, REWARD, folder)
+        return scalar, self._read(start, self.frozen_policy, in_parts=False)
+
+    def load_scalar(
+        self, source: str | Path, role: Role, process_group: ProcessGroup | None = None
+    ) -> ScalarModel:
+        """Return the reward model, frozen, or the critic of a folder or hub id, in its precision.
+        Its weights are in parts over the process group, the run's own if it is None, where the
+        config shards models."""
+        in_parts = self.is_in_parts(process_group)
+        scalar = (
+            ScalarModel.of_folder(source) if in_parts else ScalarModel.load(source, self.device)
+        )
+        if role == "reward_model":
+            freeze(scalar)
+        self.prepare_blocks(scalar.model)
+        scalar.compute_in(self.dtype(role))
+        if in_parts:
+            self._shard(scalar.model, process_group)
+            scalar.fill(source, self.device)
+        return scalar
+
+    # --- models that are built before their weights are read ---
+
+    def is_in_parts(self, process_group: ProcessGroup | None = None) -> bool:
+        """Return whether the ranks of a process group, the run's own if it is None, hold models in
+        parts."""
+        group = process_group or self.process_group
+        return bool(self.config.launch.shard) and isinstance(group, TorchProcessGroup)
+
+    def _read(self, start: "Start", prepare: Callable[[Any], Any], in_parts: bool = True) -> Any:
+        """Return the policy that a stage starts from. It is quantized, prepared and sharded before
+        its weights are read, as the config asks; with `in_parts=False` every rank reads it
+        whole."""
+        model, weights = self._skeleton(start)
+        if self.config.policy.quantize is not None:
+            quantize(model)
+        model = prepare(self.prepare_blocks(model))
+        if in_parts:
+            self._shard(model)
+        return fill(model, weights, self.device, start)
+
+    def _skeleton(self, start: "Start") -> tuple[Any, Mapping[str, Rows]]:
+        """Return the policy that a stage starts from without weights, and its weights by name."""
+        if start.model is None or self.config.policy.resize_embeddings:
+            whole = self._whole(start)
+            model, weights = skeleton(whole.config), whole.state_dict()
+        else:
+            model = skeleton(read_config(start.model))
+            weights = weights_for(model, start.model)
+        return limit_support(model, self.tokenizer), weights
+
+    def _shard(self, model: Any, process_group: ProcessGroup | None = None) -> Any:
+        """Shard a model over the ranks of a process group, which gathers its weights."""
         from quartet.training.parallelize import mesh_of, parallelize
 
-        if process_group not in self.meshes:
-            self.meshes[process_group] = mesh_of(
-                self.device.type, process_group, self.config.launch.parts(process_group.world_size)
-            )
-        return parallelize(model, self.meshes[process_group])
-
-    def spread_scalar(
-        self, scalar: ScalarModel, process_group: ProcessGroup | None = None
-    ) -> ScalarModel:
-        """Return the scalar model, sharded as by `spread`."""
-        if isinstance(scalar, AdaptedScalar):
-            self.spread(scalar.view.model, process_group)
-            scalar.collect_parameters()
-        else:
-            self.spread(scalar.model, process_group)
-        return scalar
+        group = process_group or self.process_group
+        assert isinstance(group, TorchProcessGroup)
+        if group not in self.meshes:
+            parts = self.config.launch.parts(group.world_size)
+            self.meshes[group] = mesh_of(self.device.type, group, parts)
+        return parallelize(model, self.meshes[group])
 
 
 def device(name: str, process_group: ProcessGroup = SINGLE_PROCESS) -> torch.device:
@@ -253,7 +418,7 @@ def device(name: str, process_group: ProcessGroup = SINGLE_PROCESS) -> torch.dev
         has_mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{process_group.rank % torch.cuda.device_count()}"
+        name = f"cuda:{process_group.local_rank % torch.cuda.device_count()}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

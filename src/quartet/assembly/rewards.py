@@ -1,6 +1,6 @@
 """The rewards of a run, created from the `[[reward]]` tables of its config."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -93,9 +93,19 @@ class RewardMaker:
                 if isinstance(source, NumberSource) and final_number(str(answer)) is None:
                     raise DataError(f'{prompt.id}: there is no number in its {column}: "{answer}".')
 
-    def make(self, source: RewardSource, trained: Path | ScalarModel, folder: Path) -> Reward:
+    def make(
+        self,
+        source: RewardSource,
+        trained: Path | ScalarModel,
+        folder: Path,
+        load_scalar: Callable[[str], ScalarModel] | None = None,
+    ) -> Reward:
         """Return the reward of a source. `trained` is the reward model that this run trains, or its
-        folder; `folder` is the run's."""
-        if source.per_stage:
-            return source.make(replace(self.context, trained=trained, folder=folder))
-        return self.rewards[source.called]
+        folder; `folder` is the run's. `load_scalar` loads a reward model that all ranks ask; others
+        are whole in each process."""
+        if not source.per_stage:
+            return self.rewards[source.called]
+        if not isinstance(source, ModelSource):
+            load_scalar = None  # one rank asks it
+        context = replace(self.context, trained=trained, folder=folder, load_scalar=load_scalar)
+        return source.make(context)

@@ -6,7 +6,7 @@ from typing import Any
 
 from quartet.algorithms.preference import Kto
 from quartet.assembly.assembler import Assembler
-from quartet.assembly.components import load_components, sampled_model
+from quartet.assembly.components import load_components
 from quartet.assembly.models import resolved_model
 from quartet.config.tables import Preference, RewardModel, Sft
 from quartet.data.examples import Example
@@ -48,14 +48,13 @@ def sft_stage(assembler: Assembler, name: str) -> SftStage:
         demonstrations=encoder.demonstrations(train),
         held_out=encoder.demonstrations(held_out),
         tokenizer=assembler.tokenizer,
-        load_policy=lambda _: models.trainable(models.base_model()),
+        load_policy=lambda _: models.trainable_policy(None),
         optimizer=lambda model: _optimizer(model, settings),
         num_steps=settings.steps,
         batch_size=settings.batch_size,
         micro_batch_tokens=assembler.micro_batch_tokens,
         seed=assembler.config.seed,
         process_group=assembler.process_group,
-        spread=models.spread,
     )
 
 
@@ -72,8 +71,7 @@ def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
         prompts=assembler.prompts[0][:CENTRING_PROMPTS],
         sampling=config.rollout,
         tokenizer=assembler.tokenizer,
-        load_policy=assembler.models.initial_policy,
-        make_model=assembler.models.new_reward_model,
+        load_models=assembler.models.new_reward_model,
         loss=settings.loss,
         optimizer=lambda model: _optimizer(model, settings),
         num_steps=settings.steps,
@@ -106,7 +104,6 @@ def preference_stage(assembler: Assembler, name: str) -> PreferenceStage:
         micro_batch_tokens=assembler.micro_batch_tokens,
         seed=assembler.config.seed,
         process_group=assembler.process_group,
-        spread=assembler.models.spread,
     )
 
 
@@ -115,7 +112,7 @@ def _online_pairs(assembler: Assembler) -> Callable[[Path, Any], OnlinePairs]:
     config, group, prompts = assembler.config, assembler.process_group, assembler.prompts[0]
 
     def pairs(folder: Path, model: Any) -> OnlinePairs:
-        sampled = sampled_model(config, model)
+        sampled = assembler.models.sampled_policy(model, folder)
         is_copy = sampled is not model
         generator = assembler.generators.in_process(sampled, group, copied=is_copy)
         sampler = Sampler(prompts, config.preference.batch_size, config.seed)
@@ -163,9 +160,7 @@ def evaluation_stage(assembler: Assembler, name: str) -> EvaluationStage:
         prompts=assembler.prompts[1][: settings.prompts],
         tokenizer=assembler.tokenizer,
         load_before=lambda folder: models.frozen_policy(models.initial_policy(folder)),
-        load_after=lambda folder: models.frozen_policy(
-            models.loaded_policy(policy or folder / "policy")
-        ),
+        load_after=lambda folder: models.trained_policy(policy or folder / "policy"),
         rewards=assembler.weighted_rewards,
         gold=assembler.rewards.context.gold,
         sampling=assembler.config.rollout,

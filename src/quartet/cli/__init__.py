@@ -1,6 +1,9 @@
 """The command `quartet`: parse, call, print. Heavy imports happen inside the verbs that need
 them."""
 
+import atexit
+import contextlib
+import os
 import sys
 
 from quartet.cli import check, export, inspect, run  # noqa: F401
@@ -20,6 +23,9 @@ def main() -> None:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a closed pipe is handled
+    except SystemExit as end:
+        _leave_threads_behind(end)
+        raise
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of the pipe has gone
@@ -41,3 +47,18 @@ def main() -> None:
             soft_wrap=True,
         )
         sys.exit(FAILED)
+
+
+def _leave_threads_behind(end: SystemExit) -> None:
+    """End the process without its threads if a thread is still in native code, as after a signal in
+    the middle of a long step: the interpreter's own end would abort in torch's code."""
+    if (
+        "quartet.io.threads" not in sys.modules
+        or not sys.modules["quartet.io.threads"].left_behind()
+    ):
+        return
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(end.code if isinstance(end.code, int) else FAILED)

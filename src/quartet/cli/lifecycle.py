@@ -117,7 +117,7 @@ def _stopped(execution: "Execution", reason: BaseException, interruption: "Inter
     restarts = execution.settings.config.launch.restarts
     starts_again = isinstance(reason, WorkerLost) and again <= restarts
     if isinstance(reason, Interrupted):
-        sentence = f"stopped by {reason}. Nothing is lost"
+        sentence = reason.in_words()
     else:
         sentence = f"stopped: {str(reason).rstrip('.')}. The last checkpoint is whole"
     next_step = (
@@ -153,10 +153,9 @@ def _say_done(path: Path, settings: "Settings") -> None:
         return
     stage = list(steps)[-1]
     kind = kind_of(stage)
-    assert kind is not None and kind.steps is not None and kind.schedule is not None
-    # Other schedules than the constant one looked ahead to the last step.
-    constant = setting(settings.config, kind.schedule) == "constant"
-    accept = "" if constant else f" --accept {kind.steps}"
+    assert kind is not None and kind.steps is not None and kind.optim is not None
+    looked_ahead = setting(settings.config, kind.optim).depends_on_total
+    accept = f" --accept {kind.steps}" if looked_ahead else ""
     command = f"quartet run {typed(path)} --resume {kind.steps}={2 * steps[stage]}{accept}"
     _print(f"next   to add steps: {command}")
 

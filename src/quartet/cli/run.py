@@ -1,7 +1,9 @@
 """The commands that start with a recipe: run, plan, init, algorithms."""
 
 import dataclasses
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,10 +37,22 @@ Words = Annotated[
 ]
 
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="FOLDER",
+        help="The model to start from, a folder or hub id: policy.model, in place of one that the "
+        "recipe creates.",
+    ),
+]
+
+
 @app.command()
 def run(
     what: What = None,
     words: Words = None,
+    model: Model = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume the run of this name from its last checkpoint.")
     ] = False,
@@ -76,16 +90,17 @@ def run(
     """
     from quartet.runtime.requests import DEFAULT, run_to_resume, settings_of
 
+    words = with_model(words, model)
     if nodes is not None:
         _print_commands(
             DEFAULT if what is None else what,
-            [*(words or []), *(["--resume"] if resume else [])],
+            [*words, *(["--resume"] if resume else [])],
             nodes,
         )
         return
     with refusing():
-        request = run_to_resume(what, words or []) if resume else None
-        settings = request.settings if request else settings_of(what or DEFAULT, words or [])
+        request = run_to_resume(what, words) if resume else None
+        settings = request.settings if request else settings_of(what or DEFAULT, words)
     if show_plan:
         _print_plan(settings, as_json)
         return
@@ -107,6 +122,11 @@ def run(
     raise typer.Exit(new_run(settings, fault))
 
 
+def with_model(words: Sequence[str] | None, model: str | None) -> list[str]:
+    """Return the words of a command with its --model among them."""
+    return [*(words or []), *([] if model is None else [f"policy.model={json.dumps(model)}"])]
+
+
 @app.command()
 def plan(
     what: Annotated[
@@ -114,6 +134,7 @@ def plan(
         typer.Argument(metavar="[RECIPE or FILE.toml]", help="A recipe's name, or a TOML file."),
     ],
     words: Words = None,
+    model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
     cluster: Annotated[
         str | None,
@@ -142,7 +163,7 @@ def plan(
     from quartet.runtime.requests import settings_of
 
     with refusing():
-        settings = settings_of(what, words or [])
+        settings = settings_of(what, with_model(words, model))
     if measured:
         _print_measured(settings)
     elif cluster is not None:

@@ -1,16 +1,19 @@
 """The progress of a run: one live line per stage on a terminal, a plain line every few seconds in
-a file or a pipe."""
+a file or a pipe. What takes longer than `SHOWN_SECONDS` is named in it, with its rate."""
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from quartet.io.activity import activities
+from quartet.runtime.interruption import GRACE_SECONDS
 from quartet.stages.kinds import kind_of
 
 if TYPE_CHECKING:
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 10
 PLAIN_SECONDS = 5.0
+SHOWN_SECONDS = 2.0
+"""How long something is done before the line says what it is."""
 SMOOTHING = 5
 """The number of steps whose mean is shown as the latest value, because single steps are noisy."""
 
@@ -31,20 +36,27 @@ class Screen:
         self.live: Live | None = None
         self.line = _Line()
         self.printed_at = 0.0
+        self._closed = threading.Event()
+        self._ticker: threading.Thread | None = None
 
     def show(self, event: "Event") -> None:
         """Print an event with the method of its class: `_started` for `Started`, and so on."""
         getattr(self, f"_{type(event).__name__.lower()}")(event)
 
     def notice(self, reason: str) -> None:
-        """Print that a signal arrived during an update, which is finished first."""
+        """Print that a signal arrived where weights have changed since the last whole step."""
         self.console.print(
-            f"     {reason}: the update is finished and saved first. Once more stops at once.",
+            f"     {reason}: the step is finished and saved first, or given up after "
+            f"{GRACE_SECONDS:g} s. Once more stops at once.",
             soft_wrap=True,
         )
 
     def close(self) -> None:
         """Stop the live line, and leave the screen as it is."""
+        if self._ticker is not None:
+            self._closed.set()
+            self._ticker.join()
+            self._ticker = None
         if self.live is not None:
             self.live.stop()
             self.live = None
@@ -54,6 +66,23 @@ class Screen:
         return self.line.render(
             max(0, min(62, self.console.width - 48)) if self.console.is_terminal else 62
         )
+
+    def _render_now(self) -> Group:
+        """Return the stage's line, and below it what is being done."""
+        words = now_in_words()
+        below = [Text(f"     {words}", style="dim", no_wrap=True, overflow="ellipsis")]
+        return Group(self._render(), *(below if words else []))
+
+    def _tick(self) -> None:
+        """Print the line whenever none was printed for `PLAIN_SECONDS`."""
+        while not self._closed.wait(max(self.printed_at + PLAIN_SECONDS - time.monotonic(), 0.1)):
+            if time.monotonic() - self.printed_at < PLAIN_SECONDS:
+                continue
+            self.printed_at = time.monotonic()
+            try:
+                self.console.print(self._render_now(), soft_wrap=True)
+            except (OSError, ValueError):  # nobody reads it any more
+                return
 
     def _started(self, event: Any) -> None:
         self.line = _Line(
@@ -65,15 +94,20 @@ class Screen:
         self.printed_at = time.monotonic()
         if self.console.is_terminal:
             self.live = Live(
-                self._render(), console=self.console, refresh_per_second=8, transient=True
+                console=self.console,
+                refresh_per_second=8,
+                transient=True,
+                get_renderable=self._render_now,
             )
             self.live.start()
+        else:
+            self._closed.clear()
+            self._ticker = threading.Thread(target=self._tick, daemon=True)
+            self._ticker.start()
 
     def _advanced(self, event: Any) -> None:
         self.line.add(event.progress.number, event.progress.metrics)
-        if self.live is not None:
-            self.live.update(self._render())
-        elif time.monotonic() - self.printed_at > PLAIN_SECONDS:
+        if self.live is None and time.monotonic() - self.printed_at > PLAIN_SECONDS:
             self.console.print(self._render(), soft_wrap=True)
             self.printed_at = time.monotonic()
 
@@ -89,6 +123,17 @@ class Screen:
         self.console.print(self._render(), soft_wrap=True)
         if event.stage.name == "evaluation":
             self.console.print(evaluation_table(event.summary))
+
+
+def now_in_words() -> str:
+    """Return what this process has been doing for longer than `SHOWN_SECONDS`, such as "centring:
+    sampling 3,480 tokens, 120/s"; empty if there is no such thing."""
+    shown = []
+    for stack in activities():
+        if stack[0].seconds > SHOWN_SECONDS:
+            names = [entry.what for entry in stack[:-1]]
+            shown.append(": ".join([*names, stack[-1].in_words()]))
+    return " · ".join(shown)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PATHS = (
+    "data.texts",
     "data.train",
     "data.eval",
     "data.pretraining",

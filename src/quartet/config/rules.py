@@ -5,7 +5,7 @@ asked in the order in which they stand here, and a config is refused with the fi
 rule may rely on those before it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from quartet.algorithms.preference import PREFERENCES
@@ -15,6 +15,7 @@ from quartet.generation.source import Servers
 from quartet.io.texts import did_you_mean
 from quartet.rewards.sources import EnvironmentSource, GoldSource, JudgeSource, ModelSource
 from quartet.stages.kinds import KINDS, kind_of
+from quartet.training.optim import OptimizerConfig
 
 Rule = Callable[[Config], str | None]
 
@@ -125,6 +126,7 @@ def paths_are_not_empty(config: Config) -> str | None:
     paths = {
         "data.train": config.data.files,
         "data.eval": (config.data.eval,),
+        "data.texts": (config.data.texts,),
         "policy.model": (config.policy.model,),
     }
     for key, named in paths.items():
@@ -338,6 +340,14 @@ def token_rewards_need_token_scores(config: Config) -> str | None:
 
 
 @rule
+def critic_is_created_or_starts_from_weights(config: Config) -> str | None:
+    critic = config.critic
+    if not isinstance(critic, SeparateCritic) or critic.create is None or critic.init is None:
+        return None
+    return f'critic.create: a new critic has no weights of "{critic.init}". Leave critic.init out.'
+
+
+@rule
 def trust_region_needs_a_critic(config: Config) -> str | None:
     algorithm = config.algorithm
     if algorithm is None or not isinstance(algorithm.update, TrustRegion) or algorithm.needs_critic:
@@ -433,6 +443,39 @@ def new_model_is_long_enough(config: Config) -> str | None:
     )
 
 
+# --- learning rates
+
+
+@rule
+def warmup_is_given_once(config: Config) -> str | None:
+    for table, settings in _optimizers(config):
+        if settings.warmup_steps and settings.warmup_ratio:
+            return (
+                f"{table}.warmup_ratio = {settings.warmup_ratio:g}: {table}.warmup_steps = "
+                f"{settings.warmup_steps} says the same in steps. Take one of the two out."
+            )
+    return None
+
+
+@rule
+def constant_rate_falls_to_nothing(config: Config) -> str | None:
+    for table, settings in _optimizers(config):
+        if settings.schedule == "constant" and settings.min_lr_ratio:
+            return (
+                f"{table}.min_lr_ratio = {settings.min_lr_ratio:g}: is where a falling rate ends, "
+                f'and {table}.schedule = "constant". Use "linear" or "cosine", or take it out.'
+            )
+    return None
+
+
+def _optimizers(config: Config) -> Iterator[tuple[str, OptimizerConfig]]:
+    """Yield the table of each stage that trains, with its settings."""
+    for stage in config.recipe:
+        kind = kind_of(stage)
+        if kind is not None and kind.optim is not None:
+            yield kind.optim, getattr(config, kind.optim)
+
+
 # --- processes
 
 
@@ -487,6 +530,45 @@ def trust_region_excludes_sharding(config: Config) -> str | None:
         'launch.shard: second derivatives, for algorithm.update.type = "trust_region", need all '
         "weights on every rank. Use false."
     )
+
+
+@rule
+def labelled_texts_have_a_file(config: Config) -> str | None:
+    needs = config.data.world == "labelled_texts"
+    if needs == (config.data.texts is not None):
+        return None
+    if needs:
+        return (
+            "data.texts: the world labelled_texts needs a file with columns text and label. Use "
+            'data.texts = "reviews.jsonl".'
+        )
+    return 'data.texts: only data.world = "labelled_texts" reads it.'
+
+
+@rule
+def quantize_needs_an_adapter(config: Config) -> str | None:
+    if config.policy.quantize is None or config.policy.adapter is not None:
+        return None
+    return (
+        f'policy.quantize = "{config.policy.quantize}": weights in 4 bits are not trained, so '
+        'policy.adapter = { type = "lora" } is needed too.'
+    )
+
+
+@rule
+def quantize_holds_one_trunk_whole(config: Config) -> str | None:
+    if config.policy.quantize is None:
+        return None
+    excluded = {
+        "launch.shard": bool(config.launch.shard),
+        "staleness, which samples with a copy": bool(config.staleness),
+        "policy.compile": config.policy.compile,
+        'algorithm.update.type = "trust_region"': _has_trust_region(config),
+    }
+    name = next((name for name, is_set in excluded.items() if is_set), None)
+    if name is None:
+        return None
+    return f'policy.quantize = "{config.policy.quantize}": does not go with {name}.'
 
 
 def _has_trust_region(config: Config) -> bool:

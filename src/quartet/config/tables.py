@@ -30,7 +30,7 @@ from quartet.rewards.sources import ModelSource
 from quartet.stages.kinds import PREFERENCE, RL, kind_of, stage_of
 from quartet.training.optim import Optim, OptimizerConfig
 
-WORLDS = Literal["reviews", "sums", "guess"]
+WORLDS = Literal["reviews", "sums", "guess", "labelled_texts"]
 
 
 @part
@@ -40,7 +40,12 @@ class Data:
 
     world: WORLDS | None = Field(
         default=None,
-        description="An embedded world, which makes its own data and knows the gold reward.",
+        description="A task that makes its rows and knows the gold reward: an embedded one, or "
+        '"labelled_texts", which makes them from data.texts.',
+    )
+    texts: str | None = Field(
+        default=None,
+        description="A file of texts with label 1 (good) or 0 (bad), for the world labelled_texts.",
     )
     train: str | tuple[str, ...] | None = Field(
         default=None, description="A file or folder to train on, or a list of them."
@@ -141,6 +146,11 @@ class Policy:
         default=None,
         description='{ type = "lora" } trains an adapter. Left out, all weights are trained.',
     )
+    quantize: Literal["nf4"] | None = Field(
+        default=None,
+        description='"nf4" holds the linear layers under an adapter in 4 bits (QLoRA). Left out, '
+        "they are in run.precision.",
+    )
     frozen_layers: int = Field(
         default=0,
         ge=0,
@@ -207,6 +217,11 @@ class SeparateCritic:
         default=None,
         description='The weights that the critic starts from: "reward_model", "policy", or a '
         "folder. Left out, they are the reward model's where there is one, else the policy's.",
+    )
+    create: Shape | None = Field(
+        default=None,
+        description="The shape of a new critic with random weights, such as one smaller than the "
+        "actor. It reads the policy's tokens.",
     )
 
 

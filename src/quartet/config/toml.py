@@ -18,13 +18,18 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.correction import for_another_engine
 from quartet.algorithms.preference import PREFERENCES, PreferenceLoss
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.config.errors import Table, sentence, toml_value, where
 from quartet.config.links import resolve_links
 from quartet.config.tables import Config, json_ready, without_none
 from quartet.errors import QuartetError
+from quartet.generation.source import GeneratorSource, Servers
 from quartet.io.texts import did_you_mean
+
+FOR_SERVERS = "default with servers"
+"""The origin of the correction that a run with servers has where its file names none."""
 
 
 class ConfigError(QuartetError, ValueError):
@@ -112,12 +117,25 @@ def _settings(
         _set(table, key, value)
         origins = {k: v for k, v in origins.items() if k != key and not k.startswith(key + ".")}
         origins |= {k: "command line" for k, _ in _leaves(value, key)}
+    _replace_created_policy(table, origins)
     written = dict(origins)
     _expand(table, origins)
     links = resolve_links(table, known_links)
     config = _validate(table, origins)
     _refuse_unread(config, written)
     return Settings(config, origins, name, text, links)
+
+
+def _replace_created_policy(table: Table, origins: dict[str, str]) -> None:
+    """Drop the model that a file creates, and its tokenizer, where the command line names one."""
+    if origins.get("policy.model") != "command line" or "create" not in table["policy"]:
+        return
+    for name in ("create", "tokenizer"):
+        keys = [key for key in origins if f"{key}.".startswith(f"policy.{name}.")]
+        if all(origins[key] != "command line" for key in keys):
+            table["policy"].pop(name, None)
+            for key in keys:
+                del origins[key]
 
 
 def _refuse_unread(config: Config, written: Mapping[str, str]) -> None:
@@ -323,11 +341,34 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
         )
     preset = without_none(dataclasses.asdict(ALGORITHMS[rl]))
     table["algorithm"] = _merged(preset, algorithm)
+    _correct_for_servers(table, algorithm, origins)
     for key, _ in _leaves(table["algorithm"], "algorithm"):
         origins.setdefault(key, f"preset {rl}" if _has(preset, key.split(".")[1:]) else "default")
     if "reward" not in table and "reward_model" in stages:
         table["reward"] = [{"type": "model"}]
         origins["reward.0.type"] = "recipe"
+
+
+def _is_served(table: Table) -> bool:
+    """Return whether the responses come from servers."""
+    generator = table.get("generator")
+    name = generator.get("type") if isinstance(generator, dict) else None
+    return isinstance(name, str) and issubclass(GeneratorSource.members.get(name, object), Servers)
+
+
+def _correct_for_servers(table: Table, written: Table, origins: dict[str, str]) -> None:
+    """Where the responses come from servers, give the algorithm the correction for another engine,
+    below what is `written` of it."""
+    if not _is_served(table):
+        return
+    algorithm = table["algorithm"]
+    loss = algorithm["policy_loss"]
+    default = for_another_engine(loss.get("type", "") if isinstance(loss, dict) else "")
+    below = {"correction": dataclasses.asdict(default)}
+    above = {key: value for key, value in written.items() if key == "correction"}
+    algorithm |= _merged(below, above)
+    for key, _ in _leaves(algorithm["correction"], "algorithm.correction"):
+        origins.setdefault(key, FOR_SERVERS)
 
 
 def _has(table: Any, path: list[str]) -> bool:

@@ -5,21 +5,44 @@ results travel. Loops and formulas know `ProcessGroup` alone: in one process its
 nothing.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import wait
 from datetime import timedelta
 from typing import Any
 
 from quartet.distributed.balance import MicroBatch, micro_batches, shares
+from quartet.distributed.messages import pack, unpack
 from quartet.distributed.sharding import is_sharded
+from quartet.errors import QuartetError
+from quartet.io.activity import counted
+from quartet.io.threads import BackgroundThread, result_of
 from quartet.tensors import Tensor, torch
 
+log = logging.getLogger(__name__)
 HERE = "here/{}"
 """The key that rank {} sets in the store when it has started."""
 PATIENCE = 300.0
 """Seconds that ranks have to start: they import torch, perhaps from a slow disk."""
 BUCKET = 25_000_000
 """The most gradient elements that one all-reduce sends."""
+PULSE = 1.0
+"""Seconds between two signals of rank 0 to ranks that wait for it; fewer where the deadline is less
+than 4 seconds."""
+BUSY, FAILED = -1, -2
+"""Signals of rank 0: it is still at work; it has raised an error. Any other is the length of what
+it sends next."""
+PARTING = 2.0
+"""Seconds that rank 0 gives the others to hear that it has failed."""
+
+
+class RankZeroFailed(QuartetError, RuntimeError):
+    """Rank 0 has raised an error in what the other ranks waited for; the cause is there."""
+
+    def __init__(self) -> None:
+        super().__init__("rank 0 has failed in what this rank waited for.")
 
 
 class ProcessGroup:
@@ -27,6 +50,8 @@ class ProcessGroup:
 
     rank = 0
     world_size = 1
+    local_rank = 0
+    """The rank among those on the same machine, which chooses the GPU."""
 
     @property
     def is_rank_zero(self) -> bool:
@@ -37,14 +62,15 @@ class ProcessGroup:
         """Return the rows of this rank, balanced by tokens."""
         return shares(lengths, self.world_size)[self.rank]
 
-    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
-        """Return the micro-batches of this rank; every rank gets the same number of them.
+    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of this rank, and report the progress through their tokens.
+        Every rank gets the same number of them.
 
         Where weights are sharded, every forward pass needs all ranks. A rank with fewer
         micro-batches than another repeats the shortest row with `counts=False` meanwhile.
         """
         if not lengths:
-            return []
+            return
         by_rank = []
         for rows in shares(lengths, self.world_size):
             groups = micro_batches([lengths[i] for i in rows], max_tokens)
@@ -52,7 +78,9 @@ class ProcessGroup:
         most = max(map(len, by_rank))
         shortest = min(range(len(lengths)), key=lengths.__getitem__)
         own = [MicroBatch(rows) for rows in by_rank[self.rank]]
-        return own + [MicroBatch([shortest], counts=False)] * (most - len(own))
+        own += [MicroBatch([shortest], counts=False)] * (most - len(own))
+        tokens = lambda micro_batch: sum(lengths[i] for i in micro_batch.rows)  # noqa: E731
+        yield from counted(own, tokens, sum(map(tokens, own)), "tokens")
 
     def all_reduce(self, *tensors: Tensor | None) -> None:
         """Replace each tensor, in place, by its sum over all ranks; `None` is skipped.
@@ -71,6 +99,14 @@ class ProcessGroup:
     def all_gather(self, value: Any) -> list[Any]:
         """Return the JSON-ready value of every rank, by rank."""
         return [value]
+
+    def on_rank_zero(self, function: Callable[[], Any]) -> Any:
+        """Call a function on rank 0 alone, and return its JSON-ready result on every rank.
+
+        It may take any time: the other ranks wait as long as rank 0 lives. Raises `RankZeroFailed`
+        on them where the function raises an error.
+        """
+        return function()
 
     def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum the gradients of the parameters that every rank holds whole. The gradients of sharded
@@ -93,8 +129,10 @@ class TorchProcessGroup(ProcessGroup):
     operation within the group's deadline, it raises an error on all the others.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, local_rank: int | None = None) -> None:
+        """`local_rank` is the rank among those on this machine; None: there is only one machine."""
         self.rank, self.world_size = rank, world_size
+        self.local_rank = rank if local_rank is None else local_rank
         self.group: torch.distributed.ProcessGroup | None = None
         """The group in torch; None is torch's default group of all processes."""
         self.name = ""
@@ -123,10 +161,11 @@ class TorchProcessGroup(ProcessGroup):
             rank=self.rank,
             world_size=self.world_size,
             timeout=self.deadline,
+            device_id=device if device.type == "cuda" else None,
         )
 
     def clone(self) -> "TorchProcessGroup":
-        clone = TorchProcessGroup(self.rank, self.world_size)
+        clone = TorchProcessGroup(self.rank, self.world_size, self.local_rank)
         clone.deadline = self.deadline
         clone.group = torch.distributed.new_group(timeout=self.deadline)
         clone.name = f"{self.name}, clone"
@@ -154,9 +193,9 @@ class TorchProcessGroup(ProcessGroup):
         return float(largest)
 
     def all_gather(self, value: Any) -> list[Any]:
-        # JSON in byte tensors of one length: torch's own all_gather_object would unpickle what
-        # another process sent.
-        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        # Byte tensors of one length: torch's own all_gather_object would unpickle what another
+        # process sent.
+        message = _byte_tensor(pack(value))
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         torch.distributed.all_gather(sizes, torch.tensor([len(message)]), group=self.group)
         longest = max(int(size) for size in sizes)
@@ -165,9 +204,46 @@ class TorchProcessGroup(ProcessGroup):
         messages = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         torch.distributed.all_gather(messages, padded, group=self.group)
         return [
-            json.loads(bytes(text[: int(size)].tolist()))
-            for text, size in zip(messages, sizes, strict=True)
+            unpack(message[: int(size)].numpy().data)
+            for message, size in zip(messages, sizes, strict=True)
         ]
+
+    def on_rank_zero(self, function: Callable[[], Any]) -> Any:
+        if not self.is_rank_zero:
+            message = torch.zeros(self._wait_for_rank_zero(), dtype=torch.uint8)
+        else:
+            signals = _Signals(self)
+            try:
+                message = _byte_tensor(pack(function()))
+            except BaseException:
+                signals.failed()
+                raise
+            signals.done(len(message))
+        torch.distributed.broadcast(message, src=0, group=self.group)
+        return unpack(message.numpy().data)
+
+    def signal(self, number: int = 0) -> int:
+        """Return a number that rank 0 sends to all ranks."""
+        signal = torch.tensor([number])
+        torch.distributed.broadcast(signal, src=0, group=self.group)
+        return int(signal)
+
+    def _wait_for_rank_zero(self) -> int:
+        """Return the length of what rank 0 sends next, when it is ready."""
+        began = noted = time.monotonic()
+        while (signal := self.signal()) == BUSY:
+            now = time.monotonic()
+            if now - noted > self.deadline.total_seconds():
+                noted = now
+                log.warning(
+                    "rank %d has waited %.0f s for rank 0, which is alive and at work alone: it "
+                    "generates, or loads weights into servers.",
+                    self.rank,
+                    now - began,
+                )
+        if signal == FAILED:
+            raise RankZeroFailed
+        return signal
 
     def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
@@ -178,6 +254,43 @@ class TorchProcessGroup(ProcessGroup):
                 sums = flat.split([gradient.numel() for gradient in bucket])
                 for gradient, summed in zip(bucket, sums, strict=True):
                     gradient.copy_(summed.view_as(gradient))
+
+
+class _Signals:
+    """What rank 0 tells the ranks that wait for it, in a thread of its own: every so often that it
+    is busy, and at last the length of its message or that it has failed."""
+
+    def __init__(self, process_group: TorchProcessGroup) -> None:
+        self.process_group = process_group
+        self.last = FAILED
+        self.ended = threading.Event()
+        self.thread = BackgroundThread("signals")
+        self.sending = self.thread.start(self._send)
+
+    def done(self, length: int) -> None:
+        """Say how long the message is. Raises the error of a rank that could not be told."""
+        self.last = length
+        self.ended.set()
+        try:
+            result_of(self.sending)
+        finally:
+            self.thread.abandon(seconds=0.0)
+
+    def failed(self) -> None:
+        """Say that there will be no message, to the ranks that hear it in `PARTING` seconds."""
+        self.ended.set()
+        wait([self.sending], PARTING)
+        self.thread.abandon(seconds=0.0)
+
+    def _send(self) -> None:
+        seconds = min(PULSE, self.process_group.deadline.total_seconds() / 4)
+        while not self.ended.wait(seconds):
+            self.process_group.signal(BUSY)
+        self.process_group.signal(self.last)
+
+
+def _byte_tensor(message: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(message), dtype=torch.uint8)
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -2,9 +2,9 @@
 
 A decoder takes prompts in (`prefill`), appends one token to every row (`step`) and drops finished
 rows (`keep`). `PlainDecoder` calls the model's own forward with transformers' cache and works for
-any architecture. `LlamaDecoder` computes the Llama family itself, on a cache that it owns: rows
-need no padding, and new rows can join while others are being decoded. `SlotDecoder` does so with
-the shapes and kernels that suit a GPU.
+any architecture. `RowDecoder` computes the architectures of `models/architectures.py` itself, on a
+cache that it owns: rows need no padding, and new rows can join while others are being decoded.
+`SlotDecoder` does so with the shapes and kernels that suit a GPU.
 """
 
 import inspect
@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch.nn.functional import embedding, pad, scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import DynamicCache
 
-from quartet.generation.cache import MIN_ROWS, PREFILL_TOKENS, cache_bytes, spans_within
-from quartet.generation.fused import FusedBlock, HeldNorm, has_merged_weights, head_and_embedding
+from quartet.generation.cache import PREFILL_TOKENS, spans_within
+from quartet.generation.fused import FusedDecoder, has_products
 from quartet.generation.slots import SlotDecoder
-from quartet.models.attention import backend, causal_attention
-from quartet.models.language_model import has_linear_head
-from quartet.models.llama import has_fused_forward, normed, rotations
-from quartet.models.packing import Packed, pack_rows, take
+from quartet.models.attention import backend, capped_attention
+from quartet.models.fused import has_fused_forward
+from quartet.models.language_model import ModelError, has_linear_head, is_recurrent
+from quartet.models.packing import pack_rows
 from quartet.models.padding import left_pad
 from quartet.models.precision import compute_dtype
 from quartet.models.protocols import CausalModel
@@ -65,11 +65,11 @@ def make_decoder(model: CausalModel, width: int, max_rows: int | None = None) ->
     if (
         has_fused_forward(model.base_model, width)
         and has_linear_head(model)
-        and has_merged_weights(model.base_model)
+        and has_products(model.base_model)
     ):
         if backend(model.device, compute_dtype(model)) == "varlen":
             return SlotDecoder(model, width, max_rows)
-        return LlamaDecoder(model, width, max_rows)
+        return RowDecoder(model, width, max_rows)
     return PlainDecoder(model, max_rows)
 
 
@@ -81,6 +81,11 @@ class PlainDecoder:
     look_every = 1
 
     def __init__(self, model: CausalModel, max_rows: int | None = None) -> None:
+        if is_recurrent(model.config):
+            raise ModelError(
+                f"{model.config.model_type} keeps a recurrent state, and Quartet cannot sample "
+                "from such a model yet."
+            )
         self.model, self.max_rows = model, max_rows or 512
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.mask = torch.zeros(0, 0, dtype=torch.bool, device=model.device)
@@ -127,8 +132,8 @@ class PlainDecoder:
         return logits[:, -1]
 
 
-class LlamaDecoder:
-    """Decodes the Llama family on a cache of its own, one slot per row, without padding.
+class RowDecoder(FusedDecoder):
+    """Decodes on a cache with one slot per row, without padding.
 
     Each block's cache is one tensor [slots, 2 · kv heads, columns, D], the keys before the values.
     Row i is in slot i. When a row leaves, the last row moves into its slot, so at most one slot is
@@ -140,23 +145,8 @@ class LlamaDecoder:
 
     @torch.inference_mode()
     def __init__(self, model: CausalModel, width: int, max_rows: int | None = None) -> None:
-        trunk = model.base_model
-        first = trunk.layers[0].self_attn
-        self.model, self.trunk, self.width = model, trunk, width
-        self.head_size, self.scale = first.head_dim, first.scaling
-        self.num_kv_heads = first.k_proj.out_features // self.head_size
-        self.num_heads = first.q_proj.out_features // self.head_size
-        self.blocks = [
-            FusedBlock(block, self.num_heads + self.num_kv_heads) for block in trunk.layers
-        ]
-        self.head, self.embedding = head_and_embedding(model)
-        self.norm = HeldNorm(trunk.norm)
-        self.device, self.dtype = model.device, compute_dtype(model)
-        per_row = (
-            len(self.blocks) * 2 * self.num_kv_heads * self.head_size * width * self.dtype.itemsize
-        )
-        self.max_rows = max_rows or max(cache_bytes(self.device) // per_row, MIN_ROWS)
-        shape = (0, 2 * self.num_kv_heads, 0, self.head_size)
+        super().__init__(model, width, max_rows)
+        shape = (0, 2 * self.kv_heads, 0, self.head_size)
         self.caches = [
             torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.blocks
         ]
@@ -164,17 +154,6 @@ class LlamaDecoder:
         """[slots, 1, 1, columns], added to attention scores: 0 for tokens, −∞ behind the last."""
         self.lengths = torch.zeros(0, dtype=torch.long, device=self.device)
         self.max_length = 0
-        self.rotation_table = self._rotation_table(torch.arange(width, device=self.device))
-
-    def _rotation_table(self, positions: Int[Tensor, "n"]) -> Tensor:
-        """Return the factors that rotate queries and keys at each position: [n, heads + 2 · kv
-        heads, D/2], complex. Values have the factor 1, so that one product rotates the fused
-        projection in place."""
-        factors = rotations(self.trunk, positions).expand(
-            -1, self.num_heads + self.num_kv_heads, -1
-        )
-        ones = factors.new_ones(len(positions), self.num_kv_heads, self.head_size // 2)
-        return torch.cat([factors, ones], dim=1)
 
     def free_rows(self) -> int:
         return self.max_rows - len(self.lengths)
@@ -188,7 +167,8 @@ class LlamaDecoder:
         for start, stop in spans_within([len(p) for p in prompts], PREFILL_TOKENS):
             packed = pack_rows(prompts[start:stop], self.device)
             slots = before + copies * torch.arange(start, stop, device=self.device)
-            logits.append(self._prefill_packed(packed, slots))
+            lengths = torch.tensor(packed.lengths, device=self.device)
+            logits.append(self._prefill_packed(packed, slots.repeat_interleave(lengths)))
         if copies > 1:
             self._copy_to_samples(before, len(prompts), copies, int(sizes.max()))
         self.lengths = torch.cat([self.lengths, sizes.repeat_interleave(copies)])
@@ -201,48 +181,59 @@ class LlamaDecoder:
         )
         return torch.cat(logits).repeat_interleave(copies, 0)
 
-    def _prefill_packed(self, packed: Packed, slots: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        """Compute packed prompts, write their keys and values into their slots, and return the
-        logits behind each prompt's last token."""
-        slot = slots.repeat_interleave(torch.tensor(packed.lengths, device=self.device))
-        factors = self.rotation_table[packed.positions]
-        x = embedding(packed.tokens, self.embedding)
-        for number, (block, cache) in enumerate(zip(self.blocks, self.caches, strict=True)):
-            heads = block.project_qkv(x, factors)
-            cache[slot, :, packed.positions] = heads[:, self.num_heads :]
-            queries, keys, values = heads.split(
-                [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1
-            )
-            attended = causal_attention(queries, keys, values, packed, self.scale).flatten(1)
-            # The last block's output is needed only behind the last token of each prompt.
-            if number == len(self.blocks) - 1:
-                x, attended = take(x, packed.output_index), take(attended, packed.output_index)
-            x = block.residuals(x, attended)
-        return self._logits(x)
+    def _store(
+        self,
+        cache: Tensor,
+        slots: Int[Tensor, "N"],
+        places: Int[Tensor, "N"],
+        keys_and_values: Float[Tensor, "N kv2 D"],
+    ) -> None:
+        cache[slots, :, places] = keys_and_values
 
     @torch.inference_mode()
     def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
         rows, until = torch.arange(len(tokens), device=self.device), self.max_length + 1
         self._resize(len(tokens), until)
         self.mask[rows, 0, 0, self.lengths] = 0.0
-        mask = self.mask[: len(tokens), :, :, :until]
-        factors = self.rotation_table[self.lengths]
-        x = embedding(tokens, self.embedding)
+        masks = self._masks(len(tokens), until)
+        factors, x = self._factors_at(self.lengths), self.embedding(tokens, self.lengths)
         for block, cache in zip(self.blocks, self.caches, strict=True):
-            heads = block.project_qkv(x, factors)
-            cache[rows, :, self.lengths] = heads[:, self.num_heads :]
-            # One new token per row: the query heads that share a key-value head take the place of
-            # query positions, so that attention never repeats keys and values.
-            queries = heads[:, : self.num_heads].unflatten(1, (self.num_kv_heads, -1))
+            layer = block.layer
+            heads = block.project_qkv(x, factors[layer.rotation])
+            self._store(cache, rows, self.lengths, heads[:, self.heads :])
             cached = cache[: len(tokens), :, :until]
-            keys, values = cached[:, : self.num_kv_heads], cached[:, self.num_kv_heads :]
-            attended = scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, scale=self.scale
-            )
+            keys, values = cached[:, : self.kv_heads], cached[:, self.kv_heads :]
+            queries, mask = heads[:, : self.heads], masks[layer.window]
+            if layer.cap is None:
+                # One new token per row: the query heads that share a key-value head take the place
+                # of query positions, so that attention never repeats keys and values.
+                attended = scaled_dot_product_attention(
+                    queries.unflatten(1, (self.kv_heads, -1)),
+                    keys,
+                    values,
+                    attn_mask=mask,
+                    scale=layer.scale,
+                )
+            else:
+                attended = capped_attention(
+                    queries[:, :, None], keys, values, mask[:, None] == 0, layer.scale, layer.cap
+                )
             x = block.residuals(x, attended.flatten(1))
         self.lengths += 1
         self.max_length += 1
         return self._logits(x)
+
+    def _masks(self, rows: int, until: int) -> dict[int | None, Tensor]:
+        """Return what is added to attention scores for each width of a window."""
+        mask = self.mask[:rows, :, :, :until]
+        masks: dict[int | None, Tensor] = {None: mask}
+        for window in {block.layer.window for block in self.blocks}:
+            masks[window] = mask
+            if window is not None and until > window:
+                places = torch.arange(until, device=self.device)
+                before = places <= self.lengths[:, None, None, None] - window
+                masks[window] = mask.masked_fill(before, -torch.inf)
+        return masks
 
     @torch.inference_mode()
     def keep(self, unfinished: Bool[Tensor, "B"]) -> Int[Tensor, "n"]:
@@ -277,7 +268,7 @@ class LlamaDecoder:
         live, until = len(self.lengths), self.max_length
 
         for number, old in enumerate(self.caches):
-            self.caches[number] = old.new_zeros(slots, 2 * self.num_kv_heads, wide, self.head_size)
+            self.caches[number] = old.new_zeros(slots, 2 * self.kv_heads, wide, self.head_size)
             self.caches[number][:live, :, :until] = old[:live, :, :until]
         old, self.mask = self.mask, self.mask.new_full((slots, 1, 1, wide), -torch.inf)
         self.mask[:live, :, :, :until] = old[:live, :, :, :until]
@@ -289,6 +280,3 @@ class LlamaDecoder:
                 0, (prompts, copies)
             )
             slots[:, 1:] = slots[:, :1]
-
-    def _logits(self, x: Float[Tensor, "B H"]) -> Float[Tensor, "B V"]:
-        return self.head.in_float32(normed(self.norm, x))

@@ -167,9 +167,7 @@ class Episodes:
 
     def _heard(self, say: Callable[[], list[Any]]) -> list[Any]:
         """Return what `say` returns on rank 0, on every rank."""
-        messages: list[Any] = self.process_group.all_gather(
-            say() if self.process_group.is_rank_zero else None
-        )[0]
+        messages: list[Any] = self.process_group.on_rank_zero(say)
         return messages
 
     def _begun(

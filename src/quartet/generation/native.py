@@ -14,6 +14,7 @@ from quartet.experience import Prompt, Rollout
 from quartet.generation.decoders import make_decoder
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
+from quartet.io.activity import progress
 from quartet.models.adapters import REWARD
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.support import ids_outside, support_of
@@ -146,6 +147,7 @@ class NativeGenerator:
         logits = torch.empty(0, 0, device=device)
         steps: list[Step] = []
         unseen = 0  # tokens since the ends of rows were looked at
+        num_tokens = 0
         while len(rows) or waiting:
             if waiting and (not len(rows) or decoder.free_rows() >= samples):
                 chosen = [
@@ -162,6 +164,8 @@ class NativeGenerator:
             noises = noise[rows, lengths.clamp(max=limit - 1)]
             drawn = draw(logits[:, :support], sampling, noises)
             steps.append((rows, alive, drawn))
+            num_tokens += len(rows)
+            progress(num_tokens, 0, "tokens")
             lengths = lengths + alive
             tokens = drawn.tokens
             alive = alive & ~(self._ends(tokens, rows, lengths) | (lengths == limit))

@@ -25,19 +25,20 @@ class RankZeroGenerator:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1
     ) -> list[Rollout]:
-        rows: Any = None
-        if self.process_group.is_rank_zero:
+        def rows() -> list[dict[str, Any]]:
             rollouts = self.generator.generate(prompts, sampling, samples_per_prompt)
-            rows = [rollout_to_row(rollout) for rollout in rollouts]
-        return [rollout_from_row(row) for row in self.process_group.all_gather(rows)[0]]
+            return [rollout_to_row(rollout) for rollout in rollouts]
+
+        return [rollout_from_row(row) for row in self.process_group.on_rank_zero(rows)]
 
     def load_weights(self, weights: Weights) -> None:
         tensors = weights.tensors
         if isinstance(tensors, GatheredWeights):  # sharded weights need all ranks to be read
             tensors = tensors if self.only is None else tensors.only(self.only)
             tensors = gather_weights(tensors, keep=self.process_group.is_rank_zero)
-        if self.process_group.is_rank_zero:
-            self.generator.load_weights(Weights(weights.version, tensors))
+        self.process_group.on_rank_zero(
+            lambda: self.generator.load_weights(Weights(weights.version, tensors))
+        )
 
     def state(self) -> Any:
         return self.generator.state()

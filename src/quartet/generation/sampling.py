@@ -46,6 +46,13 @@ class Drawn:
     """Entropies of that distribution, in nats."""
 
 
+WIDE = 200_000
+"""The vocabulary from which a CPU draws in two steps, a block of tokens first."""
+WIDE_BLOCK = 512
+WIDE_LOGITS = 2**21
+"""Logits of so many numbers are drawn from at once; they stay in the cache of a CPU."""
+
+
 def scaled(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
     """Return the logits of the sampling distribution in float32: divided by the temperature, with
     −∞ for tokens that top-k or top-p excludes."""
@@ -70,6 +77,8 @@ def draw(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, 
 
     Where the logits of a row hold NaN or +∞, its token is any token and its log-prob is NaN.
     """
+    if logits.shape[-1] >= WIDE and logits.device.type == "cpu":
+        return _draw_wide(logits, sampling, noise)
     z = scaled(logits, sampling)
     z = z - z.amax(-1, keepdim=True)
     weights = z.exp()
@@ -79,13 +88,59 @@ def draw(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, 
         # token before it, and be drawn. So it gets the one before.
         cumulative = torch.where(weights > 0, cumulative, 0.0).cummax(-1).values
     total = cumulative[:, -1:]
-    below = torch.nextafter(
-        total, torch.zeros_like(total)
-    )  # noise · total may round up to the total itself
-    tokens = torch.searchsorted(
-        cumulative, torch.minimum(noise[:, None] * total, below), right=True
-    )
+    aim = torch.minimum(noise[:, None] * total, _below(total))
+    tokens = torch.searchsorted(cumulative, aim, right=True)
     tokens = tokens.clamp(max=z.shape[-1] - 1)  # NaN compares with nothing: past the end
     log_total = total[:, 0].log()
     mean = torch.linalg.vecdot(weights, z.clamp(min=-1e4) if sampling.filters else z) / total[:, 0]
     return Drawn(tokens[:, 0], z.gather(-1, tokens)[:, 0] - log_total, log_total - mean)
+
+
+def _draw_wide(
+    logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, "B"]
+) -> Drawn:
+    """Draw as `draw` does from a wide vocabulary, in fewer passes over it.
+
+    The cumulative sum of the whole vocabulary is the slowest pass. Here it is taken over the sums
+    of blocks, and over the tokens of one block: that in which P exceeds noise · P(V).
+    """
+    rows = max(WIDE_LOGITS // logits.shape[-1], 1)
+    parts = [
+        _draw_in_blocks(scaled(some, sampling), their_noise, sampling.filters)
+        for some, their_noise in zip(logits.split(rows), noise.split(rows), strict=True)
+    ]
+    columns = ([getattr(part, name) for part in parts] for name in Drawn.__dataclass_fields__)
+    return Drawn(*(torch.cat(column) for column in columns))
+
+
+def _draw_in_blocks(
+    logits: Float[Tensor, "B V"], noise: Float[Tensor, "B"], filters: bool
+) -> Drawn:
+    """Draw from logits of the sampling distribution; those of `filters` may be −∞."""
+    vocabulary = logits.shape[-1]
+    z = logits - logits.amax(-1, keepdim=True)
+    weights = z.exp()
+    whole = vocabulary // WIDE_BLOCK * WIDE_BLOCK
+    sums = weights[:, :whole].unflatten(-1, (-1, WIDE_BLOCK)).sum(-1)
+    sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1)
+    cumulative = sums.cumsum(-1)
+    total = cumulative[:, -1:]
+    aim = torch.minimum(noise[:, None] * total, _below(total))
+    block = torch.searchsorted(cumulative, aim, right=True).clamp(max=sums.shape[-1] - 1)
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, block)
+    places = block * WIDE_BLOCK + torch.arange(WIDE_BLOCK)
+    inside = weights.gather(-1, places.clamp(max=vocabulary - 1))
+    inner = torch.where(places < vocabulary, inside, 0.0).cumsum(-1)
+    # The block's sum was added up in another order: its last token with a weight is the last one.
+    aim = torch.minimum(aim - before, _below(inner[:, -1:]))
+    tokens = block * WIDE_BLOCK + torch.searchsorted(inner, aim, right=True)
+    tokens = tokens.clamp(max=vocabulary - 1)  # NaN compares with nothing: past the end
+    log_total = total[:, 0].log()
+    finite = z.clamp(min=-1e4) if filters else z
+    mean = (weights[:, None] @ finite[:, :, None])[:, 0, 0] / total[:, 0]
+    return Drawn(tokens[:, 0], z.gather(-1, tokens)[:, 0] - log_total, log_total - mean)
+
+
+def _below(x: Tensor) -> Tensor:
+    """Return the next number towards 0: noise · x may round up to x itself."""
+    return torch.nextafter(x, torch.zeros_like(x))

@@ -28,9 +28,10 @@ from quartet.experience import Prompt, Rollout
 from quartet.generation.dialects import Dialect, Order, Piece
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
+from quartet.io.activity import counted
 from quartet.io.http_client import HttpClient, Reply, RequestError, encode, error_in
 from quartet.io.texts import excerpt
-from quartet.io.threads import result_of
+from quartet.io.threads import map_concurrently, result_of
 from quartet.models.protocols import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -116,11 +117,11 @@ class ServedGenerator:
         excluded: range = range(0),
     ) -> None:
         """`save` writes weights as a model folder below `shared`, a path that the servers can read.
-        `timeout`: seconds for one request, and to wait for a server to come back. `at_once`:
-        requests in flight. `save_base` writes the base model; then `save` writes only an adapter.
-        `vocab_size`: a reply with a token id that is not below it is rejected. `excluded`: ids
-        outside of the policy's support, which servers are asked not to sample; a reply with one is
-        rejected."""
+        `timeout`: seconds for one request, for one server to load new weights, and to wait for a
+        server to come back. `at_once`: requests in flight. `save_base` writes the base model; then
+        `save` writes only an adapter. `vocab_size`: a reply with a token id that is not below it
+        is rejected. `excluded`: ids outside of the policy's support, which servers are asked not to
+        sample; a reply with one is rejected."""
         self.excluded = excluded
         self.dialect, self.save_base, self.vocab_size = dialect, save_base, vocab_size
         self.servers = [Server(url.rstrip("/")) for url in urls]
@@ -180,7 +181,9 @@ class ServedGenerator:
         try:
             return [
                 self._rollout(*row, result_of(answer))
-                for row, answer in zip(rows, answers, strict=True)
+                for row, answer in counted(
+                    zip(rows, answers, strict=True), lambda _: 1, len(rows), "responses"
+                )
             ]
         except BaseException:  # a signal, or no server: nothing waits for the other responses
             abandoned.set()
@@ -232,7 +235,7 @@ class ServedGenerator:
         order = self.dialect.write(
             [*prompt.ids, *answer.ids], left, sampling, self.stop_ids, seed, name, self.excluded
         )
-        reply = self._post(server, order, MAX_BYTES + BYTES_PER_TOKEN * left)
+        reply = self._post(server, order, MAX_BYTES + BYTES_PER_TOKEN * left, self.timeout)
         if name is not None and 400 <= reply.status < 500 and server.version != version:
             return  # it asked for an adapter that was taken off meanwhile
         piece = self._piece(_table(reply), left)
@@ -316,8 +319,9 @@ class ServedGenerator:
     # --- weights
 
     def load_weights(self, weights: Weights) -> None:
-        """Write the weights to the shared folder and have each server load them. Responses may be
-        in flight meanwhile."""
+        """Write the weights to the shared folder and have all servers load them at the same time.
+        Responses may be in flight meanwhile. A server that does not load them within `timeout`
+        seconds counts as failed."""
         save_base, tensors = self.save_base, weights.tensors
         if (
             save_base is not None and not self._pushed
@@ -327,9 +331,7 @@ class ServedGenerator:
         self._write(self._folder(weights.version), lambda place: self.save(place, tensors))
         kept = {self._folder(weights.version), self._folder(self.version)}
         self.version = weights.version
-        for server in self.servers:
-            if server.failed is None:
-                self._push(server)
+        self._push_to([server for server in self.servers if server.failed is None])
         if all(server.failed for server in self.servers):
             self._revive()
         for old in (
@@ -348,47 +350,63 @@ class ServedGenerator:
     def _folder(self, version: int) -> Path:
         return self.shared.resolve() / f"{version:08d}"
 
+    def _push_to(self, servers: Sequence[Server]) -> None:
+        """Push to each of the servers, all at the same time."""
+        try:
+            map_concurrently(self._push, servers, len(servers))
+        except BaseException:  # a signal: nothing waits for the servers
+            self.client.close()
+            raise
+
     def _push(self, server: Server) -> None:
-        """Pause a server, have it load the newest weights, and resume it. On an error it counts as
-        failed."""
+        """Pause a server, have it load the newest weights, and resume it. On an error, or after
+        `timeout` seconds, it counts as failed."""
         with server.lock:
             if server.version == self.version and server.failed is None:
                 return
             version, had = self.version, -1 if server.failed else server.version
+            until = time.monotonic() + self.timeout
             with self._free:
                 server.version = -1  # it gets no requests now
             try:
-                self._tell(server, self.dialect.pause)
+                self._tell(server, until, self.dialect.pause)
                 if self.save_base is None:
-                    self._tell(server, *self.dialect.read(self._folder(version), version))
+                    self._tell(server, until, *self.dialect.read(self._folder(version), version))
                 else:
-                    self._put_on(server, version, had)
+                    self._put_on(server, until, version, had)
                 server.version = version
-                self._tell(server, self.dialect.resume)
+                self._tell(server, until, self.dialect.resume)
                 server.failed = None
             except FAILURES as error:
                 server.version = -1
-                server.fail(str(error))
+                server.fail(
+                    str(error)
+                    if time.monotonic() < until
+                    else f"did not load weights {version} within generator.timeout = "
+                    f"{self.timeout:g} s"
+                )
         with self._free:
             self._free.notify_all()
 
-    def _put_on(self, server: Server, version: int, had: int) -> None:
+    def _put_on(self, server: Server, until: float, version: int, had: int) -> None:
         """Load the base model where the server may not have it, then the adapter. An adapter of
         that name that an earlier run left is unloaded first."""
         if had < 0:
-            self._tell(server, *self.dialect.read(self.shared.resolve() / BASE, version))
+            self._tell(server, until, *self.dialect.read(self.shared.resolve() / BASE, version))
         for old in {had, version} - {-1}:
             with contextlib.suppress(BadReply):
-                self._tell(server, self.dialect.take_off(_name(old)))
-        self._tell(server, self.dialect.put_on(_name(version), self._folder(version)))
+                self._tell(server, until, self.dialect.take_off(_name(old)))
+        self._tell(server, until, self.dialect.put_on(_name(version), self._folder(version)))
 
-    def _tell(self, server: Server, *orders: Order) -> None:
+    def _tell(self, server: Server, until: float, *orders: Order) -> None:
+        """Send orders one after another, which together end before time.monotonic() is `until`."""
         for order in orders:
-            _accepted(self._post(server, order, MAX_BYTES))
+            left = max(until - time.monotonic(), 0.0)
+            _accepted(self._post(server, order, MAX_BYTES, left))
 
-    def _post(self, server: Server, order: Order, max_bytes: int) -> Reply:
+    def _post(self, server: Server, order: Order, max_bytes: int, seconds: float) -> Reply:
         body = None if order.body is None else encode(order.body)
-        return self.client.request("POST", server.url + order.path, body, self.timeout, max_bytes)
+        return self.client.request("POST", server.url + order.path, body, seconds, max_bytes)
 
     def _revive(self) -> None:
         """Try the failed servers whose pause is over. Without the pause, a server that answers

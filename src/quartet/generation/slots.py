@@ -9,14 +9,11 @@ for each pair. Whether rows have ended is looked at every `LOOK_EVERY` tokens on
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn.functional import embedding
 
-from quartet.generation.cache import MIN_ROWS, PREFILL_TOKENS, cache_bytes, spans_within
-from quartet.generation.fused import FusedBlock, HeldNorm, head_and_embedding
-from quartet.models.attention import causal_attention, slot_attention
-from quartet.models.llama import normed, rotations
-from quartet.models.packing import Packed, pack_rows, take
-from quartet.models.precision import compute_dtype
+from quartet.generation.cache import PREFILL_TOKENS, spans_within
+from quartet.generation.fused import FusedDecoder
+from quartet.models.attention import slot_attention
+from quartet.models.packing import pack_rows
 from quartet.models.protocols import CausalModel
 from quartet.tensors import Bool, Float, Int, Tensor
 
@@ -39,8 +36,8 @@ def bucket(count: int, smallest: int, largest: int) -> int:
     return min(size, largest)
 
 
-class SlotDecoder:
-    """Decodes the Llama family in slots of one cache.
+class SlotDecoder(FusedDecoder):
+    """Decodes in slots of one cache.
 
     Each block's cache is one tensor [slots, columns, 2 · kv heads, D], the keys before the values.
     Row i is in slot i. When rows leave, the last rows move into their slots, and steps compute a
@@ -51,40 +48,18 @@ class SlotDecoder:
 
     @torch.inference_mode()
     def __init__(self, model: CausalModel, width: int, max_rows: int | None = None) -> None:
-        trunk = model.base_model
-        first = trunk.layers[0].self_attn
-        self.trunk, self.scale, self.head_size = trunk, first.scaling, first.head_dim
-        self.num_kv_heads = first.k_proj.out_features // self.head_size
-        self.num_heads = first.q_proj.out_features // self.head_size
-        self.blocks = [
-            FusedBlock(block, self.num_heads + self.num_kv_heads) for block in trunk.layers
-        ]
-        self.head, self.embedding = head_and_embedding(model)
-        self.norm = HeldNorm(trunk.norm)
-        self.device, self.dtype = model.device, compute_dtype(model)
-        self.width = width + LOOK_EVERY  # a row that has ended grows until the next check
-        numbers = len(self.blocks) * 2 * self.num_kv_heads * self.head_size * self.width
-        fit = cache_bytes(self.device) // (numbers * self.dtype.itemsize)
-        self.max_rows = max_rows or max(fit, MIN_ROWS)
+        # a row that has ended grows until the next check
+        super().__init__(model, width, max_rows, width + LOOK_EVERY)
         self.rows, self.longest = 0, 0
         """The rows there are, and the length of the longest. Both are known without the device."""
-        shape = (0, 0, 2 * self.num_kv_heads, self.head_size)
+        shape = (0, 0, 2 * self.kv_heads, self.head_size)
         self.caches = [torch.zeros(shape, dtype=self.dtype, device=self.device)] * len(self.blocks)
         self.slots, self.columns = 0, 0
         self.lengths = torch.zeros(0, dtype=torch.int32, device=self.device)
         self.tokens = torch.zeros(0, dtype=torch.long, device=self.device)
         self.starts = torch.zeros(0, dtype=torch.int32, device=self.device)
-        self.factors = self._factors(torch.arange(self.width, device=self.device))
         self.steps: dict[int, Callable[[], Tensor]] = {}
         """What computes a step, by the number of slots that it computes."""
-
-    def _factors(self, positions: Int[Tensor, "n"]) -> Tensor:
-        """Return the factors that rotate queries and keys at each position, and leave values as
-        they are: [n, heads + 2 · kv heads, D/2], complex."""
-        factors = rotations(self.trunk, positions)
-        factors = factors.expand(-1, self.num_heads + self.num_kv_heads, -1)
-        ones = factors.new_ones(len(positions), self.num_kv_heads, self.head_size // 2)
-        return torch.cat([factors, ones], dim=1)
 
     def free_rows(self) -> int:
         return self.max_rows - self.rows
@@ -98,6 +73,7 @@ class SlotDecoder:
         for start, stop in spans_within(sizes, PREFILL_TOKENS):
             packed = pack_rows(prompts[start:stop], self.device)
             slots = before + copies * torch.arange(start, stop)
+            slots = slots.repeat_interleave(torch.tensor(packed.lengths)).to(self.device)
             logits.append(self._prefill_packed(packed, slots))
         if copies > 1:
             for cache in self.caches:
@@ -109,22 +85,14 @@ class SlotDecoder:
         self.rows, self.longest = before + added, max(self.longest, *sizes)
         return torch.cat(logits).repeat_interleave(copies, 0, output_size=added)
 
-    def _prefill_packed(self, packed: Packed, slots: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        """Compute packed prompts, write their keys and values into their slots, and return the
-        logits behind each prompt's last token."""
-        slot = slots.repeat_interleave(torch.tensor(packed.lengths)).to(self.device)
-        factors, x = self.factors[packed.positions], embedding(packed.tokens, self.embedding)
-        for number, (block, cache) in enumerate(zip(self.blocks, self.caches, strict=True)):
-            heads = block.project_qkv(x, factors)
-            cache[slot, packed.positions] = heads[:, self.num_heads :]
-            queries, keys, values = heads.split(
-                [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1
-            )
-            attended = causal_attention(queries, keys, values, packed, self.scale).flatten(1)
-            if number == len(self.blocks) - 1:
-                x, attended = take(x, packed.output_index), take(attended, packed.output_index)
-            x = block.residuals(x, attended)
-        return self.head.in_float32(normed(self.norm, x))
+    def _store(
+        self,
+        cache: Tensor,
+        slots: Int[Tensor, "N"],
+        places: Int[Tensor, "N"],
+        keys_and_values: Float[Tensor, "N kv2 D"],
+    ) -> None:
+        cache[slots, places] = keys_and_values
 
     @torch.inference_mode()
     def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
@@ -171,14 +139,23 @@ class SlotDecoder:
         lengths, known = self.lengths[:count], self.lengths[:count] + 1
         starts = self.starts[: count + 1], self.starts[: count + 1] * self.columns
         places = (starts[1][:-1] + lengths).long()
-        factors, x = self.factors[lengths.long()], embedding(self.tokens[:count], self.embedding)
+        long = lengths.long()
+        factors, x = self._factors_at(long), self.embedding(self.tokens[:count], long)
         for block, cache in zip(self.blocks, self.caches, strict=True):
-            heads = block.project_qkv(x, factors)
-            cache.flatten(0, 1).index_copy_(0, places, heads[:, self.num_heads :])
-            queries = heads[:, : self.num_heads]
-            attended = slot_attention(queries, cache[:count], known, starts, self.scale)
+            layer = block.layer
+            heads = block.project_qkv(x, factors[layer.rotation])
+            cache.flatten(0, 1).index_copy_(0, places, heads[:, self.heads :])
+            attended = slot_attention(
+                heads[:, : self.heads],
+                cache[:count],
+                known,
+                starts,
+                layer.scale,
+                layer.window,
+                layer.cap,
+            )
             x = block.residuals(x, attended.flatten(1))
-        return self.head.in_float32(normed(self.norm, x))
+        return self._logits(x)
 
     @torch.inference_mode()
     def keep(self, unfinished: Bool[Tensor, "B"]) -> Int[Tensor, "n"]:
@@ -206,7 +183,7 @@ class SlotDecoder:
         slots = bucket(max(rows, self.slots), SMALLEST, max(self.max_rows, SMALLEST))
         wide = bucket(max(columns, self.columns), COLUMNS, 2**30)
         self.steps.clear()  # a graph holds memory of its own
-        shape = (slots, wide, 2 * self.num_kv_heads, self.head_size)
+        shape = (slots, wide, 2 * self.kv_heads, self.head_size)
         live, until = min(self.rows, self.slots), self.longest
         for number, old in enumerate(self.caches):
             # Entries are 0 and not uninitialized: a kernel may multiply masked ones by 0.

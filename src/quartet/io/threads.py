@@ -11,9 +11,12 @@ import ctypes
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
+
+from quartet.io.activity import progress
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -62,6 +65,8 @@ def map_concurrently(function: Callable[[T], R], items: Sequence[T], workers: in
             if error is not None:
                 raise error
             results[index] = result
+            if len(items) > 1:
+                progress(len(results), len(items), "calls")
     finally:
         abandoned.set()
     return [results[index] for index in range(len(items))]
@@ -93,7 +98,10 @@ class BackgroundThread:
             queue.SimpleQueue()
         )
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._started_by = threading.current_thread()
+        self._is_abandoned = False
         _start(self._thread)
+        _BACKGROUND.add(self)
 
     def start(self, function: Callable[[], R]) -> "Future[R]":
         """Make a call after those that were started before."""
@@ -107,22 +115,34 @@ class BackgroundThread:
         self._thread.join()
 
     def abandon(self, seconds: float = 5.0) -> None:
-        """End the thread in the middle of a call: `Abandoned` is raised there, as soon as a call
-        into native code returns.
+        """End the thread in the middle of a call, and the background threads that it has started:
+        `Abandoned` is raised there, as soon as a call into native code returns.
 
         That end is waited for, for so many seconds at most: Python ends a daemon thread that comes
         back from native code while the interpreter exits, and where the code is torch's this aborts
-        the process.
+        the process. `left_behind` lists the threads that took longer.
         """
-        self._calls.put(None)
+        family = [self]
+        for parent in family:
+            family += [b for b in list(_BACKGROUND) if b._started_by is parent._thread]
         deadline = time.monotonic() + seconds
-        while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
-            # Once may not be enough: a thread that other code has just started may get it.
-            ident = ctypes.c_ulong(self._thread.ident or 0)
-            if _STARTING.acquire(timeout=left):
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Abandoned))
-                _STARTING.release()
-            self._thread.join(min(left, RETRY_SECONDS))
+        for background in family:
+            background._is_abandoned = True
+            background._calls.put(None)
+        while (alive := [b for b in family if b._thread.is_alive()]) and (
+            left := deadline - time.monotonic()
+        ) > 0:
+            for background in alive:
+                background._tell(left)
+            alive[0]._thread.join(min(left, RETRY_SECONDS))
+
+    def _tell(self, seconds: float) -> None:
+        """Raise `Abandoned` in the thread. Once may not be enough: a thread that other code has
+        just started may get it."""
+        ident = ctypes.c_ulong(self._thread.ident or 0)
+        if _STARTING.acquire(timeout=seconds):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Abandoned))
+            _STARTING.release()
 
     def _work(self) -> None:
         with contextlib.suppress(Abandoned):
@@ -134,3 +154,12 @@ class BackgroundThread:
                     raise
                 except BaseException as error:
                     future.set_exception(error)
+                del call, future, function  # what they refer to must not outlive its use
+
+
+_BACKGROUND: "weakref.WeakSet[BackgroundThread]" = weakref.WeakSet()
+
+
+def left_behind() -> list[threading.Thread]:
+    """Return the background threads that were abandoned and still run: they are in native code."""
+    return [b._thread for b in list(_BACKGROUND) if b._is_abandoned and b._thread.is_alive()]

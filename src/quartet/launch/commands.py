@@ -64,8 +64,8 @@ def _slurm(run: str, nodes: int, ranks: int) -> list[str]:
     """Return the command for Slurm, which starts a task per rank. Its variables become those that
     torchrun would set."""
     variables = (
-        f"RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR={FIRST} "
-        f"MASTER_PORT={PORTS['torchrun']}"
+        f"RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS "
+        f"MASTER_ADDR={FIRST} MASTER_PORT={PORTS['torchrun']}"
     )
     task = shlex.quote(f"{variables} quartet run {run} launch.type=torchrun")
     return ["Slurm, once:", f"    srun --nodes={nodes} --ntasks-per-node={ranks} bash -c {task}"]

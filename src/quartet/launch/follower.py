@@ -19,6 +19,8 @@ class Place:
     world_size: int
     host: str
     port: int
+    local_rank: int | None = None
+    """The rank among those on this machine; None: there is only one machine."""
 
 
 def main() -> None:
@@ -30,7 +32,9 @@ def main() -> None:
 def run_follower(place: Place, deadline: float, folder: Path, fault: str | None) -> None:
     """Build what rank 0 builds, from the config in the run's folder, and follow rank 0 until it
     ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; rank 0 decides what it means
+    # They reach all ranks; rank 0 decides what they mean. When it ends, the others do.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     import torch.distributed as dist
 
     # It begins before the slow imports: a rank that is still importing is alive.
@@ -43,7 +47,7 @@ def run_follower(place: Place, deadline: float, folder: Path, fault: str | None)
     config = read_settings(folder / "config.resolved.toml").config
     keep_freed_memory(sharded=bool(config.launch.shard))
     store = store_at(place.host, place.port)
-    process_group = TorchProcessGroup(place.rank, place.world_size)
+    process_group = TorchProcessGroup(place.rank, place.world_size, place.local_rank)
     job = build(config, fault, process_group)
     process_group.join(dist.PrefixStore("process_group", store), deadline, job.device)
     follow(Worker(job.stages, folder, process_group), store, place.rank)

@@ -8,12 +8,14 @@ nothing of the driver's environment. Where this process starts Ray, Ray's ports 
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from quartet.config.run import Launch
 from quartet.distributed.process_group import PATIENCE
+from quartet.io.threads import WAKE_SECONDS
 from quartet.launch.spmd import by_another
 from quartet.runtime.worker import Worker, WorkerLost
 
@@ -76,6 +78,8 @@ class RayWorkers:
         import ray
 
         self.world_size, self.deadline, self._busy = launch.processes, launch.deadline, False
+        self._kept_step: int | None = None
+        """The last step that the actors have taken."""
         self.ranks: list[Any] = []
         self.owns_ray = not ray.is_initialized()
         if self.owns_ray and launch.address is None:
@@ -89,7 +93,7 @@ class RayWorkers:
         enough = ray.cluster_resources().get("GPU", 0) >= self.world_size
         gpus = int(device != "cpu" and (device != "auto" or enough))
         self.placement = ray.util.placement_group(
-            [{"CPU": 1, "GPU": gpus}] * self.world_size, strategy="SPREAD"
+            [{"CPU": 1, "GPU": gpus}] * self.world_size, strategy="PACK"
         )
         try:
             self._start(gpus, interface, folder, fault)
@@ -123,11 +127,19 @@ class RayWorkers:
 
     def call(self, name: str, *args: Any) -> list[Any]:
         self._busy = True
-        return self._all([rank.do.remote(name, *args) for rank in self.ranks])
+        results = self._all([rank.do.remote(name, *args) for rank in self.ranks])
+        if name == "step" and (progress := results[0].progress) is not None:
+            self._kept_step = progress.number
+        self._busy = False
+        return results
 
     def untouched(self) -> bool:
         """Return whether no call is under way."""
         return not self._busy
+
+    def halt(self, step: int) -> bool:
+        """Return False in the middle of a call: the state is in the actors, which are at work."""
+        return not self._busy and self._kept_step == step
 
     def close(self) -> None:
         import ray
@@ -147,7 +159,7 @@ class RayWorkers:
 
         waiting = list(calls)
         while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1, timeout=self.deadline)
+            ready, waiting = self._wait(waiting)
             if not ready and (dead := self._dead()):
                 raise WorkerLost(dead, f"no sign of life for {ALIVE:g} s.")
             try:
@@ -158,8 +170,18 @@ class RayWorkers:
                 raise WorkerLost(
                     self._dead() or [list(calls).index(ready[0])], "its process is gone."
                 ) from None
-        self._busy = False
         return list(ray.get(list(calls)))
+
+    def _wait(self, calls: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Wait for the first of some calls, at most until the deadline, in short parts: a signal is
+        handled between two of them. Return the calls that are done, and the others."""
+        import ray
+
+        until = time.monotonic() + self.deadline
+        while True:
+            ready, waiting = ray.wait(list(calls), num_returns=1, timeout=WAKE_SECONDS)
+            if ready or time.monotonic() > until:
+                return ready, waiting
 
     def _cause(self, error: Exception, calls: Sequence[Any]) -> Exception:
         """Return why a rank could not finish its call: ranks that are lost or wait elsewhere, or
@@ -170,7 +192,14 @@ class RayWorkers:
             return error
         if dead := self._dead():
             return WorkerLost(dead, "its process is gone.")
-        _, unfinished = ray.wait(list(calls), num_returns=len(calls), timeout=ALIVE)
+        finished, unfinished = ray.wait(list(calls), num_returns=len(calls), timeout=ALIVE)
+        for call in finished:
+            try:
+                ray.get(call)
+            except ray.exceptions.RayTaskError as reported:
+                cause: Exception = reported.as_instanceof_cause()
+                if not by_another(cause):
+                    return cause
         stuck = [rank for rank, call in enumerate(calls) if call in unfinished]
         return (
             WorkerLost(stuck, f"alive, but not where the others waited for it ({error}).")

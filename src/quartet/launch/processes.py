@@ -28,9 +28,13 @@ class Follower:
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGCONT)  # one that is stopped ends later
-            self.process.kill()
+            self.kill()
             self.process.wait()
+
+    def kill(self) -> None:
+        """Kill the process, without waiting for its end."""
+        self.process.send_signal(signal.SIGCONT)  # one that is stopped ends later
+        self.process.kill()
 
 
 def threads_of(world_size: int) -> int:

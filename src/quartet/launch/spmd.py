@@ -4,8 +4,9 @@ Rank 0 writes each call into a store, a small table that every rank can read: th
 and its arguments, as JSON. Each follower calls the method and writes its result, or its error, into
 the store. The work itself needs all ranks, which meet in the collectives of the process group.
 
-Every follower also counts up in the store once a second. A rank that is dead or frozen is thereby
-known by its number while others still wait for it in a collective.
+Every follower also counts up in the store once a second. A rank that is frozen, or on a machine
+that is gone, is thereby known by its number while others still wait for it in a collective. Of
+processes that rank 0 has started, it sees at once that they have ended.
 """
 
 import contextlib
@@ -17,13 +18,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from quartet.distributed.process_group import RankZeroFailed
 from quartet.errors import NonFinite
 from quartet.launch.processes import Follower
 from quartet.launch.store import BEAT, beat_key
-from quartet.runtime.worker import WorkerLost
+from quartet.runtime.worker import WorkerLost, WorkerThread
 
-SILENCE = 4.0
-"""Seconds without a heartbeat after which a rank is lost."""
+SILENCE = 15.0
+"""Seconds without a heartbeat after which a rank is lost. A call that holds the interpreter, or a
+machine that is overloaded, may keep the thread that beats waiting for some seconds."""
 
 
 class ProcessWorkers:
@@ -41,16 +44,30 @@ class ProcessWorkers:
         finish a call after rank 0 has. `followers` are the processes that `close` ends."""
         self.worker, self.store, self.world_size = worker, store, world_size
         self.deadline, self.followers = deadline, followers
+        self.thread = WorkerThread(worker)
         self._number = 0
         """The number of the last call."""
         self._busy = False
+        self._given_up = False
+        """Whether rank 0 was interrupted in the middle of a call."""
         self._beats: dict[int, tuple[int, float]] = {}
         """For each other rank: its count of heartbeats, and when that was last seen to change."""
 
     def call(self, name: str, *args: Any) -> list[Any]:
+        if self._given_up:  # the others are in the middle of another call
+            return [self.thread.call(name, *args)]
+        try:
+            return self._call(name, *args)
+        except Exception:
+            raise
+        except BaseException:
+            self._given_up = True
+            raise
+
+    def _call(self, name: str, *args: Any) -> list[Any]:
         self._tell({"name": name, "args": list(args)})
         try:
-            results = [getattr(self.worker, name)(*args)]
+            results = [self.thread.call(name, *args)]
         except RuntimeError as error:
             cause = self._cause(error)
             if cause is error:
@@ -65,11 +82,29 @@ class ProcessWorkers:
         """Return whether no call is under way: the weights of other ranks cannot be asked for."""
         return not self._busy
 
+    def halt(self, step: int) -> bool:
+        """In the middle of a call, rank 0 saves without the others, which may be anywhere in it.
+        That takes weights that are not sharded."""
+        return not (self._busy and self.worker.is_sharded()) and bool(self.worker.halt(step))
+
     def close(self) -> None:
-        with contextlib.suppress(Exception):
-            self._tell({"name": None})
+        if self._given_up:  # no rank will finish the call
+            for follower in self.followers:
+                follower.kill()
+        else:
+            with contextlib.suppress(Exception):
+                self._tell({"name": None})
         for follower in self.followers:
             follower.end()
+        self.thread.close()
+
+    def lost(self) -> WorkerLost | None:
+        """Return which ranks are lost, and why; None if there are none."""
+        if ended := [f.rank for f in self.followers if f.process.poll() is not None]:
+            return WorkerLost(ended, "its process has ended; see run.log.")
+        if silent := self.silent():
+            return WorkerLost(silent, f"no sign of life for {SILENCE:g} s.")
+        return None
 
     def silent(self) -> list[int]:
         """Return the ranks whose count of heartbeats has not changed for `SILENCE` seconds."""
@@ -92,8 +127,8 @@ class ProcessWorkers:
         while (answer := self._answer(rank)) is None:
             time.sleep(pause)
             pause = min(1.5 * pause, 0.005)
-            if lost := self.silent():
-                raise WorkerLost(lost, f"no sign of life for {SILENCE:g} s.")
+            if self.lost() and (failure := self._failure()):
+                raise failure
             if time.monotonic() > until:
                 raise WorkerLost(
                     [rank], f"it did not finish within launch.deadline = {self.deadline:g} s."
@@ -113,19 +148,25 @@ class ProcessWorkers:
         # Long enough for the others to report, and for a dead rank to be silent.
         until = time.monotonic() + SILENCE + 2 * BEAT
         while time.monotonic() < until:
-            answers = {rank: self._answer(rank) for rank in range(1, self.world_size)}
-            for rank, answer in answers.items():
-                if answer is not None and "error" in answer and not answer["by_another"]:
-                    return RuntimeError(f"rank {rank}: {answer['error']}")
-            if lost := self.silent():
-                return WorkerLost(lost, f"no sign of life for {SILENCE:g} s.")
+            if failure := self._failure():
+                return failure
             time.sleep(0.1)
-        stuck = [rank for rank, answer in answers.items() if answer is None]
+        stuck = [rank for rank in range(1, self.world_size) if self._answer(rank) is None]
         return (
             WorkerLost(stuck, f"alive, but not where the others waited for it ({error}).")
             if stuck
             else error
         )
+
+    def _failure(self) -> Exception | None:
+        """Return the error that a rank has reported and that is its own, or the loss of ranks; None
+        if there is neither. A rank that fails reports its error and then ends."""
+        lost = self.lost()
+        for rank in range(1, self.world_size):
+            answer = self._answer(rank)
+            if answer is not None and "error" in answer and not answer["by_another"]:
+                return RuntimeError(f"rank {rank}: {answer['error']}")
+        return lost
 
     def _answer(self, rank: int) -> dict[str, Any] | None:
         """Return what a rank has answered to the last call, or None if it has not yet."""
@@ -163,7 +204,7 @@ def follow(worker: Any, store: "dist.Store", rank: int) -> None:
 def by_another(error: Exception) -> bool:
     """Return whether the error is that of a collective in which another rank is missing: then that
     rank is the cause."""
-    return isinstance(error, dist.DistError) or any(
+    return isinstance(error, dist.DistError | RankZeroFailed) or any(
         word in str(error).lower() for word in ("gloo", "nccl", "connection closed")
     )
 

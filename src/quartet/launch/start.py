@@ -38,12 +38,19 @@ def world_size_of(launch: Launch) -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if launch.type == "torchrun" else launch.processes
 
 
+def local_rank_of(launch: Launch) -> int | None:
+    """Return the rank of this process among those that torchrun has started on this machine; None
+    where that is not said."""
+    said = os.environ.get("LOCAL_RANK") if launch.type == "torchrun" else None
+    return None if said is None else int(said)
+
+
 def process_group_of(launch: Launch) -> ProcessGroup:
     """Return the process group of this process as rank 0. It has not joined the others, which may
     not have been started. Ray's driver is no rank and gets `SINGLE_PROCESS`."""
     world_size = world_size_of(launch)
     return (
-        TorchProcessGroup(0, world_size)
+        TorchProcessGroup(0, world_size, local_rank_of(launch))
         if launch.type != "ray" and (world_size > 1 or launch.shard)
         else SINGLE_PROCESS
     )
@@ -82,6 +89,7 @@ def follow_rank_zero(launch: Launch) -> None:
         world_size_of(launch),
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
+        local_rank_of(launch),
     )
     folder, _, fault = store_at(place.host, place.port).get("run").decode().partition("\n")
     run_follower(place, launch.deadline, Path(folder), fault or None)

@@ -10,6 +10,7 @@ from quartet.data.sampler import Sampler
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
+from quartet.io.activity import activity
 from quartet.rewards.protocol import Weighted, rewarded, with_score
 
 
@@ -63,7 +64,8 @@ class Collector:
         self, prompts: Sequence[Prompt], algorithm: Algorithm, sampling: Sampling
     ) -> list[Rollout]:
         """Return responses to these prompts with the scores that the algorithm reads."""
-        generated = self.generator.generate(prompts, sampling, self.samples_per_prompt)
+        with activity("sampling"):
+            generated = self.generator.generate(prompts, sampling, self.samples_per_prompt)
         rollouts = rewarded(generated, self.rewards, algorithm.needs_token_scores)
         if algorithm.needs_greedy:
             greedy = rewarded(

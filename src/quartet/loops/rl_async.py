@@ -14,7 +14,7 @@ from typing import Any
 
 from quartet.algorithms.algorithm import Algorithm
 from quartet.experience import rollout_from_row
-from quartet.io.threads import BackgroundThread
+from quartet.io.threads import BackgroundThread, result_of
 from quartet.loops.collect import Collected, Collector
 from quartet.loops.progress import Clock
 from quartet.loops.rl import Step
@@ -64,7 +64,7 @@ def rl_async(
             update = learner.update(experience, algorithm)
             clock.lap("update")
             if next_batch is not None:
-                ahead.waiting.append(next_batch.result())
+                ahead.waiting.append(result_of(next_batch))
             clock.lap("waiting for rollouts")
             metrics = rl_metrics(
                 collected.rollouts, collected.unscored, batch, experience, update, algorithm

@@ -143,10 +143,13 @@ class Shared:
         trunk = full_state_dict(self.actor.base_model, keep=process_group.is_rank_zero)
         if not process_group.is_rank_zero:
             return
-        critic = ScalarModel.from_trunk(self.actor, pad_token_id(tokenizer), seed=0, tensors=trunk)
-        with torch.no_grad():
-            critic.head.weight.copy_(self.head.linear.weight)
-        critic.centre = -self.head.linear.bias.item()
+        critic = ScalarModel.assembled(
+            self.actor,
+            trunk,
+            self.head.linear.weight,
+            -self.head.linear.bias.item(),
+            pad_token_id(tokenizer),
+        )
         critic.save_per_token(folder, tokenizer)
 
 

@@ -19,14 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from quartet.distributed.sharding import full_state_dict
+from quartet.distributed.sharding import copy_saved, full_state_dict
 from quartet.errors import QuartetError
 from quartet.models.lora import Lora
-from quartet.models.precision import keep_in_float32
+from quartet.models.precision import compute_in, keep_in_float32
 from quartet.models.protocols import CausalModel, Trunk
+from quartet.models.quantize import NF4Linear
 from quartet.tensors import Tensor
 
-POLICY, CRITIC, REWARD = "policy", "critic", "reward"
+POLICY, CRITIC, REWARD, REFERENCE = "policy", "critic", "reward", "reference"
 
 
 class AdapterError(QuartetError, ValueError):
@@ -45,7 +46,7 @@ def add_adapter(model: CausalModel, lora: Lora, name: str, seed: int) -> Any:
         ) from None
     trained = [p for p in model.parameters() if p.requires_grad] if adapters_of(model) else []
     config = lora_config(model, lora)
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(), warnings.catch_warnings(), _weights_on_cpu(model):
         warnings.filterwarnings(
             "ignore", "Already found a `peft_config`"
         )  # several adapters are intended
@@ -57,6 +58,26 @@ def add_adapter(model: CausalModel, lora: Lora, name: str, seed: int) -> Any:
         p.requires_grad_(True)
     _activate(model, POLICY if POLICY in adapters_of(model) else None)
     return model
+
+
+@contextmanager
+def _weights_on_cpu(model: CausalModel) -> Iterator[None]:
+    """Have parameters without memory, of a model that is not read yet, look like such on a CPU, so
+    that peft initializes its matrices beside them. (One number stands for each of them.)"""
+    held = [
+        (module, name, p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if p is not None and p.is_meta
+    ]
+    for module, name, p in held:
+        stand_in = torch.zeros((), dtype=p.dtype).expand(p.shape)
+        module._parameters[name] = nn.Parameter(stand_in, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, p in held:
+            module._parameters[name] = p
 
 
 def lora_config(model: CausalModel, lora: Lora) -> Any:
@@ -130,7 +151,7 @@ def copy_adapter(model: CausalModel, source: str, other: Any, target: str) -> No
     pairs = zip(adapter_parameters(model, source), adapter_parameters(other, target), strict=True)
     with torch.no_grad():
         for from_weight, to_weight in pairs:
-            to_weight.copy_(from_weight)
+            copy_saved(to_weight, from_weight)
 
 
 # --- which adapter is active ---
@@ -222,16 +243,31 @@ def is_plain_linear(layer: Any) -> bool:
     return getattr(type(layer), "_plain_class", type(layer)) is nn.Linear
 
 
+def is_conv1d(layer: Any) -> bool:
+    """Return whether a layer is transformers' Conv1D, a linear layer whose weight is [in, out]."""
+    return getattr(type(layer), "_plain_class", type(layer)) is Conv1D
+
+
 def has_merged_weight(product: Any) -> bool:
-    """Return whether `merged_weight` gives the weight of a layer: a plain linear layer, or one
-    under plain LoRA (no DoRA or other variant) with at most one active adapter."""
-    if is_plain_linear(product):
-        return True
-    if not hasattr(product, "lora_A") or not is_plain_linear(product.base_layer):
+    """Return whether `merged_weight` gives the weight of a layer: a plain linear layer (or Conv1D),
+    or one under plain LoRA (no DoRA or other variant) with at most one active adapter."""
+    return _has_matrix(product) or (has_plain_lora(product) and _has_matrix(product.base_layer))
+
+
+def _has_matrix(layer: Any) -> bool:
+    return is_plain_linear(layer) or is_conv1d(layer)
+
+
+def has_plain_lora(product: Any) -> bool:
+    """Return whether a layer is a linear one, possibly in 4 bits, under plain LoRA (no DoRA or
+    other variant) with at most one active adapter."""
+    if not hasattr(product, "lora_A"):
         return False
-    active = product.active_adapters
-    return len(active) <= 1 and all(
-        name in product.lora_A and name not in product.lora_variant for name in active
+    base, active = product.base_layer, product.active_adapters
+    return (
+        (_has_matrix(base) or isinstance(base, NF4Linear))
+        and len(active) <= 1
+        and all(name in product.lora_A and name not in product.lora_variant for name in active)
     )
 
 
@@ -239,9 +275,9 @@ def apply_linear(product: Any, x: Tensor) -> Tensor:
     """Return layer(x): [n, in] -> [n, out].
 
     Under plain LoRA it is W x + (alpha / rank) B A x in one `addmm`, which saves an intermediate
-    tensor as large as the result; any other layer uses its own forward.
+    tensor as large as the result; any other layer uses its own forward. W may be in 4 bits.
     """
-    if hasattr(product, "lora_A") and has_merged_weight(product) and not product._disable_adapters:
+    if has_plain_lora(product) and not product._disable_adapters:
         [name] = product.active_adapters
         low_rank = product.lora_A[name](x)
         return torch.addmm(
@@ -256,16 +292,14 @@ def apply_linear(product: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def merged_weight(product: Any) -> Tensor:
-    """Return the weight of a linear layer: W, or W + (alpha / rank) B A under the active
+    """Return the weight [out, in] of a linear layer: W, or W + (alpha / rank) B A under the active
     adapter."""
-    if not hasattr(product, "base_layer"):
-        weight: Tensor = product.weight
-        return weight
-    weight = product.base_layer.weight
-    if not product._disable_adapters:
+    base = getattr(product, "base_layer", product)
+    weight: Tensor = base.weight
+    if base is not product and not product._disable_adapters:
         for name in product.active_adapters:
             weight = weight + product.get_delta_weight(name)
-    return weight
+    return weight.t() if is_conv1d(base) else weight
 
 
 @torch.no_grad()
@@ -276,14 +310,16 @@ def merged_state(
     model without adapters. `tensors` is its `full_state_dict`, which every rank must call for."""
     layers, tensors = named_layers(model), full_state_dict(model) if tensors is None else tensors
     state = {}
-    for name, value in tensors.items():
+    for name, tensor in tensors.items():
         layer, _, rest = name.partition(".base_layer.")
-        if rest:
-            state[f"{layer}.{rest}"] = (
-                value + _change(layers[layer], layer, tensors) if rest == "weight" else value
-            )
+        if rest == "weight":
+            base = layers[layer].base_layer
+            weight = base.dequantized() if isinstance(base, NF4Linear) else tensor
+            state[f"{layer}.{rest}"] = weight + _change(layers[layer], layer, tensors)
+        elif rest:
+            state[f"{layer}.{rest}"] = tensor
         elif not any(part.startswith("lora_") for part in name.split(".")):
-            state[name] = value
+            state[name] = tensor
     return state
 
 
@@ -338,6 +374,17 @@ def load_adapter(model: CausalModel, name: str, folder: Path) -> None:
         rank=table["r"], alpha=float(table["lora_alpha"]), targets=tuple(table["target_modules"])
     )
     add_adapter(model, lora, name, seed=0)
+    read_adapter(model, name, folder)
+    freeze_adapter(model, name)
+
+
+def freeze_adapter(model: CausalModel, name: str) -> None:
+    for p in adapter_parameters(model, name):
+        p.requires_grad_(False)
+
+
+def read_adapter(model: CausalModel, name: str, folder: Path) -> None:
+    """Read the weights that `save_adapter` wrote into the adapter of this name."""
     weights = load_file(folder / _WEIGHTS)
     with torch.no_grad():
         for module_name, module in model.named_modules():
@@ -345,8 +392,6 @@ def load_adapter(model: CausalModel, name: str, folder: Path) -> None:
                 key = f"{_PREFIX}{module_name}.{side}.weight"
                 if key in weights:
                     getattr(module, side)[name].weight.copy_(weights[key])
-    for p in adapter_parameters(model, name):
-        p.requires_grad_(False)
 
 
 _PREFIX, _WEIGHTS = "base_model.model.", "adapter_model.safetensors"
@@ -379,10 +424,13 @@ def _behind(model: CausalModel, blocks: nn.ModuleList) -> list[Any]:
     return [*children[position + 1 :], model.get_output_embeddings()]
 
 
-def reference_of(model: CausalModel) -> Any:
-    """Return the reference of a policy: its base without the adapter, or a frozen copy that shares
-    the parameters that are not trained."""
-    if adapters_of(model):
-        return AdapterView(model, None)
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared).requires_grad_(False).eval()
+def frozen_copy(model: CausalModel, dtype: torch.dtype) -> Any:
+    """Return a frozen copy of a model that is held in this dtype. Parameters that are not trained
+    are shared where they have the dtype already."""
+    copied = {
+        id(p): p
+        if not p.requires_grad and p.dtype == dtype
+        else nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False)
+        for p in model.parameters()
+    }
+    return compute_in(copy.deepcopy(model, copied).eval(), dtype)

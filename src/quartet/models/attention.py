@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.nn.functional import scaled_dot_product_attention
 
 from quartet.models.packing import Packed, repacked, unpacked
-from quartet.tensors import Float, Int, Tensor
+from quartet.tensors import Bool, Float, Int, Tensor
 
 Backend = Literal["rectangle", "varlen", "flash", "efficient", "repeated"]
 HAS_VARLEN = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
@@ -47,12 +47,17 @@ def causal_attention(
     values: Float[Tensor, "N kv D"],
     packed: Packed,
     scale: float,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> Float[Tensor, "N heads D"]:
     """Return softmax(q kᵀ · scale) v of each packed sequence. A token attends to itself and to
-    those before it in its own sequence, so no real token attends to padding behind it."""
+    those before it in its own sequence, so no real token attends to padding behind it; with a
+    `window`, to that many tokens at most, itself included. `cap` is that of `capped_attention`."""
+    if window is not None and packed.width <= window:
+        window = None
     kind = backend(queries.device, queries.dtype)
     grouped = queries.shape[1] != keys.shape[1]
-    if kind == "varlen":
+    if kind == "varlen" and cap is None:
         flash = varlen.varlen_attn(
             queries,
             keys,
@@ -62,21 +67,60 @@ def causal_attention(
             packed.width,
             packed.width,
             scale=scale,
-            window_size=(-1, 0),
+            window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=grouped,
         )
         assert isinstance(flash, torch.Tensor)
         return flash
-    if grouped and kind in {"efficient", "repeated"}:
+    if grouped and kind in {"efficient", "repeated"} and cap is None:
         times = queries.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
         grouped = False
     q, k, v = (unpacked(x, packed).transpose(1, 2) for x in (queries, keys, values))
-    with kernel(kind):
-        attended = scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
-        )
+    mask = None
+    if window is not None or cap is not None:
+        mask = _causal_mask(packed.width, window, queries.device)
+    if cap is not None:
+        assert mask is not None
+        attended = capped_attention(q, k, v, mask, scale, cap)
+    else:
+        # flash attention on rectangles takes no mask
+        with kernel("efficient" if kind == "flash" and mask is not None else kind):
+            attended = scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+            )
     return repacked(attended.transpose(1, 2), packed)
+
+
+def _causal_mask(width: int, window: int | None, device: torch.device) -> Bool[Tensor, "T T"]:
+    """Return which tokens (columns) each token attends to."""
+    places = torch.arange(width, device=device)
+    distance = places[:, None] - places
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def capped_attention(
+    queries: Float[Tensor, "B heads T D"],
+    keys: Float[Tensor, "B kv S D"],
+    values: Float[Tensor, "B kv S D"],
+    mask: Bool[Tensor, "*n T S"],
+    scale: float,
+    cap: float,
+) -> Float[Tensor, "B heads T D"]:
+    """Return softmax(cap · tanh(q kᵀ · scale / cap)) v where the mask is True (Gemma 2, Riviere et
+    al. 2024).
+
+    No kernel of torch caps scores, so the [T, S] scores of each head are kept for the gradient.
+    """
+    grouped = queries.unflatten(1, (keys.shape[1], -1))  # heads that share keys and values
+    scores = (grouped @ keys[:, :, None].transpose(-1, -2)).to(
+        torch.promote_types(queries.dtype, torch.float32)
+    )
+    scores = (scores * (scale / cap)).tanh() * cap
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(values.dtype)
+    attended: Tensor = (weights @ values[:, :, None]).flatten(1, 2)
+    return attended
 
 
 def slot_attention(
@@ -85,8 +129,11 @@ def slot_attention(
     lengths: Int[Tensor, "B"],
     starts: tuple[Int[Tensor, "B1"], Int[Tensor, "B1"]],
     scale: float,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> Float[Tensor, "B heads D"]:
-    """Return the attention of one query per row over the first `lengths` columns of its slot.
+    """Return the attention of one query per row over the first `lengths` columns of its slot, with
+    a `window` the last `window` of them. `cap` is that of `capped_attention`.
 
     `cache` holds the keys of each column before its values. `starts`, in int32, says where each
     row begins: among the queries, which is 0, 1, …, B, and in the cache, that times the columns. No
@@ -95,7 +142,7 @@ def slot_attention(
     kv, columns = cache.shape[2] // 2, cache.shape[1]
     keys, values = cache[:, :, :kv], cache[:, :, kv:]
     grouped = queries.shape[1] != kv
-    if backend(queries.device, queries.dtype) == "varlen":
+    if backend(queries.device, queries.dtype) == "varlen" and cap is None:
         attended = varlen.varlen_attn(
             queries,
             keys.flatten(0, 1),
@@ -104,20 +151,41 @@ def slot_attention(
             1,
             columns,
             scale=scale,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
             enable_gqa=grouped,
             seqused_k=lengths,
         )
         assert isinstance(attended, torch.Tensor)
         return attended
-    behind = torch.arange(columns, device=queries.device) >= lengths[:, None]
-    mask = torch.where(behind, -torch.inf, 0.0).to(queries.dtype)[:, None, None]
+    places = torch.arange(columns, device=queries.device)
+    outside = places >= lengths[:, None]
+    if window is not None:
+        outside |= places < lengths[:, None] - window
+    return step_attention(
+        queries, keys.transpose(1, 2), values.transpose(1, 2), outside, scale, cap
+    )
+
+
+def step_attention(
+    queries: Float[Tensor, "B heads D"],
+    keys: Float[Tensor, "B kv S D"],
+    values: Float[Tensor, "B kv S D"],
+    outside: Bool[Tensor, "B S"],
+    scale: float,
+    cap: float | None,
+) -> Float[Tensor, "B heads D"]:
+    """Return the attention of one query per row to the columns that are not `outside`."""
+    if cap is not None:
+        seen = ~outside[:, None, None, None]
+        return capped_attention(queries[:, :, None], keys, values, seen, scale, cap)[:, :, 0]
+    mask = torch.where(outside, -torch.inf, 0.0).to(queries.dtype)[:, None, None]
     rows = scaled_dot_product_attention(
         queries[:, :, None],
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
+        keys,
+        values,
         attn_mask=mask,
         scale=scale,
-        enable_gqa=grouped,
+        enable_gqa=queries.shape[1] != keys.shape[1],
     )
     return rows[:, :, 0]
 

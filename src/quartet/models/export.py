@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from quartet.models.heads import define_classifier
 from quartet.models.language_model import (
     OWN_CODE,
     UNLOADABLE,
@@ -24,6 +25,7 @@ from quartet.models.language_model import (
     load_tokenizer,
     read_config,
 )
+from quartet.tensors import is_finite
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 WEIGHTS = ".safetensors"
@@ -80,7 +82,10 @@ def check_model(folder: Path) -> None:
     """
     for file in sorted(folder.rglob(f"*{WEIGHTS}")):
         _check_weights(folder, file)
-    kind = str((read_config(folder).architectures or [""])[0])
+    config = read_config(folder)
+    kind = str((config.architectures or [""])[0])
+    if kind.endswith("ForSequenceClassification"):
+        define_classifier(config)
     auto: Any = next(
         (auto for ending, auto in CLASSIFIERS.items() if kind.endswith(ending)),
         AutoModelForCausalLM,
@@ -110,7 +115,7 @@ def _check_weights(folder: Path, file: Path) -> None:
         with safe_open(file, "pt") as stored:
             for key in stored.keys():  # noqa: SIM118
                 tensor = stored.get_tensor(key)
-                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                if not is_finite(tensor):
                     raise ModelError(
                         f"{folder}: {key} in {name} is not finite: the weights are damaged."
                     )

@@ -7,7 +7,7 @@ are saved as Hugging Face folders that `AutoModelForSequenceClassification` and
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
@@ -39,6 +42,7 @@ from quartet.models.language_model import (
     read_config,
     save_weights,
 )
+from quartet.models.loading import Rows, fill, skeleton, weights_for
 from quartet.models.logprobs import at_least_float32, predicting_positions, scatter_to_tokens
 from quartet.models.precision import compute_in
 from quartet.models.protocols import CausalModel, Tokenizer
@@ -49,10 +53,15 @@ CENTRE = "quartet_reward_centre"
 """The key of config.json with the mean that a reward model subtracts from its scores."""
 
 
+OWN_CLASSIFIER = "quartet_classifier"
+"""The key of config.json that says that `define_classifier` made the class."""
+
+
 def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) -> Any:
     """Return the sequence or token classifier of a Hugging Face folder or hub id, by its Auto
     class. Raises ModelError for a folder without the head, which transformers would initialise at
     random."""
+    define_classifier(read_config(folder))
     try:
         model, report = auto.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OWN_CODE
@@ -68,6 +77,31 @@ def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) 
         )
     check_finite(folder, model)
     return model.to(device).eval()
+
+
+def define_classifier(config: Any) -> None:
+    """Have `AutoModelForSequenceClassification` know the architecture of a config in this process.
+
+    transformers has no sequence classifier for some causal models (Granite, Cohere, OLMo 3). Theirs
+    is the trunk under a linear layer `score`, as its other classifiers are. Raises ModelError where
+    transformers has no single trunk.
+    """
+    kind = type(config)
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return
+    trunk = MODEL_MAPPING.get(kind, None)
+    if not isinstance(trunk, type) or config.is_encoder_decoder:
+        raise ModelError(
+            f"transformers has no sequence classifier for the architecture {config.model_type}, "
+            "and no trunk to make one of, so it cannot be a reward model or a critic of its own. "
+            'Use critic = { type = "shared" } and a reward that is no model.'
+        )
+    base = next(each for each in trunk.__mro__ if each.__name__.endswith("PreTrainedModel"))
+    name = f"{trunk.__name__.removesuffix('Model')}ForSequenceClassification"
+    body = {"__module__": __name__}
+    classifier = type(name, (GenericForSequenceClassification, base), body)
+    # `exist_ok`: without it transformers keeps its own configs from being registered
+    AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)
 
 
 class ScalarModel(nn.Module):
@@ -91,28 +125,15 @@ class ScalarModel(nn.Module):
         pad_token_id: int | None,
         seed: int,
         share_frozen: bool = False,
-        tensors: Mapping[str, Tensor] | None = None,
     ) -> "ScalarModel":
         """Return the trunk of a language model under a new head with weights N(0, 1/√(d + 1)), the
         initialisation of Stiennon et al. 2020.
 
         The weights of the trunk are copied, with the active adapter merged; with `share_frozen`,
-        those that are not trained are shared. `tensors` are the trunk's gathered weights, for a
-        sharded trunk.
+        those that are not trained are shared.
         """
-        config = AutoConfig.for_model(
-            **_one_label(language_model.config, "reward") | {"pad_token_id": pad_token_id}
-        )
-        try:
-            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        except ValueError as error:
-            raise ModelError(
-                f"transformers has no sequence classifier for the architecture "
-                f"{config.model_type}, so it cannot be a "
-                'reward model or a critic of its own. Use critic = { type = "shared" } and a '
-                "reward that is no model."
-            ) from error
-        model.base_model.load_state_dict(merged_state(language_model.base_model, tensors))
+        model = _classifier(language_model.config, pad_token_id, _with_weights)
+        model.base_model.load_state_dict(merged_state(language_model.base_model))
         if share_frozen:
             take_frozen(language_model.base_model, model.base_model)
         scalar = cls(model.to(next(language_model.parameters()).device))
@@ -120,12 +141,71 @@ class ScalarModel(nn.Module):
         return scalar
 
     @classmethod
+    def assembled(
+        cls,
+        language_model: CausalModel,
+        trunk: Mapping[str, Tensor],
+        head_weight: Tensor,
+        centre: float,
+        pad_token_id: int | None,
+    ) -> "ScalarModel":
+        """Return trunk and head as one model that can be saved, and nothing else.
+
+        It shares the weights of `trunk`, the gathered weights of the language model's trunk, except
+        those that the active adapter changes.
+        """
+        model = _classifier(language_model.config, pad_token_id, skeleton)
+        state = merged_state(language_model.base_model, trunk)
+        state = {name: at_least_float32(tensor) for name, tensor in state.items()}
+        model.base_model.load_state_dict(state, assign=True)
+        scalar = cls(model)
+        scalar.head.weight = nn.Parameter(head_weight.detach())
+        scalar.centre = centre
+        return scalar
+
+    @classmethod
     def load(cls, folder: str | Path, device: torch.device | None = None) -> "ScalarModel":
         """Return the sequence or token classifier with one label of a Hugging Face folder."""
-        kinds = read_config(folder).architectures or [""]
-        per_token = kinds[0].endswith("ForTokenClassification")
-        auto = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
-        return cls(load_classifier(auto, folder, device))
+        return cls(load_classifier(_auto_class(folder), folder, device))
+
+    @classmethod
+    def over(cls, config: Any, pad_token_id: int | None) -> "ScalarModel":
+        """Return a scalar model for the trunk of a language model with this config. It has no
+        weights yet; see `models/loading.py`."""
+        return cls(_classifier(config, pad_token_id, skeleton))
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> "ScalarModel":
+        """Return what `load` returns, without weights."""
+        config = read_config(folder)
+        define_classifier(config)
+        return cls(skeleton(config, _auto_class(folder)))
+
+    def fill(
+        self,
+        folder: str | Path,
+        device: torch.device,
+    ) -> "ScalarModel":
+        """Read the weights of a model that `of_folder` returned."""
+        auto = _auto_class(folder)
+        weights = weights_for(
+            self.model, folder, lambda: load_classifier(auto, folder, None).state_dict()
+        )
+        fill(self.model, weights, device, folder)
+        return self
+
+    def fill_trunk(
+        self,
+        trunk: Mapping[str, Rows],
+        device: torch.device,
+        source: Any,
+        seed: int,
+    ) -> "ScalarModel":
+        """Read the trunk's weights of a model that `over` returned. Its head is new."""
+        fill(self.model.base_model, trunk, device, source)
+        self.head.to_empty(device=device)
+        initialise(self.head, seed)
+        return self
 
     def save(
         self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS
@@ -279,13 +359,9 @@ class AdaptedScalar(ScalarModel):
 
     def _whole(self, trunk: Mapping[str, Tensor]) -> ScalarModel:
         with self.view.active():
-            whole = ScalarModel.from_trunk(
-                self.view.model, self.pad_token_id, seed=0, tensors=trunk
+            return ScalarModel.assembled(
+                self.view.model, trunk, self.head.weight, self.mean, self.pad_token_id
             )
-        with torch.no_grad():
-            whole.head.weight.copy_(self.head.weight)
-        whole.centre = self.mean
-        return whole
 
 
 def attach(language_model: CausalModel, adapter: str, folder: Path) -> AdaptedScalar:
@@ -306,6 +382,7 @@ def scores_last_token(config: Any) -> bool:
     """Return whether the sequence classifier of this architecture is a causal trunk with a head at
     its last token, which transformers calls `score`, and not an encoder that needs special tokens
     around the text."""
+    define_classifier(config)
     with torch.device("meta"):
         return hasattr(AutoModelForSequenceClassification.from_config(config), "score")
 
@@ -339,6 +416,32 @@ def initialise(head: nn.Linear, seed: int) -> None:
             0, 1 / math.sqrt(head.in_features + 1), generator=noise
         )
         head.weight.copy_(weight)
+
+
+def _auto_class(folder: str | Path) -> Any:
+    """Return the Auto class that a folder of a scalar model is loaded with."""
+    kinds = read_config(folder).architectures or [""]
+    per_token = kinds[0].endswith("ForTokenClassification")
+    return AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
+
+
+def _classifier(
+    language_model: Any, pad_token_id: int | None, make: Callable[[Any, Any], Any]
+) -> Any:
+    """Return a sequence classifier with one label for the trunk of a language model's config.
+    `make` makes it from its config and Auto class. Raises ModelError where there can be none."""
+    config = AutoConfig.for_model(
+        **_one_label(language_model, "reward") | {"pad_token_id": pad_token_id}
+    )
+    define_classifier(config)
+    model = make(config, AutoModelForSequenceClassification)
+    if type(model).__module__ == __name__:
+        setattr(model.config, OWN_CLASSIFIER, True)
+    return model
+
+
+def _with_weights(config: Any, auto: Any) -> Any:
+    return auto.from_config(config, dtype=torch.float32)
 
 
 def _one_label(config: Any, name: str) -> dict[str, Any]:

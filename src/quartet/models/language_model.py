@@ -15,11 +15,18 @@ from weakref import WeakKeyDictionary
 import torch
 from huggingface_hub.errors import StrictDataclassError as HfHubError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
+from quartet.io.activity import activity, writing
 from quartet.models.adapters import (
     POLICY,
     AdapterView,
@@ -29,6 +36,7 @@ from quartet.models.adapters import (
     save_adapter,
 )
 from quartet.models.logprobs import (
+    LogitShape,
     head_logits,
     head_statistics,
     logits_statistics,
@@ -36,10 +44,11 @@ from quartet.models.logprobs import (
     scatter_to_tokens,
 )
 from quartet.models.protocols import CausalModel, Tokenizer
+from quartet.models.quantize import NF4Linear
 from quartet.models.shape import Shape
 from quartet.models.support import support_of
 from quartet.models.trunk import checkpointing, hidden_states, rows_at
-from quartet.tensors import Bool, Float, Int, Tensor
+from quartet.tensors import Bool, Float, Int, Tensor, is_finite
 
 
 class ModelError(QuartetError, ValueError):
@@ -63,17 +72,22 @@ TOKENIZER_FILES = (
 def create(shape: Shape, tokenizer: Tokenizer, seed: int) -> CausalModel:
     """Return a causal language model of this shape for this tokenizer, with random weights from the
     seed."""
-    config = AutoConfig.for_model(
+    config = shape_config(shape, tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: CausalModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return model
+
+
+def shape_config(shape: Shape, tokenizer: Tokenizer) -> Any:
+    """Return the transformers config of this shape for this tokenizer."""
+    return AutoConfig.for_model(
         shape.type,
         **shape.hugging_face(vocabulary=len(tokenizer)),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model: CausalModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    return model
 
 
 def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
@@ -145,7 +159,7 @@ def check_whole(folder: str | Path, model: CausalModel, report: Mapping[str, Any
 def check_finite(folder: str | Path, model: CausalModel) -> None:
     """Raise ModelError if a weight is NaN or infinite."""
     for name, p in model.named_parameters():
-        if not bool(p.isfinite().all()):
+        if not is_finite(p):
             raise ModelError(f"{folder}: {name} is not finite: the weights are damaged.")
 
 
@@ -224,6 +238,7 @@ def save(
     """Save a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
 
     A model with an adapter is saved with the adapter merged, and the adapter alone in `adapter/`.
+    Weights are in float32; merged with a base in 4 bits, in bfloat16.
     `replacements` are saved in the place of the parameters of these names. Every rank of the
     process group must call it; rank 0 writes.
     """
@@ -231,10 +246,12 @@ def save(
     tensors = full_state_dict(model, replacements, keep=process_group.is_rank_zero)
     if not process_group.is_rank_zero:
         return
-    state = merged_state(model, tensors) if adapted else tensors
+    with activity("merging"):
+        state = merged_state(model, tensors) if adapted else tensors
     if model.generation_config is not None and model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
-    save_weights(model, folder, state)
+    in_4_bits = any(isinstance(module, NF4Linear) for module in model.modules())
+    save_weights(model, folder, state, torch.bfloat16 if in_4_bits else torch.float32)
     tokenizer.save_pretrained(folder)
     if adapted:
         save_adapter(model, POLICY, folder / "adapter", tensors)
@@ -251,7 +268,8 @@ def save_weights(
     for tensor in state.values():
         converts = tensor.is_floating_point() and tensor.dtype != torch.float64
         tensors.setdefault(id(tensor), tensor.to(dtype) if converts else tensor)
-    model.save_pretrained(folder, state_dict={n: tensors[id(t)] for n, t in state.items()})
+    with writing(f"writing {folder.name}", folder, sum(t.nbytes for t in tensors.values())):
+        model.save_pretrained(folder, state_dict={n: tensors[id(t)] for n, t in state.items()})
     # transformers writes the dtype of the model's first parameter.
     path, name = folder / "config.json", str(dtype).removeprefix("torch.")
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -262,6 +280,18 @@ def save_weights(
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type's name where it has none."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def is_recurrent(config: Any) -> bool:
+    """Return whether a model keeps more of the past than keys and values: a layer that is no
+    attention over tokens has a state of its own. Padding on the left would be part of such a state,
+    and its cache cannot drop rows."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ()
+    if any("attention" not in kind or kind.startswith("linear") for kind in kinds):
+        return True
+    known = [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(each), None) for each in (config, text)]
+    return any(getattr(kind, "_is_stateful", False) for kind in known)
 
 
 def stop_ids(model: CausalModel, tokenizer: Tokenizer) -> frozenset[int]:
@@ -279,18 +309,28 @@ class PositionOutputs:
     hidden: Float[Tensor, "N H"]
     """The last hidden states."""
     logits: Float[Tensor, "N V"] | None
-    """Present only if the head is more than a linear layer on the hidden states; for linear heads
-    the logits are computed when they are needed, in chunks."""
+    """Present only if the head is more than a linear layer with a scale and a cap; for others the
+    logits are computed when they are needed, in chunks."""
 
 
 _LINEAR_HEADS: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+HALF_PRECISION_DIFFERENCE = 2.0**-6
+"""How far apart two ways to round logits may leave them, relative to the largest."""
+
+
+def logit_shape(model: LanguageModel) -> LogitShape:
+    """Return what a model does to the outputs of its head, by the keys of its config: Cohere
+    multiplies them, Granite divides them, and Gemma caps them."""
+    config = (model.model if isinstance(model, AdapterView) else model).config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    return LogitShape(scale / divisor, getattr(config, "final_logit_softcapping", None))
 
 
 @torch.no_grad()
 def has_linear_head(model: CausalModel) -> bool:
-    """Return whether the logits are the output embedding of the last hidden states and nothing
-    else. Some architectures scale or squash them (Gemma 2, Cohere, Granite), so the two are
-    compared on four tokens, once per model."""
+    """Return whether the logits are the output embedding of the last hidden states under the
+    model's `logit_shape`, and nothing else. The two are compared on four tokens, once per model."""
     if model not in _LINEAR_HEADS:
         tokens = (
             torch.arange(4, device=model.device)[None]
@@ -298,11 +338,16 @@ def has_linear_head(model: CausalModel) -> bool:
         )
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         logits = model(input_ids=tokens, use_cache=False).logits
-        linear = model.get_output_embeddings()(hidden)
-        _LINEAR_HEADS[model] = linear.shape == logits.shape and torch.allclose(
-            linear, logits, atol=1e-5, rtol=1e-5
-        )
+        linear = logit_shape(model).applied_to(model.get_output_embeddings()(hidden))
+        _LINEAR_HEADS[model] = linear.shape == logits.shape and _logits_agree(linear, logits)
     return _LINEAR_HEADS[model]
+
+
+def _logits_agree(ours: Tensor, theirs: Tensor) -> bool:
+    if ours.dtype in {torch.float32, torch.float64}:
+        return torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
+    bound = HALF_PRECISION_DIFFERENCE * float(theirs.abs().max())
+    return torch.allclose(ours, theirs, atol=bound, rtol=0)
 
 
 def forward_positions(
@@ -329,7 +374,7 @@ def logits_of(model: LanguageModel, outputs: PositionOutputs) -> Float[Tensor, "
     """Return the logits of all N positions at once; V is the size of the policy's support."""
     if outputs.logits is not None:
         return outputs.logits[:, : support_of(model)]
-    return head_logits(outputs.hidden, *_head(model))
+    return head_logits(outputs.hidden, *_head(model), logit_shape(model))
 
 
 def _head(model: LanguageModel) -> tuple[Tensor, Tensor | None]:
@@ -353,7 +398,12 @@ def statistics(
     targets = tokens[mask].to(outputs.hidden.device, non_blocking=True)
     if outputs.logits is None:
         logprobs, entropy = head_statistics(
-            outputs.hidden, *_head(model), targets, temperature, entropy_gradient
+            outputs.hidden,
+            *_head(model),
+            targets,
+            temperature,
+            entropy_gradient,
+            shape=logit_shape(model),
         )
     else:
         logprobs, entropy = logits_statistics(

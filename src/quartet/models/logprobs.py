@@ -11,6 +11,7 @@ entropies, and computes the logits of a chunk again for the gradient.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,30 @@ they are read five times."""
 GPU_CHUNKS = 8
 """The most chunks on other devices. Each is about 40 kernels, and a GPU reads its memory so fast
 that a smaller chunk gains nothing."""
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """What a model does to the outputs of its head: z = scale · (h Wᵀ + b), and with a cap c,
+    c · tanh(z / c) (Gemma 2, Riviere et al. 2024)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def applied_to(self, logits: Float[Tensor, "*n V"]) -> Float[Tensor, "*n V"]:
+        """Return the model's logits from the outputs of its head, which may be overwritten where no
+        gradient is recorded."""
+        keep = torch.is_grad_enabled()
+        if self.scale != 1:
+            logits = logits * self.scale if keep else logits.mul_(self.scale)
+        if self.cap is None:
+            return logits
+        if keep:
+            return (logits / self.cap).tanh() * self.cap
+        return logits.div_(self.cap).tanh_().mul_(self.cap)
+
+
+PLAIN = LogitShape()
 
 
 def predicting_positions(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
@@ -74,9 +99,11 @@ def logits_statistics(
 
 
 class _HeadStatistics(torch.autograd.Function):
-    """log p(token) and H(p) of p = softmax((h Wᵀ + b) / T), with
+    """log p(token) and H(p) of p = softmax(z), with
 
-        ∂ log p_y / ∂z = onehot(y) − p        ∂H / ∂z = −p (log p + H)        z = (h Wᵀ + b) / T
+        ∂ log p_y / ∂z = onehot(y) − p    ∂H / ∂z = −p (log p + H)    z = f(h Wᵀ + b) / T
+
+    where f is the shape of the logits, f(l) = c tanh(s l / c) with f′(l) = s (1 − (f(l) / c)²).
 
     A chunk of the vocabulary at a time, forwards (Milakov & Gimelshein 2018: the sums are kept
     relative to the largest logit so far) and, from logits computed again, backwards. Each chunk of
@@ -93,6 +120,7 @@ class _HeadStatistics(torch.autograd.Function):
         temperature: float,
         columns: int,
         entropy_gradient: bool,
+        shape: LogitShape,
     ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         zeros = torch.zeros(len(hidden), 1, dtype=exact, device=hidden.device)
@@ -102,7 +130,7 @@ class _HeadStatistics(torch.autograd.Function):
             zeros,
             zeros,
         )  # along = Σ e^(z − top) (z − top)
-        for first, z in _logits_by_chunk(hidden, weight, bias, temperature, columns):
+        for first, z in _logits_by_chunk(hidden, weight, bias, temperature, columns, shape):
             # Tokens of this chunk take their own logit from it.
             here = (tokens - first)[:, None]
             inside = (here >= 0) & (here < z.shape[1])
@@ -122,6 +150,7 @@ class _HeadStatistics(torch.autograd.Function):
         log_total = total.log()
         normalizer, entropy = top + log_total, log_total - along / total
         ctx.temperature, ctx.columns, ctx.entropy_gradient = temperature, columns, entropy_gradient
+        ctx.shape = shape
         ctx.save_for_backward(hidden, weight, bias, tokens, normalizer, entropy)
         return (own - normalizer)[:, 0], entropy[:, 0]
 
@@ -137,8 +166,12 @@ class _HeadStatistics(torch.autograd.Function):
         )
         d_weight = torch.empty_like(weight) if needs_weight else None
         d_bias = torch.empty_like(bias) if bias is not None and needs_bias else None
-        for first, z in _logits_by_chunk(hidden, weight, bias, ctx.temperature, ctx.columns):
+        cap, factor = ctx.shape.cap, ctx.shape.scale / ctx.temperature
+        for first, z in _logits_by_chunk(
+            hidden, weight, bias, ctx.temperature, ctx.columns, ctx.shape
+        ):
             chunk = slice(first, first + z.shape[1])
+            slope = None if cap is None else 1 - (z * (ctx.temperature / cap)).square_()
             p = z.sub_(normalizer).exp()  # z is log p from here on
             d = (
                 p.mul_(-on_logprob - on_entropy * (z + entropy))
@@ -150,8 +183,14 @@ class _HeadStatistics(torch.autograd.Function):
             here = (tokens - first)[:, None]
             inside = (here >= 0) & (here < z.shape[1])
             d.scatter_add_(1, here.clamp(0, z.shape[1] - 1), torch.where(inside, on_logprob, 0.0))
-            # From the gradient of z to that of the logits, z = logits / temperature.
-            d = (d if ctx.temperature == 1 else d.div_(ctx.temperature)).to(weight.dtype)
+            # From the gradient of z to that of the head's outputs.
+            if slope is not None:
+                d.mul_(slope)
+            if ctx.shape.scale != 1:
+                d.mul_(factor)
+            elif ctx.temperature != 1:
+                d.div_(ctx.temperature)
+            d = d.to(weight.dtype)
             if d_hidden is not None:
                 d_hidden.add_(d @ weight[chunk]) if d.dtype != d_hidden.dtype else d_hidden.addmm_(
                     d, weight[chunk]
@@ -168,6 +207,7 @@ class _HeadStatistics(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -179,46 +219,57 @@ def head_statistics(
     temperature: float,
     entropy_gradient: bool = False,
     chunk_elements: int | None = None,
+    shape: LogitShape = PLAIN,
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
     """Return log-probs of `tokens` and the entropies of their distributions, in float32, without an
     [N, V] tensor on a CPU, and in at most `GPU_CHUNKS` parts of it elsewhere. Entropies have a
-    gradient only with `entropy_gradient`. `chunk_elements` overrides the size of a chunk."""
+    gradient only with `entropy_gradient`. `chunk_elements` overrides the size of a chunk; `shape`
+    is what the model does to the outputs of its head."""
     if not len(hidden):
         return logits_statistics(
-            head_logits(hidden, weight, bias), tokens, temperature, entropy_gradient
+            head_logits(hidden, weight, bias, shape), tokens, temperature, entropy_gradient
         )
     columns = max((chunk_elements or CHUNK_ELEMENTS) // len(hidden), 1)
     if chunk_elements is None and hidden.device.type != "cpu":
         columns = max(columns, -(-len(weight) // GPU_CHUNKS))
     logprobs, entropy = _HeadStatistics.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, tokens, temperature, columns, entropy_gradient
+        hidden, weight, bias, tokens, temperature, columns, entropy_gradient, shape
     )
     return logprobs, entropy if entropy_gradient else entropy.detach()
 
 
 def _logits_by_chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, columns: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    columns: int,
+    shape: LogitShape,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the first token of each chunk and its logits / temperature, which may be changed in
     place."""
     for first in range(0, len(weight), columns):
         chunk = slice(first, first + columns)
-        logits = head_logits(hidden, weight[chunk], None if bias is None else bias[chunk])
+        logits = head_logits(hidden, weight[chunk], None if bias is None else bias[chunk], shape)
         yield first, logits if temperature == 1 else logits.div_(temperature)
 
 
 def head_logits(
-    hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, "V"] | None
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, "V"] | None,
+    shape: LogitShape = PLAIN,
 ) -> Float[Tensor, "N V"]:
-    """Return h Wᵀ + b in float32, also of bfloat16 numbers: a logit of 20 rounded to bfloat16 is
-    off by up to 0.06. Sampler and learner both use this function."""
+    """Return f(h Wᵀ + b) in float32, also of bfloat16 numbers: a logit of 20 rounded to bfloat16 is
+    off by up to 0.06. f is the `shape` of the logits. Sampler and learner both use this
+    function."""
     if hidden.dtype not in {torch.bfloat16, torch.float16}:
-        return torch.nn.functional.linear(hidden, weight, bias)
+        return shape.applied_to(torch.nn.functional.linear(hidden, weight, bias))
     if hidden.is_cuda:  # a GPU adds up in float32 anyway, and need only keep the sums
         logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     else:
         logits = hidden.float() @ weight.float().t()
-    return logits if bias is None else logits.add_(bias)
+    return shape.applied_to(logits if bias is None else logits.add_(bias))
 
 
 # --- the exact KL from logits ---

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quartet.models.adapters import checkpoint_contexts
-from quartet.models.llama import (
+from quartet.models.fused import (
     BLOCK_FORWARD,
     block_forward,
     has_fused_forward,

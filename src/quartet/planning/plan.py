@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from quartet.config.tables import Config, SharedCritic, TrainTokenizer
 from quartet.planning.memory import FLOAT, adapter_parameters, phases, policy_parameters
-from quartet.worlds import WORLDS
+from quartet.worlds import make_world
 
 FLOPS_PER_CPU = 22e9
 """Operations per second of one CPU core with models of a million parameters, generation included;
@@ -95,7 +95,7 @@ def vocabulary(config: Config) -> int | None:
     if isinstance(config.policy.tokenizer, TrainTokenizer):
         return config.policy.tokenizer.vocab_size
     if config.policy.create is not None and config.data.world is not None:
-        return WORLDS[config.data.world](config.seed).vocabulary
+        return make_world(config.data.world, config.seed, config.data.texts).vocabulary
     return None
 
 
@@ -103,7 +103,8 @@ def row_tokens(config: Config) -> tuple[float, float]:
     """Return the expected tokens of a prompt and of a response. A world states them; with files,
     both are taken to be a third of the longest that is allowed."""
     if config.data.world is not None:
-        prompt, response = WORLDS[config.data.world](config.seed).typical_tokens
+        world = make_world(config.data.world, config.seed, config.data.texts)
+        prompt, response = world.typical_tokens
         return float(prompt), float(response)
     return config.data.max_prompt_tokens / 3, config.rollout.max_new_tokens / 3
 

@@ -61,11 +61,21 @@ def _loading(folder: Path, role: str) -> str:
         "ForTokenClassification"
     ):
         auto = "AutoModelForSequenceClassification"
-    lines = [
-        "    import transformers",
-        f'    model = transformers.{auto}.from_pretrained("{role}")',
-        "",
-    ]
+    if table.get("quartet_classifier"):
+        lines = [
+            "transformers has no sequence classifier for this architecture. Quartet's is its trunk "
+            "under a linear layer `score`:",
+            "",
+            "    from quartet.models.heads import ScalarModel",
+            f'    model = ScalarModel.load("{role}")',
+            "",
+        ]
+    else:
+        lines = [
+            "    import transformers",
+            f'    model = transformers.{auto}.from_pretrained("{role}")',
+            "",
+        ]
     if centre := table.get("quartet_reward_centre"):
         lines += [
             f"Quartet takes {centre:.6g} (`quartet_reward_centre` in config.json) off its scores, "

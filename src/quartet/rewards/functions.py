@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from quartet.experience import Rollout
 from quartet.io.texts import excerpt
-from quartet.io.threads import map_concurrently
+from quartet.io.threads import WAKE_SECONDS, map_concurrently
 from quartet.rewards.protocol import RewardError, Score
 
 log = logging.getLogger(__name__)
@@ -181,14 +181,19 @@ class Worker:
     def __init__(self, function: str) -> None:
         self.function = function
         self.process: subprocess.Popen[bytes] | None = None
+        self.starter = threading.current_thread()
+        """The thread that started the process, which ends with it."""
         self.parameters: dict[str, Any] = {}
         self.number = 0
         self.start()
 
     def start(self) -> None:
         """Start the process, unless it is running."""
+        if self.process is not None and not self.starter.is_alive():
+            self.stop()
         if self.process is not None:
             return
+        self.starter = threading.current_thread()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "quartet.rewards.worker"],
             stdin=subprocess.PIPE,
@@ -291,8 +296,9 @@ def _converse(process: "subprocess.Popen[bytes]", request: bytes, deadline: floa
         selector.register(process.stdout, selectors.EVENT_READ)
         selector.register(process.stdin, selectors.EVENT_WRITE)
         while True:
-            ready = selector.select(max(deadline - time.monotonic(), 0))
-            if not ready:
+            left = max(deadline - time.monotonic(), 0)
+            ready = selector.select(min(left, WAKE_SECONDS))
+            if not ready and left <= WAKE_SECONDS:
                 raise TimeoutError
             for key, _ in ready:
                 if key.fileobj is process.stdin:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quartet.experience import Rollout
+from quartet.io.activity import counted
 from quartet.io.texts import excerpt
 from quartet.rewards.judge_cache import JudgeCache
 from quartet.rewards.protocol import RewardError, Score
@@ -138,7 +139,7 @@ class JudgeReward:
         errors = {}
         try:
             with closing(self.endpoint.ask_each(list(unknown.values()), self.parallel)) as answers:
-                for i, answer in answers:
+                for i, answer in counted(answers, lambda _: 1, len(unknown), "questions"):
                     key, text = list(unknown)[i], self._text(answer)
                     if isinstance(text, RewardError):
                         errors[key] = text

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from quartet.errors import QuartetError
 from quartet.experience import Rollout
+from quartet.io.activity import activity
 from quartet.io.texts import well_formed
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,8 @@ def rewarded(
 def _scores(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
     """Return one score for each rollout. A value that is no number of float32 (NaN, infinity,
     1e308) counts as no score, and is logged."""
-    column = reward.score(rollouts)
+    with activity(f"reward {reward.name}"):
+        column = reward.score(rollouts)
     if len(column) != len(rollouts):
         raise RewardError(
             f"reward {reward.name} returned {len(column)} value{'s' * (len(column) != 1)} for "

@@ -34,6 +34,9 @@ class RewardContext:
     """The run folder; None before the run has one."""
     trained: Any = None
     """The run's own reward model: its folder, or the `ScalarModel` itself where it is loaded."""
+    load_scalar: Callable[[str], Any] | None = None
+    """Returns the `ScalarModel` of a folder or hub id, frozen and in its precision, as the run's
+    ranks hold it; None: each process reads it whole."""
     objects: Mapping[str, Any] = field(default_factory=dict)
     """Rewards that were given as Python objects, by name."""
 
@@ -56,6 +59,8 @@ class RewardContext:
         from quartet.rewards.text_models import TextModelReward
 
         if self.reads_ids(model, label):
+            if self.load_scalar is not None:
+                return ModelReward(self.load_scalar(model), self.micro_batch_tokens, name)
             loaded = freeze(ScalarModel.load(model, self.device))
             if self.dtype is not None:
                 loaded.compute_in(self.dtype)

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from quartet.distributed.balance import micro_batches
 from quartet.distributed.offload import NO_OFFLOAD
 from quartet.experience import Rollout
+from quartet.io.activity import counted
 from quartet.models.actor_critic import freeze
 from quartet.models.chat import conversation_ids
 from quartet.models.heads import ScalarModel, load_classifier
@@ -76,7 +77,8 @@ class TextModelReward:
                 )
         made = [0.0] * len(rollouts)
         with self.placement.on_device(self.model):
-            for rows in micro_batches([len(ids) for ids, _ in texts], self.micro_batch_tokens):
+            pieces = micro_batches([len(ids) for ids, _ in texts], self.micro_batch_tokens)
+            for rows in counted(pieces, len, len(texts), "responses"):
                 scores = self._scores([texts[i] for i in rows])
                 for i, score in zip(rows, scores, strict=True):
                     made[i] = score

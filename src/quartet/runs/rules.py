@@ -164,9 +164,15 @@ def sampler_is_imprecise(history: History) -> str | None:
         or not (tolerance.sampler_noted <= gap - 1 < tolerance.sampler_wrong)
     ):
         return None
+    corrected = "correction/mean_weight" in history.columns
+    remedy = (
+        "algorithm.correction weighs the tokens for it; sampling in fp32 removes it."
+        if corrected
+        else 'Set algorithm.correction = { type = "truncated" }, or sample in fp32.'
+    )
     return (
         f"the sampler's probabilities are {gap - 1:.1%} from the learner's on average, by rounding "
-        'as it seems. Set algorithm.correction = { type = "truncated" }, or sample in fp32.'
+        f"as it seems. {remedy}"
     )
 
 

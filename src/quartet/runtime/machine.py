@@ -8,7 +8,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 MAX_THRESHOLD = 32 * 2**20
 """The largest mmap threshold that glibc accepts, in bytes: larger blocks always come from the
 system."""
@@ -50,6 +50,7 @@ def keep_freed_memory(sharded: bool = False) -> None:
     if mallopt := _glibc("mallopt"):
         mallopt(M_MMAP_THRESHOLD, SHARDED_THRESHOLD if sharded else MAX_THRESHOLD)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_ARENA_MAX, 1)  # threads' own heaps are of 64 MB and go back as they empty
 
 
 def return_freed_memory() -> None:

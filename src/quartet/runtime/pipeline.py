@@ -1,12 +1,15 @@
 """A run: its stages one after the other, from checkpoint to checkpoint, with a record of
 everything."""
 
+import contextlib
 import dataclasses
 import math
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,26 @@ from quartet.training.checkpoints import Checkpoints
 
 EXCERPT = 300
 """Characters of a sample that a message shows."""
+
+
+@dataclass
+class _Position:
+    """How far a stage has come."""
+
+    step: int
+    """The last step that was finished and recorded."""
+    timer: CheckpointTimer
+    merit: RunningMean
+
+    @property
+    def unsaved_steps(self) -> int:
+        """How many finished steps are in no checkpoint."""
+        return self.step - self.timer.last_step
+
+    def advance(self, progress: Progress) -> None:
+        """Take account of a step that was recorded."""
+        self.step = progress.number
+        self.merit.add(progress.metrics)
 
 
 class Pipeline:
@@ -73,9 +96,13 @@ class Pipeline:
         steps; without them this process does."""
         self.workers = workers or self.workers
         first = 0 if since is None else self.checkpoints.stages[since.facts["stage"]]
-        for number, stage in enumerate(self.stages[first:], first + 1):
-            yield from self._stage(stage, number, since if number == first + 1 else None)
-            return_freed_memory()
+        try:
+            for number, stage in enumerate(self.stages[first:], first + 1):
+                yield from self._stage(stage, number, since if number == first + 1 else None)
+                return_freed_memory()
+        finally:
+            if workers is None:
+                self.workers.close()
         self._write_cards()
 
     def cut_back(self, since: Checkpoint) -> None:
@@ -222,50 +249,66 @@ class Pipeline:
 
     def _advance(self, stage: Stage, step: int, resumable: bool) -> Iterator[Event]:
         """Take all steps of a stage after `step`. `resumable` says whether it has any state."""
-        timer, mean = CheckpointTimer(self.saving.every), RunningMean(self.saving.best)
+        timer = CheckpointTimer(self.saving.every, last_step=step)
+        at = _Position(step, timer, RunningMean(self.saving.best))
         recorder = self._recorder(stage)
-        while True:
-            before = time.monotonic()
-            try:
-                with self._failing(f"{stage.title}, step {step + 1}"):
-                    result = self._step()
-            except Interrupted:
-                # A second signal may find weights that an optimizer has half changed.
-                if self.workers.untouched() and step and resumable:
-                    self._checkpoint(stage, step, mean, timer)
-                raise
-            except StageFailed as failure:
-                error = failure.__cause__
-                if not isinstance(error, NonFinite):
-                    raise
-                cause = f"step {step + 1}: {error}{self._excerpt(error.tokens)}"
+        try:
+            while True:
+                before = time.monotonic()
                 try:
-                    step, sentence = self._back(stage, step, cause)
-                except StageFailed as final:
-                    raise final from error
-                recorder = self._recorder(stage)
-                yield Warned(stage, step, sentence)
-                continue
-            if result.progress is None:
-                return
-            seconds = round(time.monotonic() - before, 4)
-            progress, warnings = self._record(stage, result, seconds, recorder)
-            step = progress.number
-            mean.add(progress.metrics)
-            if resumable and timer.due(step, stage.num_steps):
-                self._checkpoint(stage, step, mean, timer)
-            try:
-                yield Advanced(stage, progress)
-                yield from warnings
-            except GeneratorExit:  # the caller has enough of it for now
-                if resumable and timer.last_step != step:
-                    self._checkpoint(stage, step, mean, timer)
-                raise
+                    with self._failing(f"{stage.title}, step {at.step + 1}"):
+                        result = self._step(stage, at, resumable)
+                except StageFailed as failure:
+                    sentence = self._gone_back(stage, at, failure)
+                    recorder = self._recorder(stage)
+                    yield Warned(stage, at.step, sentence)
+                    continue
+                if result.progress is None:
+                    return
+                seconds = round(time.monotonic() - before, 4)
+                progress, warnings = self._record(stage, result, seconds, recorder)
+                at.advance(progress)
+                if resumable and at.timer.due(at.step, stage.num_steps):
+                    self._checkpoint(stage, at)
+                try:
+                    yield Advanced(stage, progress)
+                    yield from warnings
+                except GeneratorExit:  # the caller has enough of it for now
+                    if resumable and at.unsaved_steps:
+                        self._checkpoint(stage, at)
+                    raise
+        except Interrupted as reason:
+            reason.lost_steps = at.unsaved_steps if resumable else 0
+            raise
 
-    def _step(self) -> StepResult:
-        with self.interruption.only_if(self.workers.untouched):
-            result: StepResult = self.workers.call("step")[0]
-        return result
+    def _step(self, stage: Stage, at: "_Position", resumable: bool) -> StepResult:
+        """Take a step. Where a signal ends it, save the step before if that is still in memory and
+        a checkpoint can be written in the time that is left."""
+        halt = partial(self.workers.halt, at.step)
+        try:
+            with self.interruption.only_if(halt):
+                result: StepResult = self.workers.call("step")[0]
+            return result
+        except Interrupted:
+            in_time = at.timer.duration < self.interruption.seconds_left()
+            if resumable and at.unsaved_steps and in_time and halt():
+                with contextlib.suppress(Interrupted), self.interruption.last_work():
+                    self._checkpoint(stage, at)
+            raise
+
+    def _gone_back(self, stage: Stage, at: "_Position", failure: StageFailed) -> str:
+        """Go back to the last checkpoint after a number that is not finite; return a sentence
+        about it. Raises any other failure, and one after which no rollback is left."""
+        error = failure.__cause__
+        if not isinstance(error, NonFinite):
+            raise failure
+        cause = f"step {at.step + 1}: {error}{self._excerpt(error.tokens)}"
+        try:
+            step, sentence = self._back(stage, at.step, cause)
+        except StageFailed as final:
+            raise final from error
+        at.step = at.timer.last_step = step
+        return sentence
 
     def _excerpt(self, tokens: Sequence[int]) -> str:
         """Return the start of a sample's text, for the end of a sentence; nothing for no tokens."""
@@ -298,14 +341,12 @@ class Pipeline:
             self.folder.become_latest()
             self._is_latest = True
 
-    def _checkpoint(
-        self, stage: Stage, step: int, mean: RunningMean, timer: CheckpointTimer
-    ) -> None:
+    def _checkpoint(self, stage: Stage, at: "_Position") -> None:
         """Write a checkpoint and record that."""
         began = time.monotonic()
-        path = self._save(stage.name, step, mean.take())
-        seconds = timer.written(began, step)
-        self.folder.event("checkpoint", stage.name, step, name=path.name, seconds=seconds)
+        path = self._save(stage.name, at.step, at.merit.take())
+        seconds = at.timer.written(began, at.step)
+        self.folder.event("checkpoint", stage.name, at.step, name=path.name, seconds=seconds)
 
     def _save(self, stage: str, step: int, merit: float | None = None) -> Path:
         """Write a checkpoint and return its folder. The record is on the disk before the checkpoint

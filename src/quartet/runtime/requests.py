@@ -1,6 +1,7 @@
 """From what a user names, a recipe, a TOML file or a run's folder, to the settings of a run."""
 
 import os
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from types import MappingProxyType
 
 from quartet.config.links import absolute_word, relative_paths
 from quartet.config.tables import json_ready
-from quartet.config.toml import ConfigError, Settings, read_settings
+from quartet.config.toml import FOR_SERVERS, ConfigError, Settings, read_settings
 from quartet.io.texts import did_you_mean, typed
 from quartet.recipes import recipe_names, recipe_path
 
@@ -24,7 +25,8 @@ class ResumeRequest:
     """Its folder; None if there is no run of this name yet."""
     settings: Settings
     notes: list[str] = field(default_factory=list)
-    """Sentences about where its files are looked for."""
+    """Sentences about where its files are looked for, and about defaults that it does not take
+    over."""
 
 
 def settings_of(
@@ -76,9 +78,31 @@ def run_to_resume(what: str | None, words: Sequence[str] = ()) -> ResumeRequest:
     settings = settings_of(what, words)
     run = settings.config.run
     path = find_run(Path(run.folder), run.name or settings.name)
-    if path is not None and (links := beginning_of(path).links):
-        settings = settings_of(what, words, links)  # `runs/latest` has moved since, to this run too
-    return ResumeRequest(path, settings)
+    notes: list[str] = []
+    if path is not None:
+        links = beginning_of(path).links  # `runs/latest` has moved since, to this run too
+        if _began_uncorrected(path, settings):
+            words = [*words, 'algorithm.correction={type="none"}']
+            notes.append(
+                'the run began with algorithm.correction = { type = "none" } and keeps it; runs '
+                "with servers that begin now have a correction"
+            )
+        settings = settings_of(what, words, links)
+    return ResumeRequest(path, settings, notes)
+
+
+def _began_uncorrected(folder: Path, settings: Settings) -> bool:
+    """Return whether the settings have the correction that is the default with servers, and the run
+    in the folder began without one, as all did before it was the default."""
+    if settings.origins.get("algorithm.correction.type") != FOR_SERVERS:
+        return False
+    try:
+        began = tomllib.loads((folder / "config.resolved.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it is not known; the checkpoint is compared in any case
+        return False
+    algorithm = began.get("algorithm")
+    correction = algorithm.get("correction") if isinstance(algorithm, dict) else None
+    return correction == {"type": "none"}
 
 
 def _run_in(folder: Path, words: Sequence[str]) -> ResumeRequest:

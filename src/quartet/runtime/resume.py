@@ -13,7 +13,7 @@ from quartet.config.errors import toml_value
 from quartet.config.read_by import changes_what_is_learnt, roles_that_read
 from quartet.config.tables import Config
 from quartet.errors import QuartetError
-from quartet.stages.kinds import kind_of
+from quartet.stages.kinds import KINDS, kind_of
 from quartet.training.checkpoint import Checkpoint, misfit
 from quartet.training.checkpoints import Checkpoints
 
@@ -169,7 +169,12 @@ def _differences(
         yield RECORD, contents, "put the old file back"
 
 
-ADDED_LATER: dict[str, Any] = {"run.precision": "fp32", "policy.resize_embeddings": False}
+ADDED_LATER: dict[str, Any] = {"run.precision": "fp32", "policy.resize_embeddings": False} | {
+    f"{kind.optim}.{name}": 0.0
+    for name in ("min_lr_ratio", "warmup_ratio")
+    for kind in KINDS
+    if kind.optim is not None
+}
 """Settings that older checkpoints do not have, with the value that says what those versions did."""
 
 
@@ -195,9 +200,9 @@ def _shaped_the_past(key: str, checkpoint: Checkpoint, config: Config) -> bool:
     stage, step = checkpoint.facts["stage"], checkpoint.facts["step"]
     past = config.recipe[: config.recipe.index(stage) + (step > 0)]
     kind = kind_of(stage)
-    if stage in past and kind is not None and kind.steps == key and kind.schedule is not None:
-        # A new number of steps only adds steps, unless the learning rate falls towards the last.
-        return bool(setting(config, kind.schedule) != "constant")
+    if stage in past and kind is not None and kind.steps == key and kind.optim is not None:
+        # A new number of steps only adds steps, unless the learning rates depend on it.
+        return bool(setting(config, kind.optim).depends_on_total)
     return not set(config.readers(key)).isdisjoint(past)
 
 

@@ -44,7 +44,7 @@ class CheckpointTimer:
     duration: float = 0.0
     """The seconds that it took."""
     last_step: int = 0
-    """The step that it was written after."""
+    """The step that it was written after; 0 for the beginning of the stage."""
 
     def due(self, step: int, num_steps: int) -> bool:
         """Whether a checkpoint is due after this step. One always is after the last step."""

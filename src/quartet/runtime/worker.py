@@ -6,17 +6,24 @@ machines. Only names, paths, numbers and the results of methods cross between pr
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from pydantic import ValidationError
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from quartet.distributed.sharding import local_tensor
+from quartet.distributed.sharding import is_sharded, local_tensor
 from quartet.errors import QuartetError
+from quartet.io.activity import activity
+from quartet.io.threads import Abandoned, BackgroundThread, result_of
 from quartet.loops.progress import Progress
+from quartet.runtime.machine import return_freed_memory
 from quartet.stages.protocol import Stage, StageRun, Summary
 from quartet.training.checkpoint import (
     Checkpoint,
@@ -56,8 +63,15 @@ class WorkerGroup(Protocol):
         nothing."""
         ...
 
+    def halt(self, step: int) -> bool:
+        """Let no weight change from now on, and return True; `save` then writes the state after
+        this step, although a call may be under way. Return False, and halt nothing, where the state
+        is no longer, or not yet, that of this step."""
+        ...
+
     def close(self) -> None:
-        """End the other processes, if there are any."""
+        """End the threads and processes of the workers, in the middle of a call if one is under
+        way."""
         ...
 
 
@@ -88,6 +102,11 @@ class Worker:
         them."""
         self._optimizer_steps = 0
         """How many optimizer steps there had been then."""
+        self._keeping = threading.RLock()
+        """Held while a state is kept."""
+        self._kept_step = 0
+        """The step that it is the state of."""
+        self._halted = False
 
     def begin(self, name: str, checkpoint: str | None) -> bool:
         """Load the models of a stage, and its state from a checkpoint if one is given. Return
@@ -95,6 +114,10 @@ class Worker:
 
         A checkpoint of step 0 holds the random numbers only: the stage begins from its start.
         """
+        with activity("loading"):
+            return self._begin(name, checkpoint)
+
+    def _begin(self, name: str, checkpoint: str | None) -> bool:
         loaded = None if checkpoint is None else read_checkpoint(Path(checkpoint))
         state = {} if loaded is None else loaded.state()
         if loaded is not None and "work" not in state:
@@ -106,26 +129,29 @@ class Worker:
             with _naming(loaded):
                 self._load(state)
             num_done = loaded.facts["step"]
-        self._continue(self.stage_run.steps(num_done))
+        self._continue(num_done)
         return bool(self.stage_run.stateful)
 
     def step(self) -> StepResult:
         """Take one step of the stage."""
         stage_run = self._begun()
         progress = next(self._steps, None)
-        self._keep_state()
+        self._keep_state(self._kept_step if progress is None else progress.number)
         return StepResult(progress if self.process_group.is_rank_zero else None, stage_run.notes())
 
     def finish(self) -> Summary:
         """End the stage: rank 0 writes its results to the run folder. Return their summary."""
+        return_freed_memory()  # of training: models are saved, and some are merged for that
         summary = self._begun().finish()
         self._forget_stage()
         return summary
 
     def save(self, folder: str) -> Tree:
-        """Write the tensors of the state after the last whole step, and return the rest of it."""
+        """Write the tensors of the state after the last whole step, and return the rest of it on
+        rank 0, None on the others."""
         state = {"random": self.random.state()} if self.stage_run is None else self._state
-        return save_tensors(Path(folder), state, self.process_group)
+        rest = save_tensors(Path(folder), state, self.process_group)
+        return rest if self.process_group.is_rank_zero else None
 
     def size(self) -> int:
         """Return the number of bytes of the tensors that `save` writes."""
@@ -147,7 +173,7 @@ class Worker:
         stage_run = self._begun()
         for optimizer in stage_run.optimizers:
             optimizer.scale = scale
-        self._continue(stage_run.steps(loaded.facts["step"]))
+        self._continue(loaded.facts["step"])
 
     def scale(self) -> float:
         """Return the factor of the learning rates; 0 for a stage that trains nothing."""
@@ -158,20 +184,41 @@ class Worker:
         """Return whether no optimizer has stepped since the state was kept."""
         return self.stage_run is None or self.stage_run.optimizer_steps() == self._optimizer_steps
 
+    def is_sharded(self) -> bool:
+        """Return whether this rank has only a part of the state after the last whole step."""
+        return any(map(is_sharded, split_tensors(self._state)[1].values()))
+
+    def halt(self, step: int) -> bool:
+        """See `WorkerGroup.halt`. Another thread calls it in the middle of a call."""
+        optimizers = () if self.stage_run is None else self.stage_run.optimizers
+        with contextlib.ExitStack() as held:
+            for lock in (self._keeping, *(optimizer.counting for optimizer in optimizers)):
+                held.enter_context(lock)
+            if self._kept_step != step or not self.untouched():
+                return False
+            for optimizer in optimizers:
+                optimizer.halted = True
+            self._halted = True
+        return True
+
     def _load(self, state: Tree) -> None:
         self._begun().load_state(state["work"])
         self.random.load_state(state["random"])
 
-    def _continue(self, steps: Iterator[Progress]) -> None:
-        """Go on with these steps."""
-        self._steps = steps
-        self._keep_state()
+    def _continue(self, step: int) -> None:
+        """Go on with the steps that follow this one."""
+        self._steps = self._begun().steps(step)
+        self._keep_state(step)
 
-    def _keep_state(self) -> None:
-        """Make the present state the one that `save` writes."""
+    def _keep_state(self, step: int) -> None:
+        """Make the present state the one that `save` writes, as that of this step."""
         stage_run = self._begun()
-        self._state = {"work": stage_run.state(), "random": self.random.state()}
-        self._optimizer_steps = stage_run.optimizer_steps()
+        state = {"work": stage_run.state(), "random": self.random.state()}
+        with self._keeping:
+            if self._halted:
+                raise Abandoned
+            self._state, self._kept_step = state, step
+            self._optimizer_steps = stage_run.optimizer_steps()
 
     def _forget_stage(self) -> None:
         self.stage_run, self._steps, self._state = None, iter(()), None
@@ -207,19 +254,78 @@ def _naming(checkpoint: Checkpoint) -> Iterator[None]:
         ) from error
 
 
+CLOSE_SECONDS = 1.5
+"""How long the thread of a worker may take to end."""
+
+
+class WorkerThread:
+    """Calls the methods of a worker in a thread of its own.
+
+    The main thread, which alone is told of signals, waits in Python meanwhile. So a run can be
+    stopped at any time, however long a call into native code takes.
+    """
+
+    def __init__(self, worker: Any) -> None:
+        self.worker = worker
+        self._threads: list[BackgroundThread] = []
+        self._under_way: Future[Any] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is under way, or was when its caller was interrupted."""
+        return self._under_way is not None
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Return what a method returns. While another call is under way, whose caller was
+        interrupted, a further thread makes this one."""
+        if self.is_busy:
+            self._threads.append(BackgroundThread("worker, after an interruption"))
+        elif not self._threads:
+            self._threads.append(_worker_thread())
+        future = self._threads[-1].start(partial(getattr(self.worker, name), *args))
+        self._under_way = self._under_way or future
+        try:
+            result = result_of(future)
+        except Exception:
+            self._under_way = None
+            raise
+        if self._under_way is future:
+            self._under_way = None
+        return result
+
+    def close(self) -> None:
+        """End the thread, in the middle of a call if one is under way."""
+        for thread in self._threads:
+            if self.is_busy:
+                thread.abandon(CLOSE_SECONDS)
+            else:
+                thread.finish()
+        self._threads = []
+
+
+def _worker_thread() -> BackgroundThread:
+    thread = BackgroundThread("worker")
+    if torch.cuda.is_initialized():  # the device is a property of the thread
+        thread.start(partial(torch.cuda.set_device, torch.cuda.current_device()))
+    return thread
+
+
 class LocalWorkers:
-    """The group of a run in a single process: one worker, called directly."""
+    """The group of a run in a single process: one worker."""
 
     world_size = 1
 
     def __init__(self, worker: Any) -> None:
-        self.worker = worker
+        self.worker, self.thread = worker, WorkerThread(worker)
 
     def call(self, name: str, *args: Any) -> list[Any]:
-        return [getattr(self.worker, name)(*args)]
+        return [self.thread.call(name, *args)]
 
     def untouched(self) -> bool:
         return bool(self.worker.untouched())
 
+    def halt(self, step: int) -> bool:
+        return bool(self.worker.halt(step))
+
     def close(self) -> None:
-        """There is no other process."""
+        self.thread.close()

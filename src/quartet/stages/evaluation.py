@@ -15,6 +15,7 @@ from quartet.evaluation.compare import Gold, compare
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator
 from quartet.generation.sampling import Sampling
+from quartet.io.activity import activity
 from quartet.io.texts import well_formed_json
 from quartet.loops.progress import Progress
 from quartet.models.language_model import policy_logprobs
@@ -68,11 +69,14 @@ class EvaluationStage:
 
         def finish() -> Summary:
             old, new = responses
-            kl = self._kl(before, after, new)
+            with activity("KL"):
+                kl = self._kl(before, after, new)
             summary = dataclasses.asdict(compare(old, new, kl, self.gold))
             if not any(w.weight for w in rewards):  # a preference stage: no reward was trained on
                 del summary["before"]["reward"], summary["after"]["reward"]
-            best = [dataclasses.asdict(point) for point in self._best_of(before, folder, rewards)]
+            with activity("best of n"):
+                points = self._best_of(before, folder, rewards)
+            best = [dataclasses.asdict(point) for point in points]
             _write(folder / "evaluation", summary, best, zip(old, new, kl, strict=True))
             return summary
 
@@ -90,7 +94,9 @@ class EvaluationStage:
         samples: int = 1,
     ) -> list[Rollout]:
         generator = self.generator(model, folder)
-        return rewarded(generator.generate(prompts, self.sampling, samples), rewards)
+        with activity("sampling"):
+            rollouts = generator.generate(prompts, self.sampling, samples)
+        return rewarded(rollouts, rewards)
 
     def _best_of(self, model: Any, folder: Path, rewards: Sequence[Weighted]) -> list[BestOf]:
         """Return the points of the best-of-n curve; empty if nothing is rewarded or no prompt has

@@ -37,8 +37,8 @@ class StageKind:
     """The names that stages of this kind have in a recipe, with their presets; None: its own."""
     steps: str | None = None
     """The key that says how many steps the stage has."""
-    schedule: str | None = None
-    """The key of its learning-rate schedule."""
+    optim: str | None = None
+    """The table of its optimizer and learning-rate schedule."""
     results: tuple[str, ...] = ()
     """The folders that it leaves for later stages."""
     headlines: tuple[Headline, ...] = ()
@@ -81,7 +81,7 @@ SFT = StageKind(
     name="sft",
     order=0,
     steps="sft.steps",
-    schedule="sft.schedule",
+    optim="sft",
     results=("sft",),
     headlines=(LOSS,),
     closing=_sft_closing,
@@ -90,7 +90,7 @@ REWARD_MODEL = StageKind(
     name="reward_model",
     order=1,
     steps="reward_model.steps",
-    schedule="reward_model.schedule",
+    optim="reward_model",
     results=("reward_model",),
     headlines=(PAIR_ACCURACY,),
     closing=_reward_model_closing,
@@ -100,7 +100,7 @@ PREFERENCE = StageKind(
     order=2,
     presets=PREFERENCES,
     steps="preference.steps",
-    schedule="preference.schedule",
+    optim="preference",
     results=("policy",),
     headlines=(
         LOSS,
@@ -114,7 +114,7 @@ RL = StageKind(
     order=2,
     presets=ALGORITHMS,
     steps="run.steps",
-    schedule="optim.schedule",
+    optim="optim",
     results=("policy", "policy_ema", "critic"),
     headlines=(
         Headline("reward", "reward", change=True),

@@ -9,11 +9,12 @@ from quartet.algorithms.preference import PreferenceLoss
 from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.io.activity import activity
 from quartet.loops.preference import ComparisonSource, held_out_preference, preference
 from quartet.loops.progress import Progress
 from quartet.models.language_model import save
 from quartet.models.protocols import Tokenizer
-from quartet.stages.protocol import StageRun, Summary, unchanged
+from quartet.stages.protocol import StageRun, Summary
 from quartet.training.budget import Budget
 from quartet.training.optim import Optimizer
 from quartet.training.state_tree import Stateful
@@ -32,7 +33,7 @@ class PreferenceStage:
     online: Callable[[Path, Any], ComparisonSource] | None
     tokenizer: Tokenizer
     load_policy: Callable[[Path], Any]
-    reference_of: Callable[[Any], Any]
+    reference_of: Callable[[Any, Path], Any]
     """Returns the frozen reference of the policy that the stage starts from."""
     loss: PreferenceLoss
     optimizer: Callable[[Any], Optimizer]
@@ -41,8 +42,6 @@ class PreferenceStage:
     micro_batch_tokens: int
     seed: int
     process_group: ProcessGroup = SINGLE_PROCESS
-    spread: Callable[[Any], Any] = unchanged
-    """Distributes a model over the ranks, if the config says so."""
 
     @property
     def title(self) -> str:
@@ -54,9 +53,7 @@ class PreferenceStage:
             source = self.online(folder, model)
         else:
             source = Sampler(self.comparisons, self.batch_size, self.seed)
-        reference = self.reference_of(model) if self.loss.needs_reference else None
-        model = self.spread(model)
-        reference = None if reference is None else self.spread(reference)
+        reference = self.reference_of(model, folder) if self.loss.needs_reference else None
         optimizer, budget = (
             self.optimizer(model),
             Budget(self.micro_batch_tokens, self.process_group),
@@ -71,14 +68,15 @@ class PreferenceStage:
             save(model, self.tokenizer, folder / "policy", self.process_group)
             if not self.held_out:
                 return {}
-            after = held_out_preference(
-                model,
-                reference,
-                self.held_out,
-                self.loss,
-                self.micro_batch_tokens,
-                self.process_group,
-            )
+            with activity("held-out pairs"):
+                after = held_out_preference(
+                    model,
+                    reference,
+                    self.held_out,
+                    self.loss,
+                    self.micro_batch_tokens,
+                    self.process_group,
+                )
             return {f"held_out_{name}": value for name, value in after.items()}
 
         stateful: dict[str, Stateful] = {"optimizer": optimizer, "source": source, "budget": budget}

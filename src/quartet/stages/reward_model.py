@@ -13,6 +13,7 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
+from quartet.io.activity import activity
 from quartet.loops.progress import Progress
 from quartet.loops.reward_model import accuracy_of, pair_accuracy, pair_scores, reward_model
 from quartet.models.heads import ScalarModel
@@ -44,8 +45,8 @@ class RewardModelStage:
     """The prompts of the responses that the scores are centred on."""
     sampling: Sampling
     tokenizer: Tokenizer
-    load_policy: Callable[[Path], Any]
-    make_model: Callable[[Any], ScalarModel]
+    load_models: Callable[[Path], tuple[ScalarModel, Any]]
+    """Returns the reward model that is trained, and the policy whose responses it is centred on."""
     loss: RewardModelLoss
     optimizer: Callable[[Any], Optimizer]
     num_steps: int
@@ -57,9 +58,11 @@ class RewardModelStage:
     process_group: ProcessGroup = SINGLE_PROCESS
 
     def begin(self, folder: Path) -> StageRun:
-        policy = self.load_policy(folder)
-        model = self.make_model(policy)
-        before = pair_accuracy(model, self.held_out, self.micro_batch_tokens, self.process_group)
+        model, policy = self.load_models(folder)
+        with activity("held-out pairs"):
+            before = pair_accuracy(
+                model, self.held_out, self.micro_batch_tokens, self.process_group
+            )
         sampler = Sampler(self.comparisons, self.batch_size, self.seed)
         optimizer = self.optimizer(model)
         budget = Budget(self.micro_batch_tokens, self.process_group)
@@ -68,9 +71,13 @@ class RewardModelStage:
             return reward_model(model, sampler, self.loss, optimizer, self.num_steps, budget, done)
 
         def finish() -> Summary:
-            scores = pair_scores(model, self.held_out, self.micro_batch_tokens, self.process_group)
+            with activity("held-out pairs"):
+                scores = pair_scores(
+                    model, self.held_out, self.micro_batch_tokens, self.process_group
+                )
             accuracy = accuracy_of(scores[:, 0] - scores[:, 1])
-            mean = self._mean_score(model, policy)
+            with activity("centring"):
+                mean = self._mean_score(model, policy)
             model.centre += mean
             model.save(folder / "reward_model", self.tokenizer, self.process_group)
             if self.process_group.is_rank_zero:
@@ -100,5 +107,8 @@ class RewardModelStage:
             process_group=self.process_group,
         )
         reward = ModelReward(model, self.micro_batch_tokens, process_group=self.process_group)
-        scores = reward.score(generator.generate(self.prompts, self.sampling))
+        with activity("sampling"):
+            rollouts = generator.generate(self.prompts, self.sampling)
+        with activity("scoring"):
+            scores = reward.score(rollouts)
         return statistics.fmean(score for score in scores if score is not None)

@@ -16,6 +16,7 @@ from quartet.evaluation.compare import Gold, wins_of
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator
 from quartet.generation.sampling import Sampling
+from quartet.io.activity import activity
 from quartet.loops.collect import Collector
 from quartet.loops.rl import Step, rl
 from quartet.loops.rl_async import Ahead, rl_async
@@ -76,13 +77,17 @@ class RLComponents:
         `stale` says that the step's rollouts were sampled with older weights, so that the step
         itself could not compare the sampler's probabilities with the learner's.
         """
-        metrics = self._win_rate(algorithm, stale)
+        with activity("win rate"):
+            metrics = self._win_rate(algorithm, stale)
         if self.texts:
             learner = self.learner
             actor, tokens = learner.models.actor, learner.budget.tokens
-            loss = held_out_loss(actor, self.texts, tokens, learner.process_group)
+            with activity("held-out texts"):
+                loss = held_out_loss(actor, self.texts, tokens, learner.process_group)
             metrics["policy/sft_perplexity"] = math.exp(min(loss, MAX_LOG_PERPLEXITY))
-        if drift := self._reward_drift():
+        with activity("reward drift"):
+            drift = self._reward_drift()
+        if drift:
             metrics["reward/drift"] = statistics.fmean(drift)
         return metrics
 
@@ -159,7 +164,8 @@ class RLStage:
         def write_probes(number: int) -> None:
             if not components.probes:
                 return
-            table = probe_table(number, learner, components.probes, algorithm.now, texts)
+            with activity("probes"):
+                table = probe_table(number, learner, components.probes, algorithm.now, texts)
             if learner.process_group.is_rank_zero:
                 write_tokens(table, folder / "probes" / f"{number:06d}.parquet")
 

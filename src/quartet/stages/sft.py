@@ -8,11 +8,12 @@ from typing import Any
 from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.io.activity import activity
 from quartet.loops.progress import Progress
 from quartet.loops.sft import held_out_loss, sft
 from quartet.models.language_model import save
 from quartet.models.protocols import Tokenizer
-from quartet.stages.protocol import StageRun, Summary, unchanged
+from quartet.stages.protocol import StageRun, Summary
 from quartet.training.budget import Budget
 from quartet.training.optim import Optimizer
 from quartet.training.state_tree import Stateful
@@ -34,12 +35,13 @@ class SftStage:
     name: str = "sft"
     title: str = "sft"
     process_group: ProcessGroup = SINGLE_PROCESS
-    spread: Callable[[Any], Any] = unchanged
-    """Distributes a model over the ranks, if the config says so."""
 
     def begin(self, folder: Path) -> StageRun:
-        model = self.spread(self.load_policy(folder))
-        before = held_out_loss(model, self.held_out, self.micro_batch_tokens, self.process_group)
+        model = self.load_policy(folder)
+        with activity("held-out texts"):
+            before = held_out_loss(
+                model, self.held_out, self.micro_batch_tokens, self.process_group
+            )
         sampler = Sampler(self.demonstrations, self.batch_size, self.seed)
         optimizer = self.optimizer(model)
         budget = Budget(self.micro_batch_tokens, self.process_group)
@@ -49,7 +51,10 @@ class SftStage:
 
         def finish() -> Summary:
             save(model, self.tokenizer, folder / "sft", self.process_group)
-            after = held_out_loss(model, self.held_out, self.micro_batch_tokens, self.process_group)
+            with activity("held-out texts"):
+                after = held_out_loss(
+                    model, self.held_out, self.micro_batch_tokens, self.process_group
+                )
             return {"held_out_loss_before": before, "held_out_loss": after}
 
         stateful: dict[str, Stateful] = {

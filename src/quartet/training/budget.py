@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.io.activity import activity
 
 T = TypeVar("T")
 MAX_HALVINGS = 4
@@ -35,7 +36,8 @@ class Budget:
         """
         while True:
             try:
-                return work(self.tokens)
+                with activity(phase.removeprefix("the ")):
+                    return work(self.tokens)
             except RuntimeError as error:
                 if (
                     not out_of_memory(error)

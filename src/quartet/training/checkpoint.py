@@ -27,6 +27,7 @@ from quartet.files import (
     sync,
     write,
 )
+from quartet.tensors import is_finite
 from quartet.training.state_tree import (
     SHARD,
     SHARDED,
@@ -233,7 +234,7 @@ def _check_tensors(folder: Path, files: Mapping[str, Any], tree: Tree) -> None:
                 stored = set(opened.keys())
                 for tensor in stored:
                     numbers = opened.get_tensor(tensor)
-                    if numbers.is_floating_point() and not bool(numbers.isfinite().all()):
+                    if not is_finite(numbers):
                         raise DamagedCheckpoint(f"{tensor} in {name} is not finite")
         if odd := sorted(stored ^ expected):
             problem = (

@@ -1,10 +1,13 @@
 """Optimizers and their schedules."""
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from quartet.distributed.sharding import copy_saved, full_tensor, is_sharded
+from quartet.io.threads import Abandoned
 from quartet.parts import Field, OrInf, part
 from quartet.tensors import Tensor, torch
 
@@ -17,12 +20,23 @@ MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 @part
 class OptimizerConfig:
-    """AdamW, the schedule of its learning rate, and the bound on the gradient."""
+    """The optimizer, the schedule of its learning rate, and the bound on the gradient."""
 
     lr: float = Field(default=1e-5, gt=0, description="The highest learning rate of the schedule.")
-    schedule: Literal["linear", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="How the learning rate goes on after the warm-up."
+    )
+    min_lr_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="The share of lr that a falling schedule falls to."
+    )
     warmup_steps: int = Field(
         default=0, ge=0, description="Optimizer steps over which the rate rises from 0."
+    )
+    warmup_ratio: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="The same as a share of the stage's optimizer steps. Typical: 0.03.",
     )
     max_grad_norm: OrInf = Field(
         default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them."
@@ -37,13 +51,34 @@ class OptimizerConfig:
     )
 
     def factor(self, step: int, total: int) -> float:
-        """Return the share of `lr` at optimizer step 0 … total − 1: it rises over the warm-up, and
-        then stays at 1 or falls linearly towards 0."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
+        """Return the share of `lr` at optimizer step 0 … total − 1.
+
+        It rises over the w steps of the warm-up, (step + 1) / (w + 1), and then stays at 1, or
+        falls towards m = `min_lr_ratio`, which it would reach at step `total`. With
+        x = (step − w) / (total − w) it is m + (1 − m) (1 − x) on the linear schedule, and
+        m + (1 − m) (1 + cos πx) / 2 on the cosine one (Loshchilov & Hutter 2017, one cycle).
+
+        Without warm-up, m = 0.2 and 4 steps, linear gives 1, 0.8, 0.6, 0.4.
+        """
+        warmup = self.warmup(total)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
         if self.schedule == "constant":
             return 1.0
-        return max(total - step, 0) / max(total - self.warmup_steps, 1)
+        left = max(total - step, 0) / max(total - warmup, 1)
+        height = (1 - math.cos(math.pi * left)) / 2 if self.schedule == "cosine" else left
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * height
+
+    def warmup(self, total: int) -> int:
+        """Return the steps of the warm-up: `warmup_steps`, or the smallest whole number that is not
+        below `warmup_ratio` × total."""
+        # 0.07 × 100 is 7.000000000000001 in floating point, and 7 steps are meant.
+        return self.warmup_steps or math.ceil(self.warmup_ratio * total - 1e-9)
+
+    @property
+    def depends_on_total(self) -> bool:
+        """Whether the rate at a step depends on how many steps there are in all."""
+        return self.schedule != "constant" or self.warmup_ratio > 0
 
 
 class Optimizer:
@@ -72,6 +107,10 @@ class Optimizer:
         """Steps that were left out because the loss or a gradient was not finite."""
         self.scale = 1.0
         """A factor of the learning rate. Each rollback of a run halves it."""
+        self.counting = threading.RLock()
+        """Held while a step is counted."""
+        self.halted = False
+        """Whether no further step may be taken: another thread saves the weights as they are."""
 
     @property
     def lr(self) -> float:
@@ -104,11 +143,15 @@ class Optimizer:
         return norm
 
     def step(self) -> None:
-        """Step at the scheduled learning rate, and clear the gradients."""
+        """Step at the scheduled learning rate, and clear the gradients. Raises `Abandoned` if the
+        optimizer was halted."""
         for group in self.adam.param_groups:
             group["lr"] = self.lr
         # Counted before the weights change: an interruption in between must see that they may have.
-        self.steps += 1
+        with self.counting:
+            if self.halted:
+                raise Abandoned
+            self.steps += 1
         self.adam.step()
         self.zero_grad()
 
@@ -170,10 +213,16 @@ class Optimizer:
 
 
 @part
-class Optim:
+class Optim(OptimizerConfig):
     """How an RL stage turns one step's experience into updates: the file's [optim] table."""
 
     lr: float = Field(default=1e-6, gt=0, description="The actor's highest learning rate.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="constant", description="How the learning rates go on after the warm-up."
+    )
+    eps: float = Field(
+        default=1e-5, gt=0, description="Adam's epsilon; 1e-5 as in Ziegler et al. 2019."
+    )
     critic_lr: float = Field(default=1e-5, gt=0, description="The critic's highest learning rate.")
     epochs: int = Field(default=4, ge=1, description="Passes over the experience of one step.")
     minibatches: int = Field(default=1, ge=1, description="Optimizer steps per epoch.")
@@ -198,32 +247,8 @@ class Optim:
         description="No further epoch begins once the KL(π_old ‖ π) per token is above this. "
         "Typical: 0.02.",
     )
-    on_nonfinite: Literal["stop", "skip"] = Field(
-        default="stop",
-        description='An update whose loss or gradient is not finite stops the run; "skip" leaves '
-        "out ten.",
-    )
-    schedule: Literal["linear", "constant"] = "constant"
-    warmup_steps: int = Field(
-        default=0, ge=0, description="Optimizer steps over which the rates rise from 0."
-    )
-    max_grad_norm: OrInf = Field(
-        default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them."
-    )
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(
-        default=1e-5, gt=0, description="Adam's epsilon; 1e-5 as in Ziegler et al. 2019."
-    )
 
     def optimizer_config(self, lr: float) -> OptimizerConfig:
-        return OptimizerConfig(
-            lr,
-            self.schedule,
-            self.warmup_steps,
-            self.max_grad_norm,
-            self.weight_decay,
-            self.betas,
-            self.eps,
-            self.on_nonfinite,
-        )
+        """Return the settings of one optimizer, with its learning rate."""
+        shared = {field.name: getattr(self, field.name) for field in fields(OptimizerConfig)}
+        return OptimizerConfig(**shared | {"lr": lr})

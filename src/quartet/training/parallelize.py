@@ -12,6 +12,7 @@ FSDP as a method of the block, so that torch gathers around it too.
 """
 
 import types
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
-    share_comm_ctx,
 )
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from quartet.distributed.process_group import TorchProcessGroup
 from quartet.distributed.sharding import is_sharded
-from quartet.models.llama import BLOCK_FORWARD, block_forward, has_fused_forward
+from quartet.models.architectures import why_not_fused
+from quartet.models.fused import BLOCK_FORWARD, TRUNK_FORWARD, block_forward, trunk_forward
 from quartet.models.precision import compute_dtype, read_as_held
 from quartet.models.trunk import blocks_of
 
@@ -59,7 +60,8 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
     """Shard a model over the mesh, in place, and return it.
 
     Gradients are summed over ranks, not averaged: the losses of one step share a denominator. A
-    mesh of one rank works as well.
+    mesh of one rank works as well. Parameters without memory (`models/loading.py`) get memory for
+    this rank's rows, which are read afterwards.
     """
     blocks = blocks_of(model)
     if not blocks:
@@ -70,42 +72,68 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
     rounding = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:
         rounding = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    by_hand = has_fused_forward(model.base_model, 1) if hasattr(model, "base_model") else False
+    may_fuse = why_not_fused(model.base_model.config) is None
     for block in blocks:
         read_as_held(block)
-        sharded = fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=rounding)
-        assert isinstance(sharded, FSDPModule)
-        sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)
-        if by_hand:
+        _shard(block, mesh, rounding)
+        if may_fuse:
             if not hasattr(block, BLOCK_FORWARD):
                 setattr(block, BLOCK_FORWARD, types.MethodType(block_forward, block))
             register_fsdp_forward_method(block, BLOCK_FORWARD)
-    # Else every block keeps its whole gradient until the backward pass of all blocks has ended.
-    share_comm_ctx(blocks)
     in_blocks = {id(m) for block in blocks for m in block.modules()}
-    outside = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.Embedding | nn.Linear) and id(m) not in in_blocks
-    ]
-    _divide([m for m in outside if len(m.weight) > 1], mesh)
+    outside = [m for m in model.modules() if id(m) not in in_blocks]
+    _divide([m for m in outside if isinstance(m, nn.Embedding | nn.Linear)], mesh)
     for parameter in model.parameters():
-        if not is_sharded(parameter):
+        if not is_sharded(parameter) and not parameter.is_meta:
             # One that was read from a file is a view that keeps the file mapped as a whole.
             parameter.data = parameter.data.clone()
+    for block in blocks:
+        block._apply(partial(_with_memory, device=mesh.device_type))
+    # The trunk is the root of its blocks, so that they share streams: a block's weights are
+    # gathered while the block before it computes.
+    trunk, held = model.base_model, {p for m in outside for p in m.parameters(recurse=False)}
+    _shard(trunk, mesh, rounding, held)
+    if may_fuse:
+        setattr(trunk, TRUNK_FORWARD, types.MethodType(trunk_forward, trunk))
+        register_fsdp_forward_method(trunk, TRUNK_FORWARD)
     return model
 
 
+def _shard(
+    module: Any,
+    mesh: DeviceMesh,
+    rounding: MixedPrecisionPolicy,
+    ignored: set[nn.Parameter] | None = None,
+) -> None:
+    """Have FSDP gather the parameters of a module around its forward pass, but for the `ignored`
+    ones and those of modules inside it that were sharded before."""
+    sharded = fully_shard(
+        module, mesh=mesh, reshard_after_forward=True, mp_policy=rounding, ignored_params=ignored
+    )
+    assert isinstance(sharded, FSDPModule)
+    sharded.set_gradient_divide_factor(1.0)
+    sharded.set_force_sum_reduction_for_comms(True)
+
+
+def _with_memory(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+
+
 def _divide(modules: list[Any], mesh: DeviceMesh) -> None:
-    """Shard the weight of each module; a weight that modules share stays one parameter."""
+    """Shard the weight of each module that has more rows than one; a weight that modules share
+    stays one parameter."""
     sharded: dict[int, nn.Parameter] = {}
+    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
     for module in modules:
         matrix = module._parameters["weight"]  # as it is held, and not as it is read
+        if len(matrix) == 1:
+            continue
         if id(matrix) not in sharded:
-            placed = distribute_tensor(
-                matrix.detach(), mesh, [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+            # Every rank has the whole matrix, or none has it: nothing is sent.
+            placed: torch.Tensor = distribute_tensor(
+                matrix.detach(), mesh, placements, src_data_rank=None
             )
+            placed = _with_memory(placed, mesh.device_type)
             sharded[id(matrix)] = nn.Parameter(placed, requires_grad=matrix.requires_grad)
         module.weight = sharded[id(matrix)]
         # A class of its own for each module, since properties belong to classes: reading `weight`

@@ -22,7 +22,8 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import is_first_replica, is_sharded, local_tensor
 from quartet.errors import NonFinite
 from quartet.files import sync
-from quartet.tensors import Tensor
+from quartet.io.activity import writing
+from quartet.tensors import Tensor, is_finite
 
 Tree = Any
 """Dictionaries by name and lists of trees; tensors, numbers, texts, truth values and None."""
@@ -82,7 +83,7 @@ def save_tensors(folder: Path, state: Tree, process_group: ProcessGroup = SINGLE
     """
     tree, tensors = split_tensors(state)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(local_tensor(tensor).isfinite().all()):
+        if not is_finite(local_tensor(tensor)):
             raise NonFinite(f"the checkpoint's {name}")
     whole = {name: t for name, t in tensors.items() if not is_sharded(t)}
     parts = {
@@ -99,8 +100,10 @@ def save_tensors(folder: Path, state: Tree, process_group: ProcessGroup = SINGLE
 
 def _save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors to a file and wait until they are on the disk."""
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     try:
-        save_file(dict(tensors), path)
+        with writing("checkpoint", path, num_bytes):
+            save_file(dict(tensors), path)
     except SafetensorError as error:
         # A full disk is reported as text: raise the operating system's error that it names.
         reason = re.search(r"I/O error: (.*?)( \(os error (\d+)\))?$", str(error))

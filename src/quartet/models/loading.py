@@ -1,0 +1,183 @@
+"""Models that are built before their weights are read, so that a process reads only what it keeps.
+
+`skeleton` makes a model whose parameters have shapes and no memory. Adapters, precision and
+sharding are decided on it. `fill` then reads the weights one tensor at a time: of a sharded
+parameter this rank's rows only, in the dtype that the parameter is held in.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from quartet.distributed.sharding import copy_saved, local_tensor
+from quartet.models.language_model import UNLOADABLE, ModelError, first_line, load_model
+from quartet.models.quantize import NF4Linear
+from quartet.tensors import Tensor
+
+Rows = Any
+"""A tensor, or an object that reads the rows of one when it is sliced."""
+
+
+def skeleton(config: Any, auto: Any = AutoModelForCausalLM) -> Any:
+    """Return the model of a transformers config, in evaluation mode. Its parameters are on torch's
+    meta device; its buffers are real, since no file holds them."""
+    with _parameters_without_memory():
+        model = auto.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Have modules that this thread constructs inside the context put their parameters on the meta
+    device as soon as they have them, before anything initializes them."""
+    register, thread = nn.Module.register_parameter, threading.get_ident()
+
+    def register_on_meta(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
+        if p is not None and not p.is_meta and threading.get_ident() == thread:
+            p = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+        register(module, name, p)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class FolderWeights(Mapping[str, Rows]):
+    """The tensors of a Hugging Face folder or hub id by name. Nothing is read before a tensor is
+    sliced."""
+
+    def __init__(self, folder: str | Path) -> None:
+        path = Path(folder)
+        if not path.is_dir():
+            path = Path(snapshot_download(str(folder), allow_patterns=["*.safetensors*"]))
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            with safe_open(path / "model.safetensors", "pt") as file:
+                names = dict.fromkeys(file.keys(), "model.safetensors")
+        opened = {name: safe_open(path / name, "pt") for name in sorted(set(names.values()))}
+        self.files = {name: opened[file] for name, file in names.items()}
+
+    def __getitem__(self, name: str) -> Rows:
+        return self.files[name].get_slice(name)  # type: ignore[no-untyped-call]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def weights_for(
+    model: Any, folder: str | Path, translated: Callable[[], Mapping[str, Tensor]] | None = None
+) -> Mapping[str, Rows]:
+    """Return the weights of a folder or hub id by the model's own names.
+
+    Where the folder has other names, `translated` reads all weights into main memory by
+    transformers, which knows them; by default as a language model. Raises ModelError.
+    """
+    try:
+        weights = FolderWeights(folder)
+    except UNLOADABLE as error:
+        raise ModelError(f"{folder}: cannot be loaded ({first_line(error)}).") from error
+    if own_weights(model).keys() <= weights.keys():
+        return weights
+    if translated is not None:
+        return translated()
+    state: dict[str, Tensor] = load_model(folder).state_dict()
+    return state
+
+
+def trunk_weights(model: Any, weights: Mapping[str, Rows]) -> dict[str, Rows]:
+    """Return the weights of a language model's trunk, by the names that they have in the trunk."""
+    prefix = f"{model.base_model_prefix}."
+    return {n.removeprefix(prefix): weights[n] for n in weights if n.startswith(prefix)}
+
+
+def own_weights(model: Any) -> dict[str, Tensor]:
+    """Return the parameters and buffers that a folder of the model holds, by their names there:
+    without adapters, and a weight with two names once."""
+    first_names: dict[int, str] = {}
+    own = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        in_adapter = any(part.startswith("lora_") for part in name.split("."))
+        if not in_adapter and first_names.setdefault(id(tensor), name) == name:
+            own[name.replace(".base_layer.", ".")] = tensor
+    return own
+
+
+@torch.no_grad()
+def fill(model: Any, weights: Mapping[str, Rows], device: torch.device, source: Any) -> Any:
+    """Read the weights of a skeleton, put the model on the device, and return it.
+
+    Parameters that have memory elsewhere, such as a new adapter's, are only moved. `source` is what
+    errors call the weights. Raises ModelError for a weight that is missing, has another shape, or
+    is not finite, and for layers that the model does not have.
+    """
+    quantized = {id(m.weight): m for m in model.modules() if isinstance(m, NF4Linear)}
+    own = own_weights(model)
+    _check_names(own, weights, source)
+    _allocate(model, device, leave=quantized.keys())
+    for name, held in own_weights(model).items():
+        rows = weights[name]
+        if id(held) in quantized:
+            whole = (rows if isinstance(rows, torch.Tensor) else rows[:]).to(device)
+            _check_finite(name, whole, source)
+            quantized[id(held)].store(whole)
+        else:
+            copy_saved(held, rows)
+            _check_finite(name, local_tensor(held), source)
+    return model.to(device)
+
+
+def _check_names(own: Mapping[str, Tensor], weights: Mapping[str, Rows], source: Any) -> None:
+    """Raise ModelError unless the weights are those of the model, in their shapes."""
+    unknown = [n for n in weights if ".layers." in n and "rotary" not in n and n not in own]
+    if unknown:
+        raise ModelError(
+            f"{source}: has weights for {unknown[0]}, which its config.json does not know. Is it "
+            "its own?"
+        )
+    for name, held in own.items():
+        if name not in weights:
+            raise ModelError(
+                f"{source}: has no weights for {name}, which would be random. Is its config.json "
+                "its own?"
+            )
+        rows = weights[name]
+        shape = list(rows.shape if isinstance(rows, torch.Tensor) else rows.get_shape())
+        if shape != list(held.shape):
+            raise ModelError(
+                f"{source}: {name} has the shape {shape}, and by its config.json "
+                f"{list(held.shape)}. Is it its own?"
+            )
+
+
+def _check_finite(name: str, weight: Tensor, source: Any) -> None:
+    if weight.is_floating_point() and not bool(weight.isfinite().all()):
+        raise ModelError(f"{source}: {name} is not finite: the weights are damaged.")
+
+
+def _allocate(model: Any, device: torch.device, leave: Collection[int]) -> None:
+    """Give memory on the device to all parameters that have none, but for those with an id in
+    `leave`. A parameter that modules share stays one."""
+    allocated: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta and id(p) not in leave:
+                if id(p) not in allocated:
+                    empty = torch.empty_like(p, device=device)
+                    allocated[id(p)] = nn.Parameter(empty, requires_grad=p.requires_grad)
+                module._parameters[name] = allocated[id(p)]
