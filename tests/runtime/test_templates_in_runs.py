@@ -76,11 +76,11 @@ def test_the_templates_variables_are_set_in_the_file_and_saved_with_the_policy(p
 def test_the_policies_of_a_run_have_the_support_of_the_tokenizer(place):
     size = len(byte_level())
     assembler = Assembler(settings().config)
-    model = assembler.models.base_model()
+    model = assembler.models.trainable_policy(None)
     assert support_of(model) == size == model.config.vocab_size - PADDING
-    reference = assembler.models.reference_of(assembler.models.trainable(model))
+    reference = assembler.models.reference_of(model, None)
     assert support_of(reference) == size
-    assert support_of(assembler.models.loaded_policy(Path("lm"))) == size
+    assert support_of(assembler.models.trained_policy("lm")) == size
 
 
 def test_tokens_that_the_model_lacks_are_refused_or_get_embeddings(place):

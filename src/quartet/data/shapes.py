@@ -95,6 +95,11 @@ def examples_in(
             first = False
         ours = usual(place, named)[1] if shape is None else shape.shaped(place, named)
         assert purpose is not None, "the first row decides"
+        if not _serves(ours, purpose):
+            raise DataError(
+                f"{place}: has columns {', '.join(ours)}; the rows before it had "
+                f"{', '.join(NEEDS[purpose])}."
+            )
         yield example_of(place, ours, purpose)
 
 
