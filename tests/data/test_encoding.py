@@ -202,3 +202,13 @@ def test_text_without_a_token_is_told():
     assert "1 rows have text that the tokenizer has no token for, the first: x:2" in "".join(
         encoder.notes()
     )
+
+
+def test_preferences_with_one_label_only_are_told():
+    good, bad = Example("x:1", "the", chosen=" good"), Example("x:2", "the", rejected=" bad")
+    encoder = Encoder(tokenizer(), 8, 8)
+    encoder.comparisons([good, good])
+    [note] = encoder.notes()
+    assert note.startswith("every label is true: KTO learns from the difference")
+    encoder.comparisons([bad])
+    assert not list(encoder.notes())
