@@ -1,14 +1,19 @@
 """Each row of the table of architectures against transformers' own forward: hidden states, gradients, sampling,
 adapters, checkpoints, bfloat16."""
 
+import dataclasses
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quartet.generation.decoders import RowDecoder, make_decoder
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.generation.slots import SlotDecoder
+from quartet.models import fused
 from quartet.models.adapters import POLICY, add_adapter
 from quartet.models.architectures import ARCHITECTURES, longest_fused, why_not_fused
 from quartet.models.fused import has_fused_forward, layers_of, packed_hidden_states
@@ -22,6 +27,7 @@ from quartet.models.lora import Lora
 from quartet.models.packing import pack
 from quartet.models.precision import compute_in
 from quartet.models.trunk import checkpoint_blocks
+from quartet.training.parallelize import parallelize
 from tests.models.test_llama import disturbed, ragged
 from tests.support.pretended_device import on_device, pretended
 from tests.support.world import prompts, tokenizer
@@ -155,8 +161,6 @@ def test_every_hidden_state_and_every_gradient_is_transformers_own(name):
     theirs = trunk(input_ids=tokens, use_cache=False, output_hidden_states=True)
     seen = []
     blocks = layers_of(trunk)
-    from quartet.models import fused
-
     real = fused.block_forward
 
     def spy(*args):
@@ -350,10 +354,40 @@ def test_a_window_that_the_model_reads_differently_is_found_out(case, monkeypatc
     assert has_fused_forward(made.base_model, 10_000) and made.config.sliding_window == 4096
     other = language_model(case, sliding_window=4096)
     real = layers_of
-    import dataclasses
-
     monkeypatch.setattr(
         "quartet.models.fused.layers_of",
         lambda trunk: tuple(dataclasses.replace(x, window=None) for x in real(trunk)),
     )
     assert not has_fused_forward(other.base_model, 10_000)
+
+
+# --- sharded
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+    dist.destroy_process_group()
+
+
+def logprobs_and_gradients(made):
+    torch.manual_seed(1)
+    tokens, asked = ragged()
+    asked[:, 0] = False
+    logprobs = masked_logprobs(made, tokens, asked)
+    made.zero_grad()
+    logprobs.sum().backward()
+    whole = [p.grad for p in made.parameters() if p.grad is not None]
+    return [logprobs.detach(), *(getattr(g, "full_tensor", lambda g=g: g)() for g in whole)]
+
+
+@pytest.mark.slow
+@EACH
+def test_a_sharded_model_computes_the_same(name, mesh):
+    expected = logprobs_and_gradients(language_model(name))
+    sharded = parallelize(language_model(name), mesh)
+    assert has_fused_forward(sharded.base_model, 33)
+    for a, b in zip(logprobs_and_gradients(sharded), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * max(1.0, float(b.abs().max())), rtol=1e-4)

@@ -216,6 +216,14 @@ def block_forward(
     return _added(x, _normed_by(block, row.after_mlp, row, out), layer.residual)
 
 
+def held_block_forward(
+    block: Any, _: Layer, x: Tensor, rotation: Tensor | None, packed: Packed, index: Tensor | None
+) -> Tensor:
+    """Return `block_forward` with the layer that the block holds: for torch.compile, the numbers of
+    a module are constants, and those of an argument are not."""
+    return block_forward(block, block.fused_layer, x, rotation, packed, index)
+
+
 def norm_before_mlp(block: Any, layer: Layer) -> str | None:
     """Return the name of the norm of the MLP's input. Where attention and MLP are parallel, a block
     may have one norm for both."""

@@ -14,8 +14,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from quartet.models.adapters import checkpoint_contexts
 from quartet.models.fused import (
     BLOCK_FORWARD,
-    block_forward,
+    blocks_in,
     has_fused_forward,
+    held_block_forward,
+    layers_of,
     packed_hidden_states,
 )
 from quartet.models.packing import pack
@@ -66,12 +68,11 @@ def compile_blocks(model: CausalModel) -> Any:
     # With and without gradients, one row and several, padded and packed, all outputs and some: each
     # combination is a program of its own, and torch's default limit is 8.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in blocks_of(model):
-        setattr(
-            block,
-            BLOCK_FORWARD,
-            types.MethodType(torch.compile(block_forward, dynamic=True), block),
-        )
+    trunk = model.base_model
+    for block, layer in zip(blocks_in(trunk), layers_of(trunk), strict=True):
+        block.fused_layer = layer
+        compiled = torch.compile(held_block_forward, dynamic=True)
+        setattr(block, BLOCK_FORWARD, types.MethodType(compiled, block))
     return model
 
 
