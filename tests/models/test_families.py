@@ -119,6 +119,13 @@ CASES = {
     ),
 }
 EACH = pytest.mark.parametrize("name", list(CASES))
+FEW = {"gemma 2", "gemma 3", "phi 3", "gpt-neox", "gpt-2"}
+"""Cases that have every trait among them."""
+EACH_SLOWLY = pytest.mark.parametrize(
+    "name",
+    [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
+"""Few in the default suite, the others after it."""
 SHAPE = {
     "vocab_size": 40,
     "hidden_size": 32,
@@ -194,7 +201,7 @@ def test_every_hidden_state_and_every_gradient_is_transformers_own(name):
             torch.testing.assert_close(a, b, atol=3e-5 * max(1.0, float(b.abs().max())), rtol=1e-3)
 
 
-@EACH
+@EACH_SLOWLY
 @pytest.mark.parametrize("kind", [RowDecoder, SlotDecoder])
 def test_sampling_gives_the_logits_of_transformers_token_by_token(name, kind):
     """Rows leave, others come, samples share their prompt; texts grow past every window."""
@@ -224,7 +231,7 @@ def test_sampling_gives_the_logits_of_transformers_token_by_token(name, kind):
     assert max(map(len, texts)) > 25
 
 
-@EACH
+@EACH_SLOWLY
 def test_greedy_answers_are_those_of_generate(name):
     made = language_model(name)
     decoder, prompt = make_decoder(made, 36), [5, 9, 21, 33, 4, 17]
@@ -238,7 +245,7 @@ def test_greedy_answers_are_those_of_generate(name):
     assert answer == theirs[0, len(prompt) :].tolist()
 
 
-@EACH
+@EACH_SLOWLY
 def test_the_samplers_logprobs_are_the_learners_also_under_an_adapter(name):
     made = language_model(name)
     for adapted in (False, True):
@@ -256,7 +263,7 @@ def test_the_samplers_logprobs_are_the_learners_also_under_an_adapter(name):
             torch.testing.assert_close(learner, torch.tensor(r.logprobs), atol=1e-5, rtol=1e-5)
 
 
-@EACH
+@EACH_SLOWLY
 def test_an_adapters_gradients_are_those_of_transformers_with_checkpoints_too(name):
     made = add_adapter(language_model(name), Lora(rank=4), POLICY, 0)
     adapter = [p for p in made.parameters() if p.requires_grad]
@@ -281,7 +288,7 @@ def test_an_adapters_gradients_are_those_of_transformers_with_checkpoints_too(na
         torch.testing.assert_close(a, c, atol=3e-5 * max(1.0, float(c.abs().max())), rtol=1e-3)
 
 
-@EACH
+@EACH_SLOWLY
 def test_in_bfloat16_both_forwards_agree_up_to_rounding_and_so_does_the_decoder(name):
     policy = compute_in(language_model(name), torch.bfloat16)
     assert has_fused_forward(policy.base_model, 33)
