@@ -36,7 +36,7 @@ def test_no_text_is_in_two_parts_and_each_is_in_one(world):
     parts = [{text for text, _ in found} for found in world.parts.values()]
     assert sum(map(len, parts)) == len(set.union(*parts)) == len(read_texts(world.file))
     shares = [len(part) / sum(map(len, parts)) for part in parts]
-    assert shares == pytest.approx([0.4, 0.1, 0.5], abs=0.05)
+    assert shares == pytest.approx([0.6, 0.1, 0.3], abs=0.05)
 
 
 def test_prompts_are_beginnings_and_pairs_are_good_and_bad(world):
@@ -61,10 +61,10 @@ def test_the_seed_decides_the_order_and_not_the_parts(world):
 
 def test_the_judge_counts_words_as_one_does_by_hand():
     judge = NaiveBayes([("warm film", 1), ("Warm, warm story", 1), ("dull film", 0)])
-    # warm: 2 of 4 + 4 against 0 of 2 + 4 words of its kind, one added to each count; the same
-    # for dull the other way round. Two texts in three are good.
-    warm = math.log((2 + 1) / (4 + 4)) - math.log((0 + 1) / (2 + 4))
-    dull = math.log((0 + 1) / (4 + 4)) - math.log((1 + 1) / (2 + 4))
+    # Good texts have 3 + 4 words and pairs, the bad one 3, and there are 8 different ones, with one
+    # added to each count. Two texts in three are good.
+    warm = math.log((2 + 1) / (7 + 8)) - math.log((0 + 1) / (3 + 8))
+    dull = math.log((0 + 1) / (7 + 8)) - math.log((1 + 1) / (3 + 8))
     prior = math.log(2)
     assert judge.probability("warm") == pytest.approx(1 / (1 + math.exp(-prior - warm)))
     assert judge.probability("DULL. dull!") == pytest.approx(1 / (1 + math.exp(-prior - dull)))

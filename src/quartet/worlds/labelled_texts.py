@@ -5,6 +5,7 @@ trained on texts that nothing else sees is the gold reward. It says whether a po
 at the task or at fooling its reward model, as far as the classifier can tell.
 """
 
+import itertools
 import math
 import random
 import re
@@ -24,7 +25,7 @@ HEADING = "Review:"
 BEGINNING = 3
 """How many words of a text its prompt has."""
 Part = Literal["gold", "held out", "training"]
-TENTHS: dict[Part, range] = {"gold": range(4), "held out": range(4, 5), "training": range(5, 10)}
+TENTHS: dict[Part, range] = {"gold": range(6), "held out": range(6, 7), "training": range(7, 10)}
 """Which tenths of all texts each part is. A text's tenth is a hash of it."""
 FEWEST = 20
 """Texts of each label that each part must have."""
@@ -115,8 +116,8 @@ class LabelledTexts:
 
 
 class NaiveBayes:
-    """A bag of words: how much likelier each word is in good texts than in bad ones, with one added
-    to every count; a word counts once per text (Wang & Manning 2012)."""
+    """A bag of words and of pairs of neighbours: how much likelier each is in good texts than in
+    bad ones, with one added to every count; each counts once per text (Wang & Manning 2012)."""
 
     def __init__(self, texts: Sequence[tuple[str, int]]) -> None:
         counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
@@ -138,7 +139,9 @@ class NaiveBayes:
 
 
 def words_of(text: str) -> set[str]:
-    return set(re.findall(r"[\w']+", text.lower()))
+    """Return the words of a text, and the pairs of neighbours."""
+    words = re.findall(r"[\w']+", text.lower())
+    return {*words, *(f"{first} {second}" for first, second in itertools.pairwise(words))}
 
 
 def read_texts(file: str) -> dict[str, int]:
