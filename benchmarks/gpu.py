@@ -36,6 +36,7 @@ from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.update import TrustRegion
 from quartet.data.sampler import Sampler
 from quartet.experience import Prompt
+from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.loops.collect import Collector
 from quartet.models.actor_critic import Separate, freeze
@@ -286,7 +287,7 @@ def correctness(shape: Qwen, model: Any, machine: Machine) -> Numbers:
     those of the sampler with the learner's."""
     del machine
     asked, size = shape.asked[:4], shape.size
-    generator = ours.FixedLengthGenerator(model, size, len(asked))
+    generator = NativeGenerator(model, w.tokenizer(size), frozenset({w.EOS}), seed=0)
     rollouts = generator.generate(asked, Sampling(max_new_tokens=min(shape.limit, 64)))
     tokens, lengths = right_pad([(*r.prompt.ids, *r.response_ids) for r in rollouts])
     starts = torch.tensor([len(r.prompt.ids) for r in rollouts])

@@ -174,7 +174,7 @@ RANGES = {
     "policy.adapter.alpha=nan": "policy.adapter.alpha = nan: must be a finite number.",
     "evaluation.prompts=1": "evaluation.prompts = 1: must be ≥ 2.",
     "optim.schedule=linaer": 'optim.schedule = "linaer": not one of linear, cosine, constant. Did you mean linear?',
-    "data.world=review": 'data.world = "review": not one of reviews, sums, guess. Did you mean reviews?',
+    "data.world=review": 'data.world = "review": not one of reviews, sums, guess, labelled_texts. Did you mean reviews?',
     "data.unusable=ignore": 'data.unusable = "ignore": not one of refuse, drop.',
     "critic.type=seperate": 'critic.type = "seperate": not one of separate, shared. Did you mean separate?',
     "policy.adapter.type=dora": 'policy.adapter.type = "dora": not one of lora. Did you mean lora?',

@@ -45,3 +45,9 @@ def test_the_world_of_words_keeps_its_words():
         ids = made.encode(answer, add_special_tokens=False)
         assert text_ids(made, answer, continues=True) == ids
     assert text_ids(made, ".", continues=True) == made.encode("film.", add_special_tokens=False)[1:]
+
+
+def test_a_word_that_is_unknown_behind_an_anchor_is_not_lost():
+    """A tokenizer of whole words knows neither a line break nor a word that is glued to it."""
+    tokenizer = world()
+    assert text_ids(tokenizer, "good bad good", continues=True) == tokenizer.encode("good bad good")

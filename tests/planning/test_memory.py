@@ -10,6 +10,7 @@ from quartet.assembly import build
 from quartet.config.toml import read_settings
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
+from quartet.models import trunk
 from quartet.models.language_model import create, masked_logprobs
 from quartet.models.shape import Shape
 from quartet.models.trunk import checkpoint_blocks
@@ -135,8 +136,10 @@ def test_sizes_and_parameters_of_a_folder_are_read_from_its_files(kind, tmp_path
     assert policy_parameters(config, None) == sum(p.numel() for p in made.parameters())
 
 
-def test_activations_of_an_architecture_that_is_not_fused_are_what_autograd_keeps():
-    """Gemma 3 has heads wider than hidden / heads: the widths of queries and keys count by themselves."""
+def test_activations_of_an_architecture_that_is_not_fused_are_what_autograd_keeps(monkeypatch):
+    """Gemma 3 has heads wider than hidden / heads: the widths of queries and keys count by themselves. Here it goes through
+    transformers' own forward pass."""
+    monkeypatch.setattr(trunk, "has_fused_forward", lambda *_: False)
     shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "head_dim": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 1}
     config = transformers.Gemma3TextConfig(vocab_size=64, pad_token_id=0, **shape, **heads)

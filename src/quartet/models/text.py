@@ -41,6 +41,8 @@ def continued(tokenizer: Tokenizer, text: str, encode: Callable[[str], list[int]
     unknown: Any = getattr(tokenizer, "unk_token_id", None)
     for anchor in ANCHORS:
         before, whole = encode(anchor), encode(anchor + text)
+        if unknown in before:  # it may stand for the anchor and the first word together
+            continue
         ids = whole[len(before) :]
         follows = before and ids and whole[: len(before)] == before
         if follows and ids.count(unknown) <= alone.count(unknown):
