@@ -10,10 +10,12 @@ from quartet.cli import check, export, inspect, run  # noqa: F401
 from quartet.cli.common import FAILED, INTERRUPTED, WRONG_REQUEST, app, complaints
 from quartet.cli.printing import discard_output, print_anything
 from quartet.errors import QuartetError
+from quartet.runtime.machine import share_one_heap
 
 
 def main() -> None:
     """Run the command. An error prints one sentence; with `--debug` it prints a traceback."""
+    share_one_heap()
     print_anything()
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from quartet.distributed.process_group import TorchProcessGroup
 from quartet.launch.spmd import follow
 from quartet.launch.store import LOOPBACK, Heartbeat, store_at
+from quartet.runtime.machine import share_one_heap
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Place:
 
 
 def main() -> None:
+    share_one_heap()
     rank, world_size, port, deadline, folder, *fault = sys.argv[1:]
     place = Place(int(rank), int(world_size), LOOPBACK, int(port))
     run_follower(place, float(deadline), Path(folder), fault[0] if fault else None)
