@@ -105,6 +105,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, precision):
     assert recorded(resumed.folder, "grpo") == recorded(whole.folder, "grpo")
 
 
+@pytest.mark.slow
 def test_rows_and_a_model_given_as_objects_become_files_that_the_config_names(tmp_path):
     first = tiny(tmp_path, steps=1).finish(progress=False)
     rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(40)]
@@ -245,6 +246,7 @@ def test_an_evaluation_answers_what_it_is_given(tmp_path):
     assert result.summaries["evaluation"]["prompts"] == 12
 
 
+@pytest.mark.slow
 def test_warnings_are_shown_where_nothing_else_shows_them(tmp_path, capsys):
     run = tiny(tmp_path, steps=4)
     for _ in run:

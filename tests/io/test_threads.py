@@ -78,7 +78,7 @@ def test_calls_in_the_background_are_made_in_order_and_give_results_or_errors():
     [
         lambda: map_concurrently(lambda _: time.sleep(120), [1, 2], 2),
         lambda: [time.sleep(0.001) for _ in range(100_000)],
-        lambda: result_of(BackgroundThread("other").start(lambda: time.sleep(120))),
+        lambda: result_of(BackgroundThread("other").start(lambda: time.sleep(4))),
     ],
     ids=["calls at once", "a loop", "another thread"],
 )

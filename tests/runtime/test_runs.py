@@ -536,6 +536,7 @@ def test_one_trunk_with_four_roles_and_what_comes_out_loads_elsewhere_without_us
     )
 
 
+@pytest.mark.slow
 def test_a_critic_can_be_smaller_than_the_actor(tmp_path):
     shape = "{type='llama', hidden_size=8, num_layers=1, num_heads=2}"
     words = [
