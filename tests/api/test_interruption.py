@@ -34,7 +34,7 @@ try:
         if run.stage == "grpo" and step.number == 3:
             print("now", flush=True)
 except KeyboardInterrupt as error:  # RunInterrupted, or Python's own where it hits this program
-    print("stopped", flush=True)
+    print("stopped", error, flush=True)
 """
 
 
@@ -52,12 +52,13 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on_in_another_process(tmp_path):
             if line.strip() == "now":
                 process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
-    assert lines[-1] == "stopped"
+    assert lines[-1].startswith("stopped")
     last = max(int(line.split()[1]) for line in lines if line.startswith("grpo"))
     assert last < 200
     run = quartet.train(resume=tmp_path / "latest", reward=short, steps=last + 1)
     numbers = [step.number for step in run if run.stage == "grpo"]
-    assert numbers == [last + 1]
+    # On an overloaded machine a step may be given up after its weights have changed; that is said.
+    assert numbers == [last + 1] or (numbers[-1] == last + 1 and "taken again" in lines[-1])
     text = (run.folder / "events.jsonl").read_text()
     events = [json.loads(line)["event"] for line in text.splitlines()]
     assert "resumed" in events and events[-1] == "done"
