@@ -57,8 +57,7 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on_in_another_process(tmp_path):
     assert last < 200
     run = quartet.train(resume=tmp_path / "latest", reward=short, steps=last + 1)
     numbers = [step.number for step in run if run.stage == "grpo"]
-    # On an overloaded machine a step may be given up after its weights have changed; that is said.
-    assert numbers == [last + 1] or (numbers[-1] == last + 1 and "taken again" in lines[-1])
+    assert numbers == [last + 1], lines[-1]
     text = (run.folder / "events.jsonl").read_text()
     events = [json.loads(line)["event"] for line in text.splitlines()]
     assert "resumed" in events and events[-1] == "done"

@@ -8,7 +8,6 @@ machines. Only names, paths, numbers and the results of methods cross between pr
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -268,35 +267,31 @@ class WorkerThread:
     def __init__(self, worker: Any) -> None:
         self.worker = worker
         self._threads: list[BackgroundThread] = []
-        self._under_way: Future[Any] | None = None
-
-    @property
-    def is_busy(self) -> bool:
+        self._is_busy = False
         """Whether a call is under way, or was when its caller was interrupted."""
-        return self._under_way is not None
 
     def call(self, name: str, *args: Any) -> Any:
         """Return what a method returns. While another call is under way, whose caller was
         interrupted, a further thread makes this one."""
-        if self.is_busy:
+        was_busy = self._is_busy
+        if was_busy:
             self._threads.append(BackgroundThread("worker, after an interruption"))
         elif not self._threads:
             self._threads.append(_worker_thread())
-        future = self._threads[-1].start(partial(getattr(self.worker, name), *args))
-        self._under_way = self._under_way or future
+        # Before the call is handed over: an interruption in between must not leave it unnoticed.
+        self._is_busy = True
         try:
-            result = result_of(future)
+            result = result_of(self._threads[-1].start(partial(getattr(self.worker, name), *args)))
         except Exception:
-            self._under_way = None
+            self._is_busy = was_busy
             raise
-        if self._under_way is future:
-            self._under_way = None
+        self._is_busy = was_busy
         return result
 
     def close(self) -> None:
         """End the thread, in the middle of a call if one is under way."""
         for thread in self._threads:
-            if self.is_busy:
+            if self._is_busy:
                 thread.abandon(CLOSE_SECONDS)
             else:
                 thread.finish()
