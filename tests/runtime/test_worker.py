@@ -39,7 +39,11 @@ def test_a_state_is_saved_though_the_interruption_came_while_the_step_was_handed
         thread.call("step")
     monkeypatch.setattr(BackgroundThread, "start", start)
     assert worker.begun.wait(30)
-    assert thread.call("save") == "worker, after an interruption"
+    saved = []
+    saving = threading.Thread(target=lambda: saved.append(thread.call("save")), daemon=True)
+    saving.start()
+    saving.join(20)
+    assert saved == ["worker, after an interruption"]
     with pytest.raises(ValueError, match="no"):
         thread.call("fails")
     assert thread.call("save") == "worker, after an interruption"  # the step still is under way
