@@ -24,12 +24,14 @@ def alone():
     return run(SINGLE_PROCESS)
 
 
-def ranks(folder, world, kind):
-    """What each rank found."""
-    words = [sys.executable, "-m", "tests.support.rank"]
-    where = [str(folder / "store"), str(folder), kind]
+def ranks(folder, world, program, *words):
+    """What each rank of a program of tests/support found."""
+    where = [str(folder / "store"), str(folder), *words]
     started = [
-        subprocess.Popen([*words, str(rank), str(world), *where], env=LOOPBACK)
+        subprocess.Popen(
+            [sys.executable, "-m", f"tests.support.{program}", str(rank), str(world), *where],
+            env=LOOPBACK,
+        )
         for rank in range(world)
     ]
     assert [process.wait(timeout=240) for process in started] == [0] * world
@@ -49,7 +51,7 @@ def ranks(folder, world, kind):
     ],
 )
 def test_losses_and_gradients_are_those_of_one_process(tmp_path, alone, kind, world):
-    for found in ranks(tmp_path, world, kind):
+    for found in ranks(tmp_path, world, "rank", kind):
         assert found.keys() == {
             name for name in alone if kind == "plain" or not name.startswith("trpo")
         }
@@ -66,7 +68,7 @@ def test_losses_and_gradients_are_those_of_one_process(tmp_path, alone, kind, wo
 @pytest.mark.slow
 def test_ranks_that_divide_by_what_they_have_themselves_are_found_out(tmp_path, alone):
     """The negative control: equal weights for ranks with unequal tokens."""
-    found = ranks(tmp_path, 2, "selfish")[0]
+    found = ranks(tmp_path, 2, "rank", "selfish")[0]
     for stage in ("sft", "reward_model", "dpo", "ppo/actor", "ppo/critic", "grpo/actor"):
         apart = max(
             float((found[n] - alone[n]).abs().max())
@@ -115,15 +117,7 @@ def test_a_model_in_parts_is_gathered_in_bfloat16_and_its_gradients_are_summed_i
     """Half of the bytes of float32 travel forwards, and no gradient is rounded before it is summed."""
     alone = compute_in(model(), torch.bfloat16)
     rounding_rank.loss(alone, slice(8)).backward()
-    words = [sys.executable, "-m", "tests.support.rounding_rank"]
-    started = [
-        subprocess.Popen(
-            [*words, str(rank), "2", str(tmp_path / "store"), str(tmp_path)], env=LOOPBACK
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=240) for process in started] == [0, 0]
-    found = load_file(tmp_path / "0.safetensors")
+    found, _ = ranks(tmp_path, 2, "rounding_rank")
     for name, p in alone.named_parameters():
         assert found[name].dtype == torch.float32, name
         error = (found[name] - p.grad).norm() / p.grad.norm().clamp(min=1e-3)
@@ -153,17 +147,9 @@ def test_a_model_in_parts_is_gathered_in_bfloat16_and_its_gradients_are_summed_i
 @pytest.mark.slow
 def test_muon_steps_matrices_in_parts_as_it_does_whole(tmp_path):
     """To the rounding of its products in bfloat16."""
-    words = [sys.executable, "-m", "tests.support.muon_rank"]
-    started = [
-        subprocess.Popen(
-            [*words, str(rank), "2", str(tmp_path / "store"), str(tmp_path)], env=LOOPBACK
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=240) for process in started] == [0, 0]
+    parts = ranks(tmp_path, 2, "muon_rank")
     whole = muon_rank.steps()
-    for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
+    for found in parts:
         for i in range(len(muon_rank.SHAPES)):
             moved = (whole[f"end/{i}"] - whole[f"start/{i}"]).norm()
             assert float((found[f"end/{i}"] - whole[f"end/{i}"]).norm() / moved) < 0.02

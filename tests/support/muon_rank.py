@@ -1,7 +1,6 @@
 """One rank that steps a matrix by Muon: `python -m tests.support.muon_rank RANK WORLD STORE OUT` writes it, whole."""
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from quartet.training.optim import Optimizer, OptimizerConfig
+from tests.support.gloo import join
 
 SHAPES = ((24, 40), (41, 24))
 CONFIG = OptimizerConfig(optimizer="muon", lr=0.01, schedule="constant")
@@ -35,13 +35,7 @@ def steps(place=lambda tensor: tensor) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, world),
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
+    join(rank, world, store)
     mesh = init_device_mesh("cpu", (world,))
     found = steps(lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]))
     save_file(found, out / f"{rank}.safetensors")

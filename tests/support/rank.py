@@ -6,7 +6,6 @@ waits in main memory is no number there; or selfish: the negative control, in wh
 
 import copy
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from quartet.training.parallelize import mesh_of, parallelize
 from quartet.training.trust_region import TrustRegionLearner
 from tests.support import resting
+from tests.support.gloo import join
 from tests.support.world import model, prompts, rollout
 
 LENGTHS = [30, 1, 2, 1, 17, 1, 1, 3, 28, 2]
@@ -233,13 +233,7 @@ def main() -> None:
     torch.set_num_threads(1)
     process_group: ProcessGroup = SINGLE_PROCESS
     if world > 1 or kind == "sharded":
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(store, world),
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=60),
-        )
+        join(rank, world, store)
         process_group = (Selfish if kind == "selfish" else TorchProcessGroup)(rank, world)
     bed = resting.made(setattr) if kind == "resting" else None
     placement = NO_OFFLOAD if bed is None else Offloading(torch.device("cpu"))

@@ -4,7 +4,6 @@ gradients, and what the ranks sent each other."""
 import json
 import sys
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from quartet.distributed.sharding import full_tensor, is_sharded
 from quartet.models.language_model import masked_logprobs
 from quartet.models.precision import compute_in
 from quartet.training.parallelize import mesh_of, parallelize
+from tests.support.gloo import join
 from tests.support.world import model
 
 
@@ -58,13 +58,7 @@ class Sent(TorchDispatchMode):
 def main() -> None:
     rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, world),
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
+    join(rank, world, store)
     group = TorchProcessGroup(rank, world)
     policy = compute_in(model(), torch.bfloat16)
     policy = parallelize(policy, mesh_of("cpu", group, world))

@@ -234,8 +234,11 @@ class Models:
         copy is held in the dtype that the actor computes in."""
         if self.is_in_parts():
             start = self.start(folder)
-            frozen = lambda model: self.frozen_policy(self._trainable(model, start))  # noqa: E731
-            return self._read(start, frozen, in_parts=False)
+            return self._read(
+                start,
+                lambda model: self.frozen_policy(self._trainable(model, start)),
+                in_parts=False,
+            )
         return frozen_copy(actor, compute_dtype(actor)) if self.config.staleness else actor
 
     def chosen_precision(self) -> RolePrecision | PrecisionName:

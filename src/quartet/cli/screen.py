@@ -81,7 +81,7 @@ class Screen:
             self.printed_at = time.monotonic()
             try:
                 self.console.print(self._render_now(), soft_wrap=True)
-            except (OSError, ValueError):  # nobody reads it any more
+            except (OSError, ValueError):  # the reader of the pipe has gone
                 return
 
     def _started(self, event: Any) -> None:

@@ -1,7 +1,7 @@
 """What this process is doing now and how far it has come, for a screen to show.
 
-Code that may take seconds is wrapped in `activity`, and its loops call `progress`. Whoever shows
-it calls `activities`, from another thread. Nothing is printed here.
+Code that may take seconds is wrapped in `activity`, and its loops call `progress`. A screen calls
+`activities` from another thread. Nothing is printed here.
 """
 
 import contextlib

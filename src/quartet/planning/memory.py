@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Sizes:
     @property
     def matrix_parameters(self) -> float:
         """Parameters of the matrices in the blocks of a Llama."""
-        attention = (2 + 2 * self.heads_share) * self.hidden**2
+        attention = (2 + 2 * self.heads_share) * self.queries * self.hidden**2
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
 
@@ -223,34 +224,36 @@ def phases(
             PROGRAM_BYTES + frozen + trained["preference"] + micro(2 * config.preference.batch_size)
         )
     if config.rl_stage:
-        frozen = weights * sum(role in models for role in ("reward model", "reference"))
-        if adapter is not None:  # the trunk, and reward models that were trained elsewhere
-            frozen = weights * (
-                1 + sum(isinstance(r, ModelSource) and r.model is not None for r in config.reward)
-            )
-        has_critic = bool(config.algorithm and config.algorithm.needs_critic) and not isinstance(
-            config.critic, SharedCritic
-        )
-        learners = 1 + has_critic
         rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-        # The cache has room for the longest response of the rows that are left; the allocator keeps
-        # its memory for the next step.
-        cache = (
-            number
-            * 2
-            * model.layers
-            * model.heads_share
-            * model.queries
-            * model.hidden
-            * rows
-            * (row + config.rollout.max_new_tokens / 2)
-        )
-        # A decoder of ours has its own layout of the weights, but of those in 4 bits.
-        decoder = whole if model.is_fused and not in_4_bits else 0.0
-        resident = (
-            PROGRAM_BYTES + KERNEL_BYTES + frozen + learners * trained["optim"] + decoder + cache
-        )
-        memory[f"{config.rl_stage} update"] = resident + micro(
-            -(-rows // config.optim.minibatches), learners
+        learners = 1 + _has_own_critic(config)
+        memory[f"{config.rl_stage} update"] = (
+            PROGRAM_BYTES
+            + KERNEL_BYTES
+            + weights * _frozen_models(config, models)
+            + learners * trained["optim"]
+            # A decoder of ours has its own layout of the weights, but of those in 4 bits.
+            + (whole if model.is_fused and not in_4_bits else 0.0)
+            + number * cache_numbers(model, rows, row + config.rollout.max_new_tokens / 2)
+            + micro(-(-rows // config.optim.minibatches), learners)
         )
     return memory
+
+
+def _has_own_critic(config: Config) -> bool:
+    needs_critic = bool(config.algorithm and config.algorithm.needs_critic)
+    return needs_critic and not isinstance(config.critic, SharedCritic)
+
+
+def _frozen_models(config: Config, models: Mapping[str, int | None]) -> int:
+    """Return how many frozen models of the policy's size an RL stage holds: under an adapter, the
+    trunk, and reward models that were trained elsewhere."""
+    if config.policy.adapter is None:
+        return sum(role in models for role in ("reward model", "reference"))
+    return 1 + sum(isinstance(r, ModelSource) and r.model is not None for r in config.reward)
+
+
+def cache_numbers(model: Sizes, rows: int, tokens: float) -> float:
+    """Return how many numbers the cache of a decoder has for rows of so many tokens. It has room
+    for the longest response of the rows that are left; the allocator keeps its memory for the next
+    step."""
+    return 2 * model.layers * model.heads_share * model.queries * model.hidden * rows * tokens

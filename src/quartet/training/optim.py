@@ -101,9 +101,9 @@ class Optimizer:
         total_steps: int,
         matrices: Iterable[Tensor] = (),
     ) -> None:
-        """`matrices` are those of the blocks of the models at hand, which other types than AdamW
-        step in their own way; some may not be among the parameters. Raises OptimizerError where
-        such a type is given none, or parameters in a form that it does not take."""
+        """`matrices` are the weight matrices in the models' blocks, which types other than AdamW
+        step in their own way; some of them may not be trained. Raises OptimizerError where such a
+        type is given no matrix, or parameters in a form that it does not take."""
         self.parameters, self.config, self.total_steps = list(parameters), config, total_steps
         self.parts = _parts(self.parameters, config, {id(matrix) for matrix in matrices})
         self.is_fused = fuses(self.parameters)
