@@ -1,18 +1,26 @@
-.PHONY: quickstart test test-slow test-long check format install bench bench-learning
+.PHONY: quickstart core test test-slow test-long check format install bench bench-learning
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-install: $(VENV)/.installed
+core: $(VENV)/.core
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# The package and what it depends on, without extras: what a run needs.
+$(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+install: $(VENV)/.installed
+
+# With what tests, linters and extras need beside it.
+$(VENV)/.installed: $(VENV)/.core
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-quickstart: install
+quickstart: core
 	$(BIN)/quartet run
 
 test: install
