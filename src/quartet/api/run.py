@@ -29,6 +29,7 @@ from quartet.runtime.lifecycle import (
     write_report,
 )
 from quartet.runtime.log import logging_to, no_progress_bars
+from quartet.runtime.machine import keep_freed_memory, share_one_heap
 from quartet.runtime.requests import run_to_resume
 
 _OPEN: dict[Path, Generator[Any, None, None]] = {}
@@ -150,6 +151,8 @@ class TrainingRun:
         self._folder = execution.folder.path
         interruption = Interruption(self.settings.config.run.max_minutes)
         config, folder = self.settings.config, self._folder
+        keep_freed_memory(sharded=bool(config.launch.shard))
+        share_one_heap()
         open_group = lambda job, path: open_workers(config, job, path, None)  # noqa: E731
         events = execution.events(open_group, interruption)
         atexit.register(events.close)  # a run that the program leaves is saved, too
