@@ -18,6 +18,7 @@ from quartet.algorithms.baselines import (
     LengthWeightedBaseline,
     ReturnToGo,
 )
+from quartet.algorithms.rewards import at_last_token
 from tests.support.world import ragged_batch
 
 
@@ -226,3 +227,13 @@ def test_the_greedy_baseline_is_taken_off_every_return():
 @pytest.mark.parametrize("score", [0.1, 1 / 3, -7.77])
 def test_equals_have_no_advantage_whatever_the_baseline(part, score):
     assert set(responses([score] * 7, [1, 2, 3, 4, 5, 6, 7], part)) == {0}
+
+
+def test_a_response_without_tokens_counts_in_the_baseline_with_its_score():
+    # scores +1 and −1, the second response is empty: the first is 2 better than the other, 1 better than their mean
+    batch = ragged_batch([3, 0], [1.0, -1.0], groups=[0, 0])
+    rewards = at_last_token(batch.scores, batch.response_mask)
+    for part, expected in ((LeaveOneOut(), 2.0), (GroupMean(std="none"), 1.0)):
+        advantages, _ = part(rewards, batch)
+        assert advantages[0, 1:].tolist() == [expected] * 3
+        assert not advantages[1].any()

@@ -269,11 +269,18 @@ def test_what_stands_behind_the_mask_changes_nothing(name):
     torch.testing.assert_close(made.advantages, expected.advantages)
     torch.testing.assert_close(made.token_rewards, expected.token_rewards)
     denominators = algorithm.denominators(made)
-    logprobs = later(expected)
-    loss = total_loss(algorithm, made, poison(logprobs), poison(clean.values), denominators)
-    torch.testing.assert_close(
-        loss, total_loss(algorithm, expected, logprobs, clean.values, denominators)
-    )
+    variables = [later(expected).requires_grad_(), (clean.values + 0.05).requires_grad_()]
+    poisoned = total_loss(algorithm, made, *map(poison, variables), denominators)
+    plain = total_loss(algorithm, expected, *variables, denominators)
+    torch.testing.assert_close(poisoned, plain)
+    for measured, gradient in zip(
+        torch.autograd.grad(poisoned, variables, allow_unused=True),
+        torch.autograd.grad(plain, variables, allow_unused=True),
+        strict=True,
+    ):
+        assert (measured is None) == (gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(measured, gradient)
 
 
 @EVERYTHING

@@ -5,7 +5,7 @@ import torch
 
 from quartet.algorithms.aggregation import FixedLength, SequenceMean, TokenMean
 from quartet.algorithms.entropy import EntropyBonus
-from quartet.algorithms.policy_loss import Clip, Surrogate
+from quartet.algorithms.policy_loss import Clip, ImportanceWeighted, Surrogate
 from quartet.algorithms.preference import bradley_terry
 from quartet.algorithms.value_loss import ClippedValueLoss
 
@@ -51,6 +51,16 @@ def test_an_asymmetric_clip_lets_good_tokens_rise_further():
     assert wide(
         Surrogate(torch.tensor([[math.log(1.5)]]), torch.zeros(1, 1), torch.ones(1, 1), ONE)
     ).item() == pytest.approx(-1.28)
+
+
+@pytest.mark.parametrize("log_ratio", [19.0, 21.0, -21.0])
+@pytest.mark.parametrize("loss", [Clip(), ImportanceWeighted()])
+def test_a_token_counts_as_clipped_where_its_ratio_is_held(loss, log_ratio):
+    logprob = torch.tensor([[log_ratio]], dtype=torch.float64, requires_grad=True)
+    old, advantage = torch.zeros_like(logprob), -torch.ones_like(logprob)
+    tokens = Surrogate(logprob, old, advantage, ONE)
+    (gradient,) = torch.autograd.grad(loss(tokens).sum(), logprob)
+    assert loss.clipped(tokens).item() == (gradient.item() == 0) == (abs(log_ratio) > 20)
 
 
 def test_an_absurd_ratio_stays_finite():

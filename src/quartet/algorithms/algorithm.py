@@ -37,6 +37,15 @@ class Forward:
     exact_kl: Float[Tensor, "B T"] | None = None
     """KL(π ‖ π_ref) over the whole vocabulary, where the algorithm asks for it."""
 
+    def within(self, mask: Bool[Tensor, "B T"]) -> "Forward":
+        """Return these outputs with 0 outside the mask, where their gradient is 0, too."""
+        return Forward(
+            masked(self.logprobs, mask),
+            masked(self.entropy, mask),
+            None if self.values is None else masked(self.values, mask),
+            None if self.exact_kl is None else masked(self.exact_kl, mask),
+        )
+
 
 @part
 class Algorithm:
@@ -157,18 +166,19 @@ class Algorithm:
         same batch gives the same experience."""
         mask = batch.response_mask
         token_rewards = self.token_rewards(batch)
+        ref_logprobs = batch.ref_logprobs
         advantages, returns = _checked(self.advantage, self.advantage(token_rewards, batch), mask)
         return Experience(
             ids=batch.ids,
             tokens=batch.tokens,
             lengths=batch.lengths,
             response_mask=mask,
-            old_logprobs=batch.old_logprobs,
-            ref_logprobs=batch.ref_logprobs,
+            old_logprobs=masked(batch.old_logprobs, mask),
+            ref_logprobs=None if ref_logprobs is None else masked(ref_logprobs, mask),
             token_rewards=token_rewards,
             advantages=self.normalize(advantages, mask),
             scores=batch.scores,
-            values=batch.values,
+            values=None if batch.values is None else masked(batch.values, mask),
             returns=returns,
             penalties=self.penalties(batch),
             raw_advantages=advantages,
@@ -190,7 +200,12 @@ class Algorithm:
         self, experience: Experience, now: Forward, denominators: Mapping[str, float]
     ) -> dict[str, Float[Tensor, ""]]:
         """Return the terms of the loss on these rows; their sum is minimised. `denominators` are
-        those of the whole optimizer step, of which these rows may be a part."""
+        those of the whole optimizer step, of which these rows may be a part.
+
+        What the models say outside the response mask reaches no part: a sum over a row would carry
+        a NaN from there to all its tokens, and 0 · NaN is a gradient of NaN.
+        """
+        now = now.within(experience.response_mask)
         per_token = {
             "policy": self._policy(experience, now),
             "kl": self.kl.loss(

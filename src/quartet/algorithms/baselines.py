@@ -17,7 +17,10 @@ from quartet.tensors import Float, Tensor, torch
 
 
 def total_reward(token_rewards: Float[Tensor, "B T"], batch: Batch) -> Float[Tensor, "B"]:
-    return masked(token_rewards, batch.response_mask).sum(dim=1)
+    """Return the sum of each response's token rewards. A response without tokens has no place for a
+    reward: its score counts as it was given, so that others are compared with it."""
+    total = masked(token_rewards, batch.response_mask).sum(dim=1)
+    return torch.where(batch.response_mask.any(dim=1), total, batch.scores.to(total.dtype))
 
 
 def same_for_every_token(advantage: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B T"]:

@@ -12,6 +12,8 @@ from quartet.algorithms.masked import masked
 from quartet.parts import Family, Field, OrInf
 from quartet.tensors import Bool, Float, Tensor, torch
 
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are held within ± this."""
 BELOW = "Ratios below 1 − low are clipped."
 ABOVE = "Ratios above 1 + high are clipped."
 
@@ -20,8 +22,8 @@ def token_ratio(
     logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
     """ρ_t = π(token t) / π_old(token t). The log-ratio is held within ±20, where exp still fits in
-    float32 and any clip has long since taken hold."""
-    return (logprobs - old_logprobs).clamp(-20, 20).exp()
+    float32; a token beyond has no gradient, and counts as clipped (`Surrogate.is_held`)."""
+    return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def sequence_ratio(
@@ -64,13 +66,18 @@ class Surrogate:
     """log π_old(token t): of the policy that sampled."""
     advantages: Float[Tensor, "B T"]
     mask: Bool[Tensor, "B T"]
-    """True at the response's tokens. A loss may hold anything elsewhere; it is not counted
-    there."""
+    """True at the response's tokens. Elsewhere everything above is 0, and a loss may hold anything;
+    it is not counted there."""
 
     @property
     def ratio(self) -> Float[Tensor, "B T"]:
         """Return ρ_t, see `token_ratio`."""
         return token_ratio(self.logprobs, self.old_logprobs)
+
+    @property
+    def is_held(self) -> Bool[Tensor, "B T"]:
+        """Return where ρ_t is held at e^±20, so that it has no gradient."""
+        return (self.logprobs - self.old_logprobs).abs() > MAX_LOG_RATIO
 
     @property
     def sequence_ratio(self) -> Float[Tensor, "B T"]:
@@ -144,6 +151,9 @@ class ImportanceWeighted(PolicyLoss):
     def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
         return -tokens.ratio * tokens.advantages
 
+    def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
+        return tokens.is_held
+
 
 class KLPenalty(PolicyLoss):
     """ℓ_t = −ρ_t A_t + β KL(π_old ‖ π) (Schulman et al. 2017, eq. 8 and section 4). The KL of the
@@ -202,7 +212,7 @@ class Clip(PolicyLoss):
         return clip_surrogate(tokens.ratio, tokens.advantages, self.low, self.high)
 
     def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
-        return outside(tokens.ratio, tokens.advantages, self.low, self.high)
+        return outside(tokens.ratio, tokens.advantages, self.low, self.high) | tokens.is_held
 
     @property
     def clip_range(self) -> ClipRange:

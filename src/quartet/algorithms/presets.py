@@ -178,7 +178,7 @@ SYSTEMS: dict[str, Algorithm] = {
         scores=(),
         rewards=LastToken(whiten=True),
     ),
-    # Stiennon et al. 2020 and openai/summarize-from-feedback.
+    # Stiennon et al. 2020; the code of its PPO was not published.
     "summarize_from_feedback": with_critic(Clip(), scores=(MissingEos(replace=True),)),
     # Ouyang et al. 2022: KL 0.02, pretraining texts with 27.8.
     "instructgpt": with_critic(
