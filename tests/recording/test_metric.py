@@ -4,9 +4,10 @@ import pytest
 
 import quartet
 from quartet.recording.metric import Metric
+from quartet.runs.charts import charts
 from quartet.runs.definitions import definition
 from quartet.runs.doctor import examine
-from quartet.runs.figures import charts, lines
+from quartet.runs.figures import lines
 from quartet.runs.records import read_events
 from quartet.studio.views import overview
 from tests.support.tiny_run import make_run
@@ -67,7 +68,7 @@ def test_it_has_its_chart_with_its_title_and_meaning(run):
     assert (chart.title, names) == ("Longest", ["mine/longest"])
     assert lines(run, "grpo", chart.title, names)["data"][-1]["name"] == "longest answer"
     meanings = [m for row in overview(run, "grpo") for m in row["meanings"]]
-    assert any(m["reading"].startswith("At rollout.max_new_tokens") for m in meanings)
+    assert any("response. At rollout.max_new_tokens" in m["text"] for m in meanings)
 
 
 def test_what_its_rule_finds_is_a_finding_of_readers_too(run):

@@ -6,11 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from quartet.runs.definitions import DEFINITIONS, definition, markdown_table
+from quartet.runs.charts import charts
+from quartet.runs.definitions import (
+    DEFINITIONS,
+    Definition,
+    caption,
+    definition,
+    markdown_table,
+)
 from quartet.runs.figures import (
+    COLORS,
+    GREY,
     MOST_POINTS,
     calibration,
-    charts,
     figure,
     frontier,
     lines,
@@ -134,6 +142,53 @@ def test_calibration_of_a_model_that_is_as_sure_as_right():
     assert line["x"][0] == pytest.approx(1 / (1 + math.exp(-0.5))) and line["x"][
         -1
     ] == pytest.approx(1 / (1 + math.exp(-2.0)))
+
+
+def drawn(columns, names, smooth=True):
+    run = SimpleNamespace(series={"ppo": series(**columns)}, config={}, warnings=[], definitions=[])
+    return lines(run, "ppo", "title", names, smooth=smooth)["data"]
+
+
+def test_what_is_set_or_counted_is_never_smoothed():
+    falling = [1e-3 * (1 - i / 40) for i in range(40)]
+    for name in ("lr", "lr/actor", "kl/coef", "policy/beta", "skipped", "policy/epochs"):
+        [line] = drawn({name.replace("/", "__"): falling}, [name])
+        assert line["y"] == falling, name
+    behind, mean = drawn({"loss": falling}, ["loss"])
+    assert behind["y"] == falling != mean["y"]
+
+
+def test_a_chart_is_smoothed_as_a_whole_or_not_at_all():
+    whole, torn = [float(i % 7) for i in range(40)], [math.nan, *([2.0, 3.0] * 19), 1.0]
+    assert (
+        len(drawn({"value__mean": whole, "return__mean": whole}, ["value/mean", "return/mean"]))
+        == 4
+    )
+    assert (
+        len(drawn({"value__mean": whole, "return__mean": torn}, ["value/mean", "return/mean"])) == 2
+    )
+    assert len(drawn({"loss": whole}, ["loss"], smooth=False)) == 1
+
+
+def test_captions_are_sentences():
+    for row in DEFINITIONS:
+        text = caption(row.name)
+        assert text.startswith(" is ") and text.endswith(".") and ".." not in text
+        assert not row.reading or row.reading[0].isupper() or row.reading.startswith("policy_loss")
+    own = Definition("mine/x", "x", "share of x", "good near 1")
+    assert caption("mine/x", [own]) == ": Share of x. Good near 1."
+
+
+def test_each_colour_is_seen_on_light_and_on_dark():
+    def luminance(color):
+        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for color in (*COLORS, GREY):
+        for background in ("#ffffff", "#1b1e25"):
+            low, high = sorted((luminance(color), luminance(background)))
+            assert (high + 0.05) / (low + 0.05) >= 3, (color, background)
 
 
 def test_what_is_measured_now_and_then_is_a_line_through_its_points():

@@ -125,6 +125,61 @@ def test_every_page_opens_in_light_dark_and_on_a_phone(page, live, ending):
             assert page.locator("main h1").is_visible()
 
 
+AUDIT = """() => {
+  const faults = [], shown = (e) => e.getClientRects().length && getComputedStyle(e).visibility !== "hidden";
+  const label = (e) => `${e.tagName}.${e.className?.baseVal ?? e.className} “${e.textContent.trim().slice(0, 40)}”`;
+  for (const card of document.querySelectorAll("figure, .table-wrap, .pair, .finding, .reading, .detail, .sibling, .glance, .warnings, .problems")) {
+    const box = card.getBoundingClientRect();
+    for (const e of card.querySelectorAll("*:not(svg *), .legend, .xtitle, .ytitle, .y2title, .gtitle")) {
+      if (!shown(e) || e.closest(".sr, .config, .hoverlayer, .js-plotly-tester, .stacks thead")) continue;
+      const rect = e.getBoundingClientRect();
+      if (rect.width && (rect.right > box.right + 1 || rect.left < box.left - 1)) faults.push(`outside its card: ${label(e)}`);
+    }
+  }
+  for (const plot of document.querySelectorAll(".js-plotly-plot")) {
+    const legend = plot.querySelector(".legend")?.getBoundingClientRect();
+    for (const e of plot.querySelectorAll(".xtitle, .ytitle, .y2title, .xtick text, .ytick text, .gtitle")) {
+      const r = e.getBoundingClientRect();
+      if (legend && r.left < legend.right && legend.left < r.right && r.top < legend.bottom - 1 && legend.top < r.bottom - 1)
+        faults.push(`under the legend: ${label(e)}`);
+    }
+    if (!plot.querySelector(".xtitle")) faults.push(`no name on the axis: ${label(plot)}`);
+  }
+  const rgba = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+  const over = (top, under) => top.slice(0, 3).map((v, i) => v * top[3] + under[i] * (1 - top[3]));
+  const light = (c) => { const [r, g, b] = c.map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = (e) => { const own = rgba(getComputedStyle(e).backgroundColor); return own[3] === 1 ? own : over(own, e.parentElement ? behind(e.parentElement) : [255, 255, 255]); };
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const e = walker.currentNode.parentElement;
+    if (!walker.currentNode.textContent.trim() || !shown(e) || e.closest("script, svg, .skip, .js-plotly-plot")) continue;
+    const back = behind(e), [a, b] = [light(over(rgba(getComputedStyle(e).color), back)), light(back)].sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) faults.push(`contrast ${((a + 0.05) / (b + 0.05)).toFixed(2)}: ${label(e)}`);
+  }
+  return [...new Set(faults)];
+}"""
+"""What a page's layout has wrong: elements outside their card, titles under a legend, axes without a
+name, and text with a contrast below 4.5 (WCAG AA)."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "theme"), [(390, "light"), (390, "dark"), (900, "light")])
+def test_nothing_is_cut_off_covered_or_pale(page, live, width, theme):
+    name, group = name_of(live, "reviews"), name_of(live, "sums")
+    page.set_viewport_size({"width": width, "height": 844})
+    page.emulate_media(color_scheme=theme)
+    addresses = [f"/run/{name}/{p}" for p in PAGES] + [f"/run/{group}/", f"/run/{group}/frontier"]
+    faults = {}
+    for address in ["/", *addresses, "/compare?run=evil&run=" + name]:
+        page.goto(address)
+        if "kind=probes&step" in address:
+            page.wait_for_selector("#history .main-svg")
+        page.wait_for_timeout(100)
+        if found := page.evaluate(AUDIT):
+            faults[address] = found
+    assert faults == {}
+
+
 def test_a_token_shows_the_numbers_of_its_row(page, live, ppo_run):
     page.goto(f"/run/{name_of(live, 'reviews')}/tokens?step=5&sample=2")
     rows = ppo_run.sample(5, 2)
@@ -233,7 +288,7 @@ def test_the_sft_answer_is_one_key_away(page, live):
     page.wait_for_selector("#inspector[data-ready]")
     page.keyboard.press("a")
     page.locator("#first-answer").wait_for(timeout=60_000)
-    assert page.locator("#asked").inner_text() == "greedy response:"
+    assert page.locator("#asked").inner_text() == "Greedy response:"
     assert page.locator("#first-answer").inner_text()
 
 

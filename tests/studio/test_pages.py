@@ -1,6 +1,7 @@
 """Pages over HTTP: what they hold, what is escaped, what is refused."""
 
 import json
+import re
 import shutil
 
 import pyarrow.compute as pc
@@ -45,6 +46,55 @@ def test_every_page_of_every_kind_of_run(client, ppo_run, grpo_run, page):
         )  # nothing from elsewhere
         for stage in run.series:
             assert client.get(f"/run/{run.name}/?stage={stage}").status_code == 200
+
+
+def test_no_page_has_the_id_of_a_metric(client, ppo_run, grpo_run):
+    """Readers see labels. Ids such as `response/tokens` are left to the charts' data."""
+    for run in (ppo_run, grpo_run):
+        ids = {n for s in run.series.values() for n in s.columns if "/" in n} | {"reward/gold"}
+        addresses = [f"/run/{run.name}/{page}" for page in PAGES if page != "config"]
+        stages = [f"/run/{run.name}/?stage={stage}" for stage in run.series]
+        compared = f"/compare?run={ppo_run.name}&run={grpo_run.name}"
+        for address in ["/", *addresses, *stages, compared]:
+            text = re.sub(r"<script.*?</script>|<[^>]*>", " ", client.get(address).text, flags=re.S)
+            assert not ids & set(text.split()), address
+
+
+def test_the_table_of_an_evaluation_has_gold_once_and_shares_in_percent():
+    before = {"reward": 1.0, "response/ended": 0.5, "reward/model": 1.0, "reward/gold": 2.0}
+    rows = views.evaluation_rows(
+        {"before": before | {"gold": 2.0}, "after": before | {"gold": 3.0}}
+    )
+    assert rows == [
+        ("reward (what was trained on)", "1", "1"),
+        ("gold reward (what was meant)", "2", "3"),
+        ("answers that end", "50.0 %", "50.0 %"),
+    ]
+    two = {"reward": 1.0, "reward/model": 2.0, "reward/brevity": -1.0, "response/turns": 2.0}
+    labels = [label for label, *_ in views.evaluation_rows({"before": two, "after": two})]
+    assert labels[1:] == ["reward model", "reward brevity", "mean turns"]
+
+
+def test_a_stage_s_summary_is_in_sentences():
+    summary = {"held_out_loss_before": 5.5, "held_out_loss": 3.0, "held_out_logratio/abs": 0.25}
+    assert views.stage_summary(summary | {"ceiling": 0.9, "judge": "gold"}) == [
+        "Loss on held-out data: 5.5 before, 3 after.",
+        "Distance to the reference on held-out data: 0.25.",
+        "The best possible accuracy, by the gold reward, is 0.9.",
+    ]
+
+
+def test_a_score_s_parts_do_not_repeat_it():
+    assert views.score_parts({"model": 1.5, "gold": 2.0}, 1.5) == {"gold reward": "2"}
+    assert views.score_parts({"model": 3.0}, 1.5) == {"model": "3"}, "its weight is one half"
+    assert set(views.score_parts({"a": 1.0, "b": 1.0}, 1.0)) == {"a", "b"}
+
+
+def test_a_comparison_smooths_all_lines_of_a_chart_or_none(client, ppo_run, grpo_run):
+    """One run has 14 steps and can be smoothed, the other has 3 and cannot."""
+    page = client.get(f"/compare?run={ppo_run.name}&run={grpo_run.name}").text
+    charts = json.loads(re.search(r'id="charts-data">(.*?)</script>', page, re.S)[1])
+    assert charts and all(len(chart["figure"]["data"]) == 2 for chart in charts)
 
 
 def test_the_list_and_the_comparison(client, ppo_run, grpo_run):

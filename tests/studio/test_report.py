@@ -18,7 +18,7 @@ def test_it_needs_nothing_else(ppo_run):
 def test_it_tells_what_was_done_and_what_came_of_it(ppo_run, grpo_run):
     said = " ".join(verdict(ppo_run, examine(ppo_run)))
     assert said.startswith("sft → reward model → ppo → evaluation, on the embedded world reviews.")
-    assert "of them by gold" in said and "The doctor" in said
+    assert "of them by the gold reward" in said and "The doctor" in said
     page = report(ppo_run)
     for heading in (
         "Before and after",

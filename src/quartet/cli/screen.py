@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quartet.io.activity import activities
+from quartet.runs.definitions import MEASURES
 from quartet.runtime.interruption import GRACE_SECONDS
 from quartet.stages.kinds import kind_of
 
@@ -186,16 +187,6 @@ class _Line:
         return words
 
 
-MEASURES = (
-    ("reward", "reward (what was trained on)"),
-    ("gold", "gold (what was meant)"),
-    ("response/tokens", "tokens per answer"),
-    ("response/ended", "answers that end"),
-    ("response/repetition", "repetition within answers"),
-    ("response/distinct", "answers unlike any other"),
-)
-
-
 def evaluation_table(summary: Mapping[str, Any]) -> Table:
     """Return the measures of an evaluation, before and after, side by side."""
     table = Table(
@@ -206,7 +197,7 @@ def evaluation_table(summary: Mapping[str, Any]) -> Table:
     )
     for header in ("", "before", "after"):
         table.add_column(header, justify="left" if not header else "right", overflow="fold")
-    for name, label in MEASURES:
+    for name, label in MEASURES.items():
         if name in summary["before"]:
             row = [f"{summary[side][name]:.2f}".replace("-", "−") for side in ("before", "after")]
             table.add_row(label, *row)

@@ -34,6 +34,9 @@ class Metric(Family):
     the label."""
     percent: ClassVar[bool] = False
     """Whether the chart is in percent."""
+    exact: ClassVar[bool] = False
+    """Whether the number is set or counted and not estimated from samples; it is never drawn
+    smoothed."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -57,7 +60,9 @@ class Metric(Family):
         """What readers of the run, who do not import this class, show of it."""
         what = " ".join((inspect.getdoc(type(self)) or "").split())
         chart = self.chart or self.label
-        return Definition(self.name, self.label, what, self.reading, chart, self.percent)
+        return Definition(
+            self.name, self.label, what, self.reading, chart, self.percent, self.exact
+        )
 
 
 def measured(

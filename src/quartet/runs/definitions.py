@@ -1,7 +1,7 @@
 """What each metric is and how to read it: one row each, shown wherever the metric is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -10,341 +10,406 @@ class Definition:
     """As in events.jsonl; `*` stands for any one word."""
     label: str
     what: str
+    """What the number is. Of Quartet's own metrics, it completes the sentence "LABEL is …"; of a
+    user's metric, it is the docstring of its class."""
     reading: str = ""
+    """How to read it, in sentences."""
     chart: str = ""
     """The title of the chart that shows it; of a metric of a user's own only, the charts of the
     others are listed in `figures`."""
     percent: bool = False
     """Whether that chart is in percent."""
+    exact: bool = False
+    """Whether the number is set or counted and not estimated from samples, so that it is never
+    drawn smoothed."""
 
 
 DEFINITIONS = (
     Definition(
         "reward",
         "reward",
-        "mean score of the responses, the weighted sum of all rewards",
-        "should rise; read answers when it does",
+        "the mean score of the responses, which is the weighted sum of all rewards",
+        "It should rise. Read responses when it does.",
     ),
     Definition(
         "reward/gold",
         "gold reward",
-        "the embedded world's true worth of the responses, never trained on",
-        "falling while reward rises is reward hacking",
+        "the mean of the embedded world's true score of the responses, on which nothing is trained",
+        "If it falls while the reward rises, the policy exploits the reward (reward hacking).",
     ),
     Definition(
         "reward/std",
         "spread of reward",
-        "standard deviation of the scores in the step",
-        "towards 0 there is nothing to compare",
+        "the standard deviation of the scores in the step",
+        "Near 0, there is nothing to compare.",
     ),
     Definition(
         "reward/unscored",
         "unscored",
-        "share of responses that no reward could score; they were left out",
-        "above 5 %: see run.log",
+        "the share of responses that no reward could score; they were left out",
+        "Above 5 %, see run.log.",
     ),
     Definition(
         "reward/length_correlation",
         "reward against length",
         "Pearson's r of score and number of tokens in the step",
-        "above 0.5 the policy may be paid for length",
+        "Above 0.5, the reward may pay for length.",
     ),
-    Definition("reward/*", "reward *", "mean of this reward alone, before its weight"),
+    Definition("reward/*", "reward *", "the mean of this reward alone, before its weight"),
     Definition(
         "kl",
         "KL",
-        "mean over responses of Σ_t log π_old(t) − log π_ref(t), in nats (k1)",
-        "how far the policy is from the reference; 0 at step 1",
+        "the mean over responses of Σ_t log π_old(t) − log π_ref(t), in nats (k1)",
+        "It says how far the policy is from the reference, and is 0 at step 1.",
     ),
     Definition(
         "kl/token_k1",
         "KL per token, k1",
-        "mean over tokens of log π_old − log π_ref",
-        "unbiased, noisy, may be negative",
+        "the mean over tokens of log π_old − log π_ref",
+        "It is unbiased and noisy, and may be negative.",
     ),
     Definition(
         "kl/token_k2",
         "KL per token, k2",
-        "mean over tokens of ½ (log π_old − log π_ref)²",
-        "biased a little, never negative",
+        "the mean over tokens of ½ (log π_old − log π_ref)²",
+        "It is slightly biased and never negative.",
     ),
     Definition(
         "kl/token_k3",
         "KL per token, k3",
-        "mean over tokens of ρ − 1 − log ρ, ρ = π_ref / π_old",
-        "unbiased, never negative",
+        "the mean over tokens of ρ − 1 − log ρ, where ρ = π_ref / π_old",
+        "It is unbiased and never negative.",
     ),
     Definition(
         "kl/coef",
         "KL coefficient",
-        "what multiplies the KL, as this step used it",
-        "one that only grows: the policy runs away",
+        "the factor of the KL penalty in this step",
+        "If it only grows, the penalty does not hold the policy.",
+        exact=True,
     ),
     Definition(
         "value/explained_variance",
         "explained variance",
         "1 − Var(return − value) / Var(return) over tokens",
-        "1 perfect, 0 knows the mean only, below 0 worse than nothing",
+        "At 1 the critic is perfect, at 0 it knows only the mean, and below 0 it is worse than a "
+        "constant.",
     ),
     Definition(
         "value/mean",
         "mean value",
-        "what the critic expects, over tokens",
-        "should follow the mean return",
+        "the return that the critic expects, as a mean over tokens",
+        "It should follow the mean return.",
     ),
-    Definition("return/mean", "mean return", "what the critic is taught, over tokens"),
+    Definition("return/mean", "mean return", "the target of the critic, as a mean over tokens"),
     Definition(
         "advantage/std",
         "spread of advantage",
-        "standard deviation over tokens, as trained (whitened where the algorithm whitens)",
-        "0 means no gradient",
+        "the standard deviation over tokens of the advantages that the update used (whitened "
+        "where the algorithm whitens)",
+        "At 0 there is no gradient.",
     ),
     Definition(
         "advantage/raw_mean",
         "mean advantage before whitening",
-        "mean over tokens of A before it is whitened",
-        "far from 0 the critic is off by a constant",
+        "the mean over tokens of the advantage before it is whitened",
+        "Far from 0, the critic is off by a constant.",
     ),
     Definition(
         "advantage/raw_std",
         "spread of advantage before whitening",
-        "standard deviation over tokens of A before it is whitened",
-        "falls as the critic learns",
+        "the standard deviation over tokens of the advantage before it is whitened",
+        "It falls as the critic learns.",
     ),
     Definition(
         "groups_without_signal",
-        "groups without signal",
-        "share of prompts whose answers all scored the same",
-        "near 1 nothing is learnt from groups; with one answer per prompt it is 1",
+        "share without signal",
+        "the share of prompts whose responses all had the same score",
+        "Near 1, almost nothing is learned from groups. With one response per prompt it is "
+        "always 1.",
     ),
     Definition(
         "policy/clip_fraction",
         "clip fraction",
-        "share of token visits at which the clip took the gradient away",
-        "above 0.3: smaller steps",
+        "the share of token visits at which the clip removed the gradient",
+        "Above 0.3, take smaller steps.",
     ),
     Definition(
         "policy/clip_high",
         "clipped above",
-        "share of tokens that the last visit found clipped with A > 0",
-        "good tokens that may rise no further",
+        "the share of tokens that were clipped at the last visit with A > 0",
+        "The update could not make these tokens more likely.",
     ),
     Definition(
         "policy/clip_low",
         "clipped below",
-        "share of tokens that the last visit found clipped with A < 0",
-        "bad tokens that may fall no further",
+        "the share of tokens that were clipped at the last visit with A < 0",
+        "The update could not make these tokens less likely.",
     ),
     Definition(
         "policy/kl_to_old",
         "KL of the update",
-        "k3 of π_old to π at the last visit, mean over tokens",
-        "how far one update went; typically below 0.05",
+        "k3 of π_old to π at the last visit, as a mean over tokens",
+        "It says how far one update went, and is typically below 0.05.",
     ),
     Definition(
         "policy/step_kl",
         "KL of the step",
-        "k3 of π_old to π when the step is over, per token",
-        "what policy_loss.beta follows",
+        "k3 of π_old to π at the end of the step, per token",
+        "policy_loss.beta follows it.",
     ),
     Definition(
         "policy/entropy",
         "entropy",
-        "mean entropy of the next-token distribution, in nats",
-        "towards 0 the policy stops exploring",
+        "the mean entropy of the next-token distribution, in nats",
+        "Near 0, the policy stops exploring.",
     ),
     Definition(
         "policy/surprise_gap",
         "surprise − entropy",
-        "mean of −log π_old of the tokens sampled, less the entropy of π_old",
-        "0 but for noise; below it rollouts are greedy or filtered",
+        "the mean of −log π_old of the sampled tokens, less the entropy of π_old",
+        "It is 0 except for noise. Below 0, rollouts are greedy or filtered.",
     ),
     Definition(
         "staleness/mean",
         "staleness",
-        "updates between the weights that sampled a token and those that learn from it, on average",
-        "0 where rollouts wait for updates; at most rollout.staleness",
+        "the mean number of updates between the weights that sampled a token and those that "
+        "learn from it",
+        "It is 0 where rollouts wait for updates, and at most rollout.staleness.",
     ),
-    Definition("staleness/max", "oldest rollout", "the same, of the oldest token"),
+    Definition(
+        "staleness/max", "oldest rollout", "the same number for the oldest token", exact=True
+    ),
     Definition(
         "staleness/ratio",
         "drift while waiting",
-        "mean of exp |log-prob of the weights that sampled − of the learner|, where those are "
-        "older",
-        "grows with the learning rate and the staleness; a correction weighs it",
+        "the mean of exp |log-prob of the weights that sampled − of the learner|, where those "
+        "are older",
+        "It grows with the learning rate and the staleness; a correction weighs it.",
     ),
     Definition(
         "staleness/thrown_away",
         "thrown away",
-        "share of response tokens to which the correction gave the weight 0",
-        "above 10 %: sampler and learner are too far apart",
+        "the share of response tokens to which the correction gave the weight 0",
+        "Above 10 %, sampler and learner are too far apart.",
     ),
     Definition(
         "policy/win_rate",
         "win rate",
-        "share of 32 held-out prompts to which the policy answers better than the one RL started "
-        "from, by the gold "
-        "reward where there is one, else by the training reward; a tie is half a win; twenty times "
-        "a run",
-        "½ at first; falling while reward rises is reward hacking",
+        "the share of 32 held-out prompts for which the policy's response is better than the one "
+        "of the policy that RL started from, by the gold reward where there is one and else by "
+        "the training reward; a tie is half a win; it is measured twenty times a run",
+        "It is ½ at first. If it falls while the reward rises, the policy exploits the reward "
+        "(reward hacking).",
     ),
     Definition(
         "advantage/reward_correlation",
         "advantage against reward",
-        "Pearson's r, over the step's responses, of the sum of a response's token rewards and the "
-        "mean advantage that the "
-        "update took for it; within groups where advantages compare these",
-        "well above 0; around 0 responses are paid for others', below 0 a sign is wrong",
+        "Pearson's r, over the step's responses, of the sum of a response's token rewards and "
+        "the mean advantage that the update used for it, within groups where advantages compare "
+        "these",
+        "It should be well above 0. Near 0, responses are credited with the rewards of others; "
+        "below 0, a sign is wrong.",
     ),
     Definition(
         "policy/sft_perplexity",
         "perplexity on SFT data",
-        "exp of the mean −log π per token of held-out demonstrations, twenty times a run",
-        "what SFT taught; it rises as the policy leaves it, and steeply where it forgets",
+        "exp of the mean −log π per token of held-out demonstrations, measured twenty times a run",
+        "It rises as the policy moves away from what SFT taught, and steeply where it forgets.",
     ),
     Definition(
         "reward/drift",
         "drift of the reward model",
-        "mean |score now − score at first| of the same answers, twenty times a run",
-        "0: a reward model does not learn while it judges",
+        "the mean |score now − score at first| of the same responses, measured twenty times a run",
+        "It must be 0, because a reward model is not trained during RL.",
     ),
     Definition(
-        "policy/beta", "KL penalty β", "coefficient of the KL to π_old, as this step used it"
+        "policy/beta", "KL penalty β", "the coefficient of the KL to π_old in this step", exact=True
     ),
     Definition(
         "ratio/first_error",
         "first ratio error",
-        "max |π / π_old − 1| before the first optimizer step",
-        "rounding, 1e-5 or less; more means that sampler and learner disagree",
+        "the largest |π / π_old − 1| before the first optimizer step",
+        "It is rounding, 1e-5 or less. More means that sampler and learner disagree.",
     ),
-    Definition("ratio/max", "largest ratio", "max of π / π_old at the last visit"),
-    Definition("ratio/min", "smallest ratio", "min of π / π_old at the last visit"),
+    Definition("ratio/max", "largest ratio", "the largest π / π_old at the last visit"),
+    Definition("ratio/min", "smallest ratio", "the smallest π / π_old at the last visit"),
     Definition(
         "sampler_mismatch",
         "sampler mismatch",
-        "max |log-prob of the sampler − of the learner|",
-        "rounding, unless top-k or top-p is on",
+        "the largest |log-prob of the sampler − of the learner|",
+        "It is rounding, unless top-k or top-p is on.",
     ),
     Definition(
         "sampler_ratio",
         "sampler ratio",
-        "mean of exp |log-prob of the sampler − of the learner|",
-        "1 but for rounding (1.0001), unless top-k or top-p is on; more stops the run. With a "
-        "staleness: of answers by the "
-        "newest weights, the first ones and those of the win rate",
+        "the mean of exp |log-prob of the sampler − of the learner|",
+        "It is 1 except for rounding (1.0001), unless top-k or top-p is on; more stops the run. "
+        "With a staleness, it covers the responses by the newest weights: the first ones and "
+        "those of the win rate.",
     ),
     Definition(
         "reference/moved",
         "reference moved",
-        "1 where the bits of the reference's weights are not those that the stage began with",
-        "0; anything else stops the run",
+        "1 where the bits of the reference's weights are not those with which the stage began",
+        "It must be 0; anything else stops the run.",
+        exact=True,
     ),
     Definition(
         "skipped",
-        "skipped",
-        "optimizer steps that were left out, for their loss or gradient was not finite",
-        "0; the step before it tells why",
+        "skipped steps",
+        "the number of optimizer steps that were left out because their loss or gradient was not "
+        "finite",
+        "It should be 0. The step before it shows why.",
+        exact=True,
     ),
     Definition(
         "policy/epochs",
-        "epochs",
-        "passes over the experience, where optim.target_kl may end them early",
-        "1 at every step: the learning rate is high for this target",
+        "number of epochs",
+        "the number of passes over the experience, which optim.target_kl may end early",
+        "If it is 1 at every step, the learning rate is too high for this target.",
+        exact=True,
     ),
     Definition(
         "logratio/abs",
         "distance to the reference",
-        "mean |log π − log π_ref| over chosen and rejected responses",
-        "0 at step 1; anything else stops the run",
+        "the mean |log π − log π_ref| over chosen and rejected responses",
+        "It must be 0 at step 1; anything else stops the run.",
     ),
     Definition(
         "response/tokens",
         "response length",
-        "mean number of tokens",
-        "drift in either direction: read answers",
+        "the mean number of tokens of a response",
+        "If it drifts in either direction, read responses.",
     ),
     Definition(
         "response/ended",
         "ended",
-        "share of responses that end with the end-of-sequence token",
-        "below 0.75: raise rollout.max_new_tokens",
+        "the share of responses that end with the end-of-sequence token",
+        "Below 0.75, raise rollout.max_new_tokens.",
     ),
     Definition(
         "response/repetition",
         "repetition",
-        "share of neighbouring token pairs said before in the same response",
-        "rises when text degenerates",
+        "the share of pairs of neighbouring tokens that occurred before in the same response",
+        "It rises when text degenerates.",
     ),
     Definition(
         "response/distinct",
         "distinct",
-        "share of responses that no other repeats",
-        "falls when the policy collapses",
+        "the share of responses that no other one repeats",
+        "It falls when the policy collapses.",
     ),
     Definition(
         "response/most_common",
-        "said to most",
-        "share of prompts that got the same response, the most common one",
-        "towards 1 the policy says one thing to everything",
+        "most common response",
+        "the share of prompts that got the same response, the most common one",
+        "Near 1, the policy gives one response to every prompt.",
     ),
     Definition(
-        "response/turns",
-        "turns",
-        "mean number of turns of the policy, where an environment answers it",
+        "response/turns", "mean turns", "the mean number of turns of the policy in an environment"
     ),
     Definition(
         "responses",
-        "responses",
-        "responses in the step",
-        "fewer than prompts × samples where some were dropped",
+        "number of responses",
+        "the number of responses in the step",
+        "It is less than prompts × samples where some were left out.",
+        exact=True,
     ),
     Definition(
         "correction/mean_weight",
         "mean weight",
-        "mean weight of rollouts by another engine or policy",
-        "near 1; far below, most tokens are masked out",
+        "the mean weight of rollouts by another engine or policy",
+        "It should be near 1. Far below, most tokens are masked out.",
     ),
     Definition(
-        "trust_region/kl", "KL of the trust region", "KL of the step taken", "at most the bound"
+        "trust_region/kl",
+        "KL of the trust region",
+        "the KL of the step",
+        "It is at most the bound.",
     ),
     Definition(
         "trust_region/fraction",
         "step taken",
-        "share of the full natural-gradient step",
-        "0: no step was better",
+        "the share of the full natural-gradient step",
+        "At 0, no step was better.",
     ),
-    Definition("trust_region/improvement", "improvement", "by how much the loss fell"),
-    Definition("loss", "loss", "the stage's loss, mean over its optimizer steps", "should fall"),
-    Definition("loss/*", "loss: *", "this term of the loss, mean over optimizer steps"),
-    Definition("grad_norm/*", "gradient norm, *", "norm of the gradient before it is clipped"),
-    Definition("grad_norm", "gradient norm", "norm of the gradient before it is clipped"),
+    Definition("trust_region/improvement", "improvement", "the decrease of the loss in the step"),
     Definition(
-        "accuracy", "pair accuracy", "share of pairs in which the better side wins", "0.5 is chance"
+        "loss", "loss", "the stage's loss, as a mean over its optimizer steps", "It should fall."
     ),
-    Definition("margin", "margin", "mean of what the better side wins by"),
+    Definition("loss/*", "loss: *", "this term of the loss, as a mean over optimizer steps"),
+    Definition("grad_norm/*", "gradient norm, *", "the norm of the gradient before it is clipped"),
+    Definition("grad_norm", "gradient norm", "the norm of the gradient before it is clipped"),
+    Definition(
+        "accuracy",
+        "pair accuracy",
+        "the share of pairs in which the preferred side has the higher score",
+        "Chance is 0.5.",
+    ),
+    Definition(
+        "margin",
+        "margin",
+        "the mean difference between the scores of the preferred side and the other",
+    ),
     Definition(
         "logprobs/*",
         "log p *",
-        "mean log-probability of whole responses",
-        "both sides falling together is the family's usual illness",
+        "the mean log-probability of whole responses",
+        "Both sides often fall together; this is a known weakness of these losses.",
     ),
-    Definition("lr", "learning rate", "of the step's last optimizer step"),
-    Definition("lr/*", "learning rate, *", "of the step's last optimizer step"),
+    Definition(
+        "lr", "learning rate", "the learning rate of the step's last optimizer step", exact=True
+    ),
+    Definition(
+        "lr/*",
+        "learning rate, *",
+        "the learning rate of the step's last optimizer step",
+        exact=True,
+    ),
 )
 """In the order in which they are looked up and shown."""
 
 
+MEASURES = {
+    "reward": "reward (what was trained on)",
+    "gold": "gold reward (what was meant)",
+    "response/tokens": "tokens per answer",
+    "response/ended": "answers that end",
+    "response/repetition": "repetition within answers",
+    "response/distinct": "answers unlike any other",
+}
+"""The measures of an evaluation, before and after: labels by name, in the order of a table."""
+
+
 def definition(name: str, own: Sequence[Definition] = ()) -> Definition:
     """Return the definition of a metric, `own` being those of the run's user. A metric without one
-    is its own label."""
+    has its name in plain words as its label."""
     for row in (*own, *DEFINITIONS):
         if row.name == name:
             return row
         head, star, _ = row.name.partition("*")
         if star and name.startswith(head) and len(name) > len(head):
-            word = name.removeprefix(head).replace("_", " ")
-            return Definition(name, row.label.replace("*", word), row.what, row.reading)
-    return Definition(name, name.replace("_", " "), "")
+            return replace(row, name=name, label=row.label.replace("*", _words(name[len(head) :])))
+    return Definition(name, _words(name), "")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("/", " ")
+
+
+def caption(name: str, own: Sequence[Definition] = ()) -> str:
+    """Return what follows a metric's label in a caption: what the metric is and how to read it, in
+    sentences."""
+    row = definition(name, own)
+    if not row.what:
+        return " is not described by this run."
+    what = f": {sentence(row.what)}" if row in own else f" is {row.what}."
+    return f"{what} {sentence(row.reading)}".rstrip()
+
+
+def sentence(text: str) -> str:
+    """Return the text with a capital at its start and a full stop at its end."""
+    return text and text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
 
 
 def markdown_table() -> str:

@@ -4,10 +4,8 @@ Each is a plain dict of `data` and `layout`, which Plotly draws in a page as in 
 text and background are left to the page.
 """
 
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quartet.runs.definitions import Definition, definition
@@ -22,158 +20,74 @@ MOST_POINTS = 800
 """The most points of a line; a longer series is drawn as the means of equal pieces."""
 SMOOTHING = 0.1
 """The share of the steps that the moving average covers; the raw line is drawn thinly behind."""
-COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#14b8a6", "#ec4899", "#84cc16")
-GREY = "#8a8f98"
+COLORS = ("#3b82f6", "#d97706", "#059669", "#ef4444", "#8b5cf6", "#0d9488", "#ec4899", "#65a30d")
+GREY = "#808690"
+"""Each has a contrast of at least 3 to the background of a light and of a dark page."""
 
 
-@dataclass(frozen=True)
-class Chart:
-    """Metrics that are drawn in one chart."""
-
-    title: str
-    metrics: tuple[str, ...]
-    """Names, or patterns such as `loss/*`."""
-    percent: bool = False
-
-
-CHARTS = (
-    Chart("Reward", ("reward", "reward/gold")),
-    Chart("KL to the reference", ("kl",)),
-    Chart("Pair accuracy", ("accuracy",), percent=True),
-    Chart("Response length", ("response/tokens",)),
-    Chart("Turns", ("response/turns",)),
-    Chart(
-        "Ended, repetition, distinct",
-        ("response/ended", "response/repetition", "response/distinct", "response/most_common"),
-        percent=True,
-    ),
-    Chart("Explained variance", ("value/explained_variance",)),
-    Chart(
-        "Clip fraction",
-        ("policy/clip_fraction", "policy/clip_high", "policy/clip_low"),
-        percent=True,
-    ),
-    Chart("Entropy", ("policy/entropy",)),
-    Chart("KL of one update", ("policy/kl_to_old", "policy/step_kl")),
-    Chart("Ratio", ("ratio/max", "ratio/min")),
-    Chart("Value and return", ("value/mean", "return/mean")),
-    Chart("Advantage before whitening", ("advantage/raw_mean", "advantage/raw_std")),
-    Chart("Rewards", ("reward/*",)),
-    Chart("Loss", ("loss",)),
-    Chart("Margin", ("margin",)),
-    Chart("Log-probabilities", ("logprobs/*",)),
-    Chart("Terms of the loss", ("loss/*",)),
-    Chart("Gradient norm", ("grad_norm/*",)),
-    Chart("KL per token", ("kl/token_*",)),
-    Chart("Coefficients", ("kl/coef", "policy/beta")),
-    Chart("Groups without signal", ("groups_without_signal",), percent=True),
-    Chart("Sampler and learner", ("sampler_mismatch", "ratio/first_error")),
-    Chart("Invariants", ("sampler_ratio", "reference/moved", "logratio/abs")),
-    Chart("Epochs, skipped updates", ("policy/epochs", "skipped")),
-    Chart("Staleness", ("staleness/mean", "staleness/max")),
-    Chart("Discarded rollouts", ("staleness/thrown_away",), percent=True),
-    Chart("Win rate on held-out prompts", ("policy/win_rate",), percent=True),
-    Chart("Correlation of advantage and reward", ("advantage/reward_correlation",)),
-    Chart("Perplexity on SFT data", ("policy/sft_perplexity",)),
-    Chart("Drift of the reward model", ("reward/drift",)),
-    Chart("Learning rate", ("lr", "lr/*")),
-)
-"""The charts in the order of a page. A chart without a metric of the stage is left out."""
-APART = {
-    "reward/gold",
-    "reward/std",
-    "reward/unscored",
-    "reward/length_correlation",
-    "reward/drift",
-}
-"""Metrics that match `reward/*` and are not components of the reward."""
-
-
-def charts(series: "Series", own: Sequence[Definition] = ()) -> list[tuple[Chart, list[str]]]:
-    """Return the charts that a stage has something for, each with the names it draws; the last are
-    those of the user's own metrics. A pattern that stands for one line that is drawn already is
-    left out."""
-    shown: set[str] = set()
-    result = []
-    for chart in (*CHARTS, *own_charts(own)):
-        names = [name for pattern in chart.metrics for name in _matching(pattern, series)]
-        if names and not (set(names) <= shown):
-            result.append((chart, names))
-            shown |= set(names)
-    return result
-
-
-def own_charts(own: Sequence[Definition]) -> list[Chart]:
-    """Return the charts of the user's own metrics: one for each title."""
-    titles: dict[str, list[Definition]] = {}
-    for row in own:
-        titles.setdefault(row.chart or row.label, []).append(row)
-    return [
-        Chart(title, tuple(row.name for row in rows), rows[0].percent)
-        for title, rows in titles.items()
-    ]
-
-
-def _matching(pattern: str, series: "Series") -> list[str]:
-    if "*" not in pattern:
-        return [pattern] if pattern in series.columns else []
-    matches = [
-        name for name in series.columns if fnmatch.fnmatchcase(name, pattern) and name not in APART
-    ]
-    # A component that is the whole reward, or a term that is always 0, says nothing new.
-    if matches == ["reward/model"] or (len(matches) == 1 and pattern == "reward/*"):
-        return []
-    return [
-        name
-        for name in matches
-        if any(x not in {0.0} and not math.isnan(x) for x in series.columns[name])
-    ]
-
-
-def lines(run: "Run", stage: str, title: str, names: Sequence[str], percent: bool = False) -> Spec:
+def lines(
+    run: "Run",
+    stage: str,
+    title: str,
+    names: Sequence[str],
+    percent: bool = False,
+    smooth: bool = True,
+) -> Spec:
     """Return a chart of metrics over the steps of a stage, with the KL target where there is one
-    and a mark at each step with a warning."""
+    and a mark at each step with a warning. With `smooth`, moving averages are drawn before the thin
+    lines of the values if `can_smooth` allows it."""
     series = run.series[stage]
+    smooth = smooth and can_smooth(series, names, run.definitions)
     data = []
     for place, name in enumerate(names):
         color = COLORS[place % len(COLORS)]
         label = definition(name, run.definitions).label
-        points = [
-            (step, v)
-            for step, v in zip(series.steps, series.columns[name], strict=True)
-            if not math.isnan(v)
-        ]
-        if len(points) < 0.9 * len(series.steps):  # measured now and then
+        points = _points(series, name)
+        if _sparse(series, points):
             steps, values = zip(*points, strict=True) if points else ((), ())
             data.append(_line(steps, values, color, {"name": label, "mode": "lines+markers"}))
             continue
         x, y = thinned(list(series.steps), list(series.columns[name]))
-        smooth = smoothed(y)
-        if smooth is not None:
-            data.append(
-                _line(x, y, color, {"opacity": 0.25, "hoverinfo": "skip", "showlegend": False})
-            )
-        data.append(_line(x, smooth or y, color, {"name": label}))
+        if smooth:
+            behind = {"opacity": 0.25, "hoverinfo": "skip", "showlegend": False}
+            data.append(_line(x, y, color, behind))
+        means = smoothed(y) if smooth else None
+        data.append(_line(x, means or y, color, {"name": label}))
     spec: Spec = {
         "data": data,
         "layout": layout(title, ".0%" if percent else None, legend=len(names) > 1),
     }
+    spec["layout"]["xaxis"] = _step_axis(series.steps)
+    if percent and all(0 <= v <= 1 for name in names for _, v in _points(series, name)):
+        spec["layout"]["yaxis"]["autorangeoptions"] = {"minallowed": -0.02, "maxallowed": 1.02}
     target = run.config.get("algorithm", {}).get("kl", {}).get("controller", {}).get("target")
     if names[0] == "kl" and target:
         spec["layout"]["shapes"] = [_horizontal(target)]
     marks = sorted({w["step"] for w in run.warnings if w.get("stage") == stage})
-    spec["layout"]["annotations"] = [
-        {
-            "x": step,
-            "y": 0,
-            "yref": "paper",
-            "text": "▲",
-            "showarrow": False,
-            "font": {"color": "#f59e0b"},
-        }
-        for step in marks
-    ]
+    spec["layout"]["annotations"] = [_warning_mark(step) for step in marks]
     return spec
+
+
+def can_smooth(series: "Series", names: Sequence[str], own: Sequence[Definition] = ()) -> bool:
+    """Whether all of these metrics may be drawn as moving averages: none is exact, and each has a
+    number at (nearly) every step of at least 12. A chart is smoothed as a whole or not at all, so
+    that its lines can be compared."""
+    return all(
+        not definition(name, own).exact
+        and not _sparse(series, _points(series, name))
+        and smoothed(thinned(list(series.steps), list(series.columns[name]))[1]) is not None
+        for name in names
+    )
+
+
+def _points(series: "Series", name: str) -> list[tuple[int, float]]:
+    pairs = zip(series.steps, series.columns[name], strict=True)
+    return [(step, value) for step, value in pairs if not math.isnan(value)]
+
+
+def _sparse(series: "Series", points: Sequence[tuple[int, float]]) -> bool:
+    """Whether a metric is measured only now and then."""
+    return len(points) < 0.9 * len(series.steps)
 
 
 def phases(run: "Run", stage: str) -> Spec:
@@ -183,7 +97,9 @@ def phases(run: "Run", stage: str) -> Spec:
     for place, (name, column) in enumerate(series.phases.items()):
         x, y = thinned(list(series.steps), list(column))
         data.append(_line(x, y, COLORS[place % len(COLORS)], {"stackgroup": "one", "name": name}))
-    return {"data": data, "layout": layout("Seconds of a step, by phase", None, legend=True)}
+    spec: Spec = {"data": data, "layout": layout("Seconds of a step, by phase", legend=True)}
+    spec["layout"]["xaxis"] = _step_axis(series.steps)
+    return spec
 
 
 def frontier(run: "Run") -> Spec:
@@ -197,12 +113,11 @@ def frontier(run: "Run") -> Spec:
         "layout": layout("Score against distance from the reference", None, legend=True),
     }
     spec["layout"] |= {"xaxis": _axis("√KL, nats"), "yaxis": _axis("mean score"), "height": 480}
-    spec["layout"]["legend"]["y"], spec["layout"]["margin"]["b"] = -0.13, 80
-    for place, key in enumerate(("reward", "gold")):
+    for place, (key, metric) in enumerate((("reward", "reward"), ("gold", "reward/gold"))):
         points = [(math.sqrt(p["kl"]), p[key]) for p in run.best_of_n if p.get(key) is not None]
         if points:
             xs, ys = zip(*points, strict=True)
-            name = f"best of n by reward: {key}"
+            name = f"{definition(metric).label} of best of n"
             data.append(
                 _line(
                     xs,
@@ -253,15 +168,14 @@ def frontier(run: "Run") -> Spec:
     if (onset := overoptimised(series)) is not None:
         at = list(series.steps).index(onset)
         spec["layout"]["shapes"] = [_vertical(distance[at])]
-        words = f"gold is highest at step {onset}; over-optimized after it"
         spec["layout"]["annotations"] = [
             {
                 "x": distance[at],
                 "y": 1,
                 "yref": "paper",
-                "text": words,
+                "text": "highest gold reward",
                 "showarrow": False,
-                "xanchor": "right",
+                "xanchor": "right" if 2 * distance[at] > max(distance) else "left",
             }
         ]
     return spec
@@ -334,7 +248,6 @@ def calibration(pairs: Sequence[Mapping[str, Any]]) -> Spec:
         "yaxis": _axis("share that was right") | {"tickformat": ".0%"},
     }
     spec["layout"] |= {"height": 340, "hovermode": "closest"}
-    spec["layout"]["margin"]["b"], spec["layout"]["legend"]["y"] = 70, -0.2
     return spec
 
 
@@ -351,8 +264,12 @@ def score_histogram(pairs: Sequence[Mapping[str, Any]]) -> Spec:
         for side, color in (("chosen", COLORS[0]), ("rejected", COLORS[1]))
     ]
     spec: Spec = {"data": data, "layout": layout("Scores", None, legend=True)}
-    spec["layout"] |= {"barmode": "overlay", "height": 340, "xaxis": _axis("score")}
-    spec["layout"]["margin"]["b"], spec["layout"]["legend"]["y"] = 70, -0.2
+    spec["layout"] |= {
+        "barmode": "overlay",
+        "height": 340,
+        "xaxis": _axis("score"),
+        "yaxis": _axis("responses"),
+    }
     return spec
 
 
@@ -440,17 +357,19 @@ def smoothed(y: Sequence[float | None], share: float = SMOOTHING) -> list[float]
 def layout(title: str, tickformat: str | None = None, legend: bool = False) -> Spec:
     return {
         "title": {"text": title, "x": 0.01, "xanchor": "left", "font": {"size": 14}},
-        "margin": {"l": 48, "r": 12, "t": 38, "b": 48 if legend else 32},
-        "height": 240,
+        "margin": {"l": 48, "r": 12, "t": 38, "b": 32},
+        "height": 270 if legend else 250,
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "showlegend": legend,
+        # At the bottom of the figure, whose margin grows with it: below the axis and its title.
         "legend": {
             "orientation": "h",
             "x": 0,
-            "y": -0.14,
-            "yanchor": "top",
             "xanchor": "left",
+            "yref": "container",
+            "y": 0,
+            "yanchor": "bottom",
             "font": {"size": 11},
         },
         "hovermode": "x unified",
@@ -465,8 +384,20 @@ def _axis(title: str | None) -> Spec:
         "gridcolor": "rgba(128,128,128,0.18)",
         "zerolinecolor": "rgba(128,128,128,0.35)",
         "automargin": True,
+        "exponentformat": "power",
     }
-    return axis | ({"title": {"text": title}} if title else {})
+    return axis | ({"title": {"text": title, "standoff": 8}} if title else {})
+
+
+def _step_axis(steps: Sequence[int]) -> Spec:
+    """Return an axis of steps, with a tick at each where there are few."""
+    few = bool(steps) and steps[-1] - steps[0] <= 8
+    return _axis("step") | ({"dtick": 1} if few else {"tickformat": ",d"})
+
+
+def _warning_mark(step: int) -> Spec:
+    mark = {"text": "▲", "showarrow": False, "font": {"color": COLORS[1]}}
+    return {"x": step, "y": 0, "yref": "paper", "hovertext": f"warning at step {step}", **mark}
 
 
 def _line(x: Sequence[Any], y: Sequence[Any], color: str, more: Mapping[str, Any]) -> Spec:

@@ -94,6 +94,7 @@ class OwnMetric(Record):
     reading: Text = ""
     chart: Text = ""
     percent: bool = False
+    exact: bool = False
 
 
 class DefinitionsEvent(Event):

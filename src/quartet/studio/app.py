@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from quartet import __version__
 from quartet.errors import QuartetError
 from quartet.runs import figures
+from quartet.runs.charts import Chart, charts
 from quartet.runs.doctor import examine
 from quartet.runs.reader import DamagedRun, NoRun, Run
 from quartet.runs.untrusted import finite
@@ -110,7 +111,7 @@ class Pages:
             stage=stage,
             charts=views.overview(run, stage) if stage else [],
             numbers=views.headline(run),
-            summaries={s: run.summary(s) for s in run.series},
+            summary=views.stage_summary(run.summary(stage)) if stage else [],
             steps=run.steps(),
             page="overview",
         )
@@ -254,7 +255,10 @@ class Pages:
             title="Frontier",
             run=run,
             figure=figures.frontier(run),
+            onset=figures.overoptimised(run.series[run.rl_stage]) if run.rl_stage else None,
             evaluation=run.evaluation,
+            measures=views.evaluation_rows(run.evaluation) if run.evaluation else [],
+            win_rate_label=views.win_rate_label(run.evaluation) if run.evaluation else "",
             page="frontier",
         )
 
@@ -408,36 +412,44 @@ def _kind(request: Request) -> str:
 
 def _overlaid(chosen: Sequence[Run]) -> list[dict[str, Any]]:
     """Return a chart for each metric that at least two runs have in their main stage, with a line
-    per run."""
+    per run: all of them smoothed, or none."""
     stages = [(run, run.main_stage) for run in chosen]
     having_stage = [(run, stage) for run, stage in stages if stage is not None]
-    charts = []
-    names = list(
-        dict.fromkeys(
-            name
-            for run, stage in having_stage
-            for _, group in figures.charts(run.series[stage], run.definitions)
-            for name in group
-        )
-    )
-    for name in names:
+    shown: dict[str, Chart] = {}
+    for run, stage in having_stage:
+        for chart, names in charts(run.series[stage], run.definitions):
+            for name in names:
+                shown.setdefault(name, chart)
+    result = []
+    for name, chart in shown.items():
         having = [(run, stage) for run, stage in having_stage if name in run.series[stage].columns]
-        if len(having) < 2:
-            continue
-        data = []
-        for run, stage in having:
-            color = figures.COLORS[chosen.index(run) % len(figures.COLORS)]
-            for line in figures.lines(run, stage, name, [name])["data"]:
-                more = {"name": markup.escape(run.name)} if "name" in line else {}
-                data.append(line | more | {"line": {"color": color, "width": 2}})
-        row = views.meaning(name, having[0][0].definitions)
-        charts.append(
-            {
-                "figure": {"data": data, "layout": figures.layout(row["label"], legend=False)},
-                "meanings": [row],
-            }
-        )
-    return charts
+        if len(having) > 1:
+            result.append(_overlay(chosen, having, name, chart.percent))
+    return result
+
+
+def _overlay(
+    chosen: Sequence[Run], having: Sequence[tuple[Run, str]], name: str, percent: bool
+) -> dict[str, Any]:
+    """Return the chart of one metric, with a line per run in the colour of its place."""
+    smooth = all(
+        figures.can_smooth(run.series[stage], [name], run.definitions) for run, stage in having
+    )
+    label = views.meaning(name, having[0][0].definitions)["label"]
+    title = label[0].upper() + label[1:]
+    drawn = [figures.lines(run, stage, title, [name], percent, smooth) for run, stage in having]
+    data = []
+    for (run, _), spec in zip(having, drawn, strict=True):
+        color = figures.COLORS[chosen.index(run) % len(figures.COLORS)]
+        for line in spec["data"]:
+            more = {"name": markup.escape(run.name)} if "name" in line else {}
+            data.append(line | more | {"line": {"color": color, "width": 2}})
+    longest = max(drawn, key=lambda spec: max(spec["data"][-1]["x"], default=0))
+    layout = longest["layout"] | {"annotations": [], "shapes": []}
+    return {
+        "figure": {"data": data, "layout": layout},
+        "meanings": [views.meaning(name, having[0][0].definitions)],
+    }
 
 
 def _same_prompts(chosen: Sequence[Run]) -> list[dict[str, Any]]:

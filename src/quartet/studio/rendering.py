@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quartet.runs.untrusted import finite
-from quartet.studio.views import number, shortened
+from quartet.studio.views import number, score_parts, shortened
 
 
 @functools.cache
@@ -23,7 +23,12 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "ago": ago, "shortened": shortened}
+    environment.filters |= {
+        "number": number,
+        "ago": ago,
+        "shortened": shortened,
+        "score_parts": score_parts,
+    }
     environment.policies["json.dumps_function"] = json_text
     return environment
 

@@ -80,6 +80,7 @@ def report(run: Run) -> str:
             has_frontier=bool(line["data"]),
             findings=findings,
             evaluation=run.evaluation,
+            measures=views.evaluation_rows(run.evaluation) if run.evaluation else [],
             rollouts=rollouts,
             problems=run.problems,
             style=Markup(
@@ -114,7 +115,8 @@ def verdict(run: Run, findings: Sequence[Finding]) -> list[str]:
         sentences.append(
             f"On {evaluation['prompts']:,} prompts that it was not trained on, its answers are "
             f"{better} those of the model it "
-            f"started from: it wins {win['mean']:.0%} ± {win['interval']:.0%} of them by {judge} "
+            f"started from: it wins {win['mean']:.0%} ± {win['interval']:.0%} of them by the "
+            f"{'gold reward' if judge == 'gold' else 'reward'} "
             f"(a tie is half a win), at a "
             f"KL of {kl['mean']:.1f} nats per answer."
         )

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quartet.runs.definitions import Definition, definition
-from quartet.runs.figures import charts, finite, lines, phases, smoothed
+from quartet.runs.charts import charts
+from quartet.runs.definitions import MEASURES, Definition, caption, definition, sentence
+from quartet.runs.figures import finite, lines, phases, smoothed
 from quartet.runs.reader import Run, Sample
 
 WORST_PAIRS = 12
@@ -117,7 +118,7 @@ def run_row(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "status": run.status,
-        "recipe": " → ".join(run.config.get("recipe", [])),
+        "recipe": " → ".join(s.replace("_", " ") for s in run.config.get("recipe", [])),
         "stage": stage,
         "step": series.steps[-1] if series is not None and len(series.steps) else 0,
         "numbers": headline(run),
@@ -176,10 +177,76 @@ def headline(run: Run) -> list[tuple[str, str]]:
     evaluation = run.evaluation
     if evaluation and evaluation.get("win_rate"):
         win = evaluation["win_rate"]
-        numbers.append(
-            (f"win rate by {evaluation['judge']}", f"{win['mean']:.2f} ± {win['interval']:.2f}")
-        )
+        numbers.append((win_rate_label(evaluation), f"{win['mean']:.2f} ± {win['interval']:.2f}"))
     return numbers
+
+
+def win_rate_label(evaluation: Mapping[str, Any]) -> str:
+    judge = "gold reward" if evaluation["judge"] == "gold" else evaluation["judge"]
+    return f"win rate by {judge}"
+
+
+def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the rows of an evaluation's table: label, before, after. What repeats another row is
+    left out: `reward/gold`, which is `gold`, and the only component of the reward."""
+    before, after = evaluation["before"], evaluation["after"]
+    components = [n for n in before if n.startswith("reward/") and n != "reward/gold"]
+    repeated = {"reward/gold"} if "gold" in before else set()
+    if len(components) == 1 and before.get("reward") == before[components[0]]:
+        repeated |= set(components)
+    names = [name for name in MEASURES if name in before]
+    names += [name for name in before if name not in MEASURES and name not in repeated]
+    return [
+        (
+            MEASURES.get(name) or definition(name).label,
+            *(measure(name, side.get(name)) for side in (before, after)),
+        )
+        for name in names
+    ]
+
+
+SHARES = {"response/ended", "response/repetition", "response/distinct", "response/most_common"}
+
+
+def measure(name: str, value: float | None) -> str:
+    """Return a measure as text: in percent if it is a share."""
+    return number(value) if value is None or name not in SHARES else f"{100 * value:.1f} %"
+
+
+SUMMARIES = {
+    "ceiling": "The best possible accuracy, by the gold reward, is {}.",
+    "centre": "The mean score, which was subtracted from all scores, is {}.",
+}
+"""Sentences on the numbers of a stage's summary that are not of held-out data."""
+
+
+def stage_summary(summary: Mapping[str, Any] | None) -> list[str]:
+    """Return sentences with the numbers that a stage wrote when it finished."""
+    numbers = {k: v for k, v in (summary or {}).items() if isinstance(v, int | float)}
+    sentences = []
+    for key, value in numbers.items():
+        if key.startswith("held_out_") and not key.endswith("_before"):
+            label = sentence(definition(key.removeprefix("held_out_")).label)[:-1]
+            before = numbers.get(f"{key}_before")
+            change = f"{number(before)} before, {number(value)} after"
+            sentences.append(
+                f"{label} on held-out data: {number(value) if before is None else change}."
+            )
+        elif not key.startswith("held_out_"):
+            form = SUMMARIES.get(key, sentence(key.replace("_", " "))[:-1] + ": {}.")
+            sentences.append(form.format(number(value)))
+    return sentences
+
+
+def score_parts(components: Mapping[str, float | None], score: float | None) -> dict[str, str]:
+    """Return the components of a score by name, as text. The only reward is left out where it is
+    the score itself; the gold reward is named as such."""
+    rewards = [name for name in components if name != "gold"]
+    return {
+        "gold reward" if name == "gold" else name.replace("_", " "): number(value)
+        for name, value in components.items()
+        if not (rewards == [name] and value == score)
+    }
 
 
 def sparkline(values: Sequence[float], width: int = 120, height: int = 28) -> str:
@@ -213,12 +280,11 @@ def overview(run: Run, stage: str) -> list[dict[str, Any]]:
 
 
 def meaning(name: str, own: Sequence[Definition] = ()) -> dict[str, str]:
-    row = definition(name, own)
-    return {"name": name, "label": row.label, "what": row.what, "reading": row.reading}
+    return {"label": definition(name, own).label, "text": caption(name, own)}
 
 
 SORTS = {
-    "number": ("order", lambda s: s.number),
+    "number": ("as sampled", lambda s: s.number),
     "best": ("best first", lambda s: math.inf if math.isnan(s.score) else -s.score),
     "worst": ("worst first", lambda s: math.inf if math.isnan(s.score) else s.score),
     "longest": ("longest first", lambda s: -s.tokens),
@@ -266,11 +332,8 @@ def glance(sample: Mapping[str, list[Any]]) -> list[str]:
     own = [i for i, mine in enumerate(sample["is_response"]) if mine]
     if not own:
         return ["The response is empty."]
-    parts = [
-        f"{name.removeprefix('score/')} {number(v[0])}"
-        for name, v in sample.items()
-        if name.startswith("score/")
-    ]
+    columns = {n.removeprefix("score/"): v[0] for n, v in sample.items() if n.startswith("score/")}
+    parts = [f"{name} {text}" for name, text in score_parts(columns, sample["score"][0]).items()]
     sentences = [
         f"Score {number(sample['score'][0])}" + (f" ({', '.join(parts)})" if parts else "") + "."
     ]
@@ -281,8 +344,8 @@ def glance(sample: Mapping[str, list[Any]]) -> list[str]:
     ]
     if penalties and any(penalties):
         sentences[0] = (
-            sentences[0][:-1] + f"; the KL penalty {'took' if sum(penalties) < 0 else 'gave'} "
-            f"{number(abs(sum(penalties)))}."
+            sentences[0][:-1] + f"; the KL penalty "
+            f"{'subtracted' if sum(penalties) < 0 else 'added'} {number(abs(sum(penalties)))}."
         )
     values, returns = ([sample[c][i] for i in own] for c in ("value", "return"))
     if values[0] is not None:

@@ -21,13 +21,13 @@
       for (const meaning of chart.meanings) {
         const line = document.createElement("p");
         const name = document.createElement("strong");
-        name.textContent = meaning.label;
-        line.append(name, `: ${meaning.what}${meaning.reading ? `. ${meaning.reading[0].toUpperCase()}${meaning.reading.slice(1)}` : ""}.`);
+        name.textContent = meaning.label[0].toUpperCase() + meaning.label.slice(1);
+        line.append(name, meaning.text);
         caption.append(line);
       }
       const more = document.createElement("details");
       const summary = document.createElement("summary");
-      summary.textContent = "what is this?";
+      summary.textContent = "What is this?";
       more.append(summary, caption);
       figure.append(more);
     }

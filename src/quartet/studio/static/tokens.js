@@ -98,7 +98,7 @@
           const apart = document.createElement("tr");
           apart.className = "apart";
           const label = document.createElement("th");
-          label.textContent = "of it the score";
+          label.textContent = "without the KL penalty";
           const value = document.createElement("td");
           value.textContent = show(reward[i] - penalty[i]);
           apart.append(label, value);
@@ -120,24 +120,24 @@
     const line = (name, label, axis, color, more = {}) => ({ type: "scatter", mode: "lines", x: own, y: pick(name), text, name: label, yaxis: axis, line: { color, width: 1.6 }, hovertemplate: "%{text}: %{y:.3g}", ...more });
     const bars = (name, label, axis, color) => ({ type: "bar", x: own, y: pick(name), text, textposition: "none", name: label, yaxis: axis, marker: { color }, hovertemplate: "%{text}: %{y:.3g}" });
     const panels = [];
-    if (has("value")) panels.push(["value", [line("value", "value", "", "#3b82f6"), line("return", "return", "", "#10b981", { line: { color: "#10b981", width: 1.6, dash: "dot" } })]]);
+    if (has("value")) panels.push(["value", [line("value", "value", "", "#3b82f6"), line("return", "return", "", "#059669", { line: { color: "#059669", width: 1.6, dash: "dot" } })]]);
     if (has("reward")) panels.push(["reward", [bars("reward", "reward", "", "#8b5cf6")]]);
     if (has("advantage")) panels.push(["advantage", [bars("advantage", "advantage", "", pick("advantage").map((v) => `rgb(${v > 0 ? UP : DOWN})`))]]);
-    const logprobs = [["old_logprob", "old", "#8a8f98"], ["ref_logprob", "reference", "#f59e0b"], ["logprob", "now", "#3b82f6"]].filter(([n]) => has(n));
+    const logprobs = [["old_logprob", "old", "#8a8f98"], ["ref_logprob", "reference", "#d97706"], ["logprob", "now", "#3b82f6"]].filter(([n]) => has(n));
     panels.push(["log-prob", logprobs.map(([n, label, color]) => line(n, label, "", color))]);
     if (has("ratio")) panels.push(["ratio", [line("ratio", "ratio", "", "#ef4444", { mode: "lines+markers", marker: { size: own.map((i) => (view.clipped[i] ? 8 : 3)), color: "#ef4444" } })]]);
     const data = [], gap = 0.045, height = (1 - gap * (panels.length - 1)) / panels.length;
     const color = getComputedStyle(document.body).color;
     const grid = "rgba(128,128,128,0.18)";
-    const layout = { height: 118 * panels.length + 20, margin: { l: 64, r: 8, t: 16, b: 24 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "x unified", font: { color, size: 11, family: "system-ui, sans-serif" }, xaxis: { showticklabels: false, gridcolor: grid, zeroline: false, range: [own[0] - 0.6, own[own.length - 1] + 0.6] }, hoverlabel: { bgcolor: window.isDark() ? "#1f2430" : "#ffffff", font: { color } }, shapes: [], annotations: [] };
+    const layout = { height: 118 * panels.length + 20, margin: { l: 64, r: 8, t: 16, b: 30 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "x unified", font: { color, size: 11, family: "system-ui, sans-serif" }, xaxis: { showticklabels: false, title: { text: "tokens of the response", font: { size: 11 } }, gridcolor: grid, zeroline: false, range: [own[0] - 0.6, own[own.length - 1] + 0.6] }, hoverlabel: { bgcolor: window.isDark() ? "#1f2430" : "#ffffff", font: { color } }, shapes: [], annotations: [] };
     panels.forEach(([title, lines], p) => {
       const key = p === 0 ? "yaxis" : `yaxis${p + 1}`, axis = p === 0 ? "y" : `y${p + 1}`;
       const top = 1 - p * (height + gap);
       layout[key] = { domain: [Math.max(0, top - height), top], title: { text: title, font: { size: 11 } }, gridcolor: grid, zerolinecolor: "rgba(128,128,128,0.5)", nticks: 4 };
       for (const l of lines) data.push({ ...l, yaxis: axis });
       if (lines.length > 1) {
-        const names = lines.map((l) => `<span style="color:${l.line.color}">${l.name}</span>`).join("  ");
-        layout.annotations.push({ xref: "paper", x: 1, xanchor: "right", yref: "paper", y: top, yanchor: "bottom", text: names, showarrow: false, font: { size: 10 } });
+        const names = lines.map((l) => `<span style="color:${l.line.color}">${l.line.dash ? "┅" : "━"}</span> ${l.name}`).join("   ");
+        layout.annotations.push({ xref: "paper", x: 1, xanchor: "right", yref: "paper", y: top, yanchor: "bottom", text: names, showarrow: false, font: { size: 11 } });
       }
       if (title === "ratio" && view.clip) for (const y of view.clip) layout.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, yref: axis, y0: y, y1: y, line: { color: "#8a8f98", dash: "dash", width: 1 } });
     });
@@ -168,9 +168,9 @@
     const color = getComputedStyle(document.body).color, grid = "rgba(128,128,128,0.18)";
     const line = (name, label, c, axis) => ({ type: "scatter", mode: "lines+markers", x: reply.step, y: reply[name].map((v) => (v === null ? null : name.endsWith("logprob") ? Math.exp(v) : v)), name: label, yaxis: axis, line: { color: c, width: 1.6 }, marker: { size: 4 } });
     const data = [line("logprob", "probability", "#3b82f6", "y"), line("ref_logprob", "reference", "#8a8f98", "y")];
-    if (reply.value.some((v) => v !== null)) data.push(line("value", "value", "#10b981", "y2"));
-    data.push(line("advantage", "advantage", "#f59e0b", "y2"));
-    Plotly.react(plot, data, { height: 260, title: { text: "this token through training", font: { size: 12 } }, margin: { l: 44, r: 8, t: 30, b: 28 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color, size: 11, family: "system-ui, sans-serif" }, legend: { orientation: "h", y: -0.14, font: { size: 10 }, entrywidth: 100 }, xaxis: { gridcolor: grid }, yaxis: { domain: [0.55, 1], gridcolor: grid, rangemode: "tozero" }, yaxis2: { domain: [0, 0.45], gridcolor: grid } }, { displayModeBar: false, responsive: true });
+    if (reply.value.some((v) => v !== null)) data.push(line("value", "value", "#059669", "y2"));
+    data.push(line("advantage", "advantage", "#d97706", "y2"));
+    Plotly.react(plot, data, { height: 300, title: { text: "This token through training", x: 0.01, xanchor: "left", font: { size: 12 } }, margin: { l: 44, r: 8, t: 30, b: 28 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color, size: 11, family: "system-ui, sans-serif" }, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 11 } }, xaxis: { title: { text: "step", standoff: 8 }, anchor: "y2", gridcolor: grid, automargin: true }, yaxis: { domain: [0.55, 1], gridcolor: grid, rangemode: "tozero", automargin: true }, yaxis2: { domain: [0, 0.45], gridcolor: grid, automargin: true } }, { displayModeBar: false, responsive: true });
   }
 
   function choose(i) {
@@ -215,11 +215,11 @@
     ask.addEventListener("click", async () => {
       const state = document.getElementById("asked"), place = document.getElementById("first-answer");
       ask.disabled = true;
-      state.textContent = "loading the model and generating …";
+      state.textContent = "The model is being loaded and generates …";
       const { step } = document.getElementById("first").dataset;
       const answer = await fetch(`/api/run/${encodeURIComponent(run)}/first-answer?step=${step}&sample=${sample}`, { method: "POST" });
-      const reply = await answer.json().catch(() => ({ error: "the studio did not answer" }));
-      state.textContent = answer.ok ? "greedy response:" : reply.error;
+      const reply = await answer.json().catch(() => ({ error: "The studio did not answer." }));
+      state.textContent = answer.ok ? "Greedy response:" : reply.error;
       if (answer.ok) { place.textContent = reply.answer === "" ? "∅" : reply.answer; place.hidden = false; ask.hidden = true; }
       ask.disabled = false;
     });
