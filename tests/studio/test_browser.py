@@ -126,12 +126,12 @@ def test_every_page_opens_in_light_dark_and_on_a_phone(page, live, ending):
 
 
 AUDIT = """() => {
-  const faults = [], shown = (e) => e.getClientRects().length && getComputedStyle(e).visibility !== "hidden";
+  const faults = document.documentElement.scrollWidth > innerWidth ? ["the page is wider than the screen"] : [], shown = (e) => e.getClientRects().length && getComputedStyle(e).visibility !== "hidden";
   const label = (e) => `${e.tagName}.${e.className?.baseVal ?? e.className} “${e.textContent.trim().slice(0, 40)}”`;
   for (const card of document.querySelectorAll("figure, .table-wrap, .pair, .finding, .reading, .detail, .sibling, .glance, .warnings, .problems")) {
     const box = card.getBoundingClientRect();
     for (const e of card.querySelectorAll("*:not(svg *), .legend, .xtitle, .ytitle, .y2title, .gtitle")) {
-      if (!shown(e) || e.closest(".sr, .config, .hoverlayer, .js-plotly-tester, .stacks thead")) continue;
+      if (!shown(e) || e.closest(".sr, .config, .hoverlayer, .js-plotly-tester")) continue;
       const rect = e.getBoundingClientRect();
       if (rect.width && (rect.right > box.right + 1 || rect.left < box.left - 1)) faults.push(`outside its card: ${label(e)}`);
     }

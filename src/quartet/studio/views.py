@@ -199,7 +199,8 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]
     return [
         (
             MEASURES.get(name) or definition(name).label,
-            *(measure(name, side.get(name)) for side in (before, after)),
+            measure(name, before.get(name)),
+            measure(name, after.get(name)),
         )
         for name in names
     ]
