@@ -86,7 +86,10 @@ def test_plan_prints_the_models_and_json_where_asked(tmp_path):
         (["run", "dialogue", "data.train=none.jsonl"], "none.jsonl: no such file."),
         (["run", "dialogue"], "data.train: name a file"),
         (["run", "reviews", "run.device=quantum"], 'run.device = "quantum": cannot be used here'),
-        (["chat", "nowhere"], "nowhere: has no policy/ or sft/ to talk to."),
+        (
+            ["chat", "nowhere"],
+            "nowhere: has no policy/ or sft/ to talk to, and is no model's folder.",
+        ),
     ],
 )
 @pytest.mark.slow

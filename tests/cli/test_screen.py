@@ -96,3 +96,37 @@ def test_in_a_pipe_a_line_comes_though_no_step_ends(monkeypatch):
     printed = out.getvalue()
     time.sleep(0.3)
     assert out.getvalue() == printed, "nothing is printed after the end"
+
+
+def test_a_warning_that_repeats_is_printed_once_and_counted():
+    warned = [
+        Warned(STAGE, step, f"{step} of 64 rows, {step / 7:.2f} of them") for step in range(1, 52)
+    ]
+    lines = shown(Started(STAGE, 1, 1), *warned, Finished(STAGE, {}, 1.0)).splitlines()
+    assert [line for line in lines if "▲" in line] == [
+        "     ▲ step 1: 1 of 64 rows, 0.14 of them",
+        "     ▲ the warning of step 1 came 50 more times",
+    ]
+    other = [Warned(STAGE, 1, "too hot"), Warned(STAGE, 2, "too cold")]
+    assert shown(Started(STAGE, 1, 1), *other, Finished(STAGE, {}, 1.0)).count("▲") == 2
+
+
+def test_in_a_pipe_lines_become_rarer_and_the_last_comes_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("quartet.cli.screen.threading.Thread.start", lambda self: None)
+    monkeypatch.setattr("quartet.cli.screen.threading.Thread.join", lambda self: None)
+    stage = Quiet()
+    stage.num_steps = 3600
+    out = io.StringIO()
+    screen = Screen(Console(file=out, width=120))
+    screen.show(Started(stage, 1, 1))
+    for step in range(1, 3601):  # an hour, a step each second
+        now[0] += 1
+        screen.show(Advanced(stage, Progress(step, {"reward": 0.0})))
+        screen._print_if_due()  # what the ticker does; nothing has changed since
+    screen.show(Finished(stage, {}, 3600.0))
+    lines = out.getvalue().splitlines()
+    assert lines[0].split()[-1] == "0:05" and lines[1].split()[-1] == "0:13"
+    assert len(lines) <= 18 and len(set(lines)) == len(lines)
+    assert sum("3600/3600" in line for line in lines) == 1

@@ -99,3 +99,21 @@ def test_which_hosts_are_this_machine(host, here):
 
 def test_control_characters_are_shown_not_obeyed():
     assert printable("a\x1b[31m\nb\u202e") == "a\\x1b[31m\\nb\\u202e"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["run", "reviews", "--run.steps", "3"], "--run.steps: settings are written without dashes: run.steps=3"),
+        (["plan", "sums", "--run.steps=3"], "--run.steps: settings are written without dashes: run.steps=3"),
+        (["run", "sums", "--init-kl-coef", "3"], "--init-kl-coef: no such option. Did you mean algorithm.kl.coef? Settings are written key=value."),
+    ],
+)  # fmt: skip
+def test_a_setting_that_is_written_as_an_option_is_answered_with_the_right_form(words, sentence):
+    done = quartet(*words)
+    assert done.exit_code == 2 and sentence in done.output.replace("\n", " ")
+
+
+def test_an_option_that_is_no_setting_is_refused_as_ever():
+    done = quartet("run", "sums", "--nonsense")
+    assert done.exit_code == 2 and "No such option" in done.output

@@ -94,14 +94,14 @@ def test_a_link_to_nowhere_is_no_file(tmp_path):
 
 UNKNOWN = {
     "top": ('reciep = "ppo"\n' + REST, "run.toml:1: reciep: no such key. Did you mean recipe?"),
-    "spaces": ('"a b" = 1\n' + PPO, "run.toml:1: a b: no such key. At the top has algorithm, critic, data"),
+    "spaces": ('"a b" = 1\n' + PPO, "run.toml:1: a b: no such key. The top level has algorithm, critic, data"),
     "in a part": (PPO + "[algorithm.kl]\ncof = 1\n", "run.toml:10: algorithm.kl.cof: no such key. Did you mean algorithm.kl.coef?"),
     "another library's word": (PPO + "[rollout]\nnum_generations = 4\n", "no such key. Did you mean rollout.samples_per_prompt?"),
     "another table's word": (PPO + "[optim]\nbatch_size = 3\n", "optim.batch_size: no such key. Did you mean rollout.prompts_per_step?"),
     "in a shape": (made("create = { hiden_size = 32 }"), "run.toml:3: policy.create.hiden_size: no such key. Did you mean policy.create.hidden_size?"),
-    "in an adapter": (PPO.replace('"m"', '"m"\nadapter = { type = "lora", r = 3 }'), "run.toml:4: policy.adapter.r: no such key. policy.adapter has alpha"),
+    "in an adapter": (PPO.replace('"m"', '"m"\nadapter = { type = "lora", r = 3 }'), "run.toml:4: policy.adapter.r: no such key. Did you mean policy.adapter.rank?"),
     "a part that is none": (PPO + "[algorithm.kl]\ntarget = 6\n", "algorithm.kl.target: no such key. Did you mean algorithm.kl.controller.target?"),
-    "a dotted key in a table": (PPO + 'policy.model = "x"\n', "run.toml:9: data.policy: no such key."),
+    "a dotted key in a table": (PPO + 'policy.model = "x"\n', "run.toml:9: data.policy.model: no such key. Did you mean policy.model? [data] has no keys of other tables."),
 }  # fmt: skip
 
 

@@ -207,7 +207,9 @@ REQUESTS = {
     "rollout.max_new_tokens=99999999999": "rollout.max_new_tokens = 99999999999: leaves no room for a prompt",
     "data.max_prompt_tokens=1": "p.jsonl:1: the prompt has 2 tokens, the limit is 1 (data.max_prompt_tokens).",
     "data.eval=none.jsonl": "none.jsonl: no such file.",
-    "run.device=cuda:99": 'run.device = "cuda:99": cannot be used here',
+    "rollout.max_new_tokens=63": "p.jsonl:1: the prompt has 2 tokens, the limit is 1 = 64 (lm) - 63 (rollout.max_new_tokens).",
+    "run.device=cuda:99": 'run.device = "cuda:99": ',
+    "run.device=mps": 'run.device = "mps": torch finds no Apple GPU on this machine. Write "cpu", or leave it out: "auto" takes a GPU where there is one.',
     "run.device=": 'run.device = "": cannot be used here (Device string must not be empty).',
 }
 

@@ -1,5 +1,7 @@
 """What is exported loads without Quartet."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,3 +53,18 @@ def test_nothing_is_written_over_or_left_half_done(run, tmp_path):
     ):
         export(tmp_path / "large", tmp_path / "x", "float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "run"]
+
+
+def test_a_policy_that_was_sampled_is_exported_to_be_sampled(run, tmp_path):
+    rollout = "[rollout]\nmax_new_tokens = 77\ntemperature = 0.7\ntop_k = 0\ntop_p = 1.0\n"
+    (run / "config.resolved.toml").write_text(rollout)
+    (run / "policy" / "README.md").write_text('AutoModelForCausalLM.from_pretrained("policy")')
+    target = tmp_path / "mine"
+    assert quartet(run, "--to", target).exit_code == 0
+    table = json.loads((target / "generation_config.json").read_text())
+    assert table["eos_token_id"] == tokenizer().eos_token_id
+    theirs = AutoModelForCausalLM.from_pretrained(target).generation_config
+    assert theirs.do_sample and theirs.temperature == 0.7 and theirs.max_new_tokens == 77
+    assert theirs.top_k == 0, "transformers' own default keeps 50"
+    assert f'from_pretrained("{target}")' in (target / "README.md").read_text()
+    assert (target / "config.resolved.toml").read_text() == rollout

@@ -1,5 +1,6 @@
 """A person's functions, in real processes."""
 
+import dataclasses
 import datetime
 import decimal
 import fractions
@@ -24,8 +25,22 @@ def brevity(responses):
     return [-len(r) for r in responses]
 
 def with_columns(prompts, completions, answer, **others):
-    assert set(others) == {"responses", "messages", "ended", "tokens", "level"}, others
+    assert set(others) == {*"responses messages ended tokens level prompt_ids completion_ids".split()}, others
     return [float(a == c) for a, c in zip(answer, completions)]
+
+def for_trl(prompts, completions, completion_ids, prompt_ids, trainer_state, log_extra, log_metric, **columns):
+    log_extra("length", [len(ids) for ids in completion_ids])
+    log_metric("mean", 0.5)
+    return [trainer_state.global_step + len(c) + len(p) / 100 for c, p in zip(completion_ids, prompt_ids)]
+
+def for_openrlhf(queries, prompts, labels, **others):
+    import torch
+    right = [q[len(p):] == a for q, p, a in zip(queries, prompts, labels)]
+    rewards = torch.tensor(right).float()
+    return {"rewards": rewards, "scores": rewards, "extra_logs": {"n": len(queries)}}
+
+def wants_epoch(prompts, completions, trainer_state):
+    return [trainer_state.epoch for _ in prompts]
 
 async def slowly(responses):
     await asyncio.sleep(0.01)
@@ -190,7 +205,7 @@ def test_where_nothing_has_a_score_the_reward_is_named():
         ),
         (
             "fails",
-            "failed: ZeroDivisionError: division by zero (my_rewards.py, line 33). The traceback is in run.log.",
+            "failed: ZeroDivisionError: division by zero (my_rewards.py, line 47). The traceback is in run.log.",
         ),
         ("exits", "failed: SystemExit: enough"),
         ("dies", "its process ended by itself (exit code 3)"),
@@ -334,3 +349,23 @@ def test_values_that_no_float32_holds_leave_their_responses_out(file):
         None,
         1.0,
     ]
+
+
+def test_a_function_for_trl_is_called_as_it_was_written(file, caplog):
+    asked = [dataclasses.replace(r, policy_version=3) for r in rollouts()]
+    expected = [3 + len(r.response_ids) + len(r.prompt.ids) / 100 for r in asked]
+    caplog.set_level("INFO")
+    assert reward(file, "for_trl").score(asked) == pytest.approx(expected)
+    for _ in range(100):
+        if "log_metric mean = 0.5" in caplog.text:
+            break
+        time.sleep(0.05)
+    assert "log_extra length = [1, 2, 3]" in caplog.text and "log_metric mean" in caplog.text
+    with pytest.raises(RewardError, match="trainer_state has global_step here, and no epoch"):
+        reward(file, "wants_epoch").score(asked)
+
+
+def test_a_function_for_openrlhf_is_called_as_it_was_written(file):
+    asked = rollouts(label=rollouts()[1].response)
+    assert reward(file, "for_openrlhf").score(asked) == [0.0, 1.0, 0.0]
+    assert reward(file, "for_openrlhf").score(rollouts()) == [0.0, 0.0, 0.0], "without labels"

@@ -136,17 +136,23 @@ class Assembler:
         """Return the encoder of the data. `longest` is how many tokens the policy reads at most."""
         config = self.config
         generates = config.reads("rollout")
-        room = longest - config.rollout.max_new_tokens * generates
+        sampled = config.rollout.max_new_tokens * generates
+        room = longest - sampled
+        of_model = config.policy.model or "policy.create.max_length"
         if room < 1:
             raise ModelError(
-                f"rollout.max_new_tokens = {config.rollout.max_new_tokens}: leaves no room for a "
-                f"prompt, {config.policy.model} reads at most {longest} tokens."
+                f"rollout.max_new_tokens = {sampled}: leaves no room for a prompt, "
+                f"{config.policy.model or 'the new policy'} reads at most {longest} tokens."
             )
+        limit = f"{longest:,} ({of_model})"
+        if generates:
+            limit = f"{room:,} = {limit} - {sampled:,} (rollout.max_new_tokens)"
         return Encoder(
             self.tokenizer,
             max_prompt_tokens=min(config.data.max_prompt_tokens, room),
             max_response_tokens=config.data.max_response_tokens,
             max_tokens=longest,
+            prompt_limit=limit if room < config.data.max_prompt_tokens else "",
             unusable=config.data.unusable,
         )
 

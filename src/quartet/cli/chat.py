@@ -14,17 +14,25 @@ from quartet.generation.sampling import Sampling
 from quartet.models.language_model import ModelError, load_model, load_tokenizer, stop_ids
 from quartet.models.support import limit_support
 
+HELP = """/compare  turn the answers from before RL on or off
+/new      forget the conversation
+/help     print this
+/quit     leave (so does the end of the input)"""
+
 
 class ChatSession:
     """A conversation with the policy of a run. If the run has the policy from before RL too, both
     can answer side by side."""
 
     def __init__(self, run: Path, temperature: float, max_new_tokens: int, seed: int = 0) -> None:
+        """`run` is a run's folder, or the Hugging Face folder of any language model."""
         after = next((run / name for name in ("policy", "sft") if (run / name).is_dir()), None)
+        if after is None and (run / "config.json").is_file():
+            after = run
         if after is None:
             raise ModelError(
-                f"{run}: has no policy/ or sft/ to talk to. Name a run folder that finished a "
-                "stage."
+                f"{run}: has no policy/ or sft/ to talk to, and is no model's folder. Name a run "
+                "folder that finished a stage, or a Hugging Face folder."
             )
         self.tokenizer = load_tokenizer(after)
         self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
@@ -45,7 +53,7 @@ class ChatSession:
             "A line is a message."
             if conversation
             else "A line is the beginning of a text, which the policy continues.",
-            "/compare: turn the answers from before RL on or off. /quit: leave.",
+            "/help: all commands.",
             style="dim",
         )
         try:
@@ -54,6 +62,12 @@ class ChatSession:
                     break
                 if line == "/compare":
                     self._toggle(console)
+                elif line == "/new":
+                    self.messages = []
+                elif line.startswith("/"):
+                    if line != "/help":
+                        console.print(f"{line}: no such command.", soft_wrap=True)
+                    console.print(HELP, style="dim", soft_wrap=True)
                 elif line:
                     self.answer(console, line)
         except KeyboardInterrupt:

@@ -6,11 +6,12 @@ import ipaddress
 import json
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from quartet import __version__
 from quartet.errors import QuartetError
@@ -66,6 +67,34 @@ def without_progress_bars() -> None:
     import transformers
 
     transformers.logging.disable_progress_bar()
+
+
+class SettingsCommand(TyperCommand):
+    """A command that takes `key=value` words. An option that is a key, or another library's option,
+    is refused with how it is written here."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            rest: list[str] = super().parse_args(ctx, list(args))
+        except Exception as error:
+            option = getattr(error, "option_name", None)
+            if not isinstance(option, str) or (sentence := _about_option(option, args)) is None:
+                raise
+            refuse(sentence)
+        return rest
+
+
+def _about_option(option: str, args: Sequence[str]) -> str | None:
+    """Return a sentence about an option that is a setting; None if it is none."""
+    from quartet.config.suggestions import known_keys, option_in_words
+
+    name = option.lstrip("-")
+    if name in known_keys():
+        at = next((i for i, word in enumerate(args) if word.partition("=")[0] == option), 0)
+        value = [*args[at : at + 1], ""][0].partition("=")[2] or [*args[at + 1 :], "…"][0]
+        return f"{option}: settings are written without dashes: {name}={value}"
+    meant = option_in_words(name)
+    return meant and f"{option}: no such option. {meant} Settings are written key=value."
 
 
 def refuse(sentence: str) -> NoReturn:

@@ -1,5 +1,6 @@
 """The commands that use the models of a run: chat, export, serve-reward."""
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,19 +27,24 @@ from quartet.cli.common import (
 @app.command()
 def chat(
     run_folder: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run folder, such as runs/latest.")
+        str,
+        typer.Argument(
+            metavar="RUN or FOLDER",
+            help="A run folder, such as runs/latest, or the Hugging Face folder of a model.",
+        ),
     ] = "runs/latest",
     temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
-    """Talk to the policy of a run.
+    """Talk to the policy of a run, or to any model in a Hugging Face folder.
 
-    `/compare` turns the answers from before RL, for comparison, on and off.
+    `/help` lists what can be typed beside messages.
     """
     from quartet.cli.chat import ChatSession
     from quartet.errors import NonFinite
     from quartet.models.language_model import ModelError
 
+    without_progress_bars()
     try:
         session = ChatSession(Path(run_folder), temperature, max_new_tokens)
     except ModelError as error:
@@ -92,7 +98,7 @@ def export(
     from quartet.models.export import DamagedModel
     from quartet.models.export import export as write
     from quartet.models.language_model import ModelError
-    from quartet.recording.model_card import ROLES
+    from quartet.recording.model_card import ROLES, complete
 
     if checkpoint is not None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -109,6 +115,7 @@ def export(
     )
     try:
         write(run_folder / part, target, precision)
+        complete(target, run_folder, part)
     except (DamagedModel, OSError) as error:
         reason = (
             f"{target}: cannot be written ({error.strerror or error})."
@@ -146,6 +153,7 @@ def _write_checkpoint_models(run_folder: Path, name: str, scratch: Path) -> None
     with refusing():
         checkpoint_stage = stage(Assembler(config, facts["fault"]), facts["stage"])
     models_at(checkpoint_stage, run_folder, checkpoint, scratch)
+    shutil.copyfile(run_folder / "config.resolved.toml", scratch / "config.resolved.toml")
     write_cards(scratch)
 
 
@@ -210,6 +218,7 @@ def serve_reward(
     from quartet.assembly.serving import TextScorer
     from quartet.models.language_model import ModelError
 
+    without_progress_bars()
     try:
         scorer = TextScorer(folder, device("auto"))
     except ModelError as error:

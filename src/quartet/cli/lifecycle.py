@@ -30,6 +30,8 @@ def new_run(settings: "Settings", fault: str | None) -> int:
 
     with refusing():
         execution = begin(settings, _job(settings, fault), fault)
+    for note in settings.notes:
+        _note(note)
     return _carry_out(execution)
 
 

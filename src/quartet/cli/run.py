@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quartet.cli.common import (
+    SettingsCommand,
     app,
     console,
     print_json,
@@ -48,7 +49,7 @@ Model = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def run(
     what: What = None,
     words: Words = None,
@@ -127,7 +128,7 @@ def with_model(words: Sequence[str] | None, model: str | None) -> list[str]:
     return [*(words or []), *([] if model is None else [f"policy.model={json.dumps(model)}"])]
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def plan(
     what: Annotated[
         str,
@@ -277,6 +278,8 @@ def _print_plan(settings: "Settings", as_json: bool) -> None:
         }
         print_json(whole)
         return
+    for note in settings.notes:
+        console.print(f"note   {note}", style="yellow", soft_wrap=True)
     console.print(f"plan   {in_words(run_plan)}", soft_wrap=True)
     for phase, size in (run_plan.memory or {}).items():
         console.print(f"       memory   {phase:<22} ≈ {size / 1e6:>9,.0f} MB")

@@ -1,6 +1,7 @@
-"""The progress of a run: one live line per stage on a terminal, a plain line every few seconds in
+"""The progress of a run: one live line per stage on a terminal, plain lines, ever rarer, in
 a file or a pipe. What takes longer than `SHOWN_SECONDS` is named in it, with its rate."""
 
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 10
 PLAIN_SECONDS = 5.0
+"""Seconds until a stage's first line in a file or a pipe."""
+PLAIN_GROWTH, PLAIN_MOST = 1.5, 600.0
+"""How much longer each next line of a stage is waited for, and the longest wait in seconds: three
+minutes have 7 lines, whatever the number of steps."""
 SHOWN_SECONDS = 2.0
 """How long something is done before the line says what it is."""
 SMOOTHING = 5
@@ -37,6 +42,11 @@ class Screen:
         self.live: Live | None = None
         self.line = _Line()
         self.printed_at = 0.0
+        self.printed = ""
+        """What was last printed of the stage in a file or a pipe, without its time."""
+        self.wait = PLAIN_SECONDS
+        self.warnings: dict[str, tuple[int, int]] = {}
+        """The step of each kind of warning of the stage, and how often it came again."""
         self._closed = threading.Event()
         self._ticker: threading.Thread | None = None
 
@@ -75,15 +85,24 @@ class Screen:
         return Group(self._render(), *(below if words else []))
 
     def _tick(self) -> None:
-        """Print the line whenever none was printed for `PLAIN_SECONDS`."""
-        while not self._closed.wait(max(self.printed_at + PLAIN_SECONDS - time.monotonic(), 0.1)):
-            if time.monotonic() - self.printed_at < PLAIN_SECONDS:
-                continue
-            self.printed_at = time.monotonic()
+        """Print the line whenever it is due."""
+        while not self._closed.wait(max(self.printed_at + self.wait - time.monotonic(), 0.1)):
             try:
-                self.console.print(self._render_now(), soft_wrap=True)
+                self._print_if_due()
             except (OSError, ValueError):  # the reader of the pipe has gone
                 return
+
+    def _print_if_due(self) -> None:
+        """Print the line if it has changed and the last one was long enough ago."""
+        if time.monotonic() - self.printed_at < self.wait:
+            return
+        self.printed_at = time.monotonic()
+        words = f"{self.line.step} {now_in_words()}"
+        if words == self.printed:
+            return
+        self.printed = words
+        self.wait = min(PLAIN_GROWTH * self.wait, PLAIN_MOST)
+        self.console.print(self._render_now(), soft_wrap=True)
 
     def _started(self, event: Any) -> None:
         self.line = _Line(
@@ -92,7 +111,8 @@ class Screen:
         for metrics in event.earlier:  # a resumed run still shows where its numbers began
             self.line.add(event.done, metrics)
         self.line.step = event.done
-        self.printed_at = time.monotonic()
+        self.printed_at, self.printed, self.wait = time.monotonic(), "0 ", PLAIN_SECONDS
+        self.warnings = {}
         if self.console.is_terminal:
             self.live = Live(
                 console=self.console,
@@ -108,11 +128,17 @@ class Screen:
 
     def _advanced(self, event: Any) -> None:
         self.line.add(event.progress.number, event.progress.metrics)
-        if self.live is None and time.monotonic() - self.printed_at > PLAIN_SECONDS:
-            self.console.print(self._render(), soft_wrap=True)
-            self.printed_at = time.monotonic()
+        if self.live is None and event.progress.number < event.stage.num_steps:
+            self._print_if_due()  # the line of the last step comes when the stage is finished
 
     def _warned(self, event: Any) -> None:
+        """Print a warning; count it if the stage has had it before, with whatever numbers."""
+        kind = re.sub(r"\d+([.,]\d+)*", "#", event.sentence)
+        if kind in self.warnings:
+            step, more = self.warnings[kind]
+            self.warnings[kind] = step, more + 1
+            return
+        self.warnings[kind] = event.step, 0
         self.console.print(
             Text(f"     ▲ step {event.step}: {event.sentence}", style="yellow"), soft_wrap=True
         )
@@ -122,6 +148,10 @@ class Screen:
         self.line.closing = "" if kind is None else kind.closing(event.summary)
         self.close()
         self.console.print(self._render(), soft_wrap=True)
+        for step, more in self.warnings.values():
+            if more:
+                words = f"     ▲ the warning of step {step} came {more} more time{'s' * (more > 1)}"
+                self.console.print(Text(words, style="yellow"), soft_wrap=True)
         if event.stage.name == "evaluation":
             self.console.print(evaluation_table(event.summary))
 

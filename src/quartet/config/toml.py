@@ -23,6 +23,7 @@ from quartet.algorithms.preference import PREFERENCES, PreferenceLoss
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.config.errors import Table, sentence, toml_value, where
 from quartet.config.links import resolve_links
+from quartet.config.replaced import replace_created_policy, replace_preset, rl_stage_of
 from quartet.config.tables import Config, json_ready, without_none
 from quartet.errors import QuartetError
 from quartet.generation.source import GeneratorSource, Servers
@@ -47,6 +48,8 @@ class Settings:
     """The text of the file."""
     links: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Paths that led over links, by key: as they were written, and where they led."""
+    notes: tuple[str, ...] = ()
+    """Sentences about settings of the file that the command line made meaningless."""
 
 
 def read_settings(
@@ -112,30 +115,20 @@ def _settings(
     known_links: Mapping[str, str],
 ) -> Settings:
     """Put words on top of a table, fill in what it leaves out, and check it."""
+    preset = rl_stage_of(table.get("recipe"))
     for word in words:
         key, value = _assignment(word)
         _set(table, key, value)
         origins = {k: v for k, v in origins.items() if k != key and not k.startswith(key + ".")}
         origins |= {k: "command line" for k, _ in _leaves(value, key)}
-    _replace_created_policy(table, origins)
+    replace_created_policy(table, origins)
+    notes = replace_preset(table, origins, preset)
     written = dict(origins)
     _expand(table, origins)
     links = resolve_links(table, known_links)
     config = _validate(table, origins)
     _refuse_unread(config, written)
-    return Settings(config, origins, name, text, links)
-
-
-def _replace_created_policy(table: Table, origins: dict[str, str]) -> None:
-    """Drop the model that a file creates, and its tokenizer, where the command line names one."""
-    if origins.get("policy.model") != "command line" or "create" not in table["policy"]:
-        return
-    for name in ("create", "tokenizer"):
-        keys = [key for key in origins if f"{key}.".startswith(f"policy.{name}.")]
-        if all(origins[key] != "command line" for key in keys):
-            table["policy"].pop(name, None)
-            for key in keys:
-                del origins[key]
+    return Settings(config, origins, name, text, links, notes)
 
 
 def _refuse_unread(config: Config, written: Mapping[str, str]) -> None:
@@ -252,7 +245,7 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _assignment(word: str) -> tuple[str, Any]:
     key, equals, text = word.partition("=")
-    if not equals or not re.fullmatch(r"[\w.]+", key):
+    if not equals or not re.fullmatch(r"[\w.]+|\w[\w-]*(\.\w[\w-]*)*", key):
         raise ConfigError(
             f'"{word}": not understood. Settings are written key=value, such as optim.lr=1e-5.'
         )
@@ -285,11 +278,7 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
     stages = table.get("recipe", [])
     if isinstance(stages, str):
         stages = table["recipe"] = [stages]
-    rl = (
-        next((s for s in stages if isinstance(s, str) and s in ALGORITHMS), None)
-        if isinstance(stages, list)
-        else None
-    )
+    rl = rl_stage_of(stages)
     if isinstance(table.get("critic"), dict):
         table["critic"] = {"type": "separate", **table["critic"]}
     named = (

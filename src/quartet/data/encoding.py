@@ -39,6 +39,9 @@ class Encoder:
     max_response_tokens: int
     max_tokens: int = 10**9
     """The longest sequence that the model reads."""
+    prompt_limit: str = ""
+    """How the limit of prompts came about, where it is not `data.max_prompt_tokens`: "128 = 256
+    (policy.create.max_length) - 128 (rollout.max_new_tokens)"."""
     unusable: Literal["refuse", "drop"] = "refuse"
     dropped: dict[str, str] = field(default_factory=dict)
     """What was wrong with each row that was dropped, by the row's id."""
@@ -304,8 +307,8 @@ class Encoder:
         ids = self._prompt_ids(example.prompt, example.extra)
         if len(ids) > self.max_prompt_tokens:
             raise DataError(
-                f"the prompt has {len(ids):,} tokens, the limit is {self.max_prompt_tokens:,} "
-                f"(data.max_prompt_tokens)."
+                f"the prompt has {len(ids):,} tokens, the limit is "
+                f"{self.prompt_limit or f'{self.max_prompt_tokens:,} (data.max_prompt_tokens)'}."
             )
         return ids
 

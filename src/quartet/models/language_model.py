@@ -35,6 +35,7 @@ from quartet.models.adapters import (
     merged_state,
     save_adapter,
 )
+from quartet.models.hub import why_not_on_hub
 from quartet.models.logprobs import (
     LogitShape,
     head_logits,
@@ -93,6 +94,7 @@ def shape_config(shape: Shape, tokenizer: Tokenizer) -> Any:
 def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
     """Return the causal language model of a Hugging Face folder or hub id, in float32. Weights are
     read from safetensors only, and code in the folder is not run. Raises ModelError."""
+    check_hub(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OWN_CODE
@@ -173,6 +175,7 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> Tokenizer:
             f"{folder}: has no tokenizer. Save one beside the model, or name another folder in "
             f"policy.tokenizer."
         )
+    check_hub(folder)
     try:
         tokenizer: Tokenizer = _tokenizer_class(folder).from_pretrained(folder, **OWN_CODE)
     except (*UNLOADABLE, ImportError) as error:
@@ -188,6 +191,12 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> Tokenizer:
     return tokenizer
 
 
+def check_hub(name: str | Path) -> None:
+    """Raise ModelError where a name is no folder here and the hub does not give the model."""
+    if not Path(name).exists() and (why := why_not_on_hub(str(name))) is not None:
+        raise ModelError(f"{name}: is no folder here, and {why}")
+
+
 def read_config(folder: str | Path) -> Any:
     """Return the config of a model folder or hub id. Raises ModelError, also for a local folder
     without safetensors weights."""
@@ -199,6 +208,7 @@ def read_config(folder: str | Path) -> Any:
             f"{folder}: has no .safetensors weights. Other formats can run code when they are "
             f"read, so they are not."
         )
+    check_hub(folder)
     try:
         return AutoConfig.from_pretrained(folder, **OWN_CODE)
     except CONFIG_ERRORS as error:

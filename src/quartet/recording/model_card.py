@@ -19,6 +19,8 @@ ROLES = {
 }
 BEFORE = {"sft": {"sft"}, "reward_model": {"sft", "reward_model"}}
 """The stages that shaped a model, for models that not all stages shaped."""
+SAMPLED = frozenset({"policy", "policy_ema", "sft"})
+"""The models that generate text."""
 LOADED_BY = {
     "reward_model": "AutoModelForSequenceClassification",
     "critic": "AutoModelForTokenClassification",
@@ -43,6 +45,36 @@ def write_cards(folder: Path) -> None:
             text = _front(role, config) + title + _loading(folder, role) + numbers + _making(config)
             files.replace(folder / role / "README.md", text)
     files.replace(folder / "README.md", f"# {folder.name}\n\n{_numbers(events)}{_making(config)}")
+
+
+def complete(target: Path, run_folder: Path, role: str) -> None:
+    """Complete the folder that a run's model was exported to, so that it needs no run folder.
+
+    The settings that the card names are copied. The card says where the model is. A policy that was
+    trained by sampling gets a generation config that samples as the run did: with its temperature,
+    without filters, and as many tokens as the run's responses could have.
+    """
+    resolved, card = run_folder / "config.resolved.toml", target / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8").replace(f'("{role}")', f'("{target}")')
+        files.replace(card, text)
+    if not resolved.is_file():
+        return
+    text = resolved.read_text(encoding="utf-8")
+    files.replace(target / resolved.name, text)
+    rollout = tomllib.loads(text).get("rollout")
+    if rollout is None or role not in SAMPLED:
+        return
+    path = target / "generation_config.json"
+    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    table |= {
+        "do_sample": True,
+        "temperature": rollout["temperature"],
+        "top_k": rollout["top_k"],
+        "top_p": rollout["top_p"],
+        "max_new_tokens": rollout["max_new_tokens"],
+    }
+    files.replace(path, json.dumps(table, indent=2) + "\n")
 
 
 def _front(role: str, config: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 from quartet.experience import Rollout
 from quartet.io.texts import excerpt
 from quartet.io.threads import WAKE_SECONDS, map_concurrently
-from quartet.rewards.protocol import RewardError, Score
+from quartet.rewards.protocol import RewardError, Score, openrlhf_labels
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ MAX_ANSWER_BYTES = 1_000_000_000
 """How long an answer may be: numbers for some 50 million tokens."""
 MAX_LINE_BYTES = 65_536
 """How much of what a function prints is one line of the log."""
+HELPERS = {"log_extra": None, "log_metric": None}
+"""Functions that TRL gives to reward functions; `worker.call` puts them in."""
 GRACE_SECONDS = 2.0
 """Seconds to wait for a process to end."""
 
@@ -146,7 +148,10 @@ class FunctionReward:
             "completions": [_as_trl(r) for r in rollouts],
             "messages": [r.prompt.messages for r in rollouts],
             "ended": [r.finish_reason == "stop" for r in rollouts],
+            "prompt_ids": [list(r.prompt.ids) for r in rollouts],
+            "completion_ids": [list(r.response_ids) for r in rollouts],
         }
+        offered = _of_other_libraries(rollouts, takes["names"]) | offered
         if takes["any"] or "tokens" in takes["names"]:
             offered["tokens"] = [self.token_texts(r.response_ids) for r in rollouts]
         if missing := [name for name in takes["required"] if name not in offered]:
@@ -370,6 +375,18 @@ def descendants(root: int) -> list[int]:
         frontier = {pid for pid, parent in parents.items() if parent in frontier} - set(found)
         found += frontier
     return found
+
+
+def _of_other_libraries(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments that only functions for TRL or OpenRLHF ask for by name."""
+    arguments: dict[str, Any] = {name: value for name, value in HELPERS.items() if name in names}
+    if "trainer_state" in names:
+        arguments["trainer_state"] = {"global_step": min(r.policy_version for r in rollouts)}
+    if "queries" in names:
+        arguments["queries"] = [r.prompt.text + r.response for r in rollouts]
+    if "labels" in names:
+        arguments["labels"] = openrlhf_labels(rollouts)
+    return arguments
 
 
 def _as_trl(rollout: Rollout) -> str | list[dict[str, str]]:

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from quartet.errors import QuartetError
 from quartet.experience import Rollout
@@ -46,6 +46,12 @@ class RewardError(QuartetError, RuntimeError):
 
     def __init__(self, message: str) -> None:
         super().__init__(well_formed(message))
+
+
+def openrlhf_labels(rollouts: Sequence[Rollout]) -> list[Any]:
+    """Return what OpenRLHF calls the labels: each row's column `label`, else `answer`, else
+    None."""
+    return [r.prompt.extra.get("label", r.prompt.extra.get("answer")) for r in rollouts]
 
 
 @dataclass(frozen=True)

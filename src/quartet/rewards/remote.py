@@ -13,7 +13,7 @@ from quartet.experience import Rollout
 from quartet.io.http_client import HttpClient, Reply, RequestError, encode, error_in
 from quartet.io.texts import excerpt
 from quartet.io.threads import WAKE_SECONDS
-from quartet.rewards.protocol import RewardError, Score
+from quartet.rewards.protocol import RewardError, Score, openrlhf_labels
 
 FIRST_WAIT = 0.5
 """Seconds before the second try; each further wait is twice as long."""
@@ -143,7 +143,7 @@ class ServerReward:
     def _scores(self, rollouts: Sequence[Rollout]) -> list[Score]:
         request: dict[str, Any]
         if self.protocol == "openrlhf":
-            labels = [r.prompt.extra.get("label", r.prompt.extra.get("answer")) for r in rollouts]
+            labels = openrlhf_labels(rollouts)
             request = {
                 "query": [r.prompt.text + r.response for r in rollouts],
                 "prompts": [r.prompt.text for r in rollouts],

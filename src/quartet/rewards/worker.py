@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, TextIO
 
+log = logging.getLogger("quartet.rewards")
 Function = Callable[..., Any]
 NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, Set)
 PACKAGE = str(Path(__file__).parents[1])
@@ -30,6 +32,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's to hear
     _die_with_parent()
     requests, answers = _own_pipes()
+    log.addHandler(logging.StreamHandler(sys.stderr))
+    log.setLevel(logging.INFO)
     own, function = os.getpid(), None
     for line in requests:
         request = json.loads(line)
@@ -95,7 +99,37 @@ def parameters(function: Function) -> dict[str, Any]:
     }
 
 
+class TrainerState:
+    """TRL's `trainer_state`, of which Quartet knows the step."""
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self.global_step: int = facts["global_step"]
+        """Optimizer updates of the policy before it sampled these responses."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"trainer_state has global_step here, and no {name}")
+
+
+def _log_metric(name: str, value: Any) -> None:
+    log.info("log_metric %s = %s", name, value)
+
+
+def _log_extra(column: str, values: Any) -> None:
+    log.info("log_extra %s = %s", column, values)
+
+
+TRL_HELPERS: Mapping[str, Callable[[Any], Any]] = {
+    "trainer_state": TrainerState,
+    "log_metric": lambda _: _log_metric,
+    "log_extra": lambda _: _log_extra,
+}
+"""What TRL gives to reward functions beside columns, from what a run sends of it."""
+
+
 def call(function: Function, arguments: dict[str, Any]) -> Any:
+    for name, helper in TRL_HELPERS.items():
+        if name in arguments and not isinstance(arguments[name], list):  # a list is a column
+            arguments = arguments | {name: helper(arguments[name])}
     made = function(**arguments)
     if inspect.isawaitable(made):
 
@@ -109,7 +143,10 @@ def call(function: Function, arguments: dict[str, Any]) -> Any:
 def plain(values: Any) -> list[Any]:
     """Return what a function returned as a list of numbers, None and lists of numbers. Arrays and
     tensors are such lists; True and False are 1 and 0; an integer that no float can hold is
-    infinite. Nothing else is converted."""
+    infinite. Of a dict, as OpenRLHF's functions return it, `rewards` is read. Nothing else is
+    converted."""
+    if isinstance(values, Mapping) and "rewards" in values:
+        values = values["rewards"]
     if not _is_list(values):
         raise TypeError(f"returned {_kind(values)}, not a list with a number for each response")
     return [_number(i, value) for i, value in enumerate(values)]

@@ -1,0 +1,55 @@
+"""What the hub says of a model, asked before transformers loads it: its own errors begin with their
+consequences."""
+
+import logging
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+HUB_SECONDS = 5.0
+"""How long the hub may take to answer whether it has a model."""
+LOG_IN = "log in with: hf auth login"
+
+
+def why_not_on_hub(name: str) -> str | None:
+    """Return why the hub does not give a model, and what to do; None if it gives it, or if it was
+    downloaded before."""
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None
+    except HFValidationError:
+        return "it is no name that the hub can have. Check the path."
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # its warnings say what is returned
+    try:
+        hf_hub_download(name, "config.json", etag_timeout=HUB_SECONDS)
+    except LocalEntryNotFoundError:
+        return (
+            "the hub cannot be reached. Check the path, or download the model where there is a "
+            "network and name its folder."
+        )
+    except EntryNotFoundError:  # whoever loads the model says what is missing
+        return None
+    except GatedRepoError:
+        return (
+            "the hub gives it only to accounts that have accepted its terms. Accept them on its "
+            f"page, and {LOG_IN}"
+        )
+    except RepositoryNotFoundError:
+        return (
+            "the hub has no such model, or only for those who may see it. Check the name; for a "
+            f"private model {LOG_IN}"
+        )
+    except (OSError, HfHubHTTPError) as error:
+        return f"the hub does not answer ({str(error).strip().partition(chr(10))[0]})."
+    finally:
+        logger.setLevel(level)
+    return None

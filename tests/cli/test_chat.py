@@ -1,0 +1,44 @@
+"""A conversation in the terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from quartet.cli.chat import ChatSession
+from quartet.models.language_model import ModelError, save
+from tests.support.world import model, tokenizer
+
+
+def said(session, *lines):
+    out = io.StringIO()
+    session.talk(Console(file=out, width=120), lines)
+    return out.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save(model(), tokenizer(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_any_models_folder_can_be_talked_to(folder):
+    session = ChatSession(folder, 1.0, 3)
+    assert "no policy from before RL" in said(session, "/compare")
+    said(session, "good")
+    assert [message["role"] for message in session.messages] == ["user", "assistant"]
+
+
+def test_help_lists_the_commands_and_an_unknown_one_is_no_message(folder):
+    session = ChatSession(folder, 1.0, 3)
+    for command in ("/compare", "/new", "/help", "/quit"):
+        assert command in said(session, "/help")
+    assert "/hlep: no such command." in said(session, "/hlep")
+    assert session.messages == []
+    said(session, "good", "/new")
+    assert session.messages == []
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="is no model's folder"):
+        ChatSession(tmp_path, 1.0, 3)
