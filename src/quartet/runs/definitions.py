@@ -49,6 +49,12 @@ DEFINITIONS = (
         "Pearson's r of score and number of tokens in the step",
         "above 0.5 the policy may be paid for length",
     ),
+    Definition(
+        "reward/deviation/*",
+        "deviation of *",
+        "mean over responses of the standard deviation of an ensemble's scores",
+        "rising: the policy writes what its members disagree about",
+    ),
     Definition("reward/*", "reward *", "mean of this reward alone, before its weight"),
     Definition(
         "kl",
