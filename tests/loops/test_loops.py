@@ -26,6 +26,7 @@ from quartet.loops.rl_async import Ahead, rl_async
 from quartet.loops.sft import held_out_loss, sft
 from quartet.models.actor_critic import Separate, Shared, freeze
 from quartet.models.heads import ScalarModel, ValueHead
+from quartet.models.text import decoded_response
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import RewardError, Weighted, rewarded
 from quartet.training.batch import collate
@@ -316,7 +317,8 @@ def test_remax_compares_with_the_greedy_answer_to_the_same_prompt():
                 ids.append(int(actor(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
             if ids[-1] == END:
                 break
-        text = generator._text(rollout.prompt, rollout.prompt.text, ids[len(rollout.prompt.ids) :])
+        prompt = rollout.prompt.ids
+        text = decoded_response(tokenizer(), prompt, ids[len(prompt) :])
         assert rollout.greedy_score == len(text)
 
 

@@ -273,7 +273,7 @@ REWARDS = {
     "a server in no time": ('type = "server"\nurl = "http://h/"\ntimeout = nan', "run.toml:7: reward.0.timeout = nan: must be a finite number."),
     "a judge without model": ('type = "judge"\nurl = "http://h/"', "run.toml:5: reward.0.model: is missing. What the endpoint calls the judge."),
     "a judge of pairs of one": ('type = "judge"\nurl = "http://h/"\nmodel = "x"\nmode = "pairwise"', "rollout.samples_per_prompt must be ≥ 2."),
-    "an ensemble of nothing": ('type = "ensemble"', "run.toml:5: reward.0.models: is missing. Folders or hub ids, two or more."),
+    "an ensemble of nothing": ('type = "ensemble"', "reward.models: name the reward models' folders, or put reward_model before"),
     "an ensemble's weights": ('type = "ensemble"\nmodels = ["a", "b"]\nweights = [1, -1]', "weights = [1.0, -1.0]: needs one number ≥ 0 for each of 2 models"),
     "no pattern": ('type = "pattern"', "run.toml:5: reward.0.pattern: is missing."),
     "lengths the wrong way round": ('type = "length"\nleast = 5\nmost = 3', "run.toml:5: reward.0: least = 5 is more than most = 3"),

@@ -15,7 +15,7 @@ from transformers import (
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError
 from quartet.rewards.combine import EnsembleReward
-from quartet.rewards.protocol import RewardError
+from quartet.rewards.protocol import RewardError, Weighted, rewarded
 from quartet.rewards.text_models import StepReward, TextModelReward, step_ends
 from tests.support.world import WORDS, model, prompts, rollout, tokenizer
 
@@ -74,7 +74,7 @@ def test_an_encoder_reads_prompt_and_response_as_a_pair_whatever_the_micro_batch
         ]
     assert len(set(expected)) == len(asked)
     for tokens in (1, 4096):
-        assert TextModelReward("m", tmp_path, None, tokens).score(asked) == pytest.approx(
+        assert TextModelReward.load("m", tmp_path, None, tokens).score(asked) == pytest.approx(
             expected, abs=1e-5
         )
 
@@ -89,7 +89,7 @@ def test_a_decoder_with_another_tokenizer_reads_the_text_again(tmp_path):
         [*tokenizer().encode(r.prompt.text + r.response), tokenizer().eos_token_id] for r in asked
     ]
     expected = [scalar.scores(torch.tensor([row]), torch.tensor([len(row)])).item() for row in ids]
-    assert TextModelReward("m", tmp_path, None, 4096).score(asked) == pytest.approx(
+    assert TextModelReward.load("m", tmp_path, None, 4096).score(asked) == pytest.approx(
         expected, abs=1e-5
     )
 
@@ -102,16 +102,16 @@ def test_one_of_several_labels_can_be_the_score(tmp_path):
             theirs(**bert_tokenizer()(r.prompt.text, r.response, return_tensors="pt")).logits[0]
             for r in asked
         ]
-    assert TextModelReward("m", tmp_path, 2, 4096).score(asked) == pytest.approx(
+    assert TextModelReward.load("m", tmp_path, 2, 4096).score(asked) == pytest.approx(
         [x[2].item() for x in logits], abs=1e-5
     )
     with pytest.raises(
         ModelError,
         match="has 3 labels; a reward model needs 1. To use the first: reward.label = 0.",
     ):
-        TextModelReward("m", tmp_path, None, 4096)
+        TextModelReward.load("m", tmp_path, None, 4096)
     with pytest.raises(ModelError, match="reward.label = 3: .* has 3 labels, counted from 0"):
-        TextModelReward("m", tmp_path, 3, 4096)
+        TextModelReward.load("m", tmp_path, 3, 4096)
 
 
 def test_a_language_model_is_no_reward_model(tmp_path):
@@ -130,7 +130,7 @@ def test_text_that_is_too_long_is_refused_not_cut(tmp_path):
     with pytest.raises(
         RewardError, match=r"have \d+ tokens for reward model .*, which reads at most 32"
     ):
-        TextModelReward("m", tmp_path, None, 4096).score([long])
+        TextModelReward.load("m", tmp_path, None, 4096).score([long])
 
 
 class Says:
@@ -157,6 +157,16 @@ def test_ensembles_by_hand():
         0
     ]
     assert lower == pytest.approx(2.5 - 2 * weighted**0.5)
+
+
+def test_the_members_disagreement_is_recorded_beside_the_score():
+    """Scores 1, 2 and 6 have the mean 3 and the deviation √(14/3)."""
+    members = [Says(1.0, None), Says(2.0, 1.0), Says(6.0, 1.0)]
+    ensemble = EnsembleReward("e", members, combine="min")
+    first, second = rewarded(rollouts(2), [Weighted(ensemble, 2.0)])
+    deviation = pytest.approx((14 / 3) ** 0.5)
+    assert first.score == 2.0 and first.components == {"e": 1.0, "deviation/e": deviation}
+    assert second.score is None and second.components == {"e": None, "deviation/e": None}
 
 
 def test_where_steps_end():
@@ -201,12 +211,12 @@ def test_text_that_reads_like_the_end_is_not_the_end_for_another_tokenizer(tmp_p
     other = tokenizer()
     other.add_tokens(["unheard"])
     scalar.save(tmp_path, other)
-    reward = TextModelReward("m", tmp_path, None, 4096)
+    reward = TextModelReward.load("m", tmp_path, None, 4096)
     [asked] = rollouts(1)
-    ids, _ = reward._ids(dataclasses.replace(asked, response=" was <eos> good"))
+    ids = reward._ids(dataclasses.replace(asked, response=" was <eos> good"))
     assert ids.count(other.eos_token_id) == 1 and ids[-1] == other.eos_token_id
     cut = dataclasses.replace(asked, response=" was <eos>", finish_reason="length")
-    assert other.eos_token_id not in reward._ids(cut)[0]
+    assert other.eos_token_id not in reward._ids(cut)
 
 
 @pytest.mark.parametrize("kind", ["text", "steps", "ensemble"])
@@ -218,10 +228,10 @@ def test_a_model_whose_score_is_not_finite_stops_the_run(kind, tmp_path):
     if kind == "steps":
         reward = StepReward("m", tmp_path, "\n\n", None, "mean", lambda ids: ["a"] * len(ids))
     else:
-        reward = TextModelReward("m", tmp_path, None, 4096)
+        reward = TextModelReward.load("m", tmp_path, None, 4096)
     with torch.no_grad():
         reward.model.classifier.bias.fill_(torch.nan)
     if kind == "ensemble":
-        reward = EnsembleReward("e", [TextModelReward("good", tmp_path, None, 4096), reward])
+        reward = EnsembleReward("e", [TextModelReward.load("good", tmp_path, None, 4096), reward])
     with pytest.raises(RewardError, match="reward m: the score of tiny:0/0 is not finite"):
         reward.score(rollouts(2))

@@ -242,18 +242,20 @@ class TrainingRun:
 
     @property
     def reward_model(self) -> Any:
-        """The trained reward model, a `quartet.ScalarModel`, loaded from the run folder."""
-        from quartet.models.heads import ScalarModel
+        """The trained reward model, a `quartet.ScalarModel`, loaded from the run folder; of an
+        ensemble, its first member."""
+        from quartet.models.text_classifier import load_scorer
 
         with no_progress_bars():
-            return ScalarModel.load(self._result("reward_model"), self.job.device)
+            return load_scorer(self._result("reward_model", "reward_model-1"), self.job.device)
 
     def _result(self, *names: str) -> Path:
         folder = self.folder
         for name in names:
             if (folder / name).is_dir():
                 return folder / name
-        results = [name for name in (*POLICIES, "reward_model") if (folder / name).is_dir()]
+        known = (*POLICIES, "reward_model", "reward_model-1")
+        results = [name for name in known if (folder / name).is_dir()]
         if self.finished:
             raise QuartetError(
                 f"{folder}: this run leaves no {names[0]}, only {', '.join(results) or 'a record'}."

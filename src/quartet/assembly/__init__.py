@@ -30,7 +30,7 @@ def build(
     """
     GlobalRandom().seed(config.seed)
     assembler = Assembler(config, fault, process_group, objects)
-    stages = [stage(assembler, name) for name in config.recipe]
+    stages = [stage(assembler, name) for name in config.stages]
     rollout = dataclasses.replace(config.rollout, staleness=config.staleness)
     run = dataclasses.replace(config.run, precision=assembler.models.chosen_precision())
     complete = dataclasses.replace(config, rollout=rollout, run=run)

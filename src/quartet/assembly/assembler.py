@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 from quartet.algorithms.update import TrustRegion
 from quartet.assembly.data import Rows
 from quartet.assembly.generators import Generators
-from quartet.assembly.models import Models, device, resolved_model, with_resolved_models
+from quartet.assembly.models import Models, device
+from quartet.assembly.named import resolved_model, with_resolved_models
 from quartet.assembly.rewards import RewardMaker
 from quartet.config.tables import Config, SeparateCritic, TrainTokenizer
 from quartet.data import DataError
 from quartet.data.encoding import Encoder
+from quartet.data.records import Comparison
 from quartet.data.tokenizer import train_tokenizer
 from quartet.distributed.offload import NO_OFFLOAD, Offloading, Placement
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
@@ -38,10 +41,22 @@ from quartet.rewards.protocol import Reward, Weighted
 from quartet.rewards.reward_model import ModelReward
 from quartet.rewards.shared import shared
 from quartet.rewards.source import RewardContext
-from quartet.rewards.sources import JudgeSource, ModelSource
+from quartet.rewards.sources import JudgeSource, ModelSource, is_trained_here
 from quartet.rewards.text_models import StepReward, TextModelReward
 from quartet.training.optimizer_types import TYPES, OptimizerError
-from quartet.worlds import World, make_world
+from quartet.worlds import World, gold_accuracy, make_world
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What reward models are trained and tested on, in their own tokens."""
+
+    train: Sequence[Comparison]
+    held_out: Sequence[Comparison]
+    shown: Sequence[Comparison]
+    """The held-out comparisons in the policy's tokens."""
+    ceiling: float | None
+    """The accuracy of the gold reward on the held-out labels; None where there is none."""
 
 
 class Assembler:
@@ -101,7 +116,9 @@ class Assembler:
         )
         if config.reads("reward"):
             per_token = config.algorithm is not None and config.algorithm.needs_token_scores
-            self.rewards.check(self.sources, per_token)
+            reads_text = self.models.text_reader is not None
+            backbone = self.models.trained_backbone if reads_text else None
+            self.rewards.check(self.sources, per_token, backbone)
         self.critic_init = self._critic_init()
         self.generators = Generators(config, self.tokenizer, longest, self.world)
 
@@ -166,10 +183,14 @@ class Assembler:
         return micro_batch_tokens(self.config, parameters, memory, world_size)
 
     def _critic_init(self) -> str | None:
-        """Return what a separate critic starts from: "policy", a folder, or None for the reward
-        model that this run trains."""
+        """Return what a separate critic starts from: "policy", a folder, or None for the first
+        reward model that this run trains."""
         config = self.config
-        source = next((s for s in self.sources if isinstance(s, ModelSource)), None)
+        source = next(
+            (s for s in self.sources if isinstance(s, ModelSource) or is_trained_here(s)), None
+        )
+        folder = source.model if isinstance(source, ModelSource) else None
+        label = source.label if isinstance(source, ModelSource) else None
         has_critic = config.algorithm is not None and config.algorithm.needs_critic
         if not isinstance(config.critic, SeparateCritic) or not has_critic:
             return "policy"
@@ -177,16 +198,36 @@ class Assembler:
         if init not in {None, "reward_model"}:
             return init if init == "policy" else resolved_model("critic.init", init)
         on_its_trunk = config.policy.adapter is not None and init is None
-        if source is None or (source.model is not None and on_its_trunk):
+        backbone = folder or self.models.trained_backbone
+        if source is None or (backbone is not None and on_its_trunk):
             return "policy"
-        if source.model is None or self.rewards.context.reads_ids(source.model, source.label):
-            return source.model
+        reads_ids = (
+            self.models.text_reader is None
+            if folder is None
+            else self.rewards.context.reads_ids(folder, label)
+        )
+        if reads_ids:
+            return folder
         if init == "reward_model":
             raise ModelError(
-                f'critic.init = "reward_model": {source.model} does not read the policy\'s tokens, '
+                f'critic.init = "reward_model": {backbone} does not read the policy\'s tokens, '
                 'so it cannot value them. Use "policy".'
             )
         return "policy"
+
+    @cached_property
+    def comparisons(self) -> Comparisons:
+        """The comparisons that reward models are trained on."""
+        path = self.config.reward_model.data
+        train, held_out = self.rows.read("comparisons", path)
+        ceiling = None if self.world is None or path else gold_accuracy(self.world, held_out)
+        reader = self.models.text_reader
+        if reader is None:
+            records = self.encoder.comparisons(train), self.encoder.comparisons(held_out)
+            return Comparisons(*records, records[1], ceiling)
+        own, _ = self.encoder.comparisons_for(reader, train)
+        own_held_out, policys = self.encoder.comparisons_for(reader, held_out)
+        return Comparisons(own, own_held_out, policys, ceiling)
 
     @cached_property
     def prompts(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
@@ -220,13 +261,15 @@ class Assembler:
     def weighted_rewards(
         self,
         folder: Path,
-        reward_model: ScalarModel | None = None,
+        reward_models: Sequence[ScalarModel] = (),
         process_group: ProcessGroup = SINGLE_PROCESS,
         placement: Placement = NO_OFFLOAD,
     ) -> list[Weighted]:
-        """Return the rewards of a stage. `reward_model` is the run's own where it is loaded
+        """Return the rewards of a stage. `reward_models` are the run's own where they are loaded
         already, `process_group` the ranks that ask for scores together."""
-        trained = reward_model or folder / "reward_model"
+        trained: Sequence[Path | ScalarModel] = reward_models
+        if not reward_models:
+            trained = [folder / name for name in self.config.reward_models]
         load = partial(self.models.load_scalar, role="reward_model", process_group=process_group)
         rewards = []
         for source in self.sources:

@@ -23,8 +23,9 @@ from quartet.models.precision import compute_in
 from quartet.models.protocols import CausalModel
 from quartet.models.shape import Shape
 from quartet.rewards.protocol import Weighted, rewarded
-from quartet.rewards.sources import ModelSource
+from quartet.rewards.sources import is_trained_here
 from quartet.runtime.faults import FAULTS
+from quartet.stages.kinds import member_of
 from quartet.stages.rl import RLComponents, WinRateProbe
 from quartet.training.learner import Learner
 from quartet.training.trust_region import TrustRegionLearner
@@ -42,7 +43,7 @@ def load_components(assembler: Assembler, folder: Path) -> RLComponents:
     config, models, group = assembler.config, assembler.models, assembler.process_group
     algorithm = config.algorithm
     assert algorithm is not None
-    attached = _attaches_reward_model(assembler, folder)
+    attached = _attaches_reward_models(assembler, folder)
     adapters = [CRITIC] if _critic_is_an_adapter(assembler, attached) else []
     actor = models.trainable_policy(folder, *adapters)
     reference = models.reference_of(actor, folder) if algorithm.needs_reference else None
@@ -50,17 +51,14 @@ def load_components(assembler: Assembler, folder: Path) -> RLComponents:
     # then still needs a model that is not trained meanwhile.
     served = isinstance(config.generator, Servers) and not attached
     sampled = actor if served else models.sampled_policy(actor, folder)
-    reward_model = None
-    if attached:
-        reward_model = attach(sampled, REWARD, folder / "reward_model" / "adapter")
-        compute_in(sampled, models.dtype("policy"))  # the adapter that has been added
+    reward_models = _attached(assembler, sampled, folder) if attached else []
     actor_critic: ActorCritic = Separate(actor, None)
     if algorithm.needs_critic:
-        actor_critic = _actor_critic(assembler, actor, reward_model, folder)
+        actor_critic = _actor_critic(assembler, actor, reward_models, folder)
     sampling_group = group.clone() if config.staleness else group
     placement = assembler.placement
     learner = _learner(assembler, algorithm, actor_critic, reference, placement)
-    rewards = assembler.weighted_rewards(folder, reward_model, sampling_group, placement)
+    rewards = assembler.weighted_rewards(folder, reward_models, sampling_group, placement)
     generator, probe_generator = _generators(assembler, actor, sampled, folder, sampling_group)
     components = RLComponents(
         learner,
@@ -157,12 +155,25 @@ def _perplexity_texts(assembler: Assembler) -> Sequence[Demonstration]:
     return assembler.encoder.demonstrations(held_out)[:PERPLEXITY_TEXTS]
 
 
-def _attaches_reward_model(assembler: Assembler, folder: Path) -> bool:
-    """Return whether the reward model that the run trained is an adapter: it is then attached to
+def _attaches_reward_models(assembler: Assembler, folder: Path) -> bool:
+    """Return whether the reward models that the run trained are adapters: they are then attached to
     the trunk of the sampled model."""
-    is_used = any(isinstance(s, ModelSource) and s.model is None for s in assembler.sources)
-    has_adapter = (folder / "reward_model" / "adapter").is_dir()
+    is_used = any(map(is_trained_here, assembler.sources))
+    has_adapter = any(
+        (folder / name / "adapter").is_dir() for name in assembler.config.reward_models
+    )
     return assembler.config.policy.adapter is not None and is_used and has_adapter
+
+
+def _attached(assembler: Assembler, sampled: Any, folder: Path) -> list[AdaptedScalar]:
+    """Attach the reward models that the run trained to the trunk of the sampled model."""
+    attached = []
+    for name in assembler.config.reward_models:
+        _, number = member_of(name)
+        adapter = REWARD if number is None else f"{REWARD}-{number}"
+        attached.append(attach(sampled, adapter, folder / name / "adapter"))
+    compute_in(sampled, assembler.models.dtype("policy"))  # the adapters that have been added
+    return attached
 
 
 def _critic_is_an_adapter(assembler: Assembler, attached: bool) -> bool:
@@ -188,9 +199,13 @@ def _pretraining(assembler: Assembler, algorithm: Algorithm) -> Sampler[Demonstr
 
 
 def _actor_critic(
-    assembler: Assembler, actor: CausalModel, reward_model: AdaptedScalar | None, folder: Path
+    assembler: Assembler,
+    actor: CausalModel,
+    reward_models: Sequence[AdaptedScalar],
+    folder: Path,
 ) -> ActorCritic:
-    """Return the actor with the critic that the config asks for."""
+    """Return the actor with the critic that the config asks for. `reward_models` are those that are
+    adapters."""
     models, init = assembler.models, assembler.critic_init
     match assembler.config.critic:
         case SharedCritic():
@@ -199,12 +214,13 @@ def _actor_critic(
         case SeparateCritic(create=Shape() as shape):
             return Separate(actor, models.created_critic(shape))
         case SeparateCritic():
-            if reward_model is not None and init is None:
-                critic = _critic_like(assembler, reward_model, actor, folder)
+            if reward_models and init is None:
+                critic = _critic_like(assembler, reward_models[0], actor, folder)
             elif init == "policy":
                 critic = models.new_scalar(actor, CRITIC, folder)
             else:
-                critic = models.load_scalar(init or folder / "reward_model", "critic")
+                trained = folder / (assembler.config.reward_models or ("reward_model",))[0]
+                critic = models.load_scalar(init or trained, "critic")
             return Separate(actor, critic)
 
 
@@ -213,7 +229,7 @@ def _critic_like(
 ) -> ScalarModel:
     """Return a critic on the actor's trunk that starts as the reward model."""
     critic = assembler.models.new_scalar(actor, CRITIC, folder)
-    copy_adapter(reward_model.view.model, REWARD, actor, CRITIC)
+    copy_adapter(reward_model.view.model, str(reward_model.view.adapter), actor, CRITIC)
     critic.head.load_state_dict(reward_model.head.state_dict())
     critic.centre = reward_model.centre
     return critic

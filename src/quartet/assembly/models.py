@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from quartet.algorithms.update import TrustRegion
+from quartet.assembly.named import resolved_model
 from quartet.config.run import PrecisionName, Role, RolePrecision
 from quartet.config.tables import Config, SeparateCritic
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
@@ -43,9 +45,13 @@ from quartet.models.protocols import Tokenizer
 from quartet.models.quantize import quantize
 from quartet.models.shape import Shape
 from quartet.models.support import limit_support
+from quartet.models.text_classifier import (
+    TextReader,
+    check_backbone,
+    new_scorer,
+    reads_tokens_of,
+)
 from quartet.models.trunk import checkpoint_blocks, compile_blocks
-from quartet.rewards.source import RewardSource
-from quartet.rewards.sources import EnsembleSource, ModelSource, StepsSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +88,9 @@ class Models:
             device,
             process_group,
         )
+        self.reward_backbone = resolved_model("reward_model.model", config.reward_model.model)
+        """The folder, or the name on the hub, of the model that reward models are trained from;
+        None if that is the policy."""
         self.meshes: dict[ProcessGroup, Any] = {}
         """The mesh over which the models of each process group are sharded."""
 
@@ -102,6 +111,8 @@ class Models:
                 f"policy.compile = true: compiles Quartet's own forward pass, and {why}. Use false."
             )
         self._check_sampling()
+        if self.trained_backbone is not None:
+            self._check_backbone(self.trained_backbone)
         if self._needs_classifier():
             define_classifier(self.policy_config())
         if self.folder is not None:
@@ -113,6 +124,26 @@ class Models:
                     "Use the model's own tokenizer. Or set policy.resize_embeddings = true, which "
                     "adds embeddings for the others."
                 )
+
+    def _check_backbone(self, folder: str) -> None:
+        """Raise `ModelError` unless reward models can be trained from a folder or hub id."""
+        config, reader = read_config(folder), self.text_reader
+        check_backbone(folder, config)
+        loss = self.config.reward_model.loss
+        if loss.needs_every_token and reader is not None and not reader.is_decoder:
+            raise ModelError(
+                f'reward_model.loss.type = "{loss.type}": reads a score at every token, and '
+                f"{folder} has one for the whole text. Use reward_model.loss = "
+                '{ type = "last_token" }.'
+            )
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
+        if reader is None and limit < min(longest, self.longest_sequence()):
+            raise ModelError(
+                f"reward_model.model: {folder} reads at most {limit:,} tokens, and a prompt and a "
+                f"response can have {longest:,}. Lower data.max_prompt_tokens or "
+                "rollout.max_new_tokens."
+            )
 
     def _check_sampling(self) -> None:
         """Raise `ModelError` if answers would be sampled from a recurrent model."""
@@ -129,7 +160,22 @@ class Models:
         config = self.config
         has_critic = config.algorithm is not None and config.algorithm.needs_critic
         own_critic = has_critic and isinstance(config.critic, SeparateCritic)
-        return "reward_model" in config.recipe or (config.rl_stage is not None and own_critic)
+        has_trunk = "reward_model" in config.recipe and self.reward_backbone is None
+        return has_trunk or (config.rl_stage is not None and own_critic)
+
+    @property
+    def trained_backbone(self) -> str | None:
+        """The backbone of the reward models that this run trains, where it is not the policy's."""
+        return self.reward_backbone if "reward_model" in self.config.recipe else None
+
+    @cached_property
+    def text_reader(self) -> TextReader | None:
+        """How the reward models that this run trains read texts; None where they read the policy's
+        token ids."""
+        folder = self.trained_backbone
+        if folder is None or reads_tokens_of(folder, self.tokenizer):
+            return None
+        return TextReader.of(folder)
 
     def start(self, folder: Path | None) -> "Start":
         """Return what the policy of a stage starts from. `folder` is the run's, and None before its
@@ -198,13 +244,13 @@ class Models:
         freeze_layers(model, self.config.policy.frozen_layers)
         return compute_in(model, self.dtype("policy"))
 
-    def _add_adapter(self, model: Any, name: str, start: "Start") -> Any:
+    def _add_adapter(self, model: Any, name: str, start: "Start", seed: int | None = None) -> Any:
         """Return the model with an adapter of this name, which is trained; one that it has stays as
-        it is."""
+        it is. `seed` is that of its initial weights, the run's own if it is None."""
         lora = self.config.policy.adapter
         assert lora is not None
         if name not in adapters_of(model):
-            add_adapter(model, lora, name, self.config.seed)
+            add_adapter(model, lora, name, self.config.seed if seed is None else seed)
             if start.adapter is not None:
                 read_adapter(model, name, start.adapter)
         for p in adapter_parameters(model, name):
@@ -302,19 +348,25 @@ class Models:
         policy = self.config.policy
         if policy.gradient_checkpointing:
             checkpoint_blocks(model)
-        return compile_blocks(model) if policy.compile else model
+        can_compile = policy.compile and why_not_fused(model.config) is None
+        return compile_blocks(model) if can_compile else model
 
-    def new_scalar(self, policy: Any, adapter: str, folder: Path | None) -> ScalarModel:
+    def new_scalar(
+        self, policy: Any, adapter: str, folder: Path | None, seed: int | None = None
+    ) -> ScalarModel:
         """Return a scalar model with a new head. Its trunk is a copy of the policy that the stage
         starts from; if the policy is an adapter, its trunk is the same base model with a second
-        adapter."""
-        pad, seed, start = pad_token_id(self.tokenizer), self.config.seed, self.start(folder)
+        adapter. `seed` is that of its new weights, the run's own if it is None."""
+        pad, start = pad_token_id(self.tokenizer), self.start(folder)
+        seed = self.config.seed if seed is None else seed
         if self.config.policy.adapter is not None:
-            return AdaptedScalar(self._add_adapter(policy, adapter, start), adapter, pad, seed)
+            adapted = self._add_adapter(policy, adapter, start, seed)
+            return AdaptedScalar(adapted, adapter, pad, seed)
         dtype = self.dtype("reward_model" if adapter == REWARD else "critic")
         if self.is_in_parts():
             model, weights = self._skeleton(start)
-            return self._scalar_in_parts(model.config, dtype, trunk_weights(model, weights), start)
+            trunk = trunk_weights(model, weights)
+            return self._scalar_in_parts(model.config, dtype, trunk, start, seed)
         share_frozen = self.config.policy.frozen_layers > 0
         scalar = ScalarModel.from_trunk(policy, pad, seed, share_frozen=share_frozen)
         self.prepare_blocks(scalar.model)
@@ -329,30 +381,45 @@ class Models:
             self.prepare_blocks(scalar.model)
             return scalar.compute_in(dtype)
         weights = trunk_weights(whole, whole.state_dict())
-        return self._scalar_in_parts(whole.config, dtype, weights, "critic.create")
+        return self._scalar_in_parts(
+            whole.config, dtype, weights, "critic.create", self.config.seed
+        )
 
     def _scalar_in_parts(
-        self, config: Any, dtype: torch.dtype, trunk: Mapping[str, Rows], source: Any
+        self, config: Any, dtype: torch.dtype, trunk: Mapping[str, Rows], source: Any, seed: int
     ) -> ScalarModel:
         """Return a scalar model with a new head over a trunk of these weights, in parts."""
         scalar = ScalarModel.over(config, pad_token_id(self.tokenizer))
         self.prepare_blocks(scalar.model)
         self._shard(scalar.compute_in(dtype).model)
-        return scalar.fill_trunk(trunk, self.device, source, self.config.seed)
+        return scalar.fill_trunk(trunk, self.device, source, seed)
 
-    def new_reward_model(self, folder: Path) -> tuple[ScalarModel, Any]:
+    def new_reward_model(self, folder: Path, seed: int) -> tuple[ScalarModel, Any]:
         """Return a reward model to be trained, and the policy that samples the responses on which
-        it is centred. An adapter shares the policy's base model unless that is in parts."""
+        it is centred. An adapter shares the policy's base model unless that is in parts. `seed` is
+        that of the new weights."""
         start, has_adapter = self.start(folder), self.config.policy.adapter is not None
+        if self.reward_backbone is not None:
+            return self._new_scorer(seed), self.frozen_policy(self.initial_policy(folder))
         if not self.is_in_parts():
             policy = self.initial_policy(folder)
-            scalar = self.new_scalar(policy, REWARD, folder)
+            scalar = self.new_scalar(policy, REWARD, folder, seed)
             return scalar, policy if has_adapter else self.frozen_policy(policy)
         trunk = None
         if has_adapter:
-            trunk = self._read(start, lambda model: self._add_adapter(model, REWARD, start))
-        scalar = self.new_scalar(trunk, REWARD, folder)
+            trunk = self._read(start, lambda model: self._add_adapter(model, REWARD, start, seed))
+        scalar = self.new_scalar(trunk, REWARD, folder, seed)
         return scalar, self._read(start, self.frozen_policy, in_parts=False)
+
+    def _new_scorer(self, seed: int) -> ScalarModel:
+        """Return a reward model to be trained on a backbone of its own: all of its weights, also
+        where the policy has an adapter or frozen layers."""
+        assert self.reward_backbone is not None
+        reader = self.text_reader
+        tokenizer = self.tokenizer if reader is None else reader.tokenizer
+        scalar = new_scorer(self.reward_backbone, tokenizer, self.device, seed)
+        self.prepare_blocks(scalar.model)
+        return scalar.compute_in(self.dtype("reward_model"))
 
     def load_scalar(
         self, source: str | Path, role: Role, process_group: ProcessGroup | None = None
@@ -439,28 +506,3 @@ def device(name: str, process_group: ProcessGroup = SINGLE_PROCESS) -> torch.dev
         raise ModelError(
             f'run.device = "{name}": cannot be used here ({excerpt(str(error), 100)}).'
         ) from error
-
-
-def with_resolved_models(source: RewardSource) -> RewardSource:
-    """Return the reward source with the absolute paths of its models."""
-    match source:
-        case ModelSource(model=model):
-            return dataclasses.replace(source, model=resolved_model("reward.model", model))
-        case StepsSource(model=model):
-            return dataclasses.replace(source, model=str(resolved_model("reward.model", model)))
-        case EnsembleSource(models=models):
-            resolved = (str(resolved_model("reward.models", model)) for model in models)
-            return dataclasses.replace(source, models=tuple(resolved))
-    return source
-
-
-def resolved_model(key: str, model: str | None) -> str | None:
-    """Return a model's folder as an absolute path, so that it stays the same when `runs/latest`
-    changes. A hub id, `name` or `owner/name`, is returned as it is. `key` is named in errors."""
-    if model is None:
-        return None
-    if Path(model).is_dir():
-        return str(Path(model).resolve())
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelError(f'{key} = "{model}": no such folder.')
-    return model

@@ -18,6 +18,7 @@ from quartet.rewards.sources import (
     ModelSource,
     NumberSource,
     StepsSource,
+    is_trained_here,
 )
 from quartet.rewards.text_models import the_label
 from quartet.rewards.verifiable import final_number
@@ -34,12 +35,18 @@ class RewardMaker:
     notes: list[str] = field(default_factory=list)
     """Sentences that the user should read before the run starts."""
 
-    def check(self, sources: Sequence[RewardSource], per_token: bool) -> None:
+    def check(
+        self, sources: Sequence[RewardSource], per_token: bool, backbone: str | None = None
+    ) -> None:
         """Check what is known of the sources before a model is loaded, and create the rewards that
-        load none."""
+        load none. `backbone` is what the run trains reward models from, where they do not read the
+        policy's tokens."""
         for source in sources:
-            if isinstance(source, EnsembleSource):
-                for model in source.models:
+            if is_trained_here(source):
+                if backbone is not None and source.weight:
+                    self._check_reads_text(f"reward_model.model = {backbone}", per_token)
+            elif isinstance(source, EnsembleSource):
+                for model in source.models or ():
                     self._check_model(source, model, None, per_token)
             elif isinstance(source, ModelSource) and source.model is not None:
                 self._check_model(source, source.model, source.label, per_token)
@@ -64,16 +71,21 @@ class RewardMaker:
             )
         the_label(model, config.num_labels, label)
         if not self.context.reads_ids(model, label) and source.weight:
-            if per_token:
-                raise ModelError(
-                    f"{model}: policy and reward model use different tokenizers, so it has no "
-                    "score for each of the policy's tokens. "
-                    'Use algorithm.rewards.type = "last_token".'
-                )
-            self.notes.append(
-                f"policy and reward model {model} use different tokenizers: text is re-encoded for "
-                "the reward model; per-token rewards are not available."
+            self._check_reads_text(model, per_token)
+
+    def _check_reads_text(self, model: str, per_token: bool) -> None:
+        """Note that a reward model reads text and not the policy's tokens. Raises ModelError where
+        the algorithm needs a score for each of these."""
+        if per_token:
+            raise ModelError(
+                f"{model}: policy and reward model use different tokenizers, so it has no "
+                "score for each of the policy's tokens. "
+                'Use algorithm.rewards.type = "last_token".'
             )
+        self.notes.append(
+            f"policy and reward model {model} use different tokenizers: text is re-encoded for "
+            "the reward model; per-token rewards are not available."
+        )
 
     def check_prompts(self, prompts: Iterable[Prompt], sources: Sequence[RewardSource]) -> None:
         """Check that each prompt has the columns that the rewards compare responses with. Raises
@@ -96,13 +108,13 @@ class RewardMaker:
     def make(
         self,
         source: RewardSource,
-        trained: Path | ScalarModel,
+        trained: Sequence[Path | ScalarModel],
         folder: Path,
         load_scalar: Callable[[str], ScalarModel] | None = None,
     ) -> Reward:
-        """Return the reward of a source. `trained` is the reward model that this run trains, or its
-        folder; `folder` is the run's. `load_scalar` loads a reward model that all ranks ask; others
-        are whole in each process."""
+        """Return the reward of a source. `trained` are the reward models that this run trains, or
+        their folders; `folder` is the run's. `load_scalar` loads a reward model that all ranks
+        ask; others are whole in each process."""
         if not source.per_stage:
             return self.rewards[source.called]
         if not isinstance(source, ModelSource):

@@ -25,13 +25,18 @@ class TextScorer:
         path = folder / "reward_model" if (folder / "reward_model").is_dir() else folder
         if not path.is_dir():
             raise ModelError(f"{folder}: no such folder.")
+        if members := sorted(folder.glob("reward_model-*")):
+            raise ModelError(
+                f"{folder}: the run trained {len(members)} reward models. Name the folder of one, "
+                f"such as {members[0]}."
+            )
         config = read_config(path)
         the_label(str(path), config.num_labels, None)
         self.path, self.encoder = path, None
         self.limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
         self.reward: Reward
         if not scores_last_token(config):
-            self.reward = TextModelReward("model", path, None, micro_batch_tokens, device)
+            self.reward = TextModelReward.load("model", path, None, micro_batch_tokens, device)
             return
         self.encoder = Encoder(
             load_tokenizer(path), max_prompt_tokens=self.limit, max_response_tokens=self.limit

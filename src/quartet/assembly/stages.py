@@ -1,15 +1,14 @@
 """From the config's tables to stages: one function per kind."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from quartet.algorithms.preference import Kto
 from quartet.assembly.assembler import Assembler
 from quartet.assembly.components import load_components
-from quartet.assembly.models import resolved_model
+from quartet.assembly.named import resolved_model
 from quartet.config.tables import Preference, RewardModel, Sft
-from quartet.data.examples import Example
 from quartet.data.sampler import Sampler
 from quartet.data.shapes import Purpose
 from quartet.distributed.sharding import GatheredWeights
@@ -19,17 +18,19 @@ from quartet.loops.preference import OnlinePairs
 from quartet.models.precision import DTYPES
 from quartet.models.trunk import block_matrices
 from quartet.stages.evaluation import EvaluationStage
-from quartet.stages.kinds import EVALUATION, PREFERENCE, REWARD_MODEL, RL, SFT, kind_of
+from quartet.stages.kinds import EVALUATION, PREFERENCE, REWARD_MODEL, RL, SFT, kind_of, member_of
 from quartet.stages.preference import PreferenceStage
 from quartet.stages.protocol import Stage
 from quartet.stages.reward_model import RewardModelStage
 from quartet.stages.rl import RLStage
 from quartet.stages.sft import SftStage
 from quartet.training.optim import Optimizer
-from quartet.worlds import World
 
 CENTRING_PROMPTS = 256
 """How many training prompts are answered to find a reward model's mean score."""
+MEMBER_SEEDS = 1000
+"""The distance between the seeds of an ensemble's members. It is not 1: runs with the seeds 0 and 1
+would have all but one member in common."""
 
 
 def stage(assembler: Assembler, name: str) -> Stage:
@@ -60,15 +61,20 @@ def sft_stage(assembler: Assembler, name: str) -> SftStage:
 
 
 def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
-    """Return the stage that trains a reward model."""
+    """Return the stage that trains a reward model, which may be a member of an ensemble."""
     settings, config = assembler.config.reward_model, assembler.config
-    train, held_out = assembler.rows.read("comparisons", settings.data)
-    world = assembler.world if settings.data is None else None
+    comparisons, (_, number) = assembler.comparisons, member_of(name)
+    title = "reward model"
+    if number is not None:
+        title += f", member {number} of {settings.members}"
     return RewardModelStage(
         name=name,
-        comparisons=assembler.encoder.comparisons(train),
-        held_out=assembler.encoder.comparisons(held_out),
-        ceiling=None if world is None else _gold_accuracy(world, held_out),
+        title=title,
+        comparisons=comparisons.train,
+        held_out=comparisons.held_out,
+        shown=comparisons.shown,
+        reader=assembler.models.text_reader,
+        ceiling=comparisons.ceiling,
         prompts=assembler.prompts[0][:CENTRING_PROMPTS],
         sampling=config.rollout,
         tokenizer=assembler.tokenizer,
@@ -78,7 +84,7 @@ def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
         num_steps=settings.steps,
         batch_size=settings.batch_size,
         micro_batch_tokens=assembler.micro_batch_tokens,
-        seed=config.seed,
+        seed=config.seed + MEMBER_SEEDS * ((number or 1) - 1),
         process_group=assembler.process_group,
     )
 
@@ -185,13 +191,3 @@ STAGES: dict[str, Callable[[Assembler, str], Stage]] = {
 def _optimizer(model: Any, settings: Sft | RewardModel | Preference) -> Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     return Optimizer(parameters, settings, settings.steps, block_matrices(model))
-
-
-def _gold_accuracy(world: World, comparisons: Sequence[Example]) -> float:
-    """Return how often the gold reward agrees with the labels of these comparisons."""
-    gold = world.gold
-    agreements = [
-        gold(str(c.prompt), str(c.chosen)) > gold(str(c.prompt), str(c.rejected))
-        for c in comparisons
-    ]
-    return sum(agreements) / len(agreements)

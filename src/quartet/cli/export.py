@@ -77,7 +77,10 @@ def export(
     target: Annotated[Path, typer.Option("--to", help="The folder to write.")],
     part: Annotated[
         str,
-        typer.Option(help="The model to export: policy, policy_ema, sft, reward_model or critic."),
+        typer.Option(
+            help="The model to export: policy, policy_ema, sft, reward_model (of an ensemble "
+            "reward_model-1, …) or critic."
+        ),
     ] = "policy",
     dtype: Annotated[
         Precision | None,
@@ -98,7 +101,7 @@ def export(
     from quartet.models.export import DamagedModel
     from quartet.models.export import export as write
     from quartet.models.language_model import ModelError
-    from quartet.recording.model_card import ROLES, complete
+    from quartet.recording.model_card import complete, models_in
 
     if checkpoint is not None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -106,7 +109,7 @@ def export(
             export(Path(scratch), target, part, dtype)
         return
     without_progress_bars()
-    roles = [role for role in ROLES if (run_folder / role / "config.json").is_file()]
+    roles = models_in(run_folder)
     if part not in roles:
         models = f"It has {', '.join(roles)}." if roles else NO_MODELS
         refuse(f"{run_folder}: has no model called {part}. {models}")
@@ -144,7 +147,7 @@ def _write_checkpoint_models(run_folder: Path, name: str, scratch: Path) -> None
         config = read_settings(run_folder / "config.resolved.toml").config
     except ConfigError as error:
         refuse(str(error))
-    path = _checkpoint_path(run_folder, name, config.recipe)
+    path = _checkpoint_path(run_folder, name, config.stages)
     try:
         checkpoint = read_checkpoint(path)
     except DamagedCheckpoint as error:
@@ -157,12 +160,12 @@ def _write_checkpoint_models(run_folder: Path, name: str, scratch: Path) -> None
     write_cards(scratch)
 
 
-def _checkpoint_path(run_folder: Path, name: str, recipe: Sequence[str]) -> Path:
+def _checkpoint_path(run_folder: Path, name: str, stages: Sequence[str]) -> Path:
     """Return the checkpoint of this name; for "best" the one with the highest metric of
     `run.keep_best`. Refuses the request if there is none."""
     from quartet.training.checkpoints import Checkpoints, merit
 
-    order = {stage: place for place, stage in enumerate(recipe)}
+    order = {stage: place for place, stage in enumerate(stages)}
     paths = Checkpoints(run_folder / "checkpoints", order).newest_first()
     with_weights = [path for path in paths if not path.name.endswith("-000000")]
     if name == "best":

@@ -18,6 +18,7 @@ PATHS = (
     "data.shape",
     "sft.data",
     "reward_model.data",
+    "reward_model.model",
     "preference.data",
     "policy.model",
     "policy.tokenizer",

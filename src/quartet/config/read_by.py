@@ -45,6 +45,7 @@ CHANGES_NOTHING_LEARNT = frozenset(
     {
         "recipe",
         "launch",
+        "reward_model.members",
         "generator.sleep",
         "run.track",
         "run.name",
@@ -60,7 +61,8 @@ CHANGES_NOTHING_LEARNT = frozenset(
     }
 )
 """Tables and keys that may change when a run is resumed, whichever stage reads them. The recipe is
-among them because a checkpoint is chosen only where the stages up to its own are the same."""
+among them because a checkpoint is chosen only where the stages up to its own are the same, and so
+is the number of reward models, each of which has a stage."""
 
 
 def roles_that_read(key: str) -> frozenset[str] | None:

@@ -13,7 +13,14 @@ from quartet.algorithms.update import TrustRegion
 from quartet.config.tables import Config, SeparateCritic
 from quartet.generation.source import Servers
 from quartet.io.texts import did_you_mean
-from quartet.rewards.sources import EnvironmentSource, GoldSource, JudgeSource, ModelSource
+from quartet.rewards.sources import (
+    EnsembleSource,
+    EnvironmentSource,
+    GoldSource,
+    JudgeSource,
+    ModelSource,
+    is_trained_here,
+)
 from quartet.stages.kinds import KINDS, kind_of
 from quartet.training.optimizer_types import TYPES
 
@@ -128,6 +135,7 @@ def paths_are_not_empty(config: Config) -> str | None:
         "data.eval": (config.data.eval,),
         "data.texts": (config.data.texts,),
         "policy.model": (config.policy.model,),
+        "reward_model.model": (config.reward_model.model,),
     }
     for key, named in paths.items():
         if "" in named:
@@ -226,12 +234,50 @@ def learning_needs_a_reward(config: Config) -> str | None:
 
 @rule
 def reward_model_has_an_origin(config: Config) -> str | None:
-    unnamed = any(isinstance(r, ModelSource) and r.model is None for r in config.reward)
-    if not unnamed or "reward_model" in config.recipe or not config.reads("reward"):
+    unnamed = next((r for r in config.reward if is_trained_here(r)), None)
+    if unnamed is None or "reward_model" in config.recipe or not config.reads("reward"):
+        return None
+    key, folders = (
+        ("model", "model's folder")
+        if isinstance(unnamed, ModelSource)
+        else ("models", "models' folders")
+    )
+    return (
+        f"reward.{key}: name the reward {folders}, or put reward_model before "
+        f"{config.rewarded_stage or 'the others'} in the recipe."
+    )
+
+
+@rule
+def reward_is_what_is_trained(config: Config) -> str | None:
+    if "reward_model" not in config.recipe:
+        return None
+    members = config.reward_model.members
+    for source in filter(is_trained_here, config.reward):
+        if isinstance(source, ModelSource) and members > 1:
+            return (
+                f'reward.type = "model": the run trains {members} reward models. Use type = '
+                '"ensemble", or name the folder of one in reward.model.'
+            )
+        if isinstance(source, EnsembleSource):
+            if members == 1:
+                return (
+                    'reward.models: the run trains one reward model. Use type = "model", or set '
+                    "reward_model.members to 2 or more."
+                )
+            if (problem := source.weights_problem(members)) is not None:
+                return f"reward.{problem}."
+    return None
+
+
+@rule
+def other_backbone_is_whole(config: Config) -> str | None:
+    if config.reward_model.model is None or not config.launch.shard:
         return None
     return (
-        "reward.model: name the reward model's folder, or put reward_model before "
-        f"{config.rewarded_stage or 'the others'} in the recipe."
+        "launch.shard: a reward model on a backbone of its own is held whole by each rank, and "
+        "cannot be trained beside models in parts. Leave out reward_model.model, or train the "
+        "reward model in a run without launch.shard and name its folder in reward.model."
     )
 
 

@@ -27,8 +27,8 @@ from quartet.models.lora import Lora
 from quartet.models.shape import Shape
 from quartet.parts import Field, part
 from quartet.rewards.source import RewardSource
-from quartet.rewards.sources import ModelSource
-from quartet.stages.kinds import PREFERENCE, RL, kind_of, stage_of
+from quartet.rewards.sources import ModelSource, is_trained_here
+from quartet.stages.kinds import PREFERENCE, REWARD_MODEL, RL, kind_of, stage_of
 from quartet.training.optim import Optim, OptimizerConfig
 
 WORLDS = Literal["reviews", "sums", "guess", "labelled_texts"]
@@ -190,6 +190,18 @@ class RewardModel(OptimizerConfig):
     data: str | None = Field(
         default=None, description="A file of comparisons. Left out, it is data.train."
     )
+    model: str | None = Field(
+        default=None,
+        description="The folder or hub id of the model to start from, such as an encoder or a "
+        "larger decoder, which reads text by its own tokenizer. Left out, it is the policy's.",
+    )
+    members: int = Field(
+        default=1,
+        ge=1,
+        le=32,
+        description="How many reward models are trained, one after another, as an ensemble. They "
+        "differ in the seed of their new weights and of the order of the data.",
+    )
     loss: RewardModelLoss = LastTokenLoss()
 
 
@@ -217,7 +229,8 @@ class SeparateCritic:
     init: str | None = Field(
         default=None,
         description='The weights that the critic starts from: "reward_model", "policy", or a '
-        "folder. Left out, they are the reward model's where there is one, else the policy's.",
+        "folder. Left out, they are the reward model's where there is one that reads the policy's "
+        "tokens, else the policy's.",
     )
     create: Shape | None = Field(
         default=None,
@@ -308,12 +321,30 @@ class Config:
     run: RunConfig = RunConfig()
     launch: Launch = Launch()
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of the run in order: those of the recipe, where the reward models of an
+        ensemble are a stage each."""
+        return tuple(
+            name
+            for stage in self.recipe
+            for name in (self.reward_models if stage == REWARD_MODEL.name else (stage,))
+        )
+
+    @property
+    def reward_models(self) -> tuple[str, ...]:
+        """The names of the reward models that the run trains, which are those of their stages and
+        of their folders; none where its recipe has no such stage."""
+        if REWARD_MODEL.name not in self.recipe:
+            return ()
+        return REWARD_MODEL.members(self.reward_model.members)
+
     def readers(self, key: str) -> tuple[str, ...]:
-        """Return the stages of the recipe that read a dotted key."""
+        """Return the stages of the run that read a dotted key."""
         roles = roles_that_read(key)
         if roles is None:
-            return self.recipe
-        return tuple(stage for stage in self.recipe if roles & self._roles(stage))
+            return self.stages
+        return tuple(stage for stage in self.stages if roles & self._roles(stage))
 
     def reads(self, key: str) -> bool:
         """Return whether a stage of the recipe, or the run as a whole, reads a dotted key."""
@@ -365,10 +396,12 @@ class Config:
         return self.environment is not None or self.data.world == "guess"
 
     @property
-    def reward_model_source(self) -> ModelSource | None:
-        """The first reward model among the rewards, which a critic can start from; None if there is
-        none."""
-        return next((r for r in self.reward if isinstance(r, ModelSource)), None)
+    def reward_model_source(self) -> RewardSource | None:
+        """The first reward model among the rewards, which a critic can start from; of ensembles,
+        only the one that the run trains. None if there is none."""
+        return next(
+            (r for r in self.reward if isinstance(r, ModelSource) or is_trained_here(r)), None
+        )
 
     @model_validator(mode="after")
     def _can_work(self) -> "Config":

@@ -334,8 +334,15 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
     for key, _ in _leaves(table["algorithm"], "algorithm"):
         origins.setdefault(key, f"preset {rl}" if _has(preset, key.split(".")[1:]) else "default")
     if "reward" not in table and "reward_model" in stages:
-        table["reward"] = [{"type": "model"}]
+        table["reward"] = [{"type": "ensemble" if _has_members(table) else "model"}]
         origins["reward.0.type"] = "recipe"
+
+
+def _has_members(table: Table) -> bool:
+    """Return whether the run trains several reward models."""
+    settings = table.get("reward_model")
+    members = settings.get("members", 1) if isinstance(settings, dict) else 1
+    return isinstance(members, int) and members > 1
 
 
 def _is_served(table: Table) -> bool:

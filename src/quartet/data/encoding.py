@@ -19,7 +19,8 @@ from quartet.models.chat import (
     render_turns,
 )
 from quartet.models.protocols import Tokenizer
-from quartet.models.text import quoted_control, response_ids, text_ids
+from quartet.models.text import decoded_response, quoted_control, response_ids, text_ids
+from quartet.models.text_classifier import TextReader
 
 R = TypeVar("R")
 
@@ -67,6 +68,41 @@ class Encoder:
         for example in examples:
             self.sides |= {side for side in ("chosen", "rejected") if getattr(example, side)}
         return records
+
+    def comparisons_for(
+        self, reader: TextReader, examples: Sequence[Example]
+    ) -> tuple[Sequence[Comparison], Sequence[Comparison]]:
+        """Return the comparisons as a reward model with its own tokenizer reads them, and the same
+        in the policy's tokens. Of the former, each side is a whole text, prompt included."""
+        own = DiskRows(Comparison)
+
+        def encode(example: Example) -> list[Comparison]:
+            comparison = self._comparison(example)
+            own.append(self._as_read(reader, self._prompt(example), comparison))
+            return [comparison]
+
+        policys = self._all(Comparison, encode, examples)
+        return own, policys
+
+    def _as_read(self, reader: TextReader, prompt: Prompt, comparison: Comparison) -> Comparison:
+        """Return a comparison in the tokens of a reader, which is given the texts that it would be
+        given if the policy had sampled them."""
+        chosen, rejected = (
+            tuple(reader.ids(prompt, decoded_response(self.tokenizer, prompt.ids, ids), ended=True))
+            for ids in (comparison.chosen_ids, comparison.rejected_ids)
+        )
+        longest = max(chosen, rejected, key=len)
+        if reader.too_long(longest):
+            raise DataError(
+                f"prompt and response have {len(longest):,} tokens together for "
+                f"reward_model.model, which reads at most {reader.limit:,}."
+            )
+        if chosen == rejected:
+            raise DataError(
+                "chosen and rejected are identical for the tokenizer of reward_model.model, so "
+                "there is nothing to learn from this row."
+            )
+        return Comparison(comparison.id, (), chosen, rejected, comparison.margin)
 
     def prompt_ids(self, prompt: Text, columns: Columns = NO_COLUMNS) -> list[int]:
         """Return the ids that the policy is given; the beginning-of-sequence token first where the

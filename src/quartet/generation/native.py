@@ -18,6 +18,7 @@ from quartet.io.activity import progress
 from quartet.models.adapters import REWARD
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.support import ids_outside, support_of
+from quartet.models.text import decoded_response
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -60,9 +61,8 @@ class NativeGenerator:
         if self.copied:
             with torch.no_grad():
                 for name, tensor in self.model.state_dict().items():
-                    if (
-                        f".{REWARD}." not in name
-                    ):  # the judge may stand on the copy, and never changes
+                    # Reward models may be adapters on the copy, and never change.
+                    if f".{REWARD}." not in name and f".{REWARD}-" not in name:
                         tensor.copy_(weights.tensors[name])
         self.version = weights.version
 
@@ -114,7 +114,7 @@ class NativeGenerator:
                     prompt=prompt,
                     group=group,
                     response_ids=tuple(ids),
-                    response=self._text(prompt, before[group], ids),
+                    response=decoded_response(self.tokenizer, prompt.ids, ids, before[group]),
                     logprobs=tuple(logprobs),
                     entropies=tuple(entropies),
                     finish_reason="stop" if ids[-1] in self.stop_ids else "length",
@@ -184,14 +184,6 @@ class NativeGenerator:
         """Return which responses these tokens end. Token i is number `lengths[i]` of response
         `rows[i]`; the end depends on neither here, but a benchmark sets lengths by both."""
         return torch.isin(tokens, self.stop_ids)
-
-    def _text(self, prompt: Prompt, before: str, response_ids: list[int]) -> str:
-        """Return the text of a response as it reads after its prompt: some tokenizers decode a
-        first word differently when nothing is before it."""
-        whole = self.tokenizer.decode([*prompt.ids, *response_ids], skip_special_tokens=True)
-        if whole.startswith(before):
-            return whole[len(before) :]
-        return self.tokenizer.decode(response_ids, skip_special_tokens=True)
 
 
 Step = tuple[Tensor, Tensor, Drawn]

@@ -36,6 +36,7 @@ from quartet.io.http_client import HttpClient, Reply, RequestError, encode, erro
 from quartet.io.texts import excerpt
 from quartet.io.threads import map_concurrently, result_of
 from quartet.models.protocols import Tokenizer
+from quartet.models.text import decoded_response
 
 log = logging.getLogger(__name__)
 PAUSE = 0.5
@@ -326,19 +327,12 @@ class ServedGenerator:
                 raise self._gone(reason)
 
     def _rollout(self, prompt: Prompt, group: int, sample: int, answer: _Answer) -> Rollout:
-        before = self.tokenizer.decode(prompt.ids, skip_special_tokens=True)
-        text = self.tokenizer.decode([*prompt.ids, *answer.ids], skip_special_tokens=True)
-        response = (
-            text[len(before) :]
-            if text.startswith(before)
-            else self.tokenizer.decode(answer.ids, skip_special_tokens=True)
-        )
         return Rollout(
             id=f"{prompt.id}/{sample}",
             prompt=prompt,
             group=group,
             response_ids=tuple(answer.ids),
-            response=response,
+            response=decoded_response(self.tokenizer, prompt.ids, answer.ids),
             logprobs=tuple(answer.logprobs),
             finish_reason="stop" if answer.ids[-1] in self.stop_ids else "length",
             policy_version=answer.versions[0],

@@ -6,7 +6,7 @@ response is appended as an id.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,6 +54,24 @@ def response_ids(tokenizer: Tokenizer, text: str, ended: bool = True) -> list[in
     """Return the ids of a response in plain text, with the end-of-sequence token if it ended."""
     ids = text_ids(tokenizer, text, continues=True)
     return [*ids, tokenizer.eos_token_id] if ended else ids
+
+
+def decoded_response(
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    ids: Sequence[int],
+    prompt: str | None = None,
+) -> str:
+    """Return the text of a response as it reads after its prompt, without control tokens: some
+    tokenizers decode a first word differently when nothing is before it. `prompt` is the prompt
+    decoded, where that is known."""
+    if prompt is None:
+        prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    whole: str = tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=True)
+    if whole.startswith(prompt):
+        return whole[len(prompt) :]
+    response: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return response
 
 
 def control_pattern(tokenizer: Tokenizer) -> "re.Pattern[str] | None":

@@ -90,7 +90,8 @@ def workload(config: Config) -> Workload:
         )
     algorithm, (prompt, response) = config.algorithm, row_tokens(config)
     own_critic = algorithm.needs_critic and not isinstance(config.critic, SharedCritic)
-    reward_models = int(bool(config.reward_model_source))
+    members = max(len(config.reward_models), 1)
+    reward_models = members if config.reward_model_source is not None else 0
     return Workload(
         parameters=parameters,
         model=model,

@@ -170,7 +170,8 @@ def _answers(config: Config, prompts: int) -> int:
 
 def _counts(config: Config) -> dict[str, int]:
     """Return the number of steps of each stage but RL."""
-    counts = {"sft": config.sft.steps, "reward_model": config.reward_model.steps}
+    counts = {"sft": config.sft.steps}
+    counts |= dict.fromkeys(config.reward_models, config.reward_model.steps)
     if config.preference_stage is not None:
         counts[config.preference_stage] = config.preference.steps
     return counts

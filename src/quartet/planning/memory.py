@@ -79,8 +79,21 @@ def policy_parameters(config: Config, vocabulary: int | None) -> int | None:
     folder's files; None where neither is known."""
     if config.policy.create is not None:
         return config.policy.create.parameters(vocabulary) if vocabulary else None
-    files = sorted(Path(str(config.policy.model)).glob("*.safetensors"))
-    return sum(_safetensors_parameters(file) for file in files) or None
+    return _folder_parameters(str(config.policy.model))
+
+
+def reward_model_parameters(config: Config, policy: int | None) -> int | None:
+    """Return the number of parameters of a reward model; `policy` is the policy's, which it has
+    unless the run trains it on another backbone. None where it is not known."""
+    backbone = config.reward_model.model
+    if backbone is None or "reward_model" not in config.recipe:
+        return policy
+    return _folder_parameters(backbone)
+
+
+def _folder_parameters(folder: str) -> int | None:
+    """Return the number of parameters of a model folder; None if it is not on this machine."""
+    return sum(map(_safetensors_parameters, sorted(Path(folder).glob("*.safetensors")))) or None
 
 
 def _safetensors_parameters(file: Path) -> int:
@@ -203,6 +216,10 @@ def phases(
         table: trained_bytes(settings.optimizer, sizes(config), policy, adapter) / parts
         for table, settings in config.optimizers()
     }
+    scorer = reward_model_parameters(config, policy) or policy
+    if config.reward_model.model is not None and "reward_model" in trained:
+        optimizer = config.reward_model.optimizer
+        trained["reward_model"] = trained_bytes(optimizer, None, scorer) / parts
     trunk = 0.0 if adapter is None else weights
 
     def micro(rows: int, learners: int = 1) -> float:
@@ -229,7 +246,7 @@ def phases(
         memory[f"{config.rl_stage} update"] = (
             PROGRAM_BYTES
             + KERNEL_BYTES
-            + weights * _frozen_models(config, models)
+            + weights * _frozen_models(config, models, scorer / policy)
             + learners * trained["optim"]
             # A decoder of ours has its own layout of the weights, but of those in 4 bits.
             + (whole if model.is_fused and not in_4_bits else 0.0)
@@ -244,12 +261,21 @@ def _has_own_critic(config: Config) -> bool:
     return needs_critic and not isinstance(config.critic, SharedCritic)
 
 
-def _frozen_models(config: Config, models: Mapping[str, int | None]) -> int:
+def _frozen_models(config: Config, models: Mapping[str, int | None], size: float) -> float:
     """Return how many frozen models of the policy's size an RL stage holds: under an adapter, the
-    trunk, and reward models that were trained elsewhere."""
+    trunk, and reward models that are no adapters on it. `size` is that of a reward model that the
+    run trains, over the policy's."""
+    trained = size * max(len(config.reward_models), 1)
     if config.policy.adapter is None:
-        return sum(role in models for role in ("reward model", "reference"))
-    return 1 + sum(isinstance(r, ModelSource) and r.model is not None for r in config.reward)
+        return trained * has_reward_model(models) + ("reference" in models)
+    on_own_backbone = trained * (config.reward_model.model is not None) * has_reward_model(models)
+    elsewhere = sum(isinstance(r, ModelSource) and r.model is not None for r in config.reward)
+    return 1 + elsewhere + (0 if elsewhere else on_own_backbone)
+
+
+def has_reward_model(models: Mapping[str, int | None]) -> bool:
+    """Return whether a reward model is among the models of a run, by role."""
+    return any(role.startswith("reward model") for role in models)
 
 
 def cache_numbers(model: Sizes, rows: int, tokens: float) -> float:

@@ -7,8 +7,10 @@ from quartet.config.tables import Config, SharedCritic, TrainTokenizer
 from quartet.planning.memory import (
     FLOAT,
     adapter_parameters,
+    has_reward_model,
     phases,
     policy_parameters,
+    reward_model_parameters,
     sizes,
     trained_bytes,
 )
@@ -72,7 +74,7 @@ def _models(config: Config, policy: int | None) -> dict[str, int | None]:
             else "critic"
         ] = policy
     if config.reward_model_source or "reward_model" in config.recipe:
-        models["reward model"] = policy
+        models[_reward_role(config)] = reward_model_parameters(config, policy)
     if (algorithm and algorithm.needs_reference) or (
         config.preference_stage and config.preference.loss.needs_reference
     ):
@@ -90,11 +92,20 @@ def _adapters(config: Config, adapter: int, policy: int | None) -> dict[str, int
         and not isinstance(config.critic, SharedCritic)
     ):
         roles["critic (adapter)"] = adapter
-    if "reward_model" in config.recipe:
-        roles["reward model (adapter)"] = adapter
+    if "reward_model" in config.recipe and config.reward_model.model is not None:
+        roles[_reward_role(config)] = reward_model_parameters(config, policy)
+    elif "reward_model" in config.recipe:
+        roles[_reward_role(config, "adapter")] = adapter
     elif config.reward_model_source:
         roles["reward model"] = policy
     return roles
+
+
+def _reward_role(config: Config, kind: str = "") -> str:
+    """Return what a plan calls the run's reward models: how many there are, and of what kind."""
+    members = len(config.reward_models)
+    notes = [f"each of {members}"] * (members > 1) + [kind] * bool(kind)
+    return f"reward model ({', '.join(notes)})" if notes else "reward model"
 
 
 def vocabulary(config: Config) -> int | None:
@@ -124,11 +135,11 @@ def _responses(config: Config) -> int:
 def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dict[str, float]]:
     steps: dict[str, int] = {}
     tokens: dict[str, float] = {}
-    for stage in config.recipe:
+    for stage in config.stages:
         if stage == "sft":
             steps[stage] = config.sft.steps
             tokens[stage] = config.sft.steps * config.sft.batch_size * sum(row)
-        elif stage == "reward_model":
+        elif stage in config.reward_models:
             steps[stage] = config.reward_model.steps
             tokens[stage] = (
                 config.reward_model.steps * config.reward_model.batch_size * 2 * sum(row)
@@ -148,8 +159,10 @@ def _disk(config: Config, models: dict[str, int | None]) -> float:
     the trained parameters and their moments for each that is kept and for one that is being
     written."""
     folders = ("sft" in config.recipe) + sum(
-        role.partition(" (")[0] in {"policy", "critic", "reward model"} for role in models
+        role.partition(" (")[0] in {"policy", "critic"} for role in models
     )
+    scorers = max(len(config.reward_models), 1) * has_reward_model(models)
+    scorer = reward_model_parameters(config, models["policy"]) or models["policy"] or 0
     written = (
         _responses(config) * sum(row_tokens(config)) / config.run.keep_every
         if config.rl_stage
@@ -170,7 +183,7 @@ def _disk(config: Config, models: dict[str, int | None]) -> float:
     weights = FLOAT * (models["policy"] or 0)
     gradients = weights
     saved = trained_bytes(config.optim.optimizer, sizes(config), models["policy"] or 0) - gradients
-    return weights * folders + saved * learners * kept + 25 * written
+    return weights * folders + FLOAT * scorer * scorers + saved * learners * kept + 25 * written
 
 
 def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:
@@ -183,7 +196,9 @@ def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:
             scored = count / config.optim.epochs
             work += policy * (6 * learners * count + 2 * 4 * scored)
         else:
-            work += policy * (2 if name.endswith("generated") else 6) * count
+            scores = name in config.reward_models
+            size = (reward_model_parameters(config, policy) if scores else policy) or policy
+            work += size * (2 if name.endswith("generated") else 6) * count
     cpus = os.cpu_count() or 1
     return 15 + work / (FLOPS_PER_CPU * cpus)
 

@@ -17,8 +17,8 @@ ROLES = {
     "critic": "The critic of the policy beside it: a token classifier with one label, the return "
     "it expects after each token.",
 }
-BEFORE = {"sft": {"sft"}, "reward_model": {"sft", "reward_model"}}
-"""The stages that shaped a model, for models that not all stages shaped."""
+BEFORE = {"sft": {"sft"}, "reward_model": {"sft"}}
+"""The stages that shaped a model before its own, for models that not all stages shaped."""
 SAMPLED = frozenset({"policy", "policy_ema", "sft"})
 """The models that generate text."""
 LOADED_BY = {
@@ -32,19 +32,27 @@ def write_cards(folder: Path) -> None:
     resolved = folder / "config.resolved.toml"
     config = tomllib.loads(resolved.read_text(encoding="utf-8")) if resolved.is_file() else {}
     events = read_record(folder).events
-    for role, sentence in ROLES.items():
-        if (folder / role / "config.json").is_file():
-            title = f"# {folder.name}: {role.replace('_', ' ')}\n\n{sentence}\n\n"
-            numbers = _numbers(
-                [
-                    event
-                    for event in events
-                    if event.get("stage") in BEFORE.get(role, {event.get("stage")})
-                ]
-            )
-            text = _front(role, config) + title + _loading(folder, role) + numbers + _making(config)
-            files.replace(folder / role / "README.md", text)
+    for name in models_in(folder):
+        role = name.partition("-")[0]
+        title = f"# {folder.name}: {name.replace('_', ' ')}\n\n{ROLES[role]}\n\n"
+        before = BEFORE.get(role)
+        numbers = _numbers(
+            [e for e in events if before is None or e.get("stage") in before | {name}]
+        )
+        text = _front(role, config) + title + _loading(folder, name) + numbers + _making(config)
+        files.replace(folder / name / "README.md", text)
     files.replace(folder / "README.md", f"# {folder.name}\n\n{_numbers(events)}{_making(config)}")
+
+
+def models_in(folder: Path) -> list[str]:
+    """Return the names of the models in a run folder, which are those of their folders. The reward
+    models of an ensemble are numbered: reward_model-1, reward_model-2."""
+    return [
+        path.name
+        for role in ROLES
+        for path in (folder / role, *sorted(folder.glob(f"{role}-*")))
+        if (path / "config.json").is_file()
+    ]
 
 
 def complete(target: Path, run_folder: Path, role: str) -> None:
@@ -80,15 +88,18 @@ def complete(target: Path, run_folder: Path, role: str) -> None:
 def _front(role: str, config: dict[str, Any]) -> str:
     tags = ", ".join(["quartet", *config.get("recipe", [])])
     base = config.get("policy", {}).get("model")
+    if role == "reward_model":
+        base = config.get("reward_model", {}).get("model", base)
     named = f"base_model: {json.dumps(base)}\n" if base else ""
     tasks = {"reward_model": "text-classification", "critic": "token-classification"}
     task = tasks.get(role, "text-generation")
     return f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [{tags}]\n{named}---\n\n"
 
 
-def _loading(folder: Path, role: str) -> str:
+def _loading(folder: Path, name: str) -> str:
+    role = name.partition("-")[0]
     auto = LOADED_BY.get(role, "AutoModelForCausalLM")
-    table = json.loads((folder / role / "config.json").read_text(encoding="utf-8"))
+    table = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
     if role == "critic" and not str(table.get("architectures", [""])[0]).endswith(
         "ForTokenClassification"
     ):
@@ -99,13 +110,13 @@ def _loading(folder: Path, role: str) -> str:
             "under a linear layer `score`:",
             "",
             "    from quartet.models.heads import ScalarModel",
-            f'    model = ScalarModel.load("{role}")',
+            f'    model = ScalarModel.load("{name}")',
             "",
         ]
     else:
         lines = [
             "    import transformers",
-            f'    model = transformers.{auto}.from_pretrained("{role}")',
+            f'    model = transformers.{auto}.from_pretrained("{name}")',
             "",
         ]
     if centre := table.get("quartet_reward_centre"):
@@ -115,7 +126,7 @@ def _loading(folder: Path, role: str) -> str:
             "started from scores 0 on average; transformers does not.",
             "",
         ]
-    if (folder / role / "adapter").is_dir() and role not in {"reward_model", "critic"}:
+    if (folder / name / "adapter").is_dir() and role not in {"reward_model", "critic"}:
         lines += [
             "`adapter/` is the LoRA adapter alone, for peft, on the model it was trained on; here "
             "it is merged.",

@@ -26,18 +26,21 @@ class EnsembleReward:
         self.weights = list(weights) if weights else [1.0] * len(members)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        return [score for score, _ in self.uncertain_scores(rollouts)]
+
+    def uncertain_scores(self, rollouts: Sequence[Rollout]) -> list[tuple[Score, Score]]:
+        """Return the score of each rollout, and the deviation of its members' scores; None for both
+        where a member has no score."""
         rows = zip(*(member.score(rollouts) for member in self.members), strict=True)
         return [
-            self._combined([s for s in row if s is not None]) if None not in row else None
+            self._combined([s for s in row if s is not None]) if None not in row else (None, None)
             for row in rows
         ]
 
-    def _combined(self, scores: Sequence[float]) -> float:
-        if self.combine == "min":
-            return min(scores)
+    def _combined(self, scores: Sequence[float]) -> tuple[float, float]:
         mean = statistics.fmean(scores, self.weights)
-        if self.combine == "mean":
-            return mean
         variance = statistics.fmean([(s - mean) ** 2 for s in scores], self.weights)
         deviation: float = variance**0.5
-        return mean - self.k * deviation
+        if self.combine == "min":
+            return min(scores), deviation
+        return mean - self.k * deviation * (self.combine == "lower_bound"), deviation

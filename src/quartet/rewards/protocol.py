@@ -15,6 +15,9 @@ from quartet.io.texts import well_formed
 log = logging.getLogger(__name__)
 LARGEST = 3.4e38
 """Almost the largest number of float32. A score beyond it counts as none."""
+DEVIATION = "deviation/"
+"""Stands before the name of a reward among the components of a rollout: the deviation of its
+score."""
 Score = float | None
 """None: there is no score for this response (a judge that did not answer, a test that could not be
 run). It is never read as 0: the response is left out of the step, and the step says how many
@@ -37,6 +40,15 @@ class TokenReward(Reward, Protocol):
     def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Return one number per response token for each rollout; an empty list where there is no
         score."""
+        ...
+
+
+@runtime_checkable
+class UncertainReward(Reward, Protocol):
+    """A reward that knows how uncertain its scores are."""
+
+    def uncertain_scores(self, rollouts: Sequence[Rollout]) -> list[tuple[Score, Score]]:
+        """Return the score of each rollout, and the standard deviation of that score."""
         ...
 
 
@@ -66,10 +78,13 @@ def rewarded(
     rollouts: Sequence[Rollout], rewards: Sequence[Weighted], per_token: bool = False
 ) -> list[Rollout]:
     """Return the rollouts with their score, the weighted sum of the rewards, and with each reward's
-    own number by name; `per_token` also with the weighted sum of their numbers for each token.
+    own number by name, and that of an uncertain one with its deviation (`deviation/NAME`);
+    `per_token` also with the weighted sum of their numbers for each token.
     Where a reward that counts has no score, there is none at all; those of weight 0 are only
     watched."""
-    columns = {w.reward.name: _scores(w.reward, rollouts) for w in rewards}
+    columns: dict[str, list[Score]] = {}
+    for w in rewards:
+        columns |= _columns(w.reward, rollouts)
     scored = []
     for i, rollout in enumerate(rollouts):
         counted = [(w.weight, columns[w.reward.name][i]) for w in rewards if w.weight != 0]
@@ -92,11 +107,21 @@ def rewarded(
     ]
 
 
-def _scores(reward: Reward, rollouts: Sequence[Rollout]) -> list[Score]:
+def _columns(reward: Reward, rollouts: Sequence[Rollout]) -> dict[str, list[Score]]:
+    """Return the scores of a reward by its name, and their deviations where it is uncertain."""
+    with activity(f"reward {reward.name}"):
+        if not isinstance(reward, UncertainReward):
+            return {reward.name: _usable(reward, reward.score(rollouts), rollouts)}
+        pairs = reward.uncertain_scores(rollouts)
+    return {
+        reward.name: _usable(reward, [score for score, _ in pairs], rollouts),
+        f"{DEVIATION}{reward.name}": [deviation for _, deviation in pairs],
+    }
+
+
+def _usable(reward: Reward, column: Sequence[Score], rollouts: Sequence[Rollout]) -> list[Score]:
     """Return one score for each rollout. A value that is no number of float32 (NaN, infinity,
     1e308) counts as no score, and is logged."""
-    with activity(f"reward {reward.name}"):
-        column = reward.score(rollouts)
     if len(column) != len(rollouts):
         raise RewardError(
             f"reward {reward.name} returned {len(column)} value{'s' * (len(column) != 1)} for "
@@ -138,7 +163,7 @@ def with_score(rollouts: Sequence[Rollout]) -> list[Rollout]:
         absent = [
             name
             for name in rollouts[0].components
-            if all(r.components[name] is None for r in rollouts)
+            if not name.startswith(DEVIATION) and all(r.components[name] is None for r in rollouts)
         ]
         raise RewardError(
             f"none of {len(rollouts)} responses has a "

@@ -5,7 +5,7 @@ from typing import Any
 
 from quartet.distributed.process_group import ProcessGroup
 from quartet.experience import Rollout
-from quartet.rewards.protocol import Reward, RewardError, Score, TokenReward
+from quartet.rewards.protocol import Reward, RewardError, Score, TokenReward, UncertainReward
 
 
 class Shared:
@@ -51,13 +51,20 @@ class SharedTokens(Shared):
         return self._everybodys(rollouts, self.reward.token_scores)
 
 
+class SharedUncertain(Shared):
+    """A shared reward that knows how uncertain its scores are."""
+
+    def uncertain_scores(self, rollouts: Sequence[Rollout]) -> list[tuple[Score, Score]]:
+        assert isinstance(self.reward, UncertainReward)
+        return self._everybodys(rollouts, self.reward.uncertain_scores)
+
+
 def shared(reward: Reward, process_group: ProcessGroup) -> Reward:
     """Return the reward divided among the ranks; the reward itself where there is one rank, or
     where it divides its rows already."""
     if process_group.world_size == 1 or getattr(reward, "process_group", None) is process_group:
         return reward
-    return (
-        SharedTokens(reward, process_group)
-        if isinstance(reward, TokenReward)
-        else Shared(reward, process_group)
-    )
+    if isinstance(reward, UncertainReward):
+        return SharedUncertain(reward, process_group)
+    kind = SharedTokens if isinstance(reward, TokenReward) else Shared
+    return kind(reward, process_group)

@@ -32,8 +32,9 @@ class RewardContext:
     """The gold reward of a prompt and a response, in an embedded world."""
     folder: Path | None = None
     """The run folder; None before the run has one."""
-    trained: Any = None
-    """The run's own reward model: its folder, or the `ScalarModel` itself where it is loaded."""
+    trained: Sequence[Any] = ()
+    """The reward models that the run trains: their folders, or the `ScalarModel` of each where it
+    is loaded."""
     load_scalar: Callable[[str], Any] | None = None
     """Returns the `ScalarModel` of a folder or hub id, frozen and in its precision, as the run's
     ranks hold it; None: each process reads it whole."""
@@ -43,12 +44,22 @@ class RewardContext:
     def reads_ids(self, model: str, label: int | None = None) -> bool:
         """Return whether a reward model can read the policy's token ids as they are: it is a
         decoder with the policy's tokenizer and one score."""
-        from quartet.models.heads import scores_last_token
-        from quartet.models.language_model import load_tokenizer, read_config
+        from quartet.models.language_model import read_config
+        from quartet.models.text_classifier import reads_tokens_of
 
-        config = read_config(model)
-        same = load_tokenizer(model, generates=False).get_vocab() == self.tokenizer.get_vocab()
-        return same and config.num_labels == 1 and label is None and scores_last_token(config)
+        has_one_score = read_config(model).num_labels == 1 and label is None
+        return reads_tokens_of(model, self.tokenizer) and has_one_score
+
+    def trained_models(self, name: str, label: int | None = None) -> list[Reward]:
+        """Return the rewards, all of this name, of the reward models that the run trains."""
+        from quartet.rewards.reward_model import ModelReward
+
+        return [
+            self.load_model(name, str(model), label)
+            if isinstance(model, Path)
+            else ModelReward(model, self.micro_batch_tokens, name)
+            for model in self.trained
+        ]
 
     def load_model(self, name: str, model: str, label: int | None = None) -> Reward:
         """Return the reward named `name` of a reward model, a folder or hub id. One that reads
@@ -65,7 +76,9 @@ class RewardContext:
             if self.dtype is not None:
                 loaded.compute_in(self.dtype)
             return ModelReward(loaded, self.micro_batch_tokens, name)
-        return TextModelReward(name, model, label, self.micro_batch_tokens, self.device, self.dtype)
+        return TextModelReward.load(
+            name, model, label, self.micro_batch_tokens, self.device, self.dtype
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ made."""
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from quartet.parts import Field
 from quartet.rewards.objects import ObjectSource  # noqa: F401  registers itself
@@ -38,18 +38,19 @@ class ModelSource(RewardSource):
     def make(self, context: RewardContext) -> Reward:
         if self.model is not None:
             return context.load_model(self.called, self.model, self.label)
-        if isinstance(context.trained, Path):
-            return context.load_model(self.called, str(context.trained), self.label)
-        from quartet.rewards.reward_model import ModelReward
-
-        return ModelReward(context.trained, context.micro_batch_tokens, self.called)
+        [reward] = context.trained_models(self.called, self.label)
+        return reward
 
 
 class EnsembleSource(RewardSource):
     """Several reward models as one: their mean, the mean less k deviations, or the worst case."""
 
-    models: tuple[str, ...] = Field(min_length=2, description="Folders or hub ids, two or more.")
     type: Literal["ensemble"] = "ensemble"
+    models: Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(
+        default=None,
+        description="Folders or hub ids, two or more. Left out, they are those that this run "
+        "trains (reward_model.members).",
+    )
     per_stage: ClassVar[bool] = True
     weights: tuple[float, ...] | None = Field(
         default=None, description="One for each model. Left out, they are equal."
@@ -60,19 +61,32 @@ class EnsembleSource(RewardSource):
     )
 
     def __post_init__(self) -> None:
-        if self.weights is not None and (
-            len(self.weights) != len(self.models) or min(self.weights) < 0 or not sum(self.weights)
-        ):
-            raise ValueError(
-                f"weights = {list(self.weights)}: needs one number ≥ 0 for each of "
-                f"{len(self.models)} models"
-            )
+        if self.models is not None and (problem := self.weights_problem(len(self.models))):
+            raise ValueError(problem)
+
+    def weights_problem(self, count: int) -> str | None:
+        """Return what is wrong with the weights of so many models; None if nothing is."""
+        weights = self.weights
+        if weights is None or (len(weights) == count and min(weights) >= 0 < sum(weights)):
+            return None
+        return f"weights = {list(weights)}: needs one number ≥ 0 for each of {count} models"
 
     def make(self, context: RewardContext) -> Reward:
         from quartet.rewards.combine import EnsembleReward
 
-        members = [context.load_model(self.called, model) for model in self.models]
+        members = (
+            context.trained_models(self.called)
+            if self.models is None
+            else [context.load_model(self.called, model) for model in self.models]
+        )
         return EnsembleReward(self.called, members, self.weights, self.combine, self.k)
+
+
+def is_trained_here(source: RewardSource) -> bool:
+    """Return whether a reward is the reward model, or the ensemble, that the run trains."""
+    return (isinstance(source, ModelSource) and source.model is None) or (
+        isinstance(source, EnsembleSource) and source.models is None
+    )
 
 
 class FunctionSource(RewardSource):

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,114 +13,76 @@ from quartet.distributed.offload import NO_OFFLOAD
 from quartet.experience import Rollout
 from quartet.io.activity import counted
 from quartet.models.actor_critic import freeze
-from quartet.models.chat import conversation_ids
 from quartet.models.heads import ScalarModel, load_classifier
 from quartet.models.language_model import ModelError, load_tokenizer
 from quartet.models.padding import right_pad
 from quartet.models.precision import compute_in, label_layer
+from quartet.models.text_classifier import TextReader, scalar_of
 from quartet.rewards.protocol import RewardError, Score, check_model_scores
 
 Ids = Sequence[int]
 
 
-def is_decoder(model: Any) -> bool:
-    """Whether a sequence classifier is read at the last token by a head called `score`, as
-    transformers' decoders are. The others (BERT, DeBERTa, …) see the whole text at once, as a pair
-    of request and answer."""
-    return isinstance(getattr(model, "score", None), torch.nn.Linear)
-
-
 class TextModelReward:
-    """A sequence classifier that reads prompt and response as its own tokenizer writes them.
-
-    Conversations go through its own chat template. Plain text is joined for a decoder, with an end
-    of sequence where the policy ended, and given as a pair to an encoder. Text that is longer than
-    the model reads is refused, never cut.
-    """
+    """A sequence classifier that reads prompt and response as its own tokenizer writes them (see
+    `TextReader`). Text that is longer than the model reads is refused, never cut."""
 
     def __init__(
-        self,
+        self, name: str, scalar: ScalarModel, reader: TextReader, micro_batch_tokens: int
+    ) -> None:
+        self.name, self.scalar, self.reader = name, scalar, reader
+        self.micro_batch_tokens = micro_batch_tokens
+        self.placement = NO_OFFLOAD
+
+    @classmethod
+    def load(
+        cls,
         name: str,
         folder: str | Path,
         label: int | None,
         micro_batch_tokens: int,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
-        self.name, self.folder, self.micro_batch_tokens = name, folder, micro_batch_tokens
-        self.model = freeze(load_classifier(AutoModelForSequenceClassification, folder, device))
+    ) -> "TextModelReward":
+        """Return the reward of a folder or hub id, frozen, which computes in the given dtype."""
+        model = freeze(load_classifier(AutoModelForSequenceClassification, folder, device))
         if dtype is not None:
-            compute_in(self.model, dtype, label_layer(self.model))
-        self.tokenizer = load_tokenizer(folder, generates=False)
-        self.label = the_label(str(folder), self.model.config.num_labels, label)
-        self.scalar = (
-            ScalarModel(self.model)
-            if is_decoder(self.model) and self.model.config.num_labels == 1
-            else None
-        )
-        self.placement = NO_OFFLOAD
-        self.limit = (
-            getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-        )
+            compute_in(model, dtype, label_layer(model))
+        reader = TextReader.of(folder)
+        index = the_label(str(folder), model.config.num_labels, label)
+        return cls(name, scalar_of(model, reader.tokenizer, index), reader, micro_batch_tokens)
+
+    @property
+    def model(self) -> Any:
+        """The classifier."""
+        return self.scalar.model
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         texts = [self._ids(rollout) for rollout in rollouts]
-        for rollout, (ids, _) in zip(rollouts, texts, strict=True):
-            if len(ids) > self.limit:
-                raise RewardError(
-                    f"{rollout.id}: prompt and response have {len(ids):,} tokens for reward model "
-                    f"{self.folder}, which "
-                    f"reads at most {self.limit:,}. Lower data.max_prompt_tokens or "
-                    f"rollout.max_new_tokens."
-                )
         made = [0.0] * len(rollouts)
         with self.placement.on_device(self.model):
-            pieces = micro_batches([len(ids) for ids, _ in texts], self.micro_batch_tokens)
+            pieces = micro_batches([len(ids) for ids in texts], self.micro_batch_tokens)
             for rows in counted(pieces, len, len(texts), "responses"):
-                scores = self._scores([texts[i] for i in rows])
+                tokens, lengths = right_pad([texts[i] for i in rows])
+                scores = self.scalar.scores(tokens, lengths).tolist()
                 for i, score in zip(rows, scores, strict=True):
                     made[i] = score
         check_model_scores(self.name, rollouts, [[score] for score in made])
         return list(made)
 
-    def _scores(self, texts: Sequence[tuple[Ids, Ids | None]]) -> list[float]:
-        tokens, lengths = right_pad([ids for ids, _ in texts])
-        if self.scalar is not None:
-            found: list[float] = self.scalar.scores(tokens, lengths).tolist()
-            return found
-        tokens, lengths = tokens.to(self.model.device), lengths.to(self.model.device)
-        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        if is_decoder(self.model):  # several labels, read at the last real token
-            hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-            logits = self.model.score(
-                hidden[torch.arange(len(texts), device=tokens.device), lengths - 1]
+    def _ids(self, rollout: Rollout) -> list[int]:
+        """Return the ids of prompt and response. Raises RewardError if there are too many."""
+        ended = rollout.finish_reason == "stop"
+        ids = self.reader.ids(rollout.prompt, rollout.response, ended)
+        if self.reader.too_long(ids):
+            name = self.model.config.name_or_path or self.name
+            raise RewardError(
+                f"{rollout.id}: prompt and response have {len(ids):,} tokens for reward model "
+                f"{name}, which reads at most {self.reader.limit:,}. Lower data.max_prompt_tokens "
+                "or rollout.max_new_tokens."
             )
-        else:
-            segments = {}
-            if all(types is not None for _, types in texts):
-                segments["token_type_ids"] = right_pad(
-                    [types or () for _, types in texts], self.model.device
-                )[0]
-            logits = self.model(input_ids=tokens, attention_mask=mask.long(), **segments).logits
-        picked: list[float] = logits[:, self.label].float().tolist()
-        return picked
-
-    def _ids(self, rollout: Rollout) -> tuple[Ids, Ids | None]:
-        """Return the token ids, and their token types where the model has them."""
-        prompt, response = rollout.prompt, rollout.response
-        if prompt.messages is not None and self.tokenizer.chat_template is not None:
-            reply = {"role": "assistant", "content": response}
-            return conversation_ids(self.tokenizer, [*prompt.messages, reply], prompt.extra), None
-        # What the texts quote of this tokenizer's control tokens is text.
-        encode = partial(self.tokenizer, split_special_tokens=True)
-        if is_decoder(self.model):
-            ids = encode(prompt.text + response).input_ids
-            end = self.tokenizer.eos_token_id
-            ended = rollout.finish_reason == "stop" and end is not None
-            return [*ids, end] if ended and ids[-1:] != [end] else ids, None
-        pair = encode(prompt.text, response)
-        return pair.input_ids, pair.get("token_type_ids")
+        return ids
 
 
 class StepReward:

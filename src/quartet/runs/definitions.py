@@ -55,6 +55,12 @@ DEFINITIONS = (
         "Pearson's r of score and number of tokens in the step",
         "Above 0.5, the reward may pay for length.",
     ),
+    Definition(
+        "reward/deviation/*",
+        "deviation of *",
+        "the mean over responses of the standard deviation of an ensemble's scores",
+        "If it rises, the policy writes what the members disagree about.",
+    ),
     Definition("reward/*", "reward *", "the mean of this reward alone, before its weight"),
     Definition(
         "kl",

@@ -382,16 +382,23 @@ class Run:
         return self._document(BEST_OF_N, MAX_DOCUMENT, parse_json, records.BEST_OF_N) or []
 
     def pairs(self) -> list[dict[str, Any]]:
-        """Return the held-out pairs of the reward model, with its scores."""
-        self._problems.pop(PAIRS, None)
+        """Return the held-out pairs of the reward model, with its scores; of an ensemble, with the
+        mean of its members' scores."""
+        numbers = [stage.partition("reward_model-")[2] for stage in self.series]
+        files = [PAIRS.replace(".", f"-{n}.") for n in numbers if n.isdecimal()] or [PAIRS]
+        return records.mean_pairs([rows for name in files if (rows := self._pairs(name))])
+
+    def _pairs(self, name: str) -> list[dict[str, Any]]:
+        """Return the pairs in one file."""
+        self._problems.pop(name, None)
         try:
-            file = self._folder.open(PAIRS)
+            file = self._folder.open(name)
             if file is None:
                 return []
             with file:
                 table, faults = read_parquet(file, PAIR_COLUMNS)
         except Unreadable as error:
-            self._problems[PAIRS] = [f"{PAIRS} {error}"]
+            self._problems[name] = [f"{name} {error}"]
             return []
         columns = [values(table.column(name)[:MAX_PAIRS]) for name in table.column_names]
         rows = [
@@ -404,7 +411,7 @@ class Run:
                 f"a value"
             )
         if faults:
-            self._problems[PAIRS] = [left_out(PAIRS, faults)]
+            self._problems[name] = [left_out(name, faults)]
         return whole
 
     def answers(self) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What the files of a run folder hold, as far as it is read: the types and ranges that every reader
 may rely on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -253,3 +253,21 @@ BEST_OF_N = TypeAdapter(list[BestOf])
 ANSWERS = TypeAdapter(AnswerPair)
 ENVIRONMENT = TypeAdapter(dict[Name, Any])
 """env.json: versions and hardware, by name."""
+
+
+def mean_pairs(members: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return held-out pairs with the mean of the scores that the reward models of an ensemble give
+    them. Pairs that not all members have, because a file is damaged, are left out."""
+    sides = ("chosen_score", "rejected_score")
+    texts = ("prompt", "chosen", "rejected")
+    by_text: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    if len(members) < 2:
+        return [row for rows in members for row in rows]
+    for rows in members:
+        for row in rows:
+            by_text.setdefault(tuple(row[text] for text in texts), []).append(row)
+    return [
+        rows[0] | {side: sum(row[side] for row in rows) / len(rows) for side in sides}
+        for rows in by_text.values()
+        if len(rows) >= len(members)
+    ]

@@ -377,7 +377,7 @@ class Pipeline:
         on the disk."""
         fingerprints: dict[str, Any] = {}
         kind = kind_of(stage.name)
-        for name in () if kind is None else kind.results:
+        for name in () if kind is None else kind.folders(stage.name):
             if (self.folder.path / name).is_dir():
                 fingerprints |= files.fingerprints(self.folder.path, self.folder.path / name)
         paths = [self.folder.path / name for name in fingerprints]

@@ -102,9 +102,9 @@ def _outcome(
 def models_at(stage: Stage, folder: Path, checkpoint: Checkpoint, scratch: Path) -> None:
     """Write to the folder `scratch` the models that the stage would have written if it had ended at
     this checkpoint. `folder` is the run's, which is only read."""
-    for name in ("sft", "reward_model"):
-        if (folder / name).is_dir():
-            (scratch / name).symlink_to((folder / name).resolve())
+    for path in (folder / "sft", *sorted(folder.glob("reward_model*"))):
+        if path.is_dir():
+            (scratch / path.name).symlink_to(path.resolve())
     for name in ("events.jsonl", "config.resolved.toml"):
         shutil.copyfile(folder / name, scratch / name)
     run = stage.begin(scratch)

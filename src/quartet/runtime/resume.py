@@ -66,7 +66,7 @@ def choose(
     or if a setting or file that shaped it has changed and is not in `accept`.
     """
     skipped: list[tuple[Path, str]] = []
-    order = {name: place for place, name in enumerate(config.recipe)}
+    order = {name: place for place, name in enumerate(config.stages)}
     checkpoints = Checkpoints(folder / "checkpoints", order)
     for path, checkpoint in checkpoints.usable(lambda c: _unusable(c, folder, config)):
         if isinstance(checkpoint, str):
@@ -86,7 +86,7 @@ def _unusable(checkpoint: Checkpoint, folder: Path, config: Config) -> str | Non
     if problem := misfit(checkpoint):
         return problem
     past = checkpoint.facts["steps"]
-    if list(config.recipe[: len(past)]) != list(past):
+    if list(config.stages[: len(past)]) != list(past):
         return "the recipe has other stages before it now"
     steps = steps_of(config)
     for stage, count in past.items():
@@ -109,8 +109,8 @@ def setting(config: Config, key: str) -> Any:
 
 
 def steps_of(config: Config) -> dict[str, int]:
-    """Return the number of steps of each stage in the recipe whose number is a setting."""
-    kinds = {stage: kind_of(stage) for stage in config.recipe}
+    """Return the number of steps of each stage of the run whose number is a setting."""
+    kinds = {stage: kind_of(stage) for stage in config.stages}
     return {
         stage: setting(config, kind.steps)
         for stage, kind in kinds.items()
@@ -198,7 +198,7 @@ def _shaped_the_past(key: str, checkpoint: Checkpoint, config: Config) -> bool:
     if roles_that_read(key) is None:
         return True
     stage, step = checkpoint.facts["stage"], checkpoint.facts["step"]
-    past = config.recipe[: config.recipe.index(stage) + (step > 0)]
+    past = config.stages[: config.stages.index(stage) + (step > 0)]
     kind = kind_of(stage)
     if stage in past and kind is not None and kind.steps == key and kind.optim is not None:
         # A new number of steps only adds steps, unless the learning rates depend on it.

@@ -40,17 +40,31 @@ class StageKind:
     optim: str | None = None
     """The table of its optimizer and learning-rate schedule."""
     results: tuple[str, ...] = ()
-    """The folders that it leaves for later stages."""
+    """The folders that it leaves for later stages. One that has members leaves a folder of the
+    stage's name."""
     headlines: tuple[Headline, ...] = ()
     closing: Callable[[Summary], str] = lambda summary: ""  # noqa: ARG005
     """What its line says at the end, from its summary."""
     learns: bool = True
     """Whether the stage trains a model."""
+    has_members: bool = False
+    """Whether a stage of the recipe can be several stages of the run, which are numbered."""
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The names that stages of this kind have in a recipe."""
         return (self.name,) if self.presets is None else tuple(self.presets)
+
+    def folders(self, stage: str) -> tuple[str, ...]:
+        """Return the folders that the stage of this name leaves for later stages."""
+        return (stage,) if self.has_members else self.results
+
+    def members(self, count: int) -> tuple[str, ...]:
+        """Return the names of the stages that train `count` models of an ensemble; a single one has
+        the name of the kind."""
+        if count == 1:
+            return (self.name,)
+        return tuple(f"{self.name}-{number}" for number in range(1, count + 1))
 
 
 def _sft_closing(summary: Summary) -> str:
@@ -91,9 +105,9 @@ REWARD_MODEL = StageKind(
     order=1,
     steps="reward_model.steps",
     optim="reward_model",
-    results=("reward_model",),
     headlines=(PAIR_ACCURACY,),
     closing=_reward_model_closing,
+    has_members=True,
 )
 PREFERENCE = StageKind(
     name="preference",
@@ -132,8 +146,19 @@ KINDS = (SFT, REWARD_MODEL, PREFERENCE, RL, EVALUATION)
 
 
 def kind_of(stage: str) -> StageKind | None:
-    """Return the kind of the stage that a recipe calls `stage`, None if there is no such stage."""
-    return next((kind for kind in KINDS if stage in kind.stages), None)
+    """Return the kind of the stage that a recipe calls `stage`, or of a member of it; None if there
+    is no such stage."""
+    name, _ = member_of(stage)
+    return next(
+        (k for k in KINDS if stage in k.stages or (k.has_members and name in k.stages)), None
+    )
+
+
+def member_of(stage: str) -> tuple[str, int | None]:
+    """Return what a recipe calls a stage, and the stage's number where it is one of several:
+    "reward_model-2" is number 2 of "reward_model"."""
+    name, dash, number = stage.rpartition("-")
+    return (name, int(number)) if dash and number.isdecimal() else (stage, None)
 
 
 def stage_of(kind: StageKind, recipe: Iterable[str]) -> str | None:

@@ -19,8 +19,13 @@ from quartet.loops.reward_model import accuracy_of, pair_accuracy, pair_scores, 
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import stop_ids
 from quartet.models.protocols import Tokenizer
+from quartet.models.text_classifier import TextReader
 from quartet.recording.tokens import write_pairs
+from quartet.rewards.protocol import Reward
 from quartet.rewards.reward_model import ModelReward
+from quartet.rewards.shared import shared
+from quartet.rewards.text_models import TextModelReward
+from quartet.stages.kinds import member_of
 from quartet.stages.protocol import StageRun, Summary
 from quartet.training.budget import Budget
 from quartet.training.optim import Optimizer
@@ -29,8 +34,9 @@ from quartet.training.state_tree import Stateful
 
 @dataclass(frozen=True)
 class RewardModelStage:
-    """Trains a reward model, writes it to `reward_model/`, and its scores of the held-out pairs to
-    `evaluation/pairs.parquet`.
+    """Trains a reward model, writes it to the folder of the stage's name, and its scores of the
+    held-out pairs to `evaluation/pairs.parquet`; of an ensemble, each member does so in a stage and
+    a file of its own.
 
     The scores are centred: responses of the policy that RL starts from score 0 on average (Ziegler
     et al. 2019).
@@ -38,6 +44,8 @@ class RewardModelStage:
 
     comparisons: Sequence[Comparison]
     held_out: Sequence[Comparison]
+    shown: Sequence[Comparison]
+    """The held-out pairs in the policy's tokens, as they are written."""
     ceiling: float | None
     """The accuracy that the gold reward itself reaches on the held-out labels, which are noisy;
     None where there is no gold reward."""
@@ -45,8 +53,9 @@ class RewardModelStage:
     """The prompts of the responses that the scores are centred on."""
     sampling: Sampling
     tokenizer: Tokenizer
-    load_models: Callable[[Path], tuple[ScalarModel, Any]]
-    """Returns the reward model that is trained, and the policy whose responses it is centred on."""
+    load_models: Callable[[Path, int], tuple[ScalarModel, Any]]
+    """Returns the reward model that is trained, with new weights of a seed, and the policy whose
+    responses it is centred on."""
     loss: RewardModelLoss
     optimizer: Callable[[Any], Optimizer]
     num_steps: int
@@ -56,9 +65,11 @@ class RewardModelStage:
     name: str = "reward_model"
     title: str = "reward model"
     process_group: ProcessGroup = SINGLE_PROCESS
+    reader: TextReader | None = None
+    """How the reward model reads texts; None where it reads the policy's token ids."""
 
     def begin(self, folder: Path) -> StageRun:
-        model, policy = self.load_models(folder)
+        model, policy = self.load_models(folder, self.seed)
         with activity("held-out pairs"):
             before = pair_accuracy(
                 model, self.held_out, self.micro_batch_tokens, self.process_group
@@ -79,10 +90,12 @@ class RewardModelStage:
             with activity("centring"):
                 mean = self._mean_score(model, policy)
             model.centre += mean
-            model.save(folder / "reward_model", self.tokenizer, self.process_group)
+            tokenizer = self.tokenizer if self.reader is None else self.reader.tokenizer
+            model.save(folder / self.name, tokenizer, self.process_group)
             if self.process_group.is_rank_zero:
-                file = folder / "evaluation" / "pairs.parquet"
-                write_pairs(file, self.held_out, scores - mean, self.tokenizer)
+                _, number = member_of(self.name)
+                file = "pairs.parquet" if number is None else f"pairs-{number}.parquet"
+                write_pairs(folder / "evaluation" / file, self.shown, scores - mean, self.tokenizer)
             summary = {
                 "held_out_accuracy_before": before,
                 "held_out_accuracy": accuracy,
@@ -106,9 +119,15 @@ class RewardModelStage:
             self.seed,
             process_group=self.process_group,
         )
-        reward = ModelReward(model, self.micro_batch_tokens, process_group=self.process_group)
         with activity("sampling"):
             rollouts = generator.generate(self.prompts, self.sampling)
         with activity("scoring"):
-            scores = reward.score(rollouts)
+            scores = self._as_reward(model).score(rollouts)
         return statistics.fmean(score for score in scores if score is not None)
+
+    def _as_reward(self, model: ScalarModel) -> Reward:
+        """Return the reward model as the RL stage asks it."""
+        if self.reader is None:
+            return ModelReward(model, self.micro_batch_tokens, process_group=self.process_group)
+        reward = TextModelReward("model", model, self.reader, self.micro_batch_tokens)
+        return shared(reward, self.process_group)

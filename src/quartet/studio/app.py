@@ -273,6 +273,7 @@ class Pages:
             charts=[{"figure": figure, "meanings": []} for figure in charts],
             judged=views.judged(pairs) if pairs else None,
             summary=run.summary("reward_model") or {},
+            members=views.reward_models(run),
             page="reward_model",
         )
 

@@ -53,7 +53,9 @@ def report(run: Run) -> str:
     stages: list[dict[str, Any]] = [
         {
             "name": stage,
-            "about": STAGES.get(stage, RL if stage == run.rl_stage else COMPARISONS),
+            "about": STAGES.get(
+                stage.partition("-")[0], RL if stage == run.rl_stage else COMPARISONS
+            ),
             "charts": charts,
         }
         for stage in run.series

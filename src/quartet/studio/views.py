@@ -379,6 +379,17 @@ def _quoted(sample: Mapping[str, list[Any]], place: int) -> str:
     return shortened(sample["text"][place].strip(), TOKEN_TEXT_SHOWN)
 
 
+def reward_models(run: Run) -> list[dict[str, Any]]:
+    """Return the held-out accuracy of each reward model of an ensemble that has finished."""
+    names = [name for name in run.series if name.startswith("reward_model-")]
+    summaries = [(name, run.summary(name) or {}) for name in names]
+    return [
+        {"name": name, "accuracy": accuracy}
+        for name, summary in summaries
+        if isinstance(accuracy := summary.get("held_out_accuracy"), float)
+    ]
+
+
 def judged(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return a reward model's accuracy on held-out pairs, and the pairs where it is most wrong."""
     margins = [p["chosen_score"] - p["rejected_score"] for p in pairs]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from quartet.worlds.guess import Guess
 from quartet.worlds.labelled_texts import LabelledTexts
-from quartet.worlds.protocol import World
+from quartet.worlds.protocol import World, gold_accuracy
 from quartet.worlds.reviews import Reviews
 from quartet.worlds.sums import Sums
 
@@ -21,4 +21,4 @@ def make_world(name: str, seed: int, texts: str | None) -> World:
     return WORLDS[name](seed)
 
 
-__all__ = ["WORLDS", "LabelledTexts", "World", "make_world"]
+__all__ = ["WORLDS", "LabelledTexts", "World", "gold_accuracy", "make_world"]

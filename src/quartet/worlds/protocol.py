@@ -1,6 +1,7 @@
 """The protocol of embedded worlds. Rows are generated from a seed; the same seed gives the same
 rows."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from quartet.data.examples import Example
@@ -39,3 +40,13 @@ class World(Protocol):
     def tokenizer(self) -> Any:
         """Return a Hugging Face tokenizer for the world's texts."""
         ...
+
+
+def gold_accuracy(world: World, comparisons: Sequence[Example]) -> float:
+    """Return how often the gold reward agrees with the labels of these comparisons."""
+    gold = world.gold
+    agreements = [
+        gold(str(c.prompt), str(c.chosen)) > gold(str(c.prompt), str(c.rejected))
+        for c in comparisons
+    ]
+    return sum(agreements) / len(agreements)
