@@ -59,8 +59,8 @@ def complete(target: Path, run_folder: Path, role: str) -> None:
     """Complete the folder that a run's model was exported to, so that it needs no run folder.
 
     The settings that the card names are copied. The card says where the model is. A policy that was
-    trained by sampling gets a generation config that samples as the run did: with its temperature,
-    without filters, and as many tokens as the run's responses could have.
+    trained by sampling gets a generation config that samples as the run did: with its temperature
+    and filters, and as many tokens as the run's responses could have.
     """
     resolved, card = run_folder / "config.resolved.toml", target / "README.md"
     if card.is_file():
