@@ -321,6 +321,12 @@ DEFINITIONS = (
     Definition(
         "accuracy", "pair accuracy", "share of pairs in which the better side wins", "0.5 is chance"
     ),
+    Definition(
+        "labels/chosen",
+        "desirable labels",
+        "share of the unpaired preferences that are desirable",
+        "0 or 1 at every step: there is nothing to compare",
+    ),
     Definition("margin", "margin", "mean of what the better side wins by"),
     Definition(
         "logprobs/*",
