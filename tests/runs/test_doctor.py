@@ -7,7 +7,8 @@ import pytest
 
 from quartet.runs import rules
 from quartet.runs.doctor import Watch, examine
-from quartet.runs.rules import RULES, TOLERANCES
+from quartet.runs.history import TOLERANCES
+from quartet.runs.rules import RULES
 
 
 def healthy(step: int) -> dict[str, float]:
@@ -163,7 +164,7 @@ def test_a_healthy_run_is_silent():
     assert spoken(lambda s: {}, steps=200) == {}
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", FAULTS, ids=lambda rule: rule.__name__)
 def test_the_rule_speaks_of_its_fault_and_no_other_does(rule):
     fault, words = FAULTS[rule]
     found = spoken(fault, rounding=ROUNDING.get(rule, "fp32"))

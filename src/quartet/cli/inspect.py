@@ -326,11 +326,12 @@ def doctor(
     if run_folder is None:
         _print_machine(as_json)
         return
-    from quartet.runs.doctor import examine, unread
+    from quartet.runs.doctor import diagnose, unread
     from quartet.runs.rules import RULES
 
     run = _run(run_folder)
-    findings = [*unread(run.check()), *examine(run)]
+    diagnosis = diagnose(run)
+    findings = [*unread(run.check()), *diagnosis.findings]
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
     for finding in () if as_json else findings:
@@ -340,7 +341,11 @@ def doctor(
     if findings:
         raise typer.Exit(CHECK_FAILED)
     if not as_json:
-        console.print(f"{run.name}: nothing found by {len(RULES)} rules.", soft_wrap=True)
+        console.print(
+            f"{run.name}: nothing found by the {diagnosis.num_applied} of {len(RULES)} rules that "
+            "apply.",
+            soft_wrap=True,
+        )
 
 
 def _print_machine(as_json: bool) -> None:

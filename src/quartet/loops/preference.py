@@ -152,13 +152,20 @@ def held_out_preference(
     micro_batch_tokens: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
-    """Return the loss and the metrics of `preference_metrics` on held-out comparisons."""
+    """Return the loss and the metrics of `preference_metrics` on held-out comparisons, and as
+    `prefers_longer` the share of pairs, of those with sides of different lengths, in which the
+    policy prefers the longer side."""
     collected: list[Pairs] = []
     total = sum_of_losses(
         _losses(model, reference, comparisons, loss, micro_batch_tokens, collected, process_group),
         process_group,
     )
-    return {"loss": total, **preference_metrics(collected, process_group)}
+    by_length = [_wins(_margins_of_longer(pairs)) for pairs in collected]
+    return {
+        "loss": total,
+        **preference_metrics(collected, process_group),
+        **_means({"prefers_longer": by_length}, process_group),
+    }
 
 
 def preference_metrics(
@@ -170,11 +177,12 @@ def preference_metrics(
     - `margin`: how much more the chosen side gained on the reference than the rejected one;
       without a reference, the difference of their log-probs per token;
     - `logratio/abs`: the mean distance of the log-ratios to the reference from 0, where they start;
-    - `logprobs/chosen`, `logprobs/rejected`: the mean log-probs, which may fall together.
+    - `logprobs/chosen`, `logprobs/rejected`: the mean log-probs, which may fall together;
+    - `labels/chosen`: of unpaired preferences, the share that is desirable.
     """
     margins = [_margin(pairs) for pairs in collected]
     numbers = {
-        "accuracy": [(m > 0).double() + 0.5 * (m == 0).double() for m in margins],
+        "accuracy": [_wins(m) for m in margins],
         "margin": margins,
         "logratio/abs": [
             torch.cat(pairs.log_ratios()).abs()
@@ -183,7 +191,18 @@ def preference_metrics(
         ],
         "logprobs/chosen": [pairs.chosen[pairs.chosen_tokens > 0] for pairs in collected],
         "logprobs/rejected": [pairs.rejected[pairs.rejected_tokens > 0] for pairs in collected],
+        "labels/chosen": [
+            (pairs.chosen_tokens > 0)[(pairs.chosen_tokens == 0) | (pairs.rejected_tokens == 0)]
+            for pairs in collected
+        ],
     }
+    return _means(numbers, process_group)
+
+
+def _means(
+    numbers: Mapping[str, Sequence[Tensor]], process_group: ProcessGroup
+) -> dict[str, float]:
+    """Return the mean of each list of numbers over all ranks; of an empty one there is none."""
     sums = process_group.all_reduce_sum(
         *(float(sum(n.detach().double().sum() for n in values)) for values in numbers.values())
     )
@@ -195,6 +214,19 @@ def preference_metrics(
         for name, total, count in zip(numbers, sums, counts, strict=True)
         if count
     }
+
+
+def _wins(margins: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+    """Return 1 for a positive margin and ½ for a tie."""
+    return (margins > 0).double() + 0.5 * (margins == 0).double()
+
+
+def _margins_of_longer(pairs: Pairs) -> Float[Tensor, "N"]:
+    """Return by how much the policy prefers the longer side, of pairs whose sides differ in
+    length. An unpaired preference has no two sides."""
+    longer = (pairs.chosen_tokens - pairs.rejected_tokens).sign()
+    differ = (longer != 0) & (pairs.chosen_tokens > 0) & (pairs.rejected_tokens > 0)
+    return (_margin(pairs) * longer)[differ]
 
 
 def _margin(pairs: Pairs) -> Float[Tensor, "P"]:

@@ -172,3 +172,21 @@ def _lengths(pairs: Sequence[Comparison]) -> list[int]:
 def accuracy_of(margins: Float[Tensor, "P"]) -> float:
     """Return the share of positive margins; 0 counts half."""
     return float(((margins > 0).float() + 0.5 * (margins == 0).float()).mean())
+
+
+def score_facts(
+    scores: Float[Tensor, "P 2"], comparisons: Sequence[Comparison]
+) -> dict[str, float]:
+    """Return what the scores of the chosen and the rejected sides say of a reward model:
+
+    - `accuracy`: the share of pairs whose chosen side scores higher; a tie counts half;
+    - `confidence`: the accuracy that the score differences claim, the mean of σ(|difference|).
+      Differences 2 and −1: (0.881 + 0.731) / 2 = 0.806;
+    - `prefers_longer`: the share of pairs, of those with sides of different lengths, whose longer
+      side scores higher.
+    """
+    margins = (scores[:, 0] - scores[:, 1]).double()
+    facts = {"accuracy": accuracy_of(margins), "confidence": float(margins.abs().sigmoid().mean())}
+    longer = torch.tensor([len(c.chosen_ids) - len(c.rejected_ids) for c in comparisons]).sign()
+    by_length = (margins * longer)[longer != 0]
+    return facts | ({"prefers_longer": accuracy_of(by_length)} if len(by_length) else {})

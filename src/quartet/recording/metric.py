@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quartet.parts import Family
 from quartet.runs.definitions import Definition
-from quartet.runs.rules import History, Rule
+from quartet.runs.history import History, Rule
 
 if TYPE_CHECKING:
     from quartet.loops.rl import Step

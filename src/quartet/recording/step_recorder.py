@@ -1,6 +1,7 @@
 """The record of a stage's steps: metrics, rollouts, trackers, and what the doctor finds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from quartet.errors import QuartetError
 from quartet.loops.progress import Progress
@@ -34,8 +35,10 @@ class StepRecorder:
         self.folder, self.stage, self.texts, self.watch = folder, stage, texts, watch
         self.tracking, self.strict = tracking, strict
         self.keeps_rollouts = Keeping(rollouts_every)
+        self.last_step = 0
         for event in folder.metrics_of(stage):
             watch.see(event["metrics"])
+            self.last_step = event["step"]
             self.keeps_rollouts(event["step"], event["metrics"])
 
     def record(
@@ -48,6 +51,7 @@ class StepRecorder:
         the record then, with the warning.
         """
         number, metrics = progress.number, progress.metrics
+        self.last_step = number
         phases = progress.seconds or None
         self.folder.event(
             "metrics", self.stage, number, metrics=metrics, seconds=seconds, phases=phases
@@ -62,3 +66,13 @@ class StepRecorder:
             if self.strict and rule in INVARIANTS:
                 raise InvariantBroken(sentence)
         return [sentence for _, sentence in warnings]
+
+    def finish(self, summary: Mapping[str, Any]) -> list[str]:
+        """Show the doctor the summary of the finished stage. Record and return the sentences of the
+        rules that hold because of it; a stage without steps has none."""
+        found = self.watch.finish(summary) if self.last_step else []
+        for rule, sentence in found:
+            self.folder.event(
+                "warning", self.stage, self.last_step, rule=rule.__name__, sentence=sentence
+            )
+        return [sentence for _, sentence in found]

@@ -358,6 +358,12 @@ DEFINITIONS = (
         "the mean difference between the scores of the preferred side and the other",
     ),
     Definition(
+        "labels/chosen",
+        "desirable labels",
+        "the share of the unpaired preferences that are desirable",
+        "If it is 0 or 1 at every step, there is nothing to compare.",
+    ),
+    Definition(
         "logprobs/*",
         "log p *",
         "the mean log-probability of whole responses",

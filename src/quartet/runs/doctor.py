@@ -1,11 +1,12 @@
 """The doctor: applies the rules to a stage while it runs, or to the stages of a run folder."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from quartet.runs.rules import RULES, TOLERANCES, History, Rule, Tolerance
+from quartet.runs.history import TOLERANCES, History, Rule, Terms, Tolerance
+from quartet.runs.rules import RULES
 
 if TYPE_CHECKING:
     from quartet.runs.reader import Run
@@ -37,8 +38,7 @@ class Watch:
     """Whether top-k or top-p is on, so that the sampled distribution is known to differ from the
     trained one."""
     tolerance: Tolerance = TOLERANCES["fp32"]
-    rules: Mapping[Rule, int] = field(default_factory=lambda: RULES)
-    """The rules, each with the number of steps in a row for which it must hold."""
+    rules: Mapping[Rule, Terms] = field(default_factory=lambda: RULES)
     history: History = field(init=False)
     held: dict[Rule, int] = field(default_factory=dict)
 
@@ -47,23 +47,41 @@ class Watch:
 
     def see(self, metrics: Mapping[str, float]) -> list[tuple[Rule, str]]:
         """Add a step; return the rules that hold at it for the first time, and their sentences."""
-        return [
-            (rule, sentence)
-            for rule, sentence, count in self.look(metrics)
-            if count == self.rules[rule]
-        ]
+        return self._new(self.look(metrics))
+
+    def finish(self, summary: Mapping[str, Any]) -> list[tuple[Rule, str]]:
+        """Add the summary of the finished stage; return the rules that hold because of it for the
+        first time, and their sentences."""
+        return self._new(self.look_at_end(summary))
 
     def look(self, metrics: Mapping[str, float]) -> list[tuple[Rule, str, int]]:
         """Add a step; return the rules that hold at it, with their sentences and for how many steps
         in a row they have held."""
         self.history.add(metrics)
+        return self._apply(self.rules)
+
+    def look_at_end(self, summary: Mapping[str, Any]) -> list[tuple[Rule, str, int]]:
+        """Add the summary of the finished stage; return those rules that hold and read it."""
+        self.history.finish(summary)
+        return self._apply(rule for rule, terms in self.rules.items() if terms.at_end)
+
+    def applies(self, rule: Rule) -> bool:
+        """Whether the stage has recorded what the rule reads."""
+        return all(name in self.history.columns for name in self.rules[rule].reads)
+
+    def _apply(self, rules: Iterable[Rule]) -> list[tuple[Rule, str, int]]:
         found = []
-        for rule in self.rules:
-            sentence = rule(self.history)
+        for rule in rules:
+            sentence = rule(self.history) if self.applies(rule) else None
             self.held[rule] = 0 if sentence is None else self.held.get(rule, 0) + 1
             if sentence is not None:
                 found.append((rule, sentence, self.held[rule]))
         return found
+
+    def _new(self, found: Iterable[tuple[Rule, str, int]]) -> list[tuple[Rule, str]]:
+        return [
+            (rule, sentence) for rule, sentence, count in found if count == self.rules[rule].steps
+        ]
 
 
 def unread(problems: Sequence[str]) -> list[Finding]:
@@ -72,44 +90,93 @@ def unread(problems: Sequence[str]) -> list[Finding]:
     return [Finding("could_not_be_read", "", 0, sentence, why, 0) for sentence in problems]
 
 
+@dataclass(frozen=True)
+class Check:
+    """What a rule that applies to a stage has looked at."""
+
+    rule: str
+    metric: str
+    value: float
+    """The value of the metric that the rule judges."""
+    fired: bool
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What all rules say of a run."""
+
+    findings: list[Finding]
+    """In the order of the steps at which they first held."""
+    checks: dict[str, list[Check]]
+    """The rules that apply, by stage."""
+
+    @property
+    def num_applied(self) -> int:
+        """How many of the rules apply to any stage."""
+        return len({check.rule for checks in self.checks.values() for check in checks})
+
+
 def examine(run: "Run") -> list[Finding]:
     """Apply all rules to all stages of a run. Return the findings, ordered by the step at which
     they first held."""
+    return diagnose(run).findings
+
+
+def diagnose(run: "Run") -> Diagnosis:
+    """Apply all rules to all stages of a run."""
     target = run.config.get("algorithm", {}).get("kl", {}).get("controller", {}).get("target")
     rollout = run.config.get("rollout", {})
     filtered = bool(rollout.get("top_k", 0)) or rollout.get("top_p", 1.0) < 1
-    found: dict[tuple[str, Rule | None], Finding] = {}
-    for stage, series in run.series.items():
+    findings: list[Finding] = []
+    checks: dict[str, list[Check]] = {}
+    for stage in run.series:
         watch = Watch(target, filtered, TOLERANCES[run.rounding])
-        if len(series.steps) > MAX_STEPS:
-            sentence = (
-                f"{stage} has {len(series.steps):,} steps; the rules looked at the first "
-                f"{MAX_STEPS:,} of them."
-            )
-            found[stage, None] = Finding(
-                "too_many_steps",
-                stage,
-                MAX_STEPS,
-                sentence,
-                "To look at all of them would take minutes.",
-                MAX_STEPS,
-            )
-        for i, step in enumerate(series.steps[:MAX_STEPS]):
-            metrics = {
-                name: column[i]
-                for name, column in series.columns.items()
-                if not math.isnan(column[i])
-            }
-            for rule, sentence, count in watch.look(metrics):
-                before = found.get((stage, rule))
-                if before is not None:
-                    found[stage, rule] = Finding(
-                        before.rule, stage, before.step, sentence, before.why, step
-                    )
-                elif count >= RULES[rule]:
-                    why = " ".join((rule.__doc__ or "").split())
-                    found[stage, rule] = Finding(rule.__name__, stage, step, sentence, why, step)
-    return sorted([*found.values(), *_own(run)], key=lambda finding: finding.step)
+        found = _examine_stage(run, stage, watch)
+        findings += found
+        checks[stage] = list(_checks(watch, {finding.rule for finding in found}))
+    findings = sorted([*findings, *_own(run)], key=lambda finding: finding.step)
+    return Diagnosis(findings, checks)
+
+
+def _examine_stage(run: "Run", stage: str, watch: Watch) -> list[Finding]:
+    """Show a watch all steps of a stage and its summary. Return the findings."""
+    series, found = run.series[stage], dict[str, Finding]()
+
+    def add(step: int, holding: Iterable[tuple[Rule, str, int]]) -> None:
+        for rule, sentence, count in holding:
+            name, before = rule.__name__, found.get(rule.__name__)
+            if before is not None:
+                found[name] = replace(before, sentence=sentence, until=step)
+            elif count >= RULES[rule].steps:
+                why = " ".join((rule.__doc__ or "").split())
+                found[name] = Finding(name, stage, step, sentence, why, step)
+
+    for i, step in enumerate(series.steps[:MAX_STEPS]):
+        metrics = {
+            name: column[i] for name, column in series.columns.items() if not math.isnan(column[i])
+        }
+        add(step, watch.look(metrics))
+    if len(series.steps) > MAX_STEPS:
+        return [_too_many_steps(stage, len(series.steps)), *found.values()]
+    summary = run.summary(stage)
+    if summary is not None and series.steps:
+        add(series.steps[-1], watch.look_at_end(summary))
+    return list(found.values())
+
+
+def _too_many_steps(stage: str, count: int) -> Finding:
+    sentence = f"{stage} has {count:,} steps; the rules looked at the first {MAX_STEPS:,} of them."
+    why = "To look at all of them would take minutes."
+    return Finding("too_many_steps", stage, MAX_STEPS, sentence, why, MAX_STEPS)
+
+
+def _checks(watch: Watch, fired: Collection[str]) -> Iterator[Check]:
+    """Yield what each rule that applies to a stage has looked at."""
+    for rule, terms in watch.rules.items():
+        if watch.applies(rule):
+            column = watch.history.columns[terms.reads[0]]
+            value = column[0 if terms.first else -1]
+            yield Check(rule.__name__, terms.reads[0], value, rule.__name__ in fired)
 
 
 def _own(run: "Run") -> list[Finding]:

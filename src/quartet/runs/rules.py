@@ -6,91 +6,18 @@ findings. docs/doctor.md says what each rule finds and when it is silent.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-RECENT = 5
-"""Steps that a rule takes the mean of."""
+from quartet.runs import training_rules as training
+from quartet.runs.history import RECENT, WIN_RATES, History, Rule, Terms
+
 HACKED_WITHIN = 200
 """Steps over which gold and reward are compared."""
 HACKED_MEAN = 10
 """Steps of which one mean is taken there."""
-WIN_RATES = 3
-"""Win rates of which one mean is taken: each is of 32 prompts, ± 0.17."""
 FORGOTTEN = 5.0
 """How many times the first perplexity on demonstrations is too much."""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far from each other numbers may be that are equal but for rounding."""
-
-    sampler_noted: float
-    """The mean ratio, less 1, of the sampler's and the learner's probabilities that is reported."""
-    sampler_wrong: float
-    """The same, where the run stops."""
-    growth: float
-    """How many times the gap of step 1 stops the run as well, once it is above `growth_from`: a
-    sampler that does not get new weights begins with a small gap."""
-    growth_from: float
-    ratio: float
-    """The largest |ratio − 1| before the first optimizer step."""
-    kl: float
-    """The KL per token between two models with the same weights."""
-
-
-TOLERANCES = {
-    "fp32": Tolerance(1e-4, 1e-4, math.inf, math.inf, 1e-3, 1e-4),
-    "bf16": Tolerance(0.03, 0.10, 5.0, 0.03, 0.5, 1e-3),
-    "engine": Tolerance(0.03, 0.10, 5.0, 0.03, 1e-3, 1e-4),
-}
-"""Tolerances by what samples: the learner's own module in float32 ("fp32") or in bfloat16 ("bf16"),
-or another program with its own kernels ("engine"). docs/doctor.md says how they were found."""
-
-
-class History:
-    """The metrics of a stage so far, by name."""
-
-    def __init__(
-        self,
-        kl_target: float | None = None,
-        filtered: bool = False,
-        tolerance: Tolerance = TOLERANCES["fp32"],
-    ) -> None:
-        self.kl_target, self.filtered, self.tolerance = kl_target, filtered, tolerance
-        self.steps = 0
-        self.columns: dict[str, list[float]] = {}
-        self.best_wins, self.best_place = -math.inf, 0
-        """The highest mean of WIN_RATES neighbouring win rates, and which was the first of them."""
-
-    def add(self, metrics: Mapping[str, float]) -> None:
-        self.steps += 1
-        for name, value in metrics.items():
-            if not math.isnan(value):
-                self.columns.setdefault(name, []).append(value)
-        wins = self.columns.get("policy/win_rate", ())
-        if (
-            "policy/win_rate" in metrics
-            and len(wins) >= WIN_RATES
-            and (mean := sum(wins[-WIN_RATES:]) / WIN_RATES) > self.best_wins
-        ):
-            self.best_wins, self.best_place = mean, len(wins) - WIN_RATES
-
-    def now(self, name: str, default: float) -> float:
-        """The latest value."""
-        column = self.columns.get(name)
-        return column[-1] if column else default
-
-    def recent(self, name: str, count: int = RECENT) -> float | None:
-        """The mean of the last steps; None until there are as many."""
-        column = self.columns.get(name, ())
-        return None if len(column) < count else sum(column[-count:]) / count
-
-    def first(self, name: str, count: int = RECENT) -> float | None:
-        """The mean of the first steps; None until as many others came after them."""
-        column = self.columns.get(name, ())
-        return None if len(column) < 2 * count else sum(column[:count]) / count
 
 
 def responses_do_not_end(history: History) -> str | None:
@@ -500,38 +427,49 @@ def reward_saturates(history: History) -> str | None:
     )
 
 
-Rule = Callable[[History], str | None]
-
-RULES: dict[Rule, int] = {
-    sampler_disagrees: 1,
-    sampler_is_imprecise: 1,
-    ratio_is_not_one: 1,
-    reference_differs: 1,
-    reference_moved: 1,
-    does_not_start_at_the_reference: 1,
-    not_sampled_as_trained: 3,
-    kl_is_negative: 1,
-    responses_do_not_end: 3,
-    no_signal: 3,
-    unscored: 1,
-    kl_above_target: 1,
-    critic_knows_nothing: 3,
-    value_loss_explodes: 1,
-    clipped_too_often: 1,
-    nothing_moves: 1,
-    entropy_collapse: 1,
-    duplicates: 1,
-    length_drift: 1,
-    paid_for_length: 1,
-    repeats_itself: 1,
-    hacked: 3,
-    loses_held_out: 1,
-    forgets: 1,
-    reward_falls: 3,
-    paid_for_others: 1,
-    reward_saturates: 3,
+RULES: dict[Rule, Terms] = {
+    sampler_disagrees: Terms(("sampler_ratio",)),
+    sampler_is_imprecise: Terms(("sampler_ratio",)),
+    ratio_is_not_one: Terms(("ratio/first_error",)),
+    reference_differs: Terms(("kl/token_k3",), first=True),
+    reference_moved: Terms(("reference/moved",)),
+    does_not_start_at_the_reference: Terms(("logratio/abs",), first=True),
+    not_sampled_as_trained: Terms(("policy/surprise_gap", "policy/entropy"), steps=3),
+    kl_is_negative: Terms(("kl",)),
+    responses_do_not_end: Terms(("response/ended",), steps=3),
+    no_signal: Terms(("advantage/std",), steps=3),
+    unscored: Terms(("reward/unscored",)),
+    kl_above_target: Terms(("kl",)),
+    critic_knows_nothing: Terms(("value/explained_variance",), steps=3),
+    value_loss_explodes: Terms(("loss/value",)),
+    clipped_too_often: Terms(("policy/clip_fraction",)),
+    nothing_moves: Terms(("grad_norm/actor",)),
+    entropy_collapse: Terms(("policy/entropy", "response/most_common")),
+    duplicates: Terms(("response/most_common",)),
+    length_drift: Terms(("response/tokens",)),
+    paid_for_length: Terms(("reward/length_correlation",)),
+    repeats_itself: Terms(("response/repetition",)),
+    hacked: Terms(("reward/gold", "reward"), steps=3),
+    loses_held_out: Terms(("policy/win_rate", "reward")),
+    forgets: Terms(("policy/sft_perplexity",)),
+    reward_falls: Terms(("reward", "reward/std"), steps=3),
+    paid_for_others: Terms(("advantage/reward_correlation",)),
+    reward_saturates: Terms(("reward/std", "reward/model"), steps=3),
+    training.steps_are_skipped: Terms(("skipped",), steps=3),
+    training.loss_explodes: Terms(("loss", "lr")),
+    training.worse_on_held_out: Terms(("held_out/loss", "held_out/loss_before")),
+    training.overfits: Terms(("held_out/loss", "loss")),
+    training.worse_than_chance: Terms(("held_out/accuracy", "held_out/pairs")),
+    training.no_better_than_chance: Terms(("held_out/accuracy", "held_out/pairs")),
+    training.memorised: Terms(("held_out/accuracy", "held_out/pairs", "accuracy")),
+    training.margins_explode: Terms(("held_out/confidence", "held_out/accuracy", "held_out/pairs")),
+    training.prefers_by_length: Terms(("held_out/prefers_longer", "held_out/longer_chosen")),
+    training.one_label_only: Terms(("labels/chosen",), first=True),
+    training.chosen_becomes_unlikely: Terms(
+        ("held_out/logprobs/chosen", "held_out/logprobs/chosen_before")
+    ),
 }
-"""Each rule, and for how many steps in a row it must hold before it speaks."""
+"""The rules, in the order of the studio's page."""
 INVARIANTS = frozenset(
     rule.__name__
     for rule in (

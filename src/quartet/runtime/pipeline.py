@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,8 @@ from quartet.recording.step_recorder import InvariantBroken, StepRecorder
 from quartet.recording.tokens import TokenTexts
 from quartet.recording.trackers import Tracking
 from quartet.runs.doctor import Watch
-from quartet.runs.rules import RULES, TOLERANCES
+from quartet.runs.history import TOLERANCES, Terms
+from quartet.runs.rules import RULES
 from quartet.runtime.events import Advanced, Event, Finished, StageFailed, Started, Warned
 from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.machine import return_freed_memory
@@ -155,13 +156,15 @@ class Pipeline:
         with self._failing(f"{stage.title}, before it began"), self.interruption.only_if(always):
             checkpoint = None if since is None else str(since.path)
             resumable = self.workers.call("begin", stage.name, checkpoint)[0]
-        yield from self._advance(stage, step, resumable)
+        recorder = yield from self._advance(stage, step, resumable)
         with self._failing(f"{stage.title}, at its end"), self.interruption.only_if(always):
             summary = self.workers.call("finish")[0]
         self.results |= self._result_fingerprints(stage)
         seconds = round(time.monotonic() - started, 2)
         self.folder.event("finished", stage.name, summary=summary, seconds=seconds)
         yield Finished(stage, summary, seconds)
+        for sentence in recorder.finish(summary):
+            yield Warned(stage, recorder.last_step, sentence)
 
     def _describe(self, stage: Stage) -> None:
         """Record what readers must know of an RL stage's parts, which they cannot import: how its
@@ -191,7 +194,7 @@ class Pipeline:
     def _recorder(self, stage: Stage) -> StepRecorder:
         """Return the recorder of a stage's steps, which has seen those that are in the record."""
         is_rl = isinstance(stage, RLStage)
-        own = {rule_of(metric): 1 for metric in self.saving.metrics} if is_rl else {}
+        own = {rule_of(metric): Terms(()) for metric in self.saving.metrics} if is_rl else {}
         filtered = isinstance(stage, RLStage) and stage.sampling.filters
         tolerance = TOLERANCES[stage.rounding if isinstance(stage, RLStage) else "fp32"]
         watch = Watch(kl_target(stage), filtered, tolerance, {**RULES, **own})
@@ -247,8 +250,11 @@ class Pipeline:
         self._save(stage.name, step, checkpoint.facts["merit"])
         return step, sentence
 
-    def _advance(self, stage: Stage, step: int, resumable: bool) -> Iterator[Event]:
-        """Take all steps of a stage after `step`. `resumable` says whether it has any state."""
+    def _advance(
+        self, stage: Stage, step: int, resumable: bool
+    ) -> Generator[Event, None, StepRecorder]:
+        """Take all steps of a stage after `step`. `resumable` says whether it has any state. Return
+        the recorder of the steps."""
         timer = CheckpointTimer(self.saving.every, last_step=step)
         at = _Position(step, timer, RunningMean(self.saving.best))
         recorder = self._recorder(stage)
@@ -264,7 +270,7 @@ class Pipeline:
                     yield Warned(stage, at.step, sentence)
                     continue
                 if result.progress is None:
-                    return
+                    return recorder
                 seconds = round(time.monotonic() - before, 4)
                 progress, warnings = self._record(stage, result, seconds, recorder)
                 at.advance(progress)

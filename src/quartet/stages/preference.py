@@ -14,6 +14,7 @@ from quartet.loops.preference import ComparisonSource, held_out_preference, pref
 from quartet.loops.progress import Progress
 from quartet.models.language_model import save
 from quartet.models.protocols import Tokenizer
+from quartet.stages.pair_facts import pair_facts
 from quartet.stages.protocol import StageRun, Summary
 from quartet.training.budget import Budget
 from quartet.training.optim import Optimizer
@@ -54,6 +55,19 @@ class PreferenceStage:
         else:
             source = Sampler(self.comparisons, self.batch_size, self.seed)
         reference = self.reference_of(model, folder) if self.loss.needs_reference else None
+
+        def evaluate() -> dict[str, float]:
+            with activity("held-out pairs"):
+                return held_out_preference(
+                    model,
+                    reference,
+                    self.held_out,
+                    self.loss,
+                    self.micro_batch_tokens,
+                    self.process_group,
+                )
+
+        before = evaluate() if self.held_out else {}
         optimizer, budget = (
             self.optimizer(model),
             Budget(self.micro_batch_tokens, self.process_group),
@@ -68,16 +82,11 @@ class PreferenceStage:
             save(model, self.tokenizer, folder / "policy", self.process_group)
             if not self.held_out:
                 return {}
-            with activity("held-out pairs"):
-                after = held_out_preference(
-                    model,
-                    reference,
-                    self.held_out,
-                    self.loss,
-                    self.micro_batch_tokens,
-                    self.process_group,
-                )
-            return {f"held_out_{name}": value for name, value in after.items()}
+            return {
+                **{f"held_out_{name}_before": value for name, value in before.items()},
+                **{f"held_out_{name}": value for name, value in evaluate().items()},
+                **pair_facts(self.held_out),
+            }
 
         stateful: dict[str, Stateful] = {"optimizer": optimizer, "source": source, "budget": budget}
         return StageRun(steps, finish, stateful, [optimizer], budget)

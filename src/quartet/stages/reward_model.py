@@ -15,7 +15,7 @@ from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.io.activity import activity
 from quartet.loops.progress import Progress
-from quartet.loops.reward_model import accuracy_of, pair_accuracy, pair_scores, reward_model
+from quartet.loops.reward_model import pair_accuracy, pair_scores, reward_model, score_facts
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import stop_ids
 from quartet.models.protocols import Tokenizer
@@ -26,6 +26,7 @@ from quartet.rewards.reward_model import ModelReward
 from quartet.rewards.shared import shared
 from quartet.rewards.text_models import TextModelReward
 from quartet.stages.kinds import member_of
+from quartet.stages.pair_facts import pair_facts
 from quartet.stages.protocol import StageRun, Summary
 from quartet.training.budget import Budget
 from quartet.training.optim import Optimizer
@@ -86,7 +87,7 @@ class RewardModelStage:
                 scores = pair_scores(
                     model, self.held_out, self.micro_batch_tokens, self.process_group
                 )
-            accuracy = accuracy_of(scores[:, 0] - scores[:, 1])
+            facts = score_facts(scores, self.held_out)
             with activity("centring"):
                 mean = self._mean_score(model, policy)
             model.centre += mean
@@ -98,7 +99,8 @@ class RewardModelStage:
                 write_pairs(folder / "evaluation" / file, self.shown, scores - mean, self.tokenizer)
             summary = {
                 "held_out_accuracy_before": before,
-                "held_out_accuracy": accuracy,
+                **{f"held_out_{name}": value for name, value in facts.items()},
+                **pair_facts(self.held_out),
                 "centre": model.centre,
             }
             return summary | ({} if self.ceiling is None else {"ceiling": self.ceiling})

@@ -25,8 +25,9 @@ from quartet import __version__
 from quartet.errors import QuartetError
 from quartet.runs import figures
 from quartet.runs.charts import Chart, charts
-from quartet.runs.doctor import examine
+from quartet.runs.doctor import diagnose
 from quartet.runs.reader import DamagedRun, NoRun, Run
+from quartet.runs.rules import RULES
 from quartet.runs.untrusted import finite
 from quartet.studio import views
 from quartet.studio.first_policy import Busy, FirstPolicies, NoAnswer, folder_of
@@ -291,8 +292,15 @@ class Pages:
 
     def doctor(self, request: Request) -> Response:
         run = self.run_of(request)
+        diagnosis = diagnose(run)
         return self.html(
-            "doctor.html", title="Doctor", run=run, findings=examine(run), page="doctor"
+            "doctor.html",
+            title="Doctor",
+            run=run,
+            findings=diagnosis.findings,
+            checks=diagnosis.checks,
+            rules=[rule.__name__ for rule in RULES],
+            page="doctor",
         )
 
     def config(self, request: Request) -> Response:

@@ -1,0 +1,118 @@
+"""What the doctor's rules are, and the metrics of a stage that they read."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+RECENT = 5
+"""Steps that a rule takes the mean of."""
+WIN_RATES = 3
+"""Win rates of which one mean is taken: each is of 32 prompts, ± 0.17."""
+MAX_NUMBER = 1e15
+"""A number of a summary is smaller; a larger one, an infinity or a NaN is left out."""
+HELD_OUT = "held_out/"
+"""What the names of metrics on held-out rows begin with."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far from each other numbers may be that are equal but for rounding."""
+
+    sampler_noted: float
+    """The mean ratio, less 1, of the sampler's and the learner's probabilities that is reported."""
+    sampler_wrong: float
+    """The same, where the run stops."""
+    growth: float
+    """How many times the gap of step 1 stops the run as well, once it is above `growth_from`: a
+    sampler that does not get new weights begins with a small gap."""
+    growth_from: float
+    ratio: float
+    """The largest |ratio − 1| before the first optimizer step."""
+    kl: float
+    """The KL per token between two models with the same weights."""
+
+
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 1e-4, math.inf, math.inf, 1e-3, 1e-4),
+    "bf16": Tolerance(0.03, 0.10, 5.0, 0.03, 0.5, 1e-3),
+    "engine": Tolerance(0.03, 0.10, 5.0, 0.03, 1e-3, 1e-4),
+}
+"""Tolerances by what samples: the learner's own module in float32 ("fp32") or in bfloat16 ("bf16"),
+or another program with its own kernels ("engine"). docs/doctor.md says how they were found."""
+
+
+class History:
+    """The metrics of a stage so far, by name."""
+
+    def __init__(
+        self,
+        kl_target: float | None = None,
+        filtered: bool = False,
+        tolerance: Tolerance = TOLERANCES["fp32"],
+    ) -> None:
+        self.kl_target, self.filtered, self.tolerance = kl_target, filtered, tolerance
+        self.steps = 0
+        self.columns: dict[str, list[float]] = {}
+        self.latest: Mapping[str, float] = {}
+        """The metrics of the latest step."""
+        self.best_wins, self.best_place = -math.inf, 0
+        """The highest mean of WIN_RATES neighbouring win rates, and which was the first of them."""
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        self.steps += 1
+        self.latest = metrics
+        for name, value in metrics.items():
+            if not math.isnan(value):
+                self.columns.setdefault(name, []).append(value)
+        wins = self.columns.get("policy/win_rate", ())
+        if (
+            "policy/win_rate" in metrics
+            and len(wins) >= WIN_RATES
+            and (mean := sum(wins[-WIN_RATES:]) / WIN_RATES) > self.best_wins
+        ):
+            self.best_wins, self.best_place = mean, len(wins) - WIN_RATES
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Add what the summary of the finished stage says of held-out rows: `held_out_loss` becomes
+        the last value of `held_out/loss`."""
+        for name, value in summary.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name.startswith("held_out_") and is_number and abs(value) < MAX_NUMBER:
+                column = HELD_OUT + name.removeprefix("held_out_")
+                self.columns.setdefault(column, []).append(float(value))
+
+    def now(self, name: str, default: float) -> float:
+        """The latest value."""
+        column = self.columns.get(name)
+        return column[-1] if column else default
+
+    def recent(self, name: str, count: int = RECENT) -> float | None:
+        """The mean of the last steps; None until there are as many."""
+        column = self.columns.get(name, ())
+        return None if len(column) < count else sum(column[-count:]) / count
+
+    def first(self, name: str, count: int = RECENT) -> float | None:
+        """The mean of the first steps; None until as many others came after them."""
+        column = self.columns.get(name, ())
+        return None if len(column) < 2 * count else sum(column[:count]) / count
+
+
+Rule = Callable[[History], str | None]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a rule looks at, and when it speaks."""
+
+    reads: tuple[str, ...]
+    """Metrics without which the rule does not apply to a stage; the first is the one it judges."""
+    steps: int = 1
+    """For how many steps in a row the rule must hold before it speaks."""
+    first: bool = False
+    """Whether it judges the first value of the metric, and not the latest."""
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the rule is applied to the summary of a finished stage as well."""
+        return any(name.startswith(HELD_OUT) for name in self.reads)
