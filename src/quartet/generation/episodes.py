@@ -10,7 +10,7 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.experience import FinishReason, Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
-from quartet.models.chat import ChatError, after_reply, render
+from quartet.models.chat import ChatError, after_reply, render, turn_end
 from quartet.models.protocols import Tokenizer
 
 Message = Mapping[str, Any]
@@ -87,9 +87,7 @@ def check_second_turn(tokenizer: Tokenizer, prompt: Prompt) -> None:
     prompt with a message of an environment. Raises ChatError."""
     message = {"role": "user", "content": "and then?"}
     try:
-        after_reply(
-            tokenizer, prompt.messages or (), [message], tokenizer.eos_token_id, prompt.extra
-        )
+        after_reply(tokenizer, prompt.messages or (), [message], turn_end(tokenizer), prompt.extra)
     except ChatError as error:
         raise ChatError(
             f"{prompt.id}: an environment cannot answer the policy in this conversation: {error}"

@@ -35,6 +35,7 @@ from quartet.models.adapters import (
     merged_state,
     save_adapter,
 )
+from quartet.models.chat import turn_end
 from quartet.models.logprobs import (
     LogitShape,
     head_logits,
@@ -248,8 +249,10 @@ def save(
         return
     with activity("merging"):
         state = merged_state(model, tensors) if adapted else tensors
-    if model.generation_config is not None and model.generation_config.eos_token_id is None:
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    if model.generation_config is not None:
+        ends = stop_ids(model, tokenizer)
+        if ends != _listed_ends(model):
+            model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else min(ends)
     in_4_bits = any(isinstance(module, NF4Linear) for module in model.modules())
     save_weights(model, folder, state, torch.bfloat16 if in_4_bits else torch.float32)
     tokenizer.save_pretrained(folder)
@@ -295,11 +298,15 @@ def is_recurrent(config: Any) -> bool:
 
 
 def stop_ids(model: CausalModel, tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the ids that end a response: the tokenizer's end of sequence and the others that the
-    model's generation config lists (chat models end a turn with a token of their own)."""
+    """Return the ids that end a response: the tokenizer's end of sequence, the token with which its
+    chat template ends a turn, and the others that the model's generation config lists."""
+    return _listed_ends(model) | {tokenizer.eos_token_id, turn_end(tokenizer)}
+
+
+def _listed_ends(model: CausalModel) -> frozenset[int]:
+    """Return the ends of sequence that the model's generation config lists."""
     listed = model.generation_config.eos_token_id if model.generation_config is not None else None
-    more = [] if listed is None else [listed] if isinstance(listed, int) else listed
-    return frozenset({tokenizer.eos_token_id, *more})
+    return frozenset(() if listed is None else [listed] if isinstance(listed, int) else listed)
 
 
 @dataclass(frozen=True)
