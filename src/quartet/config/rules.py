@@ -416,6 +416,29 @@ def sglang_excludes_filters(config: Config) -> str | None:
 
 
 @rule
+def kept_mask_needs_a_filter(config: Config) -> str | None:
+    rollout = config.rollout
+    if config.rl_stage is None or not rollout.keep_mask or rollout.filters:
+        return None
+    return (
+        "rollout.keep_mask = true: nothing is filtered. Set rollout.top_k or rollout.top_p, or "
+        "take it out."
+    )
+
+
+@rule
+def servers_keep_no_mask(config: Config) -> str | None:
+    if config.rl_stage is None or not config.rollout.keep_mask:
+        return None
+    if not isinstance(config.generator, Servers):
+        return None
+    return (
+        f'rollout.keep_mask = true: generator.type = "{config.generator.type}" does not tell which '
+        "tokens top_k and top_p kept. Sample without these filters, or without servers."
+    )
+
+
+@rule
 def sleeping_servers_sample_in_turn(config: Config) -> str | None:
     generator = config.generator
     if config.rl_stage is None or not isinstance(generator, Servers):

@@ -47,6 +47,7 @@ class _Episode:
     entropies: list[float] = field(default_factory=list)
     policy_mask: list[bool] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     finish: FinishReason | None = None
     version: int = 0
 
@@ -56,6 +57,7 @@ class _Episode:
         self.logprobs += turn.logprobs
         self.entropies += turn.entropies or [0.0] * len(turn.response_ids)
         self.policy_mask += [True] * len(turn.response_ids)
+        self.kept += turn.kept or [""] * len(turn.response_ids)
         self.rewards += [0.0] * len(turn.response_ids)
         self.version = turn.policy_version
 
@@ -63,6 +65,7 @@ class _Episode:
         """Append the environment's tokens, which have no log-probs and no rewards."""
         self.ids += ids
         self.policy_mask += [False] * len(ids)
+        self.kept += [""] * len(ids)
         for numbers in (self.logprobs, self.entropies, self.rewards):
             numbers.extend([0.0] * len(ids))
 
@@ -222,4 +225,5 @@ class Episodes:
             policy_version=episode.version,
             policy_mask=tuple(episode.policy_mask),
             turn_rewards=tuple(episode.rewards),
+            kept=tuple(episode.kept) if any(episode.kept) else None,
         )

@@ -26,6 +26,7 @@ from transformers import (
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
+from quartet.experience import KeptIds
 from quartet.io.activity import activity, writing
 from quartet.models.adapters import (
     POLICY,
@@ -37,6 +38,7 @@ from quartet.models.adapters import (
 )
 from quartet.models.chat import turn_end
 from quartet.models.logprobs import (
+    Filter,
     LogitShape,
     head_logits,
     head_statistics,
@@ -400,8 +402,11 @@ def statistics(
     mask: Bool[Tensor, "B T"],
     temperature: float,
     entropy_gradient: bool = False,
+    kept: KeptIds | None = None,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Return log-probs and entropies of the masked tokens, at their places; 0 elsewhere."""
+    """Return log-probs and entropies of the masked tokens, at their places; 0 elsewhere. `kept`
+    limits the policy to the ids that the sampler's filter left."""
+    limit = filter_of(kept, mask, outputs.hidden.device)
     targets = tokens[mask].to(outputs.hidden.device, non_blocking=True)
     if outputs.logits is None:
         logprobs, entropy = head_statistics(
@@ -411,12 +416,23 @@ def statistics(
             temperature,
             entropy_gradient,
             shape=logit_shape(model),
+            kept=limit,
         )
     else:
-        logprobs, entropy = logits_statistics(
-            logits_of(model, outputs), targets, temperature, entropy_gradient
-        )
+        logits = logits_of(model, outputs)
+        logits = logits if limit is None else limit.applied_to(logits)
+        logprobs, entropy = logits_statistics(logits, targets, temperature, entropy_gradient)
     return scatter_to_tokens(logprobs, mask), scatter_to_tokens(entropy, mask)
+
+
+def filter_of(
+    kept: KeptIds | None, mask: Bool[Tensor, "B T"], device: torch.device
+) -> Filter | None:
+    """Return the filter at the positions that predict the masked tokens; None without one."""
+    if kept is None:
+        return None
+    ids, positions = (x.to(device, non_blocking=True) for x in kept.at(mask))
+    return Filter(positions, ids)
 
 
 def masked_logprobs(
@@ -424,9 +440,11 @@ def masked_logprobs(
     tokens: Int[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     temperature: float = 1.0,
+    kept: KeptIds | None = None,
 ) -> Float[Tensor, "B T"]:
     """Return the log-probs of the masked tokens of right-padded rows; 0 elsewhere."""
-    return statistics(model, forward_positions(model, tokens, mask), tokens, mask, temperature)[0]
+    outputs = forward_positions(model, tokens, mask)
+    return statistics(model, outputs, tokens, mask, temperature, kept=kept)[0]
 
 
 @torch.no_grad()
@@ -438,6 +456,7 @@ def policy_logprobs(
     temperature: float,
     micro_batch_tokens: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
+    kept: KeptIds | None = None,
 ) -> Float[Tensor, "B T"]:
     """Return the log-probs of the masked tokens of right-padded rows, without a gradient; 0
     elsewhere. Each rank computes its share of the rows, and all ranks return the whole."""
@@ -446,8 +465,9 @@ def policy_logprobs(
     )
     for piece in process_group.micro_batches(lengths.tolist(), micro_batch_tokens):
         rows, width = piece.rows, int(lengths[piece.rows].max())
+        left = None if kept is None else kept.rows(rows, width)
         piece_logprobs = masked_logprobs(
-            model, tokens[rows, :width], mask[rows, :width], temperature
+            model, tokens[rows, :width], mask[rows, :width], temperature, left
         )
         if piece.counts:
             logprobs[rows, :width] = piece_logprobs.to(logprobs.device)

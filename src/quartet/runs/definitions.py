@@ -223,15 +223,15 @@ DEFINITIONS = (
         "sampler_mismatch",
         "sampler mismatch",
         "max |log-prob of the sampler − of the learner|",
-        "rounding, unless top-k or top-p is on",
+        "rounding, unless top-k or top-p is on without rollout.keep_mask",
     ),
     Definition(
         "sampler_ratio",
         "sampler ratio",
         "mean of exp |log-prob of the sampler − of the learner|",
-        "1 but for rounding (1.0001), unless top-k or top-p is on; more stops the run. With a "
-        "staleness: of answers by the "
-        "newest weights, the first ones and those of the win rate",
+        "1 but for rounding (1.0001), unless top-k or top-p is on without rollout.keep_mask; more "
+        "stops the run. With a staleness: of answers by the newest weights, the first ones and "
+        "those of the win rate",
     ),
     Definition(
         "reference/moved",

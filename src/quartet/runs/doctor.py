@@ -35,15 +35,17 @@ class Watch:
     kl_target: float | None = None
     filtered: bool = False
     """Whether top-k or top-p is on, so that the sampled distribution is known to differ from the
-    trained one."""
+    trained one, unless `keep_mask` is on."""
     tolerance: Tolerance = TOLERANCES["fp32"]
     rules: Mapping[Rule, int] = field(default_factory=lambda: RULES)
     """The rules, each with the number of steps in a row for which it must hold."""
+    keep_mask: bool = False
+    """Whether the filtered distribution is the one that is trained."""
     history: History = field(init=False)
     held: dict[Rule, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.history = History(self.kl_target, self.filtered, self.tolerance)
+        self.history = History(self.kl_target, self.filtered, self.tolerance, self.keep_mask)
 
     def see(self, metrics: Mapping[str, float]) -> list[tuple[Rule, str]]:
         """Add a step; return the rules that hold at it for the first time, and their sentences."""
@@ -78,9 +80,10 @@ def examine(run: "Run") -> list[Finding]:
     target = run.config.get("algorithm", {}).get("kl", {}).get("controller", {}).get("target")
     rollout = run.config.get("rollout", {})
     filtered = bool(rollout.get("top_k", 0)) or rollout.get("top_p", 1.0) < 1
+    keep_mask = bool(rollout.get("keep_mask", False))
     found: dict[tuple[str, Rule | None], Finding] = {}
     for stage, series in run.series.items():
-        watch = Watch(target, filtered, TOLERANCES[run.rounding])
+        watch = Watch(target, filtered, TOLERANCES[run.rounding], keep_mask=keep_mask)
         if len(series.steps) > MAX_STEPS:
             sentence = (
                 f"{stage} has {len(series.steps):,} steps; the rules looked at the first "

@@ -57,8 +57,13 @@ class History:
         kl_target: float | None = None,
         filtered: bool = False,
         tolerance: Tolerance = TOLERANCES["fp32"],
+        keep_mask: bool = False,
     ) -> None:
-        self.kl_target, self.filtered, self.tolerance = kl_target, filtered, tolerance
+        self.kl_target, self.tolerance = kl_target, tolerance
+        self.filtered = filtered and not keep_mask
+        """Whether the learner's distribution is not the one that was sampled from."""
+        self.renormalized = filtered and keep_mask
+        """Whether it is the filtered one, while the reference's is not."""
         self.steps = 0
         self.columns: dict[str, list[float]] = {}
         self.best_wins, self.best_place = -math.inf, 0
@@ -192,9 +197,10 @@ def ratio_is_not_one(history: History) -> str | None:
 
 def reference_differs(history: History) -> str | None:
     """At step 1 the policy is the reference, and the KL between them is 0 (Ziegler et al. 2019). If
-    not, the penalty pulls towards another model."""
+    not, the penalty pulls towards another model. A filter that is trained on keeps less than the
+    reference has, so its KL begins above 0."""
     first = history.columns.get("kl/token_k3", [0.0])[0]
-    if history.steps > 1 or first < history.tolerance.kl:
+    if history.steps > 1 or history.renormalized or first < history.tolerance.kl:
         return None
     return (
         f"the KL to the reference is {first:.2g} per token at step 1, and should be 0: the "
