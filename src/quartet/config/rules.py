@@ -38,6 +38,21 @@ def first_problem(config: Config) -> str | None:
     return next((problem for check in RULES if (problem := check(config)) is not None), None)
 
 
+def untrained_filter(config: Config) -> str | None:
+    """Return a sentence if a new run would sample from another distribution than it trains; None if
+    it would not. It is no rule: runs that began with such a filter can be resumed and read."""
+    rollout = config.rollout
+    if config.rl_stage is None or not rollout.filters or rollout.keep_mask:
+        return None
+    setting = f"top_k = {rollout.top_k}" if rollout.top_k else f"top_p = {rollout.top_p}"
+    remedy = (
+        "Servers do not tell which tokens they kept, so take the filter out."
+        if isinstance(config.generator, Servers)
+        else "Set rollout.keep_mask = true, which trains the filtered one, or take the filter out."
+    )
+    return f"rollout.{setting}: the distribution without this filter would be trained. {remedy}"
+
+
 # --- the recipe
 
 
