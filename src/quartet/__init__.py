@@ -29,7 +29,7 @@ _MODULES = {
     "data.row_shape": "RowShape",
     "data.sampler": "Sampler",
     "errors": "QuartetError",
-    "experience": "Batch Experience Prompt Rollout",
+    "experience": "Batch Experience Prompt Rollout pack_ids",
     "generation.native": "NativeGenerator",
     "generation.protocol": "Generator Weights",
     "generation.sampling": "Sampling",

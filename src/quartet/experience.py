@@ -15,8 +15,10 @@ Two policies that are easily confused have two names: *old* is the actor when it
 *reference* the frozen model that the KL penalty holds the actor to.
 """
 
+import base64
 import dataclasses
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -81,6 +83,56 @@ class Rollout:
     versions: tuple[int, ...] | None = None
     """The version of the weights that sampled each token, where they may differ; None:
     `policy_version` for all."""
+    kept: tuple[str, ...] | None = None
+    """The ids that top-k and top-p left before each token, as `pack_ids` writes them; "" for tokens
+    that an environment added. None where the sampler keeps none."""
+
+
+def pack_ids(ids: bytes | Iterable[int]) -> str:
+    """Return token ids as text: four bytes each, in base64. They may be given as those bytes."""
+    return base64.b64encode(ids if isinstance(ids, bytes) else array("i", ids)).decode()
+
+
+@dataclass(frozen=True)
+class KeptIds:
+    """The ids that the sampler's filter left before each token of B rows. The token was drawn from
+    them, and the policy is the softmax over them alone."""
+
+    counts: Int[Tensor, "B T"]
+    """How many ids were left; 0 for tokens that the policy did not sample."""
+    ids: tuple[Int[Tensor, "_"], ...]
+    """Those of each row, one token after the other."""
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout], width: int) -> "KeptIds | None":
+        """Return the ids that the filter left for rows of prompt and response, padded to a width;
+        None if a rollout has none. Raises ValueError for a token that is not among its own."""
+        counts, ids = torch.zeros(len(rollouts), width, dtype=torch.long), []
+        for row, rollout in enumerate(rollouts):
+            if rollout.kept is None:
+                return None
+            packed = [base64.b64decode(each) for each in rollout.kept]
+            some = torch.tensor([len(each) // 4 for each in packed])
+            start = len(rollout.prompt.ids)
+            counts[row, start : start + len(some)] = some
+            joined = bytearray(b"".join(packed))
+            left = torch.frombuffer(joined, dtype=torch.int32) if joined else torch.empty(0)
+            drawn = torch.tensor(rollout.response_ids).repeat_interleave(some)
+            if int((left == drawn).sum()) != int((some > 0).sum()):
+                raise ValueError(f"{rollout.id}: a token is not among the ids that its filter left")
+            ids.append(left)
+        return cls(counts, tuple(ids))
+
+    def rows(self, indices: Sequence[int], width: int) -> "KeptIds":
+        """Return these rows only, in `width` columns."""
+        return KeptIds(self.counts[list(indices), :width], tuple(self.ids[i] for i in indices))
+
+    def at(self, mask: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "_"], Int[Tensor, "_"]]:
+        """Return the ids left at the N masked tokens, and for each the number of its token, from 0
+        to N − 1. The mask has all tokens that the policy sampled, and may have more columns."""
+        counts = torch.nn.functional.pad(self.counts, (0, mask.shape[1] - self.counts.shape[1]))
+        some = counts[mask.cpu()]
+        return torch.cat(self.ids).long(), torch.arange(len(some)).repeat_interleave(some)
 
 
 @dataclass(frozen=True)
@@ -117,6 +169,8 @@ class Batch:
     """A score for every response token: a reward model read at each of them, or a dense reward."""
     greedy_scores: Float[Tensor, "B"] | None = None
     """The score of the greedy response to the same prompt."""
+    kept: KeptIds | None = None
+    """The ids that the sampler's filter left, where the policy is the filtered one."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +203,9 @@ class Experience:
     loss."""
     mean_entropy: Float[Tensor, "B"] | None = None
     """The mean entropy of π_old over the tokens of the step: the same number in every row."""
+    kept: KeptIds | None = None
+    """The ids that the sampler's filter left, where the policy is the filtered one. They stay in
+    main memory."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -161,7 +218,7 @@ class Experience:
             **{
                 name: value.to(device, non_blocking=True)
                 for name, value in tensors.items()
-                if name != "ids" and value is not None
+                if name not in {"ids", "kept"} and value is not None
             },
         )
 
@@ -173,6 +230,8 @@ class Experience:
         def take(value: Any) -> Any:
             if value is None:
                 return None
+            if isinstance(value, KeptIds):
+                return value.rows(indices, width)
             return value[index] if value.ndim == 1 else value[index, :width]
 
         tensors = {

@@ -93,6 +93,11 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         PPO,
         {"generator": SERVERS | {"type": "sglang"}, "rollout.top_k": 5},
     ),
+    "kept_mask_needs_a_filter": (PPO, {"rollout.keep_mask": True}),
+    "servers_keep_no_mask": (
+        PPO,
+        {"generator": SERVERS, "rollout": {"top_p": 0.9, "keep_mask": True}},
+    ),
     "sleeping_servers_sample_in_turn": (
         PPO,
         {"generator": SERVERS | {"sleep": True}, "rollout.staleness": 1},

@@ -6,7 +6,7 @@ from tokenizers.processors import TemplateProcessing
 from quartet.data import DataError
 from quartet.data.encoding import Encoder
 from quartet.data.examples import Example
-from tests.support.chats import REASONING, byte_level, sentence_pieces
+from tests.support.chats import GEMMA, REASONING, byte_level, sentence_pieces
 from tests.support.world import tokenizer
 
 
@@ -19,6 +19,22 @@ def test_a_demonstration_ends_with_the_end_of_sequence():
     words = tokenizer()
     assert words.decode(made.prompt_ids + made.response_ids) == "the film was good.<eos>"
     assert words.decode(made.prompt_ids) == "the film"
+
+
+def test_demonstrations_and_comparisons_of_conversations_end_as_the_template_ends_a_turn():
+    made = byte_level(GEMMA, "<eos>", ("<start_of_turn>", "<end_of_turn>"), "<bos>")
+    asked = [{"role": "user", "content": "why"}]
+    yes, no = ([{"role": "assistant", "content": c}] for c in ("because", "no"))
+    encode = Encoder(made, 64, 64)
+    [shown] = encode.demonstrations([Example("x:1", asked, completion=yes)])
+    [pair] = encode.comparisons([Example("x:2", asked, chosen=yes, rejected=no)])
+    assert made.decode(shown.response_ids) == "because<end_of_turn>"
+    assert [made.decode(i) for i in (pair.chosen_ids, pair.rejected_ids)] == [
+        "because<end_of_turn>",
+        "no<end_of_turn>",
+    ]
+    [plain] = encode.demonstrations([Example("x:3", "why", completion=" because")])
+    assert made.decode(plain.response_ids) == " because<eos>"
 
 
 def test_the_chosen_side_serves_as_a_demonstration():

@@ -10,8 +10,11 @@ from quartet.models.chat import (
     render_turns,
     set_chat_template,
     set_template_variables,
+    turn_end,
 )
-from tests.support.chats import REASONING, byte_level, sentence_pieces
+from quartet.models.language_model import create, load_model, save, stop_ids
+from quartet.models.shape import Shape
+from tests.support.chats import GEMMA, LLAMA_3, PHI_3, REASONING, byte_level, sentence_pieces
 
 QUESTION = [{"role": "user", "content": "hello there"}]
 REPLY = [{"role": "assistant", "content": "good day"}]
@@ -213,3 +216,94 @@ def test_a_template_that_leaves_the_reply_out_cannot_be_answered():
     made = byte_level("{% for m in messages %}{{ m['role'] }}{% endfor %}")
     with pytest.raises(ChatError, match="does not write what the assistant says"):
         after_reply(made, [USER], [USER], made.eos_token_id)
+
+
+# --- the token that ends a turn
+
+HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+ENDS = {
+    "chatml": (byte_level, "<|im_end|>"),
+    "chatml of a base model": (
+        lambda: byte_level(end="<|endoftext|>", control=("<|im_start|>", "<|im_end|>")),
+        "<|im_end|>",
+    ),
+    "gemma": (
+        lambda: byte_level(GEMMA, "<eos>", ("<start_of_turn>", "<end_of_turn>"), "<bos>"),
+        "<end_of_turn>",
+    ),
+    "llama 3": (
+        lambda: byte_level(LLAMA_3, "<|eot_id|>", HEADERS[:2], "<|begin_of_text|>"),
+        "<|eot_id|>",
+    ),
+    "llama 3 of a base model": (
+        lambda: byte_level(LLAMA_3, "<|end_of_text|>", HEADERS, "<|begin_of_text|>"),
+        "<|eot_id|>",
+    ),
+    "phi 3": (
+        lambda: byte_level(PHI_3, "<|endoftext|>", ("<|user|>", "<|assistant|>", "<|end|>")),
+        "<|end|>",
+    ),
+    "llama 2": (sentence_pieces, "</s>"),
+}
+CASES = pytest.mark.parametrize(("make", "end"), ENDS.values(), ids=ENDS)
+
+
+@CASES
+def test_the_token_with_which_a_template_ends_a_turn_is_the_end_that_is_learnt(make, end):
+    made = make()
+    last = made.convert_tokens_to_ids(end)
+    assert turn_end(made) == last
+    prompt, reply = render(made, [USER], [BOT])
+    assert reply[-1] == last and reply.count(last) == 1
+    assert made.decode(reply).strip().replace(" ", "") == f"because{end}"
+    rendered = whole(made, [USER, BOT])
+    assert prompt + reply == rendered[: len(prompt) + len(reply)]  # and nothing is appended
+
+
+@pytest.mark.parametrize("name", [name for name in ENDS if name != "phi 3"])  # it rewrites
+def test_every_answer_of_a_conversation_ends_so(name):
+    make, end = ENDS[name]
+    made = make()
+    last = made.convert_tokens_to_ids(end)
+    _, response, own = render_turns(made, [USER], [BOT, USER, {**BOT, "content": "yes"}])
+    theirs = [t for t, mine in zip(response, own, strict=True) if mine]
+    assert theirs.count(last) == 2 and theirs[-1] == last
+    assert made.eos_token_id == last or made.eos_token_id not in response
+
+
+@CASES
+def test_a_sampler_stops_at_it_and_the_saved_model_names_it(make, end, tmp_path):
+    made = make()
+    last = made.convert_tokens_to_ids(end)
+    model = create(Shape(hidden_size=8, num_layers=1, num_heads=1, max_length=16), made, seed=0)
+    assert stop_ids(model, made) == {made.eos_token_id, last}
+    save(model, made, tmp_path)
+    loaded = load_model(tmp_path).generation_config.eos_token_id
+    assert loaded == (last if made.eos_token_id == last else sorted([made.eos_token_id, last]))
+
+
+@CASES
+def test_an_answer_to_a_turn_follows_its_end(make, end):
+    made = make()
+    prompt, reply = render(made, [USER], [BOT])
+    new = after_reply(made, [USER], [USER], turn_end(made))
+    grown = whole(made, [USER, BOT, USER], add_generation_prompt=True)
+    assert prompt + reply + new == grown
+
+
+def test_a_turn_that_ended_with_the_end_of_sequence_is_closed_by_the_template():
+    made = ENDS["gemma"][0]()
+    new = after_reply(made, [USER], [USER], made.eos_token_id)
+    assert made.decode(new).startswith("<end_of_turn>\n<start_of_turn>user\nwhy")
+
+
+def test_without_a_template_a_text_ends_with_the_end_of_sequence():
+    made = byte_level(None, "<eos>", ("<end_of_turn>",))
+    assert made.convert_ids_to_tokens([turn_end(made)]) == ["<eos>"]
+
+
+def test_a_template_that_is_set_later_has_its_own_end():
+    made = byte_level(None, "<eos>", ("<|im_start|>", "<|im_end|>"))
+    assert turn_end(made) == made.eos_token_id
+    made.chat_template = NAMED_TEMPLATES["chatml"]
+    assert turn_end(made) == made.convert_tokens_to_ids("<|im_end|>")

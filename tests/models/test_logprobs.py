@@ -5,6 +5,7 @@ import torch
 
 from quartet.models.logprobs import (
     PLAIN,
+    Filter,
     LogitShape,
     head_statistics,
     predicting_positions,
@@ -75,6 +76,38 @@ def test_log_probs_in_chunks_are_those_of_the_whole_and_so_are_their_gradients(
         hidden, weight, bias, tokens, temperature, False, chunk_elements, shape
     )
     assert watched.requires_grad and not ignored.requires_grad
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 13 * 4, 10**6])
+@pytest.mark.parametrize("shape", [PLAIN, LogitShape(3.0, 4.0)])
+def test_a_filter_renormalises_over_what_it_left_in_any_chunks(chunk_elements, shape):
+    """At position n the ids n, n + 1, … are left; at the last, none is named and all are."""
+    hidden, weight = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (8, 13))
+    left = [list(range(n, 13, n + 1)) for n in range(7)]
+    tokens = torch.tensor([ids[-1] for ids in left] + [4])
+    limit = Filter(
+        torch.tensor([n for n, ids in enumerate(left) for _ in ids]),
+        torch.tensor([i for ids in left for i in ids]),
+    )
+    measured = head_statistics(
+        hidden, weight, None, tokens, 0.7, True, chunk_elements, shape, limit
+    )
+    logits = shape.applied_to(torch.nn.functional.linear(hidden, weight)) / 0.7
+    rows = [logits[n, ids].log_softmax(-1) for n, ids in enumerate([*left, range(13)])]
+    places = [[*left, list(range(13))][n].index(int(t)) for n, t in enumerate(tokens)]
+    expected = (
+        torch.stack([row[place] for row, place in zip(rows, places, strict=True)]),
+        torch.stack([-(row.exp() * row).sum() for row in rows]),
+    )
+    outer = [torch.randn(8, dtype=torch.float64) for _ in range(2)]
+    for one, other in zip(measured, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(
+        torch.autograd.grad(measured, (hidden, weight), outer),
+        torch.autograd.grad(expected, (hidden, weight), outer),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_gradients_of_a_capped_and_scaled_head_are_its_finite_differences():

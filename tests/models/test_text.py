@@ -16,9 +16,9 @@ def test_a_control_token_in_a_text_is_text(kind):
     ids = text_ids(made, f"the {end} is it")
     assert made.eos_token_id in made.encode(f"the {end} is it"), "this is what transformers does"
     assert not set(ids) & set(made.all_special_ids) - {made.unk_token_id}
-    assert response_ids(made, f"so {end}").count(made.eos_token_id) == 1
-    assert response_ids(made, "so")[-1] == made.eos_token_id
-    assert response_ids(made, "so", ended=False)[-1:] != [made.eos_token_id]
+    assert response_ids(made, f"so {end}", made.eos_token_id).count(made.eos_token_id) == 1
+    assert response_ids(made, "so", made.eos_token_id)[-1] == made.eos_token_id
+    assert response_ids(made, "so", None)[-1:] != [made.eos_token_id]
     assert quoted_control(made, f"a {end} b") == end and quoted_control(made, "a < b") is None
 
 

@@ -49,6 +49,29 @@ INSTRUCTIONS = (
 """In the shape of Llama 2's."""
 
 
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+"""In the shape of Gemma's: the end of a turn is not the end of a sequence."""
+LLAMA_3 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+"""In the shape of Llama 3's."""
+PHI_3 = (
+    "{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+"""In the shape of Phi-3's: an end of sequence follows the end of the last turn."""
+
+
 @cache
 def _byte_level() -> str:
     backend = Tokenizer(models.BPE())
@@ -62,14 +85,21 @@ def _byte_level() -> str:
     return str(backend.to_str())
 
 
-def byte_level(template: str = CHATML) -> Any:
+def byte_level(
+    template: str | None = CHATML,
+    end: str = "<|im_end|>",
+    control: tuple[str, ...] = ("<|im_start|>",),
+    begin: str | None = None,
+) -> Any:
     """As Qwen's: byte-level, turns end with `<|im_end|>`, thoughts and tool calls stand between
-    tokens that are not special."""
+    tokens that are not special. `end` is the end of sequence, `begin` its beginning, and `control`
+    are further control tokens."""
     made = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_byte_level()),
-        eos_token="<|im_end|>",
+        bos_token=begin,
+        eos_token=end,
         pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
+        additional_special_tokens=list(control),
     )
     made.add_tokens([AddedToken(t, special=False) for t in ("<think>", "</think>", "<tool_call>")])
     made.chat_template = template

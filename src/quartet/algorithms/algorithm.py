@@ -186,6 +186,7 @@ class Algorithm:
             mean_entropy=None
             if batch.entropy is None
             else masked_mean(batch.entropy, mask).expand(len(mask)),
+            kept=batch.kept,
         )
 
     def denominators(self, experience: Experience) -> dict[str, float]:

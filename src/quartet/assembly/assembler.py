@@ -302,10 +302,11 @@ class Assembler:
         """Return sentences about what the user should know before the run starts."""
         config = self.config
         notes = [*self.rewards.notes, *self.encoder.notes()]
-        if config.rl_stage and config.rollout.filters:
+        if config.rl_stage and config.rollout.filters and not config.rollout.keep_mask:
             notes.append(
                 "rollout.top_k and rollout.top_p sample another distribution than is trained: "
-                "ratios do not start at 1, and KL estimates can be negative."
+                "ratios do not start at 1, and KL estimates can be negative. rollout.keep_mask = "
+                "true trains what is sampled."
             )
         if config.rl_stage and isinstance(config.generator, Servers) and config.generator.sleeps:
             notes.append(

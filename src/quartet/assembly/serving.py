@@ -7,6 +7,7 @@ from quartet.data.encoding import Encoder
 from quartet.experience import Prompt, Rollout
 from quartet.io.texts import excerpt
 from quartet.models.actor_critic import freeze
+from quartet.models.chat import turn_end
 from quartet.models.heads import ScalarModel, scores_last_token
 from quartet.models.language_model import ModelError, load_tokenizer, read_config
 from quartet.models.text import response_ids
@@ -18,7 +19,7 @@ from quartet.rewards.text_models import TextModelReward, the_label
 
 class TextScorer:
     """Scores prompts and responses as a run does: the two are tokenized separately, and the
-    end-of-sequence token follows a response that ended."""
+    token that ends a turn or a sequence follows a response that ended."""
 
     def __init__(self, folder: Path, device: Any, micro_batch_tokens: int = 4096) -> None:
         """`folder` is a run folder or a reward model's folder."""
@@ -92,6 +93,7 @@ class TextScorer:
         """Return the tokens of the prompt and of the response; none for a model that reads text."""
         if self.encoder is None:
             return (), ()
-        return tuple(self.encoder.prompt_ids(prompt)), tuple(
-            response_ids(self.encoder.tokenizer, response, ended)
-        )
+        tokenizer = self.encoder.tokenizer
+        end = tokenizer.eos_token_id if isinstance(prompt, str) else turn_end(tokenizer)
+        ids = response_ids(tokenizer, response, end if ended else None)
+        return tuple(self.encoder.prompt_ids(prompt)), tuple(ids)

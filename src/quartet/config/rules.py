@@ -45,6 +45,21 @@ def first_problem(config: Config) -> str | None:
     return next((problem for check in RULES if (problem := check(config)) is not None), None)
 
 
+def untrained_filter(config: Config) -> str | None:
+    """Return a sentence if a new run would sample from another distribution than it trains; None if
+    it would not. It is no rule: runs that began with such a filter can be resumed and read."""
+    rollout = config.rollout
+    if config.rl_stage is None or not rollout.filters or rollout.keep_mask:
+        return None
+    setting = f"top_k = {rollout.top_k}" if rollout.top_k else f"top_p = {rollout.top_p}"
+    remedy = (
+        "Servers do not tell which tokens they kept, so take the filter out."
+        if isinstance(config.generator, Servers)
+        else "Set rollout.keep_mask = true, which trains the filtered one, or take the filter out."
+    )
+    return f"rollout.{setting}: the distribution without this filter would be trained. {remedy}"
+
+
 # --- the recipe
 
 
@@ -458,6 +473,29 @@ def sglang_excludes_filters(config: Config) -> str | None:
     return (
         'generator.type = "sglang": tells log-probs of the distribution before rollout.top_k and '
         "rollout.top_p, from which nothing was drawn. Leave those at 0 and 1."
+    )
+
+
+@rule
+def kept_mask_needs_a_filter(config: Config) -> str | None:
+    rollout = config.rollout
+    if config.rl_stage is None or not rollout.keep_mask or rollout.filters:
+        return None
+    return (
+        "rollout.keep_mask = true: nothing is filtered. Set rollout.top_k or rollout.top_p, or "
+        "take it out."
+    )
+
+
+@rule
+def servers_keep_no_mask(config: Config) -> str | None:
+    if config.rl_stage is None or not config.rollout.keep_mask:
+        return None
+    if not isinstance(config.generator, Servers):
+        return None
+    return (
+        f'rollout.keep_mask = true: generator.type = "{config.generator.type}" does not tell which '
+        "tokens top_k and top_p kept. Sample without these filters, or without servers."
     )
 
 

@@ -374,7 +374,7 @@ class Encoder:
         if isinstance(answer, str):
             if not answer.strip():
                 raise DataError(f"the {column} is empty, a response of zero tokens.")
-            ids = response_ids(self.tokenizer, answer)
+            ids = response_ids(self.tokenizer, answer, self.tokenizer.eos_token_id)
             written = [True] * len(ids)
         else:
             said = [m for m in answer if m["role"] == "assistant"]

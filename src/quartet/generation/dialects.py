@@ -125,6 +125,8 @@ class Vllm(_Adapters):
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
+            "min_tokens": 0,
+            **NEUTRAL,
             "seed": seed,
             "logprobs": 0,
             "stop_token_ids": stops,
@@ -171,6 +173,8 @@ class Sglang(_Adapters):
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
+            "min_new_tokens": 0,
+            **NEUTRAL,
             "sampling_seed": seed,
             "stop_token_ids": stops,
             "skip_special_tokens": False,
@@ -194,6 +198,16 @@ class Sglang(_Adapters):
 
 
 DIALECTS: dict[str, Dialect] = {"vllm": Vllm(), "sglang": Sglang()}
+
+
+NEUTRAL = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""What would change the distribution and is left out of it by name: what a request does not say, a
+server may take from the model's generation_config.json, such as Gemma's top_k = 64."""
 
 
 def _without(excluded: Sequence[int]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.experience import FinishReason, Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
-from quartet.models.chat import ChatError, after_reply, render
+from quartet.models.chat import ChatError, after_reply, render, turn_end
 from quartet.models.protocols import Tokenizer
 
 Message = Mapping[str, Any]
@@ -47,6 +47,7 @@ class _Episode:
     entropies: list[float] = field(default_factory=list)
     policy_mask: list[bool] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     finish: FinishReason | None = None
     version: int = 0
 
@@ -56,6 +57,7 @@ class _Episode:
         self.logprobs += turn.logprobs
         self.entropies += turn.entropies or [0.0] * len(turn.response_ids)
         self.policy_mask += [True] * len(turn.response_ids)
+        self.kept += turn.kept or [""] * len(turn.response_ids)
         self.rewards += [0.0] * len(turn.response_ids)
         self.version = turn.policy_version
 
@@ -63,6 +65,7 @@ class _Episode:
         """Append the environment's tokens, which have no log-probs and no rewards."""
         self.ids += ids
         self.policy_mask += [False] * len(ids)
+        self.kept += [""] * len(ids)
         for numbers in (self.logprobs, self.entropies, self.rewards):
             numbers.extend([0.0] * len(ids))
 
@@ -87,9 +90,7 @@ def check_second_turn(tokenizer: Tokenizer, prompt: Prompt) -> None:
     prompt with a message of an environment. Raises ChatError."""
     message = {"role": "user", "content": "and then?"}
     try:
-        after_reply(
-            tokenizer, prompt.messages or (), [message], tokenizer.eos_token_id, prompt.extra
-        )
+        after_reply(tokenizer, prompt.messages or (), [message], turn_end(tokenizer), prompt.extra)
     except ChatError as error:
         raise ChatError(
             f"{prompt.id}: an environment cannot answer the policy in this conversation: {error}"
@@ -224,4 +225,5 @@ class Episodes:
             policy_version=episode.version,
             policy_mask=tuple(episode.policy_mask),
             turn_rewards=tuple(episode.rewards),
+            kept=tuple(episode.kept) if any(episode.kept) else None,
         )

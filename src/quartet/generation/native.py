@@ -4,13 +4,14 @@ learner's up to rounding."""
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.errors import NonFinite
-from quartet.experience import Prompt, Rollout
+from quartet.experience import Prompt, Rollout, pack_ids
 from quartet.generation.decoders import make_decoder
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
@@ -20,6 +21,10 @@ from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.support import ids_outside, support_of
 from quartet.models.text import decoded_response
 from quartet.tensors import Bool, Float, Int, Tensor
+
+Answer = tuple[list[int], list[float], list[float], list[str]]
+"""The tokens of a response, their log-probs and entropies, and the ids that the filter left before
+each, where they are kept."""
 
 
 class NativeGenerator:
@@ -103,7 +108,7 @@ class NativeGenerator:
         answers = [by_row[row] for row in range(len(noise))]
         before = [self.tokenizer.decode(p.ids, skip_special_tokens=True) for p in prompts]
         rollouts = []
-        for row, (ids, logprobs, entropies) in enumerate(answers):
+        for row, (ids, logprobs, entropies, kept) in enumerate(answers):
             group, sample = divmod(row, samples_per_prompt)
             prompt = prompts[group]
             if not all(map(math.isfinite, logprobs)):
@@ -119,6 +124,7 @@ class NativeGenerator:
                     entropies=tuple(entropies),
                     finish_reason="stop" if ids[-1] in self.stop_ids else "length",
                     policy_version=self.version,
+                    kept=tuple(kept) if sampling.keep_mask else None,
                 )
             )
         return rollouts
@@ -129,9 +135,8 @@ class NativeGenerator:
         sampling: Sampling,
         samples: int,
         noise: Float[Tensor, "B T"],
-    ) -> list[tuple[list[int], list[float], list[float]]]:
-        """Return tokens, log-probs and entropies of each response; `noise` has the uniform number
-        of each token."""
+    ) -> list[Answer]:
+        """Return the answer of each response; `noise` has the uniform number of each token."""
         if not prompts:
             return []
         device, limit = self.model.device, sampling.max_new_tokens
@@ -163,7 +168,8 @@ class NativeGenerator:
                 alive = torch.nn.functional.pad(alive, (0, len(new)), value=True)
             noises = noise[rows, lengths.clamp(max=limit - 1)]
             drawn = draw(logits[:, :support], sampling, noises)
-            steps.append((rows, alive, drawn))
+            left = [] if drawn.kept is None else _packed_rows(drawn.kept)
+            steps.append((rows, alive, replace(drawn, kept=None), left))
             num_tokens += len(rows)
             progress(num_tokens, 0, "tokens")
             lengths = lengths + alive
@@ -186,21 +192,29 @@ class NativeGenerator:
         return torch.isin(tokens, self.stop_ids)
 
 
-Step = tuple[Tensor, Tensor, Drawn]
-"""The answer of each row, whether it goes on, and the token that was drawn for it."""
+Step = tuple[Tensor, Tensor, Drawn, list[str]]
+"""The answer of each row, whether it goes on, the token that was drawn for it, and the ids that the
+filter left, where they are kept."""
 
 
-def _by_row(
-    steps: Sequence[Step], num_rows: int
-) -> list[tuple[list[int], list[float], list[float]]]:
-    """Sort what was drawn step by step into tokens, log-probs and entropies of each response."""
-    rows = torch.cat([rows for rows, _, _ in steps]).cpu()
+def _packed_rows(kept: Bool[Tensor, "B V"]) -> list[str]:
+    """Return the ids that a filter left in each row."""
+    ids = kept.nonzero()[:, 1].to(torch.int32).cpu().numpy().tobytes()
+    ends = (4 * kept.sum(-1).cumsum(0)).tolist()
+    return [pack_ids(ids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _by_row(steps: Sequence[Step], num_rows: int) -> list[Answer]:
+    """Sort what was drawn step by step into the answers of the responses."""
+    rows = torch.cat([rows for rows, *_ in steps]).cpu()
     order = rows.sort(stable=True).indices
-    order = order[torch.cat([alive for _, alive, _ in steps]).cpu()[order]]
+    order = order[torch.cat([alive for _, alive, *_ in steps]).cpu()[order]]
     ends = rows[order].bincount(minlength=num_rows).cumsum(0).tolist()
     columns = [
-        torch.cat([getattr(drawn, name) for _, _, drawn in steps]).cpu()[order].tolist()
+        torch.cat([getattr(drawn, name) for _, _, drawn, _ in steps]).cpu()[order].tolist()
         for name in ("tokens", "logprobs", "entropies")
     ]
+    kept = [each for *_, left in steps for each in left]
+    columns.append([kept[i] for i in order.tolist()] if kept else [])
     spans = list(zip([0, *ends], ends, strict=False))
     return [tuple(column[start:end] for column in columns) for start, end in spans]  # type: ignore[misc]

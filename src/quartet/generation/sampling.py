@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from quartet.parts import Field, part
-from quartet.tensors import Float, Int, Tensor, torch
+from quartet.tensors import Bool, Float, Int, Tensor, torch
 
 
 @part
@@ -17,8 +17,8 @@ class Sampling:
     top_k: int = Field(
         default=0,
         ge=0,
-        description="Keep the k most probable tokens; 0 keeps all. Prefer 0: the learner does not "
-        "filter.",
+        description="Keep the k most probable tokens; 0 keeps all. Prefer 0: without keep_mask "
+        "the learner does not filter.",
     )
     top_p: float = Field(
         default=1.0,
@@ -26,11 +26,16 @@ class Sampling:
         le=1,
         description="Keep the most probable tokens of this mass. Prefer 1, as above.",
     )
+    keep_mask: bool = Field(
+        default=False,
+        description="Record which tokens top_k and top_p keep, and train the distribution over "
+        "them. It takes five bytes for each kept token, at every token of a response.",
+    )
 
     @property
     def filters(self) -> bool:
-        """Whether top-k or top-p excludes tokens. The learner's log-probs are those of the
-        unfiltered distribution, so with a filter the ratio is not 1 on the first minibatch and KL
+        """Whether top-k or top-p excludes tokens. Without `keep_mask` the learner's log-probs are
+        those of the unfiltered distribution, so the ratio is not 1 on the first minibatch and KL
         estimates can be negative."""
         return self.top_k > 0 or self.top_p < 1
 
@@ -44,6 +49,8 @@ class Drawn:
     """Log-probs of the tokens under the distribution they were drawn from."""
     entropies: Float[Tensor, "B"]
     """Entropies of that distribution, in nats."""
+    kept: Bool[Tensor, "B V"] | None = None
+    """Which tokens it does not exclude; only with `keep_mask`."""
 
 
 WIDE = 200_000
@@ -93,7 +100,8 @@ def draw(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, 
     tokens = tokens.clamp(max=z.shape[-1] - 1)  # NaN compares with nothing: past the end
     log_total = total[:, 0].log()
     mean = torch.linalg.vecdot(weights, z.clamp(min=-1e4) if sampling.filters else z) / total[:, 0]
-    return Drawn(tokens[:, 0], z.gather(-1, tokens)[:, 0] - log_total, log_total - mean)
+    kept = z > -torch.inf if sampling.keep_mask else None
+    return Drawn(tokens[:, 0], z.gather(-1, tokens)[:, 0] - log_total, log_total - mean, kept)
 
 
 def _draw_wide(
@@ -106,17 +114,17 @@ def _draw_wide(
     """
     rows = max(WIDE_LOGITS // logits.shape[-1], 1)
     parts = [
-        _draw_in_blocks(scaled(some, sampling), their_noise, sampling.filters)
+        _draw_in_blocks(scaled(some, sampling), their_noise, sampling)
         for some, their_noise in zip(logits.split(rows), noise.split(rows), strict=True)
     ]
-    columns = ([getattr(part, name) for part in parts] for name in Drawn.__dataclass_fields__)
-    return Drawn(*(torch.cat(column) for column in columns))
+    names = [name for name in Drawn.__dataclass_fields__ if getattr(parts[0], name) is not None]
+    return Drawn(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def _draw_in_blocks(
-    logits: Float[Tensor, "B V"], noise: Float[Tensor, "B"], filters: bool
+    logits: Float[Tensor, "B V"], noise: Float[Tensor, "B"], sampling: Sampling
 ) -> Drawn:
-    """Draw from logits of the sampling distribution; those of `filters` may be −∞."""
+    """Draw from logits of the sampling distribution, which a filter may have set to −∞."""
     vocabulary = logits.shape[-1]
     z = logits - logits.amax(-1, keepdim=True)
     weights = z.exp()
@@ -136,9 +144,10 @@ def _draw_in_blocks(
     tokens = block * WIDE_BLOCK + torch.searchsorted(inner, aim, right=True)
     tokens = tokens.clamp(max=vocabulary - 1)  # NaN compares with nothing: past the end
     log_total = total[:, 0].log()
-    finite = z.clamp(min=-1e4) if filters else z
+    finite = z.clamp(min=-1e4) if sampling.filters else z
     mean = (weights[:, None] @ finite[:, :, None])[:, 0, 0] / total[:, 0]
-    return Drawn(tokens[:, 0], z.gather(-1, tokens)[:, 0] - log_total, log_total - mean)
+    kept = z > -torch.inf if sampling.keep_mask else None
+    return Drawn(tokens[:, 0], z.gather(-1, tokens)[:, 0] - log_total, log_total - mean, kept)
 
 
 def _below(x: Tensor) -> Tensor:

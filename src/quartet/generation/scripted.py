@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
+from quartet.models.chat import turn_end
 from quartet.models.protocols import Tokenizer
 from quartet.models.text import response_ids
 
 
 class ScriptedGenerator:
-    """Returns the responses of a list in order, again from the start after the last. Each ends with
-    the end-of-sequence token unless it is cut off at `max_new_tokens`."""
+    """Returns the responses of a list in order, again from the start after the last. Each ends as
+    an answer to its prompt does, unless it is cut off at `max_new_tokens`."""
 
     def __init__(self, answers: Iterable[str], tokenizer: Tokenizer) -> None:
         self.answers, self.given = tuple(answers), 0
@@ -41,7 +42,9 @@ class ScriptedGenerator:
         return self.answers[(self.given - 1) % len(self.answers)]
 
     def _rollout(self, prompt: Prompt, group: int, sample: int, answer: str, limit: int) -> Rollout:
-        ids = response_ids(self.tokenizer, answer)
+        in_chat = prompt.messages is not None
+        end = turn_end(self.tokenizer) if in_chat else self.tokenizer.eos_token_id
+        ids = response_ids(self.tokenizer, answer, end)
         return Rollout(
             id=f"{prompt.id}/{sample}",
             prompt=prompt,

@@ -11,9 +11,16 @@ from torch import nn
 from quartet.algorithms.algorithm import Forward
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
+from quartet.experience import KeptIds
 from quartet.models.adapters import LanguageModel
 from quartet.models.heads import ScalarModel, ValueHead
-from quartet.models.language_model import PositionOutputs, forward_positions, logits_of, statistics
+from quartet.models.language_model import (
+    PositionOutputs,
+    filter_of,
+    forward_positions,
+    logits_of,
+    statistics,
+)
 from quartet.models.logprobs import scatter_to_tokens, token_exact_kl
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.tensors import Bool, Float, Int, Tensor
@@ -30,9 +37,11 @@ class ActorCritic(Protocol):
         temperature: float,
         entropy_gradient: bool = False,
         reference: LanguageModel | None = None,
+        kept: KeptIds | None = None,
     ) -> Forward:
         """Return log-probs, entropy and values of the masked tokens of right-padded rows and, given
-        a reference, the exact KL to it. Entries outside the mask mean nothing."""
+        a reference, the exact KL to it. `kept` limits the actor, and not the reference, to the ids
+        that the sampler's filter left. Entries outside the mask mean nothing."""
         ...
 
     def values(
@@ -66,12 +75,13 @@ class Separate:
         temperature: float,
         entropy_gradient: bool = False,
         reference: LanguageModel | None = None,
+        kept: KeptIds | None = None,
     ) -> Forward:
         outputs = forward_positions(self.actor, tokens, mask)
         logprobs, entropy = statistics(
-            self.actor, outputs, tokens, mask, temperature, entropy_gradient
+            self.actor, outputs, tokens, mask, temperature, entropy_gradient, kept
         )
-        exact = exact_kl_to(reference, self.actor, outputs, tokens, mask, temperature)
+        exact = exact_kl_to(reference, self.actor, outputs, tokens, mask, temperature, kept)
         return Forward(logprobs, entropy, self.values(tokens, mask), exact)
 
     def values(
@@ -110,17 +120,18 @@ class Shared:
         temperature: float,
         entropy_gradient: bool = False,
         reference: LanguageModel | None = None,
+        kept: KeptIds | None = None,
     ) -> Forward:
         outputs = forward_positions(self.actor, tokens, mask)
         logprobs, entropy = statistics(
-            self.actor, outputs, tokens, mask, temperature, entropy_gradient
+            self.actor, outputs, tokens, mask, temperature, entropy_gradient, kept
         )
         values = scatter_to_tokens(self.head(outputs.hidden), mask)
         return Forward(
             logprobs,
             entropy,
             values,
-            exact_kl_to(reference, self.actor, outputs, tokens, mask, temperature),
+            exact_kl_to(reference, self.actor, outputs, tokens, mask, temperature, kept),
         )
 
     def values(
@@ -160,6 +171,7 @@ def exact_kl_to(
     tokens: Int[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     temperature: float,
+    kept: KeptIds | None,
 ) -> Float[Tensor, "B T"] | None:
     """Return KL(π ‖ π_ref) before each masked token, or None without a reference. The logits of
     both models are held whole, [N, V] for the N masked tokens of a micro-batch."""
@@ -167,9 +179,9 @@ def exact_kl_to(
         return None
     with torch.no_grad():
         ref_logits = logits_of(reference, forward_positions(reference, tokens, mask))
-    return scatter_to_tokens(
-        token_exact_kl(logits_of(actor, outputs), ref_logits, temperature), mask
-    )
+    logits, limit = logits_of(actor, outputs), filter_of(kept, mask, outputs.hidden.device)
+    logits = logits if limit is None else limit.applied_to(logits)
+    return scatter_to_tokens(token_exact_kl(logits, ref_logits, temperature), mask)
 
 
 def trainable(module: nn.Module) -> Iterator[nn.Parameter]:

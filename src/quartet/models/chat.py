@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from quartet.errors import QuartetError
 from quartet.models.protocols import Tokenizer
@@ -170,7 +171,7 @@ def render_turns(
             raise ChatError(NOT_WRITTEN)
         reply, rest = _to_its_end(
             _ids(tokenizer, said, after=before),
-            tokenizer.eos_token_id,
+            (turn_end(tokenizer), tokenizer.eos_token_id),
             last=number == len(turns),
         )
         between = _ids(tokenizer, before[len(so_far) :], after=so_far)
@@ -209,7 +210,9 @@ def after_reply(
     ids = _ids(tokenizer, new, after=PLACE)
     if end in ids:
         return ids[ids.index(end) + 1 :]
-    # The template ends no turn with that token; the policy wrote what ends a turn itself.
+    if turn_end(tokenizer) in ids:  # the policy ended with another token, so the turn is still open
+        return ids
+    # The template writes no token that ends a turn; the policy wrote what ends it itself.
     alone = _text(tokenizer, [*history, reply], add_generation_prompt=False, columns=columns)
     closing = _behind_place(alone)
     return _ids(tokenizer, _remainder(closing, new), after=PLACE + closing)
@@ -239,13 +242,41 @@ def _remainder(start: str, whole: str) -> str:
     return whole[len(start) :]
 
 
-def _to_its_end(reply: list[int], end: int, last: bool) -> tuple[list[int], list[int]]:
-    """Split a turn after its end-of-sequence token. If the template writes none, the whole turn is
-    the first part, and the last turn gets one appended."""
-    if end in reply:
-        length = reply.index(end) + 1
+def turn_end(tokenizer: Tokenizer) -> int:
+    """Return the token that ends an assistant's turn: the first control token that the chat
+    template writes behind an answer, such as Gemma's `<end_of_turn>`. It is the end-of-sequence
+    token if the template writes none or there is no template."""
+    template = tokenizer.chat_template
+    known = _TURN_ENDS.get(tokenizer)
+    if known is None or known[0] != template:
+        known = _TURN_ENDS[tokenizer] = (template, _turn_end(tokenizer))
+    return known[1]
+
+
+_TURN_ENDS: "WeakKeyDictionary[Tokenizer, tuple[Any, int]]" = WeakKeyDictionary()
+"""The end of a turn of each tokenizer, and the template that it was found with."""
+
+
+def _turn_end(tokenizer: Tokenizer) -> int:
+    pattern = control_pattern(tokenizer)
+    if tokenizer.chat_template is None or pattern is None:
+        return tokenizer.eos_token_id
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PLACE}]
+    try:
+        closing = _behind_place(_text(tokenizer, talk, add_generation_prompt=False))
+    except ChatError:  # said where a conversation of the user's is rendered
+        return tokenizer.eos_token_id
+    control = pattern.search(closing)
+    return tokenizer.eos_token_id if control is None else _ids(tokenizer, control[1])[0]
+
+
+def _to_its_end(reply: list[int], ends: Sequence[int], last: bool) -> tuple[list[int], list[int]]:
+    """Split a turn after the first of the tokens that end one. If the template writes none of them,
+    the whole turn is the first part, and the last turn gets the first of `ends` appended."""
+    length = next((place for place, token in enumerate(reply, 1) if token in ends), None)
+    if length is not None:
         return reply[:length], reply[length:]
-    return ([*reply, end] if last else reply), []
+    return ([*reply, ends[0]] if last else reply), []
 
 
 def _text(

@@ -26,6 +26,7 @@ from transformers import (
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
+from quartet.experience import KeptIds
 from quartet.io.activity import activity, writing
 from quartet.models.adapters import (
     POLICY,
@@ -36,7 +37,9 @@ from quartet.models.adapters import (
     save_adapter,
 )
 from quartet.models.hub import why_not_on_hub
+from quartet.models.chat import turn_end
 from quartet.models.logprobs import (
+    Filter,
     LogitShape,
     head_logits,
     head_statistics,
@@ -258,8 +261,10 @@ def save(
         return
     with activity("merging"):
         state = merged_state(model, tensors) if adapted else tensors
-    if model.generation_config is not None and model.generation_config.eos_token_id is None:
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    if model.generation_config is not None:
+        ends = stop_ids(model, tokenizer)
+        if ends != _listed_ends(model):
+            model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else min(ends)
     in_4_bits = any(isinstance(module, NF4Linear) for module in model.modules())
     save_weights(model, folder, state, torch.bfloat16 if in_4_bits else torch.float32)
     tokenizer.save_pretrained(folder)
@@ -305,11 +310,15 @@ def is_recurrent(config: Any) -> bool:
 
 
 def stop_ids(model: CausalModel, tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the ids that end a response: the tokenizer's end of sequence and the others that the
-    model's generation config lists (chat models end a turn with a token of their own)."""
+    """Return the ids that end a response: the tokenizer's end of sequence, the token with which its
+    chat template ends a turn, and the others that the model's generation config lists."""
+    return _listed_ends(model) | {tokenizer.eos_token_id, turn_end(tokenizer)}
+
+
+def _listed_ends(model: CausalModel) -> frozenset[int]:
+    """Return the ends of sequence that the model's generation config lists."""
     listed = model.generation_config.eos_token_id if model.generation_config is not None else None
-    more = [] if listed is None else [listed] if isinstance(listed, int) else listed
-    return frozenset({tokenizer.eos_token_id, *more})
+    return frozenset(() if listed is None else [listed] if isinstance(listed, int) else listed)
 
 
 @dataclass(frozen=True)
@@ -403,8 +412,11 @@ def statistics(
     mask: Bool[Tensor, "B T"],
     temperature: float,
     entropy_gradient: bool = False,
+    kept: KeptIds | None = None,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Return log-probs and entropies of the masked tokens, at their places; 0 elsewhere."""
+    """Return log-probs and entropies of the masked tokens, at their places; 0 elsewhere. `kept`
+    limits the policy to the ids that the sampler's filter left."""
+    limit = filter_of(kept, mask, outputs.hidden.device)
     targets = tokens[mask].to(outputs.hidden.device, non_blocking=True)
     if outputs.logits is None:
         logprobs, entropy = head_statistics(
@@ -414,12 +426,23 @@ def statistics(
             temperature,
             entropy_gradient,
             shape=logit_shape(model),
+            kept=limit,
         )
     else:
-        logprobs, entropy = logits_statistics(
-            logits_of(model, outputs), targets, temperature, entropy_gradient
-        )
+        logits = logits_of(model, outputs)
+        logits = logits if limit is None else limit.applied_to(logits)
+        logprobs, entropy = logits_statistics(logits, targets, temperature, entropy_gradient)
     return scatter_to_tokens(logprobs, mask), scatter_to_tokens(entropy, mask)
+
+
+def filter_of(
+    kept: KeptIds | None, mask: Bool[Tensor, "B T"], device: torch.device
+) -> Filter | None:
+    """Return the filter at the positions that predict the masked tokens; None without one."""
+    if kept is None:
+        return None
+    ids, positions = (x.to(device, non_blocking=True) for x in kept.at(mask))
+    return Filter(positions, ids)
 
 
 def masked_logprobs(
@@ -427,9 +450,11 @@ def masked_logprobs(
     tokens: Int[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     temperature: float = 1.0,
+    kept: KeptIds | None = None,
 ) -> Float[Tensor, "B T"]:
     """Return the log-probs of the masked tokens of right-padded rows; 0 elsewhere."""
-    return statistics(model, forward_positions(model, tokens, mask), tokens, mask, temperature)[0]
+    outputs = forward_positions(model, tokens, mask)
+    return statistics(model, outputs, tokens, mask, temperature, kept=kept)[0]
 
 
 @torch.no_grad()
@@ -441,6 +466,7 @@ def policy_logprobs(
     temperature: float,
     micro_batch_tokens: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
+    kept: KeptIds | None = None,
 ) -> Float[Tensor, "B T"]:
     """Return the log-probs of the masked tokens of right-padded rows, without a gradient; 0
     elsewhere. Each rank computes its share of the rows, and all ranks return the whole."""
@@ -449,8 +475,9 @@ def policy_logprobs(
     )
     for piece in process_group.micro_batches(lengths.tolist(), micro_batch_tokens):
         rows, width = piece.rows, int(lengths[piece.rows].max())
+        left = None if kept is None else kept.rows(rows, width)
         piece_logprobs = masked_logprobs(
-            model, tokens[rows, :width], mask[rows, :width], temperature
+            model, tokens[rows, :width], mask[rows, :width], temperature, left
         )
         if piece.counts:
             logprobs[rows, :width] = piece_logprobs.to(logprobs.device)

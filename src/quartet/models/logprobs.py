@@ -49,6 +49,31 @@ class LogitShape:
 
 
 PLAIN = LogitShape()
+EXCLUDED = -1e15
+"""The logit of an id that a filter excludes: its probability is exactly 0, and no sum over the
+vocabulary becomes 0 · ∞."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """The ids that a sampler's filter left at some of N positions. Where none is given, nothing is
+    excluded."""
+
+    positions: Int[Tensor, "_"]
+    """The position, from 0 to N − 1, that each of the ids was left at."""
+    ids: Int[Tensor, "_"]
+
+    def applied_to(self, logits: Float[Tensor, "N n"], first: int = 0) -> Float[Tensor, "N n"]:
+        """Return logits of the ids from `first` on, `EXCLUDED` where the filter left others."""
+        size = logits.shape[1]
+        filtered = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        filtered[self.positions] = True
+        # Ids of other chunks go to a column more: to look for them would wait for the device.
+        here = self.ids - first
+        here = torch.where((here >= 0) & (here < size), here, size)
+        excluded = filtered[:, None].repeat(1, size + 1)
+        excluded[self.positions, here] = False
+        return logits.masked_fill(excluded[:, :size], EXCLUDED)
 
 
 def predicting_positions(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
@@ -121,6 +146,7 @@ class _HeadStatistics(torch.autograd.Function):
         columns: int,
         entropy_gradient: bool,
         shape: LogitShape,
+        kept: Filter | None,
     ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         zeros = torch.zeros(len(hidden), 1, dtype=exact, device=hidden.device)
@@ -130,7 +156,7 @@ class _HeadStatistics(torch.autograd.Function):
             zeros,
             zeros,
         )  # along = Σ e^(z − top) (z − top)
-        for first, z in _logits_by_chunk(hidden, weight, bias, temperature, columns, shape):
+        for first, z in _logits_by_chunk(hidden, weight, bias, temperature, columns, shape, kept):
             # Tokens of this chunk take their own logit from it.
             here = (tokens - first)[:, None]
             inside = (here >= 0) & (here < z.shape[1])
@@ -150,7 +176,7 @@ class _HeadStatistics(torch.autograd.Function):
         log_total = total.log()
         normalizer, entropy = top + log_total, log_total - along / total
         ctx.temperature, ctx.columns, ctx.entropy_gradient = temperature, columns, entropy_gradient
-        ctx.shape = shape
+        ctx.shape, ctx.kept = shape, kept
         ctx.save_for_backward(hidden, weight, bias, tokens, normalizer, entropy)
         return (own - normalizer)[:, 0], entropy[:, 0]
 
@@ -168,7 +194,7 @@ class _HeadStatistics(torch.autograd.Function):
         d_bias = torch.empty_like(bias) if bias is not None and needs_bias else None
         cap, factor = ctx.shape.cap, ctx.shape.scale / ctx.temperature
         for first, z in _logits_by_chunk(
-            hidden, weight, bias, ctx.temperature, ctx.columns, ctx.shape
+            hidden, weight, bias, ctx.temperature, ctx.columns, ctx.shape, ctx.kept
         ):
             chunk = slice(first, first + z.shape[1])
             slope = None if cap is None else 1 - (z * (ctx.temperature / cap)).square_()
@@ -208,6 +234,7 @@ class _HeadStatistics(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -220,11 +247,13 @@ def head_statistics(
     entropy_gradient: bool = False,
     chunk_elements: int | None = None,
     shape: LogitShape = PLAIN,
+    kept: Filter | None = None,
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
     """Return log-probs of `tokens` and the entropies of their distributions, in float32, without an
     [N, V] tensor on a CPU, and in at most `GPU_CHUNKS` parts of it elsewhere. Entropies have a
     gradient only with `entropy_gradient`. `chunk_elements` overrides the size of a chunk; `shape`
-    is what the model does to the outputs of its head."""
+    is what the model does to the outputs of its head, and `kept` limits the distributions to the
+    ids that a filter left."""
     if not len(hidden):
         return logits_statistics(
             head_logits(hidden, weight, bias, shape), tokens, temperature, entropy_gradient
@@ -233,7 +262,7 @@ def head_statistics(
     if chunk_elements is None and hidden.device.type != "cpu":
         columns = max(columns, -(-len(weight) // GPU_CHUNKS))
     logprobs, entropy = _HeadStatistics.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, tokens, temperature, columns, entropy_gradient, shape
+        hidden, weight, bias, tokens, temperature, columns, entropy_gradient, shape, kept
     )
     return logprobs, entropy if entropy_gradient else entropy.detach()
 
@@ -245,13 +274,15 @@ def _logits_by_chunk(
     temperature: float,
     columns: int,
     shape: LogitShape,
+    kept: Filter | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the first token of each chunk and its logits / temperature, which may be changed in
     place."""
     for first in range(0, len(weight), columns):
         chunk = slice(first, first + columns)
         logits = head_logits(hidden, weight[chunk], None if bias is None else bias[chunk], shape)
-        yield first, logits if temperature == 1 else logits.div_(temperature)
+        logits = logits if temperature == 1 else logits.div_(temperature)
+        yield first, logits if kept is None else kept.applied_to(logits, first)
 
 
 def head_logits(

@@ -50,10 +50,11 @@ def continued(tokenizer: Tokenizer, text: str, encode: Callable[[str], list[int]
     return alone
 
 
-def response_ids(tokenizer: Tokenizer, text: str, ended: bool = True) -> list[int]:
-    """Return the ids of a response in plain text, with the end-of-sequence token if it ended."""
+def response_ids(tokenizer: Tokenizer, text: str, end: int | None) -> list[int]:
+    """Return the ids of a response in plain text, and the token that ended it; `end` is None for a
+    response that was cut off."""
     ids = text_ids(tokenizer, text, continues=True)
-    return [*ids, tokenizer.eos_token_id] if ended else ids
+    return ids if end is None else [*ids, end]
 
 
 def decoded_response(

@@ -243,14 +243,14 @@ DEFINITIONS = (
         "sampler_mismatch",
         "sampler mismatch",
         "the largest |log-prob of the sampler − of the learner|",
-        "It is rounding, unless top-k or top-p is on.",
+        "It is rounding, unless top-k or top-p is on without rollout.keep_mask.",
     ),
     Definition(
         "sampler_ratio",
         "sampler ratio",
         "the mean of exp |log-prob of the sampler − of the learner|",
-        "It is 1 except for rounding (1.0001), unless top-k or top-p is on; more stops the run. "
-        "With a staleness, it covers the responses by the newest weights: the first ones and "
+        "It is 1 except for rounding (1.0001), unless top-k or top-p is on without "
+        "rollout.keep_mask; more stops the run. With a staleness, it covers the responses by the newest weights: the first ones and "
         "those of the win rate.",
     ),
     Definition(

@@ -36,14 +36,16 @@ class Watch:
     kl_target: float | None = None
     filtered: bool = False
     """Whether top-k or top-p is on, so that the sampled distribution is known to differ from the
-    trained one."""
+    trained one, unless `keep_mask` is on."""
     tolerance: Tolerance = TOLERANCES["fp32"]
     rules: Mapping[Rule, Terms] = field(default_factory=lambda: RULES)
+    keep_mask: bool = False
+    """Whether the filtered distribution is the one that is trained."""
     history: History = field(init=False)
     held: dict[Rule, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.history = History(self.kl_target, self.filtered, self.tolerance)
+        self.history = History(self.kl_target, self.filtered, self.tolerance, self.keep_mask)
 
     def see(self, metrics: Mapping[str, float]) -> list[tuple[Rule, str]]:
         """Add a step; return the rules that hold at it for the first time, and their sentences."""
@@ -127,10 +129,11 @@ def diagnose(run: "Run") -> Diagnosis:
     target = run.config.get("algorithm", {}).get("kl", {}).get("controller", {}).get("target")
     rollout = run.config.get("rollout", {})
     filtered = bool(rollout.get("top_k", 0)) or rollout.get("top_p", 1.0) < 1
+    keep_mask = bool(rollout.get("keep_mask", False))
     findings: list[Finding] = []
     checks: dict[str, list[Check]] = {}
     for stage in run.series:
-        watch = Watch(target, filtered, TOLERANCES[run.rounding])
+        watch = Watch(target, filtered, TOLERANCES[run.rounding], keep_mask=keep_mask)
         found = _examine_stage(run, stage, watch)
         findings += found
         checks[stage] = list(_checks(watch, {finding.rule for finding in found}))

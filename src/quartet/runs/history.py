@@ -50,8 +50,13 @@ class History:
         kl_target: float | None = None,
         filtered: bool = False,
         tolerance: Tolerance = TOLERANCES["fp32"],
+        keep_mask: bool = False,
     ) -> None:
-        self.kl_target, self.filtered, self.tolerance = kl_target, filtered, tolerance
+        self.kl_target, self.tolerance = kl_target, tolerance
+        self.filtered = filtered and not keep_mask
+        """Whether the learner's distribution is not the one that was sampled from."""
+        self.renormalized = filtered and keep_mask
+        """Whether it is the filtered one, while the reference's is not."""
         self.steps = 0
         self.columns: dict[str, list[float]] = {}
         self.latest: Mapping[str, float] = {}

@@ -226,6 +226,7 @@ class RolloutRecord(Record):
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    keep_mask: bool = False
 
 
 class DataRecord(Record):

@@ -119,9 +119,10 @@ def ratio_is_not_one(history: History) -> str | None:
 
 def reference_differs(history: History) -> str | None:
     """At step 1 the policy is the reference, and the KL between them is 0 (Ziegler et al. 2019). If
-    not, the penalty pulls towards another model."""
+    not, the penalty pulls towards another model. A filter that is trained on keeps less than the
+    reference has, so its KL begins above 0."""
     first = history.columns.get("kl/token_k3", [0.0])[0]
-    if history.steps > 1 or first < history.tolerance.kl:
+    if history.steps > 1 or history.renormalized or first < history.tolerance.kl:
         return None
     return (
         f"the KL to the reference is {first:.2g} per token at step 1, and should be 0: the "

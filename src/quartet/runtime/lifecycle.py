@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quartet import files
+from quartet.config.rules import untrained_filter
 from quartet.config.tables import json_ready
 from quartet.config.toml import Settings, resolved_toml
 from quartet.errors import QuartetError
@@ -187,7 +188,10 @@ class Execution:
 
 
 def begin(settings: Settings, job: Job, fault: str | None = None) -> Execution:
-    """Create the folder of a new run. Raises `CannotRun` if it cannot be written."""
+    """Create the folder of a new run. Raises `CannotRun` if it cannot be written, or if the run
+    would sample from another distribution than it trains."""
+    if (problem := untrained_filter(settings.config)) is not None:
+        raise CannotRun(problem)
     run = settings.config.run
     texts = {"config.toml": settings.text, "config.resolved.toml": resolved_toml(settings)}
     try:

@@ -195,9 +195,11 @@ class Pipeline:
         """Return the recorder of a stage's steps, which has seen those that are in the record."""
         is_rl = isinstance(stage, RLStage)
         own = {rule_of(metric): Terms(()) for metric in self.saving.metrics} if is_rl else {}
-        filtered = isinstance(stage, RLStage) and stage.sampling.filters
+        sampling = stage.sampling if isinstance(stage, RLStage) else None
+        filtered = sampling is not None and sampling.filters
+        keep_mask = sampling is not None and sampling.keep_mask
         tolerance = TOLERANCES[stage.rounding if isinstance(stage, RLStage) else "fp32"]
-        watch = Watch(kl_target(stage), filtered, tolerance, {**RULES, **own})
+        watch = Watch(kl_target(stage), filtered, tolerance, {**RULES, **own}, keep_mask)
         return StepRecorder(
             self.folder,
             stage.name,

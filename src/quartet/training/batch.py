@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from quartet.experience import Batch, Rollout
+from quartet.experience import Batch, KeptIds, Rollout
 from quartet.models.padding import response_mask, right_pad, spread
 from quartet.tensors import Tensor
 
@@ -49,6 +49,7 @@ def collate(rollouts: Sequence[Rollout], device: torch.device | None = None) -> 
             [r.greedy_score for r in rollouts],
             lambda scores: torch.tensor(scores, dtype=torch.float32, device=device),
         ),
+        kept=KeptIds.of(rollouts, tokens.shape[1]),
     )
 
 

@@ -18,6 +18,7 @@ from quartet.data.sampler import Sampler
 from quartet.distributed.offload import NO_OFFLOAD, Placement
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import GatheredWeights
+from quartet.errors import QuartetError
 from quartet.experience import Batch, Experience, Rollout, row_tokens
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
@@ -149,6 +150,11 @@ class Learner:
         """
         batch = collate(rollouts)
         check_finite("the reward", batch.scores, batch.ids, partial(row_tokens, batch))
+        if self.sampling.keep_mask and batch.kept is None:
+            raise QuartetError(
+                "rollout.keep_mask = true, but the generator's rollouts do not say which ids the "
+                "filter left (Rollout.kept). Take it out, or use the native generator."
+            )
         with self.placement.on_device(self.reference):
             return self.budget.run_within(
                 "scoring", partial(self._score, batch, rollouts, algorithm)
@@ -306,6 +312,7 @@ class Learner:
                 self.sampling.temperature,
                 algorithm.needs_entropy_gradient,
                 reference,
+                part.kept,
             )
             part = part.to(self.device)
             record.check("the log-probability in the update", forward.logprobs, part, indices)
@@ -339,7 +346,9 @@ class Learner:
     def kl_since(self, experience: Experience) -> float:
         """Return the mean k3 estimate of KL(π_old ‖ π) per token, of the policy that sampled the
         experience to the actor as it is now."""
-        now = self.scorer.logprobs(self.models.actor, experience, self.budget.tokens)
+        now = self.scorer.logprobs(
+            self.models.actor, experience, self.budget.tokens, experience.kept
+        )
         return float(masked_mean(k3(experience.old_logprobs, now), experience.response_mask))
 
 

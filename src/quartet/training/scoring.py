@@ -8,7 +8,7 @@ import torch
 
 from quartet.algorithms.algorithm import Algorithm, Forward
 from quartet.distributed.process_group import ProcessGroup
-from quartet.experience import Batch, Experience
+from quartet.experience import Batch, Experience, KeptIds
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.adapters import LanguageModel
 from quartet.models.language_model import policy_logprobs
@@ -92,9 +92,14 @@ class Scorer:
         return scores
 
     def logprobs(
-        self, model: Any, rows: Batch | Experience, micro_batch_tokens: int
+        self,
+        model: Any,
+        rows: Batch | Experience,
+        micro_batch_tokens: int,
+        kept: KeptIds | None = None,
     ) -> Float[Tensor, "B T"]:
-        """Return the log-probs that a model gives to the response tokens."""
+        """Return the log-probs that a model gives to the response tokens. `kept` limits it to the
+        ids that the sampler's filter left."""
         return policy_logprobs(
             model,
             rows.tokens,
@@ -103,6 +108,7 @@ class Scorer:
             self.temperature,
             micro_batch_tokens,
             self.process_group,
+            kept,
         )
 
     def _forward(
@@ -120,7 +126,10 @@ class Scorer:
         if only_values:
             return None, self.models.values(tokens, mask)
         reference = self.reference if algorithm.kl.exact_reward else None
-        forward = self.models.forward(tokens, mask, self.temperature, reference=reference)
+        kept = None if batch.kept is None else batch.kept.rows(rows, width)
+        forward = self.models.forward(
+            tokens, mask, self.temperature, reference=reference, kept=kept
+        )
         return forward, forward.values
 
 

@@ -18,7 +18,7 @@ from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.kl import exact_kl
 from quartet.algorithms.update import TrustRegion
 from quartet.experience import Experience
-from quartet.models.language_model import forward_positions, logits_of
+from quartet.models.language_model import filter_of, forward_positions, logits_of
 from quartet.models.logprobs import at_least_float32
 from quartet.tensors import Float, Tensor
 from quartet.training.learner import Learner
@@ -190,7 +190,10 @@ class _Objective:
         for rows in self.rows:
             part = self.experience.rows(rows)
             forward = self.learner.models.forward(
-                part.tokens, part.response_mask, self.learner.sampling.temperature
+                part.tokens,
+                part.response_mask,
+                self.learner.sampling.temperature,
+                kept=part.kept,
             )
             width, now = part.tokens.shape[1], forward.logprobs.cpu()
             logprobs[rows, :width] = torch.where(part.response_mask, now, 0.0)
@@ -208,6 +211,7 @@ class _Objective:
                 self.learner.sampling.temperature,
                 self.algorithm.needs_entropy_gradient,
                 reference,
+                part.kept,
             )
             part = part.to(self.learner.device)
             terms = self.algorithm.loss(part, forward, self.denominators)
@@ -227,6 +231,8 @@ class _Objective:
         part = self.experience.rows(rows)
         actor = self.learner.models.actor
         logits = logits_of(actor, forward_positions(actor, part.tokens, part.response_mask))
+        limit = filter_of(part.kept, part.response_mask, logits.device)
+        logits = logits if limit is None else limit.applied_to(logits)
         return (at_least_float32(logits) / self.learner.sampling.temperature).log_softmax(-1)
 
 
