@@ -36,8 +36,8 @@ from quartet.models.adapters import (
     merged_state,
     save_adapter,
 )
-from quartet.models.hub import why_not_on_hub
 from quartet.models.chat import turn_end
+from quartet.models.hub import why_not_on_hub
 from quartet.models.logprobs import (
     Filter,
     LogitShape,

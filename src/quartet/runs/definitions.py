@@ -250,8 +250,8 @@ DEFINITIONS = (
         "sampler ratio",
         "the mean of exp |log-prob of the sampler − of the learner|",
         "It is 1 except for rounding (1.0001), unless top-k or top-p is on without "
-        "rollout.keep_mask; more stops the run. With a staleness, it covers the responses by the newest weights: the first ones and "
-        "those of the win rate.",
+        "rollout.keep_mask; more stops the run. With a staleness, it covers the responses by the "
+        "newest weights: the first ones and those of the win rate.",
     ),
     Definition(
         "reference/moved",
