@@ -49,6 +49,19 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "learning_needs_a_reward": (PPO, {"reward": []}),
     "reward_model_has_an_origin": (PPO, {"reward": [{"type": "model"}]}),
+    "reward_is_what_is_trained": (
+        PPO,
+        {"recipe": ["reward_model", "ppo"], "reward": [{"type": "ensemble"}]},
+    ),
+    "other_backbone_is_whole": (
+        PPO,
+        {
+            "recipe": ["reward_model", "ppo"],
+            "reward": [{"type": "model"}],
+            "reward_model": {"model": "bert"},
+            "launch": {"processes": 2, "shard": True},
+        },
+    ),
     "rewards_have_different_names": (PPO, {"reward": [MODEL, MODEL]}),
     "some_reward_counts": (PPO, {"reward": [MODEL | {"weight": 0.0}]}),
     "pairwise_judge_needs_two_answers": (
