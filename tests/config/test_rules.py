@@ -106,6 +106,16 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         PPO,
         {"policy": {"create": SHAPE | {"max_length": 64}, "tokenizer": "t"}},
     ),
+    "length_is_given_once": (DPO, {"preference.steps": 3, "preference.epochs": 1.0}),
+    "choosing_needs_evaluations": (DPO, {"preference.patience": 2}),
+    "evaluations_need_held_out_rows": (
+        DPO,
+        {
+            "recipe": ["online_dpo"],
+            "reward": [MODEL],
+            "preference.eval_every": 5,
+        },
+    ),
     "warmup_is_given_once": (PPO, {"optim.warmup_steps": 3, "optim.warmup_ratio": 0.1}),
     "constant_rate_falls_to_nothing": (PPO, {"optim.min_lr_ratio": 0.1}),
     "moments_in_parts_need_a_type_that_takes_them": (

@@ -102,6 +102,8 @@ class Assembler:
         if config.reads("reward"):
             per_token = config.algorithm is not None and config.algorithm.needs_token_scores
             self.rewards.check(self.sources, per_token)
+        self.lengths: list[str] = []
+        """A sentence about the steps of each stage whose length is given in epochs."""
         self.critic_init = self._critic_init()
         self.generators = Generators(config, self.tokenizer, longest, self.world)
 
@@ -148,6 +150,7 @@ class Assembler:
             max_response_tokens=config.data.max_response_tokens,
             max_tokens=longest,
             unusable=config.data.unusable,
+            too_long=config.data.too_long,
         )
 
     def _micro_batch_tokens(self) -> int:
@@ -252,7 +255,7 @@ class Assembler:
     def notes(self) -> list[str]:
         """Return sentences about what the user should know before the run starts."""
         config = self.config
-        notes = [*self.rewards.notes, *self.encoder.notes()]
+        notes = [*self.lengths, *self.rewards.notes, *self.encoder.notes()]
         if config.rl_stage and config.rollout.filters:
             notes.append(
                 "rollout.top_k and rollout.top_p sample another distribution than is trained: "

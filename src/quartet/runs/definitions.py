@@ -321,6 +321,18 @@ DEFINITIONS = (
     Definition(
         "accuracy", "pair accuracy", "share of pairs in which the better side wins", "0.5 is chance"
     ),
+    Definition(
+        "held_out/loss",
+        "held-out loss",
+        "the loss on the held-out rows, every eval_every steps",
+        "rising while the loss falls is overfitting",
+    ),
+    Definition(
+        "held_out/accuracy",
+        "held-out pair accuracy",
+        "share of the held-out pairs in which the better side wins",
+        "far below the pair accuracy is overfitting",
+    ),
     Definition("margin", "margin", "mean of what the better side wins by"),
     Definition(
         "logprobs/*",
