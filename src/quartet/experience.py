@@ -149,6 +149,8 @@ class Experience:
     loss."""
     mean_entropy: Float[Tensor, "B"] | None = None
     """The mean entropy of π_old over the tokens of the step: the same number in every row."""
+    is_learnt: Bool[Tensor, "B"] | None = None
+    """Which responses enter the actor's loss; None: all."""
 
     def __len__(self) -> int:
         return len(self.ids)

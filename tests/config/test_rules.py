@@ -83,6 +83,10 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"recipe": ["grpo"], "rollout.samples_per_prompt": 8, **TRUST_REGION},
     ),
     "trust_region_excludes_ptx": (PPO, {"algorithm.ptx": {"coef": 1.0}, **TRUST_REGION}),
+    "trust_region_excludes_masked_responses": (
+        PPO,
+        {"algorithm.mask_truncated": True, **TRUST_REGION},
+    ),
     "trust_region_needs_fp32": (PPO, {"run.precision": "bf16", **TRUST_REGION}),
     "reference_on_the_trunk_has_its_precision": (
         PPO,

@@ -372,6 +372,17 @@ def trust_region_excludes_ptx(config: Config) -> str | None:
 
 
 @rule
+def trust_region_excludes_masked_responses(config: Config) -> str | None:
+    algorithm = config.algorithm
+    if algorithm is None or not algorithm.mask_truncated or not _has_trust_region(config):
+        return None
+    return (
+        'algorithm.mask_truncated: update.type = "trust_region" takes its step on all responses. '
+        'Use "first_order".'
+    )
+
+
+@rule
 def trust_region_needs_fp32(config: Config) -> str | None:
     if not _has_trust_region(config) or config.run.precision_of("policy") != "bf16":
         return None

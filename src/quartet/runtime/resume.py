@@ -170,7 +170,11 @@ def _differences(
         yield RECORD, contents, "put the old file back"
 
 
-ADDED_LATER: dict[str, Any] = {"run.precision": "fp32", "policy.resize_embeddings": False} | {
+ADDED_LATER: dict[str, Any] = {
+    "run.precision": "fp32",
+    "policy.resize_embeddings": False,
+    "algorithm.mask_truncated": False,
+} | {
     f"{kind.optim}.{name}": value
     for name, value in {"optimizer": "adamw", "min_lr_ratio": 0.0, "warmup_ratio": 0.0}.items()
     for kind in KINDS
