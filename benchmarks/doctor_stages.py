@@ -49,7 +49,7 @@ def train(folder: Path, name: str, recipe: list[str], seed: int, **settings: Any
     """Make a run, or take the finished one of this name, and return what the doctor says of it."""
     finished = [path for path in folder.glob(f"*-{name}") if Run(path).status == "done"]
     if not finished:
-        tables = {key: dict(value) for key, value in SETTINGS.items()}
+        tables: dict[str, Any] = {key: dict(value) for key, value in SETTINGS.items()}
         tables = {k: v for k, v in tables.items() if k in {*recipe, "data", "policy", "run"}}
         if {"dpo", "kto", "simpo", "ipo", "orpo"} & set(recipe):
             tables["preference"] = dict(SETTINGS["preference"])
@@ -71,7 +71,7 @@ def rows_of(
     rng = random.Random(seed)
     lines = []
     for example in Reviews(seed).comparisons(count, eval_):
-        sides = [example.chosen, example.rejected]
+        sides = [str(example.chosen), str(example.rejected)]
         if not label(rng, *sides):
             sides.reverse()
         lines.append(

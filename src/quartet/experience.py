@@ -206,6 +206,8 @@ class Experience:
     kept: KeptIds | None = None
     """The ids that the sampler's filter left, where the policy is the filtered one. They stay in
     main memory."""
+    is_learnt: Bool[Tensor, "B"] | None = None
+    """Which responses enter the actor's loss; None: all."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -402,3 +402,32 @@ def test_an_entropy_target_pulls_from_both_sides():
         0.1 * (1 + 2)
     )
     assert EntropyBonus(coef=0.1)(entropy, None).sum().item() == pytest.approx(-0.3)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "dr_grpo", "dapo", "vapo"])
+def test_truncated_responses_can_be_left_out_of_the_actor_s_loss(name):
+    """They count in advantages and teach the critic; the actor learns from the others as if they were all."""
+    plain = ALGORITHMS[name]
+    masking = dataclasses.replace(plain, mask_truncated=True)
+    rows = dataclasses.replace(batch(), ended=torch.tensor([True, True, False, True]))
+    experience, all_rows = masking.experience(rows), plain.experience(rows)
+    torch.testing.assert_close(experience.advantages, all_rows.advantages)
+    logprobs = later(all_rows).requires_grad_()
+    values = None if rows.values is None else rows.values + 0.1
+    terms = masking.loss(
+        experience, now_of(masking, logprobs, values), masking.denominators(experience)
+    )
+    kept = [0, 1, 3]
+    others = all_rows.rows(kept)
+    width = others.tokens.shape[1]
+    alone = plain.loss(
+        others,
+        now_of(plain, logprobs[kept, :width], None if values is None else values[kept, :width]),
+        plain.denominators(others),
+    )
+    everything = plain.loss(all_rows, now_of(plain, logprobs, values), plain.denominators(all_rows))
+    for term, loss in terms.items():
+        torch.testing.assert_close(loss, (everything if term == "value" else alone)[term])
+    total(terms).backward()
+    assert logprobs.grad is not None
+    assert (logprobs.grad[2] == 0).all() and (logprobs.grad[0] != 0).any()

@@ -96,6 +96,10 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"recipe": ["grpo"], "rollout.samples_per_prompt": 8, **TRUST_REGION},
     ),
     "trust_region_excludes_ptx": (PPO, {"algorithm.ptx": {"coef": 1.0}, **TRUST_REGION}),
+    "trust_region_excludes_masked_responses": (
+        PPO,
+        {"algorithm.mask_truncated": True, **TRUST_REGION},
+    ),
     "trust_region_needs_fp32": (PPO, {"run.precision": "bf16", **TRUST_REGION}),
     "reference_on_the_trunk_has_its_precision": (
         PPO,
@@ -123,6 +127,16 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "new_model_is_long_enough": (
         PPO,
         {"policy": {"create": SHAPE | {"max_length": 64}, "tokenizer": "t"}},
+    ),
+    "length_is_given_once": (DPO, {"preference.steps": 3, "preference.epochs": 1.0}),
+    "choosing_needs_evaluations": (DPO, {"preference.patience": 2}),
+    "evaluations_need_held_out_rows": (
+        DPO,
+        {
+            "recipe": ["online_dpo"],
+            "reward": [MODEL],
+            "preference.eval_every": 5,
+        },
     ),
     "warmup_is_given_once": (PPO, {"optim.warmup_steps": 3, "optim.warmup_ratio": 0.1}),
     "constant_rate_falls_to_nothing": (PPO, {"optim.min_lr_ratio": 0.1}),

@@ -22,7 +22,7 @@ from quartet.algorithms.update import ActorUpdate, FirstOrder
 from quartet.algorithms.value_loss import NoValueLoss, ValueLoss
 from quartet.errors import PartError
 from quartet.experience import Batch, Experience
-from quartet.parts import part
+from quartet.parts import Field, part
 from quartet.tensors import Bool, Float, Tensor
 
 
@@ -70,6 +70,11 @@ class Algorithm:
     ptx: Pretraining = Pretraining()
     groups: Groups = AllGroups()
     update: ActorUpdate = FirstOrder()
+    mask_truncated: bool = Field(
+        default=False,
+        description="Responses that were cut off do not enter the actor's loss. They still count "
+        "in baselines and teach the critic.",
+    )
 
     @model_validator(mode="after")
     def _composes(self) -> "Algorithm":
@@ -187,6 +192,7 @@ class Algorithm:
             if batch.entropy is None
             else masked_mean(batch.entropy, mask).expand(len(mask)),
             kept=batch.kept,
+            is_learnt=batch.ended if self.mask_truncated else None,
         )
 
     def denominators(self, experience: Experience) -> dict[str, float]:
@@ -255,8 +261,14 @@ class Algorithm:
         return loss if experience.weights is None else experience.weights * loss
 
     def _masks(self, experience: Experience) -> dict[str, Bool[Tensor, "B T"]]:
-        everything = dict.fromkeys(("policy", "kl", "entropy", "value"), experience.response_mask)
-        return everything | {"positives": self.positives.mask(experience)}
+        """Return the tokens of each term of the loss. The actor's terms leave out responses that
+        are not learnt (`mask_truncated`), as DAPO's overlong filtering does (Yu et al. 2025)."""
+        mask = experience.response_mask
+        actor = dict.fromkeys(("policy", "kl", "entropy"), mask)
+        actor |= {"positives": self.positives.mask(experience)}
+        if experience.is_learnt is not None:
+            actor = {name: own & experience.is_learnt[:, None] for name, own in actor.items()}
+        return actor | {"value": mask}
 
 
 def _checked(

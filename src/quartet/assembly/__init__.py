@@ -11,6 +11,7 @@ from quartet.assembly.stages import stage
 from quartet.config.tables import Config, json_ready
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.runtime.job import Job
+from quartet.stages.kinds import kind_of
 from quartet.training.random_state import GlobalRandom
 
 __all__ = ["Assembler", "build", "stage"]
@@ -33,7 +34,13 @@ def build(
     stages = [stage(assembler, name) for name in config.stages]
     rollout = dataclasses.replace(config.rollout, staleness=config.staleness)
     run = dataclasses.replace(config.run, precision=assembler.models.chosen_precision())
-    complete = dataclasses.replace(config, rollout=rollout, run=run)
+    lengths: dict[str, Any] = {
+        table: dataclasses.replace(settings, steps=one.num_steps, epochs=None)
+        for table, settings in config.stage_trainings()
+        for one in stages
+        if (kind := kind_of(one.name)) is not None and kind.optim == table
+    }
+    complete = dataclasses.replace(config, rollout=rollout, run=run, **lengths)
     made_with = {
         "config": json_ready(complete),
         "data": fingerprints(config),
@@ -43,6 +50,7 @@ def build(
         stages,
         assembler.tokenizer,
         assembler.notes(),
+        complete,
         made_with,
         assembler.device,
         assembler.models.precision(),

@@ -119,6 +119,8 @@ class Assembler:
             reads_text = self.models.text_reader is not None
             backbone = self.models.trained_backbone if reads_text else None
             self.rewards.check(self.sources, per_token, backbone)
+        self.lengths: list[str] = []
+        """A sentence about the steps of each stage whose length is given in epochs."""
         self.critic_init = self._critic_init()
         self.generators = Generators(config, self.tokenizer, longest, self.world)
 
@@ -171,6 +173,7 @@ class Assembler:
             max_tokens=longest,
             prompt_limit=limit if room < config.data.max_prompt_tokens else "",
             unusable=config.data.unusable,
+            too_long=config.data.too_long,
         )
 
     def _micro_batch_tokens(self) -> int:
@@ -301,7 +304,7 @@ class Assembler:
     def notes(self) -> list[str]:
         """Return sentences about what the user should know before the run starts."""
         config = self.config
-        notes = [*self.rewards.notes, *self.encoder.notes()]
+        notes = [*self.lengths, *self.rewards.notes, *self.encoder.notes()]
         if config.rl_stage and config.rollout.filters and not config.rollout.keep_mask:
             notes.append(
                 "rollout.top_k and rollout.top_p sample another distribution than is trained: "

@@ -1,6 +1,6 @@
 """From the config's tables to stages: one function per kind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +8,13 @@ from quartet.algorithms.preference import Kto
 from quartet.assembly.assembler import Assembler
 from quartet.assembly.components import load_components
 from quartet.assembly.named import resolved_model
-from quartet.config.tables import Preference, RewardModel, Sft
+from quartet.config.tables import StageTraining
 from quartet.data.sampler import Sampler
 from quartet.data.shapes import Purpose
 from quartet.distributed.sharding import GatheredWeights
 from quartet.generation.protocol import Weights
 from quartet.generation.source import Servers
+from quartet.loops.held_out import Evaluating
 from quartet.loops.preference import OnlinePairs
 from quartet.models.precision import DTYPES
 from quartet.models.trunk import block_matrices
@@ -45,17 +46,20 @@ def sft_stage(assembler: Assembler, name: str) -> SftStage:
     """Return the stage of supervised fine-tuning."""
     settings, models, encoder = assembler.config.sft, assembler.models, assembler.encoder
     train, held_out = assembler.rows.read("demonstrations", settings.data)
+    demonstrations = encoder.demonstrations(train)
+    num_steps = _num_steps(assembler, name, settings, demonstrations)
     return SftStage(
         name=name,
-        demonstrations=encoder.demonstrations(train),
+        demonstrations=demonstrations,
         held_out=encoder.demonstrations(held_out),
         tokenizer=assembler.tokenizer,
         load_policy=lambda _: models.trainable_policy(None),
-        optimizer=lambda model: _optimizer(model, settings),
-        num_steps=settings.steps,
+        optimizer=lambda model: _optimizer(model, settings, num_steps),
+        num_steps=num_steps,
         batch_size=settings.batch_size,
         micro_batch_tokens=assembler.micro_batch_tokens,
         seed=assembler.config.seed,
+        evaluating=_evaluating(settings),
         process_group=assembler.process_group,
     )
 
@@ -64,6 +68,7 @@ def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
     """Return the stage that trains a reward model, which may be a member of an ensemble."""
     settings, config = assembler.config.reward_model, assembler.config
     comparisons, (_, number) = assembler.comparisons, member_of(name)
+    num_steps = _num_steps(assembler, name, settings, comparisons.train)
     title = "reward model"
     if number is not None:
         title += f", member {number} of {settings.members}"
@@ -80,11 +85,12 @@ def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
         tokenizer=assembler.tokenizer,
         load_models=assembler.models.new_reward_model,
         loss=settings.loss,
-        optimizer=lambda model: _optimizer(model, settings),
-        num_steps=settings.steps,
+        optimizer=lambda model: _optimizer(model, settings, num_steps),
+        num_steps=num_steps,
         batch_size=settings.batch_size,
         micro_batch_tokens=assembler.micro_batch_tokens,
         seed=config.seed + MEMBER_SEEDS * ((number or 1) - 1),
+        evaluating=_evaluating(settings),
         process_group=assembler.process_group,
     )
 
@@ -96,20 +102,24 @@ def preference_stage(assembler: Assembler, name: str) -> PreferenceStage:
     online = name == "online_dpo"
     purpose: Purpose = "preferences" if isinstance(settings.loss, Kto) else "comparisons"
     train, held_out = ([], []) if online else assembler.rows.read(purpose, settings.data)
+    comparisons = encoder.comparisons(train) if train else []
+    rows = assembler.prompts[0] if online else comparisons
+    num_steps = _num_steps(assembler, name, settings, rows)
     return PreferenceStage(
         name=name,
-        comparisons=encoder.comparisons(train) if train else [],
+        comparisons=comparisons,
         held_out=encoder.comparisons(held_out) if held_out else [],
         online=_online_pairs(assembler) if online else None,
         tokenizer=assembler.tokenizer,
         load_policy=assembler.models.trainable_policy,
         reference_of=assembler.models.reference_of,
         loss=settings.loss,
-        optimizer=lambda model: _optimizer(model, settings),
-        num_steps=settings.steps,
+        optimizer=lambda model: _optimizer(model, settings, num_steps),
+        num_steps=num_steps,
         batch_size=settings.batch_size,
         micro_batch_tokens=assembler.micro_batch_tokens,
         seed=assembler.config.seed,
+        evaluating=_evaluating(settings),
         process_group=assembler.process_group,
     )
 
@@ -188,6 +198,24 @@ STAGES: dict[str, Callable[[Assembler, str], Stage]] = {
 """What makes a stage, by its kind."""
 
 
-def _optimizer(model: Any, settings: Sft | RewardModel | Preference) -> Optimizer:
+def _num_steps(
+    assembler: Assembler, name: str, settings: StageTraining, rows: Sequence[Any]
+) -> int:
+    """Return the optimizer steps of a stage that trains on these rows. How many they are is noted
+    for the user where they come from epochs."""
+    num_steps = settings.num_steps(len(rows))
+    if settings.epochs is not None:
+        assembler.lengths.append(
+            f"{name}: {settings.epochs:g} epoch{'s' * (settings.epochs != 1)} of {len(rows):,} "
+            f"rows = {num_steps:,} steps of {settings.batch_size:,}"
+        )
+    return num_steps
+
+
+def _evaluating(settings: StageTraining) -> Evaluating:
+    return Evaluating(settings.eval_every, settings.keep == "best", settings.patience)
+
+
+def _optimizer(model: Any, settings: StageTraining, num_steps: int) -> Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return Optimizer(parameters, settings, settings.steps, block_matrices(model))
+    return Optimizer(parameters, settings, num_steps, block_matrices(model))

@@ -74,7 +74,7 @@ def _carry_out(execution: "Execution") -> int:
 
     outlive_readers()
     settings, path, fault = execution.settings, execution.folder.path, execution.fault
-    screen, planned = Screen(console), plan(settings.config)
+    screen, planned = Screen(console), plan(execution.job.config)
     facts = {"planned_peak_bytes": planned.peak, "planned_seconds": planned.seconds}
     execution = dataclasses.replace(execution, planned=facts)
     minutes = float(os.environ.get(MINUTES, "0")) or settings.config.run.max_minutes
@@ -143,6 +143,7 @@ def _start_again(execution: "Execution", again: int, minutes: float | None) -> N
 
 def _say_done(path: Path, settings: "Settings") -> None:
     """Say that a run is done and how to add steps. Write its report if a kill came before it."""
+    from quartet.config.tables import StageTraining
     from quartet.runs.reader import Run
     from quartet.runtime.resume import setting, steps_of
     from quartet.stages.kinds import kind_of
@@ -156,9 +157,11 @@ def _say_done(path: Path, settings: "Settings") -> None:
     stage = list(steps)[-1]
     kind = kind_of(stage)
     assert kind is not None and kind.steps is not None and kind.optim is not None
-    looked_ahead = setting(settings.config, kind.optim).depends_on_total
-    accept = f" --accept {kind.steps}" if looked_ahead else ""
-    command = f"quartet run {typed(path)} --resume {kind.steps}={2 * steps[stage]}{accept}"
+    training, more = setting(settings.config, kind.optim), f"{kind.steps}={2 * steps[stage]}"
+    if isinstance(training, StageTraining) and training.epochs is not None:
+        more = f"{kind.optim}.epochs={2 * training.epochs:g}"
+    accept = f" --accept {kind.steps}" if training.depends_on_total else ""
+    command = f"quartet run {typed(path)} --resume {more}{accept}"
     _print(f"next   to add steps: {command}")
 
 

@@ -433,6 +433,17 @@ def trust_region_excludes_ptx(config: Config) -> str | None:
 
 
 @rule
+def trust_region_excludes_masked_responses(config: Config) -> str | None:
+    algorithm = config.algorithm
+    if algorithm is None or not algorithm.mask_truncated or not _has_trust_region(config):
+        return None
+    return (
+        'algorithm.mask_truncated: update.type = "trust_region" takes its step on all responses. '
+        'Use "first_order".'
+    )
+
+
+@rule
 def trust_region_needs_fp32(config: Config) -> str | None:
     if not _has_trust_region(config) or config.run.precision_of("policy") != "bf16":
         return None
@@ -540,7 +551,44 @@ def new_model_is_long_enough(config: Config) -> str | None:
     )
 
 
-# --- optimizers
+# --- the length of stages, their evaluations and optimizers
+
+
+@rule
+def length_is_given_once(config: Config) -> str | None:
+    for table, settings in config.stage_trainings():
+        if settings.steps is not None and settings.epochs is not None:
+            return (
+                f"{table}.epochs = {settings.epochs:g}: {table}.steps = {settings.steps} is there "
+                "already. Take one of the two out."
+            )
+    return None
+
+
+@rule
+def choosing_needs_evaluations(config: Config) -> str | None:
+    for table, settings in config.stage_trainings():
+        if settings.eval_every:
+            continue
+        if settings.keep == "best":
+            return f'{table}.keep = "best": chooses among evaluations. Set {table}.eval_every.'
+        if settings.patience:
+            return (
+                f"{table}.patience = {settings.patience}: counts evaluations. Set "
+                f"{table}.eval_every."
+            )
+    return None
+
+
+@rule
+def evaluations_need_held_out_rows(config: Config) -> str | None:
+    every = config.preference.eval_every
+    if config.preference_stage != "online_dpo" or not every:
+        return None
+    return (
+        f"preference.eval_every = {every}: online_dpo compares its own answers, and has no "
+        "held-out comparisons. Take it out."
+    )
 
 
 @rule

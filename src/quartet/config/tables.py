@@ -6,6 +6,7 @@ declarations, combinations of settings by `quartet.config.rules`.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from quartet.algorithms.preference import (
 )
 from quartet.config.read_by import PRETRAINING, REWARDED, roles_that_read
 from quartet.config.run import Launch, RunConfig
+from quartet.data.limits import TooLongRows
 from quartet.data.row_shape import RowShape
 from quartet.generation.sampling import Sampling
 from quartet.generation.source import GeneratorSource, Native, Servers
@@ -94,6 +96,12 @@ class Data:
     unusable: Literal["refuse", "drop"] = Field(
         default="refuse",
         description='Unusable rows stop the run before it starts; "drop" leaves them out.',
+    )
+    too_long: TooLongRows | None = Field(
+        default=None,
+        description='Rows over a limit of tokens: "refuse", "drop", "truncate_left" (prompts keep '
+        'their end) or "truncate_right" (their beginning); answers keep their beginning. Left '
+        "out, data.unusable says it.",
     )
 
     @property
@@ -170,11 +178,69 @@ class Policy:
     )
 
 
+DEFAULT_STEPS = 200
+"""The optimizer steps of a stage before RL whose length is not said."""
+
+
 @part
-class Sft(OptimizerConfig):
+class StageTraining(OptimizerConfig):
+    """What the stages that train on rows have in common: their length in steps or in epochs."""
+
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="How many optimizer steps the stage takes. Left out, epochs says it, or they "
+        f"are {DEFAULT_STEPS}.",
+    )
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="How often the stage goes over its rows, in place of steps; 0.5 is over half "
+        "of them.",
+    )
+    batch_size: int = Field(default=32, ge=1, description="Rows in each optimizer step.")
+    data: str | None = Field(
+        default=None, description="A file of the stage's rows. Left out, it is data.train."
+    )
+
+    eval_every: int = Field(
+        default=0,
+        ge=0,
+        description="Steps between evaluations on the held-out rows; the last step is evaluated, "
+        "too. 0 evaluates the end of the stage only.",
+    )
+    keep: Literal["last", "best"] = Field(
+        default="last",
+        description='The weights that the stage hands on: "last", or those of the "best" '
+        "evaluation by held-out accuracy, then loss.",
+    )
+    patience: int = Field(
+        default=0,
+        ge=0,
+        description="Evaluations without improvement after which the stage ends; 0 never ends it.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", DEFAULT_STEPS)
+
+    def num_steps(self, rows: int) -> int:
+        """Return the optimizer steps of the stage, if it has so many rows to train on: `steps`, or
+        the smallest whole number that is not below `epochs` × rows / `batch_size`.
+
+        3 epochs of 700 rows in batches of 16 are 132 steps; the last one begins a fourth epoch.
+        """
+        if self.epochs is None:
+            assert self.steps is not None, "one of the two is set"
+            return self.steps
+        # 0.07 × 100 is 7.000000000000001 in floating point, and 7 rows are meant.
+        return max(1, math.ceil(self.epochs * rows / self.batch_size - 1e-9))
+
+
+@part
+class Sft(StageTraining):
     """The file's [sft] table: supervised fine-tuning."""
 
-    steps: int = Field(default=200, ge=1, description="How many optimizer steps the stage takes.")
     batch_size: int = Field(default=32, ge=1, description="Demonstrations in each optimizer step.")
     data: str | None = Field(
         default=None, description="A file of demonstrations. Left out, it is data.train."
@@ -182,10 +248,9 @@ class Sft(OptimizerConfig):
 
 
 @part
-class RewardModel(OptimizerConfig):
+class RewardModel(StageTraining):
     """The file's [reward_model] table: training a reward model from comparisons."""
 
-    steps: int = Field(default=200, ge=1, description="How many optimizer steps the stage takes.")
     batch_size: int = Field(default=32, ge=1, description="Comparisons in each optimizer step.")
     data: str | None = Field(
         default=None, description="A file of comparisons. Left out, it is data.train."
@@ -206,10 +271,9 @@ class RewardModel(OptimizerConfig):
 
 
 @part
-class Preference(OptimizerConfig):
+class Preference(StageTraining):
     """The file's [preference] table: learning from comparisons directly (dpo, ipo, kto, …)."""
 
-    steps: int = Field(default=200, ge=1, description="How many optimizer steps the stage takes.")
     batch_size: int = Field(
         default=32,
         ge=1,
@@ -358,6 +422,12 @@ class Config:
         if stage == self.rl_stage and self.algorithm is not None and self.algorithm.ptx.coef > 0:
             roles.add(PRETRAINING)
         return frozenset(roles)
+
+    def stage_trainings(self) -> Iterator[tuple[str, StageTraining]]:
+        """Yield the table, by name, of each stage of the recipe that trains on rows."""
+        for table, settings in self.optimizers():
+            if isinstance(settings, StageTraining):
+                yield table, settings
 
     def optimizers(self) -> Iterator[tuple[str, OptimizerConfig]]:
         """Yield the optimizer's table, by name, of each stage of the recipe that trains a model."""

@@ -28,6 +28,7 @@ from quartet.config.tables import Config, json_ready, without_none
 from quartet.errors import QuartetError
 from quartet.generation.source import GeneratorSource, Servers
 from quartet.io.texts import did_you_mean
+from quartet.stages.kinds import KINDS
 
 FOR_SERVERS = "default with servers"
 """The origin of the correction that a run with servers has where its file names none."""
@@ -123,12 +124,26 @@ def _settings(
         origins |= {k: "command line" for k, _ in _leaves(value, key)}
     replace_created_policy(table, origins)
     notes = replace_preset(table, origins, preset)
+    _replace_length(table, origins)
     written = dict(origins)
     _expand(table, origins)
     links = resolve_links(table, known_links)
     config = _validate(table, origins)
     _refuse_unread(config, written)
     return Settings(config, origins, name, text, links, notes)
+
+
+def _replace_length(table: Table, origins: dict[str, str]) -> None:
+    """Drop a file's number of steps where the command line gives a stage's length in epochs, and
+    the reverse."""
+    for kind in KINDS:
+        if kind.steps is None or kind.optim is None:
+            continue
+        steps, epochs = kind.steps, f"{kind.optim}.epochs"
+        for given, other in ((steps, epochs), (epochs, steps)):
+            is_given = origins.get(given) == "command line"
+            if is_given and other in origins and origins[other] != "command line":
+                del table[kind.optim][other.rpartition(".")[2]], origins[other]
 
 
 def _refuse_unread(config: Config, written: Mapping[str, str]) -> None:

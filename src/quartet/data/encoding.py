@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 from quartet.data import DataError
 from quartet.data.disk_rows import DiskRows
 from quartet.data.examples import Example, Text
+from quartet.data.limits import TooLong, TooLongRows, Truncation
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.report import token_pieces
 from quartet.experience import Prompt
@@ -44,6 +45,8 @@ class Encoder:
     """How the limit of prompts came about, where it is not `data.max_prompt_tokens`: "128 = 256
     (policy.create.max_length) - 128 (rollout.max_new_tokens)"."""
     unusable: Literal["refuse", "drop"] = "refuse"
+    too_long: TooLongRows | None = None
+    """What is done with rows over a limit; None: the same as with others that cannot be used."""
     dropped: dict[str, str] = field(default_factory=dict)
     """What was wrong with each row that was dropped, by the row's id."""
     quoting: dict[str, str] = field(default_factory=dict)
@@ -56,6 +59,10 @@ class Encoder:
 
     sides: set[str] = field(default_factory=set)
     """Which of chosen and rejected the preferences have had."""
+    truncation: Truncation = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.truncation = Truncation(self.too_long)
 
     def prompts(self, examples: Sequence[Example]) -> Sequence[Prompt]:
         return self._all(Prompt, lambda example: [self._prompt(example)], examples)
@@ -170,6 +177,11 @@ class Encoder:
                 f"{len(self.dropped):,} rows cannot be used and were left out, the first: "
                 f"{first_of(self.dropped)}"
             )
+        if self.truncation.rows:
+            yield (
+                f"{len(self.truncation.rows):,} rows were truncated (data.too_long), the first: "
+                f"{first_of(self.truncation.rows)}"
+            )
         if self.quoting:
             place, token = next(iter(self.quoting.items()))
             yield (
@@ -205,29 +217,40 @@ class Encoder:
     ) -> Sequence[R]:
         records = DiskRows(kind)
         refused: dict[str, str] = {}
+        dropped: dict[str, str] = {}
         for example in examples:
             try:
                 encoded = encode(example)
             except DataError as error:
-                refused.setdefault(example.id, str(error))
+                rows = refused if self._handling(error) == "refuse" else dropped
+                rows.setdefault(example.id, str(error))
                 continue
             for record in encoded:
                 records.append(record)
             self._look(example, encoded)
-        if refused and (self.unusable == "refuse" or not records):
+        if not records:
+            refused |= dropped
+        if refused:
             others = (
                 f" {len(refused) - 1:,} more rows of {len(examples):,} cannot be used."
                 if len(refused) > 1
                 else ""
             )
+            key = "data.unusable" if self.unusable == "refuse" else "data.too_long"
             remedy = (
-                ' Mend the data, or set data.unusable = "drop" to go on without such rows.'
+                f' Mend the data, or set {key} = "drop" to go on without such rows.'
                 if records
                 else ""
             )
             raise DataError(f"{first_of(refused)}{others}{remedy}")
-        self.dropped |= refused
+        self.dropped |= dropped
         return records
+
+    def _handling(self, error: DataError) -> str:
+        """Return what is done with a row that cannot be used: "refuse" or "drop"."""
+        if isinstance(error, TooLong) and self.too_long in {"refuse", "drop"}:
+            return str(self.too_long)
+        return self.unusable
 
     def _look(self, example: Example, records: Sequence[Any]) -> None:
         """Remember what the user should know of a row."""
@@ -241,7 +264,10 @@ class Encoder:
 
     def _prompt(self, example: Example) -> Prompt:
         ids = self._checked_prompt(example)
-        text = example.prompt if isinstance(example.prompt, str) else self.tokenizer.decode(ids)
+        text = example.prompt
+        if not isinstance(text, str) or example.id in self.truncation.rows:
+            begins = isinstance(text, str) and ids[0] == self.tokenizer.bos_token_id
+            text = self.tokenizer.decode(ids[begins:])
         messages = None if isinstance(example.prompt, str) else list(example.prompt)
         return Prompt(
             id=example.id, ids=tuple(ids), text=text, extra=dict(example.extra), messages=messages
@@ -255,8 +281,8 @@ class Encoder:
         first = [] if example.is_text else self._checked_prompt(example)
         rows = self._answered(example, first, answer, "completion")
         made = []
-        for number, (prompt, response, written) in enumerate(rows, 1):
-            self._check_whole(prompt, response)
+        for number, (prompt, answered, learnt) in enumerate(rows, 1):
+            response, written = self._fitting(example, prompt, answered, learnt)
             name = example.id if len(rows) == 1 else f"{example.id}, answer {number}"
             mask = None if all(written) else tuple(written)
             made.append(Demonstration(name, tuple(prompt), tuple(response), mask))
@@ -267,11 +293,16 @@ class Encoder:
     ) -> list[EncodedRow]:
         """Return the rows that a prompt and its answer become; `prompt` is the prompt encoded."""
         if example.is_text:
-            return [self._running_text(answer, column)]
+            return [self._running_text(example, answer, column)]
         try:
             return [(prompt, *self._turns(example, answer, column))]
         except HistoryRewritten:
             assert not isinstance(answer, str) and not isinstance(example.prompt, str)
+            if example.id in self.truncation.rows:
+                raise TooLong(
+                    "the prompt is too long, and cannot be cut: the chat template writes it "
+                    "differently once later turns follow."
+                ) from None
             return list(self._one_by_one(example, prompt, answer, column))
 
     def _one_by_one(
@@ -289,18 +320,19 @@ class Encoder:
                 )
             except ChatError as error:
                 raise DataError(str(error)) from error
-            self._check_response(len(prompt) + len(response) - len(first), column)
-            yield prompt, response, written
+            before_it = len(prompt) - len(first)
+            if number and self.truncation.is_on and before_it >= self.max_response_tokens:
+                return  # as in one row, which ends there
+            yield prompt, *self._bounded(example, response, written, column, before_it)
 
-    def _running_text(self, text: Text, column: str) -> EncodedRow:
+    def _running_text(self, example: Example, text: Text, column: str) -> EncodedRow:
         """Return a text all of which is learnt. Something must come before its first learnt token:
         the beginning-of-sequence token, or else the text's own first token."""
         assert isinstance(text, str)
         if not text.strip():
             raise DataError(f"the {column} is empty, a response of zero tokens.")
         ids = [*self.prompt_ids(text), self.tokenizer.eos_token_id]
-        self._check_response(len(ids) - 1, column)
-        return ids[:1], ids[1:], [True] * (len(ids) - 1)
+        return ids[:1], *self._bounded(example, ids[1:], [True] * (len(ids) - 1), column)
 
     def _comparison(self, example: Example) -> Comparison:
         assert example.chosen is not None or example.rejected is not None, (
@@ -317,7 +349,15 @@ class Encoder:
             if example.rejected is None
             else self._response(example, example.rejected, "rejected")
         )
-        self._check_whole(prompt, max(chosen, rejected, key=len))
+        chosen, rejected = (
+            self._fitting(example, prompt, side, [True] * len(side))[0]
+            for side in (chosen, rejected)
+        )
+        if chosen == rejected and example.id in self.truncation.rows:
+            raise DataError(
+                "chosen and rejected are identical once they are truncated, so there is nothing to "
+                "learn from this row."
+            )
         margin = example.extra.get("margin", 0.0)
         if (
             isinstance(margin, bool)
@@ -329,31 +369,42 @@ class Encoder:
             )
         return Comparison(example.id, tuple(prompt), tuple(chosen), tuple(rejected), float(margin))
 
-    def _check_whole(self, prompt: list[int], response: list[int]) -> None:
-        length = len(prompt) + len(response)
-        if length > self.max_tokens:
-            raise DataError(
-                f"prompt and response have {length:,} tokens together, the model reads at most "
-                f"{self.max_tokens:,}."
-            )
+    def _fitting(
+        self, example: Example, prompt: list[int], response: list[int], written: list[bool]
+    ) -> tuple[list[int], list[bool]]:
+        """Return as much of a response as the model reads behind its prompt."""
+        reason = (
+            f"prompt and response have {len(prompt) + len(response):,} tokens together, the model "
+            f"reads at most {self.max_tokens:,}."
+        )
+        room = self.max_tokens - len(prompt)
+        return self.truncation.response(example.id, response, written, room, reason)
 
     def _checked_prompt(self, example: Example) -> list[int]:
         if not example.prompt or (isinstance(example.prompt, str) and not example.prompt.strip()):
             raise DataError("the prompt is empty.")
         ids = self._prompt_ids(example.prompt, example.extra)
-        if len(ids) > self.max_prompt_tokens:
-            raise DataError(
-                f"the prompt has {len(ids):,} tokens, the limit is "
-                f"{self.prompt_limit or f'{self.max_prompt_tokens:,} (data.max_prompt_tokens)'}."
-            )
-        return ids
+        begin, is_conversation = self.tokenizer.bos_token_id, not isinstance(example.prompt, str)
+        return self.truncation.prompt(
+            example.id, ids, self.max_prompt_tokens, begin, is_conversation, self.prompt_limit
+        )
 
-    def _check_response(self, length: int, column: str) -> None:
-        if length > self.max_response_tokens:
-            raise DataError(
-                f"the {column} has {length:,} tokens, the limit is {self.max_response_tokens:,} "
-                f"(data.max_response_tokens)."
-            )
+    def _bounded(
+        self,
+        example: Example,
+        response: list[int],
+        written: list[bool],
+        column: str,
+        before_it: int = 0,
+    ) -> tuple[list[int], list[bool]]:
+        """Return as much of a response as the limit allows, of which other turns between the prompt
+        and it have taken `before_it` tokens."""
+        reason = (
+            f"the {column} has {before_it + len(response):,} tokens, the limit is "
+            f"{self.max_response_tokens:,} (data.max_response_tokens)."
+        )
+        room = self.max_response_tokens - before_it
+        return self.truncation.response(example.id, response, written, room, reason)
 
     def _response(self, example: Example, answer: Text, column: str) -> list[int]:
         """Return the ids of one answer to a prompt."""
@@ -389,8 +440,7 @@ class Encoder:
                 raise
             except ChatError as error:
                 raise DataError(str(error)) from error
-        self._check_response(len(ids), column)
-        return ids, written
+        return self._bounded(example, ids, written, column)
 
 
 def texts_of(example: Example) -> Iterator[str]:

@@ -4,6 +4,7 @@ what is wrong with it.
 Rows are read one by one and forgotten; what is kept of each are lengths and a hash.
 """
 
+import math
 import random
 from array import array
 from collections import Counter
@@ -78,6 +79,8 @@ class Counted:
     labels: set[str] = field(default_factory=set)
     """The sides of preferences that there are."""
     shown: list[Example] = field(default_factory=list)
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """The most units of a prompt and of a response."""
 
     def note(self, kind: str, place: str) -> None:
         self.wrong[kind] += 1
@@ -101,6 +104,8 @@ class Counted:
             self.sizes.setdefault(part, array("I")).append(size)
         for kind, token in oddities.items():
             self.note(kind, f"{place}: {token}")
+        if any(size > limit_of(part, self.limits) for part, size in sizes.items()):
+            self.note("long", place)
         self._look(place, example, sizes)
         total = sum(self.shapes.values())
         if len(self.shown) < 2:
@@ -141,6 +146,11 @@ def parts_of(example: Example) -> dict[str, Text]:
     return {part: text for part, text in parts.items() if text is not None}
 
 
+def limit_of(part: str, limits: Mapping[str, int]) -> float:
+    """Return the most units that a part of a row may have; infinity where none is given."""
+    return limits.get("prompt" if part == "prompt" else "response", math.inf)
+
+
 def plain(text: Text) -> str:
     return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
 
@@ -162,7 +172,8 @@ def report(
     """`count` measures a text in `unit`s; `rendered` cuts an example into pieces; `limits` are of
     prompts and responses, in the unit; `held_out` names a file whose prompts should not be in this
     one; `oddities` returns what a tokenizer finds odd about an example."""
-    seen = Counted(count, oddities)
+    limits = limits or {}
+    seen = Counted(count, oddities, limits=limits)
     stopped = _read(path, columns, seen)
     if not seen.shapes:
         raise DataError(stopped or f"{path}: has no rows.")
@@ -180,13 +191,12 @@ def report(
                 f"{path.name} too: what is measured "
                 "on them was seen in training."
             )
-    limits = limits or {}
     return Report(
         rows=sum(seen.shapes.values()),
         shapes=dict(seen.shapes),
         unit=unit,
         lengths={
-            part: _lengths(s, limits.get("prompt" if part == "prompt" else "response"))
+            part: _lengths(s, limit_of(part, limits) if limits else None)
             for part, s in seen.sizes.items()
         },
         examples=tuple(_shown(seen.shown, rendered or pieces, found)),
@@ -230,6 +240,8 @@ def _shown(
 
 ODD = {
     **{f"empty {p}": f"empty {p} in {{}}." for p in ("prompt", "completion", "chosen", "rejected")},
+    "long": "{} have more tokens than the limits. A run refuses them; data.too_long drops or "
+    "truncates them.",
     "identical": "chosen and rejected are identical in {}: there is nothing to learn from them.",
     "duplicate": "{} repeat an earlier row.",
     "encoding": "damaged characters (such as � or â€™) in {}: the text was read in a wrong "
@@ -291,7 +303,7 @@ def _findings(seen: Counted, total: int) -> Iterator[str]:
         )
 
 
-def _lengths(sizes: "array[int]", limit: int | None) -> Lengths:
+def _lengths(sizes: "array[int]", limit: float | None) -> Lengths:
     ordered = sorted(sizes)
     over = None if limit is None else sum(size > limit for size in ordered) / len(ordered)
     return Lengths(ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.95)], ordered[-1], over)

@@ -12,6 +12,8 @@ class Progress:
     metrics: dict[str, float]
     seconds: dict[str, float] = field(default_factory=dict, kw_only=True)
     """How long each phase of the step took. Not among the metrics, which two equal runs share."""
+    is_last: bool = field(default=False, kw_only=True)
+    """Whether the stage ends here, before the number of steps that it was to take."""
 
 
 class Clock:

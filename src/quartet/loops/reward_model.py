@@ -18,7 +18,7 @@ from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
 from quartet.training.finite import check_finite
 from quartet.training.optim import Optimizer
-from quartet.training.optimizer_step import optimizer_step
+from quartet.training.optimizer_step import optimizer_step, sum_of_losses
 
 
 def reward_model(
@@ -88,6 +88,22 @@ def pair_accuracy(
     """Return the share of pairs whose chosen side scores higher; a tie counts half."""
     scores = pair_scores(model, comparisons, micro_batch_tokens, process_group)
     return accuracy_of(scores[:, 0] - scores[:, 1])
+
+
+@torch.no_grad()
+def held_out_pairs(
+    model: ScalarModel,
+    comparisons: Sequence[Comparison],
+    loss: RewardModelLoss,
+    micro_batch_tokens: int,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+) -> dict[str, float]:
+    """Return the `loss` and the `accuracy`, see `pair_accuracy`, on held-out comparisons."""
+    margins = torch.zeros(len(comparisons), dtype=torch.float64)
+    losses = _losses(model, comparisons, loss, micro_batch_tokens, margins, process_group)
+    total = sum_of_losses(losses, process_group)
+    process_group.all_reduce(margins)
+    return {"loss": total, "accuracy": accuracy_of(margins)}
 
 
 def _losses(

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from quartet.config.tables import Config
-from quartet.planning.plan import plan, row_tokens
+from quartet.planning.plan import num_steps, plan, row_tokens
 from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts
 from quartet.runtime.events import Finished
 from quartet.runtime.pipeline import Pipeline
 from quartet.stages.evaluation import BEST_OF_RESPONSES
+from quartet.stages.kinds import RL, kind_of
 from quartet.stages.rl import PROBE_COUNT
 
 STEPS = 4
@@ -170,19 +171,19 @@ def _answers(config: Config, prompts: int) -> int:
 
 def _counts(config: Config) -> dict[str, int]:
     """Return the number of steps of each stage but RL."""
-    counts = {"sft": config.sft.steps}
-    counts |= dict.fromkeys(config.reward_models, config.reward_model.steps)
-    if config.preference_stage is not None:
-        counts[config.preference_stage] = config.preference.steps
-    return counts
+    return {
+        stage: num_steps(config, kind.optim)
+        for stage in config.stages
+        if (kind := kind_of(stage)) is not None and kind.optim is not None and kind is not RL
+    }
 
 
 def _short(config: Config, build: Callable[[Config], Any], answer: int, prompts: int) -> Short:
     small = dataclasses.replace(
         config,
-        sft=dataclasses.replace(config.sft, steps=STEPS),
-        reward_model=dataclasses.replace(config.reward_model, steps=STEPS),
-        preference=dataclasses.replace(config.preference, steps=STEPS),
+        sft=dataclasses.replace(config.sft, steps=STEPS, epochs=None),
+        reward_model=dataclasses.replace(config.reward_model, steps=STEPS, epochs=None),
+        preference=dataclasses.replace(config.preference, steps=STEPS, epochs=None),
         run=dataclasses.replace(config.run, steps=STEPS, track=()),
         optim=dataclasses.replace(config.optim, critic_warmup_steps=0),
         rollout=dataclasses.replace(config.rollout, max_new_tokens=answer),

@@ -2,8 +2,9 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
-from quartet.config.tables import Config, SharedCritic, TrainTokenizer
+from quartet.config.tables import Config, SharedCritic, StageTraining, TrainTokenizer
 from quartet.planning.memory import (
     FLOAT,
     adapter_parameters,
@@ -132,21 +133,38 @@ def _responses(config: Config) -> int:
     return config.run.steps * config.rollout.prompts_per_step * config.rollout.samples_per_prompt
 
 
+def num_steps(config: Config, table: str) -> int:
+    """Return the optimizer steps of the stage that a table such as "sft" describes. For epochs the
+    rows of its files are counted, also those that a run will not use."""
+    settings: StageTraining = getattr(config, table)
+    return settings.num_steps(0 if settings.epochs is None else _num_rows(config, settings.data))
+
+
+def _num_rows(config: Config, file: str | None) -> int:
+    """Return how many rows a stage trains on: those of its own file, or else of the world or of
+    data.train."""
+    from quartet.data.files import rows
+
+    data = config.data
+    if file is None and data.world is not None:
+        return data.rows
+    count = sum(1 for name in ((file,) if file else data.files) for _ in rows(Path(name)))
+    return count - (0 if data.eval is not None else round(count * data.held_out))
+
+
 def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dict[str, float]]:
     steps: dict[str, int] = {}
     tokens: dict[str, float] = {}
     for stage in config.stages:
         if stage == "sft":
-            steps[stage] = config.sft.steps
-            tokens[stage] = config.sft.steps * config.sft.batch_size * sum(row)
+            steps[stage] = num_steps(config, "sft")
+            tokens[stage] = steps[stage] * config.sft.batch_size * sum(row)
         elif stage in config.reward_models:
-            steps[stage] = config.reward_model.steps
-            tokens[stage] = (
-                config.reward_model.steps * config.reward_model.batch_size * 2 * sum(row)
-            )
+            steps[stage] = num_steps(config, "reward_model")
+            tokens[stage] = steps[stage] * config.reward_model.batch_size * 2 * sum(row)
         elif stage == config.preference_stage:
-            steps[stage] = config.preference.steps
-            tokens[stage] = config.preference.steps * config.preference.batch_size * 2 * sum(row)
+            steps[stage] = num_steps(config, "preference")
+            tokens[stage] = steps[stage] * config.preference.batch_size * 2 * sum(row)
         elif stage == config.rl_stage:
             steps[stage] = config.run.steps * config.optim.epochs * config.optim.minibatches
             tokens[f"{stage}, generated"] = _responses(config) * row[1]

@@ -25,7 +25,7 @@ class Chart:
 CHARTS = (
     Chart("Reward", ("reward", "reward/gold")),
     Chart("KL to the reference, nats", ("kl",)),
-    Chart("Pair accuracy", ("accuracy",), percent=True),
+    Chart("Pair accuracy", ("accuracy", "held_out/accuracy"), percent=True),
     Chart("Response length, tokens", ("response/tokens",)),
     Chart("Turns", ("response/turns",)),
     Chart(
@@ -45,7 +45,7 @@ CHARTS = (
     Chart("Value and return", ("value/mean", "return/mean")),
     Chart("Advantage before whitening", ("advantage/raw_mean", "advantage/raw_std")),
     Chart("Rewards", ("reward/*",)),
-    Chart("Loss", ("loss",)),
+    Chart("Loss", ("loss", "held_out/loss")),
     Chart("Margin", ("margin",)),
     Chart("Log-probabilities", ("logprobs/*",)),
     Chart("Terms of the loss", ("loss/*",)),

@@ -364,6 +364,18 @@ DEFINITIONS = (
         "If it is 0 or 1 at every step, there is nothing to compare.",
     ),
     Definition(
+        "held_out/loss",
+        "held-out loss",
+        "the loss on the held-out rows, every eval_every steps",
+        "If it rises while the loss falls, the model overfits.",
+    ),
+    Definition(
+        "held_out/accuracy",
+        "held-out pair accuracy",
+        "the share of the held-out pairs in which the preferred side has the higher score",
+        "Far below the pair accuracy, the model overfits.",
+    ),
+    Definition(
         "logprobs/*",
         "log p *",
         "the mean log-probability of whole responses",

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from quartet.config.run import RunConfig
+from quartet.config.tables import Config
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.models.protocols import Tokenizer
 from quartet.runtime.saving import Saving
@@ -20,6 +21,9 @@ class Job:
     tokenizer: Tokenizer
     notes: list[str]
     """Sentences about what the user should know before it starts."""
+    config: Config
+    """The config, with what is chosen for this machine and these rows: its precision, and the steps
+    that epochs are."""
     made_with: dict[str, Any]
     """The config, fingerprints of the data, and the planted fault: what a resumed run must have in
     common with this one."""

@@ -236,13 +236,14 @@ def resume(
     if not has_begun(path):
         return Execution(settings, job, folder, fault, resumed=True, accept=tuple(accept))
     try:
-        choice = choose(path, settings.config, job.made_with, accept)
+        choice = choose(path, job.config, job.made_with, accept)
     except CannotResume:
         folder.close()
         raise
     facts = choice.checkpoint.facts
-    steps = steps_of(settings.config).get(facts["stage"], 0)
-    if folder.record().is_done and not choice.skipped and facts["step"] >= steps:
+    steps = steps_of(job.config).get(facts["stage"], 0)
+    ended = facts["step"] >= steps or (facts.get("ended", False) and not choice.accepted)
+    if folder.record().is_done and not choice.skipped and ended:
         folder.sweep()
         folder.close()
         raise AlreadyDone(path)

@@ -276,8 +276,9 @@ class Pipeline:
                 seconds = round(time.monotonic() - before, 4)
                 progress, warnings = self._record(stage, result, seconds, recorder)
                 at.advance(progress)
-                if resumable and at.timer.due(at.step, stage.num_steps):
-                    self._checkpoint(stage, at)
+                due = progress.is_last or at.timer.due(at.step, stage.num_steps)
+                if resumable and due:
+                    self._checkpoint(stage, at, progress.is_last)
                 try:
                     yield Advanced(stage, progress)
                     yield from warnings
@@ -349,14 +350,15 @@ class Pipeline:
             self.folder.become_latest()
             self._is_latest = True
 
-    def _checkpoint(self, stage: Stage, at: "_Position") -> None:
-        """Write a checkpoint and record that."""
+    def _checkpoint(self, stage: Stage, at: "_Position", ended: bool = False) -> None:
+        """Write a checkpoint and record that. `ended` says that the stage ends before the number of
+        steps that it was to take."""
         began = time.monotonic()
-        path = self._save(stage.name, at.step, at.merit.take())
+        path = self._save(stage.name, at.step, at.merit.take(), ended)
         seconds = at.timer.written(began, at.step)
         self.folder.event("checkpoint", stage.name, at.step, name=path.name, seconds=seconds)
 
-    def _save(self, stage: str, step: int, merit: float | None = None) -> Path:
+    def _save(self, stage: str, step: int, merit: float | None = None, ended: bool = False) -> Path:
         """Write a checkpoint and return its folder. The record is on the disk before the checkpoint
         that says how long the record is."""
         facts = {
@@ -365,6 +367,7 @@ class Pipeline:
             "results": self.results,
             "steps": {s.name: s.num_steps for s in self.stages[: self.checkpoints.stages[stage]]},
             "merit": merit,
+            "ended": ended,
             **self.saving.made_with,
         }
         try:

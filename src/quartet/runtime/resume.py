@@ -13,7 +13,7 @@ from quartet.config.errors import toml_value
 from quartet.config.read_by import changes_what_is_learnt, roles_that_read
 from quartet.config.tables import Config
 from quartet.errors import QuartetError
-from quartet.stages.kinds import KINDS, kind_of
+from quartet.stages.kinds import KINDS, RL, kind_of
 from quartet.training.checkpoint import Checkpoint, misfit
 from quartet.training.checkpoints import Checkpoints
 
@@ -59,7 +59,7 @@ def has_begun(folder: Path) -> bool:
 def choose(
     folder: Path, config: Config, made_with: Mapping[str, Any], accept: Sequence[str]
 ) -> Choice:
-    """Return the newest checkpoint that is undamaged and fits the config.
+    """Return the newest checkpoint that is undamaged and fits the config, which is `Job.config`.
 
     `made_with` describes the run as it would be now, see `Saving.made_with`; `accept` has the keys
     of the differences that the user accepts. Raises `CannotResume` if there is no such checkpoint,
@@ -109,10 +109,11 @@ def setting(config: Config, key: str) -> Any:
 
 
 def steps_of(config: Config) -> dict[str, int]:
-    """Return the number of steps of each stage of the run whose number is a setting."""
+    """Return the number of steps of each stage of the run whose number is a setting; 0 where its
+    rows, which must be read first, say how many its epochs are."""
     kinds = {stage: kind_of(stage) for stage in config.stages}
     return {
-        stage: setting(config, kind.steps)
+        stage: setting(config, kind.steps) or 0
         for stage, kind in kinds.items()
         if kind is not None and kind.steps is not None
     }
@@ -173,11 +174,18 @@ ADDED_LATER: dict[str, Any] = {
     "run.precision": "fp32",
     "policy.resize_embeddings": False,
     "rollout.keep_mask": False,
+    "algorithm.mask_truncated": False,
 } | {
     f"{kind.optim}.{name}": value
     for name, value in {"optimizer": "adamw", "min_lr_ratio": 0.0, "warmup_ratio": 0.0}.items()
     for kind in KINDS
     if kind.optim is not None
+}
+ADDED_LATER |= {
+    f"{kind.optim}.{name}": value
+    for name, value in {"eval_every": 0, "keep": "last", "patience": 0}.items()
+    for kind in KINDS
+    if kind.optim is not None and kind is not RL
 }
 """Settings that older checkpoints do not have, with the value that says what those versions did."""
 

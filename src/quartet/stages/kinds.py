@@ -68,17 +68,25 @@ class StageKind:
 
 
 def _sft_closing(summary: Summary) -> str:
-    return f"(held out {summary['held_out_loss_before']:.2f} → {summary['held_out_loss']:.2f})"
+    losses = f"{summary['held_out_loss_before']:.2f} → {summary['held_out_loss']:.2f}"
+    return f"(held out {losses}{_chosen(summary)})"
 
 
 def _reward_model_closing(summary: Summary) -> str:
     ceiling = f" of {summary['ceiling']:.2f} possible" if "ceiling" in summary else ""
-    return f"(held out {summary['held_out_accuracy']:.2f}{ceiling})"
+    return f"(held out {summary['held_out_accuracy']:.2f}{ceiling}{_chosen(summary)})"
 
 
 def _preference_closing(summary: Summary) -> str:
     accuracy = summary.get("held_out_accuracy")
-    return "" if accuracy is None else f"(held out {accuracy:.2f})"
+    return "" if accuracy is None else f"(held out {accuracy:.2f}{_chosen(summary)})"
+
+
+def _chosen(summary: Summary) -> str:
+    """Return which step a stage hands on, and where it ended early, for the end of a phrase."""
+    best, stopped = summary.get("best_step"), summary.get("stopped_at")
+    chosen = "" if best is None else f", best at step {best:,}"
+    return chosen + ("" if stopped is None else f", stopped at {stopped:,}")
 
 
 def _evaluation_closing(summary: Summary) -> str:

@@ -10,6 +10,7 @@ from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.io.activity import activity
+from quartet.loops.held_out import NOT_EVALUATED, Evaluating, HeldOut
 from quartet.loops.preference import ComparisonSource, held_out_preference, preference
 from quartet.loops.progress import Progress
 from quartet.models.language_model import save
@@ -42,6 +43,7 @@ class PreferenceStage:
     batch_size: int
     micro_batch_tokens: int
     seed: int
+    evaluating: Evaluating = NOT_EVALUATED
     process_group: ProcessGroup = SINGLE_PROCESS
 
     @property
@@ -73,12 +75,17 @@ class PreferenceStage:
             Budget(self.micro_batch_tokens, self.process_group),
         )
 
+        held_out = HeldOut(self.evaluating, self.num_steps, optimizer.parameters, evaluate)
+
         def steps(done: int) -> Iterator[Progress]:
-            return preference(
-                model, reference, source, self.loss, optimizer, self.num_steps, budget, done
+            return held_out.during(
+                preference(
+                    model, reference, source, self.loss, optimizer, self.num_steps, budget, done
+                )
             )
 
         def finish() -> Summary:
+            held_out.restore_best()
             save(model, self.tokenizer, folder / "policy", self.process_group)
             if not self.held_out:
                 return {}
@@ -86,7 +93,13 @@ class PreferenceStage:
                 **{f"held_out_{name}_before": value for name, value in before.items()},
                 **{f"held_out_{name}": value for name, value in evaluate().items()},
                 **pair_facts(self.held_out),
+                **held_out.summary(),
             }
 
-        stateful: dict[str, Stateful] = {"optimizer": optimizer, "source": source, "budget": budget}
+        stateful: dict[str, Stateful] = {
+            "optimizer": optimizer,
+            "source": source,
+            "budget": budget,
+            "held_out": held_out,
+        }
         return StageRun(steps, finish, stateful, [optimizer], budget)

@@ -14,8 +14,15 @@ from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.io.activity import activity
+from quartet.loops.held_out import NOT_EVALUATED, Evaluating, HeldOut
 from quartet.loops.progress import Progress
-from quartet.loops.reward_model import pair_accuracy, pair_scores, reward_model, score_facts
+from quartet.loops.reward_model import (
+    held_out_pairs,
+    pair_accuracy,
+    pair_scores,
+    reward_model,
+    score_facts,
+)
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import stop_ids
 from quartet.models.protocols import Tokenizer
@@ -63,6 +70,7 @@ class RewardModelStage:
     batch_size: int
     micro_batch_tokens: int
     seed: int
+    evaluating: Evaluating = NOT_EVALUATED
     name: str = "reward_model"
     title: str = "reward model"
     process_group: ProcessGroup = SINGLE_PROCESS
@@ -79,10 +87,21 @@ class RewardModelStage:
         optimizer = self.optimizer(model)
         budget = Budget(self.micro_batch_tokens, self.process_group)
 
+        def evaluate() -> dict[str, float]:
+            with activity("held-out pairs"):
+                return held_out_pairs(
+                    model, self.held_out, self.loss, self.micro_batch_tokens, self.process_group
+                )
+
+        held_out = HeldOut(self.evaluating, self.num_steps, optimizer.parameters, evaluate)
+
         def steps(done: int) -> Iterator[Progress]:
-            return reward_model(model, sampler, self.loss, optimizer, self.num_steps, budget, done)
+            return held_out.during(
+                reward_model(model, sampler, self.loss, optimizer, self.num_steps, budget, done)
+            )
 
         def finish() -> Summary:
+            held_out.restore_best()
             with activity("held-out pairs"):
                 scores = pair_scores(
                     model, self.held_out, self.micro_batch_tokens, self.process_group
@@ -102,6 +121,7 @@ class RewardModelStage:
                 **{f"held_out_{name}": value for name, value in facts.items()},
                 **pair_facts(self.held_out),
                 "centre": model.centre,
+                **held_out.summary(),
             }
             return summary | ({} if self.ceiling is None else {"ceiling": self.ceiling})
 
@@ -109,6 +129,7 @@ class RewardModelStage:
             "optimizer": optimizer,
             "sampler": sampler,
             "budget": budget,
+            "held_out": held_out,
         }
         return StageRun(steps, finish, stateful, [optimizer], budget)
 

@@ -9,6 +9,7 @@ from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.io.activity import activity
+from quartet.loops.held_out import NOT_EVALUATED, Evaluating, HeldOut
 from quartet.loops.progress import Progress
 from quartet.loops.sft import held_out_loss, sft
 from quartet.models.language_model import save
@@ -32,6 +33,7 @@ class SftStage:
     batch_size: int
     micro_batch_tokens: int
     seed: int
+    evaluating: Evaluating = NOT_EVALUATED
     name: str = "sft"
     title: str = "sft"
     process_group: ProcessGroup = SINGLE_PROCESS
@@ -46,20 +48,28 @@ class SftStage:
         optimizer = self.optimizer(model)
         budget = Budget(self.micro_batch_tokens, self.process_group)
 
-        def steps(done: int) -> Iterator[Progress]:
-            return sft(model, sampler, optimizer, self.num_steps, budget, done)
-
-        def finish() -> Summary:
-            save(model, self.tokenizer, folder / "sft", self.process_group)
+        def evaluate() -> dict[str, float]:
             with activity("held-out texts"):
-                after = held_out_loss(
+                loss = held_out_loss(
                     model, self.held_out, self.micro_batch_tokens, self.process_group
                 )
-            return {"held_out_loss_before": before, "held_out_loss": after}
+            return {"loss": loss}
+
+        held_out = HeldOut(self.evaluating, self.num_steps, optimizer.parameters, evaluate)
+
+        def steps(done: int) -> Iterator[Progress]:
+            return held_out.during(sft(model, sampler, optimizer, self.num_steps, budget, done))
+
+        def finish() -> Summary:
+            held_out.restore_best()
+            save(model, self.tokenizer, folder / "sft", self.process_group)
+            losses = {"held_out_loss_before": before, "held_out_loss": evaluate()["loss"]}
+            return losses | held_out.summary()
 
         stateful: dict[str, Stateful] = {
             "optimizer": optimizer,
             "sampler": sampler,
             "budget": budget,
+            "held_out": held_out,
         }
         return StageRun(steps, finish, stateful, [optimizer], budget)
