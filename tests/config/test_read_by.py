@@ -2,8 +2,8 @@
 
 import pytest
 
-from quartet.config.errors import _known_keys
 from quartet.config.read_by import CHANGES_NOTHING_LEARNT, READ_BY, ROLES, roles_that_read
+from quartet.config.suggestions import _keys as _known_keys
 from quartet.config.tables import Config
 from quartet.config.toml import ConfigError, settings_of_table
 
