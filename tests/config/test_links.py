@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from quartet.cli import app
-from quartet.config.errors import _parts_in
 from quartet.config.links import PATHS, absolute_word, relative_paths, where
+from quartet.config.suggestions import _parts_in
 from quartet.config.tables import Config
 from quartet.config.toml import read_settings, resolved_toml
 from quartet.io.texts import typed
