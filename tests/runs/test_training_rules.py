@@ -281,10 +281,10 @@ def test_the_page_lists_rules_with_their_state(diverged):
 
     client = TestClient(make_app([diverged.path]), base_url="http://127.0.0.1:8700")
     page = client.get(f"/run/{diverged.name}/doctor").text
-    fired = "<td>worse on held out</td><td>fired</td><td><code>held_out/loss</code></td>"
+    fired = "<td>worse on held out</td><td>fired</td><td>held-out loss</td>"
     assert fired + '<td class="num">6.4</td>' in page
-    assert "<td>memorised</td><td>quiet</td><td><code>held_out/accuracy</code></td>" in page
-    missing = page.split("Not applicable, because")[1]
+    assert "<td>memorised</td><td>quiet</td><td>held-out pair accuracy</td>" in page
+    missing = page.split("The stage has not recorded what they read")[1]
     assert "memorised" in missing and "worse on held out" not in missing
 
 

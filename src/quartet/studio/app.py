@@ -25,6 +25,7 @@ from quartet import __version__
 from quartet.errors import QuartetError
 from quartet.runs import figures
 from quartet.runs.charts import Chart, charts
+from quartet.runs.definitions import definition
 from quartet.runs.doctor import diagnose
 from quartet.runs.reader import DamagedRun, NoRun, Run
 from quartet.runs.rules import RULES
@@ -300,6 +301,7 @@ class Pages:
             findings=diagnosis.findings,
             checks=diagnosis.checks,
             rules=[rule.__name__ for rule in RULES],
+            label=lambda metric: definition(metric, run.definitions).label,
             page="doctor",
         )
 
