@@ -28,6 +28,7 @@ from quartet.experience import Batch as Batch
 from quartet.experience import Experience as Experience
 from quartet.experience import Prompt as Prompt
 from quartet.experience import Rollout as Rollout
+from quartet.experience import pack_ids as pack_ids
 from quartet.generation.native import NativeGenerator as NativeGenerator
 from quartet.generation.protocol import Generator as Generator
 from quartet.generation.protocol import Weights as Weights

@@ -8,6 +8,7 @@ from quartet.assembly import build
 from quartet.config.tables import DEFAULT_STEPS, Sft
 from quartet.config.toml import ConfigError, read_settings, resolved_toml
 from quartet.planning.plan import num_steps
+from quartet.recipes import recipe_path
 from quartet.runtime.resume import steps_of
 
 TOML = """
@@ -79,3 +80,8 @@ def test_a_length_is_given_once(settings):
         settings("steps = 5\nepochs = 3")
     with pytest.raises(ConfigError, match=sentence):
         settings("", "sft.steps=5", "sft.epochs=3")
+
+
+def test_the_steps_of_rl_leave_the_epochs_over_its_experience_alone():
+    changed = read_settings(recipe_path("sums"), ["run.steps=2"], "recipe sums").config
+    assert (changed.run.steps, changed.optim.epochs) == (2, 1)

@@ -83,7 +83,7 @@ def test_a_new_run_with_a_filter_that_is_not_trained_is_refused(recipe, words, s
     words = [*words, f"run.folder={tmp_path / 'runs'}"]
     settings = read_settings(recipe_path(recipe), words, f"recipe {recipe}")
     with pytest.raises(CannotRun, match=sentence):
-        begin(settings, Job([], None, [], {}, torch.device("cpu")))
+        begin(settings, Job([], None, [], settings.config, {}, torch.device("cpu")))
     assert not (tmp_path / "runs").exists()
 
 

@@ -66,7 +66,7 @@ def test_the_screen_tells_the_story(reviews):
     assert any(
         "pair accuracy" in line and "held out" in line and "possible" in line for line in lines
     )
-    assert any(line.startswith("gold (what was meant)") for line in lines)
+    assert any(line.startswith("gold reward (what was meant)") for line in lines)
 
 
 def test_the_run_folder_has_what_was_promised(reviews):

@@ -137,8 +137,8 @@ def _replace_length(table: Table, origins: dict[str, str]) -> None:
     """Drop a file's number of steps where the command line gives a stage's length in epochs, and
     the reverse."""
     for kind in KINDS:
-        if kind.steps is None or kind.optim is None:
-            continue
+        if kind.optim is None or kind.steps != f"{kind.optim}.steps":
+            continue  # optim.epochs is no length of the RL stage
         steps, epochs = kind.steps, f"{kind.optim}.epochs"
         for given, other in ((steps, epochs), (epochs, steps)):
             is_given = origins.get(given) == "command line"
