@@ -28,9 +28,13 @@ def about_unknown(path: Sequence[str], value: Any, table: Mapping[str, Any]) -> 
     if (other := _of_another_type(path, table)) is not None:
         return key, other
     if isinstance(value, dict) and value:
-        if (near := _near(path)) is not None:
+        leaves = list(_leaves(value, key))
+        in_full = any(
+            leaf in answers() for leaf in leaves
+        )  # as another library has it, table and all
+        if not in_full and (near := _near(path)) is not None:
             return key, f"no such key. Did you mean {near}?"
-        for below in _leaves(value, key):
+        for below in leaves:
             if (words := _meant(below.split("."), table)) is not None:
                 return below, f"no such key. {words}"
     words = _meant(path, table) or _choices(path, table)
