@@ -11,8 +11,10 @@ import pytest
 import quartet
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 import quartet
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 def short(responses, **_):
     return [-float(len(response)) for response in responses]

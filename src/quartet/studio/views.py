@@ -209,9 +209,10 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]
 SHARES = {"response/ended", "response/repetition", "response/distinct", "response/most_common"}
 
 
-def measure(name: str, value: float | None) -> str:
+def measure(name: str, value: Any) -> str:
     """Return a measure as text: in percent if it is a share."""
-    return number(value) if value is None or name not in SHARES else f"{100 * value:.1f} %"
+    is_share = name in SHARES and isinstance(value, int | float)
+    return f"{100 * value:.1f} %" if is_share else number(value)
 
 
 SUMMARIES = {

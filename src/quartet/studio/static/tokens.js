@@ -28,11 +28,12 @@
     const name = column.value;
     const { scale } = described(name);
     const most = range(name);
+    const strongest = window.isDark() ? 0.42 : 0.7; // text stays readable on it
     [...place.children].forEach((span, i) => {
       const value = view.numbers[name][i];
       const size = value === null ? 0 : Math.min(1, Math.abs(scale === "one" ? value - 1 : value) / most);
       const up = scale === "one" ? value > 1 : value > 0;
-      span.style.backgroundColor = size < 0.02 ? "" : `rgba(${up ? UP : DOWN},${(0.08 + 0.62 * size).toFixed(3)})`;
+      span.style.backgroundColor = size < 0.02 ? "" : `rgba(${up ? UP : DOWN},${(0.08 + (strongest - 0.08) * size).toFixed(3)})`;
     });
     const middle = scale === "one" ? 1 : 0;
     const legend = document.getElementById("legend");
@@ -42,7 +43,7 @@
       if (value > middle && !view.numbers[name].some((v) => v !== null && v > middle)) continue;
       const chip = document.createElement("span");
       chip.className = "chip";
-      chip.style.backgroundColor = `rgba(${color},0.7)`;
+      chip.style.backgroundColor = `rgba(${color},${strongest})`;
       chip.textContent = show(value);
       legend.append(chip);
     }
@@ -192,7 +193,7 @@
     } else return;
     event.preventDefault();
   });
-  addEventListener("themechange", () => { curves(); detail(); });
+  addEventListener("themechange", () => { paint(); curves(); detail(); });
 
   const scrub = document.getElementById("scrub");
   if (scrub) {
