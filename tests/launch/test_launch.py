@@ -562,7 +562,7 @@ class Doubles:
 @pytest.fixture
 def two(monkeypatch):
     """A group of two in threads; the other worker, and the thread that it is."""
-    monkeypatch.setattr(spmd, "SILENCE", 0.3)
+    monkeypatch.setattr(spmd, "SILENCE", 1.0)
     monkeypatch.setattr(spmd, "BEAT", 0.05)
     store, other = dist.HashStore(), Doubles(1)
     following = threading.Thread(target=follow, args=(other, store, 1))
@@ -613,11 +613,11 @@ def test_numbers_that_are_not_finite_end_no_rank(two):
 
 def test_a_rank_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_stuck(two):
     group, _, _ = two
-    with pytest.raises(WorkerLost, match="rank 1 of the run was lost: no sign of life for 0.3 s"):
+    with pytest.raises(WorkerLost, match="rank 1 of the run was lost: no sign of life for 1 s"):
         group.call("fail", "silent")
     group.store.add("beat/1", 1)
     beating = threading.Thread(
-        target=lambda: [group.store.add("beat/1", 1) and time.sleep(0.05) for _ in range(40)]
+        target=lambda: [group.store.add("beat/1", 1) and time.sleep(0.05) for _ in range(80)]
     )
     beating.start()
     with pytest.raises(
