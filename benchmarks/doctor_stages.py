@@ -2,8 +2,7 @@
 
     python benchmarks/doctor_stages.py [--folder runs-doctor-stages] [--seeds 12] [--fault-seeds 3]
 
-Prints the tables of docs/doctor.md and writes benchmarks/results/doctor_stages.json. Takes about
-20 minutes on two cores.
+Prints the tables of docs/doctor.md and writes benchmarks/results/doctor_stages.json.
 """
 
 import argparse
@@ -21,7 +20,8 @@ from quartet.runs.doctor import Diagnosis, diagnose
 from quartet.runs.reader import Run
 from quartet.worlds.reviews import Reviews
 
-data.HELD_OUT_ROWS = 200  # instead of 1000, for the time that they take
+HELD_OUT_ROWS = 200
+"""Held-out rows of each run, instead of 1000, for the time that they take."""
 RESULTS = Path(__file__).parent / "results" / "doctor_stages.json"
 SHAPE = {
     "type": "llama",
@@ -63,9 +63,7 @@ def train(folder: Path, name: str, recipe: list[str], seed: int, **settings: Any
     return diagnose(Run(max(finished, key=lambda path: path.stat().st_mtime)))
 
 
-def rows_of(
-    path: Path, seed: int, count: int, label: Callable[[random.Random, str, str], bool], eval_: bool
-) -> str:
+def rows_of(path: Path, seed: int, count: int, label: "Label", eval_: bool) -> str:
     """Write comparisons of the world `reviews`, of which `label` says whether the chosen side
     stays the chosen one. Return the path."""
     rng = random.Random(seed)
@@ -113,11 +111,36 @@ def trained(folder: Path, seed: int) -> dict[str, str]:
     return {"model": str(max(folder.glob(f"*-base-{seed}")) / "sft")}
 
 
+Label = Callable[[random.Random, str, str], bool]
+
+
+def labelled(table: str, label: Label, count: int = 1280, held_out: Label = as_labelled) -> Any:
+    """Return a function of a folder and a seed: the settings of a stage, whose table is named,
+    that trains on `count` pairs labelled so and is tested on pairs labelled as `held_out` says."""
+
+    def settings(folder: Path, seed: int) -> dict[str, Any]:
+        name = f"{label.__name__}-{count}-{held_out.__name__}-{seed}"
+        other = seed + (held_out is at_random)  # or the same coins would be tossed for both files
+        return {
+            f"{table}.data": rows_of(folder / f"{name}.jsonl", seed, count, label, False),
+            "data.eval": rows_of(
+                folder / f"{name}-held-out.jsonl", other, HELD_OUT_ROWS, held_out, True
+            ),
+        }
+
+    return settings
+
+
+def after_sft(settings_of: Any) -> Any:
+    """Return a function like `settings_of` whose policy is one that healthy SFT has trained."""
+    return lambda folder, seed: {"policy": trained(folder, seed), **settings_of(folder, seed)}
+
+
 FAULTS: dict[str, tuple[str, list[str], Callable[[Path, int], dict[str, Any]]]] = {
     "sft, rate": (
         "SFT of a trained model with `lr = 1`",
         ["sft"],
-        lambda folder, seed: {"policy": trained(folder, seed), "sft.lr": 1.0},
+        after_sft(lambda *_: {"sft.lr": 1.0}),
     ),
     "reward model, rate": (
         "A reward model with `lr = 1`",
@@ -127,65 +150,46 @@ FAULTS: dict[str, tuple[str, list[str], Callable[[Path, int], dict[str, Any]]]] 
     "reward model, swapped": (
         "Chosen and rejected are swapped in the file to train on",
         ["reward_model"],
-        lambda folder, seed: {
-            "reward_model.data": rows_of(folder / f"t{seed}.jsonl", seed, 1280, swapped, False),
-            "data.eval": rows_of(folder / f"e{seed}.jsonl", seed, 200, as_labelled, True),
-        },
+        labelled("reward_model", swapped),
     ),
     "reward model, random": (
         "Labels are tossed coins, also those held out",
         ["reward_model"],
-        lambda folder, seed: {
-            "reward_model.data": rows_of(folder / f"tr{seed}.jsonl", seed, 1280, at_random, False),
-            "data.eval": rows_of(folder / f"er{seed}.jsonl", seed + 1, 200, at_random, True),
-        },
+        labelled("reward_model", at_random, held_out=at_random),
     ),
     "reward model, few": (
         "64 pairs, 20 times each",
         ["reward_model"],
-        lambda folder, seed: {
-            "reward_model.data": rows_of(folder / f"tf{seed}.jsonl", seed, 64, as_labelled, False),
-            "data.eval": rows_of(folder / f"e{seed}.jsonl", seed, 200, as_labelled, True),
-        },
+        labelled("reward_model", as_labelled, 64),
     ),
     "reward model, length": (
         "In the file to train on, the longer side is the chosen one",
         ["reward_model"],
-        lambda folder, seed: {
-            "reward_model.data": rows_of(folder / f"tl{seed}.jsonl", seed, 1280, longer, False),
-            "data.eval": rows_of(folder / f"e{seed}.jsonl", seed, 200, as_labelled, True),
-        },
+        labelled("reward_model", longer),
     ),
     "dpo, rate": (
         "DPO with `lr = 0.3`",
         ["dpo"],
-        lambda folder, seed: {"policy": trained(folder, seed), "preference.lr": 0.3},
+        after_sft(lambda *_: {"preference.lr": 0.3}),
     ),
     "dpo, swapped": (
         "Chosen and rejected are swapped in the file to train on",
         ["dpo"],
-        lambda folder, seed: {
-            "policy": trained(folder, seed),
-            "preference.data": rows_of(folder / f"t{seed}.jsonl", seed, 1280, swapped, False),
-            "data.eval": rows_of(folder / f"e{seed}.jsonl", seed, 200, as_labelled, True),
-        },
+        after_sft(labelled("preference", swapped)),
     ),
     "dpo, few": (
         "32 pairs, 25 times each",
         ["dpo"],
-        lambda folder, seed: {
-            "policy": trained(folder, seed),
-            "preference.data": rows_of(folder / f"tf{seed}.jsonl", seed, 32, as_labelled, False),
-            "data.eval": rows_of(folder / f"e{seed}.jsonl", seed, 200, as_labelled, True),
-        },
+        after_sft(labelled("preference", as_labelled, 32)),
     ),
     "kto, one label": (
         "All labels say desirable",
         ["kto"],
-        lambda folder, seed: {
-            "policy": trained(folder, seed),
-            "preference.data": desirable_only(folder / f"k{seed}.jsonl", seed),
-        },
+        after_sft(
+            lambda folder, seed: {
+                "preference.data": desirable_only(folder / f"k{seed}.jsonl", seed)
+            }
+        ),
     ),
 }
 """The planted faults: what each is, the recipe, and the settings for a folder and a seed."""
@@ -223,6 +227,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(exist_ok=True)
+    data.HELD_OUT_ROWS = HELD_OUT_ROWS
     rows: list[dict[str, Any]] = []
     for fault, (what, recipe, settings_of) in FAULTS.items():
         if arguments.only not in fault:

@@ -116,7 +116,7 @@ class KeptIds:
             start = len(rollout.prompt.ids)
             counts[row, start : start + len(some)] = some
             joined = bytearray(b"".join(packed))
-            left = torch.frombuffer(joined, dtype=torch.int32) if joined else torch.empty(0)
+            left = torch.frombuffer(joined, dtype=torch.int32) if joined else some.new_empty(0)
             drawn = torch.tensor(rollout.response_ids).repeat_interleave(some)
             if int((left == drawn).sum()) != int((some > 0).sum()):
                 raise ValueError(f"{rollout.id}: a token is not among the ids that its filter left")

@@ -5,7 +5,7 @@ import torch
 
 from quartet.algorithms.aggregation import FixedLength, SequenceMean, TokenMean
 from quartet.algorithms.entropy import EntropyBonus
-from quartet.algorithms.policy_loss import Clip, ImportanceWeighted, Surrogate
+from quartet.algorithms.policy_loss import Clip, DualClip, ImportanceWeighted, Surrogate
 from quartet.algorithms.preference import bradley_terry
 from quartet.algorithms.value_loss import ClippedValueLoss
 
@@ -54,7 +54,7 @@ def test_an_asymmetric_clip_lets_good_tokens_rise_further():
 
 
 @pytest.mark.parametrize("log_ratio", [19.0, 21.0, -21.0])
-@pytest.mark.parametrize("loss", [Clip(), ImportanceWeighted()])
+@pytest.mark.parametrize("loss", [Clip(), DualClip(cap=1e12), ImportanceWeighted()])
 def test_a_token_counts_as_clipped_where_its_ratio_is_held(loss, log_ratio):
     logprob = torch.tensor([[log_ratio]], dtype=torch.float64, requires_grad=True)
     old, advantage = torch.zeros_like(logprob), -torch.ones_like(logprob)

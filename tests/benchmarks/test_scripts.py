@@ -192,3 +192,20 @@ def test_a_mutant_is_killed_by_the_tests_of_the_algorithms(tmp_path):
     subprocess.run([sys.executable, "-c", script, str(out)], cwd=FOLDER, check=True, timeout=600)
     [result] = json.loads(out.read_text(encoding="utf-8"))
     assert result["verdict"] == "killed"
+
+
+@pytest.mark.slow
+def test_the_faults_of_stages_before_rl_are_runs(tmp_path, monkeypatch):
+    import doctor_stages
+
+    monkeypatch.setattr(doctor_stages, "HELD_OUT_ROWS", 16)
+    for fault in ("sft, rate", "reward model, random", "dpo, few", "kto, one label"):
+        _, recipe, settings_of = doctor_stages.FAULTS[fault]
+        settings = settings_of(tmp_path, 0) | {"data.rows": 64}
+        table = "preference" if recipe[0] in {"dpo", "kto"} else recipe[0]
+        name = fault.replace(", ", "-").replace(" ", "_")
+        diagnosis = doctor_stages.train(
+            tmp_path, name, recipe, 0, **settings, **{f"{table}.steps": 2, f"{table}.batch_size": 8}
+        )
+        assert diagnosis.checks.keys() == {recipe[0]}
+        assert f"{recipe[0]}: loss_explodes: loss" in doctor_stages.looked_at(diagnosis)

@@ -240,7 +240,9 @@ class Algorithm:
     ) -> Bool[Tensor, "B T"]:
         """Return the response tokens whose gradient the clip of the policy loss removes."""
         mask = experience.response_mask
-        tokens = Surrogate(logprobs, experience.old_logprobs, experience.advantages, mask)
+        tokens = Surrogate(
+            masked(logprobs, mask), experience.old_logprobs, experience.advantages, mask
+        )
         return self.policy_loss.clipped(tokens) & mask
 
     def adapt(self, metrics: Mapping[str, float]) -> "Algorithm":

@@ -242,9 +242,8 @@ class DualClip(PolicyLoss):
 
     def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
         ratio = tokens.ratio
-        return outside(ratio, tokens.advantages, self.low, self.high) | (
-            (tokens.advantages < 0) & (ratio > self.cap)
-        )
+        is_capped = (tokens.advantages < 0) & (ratio > self.cap)
+        return outside(ratio, tokens.advantages, self.low, self.high) | is_capped | tokens.is_held
 
     @property
     def clip_range(self) -> ClipRange:

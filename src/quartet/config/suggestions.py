@@ -29,10 +29,9 @@ def about_unknown(path: Sequence[str], value: Any, table: Mapping[str, Any]) -> 
         return key, other
     if isinstance(value, dict) and value:
         leaves = list(_leaves(value, key))
-        in_full = any(
-            leaf in answers() for leaf in leaves
-        )  # as another library has it, table and all
-        if not in_full and (near := _near(path)) is not None:
+        # A name of another library that is listed with its tables, such as reference.model.
+        is_listed = any(leaf in answers() for leaf in leaves)
+        if not is_listed and (near := _near(path)) is not None:
             return key, f"no such key. Did you mean {near}?"
         for below in leaves:
             if (words := _meant(below.split("."), table)) is not None:

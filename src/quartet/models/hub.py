@@ -36,7 +36,7 @@ def why_not_on_hub(name: str) -> str | None:
             "the hub cannot be reached. Check the path, or download the model where there is a "
             "network and name its folder."
         )
-    except EntryNotFoundError:  # whoever loads the model says what is missing
+    except EntryNotFoundError:  # a message about the missing file comes from the loading
         return None
     except GatedRepoError:
         return (
