@@ -23,7 +23,8 @@ def response(code):
 )  # fmt: skip
 @pytest.mark.parametrize("load", [check_hub, load_tokenizer, read_config])
 def test_the_cause_comes_first(monkeypatch, error, sentence, load):
-    def fail(*_, **__):
+    def fail(*_, etag_timeout, **__):
+        assert etag_timeout <= 5, "offline, a wrong name is answered in seconds"
         raise error
 
     monkeypatch.setattr(hub, "hf_hub_download", fail)
