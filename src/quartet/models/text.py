@@ -35,19 +35,16 @@ def text_ids(tokenizer: Tokenizer, text: str, continues: bool = False) -> list[i
 def continued(tokenizer: Tokenizer, text: str, encode: Callable[[str], list[int]]) -> list[int]:
     """Return what `encode` gives for a text that follows another one, without the space that some
     tokenizers put before the first word."""
-    alone = encode(text)
-    if not alone or not _traits(tokenizer).dummy_prefix:
-        return alone
+    traits = _traits(tokenizer)
     unknown: Any = getattr(tokenizer, "unk_token_id", None)
-    for anchor in ANCHORS:
-        before, whole = encode(anchor), encode(anchor + text)
-        if unknown in before:  # it may stand for the anchor and the first word together
-            continue
+    for anchor, before in traits.anchors if text else ():
+        whole = encode(anchor + text)
         ids = whole[len(before) :]
-        follows = before and ids and whole[: len(before)] == before
-        if follows and ids.count(unknown) <= alone.count(unknown):
+        if not ids or whole[: len(before)] != before:
+            continue
+        if unknown not in ids or ids.count(unknown) <= encode(text).count(unknown):
             return ids
-    return alone
+    return encode(text)
 
 
 def response_ids(tokenizer: Tokenizer, text: str, end: int | None) -> list[int]:
@@ -95,8 +92,9 @@ class _Traits:
     size: int
     """The number of tokens when it was looked up: tokens can be added."""
     control: "re.Pattern[str] | None"
-    dummy_prefix: bool
-    """Whether the tokenizer puts a space before the first word of every text."""
+    anchors: tuple[tuple[str, list[int]], ...]
+    """Where the tokenizer puts a space before the first word of every text: texts that can stand
+    before another one instead, with their ids."""
 
 
 _TRAITS: "WeakKeyDictionary[Tokenizer, _Traits]" = WeakKeyDictionary()
@@ -110,7 +108,17 @@ def _traits(tokenizer: Tokenizer) -> _Traits:
         longest_first = sorted((t for t in tokens if len(t) > 1), key=lambda t: (-len(t), t))
         either = "|".join(map(re.escape, longest_first))
         control = re.compile(f"({either})") if either else None
-        written = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))
-        dummy_prefix = bool(written) and written[0].startswith(WORD_MARKS)
-        _TRAITS[tokenizer] = traits = _Traits(len(tokenizer), control, dummy_prefix)
+        _TRAITS[tokenizer] = traits = _Traits(len(tokenizer), control, _anchors(tokenizer))
     return traits
+
+
+def _anchors(tokenizer: Tokenizer) -> tuple[tuple[str, list[int]], ...]:
+    """Return the anchors that the tokenizer knows, with their ids, if it puts a space before the
+    first word of every text. An unknown token is no anchor: it may stand for the anchor and the
+    first word together."""
+    written = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))
+    if not written or not written[0].startswith(WORD_MARKS):
+        return ()
+    unknown: Any = getattr(tokenizer, "unk_token_id", None)
+    encoded = ((anchor, tokenizer.encode(anchor, add_special_tokens=False)) for anchor in ANCHORS)
+    return tuple((anchor, ids) for anchor, ids in encoded if ids and unknown not in ids)
