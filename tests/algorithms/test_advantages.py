@@ -197,6 +197,17 @@ def test_leave_one_out_by_hand():
     assert responses([0.7], [2], LeaveOneOut()) == [0]
 
 
+def test_leave_one_out_divided_by_the_deviation_of_the_others():
+    # without the first all are equal: undivided; without another (1, 0, 0): mean 1/3, deviation √(1/3)
+    divided = LeaveOneOut(std="others")
+    assert responses([1.0, 0.0, 0.0, 0.0], [1, 2, 3, 1], divided) == pytest.approx(
+        [1, *[-1 / 3 / (1 / 3) ** 0.5] * 3], abs=1e-5
+    )
+    # one other has no deviation
+    assert responses([1.0, 0.5], [1, 1], divided) == pytest.approx([0.5, -0.5])
+    assert responses([0.7], [2], divided) == [0]
+
+
 def test_population_and_sample_deviation_differ_as_they_should():
     # 1, 0, 0, 0: the population's deviation is √3 / 4 = 0.433: 0.75 / 0.433 = 1.732
     assert responses([1.0, 0.0, 0.0, 0.0], [1] * 4, GroupMean(std="population"))[
@@ -222,7 +233,14 @@ def test_the_greedy_baseline_is_taken_off_every_return():
 
 
 @pytest.mark.parametrize(
-    "part", [GroupMean(), GroupMean(std="none"), LeaveOneOut(), LengthWeightedBaseline()]
+    "part",
+    [
+        GroupMean(),
+        GroupMean(std="none"),
+        LeaveOneOut(),
+        LeaveOneOut(std="others"),
+        LengthWeightedBaseline(),
+    ],
 )
 @pytest.mark.parametrize("score", [0.1, 1 / 3, -7.77])
 def test_equals_have_no_advantage_whatever_the_baseline(part, score):

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from quartet.algorithms.algorithm import Forward
-from quartet.algorithms.correction import SequenceTruncated, Truncated, for_another_engine
+from quartet.algorithms.correction import (
+    SequenceMasked,
+    SequenceTruncated,
+    Truncated,
+    for_another_engine,
+)
 from quartet.algorithms.policy_loss import PolicyLoss, SequenceClip, Surrogate
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.update import TrustRegion
@@ -27,6 +32,39 @@ def test_a_weight_above_the_cap_is_cut_and_one_below_stays():
     old, sampler = of_weights(0.5, 3.0, 1.5)
     weights = Truncated()(old, sampler, TRUE)
     assert weights.tolist() == [pytest.approx([0.5, 2.0, 1.5])]
+
+
+def test_a_floor_lifts_the_weights_below_it():
+    old, sampler = of_weights(0.1, 7.0, 1.5)
+    weights = Truncated(cap=5.0, floor=0.5)(old, sampler, TRUE)
+    assert weights.tolist() == [pytest.approx([0.5, 5.0, 1.5])]
+
+
+def test_the_weight_of_a_response_can_be_the_product_of_its_tokens():
+    """1/2 · 1/2 · 3 = 3/4; a token that is masked out has no part in it; 2 · 2 = 4 is cut at 2."""
+    old, sampler = of_weights(0.5, 0.5, 3.0)
+    product = SequenceTruncated(ratio="product")
+    assert product(old, sampler, TRUE).tolist() == [pytest.approx([0.75] * 3)]
+    first_two = torch.tensor([[True, True, False]])
+    assert product(old, sampler, first_two).tolist() == [pytest.approx([0.25, 0.25, 0.0])]
+    assert product(*of_weights(2.0, 2.0, 1.0), TRUE).tolist() == [pytest.approx([2.0] * 3)]
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        # 2 · 1.2 · 1 = 2.4, its cube root 1.34
+        (SequenceMasked(), [2.4] * 3),
+        (SequenceMasked(weight="token"), [2.0, 1.2, 1.0]),
+        (SequenceMasked(high=2.0, weight="token"), [0.0] * 3),
+        (SequenceMasked(high=2.0, ratio="geometric_mean"), [2.4 ** (1 / 3)] * 3),
+        (SequenceMasked(high=2.0, ratio="geometric_mean", weight="token"), [2.0, 1.2, 1.0]),
+        (SequenceMasked(high=1.3, ratio="geometric_mean", weight="token"), [0.0] * 3),
+    ],
+)
+def test_a_filter_of_responses_by_product_or_mean_with_either_weight(part, expected):
+    old, sampler = of_weights(2.0, 1.2, 1.0)
+    assert part(old, sampler, TRUE).tolist() == [pytest.approx(expected)]
 
 
 def test_the_weight_of_a_response_is_the_geometric_mean_of_its_tokens():
@@ -50,6 +88,18 @@ def test_with_it_gspos_ratio_is_that_of_the_policy_to_the_sampler():
     corrected = SequenceTruncated(cap=9.0)(old, sampler, TRUE) * uncorrected
     assert torch.allclose(corrected, of_the_sampler)
     assert of_the_sampler[0, 0].item() == pytest.approx(-(8.0 ** (1 / 3)))
+
+
+def test_with_the_product_the_ratio_of_responses_is_that_of_the_policy_to_the_sampler():
+    """Ratios (2, 2, 1) and weights (1/2, 2, 2): 4 · 2 = 8."""
+    old, sampler = of_weights(0.5, 2.0, 2.0)
+    now = old + torch.tensor([[LOG2, LOG2, 0.0]], dtype=torch.float64)
+    loss = SequenceClip(low=0.9, high=9.0, ratio="product")
+    surrogate = Surrogate(now, old, torch.ones_like(old), TRUE)
+    correction = for_another_engine(loss.type, loss.ratio)
+    assert correction == SequenceTruncated(ratio="product")
+    corrected = dataclasses.replace(correction, cap=9.0)(old, sampler, TRUE) * loss(surrogate)
+    assert corrected.tolist() == [pytest.approx([-8.0] * 3)]
 
 
 def test_the_policy_loss_by_hand_with_truncated_weights():

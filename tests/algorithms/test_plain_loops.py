@@ -181,6 +181,18 @@ def group_normalised(rows, row, correction):
     return (sum(row.rewards) - centre) / (deviation + 1e-6)
 
 
+def leave_one_out_divided(rows, row):
+    others = [sum(r.rewards) for r in group_of(rows, row) if r is not row]
+    if {*others} == {sum(row.rewards)}:
+        return 0.0
+    distance = leave_one_out(rows, row)
+    if len(others) < 2 or max(others) - min(others) < 1e-6:
+        return distance
+    centre = mean(others)
+    deviation = math.sqrt(sum((x - centre) ** 2 for x in others) / (len(others) - 1))
+    return distance / (deviation + 1e-6)
+
+
 def leave_one_out(rows, row):
     others = [sum(r.rewards) for r in group_of(rows, row) if r is not row]
     return sum(row.rewards) - mean(others) if others else 0.0
@@ -235,6 +247,10 @@ ADVANTAGES = {
     "group, population": (
         GroupMean(std="population"),
         lambda rows: per_response(rows, lambda r: group_normalised(rows, r, 0)),
+    ),
+    "leave one out, divided": (
+        LeaveOneOut(std="others"),
+        lambda rows: per_response(rows, lambda r: leave_one_out_divided(rows, r)),
     ),
     "group, undivided": (
         GroupMean(std="none"),
@@ -313,6 +329,10 @@ def sequence_ratio(row):
     )
 
 
+def product_ratio(row):
+    return math.exp(sum(a - b for a, b in zip(row.new, row.old, strict=True)))
+
+
 def gmpo(row):
     """Algorithm 1 of the paper. It has one advantage, and so one sign, per response; here each token has its own."""
     kept = []
@@ -359,6 +379,10 @@ POLICY_LOSSES = {
         SequenceClip(low=0.1, high=0.2),
         lambda row: [clipped(sequence_ratio(row), a, 0.1, 0.2) for a in row.rewards],
     ),
+    "clip of the product": (
+        SequenceClip(low=0.1, high=0.2, ratio="product"),
+        lambda row: [clipped(product_ratio(row), a, 0.1, 0.2) for a in row.rewards],
+    ),
     "gmpo": (Gmpo(), gmpo),
 }
 
@@ -401,6 +425,31 @@ def test_gradients_of_losses_that_stop_them(part, by_hand, rows):
         torch.where(mask, part(Surrogate(new, old, advantages, mask)), 0.0).sum(), new
     )[0]
     assert_rows(gradient, rows, [by_hand(row) for row in rows])
+
+
+def test_summed_over_its_tokens_the_clip_of_the_product_has_the_gradient_of_the_responses_ratio():
+    """∇ −min(s A, clip(s) A) with s = π(response) / π_old(response), by autograd of that formula."""
+    new = torch.tensor([[-0.9, -1.2, -0.4]], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([[-1.0, -1.0, -0.5]], dtype=torch.float64)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    part = SequenceClip(low=0.2, high=0.2, ratio="product")
+    for a in (2.0, -2.0):
+        advantages = torch.full_like(old, a)
+        (ours,) = torch.autograd.grad(part(Surrogate(new, old, advantages, mask)).sum(), new)
+        s = (new - old).sum().exp()
+        (expected,) = torch.autograd.grad(-torch.minimum(s * a, s.clamp(0.8, 1.2) * a), new)
+        assert torch.allclose(ours, expected)
+
+
+@pytest.mark.parametrize("ratio", ["geometric_mean", "product"])
+def test_a_response_whose_ratio_is_held_counts_as_clipped(ratio):
+    old = torch.zeros(1, 2, dtype=torch.float64)
+    new = torch.full_like(old, 30.0).requires_grad_()
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    tokens = Surrogate(new, old, -torch.ones_like(old), mask)
+    part = SequenceClip(ratio=ratio)
+    assert torch.autograd.grad(part(tokens).sum(), new)[0].tolist() == [[0.0, 0.0]]
+    assert part.clipped(tokens).tolist() == [[True, True]]
 
 
 def test_one_token_makes_gspos_ratio_ppos():

@@ -43,6 +43,7 @@ def pairs(kl=0.0):
             -0.8 * math.log(sigmoid(0.3)) - 0.2 * math.log(sigmoid(-0.3)),
         ),
         (Ipo(beta=0.1), (3 - 5) ** 2),
+        (Ipo(beta=0.1, per="token"), (2 / 4 + 1 / 2 - 5) ** 2),
         (Kto(beta=0.1), (1 - sigmoid(0.2)) + (1 - sigmoid(0.1))),
         (
             Kto(beta=0.1, desirable=2.0, undesirable=3.0),

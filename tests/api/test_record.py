@@ -40,6 +40,7 @@ def test_a_loop_that_is_left_is_interrupted(tmp_path):
     assert quartet.Run(tmp_path / "mine").status == "interrupted"
 
 
+@pytest.mark.slow
 def test_an_own_ppo_loop_is_recorded_with_its_rollouts(tmp_path):
     run = quartet.train(
         "sums",

@@ -35,6 +35,7 @@ def recorded(folder, stage):
     ]
 
 
+@pytest.mark.slow
 def test_it_makes_the_same_run_as_the_command_line(tmp_path):
     words = ("rollout.samples_per_prompt=4", "run.steps=2")
     expected = make_run(tmp_path / "toml", "sums", *words)
@@ -89,7 +90,8 @@ def test_a_function_is_a_reward_with_its_weight_and_is_asked_for_again(tmp_path)
     assert [m["step"] for m in steps_of(again, "grpo")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, precision):
     settings = {"steps": 4, "reward": short}
     whole = tiny(tmp_path / "whole", **settings, run={"precision": precision})

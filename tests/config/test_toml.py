@@ -260,6 +260,7 @@ SERVED = "generator={type='vllm', urls=['http://127.0.0.1:8000']}"
         ([], NoCorrection(), "preset ppo"),
         ([SERVED], Truncated(), "default with servers"),
         ([SERVED, "recipe=gspo", "rollout.samples_per_prompt=2"], SequenceTruncated(), "default with servers"),
+        ([SERVED, "algorithm.policy_loss={type='sequence_clip', ratio='product'}"], SequenceTruncated(ratio="product"), "default with servers"),
         ([SERVED, "recipe=trpo"], Truncated(), "default with servers"),
         ([SERVED, "algorithm.policy_loss={type='gmpo'}"], SequenceTruncated(), "default with servers"),
         ([SERVED, "algorithm.correction={type='none'}"], NoCorrection(), "command line"),

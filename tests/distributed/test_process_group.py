@@ -41,7 +41,7 @@ def ranks(folder, world, program, *words):
 @pytest.mark.parametrize(
     ("kind", "world"),
     [
-        ("plain", 2),
+        pytest.param("plain", 2, marks=pytest.mark.slow),
         pytest.param("sharded", 2, marks=pytest.mark.slow),
         pytest.param("rows", 4, marks=pytest.mark.slow),
         pytest.param("resting", 2, marks=pytest.mark.slow),

@@ -32,8 +32,16 @@ def test_no_script_has_more_than_forty_lines():
     ("name", "settings"),
     [
         ("ppo_own_reward", {"sft.steps": 2, "evaluation.prompts": 4, **ROLLOUT}),
-        ("grpo_verifier", {"sft.steps": 2, "evaluation.prompts": 4, **ROLLOUT}),
-        ("own_policy_loss", {"sft.steps": 2, "evaluation.prompts": 4, **ROLLOUT}),
+        pytest.param(
+            "grpo_verifier",
+            {"sft.steps": 2, "evaluation.prompts": 4, **ROLLOUT},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "own_policy_loss",
+            {"sft.steps": 2, "evaluation.prompts": 4, **ROLLOUT},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("reward_model_and_dpo", {}, marks=pytest.mark.slow),
     ],
 )

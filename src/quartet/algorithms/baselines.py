@@ -68,18 +68,33 @@ class GroupMean(Advantage):
 
 class LeaveOneOut(Advantage):
     """A_i = R_i − mean of the others' R (RLOO, Kool et al. 2019; Ahmadian et al. 2024). It is n /
-    (n − 1) times the distance from the group's mean. Rewards (1, 0, 0, 0): 1 and three times
-    −1/3."""
+    (n − 1) times the distance from the group's mean. Rewards (1, 0, 0, 0): 1 and three times −1/3.
+
+    With `std = "others"` it is divided by the others' sample deviation + eps (NeMo-RL, with
+    normalised rewards); where the others are all equal, or one only, it stays as it is. Rewards
+    (1, 0, 0, 0): 1, and three times (−1/3) / √(1/3) = −0.577.
+    """
 
     type: Literal["leave_one_out"] = "leave_one_out"
+    std: Literal["none", "others"] = Field(
+        default="none", description="Whether it is divided by the deviation of the others."
+    )
+    eps: float = Field(default=1e-6, gt=0)
     needs_group = True
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, None]:
         total = total_reward(token_rewards, batch)
         size = group_size(batch.groups)
-        centred = (
-            (total.double() - group_mean(total, batch.groups)) * size / (size - 1).clamp(min=1)
-        )
+        others = (size - 1).clamp(min=1)
+        distance = total.double() - group_mean(total, batch.groups)
+        centred = distance * size / others
+        if self.std == "others":
+            # Without i, Σ (R_j − mean)² over the group falls by d_i² · n / (n − 1).
+            squares = group_std(total, batch.groups, sample=False).square() * size
+            left = squares - distance.square() * size / others
+            deviation = (left / (size - 2).clamp(min=1)).clamp(min=0).sqrt()
+            alike = (left <= 1e-12 * squares) | (size < 3)
+            centred = torch.where(alike, centred, centred / (deviation + self.eps))
         advantage = torch.where(all_equal_in_group(total, batch.groups), 0.0, centred).to(
             total.dtype
         )

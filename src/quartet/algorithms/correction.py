@@ -12,8 +12,9 @@ A run whose responses come from servers has a correction unless its file says ot
 from typing import Literal
 
 from quartet.algorithms.masked import masked
+from quartet.algorithms.policy_loss import MAX_LOG_RATIO, SequenceRatio, log_sequence_ratio
 from quartet.parts import Family, Field
-from quartet.tensors import Bool, Float, Tensor, torch
+from quartet.tensors import Bool, Float, Tensor
 
 
 class Correction(Family):
@@ -27,6 +28,24 @@ class Correction(Family):
     ) -> Float[Tensor, "B T"] | None:
         """Return the weight of each token's policy loss; None where every weight is 1."""
         raise NotImplementedError
+
+
+def token_weight(
+    old_logprobs: Float[Tensor, "B T"], rollout_logprobs: Float[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """Return w_t, its log held within ±20."""
+    return (old_logprobs - rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def sequence_weight(
+    old_logprobs: Float[Tensor, "B T"],
+    rollout_logprobs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    ratio: SequenceRatio,
+) -> Float[Tensor, "B 1"]:
+    """Return each response's weight, its log held within ±20."""
+    log_weight = log_sequence_ratio(old_logprobs - rollout_logprobs, mask, ratio)
+    return log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 class NoCorrection(Correction):
@@ -44,11 +63,14 @@ class NoCorrection(Correction):
 
 
 class Truncated(Correction):
-    """min(w_t, cap) (TIS, Yao et al. 2025; after Espeholt et al. 2018). w = (0.5, 3), cap = 2:
-    (0.5, 2)."""
+    """min(w_t, cap) (TIS, Yao et al. 2025; after Espeholt et al. 2018), and not below `floor`.
+    w = (0.5, 3), cap = 2: (0.5, 2); floor = 0.8: (0.8, 2)."""
 
     type: Literal["truncated"] = "truncated"
     cap: float = Field(default=2.0, ge=1)
+    floor: float = Field(
+        default=0.0, ge=0, le=1, description="The least weight; 0 leaves small ones as they are."
+    )
 
     def __call__(
         self,
@@ -57,17 +79,21 @@ class Truncated(Correction):
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
         return masked(
-            (old_logprobs - rollout_logprobs).clamp(-20, 20).exp().clamp(max=self.cap), mask
+            token_weight(old_logprobs, rollout_logprobs).clamp(self.floor, self.cap), mask
         )
 
 
 class SequenceTruncated(Correction):
     """min((Π_s w_s)^{1/|o|}, cap) at every token of a response: the weight of π_old to the sampler
     as GSPO takes ratios of responses (Zheng et al. 2025, eq. 7). Times GSPO's own ratio it is that
-    of π to the sampler. Weights (4, 0.25, 8): 8^(1/3) = 2; (0.5, 0.5): 0.5 twice."""
+    of π to the sampler. Weights (4, 0.25, 8): 8^(1/3) = 2; (0.5, 0.5): 0.5 twice.
+
+    With `ratio = "product"` it is min(Π_s w_s, cap), the weight of the response's probability
+    (veRL's truncated weights of sequences). Weights (0.5, 0.5): 0.25 twice."""
 
     type: Literal["sequence_truncated"] = "sequence_truncated"
     cap: float = Field(default=2.0, ge=1)
+    ratio: SequenceRatio = "geometric_mean"
 
     def __call__(
         self,
@@ -75,9 +101,8 @@ class SequenceTruncated(Correction):
         rollout_logprobs: Float[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        log_weight = masked(old_logprobs - rollout_logprobs, mask).sum(dim=1, keepdim=True)
-        mean = log_weight / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        return masked(mean.clamp(-20, 20).exp().clamp(max=self.cap).expand(mask.shape), mask)
+        weight = sequence_weight(old_logprobs, rollout_logprobs, mask, self.ratio)
+        return masked(weight.clamp(max=self.cap).expand(mask.shape), mask)
 
 
 class Masked(Correction):
@@ -94,17 +119,26 @@ class Masked(Correction):
         rollout_logprobs: Float[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        weight = (old_logprobs - rollout_logprobs).clamp(-20, 20).exp()
+        weight = token_weight(old_logprobs, rollout_logprobs)
         return masked(weight, mask & (weight >= self.low) & (weight <= self.high))
 
 
 class SequenceMasked(Correction):
     """Π_s w_s at every token of responses where low ≤ Π_s w_s ≤ high, 0 at every token of the
-    others. Weights (2, 1.2): 2.4 twice; (2, 2) with high = 3: 0 twice."""
+    others. Weights (2, 1.2): 2.4 twice; (2, 2) with high = 3: 0 twice.
+
+    With `ratio = "geometric_mean"`, (Π_s w_s)^{1/|o|} is weight and criterion. With
+    `weight = "token"` the tokens of responses that are kept have their own weights. Both together
+    are the sequence filter of OpenRLHF: weights (2, 1.2) are (2, 1.2), as √2.4 = 1.55 is at most 3.
+    """
 
     type: Literal["sequence_masked"] = "sequence_masked"
     low: float = Field(default=0.0, ge=0, le=1)
     high: float = Field(default=3.0, ge=1)
+    ratio: SequenceRatio = "product"
+    weight: Literal["response", "token"] = Field(
+        default="response", description="Whose weight the tokens of a response have that is kept."
+    )
 
     def __call__(
         self,
@@ -112,21 +146,29 @@ class SequenceMasked(Correction):
         rollout_logprobs: Float[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        log_weight = masked(old_logprobs - rollout_logprobs, mask).sum(dim=1, keepdim=True)
-        weight = log_weight.clamp(-20, 20).exp()
-        inside = (weight >= self.low) & (weight <= self.high)
-        return masked(torch.where(inside, weight, 0.0).expand(mask.shape), mask)
+        of_response = sequence_weight(old_logprobs, rollout_logprobs, mask, self.ratio)
+        inside = (of_response >= self.low) & (of_response <= self.high)
+        weight = (
+            of_response.expand(mask.shape)
+            if self.weight == "response"
+            else token_weight(old_logprobs, rollout_logprobs)
+        )
+        return masked(weight, mask & inside)
 
 
 OF_RESPONSES: frozenset[str] = frozenset({"sequence_clip", "gmpo"})
 """The policy losses, by type, whose ratio is that of a whole response."""
 
 
-def for_another_engine(policy_loss: str) -> Correction:
-    """Return the correction that a run with servers has where its file names none.
+def for_another_engine(policy_loss: str, ratio: SequenceRatio | None = None) -> Correction:
+    """Return the correction that a run with servers has where its file names none, given the type
+    of its policy loss and that loss's `ratio` where it has one.
 
-    It is `SequenceTruncated` for the losses whose ratio is that of a response, and `Truncated` for
-    all others (Yao et al. 2025), at their default caps. That suits trust regions too: their
-    surrogate is an expectation over the policy that sampled (Schulman et al. 2015, section 5).
+    It is `SequenceTruncated`, with the same ratio, for the losses whose ratio is that of a
+    response, and `Truncated` for all others (Yao et al. 2025), at their default caps. That suits
+    trust regions too: their surrogate is an expectation over the policy that sampled (Schulman et
+    al. 2015, section 5).
     """
-    return SequenceTruncated() if policy_loss in OF_RESPONSES else Truncated()
+    if policy_loss not in OF_RESPONSES:
+        return Truncated()
+    return SequenceTruncated(ratio=ratio or "geometric_mean")

@@ -26,18 +26,37 @@ def token_ratio(
     return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-def sequence_ratio(
-    logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-) -> Float[Tensor, "B T"]:
-    """s = exp(mean over the response's tokens of log ρ_t), at every token; as GSPO-token has it,
-    its value is the sequence's and its gradient the token's: s_t = sg[s] · π_t / sg[π_t] (Zheng et
-    al. 2025, eq. 14).
+SequenceRatio = Literal["geometric_mean", "product"]
+"""The ratio of a whole response: (Π_t ρ_t)^{1/|o|} (GSPO), or Π_t ρ_t, the ratio of the response's
+probabilities (RLOO with several updates from one batch)."""
 
-    Ratios (2, 0.5, 2): exp((log 2 − log 2 + log 2) / 3) = 2^(1/3) = 1.26.
+
+def log_sequence_ratio(
+    log_ratios: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    ratio: SequenceRatio = "geometric_mean",
+) -> Float[Tensor, "B 1"]:
+    """Return the log of each response's ratio, from those of its tokens; 0 without tokens."""
+    total = masked(log_ratios, mask).sum(dim=1, keepdim=True)
+    return total if ratio == "product" else total / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def sequence_ratio(
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    ratio: SequenceRatio = "geometric_mean",
+) -> Float[Tensor, "B T"]:
+    """The response's ratio s at every token; as GSPO-token has it, its value is the sequence's and
+    its gradient the token's: s_t = sg[s] · π_t / sg[π_t] (Zheng et al. 2025, eq. 14).
+
+    Ratios (2, 0.5, 2): exp((log 2 − log 2 + log 2) / 3) = 2^(1/3) = 1.26; their product is 2. The
+    log is held within ±20.
     """
     log_ratio = masked(logprobs - old_logprobs, mask)
-    mean = log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return (mean.detach() + log_ratio - log_ratio.detach()).clamp(-20, 20).exp()
+    of_response = log_sequence_ratio(log_ratio, mask, ratio).detach()
+    held = (of_response + log_ratio - log_ratio.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return held.exp()
 
 
 def clip_surrogate(
@@ -78,11 +97,6 @@ class Surrogate:
     def is_held(self) -> Bool[Tensor, "B T"]:
         """Return where ρ_t is held at e^±20, so that it has no gradient."""
         return (self.logprobs - self.old_logprobs).abs() > MAX_LOG_RATIO
-
-    @property
-    def sequence_ratio(self) -> Float[Tensor, "B T"]:
-        """Return the response's ratio at each of its tokens, see `sequence_ratio`."""
-        return sequence_ratio(self.logprobs, self.old_logprobs, self.mask)
 
 
 @dataclass(frozen=True)
@@ -255,17 +269,30 @@ class SequenceClip(PolicyLoss):
 
     Written per token in the form of GSPO-token, which has GSPO's value and gradient where a
     response has one advantage. The window is narrow because a mean of log-ratios moves little.
+
+    With `ratio = "product"` s is the ratio of the response's probabilities, as RLOO with several
+    updates from one batch takes it (TRL, with a window of 0.2): summed over a response's tokens
+    (`fixed_length`, length 1) the gradient is that of −min(s A, clip(s) A).
     """
 
     type: Literal["sequence_clip"] = "sequence_clip"
     low: float = Field(default=3e-4, gt=0, lt=1, description=f"{BELOW} GSPO: 3e-4.")
     high: OrInf = Field(default=4e-4, gt=0, description=f"{ABOVE} GSPO: 4e-4.")
+    ratio: SequenceRatio = Field(
+        default="geometric_mean",
+        description="The mean of a response's log-ratios, or their sum (product).",
+    )
+
+    def _ratio(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
+        return sequence_ratio(tokens.logprobs, tokens.old_logprobs, tokens.mask, self.ratio)
 
     def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
-        return clip_surrogate(tokens.sequence_ratio, tokens.advantages, self.low, self.high)
+        return clip_surrogate(self._ratio(tokens), tokens.advantages, self.low, self.high)
 
     def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
-        return outside(tokens.sequence_ratio, tokens.advantages, self.low, self.high)
+        log_ratios = tokens.logprobs - tokens.old_logprobs
+        is_held = log_sequence_ratio(log_ratios, tokens.mask, self.ratio).abs() > MAX_LOG_RATIO
+        return outside(self._ratio(tokens), tokens.advantages, self.low, self.high) | is_held
 
     @property
     def clip_range(self) -> ClipRange:

@@ -192,14 +192,24 @@ class Dpo(PreferenceLoss):
 
 class Ipo(PreferenceLoss):
     """(log-ratio of the chosen − of the rejected − 1 / (2β))² (Azar et al. 2023, eq. 17): a target
-    for the difference in place of "ever larger". Log-ratios 2 and −1, β = 0.1: (3 − 5)² = 4."""
+    for the difference in place of "ever larger". Log-ratios 2 and −1, β = 0.1: (3 − 5)² = 4.
+
+    With `per = "token"` a response's log-ratio is the mean over its tokens, as TRL takes it, and
+    not their sum. With 4 and 2 tokens: (0.5 + 0.5 − 5)² = 16.
+    """
 
     type: Literal["ipo"] = "ipo"
     beta: float = Field(default=0.1, gt=0, description="τ in the paper. Typical: 0.01 to 0.5.")
+    per: Literal["response", "token"] = Field(
+        default="response", description="Log-ratios are sums over a response, or means per token."
+    )
     needs_reference = True
 
     def __call__(self, pairs: Pairs) -> Float[Tensor, "P"]:
         chosen, rejected = pairs.log_ratios()
+        if self.per == "token":
+            chosen = chosen / pairs.chosen_tokens
+            rejected = rejected / pairs.rejected_tokens
         return (chosen - rejected - 1 / (2 * self.beta)).square()
 
 

@@ -374,7 +374,9 @@ def _correct_for_servers(table: Table, written: Table, origins: dict[str, str]) 
         return
     algorithm = table["algorithm"]
     loss = algorithm["policy_loss"]
-    default = for_another_engine(loss.get("type", "") if isinstance(loss, dict) else "")
+    named = loss if isinstance(loss, dict) else {}
+    is_product = named.get("ratio") == "product"
+    default = for_another_engine(named.get("type", ""), "product" if is_product else None)
     below = {"correction": dataclasses.asdict(default)}
     above = {key: value for key, value in written.items() if key == "correction"}
     algorithm |= _merged(below, above)
