@@ -12,6 +12,7 @@ from quartet.algorithms.advantages import (
     n_step,
 )
 from quartet.algorithms.baselines import (
+    BestOfGroup,
     GreedyBaseline,
     GroupMean,
     LeaveOneOut,
@@ -215,6 +216,13 @@ def test_population_and_sample_deviation_differ_as_they_should():
     ] == pytest.approx(3**0.5, abs=1e-4)
 
 
+def test_the_best_of_a_group_is_imitated_and_no_other():
+    best = BestOfGroup()
+    assert responses([1.0, 0.0, 0.0, 0.0], [1, 2, 3, 1], best) == [4, 0, 0, 0]
+    assert responses([1.0, 1.0, 0.0], [1, 2, 3], best) == [1.5, 1.5, 0]
+    assert responses([-3.0, -2.0], [1, 1], best) == [0, 2]
+
+
 def test_the_length_weighted_baseline_by_hand():
     # lengths 3 and 1, rewards 1 and 0: baseline (3 · 1 + 1 · 0) / 4 = 0.75
     assert responses([1.0, 0.0], [3, 1], LengthWeightedBaseline()) == pytest.approx([0.25, -0.75])
@@ -240,6 +248,7 @@ def test_the_greedy_baseline_is_taken_off_every_return():
         LeaveOneOut(),
         LeaveOneOut(std="others"),
         LengthWeightedBaseline(),
+        BestOfGroup(),
     ],
 )
 @pytest.mark.parametrize("score", [0.1, 1 / 3, -7.77])

@@ -10,7 +10,14 @@ float32 noise over a tiny deviation would give up to ±1.
 from typing import Literal
 
 from quartet.algorithms.advantages import GAMMA, Advantage, return_to_go
-from quartet.algorithms.masked import all_equal_in_group, group_mean, group_size, group_std, masked
+from quartet.algorithms.masked import (
+    all_equal_in_group,
+    group_mean,
+    group_size,
+    group_std,
+    is_best_of_group,
+    masked,
+)
 from quartet.experience import Batch
 from quartet.parts import Field
 from quartet.tensors import Float, Tensor, torch
@@ -98,6 +105,26 @@ class LeaveOneOut(Advantage):
         advantage = torch.where(all_equal_in_group(total, batch.groups), 0.0, centred).to(
             total.dtype
         )
+        return same_for_every_token(advantage, batch), None
+
+
+class BestOfGroup(Advantage):
+    """A = n / k at the k best of a group's n responses, 0 at the others (RAFT, Dong et al. 2023):
+    what is left of a group is imitated. The mean over responses of −A log π is the mean over
+    prompts of −log π of their best response. A group of equals has no best one: 0.
+
+    Rewards (1, 0, 0, 0): 4 and three times 0; (1, 1, 0): 1.5, 1.5 and 0.
+    """
+
+    type: Literal["best_of_group"] = "best_of_group"
+    needs_group = True
+
+    def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, None]:
+        total = total_reward(token_rewards, batch)
+        best = is_best_of_group(total, batch.groups)
+        share = best.double() / group_mean(best.double(), batch.groups)
+        alike = all_equal_in_group(total, batch.groups)
+        advantage = torch.where(alike, 0.0, share).to(total.dtype)
         return same_for_every_token(advantage, batch), None
 
 

@@ -4,6 +4,9 @@ What is masked never enters a result, not even a NaN or an infinity: masked entr
 not multiplied by zero.
 """
 
+import math
+from typing import Literal
+
 from quartet.tensors import Bool, Float, Int, Tensor, torch
 
 
@@ -71,12 +74,22 @@ def group_std(
     return (total / (count - int(sample)).clamp(min=1)).sqrt()[index]
 
 
+def _extreme(
+    x: Float[Tensor, "B"], groups: Int[Tensor, "B"], which: Literal["amax", "amin"]
+) -> Float[Tensor, "B"]:
+    """Return for every row the largest or the smallest value of its group."""
+    index, count = _group_index(groups)
+    start = torch.full((len(count),), math.inf, dtype=x.dtype, device=x.device)
+    start = -start if which == "amax" else start
+    return start.scatter_reduce(0, index, x, which)[index]
+
+
+def is_best_of_group(x: Float[Tensor, "B"], groups: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
+    """Return for every row whether no value of its group is larger."""
+    return x == _extreme(x, groups, "amax")
+
+
 def all_equal_in_group(x: Float[Tensor, "B"], groups: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
     """Return for every row whether all values of its group are equal: such a group has no
     signal."""
-    index, count = _group_index(groups)
-    highest = torch.full((len(count),), -torch.inf, dtype=x.dtype, device=x.device)
-    lowest = torch.full((len(count),), torch.inf, dtype=x.dtype, device=x.device)
-    highest = highest.scatter_reduce(0, index, x, "amax")
-    lowest = lowest.scatter_reduce(0, index, x, "amin")
-    return (highest == lowest)[index]
+    return _extreme(x, groups, "amax") == _extreme(x, groups, "amin")

@@ -5,6 +5,7 @@ from quartet.algorithms.advantages import AsEstimated, Gae, LengthAdaptiveGae, M
 from quartet.algorithms.aggregation import FixedLength, SequenceMean, TokenMean
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.baselines import (
+    BestOfGroup,
     GreedyBaseline,
     GroupMean,
     LeaveOneOut,
@@ -117,6 +118,12 @@ CRITIC_FREE: dict[str, Algorithm] = {
         aggregation=FixedLength(length=1),
         policy_loss=Reinforce(),
     ),
+    # Dong et al. 2023: imitate the best of each group.
+    "raft": Algorithm(
+        advantage=BestOfGroup(), kl=NoKL(), aggregation=SequenceMean(), policy_loss=Reinforce()
+    ),
+    # Xiong et al. 2025: the same with ratios and a clip, for several updates from one batch.
+    "raft_pp": Algorithm(advantage=BestOfGroup(), kl=NoKL(), aggregation=SequenceMean()),
     # Hao et al. 2025: exact on-policy, neither KL nor clip.
     "opo": Algorithm(
         advantage=LengthWeightedBaseline(),
