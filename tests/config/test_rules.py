@@ -25,6 +25,11 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recipe_names_known_stages": (PPO, {"recipe": ["ppo", "pop"]}),
     "stages_stand_in_order": (PPO, {"recipe": ["ppo", "sft"]}),
     "preference_loss_is_the_stages": (DPO, {"preference.loss": {"type": "ipo"}}),
+    "reference_is_compared_with": (DPO, {"recipe": ["simpo"], "reference.model": "m"}),
+    "smallest_length_is_below_the_largest": (
+        PPO,
+        {"rollout": {"min_new_tokens": 9, "max_new_tokens": 8, "keep_mask": True}},
+    ),
     "kto_needs_two_comparisons": (DPO, {"recipe": ["kto"], "preference.batch_size": 1}),
     "evaluation_needs_a_policy": (DPO, {"recipe": ["evaluation"]}),
     "evaluation_needs_a_reward": (DPO, {"recipe": ["dpo", "evaluation"]}),
