@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,16 +40,44 @@ def test_a_preference_says_its_constants_and_when_to_use_it(name):
 
 def test_the_notebook_runs(runs, ppo_run, monkeypatch, tmp_path):
     """Every cell, in order, on a run of the tests."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "latest").symlink_to(ppo_run.path)
+    monkeypatch.chdir(tmp_path)
+    names = cells_run()
+    assert names["first"][0]["token_id"] == names["first"][-1]["token_id"]
+    assert len(names["own"]) and names["table"].reward.notna().any()
+
+
+def cells_run():
+    """The variables of the notebook after all of its cells have run here."""
     pytest.importorskip("pandas")
     notebook = json.loads(
         (Path(__file__).parent.parent / "docs" / "reading_a_run.ipynb").read_text(encoding="utf-8")
     )
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "latest").symlink_to(ppo_run.path)
-    monkeypatch.chdir(tmp_path)
     names = {}
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert len(cells) > 5
     for cell in cells:
         exec(compile(cell, "cell", "exec"), names)
-    assert names["first"][0]["token_id"] == names["first"][-1]["token_id"]
+    return names
+
+
+@pytest.mark.parametrize("stage", ["sft", "no stage"])
+def test_the_notebook_runs_in_docs_and_before_rl(ppo_run, stage, monkeypatch, tmp_path):
+    """A run of which the record ends before its first step of RL, or of any stage."""
+    latest = tmp_path / "runs" / "latest"
+    shutil.copytree(
+        ppo_run.path,
+        latest,
+        ignore=shutil.ignore_patterns("policy", "critic", "rollouts", "probes", "evaluation"),
+    )
+    events = (latest / "events.jsonl").read_text().splitlines(keepends=True)
+    early = [e for e in events if json.loads(e).get("stage") in {None, stage}]
+    (latest / "events.jsonl").write_text(
+        "".join(e for e in early if json.loads(e)["event"] != "done")
+    )
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path / "docs")
+    names = cells_run()
+    assert names["own"] is None and names["first"] == []
+    assert len(names["table"]) == (stage == "sft") * len(names["run"].series["sft"].steps)

@@ -42,3 +42,15 @@ def test_help_lists_the_commands_and_an_unknown_one_is_no_message(folder):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ModelError, match="is no model's folder"):
         ChatSession(tmp_path, 1.0, 3)
+
+
+def test_answers_stop_at_the_strings_of_the_run(folder):
+    settings = folder / "config.resolved.toml"
+    settings.write_text('[rollout]\nstop = ["good", "was"]\n')
+    session = ChatSession(folder, 1.0, 30)
+    assert session.sampling.stop == ("good", "was")
+    reply = said(session, "the film")
+    assert "good" not in reply and "was" not in reply
+    for other in ("[rollout]\nstop = 3\n", "rollout = 1\n", "not TOML"):
+        settings.write_text(other)
+        assert ChatSession(folder, 1.0, 3).sampling.stop == ()

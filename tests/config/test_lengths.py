@@ -3,13 +3,18 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 from quartet.assembly import build
+from quartet.cli import app
+from quartet.config.rules import untrained_filter
 from quartet.config.tables import DEFAULT_STEPS, Sft
 from quartet.config.toml import ConfigError, read_settings, resolved_toml
-from quartet.planning.plan import num_steps
+from quartet.planning.plan import num_steps, plan
 from quartet.recipes import recipe_path
 from quartet.runtime.resume import steps_of
+from quartet.worlds.labelled_texts import LabelledTexts
+from tests.worlds.test_labelled_texts import labelled
 
 TOML = """
 recipe = "sft"
@@ -85,3 +90,54 @@ def test_a_length_is_given_once(settings):
 def test_the_steps_of_rl_leave_the_epochs_over_its_experience_alone():
     changed = read_settings(recipe_path("sums"), ["run.steps=2"], "recipe sums").config
     assert (changed.run.steps, changed.optim.epochs) == (2, 1)
+
+
+def test_a_plan_counts_the_texts_that_a_file_of_labels_has(tmp_path):
+    """3 of 10 texts train, and the world makes as many pairs of them as data.rows says."""
+    file = labelled(tmp_path / "texts.jsonl")
+    words = [
+        f'data.texts="{file}"',
+        "policy.model=m",
+        "sft.epochs=2",
+        "sft.batch_size=10",
+        "reward_model.epochs=1",
+        "reward_model.batch_size=10",
+    ]
+    read = read_settings(recipe_path("film-reviews"), [*words, "data.rows=5000"])
+    texts = LabelledTexts(read.config.seed, str(file)).demonstrations(5000)
+    assert 100 < len(texts) < 700
+    assert num_steps(read.config, "sft") == -(-2 * len(texts) // 10)
+    assert num_steps(read.config, "reward_model") == 500
+
+
+def test_a_plan_counts_the_copy_of_the_best_weights():
+    words = ["recipe=sft", "sft.eval_every=1"]
+    last, best = (
+        plan(read_settings(recipe_path("sums"), [*words, f'sft.keep="{keep}"']).config)
+        for keep in ("last", "best")
+    )
+    copy = 4 * last.models["policy"]
+    assert best.memory["sft"] - last.memory["sft"] == pytest.approx(copy)
+    kept = read_settings(recipe_path("sums"), words).config.run.keep_last + 1
+    assert best.disk - last.disk == pytest.approx(copy * kept)
+
+
+def test_a_plan_refuses_a_filter_that_is_not_trained_as_a_run_does(monkeypatch):
+    done = CliRunner().invoke(app, ["plan", "sums", "rollout.top_k=5"])
+    config = read_settings(recipe_path("sums"), ["rollout.top_k=5"]).config
+    assert done.exit_code == 2
+    assert " ".join(done.output.split()) == untrained_filter(config)
+    assert "rollout.min_new_tokens = 3" in str(
+        untrained_filter(read_settings(recipe_path("sums"), ["rollout.min_new_tokens=3"]).config)
+    )
+
+
+def test_several_reward_models_on_the_command_line_are_an_ensemble():
+    read = read_settings(recipe_path("reviews"), ["reward_model.members=3"], "recipe reviews")
+    assert [source.type for source in read.config.reward] == ["ensemble"]
+    [note] = read.notes
+    assert note.startswith("recipe reviews:") and "the mean of the 3 reward models" in note
+    alone = read_settings(recipe_path("reviews"), ["reward_model.members=1"])
+    assert [source.type for source in alone.config.reward] == ["model"] and not alone.notes
+    with pytest.raises(ConfigError, match="the run trains 3 reward models"):
+        read_settings(recipe_path("reviews"), ["reward_model.members=3", "reward.0.type=model"])

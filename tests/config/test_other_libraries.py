@@ -60,7 +60,7 @@ def test_the_longest_ending_of_a_key_counts(key, ours):
         ("reviews", "preset=dapo", "preset: no such key. Did you mean algorithm.preset?"),
         ("reviews", "data.optim.lr=1", "data.optim.lr: no such key. Did you mean optim.lr? [data] has no keys of other tables."),
         ("reviews", "trainer.total_epochs=1", "trainer.total_epochs: no such key. Did you mean run.steps or sft.epochs?"),
-        ("reviews", "reference.model=x", "reference.model: no such key. The reference is the model that the stage starts from."),
+        ("reviews", "ref.model_name_or_path=x", "ref.model_name_or_path: no such key. Did you mean reference.model?"),
         ("sums", "per-device-train-batch-size=1", "per-device-train-batch-size: no such key. Did you mean rollout.prompts_per_step or sft.batch_size? It is"),
         ("sums", "beta=1", "beta: no such key. Did you mean algorithm.kl.coef?"),
         ("sums", "trust_remote_code=true", "trust_remote_code: no such key. Quartet runs no code from model folders"),

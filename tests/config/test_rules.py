@@ -105,12 +105,17 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         PPO,
         {"policy.adapter": {"type": "lora"}, "run.precision": {"reference": "fp32"}},
     ),
+    "reference_is_compared_with": (DPO, {"recipe": ["simpo"], "reference.model": "m"}),
     "served_adapter_needs_an_adapter": (PPO, {"generator": SERVERS | {"adapter": True}}),
     "sglang_excludes_filters": (
         PPO,
         {"generator": SERVERS | {"type": "sglang"}, "rollout.top_k": 5},
     ),
     "kept_mask_needs_a_filter": (PPO, {"rollout.keep_mask": True}),
+    "smallest_length_is_below_the_largest": (
+        PPO,
+        {"rollout": {"min_new_tokens": 9, "max_new_tokens": 8, "keep_mask": True}},
+    ),
     "servers_keep_no_mask": (
         PPO,
         {"generator": SERVERS, "rollout": {"top_p": 0.9, "keep_mask": True}},

@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from quartet.data import DataError
 from quartet.data.files import rows
+from quartet.io.install import install_command
 from tests.support.world import write_lines
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
@@ -143,6 +145,6 @@ def test_what_is_neither_here_nor_on_the_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         DataError,
-        match=r'data/promts: no such file\. .* need pip install "quartet-rlhf\[datasets\]"\.',
+        match=rf"data/promts: no such file\. .* need {re.escape(install_command('datasets'))}\.",
     ):
         list(rows(Path("data/promts")))

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 import quartet
+from quartet.cli import app
+from quartet.cli.common import CHECK_FAILED
 from quartet.config.toml import ConfigError, read_settings
 from quartet.data import DataError
 from quartet.data.row_shape import RowShape
@@ -78,3 +81,14 @@ def test_a_shape_is_named_in_a_file_with_its_settings_or_alone(tmp_path):
         read_settings(tmp_path / "run.toml", ["data.shape=gone.py:Quiz"])
     with pytest.raises(ConfigError, match="openai.*sharegpt.*alpaca"):
         read_settings(tmp_path / "run.toml", ["data.shape=nothing"])
+
+
+def test_quartet_data_reads_rows_by_a_shape(tmp_path):
+    path = written(tmp_path, ROW, ROW | {"q": "1 + 3?"}, ROW | {"right": "c"})
+    done = CliRunner().invoke(app, ["data", str(path), "--shape", f"{__file__}:Quiz"])
+    text = " ".join(done.output.split())
+    assert done.exit_code == CHECK_FAILED, "the third row cannot be used"
+    assert "demonstrations" in text and "right is none of the choices" in text
+    assert "2 + 2?⟦4⟧" in text
+    gone = CliRunner().invoke(app, ["data", str(path), "--shape", f"{__file__}:Nothing"])
+    assert gone.exit_code == 2 and "Nothing" in gone.output

@@ -64,7 +64,7 @@ def test_requests_to_servers_leave_no_sampling_setting_to_the_server(name):
 
 @pytest.mark.parametrize(
     "key",
-    ["min_p", "typical_p", "repetition_penalty", "min_new_tokens", "stop", "bad_words"],
+    ["min_p", "typical_p", "repetition_penalty", "bad_words"],
 )
 def test_what_the_learner_does_not_compute_is_no_setting(key):
     with pytest.raises(ConfigError, match=f"rollout.{key}: no such key"):
@@ -76,6 +76,7 @@ def test_what_the_learner_does_not_compute_is_no_setting(key):
     [
         ("sums", ["rollout.top_p=0.9"], "rollout.top_p = 0.9: .* Set rollout.keep_mask = true"),
         ("sums", ["rollout.top_k=5"], "rollout.top_k = 5: the distribution without this filter"),
+        ("sums", ["rollout.min_new_tokens=2"], "rollout.min_new_tokens = 2: the distribution"),
         ("reviews", [SERVER, "rollout.top_p=0.9"], "Servers do not tell which tokens they kept"),
     ],
 )

@@ -172,6 +172,19 @@ def test_the_rule_speaks_of_its_fault_and_no_other_does(rule):
     assert set(found) - {rule} <= BESIDE.get(rule, set())
 
 
+def test_a_reward_that_is_always_0_has_not_fallen():
+    found = spoken(lambda s: {"reward": 0.0, "reward/std": 0.0})
+    assert rules.reward_falls not in found
+    found = spoken(lambda s: {"reward": -0.0001 * s, "reward/std": 0.0001})
+    assert "the reward fell from -0.0003 to " in found[rules.reward_falls][1]
+
+
+def test_a_reference_that_was_named_need_not_be_the_start():
+    for metrics in ({"kl/token_k3": 0.3}, {"logratio/abs": 0.2}):
+        assert Watch(6.0).look(healthy(1) | metrics)
+        assert not Watch(6.0, starts_at_reference=False).look(healthy(1) | metrics)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_rule_says_why(rule):
     assert rule.__doc__ and len(rule.__doc__) > 80

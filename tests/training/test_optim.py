@@ -1,12 +1,14 @@
 """Learning rates and optimizers."""
 
 import importlib.util
+import re
 
 import pytest
 import torch
 
 from quartet.assembly import build
 from quartet.config.toml import read_settings
+from quartet.io.install import install_command
 from quartet.models.adapters import add_adapter
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import create
@@ -301,8 +303,8 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(monkeypatc
     config = read_settings(recipe_path("sums"), ["optim.optimizer=adamw_8bit"]).config
     with pytest.raises(
         OptimizerError,
-        match=r'^optim.optimizer = "adamw_8bit" needs the package bitsandbytes: pip install '
-        r'"quartet-rlhf\[bitsandbytes\]".$',
+        match='^optim.optimizer = "adamw_8bit" needs the package bitsandbytes: '
+        + re.escape(install_command("bitsandbytes")),
     ):
         build(config)
 

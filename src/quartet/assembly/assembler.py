@@ -27,6 +27,7 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, Torc
 from quartet.experience import Prompt
 from quartet.generation.episodes import check_second_turn
 from quartet.generation.source import Servers
+from quartet.io.install import install_command
 from quartet.models.adapters import AdapterError
 from quartet.models.chat import set_chat_template, set_template_variables
 from quartet.models.heads import AdaptedScalar, ScalarModel
@@ -73,9 +74,7 @@ class Assembler:
         folders, packages, devices."""
         self.config, self.fault, self.process_group = config, fault, process_group
         if config.policy.adapter is not None and importlib.util.find_spec("peft") is None:
-            raise AdapterError(
-                'policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".'
-            )
+            raise AdapterError(f"policy.adapter needs the package peft: {install_command('lora')}.")
         if config.policy.quantize is not None:
             bitsandbytes()  # raises without it
         _check_optimizers(config)
@@ -336,6 +335,6 @@ def _check_optimizers(config: Config) -> None:
         package = TYPES[settings.optimizer].package
         if package is not None and importlib.util.find_spec(package) is None:
             raise OptimizerError(
-                f'{table}.optimizer = "{settings.optimizer}" needs the package {package}: pip '
-                f'install "quartet-rlhf[{package}]".'
+                f'{table}.optimizer = "{settings.optimizer}" needs the package {package}: '
+                f"{install_command(package)}."
             )

@@ -23,10 +23,11 @@ from quartet.models.adapters import (
     merged_state,
     save_adapter,
 )
-from quartet.models.language_model import save_weights, stop_ids
+from quartet.models.language_model import ModelError, save_weights, stop_ids
 from quartet.models.precision import compute_dtype
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.support import ids_outside
+from quartet.models.text import quoted_control
 from quartet.rewards.functions import check_reference
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.worker import load
@@ -42,6 +43,13 @@ class Generators:
         """`max_tokens` is the length limit of a whole conversation."""
         self.config, self.tokenizer, self.max_tokens = config, tokenizer, max_tokens
         self.environment = _environment(config, world)
+        for string in config.rollout.stop if config.reads("rollout") else ():
+            if (control := quoted_control(tokenizer, string)) is not None:
+                raise ModelError(
+                    f'rollout.stop: "{string}" contains the control token {control}, and the text '
+                    "of a response has none. Tokens that end a turn or a sequence end responses "
+                    "already; take it out."
+                )
 
     def in_process(
         self, model: Any, process_group: ProcessGroup = SINGLE_PROCESS, copied: bool = False

@@ -10,6 +10,7 @@ import torch
 
 from quartet.algorithms.update import TrustRegion
 from quartet.assembly.named import resolved_model
+from quartet.assembly.reference import check_reference
 from quartet.config.run import PrecisionName, Role, RolePrecision
 from quartet.config.tables import Config, SeparateCritic
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
@@ -91,6 +92,9 @@ class Models:
         self.reward_backbone = resolved_model("reward_model.model", config.reward_model.model)
         """The folder, or the name on the hub, of the model that reward models are trained from;
         None if that is the policy."""
+        self.reference_model = resolved_model("reference.model", config.reference.model)
+        """The folder, or the name on the hub, of the reference; None if that is the model that a
+        stage starts from."""
         self.meshes: dict[ProcessGroup, Any] = {}
         """The mesh over which the models of each process group are sharded."""
 
@@ -113,6 +117,9 @@ class Models:
         self._check_sampling()
         if self.trained_backbone is not None:
             self._check_backbone(self.trained_backbone)
+        if self.reference_model is not None:
+            longest = self.longest_sequence()
+            check_reference(self.config, self.reference_model, self.tokenizer, longest)
         if self._needs_classifier():
             define_classifier(self.policy_config())
         if self.folder is not None:
@@ -262,10 +269,12 @@ class Models:
         return compute_in(freeze(model), self.dtype("policy"))
 
     def reference_of(self, actor: Any, folder: Path | None) -> Any:
-        """Return the reference of a policy, held in its own precision: what the stage starts from.
-        Under an adapter it is the policy's trunk, where that starts from an adapter under another
-        one."""
+        """Return the reference of a policy, held in its own precision: reference.model, or what the
+        stage starts from. Under an adapter the latter is the policy's trunk, where that starts from
+        an adapter under another one."""
         start, dtype = self.start(folder), self.dtype("reference")
+        if self.reference_model is not None:
+            return self._reference_of_its_own(Start(self.reference_model))
         if start.adapter is not None:
             freeze_adapter(self._add_adapter(actor, REFERENCE, start), REFERENCE)
             return AdapterView(compute_in(actor, self.dtype("policy")), REFERENCE)
@@ -274,6 +283,16 @@ class Models:
         if self.is_in_parts():  # a part cannot be copied
             return self._read(start, lambda model: compute_in(freeze(model), dtype))
         return frozen_copy(actor, dtype)
+
+    def _reference_of_its_own(self, start: "Start") -> Any:
+        """Return a reference that shares no weights with the policy; it is never in 4 bits."""
+        dtype = self.dtype("reference")
+        if not self.is_in_parts():
+            whole = self.prepare_blocks(self._whole(start).to(self.device))
+            return compute_in(freeze(whole), dtype)
+        model, weights = self._skeleton(start)
+        model = self._shard(compute_in(freeze(self.prepare_blocks(model)), dtype))
+        return fill(model, weights, self.device, start)
 
     def sampled_policy(self, actor: Any, folder: Path | None) -> Any:
         """Return the model that responses are sampled with: a copy of the actor if the actor is in

@@ -98,7 +98,8 @@ def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
 def preference_stage(assembler: Assembler, name: str) -> PreferenceStage:
     """Return a stage of the DPO family. Online DPO samples its comparisons itself; the others read
     them from a file."""
-    settings, encoder = assembler.config.preference, assembler.encoder
+    config, encoder = assembler.config, assembler.encoder
+    settings = config.preference
     online = name == "online_dpo"
     purpose: Purpose = "preferences" if isinstance(settings.loss, Kto) else "comparisons"
     train, held_out = ([], []) if online else assembler.rows.read(purpose, settings.data)
@@ -120,6 +121,7 @@ def preference_stage(assembler: Assembler, name: str) -> PreferenceStage:
         micro_batch_tokens=assembler.micro_batch_tokens,
         seed=assembler.config.seed,
         evaluating=_evaluating(settings),
+        starts_at_reference=config.reference.model is None,
         process_group=assembler.process_group,
     )
 
@@ -157,6 +159,7 @@ def rl_stage(assembler: Assembler, name: str) -> RLStage:
         seed=config.seed,
         staleness=config.staleness,
         rounding=_rounding(assembler),
+        starts_at_reference=config.reference.model is None,
     )
 
 

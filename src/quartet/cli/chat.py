@@ -1,5 +1,6 @@
 """A conversation with a trained policy in the terminal."""
 
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ HELP = """/compare  turn the answers from before RL on or off
 /quit     leave (so does the end of the input)"""
 
 
+def _stop_strings(folder: Path) -> tuple[str, ...]:
+    """Return the stop strings of the settings in a run's folder or in that of an exported policy;
+    none where there are no settings."""
+    try:
+        table = tomllib.loads((folder / "config.resolved.toml").read_text(encoding="utf-8"))
+        return tuple(str(string) for string in table["rollout"]["stop"] if string)
+    except (OSError, ValueError, LookupError, TypeError):
+        return ()
+
+
 class ChatSession:
     """A conversation with the policy of a run. If the run has the policy from before RL too, both
     can answer side by side."""
@@ -35,7 +46,8 @@ class ChatSession:
                 "folder that finished a stage, or a Hugging Face folder."
             )
         self.tokenizer = load_tokenizer(after)
-        self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+        stop = _stop_strings(run)
+        self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, stop=stop)
         self.after = self._generator(load_model(after), seed)
         before = run / "sft"
         self.before = (

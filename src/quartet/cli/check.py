@@ -10,6 +10,7 @@ from quartet.cli.common import CHECK_FAILED, app, console, print_json, refuse
 
 if TYPE_CHECKING:
     from quartet.data.report import Report
+    from quartet.data.row_shape import RowShape
     from quartet.evaluation.trial import Trial
 
 
@@ -95,6 +96,12 @@ def data(
         list[str] | None,
         typer.Option(metavar="OURS=THEIRS", help="The name that the file has for a column."),
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:NAME", help="How rows become prompts and answers, as data.shape."
+        ),
+    ] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
     max_response_tokens: Annotated[int, typer.Option(min=1)] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
@@ -108,11 +115,14 @@ def data(
 
     limits = {"prompt": max_prompt_tokens, "response": max_response_tokens}
     try:
+        named = _shape(shape)
         if tokenizer is None:
-            summary = report(file, _columns(columns), words, "words", None, None, held_out)
+            summary = report(
+                file, _columns(columns), words, "words", held_out=held_out, shape=named
+            )
         else:
             summary = _report_in_tokens(
-                file, _columns(columns), tokenizer, chat_template, limits, held_out
+                file, _columns(columns), tokenizer, chat_template, limits, held_out, named
             )
     except DataError as error:
         refuse(str(error))
@@ -136,6 +146,21 @@ def _columns(words: list[str] | None) -> dict[str, str]:
     return mapping
 
 
+def _shape(name: str | None) -> "RowShape | None":
+    """Return the shape of rows that a user names; None where none is named."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from quartet.data.row_shape import RowShape
+
+    if name is None:
+        return None
+    try:
+        found: RowShape = TypeAdapter(RowShape).validate_python(name)
+    except ValidationError as error:
+        refuse(f'--shape "{name}": {error.errors()[0]["msg"].removeprefix("Value error, ")}')
+    return found
+
+
 def _report_in_tokens(
     file: Path,
     columns: dict[str, str],
@@ -143,6 +168,7 @@ def _report_in_tokens(
     chat_template: str | None,
     limits: dict[str, int],
     held_out: Path | None,
+    shape: "RowShape | None" = None,
 ) -> "Report":
     from quartet.data.encoding import Encoder
     from quartet.data.report import report
@@ -165,6 +191,7 @@ def _report_in_tokens(
         limits,
         held_out,
         encoder.oddities,
+        shape,
     )
 
 

@@ -22,6 +22,7 @@ from quartet.cli.common import (
     url_of,
     without_progress_bars,
 )
+from quartet.io.install import install_command
 from quartet.io.texts import typed
 
 if TYPE_CHECKING:
@@ -386,7 +387,7 @@ def _print_machine(as_json: bool) -> None:
     missing = [extra for extra, is_installed in facts["extras"].items() if not is_installed]
     if missing:
         console.print(
-            f'to add      pip install "quartet-rlhf[{",".join(missing)}]"',
+            f"to add      {install_command(*missing)}",
             style="yellow",
             soft_wrap=True,
         )

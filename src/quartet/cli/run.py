@@ -161,10 +161,13 @@ def plan(
 
     Also prints the resolved config with the origin of each value. No model is loaded.
     """
+    from quartet.config.rules import untrained_filter
     from quartet.runtime.requests import settings_of
 
     with refusing():
         settings = settings_of(what, with_model(words, model))
+    if (problem := untrained_filter(settings.config)) is not None:
+        refuse(problem)
     if measured:
         _print_measured(settings)
     elif cluster is not None:

@@ -23,6 +23,7 @@ PATHS = (
     "policy.model",
     "policy.tokenizer",
     "policy.chat_template",
+    "reference.model",
     "critic.init",
     "generator.shared",
     "environment.function",

@@ -25,6 +25,7 @@ READ_BY: Mapping[str, frozenset[str] | None] = {
     "reward_model": frozenset({REWARD_MODEL.name}),
     "preference": frozenset({PREFERENCE.name}),
     "algorithm": frozenset({RL.name}),
+    "reference": frozenset({PREFERENCE.name, RL.name}),
     "critic": frozenset({RL.name}),
     "optim": frozenset({RL.name}),
     "optim.micro_batch_tokens": None,

@@ -51,6 +51,31 @@ def replace_preset(table: Table, origins: dict[str, str], old: str | None) -> tu
     return () if new in {None, old} else tuple(_drop_parts(algorithm, origins, old, str(new)))
 
 
+def replace_trained_reward(table: Table, origins: dict[str, str]) -> tuple[str, ...]:
+    """Make the reward model that a file's run trains an ensemble, where the command line asks for
+    several (`reward_model.members`) and does not name the reward's type. The result has a sentence
+    about each such reward."""
+    settings, rewards = table.get("reward_model"), table.get("reward")
+    if origins.get("reward_model.members") != COMMAND_LINE or not isinstance(rewards, list):
+        return ()
+    members = settings.get("members") if isinstance(settings, dict) else None
+    if not isinstance(members, int) or members < 2:
+        return ()
+    notes = []
+    for number, reward in enumerate(rewards):
+        key = f"reward.{number}.type"
+        is_trained = isinstance(reward, dict) and reward.get("type") == "model"
+        if not is_trained or "model" in reward or origins.get(key) == COMMAND_LINE:
+            continue
+        reward["type"] = "ensemble"
+        notes.append(
+            f'{where(key, origins)}: {key} is "ensemble" here, the mean of the {members} reward '
+            "models that the run trains (reward_model.members)."
+        )
+        origins[key] = COMMAND_LINE
+    return tuple(notes)
+
+
 def _drop_parts(algorithm: Table, origins: dict[str, str], old: str, new: str) -> list[str]:
     """Drop the file's settings of parts whose type changes, and return a sentence for each."""
     before, after = (_types(dataclasses.asdict(ALGORITHMS[name])) for name in (old, new))

@@ -51,7 +51,9 @@ def untrained_filter(config: Config) -> str | None:
     rollout = config.rollout
     if config.rl_stage is None or not rollout.filters or rollout.keep_mask:
         return None
-    setting = f"top_k = {rollout.top_k}" if rollout.top_k else f"top_p = {rollout.top_p}"
+    setting = f"min_new_tokens = {rollout.min_new_tokens}"
+    if rollout.keeps_probable:
+        setting = f"top_k = {rollout.top_k}" if rollout.top_k else f"top_p = {rollout.top_p}"
     remedy = (
         "Servers do not tell which tokens they kept, so take the filter out."
         if isinstance(config.generator, Servers)
@@ -151,6 +153,7 @@ def paths_are_not_empty(config: Config) -> str | None:
         "data.texts": (config.data.texts,),
         "policy.model": (config.policy.model,),
         "reward_model.model": (config.reward_model.model,),
+        "reference.model": (config.reference.model,),
     }
     for key, named in paths.items():
         if "" in named:
@@ -456,12 +459,25 @@ def trust_region_needs_fp32(config: Config) -> str | None:
 @rule
 def reference_on_the_trunk_has_its_precision(config: Config) -> str | None:
     precision, policy = config.run.precision_of("reference"), config.run.precision_of("policy")
-    if config.policy.adapter is None or precision in {"auto", policy}:
+    on_the_trunk = config.policy.adapter is not None and config.reference.model is None
+    if not on_the_trunk or precision in {"auto", policy}:
         return None
     return (
         f'run.precision.reference = "{precision}": with policy.adapter the reference is the '
         f'policy\'s trunk, which computes in "{policy}". Set run.precision.policy, or leave it out.'
     )
+
+
+@rule
+def reference_is_compared_with(config: Config) -> str | None:
+    algorithm, stage = config.algorithm, config.rl_stage or config.preference_stage
+    if config.reference.model is None or stage is None:
+        return None
+    by_algorithm = config.rl_stage and algorithm is not None and algorithm.needs_reference
+    by_loss = config.preference_stage and config.preference.loss.needs_reference
+    if by_algorithm or by_loss:
+        return None
+    return f"reference.model: {stage} compares the policy with no reference. Take it out."
 
 
 @rule
@@ -495,6 +511,17 @@ def kept_mask_needs_a_filter(config: Config) -> str | None:
     return (
         "rollout.keep_mask = true: nothing is filtered. Set rollout.top_k or rollout.top_p, or "
         "take it out."
+    )
+
+
+@rule
+def smallest_length_is_below_the_largest(config: Config) -> str | None:
+    least, most = config.rollout.min_new_tokens, config.rollout.max_new_tokens
+    if least <= most:
+        return None
+    return (
+        f"rollout.min_new_tokens = {least}: responses have at most {most} tokens "
+        "(rollout.max_new_tokens). Lower it, or raise that."
     )
 
 

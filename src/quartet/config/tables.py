@@ -20,6 +20,7 @@ from quartet.algorithms.preference import (
     RewardModelLoss,
 )
 from quartet.config.read_by import PRETRAINING, REWARDED, roles_that_read
+from quartet.config.reference import Reference
 from quartet.config.run import Launch, RunConfig
 from quartet.data.limits import TooLongRows
 from quartet.data.row_shape import RowShape
@@ -375,6 +376,7 @@ class Config:
     sft: Sft = Sft()
     reward_model: RewardModel = RewardModel()
     preference: Preference = Preference()
+    reference: Reference = Reference()
     critic: Annotated[SeparateCritic | SharedCritic, Field(discriminator="type")] = SeparateCritic()
     reward: tuple[RewardSource, ...] = ()
     environment: EnvironmentConfig | None = None

@@ -23,7 +23,12 @@ from quartet.algorithms.preference import PREFERENCES, PreferenceLoss
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.config.errors import Table, sentence, toml_value, where
 from quartet.config.links import resolve_links
-from quartet.config.replaced import replace_created_policy, replace_preset, rl_stage_of
+from quartet.config.replaced import (
+    replace_created_policy,
+    replace_preset,
+    replace_trained_reward,
+    rl_stage_of,
+)
 from quartet.config.tables import Config, json_ready, without_none
 from quartet.errors import QuartetError
 from quartet.generation.source import GeneratorSource, Servers
@@ -123,7 +128,7 @@ def _settings(
         origins = {k: v for k, v in origins.items() if k != key and not k.startswith(key + ".")}
         origins |= {k: "command line" for k, _ in _leaves(value, key)}
     replace_created_policy(table, origins)
-    notes = replace_preset(table, origins, preset)
+    notes = replace_preset(table, origins, preset) + replace_trained_reward(table, origins)
     _replace_length(table, origins)
     written = dict(origins)
     _expand(table, origins)

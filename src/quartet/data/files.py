@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quartet.data import DataError
+from quartet.io.install import install_command
 
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".parquet")
@@ -110,7 +111,7 @@ def _datasets(path: Path) -> Any:
     except ImportError:
         raise DataError(
             f"{path}: no such file. Data sets of the hub and folders of the package datasets need "
-            'pip install "quartet-rlhf[datasets]".'
+            f"{install_command('datasets')}."
         ) from None
     datasets.disable_progress_bars()
     return datasets

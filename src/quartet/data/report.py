@@ -16,6 +16,7 @@ from pathlib import Path
 from quartet.data import DataError
 from quartet.data.examples import Example, Text
 from quartet.data.files import Row, rows
+from quartet.data.row_shape import RowShape
 from quartet.data.shapes import Purpose, example_of, renamed, usual
 from quartet.models.protocols import Tokenizer
 
@@ -81,6 +82,8 @@ class Counted:
     shown: list[Example] = field(default_factory=list)
     limits: Mapping[str, int] = field(default_factory=dict)
     """The most units of a prompt and of a response."""
+    shape: RowShape | None = None
+    """What gives rows Quartet's columns, where the user names it."""
 
     def note(self, kind: str, place: str) -> None:
         self.wrong[kind] += 1
@@ -91,7 +94,8 @@ class Counted:
         """Count a row once: with its lengths if it can be used, as unusable if not."""
         shape = ""
         try:
-            shape, named = usual(place, row)
+            shaped = row if self.shape is None else self.shape.shaped(place, row)
+            shape, named = usual(place, shaped)
             example = example_of(place, named, purpose_of(shape))
             sizes = {part: self.count(text) for part, text in parts_of(example).items()}
             oddities = self.oddities(example)
@@ -168,12 +172,13 @@ def report(
     limits: Mapping[str, int] | None = None,
     held_out: Path | None = None,
     oddities: Callable[[Example], Mapping[str, str]] = lambda _: {},
+    shape: RowShape | None = None,
 ) -> Report:
     """`count` measures a text in `unit`s; `rendered` cuts an example into pieces; `limits` are of
     prompts and responses, in the unit; `held_out` names a file whose prompts should not be in this
-    one; `oddities` returns what a tokenizer finds odd about an example."""
+    one; `oddities` returns what a tokenizer finds odd about an example; `shape` is data.shape."""
     limits = limits or {}
-    seen = Counted(count, oddities, limits=limits)
+    seen = Counted(count, oddities, limits=limits, shape=shape)
     stopped = _read(path, columns, seen)
     if not seen.shapes:
         raise DataError(stopped or f"{path}: has no rows.")
@@ -181,7 +186,7 @@ def report(
     if stopped:
         found.insert(0, f"reading stopped: {stopped}")
     if held_out is not None:
-        other = Counted(words)
+        other = Counted(words, shape=shape)
         if halted := _read(held_out, columns, other):
             found.append(f"reading {held_out} stopped: {halted}")
         both = seen.prompts & other.prompts

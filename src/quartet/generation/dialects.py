@@ -125,12 +125,13 @@ class Vllm(_Adapters):
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
-            "min_tokens": 0,
+            "min_tokens": sampling.min_new_tokens,
             **NEUTRAL,
             "seed": seed,
             "logprobs": 0,
             "stop_token_ids": stops,
-            "detokenize": False,
+            **_stopping(sampling),
+            "detokenize": bool(sampling.stop),
             **_without(excluded),
         }
         body = {"token_ids": list(ids), "sampling_params": drawing}
@@ -173,10 +174,11 @@ class Sglang(_Adapters):
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
-            "min_new_tokens": 0,
+            "min_new_tokens": sampling.min_new_tokens,
             **NEUTRAL,
             "sampling_seed": seed,
             "stop_token_ids": stops,
+            **_stopping(sampling),
             "skip_special_tokens": False,
             **_without(excluded),
         }
@@ -208,6 +210,11 @@ NEUTRAL = {
 }
 """What would change the distribution and is left out of it by name: what a request does not say, a
 server may take from the model's generation_config.json, such as Gemma's top_k = 64."""
+
+
+def _stopping(sampling: Sampling) -> dict[str, Any]:
+    """Return the setting that ends responses at strings, which both servers leave in the ids."""
+    return {"stop": list(sampling.stop)} if sampling.stop else {}
 
 
 def _without(excluded: Sequence[int]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.experience import FinishReason, Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
+from quartet.generation.stops import StopStrings
 from quartet.models.chat import ChatError, after_reply, render, turn_end
 from quartet.models.protocols import Tokenizer
 
@@ -199,7 +200,10 @@ class Episodes:
         reply = {"role": "assistant", "content": turn.response}
         heard: list[int] = []
         if messages:
-            end, columns = turn.response_ids[-1], episode.prompt.extra
+            stops = StopStrings(self.tokenizer, sampling.stop)
+            has_stopped = stops.length(turn.prompt.ids, turn.response_ids) is not None
+            end = None if has_stopped else turn.response_ids[-1]
+            columns = episode.prompt.extra
             heard = after_reply(self.tokenizer, episode.history, messages, end, columns)
         episode.history += [reply, *messages]
         room = self.max_tokens - len(episode.context) - len(episode.ids) - len(heard)

@@ -15,6 +15,7 @@ from quartet.experience import Prompt, Rollout, pack_ids
 from quartet.generation.decoders import make_decoder
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
+from quartet.generation.stops import StopStrings, StopWatch
 from quartet.io.activity import progress
 from quartet.models.adapters import REWARD
 from quartet.models.protocols import CausalModel, Tokenizer
@@ -108,26 +109,44 @@ class NativeGenerator:
         answers = [by_row[row] for row in range(len(noise))]
         before = [self.tokenizer.decode(p.ids, skip_special_tokens=True) for p in prompts]
         rollouts = []
-        for row, (ids, logprobs, entropies, kept) in enumerate(answers):
+        for row, answer in enumerate(answers):
             group, sample = divmod(row, samples_per_prompt)
             prompt = prompts[group]
-            if not all(map(math.isfinite, logprobs)):
-                raise NonFinite("the log-probability", f"{prompt.id}/{sample}", [*prompt.ids, *ids])
-            rollouts.append(
-                Rollout(
-                    id=f"{prompt.id}/{sample}",
-                    prompt=prompt,
-                    group=group,
-                    response_ids=tuple(ids),
-                    response=decoded_response(self.tokenizer, prompt.ids, ids, before[group]),
-                    logprobs=tuple(logprobs),
-                    entropies=tuple(entropies),
-                    finish_reason="stop" if ids[-1] in self.stop_ids else "length",
-                    policy_version=self.version,
-                    kept=tuple(kept) if sampling.keep_mask else None,
-                )
-            )
+            rollouts.append(self._rollout(prompt, group, sample, answer, before[group], sampling))
         return rollouts
+
+    def _rollout(
+        self,
+        prompt: Prompt,
+        group: int,
+        sample: int,
+        answer: Answer,
+        before: str,
+        sampling: Sampling,
+    ) -> Rollout:
+        """Return an answer as a rollout, cut off behind its first stop string. `before` is the
+        prompt decoded."""
+        name, stops = f"{prompt.id}/{sample}", StopStrings(self.tokenizer, sampling.stop)
+        ids, logprobs, entropies, kept = answer
+        if not all(map(math.isfinite, logprobs)):
+            raise NonFinite("the log-probability", name, [*prompt.ids, *ids])
+        length = stops.length(prompt.ids, ids, before)
+        ids, logprobs = ids[:length], logprobs[:length]
+        entropies, kept = entropies[:length], kept[:length]
+        text = decoded_response(self.tokenizer, prompt.ids, ids, before)
+        has_ended = length is not None or ids[-1] in self.stop_ids
+        return Rollout(
+            id=name,
+            prompt=prompt,
+            group=group,
+            response_ids=tuple(ids),
+            response=stops.text_before(text),
+            logprobs=tuple(logprobs),
+            entropies=tuple(entropies),
+            finish_reason="stop" if has_ended else "length",
+            policy_version=self.version,
+            kept=tuple(kept) if sampling.keep_mask else None,
+        )
 
     def _sample(
         self,
@@ -141,7 +160,9 @@ class NativeGenerator:
             return []
         device, limit = self.model.device, sampling.max_new_tokens
         support = support_of(self.model)
-        noise = noise.to(device)
+        noise, ends = noise.to(device), self.stop_ids[self.stop_ids < (support or math.inf)]
+        stops = StopStrings(self.tokenizer, sampling.stop)
+        watch = StopWatch(stops, [p for p in prompts for _ in range(samples)])
         decoder = make_decoder(self.model, max(map(len, prompts)) + limit, self.max_rows)
         waiting = deque(range(len(prompts)))
         rows = torch.empty(
@@ -167,7 +188,10 @@ class NativeGenerator:
                 lengths = torch.nn.functional.pad(lengths, (0, len(new)))
                 alive = torch.nn.functional.pad(alive, (0, len(new)), value=True)
             noises = noise[rows, lengths.clamp(max=limit - 1)]
-            drawn = draw(logits[:, :support], sampling, noises)
+            possible = logits[:, :support]
+            if sampling.min_new_tokens:
+                possible = _without(ends, possible, lengths < sampling.min_new_tokens)
+            drawn = draw(possible, sampling, noises)
             left = [] if drawn.kept is None else _packed_rows(drawn.kept)
             steps.append((rows, alive, replace(drawn, kept=None), left))
             num_tokens += len(rows)
@@ -175,6 +199,8 @@ class NativeGenerator:
             lengths = lengths + alive
             tokens = drawn.tokens
             alive = alive & ~(self._ends(tokens, rows, lengths) | (lengths == limit))
+            if stops.strings:
+                alive = watch.unfinished(rows, tokens, alive)
             unseen += 1
             if unseen >= decoder.look_every and not alive.all():
                 kept = decoder.keep(alive)
@@ -195,6 +221,13 @@ class NativeGenerator:
 Step = tuple[Tensor, Tensor, Drawn, list[str]]
 """The answer of each row, whether it goes on, the token that was drawn for it, and the ids that the
 filter left, where they are kept."""
+
+
+def _without(
+    ids: Int[Tensor, "n"], logits: Float[Tensor, "B V"], rows: Bool[Tensor, "B"]
+) -> Float[Tensor, "B V"]:
+    """Return logits in which these ids cannot be drawn in some rows."""
+    return logits.index_copy(1, ids, logits[:, ids].masked_fill(rows[:, None], -torch.inf))
 
 
 def _packed_rows(kept: Bool[Tensor, "B V"]) -> list[str]:

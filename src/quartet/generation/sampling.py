@@ -1,6 +1,7 @@
 """The sampling distribution, and drawing one token per row from it."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from quartet.parts import Field, part
 from quartet.tensors import Bool, Float, Int, Tensor, torch
@@ -11,6 +12,17 @@ class Sampling:
     """The distribution that responses are sampled from, and their largest length."""
 
     max_new_tokens: int = Field(default=64, ge=1)
+    min_new_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens of a response before which none that ends it can be sampled. It is a "
+        "filter, and needs keep_mask.",
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description='Strings that end a response, such as ["\\n\\n"]: its last token is the one '
+        "that completes the first of them. Rewards get the text before it.",
+    )
     temperature: float = Field(
         default=1.0, gt=0, description="Logits are divided by it. PPO samples, so it is never 0."
     )
@@ -28,15 +40,21 @@ class Sampling:
     )
     keep_mask: bool = Field(
         default=False,
-        description="Record which tokens top_k and top_p keep, and train the distribution over "
-        "them. It takes five bytes for each kept token, at every token of a response.",
+        description="Record which tokens top_k, top_p and min_new_tokens keep, and train the "
+        "distribution over them. It takes five bytes for each kept token, at every token of a "
+        "response.",
     )
 
     @property
     def filters(self) -> bool:
-        """Whether top-k or top-p excludes tokens. Without `keep_mask` the learner's log-probs are
-        those of the unfiltered distribution, so the ratio is not 1 on the first minibatch and KL
-        estimates can be negative."""
+        """Whether top-k, top-p or min_new_tokens excludes tokens. Without `keep_mask` the learner's
+        log-probs are those of the unfiltered distribution, so the ratio is not 1 on the first
+        minibatch and KL estimates can be negative."""
+        return self.keeps_probable or self.min_new_tokens > 0
+
+    @property
+    def keeps_probable(self) -> bool:
+        """Whether top-k or top-p keeps only the most probable tokens."""
         return self.top_k > 0 or self.top_p < 1
 
 
@@ -64,7 +82,7 @@ def scaled(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B
     """Return the logits of the sampling distribution in float32: divided by the temperature, with
     −∞ for tokens that top-k or top-p excludes."""
     z = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
-    if not sampling.filters:
+    if not sampling.keeps_probable:
         return z
     probs, order = z.softmax(-1).sort(-1, descending=True)
     keep = probs.cumsum(-1) - probs < sampling.top_p
@@ -82,6 +100,7 @@ def draw(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, 
     token is the first k with P(k) > noise · P(V); its log-prob is z_k − max z − log P(V), the
     entropy log P(V) − Σ_j e^{z_j − max z} (z_j − max z) / P(V).
 
+    Logits of −∞ are of tokens that cannot be drawn; then the sampling has a filter.
     Where the logits of a row hold NaN or +∞, its token is any token and its log-prob is NaN.
     """
     if logits.shape[-1] >= WIDE and logits.device.type == "cpu":

@@ -31,6 +31,7 @@ from quartet.experience import Prompt, Rollout
 from quartet.generation.dialects import Dialect, Order, Piece
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
+from quartet.generation.stops import StopStrings
 from quartet.io.activity import counted
 from quartet.io.http_client import HttpClient, Reply, RequestError, encode, error_in
 from quartet.io.texts import excerpt
@@ -210,7 +211,7 @@ class ServedGenerator:
         ]
         try:
             return [
-                self._rollout(*row, result_of(answer))
+                self._rollout(*row, result_of(answer), sampling)
                 for row, answer in counted(
                     zip(rows, answers, strict=True), lambda _: 1, len(rows), "responses"
                 )
@@ -276,6 +277,12 @@ class ServedGenerator:
             answer.finish = piece.finish
         elif len(answer.ids) == sampling.max_new_tokens:
             answer.finish = "length"
+        # A server looks at the text of one request only, and may have sampled further.
+        stops = StopStrings(self.tokenizer, sampling.stop)
+        if (length := stops.length(prompt.ids, answer.ids)) is not None:
+            for column in (answer.ids, answer.logprobs, answer.versions):
+                del column[length:]
+            answer.finish = "stop"
 
     def _piece(self, table: Mapping[str, Any], left: int) -> Piece:
         """Return the content of a reply, checked against the request."""
@@ -326,15 +333,20 @@ class ServedGenerator:
             if time.monotonic() > until:
                 raise self._gone(reason)
 
-    def _rollout(self, prompt: Prompt, group: int, sample: int, answer: _Answer) -> Rollout:
+    def _rollout(
+        self, prompt: Prompt, group: int, sample: int, answer: _Answer, sampling: Sampling
+    ) -> Rollout:
+        stops = StopStrings(self.tokenizer, sampling.stop)
+        text = decoded_response(self.tokenizer, prompt.ids, answer.ids)
+        has_ended = answer.ids[-1] in self.stop_ids or stops.are_in(text)
         return Rollout(
             id=f"{prompt.id}/{sample}",
             prompt=prompt,
             group=group,
             response_ids=tuple(answer.ids),
-            response=decoded_response(self.tokenizer, prompt.ids, answer.ids),
+            response=stops.text_before(text),
             logprobs=tuple(answer.logprobs),
-            finish_reason="stop" if answer.ids[-1] in self.stop_ids else "length",
+            finish_reason="stop" if has_ended else "length",
             policy_version=answer.versions[0],
             versions=tuple(answer.versions),
         )

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quartet.distributed.sharding import copy_saved, full_state_dict
 from quartet.errors import QuartetError
+from quartet.io.install import install_command
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_in, keep_in_float32
 from quartet.models.protocols import CausalModel, Trunk
@@ -42,7 +43,7 @@ def add_adapter(model: CausalModel, lora: Lora, name: str, seed: int) -> Any:
         import peft
     except ImportError:
         raise AdapterError(
-            'policy.adapter needs the package peft: pip install "quartet-rlhf[lora]".'
+            f"policy.adapter needs the package peft: {install_command('lora')}."
         ) from None
     trained = [p for p in model.parameters() if p.requires_grad] if adapters_of(model) else []
     config = lora_config(model, lora)

@@ -193,11 +193,11 @@ def after_reply(
     tokenizer: Tokenizer,
     history: Sequence[Message],
     messages: Sequence[Message],
-    end: int,
+    end: int | None,
     columns: Columns = NO_COLUMNS,
 ) -> list[int]:
     """Return the ids between the token `end`, which ended the assistant's reply to the history, and
-    its next turn, which follows `messages`.
+    its next turn, which follows `messages`. `end` is None where no such token was sampled.
 
     Only what is new is rendered: the template may write the reply, and turns before it, otherwise
     once messages follow; what was sampled stays as it was.

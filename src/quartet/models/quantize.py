@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from quartet.errors import QuartetError
+from quartet.io.install import install_command
 from quartet.models.protocols import CausalModel
 from quartet.tensors import Float, Tensor
 
@@ -25,7 +26,7 @@ def bitsandbytes() -> Any:
         import bitsandbytes
     except ImportError:
         raise QuantizeError(
-            'policy.quantize needs the package bitsandbytes: pip install "quartet-rlhf[quantize]".'
+            f"policy.quantize needs the package bitsandbytes: {install_command('quantize')}."
         ) from None
     return bitsandbytes
 

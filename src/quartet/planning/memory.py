@@ -91,6 +91,13 @@ def reward_model_parameters(config: Config, policy: int | None) -> int | None:
     return _folder_parameters(backbone)
 
 
+def reference_parameters(config: Config, policy: int | None) -> int | None:
+    """Return the number of parameters of the reference; `policy` is the policy's, which it has
+    unless reference.model names another model. None where it is not known."""
+    folder = config.reference.model
+    return policy if folder is None else _folder_parameters(folder)
+
+
 def _folder_parameters(folder: str) -> int | None:
     """Return the number of parameters of a model folder; None if it is not on this machine."""
     return sum(map(_safetensors_parameters, sorted(Path(folder).glob("*.safetensors")))) or None
@@ -220,7 +227,13 @@ def phases(
     if config.reward_model.model is not None and "reward_model" in trained:
         optimizer = config.reward_model.optimizer
         trained["reward_model"] = trained_bytes(optimizer, None, scorer) / parts
+    for table, settings in config.stage_trainings():
+        if settings.keep == "best":  # a copy of what is trained
+            is_scorer = table == "reward_model" and config.reward_model.model is not None
+            size = policy if adapter is None else adapter
+            trained[table] += FLOAT * (scorer if is_scorer else size) / parts
     trunk = 0.0 if adapter is None else weights
+    reference = number * (models["reference"] or policy) / parts if "reference" in models else 0.0
 
     def micro(rows: int, learners: int = 1) -> float:
         return WORKING_BYTES + FRAGMENTATION * learners * min(rows * row, tokens) * per_token
@@ -236,7 +249,7 @@ def phases(
             + micro(2 * config.reward_model.batch_size)
         )
     if config.preference_stage:
-        frozen = weights * (config.preference.loss.needs_reference or adapter is not None)
+        frozen = trunk + reference
         memory[config.preference_stage] = (
             PROGRAM_BYTES + frozen + trained["preference"] + micro(2 * config.preference.batch_size)
         )
@@ -247,6 +260,7 @@ def phases(
             PROGRAM_BYTES
             + KERNEL_BYTES
             + weights * _frozen_models(config, models, scorer / policy)
+            + reference
             + learners * trained["optim"]
             # A decoder of ours has its own layout of the weights, but of those in 4 bits.
             + (whole if model.is_fused and not in_4_bits else 0.0)
@@ -262,12 +276,12 @@ def _has_own_critic(config: Config) -> bool:
 
 
 def _frozen_models(config: Config, models: Mapping[str, int | None], size: float) -> float:
-    """Return how many frozen models of the policy's size an RL stage holds: under an adapter, the
-    trunk, and reward models that are no adapters on it. `size` is that of a reward model that the
-    run trains, over the policy's."""
+    """Return how many frozen models of the policy's size an RL stage holds beside the reference:
+    under an adapter, the trunk, and reward models that are no adapters on it. `size` is that of a
+    reward model that the run trains, over the policy's."""
     trained = size * max(len(config.reward_models), 1)
     if config.policy.adapter is None:
-        return trained * has_reward_model(models) + ("reference" in models)
+        return trained * has_reward_model(models)
     on_own_backbone = trained * (config.reward_model.model is not None) * has_reward_model(models)
     elsewhere = sum(isinstance(r, ModelSource) and r.model is not None for r in config.reward)
     return 1 + elsewhere + (0 if elsewhere else on_own_backbone)

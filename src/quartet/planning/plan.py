@@ -11,6 +11,7 @@ from quartet.planning.memory import (
     has_reward_model,
     phases,
     policy_parameters,
+    reference_parameters,
     reward_model_parameters,
     sizes,
     trained_bytes,
@@ -66,8 +67,13 @@ def plan(config: Config) -> Plan:
 def _models(config: Config, policy: int | None) -> dict[str, int | None]:
     algorithm = config.algorithm
     models = {"policy": policy}
+    is_compared = (algorithm and algorithm.needs_reference) or (
+        config.preference_stage and config.preference.loss.needs_reference
+    )
+    reference = {"reference": reference_parameters(config, policy)} if is_compared else {}
     if (adapter := adapter_parameters(config)) is not None:
-        return models | _adapters(config, adapter, policy)
+        on_the_trunk = config.reference.model is None
+        return models | _adapters(config, adapter, policy) | ({} if on_the_trunk else reference)
     if algorithm and algorithm.needs_critic:
         models[
             "critic (head on the policy's trunk)"
@@ -76,16 +82,13 @@ def _models(config: Config, policy: int | None) -> dict[str, int | None]:
         ] = policy
     if config.reward_model_source or "reward_model" in config.recipe:
         models[_reward_role(config)] = reward_model_parameters(config, policy)
-    if (algorithm and algorithm.needs_reference) or (
-        config.preference_stage and config.preference.loss.needs_reference
-    ):
-        models["reference"] = policy
-    return models
+    return models | reference
 
 
 def _adapters(config: Config, adapter: int, policy: int | None) -> dict[str, int | None]:
     """Return the models beside the policy in a run with an adapter, where the trunk is the
-    reference: adapters on it, and reward models that were trained elsewhere."""
+    reference unless that has a folder of its own: adapters on it, and reward models that were
+    trained elsewhere."""
     roles: dict[str, int | None] = {"adapter": adapter}
     if (
         config.algorithm
@@ -137,17 +140,23 @@ def num_steps(config: Config, table: str) -> int:
     """Return the optimizer steps of the stage that a table such as "sft" describes. For epochs the
     rows of its files are counted, also those that a run will not use."""
     settings: StageTraining = getattr(config, table)
-    return settings.num_steps(0 if settings.epochs is None else _num_rows(config, settings.data))
+    return settings.num_steps(
+        0 if settings.epochs is None else _num_rows(config, table, settings.data)
+    )
 
 
-def _num_rows(config: Config, file: str | None) -> int:
-    """Return how many rows a stage trains on: those of its own file, or else of the world or of
-    data.train."""
+def _num_rows(config: Config, table: str, file: str | None) -> int:
+    """Return how many rows the stage of a table trains on: those of its own file, or else of the
+    world, which may have fewer than data.rows, or of data.train."""
     from quartet.data.files import rows
 
     data = config.data
     if file is None and data.world is not None:
-        return data.rows
+        world = make_world(data.world, config.seed, data.texts)
+        if table == "sft":
+            return len(world.demonstrations(data.rows))
+        online = table == "preference" and "online_dpo" in config.recipe
+        return len(world.prompts(data.rows) if online else world.comparisons(data.rows))
     count = sum(1 for name in ((file,) if file else data.files) for _ in rows(Path(name)))
     return count - (0 if data.eval is not None else round(count * data.held_out))
 
@@ -201,7 +210,10 @@ def _disk(config: Config, models: dict[str, int | None]) -> float:
     weights = FLOAT * (models["policy"] or 0)
     gradients = weights
     saved = trained_bytes(config.optim.optimizer, sizes(config), models["policy"] or 0) - gradients
-    return weights * folders + FLOAT * scorer * scorers + saved * learners * kept + 25 * written
+    # A checkpoint of a stage that keeps its best weights has them, too.
+    best = weights * any(settings.keep == "best" for _, settings in config.stage_trainings())
+    checkpoint = max(saved * learners, saved + best)
+    return weights * folders + FLOAT * scorer * scorers + checkpoint * kept + 25 * written
 
 
 def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:

@@ -60,7 +60,8 @@ def complete(target: Path, run_folder: Path, role: str) -> None:
 
     The settings that the card names are copied. The card says where the model is. A policy that was
     trained by sampling gets a generation config that samples as the run did: with its temperature
-    and filters, and as many tokens as the run's responses could have.
+    and filters, and as many tokens as the run's responses could have. Stop strings are not in it:
+    with them, transformers generates nothing unless it is given the tokenizer, too.
     """
     resolved, card = run_folder / "config.resolved.toml", target / "README.md"
     if card.is_file():
@@ -82,6 +83,8 @@ def complete(target: Path, run_folder: Path, role: str) -> None:
         "top_p": rollout["top_p"],
         "max_new_tokens": rollout["max_new_tokens"],
     }
+    if rollout.get("min_new_tokens"):
+        table["min_new_tokens"] = rollout["min_new_tokens"]
     files.replace(path, json.dumps(table, indent=2) + "\n")
 
 

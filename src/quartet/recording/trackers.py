@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from quartet.errors import QuartetError
+from quartet.io.install import install_command
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
@@ -146,8 +147,7 @@ def check_trackers(names: Sequence[Tracker]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise TrackerMissing(
-                f'run.track = ["{name}"]: {name} is not installed: pip install '
-                f'"quartet-rlhf[{name}]".'
+                f'run.track = ["{name}"]: {name} is not installed: {install_command(name)}.'
             )
 
 

@@ -7,6 +7,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from quartet.experience import Rollout
+from quartet.io.install import install_command
 from quartet.rewards.protocol import RewardError, Score
 
 NUMBER = re.compile(
@@ -73,8 +74,7 @@ class MathMatch:
             import math_verify
         except ImportError:
             raise RewardError(
-                'reward.type = "math" needs the package math-verify: pip install '
-                '"quartet-rlhf[math]".'
+                f'reward.type = "math" needs the package math-verify: {install_command("math")}.'
             ) from None
         self.name, self.column, self.timeout, self.verifier = name, column, timeout, math_verify
 
@@ -119,7 +119,7 @@ class JsonMatch:
                 import jsonschema
             except ImportError:
                 raise RewardError(
-                    'reward.schema needs the package jsonschema: pip install "quartet-rlhf[json]".'
+                    f"reward.schema needs the package jsonschema: {install_command('json')}."
                 ) from None
             try:
                 jsonschema.Draft202012Validator.check_schema(schema)

@@ -290,7 +290,8 @@ DEFINITIONS = (
     Definition(
         "response/ended",
         "ended",
-        "the share of responses that end with the end-of-sequence token",
+        "the share of responses that the policy ended: with an end-of-sequence token or a stop "
+        "string",
         "Below 0.75, raise rollout.max_new_tokens.",
     ),
     Definition(

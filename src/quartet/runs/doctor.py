@@ -41,11 +41,19 @@ class Watch:
     rules: Mapping[Rule, Terms] = field(default_factory=lambda: RULES)
     keep_mask: bool = False
     """Whether the filtered distribution is the one that is trained."""
+    starts_at_reference: bool = True
+    """Whether the reference is the model that the stage starts from, and no other."""
     history: History = field(init=False)
     held: dict[Rule, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.history = History(self.kl_target, self.filtered, self.tolerance, self.keep_mask)
+        self.history = History(
+            self.kl_target,
+            self.filtered,
+            self.tolerance,
+            self.keep_mask,
+            self.starts_at_reference,
+        )
 
     def see(self, metrics: Mapping[str, float]) -> list[tuple[Rule, str]]:
         """Add a step; return the rules that hold at it for the first time, and their sentences."""
@@ -129,11 +137,19 @@ def diagnose(run: "Run") -> Diagnosis:
     target = run.config.get("algorithm", {}).get("kl", {}).get("controller", {}).get("target")
     rollout = run.config.get("rollout", {})
     filtered = bool(rollout.get("top_k", 0)) or rollout.get("top_p", 1.0) < 1
+    filtered = filtered or rollout.get("min_new_tokens", 0) > 0
     keep_mask = bool(rollout.get("keep_mask", False))
+    starts_at_reference = not run.config.get("reference", {}).get("model")
     findings: list[Finding] = []
     checks: dict[str, list[Check]] = {}
     for stage in run.series:
-        watch = Watch(target, filtered, TOLERANCES[run.rounding], keep_mask=keep_mask)
+        watch = Watch(
+            target,
+            filtered,
+            TOLERANCES[run.rounding],
+            keep_mask=keep_mask,
+            starts_at_reference=starts_at_reference,
+        )
         found = _examine_stage(run, stage, watch)
         findings += found
         checks[stage] = list(_checks(watch, {finding.rule for finding in found}))

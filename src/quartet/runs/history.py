@@ -51,12 +51,15 @@ class History:
         filtered: bool = False,
         tolerance: Tolerance = TOLERANCES["fp32"],
         keep_mask: bool = False,
+        starts_at_reference: bool = True,
     ) -> None:
         self.kl_target, self.tolerance = kl_target, tolerance
         self.filtered = filtered and not keep_mask
         """Whether the learner's distribution is not the one that was sampled from."""
         self.renormalized = filtered and keep_mask
         """Whether it is the filtered one, while the reference's is not."""
+        self.starts_at_reference = starts_at_reference
+        """Whether the reference is the model that the stage starts from."""
         self.steps = 0
         self.columns: dict[str, list[float]] = {}
         self.latest: Mapping[str, float] = {}

@@ -226,6 +226,7 @@ class RolloutRecord(Record):
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    min_new_tokens: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     keep_mask: bool = False
 
 
@@ -235,6 +236,8 @@ class DataRecord(Record):
 
 
 class PolicyRecord(Record):
+    """The table of the policy, or of the reference."""
+
     model: Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")] = ""
 
 
@@ -246,6 +249,7 @@ class ResolvedConfig(Record):
     rollout: RolloutRecord = RolloutRecord()
     data: DataRecord = DataRecord()
     policy: PolicyRecord = PolicyRecord()
+    reference: PolicyRecord = PolicyRecord()
 
 
 CONFIG = TypeAdapter(ResolvedConfig)

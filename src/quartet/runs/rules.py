@@ -119,10 +119,12 @@ def ratio_is_not_one(history: History) -> str | None:
 
 def reference_differs(history: History) -> str | None:
     """At step 1 the policy is the reference, and the KL between them is 0 (Ziegler et al. 2019). If
-    not, the penalty pulls towards another model. A filter that is trained on keeps less than the
-    reference has, so its KL begins above 0."""
+    not, the penalty pulls towards another model, which only reference.model asks for. A filter that
+    is trained on keeps less than the reference has, so its KL begins above 0."""
     first = history.columns.get("kl/token_k3", [0.0])[0]
-    if history.steps > 1 or history.renormalized or first < history.tolerance.kl:
+    if not history.starts_at_reference or history.renormalized:
+        return None
+    if history.steps > 1 or first < history.tolerance.kl:
         return None
     return (
         f"the KL to the reference is {first:.2g} per token at step 1, and should be 0: the "
@@ -143,10 +145,10 @@ def reference_moved(history: History) -> str | None:
 
 
 def does_not_start_at_the_reference(history: History) -> str | None:
-    """Before the first step a policy that is compared with a reference is that reference: all
+    """Before the first step a policy is its reference, unless reference.model names another: all
     log-ratios are 0, and DPO's loss is ln 2 (Rafailov et al. 2023)."""
     apart = history.columns.get("logratio/abs", [0.0])[0]
-    if history.steps > 1 or apart < 1e-3:
+    if not history.starts_at_reference or history.steps > 1 or apart < 1e-3:
         return None
     return (
         f"log-ratios to the reference are {apart:.2g} on average at step 1, and should be 0: the "
@@ -347,12 +349,13 @@ def reward_falls(history: History) -> str | None:
         history.first("reward"),
         history.first("reward/std"),
     )
-    if now is None or first is None or spread is None or now > first - 0.5 * spread:
+    if now is None or first is None or spread is None or now >= first - 0.5 * spread:
         return None
+    digits = ".2f" if abs(first - now) >= 0.01 else ".2g"
     return (
-        f"the reward fell from {first:.2f} to {now:.2f}, by more than half of its spread over "
-        f"responses. Is a sign wrong? Do "
-        "scores stand at the right responses? Or is optim.lr far too high?"
+        f"the reward fell from {first:{digits}} to {now:{digits}}, by more than half of its "
+        "spread over responses. Is a sign wrong? Do scores stand at the right responses? Or is "
+        "optim.lr far too high?"
     )
 
 

@@ -199,7 +199,14 @@ class Pipeline:
         filtered = sampling is not None and sampling.filters
         keep_mask = sampling is not None and sampling.keep_mask
         tolerance = TOLERANCES[stage.rounding if isinstance(stage, RLStage) else "fp32"]
-        watch = Watch(kl_target(stage), filtered, tolerance, {**RULES, **own}, keep_mask)
+        watch = Watch(
+            kl_target(stage),
+            filtered,
+            tolerance,
+            {**RULES, **own},
+            keep_mask,
+            getattr(stage, "starts_at_reference", True),
+        )
         return StepRecorder(
             self.folder,
             stage.name,

@@ -174,6 +174,8 @@ ADDED_LATER: dict[str, Any] = {
     "run.precision": "fp32",
     "policy.resize_embeddings": False,
     "rollout.keep_mask": False,
+    "rollout.min_new_tokens": 0,
+    "rollout.stop": [],
     "algorithm.mask_truncated": False,
 } | {
     f"{kind.optim}.{name}": value

@@ -44,6 +44,8 @@ class PreferenceStage:
     micro_batch_tokens: int
     seed: int
     evaluating: Evaluating = NOT_EVALUATED
+    starts_at_reference: bool = True
+    """Whether the reference is the model that the stage starts from."""
     process_group: ProcessGroup = SINGLE_PROCESS
 
     @property

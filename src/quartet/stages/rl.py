@@ -149,6 +149,8 @@ class RLStage:
     staleness: int = 0
     rounding: str = "fp32"
     """What samples: the learner's module in "fp32" or "bf16", or another "engine"."""
+    starts_at_reference: bool = True
+    """Whether the reference is the model that the stage starts from."""
 
     @property
     def title(self) -> str:

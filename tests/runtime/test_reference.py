@@ -1,0 +1,180 @@
+"""A reference that is another model than the one that a stage starts from (`reference.model`)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from quartet.assembly import build
+from quartet.config.toml import read_settings, resolved_toml
+from quartet.data.records import Comparison
+from quartet.models.language_model import ModelError, create, load_model, masked_logprobs, save
+from quartet.models.shape import Shape
+from quartet.planning.plan import plan
+from quartet.recording.run_folder import RunFolder, read_record
+from quartet.recording.tokens import TokenTexts
+from quartet.runs.doctor import examine
+from quartet.runs.reader import Run
+from quartet.runtime.pipeline import Pipeline
+from tests.support.world import WORDS, model, tokenizer, write_lines
+
+DPO = 'recipe = ["dpo"]\npreference = { steps = 3, batch_size = 4, lr = 1e-2 }\n'
+GRPO = """recipe = ["grpo"]
+reward = [{ type = "length", most = 3 }]
+rollout = { prompts_per_step = 2, samples_per_prompt = 2, max_new_tokens = 4 }
+run.steps = 2
+optim = { lr = 1e-2, epochs = 1 }
+algorithm.kl.coef = 0.1
+"""
+TABLES = """policy.model = "lm"
+data = { train = "pairs.jsonl", max_prompt_tokens = 8, max_response_tokens = 8 }
+run.folder = "runs"
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a tiny policy, another model with its tokenizer, and pairs."""
+    monkeypatch.chdir(tmp_path)
+    save(model(), tokenizer(), Path("lm"))
+    save(model(seed=1), tokenizer(), Path("other"))
+    nouns, ends = ("film", "story", "music", "end"), ("very", "not", "long", "short")
+    pairs = [
+        {"prompt": f"the {a}", "chosen": f" was {b} good", "rejected": f" was {b} bad and long"}
+        for a in nouns
+        for b in ends
+    ]
+    write_lines(Path("pairs.jsonl"), *map(json.dumps, pairs))
+    Path("dpo.toml").write_text(DPO + TABLES)
+    Path("grpo.toml").write_text(GRPO + TABLES)
+    return tmp_path
+
+
+def settings(name, *words):
+    return read_settings(Path(f"{name}.toml"), words)
+
+
+def run(name, *words):
+    """The record of a run that has gone to its end."""
+    read = settings(name, *words)
+    job = build(read.config)
+    files = {"config.toml": read.text, "config.resolved.toml": resolved_toml(read)}
+    folder = RunFolder.create(Path("runs"), name, files)
+    saving, texts = job.saving(read.config.run), TokenTexts(job.tokenizer)
+    for _ in Pipeline(job.stages, folder, texts, saving, strict=True).run():
+        pass
+    folder.event("done")
+    folder.close()
+    return Run(folder.path)
+
+
+def metrics(record):
+    timed = ("time/", "tokens_per", "memory/")
+    return [
+        {k: v for k, v in event["metrics"].items() if not k.startswith(timed)}
+        for event in read_record(record.path).events
+        if event["event"] == "metrics"
+    ]
+
+
+def numbers(record):
+    """The metrics that do not depend on the clock or the machine."""
+    return [
+        {k: v for k, v in step.items() if not any(w in k for w in ("second", "time", "memory"))}
+        for step in metrics(record)
+    ]
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_the_start_by_its_name_gives_the_same_numbers(place, name):
+    plain, named = run(name), run(name, 'reference.model="lm"')
+    assert numbers(plain) == numbers(named) and numbers(plain)
+
+
+def pair_logprobs(folder, pairs):
+    """Σ log π of each side, by a model of a folder."""
+    made = load_model(folder)
+
+    def side(prompt, response):
+        tokens = torch.tensor([[*prompt, *response]])
+        mask = torch.arange(tokens.shape[1])[None] >= len(prompt)
+        return float(masked_logprobs(made, tokens, mask).detach().sum())
+
+    return [(side(c.prompt_ids, c.chosen_ids), side(c.prompt_ids, c.rejected_ids)) for c in pairs]
+
+
+def test_log_ratios_of_dpo_begin_at_the_distance_of_the_two_models(place):
+    job = build(settings("dpo", 'reference.model="other"').config)
+    held_out: list[Comparison] = job.stages[0].held_out
+    assert held_out
+    record = run("dpo", 'reference.model="other"')
+    distances = [
+        abs(a - b)
+        for policy, reference in zip(
+            pair_logprobs("lm", held_out), pair_logprobs("other", held_out), strict=True
+        )
+        for a, b in zip(policy, reference, strict=True)
+    ]
+    before = record.summary("dpo")["held_out_logratio/abs_before"]
+    assert before == pytest.approx(sum(distances) / len(distances), rel=1e-4)
+    assert before > 0.1
+    assert not [f for f in examine(record) if "log-ratios to the reference" in f.sentence], (
+        "it was asked for"
+    )
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_reference_of_rl_is_the_model_that_is_named(place, adapter):
+    words = ["policy.adapter.type=lora", "policy.adapter.rank=2"] if adapter else []
+    config = settings("grpo", 'reference.model="other"', *words).config
+    [stage] = build(config).stages
+    learner = stage.load_components(place).learner
+    tokens = torch.randint(4, 20, (2, 6))
+    mask = torch.arange(6).expand(2, 6) > 1
+    with torch.no_grad():
+        ours = masked_logprobs(learner.reference, tokens, mask)
+        theirs = masked_logprobs(load_model("other"), tokens, mask)
+    torch.testing.assert_close(ours, theirs)
+    assert not any(p.requires_grad for p in learner.reference.parameters())
+    models = plan(config).models
+    assert models["reference"] == model().num_parameters()
+    assert ("adapter" in models) == adapter
+
+
+def test_the_kl_of_rl_begins_above_0_and_stops_nothing(place):
+    first = metrics(run("grpo", 'reference.model="other"'))[0]
+    assert first["kl/token_k3"] > 0.01
+
+
+def test_a_plan_counts_a_reference_of_another_size(place):
+    small = Shape(type="llama", hidden_size=16, num_layers=1, num_heads=2, max_length=64)
+    save(create(small, tokenizer(), 0), tokenizer(), Path("small"))
+    count = load_model("small").num_parameters()
+    words = ("policy.adapter.type=lora", "policy.adapter.rank=2")
+    for name, stage in (("grpo", "grpo update"), ("dpo", "dpo")):
+        for extra in ((), words):
+            planned = plan(settings(name, 'reference.model="small"', *extra).config)
+            own = plan(settings(name, *extra).config)
+            assert planned.models["reference"] == count
+            held = 0 if extra else model().num_parameters()
+            difference = planned.memory[stage] - own.memory[stage]
+            assert difference == pytest.approx(4 * (count - held))
+
+
+def another_tokenizer():
+    from quartet.worlds.tokenizers import word_tokenizer
+
+    return word_tokenizer([*WORDS[1:], "zebra"], ".")
+
+
+def test_a_reference_that_reads_other_tokens_or_shorter_texts_is_refused(place):
+    save(model(), another_tokenizer(), Path("foreign"))
+    short = Shape(type="llama", hidden_size=16, num_layers=1, num_heads=2, max_length=8)
+    save(create(short, tokenizer(), 0), tokenizer(), Path("short"))
+    with pytest.raises(ModelError, match="foreign has another tokenizer than the policy"):
+        build(settings("dpo", 'reference.model="foreign"').config)
+    with pytest.raises(ModelError, match="short reads at most 8 tokens, .* can have 16"):
+        build(settings("dpo", 'reference.model="short"').config)
+    with pytest.raises(ModelError, match=r'reference.model = "./gone": no such folder'):
+        build(settings("dpo", 'reference.model="./gone"').config)
