@@ -402,7 +402,10 @@ def _messages(place: str, column: str, cell: Any) -> Sequence[Message]:
                 f"{place}: {column} has a message that is not of the form {{role, content}}: "
                 f"{row!r}."
             )
-        messages.append({"content": "", **without_nulls(row | {"content": content})})
+        message = {"content": "", **without_nulls(row | {"content": content})}
+        if not calls:  # some formats write an empty list, and some templates refuse it
+            message.pop("tool_calls", None)
+        messages.append(message)
     return messages
 
 
