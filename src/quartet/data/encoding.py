@@ -11,6 +11,7 @@ from quartet.data.limits import TooLong, TooLongRows, Truncation
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.report import token_pieces
 from quartet.experience import Prompt
+from quartet.io.activity import activity, counted
 from quartet.models.chat import (
     NO_COLUMNS,
     ChatError,
@@ -223,18 +224,20 @@ class Encoder:
         except ChatError as error:
             raise DataError(str(error)) from error
 
+    @activity("tokenizing")
     def _all(
         self, kind: type[R], encode: Callable[[Example], Sequence[R]], examples: Sequence[Example]
     ) -> Sequence[R]:
         records = DiskRows(kind)
         refused: dict[str, str] = {}
         dropped: dict[str, str] = {}
-        for example in examples:
+        rows = counted(examples, lambda _: 1, len(examples), "rows")
+        for example in rows:
             try:
                 encoded = encode(example)
             except DataError as error:
-                rows = refused if self._handling(error) == "refuse" else dropped
-                rows.setdefault(example.id, str(error))
+                unused = refused if self._handling(error) == "refuse" else dropped
+                unused.setdefault(example.id, str(error))
                 continue
             for record in encoded:
                 records.append(record)
