@@ -1,15 +1,20 @@
 import io
+import re
 import time
+from collections.abc import Sequence
 
 import pytest
 from rich.console import Console
 
-from quartet.cli.screen import Screen, now_in_words, sample_lines
+from quartet.cli.screen import Screen, now_in_words, sample_lines, shown_work
+from quartet.data.encoding import Encoder
+from quartet.data.examples import Example
 from quartet.io.activity import activity, counted, progress
 from quartet.loops.progress import Progress
 from quartet.runtime.events import Advanced, Finished, Started, Warned
 from quartet.stages.kinds import REWARD_MODEL
 from quartet.stages.protocol import StageRun
+from tests.support.world import tokenizer
 
 
 class Quiet:
@@ -95,6 +100,36 @@ def test_in_a_pipe_a_line_comes_though_no_step_ends(monkeypatch):
     screen.close()
     printed = out.getvalue()
     time.sleep(0.3)
+    assert out.getvalue() == printed, "nothing is printed after the end"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_work_that_is_of_no_stage_is_shown_while_it_lasts(monkeypatch, terminal):
+    """Reading and tokenizing data, which comes before a run's first line."""
+    monkeypatch.setattr("quartet.cli.screen.PLAIN_SECONDS", 0.05)
+    monkeypatch.setattr("quartet.cli.screen.SHOWN_SECONDS", 0.0)
+    out = io.StringIO()
+    console = Console(file=out, width=120, force_terminal=terminal, color_system=None)
+    line = re.compile(r"preparing: tokenizing [\d,]+/3,000 rows, [\d,.]+/s")
+
+    class Slow(Sequence):
+        """Rows that come slowly until the line is there."""
+
+        def __len__(self):
+            return 3000
+
+        def __getitem__(self, number):
+            if number >= len(self):
+                raise IndexError
+            if not line.search(out.getvalue()):
+                time.sleep(0.01)
+            return Example(f"x:{number}", "the film")
+
+    with shown_work(console), activity("preparing"):
+        Encoder(tokenizer(), 8, 8).prompts(Slow())
+    assert line.search(out.getvalue())
+    printed = out.getvalue()
+    time.sleep(0.2)
     assert out.getvalue() == printed, "nothing is printed after the end"
 
 

@@ -188,6 +188,35 @@ def test_tools_and_variables_of_a_row_are_in_its_prompt():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("enable_thinkng", "x:1: chat_template_kwargs.enable_thinkng: the chat template reads no"),
+        ("tokenize", "x:1: chat_template_kwargs.tokenize: is not for the template to choose"),
+    ],
+)
+def test_a_variable_of_a_row_that_its_template_does_not_read_is_refused(name, sentence):
+    example = Example("x:1", [ASK], extra={"chat_template_kwargs": {name: False}})
+    with pytest.raises(DataError, match=sentence):
+        Encoder(byte_level(REASONING), 100, 100).prompts([example])
+
+
+@pytest.mark.parametrize("place", ["a call", "the tools", "what was thought"])
+def test_quotations_that_are_no_content_are_counted(place):
+    quoted, extra, say = {"name": "look", "description": "</s> <|im_end|>"}, {}, SAY
+    if place == "the tools":
+        extra = {"tools": [{"type": "function", "function": quoted}]}
+    elif place == "a call":
+        say = {**SAY, "tool_calls": [{"function": {"name": "look", "arguments": quoted}}]}
+    else:
+        say = {**SAY, "reasoning_content": quoted["description"]}
+    example = Example("x:1", [ASK], completion=[say], extra=extra)
+    encoder = Encoder(byte_level(REASONING), 200, 200)
+    encoder.demonstrations([example, Example("x:2", [ASK], completion=[SAY])])
+    assert encoder.quoting == {"x:1": "<|im_end|>"}
+    assert encoder.oddities(example) == {"control": "<|im_end|>"}
+
+
 def test_a_text_is_learnt_whole_behind_a_first_token():
     [row] = Encoder(tokenizer(), 8, 8).demonstrations(
         [Example("x:1", "", completion="the film was good", is_text=True)]

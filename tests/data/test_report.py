@@ -11,7 +11,7 @@ from quartet.data.shapes import read_examples
 from quartet.data.tokenizer import train_tokenizer
 from quartet.models.chat import NAMED_TEMPLATES
 from tests.runtime.test_runs import REAL
-from tests.support.chats import CHATML, byte_level, sentence_pieces
+from tests.support.chats import CHATML, REASONING, byte_level, sentence_pieces
 from tests.support.command import quartet
 from tests.support.world import tokenizer as world_tokenizer
 from tests.support.world import write_lines
@@ -348,7 +348,7 @@ def test_weights_of_sources():
 def in_tokens(file, tokenizer, **options):
     encoder = Encoder(tokenizer, 10**9, 10**9)
     return report(
-        file, {}, encoder.count, "tokens", encoder.pieces, oddities=encoder.oddities, **options
+        file, {}, encoder.sizes, "tokens", encoder.pieces, oddities=encoder.oddities, **options
     )
 
 
@@ -358,9 +358,40 @@ def test_a_row_is_counted_once_whether_it_can_be_used_or_not(tmp_path):
     talks = [[{**USER, "content": text}, BOT] for text in ("why", "no", "so")]
     found = in_tokens(lines(tmp_path / "x.jsonl", *({"messages": t} for t in talks)), made)
     assert found.rows == 3 and found.shapes == {"conversations": 3} and found.problems == 1
-    assert "1 of 3 rows cannot be used, the first: the chat template refuses" in found.findings[0]
+    assert found.findings[0].startswith(
+        "1 of 3 rows cannot be used, the first: x.jsonl:2: the chat template refuses"
+    )
     assert len(found.findings) == 1 and len(found.examples) == 2
-    assert found.lengths["completion"].longest == len(made.encode("very"))
+    assert found.lengths["completion"].longest == len(made.encode("very<|im_end|>"))
+
+
+def test_rows_and_lengths_are_counted_as_a_run_counts_them(tmp_path):
+    """Tools and the ends of turns count; of a rewritten conversation, so does all up to its last
+    answer; an answer that the template refuses makes a row unusable."""
+    drops = "{% if messages[-1].content == 'no' %}{{ 1 / 0 }}{% endif %}" + REASONING
+    made, tools = byte_level(drops), [{"type": "function", "function": {"name": "look"}}]
+    thought = {**BOT, "content": "<think>\nso\n</think>\n\nvery"}
+    talks = [
+        {"messages": [USER, BOT], "tools": tools},
+        {"messages": [USER, thought, USER, thought]},
+        {"messages": [USER, {**BOT, "content": "no"}]},
+    ]
+    file = lines(tmp_path / "x.jsonl", *talks)
+    found = in_tokens(file, made)
+    encoder = Encoder(made, 10**9, 10**9, unusable="drop")
+    first, *_, last = encoder.demonstrations(read_examples(file, "demonstrations", {}))
+    assert list(encoder.dropped) == ["x.jsonl:3"] and found.problems == 1
+    assert found.lengths["prompt"].longest == len(first.prompt_ids)
+    before = len(made.apply_chat_template([USER], add_generation_prompt=True, return_dict=False))
+    longest = len(last.prompt_ids) - before + len(last.response_ids)
+    assert found.lengths["completion"].longest == longest
+    for limit, over in ((longest, 0), (longest - 1, 1)):
+        limits = {"prompt": 10**9, "response": limit}
+        said = [f for f in in_tokens(file, made, limits=limits).findings if "limits" in f]
+        assert len(said) == over
+        encoder = Encoder(made, 10**9, limit, unusable="drop")
+        encoder.demonstrations(read_examples(file, "demonstrations", {}))
+        assert len(encoder.dropped) == 1 + over
 
 
 def test_rows_that_quote_control_tokens_or_have_unknown_text_are_counted(tmp_path):

@@ -216,6 +216,12 @@ def test_calls_and_tools_keep_their_own_keys_in_every_format(tmp_path, format):
         assert json.dumps(function) in text and "null" not in text and "None" not in text
 
 
+def test_an_empty_list_of_calls_is_no_call(tmp_path):
+    """Llama 3's template refuses a message whose list of calls is not of one."""
+    row = {"messages": [USER, {**YES, "tool_calls": []}]}
+    assert read(tmp_path, row, "demonstrations").completion == [YES]
+
+
 def test_tools_may_be_json_or_stand_in_the_first_message(tmp_path):
     as_text = {"messages": [USER, YES], "tools": json.dumps(TOOLS)}
     assert read(tmp_path, as_text, "prompts").extra["tools"] == TOOLS

@@ -144,8 +144,6 @@ def test_tools_and_variables_reach_the_template():
         made, [USER], add_generation_prompt=True, tools=[TOOL], enable_thinking=False
     )
     assert '"name": "look"' in made.decode(prompt) and "</think>" in made.decode(prompt)
-    with pytest.raises(ChatError, match="chat_template_kwargs has tokenize"):
-        render(made, [USER], columns={"chat_template_kwargs": {"tokenize": True}})
 
 
 def test_the_results_of_tools_are_not_the_assistants_own():

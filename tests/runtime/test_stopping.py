@@ -1,20 +1,25 @@
-"""A run that is told to stop in a call that would last ten minutes ends, and goes on to the same bits."""
+"""A run that is told to stop in a call that would last ten minutes, or at any time of a step of one minute, ends, and goes on
+to the same bits."""
 
 import pytest
 
+from quartet.runtime.interruption import REASONS
 from tests.runtime.test_killing import killing
 from tests.support.stopping import PHASES
 
 CHANGED = "the update, weights changed"
+EVERY = [phase for phase in PHASES if phase != "merging"]
+"""The phases of a run without an adapter."""
 
 
 def outcomes(scenario: str, *phases: str) -> dict:
-    return killing(scenario, *phases, module="tests.support.stopping")
+    return killing("phases", scenario, *phases, module="tests.support.stopping")
 
 
 def check(found: dict) -> None:
     for phase, outcome in found.items():
-        assert outcome["code"] == 75 and "stopped by SIGTERM" in outcome["said"], (phase, outcome)
+        stopped = f"stopped by {REASONS[outcome.get('signal', 'SIGTERM')]}"
+        assert outcome["code"] == 75 and stopped in outcome["said"], (phase, outcome)
         assert (outcome["resumed"], outcome["different"]) == (0, []), (phase, outcome)
 
 
@@ -28,16 +33,23 @@ def test_a_step_is_given_up_before_its_weights_change_and_after():
 
 @pytest.mark.long
 def test_in_every_phase():
-    check(outcomes("ppo", *PHASES))
+    check(outcomes("ppo", *EVERY))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scenario", ["ppo", "lora"])
+def test_at_random_instants_of_steps_that_last_a_minute(scenario):
+    check(killing("instants", scenario, "20", "1", module="tests.support.stopping"))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("scenario", ["two", "sharded", "async", "lora"])
 def test_with_several_ranks_with_rollouts_in_the_background_and_with_an_adapter(scenario):
-    check(outcomes(scenario, "sampling", "the update", CHANGED))
+    merging = ["merging"] if scenario == "lora" else []
+    check(outcomes(scenario, "sampling", "the update", CHANGED, *merging))
 
 
 @pytest.mark.long
 def test_a_stop_takes_less_than_ten_seconds():
     """On a machine that does nothing else."""
-    assert max(outcome["seconds"] for outcome in outcomes("ppo", *PHASES).values()) < 10
+    assert max(outcome["seconds"] for outcome in outcomes("ppo", *EVERY).values()) < 10

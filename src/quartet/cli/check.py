@@ -185,7 +185,7 @@ def _report_in_tokens(
     return report(
         file,
         columns,
-        encoder.count,
+        encoder.sizes,
         "tokens",
         encoder.pieces,
         limits,

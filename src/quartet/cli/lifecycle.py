@@ -211,9 +211,13 @@ def _say_where(folder: Path, root: str) -> None:
 
 
 def _write_report(folder: Path) -> None:
+    from quartet.cli.screen import shown_work
+    from quartet.io.activity import activity
     from quartet.runtime.lifecycle import write_report
 
-    if (report := write_report(folder)) is not None:
+    with shown_work(console), activity("writing the report"):
+        report = write_report(folder)
+    if report is not None:
         _print(f"report {report}")
     else:
         _note("could not be written, see run.log", "report")
@@ -221,11 +225,14 @@ def _write_report(folder: Path) -> None:
 
 def _job(settings: "Settings", fault: str | None) -> "Job":
     """Return the job of these settings, in a process that keeps the memory that it frees."""
+    from quartet.cli.screen import shown_work
+    from quartet.io.activity import activity
     from quartet.launch.start import job_of
     from quartet.runtime.machine import keep_freed_memory
 
     keep_freed_memory(sharded=bool(settings.config.launch.shard))
-    return job_of(settings.config, fault)
+    with shown_work(console), activity("preparing"):
+        return job_of(settings.config, fault)
 
 
 def _print(text: str) -> None:

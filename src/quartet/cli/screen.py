@@ -1,10 +1,11 @@
 """The progress of a run: one live line per stage on a terminal, plain lines, ever rarer, in
 a file or a pipe. What takes longer than `SHOWN_SECONDS` is named in it, with its rate."""
 
+import contextlib
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +155,34 @@ class Screen:
                 self.console.print(Text(words, style="yellow"), soft_wrap=True)
         if event.stage.name == "evaluation":
             self.console.print(evaluation_table(event.summary))
+
+
+@contextlib.contextmanager
+def shown_work(console: Console) -> Iterator[None]:
+    """Within this context, which is of no stage, show what takes longer than `SHOWN_SECONDS`: in a
+    live line on a terminal, and every `PLAIN_SECONDS` in a file or a pipe."""
+    closed = threading.Event()
+
+    def line() -> Text:
+        return Text(f"     {now_in_words()}", style="dim", no_wrap=True, overflow="ellipsis")
+
+    def tick() -> None:
+        while not closed.wait(PLAIN_SECONDS):
+            with contextlib.suppress(OSError, ValueError):  # the reader of the pipe has gone
+                if now_in_words():
+                    console.print(line(), soft_wrap=True)
+
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=4, transient=True, get_renderable=line):
+            yield
+        return
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        closed.set()
+        ticker.join()
 
 
 def now_in_words() -> str:

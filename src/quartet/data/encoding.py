@@ -11,11 +11,13 @@ from quartet.data.limits import TooLong, TooLongRows, Truncation
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.report import token_pieces
 from quartet.experience import Prompt
+from quartet.io.activity import activity, counted
 from quartet.models.chat import (
     NO_COLUMNS,
     ChatError,
     Columns,
     HistoryRewritten,
+    check_variables,
     render,
     render_turns,
 )
@@ -115,6 +117,7 @@ class Encoder:
         """Return the ids that the policy is given; the beginning-of-sequence token first where the
         tokenizer wants one, and once. `columns` are the other columns of a conversation's row."""
         if not isinstance(prompt, str):
+            check_variables(self.tokenizer, columns.get("chat_template_kwargs") or {})
             return render(self.tokenizer, prompt, columns=columns)[0]
         begin = self.tokenizer.bos_token_id
         wants_begin = (
@@ -127,22 +130,29 @@ class Encoder:
             *text_ids(self.tokenizer, prompt.removeprefix(str(self.tokenizer.bos_token))),
         ]
 
-    def count(self, text: Text) -> int:
-        """Return the tokens of a text; of a conversation, as its template writes it; of an answer
-        in messages, of what they say."""
-        if isinstance(text, str):
-            return len(text_ids(self.tokenizer, text))
-        if text[-1]["role"] == "assistant":
-            return sum(self.count(message["content"]) for message in text)
-        return len(self._prompt_ids(text, NO_COLUMNS))
+    def sizes(self, example: Example) -> dict[str, int]:
+        """Return the tokens of each part of an example as a run counts them: with what the template
+        writes and the ends of turns; of a conversation that becomes several rows, up to the last
+        answer. A text that is empty has none. Raises DataError for rows that cannot be used."""
+        if example.is_text:
+            assert isinstance(example.completion, str), "a text has no messages"
+            return {"completion": len(self.prompt_ids(example.completion)) + 1}
+        prompt = self._prompt_ids(example.prompt, example.extra) if example.prompt else []
+        sizes = {"prompt": len(prompt)}
+        for part, answer in example.answers().items():
+            if isinstance(answer, str) and not answer.strip():
+                sizes[part] = 0
+            elif part == "completion":
+                before, response, _ = self._answered(example, prompt, answer, part)[-1]
+                sizes[part] = len(before) - len(prompt) + len(response)
+            else:
+                sizes[part] = len(self._response(example, answer, part))
+        return sizes
 
     def pieces(self, example: Example) -> list[tuple[str, bool]]:
         """Return the example as the model reads it, cut where the loss begins and ends; of a
         conversation that becomes several rows, the last."""
-        answer = next(
-            (a for a in (example.completion, example.chosen, example.rejected) if a is not None),
-            None,
-        )
+        answer = next(iter(example.answers().values()), None)
         prompt = self._prompt_ids(example.prompt, example.extra)
         if answer is None:
             return token_pieces(self.tokenizer, prompt, [], [])
@@ -167,7 +177,9 @@ class Encoder:
 
     def _quoted(self, example: Example) -> str | None:
         """Return the first control token that the texts of an example quote."""
-        tokens = (quoted_control(self.tokenizer, text) for text in texts_of(example))
+        tools = [example.extra.get("tools")] if example.conversational else []
+        texts = _texts_in([example.prompt, *example.answers().values(), *tools])
+        tokens = (quoted_control(self.tokenizer, text) for text in texts)
         return next((token for token in tokens if token is not None), None)
 
     def notes(self) -> Iterator[str]:
@@ -212,18 +224,20 @@ class Encoder:
         except ChatError as error:
             raise DataError(str(error)) from error
 
+    @activity("tokenizing")
     def _all(
         self, kind: type[R], encode: Callable[[Example], Sequence[R]], examples: Sequence[Example]
     ) -> Sequence[R]:
         records = DiskRows(kind)
         refused: dict[str, str] = {}
         dropped: dict[str, str] = {}
-        for example in examples:
+        rows = counted(examples, lambda _: 1, len(examples), "rows")
+        for example in rows:
             try:
                 encoded = encode(example)
             except DataError as error:
-                rows = refused if self._handling(error) == "refuse" else dropped
-                rows.setdefault(example.id, str(error))
+                unused = refused if self._handling(error) == "refuse" else dropped
+                unused.setdefault(example.id, str(error))
                 continue
             for record in encoded:
                 records.append(record)
@@ -445,11 +459,22 @@ class Encoder:
 
 def texts_of(example: Example) -> Iterator[str]:
     """Yield the texts of an example."""
-    for text in (example.prompt, example.completion, example.chosen, example.rejected):
+    for text in (example.prompt, *example.answers().values()):
         if isinstance(text, str):
             yield text
-        elif text is not None:
+        else:
             yield from (message["content"] for message in text)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Yield the texts of a value of JSON: its own, or those of what it holds."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts_in(item)
 
 
 def ids_of(record: Prompt | Demonstration | Comparison) -> Iterator[Sequence[int]]:

@@ -31,3 +31,12 @@ class Example:
     @property
     def conversational(self) -> bool:
         return not isinstance(self.prompt, str)
+
+    def answers(self) -> dict[str, Text]:
+        """Return the answers to the prompt by their names, those that the example has."""
+        answers = {
+            "completion": self.completion,
+            "chosen": self.chosen,
+            "rejected": self.rejected,
+        }
+        return {name: answer for name, answer in answers.items() if answer is not None}

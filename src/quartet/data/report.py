@@ -66,7 +66,8 @@ def purpose_of(shape: str) -> Purpose:
 class Counted:
     """Counts over the rows that have been read so far."""
 
-    count: Callable[[Text], int]
+    measure: Callable[[Example], Mapping[str, int]]
+    """Returns how long each part of an example is."""
     oddities: Callable[[Example], Mapping[str, str]] = lambda _: {}
     """Returns what a tokenizer finds odd about an example: `Encoder.oddities`."""
     shapes: Counter[str] = field(default_factory=Counter)
@@ -97,11 +98,12 @@ class Counted:
             shaped = row if self.shape is None else self.shape.shaped(place, row)
             shape, named = usual(place, shaped)
             example = example_of(place, named, purpose_of(shape))
-            sizes = {part: self.count(text) for part, text in parts_of(example).items()}
+            sizes = self.measure(example)
             oddities = self.oddities(example)
         except DataError as error:
             self.shapes[shape or "unknown"] += 1
-            self.note("unusable", str(error))
+            said = str(error)
+            self.note("unusable", said if said.startswith(place) else f"{place}: {said}")
             return
         self.shapes[shape or "unknown"] += 1
         for part, size in sizes.items():
@@ -145,12 +147,10 @@ class Counted:
 
 def parts_of(example: Example) -> dict[str, Text]:
     """Return the parts of an example by name, those that it has."""
-    parts = {"prompt": None if example.is_text else example.prompt}
-    parts |= {part: getattr(example, part) for part in ("completion", "chosen", "rejected")}
-    return {part: text for part, text in parts.items() if text is not None}
+    return ({} if example.is_text else {"prompt": example.prompt}) | example.answers()
 
 
-def limit_of(part: str, limits: Mapping[str, int]) -> float:
+def limit_of(part: str, limits: Mapping[str, int]) -> int | float:
     """Return the most units that a part of a row may have; infinity where none is given."""
     return limits.get("prompt" if part == "prompt" else "response", math.inf)
 
@@ -159,14 +159,15 @@ def plain(text: Text) -> str:
     return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
 
 
-def words(text: Text) -> int:
-    return len(plain(text).split())
+def words(example: Example) -> dict[str, int]:
+    """Return the number of words of each part of an example."""
+    return {part: len(plain(text).split()) for part, text in parts_of(example).items()}
 
 
 def report(
     path: Path,
     columns: Mapping[str, str],
-    count: Callable[[Text], int] = words,
+    measure: Callable[[Example], Mapping[str, int]] = words,
     unit: str = "words",
     rendered: Callable[[Example], Sequence[Piece]] | None = None,
     limits: Mapping[str, int] | None = None,
@@ -174,11 +175,12 @@ def report(
     oddities: Callable[[Example], Mapping[str, str]] = lambda _: {},
     shape: RowShape | None = None,
 ) -> Report:
-    """`count` measures a text in `unit`s; `rendered` cuts an example into pieces; `limits` are of
-    prompts and responses, in the unit; `held_out` names a file whose prompts should not be in this
-    one; `oddities` returns what a tokenizer finds odd about an example; `shape` is data.shape."""
+    """`measure` returns how many `unit`s each part of an example has; `rendered` cuts an example
+    into pieces; `limits` are of prompts and responses, in the unit; `held_out` names a file whose
+    prompts should not be in this one; `oddities` returns what a tokenizer finds odd about an
+    example; `shape` is data.shape."""
     limits = limits or {}
-    seen = Counted(count, oddities, limits=limits, shape=shape)
+    seen = Counted(measure, oddities, limits=limits, shape=shape)
     stopped = _read(path, columns, seen)
     if not seen.shapes:
         raise DataError(stopped or f"{path}: has no rows.")
@@ -308,7 +310,7 @@ def _findings(seen: Counted, total: int) -> Iterator[str]:
         )
 
 
-def _lengths(sizes: "array[int]", limit: float | None) -> Lengths:
+def _lengths(sizes: "array[int]", limit: int | float | None) -> Lengths:
     ordered = sorted(sizes)
     over = None if limit is None else sum(size > limit for size in ordered) / len(ordered)
     return Lengths(ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.95)], ordered[-1], over)
@@ -316,9 +318,7 @@ def _lengths(sizes: "array[int]", limit: float | None) -> Lengths:
 
 def pieces(example: Example) -> list[Piece]:
     """Return the pieces of an example without a tokenizer: the speakers, and what is learnt."""
-    answer = next(
-        (a for a in (example.completion, example.chosen, example.rejected) if a is not None), None
-    )
+    answer = next(iter(example.answers().values()), None)
     if isinstance(example.prompt, str):
         return [(example.prompt, False), *([(plain(answer), True)] if answer is not None else [])]
     made: list[Piece] = []

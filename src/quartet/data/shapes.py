@@ -40,6 +40,7 @@ from quartet.data.row_shape import (
     RowShape,
     ShareGpt,
 )
+from quartet.io.activity import activity, counted
 
 Purpose = Literal["prompts", "demonstrations", "comparisons", "preferences"]
 """What rows are used for; preferences are comparisons, or unpaired."""
@@ -70,7 +71,9 @@ def read_examples(
 ) -> Sequence[Example]:
     """Return the rows of a file as examples that serve the purpose. `columns` maps Quartet's names
     to the file's; `shape`, where the user names one, is applied after that. Raises `DataError`."""
-    examples = DiskRows(Example, examples_in(path, purpose, columns, shape))
+    with activity(f"reading {path.name}"):
+        found = counted(examples_in(path, purpose, columns, shape), lambda _: 1, 0, "rows")
+        examples = DiskRows(Example, found)
     if not examples:
         raise DataError(f"{path}: has no rows.")
     return examples
@@ -402,7 +405,10 @@ def _messages(place: str, column: str, cell: Any) -> Sequence[Message]:
                 f"{place}: {column} has a message that is not of the form {{role, content}}: "
                 f"{row!r}."
             )
-        messages.append({"content": "", **without_nulls(row | {"content": content})})
+        message = {"content": "", **without_nulls(row | {"content": content})}
+        if not calls:  # some formats write an empty list, and some templates refuse it
+            message.pop("tool_calls", None)
+        messages.append(message)
     return messages
 
 

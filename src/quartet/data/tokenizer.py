@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from quartet.io.activity import activity, counted
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """Return a byte-level BPE tokenizer (Radford et al. 2019): any text can be written, none is
@@ -19,7 +21,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    with activity("training a tokenizer"):
+        backend.train_from_iterator(counted(texts, lambda _: 1, 0, "texts"), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quartet.distributed.sharding import copy_saved, full_state_dict
 from quartet.errors import QuartetError
+from quartet.io.activity import counted
 from quartet.io.install import install_command
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_in, keep_in_float32
@@ -311,7 +312,7 @@ def merged_state(
     model without adapters. `tensors` is its `full_state_dict`, which every rank must call for."""
     layers, tensors = named_layers(model), full_state_dict(model) if tensors is None else tensors
     state = {}
-    for name, tensor in tensors.items():
+    for name, tensor in counted(tensors.items(), lambda _: 1, len(tensors), "tensors"):
         layer, _, rest = name.partition(".base_layer.")
         if rest == "weight":
             base = layers[layer].base_layer

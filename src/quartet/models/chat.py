@@ -101,14 +101,7 @@ def set_template_variables(tokenizer: Tokenizer, variables: Mapping[str, Any]) -
         return
     if tokenizer.chat_template is None:
         raise ChatError(f"{key}: the policy's tokenizer has no chat template to read them.")
-    whole = json.dumps(tokenizer.chat_template)
-    for name in variables:
-        if name in RESERVED:
-            raise ChatError(
-                f"{key}.{name}: is not for the template to choose. Tools are a column of the data."
-            )
-        if not re.search(rf"\b{re.escape(name)}\b", whole):
-            raise ChatError(f"{key}.{name}: the chat template reads no {name}. Take it out.")
+    check_variables(tokenizer, variables, key)
     beginning = "".join(
         f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}"
         for name, value in variables.items()
@@ -121,6 +114,21 @@ def set_template_variables(tokenizer: Tokenizer, variables: Mapping[str, Any]) -
         if isinstance(template, str)
         else {name: beginning + each for name, each in template.items()}
     )
+
+
+def check_variables(
+    tokenizer: Tokenizer, variables: Mapping[str, Any], key: str = "chat_template_kwargs"
+) -> None:
+    """Raise ChatError for a name that the tokenizer's template does not read. `key` is where the
+    variables come from."""
+    for name in variables:
+        if name in RESERVED:
+            raise ChatError(
+                f"{key}.{name}: is not for the template to choose. Tools are a column of the data."
+            )
+        whole = json.dumps(tokenizer.chat_template)
+        if not re.search(rf"\b{re.escape(name)}\b", whole):
+            raise ChatError(f"{key}.{name}: the chat template reads no {name}. Take it out.")
 
 
 # --- conversations
@@ -293,8 +301,6 @@ def _text(
         )
     pattern = control_pattern(tokenizer)
     variables = columns.get("chat_template_kwargs") or {}
-    if misplaced := sorted(RESERVED & variables.keys()):
-        raise ChatError(f"chat_template_kwargs has {misplaced[0]}, which is no template's own.")
     try:
         rendered: str = tokenizer.apply_chat_template(
             [_marked(pattern, dict(message)) for message in messages],

@@ -27,7 +27,7 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
 from quartet.experience import KeptIds
-from quartet.io.activity import activity, writing
+from quartet.io.activity import activity, counted, writing
 from quartet.models.adapters import (
     POLICY,
     AdapterView,
@@ -163,7 +163,8 @@ def check_whole(folder: str | Path, model: CausalModel, report: Mapping[str, Any
 @torch.no_grad()
 def check_finite(folder: str | Path, model: CausalModel) -> None:
     """Raise ModelError if a weight is NaN or infinite."""
-    for name, p in model.named_parameters():
+    named = dict(model.named_parameters())
+    for name, p in counted(named.items(), lambda _: 1, len(named), "tensors checked"):
         if not is_finite(p):
             raise ModelError(f"{folder}: {name} is not finite: the weights are damaged.")
 

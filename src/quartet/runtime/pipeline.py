@@ -16,6 +16,7 @@ from typing import Any
 from quartet import files
 from quartet.algorithms.policy_loss import PolicyLoss
 from quartet.errors import NonFinite, QuartetError
+from quartet.io.activity import activity
 from quartet.loops.progress import Progress
 from quartet.loops.rl import Step
 from quartet.recording.metric import measured, rule_of
@@ -159,7 +160,8 @@ class Pipeline:
         recorder = yield from self._advance(stage, step, resumable)
         with self._failing(f"{stage.title}, at its end"), self.interruption.only_if(always):
             summary = self.workers.call("finish")[0]
-        self.results |= self._result_fingerprints(stage)
+        with activity("syncing results"):
+            self.results |= self._result_fingerprints(stage)
         seconds = round(time.monotonic() - started, 2)
         self.folder.event("finished", stage.name, summary=summary, seconds=seconds)
         yield Finished(stage, summary, seconds)
