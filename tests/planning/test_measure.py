@@ -105,7 +105,7 @@ def within_the_plan(words, share, folder):
 @pytest.mark.long
 @pytest.mark.parametrize("size", SHAPES)
 @pytest.mark.parametrize("adapter", [(), LORA], ids=["full", "lora"])
-def test_the_peak_of_a_run_is_within_15_percent_of_the_plan(size, adapter, tmp_path):
+def test_the_peak_of_a_run_is_within_a_quarter_of_the_plan(size, adapter, tmp_path):
     what, *words = SHAPES[size]
     if size == "pretrained":
         if not (MODEL and TEXTS):
@@ -114,7 +114,7 @@ def test_the_peak_of_a_run_is_within_15_percent_of_the_plan(size, adapter, tmp_p
         what = "pretrained.toml"
         without = "\n".join(line for line in lines if not line.startswith("adapter"))
         (tmp_path / what).write_text(without, encoding="utf-8")
-    within_the_plan([what, *words, *SHORT, *adapter], 0.15, tmp_path)
+    within_the_plan([what, *words, *SHORT, *adapter], 0.25, tmp_path)
 
 
 @pytest.mark.long

@@ -217,15 +217,8 @@ def phases(
     whole = _whole_bytes(config, model, policy, number)
     weights = whole / parts
     adapter = adapter_parameters(config)
-    # Adapters share one trunk.
-    trained = {
-        table: trained_bytes(settings.optimizer, sizes(config), policy, adapter) / parts
-        for table, settings in config.optimizers()
-    }
     scorer = reward_model_parameters(config, policy) or policy
-    if config.reward_model.model is not None and "reward_model" in trained:
-        optimizer = config.reward_model.optimizer
-        trained["reward_model"] = trained_bytes(optimizer, None, scorer) / parts
+    trained = _trained(config, policy, scorer, parts)
     trunk = 0.0 if adapter is None else weights
     program = PROGRAM_BYTES + _tokenizer_bytes(config)
 
@@ -264,6 +257,19 @@ def phases(
             program + whole + number * scorer * _scorers(config, models) + sampling(answers)
         )
     return memory
+
+
+def _trained(config: Config, policy: int, scorer: int, parts: int) -> dict[str, float]:
+    """Return the bytes of what each stage trains, by its table; adapters share one trunk."""
+    adapter = adapter_parameters(config)
+    trained = {
+        table: trained_bytes(settings.optimizer, sizes(config), policy, adapter) / parts
+        for table, settings in config.optimizers()
+    }
+    if config.reward_model.model is not None and "reward_model" in trained:
+        optimizer = config.reward_model.optimizer
+        trained["reward_model"] = trained_bytes(optimizer, None, scorer) / parts
+    return trained
 
 
 def _whole_bytes(config: Config, model: Sizes, policy: int, number: int) -> float:
