@@ -4,7 +4,6 @@ python benchmarks/ours.py WORK SIZE [--repeats N]
 """
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +26,10 @@ from quartet.loops.rl import rl
 from quartet.loops.sft import sft as sft_loop
 from quartet.models import fused
 from quartet.models.actor_critic import Separate, freeze
-from quartet.models.heads import ScalarModel
-from quartet.models.language_model import masked_logprobs
+from quartet.models.adapters import CRITIC, POLICY, REWARD, AdapterView, add_adapter
+from quartet.models.heads import AdaptedScalar, ScalarModel
+from quartet.models.language_model import load_model, masked_logprobs
+from quartet.models.lora import Lora
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.protocols import CausalModel
 from quartet.rewards.functions import TextReward
@@ -42,32 +43,51 @@ from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from workload import Measurement, Size
 
 MICRO_BATCH_TOKENS = 2048
+LORA = Lora(rank=w.LORA_RANK, alpha=w.LORA_ALPHA)
 
 
 class FixedLengthGenerator(NativeGenerator):
     """A generator whose responses end at given lengths, with the end of sequence."""
 
     def __init__(self, model: CausalModel, size: Size, count: int) -> None:
-        super().__init__(model, w.tokenizer(size), frozenset({w.EOS}), seed=0)
-        self.lengths = torch.tensor(
-            w.response_lengths(size.limit, count), device=self.stop_ids.device
-        )
+        super().__init__(model, w.tokenizer(size), frozenset({size.eos}), seed=0)
+        self.eos = size.eos
+        self.lengths = torch.tensor(size.lengths(count), device=self.stop_ids.device)
 
     def _ends(self, tokens: Tensor, rows: Tensor, written: Tensor) -> Tensor:
         over = written >= self.lengths[rows]
-        tokens[over] = w.EOS
+        tokens[over] = self.eos
         return over
 
 
 def prompts(size: Size, count: int, low: int = 16, high: int = 48) -> list[Prompt]:
     return [
-        Prompt(f"p{i}", tuple(ids), w.text(ids))
+        Prompt(f"p{i}", tuple(ids), w.text(size, ids))
         for i, ids in enumerate(w.prompts(size, count, low, high))
     ]
 
 
+def policy(size: Size) -> Any:
+    """Return the model that is trained: of a pretrained one, the folder with an adapter."""
+    if not size.folder:
+        return w.language_model(size)
+    return add_adapter(load_model(size.folder), LORA, POLICY, seed=0)
+
+
+def reference_of(actor: Any, size: Size) -> Any:
+    """Return the reference: under an adapter, the trunk."""
+    return AdapterView(actor, None) if size.folder else freeze(w.language_model(size))
+
+
+def scalar(actor: Any, size: Size, name: str, seed: int) -> ScalarModel:
+    """Return a critic or a reward model: a model of its own, or an adapter on the actor's trunk."""
+    if not size.folder:
+        return ScalarModel(w.scalar_model(size, seed))
+    return AdaptedScalar(add_adapter(actor, LORA, name, seed), name, size.pad, seed)
+
+
 def generation(size: Size, repeats: int, copies: int = 1) -> Measurement:
-    generator = FixedLengthGenerator(w.language_model(size), size, size.rows)
+    generator = FixedLengthGenerator(policy(size), size, size.rows)
     low, high = (16, 48) if copies == 1 else (64, 128)
     asked = prompts(size, size.rows // copies, low, high)
     sampling = Sampling(max_new_tokens=size.limit)
@@ -82,32 +102,33 @@ def generation(size: Size, repeats: int, copies: int = 1) -> Measurement:
 
 def seconds_of_steps(progress: Iterator[object], repeats: int) -> list[float]:
     """Return the seconds between the results of a loop, without the first."""
-    stamps = [time.perf_counter() for _ in progress]
+    stamps = [w.clock() for _ in progress]
     return [b - a for a, b in itertools.pairwise(stamps)][:repeats]
 
 
 def ppo(size: Size, repeats: int) -> Measurement:
     rows = size.rows // 2
-    actor = w.language_model(size)
-    critic, scorer = (ScalarModel(w.scalar_model(size, seed)) for seed in (2, 1))
-    optim = Optim(lr=1e-5, critic_lr=1e-5, epochs=4, minibatches=1)
+    actor = policy(size)
+    critic = scalar(actor, size, CRITIC, 2)
+    scorer = freeze(scalar(actor, size, REWARD, 1))
+    optim = Optim(lr=1e-5, critic_lr=1e-5, epochs=size.ppo_epochs, minibatches=1)
     sampling = Sampling(max_new_tokens=size.limit)
-    reference = freeze(w.language_model(size))
+    reference = reference_of(actor, size)
     learner = Learner(Separate(actor, critic), reference, optim, sampling, steps=repeats + 1)
     collector = Collector(
         Sampler(prompts(size, rows), rows, 0),
         FixedLengthGenerator(actor, size, rows),
-        [Weighted(ModelReward(freeze(scorer), MICRO_BATCH_TOKENS), 1.0)],
+        [Weighted(ModelReward(scorer, MICRO_BATCH_TOKENS), 1.0)],
     )
     seconds = seconds_of_steps(rl(collector, learner, ALGORITHMS["ppo"]), repeats)
-    return Measurement(seconds, sum(w.response_lengths(size.limit, rows)), optimizer_steps=4)
+    return Measurement(seconds, sum(size.lengths(rows)), optimizer_steps=size.ppo_epochs)
 
 
 def grpo(size: Size, repeats: int, preset: str = "grpo") -> Measurement:
     samples = 8
-    actor = w.language_model(size)
+    actor = policy(size)
     sampling, optim = Sampling(max_new_tokens=size.limit), Optim(lr=1e-5, epochs=1)
-    reference = freeze(w.language_model(size))
+    reference = reference_of(actor, size)
     learner = Learner(Separate(actor, None), reference, optim, sampling, steps=repeats + 1)
     collector = Collector(
         Sampler(prompts(size, size.rows // samples), size.rows // samples, 0),
@@ -116,7 +137,7 @@ def grpo(size: Size, repeats: int, preset: str = "grpo") -> Measurement:
         samples,
     )
     seconds = seconds_of_steps(rl(collector, learner, ALGORITHMS[preset]), repeats)
-    return Measurement(seconds, sum(w.response_lengths(size.limit, size.rows)), optimizer_steps=1)
+    return Measurement(seconds, sum(size.lengths(size.rows)), optimizer_steps=1)
 
 
 def sft(size: Size, repeats: int) -> Measurement:

@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import itertools
 import logging
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +27,24 @@ FOLDER = Path("/tmp/quartet-bench-peer")
 """Where trainers write; nothing of it is read again."""
 
 
+def lora() -> Any:
+    """Return the adapter of a pretrained model, by peft."""
+    import peft
+
+    return peft.LoraConfig(r=w.LORA_RANK, lora_alpha=w.LORA_ALPHA, target_modules="all-linear")
+
+
 def generation(size: Size, repeats: int, copies: int = 1) -> Measurement:
     model = w.language_model(size)
+    if size.folder:
+        model.add_adapter(lora())
     low, high = (16, 48) if copies == 1 else (64, 128)
     prompts = w.prompts(size, size.rows // copies, low, high)
     rows = [row for row in prompts for _ in range(copies)]
-    lengths = w.response_lengths(size.limit, size.rows)
-    seconds = w.timed(lambda: w.transformers_generate(model, rows, lengths, size.limit), repeats)
+    lengths = size.lengths(size.rows)
+    seconds = w.timed(
+        lambda: w.transformers_generate(model, rows, lengths, size.limit, size.pad), repeats
+    )
     return Measurement(seconds, sum(lengths))
 
 
@@ -43,14 +53,14 @@ def continuous(size: Size, repeats: int) -> Measurement:
     each writes the mean number of tokens."""
     model = w.language_model(size)
     model.set_attn_implementation("sdpa")
-    rows, lengths = w.prompts(size, size.rows), w.response_lengths(size.limit, size.rows)
+    rows, lengths = w.prompts(size, size.rows), size.lengths(size.rows)
     config = GenerationConfig(
         do_sample=True,
         top_k=0,
         top_p=1.0,
         max_new_tokens=round(sum(lengths) / len(lengths)),
         eos_token_id=-1,
-        pad_token_id=w.PAD,
+        pad_token_id=size.pad,
     )
 
     def work() -> Any:
@@ -64,7 +74,7 @@ def force_lengths(model: Any, size: Size, rows: int) -> int:
     """Replace the model's `generate` by one that ends its rows where the workload says, with the
     end of sequence. Return how many tokens that is."""
     inner = model.generate
-    lengths = w.response_lengths(size.limit, rows)
+    lengths = size.lengths(rows)
 
     @functools.wraps(inner)
     def wrapped(input_ids: torch.Tensor, generation_config: Any = None, **kwargs: Any) -> Any:
@@ -78,8 +88,8 @@ def force_lengths(model: Any, size: Size, rows: int) -> int:
             **kwargs,
         )
         for i, n in enumerate(lengths[: len(input_ids)]):
-            output[i, width + n - 1] = w.EOS
-            output[i, width + n :] = w.PAD
+            output[i, width + n - 1] = size.eos
+            output[i, width + n :] = size.pad
         return output
 
     model.generate = wrapped
@@ -92,7 +102,7 @@ def seconds_of_steps(trainer: Any, repeats: int) -> list[float]:
     log = trainer.log
 
     def stamped(*args: Any, **kwargs: Any) -> Any:
-        stamps.append(time.perf_counter())
+        stamps.append(w.clock())
         return log(*args, **kwargs)
 
     trainer.log = stamped
@@ -123,13 +133,13 @@ def ppo(size: Size, repeats: int) -> Measurement:
 
     rows, words = size.rows // 2, w.tokenizer(size)
     words.padding_side = "left"
-    lengths = w.response_lengths(size.limit, rows)
+    lengths = size.lengths(rows)
     plain = module.batch_generation
 
     def ended(model: Any, queries: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         output, logits = plain(model, queries, *args, **kwargs)
         for i, n in enumerate(lengths):
-            output[i, queries.shape[1] + n - 1] = w.EOS
+            output[i, queries.shape[1] + n - 1] = size.eos
         return output, logits
 
     module.batch_generation = ended
@@ -138,8 +148,8 @@ def ppo(size: Size, repeats: int) -> Measurement:
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=1,
         num_mini_batches=1,
-        num_ppo_epochs=4,
-        total_episodes=rows * (repeats + 2),
+        num_ppo_epochs=size.ppo_epochs,
+        total_episodes=rows * (repeats + 1),
         response_length=size.limit,
         local_rollout_forward_batch_size=rows,
         temperature=1.0,
@@ -147,16 +157,22 @@ def ppo(size: Size, repeats: int) -> Measurement:
         num_sample_generations=0,
         kl_coef=0.05,
     )
+    value_model = w.scalar_model(size, 2)
+    if size.folder:  # the head is trained whole, as in ours
+        value_model.add_adapter(lora())
+        value_model.score.requires_grad_(True)
     trainer = PPOTrainer(
         args=config,
         processing_class=words,
         model=w.language_model(size),
-        ref_model=w.language_model(size),
+        ref_model=None if size.folder else w.language_model(size),
         reward_model=w.scalar_model(size, 1),
-        value_model=w.scalar_model(size, 2),
+        value_model=value_model,
         train_dataset=Dataset.from_dict({"input_ids": w.prompts(size, rows)}),
+        peft_config=lora() if size.folder else None,
     )
-    return Measurement(seconds_of_steps(trainer, repeats), sum(lengths), optimizer_steps=4)
+    seconds = seconds_of_steps(trainer, repeats)
+    return Measurement(seconds, sum(lengths), optimizer_steps=size.ppo_epochs)
 
 
 def grpo(size: Size, repeats: int, rloo: bool = False) -> Measurement:
@@ -166,7 +182,7 @@ def grpo(size: Size, repeats: int, rloo: bool = False) -> Measurement:
     rows, samples = size.rows, 8
     words = w.tokenizer(size)
     words.padding_side = "left"
-    prompts = [w.text(p) for p in w.prompts(size, rows // samples)]
+    prompts = [w.text(size, p) for p in w.prompts(size, rows // samples)]
     settings = {
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": 1,
@@ -174,24 +190,28 @@ def grpo(size: Size, repeats: int, rloo: bool = False) -> Measurement:
         "max_completion_length": size.limit,
         "num_iterations": 1,
         "beta": 0.04,
-        "max_steps": repeats + 2,
+        "max_steps": repeats + 1,
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
         "model_init_kwargs": None,
     }
     config_type, trainer_type = (RLOOConfig, RLOOTrainer) if rloo else (GRPOConfig, GRPOTrainer)
-    model = w.language_model(size)
-    model.name_or_path = model.config.name_or_path = ""
-    folder = str(FOLDER / "model")
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
+    folder = size.folder
+    if not folder:
+        model = w.language_model(size)
+        model.name_or_path = model.config.name_or_path = ""
+        folder = str(FOLDER / "model")
+        model.save_pretrained(folder)
+        words.save_pretrained(folder)
+        del model
     trainer = trainer_type(
         model=folder,
         reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
         args=config_type(**common(), **settings),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=words,
+        peft_config=lora() if size.folder else None,
     )
     tokens = force_lengths(trainer.model, size, rows)
     return Measurement(seconds_of_steps(trainer, repeats), tokens, optimizer_steps=1)
@@ -213,7 +233,7 @@ def sft(size: Size, repeats: int) -> Measurement:
         **common(),
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=1,
-        max_steps=repeats + 2,
+        max_steps=repeats + 1,
         max_length=None,
     )
     trainer = SFTTrainer(
@@ -243,7 +263,7 @@ def reward_model(size: Size, repeats: int) -> Measurement:
         **common(),
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=1,
-        max_steps=repeats + 2,
+        max_steps=repeats + 1,
         max_length=None,
     )
     trainer = RewardTrainer(
@@ -269,7 +289,7 @@ NEEDS_TRL = set(WORKS) - {"generation", "group", "continuous"}
 
 def missing_package(work: str) -> str | None:
     """Return the package that a work needs and that is not installed."""
-    needed = ["trl", "datasets"] if work in NEEDS_TRL else []
+    needed = ["trl", "datasets", "peft"] if work in NEEDS_TRL else []
     return next((name for name in needed if importlib.util.find_spec(name) is None), None)
 
 

@@ -2,6 +2,10 @@
 
     make bench          # installs the peers, runs everything (about an hour), writes the results
     python benchmarks/speed.py --peers DIR [--only ppo,grpo] [--rounds 3] [--size 1m]
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --peers DIR --model FOLDER
+
+With --model it is a pretrained model that both sides train, with the same LoRA; the results are in
+a file and a table of their own.
 
 DIR holds two virtual environments: `new` with the newest TRL, `old` with the last one that has PPO.
 Every measurement is a process of its own, so that its peak of memory is its own. Ours and theirs
@@ -11,6 +15,7 @@ optimizer steps must agree. Comparisons whose peer is not installed are skipped 
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -26,6 +31,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed.json"
+PRETRAINED_RESULTS = HERE / "results" / "pretrained.json"
 PAGE = HERE.parent / "docs" / "performance.md"
 Result = dict[str, Any]
 
@@ -65,6 +71,12 @@ COMPARISONS = [
     Comparison("training", "1m", "", "training_padded", 3, 1.7),
     Comparison("training", "10m", "", "training_padded", 3, 1.7),
 ]
+PRETRAINED = [
+    Comparison("grpo", "", "new", "grpo", 1, 2.5),
+    Comparison("ppo", "", "old", "ppo", 1, 2.5),
+    Comparison("generation", "", "new", "generation", 1, 2.0),
+]
+"""Of a pretrained model, whose folder takes the place of the size."""
 WORDS = {
     "generation": "generation, 64 prompts",
     "group": "8 samples of each of 8 prompts",
@@ -75,6 +87,11 @@ WORDS = {
     "reward_model": "a reward-model step",
     "scoring": "scoring 64 answers",
     "training": "training on 64 answers",
+}
+PRETRAINED_WORDS = {
+    "grpo": "a GRPO step, 4 prompts with 8 answers",
+    "ppo": "a PPO step, 16 answers",
+    "generation": "generation, 32 prompts",
 }
 PEERS = {
     "generation": "transformers `generate`",
@@ -126,7 +143,7 @@ def compare(comparison: Comparison, peers: Path, rounds: int) -> Result:
     )
     return {
         "work": c.work,
-        "size": c.size,
+        "size": Path(c.size).name,
         "peer": PEERS.get(c.peer_work, "TRL 1.16"),
         "tokens": ours[0]["tokens"],
         "threads": ours[0]["threads"],
@@ -164,32 +181,38 @@ def table(results: Result) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     asked = {(c.work, c.size): c.asked for c in COMPARISONS}
+    of_pretrained = {c.work: c.asked for c in PRETRAINED}
     for row in results["comparisons"]:
+        made_here = (row["work"], row["size"]) in asked
         cells = [
-            WORDS[row["work"]],
+            (WORDS if made_here else PRETRAINED_WORDS)[row["work"]],
             row["size"],
             f"{row['seconds']:.2f} s, {row['peak_mb']:,.0f} MB",
             f"{row['peer_seconds']:.2f} s, {row['peer_peak_mb']:,.0f} MB",
             row["peer"],
             f"**{row['ratio']:.1f} ×**",
             " ".join(f"{ratio:.1f}" for ratio in row["ratios_by_round"]),
-            f"{asked[row['work'], row['size']]} ×",
+            f"{asked[row['work'], row['size']] if made_here else of_pretrained[row['work']]} ×",
             f"{row['peak_mb'] / row['peer_peak_mb']:.0%}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def with_table(page: str, results: Result) -> str:
+def with_table(page: str, results: Result, marker: str = "comparisons") -> str:
     """Return the page with the table between its markers."""
-    between = f"<!-- comparisons -->\n{results['machine']}\n\n{table(results)}\n<!-- end -->"
-    return re.sub(r"<!-- comparisons -->.*?<!-- end -->", lambda _: between, page, flags=re.DOTALL)
+    between = f"<!-- {marker} -->\n{results['machine']}\n\n{table(results)}\n<!-- end -->"
+    pattern = rf"<!-- {marker} -->.*?<!-- end -->"
+    return re.sub(pattern, lambda _: between, page, flags=re.DOTALL)
 
 
 def describe_machine(reach: Result) -> str:
     """Return the sentence above the table."""
+    threads = f"{reach['threads']} thread{'s' * (reach['threads'] != 1)}"
+    if reach["threads"] == 1:
+        threads += " (seconds of processor time)"
     return (
-        f"{reach['threads']} threads of {platform.processor() or platform.machine()}; in the same "
+        f"{threads} of {platform.processor() or platform.machine()}; in the same "
         f"run a plain fp32 product reaches {reach['gflops']:.0f} GFLOP/s, a plain copy "
         f"{reach['copy_gb_s']:.0f} GB/s. {time.strftime('%Y-%m-%d')}."
     )
@@ -199,7 +222,13 @@ def merged(old: list[Result], row: Result) -> list[Result]:
     """Return the rows with this one in the place of the old one, in the order of `COMPARISONS`."""
     rows = {(r["work"], r["size"]): r for r in [*old, row]}
     order = [(c.work, c.size) for c in COMPARISONS]
-    return sorted(rows.values(), key=lambda r: order.index((r["work"], r["size"])))
+    works = [c.work for c in PRETRAINED]
+
+    def place(row: Result) -> int:
+        key = (row["work"], row["size"])
+        return order.index(key) if key in order else works.index(row["work"])
+
+    return sorted(rows.values(), key=place)
 
 
 def main() -> None:
@@ -209,21 +238,26 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, required=True)
     parser.add_argument("--only", default="", help="works, separated by commas")
     parser.add_argument("--size", default="", help="only this model")
+    parser.add_argument("--model", default="", help="the folder of a pretrained model")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     works, size = arguments.only.split(","), arguments.size
+    available, file, marker = COMPARISONS, RESULTS, "comparisons"
+    if arguments.model:
+        available = [dataclasses.replace(c, size=arguments.model) for c in PRETRAINED]
+        file, marker = PRETRAINED_RESULTS, "pretrained"
     wanted = [
         c
-        for c in COMPARISONS
+        for c in available
         if (not arguments.only or c.work in works) and (not size or c.size == size)
     ]
     rows: list[Result] = []
-    if RESULTS.is_file():
-        rows = json.loads(RESULTS.read_text(encoding="utf-8"))["comparisons"]
+    if file.is_file():
+        rows = json.loads(file.read_text(encoding="utf-8"))["comparisons"]
     reach = measured(sys.executable, "ours.py", "machine", "1m", 3)
     results = {"machine": describe_machine(reach), "reach": reach, "start_up": start_up()}
     for comparison in wanted:
-        name = f"{comparison.work:14} {comparison.size:5}"
+        name = f"{comparison.work:14} {Path(comparison.size).name:5}"
         try:
             row = compare(comparison, arguments.peers, arguments.rounds)
         except Skipped as reason:
@@ -233,10 +267,11 @@ def main() -> None:
         print(f"{name} {row['ratio']:.2f} × ({times})", flush=True)
         rows = merged(rows, row)
         text = json.dumps({**results, "comparisons": rows}, indent=1)
-        RESULTS.write_text(text + "\n", encoding="utf-8")
-    if PAGE.is_file():
-        results = json.loads(RESULTS.read_text(encoding="utf-8"))
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+        file.write_text(text + "\n", encoding="utf-8")
+    if PAGE.is_file() and file.is_file():
+        results = json.loads(file.read_text(encoding="utf-8"))
+        page = with_table(PAGE.read_text(encoding="utf-8"), results, marker)
+        PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.benchmarks.conftest import FOLDER
+from tests.support import world
 
 OURS = [
     "generation",
@@ -78,6 +79,51 @@ def test_a_response_ends_where_the_workload_says():
     lengths = w.response_lengths(size.limit, size.rows)
     assert [len(r.response_ids) for r in rollouts] == lengths
     assert all(r.response_ids[-1] == w.EOS for r in rollouts)
+
+
+@pytest.mark.parametrize("work", ["generation", "ppo", "grpo"])
+def test_a_model_folder_is_trained_with_an_adapter(work, tmp_path):
+    import ours
+    import workload as w
+
+    world.model().save_pretrained(tmp_path)
+    world.tokenizer().save_pretrained(tmp_path)
+    size = dataclasses.replace(w.size_of(str(tmp_path)), rows=8, limit=5)
+    assert (size.hidden, size.eos) == (32, world.tokenizer().eos_token_id)
+    measurement = ours.WORKS[work](size, 1)
+    assert measurement.tokens == 5 * (size.rows // 2 if work == "ppo" else size.rows)
+    actor = ours.policy(size)
+    trained = [n for n, p in actor.named_parameters() if p.requires_grad]
+    assert trained and all("lora" in name for name in trained)
+    for ids in w.prompts(size, 3):
+        assert w.tokenizer(size)(w.text(size, ids))["input_ids"] == ids
+
+
+def test_a_size_that_is_neither_a_name_nor_a_folder_is_refused():
+    import workload as w
+
+    with pytest.raises(ValueError, match="neither a model folder nor one of 1m"):
+        w.size_of("2m")
+
+
+def test_the_table_of_a_pretrained_model_has_its_own_words_and_targets():
+    import speed
+
+    row = {
+        "work": "grpo",
+        "size": "some-model",
+        "peer": "TRL 1.16",
+        "seconds": 2.0,
+        "peer_seconds": 6.0,
+        "ratio": 3.0,
+        "ratios_by_round": [3.0],
+        "peak_mb": 100.0,
+        "peer_peak_mb": 400.0,
+    }
+    page = "<!-- pretrained --> old <!-- end --> <!-- comparisons --> kept <!-- end -->"
+    filled = speed.with_table(page, {"machine": "One.", "comparisons": [row]}, "pretrained")
+    assert "| a GRPO step, 4 prompts with 8 answers | some-model |" in filled
+    assert "| 2.5 × | 25% |" in filled and " kept " in filled and " old " not in filled
 
 
 @pytest.mark.parametrize("work", PEERS)

@@ -14,10 +14,13 @@ from quartet.models import trunk
 from quartet.models.language_model import create, masked_logprobs
 from quartet.models.shape import Shape
 from quartet.models.trunk import checkpoint_blocks
+from quartet.planning import memory as planned_memory
 from quartet.planning.memory import (
+    TOKENIZER_FACTOR,
     Sizes,
     activation_bytes,
     micro_batch_tokens,
+    phases,
     policy_parameters,
     sizes,
 )
@@ -149,3 +152,46 @@ def test_activations_of_an_architecture_that_is_not_fused_are_what_autograd_keep
     tokens = torch.randint(4, 20, (8, 64))
     measured = kept_bytes(made, tokens, mask) / tokens.numel()
     assert measured == pytest.approx(predicted, rel=0.15)
+
+
+def config_of_folder(folder, *words):
+    config = config_with(*words)
+    return dataclasses.replace(
+        config, policy=dataclasses.replace(config.policy, create=None, model=str(folder))
+    )
+
+
+def test_the_tokenizer_counts_in_each_phase(tmp_path):
+    model().save_pretrained(tmp_path)
+    config = config_of_folder(tmp_path)
+    before = phases(config, {"policy": 1}, 10_000, 20.0)
+    (tmp_path / "tokenizer.json").write_bytes(b" " * 1_000_000)
+    after = phases(config, {"policy": 1}, 10_000, 20.0)
+    assert list(after) == ["sft", "reward model", "ppo update", "evaluation"]
+    for phase, held in after.items():
+        assert held - before[phase] == pytest.approx(TOKENIZER_FACTOR * 1_000_000)
+
+
+def test_an_evaluation_holds_one_policy_and_each_reward_model():
+    """The policy, what its decoder copies, and members that are as large: four bytes a parameter."""
+    config = config_with("evaluation.best_of=0", "evaluation.prompts=2")
+    models = {"policy": 10**9, "reward model": 10**9}
+    without = phases(config, {"policy": 10**9}, 10**9, 20.0)["evaluation"]
+    held = phases(config, models, 10**9, 20.0)["evaluation"]
+    assert held - without == 4e9
+    words = ("reward_model.members=3", 'reward=[{type="ensemble"}]')
+    ensemble = config_with("evaluation.best_of=0", "evaluation.prompts=2", *words)
+    assert phases(ensemble, models, 10**9, 20.0)["evaluation"] - held == 2 * 4e9
+
+
+def test_the_head_of_a_large_vocabulary_is_not_copied_by_the_decoder(monkeypatch):
+    """0.9 M parameters of which the last 40,000 are embeddings: with the limit at 40,000 they are not copied."""
+    config = config_with("evaluation.best_of=0", "evaluation.prompts=2")
+    matrices = int(sizes(config).matrix_parameters)
+
+    def evaluation():
+        return phases(config, {"policy": 1}, matrices + 40_000, 20.0)["evaluation"]
+
+    whole = evaluation()
+    monkeypatch.setattr(planned_memory, "WIDE_WEIGHT", 40_000)
+    assert whole - evaluation() == pytest.approx(4 * 40_000)

@@ -19,7 +19,16 @@ from quartet.loops.preference import OnlinePairs
 from quartet.models.precision import DTYPES
 from quartet.models.trunk import block_matrices
 from quartet.stages.evaluation import EvaluationStage
-from quartet.stages.kinds import EVALUATION, PREFERENCE, REWARD_MODEL, RL, SFT, kind_of, member_of
+from quartet.stages.kinds import (
+    CENTRING_PROMPTS,
+    EVALUATION,
+    PREFERENCE,
+    REWARD_MODEL,
+    RL,
+    SFT,
+    kind_of,
+    member_of,
+)
 from quartet.stages.preference import PreferenceStage
 from quartet.stages.protocol import Stage
 from quartet.stages.reward_model import RewardModelStage
@@ -27,8 +36,6 @@ from quartet.stages.rl import RLStage
 from quartet.stages.sft import SftStage
 from quartet.training.optim import Optimizer
 
-CENTRING_PROMPTS = 256
-"""How many training prompts are answered to find a reward model's mean score."""
 MEMBER_SEEDS = 1000
 """The distance between the seeds of an ensemble's members. It is not 1: runs with the seeds 0 and 1
 would have all but one member in common."""

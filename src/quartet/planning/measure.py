@@ -23,8 +23,7 @@ from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts
 from quartet.runtime.events import Finished
 from quartet.runtime.pipeline import Pipeline
-from quartet.stages.evaluation import BEST_OF_RESPONSES
-from quartet.stages.kinds import RL, kind_of
+from quartet.stages.kinds import BEST_OF_RESPONSES, RL, kind_of
 from quartet.stages.rl import PROBE_COUNT
 
 STEPS = 4

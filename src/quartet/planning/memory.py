@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quartet.config.tables import Config, SharedCritic
+from quartet.generation.cache import LOGITS_HELD, MIN_ROWS, WIDE_WEIGHT, cache_bytes
 from quartet.models.architectures import ARCHITECTURES
 from quartet.rewards.sources import ModelSource
+from quartet.stages.kinds import BEST_OF_RESPONSES, CENTRING_PROMPTS
 from quartet.training.optimizer_types import ADAMW, TYPES, OptimizerType
 
 FLOAT = 4
@@ -21,6 +23,8 @@ KERNEL_BYTES = 80e6
 """Bytes that the kernels of generation keep; each number of rows has its own. Measured."""
 FRAGMENTATION = 1.4
 """The memory that the allocator holds, over the memory in use. Measured."""
+TOKENIZER_FACTOR = 10
+"""The memory that a tokenizer takes, over the size of its tokenizer.json. Measured."""
 NF4_BYTES = 0.516
 """Bytes of a weight in 4 bits, with its block's share of the scales."""
 CPU_MICRO_BATCH = 2048
@@ -39,6 +43,8 @@ class Sizes:
     """The width of keys, and of values, over that of queries."""
     queries: float = 1.0
     """The width of queries over `hidden`: more than 1 where a head is wider than hidden / heads."""
+    vocabulary: int = 0
+    """The numbers of a row of logits; 0 where it is not known."""
     is_fused: bool = True
     """Whether it is of the family with the fused forward pass, which keeps less than that of
     transformers."""
@@ -70,8 +76,9 @@ def sizes(config: Config) -> Sizes | None:
     share = (table.get("num_key_value_heads") or heads) / heads
     width = (table.get("head_dim") or hidden / heads) * heads
     intermediate = table.get("intermediate_size") or table.get("n_inner") or 4 * hidden
+    vocabulary = table.get("vocab_size") or 0
     is_fused = table.get("model_type") in ARCHITECTURES
-    return Sizes(hidden, layers, intermediate, share, width / hidden, is_fused)
+    return Sizes(hidden, layers, intermediate, share, width / hidden, vocabulary, is_fused)
 
 
 def policy_parameters(config: Config, vocabulary: int | None) -> int | None:
@@ -202,7 +209,8 @@ def phases(
     config: Config, models: dict[str, int | None], policy: int, row: float
 ) -> dict[str, float]:
     """Return the expected resident bytes of each phase, on each rank: the program, weights,
-    gradients and moments of what is trained, and the activations of one micro-batch.
+    gradients and moments of what is trained, and the activations of one micro-batch; where
+    responses are sampled, what the decoder holds.
 
     `models` are the parameters by role, `policy` the policy's, `row` the tokens of a row on
     average.
@@ -213,17 +221,60 @@ def phases(
     number = number_bytes(config, on_gpu=False)
     per_token = activation_bytes(model, config.policy.gradient_checkpointing, number)
     tokens = micro_batch_tokens(config, policy, None)
-    in_4_bits = config.policy.quantize is not None
-    matrices = min(model.matrix_parameters, policy) if in_4_bits else 0.0
-    whole = number * (policy - matrices) + NF4_BYTES * matrices
+    whole = _whole_bytes(config, model, policy, number)
     weights = whole / parts
     adapter = adapter_parameters(config)
-    # Adapters share one trunk.
+    scorer = reward_model_parameters(config, policy) or policy
+    trained = _trained(config, policy, scorer, parts)
+    trunk = 0.0 if adapter is None else weights
+    reference = number * (models["reference"] or policy) / parts if "reference" in models else 0.0
+    program = PROGRAM_BYTES + _tokenizer_bytes(config)
+
+    def micro(rows: int, learners: int = 1) -> float:
+        return WORKING_BYTES + FRAGMENTATION * learners * min(rows * row, tokens) * per_token
+
+    def sampling(rows: int) -> float:
+        longest = row + config.rollout.max_new_tokens / 2
+        return _sampling_bytes(config, model, policy, rows, longest)
+
+    memory = {}
+    if "sft" in config.recipe:
+        memory["sft"] = program + trunk + trained["sft"] + micro(config.sft.batch_size)
+    if "reward_model" in config.recipe:
+        # It is trained first, and then centred on responses of the policy.
+        used = max(micro(2 * config.reward_model.batch_size), sampling(CENTRING_PROMPTS))
+        memory["reward model"] = program + weights + trained["reward_model"] + used
+    if config.preference_stage:
+        frozen = trunk + reference
+        memory[config.preference_stage] = (
+            program + frozen + trained["preference"] + micro(2 * config.preference.batch_size)
+        )
+    if config.rl_stage:
+        rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+        learners = 1 + _has_own_critic(config)
+        memory[f"{config.rl_stage} update"] = (
+            program
+            + weights * _frozen_models(config, models, scorer / policy)
+            + reference
+            + learners * trained["optim"]
+            + sampling(rows)
+            + micro(-(-rows // config.optim.minibatches), learners)
+        )
+    if "evaluation" in config.recipe:
+        answers = BEST_OF_RESPONSES if config.evaluation.best_of >= 2 else config.evaluation.prompts
+        memory["evaluation"] = (
+            program + whole + number * scorer * _scorers(config, models) + sampling(answers)
+        )
+    return memory
+
+
+def _trained(config: Config, policy: int, scorer: int, parts: int) -> dict[str, float]:
+    """Return the bytes of what each stage trains, by its table; adapters share one trunk."""
+    adapter = adapter_parameters(config)
     trained = {
         table: trained_bytes(settings.optimizer, sizes(config), policy, adapter) / parts
         for table, settings in config.optimizers()
     }
-    scorer = reward_model_parameters(config, policy) or policy
     if config.reward_model.model is not None and "reward_model" in trained:
         optimizer = config.reward_model.optimizer
         trained["reward_model"] = trained_bytes(optimizer, None, scorer) / parts
@@ -232,42 +283,41 @@ def phases(
             is_scorer = table == "reward_model" and config.reward_model.model is not None
             size = policy if adapter is None else adapter
             trained[table] += FLOAT * (scorer if is_scorer else size) / parts
-    trunk = 0.0 if adapter is None else weights
-    reference = number * (models["reference"] or policy) / parts if "reference" in models else 0.0
+    return trained
 
-    def micro(rows: int, learners: int = 1) -> float:
-        return WORKING_BYTES + FRAGMENTATION * learners * min(rows * row, tokens) * per_token
 
-    memory = {}
-    if "sft" in config.recipe:
-        memory["sft"] = PROGRAM_BYTES + trunk + trained["sft"] + micro(config.sft.batch_size)
-    if "reward_model" in config.recipe:
-        memory["reward model"] = (
-            PROGRAM_BYTES
-            + weights
-            + trained["reward_model"]
-            + micro(2 * config.reward_model.batch_size)
-        )
-    if config.preference_stage:
-        frozen = trunk + reference
-        memory[config.preference_stage] = (
-            PROGRAM_BYTES + frozen + trained["preference"] + micro(2 * config.preference.batch_size)
-        )
-    if config.rl_stage:
-        rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-        learners = 1 + _has_own_critic(config)
-        memory[f"{config.rl_stage} update"] = (
-            PROGRAM_BYTES
-            + KERNEL_BYTES
-            + weights * _frozen_models(config, models, scorer / policy)
-            + reference
-            + learners * trained["optim"]
-            # A decoder of ours has its own layout of the weights, but of those in 4 bits.
-            + (whole if model.is_fused and not in_4_bits else 0.0)
-            + number * cache_numbers(model, rows, row + config.rollout.max_new_tokens / 2)
-            + micro(-(-rows // config.optim.minibatches), learners)
-        )
-    return memory
+def _whole_bytes(config: Config, model: Sizes, policy: int, number: int) -> float:
+    """Return the bytes of the policy's weights, frozen and whole."""
+    matrices = min(model.matrix_parameters, policy) if config.policy.quantize is not None else 0.0
+    return number * (policy - matrices) + NF4_BYTES * matrices
+
+
+def _tokenizer_bytes(config: Config) -> float:
+    """Return the bytes of the policy's tokenizer, for which the size of its file stands."""
+    file = Path(str(config.policy.model)) / "tokenizer.json"
+    return float(TOKENIZER_FACTOR * file.stat().st_size) if file.is_file() else 0.0
+
+
+def _sampling_bytes(
+    config: Config, model: Sizes, policy: int, num_rows: int, tokens: float
+) -> float:
+    """Return the bytes that a decoder holds while it samples rows of so many tokens: the weights in
+    its own layout, keys and values, and the logits of the rows."""
+    number = number_bytes(config, on_gpu=False)
+    matrices = min(model.matrix_parameters, policy)
+    embeddings = policy - matrices
+    logits = LOGITS_HELD * FLOAT * (model.vocabulary or embeddings / max(model.hidden, 1))
+    row_bytes = number * cache_numbers(model, 1, tokens) + logits
+    rows = min(num_rows, max(cache_bytes() // row_bytes, MIN_ROWS))
+    copied = 0.0
+    if model.is_fused and config.policy.quantize is None:
+        copied = matrices + (embeddings if embeddings < WIDE_WEIGHT else 0.0)
+    return KERNEL_BYTES + number * copied + rows * row_bytes
+
+
+def _scorers(config: Config, models: Mapping[str, int | None]) -> int:
+    """Return how many reward models an evaluation loads, each whole."""
+    return max(len(config.reward_models), 1) * has_reward_model(models)
 
 
 def _has_own_critic(config: Config) -> bool:

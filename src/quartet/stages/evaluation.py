@@ -1,6 +1,7 @@
 """The evaluation stage: the trained policy against the one that it started from."""
 
 import dataclasses
+import gc
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +22,10 @@ from quartet.loops.progress import Progress
 from quartet.models.language_model import policy_logprobs
 from quartet.models.protocols import Tokenizer
 from quartet.rewards.protocol import Weighted, rewarded
+from quartet.stages.kinds import BEST_OF_RESPONSES
 from quartet.stages.protocol import StageRun, Summary
+from quartet.tensors import Float, Tensor
 from quartet.training.batch import collate
-
-BEST_OF_RESPONSES = 512
-"""How many responses the best-of-n curve is computed from, in all."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,22 @@ class EvaluationStage:
             not self.process_group.is_rank_zero
         ):  # one rank loads the models and writes; the others only count steps
             return StageRun(self._empty_steps, dict)
-        before, after = self.load_before(folder), self.load_after(folder)
         rewards = self.rewards(folder)
         responses: list[list[Rollout]] = []
 
         def steps(done: int) -> Iterator[Progress]:
-            for number, model in enumerate((before, after)[done:], done + 1):
+            for number, load in enumerate((self.load_before, self.load_after)[done:], done + 1):
+                # One policy at a time is in memory.
+                model = _loaded(load, folder)
                 responses.append(self._responses(model, folder, rewards, self.prompts))
+                del model
                 yield Progress(number, {})
 
         def finish() -> Summary:
             old, new = responses
-            with activity("KL"):
-                kl = self._kl(before, after, new)
+            after = self._logprobs(_loaded(self.load_after, folder), new)
+            before = _loaded(self.load_before, folder)
+            kl: list[float] = (after - self._logprobs(before, new)).sum(dim=1).tolist()
             summary = dataclasses.asdict(compare(old, new, kl, self.gold))
             if not any(w.weight for w in rewards):  # a preference stage: no reward was trained on
                 del summary["before"]["reward"], summary["after"]["reward"]
@@ -114,11 +117,12 @@ class EvaluationStage:
             gold = [[self.gold(r.prompt.text, r.response) for r in group] for group in complete]
         return best_of_n([[r.score or 0.0 for r in group] for group in complete], gold)
 
-    def _kl(self, before: Any, after: Any, rollouts: Sequence[Rollout]) -> list[float]:
-        """Return Σ_t log π_after(t) − log π_before(t) for each rollout, in nats."""
+    def _logprobs(self, model: Any, rollouts: Sequence[Rollout]) -> Float[Tensor, "B T"]:
+        """Return a policy's log-prob of each token of the responses, 0 elsewhere. The difference of
+        two policies', summed over a response, is its KL: Σ_t log π_after(t) − log π_before(t)."""
         batch = collate(rollouts)
-        new, old = (
-            policy_logprobs(
+        with activity("KL"):
+            return policy_logprobs(
                 model,
                 batch.tokens,
                 batch.lengths,
@@ -126,10 +130,13 @@ class EvaluationStage:
                 self.sampling.temperature,
                 self.micro_batch_tokens,
             )
-            for model in (after, before)
-        )
-        differences: list[float] = (new - old).sum(dim=1).tolist()
-        return differences
+
+
+def _loaded(load: Callable[[Path], Any], folder: Path) -> Any:
+    """Return the policy that `load` loads, after the memory of one before it was freed."""
+    gc.collect()
+    with activity("loading"):
+        return load(folder)
 
 
 def _write(

@@ -11,6 +11,10 @@ from typing import Any
 from quartet.algorithms.preference import PREFERENCES
 from quartet.algorithms.presets import ALGORITHMS
 
+CENTRING_PROMPTS = 256
+"""How many training prompts are answered to find a reward model's mean score."""
+BEST_OF_RESPONSES = 512
+"""How many responses the best-of-n curve is computed from, in all."""
 Summary = Mapping[str, Any]
 """What is known at the end of a stage, by name."""
 
