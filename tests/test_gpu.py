@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quartet.config.toml import read_settings
-from quartet.planning.cluster import training_memory, workload
+from quartet.planning.gpu_memory import training_memory, workload
 from quartet.planning.hardware import GB
 from quartet.recipes import recipe_path
 from tests.support.command import quartet

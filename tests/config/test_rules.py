@@ -172,6 +172,17 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "launch.shard": True,
         },
     ),
+    "quantize_needs_linear_layers": (
+        PPO,
+        {
+            "policy": {
+                "create": SHAPE | {"type": "gpt2"},
+                "tokenizer": "t",
+                "quantize": "nf4",
+                "adapter": {"type": "lora"},
+            }
+        },
+    ),
 }
 """A config that works and what is changed in it, by the rule that this breaks."""
 
@@ -210,3 +221,15 @@ def test_a_rule_refuses_what_cannot_work_with_a_sentence(monkeypatch, name):
         assert str(another) != str(refused.value)
     sentence = str(refused.value)
     assert sentence.startswith("here: ") and sentence.endswith(".")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_folder_that_cannot_be_held_in_4_bits_is_refused_unloaded(kind, tmp_path):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}', encoding="utf-8")
+    quantized = {"model": str(tmp_path), "quantize": "nf4", "adapter": {"type": "lora"}}
+    table = PPO | {"policy": quantized}
+    if kind == "llama":
+        settings_of_table(table, "x", "here")
+        return
+    with pytest.raises(ConfigError, match="gpt2 has no linear layers in its blocks"):
+        settings_of_table(table, "x", "here")

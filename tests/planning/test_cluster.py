@@ -8,20 +8,23 @@ import pytest
 from quartet.config.run import RunConfig
 from quartet.config.toml import read_settings
 from quartet.planning.cluster import (
-    Workload,
     _generating,
+    as_json,
     generating,
-    generation_memory,
     in_words,
-    memory_between_updates,
     plan_cluster,
     pushing,
     splits,
     training,
+)
+from quartet.planning.gpu_memory import (
+    Workload,
+    generation_memory,
+    memory_between_updates,
     training_memory,
     workload,
 )
-from quartet.planning.hardware import GPUS, CannotFit, Cluster
+from quartet.planning.hardware import GPUS, CannotFit, Cluster, Span
 from quartet.planning.memory import Sizes
 from quartet.planning.simulation import simulate
 from quartet.recipes import recipe_path
@@ -44,40 +47,55 @@ SEVEN_B = Workload(
 
 
 def test_memory_by_hand():
-    """On 8 ranks: an eighth of the parameters each, 16 bytes of each that is trained, 4 of others. Of the two matrices beside the
-    blocks, 0.6 G, and a block, 0.2 G, the first are the more to put together."""
+    """On 8 ranks: an eighth of the parameters each, 16 bytes of each that is trained, 2 of others. Of the two matrices beside the
+    blocks, 0.6 G, and a block, 0.2 G, the first are the more to gather: two of 2 bytes, and a gradient of 4."""
     memory = training_memory(SEVEN_B, 8)
     held = 7e9 / 8
     assert memory["actor"] == memory["critic"] == 16 * held
-    assert memory["reference, reward model"] == 2 * 4 * held
-    assert memory["put together"] == 2 * 4 * 0.6e9
+    assert memory["reference, reward model"] == 2 * 2 * held
+    assert memory["gathered weights"] == (2 * 2 + 4) * 0.6e9
     assert (
-        training_memory(dataclasses.replace(SEVEN_B, beside=60_000_000), 8)["put together"]
-        == 2 * 4 * 6.94e9 / 32
+        training_memory(dataclasses.replace(SEVEN_B, beside=60_000_000), 8)["gathered weights"]
+        == (2 * 2 + 4) * 6.94e9 / 32
     )
-    assert training_memory(SEVEN_B, 1)["put together"] == 0
-    assert training_memory(SEVEN_B, 1)["actor"] == 16 * 7e9
+    alone = training_memory(SEVEN_B, 1)
+    assert "gathered weights" not in alone and alone["actor"] == 16 * 7e9
+    assert alone["rounded weights"] == 2 * 2 * 7e9, "of both learners, for the gradients"
+    in_float32 = training_memory(dataclasses.replace(SEVEN_B, number=4), 1)
+    assert "rounded weights" not in in_float32
+    assert in_float32["reference, reward model"] == 2 * 4 * 7e9
+
+
+def test_adapters_share_one_trunk():
+    """7 B of 2 bytes, and 16 for each of 40 M parameters of two adapters; in 4 bits, 6.4 B of 0.516 bytes and 0.6 B of 2."""
+    adapted = dataclasses.replace(SEVEN_B, adapter=40_000_000, frozen=0)
+    memory = training_memory(adapted, 1)
+    assert memory["trunk"] == 14e9 and memory["actor"] == memory["critic"] == 16 * 4e7
+    quantized = training_memory(dataclasses.replace(adapted, in_4_bits=True), 1)
+    assert quantized["trunk"] == pytest.approx(0.516 * 6.4e9 + 2 * 0.6e9)
+    asked = ["policy.adapter={type='lora', rank=4}"]
+    found = workload(read_settings(recipe_path("reviews"), asked).config)
+    assert (found.frozen, found.learners) == (0, 2) and found.adapter is not None
 
 
 def test_what_rests_in_main_memory_leaves_room():
-    """Of 7 B in 8 parts: two models that are only read, 7 GB, wait while others learn. Between updates half of what is trained
-    waits too, 14 of 28 GB: so much more room for answers."""
+    """Of 7 B in 8 parts: two models that are only read, 3.5 GB, wait while others learn. Between updates gradients are gone, and
+    moments wait, 14 of 21 GB: so much more room for answers."""
     rests = dataclasses.replace(SEVEN_B, offload=True, reward_models=1)
     with_all, without = training_memory(SEVEN_B, 8), training_memory(rests, 8)
-    assert sum(with_all.values()) - sum(without.values()) == 2 * 4 * 7e9 / 8
+    assert sum(with_all.values()) - sum(without.values()) == 2 * 2 * 7e9 / 8
     meanwhile = training_memory(rests, 8, meanwhile=True)
-    assert meanwhile["reference, reward model"] == 4 * 7e9 / 8, (
+    assert meanwhile["reference, reward model"] == 2 * 7e9 / 8, (
         "rollouts are scored while others learn"
     )
-    assert memory_between_updates(with_all, SEVEN_B) == (16 + 16 + 8) * 7e9 / 8
-    assert memory_between_updates(without, rests) == 16 * 7e9 / 8
-    # muon's moments are 4 of 12 bytes where all is matrices: 8 of each stay
+    assert memory_between_updates(with_all, SEVEN_B) == (12 + 12 + 4) * 7e9 / 8
+    assert memory_between_updates(without, rests) == 8 * 7e9 / 8
+    # muon's moments are 4 of 12 bytes where all is matrices
     less = dataclasses.replace(rests, trained_bytes=12.0)
-    assert memory_between_updates(training_memory(less, 8), less) == 16 * 7e9 / 8
+    assert memory_between_updates(training_memory(less, 8), less) == pytest.approx(8 * 7e9 / 8)
     asked = read_settings(recipe_path("reviews"), ["run.offload=true"]).config
-    assert workload(asked) == dataclasses.replace(
-        workload(dataclasses.replace(asked, run=RunConfig())), offload=True
-    )
+    plain = workload(dataclasses.replace(asked, run=RunConfig()))
+    assert workload(asked) == dataclasses.replace(plain, offload=True, config=asked)
 
 
 def test_generation_by_hand():
@@ -138,7 +156,13 @@ def test_training_by_hand():
     made = training(SEVEN_B, GPUS["h100"], 8)
     assert made.best == pytest.approx(7e9 * 512 * 600 * (8 * 2 + 2 * 4) / (989e12 * 8 * 0.5))
     assert made.worst == pytest.approx(2 * made.best)
-    assert pushing(SEVEN_B, GPUS["h100"]).best == pytest.approx(14e9 / (50e9 * 0.85))
+    in_tf32 = training(dataclasses.replace(SEVEN_B, number=4), GPUS["h100"], 8)
+    assert in_tf32.best == pytest.approx(2 * made.best)
+    adapted = dataclasses.replace(SEVEN_B, adapter=40_000_000, frozen=0)
+    assert training(adapted, GPUS["h100"], 8).best == pytest.approx(made.best * (6 * 2 + 8) / 24)
+    assert pushing(SEVEN_B).best == pytest.approx(2 * 14e9 / 5e9), "written and read"
+    assert pushing(SEVEN_B, 1, GPUS["h100"]).worst == 0, "the model itself is sampled from"
+    assert pushing(SEVEN_B, 8, GPUS["h100"]).best == pytest.approx(7 / 8 * 28e9 / (50e9 * 0.85))
 
 
 def test_the_best_split_is_the_best_of_all():
@@ -156,6 +180,29 @@ def test_the_best_split_is_the_best_of_all():
         s.step.best + s.step.worst for s in everything
     )
     assert any("GPU-hours" in line for line in in_words(made))
+
+
+def test_what_was_never_measured_on_a_gpu_is_marked():
+    settings = ["policy.create.hidden_size=512", "policy.create.num_layers=4"]
+    made = plan_cluster(
+        read_settings(recipe_path("reviews"), settings, "x").config, Cluster.of("2xh100")
+    )
+    *lines, legend = in_words(made)
+    assert legend.strip().startswith("~ was never measured on a GPU")
+    assert all("~ " in line for line in lines if " GB of 80" in line or "GPU-hours" in line)
+    assert len([line for line in lines if line.startswith("memory")]) >= 8
+    table = as_json(made)
+    assert table["never_measured_on_a_gpu"] == list(table["figures"])
+    assert table["figures"]["memory_of_training"]["actor"] > 0
+
+
+def test_a_micro_batch_is_what_the_program_chooses_on_the_gpu():
+    config = read_settings(recipe_path("reviews"), ["policy.create.hidden_size=512"], "x").config
+    work = workload(config)
+    large, small = (work.on(GPUS[name], 1).micro_tokens for name in ("h200", "rtx4090"))
+    assert 2048 <= small < large <= 2**16
+    asked = read_settings(recipe_path("reviews"), ["optim.micro_batch_tokens=777"], "x").config
+    assert workload(asked).on(GPUS["h200"], 1).micro_tokens == 777
 
 
 @pytest.mark.slow
@@ -287,5 +334,7 @@ def test_ranges_against_published_steps(size, count, generators, step):
         generating(work, gpu, generators or count)[0],
         training(work, gpu, count - generators),
     )
-    found = made.max(update) + pushing(work, gpu) if generators else made + update
+    seconds = 2 * work.parameters / gpu.network  # these send weights from GPU to GPU
+    push = Span(seconds / 0.85, seconds / 0.5)
+    found = made.max(update) + push if generators else made + update
     assert found.best / 1.1 < step < 1.4 * found.worst

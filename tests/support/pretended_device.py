@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
+from tests.support.fast_bf16 import PRODUCTS, FastBf16
+
 CUDA = torch.device("cuda", 0)
 VIEWS = frozenset(
     "view _unsafe_view t transpose permute expand slice select unsqueeze squeeze detach alias as_strided split unbind lift_fresh"
@@ -42,9 +44,7 @@ MIXES = frozenset(
     "copy_ index index_put_ index_put _index_put_impl_ _to_copy _foreach_copy_".split()
 )
 """Operations that take tensors of two devices."""
-FACTORIES = (
-    "zeros ones full empty arange tensor rand randn as_tensor eye linspace randint randperm".split()
-)
+FACTORIES = "zeros ones full empty empty_like arange tensor rand randn as_tensor eye linspace randint randperm".split()
 
 
 class Counts:
@@ -52,6 +52,8 @@ class Counts:
 
     def __init__(self) -> None:
         self.alive, self.peak = 0, 0
+        self.storages: set[int] = set()
+        """What is alive. A view has its tensor's storage, which is counted once."""
         self.forbid_float64 = False
         self.reset()
 
@@ -60,9 +62,21 @@ class Counts:
         self.waits: Counter[tuple[str, str]] = Counter()
         self.copies: Counter[tuple[str, str]] = Counter()
 
-    def allocated(self, number: int) -> None:
-        self.alive += number
-        self.peak = max(self.peak, self.alive)
+    def holds(self, storage: Any) -> None:
+        """Count a storage until it is freed."""
+        key, number = storage._cdata, storage.nbytes()
+        if key not in self.storages:
+            self.storages.add(key)
+            self.alive += number
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._freed, key, number)
+
+    def _freed(self, key: int, number: int) -> None:
+        self.storages.discard(key)
+        self.alive -= number
+
+    def reset_peak(self) -> None:
+        self.peak = self.alive
 
 
 COUNTS = Counts()
@@ -86,16 +100,14 @@ class Pretended(torch.Tensor):
 
     @staticmethod
     def __new__(cls: Any, inner: torch.Tensor, requires_grad: bool = False) -> "Pretended":
-        made: Pretended = torch.Tensor._make_wrapper_subclass(
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            layout=inner.layout, device=inner.device, requires_grad=requires_grad,
-        )  # fmt: skip
+        # A parameter's view could not be made in inference mode if the wrapper were of that mode, too.
+        with torch.inference_mode(False):
+            made: Pretended = torch.Tensor._make_wrapper_subclass(
+                cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+                layout=inner.layout, device=inner.device, requires_grad=requires_grad,
+            )  # fmt: skip
         made.inner = inner
-        storage = inner.untyped_storage()
-        if not getattr(storage, "_is_counted", False):
-            number = storage.nbytes()
-            COUNTS.allocated(number)
-            weakref.finalize(inner, COUNTS.allocated, -number)
+        COUNTS.holds(inner.untyped_storage())
         return made
 
     def __repr__(self, **_: Any) -> str:
@@ -140,18 +152,16 @@ class Pretended(torch.Tensor):
         inner_args, inner_kwargs = tree_map(_inner, args), tree_map(_inner, kwargs)
         if kwargs.get("device") is not None:
             inner_kwargs["device"] = torch.device("cpu")
-        if (
-            name == "mm" and "dtype" in func._overloadname
-        ):  # products of bfloat16 that are kept in float32
-            out = inner_args[0].float() @ inner_args[1].float()
-        else:
-            out = func(*inner_args, **inner_kwargs)
+        out = _computed(func, name, inner_args, inner_kwargs)
         if name == "_local_scalar_dense":
             COUNTS.waits["item", place()] += 1
             return out
         if name == "copy_" and isinstance(args[0], Pretended) != isinstance(args[1], Pretended):
             if isinstance(args[0], Pretended):
                 COUNTS.copies["copy_", place()] += 1
+            elif kwargs.get("non_blocking") or args[2:] == (True,):
+                COUNTS.copies["copy_ to the host", place()] += 1
+                return args[0]
             else:
                 COUNTS.waits["copy_ to the host", place()] += 1
                 return args[0]
@@ -178,6 +188,14 @@ class Pretended(torch.Tensor):
             return known[id(x)] if id(x) in known else Pretended(x.resolve_conj().resolve_neg())
 
         return tree_map(wrapped, out)
+
+
+def _computed(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Return the result of an operation on the CPU."""
+    if name == "mm" and "dtype" in func._overloadname:  # bfloat16 that is kept in float32
+        return args[0].float() @ args[1].float()
+    with FastBf16() if func in PRODUCTS else contextlib.nullcontext():
+        return func(*args, **kwargs)
 
 
 def _refuse_strangers(func: Any, name: str, args: Any, tensors: list[torch.Tensor]) -> None:
@@ -219,7 +237,7 @@ def _factory(name: str, real: Any) -> Any:
             raise TypeError(f"MPS has no float64: torch.{name}, at {place()}")
         if name in {"tensor", "as_tensor"}:
             COUNTS.copies["torch.tensor", place()] += 1
-        elif name != "empty":
+        elif not name.startswith("empty"):
             COUNTS.kernels[name, place()] += 1
         return Pretended(data.detach(), data.requires_grad)
 

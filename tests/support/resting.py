@@ -1,9 +1,10 @@
-"""Main memory for a machine that has no other: what rests there is absurd until it comes back."""
+"""Main memory for a machine that has no other: what rests there is absurd until it comes back, and what is on its way is absurd
+until it is waited for."""
 
 import torch
 
 from quartet.distributed import offload as placement
-from quartet.distributed.sharding import local_tensor
+from quartet.distributed.sharding import is_sharded, local_tensor
 from quartet.training import checksum
 from quartet.training.optim import Optimizer
 
@@ -11,20 +12,46 @@ ABSURD = 2.0**100
 
 
 class Bed:
-    """Tensors that rest, by the number that stands in place of theirs."""
+    """A `Transfer` that keeps tensors that rest by the number that stands in place of theirs."""
 
     def __init__(self):
         self.there, self.count = {}, 0
+        self.waited = 0  # copies that have arrived
+        self.coming = []
+        """(copy, true tensor) of what is on its way to the device; it arrives when it is waited for."""
 
-    def moved(self, tensor, device):
-        if device != torch.device("meta"):
-            return self.there.pop(name_of(tensor), tensor)
+    def store(self, tensor, buffer=None):
+        self.wait(self.mark())
+        if buffer is not None:
+            self.there.pop(name_of(buffer), None)
         if name_of(tensor) is None or name_of(tensor) in self.there:
             return tensor
         self.count += 1
         dreaming = torch.full_like(tensor, ABSURD * (1 + self.count / 2**20))
         self.there[name_of(dreaming)] = tensor.detach()
         return dreaming
+
+    def load(self, tensor):
+        if name_of(tensor) not in self.there:
+            return tensor
+        true = self.there[name_of(tensor)]
+        if is_sharded(true):  # which is awaited
+            return true
+        copy = torch.full_like(true, ABSURD)
+        self.coming.append((copy, true))
+        return copy
+
+    def mark(self):
+        return self.waited + len(self.coming)
+
+    def wait(self, mark):
+        while self.coming and self.waited < mark:
+            copy, true = self.coming.pop(0)
+            copy.copy_(true)
+            self.waited += 1
+
+    def settle(self):
+        pass
 
     def truth(self, tensor):
         """What is read where it rests."""
@@ -55,6 +82,5 @@ def made(patch):
 
     patch(checksum, "_bits", lambda parameter: bits(bed.truth(parameter)))
     patch(Optimizer, "state", saved)
-    patch(placement, "MAIN_MEMORY", torch.device("meta"))
-    patch(placement, "moved", bed.moved)
+    patch(placement, "Transfer", lambda device: bed)
     return bed

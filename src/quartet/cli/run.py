@@ -171,7 +171,7 @@ def plan(
     if measured:
         _print_measured(settings)
     elif cluster is not None:
-        _print_cluster(settings, cluster, simulated)
+        _print_cluster(settings, cluster, simulated, as_json)
     elif simulated is not None:
         refuse("--simulate: needs --on.")
     else:
@@ -323,21 +323,27 @@ def _print_measured(settings: "Settings") -> None:
         console.print(line, soft_wrap=True)
 
 
-def _print_cluster(settings: "Settings", words: str, max_staleness: int | None) -> None:
+def _print_cluster(
+    settings: "Settings", words: str, max_staleness: int | None, as_json: bool
+) -> None:
     import statistics
 
-    from quartet.planning.cluster import in_words, plan_cluster
+    from quartet.planning import cluster as planning
     from quartet.planning.hardware import Cluster
     from quartet.planning.simulation import simulated
 
     try:
-        cluster_plan = plan_cluster(settings.config, Cluster.of(words))
+        cluster_plan = planning.plan_cluster(settings.config, Cluster.of(words))
     except ValueError as error:
         refuse(str(error))
-    for line in in_words(cluster_plan):
+    simulation = None if max_staleness is None else simulated(cluster_plan, max_staleness)
+    if as_json:
+        steps = {} if simulation is None else {"simulation": dataclasses.asdict(simulation)}
+        print_json(planning.as_json(cluster_plan) | steps)
+        return
+    for line in planning.in_words(cluster_plan):
         console.print(line, soft_wrap=True)
-    if max_staleness is not None:
-        simulation = simulated(cluster_plan, max_staleness)
+    if simulation is not None:
         mean = statistics.fmean(simulation.staleness)
         console.print(
             f"simulated  {simulation.steps} steps of {simulation.seconds:,.1f} s; staleness at "

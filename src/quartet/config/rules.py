@@ -5,6 +5,7 @@ asked in the order in which they stand here, and a config is refused with the fi
 rule may rely on those before it.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,8 @@ RULES: list[Rule] = []
 KNOWN_STAGES = "sft, reward_model, evaluation, and what `quartet algorithms` lists"
 CHECKED_WORLDS = ("sums", "guess")
 """Worlds whose answers are right or wrong; they have no comparisons to learn from."""
+WITHOUT_LINEAR_LAYERS = ("gpt2", "openai-gpt")
+"""Model types whose blocks keep their weights in transformers' Conv1D."""
 
 
 def rule(function: Rule) -> Rule:
@@ -759,7 +762,32 @@ def quantize_holds_one_trunk_whole(config: Config) -> str | None:
     name = next((name for name, is_set in excluded.items() if is_set), None)
     if name is None:
         return None
-    return f'policy.quantize = "{config.policy.quantize}": does not go with {name}.'
+    return (
+        f'policy.quantize = "{config.policy.quantize}": does not go with {name}. Leave one of them '
+        "out."
+    )
+
+
+@rule
+def quantize_needs_linear_layers(config: Config) -> str | None:
+    """A folder is looked at here so that a plan refuses it, too; of a name on the hub, loading
+    tells."""
+    policy = config.policy
+    if policy.quantize is None:
+        return None
+    kind = None if policy.create is None else policy.create.type
+    file = Path(str(policy.model)) / "config.json"
+    if kind is None and file.is_file():
+        try:
+            kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+        except (OSError, ValueError, AttributeError):
+            return None  # loading the model says what is wrong with it
+    if kind not in WITHOUT_LINEAR_LAYERS:
+        return None
+    return (
+        f'policy.quantize = "{policy.quantize}": {kind} has no linear layers in its blocks that '
+        "could be held in 4 bits. Leave it out, or use another model."
+    )
 
 
 def _has_trust_region(config: Config) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from quartet.generation.cache import PREFILL_TOKENS, spans_within
+from quartet.generation.cache import MIN_ROWS, PREFILL_TOKENS, spans_within
 from quartet.generation.fused import FusedDecoder
 from quartet.models.attention import slot_attention
 from quartet.models.packing import pack_rows
@@ -50,6 +50,9 @@ class SlotDecoder(FusedDecoder):
     def __init__(self, model: CausalModel, width: int, max_rows: int | None = None) -> None:
         # a row that has ended grows until the next check
         super().__init__(model, width, max_rows, width + LOOK_EVERY)
+        if max_rows is None:  # columns come in powers of two: count those that there will be
+            share = self.width / bucket(self.width, COLUMNS, 2**30)
+            self.max_rows = max(int(self.max_rows * share), MIN_ROWS)
         self.rows, self.longest = 0, 0
         """The rows there are, and the length of the longest. Both are known without the device."""
         shape = (0, 0, 2 * self.kv_heads, self.head_size)

@@ -9,6 +9,11 @@ COMPUTE = (0.25, 0.5)
 """The share of the makers' dense bf16 rate that training and scoring reach: from, to."""
 BANDWIDTH = (0.5, 0.85)
 """The share of the memory's bandwidth that decoding reaches: from, to."""
+DISK = (1e9, 5e9)
+"""Bytes per second of the disk through which servers get weights: from a disk in a machine, to one
+in its memory. Assumed."""
+MEASURED: frozenset[str] = frozenset()
+"""The figures of a plan that were measured on a GPU, by name. None was."""
 HOST = 8
 """GPUs of one host, which can hold one copy of the weights together."""
 RESERVED = 0.1
@@ -28,6 +33,11 @@ class Gpu:
     """Bytes per second from its memory."""
     network: float = 50 * GB
     """Bytes per second to other hosts, for each GPU: 400 Gbit/s."""
+
+    def rate(self, number: int) -> float:
+        """Return the operations per second on numbers of so many bytes: bfloat16, or float32 in the
+        tensor cores (TF32), which takes twice as long on all of these."""
+        return self.flops if number == 2 else self.flops / 2
 
 
 GPUS = {

@@ -130,7 +130,9 @@ def number_bytes(config: Config, on_gpu: bool) -> int:
     return 2 if precision == "bf16" or (precision == "auto" and on_gpu) else FLOAT
 
 
-def activation_bytes(model: Sizes, checkpointing: bool, number: int = FLOAT) -> float:
+def activation_bytes(
+    model: Sizes, checkpointing: bool, number: int = FLOAT, on_gpu: bool = False
+) -> float:
     """Return the bytes per token of a micro-batch that the backward pass needs, with so many bytes
     to a number.
 
@@ -139,11 +141,21 @@ def activation_bytes(model: Sizes, checkpointing: bool, number: int = FLOAT) -> 
     and packed), gate, up and their product. That of transformers was counted on Gemma 3, which has
     norms after attention and perceptron and on queries and keys, too. With checkpointing, each
     block keeps its input, and one block all of it.
+
+    `on_gpu` takes the kernels of CUDA, as they were counted on a device that is only pretended. In
+    bfloat16, queries and keys are kept before they are rotated, in float32 while they are, and
+    after it. In float32, attention keeps rectangles, for grouped heads with keys and values
+    repeated.
     """
     queries = model.queries * model.hidden
     keys = model.heads_share * queries
     if model.is_fused:
-        block = 4 * model.hidden + 3 * queries + 2 * keys + 3 * model.intermediate
+        attention = 3 * queries + 2 * keys
+        if on_gpu:
+            repeated = 2 * queries * (model.heads_share < 1)
+            in_float32 = 5 * queries + 3 * keys + repeated
+            attention = 6 * queries + 5 * keys if number == 2 else in_float32
+        block = 4 * model.hidden + attention + 3 * model.intermediate
     else:
         block = 10 * model.hidden + 4 * queries + 4 * keys + 4 * model.intermediate
     kept = model.layers * model.hidden + block if checkpointing else model.layers * block
@@ -197,11 +209,13 @@ def micro_batch_tokens(
     frozen = 0 if offloaded else 2
     number = number_bytes(config, on_gpu=True)
     trained = trained_bytes(config.optim.optimizer, model, parameters or 0) * (1 + needs_critic)
+    learners = 1 + _has_own_critic(config)  # the graphs of both are there at once
     # The decoder reads the weights in its own dtype; sharded ranks hold a whole copy for it.
     copies = number if number != FLOAT or parts > 1 else 0
     resident = (trained + (parameters or 0) * number * frozen) / parts
     resident += (parameters or 0) * copies
-    per_token = activation_bytes(model, config.policy.gradient_checkpointing, number)
+    checkpointing = config.policy.gradient_checkpointing
+    per_token = learners * activation_bytes(model, checkpointing, number, on_gpu=True)
     return int(min(max((free_bytes - resident) / 2 / per_token, CPU_MICRO_BATCH), 2**16))
 
 

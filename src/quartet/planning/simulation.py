@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import dataclass, field
 
-from quartet.planning.cluster import ClusterPlan, pushing
+from quartet.planning.cluster import ClusterPlan
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def simulated(plan: ClusterPlan, bound: int, steps: int = 200, seed: int = 0) ->
     split, work = plan.best, plan.work
     slots = min(split.copies.rows * split.copies.count, work.rows * max(bound, 1))
     per_answer = split.generation.middle * slots / work.rows
-    push = pushing(work, plan.cluster.gpu).best
+    push = split.push.best
     return simulate(
         slots, per_answer, 0.8, work.rows, split.update.middle, push, bound, steps, seed
     )

@@ -5,7 +5,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -110,6 +109,7 @@ class Learner:
         return Weights(self.version, GatheredWeights(self.models.actor))
 
     def state(self) -> dict[str, Any]:
+        self.placement.settle()  # moments may still be on their way to main memory
         return {
             "optimizers": {name: optimizer.state() for name, optimizer in self.optimizers.items()},
             "ema": None if self.ema is None else self.ema.state(),
@@ -155,7 +155,7 @@ class Learner:
                 "rollout.keep_mask = true, but the generator's rollouts do not say which ids the "
                 "filter left (Rollout.kept). Take it out, or use the native generator."
             )
-        with self.placement.on_device(self.reference):
+        with self.placement.on_device(self.reference, wait=False):
             return self.budget.run_within(
                 "scoring", partial(self._score, batch, rollouts, algorithm)
             )
@@ -172,12 +172,15 @@ class Learner:
             r.policy_version == self.version for r in rollouts
         )
         reuse = on_policy and self.sampler_agrees is True and not algorithm.kl.exact_reward
+        if algorithm.kl.exact_reward:
+            self.placement.ready(self.reference)
         scores = self.scorer.score(batch, algorithm, micro_batch_tokens, only_values=reuse)
         old = batch.rollout_logprobs if reuse else scores.logprobs
         if on_policy and self.sampler_agrees is None:
             self.sampler_agrees = logprobs_agree(batch.rollout_logprobs, old, batch.response_mask)
         reference = None
         if self.reference is not None:
+            self.placement.ready(self.reference)  # it came while the actor and critic read
             reference = self.scorer.logprobs(self.reference, batch, micro_batch_tokens)
         for what, numbers in (
             ("the log-probability", old),
@@ -219,13 +222,13 @@ class Learner:
         optimizers = self.stepped_optimizers()
         train_actor = "actor" in optimizers
         rates = {f"lr/{name}": optimizer.lr for name, optimizer in optimizers.items()}
-        moments = chain.from_iterable(o.torch_optimizers for o in optimizers.values())
+        moments = [m for o in optimizers.values() for m in o.torch_optimizers]
+        reference = self.reference if algorithm.kl.exact_loss else None
         record = UpdateRecord(experience, self.process_group, self.device)
         step_stats: list[dict[str, float]] = []
         num_epochs = 0
-        with self.placement.on_device(
-            *moments, self.reference if algorithm.kl.exact_loss else None
-        ):
+        with self.placement.on_device(reference, *moments, wait=False):
+            self.placement.ready(reference)
             for num_epochs in range(1, self.optim.epochs + 1):  # noqa: B007
                 for minibatch in self._minibatches(experience, algorithm, train_actor):
                     record.begin_step(minibatch.rows)
@@ -284,6 +287,8 @@ class Learner:
             yield from self._losses(minibatch, algorithm, train_actor, record, micro_batch_tokens)
             yield from self._ptx_losses(minibatch, algorithm, record, micro_batch_tokens)
             record.settle()
+            for optimizer in optimizers.values():  # moments came during the first gradients
+                self.placement.ready(*optimizer.torch_optimizers)
 
         stats = optimizer_step(losses(), optimizers, self.process_group)
         if not train_actor:  # a critic on the actor's trunk has left gradients there

@@ -1,0 +1,325 @@
+"""The memory that an RL run takes on each GPU of a cluster, by role.
+
+Weights, gradients, moments, activations, the decoder and its cache are compared in tests with the
+bytes that the program allocates on a device that is only pretended. What FSDP gathers and what
+CUDA graphs hold is not in these counts, and none of it was measured on a GPU.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from quartet.config.tables import Config, SharedCritic
+from quartet.generation.source import Servers
+from quartet.planning.hardware import GB, HOST, RESERVED, CannotFit, Gpu
+from quartet.planning.memory import (
+    FLOAT,
+    NF4_BYTES,
+    Sizes,
+    activation_bytes,
+    adapter_parameters,
+    micro_batch_tokens,
+    number_bytes,
+    policy_parameters,
+    sizes,
+    trained_bytes,
+)
+from quartet.planning.plan import row_tokens, vocabulary
+
+SAMPLING_COPIES = 7.0
+"""Numbers of 4 bytes that drawing a token holds at once for each row and word of the vocabulary.
+Counted."""
+HEAD_COPIES = 3.0
+"""The same for a chunk of the logits of a micro-batch."""
+HEAD_CHUNKS, CHUNK_ELEMENTS = 8, 2**21
+"""Log-probs are computed in at most so many chunks of the vocabulary, of at least so many logits
+(`models/logprobs.py`)."""
+CACHE_COLUMNS, CACHE_SLOTS, LOOK_AHEAD = 256, 8, 8
+"""A decoder's cache has a power of two times so many columns and slots, and room for the tokens of
+rows whose end was not seen yet (`generation/slots.py`)."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What an RL step computes, as far as memory and time depend on it."""
+
+    parameters: int
+    """Parameters of the policy; every other model has as many."""
+    model: Sizes
+    beside: int
+    """Parameters outside the blocks: embeddings and head."""
+    learners: int
+    """Models that are trained: 2 with a separate critic, else 1."""
+    frozen: int
+    """Models that are only read: the reference, reward models. Adapters on a trunk are none."""
+    rows: int
+    """Responses of a step."""
+    prompt: float
+    """Tokens of a prompt on average."""
+    response: float
+    """Tokens of a response on average."""
+    longest: int
+    """Tokens of the longest response."""
+    epochs: int
+    micro_tokens: int
+    """Tokens of a micro-batch."""
+    checkpointing: bool
+    offload: bool = False
+    """Whether frozen models and moments are kept in main memory while they are not needed."""
+    read_by_loss: int = 0
+    """The number of frozen models that an update reads."""
+    reward_models: int = 0
+    """The number of frozen models that score rollouts, which can go on during an update."""
+    trained_bytes: float = 16.0
+    """Bytes for each parameter that is trained: itself and its gradient in float32, and the moments
+    that the optimizer keeps; 8 are AdamW's two."""
+    number: int = 2
+    """Bytes of a number that models compute with: 2 in bfloat16, 4 in float32. Frozen models are
+    held in it."""
+    vocabulary: int = 0
+    """Words that a token is drawn from."""
+    adapter: int | None = None
+    """Parameters of one adapter; None where all weights are trained."""
+    in_4_bits: bool = False
+    """Whether the trunk under the adapters is held in NF4."""
+    served: bool = False
+    """Whether servers generate the responses, which may divide a model over several GPUs."""
+    config: Config | None = None
+    """The settings, where the program chooses the tokens of a micro-batch by the GPU's memory."""
+
+    @property
+    def unit(self) -> float:
+        """Parameters of the largest unit that FSDP gathers at once: a block, or what is outside the
+        blocks."""
+        return float(max((self.parameters - self.beside) / max(self.model.layers, 1), self.beside))
+
+    @property
+    def cache_bytes(self) -> float:
+        """Bytes of the keys and values of one token."""
+        model = self.model
+        return 2 * model.layers * model.queries * model.hidden * model.heads_share * self.number
+
+    @property
+    def trained(self) -> int:
+        """Parameters that each learner trains."""
+        return self.parameters if self.adapter is None else self.adapter
+
+    @property
+    def trunk(self) -> float:
+        """Bytes of the weights under adapters, 0 without any."""
+        if self.adapter is None:
+            return 0.0
+        if not self.in_4_bits:
+            return float(self.number * self.parameters)
+        return NF4_BYTES * (self.parameters - self.beside) + self.number * self.beside
+
+    def on(self, gpu: Gpu, ranks: int) -> "Workload":
+        """Return the workload with the micro-batch that the program chooses on so many GPUs."""
+        config = self.config
+        if config is None or config.optim.micro_batch_tokens != "auto":
+            return self
+        launch = dataclasses.replace(config.launch, shard=ranks > 1)
+        config = dataclasses.replace(config, launch=launch)
+        tokens = micro_batch_tokens(config, self.parameters, gpu.memory, ranks)
+        return dataclasses.replace(self, micro_tokens=tokens)
+
+
+def workload(config: Config) -> Workload:
+    """Return the workload of a config's RL stage on GPUs. Raises ValueError where there is none, or
+    where the size of the policy is not known."""
+    parameters, model = policy_parameters(config, vocabulary(config)), sizes(config)
+    if not parameters or not model or not config.algorithm:
+        raise ValueError(
+            "the size of the policy is not known, or there is no RL stage: name a folder, or "
+            "describe it in policy.create."
+        )
+    algorithm, (prompt, response) = config.algorithm, row_tokens(config)
+    own_critic = algorithm.needs_critic and not isinstance(config.critic, SharedCritic)
+    members = max(len(config.reward_models), 1)
+    reward_models = members if config.reward_model_source is not None else 0
+    adapter = adapter_parameters(config)
+    if adapter is not None and config.reward_model.model is None and config.reward_models:
+        reward_models = 0  # an adapter on the policy's trunk
+    has_reference = algorithm.needs_reference and adapter is None
+    beside = max(int(parameters - model.matrix_parameters), 0)
+    tokens = config.optim.micro_batch_tokens
+    trained = trained_bytes(config.optim.optimizer, model, parameters, adapter)
+    return Workload(
+        parameters=parameters,
+        model=model,
+        beside=beside,
+        learners=1 + own_critic,
+        frozen=reward_models + has_reference,
+        rows=config.rollout.prompts_per_step * config.rollout.samples_per_prompt,
+        prompt=prompt,
+        response=response,
+        longest=config.rollout.max_new_tokens,
+        epochs=config.optim.epochs,
+        micro_tokens=8192 if tokens == "auto" else tokens,
+        checkpointing=config.policy.gradient_checkpointing,
+        offload=config.run.offload,
+        read_by_loss=int(has_reference and algorithm.kl.exact_loss),
+        reward_models=reward_models,
+        trained_bytes=trained / (parameters if adapter is None else adapter),
+        number=number_bytes(config, on_gpu=True),
+        vocabulary=vocabulary(config) or beside // (2 * model.hidden),
+        adapter=adapter,
+        in_4_bits=config.policy.quantize is not None,
+        served=isinstance(config.generator, Servers),
+        config=config,
+    )
+
+
+# --- training
+
+
+def training_memory(work: Workload, ranks: int, meanwhile: bool = False) -> dict[str, float]:
+    """Return the bytes on each GPU that trains at the peak of an update, by role.
+
+    A trained parameter takes `Workload.trained_bytes` and a frozen one `Workload.number`, divided
+    by the ranks. On one GPU a micro-batch holds the weights rounded to bfloat16 from its forward
+    pass to its backward pass; on several, two units (`Workload.unit`) are gathered, and a gradient
+    in float32. `meanwhile` says that other GPUs generate during the update, so that reward models
+    are in use as well.
+    """
+    sharded, learners = work.parameters / ranks, work.learners
+    roles = {"trunk": work.trunk / ranks, "actor": work.trained_bytes * work.trained / ranks}
+    if learners > 1:
+        roles["critic"] = roles["actor"]
+    on_device = work.read_by_loss + work.reward_models * meanwhile if work.offload else work.frozen
+    if on_device:
+        roles["reference, reward model"] = work.number * sharded * on_device
+    if ranks > 1:
+        roles["gathered weights"] = (2 * work.number + FLOAT) * work.unit
+    elif work.number != FLOAT:
+        roles["rounded weights"] = float(learners * work.number * work.trained)
+    per_token = activation_bytes(work.model, work.checkpointing, work.number, on_gpu=True)
+    roles["activations"] = learners * work.micro_tokens * per_token
+    logits = work.micro_tokens * work.vocabulary
+    chunk = min(logits, max(math.ceil(logits / HEAD_CHUNKS), CHUNK_ELEMENTS))
+    roles["logits"] = HEAD_COPIES * FLOAT * chunk
+    return roles
+
+
+TRANSIENT = frozenset({"activations", "logits", "gathered weights", "rounded weights"})
+"""Roles that are there during an update only."""
+
+
+def memory_between_updates(memory: dict[str, float], work: Workload) -> float:
+    """Return the bytes that training holds on a GPU between two updates. Gradients are gone; with
+    `offload`, moments and frozen models are in main memory."""
+    kept = FLOAT if work.offload else work.trained_bytes - FLOAT
+    return sum(
+        size * (kept / work.trained_bytes if role in {"actor", "critic"} else 1.0)
+        for role, size in memory.items()
+        if role not in TRANSIENT
+    )
+
+
+def load_peak(work: Workload, ranks: int) -> float:
+    """Return the bytes on each GPU at the peak of loading, before there are gradients or moments.
+
+    Models are loaded one after another. On several GPUs each reads its own part, and one whole
+    tensor at a time. On one, a model arrives in float32 and is then rounded if it is frozen; one in
+    4 bits is read and rounded one matrix at a time.
+    """
+    largest = FLOAT * max(work.vocabulary * work.model.hidden, work.model.matrix_parameters / 8)
+    largest = min(largest, FLOAT * work.unit)
+    trained = 0.0 if work.adapter is not None else FLOAT * work.parameters * work.learners
+    held = (trained + work.trunk + work.number * work.parameters * work.frozen) / ranks
+    if ranks > 1 or (work.in_4_bits and not work.frozen):
+        return held + largest
+    is_rounded = work.number != FLOAT and (work.frozen > 0 or work.adapter is not None)
+    return held + (FLOAT - work.number) * work.parameters * is_rounded
+
+
+# --- generation
+
+
+def bucket(count: float, smallest: int) -> int:
+    """Return the smallest of `smallest`, 2 · `smallest`, 4 · `smallest`, … that is not below
+    `count`."""
+    return int(smallest * 2 ** max(math.ceil(math.log2(max(count, 1) / smallest)), 0))
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The copies of the weights on the GPUs that generate."""
+
+    count: int
+    each: int
+    """GPUs that one copy is divided over."""
+    rows: int
+    """Responses that each copy samples at once."""
+    memory: dict[str, float]
+    """Bytes on each GPU, by role."""
+
+
+def generation_memory(work: Workload, gpu: Gpu, count: int, taken: float = 0.0) -> list[Copies]:
+    """Return every way in which servers can divide `count` GPUs into copies that fits, with 1, 2, 4
+    or 8 GPUs each.
+
+    A response holds the pages of the cache that it fills, which are its prompt and response on
+    average. `taken` is the memory that training holds on the same GPU. Raises `CannotFit`.
+    """
+    room, weights = gpu.memory * (1 - RESERVED) - taken, float(work.number * work.parameters)
+    per_row = work.cache_bytes * (work.prompt + work.response)
+    longest = work.cache_bytes * (work.prompt + work.longest)
+    fitting = []
+    for each in (1, 2, 4, HOST):
+        copies = count // each
+        if copies and (weights + longest) / each < 0.95 * room:
+            rows = int(
+                min((room - weights / each) / (per_row / each), math.ceil(work.rows / copies))
+            )
+            memory = {"weights": weights / each, "keys and values": rows * per_row / each}
+            fitting.append(Copies(copies, each, max(rows, 1), memory))
+    if not fitting:
+        raise CannotFit(_no_room(weights, longest, count, room))
+    return fitting
+
+
+def native_generation(work: Workload, gpu: Gpu, ranks: int, taken: float = 0.0) -> Copies:
+    """Return what each GPU that trains holds while it samples by itself, beside the `taken` memory.
+
+    A decoder holds the weights in the dtype that it computes in, joined and merged with adapters:
+    all of them where they are rounded. On several ranks, there is a whole copy of the policy
+    too. Its cache has slots for rows, and columns for the longest text that is being written, each
+    a power of two, in at most half of the free memory. Raises `CannotFit`.
+    """
+    room = gpu.memory * (1 - RESERVED) - taken
+    weights = decoder_weights(work) + (work.number * work.parameters if ranks > 1 else 0)
+    columns = bucket(work.prompt + work.longest + LOOK_AHEAD, CACHE_COLUMNS)
+    drawing = SAMPLING_COPIES * FLOAT * work.vocabulary
+    per_row, free = work.cache_bytes * columns, room - weights
+    rows = min(math.ceil(work.rows / ranks), int(free / (2 * per_row + drawing)))
+    if rows < 1:
+        raise CannotFit(_no_room(weights, per_row, ranks, room))
+    slots = min(bucket(float(rows), CACHE_SLOTS), max(int(free / (2 * per_row + drawing)), rows))
+    memory = {
+        "weights": weights,
+        "keys and values": slots * per_row,
+        "drawing tokens": rows * drawing,
+        # Each graph keeps its logits; the sum over buckets is below two of the largest.
+        "CUDA graphs": 2.0 * slots * FLOAT * work.vocabulary,
+    }
+    return Copies(ranks, 1, rows, memory)
+
+
+def decoder_weights(work: Workload) -> float:
+    """Return the bytes of the weights that a decoder holds beside the model's own."""
+    model = work.model
+    joined = (1 + 2 * model.heads_share) * model.queries * model.hidden
+    joined = model.layers * model.hidden * (joined + 2 * model.intermediate)
+    if work.in_4_bits:
+        return 0.0
+    if work.adapter is not None:
+        return work.number * model.matrix_parameters
+    return float(work.number * work.parameters) if work.number != FLOAT else FLOAT * joined
+
+
+def _no_room(weights: float, longest: float, count: int, room: float) -> str:
+    return (
+        f"generation: {weights / GB:,.0f} GB of weights and {longest / GB:,.2f} GB for one "
+        f"answer do not fit into {count} × {room / GB:,.0f} GB."
+    )
