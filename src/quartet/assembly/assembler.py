@@ -304,7 +304,7 @@ class Assembler:
     def notes(self) -> list[str]:
         """Return sentences about what the user should know before the run starts."""
         config = self.config
-        notes = [*self.lengths, *self.rewards.notes, *self.encoder.notes()]
+        notes = [*self.lengths, *self.rows.notes, *self.rewards.notes, *self.encoder.notes()]
         if config.rl_stage and config.rollout.filters and not config.rollout.keep_mask:
             notes.append(
                 "rollout.top_k and rollout.top_p sample another distribution than is trained: "
