@@ -20,6 +20,7 @@ from quartet.assembly.rewards import RewardMaker
 from quartet.config.tables import Config, SeparateCritic, TrainTokenizer
 from quartet.data import DataError
 from quartet.data.encoding import Encoder
+from quartet.data.examples import Example
 from quartet.data.records import Comparison
 from quartet.data.tokenizer import train_tokenizer
 from quartet.distributed.offload import NO_OFFLOAD, Offloading, Placement
@@ -224,6 +225,15 @@ class Assembler:
         path = self.config.reward_model.data
         train, held_out = self.rows.read("comparisons", path)
         ceiling = None if self.world is None or path else gold_accuracy(self.world, held_out)
+        return self._encoded(train, held_out, ceiling)
+
+    def labelled(self, folder: Path) -> Comparisons:
+        """Return the comparisons that the stage `label` left in a run's folder."""
+        return self._encoded(*self.rows.read_labels(folder / "comparisons"), None)
+
+    def _encoded(
+        self, train: Sequence[Example], held_out: Sequence[Example], ceiling: float | None
+    ) -> Comparisons:
         reader = self.models.text_reader
         if reader is None:
             records = self.encoder.comparisons(train), self.encoder.comparisons(held_out)

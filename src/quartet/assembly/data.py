@@ -1,5 +1,6 @@
 """The rows of a run, from its world or its files: those to train on and those held out."""
 
+import dataclasses
 import random
 from array import array
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,13 @@ class Rows:
     world: World | None
     notes: list[str] = field(default_factory=list)
     """A sentence for each file of labels that was read."""
+
+    def read_labels(self, folder: Path) -> Split:
+        """Return the comparisons that a stage `label` left in a folder: those to train on and those
+        held out."""
+        data = dataclasses.replace(self.config.data, columns={}, shape=None, eval=None)
+        labelled = dataclasses.replace(self.config, data=data)
+        return Rows(labelled, self.world, self.notes).read("comparisons", str(folder))
 
     def read(self, purpose: Purpose, path: str | None = None) -> Split:
         """Return the rows to train on and the rows held out. They come from the file `path` if a
@@ -92,6 +100,7 @@ def fingerprints(config: Config) -> dict[str, str]:
         data.texts,
         data.eval,
         data.pretraining,
+        config.label.earlier,
         *(stage.data for stage in stages),
     )
     digests: dict[str, str] = {}

@@ -19,6 +19,7 @@ from quartet.algorithms.preference import (
     PreferenceLoss,
     RewardModelLoss,
 )
+from quartet.config.label import LabelConfig
 from quartet.config.read_by import PRETRAINING, REWARDED, roles_that_read
 from quartet.config.run import Launch, RunConfig
 from quartet.data.limits import TooLongRows
@@ -373,6 +374,7 @@ class Config:
     data: Data = Data()
     policy: Policy = Policy()
     sft: Sft = Sft()
+    label: LabelConfig = LabelConfig()
     reward_model: RewardModel = RewardModel()
     preference: Preference = Preference()
     critic: Annotated[SeparateCritic | SharedCritic, Field(discriminator="type")] = SeparateCritic()

@@ -1,5 +1,5 @@
-"""Who may open the pages: browsers of this machine, or those that have the token; and the headers of
-every page."""
+"""Who may open the pages: browsers of this machine, or those that have the token; and the headers
+of every page."""
 
 import secrets
 from collections.abc import Sequence
