@@ -1,6 +1,7 @@
 """The stage that waits for people: it writes pairs of the policy's answers, and ends when enough of
 them are labelled (the online data collection of Ziegler et al. 2019)."""
 
+import json
 import random
 import shutil
 import time
@@ -119,7 +120,7 @@ class LabelStage:
             {"prompt": p.prompt, "answer_a": p.answer_a, "answer_b": p.answer_b, "source": p.source}
             for p in pairs
         )
-        files.replace(place, "".join(well_formed_json(row) + "\n" for row in rows))
+        files.replace(place, "".join(json.dumps(well_formed_json(row)) + "\n" for row in rows))
 
     def _label(self, pairs: Sequence[Pair], path: Path) -> None:
         """Label pairs by their gold reward, until there are enough labels."""
