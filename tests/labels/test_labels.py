@@ -47,7 +47,7 @@ def reopened(log):
 
 def test_a_pair_has_one_id_whichever_answer_comes_first():
     assert Pair("q", "x", "y").id == Pair("q", "y", "x").id != Pair("q", "x", "z").id
-    assert distinct([Pair("q", "x", "y"), Pair("q", "y", "x"), Pair("q", "x", "x")]) == [
+    assert distinct([Pair("q", "x", "y"), Pair("q", "y", "x"), Pair("q", "x", "x"), Pair("q", "x", " ")]) == [
         Pair("q", "y", "x")
     ]
     assert len(all_pairs("q", ["a", "b", "c", "d"])) == 6

@@ -96,7 +96,7 @@ def test_earlier_comparisons_are_kept_beside_the_new_ones(folder, tmp_path):
 
 def test_too_few_different_answers_are_refused_before_anyone_labels(folder):
     with pytest.raises(
-        DataError, match=r"label.labels = 41: .* only 37 of 40 prompts. Raise label.pairs"
+        DataError, match=r"label.labels = 41: .* only 23 of 40 prompts. Raise label.pairs"
     ):
         stage(num_steps=41).begin(folder)
 

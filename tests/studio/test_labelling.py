@@ -142,7 +142,7 @@ class Server:
 def server(tmp_path):
     file = tmp_path / "pairs.jsonl"
     rows = [
-        {"prompt": f"question {i}", "answer_a": f"{EVIL} {i}", "answer_b": "long words " * (i % 30)}
+        {"prompt": f"question {i}", "answer_a": f"{EVIL} {i}", "answer_b": "long words " * (1 + i % 30)}
         for i in range(50)
     ]
     file.write_text("\n".join(json.dumps(row) for row in rows))

@@ -9,6 +9,7 @@ import typer
 from quartet.cli.common import app, bound_socket, console, is_loopback, refuse, refusing, url_of
 
 if TYPE_CHECKING:
+    from quartet.labels.log import LabelLog
     from quartet.labels.pairs import Pair
 
 
@@ -64,6 +65,24 @@ def label(
         str,
         typer.Option(help="The address to listen on; by default only this machine can connect."),
     ] = "127.0.0.1",
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Let a language model label instead, behind this OpenAI-compatible address, such "
+            "as http://127.0.0.1:8000/v1/chat/completions.",
+        ),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="The judge's model, as its server calls it.")
+    ] = None,
+    judge_prompt: Annotated[
+        Path | None,
+        typer.Option(help="A file with the judge's prompt: {prompt}, {first} and {second}."),
+    ] = None,
+    judge_token_env: Annotated[
+        str | None, typer.Option(help="The environment variable with the server's token.")
+    ] = None,
     summary: Annotated[
         bool, typer.Option("--summary", help="Print counts and agreement, and serve nothing.")
     ] = False,
@@ -92,6 +111,10 @@ def label(
             )
         found = in_order(found, seed, uncertain_first)[:pairs]
         log = LabelLog(path)
+        if judge is not None:
+            _judge(found, log, judge, judge_model, judge_prompt, judge_token_env)
+            _print_summary(path)
+            return
     session = LabelSession(found, log, seed, repeat, overlap)
     hosts, token = (
         ((*LOOPBACK, host), None) if is_loopback(host) else (("*",), secrets.token_urlsafe(24))
@@ -109,6 +132,46 @@ def label(
     finally:
         log.close()
         _print_summary(path)
+
+
+def _judge(
+    pairs: "list[Pair]",
+    log: "LabelLog",
+    url: str,
+    model: str | None,
+    prompt: Path | None,
+    token_env: str | None,
+) -> None:
+    """Let a judge label the pairs that it has not labelled; print what that took."""
+    from quartet.rewards.pair_judge import PairJudge
+    from quartet.rewards.protocol import RewardError
+    from quartet.rewards.remote import Endpoint
+
+    if model is None:
+        refuse("--judge: needs --judge-model, the model's name on that server.")
+    try:
+        words = None if prompt is None else prompt.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        refuse(f"--judge-prompt {prompt}: cannot be read ({error}).")
+    judge = PairJudge(Endpoint("judge", url, token_env=token_env), model, words)
+    labelled = {x.pair.id for _, x in log.labels.labels if x.labeller == judge.labeller}
+    errors, calls, tokens = [], 0, 0
+    try:
+        for label in judge.labels([pair for pair in pairs if pair.id not in labelled]):
+            if isinstance(label, RewardError):
+                errors.append(label)
+                continue
+            log.add(label)
+            calls += label.extra["judge"]["calls"]
+            tokens += sum(count or 0 for count in label.extra["judge"]["tokens"].values())
+    finally:
+        log.close()
+    console.print(f"judge {model}: {calls:,} calls, {tokens:,} tokens", soft_wrap=True)
+    if errors:
+        refuse(
+            f"{errors[0]} {len(errors):,} pairs are not labelled; the same command asks for them "
+            "again."
+        )
 
 
 def labels_path(what: Path, source: str | None = None) -> Path:

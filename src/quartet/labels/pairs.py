@@ -43,9 +43,20 @@ def share(*parts: object) -> float:
 
 
 def distinct(pairs: Iterable[Pair]) -> list[Pair]:
-    """Return the pairs whose answers differ, each once."""
-    different = (pair for pair in pairs if pair.answer_a != pair.answer_b)
+    """Return the pairs whose answers differ, each once. A pair with an empty answer, from which no
+    model can learn, is left out."""
+    different = (
+        pair
+        for pair in pairs
+        if pair.answer_a != pair.answer_b
+        and not (_is_empty(pair.answer_a) or _is_empty(pair.answer_b))
+    )
     return list({pair.id: pair for pair in different}.values())
+
+
+def _is_empty(answer: Text) -> bool:
+    text = answer if isinstance(answer, str) else str(answer[-1]["content"])
+    return not text.strip()
 
 
 def all_pairs(prompt: Text, answers: Sequence[Text], source: str = "") -> list[Pair]:
