@@ -44,6 +44,7 @@ from quartet.rewards.shared import shared
 from quartet.rewards.source import RewardContext
 from quartet.rewards.sources import JudgeSource, ModelSource, is_trained_here
 from quartet.rewards.text_models import StepReward, TextModelReward
+from quartet.stages.kinds import LABEL
 from quartet.training.optimizer_types import TYPES, OptimizerError
 from quartet.worlds import World, gold_accuracy, make_world
 
@@ -315,6 +316,11 @@ class Assembler:
         """Return sentences about what the user should know before the run starts."""
         config = self.config
         notes = [*self.lengths, *self.rows.notes, *self.rewards.notes, *self.encoder.notes()]
+        if LABEL.name in config.recipe and config.label.simulated is None:
+            notes.append(
+                f"the run waits at the stage label for {config.label.labels:,} labels: quartet "
+                "label RUN, with the folder above, in another terminal."
+            )
         if config.rl_stage and config.rollout.filters and not config.rollout.keep_mask:
             notes.append(
                 "rollout.top_k and rollout.top_p sample another distribution than is trained: "

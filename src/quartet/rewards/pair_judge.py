@@ -90,4 +90,5 @@ def _plain(text: Any) -> str:
 def _tokens(answers: Sequence[Any], kind: str) -> int | None:
     """Return how many tokens the server counted; None where it does not say."""
     counts = [(answer.get("usage") or {}).get(f"{kind}_tokens") for answer in answers]
-    return sum(counts) if all(isinstance(count, int) for count in counts) else None
+    known = [count for count in counts if isinstance(count, int)]
+    return sum(known) if len(known) == len(counts) else None
