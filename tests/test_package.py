@@ -79,7 +79,7 @@ def test_plan_prints_the_models_and_json_where_asked(tmp_path):
     [
         (
             ["run", "revews"],
-            '"revews": no such recipe, and not a .toml file. Did you mean reviews? Recipes are dialogue, film-reviews, guess, reviews, sums.',
+            '"revews": no such recipe, and not a .toml file. Did you mean reviews? Recipes are dialogue, film-reviews, guess, labelled-reviews, reviews, sums.',
         ),
         (["run", "none.toml"], "none.toml: no such file."),
         (["run", "reviews", "optim.lr=-1"], "optim.lr = -1: must be > 0."),

@@ -20,6 +20,12 @@ SHAPE = {"num_layers": 2, "max_length": 1024}
 SERVERS = {"type": "vllm", "urls": ["http://127.0.0.1:8000"]}
 TRUST_REGION = {"algorithm.update": {"type": "trust_region"}}
 
+LABELLED = {
+    **PPO,
+    "recipe": ["label", "reward_model", "ppo"],
+    "reward": [{"type": "model"}],
+}
+
 BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recipe_needs_a_stage": (DPO, {"recipe": []}),
     "recipe_names_known_stages": (PPO, {"recipe": ["ppo", "pop"]}),
@@ -28,6 +34,11 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "kto_needs_two_comparisons": (DPO, {"recipe": ["kto"], "preference.batch_size": 1}),
     "evaluation_needs_a_policy": (DPO, {"recipe": ["evaluation"]}),
     "evaluation_needs_a_reward": (DPO, {"recipe": ["dpo", "evaluation"]}),
+    "labels_are_for_a_reward_model": (PPO, {"recipe": ["label", "ppo"]}),
+    "labels_are_the_reward_models_data": (LABELLED, {"reward_model.epochs": 2}),
+    "labels_do_not_exceed_pairs": (LABELLED, {"label.labels": 301}),
+    "simulated_labels_need_a_gold_reward": (LABELLED, {"label.simulated": 0.1}),
+    "labels_are_awaited_by_one_process": (LABELLED, {"launch.processes": 2}),
     "data_train_lists_a_file": (PPO, {"data.train": []}),
     "paths_are_not_empty": (PPO, {"data.eval": ""}),
     "run_name_is_no_path": (PPO, {"run.name": "a/b"}),

@@ -53,7 +53,7 @@ def refusal(tmp_path, text, *words):
         (HEAD + '[algorithm]\npreset = "grpo"', 'algorithm.preset = "grpo", but the recipe says "ppo". Make them the same.'),
         (HEAD + '[algorithm.advantage]\ntype = "gae"\nlam = 1.5', "algorithm.advantage.lam = 1.5: must be ≤ 1."),
         ('recipe = "pppo"\n' + HEAD[15:], 'run.toml:1: recipe: "pppo" is no stage. Did you mean ppo? Known are sft, reward_model'),
-        ('recipe = ["ppo", "sft"]\n' + HEAD[15:], "recipe: stages go from sft over reward_model and one RL or preference stage to evaluation"),
+        ('recipe = ["ppo", "sft"]\n' + HEAD[15:], "recipe: stages go from sft over label, reward_model and one RL or preference stage to evaluation"),
         ('recipe = ["sft", "evaluation"]\n' + HEAD[15:], "evaluation compares an RL or preference stage's policy"),
         ("recipe = []\n" + HEAD[15:], "recipe: is empty."),
         (HEAD[15:], "recipe: is missing."),

@@ -225,7 +225,7 @@ def test_words_that_cannot_be_understood(tmp_path, word):
     assert WORDS[word] in said_of(tmp_path, PPO, word)
 
 
-ORDER = "recipe: stages go from sft over reward_model and one RL or preference stage to evaluation, each at most once; this one says "
+ORDER = "recipe: stages go from sft over label, reward_model and one RL or preference stage to evaluation, each at most once; this one says "
 TOGETHER = {
     "a stage twice": ('recipe = ["sft", "sft"]\n' + REST, ORDER + "sft, sft."),
     "two RL stages": ('recipe = ["ppo", "grpo"]\n' + REST, ORDER + "ppo, grpo."),

@@ -16,7 +16,7 @@ from quartet.models.chat import ChatError, render, set_chat_template
 from quartet.rewards.protocol import RewardError
 from tests.malformed.saying import readable, refusal
 
-RECIPES = "no such recipe, and not a .toml file. Recipes are dialogue, film-reviews, guess, reviews, sums."
+RECIPES = "no such recipe, and not a .toml file. Recipes are dialogue, film-reviews, guess, labelled-reviews, reviews, sums."
 NO_RUN = "is no run folder, it has no events.jsonl."
 VERBS = {
     "run a": f'"a": {RECIPES}',

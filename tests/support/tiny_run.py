@@ -32,6 +32,8 @@ SMALL_REVIEWS = (*SMALL, "reward_model.steps=3", "reward_model.batch_size=8")
 def make_run(root: Path, recipe: str, *words: str, fault: str | None = None) -> Run:
     """The whole recipe, in this process, on a model of some thousand weights."""
     small = SMALL_REVIEWS if recipe == "reviews" else (*SMALL, "policy.create.max_length=32")
+    if any(word.startswith("policy.model=") for word in words):  # a later round of an earlier run
+        small = [word for word in small if not word.startswith(("policy.create", "sft."))]
     settings = read_settings(recipe_path(recipe), [*small, *words], f"recipe {recipe}")
     job = build(settings.config, fault)
     files = {"config.toml": settings.text, "config.resolved.toml": resolved_toml(settings)}

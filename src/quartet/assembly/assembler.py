@@ -20,6 +20,7 @@ from quartet.assembly.rewards import RewardMaker
 from quartet.config.tables import Config, SeparateCritic, TrainTokenizer
 from quartet.data import DataError
 from quartet.data.encoding import Encoder
+from quartet.data.examples import Example
 from quartet.data.records import Comparison
 from quartet.data.tokenizer import train_tokenizer
 from quartet.distributed.offload import NO_OFFLOAD, Offloading, Placement
@@ -44,6 +45,7 @@ from quartet.rewards.shared import shared
 from quartet.rewards.source import RewardContext
 from quartet.rewards.sources import JudgeSource, ModelSource, is_trained_here
 from quartet.rewards.text_models import StepReward, TextModelReward
+from quartet.stages.kinds import LABEL
 from quartet.training.optimizer_types import TYPES, OptimizerError
 from quartet.worlds import World, gold_accuracy, make_world
 
@@ -223,6 +225,15 @@ class Assembler:
         path = self.config.reward_model.data
         train, held_out = self.rows.read("comparisons", path)
         ceiling = None if self.world is None or path else gold_accuracy(self.world, held_out)
+        return self._encoded(train, held_out, ceiling)
+
+    def labelled(self, folder: Path) -> Comparisons:
+        """Return the comparisons that the stage `label` left in a run's folder."""
+        return self._encoded(*self.rows.read_labels(folder / "comparisons"), None)
+
+    def _encoded(
+        self, train: Sequence[Example], held_out: Sequence[Example], ceiling: float | None
+    ) -> Comparisons:
         reader = self.models.text_reader
         if reader is None:
             records = self.encoder.comparisons(train), self.encoder.comparisons(held_out)
@@ -303,7 +314,12 @@ class Assembler:
     def notes(self) -> list[str]:
         """Return sentences about what the user should know before the run starts."""
         config = self.config
-        notes = [*self.lengths, *self.rewards.notes, *self.encoder.notes()]
+        notes = [*self.lengths, *self.rows.notes, *self.rewards.notes, *self.encoder.notes()]
+        if LABEL.name in config.recipe and config.label.simulated is None:
+            notes.append(
+                f"the run waits at the stage label for {config.label.labels:,} labels: quartet "
+                "label RUN, with the folder above, in another terminal."
+            )
         if config.rl_stage and config.rollout.filters and not config.rollout.keep_mask:
             notes.append(
                 "rollout.top_k and rollout.top_p sample another distribution than is trained: "

@@ -1,9 +1,10 @@
 """The rows of a run, from its world or its files: those to train on and those held out."""
 
+import dataclasses
 import random
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from quartet.config.tables import Config
 from quartet.data import DataError
 from quartet.data.disk_rows import DiskRows, Subset
 from quartet.data.examples import Example
+from quartet.data.files import label_notes
 from quartet.data.shapes import Purpose, examples_in, read_examples
 from quartet.files import fingerprint
 from quartet.worlds import World
@@ -28,6 +30,15 @@ class Rows:
 
     config: Config
     world: World | None
+    notes: list[str] = field(default_factory=list)
+    """A sentence for each file of labels that was read."""
+
+    def read_labels(self, folder: Path) -> Split:
+        """Return the comparisons that a stage `label` left in a folder: those to train on and those
+        held out."""
+        data = dataclasses.replace(self.config.data, columns={}, shape=None, eval=None)
+        labelled = dataclasses.replace(self.config, data=data)
+        return Rows(labelled, self.world, self.notes).read("comparisons", str(folder))
 
     def read(self, purpose: Purpose, path: str | None = None) -> Split:
         """Return the rows to train on and the rows held out. They come from the file `path` if a
@@ -42,6 +53,7 @@ class Rows:
         rows, train, held_out = DiskRows(Example), array("Q"), array("Q")
         for file, weight in zip(files, weights, strict=True):
             first = len(rows)
+            self.notes.extend(note for note in label_notes(Path(file)) if note not in self.notes)
             for example in examples_in(Path(file), purpose, data.columns, data.shape):
                 rows.append(example)
             end_of_train = first + self._num_train(file, len(rows) - first)
@@ -88,6 +100,7 @@ def fingerprints(config: Config) -> dict[str, str]:
         data.texts,
         data.eval,
         data.pretraining,
+        config.label.earlier,
         *(stage.data for stage in stages),
     )
     digests: dict[str, str] = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from quartet.algorithms.preference import Kto
-from quartet.assembly.assembler import Assembler
+from quartet.assembly.assembler import Assembler, Comparisons
 from quartet.assembly.components import load_components
 from quartet.assembly.named import resolved_model
 from quartet.config.tables import StageTraining
@@ -22,6 +22,7 @@ from quartet.stages.evaluation import EvaluationStage
 from quartet.stages.kinds import (
     CENTRING_PROMPTS,
     EVALUATION,
+    LABEL,
     PREFERENCE,
     REWARD_MODEL,
     RL,
@@ -29,6 +30,7 @@ from quartet.stages.kinds import (
     kind_of,
     member_of,
 )
+from quartet.stages.label import LabelStage
 from quartet.stages.preference import PreferenceStage
 from quartet.stages.protocol import Stage
 from quartet.stages.reward_model import RewardModelStage
@@ -74,7 +76,8 @@ def sft_stage(assembler: Assembler, name: str) -> SftStage:
 def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
     """Return the stage that trains a reward model, which may be a member of an ensemble."""
     settings, config = assembler.config.reward_model, assembler.config
-    comparisons, (_, number) = assembler.comparisons, member_of(name)
+    is_labelled, (_, number) = LABEL.name in config.recipe, member_of(name)
+    comparisons = Comparisons((), (), (), None) if is_labelled else assembler.comparisons
     num_steps = _num_steps(assembler, name, settings, comparisons.train)
     title = "reward model"
     if number is not None:
@@ -85,6 +88,7 @@ def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
         comparisons=comparisons.train,
         held_out=comparisons.held_out,
         shown=comparisons.shown,
+        labelled=assembler.labelled if is_labelled else None,
         reader=assembler.models.text_reader,
         ceiling=comparisons.ceiling,
         prompts=assembler.prompts[0][:CENTRING_PROMPTS],
@@ -99,6 +103,24 @@ def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
         seed=config.seed + MEMBER_SEEDS * ((number or 1) - 1),
         evaluating=_evaluating(settings),
         process_group=assembler.process_group,
+    )
+
+
+def label_stage(assembler: Assembler, name: str) -> LabelStage:
+    """Return the stage that waits for people's comparisons of the policy's answers."""
+    settings, config = assembler.config.label, assembler.config
+    return LabelStage(
+        name=name,
+        prompts=assembler.prompts[0],
+        num_pairs=settings.pairs,
+        num_steps=settings.labels,
+        earlier=None if settings.earlier is None else Path(settings.earlier),
+        simulated=settings.simulated,
+        gold=assembler.rewards.context.gold,
+        sampling=config.rollout,
+        tokenizer=assembler.tokenizer,
+        load_policy=assembler.models.initial_policy,
+        seed=config.seed,
     )
 
 
@@ -200,6 +222,7 @@ def evaluation_stage(assembler: Assembler, name: str) -> EvaluationStage:
 
 STAGES: dict[str, Callable[[Assembler, str], Stage]] = {
     SFT.name: sft_stage,
+    LABEL.name: label_stage,
     REWARD_MODEL.name: reward_model_stage,
     PREFERENCE.name: preference_stage,
     RL.name: rl_stage,

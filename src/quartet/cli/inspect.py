@@ -49,7 +49,8 @@ def studio(
     """
     from quartet.io.http_server import make_server
     from quartet.runs.reader import NoRun, find_runs
-    from quartet.studio.app import LOOPBACK, make_app
+    from quartet.studio.app import make_app
+    from quartet.studio.protection import LOOPBACK
 
     roots = runs or [Path("runs")]
     try:

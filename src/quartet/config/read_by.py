@@ -7,21 +7,20 @@ checkpoint holds (`quartet.runtime.resume`; one that had cannot change when a ru
 
 from collections.abc import Mapping
 
-from quartet.stages.kinds import EVALUATION, PREFERENCE, REWARD_MODEL, RL, SFT
+from quartet.stages.kinds import EVALUATION, KINDS, LABEL, PREFERENCE, REWARD_MODEL, RL, SFT
 
 REWARDED = "rewarded"
 """A stage that learns from the rewards of answers it samples: an RL stage, or online DPO."""
 PRETRAINING = "pretraining"
 """An RL stage that mixes demonstrations into its loss (`algorithm.ptx`)."""
 
-ROLES = frozenset(
-    {SFT.name, REWARD_MODEL.name, PREFERENCE.name, RL.name, EVALUATION.name, REWARDED, PRETRAINING}
-)
+ROLES = frozenset({*(kind.name for kind in KINDS), REWARDED, PRETRAINING})
 """What a stage can be here: of a kind, and one of the two above besides."""
 
 READ_BY: Mapping[str, frozenset[str] | None] = {
     "sft": frozenset({SFT.name}),
     "sft.data": frozenset({SFT.name, PRETRAINING}),
+    "label": frozenset({LABEL.name}),
     "reward_model": frozenset({REWARD_MODEL.name}),
     "preference": frozenset({PREFERENCE.name}),
     "algorithm": frozenset({RL.name}),
@@ -32,7 +31,7 @@ READ_BY: Mapping[str, frozenset[str] | None] = {
     "generator": frozenset({RL.name}),
     "reward": frozenset({REWARDED, EVALUATION.name}),
     "environment": frozenset({REWARDED, EVALUATION.name}),
-    "rollout": frozenset({REWARDED, REWARD_MODEL.name, EVALUATION.name}),
+    "rollout": frozenset({REWARDED, LABEL.name, REWARD_MODEL.name, EVALUATION.name}),
     "evaluation": frozenset({EVALUATION.name}),
     "run.steps": frozenset({RL.name}),
     "run.rollouts_every": frozenset({RL.name}),

@@ -91,7 +91,7 @@ def stages_stand_in_order(config: Config) -> str | None:
     if order == sorted(set(order)):
         return None
     return (
-        "recipe: stages go from sft over reward_model and one RL or preference stage to "
+        "recipe: stages go from sft over label, reward_model and one RL or preference stage to "
         f"evaluation, each at most once; this one says {', '.join(config.recipe)}."
     )
 
@@ -136,6 +136,61 @@ def evaluation_needs_a_reward(config: Config) -> str | None:
     if "evaluation" not in config.recipe or config.reward or config.data.world is not None:
         return None
     return "recipe: evaluation needs a [[reward]] or a world to say which answers are better."
+
+
+@rule
+def labels_are_for_a_reward_model(config: Config) -> str | None:
+    if "label" not in config.recipe or "reward_model" in config.recipe:
+        return None
+    return "recipe: label leaves comparisons for the stage reward_model; there is none."
+
+
+@rule
+def labels_are_the_reward_models_data(config: Config) -> str | None:
+    if "label" not in config.recipe:
+        return None
+    if config.reward_model.data is not None:
+        return (
+            "reward_model.data: the reward model is trained on what the stage label leaves. Leave "
+            "it out; label.earlier names comparisons to add."
+        )
+    if config.reward_model.epochs is None:
+        return None
+    return (
+        "reward_model.epochs: how many comparisons the labels give is not known before. Set "
+        "reward_model.steps."
+    )
+
+
+@rule
+def labels_do_not_exceed_pairs(config: Config) -> str | None:
+    label = config.label
+    if "label" not in config.recipe or label.labels <= label.pairs:
+        return None
+    return (
+        f"label.labels = {label.labels}: only label.pairs = {label.pairs} pairs are written. Raise "
+        "label.pairs."
+    )
+
+
+@rule
+def simulated_labels_need_a_gold_reward(config: Config) -> str | None:
+    if "label" not in config.recipe or config.label.simulated is None or config.data.world:
+        return None
+    return (
+        "label.simulated: labels are simulated by the gold reward of a world (data.world), and "
+        "there is none. Leave it out."
+    )
+
+
+@rule
+def labels_are_awaited_by_one_process(config: Config) -> str | None:
+    if "label" not in config.recipe or config.launch.processes == 1:
+        return None
+    return (
+        f"launch.processes = {config.launch.processes}: the stage label waits in one process. Run "
+        "it and the stages before it with launch.processes = 1."
+    )
 
 
 # --- data and the policy

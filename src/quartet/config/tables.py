@@ -19,6 +19,7 @@ from quartet.algorithms.preference import (
     PreferenceLoss,
     RewardModelLoss,
 )
+from quartet.config.label import LabelConfig
 from quartet.config.read_by import PRETRAINING, REWARDED, roles_that_read
 from quartet.config.reference import Reference
 from quartet.config.run import Launch, RunConfig
@@ -374,6 +375,7 @@ class Config:
     data: Data = Data()
     policy: Policy = Policy()
     sft: Sft = Sft()
+    label: LabelConfig = LabelConfig()
     reward_model: RewardModel = RewardModel()
     preference: Preference = Preference()
     reference: Reference = Reference()

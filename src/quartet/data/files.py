@@ -12,6 +12,7 @@ from typing import Any
 
 from quartet.data import DataError
 from quartet.io.install import install_command
+from quartet.labels.log import LabelError, is_label_file, read_labels
 
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".parquet")
@@ -39,7 +40,9 @@ def rows(path: Path) -> Iterator[tuple[str, Row]]:
             yield from rows(file)
         return
     try:
-        if name.endswith((".jsonl", ".jsonl.gz", ".ndjson")):
+        if is_label_file(path):
+            yield from _labelled(path)
+        elif name.endswith((".jsonl", ".jsonl.gz", ".ndjson")):
             yield from _jsonl(path)
         elif name.endswith(".json"):
             yield from _json(path)
@@ -54,6 +57,30 @@ def rows(path: Path) -> Iterator[tuple[str, Row]]:
             )
     except PermissionError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def _labelled(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the comparisons of a file of labels: those of `quartet label` that prefer an answer and
+    were not undone."""
+    try:
+        labels = read_labels(path)
+    except LabelError as error:
+        raise DataError(str(error)) from error
+    comparisons = labels.comparisons()
+    if not comparisons:
+        raise DataError(f"{path.name}: no label prefers an answer ({labels.sentence()}).")
+    for number, label in comparisons:
+        row = label.row()
+        yield f"{path.name}:{number}", {key: row[key] for key in ("prompt", "chosen", "rejected")}
+
+
+def label_notes(path: Path) -> list[str]:
+    """Return a sentence for each file of labels that a path names: how many comparisons it has and
+    what is left out."""
+    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    return [
+        f"{file.name}: {read_labels(file).sentence()}." for file in files if is_label_file(file)
+    ]
 
 
 def files_in(folder: Path) -> list[Path]:

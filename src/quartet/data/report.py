@@ -15,7 +15,7 @@ from pathlib import Path
 
 from quartet.data import DataError
 from quartet.data.examples import Example, Text
-from quartet.data.files import Row, rows
+from quartet.data.files import Row, label_notes, rows
 from quartet.data.row_shape import RowShape
 from quartet.data.shapes import Purpose, example_of, renamed, usual
 from quartet.models.protocols import Tokenizer
@@ -184,7 +184,7 @@ def report(
     stopped = _read(path, columns, seen)
     if not seen.shapes:
         raise DataError(stopped or f"{path}: has no rows.")
-    found = list(_findings(seen, sum(seen.shapes.values())))
+    found = [*label_notes(path), *_findings(seen, sum(seen.shapes.values()))]
     if stopped:
         found.insert(0, f"reading stopped: {stopped}")
     if held_out is not None:

@@ -9,6 +9,7 @@
 | conversations, ShareGPT's | `conversations` (`from`, `value`), and `system` where there is one |
 | comparisons | `prompt`, `chosen`, `rejected` |
 | comparisons, whole dialogues | `chosen`, `rejected`, with the prompt in both |
+| comparisons, of `quartet label` | its lines, read by `files.rows` as comparisons |
 | comparisons, OpenAI's | `input`, `preferred_output`, `non_preferred_output` |
 | demonstrations, OpenRLHF's | `input`, `output` |
 | comparisons, OpenRLHF's | `input`, `chosen`, `rejected` |

@@ -112,9 +112,17 @@ SFT = StageKind(
     headlines=(LOSS,),
     closing=_sft_closing,
 )
+LABEL = StageKind(
+    name="label",
+    order=1,
+    steps="label.labels",
+    results=("comparisons",),
+    closing=lambda summary: f"({summary['sentence']})",
+    learns=False,
+)
 REWARD_MODEL = StageKind(
     name="reward_model",
-    order=1,
+    order=2,
     steps="reward_model.steps",
     optim="reward_model",
     headlines=(PAIR_ACCURACY,),
@@ -123,7 +131,7 @@ REWARD_MODEL = StageKind(
 )
 PREFERENCE = StageKind(
     name="preference",
-    order=2,
+    order=3,
     presets=PREFERENCES,
     steps="preference.steps",
     optim="preference",
@@ -137,7 +145,7 @@ PREFERENCE = StageKind(
 )
 RL = StageKind(
     name="rl",
-    order=2,
+    order=3,
     presets=ALGORITHMS,
     steps="run.steps",
     optim="optim",
@@ -151,9 +159,9 @@ RL = StageKind(
         Headline("ev", "value/explained_variance"),
     ),
 )
-EVALUATION = StageKind(name="evaluation", order=3, closing=_evaluation_closing, learns=False)
+EVALUATION = StageKind(name="evaluation", order=4, closing=_evaluation_closing, learns=False)
 
-KINDS = (SFT, REWARD_MODEL, PREFERENCE, RL, EVALUATION)
+KINDS = (SFT, LABEL, REWARD_MODEL, PREFERENCE, RL, EVALUATION)
 """All kinds, in the order in which a recipe names them."""
 
 

@@ -1,10 +1,11 @@
 """The stage that trains a reward model from comparisons."""
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from quartet.algorithms.preference import RewardModelLoss
 from quartet.data.records import Comparison
@@ -38,6 +39,19 @@ from quartet.stages.protocol import StageRun, Summary
 from quartet.training.budget import Budget
 from quartet.training.optim import Optimizer
 from quartet.training.state_tree import Stateful
+
+
+class Labelled(Protocol):
+    """Comparisons that are there only once a stage before has ended."""
+
+    @property
+    def train(self) -> Sequence[Comparison]: ...
+
+    @property
+    def held_out(self) -> Sequence[Comparison]: ...
+
+    @property
+    def shown(self) -> Sequence[Comparison]: ...
 
 
 @dataclass(frozen=True)
@@ -74,10 +88,22 @@ class RewardModelStage:
     name: str = "reward_model"
     title: str = "reward model"
     process_group: ProcessGroup = SINGLE_PROCESS
+    labelled: Callable[[Path], Labelled] | None = None
+    """Returns the comparisons that the stage `label` left in the run's folder, in place of those
+    above; None where the recipe has no such stage."""
     reader: TextReader | None = None
     """How the reward model reads texts; None where it reads the policy's token ids."""
 
     def begin(self, folder: Path) -> StageRun:
+        if self.labelled is not None:
+            rows = self.labelled(folder)
+            return dataclasses.replace(
+                self,
+                labelled=None,
+                comparisons=rows.train,
+                held_out=rows.held_out,
+                shown=rows.shown,
+            ).begin(folder)
         model, policy = self.load_models(folder, self.seed)
         with activity("held-out pairs"):
             before = pair_accuracy(

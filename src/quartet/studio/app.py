@@ -3,23 +3,16 @@ nothing is written. The one costly request, which runs a model, is a POST that o
 pages may send."""
 
 import html as markup
-import secrets
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
-from starlette.middleware.gzip import GZipMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
 
 from quartet import __version__
 from quartet.errors import QuartetError
@@ -33,18 +26,14 @@ from quartet.runs.untrusted import finite
 from quartet.studio import views
 from quartet.studio.first_policy import Busy, FirstPolicies, NoAnswer, folder_of
 from quartet.studio.library import Library
+from quartet.studio.protection import (
+    HEADERS,
+    LOOPBACK,
+    is_from_elsewhere,
+    protection,
+    static_files,
+)
 from quartet.studio.rendering import plotly_file, templates
-
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src "
-    "'self' data: blob:; "
-    "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-"""Headers of every page. Only the studio's own files run as scripts, so a model's text cannot."""
 
 
 class BadQuestion(QuartetError, ValueError):
@@ -202,8 +191,7 @@ class Pages:
     async def first_answer(self, request: Request) -> Response:
         """Return the initial policy's greedy response to a rollout's prompt. Pages are served
         meanwhile."""
-        asked_from = request.headers.get("origin")
-        if asked_from is not None and urlsplit(asked_from).netloc != request.headers.get("host"):
+        if is_from_elsewhere(request):
             return JSONResponse(
                 {"error": "only the studio's own pages may ask a model."}, 403, HEADERS
             )
@@ -334,36 +322,6 @@ class Pages:
         )
 
 
-class TokenNeeded:
-    """Refuses requests without the token, which is first in the address, `?token=…`, and then in a
-    cookie."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self.app, self.token = app, token
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        request = Request(scope)
-        if self._fits(request.cookies.get(COOKIE, "")):
-            await self.app(scope, receive, send)
-        elif self._fits(request.query_params.get("token", "")):
-            answer = RedirectResponse(request.url.path, 303)
-            answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
-            await answer(scope, receive, send)
-        else:
-            await HTMLResponse(
-                "The address that the studio printed has a token in it.", 401, HEADERS
-            )(scope, receive, send)
-
-    def _fits(self, token: str) -> bool:
-        return secrets.compare_digest(token.encode(), self.token.encode())
-
-
-COOKIE = "quartet_studio"
-
-
 def make_app(
     roots: Sequence[Path], hosts: Sequence[str] = LOOPBACK, token: str | None = None
 ) -> Starlette:
@@ -390,14 +348,7 @@ def make_app(
     }
     routes = [Route(path, pages.answering(make)) for path, make in addresses.items()]
     routes.append(Route("/api/run/{name}/first-answer", pages.first_answer, methods=["POST"]))
-    middleware = [
-        Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)),
-        Middleware(GZipMiddleware, compresslevel=1),
-    ]
-    if token is not None:
-        middleware.insert(0, Middleware(TokenNeeded, token=token))
-    static = Mount("/static", StaticFiles(packages=[("quartet.studio", "static")]))
-    return Starlette(routes=[*routes, static], middleware=middleware)
+    return Starlette(routes=[*routes, static_files()], middleware=protection(hosts, token))
 
 
 def plotly_js(_: Request) -> Response:

@@ -1,0 +1,211 @@
+"""The command that collects comparisons: `quartet label`."""
+
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quartet.cli.common import app, bound_socket, console, is_loopback, refuse, refusing, url_of
+
+if TYPE_CHECKING:
+    from quartet.labels.log import LabelLog
+    from quartet.labels.pairs import Pair
+
+
+@app.command()
+def label(
+    what: Annotated[
+        Path, typer.Argument(metavar="RUN or FILE", help="A run's folder, or a file of pairs.")
+    ],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="SOURCE",
+            help="The answers of a run: evaluation (the trained policy against the first), "
+            "rollouts, or best-of-n. Default: the pairs of its stage label, else evaluation.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file of labels, which is appended to. Default: RUN/labels.jsonl, or "
+            "FILE.labels.jsonl beside the file."
+        ),
+    ] = None,
+    pairs: Annotated[
+        int | None, typer.Option(min=1, help="The most pairs to label. Default: all.")
+    ] = None,
+    uncertain_first: Annotated[
+        bool,
+        typer.Option(
+            "--uncertain-first",
+            help="Begin with the pairs whose scores the ensemble of reward models is least sure "
+            "of.",
+        ),
+    ] = False,
+    repeat: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="The share of pairs that is shown twice, for self-agreement."
+        ),
+    ] = 0.1,
+    overlap: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="The share of pairs that every labeller labels; the others are labelled once.",
+        ),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds the order of pairs and answers.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8701,
+    host: Annotated[
+        str,
+        typer.Option(help="The address to listen on; by default only this machine can connect."),
+    ] = "127.0.0.1",
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Let a language model label instead, behind this OpenAI-compatible address, such "
+            "as http://127.0.0.1:8000/v1/chat/completions.",
+        ),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="The judge's model, as its server calls it.")
+    ] = None,
+    judge_prompt: Annotated[
+        Path | None,
+        typer.Option(help="A file with the judge's prompt: {prompt}, {first} and {second}."),
+    ] = None,
+    judge_token_env: Annotated[
+        str | None, typer.Option(help="The environment variable with the server's token.")
+    ] = None,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Print counts and agreement, and serve nothing.")
+    ] = False,
+) -> None:
+    """Compare answers in the browser, by keyboard: 1, 2, t (tie), b (both bad), s (skip), u (undo).
+
+    The file of labels is data that a reward model and DPO are trained on.
+    """
+    from quartet.labels.log import LabelLog, read_labels
+    from quartet.labels.pairs import in_order
+    from quartet.labels.session import LabelSession
+    from quartet.studio.labelling import make_label_app
+    from quartet.studio.protection import LOOPBACK
+
+    path = output or labels_path(what, source)
+    with refusing():
+        if summary:
+            _print_summary(path)
+            return
+        found = pairs_of(what, source, seed)
+        if uncertain_first and all(pair.uncertainty is None for pair in found):
+            refuse(
+                f"--uncertain-first: {what} has no deviations of an ensemble. They are recorded "
+                "with reward_model.members = 2 or more, and are in the pairs of --from rollouts "
+                "and best-of-n."
+            )
+        found = in_order(found, seed, uncertain_first)[:pairs]
+        log = LabelLog(path)
+        if judge is not None:
+            _judge(found, log, judge, judge_model, judge_prompt, judge_token_env)
+            _print_summary(path)
+            return
+    session = LabelSession(found, log, seed, repeat, overlap)
+    hosts, token = (
+        ((*LOOPBACK, host), None) if is_loopback(host) else (("*",), secrets.token_urlsafe(24))
+    )
+    listener = bound_socket(host, port)
+    from quartet.io.http_server import make_server
+
+    server = make_server(make_label_app(session, what.name, hosts, token), host, port)
+    query = "" if token is None else f"?token={token}"
+    count = f"{len(found):,} pair{'s' * (len(found) != 1)}"
+    console.print(f"{count} on {url_of(listener, host)}{query}  Ctrl-C ends it", soft_wrap=True)
+    console.print(f"labels  {path} ({read_labels(path).sentence()})", soft_wrap=True)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        log.close()
+        _print_summary(path)
+
+
+def _judge(
+    pairs: "list[Pair]",
+    log: "LabelLog",
+    url: str,
+    model: str | None,
+    prompt: Path | None,
+    token_env: str | None,
+) -> None:
+    """Let a judge label the pairs that it has not labelled; print what that took."""
+    from quartet.rewards.pair_judge import PairJudge
+    from quartet.rewards.protocol import RewardError
+    from quartet.rewards.remote import Endpoint
+
+    if model is None:
+        refuse("--judge: needs --judge-model, the model's name on that server.")
+    try:
+        words = None if prompt is None else prompt.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        refuse(f"--judge-prompt {prompt}: cannot be read ({error}).")
+    judge = PairJudge(Endpoint("judge", url, token_env=token_env), model, words)
+    labelled = {x.pair.id for _, x in log.labels.labels if x.labeller == judge.labeller}
+    errors, calls, tokens = [], 0, 0
+    try:
+        for label in judge.labels([pair for pair in pairs if pair.id not in labelled]):
+            if isinstance(label, RewardError):
+                errors.append(label)
+                continue
+            log.add(label)
+            calls += label.extra["judge"]["calls"]
+            tokens += sum(count or 0 for count in label.extra["judge"]["tokens"].values())
+    finally:
+        log.close()
+    console.print(f"judge {model}: {calls:,} calls, {tokens:,} tokens", soft_wrap=True)
+    if errors:
+        refuse(
+            f"{errors[0]} {len(errors):,} pairs are not labelled; the same command asks for them "
+            "again."
+        )
+
+
+def labels_path(what: Path, source: str | None = None) -> Path:
+    """Return the file that labels of a run or a file are written to."""
+    if not what.is_dir():
+        return what.with_name(f"{what.name.removesuffix('.gz').rpartition('.')[0]}.labels.jsonl")
+    stage = what / "label"
+    return (stage if source is None and stage.is_dir() else what) / "labels.jsonl"
+
+
+def pairs_of(what: Path, source: str | None, seed: int) -> "list[Pair]":
+    """Return the pairs of a run's folder or of a file."""
+    from quartet.data.label_pairs import read_pairs
+    from quartet.runs.label_pairs import SOURCES, run_pairs
+    from quartet.runs.reader import Run
+
+    if source is not None and source not in SOURCES:
+        refuse(f"--from {source}: is no source. Known are {', '.join(SOURCES)}.")
+    if not what.is_dir():
+        if source is not None:
+            refuse(f"--from {source}: {what} is a file, whose pairs are its rows. Leave it out.")
+        return read_pairs(what)
+    written = what / "label" / "pairs.jsonl"
+    if source is None and written.is_file():
+        return read_pairs(written)
+    return run_pairs(Run(what), source, seed)
+
+
+def _print_summary(path: Path) -> None:
+    """Print how many comparisons a file of labels has, and how far its labellers agree."""
+    from quartet.labels.agreement import agreements
+    from quartet.labels.log import read_labels
+
+    labels = read_labels(path)
+    console.print(f"{path}: {labels.sentence()}", soft_wrap=True)
+    for agreement in agreements([entry for _, entry in labels.labels]):
+        console.print(f"  {agreement.sentence()}", soft_wrap=True)
