@@ -26,7 +26,7 @@ def maj_at_k(answers: Sequence[Hashable], scores: Sequence[float], k: int) -> fl
     Of "7", "7" (right) and "9" (wrong), two drawn: "7" wins one draw of three, and the other two
     are tied: 1/3 + 2/3 · 1/2.
 
-    >>> round(maj_at_k(["7", "7", "9"], [1, 1, 0], 2), 4)
+    >>> round(maj_at_k(["7", "7", "9"], [1.0, 1.0, 0.0], 2), 4)
     0.6667
     """
     classes: dict[Hashable, list[float]] = {}
