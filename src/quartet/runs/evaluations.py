@@ -3,6 +3,7 @@ KL."""
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
         for policy in result["policies"]:
             own = [c for c in cells if (c["set"], c["policy"]) == (name, policy)]
             if own:
-                rows[name, policy] = {c["measure"]: estimate(c, c["missing"]) for c in own}
+                rows[name, policy] = {c["measure"]: estimate(c, c.get("missing", 0)) for c in own}
     table: Table = (
         "mean [95 % interval]",
         [LABELS.get(column, column) for column in columns],
@@ -172,10 +173,10 @@ def kl_frontier(result: Mapping[str, Any]) -> Spec | None:
                 "x": list(x),
                 "y": list(y),
                 "error_y": {"type": "data", "array": list(half), "color": color, "thickness": 1},
-                "text": list(policies),
+                "text": [escape(policy) for policy in policies],
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": f"{measure}, {name}",
+                "name": escape(f"{measure}, {name}"),
                 "line": {"color": color, "width": 2},
                 "hovertemplate": "%{text}: %{y:.3g} at √KL %{x:.3g}<extra></extra>",
             }
