@@ -14,6 +14,7 @@ from quartet.models.language_model import load_model, load_tokenizer
 from quartet.runs.reader import Run
 from quartet.studio import views
 from quartet.studio.app import make_app
+from quartet.studio.report import report
 from tests.support.tiny_run import copied, put_words_into_its_mouth
 
 EVIL = "<script>alert(1)</script>\"'&\u202eאב"
@@ -26,6 +27,7 @@ PAGES = [
     "frontier",
     "answers",
     "reward-model",
+    "evaluations",
     "doctor",
     "config",
 ]
@@ -346,3 +348,28 @@ def test_configs_differ_by_key():
         [{"a": {"b": 1, "c": 2}, "r": [{"t": "x"}]}, {"a": {"b": 1, "c": 3}, "r": [{"t": "y"}]}]
     )
     assert rows == [("a.c", ["2", "3"]), ("r.0.t", ["x", "y"])]
+
+
+def test_the_results_of_an_evaluation_are_on_a_page_and_in_the_report(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "events.jsonl").write_text('{"event": "done", "time": 1.0}\n')
+    numbers = {"value": 0.75, "low": 0.5, "high": 0.875}
+    place = {"set": "own", "n": 4}
+    cells = [
+        {"policy": "after", "measure": "kl", **place, "value": 4.0, "low": 3.0, "high": 5.0},
+        *({"policy": p, "measure": EVIL, **place, **numbers} for p in ("before", "after")),
+    ]
+    compared = {"policy": "after", "against": "before", "measure": "gold", **place, "wins": 3}
+    compared |= {"losses": 1, "ties": 0, "win_rate": numbers, "p": 0.625, "p_holm": 1.0}
+    result = {"policies": ["before", "after"], "against": "before", "cells": cells}
+    result["cells"][1]["measure"] = result["cells"][2]["measure"] = "<script>x"
+    file = folder / "evaluation" / "mine.json"
+    file.write_text(json.dumps(result | {"comparisons": [compared]}))
+    (folder / "evaluation" / "broken.json").write_text("{")
+    pages = TestClient(make_app([tmp_path]), base_url="http://127.0.0.1:8700")
+    page = pages.get("/run/run/evaluations").text
+    for text in (page, report(Run(folder))):
+        assert "0.75 [0.5, 0.875]" in text and "3–0–1" in text and "0.625" in text
+        assert "<script>x" not in text and "evaluation/broken.json is not JSON" in text
+    assert '"x": [0.0, 2.0]' in page  # √KL

@@ -1,10 +1,11 @@
-"""`quartet.evaluate`: two policies on the same held-out prompts."""
+"""`quartet.evaluate`: any policies on any sets, or two policies as a run of their own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quartet.api.inputs import policy_table
 from quartet.api.train import train
+from quartet.errors import QuartetError
 
 if TYPE_CHECKING:
     from quartet.api.run import TrainingRun
@@ -14,19 +15,29 @@ else:
 
 def evaluate(
     policy: Any,
-    against: Any,
+    against: Any = None,
     *,
+    on: Any = None,
+    measures: Any = None,
     tokenizer: Any = None,
     data: Any = None,
     num_prompts: int | None = None,
     **settings: Any,
-) -> TrainingRun:
-    """Compare a policy with another on the same held-out prompts. Return the finished run.
+) -> Any:
+    """Evaluate policies on sets, or compare two policies. There are two forms.
 
-    Its `summaries["evaluation"]` has `win_rate` and `kl`, each a mean with half the width of its
-    95 % confidence interval; `judge`, what decided a win: "reward", or "gold" in an embedded world;
-    `before` and `after`, mean rewards and measures of the texts; and `samples`. The responses are
-    in the run folder.
+    With `on` or `measures`, or without `against`, this is `quartet eval`, the same code: `policy`
+    is a run, a checkpoint, a folder, a hub id or a server, or a list of these; `on` the files,
+    as texts or as a table of names and files; `measures` the names of measures, reward tables or
+    `RewardSource` objects; `settings` are `samples`, `rows`, `seed`, `max_new_tokens`,
+    `temperature`, `columns`, `folder`, `name` and `token_env`. Returns what the file of results
+    holds (docs/evaluation.md), and `path`, that file.
+
+    Otherwise two policies answer the same held-out prompts as a run of the stage `evaluation`, and
+    the finished run is returned. Its `summaries["evaluation"]` has `win_rate` and `kl`, each a mean
+    with half the width of its 95 % confidence interval; `judge`, what decided a win: "reward", or
+    "gold" in an embedded world; `before` and `after`, mean rewards and measures of the texts; and
+    `samples`. The responses are in the run folder.
 
     Args:
         policy: a folder, a hub id, or a model of transformers.
@@ -38,6 +49,8 @@ def evaluate(
         **settings: what `quartet.train` takes: reward, seed, folder, and tables or dotted keys such
             as rollout={"temperature": 0.7}.
     """
+    if on is not None or measures is not None or against is None:
+        return _on_sets(policy, against, on, measures, settings)
     evaluation = dict(settings.pop("evaluation", {}))
     folder = settings.get("folder") or "runs"
     evaluation["policy"] = policy_table(policy, tokenizer, folder)["model"]
@@ -52,4 +65,42 @@ def evaluate(
     run = train(
         "evaluation", policy=against, tokenizer=tokenizer, evaluation=evaluation, **settings
     )
-    return run.finish(progress=False)
+    finished: TrainingRun = run.finish(progress=False)
+    return finished
+
+
+def _on_sets(
+    policies: Any, against: Any, on: Any, measures: Any, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Carry out what `quartet eval` does with these arguments."""
+    from pathlib import Path
+
+    from quartet.assembly.evaluation import EvaluationRequest
+    from quartet.assembly.evaluation import evaluate as carry_out
+
+    known = EvaluationRequest.__dataclass_fields__.keys() - {"policies", "on", "measures"}
+    if unknown := sorted(settings.keys() - known):
+        raise QuartetError(
+            f"evaluate: there is no {unknown[0]}. Beside on and measures there are "
+            f"{', '.join(sorted(known))}."
+        )
+    sets = [f"{name}={file}" for name, file in on.items()] if isinstance(on, Mapping) else on
+    values = dict(settings)
+    if values.get("folder") is not None:
+        values["folder"] = Path(values["folder"])
+    request = EvaluationRequest(
+        policies=tuple(str(each) for each in _listed(policies)),
+        on=tuple(str(each) for each in _listed(sets)),
+        measures=tuple(_listed(measures)),
+        against=None if against is None else str(against),
+        **values,
+    )
+    path, result = carry_out(request)
+    return result | {"path": path}
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    """Return a list or tuple as it is, one value as a list of it, and none for None."""
+    if value is None:
+        return ()
+    return value if isinstance(value, list | tuple) else [value]

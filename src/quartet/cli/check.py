@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quartet.cli.common import CHECK_FAILED, app, console, print_json, refuse
+from quartet.cli.common import CHECK_FAILED, app, columns_of, console, print_json, refuse
 
 if TYPE_CHECKING:
     from quartet.data.report import Report
@@ -43,7 +43,7 @@ def reward(
     from quartet.rewards.protocol import RewardError
 
     try:
-        trial = trial_on_file(function, on, _columns(columns), timeout)
+        trial = trial_on_file(function, on, columns_of(columns), timeout)
     except (DataError, RewardError) as error:
         refuse(str(error))
     if as_json:
@@ -118,11 +118,11 @@ def data(
         named = _shape(shape)
         if tokenizer is None:
             summary = report(
-                file, _columns(columns), words, "words", held_out=held_out, shape=named
+                file, columns_of(columns), words, "words", held_out=held_out, shape=named
             )
         else:
             summary = _report_in_tokens(
-                file, _columns(columns), tokenizer, chat_template, limits, held_out, named
+                file, columns_of(columns), tokenizer, chat_template, limits, held_out, named
             )
     except DataError as error:
         refuse(str(error))
@@ -133,17 +133,6 @@ def data(
             console.print(line, style=style, soft_wrap=True)
     if summary.problems:
         raise typer.Exit(CHECK_FAILED)
-
-
-def _columns(words: list[str] | None) -> dict[str, str]:
-    """Return the columns of the file by Quartet's names, from words such as prompt=question."""
-    mapping = {}
-    for word in words or []:
-        ours, equals, theirs = word.partition("=")
-        if not equals:
-            refuse(f'--columns "{word}": write ours=theirs, such as prompt=question.')
-        mapping[ours] = theirs
-    return mapping
 
 
 def _shape(name: str | None) -> "RowShape | None":

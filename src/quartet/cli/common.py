@@ -112,6 +112,17 @@ def refusing() -> Iterator[None]:
         refuse(str(error))
 
 
+def columns_of(words: Sequence[str] | None) -> dict[str, str]:
+    """Return the columns of the file by Quartet's names, from words such as prompt=question."""
+    mapping = {}
+    for word in words or []:
+        ours, equals, theirs = word.partition("=")
+        if not equals:
+            refuse(f'--columns "{word}": write ours=theirs, such as prompt=question.')
+        mapping[ours] = theirs
+    return mapping
+
+
 def print_json(value: Any) -> None:
     """Print a value as indented JSON, in ASCII if the console cannot encode its characters."""
     text = json.dumps(value, indent=2, ensure_ascii=False)

@@ -1,9 +1,7 @@
 """The commands that use the models of a run: chat, export, serve-reward."""
 
-import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -134,52 +132,12 @@ def export(
 
 
 def _write_checkpoint_models(run_folder: Path, name: str, scratch: Path) -> None:
-    """Write the models of a checkpoint to `scratch`, as its stage would have written them if it had
-    ended there."""
-    from quartet.assembly import Assembler, stage
-    from quartet.config.toml import ConfigError, read_settings
-    from quartet.recording.model_card import write_cards
-    from quartet.runtime.replay import models_at
-    from quartet.training.checkpoint import DamagedCheckpoint, read_checkpoint
+    """Write the models of a checkpoint to `scratch`."""
+    from quartet.assembly.checkpoint_models import checkpoint_path, write_models
 
     without_progress_bars()
-    try:
-        config = read_settings(run_folder / "config.resolved.toml").config
-    except ConfigError as error:
-        refuse(str(error))
-    path = _checkpoint_path(run_folder, name, config.stages)
-    try:
-        checkpoint = read_checkpoint(path)
-    except DamagedCheckpoint as error:
-        refuse(f"{path}: {error}.")
-    facts = checkpoint.facts
     with refusing():
-        checkpoint_stage = stage(Assembler(config, facts["fault"]), facts["stage"])
-    models_at(checkpoint_stage, run_folder, checkpoint, scratch)
-    shutil.copyfile(run_folder / "config.resolved.toml", scratch / "config.resolved.toml")
-    write_cards(scratch)
-
-
-def _checkpoint_path(run_folder: Path, name: str, stages: Sequence[str]) -> Path:
-    """Return the checkpoint of this name; for "best" the one with the highest metric of
-    `run.keep_best`. Refuses the request if there is none."""
-    from quartet.training.checkpoints import Checkpoints, merit
-
-    order = {stage: place for place, stage in enumerate(stages)}
-    paths = Checkpoints(run_folder / "checkpoints", order).newest_first()
-    with_weights = [path for path in paths if not path.name.endswith("-000000")]
-    if name == "best":
-        measured = [path for path in with_weights if merit(path) is not None]
-        if not measured:
-            refuse(
-                f"{run_folder}: no checkpoint was measured. Runs with run.keep_best measure them."
-            )
-        return max(measured, key=lambda path: merit(path) or 0.0)
-    path = next((path for path in with_weights if path.name == name), None)
-    if path is None:
-        names = ", ".join(path.name for path in with_weights) or "none"
-        refuse(f"{run_folder}: has no checkpoint {name}. There are {names}.")
-    return path
+        write_models(run_folder, checkpoint_path(run_folder, name), scratch)
 
 
 @app.command("serve-reward")

@@ -112,7 +112,7 @@ def frontier(run: "Run") -> Spec:
         "data": data,
         "layout": layout("Score against distance from the reference", None, legend=True),
     }
-    spec["layout"] |= {"xaxis": _axis("√KL, nats"), "yaxis": _axis("mean score"), "height": 480}
+    spec["layout"] |= {"xaxis": axis("√KL, nats"), "yaxis": axis("mean score"), "height": 480}
     for place, (key, metric) in enumerate((("reward", "reward"), ("gold", "reward/gold"))):
         points = [(math.sqrt(p["kl"]), p[key]) for p in run.best_of_n if p.get(key) is not None]
         if points:
@@ -153,7 +153,7 @@ def frontier(run: "Run") -> Spec:
     if "policy/win_rate" in series.columns:
         data.append(_win_rates(series, distance))
         title = "win rate on held-out prompts"
-        spec["layout"]["yaxis2"] = _axis(title) | {
+        spec["layout"]["yaxis2"] = axis(title) | {
             "overlaying": "y",
             "side": "right",
             "range": [0, 1.02],
@@ -244,8 +244,8 @@ def calibration(pairs: Sequence[Mapping[str, Any]]) -> Spec:
     ]
     spec: Spec = {"data": data, "layout": layout("Calibration", ".0%", legend=True)}
     spec["layout"] |= {
-        "xaxis": _axis("predicted probability") | {"tickformat": ".0%"},
-        "yaxis": _axis("share that was right") | {"tickformat": ".0%"},
+        "xaxis": axis("predicted probability") | {"tickformat": ".0%"},
+        "yaxis": axis("share that was right") | {"tickformat": ".0%"},
     }
     spec["layout"] |= {"height": 340, "hovermode": "closest"}
     return spec
@@ -267,8 +267,8 @@ def score_histogram(pairs: Sequence[Mapping[str, Any]]) -> Spec:
     spec["layout"] |= {
         "barmode": "overlay",
         "height": 340,
-        "xaxis": _axis("score"),
-        "yaxis": _axis("responses"),
+        "xaxis": axis("score"),
+        "yaxis": axis("responses"),
     }
     return spec
 
@@ -373,13 +373,13 @@ def layout(title: str, tickformat: str | None = None, legend: bool = False) -> S
             "font": {"size": 11},
         },
         "hovermode": "x unified",
-        "xaxis": _axis(None),
-        "yaxis": _axis(None) | ({"tickformat": tickformat} if tickformat else {}),
+        "xaxis": axis(None),
+        "yaxis": axis(None) | ({"tickformat": tickformat} if tickformat else {}),
         "font": {"family": "system-ui, sans-serif", "size": 12},
     }
 
 
-def _axis(title: str | None) -> Spec:
+def axis(title: str | None) -> Spec:
     axis: Spec = {
         "gridcolor": "rgba(128,128,128,0.18)",
         "zerolinecolor": "rgba(128,128,128,0.35)",
@@ -392,7 +392,7 @@ def _axis(title: str | None) -> Spec:
 def _step_axis(steps: Sequence[int]) -> Spec:
     """Return an axis of steps, with a tick at each where there are few."""
     few = bool(steps) and steps[-1] - steps[0] <= 8
-    return _axis("step") | ({"dtick": 1} if few else {"tickformat": ",d"})
+    return axis("step") | ({"dtick": 1} if few else {"tickformat": ",d"})
 
 
 def _warning_mark(step: int) -> Spec:

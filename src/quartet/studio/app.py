@@ -20,6 +20,7 @@ from quartet.runs import figures
 from quartet.runs.charts import Chart, charts
 from quartet.runs.definitions import definition
 from quartet.runs.doctor import diagnose
+from quartet.runs.evaluations import evaluation_tables, evaluations, kl_frontier
 from quartet.runs.reader import DamagedRun, NoRun, Run
 from quartet.runs.rules import RULES
 from quartet.runs.untrusted import finite
@@ -279,6 +280,26 @@ class Pages:
             page="answers",
         )
 
+    def evaluations(self, request: Request) -> Response:
+        run = self.run_of(request)
+        results, problems = evaluations(run.path)
+        return self.html(
+            "evaluations.html",
+            title="Evaluations",
+            run=run,
+            evaluations=[
+                {"name": name, "tables": evaluation_tables(result)}
+                for name, result in results.items()
+            ],
+            charts=[
+                {"figure": figure, "meanings": []}
+                for result in results.values()
+                if (figure := kl_frontier(result)) is not None
+            ],
+            unread=problems,
+            page="evaluations",
+        )
+
     def doctor(self, request: Request) -> Response:
         run = self.run_of(request)
         diagnosis = diagnose(run)
@@ -339,6 +360,7 @@ def make_app(
         "/run/{name}/frontier": pages.frontier,
         "/run/{name}/answers": pages.answers,
         "/run/{name}/reward-model": pages.reward_model,
+        "/run/{name}/evaluations": pages.evaluations,
         "/run/{name}/doctor": pages.doctor,
         "/run/{name}/config": pages.config,
         "/api/run/{name}/overview": pages.overview_data,

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from quartet import __version__
 from quartet.runs.doctor import Finding, examine
+from quartet.runs.evaluations import evaluation_tables, evaluations
 from quartet.runs.figures import frontier
 from quartet.runs.reader import DamagedRun, Run
 from quartet.studio import views
@@ -64,6 +65,7 @@ def report(run: Run) -> str:
     findings = examine(run)
     figures = [chart["figure"] for stage in stages for chart in stage["charts"]]
     line = frontier(run)
+    results, unread = evaluations(run.path)
     rollouts = [_rollout(run, step, number) for step, number in chosen_rollouts(run)]
     if line["data"]:
         figures.append(line)
@@ -84,7 +86,11 @@ def report(run: Run) -> str:
             evaluation=run.evaluation,
             measures=views.evaluation_rows(run.evaluation) if run.evaluation else [],
             rollouts=rollouts,
-            problems=run.problems,
+            evaluations=[
+                {"name": name, "tables": evaluation_tables(result)}
+                for name, result in results.items()
+            ],
+            problems=[*run.problems, *unread],
             style=Markup(
                 (static / "studio.css")
                 .read_text(encoding="utf-8")

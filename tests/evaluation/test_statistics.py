@@ -1,0 +1,152 @@
+"""Intervals, tests, corrections, pass@k and maj@k: numbers worked by hand, and enumeration."""
+
+import itertools
+import math
+import random
+
+import pytest
+
+from quartet.evaluation.at_k import best_of, maj_at_k, pass_at_k
+from quartet.evaluation.results import Measured, compare_evaluations, comparison
+from quartet.evaluation.statistics import (
+    holm,
+    length_controlled,
+    mean,
+    perplexity,
+    sign_test,
+    wilson,
+)
+
+
+def test_wilsons_interval_by_hand_and_at_the_ends():
+    # z² = 3.8415: centre (0.8 + 0.19207) / 1.38415, half √(0.016 + 0.0096036) · 1.95996 / 1.38415
+    assert wilson(0.8, 10).low == pytest.approx(0.4902, abs=1e-4)
+    assert wilson(0.8, 10).high == pytest.approx(0.9433, abs=1e-4)
+    none, every = wilson(0.0, 20), wilson(1.0, 20)
+    assert none.low == 0.0 and none.high == pytest.approx(3.8415 / 23.8415, abs=1e-4)
+    assert every.high == 1.0 and every.low == pytest.approx(1 - none.high)
+
+
+def test_a_mean_and_its_interval_by_hand():
+    # deviations −2, 0, 2: s² = 4, s / √3 = 1.1547
+    assert mean([1.0, 3.0, 5.0]).low == pytest.approx(3 - 1.95996 * 1.1547, abs=1e-3)
+    assert mean([2.0]).low == mean([2.0]).high == 2.0
+
+
+def test_the_sign_test_is_the_binomial_sum_and_mcnemars_for_many():
+    assert sign_test(9, 1) == pytest.approx(2 * (1 + 10) / 2**10)
+    assert sign_test(5, 5) == 1.0 == sign_test(0, 0)
+    assert sign_test(0, 6) == pytest.approx(2 / 64)
+    # 600 against 450: (149 / √1050)² = 21.14 on one degree of freedom
+    assert sign_test(600, 450) == pytest.approx(math.erfc(149 / math.sqrt(1050) / math.sqrt(2)))
+    exact = 2 * sum(math.comb(1000, i) for i in range(461)) / 2**1000
+    assert sign_test(540, 460) == pytest.approx(exact)
+
+
+def test_holm_by_hand_keeps_the_order_of_the_p_values():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_a_judge_that_only_likes_length_wins_half_at_equal_length():
+    rng = random.Random(0)
+    longer = [rng.gauss(40, 50) for _ in range(500)]
+    shares = [float(each > 0) for each in longer]
+    assert sum(shares) / 500 > 0.75
+    controlled = length_controlled(shares, longer)
+    assert controlled.low < 0.5 < controlled.high and abs(controlled.value - 0.5) < 0.12
+
+
+def test_a_judge_that_ignores_length_keeps_its_win_rate():
+    rng = random.Random(1)
+    longer = [rng.gauss(40, 50) for _ in range(2000)]
+    shares = [float(rng.random() < 0.7) for _ in longer]
+    controlled = length_controlled(shares, longer)
+    assert controlled.low < 0.7 < controlled.high and controlled.high - controlled.low < 0.12
+    # equal lengths: the share with the tie that is added, 70.5 of 101
+    assert length_controlled([1.0] * 70 + [0.0] * 30, [0.0] * 100).value == pytest.approx(
+        70.5 / 101, abs=1e-6
+    )
+
+
+def test_perplexity_by_hand():
+    # 2 nats over 2 tokens and 4 over 4: e, without spread; then 3 over 2 and 1 over 2
+    flat = perplexity([2.0, 4.0], [2, 4])
+    assert flat.value == flat.low == flat.high == pytest.approx(math.e)
+    # r = 1, residuals ±1: half = z · √(2 · 2 / 1) / 4
+    assert math.log(perplexity([3.0, 1.0], [2, 2]).high) == pytest.approx(1 + 1.95996 / 2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "k"), [(1, 4, 2), (0, 4, 2), (3, 5, 3), (5, 5, 1), (2, 6, 4)]
+)
+def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(right, n, k):
+    draws = list(itertools.combinations([1] * right + [0] * (n - right), k))
+    assert pass_at_k(right, n, k) == pytest.approx(sum(any(d) for d in draws) / len(draws))
+
+
+def _by_enumeration(answers, scores, k):
+    total = 0.0
+    draws = list(itertools.combinations(range(len(answers)), k))
+    for draw in draws:
+        counts = {}
+        for i in draw:
+            if answers[i] is not None:
+                counts.setdefault(answers[i], []).append(scores[i])
+        if counts:
+            most = max(map(len, counts.values()))
+            tied = [each for each in counts.values() if len(each) == most]
+            total += sum(each[0] for each in tied) / len(tied)
+    return total / len(draws)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 7])
+def test_maj_at_k_is_that_of_all_draws(k):
+    answers = ["7", "7", "9", None, "9", "8", "7"]
+    scores = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    assert maj_at_k(answers, scores, k) == pytest.approx(_by_enumeration(answers, scores, k))
+    assert maj_at_k([None] * 3, [0.0] * 3, 2) == 0.0
+
+
+def test_best_of_four_counts_a_tie_as_a_random_choice():
+    assert best_of(2.0, [1.0, 0.0, 1.5]) == 1.0
+    assert best_of(1.0, [2.0, 0.0, 0.0]) == 0.0
+    assert best_of(1.0, [1.0, 1.0, 0.0]) == pytest.approx(1 / 3)
+    assert best_of(1.0, [1.0]) == 0.5
+
+
+def test_two_policies_are_compared_on_rows_that_both_have():
+    after = Measured("b", "s", "gold", [1.0, 2.0, None, 0.0], lengths=[4.0] * 4)
+    before = Measured("a", "s", "gold", [0.0, 2.0, 5.0, 1.0], lengths=[4.0] * 4)
+    result = comparison(after, before, "a")
+    assert [result[key] for key in ("n", "wins", "ties", "losses")] == [3, 1, 1, 1]
+    assert result["difference"]["value"] == 0.0 and result["win_rate"]["value"] == 0.5
+    assert comparison(Measured("b", "s", "x", [None]), Measured("a", "s", "x", [1.0]), "a") is None
+
+
+def test_of_losses_the_lower_one_wins():
+    after = Measured("b", "s", "perplexity", [1.0, 1.0], "texts", False, tokens=[3, 3])
+    before = Measured("a", "s", "perplexity", [2.0, 3.0], "texts", False, tokens=[3, 3])
+    assert comparison(after, before, "a")["wins"] == 2
+
+
+def _evaluation(policy, keys, values):
+    from dataclasses import asdict
+
+    measured = asdict(Measured(policy, "s", "gold", values, lengths=[1.0] * len(keys)))
+    return {"items": {"s": {"keys": {"prompts": keys}, "measured": [measured]}}}
+
+
+def test_two_evaluations_are_compared_on_their_common_rows_whatever_their_order():
+    first = _evaluation("a", ["x", "y", "z"], [0.0, 1.0, 9.0])
+    second = _evaluation("b", ["y", "x", "w"], [3.0, 0.0, 7.0])
+    [result] = compare_evaluations(first, second)
+    assert [result[key] for key in ("policy", "against", "n", "wins", "ties")] == [
+        "b",
+        "a",
+        2,
+        1,
+        1,
+    ]
+    assert result["difference"]["value"] == 1.0
