@@ -58,6 +58,7 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         PPO,
         {"recipe": ["reward_model", "ppo"], "data": {"world": "sums"}},
     ),
+    "labelled_texts_have_a_file": (PPO, {"data": {"world": "labelled_texts"}}),
     "learning_needs_a_reward": (PPO, {"reward": []}),
     "reward_model_has_an_origin": (PPO, {"reward": [{"type": "model"}]}),
     "reward_is_what_is_trained": (
@@ -172,7 +173,6 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         PPO,
         {"launch.processes": 2, "launch.shard": True, **TRUST_REGION},
     ),
-    "labelled_texts_have_a_file": (PPO, {"data": {"world": "labelled_texts"}}),
     "quantize_needs_an_adapter": (PPO, {"policy.quantize": "nf4"}),
     "quantize_holds_one_trunk_whole": (
         PPO,
