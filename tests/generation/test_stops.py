@@ -55,6 +55,22 @@ def test_an_answer_by_hand():
     assert StopStrings(tokenizer(), ()).text_before("good") == "good"
 
 
+class Cleaning:
+    """A tokenizer that takes the space out of " n't" when it decodes, as BERT's does."""
+
+    clean_up_tokenization_spaces = True
+    words = ("do", " n", "'t", " go")
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(self.words[i] for i in ids).replace(" n't", "n't")
+
+
+def test_an_answer_ends_where_its_text_first_had_the_string_even_if_later_text_changes_it():
+    stops = StopStrings(Cleaning(), (" n",))
+    assert stops.length((), (0, 1, 2, 3)) == 2, "do n, and then don't go"
+    assert stops.length((), (0, 3)) is None
+
+
 @pytest.mark.parametrize("decoder", [None, SlotDecoder])
 @pytest.mark.parametrize("rows", [None, 3])
 def test_answers_are_those_without_stop_strings_up_to_the_first(decoder, rows, monkeypatch):

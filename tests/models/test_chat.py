@@ -6,6 +6,7 @@ from quartet.models.chat import (
     ChatError,
     HistoryRewritten,
     after_reply,
+    check_variables,
     render,
     render_turns,
     set_chat_template,
@@ -181,6 +182,13 @@ def test_a_variable_that_the_template_does_not_read_is_refused(name, sentence):
         set_template_variables(byte_level(REASONING), {name: True})
     with pytest.raises(ChatError, match="has no chat template"):
         set_template_variables(sentence_pieces(None), {name: True})
+
+
+def test_a_variable_at_the_beginning_of_a_line_is_read():
+    made = byte_level("{%- if messages and\nenable_thinking %}{{ messages[0].content }}{% endif %}")
+    check_variables(made, {"enable_thinking": True})
+    with pytest.raises(ChatError, match="reads no nenable_thinking"):
+        check_variables(made, {"nenable_thinking": True})
 
 
 def test_a_template_that_rewrites_what_was_thought_is_found_out():

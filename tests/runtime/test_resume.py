@@ -1,5 +1,6 @@
 """Which checkpoint is chosen, what is refused, and what a signal leaves behind."""
 
+import dataclasses
 import functools
 import json
 import random
@@ -14,6 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from quartet.algorithms.baselines import LeaveOneOut
+from quartet.algorithms.correction import SequenceMasked, SequenceTruncated, Truncated
+from quartet.algorithms.policy_loss import SequenceClip
+from quartet.algorithms.preference import Ipo
 from quartet.assembly import build
 from quartet.assembly.data import fingerprints
 from quartet.config.toml import read_settings
@@ -26,7 +31,14 @@ from quartet.runtime.events import Advanced
 from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.pipeline import Pipeline
 from quartet.runtime.requests import run_to_resume
-from quartet.runtime.resume import CannotResume, choose, find_run, has_begun, set_aside
+from quartet.runtime.resume import (
+    CannotResume,
+    choose,
+    find_run,
+    has_begun,
+    set_aside,
+    with_later_keys,
+)
 from quartet.runtime.saving import Saving
 from quartet.stages.protocol import StageRun
 from quartet.training.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
@@ -480,3 +492,27 @@ def test_resume_begins_a_run_that_there_is_not_yet(tmp_path):
         done.returncode == 0
         and "There is no run of this name to resume: a new one begins." in done.stdout
     )
+
+
+@pytest.mark.parametrize(
+    ("place", "part", "later"),
+    [
+        ("algorithm.advantage", LeaveOneOut(), {"std", "eps"}),
+        ("algorithm.policy_loss", SequenceClip(), {"ratio"}),
+        ("algorithm.correction", Truncated(), {"floor"}),
+        ("algorithm.correction", SequenceTruncated(), {"ratio"}),
+        ("algorithm.correction", SequenceMasked(), {"ratio", "weight"}),
+        ("preference.loss", Ipo(), {"per"}),
+    ],
+)
+def test_a_part_of_an_older_version_is_what_it_is_today_without_being_told(place, part, later):
+    today = {f"{place}.{name}": value for name, value in dataclasses.asdict(part).items()}
+    then = {key: value for key, value in today.items() if key.rpartition(".")[2] not in later}
+    assert len(today) - len(then) == len(later)
+    found = with_later_keys(then)
+    assert {key: found[key] for key in found if key.startswith(place)} == today
+    # A part of another type, and settings that were written, are left alone.
+    other = {f"{place}.type": "other"}
+    assert not any(key.startswith(f"{place}.") for key in with_later_keys(other).keys() - other)
+    changed = today | {f"{place}.{min(later)}": "mine"}
+    assert with_later_keys(changed)[f"{place}.{min(later)}"] == "mine"

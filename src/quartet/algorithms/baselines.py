@@ -84,9 +84,9 @@ class LeaveOneOut(Advantage):
 
     type: Literal["leave_one_out"] = "leave_one_out"
     std: Literal["none", "others"] = Field(
-        default="none", description="Whether it is divided by the deviation of the others."
+        default="none", description="Whether advantages are divided by the deviation of the others."
     )
-    eps: float = Field(default=1e-6, gt=0)
+    eps: float = Field(default=1e-6, gt=0, description="Added to that deviation.")
     needs_group = True
 
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, None]:

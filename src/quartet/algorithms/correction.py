@@ -12,7 +12,12 @@ A run whose responses come from servers has a correction unless its file says ot
 from typing import Literal
 
 from quartet.algorithms.masked import masked
-from quartet.algorithms.policy_loss import MAX_LOG_RATIO, SequenceRatio, log_sequence_ratio
+from quartet.algorithms.policy_loss import (
+    MAX_LOG_RATIO,
+    SequenceRatio,
+    log_sequence_ratio,
+    token_ratio,
+)
 from quartet.parts import Family, Field
 from quartet.tensors import Bool, Float, Tensor
 
@@ -28,13 +33,6 @@ class Correction(Family):
     ) -> Float[Tensor, "B T"] | None:
         """Return the weight of each token's policy loss; None where every weight is 1."""
         raise NotImplementedError
-
-
-def token_weight(
-    old_logprobs: Float[Tensor, "B T"], rollout_logprobs: Float[Tensor, "B T"]
-) -> Float[Tensor, "B T"]:
-    """Return w_t, its log held within ±20."""
-    return (old_logprobs - rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def sequence_weight(
@@ -78,9 +76,7 @@ class Truncated(Correction):
         rollout_logprobs: Float[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        return masked(
-            token_weight(old_logprobs, rollout_logprobs).clamp(self.floor, self.cap), mask
-        )
+        return masked(token_ratio(old_logprobs, rollout_logprobs).clamp(self.floor, self.cap), mask)
 
 
 class SequenceTruncated(Correction):
@@ -119,7 +115,7 @@ class Masked(Correction):
         rollout_logprobs: Float[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        weight = token_weight(old_logprobs, rollout_logprobs)
+        weight = token_ratio(old_logprobs, rollout_logprobs)
         return masked(weight, mask & (weight >= self.low) & (weight <= self.high))
 
 
@@ -137,7 +133,8 @@ class SequenceMasked(Correction):
     high: float = Field(default=3.0, ge=1)
     ratio: SequenceRatio = "product"
     weight: Literal["response", "token"] = Field(
-        default="response", description="Whose weight the tokens of a response have that is kept."
+        default="response",
+        description="The weight of the tokens of a kept response: the response's, or their own.",
     )
 
     def __call__(
@@ -151,7 +148,7 @@ class SequenceMasked(Correction):
         weight = (
             of_response.expand(mask.shape)
             if self.weight == "response"
-            else token_weight(old_logprobs, rollout_logprobs)
+            else token_ratio(old_logprobs, rollout_logprobs)
         )
         return masked(weight, mask & inside)
 

@@ -322,9 +322,9 @@ class Assembler:
             )
         if config.rl_stage and config.rollout.filters and not config.rollout.keep_mask:
             notes.append(
-                "rollout.top_k and rollout.top_p sample another distribution than is trained: "
-                "ratios do not start at 1, and KL estimates can be negative. rollout.keep_mask = "
-                "true trains what is sampled."
+                f"rollout.{config.rollout.filter_setting} samples another distribution than is "
+                "trained: ratios do not start at 1, and KL estimates can be negative. "
+                "rollout.keep_mask = true trains what is sampled."
             )
         if config.rl_stage and isinstance(config.generator, Servers) and config.generator.sleeps:
             notes.append(

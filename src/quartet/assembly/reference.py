@@ -9,8 +9,12 @@ def check_reference(config: Config, folder: str, tokenizer: Tokenizer, longest: 
     """Raise `ModelError` unless the model of a folder or hub id reads the policy's token ids, all
     of them, and texts as long as the policy's. `tokenizer` is the policy's, `longest` the most
     tokens that it reads."""
-    text_config = read_config(folder).get_text_config()
-    if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+    try:
+        text_config = read_config(folder).get_text_config()
+        vocabulary = load_tokenizer(folder).get_vocab()
+    except ModelError as error:
+        raise ModelError(f"reference.model: {error}") from error
+    if vocabulary != tokenizer.get_vocab():
         raise ModelError(
             f"reference.model: {folder} has another tokenizer than the policy, so their log-probs "
             "are not of the same tokens. Use a model with the policy's tokenizer."
@@ -26,6 +30,11 @@ def check_reference(config: Config, folder: str, tokenizer: Tokenizer, longest: 
     if config.rewarded_stage is None:
         key, response = "data.max_response_tokens", config.data.max_response_tokens
     needed = min(config.data.max_prompt_tokens + response, longest)
+    if config.has_episodes and limit < longest:
+        raise ModelError(
+            f"reference.model: {folder} reads at most {limit:,} tokens, and a conversation can "
+            f"have the {longest:,} that the policy reads. Use a reference that reads as many."
+        )
     if limit < needed:
         raise ModelError(
             f"reference.model: {folder} reads at most {limit:,} tokens, and a prompt and a "

@@ -80,9 +80,12 @@ class Transfer:
         the copy. It must not be read before `wait`."""
         if self.stream is None or is_sharded(tensor):
             return tensor.to(self.device)
+        # Memory of the stream that reads it: what the copying stream allocates stays in its pool.
+        there = torch.empty_like(tensor, device=self.device)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            there = tensor.to(self.device, non_blocking=True)
-        there.record_stream(torch.cuda.current_stream(self.device))
+            there.copy_(tensor, non_blocking=True)
+        there.record_stream(self.stream)
         return there
 
     def mark(self) -> Any:

@@ -15,8 +15,8 @@ class Sampling:
     min_new_tokens: int = Field(
         default=0,
         ge=0,
-        description="Tokens of a response before which none that ends it can be sampled. It is a "
-        "filter, and needs keep_mask.",
+        description="The smallest number of tokens in a response: tokens that end it cannot be "
+        "sampled earlier. In an RL stage it needs keep_mask = true.",
     )
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(),
@@ -56,6 +56,13 @@ class Sampling:
     def keeps_probable(self) -> bool:
         """Whether top-k or top-p keeps only the most probable tokens."""
         return self.top_k > 0 or self.top_p < 1
+
+    @property
+    def filter_setting(self) -> str:
+        """The first setting that makes it filter, such as "top_k = 40"."""
+        if not self.keeps_probable:
+            return f"min_new_tokens = {self.min_new_tokens}"
+        return f"top_k = {self.top_k}" if self.top_k else f"top_p = {self.top_p}"
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,9 @@ before the string.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from quartet.models.protocols import Tokenizer
 from quartet.models.text import decoded_response
-from quartet.tensors import Bool, Int, Tensor
+from quartet.tensors import Bool, Int, Tensor, torch
 
 LOOK_EVERY = 8
 """After how many tokens the texts of responses that are being sampled are looked at."""
@@ -44,7 +42,12 @@ class StopStrings:
             part = ids[:length]
             return self.are_in(decoded_response(self.tokenizer, prompt_ids, part, prompt))
 
-        if not self.strings or not stops_within(len(ids)):
+        if not self.strings:
+            return None
+        if getattr(self.tokenizer, "clean_up_tokenization_spaces", False):
+            # Later tokens change the text of earlier ones: " n" and "'t" may become "n't".
+            return next((n for n in range(1, len(ids) + 1) if stops_within(n)), None)
+        if not stops_within(len(ids)):
             return None
         # The text of more tokens begins with the text of fewer, so the place can be halved.
         low, high = 0, len(ids)

@@ -121,13 +121,15 @@ def check_variables(
 ) -> None:
     """Raise ChatError for a name that the tokenizer's template does not read. `key` is where the
     variables come from."""
+    template: str | Mapping[str, str] | None = tokenizer.chat_template
+    texts = [template or ""] if isinstance(template, str | None) else list(template.values())
     for name in variables:
         if name in RESERVED:
             raise ChatError(
                 f"{key}.{name}: is not for the template to choose. Tools are a column of the data."
             )
-        whole = json.dumps(tokenizer.chat_template)
-        if not re.search(rf"\b{re.escape(name)}\b", whole):
+        read = re.compile(rf"\b{re.escape(name)}\b")
+        if template is not None and not any(read.search(text) for text in texts):
             raise ChatError(f"{key}.{name}: the chat template reads no {name}. Take it out.")
 
 

@@ -325,7 +325,8 @@ def _sampling_bytes(
     rows = min(num_rows, max(cache_bytes() // row_bytes, MIN_ROWS))
     copied = 0.0
     if model.is_fused and config.policy.quantize is None:
-        copied = matrices + (embeddings if embeddings < WIDE_WEIGHT else 0.0)
+        head = min(model.vocabulary * model.hidden, embeddings) or embeddings
+        copied = matrices + (head if head < WIDE_WEIGHT else 0.0)
     return KERNEL_BYTES + number * copied + rows * row_bytes
 
 

@@ -58,6 +58,7 @@ def reference(components: RLComponents) -> None:
     if components.learner.reference is None:
         raise ValueError("--break reference: this algorithm has no reference model.")
     noise = torch.Generator().manual_seed(0)
+    components.learner.placement.settle()  # it may still be on its way to main memory
     with torch.no_grad():
         for weight in components.learner.reference.parameters():
             weight.mul_(1 + 0.1 * torch.randn(weight.shape, generator=noise).to(weight.device))

@@ -190,19 +190,37 @@ ADDED_LATER |= {
     if kind.optim is not None and kind is not RL
 }
 """Settings that older checkpoints do not have, with the value that says what those versions did."""
+ADDED_TO_PARTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("algorithm.advantage", "leave_one_out"): {"std": "none", "eps": 1e-6},
+    ("algorithm.policy_loss", "sequence_clip"): {"ratio": "geometric_mean"},
+    ("algorithm.correction", "truncated"): {"floor": 0.0},
+    ("algorithm.correction", "sequence_truncated"): {"ratio": "geometric_mean"},
+    ("algorithm.correction", "sequence_masked"): {"ratio": "product", "weight": "response"},
+    ("preference.loss", "ipo"): {"per": "response"},
+}
+"""The same for fields of parts, by the part's place and type."""
 
 
 def _changed_settings(
     checkpoint: Checkpoint, config: Config, settings: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
     """Yield the settings that changed; the triples are those of `_differences`."""
-    then, now = ADDED_LATER | dict(leaves(checkpoint.facts["config"])), dict(leaves(settings))
+    then, now = with_later_keys(dict(leaves(checkpoint.facts["config"]))), dict(leaves(settings))
     for key in sorted(then.keys() | now.keys()):
         if then.get(key) != now.get(key) and _shaped_the_past(key, checkpoint, config):
             before, after = (
                 toml_value(values[key]) if key in values else "not set" for values in (then, now)
             )
             yield key, f"{key} = {before}, the config says {after}", "change it back"
+
+
+def with_later_keys(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a checkpoint with those that its version did not have."""
+    later = dict(ADDED_LATER)
+    for (part, kind), fields in ADDED_TO_PARTS.items():
+        if settings.get(f"{part}.type") == kind:
+            later |= {f"{part}.{name}": value for name, value in fields.items()}
+    return later | settings
 
 
 def _shaped_the_past(key: str, checkpoint: Checkpoint, config: Config) -> bool:

@@ -60,20 +60,22 @@ class EvaluationStage:
             return StageRun(self._empty_steps, dict)
         rewards = self.rewards(folder)
         responses: list[list[Rollout]] = []
+        logprobs: list[Tensor] = []
 
         def steps(done: int) -> Iterator[Progress]:
             for number, load in enumerate((self.load_before, self.load_after)[done:], done + 1):
                 # One policy at a time is in memory.
                 model = _loaded(load, folder)
                 responses.append(self._responses(model, folder, rewards, self.prompts))
+                if number == self.num_steps:
+                    logprobs.append(self._logprobs(model, responses[-1]))
                 del model
                 yield Progress(number, {})
 
         def finish() -> Summary:
             old, new = responses
-            after = self._logprobs(_loaded(self.load_after, folder), new)
             before = _loaded(self.load_before, folder)
-            kl: list[float] = (after - self._logprobs(before, new)).sum(dim=1).tolist()
+            kl: list[float] = (logprobs[0] - self._logprobs(before, new)).sum(dim=1).tolist()
             summary = dataclasses.asdict(compare(old, new, kl, self.gold))
             if not any(w.weight for w in rewards):  # a preference stage: no reward was trained on
                 del summary["before"]["reward"], summary["after"]["reward"]

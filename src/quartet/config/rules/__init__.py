@@ -32,12 +32,10 @@ def untrained_filter(config: Config) -> str | None:
     rollout = config.rollout
     if config.rl_stage is None or not rollout.filters or rollout.keep_mask:
         return None
-    setting = f"min_new_tokens = {rollout.min_new_tokens}"
-    if rollout.keeps_probable:
-        setting = f"top_k = {rollout.top_k}" if rollout.top_k else f"top_p = {rollout.top_p}"
     remedy = (
         "Servers do not tell which tokens they kept, so take the filter out."
         if isinstance(config.generator, Servers)
         else "Set rollout.keep_mask = true, which trains the filtered one, or take the filter out."
     )
-    return f"rollout.{setting}: the distribution without this filter would be trained. {remedy}"
+    setting = f"rollout.{rollout.filter_setting}"
+    return f"{setting}: the distribution without this filter would be trained. {remedy}"

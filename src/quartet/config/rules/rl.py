@@ -135,8 +135,8 @@ def sglang_excludes_filters(config: Config) -> str | None:
     if generator.type != "sglang" or not config.rollout.filters:
         return None
     return (
-        'generator.type = "sglang": tells log-probs of the distribution before rollout.top_k and '
-        "rollout.top_p, from which nothing was drawn. Leave those at 0 and 1."
+        'generator.type = "sglang": tells log-probs of the distribution before the filter, from '
+        f"which nothing was drawn. Take out rollout.{config.rollout.filter_setting}."
     )
 
 
@@ -146,8 +146,8 @@ def kept_mask_needs_a_filter(config: Config) -> str | None:
     if config.rl_stage is None or not rollout.keep_mask or rollout.filters:
         return None
     return (
-        "rollout.keep_mask = true: nothing is filtered. Set rollout.top_k or rollout.top_p, or "
-        "take it out."
+        "rollout.keep_mask = true: nothing is filtered. Set rollout.top_k, rollout.top_p or "
+        "rollout.min_new_tokens, or take it out."
     )
 
 
