@@ -78,6 +78,19 @@ def test_adapters_share_one_trunk():
     assert (found.frozen, found.learners) == (0, 2) and found.adapter is not None
 
 
+def test_a_reference_of_another_size_is_counted_also_beside_an_adapter(monkeypatch):
+    """Three times as large as the policy, of 2 bytes a number in bfloat16."""
+    words = ["reference.model=/other", "run.precision=bf16", "policy.adapter={type='lora', rank=4}"]
+    plain = workload(read_settings(recipe_path("reviews"), words[1:2]).config)
+    size = 3 * plain.parameters
+    monkeypatch.setattr("quartet.planning.memory._folder_parameters", lambda folder: size)
+    whole = workload(read_settings(recipe_path("reviews"), words[:2]).config)
+    assert whole.frozen == plain.frozen - 1 + 3
+    beside = workload(read_settings(recipe_path("reviews"), words).config)
+    assert beside.frozen == 3
+    assert training_memory(beside, 1)["reference, reward model"] == whole.number * size
+
+
 def test_what_rests_in_main_memory_leaves_room():
     """Of 7 B in 8 parts: two models that are only read, 3.5 GB, wait while others learn. Between updates gradients are gone, and
     moments wait, 14 of 21 GB: so much more room for answers."""

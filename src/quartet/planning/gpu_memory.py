@@ -21,6 +21,7 @@ from quartet.planning.memory import (
     micro_batch_tokens,
     number_bytes,
     policy_parameters,
+    reference_share,
     sizes,
     trained_bytes,
 )
@@ -50,8 +51,9 @@ class Workload:
     """Parameters outside the blocks: embeddings and head."""
     learners: int
     """Models that are trained: 2 with a separate critic, else 1."""
-    frozen: int
-    """Models that are only read: the reference, reward models. Adapters on a trunk are none."""
+    frozen: int | float
+    """Models that are only read: the reference, reward models. Adapters on a trunk are none, and a
+    reference of another size counts by its size over the policy's."""
     rows: int
     """Responses of a step."""
     prompt: float
@@ -66,8 +68,8 @@ class Workload:
     checkpointing: bool
     offload: bool = False
     """Whether frozen models and moments are kept in main memory while they are not needed."""
-    read_by_loss: int = 0
-    """The number of frozen models that an update reads."""
+    read_by_loss: int | float = 0
+    """The frozen models that an update reads, counted as `frozen` is."""
     reward_models: int = 0
     """The number of frozen models that score rollouts, which can go on during an update."""
     trained_bytes: float = 16.0
@@ -140,7 +142,9 @@ def workload(config: Config) -> Workload:
     adapter = adapter_parameters(config)
     if adapter is not None and config.reward_model.model is None and config.reward_models:
         reward_models = 0  # an adapter on the policy's trunk
-    has_reference = algorithm.needs_reference and adapter is None
+    reference = 0.0
+    if algorithm.needs_reference and (adapter is None or config.reference.model is not None):
+        reference = reference_share(config, parameters)
     beside = max(int(parameters - model.matrix_parameters), 0)
     tokens = config.optim.micro_batch_tokens
     trained = trained_bytes(config.optim.optimizer, model, parameters, adapter)
@@ -149,7 +153,7 @@ def workload(config: Config) -> Workload:
         model=model,
         beside=beside,
         learners=1 + own_critic,
-        frozen=reward_models + has_reference,
+        frozen=reward_models + reference,
         rows=config.rollout.prompts_per_step * config.rollout.samples_per_prompt,
         prompt=prompt,
         response=response,
@@ -158,7 +162,7 @@ def workload(config: Config) -> Workload:
         micro_tokens=8192 if tokens == "auto" else tokens,
         checkpointing=config.policy.gradient_checkpointing,
         offload=config.run.offload,
-        read_by_loss=int(has_reference and algorithm.kl.exact_loss),
+        read_by_loss=reference * algorithm.kl.exact_loss,
         reward_models=reward_models,
         trained_bytes=trained / (parameters if adapter is None else adapter),
         number=number_bytes(config, on_gpu=True),

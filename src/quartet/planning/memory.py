@@ -105,6 +105,12 @@ def reference_parameters(config: Config, policy: int | None) -> int | None:
     return policy if folder is None else _folder_parameters(folder)
 
 
+def reference_share(config: Config, policy: int | None) -> float:
+    """Return the size of the reference over the policy's; 1 where it is not known."""
+    size = reference_parameters(config, policy)
+    return size / policy if size and policy else 1.0
+
+
 def _folder_parameters(folder: str) -> int | None:
     """Return the number of parameters of a model folder; None if it is not on this machine."""
     return sum(map(_safetensors_parameters, sorted(Path(folder).glob("*.safetensors")))) or None
@@ -206,7 +212,7 @@ def micro_batch_tokens(
     needs_critic = bool(config.algorithm and config.algorithm.needs_critic)
     parts = config.launch.parts(world) if config.launch.shard else 1
     offloaded = config.run.offload and config.rl_stage is not None and not config.staleness
-    frozen = 0 if offloaded else 2
+    frozen = 0.0 if offloaded else 1 + reference_share(config, parameters)
     number = number_bytes(config, on_gpu=True)
     trained = trained_bytes(config.optim.optimizer, model, parameters or 0) * (1 + needs_critic)
     learners = 1 + _has_own_critic(config)  # the graphs of both are there at once
