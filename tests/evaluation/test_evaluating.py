@@ -215,6 +215,8 @@ def test_a_conversation_of_several_records_is_one_row_of_perplexity(tmp_path):
     alone = [policy.losses([row])[0] for row in (rows[0], rows[2])]
     again = Encoder(policy.tokenizer, 256, 256).demonstrations(rows[1:2])
     assert losses[1][1] == sum(len(record.response_ids) for record in again)
+    answers = [Answer("", True, 0, r.prompt_ids, r.response_ids) for r in again]
+    assert losses[1][0] == pytest.approx(-sum(policy.logprobs(answers, 1.0)), rel=1e-3)
     assert [losses[0][1], losses[2][1]] == [alone[0][1], alone[1][1]]
     assert [losses[0][0], losses[2][0]] == pytest.approx([alone[0][0], alone[1][0]], rel=1e-3)
 
