@@ -1,22 +1,37 @@
 """Policies on sets by measures: servers and folders, answers that are kept, what is refused."""
 
 import json
+import shutil
+from dataclasses import asdict
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from typer.testing import CliRunner
 
 import quartet
 from quartet.assembly.evaluation import EvaluationRequest, evaluate
 from quartet.assembly.evaluation.answers import BLOCK, Answer, kept_answers
+from quartet.assembly.evaluation.evaluate import Evaluation
 from quartet.assembly.evaluation.measures import measure_of, right_choices
-from quartet.assembly.evaluation.policies import EvaluationError, policies_of
+from quartet.assembly.evaluation.policies import (
+    EvaluationError,
+    LoadedPolicy,
+    ServedPolicy,
+    policies_of,
+)
+from quartet.assembly.evaluation.reward_models import reward_models_of
 from quartet.assembly.evaluation.sets import FileSet, choice_of
 from quartet.cli.common import app
 from quartet.data import DataError
+from quartet.data.encoding import Encoder
 from quartet.data.examples import Example
+from quartet.errors import QuartetError
+from quartet.evaluation.results import Measured
+from quartet.models import hub
 from quartet.models.language_model import create, save
 from quartet.models.shape import Shape
 from quartet.worlds.sums import Sums
+from tests.support.chats import REASONING, byte_level
 from tests.support.fault_server import FaultServer, says
 
 
@@ -70,7 +85,8 @@ def test_a_server_is_asked_for_each_sample_and_its_answers_are_verified(tmp_path
         ("it", "number maj@2"): 0.25,
         ("it", "tokens"): 4.0,
     }
-    assert asked == 8 and len(server.requests) == 8 and again == result
+    assert asked == 8 and len(server.requests) == 16, "its weights may have changed"
+    assert again == result
     body = json.loads(server.requests[0][2])
     assert body["model"] == "some" and body["messages"][0]["role"] == "user"
     assert json.loads(path.read_text()) == result
@@ -108,6 +124,174 @@ def test_answers_that_were_kept_are_not_asked_for_again_and_half_a_block_is(tmp_
     blocks.clear()
     assert kept_answers(file, examples, 2, ask) == whole and blocks == [1, 2]
     assert file.read_text().splitlines(keepends=True) == lines
+
+
+def test_of_answers_that_are_whole_all_are_asked_for_anew_where_that_is_wanted(tmp_path):
+    examples, blocks = [Example(str(i), f"p{i}") for i in range(2 * BLOCK)], []
+
+    def ask(block, number):
+        blocks.append(number)
+        return [Answer(e.prompt, True, 1) for e in block]
+
+    file = tmp_path / "answers.jsonl"
+    kept_answers(file, examples[:BLOCK], 1, ask)
+    kept_answers(file, examples, 1, ask, reuse_whole=False)
+    assert blocks == [0, 1], "half of the answers: the rest is asked for"
+    kept_answers(file, examples, 1, ask, reuse_whole=False)
+    assert blocks == [0, 1, 0, 1]
+
+
+@pytest.fixture
+def run(tmp_path, folders):
+    """A run folder with a policy, whose rollouts end at a string and have a shortest length."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    rollout = 'stop = [";"]\nmin_new_tokens = 3\nmax_new_tokens = 5\nkeep_mask = true\n'
+    rollout += "samples_per_prompt = 2"
+    reward = '[[reward]]\ntype = "exact"'
+    policy = f'[policy]\nmodel = "{folders[0]}"'
+    settings = ['recipe = ["grpo"]', '[data]\nworld = "sums"', policy, reward, "[rollout]", rollout]
+    (folder / "config.resolved.toml").write_text("\n".join(settings))
+    shutil.copytree(folders[0], folder / "policy")
+    return folder
+
+
+def test_answers_are_sampled_as_in_the_runs_rollouts(tmp_path, sums, run):
+    reply = says({"choices": [{"message": {"content": "3"}, "finish_reason": "stop"}]})
+    with FaultServer(reply) as server:
+        words = (f"{server.url}/v1#some", str(run))
+        request = EvaluationRequest(
+            words, (f"sums={sums}",), ("exact",), temperature=0.5, folder=tmp_path / "out"
+        )
+        path, result = evaluate(request)
+    wanted = {"stop": [";"], "min_new_tokens": 3, "max_new_tokens": 5, "temperature": 0.5}
+    assert result["sampling"] == {**wanted, "top_k": 0, "top_p": 1.0, "keep_mask": False}
+    assert json.loads(path.read_text()) == result
+    body = json.loads(server.requests[0][2])
+    assert [body[key] for key in ("stop", "min_tokens", "max_tokens")] == [[";"], 3, 5]
+    answers = next(c for c in result["cells"] if (c["policy"], c["measure"]) == ("run", "tokens"))
+    assert 3 <= answers["value"] <= 5
+
+
+def test_a_temperature_of_zero_is_refused_and_not_the_default(sums, folders):
+    with pytest.raises(EvaluationError, match="temperature = 0.0: Input should be greater than 0"):
+        quartet.evaluate(folders, on=str(sums), measures="exact", temperature=0.0)
+
+
+def test_the_tokens_of_a_prompts_samples_are_averaged_before_their_interval(tmp_path, sums):
+    replies = [
+        says({"choices": [{"text": "3"}], "usage": {"completion_tokens": count}})
+        for count in (1, 7, 1, 7, 1, 7, 1, 7)
+    ]
+    with FaultServer(replies) as server:
+        one_by_one = ServedPolicy("it", f"{server.url}/v1/completions", "some", parallel=1)
+        request = EvaluationRequest(
+            (f"it={one_by_one.url}#some",), (str(sums),), ("exact",), samples=2, folder=tmp_path
+        )
+        evaluation = Evaluation(request, lambda _: None)
+        evaluation.policies = [one_by_one]
+        tokens = evaluation.result(list(evaluation.measured()))["cells"][-1]
+    # each prompt has 1 and 7: four means of 4, which do not differ
+    assert tokens == {
+        **{"policy": "it", "set": "sums", "measure": "tokens", "n": 4, "missing": 0},
+        **{"value": 4.0, "low": 4.0, "high": 4.0},
+    }
+
+
+def test_a_conversation_of_several_records_is_one_row_of_perplexity(tmp_path):
+    tokenizer = byte_level(REASONING)
+    shape = Shape(hidden_size=16, num_layers=1, num_heads=2, max_length=256)
+    save(create(shape, tokenizer, 0), tokenizer, tmp_path / "m")
+    policy = LoadedPolicy(str(tmp_path / "m"))
+    ask = {"role": "user", "content": "why"}
+    said = {"role": "assistant", "content": "<think>\nthink\n</think>\n\nthe answer"}
+    rows = [
+        Example("a", [ask], completion=[said]),
+        Example("b", [ask], completion=[said, ask, said]),
+        Example("c", "why", completion="because"),
+    ]
+    losses = policy.losses(rows)
+    assert len(losses) == 3
+    alone = [policy.losses([row])[0] for row in (rows[0], rows[2])]
+    again = Encoder(policy.tokenizer, 256, 256).demonstrations(rows[1:2])
+    assert losses[1][1] == sum(len(record.response_ids) for record in again)
+    answers = [Answer("", True, 0, r.prompt_ids, r.response_ids) for r in again]
+    assert losses[1][0] == pytest.approx(-sum(policy.logprobs(answers, 1.0)), rel=1e-3)
+    assert [losses[0][1], losses[2][1]] == [alone[0][1], alone[1][1]]
+    assert [losses[0][0], losses[2][0]] == pytest.approx([alone[0][0], alone[1][0]], rel=1e-3)
+
+
+def test_the_commit_of_a_model_on_the_hub_tells_its_versions_apart(monkeypatch):
+    places = iter(["/cache/snapshots/abc/config.json", "/cache/snapshots/def/config.json"])
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: next(places))
+    [policy] = policies_of("owner/name")
+    assert policy.identity == ["owner/name", "abc"] and policy.identity == ["owner/name", "def"]
+
+
+def test_without_the_hub_there_is_no_commit(monkeypatch):
+    def fail(*_, **__):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    assert policies_of("owner/name")[0].identity == ["owner/name", None]
+
+
+def test_kl_between_different_tokenizers_is_refused_in_one_sentence(tmp_path, sums, folders):
+    tokenizer = byte_level()
+    shape = Shape(hidden_size=16, num_layers=1, num_heads=2, max_length=32)
+    save(create(shape, tokenizer, 0), tokenizer, tmp_path / "other")
+    words = (folders[0], folders[1], str(tmp_path / "other"))
+    request = EvaluationRequest(words, (str(sums),), ("kl",), folder=tmp_path / "out")
+    with pytest.raises(EvaluationError, match="other and model0 have tokenizers with different"):
+        evaluate(request)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_form_with_on_refuses_what_belongs_to_the_other(sums):
+    for words in ({"data": str(sums)}, {"num_prompts": 5}, {"tokenizer": "gpt2"}):
+        with pytest.raises(QuartetError, match="belong to the form with against; use on= and rows"):
+            quartet.evaluate("M", **words)
+
+
+def test_two_reward_models_of_one_name_take_names_and_are_refused_without(tmp_path):
+    for name in "ab":
+        (tmp_path / name / "reward_model").mkdir(parents=True)
+    first, second = (str(tmp_path / name / "reward_model") for name in "ab")
+    with pytest.raises(EvaluationError, match="two reward models are called reward_model"):
+        reward_models_of([first, second])
+    found = reward_models_of([f"a={first}", second, second])
+    assert {name: measure.source.model for name, measure in found.items()} == {
+        "a": first,
+        "reward_model": second,
+    }
+
+
+def test_reward_models_that_are_none_are_refused_before_anything_is_answered(tmp_path, sums, run):
+    pairs = _lines(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    for spec, sentence in {
+        "http://127.0.0.1:1/v1#m": "is a server, and accuracy is of reward models",
+        f"{run}@all": "is a checkpoint or a model of a run, and accuracy is of reward models",
+        str(run): "has trained no reward model",
+    }.items():
+        words = {"on": {"pairs": pairs}, "measures": ["accuracy"], "folder": tmp_path / "out"}
+        with pytest.raises(EvaluationError, match=sentence):
+            quartet.evaluate(spec, **words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_comparing_two_evaluations_says_which_measures_are_left_out(tmp_path):
+    def results(policy):
+        measured = Measured(policy, "s", "judge", [1.0, 1.0], lengths=[1.0, 1.0], is_pairwise=True)
+        exact = Measured(policy, "s", "exact", [1.0, 0.0], lengths=[1.0, 1.0])
+        both = [asdict(measured), asdict(exact)]
+        items = {"s": {"keys": {"prompts": ["a", "b"]}, "measured": both}}
+        path = tmp_path / f"{policy}.json"
+        path.write_text(json.dumps({"items": items}))
+        return str(path)
+
+    answer = CliRunner().invoke(app, ["eval", "--compare", "--json", results("x"), results("y")])
+    assert [c["measure"] for c in json.loads(answer.stdout)] == ["exact"]
+    assert answer.stderr.startswith("judge: left out, because a judge compared each policy")
 
 
 class Lengths:

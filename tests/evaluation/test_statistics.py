@@ -7,8 +7,15 @@ import random
 import pytest
 
 from quartet.evaluation.at_k import best_of, maj_at_k, pass_at_k
-from quartet.evaluation.results import Measured, compare_evaluations, comparison
+from quartet.evaluation.results import (
+    Measured,
+    cell,
+    compare_evaluations,
+    comparison,
+    pairwise_in_both,
+)
 from quartet.evaluation.statistics import (
+    Estimate,
     holm,
     length_controlled,
     mean,
@@ -16,6 +23,7 @@ from quartet.evaluation.statistics import (
     sign_test,
     wilson,
 )
+from quartet.runs.evaluations import estimate
 
 
 def test_wilsons_interval_by_hand_and_at_the_ends():
@@ -30,7 +38,23 @@ def test_wilsons_interval_by_hand_and_at_the_ends():
 def test_a_mean_and_its_interval_by_hand():
     # deviations −2, 0, 2: s² = 4, s / √3 = 1.1547
     assert mean([1.0, 3.0, 5.0]).low == pytest.approx(3 - 1.95996 * 1.1547, abs=1e-3)
-    assert mean([2.0]).low == mean([2.0]).high == 2.0
+
+
+def test_one_row_has_no_interval():
+    assert mean([2.0]) == Estimate(2.0, None, None)
+    assert perplexity([2.0], [2]) == Estimate(math.exp(1.0), None, None)
+    shown = cell(Measured("a", "s", "gold", [2.0]))
+    assert estimate(shown) == "2" and (shown["low"], shown["high"]) == (None, None)
+
+
+def test_an_accuracy_with_a_tie_stays_below_one():
+    [low, high] = [
+        cell(Measured("a", "s", "accuracy", [1.0] * 99 + [0.5], "choices"))[end]
+        for end in ("low", "high")
+    ]
+    # Wilson for p = 0.995, n = 100: centre (0.995 + 0.0192073) / 1.0384146 = 0.976688,
+    # half √(0.00004975 + 0.0000960366) · 1.95996 / 1.0384146 = 0.022790
+    assert [low, high] == pytest.approx([0.953898, 0.999478], abs=1e-5)
 
 
 def test_the_sign_test_is_the_binomial_sum_and_mcnemars_for_many():
@@ -68,6 +92,22 @@ def test_a_judge_that_ignores_length_keeps_its_win_rate():
     assert length_controlled([1.0] * 70 + [0.0] * 30, [0.0] * 100).value == pytest.approx(
         70.5 / 101, abs=1e-6
     )
+
+
+def test_a_win_rate_at_equal_length_is_open_where_all_answers_are_equally_much_longer():
+    # σ(θ + φ tanh 1): only the sum is known, not what it is at Δ = 0
+    constant = length_controlled([1.0] * 70 + [0.0] * 30, [40.0] * 100)
+    assert constant.low < 0.05 and constant.high > 0.95
+
+
+def test_the_interval_at_equal_length_covers_one_half_for_a_judge_that_only_likes_length():
+    covered = 0
+    for seed in range(100):
+        rng = random.Random(seed)
+        longer = [rng.gauss(40, 50) for _ in range(100)]
+        controlled = length_controlled([float(each > 0) for each in longer], longer)
+        covered += controlled.low < 0.5 < controlled.high
+    assert covered >= 95
 
 
 def test_perplexity_by_hand():
@@ -131,10 +171,10 @@ def test_of_losses_the_lower_one_wins():
     assert comparison(after, before, "a")["wins"] == 2
 
 
-def _evaluation(policy, keys, values):
+def _evaluation(policy, keys, values, **facts):
     from dataclasses import asdict
 
-    measured = asdict(Measured(policy, "s", "gold", values, lengths=[1.0] * len(keys)))
+    measured = asdict(Measured(policy, "s", "gold", values, lengths=[1.0] * len(keys), **facts))
     return {"items": {"s": {"keys": {"prompts": keys}, "measured": [measured]}}}
 
 
@@ -150,3 +190,10 @@ def test_two_evaluations_are_compared_on_their_common_rows_whatever_their_order(
         1,
     ]
     assert result["difference"]["value"] == 1.0
+
+
+def test_wins_over_a_policy_of_their_own_evaluation_are_not_compared_across_two():
+    first = _evaluation("x", ["a", "b"], [1.0, 1.0], is_pairwise=True)
+    second = _evaluation("y", ["a", "b"], [1.0, 1.0], is_pairwise=True)
+    assert compare_evaluations(first, second) == []
+    assert pairwise_in_both(first, second) == ["gold"]

@@ -50,6 +50,11 @@ def evaluate(
             as rollout={"temperature": 0.7}.
     """
     if on is not None or measures is not None or against is None:
+        if any(value is not None for value in (data, num_prompts, tokenizer)):
+            raise QuartetError(
+                "evaluate: data, num_prompts and tokenizer belong to the form with against; use "
+                "on= and rows=."
+            )
         return _on_sets(policy, against, on, measures, settings)
     evaluation = dict(settings.pop("evaluation", {}))
     folder = settings.get("folder") or "runs"

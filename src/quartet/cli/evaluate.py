@@ -126,7 +126,7 @@ def print_tables(result: Mapping[str, Any]) -> None:
 
 
 def _compare(paths: Sequence[str], as_json: bool) -> None:
-    from quartet.evaluation.results import compare_evaluations
+    from quartet.evaluation.results import compare_evaluations, pairwise_in_both
     from quartet.runs.evaluations import comparison_table
     from quartet.runs.tables import comparison
 
@@ -135,13 +135,22 @@ def _compare(paths: Sequence[str], as_json: bool) -> None:
     first, second = (_results(Path(path)) for path in paths)
     try:
         comparisons = compare_evaluations(first, second)
+        pairwise = pairwise_in_both(first, second)
     except (KeyError, IndexError, TypeError) as error:
         refuse(f"{paths[0]}, {paths[1]}: not both are results of quartet eval ({error!r}).")
+    left_out = (
+        f"{', '.join(pairwise)}: left out, because a judge compared each policy with another one "
+        "of its own evaluation. Evaluate both in one command: quartet eval A B."
+    )
+    if not comparisons and pairwise:
+        refuse(left_out)
     if not comparisons:
         refuse(
             f"{paths[0]}, {paths[1]}: have no set with the same rows and measure in common. Give "
             "the sets the same names, and use the same measures."
         )
+    if pairwise:
+        complaints.print(left_out, soft_wrap=True)
     if as_json:
         print_json(comparisons)
         return

@@ -2,7 +2,7 @@
 Imports no torch."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class Measured:
             return None
         if self.tokens is not None:
             return perplexity(known, self.tokens)
-        if self.is_pairwise:
+        if self.is_pairwise or self.needs == "choices":  # shares, in which ties count a part
             return wilson(math.fsum(known) / len(known), len(known))
         return share_or_mean(known)
 
@@ -128,22 +128,37 @@ def compare_evaluations(
     first: Mapping[str, Any], second: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Return each policy of the second evaluation against each of the first, on the rows that both
-    have, by the measures that both have. Raises KeyError, IndexError or TypeError where one has
-    another form."""
+    have, by the measures that both have. Measures of `pairwise_in_both` are left out. Raises
+    KeyError, IndexError or TypeError where one has another form."""
     found = []
-    for name in first["items"]:
-        if name not in second["items"]:
-            continue
-        for after in second["items"][name]["measured"]:
-            for before in first["items"][name]["measured"]:
-                sides = [
-                    (first["items"][name]["keys"], before),
-                    (second["items"][name]["keys"], after),
-                ]
-                if before["measure"] == after["measure"] and after["is_compared"]:
-                    old, new = _on_common_rows(*sides)
-                    found.append(comparison(new, old, old.policy))
+    for name, before, after in _of_one_measure(first, second):
+        if after["is_compared"] and not (before["is_pairwise"] or after["is_pairwise"]):
+            old, new = _on_common_rows(
+                (first["items"][name]["keys"], before), (second["items"][name]["keys"], after)
+            )
+            found.append(comparison(new, old, old.policy))
     return corrected([each for each in found if each is not None])
+
+
+def pairwise_in_both(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Return the pairwise measures that both evaluations have. Their values are wins over a policy
+    of the own evaluation, so they do not say which of two policies in different evaluations is
+    better."""
+    pairs = _of_one_measure(first, second)
+    both = [after for _, before, after in pairs if before["is_pairwise"] or after["is_pairwise"]]
+    return list(dict.fromkeys(each["measure"] for each in both))
+
+
+def _of_one_measure(
+    first: Mapping[str, Any], second: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Yield the sets that both evaluations have, with what each measured there by one measure."""
+    for name in first["items"]:
+        if name in second["items"]:
+            for after in second["items"][name]["measured"]:
+                for before in first["items"][name]["measured"]:
+                    if before["measure"] == after["measure"]:
+                        yield name, before, after
 
 
 def _on_common_rows(

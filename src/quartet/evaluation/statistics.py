@@ -20,11 +20,12 @@ length would have an infinite one."""
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % confidence interval."""
+    """A number and its 95 % confidence interval, whose ends are None where one row alone says
+    nothing of the spread."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def wilson(share: float, n: int) -> Estimate:
@@ -47,10 +48,11 @@ def wilson(share: float, n: int) -> Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """Return the mean with the interval of the normal approximation, mean ± z · s / √n."""
+    """Return the mean with the interval of the normal approximation, mean ± z · s / √n. One value
+    has no interval."""
     value = math.fsum(values) / len(values)
     if len(values) < 2:
-        return Estimate(value, value, value)
+        return Estimate(value, None, None)
     variance = math.fsum((v - value) ** 2 for v in values) / (len(values) - 1)
     half = Z * math.sqrt(variance / len(values))
     return Estimate(value, value - half, value + half)
@@ -66,13 +68,15 @@ def share_or_mean(values: Sequence[float]) -> Estimate:
 def perplexity(losses: Sequence[float], tokens: Sequence[int]) -> Estimate:
     """Return exp(Σ losses / Σ tokens) for the losses of texts, in nats. The interval is that of the
     ratio r = Σ losses / Σ tokens over texts, whose variance is Σ (loss − r · tokens)² · n / (n − 1)
-    / (Σ tokens)² (Cochran 1977, section 6.4)."""
+    / (Σ tokens)² (Cochran 1977, section 6.4). One text has no interval."""
     total, n = sum(tokens), len(losses)
     ratio = math.fsum(losses) / total
+    if n < 2:
+        return Estimate(math.exp(ratio), None, None)
     spread = math.fsum(
         (loss - ratio * count) ** 2 for loss, count in zip(losses, tokens, strict=True)
     )
-    half = Z * math.sqrt(spread * n / (n - 1)) / total if n > 1 else 0.0
+    half = Z * math.sqrt(spread * n / (n - 1)) / total
     return Estimate(math.exp(ratio), math.exp(ratio - half), math.exp(ratio + half))
 
 
@@ -121,9 +125,12 @@ def length_controlled(shares: Sequence[float], length_differences: Sequence[floa
 
     whose value at Δ = 0 is σ(θ). That is the length term of AlpacaEval 2 (Dubois et al. 2024,
     "Length-Controlled AlpacaEval", equation 2), without its term of an instruction's difficulty,
-    which needs the answers of many other models. The interval is σ(θ ± z · SE), where SE comes from
-    the sandwich of the regression. One tie at Δ = 0 is added, so that θ stays finite where one side
-    wins always, and there is a weak ridge on φ (`RIDGE`).
+    which needs the answers of many other models. One tie at Δ = 0 is added, so that θ stays finite
+    where one side wins always, and there is a weak ridge on φ (`RIDGE`).
+
+    The interval is σ(θ ± z · SE). SE² is the larger one of the variances by the inverse Hessian and
+    by the sandwich: where all Δ are alike, or the length decides nearly always, the rows say little
+    of θ, the scores are close to 0, and the sandwich with them.
     """
     y = np.array([*shares, 0.5])
     differences = np.array([*length_differences, 0.0], dtype=np.float64)
@@ -141,7 +148,8 @@ def length_controlled(shares: Sequence[float], length_differences: Sequence[floa
     p = 1 / (1 + np.exp(-(x @ weights)))
     inverse = np.linalg.inv((x * (p * (1 - p))[:, None]).T @ x + ridge + 1e-9 * np.eye(2))
     scores = x * (y - p)[:, None]
-    error = math.sqrt(max(0.0, float((inverse @ (scores.T @ scores) @ inverse)[0, 0])))
+    sandwich = inverse @ (scores.T @ scores) @ inverse
+    error = math.sqrt(max(float(inverse[0, 0]), float(sandwich[0, 0])))
     theta = float(weights[0])
     return Estimate(_sigmoid(theta), _sigmoid(theta - Z * error), _sigmoid(theta + Z * error))
 

@@ -2,6 +2,7 @@
 consequences."""
 
 import logging
+from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -16,6 +17,16 @@ from huggingface_hub.errors import (
 HUB_SECONDS = 5.0
 """How long the hub may take to answer whether it has a model."""
 LOG_IN = "log in with: hf auth login"
+
+
+def commit_on_hub(name: str) -> str | None:
+    """Return the commit of a model's newest version on the hub, or where the hub cannot be reached
+    of the version that was downloaded; None where neither tells."""
+    try:
+        config = hf_hub_download(name, "config.json", etag_timeout=HUB_SECONDS)
+    except (OSError, ValueError, HfHubHTTPError, EntryNotFoundError):
+        return None
+    return Path(config).parent.name
 
 
 def why_not_on_hub(name: str) -> str | None:

@@ -26,8 +26,8 @@ Table = tuple[str, list[str], list[tuple[str, list[str]]]]
 
 class EstimateRecord(Record):
     value: Finite
-    low: Finite
-    high: Finite
+    low: Finite | None
+    high: Finite | None
 
 
 class CellRecord(Record):
@@ -130,11 +130,13 @@ def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def estimate(numbers: Mapping[str, Any] | None, missing: int = 0) -> str:
-    """Return an estimate as text, such as 0.61 [0.58, 0.64]."""
+    """Return an estimate as text, such as 0.61 [0.58, 0.64]; without an interval 0.61."""
     if numbers is None or numbers["value"] is None:
         return "–"
-    value, low, high = (_short(numbers[key]) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]" + (f", {missing} missing" if missing else "")
+    value, low, high = (numbers[key] for key in ("value", "low", "high"))
+    has_interval = low is not None and high is not None
+    interval = f" [{_short(low)}, {_short(high)}]" if has_interval else ""
+    return f"{_short(value)}{interval}" + (f", {missing} missing" if missing else "")
 
 
 def probability(p: float) -> str:

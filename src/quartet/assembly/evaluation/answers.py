@@ -45,10 +45,14 @@ def kept_answers(
     examples: Sequence[Example],
     samples: int,
     ask: Callable[[Sequence[Example], int], Sequence[Answer]],
+    reuse_whole: bool = True,
 ) -> list[Answer]:
     """Return `samples` answers to each prompt: those that the file holds, and the rest from
-    `ask(examples of a block, its number)`, which are added to the file block by block."""
+    `ask(examples of a block, its number)`, which are added to the file block by block. Without
+    `reuse_whole`, a file with all answers is written anew: it is of an evaluation that ended."""
     known = _read(file)
+    if not reuse_whole and len(known) >= len(examples) * samples:
+        known = {}
     answers: list[Answer] = []
     complete: list[str] = []
     for number, start in enumerate(range(0, len(examples), BLOCK)):

@@ -9,19 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from quartet import __version__, files
 from quartet.assembly.evaluation import measures as m
 from quartet.assembly.evaluation.answers import Answer, kept_answers, key_of
 from quartet.assembly.evaluation.measures import ACCURACY, KL, PERPLEXITY, Measure
 from quartet.assembly.evaluation.policies import (
     EvaluationError,
+    LocalPolicy,
     Policy,
+    check_one_vocabulary,
     is_run,
     labelled,
     policies_of,
     run_config,
     start_of,
 )
+from quartet.assembly.evaluation.reward_models import reward_models_of
 from quartet.assembly.evaluation.sets import Set, examples_of, row_key, sets_of, world_of
 from quartet.evaluation.at_k import maj_at_k, pass_at_k
 from quartet.evaluation.results import Measured, cell, comparison, corrected, estimated
@@ -29,7 +34,6 @@ from quartet.evaluation.statistics import mean
 from quartet.generation.sampling import Sampling
 from quartet.io.texts import well_formed_json
 from quartet.rewards.protocol import Score
-from quartet.rewards.sources import EnsembleSource
 
 Say = Callable[[str], None]
 
@@ -86,6 +90,21 @@ def evaluate(request: EvaluationRequest, say: Say = lambda _: None) -> tuple[Pat
     return path, result
 
 
+def _sampling(base: Sampling, request: EvaluationRequest) -> Sampling:
+    """Return `base`, the sampling of a run's rollouts or a default, with what the request sets. No
+    mask is kept: nothing is trained. Raises EvaluationError for a value out of range."""
+    own = {field.name: getattr(base, field.name) for field in dataclasses.fields(Sampling)}
+    names = ("max_new_tokens", "temperature")
+    given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    try:
+        sampling = Sampling(**own | {"keep_mask": False} | given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise EvaluationError(f"{first['loc'][0]} = {first['input']}: {first['msg']}.") from None
+    shortest = min(sampling.min_new_tokens, sampling.max_new_tokens)
+    return dataclasses.replace(sampling, min_new_tokens=shortest)
+
+
 class Evaluation:
     """The policies, sets and measures of a request, resolved."""
 
@@ -98,12 +117,7 @@ class Evaluation:
         self.world = None if config is None else world_of(config)
         self.sets = sets_of(request.on, self.run, dict(request.columns), request.rows)
         base = Sampling(max_new_tokens=256) if config is None else config.rollout
-        self.sampling = Sampling(
-            max_new_tokens=request.max_new_tokens or base.max_new_tokens,
-            temperature=request.temperature or base.temperature,
-            top_k=base.top_k,
-            top_p=base.top_p,
-        )
+        self.sampling = _sampling(base, request)
         words = request.measures or self._default_measures()
         only_choices = all(each == ACCURACY.name for each in words)
         self.policies: list[Policy] = [] if only_choices else self._policies()
@@ -111,6 +125,10 @@ class Evaluation:
         has_rival = self.against is not None
         self.measures = [m.measure_of(each, has_rival) for each in words]
         self._check()
+        self.reward_models: dict[str, Measure] = {}
+        if ACCURACY in self.measures:
+            first = [request.against] if request.against is not None else []
+            self.reward_models = reward_models_of([*first, *request.policies])
 
     def _default_measures(self) -> tuple[str, ...]:
         if self.world is not None:
@@ -182,9 +200,12 @@ class Evaluation:
                 )
         if KL in self.measures and self.sampling.filters:
             raise EvaluationError(
-                "--measure kl: the run samples with top_k or top_p, and the KL is that of the "
-                "whole distribution. Leave kl out."
+                "--measure kl: the run samples with top_k, top_p or min_new_tokens, and the KL is "
+                "that of the whole distribution. Leave kl out."
             )
+        if KL in self.measures and isinstance(self.against, LocalPolicy):
+            local = [policy for policy in self.policies if isinstance(policy, LocalPolicy)]
+            check_one_vocabulary(self.against, local)
 
     def _sets_for(self, measure: Measure) -> list[Set]:
         return [each for each in self.sets if each.has(measure.needs)]
@@ -248,7 +269,8 @@ class Evaluation:
             answers: Sequence[Answer] = loaded().answers(block, self.sampling, samples, of_block)
             return answers
 
-        return kept_answers(folder / f"{key}.jsonl", each.prompts, samples, ask)
+        file = folder / f"{key}.jsonl"
+        return kept_answers(file, each.prompts, samples, ask, reuse_whole=policy.has_weights)
 
     def _kl(self, own_logprobs: dict[tuple[str, str], list[float]]) -> Iterator[Measured]:
         """Yield Σ_t log π(t) − log π_against(t) of each answer, in nats."""
@@ -318,21 +340,11 @@ class Evaluation:
                 yield self._measured(policy, each, named, majority, is_at_k=True)
 
     def _accuracy(self) -> Iterator[Measured]:
-        first = [self.request.against] if self.request.against is not None else []
-        for words in dict.fromkeys([*first, *self.request.policies]):
-            name, spec = labelled(words)
-            path = Path(spec)
-            folders = sorted(path.glob("reward_model-*")) if is_run(path) else []
-            if folders:
-                source = EnsembleSource(models=tuple(str(folder) for folder in folders))
-                measure = Measure("accuracy", "choices", source)
-            else:
-                measure = m.measure_of({"type": "model", "model": spec}, False)
+        for name, measure in self.reward_models.items():
             reward = m.reward_of(measure, None, self.request.to, None)
-            shown = name or (path.resolve().name if is_run(path) else path.name)
             for each in self._sets_for(ACCURACY):
-                self.say(f"{shown}: accuracy on {each.name}")
-                yield self._measured(shown, each, ACCURACY, m.right_choices(reward, each.choices))
+                self.say(f"{name}: accuracy on {each.name}")
+                yield self._measured(name, each, ACCURACY, m.right_choices(reward, each.choices))
 
     def _means(self, scores: Sequence[Score]) -> list[Score]:
         """Return the mean score of each prompt's answers; None where one has none."""
@@ -376,9 +388,9 @@ class Evaluation:
         """Return what the evaluation's file holds."""
         cells = [cell(each) for each in measured]
         for (policy, name), answers in self.answers.items():
-            tokens = [float(answer.tokens) for answer in answers]
+            tokens = self._means([float(answer.tokens) for answer in answers])
             place = {"policy": policy, "set": name, "measure": "tokens"}
-            cells.append(estimated(place, mean(tokens), tokens))
+            cells.append(estimated(place, mean([t for t in tokens if t is not None]), tokens))
         return {
             "quartet": __version__,
             "policies": self._names(measured),
@@ -386,7 +398,7 @@ class Evaluation:
             "sets": [{"name": each.name, "source": each.source} for each in self.sets],
             "samples": self.request.samples,
             "seed": self.request.seed,
-            "sampling": dataclasses.asdict(self.sampling),
+            "sampling": dataclasses.asdict(self.sampling) | {"stop": list(self.sampling.stop)},
             "cells": cells,
             "comparisons": corrected(self._comparisons(measured)),
             "items": {each.name: self._items(each, measured) for each in self.sets},

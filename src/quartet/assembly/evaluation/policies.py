@@ -23,6 +23,7 @@ from quartet.files import fingerprint
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import freeze
+from quartet.models.hub import commit_on_hub
 from quartet.models.language_model import load_model, load_tokenizer, policy_logprobs, stop_ids
 from quartet.models.precision import DTYPES, best_precision, compute_in
 from quartet.models.support import limit_support
@@ -68,10 +69,24 @@ class LocalPolicy:
 
     @property
     def identity(self) -> Any:
-        """What tells this policy from others: its weights' files, or its hub id."""
+        """What tells this policy from others: its weights' files, or its hub id and commit."""
         if self.checkpoint is not None:
             return [str(self.checkpoint), _files_of(self.checkpoint)]
-        return [self.source, _files_of(Path(self.source)) if Path(self.source).is_dir() else None]
+        is_folder = Path(self.source).is_dir()
+        return [
+            self.source,
+            _files_of(Path(self.source)) if is_folder else commit_on_hub(self.source),
+        ]
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """The folder or hub id with the policy's tokenizer; None where only its checkpoint tells
+        it."""
+        if self.checkpoint is None:
+            return self.source
+        run = Path(self.source)
+        written = (run / name for name in ("policy", "sft"))
+        return next((str(p) for p in written if (p / "config.json").is_file()), None)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator["LoadedPolicy"]:
@@ -131,16 +146,19 @@ class LoadedPolicy:
         """Return the negative log-probability of each text, in nats, and its tokens; of a prompt
         with a completion, that of the completion."""
         encoder = Encoder(self.tokenizer, self.longest, self.longest, max_tokens=self.longest)
-        records = encoder.demonstrations(examples)
+        # A conversation whose template rewrites earlier answers becomes a record for each answer.
+        records = [(row, r) for row, e in enumerate(examples) for r in encoder.demonstrations([e])]
         rollouts = [
             dataclasses.replace(
                 _as_rollout(i, r.prompt_ids, r.response_ids), policy_mask=r.loss_mask
             )
-            for i, r in enumerate(records)
+            for i, (_, r) in enumerate(records)
         ]
-        sums = self._sums(rollouts, 1.0)
-        counts = [len(r.response_ids) if r.loss_mask is None else sum(r.loss_mask) for r in records]
-        return [(-total, count) for total, count in zip(sums, counts, strict=True)]
+        losses, counts = [0.0] * len(examples), [0] * len(examples)
+        for (row, r), total in zip(records, self._sums(rollouts, 1.0), strict=True):
+            losses[row] -= total
+            counts[row] += len(r.response_ids) if r.loss_mask is None else sum(r.loss_mask)
+        return list(zip(losses, counts, strict=True))
 
     def _sums(self, rollouts: Sequence[Rollout], temperature: float) -> list[float]:
         batch = collate(rollouts)
@@ -170,6 +188,7 @@ class ServedPolicy:
 
     @property
     def identity(self) -> Any:
+        """The server and the model's name; they do not tell when the weights change."""
         return [self.url, self.model]
 
     @contextlib.contextmanager
@@ -211,6 +230,8 @@ class ServedPolicy:
             )
         filters = {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
         filters |= {"top_k": sampling.top_k} if sampling.top_k else {}
+        ends: dict[str, Any] = {"stop": list(sampling.stop)} if sampling.stop else {}
+        ends |= {"min_tokens": sampling.min_new_tokens} if sampling.min_new_tokens else {}
         return {
             "model": self.model,
             **asked,
@@ -218,6 +239,7 @@ class ServedPolicy:
             "temperature": sampling.temperature,
             "seed": seed % 2**31,
             **filters,
+            **ends,
         }
 
     def _answer(self, reply: Any) -> Answer:
@@ -237,6 +259,23 @@ class ServedPolicy:
 
 
 Policy = LocalPolicy | ServedPolicy
+
+
+def check_one_vocabulary(first: LocalPolicy, others: Sequence[LocalPolicy]) -> None:
+    """Raise EvaluationError where a policy's tokenizer has other tokens than that of `first`, whose
+    log-probs of the policy's answers would be of other texts."""
+    folders: dict[str, str] = {}
+    for policy in (first, *others):
+        if policy.tokenizer_folder is not None:
+            folders.setdefault(policy.tokenizer_folder, policy.name)
+    known = [(name, load_tokenizer(folder).get_vocab()) for folder, name in folders.items()]
+    for name, vocabulary in known[1:]:
+        if vocabulary != known[0][1]:
+            raise EvaluationError(
+                f"--measure kl: {name} and {known[0][0]} have tokenizers with different tokens, so "
+                "they cannot score each other's answers. Leave kl out, or compare two policies "
+                "with one tokenizer."
+            )
 
 
 def policies_of(words: str, token_env: str | None = None) -> list[Policy]:
