@@ -266,3 +266,46 @@ def test_a_choice_that_was_not_confirmed_is_sent_when_the_page_opens_again(
     assert [entry.verdict for _, entry in read_labels(tmp_path / "pairs.labels.jsonl").labels] == [
         "tie"
     ]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_an_undo_whose_answer_is_lost_takes_one_label_back(browser, server, tmp_path):
+    page = browser.new_context().new_page()
+    begin(page, server.url)
+    for count in (1, 2):
+        press(page, "t", count)
+    lost = []
+
+    def lose_the_first(route):
+        answer = route.fetch()
+        if lost:
+            route.fulfill(response=answer)
+        else:
+            lost.append(answer.status)
+            route.abort()
+
+    page.route("**/api/undo", lose_the_first)
+    press(page, "u", 1)
+    assert lost == [200]
+    labels = read_labels(tmp_path / "pairs.labels.jsonl")
+    assert len(labels.labels) == len(labels.undone) == 1
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_page_whose_token_is_old_says_what_to_open_and_keeps_the_choice(
+    browser, server, tmp_path
+):
+    page = browser.new_context().new_page()
+    begin(page, server.url)
+    refused = {"status": 401, "content_type": "text/html", "body": "<p>no</p>"}
+    page.route("**/api/*", lambda route: route.fulfill(**refused))
+    page.keyboard.press("t")
+    page.locator("#notice", has_text="Open the address that the command printed").wait_for()
+    page.locator("body:not([data-busy])").wait_for()
+    page.unroute("**/api/*")
+    page.goto(server.url)
+    page.locator("#count", has_text=re.compile("^1 of")).wait_for(timeout=30000)
+    labels = read_labels(tmp_path / "pairs.labels.jsonl").labels
+    assert [entry.verdict for _, entry in labels] == ["tie"]
