@@ -16,7 +16,7 @@ from quartet.data.label_pairs import read_pairs
 from quartet.data.report import report
 from quartet.data.shapes import read_examples
 from quartet.labels.agreement import OWN, agreements, cohens_kappa
-from quartet.labels.log import Label, LabelError, LabelLog, read_labels
+from quartet.labels.log import Label, LabelError, LabelLog, is_label_file, read_labels
 from quartet.labels.pairs import Pair, all_pairs, distinct, in_order
 from quartet.labels.session import AlreadyLabelled, BadLabel, LabelSession
 
@@ -132,6 +132,46 @@ def test_a_torn_last_line_is_tolerated_reported_and_ended(log, path):
     log.close()
 
 
+def test_ending_a_torn_line_is_one_write(log, path, monkeypatch):
+    log.add(label("0", PAIRS[0]))
+    log.close()
+    torn = path.read_bytes() + b'{"event": "la'
+    path.write_bytes(torn)
+    write, writes = os.write, []
+    monkeypatch.setattr(os, "write", lambda file, line: writes.append(line) or write(file, line))
+    LabelLog(path).close()
+    assert len(writes) == 1 and path.read_bytes() == torn + writes[0]
+    path.write_bytes(torn)
+    monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:5]))  # a full disk
+    with pytest.raises(LabelError, match="could not be written"):
+        LabelLog(path)
+    assert path.read_bytes() == torn
+    monkeypatch.undo()
+    log = LabelLog(path)  # the failed one has given the lock back
+    assert [entry.id for _, entry in log.labels.labels] == ["0"]
+    log.close()
+
+
+def test_a_file_whose_first_label_a_kill_has_torn_is_a_file_of_labels(log, path):
+    log.close()
+    path.write_bytes(b'{"event": "la')
+    log = LabelLog(path)
+    for i in range(2):
+        log.add(label(str(i), PAIRS[i]))
+    log.close()
+    assert is_label_file(path) and len(read_labels(path).labels) == 2
+    assert [row["prompt"] for _, row in rows(path)] == ["question 0", "question 1"]
+
+
+@pytest.mark.parametrize("event", [{"a": 1}, ["label"], None, "label", "undo", "torn"], ids=str)
+def test_rows_with_an_event_of_their_own_are_data(path, event):
+    path.write_text(json.dumps({"prompt": "hi", "completion": "x", "event": event}))
+    assert not is_label_file(path) and [row["event"] for _, row in rows(path)] == [event]
+    path.write_text('{"event": "undo", "label": "1"}\n{"event": "undo", "label": {"a": 1}}')
+    with pytest.raises(LabelError, match="labels.jsonl:2: is no label"):
+        read_labels(path)
+
+
 def test_damage_that_no_kill_leaves_is_refused(log, path):
     log.add(label("0", PAIRS[0]))
     line = path.read_text()
@@ -210,17 +250,54 @@ def test_undo_is_a_line_and_gives_the_pair_back(log):
     session.take("ann", "t1", "x", first.id, "first")
     other = session.task("ann", "t2")
     session.take("ann", "t2", "y", other.id, "first")
-    assert session.undo("ann", "t1") == first == session.task("ann", "t1")
-    assert session.undo("ann", "t1") is None  # the other label is the other tab's
+    assert session.last("ann", "t1") == "x" and session.last("bob", "t1") == ""
+    assert session.undo("ann", "t1", "x") == first == session.task("ann", "t1")
+    assert session.last("ann", "t1") == ""
+    assert session.undo("ann", "t1", "y") is None  # that label is the other tab's
     assert [json.loads(line)["event"] for line in log.path.read_text().splitlines()] == [
         "label",
         "label",
         "undo",
     ]
     log = reopened(log)
-    assert [entry.id for _, entry in log.labels.labels] == ["y"] and log.labels.undone == 1
+    assert [entry.id for _, entry in log.labels.labels] == ["y"] and len(log.labels.undone) == 1
     assert len(LabelSession(PAIRS, log).labels) == 1
     log.close()
+
+
+def test_an_undo_that_is_sent_twice_takes_one_label_back(log):
+    session = LabelSession(PAIRS, log, repeat=0.0)
+    tasks = []
+    for number in ("x", "y"):
+        tasks.append(session.task("ann", "t"))
+        session.take("ann", "t", number, tasks[-1].id, "first")
+    written = log.path.read_text()
+    assert session.undo("ann", "t", "y") == tasks[1] == session.undo("ann", "t", "y")
+    assert list(session.labels) == ["x"] and len(log.path.read_text().splitlines()) == 3
+    log = reopened(log)  # the answer was lost with the server
+    session = LabelSession(PAIRS, log, repeat=0.0)
+    assert session.undo("ann", "t", "y") == tasks[1] and session.last("ann", "t") == "x"
+    assert log.path.read_text().startswith(written) and len(session.labels) == 1
+    log.close()
+
+
+def test_a_pair_that_one_labeller_labels_is_not_labelled_by_a_second_one(log):
+    now = [0.0]
+    session = LabelSession(PAIRS, log, repeat=0.0, overlap=0.0, clock=lambda: now[0])
+    task = session.task("ann", "a")
+    now[0] = 901.0
+    assert session.task("bob", "b").pair == task.pair
+    session.take("bob", "b", "1", session.task("bob", "b").id, "tie")
+    with pytest.raises(AlreadyLabelled, match="by someone else"):
+        session.take("ann", "a", "2", task.id, "first")
+    assert session.task("ann", "a").pair != task.pair
+
+
+def test_the_id_of_a_pair_is_computed_once(monkeypatch):
+    pair = Pair("q", "x", "y")
+    first = pair.id
+    monkeypatch.setattr(json, "dumps", None)
+    assert pair.id == first and pair == Pair("q", "x", "y")
 
 
 def test_repeats_come_after_a_gap_and_are_no_comparisons(log):

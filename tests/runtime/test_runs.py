@@ -28,7 +28,7 @@ TINY = [*SMALL, "run.steps=3"]
 TINY_REVIEWS = ["run", "reviews", *SMALL_REVIEWS, "run.steps=3"]
 TINY_SUMS = ["run", "sums", *TINY, "policy.create.max_length=32"]
 COLUMNS = (
-    "step sample id group score score/model score/gold ended position token_id text is_response logprob old_logprob ref_logprob kl "
+    "step sample id group prompt response score score/model score/gold ended position token_id text is_response logprob old_logprob ref_logprob kl "
     "reward penalty value td_error raw_advantage advantage return change ratio clipped entropy"
 ).split()
 

@@ -94,6 +94,11 @@ def test_earlier_comparisons_are_kept_beside_the_new_ones(folder, tmp_path):
     assert found[0] == "old" and len(found) == new + 1
 
 
+def test_earlier_comparisons_that_are_not_there_are_refused_before_anyone_labels(folder, tmp_path):
+    with pytest.raises(DataError, match=r"label.earlier = .*/nowhere: no such file or folder\."):
+        stage(earlier=tmp_path / "nowhere").begin(folder)
+
+
 def test_too_few_different_answers_are_refused_before_anyone_labels(folder):
     with pytest.raises(
         DataError, match=r"label.labels = 41: .* only 23 of 40 prompts. Raise label.pairs"

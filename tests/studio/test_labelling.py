@@ -77,6 +77,26 @@ def test_a_token_is_needed_where_other_machines_can_connect(tmp_path):
     log.close()
 
 
+def test_servers_on_two_ports_have_cookies_of_their_own(tmp_path):
+    """A browser sends a host's cookies to all of its ports."""
+    log = LabelLog(tmp_path / "labels.jsonl")
+    session = LabelSession([], log)
+    clients = [
+        TestClient(make_label_app(session, "x", ("*",), token), base_url=f"http://host:{port}")
+        for port, token in ((8700, "one"), (8701, "two"))
+    ]
+    first, second = (
+        client.get(f"/?token={token}", follow_redirects=False).headers["set-cookie"]
+        for client, token in zip(clients, ("one", "two"), strict=True)
+    )
+    kept = dict(cookie.split(";")[0].split("=") for cookie in (first, second))
+    cookies = "; ".join(f"{name}={value}" for name, value in kept.items())
+    for client in clients:
+        assert client.get("/", headers={"cookie": cookies}).status_code == 200
+    assert clients[0].get("/", headers={"host": "host:x", "cookie": cookies}).status_code == 401
+    log.close()
+
+
 def test_what_is_posted_is_on_the_disk_before_the_answer(client, tmp_path):
     state = post(client, "/api/next").json()
     assert state["total"] == 3 and state["done"] == 0
@@ -97,8 +117,11 @@ def test_what_is_posted_is_on_the_disk_before_the_answer(client, tmp_path):
         refused.status_code == 409
         and refused.json()["error"] == "This pair was labelled in another tab."
     )
-    assert post(client, "/api/undo").json()["task"]["id"] == state["task"]["id"]
-    assert post(client, "/api/undo").json()["error"] == "This tab has no label to undo."
+    assert post(client, "/api/next").json()["last"] == "1"
+    for _ in range(2):  # the page asks until it is answered
+        undone = post(client, "/api/undo", label="1").json()
+        assert undone["task"]["id"] == state["task"]["id"] and undone["last"] == ""
+    assert post(client, "/api/undo", label="").json()["error"] == "This tab has no label to undo."
 
 
 def test_a_full_disk_is_answered_and_leaves_no_torn_line(client, tmp_path, monkeypatch):
@@ -222,7 +245,7 @@ def test_fifty_pairs_by_keyboard_in_two_tabs_with_a_killed_server(browser, serve
     labels = read_labels(tmp_path / "pairs.labels.jsonl")
     keys_of = [(entry.pair.id, entry.repeat) for _, entry in labels.labels]
     assert len(keys_of) == len(set(keys_of)) == total and len({i for i, _ in keys_of}) == 50
-    assert labels.undone == 1 and not labels.torn
+    assert len(labels.undone) == 1 and not labels.torn
     assert [e.comment for _, e in labels.labels if e.comment] == []  # it was undone with its label
     context.close()
 
@@ -243,3 +266,46 @@ def test_a_choice_that_was_not_confirmed_is_sent_when_the_page_opens_again(
     assert [entry.verdict for _, entry in read_labels(tmp_path / "pairs.labels.jsonl").labels] == [
         "tie"
     ]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_an_undo_whose_answer_is_lost_takes_one_label_back(browser, server, tmp_path):
+    page = browser.new_context().new_page()
+    begin(page, server.url)
+    for count in (1, 2):
+        press(page, "t", count)
+    lost = []
+
+    def lose_the_first(route):
+        answer = route.fetch()
+        if lost:
+            route.fulfill(response=answer)
+        else:
+            lost.append(answer.status)
+            route.abort()
+
+    page.route("**/api/undo", lose_the_first)
+    press(page, "u", 1)
+    assert lost == [200]
+    labels = read_labels(tmp_path / "pairs.labels.jsonl")
+    assert len(labels.labels) == len(labels.undone) == 1
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_page_whose_token_is_old_says_what_to_open_and_keeps_the_choice(
+    browser, server, tmp_path
+):
+    page = browser.new_context().new_page()
+    begin(page, server.url)
+    refused = {"status": 401, "content_type": "text/html", "body": "<p>no</p>"}
+    page.route("**/api/*", lambda route: route.fulfill(**refused))
+    page.keyboard.press("t")
+    page.locator("#notice", has_text="Open the address that the command printed").wait_for()
+    page.locator("body:not([data-busy])").wait_for()
+    page.unroute("**/api/*")
+    page.goto(server.url)
+    page.locator("#count", has_text=re.compile("^1 of")).wait_for(timeout=30000)
+    labels = read_labels(tmp_path / "pairs.labels.jsonl").labels
+    assert [entry.verdict for _, entry in labels] == ["tie"]

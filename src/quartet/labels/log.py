@@ -5,7 +5,9 @@ it writes leaves at most a torn last line, whose label was never confirmed; the 
 the file ends that line and writes behind it that it is torn.
 """
 
+import contextlib
 import fcntl
+import itertools
 import json
 import os
 from collections import Counter
@@ -26,6 +28,10 @@ Order = Literal["ab", "ba"]
 VERDICTS: tuple[str, ...] = get_args(Verdict)
 LEFT_OUT = {"tie": "ties", "both_bad": "both bad", "skip": "skipped"}
 """The verdicts that give no comparison, and what they are called in a sentence."""
+EVENTS = {"label": ("verdict", str), "undo": ("label", str), "torn": ("line", int)}
+"""The events of lines, each with a key that its line has, and the type of its value."""
+FIRST_LINES = 10
+"""How many lines are looked at to recognise a file of labels."""
 
 
 class LabelError(QuartetError, ValueError):
@@ -91,7 +97,7 @@ class Labels:
 
     labels: Sequence[tuple[int, Label]]
     """Those that were not undone, each with the number of its line, from 1."""
-    undone: int = 0
+    undone: tuple[Label, ...] = ()
     torn: tuple[int, ...] = ()
     """The numbers of lines that a killed process left unfinished."""
 
@@ -114,7 +120,7 @@ class Labels:
         )
         names = [*LEFT_OUT.values(), "repeated"]
         out = [f"{kinds[name]} {name}" for name in names if kinds[name]]
-        out += [f"{self.undone} undone"] * bool(self.undone)
+        out += [f"{len(self.undone)} undone"] * bool(self.undone)
         out += [f"line {number} torn by a kill" for number in self.torn]
         words = f"{count:,} comparison{'s' * (count != 1)} of labels"
         return words + (f"; left out: {', '.join(out)}" if out else "")
@@ -122,20 +128,23 @@ class Labels:
 
 def is_label_row(row: Any) -> bool:
     """Return whether a row is a line of a file of labels."""
-    return (
-        isinstance(row, dict)
-        and row.get("event") in {"label", "undo", "torn"}
-        and ("verdict" in row or "label" in row or "line" in row)
-    )
+    if not isinstance(row, dict) or not isinstance(row.get("event"), str):
+        return False
+    key, kind = EVENTS.get(row["event"], ("", str))
+    return isinstance(row.get(key), kind)
 
 
 def is_label_file(path: Path) -> bool:
-    """Return whether the first line of a file is that of a file of labels."""
+    """Return whether the first line of a file that is JSON is that of a file of labels. A kill
+    during the first label tears the line before it."""
     try:
         with path.open("rb") as file:
-            return is_label_row(json.loads(file.readline()))
-    except (OSError, ValueError, RecursionError):
-        return False
+            for line in itertools.islice(file, FIRST_LINES):
+                with contextlib.suppress(ValueError, RecursionError):
+                    return is_label_row(json.loads(line))
+    except OSError:
+        pass
+    return False
 
 
 def read_labels(path: Path) -> Labels:
@@ -170,7 +179,7 @@ def read_labels(path: Path) -> Labels:
 
 def _labels(path: Path, rows: Mapping[int, dict[str, Any]], torn: tuple[int, ...]) -> Labels:
     labels: dict[str, tuple[int, Label]] = {}
-    undone = 0
+    undone: list[Label] = []
     for number, row in rows.items():
         if not is_label_row(row):
             raise LabelError(
@@ -178,17 +187,20 @@ def _labels(path: Path, rows: Mapping[int, dict[str, Any]], torn: tuple[int, ...
                 '"label" or "undo".'
             )
         if row["event"] == "undo":
-            undone += labels.pop(row["label"], None) is not None
+            if row["label"] in labels:
+                undone.append(labels.pop(row["label"])[1])
         elif row["event"] == "label":
             label = _label(f"{path.name}:{number}", row)
             labels.setdefault(label.id, (number, label))
-    return Labels(tuple(labels.values()), undone, torn)
+    return Labels(tuple(labels.values()), tuple(undone), torn)
 
 
 def _label(place: str, row: Mapping[str, Any]) -> Label:
     needed = ("id", "labeller", "verdict", "order", "prompt", "answer_a", "answer_b")
     if missing := [key for key in needed if key not in row]:
         raise LabelError(f"{place}: has no {missing[0]}, which each label needs.")
+    if not isinstance(row["id"], str) or not isinstance(row["labeller"], str):
+        raise LabelError(f"{place}: id and labeller must be texts.")
     if row["verdict"] not in VERDICTS:
         raise LabelError(
             f"{place}: verdict is {row['verdict']!r}; it must be one of {', '.join(VERDICTS)}."
@@ -236,17 +248,24 @@ class LabelLog:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-        self.labels = read_labels(path)
-        self._end_last_line()
+        try:
+            self.labels = read_labels(path)
+            self._end_last_line()
+        except LabelError:
+            self.close()
+            raise
 
     def _end_last_line(self) -> None:
         content = self.path.read_bytes()
         if not content or content.endswith(b"\n"):
             return
-        os.write(self._file, b"\n")
         number = content.count(b"\n") + 1
         if number in self.labels.torn:
-            self._append({"event": "torn", "line": number, "time": now()})
+            row = {"event": "torn", "line": number, "time": now()}
+            # One write: an ended line that nothing says is torn could never be read again.
+            self._write(b"\n" + json.dumps(row).encode() + b"\n")
+        else:
+            self._write(b"\n")
 
     def add(self, label: Label) -> None:
         """Append a label. It is on the disk when this returns."""
@@ -259,10 +278,13 @@ class LabelLog:
         )
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        line = json.dumps(row).encode() + b"\n"
+        self._write(json.dumps(row).encode() + b"\n")
+
+    def _write(self, content: bytes) -> None:
+        """Append bytes, all or none."""
         size = os.fstat(self._file).st_size
         try:
-            if os.write(self._file, line) < len(line):
+            if os.write(self._file, content) < len(content):
                 raise OSError(28, "no space left on the device")
             os.fsync(self._file)
         except OSError as error:

@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 Text = str | Sequence[Mapping[str, Any]]
@@ -24,7 +25,7 @@ class Pair:
     """The deviation of the difference of the two scores among the members of a reward-model
     ensemble; None where it is not known."""
 
-    @property
+    @cached_property
     def id(self) -> str:
         """A hash of the prompt and the two answers, whichever comes first."""
         answers = sorted(json.dumps(answer) for answer in (self.answer_a, self.answer_b))

@@ -24,7 +24,7 @@ class BadLabel(QuartetError, ValueError):
 
 
 class AlreadyLabelled(QuartetError, RuntimeError):
-    """The labeller has labelled this pair in another tab."""
+    """The pair was labelled in another tab, or by the one labeller that it needs."""
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,24 @@ class LabelSession:
         self.common = {i for i in self.pairs if share("overlap", seed, i) < overlap}
         self.labels: dict[str, Label] = {label.id: label for _, label in log.labels.labels}
         """The labels that count, by id, in the order in which they were given."""
+        self._undone: dict[str, Label] = {label.id: label for label in log.labels.undone}
         self._leases: dict[str, tuple[str, Task, float]] = {}
         """By tab: the labeller, what they see there, and since when."""
         self._lock = threading.Lock()
 
     def task(self, labeller: str, tab: str) -> Task | None:
-        """Return what a tab shows next: what it shows already, where it has not answered. None
-        where all is labelled or open in other tabs."""
+        """Return what a tab shows next: what it shows already, where it has not answered and the
+        pair is still its labeller's. None where all is labelled or open in other tabs."""
         with self._lock:
             lease = self._leases.pop(tab, None)
-            done = self._done(labeller)
-            if lease is not None and lease[0] == labeller and self._key(lease[1]) not in done:
-                return self._lease(labeller, tab, lease[1])
+            done, mine = self._done(labeller), self._mine(labeller)
+            kept = lease[1] if lease is not None and lease[0] == labeller else None
+            is_open = kept is not None and self._key(kept) not in done
+            if kept is not None and is_open and (kept.repeat or kept.pair.id in mine):
+                return self._lease(labeller, tab, kept)
             elsewhere = self._open_elsewhere(labeller)
             due = self._due(labeller, done, REPEAT_GAP)
-            fresh = (self._task(labeller, pair, False) for pair in self._mine(labeller))
+            fresh = (self._task(labeller, pair, False) for pair in mine)
             late = self._due(labeller, done, 0)
             for task in (*due, *fresh, *late):
                 key = self._key(task)
@@ -122,6 +125,8 @@ class LabelSession:
             asked = lease[1] if lease is not None and is_open else self._task_of(name, task)
             if self._key(asked) in self._done(name):
                 raise AlreadyLabelled("This pair was labelled in another tab.")
+            if not asked.repeat and self._is_others(asked.pair, name):
+                raise AlreadyLabelled("This pair was labelled by someone else meanwhile.")
             verdict, order = asked.verdict(choice), asked.order
             label = Label(
                 number, name, asked.pair, verdict, order, asked.repeat, comment.strip(), tab
@@ -131,17 +136,24 @@ class LabelSession:
             self._leases.pop(tab, None)
             return label
 
-    def undo(self, labeller: str, tab: str) -> Task | None:
-        """Take back the last label that a labeller gave in a tab, and return its task; None where
-        there is none."""
+    def undo(self, labeller: str, tab: str, number: str) -> Task | None:
+        """Take back the label with the id `number`, which a labeller gave in a tab, and return its
+        task; None where there is no such label. A label that is undone already gives its task
+        again: the page asks until it is answered."""
         with self._lock:
-            own = [x for x in self.labels.values() if x.labeller == labeller and x.tab == tab]
-            own = [label for label in own if label.pair.id in self.pairs]
-            if not own:
+            label = self.labels.get(number) or self._undone.get(number)
+            if label is None or not self._is_of(label, labeller, tab):
                 return None
-            self.log.undo(own[-1])
-            del self.labels[own[-1].id]
-            return self._lease(labeller, tab, self._task(labeller, own[-1].pair, own[-1].repeat))
+            if number in self.labels:
+                self.log.undo(label)
+                self._undone[number] = self.labels.pop(number)
+            return self._lease(labeller, tab, self._task(labeller, label.pair, label.repeat))
+
+    def last(self, labeller: str, tab: str) -> str:
+        """Return the id of the last label that a labeller gave in a tab; "" where there is none."""
+        with self._lock:
+            own = (x.id for x in reversed(self.labels.values()) if self._is_of(x, labeller, tab))
+            return next(own, "")
 
     def release(self, tab: str) -> None:
         """Give back what a closed tab was showing."""
@@ -156,6 +168,14 @@ class LabelSession:
             skipped = {x.pair.id for x in self._own(labeller) if x.verdict == "skip"}
             again = len((mine & self.repeated) - skipped)
             return Progress(len(done), len(mine) + again)
+
+    def _is_of(self, label: Label, labeller: str, tab: str) -> bool:
+        return (label.labeller, label.tab) == (labeller, tab) and label.pair.id in self.pairs
+
+    def _is_others(self, pair: Pair, labeller: str) -> bool:
+        """Return whether another labeller has given the one label that a pair needs."""
+        labels = (x for x in self.labels.values() if x.pair.id == pair.id)
+        return pair.id not in self.common and any(x.labeller != labeller for x in labels)
 
     def _own(self, labeller: str) -> list[Label]:
         return [label for label in self.labels.values() if label.labeller == labeller]

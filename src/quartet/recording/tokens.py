@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 
 from quartet.algorithms.advantages import critic_values, gae
 from quartet.algorithms.kl import k1
+from quartet.io.texts import well_formed, well_formed_json
 from quartet.models.protocols import Tokenizer
 from quartet.tensors import Float, Tensor
 
@@ -124,6 +126,7 @@ def token_table(
             "sample": pa.array(rows.numpy(), pa.int32()),
             "id": spread(list(batch.ids), pa.string()),
             "group": spread(batch.groups.tolist(), pa.int32()),
+            **text_columns(rollouts, batch.lengths.tolist()),
             "score": spread(batch.scores.tolist(), pa.float32()),
             **components,
             "ended": spread(batch.ended.tolist(), pa.bool_()),
@@ -148,6 +151,30 @@ def token_table(
             "entropy": column(update_columns.get("entropy")),
         }
     )
+
+
+def text_columns(rollouts: "Sequence[Rollout]", lengths: Sequence[int]) -> dict[str, Any]:
+    """Return the columns `prompt` and `response`, which have a value in the first row of each
+    rollout: the prompt as JSON, a text or messages, and the response's text without special
+    tokens. The texts of single tokens do not add up to these: a character can be several tokens,
+    and a chat template is no part of the messages. A rollout with turns of an environment has no
+    single response, and no values."""
+    import pyarrow as pa
+
+    prompts: list[str | None] = [None] * sum(lengths)
+    responses = list(prompts)
+    first = 0
+    for rollout, length in zip(rollouts, lengths, strict=True):
+        if rollout.policy_mask is None:
+            prompt = rollout.prompt
+            given = prompt.text if prompt.messages is None else [dict(m) for m in prompt.messages]
+            prompts[first] = json.dumps(well_formed_json(given), ensure_ascii=False)
+            responses[first] = well_formed(rollout.response)
+        first += length
+    return {
+        "prompt": pa.array(prompts, pa.string()),
+        "response": pa.array(responses, pa.string()),
+    }
 
 
 def write_pairs(

@@ -1,11 +1,13 @@
 """Pairs to be labelled, from what a run's policies answered."""
 
+import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
-from quartet.labels.pairs import Pair, distinct
+from quartet.labels.pairs import Pair, Text, distinct
 from quartet.runs.reader import DamagedRun, NoRun, Run
 from quartet.runs.rollouts import Sample
 
@@ -15,13 +17,23 @@ STEPS_READ = 20
 """How many of the last recorded steps pairs are taken from."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A rollout as training data has it."""
+
+    prompt: Text
+    response: str
+    sample: Sample
+
+
 def run_pairs(run: Run, source: str | None = None, seed: int = 0) -> list[Pair]:
     """Return pairs of different answers to the same prompt.
 
     `evaluation`: the trained policy's answer and the first policy's, of the stage evaluation.
     `rollouts`: two of the policy's own answers, of one group or of different steps. `best-of-n`:
     in each group of rollouts, the answer with the highest score and a random other. None takes the
-    evaluation where there is one. Raises `NoRun` where there is no such pair.
+    evaluation where there is one. Raises `NoRun` where there is no such pair, or the rollouts were
+    recorded without the texts of prompts and responses.
     """
     if source is None:
         source = "evaluation" if next(iter(run.answers()), None) is not None else "rollouts"
@@ -45,42 +57,62 @@ def _evaluation(run: Run) -> list[Pair]:
 
 def _rollouts(run: Run, source: str, seed: int) -> list[Pair]:
     pairs: list[Pair] = []
-    waiting: dict[str, tuple[int, Sample]] = {}
-    for step in reversed(run.steps()[-STEPS_READ:]):
-        groups: dict[int, list[Sample]] = {}
-        try:
-            for sample in run.samples(step):
-                groups.setdefault(sample.group, []).append(sample)
-        except DamagedRun:
-            continue
-        for samples in groups.values():
+    waiting: dict[str, tuple[int, Answer]] = {}
+    for step, groups in _groups(run):
+        for answers in groups:
             if source == "best-of-n":
-                pairs += _best_of(samples, f"{run.name}: step {step}", seed)
+                pairs += _best_of(answers, f"{run.name}: step {step}", seed)
                 continue
-            for sample in samples:
-                other = waiting.pop(sample.prompt, None)
-                if other is None or other[1].response == sample.response:
-                    waiting[sample.prompt] = step, sample
+            for answer in answers:
+                key = json.dumps(answer.prompt)
+                other = waiting.pop(key, None)
+                if other is None or other[1].response == answer.response:
+                    waiting[key] = step, answer
                 else:
                     steps = f"steps {step} and {other[0]}" if step != other[0] else f"step {step}"
-                    pairs.append(_pair(sample, other[1], f"{run.name}: {steps}"))
+                    pairs.append(_pair(answer, other[1], f"{run.name}: {steps}"))
     return pairs
 
 
-def _best_of(samples: Sequence[Sample], source: str, seed: int) -> list[Pair]:
-    scored = [sample for sample in samples if not math.isnan(sample.score)]
+def _groups(run: Run) -> Iterator[tuple[int, list[list[Answer]]]]:
+    """Yield the last recorded steps, the last one first, each with the answers of its groups.
+    Raises `NoRun` where there are rollouts and none has its texts."""
+    num_samples = num_answers = 0
+    for step in reversed(run.steps()[-STEPS_READ:]):
+        try:
+            samples = run.samples(step)
+        except DamagedRun:
+            continue
+        groups: dict[int, list[Answer]] = {}
+        for sample in samples:
+            if sample.texts is not None:
+                groups.setdefault(sample.group, []).append(Answer(*sample.texts, sample))
+                num_answers += 1
+        num_samples += len(samples)
+        yield step, list(groups.values())
+    if num_samples and not num_answers:
+        raise NoRun(
+            f"{run.name}: its rollouts were recorded without the texts of prompts and responses, "
+            "by an earlier version or with an environment. Take another source, --from evaluation, "
+            "or a new run."
+        )
+
+
+def _best_of(answers: Sequence[Answer], source: str, seed: int) -> list[Pair]:
+    scored = [answer for answer in answers if not math.isnan(answer.sample.score)]
     if len(scored) < 2:
         return []
-    best = max(scored, key=lambda sample: sample.score)
-    others = [sample for sample in scored if sample.response != best.response]
+    best = max(scored, key=lambda answer: answer.sample.score)
+    others = [answer for answer in scored if answer.response != best.response]
     if not others:
         return []
-    other = random.Random(f"{seed} {source} {best.group}").choice(others)
+    other = random.Random(f"{seed} {source} {best.sample.group}").choice(others)
     return [_pair(best, other, source)]
 
 
-def _pair(one: Sample, two: Sample, source: str) -> Pair:
-    return Pair(one.prompt, one.response, two.response, source, _uncertainty(one, two))
+def _pair(one: Answer, two: Answer, source: str) -> Pair:
+    uncertainty = _uncertainty(one.sample, two.sample)
+    return Pair(one.prompt, one.response, two.response, source, uncertainty)
 
 
 def _uncertainty(one: Sample, two: Sample) -> float | None:

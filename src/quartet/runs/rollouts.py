@@ -1,5 +1,6 @@
 """Summaries of a step's rollouts, computed from the table with a row per token."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class Sample:
     """NaN where there is none."""
     components: Mapping[str, float | None]
     prompt: str
+    """The tokens' texts, one after another, with special tokens and chat template; `response`
+    too. For reading, not for training."""
     response: str
     tokens: int
     ended: bool | None
@@ -64,6 +67,9 @@ class Sample:
     clipped: int
     advantage: float | None
     """The mean over the response tokens."""
+    texts: tuple[Any, str] | None = None
+    """The prompt, a text or messages, and the response as a text without special tokens; None
+    where they were not recorded."""
 
 
 def samples_of(table: Any) -> list[Sample]:
@@ -86,14 +92,44 @@ def samples_of(table: Any) -> list[Sample]:
     columns |= {
         name: values(table.column(name).take(pa.array(firsts, pa.int64()))) for name in names
     }
+    texts = _texts(table, firsts)
     return [
-        _sample(columns, names, place, *bounds)
+        _sample(columns, names, place, *bounds, texts[place])
         for place, bounds in enumerate(zip(firsts, ends, strict=True))
     ]
 
 
+def _texts(table: Any, firsts: Sequence[int]) -> list[tuple[Any, str] | None]:
+    """Return the prompt and the response of each rollout, which are in its first row. Earlier
+    versions did not write them."""
+    if not {"prompt", "response"} <= {*table.column_names}:
+        return [None] * len(firsts)
+    prompts, responses = values(table.column("prompt")), values(table.column("response"))
+    return [_texts_of(prompts[first], responses[first]) for first in firsts]
+
+
+def _texts_of(prompt: object, response: object) -> tuple[Any, str] | None:
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        return None
+    try:
+        given = json.loads(prompt)
+    except (ValueError, RecursionError):
+        return None
+    is_conversation = isinstance(given, list) and given and all(map(_is_message, given))
+    return (given, response) if isinstance(given, str) or is_conversation else None
+
+
+def _is_message(turn: object) -> bool:
+    return isinstance(turn, dict) and all(isinstance(turn.get(k), str) for k in ("role", "content"))
+
+
 def _sample(
-    columns: Mapping[str, list[Any]], names: Sequence[str], place: int, first: int, last: int
+    columns: Mapping[str, list[Any]],
+    names: Sequence[str],
+    place: int,
+    first: int,
+    last: int,
+    texts: tuple[Any, str] | None,
 ) -> Sample:
     own = columns["is_response"][first:last]
     begin = first + (own.index(True) if True in own else len(own))
@@ -117,4 +153,5 @@ def _sample(
         kl=sum(kls) if kls else None,
         clipped=sum(bool(x) for x in columns["clipped"][begin:last]),
         advantage=sum(advantages) / len(advantages) if advantages else None,
+        texts=texts,
     )

@@ -62,6 +62,8 @@ class LabelStage:
         return self.name
 
     def begin(self, folder: Path) -> StageRun:
+        if self.earlier is not None and not self.earlier.exists():
+            raise DataError(f"label.earlier = {self.earlier}: no such file or folder.")
         place = folder / "label" / "pairs.jsonl"
         if not place.is_file():
             self._write_pairs(folder, place)
@@ -166,8 +168,6 @@ def _count(path: Path) -> int:
 def _copy_earlier(earlier: Path, to: Path) -> None:
     """Copy a file, or the files of a folder, under numbered names."""
     found = files_in(earlier) if earlier.is_dir() else [earlier]
-    if not earlier.exists():
-        raise DataError(f"label.earlier = {earlier}: no such file or folder.")
     to.mkdir(exist_ok=True)
     for number, file in enumerate(found, 1):
         shutil.copyfile(file, to / f"{number:03d}-{file.name}")

@@ -56,7 +56,8 @@ class LabelPages:
 
     def next(self, body: Body) -> dict[str, Any]:
         name = checked_name(_text(body, "labeller"))
-        return self._state(name, self.session.task(name, _text(body, "tab")))
+        tab = _text(body, "tab")
+        return self._state(name, tab, self.session.task(name, tab))
 
     def label(self, body: Body) -> dict[str, Any]:
         label = self.session.take(
@@ -71,21 +72,23 @@ class LabelPages:
 
     def undo(self, body: Body) -> dict[str, Any]:
         name = checked_name(_text(body, "labeller"))
-        task = self.session.undo(name, _text(body, "tab"))
+        tab = _text(body, "tab")
+        task = self.session.undo(name, tab, body.get("label", ""))
         if task is None:
             raise BadLabel("This tab has no label to undo.")
-        return self._state(name, task)
+        return self._state(name, tab, task)
 
     def release(self, body: Body) -> dict[str, Any]:
         self.session.release(_text(body, "tab"))
         return {}
 
-    def _state(self, labeller: str, task: Task | None) -> dict[str, Any]:
+    def _state(self, labeller: str, tab: str, task: Task | None) -> dict[str, Any]:
         progress = self.session.progress(labeller)
         found = agreements(list(self.session.labels.values()))
         state = {
             "done": progress.done,
             "total": progress.total,
+            "last": self.session.last(labeller, tab),
             "agreement": [
                 printable(agreement.sentence())
                 for agreement in found

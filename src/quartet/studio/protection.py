@@ -1,6 +1,7 @@
 """Who may open the pages: browsers of this machine, or those that have the token; and the headers
 of every page."""
 
+import re
 import secrets
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 COOKIE = "quartet_studio"
+"""The cookie's name; the port follows, because a browser sends cookies to all ports of a host."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src "
@@ -39,15 +41,17 @@ class TokenNeeded:
             await self.app(scope, receive, send)
             return
         request = Request(scope)
-        if self._fits(request.cookies.get(COOKIE, "")):
+        port = re.search(r":(\d+)$", request.headers.get("host", ""))
+        cookie = f"{COOKIE}_{port[1]}" if port else COOKIE
+        if self._fits(request.cookies.get(cookie, "")):
             await self.app(scope, receive, send)
         elif self._fits(request.query_params.get("token", "")):
             answer = RedirectResponse(request.url.path, 303)
-            answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+            answer.set_cookie(cookie, self.token, httponly=True, samesite="strict")
             await answer(scope, receive, send)
         else:
             await HTMLResponse(
-                "The address that the studio printed has a token in it.", 401, HEADERS
+                "The address that the command printed has a token in it.", 401, HEADERS
             )(scope, receive, send)
 
     def _fits(self, token: str) -> bool:

@@ -6,7 +6,7 @@
   const random = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, "0")).join("");
   const tab = sessionStorage.getItem("tab") || random();
   sessionStorage.setItem("tab", tab);
-  let labeller = "", task = null, busy = false;
+  let labeller = "", task = null, last = "", busy = false;
 
   const notice = (text) => {
     element("notice").textContent = text;
@@ -14,11 +14,12 @@
   };
   const pause = () => new Promise((resolve) => setTimeout(resolve, RETRY));
 
-  // Ask until the server answers. A refusal is returned with its sentence.
+  // Ask until the server answers. A refusal is returned with its sentence. A server that was started again has another token.
   async function ask(path, body) {
     for (;;) {
       try {
         const response = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ tab, labeller, ...body }) });
+        if (response.status === 401) return { ok: false, status: 401, answer: { error: "Open the address that the command printed, in this tab. Nothing is lost." } };
         const answer = await response.json();
         if (response.status === 507) throw new Error(answer.error);
         return { ok: response.ok, status: response.status, answer };
@@ -40,6 +41,7 @@
 
   function show(state) {
     task = state.task;
+    last = state.last;
     element("count").textContent = `${state.done} of ${state.total}`;
     element("bar").max = Math.max(state.total, 1);
     element("bar").value = state.done;
@@ -73,8 +75,8 @@
   async function confirm() {
     const pending = sessionStorage.getItem("pending");
     if (!pending) return;
-    const { ok, answer } = await ask("/api/label", JSON.parse(pending));
-    sessionStorage.removeItem("pending");
+    const { ok, status, answer } = await ask("/api/label", JSON.parse(pending));
+    if (status !== 401) sessionStorage.removeItem("pending");
     notice(ok ? "" : answer.error);
   }
 
@@ -98,7 +100,7 @@
   });
 
   const undo = () => working(async () => {
-    const { ok, answer } = await ask("/api/undo", {});
+    const { ok, answer } = await ask("/api/undo", { label: last });
     notice(ok ? "The last label is undone. This is its pair." : answer.error);
     if (ok) show(answer);
   });
