@@ -156,8 +156,12 @@ class Streams:
         patch(torch.cuda, "stream", self.beside)
         patch(torch.Tensor, "record_stream", lambda *_: None, raising=False)
         to, copy = torch.Tensor.to, torch.Tensor.copy_
+
+        def way(target):
+            return "in" if target.device.type == "cuda" else "out"
+
         patch(torch.Tensor, "to", lambda *a, **k: self.copied("in", k) or to(*a, **k))
-        patch(torch.Tensor, "copy_", lambda *a, **k: self.copied("out", k) or copy(*a, **k))
+        patch(torch.Tensor, "copy_", lambda *a, **k: self.copied(way(a[0]), k) or copy(*a, **k))
 
     @contextlib.contextmanager
     def beside(self, stream):
@@ -204,7 +208,8 @@ def test_copies_go_beside_and_are_awaited_by_the_stream_that_reads(monkeypatch):
                 streams.events.append("other work")
                 made.ready(optimizer)
                 made.ready(optimizer)  # which waits for nothing more
-        once = [*2 * ["in, beside"], "other work", "main waits until arrived", *2 * out]
+        into = ["beside waits for main", "in, beside"]
+        once = [*2 * into, "other work", "main waits until arrived", *2 * out]
         assert streams.events == 2 * once, "with the buffers of the first time"
         streams.events.clear()
         made.settle()
