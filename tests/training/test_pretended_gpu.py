@@ -171,6 +171,26 @@ def test_a_decoded_token_costs_few_kernels_and_hardly_a_wait():
     assert (waits_many - waits_few) / 32 <= 0.13
 
 
+def test_stop_strings_and_a_smallest_length_mix_no_devices_and_add_a_wait_in_eight_tokens():
+    sampling = Sampling(max_new_tokens=40, min_new_tokens=3, stop=("no such text",))
+    with pretended() as counts:
+        made = compute_in(on_device(deeper(1)), BF16)
+        generator = NativeGenerator(made, tokenizer(), frozenset({1}), 0)
+        answers = generator.generate(prompts(4), sampling)
+        assert all(len(answer.response_ids) >= 3 for answer in answers)
+        generator = NativeGenerator(made, tokenizer(), frozenset({10**6}), 0)
+
+        def waits(tokens):
+            counts.reset()
+            changed = {"max_new_tokens": tokens, "min_new_tokens": 0}
+            generator.generate(prompts(4), dataclasses.replace(sampling, **changed))
+            return sum(counts.waits.values())
+
+        waits(8)
+        few, many = waits(8), waits(40)
+    assert (many - few) / 32 <= 0.26
+
+
 def test_back_ends_are_named_for_each_device_and_dtype():
     table = {
         ("cpu", torch.float32): "rectangle",

@@ -83,7 +83,8 @@ class StopWatch:
         self.unseen.clear()
         for row, token in steps.t().tolist():
             self.ids.setdefault(row, []).append(token)
-        goes_on = [not self._has_stopped(row) for row in rows.tolist()]
+        now = steps[0, -len(rows) :].tolist()  # this step's, which the host has already
+        goes_on = [not self._has_stopped(row) for row in now]
         return alive & torch.tensor(goes_on, device=alive.device)
 
     def _has_stopped(self, row: int) -> bool:
