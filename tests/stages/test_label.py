@@ -6,11 +6,14 @@ import threading
 
 import pytest
 
+from quartet.assembly import build
+from quartet.config.toml import read_settings
 from quartet.data import DataError
 from quartet.data.files import rows
 from quartet.generation.sampling import Sampling
 from quartet.labels.log import Label, LabelLog, read_labels
 from quartet.labels.pairs import Pair
+from quartet.recipes import recipe_path
 from quartet.stages import label as label_stage
 from quartet.stages.label import LabelStage
 from tests.support.tiny_run import make_run
@@ -94,9 +97,11 @@ def test_earlier_comparisons_are_kept_beside_the_new_ones(folder, tmp_path):
     assert found[0] == "old" and len(found) == new + 1
 
 
-def test_earlier_comparisons_that_are_not_there_are_refused_before_anyone_labels(folder, tmp_path):
+def test_earlier_comparisons_that_are_not_there_are_refused_before_the_run(tmp_path):
+    words = [f"label.earlier={tmp_path / 'nowhere'}", "data.rows=64"]
+    config = read_settings(recipe_path("labelled-reviews"), words).config
     with pytest.raises(DataError, match=r"label.earlier = .*/nowhere: no such file or folder\."):
-        stage(earlier=tmp_path / "nowhere").begin(folder)
+        build(config)
 
 
 def test_too_few_different_answers_are_refused_before_anyone_labels(folder):

@@ -37,6 +37,7 @@ from quartet.models.language_model import (
     create,
     is_recurrent,
     load_model,
+    longest_of,
     read_config,
     shape_config,
 )
@@ -104,8 +105,7 @@ class Models:
         policy = self.config.policy
         if policy.create is not None:
             return policy.create.max_length
-        text_config = read_config(str(self.folder)).get_text_config()
-        return getattr(text_config, "max_position_embeddings", None) or 10**9
+        return longest_of(read_config(str(self.folder)))
 
     def check(self) -> None:
         """Check what is known of the models before they are loaded. Raises `ModelError`."""
@@ -143,7 +143,7 @@ class Models:
                 f"{folder} has one for the whole text. Use reward_model.loss = "
                 '{ type = "last_token" }.'
             )
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+        limit = longest_of(config)
         longest = self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
         if reader is None and limit < min(longest, self.longest_sequence()):
             raise ModelError(

@@ -1,7 +1,7 @@
 """What a model must have to be the reference of a policy (`reference.model`)."""
 
 from quartet.config.tables import Config
-from quartet.models.language_model import ModelError, load_tokenizer, read_config
+from quartet.models.language_model import ModelError, load_tokenizer, longest_of, read_config
 from quartet.models.protocols import Tokenizer
 
 
@@ -10,7 +10,7 @@ def check_reference(config: Config, folder: str, tokenizer: Tokenizer, longest: 
     of them, and texts as long as the policy's. `tokenizer` is the policy's, `longest` the most
     tokens that it reads."""
     try:
-        text_config = read_config(folder).get_text_config()
+        config_of_reference = read_config(folder)
         vocabulary = load_tokenizer(folder).get_vocab()
     except ModelError as error:
         raise ModelError(f"reference.model: {error}") from error
@@ -19,13 +19,14 @@ def check_reference(config: Config, folder: str, tokenizer: Tokenizer, longest: 
             f"reference.model: {folder} has another tokenizer than the policy, so their log-probs "
             "are not of the same tokens. Use a model with the policy's tokenizer."
         )
-    tokens, size = 1 + max(tokenizer.get_vocab().values()), text_config.vocab_size
+    tokens = 1 + max(tokenizer.get_vocab().values())
+    size = config_of_reference.get_text_config().vocab_size
     if tokens > size and not config.policy.resize_embeddings:
         raise ModelError(
             f"reference.model: {folder} knows only {size:,} tokens, and the policy's tokenizer has "
             f"{tokens:,}. Use a model that knows all of them."
         )
-    limit = getattr(text_config, "max_position_embeddings", None) or 10**9
+    limit = longest_of(config_of_reference)
     key, response = "rollout.max_new_tokens", config.rollout.max_new_tokens
     if config.rewarded_stage is None:
         key, response = "data.max_response_tokens", config.data.max_response_tokens

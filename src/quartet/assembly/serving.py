@@ -9,7 +9,7 @@ from quartet.io.texts import excerpt
 from quartet.models.actor_critic import freeze
 from quartet.models.chat import turn_end
 from quartet.models.heads import ScalarModel, scores_last_token
-from quartet.models.language_model import ModelError, load_tokenizer, read_config
+from quartet.models.language_model import ModelError, load_tokenizer, longest_of, read_config
 from quartet.models.text import response_ids
 from quartet.rewards.protocol import Reward, RewardError, Score
 from quartet.rewards.reward_model import ModelReward
@@ -34,7 +34,7 @@ class TextScorer:
         config = read_config(path)
         the_label(str(path), config.num_labels, None)
         self.path, self.encoder = path, None
-        self.limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+        self.limit = longest_of(config)
         self.reward: Reward
         if not scores_last_token(config):
             self.reward = TextModelReward.load("model", path, None, micro_batch_tokens, device)

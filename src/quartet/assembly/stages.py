@@ -9,6 +9,7 @@ from quartet.assembly.assembler import Assembler, Comparisons
 from quartet.assembly.components import load_components
 from quartet.assembly.named import resolved_model
 from quartet.config.tables import StageTraining
+from quartet.data import DataError
 from quartet.data.sampler import Sampler
 from quartet.data.shapes import Purpose
 from quartet.distributed.sharding import GatheredWeights
@@ -109,12 +110,15 @@ def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
 def label_stage(assembler: Assembler, name: str) -> LabelStage:
     """Return the stage that waits for people's comparisons of the policy's answers."""
     settings, config = assembler.config.label, assembler.config
+    earlier = None if settings.earlier is None else Path(settings.earlier)
+    if earlier is not None and not earlier.exists():
+        raise DataError(f"label.earlier = {earlier}: no such file or folder.")
     return LabelStage(
         name=name,
         prompts=assembler.prompts[0],
         num_pairs=settings.pairs,
         num_steps=settings.labels,
-        earlier=None if settings.earlier is None else Path(settings.earlier),
+        earlier=earlier,
         simulated=settings.simulated,
         gold=assembler.rewards.context.gold,
         sampling=config.rollout,

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import ipaddress
 import json
+import secrets
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,16 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def exposure(host: str) -> tuple[tuple[str, ...], str | None]:
+    """Return the hosts that pages served at an address may be asked by, and the token that they
+    require: None where only this machine can connect."""
+    from quartet.studio.protection import LOOPBACK
+
+    if is_loopback(host):
+        return (*LOOPBACK, host), None
+    return ("*",), secrets.token_urlsafe(24)
 
 
 def without_progress_bars() -> None:

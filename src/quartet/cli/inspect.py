@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,7 @@ from quartet.cli.common import (
     bound_socket,
     complaints,
     console,
-    is_loopback,
+    exposure,
     print_json,
     refuse,
     refusing,
@@ -50,16 +49,13 @@ def studio(
     from quartet.io.http_server import make_server
     from quartet.runs.reader import NoRun, find_runs
     from quartet.studio.app import make_app
-    from quartet.studio.protection import LOOPBACK
 
     roots = runs or [Path("runs")]
     try:
         count = sum(len(find_runs(root)) for root in roots)
     except NoRun as error:
         refuse(str(error))
-    hosts, token = (
-        ((*LOOPBACK, host), None) if is_loopback(host) else (("*",), secrets.token_urlsafe(24))
-    )
+    hosts, token = exposure(host)
     listener = bound_socket(host, port)
     server = make_server(make_app(roots, hosts, token), host, port)
     query = "" if token is None else f"?token={token}"

@@ -1,12 +1,11 @@
 """The command that collects comparisons: `quartet label`."""
 
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quartet.cli.common import app, bound_socket, console, is_loopback, refuse, refusing, url_of
+from quartet.cli.common import app, bound_socket, console, exposure, refuse, refusing, url_of
 
 if TYPE_CHECKING:
     from quartet.labels.log import LabelLog
@@ -95,7 +94,6 @@ def label(
     from quartet.labels.pairs import in_order
     from quartet.labels.session import LabelSession
     from quartet.studio.labelling import make_label_app
-    from quartet.studio.protection import LOOPBACK
 
     path = output or labels_path(what, source)
     with refusing():
@@ -116,9 +114,7 @@ def label(
             _print_summary(path)
             return
     session = LabelSession(found, log, seed, repeat, overlap)
-    hosts, token = (
-        ((*LOOPBACK, host), None) if is_loopback(host) else (("*",), secrets.token_urlsafe(24))
-    )
+    hosts, token = exposure(host)
     listener = bound_socket(host, port)
     from quartet.io.http_server import make_server
 

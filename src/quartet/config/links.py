@@ -24,6 +24,8 @@ PATHS = (
     "policy.tokenizer",
     "policy.chat_template",
     "reference.model",
+    "label.earlier",
+    "evaluation.policy",
     "critic.init",
     "generator.shared",
     "environment.function",

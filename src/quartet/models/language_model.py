@@ -201,6 +201,13 @@ def check_hub(name: str | Path) -> None:
         raise ModelError(f"{name}: is no folder here, and {why}")
 
 
+def longest_of(config: Any) -> int:
+    """Return the most tokens that a model of this config reads; 10⁹ for an architecture without a
+    limit."""
+    limit: int = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+    return limit
+
+
 def read_config(folder: str | Path) -> Any:
     """Return the config of a model folder or hub id. Raises ModelError, also for a local folder
     without safetensors weights."""

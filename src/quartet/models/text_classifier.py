@@ -32,6 +32,7 @@ from quartet.models.language_model import (
     check_finite,
     first_line,
     load_tokenizer,
+    longest_of,
     read_config,
 )
 from quartet.models.logprobs import at_least_float32
@@ -206,8 +207,7 @@ class TextReader:
     def of(cls, folder: str | Path) -> "TextReader":
         """Return the reader of a Hugging Face folder or hub id."""
         tokenizer, config = load_tokenizer(folder, generates=False), read_config(folder)
-        text_config, is_decoder = config.get_text_config(), scores_last_token(config)
-        limit: int = getattr(text_config, "max_position_embeddings", None) or 10**9
+        is_decoder, limit = scores_last_token(config), longest_of(config)
         if not is_decoder:  # RoBERTa has two more positions than tokens that it can read
             limit = min(limit, int(getattr(tokenizer, "model_max_length", limit)))
         return cls(tokenizer, is_decoder, limit)

@@ -62,8 +62,6 @@ class LabelStage:
         return self.name
 
     def begin(self, folder: Path) -> StageRun:
-        if self.earlier is not None and not self.earlier.exists():
-            raise DataError(f"label.earlier = {self.earlier}: no such file or folder.")
         place = folder / "label" / "pairs.jsonl"
         if not place.is_file():
             self._write_pairs(folder, place)

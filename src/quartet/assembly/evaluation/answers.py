@@ -54,25 +54,19 @@ def kept_answers(
     if not reuse_whole and len(known) >= len(examples) * samples:
         known = {}
     answers: list[Answer] = []
-    complete: list[str] = []
+    lines: list[str] = []
     for number, start in enumerate(range(0, len(examples), BLOCK)):
         block = examples[start : start + BLOCK]
-        own = [known[place] for place in _places(start, len(block), samples) if place in known]
-        if len(own) < len(block) * samples:
+        places = [(start + row, sample) for row in range(len(block)) for sample in range(samples)]
+        own = [known[place] for place in places if place in known]
+        is_known = len(own) == len(places)
+        if not is_known:
             own = list(ask(block, number))
-            places = _places(start, len(block), samples)
-            lines = [_line(*row) for row in zip(places, own, strict=True)]
-            files.replace(file, "".join([*complete, *lines]))
-        else:
-            places = _places(start, len(block), samples)
-            lines = [_line(*row) for row in zip(places, own, strict=True)]
-        complete += lines
+        lines += [_line(*row) for row in zip(places, own, strict=True)]
         answers += own
+        if not is_known:
+            files.replace(file, "".join(lines))
     return answers
-
-
-def _places(start: int, rows: int, samples: int) -> list[tuple[int, int]]:
-    return [(row, sample) for row in range(start, start + rows) for sample in range(samples)]
 
 
 def _line(place: tuple[int, int], answer: Answer) -> str:

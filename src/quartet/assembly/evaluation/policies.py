@@ -24,7 +24,13 @@ from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import freeze
 from quartet.models.hub import commit_on_hub
-from quartet.models.language_model import load_model, load_tokenizer, policy_logprobs, stop_ids
+from quartet.models.language_model import (
+    load_model,
+    load_tokenizer,
+    longest_of,
+    policy_logprobs,
+    stop_ids,
+)
 from quartet.models.precision import DTYPES, best_precision, compute_in
 from quartet.models.support import limit_support
 from quartet.rewards.protocol import RewardError
@@ -32,7 +38,7 @@ from quartet.rewards.remote import Endpoint
 from quartet.training.batch import collate
 
 LABEL = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)
-"""A name of one's own before a policy or a set: `big=runs/latest`."""
+"""A policy or set with a name before it: `big=runs/latest`."""
 CONFIG = "config.resolved.toml"
 MICRO_BATCH_TOKENS = 8192
 """Tokens of one forward pass that scores texts."""
@@ -108,8 +114,7 @@ class LoadedPolicy:
         self.tokenizer = load_tokenizer(folder)
         model = limit_support(load_model(folder, place), self.tokenizer)
         self.model = compute_in(freeze(model), DTYPES[best_precision(place)])
-        text_config = self.model.config.get_text_config()
-        self.longest = getattr(text_config, "max_position_embeddings", None) or 10**9
+        self.longest = longest_of(self.model.config)
 
     def answers(
         self, examples: Sequence[Example], sampling: Sampling, samples: int, seed: int
