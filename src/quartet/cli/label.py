@@ -10,6 +10,7 @@ from quartet.cli.common import app, bound_socket, console, exposure, refuse, ref
 if TYPE_CHECKING:
     from quartet.labels.log import LabelLog
     from quartet.labels.pairs import Pair
+    from quartet.labels.session import LabelSession
 
 
 @app.command()
@@ -90,10 +91,9 @@ def label(
 
     The file of labels is data that a reward model and DPO are trained on.
     """
-    from quartet.labels.log import LabelLog, read_labels
+    from quartet.labels.log import LabelLog
     from quartet.labels.pairs import in_order
     from quartet.labels.session import LabelSession
-    from quartet.studio.labelling import make_label_app
 
     path = output or labels_path(what, source)
     with refusing():
@@ -113,21 +113,27 @@ def label(
             _judge(found, log, judge, judge_model, judge_prompt, judge_token_env)
             _print_summary(path)
             return
-    session = LabelSession(found, log, seed, repeat, overlap)
-    hosts, token = exposure(host)
-    listener = bound_socket(host, port)
-    from quartet.io.http_server import make_server
-
-    server = make_server(make_label_app(session, what.name, hosts, token), host, port)
-    query = "" if token is None else f"?token={token}"
-    count = f"{len(found):,} pair{'s' * (len(found) != 1)}"
-    console.print(f"{count} on {url_of(listener, host)}{query}  Ctrl-C ends it", soft_wrap=True)
-    console.print(f"labels  {path} ({read_labels(path).sentence()})", soft_wrap=True)
     try:
-        server.run(sockets=[listener])
+        _serve(LabelSession(found, log, seed, repeat, overlap), what.name, path, host, port)
     finally:
         log.close()
         _print_summary(path)
+
+
+def _serve(session: "LabelSession", name: str, path: Path, host: str, port: int) -> None:
+    """Serve the page of a session until Ctrl-C."""
+    from quartet.io.http_server import make_server
+    from quartet.labels.log import read_labels
+    from quartet.studio.labelling import make_label_app
+
+    hosts, token = exposure(host)
+    listener = bound_socket(host, port)
+    server = make_server(make_label_app(session, name, hosts, token), host, port)
+    query = "" if token is None else f"?token={token}"
+    count = f"{len(session.pairs):,} pair{'s' * (len(session.pairs) != 1)}"
+    console.print(f"{count} on {url_of(listener, host)}{query}  Ctrl-C ends it", soft_wrap=True)
+    console.print(f"labels  {path} ({read_labels(path).sentence()})", soft_wrap=True)
+    server.run(sockets=[listener])
 
 
 def _judge(
