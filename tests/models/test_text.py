@@ -1,6 +1,10 @@
 """Text and token ids: what looks like a control token is text, and text goes on as running text."""
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace, Punctuation, Sequence
+from transformers import PreTrainedTokenizerFast
 
 from quartet.models.text import quoted_control, response_ids, text_ids
 from tests.support.chats import byte_level, sentence_pieces
@@ -45,6 +49,16 @@ def test_the_world_of_words_keeps_its_words():
         ids = made.encode(answer, add_special_tokens=False)
         assert text_ids(made, answer, continues=True) == ids
     assert text_ids(made, ".", continues=True) == made.encode("film.", add_special_tokens=False)[1:]
+
+
+def test_a_word_that_is_known_with_a_space_only_is_not_lost_behind_a_full_stop():
+    """Behind "." the word has no mark of a space, and is unknown: it stays as it is alone."""
+    words = {"<unk>": 0, "▁": 1, ".": 2, "▁film": 3, "▁a": 4}
+    pieces = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    pieces.pre_tokenizer = Sequence([Metaspace(), Punctuation()])
+    made = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>")
+    assert made.encode(".film", add_special_tokens=False) == [1, 2, 0]
+    assert text_ids(made, "film", continues=True) == [3]
 
 
 def test_a_word_that_is_unknown_behind_an_anchor_is_not_lost():

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from quartet.assembly import build
+from quartet.assembly.reference import check_reference
 from quartet.config.toml import read_settings, resolved_toml
 from quartet.data.records import Comparison
 from quartet.models.language_model import ModelError, create, load_model, masked_logprobs, save
 from quartet.models.shape import Shape
 from quartet.planning.plan import plan
+from quartet.recipes import recipe_path
 from quartet.recording.run_folder import RunFolder, read_record
 from quartet.recording.tokens import TokenTexts
 from quartet.runs.doctor import examine
@@ -31,6 +33,12 @@ TABLES = """policy.model = "lm"
 data = { train = "pairs.jsonl", max_prompt_tokens = 8, max_response_tokens = 8 }
 run.folder = "runs"
 """
+
+
+GAMES = read_settings(
+    recipe_path("guess"), ["data.max_prompt_tokens=4", "rollout.max_new_tokens=4"]
+).config
+"""Of several turns, each of which is short enough for any model here."""
 
 
 @pytest.fixture
@@ -176,5 +184,8 @@ def test_a_reference_that_reads_other_tokens_or_shorter_texts_is_refused(place):
         build(settings("dpo", 'reference.model="foreign"').config)
     with pytest.raises(ModelError, match="short reads at most 8 tokens, .* can have 16"):
         build(settings("dpo", 'reference.model="short"').config)
+    check_reference(GAMES, "short", tokenizer(), 8)
+    with pytest.raises(ModelError, match="short reads at most 8 tokens, .* the 9 that the policy"):
+        check_reference(GAMES, "short", tokenizer(), 9)
     with pytest.raises(ModelError, match=r'reference.model = "./gone": no such folder'):
         build(settings("dpo", 'reference.model="./gone"').config)

@@ -23,6 +23,6 @@ class LabelConfig:
         default=None,
         ge=0,
         le=1,
-        description="Label by the world's gold reward instead, with this share of the labels "
-        "turned round. Left out, people label.",
+        description="Label by the world's gold reward instead, and get this share of the labels "
+        "wrong. Left out, people label.",
     )
