@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quartet.io.heap import keep_freed_memory
 from quartet.models.logprobs import head_statistics
-from quartet.runtime.machine import keep_freed_memory
 
 
 def whole(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from quartet.distributed.balance import micro_batches
 from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
+from quartet.io.heap import keep_freed_memory
 from quartet.loops.collect import Collector
 from quartet.loops.reward_model import reward_model as reward_model_loop
 from quartet.loops.rl import rl
@@ -32,18 +33,23 @@ from quartet.models.language_model import load_model, masked_logprobs
 from quartet.models.lora import Lora
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.protocols import CausalModel
+from quartet.planning.memory import Sizes, activation_bytes, cpu_micro_batch, folder_sizes
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward
-from quartet.runtime.machine import keep_freed_memory
 from quartet.tensors import Tensor
 from quartet.training.budget import Budget
 from quartet.training.learner import Learner
 from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from workload import Measurement, Size
 
-MICRO_BATCH_TOKENS = 2048
 LORA = Lora(rank=w.LORA_RANK, alpha=w.LORA_ALPHA)
+
+
+def micro_batch_tokens(size: Size, learners: int = 1) -> int:
+    """Return the tokens of a micro-batch that a run would take."""
+    sizes = folder_sizes(size.folder) or Sizes(size.hidden, size.layers, 3 * size.hidden)
+    return cpu_micro_batch(learners * activation_bytes(sizes, checkpointing=False))
 
 
 class FixedLengthGenerator(NativeGenerator):
@@ -114,11 +120,19 @@ def ppo(size: Size, repeats: int) -> Measurement:
     optim = Optim(lr=1e-5, critic_lr=1e-5, epochs=size.ppo_epochs, minibatches=1)
     sampling = Sampling(max_new_tokens=size.limit)
     reference = reference_of(actor, size)
-    learner = Learner(Separate(actor, critic), reference, optim, sampling, steps=repeats + 1)
+    tokens = micro_batch_tokens(size, learners=2)
+    learner = Learner(
+        Separate(actor, critic),
+        reference,
+        optim,
+        sampling,
+        steps=repeats + 1,
+        micro_batch_tokens=tokens,
+    )
     collector = Collector(
         Sampler(prompts(size, rows), rows, 0),
         FixedLengthGenerator(actor, size, rows),
-        [Weighted(ModelReward(scorer, MICRO_BATCH_TOKENS), 1.0)],
+        [Weighted(ModelReward(scorer, tokens), 1.0)],
     )
     seconds = seconds_of_steps(rl(collector, learner, ALGORITHMS["ppo"]), repeats)
     return Measurement(seconds, sum(size.lengths(rows)), optimizer_steps=size.ppo_epochs)
@@ -129,7 +143,14 @@ def grpo(size: Size, repeats: int, preset: str = "grpo") -> Measurement:
     actor = policy(size)
     sampling, optim = Sampling(max_new_tokens=size.limit), Optim(lr=1e-5, epochs=1)
     reference = reference_of(actor, size)
-    learner = Learner(Separate(actor, None), reference, optim, sampling, steps=repeats + 1)
+    learner = Learner(
+        Separate(actor, None),
+        reference,
+        optim,
+        sampling,
+        steps=repeats + 1,
+        micro_batch_tokens=micro_batch_tokens(size),
+    )
     collector = Collector(
         Sampler(prompts(size, size.rows // samples), size.rows // samples, 0),
         FixedLengthGenerator(actor, size, size.rows),
@@ -150,7 +171,7 @@ def sft(size: Size, repeats: int) -> Measurement:
         Sampler(demonstrations, rows, 0),
         optimizer,
         repeats + 1,
-        Budget(MICRO_BATCH_TOKENS),
+        Budget(micro_batch_tokens(size)),
     )
     tokens = sum(len(p) + len(a) for p, a in pairs)
     return Measurement(seconds_of_steps(steps, repeats), tokens, optimizer_steps=1)
@@ -174,7 +195,7 @@ def reward_model(size: Size, repeats: int) -> Measurement:
         LastTokenLoss(),
         optimizer,
         repeats + 1,
-        Budget(MICRO_BATCH_TOKENS),
+        Budget(micro_batch_tokens(size)),
     )
     tokens = 2 * sum(map(len, asked)) + sum(map(len, chosen)) + sum(map(len, rejected))
     return Measurement(seconds_of_steps(steps, repeats), tokens, optimizer_steps=1)
@@ -201,10 +222,10 @@ class Scoring:
         mask = response_mask(torch.tensor([len(p) for p, _ in pairs]), lengths, width)
         if padded:
             fused._HAS_FUSED_FORWARD[model.base_model] = False
-            rows = torch.arange(size.rows).split(max(MICRO_BATCH_TOKENS // width, 1))
+            rows = torch.arange(size.rows).split(max(micro_batch_tokens(size) // width, 1))
             pieces = [(piece, width) for piece in rows]
         else:
-            batches = map(torch.tensor, micro_batches(lengths.tolist(), MICRO_BATCH_TOKENS))
+            batches = map(torch.tensor, micro_batches(lengths.tolist(), micro_batch_tokens(size)))
             pieces = [(piece, int(lengths[piece].max())) for piece in batches]
         return cls(model, tokens, lengths, mask, pieces)
 

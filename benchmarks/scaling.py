@@ -17,7 +17,7 @@ import torch
 import ours
 import workload as w
 from quartet.generation.sampling import Sampling
-from quartet.runtime.machine import keep_freed_memory
+from quartet.io.heap import keep_freed_memory
 from workload import Size
 
 

@@ -19,6 +19,7 @@ from quartet.planning.memory import (
     TOKENIZER_FACTOR,
     Sizes,
     activation_bytes,
+    cpu_micro_batch,
     micro_batch_tokens,
     phases,
     policy_parameters,
@@ -100,6 +101,18 @@ def test_a_run_with_checkpoints_trains(tmp_path):
 
 def config_with(*words):
     return read_settings(recipe_path("reviews"), list(words)).config
+
+
+def test_on_a_cpu_the_activations_of_a_micro_batch_are_bounded():
+    # A block of width 1,000 with an inner one of 4,000 keeps 4 + 5 + 12 thousand numbers a token.
+    assert activation_bytes(Sizes(1000, 10, 4000), False) == 4 * 10 * 21_000
+    assert cpu_micro_batch(840e3) == 380  # 320 MB / 0.84 MB
+    assert cpu_micro_batch(100.0) == 2048 and cpu_micro_batch(1e9) == 256
+    shape = [
+        f"policy.create.{key}" for key in ("hidden_size=1000", "num_layers=10", "num_heads=10")
+    ]
+    wide, shared = config_with(*shape), config_with(*shape, "critic.type=shared")
+    assert micro_batch_tokens(wide, None, None) < micro_batch_tokens(shared, None, None) < 2048
 
 
 def test_the_setting_wins_and_a_gpu_gets_what_its_memory_holds():

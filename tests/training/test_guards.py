@@ -36,7 +36,7 @@ from quartet.runtime.saving import Saving
 from quartet.runtime.worker import LocalWorkers, Worker
 from quartet.stages.protocol import StageRun
 from quartet.stages.sft import SftStage
-from quartet.training import imitation
+from quartet.training import checksum, imitation
 from quartet.training.budget import MAX_HALVINGS, Budget
 from quartet.training.checkpoint import read_checkpoint
 from quartet.training.checksum import parameter_checksum
@@ -553,3 +553,15 @@ def test_where_nothing_learns_nothing_is_said_of_rollbacks(tmp_path):
         )
     folder.close()
     assert "rolled back" not in str(caught.value) and "run.rollbacks" not in str(caught.value)
+
+
+def test_the_checksum_is_the_sum_of_the_bits_over_pieces_of_any_size(monkeypatch):
+    model = torch.nn.Linear(5, 3)
+    model.register_parameter("none", torch.nn.Parameter(torch.empty(0)))
+    bits = sum(int(p.detach().view(torch.int32).sum(dtype=torch.int64)) for p in model.parameters())
+    assert parameter_checksum(model) == bits
+    for piece in (1, 4, 15):
+        monkeypatch.setattr(checksum, "PIECE", piece)
+        assert parameter_checksum(model) == bits
+    model.weight.data[0, 0] = torch.nextafter(model.weight.data[0, 0], torch.tensor(9.0))
+    assert parameter_checksum(model) != bits

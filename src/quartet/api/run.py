@@ -12,6 +12,7 @@ from quartet.api.inputs import inputs_of, plain
 from quartet.config.errors import toml_value
 from quartet.config.toml import ConfigError, Settings
 from quartet.errors import QuartetError
+from quartet.io.heap import keep_freed_memory, share_one_heap
 from quartet.io.threads import left_behind
 from quartet.launch.start import job_of, open_workers
 from quartet.loops.progress import Progress
@@ -29,7 +30,6 @@ from quartet.runtime.lifecycle import (
     write_report,
 )
 from quartet.runtime.log import logging_to, no_progress_bars
-from quartet.runtime.machine import keep_freed_memory, share_one_heap
 from quartet.runtime.requests import run_to_resume
 
 _OPEN: dict[Path, Generator[Any, None, None]] = {}

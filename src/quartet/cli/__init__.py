@@ -10,7 +10,7 @@ from quartet.cli import check, evaluate, export, inspect, label, run  # noqa: F4
 from quartet.cli.common import FAILED, INTERRUPTED, WRONG_REQUEST, app, complaints
 from quartet.cli.printing import discard_output, print_anything
 from quartet.errors import QuartetError
-from quartet.runtime.machine import share_one_heap
+from quartet.io.heap import share_one_heap
 
 
 def main() -> None:

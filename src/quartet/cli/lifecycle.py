@@ -227,8 +227,8 @@ def _job(settings: "Settings", fault: str | None) -> "Job":
     """Return the job of these settings, in a process that keeps the memory that it frees."""
     from quartet.cli.screen import shown_work
     from quartet.io.activity import activity
+    from quartet.io.heap import keep_freed_memory
     from quartet.launch.start import job_of
-    from quartet.runtime.machine import keep_freed_memory
 
     keep_freed_memory(sharded=bool(settings.config.launch.shard))
     with shown_work(console), activity("preparing"):

@@ -12,11 +12,13 @@ import torch
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.errors import NonFinite
 from quartet.experience import Prompt, Rollout, pack_ids
+from quartet.generation.cache import WIDE_WEIGHT
 from quartet.generation.decoders import make_decoder
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Drawn, Sampling, draw
 from quartet.generation.stops import StopStrings, StopWatch
 from quartet.io.activity import progress
+from quartet.io.heap import holds_for_a_while
 from quartet.models.adapters import REWARD
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.support import ids_outside, support_of
@@ -93,9 +95,10 @@ class NativeGenerator:
         rows = [
             row for i in mine for row in range(i * samples_per_prompt, (i + 1) * samples_per_prompt)
         ]
-        own_answers = self._sample(
-            [prompts[i].ids for i in mine], sampling, samples_per_prompt, noise[rows]
-        )
+        with holds_for_a_while(self._bytes_of_decoder()):
+            own_answers = self._sample(
+                [prompts[i].ids for i in mine], sampling, samples_per_prompt, noise[rows]
+            )
         by_rank = (
             self.process_group.all_gather([rows, own_answers])
             if self.process_group.world_size > 1
@@ -114,6 +117,12 @@ class NativeGenerator:
             prompt = prompts[group]
             rollouts.append(self._rollout(prompt, group, sample, answer, before[group], sampling))
         return rollouts
+
+    def _bytes_of_decoder(self) -> int:
+        """Return the main memory of a decoder's weights, which it has in a layout of its own."""
+        if self.model.device.type != "cpu":
+            return 0
+        return sum(p.nbytes for p in self.model.parameters() if p.numel() < WIDE_WEIGHT)
 
     def _rollout(
         self,

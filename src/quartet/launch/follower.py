@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quartet.distributed.process_group import TorchProcessGroup
+from quartet.io.heap import share_one_heap
 from quartet.launch.spmd import follow
 from quartet.launch.store import LOOPBACK, Heartbeat, store_at
-from quartet.runtime.machine import share_one_heap
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def run_follower(place: Place, deadline: float, folder: Path, fault: str | None)
     heartbeat = Heartbeat(place.host, place.port, place.rank)
     from quartet.assembly import build
     from quartet.config.toml import read_settings
-    from quartet.runtime.machine import keep_freed_memory
+    from quartet.io.heap import keep_freed_memory
     from quartet.runtime.worker import Worker
 
     config = read_settings(folder / "config.resolved.toml").config

@@ -1,18 +1,8 @@
-"""The installed packages, and the memory that the C library keeps for this process."""
+"""The installed packages."""
 
-import ctypes
-import gc
-import sys
 from importlib import metadata
-from typing import Any
 
 from packaging.requirements import Requirement
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-MAX_THRESHOLD = 32 * 2**20
-"""The largest mmap threshold that glibc accepts, in bytes: larger blocks always come from the
-system."""
-SHARDED_THRESHOLD = 2**20
 
 
 def unmet_requirements() -> list[str]:
@@ -34,44 +24,3 @@ def unmet_requirements() -> list[str]:
                 f'"{name}{specifier}"'
             )
     return problems
-
-
-def keep_freed_memory(sharded: bool = False) -> None:
-    """Keep freed memory in this process for its next use, instead of returning it to the system.
-
-    A training step allocates the same tensors again and again; to have the system map their pages
-    anew took a tenth of the step. It changes the whole process, so importing Quartet does not call
-    it; a run does when it starts. Does nothing if the C library is not glibc.
-
-    `sharded` returns blocks of a megabyte and more all the same: a sharded model gathers whole
-    matrices and frees them between parameters that stay, and the holes that they left were half of
-    a rank's memory.
-    """
-    if mallopt := _glibc("mallopt"):
-        mallopt(M_MMAP_THRESHOLD, SHARDED_THRESHOLD if sharded else MAX_THRESHOLD)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def share_one_heap() -> None:
-    """Have all threads of this process allocate from one heap of the C library.
-
-    Models compute in a thread of their own, and what `keep_freed_memory` asks for is kept by the
-    main heap only: with another one, steps took 1.3 times as long. Threads that have a heap keep
-    it, so commands call it before any library starts one. A run in Python calls it when it starts;
-    its worker's thread then takes the main heap, unless the program has ended threads whose heaps
-    are free. There 8 % of the processor time of a step was saved.
-    """
-    if mallopt := _glibc("mallopt"):
-        mallopt(M_ARENA_MAX, 1)
-
-
-def return_freed_memory() -> None:
-    """Return all freed memory to the system, as after a stage whose models are no longer needed."""
-    gc.collect()
-    if malloc_trim := _glibc("malloc_trim"):
-        malloc_trim(0)
-
-
-def _glibc(function: str) -> Any:
-    """Return a function of glibc; None if there is no glibc."""
-    return getattr(ctypes.CDLL(None), function, None) if sys.platform.startswith("linux") else None

@@ -17,6 +17,7 @@ from quartet import files
 from quartet.algorithms.policy_loss import PolicyLoss
 from quartet.errors import NonFinite, QuartetError
 from quartet.io.activity import activity
+from quartet.io.heap import return_freed_memory
 from quartet.loops.progress import Progress
 from quartet.loops.rl import Step
 from quartet.recording.metric import measured, rule_of
@@ -30,7 +31,6 @@ from quartet.runs.history import TOLERANCES, Terms
 from quartet.runs.rules import RULES
 from quartet.runtime.events import Advanced, Event, Finished, StageFailed, Started, Warned
 from quartet.runtime.interruption import Interrupted, Interruption, always
-from quartet.runtime.machine import return_freed_memory
 from quartet.runtime.saving import CheckpointTimer, RunningMean, Saving
 from quartet.runtime.worker import LocalWorkers, StepResult, Worker, WorkerGroup, WorkerLost
 from quartet.stages.kinds import kind_of

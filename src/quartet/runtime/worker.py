@@ -20,9 +20,9 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import is_sharded, local_tensor
 from quartet.errors import QuartetError
 from quartet.io.activity import activity
+from quartet.io.heap import return_freed_memory
 from quartet.io.threads import Abandoned, BackgroundThread, result_of
 from quartet.loops.progress import Progress
-from quartet.runtime.machine import return_freed_memory
 from quartet.stages.protocol import Stage, StageRun, Summary
 from quartet.training.checkpoint import (
     Checkpoint,

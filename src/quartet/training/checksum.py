@@ -8,6 +8,9 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import is_first_replica, is_sharded, local_tensor
 from quartet.tensors import Int, Tensor
 
+PIECE = 2**22
+"""How many numbers are summed at once."""
+
 
 @torch.no_grad()
 def parameter_checksum(model: Any, process_group: ProcessGroup = SINGLE_PROCESS) -> int:
@@ -30,8 +33,10 @@ def _sum(numbers: list[Tensor]) -> Int[Tensor, ""]:
 
 
 def _bits(parameter: Tensor) -> Int[Tensor, ""]:
-    """Return the sum over this rank's part, or 0 where another rank counts the same part."""
+    """Return the sum over this rank's part, or 0 where another rank counts the same part. It is
+    taken piece by piece, because a sum in int64 copies what it sums on a CPU."""
     size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    bits = local_tensor(parameter.detach()).view(size).sum(dtype=torch.int64)
+    pieces = local_tensor(parameter.detach()).view(size).flatten().split(PIECE)
+    bits = torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
     counts = not is_sharded(parameter) or is_first_replica(parameter)
     return bits if counts else torch.zeros_like(bits)

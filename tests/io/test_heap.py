@@ -1,0 +1,45 @@
+"""The memory of the C library: what a phase leaves is returned before the next."""
+
+import subprocess
+import sys
+
+import pytest
+
+from quartet.io import heap
+
+MEGABYTES = """
+import ctypes, sys
+import torch
+from quartet.io.heap import holds_for_a_while, keep_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096 / 1e6
+
+keep_freed_memory()
+start = resident()
+with holds_for_a_while(int(sys.argv[1])):
+    # Half of the pieces stay, so that the freed ones are holes inside of the heap.
+    pieces = [torch.ones(2**18) for _ in range(300)]
+    del pieces[::2]
+print(resident() - start)
+"""
+
+
+def growth(size):
+    command = [sys.executable, "-c", MEGABYTES, str(size)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(heap._glibc("malloc_trim") is None, reason="the C library is not glibc")
+def test_holes_that_a_large_phase_leaves_are_returned_and_those_of_a_small_one_kept():
+    kept, returned = growth(heap.LARGE - 1), growth(heap.LARGE)
+    assert kept - returned == pytest.approx(150 * 2**20 / 1e6, rel=0.2)
+
+
+def test_an_error_passes_through(monkeypatch):
+    trims = []
+    monkeypatch.setattr(heap, "_glibc", lambda name: trims.append)
+    with pytest.raises(KeyError), heap.holds_for_a_while(heap.LARGE):
+        raise KeyError
+    assert trims == [0, 0]
