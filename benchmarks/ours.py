@@ -5,7 +5,7 @@ python benchmarks/ours.py WORK SIZE [--repeats N]
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from quartet.data.sampler import Sampler
 from quartet.distributed.balance import micro_batches
 from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
-from quartet.generation.sampling import Sampling
+from quartet.generation.sampling import Drawn, Sampling
 from quartet.io.heap import keep_freed_memory
 from quartet.loops.collect import Collector
 from quartet.loops.reward_model import reward_model as reward_model_loop
@@ -60,10 +60,23 @@ class FixedLengthGenerator(NativeGenerator):
         self.eos = size.eos
         self.lengths = torch.tensor(size.lengths(count), device=self.stop_ids.device)
 
-    def _ends(self, tokens: Tensor, rows: Tensor, written: Tensor) -> Tensor:
-        over = written >= self.lengths[rows]
-        tokens[over] = self.eos
-        return over
+    def _draw(
+        self,
+        logits: Tensor,
+        sampling: Sampling,
+        noise: Tensor,
+        rows: Tensor,
+        lengths: Tensor,
+    ) -> Drawn:
+        """Draw; where the response has its length, take the end of sequence, and where it has not,
+        another token in its place. Their log-probs are the policy's own."""
+        drawn = super()._draw(logits, sampling, noise, rows, lengths)
+        over, ended = lengths + 1 >= self.lengths[rows], drawn.tokens == self.eos
+        tokens, logprobs = drawn.tokens.clone(), drawn.logprobs.clone()
+        for wrong, token in ((over, self.eos), (ended & ~over, self.eos + 1)):
+            tokens[wrong] = token
+            logprobs[wrong] = logits[wrong].log_softmax(-1)[:, token]
+        return replace(drawn, tokens=tokens, logprobs=logprobs)
 
 
 def prompts(size: Size, count: int, low: int = 16, high: int = 48) -> list[Prompt]:

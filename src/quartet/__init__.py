@@ -14,6 +14,7 @@ _MODULES = {
     "api.record": "record",
     "api.run": "RunInterrupted TrainingRun",
     "api.train": "train",
+    "api.walkthrough": "explain",
     "algorithms.advantages": "Advantage Normalize",
     "algorithms.aggregation": "Aggregation",
     "algorithms.algorithm": "Algorithm",

@@ -21,6 +21,7 @@ from quartet.api.record import record as record
 from quartet.api.run import RunInterrupted as RunInterrupted
 from quartet.api.run import TrainingRun as TrainingRun
 from quartet.api.train import train as train
+from quartet.api.walkthrough import explain as explain
 from quartet.data.row_shape import RowShape as RowShape
 from quartet.data.sampler import Sampler as Sampler
 from quartet.errors import QuartetError as QuartetError

@@ -7,6 +7,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from tests.benchmarks.conftest import FOLDER
 from tests.support import world
@@ -79,6 +80,12 @@ def test_a_response_ends_where_the_workload_says():
     lengths = w.response_lengths(size.limit, size.rows)
     assert [len(r.response_ids) for r in rollouts] == lengths
     assert all(r.response_ids[-1] == w.EOS for r in rollouts)
+    assert all(w.EOS not in r.response_ids[:-1] for r in rollouts)
+    for rollout in rollouts:  # as the learner has it, so that it need not compute them again
+        ids = torch.tensor([[*rollout.prompt.ids, *rollout.response_ids]])
+        logprobs = generator.model(ids).logits.log_softmax(-1)[0, len(rollout.prompt.ids) - 1 : -1]
+        theirs = logprobs.gather(-1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), theirs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("work", ["generation", "ppo", "grpo"])

@@ -184,18 +184,22 @@ def _keys(owner: Any, prefix: str = "") -> Iterator[str]:
 
 def description_of(path: Sequence[str]) -> str:
     """Return the description in a key's declaration; "" if it has none."""
-    names = [step for step in path if not step.isdigit()]
-    if not names:
-        return ""
-    *tables, name = names
+    for owner, field in declarations(path):
+        if (
+            description := getattr(field.default, "description", None)
+            or owner.__pydantic_fields__[field.name].description
+        ):
+            return str(description)
+    return ""
+
+
+def declarations(path: Sequence[str]) -> Iterator[tuple[Any, "dataclasses.Field[Any]"]]:
+    """Yield the classes that declare a key, with its field: several if it is of a part."""
+    *tables, name = [step for step in path if not step.isdigit()] or [""]
     for owner in _owners(tables):
         for field in dataclasses.fields(owner):
-            if field.name == name and (
-                description := getattr(field.default, "description", None)
-                or owner.__pydantic_fields__[name].description
-            ):
-                return str(description)
-    return ""
+            if field.name == name:
+                yield owner, field
 
 
 def _owners(tables: Sequence[str]) -> list[Any]:

@@ -200,14 +200,14 @@ class NativeGenerator:
             possible = logits[:, :support]
             if sampling.min_new_tokens:
                 possible = _without(ends, possible, lengths < sampling.min_new_tokens)
-            drawn = draw(possible, sampling, noises)
+            drawn = self._draw(possible, sampling, noises, rows, lengths)
             left = [] if drawn.kept is None else _packed_rows(drawn.kept)
             steps.append((rows, alive, replace(drawn, kept=None), left))
             num_tokens += len(rows)
             progress(num_tokens, 0, "tokens")
             lengths = lengths + alive
             tokens = drawn.tokens
-            alive = alive & ~(self._ends(tokens, rows, lengths) | (lengths == limit))
+            alive = alive & ~(torch.isin(tokens, self.stop_ids) | (lengths == limit))
             if stops.strings:
                 alive = watch.unfinished(rows, tokens, alive)
             unseen += 1
@@ -219,12 +219,17 @@ class NativeGenerator:
                 logits = decoder.step(tokens)
         return _by_row(steps, len(prompts) * samples)
 
-    def _ends(
-        self, tokens: Int[Tensor, "B"], rows: Int[Tensor, "B"], lengths: Int[Tensor, "B"]
-    ) -> Bool[Tensor, "B"]:
-        """Return which responses these tokens end. Token i is number `lengths[i]` of response
-        `rows[i]`; the end depends on neither here, but a benchmark sets lengths by both."""
-        return torch.isin(tokens, self.stop_ids)
+    def _draw(
+        self,
+        logits: Float[Tensor, "B V"],
+        sampling: Sampling,
+        noise: Float[Tensor, "B"],
+        rows: Int[Tensor, "B"],
+        lengths: Int[Tensor, "B"],
+    ) -> Drawn:
+        """Draw a token for each row. Row i continues response `rows[i]`, which has `lengths[i]`
+        tokens; the draw depends on neither here, but a benchmark ends responses by both."""
+        return draw(logits, sampling, noise)
 
 
 Step = tuple[Tensor, Tensor, Drawn, list[str]]

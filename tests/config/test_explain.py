@@ -1,0 +1,50 @@
+"""`quartet explain KEY`: what a setting means, from its declaration."""
+
+import re
+
+import pytest
+
+from quartet.config.explain import setting_in_words
+from quartet.config.suggestions import known_keys
+from quartet.errors import QuartetError
+from tests.support.command import quartet
+
+
+def test_a_number_has_its_bounds_its_default_and_its_description():
+    assert setting_in_words("optim.lr").splitlines() == [
+        "optim.lr   a number, > 0, default 1e-06",
+        "The actor's highest learning rate.",
+    ]
+
+
+def test_a_key_of_parts_has_a_line_for_each_type_that_has_it():
+    lines = setting_in_words("algorithm.kl.coef").splitlines()
+    assert lines[:2] == [
+        'algorithm.kl.coef   a number, ≥ 0, default 0.05   where type = "in_reward"',
+        'algorithm.kl.coef   a number, ≥ 0, default 0.04   where type = "in_loss"',
+    ]
+
+
+def test_a_table_lists_its_types_and_keys():
+    lines = setting_in_words("algorithm.kl.controller").splitlines()
+    assert any(line.startswith('  type = "adaptive"') for line in lines)
+    assert any(line.split()[:1] == ["algorithm.kl.controller.target"] for line in lines)
+    assert "  optim.critic_lr" in "\n".join(
+        line[:17] for line in setting_in_words("optim").split("\n")
+    )
+
+
+@pytest.mark.parametrize("key", known_keys())
+def test_every_key_can_be_explained(key):
+    words = setting_in_words(key)
+    assert words.startswith(f"{key}   ") and not re.search(r"<\w|\bobject at", words)
+
+
+def test_what_is_unknown_is_answered_with_what_was_meant(tmp_path):
+    with pytest.raises(
+        QuartetError, match=r"critic\.lr: no such key\. Did you mean optim\.critic_lr\?"
+    ):
+        setting_in_words("critic.lr")
+    for word, meant in (("grppo", "Did you mean grpo?"), ("optim.learning_rate", "optim.lr")):
+        result = quartet("explain", word, cwd=tmp_path)
+        assert result.returncode == 2 and meant in result.stderr
