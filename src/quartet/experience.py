@@ -83,6 +83,10 @@ class Rollout:
     versions: tuple[int, ...] | None = None
     """The version of the weights that sampled each token, where they may differ; None:
     `policy_version` for all."""
+    logged_metrics: Mapping[str, float] = field(default_factory=dict)
+    """What reward functions logged in the call that scored this response, as REWARD/NAME."""
+    logged_columns: Mapping[str, Any] = field(default_factory=dict)
+    """What reward functions logged of this response, a text, number or None as REWARD/COLUMN."""
     kept: tuple[str, ...] | None = None
     """The ids that top-k and top-p left before each token, as `pack_ids` writes them; "" for tokens
     that an environment added. None where the sampler keeps none."""

@@ -15,6 +15,7 @@ import torch
 from quartet.rewards.functions import FunctionReward, check_reference
 from quartet.rewards.protocol import RewardError, Weighted, rewarded, with_score
 from quartet.rewards.worker import plain
+from quartet.training.metrics import response_metrics
 from tests.support.world import prompts, rollout, tokenizer
 
 CODE = """
@@ -351,16 +352,13 @@ def test_values_that_no_float32_holds_leave_their_responses_out(file):
     ]
 
 
-def test_a_function_for_trl_is_called_as_it_was_written(file, caplog):
+def test_a_function_for_trl_is_called_as_it_was_written(file):
     asked = [dataclasses.replace(r, policy_version=3) for r in rollouts()]
     expected = [3 + len(r.response_ids) + len(r.prompt.ids) / 100 for r in asked]
-    caplog.set_level("INFO")
-    assert reward(file, "for_trl").score(asked) == pytest.approx(expected)
-    for _ in range(100):
-        if "log_metric mean = 0.5" in caplog.text:
-            break
-        time.sleep(0.05)
-    assert "log_extra length = [1, 2, 3]" in caplog.text and "log_metric mean" in caplog.text
+    scored = rewarded(asked, [Weighted(reward(file, "for_trl"))])
+    assert [r.score for r in scored] == pytest.approx(expected)
+    assert [r.logged_metrics for r in scored] == [{"for_trl/mean": 0.5}] * 3
+    assert [r.logged_columns for r in scored] == [{"for_trl/length": n} for n in (1, 2, 3)]
     with pytest.raises(RewardError, match="trainer_state has global_step here, and no epoch"):
         reward(file, "wants_epoch").score(asked)
 
@@ -369,3 +367,59 @@ def test_a_function_for_openrlhf_is_called_as_it_was_written(file):
     asked = rollouts(label=rollouts()[1].response)
     assert reward(file, "for_openrlhf").score(asked) == [0.0, 1.0, 0.0]
     assert reward(file, "for_openrlhf").score(rollouts()) == [0.0, 0.0, 0.0], "without labels"
+
+
+LOGGING = """
+def f(responses, log_metric, log_extra):
+    {line}
+    return [0.0 for _ in responses]
+"""
+UNLOGGABLE = {
+    "log_metric(3, 1.0)": "log_metric was given a int for a name; give it a text of 1 to 100 printable characters",
+    "log_metric('', 1.0)": "log_metric was given '' for a name",
+    "log_metric('a\\nb', 1.0)": "for a name",
+    "log_metric('m', 'high')": "log_metric('m', …) was given 'high', not a finite number",
+    "log_metric('m', '1')": "not a finite number",
+    "log_metric('m', None)": "log_metric('m', …) was given None, not a finite number",
+    "log_metric('m', float('nan'))": "log_metric('m', …) was given nan, not a finite number",
+    "log_metric('m', 10**400)": "not a finite number",
+    "log_extra('c', 'text')": "log_extra('c', …) was given 'text', not a list",
+    "log_extra('c', [1])": "log_extra('c', …) was given 1 values for 3 responses",
+    "log_extra(None, [1, 2, 3])": "log_extra was given None for a name",
+}
+
+
+@pytest.mark.parametrize(("line", "sentence"), UNLOGGABLE.items(), ids=UNLOGGABLE)
+def test_what_cannot_be_logged_is_one_sentence_with_the_line(tmp_path, line, sentence):
+    path = tmp_path / "logs.py"
+    path.write_text(LOGGING.format(line=line))
+    with pytest.raises(RewardError) as caught:
+        reward(path, "f").score(rollouts())
+    assert sentence in str(caught.value) and "(logs.py, line 3)" in str(caught.value)
+
+
+def test_what_is_logged_is_a_plain_number_or_text(tmp_path):
+    line = (
+        "import torch; log_metric('m', torch.tensor(1.0)); log_metric('m', True); "
+        "log_metric('m', 4); log_extra('c', torch.tensor([1.5, 2.0, float('inf')])); "
+        "log_extra('d', ['x', None, {'k': 1}])"
+    )
+    path = tmp_path / "logs.py"
+    path.write_text(LOGGING.format(line=line))
+    logged = reward(path, "f").logged(rollouts())
+    assert [one.metrics for one in logged] == [{"m": 2.0}] * 3, "the mean of 1, 1 and 4"
+    cells = [{"c": 1.5, "d": "x"}, {"c": 2.0, "d": None}, {"c": "inf", "d": "{'k': 1}"}]
+    assert [one.columns for one in logged] == cells
+
+
+def test_processes_share_the_responses_and_the_mean_is_that_of_one(tmp_path):
+    path = tmp_path / "logs.py"
+    path.write_text(
+        LOGGING.format(line="log_metric('n', sum(map(len, responses)) / len(responses))")
+    )
+    asked = rollouts()
+    alone, two = reward(path, "f"), reward(path, "f", processes=2)
+    means = [
+        response_metrics(rewarded(asked, [Weighted(each)]))["logged/f/n"] for each in (alone, two)
+    ]
+    assert means[1] == pytest.approx(means[0]) == sum(len(r.response) for r in asked) / 3

@@ -3,8 +3,9 @@
 import pytest
 
 from quartet.distributed.process_group import SINGLE_PROCESS
-from quartet.rewards.protocol import RewardError
+from quartet.rewards.protocol import Logged, RewardError, Weighted, rewarded
 from quartet.rewards.shared import shared
+from quartet.training.metrics import response_metrics
 from tests.support.thread_ranks import on_ranks
 from tests.support.world import prompts, rollout
 
@@ -68,3 +69,33 @@ def test_what_fails_on_one_rank_fails_on_all():
 def test_alone_it_is_the_reward_itself():
     reward = Rank()
     assert shared(reward, SINGLE_PROCESS) is reward
+
+
+class Counts:
+    """Logs, of the responses it is given, how many tokens they have on average, and each one's."""
+
+    name = "counts"
+
+    def score(self, rows):
+        return [1.0] * len(rows)
+
+    def token_scores(self, rows):
+        return [[1.0] * len(r.response_ids) for r in rows]
+
+    def logged(self, rows):
+        sizes = [len(r.response_ids) for r in rows]
+        return [Logged({"mean": sum(sizes) / len(sizes)}, {"size": size}) for size in sizes]
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_what_is_logged_is_the_same_on_every_rank_and_as_on_one(world):
+    def log(process_group):
+        scored = rewarded(rollouts(), [Weighted(shared(Counts(), process_group))])
+        return response_metrics(scored), [r.logged_columns for r in scored]
+
+    [(metrics, columns), *others] = on_ranks(world, log)
+    assert others == [(metrics, columns)] * (world - 1)
+    assert columns == [{"counts/size": n} for n in LENGTHS]
+    assert metrics["logged/counts/mean"] == pytest.approx(sum(LENGTHS) / len(LENGTHS))
+    alone, _ = log(SINGLE_PROCESS)
+    assert metrics["logged/counts/mean"] == pytest.approx(alone["logged/counts/mean"])

@@ -19,6 +19,10 @@ from quartet.recording.tokens import TokenTexts
 from quartet.runs.doctor import examine
 from quartet.runs.reader import Run
 from quartet.runtime.pipeline import Pipeline
+from quartet.runtime.worker import Worker
+from quartet.training.checkpoint import DamagedCheckpoint
+from tests.generation.test_servers import served
+from tests.support.command import quartet
 from tests.support.world import WORDS, model, tokenizer, write_lines
 
 DPO = 'recipe = ["dpo"]\npreference = { steps = 3, batch_size = 4, lr = 1e-2 }\n'
@@ -29,9 +33,18 @@ run.steps = 2
 optim = { lr = 1e-2, epochs = 1 }
 algorithm.kl.coef = 0.1
 """
+PPO = """recipe = ["ppo"]
+reward = [{ type = "length", most = 3 }]
+rollout = { prompts_per_step = 4, max_new_tokens = 4 }
+critic = { init = "policy" }
+run.steps = 2
+run.checkpoint_every = 1
+optim = { lr = 1e-2, critic_lr = 1e-2, epochs = 1 }
+"""
 TABLES = """policy.model = "lm"
 data = { train = "pairs.jsonl", max_prompt_tokens = 8, max_response_tokens = 8 }
 run.folder = "runs"
+run.precision = "fp32"
 """
 
 
@@ -56,6 +69,7 @@ def place(tmp_path, monkeypatch):
     write_lines(Path("pairs.jsonl"), *map(json.dumps, pairs))
     Path("dpo.toml").write_text(DPO + TABLES)
     Path("grpo.toml").write_text(GRPO + TABLES)
+    Path("ppo.toml").write_text(PPO + TABLES)
     return tmp_path
 
 
@@ -94,7 +108,7 @@ def numbers(record):
     ]
 
 
-@pytest.mark.parametrize("name", ["dpo", "grpo"])
+@pytest.mark.parametrize("name", ["dpo", "grpo", "ppo"])
 def test_the_start_by_its_name_gives_the_same_numbers(place, name):
     plain, named = run(name), run(name, 'reference.model="lm"')
     assert numbers(plain) == numbers(named) and numbers(plain)
@@ -148,6 +162,68 @@ def test_the_reference_of_rl_is_the_model_that_is_named(place, adapter):
     models = plan(config).models
     assert models["reference"] == model().num_parameters()
     assert ("adapter" in models) == adapter
+
+
+def check_reference_logprobs(record, reference):
+    """The recorded log-probs of the reference are those of the model in a folder."""
+    other = load_model(reference)
+    samples = record.samples(1)
+    assert samples
+    for sample in samples:
+        columns = record.sample(1, sample.number)
+        tokens, mask = torch.tensor([columns["token_id"]]), torch.tensor([columns["is_response"]])
+        expected = masked_logprobs(other, tokens, mask).detach()[mask].tolist()
+        recorded = [x for x in columns["ref_logprob"] if x is not None]
+        assert recorded == pytest.approx(expected, rel=3e-3)  # the record is rounded to 0.2 %
+
+
+def test_ppo_with_a_critic_is_held_to_the_model_that_is_named(place):
+    record = run("ppo", 'reference.model="other"')
+    check_reference_logprobs(record, "other")
+    first = metrics(record)[0]
+    assert first["kl/token_k3"] > 0.01 and "value/explained_variance" in first
+    assert (record.path / "critic").is_dir()
+
+
+@pytest.mark.parametrize("name", ["dpo", "ppo"])
+def test_a_run_goes_on_with_the_reference_that_it_began_with_only(place, name):
+    words = ['reference.model="other"', "run.checkpoint_every=1"]
+    path = run(name, *words).path
+    checkpoint = str(max((path / "checkpoints").glob(f"{name}-*")))
+    config = settings(name, *words).config
+    Worker(build(config).stages, path).begin(name, checkpoint)
+    save(model(seed=2), tokenizer(), Path("other"))
+    with pytest.raises(DamagedCheckpoint, match="the reference is not the model that the run be"):
+        Worker(build(config).stages, path).begin(name, checkpoint)
+
+
+def test_a_checkpoint_of_dpo_that_does_not_tell_its_reference_is_gone_on_from(place):
+    [stage] = build(settings("dpo").config).stages
+    begun = stage.begin(place)
+    state = begun.state()
+    del state["reference"]
+    begun.load_state(state)
+
+
+def test_responses_of_servers_are_held_to_the_model_that_is_named(place):
+    with served(place / "lm") as (url, _):
+        where = f'generator={{type="vllm", urls=["{url}"], shared="{place / "shared"}"}}'
+        record = run("ppo", 'reference.model="other"', where)
+    check_reference_logprobs(record, "other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [(), ("launch.shard=true",)], ids=["whole", "sharded"])
+def test_two_ranks_hold_the_policy_to_the_model_that_is_named(place, words):
+    told = ["ppo.toml", 'reference.model="other"', "launch.processes=2", *words]
+    outcome = quartet("run", *told, cwd=place)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    two = Run(Path("runs/latest").resolve())
+    check_reference_logprobs(two, "other")
+    alone = numbers(run("ppo", 'reference.model="other"'))
+    for ours, theirs in zip(alone, numbers(two), strict=True):
+        assert theirs["kl/token_k3"] == pytest.approx(ours["kl/token_k3"], rel=1e-3)
+        assert theirs["value/mean"] == pytest.approx(ours["value/mean"], rel=1e-3, abs=1e-4)
 
 
 def test_the_kl_of_rl_begins_above_0_and_stops_nothing(place):

@@ -39,7 +39,7 @@ from quartet.stages.sft import SftStage
 from quartet.training import checksum, imitation
 from quartet.training.budget import MAX_HALVINGS, Budget
 from quartet.training.checkpoint import read_checkpoint
-from quartet.training.checksum import parameter_checksum
+from quartet.training.checksum import ReferenceChecksum
 from quartet.training.learner import Learner
 from quartet.training.optim import MAX_SKIPPED, Optim, Optimizer, OptimizerConfig
 from quartet.training.optimizer_step import optimizer_step
@@ -290,7 +290,7 @@ def test_the_usual_mistakes_are_refused_at_the_first_step_that_can_show_them(mis
     )
     if mistake == "a reference that learns":
         made.reference = actor
-        made.reference_checksum = parameter_checksum(actor)
+        made.reference_checksum = ReferenceChecksum(actor)
     rewards = [Weighted(TextReward("goodness", goodness))]
     steps = rl(Collector(Sampler(prompts(16), 16, 0), Spoiled(mistake, actor), rewards), made, PPO)
     watch, said = Watch(), {}

@@ -127,6 +127,7 @@ def token_table(
             "id": spread(list(batch.ids), pa.string()),
             "group": spread(batch.groups.tolist(), pa.int32()),
             **text_columns(rollouts, batch.lengths.tolist()),
+            **logged_columns(rollouts, batch.lengths.tolist()),
             "score": spread(batch.scores.tolist(), pa.float32()),
             **components,
             "ended": spread(batch.ended.tolist(), pa.bool_()),
@@ -175,6 +176,21 @@ def text_columns(rollouts: "Sequence[Rollout]", lengths: Sequence[int]) -> dict[
         "prompt": pa.array(prompts, pa.string()),
         "response": pa.array(responses, pa.string()),
     }
+
+
+def logged_columns(rollouts: "Sequence[Rollout]", lengths: Sequence[int]) -> dict[str, Any]:
+    """Return the columns that reward functions logged (`logged/REWARD/COLUMN`), as text, with a
+    value in the first row of each rollout."""
+    import pyarrow as pa
+
+    columns: dict[str, list[str | None]] = {}
+    first = 0
+    for rollout, length in zip(rollouts, lengths, strict=True):
+        for name, value in rollout.logged_columns.items():
+            column = columns.setdefault(f"logged/{well_formed(name)}", [None] * sum(lengths))
+            column[first] = None if value is None else well_formed(str(value))
+        first += length
+    return {name: pa.array(column, pa.string()) for name, column in columns.items()}
 
 
 def write_pairs(

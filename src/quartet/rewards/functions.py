@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from quartet.experience import Rollout
 from quartet.io.texts import excerpt
 from quartet.io.threads import WAKE_SECONDS, map_concurrently
-from quartet.rewards.protocol import RewardError, Score, openrlhf_labels
+from quartet.rewards.protocol import Logged, RewardError, Score, openrlhf_labels
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,16 @@ class TextReward:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return [self.function(r.prompt.text, r.response) for r in rollouts]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a function says of one response."""
+
+    value: Any
+    """A number, None, or a list with a number per token."""
+    logged: Logged
+    """What it logged in the call that this response was part of."""
 
 
 class FunctionReward:
@@ -71,15 +82,17 @@ class FunctionReward:
             timeout,
         )
         self.workers: list[FunctionProcess] = [Worker(function) for _ in range(processes)]
-        self._last: tuple[list[Rollout], list[Any]] = ([], [])
+        self._last: tuple[list[Rollout], list[Answer]] = ([], [])
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        return [
-            sum(value) if isinstance(value, list) else value for value in self._values(rollouts)
-        ]
+        values = [answer.value for answer in self._answers(rollouts)]
+        return [sum(value) if isinstance(value, list) else value for value in values]
+
+    def logged(self, rollouts: Sequence[Rollout]) -> list[Logged]:
+        return [answer.logged for answer in self._answers(rollouts)]
 
     def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        values = self._values(rollouts)
+        values = [answer.value for answer in self._answers(rollouts)]
         for rollout, value in zip(rollouts, values, strict=True):
             if value is not None and not isinstance(value, list):
                 raise RewardError(
@@ -89,8 +102,8 @@ class FunctionReward:
                 )
         return [[] if value is None else value for value in values]
 
-    def _values(self, rollouts: Sequence[Rollout]) -> list[Any]:
-        """Return what the function returns; it is called once for the same rollouts."""
+    def _answers(self, rollouts: Sequence[Rollout]) -> list[Answer]:
+        """Return what the function says; it is called once for the same rollouts."""
         if len(rollouts) == len(self._last[0]) and all(
             a is b for a, b in zip(rollouts, self._last[0], strict=True)
         ):
@@ -112,14 +125,15 @@ class FunctionReward:
             for worker in self.workers:
                 worker.stop()
             raise
-        values = [value for share in found for value in share]
-        self._last = (list(rollouts), values)
-        return values
+        answers = [answer for share in found for answer in share]
+        self._last = (list(rollouts), answers)
+        return answers
 
-    def _ask(self, worker: "FunctionProcess", rollouts: Sequence[Rollout]) -> list[Any]:
-        values: list[Any] = worker.call(
+    def _ask(self, worker: "FunctionProcess", rollouts: Sequence[Rollout]) -> list[Answer]:
+        answer = worker.call(
             self._arguments(rollouts, worker.parameters), self.timeout, len(rollouts)
         )
+        values, metrics, columns = answer["values"], answer["metrics"], answer["columns"]
         if len(values) != len(rollouts):
             raise RewardError(
                 f"{self.function} returned {len(values)} value{'s' * (len(values) != 1)} for "
@@ -133,7 +147,10 @@ class FunctionReward:
                     f"{len(rollout.response_ids)} "
                     "tokens. Return one for each of `tokens`."
                 )
-        return values
+        return [
+            Answer(value, Logged(metrics, {name: column[i] for name, column in columns.items()}))
+            for i, value in enumerate(values)
+        ]
 
     def _arguments(self, rollouts: Sequence[Rollout], takes: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of the function: those that it takes, of all there are."""
@@ -177,7 +194,9 @@ class FunctionProcess(Protocol):
 
     def stop(self) -> None: ...
 
-    def call(self, arguments: Mapping[str, Any], timeout: float, count: int) -> list[Any]: ...
+    def call(self, arguments: Mapping[str, Any], timeout: float, count: int) -> dict[str, Any]:
+        """Return what `worker.call` returns."""
+        ...
 
 
 class Worker:
@@ -221,8 +240,8 @@ class Worker:
             raise RewardError(f"{self.function} cannot be used: {answer['error']}.")
         self.parameters = answer["parameters"]
 
-    def call(self, arguments: Mapping[str, Any], timeout: float, count: int) -> list[Any]:
-        answer = self._exchange({"arguments": arguments}, timeout)
+    def call(self, arguments: Mapping[str, Any], timeout: float, count: int) -> dict[str, Any]:
+        answer = self._exchange({"arguments": arguments, "count": count}, timeout)
         if answer is None:
             raise RewardError(
                 f"{self.function} took longer than {timeout:g} s for {count} responses. Raise "
@@ -233,8 +252,7 @@ class Worker:
             raise RewardError(
                 f"{self.function} failed: {answer['error']}. The traceback is in run.log."
             )
-        values: list[Any] = answer["values"]
-        return values
+        return answer
 
     def _exchange(self, request: Mapping[str, Any], timeout: float) -> dict[str, Any] | None:
         """Return the answer; None where there was none in time, and then the process is ended. No

@@ -12,7 +12,7 @@ from quartet.parts import Field
 from quartet.rewards.functions import FunctionReward
 from quartet.rewards.protocol import Reward, RewardError
 from quartet.rewards.source import RewardContext, RewardSource
-from quartet.rewards.worker import call, described, parameters, plain
+from quartet.rewards.worker import call, described, parameters
 
 
 class ObjectSource(RewardSource):
@@ -98,10 +98,10 @@ class InProcess:
     def stop(self) -> None:
         """Nothing can be stopped."""
 
-    def call(self, arguments: Mapping[str, Any], timeout: float, count: int) -> list[Any]:
-        """Return what the function returns, a number, None or a list of numbers per response.
-        Raises `RewardError` if it fails; the function's own exception is its cause."""
+    def call(self, arguments: Mapping[str, Any], timeout: float, count: int) -> dict[str, Any]:
+        """Return what `worker.call` returns. Raises `RewardError` if the function fails; its own
+        exception is the cause."""
         try:
-            return plain(call(self.function, dict(arguments)))
+            return call(self.function, dict(arguments), count)
         except Exception as error:
             raise RewardError(f"{self.name} failed: {described(error)}.") from error

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -52,6 +52,25 @@ class UncertainReward(Reward, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Logged:
+    """What a reward logs of one response beside its score."""
+
+    metrics: Mapping[str, float]
+    """By name; responses that were scored in one call share the number."""
+    columns: Mapping[str, Any]
+    """The values of this response, by column: texts, numbers or None."""
+
+
+@runtime_checkable
+class LoggingReward(Reward, Protocol):
+    """A reward that logs metrics and columns of its own while it scores."""
+
+    def logged(self, rollouts: Sequence[Rollout]) -> list[Logged]:
+        """Return what was logged of each rollout when it was scored."""
+        ...
+
+
 class RewardError(QuartetError, RuntimeError):
     """A reward that cannot be used, or that returned something else than scores. The message may
     quote text of a server, a function or the policy."""
@@ -79,12 +98,14 @@ def rewarded(
 ) -> list[Rollout]:
     """Return the rollouts with their score, the weighted sum of the rewards, and with each reward's
     own number by name, and that of an uncertain one with its deviation (`deviation/NAME`);
-    `per_token` also with the weighted sum of their numbers for each token.
+    with what rewards log beside it (`REWARD/NAME`); `per_token` also with the weighted sum of
+    their numbers for each token.
     Where a reward that counts has no score, there is none at all; those of weight 0 are only
     watched."""
     columns: dict[str, list[Score]] = {}
     for w in rewards:
         columns |= _columns(w.reward, rollouts)
+    logged = _logged(rollouts, rewards)
     scored = []
     for i, rollout in enumerate(rollouts):
         counted = [(w.weight, columns[w.reward.name][i]) for w in rewards if w.weight != 0]
@@ -96,6 +117,8 @@ def rewarded(
                 if missing
                 else sum(weight * (score or 0.0) for weight, score in counted),
                 components={name: column[i] for name, column in columns.items()},
+                logged_metrics=logged[i].metrics,
+                logged_columns=logged[i].columns,
             )
         )
     if not per_token:
@@ -105,6 +128,19 @@ def rewarded(
         dataclasses.replace(r, token_scores=tuple(total))
         for r, total in zip(scored, totals, strict=True)
     ]
+
+
+def _logged(rollouts: Sequence[Rollout], rewards: Sequence[Weighted]) -> list[Logged]:
+    """Return what the rewards logged of each rollout, each name after that of its reward."""
+    metrics: list[dict[str, float]] = [{} for _ in rollouts]
+    columns: list[dict[str, Any]] = [{} for _ in rollouts]
+    for w in rewards:
+        if not isinstance(w.reward, LoggingReward):
+            continue
+        for i, own in enumerate(w.reward.logged(rollouts)):
+            metrics[i] |= {f"{w.reward.name}/{name}": x for name, x in own.metrics.items()}
+            columns[i] |= {f"{w.reward.name}/{name}": x for name, x in own.columns.items()}
+    return [Logged(*both) for both in zip(metrics, columns, strict=True)]
 
 
 def _columns(reward: Reward, rollouts: Sequence[Rollout]) -> dict[str, list[Score]]:

@@ -5,7 +5,15 @@ from typing import Any
 
 from quartet.distributed.process_group import ProcessGroup
 from quartet.experience import Rollout
-from quartet.rewards.protocol import Reward, RewardError, Score, TokenReward, UncertainReward
+from quartet.rewards.protocol import (
+    Logged,
+    LoggingReward,
+    Reward,
+    RewardError,
+    Score,
+    TokenReward,
+    UncertainReward,
+)
 
 
 class Shared:
@@ -51,6 +59,19 @@ class SharedTokens(Shared):
         return self._everybodys(rollouts, self.reward.token_scores)
 
 
+class SharedFunction(SharedTokens):
+    """A shared reward that scores tokens, and logs metrics and columns."""
+
+    def logged(self, rollouts: Sequence[Rollout]) -> list[Logged]:
+        assert isinstance(self.reward, LoggingReward)
+        reward = self.reward
+
+        def ask(rows: Sequence[Rollout]) -> list[Any]:
+            return [(one.metrics, one.columns) for one in reward.logged(rows)]
+
+        return [Logged(*both) for both in self._everybodys(rollouts, ask)]
+
+
 class SharedUncertain(Shared):
     """A shared reward that knows how uncertain its scores are."""
 
@@ -66,5 +87,7 @@ def shared(reward: Reward, process_group: ProcessGroup) -> Reward:
         return reward
     if isinstance(reward, UncertainReward):
         return SharedUncertain(reward, process_group)
-    kind = SharedTokens if isinstance(reward, TokenReward) else Shared
+    if not isinstance(reward, TokenReward):
+        return Shared(reward, process_group)
+    kind = SharedFunction if isinstance(reward, LoggingReward) else SharedTokens
     return kind(reward, process_group)

@@ -26,6 +26,8 @@ NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, Set)
 PACKAGE = str(Path(__file__).parents[1])
 LONGEST_MESSAGE = 2000
 """Characters of an error that a run shows."""
+LONGEST_NAME = 100
+"""Characters of the name of a logged metric or column."""
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
                 function = load(request["function"])
                 answer = {"parameters": parameters(function)}
             else:
-                answer = {"values": plain(call(function, request["arguments"]))}
+                answer = call(function, request["arguments"], request["count"])
         except BaseException as error:  # a user's code may raise anything, SystemExit too
             traceback.print_exc()
             answer = {"error": described(error)}
@@ -110,24 +112,70 @@ class TrainerState:
         raise AttributeError(f"trainer_state has global_step here, and no {name}")
 
 
-def _log_metric(name: str, value: Any) -> None:
-    log.info("log_metric %s = %s", name, value)
+class Logs:
+    """What a function gives to TRL's `log_metric` and `log_extra` in one call."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        """The number of responses."""
+        self.metrics: dict[str, list[float]] = {}
+        self.columns: dict[str, list[Any]] = {}
+
+    def log_metric(self, name: str, value: Any) -> None:
+        """Keep a number. Raises `TypeError` or `ValueError` for anything else."""
+        _check_name("log_metric", name)
+        try:
+            number = float(value) if not isinstance(value, NO_LISTS) else math.nan
+        except Exception:
+            number = math.nan
+        if not math.isfinite(number):
+            shown = value if isinstance(value, float) else _kind(value)
+            raise ValueError(f"log_metric({name!r}, …) was given {shown}, not a finite number")
+        self.metrics.setdefault(name, []).append(number)
+
+    def log_extra(self, column: str, values: Any) -> None:
+        """Keep one value per response: numbers, texts, None; anything else as its text. Raises
+        `TypeError` or `ValueError` for anything but a list of as many values."""
+        _check_name("log_extra", column)
+        if not _is_list(values):
+            raise TypeError(f"log_extra({column!r}, …) was given {_kind(values)}, not a list")
+        kept = [_cell(value) for value in values]
+        if len(kept) != self.count:
+            raise ValueError(
+                f"log_extra({column!r}, …) was given {len(kept)} values for {self.count} responses"
+            )
+        self.columns[column] = kept
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each metric's numbers."""
+        return {name: math.fsum(each) / len(each) for name, each in self.metrics.items()}
 
 
-def _log_extra(column: str, values: Any) -> None:
-    log.info("log_extra %s = %s", column, values)
+def _check_name(function: str, name: Any) -> None:
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= LONGEST_NAME:
+        raise TypeError(
+            f"{function} was given {_kind(name)} for a name; "
+            f"give it a text of 1 to {LONGEST_NAME} printable characters"
+        )
 
 
-TRL_HELPERS: Mapping[str, Callable[[Any], Any]] = {
-    "trainer_state": TrainerState,
-    "log_metric": lambda _: _log_metric,
-    "log_extra": lambda _: _log_extra,
-}
-"""What TRL gives to reward functions beside columns, from what a run sends of it."""
+def _cell(value: Any) -> Any:
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    is_json = value is None or isinstance(value, str | int)
+    return value if is_json or (isinstance(value, float) and math.isfinite(value)) else str(value)
 
 
-def call(function: Function, arguments: dict[str, Any]) -> Any:
-    for name, helper in TRL_HELPERS.items():
+def call(function: Function, arguments: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return what a function returns for `count` responses, as `plain` has it, and what it logs
+    meanwhile: `values`, `metrics` and `columns`."""
+    logs = Logs(count)
+    helpers: Mapping[str, Callable[[Any], Any]] = {
+        "trainer_state": TrainerState,
+        "log_metric": lambda _: logs.log_metric,
+        "log_extra": lambda _: logs.log_extra,
+    }  # what TRL gives to reward functions beside columns, from what a run sends of it
+    for name, helper in helpers.items():
         if name in arguments and not isinstance(arguments[name], list):  # a list is a column
             arguments = arguments | {name: helper(arguments[name])}
     made = function(**arguments)
@@ -136,8 +184,8 @@ def call(function: Function, arguments: dict[str, Any]) -> Any:
         async def awaited() -> Any:
             return await made
 
-        return asyncio.run(awaited())
-    return made
+        made = asyncio.run(awaited())
+    return {"values": plain(made), "metrics": logs.means(), "columns": logs.columns}
 
 
 def plain(values: Any) -> list[Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quartet.runs.definitions import Definition
+from quartet.runs.definitions import LOGGED, Definition, definition, sentence
 
 if TYPE_CHECKING:
     from quartet.runs.reader import Series
@@ -77,11 +77,14 @@ APART = {
 
 def charts(series: "Series", own: Sequence[Definition] = ()) -> list[tuple[Chart, list[str]]]:
     """Return the charts that a stage has something for, each with the names it draws; the last are
-    those of the user's own metrics. A pattern that stands for one line that is drawn already is
-    left out."""
+    those of the user's own metrics, and one for each metric that a reward function logs. A pattern
+    that stands for one line that is drawn already is left out."""
     shown: set[str] = set()
     result = []
-    for chart in (*CHARTS, *own_charts(own)):
+    logged = [name for name in sorted(series.columns) if name.startswith(LOGGED)]
+    titles = [sentence(definition(name).label).rstrip(".") for name in logged]
+    of_logged = [Chart(title, (name,)) for title, name in zip(titles, logged, strict=True)]
+    for chart in (*CHARTS, *own_charts(own), *of_logged):
         names = [name for pattern in chart.metrics for name in _matching(pattern, series)]
         if names and not (set(names) <= shown):
             result.append((chart, names))

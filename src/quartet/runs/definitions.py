@@ -24,6 +24,8 @@ class Definition:
     drawn smoothed."""
 
 
+LOGGED = "logged/"
+"""Stands before REWARD/NAME in the metrics that reward functions log."""
 DEFINITIONS = (
     Definition(
         "reward",
@@ -62,6 +64,11 @@ DEFINITIONS = (
         "If it rises, the policy writes what the members disagree about.",
     ),
     Definition("reward/*", "reward *", "the mean of this reward alone, before its weight"),
+    Definition(
+        LOGGED + "*",
+        "logged *",
+        "what a reward function gave to log_metric, as a mean over the step's responses",
+    ),
     Definition(
         "kl",
         "KL",

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quartet.runs.parquet import Column, values
@@ -20,6 +20,7 @@ TOKEN_COLUMNS = {
     "ended": Column("flag"),
     "clipped": Column("flag"),
     "score/*": Column("number"),
+    "logged/*": Column("text"),
     **dict.fromkeys(
         ("logprob", "old_logprob", "ref_logprob", "kl", "reward", "penalty", "value"),
         Column("number"),
@@ -70,6 +71,8 @@ class Sample:
     texts: tuple[Any, str] | None = None
     """The prompt, a text or messages, and the response as a text without special tokens; None
     where they were not recorded."""
+    logged: Mapping[str, str | None] = field(default_factory=dict)
+    """What reward functions logged of this response, by REWARD/COLUMN."""
 
 
 def samples_of(table: Any) -> list[Sample]:
@@ -87,7 +90,7 @@ def samples_of(table: Any) -> list[Sample]:
     if len(ends) > MAX_SAMPLES:
         raise Unreadable(f"has {len(ends):,} samples; {MAX_SAMPLES:,} is the most that is read.")
     firsts = [0, *ends[:-1]] if ends else []
-    names = [name for name in table.column_names if name.startswith("score/")]
+    names = [name for name in table.column_names if name.startswith(("score/", "logged/"))]
     columns = {name: values(table.column(name)) for name in IN_SHORT}
     columns |= {
         name: values(table.column(name).take(pa.array(firsts, pa.int64()))) for name in names
@@ -145,7 +148,7 @@ def _sample(
         id=columns["id"][first],
         group=columns["group"][first],
         score=math.nan if score is None else score,
-        components={name.removeprefix("score/"): columns[name][place] for name in names},
+        components=_without_prefix("score/", columns, names, place),
         prompt="".join(text[first:begin]),
         response="".join(text[begin:last]),
         tokens=last - begin,
@@ -154,4 +157,14 @@ def _sample(
         clipped=sum(bool(x) for x in columns["clipped"][begin:last]),
         advantage=sum(advantages) / len(advantages) if advantages else None,
         texts=texts,
+        logged=_without_prefix("logged/", columns, names, place),
     )
+
+
+def _without_prefix(
+    prefix: str, columns: Mapping[str, list[Any]], names: Sequence[str], place: int
+) -> dict[str, Any]:
+    """Return the values in this place of the columns whose names begin with the prefix."""
+    return {
+        name.removeprefix(prefix): columns[name][place] for name in names if name.startswith(prefix)
+    }

@@ -18,6 +18,7 @@ from quartet.models.protocols import Tokenizer
 from quartet.stages.pair_facts import pair_facts
 from quartet.stages.protocol import StageRun, Summary
 from quartet.training.budget import Budget
+from quartet.training.checksum import ReferenceChecksum
 from quartet.training.optim import Optimizer
 from quartet.training.state_tree import Stateful
 
@@ -99,6 +100,7 @@ class PreferenceStage:
             }
 
         stateful: dict[str, Stateful] = {
+            "reference": ReferenceChecksum(reference, self.process_group),
             "optimizer": optimizer,
             "source": source,
             "budget": budget,

@@ -35,12 +35,13 @@ class StageRun:
     def load_state(self, state: Tree) -> None:
         """Continue from the state of a checkpoint.
 
-        A checkpoint without "ahead" is one of a run that did not sample ahead, and one without
-        "held_out" of a stage that was not evaluated; they may continue as those that do. Raises
-        KeyError if another part is missing.
+        A checkpoint without "ahead" is one of a run that did not sample ahead, one without
+        "held_out" of a stage that was not evaluated, and one without "reference" of a version that
+        did not write it; they may continue as those that have it. Raises KeyError if another part
+        is missing.
         """
         for name, part in self.stateful.items():
-            if name in state or name not in {"ahead", "held_out"}:
+            if name in state or name not in {"ahead", "held_out", "reference"}:
                 part.load_state(state[name])
 
     def notes(self) -> list[str]:

@@ -12,6 +12,33 @@ PIECE = 2**22
 """How many numbers are summed at once."""
 
 
+class ReferenceChecksum:
+    """The checksum of the reference that a stage began with: part of a checkpoint, so that a run
+    goes on with the same one only."""
+
+    def __init__(self, reference: Any | None, process_group: ProcessGroup = SINGLE_PROCESS) -> None:
+        """Every rank must make it. `reference` is None in a stage without one."""
+        self.reference, self.process_group = reference, process_group
+        self.value = self.now()
+
+    def now(self) -> int | None:
+        """Return the checksum of the weights as they are. Every rank must call it."""
+        if self.reference is None:
+            return None
+        return parameter_checksum(self.reference, self.process_group)
+
+    def state(self) -> int | None:
+        return self.value
+
+    def load_state(self, state: int | None) -> None:
+        """Raises ValueError where the checkpoint is one of a run with another reference."""
+        if self.value != state:
+            raise ValueError(
+                "the reference is not the model that the run began with; put back the model of "
+                "reference.model or, without that key, the one that the policy starts from"
+            )
+
+
 @torch.no_grad()
 def parameter_checksum(model: Any, process_group: ProcessGroup = SINGLE_PROCESS) -> int:
     """Return the sum of the bit patterns of all parameters, read as integers.

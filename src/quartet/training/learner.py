@@ -27,7 +27,7 @@ from quartet.models.trunk import block_matrices
 from quartet.tensors import Float, Tensor
 from quartet.training.batch import collate
 from quartet.training.budget import Budget
-from quartet.training.checksum import parameter_checksum
+from quartet.training.checksum import ReferenceChecksum
 from quartet.training.ema import Ema
 from quartet.training.finite import check_finite
 from quartet.training.imitation import imitation_losses
@@ -97,9 +97,7 @@ class Learner:
         """Whether the sampler's log-probs are the learner's; None until a step has compared them.
         """
         self.device = models.actor.device
-        self.reference_checksum = (
-            None if reference is None else parameter_checksum(reference, process_group)
-        )
+        self.reference_checksum = ReferenceChecksum(reference, process_group)
         placement.register(reference, shared_with=models.actor.parameters())
         for optimizer in self.optimizers.values():
             self._register_moments(optimizer)
@@ -116,7 +114,7 @@ class Learner:
             "rng": self.rng.getstate(),
             "version": self.version,
             "sampler_agrees": self.sampler_agrees,
-            "reference_mark": self.reference_checksum,
+            "reference_mark": self.reference_checksum.state(),
             "budget": self.budget.state(),
             "pretraining": None if self.pretraining is None else self.pretraining.state(),
         }
@@ -129,8 +127,7 @@ class Learner:
             self.ema.load_state(state["ema"])
         if self.pretraining is not None:
             self.pretraining.load_state(state["pretraining"])
-        if self.reference_checksum != state["reference_mark"]:
-            raise ValueError("the reference is not the model that the run began with")
+        self.reference_checksum.load_state(state["reference_mark"])
         self.budget.load_state(state["budget"])
         self.rng.setstate(python_random(state["rng"]))
         self.version, self.sampler_agrees = state["version"], state["sampler_agrees"]
@@ -255,8 +252,7 @@ class Learner:
             clipped=record.clipped,
             row_advantages=row_mean(experience.advantages, experience.response_mask),
             trained_actor=train_actor,
-            reference_moved=self.reference is not None
-            and parameter_checksum(self.reference, self.process_group) != self.reference_checksum,
+            reference_moved=self.reference_checksum.now() != self.reference_checksum.value,
         )
 
     def _minibatches(

@@ -3,6 +3,7 @@
 Names are paths; `runs/definitions.py` says what each metric is and how to read it.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -51,7 +52,17 @@ def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         metrics["response/turns"] = sum(turns(r.policy_mask or ()) for r in rollouts) / count
     for name in rollouts[0].components:
         metrics[f"reward/{name}"] = _mean([r.components[name] for r in rollouts])
-    return metrics
+    return metrics | _logged_metrics(rollouts)
+
+
+def _logged_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Return the metrics that reward functions logged: of each the mean over the responses that
+    were scored in a call that logged it."""
+    numbers: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, value in rollout.logged_metrics.items():
+            numbers.setdefault(name, []).append(value)
+    return {f"logged/{name}": math.fsum(each) / len(each) for name, each in numbers.items()}
 
 
 def _mean(values: Sequence[float | None]) -> float:
