@@ -559,9 +559,9 @@ def test_the_checksum_is_the_sum_of_the_bits_over_pieces_of_any_size(monkeypatch
     model = torch.nn.Linear(5, 3)
     model.register_parameter("none", torch.nn.Parameter(torch.empty(0)))
     bits = sum(int(p.detach().view(torch.int32).sum(dtype=torch.int64)) for p in model.parameters())
-    assert parameter_checksum(model) == bits
+    assert checksum.parameter_checksum(model) == bits
     for piece in (1, 4, 15):
         monkeypatch.setattr(checksum, "PIECE", piece)
-        assert parameter_checksum(model) == bits
+        assert checksum.parameter_checksum(model) == bits
     model.weight.data[0, 0] = torch.nextafter(model.weight.data[0, 0], torch.tensor(9.0))
-    assert parameter_checksum(model) != bits
+    assert checksum.parameter_checksum(model) != bits

@@ -30,7 +30,7 @@ class ReferenceChecksum:
     def state(self) -> int | None:
         return self.value
 
-    def load_state(self, state: int | None) -> None:
+    def load_state(self, state: object) -> None:
         """Raises ValueError where the checkpoint is one of a run with another reference."""
         if self.value != state:
             raise ValueError(
@@ -60,10 +60,11 @@ def _sum(numbers: list[Tensor]) -> Int[Tensor, ""]:
 
 
 def _bits(parameter: Tensor) -> Int[Tensor, ""]:
-    """Return the sum over this rank's part, or 0 where another rank counts the same part. It is
-    taken piece by piece, because a sum in int64 copies what it sums on a CPU."""
+    """Return the sum over this rank's part, or 0 where another rank counts the same part. On a CPU
+    it is taken piece by piece, because a sum in int64 copies what it sums there."""
     size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    pieces = local_tensor(parameter.detach()).view(size).flatten().split(PIECE)
+    numbers = local_tensor(parameter.detach()).view(size)
+    pieces = numbers.flatten().split(PIECE) if numbers.device.type == "cpu" else [numbers]
     bits = torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
     counts = not is_sharded(parameter) or is_first_replica(parameter)
     return bits if counts else torch.zeros_like(bits)
