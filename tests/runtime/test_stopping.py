@@ -5,7 +5,7 @@ import pytest
 
 from quartet.runtime.interruption import REASONS
 from tests.runtime.test_killing import killing
-from tests.support.stopping import PHASES
+from tests.support.stopping import PHASES, STRETCHES
 
 CHANGED = "the update, weights changed"
 EVERY = [phase for phase in PHASES if phase != "merging"]
@@ -31,6 +31,17 @@ def test_a_step_is_given_up_before_its_weights_change_and_after():
     assert "1 finished step after it will be taken again" in found[CHANGED]["said"]
 
 
+def at_instants(scenario: str, trials: int, seconds: int) -> dict:
+    words = (scenario, str(trials), "1", str(seconds))
+    return killing("instants", *words, module="tests.support.stopping")
+
+
+@pytest.mark.slow
+def test_at_a_random_instant_of_each_stretch_of_a_run():
+    """Steps of six seconds: some are finished within the grace, some are given up."""
+    check(at_instants("lora", len(STRETCHES), 6))
+
+
 @pytest.mark.long
 def test_in_every_phase():
     check(outcomes("ppo", *EVERY))
@@ -39,7 +50,7 @@ def test_in_every_phase():
 @pytest.mark.long
 @pytest.mark.parametrize("scenario", ["ppo", "lora"])
 def test_at_random_instants_of_steps_that_last_a_minute(scenario):
-    check(killing("instants", scenario, "20", "1", module="tests.support.stopping"))
+    check(at_instants(scenario, 2 * len(STRETCHES), 60))
 
 
 @pytest.mark.long

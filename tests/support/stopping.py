@@ -1,11 +1,12 @@
 """Runs that are told to stop.
 
     phases SCENARIO PHASE …            in a call that would last ten minutes
-    instants SCENARIO TRIALS SEED      at random instants of stretches in which a step lasts a minute
+    instants SCENARIO TRIALS SEED SECONDS
+                                       at random instants of stretches in which a step lasts so many seconds
 
 In `phases`, a run is forked with one function replaced by one that sleeps for ten minutes, before or after its work, as a single call into
 native code. When it sleeps, the run gets SIGTERM. It is then resumed, without the sleep, and compared with one that was left
-alone. In `instants`, every function of a stretch sleeps before and after its work, for a minute in a step, and the signal, one of
+alone. In `instants`, every function of a stretch sleeps before and after its work, and the signal, one of
 those that stop a run, comes at any time of it. Prints JSON: for each phase or trial the seconds to the end, what differs, and what was
 said.
 """
@@ -50,7 +51,6 @@ PHASES: dict[str, tuple[str, str, int, str]] = {
 """Where the sleep is: a module or class, the function's name, which of its calls sleeps, and whether before or after its work."""
 
 
-STEP_SECONDS = 60
 STRETCHES: dict[str, tuple[str, ...]] = {
     "SFT": ("loading the policy", "a step of SFT", "held-out texts of SFT"),
     "a step of PPO": (
@@ -195,19 +195,20 @@ def phases(scenario: str, names: list[str]) -> dict[str, Any]:
     return compared(words, {name: stopped(name) for name in names})
 
 
-def instants(scenario: str, trials: int, seed: int) -> dict[str, Any]:
-    """Stop and resume the scenario at random instants of the stretches, one after the other."""
+def instants(scenario: str, trials: int, seed: int, seconds: float) -> dict[str, Any]:
+    """Stop and resume the scenario at random instants of the stretches, one after the other, in which a step lasts so many
+    seconds."""
     words, chance = SCENARIOS[scenario], random.Random(seed)
 
     def trial(stretch: str) -> Stop:
         names = STRETCHES[stretch]
         first = chance.randint(1, 4)
-        number, wait = chance.choice(STOPPING), chance.uniform(0, STEP_SECONDS)
+        number, wait = chance.choice(STOPPING), chance.uniform(0, seconds)
 
         def slow(mark: Path) -> None:
             for name in names:
                 call = 1 if PHASES[name][2] == 1 else TIMES_IN_A_STEP.get(name, 1) * (first - 1) + 1
-                drawn_out(name, call, STEP_SECONDS / len(names), mark)
+                drawn_out(name, call, seconds / len(names), mark)
 
         about = {"signal": number.name, "after": round(wait, 1)}
         return lambda folder: about | stop(folder, words, slow, wait, number)
@@ -218,7 +219,8 @@ def instants(scenario: str, trials: int, seed: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["instants", scenario, trials, seed]:
-            print(json.dumps(instants(scenario, int(trials), int(seed)), indent=1))
+        case ["instants", scenario, trials, seed, seconds]:
+            found = instants(scenario, int(trials), int(seed), float(seconds))
+            print(json.dumps(found, indent=1))
         case ["phases", scenario, *names]:
             print(json.dumps(phases(scenario, names), indent=1))

@@ -7,7 +7,14 @@ import os
 import sys
 
 from quartet.cli import check, evaluate, explain, export, inspect, label, run  # noqa: F401
-from quartet.cli.common import FAILED, INTERRUPTED, WRONG_REQUEST, app, complaints
+from quartet.cli.common import (
+    FAILED,
+    INTERRUPTED,
+    RESUMABLE,
+    WRONG_REQUEST,
+    app,
+    complaints,
+)
 from quartet.cli.printing import discard_output, print_anything
 from quartet.errors import QuartetError
 from quartet.io.heap import share_one_heap
@@ -26,7 +33,7 @@ def main() -> None:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a closed pipe is handled
     except SystemExit as end:
-        _leave_threads_behind(end)
+        _end_at_once(end)
         raise
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -51,13 +58,16 @@ def main() -> None:
         sys.exit(FAILED)
 
 
-def _leave_threads_behind(end: SystemExit) -> None:
-    """End the process without its threads if a thread is still in native code, as after a signal in
-    the middle of a long step: the interpreter's own end would abort in torch's code."""
-    if (
-        "quartet.io.threads" not in sys.modules
-        or not sys.modules["quartet.io.threads"].left_behind()
-    ):
+def _end_at_once(end: SystemExit) -> None:
+    """End the process without the interpreter's own end after a run that was stopped, and where a
+    thread is still in native code.
+
+    The interpreter's end releases every object of the models and the tokenizer, which takes seconds
+    of the time in which a stopped run must be gone, and would abort in torch's code where a thread
+    is there. The run folder is complete by then.
+    """
+    threads = sys.modules.get("quartet.io.threads")
+    if end.code != RESUMABLE and not (threads and threads.left_behind()):
         return
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
