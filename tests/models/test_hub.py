@@ -15,7 +15,8 @@ def response(code):
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (errors.LocalEntryNotFoundError("x"), "a/b: is no folder here, and the hub cannot be reached. Check the path"),
+        (httpx.ConnectError("x"), "a/b: is no folder here, and the hub cannot be reached. Check the path"),
+        (errors.OfflineModeIsEnabled("x"), "a/b: is no folder here, and the hub cannot be reached. Check the path"),
         (errors.RepositoryNotFoundError("x", response=response(404)), "a/b: is no folder here, and the hub has no such model"),
         (errors.GatedRepoError("x", response=response(403)), "a/b: is no folder here, and the hub gives it only to accounts"),
         (errors.HfHubHTTPError("busy", response=response(500)), "a/b: is no folder here, and the hub does not answer (busy)."),
@@ -23,11 +24,11 @@ def response(code):
 )  # fmt: skip
 @pytest.mark.parametrize("load", [check_hub, load_tokenizer, read_config])
 def test_the_cause_comes_first(monkeypatch, error, sentence, load):
-    def fail(*_, etag_timeout, **__):
-        assert etag_timeout <= 5, "offline, a wrong name is answered in seconds"
+    def fail(url, timeout):
+        assert timeout <= 5 and url.endswith("/a/b/resolve/main/config.json")
         raise error
 
-    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", fail)
     with pytest.raises(ModelError) as caught:
         load("a/b")
     assert str(caught.value).startswith(sentence)
@@ -39,5 +40,15 @@ def test_a_path_is_no_name_of_the_hub():
 
 
 def test_a_folder_is_never_looked_up(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda *_, **__: 1 / 0)
     check_hub(tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """Each further try would wait, up to eight seconds."""
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(ModelError, match="the hub cannot be reached"):
+        check_hub("a/b")
+    assert not waits

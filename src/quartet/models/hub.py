@@ -4,18 +4,27 @@ consequences."""
 import logging
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
 
 HUB_SECONDS = 5.0
-"""How long the hub may take to answer whether it has a model."""
+"""How long the hub may take to answer whether it has a model. It is asked once: a download would
+try six times, for 23 seconds."""
+UNREACHABLE = (
+    "the hub cannot be reached. Check the path, or download the model where there is a network and "
+    "name its folder."
+)
 LOG_IN = "log in with: hf auth login"
 
 
@@ -41,12 +50,7 @@ def why_not_on_hub(name: str) -> str | None:
     level = logger.level
     logger.setLevel(logging.ERROR)  # its warnings say what is returned
     try:
-        hf_hub_download(name, "config.json", etag_timeout=HUB_SECONDS)
-    except LocalEntryNotFoundError:
-        return (
-            "the hub cannot be reached. Check the path, or download the model where there is a "
-            "network and name its folder."
-        )
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_SECONDS)
     except EntryNotFoundError:  # a message about the missing file comes from the loading
         return None
     except GatedRepoError:
@@ -59,8 +63,10 @@ def why_not_on_hub(name: str) -> str | None:
             "the hub has no such model, or only for those who may see it. Check the name; for a "
             f"private model {LOG_IN}"
         )
-    except (OSError, HfHubHTTPError) as error:
+    except HfHubHTTPError as error:
         return f"the hub does not answer ({str(error).strip().partition(chr(10))[0]})."
+    except Exception:  # of the HTTP client, which has changed between versions, or of being offline
+        return UNREACHABLE
     finally:
         logger.setLevel(level)
     return None
