@@ -5,7 +5,7 @@ import torch
 
 from quartet.algorithms.aggregation import FixedLength, SequenceMean, TokenMean
 from quartet.algorithms.entropy import EntropyBonus
-from quartet.algorithms.policy_loss import Clip, DualClip, ImportanceWeighted, Surrogate
+from quartet.algorithms.policy_loss import Clip, DualClip, ImportanceWeighted, Reinforce, Surrogate
 from quartet.algorithms.preference import bradley_terry
 from quartet.algorithms.value_loss import ClippedValueLoss
 
@@ -119,3 +119,20 @@ def test_pieces_add_up_to_the_whole(part):
     denominator = part.denominator(MASK)
     pieces = sum(part(LOSS[i : i + 1], MASK[i : i + 1], denominator) for i in range(3))
     torch.testing.assert_close(pieces, part(LOSS, MASK, denominator))
+
+
+@pytest.mark.parametrize(
+    ("policy_loss", "expected"), [(Reinforce(), 0.16), (ImportanceWeighted(), 0.16), (None, 0.032)]
+)
+def test_the_expected_gradient_of_each_loss_of_a_sampled_token(policy_loss, expected):
+    """Two tokens, probabilities 0.8 and 0.2, advantages 0 and 1: the table in docs/algorithms.md.
+    None is −A π, which no preset has."""
+    logits = torch.tensor([0.8, 0.2], dtype=torch.float64).log().requires_grad_()
+    logprobs, advantages = logits.log_softmax(-1), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    old = logprobs.detach()
+    tokens = Surrogate(
+        logprobs[:, None], old[:, None], advantages[:, None], torch.ones(2, 1, dtype=torch.bool)
+    )
+    losses = -advantages * logprobs.exp() if policy_loss is None else policy_loss(tokens)[:, 0]
+    (old.exp() * losses).sum().backward()
+    assert -float(logits.grad[1]) == pytest.approx(expected)
