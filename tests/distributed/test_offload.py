@@ -7,17 +7,25 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.assembly import Assembler, build
 from quartet.config.toml import read_settings
-from quartet.distributed.offload import NO_OFFLOAD, Offloading
+from quartet.distributed.offload import NO_OFFLOAD, Offloading, Transfer
 from quartet.errors import NonFinite
 from quartet.generation.native import NativeGenerator
+from quartet.generation.sampling import Sampling
+from quartet.models.language_model import stop_ids
 from quartet.recipes import recipe_path
+from quartet.rewards.protocol import Weighted
+from quartet.runtime.worker import Worker
+from quartet.stages.rl import RLComponents, RLStage
+from quartet.training.state_tree import TENSORS, split_tensors
 from tests.support import resting
 from tests.support.pretended_device import CUDA, on_device, pretended
 from tests.support.tiny_run import SMALL, make_run
+from tests.support.world import prompts, tokenizer
 from tests.training.test_learner import learner as make_learner
 from tests.training.test_learner import rollouts, weights
 
@@ -263,3 +271,103 @@ def test_on_a_cpu_nothing_moves():
     made.register(weights)
     with made.on_device(weights, None, "whatever"), NO_OFFLOAD.on_device(weights):
         assert weights.weight.data_ptr() == before
+
+
+# --- what waits for copies to main memory
+
+
+class Late(Transfer):
+    """A `Transfer` whose copies to main memory arrive when the device reads them again, or when the host waits."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.coming, self.waits = [], 0
+
+    def store(self, tensor, buffer=None):
+        buffer = torch.empty_like(tensor) if buffer is None else buffer
+        self.coming.append((buffer, tensor.detach().clone()))
+        buffer.fill_(resting.ABSURD)
+        return buffer
+
+    def load(self, tensor):
+        self._arrive()
+        return tensor.clone()
+
+    def mark(self):
+        return None
+
+    def wait(self, mark):
+        pass
+
+    def settle(self):
+        self.waits += 1
+        self._arrive()
+
+    def _arrive(self):
+        for buffer, true in self.coming:
+            buffer.copy_(true)
+        self.coming = []
+
+
+class Length:
+    name = "length"
+
+    def score(self, rollouts):
+        return [float(len(r.response_ids)) for r in rollouts]
+
+    def token_scores(self, rollouts):
+        return None
+
+
+def stage(placement):
+    """PPO in the tiny world, two steps of it."""
+
+    def components(folder):
+        made = make_learner(placement=placement)
+        actor = made.models.actor
+        generator = NativeGenerator(actor, tokenizer(), stop_ids(actor, tokenizer()), 0)
+        return RLComponents(made, generator, [Weighted(Length(), 1.0)])
+
+    sampling = Sampling(max_new_tokens=8, temperature=0.8)
+    return RLStage(
+        "ppo", prompts(4), tokenizer(), components, ALGORITHMS["ppo"], sampling, 1, 4, 2, 0
+    )
+
+
+def saved(placement, folder):
+    """What a worker saves after each of two steps, by name; and how often the host had waited before the save and after it."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    worker, found, waits = Worker([stage(placement)], folder), [], []
+    late = getattr(placement, "transfer", Late())
+    worker.begin("ppo", None)
+    for number in (1, 2):
+        worker.step()
+        before = late.waits
+        (folder / str(number)).mkdir()
+        worker.save(str(folder / str(number)))
+        found.append(load_file(folder / str(number) / TENSORS))
+        waits.append((before, late.waits))
+    return found, waits
+
+
+def test_a_step_does_not_wait_for_moments_and_a_save_has_them(tmp_path):
+    plain, _ = saved(NO_OFFLOAD, tmp_path / "plain")
+    rests, waits = saved(Offloading(torch.device("cpu"), Late()), tmp_path / "rests")
+    assert waits == [(0, 1), (1, 2)], "the host waits when it saves"
+    assert any("exp_avg" in name for name in plain[0])
+    for here, there in zip(plain, rests, strict=True):
+        assert here.keys() == there.keys()
+        assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_a_copy_of_a_state_has_the_moments(tmp_path):
+    runs = [
+        stage(placement).begin(tmp_path)
+        for placement in (NO_OFFLOAD, Offloading(torch.device("cpu"), Late()))
+    ]
+    for run in runs:
+        next(run.steps(0))
+    here, there = (split_tensors(run.copy_state())[1] for run in runs)
+    assert any("exp_avg" in name for name in here) and here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)

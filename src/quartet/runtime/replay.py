@@ -1,6 +1,5 @@
 """Replay of one update of a run: with the same settings, to the bit, or with settings changed."""
 
-import copy
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,7 +77,7 @@ def replay(
             on_step(replayed)
         if replayed.number == step:
             break
-        state_before, weights_before = copy.deepcopy(run.state()), _weights(run)
+        state_before, weights_before = run.copy_state(), _weights(run)
     outcome = _outcome(run, replayed.metrics, replayed.update, replayed.experience, weights_before)
     if changed is None:
         return outcome, None
@@ -147,7 +146,7 @@ def _restored(stage: RLStage, folder: Path, checkpoint: Checkpoint) -> tuple[Sta
     if has_stage_state:
         run.load_state(state["work"])
         random.load_state(state["random"])
-    return run, copy.deepcopy(run.state())
+    return run, run.copy_state()
 
 
 def _without_probes(stage: RLStage) -> Any:

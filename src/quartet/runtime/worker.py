@@ -148,6 +148,8 @@ class Worker:
     def save(self, folder: str) -> Tree:
         """Write the tensors of the state after the last whole step, and return the rest of it on
         rank 0, None on the others."""
+        if self.stage_run is not None:
+            self.stage_run.settle()
         state = {"random": self.random.state()} if self.stage_run is None else self._state
         rest = save_tensors(Path(folder), state, self.process_group)
         return rest if self.process_group.is_rank_zero else None

@@ -1,5 +1,6 @@
 """What a stage is: it begins with its models loaded, yields steps, and leaves its results."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,19 @@ class StageRun:
     """Everything that changes from step to step, by its name in a checkpoint."""
     optimizers: Sequence[Optimizer] = ()
     budget: Budget | None = None
+    settle: Callable[[], None] = lambda: None
+    """Wait until the tensors of a state can be read: copies to main memory may be under way."""
 
     def state(self) -> Tree:
         """Return what a checkpoint holds. Its tensors are the live ones: the next step changes
-        them."""
+        them. `settle` comes before they are read, so that a state that is only kept makes nothing
+        wait."""
         return {name: part.state() for name, part in self.stateful.items()}
+
+    def copy_state(self) -> Tree:
+        """Return a copy of the present state, which later steps leave as it is."""
+        self.settle()
+        return copy.deepcopy(self.state())
 
     def load_state(self, state: Tree) -> None:
         """Continue from the state of a checkpoint.

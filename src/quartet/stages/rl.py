@@ -204,7 +204,8 @@ class RLStage:
         if self.staleness:
             stateful["ahead"] = ahead
         optimizers = list(learner.optimizers.values())
-        return StageRun(steps, finish, stateful, optimizers, learner.budget)
+        settle = learner.placement.settle
+        return StageRun(steps, finish, stateful, optimizers, learner.budget, settle)
 
     def _probed(self, number: int) -> bool:
         """Whether the probes are evaluated after this step: `PROBE_COUNT` times, and at the end."""

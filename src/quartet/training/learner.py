@@ -107,7 +107,8 @@ class Learner:
         return Weights(self.version, GatheredWeights(self.models.actor))
 
     def state(self) -> dict[str, Any]:
-        self.placement.settle()  # moments may still be on their way to main memory
+        """Return what a checkpoint holds. Moments may still be on their way to main memory:
+        `placement.settle` waits until they can be read."""
         return {
             "optimizers": {name: optimizer.state() for name, optimizer in self.optimizers.items()},
             "ema": None if self.ema is None else self.ema.state(),
