@@ -12,9 +12,11 @@ from quartet.generation.sampling import Sampling, draw
 from quartet.models.actor_critic import freeze
 from quartet.models.adapters import POLICY, add_adapter
 from quartet.models.language_model import masked_logprobs
+from quartet.models.loading import fill, skeleton
 from quartet.models.logprobs import head_statistics
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_in
+from quartet.models.quantize import NF4Linear, quantize
 from quartet.planning.gpu_memory import (
     Workload,
     bucket,
@@ -68,10 +70,17 @@ KINDS = {
     "lora": work(adapter=ADAPTER),
     "nf4": work(adapter=ADAPTER, in_4_bits=True),
 }
+SLOW_NF4 = pytest.param("nf4", marks=pytest.mark.slow)
 
 
 def whole():
     return AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32).eval()
+
+
+def in_4_bits(dtype):
+    """A policy on the CPU."""
+    made = compute_in(add_adapter(quantize(skeleton(CONFIG)), LORA, POLICY, seed=0), dtype)
+    return fill(made, whole().state_dict(), torch.device("cpu"), "here")
 
 
 def policy(kind):
@@ -79,6 +88,8 @@ def policy(kind):
     dtype = DTYPES[KINDS[kind].number]
     if kind.startswith("full"):
         return compute_in(on_device(whole()), dtype)
+    if kind == "nf4":
+        return on_device(in_4_bits(dtype))
     return on_device(compute_in(add_adapter(whole(), LORA, POLICY, seed=0), dtype))
 
 
@@ -91,7 +102,7 @@ def trained(made):
     return [p for p in made.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "nf4"])
+@pytest.mark.parametrize("kind", [*(kind for kind in KINDS if kind != "nf4"), SLOW_NF4])
 def test_weights_gradients_and_moments(kind):
     planned = training_memory(KINDS[kind], 1)
     with pretended():
@@ -128,6 +139,33 @@ def test_activations_rounded_weights_and_logits(kind):
     held = planned["activations"] + planned.get("rounded weights", 0.0)
     assert kept == pytest.approx(held, rel=0.1)
     assert peak == pytest.approx(held + planned["logits"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_adapters_on_4_bits_get_the_gradients_of_the_cpu():
+    tokens = torch.randint(4, 20, (2, 8))
+    mask = torch.arange(8).expand(2, 8) > 0
+
+    found = []
+    with pretended():
+        for place in (lambda made: made, on_device):
+            torch.manual_seed(0)
+            made = place(in_4_bits(torch.bfloat16))
+            masked_logprobs(made, tokens, mask).sum().backward()
+            found.append(torch.cat([p.grad.cpu().flatten() for p in trained(made)]))
+    here, there = found
+    assert (here - there).norm() < 0.05 * here.norm() and here.norm() > 0
+
+
+@pytest.mark.slow
+def test_quantizing_on_the_device_leaves_nothing_behind_for_the_cpu():
+    weight = torch.randn(64, 64)
+    layers = [NF4Linear(torch.nn.Linear(64, 64, device="meta")) for _ in range(2)]
+    with pretended():
+        layers[0].store(weight.to(CUDA))
+        there = layers[0].dequantized().cpu()
+    layers[1].store(weight)
+    assert torch.equal(layers[1].dequantized(), there)
 
 
 def test_logits_of_a_large_vocabulary_come_in_chunks():
@@ -168,14 +206,15 @@ def decoding(made, counts):
     return weights, cache, counts.peak - before
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", SLOW_NF4])
 def test_decoder_cache_and_drawing(kind):
     planned = native_generation(KINDS[kind], GPUS["h100"], 1).memory
     with pretended() as counts:
         made = policy(kind)
         with torch.inference_mode():  # as a generator does
             weights, cache, drawing = decoding(made, counts)
-    tables = 2 * 4 * 52 * 8 * 16 + 4 * 52 * 8  # what turns queries and keys; no role of its own
+    # what turns queries and keys, and the order of their rows in each joined matrix; no role of its own
+    tables = 2 * 4 * 52 * 8 * 16 + 4 * (128 + 2 * 64) * 8
     assert weights == pytest.approx(decoder_weights(KINDS[kind]), rel=0.1, abs=tables)
     assert cache == pytest.approx(planned["keys and values"], rel=0.1)
     assert drawing == pytest.approx(planned["drawing tokens"], rel=0.1)

@@ -362,6 +362,7 @@ def pretended(forbid_float64: bool = False) -> Iterator[Counts]:
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     COUNTS.forbid_float64 = forbid_float64
     COUNTS.reset()
+    _forget_levels()
     for owner, name, new in places:
         setattr(owner, name, new)
     try:
@@ -370,12 +371,22 @@ def pretended(forbid_float64: bool = False) -> Iterator[Counts]:
         COUNTS.forbid_float64 = False
         for owner, name, old in before:
             setattr(owner, name, old)
+        _forget_levels()
+
+
+def _forget_levels() -> None:
+    """Have bitsandbytes make its table of 8-bit levels anew: it keeps one for all, on the first device that asks."""
+    if functional := sys.modules.get("bitsandbytes.functional"):
+        functional.name2qmap.clear()
 
 
 def on_device(module: Any) -> Any:
-    """Move the parameters and buffers of a module to the device, and return it."""
+    """Move the parameters and buffers of a module to the device, and the scales of its weights in 4 bits, and return it. `Module.to`
+    puts other data into the same parameters, which a pretended tensor cannot take: so a skeleton is filled on the CPU first."""
     memo: dict[int, Any] = {}
     for each in module.modules():
+        if (scales := getattr(each, "quant_state", None)) is not None:
+            scales.to(CUDA)
         for name, p in list(each._parameters.items()):
             if p is not None and not isinstance(p, Pretended):
                 if id(p) not in memo:
