@@ -11,6 +11,7 @@ counts 6 operations per weight and token trained, 2 per token scored.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -45,7 +46,14 @@ from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.precision import compute_in
 from quartet.models.trunk import checkpoint_blocks
-from quartet.planning.memory import Sizes, activation_bytes
+from quartet.planning.gpu_memory import (
+    Workload,
+    memory_between_updates,
+    native_generation,
+    training_memory,
+)
+from quartet.planning.hardware import GPUS, CannotFit
+from quartet.planning.memory import Sizes
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Reward, Weighted
 from quartet.rewards.reward_model import ModelReward
@@ -228,7 +236,9 @@ def step(shape: Qwen, model: Any, machine: Machine, preset: str) -> Numbers:
         "tokens": tokens,
         "mfu_update": operations / phases["update"] / machine.tflops / 1e12,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
-        "predicted_gb": predicted_bytes(shape, algorithm, parameters, tokens) / 1e9,
+        "predicted_gb": predicted_gb(
+            shape, algorithm, parameters, len(collected.rollouts), machine.device
+        ),
         "sampler_agrees": learner.sampler_agrees,
     }
 
@@ -272,13 +282,40 @@ def make_collector(shape: Qwen, learner: Learner, algorithm: Algorithm) -> Colle
     )
 
 
-def predicted_bytes(shape: Qwen, algorithm: Algorithm, parameters: int, tokens: int) -> float:
-    """Return the memory that the planner's formula gives for a step in bf16: what is trained takes
-    16 bytes a parameter, what is frozen and what the decoder reads 2."""
+def predicted_gb(
+    shape: Qwen, algorithm: Algorithm, parameters: int, rows: int, device: torch.device
+) -> dict[str, float | None]:
+    """Return the peaks of an update and of generation by the formulas of `quartet plan --on`;
+    None where the plan says that it does not fit. On a CPU, those of an H100."""
     sizes = Sizes(shape.hidden, shape.layers, shape.intermediate, shape.kv_heads / shape.heads)
-    frozen = parameters * 2 * (1 + algorithm.needs_reference + algorithm.needs_critic)
-    activations = activation_bytes(sizes, True, number=2) * min(tokens, TOKENS_PER_PASS)
-    return float(frozen + (1 + algorithm.needs_critic) * (parameters * 16 + activations))
+    prompt = sum(len(p.ids) for p in shape.asked) / shape.prompts
+    response = sum(w.response_lengths(shape.limit, rows)) / rows
+    work = Workload(
+        parameters=parameters,
+        model=sizes,
+        beside=parameters - int(sizes.matrix_parameters),
+        learners=1 + algorithm.needs_critic,
+        frozen=1 + algorithm.needs_critic,  # the model that the actor is a copy of is kept anyway
+        rows=rows,
+        prompt=prompt,
+        response=response,
+        longest=shape.limit,
+        epochs=1,
+        micro_tokens=min(int(rows * (prompt + response)), TOKENS_PER_PASS),
+        checkpointing=True,
+        vocabulary=shape.vocabulary,
+    )
+    update = training_memory(work, 1)
+    between = memory_between_updates(update, work)
+    gpu = GPUS["h100"]
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        gpu = dataclasses.replace(gpu, memory=memory)
+    generation = None
+    with contextlib.suppress(CannotFit):
+        held = native_generation(work, gpu, 1, between).memory
+        generation = (between + sum(held.values())) / 1e9
+    return {"update": sum(update.values()) / 1e9, "generation": generation}
 
 
 @torch.no_grad()

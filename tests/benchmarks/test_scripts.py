@@ -47,6 +47,24 @@ def test_gpu_takes_steps_of_every_method():
     assert [name for name, numbers in found.items() if "failed" in numbers] == []
 
 
+def test_gpu_predicts_memory_by_the_plan():
+    """PPO trains a critic and reads a reward model beside what GRPO has: 16 + 2 bytes a parameter with its weights rounded, 2, and its
+    activations."""
+    import gpu
+
+    shape, cpu, parameters = gpu.SHAPES["tiny"], torch.device("cpu"), 10**9
+    ppo, grpo = (
+        gpu.predicted_gb(shape, gpu.ALGORITHMS[name], parameters, 4, cpu)
+        for name in ("ppo", "grpo")
+    )
+    assert ppo["update"] - grpo["update"] == pytest.approx(16 + 2 + 2, rel=1e-3)
+    assert ppo["generation"] - grpo["generation"] == pytest.approx(12 + 2, rel=1e-3)
+    # weights and moments, the frozen model, the decoder's copy in bf16
+    assert grpo["generation"] == pytest.approx(12 + 2 + 2, rel=1e-3)
+    huge = gpu.predicted_gb(shape, gpu.ALGORITHMS["ppo"], 10**11, 4, cpu)
+    assert huge["generation"] is None and huge["update"] > 3_000
+
+
 def test_gpu_reports_a_work_that_fails_and_goes_on():
     import gpu
 
