@@ -14,7 +14,6 @@ _MODULES = {
     "api.record": "record",
     "api.run": "RunInterrupted TrainingRun",
     "api.train": "train",
-    "api.walkthrough": "explain",
     "algorithms.advantages": "Advantage Normalize",
     "algorithms.aggregation": "Aggregation",
     "algorithms.algorithm": "Algorithm",
@@ -50,6 +49,7 @@ _MODULES = {
     "runs.reader": "Run",
     "training.learner": "Learner",
     "training.update": "Update",
+    "walkthrough": "explain",
     "training.optim": "Optim",
 }
 _ORIGINS = {name: module for module, names in _MODULES.items() for name in names.split()}

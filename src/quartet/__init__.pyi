@@ -21,7 +21,6 @@ from quartet.api.record import record as record
 from quartet.api.run import RunInterrupted as RunInterrupted
 from quartet.api.run import TrainingRun as TrainingRun
 from quartet.api.train import train as train
-from quartet.api.walkthrough import explain as explain
 from quartet.data.row_shape import RowShape as RowShape
 from quartet.data.sampler import Sampler as Sampler
 from quartet.errors import QuartetError as QuartetError
@@ -61,6 +60,7 @@ from quartet.runs.reader import Run as Run
 from quartet.training.learner import Learner as Learner
 from quartet.training.optim import Optim as Optim
 from quartet.training.update import Update as Update
+from quartet.walkthrough import explain as explain
 
 __version__: str
 __all__: list[str]

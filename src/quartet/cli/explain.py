@@ -44,7 +44,7 @@ def explain(
             f'"{word}": neither a setting nor an algorithm.{did_you_mean(word, keys)} Settings are '
             "written as in a file: quartet explain optim.lr."
         )
-    from quartet.api.walkthrough import explain as walk_through
+    from quartet.walkthrough import explain as walk_through
 
     def show(stage: str) -> None:
         complaints.print(f"training {STAGES.get(stage, 'with ' + stage.upper())} …")

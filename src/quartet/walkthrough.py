@@ -4,12 +4,21 @@ it."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from quartet.api.train import train
+from quartet.config.toml import settings_of_table
 from quartet.errors import QuartetError
+from quartet.launch.start import job_of, open_workers
 from quartet.loops.rl import Step
+from quartet.models.language_model import load_model
+from quartet.runtime.events import Advanced, Started
+from quartet.runtime.interruption import Interruption
+from quartet.runtime.job import Job
+from quartet.runtime.lifecycle import Execution, begin
+from quartet.runtime.worker import WorkerGroup
 from quartet.tensors import Tensor
 
 WALKS = ("ppo", "grpo")
@@ -29,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     },
     "sft": {"steps": 120, "batch_size": 32, "lr": 4e-3, "warmup_steps": 10},
     "reward_model": {"steps": 60, "batch_size": 32, "lr": 2e-3, "warmup_steps": 10},
-    "reward": {"type": "model"},
+    "reward": [{"type": "model"}],
     "optim": {"lr": 3e-4, "critic_lr": 1e-3, "epochs": 4, "minibatches": 2},
 }
 ROWS = 8
@@ -122,37 +131,45 @@ def explain(preset: str, seed: int = 0, on_stage: Callable[[str], None] | None =
 def _walk(preset: str, seed: int, on_stage: Callable[[str], None] | None) -> Walk:
     """Train until the step that is shown."""
     prompts = ROWS if preset == "ppo" else 1
-    settings = SETTINGS | {
-        "rollout": {
-            "prompts_per_step": prompts,
-            "samples_per_prompt": ROWS // prompts,
-            "max_new_tokens": 32,
-        },
-        "algorithm": {"preset": preset},
-    }
     with tempfile.TemporaryDirectory() as folder:
-        stages = ["sft", "reward_model", preset]
-        run = train(stages, folder=folder, seed=seed, steps=STEP, **settings)
-        last = None
-        for step in run:
-            if run.stage != last and on_stage is not None:
-                on_stage(str(run.stage))
-            last = run.stage
-            if last == preset and step.number == STEP:
-                break
-        tokenizer, parameters = run.tokenizer, _policy_parameters(run)
-        run.close()
-    assert isinstance(step, Step)
+        table = SETTINGS | {
+            "recipe": ["sft", "reward_model", preset],
+            "seed": seed,
+            "rollout": {
+                "prompts_per_step": prompts,
+                "samples_per_prompt": ROWS // prompts,
+                "max_new_tokens": 32,
+            },
+            "algorithm": {"preset": preset},
+            "run": {"steps": STEP, "folder": folder},
+        }
+        settings = settings_of_table(table, preset, "quartet.explain")
+        job = job_of(settings.config)
+        execution = begin(settings, job)
+        step = _shown_step(execution, preset, on_stage)
+        tokenizer = job.tokenizer
+        policy = load_model(execution.folder.path / "sft")
     lengths = [len(rollout.response_ids) for rollout in step.rollouts]
     row = min(range(ROWS), key=lambda i: (lengths[i] not in BEST_LENGTHS, lengths[i]))
     words = tuple(tokenizer.decode([token]) for token in step.rollouts[row].response_ids)
-    return Walk(preset, step, parameters, row, words)
+    return Walk(preset, step, int(policy.num_parameters()), row, words)
 
 
-def _policy_parameters(run: Any) -> int:
-    from quartet.models.language_model import load_model
+def _shown_step(execution: Execution, preset: str, on_stage: Callable[[str], None] | None) -> Step:
+    """Carry out the run up to the step that is shown, and return that."""
+    config = execution.settings.config
 
-    return int(load_model(run.folder / "sft").num_parameters())
+    def open_group(job: Job, path: Path) -> AbstractContextManager[WorkerGroup]:
+        return open_workers(config, job, path, None)
+
+    with closing(execution.events(open_group, Interruption(None))) as events:
+        for event in events:
+            if isinstance(event, Started) and on_stage is not None:
+                on_stage(event.stage.name)
+            step = event.progress if isinstance(event, Advanced) else None
+            if isinstance(step, Step) and step.number == STEP:
+                return step
+    raise QuartetError(f"the small run of {preset} ended before step {STEP}")
 
 
 def _introduction(walk: Walk) -> Iterator[str]:

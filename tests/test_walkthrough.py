@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import quartet
-from quartet.api.walkthrough import FUNCTIONS
 from quartet.errors import QuartetError
+from quartet.walkthrough import FUNCTIONS
 
-PAGE = Path(__file__).parents[2] / "docs" / "batch_of_eight.md"
+PAGE = Path(__file__).parents[1] / "docs" / "batch_of_eight.md"
 ROUNDING = 0.0016
 """Numbers are printed with three places; three of them are added up."""
 
