@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from quartet.models import logprobs
 from quartet.models.logprobs import (
     PLAIN,
     Filter,
@@ -59,8 +60,8 @@ def test_log_probs_in_chunks_are_those_of_the_whole_and_so_are_their_gradients(
     logits = shape.scale * torch.nn.functional.linear(hidden, weight, bias)
     if shape.cap is not None:
         logits = shape.cap * torch.tanh(logits / shape.cap)
-    logprobs = (logits / temperature).log_softmax(-1)
-    expected = logprobs[range(10), tokens], -(logprobs.exp() * logprobs).sum(-1)
+    logs = (logits / temperature).log_softmax(-1)
+    expected = logs[range(10), tokens], -(logs.exp() * logs).sum(-1)
     measured = head_statistics(
         hidden, weight, bias, tokens, temperature, True, chunk_elements, shape
     )
@@ -68,7 +69,8 @@ def test_log_probs_in_chunks_are_those_of_the_whole_and_so_are_their_gradients(
         torch.testing.assert_close(one, other)
 
     def gradients(found):
-        return torch.autograd.grad(on_logprob @ found[0] + on_entropy @ found[1], leaves)
+        total = on_logprob @ found[0] + on_entropy @ found[1]
+        return torch.autograd.grad(total, leaves, retain_graph=True)
 
     for one, other in zip(gradients(measured), gradients(expected), strict=True):
         torch.testing.assert_close(one, other)
@@ -76,6 +78,30 @@ def test_log_probs_in_chunks_are_those_of_the_whole_and_so_are_their_gradients(
         hidden, weight, bias, tokens, temperature, False, chunk_elements, shape
     )
     assert watched.requires_grad and not ignored.requires_grad
+    fixed = [None if x is None else x.detach() for x in (weight, bias)]
+    watched, ignored = head_statistics(
+        hidden, *fixed, tokens, temperature, False, chunk_elements, shape
+    )
+    for one, other in zip((watched, ignored), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not ignored.requires_grad
+    (slope,) = torch.autograd.grad(on_logprob @ watched, hidden)
+    (whole,) = torch.autograd.grad(on_logprob @ expected[0], hidden, retain_graph=True)
+    torch.testing.assert_close(slope, whole)
+
+
+def test_a_head_that_is_not_trained_computes_its_logits_once(monkeypatch):
+    """Two chunks, forwards and backwards: two products where a trained head takes four."""
+    calls, product = [], logprobs.head_logits
+    monkeypatch.setattr(logprobs, "head_logits", lambda *given: calls.append(1) or product(*given))
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(8, 4)
+    for trained, count in ((False, 2), (True, 4)):
+        calls.clear()
+        weight.requires_grad_(trained)
+        head_statistics(hidden, weight, None, torch.tensor([0, 7, 3]), 1.0, False, 3 * 4)[
+            0
+        ].sum().backward()
+        assert len(calls) == count
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 13 * 4, 10**6])
@@ -104,10 +130,17 @@ def test_a_filter_renormalises_over_what_it_left_in_any_chunks(chunk_elements, s
         torch.testing.assert_close(one, other)
     for one, other in zip(
         torch.autograd.grad(measured, (hidden, weight), outer),
-        torch.autograd.grad(expected, (hidden, weight), outer),
+        torch.autograd.grad(expected, (hidden, weight), outer, retain_graph=True),
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+    fixed = head_statistics(
+        hidden, weight.detach(), None, tokens, 0.7, False, chunk_elements, shape, limit
+    )
+    torch.testing.assert_close(
+        torch.autograd.grad(fixed[0], hidden, outer[0]),
+        torch.autograd.grad(expected[0], hidden, outer[0]),
+    )
 
 
 def test_gradients_of_a_capped_and_scaled_head_are_its_finite_differences():
