@@ -72,11 +72,29 @@ def ragged():
     return torch.randint(40, (4, 33)), asked
 
 
+def with_shared_prompts():
+    """Answers of 6, 12 and 3 tokens to a prompt of 9, of 7 and 9 to one of 5, and of 8 to one of
+    14, mixed, each asked about from the last token of its prompt on."""
+    torch.manual_seed(1)
+    prompts, answers = [9, 5, 14], [(0, 6), (1, 7), (0, 12), (2, 8), (0, 3), (1, 9)]
+    texts = [torch.randint(40, (n,)) for n in prompts]
+    tokens, asked = torch.randint(40, (6, 33)), torch.zeros(6, 33, dtype=torch.bool)
+    for row, (number, length) in enumerate(answers):
+        tokens[row, : prompts[number]] = texts[number]
+        asked[row, prompts[number] - 1 : prompts[number] - 1 + length] = True
+    return tokens, asked
+
+
+ROWS = pytest.mark.parametrize("rows", [ragged, with_shared_prompts])
+
+
+@ROWS
 @FAMILY
-def test_hidden_states_and_gradients_are_transformers_own(name):
+def test_hidden_states_and_gradients_are_transformers_own(name, rows):
     trunk = language_model(name, torch.float64).base_model
     assert has_fused_forward(trunk, 33)
-    tokens, asked = ragged()
+    tokens, asked = rows()
+    assert (pack(tokens, asked).repeats is None) == (rows is ragged)
     ours = packed_hidden_states(trunk, pack(tokens, asked))
     theirs = trunk(input_ids=tokens, use_cache=False).last_hidden_state[asked]
     # transformers keeps the angles of the rotation in float32 also here
@@ -92,10 +110,11 @@ def test_hidden_states_and_gradients_are_transformers_own(name):
         torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=0)
 
 
+@ROWS
 @FAMILY
-def test_packed_or_not_or_with_checkpoints_nothing_else_changes(name, monkeypatch):
+def test_packed_or_not_or_with_checkpoints_nothing_else_changes(name, rows, monkeypatch):
     trunk = language_model(name, torch.float64).base_model
-    tokens, asked = ragged()
+    tokens, asked = rows()
 
     def gradients():
         h = packed_hidden_states(trunk, pack(tokens, asked))
@@ -251,6 +270,25 @@ def test_rows_are_packed_as_far_as_they_are_asked_for():
         rectangle.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
         and repacked(rectangle, packed).tolist() == packed.tokens.tolist()
     )
+
+
+def test_a_prompt_that_rows_have_in_common_is_packed_once():
+    """But for its last token, whose output each row needs for itself. Rows 0 and 2 begin with 5, 6,
+    7; row 1 with other tokens, row 3 as they do, but its answer begins earlier."""
+    tokens = torch.tensor([[5, 6, 7, 8, 0], [9, 4, 7, 1, 0], [5, 6, 7, 2, 3], [5, 6, 1, 1, 1]])
+    asked = torch.tensor([[0, 0, 1, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 1, 1, 0, 0]])
+    packed = pack(tokens, asked.bool())
+    assert packed.tokens.tolist() == [5, 6, 7, 9, 4, 7, 7, 2, 5, 6, 1]
+    assert packed.positions.tolist() == [0, 1, 2, 0, 1, 2, 2, 3, 0, 1, 2]
+    assert packed.lengths == (3, 3, 2, 3) and packed.starts.tolist() == [0, 3, 6, 8, 11]
+    assert packed.output_index.tolist() == [2, 5, 6, 7, 9, 10]
+    repeats = packed.repeats
+    assert packed.tokens[repeats.keys].tolist() == [5, 6, 7, 9, 4, 7, 5, 6, 7, 2, 5, 6, 1]
+    assert repeats.key_starts.tolist() == [0, 3, 6, 10, 13]
+    whole = unpacked(packed.tokens, packed, repeats)
+    assert whole.tolist() == [[5, 6, 7, 0], [9, 4, 7, 0], [5, 6, 7, 2], [5, 6, 1, 0]]
+    assert unpacked(packed.tokens, packed).tolist()[2] == [0, 0, 7, 2]
+    assert repacked(whole, packed).tolist() == packed.tokens.tolist()
 
 
 def test_prompts_are_asked_about_their_last_tokens():

@@ -13,7 +13,7 @@ from concurrent.futures import wait
 from datetime import timedelta
 from typing import Any
 
-from quartet.distributed.balance import MicroBatch, micro_batches, shares
+from quartet.distributed.balance import MicroBatch, Prefix, micro_batches, shares
 from quartet.distributed.messages import pack, unpack
 from quartet.distributed.sharding import is_sharded
 from quartet.errors import QuartetError
@@ -62,9 +62,15 @@ class ProcessGroup:
         """Return the rows of this rank, balanced by tokens."""
         return shares(lengths, self.world_size)[self.rank]
 
-    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
+    def micro_batches(
+        self,
+        lengths: Sequence[int],
+        max_tokens: int,
+        prefixes: Sequence[Prefix] | None = None,
+    ) -> Iterator[MicroBatch]:
         """Yield the micro-batches of this rank, and report the progress through their tokens.
-        Every rank gets the same number of them.
+        Every rank gets the same number of them. Rows with equal `prefixes` are kept together where
+        that saves work.
 
         Where weights are sharded, every forward pass needs all ranks. A rank with fewer
         micro-batches than another repeats the shortest row with `counts=False` meanwhile.
@@ -72,8 +78,9 @@ class ProcessGroup:
         if not lengths:
             return
         by_rank = []
-        for rows in shares(lengths, self.world_size):
-            groups = micro_batches([lengths[i] for i in rows], max_tokens)
+        for rows in shares(lengths, self.world_size, prefixes):
+            beginnings = None if prefixes is None else [prefixes[i] for i in rows]
+            groups = micro_batches([lengths[i] for i in rows], max_tokens, beginnings)
             by_rank.append([[rows[i] for i in group] for group in groups])
         most = max(map(len, by_rank))
         shortest = min(range(len(lengths)), key=lengths.__getitem__)

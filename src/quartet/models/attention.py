@@ -23,7 +23,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.nn.functional import scaled_dot_product_attention
 
-from quartet.models.packing import Packed, repacked, unpacked
+from quartet.models.packing import Packed, repacked, repeated, unpacked
 from quartet.tensors import Bool, Float, Int, Tensor
 
 Backend = Literal["rectangle", "varlen", "flash", "efficient", "repeated"]
@@ -57,13 +57,18 @@ def causal_attention(
         window = None
     kind = backend(queries.device, queries.dtype)
     grouped = queries.shape[1] != keys.shape[1]
+    repeats = packed.repeats
     if kind == "varlen" and cap is None:
+        key_starts = packed.starts
+        if repeats is not None:  # the queries of a row are its last tokens, its keys all of them
+            keys, values = (repeated(x, repeats.keys) for x in (keys, values))
+            key_starts = repeats.key_starts
         flash = varlen.varlen_attn(
             queries,
             keys,
             values,
             packed.starts,
-            packed.starts,
+            key_starts,
             packed.width,
             packed.width,
             scale=scale,
@@ -76,7 +81,8 @@ def causal_attention(
         times = queries.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
         grouped = False
-    q, k, v = (unpacked(x, packed).transpose(1, 2) for x in (queries, keys, values))
+    q = unpacked(queries, packed).transpose(1, 2)
+    k, v = (unpacked(x, packed, repeats).transpose(1, 2) for x in (keys, values))
     mask = None
     if window is not None or cap is not None:
         mask = _causal_mask(packed.width, window, queries.device)

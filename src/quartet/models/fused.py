@@ -34,7 +34,7 @@ from quartet.models.architectures import (
 )
 from quartet.models.attention import causal_attention
 from quartet.models.elementwise import gated, normed
-from quartet.models.packing import Packed, take
+from quartet.models.packing import Packed, pack, take
 from quartet.models.protocols import Trunk
 from quartet.tensors import Float, Int, Tensor
 
@@ -66,16 +66,19 @@ def has_fused_forward(trunk: Trunk, width: int) -> bool:
 
 @torch.no_grad()
 def _agrees(trunk: Trunk) -> bool:
-    """Return whether both forwards agree on a few tokens, which are more than the windows are wide
-    for the time of the comparison."""
-    count = CHECKED_TOKENS
-    weight = submodule(trunk, row_of(trunk).embedding).weight
-    tokens = torch.arange(count, device=weight.device) * 7 % weight.shape[0]
-    everything = torch.arange(count, device=weight.device)
-    packed = Packed(tokens, everything, (count,), count, None, everything)
+    """Return whether both forwards agree on two rows of a few tokens, which are more than the
+    windows are wide for the time of the comparison. The rows begin alike, so that the second takes
+    that part from the first."""
+    count, vocabulary = CHECKED_TOKENS, submodule(trunk, row_of(trunk).embedding).weight.shape[0]
+    tokens = torch.arange(count).repeat(2, 1) * 7
+    tokens[1, count // 2 :] += 1
+    tokens, asked = tokens % vocabulary, torch.zeros(2, count, dtype=torch.bool)
+    asked[:, count // 2 :] = True
+    device = next(trunk.parameters()).device
     with _narrow_windows(trunk.config):
-        ours = packed_hidden_states(trunk, packed)
-        theirs = trunk(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+        ours = packed_hidden_states(trunk, pack(tokens, asked, device))
+        states = trunk(input_ids=tokens.to(device), use_cache=False).last_hidden_state
+        theirs = states[:, count // 2 :].flatten(0, 1)
     bound = DIFFERENCE if ours.dtype in {torch.float32, torch.float64} else BF16_DIFFERENCE
     # Single numbers differ by rounding, which adds up over the layers; a token's vector as a whole
     # keeps its direction and length.

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from quartet.distributed.balance import Prefix
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
@@ -47,6 +48,7 @@ from quartet.models.logprobs import (
     predicting_positions,
     scatter_to_tokens,
 )
+from quartet.models.packing import prefixes
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.quantize import NF4Linear
 from quartet.models.shape import Shape
@@ -465,6 +467,12 @@ def masked_logprobs(
     return statistics(model, outputs, tokens, mask, temperature, kept=kept)[0]
 
 
+def prompts(tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> list[Prefix]:
+    """Return what rows with these response tokens can share in a forward pass: their prompts but
+    for the last token."""
+    return prefixes(tokens, predicting_positions(mask))
+
+
 @torch.no_grad()
 def policy_logprobs(
     model: LanguageModel,
@@ -481,7 +489,9 @@ def policy_logprobs(
     logprobs = torch.zeros(
         tokens.shape, dtype=torch.promote_types(model.dtype, torch.float32), device=tokens.device
     )
-    for piece in process_group.micro_batches(lengths.tolist(), micro_batch_tokens):
+    for piece in process_group.micro_batches(
+        lengths.tolist(), micro_batch_tokens, prompts(tokens, mask)
+    ):
         rows, width = piece.rows, int(lengths[piece.rows].max())
         left = None if kept is None else kept.rows(rows, width)
         piece_logprobs = masked_logprobs(

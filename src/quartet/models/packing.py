@@ -1,6 +1,10 @@
 """Packing: the real tokens of right-padded rows [B, T] end to end as one sequence [N].
 
 Products of weights and hidden states then compute no padding; attention unpacks for a moment.
+
+Rows with the same prompt (the answers of a group, the two sides of a comparison) compute it once:
+a causal model's states of the prompt depend on nothing behind it. The first of these rows is packed
+whole, the others without the prompt, whose keys and values attention reads from the first.
 """
 
 from collections.abc import Sequence
@@ -10,11 +14,26 @@ from typing import Any
 
 import torch
 
+from quartet.distributed.balance import Prefix
 from quartet.tensors import Bool, Int, Tensor
 
 WORTH_PACKING = 0.1
-"""The share of padding from which packing costs less time than computing the padding. Micro-batches
-hold rows of similar length, so most of them are below it and stay rectangles."""
+"""The share of padding and of repeated prompts from which packing costs less time than computing
+them."""
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Tokens that rows have in common with an earlier row, which computes them."""
+
+    places: Int[Tensor, "M"]
+    """The index of each in the flattened rectangle of rows × width."""
+    sources: Int[Tensor, "M"]
+    """The index of the packed token that it repeats."""
+    keys: Int[Tensor, "K"]
+    """The packed token at each place of the whole rows, end to end."""
+    key_starts: Int[Tensor, "R"]
+    """Where each whole row begins in `keys`, and where the last one ends; int32."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,9 @@ class Packed:
     """The index of each token in the flattened rectangle of rows × width; None: not packed."""
     output_index: Int[Tensor, "n"]
     """The indices of the tokens whose outputs are needed, row by row."""
+    repeats: Repeats | None = None
+    """What rows leave out because an earlier row has it, too. `lengths`, `starts` and `places` are
+    without it."""
     starts: Int[Tensor, "R"] = field(init=False)
     """Where each row begins in `tokens`, and where the last one ends; int32, as kernels want it."""
     rows: int = field(init=False)
@@ -66,23 +88,68 @@ def pack(
     within = positions[:width] < lengths[:, None]
     output_places = mask[:, :width].flatten().nonzero()[:, 0]
     where = positions[:width].expand(len(mask), width).flatten()
-    sizes = tuple(lengths.tolist())
     flat = tokens[:, :width].flatten()
     worth = WORTH_PACKING if device.type == "cpu" else 0.0
+    first_rows, shared = _shared_prefixes(tokens, mask)
+    repeated = positions[:width] < shared[:, None]
+    if repeated.sum() <= worth * lengths.sum():
+        repeated = torch.zeros_like(repeated)
+    own = within & ~repeated
 
     def moved(x: Tensor) -> Tensor:
         return x.to(device, non_blocking=True)
 
-    if sum(sizes) >= (1 - worth) * len(sizes) * width:
-        full = (width,) * len(sizes)
+    if own.sum() >= (1 - worth) * own.numel():
+        full = (width,) * len(mask)
         return Packed(moved(flat), moved(where), full, width, None, moved(output_places))
-    places = within.flatten().nonzero()[:, 0]
-    index = torch.zeros(within.numel(), dtype=torch.long)
+    places = own.flatten().nonzero()[:, 0]
+    index = torch.zeros(own.numel(), dtype=torch.long)
     index[places] = torch.arange(len(places))
-    output_index = moved(index[output_places])
+    repeats = None
+    if repeated.any():
+        sources = first_rows[:, None] * width + positions[:width]
+        index = torch.where(repeated.flatten(), index[sources.flatten()], index)
+        repeated_places = repeated.flatten().nonzero()[:, 0]
+        starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+        repeats = Repeats(
+            moved(repeated_places),
+            moved(index[repeated_places]),
+            moved(index[within.flatten()]),
+            moved(starts.to(torch.int32)),
+        )
     return Packed(
-        moved(flat[places]), moved(where[places]), sizes, width, moved(places), output_index
+        moved(flat[places]),
+        moved(where[places]),
+        tuple(own.sum(1).tolist()),
+        width,
+        moved(places),
+        moved(index[output_places]),
+        repeats,
     )
+
+
+def prefixes(tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]) -> list[Prefix]:
+    """Return what is before the first output of each row that is needed: what rows can share.
+
+    Where the outputs predict a response, it is the prompt without its last token, whose output
+    predicts the response's first token.
+    """
+    mask = output_mask.cpu()
+    firsts = torch.where(mask.any(1), mask.to(torch.int8).argmax(1), 0).tolist()
+    rows = tokens.cpu().numpy()
+    return [Prefix(row[:n].tobytes(), n) for row, n in zip(rows, firsts, strict=True)]
+
+
+def _shared_prefixes(
+    tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]
+) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
+    """Return the first row with the prefix of each row, and how many tokens the row has in common
+    with it: 0 for that row itself."""
+    first_rows: dict[Prefix, int] = {}
+    rows = prefixes(tokens, output_mask)
+    firsts = [first_rows.setdefault(prefix, row) for row, prefix in enumerate(rows)]
+    shared = [0 if row == first else rows[row].length for row, first in enumerate(firsts)]
+    return torch.tensor(firsts), torch.tensor(shared)
 
 
 def pack_rows(rows: Sequence[Sequence[int]], device: torch.device) -> Packed:
@@ -125,12 +192,25 @@ def take(x: Tensor, index: Int[Tensor, "n"]) -> Tensor:
     return rows
 
 
-def unpacked(x: Tensor, packed: Packed) -> Tensor:
-    """Return packed values [N, …] as a rectangle [rows, width, …] with 0 for padding."""
+def unpacked(x: Tensor, packed: Packed, repeats: Repeats | None = None) -> Tensor:
+    """Return packed values [N, …] as a rectangle [rows, width, …] with 0 for padding, and for what
+    rows have in common with earlier rows unless `repeats` says what it is."""
     if packed.places is not None:
-        x = x.new_zeros(packed.rows * packed.width, *x.shape[1:]).index_copy_(0, packed.places, x)
+        flat = x.new_zeros(packed.rows * packed.width, *x.shape[1:])
+        flat = flat.index_copy_(0, packed.places, x)
+        if repeats is not None:
+            flat = flat.index_copy(0, repeats.places, repeated(x, repeats.sources))
+        x = flat
     rectangle: Tensor = x.unflatten(0, (packed.rows, packed.width))
     return rectangle
+
+
+def repeated(x: Tensor, index: Int[Tensor, "M"]) -> Tensor:
+    """Return x[index] for an index with repetitions, whose gradients are added in a fixed order on
+    each device."""
+    # The gradient of `index_select` is one atomic addition each on a GPU, in any order. That of
+    # indexing is sorted there, and slower on a CPU.
+    return x.index_select(0, index) if x.device.type == "cpu" else x[index]
 
 
 def repacked(x: Tensor, packed: Packed) -> Tensor:

@@ -23,6 +23,7 @@ from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.adapters import LanguageModel
+from quartet.models.language_model import prompts
 from quartet.models.trunk import block_matrices
 from quartet.tensors import Float, Tensor
 from quartet.training.batch import collate
@@ -304,8 +305,12 @@ class Learner:
         experience, rows = minibatch.experience, minibatch.rows
         denominators = algorithm.denominators(experience.rows(rows))
         reference = self.reference if algorithm.kl.exact_loss else None
-        lengths = experience.lengths[list(rows)].tolist()
-        for micro_batch in self.process_group.micro_batches(lengths, micro_batch_tokens):
+        index = list(rows)
+        for micro_batch in self.process_group.micro_batches(
+            experience.lengths[index].tolist(),
+            micro_batch_tokens,
+            prompts(experience.tokens[index], experience.response_mask[index]),
+        ):
             indices = [rows[i] for i in micro_batch.rows]
             part = experience.rows(indices)
             forward = self.models.forward(

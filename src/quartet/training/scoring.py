@@ -11,7 +11,7 @@ from quartet.distributed.process_group import ProcessGroup
 from quartet.experience import Batch, Experience, KeptIds
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.adapters import LanguageModel
-from quartet.models.language_model import policy_logprobs
+from quartet.models.language_model import policy_logprobs, prompts
 from quartet.models.padding import PAD
 from quartet.tensors import Bool, Float, Tensor
 
@@ -80,8 +80,9 @@ class Scorer:
         """
         dtype = torch.promote_types(self.models.actor.dtype, torch.float32)
         scores = TokenScores(batch, dtype)
-        lengths = batch.lengths.tolist()
-        for micro_batch in self.process_group.micro_batches(lengths, micro_batch_tokens):
+        for micro_batch in self.process_group.micro_batches(
+            batch.lengths.tolist(), micro_batch_tokens, prompts(batch.tokens, batch.response_mask)
+        ):
             outputs = self._forward(batch, micro_batch.rows, algorithm, only_values)
             if micro_batch.counts:
                 scores.put(micro_batch.rows, *outputs)

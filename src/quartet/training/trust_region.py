@@ -18,7 +18,7 @@ from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.kl import exact_kl
 from quartet.algorithms.update import TrustRegion
 from quartet.experience import Experience
-from quartet.models.language_model import filter_of, forward_positions, logits_of
+from quartet.models.language_model import filter_of, forward_positions, logits_of, prompts
 from quartet.models.logprobs import at_least_float32
 from quartet.tensors import Float, Tensor
 from quartet.training.learner import Learner
@@ -144,7 +144,9 @@ class _Objective:
         self.denominators = algorithm.denominators(experience)
         self.num_tokens = int(experience.response_mask.sum())
         micro_batches = self.process_group.micro_batches(
-            experience.lengths.tolist(), learner.budget.tokens
+            experience.lengths.tolist(),
+            learner.budget.tokens,
+            prompts(experience.tokens, experience.response_mask),
         )
         # Weights are never sharded here, so no rank has to keep pace with another.
         self.rows = [micro_batch.rows for micro_batch in micro_batches if micro_batch.counts]
