@@ -48,9 +48,9 @@ _MODULES = {
     "rewards.source": "RewardContext RewardSource",
     "runs.reader": "Run",
     "training.learner": "Learner",
+    "training.optim": "Optim",
     "training.update": "Update",
     "walkthrough": "explain",
-    "training.optim": "Optim",
 }
 _ORIGINS = {name: module for module, names in _MODULES.items() for name in names.split()}
 
