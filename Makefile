@@ -55,6 +55,6 @@ $(PEERS)/.installed: constraints.txt
 	$(PYTHON) -m venv $(PEERS)/old
 	$(PEERS)/new/bin/pip install --quiet -c constraints.txt torch
 	$(PEERS)/old/bin/pip install --quiet -c constraints.txt torch
-	$(PEERS)/new/bin/pip install --quiet -c constraints.txt trl==1.16.0
-	$(PEERS)/old/bin/pip install --quiet -c constraints.txt trl==1.10.0
+	$(PEERS)/new/bin/pip install --quiet -c constraints.txt trl==1.16.0 peft
+	$(PEERS)/old/bin/pip install --quiet -c constraints.txt trl==1.10.0 peft
 	touch $@
