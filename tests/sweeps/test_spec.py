@@ -1,11 +1,17 @@
 """What a [sweep] table may say, and the sentence of each mistake."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from quartet.config.toml import ConfigError, read_settings
+from quartet.recipes import sweep_names
 from quartet.sweeps.plan import plan_sweep
 from quartet.sweeps.request import request_of
-from tests.sweeps.files import GRID, sweep_file
+from tests.sweeps.files import GRID, RUN, sweep_file
+
+DOCS = Path(__file__).parents[2] / "docs" / "sweeps.md"
 
 
 def asked(tmp_path, sweep=GRID, *words, **more):
@@ -141,6 +147,27 @@ def test_a_file_without_the_table_is_refused(tmp_path):
     (tmp_path / "plain.toml").write_text('recipe = "ppo"\n')
     with pytest.raises(ConfigError, match=r"plain.toml: has no \[sweep\] table"):
         request_of(str(tmp_path / "plain.toml"))
+
+
+def test_the_file_in_the_docs_is_a_sweep(tmp_path):
+    pytest.importorskip("optuna")
+    [block] = re.findall(r"```toml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    rest = RUN[RUN.index("max_prompt") :].replace("steps = 8", "steps = 2")
+    (tmp_path / "search.toml").write_text(block + rest)
+    request = request_of(str(tmp_path / "search.toml"), ["reward=[{type='model'}]"])
+    assert request.spec.method == "tpe" and request.spec.prune.warmup == 8
+    assert list(request.spec.keys) == [
+        "optim.lr",
+        "optim.epochs",
+        "algorithm.kl.controller.type",
+        "epsilon",
+    ]
+
+
+def test_sweeps_that_ship_with_quartet_can_be_carried_out():
+    assert sweep_names() == ["epsilon-beta"]
+    for name in sweep_names():
+        assert request_of(name).spec.num_trials == 9
 
 
 def test_a_plan_adds_up_the_runs(tmp_path):

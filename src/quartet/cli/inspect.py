@@ -361,6 +361,7 @@ def _print_machine(as_json: bool) -> None:
         "json": "jsonschema",
         "datasets": "datasets",
         "bitsandbytes": "bitsandbytes",
+        "sweep": "optuna",
     }
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = {

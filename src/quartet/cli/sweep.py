@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -98,7 +99,7 @@ def _carry_out(beginning: "Beginning", as_json: bool) -> int:
     if isinstance(stopped, Interrupted):
         shown.print(
             f"stopped by {stopped}. Runs have saved what they had; go on with: quartet sweep "
-            f"{typed(path)} --resume",
+            f"{typed(_near(path))} --resume",
             soft_wrap=True,
         )
         return RESUMABLE
@@ -115,7 +116,7 @@ def _say_what(shown: "Console", request: "SweepRequest", conductor: "Conductor")
     shown.print(
         f"quartet {__version__} · sweep {request.name} · {spec.method} · {runs} · "
         f"{spec.parallel} at once, {conductor.processes.threads} threads each · "
-        f"{conductor.folder.path}",
+        f"{_near(conductor.folder.path)}",
         soft_wrap=True,
     )
     for note in request.base.notes:
@@ -189,9 +190,15 @@ def _print_results(sweep: "Sweep", as_json: bool) -> int:
         print_json(results(sweep))
     else:
         _print_table(sweep)
-        console.print(f"sweep  {sweep.path}", soft_wrap=True)
-        console.print(f"next   quartet studio {typed(sweep.path)}", soft_wrap=True)
+        console.print(f"sweep  {_near(sweep.path)}", soft_wrap=True)
+        console.print(f"next   quartet studio {typed(_near(sweep.path))}", soft_wrap=True)
     return 0 if sweep.ranked() else FAILED
+
+
+def _near(path: Path) -> Path:
+    """Return a path as it is written from here: relative where it is below."""
+    here = Path.cwd().resolve()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _print_table(sweep: "Sweep") -> None:

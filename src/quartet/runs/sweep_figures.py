@@ -151,7 +151,7 @@ def importance(sweep: Sweep) -> Spec:
             "x": [chance for chance, _ in known],
             "y": [label for _, label in known],
             "name": "without any effect, on average",
-            "marker": {"symbol": "line-ns-open", "size": 22, "color": COLORS[1]},
+            "marker": {"symbol": "line-ns-open", "size": 34, "color": COLORS[1]},
         }
     )
     spec["layout"] |= {

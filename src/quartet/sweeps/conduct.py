@@ -244,7 +244,7 @@ class Conductor:
             return
         spec = self.request.spec
         value = measured(job.run, spec.objective)
-        found = {name: measured(job.run, name) for name in {*spec.at_most, *DISTANCES}}
+        found = {n: measured(job.run, n) for n in dict.fromkeys([*spec.at_most, *DISTANCES])}
         measures = {name: number for name, number in found.items() if number is not None}
         missing = [name for name in spec.at_most if name not in measures]
         if value is None or missing:

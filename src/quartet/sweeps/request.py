@@ -96,11 +96,11 @@ class SweepRequest:
             yield f"policy.model={toml_value(once + '/sft')}"
         if "reward_model" in self.spec.once:
             model = toml_value(once + "/reward_model")
-            rewards = self.file.table.get("reward")
-            if rewards is None:
+            if self.base.origins.get("reward.0.type") == "recipe":  # no table names it
                 yield f'reward=[{{ type = "model", model = {model} }}]'
-            for number, reward in enumerate(rewards or ()):
-                if reward.get("type") == "model" and "model" not in reward:
+                return
+            for number, reward in enumerate(self.base.config.reward):
+                if reward.type == "model" and getattr(reward, "model", None) is None:
                     yield f"reward.{number}.model={model}"
 
 
