@@ -298,6 +298,22 @@ def test_a_sweep_of_12_trials_killed_twice_is_the_one_that_was_not(tmp_path, met
         assert steps == list(range(1, len(steps) + 1))
 
 
+def test_runs_end_with_the_sweep_that_was_killed(tmp_path):
+    """Left alone, they would go on for two minutes."""
+    process = start(tmp_path, str(sweep_file(tmp_path)), "sweep.parallel=2", step=15.0)
+    wait_for(lambda: len(list(tmp_path.glob("runs/*-search/*/events.jsonl"))) == 2, process)
+    process.kill()
+    process.communicate()
+    for _ in range(500):
+        if not running(tmp_path):
+            break
+        time.sleep(0.02)
+    left = running(tmp_path)
+    for child in left:
+        os.kill(child, signal.SIGKILL)
+    assert left == []
+
+
 def test_a_second_sweep_cannot_take_the_folder_while_a_run_is_going(tmp_path, monkeypatch):
     """The first one is killed; its run, which is frozen and cannot end, keeps the folder."""
     from quartet.sweeps import folder as sweep_folder
