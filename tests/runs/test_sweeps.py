@@ -10,6 +10,7 @@ from quartet.runs.sweep_figures import (
     importance,
     objective_text,
     parallel_coordinates,
+    sweep_figures,
     sweep_rows,
 )
 from quartet.runs.sweeps import Sweep, curve, measured
@@ -98,6 +99,18 @@ def test_a_line_crosses_each_axis_at_its_value(tmp_path):
     assert lines[1]["y"] == pytest.approx([0.5, 1.0, 0.25])
     assert lines[2]["y"] == pytest.approx([1.0, 0.0, 1.0])
     assert lines[3]["y"] == pytest.approx([1.0, 1.0]) and lines[3]["line"]["dash"] == "dash"
+
+
+def test_strange_values_are_shown_and_stop_no_chart(tmp_path):
+    strange = [float("nan"), float("inf"), None, True, {"a": [1]}, "x" * 9_000, -1e308, 1e308]
+    rows = [({"a": value, "b": n}, [float(n)], [1.0]) for n, value in enumerate(strange)]
+    sweep = Sweep(make_sweep(tmp_path, rows))
+    assert len(sweep_rows(sweep)) == 8 and set(sweep.importance()) == {"a", "b"}
+    assert len(sweep_figures(sweep)) == 3
+    numbers = [
+        ({"a": value}, [float(n)], [1.0]) for n, value in enumerate([strange[0], *strange[-2:]])
+    ]
+    assert sweep_figures(Sweep(make_sweep(tmp_path / "numbers", numbers)))
 
 
 def test_what_cannot_be_read_is_left_out_and_counted(tmp_path):

@@ -100,7 +100,7 @@ def parallel_coordinates(sweep: Sweep) -> Spec:
     for trial in trials:
         means = [trial.mean] if trial in ranked else []
         y = [a.place(v) for a, v in zip(axes, [*_values(sweep, trial), *means], strict=False)]
-        share = axes[-1].place(trial.mean) if means else 0.0
+        share = axes[-1].place(trial.mean if means else None) or 0.0
         best = share if sweep.facts["direction"] == "maximize" else 1 - share
         data.append(
             {
@@ -243,8 +243,10 @@ class _Axis:
         low, high = (self.order[0], self.order[-1]) if self.order else (0, 0)
         self.log = self.numeric and bool(present) and low > 0 and high >= 10 * low
 
-    def place(self, value: Any) -> float:
-        """Return where a value stands."""
+    def place(self, value: Any) -> float | None:
+        """Return where a value stands; None for none."""
+        if value is None:
+            return None
         if len(self.order) < 2:
             return 0.5
         if not self.numeric:
@@ -275,7 +277,7 @@ class _Axis:
         ]
 
     def _ends(self) -> tuple[float, float]:
-        return self.order[0], self.order[-1]
+        return float(self.order[0]), float(self.order[-1])
 
 
 def _values(sweep: Sweep, trial: Trial) -> list[Any]:
