@@ -138,6 +138,14 @@ def test_an_objective_of_an_evaluation_needs_one(tmp_path):
         asked(tmp_path, recipe='["ppo"]')
 
 
+def test_only_tpe_and_pruning_need_optuna(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert asked(tmp_path) and asked(tmp_path, GRID, "sweep.method=random", "sweep.trials=2")
+    for words in (["sweep.method=tpe", "sweep.trials=2"], ["sweep.prune={startup=2}"]):
+        with pytest.raises(ConfigError, match=r"needs optuna. Install it: pip install .*sweep\]"):
+            asked(tmp_path, GRID, *words)
+
+
 def test_quartet_run_says_whose_table_it_is(tmp_path):
     with pytest.raises(ConfigError, match="search.toml:3: sweep: belongs to quartet sweep"):
         read_settings(sweep_file(tmp_path))
