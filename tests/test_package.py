@@ -34,6 +34,8 @@ def in_a_fresh_process(code: str, cwd: Path = ROOT) -> subprocess.CompletedProce
         "assert r.exit_code == 0 and 'peak' in r.output, r.output",
         "from typer.testing import CliRunner; from quartet.cli import app;"
         "assert CliRunner().invoke(app, ['plan', 'sums', 'seed=2', '--json']).exit_code == 0",
+        "from typer.testing import CliRunner; from quartet.cli import app;"
+        "assert CliRunner().invoke(app, ['sweep', 'epsilon-beta', '--plan']).exit_code == 0",
     ],
 )  # fmt: skip
 def test_nothing_heavy_is_imported(what):

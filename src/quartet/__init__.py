@@ -13,6 +13,7 @@ _MODULES = {
     "api.evaluate": "evaluate",
     "api.record": "record",
     "api.run": "RunInterrupted TrainingRun",
+    "api.sweep": "sweep",
     "api.train": "train",
     "algorithms.advantages": "Advantage Normalize",
     "algorithms.aggregation": "Aggregation",

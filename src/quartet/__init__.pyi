@@ -20,6 +20,7 @@ from quartet.api.evaluate import evaluate as evaluate
 from quartet.api.record import record as record
 from quartet.api.run import RunInterrupted as RunInterrupted
 from quartet.api.run import TrainingRun as TrainingRun
+from quartet.api.sweep import sweep as sweep
 from quartet.api.train import train as train
 from quartet.data.row_shape import RowShape as RowShape
 from quartet.data.sampler import Sampler as Sampler

@@ -27,6 +27,7 @@ from quartet.loops.rl_async import Ahead
 from quartet.recipes import recipe_path
 from quartet.recording.run_folder import InUse, RunFolder
 from quartet.recording.tokens import TokenTexts
+from quartet.runs.folders import find_run
 from quartet.runtime.events import Advanced
 from quartet.runtime.interruption import Interrupted, Interruption, always
 from quartet.runtime.pipeline import Pipeline
@@ -34,7 +35,6 @@ from quartet.runtime.requests import run_to_resume
 from quartet.runtime.resume import (
     CannotResume,
     choose,
-    find_run,
     has_begun,
     set_aside,
     with_later_keys,

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 
-from quartet.cli import check, evaluate, explain, export, inspect, label, run  # noqa: F401
+from quartet.cli import check, evaluate, explain, export, inspect, label, run, sweep  # noqa: F401
 from quartet.cli.common import (
     FAILED,
     INTERRUPTED,
@@ -18,10 +18,12 @@ from quartet.cli.common import (
 from quartet.cli.printing import discard_output, print_anything
 from quartet.errors import QuartetError
 from quartet.io.heap import share_one_heap
+from quartet.io.leash import end_with_parent
 
 
 def main() -> None:
     """Run the command. An error prints one sentence; with `--debug` it prints a traceback."""
+    end_with_parent()
     share_one_heap()
     print_anything()
     debug = "--debug" in sys.argv

@@ -47,6 +47,7 @@ def studio(
     The pages follow a run while it trains.
     """
     from quartet.io.http_server import make_server
+    from quartet.runs.folders import sweep_folders
     from quartet.runs.reader import NoRun, find_runs
     from quartet.studio.app import make_app
 
@@ -55,12 +56,15 @@ def studio(
         count = sum(len(find_runs(root)) for root in roots)
     except NoRun as error:
         refuse(str(error))
+    sweeps = sum(len(sweep_folders(root)) for root in roots)
+    swept = f" and {sweeps} sweep{'s' * (sweeps != 1)}" if sweeps else ""
     hosts, token = exposure(host)
     listener = bound_socket(host, port)
     server = make_server(make_app(roots, hosts, token), host, port)
     query = "" if token is None else f"?token={token}"
     console.print(
-        f"{count} run{'s' * (count != 1)} on {url_of(listener, host)}{query}  Ctrl-C ends it",
+        f"{count} run{'s' * (count != 1)}{swept} on {url_of(listener, host)}{query}  "
+        "Ctrl-C ends it",
         soft_wrap=True,
     )
     server.run(sockets=[listener])
@@ -361,6 +365,7 @@ def _print_machine(as_json: bool) -> None:
         "json": "jsonschema",
         "datasets": "datasets",
         "bitsandbytes": "bitsandbytes",
+        "sweep": "optuna",
     }
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = {

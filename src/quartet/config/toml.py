@@ -5,6 +5,7 @@ defaults. A mistake is reported in one sentence: where it is (file and line, or 
 what to do.
 """
 
+import copy
 import dataclasses
 import json
 import re
@@ -58,6 +59,17 @@ class Settings:
     """Sentences about settings of the file that the command line made meaningless."""
 
 
+@dataclass(frozen=True)
+class TomlFile:
+    """The content of a TOML file, not checked yet."""
+
+    table: Table
+    origins: Mapping[str, str]
+    """The file and line of each value, by dotted key."""
+    name: str
+    text: str
+
+
 def read_settings(
     path: Path,
     words: Sequence[str] = (),
@@ -70,6 +82,27 @@ def read_settings(
     file. `known_links` holds, for a run that is resumed, where its paths led when it began. Raises
     `ConfigError`.
     """
+    return settings_in(read_toml(path, shown_as), words, known_links)
+
+
+def settings_in(
+    file: TomlFile,
+    words: Sequence[str] = (),
+    known_links: Mapping[str, str] = MappingProxyType({}),
+) -> Settings:
+    """Return the settings that a file's content gives, with `key=value` words on top. Raises
+    `ConfigError`."""
+    if "sweep" in file.table:
+        raise ConfigError(
+            f"{where('sweep', file.origins)}: sweep: belongs to quartet sweep. Run the file with: "
+            "quartet sweep FILE.toml"
+        )
+    table = copy.deepcopy(file.table)
+    return _settings(table, dict(file.origins), words, file.name, file.text, known_links)
+
+
+def read_toml(path: Path, shown_as: str | None = None) -> TomlFile:
+    """Return the content of a TOML file, which messages call `shown_as`. Raises `ConfigError`."""
     shown = shown_as or str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -89,8 +122,8 @@ def read_settings(
     except ValueError as error:  # a name with a NUL in it, a number of thousands of digits
         raise ConfigError(f"{shown}: cannot be read ({str(error).partition(';')[0]}).") from None
     lines = _line_numbers(text)
-    origins = {key: f"{shown}:{_line_of(key, lines)}" for key, _ in _leaves(table)}
-    return _settings(table, origins, words, path.stem, text, known_links)
+    origins = {key: f"{shown}:{_line_of(key, lines)}" for key, _ in leaves(table)}
+    return TomlFile(table, origins, path.stem, text)
 
 
 def settings_of_table(table: Table, name: str, origin: str) -> Settings:
@@ -102,7 +135,7 @@ def settings_of_table(table: Table, name: str, origin: str) -> Settings:
     """
     text = table_toml(table)
     parsed = tomllib.loads(text)
-    origins = {key: origin for key, _ in _leaves(parsed)}
+    origins = {key: origin for key, _ in leaves(parsed)}
     return _settings(parsed, origins, (), name, text, {})
 
 
@@ -123,10 +156,10 @@ def _settings(
     """Put words on top of a table, fill in what it leaves out, and check it."""
     preset = rl_stage_of(table.get("recipe"))
     for word in words:
-        key, value = _assignment(word)
-        _set(table, key, value)
+        key, value = assignment(word)
+        set_value(table, key, value)
         origins = {k: v for k, v in origins.items() if k != key and not k.startswith(key + ".")}
-        origins |= {k: "command line" for k, _ in _leaves(value, key)}
+        origins |= {k: "command line" for k, _ in leaves(value, key)}
     replace_created_policy(table, origins)
     notes = replace_preset(table, origins, preset) + replace_trained_reward(table, origins)
     _replace_length(table, origins)
@@ -250,7 +283,8 @@ def _line_of(key: str, lines: Mapping[str, int]) -> int:
     return lines.get(key, 1)
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a table with their dotted keys."""
     items: Iterator[tuple[Any, Any]]
     if isinstance(value, dict) and value:
         items = iter(value.items())
@@ -260,10 +294,11 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
         return
     for key, item in items:
-        yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+        yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _assignment(word: str) -> tuple[str, Any]:
+def assignment(word: str) -> tuple[str, Any]:
+    """Return the key and the value of a `key=value` word. Raises `ConfigError`."""
     key, equals, text = word.partition("=")
     if not equals or not re.fullmatch(r"[\w.]+|\w[\w-]*(\.\w[\w-]*)*", key):
         raise ConfigError(
@@ -275,7 +310,8 @@ def _assignment(word: str) -> tuple[str, Any]:
         return key, text  # text without quotes, as shells leave it
 
 
-def _set(table: Table, key: str, value: Any) -> None:
+def set_value(table: Table, key: str, value: Any) -> None:
+    """Set a dotted key of a table. Raises `ConfigError` where a value is in the way."""
     *path, last = key.split(".")
     here: Any = table
     for i, name in enumerate(path):
@@ -310,7 +346,7 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
         below = dataclasses.asdict(PREFERENCES[named])
         above = table["preference"].get("loss", {})
         table["preference"]["loss"] = _merged({"loss": below}, {"loss": above})["loss"]
-        for key, _ in _leaves(table["preference"]["loss"], "preference.loss"):
+        for key, _ in leaves(table["preference"]["loss"], "preference.loss"):
             origins.setdefault(key, f"preset {named}")
     elif isinstance(table.get("preference"), dict) and isinstance(
         table["preference"].get("loss"), dict
@@ -351,7 +387,7 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
     preset = without_none(dataclasses.asdict(ALGORITHMS[rl]))
     table["algorithm"] = _merged(preset, algorithm)
     _correct_for_servers(table, algorithm, origins)
-    for key, _ in _leaves(table["algorithm"], "algorithm"):
+    for key, _ in leaves(table["algorithm"], "algorithm"):
         origins.setdefault(key, f"preset {rl}" if _has(preset, key.split(".")[1:]) else "default")
     if "reward" not in table and "reward_model" in stages:
         table["reward"] = [{"type": "ensemble" if _has_members(table) else "model"}]
@@ -385,7 +421,7 @@ def _correct_for_servers(table: Table, written: Table, origins: dict[str, str]) 
     below = {"correction": dataclasses.asdict(default)}
     above = {key: value for key, value in written.items() if key == "correction"}
     algorithm |= _merged(below, above)
-    for key, _ in _leaves(algorithm["correction"], "algorithm.correction"):
+    for key, _ in leaves(algorithm["correction"], "algorithm.correction"):
         origins.setdefault(key, FOR_SERVERS)
 
 

@@ -21,3 +21,12 @@ def template_path(name: str) -> Path | None:
 
 def template_names() -> list[str]:
     return sorted(path.stem for path in (FOLDER / "templates").glob("*.toml"))
+
+
+def sweep_path(name: str) -> Path | None:
+    """The file of a sweep that ships with the package."""
+    return FOLDER / "sweeps" / f"{name}.toml" if name in sweep_names() else None
+
+
+def sweep_names() -> list[str]:
+    return sorted(path.stem for path in (FOLDER / "sweeps").glob("*.toml"))

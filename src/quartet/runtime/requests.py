@@ -12,6 +12,7 @@ from quartet.config.tables import json_ready
 from quartet.config.toml import FOR_SERVERS, ConfigError, Settings, read_settings
 from quartet.io.texts import did_you_mean, typed
 from quartet.recipes import recipe_names, recipe_path
+from quartet.runs.folders import find_run
 
 DEFAULT = "reviews"
 """The recipe that is run if none is named."""
@@ -60,7 +61,6 @@ def run_to_resume(what: str | None, words: Sequence[str] = ()) -> ResumeRequest:
     Raises `ConfigError` if there is none, or its config is missing or cannot work any more.
     """
     from quartet.recording.run_folder import beginning_of  # imports torch
-    from quartet.runtime.resume import find_run
 
     if what is not None and "=" in what and not Path(what).exists():
         words, what = [what, *words], None

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,10 @@ from quartet.config.errors import toml_value
 from quartet.config.read_by import changes_what_is_learnt, roles_that_read
 from quartet.config.tables import Config
 from quartet.errors import QuartetError
+from quartet.runs.folders import RECORD
 from quartet.stages.kinds import KINDS, RL, kind_of
 from quartet.training.checkpoint import Checkpoint, misfit
 from quartet.training.checkpoints import Checkpoints
-
-RECORD = "events.jsonl"
 
 
 class CannotResume(QuartetError, ValueError):
@@ -37,17 +35,6 @@ class Choice:
     def reasons(self) -> Iterator[tuple[str, str]]:
         """Return the name of each skipped checkpoint with the reason."""
         return ((path.name, reason) for path, reason in self.skipped)
-
-
-def find_run(root: Path, name: str) -> Path | None:
-    """Return the newest run folder of this name below `root`; None if there is none."""
-    pattern = re.compile(rf"\d{{4}}-\d{{4}}-{re.escape(name)}(-\d+)?")
-    folders = [
-        path
-        for path in root.glob("*")
-        if not path.is_symlink() and pattern.fullmatch(path.name) and (path / RECORD).is_file()
-    ]
-    return max(folders, key=lambda path: (path / RECORD).stat().st_mtime, default=None)
 
 
 def has_begun(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from quartet.runs.evaluations import evaluation_tables, evaluations, kl_frontier
 from quartet.runs.reader import DamagedRun, NoRun, Run
 from quartet.runs.rules import RULES
 from quartet.runs.untrusted import finite
-from quartet.studio import views
+from quartet.studio import sweep_views, views
 from quartet.studio.first_policy import Busy, FirstPolicies, NoAnswer, folder_of
 from quartet.studio.library import Library
 from quartet.studio.protection import (
@@ -89,7 +89,13 @@ class Pages:
             views.run_row(run) if isinstance(run, Run) else views.unreadable_row(name, str(run))
             for name, run in self.library.runs()
         ]
-        return self.html("runs.html", title="Runs", rows=rows, run=None)
+        sweeps = [sweep_views.sweep_row(*entry) for entry in self.library.sweeps()]
+        return self.html("runs.html", title="Runs", rows=rows, sweeps=sweeps, run=None)
+
+    def sweep(self, request: Request) -> Response:
+        sweep = self.library.sweep(request.path_params["name"])
+        names = {path: name for name, path in self.library.paths().items()}
+        return self.html("sweep.html", **sweep_views.sweep_page(sweep, names), run=None)
 
     def overview(self, request: Request) -> Response:
         run = self.run_of(request)
@@ -333,7 +339,7 @@ class Pages:
             title="Compare",
             run=None,
             chosen=chosen,
-            everything=list(self.library.paths()),
+            everything=list(dict.fromkeys([*self.library.paths(trials=False), *names])),
             charts=_overlaid(chosen) if len(chosen) > 1 else [],
             differences=views.differences([run.config for run in chosen])
             if len(chosen) > 1
@@ -354,6 +360,7 @@ def make_app(
     addresses = {
         "/": pages.runs,
         "/compare": pages.compare,
+        "/sweep/{name}": pages.sweep,
         "/run/{name}/": pages.overview,
         "/run/{name}/samples": pages.samples,
         "/run/{name}/tokens": pages.tokens,

@@ -4,7 +4,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
+from quartet.runs.folders import sweep_folders
 from quartet.runs.reader import NoRun, Run, find_runs
+from quartet.runs.sweeps import Sweep
 from quartet.runs.untrusted import printable
 
 KEPT_OPEN = 200
@@ -18,15 +20,45 @@ class Library:
         self.roots = roots
         self._open: OrderedDict[str, Run] = OrderedDict()
 
-    def paths(self) -> dict[str, Path]:
+    def paths(self, trials: bool = True) -> dict[str, Path]:
         """Return the run folders by name, the newest of each root first. Where two roots have the
-        same name, the second is listed with its root's name before it."""
+        same name, the second is listed with its root's name before it. With `trials`, the runs of
+        sweeps are among them, each with the name of its sweep before it."""
         paths: dict[str, Path] = {}
         for root in self.roots:
             for path in find_runs(root):
                 name = printable(path.name)
                 paths[name if name not in paths else f"{printable(path.parent.name)} {name}"] = path
+        known = set(paths.values())
+        for sweep in self.sweep_paths().values() if trials else ():
+            runs = [path for path in find_runs(sweep) if path not in known]
+            paths |= {f"{printable(sweep.name)} {printable(path.name)}": path for path in runs}
         return paths
+
+    def sweep_paths(self) -> dict[str, Path]:
+        """Return the folders of sweeps by name, the newest of each root first."""
+        paths: dict[str, Path] = {}
+        for root in self.roots:
+            for path in sweep_folders(root):
+                paths.setdefault(printable(path.name), path)
+        return paths
+
+    def sweep(self, name: str) -> Sweep:
+        """Return a sweep. Raises NoRun where it does not exist or cannot be read."""
+        path = self.sweep_paths().get(name)
+        if path is None:
+            raise NoRun(f"there is no sweep called {printable(name)}.")
+        return Sweep(path)
+
+    def sweeps(self) -> list[tuple[str, Sweep | NoRun]]:
+        """Return all sweeps with their names; the error in place of one that cannot be read."""
+        sweeps: list[tuple[str, Sweep | NoRun]] = []
+        for name, path in self.sweep_paths().items():
+            try:
+                sweeps.append((name, Sweep(path)))
+            except NoRun as error:
+                sweeps.append((name, error))
+        return sweeps
 
     def run(self, name: str) -> Run:
         """Return a run, refreshed. Raises NoRun where it does not exist or cannot be read."""
@@ -51,9 +83,10 @@ class Library:
         return self._open[name]
 
     def runs(self) -> list[tuple[str, Run | NoRun]]:
-        """Return all runs with their names; the error in place of a run that cannot be read."""
+        """Return all runs but those of sweeps, with their names; the error in place of a run that
+        cannot be read."""
         runs: list[tuple[str, Run | NoRun]] = []
-        for name, path in self.paths().items():
+        for name, path in self.paths(trials=False).items():
             try:
                 runs.append((name, self._run(name, path)))
             except NoRun as error:

@@ -1,0 +1,84 @@
+"""`quartet.sweep`: a sweep, from Python."""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quartet.config.errors import toml_value
+from quartet.config.toml import TomlFile, leaves, table_toml
+
+if TYPE_CHECKING:
+    from quartet.runs.sweeps import Sweep
+    from quartet.sweeps.conduct import Change
+    from quartet.sweeps.life import Beginning
+
+CALLER = "quartet.sweep"
+
+
+class SweepRun:
+    """A sweep, checked and ready. It starts when it is iterated over, or by `finish()`.
+
+    Iteration yields a `Change` whenever a run starts or ends. A sweep that is left, by `break` or
+    Ctrl-C, stops its runs, which save what they have; `quartet.sweep(..., resume=True)` goes on.
+    """
+
+    def __init__(self, beginning: "Beginning") -> None:
+        self._beginning = beginning
+        self.path: Path | None = beginning.path
+        """The sweep's folder; None before it exists."""
+
+    def __iter__(self) -> "Iterator[Change]":
+        conductor = self._beginning.open()
+        self.path = conductor.folder.path
+        try:
+            yield from conductor.changes(lambda: None)
+        finally:
+            conductor.close()
+
+    def finish(self) -> "Sweep":
+        """Carry out what is left and return the results. Raises `SweepFailed` where no trial can
+        be run."""
+        for _ in self:
+            pass
+        return self.results
+
+    @property
+    def results(self) -> "Sweep":
+        """The trials so far: `best`, `ranked()`, `importance()`."""
+        from quartet.runs.reader import NoRun
+        from quartet.runs.sweeps import Sweep
+
+        if self.path is None:
+            raise NoRun("the sweep has not begun. Iterate over it, or call finish().")
+        return Sweep(self.path)
+
+
+def sweep(
+    what: str | Path | Mapping[str, Any],
+    *,
+    resume: bool = False,
+    name: str = "sweep",
+    **settings: Any,
+) -> SweepRun:
+    """Return a sweep, checked and ready. It is the one that `quartet sweep` carries out.
+
+    Args:
+        what: a TOML file with a [sweep] table, the name of a sweep that ships with Quartet, the
+            same as nested dicts, or, with `resume`, a sweep's folder.
+        resume: go on with the newest sweep of this name, or with the folder.
+        name: what a sweep that is given as dicts is called.
+        **settings: any table or dotted key of the file: **{"sweep.parallel": 2, "run.steps": 50}.
+
+    Raises:
+        QuartetError: for a sweep that cannot work. Nothing has been written then.
+    """
+    from quartet.sweeps.life import beginning_of, file_beginning
+
+    words = [f"{key}={toml_value(value)}" for key, value in settings.items()]
+    if not isinstance(what, Mapping):
+        return SweepRun(beginning_of(str(what), words, resume))
+    text = table_toml(dict(what))
+    table = tomllib.loads(text)
+    origins = dict.fromkeys((key for key, _ in leaves(table)), CALLER)
+    return SweepRun(file_beginning(TomlFile(table, origins, name, text), words, resume))

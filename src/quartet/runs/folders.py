@@ -1,0 +1,44 @@
+"""Where runs and sweeps are: folders by name, found without opening what is in them."""
+
+import re
+from pathlib import Path
+
+RECORD, SWEEP = "events.jsonl", "sweep.jsonl"
+"""The record of a run and of a sweep: what their folders are known by."""
+
+
+def find_run(root: Path, name: str) -> Path | None:
+    """Return the newest run folder of this name below `root`; None if there is none."""
+    return _newest(root, name, RECORD)
+
+
+def find_sweep(root: Path, name: str) -> Path | None:
+    """Return the newest sweep of this name below `root`; None if there is none."""
+    return _newest(root, name, SWEEP)
+
+
+def _newest(root: Path, name: str, record: str) -> Path | None:
+    pattern = re.compile(rf"\d{{4}}-\d{{4}}-{re.escape(name)}(-\d+)?")
+    folders = [
+        path
+        for path in root.glob("*")
+        if not path.is_symlink() and pattern.fullmatch(path.name) and (path / record).is_file()
+    ]
+    return max(folders, key=lambda path: (path / record).stat().st_mtime, default=None)
+
+
+def is_sweep(folder: Path) -> bool:
+    """Return whether a folder is that of a sweep. A link is none."""
+    return not folder.is_symlink() and (folder / SWEEP).is_file()
+
+
+def sweep_folders(root: Path) -> list[Path]:
+    """Return the sweeps in a folder, the newest first, or the folder itself where it is one; none
+    where it cannot be listed."""
+    if is_sweep(root):
+        return [root.resolve()]
+    try:
+        found = [path for path in root.iterdir() if is_sweep(path)]
+    except OSError:
+        return []
+    return sorted(found, key=lambda path: (path / SWEEP).lstat().st_mtime, reverse=True)
