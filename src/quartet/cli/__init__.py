@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 
-from quartet.cli import check, evaluate, explain, export, inspect, label, run  # noqa: F401
+from quartet.cli import check, critic, evaluate, explain, export, inspect, label, run  # noqa: F401
 from quartet.cli.common import (
     FAILED,
     INTERRUPTED,
