@@ -173,7 +173,8 @@ def figure(results: dict[str, list[list[Audit]]]) -> Any:
                     col=column,
                 )
     drawn.update_xaxes(type="category", title_text="λ")
-    drawn.update_layout(showlegend=False, template="plotly_white", width=1000, height=640)
+    drawn.update_layout(showlegend=False, template="plotly_white", width=1000, height=620)
+    drawn.update_layout(margin={"l": 50, "r": 20, "t": 40, "b": 50})
     return drawn
 
 
@@ -190,7 +191,7 @@ def main() -> None:
     print(tables(results))
     RESULTS.write_text(json.dumps(summary(results), indent=1) + "\n")
     if options.figure:
-        figure(results).write_html(options.figure)
+        figure(results).write_html(options.figure, config={"displayModeBar": False})
 
 
 if __name__ == "__main__":
