@@ -1,13 +1,16 @@
 """Monte Carlo values of states (VinePPO), against the enumerated ones."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.state_values import MonteCarloValues, state_advantages
+from quartet.cli import app
 from quartet.config.toml import ConfigError, read_settings
 from quartet.data.sampler import Sampler
 from quartet.errors import QuartetError
@@ -28,6 +31,7 @@ from tests.support.enumerated import (
     tokenizer,
     toy_learner,
 )
+from tests.support.tiny_run import make_run
 
 NAN = math.nan
 VINEPPO = ALGORITHMS["vineppo"]
@@ -177,3 +181,15 @@ def test_the_plan_counts_the_tokens_of_continuations():
     later = sum(length - t for t in range(2, math.ceil(length), 2))
     tokens = 5 * (2 * rollout.prompts_per_step * length + responses * later)
     assert plan.tokens["vineppo, continuations generated"] == pytest.approx(tokens)
+
+
+@pytest.mark.slow
+def test_an_update_of_a_run_is_computed_again_to_the_bit(tmp_path):
+    """The continuations come from the generator's random numbers, which a checkpoint holds."""
+    run = make_run(tmp_path, "sums", *WORDS, "run.steps=3", "rollout.prompts_per_step=4")
+    events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    steps = [e["metrics"] for e in events if e["event"] == "metrics" and e["stage"] == "vineppo"]
+    assert len(steps) == 3 and all(m["continuations/tokens"] > 0 for m in steps)
+    shown = CliRunner().invoke(app, ["replay", str(run.path), "--step", "3"])
+    assert shown.exit_code == 0, shown.output
+    assert "every metric is the recorded one, to the bit" in shown.output

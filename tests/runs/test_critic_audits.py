@@ -22,7 +22,7 @@ def words(value):
 def test_a_perfect_critic_is_called_right():
     said = words(lambda position, true, rng, first: true)
     assert "On average V is right" in said
-    assert "At the first token it is right on average" in said
+    assert "At the first token its mean is right within the noise" in said
     assert "No error of V is left" in said
     assert "better than guessing" in said
     assert "closest to Monte Carlo at λ = 0:" in said

@@ -1,5 +1,7 @@
 """The command critic: a run's critic against Monte Carlo returns."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,9 +56,9 @@ def critic(
 
     without_progress_bars()
     sizes = Sizes(prefixes, continuations, seed)
-    with refusing():
+    with refusing(), _progress() as show:
         try:
-            path, result = audit_critic(run_folder.resolve(), step, prompts, sizes, _progress())
+            path, result = audit_critic(run_folder.resolve(), step, prompts, sizes, show)
         except OSError as error:
             refuse(f"{error.filename or run_folder}: cannot be written ({error.strerror}).")
     if as_json:
@@ -84,14 +86,11 @@ def print_audit(result: dict[str, Any]) -> None:
         console.print(printable(sentence), soft_wrap=True)
 
 
-def _progress() -> Any:
-    """Return what shows the work of the moment: one line on a terminal, nothing elsewhere."""
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Yield what shows the work of the moment: one line on a terminal, nothing elsewhere."""
     if not complaints.is_terminal:
-        return lambda words: None  # noqa: ARG005
-    status = complaints.status("")
-    status.start()
-
-    def show(words: str) -> None:
-        status.update(words)
-
-    return show
+        yield lambda words: None  # noqa: ARG005
+        return
+    with complaints.status("") as status:
+        yield status.update

@@ -243,8 +243,8 @@ def _level(audit: Audit) -> str:
     level = audit["level"]
     if not is_significant(level):
         return (
-            f"On average V is right: it differs from the mean return by {interval(level)} over "
-            f"{audit['states']:,} states of answers to {audit['prompts']:,} prompts."
+            f"On average V is right within the noise: V less the mean return is {interval(level)} "
+            f"over {audit['states']:,} states of answers to {audit['prompts']:,} prompts."
         )
     return (
         f"On average the critic is {_side(level['value'])}: V less the mean return is "
@@ -258,8 +258,8 @@ def _first_token(audit: Audit) -> str:
         return ""
     if not is_significant(row["bias"]):
         return (
-            f"At the first token it is right on average ({interval(row['bias'])}); for a single "
-            f"prompt it is off by {short(row['rmse']['value'])} (RMS)."
+            f"At the first token its mean is right within the noise, {interval(row['bias'])}; for "
+            f"a single prompt it is off by {short(row['rmse']['value'])} (RMS)."
         )
     return f"At the first token the critic is {_side(row['bias']['value'])} on average."
 
