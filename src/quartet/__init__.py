@@ -10,6 +10,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = {
+    "api.critic": "CriticAudit critic_audit",
     "api.evaluate": "evaluate",
     "api.record": "record",
     "api.run": "RunInterrupted TrainingRun",

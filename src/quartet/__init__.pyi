@@ -16,6 +16,8 @@ from quartet.algorithms.presets import ALGORITHMS as ALGORITHMS
 from quartet.algorithms.rewards import Rewards as Rewards
 from quartet.algorithms.rewards import ScoreShape as ScoreShape
 from quartet.algorithms.value_loss import ValueLoss as ValueLoss
+from quartet.api.critic import CriticAudit as CriticAudit
+from quartet.api.critic import critic_audit as critic_audit
 from quartet.api.evaluate import evaluate as evaluate
 from quartet.api.record import record as record
 from quartet.api.run import RunInterrupted as RunInterrupted

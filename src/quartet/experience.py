@@ -80,6 +80,11 @@ class Rollout:
     """The rewards of an environment, on the last token of each turn; 0 elsewhere."""
     greedy_score: float | None = None
     """The score of the greedy response to the same prompt, where the algorithm compares with it."""
+    state_values: tuple[float | None, ...] | None = None
+    """Before each token that begins at a state, the mean score of the continuations that were
+    sampled from there, where the algorithm needs it; None before other tokens."""
+    continuation_tokens: int = 0
+    """The tokens that were sampled for `state_values`."""
     versions: tuple[int, ...] | None = None
     """The version of the weights that sampled each token, where they may differ; None:
     `policy_version` for all."""
@@ -173,6 +178,8 @@ class Batch:
     """A score for every response token: a reward model read at each of them, or a dense reward."""
     greedy_scores: Float[Tensor, "B"] | None = None
     """The score of the greedy response to the same prompt."""
+    state_values: Float[Tensor, "B T"] | None = None
+    """The mean score of continuations from the state before a token; NaN where there is none."""
     kept: KeptIds | None = None
     """The ids that the sampler's filter left, where the policy is the filtered one."""
 

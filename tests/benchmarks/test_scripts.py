@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from tests.support.audits import made_audit
 from tests.support.tiny_run import SMALL_REVIEWS
 
 GPU = torch.cuda.is_available()
@@ -227,3 +228,19 @@ def test_the_faults_of_stages_before_rl_are_runs(tmp_path, monkeypatch):
         )
         assert diagnosis.checks.keys() == {recipe[0]}
         assert f"{recipe[0]}: loss_explodes: loss" in doctor_stages.looked_at(diagnosis)
+
+
+def test_critic_tabulates_audits_over_seeds():
+    import critic
+
+    seeds = [
+        [made_audit(step=step, seed=seed, prompts=12) for step in (4, 32)] for seed in range(2)
+    ]
+    results = {"reviews": seeds}
+    text = critic.tables(results)
+    levels = [own[1]["level"]["value"] for own in seeds]
+    assert critic.over_seeds(levels) in text and "reviews, step 32:" in text
+    numbers = critic.summary(results)["reviews, step 32"]
+    assert numbers["V − mean return, all states"] == pytest.approx(levels, abs=1e-4)
+    assert critic.over_seeds([1.0, 2.0, None]) == "1.50 (1.00 to 2.00)"
+    assert len(critic.figure(results).data) == 4

@@ -96,7 +96,7 @@ def test_every_key_that_names_a_path_is_known():
         "policy.adapter.targets", "run.folder", "run.name", "run.device", "run.keep_best", "launch.address",
         "generator.urls", "reward.*.name", "reward.*.url", "reward.*.token_env", "reward.*.answer", "reward.*.tests",
         "reward.*.pattern", "reward.*.separator", "reward.*.object", "recipe",
-        "data.shape.columns", "data.shape.label", "rollout.stop",
+        "data.shape.columns", "data.shape.label", "rollout.stop", "algorithm.advantage.separator",
     }  # fmt: skip
     found = set()
 

@@ -87,6 +87,10 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         PPO,
         {"recipe": ["remax"], "environment": {"function": "x.py:X"}},
     ),
+    "continuations_need_the_native_generator": (
+        PPO,
+        {"recipe": ["vineppo"], "generator": {"type": "vllm", "urls": ["http://127.0.0.1:1"]}},
+    ),
     "groups_need_two_answers": (PPO, {"recipe": ["grpo"], "rollout.samples_per_prompt": 1}),
     "critic_starts_from_something": (
         PPO,

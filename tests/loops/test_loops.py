@@ -196,6 +196,7 @@ def test_every_preset_takes_a_step(preset):
     assert second.metrics["policy/kl_to_old"] > 0
     assert (second.batch.values is not None) == algorithm.needs_critic
     assert (second.batch.greedy_scores is not None) == algorithm.needs_greedy
+    assert (second.batch.state_values is not None) == bool(algorithm.num_continuations)
 
 
 def test_the_exact_kl_is_taken_where_it_is_asked_for():

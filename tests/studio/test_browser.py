@@ -11,6 +11,7 @@ import uvicorn
 
 from quartet.studio.app import make_app
 from quartet.studio.report import write_report
+from tests.support.audits import made_audit, write_audit
 from tests.support.tiny_run import copied, put_words_into_its_mouth
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -32,6 +33,7 @@ PAGES = (
     "frontier",
     "answers",
     "reward-model",
+    "critic",
     "doctor",
     "config",
 )
@@ -54,6 +56,8 @@ def live(runs, tmp_path_factory):
             copied(run, root / run.name)
             shutil.copytree(run / "sft", root / run.name / "sft")
     ppo = next(root.glob("*reviews"))
+    for step in (7, 14):
+        write_audit(ppo, made_audit(step=step))
     evil = shutil.copytree(ppo, root / "evil")
     put_words_into_its_mouth(evil, EVIL)
     going = shutil.copytree(ppo, root / "going")
@@ -320,3 +324,14 @@ def test_the_report_opens_from_disk(page, ppo_run):
     page.goto(write_report(ppo_run).as_uri())
     until(page, "document.querySelectorAll('.js-plotly-plot').length > 5")
     assert page.locator("h1").inner_text().startswith(ppo_run.name)
+
+
+def test_the_critic_s_charts_are_drawn_and_another_step_is_a_click_away(page, live):
+    page.goto(f"/run/{name_of(live, 'reviews')}/critic")
+    until(page, "document.querySelectorAll('#charts .main-svg').length >= 3")
+    assert "at step 14" in page.inner_text("h1")
+    page.get_by_role("link", name="7", exact=True).click()
+    until(page, "document.querySelectorAll('#charts .main-svg').length >= 3")
+    assert "at step 7" in page.inner_text("h1")
+    page.set_viewport_size({"width": 390, "height": 800})
+    until(page, "document.documentElement.scrollWidth <= innerWidth")

@@ -15,6 +15,7 @@ from quartet.runs.reader import Run
 from quartet.studio import views
 from quartet.studio.app import make_app
 from quartet.studio.report import report
+from tests.support.audits import made_audit, write_audit
 from tests.support.tiny_run import copied, put_words_into_its_mouth
 
 EVIL = "<script>alert(1)</script>\"'&\u202eאב"
@@ -27,6 +28,7 @@ PAGES = [
     "frontier",
     "answers",
     "reward-model",
+    "critic",
     "evaluations",
     "doctor",
     "config",
@@ -373,3 +375,37 @@ def test_the_results_of_an_evaluation_are_on_a_page_and_in_the_report(tmp_path):
         assert "0.75 [0.5, 0.875]" in text and "3–0–1" in text and "0.625" in text
         assert "<script>x" not in text and "evaluation/broken.json is not JSON" in text
     assert '"x": [0.0, 2.0]' in page  # √KL
+
+
+def test_the_page_of_the_critic_has_the_audit_of_a_step(ppo_run, tmp_path):
+    run = copied(ppo_run.path, tmp_path / "audited")
+    client = TestClient(make_app([tmp_path]), base_url="http://127.0.0.1:8700")
+    assert "was not audited" in client.get("/run/audited/critic").text
+    write_audit(run, made_audit(lambda position, true, rng, first: true + 0.8, step=8))
+    evil = {**made_audit(step=12), "compared": [EVIL]}
+    write_audit(run, evil)
+    newest = client.get("/run/audited/critic").text
+    assert "at step 12" in newest and "On average V is right" in newest
+    assert "&lt;script&gt;alert(1)" in newest and "<script>alert(1)" not in newest
+    earlier = client.get("/run/audited/critic?step=8").text
+    assert "mostly a constant offset" in earlier and "the audited steps" in earlier
+    missing = client.get("/run/audited/critic?step=9")
+    assert missing.status_code == 404 and "was not audited at step 9" in missing.text
+    (run / "critic_audits" / "ppo-000012.json").write_text("[]")
+    assert "should be a table" in client.get("/run/audited/critic").text
+
+
+def test_the_report_has_the_last_audit_of_the_critic_and_its_charts(ppo_run, tmp_path):
+    path = copied(ppo_run.path, tmp_path / "audited")
+    without = report(Run(path))
+    assert "against Monte Carlo returns" not in without
+    write_audit(path, made_audit(step=8))
+    page = report(Run(path))
+    assert "The critic against Monte Carlo returns, at step 8" in page
+    assert "On average V is right" in page
+    assert page.count('class="plot"') == without.count('class="plot"') + 3
+    figures = json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL)[1])
+    places = [int(place) for place in re.findall(r'data-figure="(\d+)"', page)]
+    assert places == list(range(len(figures)))
+    titles = [figures[place]["layout"]["title"]["text"] for place in places[-3:]]
+    assert titles == ["Calibration", "Error by position", "Advantage estimates by λ"]

@@ -106,6 +106,7 @@ def make_batch(
         exact_kl=torch.where(mask, kl[VISITED[rows]], 0.0),
         entropy=torch.where(mask, entropy[VISITED[rows]], 0.0),
         values=torch.where(mask, values[VISITED[rows]], 0.0),
+        state_values=torch.where(mask, values[VISITED[rows]], math.nan),
         greedy_scores=SCORES[greedy(logits)].expand(len(rows)),
     )
 
@@ -197,7 +198,9 @@ def train(
         else:
             rows, weights, groups = everything, p, everything
         judge = (
-            exact_values(algorithm, logits) if algorithm.needs_critic and not sampled else values
+            exact_values(algorithm, logits)
+            if algorithm.num_continuations or (algorithm.needs_critic and not sampled)
+            else values
         )
         adam.zero_grad()
         logits.grad, values.grad = gradients(
@@ -292,6 +295,7 @@ WHY_NOT = {
     "in the loss, k1, weight sequence; group mean / deviation": "rewards are divided by their standard deviation, the KL is not",
     "a2c": "its entropy bonus of 0.01",
     "grpo": "k3 in the loss, standard deviation, mean over each response",
+    "vineppo": "k3 in the loss; whitening scales advantages and not the KL",
     "reinforce_pp_baseline": "k2 in the loss with whitened rewards",
     "lm_human_preferences": "whitened rewards reward short or long responses",
     "summarize_from_feedback": "another objective: a truncated response scores −1",

@@ -1,5 +1,6 @@
 """The tiny world: a model, prompts and a reward so small that the whole pipeline is a test."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ def ragged_batch(
         final_values=draw()[:, 1],
         token_scores=draw(),
         greedy_scores=torch.tensor(scores, dtype=dtype) / 2,
+        state_values=torch.where(mask & (positions % 2 == 1), draw(), math.nan),
     )
 
 

@@ -132,6 +132,12 @@ class Advantage(Family):
     prompt."""
 
     @property
+    def num_continuations(self) -> int:
+        """How many continuations are sampled from each state of a response, whose mean score is in
+        `batch.state_values`; 0 where it does not read them."""
+        return 0
+
+    @property
     def needs_final_values(self) -> bool:
         """Whether it reads `batch.final_values`, the value after the last token of a response that
         was cut off."""

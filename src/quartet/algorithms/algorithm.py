@@ -103,6 +103,14 @@ class Algorithm:
                     "gave them. Put it first, and "
                     "use it with rewards that read one score per response."
                 )
+        if self.num_continuations and (
+            self.scores or self.rewards != LastToken() or self.kl.changes_rewards
+        ):
+            raise ValueError(
+                f'advantage.type = "{advantage}" compares scores as the reward gives them, and '
+                "continuations have neither shaped scores nor a KL penalty. Use scores = [], "
+                'rewards = { type = "last_token" }, and kl = { type = "in_loss" } or "none".'
+            )
         if self.groups.max_rounds > 1 and not self.needs_group:
             raise ValueError(
                 f'groups.type = "{self.groups.type}" drops groups of equal scores, and '
@@ -130,6 +138,12 @@ class Algorithm:
     def needs_greedy(self) -> bool:
         """Whether advantages compare with the greedy response to the same prompt."""
         return self.advantage.needs_greedy
+
+    @property
+    def num_continuations(self) -> int:
+        """How many continuations are sampled from each state within a response, whose mean score is
+        its value; 0: none."""
+        return self.advantage.num_continuations
 
     @property
     def needs_token_scores(self) -> bool:

@@ -143,6 +143,11 @@ class KL(Family):
         return False
 
     @property
+    def changes_rewards(self) -> bool:
+        """Whether it changes rewards."""
+        return type(self).reward is not KL.reward
+
+    @property
     def exact_loss(self) -> bool:
         """Whether `loss` reads the exact KL over the vocabulary."""
         return False

@@ -27,6 +27,7 @@ from quartet.algorithms.policy_loss import (
     SequenceClip,
 )
 from quartet.algorithms.rewards import ClipScore, LastToken, MissingEos, RunningScale, SoftOverlong
+from quartet.algorithms.state_values import MonteCarloValues
 from quartet.algorithms.update import TrustRegion
 from quartet.algorithms.value_loss import ClippedValueLoss
 
@@ -151,6 +152,13 @@ CRITIC_FREE: dict[str, Algorithm] = {
         kl=KLInReward(coef=0.05),
         aggregation=FixedLength(length=1),
         policy_loss=Reinforce(),
+    ),
+    # Kazemnejad et al. 2024: PPO with the mean score of nine continuations for a value.
+    "vineppo": Algorithm(
+        advantage=MonteCarloValues(),
+        normalize=Whiten(),
+        kl=KLInLoss(estimator="k3", coef=1e-4),
+        aggregation=TokenMean(),
     ),
 }
 

@@ -6,7 +6,17 @@ import contextlib
 import os
 import sys
 
-from quartet.cli import check, evaluate, explain, export, inspect, label, run, sweep  # noqa: F401
+from quartet.cli import (  # noqa: F401
+    check,
+    critic,
+    evaluate,
+    explain,
+    export,
+    inspect,
+    label,
+    run,
+    sweep,
+)
 from quartet.cli.common import (
     FAILED,
     INTERRUPTED,

@@ -115,7 +115,7 @@ class NativeGenerator:
         for row, answer in enumerate(answers):
             group, sample = divmod(row, samples_per_prompt)
             prompt = prompts[group]
-            rollouts.append(self._rollout(prompt, group, sample, answer, before[group], sampling))
+            rollouts.append(self.as_rollout(prompt, group, sample, answer, before[group], sampling))
         return rollouts
 
     def _bytes_of_decoder(self) -> int:
@@ -124,7 +124,7 @@ class NativeGenerator:
             return 0
         return sum(p.nbytes for p in self.model.parameters() if p.numel() < WIDE_WEIGHT)
 
-    def _rollout(
+    def as_rollout(
         self,
         prompt: Prompt,
         group: int,

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.state_values import MonteCarloValues
 from quartet.data.sampler import Sampler
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
 from quartet.io.activity import activity
+from quartet.loops.state_values import with_state_values
 from quartet.rewards.protocol import Weighted, rewarded, with_score
 
 
@@ -73,6 +75,10 @@ class Collector:
                 self.rewards,
             )
             rollouts = [_with_baseline(r, greedy[r.group].score) for r in rollouts]
+        if isinstance(algorithm.advantage, MonteCarloValues):
+            rollouts = with_state_values(
+                rollouts, self.generator, self.rewards, algorithm.advantage, sampling
+            )
         return rollouts
 
     def load_weights(self, weights: Weights) -> None:

@@ -1,9 +1,11 @@
 """What a run will take, estimated before torch is loaded."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from quartet.algorithms.state_values import MonteCarloValues
 from quartet.config.tables import Config, SharedCritic, StageTraining, TrainTokenizer
 from quartet.planning.memory import (
     FLOAT,
@@ -178,7 +180,23 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
             steps[stage] = config.run.steps * config.optim.epochs * config.optim.minibatches
             tokens[f"{stage}, generated"] = _responses(config) * row[1]
             tokens[stage] = _responses(config) * sum(row) * config.optim.epochs
+            if continued := _continuation_tokens(config, row[1]):
+                tokens[f"{stage}, continuations generated"] = continued
     return steps, tokens
+
+
+def _continuation_tokens(config: Config, length: float) -> float:
+    """Return the tokens that are sampled for Monte Carlo values from the states of responses of
+    this length. Responses to one prompt share the first state. A separator is taken to be as
+    frequent as `every` says."""
+    advantage = config.algorithm and config.algorithm.advantage
+    if not isinstance(advantage, MonteCarloValues):
+        return 0.0
+    later = math.fsum(
+        length - t for t in range(advantage.every, math.ceil(length), advantage.every)
+    )
+    prompts = _responses(config) / config.rollout.samples_per_prompt
+    return advantage.continuations * (prompts * length + _responses(config) * later)
 
 
 def _disk(config: Config, models: dict[str, int | None]) -> float:

@@ -27,6 +27,7 @@ CHARTS = (
     Chart("KL to the reference, nats", ("kl",)),
     Chart("Pair accuracy", ("accuracy", "held_out/accuracy"), percent=True),
     Chart("Response length, tokens", ("response/tokens",)),
+    Chart("Tokens of continuations", ("continuations/tokens",)),
     Chart("Turns", ("response/turns",)),
     Chart(
         "Ended, repetition, distinct, most common",

@@ -295,6 +295,12 @@ DEFINITIONS = (
         "If it drifts in either direction, read responses.",
     ),
     Definition(
+        "continuations/tokens",
+        "tokens of continuations",
+        "the tokens that were sampled in the step for Monte Carlo values, beside its responses",
+        "Fewer states (algorithm.advantage.every) or continuations make it smaller.",
+    ),
+    Definition(
         "response/ended",
         "ended",
         "the share of responses that the policy ended: with an end-of-sequence token or a stop "

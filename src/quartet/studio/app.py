@@ -18,6 +18,13 @@ from quartet import __version__
 from quartet.errors import QuartetError
 from quartet.runs import figures
 from quartet.runs.charts import Chart, charts
+from quartet.runs.critic_audits import (
+    audit_history,
+    audit_sentences,
+    audit_tables,
+    critic_audits,
+)
+from quartet.runs.critic_figures import audit_figures
 from quartet.runs.definitions import definition
 from quartet.runs.doctor import diagnose
 from quartet.runs.evaluations import evaluation_tables, evaluations, kl_frontier
@@ -306,6 +313,29 @@ class Pages:
             page="evaluations",
         )
 
+    def critic(self, request: Request) -> Response:
+        """Return the page of the critic's audit at one step; by default the last one audited."""
+        run = self.run_of(request)
+        audits, problems = critic_audits(run.path)
+        step = _whole(request, "step", audits[-1]["step"] if audits else 0)
+        audit = next((each for each in audits if each["step"] == step), None)
+        if audits and audit is None:
+            raise NoRun(f"{run.name}: its critic was not audited at step {step:,}.")
+        history = audit_history(audits)
+        return self.html(
+            "critic.html",
+            title="Critic",
+            run=run,
+            audit=audit,
+            steps=[each["step"] for each in audits],
+            sentences=audit_sentences(audit) if audit else [],
+            evaluation={"tables": audit_tables(audit) if audit else []},
+            history={"tables": [] if history is None else [history]},
+            charts=audit_figures(audit) if audit else [],
+            unread=problems,
+            page="critic",
+        )
+
     def doctor(self, request: Request) -> Response:
         run = self.run_of(request)
         diagnosis = diagnose(run)
@@ -368,6 +398,7 @@ def make_app(
         "/run/{name}/answers": pages.answers,
         "/run/{name}/reward-model": pages.reward_model,
         "/run/{name}/evaluations": pages.evaluations,
+        "/run/{name}/critic": pages.critic,
         "/run/{name}/doctor": pages.doctor,
         "/run/{name}/config": pages.config,
         "/api/run/{name}/overview": pages.overview_data,

@@ -7,6 +7,8 @@ from typing import Any
 from markupsafe import Markup
 
 from quartet import __version__
+from quartet.runs.critic_audits import audit_history, audit_sentences, audit_tables, critic_audits
+from quartet.runs.critic_figures import audit_figures
 from quartet.runs.doctor import Finding, examine
 from quartet.runs.evaluations import evaluation_tables, evaluations
 from quartet.runs.figures import frontier
@@ -66,9 +68,12 @@ def report(run: Run) -> str:
     figures = [chart["figure"] for stage in stages for chart in stage["charts"]]
     line = frontier(run)
     results, unread = evaluations(run.path)
+    audits, damaged = critic_audits(run.path)
     rollouts = [_rollout(run, step, number) for step, number in chosen_rollouts(run)]
     if line["data"]:
         figures.append(line)
+    critic = _critic(audits)
+    figures += [chart["figure"] for chart in critic["charts"]]
     return (
         templates()
         .get_template("report.html")
@@ -90,7 +95,8 @@ def report(run: Run) -> str:
                 {"name": name, "tables": evaluation_tables(result)}
                 for name, result in results.items()
             ],
-            problems=[*run.problems, *unread],
+            critic=critic,
+            problems=[*run.problems, *unread, *damaged],
             style=Markup(
                 (static / "studio.css")
                 .read_text(encoding="utf-8")
@@ -99,6 +105,19 @@ def report(run: Run) -> str:
             plotly=Markup(plotly_file().read_text(encoding="utf-8")),
         )
     )
+
+
+def _critic(audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the report says of the last audit of the critic; nothing where there is none."""
+    if not audits:
+        return {"charts": []}
+    history = audit_history(audits)
+    return {
+        "step": audits[-1]["step"],
+        "sentences": audit_sentences(audits[-1]),
+        "tables": [*audit_tables(audits[-1]), *([] if history is None else [history])],
+        "charts": audit_figures(audits[-1]),
+    }
 
 
 def verdict(run: Run, findings: Sequence[Finding]) -> list[str]:

@@ -49,6 +49,9 @@ def collate(rollouts: Sequence[Rollout], device: torch.device | None = None) -> 
             [r.greedy_score for r in rollouts],
             lambda scores: torch.tensor(scores, dtype=torch.float32, device=device),
         ),
+        state_values=_if_complete(
+            [_numbers(r.state_values) for r in rollouts], lambda rows: spread(rows, mask)
+        ),
         kept=KeptIds.of(rollouts, tokens.shape[1]),
     )
 
@@ -58,6 +61,11 @@ def _on_policy_tokens(numbers: Sequence[float] | None, rollout: Rollout) -> Sequ
     if numbers is None or rollout.policy_mask is None:
         return numbers
     return [number for number, own in zip(numbers, rollout.policy_mask, strict=True) if own]
+
+
+def _numbers(values: Sequence[float | None] | None) -> list[float] | None:
+    """Return values with NaN for None."""
+    return None if values is None else [math.nan if v is None else v for v in values]
 
 
 def _if_complete(values: Sequence[Any], to_tensor: Callable[[Any], Tensor]) -> Tensor | None:

@@ -99,6 +99,8 @@ def rl_metrics(
     score and that were left out."""
     metrics = response_metrics(rollouts) | state_metrics(algorithm)
     metrics["responses"] = float(len(rollouts))
+    if algorithm.num_continuations:
+        metrics["continuations/tokens"] = float(sum(r.continuation_tokens for r in rollouts))
     metrics["reward/unscored"] = unscored
     metrics |= _reward_metrics(rollouts, batch)
     if batch.ref_logprobs is not None:

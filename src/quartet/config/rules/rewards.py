@@ -2,6 +2,7 @@
 
 from quartet.config.rules.base import rule
 from quartet.config.tables import Config
+from quartet.generation.source import Native
 from quartet.rewards.sources import (
     EnsembleSource,
     EnvironmentSource,
@@ -138,4 +139,22 @@ def greedy_baseline_needs_one_turn(config: Config) -> str | None:
     return (
         "environment: an algorithm that compares with a greedy answer is not written for several "
         "turns."
+    )
+
+
+@rule
+def continuations_need_the_native_generator(config: Config) -> str | None:
+    if config.algorithm is None or not config.algorithm.num_continuations:
+        return None
+    advantage = config.algorithm.advantage.type
+    if config.has_episodes:
+        return (
+            f'environment: advantage.type = "{advantage}" goes on from the middle of responses, '
+            "and an environment cannot be brought into that state. Use another advantage."
+        )
+    if isinstance(config.generator, Native):
+        return None
+    return (
+        f'generator.type = "{config.generator.type}": advantage.type = "{advantage}" goes on from '
+        "the middle of responses, which only the native generator does. Take the table out."
     )
