@@ -61,11 +61,18 @@ def _sum(numbers: list[Tensor]) -> Int[Tensor, ""]:
 
 
 def _bits(parameter: Tensor) -> Int[Tensor, ""]:
-    """Return the sum over this rank's part, or 0 where another rank counts the same part. On a CPU
-    it is taken piece by piece, because a sum in int64 copies what it sums there."""
+    """Return the sum over this rank's part, or 0 where another rank counts the same part. A sum of
+    other integers in int64 copies what it sums on a CPU. There it is taken piece by piece, through
+    one buffer: a new one for each piece would leave a hole in the heap before each sum that is
+    kept, 1 GB in all for Gemma 3 270M."""
     size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    numbers = local_tensor(parameter.detach()).view(size)
-    pieces = numbers.flatten().split(PIECE) if numbers.device.type == "cpu" else [numbers]
-    bits = torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
+    numbers = local_tensor(parameter.detach()).view(size).flatten()
+    bits = torch.zeros((), dtype=torch.int64, device=numbers.device)
+    if numbers.device.type == "cpu":
+        buffer = torch.empty(min(PIECE, len(numbers)), dtype=torch.int64)
+        for piece in numbers.split(PIECE):
+            bits += buffer[: len(piece)].copy_(piece).sum()
+    else:
+        bits += numbers.sum(dtype=torch.int64)
     counts = not is_sharded(parameter) or is_first_replica(parameter)
     return bits if counts else torch.zeros_like(bits)
