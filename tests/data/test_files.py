@@ -47,7 +47,7 @@ def test_rows_know_their_place(tmp_path):
         (
             "x.jsonl",
             b"[1, 2]\n",
-            "x.jsonl:1: is a list, not an object with named columns. It is the first row.",
+            "x.jsonl:1: is a list, not an object with named columns. Is it one JSON list?",
         ),
         (
             "x.jsonl",
@@ -57,7 +57,7 @@ def test_rows_know_their_place(tmp_path):
         (
             "x.jsonl",
             b'{"a": "\xff"}\n',
-            "x.jsonl:1: not UTF-8 text (byte 7 of the line). It is the first row.",
+            "x.jsonl:1: not UTF-8 text (byte 7 of the line). Save it as UTF-8. It is the first row.",
         ),
         ("x.jsonl.gz", b"not gzip", "x.jsonl.gz: the compressed file is damaged"),
         (

@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +147,10 @@ def _datasets(path: Path) -> Any:
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield the objects of a JSON list. The file is read whole, for JSON has no lines."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        table = json.loads(text) if text.strip() else []
     except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: not UTF-8 text (byte {error.start}).") from None
+        raise DataError(f"{path.name}: {_not_utf8(error, f'byte {error.start}')}") from None
     except json.JSONDecodeError as error:
         extra = " Is it JSON lines? Call it .jsonl." if error.msg == "Extra data" else ""
         raise DataError(
@@ -179,9 +180,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                         line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
                     )
                 except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{place}: not UTF-8 text (byte {error.start} of the line). {_fine(good)}"
-                    ) from None
+                    where = f"byte {error.start} of the line"
+                    raise DataError(f"{place}: {_not_utf8(error, where)} {_fine(good)}") from None
                 except json.JSONDecodeError as error:
                     raise DataError(
                         f"{place}: not JSON ({_reason(error)}). {_fine(good)}"
@@ -195,14 +195,17 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                         f"{_fine(good)}"
                     ) from None
                 if not isinstance(row, dict):
+                    whole = isinstance(row, list) and not good
+                    advice = "Is it one JSON list? Call it .json." if whole else _fine(good)
                     raise DataError(
-                        f"{place}: is {_kind(row)}, not an object with named columns. {_fine(good)}"
+                        f"{place}: is {_kind(row)}, not an object with named columns. {advice}"
                     )
                 good += 1
                 yield place, row
         except (EOFError, zlib.error, OSError) as error:
             raise DataError(
-                f"{path.name}: the compressed file is damaged ({error}). {_fine(good)}"
+                f"{path.name}: the compressed file is damaged ({error})."
+                + (f" {_fine(good)}" if good else "")
             ) from None
 
 
@@ -215,6 +218,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _csv_rows(path: Path, reader: "csv.DictReader[str]", good: int) -> Iterator[tuple[str, Row]]:
     try:
+        _check_header(path, reader.fieldnames or [])
         for row in reader:
             place = f"{path.name}:{reader.line_num}"
             if None in row or None in row.values():
@@ -225,14 +229,22 @@ def _csv_rows(path: Path, reader: "csv.DictReader[str]", good: int) -> Iterator[
             good += 1
             yield place, dict(row)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path.name}: not UTF-8 text after line {reader.line_num} ({error.reason}). "
-            f"{_fine(good)}"
-        ) from None
+        where = f"after line {reader.line_num}" if reader.line_num else error.reason
+        raise DataError(f"{path.name}: {_not_utf8(error, where)}") from None
     except csv.Error as error:
         raise DataError(
             f"{path.name}:{reader.line_num}: not CSV ({error}). {_fine(good)}"
         ) from None
+
+
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    """Raise `DataError` where the one column of a header is several, with another separator."""
+    for separator, name in {";": "semicolons", "\t": "tabs"}.items():
+        if len(names) == 1 and separator in names[0]:
+            raise DataError(
+                f"{path.name}:1: the cells are separated by {name}, not by commas. Save it with "
+                "commas."
+            )
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
@@ -255,6 +267,12 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(
             f"{path.name}: damaged after row {number:,} ({str(error).partition('.')[0]})."
         ) from None
+
+
+def _not_utf8(error: UnicodeDecodeError, where: str) -> str:
+    """Return what to do about bytes that are not UTF-8."""
+    utf16 = error.start == 0 and error.object[:2] in {b"\xff\xfe", b"\xfe\xff"}
+    return f"not UTF-8 text ({where}).{' It looks like UTF-16.' if utf16 else ''} Save it as UTF-8."
 
 
 def _fine(good: int) -> str:

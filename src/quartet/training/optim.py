@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from quartet.distributed.sharding import copy_saved, full_tensor, is_sharded
+from quartet.errors import StateMisfit
 from quartet.io.threads import Abandoned
 from quartet.parts import Field, OrInf, part
 from quartet.tensors import Tensor, torch
@@ -191,17 +192,19 @@ class Optimizer:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError where the state is another type's, or no state of these parameters."""
+        """Raises `StateMisfit` where the state is another type's or of other parameters, and
+        ValueError where it is no state."""
         saved_type = state.get("optimizer", "adamw")  # which was the only one once
         if saved_type != self.config.optimizer:
-            raise ValueError(
+            raise StateMisfit(
                 f'its optimizer is "{saved_type}", and "{self.config.optimizer}" cannot go on from '
-                "its moments"
+                "its moments",
+                f'set optimizer = "{saved_type}" again',
             )
         if len(state["parameters"]) != len(self.parameters):
-            raise ValueError(
+            raise StateMisfit(
                 f"{len(state['parameters'])} parameters were saved, and {len(self.parameters)} are "
-                f"trained now"
+                "trained now",
             )
         steps, skipped, scale = state["steps"], state["skipped"], state["scale"]
         if (
@@ -219,9 +222,9 @@ class Optimizer:
         ):
             restored = self._restored_moments(mine, moments)
             if mine.shape != saved.shape:
-                raise ValueError(
+                raise StateMisfit(
                     f"a parameter of shape {list(saved.shape)} was saved, and has shape "
-                    f"{list(mine.shape)} now"
+                    f"{list(mine.shape)} now",
                 )
             copy_saved(mine.data, saved)
             if restored:  # a parameter that no gradient has reached has none
