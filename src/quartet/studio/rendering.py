@@ -10,7 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quartet.runs.untrusted import finite
-from quartet.studio.views import number, score_parts, shortened
+from quartet.runs.wording import number
+from quartet.studio.views import score_parts, shortened
 
 
 @functools.cache
