@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -55,6 +57,14 @@ def test_a_reward_model_is_refused(folder):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="which scores text and generates none"):
         ChatSession(folder, 1.0, 3)
+
+
+@pytest.mark.slow
+def test_no_command_shows_the_progress_bars_of_other_libraries(folder, tmp_path):
+    """In a process of its own: they are turned off when transformers is imported."""
+    words = [sys.executable, "-m", "quartet", "chat", str(folder)]
+    done = subprocess.run(words, check=False, input="good\n", capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

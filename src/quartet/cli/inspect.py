@@ -19,7 +19,6 @@ from quartet.cli.common import (
     refuse,
     refusing,
     url_of,
-    without_progress_bars,
 )
 from quartet.io.install import install_command
 from quartet.io.texts import typed
@@ -204,7 +203,6 @@ def replay(
     from quartet.runtime.replay import CannotReplay, checkpoint_before
     from quartet.runtime.replay import replay as compute
 
-    without_progress_bars()
     run, words = _run(run_folder), words or []
     series = _recorded_series(run, step, words)
     assert run.rl_stage is not None
