@@ -344,6 +344,17 @@ def doctor(
         )
 
 
+EXTRAS = {
+    "lora": "peft",
+    "math": "math_verify",
+    "json": "jsonschema",
+    "datasets": "datasets",
+    "bitsandbytes": "bitsandbytes",
+}
+"""The module of each extra that a model, a reward or data may need."""
+YES_NO = {True: "yes", False: "no"}
+
+
 def _print_machine(as_json: bool) -> None:
     """Print versions, hardware, optional packages and the sandbox for programs."""
     import importlib.util
@@ -353,13 +364,6 @@ def _print_machine(as_json: bool) -> None:
 
     from quartet.recording.run_folder import environment
 
-    extras = {
-        "lora": "peft",
-        "math": "math_verify",
-        "json": "jsonschema",
-        "datasets": "datasets",
-        "bitsandbytes": "bitsandbytes",
-    }
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = {
         **environment(),
@@ -367,7 +371,7 @@ def _print_machine(as_json: bool) -> None:
         "gpus": devices,
         "extras": {
             extra: importlib.util.find_spec(package) is not None
-            for extra, package in extras.items()
+            for extra, package in EXTRAS.items()
         },
         "bubblewrap": shutil.which("bwrap"),
     }
@@ -376,7 +380,9 @@ def _print_machine(as_json: bool) -> None:
         return
     for name, value in facts.items():
         shown = (
-            ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            ", ".join(f"{k} {YES_NO.get(v, v)}" for k, v in value.items())
+            if isinstance(value, dict)
+            else value
         )
         console.print(f"{name:<12}{'none' if value in (None, []) else shown}", soft_wrap=True)
     missing = [extra for extra, is_installed in facts["extras"].items() if not is_installed]
