@@ -162,8 +162,8 @@ def test_in_a_pipe_lines_become_rarer_and_the_last_comes_once(monkeypatch):
         screen._print_if_due()  # what the ticker does; nothing has changed since
     screen.show(Finished(stage, {}, 3600.0))
     lines = out.getvalue().splitlines()
-    assert lines[0].split()[-1] == "0:05" and lines[1].split()[-1] == "0:15"
-    assert len(lines) == 12 and len(set(lines)) == len(lines)
+    assert lines[0].split()[-1] == "0:05" and lines[1].split()[-1] == "0:20"
+    assert len(lines) == 10 and len(set(lines)) == len(lines)
     assert sum("3600/3600" in line for line in lines) == 1
 
 

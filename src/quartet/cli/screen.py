@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 BAR_WIDTH = 10
 PLAIN_SECONDS = 5.0
 """Seconds until a stage's first line in a file or a pipe."""
-PLAIN_GROWTH, PLAIN_MOST = 2.0, 600.0
+PLAIN_GROWTH, PLAIN_MOST = 3.0, 600.0
 """How much longer each next line of a stage is waited for, and the longest wait in seconds: three
-minutes have 5 lines and the last, whatever the number of steps."""
+minutes have 3 lines and the last, whatever the number of steps."""
 SHOWN_SECONDS = 2.0
 """How long something is done before the line says what it is."""
 SMOOTHING = 5

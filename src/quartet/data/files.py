@@ -1,6 +1,7 @@
 """Rows of files (.jsonl, .jsonl.gz, .json, .csv, .parquet), folders of them, or data sets of the
 hub: one by one, each with its place."""
 
+import contextlib
 import csv
 import gzip
 import json
@@ -10,9 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants as hub_constants
+
 from quartet.data import DataError
 from quartet.io.install import install_command
 from quartet.labels.log import LabelError, is_label_file, read_labels
+from quartet.models.hub import why_not_on_hub
 
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".parquet")
@@ -120,16 +124,34 @@ def _saved(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
 def _hub(path: Path, name: "re.Match[str]") -> Iterator[tuple[str, Row]]:
     """Yield the rows of a data set of the hub, downloaded once to the cache of the package."""
     datasets = _datasets(path)
+    why = why_not_on_hub(name["id"], "dataset")
     try:
-        table = datasets.load_dataset(name["id"], name["config"], split=name["split"] or "train")
+        with _offline(datasets) if why else contextlib.nullcontext():
+            table = datasets.load_dataset(
+                name["id"], name["config"], split=name["split"] or "train"
+            )
     except Exception as error:  # whatever a hub, a network or a cache may say
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(
-            f"{path}: no such file or folder, and no data set of the hub that can be had "
-            f"({reason})."
+            f"{path}: is no file or folder here, and {why or f'the hub gives no data ({reason}).'}"
         ) from error
     for number, row in enumerate(table, 1):
         yield f"{path}:{number}", row
+
+
+@contextlib.contextmanager
+def _offline(datasets: Any) -> Iterator[None]:
+    """Within this context, data sets come from the cache only: what the hub did not give once would
+    be asked for again for half a minute."""
+    places: tuple[Any, ...] = (datasets.config, hub_constants)
+    before = hub_constants.HF_HUB_OFFLINE
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place in places:
+            place.HF_HUB_OFFLINE = before
 
 
 def _datasets(path: Path) -> Any:
