@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -11,7 +12,10 @@ import torch
 from starlette.testclient import TestClient
 
 from quartet.models.language_model import load_model, load_tokenizer
+from quartet.runs.charts import CHARTS
+from quartet.runs.definitions import definition
 from quartet.runs.reader import Run
+from quartet.runs.rules import RULES
 from quartet.runs.wording import number, stage_summary
 from quartet.studio import views
 from quartet.studio.app import make_app
@@ -385,3 +389,22 @@ def test_the_results_of_an_evaluation_are_on_a_page_and_in_the_report(tmp_path):
         assert "0.75 [0.5, 0.875]" in text and "3–0–1" in text and "0.625" in text
         assert "<script>x" not in text and "evaluation/broken.json is not JSON" in text
     assert '"x": [0.0, 2.0]' in page  # √KL
+
+
+def test_a_page_without_evaluations_names_a_command_that_finds_the_run(client, ppo_run):
+    page = client.get(f"/run/{ppo_run.name}/evaluations").text
+    command = re.search(r"<code>quartet eval (.*?)</code>", page)
+    assert command and Run(Path(command[1])).name == ppo_run.name
+
+
+def test_the_distance_of_a_preference_stage_is_no_invariant():
+    """It must be 0 at the first step only."""
+    shown = {chart.title: chart.metrics for chart in CHARTS}
+    assert shown["Distance to the reference, nats"] == ("logratio/abs",)
+    assert "logratio/abs" not in shown["Invariants"]
+
+
+def test_every_metric_that_a_rule_looks_at_has_a_plain_name():
+    """The doctor's page lists the rules by it."""
+    unnamed = {t.reads[0] for t in RULES.values() if not definition(t.reads[0]).what}
+    assert unnamed == set()

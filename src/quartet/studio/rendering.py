@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def templates() -> Environment:
         "ago": ago,
         "shortened": shortened,
         "score_parts": score_parts,
+        "typed": lambda path: shlex.quote(str(path)),
     }
     environment.policies["json.dumps_function"] = json_text
     return environment
