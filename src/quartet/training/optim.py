@@ -52,9 +52,23 @@ class OptimizerConfig:
     max_grad_norm: OrInf = Field(
         default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them."
     )
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="The share of each weight, times the learning rate, that a step takes "
+        "off; ≥ 0. Typical: 0 to 0.1.",
+    )
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95),
+        description="Adam's decay rates of the means of gradients and of their squares, "
+        "from 0 to 1. Typical: [0.9, 0.95] to [0.9, 0.999].",
+    )
+    eps: float = Field(
+        default=1e-8,
+        gt=0,
+        description="Adam's epsilon, which is added to the root of the mean square; > 0. "
+        "Typical: 1e-8.",
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop",
         description='An update whose loss or gradient is not finite stops the run; "skip" leaves '
