@@ -1,6 +1,8 @@
 """What is exported loads without Quartet."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -71,3 +73,15 @@ def test_a_policy_that_was_sampled_is_exported_to_be_sampled(run, tmp_path):
     assert not theirs.repetition_penalty and not theirs.min_new_tokens, "the run had none"
     assert "All settings: `config.resolved.toml`." in (target / "README.md").read_text()
     assert (target / "config.resolved.toml").read_text() == rollout
+
+
+def test_a_full_disk_is_one_sentence(run, tmp_path, monkeypatch):
+    def full(source, target, **_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source, None, target)
+
+    monkeypatch.setattr("shutil.copy2", full)
+    monkeypatch.setattr("shutil.copytree.__defaults__", (False, None, full, False, False))
+    done = quartet(run, "--to", tmp_path / "x")
+    said = done.output.replace("\n", "")
+    assert done.exit_code == 1 and not (tmp_path / "x").exists()
+    assert said.endswith("x: cannot be written (No space left on device). Nothing was written.")
