@@ -48,15 +48,41 @@ def test_the_notebook_runs(runs, ppo_run, monkeypatch, tmp_path):
     assert len(names["own"]) and names["table"].reward.notna().any()
 
 
-def cells_run():
-    """The variables of the notebook after all of its cells have run here."""
+def test_the_notebook_runs_in_the_middle_of_rl(ppo_run, monkeypatch, tmp_path):
+    """A run that was stopped after its second step of PPO."""
+    latest = tmp_path / "runs" / "latest"
+    shutil.copytree(ppo_run.path, latest, ignore=shutil.ignore_patterns("policy", "critic"))
+    for file in (*latest.glob("rollouts/*"), *latest.glob("probes/*")):
+        if file.stem.isdecimal() and int(file.stem) > 2:
+            file.unlink()
+    events = (latest / "events.jsonl").read_text().splitlines(keepends=True)
+    second = next(
+        i
+        for i, e in enumerate(events)
+        if json.loads(e).get("stage") == "ppo" and json.loads(e).get("step") == 2
+    )
+    (latest / "events.jsonl").write_text("".join(events[: second + 1]))
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path / "docs")
+    names = cells_run()
+    assert len(names["own"]) and len(names["table"].query("stage == 'ppo'")) == 2
+
+
+@pytest.mark.slow
+def test_the_notebook_of_one_batch_runs():
+    names = cells_run("batch_of_eight")
+    assert names["text"].startswith("# One batch of eight responses")
+
+
+def cells_run(name="reading_a_run"):
+    """The variables of a notebook after all of its cells have run here."""
     pytest.importorskip("pandas")
     notebook = json.loads(
-        (Path(__file__).parent.parent / "docs" / "reading_a_run.ipynb").read_text(encoding="utf-8")
+        (Path(__file__).parent.parent / "docs" / f"{name}.ipynb").read_text(encoding="utf-8")
     )
     names = {}
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert len(cells) > 5
+    assert len(cells) > 1
     for cell in cells:
         exec(compile(cell, "cell", "exec"), names)
     return names

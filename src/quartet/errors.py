@@ -1,4 +1,4 @@
-"""The base class of the package's exceptions, and the exception of a number that is not finite."""
+"""The base class of the package's exceptions, and those that several layers raise."""
 
 from collections.abc import Sequence
 
@@ -13,6 +13,21 @@ class QuartetError(Exception):
 
 class PartError(QuartetError, TypeError):
     """A part of an algorithm that returned what it must not: the part, and what is expected."""
+
+
+SAME_MODEL = "put back the model that the stage began with, and the settings that were accepted"
+
+
+class StateMisfit(QuartetError, ValueError):
+    """A saved state that fits other models, settings or files than those of this run.
+
+    The state is whole, and earlier states of the same run do not fit either. `remedy` says, without
+    a full stop, what to change so that it fits.
+    """
+
+    def __init__(self, what: str, remedy: str = SAME_MODEL) -> None:
+        super().__init__(f"{what}; {remedy}")
+        self.what, self.remedy = what, remedy
 
 
 class NonFinite(QuartetError, RuntimeError):

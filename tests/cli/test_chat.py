@@ -1,6 +1,9 @@
 """A conversation in the terminal."""
 
 import io
+import json
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -37,6 +40,31 @@ def test_help_lists_the_commands_and_an_unknown_one_is_no_message(folder):
     assert session.messages == []
     said(session, "good", "/new")
     assert session.messages == []
+
+
+def test_what_is_longer_than_the_model_reads_is_not_answered(folder):
+    session = ChatSession(folder, 1.0, 3)
+    long = "the " * session.longest
+    assert f"more than the {session.longest} that the model reads. /new" in said(session, long)
+    assert session.messages == []
+    said(session, "good")
+    assert len(session.messages) == 2
+
+
+def test_a_reward_model_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="which scores text and generates none"):
+        ChatSession(folder, 1.0, 3)
+
+
+@pytest.mark.slow
+def test_no_command_shows_the_progress_bars_of_other_libraries(folder, tmp_path):
+    """In a process of its own: they are turned off when transformers is imported."""
+    words = [sys.executable, "-m", "quartet", "chat", str(folder)]
+    done = subprocess.run(words, check=False, input="good\n", capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

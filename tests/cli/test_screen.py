@@ -162,6 +162,32 @@ def test_in_a_pipe_lines_become_rarer_and_the_last_comes_once(monkeypatch):
         screen._print_if_due()  # what the ticker does; nothing has changed since
     screen.show(Finished(stage, {}, 3600.0))
     lines = out.getvalue().splitlines()
-    assert lines[0].split()[-1] == "0:05" and lines[1].split()[-1] == "0:13"
-    assert len(lines) <= 18 and len(set(lines)) == len(lines)
+    assert lines[0].split()[-1] == "0:05" and lines[1].split()[-1] == "0:20"
+    assert len(lines) == 10 and len(set(lines)) == len(lines)
     assert sum("3600/3600" in line for line in lines) == 1
+
+
+def test_in_a_pipe_a_line_says_what_is_done_and_a_waiting_last_step_is_silent(monkeypatch):
+    """At its last step a stage may still be merged and written, but its line comes at its end."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("quartet.cli.screen.threading.Thread.start", lambda self: None)
+    monkeypatch.setattr("quartet.cli.screen.threading.Thread.join", lambda self: None)
+    out = io.StringIO()
+    screen = Screen(Console(file=out, width=120))
+    screen.show(Started(STAGE, 1, 1))
+    with activity("sampling"):
+        now[0] += 6
+        screen._print_if_due()
+    screen.show(Advanced(STAGE, Progress(4, {"reward": -0.001})))
+    now[0] += 100
+    screen._print_if_due()
+    screen.show(Finished(STAGE, {}, 106.0))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2 and lines[0].endswith("0:06  sampling") and "4/4" in lines[1]
+    assert "reward 0.00 → 0.00" in lines[1], "no sign before 0"
+
+
+def test_the_warnings_of_a_stage_that_was_stopped_are_counted_too():
+    warned = [Warned(STAGE, step, "too hot") for step in range(1, 5)]
+    assert "the warning of step 1 came 3 more times" in shown(Started(STAGE, 1, 1), *warned)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from quartet.config.explain import setting_in_words
-from quartet.config.suggestions import known_keys
+from quartet.config.suggestions import description_of, known_keys
 from quartet.errors import QuartetError
 from tests.support.command import quartet
 
@@ -48,3 +48,14 @@ def test_what_is_unknown_is_answered_with_what_was_meant(tmp_path):
     for word, meant in (("grppo", "Did you mean grpo?"), ("optim.learning_rate", "optim.lr")):
         result = quartet("explain", word, cwd=tmp_path)
         assert result.returncode == 2 and meant in result.stderr
+
+
+@pytest.mark.parametrize("key", known_keys())
+def test_every_key_says_in_a_sentence_what_it_means(key):
+    """A table has its class's, or its keys; a type lists what it may be."""
+    words = description_of(key.split("."))
+    is_table = any(other.startswith(f"{key}.") for other in known_keys())
+    if is_table or key.endswith(".type") or key == "algorithm.preset":
+        assert len(setting_in_words(key)) > len(key) + 20
+    else:
+        assert words and words[-1] in ".)", key

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from quartet.data import DataError
+from quartet.data import DataError, files
 from quartet.data.files import rows
 from quartet.io.install import install_command
 from tests.support.world import write_lines
@@ -47,7 +47,7 @@ def test_rows_know_their_place(tmp_path):
         (
             "x.jsonl",
             b"[1, 2]\n",
-            "x.jsonl:1: is a list, not an object with named columns. It is the first row.",
+            "x.jsonl:1: is a list, not an object with named columns. Is it one JSON list?",
         ),
         (
             "x.jsonl",
@@ -57,7 +57,7 @@ def test_rows_know_their_place(tmp_path):
         (
             "x.jsonl",
             b'{"a": "\xff"}\n',
-            "x.jsonl:1: not UTF-8 text (byte 7 of the line). It is the first row.",
+            "x.jsonl:1: not UTF-8 text (byte 7 of the line). Save it as UTF-8. It is the first row.",
         ),
         ("x.jsonl.gz", b"not gzip", "x.jsonl.gz: the compressed file is damaged"),
         (
@@ -127,19 +127,33 @@ def test_data_sets_of_the_hub(monkeypatch, named, asked):
         return datasets.Dataset.from_list([{"prompt": "a"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(files, "why_not_on_hub", lambda *_: None)
     assert list(rows(Path(named))) == [(f"{named}:1", {"prompt": "a"})]
 
 
 def test_what_is_neither_here_nor_on_the_hub(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
+    offline = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
     def load(*_, **__):
+        offline.append(datasets.config.HF_HUB_OFFLINE)
         raise ConnectionError("Couldn't reach the hub.\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    sentence = r"data/promts: no such file or folder, and no data set of the hub that can be had \(Couldn't reach the hub\)"
-    with pytest.raises(DataError, match=sentence):
-        list(rows(Path("data/promts")))
+    for why, sentence in {
+        None: r"the hub gives no data \(Couldn't reach the hub\)\.",
+        "the hub has no such data set.": r"the hub has no such data set\.",
+    }.items():
+        monkeypatch.setattr(files, "why_not_on_hub", lambda *_, why=why: why)
+        with pytest.raises(
+            DataError, match=rf"data/promts: is no file or folder here, and {sentence}"
+        ):
+            list(rows(Path("data/promts")))
+    assert offline == [False, True], "the cache alone is asked once the hub has said no"
+    assert not datasets.config.HF_HUB_OFFLINE
     with pytest.raises(DataError, match=r"data/promts.jsonl: no such file\."):
         list(rows(Path("data/promts.jsonl")))
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -305,6 +305,31 @@ def test_in_tokens_with_the_mask_visible_and_limits(tmp_path, chatty):
     assert bare.returncode == 2 and len(bare.stderr.strip().splitlines()) == 1
 
 
+GOOD, CUT = {"prompt": "was it", "completion": " good"}, b'{"prompt": "was it", "compl'
+
+
+@pytest.mark.parametrize("place", ["in the middle", "at the end"])
+@pytest.mark.parametrize("option", [(), ("--eval",)], ids=["to train on", "held out"])
+def test_a_file_whose_reading_stops_has_not_passed(tmp_path, place, option):
+    """A run could not read it either."""
+    file, good = lines(tmp_path / "x.jsonl", GOOD, GOOD), lines(tmp_path / "good.jsonl", GOOD)
+    rest = json.dumps(GOOD).encode() if place == "in the middle" else b""
+    file.write_bytes(file.read_bytes() + CUT + b"\n" + rest)
+    done = quartet("data", *([str(good), *option] if option else []), str(file), cwd=tmp_path)
+    assert done.returncode == 3, done.stdout
+    assert "stopped: x.jsonl:3: not JSON (line ends inside a string)" in done.stdout
+    assert "2 rows before it are fine." in done.stdout
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_row_of_no_known_shape_is_named_by_its_columns(tmp_path, at):
+    rows = [GOOD, GOOD]
+    rows.insert(at, {"question": "was it"})
+    made = report(lines(tmp_path / "x.jsonl", *rows), {})
+    assert made.problems == 1
+    assert f"x.jsonl:{at + 1}: has columns question, which are no known shape." in made.findings[0]
+
+
 def test_the_command_answers_without_torch_and_says_by_its_code_that_rows_are_unusable(tmp_path):
     file = lines(tmp_path / "x.jsonl", {"prompt": "a"}, {"prompt": None})
     done = quartet("data", str(file), cwd=tmp_path)
@@ -423,4 +448,4 @@ def test_labels_that_are_all_alike_are_told(tmp_path):
 
 def test_the_first_row_is_not_told_of_rows_before_it(tmp_path):
     found = report(lines(tmp_path / "x.jsonl", {"a": 1}), {}).findings
-    assert "x.jsonl:1: has columns a; prompts need prompt." in found[0]
+    assert "x.jsonl:1: has columns a, which are no known shape." in found[0]

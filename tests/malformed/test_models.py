@@ -114,7 +114,6 @@ def test_folders_that_are_no_model(place, change, sentence):
 
 
 WEIGHTS = {
-    "only pickled": (pickled("pytorch_model.bin"), "no file named model.safetensors"),
     "under another name": (lambda folder: (folder / "model.safetensors").rename(folder / "other.safetensors"), "no file named model.safetensors"),
     "half an index": (sharded("{"), "cannot be loaded as a language model (Expecting property name"),
     "a part that is not there": (sharded(json.dumps({"metadata": {}, "weight_map": {"model.embed_tokens.weight": "model-00002-of-00002.safetensors"}})), "model-00002-of-00002.safetensors"),

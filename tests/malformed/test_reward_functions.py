@@ -10,8 +10,8 @@ from tests.support.world import prompts, rollout, tokenizer
 
 NOTHING = "none of 3 responses has a score from f: there is nothing to learn from."
 LATE = "took longer than 0.3 s for 3 responses. Raise reward.timeout, give it more reward.processes"
-NO_LIST = ", not a list with a number for each response. The traceback is in run.log."
-NO_NUMBER = " for response 0, not a number, None or a list of numbers. The traceback is in run.log."
+NO_LIST = ", not a list with a number for each response."
+NO_NUMBER = " for response 0, not a number, None or a list of numbers."
 
 
 def asked():
@@ -58,7 +58,7 @@ RETURNS = {
     "NaN for a token": ("return [[float('nan')] * n for n in (1, 2, 3)]", NOTHING),
     "None for all": ("return [None] * 3", NOTHING),
     "10 to the 400": ("return [10 ** 400] * 3", NOTHING),
-    "an error": ("raise ValueError('bad thing')", "mine.py:f failed: ValueError: bad thing (mine.py, line 2). The traceback is in run.log."),
+    "an error": ("raise ValueError('bad thing')", "mine.py:f failed: ValueError: bad thing (mine.py, line 2)."),
     "itself again": ("return f(responses)", "failed: RecursionError: maximum recursion depth exceeded"),
     "an exit": ("raise SystemExit(0)", "failed: SystemExit: 0 (mine.py, line 2)."),
     "a silent exit": ("import os; os._exit(0)", "mine.py:f: its process ended by itself (exit code 0). What it said is in run.log."),
@@ -133,6 +133,7 @@ REFERENCES = {
     "mine.py:": 'reward.function = "mine.py:"' + FORM,
     ":f": 'reward.function = ":f"' + FORM,
     "mine.py:a b": 'reward.function = "mine.py:a b"' + FORM,
+    "mine.py": 'reward.function = "mine.py"' + FORM,
     "mine.py:1": 'reward.function = "mine.py:1"' + FORM,
     "brevity": 'reward.function = "brevity"' + FORM,
     "nosuch.module.f": "nosuch.module.f cannot be used: ModuleNotFoundError: No module named 'nosuch'.",

@@ -69,7 +69,7 @@ def folders_for_manifests(run):
         (folder / "manifest.json").mkdir()
 
 
-NONE = "no checkpoint can be used (there are none). Nothing was changed. To start a new run, leave out --resume."
+NONE = "no checkpoint can be used (there are none). Nothing was changed. To start a new run with its settings: quartet run "
 CHECKPOINTS = {
     "no folder of checkpoints": (only(), NONE),
     "a file for the folder": (a_file_for_the_folder, NONE),

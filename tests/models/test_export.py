@@ -1,6 +1,8 @@
 """What is exported loads without Quartet."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -58,7 +60,9 @@ def test_nothing_is_written_over_or_left_half_done(run, tmp_path):
 def test_a_policy_that_was_sampled_is_exported_to_be_sampled(run, tmp_path):
     rollout = "[rollout]\nmax_new_tokens = 77\ntemperature = 0.7\ntop_k = 0\ntop_p = 1.0\n"
     (run / "config.resolved.toml").write_text(rollout)
-    (run / "policy" / "README.md").write_text('AutoModelForCausalLM.from_pretrained("policy")')
+    (run / "policy" / "README.md").write_text("All settings: `../config.resolved.toml`.")
+    base = {"eos_token_id": 1, "repetition_penalty": 1.3, "min_new_tokens": 9}
+    (run / "policy" / "generation_config.json").write_text(json.dumps(base))
     target = tmp_path / "mine"
     assert quartet(run, "--to", target).exit_code == 0
     table = json.loads((target / "generation_config.json").read_text())
@@ -66,5 +70,18 @@ def test_a_policy_that_was_sampled_is_exported_to_be_sampled(run, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(target).generation_config
     assert theirs.do_sample and theirs.temperature == 0.7 and theirs.max_new_tokens == 77
     assert theirs.top_k == 0, "transformers' own default keeps 50"
-    assert f'from_pretrained("{target}")' in (target / "README.md").read_text()
+    assert not theirs.repetition_penalty and not theirs.min_new_tokens, "the run had none"
+    assert "All settings: `config.resolved.toml`." in (target / "README.md").read_text()
     assert (target / "config.resolved.toml").read_text() == rollout
+
+
+def test_a_full_disk_is_one_sentence(run, tmp_path, monkeypatch):
+    def full(source, target, **_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source, None, target)
+
+    monkeypatch.setattr("shutil.copy2", full)
+    monkeypatch.setattr("shutil.copytree.__defaults__", (False, None, full, False, False))
+    done = quartet(run, "--to", tmp_path / "x")
+    said = done.output.replace("\n", "")
+    assert done.exit_code == 1 and not (tmp_path / "x").exists()
+    assert said.endswith("x: cannot be written (No space left on device). Nothing was written.")

@@ -165,7 +165,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="cannot be loaded as a language model"):
+    with pytest.raises(ModelError, match="has no config.json, so it is not a Hugging Face model"):
         load_model(tmp_path)
 
 

@@ -206,7 +206,7 @@ def test_where_nothing_has_a_score_the_reward_is_named():
         ),
         (
             "fails",
-            "failed: ZeroDivisionError: division by zero (my_rewards.py, line 47). The traceback is in run.log.",
+            "failed: ZeroDivisionError: division by zero (my_rewards.py, line 47).",
         ),
         ("exits", "failed: SystemExit: enough"),
         ("dies", "its process ended by itself (exit code 3)"),

@@ -62,3 +62,17 @@ def test_the_centre_is_taken_off():
     torch.testing.assert_close(
         torch.tensor(ModelReward(scalar, 4096).score(rollouts())), before - 1.25
     )
+
+
+def test_scores_that_are_no_numbers_are_logged_a_few_times_and_counted(caplog):
+    class Broken:
+        name = "broken"
+
+        def score(self, rollouts):
+            return [float("nan"), None, *[1e300] * (len(rollouts) - 2)]
+
+    many = [*rollouts(), *rollouts(), *rollouts()]
+    made = rewarded(many, [Weighted(Broken())])
+    assert len(many) >= 6 and all(each.score is None for each in made)
+    assert len(caplog.messages) == 4 and "gave nan for" in caplog.messages[0]
+    assert f"no finite number for {len(many) - 1 - 3} more responses" in caplog.messages[3]

@@ -330,10 +330,13 @@ LISTS = {
     "learning rates times two": (work(lambda w: optimizer(w).update(scale=2.0)), "learning rates × 2.0"),
     "learning rates that are not finite": (work(lambda w: optimizer(w).update(scale=float("nan"))), "learning rates × nan"),
     "a budget of no tokens": (work(lambda w: w["learner"]["budget"].update(tokens=0)), "a budget of 0 tokens"),
-    "another reference": (work(lambda w: w["learner"].update(reference_mark="x")), "the reference is not the model"),
     "an unknown algorithm": (work(lambda w: w.update(algorithm={"advantage": {"type": "none"}})), "advantage: no such type"),
     "random numbers of text": (work(lambda w: w["learner"].update(rng="x")), "unpack"),
-    "fewer weights": (in_tensors(half_of), "shape"),
+}  # fmt: skip
+OF_ANOTHER_RUN = {
+    "another reference": (work(lambda w: w["learner"].update(reference_mark="x")), "To go on, put back the model of reference.model"),
+    "fewer weights": (in_tensors(half_of), "To go on, put back the model that the stage began with"),
+    "another optimizer": (work(lambda w: optimizer(w).update(optimizer="muon")), 'To go on, set optimizer = "muon" again.'),
 }  # fmt: skip
 
 
@@ -347,6 +350,18 @@ def test_a_state_that_the_stage_cannot_take_is_refused_with_a_sentence(job, run,
         Worker(job.stages, run).begin("grpo", str(newest))
     said = readable(str(caught.value))
     assert sentence in said and f"Rename {newest} to go on from an earlier one." in said
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_RUN)
+def test_a_state_of_another_run_is_refused_without_sending_the_user_to_earlier_ones(job, run, name):
+    """All checkpoints of a run have the same reference, model and optimizer."""
+    corrupt, remedy = OF_ANOTHER_RUN[name]
+    newest = run / "checkpoints" / NEWEST
+    corrupt(newest)
+    with pytest.raises(DamagedCheckpoint) as caught:
+        Worker(job.stages, run).begin("grpo", str(newest))
+    said = readable(str(caught.value))
+    assert remedy in said and "earlier ones do not either" in said and "Rename" not in said
 
 
 def test_a_state_without_a_part_of_the_stage_is_refused_with_a_sentence(job, run):

@@ -265,3 +265,12 @@ def test_a_reference_that_reads_other_tokens_or_shorter_texts_is_refused(place):
         check_reference(GAMES, "short", tokenizer(), 9)
     with pytest.raises(ModelError, match=r'reference.model = "./gone": no such folder'):
         build(settings("dpo", 'reference.model="./gone"').config)
+
+
+def test_a_policy_that_is_a_critic_is_refused_before_anything_is_written(place):
+    """Its trunk would be loaded, under a head that was never trained."""
+    path = Path("lm/config.json")
+    kind = {"architectures": ["LlamaForTokenClassification"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | kind))
+    with pytest.raises(ModelError, match="lm: is a LlamaForTokenClassification, which scores text"):
+        build(settings("dpo").config)

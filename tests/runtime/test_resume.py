@@ -263,7 +263,8 @@ def test_more_steps_go_on_from_the_last_of_them(checkpointed):
     assert found.checkpoint.name == "grpo-000006"
     assert found.skipped[0][1] == "grpo had 6 steps when it was made, and has 9 now"
     with pytest.raises(
-        CannotResume, match="grpo has done 6 steps already, and the config asks for 3"
+        CannotResume,
+        match="has done 6 steps already, and the config asks for 3. Set run.steps to 6 or more",
     ):
         chosen(checkpointed, "run.steps=3")
 

@@ -147,6 +147,10 @@ AUDIT = """() => {
       if (legend && r.left < legend.right && legend.left < r.right && r.top < legend.bottom - 1 && legend.top < r.bottom - 1)
         faults.push(`under the legend: ${label(e)}`);
     }
+    for (const x of plot.querySelectorAll(".xtick text")) for (const y of plot.querySelectorAll(".ytick text")) {
+      const [a, b] = [x.getBoundingClientRect(), y.getBoundingClientRect()];
+      if (a.left < b.right && b.left < a.right && a.top < b.bottom - 2 && b.top < a.bottom - 2) faults.push(`on each other: ${label(x)}, ${label(y)}`);
+    }
     if (!plot.querySelector(".xtitle")) faults.push(`no name on the axis: ${label(plot)}`);
   }
   const rgba = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -11,7 +12,11 @@ import torch
 from starlette.testclient import TestClient
 
 from quartet.models.language_model import load_model, load_tokenizer
+from quartet.runs.charts import CHARTS
+from quartet.runs.definitions import definition
 from quartet.runs.reader import Run
+from quartet.runs.rules import RULES
+from quartet.runs.wording import number, stage_summary
 from quartet.studio import views
 from quartet.studio.app import make_app
 from quartet.studio.report import report
@@ -81,10 +86,21 @@ def test_the_table_of_an_evaluation_has_gold_once_and_shares_in_percent():
 
 def test_a_stage_s_summary_is_in_sentences():
     summary = {"held_out_loss_before": 5.5, "held_out_loss": 3.0, "held_out_logratio/abs": 0.25}
-    assert views.stage_summary(summary | {"ceiling": 0.9, "judge": "gold"}) == [
+    assert stage_summary(summary | {"ceiling": 0.9, "judge": "gold"}) == [
         "Loss on held-out data: 5.5 before, 3 after.",
         "Distance to the reference on held-out data: 0.25.",
         "The best possible accuracy, by the gold reward, is 0.9.",
+    ]
+
+
+def test_the_lengths_of_held_out_pairs_are_told_in_an_order_that_can_be_read():
+    summary = {"held_out_prefers_longer": 0.4844, "held_out_pairs": 1000, "held_out_lengths": 964}
+    assert stage_summary(summary | {"held_out_longer_chosen": 0.5083, "best_step": 40}) == [
+        "The weights are those of step 40, the best evaluation.",
+        "1,000 pairs are held out.",
+        "964 of the held-out pairs have sides of different lengths.",
+        "In 51% of those, the longer side is the chosen one.",
+        "In 48% of those, the model prefers the longer side.",
     ]
 
 
@@ -123,15 +139,15 @@ def test_the_glance_counts_what_the_rows_say(ppo_run):
     said = " ".join(views.glance(rows))
     assert f"pushed {up} tokens up and {down} down" in said
     assert (
-        f"The critic expected {views.number(next(v for v in rows['value'] if v is not None))} at the first token"
+        f"The critic expected {number(next(v for v in rows['value'] if v is not None))} at the first token"
         in said
     )
 
 
 def test_the_glance_at_a_group_says_that_responses_are_compared(grpo_run):
     scored = [s.number for s in grpo_run.samples(1) if s.advantage]
-    for number in scored:
-        assert "whole responses are compared" in views.glance(grpo_run.sample(1, number))[-1]
+    for scored_sample in scored:
+        assert "whole responses are compared" in views.glance(grpo_run.sample(1, scored_sample))[-1]
 
 
 def test_a_token_of_a_probe_through_training(client, ppo_run):
@@ -409,3 +425,22 @@ def test_the_report_has_the_last_audit_of_the_critic_and_its_charts(ppo_run, tmp
     assert places == list(range(len(figures)))
     titles = [figures[place]["layout"]["title"]["text"] for place in places[-3:]]
     assert titles == ["Calibration", "Error by position", "Advantage estimates by λ"]
+
+
+def test_a_page_without_evaluations_names_a_command_that_finds_the_run(client, ppo_run):
+    page = client.get(f"/run/{ppo_run.name}/evaluations").text
+    command = re.search(r"<code>quartet eval (.*?)</code>", page)
+    assert command and Run(Path(command[1])).name == ppo_run.name
+
+
+def test_the_distance_of_a_preference_stage_is_no_invariant():
+    """It must be 0 at the first step only."""
+    shown = {chart.title: chart.metrics for chart in CHARTS}
+    assert shown["Distance to the reference, nats"] == ("logratio/abs",)
+    assert "logratio/abs" not in shown["Invariants"]
+
+
+def test_every_metric_that_a_rule_looks_at_has_a_plain_name():
+    """The doctor's page lists the rules by it."""
+    unnamed = {t.reads[0] for t in RULES.values() if not definition(t.reads[0]).what}
+    assert unnamed == set()

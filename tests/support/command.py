@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from quartet.cli import NO_BARS
+
 PROJECT = Path(__file__).parents[2]
 START = "import os; os.fork() and os._exit(0); os.setsid(); from tests.support.command import serve; serve({})"
 
@@ -45,7 +47,7 @@ def _server() -> socket.socket:
             [sys.executable, "-c", START.format(its.fileno())],
             pass_fds=[its.fileno()],
             stdin=subprocess.DEVNULL,
-            env=environment(),
+            env=environment() | {NO_BARS: "1"},  # read when transformers is imported
             cwd=PROJECT,
             check=True,
         )

@@ -159,8 +159,11 @@ class Gae(Advantage):
     value_lam: float | None = Field(
         default=None, ge=0, le=1, description="λ of the critic's targets. Default: lam."
     )
-    bootstrap_truncated: bool = False
-    """Whether a response that was cut off ends in the critic's value instead of 0."""
+    bootstrap_truncated: bool = Field(
+        default=False,
+        description="True: a response that was cut off ends in the critic's value of its "
+        "last state; False: in 0.",
+    )
     needs_critic = True
 
     @property
@@ -185,10 +188,19 @@ class LengthAdaptiveGae(Advantage):
     """
 
     type: Literal["length_adaptive_gae"] = "length_adaptive_gae"
-    alpha: float = Field(default=0.05, gt=0)
+    alpha: float = Field(
+        default=0.05,
+        gt=0,
+        description="How fast λ nears 1 with the length l of a response: λ = 1 − 1 / (alpha"
+        " · l). Typical: 0.05.",
+    )
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
     value_lam: float = Field(default=1.0, ge=0, le=1, description="λ of the critic's targets.")
-    bootstrap_truncated: bool = False
+    bootstrap_truncated: bool = Field(
+        default=False,
+        description="True: a response that was cut off ends in the critic's value of its "
+        "last state; False: in 0.",
+    )
     needs_critic = True
 
     @property
@@ -218,7 +230,11 @@ class NStep(Advantage):
     value_lam: float | None = Field(
         default=None, ge=0, le=1, description="λ of the critic's targets. Default: n steps too."
     )
-    bootstrap_truncated: bool = False
+    bootstrap_truncated: bool = Field(
+        default=False,
+        description="True: a response that was cut off ends in the critic's value of its "
+        "last state; False: in 0.",
+    )
     needs_critic = True
 
     @property
@@ -288,7 +304,11 @@ class Whiten(Normalize):
     """
 
     type: Literal["whiten"] = "whiten"
-    deviation: Literal["population", "sample"] = "population"
+    deviation: Literal["population", "sample"] = Field(
+        default="population",
+        description='Which standard deviation divides: of the "population" (by n) or of the'
+        ' "sample" (by n − 1).',
+    )
     clip: OrInf = Field(
         default=float("inf"),
         gt=0,

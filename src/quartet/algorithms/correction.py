@@ -65,7 +65,11 @@ class Truncated(Correction):
     w = (0.5, 3), cap = 2: (0.5, 2); floor = 0.8: (0.8, 2)."""
 
     type: Literal["truncated"] = "truncated"
-    cap: float = Field(default=2.0, ge=1)
+    cap: float = Field(
+        default=2.0,
+        ge=1,
+        description="The largest weight of a token, ≥ 1. Typical: 2.",
+    )
     floor: float = Field(
         default=0.0, ge=0, le=1, description="The least weight; 0 leaves small ones as they are."
     )
@@ -88,8 +92,16 @@ class SequenceTruncated(Correction):
     (veRL's truncated weights of sequences). Weights (0.5, 0.5): 0.25 twice."""
 
     type: Literal["sequence_truncated"] = "sequence_truncated"
-    cap: float = Field(default=2.0, ge=1)
-    ratio: SequenceRatio = "geometric_mean"
+    cap: float = Field(
+        default=2.0,
+        ge=1,
+        description="The largest weight of a response, ≥ 1. Typical: 2.",
+    )
+    ratio: SequenceRatio = Field(
+        default="geometric_mean",
+        description="How a response's weight follows from its tokens': their geometric "
+        "mean, which does not depend on the length, or their product.",
+    )
 
     def __call__(
         self,
@@ -106,8 +118,17 @@ class Masked(Correction):
     0)."""
 
     type: Literal["masked"] = "masked"
-    low: float = Field(default=0.5, ge=0, le=1)
-    high: float = Field(default=5.0, ge=1)
+    low: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="The least weight of a token that is learnt from, from 0 to 1. Typical: 0.5.",
+    )
+    high: float = Field(
+        default=5.0,
+        ge=1,
+        description="The largest weight of a token that is learnt from, ≥ 1. Typical: 5.",
+    )
 
     def __call__(
         self,
@@ -129,9 +150,23 @@ class SequenceMasked(Correction):
     """
 
     type: Literal["sequence_masked"] = "sequence_masked"
-    low: float = Field(default=0.0, ge=0, le=1)
-    high: float = Field(default=3.0, ge=1)
-    ratio: SequenceRatio = "product"
+    low: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="The least weight of a response that is learnt from, from 0 to 1. "
+        "Typical: 0, which is no bound.",
+    )
+    high: float = Field(
+        default=3.0,
+        ge=1,
+        description="The largest weight of a response that is learnt from, ≥ 1. Typical: 3.",
+    )
+    ratio: SequenceRatio = Field(
+        default="product",
+        description="How a response's weight follows from its tokens': their geometric "
+        "mean, which does not depend on the length, or their product.",
+    )
     weight: Literal["response", "token"] = Field(
         default="response",
         description="The weight of the tokens of a kept response: the response's, or their own.",

@@ -16,7 +16,11 @@ class PositiveExamples:
 
     type: Literal["positive_examples"] = "positive_examples"
     coef: float = Field(default=0.0, ge=0, description="VAPO: 0.1.")
-    threshold: float = 0.0
+    threshold: float = Field(
+        default=0.0,
+        description="Responses with a score above this are imitated, in units of the score."
+        " Typical: 0.",
+    )
 
     def mask(self, experience: Experience) -> Bool[Tensor, "B T"]:
         return experience.response_mask & (experience.scores > self.threshold)[:, None]

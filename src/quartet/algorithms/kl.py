@@ -193,7 +193,11 @@ class KLInReward(KL):
     """
 
     type: Literal["in_reward"] = "in_reward"
-    estimator: Estimator = "k1"
+    estimator: Estimator = Field(
+        default="k1",
+        description="How the KL of a token is estimated from its log-probs "
+        '(docs/algorithms.md). Typical in the reward: "k1".',
+    )
     coef: float = Field(default=0.05, ge=0, description=f"{COEF} Typical: 0.01 to 0.2.")
     controller: Controller = FixedCoef()
 
@@ -234,9 +238,17 @@ class KLInLoss(KL):
     """
 
     type: Literal["in_loss"] = "in_loss"
-    estimator: Estimator = "k3"
+    estimator: Estimator = Field(
+        default="k3",
+        description="How the KL of a token is estimated from its log-probs "
+        '(docs/algorithms.md). Typical in the loss: "k3".',
+    )
     coef: float = Field(default=0.04, ge=0, description=f"{COEF} Typical: 0.001 to 0.1.")
-    weight: Literal["none", "token", "sequence"] = "none"
+    weight: Literal["none", "token", "sequence"] = Field(
+        default="none",
+        description="What weights the KL of a token: nothing, its ratio π / π_old "
+        '("token"), or the product of the ratios up to it ("sequence").',
+    )
     controller: Controller = FixedCoef()
 
     @model_validator(mode="after")

@@ -309,8 +309,18 @@ class Cispo(PolicyLoss):
     """
 
     type: Literal["cispo"] = "cispo"
-    ratio_min: float = Field(default=0.0, ge=0, le=1)
-    ratio_max: OrInf = Field(default=5.0, gt=1)
+    ratio_min: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="The least ratio π / π_old that weights a token, from 0 to 1; 0 is no "
+        "bound. Typical: 0.",
+    )
+    ratio_max: OrInf = Field(
+        default=5.0,
+        gt=1,
+        description="The largest ratio π / π_old that weights a token, > 1. Typical: 5.",
+    )
 
     def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
         weight = tokens.ratio.clamp(self.ratio_min, self.ratio_max).detach()
@@ -323,8 +333,18 @@ class Sapo(PolicyLoss):
     2, τ = 1: −4 · σ(0.5) · 2 = −4.98."""
 
     type: Literal["sapo"] = "sapo"
-    positive: float = Field(default=1.0, gt=0)
-    negative: float = Field(default=1.05, gt=0)
+    positive: float = Field(
+        default=1.0,
+        gt=0,
+        description="The temperature τ of the gate where the advantage is positive, > 0. "
+        "Typical: 1.",
+    )
+    negative: float = Field(
+        default=1.05,
+        gt=0,
+        description="The temperature τ of the gate where the advantage is negative, > 0; "
+        "larger closes it sooner. Typical: 1.05.",
+    )
 
     def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
         ratio = tokens.ratio

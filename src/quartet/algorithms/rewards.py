@@ -48,12 +48,22 @@ class RunningScale(ScoreShape):
     """
 
     type: Literal["running_scale"] = "running_scale"
-    centre: bool = False
+    centre: bool = Field(
+        default=False,
+        description="Whether the mean of all scores so far is subtracted first.",
+    )
     count: float = Field(
         default=0.0, ge=0, description="How many scores were seen: state, not a setting."
     )
-    mean: float = 0.0
-    squares: float = Field(default=0.0, ge=0)
+    mean: float = Field(
+        default=0.0,
+        description="The mean of the scores that were seen: state, not a setting.",
+    )
+    squares: float = Field(
+        default=0.0,
+        ge=0,
+        description="The sum of their squared deviations from the mean: state, not a setting.",
+    )
 
     def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
         moments = self.including(
@@ -85,8 +95,16 @@ class MissingEos(ScoreShape):
     for a score (Stiennon et al. 2020: −1, whatever the reward model says of half a summary)."""
 
     type: Literal["missing_eos"] = "missing_eos"
-    penalty: float = Field(default=1.0, ge=0)
-    replace: bool = False
+    penalty: float = Field(
+        default=1.0,
+        ge=0,
+        description="What is taken off the score of a response that was cut off, ≥ 0, in "
+        "units of the score. Typical: 1.",
+    )
+    replace: bool = Field(
+        default=False,
+        description="Whether −penalty takes the place of the score instead of lowering it.",
+    )
 
     def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
         cut_off = torch.full_like(scores, -self.penalty) if self.replace else scores - self.penalty
@@ -99,7 +117,12 @@ class SoftOverlong(ScoreShape):
     response of 17 tokens: (15 − 17) / 5 = −0.4."""
 
     type: Literal["soft_overlong"] = "soft_overlong"
-    max_tokens: int = Field(default=20_480, ge=1)
+    max_tokens: int = Field(
+        default=20_480,
+        ge=1,
+        description="The tokens of a response at which the punishment is 1. Typical: "
+        "rollout.max_new_tokens.",
+    )
     buffer: int = Field(
         default=4_096, ge=1, description="Over how many tokens the punishment grows from 0 to 1."
     )
@@ -172,7 +195,11 @@ class LastToken(Rewards):
     """r_T = score on the last response token, 0 on every other (Ziegler et al. 2019)."""
 
     type: Literal["last_token"] = "last_token"
-    whiten: bool = False
+    whiten: bool = Field(
+        default=False,
+        description="Whether the rewards of the step are scaled to a standard deviation of "
+        "1, with their mean kept.",
+    )
 
     def place(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B T"]:
         return at_last_token(scores, batch.response_mask)
@@ -183,7 +210,11 @@ class MeanOfTokens(Rewards):
     last."""
 
     type: Literal["mean_of_tokens"] = "mean_of_tokens"
-    whiten: bool = False
+    whiten: bool = Field(
+        default=False,
+        description="Whether the rewards of the step are scaled to a standard deviation of "
+        "1, with their mean kept.",
+    )
     needs_token_scores = True
 
     def score(self, batch: Batch) -> Float[Tensor, "B"]:
@@ -200,7 +231,11 @@ class EveryToken(Rewards):
     the user gives."""
 
     type: Literal["every_token"] = "every_token"
-    whiten: bool = False
+    whiten: bool = Field(
+        default=False,
+        description="Whether the rewards of the step are scaled to a standard deviation of "
+        "1, with their mean kept.",
+    )
     needs_token_scores = True
     shapes_scores = False
 

@@ -26,7 +26,12 @@ class TrustRegion(ActorUpdate):
     max_kl: float = Field(
         default=0.01, gt=0, description="KL(π_old ‖ π) per token that one step may reach."
     )
-    conjugate_gradient_steps: int = Field(default=10, ge=1)
+    conjugate_gradient_steps: int = Field(
+        default=10,
+        ge=1,
+        description="Iterations that solve F x = g, each with one product with the Fisher "
+        "matrix. Typical: 10.",
+    )
     damping: float = Field(default=0.1, ge=0, description="Added to the Fisher matrix's diagonal.")
     line_search_steps: int = Field(
         default=10, ge=0, description="Halvings that may be tried; 0 takes the step as it is."

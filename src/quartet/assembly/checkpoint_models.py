@@ -57,4 +57,4 @@ def write_models(run: Path, path: Path, scratch: Path) -> None:
     facts = checkpoint.facts
     models_at(stage(Assembler(config, facts["fault"]), facts["stage"]), run, checkpoint, scratch)
     shutil.copyfile(run / CONFIG, scratch / CONFIG)
-    write_cards(scratch)
+    write_cards(scratch, f"{run.resolve().name} at {path.name}")

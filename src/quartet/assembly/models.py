@@ -34,6 +34,7 @@ from quartet.models.heads import AdaptedScalar, ScalarModel, define_classifier
 from quartet.models.language_model import (
     ModelError,
     add_embeddings,
+    check_generates,
     create,
     is_recurrent,
     load_model,
@@ -123,7 +124,9 @@ class Models:
         if self._needs_classifier():
             define_classifier(self.policy_config())
         if self.folder is not None:
-            size = read_config(self.folder).get_text_config().vocab_size
+            config = read_config(self.folder)
+            check_generates(self.folder, config)
+            size = config.get_text_config().vocab_size
             if len(self.tokenizer) > size and not policy.resize_embeddings:
                 raise ModelError(
                     f"policy.tokenizer has {len(self.tokenizer):,} tokens, but "

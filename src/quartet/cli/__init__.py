@@ -30,12 +30,17 @@ from quartet.errors import QuartetError
 from quartet.io.heap import share_one_heap
 from quartet.io.leash import end_with_parent
 
+NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
+"""The environment variable by which transformers and huggingface_hub show no progress bars, which
+would break up the printed lines. They read it when they are imported."""
+
 
 def main() -> None:
     """Run the command. An error prints one sentence; with `--debug` it prints a traceback."""
     end_with_parent()
     share_one_heap()
     print_anything()
+    os.environ.setdefault(NO_BARS, "1")
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
     try:

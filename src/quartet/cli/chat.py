@@ -12,7 +12,13 @@ from quartet.data.encoding import Encoder
 from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
-from quartet.models.language_model import ModelError, load_model, load_tokenizer, stop_ids
+from quartet.models.language_model import (
+    ModelError,
+    load_model,
+    load_tokenizer,
+    longest_of,
+    stop_ids,
+)
 from quartet.models.support import limit_support
 
 HELP = """/compare  turn the answers from before RL on or off
@@ -48,7 +54,9 @@ class ChatSession:
         self.tokenizer = load_tokenizer(after)
         stop = _stop_strings(run)
         self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, stop=stop)
-        self.after = self._generator(load_model(after), seed)
+        model = load_model(after)
+        self.longest = longest_of(model.config)
+        self.after = self._generator(model, seed)
         before = run / "sft"
         self.before = (
             self._generator(load_model(before), seed)
@@ -76,6 +84,7 @@ class ChatSession:
                     self._toggle(console)
                 elif line == "/new":
                     self.messages = []
+                    console.print("The conversation is forgotten.", style="dim")
                 elif line.startswith("/"):
                     if line != "/help":
                         console.print(f"{line}: no such command.", soft_wrap=True)
@@ -87,10 +96,19 @@ class ChatSession:
 
     def answer(self, console: Console, line: str) -> None:
         """Print the policy's answer to a message, and add both to the conversation."""
-        self.messages = [*self.messages, {"role": "user", "content": line}]
+        messages = [*self.messages, {"role": "user", "content": line}]
         ids = Encoder(self.tokenizer, 1, 1).prompt_ids(
-            self.messages if self.tokenizer.chat_template else line
+            messages if self.tokenizer.chat_template else line
         )
+        if len(ids) + self.sampling.max_new_tokens > self.longest:
+            console.print(
+                f"{len(ids):,} tokens with an answer of up to {self.sampling.max_new_tokens:,} are "
+                f"more than the {self.longest:,} that the model reads. /new forgets the "
+                "conversation; --max-new-tokens shortens answers.",
+                soft_wrap=True,
+            )
+            return
+        self.messages = messages
         prompt = Prompt("chat", tuple(ids), line)
         if self.compare and self.before is not None:
             console.print(

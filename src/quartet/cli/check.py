@@ -108,7 +108,8 @@ def data(
 ) -> None:
     """Print the shape and lengths of a data file, and what is wrong with it.
 
-    Shows two rows with the trained text between ⟦ and ⟧. The exit code is 3 if rows cannot be used.
+    Shows two rows with the trained text between ⟦ and ⟧. The exit code is 3 if rows
+    cannot be used.
     """
     from quartet.data import DataError
     from quartet.data.report import report, words

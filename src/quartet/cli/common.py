@@ -73,13 +73,6 @@ def exposure(host: str) -> tuple[tuple[str, ...], str | None]:
     return ("*",), secrets.token_urlsafe(24)
 
 
-def without_progress_bars() -> None:
-    """Turn off the progress bars of transformers, which would break up the printed lines."""
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-
-
 class SettingsCommand(TyperCommand):
     """A command that takes `key=value` words. An option that is a key, or another library's option,
     is refused with how it is written here."""

@@ -14,7 +14,6 @@ from quartet.cli.common import (
     print_json,
     refuse,
     refusing,
-    without_progress_bars,
 )
 
 
@@ -54,7 +53,6 @@ def critic(
     from quartet.assembly.critic import audit_critic
     from quartet.evaluation.critic_samples import Sizes
 
-    without_progress_bars()
     sizes = Sizes(prefixes, continuations, seed)
     with refusing(), _progress() as show:
         try:

@@ -87,11 +87,9 @@ def evaluate(
         return
     from quartet.assembly.evaluation import EvaluationRequest
     from quartet.assembly.evaluation import evaluate as carry_out
-    from quartet.cli.common import without_progress_bars
 
     if name is not None and (Path(name).name != name or name in {"final", "best_of_n"}):
         refuse(f"--name {name}: is no name for a file here. Use letters, digits, - and _.")
-    without_progress_bars()
     with refusing():
         request = EvaluationRequest(
             tuple(models),

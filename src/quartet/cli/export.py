@@ -18,7 +18,6 @@ from quartet.cli.common import (
     refuse,
     refusing,
     url_of,
-    without_progress_bars,
 )
 
 
@@ -42,7 +41,6 @@ def chat(
     from quartet.errors import NonFinite
     from quartet.models.language_model import ModelError
 
-    without_progress_bars()
     try:
         session = ChatSession(Path(run_folder), temperature, max_new_tokens)
     except ModelError as error:
@@ -106,7 +104,6 @@ def export(
             _write_checkpoint_models(run_folder, checkpoint, Path(scratch))
             export(Path(scratch), target, part, dtype)
         return
-    without_progress_bars()
     roles = models_in(run_folder)
     if part not in roles:
         models = f"It has {', '.join(roles)}." if roles else NO_MODELS
@@ -135,7 +132,6 @@ def _write_checkpoint_models(run_folder: Path, name: str, scratch: Path) -> None
     """Write the models of a checkpoint to `scratch`."""
     from quartet.assembly.checkpoint_models import checkpoint_path, write_models
 
-    without_progress_bars()
     with refusing():
         write_models(run_folder, checkpoint_path(run_folder, name), scratch)
 
@@ -179,7 +175,6 @@ def serve_reward(
     from quartet.assembly.serving import TextScorer
     from quartet.models.language_model import ModelError
 
-    without_progress_bars()
     try:
         scorer = TextScorer(folder, device("auto"))
     except ModelError as error:

@@ -19,7 +19,6 @@ from quartet.cli.common import (
     refuse,
     refusing,
     url_of,
-    without_progress_bars,
 )
 from quartet.io.install import install_command
 from quartet.io.texts import typed
@@ -208,7 +207,6 @@ def replay(
     from quartet.runtime.replay import CannotReplay, checkpoint_before
     from quartet.runtime.replay import replay as compute
 
-    without_progress_bars()
     run, words = _run(run_folder), words or []
     series = _recorded_series(run, step, words)
     assert run.rl_stage is not None
@@ -350,6 +348,18 @@ def doctor(
         )
 
 
+EXTRAS = {
+    "lora": "peft",
+    "math": "math_verify",
+    "json": "jsonschema",
+    "datasets": "datasets",
+    "bitsandbytes": "bitsandbytes",
+    "sweep": "optuna",
+}
+"""The module of each extra that a model, a reward, data or a sweep may need."""
+YES_NO = {True: "yes", False: "no"}
+
+
 def _print_machine(as_json: bool) -> None:
     """Print versions, hardware, optional packages and the sandbox for programs."""
     import importlib.util
@@ -359,14 +369,6 @@ def _print_machine(as_json: bool) -> None:
 
     from quartet.recording.run_folder import environment
 
-    extras = {
-        "lora": "peft",
-        "math": "math_verify",
-        "json": "jsonschema",
-        "datasets": "datasets",
-        "bitsandbytes": "bitsandbytes",
-        "sweep": "optuna",
-    }
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = {
         **environment(),
@@ -374,7 +376,7 @@ def _print_machine(as_json: bool) -> None:
         "gpus": devices,
         "extras": {
             extra: importlib.util.find_spec(package) is not None
-            for extra, package in extras.items()
+            for extra, package in EXTRAS.items()
         },
         "bubblewrap": shutil.which("bwrap"),
     }
@@ -383,7 +385,9 @@ def _print_machine(as_json: bool) -> None:
         return
     for name, value in facts.items():
         shown = (
-            ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            ", ".join(f"{k} {YES_NO.get(v, v)}" for k, v in value.items())
+            if isinstance(value, dict)
+            else value
         )
         console.print(f"{name:<12}{'none' if value in (None, []) else shown}", soft_wrap=True)
     missing = [extra for extra, is_installed in facts["extras"].items() if not is_installed]

@@ -16,7 +16,6 @@ from quartet.cli.common import (
     print_json,
     refuse,
     refusing,
-    without_progress_bars,
 )
 from quartet.cli.lifecycle import go_on, new_run
 from quartet.io.texts import typed
@@ -317,7 +316,6 @@ def _print_measured(settings: "Settings") -> None:
     config = settings.config
     if config.launch.processes > 1 or config.launch.shard or config.launch.type != "local":
         refuse("--measure: measures one process only. Leave [launch] out.")
-    without_progress_bars()
     console.print(f"running {STEPS} steps of each stage, twice")
     for line in in_words(config, measure(config, build)):
         console.print(line, soft_wrap=True)

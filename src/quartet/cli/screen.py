@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 BAR_WIDTH = 10
 PLAIN_SECONDS = 5.0
 """Seconds until a stage's first line in a file or a pipe."""
-PLAIN_GROWTH, PLAIN_MOST = 1.5, 600.0
+PLAIN_GROWTH, PLAIN_MOST = 3.0, 600.0
 """How much longer each next line of a stage is waited for, and the longest wait in seconds: three
-minutes have 7 lines, whatever the number of steps."""
+minutes have 3 lines and the last, whatever the number of steps."""
 SHOWN_SECONDS = 2.0
 """How long something is done before the line says what it is."""
 SMOOTHING = 5
@@ -48,6 +48,7 @@ class Screen:
         self.wait = PLAIN_SECONDS
         self.warnings: dict[str, tuple[int, int]] = {}
         """The step of each kind of warning of the stage, and how often it came again."""
+        self._printing = threading.Lock()
         self._closed = threading.Event()
         self._ticker: threading.Thread | None = None
 
@@ -64,6 +65,11 @@ class Screen:
         )
 
     def close(self) -> None:
+        """Stop the live line, and count the warnings of a stage that has not finished."""
+        self._stop()
+        self._count_warnings()
+
+    def _stop(self) -> None:
         """Stop the live line, and leave the screen as it is."""
         if self._ticker is not None:
             self._closed.set()
@@ -94,16 +100,21 @@ class Screen:
                 return
 
     def _print_if_due(self) -> None:
-        """Print the line if it has changed and the last one was long enough ago."""
-        if time.monotonic() - self.printed_at < self.wait:
-            return
-        self.printed_at = time.monotonic()
-        words = f"{self.line.step} {now_in_words()}"
-        if words == self.printed:
-            return
-        self.printed = words
-        self.wait = min(PLAIN_GROWTH * self.wait, PLAIN_MOST)
-        self.console.print(self._render_now(), soft_wrap=True)
+        """Print the line, and in it what is being done, if that has changed and the last line was
+        long enough ago. The line of the last step comes when the stage is finished."""
+        with self._printing:  # the ticker prints, too
+            if time.monotonic() - self.printed_at < self.wait:
+                return
+            self.printed_at = time.monotonic()
+            work = now_in_words()
+            words = f"{self.line.step} {work}"
+            if words == self.printed or (self.line.is_last and not work):
+                return
+            self.printed = words
+            self.wait = min(PLAIN_GROWTH * self.wait, PLAIN_MOST)
+            width = 62 - len(work) - 2 if work else 62
+            line = self.line.render(max(0, width))
+            self.console.print(line.append(f"  {work}" if work else "", "dim"), soft_wrap=True)
 
     def _started(self, event: Any) -> None:
         self.line = _Line(
@@ -129,8 +140,8 @@ class Screen:
 
     def _advanced(self, event: Any) -> None:
         self.line.add(event.progress.number, event.progress.metrics)
-        if self.live is None and event.progress.number < event.stage.num_steps:
-            self._print_if_due()  # the line of the last step comes when the stage is finished
+        if self.live is None:
+            self._print_if_due()
 
     def _warned(self, event: Any) -> None:
         """Print a warning; count it if the stage has had it before, with whatever numbers."""
@@ -147,14 +158,19 @@ class Screen:
     def _finished(self, event: Any) -> None:
         kind = kind_of(event.stage.name)
         self.line.closing = "" if kind is None else kind.closing(event.summary)
-        self.close()
+        self._stop()
         self.console.print(self._render(), soft_wrap=True)
+        self._count_warnings()
+        if event.stage.name == "evaluation":
+            self.console.print(evaluation_table(event.summary))
+
+    def _count_warnings(self) -> None:
+        """Print how often each warning of the stage came again."""
         for step, more in self.warnings.values():
             if more:
                 words = f"     ▲ the warning of step {step} came {more} more time{'s' * (more > 1)}"
                 self.console.print(Text(words, style="yellow"), soft_wrap=True)
-        if event.stage.name == "evaluation":
-            self.console.print(evaluation_table(event.summary))
+        self.warnings = {}
 
 
 @contextlib.contextmanager
@@ -207,6 +223,11 @@ class _Line:
     closing: str = ""
     history: dict[str, list[float]] = field(default_factory=dict)
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the stage has taken all its steps."""
+        return self.stage is not None and self.step >= self.stage.num_steps
+
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the metrics of a step."""
         self.step = step
@@ -258,7 +279,7 @@ def evaluation_table(summary: Mapping[str, Any]) -> Table:
         table.add_column(header, justify="left" if not header else "right", overflow="fold")
     for name, label in MEASURES.items():
         if name in summary["before"]:
-            row = [f"{summary[side][name]:.2f}".replace("-", "−") for side in ("before", "after")]
+            row = [f"{summary[side][name]:z.2f}".replace("-", "−") for side in ("before", "after")]
             table.add_row(label, *row)
     return table
 

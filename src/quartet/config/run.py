@@ -21,10 +21,22 @@ class RolePrecision:
     """A precision for each model. With an adapter (policy.adapter), models on the policy's trunk
     compute as the policy does."""
 
-    policy: PrecisionName = "auto"
-    critic: PrecisionName = "auto"
-    reference: PrecisionName = "auto"
-    reward_model: PrecisionName = "auto"
+    policy: PrecisionName = Field(
+        default="auto",
+        description='What the policy computes in. "auto": bf16 on a GPU, fp32 on a CPU.',
+    )
+    critic: PrecisionName = Field(
+        default="auto",
+        description='What the critic computes in. "auto" as for the policy.',
+    )
+    reference: PrecisionName = Field(
+        default="auto",
+        description='What the reference computes in. "auto" as for the policy.',
+    )
+    reward_model: PrecisionName = Field(
+        default="auto",
+        description='What the reward model computes in. "auto" as for the policy.',
+    )
 
 
 @part

@@ -1,18 +1,22 @@
 """Rows of files (.jsonl, .jsonl.gz, .json, .csv, .parquet), folders of them, or data sets of the
 hub: one by one, each with its place."""
 
+import contextlib
 import csv
 import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import constants as hub_constants
 
 from quartet.data import DataError
 from quartet.io.install import install_command
 from quartet.labels.log import LabelError, is_label_file, read_labels
+from quartet.models.hub import why_not_on_hub
 
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".parquet")
@@ -120,16 +124,34 @@ def _saved(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
 def _hub(path: Path, name: "re.Match[str]") -> Iterator[tuple[str, Row]]:
     """Yield the rows of a data set of the hub, downloaded once to the cache of the package."""
     datasets = _datasets(path)
+    why = why_not_on_hub(name["id"], "dataset")
     try:
-        table = datasets.load_dataset(name["id"], name["config"], split=name["split"] or "train")
+        with _offline(datasets) if why else contextlib.nullcontext():
+            table = datasets.load_dataset(
+                name["id"], name["config"], split=name["split"] or "train"
+            )
     except Exception as error:  # whatever a hub, a network or a cache may say
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(
-            f"{path}: no such file or folder, and no data set of the hub that can be had "
-            f"({reason})."
+            f"{path}: is no file or folder here, and {why or f'the hub gives no data ({reason}).'}"
         ) from error
     for number, row in enumerate(table, 1):
         yield f"{path}:{number}", row
+
+
+@contextlib.contextmanager
+def _offline(datasets: Any) -> Iterator[None]:
+    """Within this context, data sets come from the cache only: what the hub did not give once would
+    be asked for again for half a minute."""
+    places: tuple[Any, ...] = (datasets.config, hub_constants)
+    before = hub_constants.HF_HUB_OFFLINE
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place in places:
+            place.HF_HUB_OFFLINE = before
 
 
 def _datasets(path: Path) -> Any:
@@ -147,9 +169,10 @@ def _datasets(path: Path) -> Any:
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield the objects of a JSON list. The file is read whole, for JSON has no lines."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        table = json.loads(text) if text.strip() else []
     except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: not UTF-8 text (byte {error.start}).") from None
+        raise DataError(f"{path.name}: {_not_utf8(error, f'byte {error.start}')}") from None
     except json.JSONDecodeError as error:
         extra = " Is it JSON lines? Call it .jsonl." if error.msg == "Extra data" else ""
         raise DataError(
@@ -179,9 +202,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                         line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
                     )
                 except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{place}: not UTF-8 text (byte {error.start} of the line). {_fine(good)}"
-                    ) from None
+                    where = f"byte {error.start} of the line"
+                    raise DataError(f"{place}: {_not_utf8(error, where)} {_fine(good)}") from None
                 except json.JSONDecodeError as error:
                     raise DataError(
                         f"{place}: not JSON ({_reason(error)}). {_fine(good)}"
@@ -195,14 +217,17 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                         f"{_fine(good)}"
                     ) from None
                 if not isinstance(row, dict):
+                    whole = isinstance(row, list) and not good
+                    advice = "Is it one JSON list? Call it .json." if whole else _fine(good)
                     raise DataError(
-                        f"{place}: is {_kind(row)}, not an object with named columns. {_fine(good)}"
+                        f"{place}: is {_kind(row)}, not an object with named columns. {advice}"
                     )
                 good += 1
                 yield place, row
         except (EOFError, zlib.error, OSError) as error:
             raise DataError(
-                f"{path.name}: the compressed file is damaged ({error}). {_fine(good)}"
+                f"{path.name}: the compressed file is damaged ({error})."
+                + (f" {_fine(good)}" if good else "")
             ) from None
 
 
@@ -215,6 +240,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _csv_rows(path: Path, reader: "csv.DictReader[str]", good: int) -> Iterator[tuple[str, Row]]:
     try:
+        _check_header(path, reader.fieldnames or [])
         for row in reader:
             place = f"{path.name}:{reader.line_num}"
             if None in row or None in row.values():
@@ -225,14 +251,22 @@ def _csv_rows(path: Path, reader: "csv.DictReader[str]", good: int) -> Iterator[
             good += 1
             yield place, dict(row)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path.name}: not UTF-8 text after line {reader.line_num} ({error.reason}). "
-            f"{_fine(good)}"
-        ) from None
+        where = f"after line {reader.line_num}" if reader.line_num else error.reason
+        raise DataError(f"{path.name}: {_not_utf8(error, where)}") from None
     except csv.Error as error:
         raise DataError(
             f"{path.name}:{reader.line_num}: not CSV ({error}). {_fine(good)}"
         ) from None
+
+
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    """Raise `DataError` where the one column of a header is several, with another separator."""
+    for separator, name in {";": "semicolons", "\t": "tabs"}.items():
+        if len(names) == 1 and separator in names[0]:
+            raise DataError(
+                f"{path.name}:1: the cells are separated by {name}, not by commas. Save it with "
+                "commas."
+            )
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
@@ -255,6 +289,12 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(
             f"{path.name}: damaged after row {number:,} ({str(error).partition('.')[0]})."
         ) from None
+
+
+def _not_utf8(error: UnicodeDecodeError, where: str) -> str:
+    """Return what to do about bytes that are not UTF-8."""
+    utf16 = error.start == 0 and error.object[:2] in {b"\xff\xfe", b"\xfe\xff"}
+    return f"not UTF-8 text ({where}).{' It looks like UTF-16.' if utf16 else ''} Save it as UTF-8."
 
 
 def _fine(good: int) -> str:

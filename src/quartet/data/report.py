@@ -49,7 +49,7 @@ class Report:
     examples: tuple[tuple[str, tuple[Piece, ...]], ...]
     """Two rows: where each stands, and its pieces."""
     problems: int
-    """Rows that cannot be used."""
+    """Rows that cannot be used, with each one where reading a file stopped."""
     findings: tuple[str, ...]
 
 
@@ -97,6 +97,10 @@ class Counted:
         try:
             shaped = row if self.shape is None else self.shape.shaped(place, row)
             shape, named = usual(place, shaped)
+            if not shape:
+                raise DataError(
+                    f"{place}: has columns {', '.join(named)}, which are no known shape."
+                )
             example = example_of(place, named, purpose_of(shape))
             sizes = self.measure(example)
             oddities = self.oddities(example)
@@ -185,11 +189,13 @@ def report(
     if not seen.shapes:
         raise DataError(stopped or f"{path}: has no rows.")
     found = [*label_notes(path), *_findings(seen, sum(seen.shapes.values()))]
+    stops = int(stopped is not None)
     if stopped:
         found.insert(0, f"reading stopped: {stopped}")
     if held_out is not None:
         other = Counted(words, shape=shape)
         if halted := _read(held_out, columns, other):
+            stops += 1
             found.append(f"reading {held_out} stopped: {halted}")
         both = seen.prompts & other.prompts
         if both:
@@ -207,7 +213,7 @@ def report(
             for part, s in seen.sizes.items()
         },
         examples=tuple(_shown(seen.shown, rendered or pieces, found)),
-        problems=seen.wrong["unusable"],
+        problems=seen.wrong["unusable"] + stops,
         findings=tuple(found),
     )
 

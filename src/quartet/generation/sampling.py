@@ -11,7 +11,12 @@ from quartet.tensors import Bool, Float, Int, Tensor, torch
 class Sampling:
     """The distribution that responses are sampled from, and their largest length."""
 
-    max_new_tokens: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(
+        default=64,
+        ge=1,
+        description="The largest number of tokens in a response; one that has not ended by "
+        "then is cut off. Typical: 64 to 1024.",
+    )
     min_new_tokens: int = Field(
         default=0,
         ge=0,

@@ -1,6 +1,7 @@
 """From a config to the workers of its run."""
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from quartet.distributed.process_group import (
     ProcessGroup,
     TorchProcessGroup,
 )
+from quartet.io.install import install_command
 from quartet.launch.follower import Place, run_follower
 from quartet.launch.processes import Follower, start_followers, threads_of, wait_for
 from quartet.launch.spmd import ProcessWorkers
@@ -73,6 +75,8 @@ def job_of(
         raise CannotRun(f"--break {fault}: known are {', '.join(FAULTS)}.")
     if fault is not None and config.rl_stage is None:
         raise CannotRun(f"--break {fault}: there is no RL stage to break.")
+    if config.launch.type == "ray" and importlib.util.find_spec("ray") is None:
+        raise CannotRun(f'launch.type = "ray" needs the package ray: {install_command("ray")}.')
     return build(config, fault, process_group_of(config.launch), objects)
 
 

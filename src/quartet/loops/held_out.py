@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from quartet.distributed.sharding import copy_saved, is_sharded
+from quartet.errors import StateMisfit
 from quartet.loops.progress import Progress
 from quartet.tensors import Tensor
 
@@ -87,15 +88,15 @@ class HeldOut:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError where the state is not one of these parameters."""
+        """Raises `StateMisfit` where the state is of other parameters than these."""
         merit, best = state["best_merit"], state["best"]
         numbers = [state[name] for name in ("best_step", "num_worse", "last_step")]
         if any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError(f"evaluations with the numbers {numbers}")
         if len(best) not in {0, len(self.parameters)}:
-            raise ValueError(
+            raise StateMisfit(
                 f"the best {len(best)} parameters were saved, and {len(self.parameters)} are "
-                "trained now"
+                "trained now",
             )
         self.best_step, self.num_worse, self.last_step = numbers
         self.best_merit = None if merit is None else (float(merit[0]), float(merit[1]))

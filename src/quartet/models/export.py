@@ -1,6 +1,7 @@
 """Export: a model of a run as a folder of its own, in a precision of choice."""
 
 import json
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -54,7 +55,7 @@ def export(folder: Path, target: Path, dtype: Dtype | None = None) -> None:
     unfinished = target.with_name(f".{target.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        shutil.copytree(folder, unfinished, symlinks=True)
+        _copy(folder, unfinished)
         try:
             check_model(unfinished)
         except ModelError as error:
@@ -72,6 +73,19 @@ def export(folder: Path, target: Path, dtype: Dtype | None = None) -> None:
         unfinished.replace(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _copy(folder: Path, target: Path) -> None:
+    """Copy a folder. Raises OSError for the first file that cannot be copied, such as on a full
+    disk; shutil's own error lists all of them."""
+    try:
+        shutil.copytree(folder, target, symlinks=True)
+    except shutil.Error as error:
+        reason = str(error.args[0][0][2])
+        known = re.match(r"\[Errno (\d+)\] ([^:]*)", reason)
+        if known is None:
+            raise OSError(reason) from error
+        raise OSError(int(known[1]), known[2]) from error
 
 
 def check_model(folder: Path) -> None:

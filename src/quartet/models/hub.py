@@ -3,6 +3,7 @@ consequences."""
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import (
     get_hf_file_metadata,
@@ -22,9 +23,10 @@ HUB_SECONDS = 5.0
 """How long the hub may take to answer whether it has a model. It is asked once: a download would
 try six times, for 23 seconds."""
 UNREACHABLE = (
-    "the hub cannot be reached. Check the path, or download the model where there is a network and "
+    "the hub cannot be reached. Check the path, or download the {} where there is a network and "
     "name its folder."
 )
+NOUNS = {"model": "model", "dataset": "data set"}
 LOG_IN = "log in with: hf auth login"
 
 
@@ -38,11 +40,12 @@ def commit_on_hub(name: str) -> str | None:
     return Path(config).parent.name
 
 
-def why_not_on_hub(name: str) -> str | None:
-    """Return why the hub does not give a model, and what to do; None if it gives it, or if it was
-    downloaded before."""
+def why_not_on_hub(name: str, kind: Literal["model", "dataset"] = "model") -> str | None:
+    """Return why the hub does not give a model or a data set, and what to do; None if it gives it,
+    or if it is a model that was downloaded before."""
+    file = "config.json" if kind == "model" else "README.md"
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if isinstance(try_to_load_from_cache(name, file, repo_type=kind), str) and kind == "model":
             return None
     except HFValidationError:
         return "it is no name that the hub can have. Check the path."
@@ -50,7 +53,7 @@ def why_not_on_hub(name: str) -> str | None:
     level = logger.level
     logger.setLevel(logging.ERROR)  # its warnings say what is returned
     try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_SECONDS)
+        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=HUB_SECONDS)
     except EntryNotFoundError:  # a message about the missing file comes from the loading
         return None
     except GatedRepoError:
@@ -60,13 +63,13 @@ def why_not_on_hub(name: str) -> str | None:
         )
     except RepositoryNotFoundError:
         return (
-            "the hub has no such model, or only for those who may see it. Check the name; for a "
-            f"private model {LOG_IN}"
+            f"the hub has no such {NOUNS[kind]}, or only for those who may see it. Check the name; "
+            f"for a private {NOUNS[kind]} {LOG_IN}"
         )
     except HfHubHTTPError as error:
         return f"the hub does not answer ({str(error).strip().partition(chr(10))[0]})."
     except Exception:  # of the HTTP client, which has changed between versions, or of being offline
-        return UNREACHABLE
+        return UNREACHABLE.format(NOUNS[kind])
     finally:
         logger.setLevel(level)
     return None

@@ -98,8 +98,9 @@ def shape_config(shape: Shape, tokenizer: Tokenizer) -> Any:
 
 def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
     """Return the causal language model of a Hugging Face folder or hub id, in float32. Weights are
-    read from safetensors only, and code in the folder is not run. Raises ModelError."""
-    check_hub(folder)
+    read from safetensors only, and code in the folder is not run. Raises ModelError, also for a
+    classifier: transformers would load its trunk under a head that was never trained."""
+    check_generates(folder, read_config(folder))
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OWN_CODE
@@ -110,6 +111,16 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
         ) from error
     check_whole(folder, model, report)
     return model.to(device).eval()
+
+
+def check_generates(folder: str | Path, config: Any) -> None:
+    """Raise ModelError where the config of a model says that it is a reward model or a critic."""
+    kind = str((getattr(config, "architectures", None) or [""])[0])
+    if kind.endswith(CLASSIFIERS):
+        raise ModelError(
+            f"{folder}: is a {kind}, which scores text and generates none. Name the folder of a "
+            "language model."
+        )
 
 
 @torch.no_grad()
@@ -127,6 +138,8 @@ def add_embeddings(model: CausalModel, tokenizer: Tokenizer) -> None:
                 tensor[rows:] = tensor[:rows].mean(0)
 
 
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+"""The ends of the names of architectures that give numbers and no text."""
 UNLOADABLE = (
     OSError,
     ValueError,

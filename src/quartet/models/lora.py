@@ -12,7 +12,12 @@ class Lora:
     columns; W stays as it is (Hu et al. 2022)."""
 
     type: Literal["lora"] = "lora"
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(
+        default=16,
+        ge=1,
+        description="The rows of A and columns of B: more can learn more, and take more "
+        "memory. Typical: 8 to 64.",
+    )
     alpha: float = Field(
         default=32.0,
         gt=0,

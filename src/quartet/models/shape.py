@@ -11,8 +11,16 @@ class Shape:
     """A small causal transformer: `policy.create` in a run's file."""
 
     type: Literal["llama", "qwen2", "gpt2"] = "llama"
-    hidden_size: int = Field(default=128, ge=8)
-    num_layers: int = Field(default=4, ge=1)
+    hidden_size: int = Field(
+        default=128,
+        ge=8,
+        description="The width of the residual stream. Typical: 128 for the embedded worlds.",
+    )
+    num_layers: int = Field(
+        default=4,
+        ge=1,
+        description="The number of transformer blocks. Typical: 4 for the embedded worlds.",
+    )
     num_heads: int = Field(default=4, ge=1, description="It must divide hidden_size.")
     intermediate_size: int | None = Field(
         default=None, ge=8, description="Left out, it is three times hidden_size."

@@ -2,11 +2,14 @@
 
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quartet import __version__, files
 from quartet.recording.run_folder import read_record
+from quartet.runs.definitions import MEASURES, definition
+from quartet.runs.wording import number, stage_summary
 
 ROLES = {
     "policy": "The policy: a causal language model.",
@@ -19,6 +22,7 @@ ROLES = {
 }
 BEFORE = {"sft": {"sft"}, "reward_model": {"sft"}}
 """The stages that shaped a model before its own, for models that not all stages shaped."""
+SETTINGS = "config.resolved.toml"
 SAMPLED = frozenset({"policy", "policy_ema", "sft"})
 """The models that generate text."""
 LOADED_BY = {
@@ -27,21 +31,25 @@ LOADED_BY = {
 }
 
 
-def write_cards(folder: Path) -> None:
-    """Write `README.md` for the run and for each model in it."""
-    resolved = folder / "config.resolved.toml"
+def write_cards(folder: Path, title: str | None = None) -> None:
+    """Write `README.md` for the run and for each model in it. `title` names the run; left out, its
+    folder does."""
+    resolved, title = folder / SETTINGS, title or folder.name
     config = tomllib.loads(resolved.read_text(encoding="utf-8")) if resolved.is_file() else {}
     events = read_record(folder).events
     for name in models_in(folder):
         role = name.partition("-")[0]
-        title = f"# {folder.name}: {name.replace('_', ' ')}\n\n{ROLES[role]}\n\n"
+        head = f"# {title}: {name.replace('_', ' ')}\n\n{ROLES[role]}\n\n"
         before = BEFORE.get(role)
         numbers = _numbers(
             [e for e in events if before is None or e.get("stage") in before | {name}]
         )
-        text = _front(role, config) + title + _loading(folder, name) + numbers + _making(config)
+        made = _making(config, f"../{SETTINGS}")
+        text = _front(role, config) + head + _loading(folder, name) + numbers + made
         files.replace(folder / name / "README.md", text)
-    files.replace(folder / "README.md", f"# {folder.name}\n\n{_numbers(events)}{_making(config)}")
+    files.replace(
+        folder / "README.md", f"# {title}\n\n{_numbers(events)}{_making(config, SETTINGS)}"
+    )
 
 
 def models_in(folder: Path) -> list[str]:
@@ -58,14 +66,12 @@ def models_in(folder: Path) -> list[str]:
 def complete(target: Path, run_folder: Path, role: str) -> None:
     """Complete the folder that a run's model was exported to, so that it needs no run folder.
 
-    The settings that the card names are copied. The card says where the model is. A policy that was
-    trained by sampling gets a generation config that samples as the run did: with its temperature
-    and filters, and as many tokens as the run's responses could have. Stop strings are not in it:
-    with them, transformers generates nothing unless it is given the tokenizer, too.
+    The settings that the card names are copied, and a policy gets the generation config of
+    `write_generation_config`.
     """
-    resolved, card = run_folder / "config.resolved.toml", target / "README.md"
+    resolved, card = run_folder / SETTINGS, target / "README.md"
     if card.is_file():
-        text = card.read_text(encoding="utf-8").replace(f'("{role}")', f'("{target}")')
+        text = card.read_text(encoding="utf-8").replace(f"../{SETTINGS}", SETTINGS)
         files.replace(card, text)
     if not resolved.is_file():
         return
@@ -74,15 +80,24 @@ def complete(target: Path, run_folder: Path, role: str) -> None:
     rollout = tomllib.loads(text).get("rollout")
     if rollout is None or role not in SAMPLED:
         return
-    path = target / "generation_config.json"
+    write_generation_config(target, rollout)
+
+
+def write_generation_config(folder: Path, rollout: Mapping[str, Any]) -> None:
+    """Write a generation config that samples as the responses of a run were sampled: with its
+    temperature and filters, and as many tokens as a response could have.
+
+    `rollout` has the fields of `Sampling`. Of the config that is there, only the token ids stay:
+    penalties and other settings of the base model were not in force while the policy was trained.
+    Stop strings are not in it: with them, transformers generates nothing unless it is given the
+    tokenizer, too.
+    """
+    path = folder / "generation_config.json"
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    table |= {
-        "do_sample": True,
-        "temperature": rollout["temperature"],
-        "top_k": rollout["top_k"],
-        "top_p": rollout["top_p"],
-        "max_new_tokens": rollout["max_new_tokens"],
-    }
+    table = {key: value for key, value in table.items() if key.endswith("_token_id")}
+    table["do_sample"] = True
+    for name in ("temperature", "top_k", "top_p", "max_new_tokens"):
+        table[name] = rollout[name]
     if rollout.get("min_new_tokens"):
         table["min_new_tokens"] = rollout["min_new_tokens"]
     files.replace(path, json.dumps(table, indent=2) + "\n")
@@ -99,6 +114,10 @@ def _front(role: str, config: dict[str, Any]) -> str:
     return f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [{tags}]\n{named}---\n\n"
 
 
+HERE = "."
+"""How a card names its folder: so it is right wherever the folder is moved."""
+
+
 def _loading(folder: Path, name: str) -> str:
     role = name.partition("-")[0]
     auto = LOADED_BY.get(role, "AutoModelForCausalLM")
@@ -113,13 +132,13 @@ def _loading(folder: Path, name: str) -> str:
             "under a linear layer `score`:",
             "",
             "    from quartet.models.heads import ScalarModel",
-            f'    model = ScalarModel.load("{name}")',
+            f'    model = ScalarModel.load("{HERE}")  # or the path of this folder',
             "",
         ]
     else:
         lines = [
             "    import transformers",
-            f'    model = transformers.{auto}.from_pretrained("{name}")',
+            f'    model = transformers.{auto}.from_pretrained("{HERE}")  # or its path',
             "",
         ]
     if centre := table.get("quartet_reward_centre"):
@@ -139,7 +158,8 @@ def _loading(folder: Path, name: str) -> str:
 
 
 def _numbers(events: list[dict[str, Any]]) -> str:
-    """Return a table of the last metrics of each stage, and the evaluation."""
+    """Return a table of the last metrics of each stage, what it measured on held-out data, and the
+    evaluation."""
     last: dict[str, tuple[int, dict[str, float]]] = {}
     for event in events:
         if event["event"] == "metrics":
@@ -155,9 +175,11 @@ def _numbers(events: list[dict[str, Any]]) -> str:
     )
     rows = []
     for stage, (step, metrics) in last.items():
-        values = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
+        values = [
+            f"{definition(name).label} {number(metrics[name])}" for name in shown if name in metrics
+        ]
         if values:
-            rows.append(f"| {stage} | {step:,} | {', '.join(values)} |")
+            rows.append(f"| {stage.replace('_', ' ')} | {step:,} | {', '.join(values)} |")
     text = (
         "| stage | steps | at the last step |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
         if rows
@@ -170,10 +192,8 @@ def _numbers(events: list[dict[str, Any]]) -> str:
         if event["stage"] == "evaluation":
             text += _evaluation(summary)
         else:
-            numbers = ", ".join(
-                f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary.items()
-            )
-            text += f"{event['stage']}: {numbers}.\n\n"
+            sentences = " ".join(stage_summary(summary))
+            text += f"{event['stage'].replace('_', ' ')}: {sentences}\n\n" if sentences else ""
     return text
 
 
@@ -188,15 +208,17 @@ def _evaluation(summary: dict[str, Any]) -> str:
         "| | before | after |",
         "|---|---|---|",
         *(
-            f"| {name} | {value:.4g} | {summary['after'][name]:.4g} |"
-            for name, value in summary["before"].items()
+            f"| {label} | {number(summary['before'][name])} | {number(summary['after'][name])} |"
+            for name, label in MEASURES.items()
+            if name in summary["before"]
         ),
     ]
     return "\n".join([*lines, "", ""])
 
 
-def _making(config: dict[str, Any]) -> str:
-    """Return one sentence on how the model was trained."""
+def _making(config: dict[str, Any], settings: str) -> str:
+    """Return sentences on how the model was trained. `settings` is the path of its settings from
+    the card."""
     data = config.get("data", {})
     train = data.get("train")
     source = (
@@ -204,4 +226,4 @@ def _making(config: dict[str, Any]) -> str:
     ) or f"the embedded world {data.get('world')}"
     recipe = " → ".join(config.get("recipe", []))
     origin = f"Made by Quartet {__version__}: {recipe}, on {source}, seed {config.get('seed')}."
-    return f"{origin} All settings: `config.resolved.toml`.\n"
+    return f"{origin} All settings: `{settings}`.\n"

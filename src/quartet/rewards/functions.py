@@ -249,9 +249,7 @@ class Worker:
                 "reward.processes, or let it return None for what it cannot judge in time."
             )
         if "error" in answer:
-            raise RewardError(
-                f"{self.function} failed: {answer['error']}. The traceback is in run.log."
-            )
+            raise RewardError(f"{self.function} failed: {answer['error']}.")
         return answer
 
     def _exchange(self, request: Mapping[str, Any], timeout: float) -> dict[str, Any] | None:
@@ -419,7 +417,7 @@ def check_reference(function: str, key: str = "reward.function") -> None:
     """Raise `RewardError` where the file is not there or does not define the name. The file is
     parsed and not run."""
     place, colon, name = function.rpartition(":")
-    if not colon and "." in function:
+    if not colon and "." in function and not function.endswith(".py"):
         return  # a dotted path
     if not colon or not place or not name.isidentifier():
         raise RewardError(f'{key} = "{function}": write file.py:name, or package.module.name.')

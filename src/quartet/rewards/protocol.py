@@ -15,6 +15,8 @@ from quartet.io.texts import well_formed
 log = logging.getLogger(__name__)
 LARGEST = 3.4e38
 """Almost the largest number of float32. A score beyond it counts as none."""
+LOGGED = 3
+"""How many scores of one call that are no finite number are logged."""
 DEVIATION = "deviation/"
 """Stands before the name of a reward among the components of a rollout: the deviation of its
 score."""
@@ -157,25 +159,29 @@ def _columns(reward: Reward, rollouts: Sequence[Rollout]) -> dict[str, list[Scor
 
 def _usable(reward: Reward, column: Sequence[Score], rollouts: Sequence[Rollout]) -> list[Score]:
     """Return one score for each rollout. A value that is no number of float32 (NaN, infinity,
-    1e308) counts as no score, and is logged."""
+    1e308) counts as no score. The first `LOGGED` of them are logged, and the number of the
+    others."""
     if len(column) != len(rollouts):
         raise RewardError(
             f"reward {reward.name} returned {len(column)} value{'s' * (len(column) != 1)} for "
             f"{len(rollouts)} responses. "
             f"Return a list of {len(rollouts)} numbers."
         )
-    usable: list[Score] = []
-    for score, rollout in zip(column, rollouts, strict=True):
-        fits = score is None or abs(score) <= LARGEST  # a comparison with NaN is false
-        if not fits:
-            log.warning(
-                "reward %s gave %s for %s, which is left out: %r",
-                reward.name,
-                score,
-                rollout.id,
-                rollout.response[:200],
-            )
-        usable.append(score if fits else None)
+    usable = [  # a comparison with NaN is false
+        score if score is None or abs(score) <= LARGEST else None for score in column
+    ]
+    left_out = [i for i, score in enumerate(column) if score is not None and usable[i] is None]
+    for i in left_out[:LOGGED]:
+        log.warning(
+            "reward %s gave %s for %s, which is left out: %r",
+            reward.name,
+            column[i],
+            rollouts[i].id,
+            rollouts[i].response[:200],
+        )
+    if len(left_out) > LOGGED:
+        more = len(left_out) - LOGGED
+        log.warning("reward %s gave no finite number for %d more responses", reward.name, more)
     return usable
 
 

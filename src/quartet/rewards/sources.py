@@ -148,7 +148,9 @@ class MathSource(AnswerSource):
 class PatternSource(RewardSource):
     """1 where a regular expression is found in the response."""
 
-    pattern: str
+    pattern: str = Field(
+        description="The regular expression, as Python's re.search takes it.",
+    )
     type: Literal["pattern"] = "pattern"
 
     def make(self, context: RewardContext) -> Reward:
@@ -173,9 +175,16 @@ class JsonSource(RewardSource):
 class LengthSource(RewardSource):
     """1 for a response of `least` to `most` tokens, less outside."""
 
-    most: int = Field(ge=1)
+    most: int = Field(
+        ge=1,
+        description="The tokens of a response up to which the reward is 1.",
+    )
     type: Literal["length"] = "length"
-    least: int = Field(default=1, ge=1)
+    least: int = Field(
+        default=1,
+        ge=1,
+        description="The tokens of a response from which the reward is 1.",
+    )
 
     def __post_init__(self) -> None:
         if self.least > self.most:
@@ -199,11 +208,19 @@ class ServerSource(RewardSource):
         pattern=URL, description="http:// or https://, the whole address that is posted to."
     )
     type: Literal["server"] = "server"
-    protocol: Literal["quartet", "openrlhf"] = "quartet"
+    protocol: Literal["quartet", "openrlhf"] = Field(
+        default="quartet",
+        description="What is posted: Quartet's own requests, or those of OpenRLHF's remote "
+        "reward models.",
+    )
     timeout: float = Field(
         default=30.0, gt=0, description="Seconds that one try may take as a whole."
     )
-    tries: int = Field(default=3, ge=1)
+    tries: int = Field(
+        default=3,
+        ge=1,
+        description="How often a request is sent before the run stops. Typical: 3.",
+    )
     token_env: str | None = Field(
         default=None, description="The environment variable with the token; never the token itself."
     )
@@ -226,7 +243,11 @@ class JudgeSource(RewardSource):
     model: str = Field(description="What the endpoint calls the judge.")
     type: Literal["judge"] = "judge"
     per_stage: ClassVar[bool] = True
-    mode: Literal["score", "pairwise"] = "score"
+    mode: Literal["score", "pairwise"] = Field(
+        default="score",
+        description='"score" asks for a number for each answer, "pairwise" which of two '
+        "answers to a prompt is better.",
+    )
     prompt: str | None = Field(
         default=None, description="A file with the judge's prompt. Left out, Quartet's own."
     )
@@ -236,7 +257,11 @@ class JudgeSource(RewardSource):
     timeout: float = Field(
         default=60.0, gt=0, description="Seconds that one try may take as a whole."
     )
-    tries: int = Field(default=3, ge=1)
+    tries: int = Field(
+        default=3,
+        ge=1,
+        description="How often a question is sent before it counts as not answered. Typical: 3.",
+    )
     parallel: int = Field(
         default=8, ge=1, description="How many requests are on their way at once."
     )

@@ -390,6 +390,25 @@ DEFINITIONS = (
         "Far below the pair accuracy, the model overfits.",
     ),
     Definition(
+        "held_out/confidence",
+        "accuracy that the held-out margins claim",
+        "the mean of σ(|difference of the scores|) over the held-out pairs",
+        "Far above the held-out pair accuracy, the model is too sure of itself.",
+    ),
+    Definition(
+        "held_out/prefers_longer",
+        "held-out preference for the longer side",
+        "the share of the held-out pairs, of those with sides of different lengths, whose longer "
+        "side has the higher score",
+        "Far from the share in which the longer side is the chosen one, it scores length.",
+    ),
+    Definition(
+        "held_out/logprobs/*",
+        "log p * of held-out pairs",
+        "the mean log-probability of whole responses of the held-out pairs",
+        "Both sides often fall together; this is a known weakness of these losses.",
+    ),
+    Definition(
         "logprobs/*",
         "log p *",
         "the mean log-probability of whole responses",

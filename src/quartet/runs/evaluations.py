@@ -20,6 +20,8 @@ MOST = 50
 """The most evaluations of a run that are read."""
 LABELS = {"kl": "KL, nats", "tokens": "tokens per answer"}
 
+COLUMNS = LABELS | {"gold": "gold reward"}
+"""The names of measures in a table, where they differ from their own."""
 Table = tuple[str, list[str], list[tuple[str, list[str]]]]
 """A title, the names of columns, and rows: a label with a text per column."""
 
@@ -102,8 +104,8 @@ def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
             if own:
                 rows[name, policy] = {c["measure"]: estimate(c, c.get("missing", 0)) for c in own}
     table: Table = (
-        "mean [95 % interval]",
-        [LABELS.get(column, column) for column in columns],
+        "The mean, with its 95 % interval in brackets.",
+        [COLUMNS.get(column, column) for column in columns],
         [
             (f"{name} · {policy}" if several else policy, [row.get(c, "–") for c in columns])
             for (name, policy), row in rows.items()
@@ -121,12 +123,13 @@ def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for each in comparisons:
         where = f"{each['set']} · " if several else ""
-        label = f"{where}{each['policy']} against {each['against']}, {each['measure']}"
+        measure = COLUMNS.get(each["measure"], each["measure"])
+        label = f"{where}{each['policy']} against {each['against']}, {measure}"
         counts = f"{each['wins']}–{each['ties']}–{each['losses']}"
         same_length = estimate(each.get("length_controlled"))
         p_values = [probability(each["p"]), probability(each["p_holm"])]
         rows.append((label, [estimate(each["win_rate"]), same_length, counts, *p_values]))
-    return "the same rows, two policies (a tie is half a win)", columns, rows
+    return "Two policies on the same rows; a tie is half a win.", columns, rows
 
 
 def estimate(numbers: Mapping[str, Any] | None, missing: int = 0) -> str:

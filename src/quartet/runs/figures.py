@@ -384,6 +384,7 @@ def axis(title: str | None) -> Spec:
         "gridcolor": "rgba(128,128,128,0.18)",
         "zerolinecolor": "rgba(128,128,128,0.35)",
         "automargin": True,
+        "ticklabelstandoff": 4,  # apart from the other axis, whose labels are near in the corner
         "exponentformat": "power",
     }
     return axis | ({"title": {"text": title, "standoff": 8}} if title else {})

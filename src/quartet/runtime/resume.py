@@ -12,6 +12,7 @@ from quartet.config.errors import toml_value
 from quartet.config.read_by import changes_what_is_learnt, roles_that_read
 from quartet.config.tables import Config
 from quartet.errors import QuartetError
+from quartet.io.texts import typed
 from quartet.runs.folders import RECORD
 from quartet.stages.kinds import KINDS, RL, kind_of
 from quartet.training.checkpoint import Checkpoint, misfit
@@ -63,8 +64,8 @@ def choose(
         return Choice(checkpoint, skipped, accepted)
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped) or "there are none"
     raise CannotResume(
-        f"{folder}: no checkpoint can be used ({reasons}). Nothing was changed. To start a new "
-        "run, leave out --resume."
+        f"{folder}: no checkpoint can be used ({reasons}). Nothing was changed. To start a new run "
+        f"with its settings: quartet run {typed(folder / 'config.resolved.toml')}"
     )
 
 
@@ -126,10 +127,12 @@ def _checked(
         raise CannotResume("\n".join(refused))
     facts = checkpoint.facts
     num_done, num_steps = facts["step"], steps_of(config).get(facts["stage"], 0)
-    if num_done > num_steps > 0:
+    kind = kind_of(facts["stage"])
+    if kind is not None and num_done > num_steps > 0:
         raise CannotResume(
             f"{facts['stage']} has done {num_done:,} steps already, and the config asks for "
-            f"{num_steps:,}."
+            f"{num_steps:,}. Set {kind.steps} to {num_done} or more, or start a "
+            "new run."
         )
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import is_sharded, local_tensor
-from quartet.errors import QuartetError
+from quartet.errors import QuartetError, StateMisfit
 from quartet.io.activity import activity
 from quartet.io.heap import return_freed_memory
 from quartet.io.threads import Abandoned, BackgroundThread, result_of
@@ -231,10 +231,15 @@ class Worker:
 
 @contextlib.contextmanager
 def _naming(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn any error of a state that does not fit the stage into one sentence about its
-    checkpoint."""
+    """Turn any error of a state that does not fit the stage into sentences about its checkpoint."""
+    unfit = f"checkpoint {checkpoint.name} does not fit what this config trains"
     try:
         yield
+    except StateMisfit as error:
+        raise DamagedCheckpoint(
+            f"{unfit} ({error.what}), and earlier ones do not either. To go on, {error.remedy}. Or "
+            "start a new run."
+        ) from error
     except (
         ArithmeticError,
         AttributeError,
@@ -250,8 +255,7 @@ def _naming(checkpoint: Checkpoint) -> Iterator[None]:
         else:
             reason = str(error).partition("\n")[0].rstrip(".")
         raise DamagedCheckpoint(
-            f"checkpoint {checkpoint.name} does not fit what this config trains ({reason}). Rename "
-            f"{checkpoint.path} to go on from an earlier one."
+            f"{unfit} ({reason}). Rename {checkpoint.path} to go on from an earlier one."
         ) from error
 
 

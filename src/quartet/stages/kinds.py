@@ -25,7 +25,7 @@ class Headline:
 
     label: str
     metric: str
-    format: str = "{:.2f}"
+    format: str = "{:z.2f}"
     change: bool = False
     """Show the first value as well: 0.51 → 0.87."""
 
@@ -97,7 +97,7 @@ def _evaluation_closing(summary: Summary) -> str:
     win, kl, judge = summary["win_rate"], summary["kl"], summary["judge"]
     gain = summary["after"].get(judge, 0.0) - summary["before"].get(judge, 0.0)
     rate = f"win rate by {judge} {win['mean']:.2f} ± {win['interval']:.2f}"
-    return f"{rate} · {judge} {gain:+.2f} at KL {kl['mean']:.1f}".replace("-", "−")
+    return f"{rate} · {judge} {gain:+z.2f} at KL {kl['mean']:z.1f}".replace("-", "−")
 
 
 LOSS = Headline("loss", "loss", change=True)
@@ -139,7 +139,7 @@ PREFERENCE = StageKind(
     headlines=(
         LOSS,
         PAIR_ACCURACY,
-        Headline("log p chosen", "logprobs/chosen", "{:.1f}", change=True),
+        Headline("log p chosen", "logprobs/chosen", "{:z.1f}", change=True),
     ),
     closing=_preference_closing,
 )
@@ -153,9 +153,9 @@ RL = StageKind(
     headlines=(
         Headline("reward", "reward", change=True),
         Headline("gold", "reward/gold", change=True),
-        Headline("exact", "reward/exact", "{:.0%}", change=True),
-        Headline("KL", "kl", "{:.1f}"),
-        Headline("clip", "policy/clip_fraction", "{:.0%}"),
+        Headline("exact", "reward/exact", "{:z.0%}", change=True),
+        Headline("KL", "kl", "{:z.1f}"),
+        Headline("clip", "policy/clip_fraction", "{:z.0%}"),
         Headline("ev", "value/explained_variance"),
     ),
 )

@@ -23,6 +23,7 @@ from quartet.loops.rl_async import Ahead, rl_async
 from quartet.loops.sft import held_out_loss
 from quartet.models.language_model import save
 from quartet.models.protocols import Tokenizer
+from quartet.recording.model_card import write_generation_config
 from quartet.recording.tokens import TokenTexts, probe_table, write_tokens
 from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward
@@ -213,7 +214,11 @@ class RLStage:
 
     def _save(self, learner: Learner, folder: Path) -> None:
         actor, process_group = learner.models.actor, learner.process_group
+        sampling = dataclasses.asdict(self.sampling)
         save(actor, self.tokenizer, folder / "policy", process_group)
         learner.models.save_critic(folder / "critic", self.tokenizer, process_group)
         if learner.ema is not None:
             save(actor, self.tokenizer, folder / "policy_ema", process_group, learner.ema.average)
+        for name in ("policy", "policy_ema"):
+            if process_group.is_rank_zero and (folder / name).is_dir():
+                write_generation_config(folder / name, sampling)

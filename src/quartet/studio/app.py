@@ -31,6 +31,7 @@ from quartet.runs.evaluations import evaluation_tables, evaluations, kl_frontier
 from quartet.runs.reader import DamagedRun, NoRun, Run
 from quartet.runs.rules import RULES
 from quartet.runs.untrusted import finite
+from quartet.runs.wording import stage_summary
 from quartet.studio import sweep_views, views
 from quartet.studio.first_policy import Busy, FirstPolicies, NoAnswer, folder_of
 from quartet.studio.library import Library
@@ -116,7 +117,7 @@ class Pages:
             stage=stage,
             charts=views.overview(run, stage) if stage else [],
             numbers=views.headline(run),
-            summary=views.stage_summary(run.summary(stage)) if stage else [],
+            summary=stage_summary(run.summary(stage)) if stage else [],
             steps=run.steps(),
             page="overview",
         )

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quartet.runs.untrusted import finite
-from quartet.studio.views import number, score_parts, shortened
+from quartet.runs.wording import number
+from quartet.studio.views import score_parts, shortened
 
 
 @functools.cache
@@ -28,6 +30,7 @@ def templates() -> Environment:
         "ago": ago,
         "shortened": shortened,
         "score_parts": score_parts,
+        "typed": lambda path: shlex.quote(str(path)),
     }
     environment.policies["json.dumps_function"] = json_text
     return environment

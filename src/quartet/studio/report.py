@@ -13,6 +13,7 @@ from quartet.runs.doctor import Finding, examine
 from quartet.runs.evaluations import evaluation_tables, evaluations
 from quartet.runs.figures import frontier
 from quartet.runs.reader import DamagedRun, Run
+from quartet.runs.wording import number
 from quartet.studio import views
 from quartet.studio.rendering import json_text, plotly_file, templates
 
@@ -208,7 +209,7 @@ def _shaded(run: Run, rows: Mapping[str, Sequence[Any]]) -> Any:
         size = 0.0 if advantage is None or not largest else min(1.0, abs(advantage) / largest)
         color = "59,130,246" if (advantage or 0) > 0 else "245,158,11"
         numbers = ", ".join(
-            f"{name.replace('_', ' ')} {views.number(rows[name][i])}"
+            f"{name.replace('_', ' ')} {number(rows[name][i])}"
             for name in ("reward", "value", "advantage", "ratio", "kl", "logprob")
             if rows[name][i] is not None
         )

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quartet.runs.charts import charts
-from quartet.runs.definitions import MEASURES, Definition, caption, definition, sentence
+from quartet.runs.definitions import MEASURES, Definition, caption, definition
 from quartet.runs.figures import finite, lines, phases, smoothed
 from quartet.runs.reader import Run, Sample
+from quartet.runs.wording import number
 
 WORST_PAIRS = 12
 SAMPLES_SHOWN = 200
@@ -86,22 +87,6 @@ TOKEN_COLUMNS = (
         "up",
     ),
 )
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """Return a value as text; a dash where there is none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    text = (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:.{digits}g}"
-        if abs(value) < 1e6
-        else f"{value:.2e}"
-    )
-    return text.replace("-", "−")
 
 
 def run_row(run: Run) -> dict[str, Any]:
@@ -213,31 +198,6 @@ def measure(name: str, value: Any) -> str:
     """Return a measure as text: in percent if it is a share."""
     is_share = name in SHARES and isinstance(value, int | float)
     return f"{100 * value:.1f} %" if is_share else number(value)
-
-
-SUMMARIES = {
-    "ceiling": "The best possible accuracy, by the gold reward, is {}.",
-    "centre": "The mean score, which was subtracted from all scores, is {}.",
-}
-"""Sentences on the numbers of a stage's summary that are not of held-out data."""
-
-
-def stage_summary(summary: Mapping[str, Any] | None) -> list[str]:
-    """Return sentences with the numbers that a stage wrote when it finished."""
-    numbers = {k: v for k, v in (summary or {}).items() if isinstance(v, int | float)}
-    sentences = []
-    for key, value in numbers.items():
-        if key.startswith("held_out_") and not key.endswith("_before"):
-            label = sentence(definition(key.removeprefix("held_out_")).label)[:-1]
-            before = numbers.get(f"{key}_before")
-            change = f"{number(before)} before, {number(value)} after"
-            sentences.append(
-                f"{label} on held-out data: {number(value) if before is None else change}."
-            )
-        elif not key.startswith("held_out_"):
-            form = SUMMARIES.get(key, sentence(key.replace("_", " "))[:-1] + ": {}.")
-            sentences.append(form.format(number(value)))
-    return sentences
 
 
 def score_parts(components: Mapping[str, float | None], score: float | None) -> dict[str, str]:

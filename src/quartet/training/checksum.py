@@ -6,6 +6,7 @@ import torch
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import is_first_replica, is_sharded, local_tensor
+from quartet.errors import StateMisfit
 from quartet.tensors import Int, Tensor
 
 PIECE = 2**16
@@ -32,11 +33,12 @@ class ReferenceChecksum:
         return self.value
 
     def load_state(self, state: object) -> None:
-        """Raises ValueError where the checkpoint is one of a run with another reference."""
+        """Raises `StateMisfit` where the checkpoint is one of a run with another reference."""
         if self.value != state:
-            raise ValueError(
-                "the reference is not the model that the run began with; put back the model of "
-                "reference.model or, without that key, the one that the policy starts from"
+            raise StateMisfit(
+                "the reference is not the model that the run began with",
+                "put back the model of reference.model or, without that key, the one that the "
+                "policy starts from",
             )
 
 

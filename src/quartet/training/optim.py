@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from quartet.distributed.sharding import copy_saved, full_tensor, is_sharded
+from quartet.errors import StateMisfit
 from quartet.io.threads import Abandoned
 from quartet.parts import Field, OrInf, part
 from quartet.tensors import Tensor, torch
@@ -51,9 +52,23 @@ class OptimizerConfig:
     max_grad_norm: OrInf = Field(
         default=1.0, gt=0, description="Longer gradients are scaled down to this; inf leaves them."
     )
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="The share of each weight, times the learning rate, that a step takes "
+        "off; ≥ 0. Typical: 0 to 0.1.",
+    )
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95),
+        description="Adam's decay rates of the means of gradients and of their squares, "
+        "from 0 to 1. Typical: [0.9, 0.95] to [0.9, 0.999].",
+    )
+    eps: float = Field(
+        default=1e-8,
+        gt=0,
+        description="Adam's epsilon, which is added to the root of the mean square; > 0. "
+        "Typical: 1e-8.",
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop",
         description='An update whose loss or gradient is not finite stops the run; "skip" leaves '
@@ -191,17 +206,19 @@ class Optimizer:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError where the state is another type's, or no state of these parameters."""
+        """Raises `StateMisfit` where the state is another type's or of other parameters, and
+        ValueError where it is no state."""
         saved_type = state.get("optimizer", "adamw")  # which was the only one once
         if saved_type != self.config.optimizer:
-            raise ValueError(
+            raise StateMisfit(
                 f'its optimizer is "{saved_type}", and "{self.config.optimizer}" cannot go on from '
-                "its moments"
+                "its moments",
+                f'set optimizer = "{saved_type}" again',
             )
         if len(state["parameters"]) != len(self.parameters):
-            raise ValueError(
+            raise StateMisfit(
                 f"{len(state['parameters'])} parameters were saved, and {len(self.parameters)} are "
-                f"trained now"
+                "trained now",
             )
         steps, skipped, scale = state["steps"], state["skipped"], state["scale"]
         if (
@@ -219,9 +236,9 @@ class Optimizer:
         ):
             restored = self._restored_moments(mine, moments)
             if mine.shape != saved.shape:
-                raise ValueError(
+                raise StateMisfit(
                     f"a parameter of shape {list(saved.shape)} was saved, and has shape "
-                    f"{list(mine.shape)} now"
+                    f"{list(mine.shape)} now",
                 )
             copy_saved(mine.data, saved)
             if restored:  # a parameter that no gradient has reached has none
