@@ -26,7 +26,8 @@ def test_a_run_in_bfloat16_learns_saves_float32_and_is_held_to_its_own_tolerance
     assert run.status == "done" and run.rounding == "bf16"
     steps = [m for m in metrics(run) if "sampler_ratio" in m]
     assert len(steps) == 4
-    assert all(1 < m["sampler_ratio"] < 1.03 and m["ratio/first_error"] < 0.1 for m in steps)
+    # Exactly 1 where the kernels for a batch and for one token round alike, as on some CPUs.
+    assert all(1 <= m["sampler_ratio"] < 1.03 and m["ratio/first_error"] < 0.1 for m in steps)
     weights = load_file(run.path / "policy" / "model.safetensors")
     assert {t.dtype for t in weights.values()} == {torch.float32}
     # Masters: most weights are no bfloat16 numbers.
