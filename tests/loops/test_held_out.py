@@ -11,6 +11,7 @@ from quartet.loops.preference import held_out_preference
 from quartet.loops.reward_model import pair_scores
 from quartet.loops.sft import held_out_loss
 from quartet.models.actor_critic import freeze
+from quartet.models.fused import has_fused_forward
 from quartet.models.heads import ScalarModel
 from tests.support.thread_ranks import on_ranks
 from tests.support.world import model
@@ -73,6 +74,7 @@ def test_each_reads_its_share():
         actor, judge = model(), ScalarModel.from_trunk(model(), 0, seed=0)
         read = []
         for made in (actor, judge.model):
+            has_fused_forward(made.base_model, 1)  # compares two forwards, once, on every rank
             made.base_model.embed_tokens.register_forward_hook(
                 lambda _, args, __: read.append(args[0].numel())
             )

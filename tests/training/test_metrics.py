@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from quartet.training.metrics import (
     distinct,
     explained_variance,
+    groups_without_signal,
     mean_and_interval,
     repetition,
     response_metrics,
@@ -54,3 +57,13 @@ def test_perplexity_on_demonstrations_and_drift_of_the_reward_model_are_in_the_r
         1 < x < 1e6 for x in perplexity
     )
     assert drift == [0.0] * len(perplexity), "a reward model does not learn while it judges"
+
+
+def test_groups_without_signal_are_counted_where_prompts_have_several_responses():
+    def share(groups, scores):
+        return groups_without_signal(
+            SimpleNamespace(groups=torch.tensor(groups), scores=torch.tensor(scores))
+        )
+
+    assert share([0, 0, 1, 1], [1.0, 1.0, 0.0, 1.0]) == 0.5
+    assert share([0, 1, 2], [1.0, 1.0, 0.0]) is None

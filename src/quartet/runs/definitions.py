@@ -137,8 +137,8 @@ DEFINITIONS = (
         "groups_without_signal",
         "share without signal",
         "the share of prompts whose responses all had the same score",
-        "Near 1, almost nothing is learned from groups. With one response per prompt it is "
-        "always 1.",
+        "Near 1, almost nothing is learned from groups. Runs with one response per prompt do not "
+        "have it.",
     ),
     Definition(
         "policy/clip_fraction",

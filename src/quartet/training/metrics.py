@@ -71,11 +71,14 @@ def _mean(values: Sequence[float | None]) -> float:
     return sum(numbers) / max(len(numbers), 1)
 
 
-def groups_without_signal(batch: Batch) -> float:
-    """Return the share of prompts whose responses all got the same score; 1 for groups of one."""
+def groups_without_signal(batch: Batch) -> float | None:
+    """Return the share of prompts whose responses all got the same score; None where each prompt
+    has one response."""
     by_group: dict[int, set[float]] = {}
     for group, score in zip(batch.groups.tolist(), batch.scores.tolist(), strict=True):
         by_group.setdefault(group, set()).add(score)
+    if len(by_group) == len(batch.groups):
+        return None
     return sum(len(scores) == 1 for scores in by_group.values()) / len(by_group)
 
 
@@ -121,13 +124,15 @@ def rl_metrics(
 
 def _reward_metrics(rollouts: Sequence[Rollout], batch: Batch) -> dict[str, float]:
     lengths = [float(len(r.response_ids)) for r in rollouts]
-    return {
+    metrics = {
         "reward/length_correlation": correlation([r.score or 0.0 for r in rollouts], lengths),
         "response/most_common": most_common(rollouts),
         "response/distinct": distinct([r.response for r in rollouts]),
         "reward/std": float(batch.scores.double().std(correction=0)),
-        "groups_without_signal": groups_without_signal(batch),
     }
+    if (share := groups_without_signal(batch)) is not None:
+        metrics["groups_without_signal"] = share
+    return metrics
 
 
 def _kl_metrics(
