@@ -1,8 +1,9 @@
-from types import SimpleNamespace
+import dataclasses
 
 import pytest
 import torch
 
+from quartet.training.batch import collate
 from quartet.training.metrics import (
     distinct,
     explained_variance,
@@ -61,9 +62,8 @@ def test_perplexity_on_demonstrations_and_drift_of_the_reward_model_are_in_the_r
 
 def test_groups_without_signal_are_counted_where_prompts_have_several_responses():
     def share(groups, scores):
-        return groups_without_signal(
-            SimpleNamespace(groups=torch.tensor(groups), scores=torch.tensor(scores))
-        )
+        batch = collate([rollout(prompts(1)[0], (5, 6), score) for score in scores])
+        return groups_without_signal(dataclasses.replace(batch, groups=torch.tensor(groups)))
 
     assert share([0, 0, 1, 1], [1.0, 1.0, 0.0, 1.0]) == 0.5
     assert share([0, 1, 2], [1.0, 1.0, 0.0]) is None
