@@ -83,6 +83,14 @@ def label(
         Path | None,
         typer.Option(help="A file with the judge's prompt: {prompt}, {first} and {second}."),
     ] = None,
+    rubric: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A TOML file of criteria with weights, which the language model answers one by "
+            "one; the weighted sum decides.",
+        ),
+    ] = None,
     judge_token_env: Annotated[
         str | None, typer.Option(help="The environment variable with the server's token.")
     ] = None,
@@ -111,10 +119,12 @@ def label(
                 "and best-of-n."
             )
         found = in_order(found, seed, uncertain_first)[:pairs]
+        if rubric is not None and judge is None:
+            refuse("--rubric: is for a language model. Name its address with --judge.")
         log = LabelLog(path)
         if judge is not None:
             try:
-                labeller = _labeller(judge, judge_model, judge_prompt, judge_token_env)
+                labeller = _labeller(judge, judge_model, judge_prompt, rubric, judge_token_env)
                 _let_label(labeller, found, log)
             finally:
                 log.close()
@@ -144,13 +154,22 @@ def _serve(session: "LabelSession", name: str, path: Path, host: str, port: int)
 
 
 def _labeller(
-    judge: str, model: str | None, prompt: Path | None, token_env: str | None
+    judge: str,
+    model: str | None,
+    prompt: Path | None,
+    rubric: Path | None,
+    token_env: str | None,
 ) -> "PairJudge | RewardModelLabeller":
     """Return the model that --judge names: that of an address or of a folder."""
     if "://" not in judge:
         from quartet.assembly.reward_model_labels import RewardModelLabeller
 
-        given = {"--judge-model": model, "--judge-prompt": prompt, "--judge-token-env": token_env}
+        given = {
+            "--judge-model": model,
+            "--judge-prompt": prompt,
+            "--rubric": rubric,
+            "--judge-token-env": token_env,
+        }
         for option, value in given.items():
             if value is not None:
                 refuse(f"{option}: is for a language model; {judge} is a folder. Leave it out.")
@@ -163,6 +182,7 @@ def _labeller(
         return RewardModelLabeller(Path(judge))
     from quartet.rewards.pair_judge import PairJudge
     from quartet.rewards.remote import Endpoint
+    from quartet.rewards.rubric import read_rubric
 
     if model is None:
         refuse("--judge: needs --judge-model, the model's name on that server.")
@@ -170,7 +190,8 @@ def _labeller(
         words = None if prompt is None else prompt.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         refuse(f"--judge-prompt {prompt}: cannot be read ({error}).")
-    return PairJudge(Endpoint("judge", judge, token_env=token_env), model, words)
+    criteria = None if rubric is None else read_rubric(rubric)
+    return PairJudge(Endpoint("judge", judge, token_env=token_env), model, words, criteria)
 
 
 def _let_label(
