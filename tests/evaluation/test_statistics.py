@@ -4,8 +4,10 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 
+from quartet.evaluation import statistics
 from quartet.evaluation.at_k import best_of, maj_at_k, pass_at_k
 from quartet.evaluation.results import (
     Measured,
@@ -16,6 +18,8 @@ from quartet.evaluation.results import (
 )
 from quartet.evaluation.statistics import (
     Estimate,
+    bca_levels,
+    bootstrap_mean,
     holm,
     length_controlled,
     mean,
@@ -24,6 +28,49 @@ from quartet.evaluation.statistics import (
     wilson,
 )
 from quartet.runs.evaluations import estimate
+
+
+def test_the_bootstraps_interval_by_hand_is_further_out_on_the_side_of_the_long_tail():
+    # Of 0, 0, 0, 0, 5 the mean of 5 draws is k of Bin(5, 1/5), with P(k ≤ 0 … 4) = 0.3277, 0.7373,
+    # 0.9421, 0.9933, 0.9997. z₀ = Φ⁻¹(0.3277 + 0.4096 / 2) = 0.0815, a = 60 / (6 · 20^1.5) = 0.1118
+    assert bca_levels(0.0815, 0.1118) == pytest.approx((0.0707, 0.9968), abs=1e-4)
+    # so the ends are k = 0 and 4; those of the percentile interval, at 0.025 and 0.975, are 0 and 3
+    assert bca_levels(0.0, 0.0) == pytest.approx((0.025, 0.975))
+    assert bootstrap_mean([0.0, 0.0, 5.0, 0.0, 0.0]) == Estimate(1.0, 0.0, 4.0)
+
+
+def test_the_bootstrap_of_one_row_of_equal_rows_and_of_the_same_rows_again():
+    assert bootstrap_mean([2.0]) == Estimate(2.0, None, None)
+    assert bootstrap_mean([0.25] * 7) == Estimate(0.25, 0.25, 0.25)
+    values = [float(np.sin(i)) for i in range(50)]
+    assert bootstrap_mean(values) == bootstrap_mean(values) != bootstrap_mean(values, seed=1)
+    turned = bootstrap_mean([-v for v in values])
+    assert turned.low == pytest.approx(-bootstrap_mean(values).high, abs=0.02)
+
+
+def test_drawing_in_blocks_does_not_change_the_resamples(monkeypatch):
+    values = [float(i % 7) for i in range(60)]
+    whole = bootstrap_mean(values)
+    monkeypatch.setattr(statistics, "BLOCK", 60 * 33)
+    assert bootstrap_mean(values) == whole
+
+
+@pytest.mark.parametrize(
+    ("draw", "true", "least"),
+    [
+        (lambda rng: rng.normal(0.3, 1.0, 50), 0.3, 0.92),
+        (lambda rng: (rng.random(50) < 0.5) * 1.0 - (rng.random(50) < 0.3), 0.2, 0.92),
+        (lambda rng: rng.exponential(1.0, 50), 1.0, 0.91),
+    ],
+    ids=["normal", "right or wrong", "skewed"],
+)
+def test_the_bootstraps_interval_covers_the_true_difference(draw, true, least, monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+    covered = 0
+    for seed in range(300):
+        interval = bootstrap_mean(draw(np.random.default_rng(seed)).tolist(), seed)
+        covered += interval.low <= true <= interval.high
+    assert least <= covered / 300 <= 0.98
 
 
 def test_wilsons_interval_by_hand_and_at_the_ends():
@@ -161,8 +208,28 @@ def test_two_policies_are_compared_on_rows_that_both_have():
     before = Measured("a", "s", "gold", [0.0, 2.0, 5.0, 1.0], lengths=[4.0] * 4)
     result = comparison(after, before, "a")
     assert [result[key] for key in ("n", "wins", "ties", "losses")] == [3, 1, 1, 1]
-    assert result["difference"]["value"] == 0.0 and result["win_rate"]["value"] == 0.5
+    assert result["mean_difference"]["value"] == 0.0 and result["win_rate"]["value"] == 0.5
     assert comparison(Measured("b", "s", "x", [None]), Measured("a", "s", "x", [1.0]), "a") is None
+
+
+def test_differences_are_those_of_the_same_prompt_whatever_prompts_differ_by():
+    hard, easy = [float(i % 10) for i in range(40)], [10.0 + i % 10 for i in range(40)]
+    before = Measured("a", "s", "gold", [*hard, *easy], lengths=[50.0, 90.0] * 40)
+    ahead = [v + 0.5 + 0.1 * (i % 3) for i, v in enumerate(before.values)]
+    after = Measured("b", "s", "gold", ahead, lengths=[47.0, 87.0] * 40)
+    result = comparison(after, before, "a")
+    # 27 of +0.5, 27 of +0.6, 26 of +0.7: s / √80 = 0.0092, so ±0.018; unpaired it would be ±1.8
+    gained = result["mean_difference"]
+    assert gained["value"] == pytest.approx(0.59875)
+    assert (gained["low"], gained["high"]) == pytest.approx((0.5808, 0.6167), abs=0.002)
+    assert result["length_difference"]["value"] == -3.0 == result["length_difference"]["high"]
+
+
+def test_a_judges_wins_have_a_difference_of_lengths_and_none_of_means():
+    after = Measured("b", "s", "judge", [1.0, 0.0], is_pairwise=True, lengths=[5.0, 9.0])
+    result = comparison(after, Measured("a", "s", "judge", [], lengths=[3.0, 3.0]), "a")
+    assert result["mean_difference"] is None
+    assert result["length_difference"] == {"value": 4.0, "low": 2.0, "high": 6.0}
 
 
 def test_of_losses_the_lower_one_wins():
@@ -189,7 +256,7 @@ def test_two_evaluations_are_compared_on_their_common_rows_whatever_their_order(
         1,
         1,
     ]
-    assert result["difference"]["value"] == 1.0
+    assert result["mean_difference"]["value"] == 1.0
 
 
 def test_wins_over_a_policy_of_their_own_evaluation_are_not_compared_across_two():

@@ -380,6 +380,8 @@ def test_the_results_of_an_evaluation_are_on_a_page_and_in_the_report(tmp_path):
     ]
     compared = {"policy": "after", "against": "before", "measure": "gold", **place, "wins": 3}
     compared |= {"losses": 1, "ties": 0, "win_rate": numbers, "p": 0.625, "p_holm": 1.0}
+    compared["mean_difference"] = {"value": 0.31, "low": -0.125, "high": 0.625}
+    compared["length_difference"] = {"value": -12.0, "low": -15.0, "high": -9.0}
     result = {"policies": ["before", "after"], "against": "before", "cells": cells}
     result["cells"][1]["measure"] = result["cells"][2]["measure"] = "<script>x"
     file = folder / "evaluation" / "mine.json"
@@ -389,6 +391,7 @@ def test_the_results_of_an_evaluation_are_on_a_page_and_in_the_report(tmp_path):
     page = pages.get("/run/run/evaluations").text
     for text in (page, report(Run(folder))):
         assert "0.75 [0.5, 0.875]" in text and "3–0–1" in text and "0.625" in text
+        assert "0.31 [−0.125, 0.625]" in text and "−12 [−15, −9]" in text
         assert "<script>x" not in text and "evaluation/broken.json is not JSON" in text
     assert '"x": [0.0, 2.0]' in page  # √KL
 

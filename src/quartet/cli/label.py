@@ -8,9 +8,11 @@ import typer
 from quartet.cli.common import app, bound_socket, console, exposure, refuse, refusing, url_of
 
 if TYPE_CHECKING:
+    from quartet.assembly.reward_model_labels import RewardModelLabeller
     from quartet.labels.log import LabelLog
     from quartet.labels.pairs import Pair
     from quartet.labels.session import LabelSession
+    from quartet.rewards.pair_judge import PairJudge
 
 
 @app.command()
@@ -68,9 +70,10 @@ def label(
     judge: Annotated[
         str | None,
         typer.Option(
-            metavar="URL",
-            help="Let a language model label instead, behind this OpenAI-compatible address, such "
-            "as http://127.0.0.1:8000/v1/chat/completions.",
+            metavar="URL or FOLDER",
+            help="Let a model label instead: a language model behind an OpenAI-compatible address, "
+            "such as http://127.0.0.1:8000/v1/chat/completions, or the reward model of a folder or "
+            "a run.",
         ),
     ] = None,
     judge_model: Annotated[
@@ -79,6 +82,14 @@ def label(
     judge_prompt: Annotated[
         Path | None,
         typer.Option(help="A file with the judge's prompt: {prompt}, {first} and {second}."),
+    ] = None,
+    rubric: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A TOML file of criteria with weights, which the language model answers one by "
+            "one; the weighted sum decides.",
+        ),
     ] = None,
     judge_token_env: Annotated[
         str | None, typer.Option(help="The environment variable with the server's token.")
@@ -108,9 +119,15 @@ def label(
                 "and best-of-n."
             )
         found = in_order(found, seed, uncertain_first)[:pairs]
+        if rubric is not None and judge is None:
+            refuse("--rubric: is for a language model. Name its address with --judge.")
         log = LabelLog(path)
         if judge is not None:
-            _judge(found, log, judge, judge_model, judge_prompt, judge_token_env)
+            try:
+                labeller = _labeller(judge, judge_model, judge_prompt, rubric, judge_token_env)
+                _let_label(labeller, found, log)
+            finally:
+                log.close()
             _print_summary(path)
             return
     try:
@@ -136,18 +153,36 @@ def _serve(session: "LabelSession", name: str, path: Path, host: str, port: int)
     server.run(sockets=[listener])
 
 
-def _judge(
-    pairs: "list[Pair]",
-    log: "LabelLog",
-    url: str,
+def _labeller(
+    judge: str,
     model: str | None,
     prompt: Path | None,
+    rubric: Path | None,
     token_env: str | None,
-) -> None:
-    """Let a judge label the pairs that it has not labelled; print what that took."""
+) -> "PairJudge | RewardModelLabeller":
+    """Return the model that --judge names: that of an address or of a folder."""
+    if "://" not in judge:
+        from quartet.assembly.reward_model_labels import RewardModelLabeller
+
+        given = {
+            "--judge-model": model,
+            "--judge-prompt": prompt,
+            "--rubric": rubric,
+            "--judge-token-env": token_env,
+        }
+        for option, value in given.items():
+            if value is not None:
+                refuse(f"{option}: is for a language model; {judge} is a folder. Leave it out.")
+        if not Path(judge).is_dir():
+            refuse(
+                f"--judge {judge}: is neither an address, such as "
+                "http://127.0.0.1:8000/v1/chat/completions, nor the folder of a reward model or a "
+                "run."
+            )
+        return RewardModelLabeller(Path(judge))
     from quartet.rewards.pair_judge import PairJudge
-    from quartet.rewards.protocol import RewardError
     from quartet.rewards.remote import Endpoint
+    from quartet.rewards.rubric import read_rubric
 
     if model is None:
         refuse("--judge: needs --judge-model, the model's name on that server.")
@@ -155,20 +190,28 @@ def _judge(
         words = None if prompt is None else prompt.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         refuse(f"--judge-prompt {prompt}: cannot be read ({error}).")
-    judge = PairJudge(Endpoint("judge", url, token_env=token_env), model, words)
+    criteria = None if rubric is None else read_rubric(rubric)
+    return PairJudge(Endpoint("judge", judge, token_env=token_env), model, words, criteria)
+
+
+def _let_label(
+    judge: "PairJudge | RewardModelLabeller", pairs: "list[Pair]", log: "LabelLog"
+) -> None:
+    """Let a model label the pairs that it has not labelled; print what that took."""
+    from quartet.rewards.protocol import RewardError
+
     labelled = {x.pair.id for _, x in log.labels.labels if x.labeller == judge.labeller}
-    errors, calls, tokens = [], 0, 0
-    try:
-        for label in judge.labels([pair for pair in pairs if pair.id not in labelled]):
-            if isinstance(label, RewardError):
-                errors.append(label)
-                continue
-            log.add(label)
-            calls += label.extra["judge"]["calls"]
-            tokens += sum(count or 0 for count in label.extra["judge"]["tokens"].values())
-    finally:
-        log.close()
-    console.print(f"judge {model}: {calls:,} calls, {tokens:,} tokens", soft_wrap=True)
+    errors, count, calls, tokens = [], 0, 0, 0
+    for label in judge.labels([pair for pair in pairs if pair.id not in labelled]):
+        if isinstance(label, RewardError):
+            errors.append(label)
+            continue
+        log.add(label)
+        count += 1
+        calls += label.extra["judge"].get("calls", 0)
+        tokens += sum(n or 0 for n in label.extra["judge"].get("tokens", {}).values())
+    cost = f", {calls:,} calls, {tokens:,} tokens" if calls else ""
+    console.print(f"{judge.labeller}: {count:,} labels{cost}", soft_wrap=True)
     if errors:
         refuse(
             f"{errors[0]} {len(errors):,} pairs are not labelled; the same command asks for them "

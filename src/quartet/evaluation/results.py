@@ -8,9 +8,9 @@ from typing import Any
 
 from quartet.evaluation.statistics import (
     Estimate,
+    bootstrap_mean,
     holm,
     length_controlled,
-    mean,
     perplexity,
     share_or_mean,
     sign_test,
@@ -73,7 +73,8 @@ def estimated(
 def comparison(measured: Measured, rival: Measured | None, against: str) -> dict[str, Any] | None:
     """Return how a policy does against another on the same rows; None where no row has the numbers
     of both. A pairwise measure needs no numbers of the `rival`. `p` is the sign test's; ties are
-    left out of it."""
+    left out of it. `mean_difference` and `length_difference` (in characters) are the policy's mean
+    minus the rival's, with the interval of the paired bootstrap."""
     pairs = _pairs(measured, rival)
     if not pairs:
         return None
@@ -88,14 +89,16 @@ def comparison(measured: Measured, rival: Measured | None, against: str) -> dict
         "losses": losses,
         "ties": len(pairs) - wins - losses,
         "win_rate": vars(wilson(math.fsum(shares) / len(shares), len(shares))),
-        "difference": vars(mean(differences)) if differences else None,
         "length_controlled": None,
+        "mean_difference": vars(bootstrap_mean(differences)) if differences else None,
+        "length_difference": None,
         "p": sign_test(wins, losses),
     }
     lengths, rival_lengths = measured.lengths, None if rival is None else rival.lengths
     if lengths is not None and rival_lengths is not None:
         longer = [lengths[row] - rival_lengths[row] for row, *_ in pairs]
         result["length_controlled"] = vars(length_controlled(shares, longer))
+        result["length_difference"] = vars(bootstrap_mean(longer))
     return result
 
 

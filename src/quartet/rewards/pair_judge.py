@@ -10,29 +10,53 @@ from quartet.labels.session import NAME_CHARACTERS
 from quartet.rewards.judge import JudgeReward, parse_preference
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.remote import Endpoint
+from quartet.rewards.rubric import FIELD, RUBRIC_PROMPT, Rubric
 
 
 class PairJudge(JudgeReward):
     """A language model that compares the two answers of a pair twice, in both orders. Where it
     changes its mind with the order, the label is a tie; where one of its texts has no verdict, the
-    pair is skipped. Each label records the prompt, both texts, and the tokens that they took."""
+    pair is skipped. Each label records the prompt, both texts, and the tokens that they took.
+
+    With a rubric, both texts answer each of its criteria, each criterion's two answers give its
+    verdict in the same way, and the weighted sum of the verdicts decides.
+    """
 
     def __init__(
-        self, endpoint: Endpoint, model: str, prompt: str | None = None, parallel: int = 8
+        self,
+        endpoint: Endpoint,
+        model: str,
+        prompt: str | None = None,
+        rubric: Rubric | None = None,
+        parallel: int = 8,
     ) -> None:
-        """Raises `RewardError` for a prompt without {prompt}, {first} and {second}."""
+        """Raises `RewardError` for a prompt without {prompt}, {first} and {second}, or, with a
+        rubric, without {criteria}."""
+        if rubric is not None and prompt is None:
+            prompt = RUBRIC_PROMPT
         super().__init__("judge", endpoint, model, "pairwise", prompt, None, parallel)
+        self.rubric = rubric
+        if rubric is not None and FIELD not in self.prompt:
+            raise RewardError(
+                f"--judge-prompt: the judge's prompt has no {FIELD}; it is where the criteria of "
+                "--rubric are put in."
+            )
 
     @property
     def labeller(self) -> str:
         """The name that stands with the judge's labels."""
-        return f"judge {self.model}"[:NAME_CHARACTERS]
+        if self.rubric is None:
+            return f"judge {self.model}"[:NAME_CHARACTERS]
+        end = f" rubric {self.rubric.key[:8]}"
+        return f"judge {self.model}"[: NAME_CHARACTERS - len(end)] + end
 
     def labels(self, pairs: Sequence[Pair]) -> Iterator[Label | RewardError]:
         """Yield the label of each pair as soon as both of its questions are answered, in any
         order; the error in place of one that could not be asked."""
         requests = [
-            self._request(self._filled(prompt=_plain(pair.prompt), first=first, second=second))
+            self._request(
+                self._filled(prompt=_plain(pair.prompt), first=first, second=second, **self._more)
+            )
             for pair in pairs
             for first, second in _both_orders(pair)
         ]
@@ -44,6 +68,13 @@ class PairJudge(JudgeReward):
                 if straight in answers and swapped in answers:
                     both = answers.pop(straight), answers.pop(swapped)
                     yield self._label(pairs[i // 2], both)
+
+    @property
+    def _more(self) -> dict[str, str]:
+        """What a rubric puts into the prompt."""
+        if self.rubric is None:
+            return {}
+        return {"criteria": self.rubric.text, "example": self.rubric.criteria[0].name}
 
     def _label(self, pair: Pair, answers: tuple[Any, Any]) -> Label | RewardError:
         texts = [self._text(answer) for answer in answers]
@@ -59,8 +90,23 @@ class PairJudge(JudgeReward):
             "tokens": {kind: _tokens(answers, kind) for kind in ("prompt", "completion")},
         }
         verdict = reconciled(*(parse_preference(str(text)) for text in texts))
+        if self.rubric is not None:
+            verdict, of_criteria = self._by_criteria(self.rubric, [str(text) for text in texts])
+            judge |= of_criteria
         number = digest(self.labeller, self.prompt, pair.id)
         return Label(number, self.labeller, pair, verdict, "ab", extra={"judge": judge})
+
+    def _by_criteria(self, rubric: Rubric, texts: Sequence[str]) -> tuple[Verdict, dict[str, Any]]:
+        """Return the verdict of a rubric, and what is recorded of it."""
+        verdicts = [
+            reconciled(*(criterion.share(text) for text in texts)) for criterion in rubric.criteria
+        ]
+        verdict, mean = rubric.weighted(verdicts)
+        criteria = [
+            criterion.model_dump() | {"verdict": each}
+            for criterion, each in zip(rubric.criteria, verdicts, strict=True)
+        ]
+        return verdict, {"criteria": criteria, "weighted": mean}
 
 
 def reconciled(straight: float | None, swapped: float | None) -> Verdict:

@@ -18,6 +18,8 @@ OTHERS = {"final.json", "best_of_n.json"}
 """What the evaluation stage writes into the same folder."""
 MOST = 50
 """The most evaluations of a run that are read."""
+DIFFERENCES = {"mean, difference": "mean_difference", "characters, difference": "length_difference"}
+"""The columns of differences between two policies, and their keys in a comparison."""
 LABELS = {"kl": "KL, nats", "tokens": "tokens per answer"}
 
 COLUMNS = LABELS | {"gold": "gold reward"}
@@ -54,7 +56,8 @@ class ComparisonRecord(Record):
     ties: int
     win_rate: EstimateRecord
     length_controlled: EstimateRecord | None = None
-    difference: EstimateRecord | None = None
+    mean_difference: EstimateRecord | None = None
+    length_difference: EstimateRecord | None = None
     p: Finite
     p_holm: Finite
 
@@ -118,7 +121,7 @@ def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
 
 def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of paired comparisons."""
-    columns = ["win rate", "at equal length", "won–tied–lost", "p", "p, Holm"]
+    columns = ["win rate", "at equal length", "won–tied–lost", "p", "p, Holm", *DIFFERENCES]
     several = len({each["set"] for each in comparisons}) > 1
     rows = []
     for each in comparisons:
@@ -128,7 +131,9 @@ def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
         counts = f"{each['wins']}–{each['ties']}–{each['losses']}"
         same_length = estimate(each.get("length_controlled"))
         p_values = [probability(each["p"]), probability(each["p_holm"])]
-        rows.append((label, [estimate(each["win_rate"]), same_length, counts, *p_values]))
+        differences = [estimate(each.get(key)) for key in DIFFERENCES.values()]
+        texts = [estimate(each["win_rate"]), same_length, counts, *p_values, *differences]
+        rows.append((label, texts))
     return "Two policies on the same rows; a tie is half a win.", columns, rows
 
 
