@@ -33,7 +33,7 @@ VERBS = {
     "run --resume": "runs/latest: there is no run to resume. Name one: quartet run runs/… --resume",
     "plan nosuch": f'"nosuch": {RECIPES}',
     "plan reviews data.rows=0": "command line: data.rows = 0: must be ≥ 1. How many rows a world makes for each stage.",
-    "init nosuch": '"nosuch": no such file to start from. Known are dpo, grpo, ppo, reward_model, sft.',
+    "init nosuch": '"nosuch": no such file to start from. Known are dpo, grpo, on_policy_distillation, ppo, reward_model, sft.',
     "init ppo empty": "empty: exists already. Give another name: quartet init ppo NAME.toml",
     "algorithms pppo": '"pppo": no such preset. Did you mean ppo? `quartet algorithms` lists them.',
     "chat nowhere": "nowhere: has no policy/ or sft/ to talk to, and is no model's folder. Name a run folder that finished a stage, or a Hugging Face folder.",
