@@ -60,7 +60,8 @@ def test_init_writes_a_file_and_never_over_another(tmp_path):
     assert again.returncode == 2 and "ppo.toml: exists already" in again.stderr
     unknown = quartet("init", "dqn", cwd=tmp_path)
     assert (
-        unknown.returncode == 2 and "Known are dpo, grpo, ppo, reward_model, sft" in unknown.stderr
+        unknown.returncode == 2
+        and "Known are dpo, grpo, on_policy_distillation, ppo, reward_model, sft" in unknown.stderr
     )
 
 

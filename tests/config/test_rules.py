@@ -16,6 +16,12 @@ PPO = {
     "reward": [MODEL],
 }
 DPO = {"recipe": ["dpo"], "policy": {"model": "m"}, "data": {"train": "p.jsonl"}}
+DISTILLATION = {
+    "recipe": ["on_policy_distillation"],
+    "policy": {"model": "m"},
+    "data": {"train": "p.jsonl"},
+    "reference": {"model": "teacher"},
+}
 SHAPE = {"num_layers": 2, "max_length": 1024}
 SERVERS = {"type": "vllm", "urls": ["http://127.0.0.1:8000"]}
 TRUST_REGION = {"algorithm.update": {"type": "trust_region"}}
@@ -59,6 +65,7 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"recipe": ["reward_model", "ppo"], "data": {"world": "sums"}},
     ),
     "labelled_texts_have_a_file": (PPO, {"data": {"world": "labelled_texts"}}),
+    "teacher_is_named": (DISTILLATION, {"algorithm.kl.coef": 0.0}),
     "learning_needs_a_reward": (PPO, {"reward": []}),
     "reward_model_has_an_origin": (PPO, {"reward": [{"type": "model"}]}),
     "reward_is_what_is_trained": (
@@ -217,7 +224,7 @@ def test_every_rule_has_a_config_that_breaks_it():
     assert list(BROKEN) == [rule.__name__ for rule in rules.RULES]
 
 
-@pytest.mark.parametrize("base", [PPO, DPO], ids=["ppo", "dpo"])
+@pytest.mark.parametrize("base", [PPO, DPO, DISTILLATION], ids=["ppo", "dpo", "distillation"])
 def test_the_configs_work_before_they_are_changed(base):
     assert settings_of_table(base, "x", "here").config.recipe == tuple(base["recipe"])
 
@@ -236,6 +243,25 @@ def test_a_rule_refuses_what_cannot_work_with_a_sentence(monkeypatch, name):
         assert str(another) != str(refused.value)
     sentence = str(refused.value)
     assert sentence.startswith("here: ") and sentence.endswith(".")
+
+
+def test_a_teacher_takes_the_place_of_a_reward_only_where_it_is_learnt_from():
+    watched = changed(DISTILLATION, {"reward": [MODEL | {"weight": 0.0}]})
+    exact = {"type": "in_loss", "estimator": "exact", "coef": 1.0}
+    two = {"recipe": ["grpo"], "rollout.samples_per_prompt": 2}
+    for works in (watched, changed(DISTILLATION, two | {"algorithm.kl": exact})):
+        assert settings_of_table(works, "x", "here").config.reference.model == "teacher"
+    for sentence, changes in {
+        "reference.model: on_policy_distillation learns from a teacher": {
+            "reference": {},
+            "reward": [MODEL],
+        },
+        "algorithm.kl.coef = 0: on_policy_distillation learns from": {"algorithm.kl.coef": 0.0},
+        "reward: grpo needs one": {"recipe": ["grpo"], "reference": {}},
+        "reward: online_dpo needs one": {"recipe": ["online_dpo"]},
+    }.items():
+        with pytest.raises(ConfigError, match=sentence):
+            settings_of_table(changed(DISTILLATION, changes), "x", "here")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

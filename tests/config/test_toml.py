@@ -221,7 +221,9 @@ def test_what_the_command_prints_recreates_the_preset(tmp_path, name):
     """The record as TOML, under the name of another preset with the same needs: nothing is left to the preset."""
     algorithm = ALGORITHMS[name]
     head = HEAD.replace('"ppo"', '"ppo"' if algorithm.needs_critic else '"rloo"')
-    made = settings(tmp_path, head + preset_toml(algorithm), "rollout.samples_per_prompt=4")
+    words = ["rollout.samples_per_prompt=4"]
+    words += ["reference.model=teacher"] if algorithm.needs_teacher else []
+    made = settings(tmp_path, head + preset_toml(algorithm), *words)
     assert made.config.algorithm == algorithm
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from quartet.runs import rules
 from quartet.runs.doctor import Watch, examine
-from quartet.runs.history import TOLERANCES
+from quartet.runs.history import TOLERANCES, History
 from quartet.runs.rules import RULES
 
 
@@ -261,3 +261,15 @@ def test_the_same_rules_look_at_a_folder(ppo_run, grpo_run):
         "length_drift",
         "duplicates",
     }
+
+
+def test_equal_rewards_are_no_finding_where_the_loss_holds_a_teachers_kl():
+    """Distillation by the KL in the loss has no advantages, and learns."""
+    for starts_at_reference, kl, is_found in (
+        (False, 0.5, False),
+        (False, 0.0, True),
+        (True, 0.5, True),
+    ):
+        history = History(starts_at_reference=starts_at_reference)
+        history.add({"advantage/std": 0.0, "loss/kl": kl})
+        assert (rules.no_signal(history) is not None) == is_found

@@ -1,6 +1,7 @@
 """A reference that is another model than the one that a stage starts from (`reference.model`)."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ run.steps = 2
 run.checkpoint_every = 1
 optim = { lr = 1e-2, critic_lr = 1e-2, epochs = 1 }
 """
+DISTILLATION = """recipe = ["on_policy_distillation"]
+reference.model = "teacher"
+rollout = { prompts_per_step = 16, samples_per_prompt = 2, max_new_tokens = 4 }
+run.steps = 20
+run.checkpoint_every = 10
+optim = { lr = 2e-2, epochs = 2, schedule = "constant", warmup_steps = 0 }
+"""
 TABLES = """policy.model = "lm"
 data = { train = "pairs.jsonl", max_prompt_tokens = 8, max_response_tokens = 8 }
 run.folder = "runs"
@@ -70,6 +78,7 @@ def place(tmp_path, monkeypatch):
     Path("dpo.toml").write_text(DPO + TABLES)
     Path("grpo.toml").write_text(GRPO + TABLES)
     Path("ppo.toml").write_text(PPO + TABLES)
+    Path("distillation.toml").write_text(DISTILLATION + TABLES)
     return tmp_path
 
 
@@ -274,3 +283,34 @@ def test_a_policy_that_is_a_critic_is_refused_before_anything_is_written(place):
     path.write_text(json.dumps(json.loads(path.read_text()) | kind))
     with pytest.raises(ModelError, match="lm: is a LlamaForTokenClassification, which scores text"):
         build(settings("dpo").config)
+
+
+def exact_kl_to(teacher, policy):
+    """The mean KL(policy ‖ teacher) of the token after each prompt, over the whole vocabulary."""
+    prompts = [tokenizer()(f"the {noun}")["input_ids"] for noun in ("film", "story", "music")]
+    ours, theirs = (
+        torch.stack(
+            [load_model(f)(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
+        )
+        for f in (policy, teacher)
+    )
+    return float((ours.exp() * (ours - theirs)).sum(-1).mean().detach())
+
+
+@pytest.mark.slow
+def test_a_small_student_approaches_its_teacher_without_a_reward(place):
+    """The teacher writes what it was taught by SFT; the student is smaller and has seen nothing."""
+    small = Shape(type="llama", hidden_size=16, num_layers=1, num_heads=2, max_length=64)
+    save(create(small, tokenizer(), 0), tokenizer(), Path("small"))
+    taught = ["recipe=sft", "sft.steps=30", "sft.lr=2e-2", "sft.batch_size=8"]
+    Path("sft.toml").write_text(TABLES)
+    shutil.copytree(run("sft", *taught).path / "sft", "teacher")
+    record = run("distillation", 'policy.model="small"')
+    steps = metrics(record)
+    kl = [step["kl/token_k3"] for step in steps]
+    assert kl[0] > 4 and max(kl[-5:]) < kl[0] / 2, kl
+    assert exact_kl_to("teacher", "small") > 4
+    assert exact_kl_to("teacher", record.path / "policy") < 0.1
+    assert {step["reward"] for step in steps} == {0.0}
+    for step in steps:  # the advantage of a token is its log-ratio, and nothing else
+        assert step["advantage/raw_mean"] == pytest.approx(-step["kl/token_k1"], rel=1e-4)

@@ -297,6 +297,7 @@ WHY_NOT = {
     "grpo": "k3 in the loss, standard deviation, mean over each response",
     "vineppo": "k3 in the loss; whitening scales advantages and not the KL",
     "reinforce_pp_baseline": "k2 in the loss with whitened rewards",
+    "on_policy_distillation": "another objective: the KL of each token alone; a score is only the last token's",
     "lm_human_preferences": "whitened rewards reward short or long responses",
     "summarize_from_feedback": "another objective: a truncated response scores −1",
     "moss_ppo_max": "scores are divided by their running standard deviation, the KL is not",

@@ -14,7 +14,7 @@ from quartet.algorithms.correction import Correction, NoCorrection
 from quartet.algorithms.entropy import Entropy, EntropyBonus
 from quartet.algorithms.groups import AllGroups, Groups
 from quartet.algorithms.imitation import PositiveExamples, Pretraining
-from quartet.algorithms.kl import KL
+from quartet.algorithms.kl import KL, KLInReward
 from quartet.algorithms.masked import masked, masked_mean
 from quartet.algorithms.policy_loss import Clip, PolicyLoss, Surrogate
 from quartet.algorithms.rewards import LastToken, Rewards, ScoreShape, whiten_keeping_mean
@@ -128,6 +128,15 @@ class Algorithm:
     @property
     def needs_reference(self) -> bool:
         return self.kl.needs_reference
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether each token learns from its own distance to the reference and from nothing that
+        comes later (a discount of 0, no critic, no scores of tokens): the reference must then be
+        another model."""
+        if self.needs_critic or self.needs_token_scores or not isinstance(self.kl, KLInReward):
+            return False
+        return getattr(self.advantage, "gamma", 1.0) == 0
 
     @property
     def needs_group(self) -> bool:

@@ -160,6 +160,11 @@ CRITIC_FREE: dict[str, Algorithm] = {
         kl=KLInLoss(estimator="k3", coef=1e-4),
         aggregation=TokenMean(),
     ),
+    # Lu and Thinking Machines Lab 2025: the reference is a teacher, and each token's reward is
+    # log π_teacher − log π_old of that token alone.
+    "on_policy_distillation": Algorithm(
+        advantage=ReturnToGo(gamma=0.0), kl=KLInReward(coef=1.0), aggregation=TokenMean()
+    ),
 }
 
 WITH_CRITIC: dict[str, Algorithm] = {

@@ -11,5 +11,6 @@ class Reference:
     model: str | None = Field(
         default=None,
         description="A folder or hub id of a model with the policy's tokenizer. Left out, the "
-        "reference is the model that the stage starts from.",
+        "reference is the model that the stage starts from. An RL stage without a reward learns "
+        "from this model as its teacher.",
     )

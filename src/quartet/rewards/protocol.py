@@ -117,7 +117,7 @@ def rewarded(
                 rollout,
                 score=None
                 if missing
-                else sum(weight * (score or 0.0) for weight, score in counted),
+                else sum((weight * (score or 0.0) for weight, score in counted), 0.0),
                 components={name: column[i] for name, column in columns.items()},
                 logged_metrics=logged[i].metrics,
                 logged_columns=logged[i].columns,

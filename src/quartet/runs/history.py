@@ -90,6 +90,12 @@ class History:
                 column = HELD_OUT + name.removeprefix("held_out_")
                 self.columns.setdefault(column, []).append(float(value))
 
+    @property
+    def is_taught(self) -> bool:
+        """Whether the KL in the loss is that to another model, which is a gradient without
+        rewards."""
+        return not self.starts_at_reference and self.now("loss/kl", 0.0) > 0
+
     def now(self, name: str, default: float) -> float:
         """The latest value."""
         column = self.columns.get(name)

@@ -40,7 +40,7 @@ def responses_do_not_end(history: History) -> str | None:
 def no_signal(history: History) -> str | None:
     """Group advantages are 0 where all answers to a prompt score the same (Yu et al. 2025, DAPO,
     section 3.2)."""
-    if history.now("advantage/std", 1.0) > 0:
+    if history.now("advantage/std", 1.0) > 0 or history.is_taught:
         return None
     return (
         "every group has equal rewards: no gradient. The task is too hard, too easy, or the "

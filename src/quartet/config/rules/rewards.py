@@ -16,9 +16,36 @@ CHECKED_WORLDS = ("sums", "guess")
 """Worlds whose answers are right or wrong; they have no comparisons to learn from."""
 
 
+def has_teacher(config: Config) -> bool:
+    """Return whether an RL stage learns from a named model's log-probs (`reference.model`), for
+    which it needs no reward."""
+    algorithm = config.algorithm
+    if config.rl_stage is None or algorithm is None or config.reference.model is None:
+        return False
+    return algorithm.needs_reference and getattr(algorithm.kl, "coef", 1.0) > 0
+
+
+@rule
+def teacher_is_named(config: Config) -> str | None:
+    algorithm = config.algorithm
+    if config.rl_stage is None or algorithm is None or not algorithm.needs_teacher:
+        return None
+    if config.reference.model is None:
+        return (
+            f"reference.model: {config.rl_stage} learns from a teacher, token by token. Name its "
+            "folder or hub id; it must have the policy's tokenizer."
+        )
+    if has_teacher(config):
+        return None
+    return (
+        f"algorithm.kl.coef = 0: {config.rl_stage} learns from the KL to its teacher, which this "
+        "turns off. Typical: 1."
+    )
+
+
 @rule
 def learning_needs_a_reward(config: Config) -> str | None:
-    if config.rewarded_stage is None or config.reward:
+    if config.rewarded_stage is None or config.reward or has_teacher(config):
         return None
     return (
         f'reward: {config.rewarded_stage} needs one. Add [[reward]] with type = "model" and model '
@@ -90,6 +117,8 @@ def rewards_have_different_names(config: Config) -> str | None:
 @rule
 def some_reward_counts(config: Config) -> str | None:
     if config.rewarded_stage is None or any(r.weight for r in config.reward):
+        return None
+    if has_teacher(config):  # rewards of weight 0 are only watched
         return None
     return "reward.weight: is 0 for every reward, so there is nothing to learn from."
 
