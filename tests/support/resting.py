@@ -4,7 +4,7 @@ until it is waited for."""
 import torch
 
 from quartet.distributed import offload as placement
-from quartet.distributed.sharding import is_sharded, local_tensor
+from quartet.distributed.sharding import local_tensor
 from quartet.training import checksum
 from quartet.training.optim import Optimizer
 
@@ -35,8 +35,6 @@ class Bed:
         if name_of(tensor) not in self.there:
             return tensor
         true = self.there[name_of(tensor)]
-        if is_sharded(true):  # which is awaited
-            return true
         copy = torch.full_like(true, ABSURD)
         self.coming.append((copy, true))
         return copy
@@ -47,7 +45,7 @@ class Bed:
     def wait(self, mark):
         while self.coming and self.waited < mark:
             copy, true = self.coming.pop(0)
-            copy.copy_(true)
+            local_tensor(copy).copy_(local_tensor(true))
             self.waited += 1
 
     def settle(self):
