@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import threading
 from collections import Counter
 
 import pytest
@@ -124,6 +125,25 @@ def test_a_copy_is_there_once_it_is_waited_for(monkeypatch):
             assert torch.equal(weights.weight, true)
         with made.on_device(weights):
             assert torch.equal(weights.weight, true)
+
+
+def test_threads_take_turns_at_what_rests(monkeypatch):
+    """One asks how much rests, and another puts something there meanwhile."""
+    bed, threads = resting.Bed(), []
+    for number in (1.0, 2.0):
+        bed.store(torch.full((2,), number))
+
+    def meanwhile(tensor):
+        if not threads:
+            threads.append(threading.Thread(target=bed.store, args=(torch.full((2,), 3.0),)))
+            threads[0].start()
+            threads[0].join(0.2)
+        return tensor
+
+    monkeypatch.setattr(resting, "local_tensor", meanwhile)
+    assert bed.bytes == 2 * 8
+    threads[0].join()
+    assert bed.bytes == 3 * 8
 
 
 @pytest.mark.parametrize("forgotten", [torch.nn.Module, torch.optim.Optimizer])
