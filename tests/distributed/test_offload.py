@@ -3,16 +3,23 @@
 import contextlib
 import json
 import logging
+import threading
 from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.assembly import Assembler, build
 from quartet.config.toml import read_settings
 from quartet.distributed.offload import NO_OFFLOAD, Offloading, Transfer
+from quartet.distributed.sharding import local_tensor, with_local
 from quartet.errors import NonFinite
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
@@ -23,7 +30,7 @@ from quartet.runtime.worker import Worker
 from quartet.stages.rl import RLComponents, RLStage
 from quartet.training.state_tree import TENSORS, split_tensors
 from tests.support import resting
-from tests.support.pretended_device import CUDA, on_device, pretended
+from tests.support.pretended_device import CUDA, Pretended, on_device, pretended
 from tests.support.tiny_run import SMALL, make_run
 from tests.support.world import prompts, tokenizer
 from tests.training.test_learner import learner as make_learner
@@ -120,6 +127,25 @@ def test_a_copy_is_there_once_it_is_waited_for(monkeypatch):
             assert torch.equal(weights.weight, true)
 
 
+def test_threads_take_turns_at_what_rests(monkeypatch):
+    """One asks how much rests, and another puts something there meanwhile."""
+    bed, threads = resting.Bed(), []
+    for number in (1.0, 2.0):
+        bed.store(torch.full((2,), number))
+
+    def meanwhile(tensor):
+        if not threads:
+            threads.append(threading.Thread(target=bed.store, args=(torch.full((2,), 3.0),)))
+            threads[0].start()
+            threads[0].join(0.2)
+        return tensor
+
+    monkeypatch.setattr(resting, "local_tensor", meanwhile)
+    assert bed.bytes == 2 * 8
+    threads[0].join()
+    assert bed.bytes == 3 * 8
+
+
 @pytest.mark.parametrize("forgotten", [torch.nn.Module, torch.optim.Optimizer])
 def test_a_wait_that_is_forgotten_is_noticed(forgotten, monkeypatch):
     """The reference is awaited before it scores, moments before the first step."""
@@ -146,10 +172,11 @@ def test_a_wait_that_is_forgotten_is_noticed(forgotten, monkeypatch):
 
 
 class Streams:
-    """CUDA's streams, which write down what is asked of them."""
+    """CUDA's streams, which write down what is asked of them. A copy beside the main stream is absurd until it is waited for."""
 
     def __init__(self, patch):
         self.events, self.current = [], "main"
+        self.coming, self.arrived = [], 0
         empty = torch.empty
 
         def page_locked(*args, pin_memory=False, **kwargs):
@@ -169,7 +196,15 @@ class Streams:
             return "in" if target.device.type == "cuda" else "out"
 
         patch(torch.Tensor, "to", lambda *a, **k: self.copied("in", k) or to(*a, **k))
-        patch(torch.Tensor, "copy_", lambda *a, **k: self.copied(way(a[0]), k) or copy(*a, **k))
+
+        def begun(target, source, **kwargs):
+            self.copied(way(target), kwargs)
+            if self.current == "main":
+                return copy(target, source, **kwargs)
+            self.coming.append(lambda: copy(target, source, **kwargs))
+            return target.fill_(resting.ABSURD)
+
+        patch(torch.Tensor, "copy_", begun)
 
     @contextlib.contextmanager
     def beside(self, stream):
@@ -185,43 +220,101 @@ class Streams:
         self.events.append("beside waits for main")
 
     def record_event(self):
-        return "arrived"
+        return self.arrived + len(self.coming)
 
     def wait_event(self, event):
-        self.events.append(f"main waits until {event}")
+        self.events.append("main waits until arrived")
+        self.arrive(event)
 
     def synchronize(self):
         self.events.append("the host waits")
+        self.arrive(self.record_event())
+
+    def arrive(self, event):
+        while self.arrived < event:
+            self.coming.pop(0)()
+            self.arrived += 1
 
 
 def linear():
     return on_device(torch.nn.Linear(2, 2))
 
 
-def test_copies_go_beside_and_are_awaited_by_the_stream_that_reads(monkeypatch):
-    with pretended(), monkeypatch.context() as patch:
+@contextlib.contextmanager
+def two_ranks(rank=0):
+    """A mesh of two ranks, of which the other is not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+    try:
+        yield init_device_mesh("cpu", (2,))
+    finally:
+        dist.destroy_process_group()
+
+
+def shared_out(tensor, mesh):
+    """The tensor in two parts, of which this rank's is on the device."""
+    sharded = distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+    return with_local(sharded, Pretended(local_tensor(sharded).clone()))
+
+
+def momentum(mesh):
+    """An optimizer with two moments on the device, in parts on a mesh, and the numbers that this rank has of them."""
+    parameters = [torch.nn.Parameter(torch.zeros(n, 2)) for n in (4, 3)]
+    optimizer = torch.optim.SGD(parameters, momentum=0.9)
+    for p in parameters:
+        whole = torch.randn_like(p)
+        moment = Pretended(whole) if mesh is None else shared_out(whole, mesh)
+        optimizer.state[p]["momentum_buffer"] = moment
+    return optimizer, [part.inner.clone() for part in held(optimizer)]
+
+
+def held(optimizer):
+    return [local_tensor(state["momentum_buffer"]) for state in optimizer.state.values()]
+
+
+def numbers_of(part):
+    return part.inner if isinstance(part, Pretended) else part
+
+
+def absurd(parts):
+    return all(bool((numbers_of(part) == resting.ABSURD).all()) for part in parts)
+
+
+@pytest.mark.parametrize("form", ["whole", "sharded"])
+def test_copies_go_beside_and_are_awaited_by_the_stream_that_reads(form, monkeypatch):
+    ranks = two_ranks() if form == "sharded" else contextlib.nullcontext()
+    with ranks as mesh, pretended() as counts, monkeypatch.context() as patch:
+        optimizer, true = momentum(mesh)
         streams = Streams(patch.setattr)
-        optimizer = torch.optim.SGD(linear().parameters(), momentum=0.9)
-        for p in optimizer.param_groups[0]["params"]:
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
+        counts.reset()
         made = Offloading(CUDA)
-        streams.events.clear()
         made.register(optimizer)
         out = ["beside waits for main", "out, beside"]
         assert streams.events == 2 * ["page-locked", *out]
+        rests = held(optimizer)
+        assert all(type(part) is torch.Tensor for part in rests) and absurd(rests)
         streams.events.clear()
         for _ in range(2):
             with made.on_device(optimizer, wait=False):
                 streams.events.append("other work")
+                there = held(optimizer)
+                assert all(type(part) is Pretended for part in there) and absurd(there)
                 made.ready(optimizer)
                 made.ready(optimizer)  # which waits for nothing more
+                assert all(map(torch.equal, [part.inner for part in there], true))
+                for part, numbers in zip(there, true, strict=True):
+                    part.add_(1.0)
+                    numbers.add_(1.0)
         into = ["beside waits for main", "in, beside"]
         once = [*2 * into, "other work", "main waits until arrived", *2 * out]
         assert streams.events == 2 * once, "with the buffers of the first time"
+        again = [part.data_ptr() for part in held(optimizer)]
+        assert again == [part.data_ptr() for part in rests]
+        assert absurd(held(optimizer)), "the host has not waited"
+        assert not counts.waits, "and nothing else made it wait"
         streams.events.clear()
         made.settle()
         assert streams.events == ["the host waits"]
+        assert all(map(torch.equal, held(optimizer), true))
 
 
 def test_memory_that_cannot_be_page_locked_is_said_once(monkeypatch, caplog):
@@ -307,6 +400,34 @@ class Late(Transfer):
         for buffer, true in self.coming:
             buffer.copy_(true)
         self.coming = []
+
+
+class Both(Late):
+    """The same, whose copies to the device arrive only when they are waited for."""
+
+    def load(self, tensor):
+        self._arrive()
+        return self.store(tensor)
+
+    def wait(self, mark):
+        self._arrive()
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+def test_a_frozen_block_in_parts_is_on_its_way_and_one_in_unequal_parts_is_awaited(rows):
+    """FSDP pads unequal parts: it copies them as soon as they are replaced."""
+    with two_ranks(rank=1) as mesh:
+        block = torch.nn.Linear(2, rows, bias=False).requires_grad_(False)
+        block = fully_shard(block, mesh=mesh)
+        true = local_tensor(block.weight).clone()
+        made = Offloading(torch.device("cpu"), Both())
+        made.register(block)
+        for _ in range(2):
+            with made.on_device(block, wait=False):
+                assert absurd([local_tensor(block.weight)]) == (rows == 4)
+                made.ready(block)
+                assert torch.equal(local_tensor(block.weight), true)
+        assert made.transfer.waits == (rows == 3), "its weights are not copied back"
 
 
 class Length:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quartet.distributed.sharding import is_sharded
+from quartet.distributed.sharding import has_even_parts, is_sharded, local_tensor, with_local
 from quartet.tensors import Tensor
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,11 @@ class Transfer:
     def store(self, tensor: Tensor, buffer: Tensor | None = None) -> Tensor:
         """Begin to copy a tensor to main memory, after the work on it that was asked for so far,
         and return the copy: `buffer`, where it has the same form."""
-        if is_sharded(tensor) or tensor.device.type == MAIN_MEMORY.type:
-            return tensor.to(MAIN_MEMORY)
+        if is_sharded(tensor):
+            part = None if buffer is None else local_tensor(buffer)
+            return with_local(tensor, self.store(local_tensor(tensor), part))
+        if tensor.device.type == MAIN_MEMORY.type:
+            return tensor
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             buffer = self._buffer(tensor)
         if self.stream is None:
@@ -78,7 +81,9 @@ class Transfer:
     def load(self, tensor: Tensor) -> Tensor:
         """Begin to copy a tensor to the device, after the copies that were begun before, and return
         the copy. It must not be read before `wait`."""
-        if self.stream is None or is_sharded(tensor):
+        if is_sharded(tensor):
+            return with_local(tensor, self.load(local_tensor(tensor)))
+        if self.stream is None:
             return tensor.to(self.device)
         # Memory of the stream that reads it: what the copying stream allocates stays in its pool.
         there = torch.empty_like(tensor, device=self.device)
@@ -149,7 +154,7 @@ class Offloading(Placement):
         registered = [each for each in modules_or_optimizers if id(each) in self.shared]
         try:
             for each in registered:
-                self._replace(each, lambda _, tensor: self.transfer.load(tensor))
+                self._replace(each, self._loaded(each))
                 self.arrivals[id(each)] = self.transfer.mark()
             if wait:
                 self.ready(*registered)
@@ -180,9 +185,26 @@ class Offloading(Placement):
             key = (id(registered), place)
             if not (is_frozen and key in self.buffers):
                 self.buffers[key] = self.transfer.store(tensor, self.buffers.get(key))
+                if is_frozen and is_sharded(tensor) and not has_even_parts(tensor):
+                    self.transfer.settle()  # FSDP reads it now
             return self.buffers[key]
 
         return stored
+
+    def _loaded(self, registered: Registered) -> Callable[[Any, Tensor], Tensor]:
+        """Return what gives a tensor's copy on the device, by its place in an object."""
+        is_frozen = isinstance(registered, nn.Module)
+
+        def loaded(place: Any, tensor: Tensor) -> Tensor:
+            if not is_frozen:
+                return self.transfer.load(tensor)
+            # FSDP may have put a padded copy of the buffer in the tensor's place.
+            copied = self.transfer.load(self.buffers[id(registered), place])
+            if is_sharded(tensor) and not has_even_parts(tensor):
+                self.transfer.wait(self.transfer.mark())  # FSDP reads it now
+            return copied
+
+        return loaded
 
     def _replace(
         self, registered: Registered, replacement: Callable[[Any, Tensor], Tensor]
@@ -199,10 +221,15 @@ class Offloading(Placement):
                 }
         elif any(map(is_sharded, registered.parameters())):
             # FSDP overrides `_apply` to keep its own references to the parts up to date.
-            places = iter(range(2**30))
-            registered._apply(
-                lambda tensor: tensor if id(tensor) in stay else replacement(next(places), tensor)
-            )
+            replaced = set(stay)
+
+            def replace_once(tensor: Tensor) -> Tensor:
+                if id(tensor) in replaced:  # or another module's too: the object stays the same
+                    return tensor
+                replaced.add(id(tensor))
+                return replacement(len(replaced), tensor)
+
+            registered._apply(replace_once)
         else:
             # The parameter objects stay the same, since the optimizer and other models hold them.
             tensors = (*registered.parameters(), *registered.buffers())

@@ -28,6 +28,25 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return everything
 
 
+def with_local(tensor: Tensor, part: Tensor) -> Tensor:
+    """Return a sharded tensor like `tensor` with `part` as this rank's part, which stays on the
+    device that it is on (`DTensor.from_local` would move it to the mesh's), in the memory that it
+    is in."""
+    from torch.utils._python_dispatch import transform_subclass
+
+    whole: Tensor = transform_subclass(
+        tensor.detach(), lambda _, inner: part if isinstance(inner, torch.Tensor) else inner
+    )
+    return whole
+
+
+def has_even_parts(tensor: Tensor) -> bool:
+    """Return whether every rank holds as many rows of a sharded tensor. Where not, FSDP pads the
+    parts of a block: it copies them whenever they are replaced."""
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    return tensor.shape[0] % int(mesh.size(mesh.ndim - 1)) == 0
+
+
 def is_first_replica(tensor: Tensor) -> bool:
     """Return whether this rank's part of a sharded tensor is the copy to write and to count.
 
