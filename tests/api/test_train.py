@@ -161,7 +161,7 @@ def test_the_stages_before_rl_and_an_evaluation_of_two_folders(tmp_path):
 
 class Broken(quartet.Advantage):
     type = "broken_on_purpose"
-    way: str = "shape"
+    way: str = quartet.Field(default="shape", description="What it gets wrong.")
 
     def __call__(self, token_rewards, batch):
         return {"shape": (token_rewards.sum(1), None), "pair": token_rewards}[self.way]

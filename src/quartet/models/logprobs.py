@@ -291,6 +291,7 @@ class _FrozenHeadStatistics(torch.autograd.Function):
                 mean.addmm_(p, chunk)
             else:
                 mean.add_(p @ chunk)
+            del p, slope  # before the next chunk's are made
         own = weight[tokens].to(mean.dtype)
         if scale is not None:
             own = own * (1 - (sums.own * scale).square())
