@@ -111,4 +111,4 @@ def test_a_pair_that_cannot_be_scored_stays_without_a_label_and_the_others_get_t
     answer, labels = labelled(pairs, reward_model(tmp_path / "judge"))
     assert answer.exit_code == 2 and len(labels) == 6
     said = answer.output.replace("\n", " ")
-    assert "more than 32 tokens" in said and "1 pairs are not labelled" in said
+    assert "more than 32 tokens" in said and "1 pair is not labelled" in said

@@ -213,10 +213,8 @@ def _let_label(
     cost = f", {calls:,} calls, {tokens:,} tokens" if calls else ""
     console.print(f"{judge.labeller}: {count:,} labels{cost}", soft_wrap=True)
     if errors:
-        refuse(
-            f"{errors[0]} {len(errors):,} pairs are not labelled; the same command asks for them "
-            "again."
-        )
+        left = "1 pair is" if len(errors) == 1 else f"{len(errors):,} pairs are"
+        refuse(f"{errors[0]} {left} not labelled; the same command asks again.")
 
 
 def labels_path(what: Path, source: str | None = None) -> Path:
