@@ -69,9 +69,11 @@ class FixedLengthGenerator(NativeGenerator):
         lengths: Tensor,
     ) -> Drawn:
         """Draw; where the response has its length, take the end of sequence, and where it has not,
-        another token in its place. Their log-probs are the policy's own."""
+        another token in its place. Their log-probs are the policy's own. Rows that go on from
+        within responses (vineppo) have the lengths again from the first."""
         drawn = super()._draw(logits, sampling, noise, rows, lengths)
-        over, ended = lengths + 1 >= self.lengths[rows], drawn.tokens == self.eos
+        wanted = self.lengths[rows % len(self.lengths)]
+        over, ended = lengths + 1 >= wanted, drawn.tokens == self.eos
         tokens, logprobs = drawn.tokens.clone(), drawn.logprobs.clone()
         for wrong, token in ((over, self.eos), (ended & ~over, self.eos + 1)):
             tokens[wrong] = token

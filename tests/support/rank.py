@@ -42,10 +42,10 @@ LENGTHS = [30, 1, 2, 1, 17, 1, 1, 3, 28, 2]
 class Selfish(TorchProcessGroup):
     """Scales gradients as plain data parallelism does: the mean over ranks of losses that each rank divides by its own tokens."""
 
-    def micro_batches(self, lengths, max_tokens):
+    def micro_batches(self, lengths, max_tokens, prefixes=None):
         mine = list(range(self.rank, len(lengths), self.world_size))
         self.factor = sum(lengths) / (self.world_size * sum(lengths[i] for i in mine))
-        return super().micro_batches(lengths, max_tokens)
+        return super().micro_batches(lengths, max_tokens, prefixes)
 
     def all_reduce_gradients(self, parameters):
         parameters = list(parameters)

@@ -43,8 +43,9 @@ BLOCK_FORWARD = "block_forward"
 TRUNK_FORWARD = "trunk_forward"
 """The name under which a trunk that is sharded has `trunk_forward` as a method."""
 DIFFERENCE, BF16_DIFFERENCE = 1e-4, 0.05
-"""How far apart, relative to its length, two forwards may leave a token's vector, in float32 and in
-bfloat16. In bfloat16 they round some nine times a block, by up to 2⁻⁹ each."""
+"""How far apart, relative to its length, two forwards may leave a token's vector in float32, and
+the vectors of all tokens together in bfloat16. There they round some nine times a block, by up to
+2⁻⁹ each, and a single token's can be off by more."""
 CHECKED_TOKENS = 12
 """How many tokens both forwards are compared on."""
 CHECKED_WINDOW = 5
@@ -79,11 +80,12 @@ def _agrees(trunk: Trunk) -> bool:
         ours = packed_hidden_states(trunk, pack(tokens, asked, device))
         states = trunk(input_ids=tokens.to(device), use_cache=False).last_hidden_state
         theirs = states[:, count // 2 :].flatten(0, 1)
-    bound = DIFFERENCE if ours.dtype in {torch.float32, torch.float64} else BF16_DIFFERENCE
     # Single numbers differ by rounding, which adds up over the layers; a token's vector as a whole
     # keeps its direction and length.
-    error = (ours.float() - theirs.float()).norm(dim=-1)
-    return bool((error <= bound * theirs.float().norm(dim=-1)).all())
+    error, size = ((x.float()).norm(dim=-1) for x in (ours - theirs, theirs))
+    if ours.dtype in {torch.float32, torch.float64}:
+        return bool((error <= DIFFERENCE * size).all())
+    return bool(error.norm() <= BF16_DIFFERENCE * size.norm())
 
 
 @contextmanager

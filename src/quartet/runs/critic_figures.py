@@ -81,7 +81,7 @@ def _positions(audit: Audit) -> Spec:
     ]
     spec: Spec = {"data": data, "layout": layout(CAPTIONS[1][0], None, legend=True)}
     spec["layout"] |= {"height": 340, "hovermode": "closest", "yaxis": axis("return")}
-    spec["layout"]["xaxis"] = axis(None) | {"type": "category"}
+    spec["layout"]["xaxis"] = axis("place in the answer") | {"type": "category"}
     return spec
 
 
