@@ -148,6 +148,21 @@ def test_logits_of_bfloat16_numbers_are_not_rounded():
     )
 
 
+def test_gradients_through_a_head_in_bfloat16_are_those_of_float32_up_to_rounding():
+    """A head that is not trained adds the gradient up in its forward pass, chunk by chunk."""
+    hidden, weight = torch.randn(6, 64, dtype=BF16), torch.randn(400, 64, dtype=BF16)
+    tokens, outer = torch.randint(400, (6,)), torch.randn(6)
+    found = []
+    for dtype, trained in ((torch.float64, True), (BF16, True), (BF16, False)):
+        h = hidden.to(dtype).requires_grad_()
+        w = weight.to(dtype).requires_grad_(trained)
+        logprobs, _ = head_statistics(h, w, None, tokens, 0.7, chunk_elements=6 * 50)
+        found.append(torch.autograd.grad((logprobs * outer).sum(), h)[0].double())
+    exact, trained, frozen = found
+    for rounded in (trained, frozen):
+        assert (rounded - exact).norm() < 0.01 * exact.norm()
+
+
 # --- both forwards
 
 

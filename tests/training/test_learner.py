@@ -245,6 +245,32 @@ def test_what_the_sampler_saw_is_not_computed_again_once_it_was_checked(kind, mo
             torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("tokens", [2048, 20], ids=["one micro-batch", "one for each prompt"])
+def test_a_prompt_is_computed_once_for_all_of_its_answers(tokens):
+    """Two prompts with three answers each, mixed: scoring and an update read each prompt once, but for its last
+    token, which each answer reads, and an answer but for its last, which predicts nothing."""
+    made = learner("none", tokens, minibatches=1, epochs=1)
+    first, second = prompts(2)
+    answers = [
+        dataclasses.replace(rollout(p, ids, 1.0), group=g, id=f"{g}/{n}")
+        for n, ids in enumerate([(5, 6, 7), (8, 9), (10, 11, 12, 13)])
+        for g, p in enumerate((first, second))
+    ]
+    made.score(answers, ALGORITHMS["grpo"])  # compares two forwards, once
+    read = []
+    for each in (made.models.actor, made.reference):
+        each.base_model.embed_tokens.register_forward_hook(
+            lambda _, args, __: read.append(args[0].numel())
+        )
+    batch = made.score(answers, ALGORITHMS["grpo"])
+    by_answer = sum(len(r.prompt.ids) + len(r.response_ids) - 1 for r in answers)
+    shared = 2 * (len(first.ids) - 1 + len(second.ids) - 1)
+    assert sum(read) == 2 * (by_answer - shared)  # the actor and the reference
+    read.clear()
+    made.update(ALGORITHMS["grpo"].experience(batch), ALGORITHMS["grpo"])
+    assert sum(read) == by_answer - shared
+
+
 @pytest.mark.parametrize(
     "changed",
     [{"temperature": 1.0}, {"top_k": 3}, {"top_p": 0.5}],

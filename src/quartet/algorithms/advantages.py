@@ -6,6 +6,7 @@ The critic's targets are V + an advantage with a λ of its own, `value_lam`: 0 g
 Baselines that need no critic are in `baselines.py`.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from quartet.algorithms.masked import masked, whiten
@@ -136,6 +137,11 @@ class Advantage(Family):
         """How many continuations are sampled from each state of a response, whose mean score is in
         `batch.state_values`; 0 where it does not read them."""
         return 0
+
+    def states(self, texts: Sequence[str]) -> list[int]:
+        """Return the places of the states that continuations begin at, given the text of each token
+        of a response: 0 is before the first token."""
+        return [0] if texts else []
 
     @property
     def needs_final_values(self) -> bool:

@@ -66,8 +66,7 @@ class MonteCarloValues(Advantage):
         return self.continuations
 
     def states(self, texts: Sequence[str]) -> list[int]:
-        """Return the places of states in a response, given the text of each token: the first is
-        0."""
+        """Return every place of the grid, or those after tokens with the separator."""
         if self.separator is None:
             return list(range(0, len(texts), self.every))
         ends = [i + 1 for i, text in enumerate(texts[:-1]) if self.separator in text]

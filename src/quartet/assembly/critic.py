@@ -27,11 +27,10 @@ from quartet.files import replace
 from quartet.generation.native import NativeGenerator
 from quartet.generation.source import Native
 from quartet.rewards.protocol import Weighted, rewarded
+from quartet.runs.critic_audits import FOLDER
 from quartet.stages.rl import AlgorithmState, RLComponents
 from quartet.training.checkpoint import Checkpoint, DamagedCheckpoint, read_checkpoint
 
-FOLDER = "critic_audits"
-"""The folder of a run with the results of audits, a file for each step."""
 FORMAT = 1
 
 

@@ -80,8 +80,6 @@ def _only_text(answer: Any) -> str:
 def _hash_of_weights(folder: Path) -> str:
     """Return the SHA-256 of the weights' files and the config."""
     total = hashlib.sha256()
-    for path in sorted(
-        [*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]
-    ):
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
         total.update(files.fingerprint(path)["sha256"].encode())
     return total.hexdigest()

@@ -146,7 +146,8 @@ def _lines(shown: "Console", conductor: "Conductor") -> Iterator[Any]:
 
 
 def _change_line(change: "Change") -> str:
-    from quartet.runs.sweep_figures import in_words, number
+    from quartet.runs.sweep_figures import in_words
+    from quartet.runs.wording import number
 
     if change.trial is None or change.run is None:
         return f"{change.name:<18} {'done' if change.kind == 'ended' else 'started'}"
@@ -170,8 +171,8 @@ def _job_line(conductor: "Conductor", job: "Job") -> "Text":
     """Return the live line of a run: its stage, step, and the objective so far."""
     from rich.text import Text
 
-    from quartet.runs.sweep_figures import number
     from quartet.runs.sweeps import curve
+    from quartet.runs.wording import number
 
     words = f"{job.name:<22} "
     run = job.run

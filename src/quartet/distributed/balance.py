@@ -51,8 +51,8 @@ def by_prefix(
     itself where no two have one."""
     together: dict[Prefix | int, list[int]] = {}
     for row in sorted(rows, key=lambda i: (lengths[i], i)):
-        shared = prefixes is not None and prefixes[row].length > 0
-        together.setdefault(prefixes[row] if shared and prefixes else row, []).append(row)
+        prefix = None if prefixes is None or prefixes[row].length == 0 else prefixes[row]
+        together.setdefault(row if prefix is None else prefix, []).append(row)
     return sorted(together.values(), key=lambda group: (lengths[group[-1]], group[-1]))
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quartet.algorithms.algorithm import Algorithm
-from quartet.algorithms.state_values import MonteCarloValues
 from quartet.data.sampler import Sampler
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
@@ -75,7 +74,7 @@ class Collector:
                 self.rewards,
             )
             rollouts = [_with_baseline(r, greedy[r.group].score) for r in rollouts]
-        if isinstance(algorithm.advantage, MonteCarloValues):
+        if algorithm.num_continuations:
             rollouts = with_state_values(
                 rollouts, self.generator, self.rewards, algorithm.advantage, sampling
             )

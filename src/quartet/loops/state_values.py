@@ -5,7 +5,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from quartet.algorithms.state_values import MonteCarloValues
+from quartet.algorithms.advantages import Advantage
 from quartet.errors import QuartetError
 from quartet.experience import Rollout
 from quartet.generation.continuations import continued, cut
@@ -20,11 +20,11 @@ def with_state_values(
     rollouts: Sequence[Rollout],
     generator: Generator,
     rewards: Sequence[Weighted],
-    advantage: MonteCarloValues,
+    advantage: Advantage,
     sampling: Sampling,
 ) -> list[Rollout]:
-    """Return the rollouts with the mean score of `advantage.continuations` continuations from each
-    of their states, and with the tokens that these took.
+    """Return the rollouts with the mean score of `advantage.num_continuations` continuations from
+    each of their states, and with the tokens that these took.
 
     States that several responses share, such as the prompt, are sampled from once; their tokens are
     counted for the first response. A state whose continuations have no score has no value.
@@ -32,7 +32,7 @@ def with_state_values(
     if not isinstance(generator, NativeGenerator):
         raise QuartetError(
             f"{type(generator).__name__} cannot go on from the middle of a response, which "
-            "monte_carlo_values needs. Use the native generator."
+            f"{advantage.type} needs. Use the native generator."
         )
     text = generator.tokenizer.decode
     places = [advantage.states([text([token]) for token in r.response_ids]) for r in rollouts]
@@ -42,7 +42,7 @@ def with_state_values(
         for t in own
     }
     with activity("continuations"):
-        sets = continued(generator, list(states.values()), sampling, advantage.continuations)
+        sets = continued(generator, list(states.values()), sampling, advantage.num_continuations)
     counted = [w for w in rewards if w.weight != 0]
     scored = iter(rewarded([r for own in sets for r in own], counted))
     values: dict[tuple[int, ...], float | None] = {}

@@ -9,8 +9,10 @@ from pydantic import Field, TypeAdapter
 from quartet.runs.evaluations import EstimateRecord, Table
 from quartet.runs.records import Finite, Name, Record, Size, Step, Text
 from quartet.runs.untrusted import MAX_DOCUMENT, Folder, Unreadable, checked, parse_json
+from quartet.runs.wording import number
 
 FOLDER = "critic_audits"
+"""The folder of a run with the results of audits, a file for each step."""
 MOST = 50
 """The most audits of a run that are read."""
 NOTHING = 5e-6
@@ -192,9 +194,7 @@ def place(first: int, last: int) -> str:
 
 def short(value: float | None) -> str:
     """Return a number with three digits, such as −0.0123."""
-    if value is None:
-        return "–"
-    return f"{value:.3g}".replace("-", "−") if abs(value) >= NOTHING else "0"
+    return number(0.0 if value is not None and abs(value) < NOTHING else value)
 
 
 def interval(numbers: Mapping[str, Any] | None) -> str:

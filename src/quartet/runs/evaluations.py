@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter
 from quartet.runs.figures import COLORS, Spec, axis, layout
 from quartet.runs.records import Finite, Name, Record
 from quartet.runs.untrusted import MAX_DOCUMENT, Folder, Unreadable, checked, parse_json
+from quartet.runs.wording import number
 
 FOLDER = "evaluation"
 OTHERS = {"final.json", "best_of_n.json"}
@@ -143,16 +144,12 @@ def estimate(numbers: Mapping[str, Any] | None, missing: int = 0) -> str:
         return "–"
     value, low, high = (numbers[key] for key in ("value", "low", "high"))
     has_interval = low is not None and high is not None
-    interval = f" [{_short(low)}, {_short(high)}]" if has_interval else ""
-    return f"{_short(value)}{interval}" + (f", {missing} missing" if missing else "")
+    interval = f" [{number(low)}, {number(high)}]" if has_interval else ""
+    return f"{number(value)}{interval}" + (f", {missing} missing" if missing else "")
 
 
 def probability(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
 
 
 def kl_frontier(result: Mapping[str, Any]) -> Spec | None:
@@ -175,9 +172,9 @@ def kl_frontier(result: Mapping[str, Any]) -> Spec | None:
             point = distance[place], cell["value"], half, cell["policy"]
             lines.setdefault((cell["set"], cell["measure"]), []).append(point)
     data = []
-    for number, ((name, measure), points) in enumerate(lines.items()):
+    for which, ((name, measure), points) in enumerate(lines.items()):
         x, y, half, policies = zip(*sorted(points), strict=True)
-        color = COLORS[number % len(COLORS)]
+        color = COLORS[which % len(COLORS)]
         data.append(
             {
                 "x": list(x),

@@ -8,16 +8,12 @@ from typing import Any
 
 from quartet.runs.figures import COLORS, DASHED, GREY, Spec, axis, layout
 from quartet.runs.sweeps import Sweep, Trial
+from quartet.runs.wording import number
 
 GOOD, BAD = (29, 158, 117), (217, 119, 6)
 """The colours of the best and of the worst trial, red, green and blue."""
 DISTANCES = {"held_out_kl": "KL on held-out prompts, nats", "kl": "KL while training, nats"}
 """What the frontier's horizontal axis can be, the first that was recorded."""
-
-
-def number(value: float | None) -> str:
-    """Return a number with three digits; a dash for none."""
-    return "–" if value is None else f"{value:.3g}".replace("-", "−")
 
 
 def value_text(value: Any) -> str:

@@ -26,7 +26,7 @@ from quartet.recipes import sweep_names, sweep_path
 from quartet.runs.definitions import DEFINITIONS, definition
 from quartet.runs.sweeps import EVALUATED
 from quartet.sweeps.spec import SweepSpec, spec_of
-from quartet.sweeps.suggest import needs_optuna, suggest
+from quartet.sweeps.suggest import require_optuna, suggest
 
 ONCE = "once"
 """The name of the run whose stages all trials start from."""
@@ -143,7 +143,7 @@ def request_in(file: TomlFile, words: Sequence[str]) -> SweepRequest:
         place = where("run.name", {**origins, **base.origins})
         raise ConfigError(f"{place}: run.name: a sweep names its runs. Take it out.")
     _check(request, origins)
-    needs_optuna(spec)
+    require_optuna(spec)
     return request
 
 

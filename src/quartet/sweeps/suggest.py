@@ -72,7 +72,7 @@ def first_pruned(
     return None
 
 
-def needs_optuna(spec: SweepSpec) -> None:
+def require_optuna(spec: SweepSpec) -> None:
     """Raise `ConfigError` if the sweep needs optuna and it is not installed."""
     wanted = 'sweep.method = "tpe"' if spec.method == "tpe" else "sweep.prune"
     if (spec.method == "tpe" or spec.prune) and importlib.util.find_spec("optuna") is None:
