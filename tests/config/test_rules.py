@@ -130,6 +130,17 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "reference_is_compared_with": (DPO, {"recipe": ["simpo"], "reference.model": "m"}),
     "served_adapter_needs_an_adapter": (PPO, {"generator": SERVERS | {"adapter": True}}),
+    "sent_weights_are_whole": (
+        PPO,
+        {
+            "generator": SERVERS | {"transfer": "nccl", "adapter": True},
+            "policy.adapter": {"type": "lora"},
+        },
+    ),
+    "sent_weights_need_gpus_of_the_servers": (
+        PPO,
+        {"generator": SERVERS | {"transfer": "nccl", "sleep": True}},
+    ),
     "sglang_excludes_filters": (
         PPO,
         {"generator": SERVERS | {"type": "sglang"}, "rollout.top_k": 5},

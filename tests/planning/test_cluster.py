@@ -173,9 +173,16 @@ def test_training_by_hand():
     assert in_tf32.best == pytest.approx(2 * made.best)
     adapted = dataclasses.replace(SEVEN_B, adapter=40_000_000, frozen=0)
     assert training(adapted, GPUS["h100"], 8).best == pytest.approx(made.best * (6 * 2 + 8) / 24)
-    assert pushing(SEVEN_B).best == pytest.approx(2 * 14e9 / 5e9), "written and read"
-    assert pushing(SEVEN_B, 1, GPUS["h100"]).worst == 0, "the model itself is sampled from"
-    assert pushing(SEVEN_B, 8, GPUS["h100"]).best == pytest.approx(7 / 8 * 28e9 / (50e9 * 0.85))
+    h100 = GPUS["h100"]
+    assert pushing(SEVEN_B, 1, h100, served=True).best == pytest.approx(2 * 14e9 / 5e9), (
+        "written and read"
+    )
+    sent = pushing(dataclasses.replace(SEVEN_B, sends_weights=True), 1, h100, served=True)
+    assert sent.best == pytest.approx(14e9 / (50e9 * 0.85)), "in bfloat16"
+    assert pushing(SEVEN_B, 1, h100, served=False).worst == 0, "the model itself is sampled from"
+    assert pushing(SEVEN_B, 8, h100, served=False).best == pytest.approx(
+        7 / 8 * 28e9 / (50e9 * 0.85)
+    )
 
 
 def test_the_best_split_is_the_best_of_all():

@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from quartet.models.adapters import POLICY, load_adapter
 from quartet.models.language_model import load_model
+from tests.support.fake_transfer import Receiver
 
 
 def free_port():
@@ -41,6 +42,7 @@ class Engine:
         self.paused, self.writing, self.lock = threading.Event(), 0, threading.Condition()
         self.asked, self.told, self.context = [], [], 10**6
         self.ports = set()
+        self.receiver = Receiver()
         self.asleep, self.refuse = False, {}
         """Whether it sleeps; what paths do instead of what they should."""
         self.read(folder)
@@ -119,6 +121,9 @@ def make_app(engine, kind="vllm"):
     async def health(_):
         return Response()
 
+    async def world_size(_):
+        return JSONResponse({"world_size": engine.receiver.workers})
+
     def route(path, handler):
         async def handle(request):
             asked = await request.json() if await request.body() else None
@@ -136,6 +141,7 @@ def make_app(engine, kind="vllm"):
     return Starlette(
         routes=[
             Route("/health", health),
+            Route("/get_world_size", world_size),
             *(route(path, handler) for path, handler in routes.items()),
         ]
     )
@@ -231,6 +237,18 @@ def vllm(engine):
         engine.read(asked["kwargs"]["weights_path"])
         return {"results": [None]}
 
+    def start(*asked):
+        if not engine.paused.is_set():
+            raise Refused("not now")
+        return engine.receiver.start(*asked)
+
+    def finish(*asked):
+        """Load what was received. A tied head has no weights of its own."""
+        done = engine.receiver.finish(*asked)
+        missing, unexpected = engine.model.load_state_dict(engine.receiver.received, strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}
+        return done
+
     def name(asked, _):
         engine.version = asked["new_version"]
         return {"success": True}
@@ -244,6 +262,10 @@ def vllm(engine):
         "/wake_up": wake,
         "/collective_rpc": rpc,
         "/update_weight_version": name,
+        "/init_weight_transfer_engine": engine.receiver.init,
+        "/start_weight_update": start,
+        "/update_weights": engine.receiver.update,
+        "/finish_weight_update": finish,
         "/v1/load_lora_adapter": load,
         "/v1/unload_lora_adapter": unload,
     }

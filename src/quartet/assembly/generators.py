@@ -6,6 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+
 from quartet.config.tables import Config
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import GatheredWeights
@@ -15,6 +18,7 @@ from quartet.generation.protocol import Generator, Weights
 from quartet.generation.rank_zero import RankZeroGenerator
 from quartet.generation.servers import ServedGenerator
 from quartet.generation.source import GeneratorContext, Native, Servers
+from quartet.generation.transfer import WeightTransfer
 from quartet.models.adapters import (
     POLICY,
     adapter_active,
@@ -125,10 +129,21 @@ class Generators:
             sleeps=settings.sleeps,
             vocab_size=actor.config.get_text_config().vocab_size,
             excluded=ids_outside(actor),
+            transfer=self._transfer(actor) if settings.sends_weights else None,
         )
         weights = Weights(0, GatheredWeights(actor))
         RankZeroGenerator(generator, process_group).load_weights(weights)
         return generator
+
+    def _transfer(self, actor: CausalModel) -> WeightTransfer:
+        """Return what sends the actor's weights to servers. Raises ModelError without a GPU."""
+        device = next(actor.parameters()).device
+        if device.type != "cuda":
+            raise ModelError(
+                f'generator.transfer = "nccl": sends weights from GPU to GPU, and this run is on '
+                f'{device.type}. Take it out; "folder" works everywhere.'
+            )
+        return WeightTransfer(partial(_in_a_folder, actor), compute_dtype(actor), device)
 
     def _save_model(self, actor: CausalModel, folder: Path, tensors: Mapping[str, Any]) -> None:
         """Write the actor with its tokenizer, adapters merged, in the dtype that it computes in: a
@@ -146,6 +161,19 @@ class Generators:
         with adapter_active(actor, None):
             save_weights(actor, folder, merged_state(actor, tensors), compute_dtype(actor))
         self.tokenizer.save_pretrained(folder)
+
+
+def _in_a_folder(actor: CausalModel, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors that a model folder of the actor has, by their names there: adapters
+    merged, and a tensor with two names once."""
+    state = merged_state(actor, tensors) if adapters_of(actor) else dict(tensors)
+    first_names: dict[tuple[int, torch.Size], str] = {}
+    once = {
+        name: tensor
+        for name, tensor in state.items()
+        if first_names.setdefault((tensor.data_ptr(), tensor.shape), name) == name
+    }
+    return dict(revert_weight_conversion(actor, once))
 
 
 def _environment(

@@ -47,6 +47,7 @@ CHANGES_NOTHING_LEARNT = frozenset(
         "launch",
         "reward_model.members",
         "generator.sleep",
+        "generator.transfer",
         "run.track",
         "run.name",
         "run.folder",

@@ -32,6 +32,7 @@ from quartet.generation.dialects import Dialect, Order, Piece
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
 from quartet.generation.stops import StopStrings
+from quartet.generation.transfer import TransferFailed, WeightTransfer
 from quartet.io.activity import counted
 from quartet.io.http_client import HttpClient, Reply, RequestError, encode, error_in
 from quartet.io.texts import excerpt
@@ -65,7 +66,7 @@ class BadReply(QuartetError):
         self.status = status
 
 
-FAILURES = (RequestError, BadReply)
+FAILURES = (RequestError, BadReply, TransferFailed)
 
 
 @dataclass
@@ -127,6 +128,7 @@ class ServedGenerator:
         vocab_size: int | None = None,
         excluded: range = range(0),
         sleeps: bool = False,
+        transfer: WeightTransfer | None = None,
     ) -> None:
         """`save` writes weights as a model folder below `shared`, a path that the servers can read.
         `timeout`: seconds for one request, for one server to load new weights, and to wait for a
@@ -134,10 +136,10 @@ class ServedGenerator:
         `save` writes only an adapter. `vocab_size`: a reply with a token id that is not below it
         is rejected. `excluded`: ids outside of the policy's support, which servers are asked not to
         sample; a reply with one is rejected. With `sleeps` the servers sleep whenever they do not
-        sample."""
+        sample. `transfer` sends new weights instead of the folder."""
         self.excluded = excluded
         self.dialect, self.save_base, self.vocab_size = dialect, save_base, vocab_size
-        self.sleeps = sleeps
+        self.sleeps, self.transfer = sleeps, transfer
         # An earlier run may have left them asleep.
         self.servers = [Server(url.rstrip("/"), asleep=sleeps) for url in urls]
         self.save, self.shared, self.tokenizer, self.seed, self.timeout = (
@@ -170,6 +172,8 @@ class ServedGenerator:
         """Cancel requests in flight and close the connections."""
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.client.close()
+        if self.transfer is not None:
+            self.transfer.close()
 
     # --- answers
 
@@ -354,9 +358,12 @@ class ServedGenerator:
     # --- weights
 
     def load_weights(self, weights: Weights) -> None:
-        """Write the weights to the shared folder and have all servers load them at the same time.
-        Responses may be in flight meanwhile. A server that does not load them within `timeout`
-        seconds counts as failed. Servers that sleep load them when they are woken."""
+        """Write the weights to the shared folder and have all servers load them at the same time,
+        or send them. Responses may be in flight meanwhile. A server that does not load them within
+        `timeout` seconds counts as failed. Servers that sleep load them when they are woken."""
+        if self.transfer is not None:
+            self._send(self.transfer, weights)
+            return
         save_base, tensors = self.save_base, weights.tensors
         if (
             save_base is not None and not self._pushed
@@ -374,6 +381,17 @@ class ServedGenerator:
             set(self.shared.resolve().glob("[0-9]*")) - kept
         ):  # the newest, and one that a server may be reading
             shutil.rmtree(old, ignore_errors=True)
+
+    def _send(self, transfer: WeightTransfer, weights: Weights) -> None:
+        """Send the weights to all servers, also to those that failed and answer again: they get
+        none between two calls of this, when the weights may change."""
+        transfer.hold(weights.tensors)
+        self.version = weights.version
+        try:
+            self._push_to([server for server in self.servers if server.failed is None])
+            self._revive()
+        finally:
+            transfer.release()
 
     def _write(self, folder: Path, save: Callable[[Path], None]) -> None:
         """Save a folder under a hidden name and rename it when it is complete."""
@@ -410,7 +428,9 @@ class ServedGenerator:
                     self._wake(server, until)
                 if not has_newest:
                     self._tell(server, until, self.dialect.pause)
-                    if self.save_base is None:
+                    if self.transfer is not None:
+                        self._receive(server, until, version)
+                    elif self.save_base is None:
                         folder = self._folder(version)
                         self._tell(server, until, *self.dialect.read(folder, version))
                     else:
@@ -427,6 +447,18 @@ class ServedGenerator:
                 )
         with self._free:
             self._free.notify_all()
+
+    def _receive(self, server: Server, until: float, version: int) -> None:
+        """Have a server receive the weights that are held."""
+        assert self.transfer is not None
+
+        def ask(method: str, path: str, body: Any) -> Mapping[str, Any]:
+            left = max(until - time.monotonic(), 0.0)
+            content = None if body is None else encode(body)
+            reply = self.client.request(method, server.url + path, content, left, MAX_BYTES)
+            return _table(reply)
+
+        self.transfer.push(server.url, version, ask)
 
     def _put_on(self, server: Server, until: float, version: int, had: int) -> None:
         """Load the base model where the server may not have it, then the adapter. An adapter of
@@ -488,8 +520,14 @@ class ServedGenerator:
                 _accepted(
                     self.client.request("GET", f"{server.url}/health", None, PAUSE * 4, MAX_BYTES)
                 )
-                if self._folder(self.version).is_dir():
+                if self._has_weights():
                     self._push(server)
+
+    def _has_weights(self) -> bool:
+        """Return whether a server can be given the newest weights now."""
+        if self.transfer is not None:
+            return self.transfer.held is not None
+        return self._folder(self.version).is_dir()
 
     def _gone(self, reason: str) -> ServersGone:
         reasons = "; ".join(

@@ -84,6 +84,11 @@ class Servers(GeneratorSource):
         """Whether the servers sleep whenever they do not sample."""
         return False
 
+    @property
+    def sends_weights(self) -> bool:
+        """Whether new weights are sent to the servers' GPUs, without a folder."""
+        return False
+
 
 class Vllm(Servers):
     """Servers that run vLLM."""
@@ -95,9 +100,20 @@ class Vllm(Servers):
         "on their GPUs. They must have been started with --enable-sleep-mode.",
     )
 
+    transfer: Literal["folder", "nccl"] = Field(
+        default="folder",
+        description='How new weights reach the servers: through a folder, or with "nccl" from GPU '
+        "to GPU; then the servers must have been started with --weight-transfer-config "
+        """'{"backend": "nccl"}', on GPUs of their own.""",
+    )
+
     @property
     def sleeps(self) -> bool:
         return self.sleep
+
+    @property
+    def sends_weights(self) -> bool:
+        return self.transfer == "nccl"
 
 
 class SgLang(Servers):

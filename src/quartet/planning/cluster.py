@@ -97,20 +97,21 @@ def training(work: Workload, gpu: Gpu, count: int) -> Span:
 
 
 def push_bytes(work: Workload) -> float:
-    """Return the bytes of the folder through which servers get new weights."""
+    """Return the bytes of the new weights that servers get."""
     return float(work.number * work.parameters)
 
 
-def pushing(work: Workload, ranks: int = 1, gpu: Gpu | None = None) -> Span:
+def pushing(work: Workload, ranks: int, gpu: Gpu, served: bool) -> Span:
     """Return the time until the generators have new weights.
 
-    Servers read a folder that the trainer writes: both go over a disk. With a `gpu`, the ranks that
-    train sample themselves: each gathers the weights of all, in float32, over its network; one
-    rank reads what it has.
+    Servers read a folder that the trainer writes: both go over a disk; or rank 0 sends them over
+    its network. Ranks that train and sample gather the weights of all, in float32, over their
+    network; one rank reads what it has.
     """
-    if gpu is None:
+    if served and not work.sends_weights:
         return Span(*(2 * push_bytes(work) / rate for rate in reversed(DISK)))
-    seconds = FLOAT * work.parameters * (ranks - 1) / ranks / gpu.network
+    gathered = FLOAT * work.parameters * (ranks - 1) / ranks
+    seconds = (push_bytes(work) if served else gathered) / gpu.network
     return Span(*(seconds / share for share in reversed(BANDWIDTH)))
 
 
@@ -157,7 +158,7 @@ def _split(work: Workload, cluster: Cluster, generators: int) -> Split | None:
     )
     update = training(work, gpu, trainers)
     served = generators > 0 or work.served
-    push = pushing(work) if served else pushing(work, trainers, gpu)
+    push = pushing(work, trainers, gpu, served)
     step = (generation.max(update) if generators else generation + update) + push
     if generation.best <= update.best:
         binds = "training's compute"
@@ -321,7 +322,7 @@ def in_words(plan: ClusterPlan) -> Iterator[str]:
     )
     if plan.push_bytes:
         size = marked("push_bytes", f"{plan.push_bytes / GB:,.1f} GB")
-        yield f"push    {size} through a folder"
+        yield f"push    {size} {'over NCCL' if plan.work.sends_weights else 'through a folder'}"
     hours = f"{plan.gpu_hours.best:,.1f} to {plan.gpu_hours.worst:,.1f} GPU-hours"
     yield f"in all  {marked('gpu_hours', hours)}"
     yield f"        {LEGEND}"

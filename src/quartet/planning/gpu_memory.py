@@ -86,6 +86,8 @@ class Workload:
     """Whether the trunk under the adapters is held in NF4."""
     served: bool = False
     """Whether servers generate the responses, which may divide a model over several GPUs."""
+    sends_weights: bool = False
+    """Whether they are sent new weights over the network, in place of a folder."""
     config: Config | None = None
     """The settings, where the program chooses the tokens of a micro-batch by the GPU's memory."""
 
@@ -170,6 +172,7 @@ def workload(config: Config) -> Workload:
         adapter=adapter,
         in_4_bits=config.policy.quantize is not None,
         served=isinstance(config.generator, Servers),
+        sends_weights=isinstance(config.generator, Servers) and config.generator.sends_weights,
         config=config,
     )
 

@@ -128,6 +128,32 @@ def served_adapter_needs_an_adapter(config: Config) -> str | None:
 
 
 @rule
+def sent_weights_are_whole(config: Config) -> str | None:
+    generator = config.generator
+    if config.rl_stage is None or not isinstance(generator, Servers):
+        return None
+    if not generator.sends_weights or not generator.adapter:
+        return None
+    return (
+        'generator.adapter = true: generator.transfer = "nccl" sends the whole model, adapters '
+        "merged. Leave out one of them."
+    )
+
+
+@rule
+def sent_weights_need_gpus_of_the_servers(config: Config) -> str | None:
+    generator = config.generator
+    if config.rl_stage is None or not isinstance(generator, Servers):
+        return None
+    if not generator.sends_weights or not generator.sleeps:
+        return None
+    return (
+        "generator.sleep = true: the servers share the GPUs of this run, and "
+        'generator.transfer = "nccl" sends weights to other GPUs only. Leave out one of them.'
+    )
+
+
+@rule
 def sglang_excludes_filters(config: Config) -> str | None:
     generator = config.generator
     if config.rl_stage is None or not isinstance(generator, Servers):
