@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,3 +245,19 @@ def test_critic_tabulates_audits_over_seeds():
     assert numbers["V − mean return, all states"] == pytest.approx(levels, abs=1e-4)
     assert critic.over_seeds([1.0, 2.0, None]) == "1.50 (1.00 to 2.00)"
     assert len(critic.figure(results).data) == 4
+
+
+def test_roles_counts_what_the_published_models_have():
+    import roles
+
+    counted = {size: roles.row(size, "all weights")["parameters"] for size in roles.SIZES}
+    assert counted == {"0.5B": 0.494032768, "1.5B": 1.543714304, "7B": 7.615616512}
+    whole, lora, qlora, _ = (roles.row("7B", way) for way in roles.WAYS)
+    assert whole["actor"] == pytest.approx(16 * 7.615616512), "weights, gradients and two moments"
+    assert whole["reference and reward model"] == pytest.approx(2 * 2 * 7.615616512)
+    assert whole["sampling"] == 0.0, "it does not fit"
+    assert lora["trunk"] == pytest.approx(2 * 7.615616512), "in bfloat16, for all four roles"
+    assert 0.25 * lora["trunk"] < qlora["trunk"] < 0.4 * lora["trunk"]
+    assert lora["reference and reward model"] == qlora["reference and reward model"] == 0.0
+    docs = Path(__file__).parents[2] / "docs" / "models.md"
+    assert roles.table() in docs.read_text(encoding="utf-8")
