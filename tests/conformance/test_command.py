@@ -43,7 +43,8 @@ def test_a_table_of_reports_goes_into_a_page(tmp_path, capsys):
     )
     assert main(["--table", str(file), "--into", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- table -->\n| claim | cut-k3 2.0 |")
+    assert text.startswith("before\n<!-- table -->\n| claims about | cut-k3 2.0 |")
+    assert "| kl | 1 ✓ · 1 ✗ |" in text and "| claim | cut-k3 2.0 |" in text
     assert text.endswith("<!-- end of table -->\nafter\n") and "earlier" not in text
     assert "| ✗ 1 |" in text and "1. difference 1, agrees with: estimate cut at ±10" in text
 
@@ -91,10 +92,11 @@ def test_a_reproduction_prints_what_was_measured(key, name):
 def test_a_reproduction_is_of_arguments_as_they_were():
     class Overwrites(NoGradient):
         def whiten(self, x, mask):
-            return x.mul_(2)
+            return x.mul_(2) * x.shape[1]
 
-    claim = next(claim for claim in CLAIMS if claim.name == "nan/whiten")
-    assert "2000" not in judge(claim, Overwrites(), "x").reproduction
+    claim = next(claim for claim in CLAIMS if claim.name == "garbage/whiten")
+    lines = judge(claim, Overwrites(), "x").reproduction
+    assert "1000.0" in lines and "2000.0" not in lines
 
 
 def test_a_stand_in_gives_the_sums_that_it_was_asked_for():

@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rl_conformance import conventions as c
-from rl_conformance import oracles as o
+from rl_conformance import conventions, oracles
 from rl_conformance.claims import Claim, Evidence
 from rl_conformance.inputs import leaf, numbers, with_gradient
 from rl_conformance.library import Library, Pairs
@@ -66,7 +65,7 @@ def value_and_gradient(formula: Formula, pairs: Pairs) -> Tensor:
         up, down = pair.rejected + step, pair.rejected - step
         rise = formula(pair._replace(rejected=up)) - formula(pair._replace(rejected=down))
         of_rejected.append(rise / (2 * step * count))
-    return numbers(o.mean([formula(pair) for pair in table]), of_chosen, of_rejected)
+    return numbers(oracles.mean([formula(pair) for pair in table]), of_chosen, of_rejected)
 
 
 def compared(
@@ -83,14 +82,16 @@ def compared(
 
 def dpo(library: Library) -> Evidence:
     return compared(
-        lambda pairs: library.dpo(pairs, 0.25), lambda pair: o.dpo(*pair.log_ratios(), 0.25), {}
+        lambda pairs: library.dpo(pairs, 0.25),
+        lambda pair: oracles.dpo(*pair.log_ratios(), 0.25),
+        {},
     )
 
 
 def cdpo(library: Library) -> Evidence:
     return compared(
         lambda pairs: library.cdpo(pairs, 0.25, 0.125),
-        lambda pair: o.dpo(*pair.log_ratios(), 0.25, 0.125),
+        lambda pair: oracles.dpo(*pair.log_ratios(), 0.25, 0.125),
         {},
     )
 
@@ -98,23 +99,23 @@ def cdpo(library: Library) -> Evidence:
 def ipo(library: Library) -> Evidence:
     return compared(
         lambda pairs: library.ipo(pairs, 0.25),
-        lambda pair: o.ipo(*pair.log_ratios(), 0.25),
-        {c.PER_TOKEN: lambda pair: o.ipo(*pair.mean_log_ratios(), 0.25)},
+        lambda pair: oracles.ipo(*pair.log_ratios(), 0.25),
+        {conventions.PER_TOKEN: lambda pair: oracles.ipo(*pair.mean_log_ratios(), 0.25)},
     )
 
 
 def kto(library: Library) -> Evidence:
     return compared(
         lambda pairs: library.kto(pairs, 0.5, 0.25),
-        lambda pair: o.mean(o.kto(*pair.log_ratios(), 0.5, 0.25)),
-        {c.PER_PAIR: lambda pair: sum(o.kto(*pair.log_ratios(), 0.5, 0.25))},
+        lambda pair: oracles.mean(oracles.kto(*pair.log_ratios(), 0.5, 0.25)),
+        {conventions.PER_PAIR: lambda pair: sum(oracles.kto(*pair.log_ratios(), 0.5, 0.25))},
     )
 
 
 def orpo(library: Library) -> Evidence:
     return compared(
         lambda pairs: library.orpo(pairs, 0.25),
-        lambda pair: o.orpo(*pair.mean_logprobs(), 0.25),
+        lambda pair: oracles.orpo(*pair.mean_logprobs(), 0.25),
         {},
     )
 
@@ -122,7 +123,7 @@ def orpo(library: Library) -> Evidence:
 def simpo(library: Library) -> Evidence:
     return compared(
         lambda pairs: library.simpo(pairs, 2.0, 0.5),
-        lambda pair: o.simpo(*pair.mean_logprobs(), 2.0, 0.5),
+        lambda pair: oracles.simpo(*pair.mean_logprobs(), 2.0, 0.5),
         {},
     )
 
@@ -133,7 +134,8 @@ def bradley_terry(library: Library) -> Evidence:
     loss = library.bradley_terry(chosen, rejected)
     margins = (2.0, -1.0, -200.0)
     expected = numbers(
-        o.mean([-o.log_sigmoid(m) for m in margins]), [-o.sigmoid(-m) / 3 for m in margins]
+        oracles.mean([-oracles.log_sigmoid(m) for m in margins]),
+        [-oracles.sigmoid(-m) / 3 for m in margins],
     )
     return Evidence(with_gradient(loss, chosen), expected)
 

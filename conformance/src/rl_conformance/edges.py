@@ -6,9 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from rl_conformance import conventions as c
-from rl_conformance import inputs as i
-from rl_conformance import oracles as o
+from rl_conformance import conventions, inputs, oracles
 from rl_conformance.claims import Claim, Evidence
 from rl_conformance.inputs import leaf, numbers, rows, tensors_of, with_gradient
 from rl_conformance.library import Library
@@ -41,7 +39,7 @@ def equal_scores(operation: str) -> Claim:
 def group_of_one(operation: str) -> Claim:
     def check(library: Library) -> Evidence:
         measured = getattr(library, operation)(torch.tensor([1.5]), torch.tensor([0]))
-        return Evidence(tensors_of([measured]), numbers(0.0), {c.RAW_SCORE: numbers(1.5)})
+        return Evidence(tensors_of([measured]), numbers(0.0), {conventions.RAW_SCORE: numbers(1.5)})
 
     return Claim(
         f"groups/of-one-{operation.replace('_', '-')}",
@@ -54,10 +52,12 @@ def group_of_one(operation: str) -> Claim:
 
 def small_scores(library: Library) -> Evidence:
     """Scores a thousandth of the shared ones: the ratio to the deviation is the same."""
-    scores, groups = (i.SCORES / 1024).tolist(), i.GROUPS.tolist()
-    conventions = {c.epsilon(eps): numbers(o.grpo(scores, groups, eps=eps)) for eps in EPSILONS}
-    measured = tensors_of([library.grpo(i.SCORES / 1024, i.GROUPS)])
-    return Evidence(measured, numbers(o.grpo(scores, groups)), conventions)
+    scores, groups = (inputs.SCORES / 1024).tolist(), inputs.GROUPS.tolist()
+    alternatives = {
+        conventions.epsilon(eps): numbers(oracles.grpo(scores, groups, eps=eps)) for eps in EPSILONS
+    }
+    measured = tensors_of([library.grpo(inputs.SCORES / 1024, inputs.GROUPS)])
+    return Evidence(measured, numbers(oracles.grpo(scores, groups)), alternatives)
 
 
 # --- ratios ---
@@ -73,8 +73,11 @@ def ratio(
         logprobs = leaf(old + log_ratio)
         loss = library.policy_loss(logprobs, old, torch.tensor([[advantage]]), mask, 0.2, 0.2)
         held = math.exp(20.0) * -advantage
-        conventions = {c.HELD_AT_20: numbers(held, 0.0), c.DUAL_CLIP: numbers(-3 * advantage, 0.0)}
-        return Evidence(with_gradient(loss, logprobs), numbers(*expected), conventions)
+        alternatives = {
+            conventions.HELD_AT_20: numbers(held, 0.0),
+            conventions.DUAL_CLIP: numbers(-3 * advantage, 0.0),
+        }
+        return Evidence(with_gradient(loss, logprobs), numbers(*expected), alternatives)
 
     return check
 
@@ -91,7 +94,7 @@ def far_from_reference(name: str, difference: float, value: float, gradient: flo
         return Evidence(
             with_gradient(estimate, logprobs),
             numbers(value, gradient),
-            {c.CUT_AT_10: numbers(cut, 0.0)},
+            {conventions.CUT_AT_10: numbers(cut, 0.0)},
         )
 
     return Claim(
@@ -107,12 +110,12 @@ def far_from_reference(name: str, difference: float, value: float, gradient: flo
 
 
 def response_without_tokens(library: Library) -> Evidence:
-    mask = torch.cat([i.MASK, torch.zeros(1, 4, dtype=torch.bool)])
-    losses = torch.cat([i.LOSSES, torch.zeros(1, 4)])
-    expected = o.sequence_mean(rows(i.LOSSES))
-    conventions = {c.EMPTY_IS_ZERO: numbers(expected * 2 / 3)}
+    mask = torch.cat([inputs.MASK, torch.zeros(1, 4, dtype=torch.bool)])
+    losses = torch.cat([inputs.LOSSES, torch.zeros(1, 4)])
+    expected = oracles.sequence_mean(rows(inputs.LOSSES))
+    alternatives = {conventions.EMPTY_IS_ZERO: numbers(expected * 2 / 3)}
     measured = library.sequence_mean(losses, mask)
-    return Evidence(tensors_of([measured]), numbers(expected), conventions)
+    return Evidence(tensors_of([measured]), numbers(expected), alternatives)
 
 
 def unlikely_token(library: Library) -> Evidence:

@@ -9,8 +9,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from rl_conformance import conventions as c
-from rl_conformance import oracles as o
+from rl_conformance import conventions, oracles
 from rl_conformance.claims import Claim, Evidence
 from rl_conformance.inputs import tensors_of
 from rl_conformance.library import Library
@@ -54,7 +53,7 @@ def expected_gradient(library: Library, logits: Tensor, beta: float) -> Tensor:
     for row, score in enumerate(SCORES.tolist()):
         old = own[row : row + 1].detach()
         rewards = -beta * library.k1(old, reference[row : row + 1])[0]
-        returns = o.returns([rewards[0].item(), rewards[1].item() + score], 1.0)
+        returns = oracles.returns([rewards[0].item(), rewards[1].item() + score], 1.0)
         advantages = torch.tensor([returns])
         losses.append(library.policy_loss(own[row : row + 1], old, advantages, mask, 0.2, 0.2))
     chances = own.detach().sum(dim=1).exp()
@@ -121,10 +120,14 @@ def kl_loss(is_off_policy: bool) -> Claim:
             (old.exp() * term).sum(), parameters, materialize_grads=True
         )
         exact, *others = exact_gradients(old.double())
-        conventions = dict(
-            zip((c.AS_K3, c.AS_K1), (tensors_of([each]) for each in others), strict=True)
+        alternatives = dict(
+            zip(
+                (conventions.AS_K3, conventions.AS_K1),
+                (tensors_of([each]) for each in others),
+                strict=True,
+            )
         )
-        return Evidence(tensors_of([measured]), tensors_of([exact]), conventions)
+        return Evidence(tensors_of([measured]), tensors_of([exact]), alternatives)
 
     where = "off-policy" if is_off_policy else "on-policy"
     return Claim(

@@ -6,9 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rl_conformance import conventions as c
-from rl_conformance import inputs as i
-from rl_conformance import oracles as o
+from rl_conformance import conventions, inputs, oracles
 from rl_conformance.claims import Claim, Evidence
 from rl_conformance.inputs import numbers, padded, rows, tensors_of
 from rl_conformance.library import Library
@@ -21,7 +19,7 @@ IDS = torch.tensor([[0, 2], [1, 1]])
 
 def logprobs_of(logits: Tensor) -> list[float]:
     return [
-        o.log_softmax(step)[token]
+        oracles.log_softmax(step)[token]
         for row, ids in zip(logits.tolist(), IDS.tolist(), strict=True)
         for step, token in zip(row, ids, strict=True)
     ]
@@ -44,8 +42,8 @@ def estimator(name: str) -> Claim:
     text, formula = ESTIMATORS[name]
 
     def check(library: Library) -> Evidence:
-        measured = getattr(library, name)(i.NEW, i.REFERENCE)[i.MASK]
-        expected = [formula(d) for d in (i.NEW - i.REFERENCE)[i.MASK].tolist()]
+        measured = getattr(library, name)(inputs.NEW, inputs.REFERENCE)[inputs.MASK]
+        expected = [formula(d) for d in (inputs.NEW - inputs.REFERENCE)[inputs.MASK].tolist()]
         return Evidence(tensors_of([measured]), numbers(expected))
 
     sentence = f"{name} of a token is {text} with d = log π − log π_ref."
@@ -59,8 +57,10 @@ def estimator(name: str) -> Claim:
 
 def gae_rows(gamma: float, lam: float) -> tuple[list[list[float]], list[list[float]]]:
     """Return advantages and returns of the shared inputs."""
-    values = rows(i.VALUES)
-    advantages = [o.gae(r, v, gamma, lam) for r, v in zip(rows(i.REWARDS), values, strict=True)]
+    values = rows(inputs.VALUES)
+    advantages = [
+        oracles.gae(r, v, gamma, lam) for r, v in zip(rows(inputs.REWARDS), values, strict=True)
+    ]
     targets = [
         [a + x for a, x in zip(row, v, strict=True)]
         for row, v in zip(advantages, values, strict=True)
@@ -69,11 +69,11 @@ def gae_rows(gamma: float, lam: float) -> tuple[list[list[float]], list[list[flo
 
 
 def gae(library: Library) -> Evidence:
-    advantages, targets = library.gae(i.REWARDS, i.VALUES, i.MASK, 0.875, 0.75)
+    advantages, targets = library.gae(inputs.REWARDS, inputs.VALUES, inputs.MASK, 0.875, 0.75)
     expected = gae_rows(0.875, 0.75)
     return Evidence(
-        tensors_of([advantages[i.MASK], targets[i.MASK]]),
-        tensors_of([padded(each)[i.MASK] for each in expected]),
+        tensors_of([advantages[inputs.MASK], targets[inputs.MASK]]),
+        tensors_of([padded(each)[inputs.MASK] for each in expected]),
     )
 
 
@@ -82,69 +82,73 @@ def gae_with_gap(library: Library) -> Evidence:
     mask = torch.tensor([[True, True, False, True]])
     rewards, values = torch.tensor([[0.0, 0.5, 0.0, 1.0]]), torch.tensor([[0.5, 0.25, 0.0, 0.75]])
     advantages, _ = library.gae(rewards, values, mask, 0.875, 0.75)
-    stepped_over = o.gae([0.0, 0.5, 1.0], [0.5, 0.25, 0.75], 0.875, 0.75)
-    all_states = o.gae(rewards[0].tolist(), values[0].tolist(), 0.875, 0.75)
+    stepped_over = oracles.gae([0.0, 0.5, 1.0], [0.5, 0.25, 0.75], 0.875, 0.75)
+    all_states = oracles.gae(rewards[0].tolist(), values[0].tolist(), 0.875, 0.75)
     return Evidence(
         tensors_of([advantages[mask]]),
         numbers(stepped_over),
-        {c.CONTIGUOUS: numbers([all_states[t] for t in (0, 1, 3)])},
+        {conventions.CONTIGUOUS: numbers([all_states[t] for t in (0, 1, 3)])},
     )
 
 
 def token_rewards(library: Library) -> Evidence:
     """The padding of the first response is part of what is compared: it has no reward."""
     scores = torch.tensor([1.5, -0.5])
-    measured = library.token_rewards(scores, i.OLD, i.REFERENCE, i.MASK, 0.25)
-    table = zip(scores.tolist(), rows(i.OLD), rows(i.REFERENCE), strict=True)
-    expected = padded([o.token_rewards(score, p, q, 0.25) for score, p, q in table])
+    measured = library.token_rewards(scores, inputs.OLD, inputs.REFERENCE, inputs.MASK, 0.25)
+    table = zip(scores.tolist(), rows(inputs.OLD), rows(inputs.REFERENCE), strict=True)
+    expected = padded([oracles.token_rewards(score, p, q, 0.25) for score, p, q in table])
     later = expected.clone()
     later[0, 2:] += torch.tensor([-1.5, 1.5])
-    return Evidence(tensors_of([measured]), expected.flatten(), {c.AFTER_THE_END: later.flatten()})
+    return Evidence(
+        tensors_of([measured]), expected.flatten(), {conventions.AFTER_THE_END: later.flatten()}
+    )
 
 
 def returns(library: Library) -> Evidence:
-    expected = [o.returns(row, 0.875) for row in rows(i.REWARDS)]
+    expected = [oracles.returns(row, 0.875) for row in rows(inputs.REWARDS)]
     return Evidence(
-        tensors_of([library.returns(i.REWARDS, i.MASK, 0.875)[i.MASK]]),
-        padded(expected)[i.MASK],
+        tensors_of([library.returns(inputs.REWARDS, inputs.MASK, 0.875)[inputs.MASK]]),
+        padded(expected)[inputs.MASK],
     )
 
 
 def whitened(measured: Tensor, table: list[list[float]]) -> Evidence:
     flat = [x for row in table for x in row]
     return Evidence(
-        tensors_of([measured[i.MASK]]),
-        numbers(o.whiten(flat)),
-        {c.SAMPLE_DEVIATION: numbers(o.whiten(flat, less=1))},
+        tensors_of([measured[inputs.MASK]]),
+        numbers(oracles.whiten(flat)),
+        {conventions.SAMPLE_DEVIATION: numbers(oracles.whiten(flat, less=1))},
     )
 
 
 def whiten(library: Library) -> Evidence:
-    return whitened(library.whiten(i.ADVANTAGES, i.MASK), [list(r) for r in rows(i.ADVANTAGES)])
+    return whitened(
+        library.whiten(inputs.ADVANTAGES, inputs.MASK), [list(r) for r in rows(inputs.ADVANTAGES)]
+    )
 
 
 def reinforce_pp(library: Library) -> Evidence:
-    measured = library.reinforce_pp(i.REWARDS, i.MASK, 0.875)
-    return whitened(measured, [o.returns(row, 0.875) for row in rows(i.REWARDS)])
+    measured = library.reinforce_pp(inputs.REWARDS, inputs.MASK, 0.875)
+    return whitened(measured, [oracles.returns(row, 0.875) for row in rows(inputs.REWARDS)])
 
 
 def grpo(library: Library) -> Evidence:
-    scores, groups = i.SCORES.tolist(), i.GROUPS.tolist()
+    scores, groups = inputs.SCORES.tolist(), inputs.GROUPS.tolist()
     return Evidence(
-        tensors_of([library.grpo(i.SCORES, i.GROUPS)]),
-        numbers(o.grpo(scores, groups)),
-        {c.POPULATION_DEVIATION: numbers(o.grpo(scores, groups, less=0))},
+        tensors_of([library.grpo(inputs.SCORES, inputs.GROUPS)]),
+        numbers(oracles.grpo(scores, groups)),
+        {conventions.POPULATION_DEVIATION: numbers(oracles.grpo(scores, groups, less=0))},
     )
 
 
 def dr_grpo(library: Library) -> Evidence:
-    expected = o.dr_grpo(i.SCORES.tolist(), i.GROUPS.tolist())
-    return Evidence(tensors_of([library.dr_grpo(i.SCORES, i.GROUPS)]), numbers(expected))
+    expected = oracles.dr_grpo(inputs.SCORES.tolist(), inputs.GROUPS.tolist())
+    return Evidence(tensors_of([library.dr_grpo(inputs.SCORES, inputs.GROUPS)]), numbers(expected))
 
 
 def rloo(library: Library) -> Evidence:
-    expected = o.rloo(i.SCORES.tolist(), i.GROUPS.tolist())
-    return Evidence(tensors_of([library.rloo(i.SCORES, i.GROUPS)]), numbers(expected))
+    expected = oracles.rloo(inputs.SCORES.tolist(), inputs.GROUPS.tolist())
+    return Evidence(tensors_of([library.rloo(inputs.SCORES, inputs.GROUPS)]), numbers(expected))
 
 
 GRPO, DR_GRPO = "Shao et al. 2024, section 4.1.2", "Liu et al. 2025, eq. 3"

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rl_conformance import conventions as c
-from rl_conformance import inputs as i
-from rl_conformance import oracles as o
+from rl_conformance import conventions, inputs, oracles
 from rl_conformance.claims import Claim, Evidence
 from rl_conformance.formulas import IDS, LOGITS
 from rl_conformance.inputs import leaf, numbers, rows, tensors_of
@@ -38,12 +36,12 @@ def wider(table: Tensor) -> Tensor:
 
 def to_the_right(table: Tensor) -> Tensor:
     """Move each response to the end of its row: the padding is on the left."""
-    moved = [row.roll(table.shape[1] - n) for row, n in zip(table, i.LENGTHS, strict=True)]
+    moved = [row.roll(table.shape[1] - n) for row, n in zip(table, inputs.LENGTHS, strict=True)]
     return torch.stack(moved)
 
 
 def to_the_left(table: Tensor) -> Tensor:
-    moved = [row.roll(n - table.shape[1]) for row, n in zip(table, i.LENGTHS, strict=True)]
+    moved = [row.roll(n - table.shape[1]) for row, n in zip(table, inputs.LENGTHS, strict=True)]
     return torch.stack(moved)
 
 
@@ -64,35 +62,35 @@ def call(library: Library, operation: str, layout: Layout) -> Tensor:
     """Return what an operation gives in a layout, laid out as the shared inputs are: values per
     token, or a loss and its gradient. Losses get the filler where models speak (log-probs, values);
     advantages and returns, which are computed, are 0 in the padding."""
-    mask = layout.move(i.MASK)
+    mask = layout.move(inputs.MASK)
 
     def laid_out(table: Tensor, filler: float = layout.filler) -> Tensor:
         return layout.move(table).masked_fill(~mask, filler)
 
     def per_token(*tables: Tensor) -> Tensor:
-        return tensors_of([layout.back(table)[i.MASK] for table in tables])
+        return tensors_of([layout.back(table)[inputs.MASK] for table in tables])
 
-    rewards, values = laid_out(i.REWARDS), laid_out(i.VALUES)
+    rewards, values = laid_out(inputs.REWARDS), laid_out(inputs.VALUES)
     match operation:
         case "gae":
             return per_token(*library.gae(rewards, values, mask, 0.875, 0.75))
         case "returns":
             return per_token(library.returns(rewards, mask, 0.875))
         case "whiten":
-            return per_token(library.whiten(laid_out(i.ADVANTAGES), mask))
+            return per_token(library.whiten(laid_out(inputs.ADVANTAGES), mask))
         case "reinforce_pp":
             return per_token(library.reinforce_pp(rewards, mask, 0.875))
         case "value_loss":
-            moving = leaf(laid_out(i.NEW_VALUES))
-            loss = library.value_loss(moving, values, laid_out(i.RETURNS, 0.0), mask, 0.25)
+            moving = leaf(laid_out(inputs.NEW_VALUES))
+            loss = library.value_loss(moving, values, laid_out(inputs.RETURNS, 0.0), mask, 0.25)
         case _:
-            moving = leaf(laid_out(i.NEW))
-            advantages = laid_out(i.ADVANTAGES, 0.0)
-            arguments = (moving, laid_out(i.OLD), advantages, mask, 0.2, 0.2)
+            moving = leaf(laid_out(inputs.NEW))
+            advantages = laid_out(inputs.ADVANTAGES, 0.0)
+            arguments = (moving, laid_out(inputs.OLD), advantages, mask, 0.2, 0.2)
             loss = getattr(library, operation)(*arguments)
     (gradient,) = torch.autograd.grad(loss, [moving], materialize_grads=True)
     of_padding = gradient.masked_fill(mask, 0.0).abs().sum()
-    return tensors_of([loss, layout.back(gradient)[i.MASK], of_padding])
+    return tensors_of([loss, layout.back(gradient)[inputs.MASK], of_padding])
 
 
 SHARED = Layout("", lambda t: t, lambda t: t)
@@ -130,15 +128,15 @@ def invariance(operation: str, name: str) -> Claim:
 
 def pieces() -> tuple[list[Tensor], list[Tensor]]:
     """Return the losses and masks of two pieces of unequal numbers of tokens."""
-    return [i.LOSSES[:1], i.LOSSES[1:]], [i.MASK[:1], i.MASK[1:]]
+    return [inputs.LOSSES[:1], inputs.LOSSES[1:]], [inputs.MASK[:1], inputs.MASK[1:]]
 
 
 def cut(operation: str) -> Callable[[Library], Evidence]:
     def check(library: Library) -> Evidence:
         measured = getattr(library, operation)(*pieces())
-        own = o.mean([o.mean(row) for row in rows(i.LOSSES)])
-        expected = numbers(o.token_mean(rows(i.LOSSES)))
-        return Evidence(tensors_of([measured]), expected, {c.MEAN_OF_MEANS: numbers(own)})
+        own = oracles.mean([oracles.mean(row) for row in rows(inputs.LOSSES)])
+        expected = numbers(oracles.token_mean(rows(inputs.LOSSES)))
+        return Evidence(tensors_of([measured]), expected, {conventions.MEAN_OF_MEANS: numbers(own)})
 
     return check
 
@@ -149,8 +147,8 @@ def cut(operation: str) -> Callable[[Library], Evidence]:
 def offset(operation: str) -> Claim:
     def check(library: Library) -> Evidence:
         function = getattr(library, operation)
-        expected = tensors_of([function(i.SCORES, i.GROUPS)])
-        return Evidence(tensors_of([function(i.SCORES + 64, i.GROUPS)]), expected)
+        expected = tensors_of([function(inputs.SCORES, inputs.GROUPS)])
+        return Evidence(tensors_of([function(inputs.SCORES + 64, inputs.GROUPS)]), expected)
 
     return Claim(
         f"offset/{operation.replace('_', '-')}",

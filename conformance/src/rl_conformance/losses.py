@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from rl_conformance import conventions as c
-from rl_conformance import inputs as i
-from rl_conformance import oracles as o
+from rl_conformance import conventions, inputs, oracles
 from rl_conformance.claims import Claim, Evidence
 from rl_conformance.inputs import leaf, numbers, padded, rows, tensors_of, with_gradient
 from rl_conformance.library import Library
@@ -15,30 +13,32 @@ def ppo_rows(low: float, high: float) -> tuple[list[list[float]], list[list[floa
     """Return the loss of each token of the shared inputs, and its derivative by log π."""
     pairs = [
         list(zip(d, a, strict=True))
-        for d, a in zip(rows(i.LOG_RATIOS), rows(i.ADVANTAGES), strict=True)
+        for d, a in zip(rows(inputs.LOG_RATIOS), rows(inputs.ADVANTAGES), strict=True)
     ]
-    losses = [[o.ppo(d, a, low, high) for d, a in row] for row in pairs]
-    gradients = [[o.ppo_gradient(d, a, low, high) for d, a in row] for row in pairs]
+    losses = [[oracles.ppo(d, a, low, high) for d, a in row] for row in pairs]
+    gradients = [[oracles.ppo_gradient(d, a, low, high) for d, a in row] for row in pairs]
     return losses, gradients
 
 
 def as_mean(losses: list[list[float]], gradients: list[list[float]]) -> tuple[Tensor, Tensor]:
     """Return the token mean, and the mean over responses of means per token, each with its
     gradient."""
-    count, rows_count = sum(i.LENGTHS), len(i.LENGTHS)
+    count, rows_count = sum(inputs.LENGTHS), len(inputs.LENGTHS)
     of_tokens = [[g / count for g in row] for row in gradients]
     of_rows = [[g / (rows_count * len(row)) for g in row] for row in gradients]
     return (
-        torch.cat([numbers(o.token_mean(losses)), padded(of_tokens).flatten()]),
-        torch.cat([numbers(o.sequence_mean(losses)), padded(of_rows).flatten()]),
+        torch.cat([numbers(oracles.token_mean(losses)), padded(of_tokens).flatten()]),
+        torch.cat([numbers(oracles.sequence_mean(losses)), padded(of_rows).flatten()]),
     )
 
 
 def policy_loss(library: Library) -> Evidence:
-    logprobs = leaf(i.NEW)
-    loss = library.policy_loss(logprobs, i.OLD, i.ADVANTAGES, i.MASK, 0.2, 0.2)
+    logprobs = leaf(inputs.NEW)
+    loss = library.policy_loss(logprobs, inputs.OLD, inputs.ADVANTAGES, inputs.MASK, 0.2, 0.2)
     expected, per_response = as_mean(*ppo_rows(0.2, 0.2))
-    return Evidence(with_gradient(loss, logprobs), expected, {c.SEQUENCE_MEAN: per_response})
+    return Evidence(
+        with_gradient(loss, logprobs), expected, {conventions.SEQUENCE_MEAN: per_response}
+    )
 
 
 def clip_higher(library: Library) -> Evidence:
@@ -48,8 +48,8 @@ def clip_higher(library: Library) -> Evidence:
     logprobs = leaf(old + torch.tensor([log_ratios]))
     loss = library.policy_loss(logprobs, old, torch.tensor([advantages]), mask, 0.2, 0.28)
     pairs = list(zip(log_ratios, advantages, strict=True))
-    expected = o.mean([o.ppo(d, a, 0.2, 0.28) for d, a in pairs])
-    gradients = [o.ppo_gradient(d, a, 0.2, 0.28) / 3 for d, a in pairs]
+    expected = oracles.mean([oracles.ppo(d, a, 0.2, 0.28) for d, a in pairs])
+    gradients = [oracles.ppo_gradient(d, a, 0.2, 0.28) / 3 for d, a in pairs]
     return Evidence(with_gradient(loss, logprobs), numbers(expected, gradients))
 
 
@@ -58,68 +58,77 @@ def dual_clip(library: Library) -> Evidence:
     mask, old = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[-3.0, -1.0]])
     logprobs, advantages = leaf(torch.tensor([[-1.0, -0.875]])), torch.tensor([[-1.0, -2.0]])
     loss = library.dual_clip_loss(logprobs, old, advantages, mask, 3.0)
-    expected = o.mean([o.dual_clip(2.0, -1.0, 3.0), o.dual_clip(0.125, -2.0, 3.0)])
-    gradient = o.ppo_gradient(0.125, -2.0, 0.2, 0.2) / 2
+    expected = oracles.mean(
+        [oracles.dual_clip(2.0, -1.0, 3.0), oracles.dual_clip(0.125, -2.0, 3.0)]
+    )
+    gradient = oracles.ppo_gradient(0.125, -2.0, 0.2, 0.2) / 2
     return Evidence(with_gradient(loss, logprobs), numbers(expected, 0.0, gradient))
 
 
 def gspo(library: Library) -> Evidence:
     """One response with A > 0 and a ratio in the range, one with A < 0 and a ratio below it."""
-    logprobs, advantages = leaf(i.NEW), torch.tensor([[1.0] * 4, [-2.0] * 4]) * i.MASK
+    logprobs, advantages = leaf(inputs.NEW), torch.tensor([[1.0] * 4, [-2.0] * 4]) * inputs.MASK
     log_ratios = torch.tensor([[0.125, 0.25, -0.25, 0.0], [-0.5, -0.25, 0.25, -0.5]])
-    loss = library.gspo_loss(logprobs, i.NEW - log_ratios, advantages, i.MASK, 0.2, 0.2)
+    loss = library.gspo_loss(logprobs, inputs.NEW - log_ratios, advantages, inputs.MASK, 0.2, 0.2)
     losses, gradients = [], []
     for row, advantage in zip(rows(log_ratios), (1.0, -2.0), strict=True):
-        losses.append([o.ppo(o.mean(row), advantage, 0.2, 0.2)] * len(row))
-        gradients.append([o.ppo_gradient(o.mean(row), advantage, 0.2, 0.2)] * len(row))
+        losses.append([oracles.ppo(oracles.mean(row), advantage, 0.2, 0.2)] * len(row))
+        gradients.append([oracles.ppo_gradient(oracles.mean(row), advantage, 0.2, 0.2)] * len(row))
     per_token, expected = as_mean(losses, gradients)
-    return Evidence(with_gradient(loss, logprobs), expected, {c.TOKEN_MEAN: per_token})
+    return Evidence(with_gradient(loss, logprobs), expected, {conventions.TOKEN_MEAN: per_token})
 
 
 def value_loss(library: Library) -> Evidence:
-    values = leaf(i.NEW_VALUES)
-    loss = library.value_loss(values, i.VALUES, i.RETURNS, i.MASK, 0.25)
+    values = leaf(inputs.NEW_VALUES)
+    loss = library.value_loss(values, inputs.VALUES, inputs.RETURNS, inputs.MASK, 0.25)
     triples = [
         list(zip(*three, strict=True))
-        for three in zip(rows(i.NEW_VALUES), rows(i.VALUES), rows(i.RETURNS), strict=True)
+        for three in zip(
+            rows(inputs.NEW_VALUES), rows(inputs.VALUES), rows(inputs.RETURNS), strict=True
+        )
     ]
-    losses = [[o.value(new, old, target, 0.25) for new, old, target in row] for row in triples]
+    losses = [
+        [oracles.value(new, old, target, 0.25) for new, old, target in row] for row in triples
+    ]
     step = 1e-6
     gradients = [
         [
-            (o.value(v + step, old, g, 0.25) - o.value(v - step, old, g, 0.25)) / (2 * step)
+            (oracles.value(v + step, old, g, 0.25) - oracles.value(v - step, old, g, 0.25))
+            / (2 * step)
             for v, old, g in row
         ]
         for row in triples
     ]
     expected, per_response = as_mean(losses, gradients)
-    count = sum(i.LENGTHS)
-    conventions = {
-        c.WITHOUT_HALF: 2 * expected,
-        c.SEQUENCE_MEAN: per_response,
-        c.ONE_FURTHER: expected * count / (count + 1),  # of a value and a return that are 0
+    count = sum(inputs.LENGTHS)
+    alternatives = {
+        conventions.WITHOUT_HALF: 2 * expected,
+        conventions.SEQUENCE_MEAN: per_response,
+        conventions.ONE_FURTHER: expected
+        * count
+        / (count + 1),  # of a value and a return that are 0
     }
-    return Evidence(with_gradient(loss, values), expected, conventions)
+    return Evidence(with_gradient(loss, values), expected, alternatives)
 
 
 # --- means ---
 
 
 def token_mean(library: Library) -> Evidence:
-    measured = library.token_mean(i.LOSSES, i.MASK)
-    return Evidence(tensors_of([measured]), numbers(o.token_mean(rows(i.LOSSES))))
+    measured = library.token_mean(inputs.LOSSES, inputs.MASK)
+    return Evidence(tensors_of([measured]), numbers(oracles.token_mean(rows(inputs.LOSSES))))
 
 
 def sequence_mean(library: Library) -> Evidence:
-    measured = library.sequence_mean(i.LOSSES, i.MASK)
-    return Evidence(tensors_of([measured]), numbers(o.sequence_mean(rows(i.LOSSES))))
+    measured = library.sequence_mean(inputs.LOSSES, inputs.MASK)
+    return Evidence(tensors_of([measured]), numbers(oracles.sequence_mean(rows(inputs.LOSSES))))
 
 
 def fixed_length_mean(library: Library) -> Evidence:
-    measured = library.fixed_length_mean(i.LOSSES, i.MASK, 8)
-    expected = o.fixed_length_mean(rows(i.LOSSES), 8)
-    conventions = {c.NOT_PER_RESPONSE: numbers(2 * expected)}
-    return Evidence(tensors_of([measured]), numbers(expected), conventions)
+    measured = library.fixed_length_mean(inputs.LOSSES, inputs.MASK, 8)
+    expected = oracles.fixed_length_mean(rows(inputs.LOSSES), 8)
+    alternatives = {conventions.NOT_PER_RESPONSE: numbers(2 * expected)}
+    return Evidence(tensors_of([measured]), numbers(expected), alternatives)
 
 
 CLAIMS = (

@@ -81,13 +81,41 @@ def as_text(report: Report) -> str:
 
 
 def as_markdown(reports: Sequence[Report]) -> str:
-    """Return a table with a row per claim and a column per library, and what its signs refer to."""
-    heads = [f"{each.library} {each.version}" for each in reports]
-    lines = [
-        f"| claim | {' | '.join(heads)} |",
-        f"|---|{'---|' * len(reports)}",
-        f"| *date* | {' | '.join(each.date for each in reports)} |",
-    ]
+    """Return two tables with a column per library: how many claims of each family came out how,
+    and each claim, with notes on what its signs refer to."""
+    return f"{summary(reports)}\n\n{details(reports)}"
+
+
+def head(first: str, reports: Sequence[Report]) -> list[str]:
+    names = [f"{each.library} {each.version}" for each in reports]
+    return [f"| {first} | {' | '.join(names)} |", f"|---|{'---|' * len(reports)}"]
+
+
+def summary(reports: Sequence[Report]) -> str:
+    """Return a table with a row per family of claims, and the date of each report."""
+    families = dict.fromkeys(claim.family for claim in CLAIMS)
+    lines = head("claims about", reports)
+    for family in families:
+        cells = [of_family(each, family) for each in reports]
+        if any(cells):
+            lines.append(f"| {family} | {' | '.join(cells)} |")
+    return "\n".join([*lines, f"| *date* | {' | '.join(each.date for each in reports)} |"])
+
+
+def of_family(report: Report, family: str) -> str:
+    """Return how many claims of a family came out how, by signs; a dash where none is offered."""
+    prefix = f"{family}/"
+    outcomes = Counter[str](v.outcome for v in report.verdicts if v.claim.startswith(prefix))
+    offered = {outcome: number for outcome, number in outcomes.items() if outcome != "not offered"}
+    if outcomes and not offered:
+        return SIGNS["not offered"]
+    return " · ".join(
+        f"{offered[outcome]} {SIGNS[outcome]}" for outcome in SIGNS if outcome in offered
+    )
+
+
+def details(reports: Sequence[Report]) -> str:
+    lines = head("claim", reports)
     notes: list[str] = []
     of = [{verdict.claim: verdict for verdict in each.verdicts} for each in reports]
     for claim in CLAIMS:
@@ -96,8 +124,6 @@ def as_markdown(reports: Sequence[Report]) -> str:
         cells = [cell(each.get(claim.name), notes) for each in of]
         sentence = claim.sentence.replace("|", r"\|")
         lines.append(f"| `{claim.name}` {sentence} | {' | '.join(cells)} |")
-    totals = [counts(each) for each in reports]
-    lines.append(f"| *all* | {' | '.join(totals)} |")
     return "\n".join([*lines, "", *notes, ""])
 
 

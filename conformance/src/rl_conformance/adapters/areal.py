@@ -9,19 +9,19 @@ from areal.utils import functional
 from areal.utils.data import KLEstimator, Normalization
 from torch import Tensor
 
-from rl_conformance import conventions as c
+from rl_conformance import conventions
 from rl_conformance.library import Library, NotOffered, Pairs
 
 
 class AReaL(Library):
     name = "areal"
     states: ClassVar[Mapping[str, str]] = {
-        c.epsilon(1e-5): "NormConfig.eps",
-        c.SAMPLE_DEVIATION: "NormConfig.std_unbiased",
-        c.CUT_AT_10: "KLEstimator(apply_clamp=True)",
-        c.PER_TOKEN: "dpo_preference_loss, docstring",
-        c.RAW_SCORE: "Normalization, a comment at group_size=1",
-        c.TOKEN_MEAN: "ppo_actor_loss_fn, a comment at loss_mask_count",
+        conventions.epsilon(1e-5): "NormConfig.eps",
+        conventions.SAMPLE_DEVIATION: "NormConfig.std_unbiased",
+        conventions.CUT_AT_10: "KLEstimator(apply_clamp=True)",
+        conventions.PER_TOKEN: "dpo_preference_loss, docstring",
+        conventions.RAW_SCORE: "Normalization, a comment at group_size=1",
+        conventions.TOKEN_MEAN: "ppo_actor_loss_fn, a comment at loss_mask_count",
     }
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.value_loss import ClippedValueLoss
 from quartet.experience import Batch, Experience
 from quartet.models.logprobs import token_logprobs
-from rl_conformance import conventions as c
+from rl_conformance import conventions
 from rl_conformance.library import Library, Pairs
 
 
@@ -73,10 +73,10 @@ def in_parts(losses: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
 class Quartet(Library):
     name = "quartet"
     states: ClassVar[Mapping[str, str]] = {
-        c.epsilon(1e-6): "GroupMean.eps",
-        c.HELD_AT_20: "docs/algorithms.md, ppo, deviations",
-        c.AS_K3: "docs/algorithms.md, what reaches the optimum",
-        c.PER_PAIR: "docs/algorithms.md, kto",
+        conventions.epsilon(1e-6): "GroupMean.eps",
+        conventions.HELD_AT_20: "docs/algorithms.md, ppo, deviations",
+        conventions.AS_K3: "docs/algorithms.md, what reaches the optimum",
+        conventions.PER_PAIR: "docs/algorithms.md, kto",
     }
 
     def __init__(self) -> None:

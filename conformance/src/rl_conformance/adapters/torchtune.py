@@ -9,13 +9,15 @@ from torch import Tensor
 from torchtune import rlhf
 from torchtune.rlhf import loss as losses
 
-from rl_conformance import conventions as c
+from rl_conformance import conventions
 from rl_conformance.library import Library, NotOffered, Pairs
 
 
 class Torchtune(Library):
     name = "torchtune"
-    states: ClassVar[Mapping[str, str]] = {c.SAMPLE_DEVIATION: "masked_var(unbiased=True)"}
+    states: ClassVar[Mapping[str, str]] = {
+        conventions.SAMPLE_DEVIATION: "masked_var(unbiased=True)"
+    }
 
     def __init__(self) -> None:
         self.version = torchtune.__version__

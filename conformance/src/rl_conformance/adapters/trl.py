@@ -9,7 +9,7 @@ import trl
 from torch import Tensor
 from trl.trainer import dpo_trainer, grpo_trainer, kto_trainer, reward_trainer, rloo_trainer
 
-from rl_conformance import conventions as c
+from rl_conformance import conventions
 from rl_conformance.adapters.stand_in import (
     Accelerator,
     Metrics,
@@ -48,8 +48,8 @@ def of_responses(advantages: Tensor, mask: Tensor) -> Tensor:
 class Trl(Library):
     name = "trl"
     states: ClassVar[Mapping[str, str]] = {
-        c.epsilon(1e-4): "GRPOTrainer, advantages",
-        c.PER_TOKEN: "DPOTrainer, a comment at ipo",
+        conventions.epsilon(1e-4): "GRPOTrainer, advantages",
+        conventions.PER_TOKEN: "DPOTrainer, a comment at ipo",
     }
 
     def __init__(self) -> None:

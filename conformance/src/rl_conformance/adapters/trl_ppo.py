@@ -16,7 +16,7 @@ import trl
 from torch import Tensor
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-from rl_conformance import conventions as c
+from rl_conformance import conventions
 from rl_conformance.adapters.stand_in import Accelerator, Metrics, Model, defaults
 from rl_conformance.library import Library, NotOffered
 
@@ -159,9 +159,9 @@ def train(step: Step, **settings: Any) -> Step:
 class TrlPpo(Library):
     name = "trl-ppo"
     states: ClassVar[Mapping[str, str]] = {
-        c.AFTER_THE_END: "PPOTrainer.train, a comment at padding_mask_p1",
-        c.ONE_FURTHER: "PPOTrainer.train, a comment at padding_mask_p1",
-        c.SAMPLE_DEVIATION: "masked_var(unbiased=True)",
+        conventions.AFTER_THE_END: "PPOTrainer.train, a comment at padding_mask_p1",
+        conventions.ONE_FURTHER: "PPOTrainer.train, a comment at padding_mask_p1",
+        conventions.SAMPLE_DEVIATION: "masked_var(unbiased=True)",
     }
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from verl.trainer.ppo import core_algos
 from verl.utils import torch_functional
 from verl.workers.config import ActorConfig
 
-from rl_conformance import conventions as c
+from rl_conformance import conventions
 from rl_conformance.library import Library
 
 
@@ -25,12 +25,12 @@ def config(**more: Any) -> Any:
 class Verl(Library):
     name = "verl"
     states: ClassVar[Mapping[str, str]] = {
-        c.epsilon(1e-6): "compute_grpo_outcome_advantage(epsilon)",
-        c.SAMPLE_DEVIATION: "masked_var(unbiased=True)",
-        c.HELD_AT_20: "compute_policy_loss_vanilla, a comment",
-        c.DUAL_CLIP: "ActorConfig.clip_ratio_c",
-        c.CUT_AT_10: "kl_penalty_forward, a comment",
-        c.AS_K3: "kl_penalty, docstring",
+        conventions.epsilon(1e-6): "compute_grpo_outcome_advantage(epsilon)",
+        conventions.SAMPLE_DEVIATION: "masked_var(unbiased=True)",
+        conventions.HELD_AT_20: "compute_policy_loss_vanilla, a comment",
+        conventions.DUAL_CLIP: "ActorConfig.clip_ratio_c",
+        conventions.CUT_AT_10: "kl_penalty_forward, a comment",
+        conventions.AS_K3: "kl_penalty, docstring",
     }
 
     def __init__(self) -> None:
