@@ -245,6 +245,14 @@ def dual_clip_loss__of_the_ratio_only(self, logprobs, old_logprobs, advantages, 
     return RIGHT.policy_loss(logprobs, old_logprobs, advantages, mask, 0.2, 0.2)
 
 
+@noticed_by("losses/cispo")
+def cispo_loss__with_the_gradient_of_the_weight(
+    self, logprobs, old_logprobs, advantages, mask, cap
+):
+    weight = ratio(logprobs, old_logprobs, mask).clamp(max=cap)
+    return mean_over(-weight * advantages * zero_outside(logprobs, mask), mask)
+
+
 @noticed_by("losses/gspo")
 def gspo_loss__product(self, logprobs, old_logprobs, advantages, mask, low, high):
     rho = zero_outside(logprobs - old_logprobs, mask).sum(1, keepdim=True).exp().expand(mask.shape)

@@ -103,6 +103,10 @@ class Reference(Library):
         capped = torch.minimum(loss, -cap * advantages)
         return mean_over(torch.where(advantages < 0, capped, loss), mask)
 
+    def cispo_loss(self, logprobs, old_logprobs, advantages, mask, cap):
+        weight = ratio(logprobs, old_logprobs, mask).clamp(max=cap).detach()
+        return mean_over(-weight * advantages * zero_outside(logprobs, mask), mask)
+
     def gspo_loss(self, logprobs, old_logprobs, advantages, mask, low, high):
         log_ratios = zero_outside(logprobs - old_logprobs, mask)
         rho = (log_ratios.sum(1, keepdim=True) / mask.sum(1, keepdim=True)).exp().expand(mask.shape)

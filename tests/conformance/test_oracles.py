@@ -67,6 +67,12 @@ def test_the_six_cases_of_ppo(ratio, advantage, loss, gradient):
         assert oracles.dual_clip(log_ratio, advantage, 1.25) == pytest.approx(2.5)
 
 
+def test_cispo():
+    """ρ = 2, cap 1.5, A = 2, log π = −0.5: −1.5 · 2 · (−0.5) = 1.5, with the slope −3."""
+    assert oracles.cispo(-0.5, math.log(2), 2, 1.5) == pytest.approx((1.5, -3))
+    assert oracles.cispo(-0.5, 0, 2, 1.5) == pytest.approx((1, -2))
+
+
 def test_the_clipped_value_loss():
     """V = 1, old 0, target 2: ½ max(1, (0.2 − 2)²)."""
     assert oracles.value(1, 0, 2, 0.2) == pytest.approx(1.62)

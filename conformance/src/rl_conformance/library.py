@@ -125,6 +125,18 @@ class Library:
         """Return the same with low = high = 0.2 and no loss above −cap · A where A < 0."""
         raise NotOffered
 
+    def cispo_loss(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        cap: float,
+    ) -> Tensor:
+        """Return CISPO's loss −sg[min(ρ, cap)] A log π, without a lower bound, the mean over all
+        tokens."""
+        raise NotOffered
+
     def gspo_loss(
         self,
         logprobs: Tensor,

@@ -65,6 +65,20 @@ def dual_clip(library: Library) -> Evidence:
     return Evidence(with_gradient(loss, logprobs), numbers(expected, 0.0, gradient))
 
 
+def cispo(library: Library) -> Evidence:
+    """Of the shared ratios, 1.65 is above the cap of 1.5."""
+    logprobs = leaf(inputs.NEW)
+    loss = library.cispo_loss(logprobs, inputs.OLD, inputs.ADVANTAGES, inputs.MASK, 1.5)
+    tables = (inputs.NEW, inputs.LOG_RATIOS, inputs.ADVANTAGES)
+    triples = [list(zip(*three, strict=True)) for three in zip(*map(rows, tables), strict=True)]
+    both = [[oracles.cispo(p, d, a, 1.5) for p, d, a in row] for row in triples]
+    expected, per_response = as_mean(
+        [[loss for loss, _ in row] for row in both], [[slope for _, slope in row] for row in both]
+    )
+    alternatives = {conventions.SEQUENCE_MEAN: per_response}
+    return Evidence(with_gradient(loss, logprobs), expected, alternatives)
+
+
 def gspo(library: Library) -> Evidence:
     """One response with A > 0 and a ratio in the range, one with A < 0 and a ratio below it."""
     logprobs, advantages = leaf(inputs.NEW), torch.tensor([[1.0] * 4, [-2.0] * 4]) * inputs.MASK
@@ -152,6 +166,13 @@ CLAIMS = (
         "Ye et al. 2020, eq. 5",
         ("dual_clip_loss",),
         dual_clip,
+    ),
+    Claim(
+        "losses/cispo",
+        "−sg[min(ρ, 1.5)] A log π, value and gradient: the weight is cut, the gradient stays.",
+        "MiniMax-M1 2025, eq. 4",
+        ("cispo_loss",),
+        cispo,
     ),
     Claim(
         "losses/gspo",

@@ -115,6 +115,13 @@ def dual_clip(log_ratio: float, advantage: float, cap: float) -> float:
     return min(loss, -cap * advantage) if advantage < 0 else loss
 
 
+def cispo(logprob: float, log_ratio: float, advantage: float, cap: float) -> tuple[float, float]:
+    """−min(ρ, cap) A log π and its derivative by log π, the weight being a constant (MiniMax-M1
+    2025, eq. 4)."""
+    weight = min(math.exp(log_ratio), cap)
+    return -weight * advantage * logprob, -weight * advantage
+
+
 def value(new: float, old: float, target: float, limit: float) -> float:
     """½ max((V − G)², (clip(V, V_old ± c) − G)²)."""
     return max((new - target) ** 2, (clip(new, old - limit, old + limit) - target) ** 2) / 2

@@ -1,9 +1,11 @@
 """AReaL: `areal.utils.functional`, and its normalisation and KL estimators."""
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import areal
+import torch
 from areal.api.cli_args import NormConfig
 from areal.utils import functional
 from areal.utils.data import KLEstimator, Normalization
@@ -11,6 +13,41 @@ from torch import Tensor
 
 from rl_conformance import conventions
 from rl_conformance.library import Library, NotOffered, Pairs
+
+
+def advantages_of(data: dict[str, Tensor], mask: Tensor, **settings: Any) -> dict[str, Tensor]:
+    """Return what `PPOActor` computes of a batch. It is given sequences: a prompt of one token, the
+    responses, and one token of padding, without which a response counts as cut off. Raises
+    NotOffered for padding before a response, which the actor does not expect."""
+    try:
+        from areal.trainer.ppo.actor import PPOActor
+    except ImportError as error:  # it needs many more packages than the functions do
+        raise NotOffered(str(error)) from error
+    if not mask[:, 0].all():
+        raise NotOffered("padding on the left")
+    ends = mask.shape[1] - mask.flip(1).long().argmax(dim=1)
+    columns = torch.arange(mask.shape[1] + 2)
+    values = {
+        "reward_bias": 0.0,
+        "reward_scaling": 1.0,
+        "reward_clip": float("inf"),
+        "reward_norm": None,
+        "adv_norm": None,
+        "mask_no_eos_with_zero": False,
+        "discount": 1.0,
+        "gae_lambda": 1.0,
+        "config": SimpleNamespace(
+            overlong_reward_penalty=False, use_decoupled_loss=False, recompute_logprob=False
+        ),
+    }
+    batch = {
+        "input_ids": torch.zeros(len(mask), len(columns), dtype=torch.long),
+        "rewards": torch.zeros(len(mask)),
+        "loss_mask": torch.nn.functional.pad(mask, (1, 1)),
+        "attention_mask": columns <= ends[:, None],
+        "logprobs": torch.zeros(len(mask), len(columns)),
+    }
+    return PPOActor._compute_advantages(SimpleNamespace(**values | settings), batch | data)
 
 
 class AReaL(Library):
@@ -35,6 +72,29 @@ class AReaL(Library):
 
     def k3(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         return KLEstimator("k3")(logprobs, ref_logprobs)
+
+    def token_rewards(
+        self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float
+    ) -> Tensor:
+        """Log-probs of a sequence are at their tokens, those of the reference one before."""
+        pad = torch.nn.functional.pad
+        data = {
+            "rewards": scores,
+            "logprobs": pad(logprobs, (1, 1)),
+            "ref_logp": pad(ref_logprobs, (0, 2)),
+        }
+        done = advantages_of(data, mask, kl_ctl=beta, kl_estimator=KLEstimator("k1"))
+        return done["tot_rewards"][:, : mask.shape[1]]
+
+    def gae(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+    ) -> tuple[Tensor, Tensor]:
+        """The rewards are given as those of a KL."""
+        pad, width = torch.nn.functional.pad, mask.shape[1]
+        settings = {"discount": gamma, "gae_lambda": lam, "kl_ctl": 1.0}
+        data = {"values": pad(values, (0, 2))}
+        done = advantages_of(data, mask, **settings, kl_estimator=lambda *_: -pad(rewards, (0, 2)))
+        return done["advantages"][:, :width], done["returns"][:, :width]
 
     def whiten(self, x: Tensor, mask: Tensor) -> Tensor:
         return Normalization(NormConfig())(x, mask.float())

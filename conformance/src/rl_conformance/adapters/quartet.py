@@ -14,7 +14,7 @@ from quartet.algorithms.aggregation import Aggregation, FixedLength, SequenceMea
 from quartet.algorithms.algorithm import Algorithm, Forward
 from quartet.algorithms.baselines import GroupMean, LeaveOneOut
 from quartet.algorithms.masked import masked
-from quartet.algorithms.policy_loss import Clip, DualClip, PolicyLoss, SequenceClip
+from quartet.algorithms.policy_loss import Cispo, Clip, DualClip, PolicyLoss, SequenceClip
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.value_loss import ClippedValueLoss
 from quartet.experience import Batch, Experience
@@ -159,6 +159,12 @@ class Quartet(Library):
     ) -> Tensor:
         tokens = (logprobs, old_logprobs, advantages, mask)
         return self._loss(DualClip(cap=cap), TokenMean(), tokens)
+
+    def cispo_loss(
+        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cap: float
+    ) -> Tensor:
+        tokens = (logprobs, old_logprobs, advantages, mask)
+        return self._loss(Cispo(ratio_max=cap), TokenMean(), tokens)
 
     def gspo_loss(
         self,

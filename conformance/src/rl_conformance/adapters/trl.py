@@ -96,6 +96,12 @@ class Trl(Library):
     ) -> Tensor:
         return self._grpo_loss((logprobs, old_logprobs, advantages, mask), delta=cap, beta=0.0)
 
+    def cispo_loss(
+        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cap: float
+    ) -> Tensor:
+        tokens = (logprobs, old_logprobs, advantages, mask)
+        return self._grpo_loss(tokens, loss_type="cispo", epsilon_high=cap, beta=0.0)
+
     def gspo_loss(
         self,
         logprobs: Tensor,

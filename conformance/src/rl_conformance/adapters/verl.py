@@ -105,6 +105,13 @@ class Verl(Library):
         settings = config(clip_ratio_c=cap)
         return loss(old_logprobs, logprobs, advantages, mask.long(), "token-mean", settings)[0]
 
+    def cispo_loss(
+        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cap: float
+    ) -> Tensor:
+        loss = core_algos.get_policy_loss_fn("cispo")
+        settings = config(clip_ratio_low=1.0, clip_ratio_high=cap - 1)
+        return loss(old_logprobs, logprobs, advantages, mask.long(), "token-mean", settings)[0]
+
     def gspo_loss(
         self,
         logprobs: Tensor,
