@@ -64,13 +64,25 @@ def test_what_cannot_be_judged_is_refused(library, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_a_page_without_the_place_for_a_table_is_refused(tmp_path, capsys):
-    page = tmp_path / "page.md"
+def test_wrong_requests_are_refused_in_a_sentence(tmp_path, capsys):
+    page, empty, other = tmp_path / "page.md", tmp_path / "empty.json", tmp_path / "other.json"
     page.write_text("no place\n", encoding="utf-8")
-    file = tmp_path / "report.json"
-    file.write_text("[]", encoding="utf-8")
-    assert main(["--table", str(file), "--into", str(page)]) == 2
-    assert "<!-- table -->" in capsys.readouterr().err
+    empty.write_text("[]", encoding="utf-8")
+    other.write_text('[{"library": "x"}]', encoding="utf-8")
+    nowhere = tmp_path / "nowhere" / "report.json"
+    for words, said in [
+        (["--table", str(empty), "--into", str(page)], "page.md has no lines <!-- table -->"),
+        (["--table", str(empty), "--into", str(nowhere)], "report.json is no file."),
+        (["--table", str(nowhere)], "report.json cannot be read: No such file or directory."),
+        (["--table", str(page)], "page.md is no report. Give a file that --json wrote."),
+        (["--table", str(other)], "other.json is no report."),
+        (["--claim", "kl/k9"], 'no claim has "kl/k9" in its name.'),
+        (["--library", CUT, "--json", str(nowhere)], "nowhere is no folder."),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
     assert page.read_text(encoding="utf-8") == "no place\n"
 
 

@@ -13,8 +13,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rl_conformance.adapters import ADAPTERS, load
+from rl_conformance.registry import CLAIMS
 from rl_conformance.report import Report, as_markdown, as_text, judge_library
 
 START, END = "<!-- table -->", "<!-- end of table -->"
@@ -56,20 +58,34 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def print_table(files: Sequence[Path], page: Path | None) -> int:
-    """Print the table of reports, or put it into a page. Return the exit code."""
-    reports = [each for file in files for each in json.loads(file.read_text(encoding="utf-8"))]
-    table = as_markdown([Report.from_json(each) for each in reports])
+def stop(sentence: str) -> NoReturn:
+    """End the command: the request is wrong."""
+    print(f"rl-conformance: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_reports(file: Path) -> list[Report]:
+    try:
+        return [Report.from_json(each) for each in json.loads(file.read_text(encoding="utf-8"))]
+    except OSError as error:
+        stop(f"{file} cannot be read: {error.strerror}.")
+    except (ValueError, TypeError, KeyError):
+        stop(f"{file} is no report. Give a file that --json wrote.")
+
+
+def print_table(files: Sequence[Path], page: Path | None) -> None:
+    """Print the table of reports, or put it into a page."""
+    table = as_markdown([report for file in files for report in read_reports(file)])
     if page is None:
         print(table, end="")
-        return 0
+        return
+    if not page.is_file():
+        stop(f"{page} is no file. --into puts the table into a page that is there.")
     before, start, rest = page.read_text(encoding="utf-8").partition(START)
     _, end, after = rest.partition(END)
     if not end:
-        print(f"rl-conformance: {page} has no lines {START} and {END}.", file=sys.stderr)
-        return 2
+        stop(f"{page} has no lines {START} and {END}. Add them where the table belongs.")
     page.write_text(f"{before}{start}\n{table}{end}{after}", encoding="utf-8")
-    return 0
 
 
 def judged(keys: Sequence[str], part_of_name: str, is_asked: bool) -> list[Report]:
@@ -81,8 +97,7 @@ def judged(keys: Sequence[str], part_of_name: str, is_asked: bool) -> list[Repor
             library = load(key)
         except (ImportError, ValueError) as error:
             if is_asked:
-                print(f"rl-conformance: {key} cannot be judged here: {error}", file=sys.stderr)
-                raise SystemExit(2) from error
+                stop(f"{key} cannot be judged here: {error}")
             print(f"{key}: not judged, it cannot be imported here ({error})")
             continue
         report = judge_library(library, key, part_of_name)
@@ -95,7 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with the given arguments and return its exit code."""
     options = arguments().parse_args(argv)
     if options.table:
-        return print_table(options.table, options.into)
+        print_table(options.table, options.into)
+        return 0
+    if not any(options.claim in claim.name for claim in CLAIMS):
+        stop(f'no claim has "{options.claim}" in its name. Their names are in docs/conformance.md.')
+    if options.json and not options.json.parent.is_dir():
+        stop(f"{options.json.parent} is no folder. Make it before --json {options.json}.")
     reports = judged(options.library or list(ADAPTERS), options.claim, bool(options.library))
     if options.json:
         text = json.dumps([each.as_json() for each in reports], indent=1, ensure_ascii=False)
