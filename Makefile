@@ -1,4 +1,4 @@
-.PHONY: quickstart core test test-slow test-long check format install bench bench-learning
+.PHONY: quickstart core test test-slow test-long check format install bench bench-learning conformance
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -56,5 +56,19 @@ $(PEERS)/.installed: constraints.txt
 	$(PEERS)/new/bin/pip install --quiet -c constraints.txt torch
 	$(PEERS)/old/bin/pip install --quiet -c constraints.txt torch
 	$(PEERS)/new/bin/pip install --quiet -c constraints.txt trl==1.16.0 peft
-	$(PEERS)/old/bin/pip install --quiet -c constraints.txt trl==1.10.0 peft
+	$(PEERS)/old/bin/pip install --quiet -c constraints.txt trl==1.10.0 peft requests
 	touch $@
+
+REPORTS = conformance/results
+CONFORMANCE = PYTHONPATH=conformance/src OMP_NUM_THREADS=1
+
+# The claims about losses and advantages, for Quartet and two versions of TRL, and the table of all reports. Exit code 3
+# says that a claim fails, which the report of a library may.
+conformance: install $(PEERS)/.installed
+	$(CONFORMANCE) $(BIN)/python -m rl_conformance --library quartet --json $(REPORTS)/quartet.json
+	$(CONFORMANCE) $(PEERS)/new/bin/python -m rl_conformance --library trl --json $(REPORTS)/trl-1.16.0.json || test $$? = 3
+	$(CONFORMANCE) $(PEERS)/old/bin/python -m rl_conformance --library trl --json $(REPORTS)/trl-1.10.0.json || test $$? = 3
+	$(CONFORMANCE) $(PEERS)/old/bin/python -m rl_conformance --library trl-ppo --json $(REPORTS)/trl-ppo-1.10.0.json || test $$? = 3
+	$(CONFORMANCE) $(BIN)/python -m rl_conformance --into docs/conformance.md --table \
+	  $(REPORTS)/quartet.json $(REPORTS)/trl-1.16.0.json $(REPORTS)/trl-1.10.0.json $(REPORTS)/trl-ppo-1.10.0.json \
+	  $(REPORTS)/verl.json $(REPORTS)/areal.json $(REPORTS)/torchtune.json
