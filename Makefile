@@ -1,6 +1,9 @@
 .PHONY: quickstart core test test-slow test-long check format install bench bench-learning conformance
 
 PYTHON ?= python3
+# Where torch is taken from; empty: the registry that pip is set up for. The builds for a CPU alone, which
+# are smaller by gigabytes: make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 VENV ?= .venv
 BIN = $(VENV)/bin
 
@@ -9,7 +12,7 @@ core: $(VENV)/.core
 # The package and what it depends on, without extras: what a run needs.
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/pip install --quiet -c constraints.txt -e .
 	touch $@
 

@@ -7,7 +7,7 @@ torch. docs/api.md lists the names with one line each.
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "api.critic": "CriticAudit critic_audit",

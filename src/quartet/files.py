@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 CHUNK = 1 << 20
+WINDOWS = sys.platform == "win32"
 LONG_NAME = 200
 """Characters of a file's name that a message shows."""
 UNFINISHED, DOOMED = ".tmp", ".gone"
@@ -20,12 +22,29 @@ deleted."""
 
 
 def sync(path: Path) -> None:
-    """What is written in a file, or listed in a folder, is on the disk when this returns."""
-    handle = os.open(path, os.O_RDONLY)
+    """What is written in a file, or listed in a folder, is on the disk when this returns. Windows
+    cannot open folders, and flushes only files that are open for writing."""
+    if WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def try_lock(file: IO[bytes] | int) -> bool:
+    """Lock an open file against other processes until it is closed or this process ends. Return
+    whether that was possible; True on Windows, which has no such lock."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from quartet import __version__
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import create, load_model, load_tokenizer, save
 from quartet.models.shape import Shape
@@ -59,7 +60,7 @@ def reviews(tmp_path_factory) -> Path:
 
 def test_the_screen_tells_the_story(reviews):
     lines = (reviews / "stdout").read_text().splitlines()
-    assert lines[0].startswith("quartet 0.1.0 · ")
+    assert lines[0].startswith(f"quartet {__version__} · ")
     assert lines[1].startswith("plan   policy")
     for stage in ("1/4 sft", "2/4 reward model", "3/4 ppo", "4/4 evaluation"):
         assert any(line.startswith(stage) for line in lines)

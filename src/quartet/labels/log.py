@@ -6,7 +6,6 @@ the file ends that line and writes behind it that it is torn.
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from quartet import files
 from quartet.errors import QuartetError
 from quartet.labels.pairs import Pair
 
@@ -237,17 +237,13 @@ class LabelLog:
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
             raise LabelError(f"{path}: cannot be written ({error.strerror}).") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not files.try_lock(self._file):
             os.close(self._file)
             raise LabelError(
                 f"{path}: another process writes these labels. Use the page that it serves, or "
                 "another file with --output."
-            ) from None
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+            )
+        files.sync(path.parent)
         try:
             self.labels = read_labels(path)
             self._end_last_line()

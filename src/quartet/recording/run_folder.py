@@ -314,17 +314,9 @@ def beginning_of(folder: Path) -> Beginning:
 
 def lock(file: IO[bytes], path: Path) -> None:
     """Lock a file until it is closed or the process ends. Raises `InUse` where it is locked."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not files.try_lock(file):
         file.close()
-        raise InUse(
-            f"{path}: another process is writing this run. Wait for it, or stop it."
-        ) from None
+        raise InUse(f"{path}: another process is writing this run. Wait for it, or stop it.")
 
 
 def point_latest(root: Path, path: Path) -> None:

@@ -203,8 +203,15 @@ class Worker:
     """A process with one function in it. It is started again after it was stopped or died."""
 
     def __init__(self, function: str) -> None:
+        """Raises `RewardError` on Windows, where the processes of a function that hangs cannot be
+        ended together."""
         self.function = function
         self.process: subprocess.Popen[bytes] | None = None
+        if not hasattr(os, "killpg"):
+            raise RewardError(
+                f"{function}: reward functions in files run in a process that needs Linux or "
+                "macOS. Pass the function to quartet.train instead, or use WSL."
+            )
         self.starter = threading.current_thread()
         """The thread that started the process, which ends with it."""
         self.parameters: dict[str, Any] = {}

@@ -120,16 +120,9 @@ def _named(temporary: Path, root: Path, stamp: str) -> Path:
 
 def _locked(file: Any, patience: float) -> bool:
     """Lock a file, waiting for up to `patience` seconds; return whether that was possible."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        return True
     until = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            if time.monotonic() >= until:
-                return False
-            time.sleep(0.1)
+    while not files.try_lock(file):
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.1)
+    return True

@@ -1,0 +1,20 @@
+# Quartet on a CPU. Written, not yet built by its authors.
+#   docker build -t quartet .
+#   docker run --rm -v "$PWD/runs:/work/runs" quartet run
+# The studio listens on loopback only, so it needs the host's network: docker run --network host … quartet studio
+FROM python:3.12-slim AS build
+WORKDIR /source
+COPY . .
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+FROM python:3.12-slim
+COPY constraints.txt /tmp/constraints.txt
+RUN pip install --no-cache-dir -c /tmp/constraints.txt \
+        --index-url https://download.pytorch.org/whl/cpu torch
+COPY --from=build /wheels /wheels
+RUN pip install --no-cache-dir -c /tmp/constraints.txt /wheels/*.whl && rm -r /wheels
+RUN useradd --create-home quartet && mkdir /work && chown quartet /work
+USER quartet
+WORKDIR /work
+ENTRYPOINT ["quartet"]
+CMD ["run"]
