@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+import quartet
 from quartet.algorithms import advantages, kl, preference
 from quartet.algorithms.advantages import Advantage, Whiten
 from quartet.algorithms.aggregation import Aggregation, FixedLength, SequenceMean, TokenMean
@@ -80,7 +80,7 @@ class Quartet(Library):
     }
 
     def __init__(self) -> None:
-        self.version = version("quartet-rlhf")
+        self.version = quartet.__version__
 
     def _loss(self, part: PolicyLoss, mean: Aggregation, tokens: tuple[Tensor, ...]) -> Tensor:
         logprobs, old, advantages_, mask = tokens
