@@ -37,10 +37,20 @@ def on_files(files: Any, config: Any) -> Any:
     pages["reference/commands.md"] = commands()
     pages["reference/python.md"] = python()
     pages["other_libraries.md"] = other_libraries()
+    pages["zh/quartet.md"] = chinese_readme()
     for page, content in pages.items():
         if files.get_file_from_path(page) is None:
             files.append(File.generated(config, page, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:  # noqa: ARG001
+    """Let the Chinese pages lead to the README as it is called on the site."""
+    return (
+        markdown.replace("](README.md)", "](quartet.md)")
+        if page.url.startswith("zh/")
+        else markdown
+    )
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:  # noqa: ARG001 (mkdocs names them)
@@ -63,6 +73,8 @@ def from_repository(name: str) -> str:
         path, _, anchor = target.partition("#")
         if "://" in target or not path:
             return match[0]
+        if path == "docs/zh/README.md":
+            return f"[{text}](zh/quartet.md)"
         if path.startswith("docs/"):
             return f"{image}[{text}]({target.removeprefix('docs/')})"
         if path in FILES:
@@ -70,6 +82,14 @@ def from_repository(name: str) -> str:
         return text
 
     return LINK.sub(relinked, (ROOT / name).read_text(encoding="utf-8"))
+
+
+def chinese_readme() -> str:
+    """Return the translation of the README, with its links to files that are not on the site as
+    text."""
+    text = (ROOT / "docs" / "zh" / "README.md").read_text(encoding="utf-8")
+    text = text.replace("(../../README.md)", "(../index.md)")
+    return re.sub(r"\[([^\]]*)\]\(\.\./\.\./[^)]*\)", r"\1", text)
 
 
 def configuration() -> str:
