@@ -1,4 +1,4 @@
-.PHONY: quickstart core test test-slow test-long check format install bench bench-learning conformance
+.PHONY: quickstart core test test-slow test-long check docs format install bench bench-learning conformance
 
 PYTHON ?= python3
 # Where torch is taken from; empty: the registry that pip is set up for. The builds for a CPU alone, which
@@ -40,6 +40,9 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 format: install
 	$(BIN)/ruff format .

@@ -12,6 +12,7 @@ from quartet.cli import (  # noqa: F401
     evaluate,
     explain,
     export,
+    foreign,
     inspect,
     label,
     run,

@@ -24,25 +24,55 @@ def setting_in_words(key: str) -> str:
     if key not in known_keys():
         _, message = about_unknown(key.split("."), None, {})
         raise QuartetError(f"{key}: {message}")
-    lines: list[str] = []
-    classes: list[Any] = []
+    lines, classes = headlines(key), _classes_of(key)
+    if meaning := meaning_of(key):
+        lines.append(meaning)
+    if len(classes) > 1:
+        lines += [f'  type = "{_type(each)}"   {_first(each.__doc__ or "")}' for each in classes]
+    width = max((len(inner) for inner in inside(key)), default=0)
+    for inner in inside(key):
+        if not inner.endswith(".type"):
+            lines.append(f"  {inner:{width}}  {_first(description_of(inner.split('.')))}".rstrip())
+    return "\n".join(lines)
+
+
+def headlines(key: str) -> list[str]:
+    """Return what the value of a known key may be, its bounds and its default: a line for each part
+    that has the key with other ones."""
+    lines = []
     for owner, field in declarations(key.split(".")):
         has_own = _has_type(owner) and field.name != "type"
         within = f'   where type = "{_type(owner)}"' if has_own else ""
         lines.append(f"{key}   {', '.join(_facts(owner, field))}{within}")
-        classes = [*dict.fromkeys(_classes(typing.get_type_hints(owner)[field.name]))]
-    lines = list(dict.fromkeys(lines))
+    return list(dict.fromkeys(lines))
+
+
+def meaning_of(key: str) -> str:
+    """Return the description of a known key; of a table without one, what its class says."""
+    classes = _classes_of(key)
     if description := description_of(key.split(".")):
-        lines.append(description)
-    elif len(classes) == 1:
-        lines.append(inspect.cleandoc(classes[0].__doc__ or ""))
-    if len(classes) > 1:
-        lines += [f'  type = "{_type(each)}"   {_first(each.__doc__ or "")}' for each in classes]
-    width = max((len(inner) for inner in _inside(key)), default=0)
-    for inner in _inside(key):
-        if not inner.endswith(".type"):
-            lines.append(f"  {inner:{width}}  {_first(description_of(inner.split('.')))}".rstrip())
-    return "\n".join(lines)
+        return description
+    return inspect.cleandoc(classes[0].__doc__ or "") if len(classes) == 1 else ""
+
+
+def types_of(key: str) -> dict[str, str]:
+    """Return the types of a part with the first sentence of each; none if the key is no part."""
+    classes = _classes_of(key)
+    return {_type(each): _first(each.__doc__ or "") for each in classes} if len(classes) > 1 else {}
+
+
+def inside(key: str) -> list[str]:
+    """Return the keys of a table, without those of the tables in it."""
+    depth = key.count(".") + 1
+    return [k for k in known_keys() if k.startswith(f"{key}.") and k.count(".") == depth]
+
+
+def _classes_of(key: str) -> list[Any]:
+    """Return the classes that the table of a key may be; of several declarations, the last."""
+    classes: list[Any] = []
+    for owner, field in declarations(key.split(".")):
+        classes = [*dict.fromkeys(_classes(typing.get_type_hints(owner)[field.name]))]
+    return classes
 
 
 def _classes(hint: Any) -> Iterator[Any]:
@@ -64,14 +94,10 @@ def _has_type(part: Any) -> bool:
     return "type" in part.__pydantic_fields__
 
 
-def _inside(key: str) -> list[str]:
-    depth = key.count(".") + 1
-    return [k for k in known_keys() if k.startswith(f"{key}.") and k.count(".") == depth]
-
-
 def _first(description: str) -> str:
     """Return the first sentence."""
-    return re.split(r"(?<!al)[.:]\s", " ".join(description.split()))[0].rstrip(".:")
+    text = " ".join(description.split())
+    return re.split(r"(?<!al)(?<!eq)(?<!Dr)[.:]\s", text)[0].rstrip(".:")
 
 
 def _facts(owner: Any, field: "dataclasses.Field[Any]") -> Iterator[str]:

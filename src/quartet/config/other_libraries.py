@@ -23,16 +23,27 @@ class Answer:
 
 
 @functools.cache
-def answers() -> Mapping[str, Answer]:
-    """Return the answers by the option's name. A name can have tables before it, which tell it from
-    another library's option of the same name."""
-    options: dict[str, Answer] = {}
-    for section in tomllib.loads(TABLE.read_text(encoding="utf-8")).values():
+def by_library() -> Mapping[str, Mapping[str, Answer]]:
+    """Return the answers by library and by the option's name. A name that libraries share is under
+    the first only."""
+    libraries: dict[str, dict[str, Answer]] = {}
+    for library, section in tomllib.loads(TABLE.read_text(encoding="utf-8")).items():
+        libraries[library] = {}
         for name, value in section.items():
             entry = value if isinstance(value, dict) else {"key": value}
             keys = entry.get("key", [])
             keys = [keys] if isinstance(keys, str) else keys
-            options.setdefault(name, Answer(tuple(keys), entry.get("note", "")))
+            libraries[library][name] = Answer(tuple(keys), entry.get("note", ""))
+    return libraries
+
+
+@functools.cache
+def answers() -> Mapping[str, Answer]:
+    """Return the answers by the option's name. A name can have tables before it, which tell it from
+    another library's option of the same name."""
+    options: dict[str, Answer] = {}
+    for library in by_library().values():
+        options = {**library, **options}
     return options
 
 

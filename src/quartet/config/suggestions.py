@@ -65,9 +65,9 @@ def _meant(path: Sequence[str], table: Mapping[str, Any]) -> str | None:
             return _in_words([ending], note)
     joined = [k for k in known_keys() if k.rpartition(".")[2] == "_".join(names[-2:])]
     if here and joined:
-        return f"Did you mean {_read(joined, table)[0]}?"
+        return f"Did you mean {read_by_recipe(joined, table)[0]}?"
     if answer is not None:
-        return _in_words(_read(answer.keys, table), answer.note)
+        return _in_words(read_by_recipe(answer.keys, table), answer.note)
     if (near := _near(path)) is not None:
         return f"Did you mean {near}?"
     return _near_anywhere(here, name, table)
@@ -90,7 +90,7 @@ def _near_anywhere(here: str, name: str, table: Mapping[str, Any]) -> str | None
         return None
     ours = tuple(key for key in known_keys() if key.rpartition(".")[2] == near[0])
     answer = answers().get(near[0], Answer(ours))
-    keys = _within(here, answer.keys) or _read(answer.keys, table)
+    keys = _within(here, answer.keys) or read_by_recipe(answer.keys, table)
     return _in_words(keys, answer.note) if answer.keys else None
 
 
@@ -105,7 +105,7 @@ def _within(here: str, keys: Sequence[str]) -> list[str]:
     return [key for key in keys if key.startswith(f"{here}.")]
 
 
-def _read(keys: Sequence[str], table: Mapping[str, Any]) -> Sequence[str]:
+def read_by_recipe(keys: Sequence[str], table: Mapping[str, Any]) -> Sequence[str]:
     """Return the keys that the table's recipe reads, all of them if it reads none."""
     stages = table.get("recipe", ())
     stages = [stages] if isinstance(stages, str) else stages if isinstance(stages, list) else []
