@@ -190,6 +190,7 @@ def rl_stage(assembler: Assembler, name: str) -> RLStage:
         prompts_per_step=config.rollout.prompts_per_step,
         num_steps=config.run.steps,
         seed=config.seed,
+        prompt_sampling=config.data.sampling,
         staleness=config.staleness,
         rounding=_rounding(assembler),
         starts_at_reference=config.reference.model is None,

@@ -18,6 +18,7 @@ ROLES = frozenset({*(kind.name for kind in KINDS), REWARDED, PRETRAINING})
 """What a stage can be here: of a kind, and one of the two above besides."""
 
 READ_BY: Mapping[str, frozenset[str] | None] = {
+    "data.sampling": frozenset({RL.name}),
     "sft": frozenset({SFT.name}),
     "sft.data": frozenset({SFT.name, PRETRAINING}),
     "label": frozenset({LABEL.name}),

@@ -54,6 +54,10 @@ CHARTS = (
     Chart("KL per token, nats", ("kl/token_*",)),
     Chart("Coefficients", ("kl/coef", "policy/beta")),
     Chart("Groups without signal", ("groups_without_signal",), percent=True),
+    Chart(
+        "Prompts by pass rate",
+        ("prompts/unseen", "prompts/hard", "prompts/learnable", "prompts/easy"),
+    ),
     Chart("Sampler and learner", ("sampler_mismatch", "ratio/first_error")),
     Chart("Distance to the reference, nats", ("logratio/abs",)),
     Chart("Invariants", ("sampler_ratio", "reference/moved")),

@@ -141,6 +141,14 @@ DEFINITIONS = (
         "have it.",
     ),
     Definition(
+        "prompts/*",
+        "* prompts",
+        "the number of prompts in this pool of data.sampling: unseen, hard (recent pass rate near "
+        "0), learnable, or easy (near 1)",
+        "Hard and easy ones are drawn less often. Nothing changes before prompts are seen again.",
+        exact=True,
+    ),
+    Definition(
         "policy/clip_fraction",
         "clip fraction",
         "the share of token visits at which the clip removed the gradient",
