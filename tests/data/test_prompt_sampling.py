@@ -43,12 +43,12 @@ def test_prompts_are_drawn_as_often_as_their_shares_say():
     assert shares[3:] == pytest.approx([1.0] * 5, abs=1e-3)
 
 
-def test_a_visit_counts_twice_as_much_as_the_one_before_it():
+def test_the_rate_before_a_visit_counts_as_two_responses():
     made = sampler()
-    for scores in ((0.0, 0.0, 0.0, 1.0), (1.0, 1.0), (1.0, 0.0)):
+    for scores in ((0.0, 0.0, 0.0, 1.0), (1.0, 1.0), (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)):
         visit(made, 0, *scores)
-    # ¼, then (¼ + 1) / 2 = ⅝, then (⅝ + ½) / 2 = 9/16
-    assert made.rates == {PROMPTS[0].id: 0.5625}
+    # ¼, then (½ + 2) / 4 = ⅝, then (5/4 + 1) / 8 = 9/32
+    assert made.rates == {PROMPTS[0].id: 0.28125}
 
 
 def test_a_response_passes_from_the_score_that_is_set():

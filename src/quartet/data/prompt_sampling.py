@@ -12,6 +12,9 @@ from quartet.parts import Family, Field
 MIN_SHARE = 0.01
 """The smallest share of epochs in which a prompt is drawn, so that an epoch cannot stay empty."""
 
+EARLIER_RESPONSES = 2
+"""How many responses the rate of a prompt's earlier visits counts as."""
+
 
 class PromptSampling(Family):
     """How often the prompts of an RL stage are drawn."""
@@ -85,8 +88,8 @@ class PassRate(PromptSampling):
 class PromptSampler(Sampler[Prompt]):
     """Batches of prompts that are drawn by their pass rates.
 
-    The recent pass rate of a prompt is the mean of its visits in this run, where each visit counts
-    half as much as the next one: r ← (r + share that passed) / 2, from the first visit's share on.
+    The recent pass rate of a prompt is the share of its responses that passed at its last visit,
+    together with the rate before it, which counts as two responses: r ← (2 r + passed) / (2 + n).
     Prompts are known by their ids. Which prompts a batch has depends on the seed, the epoch and the
     rates at the time of the draw, so all ranks draw the same.
 
@@ -107,8 +110,10 @@ class PromptSampler(Sampler[Prompt]):
             return
         prompt = group[0].prompt.id
         passed = [self.sampling.passes(r.score) for r in group if r.score is not None]
-        share = sum(passed) / len(passed)
-        self.rates[prompt] = (self.rates.get(prompt, share) + share) / 2
+        before = self.rates.get(prompt)
+        weight = 0 if before is None else EARLIER_RESPONSES
+        total = weight * (before or 0.0) + sum(passed)
+        self.rates[prompt] = total / (weight + len(passed))
 
     def metrics(self) -> dict[str, float]:
         """Return the number of prompts in each pool, of different ids: `unseen` have no rate yet,
