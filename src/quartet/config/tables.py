@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.ilql import Ilql
 from quartet.algorithms.preference import (
     Dpo,
     LastTokenLoss,
@@ -31,7 +32,7 @@ from quartet.models.shape import Shape
 from quartet.parts import Field, part
 from quartet.rewards.source import RewardSource
 from quartet.rewards.sources import ModelSource, is_trained_here
-from quartet.stages.kinds import PREFERENCE, REWARD_MODEL, RL, kind_of, stage_of
+from quartet.stages.kinds import ILQL, PREFERENCE, REWARD_MODEL, RL, kind_of, stage_of
 from quartet.training.optim import Optim, OptimizerConfig
 
 
@@ -211,6 +212,26 @@ class Preference(StageTraining):
 
 
 @part
+class IlqlConfig(StageTraining):
+    """The file's [ilql] table: offline Q-learning on text with scores."""
+
+    batch_size: int = Field(default=32, ge=1, description="Rows in each optimizer step.")
+    data: str | None = Field(
+        default=None,
+        description="A file of rows with a prompt, a completion and a score, or a label. Left out, "
+        "it is data.train.",
+    )
+    beta: float = Field(
+        default=4.0,
+        ge=0,
+        description="The policy that the stage leaves is π_β exp(beta · Q), normalized: 0 imitates "
+        "the data, and more takes the tokens of higher Q. Typical: 1 to 16, for scores from 0 to "
+        "1.",
+    )
+    loss: Ilql = Ilql()
+
+
+@part
 class SeparateCritic:
     """A critic that is a whole model, apart from the actor."""
 
@@ -301,6 +322,7 @@ class Config:
     label: LabelConfig = LabelConfig()
     reward_model: RewardModel = RewardModel()
     preference: Preference = Preference()
+    ilql: IlqlConfig = IlqlConfig()
     reference: Reference = Reference()
     critic: Annotated[SeparateCritic | SharedCritic, Field(discriminator="type")] = SeparateCritic()
     reward: tuple[RewardSource, ...] = ()
@@ -379,6 +401,11 @@ class Config:
     def preference_stage(self) -> str | None:
         """The recipe's stage that learns from comparisons directly; None if there is none."""
         return stage_of(PREFERENCE, self.recipe)
+
+    @property
+    def policy_stage(self) -> str | None:
+        """The recipe's stage that trains the policy after SFT; None if there is none."""
+        return self.rl_stage or self.preference_stage or stage_of(ILQL, self.recipe)
 
     @property
     def rewarded_stage(self) -> str | None:

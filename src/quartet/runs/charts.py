@@ -34,7 +34,7 @@ CHARTS = (
         ("response/ended", "response/repetition", "response/distinct", "response/most_common"),
         percent=True,
     ),
-    Chart("Explained variance", ("value/explained_variance",)),
+    Chart("Explained variance", ("value/explained_variance", "q/explained_variance")),
     Chart(
         "Clip fraction",
         ("policy/clip_fraction", "policy/clip_high", "policy/clip_low"),
@@ -43,7 +43,7 @@ CHARTS = (
     Chart("Entropy, nats", ("policy/entropy",)),
     Chart("KL of one update, nats per token", ("policy/kl_to_old", "policy/step_kl")),
     Chart("Ratio", ("ratio/max", "ratio/min")),
-    Chart("Value and return", ("value/mean", "return/mean")),
+    Chart("Value and return", ("value/mean", "q/mean", "return/mean")),
     Chart("Advantage before whitening", ("advantage/raw_mean", "advantage/raw_std")),
     Chart("Rewards", ("reward/*",)),
     Chart("Loss", ("loss", "held_out/loss")),
