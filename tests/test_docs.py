@@ -16,7 +16,7 @@ SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^#|\Z)", TEXT, re.MULTILINE | re
 
 
 def test_every_preset_has_a_section_and_every_section_a_preset():
-    assert set(SECTIONS) == {*ALGORITHMS, *PREFERENCES}
+    assert set(SECTIONS) == {*ALGORITHMS, *PREFERENCES, "ilql"}
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))

@@ -61,7 +61,8 @@ def test_init_writes_a_file_and_never_over_another(tmp_path):
     unknown = quartet("init", "dqn", cwd=tmp_path)
     assert (
         unknown.returncode == 2
-        and "Known are dpo, grpo, on_policy_distillation, ppo, reward_model, sft" in unknown.stderr
+        and "Known are dpo, grpo, ilql, on_policy_distillation, ppo, reward_model, sft"
+        in unknown.stderr
     )
 
 

@@ -28,6 +28,7 @@ _MODULES = {
     "algorithms.presets": "ALGORITHMS",
     "algorithms.rewards": "Rewards ScoreShape",
     "algorithms.value_loss": "ValueLoss",
+    "data.prompt_sampling": "PromptSampling",
     "data.row_shape": "RowShape",
     "data.sampler": "Sampler",
     "errors": "QuartetError",

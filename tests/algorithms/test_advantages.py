@@ -158,6 +158,14 @@ def test_targets_of_the_critic_have_a_lambda_of_their_own():
     torch.testing.assert_close(td_targets, TemporalDifference()(rewards, batch)[1])
 
 
+@pytest.mark.parametrize("part", [Gae, LengthAdaptiveGae, NStep])
+@pytest.mark.parametrize(("name", "lam"), [("mc", 1.0), ("td", 0.0), ("gae", None)])
+def test_targets_of_the_critic_have_names(part, name, lam):
+    assert part(value_lam=name).value_lam == lam
+    with pytest.raises(ValueError, match='must be a number, "mc", "td" or "gae"'):
+        part(value_lam="montecarlo")
+
+
 def test_the_value_after_a_response_that_was_cut_off_counts_only_if_asked():
     batch = ragged_batch([2, 2, 2], [0.0, 0.0, 0.0])  # the third was cut off
     zeros = torch.zeros_like(batch.values)

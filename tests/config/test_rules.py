@@ -16,6 +16,7 @@ PPO = {
     "reward": [MODEL],
 }
 DPO = {"recipe": ["dpo"], "policy": {"model": "m"}, "data": {"train": "p.jsonl"}}
+ILQL = {"recipe": ["ilql"], "policy": {"model": "m"}, "data": {"train": "p.jsonl"}}
 DISTILLATION = {
     "recipe": ["on_policy_distillation"],
     "policy": {"model": "m"},
@@ -45,6 +46,11 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "labels_do_not_exceed_pairs": (LABELLED, {"label.labels": 301}),
     "simulated_labels_need_a_gold_reward": (LABELLED, {"label.simulated": 0.1}),
     "labels_are_awaited_by_one_process": (LABELLED, {"launch.processes": 2}),
+    "ilql_trains_a_whole_model": (ILQL, {"policy.adapter": {"type": "lora"}}),
+    "ilql_needs_scores": (
+        ILQL,
+        {"policy": {"create": SHAPE}, "data": {"world": "guess"}},
+    ),
     "data_train_lists_a_file": (PPO, {"data.train": []}),
     "paths_are_not_empty": (PPO, {"data.eval": ""}),
     "run_name_is_no_path": (PPO, {"run.name": "a/b"}),

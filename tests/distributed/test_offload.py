@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.assembly import Assembler, build
 from quartet.config.toml import read_settings
+from quartet.data.prompt_sampling import EveryPrompt
 from quartet.distributed.offload import NO_OFFLOAD, Offloading, Transfer
 from quartet.distributed.sharding import local_tensor, with_local
 from quartet.errors import NonFinite
@@ -451,7 +452,17 @@ def stage(placement):
 
     sampling = Sampling(max_new_tokens=8, temperature=0.8)
     return RLStage(
-        "ppo", prompts(4), tokenizer(), components, ALGORITHMS["ppo"], sampling, 1, 4, 2, 0
+        "ppo",
+        prompts(4),
+        tokenizer(),
+        components,
+        ALGORITHMS["ppo"],
+        sampling,
+        1,
+        4,
+        2,
+        0,
+        EveryPrompt(),
     )
 
 

@@ -12,6 +12,7 @@ from quartet.algorithms.kl import AdaptiveCoef, KLInLoss, KLInReward, NoKL
 from quartet.algorithms.preference import PREFERENCES, LastTokenLoss, PerTokenLoss
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.rewards import EveryToken
+from quartet.data.prompt_sampling import PassRate, PromptSampler
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.sampler import Sampler
 from quartet.generation.native import NativeGenerator
@@ -283,6 +284,16 @@ def test_dynamic_sampling_fills_the_step_with_groups_that_have_a_signal():
 def test_when_no_group_ever_has_a_signal_the_last_batch_is_kept():
     made = collected(ALGORITHMS["dapo"], ["good"], [1.0])
     assert len(made) == 6 and {r.score for r in made} == {1.0}
+
+
+def test_pass_rates_count_groups_that_are_dropped():
+    scripted = ScriptedGenerator(["good", "good", "bad", "good"], tokenizer())
+    reward = [Weighted(TextReward("worth", lambda prompt, response: float(response == "good")))]
+    drawn = PromptSampler(prompts(2), 2, 0, PassRate())
+    made = Collector(drawn, scripted, reward, 2).collect(ALGORITHMS["dapo"], SAMPLING)
+    # Two rounds, each with good, good for one prompt (dropped) and bad, good for the other.
+    assert sorted(drawn.rates.values()) in ([0.5, 1.0], [0.75, 0.75])
+    assert len(made.rollouts) == 4 and sum(made.pools.values()) == 2
 
 
 def test_responses_without_a_score_are_left_out_and_counted():

@@ -225,13 +225,13 @@ def test_words_that_cannot_be_understood(tmp_path, word):
     assert WORDS[word] in said_of(tmp_path, PPO, word)
 
 
-ORDER = "recipe: stages go from sft over label, reward_model and one RL or preference stage to evaluation, each at most once; this one says "
+ORDER = "recipe: stages go from sft over label, reward_model and one RL, preference or ilql stage to evaluation, each at most once; this one says "
 TOGETHER = {
     "a stage twice": ('recipe = ["sft", "sft"]\n' + REST, ORDER + "sft, sft."),
     "two RL stages": ('recipe = ["ppo", "grpo"]\n' + REST, ORDER + "ppo, grpo."),
     "evaluation first": ('recipe = ["evaluation", "ppo"]\n' + REST, ORDER + "evaluation, ppo."),
     "a reward model before SFT": ('recipe = ["reward_model", "sft", "ppo"]\n' + REST, ORDER + "reward_model, sft, ppo."),
-    "evaluation alone": ('recipe = ["evaluation"]\n' + REST, "run.toml:1: recipe: evaluation compares an RL or preference stage's policy"),
+    "evaluation alone": ('recipe = ["evaluation"]\n' + REST, "run.toml:1: recipe: evaluation compares an RL, preference or ilql stage's policy"),
     "an empty name": ('recipe = ["sft", "", "ppo"]\n' + REST, 'run.toml:1: recipe: "" is no stage. Known are sft, reward_model'),
     "a stage misspelt": ('recipe = ["reward_modell", "ppo"]\n' + REST, 'recipe: "reward_modell" is no stage. Did you mean reward_model?'),
     "a world and a file": (PPO + 'world = "reviews"\n', "data.train: name a file, or an embedded world in data.world; exactly one of the two."),

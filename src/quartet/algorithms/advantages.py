@@ -7,7 +7,10 @@ Baselines that need no critic are in `baselines.py`.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
 
 from quartet.algorithms.masked import masked, whiten
 from quartet.experience import Batch
@@ -16,6 +19,22 @@ from quartet.tensors import Bool, Float, Tensor, torch
 
 GAMMA = "The discount of later rewards. Typical for text: 1."
 LAM = "0 trusts the critic, 1 the sampled return. Typical: 0.95 to 1."
+VALUE_LAM = (
+    'λ of the critic\'s targets, or their name: "mc" is 1, "td" is 0, and "gae" the advantage\'s '
+    "own."
+)
+VALUE_TARGETS = {"mc": 1.0, "td": 0.0, "gae": None}
+
+
+def _by_name(value: Any) -> Any:
+    """Return the λ of a target's name; anything else as it is."""
+    if isinstance(value, str) and value.isalpha() and value not in VALUE_TARGETS:
+        raise PydanticCustomError("value_target", 'must be a number, "mc", "td" or "gae"')
+    return VALUE_TARGETS.get(value, value) if isinstance(value, str) else value
+
+
+ValueLam = Annotated[float | None, BeforeValidator(_by_name)]
+"""A λ of the critic's targets, which may be given by name; None: the advantage's own."""
 
 
 def gae(
@@ -162,9 +181,7 @@ class Gae(Advantage):
     type: Literal["gae"] = "gae"
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
     lam: float = Field(default=0.95, ge=0, le=1, description=LAM)
-    value_lam: float | None = Field(
-        default=None, ge=0, le=1, description="λ of the critic's targets. Default: lam."
-    )
+    value_lam: ValueLam = Field(default=None, ge=0, le=1, description=VALUE_LAM + " Default: lam.")
     bootstrap_truncated: bool = Field(
         default=False,
         description="True: a response that was cut off ends in the critic's value of its "
@@ -201,7 +218,7 @@ class LengthAdaptiveGae(Advantage):
         " · l). Typical: 0.05.",
     )
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
-    value_lam: float = Field(default=1.0, ge=0, le=1, description="λ of the critic's targets.")
+    value_lam: ValueLam = Field(default=1.0, ge=0, le=1, description=VALUE_LAM)
     bootstrap_truncated: bool = Field(
         default=False,
         description="True: a response that was cut off ends in the critic's value of its "
@@ -233,8 +250,8 @@ class NStep(Advantage):
         description="1 is the TD error; the response's length or more is Monte Carlo.",
     )
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
-    value_lam: float | None = Field(
-        default=None, ge=0, le=1, description="λ of the critic's targets. Default: n steps too."
+    value_lam: ValueLam = Field(
+        default=None, ge=0, le=1, description=VALUE_LAM + " Default: n steps too."
     )
     bootstrap_truncated: bool = Field(
         default=False,

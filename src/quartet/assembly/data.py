@@ -94,7 +94,7 @@ class Rows:
 def fingerprints(config: Config) -> dict[str, str]:
     """Return the SHA-256 of each file that rows come from, and of each file of the user's code, by
     the path that the config has. A resumed run must have the same ones."""
-    data, stages = config.data, (config.sft, config.reward_model, config.preference)
+    data, stages = config.data, (config.sft, config.reward_model, config.preference, config.ilql)
     named = (
         *data.files,
         data.texts,

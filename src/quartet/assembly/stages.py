@@ -1,6 +1,7 @@
 """From the config's tables to stages: one function per kind."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from quartet.assembly.components import load_components
 from quartet.assembly.named import resolved_model
 from quartet.config.tables import StageTraining
 from quartet.data import DataError
+from quartet.data.examples import Example, score_of
 from quartet.data.sampler import Sampler
 from quartet.data.shapes import Purpose
 from quartet.distributed.sharding import GatheredWeights
@@ -18,11 +20,14 @@ from quartet.generation.source import Servers
 from quartet.loops.held_out import Evaluating
 from quartet.loops.preference import OnlinePairs
 from quartet.models.precision import DTYPES
+from quartet.models.q_heads import QHeads
 from quartet.models.trunk import block_matrices
 from quartet.stages.evaluation import EvaluationStage
+from quartet.stages.ilql import IlqlStage
 from quartet.stages.kinds import (
     CENTRING_PROMPTS,
     EVALUATION,
+    ILQL,
     LABEL,
     PREFERENCE,
     REWARD_MODEL,
@@ -175,6 +180,54 @@ def _online_pairs(assembler: Assembler) -> Callable[[Path, Any], OnlinePairs]:
     return pairs
 
 
+def ilql_stage(assembler: Assembler, name: str) -> IlqlStage:
+    """Return the stage of offline Q-learning. Raises DataError for rows without a score."""
+    settings, encoder = assembler.config.ilql, assembler.encoder
+    rows, held_out = (
+        encoder.demonstrations(_scored(assembler, settings.data, part))
+        for part in assembler.rows.read("demonstrations", settings.data)
+    )
+    num_steps = _num_steps(assembler, name, settings, rows)
+
+    def optimizer(model: Any, heads: QHeads) -> Optimizer:
+        parameters = [p for each in (model, heads) for p in each.parameters() if p.requires_grad]
+        return Optimizer(parameters, settings, num_steps, block_matrices(model))
+
+    return IlqlStage(
+        name=name,
+        rows=rows,
+        held_out=held_out,
+        tokenizer=assembler.tokenizer,
+        load_policy=assembler.models.trainable_policy,
+        loss=settings.loss,
+        beta=settings.beta,
+        optimizer=optimizer,
+        num_steps=num_steps,
+        batch_size=settings.batch_size,
+        micro_batch_tokens=assembler.micro_batch_tokens,
+        seed=assembler.config.seed,
+        evaluating=_evaluating(settings),
+        process_group=assembler.process_group,
+    )
+
+
+def _scored(assembler: Assembler, file: str | None, rows: Sequence[Example]) -> Sequence[Example]:
+    """Return rows that all have a score; those of a world are scored by its gold reward."""
+    if file is None and assembler.world is not None:
+        gold = assembler.world.gold
+        return [
+            replace(row, extra={**row.extra, "score": gold(str(row.prompt), str(row.completion))})
+            for row in rows
+        ]
+    for row in rows:
+        if score_of(row) is None:
+            raise DataError(
+                f"{row.id}: has no number in a column score, and no label. ilql learns from rows "
+                'with a score: name its column, such as data.columns = { score = "reward" }.'
+            )
+    return rows
+
+
 def rl_stage(assembler: Assembler, name: str) -> RLStage:
     """Return the RL stage."""
     config = assembler.config
@@ -190,6 +243,7 @@ def rl_stage(assembler: Assembler, name: str) -> RLStage:
         prompts_per_step=config.rollout.prompts_per_step,
         num_steps=config.run.steps,
         seed=config.seed,
+        prompt_sampling=config.data.sampling,
         staleness=config.staleness,
         rounding=_rounding(assembler),
         starts_at_reference=config.reference.model is None,
@@ -229,6 +283,7 @@ STAGES: dict[str, Callable[[Assembler, str], Stage]] = {
     LABEL.name: label_stage,
     REWARD_MODEL.name: reward_model_stage,
     PREFERENCE.name: preference_stage,
+    ILQL.name: ilql_stage,
     RL.name: rl_stage,
     EVALUATION.name: evaluation_stage,
 }

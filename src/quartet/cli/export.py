@@ -2,6 +2,8 @@
 
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -89,6 +91,14 @@ def export(
             "end of the stage."
         ),
     ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Of a run of ilql: the policy with this beta in place of ilql.beta. 0 imitates "
+            "the data.",
+        ),
+    ] = None,
 ) -> None:
     """Write a model as a Hugging Face folder with a model card.
 
@@ -102,8 +112,10 @@ def export(
     if checkpoint is not None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             _write_checkpoint_models(run_folder, checkpoint, Path(scratch))
-            export(Path(scratch), target, part, dtype)
+            export(Path(scratch), target, part, dtype, beta=beta)
         return
+    if beta is not None and part != "policy":
+        refuse(f"--beta: is of the policy, and --part is {part}. Take one of the two out.")
     roles = models_in(run_folder)
     if part not in roles:
         models = f"It has {', '.join(roles)}." if roles else NO_MODELS
@@ -112,7 +124,8 @@ def export(
         None if dtype is None else dtype.value
     )
     try:
-        write(run_folder / part, target, precision)
+        with _extracted(run_folder, beta) as folder:
+            write(folder / part, target, precision)
         complete(target, run_folder, part)
     except (DamagedModel, OSError) as error:
         reason = (
@@ -126,6 +139,22 @@ def export(
         refuse(str(error))
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     console.print(f"{target} written, {size / 1e6:,.1f} MB", soft_wrap=True)
+
+
+@contextmanager
+def _extracted(run_folder: Path, beta: float | None) -> Iterator[Path]:
+    """Give a folder whose `policy` is that of a run of ilql with another beta; without one, the
+    run's folder."""
+    if beta is None:
+        yield run_folder
+        return
+    from quartet.models.language_model import load_tokenizer, save
+    from quartet.models.q_heads import extracted_with
+
+    model = extracted_with(run_folder, beta)
+    with tempfile.TemporaryDirectory() as scratch:
+        save(model, load_tokenizer(run_folder / "policy"), Path(scratch) / "policy")
+        yield Path(scratch)
 
 
 def _write_checkpoint_models(run_folder: Path, name: str, scratch: Path) -> None:

@@ -179,7 +179,7 @@ def plan(
 
 @app.command()
 def init(
-    recipe: Annotated[str, typer.Argument(help="sft, reward_model, ppo, grpo or dpo.")],
+    recipe: Annotated[str, typer.Argument(help="sft, reward_model, ppo, grpo, dpo or ilql.")],
     file: Annotated[
         Path | None, typer.Argument(help="The file to write. Default: RECIPE.toml.")
     ] = None,

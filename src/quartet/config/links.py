@@ -20,6 +20,7 @@ PATHS = (
     "reward_model.data",
     "reward_model.model",
     "preference.data",
+    "ilql.data",
     "policy.model",
     "policy.tokenizer",
     "policy.chat_template",

@@ -7,7 +7,7 @@ checkpoint holds (`quartet.runtime.resume`; one that had cannot change when a ru
 
 from collections.abc import Mapping
 
-from quartet.stages.kinds import EVALUATION, KINDS, LABEL, PREFERENCE, REWARD_MODEL, RL, SFT
+from quartet.stages.kinds import EVALUATION, ILQL, KINDS, LABEL, PREFERENCE, REWARD_MODEL, RL, SFT
 
 REWARDED = "rewarded"
 """A stage that learns from the rewards of answers it samples: an RL stage, or online DPO."""
@@ -18,11 +18,13 @@ ROLES = frozenset({*(kind.name for kind in KINDS), REWARDED, PRETRAINING})
 """What a stage can be here: of a kind, and one of the two above besides."""
 
 READ_BY: Mapping[str, frozenset[str] | None] = {
+    "data.sampling": frozenset({RL.name}),
     "sft": frozenset({SFT.name}),
     "sft.data": frozenset({SFT.name, PRETRAINING}),
     "label": frozenset({LABEL.name}),
     "reward_model": frozenset({REWARD_MODEL.name}),
     "preference": frozenset({PREFERENCE.name}),
+    "ilql": frozenset({ILQL.name}),
     "algorithm": frozenset({RL.name}),
     "reference": frozenset({PREFERENCE.name, RL.name}),
     "critic": frozenset({RL.name}),

@@ -13,18 +13,18 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.ilql import Ilql
 from quartet.algorithms.preference import (
     Dpo,
     LastTokenLoss,
     PreferenceLoss,
     RewardModelLoss,
 )
+from quartet.config.data import Data
 from quartet.config.label import LabelConfig
 from quartet.config.read_by import PRETRAINING, REWARDED, roles_that_read
 from quartet.config.reference import Reference
 from quartet.config.run import Launch, RunConfig
-from quartet.data.limits import TooLongRows
-from quartet.data.row_shape import RowShape
 from quartet.generation.sampling import Sampling
 from quartet.generation.source import GeneratorSource, Native, Servers
 from quartet.models.lora import Lora
@@ -32,84 +32,8 @@ from quartet.models.shape import Shape
 from quartet.parts import Field, part
 from quartet.rewards.source import RewardSource
 from quartet.rewards.sources import ModelSource, is_trained_here
-from quartet.stages.kinds import PREFERENCE, REWARD_MODEL, RL, kind_of, stage_of
+from quartet.stages.kinds import ILQL, PREFERENCE, REWARD_MODEL, RL, kind_of, stage_of
 from quartet.training.optim import Optim, OptimizerConfig
-
-WORLDS = Literal["reviews", "sums", "guess", "labelled_texts"]
-
-
-@part
-class Data:
-    """The file's [data] table: where prompts, demonstrations and comparisons come from, which is
-    files or an embedded world."""
-
-    world: WORLDS | None = Field(
-        default=None,
-        description="A task that makes its rows and knows the gold reward: an embedded one, or "
-        '"labelled_texts", which makes them from data.texts.',
-    )
-    texts: str | None = Field(
-        default=None,
-        description="A file of texts with label 1 (good) or 0 (bad), for the world labelled_texts.",
-    )
-    train: str | tuple[str, ...] | None = Field(
-        default=None, description="A file or folder to train on, or a list of them."
-    )
-    weights: tuple[float, ...] | None = Field(
-        default=None,
-        description="How often an epoch shows each row of a file, one number for each file of "
-        "data.train: 2 is twice, 0.5 a random half.",
-    )
-    eval: str | None = Field(
-        default=None,
-        description="A file or folder of held-out rows. Left out, a share of data.train is held "
-        "out.",
-    )
-    pretraining: str | None = Field(
-        default=None,
-        description="The demonstrations that algorithm.ptx mixes in. Left out, they are the SFT "
-        "stage's.",
-    )
-    columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="The names of the files' columns, by Quartet's names for them.",
-    )
-    shape: RowShape | None = Field(
-        default=None,
-        description='How rows become prompts and answers, "mine.py:MyShape". Left out, the columns '
-        "say it.",
-    )
-    rows: int = Field(default=4000, ge=1, description="How many rows a world makes for each stage.")
-    held_out: float = Field(
-        default=0.1,
-        gt=0,
-        lt=1,
-        description="The share of data.train that is held out where there is no data.eval.",
-    )
-    max_prompt_tokens: int = Field(
-        default=512, ge=1, description="Rows with a longer prompt are unusable."
-    )
-    max_response_tokens: int = Field(
-        default=512,
-        ge=1,
-        description="Rows with a longer demonstration or answer are unusable; what the policy "
-        "samples is bounded by rollout.max_new_tokens.",
-    )
-    unusable: Literal["refuse", "drop"] = Field(
-        default="refuse",
-        description='Unusable rows stop the run before it starts; "drop" leaves them out.',
-    )
-    too_long: TooLongRows | None = Field(
-        default=None,
-        description='Rows over a limit of tokens: "refuse", "drop", "truncate_left" (prompts keep '
-        'their end) or "truncate_right" (their beginning); answers keep their beginning. Left '
-        "out, data.unusable says it.",
-    )
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The files and folders of `train`."""
-        return (self.train,) if isinstance(self.train, str) else self.train or ()
 
 
 @part
@@ -288,6 +212,26 @@ class Preference(StageTraining):
 
 
 @part
+class IlqlConfig(StageTraining):
+    """The file's [ilql] table: offline Q-learning on text with scores."""
+
+    batch_size: int = Field(default=32, ge=1, description="Rows in each optimizer step.")
+    data: str | None = Field(
+        default=None,
+        description="A file of rows with a prompt, a completion and a score, or a label. Left out, "
+        "it is data.train.",
+    )
+    beta: float = Field(
+        default=4.0,
+        ge=0,
+        description="The policy that the stage leaves is π_β exp(beta · Q), normalized: 0 imitates "
+        "the data, and more takes the tokens of higher Q. Typical: 1 to 16, for scores from 0 to "
+        "1.",
+    )
+    loss: Ilql = Ilql()
+
+
+@part
 class SeparateCritic:
     """A critic that is a whole model, apart from the actor."""
 
@@ -378,6 +322,7 @@ class Config:
     label: LabelConfig = LabelConfig()
     reward_model: RewardModel = RewardModel()
     preference: Preference = Preference()
+    ilql: IlqlConfig = IlqlConfig()
     reference: Reference = Reference()
     critic: Annotated[SeparateCritic | SharedCritic, Field(discriminator="type")] = SeparateCritic()
     reward: tuple[RewardSource, ...] = ()
@@ -456,6 +401,11 @@ class Config:
     def preference_stage(self) -> str | None:
         """The recipe's stage that learns from comparisons directly; None if there is none."""
         return stage_of(PREFERENCE, self.recipe)
+
+    @property
+    def policy_stage(self) -> str | None:
+        """The recipe's stage that trains the policy after SFT; None if there is none."""
+        return self.rl_stage or self.preference_stage or stage_of(ILQL, self.recipe)
 
     @property
     def rewarded_stage(self) -> str | None:

@@ -358,7 +358,7 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
     asked = algorithm.pop("preset", rl)
     origin = origins.pop("algorithm.preset", None)
     if rl is None:
-        known = {"sft", "label", "reward_model", "evaluation", *PREFERENCES}
+        known = {"sft", "label", "reward_model", "ilql", "evaluation", *PREFERENCES}
         cut_short = origins.get("recipe") == "command line"
         if (
             (algorithm or origin)

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 
 from quartet.data import DataError
 from quartet.data.disk_rows import DiskRows
-from quartet.data.examples import Example, Text
+from quartet.data.examples import Example, Text, score_of
 from quartet.data.limits import TooLong, TooLongRows, Truncation
 from quartet.data.records import Comparison, Demonstration
 from quartet.data.report import token_pieces
@@ -299,7 +299,9 @@ class Encoder:
             response, written = self._fitting(example, prompt, answered, learnt)
             name = example.id if len(rows) == 1 else f"{example.id}, answer {number}"
             mask = None if all(written) else tuple(written)
-            made.append(Demonstration(name, tuple(prompt), tuple(response), mask))
+            made.append(
+                Demonstration(name, tuple(prompt), tuple(response), mask, score_of(example))
+            )
         return made
 
     def _answered(

@@ -1,5 +1,6 @@
 """A row of data in Quartet's form: text or messages, not yet token ids."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,3 +41,12 @@ class Example:
             "rejected": self.rejected,
         }
         return {name: answer for name, answer in answers.items() if answer is not None}
+
+
+def score_of(example: Example) -> float | None:
+    """Return the number in the column `score` of a row, or 1 or 0 for a `label` that is true or
+    false; None where it has neither."""
+    value = example.extra.get("score", example.extra.get("label"))
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)

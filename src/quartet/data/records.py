@@ -13,6 +13,8 @@ class Demonstration:
     loss_mask: tuple[bool, ...] | None = None
     """Which of the response's tokens are to be imitated, in a conversation in which others speak as
     well; None: all."""
+    score: float | None = None
+    """The reward of the response, where the row has one."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 R = TypeVar("R")
 
@@ -24,17 +24,22 @@ class Sampler(Generic[R]):
     def next(self) -> list[R]:
         batch: list[R] = []
         while len(batch) < self.batch_size:
-            order = self._order()[self.position : self.position + self.batch_size - len(batch)]
-            batch += [self.records[i] for i in order]
-            self.position += len(order)
+            index = self._order()[self.position]
+            if self._is_drawn(index):
+                batch.append(self.records[index])
+            self.position += 1
             if self.position == len(self.records):
                 self.epoch, self.position = self.epoch + 1, 0
         return batch
 
-    def state(self) -> dict[str, int]:
+    def _is_drawn(self, index: int) -> bool:
+        """Return whether this epoch has the record."""
+        return True
+
+    def state(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position}
 
-    def load_state(self, state: Mapping[str, int]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         epoch, position = state["epoch"], state["position"]
         if (
             not isinstance(epoch, int)

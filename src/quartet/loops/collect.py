@@ -2,10 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from quartet.algorithms.algorithm import Algorithm
+from quartet.data.prompt_sampling import PromptSampler
 from quartet.data.sampler import Sampler
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
@@ -17,10 +18,13 @@ from quartet.rewards.protocol import Weighted, rewarded, with_score
 
 @dataclass(frozen=True)
 class Collected:
-    """The rollouts of a step, and the share of what was generated that no reward could score."""
+    """The rollouts of a step."""
 
     rollouts: list[Rollout]
     unscored: float = 0.0
+    """The share of what was generated that no reward could score."""
+    pools: Mapping[str, float] = field(default_factory=dict)
+    """The number of prompts by their pass rate, as metrics; empty where no rates are read."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Collector:
             scored = with_score(rollouts)
             generated, unscored = generated + len(rollouts), unscored + len(rollouts) - len(scored)
             groups = [list(group) for _, group in itertools.groupby(scored, key=lambda r: r.group)]
+            if isinstance(self.prompts, PromptSampler):
+                for group in groups:
+                    self.prompts.observe(group)
             kept += [
                 group for group in groups if algorithm.groups.keep([r.score or 0.0 for r in group])
             ]
@@ -59,7 +66,8 @@ class Collector:
             for number, group in enumerate(chosen)
             for r in group
         ]
-        return Collected(rollouts, unscored / generated)
+        pools = self.prompts.metrics() if isinstance(self.prompts, PromptSampler) else {}
+        return Collected(rollouts, unscored / generated, pools)
 
     def respond(
         self, prompts: Sequence[Prompt], algorithm: Algorithm, sampling: Sampling

@@ -43,6 +43,7 @@ def rl(
         metrics = rl_metrics(
             collected.rollouts, collected.unscored, batch, experience, update, algorithm
         )
+        metrics |= collected.pools
         algorithm = algorithm.adapt(metrics)  # coefficients that follow the metrics
         yield Step(
             number,

@@ -30,11 +30,11 @@ class Ahead:
         self.waiting: deque[Collected] = deque()
 
     def state(self) -> list[Any]:
-        return [[batch.rollouts, batch.unscored] for batch in self.waiting]
+        return [[batch.rollouts, batch.unscored, batch.pools] for batch in self.waiting]
 
     def load_state(self, state: Sequence[Any]) -> None:
         self.waiting = deque(
-            Collected([rollout_from_row(row) for row in rows], unscored) for rows, unscored in state
+            Collected([rollout_from_row(row) for row in rows], *others) for rows, *others in state
         )
 
 
@@ -72,6 +72,7 @@ def rl_async(
             metrics = with_staleness(
                 metrics, collected.rollouts, batch, experience, learner.version - 1
             )
+            metrics |= collected.pools
             collector.load_weights(learner.weights())
             clock.lap("new weights")
             algorithm = algorithm.adapt(metrics)

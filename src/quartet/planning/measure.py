@@ -183,6 +183,7 @@ def _short(config: Config, build: Callable[[Config], Any], answer: int, prompts:
         sft=dataclasses.replace(config.sft, steps=STEPS, epochs=None),
         reward_model=dataclasses.replace(config.reward_model, steps=STEPS, epochs=None),
         preference=dataclasses.replace(config.preference, steps=STEPS, epochs=None),
+        ilql=dataclasses.replace(config.ilql, steps=STEPS, epochs=None),
         run=dataclasses.replace(config.run, steps=STEPS, track=()),
         optim=dataclasses.replace(config.optim, critic_warmup_steps=0),
         rollout=dataclasses.replace(config.rollout, max_new_tokens=answer),

@@ -155,7 +155,7 @@ def _num_rows(config: Config, table: str, file: str | None) -> int:
     data = config.data
     if file is None and data.world is not None:
         world = make_world(data.world, config.seed, data.texts)
-        if table == "sft":
+        if table in {"sft", "ilql"}:
             return len(world.demonstrations(data.rows))
         online = table == "preference" and "online_dpo" in config.recipe
         return len(world.prompts(data.rows) if online else world.comparisons(data.rows))
@@ -176,6 +176,9 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
         elif stage == config.preference_stage:
             steps[stage] = num_steps(config, "preference")
             tokens[stage] = steps[stage] * config.preference.batch_size * 2 * sum(row)
+        elif stage == "ilql":
+            steps[stage] = num_steps(config, "ilql")
+            tokens[stage] = steps[stage] * config.ilql.batch_size * sum(row)
         elif stage == config.rl_stage:
             steps[stage] = config.run.steps * config.optim.epochs * config.optim.minibatches
             tokens[f"{stage}, generated"] = _responses(config) * row[1]

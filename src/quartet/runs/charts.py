@@ -34,7 +34,7 @@ CHARTS = (
         ("response/ended", "response/repetition", "response/distinct", "response/most_common"),
         percent=True,
     ),
-    Chart("Explained variance", ("value/explained_variance",)),
+    Chart("Explained variance", ("value/explained_variance", "q/explained_variance")),
     Chart(
         "Clip fraction",
         ("policy/clip_fraction", "policy/clip_high", "policy/clip_low"),
@@ -43,7 +43,7 @@ CHARTS = (
     Chart("Entropy, nats", ("policy/entropy",)),
     Chart("KL of one update, nats per token", ("policy/kl_to_old", "policy/step_kl")),
     Chart("Ratio", ("ratio/max", "ratio/min")),
-    Chart("Value and return", ("value/mean", "return/mean")),
+    Chart("Value and return", ("value/mean", "q/mean", "return/mean")),
     Chart("Advantage before whitening", ("advantage/raw_mean", "advantage/raw_std")),
     Chart("Rewards", ("reward/*",)),
     Chart("Loss", ("loss", "held_out/loss")),
@@ -54,6 +54,10 @@ CHARTS = (
     Chart("KL per token, nats", ("kl/token_*",)),
     Chart("Coefficients", ("kl/coef", "policy/beta")),
     Chart("Groups without signal", ("groups_without_signal",), percent=True),
+    Chart(
+        "Prompts by pass rate",
+        ("prompts/unseen", "prompts/hard", "prompts/learnable", "prompts/easy"),
+    ),
     Chart("Sampler and learner", ("sampler_mismatch", "ratio/first_error")),
     Chart("Distance to the reference, nats", ("logratio/abs",)),
     Chart("Invariants", ("sampler_ratio", "reference/moved")),

@@ -113,6 +113,13 @@ DEFINITIONS = (
         "the return that the critic expects, as a mean over tokens",
         "It should follow the mean return.",
     ),
+    Definition("q/mean", "mean Q", "Q of the tokens of the data, as a mean over tokens (ilql)"),
+    Definition(
+        "q/explained_variance",
+        "variance that Q explains",
+        "1 − Var(return − Q) / Var(return) over the tokens of the data (ilql)",
+        "It should rise above 0. What the rest of a text decides cannot be explained before it.",
+    ),
     Definition("return/mean", "mean return", "the target of the critic, as a mean over tokens"),
     Definition(
         "advantage/std",
@@ -139,6 +146,14 @@ DEFINITIONS = (
         "the share of prompts whose responses all had the same score",
         "Near 1, almost nothing is learned from groups. Runs with one response per prompt do not "
         "have it.",
+    ),
+    Definition(
+        "prompts/*",
+        "* prompts",
+        "the number of prompts in this pool of data.sampling: unseen, hard (recent pass rate near "
+        "0), learnable, or easy (near 1)",
+        "Hard and easy ones are drawn less often. Nothing changes before prompts are seen again.",
+        exact=True,
     ),
     Definition(
         "policy/clip_fraction",

@@ -143,6 +143,19 @@ PREFERENCE = StageKind(
     ),
     closing=_preference_closing,
 )
+ILQL = StageKind(
+    name="ilql",
+    order=3,
+    steps="ilql.steps",
+    optim="ilql",
+    results=("policy", "q_heads"),
+    headlines=(
+        LOSS,
+        Headline("V", "value/mean", change=True),
+        Headline("Q explains", "q/explained_variance", "{:z.0%}"),
+    ),
+    closing=lambda summary: f"(held out {summary['held_out_loss']:.2f}{_chosen(summary)})",
+)
 RL = StageKind(
     name="rl",
     order=3,
@@ -161,7 +174,7 @@ RL = StageKind(
 )
 EVALUATION = StageKind(name="evaluation", order=4, closing=_evaluation_closing, learns=False)
 
-KINDS = (SFT, LABEL, REWARD_MODEL, PREFERENCE, RL, EVALUATION)
+KINDS = (SFT, LABEL, REWARD_MODEL, PREFERENCE, ILQL, RL, EVALUATION)
 """All kinds, in the order in which a recipe names them."""
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from quartet.algorithms.algorithm import Algorithm
+from quartet.data.prompt_sampling import PromptSampler, PromptSampling
 from quartet.data.records import Demonstration
-from quartet.data.sampler import Sampler
 from quartet.evaluation.compare import Gold, wins_of
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator
@@ -147,6 +147,7 @@ class RLStage:
     prompts_per_step: int
     num_steps: int
     seed: int
+    prompt_sampling: PromptSampling
     staleness: int = 0
     rounding: str = "fp32"
     """What samples: the learner's module in "fp32" or "bf16", or another "engine"."""
@@ -160,7 +161,9 @@ class RLStage:
     def begin(self, folder: Path) -> StageRun:
         components = self.load_components(folder)
         algorithm = AlgorithmState(self.algorithm)
-        prompts = Sampler(self.prompts, self.prompts_per_step, self.seed)
+        prompts = PromptSampler(
+            self.prompts, self.prompts_per_step, self.seed, self.prompt_sampling
+        )
         ahead, texts = Ahead(self.staleness), TokenTexts(self.tokenizer)
         learner, generator = components.learner, components.generator
 

@@ -6,7 +6,7 @@ from quartet.config.tables import Config
 from quartet.io.texts import did_you_mean
 from quartet.stages.kinds import KINDS, kind_of
 
-KNOWN_STAGES = "sft, reward_model, evaluation, and what `quartet algorithms` lists"
+KNOWN_STAGES = "sft, reward_model, ilql, evaluation, and what `quartet algorithms` lists"
 
 
 @rule
@@ -32,8 +32,8 @@ def stages_stand_in_order(config: Config) -> str | None:
     if order == sorted(set(order)):
         return None
     return (
-        "recipe: stages go from sft over label, reward_model and one RL or preference stage to "
-        f"evaluation, each at most once; this one says {', '.join(config.recipe)}."
+        "recipe: stages go from sft over label, reward_model and one RL, preference or ilql stage "
+        f"to evaluation, each at most once; this one says {', '.join(config.recipe)}."
     )
 
 
@@ -58,7 +58,7 @@ def kto_needs_two_comparisons(config: Config) -> str | None:
 
 @rule
 def evaluation_needs_a_policy(config: Config) -> str | None:
-    aligned, given = config.rl_stage or config.preference_stage, config.evaluation.policy
+    aligned, given = config.policy_stage, config.evaluation.policy
     if aligned and given is not None:
         return (
             f"evaluation.policy: this run evaluates the policy that {aligned} trains. Leave it "
@@ -67,8 +67,8 @@ def evaluation_needs_a_policy(config: Config) -> str | None:
     if "evaluation" not in config.recipe or aligned or given is not None:
         return None
     return (
-        "recipe: evaluation compares an RL or preference stage's policy with the one before it; "
-        "there is none."
+        "recipe: evaluation compares an RL, preference or ilql stage's policy with the one before "
+        "it; there is none."
     )
 
 
@@ -132,3 +132,28 @@ def labels_are_awaited_by_one_process(config: Config) -> str | None:
         f"launch.processes = {config.launch.processes}: the stage label waits in one process. Run "
         "it and the stages before it with launch.processes = 1."
     )
+
+
+@rule
+def ilql_trains_a_whole_model(config: Config) -> str | None:
+    if "ilql" not in config.recipe:
+        return None
+    policy = config.policy
+    remedies = {
+        "policy.adapter": (policy.adapter, "an adapter leaves out the head"),
+        "policy.quantize": (policy.quantize, "weights in 4 bits leave out the head"),
+        "launch.shard": (config.launch.shard, "the heads of Q are not divided between ranks"),
+    }
+    for key, (value, why) in remedies.items():
+        if value:
+            return f"{key}: ilql writes its policy as another head of the model, and {why}. " + (
+                "Take it out."
+            )
+    return None
+
+
+@rule
+def ilql_needs_scores(config: Config) -> str | None:
+    if "ilql" not in config.recipe or config.data.world != "guess" or config.ilql.data:
+        return None
+    return "recipe: the world guess has no scores for its conversations. Set ilql.data."
