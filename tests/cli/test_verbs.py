@@ -9,6 +9,7 @@ from quartet.cli import app
 from quartet.cli.common import is_loopback
 from quartet.runs.tables import token_rows
 from quartet.runs.untrusted import printable
+from tests.support.sweep_record import make_sweep
 
 
 def quartet(*words):
@@ -80,6 +81,13 @@ def test_what_is_not_there_is_said(words, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = quartet(*words)
     assert done.exit_code == 2 and sentence in done.output
+
+
+def test_sweeps_are_listed_beside_runs(tmp_path):
+    sweep = make_sweep(tmp_path / "runs", [({"a": 1}, [1.0], [2.0]), ({"a": 2}, [3.0], [2.0])])
+    done = quartet("runs", str(tmp_path / "runs"))
+    assert done.exit_code == 0 and f"sweep  {sweep.name}" in done.output
+    assert "2 of 2 trials done" in done.output and "best a 2 · gold 3" in done.output
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from quartet.recipes import recipe_path
 from quartet.rewards.protocol import Weighted
 from quartet.runtime.worker import Worker
 from quartet.stages.rl import RLComponents, RLStage
+from quartet.training.checksum import ReferenceChecksum
 from quartet.training.state_tree import TENSORS, split_tensors
 from tests.support import resting
 from tests.support.pretended_device import CUDA, Pretended, on_device, pretended
@@ -503,3 +504,30 @@ def test_a_copy_of_a_state_has_the_moments(tmp_path):
     here, there = (split_tensors(run.copy_state())[1] for run in runs)
     assert any("exp_avg" in name for name in here) and here.keys() == there.keys()
     assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+class Late(Transfer):
+    """Copies to main memory that arrive when they are waited for."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.coming = []
+
+    def store(self, tensor, buffer=None):
+        buffer = torch.zeros_like(tensor)
+        self.coming.append((buffer, tensor))
+        return buffer
+
+    def settle(self):
+        while self.coming:
+            buffer, tensor = self.coming.pop()
+            buffer.copy_(tensor)
+
+
+def test_the_checksum_of_a_reference_waits_until_its_weights_have_arrived():
+    made, placement = torch.nn.Linear(3, 2), Offloading(torch.device("cpu"), Late())
+    mark = ReferenceChecksum(made, settle=placement.settle)
+    placement.register(made)
+    assert made.weight.count_nonzero() == 0  # on its way
+    assert mark.now() == mark.value
+    assert make_learner("none").reference_checksum.settle == NO_OFFLOAD.settle

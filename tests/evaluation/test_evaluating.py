@@ -360,6 +360,14 @@ def test_a_wrong_request_is_one_sentence(case, tmp_path, sums, monkeypatch):
     assert not (tmp_path / "evaluation").exists()
 
 
+def test_a_folder_that_does_not_exist_is_named_before_what_it_would_have_given(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    answer = CliRunner().invoke(app, ["eval", "NOWHERE"])
+    assert answer.exit_code == 2 and "NOWHERE: no such folder here" in answer.output
+
+
 def test_a_run_without_a_run_folder_is_no_checkpoint():
     with pytest.raises(EvaluationError):
         policies_of("nowhere@4")

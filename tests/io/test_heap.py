@@ -43,3 +43,27 @@ def test_an_error_passes_through(monkeypatch):
     with pytest.raises(KeyError), heap.holds_for_a_while(heap.LARGE):
         raise KeyError
     assert trims == [0, 0]
+
+
+HOLES = (
+    MEGABYTES.replace("holds_for_a_while", "return_holes").partition("start =")[0]
+    + """
+pieces = [torch.ones(2**18) for _ in range(int(sys.argv[1]))]
+before = resident()
+del pieces[::2]
+return_holes()
+print(before - resident())
+"""
+)
+
+
+@pytest.mark.skipif(heap._glibc("mallinfo2") is None, reason="the C library is not glibc 2.33")
+def test_holes_are_returned_once_they_are_many():
+    """Of 600 MiB in pieces, half of which stay, 300 MiB are returned; of 200 MiB, nothing."""
+
+    def returned(count):
+        command = [sys.executable, "-c", HOLES, str(count)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert returned(600) == pytest.approx(300 * 2**20 / 1e6, rel=0.1)
+    assert returned(200) < 10

@@ -382,6 +382,29 @@ def test_the_whole_family_learns_the_preference(name):
     assert held_out_preference(made, reference, comparisons(), loss, 4096)["accuracy"] == 1
 
 
+@pytest.mark.parametrize("tokens", [4096, 16], ids=["one micro-batch", "one for each pair"])
+def test_both_sides_of_a_pair_read_their_prompt_once(tokens):
+    """Four pairs with prompts of 5 tokens and answers of 3 and 2: the policy and the reference read 5 + 2 tokens of
+    the chosen side, and the last of the prompt again and 1 of the other: the last of an answer predicts nothing."""
+    made = model()
+    reference = freeze(copy.deepcopy(model()))
+    prompt = (GOOD, BAD, THE, THE)
+    pairs = [Comparison(f"c:{i}", (4 + i, *prompt), (GOOD, 5, END), (BAD, END)) for i in range(4)]
+    held_out_preference(made, reference, pairs, PREFERENCES["dpo"], tokens)  # compares two forwards
+    read = {"policy": [], "reference": []}
+    for name, each in (("policy", made), ("reference", reference)):
+        each.base_model.embed_tokens.register_forward_hook(
+            lambda _, args, __, name=name: read[name].append(args[0].numel())
+        )
+    source = Sampler(pairs, 4, 0)
+    steps = preference(
+        made, reference, source, PREFERENCES["dpo"], optimizer(made), 1, Budget(tokens)
+    )
+    next(iter(steps))
+    assert {name: sum(each) for name, each in read.items()} == dict.fromkeys(read, 4 * (7 + 2))
+    assert len(read["policy"]) == (1 if tokens == 4096 else 4)
+
+
 @pytest.mark.parametrize("name", sorted(PREFERENCES))
 def test_micro_batches_do_not_change_it(name):
     weights = []

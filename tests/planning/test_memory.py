@@ -177,24 +177,37 @@ def config_of_folder(folder, *words):
 def test_the_tokenizer_counts_in_each_phase(tmp_path):
     model().save_pretrained(tmp_path)
     config = config_of_folder(tmp_path)
-    before = phases(config, {"policy": 1}, 10_000, 20.0)
+    before = phases(config, {"policy": 1}, 10_000, (8.0, 12.0))
     (tmp_path / "tokenizer.json").write_bytes(b" " * 1_000_000)
-    after = phases(config, {"policy": 1}, 10_000, 20.0)
+    after = phases(config, {"policy": 1}, 10_000, (8.0, 12.0))
     assert list(after) == ["sft", "reward model", "ppo update", "evaluation"]
     for phase, held in after.items():
         assert held - before[phase] == pytest.approx(TOKENIZER_FACTOR * 1_000_000)
+
+
+def test_a_prompt_of_a_group_counts_once():
+    """8 prompts of 10 tokens with 4 answers of at most 20: 8 · 10 + 32 · 20. Of four minibatches each has 8
+    answers, perhaps one to each prompt: 8 · 10 + 8 · 20. Of sixteen, 2 answers to 2 prompts."""
+    rollout = ("prompts_per_step=8", "samples_per_prompt=4", "max_new_tokens=20")
+    words = [f"rollout.{word}" for word in rollout]
+
+    def tokens(minibatches):
+        config = config_with(*words, f"optim.minibatches={minibatches}")
+        return planned_memory._minibatch_tokens(config, 10.0)
+
+    assert [tokens(count) for count in (1, 4, 16)] == [720, 240, 60]
 
 
 def test_an_evaluation_holds_one_policy_and_each_reward_model():
     """The policy, what its decoder copies, and members that are as large: four bytes a parameter."""
     config = config_with("evaluation.best_of=0", "evaluation.prompts=2")
     models = {"policy": 10**9, "reward model": 10**9}
-    without = phases(config, {"policy": 10**9}, 10**9, 20.0)["evaluation"]
-    held = phases(config, models, 10**9, 20.0)["evaluation"]
+    without = phases(config, {"policy": 10**9}, 10**9, (8.0, 12.0))["evaluation"]
+    held = phases(config, models, 10**9, (8.0, 12.0))["evaluation"]
     assert held - without == 4e9
     words = ("reward_model.members=3", 'reward=[{type="ensemble"}]')
     ensemble = config_with("evaluation.best_of=0", "evaluation.prompts=2", *words)
-    assert phases(ensemble, models, 10**9, 20.0)["evaluation"] - held == 2 * 4e9
+    assert phases(ensemble, models, 10**9, (8.0, 12.0))["evaluation"] - held == 2 * 4e9
 
 
 def test_the_head_of_a_large_vocabulary_is_not_copied_by_the_decoder(monkeypatch):
@@ -203,7 +216,7 @@ def test_the_head_of_a_large_vocabulary_is_not_copied_by_the_decoder(monkeypatch
     matrices = int(sizes(config).matrix_parameters)
 
     def evaluation():
-        return phases(config, {"policy": 1}, matrices + 40_000, 20.0)["evaluation"]
+        return phases(config, {"policy": 1}, matrices + 40_000, (8.0, 12.0))["evaluation"]
 
     whole = evaluation()
     monkeypatch.setattr(planned_memory, "WIDE_WEIGHT", 40_000)

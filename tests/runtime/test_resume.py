@@ -517,3 +517,10 @@ def test_a_part_of_an_older_version_is_what_it_is_today_without_being_told(place
     assert not any(key.startswith(f"{place}.") for key in with_later_keys(other).keys() - other)
     changed = today | {f"{place}.{min(later)}": "mine"}
     assert with_later_keys(changed)[f"{place}.{min(later)}"] == "mine"
+
+
+def test_a_key_that_is_no_setting_cannot_be_accepted(checkpointed):
+    """One that could differ, but does not, is passed over."""
+    with pytest.raises(CannotResume, match=r"--accept optim\.lrr: no such .* mean optim\.lr\?"):
+        chosen(checkpointed, accept=("optim.lrr",))
+    assert chosen(checkpointed, accept=("optim.lr", "rollout.top_p")).checkpoint

@@ -15,7 +15,7 @@ import pytest
 
 from quartet.config.toml import ConfigError
 from quartet.runs.sweeps import Sweep
-from quartet.sweeps import conduct, processes
+from quartet.sweeps import conduct, life, processes
 from quartet.sweeps.conduct import SweepFailed
 from quartet.sweeps.folder import CannotSweep
 from quartet.sweeps.life import beginning_of
@@ -353,3 +353,11 @@ def test_a_torn_last_line_is_passed_over_and_the_next_one_is_whole(tmp_path):
     sweep = Sweep(folder.path)
     assert sweep.trials[0].state == "running"
     assert sweep.problems == ["sweep.jsonl: 1 line left out."]
+
+
+def test_windows_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(life.platform, "system", lambda: "Windows")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CannotSweep, match="which Windows cannot: use WSL"):
+        beginning_of(str(sweep_file(tmp_path))).open()
+    assert not (tmp_path / "runs").exists()

@@ -42,6 +42,13 @@ def test_answers_are_counted():
     assert made["response/tokens"] == 3 and made["response/ended"] == 1
 
 
+def test_where_nothing_is_rewarded_there_is_no_reward():
+    """As in distillation. A reward of 0 is one."""
+    nothing = dataclasses.replace(rollout(prompts(1)[0], (5, 6), 0.0), components={})
+    assert "reward" not in response_metrics([nothing])
+    assert response_metrics([rollout(prompts(1)[0], (5, 6), 0.0)])["reward"] == 0
+
+
 def test_distinct_and_intervals():
     assert distinct(["a", "b", "a", "c"]) == 0.75
     # mean 0.5, sample std 0.57735, half width 1.96 · 0.57735 / 2

@@ -141,7 +141,8 @@ def inspect(
 
 @app.command()
 def runs(folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Path("runs")) -> None:
-    """List the runs in a folder, the newest first, with their last metrics."""
+    """List the runs and the sweeps in a folder, the newest first, with their last metrics."""
+    from quartet.runs.folders import sweep_folders
     from quartet.runs.reader import NoRun, Run, find_runs
     from quartet.runs.tables import run_table
     from quartet.runs.untrusted import printable
@@ -151,8 +152,13 @@ def runs(folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Pat
         paths = find_runs(folder)
     except NoRun as error:
         refuse(str(error))
-    if not paths:
+    sweeps = sweep_folders(folder)
+    if not paths and not sweeps:
         console.print(f"{folder} has no runs yet.", soft_wrap=True)
+        return
+    for sweep in sweeps:
+        console.print(_sweep_line(sweep), soft_wrap=True)
+    if not paths:
         return
     rows = []
     for path in paths:
@@ -163,6 +169,24 @@ def runs(folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Pat
     console.print(run_table(rows))
     for row in rows:
         _print_sentences(row["name"], row["problems"])
+
+
+def _sweep_line(path: Path) -> str:
+    """Return a line about a sweep: its status, how many of its trials are done, and the best."""
+    from quartet.runs.reader import NoRun
+    from quartet.runs.sweep_figures import in_words, objective_text
+    from quartet.runs.sweeps import Sweep
+    from quartet.runs.untrusted import printable
+
+    try:
+        sweep = Sweep(path)
+    except NoRun as error:
+        return f"sweep  {printable(path.name)}: {error}"
+    done = sum(trial.state == "done" for trial in sweep.trials.values())
+    line = f"sweep  {sweep.name}  {sweep.status}  {done} of {sweep.facts['trials']} trials done"
+    if sweep.best is None:
+        return line
+    return f"{line}  best {in_words(sweep.best)} · {sweep.objective} {objective_text(sweep.best)}"
 
 
 @app.command()

@@ -68,6 +68,34 @@ def holds_for_a_while(size: int) -> Iterator[None]:
             trim(0)
 
 
+def return_holes() -> None:
+    """Return freed memory to the system if it is much, as after the backward pass of a micro-batch
+    with large activations.
+
+    The next micro-batch has other lengths, and small objects that stay in between keep its tensors
+    out of the holes of the last: with 27 M parameters and LoRA, 650 MB of tensors were in 1.6 GB.
+    Returning takes 0.03 s.
+    """
+    mallinfo, trim = _glibc("mallinfo2"), _glibc("malloc_trim")
+    if mallinfo is None or trim is None:  # glibc before 2.33, or another library
+        return
+    mallinfo.restype = _HeapNumbers
+    if mallinfo().fordblks >= LARGE:
+        trim(0)
+
+
+class _HeapNumbers(ctypes.Structure):
+    """What mallinfo2 returns: ten numbers, of which `fordblks` is the bytes that are free."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
 def _glibc(function: str) -> Any:
     """Return a function of glibc; None if there is no glibc."""
     return getattr(ctypes.CDLL(None), function, None) if sys.platform.startswith("linux") else None

@@ -60,7 +60,7 @@ def plan(config: Config) -> Plan:
         row_tokens=row,
         optimizer_steps=steps,
         tokens=tokens,
-        memory=phases(config, models, policy, sum(row)) if policy else None,
+        memory=phases(config, models, policy, row) if policy else None,
         disk=_disk(config, models) if policy else None,
         seconds=_seconds(config, policy, tokens) if policy else None,
     )

@@ -105,7 +105,8 @@ DEFINITIONS = (
         "explained variance",
         "1 − Var(return − value) / Var(return) over tokens",
         "At 1 the critic is perfect, at 0 it knows only the mean, and below 0 it is worse than a "
-        "constant.",
+        "constant. For λ < 1 the returns contain the values, and it reads too high: "
+        "docs/critic.md has figures.",
     ),
     Definition(
         "value/mean",

@@ -10,9 +10,10 @@ from typing import Any
 from quartet import files
 from quartet.config.errors import toml_value
 from quartet.config.read_by import changes_what_is_learnt, roles_that_read
+from quartet.config.suggestions import known_keys
 from quartet.config.tables import Config
 from quartet.errors import QuartetError
-from quartet.io.texts import typed
+from quartet.io.texts import did_you_mean, typed
 from quartet.runs.folders import RECORD
 from quartet.stages.kinds import KINDS, RL, kind_of
 from quartet.training.checkpoint import Checkpoint, misfit
@@ -116,6 +117,7 @@ def _checked(
 ) -> Iterator[str]:
     """Yield a sentence for each accepted difference. Raises `CannotResume` with a sentence for each
     of the others, and if the stage has more steps behind it than the config has."""
+    _check_keys(accept, checkpoint, made_with)
     refused = []
     for key, value_then, remedy in _differences(folder, checkpoint, config, made_with):
         sentence = f"checkpoint {checkpoint.name} was made with {value_then}."
@@ -134,6 +136,21 @@ def _checked(
             f"{num_steps:,}. Set {kind.steps} to {num_done} or more, or start a "
             "new run."
         )
+
+
+def _check_keys(
+    accept: Sequence[str], checkpoint: Checkpoint, made_with: Mapping[str, Any]
+) -> None:
+    """Raise `CannotResume` for a key that names nothing that can differ."""
+    facts = checkpoint.facts
+    settings = dict(leaves(facts["config"])) | dict(leaves(made_with["config"]))
+    files_read = facts["data"].keys() | made_with["data"].keys()
+    known = settings.keys() | known_keys() | files_read | {"break", RECORD}
+    for key in accept:
+        if key not in known:
+            raise CannotResume(
+                f"--accept {key}: no such setting of this run.{did_you_mean(key, sorted(known))}"
+            )
 
 
 def _differences(

@@ -1,6 +1,6 @@
 """The life of a sweep: it begins, or a folder of one is opened to go on."""
 
-import os
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,12 @@ class Beginning:
 
     def open(self, waiting: Callable[[], None] = lambda: None) -> Conductor:
         """Create the folder, or open it; return what carries the sweep out. Raises
-        `CannotSweep`, also on Windows, which has no process groups."""
-        if not hasattr(os, "killpg"):
-            raise CannotSweep("quartet sweep needs Linux or macOS. On Windows, use WSL.")
+        `CannotSweep`."""
+        if platform.system() == "Windows":
+            raise CannotSweep(
+                "quartet sweep hands open files to its runs, which Windows cannot: use WSL, or "
+                "start the runs one by one."
+            )
         request, directory = self.request, self.directory or Path.cwd()
         if self.path is None:
             root = (directory / request.base.config.run.folder).resolve()

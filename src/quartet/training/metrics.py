@@ -40,10 +40,12 @@ def repetition(ids: Sequence[int]) -> float:
 
 
 def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Return the metrics of responses that need no model."""
+    """Return the metrics of responses that need no model. There is no "reward" where nothing is
+    rewarded, as in distillation."""
     count = len(rollouts)
-    metrics = {
-        "reward": _mean([r.score for r in rollouts]),
+    is_rewarded = any(r.components or r.score for r in rollouts)
+    metrics = {"reward": _mean([r.score for r in rollouts])} if is_rewarded else {}
+    metrics |= {
         "response/tokens": sum(len(r.response_ids) for r in rollouts) / count,
         "response/ended": sum(r.finish_reason == "stop" for r in rollouts) / count,
         "response/repetition": sum(repetition(r.response_ids) for r in rollouts) / count,

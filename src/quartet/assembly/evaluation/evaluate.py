@@ -113,6 +113,7 @@ class Evaluation:
         self.request, self.say, self.run = request, say, request.run
         if not request.policies:
             raise EvaluationError("no model was named. Name runs, folders, hub ids or URL#MODEL.")
+        self._check_places()
         config = None if self.run is None else run_config(self.run)
         self.world = None if config is None else world_of(config)
         self.sets = sets_of(request.on, self.run, dict(request.columns), request.rows)
@@ -129,6 +130,19 @@ class Evaluation:
         if ACCURACY in self.measures:
             first = [request.against] if request.against is not None else []
             self.reward_models = reward_models_of([*first, *request.policies])
+
+    def _check_places(self) -> None:
+        """Raise EvaluationError for a folder that does not exist, where it would have had to give
+        the sets or the measures: a word may be a hub id, too."""
+        if self.run is not None or (self.request.on and self.request.measures):
+            return
+        for words in self.request.policies:
+            spec = labelled(words)[1]
+            if "://" not in spec and not Path(spec.rpartition("@")[0] or spec).exists():
+                raise EvaluationError(
+                    f"{spec}: no such folder here. A model of the hub needs --on FILE and "
+                    "--measure."
+                )
 
     def _default_measures(self) -> tuple[str, ...]:
         if self.world is not None:
