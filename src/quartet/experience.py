@@ -217,6 +217,10 @@ class Experience:
     kept: KeptIds | None = None
     """The ids that the sampler's filter left, where the policy is the filtered one. They stay in
     main memory."""
+    sampler_logprobs: Float[Tensor, "B T"] | None = None
+    """The sampler's own log-probs, where the KL in the loss is weighted by ratios to them."""
+    kl_baselines: Float[Tensor, "B T"] | None = None
+    """What the gradient of a KL in the loss is centred on (`KL.centring`), where it is."""
     is_learnt: Bool[Tensor, "B"] | None = None
     """Which responses enter the actor's loss; None: all."""
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -272,3 +274,16 @@ def test_a_response_without_tokens_counts_in_the_baseline_with_its_score():
         advantages, _ = part(rewards, batch)
         assert advantages[0, 1:].tolist() == [expected] * 3
         assert not advantages[1].any()
+
+
+def test_tool_tokens_as_steps_of_value_0_by_hand():
+    rewards, values = tensor([0.0, 9.0, 1.0, 9.0]), tensor([0.5, 9.0, 0.6, 9.0])
+    mask = torch.tensor([[True, False, True, False]])
+    batch = dataclasses.replace(ragged_batch([3], [0.0]), response_mask=mask, values=values)
+    skipped, _ = Gae(lam=0.5)(rewards, batch)
+    torch.testing.assert_close(skipped, tensor([0.3, 0.0, 0.4, 0.0]))
+    counted, returns = Gae(lam=0.5, tool_tokens="steps")(rewards, batch)
+    torch.testing.assert_close(counted, tensor([-0.1, 0.0, 0.4, 0.0]))
+    torch.testing.assert_close(returns, tensor([0.4, 0.0, 1.0, 0.0]))
+    _, own_targets = Gae(lam=0.5, value_lam=0.0, tool_tokens="steps")(rewards, batch)
+    torch.testing.assert_close(own_targets, tensor([0.0, 0.0, 1.0, 0.0]))  # V + δ = 0.5 − 0.5

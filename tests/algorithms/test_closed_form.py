@@ -3,17 +3,28 @@
 import pytest
 import torch
 
+from quartet.algorithms.preference import PREFERENCES
 from tests.support import closed_form
 from tests.support.closed_form import (
     BATCH_STATISTICS,
     EXACT_STEPS,
     PLACEMENTS,
     PRESETS,
+    SAMPLES,
     WHY_NOT,
     exact,
+    off_policy,
     optimum,
-    published,
     sampled,
+)
+from tests.support.closed_form_tables import (
+    GROUPS,
+    REGIONS,
+    WHY_NOT_PREFERENCES,
+    WITH_GROUPS,
+    natural,
+    preference,
+    published,
 )
 
 NAMES = [*PLACEMENTS, *PRESETS]
@@ -21,6 +32,7 @@ IN_EVERY_RUN = {
     *("ppo", "rloo", "reinforce", "remax", "grpo"),
     *(f"in the reward, {e}" for e in ("k1", "k3", "exact")),
     *(f"in the loss, {e}" for e in ("k1", "k2", "k3")),
+    "in the loss, k3, weight sequence, baseline",
     *(
         f"in the loss, {e}"
         for e in ("k1, weight token", "k1, weight sequence", "exact, weight sequence")
@@ -63,6 +75,9 @@ def test_the_optimum_is_one():
 def test_the_tables_name_everything():
     assert list(published()) == NAMES
     assert set(WHY_NOT) <= set(NAMES)
+    assert list(published("regions")) == list(REGIONS)
+    assert list(published("groups")) == WITH_GROUPS
+    assert list(published("comparisons")) == list(PREFERENCES)
 
 
 @pytest.mark.parametrize("name", each(n for n in NAMES if n not in BATCH_STATISTICS))
@@ -85,3 +100,41 @@ def test_with_samples(name):
         assert distance < 0.02
     elif name not in {"a2c", "in the loss, k1, weight sequence; group mean"}:  # as near as noise
         assert distance > 0.02
+
+
+@pytest.mark.parametrize("name", each(NAMES, {"ppo", "in the loss, k3, weight sequence, baseline"}))
+@pytest.mark.slow
+def test_with_four_updates_from_the_same_samples(name):
+    distance = off_policy(name).distance
+    if name not in WHY_NOT:
+        assert distance < 0.02
+    assert distance == pytest.approx(published()[name][2], abs=2e-3)
+
+
+@pytest.mark.parametrize("size", GROUPS)
+@pytest.mark.parametrize("name", each(WITH_GROUPS, {"rloo"}))
+@pytest.mark.slow
+def test_with_groups_of_several_sizes(name, size):
+    distance = off_policy(name, size).distance
+    if name not in WHY_NOT:
+        assert distance < 0.02
+    assert distance == pytest.approx(published("groups")[name][GROUPS.index(size)], abs=2e-3)
+
+
+@pytest.mark.parametrize("name", each(PREFERENCES, {"dpo", "ipo"}))
+@pytest.mark.slow
+def test_losses_on_comparisons(name):
+    distance, by_samples = preference(name).distance, preference(name, SAMPLES).distance
+    assert [distance, by_samples] == pytest.approx(published("comparisons")[name], abs=2e-3)
+    if name in WHY_NOT_PREFERENCES:
+        assert distance > 0.03
+    else:
+        assert distance < 1e-3 and by_samples < 0.02
+
+
+@pytest.mark.parametrize("name", REGIONS)
+@pytest.mark.slow
+def test_the_update_of_a_trust_region_gets_there_too(name):
+    distance, by_samples = natural(name).distance, natural(name, SAMPLES).distance
+    assert distance < 1e-3 and by_samples < 2e-3
+    assert [distance, by_samples] == pytest.approx(published("regions")[name], abs=5e-4)

@@ -42,7 +42,9 @@ def expected_gradient(algorithm, logits):
     """The gradient of the loss, summed over tokens, in expectation over the student's responses."""
     values = torch.zeros(len(PREFIXES), dtype=torch.float64, requires_grad=True)
     weights = distribution(logits.detach())
-    return gradients(algorithm, logits, values, EVERYTHING, EVERYTHING, weights)[0]
+    batch = closed_form.make_batch(logits, EVERYTHING, EVERYTHING, values.detach())
+    made = algorithm.experience(batch)
+    return gradients(algorithm, made, logits, values, EVERYTHING, weights)[0]
 
 
 def kl_of_each_token(logits):

@@ -149,3 +149,17 @@ def test_in_the_loss_with_weights_the_gradient_is_that_of_the_kl_on_and_off_poli
                 gradient(KLInLoss(estimator=estimator, coef=1.0, weight=weight)), expected
             )
         assert (gradient(KLInLoss(estimator=estimator, coef=1.0)) - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("weight", ["none", "token", "sequence"])
+@pytest.mark.parametrize("estimator", ["k1", "k3", "exact"])
+def test_nan_in_padding_reaches_no_gradient(estimator, weight):
+    if (estimator, weight) == ("exact", "token"):
+        pytest.skip("refused")
+    mask = torch.tensor([[True, True, False]])
+    logprobs, exact = (torch.tensor([[-1.0, -1.5, math.nan]], requires_grad=True) for _ in range(2))
+    old, ref = (torch.tensor([[-1.0, x, math.nan]]) for x in (-2.0, -2.5))
+    loss = KLInLoss(estimator=estimator, weight=weight).loss(logprobs, old, ref, exact, mask)
+    torch.where(mask, loss, 0.0).sum().backward()
+    for leaf in (logprobs, exact):
+        assert leaf.grad is None or leaf.grad.isfinite().all()

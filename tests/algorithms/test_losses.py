@@ -5,7 +5,14 @@ import torch
 
 from quartet.algorithms.aggregation import FixedLength, SequenceMean, TokenMean
 from quartet.algorithms.entropy import EntropyBonus
-from quartet.algorithms.policy_loss import Clip, DualClip, ImportanceWeighted, Reinforce, Surrogate
+from quartet.algorithms.policy_loss import (
+    Clip,
+    DualClip,
+    Gmpo,
+    ImportanceWeighted,
+    Reinforce,
+    Surrogate,
+)
 from quartet.algorithms.preference import bradley_terry
 from quartet.algorithms.value_loss import ClippedValueLoss
 
@@ -136,3 +143,13 @@ def test_the_expected_gradient_of_each_loss_of_a_sampled_token(policy_loss, expe
     losses = -advantages * logprobs.exp() if policy_loss is None else policy_loss(tokens)[:, 0]
     (old.exp() * losses).sum().backward()
     assert -float(logits.grad[1]) == pytest.approx(expected)
+
+
+def test_nan_in_padding_reaches_no_gradient_of_gmpo():
+    """Its ratio is one number per response, so a product with NaN at one token would spoil all."""
+    mask = torch.tensor([[True, True, False]])
+    logprobs = torch.tensor([[-1.0, -1.5, torch.nan]], requires_grad=True)
+    old, advantages = torch.tensor([[-1.0, -2.0, torch.nan]]), torch.tensor([[1.0, 1.0, torch.nan]])
+    loss = Gmpo()(Surrogate(logprobs, old, advantages, mask))
+    torch.where(mask, loss, 0.0).sum().backward()
+    assert logprobs.grad.isfinite().all()

@@ -149,6 +149,23 @@ def gae(row, gamma, lam, after=0.0):
     ]
 
 
+def gae_in_steps(row, gamma, lam, after=0.0):
+    """Tokens of others, but those before the first own token, are states of value 0 without a reward (OpenRLHF)."""
+    rewards, values, own = [], [], []
+    for t, gap in enumerate(row.gaps):
+        steps = [(0.0, 0.0, False)] if gap and t > 0 else []
+        for reward, value, is_own in [*steps, (row.rewards[t], row.values[t], True)]:
+            rewards.append(reward)
+            values.append(value)
+            own.append(is_own)
+    advantages, advantage, following = [], 0.0, after
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        advantage = reward + gamma * following - value + gamma * lam * advantage
+        following = value
+        advantages.insert(0, advantage)
+    return [a for a, is_own in zip(advantages, own, strict=True) if is_own]
+
+
 def n_step(row, n, gamma, after=0.0):
     """Sutton & Barto: at most n rewards, then the value of the state that was reached."""
     found = []
@@ -212,6 +229,10 @@ ADVANTAGES = {
     "gae, bootstrapped": (
         Gae(gamma=0.9, lam=0.7, bootstrap_truncated=True),
         lambda rows: [gae(r, 0.9, 0.7, 0.0 if r.ended else r.final) for r in rows],
+    ),
+    "gae, tool tokens are steps": (
+        Gae(gamma=0.9, lam=0.7, bootstrap_truncated=True, tool_tokens="steps"),
+        lambda rows: [gae_in_steps(r, 0.9, 0.7, 0.0 if r.ended else r.final) for r in rows],
     ),
     "length adaptive": (
         LengthAdaptiveGae(alpha=0.4),

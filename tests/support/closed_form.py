@@ -7,14 +7,13 @@ E[score] − β KL(π ‖ π_ref) is known: π* ∝ π_ref exp(score / β). An a
 probability; every pair of responses where groups are compared) or with samples. What is measured is the total variation
 between what it converges to and π*.
 
-    python -m tests.support.closed_form        writes the tables of docs/algorithms.md
+`closed_form_tables.py` writes the tables of docs/algorithms.md.
 """
 
 import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -25,10 +24,9 @@ from quartet.algorithms.baselines import GroupMean, LeaveOneOut, ReturnToGo
 from quartet.algorithms.kl import FixedCoef, KLInLoss, KLInReward, NoKL, exact_kl
 from quartet.algorithms.policy_loss import ImportanceWeighted
 from quartet.algorithms.presets import ALGORITHMS
-from quartet.experience import Batch
+from quartet.experience import Batch, Experience
 
 V, L, EOS, BETA = 4, 3, 0, 0.5
-DOCS = Path(__file__).parents[2] / "docs" / "algorithms.md"
 
 PREFIXES = [p for n in range(L) for p in itertools.product(range(1, V), repeat=n)]
 STATE = {prefix: i for i, prefix in enumerate(PREFIXES)}
@@ -138,15 +136,14 @@ def exact_values(algorithm: Algorithm, logits: torch.Tensor) -> torch.Tensor:
 
 def gradients(
     algorithm: Algorithm,
+    made: Experience,
     logits: torch.Tensor,
     values: torch.Tensor,
     rows: torch.Tensor,
-    groups: torch.Tensor,
     weights: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """Of the algorithm's loss with respect to the tables of logits and values. Rows do not mix in the loss, so that a row may
     be given a weight by scaling the gradient of its log-probs."""
-    made = algorithm.experience(make_batch(logits, rows, groups, values.detach()))
     state = torch.where(MASK[rows], VISITED[rows], 0)
     now = {
         "logprobs": token_logprobs(logits, rows),
@@ -175,37 +172,55 @@ def gradients(
     ]
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """What a step learns from."""
+
+    samples: int = 0
+    """Responses per step; 0: every response, or every pair where others are compared with, weighted by its probability."""
+    group: int = 8
+    epochs: int = 1
+    """Updates from the responses of one step, all but the first of them off-policy."""
+
+    def draw(
+        self, algorithm: Algorithm, p: torch.Tensor, rng: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Responses, their groups, and their weights."""
+        everything = torch.arange(len(RESPONSES))
+        if self.samples:
+            rows = torch.multinomial(p, self.samples, replacement=True, generator=rng)
+            return rows, torch.arange(self.samples) // self.group, None
+        if algorithm.needs_group or getattr(algorithm.kl, "baseline", "none") != "none":
+            pairs = torch.cartesian_prod(everything, everything)
+            groups = torch.arange(len(pairs)).repeat_interleave(2)
+            return pairs.flatten(), groups, p[pairs].prod(dim=1).repeat_interleave(2)
+        return everything, everything, p
+
+
 def train(
-    algorithm: Algorithm, sampled: int = 0, steps: int = 2000, lr: float = 0.1, seed: int = 0
+    algorithm: Algorithm,
+    sampling: Sampling = Sampling(),
+    steps: int = 2000,
+    lr: float = 0.1,
+    seed: int = 0,
 ) -> Reached:
-    """Gradient steps from the reference until the rate has gone to 0: with exact expectations, or with `sampled` responses
-    per step (in groups of 8) and a critic that is learnt along."""
+    """Gradient steps from the reference until the rate has gone to 0: with exact expectations, or with sampled responses and a
+    critic that is learnt along."""
     logits = REFERENCE.clone().requires_grad_()
     values = torch.zeros(len(PREFIXES), dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([logits, values], lr=lr, betas=(0.9, 0.99), eps=1e-6)
     rng = torch.Generator().manual_seed(seed)
-    everything = torch.arange(len(RESPONSES))
-    pairs = torch.cartesian_prod(everything, everything)
     for step in range(steps):
         adam.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-        p = distribution(logits.detach())
-        if sampled:
-            rows, weights = torch.multinomial(p, sampled, replacement=True, generator=rng), None
-            groups = torch.arange(sampled) // 8
-        elif algorithm.needs_group:
-            rows, weights = pairs.flatten(), p[pairs].prod(dim=1).repeat_interleave(2)
-            groups = torch.arange(len(pairs)).repeat_interleave(2)
-        else:
-            rows, weights, groups = everything, p, everything
-        judge = (
-            exact_values(algorithm, logits)
-            if algorithm.num_continuations or (algorithm.needs_critic and not sampled)
-            else values
-        )
+        if step % sampling.epochs == 0:
+            old = logits.detach().clone()
+            rows, groups, weights = sampling.draw(algorithm, distribution(old), rng)
+            knows = algorithm.num_continuations or (algorithm.needs_critic and not sampling.samples)
+            judge = exact_values(algorithm, old) if knows else values.detach().clone()
+            made = algorithm.experience(make_batch(old, rows, groups, judge))
         adam.zero_grad()
-        logits.grad, values.grad = gradients(
-            algorithm, logits, judge.detach().requires_grad_(), rows, groups, weights
-        )
+        critic = judge.requires_grad_() if knows else values
+        logits.grad, values.grad = gradients(algorithm, made, logits, critic, rows, weights)
         adam.step()
     return reached(logits.detach())
 
@@ -258,6 +273,12 @@ PLACEMENTS: dict[str, Algorithm] = {
     **{f"in the loss, {e}, weight token": placement(in_loss(e, "token")) for e in ("k1", "k3")},
     **{
         f"in the loss, {e}, weight sequence": placement(in_loss(e, "sequence"))
+        for e in ("k1", "k3", "exact")
+    },
+    **{
+        f"in the loss, {e}, weight sequence, baseline": placement(
+            KLInLoss(estimator=e, coef=BETA, weight="sequence", baseline="leave_one_out")
+        )
         for e in ("k1", "k3", "exact")
     },
     "in the reward, k1; group mean": placement(in_reward("k1"), advantage=GroupMean(std="none")),
@@ -316,48 +337,10 @@ def exact(name: str, steps: int = EXACT_STEPS) -> Reached | None:
 
 
 def sampled(name: str) -> Reached:
-    return train({**PLACEMENTS, **PRESETS}[name], sampled=SAMPLES, steps=SAMPLED_STEPS)
+    return train({**PLACEMENTS, **PRESETS}[name], Sampling(SAMPLES), SAMPLED_STEPS)
 
 
-# --- the tables of docs/algorithms.md ------------------------------------------------------------------------------------
-
-ABOUT_PRESETS = """The presets, with β as their coefficient and no controller. The exact column omits whitening, which only scales the expectation of an
-on-policy step. `trpo` and `npg` are represented by their loss; their update is tested elsewhere. `instructgpt` is without PTX."""
-BEGIN, END = "<!-- closed form: begin -->", "<!-- closed form: end -->"
-
-
-def table(names: list[str]) -> str:
-    lines = ["| | exact | sampled | |", "|---|---|---|---|"]
-    for name in names:
-        found = exact(name)
-        first = "–" if found is None else f"{found.distance:.4f}"
-        lines.append(
-            f"| {name} | {first} | {sampled(name).distance:.3f} | {WHY_NOT.get(name, 'π*')} |"
-        )
-        print(lines[-1], flush=True)
-    return "\n".join(lines)
-
-
-def published() -> dict[str, tuple[float | None, float]]:
-    """The distances that docs/algorithms.md prints: exact and sampled, by name."""
-    block = DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in block.splitlines()
-        if line.startswith("| ")
-    ]
-    return {
-        row[0]: (None if row[1] == "–" else float(row[1]), float(row[2])) for row in rows if row[0]
-    }
-
-
-def main() -> None:
-    text = DOCS.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    made = f"{BEGIN}\n\n{table(list(PLACEMENTS))}\n\n{ABOUT_PRESETS}\n\n{table(list(PRESETS))}\n\n{END}"
-    DOCS.write_text(before + made + after, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def off_policy(name: str, group: int = 8) -> Reached:
+    """Four updates from the responses of each step."""
+    sampling = Sampling(SAMPLES, group, epochs=4)
+    return train({**PLACEMENTS, **PRESETS}[name], sampling, SAMPLED_STEPS)

@@ -105,6 +105,12 @@ def return_to_go(
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
 
 
+def between_first_and_last(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Return where a row is between the first and the last entry of its mask, these included."""
+    begun = mask.cummax(dim=1).values
+    return begun & mask.flip(1).cummax(dim=1).values.flip(1)
+
+
 # --- parts with a critic ---
 
 
@@ -176,7 +182,18 @@ class Advantage(Family):
 
 
 class Gae(Advantage):
-    """Advantages by GAE with a critic. λ = 1 is Monte Carlo, λ = 0 the TD error."""
+    """Advantages by GAE with a critic. λ = 1 is Monte Carlo, λ = 0 the TD error.
+
+    Between two turns of a response are tokens that an environment wrote, a tool's output. With
+    `tool_tokens = "skipped"` the recursion goes from the last token of one turn to the first of the
+    next (veRL, NeMo-RL). With "steps" each of them is a state of value 0 without a reward, as
+    OpenRLHF counts them: an advantage is discounted by γ λ at each of them, and the last token of a
+    turn is followed by the value 0.
+
+    A token, a tool's token and a token with rewards (0, –, 1), values (0.5, –, 0.6), γ = 1, λ =
+    0.5: (0.1 + 0.5·0.4, –, 0.4) = (0.3, –, 0.4) skipped; in steps the tool's δ is 0.6 − 0, so A =
+    (0 − 0.5 + 0.5·(0.6 + 0.5·0.4), –, 0.4) = (−0.1, –, 0.4).
+    """
 
     type: Literal["gae"] = "gae"
     gamma: float = Field(default=1.0, ge=0, le=1, description=GAMMA)
@@ -187,6 +204,11 @@ class Gae(Advantage):
         description="True: a response that was cut off ends in the critic's value of its "
         "last state; False: in 0.",
     )
+    tool_tokens: Literal["skipped", "steps"] = Field(
+        default="skipped",
+        description="What tokens of an environment between two turns are: no steps at all, or "
+        "steps of value 0.",
+    )
     needs_critic = True
 
     @property
@@ -196,10 +218,17 @@ class Gae(Advantage):
     def __call__(self, token_rewards: Float[Tensor, "B T"], batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the advantages and the critic's targets, both [B T]."""
         values, final = critic_values(batch, self.bootstrap_truncated)
-        advantages = gae(token_rewards, values, batch.response_mask, self.gamma, self.lam, final)
-        return _with_targets(
-            advantages, token_rewards, batch, self.gamma, self.value_lam, self.bootstrap_truncated
-        )
+        mask, is_step = batch.response_mask, batch.response_mask
+        if self.tool_tokens == "steps":
+            is_step = between_first_and_last(mask)
+            token_rewards, values = masked(token_rewards, mask), masked(values, mask)
+
+        def estimate(lam: float) -> Tensor:
+            return masked(gae(token_rewards, values, is_step, self.gamma, lam, final), mask)
+
+        advantages = estimate(self.lam)
+        error = advantages if self.value_lam is None else estimate(self.value_lam)
+        return advantages, masked(error + values, mask)
 
 
 class LengthAdaptiveGae(Advantage):

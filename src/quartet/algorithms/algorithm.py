@@ -14,7 +14,7 @@ from quartet.algorithms.correction import Correction, NoCorrection
 from quartet.algorithms.entropy import Entropy, EntropyBonus
 from quartet.algorithms.groups import AllGroups, Groups
 from quartet.algorithms.imitation import PositiveExamples, Pretraining
-from quartet.algorithms.kl import KL, KLInReward
+from quartet.algorithms.kl import KL, KLInLoss, KLInReward
 from quartet.algorithms.masked import masked, masked_mean
 from quartet.algorithms.policy_loss import Clip, PolicyLoss, Surrogate
 from quartet.algorithms.rewards import LastToken, Rewards, ScoreShape, whiten_keeping_mean
@@ -111,6 +111,8 @@ class Algorithm:
                 "continuations have neither shaped scores nor a KL penalty. Use scores = [], "
                 'rewards = { type = "last_token" }, and kl = { type = "in_loss" } or "none".'
             )
+        if isinstance(self.kl, KLInLoss) and self.kl.baseline != "none":
+            self._keeps_the_baseline_unbiased()
         if self.groups.max_rounds > 1 and not self.needs_group:
             raise ValueError(
                 f'groups.type = "{self.groups.type}" drops groups of equal scores, and '
@@ -118,6 +120,21 @@ class Algorithm:
                 'no groups. Use groups = { type = "all" }.'
             )
         return self
+
+    def _keeps_the_baseline_unbiased(self) -> None:
+        """Raise ValueError where the weight of a response depends on what the response says: the
+        gradient of a baseline then has another expectation than 0."""
+        if self.aggregation.type == "sequence_mean":
+            raise ValueError(
+                'kl.baseline: aggregation.type = "sequence_mean" divides the KL of a response by '
+                "its length, and a baseline then changes the expected gradient. Use aggregation = "
+                '{ type = "fixed_length" }.'
+            )
+        if self.mask_truncated:
+            raise ValueError(
+                "kl.baseline: mask_truncated leaves responses out by their length, and a baseline "
+                "then changes the expected gradient. Use mask_truncated = false."
+            )
 
     # --- what it needs ---
 
@@ -215,6 +232,10 @@ class Algorithm:
             if batch.entropy is None
             else masked_mean(batch.entropy, mask).expand(len(mask)),
             kept=batch.kept,
+            sampler_logprobs=masked(batch.rollout_logprobs, mask)
+            if self.kl.reads_sampler
+            else None,
+            kl_baselines=self.kl.token_baselines(batch),
             is_learnt=batch.ended if self.mask_truncated else None,
         )
 
@@ -238,13 +259,7 @@ class Algorithm:
         now = now.within(experience.response_mask)
         per_token = {
             "policy": self._policy(experience, now),
-            "kl": self.kl.loss(
-                now.logprobs,
-                experience.old_logprobs,
-                experience.ref_logprobs,
-                now.exact_kl,
-                experience.response_mask,
-            ),
+            "kl": self._kl(experience, now),
             "entropy": self.entropy(now.entropy, experience.mean_entropy),
         }
         if self.value_loss.trains_critic and now.values is not None:
@@ -284,6 +299,15 @@ class Algorithm:
             Surrogate(now.logprobs, experience.old_logprobs, experience.advantages, mask)
         )
         return loss if experience.weights is None else experience.weights * loss
+
+    def _kl(self, experience: Experience, now: Forward) -> Float[Tensor, "B T"]:
+        mask, baselines = experience.response_mask, experience.kl_baselines
+        sampler = experience.sampler_logprobs
+        old = experience.old_logprobs if sampler is None else sampler
+        loss = self.kl.loss(now.logprobs, old, experience.ref_logprobs, now.exact_kl, mask)
+        if baselines is None:
+            return loss
+        return loss - self.kl.centring(now.logprobs, old, baselines, mask)
 
     def _masks(self, experience: Experience) -> dict[str, Bool[Tensor, "B T"]]:
         """Return the tokens of each term of the loss. The actor's terms leave out responses that

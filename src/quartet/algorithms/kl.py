@@ -13,9 +13,10 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
-from quartet.algorithms.masked import masked
+from quartet.algorithms.masked import masked, mean_of_others
+from quartet.experience import Batch
 from quartet.parts import Family, Field
-from quartet.tensors import Bool, Float, Tensor, torch
+from quartet.tensors import Bool, Float, Int, Tensor, torch
 
 Estimator = Literal["k1", "k2", "k3", "abs", "squared", "exact"]
 COEF = "It multiplies a penalty; a negative value rewards leaving the reference model."
@@ -88,6 +89,36 @@ def estimate(
     return SAMPLED[estimator](logprobs, ref_logprobs)
 
 
+def kl_to_go_of_others(
+    kl: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    groups: Int[Tensor, "B"],
+    own_token: bool = True,
+) -> Float[Tensor, "B T"]:
+    """Return for token n of each response the mean of Σ_{m ≥ n} kl_m over the other responses of
+    its group; of the batch, where it is alone in its group. Tokens are counted within the mask, and
+    a response that has ended has nothing to go. With `own_token = False` the sum is over m > n.
+
+    KLs (1, 2) and (3, 4, 5) in one group: (12, 9) for the first response, (3, 2, 0) for the second.
+    """
+    order = torch.argsort(~mask, dim=1, stable=True)  # entries of the mask first, in their order
+    own = masked(kl, mask).gather(1, order)
+    to_go = own.flip(1).cumsum(dim=1).flip(1)
+    mean = mean_of_others(to_go if own_token else to_go - own, groups)
+    return masked(torch.zeros_like(kl).scatter(1, order, mean), mask)
+
+
+def by_token(to_go: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Return b_n − b_{n+1} at token n of each response, and b_n at its last: summed from a token
+    on, they are its b again. (12, 9) gives (3, 9)."""
+    following = torch.zeros_like(to_go[:, 0])
+    parts = torch.zeros_like(to_go)
+    for t in reversed(range(to_go.shape[1])):
+        parts[:, t] = torch.where(mask[:, t], to_go[:, t] - following, 0.0)
+        following = torch.where(mask[:, t], to_go[:, t], following)
+    return parts
+
+
 # --- coefficients ---
 
 
@@ -152,6 +183,12 @@ class KL(Family):
         """Whether `loss` reads the exact KL over the vocabulary."""
         return False
 
+    @property
+    def reads_sampler(self) -> bool:
+        """Whether the `old_logprobs` of its loss are those of the policy that sampled, also where
+        the step begins with another one (servers, a staleness)."""
+        return False
+
     def reward(
         self, old_logprobs: Float[Tensor, "B T"], ref_logprobs: Tensor | None, exact: Tensor | None
     ) -> Float[Tensor, "B T"]:
@@ -167,6 +204,22 @@ class KL(Family):
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
         """Return what is added to each token's loss."""
+        return torch.zeros_like(logprobs)
+
+    def token_baselines(self, batch: Batch) -> Float[Tensor, "B T"] | None:
+        """Return what `centring` multiplies at each token, from everything that a step has sampled;
+        None, the default, where there is no such term."""
+        return None
+
+    def centring(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        baselines: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        """Return what is subtracted from each token's loss to lower the variance of its gradient.
+        It is 0; its gradient is not, and has expectation 0."""
         return torch.zeros_like(logprobs)
 
     def adapt(self, metrics: Mapping[str, float]) -> "KL":
@@ -223,7 +276,8 @@ class KLInLoss(KL):
     """Token loss coef · w_t · KL(π ‖ π_ref), differentiated with the rest of the loss (Shao et al.
     2024, GRPO, eq. 3–4).
 
-    The weight w_t says which gradient that is:
+    The weight w_t says which gradient that is. Its π_old is the policy that sampled: the sampler's
+    own log-probs are read, also where they are those of a server or of older weights.
 
     - "none": w = 1, the classic of the libraries. The gradient of a sampled k3 is not that of the
     KL, that of k1 is 0 in
@@ -235,6 +289,13 @@ class KLInLoss(KL):
     exact KL). The gradient
       is that of the KL of whole responses: it also knows that an early token decides how far later
       ones will be from the reference.
+
+    The gradient by "sequence" multiplies ∇log π(token t) by the weighted KL of this token and all
+    later ones, Σ_{s ≥ t} w_s KL_s. With `baseline = "leave_one_out"` it is Σ_{s ≥ t} w_s (KL_s −
+    c_s) instead, where c_s is the KL of the token at the same place in the other responses, at
+    π_old and on average (`kl_to_go_of_others`); what they have left after the end of this response
+    counts at its last token. c does not depend on this response, and E[w_s ∇log π(token t)] is 0
+    for every t ≤ s, so the expectation stays what it was.
     """
 
     type: Literal["in_loss"] = "in_loss"
@@ -249,10 +310,20 @@ class KLInLoss(KL):
         description="What weights the KL of a token: nothing, its ratio π / π_old "
         '("token"), or the product of the ratios up to it ("sequence").',
     )
+    baseline: Literal["none", "leave_one_out"] = Field(
+        default="none",
+        description="What is subtracted from the KL to go: nothing, or the mean KL to go of the "
+        "other responses to the prompt (of the step, where there are none).",
+    )
     controller: Controller = FixedCoef()
 
     @model_validator(mode="after")
     def _weighs_what_is_unbiased(self) -> "KLInLoss":
+        if self.baseline != "none" and self.weight != "sequence":
+            raise ValueError(
+                f'kl.baseline = "{self.baseline}" lowers the variance of the KL of later tokens, '
+                f'which kl.weight = "{self.weight}" leaves out. Use kl.weight = "sequence".'
+            )
         if self.weight != "none" and self.estimator in {"k2", "abs", "squared"}:
             raise ValueError(
                 f'kl.weight = "{self.weight}" corrects k1, k3 and exact only; {self.estimator} is '
@@ -270,6 +341,10 @@ class KLInLoss(KL):
     def exact_loss(self) -> bool:
         return self.estimator == "exact"
 
+    @property
+    def reads_sampler(self) -> bool:
+        return self.weight != "none"
+
     def loss(
         self,
         logprobs: Float[Tensor, "B T"],
@@ -278,14 +353,39 @@ class KLInLoss(KL):
         exact: Tensor | None,
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
+        logprobs = masked(
+            logprobs, mask
+        )  # a NaN of padding would reach the gradient by the product
+        ref_logprobs = None if ref_logprobs is None else masked(ref_logprobs, mask)
+        exact = None if exact is None else masked(exact, mask)
         penalty = self.coef * estimate(self.estimator, logprobs, ref_logprobs, exact)
         if self.weight == "none":
             return penalty
-        log_weight = masked(logprobs - old_logprobs, mask)
+        log_weight = logprobs - masked(old_logprobs, mask)
         if self.weight == "sequence":
             own = log_weight if self.estimator == "exact" else torch.zeros_like(log_weight)
             log_weight = log_weight.cumsum(dim=1) - own
         return log_weight.clamp(-20, 20).exp() * penalty
+
+    def token_baselines(self, batch: Batch) -> Float[Tensor, "B T"] | None:
+        if self.baseline == "none":
+            return None
+        assert batch.ref_logprobs is not None, "a KL penalty needs a reference"
+        mask = batch.response_mask
+        kl = k3(masked(batch.old_logprobs, mask), masked(batch.ref_logprobs, mask))
+        to_go = kl_to_go_of_others(kl, mask, batch.groups, self.estimator != "exact")
+        return self.coef * by_token(to_go, mask)
+
+    def centring(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        baselines: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        log_weight = masked(logprobs, mask) - masked(old_logprobs, mask)
+        weight = log_weight.cumsum(dim=1).clamp(-20, 20).exp()
+        return (weight - weight.detach()) * masked(baselines, mask)
 
     def coefficients(self) -> dict[str, float]:
         return {"kl/coef": self.coef}

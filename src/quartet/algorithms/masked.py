@@ -61,6 +61,18 @@ def group_mean(x: Float[Tensor, "B"], groups: Int[Tensor, "B"]) -> Float[Tensor,
     return (total / count)[index]
 
 
+def mean_of_others(x: Float[Tensor, "B T"], groups: Int[Tensor, "B"]) -> Float[Tensor, "B T"]:
+    """Return for every row the mean of the other rows of its group, column by column; of all other
+    rows, where it is alone in its group; 0 where there are none. Groups (0, 0, 1), x = (1, 3, 5):
+    (3, 1, 2)."""
+    index, count = _group_index(groups)
+    total = torch.zeros(len(count), x.shape[1], dtype=x.dtype, device=x.device)
+    alone = (count[index] == 1)[:, None]
+    sums = torch.where(alone, x.sum(dim=0), total.index_add_(0, index, x)[index])
+    others = torch.where(alone, len(x), count[index][:, None]) - 1
+    return (sums - x) / others.clamp(min=1)
+
+
 def group_std(
     x: Float[Tensor, "B"], groups: Int[Tensor, "B"], sample: bool = True
 ) -> Float[Tensor, "B"]:

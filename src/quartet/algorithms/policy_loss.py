@@ -366,13 +366,14 @@ class Gmpo(PolicyLoss):
 
     def __call__(self, tokens: Surrogate) -> Float[Tensor, "B T"]:
         log_ratio = masked(tokens.logprobs - tokens.old_logprobs, tokens.mask)
+        advantages = masked(tokens.advantages, tokens.mask)
         kept = torch.where(
-            tokens.advantages > 0,
+            advantages > 0,
             log_ratio.clamp(max=self.window),
             log_ratio.clamp(min=-self.window),
         )
         mean = kept.sum(dim=1, keepdim=True) / tokens.mask.sum(dim=1, keepdim=True).clamp(min=1)
-        return -tokens.advantages * mean.clamp(-20, 20).exp()
+        return -advantages * mean.clamp(-20, 20).exp()
 
     def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
         log_ratio = tokens.logprobs - tokens.old_logprobs
