@@ -23,6 +23,7 @@ PAGES = (
     "tokens?kind=probes&step=0&sample=0",
     "frontier",
     "answers",
+    "labels",
     "reward-model",
     "doctor",
     "config",

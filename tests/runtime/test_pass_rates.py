@@ -4,6 +4,8 @@ import signal
 
 import pytest
 
+from quartet.data.prompt_sampling import EveryPrompt
+from quartet.runtime.resume import with_later_keys
 from tests.launch.test_launch import assert_alike, done, metrics
 from tests.runtime.test_resume import stopped
 from tests.support.tiny_run import SMALL
@@ -36,6 +38,10 @@ def test_a_run_that_was_stopped_draws_the_prompts_of_one_that_was_not(tmp_path, 
     # The tiny model solves nothing: once all 16 are seen, they are hard, and drawn seldom.
     last = ours["grpo", 12]
     assert last["prompts/hard"] >= 12 and last["prompts/unseen"] == 0
+
+
+def test_a_checkpoint_of_an_older_version_drew_every_prompt():
+    assert with_later_keys({})["data.sampling.type"] == EveryPrompt().type
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ PAGES = (
     "tokens?kind=probes&step=4&sample=1",
     "frontier",
     "answers",
+    "labels",
     "reward-model",
     "critic",
     "doctor",

@@ -32,6 +32,7 @@ PAGES = [
     "tokens?kind=probes",
     "frontier",
     "answers",
+    "labels",
     "reward-model",
     "critic",
     "evaluations",

@@ -70,7 +70,9 @@ is the number of reward models, each of which has a stage."""
 
 def roles_that_read(key: str) -> frozenset[str] | None:
     """Return the roles of the stages that read a dotted key, None where the whole run does."""
-    return READ_BY.get(key, READ_BY.get(key.partition(".")[0]))
+    words = key.split(".")
+    within = (".".join(words[:count]) for count in range(len(words), 0, -1))
+    return next((READ_BY[place] for place in within if place in READ_BY), None)
 
 
 def changes_what_is_learnt(key: str) -> bool:

@@ -156,6 +156,11 @@ def read_labels(path: Path) -> Labels:
         return Labels(())
     except OSError as error:
         raise LabelError(f"{path}: cannot be read ({error.strerror}).") from error
+    return labels_in(content, path)
+
+
+def labels_in(content: bytes, path: Path) -> Labels:
+    """Return the labels of the content of a file; `path` is what an error calls it."""
     lines = content.split(b"\n")
     rows: dict[int, dict[str, Any]] = {}
     unreadable: list[int] = []

@@ -184,6 +184,7 @@ ADDED_LATER: dict[str, Any] = {
     "rollout.min_new_tokens": 0,
     "rollout.stop": [],
     "algorithm.mask_truncated": False,
+    "data.sampling.type": "every",
 } | {
     f"{kind.optim}.{name}": value
     for name, value in {"optimizer": "adamw", "min_lr_ratio": 0.0, "warmup_ratio": 0.0}.items()

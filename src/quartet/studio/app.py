@@ -28,6 +28,7 @@ from quartet.runs.critic_figures import audit_figures
 from quartet.runs.definitions import definition
 from quartet.runs.doctor import diagnose
 from quartet.runs.evaluations import evaluation_tables, evaluations, kl_frontier
+from quartet.runs.label_tables import labelled_run
 from quartet.runs.reader import DamagedRun, NoRun, Run
 from quartet.runs.rules import RULES
 from quartet.runs.untrusted import finite
@@ -294,6 +295,14 @@ class Pages:
             page="answers",
         )
 
+    def labels(self, request: Request) -> Response:
+        run = self.run_of(request)
+        labelled = labelled_run(run)
+        rows = labelled.shown(views.SAMPLES_SHOWN)
+        return self.html(
+            "labels.html", title="Labels", run=run, labelled=labelled, rows=rows, page="labels"
+        )
+
     def evaluations(self, request: Request) -> Response:
         run = self.run_of(request)
         results, problems = evaluations(run.path)
@@ -397,6 +406,7 @@ def make_app(
         "/run/{name}/tokens": pages.tokens,
         "/run/{name}/frontier": pages.frontier,
         "/run/{name}/answers": pages.answers,
+        "/run/{name}/labels": pages.labels,
         "/run/{name}/reward-model": pages.reward_model,
         "/run/{name}/evaluations": pages.evaluations,
         "/run/{name}/critic": pages.critic,
