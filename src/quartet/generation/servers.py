@@ -31,18 +31,24 @@ from quartet.experience import Prompt, Rollout
 from quartet.generation.dialects import Dialect, Order, Piece
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
+from quartet.generation.server import (
+    FAILURES,
+    PAUSE,
+    BadReply,
+    Server,
+    accepted,
+    json_table,
+)
 from quartet.generation.stops import StopStrings
-from quartet.generation.transfer import TransferFailed, WeightTransfer
+from quartet.generation.transfer import WeightTransfer
 from quartet.io.activity import counted
-from quartet.io.http_client import HttpClient, Reply, RequestError, encode, error_in
+from quartet.io.http_client import HttpClient, Reply, RequestError, encode
 from quartet.io.texts import excerpt
 from quartet.io.threads import map_concurrently, result_of
 from quartet.models.protocols import Tokenizer
 from quartet.models.text import decoded_response
 
 log = logging.getLogger(__name__)
-PAUSE = 0.5
-"""Seconds before a server that failed is tried again."""
 MAX_BYTES, BYTES_PER_TOKEN = 1_000_000, 1_000
 """The largest reply: a fixed part, plus this much for each requested token."""
 BASE = "base"
@@ -55,49 +61,6 @@ class ServersGone(QuartetError, RuntimeError):
 
 class ServersAwake(QuartetError, RuntimeError):
     """A server cannot be put to sleep, so it keeps the memory of its GPU."""
-
-
-class BadReply(QuartetError):
-    """A reply is an error or has another form. The message is a phrase that follows the server's
-    name."""
-
-    def __init__(self, phrase: str, status: int = 200) -> None:
-        super().__init__(phrase)
-        self.status = status
-
-
-FAILURES = (RequestError, BadReply, TransferFailed)
-
-
-@dataclass
-class Server:
-    """A server and its state."""
-
-    url: str
-    version: int = -1
-    """The version of its weights; −1 means that it is not known."""
-    asleep: bool = False
-    """Whether it sleeps, or may do so."""
-    working: int = 0
-    """The number of requests in flight."""
-    failed: str | None = None
-    """Why it gets no requests; None while it works."""
-    again: float = 0.0
-    """The time.monotonic() from which it may be tried again."""
-    complaint: str | None = None
-    """The last reason that was logged."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def fail(self, reason: str) -> None:
-        """Stop sending requests for a while. Each new reason is logged once."""
-        self.failed, self.again = reason, time.monotonic() + PAUSE
-        if reason != self.complaint:
-            self.complaint = reason
-            log.warning(
-                "generation server %s %s. It is left alone until it answers again.",
-                self.url,
-                reason,
-            )
 
 
 @dataclass
@@ -273,7 +236,7 @@ class ServedGenerator:
         reply = self._post(server, order, MAX_BYTES + BYTES_PER_TOKEN * left, self.timeout)
         if name is not None and 400 <= reply.status < 500 and server.version != version:
             return  # it asked for an adapter that was taken off meanwhile
-        piece = self._piece(_table(reply), left)
+        piece = self._piece(json_table(reply), left)
         answer.ids += piece.ids
         answer.logprobs += piece.logprobs
         answer.versions += piece.versions if name is None else [version] * len(piece.ids)
@@ -456,7 +419,7 @@ class ServedGenerator:
             left = max(until - time.monotonic(), 0.0)
             content = None if body is None else encode(body)
             reply = self.client.request(method, server.url + path, content, left, MAX_BYTES)
-            return _table(reply)
+            return json_table(reply)
 
         self.transfer.push(server.url, version, ask)
 
@@ -502,7 +465,7 @@ class ServedGenerator:
         """Send orders one after another, which together end before time.monotonic() is `until`."""
         for order in orders:
             left = max(until - time.monotonic(), 0.0)
-            _accepted(self._post(server, order, MAX_BYTES, left))
+            accepted(self._post(server, order, MAX_BYTES, left))
 
     def _post(self, server: Server, order: Order, max_bytes: int, seconds: float) -> Reply:
         body = None if order.body is None else encode(order.body)
@@ -517,7 +480,7 @@ class ServedGenerator:
             if server.lock.locked() or time.monotonic() < server.again:
                 continue
             with contextlib.suppress(*FAILURES):
-                _accepted(
+                accepted(
                     self.client.request("GET", f"{server.url}/health", None, PAUSE * 4, MAX_BYTES)
                 )
                 if self._has_weights():
@@ -544,35 +507,3 @@ def _name(version: int) -> str:
     """Return the name of an adapter. It differs for each version, because a server's caches are
     keyed by it."""
     return f"policy-{version}"
-
-
-def _accepted(reply: Reply) -> None:
-    """Raise BadReply where a server refuses a request, even if the status is 200."""
-    if not 200 <= reply.status < 300:
-        raise BadReply(
-            f"answered {reply.status}: {excerpt(reply.body, 300)}".rstrip(" :."), reply.status
-        )
-    with contextlib.suppress(ValueError):
-        table = reply.json()
-        if (message := error_in(table)) is not None:
-            raise BadReply(f"answered with an error: {message}")
-        if isinstance(table, dict) and table.get("success") is False:
-            raise BadReply(f"refused: {excerpt(reply.body, 300)}")
-
-
-def _table(reply: Reply) -> Mapping[str, Any]:
-    """Return a reply's JSON object. Raises BadReply where it is something else."""
-    _accepted(reply)
-    if reply.status != 200:
-        raise BadReply(
-            f"answered {reply.status}: {excerpt(reply.body) or '(nothing)'}", reply.status
-        )
-    try:
-        table = reply.json()
-    except ValueError:
-        raise BadReply(
-            f"answered with something that is not JSON: {excerpt(reply.body) or '(nothing)'}"
-        ) from None
-    if not isinstance(table, dict):
-        raise BadReply(f"answered with something that is no object: {excerpt(reply.body)}")
-    return table

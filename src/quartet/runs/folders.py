@@ -3,8 +3,16 @@
 import re
 from pathlib import Path
 
+from quartet.errors import QuartetError
+from quartet.runs.untrusted import printable
+
 RECORD, SWEEP = "events.jsonl", "sweep.jsonl"
 """The record of a run and of a sweep: what their folders are known by."""
+
+
+class NoRun(QuartetError, ValueError):
+    """A folder is no run folder, or a run does not have what was requested. The message is a
+    sentence for the user."""
 
 
 def find_run(root: Path, name: str) -> Path | None:
@@ -42,3 +50,30 @@ def sweep_folders(root: Path) -> list[Path]:
     except OSError:
         return []
     return sorted(found, key=lambda path: (path / SWEEP).lstat().st_mtime, reverse=True)
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Return the run folders in a folder, the newest first, or the folder itself where it is one.
+    Links such as `latest` are skipped."""
+    if _written(root) is not None:
+        return [root.resolve()]
+    try:
+        entries = list(root.iterdir())
+    except OSError as error:
+        raise NoRun(
+            f"{printable(str(root))}: {'no such folder' if not root.is_dir() else error.strerror}."
+        ) from None
+    modified = {
+        path: when
+        for path in entries
+        if not path.is_symlink() and (when := _written(path)) is not None
+    }
+    return sorted(modified, key=modified.__getitem__, reverse=True)
+
+
+def _written(folder: Path) -> float | None:
+    """Return when events.jsonl of a folder was last written; None where there is none."""
+    try:
+        return (folder / RECORD).lstat().st_mtime
+    except (OSError, ValueError):
+        return None

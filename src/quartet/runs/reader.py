@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartet.errors import QuartetError
 from quartet.runs import records
 from quartet.runs.cases import Clipping, clip_case
 from quartet.runs.definitions import Definition
 from quartet.runs.event_log import EventLog, Series
+from quartet.runs.folders import NoRun, find_runs
 from quartet.runs.parquet import Column, read_parquet, values
 from quartet.runs.rollouts import TOKEN_COLUMNS, Sample, samples_of
 from quartet.runs.untrusted import (
@@ -54,11 +54,6 @@ PAIR_COLUMNS = {
     **dict.fromkeys(("chosen_tokens", "rejected_tokens"), Column("whole")),
     **dict.fromkeys(("chosen_score", "rejected_score"), Column("number")),
 }
-
-
-class NoRun(QuartetError, ValueError):
-    """A folder is no run folder, or a run does not have what was requested. The message is a
-    sentence for the user."""
 
 
 class DamagedRun(NoRun):
@@ -473,30 +468,3 @@ HEADLINE = ("loss", "accuracy", "reward", "reward/gold", "kl", "value/explained_
 
 def _usable(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
-
-
-def find_runs(root: Path) -> list[Path]:
-    """Return the run folders in a folder, the newest first, or the folder itself where it is one.
-    Links such as `latest` are skipped."""
-    if _written(root) is not None:
-        return [root.resolve()]
-    try:
-        entries = list(root.iterdir())
-    except OSError as error:
-        raise NoRun(
-            f"{printable(str(root))}: {'no such folder' if not root.is_dir() else error.strerror}."
-        ) from None
-    modified = {
-        path: when
-        for path in entries
-        if not path.is_symlink() and (when := _written(path)) is not None
-    }
-    return sorted(modified, key=modified.__getitem__, reverse=True)
-
-
-def _written(folder: Path) -> float | None:
-    """Return when events.jsonl of a folder was last written; None where there is none."""
-    try:
-        return (folder / EVENTS).lstat().st_mtime
-    except (OSError, ValueError):
-        return None
