@@ -49,10 +49,13 @@ def problem(root: Path, version: str) -> str | None:
 
 
 def release(root: Path, version: str, today: date) -> None:
-    """Write the version and the changelog, commit, and tag the commit as vX.Y.Z."""
+    """Write the version, the citation and the changelog, commit, and tag the commit as vX.Y.Z."""
     init, changes = _init(root), root / "CHANGELOG.md"
     code = LINE.sub(f'__version__ = "{version}"', init.read_text(encoding="utf-8"))
     init.write_text(code, encoding="utf-8")
+    citation = root / "CITATION.cff"
+    cited = re.sub(r"(?m)^version: .*$", f"version: {version}", citation.read_text("utf-8"))
+    citation.write_text(cited, encoding="utf-8")
     text = changes.read_text(encoding="utf-8")
     heading = f"## {version} ({today.day} {today:%B %Y})\n"
     changes.write_text(text.replace(OPEN, f"{OPEN}\n{heading}", 1), encoding="utf-8")

@@ -28,6 +28,7 @@ def project(tmp_path):
     (tmp_path / "CHANGELOG.md").write_text(
         "# Changes\n\n## Unreleased\n\n- It is faster.\n\n## 0.1.0\n\n- All.\n"
     )
+    (tmp_path / "CITATION.cff").write_text("cff-version: 1.2.0\nversion: 0.1.0\n")
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "config", "user.name", "A Person")
     git(tmp_path, "config", "user.email", "person@example.org")
@@ -45,6 +46,7 @@ def test_a_release_is_a_tagged_commit_with_the_version_and_a_closed_section(proj
     done = run(project, "0.2.0")
     assert done.returncode == 0, done.stderr
     assert '__version__ = "0.2.0"' in (project / "src/quartet/__init__.py").read_text()
+    assert (project / "CITATION.cff").read_text() == "cff-version: 1.2.0\nversion: 0.2.0\n"
     changes = (project / "CHANGELOG.md").read_text()
     open_section, _, closed = changes.partition("## 0.2.0 (")
     assert open_section == "# Changes\n\n## Unreleased\n\n"
