@@ -24,6 +24,7 @@ from quartet.api.run import RunInterrupted as RunInterrupted
 from quartet.api.run import TrainingRun as TrainingRun
 from quartet.api.sweep import sweep as sweep
 from quartet.api.train import train as train
+from quartet.data.prompt_sampling import PromptSampling as PromptSampling
 from quartet.data.row_shape import RowShape as RowShape
 from quartet.data.sampler import Sampler as Sampler
 from quartet.errors import QuartetError as QuartetError

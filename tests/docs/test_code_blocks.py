@@ -18,6 +18,7 @@ PAGES = [
 RUN_BY = {
     "README.md": "its names are those of api.md: `quartet.train` with other values",
     "critic.md": "tests/cli/test_critic.py",
+    "conformance.md": "tests/conformance/test_docs_page.py",
     "api.md": "tests/test_parts.py",
     "extending.md": "tests/test_extending.py",
     "from_python.md": "tests/docs/test_start.py",
