@@ -14,6 +14,7 @@ from quartet.cli import app
 from quartet.cli.chat import ChatSession
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError, load_model, load_tokenizer, save
+from quartet.runtime.log import no_progress_bars
 from tests.malformed.saying import readable
 from tests.support.world import model, tokenizer
 
@@ -154,7 +155,8 @@ def policy(whole, tmp_path):
 
 
 def exported(run, to, *words):
-    done = CliRunner().invoke(app, ["export", str(run), "--to", str(to), *words])
+    with no_progress_bars():  # the command does it by a variable that transformers read long ago
+        done = CliRunner().invoke(app, ["export", str(run), "--to", str(to), *words])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done
 

@@ -38,7 +38,7 @@ VERBS = {
     "sweep epsilon-beta optim.lrr=3": "command line: optim.lrr: no such key. Did you mean optim.lr?",
     "sweep empty --resume": '"empty": no such sweep, and not a .toml file.',
     "sweep reviews.toml": "reviews.toml: no such file.",
-    "init nosuch": '"nosuch": no such file to start from. Known are dpo, grpo, on_policy_distillation, ppo, reward_model, sft.',
+    "init nosuch": '"nosuch": no such file to start from. Known are dpo, grpo, ilql, on_policy_distillation, ppo, reward_model, sft.',
     "init ppo empty": "empty: exists already. Give another name: quartet init ppo NAME.toml",
     "algorithms pppo": '"pppo": no such preset. Did you mean ppo? `quartet algorithms` lists them.',
     "chat nowhere": "nowhere: has no policy/ or sft/ to talk to, and is no model's folder. Name a run folder that finished a stage, or a Hugging Face folder.",

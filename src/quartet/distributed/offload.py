@@ -148,6 +148,10 @@ class Offloading(Placement):
             self.shared[id(module_or_optimizer)] = {id(tensor) for tensor in shared_with}
             self._forget(module_or_optimizer)
             self._replace(module_or_optimizer, self._stored(module_or_optimizer))
+            if isinstance(module_or_optimizer, nn.Module):
+                # The only copy of its weights to main memory, where they are read as they are
+                # from now on (the reference's checksum).
+                self.transfer.settle()
 
     @contextmanager
     def on_device(self, *modules_or_optimizers: Any, wait: bool = True) -> Iterator[None]:

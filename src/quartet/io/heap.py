@@ -14,6 +14,9 @@ system."""
 SHARDED_THRESHOLD = 2**20
 LARGE = 2**28
 """Bytes that are worth returning between two phases of a step."""
+HOLES = 5 * 2**27
+"""Freed bytes in the middle of a phase that are holes: twice what the activations of a micro-batch
+may take, which are free after its backward pass and used again by the next."""
 
 
 def keep_freed_memory(sharded: bool = False) -> None:
@@ -80,7 +83,7 @@ def return_holes() -> None:
     if mallinfo is None or trim is None:  # glibc before 2.33, or another library
         return
     mallinfo.restype = _HeapNumbers
-    if mallinfo().fordblks >= LARGE:
+    if mallinfo().fordblks >= HOLES:
         trim(0)
 
 

@@ -1,6 +1,5 @@
 """A number that shows whether the weights of a model have changed."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,22 +18,15 @@ class ReferenceChecksum:
     """The checksum of the reference that a stage began with: part of a checkpoint, so that a run
     goes on with the same one only."""
 
-    def __init__(
-        self,
-        reference: Any | None,
-        process_group: ProcessGroup = SINGLE_PROCESS,
-        settle: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Every rank must make it. `reference` is None in a stage without one. `settle` waits until
-        weights that are on their way to main memory can be read there."""
-        self.reference, self.process_group, self.settle = reference, process_group, settle
+    def __init__(self, reference: Any | None, process_group: ProcessGroup = SINGLE_PROCESS) -> None:
+        """Every rank must make it. `reference` is None in a stage without one."""
+        self.reference, self.process_group = reference, process_group
         self.value = self.now()
 
     def now(self) -> int | None:
         """Return the checksum of the weights as they are. Every rank must call it."""
         if self.reference is None:
             return None
-        self.settle()
         return parameter_checksum(self.reference, self.process_group)
 
     def state(self) -> int | None:

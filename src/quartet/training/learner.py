@@ -98,7 +98,7 @@ class Learner:
         """Whether the sampler's log-probs are the learner's; None until a step has compared them.
         """
         self.device = models.actor.device
-        self.reference_checksum = ReferenceChecksum(reference, process_group, placement.settle)
+        self.reference_checksum = ReferenceChecksum(reference, process_group)
         placement.register(reference, shared_with=models.actor.parameters())
         for optimizer in self.optimizers.values():
             self._register_moments(optimizer)

@@ -11,6 +11,7 @@ from typing import Any
 
 from quartet.algorithms.preference import PREFERENCES
 from quartet.algorithms.presets import ALGORITHMS
+from quartet.errors import QuartetError
 
 NOT_TAKEN = ("launch.", "generator.", "run.folder", "run.offload", "run.device")
 """Keys about a machine or a place, which another machine's values do not fit."""
@@ -67,7 +68,7 @@ PRESETS = {
 """Our preset for a value of `adv_estimator`, `advantage_estimator` or `loss_type`."""
 
 
-class Unlike(Exception):
+class Unlike(QuartetError):
     """A value that has no counterpart for our key. The message says why, as a sentence."""
 
 
