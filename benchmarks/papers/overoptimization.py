@@ -22,6 +22,7 @@ import random
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ POLICY = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "max_length": 128
 class Plan:
     """What is trained and sampled."""
 
-    widths: tuple[int, ...] = (16, 64, 128)
+    widths: tuple[int, ...] = (16, 64)
     comparisons: tuple[int, ...] = (200, 800, 3_200)
     flipped: tuple[float, ...] = (0.0, 0.25)
     seeds: int = 5
@@ -345,12 +346,43 @@ def ppo_line_of(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |".replace(" -", " −")
 
 
+def first_at(run: Sequence[dict[str, float]], kl: float) -> float | None:
+    """Return the true reward of a run where its KL first reaches a value, between two steps by a
+    straight line; None where it does not."""
+    for before, after in pairwise(run):
+        if before["kl"] < kl <= after["kl"]:
+            share = (kl - before["kl"]) / (after["kl"] - before["kl"])
+            return before["gold"] + share * (after["gold"] - before["gold"])
+    return None
+
+
+def at_equal_kl(rows: Sequence[dict[str, Any]]) -> str:
+    """Return what runs without a penalty had reached when their KL was that at which the runs with
+    one, of the same reward models, ended."""
+    lines = ["| width | comparisons | `kl.coef` | seed | KL | gain | gain without, at this KL |"]
+    lines.append("|---" * 7 + "|")
+    for row in rows:
+        alike = [r for r in rows if r["width"] == row["width"] and r["coef"] == 0.0]
+        alike = [r for r in alike if r["comparisons"] == row["comparisons"]]
+        if not row["coef"] or not alike:
+            continue
+        for seed, (run, without) in enumerate(zip(row["runs"], alike[0]["runs"], strict=True)):
+            kl, gold = run[-1]["kl"], first_at(without, run[-1]["kl"])
+            cells = [str(row["width"]), f"{row['comparisons']:,}", f"{row['coef']:g}", str(seed)]
+            gains = [gold - row["start"] if gold is not None else None]
+            cells += [f"{kl:.1f}", f"{run[-1]['gold'] - row['start']:.2f}"]
+            cells += ["–" if gain is None else f"{gain:.2f}" for gain in gains]
+            lines.append(f"| {' | '.join(cells)} |".replace(" -", " −"))
+    return "\n".join(lines)
+
+
 def tables(results: dict[str, Any]) -> str:
     """Return the tables of docs/papers/overoptimization.md."""
     plan = results["plan"]
     head = HEAD.format(n=plan["answers"], k=plan["seeds"])
     parts = [head, *map(line_of, results["best_of_n"]), "", PPO_HEAD]
-    return "\n".join([*parts, *map(ppo_line_of, results["ppo"])])
+    parts += map(ppo_line_of, results["ppo"])
+    return "\n".join([*parts, "", at_equal_kl(results["ppo"])])
 
 
 def main() -> None:

@@ -56,6 +56,13 @@ def test_an_ensemble_has_no_scale_of_its_members(study):
     assert ways["mean − deviation"] == [pytest.approx(row) for row in ways["worst"]]
 
 
+def test_the_true_reward_at_a_kl_is_between_two_steps(study):
+    run = [{"kl": 0.0, "gold": 0.0}, {"kl": 2.0, "gold": 1.0}, {"kl": 6.0, "gold": -1.0}]
+    assert study.first_at(run, 1.0) == pytest.approx(0.5)
+    assert study.first_at(run, 5.0) == pytest.approx(-0.5)
+    assert study.first_at(run, 7.0) is None
+
+
 def test_flipped_labels_change_sides(study):
     examples = Reviews(0).comparisons(400)
     flipped = list(study.rows(examples, 0.25, random.Random(0)))
