@@ -356,8 +356,8 @@ def test_a_torn_last_line_is_passed_over_and_the_next_one_is_whole(tmp_path):
 
 
 def test_windows_is_refused_in_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(life.platform, "system", lambda: "Windows")
+    monkeypatch.delattr(life.os, "killpg")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CannotSweep, match="which Windows cannot: use WSL"):
+    with pytest.raises(CannotSweep, match="needs Linux or macOS. On Windows, use WSL"):
         beginning_of(str(sweep_file(tmp_path))).open()
     assert not (tmp_path / "runs").exists()

@@ -1,6 +1,6 @@
 """The life of a sweep: it begins, or a folder of one is opened to go on."""
 
-import platform
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,10 @@ class Beginning:
 
     def open(self, waiting: Callable[[], None] = lambda: None) -> Conductor:
         """Create the folder, or open it; return what carries the sweep out. Raises
-        `CannotSweep`."""
-        if platform.system() == "Windows":
-            raise CannotSweep(
-                "quartet sweep hands open files to its runs, which Windows cannot: use WSL, or "
-                "start the runs one by one."
-            )
+        `CannotSweep`, also on Windows, where a run cannot be handed open files and ended with its
+        children."""
+        if not hasattr(os, "killpg"):
+            raise CannotSweep("quartet sweep needs Linux or macOS. On Windows, use WSL.")
         request, directory = self.request, self.directory or Path.cwd()
         if self.path is None:
             root = (directory / request.base.config.run.folder).resolve()
