@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paper
 import transformers
 
 import quartet
@@ -39,7 +40,7 @@ from quartet.models.language_model import load_model, load_tokenizer, stop_ids
 from quartet.rewards.reward_model import ModelReward
 from quartet.worlds.reviews import Reviews
 
-RESULTS = Path(__file__).parents[1] / "results" / "papers" / "overoptimization.json"
+RESULTS = paper.RESULTS / "overoptimization.json"
 POLICY = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "max_length": 128}
 
 
@@ -270,7 +271,7 @@ def best_of_n_results(study: Study) -> list[dict[str, Any]]:
                         "ensemble": together,
                     }
                 )
-                print(line_of(found[-1]), flush=True)
+                print(*cells_of(found[-1]), sep=" | ", flush=True)
     return found
 
 
@@ -299,51 +300,50 @@ def ppo_results(study: Study) -> list[dict[str, Any]]:
                 "law": asdict(Law.fitted(d, gain, "rl")),
             }
         )
-        print(ppo_line_of(found[-1]), flush=True)
+        print(*ppo_cells_of(found[-1]), sep=" | ", flush=True)
     return found
 
 
-# --- tables
-
-HEAD = (
-    "| width | comparisons | flipped | pair accuracy | gain, best of {n} | α | β | R² | "
-    "mean of {k} | mean − deviation | worst of {k} |\n" + "|---" * 11 + "|"
-)
-PPO_HEAD = (
-    "| width | comparisons | `kl.coef` | highest gain | its KL | gain at the end | KL at the end | "
-    "α | β | R² |\n" + "|---" * 10 + "|"
-)
+# --- tables and the figure
 
 
-def line_of(row: dict[str, Any]) -> str:
-    law, together = row["law"], row["ensemble"]
-    cells = [
+def cells_of(row: dict[str, Any]) -> list[str]:
+    """Return a row of the table of best-of-n."""
+    return [
         str(row["width"]),
         f"{row['comparisons']:,}",
         f"{row['flipped']:.0%}",
         pm(row["accuracy"]),
         pm([gain[-1] for gain in row["gains"]]),
-        *(f"{law[name]:.2f}" for name in ("alpha", "beta", "r2")),
-        *(f"{gain[-1]:.2f}" for gain in together.values()),
+        *law_of(row),
+        *(minus(f"{gain[-1]:.2f}") for gain in row["ensemble"].values()),
     ]
-    return f"| {' | '.join(cells)} |".replace(" -", " −")
 
 
-def ppo_line_of(row: dict[str, Any]) -> str:
+def ppo_cells_of(row: dict[str, Any]) -> list[str]:
+    """Return a row of the table of PPO."""
     best = [max(run, key=lambda step: step["gold"]) for run in row["runs"]]
     last = [run[-1] for run in row["runs"]]
-    law, start = row["law"], row["start"]
-    cells = [
-        str(row["width"]),
-        f"{row['comparisons']:,}",
-        f"{row['coef']:g}",
-        pm([step["gold"] - start for step in best]),
+    return [
+        *kind_of(row),
+        pm([step["gold"] - row["start"] for step in best]),
         pm([step["kl"] for step in best]),
-        pm([step["gold"] - start for step in last]),
+        pm([step["gold"] - row["start"] for step in last]),
         pm([step["kl"] for step in last]),
-        *(f"{law[name]:.2f}" for name in ("alpha", "beta", "r2")),
+        *law_of(row),
     ]
-    return f"| {' | '.join(cells)} |".replace(" -", " −")
+
+
+def kind_of(row: dict[str, Any]) -> list[str]:
+    return [str(row["width"]), f"{row['comparisons']:,}", f"{row['coef']:g}"]
+
+
+def law_of(row: dict[str, Any]) -> list[str]:
+    return [minus(f"{row['law'][name]:.2f}") for name in ("alpha", "beta", "r2")]
+
+
+def minus(number: str) -> str:
+    return number.replace("-", "−")
 
 
 def first_at(run: Sequence[dict[str, float]], kl: float) -> float | None:
@@ -356,33 +356,72 @@ def first_at(run: Sequence[dict[str, float]], kl: float) -> float | None:
     return None
 
 
-def at_equal_kl(rows: Sequence[dict[str, Any]]) -> str:
-    """Return what runs without a penalty had reached when their KL was that at which the runs with
-    one, of the same reward models, ended."""
-    lines = ["| width | comparisons | `kl.coef` | seed | KL | gain | gain without, at this KL |"]
-    lines.append("|---" * 7 + "|")
+def at_equal_kl(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """Yield, for each run with a penalty, its gain at its last step, and what the run of the same
+    reward model without one had gained when its KL was the same."""
+    without = {(r["width"], r["comparisons"]): r["runs"] for r in rows if not r["coef"]}
     for row in rows:
-        alike = [r for r in rows if r["width"] == row["width"] and r["coef"] == 0.0]
-        alike = [r for r in alike if r["comparisons"] == row["comparisons"]]
-        if not row["coef"] or not alike:
+        others = without.get((row["width"], row["comparisons"]))
+        if not row["coef"] or others is None:
             continue
-        for seed, (run, without) in enumerate(zip(row["runs"], alike[0]["runs"], strict=True)):
-            kl, gold = run[-1]["kl"], first_at(without, run[-1]["kl"])
-            cells = [str(row["width"]), f"{row['comparisons']:,}", f"{row['coef']:g}", str(seed)]
-            gains = [gold - row["start"] if gold is not None else None]
-            cells += [f"{kl:.1f}", f"{run[-1]['gold'] - row['start']:.2f}"]
-            cells += ["–" if gain is None else f"{gain:.2f}" for gain in gains]
-            lines.append(f"| {' | '.join(cells)} |".replace(" -", " −"))
-    return "\n".join(lines)
+        for seed, (run, other) in enumerate(zip(row["runs"], others, strict=True)):
+            kl, gain = run[-1]["kl"], run[-1]["gold"] - row["start"]
+            gold = first_at(other, kl)
+            there = "–" if gold is None else minus(f"{gold - row['start']:.2f}")
+            yield [*kind_of(row), str(seed), f"{kl:.1f}", minus(f"{gain:.2f}"), there]
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Return the tables of docs/papers/overoptimization.md."""
+    """Return the tables of docs/papers/overoptimization.md, with empty lines between them."""
     plan = results["plan"]
-    head = HEAD.format(n=plan["answers"], k=plan["seeds"])
-    parts = [head, *map(line_of, results["best_of_n"]), "", PPO_HEAD]
-    parts += map(ppo_line_of, results["ppo"])
-    return "\n".join([*parts, "", at_equal_kl(results["ppo"])])
+    law, kind = ["α", "β", "R²"], ["width", "comparisons", "`kl.coef`"]
+    best = ["width", "comparisons", "flipped", "pair accuracy", f"gain, best of {plan['answers']}"]
+    best += [*law, f"mean of {plan['seeds']}", "mean − deviation", f"worst of {plan['seeds']}"]
+    ppo = [*kind, "highest gain", "its KL", "gain at the end", "KL at the end", *law]
+    equal = [*kind, "seed", "KL", "gain", "gain without, at this KL"]
+    return "\n".join(
+        [
+            paper.table(best, map(cells_of, results["best_of_n"])),
+            paper.table(ppo, map(ppo_cells_of, results["ppo"])),
+            paper.table(equal, at_equal_kl(results["ppo"])),
+        ]
+    )
+
+
+def figure(results: dict[str, Any]) -> Any:
+    """Return the gain in true reward over √KL: best-of-n by reward model, and each PPO run."""
+    from plotly.subplots import make_subplots
+
+    drawn = make_subplots(1, 2, subplot_titles=("best-of-n, mean over seeds", "PPO, each run"))
+    for row in results["best_of_n"]:
+        color = paper.COLORS[list(results["plan"]["comparisons"]).index(row["comparisons"])]
+        widest = row["width"] == max(results["plan"]["widths"])
+        dash = "dash" if row["flipped"] else "solid"
+        drawn.add_scatter(
+            x=row["d"],
+            y=[statistics.fmean(gains) for gains in zip(*row["gains"], strict=True)],
+            name=f"width {row['width']}, {row['comparisons']:,}, {row['flipped']:.0%} flipped",
+            line={"color": color, "dash": dash, "width": 2.5 if widest else 1},
+            mode="lines",
+            row=1,
+            col=1,
+        )
+    for place, row in enumerate(results["ppo"]):
+        for seed, run in enumerate(row["runs"]):
+            drawn.add_scatter(
+                x=[math.sqrt(max(step["kl"], 0.0)) for step in run],
+                y=[step["gold"] - row["start"] for step in run],
+                name=f"PPO, {row['comparisons']:,} comparisons, kl.coef {row['coef']:g}",
+                line={"color": paper.COLORS[3 + place]},
+                mode="lines",
+                showlegend=seed == 0,
+                row=1,
+                col=2,
+            )
+    drawn.update_xaxes(title_text="√KL from the SFT policy")
+    drawn.update_yaxes(title_text="gain in true reward")
+    drawn.update_yaxes(range=[-2, 2], row=1, col=2)
+    return drawn
 
 
 def main() -> None:
@@ -392,19 +431,29 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs-overoptimization"))
     parser.add_argument("--seeds", type=int, default=Plan.seeds)
     parser.add_argument("--small", action="store_true", help="a few steps of everything, to try it")
+    parser.add_argument("--image", type=Path, help="a PNG file; needs Chromium")
+    parser.add_argument("--redraw", action="store_true", help="tables and image of results as kept")
     options = parser.parse_args()
     transformers.logging.disable_progress_bar()
+    results = json.loads(RESULTS.read_text("utf-8")) if options.redraw else measured(options)
+    print(tables(results))
+    if options.image is not None:
+        paper.picture(figure(results), options.image, 1300, 560)
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the results of the study, and keep those of the whole plan."""
     plan = SMALL if options.small else Plan(seeds=options.seeds)
     study = Study(plan, options.folder)
-    results = {
+    found = {
         "plan": asdict(plan),
         "best_of_n": best_of_n_results(study),
         "ppo": ppo_results(study),
     }
-    print(tables(results))
+    results: dict[str, Any] = paper.rounded(found)
     if not options.small:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    return results
 
 
 if __name__ == "__main__":

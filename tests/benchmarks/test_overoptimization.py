@@ -84,7 +84,7 @@ def test_a_small_study_makes_its_tables_and_makes_nothing_twice(
     study.main()
     first = capsys.readouterr().out
     made = sorted(path.name for path in tmp_path.iterdir())
-    assert first.count("| 16 | 50 |") == 6, "each row as it is found, and the tables"
+    assert first.count("16 | 50 |") == 6, "each row as it is found, and in the tables"
     study.main()
     assert capsys.readouterr().out == first
     assert sorted(path.name for path in tmp_path.iterdir()) == made

@@ -32,7 +32,7 @@ def quartet(line: str, cwd: Path, *more: str) -> str:
 
 @pytest.fixture
 def newcomer(tmp_path):
-    """A folder with comparisons.jsonl and a small model, as somebody has them."""
+    """A user's folder, with comparisons.jsonl and a small model."""
     from quartet.models.language_model import create, save
     from quartet.models.shape import Shape
     from quartet.worlds import WORLDS

@@ -198,6 +198,23 @@ def test_a_prompt_of_a_group_counts_once():
     assert [tokens(count) for count in (1, 4, 16)] == [720, 240, 60]
 
 
+def test_a_batch_of_ilql_has_its_rows_tokens_and_the_heads_beside_the_policy():
+    """Of 20 tokens a row: the second batch has 4 rows more. Q and what trains it are four numbers for each of its weights, the target
+    is one."""
+    few, more = (
+        config_with('recipe=["ilql"]', f"ilql.batch_size={rows}", "optim.micro_batch_tokens=4096")
+        for rows in (2, 6)
+    )
+    held = [phases(c, {"policy": 10**6}, 10**6, (8.0, 12.0))["ilql"] for c in (few, more)]
+    per_token = activation_bytes(sizes(few), False)
+    assert held[1] - held[0] == pytest.approx(planned_memory.FRAGMENTATION * 80 * per_token)
+    heads = 5 * 4 * sizes(few).vocabulary * sizes(few).hidden
+    sft = config_with('recipe=["sft"]', "sft.batch_size=2", "optim.micro_batch_tokens=4096")
+    assert held[0] - phases(sft, {"policy": 10**6}, 10**6, (8.0, 12.0))["sft"] == pytest.approx(
+        heads
+    )
+
+
 def test_an_evaluation_holds_one_policy_and_each_reward_model():
     """The policy, what its decoder copies, and members that are as large: four bytes a parameter."""
     config = config_with("evaluation.best_of=0", "evaluation.prompts=2")

@@ -101,7 +101,7 @@ def kl_to_go_of_others(
 
     KLs (1, 2) and (3, 4, 5) in one group: (12, 9) for the first response, (3, 2, 0) for the second.
     """
-    order = torch.argsort(~mask, dim=1, stable=True)  # entries of the mask first, in their order
+    order = _mask_first(mask)
     own = masked(kl, mask).gather(1, order)
     to_go = own.flip(1).cumsum(dim=1).flip(1)
     mean = mean_of_others(to_go if own_token else to_go - own, groups)
@@ -111,12 +111,15 @@ def kl_to_go_of_others(
 def by_token(to_go: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Return b_n − b_{n+1} at token n of each response, and b_n at its last: summed from a token
     on, they are its b again. (12, 9) gives (3, 9)."""
-    following = torch.zeros_like(to_go[:, 0])
-    parts = torch.zeros_like(to_go)
-    for t in reversed(range(to_go.shape[1])):
-        parts[:, t] = torch.where(mask[:, t], to_go[:, t] - following, 0.0)
-        following = torch.where(mask[:, t], to_go[:, t], following)
-    return parts
+    order = _mask_first(mask)
+    own = masked(to_go, mask).gather(1, order)
+    following = torch.cat([own[:, 1:], torch.zeros_like(own[:, :1])], dim=1)
+    return masked(torch.zeros_like(to_go).scatter(1, order, own - following), mask)
+
+
+def _mask_first(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Return the places of each row, those of the mask first, in their order."""
+    return torch.argsort(~mask, dim=1, stable=True)
 
 
 # --- coefficients ---

@@ -215,7 +215,6 @@ class Preference(StageTraining):
 class IlqlConfig(StageTraining):
     """The file's [ilql] table: offline Q-learning on text with scores."""
 
-    batch_size: int = Field(default=32, ge=1, description="Rows in each optimizer step.")
     data: str | None = Field(
         default=None,
         description="A file of rows with a prompt, a completion and a score, or a label. Left out, "

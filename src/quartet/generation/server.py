@@ -18,6 +18,14 @@ PAUSE = 0.5
 """Seconds before a server that failed is tried again."""
 
 
+class ServersGone(QuartetError, RuntimeError):
+    """No server answers. The message names the servers and their last errors."""
+
+
+class ServersAwake(QuartetError, RuntimeError):
+    """A server cannot be put to sleep, so it keeps the memory of its GPU."""
+
+
 class BadReply(QuartetError):
     """A reply is an error or has another form. The message is a phrase that follows the server's
     name."""

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quartet.errors import QuartetError
 from quartet.experience import Prompt, Rollout
 from quartet.generation.dialects import Dialect, Order, Piece
 from quartet.generation.protocol import Weights
@@ -36,6 +35,8 @@ from quartet.generation.server import (
     PAUSE,
     BadReply,
     Server,
+    ServersAwake,
+    ServersGone,
     accepted,
     json_table,
 )
@@ -53,14 +54,6 @@ MAX_BYTES, BYTES_PER_TOKEN = 1_000_000, 1_000
 """The largest reply: a fixed part, plus this much for each requested token."""
 BASE = "base"
 """The name of the folder with the base model of the adapters, beside their folders."""
-
-
-class ServersGone(QuartetError, RuntimeError):
-    """No server answers. The message names the servers and their last errors."""
-
-
-class ServersAwake(QuartetError, RuntimeError):
-    """A server cannot be put to sleep, so it keeps the memory of its GPU."""
 
 
 @dataclass
@@ -346,8 +339,7 @@ class ServedGenerator:
             shutil.rmtree(old, ignore_errors=True)
 
     def _send(self, transfer: WeightTransfer, weights: Weights) -> None:
-        """Send the weights to all servers, also to those that failed and answer again: they get
-        none between two calls of this, when the weights may change."""
+        """Send the weights to all servers. One that was lost gets none before the next call."""
         transfer.hold(weights.tensors)
         self.version = weights.version
         try:
@@ -392,7 +384,7 @@ class ServedGenerator:
                 if not has_newest:
                     self._tell(server, until, self.dialect.pause)
                     if self.transfer is not None:
-                        self._receive(server, until, version)
+                        self._receive(self.transfer, server, until, version)
                     elif self.save_base is None:
                         folder = self._folder(version)
                         self._tell(server, until, *self.dialect.read(folder, version))
@@ -411,17 +403,17 @@ class ServedGenerator:
         with self._free:
             self._free.notify_all()
 
-    def _receive(self, server: Server, until: float, version: int) -> None:
+    def _receive(
+        self, transfer: WeightTransfer, server: Server, until: float, version: int
+    ) -> None:
         """Have a server receive the weights that are held."""
-        assert self.transfer is not None
 
         def ask(method: str, path: str, body: Any) -> Mapping[str, Any]:
-            left = max(until - time.monotonic(), 0.0)
-            content = None if body is None else encode(body)
-            reply = self.client.request(method, server.url + path, content, left, MAX_BYTES)
-            return json_table(reply)
+            left, content = max(until - time.monotonic(), 0.0), body and encode(body)
+            url = server.url + path
+            return json_table(self.client.request(method, url, content, left, MAX_BYTES))
 
-        self.transfer.push(server.url, version, ask)
+        transfer.push(server.url, version, ask)
 
     def _put_on(self, server: Server, until: float, version: int, had: int) -> None:
         """Load the base model where the server may not have it, then the adapter. An adapter of
@@ -488,9 +480,8 @@ class ServedGenerator:
 
     def _has_weights(self) -> bool:
         """Return whether a server can be given the newest weights now."""
-        if self.transfer is not None:
-            return self.transfer.held is not None
-        return self._folder(self.version).is_dir()
+        sent = self.transfer
+        return self._folder(self.version).is_dir() if sent is None else sent.held is not None
 
     def _gone(self, reason: str) -> ServersGone:
         reasons = "; ".join(

@@ -296,7 +296,8 @@ def phases(
     if "ilql" in config.recipe:
         # Beside the policy: the head of Q with its gradient and moments, and the target's.
         heads = (4 + 1) * FLOAT * model.vocabulary * model.hidden
-        memory["ilql"] = program + trained["ilql"] + heads + micro(config.ilql.batch_size)
+        used = heads + micro(config.ilql.batch_size * sum(row))
+        memory["ilql"] = program + trained["ilql"] + used
     if config.rl_stage:
         rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
         learners = 1 + _has_own_critic(config)

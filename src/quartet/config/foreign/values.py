@@ -38,7 +38,8 @@ WORDS = {
         "seq-mean-token-sum-norm": "fixed_length",
     },
     "algorithm.advantage.std": {
-        "False": "none",
+        "false": "none",
+        "true": "group",
         "none": "none",
         "group": "group",
         "batch": "batch",
@@ -82,10 +83,10 @@ def value_for(key: str, name: str, value: Any, note: str) -> Any:
     """Return a value for our key. Raises `Unlike`."""
     if key.startswith(NOT_TAKEN) or key in NOT_TAKEN:
         raise Unlike(note or "It depends on the machine: set it here for yours.")
+    if (word := str(value).lower()) in WORDS.get(key, ()):
+        return WORDS[key][word]
     if key in WORDS and not isinstance(value, bool):
-        if str(value).lower() not in WORDS[key]:
-            raise Unlike(f"{key} has no {value!r}. {note}".strip())
-        return WORDS[key][str(value).lower()]
+        raise Unlike(f"{key} has no {value!r}. {note}".strip())
     if key == "optim.micro_batch_tokens" and "token" not in name:
         raise Unlike("Here micro-batches are cut by tokens: optim.micro_batch_tokens.")
     if key == "run.track":
