@@ -101,6 +101,17 @@ def test_a_trl_script_with_a_config_class_is_read(tmp_path):
     assert made.refusal is None
 
 
+@pytest.mark.parametrize(
+    ("scale", "std"), [("False", "none"), ("True", "group"), ("'batch'", "batch")]
+)
+def test_what_divides_advantages_in_trl_does_so_here(tmp_path, scale, std):
+    text = (
+        f"from trl import GRPOConfig\nargs = GRPOConfig(scale_rewards={scale}, num_generations=4)\n"
+    )
+    made, ours = imported(tmp_path, "train.py", text)
+    assert ours["algorithm"]["advantage"]["std"] == std and made.refusal is None
+
+
 def test_a_command_of_openrlhf_is_read(tmp_path):
     made, ours = imported(tmp_path, "train.sh", OPENRLHF)
     assert ours["recipe"] == ["rloo"] and ours["policy"]["model"] == "a/model"

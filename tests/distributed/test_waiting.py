@@ -45,7 +45,8 @@ def test_they_wait_for_three_deadlines_and_say_so_and_hear_what_json_would_carry
     expected = [VALUE, [{"rank": rank, **VALUE} for rank in range(2)]]
     assert json.loads(heard) == json.loads(by_lead)
     assert heard == by_lead == json.dumps(json.loads(json.dumps(expected))) + "\n"
-    assert "rank 1 has waited 3 s for rank 0, which is alive and at work alone" in noted
+    # after 3 seconds, and after more on a busy machine
+    assert re.search(r"rank 1 has waited \d s for rank 0, which is alive and at work alone", noted)
     assert "has waited" not in silent
 
 

@@ -311,6 +311,6 @@ def test_a_small_student_approaches_its_teacher_without_a_reward(place):
     assert kl[0] > 4 and max(kl[-5:]) < kl[0] / 2, kl
     assert exact_kl_to("teacher", "small") > 4
     assert exact_kl_to("teacher", record.path / "policy") < 0.1
-    assert {step["reward"] for step in steps} == {0.0}
+    assert not any("reward" in step for step in steps), "there is none"
     for step in steps:  # the advantage of a token is its log-ratio, and nothing else
         assert step["advantage/raw_mean"] == pytest.approx(-step["kl/token_k1"], rel=1e-4)
