@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from quartet.config.explain import headlines, types_of
 from quartet.config.foreign.read import ForeignError, read_foreign, stage_in
 from quartet.config.foreign.translate import translate
+from quartet.config.foreign.values import WORDS
 from quartet.config.toml import read_settings
 
 PPO_TRL = '''
@@ -102,14 +104,25 @@ def test_a_trl_script_with_a_config_class_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scale", "std"), [("False", "none"), ("True", "group"), ("'batch'", "batch")]
+    ("scale", "std"), [("False", "none"), ("True", "sample"), ("'group'", "sample")]
 )
 def test_what_divides_advantages_in_trl_does_so_here(tmp_path, scale, std):
-    text = (
-        f"from trl import GRPOConfig\nargs = GRPOConfig(scale_rewards={scale}, num_generations=4)\n"
-    )
+    text = f"from trl import GRPOConfig\nargs = GRPOConfig(scale_rewards={scale})\n"
     made, ours = imported(tmp_path, "train.py", text)
     assert ours["algorithm"]["advantage"]["std"] == std and made.refusal is None
+
+
+def test_values_are_called_what_the_keys_here_call_them():
+    for key, words in WORDS.items():
+        said = "\n".join([*headlines(key), *types_of(key.removesuffix(".type"))])
+        for value in words.values():
+            assert value in said, (key, value)
+
+
+def test_a_deviation_of_the_whole_batch_is_not_taken_for_another(tmp_path):
+    text = "from trl import GRPOConfig\nargs = GRPOConfig(scale_rewards='batch', max_steps=3)\n"
+    made, ours = imported(tmp_path, "train.py", text)
+    assert "algorithm" not in ours and "has no 'batch'" in made.differs["scale_rewards"]
 
 
 def test_a_command_of_openrlhf_is_read(tmp_path):

@@ -39,10 +39,9 @@ WORDS = {
     },
     "algorithm.advantage.std": {
         "false": "none",
-        "true": "group",
         "none": "none",
-        "group": "group",
-        "batch": "batch",
+        "true": "sample",
+        "group": "sample",
     },
     "data.unusable": {"error": "refuse"},
     "algorithm.kl.controller.type": {"fixed": "fixed", "adaptive": "adaptive"},
