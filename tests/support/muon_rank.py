@@ -4,13 +4,12 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from quartet.training.optim import Optimizer, OptimizerConfig
-from tests.support.gloo import join
+from tests.support.gloo import join, leave
 
 SHAPES = ((24, 40), (41, 24))
 CONFIG = OptimizerConfig(optimizer="muon", lr=0.01, schedule="constant")
@@ -39,7 +38,7 @@ def main() -> None:
     mesh = init_device_mesh("cpu", (world,))
     found = steps(lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]))
     save_file(found, out / f"{rank}.safetensors")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

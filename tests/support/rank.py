@@ -32,7 +32,7 @@ from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from quartet.training.parallelize import mesh_of, parallelize
 from quartet.training.trust_region import TrustRegionLearner
 from tests.support import resting
-from tests.support.gloo import join
+from tests.support.gloo import join, leave
 from tests.support.world import model, prompts, rollout
 
 LENGTHS = [30, 1, 2, 1, 17, 1, 1, 3, 28, 2]
@@ -245,7 +245,7 @@ def main() -> None:
         {name: tensor.contiguous() for name, tensor in found.items()}, out / f"{rank}.safetensors"
     )
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -18,7 +17,7 @@ from quartet.distributed.sharding import full_tensor, is_sharded
 from quartet.models.language_model import masked_logprobs
 from quartet.models.precision import compute_in
 from quartet.training.parallelize import mesh_of, parallelize
-from tests.support.gloo import join
+from tests.support.gloo import join, leave
 from tests.support.world import model
 
 
@@ -74,7 +73,7 @@ def main() -> None:
     (out / f"{rank}.json").write_text(
         json.dumps({"calls": sent.calls, "bytes": sent.bytes, "order": sent.order})
     )
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
