@@ -50,6 +50,7 @@ PARTIAL = {
         "partial_rotary_factor": 0.5,
     }
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CASES = {
     "mistral, window": ("mistral", {"sliding_window": 9, "num_key_value_heads": 2}),
     "qwen2, some windows": ("qwen2", WINDOWS | {"use_sliding_window": True}),
@@ -87,6 +88,17 @@ CASES = {
             "max_position_embeddings": 96,
         },
     ),
+    "mixtral": ("mixtral", EXPERTS | {"num_key_value_heads": 2, "sliding_window": 9}),
+    "qwen2-moe": (
+        "qwen2_moe",
+        EXPERTS | {"shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
+    ),
+    "qwen3-moe": (
+        "qwen3_moe",
+        EXPERTS | {"num_key_value_heads": 2, "head_dim": 16, "norm_topk_prob": True},
+    ),
+    "qwen3-moe, every second": ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 2, "head_dim": 8}),
+    "olmoe": ("olmoe", EXPERTS | {"num_key_value_heads": 2}),
     "olmo 2": ("olmo2", {"num_key_value_heads": 2}),
     "olmo 3": ("olmo3", WINDOWS),
     "granite": (
@@ -119,7 +131,7 @@ CASES = {
     ),
 }
 EACH = pytest.mark.parametrize("name", list(CASES))
-FEW = {"gemma 2", "gemma 3", "phi 3", "gpt-neox", "gpt-2"}
+FEW = {"gemma 2", "qwen2-moe", "gemma 3", "phi 3", "gpt-neox", "gpt-2"}
 """Cases that have every trait among them."""
 EACH_SLOWLY = pytest.mark.parametrize(
     "name",
@@ -150,6 +162,11 @@ def language_model(name, dtype=torch.float32, **more):
     torch.manual_seed(0)
     made = AutoModelForCausalLM.from_config(config(name, **more), dtype=torch.float32)
     return disturbed(made, dtype)
+
+
+def nearness(name):
+    """How far apart, relative to their length, logits in bfloat16 may be. Rounding may send a token to another expert."""
+    return 0.06 if ARCHITECTURES[CASES[name][0]].experts is None else 0.3
 
 
 def test_every_row_of_the_table_has_a_case():
@@ -302,10 +319,12 @@ def test_in_bfloat16_both_forwards_agree_up_to_rounding_and_so_does_the_decoder(
         logits = decoder.step(tokens[1, position : position + 1])
     theirs = policy(input_ids=tokens[1:2, :25]).logits[0, -1].float()
     assert logits.dtype == torch.float32
-    assert (logits[0] - theirs).norm() / theirs.norm() < 0.06
+    assert (logits[0] - theirs).norm() / theirs.norm() < nearness(name)
 
 
-@pytest.mark.parametrize("name", ["gemma 2", "gemma 3", "gpt-2", "gpt-neox", "granite", "olmo 3"])
+@pytest.mark.parametrize(
+    "name", ["gemma 2", "gemma 3", "gpt-2", "gpt-neox", "granite", "olmo 3", "qwen3-moe"]
+)
 def test_on_a_gpu_that_is_not_there_slots_give_the_logits_of_the_cpu(name):
     """Windows, caps, learned positions: no tensor is left on the other device, and numbers are those of bfloat16."""
     here = compute_in(language_model(name), torch.bfloat16)
@@ -323,7 +342,7 @@ def test_on_a_gpu_that_is_not_there_slots_give_the_logits_of_the_cpu(name):
         other, found = logits(there)
     assert (kind, other) == (RowDecoder, SlotDecoder)
     for a, b in zip(found, expected, strict=True):
-        assert (a - b).norm() < 0.05 * b.norm()
+        assert (a - b).norm() < nearness(name) * b.norm()
 
 
 # --- what the table does not describe

@@ -194,6 +194,8 @@ def _computed(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Return the result of an operation on the CPU."""
     if name == "mm" and "dtype" in func._overloadname:  # bfloat16 that is kept in float32
         return args[0].float() @ args[1].float()
+    if name == "histc" and not args[0].is_floating_point():  # a GPU counts integers
+        return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
     with FastBf16() if func in PRODUCTS else contextlib.nullcontext():
         return func(*args, **kwargs)
 
@@ -357,8 +359,9 @@ def pretended(forbid_float64: bool = False) -> Iterator[Counts]:
     ]
     # torch has no kernel here for what it takes for tensors of the CPU
     places += [(attention, "kernel", lambda kind: contextlib.nullcontext())]
-    memory = {"mem_get_info": (60 * 10**9, 80 * 10**9), "memory_reserved": 0, "memory_allocated": 0}
-    places += [(torch.cuda, name, lambda *_, value=value: value) for name, value in memory.items()]
+    card = {"mem_get_info": (60 * 10**9, 80 * 10**9), "memory_reserved": 0, "memory_allocated": 0}
+    card["get_device_capability"] = (9, 0)
+    places += [(torch.cuda, name, lambda *_, value=value: value) for name, value in card.items()]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     COUNTS.forbid_float64 = forbid_float64
     COUNTS.reset()

@@ -17,6 +17,7 @@ from quartet.models.adapters import (
 from quartet.models.architectures import Layer
 from quartet.models.attention import causal_attention
 from quartet.models.elementwise import HeldNorm, gated
+from quartet.models.experts import expert_mlp, has_experts, held_mlp
 from quartet.models.fused import (
     blocks_in,
     layers_of,
@@ -66,9 +67,15 @@ class FusedBlock:
 
         self.qkv = product_of([getattr(attention, name) for name in row.qkv], arranged)
         self.out = product_of([getattr(attention, row.out)])
-        self.up = product_of([getattr(mlp, name) for name in row.up])
-        self.down = product_of([getattr(mlp, row.down)])
-        self.activation = getattr(mlp, row.activation)
+        self.up: Product | None = None
+        """None: the MLP is a mixture of experts."""
+        self.down: Product | RoutedExperts
+        if has_experts(mlp, row):
+            self.down = RoutedExperts(mlp)
+        else:
+            self.up = product_of([getattr(mlp, name) for name in row.up])
+            self.down = product_of([getattr(mlp, row.down)])
+            self.activation = getattr(mlp, row.activation)
 
         def held(name: str | None) -> HeldNorm | None:
             return None if name is None else HeldNorm(getattr(block, name), row.norm)
@@ -121,14 +128,19 @@ class FusedBlock:
 
     def _inner(self, x: Tensor) -> Tensor:
         """Return what the last layer of the MLP reads."""
-        up = self.up(x if self.before_mlp is None else self.before_mlp(x))
+        x = x if self.before_mlp is None else self.before_mlp(x)
+        if self.up is None:
+            return x
+        up = self.up(x)
         if not self.layer.row.gated:
             activated: Tensor = self.activation(up)
             return activated
         gate, linear_up = up.chunk(2, dim=-1)
         return gated(gate, linear_up, self.activation)
 
-    def _added(self, x: Tensor, product: "Product", y: Tensor, norm: HeldNorm | None) -> Tensor:
+    def _added(
+        self, x: Tensor, product: "Product | RoutedExperts", y: Tensor, norm: HeldNorm | None
+    ) -> Tensor:
         """Return x + the product of y, under the norm of outputs and times the residual scale where
         the architecture has them."""
         if norm is None and self.layer.residual == 1:
@@ -246,6 +258,20 @@ class LinearsInTurn:
         return x + self(y)
 
 
+class RoutedExperts:
+    """An MLP of experts, by its own forward, in the place of its last product."""
+
+    def __init__(self, mlp: Any) -> None:
+        self.mlp = held_mlp(mlp)
+
+    def __call__(self, x: Float[Tensor, "N H"]) -> Float[Tensor, "N H"]:
+        return expert_mlp(self.mlp, x)
+
+    def added_to(self, x: Float[Tensor, "N H"], y: Float[Tensor, "N H"]) -> Float[Tensor, "N H"]:
+        """Return x plus the output for y."""
+        return x + self(y)
+
+
 Product = FusedLinear | LinearsInTurn
 
 
@@ -260,14 +286,14 @@ def has_products(trunk: Trunk) -> bool:
     """Return whether `product_of` takes each projection: it is a weight matrix, or one plus a LoRA
     that can be merged, or in 4 bits."""
     row = row_of(trunk)
-    layers = [
+    attentions = [getattr(block, row.attention) for block in blocks_in(trunk)]
+    mlps = [mlp_of(block, row) for block in blocks_in(trunk)]
+    layers = [getattr(part, name) for part in attentions for name in (*row.qkv, row.out)]
+    layers += [
         getattr(part, name)
-        for block in blocks_in(trunk)
-        for part, names in (
-            (getattr(block, row.attention), (*row.qkv, row.out)),
-            (mlp_of(block, row), (*row.up, row.down)),
-        )
-        for name in names
+        for part in mlps
+        if not has_experts(part, row)
+        for name in (*row.up, row.down)
     ]
     return all(
         has_merged_weight(layer) or has_plain_lora(layer) or isinstance(layer, NF4Linear)

@@ -116,7 +116,7 @@ class SlotDecoder(FusedDecoder):
             self.lengths[:count] += 1
             return logits
 
-        if not _can_record(self.device):
+        if not _can_record(self.device, any(block.up is None for block in self.blocks)):
             return eager
         lengths = self.lengths.clone()
         # Steps that only warm up write where the real one will, and leave the lengths alone.
@@ -199,6 +199,9 @@ class SlotDecoder(FusedDecoder):
         self.slots, self.columns = slots, wide
 
 
-def _can_record(device: torch.device) -> bool:
-    """Return whether steps can be CUDA graphs on a device."""
-    return device.type == "cuda" and torch.cuda.is_available()
+def _can_record(device: torch.device, has_experts: bool) -> bool:
+    """Return whether steps can be CUDA graphs on a device. On GPUs before Hopper, torch's grouped
+    product for experts may wait for the host, which a graph cannot."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return not has_experts or torch.cuda.get_device_capability(device) >= (9, 0)

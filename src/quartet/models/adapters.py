@@ -23,6 +23,7 @@ from quartet.distributed.sharding import copy_saved, full_state_dict
 from quartet.errors import QuartetError
 from quartet.io.activity import counted
 from quartet.io.install import install_command
+from quartet.models.experts import holds_experts
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_in, keep_in_float32
 from quartet.models.protocols import CausalModel, Trunk
@@ -106,10 +107,16 @@ def lora_config(model: CausalModel, lora: Lora) -> Any:
 
 def linear_layers(model: CausalModel) -> dict[str, Any]:
     """Return the linear layers of the trunk by the last part of their names; under adapters, the
-    layers that the adapters are added to."""
-    layers = {}
+    layers that the adapters are added to.
+
+    Of a model with experts these are the projections of attention alone. Its experts are tensors
+    and no layers, and peft takes the name of a linear layer of its other MLPs for those tensors.
+    """
+    layers, attention_only = {}, holds_experts(model)
     for name, module in model.base_model.named_modules():
         plain = getattr(module, "base_layer", module)
+        if attention_only and "attn" not in name and "attention" not in name:
+            continue
         if (
             isinstance(plain, nn.Linear | Conv1D)
             and "lora_" not in name

@@ -44,6 +44,9 @@ class Architecture:
     gated: bool = True
     down: str = "down_proj"
     activation: str = "act_fn"
+    experts: str | None = None
+    """What an MLP has that sends each token to a few of many experts. transformers' own forward of
+    such an MLP is called; the other MLPs of the model, if it has any, are like those above."""
 
     norm: NormKind = "rms"
     before_attention: str | None = "input_layernorm"
@@ -83,11 +86,21 @@ GEMMA_2 = replace(
     after_mlp="post_feedforward_layernorm",
     score_cap="attn_logit_softcapping",
 )
+MIXTURE = replace(LLAMA, experts="experts")
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": replace(LLAMA, head_norms=("q_norm", "k_norm")),
+    "mixtral": MIXTURE,
+    "qwen2_moe": MIXTURE,
+    "qwen3_moe": replace(MIXTURE, head_norms=("q_norm", "k_norm")),
+    "olmoe": replace(
+        MIXTURE,
+        head_norms=("q_norm", "k_norm"),
+        norms_all_heads=True,
+        requires={"clip_qkv": None},
+    ),
     "gemma": GEMMA,
     "gemma2": GEMMA_2,
     # transformers' Gemma 3 reads the key of the cap and does not apply it.

@@ -12,6 +12,7 @@ from torch import nn
 
 from quartet.errors import QuartetError
 from quartet.io.install import install_command
+from quartet.models.experts import holds_experts
 from quartet.models.protocols import CausalModel
 from quartet.tensors import Float, Tensor
 
@@ -77,6 +78,11 @@ def quantize(model: CausalModel) -> Any:
     """Replace the linear layers in the blocks of a skeleton by such in 4 bits, and return it. The
     embeddings and the head stay in the dtype that the model computes in."""
     bitsandbytes()
+    if holds_experts(model):
+        raise QuantizeError(
+            f'policy.quantize = "nf4": the experts of {model.config.model_type}, nearly all of its '
+            "weights, are no linear layers and would stay as they are. Leave it out."
+        )
     blocks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
     replaced = 0
     for module in [m for block in blocks for m in block.modules()]:

@@ -65,8 +65,9 @@ def _generating(work: Workload, gpu: Gpu, count: int, copies: Copies) -> tuple[S
     read = (weights + rows * work.cache_bytes * (work.prompt + work.response / 2)) / (
         gpu.bandwidth * each
     )
-    arithmetic = 2.0 * work.parameters * rows / (rate * each)
-    prefill = 2.0 * work.parameters * work.rows * work.prompt / (rate * count)
+    active = work.parameters - work.model.idle_parameters
+    arithmetic = 2.0 * active * rows / (rate * each)
+    prefill = 2.0 * active * work.rows * work.prompt / (rate * count)
     alone = weights / (gpu.bandwidth * each)
     spans = []
     for compute, bandwidth in zip(reversed(COMPUTE), reversed(BANDWIDTH), strict=True):
@@ -91,7 +92,8 @@ def training(work: Workload, gpu: Gpu, count: int) -> Span:
     each = (8 if work.checkpointing else 6) - 2 * (work.adapter is not None)
     trained = each * work.learners * work.epochs
     reading = work.learners + (work.frozen if work.adapter is None else work.frozen + 2)
-    operations = work.parameters * tokens * (trained + 2 * reading)
+    active = work.parameters - work.model.idle_parameters
+    operations = active * tokens * (trained + 2 * reading)
     rate = gpu.rate(work.number) * count
     return Span(*(operations / (rate * part) for part in reversed(COMPUTE)))
 

@@ -54,6 +54,9 @@ class Sizes:
     is_fused: bool = True
     """Whether it is of the family with the fused forward pass, which keeps less than that of
     transformers."""
+    idle_parameters: int = 0
+    """Those of the experts that a token is not sent to; `intermediate` is the width of the others
+    together."""
 
     @property
     def matrix_parameters(self) -> float:
@@ -87,9 +90,16 @@ def folder_sizes(folder: str) -> Sizes | None:
     share = (table.get("num_key_value_heads") or heads) / heads
     width = (table.get("head_dim") or hidden / heads) * heads
     intermediate = table.get("intermediate_size") or table.get("n_inner") or 4 * hidden
+    idle = 0
+    if experts := table.get("num_experts") or table.get("num_local_experts"):
+        width_of_one = table.get("moe_intermediate_size") or intermediate
+        chosen = table.get("num_experts_per_tok") or experts
+        idle = layers * 3 * hidden * width_of_one * (experts - chosen)
+        shared = table.get("shared_expert_intermediate_size") or 0
+        intermediate = chosen * width_of_one + shared
     vocabulary = table.get("vocab_size") or 0
     is_fused = table.get("model_type") in ARCHITECTURES
-    return Sizes(hidden, layers, intermediate, share, width / hidden, vocabulary, is_fused)
+    return Sizes(hidden, layers, intermediate, share, width / hidden, vocabulary, is_fused, idle)
 
 
 def policy_parameters(config: Config, vocabulary: int | None) -> int | None:

@@ -240,7 +240,8 @@ def _disk(config: Config, models: dict[str, int | None]) -> float:
 def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:
     """Return the expected seconds: 6 operations per parameter and trained token, 2 for each token
     that is generated or scored."""
-    work = 0.0
+    work, model = 0.0, sizes(config)
+    policy -= model.idle_parameters if model is not None else 0
     for name, count in tokens.items():
         if name == config.rl_stage:
             learners = 2 if config.algorithm and config.algorithm.needs_critic else 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from quartet.config.rules.base import has_trust_region, rule
 from quartet.config.tables import Config
+from quartet.models.architectures import ARCHITECTURES
 
 WITHOUT_LINEAR_LAYERS = ("gpt2", "openai-gpt")
 """Model types whose blocks keep their weights in transformers' Conv1D."""
@@ -106,6 +107,12 @@ def quantize_needs_linear_layers(config: Config) -> str | None:
             kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
         except (OSError, ValueError, AttributeError):
             return None  # loading the model says what is wrong with it
+    row = ARCHITECTURES.get(str(kind))
+    if row is not None and row.experts is not None:
+        return (
+            f'policy.quantize = "{policy.quantize}": the experts of {kind}, nearly all of its '
+            "weights, are no linear layers and would stay as they are. Leave it out."
+        )
     if kind not in WITHOUT_LINEAR_LAYERS:
         return None
     return (
