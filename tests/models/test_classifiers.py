@@ -1,15 +1,13 @@
-"""Reward models and critics of architectures for which transformers has no classifier, and models that cannot be
-sampled from."""
+"""Reward models and critics of architectures for which transformers has no classifier."""
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from quartet.generation.decoders import PlainDecoder
 from quartet.models.export import export
 from quartet.models.heads import ScalarModel, define_classifier, scores_last_token
-from quartet.models.language_model import ModelError, is_recurrent
-from tests.models.test_families import SHAPE, language_model, ragged
+from quartet.models.language_model import ModelError
+from tests.models.test_families import language_model, ragged
 from tests.support.world import tokenizer
 
 
@@ -38,21 +36,3 @@ def test_what_transformers_has_no_classifier_for_gets_one_that_is_loaded_again(n
 def test_an_encoder_and_decoder_is_refused():
     with pytest.raises(ModelError, match="no sequence classifier for the architecture pegasus"):
         define_classifier(AutoConfig.for_model("pegasus"))
-
-
-RECURRENT = "qwen3_next qwen3_5_text lfm2 mamba mamba2 jamba falcon_h1 recurrent_gemma rwkv bamba"
-ATTENDING = "llama gemma3_text gpt2 opt cohere2 qwen3_moe gpt_oss deepseek_v3 mixtral phi"
-
-
-@pytest.mark.parametrize("kind", [*RECURRENT.split(), *ATTENDING.split()])
-def test_recurrent_models_are_known_by_their_config(kind):
-    layers = {"layer_types": ["conv"] * 32} if kind == "lfm2" else {}
-    config = AutoConfig.for_model(kind, **layers)
-    assert is_recurrent(config) == (kind in RECURRENT.split())
-
-
-def test_a_recurrent_model_is_not_sampled_from():
-    sizes = SHAPE | {"num_hidden_layers": 1, "state_size": 4, "expand": 1}
-    made = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes))
-    with pytest.raises(ModelError, match="mamba keeps a recurrent state"):
-        PlainDecoder(made)

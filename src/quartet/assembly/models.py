@@ -36,7 +36,6 @@ from quartet.models.language_model import (
     add_embeddings,
     check_generates,
     create,
-    is_recurrent,
     load_model,
     longest_of,
     read_config,
@@ -46,6 +45,7 @@ from quartet.models.loading import Rows, fill, skeleton, trunk_weights, weights_
 from quartet.models.precision import DTYPES, best_precision, compute_dtype, compute_in
 from quartet.models.protocols import Tokenizer
 from quartet.models.quantize import quantize
+from quartet.models.recurrent import why_not_sampled
 from quartet.models.shape import Shape
 from quartet.models.support import limit_support
 from quartet.models.text_classifier import (
@@ -156,13 +156,12 @@ class Models:
             )
 
     def _check_sampling(self) -> None:
-        """Raise `ModelError` if answers would be sampled from a recurrent model."""
-        config = self.policy_config()
-        if self.config.reads("rollout") and is_recurrent(config):
+        """Raise `ModelError` if answers would be sampled from a recurrent model that cannot be."""
+        why: str | None = why_not_sampled(self.policy_config())
+        if self.config.reads("rollout") and why is not None:
             raise ModelError(
-                f"policy.model: {config.model_type} keeps a recurrent state, and Quartet cannot "
-                "sample from such a model yet. Use a model whose layers all attend to tokens, or a "
-                "recipe that samples nothing, such as sft or dpo."
+                f"policy.model: {why}. Use another model, or a recipe that samples nothing, such "
+                "as sft or dpo."
             )
 
     def _needs_classifier(self) -> bool:

@@ -1,28 +1,26 @@
 """Decoders: a language model with a key-value cache, as the native generator uses it.
 
 A decoder takes prompts in (`prefill`), appends one token to every row (`step`) and drops finished
-rows (`keep`). `PlainDecoder` calls the model's own forward with transformers' cache and works for
+rows (`keep`). `PlainDecoder` (`generation/plain.py`) calls the model's own forward and works for
 any architecture. `RowDecoder` computes the architectures of `models/architectures.py` itself, on a
 cache that it owns: rows need no padding, and new rows can join while others are being decoded.
 `SlotDecoder` does so with the shapes and kernels that suit a GPU.
 """
 
-import inspect
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import DynamicCache
+from torch.nn.functional import scaled_dot_product_attention
 
 from quartet.generation.cache import PREFILL_TOKENS, spans_within
 from quartet.generation.fused import FusedDecoder, has_products
+from quartet.generation.plain import PlainDecoder
 from quartet.generation.slots import SlotDecoder
 from quartet.models.attention import backend, capped_attention
 from quartet.models.fused import has_fused_forward
-from quartet.models.language_model import ModelError, has_linear_head, is_recurrent
+from quartet.models.language_model import has_linear_head
 from quartet.models.packing import pack_rows
-from quartet.models.padding import left_pad
 from quartet.models.precision import compute_dtype
 from quartet.models.protocols import CausalModel
 from quartet.tensors import Bool, Float, Int, Tensor
@@ -71,65 +69,6 @@ def make_decoder(model: CausalModel, width: int, max_rows: int | None = None) ->
             return SlotDecoder(model, width, max_rows)
         return RowDecoder(model, width, max_rows)
     return PlainDecoder(model, max_rows)
-
-
-class PlainDecoder:
-    """Decodes with the forward pass of any causal language model of transformers. Prompts are
-    padded on the left, so that all rows end in the same column. Its cache has one length, so new
-    rows can be added only when no old row is left."""
-
-    look_every = 1
-
-    def __init__(self, model: CausalModel, max_rows: int | None = None) -> None:
-        if is_recurrent(model.config):
-            raise ModelError(
-                f"{model.config.model_type} keeps a recurrent state, and Quartet cannot sample "
-                "from such a model yet."
-            )
-        self.model, self.max_rows = model, max_rows or 512
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self.mask = torch.zeros(0, 0, dtype=torch.bool, device=model.device)
-        self.cache: Any = None
-
-    def free_rows(self) -> int:
-        return 0 if len(self.mask) else self.max_rows
-
-    def prefill(self, prompts: Sequence[Sequence[int]], copies: int) -> Float[Tensor, "B V"]:
-        self.cache = DynamicCache(config=self.model.config)
-        ids, self.mask = left_pad(prompts, self.model.device)
-        logits = self._forward(ids)
-        if copies > 1:
-            self.cache.batch_repeat_interleave(copies)
-            self.mask = self.mask.repeat_interleave(copies, 0)
-        return logits.repeat_interleave(copies, 0)
-
-    def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        self.mask = pad(self.mask, (0, 1), value=True)
-        return self._forward(tokens[:, None])
-
-    def keep(self, unfinished: Bool[Tensor, "B"]) -> Int[Tensor, "n"]:
-        kept = unfinished.nonzero()[:, 0]
-        if len(kept):
-            self.cache.batch_select_indices(kept)
-        self.mask = self.mask[kept]
-        return kept
-
-    def _forward(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B V"]:
-        """Return the logits behind each row's last token."""
-        # Positions count real tokens: padding on the left must not shift a text. The clamp is for
-        # the padding itself, whose outputs nothing reads.
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        extra = {"position_ids": positions} if self.takes_positions else {}
-        output = self.model(
-            input_ids=ids,
-            attention_mask=self.mask.long(),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **extra,
-        )
-        logits: Tensor = output.logits
-        return logits[:, -1]
 
 
 class RowDecoder(FusedDecoder):

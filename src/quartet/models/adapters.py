@@ -111,18 +111,25 @@ def linear_layers(model: CausalModel) -> dict[str, Any]:
 
     Of a model with experts these are the projections of attention alone. Its experts are tensors
     and no layers, and peft takes the name of a linear layer of its other MLPs for those tensors.
+    The last projection of a Mamba layer is left out: its kernels for GPUs read the weight of that
+    layer without what an adapter adds. So are layers that have a number for a name.
     """
     layers, attention_only = {}, holds_experts(model)
-    for name, module in model.base_model.named_modules():
+    modules = dict(model.base_model.named_modules())
+    for name, module in modules.items():
+        parent, _, last = name.rpartition(".")
         plain = getattr(module, "base_layer", module)
         if attention_only and "attn" not in name and "attention" not in name:
+            continue
+        if last == "out_proj" and hasattr(modules[parent], "D"):
             continue
         if (
             isinstance(plain, nn.Linear | Conv1D)
             and "lora_" not in name
-            and not name.endswith("base_layer")
+            and last != "base_layer"
+            and not last.isdigit()
         ):
-            layers[name.rpartition(".")[2]] = plain
+            layers[last] = plain
     return layers
 
 

@@ -16,7 +16,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError as HfHubError
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -318,18 +317,6 @@ def save_weights(
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type's name where it has none."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-
-
-def is_recurrent(config: Any) -> bool:
-    """Return whether a model keeps more of the past than keys and values: a layer that is no
-    attention over tokens has a state of its own. Padding on the left would be part of such a state,
-    and its cache cannot drop rows."""
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or ()
-    if any("attention" not in kind or kind.startswith("linear") for kind in kinds):
-        return True
-    known = [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(each), None) for each in (config, text)]
-    return any(getattr(kind, "_is_stateful", False) for kind in known)
 
 
 def stop_ids(model: CausalModel, tokenizer: Tokenizer) -> frozenset[int]:

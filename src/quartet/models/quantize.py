@@ -6,6 +6,7 @@ That is 4.13 bits a weight. A forward pass puts a matrix together again in the d
 computes in, for one product, and so does the backward pass.
 """
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,8 @@ class QuantizeError(QuartetError, ValueError):
 
 def bitsandbytes() -> Any:
     """Return the package. Raises QuantizeError without it."""
+    # It would say on the terminal that it looks for a faster kernel on the hub and has no package.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError:
