@@ -68,6 +68,20 @@ def test_each_block_of_64_is_16_levels_of_its_largest_magnitude():
     assert layer.weight.numel() == weight.numel() / 2 and layer.weight.dtype == torch.uint8
 
 
+def test_layers_in_4_bits_without_an_adapter_are_saved_whole():
+    whole = model()
+    some = Lora(rank=4, targets=("q_proj", "up_proj"))
+    made = add_adapter(quantize(skeleton(whole.config)), some, POLICY, seed=0)
+    made = noisy(fill(made, whole.state_dict(), torch.device("cpu"), "here"))
+    plain = model()
+    plain.load_state_dict(merged_state(made))
+    torch.testing.assert_close(made(TOKENS).logits, plain(TOKENS).logits, atol=1e-5, rtol=1e-5)
+    decoder = make_decoder(made, 20)
+    assert isinstance(decoder, RowDecoder)
+    [logits] = decoder.prefill([TOKENS[0].tolist()], 1)
+    torch.testing.assert_close(logits, plain(TOKENS).logits[0, -1], atol=1e-5, rtol=1e-5)
+
+
 def test_the_model_is_the_one_with_its_rounded_weights():
     made = noisy(quantized())
     plain = model()

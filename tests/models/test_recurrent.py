@@ -7,9 +7,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quartet.generation.native import NativeGenerator
 from quartet.generation.plain import PlainDecoder
 from quartet.generation.sampling import Sampling
-from quartet.models.adapters import POLICY, add_adapter
+from quartet.models.adapters import POLICY, add_adapter, merged_state
 from quartet.models.language_model import ModelError, masked_logprobs, save
+from quartet.models.loading import fill, skeleton
 from quartet.models.lora import Lora
+from quartet.models.quantize import quantize
 from quartet.models.recurrent import SAMPLED, is_recurrent, why_not_sampled
 from quartet.worlds import make_world
 from tests.support.tiny_run import make_run
@@ -176,3 +178,21 @@ def test_a_run_of_three_stages(kind, tmp_path, monkeypatch):
     )  # fmt: skip
     assert max(run.series["ppo"].columns["sampler_mismatch"]) < 1e-4
     assert (run.path / "policy" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["falcon_h1", "mamba"])
+def test_adapters_and_4_bits_leave_out_layers_whose_weight_is_read_by_itself(kind):
+    """Every adapter that is there gets a gradient, and 4 bits compute."""
+    whole = language_model(kind)
+    made = add_adapter(quantize(skeleton(whole.config)), Lora(rank=4), POLICY, seed=0)
+    made = fill(made, whole.state_dict(), torch.device("cpu"), "here")
+    for p in made.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, 0.0, 0.05)
+    tokens = torch.randint(3, 40, (2, 9))
+    made(tokens, use_cache=False).logits.logsumexp(-1).sum().backward()
+    for name, p in made.named_parameters():
+        assert not p.requires_grad or float(p.grad.abs().max()) > 0, name
+    plain = language_model(kind)
+    plain.load_state_dict(merged_state(made))
+    torch.testing.assert_close(made(tokens).logits, plain(tokens).logits, atol=1e-5, rtol=1e-5)

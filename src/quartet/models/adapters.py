@@ -28,6 +28,7 @@ from quartet.models.lora import Lora
 from quartet.models.precision import compute_in, keep_in_float32
 from quartet.models.protocols import CausalModel, Trunk
 from quartet.models.quantize import NF4Linear
+from quartet.models.recurrent import is_read_by_weight
 from quartet.tensors import Tensor
 
 POLICY, CRITIC, REWARD, REFERENCE = "policy", "critic", "reward", "reference"
@@ -111,8 +112,8 @@ def linear_layers(model: CausalModel) -> dict[str, Any]:
 
     Of a model with experts these are the projections of attention alone. Its experts are tensors
     and no layers, and peft takes the name of a linear layer of its other MLPs for those tensors.
-    The last projection of a Mamba layer is left out: its kernels for GPUs read the weight of that
-    layer without what an adapter adds. So are layers that have a number for a name.
+    Layers of a Mamba mixer whose weight is read by itself are left out, and such as have a number
+    for a name.
     """
     layers, attention_only = {}, holds_experts(model)
     modules = dict(model.base_model.named_modules())
@@ -121,7 +122,7 @@ def linear_layers(model: CausalModel) -> dict[str, Any]:
         plain = getattr(module, "base_layer", module)
         if attention_only and "attn" not in name and "attention" not in name:
             continue
-        if last == "out_proj" and hasattr(modules[parent], "D"):
+        if is_read_by_weight(modules.get(parent), last):
             continue
         if (
             isinstance(plain, nn.Linear | Conv1D)
@@ -325,6 +326,8 @@ def merged_state(
     """Return the weights of a model with the active adapter merged into them, by the names of the
     model without adapters. `tensors` is its `full_state_dict`, which every rank must call for."""
     layers, tensors = named_layers(model), full_state_dict(model) if tensors is None else tensors
+    # Layers in 4 bits without an adapter.
+    packed = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
     state = {}
     for name, tensor in counted(tensors.items(), lambda _: 1, len(tensors), "tensors"):
         layer, _, rest = name.partition(".base_layer.")
@@ -334,6 +337,8 @@ def merged_state(
             state[f"{layer}.{rest}"] = weight + _change(layers[layer], layer, tensors)
         elif rest:
             state[f"{layer}.{rest}"] = tensor
+        elif name in packed:
+            state[name] = packed[name].dequantized()
         elif not any(part.startswith("lora_") for part in name.split(".")):
             state[name] = tensor
     return state

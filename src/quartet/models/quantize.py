@@ -15,6 +15,7 @@ from quartet.errors import QuartetError
 from quartet.io.install import install_command
 from quartet.models.experts import holds_experts
 from quartet.models.protocols import CausalModel
+from quartet.models.recurrent import is_read_by_weight
 from quartet.tensors import Float, Tensor
 
 
@@ -90,7 +91,7 @@ def quantize(model: CausalModel) -> Any:
     replaced = 0
     for module in [m for block in blocks for m in block.modules()]:
         for name, child in module.named_children():
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and not is_read_by_weight(module, name):
                 setattr(module, name, NF4Linear(child))
                 replaced += 1
     if not replaced:

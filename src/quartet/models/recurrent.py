@@ -41,6 +41,12 @@ def is_recurrent(config: Any) -> bool:
     return any(getattr(kind, "_is_stateful", False) for kind in known)
 
 
+def is_read_by_weight(parent: Any, name: str) -> bool:
+    """Return whether other code reads the weight of this linear layer of a Mamba mixer, and does
+    not call the layer: what stands in its place, an adapter or 4 bits, would not be seen."""
+    return name in {"out_proj", "dt_proj"} and hasattr(parent, "D")
+
+
 def why_not_sampled(config: Any) -> str | None:
     """Return why Quartet does not sample from a model, as a sentence without its end; None where it
     does."""
