@@ -18,6 +18,10 @@ from quartet.models.protocols import CausalModel
 from quartet.models.recurrent import is_read_by_weight
 from quartet.tensors import Float, Tensor
 
+# When it is imported, also by peft, it would say on the terminal that it looked for a faster kernel
+# on the hub and lacks a package for that.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 class QuantizeError(QuartetError, ValueError):
     """A model that cannot be held in 4 bits; the message is one sentence."""
@@ -25,8 +29,6 @@ class QuantizeError(QuartetError, ValueError):
 
 def bitsandbytes() -> Any:
     """Return the package. Raises QuantizeError without it."""
-    # It would say on the terminal that it looks for a faster kernel on the hub and has no package.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError:
