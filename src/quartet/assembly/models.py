@@ -45,7 +45,7 @@ from quartet.models.loading import Rows, fill, skeleton, trunk_weights, weights_
 from quartet.models.precision import DTYPES, best_precision, compute_dtype, compute_in
 from quartet.models.protocols import Tokenizer
 from quartet.models.quantize import quantize
-from quartet.models.recurrent import why_not_sampled
+from quartet.models.recurrent import is_recurrent, why_not_sampled
 from quartet.models.shape import Shape
 from quartet.models.support import limit_support
 from quartet.models.text_classifier import (
@@ -343,9 +343,12 @@ class Models:
         long texts."""
         why, longest = self.why_slow(), longest_fused(self.policy_config())
         if why is not None:
+            kernels = " run.log names packages with faster kernels, if one is missing."
             return (
                 f"{why[0].upper()}{why[1:]}: the policy goes through transformers' own forward "
                 "pass and cache, in training and in sampling, which is slower."
+                + kernels
+                * is_recurrent(self.policy_config())
             )
         if longest is not None and longest < self.longest_sequence():
             return (

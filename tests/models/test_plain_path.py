@@ -1,0 +1,92 @@
+"""Architectures that are not in the table, through transformers' own forward and cache: padding changes nothing."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quartet.generation.decoders import make_decoder
+from quartet.generation.plain import PlainDecoder
+from quartet.models.architectures import why_not_fused
+from quartet.models.trunk import hidden_states
+
+SHAPE = {
+    "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "max_position_embeddings": 128, "initializer_range": 0.15, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+HEADS, WINDOW = {"head_dim": 8}, {"sliding_window": 5}
+CHOICE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+ROUTED = CHOICE | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+CASES = {
+    "cohere2": {},
+    "deepseek_v3": ROUTED | {
+        "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
+    "ernie4_5": {},
+    "exaone4": WINDOW,
+    "gemma4_text": HEADS | WINDOW | {
+        "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 40,
+        "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "glm4": HEADS,
+    "glm4_moe": HEADS | ROUTED,
+    "gpt_oss": HEADS | WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "hunyuan_v1_dense": HEADS,
+    "minimax_m2": HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "ministral3": HEADS,
+    "phi": {},
+    "seed_oss": HEADS,
+}  # fmt: skip
+FEW = ("gemma4_text", "gpt_oss")
+EACH = pytest.mark.parametrize(
+    "kind", [kind if kind in FEW else pytest.param(kind, marks=pytest.mark.slow) for kind in CASES]
+)
+NEAR = {"atol": 5e-5, "rtol": 1e-4}
+
+
+def language_model(kind):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(SHAPE | CASES[kind]))
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.ndim > 1:
+                p.add_(0.05 * torch.randn_like(p))
+    return made.eval()
+
+
+@EACH
+def test_rows_decoded_together_have_the_logits_of_each_alone(kind):
+    made = language_model(kind)
+    assert why_not_fused(made.config) is not None
+    decoder = make_decoder(made, 40)
+    assert isinstance(decoder, PlainDecoder)
+    texts = [[5, 9, 21, 33, 4, 17, 8, 30, 12, 11, 3], [7, 12, 30], [6]]
+    logits = decoder.prefill(texts, 2)
+    texts = [list(text) for text in texts for _ in range(2)]
+    for step in range(8):
+        for text, ours in zip(texts, logits, strict=True):
+            alone = made(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
+            torch.testing.assert_close(ours, alone, **NEAR)
+        if step == 3:
+            kept = decoder.keep(torch.tensor([True, False, False, True, True, False]))
+            texts = [texts[row] for row in kept.tolist()]
+        tokens = torch.randint(3, 40, (len(texts),))
+        for text, token in zip(texts, tokens.tolist(), strict=True):
+            text.append(token)
+        logits = decoder.step(tokens)
+
+
+@EACH
+def test_rows_trained_together_have_the_hidden_states_of_each_alone(kind):
+    trunk = language_model(kind).base_model
+    tokens = torch.randint(3, 40, (3, 13))
+    lengths = torch.tensor([13, 4, 8])
+    mask = torch.arange(13) < lengths[:, None]
+    together = hidden_states(trunk, tokens * mask, mask).split(lengths.tolist())
+    for row, ours in enumerate(together):
+        ids = tokens[row : row + 1, : lengths[row]]
+        torch.testing.assert_close(
+            ours, trunk(input_ids=ids, use_cache=False).last_hidden_state[0], **NEAR
+        )
