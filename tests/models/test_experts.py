@@ -11,10 +11,10 @@ from quartet.generation.fused import RoutedExperts
 from quartet.models.adapters import POLICY, AdapterError, adapters_of, add_adapter, named_layers
 from quartet.models.experts import expert_mlp, held_mlp
 from quartet.models.language_model import save
-from quartet.models.loading import skeleton
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_in
 from quartet.models.quantize import QuantizeError, quantize
+from quartet.models.skeleton import skeleton
 from quartet.planning.memory import folder_sizes
 from quartet.worlds import make_world
 from tests.support.tiny_run import make_run

@@ -20,10 +20,11 @@ from quartet.distributed.sharding import is_sharded, local_tensor
 from quartet.models.adapters import POLICY, add_adapter
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError, create, load_model, read_config, save
-from quartet.models.loading import fill, skeleton, trunk_weights, weights_for
+from quartet.models.loading import fill, trunk_weights, weights_for
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_in
 from quartet.models.shape import Shape
+from quartet.models.skeleton import skeleton
 from quartet.training.parallelize import parallelize
 from tests.support.world import model, tokenizer
 

@@ -20,10 +20,11 @@ from quartet.models.adapters import (
 )
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import masked_logprobs, save
-from quartet.models.loading import fill, skeleton
+from quartet.models.loading import fill
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_in
 from quartet.models.quantize import NF4Linear, QuantizeError, quantize
+from quartet.models.skeleton import skeleton
 from tests.support.world import model, prompts, tokenizer
 
 LORA = Lora(rank=4)

@@ -9,10 +9,11 @@ from quartet.generation.plain import PlainDecoder
 from quartet.generation.sampling import Sampling
 from quartet.models.adapters import POLICY, add_adapter, merged_state
 from quartet.models.language_model import ModelError, masked_logprobs, save
-from quartet.models.loading import fill, skeleton
+from quartet.models.loading import fill
 from quartet.models.lora import Lora
 from quartet.models.quantize import quantize
 from quartet.models.recurrent import SAMPLED, is_recurrent, why_not_sampled
+from quartet.models.skeleton import skeleton
 from quartet.worlds import make_world
 from tests.support.tiny_run import make_run
 from tests.support.world import prompts, tokenizer

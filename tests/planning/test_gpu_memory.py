@@ -12,11 +12,12 @@ from quartet.generation.sampling import Sampling, draw
 from quartet.models.actor_critic import freeze
 from quartet.models.adapters import POLICY, add_adapter
 from quartet.models.language_model import masked_logprobs
-from quartet.models.loading import fill, skeleton
+from quartet.models.loading import fill
 from quartet.models.logprobs import head_statistics
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_in
 from quartet.models.quantize import NF4Linear, quantize
+from quartet.models.skeleton import skeleton
 from quartet.planning.gpu_memory import (
     Workload,
     bucket,

@@ -36,17 +36,19 @@ from quartet.models.language_model import (
     add_embeddings,
     check_generates,
     create,
+    language_config,
     load_model,
     longest_of,
     read_config,
     shape_config,
 )
-from quartet.models.loading import Rows, fill, skeleton, trunk_weights, weights_for
+from quartet.models.loading import Rows, fill, trunk_weights, weights_for
 from quartet.models.precision import DTYPES, best_precision, compute_dtype, compute_in
 from quartet.models.protocols import Tokenizer
 from quartet.models.quantize import quantize
 from quartet.models.recurrent import is_recurrent, why_not_sampled
 from quartet.models.shape import Shape
+from quartet.models.skeleton import skeleton
 from quartet.models.support import limit_support
 from quartet.models.text_classifier import (
     TextReader,
@@ -106,7 +108,7 @@ class Models:
         policy = self.config.policy
         if policy.create is not None:
             return policy.create.max_length
-        return longest_of(read_config(str(self.folder)))
+        return longest_of(language_config(str(self.folder)))
 
     def check(self) -> None:
         """Check what is known of the models before they are loaded. Raises `ModelError`."""
@@ -330,7 +332,7 @@ class Models:
         """Return the transformers config of the policy that the run starts from."""
         create = self.config.policy.create
         if create is None:
-            return read_config(str(self.folder))
+            return language_config(str(self.folder))
         return shape_config(create, self.tokenizer)
 
     def why_slow(self) -> str | None:
@@ -490,7 +492,7 @@ class Models:
             whole = self._whole(start)
             model, weights = skeleton(whole.config), whole.state_dict()
         else:
-            model = skeleton(read_config(start.model))
+            model = skeleton(language_config(start.model))
             weights = weights_for(model, start.model)
         return limit_support(model, self.tokenizer), weights
 

@@ -42,10 +42,11 @@ from quartet.models.language_model import (
     read_config,
     save_weights,
 )
-from quartet.models.loading import Rows, fill, skeleton, weights_for
+from quartet.models.loading import Rows, fill, weights_for
 from quartet.models.logprobs import at_least_float32, predicting_positions, scatter_to_tokens
 from quartet.models.precision import compute_in
 from quartet.models.protocols import CausalModel, Tokenizer
+from quartet.models.skeleton import skeleton
 from quartet.models.trunk import hidden_states
 from quartet.tensors import Bool, Float, Int, Tensor
 

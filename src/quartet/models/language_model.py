@@ -52,6 +52,7 @@ from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.quantize import NF4Linear
 from quartet.models.shape import Shape
 from quartet.models.support import support_of
+from quartet.models.text_part import auto_class, language_part, text_config
 from quartet.models.trunk import checkpointing, hidden_states, rows_at
 from quartet.tensors import Bool, Float, Int, Tensor, is_finite
 
@@ -99,9 +100,10 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
     """Return the causal language model of a Hugging Face folder or hub id, in float32. Weights are
     read from safetensors only, and code in the folder is not run. Raises ModelError, also for a
     classifier: transformers would load its trunk under a head that was never trained."""
-    check_generates(folder, read_config(folder))
+    config = read_config(folder)
+    check_generates(folder, config)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class(config).from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OWN_CODE
         )
     except UNLOADABLE as error:
@@ -109,7 +111,12 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Any:
             f"{folder}: cannot be loaded as a language model ({first_line(error)})."
         ) from error
     check_whole(folder, model, report)
-    return model.to(device).eval()
+    return language_part(model).to(device).eval()
+
+
+def language_config(folder: str | Path) -> Any:
+    """Return the config of the language model that `load_model` returns. Raises ModelError."""
+    return text_config(read_config(folder))
 
 
 def check_generates(folder: str | Path, config: Any) -> None:

@@ -1,14 +1,13 @@
 """Models that are built before their weights are read, so that a process reads only what it keeps.
 
-`skeleton` makes a model whose parameters have shapes and no memory. Adapters, precision and
-sharding are decided on it. `fill` then reads the weights one tensor at a time: of a sharded
-parameter this rank's rows only, in the dtype that the parameter is held in.
+`skeleton` (`models/skeleton.py`) makes a model whose parameters have shapes and no memory.
+Adapters, precision and sharding are decided on it. `fill` then reads the weights one tensor at a
+time: of a sharded parameter this rank's rows only, in the dtype that the parameter is held in.
 """
 
 import json
-import threading
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +15,17 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from quartet.distributed.sharding import copy_saved, local_tensor
 from quartet.models.language_model import UNLOADABLE, ModelError, first_line, load_model
 from quartet.models.quantize import NF4Linear
 from quartet.tensors import Tensor
 
+IN_IMAGE_MODEL = r"^(model\.)?language_model\."
+"""What the name of a weight of the language model begins with in a model with images. Behind it is
+the weight's own name, or that without "model."."""
 Rows = Any
 """A tensor, or an object that reads the rows of one when it is sliced."""
-
-
-def skeleton(config: Any, auto: Any = AutoModelForCausalLM) -> Any:
-    """Return the model of a transformers config, in evaluation mode. Its parameters are on torch's
-    meta device; its buffers are real, since no file holds them."""
-    with _parameters_without_memory():
-        model = auto.from_config(config, dtype=torch.float32)
-    return model.eval()
-
-
-@contextmanager
-def _parameters_without_memory() -> Iterator[None]:
-    """Have modules that this thread constructs inside the context put their parameters on the meta
-    device as soon as they have them, before anything initializes them."""
-    register, thread = nn.Module.register_parameter, threading.get_ident()
-
-    def register_on_meta(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
-        if p is not None and not p.is_meta and threading.get_ident() == thread:
-            p = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-        register(module, name, p)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class FolderWeights(Mapping[str, Rows]):
@@ -58,6 +33,8 @@ class FolderWeights(Mapping[str, Rows]):
     sliced."""
 
     def __init__(self, folder: str | Path) -> None:
+        self.name_in_file: dict[str, str] = {}
+        """The names that differ there."""
         path = Path(folder)
         if not path.is_dir():
             path = Path(snapshot_download(str(folder), allow_patterns=["*.safetensors*"]))
@@ -71,7 +48,19 @@ class FolderWeights(Mapping[str, Rows]):
         self.files = {name: opened[file] for name, file in names.items()}
 
     def __getitem__(self, name: str) -> Rows:
-        return self.files[name].get_slice(name)  # type: ignore[no-untyped-call]
+        return self.files[name].get_slice(self.name_in_file.get(name, name))  # type: ignore[no-untyped-call]
+
+    def of_text(self, wanted: Collection[str]) -> None:
+        """Give the weights of the language model in a model with images their names in a language
+        model, and leave out what is not wanted."""
+        renamed = {re.sub(IN_IMAGE_MODEL, "", name): name for name in self.files}
+        renamed = {
+            own: name
+            for own in wanted
+            if (name := renamed.get(own) or renamed.get(own.removeprefix("model.")))
+        }
+        self.files = {own: self.files[name] for own, name in renamed.items()}
+        self.name_in_file = renamed
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -92,7 +81,11 @@ def weights_for(
         weights = FolderWeights(folder)
     except UNLOADABLE as error:
         raise ModelError(f"{folder}: cannot be loaded ({first_line(error)}).") from error
-    if own_weights(model).keys() <= weights.keys():
+    own = own_weights(model).keys()
+    if own <= weights.keys():
+        return weights
+    weights.of_text(own)
+    if own == weights.keys():
         return weights
     if translated is not None:
         return translated()

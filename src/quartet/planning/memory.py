@@ -80,6 +80,7 @@ def folder_sizes(folder: str) -> Sizes | None:
     if not file.is_file():
         return None
     table = json.loads(file.read_text(encoding="utf-8"))
+    table = table.get("text_config") or table  # of a model with images, the language model is used
     hidden, layers = (
         table.get("hidden_size") or table.get("n_embd"),
         table.get("num_hidden_layers") or table.get("n_layer"),
@@ -143,9 +144,10 @@ def _safetensors_parameters(file: Path) -> int:
         with file.open("rb") as opened:
             length = struct.unpack("<Q", opened.read(8))[0]
             header = json.loads(opened.read(min(length, file.stat().st_size)))
-        return sum(
-            math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"
-        )
+        shapes = {n: tensor["shape"] for n, tensor in header.items() if n != "__metadata__"}
+        if any("language_model." in name for name in shapes):  # the others are for images
+            shapes = {n: s for n, s in shapes.items() if "language_model." in n or "lm_head" in n}
+        return sum(map(math.prod, shapes.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return 0  # loading the model reports what is wrong
 
