@@ -109,6 +109,8 @@ def export(
     from quartet.models.language_model import ModelError
     from quartet.recording.model_card import complete, models_in
 
+    if not run_folder.is_dir():
+        refuse(f"{run_folder}: no such folder.")
     if checkpoint is not None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             _write_checkpoint_models(run_folder, checkpoint, Path(scratch))
