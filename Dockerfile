@@ -1,6 +1,7 @@
 # Quartet on a CPU. Written, not yet built by its authors.
 #   docker build -t quartet .
-#   docker run --rm -v "$PWD/runs:/work/runs" quartet run
+#   mkdir -p runs && docker run --rm -v "$PWD/runs:/work/runs" quartet run
+# It runs as user 1000, who must be able to write runs/; with another account, add --user "$(id -u)" -e HOME=/tmp.
 # The studio listens on loopback only, so it needs the host's network: docker run --network host … quartet studio
 FROM python:3.12-slim AS build
 WORKDIR /source
@@ -13,8 +14,8 @@ RUN pip install --no-cache-dir -c /tmp/constraints.txt \
         --index-url https://download.pytorch.org/whl/cpu torch
 COPY --from=build /wheels /wheels
 RUN pip install --no-cache-dir -c /tmp/constraints.txt /wheels/*.whl && rm -r /wheels
-RUN useradd --create-home quartet && mkdir /work && chown quartet /work
-USER quartet
+RUN useradd --uid 1000 --create-home quartet && mkdir /work && chown quartet /work
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["quartet"]
 CMD ["run"]

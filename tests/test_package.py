@@ -92,7 +92,7 @@ def test_plan_prints_the_models_and_json_where_asked(tmp_path):
         (["run", "reviews", "run.device=quantum"], 'run.device = "quantum": cannot be used here'),
         (
             ["chat", "nowhere"],
-            "nowhere: has no policy/ or sft/ to talk to, and is no model's folder.",
+            "nowhere: no such folder.",
         ),
     ],
 )

@@ -56,6 +56,16 @@ def write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def readable_weights(*paths: Path) -> None:
+    """Give files of weights the permissions that files in their folder have.
+
+    safetensors lets only their owner read them, whatever the umask is: a server or a colleague with
+    another account could not load the model.
+    """
+    for path in paths:
+        path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def move(path: Path, to: Path) -> None:
     """Under its new name, at once and for good. Both in the same folder."""
     path.rename(to)

@@ -70,10 +70,10 @@ def test_the_machine():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["inspect", "nowhere"], "nowhere: is no run folder"),
+        (["inspect", "nowhere"], "nowhere: no such folder"),
         (["runs", "nowhere"], "nowhere: no such folder"),
         (["studio", "nowhere"], "nowhere: no such folder"),
-        (["report", "nowhere"], "nowhere: is no run folder"),
+        (["report", "nowhere"], "nowhere: no such folder"),
         (["compare", "one"], "compare needs two runs or more"),
     ],
 )
@@ -122,6 +122,14 @@ def test_a_setting_that_is_written_as_an_option_is_answered_with_the_right_form(
     assert done.exit_code == 2 and sentence in done.output.replace("\n", " ")
 
 
+def test_a_text_of_millions_of_words_is_cut(tmp_path):
+    row = json.dumps({"prompt": "a" * 10**6, "completion": "b"})
+    (tmp_path / "long.jsonl").write_text(row + "\n")
+    done = quartet("data", str(tmp_path / "long.jsonl"))
+    assert done.exit_code == 0 and len(done.output) < 3000
+    assert "aa … (998,000 more characters)" in done.output.replace("\n", "")
+
+
 def test_an_option_that_is_no_setting_is_refused_as_ever():
     done = quartet("run", "sums", "--nonsense")
-    assert done.exit_code == 2 and "No such option" in done.output
+    assert done.exit_code == 2 and "no such option: --nonsense" in done.output

@@ -52,8 +52,8 @@ def refusal(tmp_path, text, *words):
         (HEAD + '[algorithm]\npreset = "pop"', 'run.toml:10: algorithm.preset = "pop": no such preset. Did you mean ppo?'),
         (HEAD + '[algorithm]\npreset = "grpo"', 'algorithm.preset = "grpo", but the recipe says "ppo". Make them the same.'),
         (HEAD + '[algorithm.advantage]\ntype = "gae"\nlam = 1.5', "algorithm.advantage.lam = 1.5: must be ≤ 1."),
-        ('recipe = "pppo"\n' + HEAD[15:], 'run.toml:1: recipe: "pppo" is no stage. Did you mean ppo? Known are sft, reward_model'),
-        ('recipe = ["ppo", "sft"]\n' + HEAD[15:], "recipe: stages go from sft over label, reward_model and one RL, preference or ilql stage to evaluation"),
+        ('recipe = "pppo"\n' + HEAD[15:], 'run.toml:1: recipe: "pppo" is no stage. Did you mean ppo? Known are sft, label, reward_model'),
+        ('recipe = ["ppo", "sft"]\n' + HEAD[15:], "recipe: ppo, sft: stages run in the order sft, label, reward_model, one RL, preference or ilql stage, evaluation, each at most once, such as [\"sft\", \"ppo\"]."),
         ('recipe = ["sft", "evaluation"]\n' + HEAD[15:], "evaluation compares an RL, preference or ilql stage's policy"),
         ("recipe = []\n" + HEAD[15:], "recipe: is empty."),
         (HEAD[15:], "recipe: is missing."),
@@ -70,7 +70,7 @@ def refusal(tmp_path, text, *words):
         (HEAD.replace('"ppo"', '"sft"') + "[algorithm]\nkl = { coef = 1 }", "the recipe (sft) has no RL stage that would read it"),
         (HEAD + "[algorithm]\nkl = 3", "run.toml:10: algorithm.kl = 3: must be a table."),
         (HEAD + "[algorithm.scores.3]\nlimit = 1", "algorithm.scores.3: scores has 1 parts, counted from 0."),
-        (HEAD + "[run\nsteps = 1", "run.toml: not TOML:"),
+        (HEAD + "[run\nsteps = 1", "run.toml:9: not TOML:"),
         (HEAD + '[algorithm]\nvalue_loss = { type = "none" }', 'run.toml:10: algorithm: advantage.type = "gae" uses a critic, and no value_loss trains it.'),
         (HEAD + '[algorithm]\nadvantage = { type = "leave_one_out" }', 'value_loss.type = "clipped" trains a critic that advantage.type = "leave_one_out" never reads.'),
         (HEAD + '[algorithm]\nrewards = { type = "every_token" }', 'scores: shape the score of a response, and rewards.type = "every_token" does not read it. Use scores = [].'),
@@ -133,7 +133,7 @@ def test_mistakes_on_the_command_line(tmp_path, word, sentence):
         (
             HEAD.replace('"ppo"', '"ppoo"') + "[algorithm]\nkl = { coef = 0.1 }",
             [],
-            'run.toml:1: recipe: "ppoo" is no stage. Did you mean ppo? Known are sft, reward_model, ilql, evaluation, and what '
+            'run.toml:1: recipe: "ppoo" is no stage. Did you mean ppo? Known are sft, label, reward_model, ilql, evaluation, and what '
             "`quartet algorithms` lists.",
         ),
         (HEAD, ["optim.lr=abc"], 'command line: optim.lr = "abc": must be a number.'),

@@ -31,37 +31,39 @@ def said_of(tmp_path, content, *words):
 
 
 SYNTAX = {
-    "text without quotes": ("recipe = ppo\n", "line 1, column 10"),
-    "yaml": ('recipe: "ppo"\n', "line 1, column 7"),
-    "yaml document": ("---\nrecipe: ppo\n", "line 1, column 4"),
-    "json": ('{"recipe": "ppo"}\n', "line 1, column 1"),
-    "open text": ('recipe = "ppo\n', "line 1, column 14"),
-    "open single quotes": ("recipe = 'ppo\n", "end of document"),
-    "open list": ('recipe = ["ppo"\n', "end of document"),
-    "open header": (PPO + "[optim\nlr = 1\n", "line 9, column 7"),
-    "open table": (PPO + "[algorithm]\nkl = { coef = 1\n}\n", "line 10, column 16"),
-    "a key twice": (PPO + 'train = "q.jsonl"\n', "line 9"),
-    "a key of a table twice": (PPO + "[optim]\nlr = 1e-5\nlr = 1e-6\n", "line 11"),
-    "a table twice": (PPO + "[data]\nrows = 3\n", "line 9"),
-    "a table in a table twice": (PPO + "[policy.create]\n[policy.create]\n", "line 10"),
-    "comma for a point": (PPO + "[optim]\nlr = 1,5\n", "line 10, column 7"),
-    "a number that begins with a point": (PPO + "[optim]\nlr = .5\n", "line 10, column 6"),
-    "half a number": (PPO + "[optim]\nlr = 1e\n", "line 10, column 7"),
-    "no value": (PPO + "[optim]\nlr =\n", "line 10, column 5"),
-    "leading zero": (PPO + "[optim]\nepochs = 01\n", "line 10, column 11"),
-    "Python's True": (PPO + "[rollout]\ntop_k = True\n", "line 10, column 9"),
-    "Python's None": (PPO + "[optim]\nlr = None\n", "line 10, column 6"),
-    "unknown escape": ('recipe = "\\d"\n', "line 1"),
-    "half a surrogate pair": ('recipe = "\\ud800"\n', "line 1"),
-    "a NUL": ('recipe = "ppo"\x00\n', "line 1, column 15"),
-    "a zip file": (b"PK\x03\x04\x00", "line 1"),
-}
+    "text without quotes": ("recipe = ppo\n", ":1: not TOML: … (column 10). Write text in quotes."),
+    "yaml": ('recipe: "ppo"\n', ":1: not TOML: … (column 7). Settings are written key = value."),
+    "yaml document": ("---\nrecipe: ppo\n", ":1: not TOML: … (column 4). Settings are written key = value."),
+    "json": ('{"recipe": "ppo"}\n', ":1: not TOML: … (column 1)."),
+    "open text": ('recipe = "ppo\n', ":1: not TOML: … (column 14). Is a quote or a bracket missing?"),
+    "open single quotes": ("recipe = 'ppo\n", ":1: not TOML: "),
+    "open list": ('recipe = ["ppo"\n', ":1: not TOML: "),
+    "open header": (PPO + "[optim\nlr = 1\n", ":9: not TOML: … (column 7). Is a quote or a bracket missing?"),
+    "open table": (PPO + "[algorithm]\nkl = { coef = 1\n}\n", ":10: not TOML: … (column 16). Is a quote or a bracket missing?"),
+    "a key twice": (PPO + 'train = "q.jsonl"\n', ":9: train is there twice in its table. Keep one of the two lines."),
+    "a key of a table twice": (PPO + "[optim]\nlr = 1e-5\nlr = 1e-6\n", ":11: lr is there twice in its table. Keep one of the two lines."),
+    "a table twice": (PPO + "[data]\nrows = 3\n", ":9: the table data is there twice. Put its keys under one header."),
+    "a table in a table twice": (PPO + "[policy.create]\n[policy.create]\n", ":10: the table policy.create is there twice. Put its keys under one header."),
+    "comma for a point": (PPO + "[optim]\nlr = 1,5\n", ":10: not TOML: … (column 7). Write numbers with a point."),
+    "a number that begins with a point": (PPO + "[optim]\nlr = .5\n", ":10: not TOML: … (column 6). Write a 0 before the point."),
+    "half a number": (PPO + "[optim]\nlr = 1e\n", ":10: not TOML: … (column 7)."),
+    "no value": (PPO + "[optim]\nlr =\n", ":10: not TOML: … (column 5). Give a value, or leave the line out for the default."),
+    "leading zero": (PPO + "[optim]\nepochs = 01\n", ":10: not TOML: … (column 11)."),
+    "Python's True": (PPO + "[rollout]\ntop_k = True\n", ":10: not TOML: … (column 9). Write true and false in lower case."),
+    "Python's None": (PPO + "[optim]\nlr = None\n", ":10: not TOML: … (column 6). TOML has no empty value: leave the line out for the default."),
+    "unknown escape": ('recipe = "\\d"\n', ":1: not TOML: "),
+    "half a surrogate pair": ('recipe = "\\ud800"\n', ":1: not TOML: "),
+    "a NUL": ('recipe = "ppo"\x00\n', ":1: not TOML: … (column 15)."),
+    "a zip file": (b"PK\x03\x04\x00", ":1: not TOML: "),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("content", "place"), SYNTAX.values(), ids=SYNTAX)
-def test_what_is_not_toml_is_said_with_its_place(tmp_path, content, place):
+@pytest.mark.parametrize(("content", "sentence"), SYNTAX.values(), ids=SYNTAX)
+def test_what_is_not_toml_is_said_with_its_place_and_a_remedy(tmp_path, content, sentence):
+    """What stands for … are the words of Python's parser."""
+    place, _, rest = sentence.partition("…")
     said = said_of(tmp_path, content)
-    assert said.startswith("run.toml: not TOML: ") and place in said
+    assert said.startswith(f"run.toml{place}") and said.endswith(rest)
 
 
 FILES = {
@@ -73,9 +75,18 @@ FILES = {
         b"\n\n# nothing yet\n",
         'run.toml: recipe: is missing. The stages of the run in order, such as ["sft", "reward_model", "ppo"].',
     ),
-    "random bytes": (b"\x00\x01\xff\xfe", "run.toml: not UTF-8 text (byte 2)."),
-    "utf-16": ('recipe = "ppo"\n'.encode("utf-16"), "run.toml: not UTF-8 text (byte 0)."),
-    "latin-1": (PPO.encode() + b'[run]\nname = "\xe9"\n', "run.toml: not UTF-8 text (byte 114)."),
+    "random bytes": (
+        b"\x00\x01\xff\xfe",
+        "run.toml:1: not UTF-8 text (byte 2 of the file). Save it as UTF-8.",
+    ),
+    "utf-16": (
+        'recipe = "ppo"\n'.encode("utf-16"),
+        "run.toml:1: not UTF-8 text (byte 0 of the file). It looks like UTF-16. Save it as UTF-8.",
+    ),
+    "latin-1": (
+        PPO.encode() + b'[run]\nname = "\xe9"\n',
+        "run.toml:10: not UTF-8 text (byte 114 of the file). Save it as UTF-8.",
+    ),
 }
 
 
@@ -225,14 +236,14 @@ def test_words_that_cannot_be_understood(tmp_path, word):
     assert WORDS[word] in said_of(tmp_path, PPO, word)
 
 
-ORDER = "recipe: stages go from sft over label, reward_model and one RL, preference or ilql stage to evaluation, each at most once; this one says "
+ORDER = "stages run in the order sft, label, reward_model, one RL, preference or ilql stage, evaluation, each at most once, such as "
 TOGETHER = {
-    "a stage twice": ('recipe = ["sft", "sft"]\n' + REST, ORDER + "sft, sft."),
-    "two RL stages": ('recipe = ["ppo", "grpo"]\n' + REST, ORDER + "ppo, grpo."),
-    "evaluation first": ('recipe = ["evaluation", "ppo"]\n' + REST, ORDER + "evaluation, ppo."),
-    "a reward model before SFT": ('recipe = ["reward_model", "sft", "ppo"]\n' + REST, ORDER + "reward_model, sft, ppo."),
+    "a stage twice": ('recipe = ["sft", "sft"]\n' + REST, 'recipe: sft, sft: ' + ORDER + '["sft"].'),
+    "two RL stages": ('recipe = ["ppo", "grpo"]\n' + REST, 'recipe: ppo, grpo: ' + ORDER + '["ppo"].'),
+    "evaluation first": ('recipe = ["evaluation", "ppo"]\n' + REST, 'recipe: evaluation, ppo: ' + ORDER + '["ppo", "evaluation"].'),
+    "a reward model before SFT": ('recipe = ["reward_model", "sft", "ppo"]\n' + REST, 'recipe: reward_model, sft, ppo: ' + ORDER + '["sft", "reward_model", "ppo"].'),
     "evaluation alone": ('recipe = ["evaluation"]\n' + REST, "run.toml:1: recipe: evaluation compares an RL, preference or ilql stage's policy"),
-    "an empty name": ('recipe = ["sft", "", "ppo"]\n' + REST, 'run.toml:1: recipe: "" is no stage. Known are sft, reward_model'),
+    "an empty name": ('recipe = ["sft", "", "ppo"]\n' + REST, 'run.toml:1: recipe: "" is no stage. Known are sft, label, reward_model'),
     "a stage misspelt": ('recipe = ["reward_modell", "ppo"]\n' + REST, 'recipe: "reward_modell" is no stage. Did you mean reward_model?'),
     "a world and a file": (PPO + 'world = "reviews"\n', "data.train: name a file, or an embedded world in data.world; exactly one of the two."),
     "a folder and a shape": (PPO.replace('"m"', '"m"\ncreate = {}'), "policy.model: name a folder or hub id, or describe a new model in policy.create; exactly one"),

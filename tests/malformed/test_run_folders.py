@@ -1,10 +1,12 @@
 """Run folders that cannot be gone on with: what is missing in them, and what only looks like a checkpoint."""
 
+import json
 import shutil
 
 import pytest
 from typer.testing import CliRunner
 
+from quartet import __version__
 from quartet.assembly import build
 from quartet.cli import app
 from quartet.config.toml import read_settings
@@ -92,10 +94,20 @@ def test_checkpoints_that_are_none(small_run, wanted, tmp_path, change, sentence
 
 
 CONFIG = "config.resolved.toml"
+
+
+def of_a_newer_version(run):
+    text = (run / CONFIG).read_text()
+    (run / CONFIG).write_text(f"new_key = 3\n{text}")
+    env = json.loads((run / "env.json").read_text())
+    (run / "env.json").write_text(json.dumps(env | {"quartet": "99.1.0"}))
+
+
 CONFIGS = {
     "missing": (lambda run: (run / CONFIG).unlink(), "run: has no config.resolved.toml, so it is not known what to go on with."),
     "a folder": (lambda run: ((run / CONFIG).unlink(), (run / CONFIG).mkdir()), "run: has no config.resolved.toml"),
-    "cut short": (lambda run: (run / CONFIG).write_text("["), "run/config.resolved.toml: not TOML: "),
+    "cut short": (lambda run: (run / CONFIG).write_text("["), "run/config.resolved.toml:1: not TOML: "),
+    "of a newer version": (of_a_newer_version, f"The run was made by Quartet 99.1.0, and this is {__version__}."),
     "empty": (lambda run: (run / CONFIG).write_text(""), "run/config.resolved.toml: recipe: is missing."),
 }  # fmt: skip
 

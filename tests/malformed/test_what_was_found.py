@@ -6,7 +6,9 @@ import struct
 
 import pytest
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from quartet.cli import app
 from quartet.config.toml import ConfigError, read_settings
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError, load_model, read_config, save
@@ -130,3 +132,13 @@ def test_a_recipe_is_a_name(name):
 def test_a_folder_is_no_config(tmp_path):
     with pytest.raises(ConfigError, match="is a folder, not a file"):
         read_settings(tmp_path)
+
+
+def test_weights_are_as_readable_as_the_files_beside_them(small_run, tmp_path):
+    done = CliRunner().invoke(
+        app, ["export", str(small_run), "--to", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    )
+    assert done.exit_code == 0, done.output
+    files = [p for folder in (small_run, tmp_path / "out") for p in folder.rglob("*.safetensors")]
+    assert len({p.parent.name for p in files}) > 3  # policy, sft, checkpoints, out
+    assert {p.stat().st_mode for p in files} == {(small_run / "env.json").stat().st_mode}

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from quartet.cli import app
+from quartet.models import hub
 from quartet.models.export import export
 from quartet.models.language_model import ModelError, save
 from tests.support.world import model, tokenizer
@@ -85,3 +86,60 @@ def test_a_full_disk_is_one_sentence(run, tmp_path, monkeypatch):
     said = done.output.replace("\n", "")
     assert done.exit_code == 1 and not (tmp_path / "x").exists()
     assert said.endswith("x: cannot be written (No space left on device). Nothing was written.")
+
+
+class Hub:
+    """Answers as the hub's client does, and keeps what it was asked."""
+
+    def __init__(self, error=None):
+        self.asked, self.error = [], error
+
+    def create_repo(self, name, private, exist_ok):
+        self.asked.append((name, private, exist_ok))
+        return f"https://hub/{name}"
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        if self.error:
+            raise self.error
+        self.asked.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+
+def test_a_pushed_model_is_the_folder_that_was_written_in_a_private_repository(
+    run, tmp_path, monkeypatch
+):
+    fake = Hub()
+    monkeypatch.setattr(hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(hub, "get_token", lambda: "secret")
+    done = quartet(run, "--to", tmp_path / "out", "--push", "me/model")
+    assert done.exit_code == 0 and "https://hub/me/model uploaded" in done.output
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert fake.asked == [("me/model", True, True), ("me/model", names)]
+
+
+def test_a_push_that_fails_keeps_the_folder_and_says_how_to_go_on(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "HfApi", lambda: Hub(OSError("no route to the hub\nmore")))
+    monkeypatch.setattr(hub, "get_token", lambda: "secret")
+    done = quartet(run, "--to", tmp_path / "out", "--push", "me/model")
+    assert done.exit_code == 1 and (tmp_path / "out" / "model.safetensors").is_file()
+    said = " ".join(done.output.split())
+    assert "me/model: could not be uploaded (no route to the hub). The folder is whole" in said
+    assert f"hf upload me/model {tmp_path / 'out'}" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "sentence"),
+    [
+        ("model", "secret", "--push model: write owner/name, as on the hub."),
+        (
+            "me/model",
+            None,
+            "--push me/model: needs an account of the hub: log in with: hf auth login",
+        ),
+    ],
+)
+def test_a_push_that_cannot_work_is_refused_before_anything_is_written(
+    run, tmp_path, monkeypatch, name, token, sentence
+):
+    monkeypatch.setattr(hub, "get_token", lambda: token)
+    done = quartet(run, "--to", tmp_path / "out", "--push", name)
+    assert done.exit_code == 2 and sentence in done.output and not (tmp_path / "out").exists()

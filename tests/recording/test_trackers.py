@@ -1,7 +1,9 @@
 """What trackers got, read back from their own stores; and that none of them can stop a run."""
 
 import importlib
+import json
 import sqlite3
+import struct
 
 import pytest
 
@@ -67,6 +69,50 @@ def test_trackio(tmp_path, monkeypatch):
         rows = database.execute("select metrics from metrics").fetchall()
     text = " ".join(str(row[0]) for row in rows)
     assert "ppo/reward/gold" in text and "0.75" in text and "2.5" in text
+
+
+def wandb_records(file):
+    """Yield the records of an offline file: protobuf messages in a log of LevelDB's format, blocks
+    of 32 KiB of chunks with checksum, length and type (1 whole, 2 first, 3 middle, 4 last)."""
+    internal = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    data, place, message = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        size, kind = struct.unpack_from("<HB", data, place + 4)
+        message += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):
+            yield internal.Record.FromString(message)
+            message = b""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tell("wandb", tmp_path)
+    [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    records = {}
+    for record in wandb_records(file):
+        kind = record.WhichOneof("record_type")
+        records.setdefault(kind, []).append(getattr(record, kind))
+    [run] = records["run"][:1]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert (run.project, run.display_name) == ("quartet", tmp_path.name)
+    assert config["optim"] == {"lr": 1e-6} and config["seed"] == 3
+    rows = [
+        {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in row.item}
+        for row in records["history"]
+    ]
+    rows = [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
+    assert rows == [
+        {f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}}
+        for stage, step, metrics in STORY
+    ]
+    axes = {m.glob_name: m.step_metric for m in records["metric"] if m.glob_name}
+    assert axes == {"sft/*": "sft/step", "ppo/*": "ppo/step"}
 
 
 class Broken:

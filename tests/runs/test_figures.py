@@ -92,6 +92,7 @@ def test_definitions_of_families():
     assert definition("grad_norm/actor").label == "gradient norm, actor"
     assert definition("nobody_knows").what == ""
     assert len({d.name for d in DEFINITIONS}) == len(DEFINITIONS)
+    assert all(len(d.what) > 8 for d in DEFINITIONS)
 
 
 def test_the_docs_have_the_definitions():

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import shutil
 import tempfile
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from quartet import files
 from quartet.config.errors import Table
 from quartet.config.tables import without_none
-from quartet.config.toml import ConfigError
+from quartet.config.toml import ConfigError, read_toml
 from quartet.files import fingerprint
 from quartet.io.texts import did_you_mean, well_formed_json
 from quartet.recipes import recipe_path
@@ -85,10 +84,7 @@ def _recipe(recipe: str | Sequence[str]) -> tuple[Table, str]:
     path = recipe_path(recipe) or (Path(recipe) if recipe.endswith(".toml") else None)
     if path is None:
         return {"recipe": stages}, "run"
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig")), path.stem
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{recipe}: cannot be read ({error}).") from None
+    return dict(read_toml(path, recipe).table), path.stem
 
 
 def _shortcuts(arguments: Mapping[str, Any], table: Table) -> Iterable[tuple[str, Any]]:

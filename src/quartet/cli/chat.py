@@ -46,6 +46,8 @@ class ChatSession:
         after = next((run / name for name in ("policy", "sft") if (run / name).is_dir()), None)
         if after is None and (run / "config.json").is_file():
             after = run
+        if not run.exists():
+            raise ModelError(f"{run}: no such folder.")
         if after is None:
             raise ModelError(
                 f"{run}: has no policy/ or sft/ to talk to, and is no model's folder. Name a run "

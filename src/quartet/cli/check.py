@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from quartet.evaluation.trial import Trial
 
 
+MAX_SHOWN = 2000
+"""The characters of one part of a row that `quartet data` prints."""
+
+
 @app.command()
 def reward(
     function: Annotated[
@@ -185,6 +189,12 @@ def _report_in_tokens(
     )
 
 
+def _cut(text: str) -> str:
+    """Return the beginning of a text, and how much of it is left out."""
+    rest = len(text) - MAX_SHOWN
+    return f"{text[:MAX_SHOWN]} … ({rest:,} more characters)" if rest > 0 else text
+
+
 def _report_lines(summary: "Report") -> list[tuple[str, str]]:
     plain, dim, warning = "", "dim", "yellow"
     shapes = ", ".join(
@@ -203,5 +213,6 @@ def _report_lines(summary: "Report") -> list[tuple[str, str]]:
         )
     for place, pieces in summary.examples:
         lines.append((f"--- {place}", dim))
-        lines.append(("".join(f"⟦{text}⟧" if trained else text for text, trained in pieces), plain))
+        shown = [(_cut(text), trained) for text, trained in pieces]
+        lines.append(("".join(f"⟦{text}⟧" if trained else text for text, trained in shown), plain))
     return lines + [(f"▲ {finding}", warning) for finding in summary.findings]

@@ -12,15 +12,88 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from quartet import __version__
 from quartet.errors import QuartetError
+from quartet.io.texts import did_you_mean
 
 FAILED, WRONG_REQUEST, CHECK_FAILED, RESUMABLE, INTERRUPTED = 1, 2, 3, 75, 130
 """Exit codes. 75 is a temporary failure in sysexits.h: the same command with --resume goes on."""
 
+OTHER_WORDS = {
+    "resume": "quartet run RUN --resume goes on with a run.",
+    "train": "quartet run trains.",
+    "evaluate": "quartet eval evaluates.",
+    "test": "quartet eval evaluates.",
+    "list": "quartet runs lists runs.",
+    "ls": "quartet runs lists runs.",
+    "help": "quartet --help lists the commands.",
+    "version": "quartet --version prints the version.",
+}
+"""What does that for which other programs have a command of this name."""
+
+
+class Commands(TyperGroup):
+    """The commands. A call that cannot be understood is refused in one sentence."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _usage_in_a_sentence():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _usage_in_a_sentence():
+            return super().invoke(ctx)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            near = OTHER_WORDS.get(name) or did_you_mean(name, self.list_commands(ctx)).strip()
+            refuse(f"{name}: no such command. {near or OTHER_WORDS['help']}")
+        return super().resolve_command(ctx, args)
+
+
+@contextlib.contextmanager
+def _usage_in_a_sentence() -> Iterator[None]:
+    """Refuse a call with the sentence of a usage error of typer's that is raised within."""
+    try:
+        yield
+    except Exception as error:
+        # Versions of typer have these classes in different modules.
+        if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        refuse(_usage_sentence(error))
+
+
+def _usage_sentence(error: Any) -> str:
+    """Return what is wrong with a call: the command, the option or argument, what to do."""
+    names: list[str] = []
+    context = error.ctx
+    while context is not None and context.parent is not None:
+        names, context = [context.info_name, *names], context.parent
+    command, parameter = " ".join(["quartet", *names]), getattr(error, "param", None)
+    if parameter is None:
+        near = getattr(error, "possibilities", None)
+        reason = _sentence_of(error.message if near else error.format_message())
+        rest = f"Did you mean {' or '.join(near)}?" if near else f"See {command} --help."
+        return f"{command}: {reason} {rest}"
+    is_option = parameter.param_type_name == "option"
+    name = parameter.opts[0] if is_option else parameter.metavar or parameter.name.upper()
+    if type(error).__name__ == "MissingParameter":
+        meaning = (getattr(parameter, "help", None) or "").partition(".")[0]
+        what = f": {meaning[0].lower()}{meaning[1:]}" if meaning else ""
+        return f"{command}: {name} is missing{what}. See {command} --help."
+    return f"{command}: {name}: {_sentence_of(error.message)}"
+
+
+def _sentence_of(message: str) -> str:
+    """Return a message of typer's or pydantic's as the rest of a sentence."""
+    words = message.removeprefix("Value error, ").rstrip(".")
+    return f"{words[:1].lower()}{words[1:]}."
+
+
 app = typer.Typer(
+    cls=Commands,
     help="RLHF for language models, from a laptop to a cluster.",
     no_args_is_help=True,
     add_completion=False,
@@ -82,7 +155,10 @@ class SettingsCommand(TyperCommand):
             rest: list[str] = super().parse_args(ctx, list(args))
         except Exception as error:
             option = getattr(error, "option_name", None)
-            if not isinstance(option, str) or (sentence := _about_option(option, args)) is None:
+            is_typo = bool(getattr(error, "possibilities", None))
+            if not isinstance(option, str) or is_typo:
+                raise
+            if (sentence := _about_option(option, args)) is None:
                 raise
             refuse(sentence)
         return rest

@@ -99,6 +99,14 @@ def export(
             "the data.",
         ),
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Upload the folder to the Hugging Face hub, too. A repository that does not exist "
+            "yet is created as a private one.",
+        ),
+    ] = None,
 ) -> None:
     """Write a model as a Hugging Face folder with a model card.
 
@@ -106,13 +114,19 @@ def export(
     """
     from quartet.models.export import DamagedModel
     from quartet.models.export import export as write
+    from quartet.models.hub import check_push
     from quartet.models.language_model import ModelError
     from quartet.recording.model_card import complete, models_in
 
+    if not run_folder.is_dir():
+        refuse(f"{run_folder}: no such folder.")
+    if push is not None:
+        with refusing():
+            check_push(push)
     if checkpoint is not None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             _write_checkpoint_models(run_folder, checkpoint, Path(scratch))
-            export(Path(scratch), target, part, dtype, beta=beta)
+            export(Path(scratch), target, part, dtype, beta=beta, push=push)
         return
     if beta is not None and part != "policy":
         refuse(f"--beta: is of the policy, and --part is {part}. Take one of the two out.")
@@ -139,6 +153,24 @@ def export(
         refuse(str(error))
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     console.print(f"{target} written, {size / 1e6:,.1f} MB", soft_wrap=True)
+    if push is not None:
+        _push(target, push)
+
+
+def _push(folder: Path, name: str) -> None:
+    """Upload a folder to the hub, and say where it is."""
+    from quartet.cli.screen import shown_work
+    from quartet.io.activity import activity
+    from quartet.models.hub import CannotPush
+    from quartet.models.hub import push as upload
+
+    try:
+        with shown_work(console), activity(f"uploading {folder.name}"):
+            address = upload(folder, name)
+    except CannotPush as error:
+        complaints.print(str(error), style="red", soft_wrap=True)
+        raise typer.Exit(FAILED) from None
+    console.print(f"{address} uploaded", soft_wrap=True)
 
 
 @contextmanager

@@ -192,8 +192,8 @@ def _say_what(execution: "Execution", planned: "Plan") -> None:
 def _first_line(settings: "Settings", job: "Job", folder: Path) -> str:
     import torch
 
-    place = job.device.type
-    threads = f", {torch.get_num_threads()} threads" if place == "cpu" else ""
+    place, count = job.device.type, torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count != 1)}" if place == "cpu" else ""
     seed = settings.config.seed
     return f"quartet {__version__} · {place}{threads} · {job.precision} · seed {seed} · {folder}"
 

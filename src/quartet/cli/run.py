@@ -18,7 +18,7 @@ from quartet.cli.common import (
     refusing,
 )
 from quartet.cli.lifecycle import go_on, new_run
-from quartet.io.texts import typed
+from quartet.io.texts import did_you_mean, typed
 from quartet.recipes import template_names, template_path
 
 if TYPE_CHECKING:
@@ -179,7 +179,10 @@ def plan(
 
 @app.command()
 def init(
-    recipe: Annotated[str, typer.Argument(help="sft, reward_model, ppo, grpo, dpo or ilql.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="sft, reward_model, ppo, grpo, dpo, ilql or on_policy_distillation."),
+    ],
     file: Annotated[
         Path | None, typer.Argument(help="The file to write. Default: RECIPE.toml.")
     ] = None,
@@ -187,7 +190,9 @@ def init(
     """Write a commented TOML file to start from."""
     template = template_path({"rm": "reward_model"}.get(recipe, recipe))
     if template is None:
-        refuse(f'"{recipe}": no such file to start from. Known are {", ".join(template_names())}.')
+        near = did_you_mean(recipe, template_names())
+        known = ", ".join(template_names())
+        refuse(f'"{recipe}": no such file to start from.{near} Known are {known}.')
     target = file or Path(template.name)
     if target.exists():
         refuse(f"{target}: exists already. Give another name: quartet init {recipe} NAME.toml")
@@ -226,7 +231,6 @@ def algorithms(
     from quartet.algorithms.presets import ALGORITHMS
     from quartet.config.tables import without_none
     from quartet.config.toml import preset_toml
-    from quartet.io.texts import did_you_mean
 
     presets = ALGORITHMS | PREFERENCES
     if name is not None and name not in presets:

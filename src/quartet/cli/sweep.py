@@ -112,10 +112,10 @@ def _carry_out(beginning: "Beginning", as_json: bool) -> int:
 def _say_what(shown: "Console", request: "SweepRequest", conductor: "Conductor") -> None:
     spec, seeds = request.spec, request.seeds
     count = f"{spec.num_trials} trials × {len(seeds)} seeds" if len(seeds) > 1 else None
-    runs = count or f"{spec.num_trials} trials"
+    runs, threads = count or f"{spec.num_trials} trials", conductor.processes.threads
     shown.print(
         f"quartet {__version__} · sweep {request.name} · {spec.method} · {runs} · "
-        f"{spec.parallel} at once, {conductor.processes.threads} threads each · "
+        f"{spec.parallel} at once, {threads} thread{'s' * (threads != 1)} each · "
         f"{_near(conductor.folder.path)}",
         soft_wrap=True,
     )

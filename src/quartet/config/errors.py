@@ -3,6 +3,7 @@ remedy."""
 
 import json
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,47 @@ WANTED = {
     "tuple_type": "a list",
     "finite_number": "a finite number",
 }
+
+
+REMEDIES = (
+    ("Invalid value", r"(True|False)\b", "Write true and false in lower case."),
+    (
+        "Invalid value",
+        r"(None|none|null|nil)\b",
+        "TOML has no empty value: leave the line out for the default.",
+    ),
+    ("Invalid value", r"\.\d", "Write a 0 before the point."),
+    ("Invalid value", "$", "Give a value, or leave the line out for the default."),
+    ("Invalid value", r"(?!true|false|inf|nan)[A-Za-z_~/]", "Write text in quotes."),
+    ("Expected '='", "", "Settings are written key = value."),
+    ("", r",\d", "Write numbers with a point."),
+    ("", "$", "Is a quote or a bracket missing?"),
+)
+"""What to do about a text that is not TOML: how the parser's reason begins, what stands at the
+place that it names, and the words."""
+
+
+def about_syntax(error: tomllib.TOMLDecodeError, text: str) -> str:
+    """Return what follows a file's name in the sentence about a text that is not TOML: the line,
+    what is wrong, what to do."""
+    reason, lines = str(error), text.split("\n")
+    found = re.search(r" \(at line (\d+), column (\d+)\)$", reason)
+    if found is None:  # at the end of the document
+        return f":{len(lines) - text.endswith(chr(10))}: not TOML: {reason}."
+    line, column = int(found[1]), int(found[2])
+    reason, row = reason[: found.start()], lines[line - 1] if line <= len(lines) else ""
+    if table := re.match(r"Cannot declare \((.*?),?\) twice", reason):
+        name = table[1].replace("'", "").replace(", ", ".")
+        return f":{line}: the table {name} is there twice. Put its keys under one header."
+    key = re.match(r"\s*([^=\[]+?)\s*=", row)
+    if reason == "Cannot overwrite a value" and key:
+        return f":{line}: {key[1]} is there twice in its table. Keep one of the two lines."
+    rest = row[column - 1 :]
+    remedies = (
+        f" {words}" for why, at, words in REMEDIES if reason.startswith(why) and re.match(at, rest)
+    )
+    remedy = next(remedies, "")
+    return f":{line}: not TOML: {reason} (column {column}).{remedy}"
 
 
 def sentence(error: ErrorDetails, table: Table, origins: Mapping[str, str]) -> str:

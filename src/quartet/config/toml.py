@@ -22,7 +22,7 @@ from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.correction import for_another_engine
 from quartet.algorithms.preference import PREFERENCES, PreferenceLoss
 from quartet.algorithms.presets import ALGORITHMS
-from quartet.config.errors import Table, sentence, toml_value, where
+from quartet.config.errors import Table, about_syntax, sentence, toml_value, where
 from quartet.config.links import resolve_links
 from quartet.config.replaced import (
     replace_created_policy,
@@ -33,7 +33,7 @@ from quartet.config.replaced import (
 from quartet.config.tables import Config, json_ready, without_none
 from quartet.errors import QuartetError
 from quartet.generation.source import GeneratorSource, Servers
-from quartet.io.texts import did_you_mean
+from quartet.io.texts import did_you_mean, line_of, not_utf8
 from quartet.stages.kinds import KINDS
 
 FOR_SERVERS = "default with servers"
@@ -110,7 +110,8 @@ def read_toml(path: Path, shown_as: str | None = None) -> TomlFile:
     except FileNotFoundError:
         raise ConfigError(f"{shown}: no such file.") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{shown}: not UTF-8 text (byte {error.start}).") from None
+        words = not_utf8(error, f"byte {error.start} of the file")
+        raise ConfigError(f"{shown}:{line_of(error)}: {words}") from None
     except IsADirectoryError:
         raise ConfigError(f"{shown}: is a folder, not a file.") from None
     except (OSError, RecursionError) as error:
@@ -118,7 +119,7 @@ def read_toml(path: Path, shown_as: str | None = None) -> TomlFile:
             f"{shown}: cannot be read ({getattr(error, 'strerror', None) or 'too deep'})."
         ) from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{shown}: not TOML: {error}.") from None
+        raise ConfigError(f"{shown}{about_syntax(error, text)}") from None
     except ValueError as error:  # a name with a NUL in it, a number of thousands of digits
         raise ConfigError(f"{shown}: cannot be read ({str(error).partition(';')[0]}).") from None
     lines = _line_numbers(text)

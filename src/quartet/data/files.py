@@ -15,6 +15,7 @@ from huggingface_hub import constants as hub_constants
 
 from quartet.data import DataError
 from quartet.io.install import install_command
+from quartet.io.texts import not_utf8
 from quartet.labels.log import LabelError, is_label_file, read_labels
 from quartet.models.hub import why_not_on_hub
 
@@ -172,7 +173,7 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
         text = path.read_text(encoding="utf-8-sig")
         table = json.loads(text) if text.strip() else []
     except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: {_not_utf8(error, f'byte {error.start}')}") from None
+        raise DataError(f"{path.name}: {not_utf8(error, f'byte {error.start}')}") from None
     except json.JSONDecodeError as error:
         extra = " Is it JSON lines? Call it .jsonl." if error.msg == "Extra data" else ""
         raise DataError(
@@ -203,7 +204,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                     )
                 except UnicodeDecodeError as error:
                     where = f"byte {error.start} of the line"
-                    raise DataError(f"{place}: {_not_utf8(error, where)} {_fine(good)}") from None
+                    raise DataError(f"{place}: {not_utf8(error, where)} {_fine(good)}") from None
                 except json.JSONDecodeError as error:
                     raise DataError(
                         f"{place}: not JSON ({_reason(error)}). {_fine(good)}"
@@ -252,7 +253,7 @@ def _csv_rows(path: Path, reader: "csv.DictReader[str]", good: int) -> Iterator[
             yield place, dict(row)
     except UnicodeDecodeError as error:
         where = f"after line {reader.line_num}" if reader.line_num else error.reason
-        raise DataError(f"{path.name}: {_not_utf8(error, where)}") from None
+        raise DataError(f"{path.name}: {not_utf8(error, where)}") from None
     except csv.Error as error:
         raise DataError(
             f"{path.name}:{reader.line_num}: not CSV ({error}). {_fine(good)}"
@@ -289,12 +290,6 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(
             f"{path.name}: damaged after row {number:,} ({str(error).partition('.')[0]})."
         ) from None
-
-
-def _not_utf8(error: UnicodeDecodeError, where: str) -> str:
-    """Return what to do about bytes that are not UTF-8."""
-    utf16 = error.start == 0 and error.object[:2] in {b"\xff\xfe", b"\xfe\xff"}
-    return f"not UTF-8 text ({where}).{' It looks like UTF-16.' if utf16 else ''} Save it as UTF-8."
 
 
 def _fine(good: int) -> str:

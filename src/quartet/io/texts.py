@@ -55,9 +55,22 @@ def _escape(character: str) -> str:
 
 
 def did_you_mean(value: object, known: Iterable[str]) -> str:
-    """Return " Did you mean X?" with the known name that is most like a value; "" if none is."""
-    near = difflib.get_close_matches(str(value), list(known), n=1)
-    return f" Did you mean {near[0]}?" if near else ""
+    """Return " Did you mean X?" with the known name that is most like a value; "" if none is. A
+    name with the same letters in another order goes first: gpro is grpo, not gspo."""
+    near = difflib.get_close_matches(str(value), list(known), n=3)
+    same = [name for name in near if sorted(name) == sorted(str(value))]
+    return f" Did you mean {[*same, *near][0]}?" if near else ""
+
+
+def not_utf8(error: UnicodeDecodeError, where: str) -> str:
+    """Return what is wrong with bytes that are not UTF-8, and what to do about them."""
+    utf16 = error.start == 0 and error.object[:2] in {b"\xff\xfe", b"\xfe\xff"}
+    return f"not UTF-8 text ({where}).{' It looks like UTF-16.' if utf16 else ''} Save it as UTF-8."
+
+
+def line_of(error: UnicodeDecodeError) -> int:
+    """Return the line, counted from 1, of the first byte that is not UTF-8."""
+    return error.object.count(b"\n", 0, error.start) + 1
 
 
 def typed(path: Path | str) -> str:

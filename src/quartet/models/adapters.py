@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quartet.distributed.sharding import copy_saved, full_state_dict
 from quartet.errors import QuartetError
+from quartet.files import readable_weights
 from quartet.io.activity import counted
 from quartet.io.install import install_command
 from quartet.models.experts import holds_experts
@@ -369,6 +370,7 @@ def save_adapter(
         {_PREFIX + key.replace(f".{name}.", "."): weights[key].contiguous() for key in weights},
         folder / _WEIGHTS,
     )
+    readable_weights(folder / _WEIGHTS)
     layers = named_layers(model)
     first = next(iter(layers.values()))
     targets = tuple(sorted({module_name.rpartition(".")[2] for module_name in layers}))

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from quartet.files import readable_weights
 from quartet.models.heads import define_classifier
 from quartet.models.language_model import (
     OWN_CODE,
@@ -163,3 +164,4 @@ def _cast(file: Path, dtype: torch.dtype) -> None:
                     f"float16. Use bfloat16."
                 )
     save_file(tensors, file, metadata)
+    readable_weights(file)

@@ -26,6 +26,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
+from quartet.files import readable_weights
 from quartet.models.adapters import (
     AdapterView,
     adapter_parameters,
@@ -245,6 +246,7 @@ class ScalarModel(nn.Module):
             bias = 0.0 if self.head.bias is None else self.head.bias
             head.bias.copy_(torch.zeros_like(head.bias) + bias - self.centre)
         classifier.save_pretrained(folder)
+        readable_weights(*folder.glob("*.safetensors"))
         tokenizer.save_pretrained(folder)
         return None
 
@@ -350,6 +352,7 @@ class AdaptedScalar(ScalarModel):
         save_file(
             {"score.weight": self.head.weight}, adapter / HEAD, metadata={"centre": repr(self.mean)}
         )
+        readable_weights(adapter / HEAD)
 
     def save_per_token(
         self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS

@@ -2,11 +2,14 @@
 consequences."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import (
+    HfApi,
     get_hf_file_metadata,
+    get_token,
     hf_hub_download,
     hf_hub_url,
     try_to_load_from_cache,
@@ -18,6 +21,9 @@ from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
 )
+
+from quartet.errors import QuartetError
+from quartet.io.texts import typed
 
 HUB_SECONDS = 5.0
 """How long the hub may take to answer whether it has a model. It is asked once: a download would
@@ -73,3 +79,32 @@ def why_not_on_hub(name: str, kind: Literal["model", "dataset"] = "model") -> st
     finally:
         logger.setLevel(level)
     return None
+
+
+class CannotPush(QuartetError):
+    """A folder cannot be put on the hub. The message is a sentence for the user."""
+
+
+def check_push(name: str) -> None:
+    """Raise `CannotPush` if a model cannot be put on the hub under this name, before any of it is
+    written."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is None:
+        raise CannotPush(f"--push {name}: write owner/name, as on the hub.")
+    if get_token() is None:
+        raise CannotPush(f"--push {name}: needs an account of the hub: {LOG_IN}")
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a model's folder to the hub and return its address. A repository that does not exist
+    yet is created as a private one. Raises `CannotPush`."""
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model by Quartet")
+    except Exception as error:  # of the hub, or of an HTTP client that has changed between versions
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise CannotPush(
+            f"{name}: could not be uploaded ({reason}). The folder is whole; to try again: hf "
+            f"upload {name} {typed(folder)}"
+        ) from error
+    return str(address)

@@ -27,6 +27,7 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
 from quartet.experience import KeptIds
+from quartet.files import readable_weights
 from quartet.io.activity import activity, counted, writing
 from quartet.models.adapters import (
     POLICY,
@@ -196,6 +197,11 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> Tokenizer:
     if Path(folder).is_dir() and not any(
         (Path(folder) / name).is_file() for name in TOKENIZER_FILES
     ):
+        if not (Path(folder) / "config.json").is_file():
+            raise ModelError(
+                f"{folder}: is no model's folder, it has no config.json and no tokenizer. Name one "
+                "that save_pretrained wrote."
+            )
         raise ModelError(
             f"{folder}: has no tokenizer. Save one beside the model, or name another folder in "
             f"policy.tokenizer."
@@ -314,6 +320,7 @@ def save_weights(
         tensors.setdefault(id(tensor), tensor.to(dtype) if converts else tensor)
     with writing(f"writing {folder.name}", folder, sum(t.nbytes for t in tensors.values())):
         model.save_pretrained(folder, state_dict={n: tensors[id(t)] for n, t in state.items()})
+    readable_weights(*folder.glob("*.safetensors"))
     # transformers writes the dtype of the model's first parameter.
     path, name = folder / "config.json", str(dtype).removeprefix("torch.")
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from quartet.files import sync
+from quartet.files import readable_weights, sync
 from quartet.models.heads import ValueHead
 from quartet.models.language_model import (
     ModelError,
@@ -88,6 +88,7 @@ def save_heads(heads: QHeads, beta: float, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in heads.state_dict().items()}
     save_file(tensors, folder / HEADS, {"beta": repr(beta)})
+    readable_weights(folder / HEADS)
     sync(folder / HEADS)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quartet import __version__, files
+from quartet.recording.card_head import card_head
 from quartet.recording.run_folder import read_record
 from quartet.runs.definitions import MEASURES, definition
 from quartet.runs.wording import number, stage_summary
@@ -45,7 +46,8 @@ def write_cards(folder: Path, title: str | None = None) -> None:
             [e for e in events if before is None or e.get("stage") in before | {name}]
         )
         made = _making(config, f"../{SETTINGS}")
-        text = _front(role, config) + head + _loading(folder, name) + numbers + made
+        front = card_head(role, config, events, f"{title}: {name}")
+        text = front + head + _loading(folder, name) + numbers + made
         files.replace(folder / name / "README.md", text)
     files.replace(
         folder / "README.md", f"# {title}\n\n{_numbers(events)}{_making(config, SETTINGS)}"
@@ -101,17 +103,6 @@ def write_generation_config(folder: Path, rollout: Mapping[str, Any]) -> None:
     if rollout.get("min_new_tokens"):
         table["min_new_tokens"] = rollout["min_new_tokens"]
     files.replace(path, json.dumps(table, indent=2) + "\n")
-
-
-def _front(role: str, config: dict[str, Any]) -> str:
-    tags = ", ".join(["quartet", *config.get("recipe", [])])
-    base = config.get("policy", {}).get("model")
-    if role == "reward_model":
-        base = config.get("reward_model", {}).get("model", base)
-    named = f"base_model: {json.dumps(base)}\n" if base else ""
-    tasks = {"reward_model": "text-classification", "critic": "token-classification"}
-    task = tasks.get(role, "text-generation")
-    return f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [{tags}]\n{named}---\n\n"
 
 
 HERE = "."

@@ -293,12 +293,14 @@ def sweep_strays(root: Path) -> None:
 
 @dataclass(frozen=True)
 class Beginning:
-    """The working directory and links that a run was started with."""
+    """The working directory, links and version that a run was started with."""
 
     folder: Path | None
     """The working directory; None where it is unknown or no longer exists."""
     links: Mapping[str, str]
     """The targets that the links in the config's paths had then."""
+    version: str | None = None
+    """The version of Quartet; None where it is unknown."""
 
 
 def beginning_of(folder: Path) -> Beginning:
@@ -307,7 +309,12 @@ def beginning_of(folder: Path) -> Beginning:
         table = files.read_json(folder / ENVIRONMENT)
         started, links = Path(table["folder"]), table["links"]
         known = {k: v for k, v in links.items() if isinstance(k, str) and isinstance(v, str)}
-        return Beginning(started if started.is_absolute() and started.is_dir() else None, known)
+        version = table.get("quartet")
+        return Beginning(
+            started if started.is_absolute() and started.is_dir() else None,
+            known,
+            version if isinstance(version, str) else None,
+        )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return Beginning(None, {})
 

@@ -49,7 +49,7 @@ class TensorBoard:
 class Logged:
     """A run of Weights & Biases, or of Trackio, whose interface is the same. WANDB_MODE=offline
     keeps Weights & Biases data in the run's folder; TRACKIO_DIR sets where Trackio stores its
-    data."""
+    data. A resumed run is a new run there, with the same name."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
@@ -61,6 +61,20 @@ class Logged:
 
     def close(self) -> None:
         self._run.finish()
+
+
+class WandB(Logged):
+    """A run of Weights & Biases, whose charts have the steps of their stage on the x axis."""
+
+    def __init__(self, run: Any) -> None:
+        super().__init__(run)
+        self._stages: set[str] = set()
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        if stage not in self._stages:
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._stages.add(stage)
+        super().log(stage, step, metrics)
 
 
 class MLflow:
@@ -131,7 +145,7 @@ def make_sink(name: Tracker, folder: Path, config: Mapping[str, Any]) -> Sink:
             import wandb
 
             os.environ.setdefault("WANDB_SILENT", "true")
-            return Logged(
+            return WandB(
                 wandb.init(project=PROJECT, name=folder.name, config=dict(config), dir=str(folder))
             )
         case "trackio":

@@ -1,5 +1,6 @@
 """Where runs and sweeps are: folders by name, found without opening what is in them."""
 
+import errno
 import re
 from pathlib import Path
 
@@ -60,9 +61,9 @@ def find_runs(root: Path) -> list[Path]:
     try:
         entries = list(root.iterdir())
     except OSError as error:
-        raise NoRun(
-            f"{printable(str(root))}: {'no such folder' if not root.is_dir() else error.strerror}."
-        ) from None
+        reasons = {errno.ENOENT: "no such folder", errno.ENOTDIR: "is a file, not a folder"}
+        reason = reasons.get(error.errno or 0, error.strerror)
+        raise NoRun(f"{printable(str(root))}: {reason}.") from None
     modified = {
         path: when
         for path in entries

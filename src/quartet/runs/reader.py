@@ -8,6 +8,7 @@ sentence about it.
 import dataclasses
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -92,7 +93,9 @@ class Run:
         except Unreadable as error:
             raise NoRun(f"{self.name}: {EVENTS} {error}") from None
         if grown is None:
-            raise NoRun(f"{printable(str(self.path))}: is no run folder, it has no {EVENTS}.")
+            found = os.path.lexists(self.path)
+            what = f"is no run folder, it has no {EVENTS}." if found else "no such folder."
+            raise NoRun(f"{printable(str(self.path))}: {what}")
         return grown
 
     @property

@@ -200,7 +200,8 @@ def begin(settings: Settings, job: Job, fault: str | None = None) -> Execution:
         )
     except OSError as error:
         raise CannotRun(
-            f'run.folder = "{run.folder}": cannot be written ({error.strerror or error}).'
+            f'run.folder = "{run.folder}": cannot be written ({error.strerror or error}). Name '
+            "another folder, such as run.folder=runs."
         ) from error
     return Execution(settings, job, folder, fault)
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from quartet import __version__
 from quartet.config.links import absolute_word, relative_paths
 from quartet.config.tables import json_ready
 from quartet.config.toml import FOR_SERVERS, ConfigError, Settings, read_settings
-from quartet.io.texts import did_you_mean, typed
+from quartet.io.texts import did_you_mean, excerpt, typed
 from quartet.recipes import recipe_names, recipe_path
 from quartet.runs.folders import find_run
 
@@ -75,6 +76,12 @@ def run_to_resume(what: str | None, words: Sequence[str] = ()) -> ResumeRequest:
         raise ConfigError(
             "runs/latest: there is no run to resume. Name one: quartet run runs/… --resume"
         )
+    if recipe_path(what) is None and not what.endswith(".toml"):
+        near = did_you_mean(what, recipe_names())
+        reason = "is no run's folder" if folder.is_dir() else "no such run folder"
+        raise ConfigError(
+            f"{what}: {reason}, and no recipe.{near} `quartet runs` lists the runs in runs/."
+        )
     settings = settings_of(what, words)
     run = settings.config.run
     path = find_run(Path(run.folder), run.name or settings.name)
@@ -111,7 +118,15 @@ def _run_in(folder: Path, words: Sequence[str]) -> ResumeRequest:
     from quartet.recording.run_folder import beginning_of
 
     config, began = folder / "config.resolved.toml", beginning_of(folder)
-    settings = settings_of(str(config), words, began.links)
+    try:
+        settings = settings_of(str(config), words, began.links)
+    except ConfigError as error:
+        if began.version is None or began.version == __version__:
+            raise
+        raise ConfigError(
+            f"{error} The run was made by Quartet {excerpt(began.version, 20)}, and this is "
+            f"{__version__}."
+        ) from None
     path = folder.resolve()
     if began.folder is None or began.folder == Path.cwd():
         return ResumeRequest(path, settings)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import is_first_replica, is_sharded, local_tensor
 from quartet.errors import NonFinite
-from quartet.files import sync
+from quartet.files import readable_weights, sync
 from quartet.io.activity import writing
 from quartet.tensors import Tensor, is_finite
 
@@ -110,6 +110,7 @@ def _save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
         if reason is None:
             raise
         raise OSError(int(reason[3] or errno.EIO), reason[1], str(path)) from error
+    readable_weights(path)
     sync(path)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quartet.errors import QuartetError
+from quartet.io.texts import line_of, not_utf8
 
 MAX_BYTES = 4_000_000
 STAGES = {
@@ -86,7 +87,8 @@ def read_foreign(path: Path) -> Foreign:
         text = path.read_text(encoding="utf-8-sig")
         found = reader(text)
     except UnicodeDecodeError as error:
-        raise ForeignError(f"{path}: not UTF-8 text (byte {error.start}).") from None
+        words = not_utf8(error, f"byte {error.start} of the file")
+        raise ForeignError(f"{path}:{line_of(error)}: {words}") from None
     except OSError as error:
         raise ForeignError(f"{path}: cannot be read ({error.strerror}).") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

@@ -1,12 +1,14 @@
 """Rules about the recipe and the stages in it."""
 
+import json
+
 from quartet.algorithms.preference import PREFERENCES
 from quartet.config.rules.base import rule
 from quartet.config.tables import Config
 from quartet.io.texts import did_you_mean
 from quartet.stages.kinds import KINDS, kind_of
 
-KNOWN_STAGES = "sft, reward_model, ilql, evaluation, and what `quartet algorithms` lists"
+KNOWN_STAGES = "sft, label, reward_model, ilql, evaluation, and what `quartet algorithms` lists"
 
 
 @rule
@@ -31,9 +33,14 @@ def stages_stand_in_order(config: Config) -> str | None:
     order = [kind.order for stage in config.recipe if (kind := kind_of(stage)) is not None]
     if order == sorted(set(order)):
         return None
+    kinds: dict[int, str] = {}
+    for stage in config.recipe:
+        if (kind := kind_of(stage)) is not None:
+            kinds.setdefault(kind.order, stage)
+    right = json.dumps([kinds[order] for order in sorted(kinds)])
     return (
-        "recipe: stages go from sft over label, reward_model and one RL, preference or ilql stage "
-        f"to evaluation, each at most once; this one says {', '.join(config.recipe)}."
+        f"recipe: {', '.join(config.recipe)}: stages run in the order sft, label, reward_model, "
+        f"one RL, preference or ilql stage, evaluation, each at most once, such as {right}."
     )
 
 
