@@ -115,7 +115,8 @@ def _say_what(shown: "Console", request: "SweepRequest", conductor: "Conductor")
     runs = count or f"{spec.num_trials} trials"
     shown.print(
         f"quartet {__version__} · sweep {request.name} · {spec.method} · {runs} · "
-        f"{spec.parallel} at once, {conductor.processes.threads} threads each · "
+        f"{spec.parallel} at once{' on Ray' if spec.ray else ''}, {conductor.processes.threads} "
+        f"threads each · "
         f"{_near(conductor.folder.path)}",
         soft_wrap=True,
     )
