@@ -60,11 +60,13 @@ def words(case: str, model: str = "", texts: str = "") -> list[str]:
     """Return what follows `quartet run` in a case, which is named size-method-training."""
     size, method, training = case.split("-")
     adapter = [LORA] if training == "lora" else []
+    # No stage of SFT alone reads how many RL steps there are.
+    steps = [word for word in STEPS if method != "sft" or not word.startswith("run.")]
     if size != "pretrained":
         wide = WIDE if size == "30m" else []
-        return ["reviews", *STEPS, *wide, *METHODS[method], *adapter]
+        return ["reviews", *steps, *wide, *METHODS[method], *adapter]
     recipe = "film-reviews.toml"  # a copy without the recipe's adapter
-    few = [*STEPS, "sft.batch_size=8", "run.steps=3"]
+    few = [*steps, "sft.batch_size=8", *([] if method == "sft" else ["run.steps=3"])]
     named = [f"policy.model={json.dumps(model)}", f"data.texts={texts}"]
     return [recipe, *named, *few, *PRETRAINED[method], *adapter]
 

@@ -136,6 +136,16 @@ def test_mistakes_on_the_command_line(tmp_path, word, sentence):
             'run.toml:1: recipe: "ppoo" is no stage. Did you mean ppo? Known are sft, label, reward_model, ilql, evaluation, and what '
             "`quartet algorithms` lists.",
         ),
+        (
+            HEAD,
+            ["recipe=sft", "data.sampling=pass_rate"],
+            "command line: data.sampling: no stage of this recipe reads it (sft). Take it out.",
+        ),
+        (
+            HEAD,
+            ["recipe=sft", "run.steps=3"],
+            "command line: run.steps: no stage of this recipe reads it (sft). Take it out.",
+        ),
         (HEAD, ["optim.lr=abc"], 'command line: optim.lr = "abc": must be a number.'),
     ],
 )
@@ -144,7 +154,8 @@ def test_what_nobody_reads_is_refused(tmp_path, text, words, sentence):
 
 
 def test_a_recipe_cut_short_on_the_command_line_leaves_its_settings_unread(tmp_path):
-    made = settings(tmp_path, HEAD + "[run]\nsteps = 3", 'recipe="sft"', "reward=[]")
+    of_others = ["reward=[]", "rollout.max_new_tokens=8"]
+    made = settings(tmp_path, HEAD + "[run]\nsteps = 3", 'recipe="sft"', *of_others)
     assert made.config.recipe == ("sft",)
     assert "[rollout]" not in resolved_toml(made) and "steps = 3" not in resolved_toml(made)
     assert "[optim]\nmicro_batch_tokens" in resolved_toml(made)

@@ -14,12 +14,13 @@ import torch
 
 from quartet.io.threads import map_concurrently
 from quartet.rewards import judge_cache, remote
-from quartet.rewards.judge import JudgeReward, parse_preference, parse_score
+from quartet.rewards.judge import JudgeReward
 from quartet.rewards.judge_cache import JudgeCache
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.remote import Endpoint
 from quartet.rewards.source import RewardContext
 from quartet.rewards.sources import JudgeSource
+from quartet.rewards.verdicts import parse_preference, parse_score
 from tests.support.fault_server import FaultServer, says, silent
 from tests.support.world import prompts, rollout
 

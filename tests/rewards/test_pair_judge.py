@@ -6,9 +6,10 @@ from quartet.labels.agreement import agreements
 from quartet.labels.log import Label, LabelLog, read_labels
 from quartet.labels.pairs import Pair
 from quartet.rewards.judge import PAIR_PROMPT
-from quartet.rewards.pair_judge import PairJudge, reconciled
+from quartet.rewards.pair_judge import PairJudge
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.remote import Endpoint
+from quartet.rewards.verdicts import reconciled
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Rubrics: each criterion in both orders, the weighted sum, and files that are none."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +12,10 @@ from quartet.rewards.pair_judge import PairJudge
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.remote import Endpoint
 from quartet.rewards.rubric import Criterion, Rubric, read_rubric
+from quartet.rewards.source import RewardContext
+from quartet.rewards.sources import JudgeSource
 from tests.support.fault_server import FaultServer, says
+from tests.support.world import prompts, rollout
 
 FILE = """\
 [[criterion]]
@@ -91,12 +95,12 @@ def reply(body):
     return says({"choices": [{"message": {"content": "\n".join(lines)}}], "usage": usage})
 
 
-def label(tmp_path, url, *more):
+def label(tmp_path, url, *more, model="m"):
     pairs = tmp_path / "pairs.jsonl"
     rows = [("ask", "no", "right"), ("ask", "all wrong", "right"), ("mute", "x", "right")]
     lines = [dict(zip(("prompt", "answer_a", "answer_b"), row, strict=True)) for row in rows]
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = ["label", str(pairs), "--judge", url, "--judge-model", "m", *map(str, more)]
+    words = ["label", str(pairs), "--judge", url, "--judge-model", model, *map(str, more)]
     answer = CliRunner().invoke(app, words)
     labels = read_labels(tmp_path / "pairs.labels.jsonl").labels
     return answer, {entry.pair.answer_a: entry for _, entry in labels}
@@ -151,7 +155,7 @@ def test_a_bad_rubric_is_one_sentence_and_nothing_is_asked(case, tmp_path):
         path.write_text(text)
     with pytest.raises(RewardError) as caught:
         read_rubric(path)
-    assert sentence in str(caught.value) and str(caught.value).startswith(f"--rubric {path}: ")
+    assert sentence in str(caught.value) and str(caught.value).startswith(f"rubric {path}: ")
     assert "\n" not in str(caught.value)
     with FaultServer(choose=reply) as server:
         answer, labels = label(tmp_path, f"{server.url}/v1", "--rubric", path)
@@ -167,3 +171,115 @@ def test_a_prompt_without_a_place_for_the_criteria_and_a_rubric_without_a_judge(
     words = ["label", str(tmp_path / "pairs.jsonl"), "--rubric", str(rubric)]
     answer = CliRunner().invoke(app, words)
     assert answer.exit_code == 2 and "is for a language model" in answer.output
+
+
+def either(body):
+    """Answers as the policies new and old, and judges as `reply` does."""
+    asked = json.loads(body)
+    if asked["model"] == "judge":
+        return reply(body)
+    worse = {"one": "no", "two": "all wrong", "mute": "x"}[asked["messages"][0]["content"]]
+    answer = "right" if asked["model"] == "new" else worse
+    choice = {"message": {"content": answer}, "finish_reason": "stop"}
+    return says({"choices": [choice], "usage": {"completion_tokens": 1}})
+
+
+def judged(tmp_path, server, *more, judge="judge:{url}/v1#judge"):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("one", "two", "mute")))
+    models = [f"{name}={server.url}/v1#{name}" for name in ("old", "new")]
+    words = ["eval", *models, "--on", f"set={prompts}", "--to", str(tmp_path / "out"), "--json"]
+    words += ["--measure", judge.format(url=server.url), *map(str, more)]
+    before = len(server.requests)
+    answer = CliRunner().invoke(app, words)
+    asked = [json.loads(body)["model"] for *_, body in server.requests[before:]]
+    return answer, asked.count("judge")
+
+
+def test_an_evaluation_reports_each_criterion_beside_the_weighted_sum(tmp_path, rubric):
+    with FaultServer(choose=either) as server:
+        answer, asked = judged(tmp_path, server, "--rubric", rubric)
+        result = json.loads(answer.stdout)
+        rubric.write_text(FILE.replace("weight = 3", "weight = 1"))
+        lighter, asked_again = judged(tmp_path, server, "--rubric", rubric)
+    cells = {c["measure"]: (c["value"], c["n"], c["missing"]) for c in result["cells"]}
+    del cells["tokens"]
+    assert cells == {  # "no" is shorter than "right"; about "mute" the judge says nothing of short
+        "judge": (1.0, 2, 1),
+        "judge correct": (1.0, 3, 0),
+        "judge polite": (0.5, 3, 0),
+        "judge short": (0.5, 2, 1),
+    }
+    wins = {c["measure"]: (c["wins"], c["ties"], c["losses"]) for c in result["comparisons"]}
+    assert wins["judge"] == (2, 0, 0) and wins["judge short"] == (1, 0, 1)
+    assert wins["judge polite"] == (0, 3, 0), "a judge that prefers what it reads first ties"
+    assert {c["against"] for c in result["comparisons"]} == {"old"}
+    assert [(c["name"], c["weight"]) for c in result["rubrics"]["judge"]] == [
+        ("correct", 3.0),
+        ("polite", 2.0),
+        ("short", 2.0),
+    ]
+    total = {c["measure"]: c["value"] for c in json.loads(lighter.stdout)["cells"]}["judge"]
+    assert total == 0.5, "of “no” against “right”, (1 + 0 − 2) / 5 is a loss"
+    assert (asked, asked_again) == (6, 0), "another weight asks nothing anew"
+
+
+def test_an_evaluation_and_a_label_decide_alike(tmp_path, rubric):
+    table = '{{ type = "judge", url = "{url}/v1", model = "judge", name = "j", rubric = "RUBRIC" }}'
+    with FaultServer(choose=either) as server:
+        table = table.replace("RUBRIC", str(rubric))
+        result = json.loads(judged(tmp_path, server, judge=table)[0].stdout)
+        labels = label(tmp_path, f"{server.url}/v1", "--rubric", rubric, model="judge")[1]
+    won = {"a": 0.0, "tie": 0.5, "b": 1.0, "skip": None}  # "right" is answer b
+    by_label = [won[labels[worse].verdict] for worse in ("no", "all wrong", "x")]
+    [values] = [m["values"] for m in result["items"]["set"]["measured"] if m["measure"] == "j"]
+    assert values == by_label == [1.0, 1.0, None]
+
+
+REFUSED = {
+    "no judge": (["--rubric", "RUBRIC"], "pattern:x", "is for a language model that compares"),
+    "a bad file": (["--rubric", "BAD"], "judge:{url}/v1#judge", "criterion 1 wieght: no such key"),
+    "scores": (
+        [],
+        '{{ type = "judge", url = "{url}/v1", model = "m", mode = "score", rubric = "RUBRIC" }}',
+        'Set mode = "pairwise"',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", sorted(REFUSED))
+def test_a_rubric_that_cannot_be_used_is_refused_before_anything_is_asked(case, tmp_path, rubric):
+    more, judge, sentence = REFUSED[case]
+    bad = tmp_path / "bad.toml"
+    bad.write_text(BAD["a typo"][0])
+    files = {"RUBRIC": str(rubric), "BAD": str(bad)}
+    with FaultServer(choose=either) as server:
+        measure = judge.replace("RUBRIC", str(rubric))
+        answer, _ = judged(tmp_path, server, *(files.get(w, w) for w in more), judge=measure)
+        assert not server.requests
+    assert answer.exit_code == 2 and sentence in answer.output.replace("\n", " ")
+
+
+def test_one_policy_alone_cannot_be_judged_by_a_rubric(tmp_path, rubric):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one"}\n')
+    words = ["eval", "http://127.0.0.1:1/v1#m", "--on", str(prompts), "--rubric", str(rubric)]
+    answer = CliRunner().invoke(app, [*words, "--measure", "judge:http://127.0.0.1:1/v1#j"])
+    assert answer.exit_code == 2 and "--against MODEL" in answer.output
+
+
+def test_a_runs_reward_compares_by_a_rubric(tmp_path, rubric):
+    """Three answers, a ring: each is compared with both others."""
+    answers = ["right", "no", "all wrong"]
+    [prompt] = prompts(1)
+    rollouts = [
+        replace(rollout(prompt, (1,), 0.0, number=i), response=answer)
+        for i, answer in enumerate(answers)
+    ]
+    with FaultServer(choose=reply) as server:
+        source = JudgeSource(f"{server.url}/v1", "m", mode="pairwise", rubric=str(rubric))
+        context = RewardContext(None, list, 64, None, folder=tmp_path)
+        scores = source.make(context).score(rollouts)
+    # "no" and "all wrong" are both no "right": the judge says B of either order, and short decides
+    assert scores == [1.0, 0.5, 0.0]
+    assert "correct: Which answer" in (tmp_path / "judge" / "judge.rubric.txt").read_text()

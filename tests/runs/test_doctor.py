@@ -58,6 +58,15 @@ FAULTS = {
         "40% of responses end without EOS",
     ),
     rules.no_signal: (lambda s: {"advantage/std": 0.0}, "every group has equal rewards"),
+    rules.few_prompts_teach: (
+        lambda s: {
+            "prompts/unseen": 0.0,
+            "prompts/hard": 90.0,
+            "prompts/learnable": 4.0,
+            "prompts/easy": 6.0,
+        },
+        "of 100 prompts with a pass rate, hardly any response passes in 90 and nearly all pass in 6",
+    ),
     rules.unscored: (lambda s: {"reward/unscored": 0.2}, "20% of responses got no score"),
     rules.sampler_disagrees: (
         lambda s: {"sampler_ratio": 1.4},

@@ -59,7 +59,19 @@ DPO_SUMMARY = PAIRS | {
     "held_out_logprobs/chosen": -66.0,
     "held_out_prefers_longer": 0.5,
 }
+
+
+def ilql(step):
+    learnt = 1 - math.exp(-step / 15)
+    return sft(step) | {
+        "loss/cql": 0.03 - 0.01 * learnt,
+        "loss/q": 0.1 - 0.05 * learnt,
+        "return/rms": 0.5,
+    }
+
+
 HEALTHY = {
+    "ilql": (ilql, SFT_SUMMARY),
     "sft": (sft, SFT_SUMMARY),
     "reward_model": (reward_model, REWARD_MODEL_SUMMARY),
     "dpo": (dpo, DPO_SUMMARY),
@@ -145,6 +157,20 @@ FAULTS = {
         lambda s: {"labels/chosen": 1.0},
         {},
         (10, "all labels of 10 steps say desirable"),
+    ),
+    rules.q_diverges: (
+        "ilql",
+        lambda s: {"loss/q": 4.0 if s > 10 else 0.0},
+        {},
+        # the mean of five is 0.8 at step 11, above 0.5² = 0.25, and 3 · 4 / 5 = 2.4 at step 13
+        (13, "Q is wrong by 1.55 at each token over 5 steps, and the returns are of size 0.5"),
+    ),
+    rules.q_prefers_unseen: (
+        "ilql",
+        lambda s: {"loss/cql": 0.03 if s == 1 else 0.045},
+        {},
+        # (0.03 + 4 · 0.045) / 5 = 0.042 at step 5, above 1.1 · 0.03
+        (7, "the conservative term is 0.045, and 0.03 where Q prefers no token"),
     ),
     rules.chosen_becomes_unlikely: (
         "dpo",

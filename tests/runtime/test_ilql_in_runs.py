@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from quartet.runs.doctor import examine
+from quartet.runs.reader import Run
 from tests.launch.test_launch import assert_alike, done, metrics
 from tests.support.tiny_run import SMALL
 
@@ -51,6 +53,30 @@ def test_rows_of_a_file_need_a_score(tmp_path):
         assert code == 0, said
     code, said = done(tmp_path, *words, "ilql.data=bad.jsonl")
     assert code == 2 and "bad.jsonl:8: has no number in a column score" in said, said
+
+
+BROKEN = {
+    "q_prefers_unseen": (-9.0, ["ilql.loss.cql=0.001"]),  # scores below 0, and Q begins at 0
+    "q_diverges": (1.0, ["ilql.lr=3"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [None, *BROKEN])
+def test_the_doctor_speaks_of_a_broken_q_and_is_silent_about_a_good_one(rule, tmp_path):
+    sign, more = BROKEN.get(rule, (1.0, ["ilql.loss.cql=0.02"]))
+    rows = [
+        {"prompt": f"{n}+1=", "completion": f"{n + d}", "score": sign * (0.9 if d == 1 else 0.5)}
+        for n in range(10, 60)
+        for d in (1, 2)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*WORDS, "recipe=['ilql']", "ilql.data=rows.jsonl", "ilql.steps=40", "ilql.lr=0.02"]
+    code, said = done(tmp_path, *words, *more, "run.name=x")
+    assert code == 0, said
+    [run] = tmp_path.glob("runs/*-x")
+    found = {finding.rule for finding in examine(Run(run))} & set(BROKEN)
+    assert rule in found if rule else not found
 
 
 @pytest.mark.slow

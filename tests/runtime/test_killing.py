@@ -61,6 +61,13 @@ def test_a_run_killed_at_random_instants_is_the_run_that_was_not():
     assert found["wrong"] == [] and found["kills"] >= 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["ilql", "rounds"])
+def test_a_killed_run_of_ilql_and_one_of_two_rounds_of_labels_are_the_runs_that_were_not(scenario):
+    found = killing("instants", scenario, "3", "0")
+    assert found["wrong"] == [] and found["kills"] >= 3
+
+
 def without_room(*words: str, at_least: int) -> None:
     """Each case ends with one sentence and goes on, once there is room, to what the run left alone came to."""
     found = killing(*words)["cases"]

@@ -8,8 +8,9 @@ from tests.runtime.test_killing import killing
 from tests.support.stopping import PHASES, STRETCHES
 
 CHANGED = "the update, weights changed"
-EVERY = [phase for phase in PHASES if phase != "merging"]
-"""The phases of a run without an adapter."""
+ILQL = [phase for phase in PHASES if "ILQL" in phase]
+EVERY = [phase for phase in PHASES if phase not in {"merging", *ILQL}]
+"""The phases of a run of PPO without an adapter."""
 
 
 def outcomes(scenario: str, *phases: str) -> dict:
@@ -29,6 +30,11 @@ def test_a_step_is_given_up_before_its_weights_change_and_after():
     check(found)
     assert "Nothing is lost" in found["sampling"]["said"]
     assert "1 finished step after it will be taken again" in found[CHANGED]["said"]
+
+
+@pytest.mark.slow
+def test_a_step_of_ilql_is_given_up_before_its_weights_change_and_after():
+    check(outcomes("ilql", *ILQL))
 
 
 def at_instants(scenario: str, trials: int, seconds: int) -> dict:

@@ -55,7 +55,20 @@ STEPS = ["run.steps=6", "run.checkpoint_every=2"]
 MINIBATCHES = ["optim.epochs=2", "optim.minibatches=2"]
 ADAPTIVE = ["algorithm.kl.controller.type=adaptive", "algorithm.kl.controller.target=0.5"]
 REVIEWS = ["reviews", *SMALL_REVIEWS, "sft.steps=5", "reward_model.steps=5", *STEPS, *MINIBATCHES]
+ROUND = "'label','reward_model','ppo'"
 SCENARIOS: dict[str, list[str]] = {
+    "rounds": [
+        "labelled-reviews",
+        *REVIEWS[1:],
+        f"recipe=['sft',{ROUND},{ROUND},'evaluation']",
+        *("run.steps=4", "label.pairs=30", "label.labels=20", "label.simulated=0.1"),
+    ],
+    "ilql": [
+        "sums",
+        *(word for word in SMALL if not word.startswith("sft.")),
+        *("policy.create.max_length=32", "recipe=['ilql','evaluation']", "ilql.steps=8"),
+        *("ilql.batch_size=8", "run.checkpoint_every=2"),
+    ],
     "ppo": [*REVIEWS, *ADAPTIVE],
     "shared": [*REVIEWS, "critic.type=shared", "optim.ema=0.9"],
     "lora": [*REVIEWS, 'policy.adapter={type="lora", rank=2}'],

@@ -35,6 +35,8 @@ PHASES: dict[str, tuple[str, str, int, str]] = {
     "held-out texts of SFT": ("quartet.stages.sft", "held_out_loss", 2, "before"),
     "a step of the reward model": ("quartet.loops.reward_model", "optimizer_step", 4, "after"),
     "centring": ("quartet.stages.reward_model:RewardModelStage", "_mean_score", 1, "before"),
+    "a step of ILQL": ("quartet.loops.ilql", "optimizer_step", 4, "before"),
+    "a step of ILQL that has changed weights": ("quartet.loops.ilql", "optimizer_step", 4, "after"),
     "sampling": ("quartet.loops.collect:Collector", "respond", 4, "before"),
     "rewards": ("quartet.loops.collect", "rewarded", 4, "before"),
     "scoring": ("quartet.training.learner:Learner", "score", 4, "before"),

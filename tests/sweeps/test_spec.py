@@ -69,6 +69,9 @@ create = { type = "llama", hidden_size = 16, num_layers = 1, num_heads = 2, max_
         'policy.model="runs/x/sft"',
         'reward=[{ type = "model", model = "runs/x/reward_model" }]',
     ]
+    words = ("run.steps=3", "data.sampling=pass_rate", "sft.steps=2", "data.rows=9")
+    later = asked(tmp_path, table, *words, run=run, recipe=recipe).once_words()
+    assert later == ["sft.steps=2", "data.rows=9", 'recipe=["sft", "reward_model"]']
     reads = keys("sft.lr = [0.1, 0.2]", extra='once = ["sft", "reward_model"]')
     with pytest.raises(ConfigError, match=r"sft.lr: is read by sft, which runs once for all"):
         asked(tmp_path, reads, run=run, recipe=recipe)

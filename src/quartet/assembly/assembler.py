@@ -1,8 +1,9 @@
 """The objects that all stages of a run share: device, tokenizer, data, models and rewards."""
 
+import copy
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -46,8 +47,12 @@ from quartet.rewards.source import RewardContext
 from quartet.rewards.sources import JudgeSource, ModelSource, is_trained_here
 from quartet.rewards.text_models import StepReward, TextModelReward
 from quartet.stages.kinds import LABEL
+from quartet.stages.rounds import ONLY_ROUND, Round
 from quartet.training.optimizer_types import TYPES, OptimizerError
 from quartet.worlds import World, gold_accuracy, make_world
+
+ROUND_SEEDS = 100_000
+"""The distance between the seeds of a recipe's rounds, more than that of an ensemble's members."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +125,23 @@ class Assembler:
             reads_text = self.models.text_reader is not None
             backbone = self.models.trained_backbone if reads_text else None
             self.rewards.check(self.sources, per_token, backbone)
+        self.round = ONLY_ROUND
         self.lengths: list[str] = []
         """A sentence about the steps of each stage whose length is given in epochs."""
         self.critic_init = self._critic_init()
         self.generators = Generators(config, self.tokenizer, longest, self.world)
+
+    def in_round(self, number: int) -> "Assembler":
+        """Return what makes the objects of a round of the recipe. They draw other random numbers in
+        each round, and later ones start from the policy of the round before."""
+        self.prompts  # read once, for all rounds  # noqa: B018
+        own = copy.copy(self)
+        own.round = Round(number, self.config.num_rounds)
+        own.config = replace(self.config, seed=self.config.seed + ROUND_SEEDS * (number - 1))
+        own.models = self.models.in_round(own.round, own.config)
+        own.generators = copy.copy(self.generators)
+        own.generators.config = own.config
+        return own
 
     def _check_ranks(self) -> None:
         launch, group = self.config.launch, self.process_group
@@ -229,7 +247,8 @@ class Assembler:
 
     def labelled(self, folder: Path) -> Comparisons:
         """Return the comparisons that the stage `label` left in a run's folder."""
-        return self._encoded(*self.rows.read_labels(folder / "comparisons"), None)
+        place = self.round.folder(folder)
+        return self._encoded(*self.rows.read_labels(place / "comparisons"), None)
 
     def _encoded(
         self, train: Sequence[Example], held_out: Sequence[Example], ceiling: float | None
@@ -282,7 +301,8 @@ class Assembler:
         already, `process_group` the ranks that ask for scores together."""
         trained: Sequence[Path | ScalarModel] = reward_models
         if not reward_models:
-            trained = [folder / name for name in self.config.reward_models]
+            place = self.round.folder(folder)
+            trained = [place / name for name in self.config.reward_models]
         load = partial(self.models.load_scalar, role="reward_model", process_group=process_group)
         rewards = []
         for source in self.sources:

@@ -219,7 +219,8 @@ def _actor_critic(
             elif init == "policy":
                 critic = models.new_scalar(actor, CRITIC, folder)
             else:
-                trained = folder / (assembler.config.reward_models or ("reward_model",))[0]
+                place = assembler.round.folder(folder)
+                trained = place / (assembler.config.reward_models or ("reward_model",))[0]
                 critic = models.load_scalar(init or trained, "critic")
             return Separate(actor, critic)
 

@@ -5,12 +5,12 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from quartet.assembly.assembler import Assembler
 from quartet.assembly.checkpoint_models import CONFIG, NoCheckpoint, checkpoint_path
 from quartet.assembly.components import load_components
-from quartet.assembly.stages import rl_stage
+from quartet.assembly.stages import stage as stage_of
 from quartet.config.tables import Config
 from quartet.config.toml import read_settings
 from quartet.errors import QuartetError
@@ -28,7 +28,8 @@ from quartet.generation.native import NativeGenerator
 from quartet.generation.source import Native
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.runs.critic_audits import FOLDER
-from quartet.stages.rl import AlgorithmState, RLComponents
+from quartet.stages.rl import AlgorithmState, RLComponents, RLStage
+from quartet.stages.rounds import in_round
 from quartet.training.checkpoint import Checkpoint, DamagedCheckpoint, read_checkpoint
 
 FORMAT = 1
@@ -110,15 +111,21 @@ def _check(run: Path, config: Config) -> None:
 
 def _checkpoint(run: Path, config: Config, step: int | None) -> Path:
     """Return the checkpoint of a step of the RL stage; the newest if no step is named."""
-    name = None if step is None else f"{config.rl_stage}-{step:06d}"
-    own = sorted((run / "checkpoints").glob(f"{config.rl_stage}-[0-9]*"))
+    stage = _last_rl_stage(config)
+    name = None if step is None else f"{stage}-{step:06d}"
+    own = sorted((run / "checkpoints").glob(f"{stage}-[0-9]*"))
     newest = next((p.name for p in reversed(own) if not p.name.endswith("-000000")), None)
     if name is None and newest is None:
         raise CannotAudit(
-            f"{run.name}: has no checkpoint of {config.rl_stage}, so there is no critic to load. "
+            f"{run.name}: has no checkpoint of {stage}, so there is no critic to load. "
             "Checkpoints are written by run.checkpoint_every and at the end of a stage."
         )
     return checkpoint_path(run, name or str(newest))
+
+
+def _last_rl_stage(config: Config) -> str:
+    """Return the RL stage of the last round."""
+    return in_round(str(config.rl_stage), config.num_rounds)
 
 
 def _check_rewards(run: Path, assembler: Assembler) -> None:
@@ -144,7 +151,7 @@ def _audited(assembler: Assembler, run: Path, checkpoint: Checkpoint) -> Audited
         return parts[0]
 
     stage = dataclasses.replace(
-        rl_stage(assembler, str(assembler.config.rl_stage)), load_components=load
+        cast(RLStage, stage_of(assembler, _last_rl_stage(assembler.config))), load_components=load
     )
     stage_run = stage.begin(run)
     stage_run.load_state(checkpoint.state()["work"])

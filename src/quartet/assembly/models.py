@@ -1,5 +1,6 @@
 """The models of a run: created or loaded, with adapters, compiled blocks and sharding."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -57,6 +58,7 @@ from quartet.models.text_classifier import (
     reads_tokens_of,
 )
 from quartet.models.trunk import checkpoint_blocks, compile_blocks
+from quartet.stages.rounds import ONLY_ROUND, Round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +101,16 @@ class Models:
         self.reference_model = resolved_model("reference.model", config.reference.model)
         """The folder, or the name on the hub, of the reference; None if that is the model that a
         stage starts from."""
+        self.round, self.first_round = ONLY_ROUND, self
         self.meshes: dict[ProcessGroup, Any] = {}
         """The mesh over which the models of each process group are sharded."""
+
+    def in_round(self, number: Round, config: Config) -> "Models":
+        """Return the models of a round, whose settings have its seed. Those of a later round start
+        from the round before; the reference stays that of the first."""
+        own = copy.copy(self)
+        own.round, own.config = number, config
+        return own
 
     def longest_sequence(self) -> int:
         """Return the most tokens that the policy can read; 10⁹ for an architecture without a
@@ -191,6 +201,8 @@ class Models:
     def start(self, folder: Path | None) -> "Start":
         """Return what the policy of a stage starts from. `folder` is the run's, and None before its
         SFT stage."""
+        if folder is not None and (before := self.round.before(folder)) is not None:
+            return Start(before / "policy")
         if folder is None or "sft" not in self.config.recipe:
             return Start(self.folder)
         if self.config.policy.quantize is not None:
@@ -279,6 +291,9 @@ class Models:
         start, dtype = self.start(folder), self.dtype("reference")
         if self.reference_model is not None:
             return self._reference_of_its_own(Start(self.reference_model))
+        if self.round.number > 1:
+            first = self.first_round
+            return first._reference_of_its_own(first.start(folder))
         if start.adapter is not None:
             freeze_adapter(self._add_adapter(actor, REFERENCE, start), REFERENCE)
             return AdapterView(compute_in(actor, self.dtype("policy")), REFERENCE)
@@ -423,7 +438,13 @@ class Models:
     def new_reward_model(self, folder: Path, seed: int) -> tuple[ScalarModel, Any]:
         """Return a reward model to be trained, and the policy that samples the responses on which
         it is centred. An adapter shares the policy's base model unless that is in parts. `seed` is
-        that of the new weights."""
+        that of the new weights; in a later round there are none, the reward model of the round
+        before is trained on."""
+        if (before := self.round.before(folder)) is not None:
+            scalar = ScalarModel.load(before / "reward_model", self.device)
+            self.prepare_blocks(scalar.model)
+            policy = self.frozen_policy(self.initial_policy(folder))
+            return scalar.compute_in(self.dtype("reward_model")), policy
         start, has_adapter = self.start(folder), self.config.policy.adapter is not None
         if self.reward_backbone is not None:
             return self._new_scorer(seed), self.frozen_policy(self.initial_policy(folder))

@@ -41,6 +41,7 @@ from quartet.stages.preference import PreferenceStage
 from quartet.stages.protocol import Stage
 from quartet.stages.reward_model import RewardModelStage
 from quartet.stages.rl import RLStage
+from quartet.stages.rounds import in_round, round_of
 from quartet.stages.sft import SftStage
 from quartet.training.optim import Optimizer
 
@@ -54,6 +55,8 @@ def stage(assembler: Assembler, name: str) -> Stage:
     kind = kind_of(name)
     if kind is None:
         raise KeyError(name)
+    if kind in IN_ROUNDS and assembler.config.num_rounds > 1:
+        assembler = assembler.in_round(round_of(name)[1])
     return STAGES[kind.name](assembler, name)
 
 
@@ -82,10 +85,10 @@ def sft_stage(assembler: Assembler, name: str) -> SftStage:
 def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
     """Return the stage that trains a reward model, which may be a member of an ensemble."""
     settings, config = assembler.config.reward_model, assembler.config
-    is_labelled, (_, number) = LABEL.name in config.recipe, member_of(name)
+    is_labelled, own, (_, number) = LABEL.name in config.recipe, assembler.round, member_of(name)
     comparisons = Comparisons((), (), (), None) if is_labelled else assembler.comparisons
     num_steps = _num_steps(assembler, name, settings, comparisons.train)
-    title = "reward model"
+    title = in_round("reward model", own.number)
     if number is not None:
         title += f", member {number} of {settings.members}"
     return RewardModelStage(
@@ -109,6 +112,7 @@ def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
         seed=config.seed + MEMBER_SEEDS * ((number or 1) - 1),
         evaluating=_evaluating(settings),
         process_group=assembler.process_group,
+        round=own,
     )
 
 
@@ -130,6 +134,7 @@ def label_stage(assembler: Assembler, name: str) -> LabelStage:
         tokenizer=assembler.tokenizer,
         load_policy=assembler.models.initial_policy,
         seed=config.seed,
+        round=assembler.round,
     )
 
 
@@ -230,7 +235,7 @@ def _scored(assembler: Assembler, file: str | None, rows: Sequence[Example]) -> 
 
 def rl_stage(assembler: Assembler, name: str) -> RLStage:
     """Return the RL stage."""
-    config = assembler.config
+    config, own = assembler.config, assembler.round
     assert config.algorithm is not None
     return RLStage(
         name=name,
@@ -241,12 +246,14 @@ def rl_stage(assembler: Assembler, name: str) -> RLStage:
         sampling=config.rollout,
         samples_per_prompt=config.rollout.samples_per_prompt,
         prompts_per_step=config.rollout.prompts_per_step,
-        num_steps=config.run.steps,
+        num_steps=config.run.steps * own.number,
         seed=config.seed,
         prompt_sampling=config.data.sampling,
         staleness=config.staleness,
         rounding=_rounding(assembler),
-        starts_at_reference=config.reference.model is None,
+        starts_at_reference=config.reference.model is None and own.number == 1,
+        first_step=config.run.steps * (own.number - 1),
+        round=own,
     )
 
 
@@ -288,6 +295,8 @@ STAGES: dict[str, Callable[[Assembler, str], Stage]] = {
     EVALUATION.name: evaluation_stage,
 }
 """What makes a stage, by its kind."""
+IN_ROUNDS = (LABEL, REWARD_MODEL, RL)
+"""The kinds that a recipe of several rounds has in each of them."""
 
 
 def _num_steps(

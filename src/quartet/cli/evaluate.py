@@ -70,6 +70,14 @@ def evaluate(
     token_env: Annotated[
         str | None, typer.Option(help="The environment variable with the servers' token.")
     ] = None,
+    rubric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A TOML file of criteria with weights, which a judge that compares answers one by "
+            "one; the weighted sum decides.",
+        ),
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -105,6 +113,7 @@ def evaluate(
             to,
             name,
             token_env,
+            rubric,
         )
         path, result = carry_out(request, _progress())
     if as_json:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from quartet.runs.event_log import Series
     from quartet.runs.reader import Run
     from quartet.runtime.replay import Outcome
+    from quartet.stages.rl import RLStage
 
 
 @app.command()
@@ -226,16 +227,15 @@ def replay(
     Nothing is written.
     """
     from quartet.assembly import Assembler
-    from quartet.assembly.stages import rl_stage
+    from quartet.assembly.stages import stage as stage_of
     from quartet.config.toml import ConfigError, read_settings
     from quartet.runtime.replay import CannotReplay, checkpoint_before
     from quartet.runtime.replay import replay as compute
 
     run, words = _run(run_folder), words or []
-    series = _recorded_series(run, step, words)
-    assert run.rl_stage is not None
+    name, series = _recorded_series(run, step, words)
     try:
-        since = checkpoint_before(run.path, run.rl_stage, step)
+        since = checkpoint_before(run.path, name, step)
         configs = [
             read_settings(run.path / "config.resolved.toml", settings).config
             for settings in ([], words)
@@ -244,7 +244,7 @@ def replay(
         refuse(str(error))
     with refusing():
         fault = since.facts["fault"]
-        stages = [rl_stage(Assembler(config, fault), run.rl_stage) for config in configs]
+        stages = [cast("RLStage", stage_of(Assembler(config, fault), name)) for config in configs]
     console.print(
         f"from {since.name}: {step - since.facts['step']} steps to compute", soft_wrap=True
     )
@@ -260,19 +260,21 @@ def replay(
     _print_replay(step, changed_metrics, original, changed, words)
 
 
-def _recorded_series(run: "Run", step: int, words: list[str]) -> "Series":
-    """Return the recorded metrics of the RL stage; refuse a replay that cannot be computed."""
+def _recorded_series(run: "Run", step: int, words: list[str]) -> tuple[str, "Series"]:
+    """Return the RL stage that took a step, and its recorded metrics; refuse a replay that cannot
+    be computed."""
     if others := [word for word in words if not word.startswith(("algorithm.", "optim."))]:
         refuse(
             f"{others[0]}: a replay learns from the same rollouts again; only algorithm.* and "
             f"optim.* can be changed."
         )
-    series = run.series.get(run.rl_stage or "")
-    if run.rl_stage is None or series is None:
+    if run.rl_stage is None:
         refuse(f"{run.name} has no RL stage whose updates can be computed again.")
-    if step not in series.steps:
-        refuse(f"{run.name}: {run.rl_stage} has the steps 1 to {series.steps[-1]:,}, not {step:,}.")
-    return series
+    stage = next((each for each in run.rl_stages if step in run.series[each].steps), None)
+    if stage is None:
+        last = run.series[run.rl_stage].steps[-1]
+        refuse(f"{run.name}: {run.rl_stages[0]} has the steps 1 to {last:,}, not {step:,}.")
+    return stage, run.series[stage]
 
 
 def _changed_metrics(series: "Series", replayed: "Step") -> list[str]:

@@ -221,13 +221,16 @@ def labels_path(what: Path, source: str | None = None) -> Path:
     """Return the file that labels of a run or a file are written to."""
     if not what.is_dir():
         return what.with_name(f"{what.name.removesuffix('.gz').rpartition('.')[0]}.labels.jsonl")
-    stage = what / "label"
-    return (stage if source is None and stage.is_dir() else what) / "labels.jsonl"
+    from quartet.runs.folders import label_folder
+
+    stage = None if source is not None else label_folder(what)
+    return (stage or what) / "labels.jsonl"
 
 
 def pairs_of(what: Path, source: str | None, seed: int) -> "list[Pair]":
     """Return the pairs of a run's folder or of a file."""
     from quartet.data.label_pairs import read_pairs
+    from quartet.runs.folders import label_folder
     from quartet.runs.label_pairs import SOURCES, run_pairs
     from quartet.runs.reader import Run
 
@@ -237,9 +240,9 @@ def pairs_of(what: Path, source: str | None, seed: int) -> "list[Pair]":
         if source is not None:
             refuse(f"--from {source}: {what} is a file, whose pairs are its rows. Leave it out.")
         return read_pairs(what)
-    written = what / "label" / "pairs.jsonl"
-    if source is None and written.is_file():
-        return read_pairs(written)
+    stage = label_folder(what)
+    if source is None and stage is not None and (stage / "pairs.jsonl").is_file():
+        return read_pairs(stage / "pairs.jsonl")
     return run_pairs(Run(what), source, seed)
 
 

@@ -115,7 +115,8 @@ def _say_what(shown: "Console", request: "SweepRequest", conductor: "Conductor")
     runs, threads = count or f"{spec.num_trials} trials", conductor.processes.threads
     shown.print(
         f"quartet {__version__} · sweep {request.name} · {spec.method} · {runs} · "
-        f"{spec.parallel} at once, {threads} thread{'s' * (threads != 1)} each · "
+        f"{spec.parallel} at once{' on Ray' if spec.ray else ''}, {threads} "
+        f"thread{'s' * (threads != 1)} each · "
         f"{_near(conductor.folder.path)}",
         soft_wrap=True,
     )

@@ -34,6 +34,7 @@ PATHS = (
     "reward.*.models",
     "reward.*.function",
     "reward.*.prompt",
+    "reward.*.rubric",
     "reward.*.cache",
     "reward.*.schema_file",
     "run.metrics",

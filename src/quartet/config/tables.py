@@ -33,6 +33,7 @@ from quartet.parts import Field, part
 from quartet.rewards.source import RewardSource
 from quartet.rewards.sources import ModelSource, is_trained_here
 from quartet.stages.kinds import ILQL, PREFERENCE, REWARD_MODEL, RL, kind_of, stage_of
+from quartet.stages.rounds import in_round, round_of, rounds_of
 from quartet.training.optim import Optim, OptimizerConfig
 
 
@@ -307,7 +308,8 @@ class Config:
     """All settings of a run."""
 
     recipe: tuple[str, ...] = Field(
-        description='The stages of the run in order, such as ["sft", "reward_model", "ppo"].'
+        description='The stages of the run in order, such as ["sft", "reward_model", "ppo"]. Of '
+        "label, reward_model and an RL stage there may be several rounds."
     )
     algorithm: Algorithm | None = None
     seed: int = Field(
@@ -336,12 +338,17 @@ class Config:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of the run in order: those of the recipe, where the reward models of an
-        ensemble are a stage each."""
+        ensemble are a stage each, and those of later rounds are numbered: "ppo.2"."""
         return tuple(
-            name
-            for stage in self.recipe
+            in_round(name, self.recipe[: place + 1].count(stage))
+            for place, stage in enumerate(self.recipe)
             for name in (self.reward_models if stage == REWARD_MODEL.name else (stage,))
         )
+
+    @property
+    def num_rounds(self) -> int:
+        """How often the recipe collects labels anew, in rounds; 1 where it collects none."""
+        return len(rounds_of(self.recipe))
 
     @property
     def reward_models(self) -> tuple[str, ...]:
@@ -364,6 +371,7 @@ class Config:
 
     def _roles(self, stage: str) -> frozenset[str]:
         kind = kind_of(stage)
+        stage, _ = round_of(stage)
         roles = {kind.name} if kind is not None else set()
         if stage == self.rewarded_stage:
             roles.add(REWARDED)

@@ -24,6 +24,7 @@ from quartet.algorithms.preference import PREFERENCES, PreferenceLoss
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.config.errors import Table, about_syntax, sentence, toml_value, where
 from quartet.config.links import resolve_links
+from quartet.config.read_by import roles_that_read
 from quartet.config.replaced import (
     replace_created_policy,
     replace_preset,
@@ -187,10 +188,12 @@ def _replace_length(table: Table, origins: dict[str, str]) -> None:
 
 def _refuse_unread(config: Config, written: Mapping[str, str]) -> None:
     """Raise `ConfigError` for a setting that no stage reads. Where the recipe was changed on the
-    command line, the file may have settings of stages that were left out."""
-    if written.get("recipe") == "command line":
-        return
+    command line, tables of stages that were left out may stay, and what the file has of them in
+    other tables; a word on the command line such as data.sampling or run.steps may not."""
+    is_cut = written.get("recipe") == "command line"
     for key, origin in written.items():
+        if is_cut and (origin != "command line" or roles_that_read(key.partition(".")[0])):
+            continue
         if not config.reads(key):
             raise ConfigError(
                 f"{origin}: {key}: no stage of this recipe reads it ({', '.join(config.recipe)}). "

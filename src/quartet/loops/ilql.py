@@ -1,5 +1,6 @@
 """Offline Q-learning on text with rewards (ILQL)."""
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -135,6 +136,7 @@ class IlqlLearner:
             "value/mean": means["values"],
             "q/mean": means["action_values"],
             "return/mean": means["returns"],
+            "return/rms": math.sqrt(means["squares"]),
             "q/explained_variance": 1 - unexplained / variance if variance > 1e-12 else 0.0,
         }
 

@@ -18,6 +18,7 @@ from quartet.planning.memory import (
     sizes,
     trained_bytes,
 )
+from quartet.stages.rounds import round_of
 from quartet.worlds import make_world
 
 FLOPS_PER_CPU = 22e9
@@ -167,10 +168,11 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
     steps: dict[str, int] = {}
     tokens: dict[str, float] = {}
     for stage in config.stages:
+        name, _ = round_of(stage)
         if stage == "sft":
             steps[stage] = num_steps(config, "sft")
             tokens[stage] = steps[stage] * config.sft.batch_size * sum(row)
-        elif stage in config.reward_models:
+        elif name in config.reward_models:
             steps[stage] = num_steps(config, "reward_model")
             tokens[stage] = steps[stage] * config.reward_model.batch_size * 2 * sum(row)
         elif stage == config.preference_stage:
@@ -179,7 +181,7 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
         elif stage == "ilql":
             steps[stage] = num_steps(config, "ilql")
             tokens[stage] = steps[stage] * config.ilql.batch_size * sum(row)
-        elif stage == config.rl_stage:
+        elif name == config.rl_stage:
             steps[stage] = config.run.steps * config.optim.epochs * config.optim.minibatches
             tokens[f"{stage}, generated"] = _responses(config) * row[1]
             tokens[stage] = _responses(config) * sum(row) * config.optim.epochs
@@ -234,7 +236,8 @@ def _disk(config: Config, models: dict[str, int | None]) -> float:
     # A checkpoint of a stage that keeps its best weights has them, too.
     best = weights * any(settings.keep == "best" for _, settings in config.stage_trainings())
     checkpoint = max(saved * learners, saved + best)
-    return weights * folders + FLOAT * scorer * scorers + checkpoint * kept + 25 * written
+    results = (weights * folders + FLOAT * scorer * scorers + 25 * written) * config.num_rounds
+    return results + checkpoint * kept
 
 
 def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:
@@ -243,12 +246,13 @@ def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:
     work, model = 0.0, sizes(config)
     policy -= model.idle_parameters if model is not None else 0
     for name, count in tokens.items():
-        if name == config.rl_stage:
+        stage, _ = round_of(name)
+        if stage == config.rl_stage:
             learners = 2 if config.algorithm and config.algorithm.needs_critic else 1
             scored = count / config.optim.epochs
             work += policy * (6 * learners * count + 2 * 4 * scored)
         else:
-            scores = name in config.reward_models
+            scores = stage in config.reward_models
             size = (reward_model_parameters(config, policy) if scores else policy) or policy
             work += size * (2 if name.endswith("generated") else 6) * count
     cpus = os.cpu_count() or 1

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +17,10 @@ from quartet.io.texts import excerpt
 from quartet.rewards.judge_cache import JudgeCache
 from quartet.rewards.protocol import RewardError, Score
 from quartet.rewards.remote import Endpoint
+from quartet.rewards.rubric import CRITERIA, RUBRIC_PROMPT, Rubric
+from quartet.rewards.verdicts import SHARES, parse_preference, parse_score
 
 log = logging.getLogger(__name__)
-VERDICT = re.compile(r"(?<![a-z])(score|better)[*_`]*[ \t]*:([^\n]*)", re.IGNORECASE | re.ASCII)
-NUMBER = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:\s*/\s*([0-9]{1,9}))?", re.ASCII)
 
 SCORE_PROMPT = """\
 Rate the answer to the request below from 1 (useless or wrong) to 10 (could not be better). \
@@ -57,16 +58,27 @@ End with one line: "Better: A", "Better: B" or "Better: tie"."""
 NEEDED = {"score": ("{prompt}", "{response}"), "pairwise": ("{prompt}", "{first}", "{second}")}
 
 
+@dataclass(frozen=True)
+class Comparisons:
+    """How often each response wins, as a share of its comparisons; None where there is none."""
+
+    scores: list[Score]
+    """By the judge's verdict; with a rubric, by the weighted sum of its criteria."""
+    criteria: dict[str, list[Score]]
+    """By each criterion of a rubric alone, by its name."""
+
+
 class JudgeReward:
     """Scores that a language model gives each response: a number within `score_range`, or,
     pairwise, the share of comparisons that the response wins against its neighbours among the
     responses to the same prompt (a ring: each is compared with two).
 
     Every comparison is made twice, with the sides swapped; a judge that changes its mind gives a
-    tie. Answers are cached by the hash of the whole request, in a file that later runs may be
-    given. An answer of the judge that is not text, is empty or was cut off is an error and not
-    cached; a text without a verdict is cached and gives no score. If there is no text at all, the
-    run stops.
+    tie. With a rubric, both texts answer each of its criteria, and the weighted sum of the
+    criteria's verdicts decides a comparison. Answers are cached by the hash of the whole request,
+    in a file that later runs may be given. An answer of the judge that is not text, is empty or was
+    cut off is an error and not cached; a text without a verdict is cached and gives no score. If
+    there is no text at all, the run stops.
     """
 
     def __init__(
@@ -79,19 +91,24 @@ class JudgeReward:
         cache: Path | None,
         parallel: int = 8,
         score_range: tuple[float, float] = (1.0, 10.0),
+        rubric: Rubric | None = None,
     ) -> None:
+        """Raises `RewardError` for a prompt that lacks a place for a text. A rubric is for the mode
+        pairwise."""
         self.name, self.endpoint, self.model, self.mode = name, endpoint, model, mode
-        self.parallel, self.score_range = parallel, score_range
-        self.prompt = prompt or (SCORE_PROMPT if mode == "score" else PAIR_PROMPT)
-        if missing := [field for field in NEEDED[mode] if field not in self.prompt]:
+        self.parallel, self.score_range, self.rubric = parallel, score_range, rubric
+        own = SCORE_PROMPT if mode == "score" else PAIR_PROMPT if rubric is None else RUBRIC_PROMPT
+        self.prompt = prompt or own
+        needed = NEEDED[mode] if rubric is None else (*NEEDED[mode], CRITERIA)
+        if missing := [field for field in needed if field not in self.prompt]:
+            what = "the criteria of the rubric are" if missing[0] == CRITERIA else "the text is"
             raise RewardError(
-                f"reward.prompt: the judge's prompt has no {missing[0]}; it is where the text is "
-                f"put in."
+                f"reward.prompt: the judge's prompt has no {missing[0]}; it is where {what} put in."
             )
         self.cache = JudgeCache(cache)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        return self._single(rollouts) if self.mode == "score" else self._pairwise(rollouts)
+        return self._single(rollouts) if self.mode == "score" else self.compare(rollouts).scores
 
     def _single(self, rollouts: Sequence[Rollout]) -> list[Score]:
         texts = self._ask(
@@ -101,7 +118,8 @@ class JudgeReward:
         self._warn_of_missing(texts, scores)
         return scores
 
-    def _pairwise(self, rollouts: Sequence[Rollout]) -> list[Score]:
+    def compare(self, rollouts: Sequence[Rollout]) -> Comparisons:
+        """Compare each response with its neighbours."""
         pairs = neighbours(rollouts)
         questions = [
             self._filled(
@@ -113,19 +131,27 @@ class JudgeReward:
             for a, b in ((i, j), (j, i))
         ]
         texts = self._ask(questions)
-        shares = [None if text is None else parse_preference(text) for text in texts]
-        self._warn_of_missing(texts, shares)
-        points: list[list[float]] = [[] for _ in rollouts]
-        for (i, j), straight, swapped in zip(pairs, shares[::2], shares[1::2], strict=True):
-            if straight is None or swapped is None:
-                continue
-            share = (straight + 1 - swapped) / 2
-            points[i].append(share)
-            points[j].append(1 - share)
-        return [sum(p) / len(p) if p else None for p in points]
+        count = len(rollouts)
+        if self.rubric is None:
+            shares = [None if text is None else parse_preference(text) for text in texts]
+            self._warn_of_missing(texts, shares)
+            won = [_both(*each) for each in zip(shares[::2], shares[1::2], strict=True)]
+            return Comparisons(_means(pairs, won, count), {})
+        answered = [text if text and self.rubric.is_answered_by(text) else None for text in texts]
+        self._warn_of_missing(texts, answered)
+        both = zip(texts[::2], texts[1::2], strict=True)
+        verdicts = [self.rubric.verdicts([text or "" for text in each]) for each in both]
+        total = [SHARES.get(self.rubric.weighted(each)[0]) for each in verdicts]
+        criteria = {
+            criterion.name: _means(pairs, [SHARES.get(each[i]) for each in verdicts], count)
+            for i, criterion in enumerate(self.rubric.criteria)
+        }
+        return Comparisons(_means(pairs, total, count), criteria)
 
     def _filled(self, **texts: str) -> str:
-        """The prompt with the texts in it, whatever braces they have themselves."""
+        """The prompt with the texts and the rubric in it, whatever braces they have themselves."""
+        if self.rubric is not None:
+            texts |= {"criteria": self.rubric.text, "example": self.rubric.criteria[0].name}
         return re.sub(r"\{(\w+)\}", lambda match: texts.get(match[1], match[0]), self.prompt)
 
     def _ask(self, prompts: Sequence[str]) -> list[str | None]:
@@ -183,7 +209,7 @@ class JudgeReward:
         return content
 
     def _warn_of_missing(
-        self, texts: Sequence[str | None], verdicts: Sequence[float | None]
+        self, texts: Sequence[str | None], verdicts: Sequence[float | str | None]
     ) -> None:
         unread = [t for t, v in zip(texts, verdicts, strict=True) if t is not None and v is None]
         if unread:
@@ -196,29 +222,23 @@ class JudgeReward:
             )
 
 
-def parse_score(text: str, low: float, high: float) -> Score:
-    """Return the number N of the last "Score: N" in a judge's text, None where it is no number
-    between `low` and `high`. Behind N may stand "/" and the highest score; nothing else but marks
-    of bold type and a full stop. "Score: 8,5", "Score: 11" of 10 and "Score: 8 or 9" are no
-    scores."""
-    match = NUMBER.fullmatch(_verdict(text, "score"))
-    if match is None or (match[2] is not None and float(match[2]) != high):
-        return None
-    score = float(match[1])
-    return score if low <= score <= high else None
+def _both(straight: float | None, swapped: float | None) -> float | None:
+    """Return the share that a pair's first response wins of the two shares that the judge gave to
+    the answer it read first."""
+    return None if straight is None or swapped is None else (straight + 1 - swapped) / 2
 
 
-def parse_preference(text: str) -> float | None:
-    """Return 1 for a last "Better: A" in a judge's text, 0 for B, 0.5 for tie, None for anything
-    else."""
-    return {"a": 1.0, "b": 0.0, "tie": 0.5}.get(_verdict(text, "better").lower())
-
-
-def _verdict(text: str, word: str) -> str:
-    """What the last line with `word:` says behind it, without marks of bold type and a full
-    stop."""
-    lines = [match[2] for match in VERDICT.finditer(text) if match[1].lower() == word]
-    return lines[-1].strip("*_` \t\r").removesuffix(".").strip("*_` \t\r") if lines else ""
+def _means(
+    pairs: Sequence[tuple[int, int]], won: Sequence[float | None], count: int
+) -> list[Score]:
+    """Return the mean share that each of `count` responses wins, from the share that the first one
+    of each pair wins; None where it has no comparison."""
+    points: list[list[float]] = [[] for _ in range(count)]
+    for (i, j), share in zip(pairs, won, strict=True):
+        if share is not None:
+            points[i].append(share)
+            points[j].append(1 - share)
+    return [sum(each) / len(each) if each else None for each in points]
 
 
 def neighbours(rollouts: Sequence[Rollout]) -> list[tuple[int, int]]:

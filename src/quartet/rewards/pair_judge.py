@@ -7,10 +7,11 @@ from typing import Any
 from quartet.labels.log import Label, Verdict
 from quartet.labels.pairs import Pair, digest
 from quartet.labels.session import NAME_CHARACTERS
-from quartet.rewards.judge import JudgeReward, parse_preference
+from quartet.rewards.judge import JudgeReward
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.remote import Endpoint
-from quartet.rewards.rubric import FIELD, RUBRIC_PROMPT, Rubric
+from quartet.rewards.rubric import Rubric
+from quartet.rewards.verdicts import parse_preference, reconciled
 
 
 class PairJudge(JudgeReward):
@@ -32,15 +33,9 @@ class PairJudge(JudgeReward):
     ) -> None:
         """Raises `RewardError` for a prompt without {prompt}, {first} and {second}, or, with a
         rubric, without {criteria}."""
-        if rubric is not None and prompt is None:
-            prompt = RUBRIC_PROMPT
-        super().__init__("judge", endpoint, model, "pairwise", prompt, None, parallel)
-        self.rubric = rubric
-        if rubric is not None and FIELD not in self.prompt:
-            raise RewardError(
-                f"--judge-prompt: the judge's prompt has no {FIELD}; it is where the criteria of "
-                "--rubric are put in."
-            )
+        super().__init__(
+            "judge", endpoint, model, "pairwise", prompt, None, parallel, rubric=rubric
+        )
 
     @property
     def labeller(self) -> str:
@@ -54,9 +49,7 @@ class PairJudge(JudgeReward):
         """Yield the label of each pair as soon as both of its questions are answered, in any
         order; the error in place of one that could not be asked."""
         requests = [
-            self._request(
-                self._filled(prompt=_plain(pair.prompt), first=first, second=second, **self._more)
-            )
+            self._request(self._filled(prompt=_plain(pair.prompt), first=first, second=second))
             for pair in pairs
             for first, second in _both_orders(pair)
         ]
@@ -68,13 +61,6 @@ class PairJudge(JudgeReward):
                 if straight in answers and swapped in answers:
                     both = answers.pop(straight), answers.pop(swapped)
                     yield self._label(pairs[i // 2], both)
-
-    @property
-    def _more(self) -> dict[str, str]:
-        """What a rubric puts into the prompt."""
-        if self.rubric is None:
-            return {}
-        return {"criteria": self.rubric.text, "example": self.rubric.criteria[0].name}
 
     def _label(self, pair: Pair, answers: tuple[Any, Any]) -> Label | RewardError:
         texts = [self._text(answer) for answer in answers]
@@ -98,25 +84,13 @@ class PairJudge(JudgeReward):
 
     def _by_criteria(self, rubric: Rubric, texts: Sequence[str]) -> tuple[Verdict, dict[str, Any]]:
         """Return the verdict of a rubric, and what is recorded of it."""
-        verdicts = [
-            reconciled(*(criterion.share(text) for text in texts)) for criterion in rubric.criteria
-        ]
+        verdicts = rubric.verdicts(texts)
         verdict, mean = rubric.weighted(verdicts)
         criteria = [
             criterion.model_dump() | {"verdict": each}
             for criterion, each in zip(rubric.criteria, verdicts, strict=True)
         ]
         return verdict, {"criteria": criteria, "weighted": mean}
-
-
-def reconciled(straight: float | None, swapped: float | None) -> Verdict:
-    """Return the verdict about a pair from the shares that its first answer in the prompt won: 1, 0
-    or 0.5 for a tie, with answer a first and with answer b first."""
-    if straight is None or swapped is None:
-        return "skip"
-    if straight == swapped or 0.5 in (straight, swapped):
-        return "tie"
-    return "a" if straight > swapped else "b"
 
 
 def _both_orders(pair: Pair) -> tuple[tuple[str, str], tuple[str, str]]:

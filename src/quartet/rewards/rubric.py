@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quartet.labels.log import Verdict
 from quartet.labels.pairs import digest
-from quartet.rewards.judge import parse_preference
 from quartet.rewards.protocol import RewardError
+from quartet.rewards.verdicts import parse_preference, reconciled
 
 RUBRIC_PROMPT = """\
 Compare two answers to the request below by each of the criteria, one at a time. \
@@ -37,7 +37,7 @@ Do not let one criterion decide another, nor the length of an answer or which co
 </criteria>
 
 End with one line for each criterion: its name, a colon, and A, B or tie, such as "{example}: A"."""
-FIELD = "{criteria}"
+CRITERIA = "{criteria}"
 """Where a prompt has the criteria."""
 SIGNS = {"a": 1, "tie": 0, "b": -1}
 ROUNDING = 1e-9
@@ -87,6 +87,15 @@ class Rubric:
         """A hash of names, questions and weights."""
         return digest(*(each.model_dump_json() for each in self.criteria))
 
+    def is_answered_by(self, text: str) -> bool:
+        """Return whether a judge's text has a verdict for each criterion."""
+        return all(criterion.share(text) is not None for criterion in self.criteria)
+
+    def verdicts(self, texts: Sequence[str]) -> list[Verdict]:
+        """Return each criterion's verdict about a pair from a judge's two texts: with answer a
+        first and with answer b first."""
+        return [reconciled(*(each.share(text) for text in texts)) for each in self.criteria]
+
     def weighted(self, verdicts: Sequence[Verdict]) -> tuple[Verdict, float | None]:
         """Return the verdict of the criteria's verdicts, and their weighted mean
 
@@ -112,14 +121,14 @@ def read_rubric(path: Path) -> Rubric:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         criteria = _File.model_validate(table).criterion
     except OSError as error:
-        raise RewardError(f"--rubric {path}: cannot be read ({error.strerror}).") from None
+        raise RewardError(f"rubric {path}: cannot be read ({error.strerror}).") from None
     except ValidationError as error:
-        raise RewardError(f"--rubric {path}: {_sentence(error)}") from None
+        raise RewardError(f"rubric {path}: {_sentence(error)}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, nested without end
-        raise RewardError(f"--rubric {path}: is no TOML file ({error}).") from None
+        raise RewardError(f"rubric {path}: is no TOML file ({error}).") from None
     names = [each.name.lower() for each in criteria]
     if doubled := next((name for name in names if names.count(name) > 1), None):
-        raise RewardError(f"--rubric {path}: two criteria are called {doubled}. Rename one.")
+        raise RewardError(f"rubric {path}: two criteria are called {doubled}. Rename one.")
     return Rubric(tuple(criteria))
 
 

@@ -268,6 +268,11 @@ class JudgeSource(RewardSource):
     token_env: str | None = Field(
         default=None, description="The environment variable with the token; never the token itself."
     )
+    rubric: str | None = Field(
+        default=None,
+        description="A TOML file of criteria with weights, by which a pairwise judge compares; the "
+        "weighted sum decides.",
+    )
     score_range: tuple[float, float] = Field(
         default=(1.0, 10.0),
         description="The lowest and highest score that the prompt asks for; another number is no "
@@ -280,13 +285,18 @@ class JudgeSource(RewardSource):
             raise ValueError(
                 f"score_range = {list(self.score_range)}: needs two numbers, 0 ≤ lowest < highest"
             )
+        if self.rubric is not None and self.mode != "pairwise":
+            raise ValueError(
+                'rubric: its criteria compare two answers. Set mode = "pairwise", or leave it out'
+            )
 
     def make(self, context: RewardContext) -> Reward:
-        """Return the judge. Its prompt and its cache are kept in the run folder, where there is
-        one."""
+        """Return the judge. Its prompt, its rubric and its cache are kept in the run folder, where
+        there is one."""
         from quartet import files
         from quartet.rewards.judge import JudgeReward
         from quartet.rewards.remote import Endpoint
+        from quartet.rewards.rubric import read_rubric
 
         cache = None if self.cache is None else Path(self.cache)
         folder = None if context.folder is None else context.folder / "judge"
@@ -299,10 +309,13 @@ class JudgeSource(RewardSource):
             folder / f"{self.called}.jsonl" if cache is None and folder is not None else cache,
             self.parallel,
             self.score_range,
+            None if self.rubric is None else read_rubric(Path(self.rubric)),
         )
         if folder is not None:
             folder.mkdir(exist_ok=True)
             files.replace(folder / f"{self.called}.txt", judge.prompt)
+            if judge.rubric is not None:
+                files.replace(folder / f"{self.called}.rubric.txt", judge.rubric.text)
         return judge
 
 

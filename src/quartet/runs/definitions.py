@@ -123,6 +123,11 @@ DEFINITIONS = (
     ),
     Definition("return/mean", "mean return", "the target of the critic, as a mean over tokens"),
     Definition(
+        "return/rms",
+        "size of returns",
+        "the root mean square of the returns of the data, over tokens (ilql)",
+    ),
+    Definition(
         "advantage/std",
         "spread of advantage",
         "the standard deviation over tokens of the advantages that the update used (whitened "

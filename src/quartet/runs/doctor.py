@@ -148,7 +148,7 @@ def diagnose(run: "Run") -> Diagnosis:
             filtered,
             TOLERANCES[run.rounding],
             keep_mask=keep_mask,
-            starts_at_reference=starts_at_reference,
+            starts_at_reference=starts_at_reference and stage not in run.rl_stages[1:],
         )
         found = _examine_stage(run, stage, watch)
         findings += found

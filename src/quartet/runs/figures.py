@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quartet.runs.definitions import Definition, definition
-from quartet.runs.rules import roughness
+from quartet.runs.history import roughness
 
 if TYPE_CHECKING:
     from quartet.runs.reader import Run, Series

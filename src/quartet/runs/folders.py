@@ -36,6 +36,15 @@ def _newest(root: Path, name: str, record: str) -> Path | None:
     return max(folders, key=lambda path: (path / record).stat().st_mtime, default=None)
 
 
+def label_folder(run: Path) -> Path | None:
+    """Return the folder of the newest stage `label` of a run: of its last round, or of the one that
+    it has come to; None where no such stage has begun."""
+    if (run / "label").is_dir():
+        return run / "label"
+    rounds = [path for path in run.glob("round-[0-9]*/label") if path.is_dir()]
+    return max(rounds, key=lambda path: int(path.parent.name.partition("-")[2]), default=None)
+
+
 def is_sweep(folder: Path) -> bool:
     """Return whether a folder is that of a sweep. A link is none."""
     return not folder.is_symlink() and (folder / SWEEP).is_file()

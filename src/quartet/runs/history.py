@@ -1,8 +1,9 @@
 """What the doctor's rules are, and the metrics of a stage that they read."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 RECENT = 5
@@ -130,3 +131,16 @@ class Terms:
     def at_end(self) -> bool:
         """Whether the rule is applied to the summary of a finished stage as well."""
         return any(name.startswith(HELD_OUT) for name in self.reads)
+
+
+def moving_means(values: Sequence[float], width: int) -> list[float]:
+    """Of each `width` neighbours."""
+    sums = [0.0, *accumulate(values)]
+    return [(after - before) / width for before, after in zip(sums, sums[width:], strict=False)]
+
+
+def roughness(values: Sequence[float]) -> float:
+    """The deviation of single values from their course: that of neighbours' differences, over
+    √2."""
+    steps = [b - a for a, b in pairwise(values)]
+    return math.sqrt(sum(d * d for d in steps) / max(len(steps), 1) / 2)

@@ -14,7 +14,10 @@ from quartet.runs.reader import Run
 from quartet.runs.untrusted import Folder, Unreadable, printable
 
 FILES = ("label/labels.jsonl", "labels.jsonl")
-"""Where the labels are: of the stage `label`, and of `quartet label RUN`."""
+"""Where the labels are: of the stage `label`, and of `quartet label RUN`. Those of earlier rounds
+are in round-1/label, round-2/label, …"""
+MAX_ROUNDS = 100
+"""The most rounds whose labels are read."""
 MAX_LABELS = 32 << 20
 """The most bytes that are read of a file of labels."""
 VERDICTS = {
@@ -95,7 +98,9 @@ def labelled_run(run: Run) -> LabelledRun:
     problems."""
     labels: list[Label] = []
     problems = []
-    for name in FILES:
+    num_rounds = min(Counter(run.config.get("recipe") or ())["label"], MAX_ROUNDS)
+    earlier = [f"round-{number}/label/labels.jsonl" for number in range(1, num_rounds)]
+    for name in (*earlier, *FILES):
         try:
             content = Folder(run.path).read(name, MAX_LABELS)
             if content is not None:
@@ -106,8 +111,8 @@ def labelled_run(run: Run) -> LabelledRun:
             problems.append(printable(str(error)))
     stage = run.config.get("label")
     wanted = stage.get("labels") if isinstance(stage, dict) else None
-    is_waited = "label" in (run.config.get("recipe") or ())
-    return LabelledRun(labels, wanted if is_waited and isinstance(wanted, int) else None, problems)
+    in_all = wanted * num_rounds if num_rounds and isinstance(wanted, int) else None
+    return LabelledRun(labels, in_all, problems)
 
 
 def _verdicts(labels: Sequence[Label], name: str) -> list[str]:

@@ -190,12 +190,16 @@ class Run:
         return self._document(ENVIRONMENT, MAX_DOCUMENT, parse_json, records.ENVIRONMENT) or {}
 
     @property
+    def rl_stages(self) -> list[str]:
+        """The names of the RL stages, one for each round of the recipe, in their order."""
+        return [
+            stage for stage, series in self.series.items() if "policy/entropy" in series.columns
+        ]
+
+    @property
     def rl_stage(self) -> str | None:
-        """The name of the RL stage; None where there is none."""
-        return next(
-            (stage for stage, series in self.series.items() if "policy/entropy" in series.columns),
-            None,
-        )
+        """The name of the RL stage, of several the last; None where there is none."""
+        return next(reversed(self.rl_stages), None)
 
     @property
     def main_stage(self) -> str | None:

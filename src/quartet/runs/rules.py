@@ -6,12 +6,14 @@ findings. docs/doctor.md says what each rule finds and when it is silent.
 """
 
 import math
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
 
 from quartet.runs import training_rules as training
-from quartet.runs.history import RECENT, WIN_RATES, History, Rule, Terms
+from quartet.runs.history import RECENT, WIN_RATES, History, Rule, Terms, moving_means, roughness
 
+MIN_PROMPTS = 20
+"""Prompts with a pass rate that say something of all."""
+FEW = 0.05
+"""The share of prompts between passing and failing that is nearly none."""
 HACKED_WITHIN = 200
 """Steps over which gold and reward are compared."""
 HACKED_MEAN = 10
@@ -45,6 +47,27 @@ def no_signal(history: History) -> str | None:
     return (
         "every group has equal rewards: no gradient. The task is too hard, too easy, or the "
         "verifier never matches."
+    )
+
+
+def few_prompts_teach(history: History) -> str | None:
+    """A prompt that all responses pass, or none, gives group advantages of 0 (Zhang et al. 2025,
+    SPEED-RL, theorem 3.1). Where nearly all are such, no sampling by pass rates finds others."""
+    hard, learnable, easy, unseen = (
+        history.now(f"prompts/{name}", 0.0) for name in ("hard", "learnable", "easy", "unseen")
+    )
+    seen = hard + learnable + easy
+    if seen < max(MIN_PROMPTS, unseen) or learnable > FEW * seen:
+        return None
+    remedy = (
+        "Train longer by SFT, or add easier prompts"
+        if hard >= easy
+        else "They are learnt: stop, or add harder ones"
+    )
+    return (
+        f"of {seen:,.0f} prompts with a pass rate, hardly any response passes in {hard:,.0f} and "
+        f"nearly all pass in {easy:,.0f}: {learnable:,.0f} are left to learn from. {remedy}; of "
+        "scores that are no passes or failures, set data.sampling.pass_score."
     )
 
 
@@ -442,6 +465,7 @@ RULES: dict[Rule, Terms] = {
     kl_is_negative: Terms(("kl",)),
     responses_do_not_end: Terms(("response/ended",), steps=3),
     no_signal: Terms(("advantage/std",), steps=3),
+    few_prompts_teach: Terms(("prompts/learnable",), steps=3),
     unscored: Terms(("reward/unscored",)),
     kl_above_target: Terms(("kl",)),
     critic_knows_nothing: Terms(("value/explained_variance",), steps=3),
@@ -459,19 +483,7 @@ RULES: dict[Rule, Terms] = {
     reward_falls: Terms(("reward", "reward/std"), steps=3),
     paid_for_others: Terms(("advantage/reward_correlation",)),
     reward_saturates: Terms(("reward/std", "reward/model"), steps=3),
-    training.steps_are_skipped: Terms(("skipped",), steps=3),
-    training.loss_explodes: Terms(("loss", "lr")),
-    training.worse_on_held_out: Terms(("held_out/loss", "held_out/loss_before")),
-    training.overfits: Terms(("held_out/loss", "loss")),
-    training.worse_than_chance: Terms(("held_out/accuracy", "held_out/pairs")),
-    training.no_better_than_chance: Terms(("held_out/accuracy", "held_out/pairs")),
-    training.memorised: Terms(("held_out/accuracy", "held_out/pairs", "accuracy")),
-    training.margins_explode: Terms(("held_out/confidence", "held_out/accuracy", "held_out/pairs")),
-    training.prefers_by_length: Terms(("held_out/prefers_longer", "held_out/longer_chosen")),
-    training.one_label_only: Terms(("labels/chosen",), first=True),
-    training.chosen_becomes_unlikely: Terms(
-        ("held_out/logprobs/chosen", "held_out/logprobs/chosen_before")
-    ),
+    **training.RULES,
 }
 """The rules, in the order of the studio's page."""
 INVARIANTS = frozenset(
@@ -485,16 +497,3 @@ INVARIANTS = frozenset(
     )
 )
 """What holds in every run that is what it says it is. A run in which one does not hold stops."""
-
-
-def moving_means(values: Sequence[float], width: int) -> list[float]:
-    """Of each `width` neighbours."""
-    sums = [0.0, *accumulate(values)]
-    return [(after - before) / width for before, after in zip(sums, sums[width:], strict=False)]
-
-
-def roughness(values: Sequence[float]) -> float:
-    """The deviation of single values from their course: that of neighbours' differences, over
-    √2."""
-    steps = [b - a for a, b in pairwise(values)]
-    return math.sqrt(sum(d * d for d in steps) / max(len(steps), 1) / 2)

@@ -6,7 +6,7 @@ its summary, see `History.finish`. `rules.py` has the rules on RL and the table 
 
 import math
 
-from quartet.runs.history import RECENT, History
+from quartet.runs.history import RECENT, History, Rule, Terms
 
 LOSS_EXPLODES = 2.0
 """How many times the loss of the first step is too much."""
@@ -22,6 +22,8 @@ ONE_SIDED = 0.95
 """The share of choices that one property alone explains if it explains nearly all."""
 UNLIKELY = 1.25
 """How many times the first log-prob of the chosen responses is too much."""
+UNSEEN = 1.1
+"""How many times the conservative term of a Q without preference is too much."""
 LABELS = 10
 """Steps in which all labels are alike before that is no coincidence."""
 
@@ -214,3 +216,50 @@ def _accuracy(history: History) -> tuple[float, float, tuple[float, float]]:
     """Return the held-out accuracy, the number of pairs and the 95 % confidence interval."""
     share, count = history.now("held_out/accuracy", 0.5), history.now("held_out/pairs", 0.0)
     return share, count, wilson(share, count) if count >= 1 else (0.0, 1.0)
+
+
+def q_diverges(history: History) -> str | None:
+    """The squared errors of a row's exact values add up to no more than the variance of its return:
+    they are the steps of a martingale. Errors that are larger than the returns at every token are
+    those of a Q that runs away, as its targets are its own values of later tokens (Snell et al.
+    2022)."""
+    errors, returns = history.recent("loss/q"), history.recent("return/rms")
+    if errors is None or returns is None or not errors > returns**2 > 0:
+        return None
+    return (
+        f"Q is wrong by {math.sqrt(errors):.3g} at each token over {RECENT} steps, and the returns "
+        f"are of size {returns:.3g}: Q diverges. Lower ilql.lr, raise the warm-up, or lower "
+        "ilql.loss.gamma."
+    )
+
+
+def q_prefers_unseen(history: History) -> str | None:
+    """Before the first step Q is 0 for all tokens, and its conservative term is that of a uniform
+    choice (Kumar et al. 2020). A higher one says that Q prefers tokens that the data do not have,
+    and so does the policy that is made of it."""
+    now, first = history.recent("loss/cql"), history.columns["loss/cql"][0]
+    if now is None or not now > UNSEEN * first > 0:
+        return None
+    return (
+        f"the conservative term is {now:.3g}, and {first:.3g} where Q prefers no token: Q is "
+        "higher for tokens that the data do not have. Raise ilql.loss.cql, or add a constant to "
+        "the scores so that none is below 0."
+    )
+
+
+RULES: dict[Rule, Terms] = {
+    steps_are_skipped: Terms(("skipped",), steps=3),
+    loss_explodes: Terms(("loss", "lr")),
+    worse_on_held_out: Terms(("held_out/loss", "held_out/loss_before")),
+    overfits: Terms(("held_out/loss", "loss")),
+    worse_than_chance: Terms(("held_out/accuracy", "held_out/pairs")),
+    no_better_than_chance: Terms(("held_out/accuracy", "held_out/pairs")),
+    memorised: Terms(("held_out/accuracy", "held_out/pairs", "accuracy")),
+    margins_explode: Terms(("held_out/confidence", "held_out/accuracy", "held_out/pairs")),
+    prefers_by_length: Terms(("held_out/prefers_longer", "held_out/longer_chosen")),
+    one_label_only: Terms(("labels/chosen",), first=True),
+    chosen_becomes_unlikely: Terms(("held_out/logprobs/chosen", "held_out/logprobs/chosen_before")),
+    q_diverges: Terms(("loss/q", "return/rms"), steps=3),
+    q_prefers_unseen: Terms(("loss/cql",), steps=3),
+}
+"""What each of these rules reads."""

@@ -36,6 +36,7 @@ from quartet.runtime.worker import LocalWorkers, StepResult, Worker, WorkerGroup
 from quartet.stages.kinds import kind_of
 from quartet.stages.protocol import Stage
 from quartet.stages.rl import RLStage
+from quartet.stages.rounds import ONLY_ROUND
 from quartet.training.checkpoint import Checkpoint
 from quartet.training.checkpoints import Checkpoints
 
@@ -112,9 +113,11 @@ class Pipeline:
         event that the checkpoint was written stays."""
         stage, step = since.facts["stage"], since.facts["step"]
         place = self.checkpoints.stages[stage]
-        rl = next((i for i, one in enumerate(self.stages) if isinstance(one, RLStage)), place)
-        # Of the RL stage itself, later rollouts go; of one before, all stay; of one after, none do.
-        last_rollouts = step if rl == place else None if rl < place else -1
+        # Of an RL stage itself, later rollouts go; of those before, all stay; of later ones, none.
+        last_rollouts = -1
+        for number, one in enumerate(self.stages[: place + 1]):
+            if isinstance(one, RLStage):
+                last_rollouts = max(step, one.first_step) if number == place else one.num_steps
         seconds = self._seconds_of(since.name)
         self.folder.cut_back(since.facts["events"]["size"], last_rollouts)
         if step:
@@ -397,9 +400,10 @@ class Pipeline:
         on the disk."""
         fingerprints: dict[str, Any] = {}
         kind = kind_of(stage.name)
+        place = getattr(stage, "round", ONLY_ROUND).folder(self.folder.path)
         for name in () if kind is None else kind.folders(stage.name):
-            if (self.folder.path / name).is_dir():
-                fingerprints |= files.fingerprints(self.folder.path, self.folder.path / name)
+            if (place / name).is_dir():
+                fingerprints |= files.fingerprints(self.folder.path, place / name)
         paths = [self.folder.path / name for name in fingerprints]
         for path in (*paths, *{path.parent for path in paths}):
             files.sync(path)

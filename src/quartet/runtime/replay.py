@@ -15,6 +15,7 @@ from quartet.experience import Experience, Rollout
 from quartet.loops.rl import Step
 from quartet.stages.protocol import Stage, StageRun
 from quartet.stages.rl import AlgorithmState, RLStage
+from quartet.stages.rounds import ONLY_ROUND
 from quartet.tensors import Bool, Float, Tensor
 from quartet.training.checkpoint import Checkpoint, misfit
 from quartet.training.checkpoints import Checkpoints
@@ -101,7 +102,8 @@ def _outcome(
 def models_at(stage: Stage, folder: Path, checkpoint: Checkpoint, scratch: Path) -> None:
     """Write to the folder `scratch` the models that the stage would have written if it had ended at
     this checkpoint. `folder` is the run's, which is only read."""
-    for path in (folder / "sft", *sorted(folder.glob("reward_model*"))):
+    place = getattr(stage, "round", ONLY_ROUND).folder(scratch)
+    for path in (folder / "sft", *sorted(folder.glob("reward_model*")), *folder.glob("round-*")):
         if path.is_dir():
             (scratch / path.name).symlink_to(path.resolve())
     for name in ("events.jsonl", "config.resolved.toml"):
@@ -112,6 +114,10 @@ def models_at(stage: Stage, folder: Path, checkpoint: Checkpoint, scratch: Path)
         if link.is_symlink():  # the stage has read it, and must not write through it to the run
             link.unlink()
     run.finish()
+    if place != scratch:  # that of an earlier round
+        for path in place.iterdir():
+            path.rename(scratch / path.name)
+        place.rmdir()
 
 
 def _changed_outcome(

@@ -16,6 +16,7 @@ from quartet.errors import QuartetError
 from quartet.io.texts import did_you_mean, typed
 from quartet.runs.folders import RECORD
 from quartet.stages.kinds import KINDS, RL, kind_of
+from quartet.stages.rounds import round_of
 from quartet.training.checkpoint import Checkpoint, misfit
 from quartet.training.checkpoints import Checkpoints
 
@@ -98,11 +99,12 @@ def setting(config: Config, key: str) -> Any:
 
 
 def steps_of(config: Config) -> dict[str, int]:
-    """Return the number of steps of each stage of the run whose number is a setting; 0 where its
-    rows, which must be read first, say how many its epochs are."""
+    """Return the number of the last step of each stage of the run whose length is a setting; 0
+    where its rows, which must be read first, say how many its epochs are. The RL stages of later
+    rounds count on."""
     kinds = {stage: kind_of(stage) for stage in config.stages}
     return {
-        stage: setting(config, kind.steps) or 0
+        stage: (setting(config, kind.steps) or 0) * (round_of(stage)[1] if kind is RL else 1)
         for stage, kind in kinds.items()
         if kind is not None and kind.steps is not None
     }

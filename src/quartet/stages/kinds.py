@@ -10,6 +10,7 @@ from typing import Any
 
 from quartet.algorithms.preference import PREFERENCES
 from quartet.algorithms.presets import ALGORITHMS
+from quartet.stages.rounds import round_of
 
 CENTRING_PROMPTS = 256
 """How many training prompts are answered to find a reward model's mean score."""
@@ -60,8 +61,9 @@ class StageKind:
         return (self.name,) if self.presets is None else tuple(self.presets)
 
     def folders(self, stage: str) -> tuple[str, ...]:
-        """Return the folders that the stage of this name leaves for later stages."""
-        return (stage,) if self.has_members else self.results
+        """Return the folders that the stage of this name leaves for later stages, in the folder of
+        its round."""
+        return (round_of(stage)[0],) if self.has_members else self.results
 
     def members(self, count: int) -> tuple[str, ...]:
         """Return the names of the stages that train `count` models of an ensemble; a single one has
@@ -179,8 +181,9 @@ KINDS = (SFT, LABEL, REWARD_MODEL, PREFERENCE, ILQL, RL, EVALUATION)
 
 
 def kind_of(stage: str) -> StageKind | None:
-    """Return the kind of the stage that a recipe calls `stage`, or of a member of it; None if there
-    is no such stage."""
+    """Return the kind of the stage that a recipe calls `stage`, of a member of it, or of it in a
+    later round; None if there is no such stage."""
+    stage, _ = round_of(stage)
     name, _ = member_of(stage)
     return next(
         (k for k in KINDS if stage in k.stages or (k.has_members and name in k.stages)), None

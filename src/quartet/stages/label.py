@@ -26,6 +26,7 @@ from quartet.loops.progress import Progress
 from quartet.models.language_model import stop_ids
 from quartet.models.protocols import Tokenizer
 from quartet.stages.protocol import StageRun, Summary
+from quartet.stages.rounds import ONLY_ROUND, Round
 
 POLL_SECONDS = 0.5
 """How often the file of labels is looked at."""
@@ -38,7 +39,8 @@ class LabelStage:
     """Samples two answers to each of some prompts and writes the pairs to `label/pairs.jsonl`.
     People label them with `quartet label RUN`, in `label/labels.jsonl`; each label is a step. At
     the end the labels, and earlier ones, are copied to `comparisons/`, which the next reward model
-    is trained on.
+    is trained on. All three are in the folder of the stage's round; those of a later round have the
+    comparisons of the rounds before.
 
     The stage has no state but these two files: a run that is stopped while it waits goes on where
     the labels are.
@@ -56,13 +58,16 @@ class LabelStage:
     tokenizer: Tokenizer
     load_policy: Callable[[Path], Any]
     seed: int
+    round: Round = ONLY_ROUND
 
     @property
     def title(self) -> str:
         return self.name
 
     def begin(self, folder: Path) -> StageRun:
-        place = folder / "label" / "pairs.jsonl"
+        own, before = self.round.folder(folder), self.round.before(folder)
+        earlier = self.earlier if before is None else before / "comparisons"
+        place = own / "label" / "pairs.jsonl"
         if not place.is_file():
             self._write_pairs(folder, place)
         pairs = in_order(read_pairs(place), self.seed)
@@ -86,10 +91,10 @@ class LabelStage:
                 done = min(count, self.num_steps)
 
         def finish() -> Summary:
-            kept = folder / "comparisons"
+            kept = own / "comparisons"
             kept.mkdir(exist_ok=True)
-            if self.earlier is not None:
-                _copy_earlier(self.earlier, kept / "earlier")
+            if earlier is not None:
+                _copy_earlier(earlier, kept / "earlier")
             shutil.copyfile(labels, kept / "labels.jsonl")
             found = read_labels(labels)
             return {
@@ -115,7 +120,7 @@ class LabelStage:
             Pair(_text(one.prompt), one.response, two.response, f"{self.name}: {one.prompt.id}")
             for one, two in zip(rollouts[::2], rollouts[1::2], strict=True)
         )
-        place.parent.mkdir(exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         rows = (
             {"prompt": p.prompt, "answer_a": p.answer_a, "answer_b": p.answer_b, "source": p.source}
             for p in pairs

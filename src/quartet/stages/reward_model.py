@@ -36,6 +36,7 @@ from quartet.rewards.text_models import TextModelReward
 from quartet.stages.kinds import member_of
 from quartet.stages.pair_facts import pair_facts
 from quartet.stages.protocol import StageRun, Summary
+from quartet.stages.rounds import ONLY_ROUND, Round, round_of
 from quartet.training.budget import Budget
 from quartet.training.optim import Optimizer
 from quartet.training.state_tree import Stateful
@@ -57,8 +58,8 @@ class Labelled(Protocol):
 @dataclass(frozen=True)
 class RewardModelStage:
     """Trains a reward model, writes it to the folder of the stage's name, and its scores of the
-    held-out pairs to `evaluation/pairs.parquet`; of an ensemble, each member does so in a stage and
-    a file of its own.
+    held-out pairs to `evaluation/pairs.parquet`, both in the folder of its round; of an ensemble,
+    each member does so in a stage and a file of its own.
 
     The scores are centred: responses of the policy that RL starts from score 0 on average (Ziegler
     et al. 2019).
@@ -76,8 +77,8 @@ class RewardModelStage:
     sampling: Sampling
     tokenizer: Tokenizer
     load_models: Callable[[Path, int], tuple[ScalarModel, Any]]
-    """Returns the reward model that is trained, with new weights of a seed, and the policy whose
-    responses it is centred on."""
+    """Returns the reward model that is trained, with new weights of a seed or, in a later round,
+    those of the round before, and the policy whose responses it is centred on."""
     loss: RewardModelLoss
     optimizer: Callable[[Any], Optimizer]
     num_steps: int
@@ -93,6 +94,7 @@ class RewardModelStage:
     above; None where the recipe has no such stage."""
     reader: TextReader | None = None
     """How the reward model reads texts; None where it reads the policy's token ids."""
+    round: Round = ONLY_ROUND
 
     def begin(self, folder: Path) -> StageRun:
         if self.labelled is not None:
@@ -137,11 +139,12 @@ class RewardModelStage:
                 mean = self._mean_score(model, policy)
             model.centre += mean
             tokenizer = self.tokenizer if self.reader is None else self.reader.tokenizer
-            model.save(folder / self.name, tokenizer, self.process_group)
+            place, (name, _) = self.round.folder(folder), round_of(self.name)
+            model.save(place / name, tokenizer, self.process_group)
             if self.process_group.is_rank_zero:
-                _, number = member_of(self.name)
+                _, number = member_of(name)
                 file = "pairs.parquet" if number is None else f"pairs-{number}.parquet"
-                write_pairs(folder / "evaluation" / file, self.shown, scores - mean, self.tokenizer)
+                write_pairs(place / "evaluation" / file, self.shown, scores - mean, self.tokenizer)
             summary = {
                 "held_out_accuracy_before": before,
                 **{f"held_out_{name}": value for name, value in facts.items()},

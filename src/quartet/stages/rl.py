@@ -28,6 +28,7 @@ from quartet.recording.tokens import TokenTexts, probe_table, write_tokens
 from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward
 from quartet.stages.protocol import StageRun, Summary
+from quartet.stages.rounds import ONLY_ROUND, Round
 from quartet.training.learner import Learner
 from quartet.training.metrics import sampler_ratio
 from quartet.training.state_tree import Stateful, Tree
@@ -133,9 +134,9 @@ class AlgorithmState:
 
 @dataclass(frozen=True)
 class RLStage:
-    """Trains a policy on rewards. Writes `policy/`; `critic/` if there is one; `policy_ema/` if an
-    average of the weights is kept; and `probes/`, what the models say of the same few responses as
-    the stage proceeds."""
+    """Trains a policy on rewards. Writes, in the folder of its round, `policy/`; `critic/` if there
+    is one; `policy_ema/` if an average of the weights is kept; and `probes/`, what the models say
+    of the same few responses as the stage proceeds."""
 
     name: str
     prompts: Sequence[Prompt]
@@ -146,6 +147,7 @@ class RLStage:
     samples_per_prompt: int
     prompts_per_step: int
     num_steps: int
+    """The number of the last step. Steps of a later round count on from those before."""
     seed: int
     prompt_sampling: PromptSampling
     staleness: int = 0
@@ -153,13 +155,16 @@ class RLStage:
     """What samples: the learner's module in "fp32" or "bf16", or another "engine"."""
     starts_at_reference: bool = True
     """Whether the reference is the model that the stage starts from."""
+    first_step: int = 0
+    """The number of the last step of the rounds before."""
+    round: Round = ONLY_ROUND
 
     @property
     def title(self) -> str:
         return self.name
 
     def begin(self, folder: Path) -> StageRun:
-        components = self.load_components(folder)
+        components, place = self.load_components(folder), self.round.folder(folder)
         algorithm = AlgorithmState(self.algorithm)
         prompts = PromptSampler(
             self.prompts, self.prompts_per_step, self.seed, self.prompt_sampling
@@ -173,11 +178,12 @@ class RLStage:
             with activity("probes"):
                 table = probe_table(number, learner, components.probes, algorithm.now, texts)
             if learner.process_group.is_rank_zero:
-                write_tokens(table, folder / "probes" / f"{number:06d}.parquet")
+                write_tokens(table, place / "probes" / f"{number:06d}.parquet")
 
         def steps(done: int) -> Iterator[Step]:
+            done = max(0, done - self.first_step)
             if done == 0:
-                write_probes(0)
+                write_probes(self.first_step)
             else:
                 generator.load_weights(learner.weights())
             collector = Collector(prompts, generator, components.rewards, self.samples_per_prompt)
@@ -185,8 +191,9 @@ class RLStage:
                 loop = rl_async(collector, learner, algorithm.now, ahead, done)
             else:
                 loop = rl(collector, learner, algorithm.now, done)
-            for step in loop:
-                algorithm.now = step.algorithm
+            for own in loop:
+                algorithm.now = own.algorithm
+                step = dataclasses.replace(own, number=self.first_step + own.number)
                 if not self._probed(step.number):
                     yield step
                     continue
@@ -196,7 +203,7 @@ class RLStage:
                 yield dataclasses.replace(step, metrics=metrics)
 
         def finish() -> Summary:
-            self._save(learner, folder)
+            self._save(learner, place)
             return {}
 
         stateful: dict[str, Stateful] = {

@@ -1,5 +1,6 @@
 """The report: one HTML file that explains a run to a reader who did not follow it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def report(run: Run) -> str:
         {
             "name": stage,
             "about": STAGES.get(
-                stage.partition("-")[0], RL if stage == run.rl_stage else COMPARISONS
+                re.split(r"[-.]", stage)[0], RL if stage in run.rl_stages else COMPARISONS
             ),
             "charts": charts,
         }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quartet.errors import QuartetError
 from quartet.runs.folders import find_run
@@ -23,6 +23,9 @@ from quartet.sweeps.folder import CONFIG, OUTPUT, SweepFolder
 from quartet.sweeps.processes import Processes, stop
 from quartet.sweeps.request import ONCE, SweepRequest
 from quartet.sweeps.suggest import first_pruned, suggest
+
+if TYPE_CHECKING:
+    from quartet.sweeps.on_ray import RayProcesses, RayRun
 
 POLL_SECONDS = 0.2
 REFUSED = 2
@@ -40,7 +43,7 @@ class Job:
     """A run that is under way."""
 
     name: str
-    process: "Popen[bytes]"
+    process: "Popen[bytes] | RayRun"
     trial: int | None
     """None for the run whose stages run once."""
     seed: int
@@ -68,7 +71,7 @@ class Conductor:
 
     request: SweepRequest
     folder: SweepFolder
-    processes: Processes
+    processes: "Processes | RayProcesses"
     directory: Path
     """The folder that runs are started in: relative paths of the config begin there."""
     sweep: Sweep = field(init=False)
@@ -176,7 +179,7 @@ class Conductor:
         self.jobs.append(Job(name, self._process(name, words), trial.number, seed))
         return self._change("started", self.jobs[-1])
 
-    def _process(self, name: str, words: list[str]) -> "Popen[bytes]":
+    def _process(self, name: str, words: list[str]) -> "Popen[bytes] | RayRun":
         place = [f'run.folder="{self._written(self.folder.path)}"', f'run.name="{name}"']
         command = ["run", self._written(self.folder.path / CONFIG), *words, *place, "--resume"]
         output = self.folder.path / OUTPUT / f"{name}.log"

@@ -1,12 +1,15 @@
 """The life of a sweep: it begins, or a folder of one is opened to go on."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quartet.config.toml import ConfigError, TomlFile, assignment, read_toml
-from quartet.io.texts import typed
+from quartet.io.install import install_command
+from quartet.io.texts import excerpt, typed
 from quartet.runs.folders import find_sweep, is_sweep
 from quartet.runs.sweeps import Sweep
 from quartet.sweeps.conduct import Conductor, facts_of
@@ -14,7 +17,10 @@ from quartet.sweeps.folder import CONFIG, FILE, CannotSweep, SweepFolder
 from quartet.sweeps.processes import Processes
 from quartet.sweeps.request import SweepRequest, request_in, request_of
 
-CHANGEABLE = ("sweep.parallel", "sweep.trials")
+if TYPE_CHECKING:
+    from quartet.sweeps.on_ray import RayProcesses
+
+CHANGEABLE = ("sweep.parallel", "sweep.trials", "sweep.ray")
 """What may differ when a sweep's folder is resumed."""
 
 
@@ -34,14 +40,36 @@ class Beginning:
         if not hasattr(os, "killpg"):
             raise CannotSweep("quartet sweep needs Linux or macOS. On Windows, use WSL.")
         request, directory = self.request, self.directory or Path.cwd()
+        if request.spec.ray is not None and importlib.util.find_spec("ray") is None:
+            raise CannotSweep(f"sweep.ray needs the package ray: {install_command('ray')}.")
         if self.path is None:
             root = (directory / request.base.config.run.folder).resolve()
             texts = {FILE: request.text, CONFIG: request.config_text}
             folder = SweepFolder.create(root, request.name, texts, facts_of(request, directory))
         else:
             folder = SweepFolder(self.path.resolve(), waiting)
-        processes = Processes(request.spec.parallel, folder.handle)
-        return Conductor(request, folder, processes, directory)
+        try:
+            return Conductor(request, folder, _processes(request, folder), directory)
+        except BaseException:
+            folder.close()
+            raise
+
+
+def _processes(request: SweepRequest, folder: SweepFolder) -> "Processes | RayProcesses":
+    """Return what starts the runs of a sweep. Raises `CannotSweep` for a cluster that cannot be
+    reached."""
+    settings = request.spec.ray
+    if settings is None:
+        return Processes(request.spec.parallel, folder.handle)
+    from quartet.sweeps.on_ray import RayProcesses
+
+    try:
+        return RayProcesses(settings)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f'address = "{settings.address}"' if settings.address else "no address"
+        raise CannotSweep(
+            f"sweep.ray: {where}: Ray cannot be reached ({excerpt(str(error), 200)})."
+        ) from error
 
 
 def beginning_of(what: str, words: Sequence[str] = (), resume: bool = False) -> Beginning:
@@ -78,7 +106,7 @@ def _folder_beginning(path: Path, words: Sequence[str]) -> Beginning:
         key, _ = assignment(word)
         if key not in CHANGEABLE:
             raise ConfigError(
-                f"{key}: cannot change in a sweep that goes on. Only {' and '.join(CHANGEABLE)} "
+                f"{key}: cannot change in a sweep that goes on. Only {', '.join(CHANGEABLE)} "
                 "can; start a new sweep for other settings."
             )
     sweep = Sweep(path)

@@ -8,8 +8,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quartet.io.leash import Leash
+
+if TYPE_CHECKING:
+    from quartet.sweeps.on_ray import RayRun
 
 STOP_SECONDS = 15.0
 """How long a run has to save and end after SIGTERM; then it is killed."""
@@ -66,7 +70,7 @@ class Processes:
         self.leash.close()
 
 
-def stop(process: "subprocess.Popen[bytes]") -> None:
+def stop(process: "subprocess.Popen[bytes] | RayRun") -> None:
     """Let a run save and end."""
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGTERM)

@@ -68,18 +68,20 @@ class SweepRequest:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a resumed sweep must have in common with how it began: all but how many runs are
-        under way at once, and, where trials are drawn, how many of them there are."""
+        """What a resumed sweep must have in common with how it began: all but where and how many
+        runs are under way at once, and, where trials are drawn, how many of them there are."""
         spec = dataclasses.asdict(self.spec)
-        for key in ("parallel", "trials"):
+        for key in ("parallel", "trials", "ray"):
             del spec[key]
         whole = {"spec": spec, "config": self.config_text, "words": self.words}
         found: dict[str, Any] = json.loads(json.dumps(whole))
         return found
 
     def once_words(self) -> list[str]:
-        """Return the words of the run whose stages run once."""
-        return [*self.words, f"recipe={toml_value(self.spec.once)}"]
+        """Return the words of the run whose stages run once: those that they read."""
+        once, config = set(self.spec.once), self.base.config
+        read = [word for word in self.words if once & {*config.readers(word.partition("=")[0])}]
+        return [*read, f"recipe={toml_value(self.spec.once)}"]
 
     def trial_words(self, values: Mapping[str, Any], seed: int, once: str = ONCE) -> list[str]:
         """Return the words of a trial's run with this seed. `once` is the folder of the run whose

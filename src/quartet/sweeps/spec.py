@@ -32,6 +32,19 @@ class Prune:
 
 
 @part
+class RayRuns:
+    """Runs as Ray actors, on the machines of a cluster."""
+
+    address: str | None = Field(
+        default=None,
+        description='The address of a Ray cluster, or "auto". Left out, Ray is started on this '
+        "machine.",
+    )
+    cpus: int = Field(default=1, ge=1, description="CPUs, and threads, of each run.")
+    gpus: float = Field(default=0, ge=0, description="GPUs of each run; it sees no others.")
+
+
+@part
 class SearchedKey:
     """One searched key: the values that it takes, or the range that they are drawn from."""
 
@@ -106,6 +119,11 @@ class SweepSpec:
     )
     parallel: int = Field(
         default=1, ge=1, description="How many runs are under way at once, in processes."
+    )
+    ray: RayRuns | None = Field(
+        default=None,
+        description="Start the runs as Ray actors, on the machines of a cluster. Left out, they "
+        "are processes of this machine.",
     )
     once: tuple[str, ...] = Field(
         default=(),
@@ -208,6 +226,7 @@ def _refuse_unknown(table: Mapping[str, Any], place: Place) -> None:
     for prefix, names, kind in (
         ("sweep", table, SweepSpec),
         ("sweep.prune", table.get("prune"), Prune),
+        ("sweep.ray", table.get("ray"), RayRuns),
         *((f"sweep.keys.{name}", inner, SearchedKey) for name, inner in table["keys"].items()),
     ):
         known = [field.name for field in fields(kind)]

@@ -33,7 +33,8 @@ from quartet.evaluation.results import Measured, cell, comparison, corrected, es
 from quartet.evaluation.statistics import mean
 from quartet.generation.sampling import Sampling
 from quartet.io.texts import well_formed_json
-from quartet.rewards.protocol import Score
+from quartet.rewards.judge import JudgeReward
+from quartet.rewards.protocol import Reward, Score
 
 Say = Callable[[str], None]
 
@@ -55,6 +56,8 @@ class EvaluationRequest:
     folder: Path | None = None
     name: str | None = None
     token_env: str | None = None
+    rubric: str | None = None
+    """A file of criteria by which the judges of `measures` compare (docs/labelling.md)."""
 
     @property
     def run(self) -> Path | None:
@@ -124,8 +127,14 @@ class Evaluation:
         self.policies: list[Policy] = [] if only_choices else self._policies()
         self.against = self._against() if self.policies else None
         has_rival = self.against is not None
-        self.measures = [m.measure_of(each, has_rival) for each in words]
+        self.measures = [m.measure_of(each, has_rival, request.rubric) for each in words]
         self._check()
+        self.rubrics = {measure.name: measure.rubric() for measure in self.measures}
+        if request.rubric is not None and not any(self.rubrics.values()):
+            raise EvaluationError(
+                "--rubric: is for a language model that compares answers. Name it with --measure "
+                "judge:URL#MODEL."
+            )
         self.reward_models: dict[str, Measure] = {}
         if ACCURACY in self.measures:
             first = [request.against] if request.against is not None else []
@@ -313,14 +322,24 @@ class Evaluation:
                 self.say(f"{policy.name}: {measure.name} of the answers to {each.name}")
                 answers = self.answers[policy.name, each.name]
                 if measure.is_pairwise:
-                    assert self.against is not None
-                    rivals = self.answers[self.against.name, each.name]
-                    scores = m.compared(reward, each.prompts, answers, rivals, samples)
-                else:
-                    scores = m.scores_of(reward, each.prompts, answers, samples)
+                    yield from self._compared(policy.name, each, measure, reward)
+                    continue
+                scores = m.scores_of(reward, each.prompts, answers, samples)
                 yield self._measured(policy.name, each, measure, self._means(scores))
                 if measure.is_verifier and samples > 1:
                     yield from self._at_k(policy.name, each, measure, answers, scores)
+
+    def _compared(
+        self, policy: str, each: Set, measure: Measure, judge: Reward
+    ) -> Iterator[Measured]:
+        """Yield how often a policy wins by a judge, and by each criterion of its rubric."""
+        assert self.against is not None and isinstance(judge, JudgeReward)
+        answers, rivals = (self.answers[name, each.name] for name in (policy, self.against.name))
+        won = m.compared(judge, each.prompts, answers, rivals, self.request.samples)
+        yield self._measured(policy, each, measure, self._means(won.scores))
+        for name, shares in won.criteria.items():
+            named = dataclasses.replace(measure, name=f"{measure.name} {name}")
+            yield self._measured(policy, each, named, self._means(shares))
 
     def _at_k(
         self,
@@ -413,6 +432,11 @@ class Evaluation:
             "samples": self.request.samples,
             "seed": self.request.seed,
             "sampling": dataclasses.asdict(self.sampling) | {"stop": list(self.sampling.stop)},
+            "rubrics": {
+                name: [criterion.model_dump() for criterion in rubric.criteria]
+                for name, rubric in self.rubrics.items()
+                if rubric is not None
+            },
             "cells": cells,
             "comparisons": corrected(self._comparisons(measured)),
             "items": {each.name: self._items(each, measured) for each in self.sets},

@@ -19,7 +19,9 @@ from quartet.assembly.serving import TextScorer
 from quartet.data.examples import Example
 from quartet.evaluation.at_k import best_of
 from quartet.experience import Rollout
+from quartet.rewards.judge import Comparisons, JudgeReward
 from quartet.rewards.protocol import Reward, RewardError, Score
+from quartet.rewards.rubric import Rubric, read_rubric
 from quartet.rewards.serve import BadRequest, ScoringRequest
 from quartet.rewards.source import RewardContext, RewardSource
 from quartet.rewards.sources import (
@@ -53,6 +55,12 @@ class Measure:
         """Whether a judge compares each answer with the one of the policy compared with."""
         return isinstance(self.source, JudgeSource) and self.source.mode == PAIRWISE
 
+    def rubric(self) -> Rubric | None:
+        """Return the rubric of a judge, None where there is none. Raises RewardError for a file
+        that is none."""
+        file = self.source.rubric if isinstance(self.source, JudgeSource) else None
+        return None if file is None else read_rubric(Path(file))
+
     @property
     def is_verifier(self) -> bool:
         return getattr(self.source, "type", "") in {"exact", "number", "math", "code", "json"}
@@ -64,11 +72,12 @@ KL = Measure("kl", "prompts", higher_is_better=False)
 WITHOUT_REWARD = {measure.name: measure for measure in (ACCURACY, PERPLEXITY, KL)}
 
 
-def measure_of(words: Any, has_rival: bool) -> Measure:
+def measure_of(words: Any, has_rival: bool, rubric: str | None = None) -> Measure:
     """Return the measure that words of the command name: accuracy, perplexity, kl, or a reward. A
     reward is a type (`gold`, `number`), a type with its main setting (`model:FOLDER`,
     `judge:URL#MODEL`), or a `[[reward]]` table. Without another policy to compare with
-    (`has_rival`), a judge scores answers one by one. Raises EvaluationError."""
+    (`has_rival`), a judge scores answers one by one. A judge that has no rubric of its own uses
+    the file `rubric`. Raises EvaluationError."""
     if isinstance(words, Measure):
         return words
     if isinstance(words, RewardSource):
@@ -76,8 +85,10 @@ def measure_of(words: Any, has_rival: bool) -> Measure:
     if isinstance(words, str) and words in WITHOUT_REWARD:
         return WITHOUT_REWARD[words]
     table = dict(words) if isinstance(words, Mapping) else _table(str(words))
-    if table.get("type") == "judge" and "mode" not in table and has_rival:
-        table["mode"] = PAIRWISE
+    if table.get("type") == "judge":
+        table = ({} if rubric is None else {"rubric": rubric}) | table
+        if "mode" not in table and (has_rival or "rubric" in table):
+            table["mode"] = PAIRWISE
     if table.get("type") in {"model", "steps"} and isinstance(table.get("model"), str):
         table["model"] = _reward_model(table["model"])
     try:
@@ -212,20 +223,22 @@ def check_column(measure: Measure, examples: Sequence[Example]) -> None:
 
 
 def compared(
-    reward: Reward,
+    reward: JudgeReward,
     examples: Sequence[Example],
     answers: Sequence[Answer],
     rivals: Sequence[Answer],
     samples: int,
-) -> list[Score]:
+) -> Comparisons:
     """Return what a pairwise judge says of each answer against the rival's of the same place: 1,
-    ½ or 0."""
+    ½ or 0, and the same by each criterion of its rubric."""
     rollouts = []
     for i, pair in enumerate(zip(answers, rivals, strict=True)):
         for side, answer in enumerate(pair):
             rollout = rollout_of(examples[i // samples], i, i % samples, answer)
             rollouts.append(dataclasses.replace(rollout, id=f"{rollout.id}/{side}"))
-    return reward.score(rollouts)[::2]
+    both = reward.compare(rollouts)
+    of_answers = {name: shares[::2] for name, shares in both.criteria.items()}
+    return Comparisons(both.scores[::2], of_answers)
 
 
 def right_choices(reward: Reward, choices: Sequence[Choice]) -> list[Score]:

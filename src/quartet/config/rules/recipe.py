@@ -5,8 +5,10 @@ import json
 from quartet.algorithms.preference import PREFERENCES
 from quartet.config.rules.base import rule
 from quartet.config.tables import Config
+from quartet.generation.source import Servers
 from quartet.io.texts import did_you_mean
-from quartet.stages.kinds import KINDS, kind_of
+from quartet.stages.kinds import EVALUATION, KINDS, LABEL, REWARD_MODEL, RL, kind_of
+from quartet.stages.rounds import rounds_of
 
 KNOWN_STAGES = "sft, label, reward_model, ilql, evaluation, and what `quartet algorithms` lists"
 
@@ -30,17 +32,54 @@ def recipe_names_known_stages(config: Config) -> str | None:
 
 @rule
 def stages_stand_in_order(config: Config) -> str | None:
-    order = [kind.order for stage in config.recipe if (kind := kind_of(stage)) is not None]
-    if order == sorted(set(order)):
+    first, *later = rounds_of(config.recipe)
+    order = [kind.order for stage in first if (kind := kind_of(stage)) is not None]
+    if order != sorted(set(order)):
+        by_order: dict[int, str] = {}
+        for stage in config.recipe:
+            if (kind := kind_of(stage)) is not None:
+                by_order.setdefault(kind.order, stage)
+        right = json.dumps([by_order[order] for order in sorted(by_order)])
+        return (
+            f"recipe: {', '.join(config.recipe)}: stages run in the order sft, label, "
+            "reward_model, one RL, preference or ilql stage, evaluation, each at most once, such "
+            f"as {right}. Only label begins another round, of label, reward_model and the RL stage."
+        )
+    kinds = [kind_of(stage) for stage in first[-3:]]
+    if not later or (kinds == [LABEL, REWARD_MODEL, RL] and _are_rounds(first[-3:], later)):
         return None
-    kinds: dict[int, str] = {}
-    for stage in config.recipe:
-        if (kind := kind_of(stage)) is not None:
-            kinds.setdefault(kind.order, stage)
-    right = json.dumps([kinds[order] for order in sorted(kinds)])
     return (
-        f"recipe: {', '.join(config.recipe)}: stages run in the order sft, label, reward_model, "
-        f"one RL, preference or ilql stage, evaluation, each at most once, such as {right}."
+        "recipe: each round must have the same three stages, label, reward_model and an RL stage, "
+        "with sft only before the first and evaluation only behind the last; this one says "
+        f"{', '.join(config.recipe)}."
+    )
+
+
+def _are_rounds(stages: tuple[str, ...], rounds: list[tuple[str, ...]]) -> bool:
+    """Return whether all rounds have these stages, and the last may have an evaluation."""
+    *others, last = rounds
+    return all(each == stages for each in others) and last in (stages, (*stages, EVALUATION.name))
+
+
+@rule
+def rounds_continue_whole_models(config: Config) -> str | None:
+    if config.num_rounds == 1:
+        return None
+    policy = config.policy
+    refused = {
+        "policy.adapter": policy.adapter is not None,
+        "policy.frozen_layers": policy.frozen_layers > 0,
+        "reward_model.members": config.reward_model.members > 1,
+        "reward_model.model": config.reward_model.model is not None,
+        "generator": isinstance(config.generator, Servers),
+    }
+    if not any(refused.values()):
+        return None
+    key = next(key for key, is_set in refused.items() if is_set)
+    return (
+        f"{key}: a recipe of several rounds trains the whole policy and one reward model of its "
+        "shape, and samples in its own process. Take it out, or run each round as a run of its own "
+        "(docs/labelling.md)."
     )
 
 
