@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from quartet.cli import app
 from quartet.cli.common import is_loopback
+from quartet.launch import start
 from quartet.runs.tables import token_rows
 from quartet.runs.untrusted import printable
 from tests.support.sweep_record import make_sweep
@@ -120,6 +121,17 @@ def test_control_characters_are_shown_not_obeyed():
 def test_a_setting_that_is_written_as_an_option_is_answered_with_the_right_form(words, sentence):
     done = quartet(*words)
     assert done.exit_code == 2 and sentence in done.output.replace("\n", " ")
+
+
+def test_a_run_that_is_stopped_before_it_begins_says_so(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(start, "job_of", interrupted)
+    done = quartet("run", "sums")
+    assert done.exit_code == 130 and not list(tmp_path.iterdir())
+    assert done.output == "stopped by Ctrl-C before the run began: nothing was written\n"
 
 
 def test_a_text_of_millions_of_words_is_cut(tmp_path):

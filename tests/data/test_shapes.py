@@ -95,6 +95,13 @@ def test_columns_can_be_named(tmp_path):
             "x.jsonl: found columns question, good, bad. Comparisons need prompt, chosen, rejected. "
             'Add data.columns = { prompt = "question", chosen = "good", rejected = "bad" }.',
         ),
+        (  # the SFT stage of a recipe on comparisons is the first to read the file
+            {"question": "q", "good": "a", "bad": "b"},
+            "demonstrations",
+            {},
+            "Comparisons need prompt, chosen, rejected. Add data.columns = "
+            '{ prompt = "question", chosen = "good", rejected = "bad" }.',
+        ),
         (
             {"a": "q"},
             "prompts",

@@ -110,4 +110,4 @@ def test_the_page_of_other_libraries_has_every_option():
 def test_links_of_the_readme_are_links_of_the_site():
     page = site_pages.from_repository("README.md")
     assert "(docs/" not in page and "](data.md)" in page and "](images/frontier.png)" in page
-    assert "[eight lines]" not in page and "eight lines" in page
+    assert "[a dozen lines]" not in page and "a dozen lines" in page

@@ -25,6 +25,7 @@ from quartet.planning.memory import (
     policy_parameters,
     sizes,
 )
+from quartet.planning.plan import in_words, plan
 from quartet.recipes import recipe_path
 from tests.support.world import model, prompts, tokenizer
 
@@ -238,3 +239,25 @@ def test_the_head_of_a_large_vocabulary_is_not_copied_by_the_decoder(monkeypatch
     whole = evaluation()
     monkeypatch.setattr(planned_memory, "WIDE_WEIGHT", 40_000)
     assert whole - evaluation() == pytest.approx(4 * 40_000)
+
+
+def test_small_models_are_counted_in_thousands():
+    words = (
+        "policy.create.hidden_size=16",
+        "policy.create.num_layers=1",
+        "policy.create.num_heads=2",
+    )
+    small = plan(read_settings(recipe_path("reviews"), words, "reviews").config)
+    assert in_words(small).startswith("policy 9 k · critic 9 k")
+    assert in_words(plan(read_settings(recipe_path("reviews"), (), "reviews").config)).startswith(
+        "policy 0.9 M · "
+    )
+
+
+def test_the_libraries_of_cuda_are_planned_where_torch_is_built_with_them(monkeypatch):
+    config = read_settings(recipe_path("reviews"), (), "reviews").config
+    peaks = []
+    for spec in (None, "a namespace"):
+        monkeypatch.setattr(planned_memory.importlib.util, "find_spec", lambda name, s=spec: s)
+        peaks.append(plan(config).memory.items())
+    assert {n: size + planned_memory.CUDA_BYTES for n, size in peaks[0]} == dict(peaks[1])

@@ -5,8 +5,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import typer
+
 from quartet import __version__
-from quartet.cli.common import FAILED, RESUMABLE, complaints, console, refusing
+from quartet.cli.common import (
+    FAILED,
+    INTERRUPTED,
+    RESUMABLE,
+    complaints,
+    console,
+    refusing,
+)
 from quartet.cli.printing import outlive_readers
 from quartet.io.texts import typed
 
@@ -231,8 +240,12 @@ def _job(settings: "Settings", fault: str | None) -> "Job":
     from quartet.launch.start import job_of
 
     keep_freed_memory(sharded=bool(settings.config.launch.shard))
-    with shown_work(console), activity("preparing"):
-        return job_of(settings.config, fault)
+    try:
+        with shown_work(console), activity("preparing"):
+            return job_of(settings.config, fault)
+    except KeyboardInterrupt:
+        _print("stopped by Ctrl-C before the run began: nothing was written")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _print(text: str) -> None:

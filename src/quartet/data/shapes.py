@@ -166,6 +166,8 @@ def _check_purpose(path: Path, purpose: Purpose, row: Row, columns: Mapping[str,
     """Check that a row has the columns that the purpose needs, or suggest how to map them."""
     named = renamed(row, columns)
     if not _serves(usual(path.name, named)[1], purpose):
+        if all(_usual_name(side, row) != "…" for side in ("chosen", "rejected")):
+            purpose = "comparisons"  # which serve every purpose
         guess = {ours: _usual_name(ours, row) for ours in NEEDS[purpose] if ours not in named}
         mapping = ", ".join(
             f'{ours} = "{theirs}"' for ours, theirs in (dict(columns) | guess).items()

@@ -197,6 +197,8 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> Tokenizer:
     if Path(folder).is_dir() and not any(
         (Path(folder) / name).is_file() for name in TOKENIZER_FILES
     ):
+        if (Path(folder) / "policy" / "config.json").is_file():
+            raise ModelError(f"{folder}: is a run's folder. Its model is {folder}/policy.")
         if not (Path(folder) / "config.json").is_file():
             raise ModelError(
                 f"{folder}: is no model's folder, it has no config.json and no tokenizer. Name one "

@@ -259,10 +259,15 @@ def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:
     return 15 + work / (FLOPS_PER_CPU * cpus)
 
 
+def _size_in_words(count: int) -> str:
+    """Return a number of parameters, in thousands where it is less than 0.1 M."""
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e3:.0f} k"
+
+
 def in_words(plan: Plan) -> str:
     """Return the plan in one line: the models, the peak memory, the time."""
     words = [
-        f"{role} {count / 1e6:.1f} M" if count else f"{role} ?"
+        f"{role} {_size_in_words(count)}" if count else f"{role} ?"
         for role, count in plan.models.items()
     ]
     if plan.peak:

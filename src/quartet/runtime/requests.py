@@ -12,8 +12,9 @@ from quartet.config.links import absolute_word, relative_paths
 from quartet.config.tables import json_ready
 from quartet.config.toml import FOR_SERVERS, ConfigError, Settings, read_settings
 from quartet.io.texts import did_you_mean, excerpt, typed
-from quartet.recipes import recipe_names, recipe_path
+from quartet.recipes import recipe_names, recipe_path, template_path
 from quartet.runs.folders import find_run
+from quartet.stages.kinds import kind_of
 
 DEFAULT = "reviews"
 """The recipe that is run if none is named."""
@@ -46,6 +47,8 @@ def settings_of(
     if "=" in what and not Path(what).exists():  # quartet run seed=1: the default recipe
         what, words = DEFAULT, [what, *words]
     path = recipe_path(what)
+    if path is None and kind_of(what) is not None:
+        raise ConfigError(_about_stage(what))
     if path is None and not what.endswith(".toml"):
         raise ConfigError(
             f'"{what}": no such recipe, and not a .toml file.{did_you_mean(what, recipe_names())} '
@@ -53,6 +56,13 @@ def settings_of(
         )
     shown = f"recipe {what}" if path else None
     return read_settings(path or Path(what), words, shown, known_links)
+
+
+def _about_stage(stage: str) -> str:
+    """Return what to do for a user who names a stage where a recipe or a file is named."""
+    if template_path(stage) is None:
+        return f'"{stage}": is a stage. Write a file with recipe = "{stage}", and name the file.'
+    return f'"{stage}": is a stage. quartet init {stage} writes a file for it; name the file.'
 
 
 def run_to_resume(what: str | None, words: Sequence[str] = ()) -> ResumeRequest:
