@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -312,6 +313,15 @@ def test_a_chosen_answer_among_three_rejected_ones_is_right_where_it_scores_high
     assert right_choices(Lengths(), choices) == [1.0, 0.5, 0.0]
     with pytest.raises(DataError, match=r"f:9: has 2 chosen and 1 rejected"):
         choice_of("f:9", {"prompt": "p", "chosen": ["a", "b"], "rejected": ["c"]})
+
+
+def test_an_exported_model_has_the_settings_of_its_run_and_is_no_run(folders):
+    """`quartet export` copies the settings that the model card names."""
+    settings = Path(folders[0]) / "config.resolved.toml"
+    settings.write_text('recipe = ["sft"]')
+    [policy] = policies_of(folders[0], None)
+    with policy.opened() as loaded:
+        assert isinstance(loaded, LoadedPolicy)
 
 
 def test_what_a_set_can_be_used_for(tmp_path, sums):

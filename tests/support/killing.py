@@ -66,7 +66,7 @@ SCENARIOS: dict[str, list[str]] = {
     "ilql": [
         "sums",
         *(word for word in SMALL if not word.startswith("sft.")),
-        *("policy.create.max_length=32", "recipe=['ilql','evaluation']", "ilql.steps=8"),
+        *("policy.create.max_length=32", "recipe=['ilql','evaluation']", "ilql.steps=16"),
         *("ilql.batch_size=8", "run.checkpoint_every=2"),
     ],
     "ppo": [*REVIEWS, *ADAPTIVE],
@@ -221,7 +221,7 @@ def said_to_be_lost(folder: Path) -> list[str]:
 
 def recorded(folder: Path) -> int:
     """How far a run has come: the lines of its record."""
-    records = [p / "events.jsonl" for p in (folder / "runs").glob("*") if not p.is_symlink()]
+    records = [p / "events.jsonl" for p in (folder / "runs").glob("[!.]*") if not p.is_symlink()]
     return sum(path.read_bytes().count(b"\n") for path in records if path.exists())
 
 

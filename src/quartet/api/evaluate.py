@@ -30,8 +30,8 @@ def evaluate(
     is a run, a checkpoint, a folder, a hub id or a server, or a list of these; `on` the files,
     as texts or as a table of names and files; `measures` the names of measures, reward tables or
     `RewardSource` objects; `settings` are `samples`, `rows`, `seed`, `max_new_tokens`,
-    `temperature`, `columns`, `folder`, `name` and `token_env`. Returns what the file of results
-    holds (docs/evaluation.md), and `path`, that file.
+    `temperature`, `columns`, `folder`, `name`, `token_env` and `rubric`, a file of criteria for
+    judges. Returns what the file of results holds (docs/evaluation.md), and `path`, that file.
 
     Otherwise two policies answer the same held-out prompts as a run of the stage `evaluation`, and
     the finished run is returned. Its `summaries["evaluation"]` has `win_rate` and `kl`, each a mean

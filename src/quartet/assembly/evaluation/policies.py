@@ -55,7 +55,8 @@ def labelled(words: str) -> tuple[str | None, str]:
 
 
 def is_run(path: Path) -> bool:
-    return (path / CONFIG).is_file()
+    """Return whether a folder is that of a run. An exported model has the run's settings, too."""
+    return (path / CONFIG).is_file() and not (path / "config.json").is_file()
 
 
 def run_config(run: Path) -> Config:
