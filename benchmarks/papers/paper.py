@@ -25,12 +25,19 @@ COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be
 
 def options(description: str, name: str) -> argparse.Namespace:
     """Return what the command line says: the number of seeds, and where results go."""
-    parser = argparse.ArgumentParser(description=description)
+    return parser(description, name).parse_args()
+
+
+def parser(description: str, name: str) -> argparse.ArgumentParser:
+    """Return the parser of these options, for a script that has more of them."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.json")
     parser.add_argument("--image", type=Path, help="a PNG file; needs Chromium")
     parser.add_argument("--redraw", action="store_true", help="tables and image of results as kept")
-    return parser.parse_args()
+    return parser
 
 
 def over_seeds(
