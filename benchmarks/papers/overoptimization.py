@@ -14,8 +14,6 @@ overoptimization.md and writes benchmarks/results/papers/overoptimization.json.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import math
 import random
@@ -71,20 +69,11 @@ class Study:
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan, self.folder = plan, folder
-        self.sft = self._finished("sft", self._train_sft) / "sft"
+        self.sft = paper.finished(folder, "sft", self._train_sft) / "sft"
         self.tokenizer = load_tokenizer(self.sft)
         self.samples = self._sampled()
         world = Reviews(0)
         self.gold = [[world.gold("", r.response) for r in group] for group in self.samples]
-
-    def _finished(self, name: str, train: Any) -> Path:
-        """Return the folder of a run of this name, which `train` returns where there is none."""
-        for report in self.folder.glob(f"*-{name}/report.html"):
-            return report.parent
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            run = train()
-            run.finish()
-        return Path(run.folder)
 
     def _train_sft(self) -> Any:
         return quartet.train(
@@ -135,7 +124,7 @@ class Study:
                 name=name,
             )
 
-        return self._finished(name, train)
+        return paper.finished(self.folder, name, train)
 
     def scores(self, folder: Path) -> list[list[float]]:
         """Return a reward model's scores of the sampled answers, by prompt."""
@@ -146,7 +135,8 @@ class Study:
         """Return KL, reward and true reward of each step of a PPO run."""
         judge = self.reward_model(width, count, 0.0, seed) / "reward_model"
         name = f"ppo-{width}-{count}-{coef:g}-{seed}"
-        folder = self._finished(
+        folder = paper.finished(
+            self.folder,
             name,
             lambda: quartet.train(
                 "ppo",
@@ -236,12 +226,6 @@ def ensemble(members: Sequence[list[list[float]]]) -> dict[str, list[list[float]
     return {name: values.tolist() for name, values in ways.items()}
 
 
-def pm(values: Sequence[float]) -> str:
-    """Return mean ± standard deviation over seeds."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{deviation}".replace("-", "−")
-
-
 def best_of_n_results(study: Study) -> list[dict[str, Any]]:
     """Return a row for each kind of reward model: the gain of each seed, the law of their mean, and
     the gains of their ensemble."""
@@ -313,10 +297,10 @@ def cells_of(row: dict[str, Any]) -> list[str]:
         str(row["width"]),
         f"{row['comparisons']:,}",
         f"{row['flipped']:.0%}",
-        pm(row["accuracy"]),
-        pm([gain[-1] for gain in row["gains"]]),
+        paper.pm(row["accuracy"]),
+        paper.pm([gain[-1] for gain in row["gains"]]),
         *law_of(row),
-        *(minus(f"{gain[-1]:.2f}") for gain in row["ensemble"].values()),
+        *(paper.minus(f"{gain[-1]:.2f}") for gain in row["ensemble"].values()),
     ]
 
 
@@ -326,10 +310,10 @@ def ppo_cells_of(row: dict[str, Any]) -> list[str]:
     last = [run[-1] for run in row["runs"]]
     return [
         *kind_of(row),
-        pm([step["gold"] - row["start"] for step in best]),
-        pm([step["kl"] for step in best]),
-        pm([step["gold"] - row["start"] for step in last]),
-        pm([step["kl"] for step in last]),
+        paper.pm([step["gold"] - row["start"] for step in best]),
+        paper.pm([step["kl"] for step in best]),
+        paper.pm([step["gold"] - row["start"] for step in last]),
+        paper.pm([step["kl"] for step in last]),
         *law_of(row),
     ]
 
@@ -339,11 +323,7 @@ def kind_of(row: dict[str, Any]) -> list[str]:
 
 
 def law_of(row: dict[str, Any]) -> list[str]:
-    return [minus(f"{row['law'][name]:.2f}") for name in ("alpha", "beta", "r2")]
-
-
-def minus(number: str) -> str:
-    return number.replace("-", "−")
+    return [paper.minus(f"{row['law'][name]:.2f}") for name in ("alpha", "beta", "r2")]
 
 
 def first_at(run: Sequence[dict[str, float]], kl: float) -> float | None:
@@ -367,8 +347,8 @@ def at_equal_kl(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
         for seed, (run, other) in enumerate(zip(row["runs"], others, strict=True)):
             kl, gain = run[-1]["kl"], run[-1]["gold"] - row["start"]
             gold = first_at(other, kl)
-            there = "–" if gold is None else minus(f"{gold - row['start']:.2f}")
-            yield [*kind_of(row), str(seed), f"{kl:.1f}", minus(f"{gain:.2f}"), there]
+            there = "–" if gold is None else paper.minus(f"{gold - row['start']:.2f}")
+            yield [*kind_of(row), str(seed), f"{kl:.1f}", paper.minus(f"{gain:.2f}"), there]
 
 
 def tables(results: dict[str, Any]) -> str:

@@ -5,9 +5,12 @@ are JSON files in benchmarks/results/papers, pictures PNG files in docs/images.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import platform
 import shutil
+import statistics
 import subprocess
 import tempfile
 import time
@@ -58,6 +61,27 @@ def over_seeds(
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text(json.dumps(whole) + "\n", encoding="utf-8")
     return results
+
+
+def finished(folder: Path, name: str, train: Callable[[], Any]) -> Path:
+    """Return the folder of the run of this name in `folder`. Where there is none, it is trained:
+    `train` returns it, as `quartet.train` does."""
+    for report in folder.glob(f"*-{name}/report.html"):
+        return report.parent
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        run = train()
+        run.finish()
+    return Path(run.folder)
+
+
+def pm(values: Sequence[float]) -> str:
+    """Return mean ± standard deviation over seeds."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return minus(f"{statistics.fmean(values):.2f}{deviation}")
+
+
+def minus(number: str) -> str:
+    return number.replace("-", "−")
 
 
 def rounded(value: Any) -> Any:
