@@ -7,7 +7,7 @@ from typing import Any
 
 import paper
 
-from quartet.runs.rules import moving_means
+from quartet.runs.history import moving_means
 
 Row = dict[str, Any]
 TOLERANCES = ("fp32", "engine")

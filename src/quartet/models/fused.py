@@ -70,10 +70,14 @@ def has_fused_forward(trunk: Trunk, width: int) -> bool:
 
 
 @torch.no_grad()
-def _agrees(trunk: Trunk) -> bool:
+def _agrees(trunk: Any) -> bool:
     """Return whether both forwards agree on two rows of a few tokens, which are more than the
     windows are wide for the time of the comparison. The rows begin alike, so that the second takes
     that part from the first."""
+    cap = row_of(trunk).score_cap
+    if cap is not None and getattr(trunk.config, cap):
+        # In transformers 5.17 its other kinds of attention leave the cap out.
+        trunk.set_attn_implementation("eager")
     count, vocabulary = CHECKED_TOKENS, submodule(trunk, row_of(trunk).embedding).weight.shape[0]
     tokens = torch.arange(count).repeat(2, 1) * 7
     tokens[1, count // 2 :] += 1

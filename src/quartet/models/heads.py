@@ -104,6 +104,8 @@ def define_classifier(config: Any) -> None:
     classifier = type(name, (GenericForSequenceClassification, base), body)
     # `exist_ok`: without it transformers keeps its own configs from being registered
     AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)
+    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:  # transformers 5.17 does so even then
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING._extra_content[kind] = classifier
 
 
 class ScalarModel(nn.Module):
