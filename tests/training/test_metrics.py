@@ -25,6 +25,9 @@ def test_explained_variance_of_a_perfect_a_flat_and_a_wrong_critic():
     assert explained_variance(torch.tensor([[3.0, 2.0, 1.0, 0.0]]), returns, MASK) == pytest.approx(
         -3
     )
+    same = torch.full((1, 4), 0.1)
+    same[0, 1] = torch.nextafter(same[0, 1], torch.tensor(1.0))
+    assert explained_variance(returns, same, MASK) == 0
 
 
 def test_repetition_counts_pairs_said_before():

@@ -24,11 +24,12 @@ def explained_variance(
     """Return 1 − Var(returns − values) / Var(returns) over the tokens of the mask.
 
     It is 1 for a perfect critic, 0 for one that knows only the mean, and negative for one that is
-    worse than that. Where the returns do not vary it is 0.
+    worse than that. Where the returns do not vary, but for rounding, it is 0.
     """
     v, r = values[mask].double(), returns[mask].double()
     variance = float(r.var(correction=0))
-    return 1 - float((r - v).var(correction=0)) / variance if variance > 0 else 0.0
+    rounding = 1e-12 * float(r.square().mean())
+    return 1 - float((r - v).var(correction=0)) / variance if variance > rounding else 0.0
 
 
 def repetition(ids: Sequence[int]) -> float:
