@@ -69,11 +69,13 @@ def test_what_is_not_toml_is_said_with_its_place_and_a_remedy(tmp_path, content,
 FILES = {
     "empty": (
         b"",
-        'run.toml: recipe: is missing. The stages of the run in order, such as ["sft", "reward_model", "ppo"].',
+        'run.toml: recipe: is missing. The stages of the run in order, such as ["sft", "reward_model", "ppo"]. '
+        "Of label, reward_model and an RL stage there may be several rounds.",
     ),
     "only comments": (
         b"\n\n# nothing yet\n",
-        'run.toml: recipe: is missing. The stages of the run in order, such as ["sft", "reward_model", "ppo"].',
+        'run.toml: recipe: is missing. The stages of the run in order, such as ["sft", "reward_model", "ppo"]. '
+        "Of label, reward_model and an RL stage there may be several rounds.",
     ),
     "random bytes": (
         b"\x00\x01\xff\xfe",

@@ -70,10 +70,10 @@ def test_a_recipe_of_three_rounds_has_ten_stages_and_rl_steps_that_count_on():
 
 
 REFUSED = {
-    "no label": (["sft", *ROUND, "reward_model", "ppo"], "only label begins another round"),
+    "no label": (["sft", *ROUND, "reward_model", "ppo"], "Only label begins another round"),
     "another order": ([*ROUND, "label", "ppo", "reward_model"], "the same three stages"),
     "another algorithm": ([*ROUND, "label", "reward_model", "grpo"], "the same three stages"),
-    "sft between": ([*ROUND, "sft", *ROUND], "only label begins another round"),
+    "sft between": ([*ROUND, "sft", *ROUND], "Only label begins another round"),
     "evaluation between": ([*ROUND, "evaluation", *ROUND], "the same three stages"),
     "no RL stage": (["label", "reward_model", *ROUND], "the same three stages"),
     "an adapter": (TWO, "policy.adapter: a recipe of several rounds", 'policy.adapter={type="lora"}'),
