@@ -1,5 +1,6 @@
 """Shapes are checked at run time: the annotations of `src/quartet` become assertions before it is first imported."""
 
+import logging
 import os
 
 os.environ["QUARTET_CHECK_SHAPES"] = "1"
@@ -74,6 +75,7 @@ def encodable(value):
 def _nothing_left_to_chance() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    logging.getLogger().setLevel(logging.WARNING)  # a run in this process sets it for its run.log
 
 
 @pytest.fixture(scope="session")
