@@ -13,13 +13,13 @@ Runs that are in the folder already are not made again. Prints the tables of doc
 long_answers.md and writes benchmarks/results/papers/long_answers.json.
 """
 
-import argparse
 import json
 import math
 import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -364,8 +364,8 @@ def figure(results: dict[str, Any]) -> Any:
     return drawn
 
 
-def write(results: dict[str, Any]) -> None:
-    RESULTS.write_text(json.dumps(paper.rounded(results)) + "\n", encoding="utf-8")
+def write(file: Path, results: dict[str, Any]) -> None:
+    file.write_text(json.dumps(paper.rounded(results)) + "\n", encoding="utf-8")
 
 
 def forget(results: dict[str, Any]) -> None:
@@ -373,23 +373,20 @@ def forget(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = paper.parser(__doc__ or "", "long_answers")
+    parser.set_defaults(seeds=Plan.seeds)
     parser.add_argument("--folder", type=Path, default=Path("runs-long-answers"))
-    parser.add_argument("--seeds", type=int, default=Plan.seeds)
     parser.add_argument("--small", action="store_true", help="a few steps of everything, to try it")
-    parser.add_argument("--image", type=Path, help="a PNG file; needs Chromium")
-    parser.add_argument("--redraw", action="store_true", help="tables and image of results as kept")
     options = parser.parse_args()
     transformers.logging.disable_progress_bar()
     if options.redraw:
-        results = json.loads(RESULTS.read_text("utf-8"))
+        results = json.loads(options.results.read_text("utf-8"))
     else:
         plan = SMALL if options.small else Plan(seeds=options.seeds)
         options.folder.mkdir(parents=True, exist_ok=True)
         study = Study(plan, options.folder)
-        results = paper.rounded(measured(study, forget if options.small else write))
+        keep = forget if options.small else partial(write, options.results)
+        results = paper.rounded(measured(study, keep))
     print(tables(results))
     if options.image is not None:
         paper.picture(figure(results), options.image, 1500, 560)

@@ -405,17 +405,15 @@ def figure(results: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = paper.parser(__doc__ or "", "overoptimization")
+    parser.set_defaults(seeds=Plan.seeds)
     parser.add_argument("--folder", type=Path, default=Path("runs-overoptimization"))
-    parser.add_argument("--seeds", type=int, default=Plan.seeds)
     parser.add_argument("--small", action="store_true", help="a few steps of everything, to try it")
-    parser.add_argument("--image", type=Path, help="a PNG file; needs Chromium")
-    parser.add_argument("--redraw", action="store_true", help="tables and image of results as kept")
     options = parser.parse_args()
     transformers.logging.disable_progress_bar()
-    results = json.loads(RESULTS.read_text("utf-8")) if options.redraw else measured(options)
+    results = (
+        json.loads(options.results.read_text("utf-8")) if options.redraw else measured(options)
+    )
     print(tables(results))
     if options.image is not None:
         paper.picture(figure(results), options.image, 1300, 560)
@@ -432,7 +430,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     }
     results: dict[str, Any] = paper.rounded(found)
     if not options.small:
-        RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
+        options.results.write_text(json.dumps(results) + "\n", encoding="utf-8")
     return results
 
 

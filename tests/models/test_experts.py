@@ -101,6 +101,9 @@ def test_the_planner_counts_the_experts_of_a_token(tmp_path):
     assert sizes is not None and sizes.is_fused
     assert sizes.intermediate == CHOSEN * INNER
     of_one_expert = 3 * HIDDEN * INNER
+    adapter = add_adapter(made, Lora(rank=2), POLICY, 0)
+    counted = Lora(rank=2).parameters(HIDDEN, LAYERS, None)
+    assert counted == sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     assert sizes.idle_parameters == LAYERS * (EXPERTS - CHOSEN) * of_one_expert
     # Mixtral has no width of its own for experts.
     mixtral = mixture(kind="mixtral", moe_intermediate_size=ABSENT)

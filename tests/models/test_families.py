@@ -10,8 +10,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quartet.generation.decoders import RowDecoder, make_decoder
-from quartet.generation.native import NativeGenerator
-from quartet.generation.sampling import Sampling
 from quartet.generation.slots import SlotDecoder
 from quartet.models import fused
 from quartet.models.adapters import POLICY, add_adapter
@@ -29,8 +27,8 @@ from quartet.models.precision import compute_in
 from quartet.models.trunk import checkpoint_blocks
 from quartet.training.parallelize import parallelize
 from tests.models.test_llama import ROWS, disturbed, ragged
+from tests.support.decoding import check_logprobs
 from tests.support.pretended_device import on_device, pretended
-from tests.support.world import prompts, tokenizer
 
 WINDOWS = {
     "sliding_window": 7,
@@ -274,12 +272,7 @@ def test_the_samplers_logprobs_are_the_learners_also_under_an_adapter(name):
                 if p.requires_grad:
                     torch.nn.init.normal_(p, 0.0, 0.1)
         assert isinstance(make_decoder(made, 40), RowDecoder) and has_linear_head(made)
-        generator = NativeGenerator(made, tokenizer(), frozenset({3}), 0)
-        for r in generator.generate(prompts(6), Sampling(max_new_tokens=20, temperature=0.8), 2):
-            tokens = torch.tensor([[*r.prompt.ids, *r.response_ids]])
-            mask = torch.arange(tokens.shape[1])[None] >= len(r.prompt.ids)
-            learner = masked_logprobs(made, tokens, mask, 0.8)[mask]
-            torch.testing.assert_close(learner, torch.tensor(r.logprobs), atol=1e-5, rtol=1e-5)
+        check_logprobs(made, 20, {"atol": 1e-5, "rtol": 1e-5})
 
 
 @EACH_SLOWLY

@@ -8,6 +8,7 @@ from quartet.generation.decoders import make_decoder
 from quartet.generation.plain import PlainDecoder
 from quartet.models.architectures import why_not_fused
 from quartet.models.trunk import hidden_states
+from tests.support.decoding import check_rows
 
 SHAPE = {
     "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -62,20 +63,7 @@ def test_rows_decoded_together_have_the_logits_of_each_alone(kind):
     assert why_not_fused(made.config) is not None
     decoder = make_decoder(made, 40)
     assert isinstance(decoder, PlainDecoder)
-    texts = [[5, 9, 21, 33, 4, 17, 8, 30, 12, 11, 3], [7, 12, 30], [6]]
-    logits = decoder.prefill(texts, 2)
-    texts = [list(text) for text in texts for _ in range(2)]
-    for step in range(8):
-        for text, ours in zip(texts, logits, strict=True):
-            alone = made(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
-            torch.testing.assert_close(ours, alone, **NEAR)
-        if step == 3:
-            kept = decoder.keep(torch.tensor([True, False, False, True, True, False]))
-            texts = [texts[row] for row in kept.tolist()]
-        tokens = torch.randint(3, 40, (len(texts),))
-        for text, token in zip(texts, tokens.tolist(), strict=True):
-            text.append(token)
-        logits = decoder.step(tokens)
+    check_rows(made, decoder, NEAR)
 
 
 @EACH

@@ -4,19 +4,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quartet.generation.native import NativeGenerator
+from quartet.generation.decoders import make_decoder
 from quartet.generation.plain import PlainDecoder
-from quartet.generation.sampling import Sampling
 from quartet.models.adapters import POLICY, add_adapter, merged_state
-from quartet.models.language_model import ModelError, masked_logprobs, save
+from quartet.models.language_model import ModelError, save
 from quartet.models.loading import fill
 from quartet.models.lora import Lora
 from quartet.models.quantize import quantize
 from quartet.models.recurrent import SAMPLED, is_recurrent, why_not_sampled
 from quartet.models.skeleton import skeleton
 from quartet.worlds import make_world
+from tests.support.decoding import check_logprobs, check_rows
 from tests.support.tiny_run import make_run
-from tests.support.world import prompts, tokenizer
 
 RECURRENT = "qwen3_next qwen3_5_text lfm2 mamba mamba2 jamba falcon_h1 recurrent_gemma rwkv bamba"
 ATTENDING = "llama gemma3_text gpt2 opt cohere2 qwen3_moe gpt_oss deepseek_v3 mixtral phi"
@@ -105,20 +104,7 @@ def test_rows_together_have_the_logits_of_each_alone(kind):
     """Prompts of three lengths, two samples each, of which some end."""
     made = language_model(kind)
     decoder = PlainDecoder(made)
-    texts = [[5, 9, 21, 33, 4, 17, 8, 30, 12, 11, 3], [7, 12, 30], [6]]
-    logits = decoder.prefill(texts, 2)
-    texts = [list(text) for text in texts for _ in range(2)]
-    for step in range(8):
-        for text, ours in zip(texts, logits, strict=True):
-            alone = made(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
-            torch.testing.assert_close(ours, alone, **NEAR)
-        if step == 3:
-            kept = decoder.keep(torch.tensor([True, False, False, True, True, False]))
-            texts = [texts[row] for row in kept.tolist()]
-        tokens = torch.randint(3, 40, (len(texts),))
-        for text, token in zip(texts, tokens.tolist(), strict=True):
-            text.append(token)
-        logits = decoder.step(tokens)
+    check_rows(made, decoder, NEAR)
     assert decoder.free_rows() == 0
     decoder.keep(torch.zeros(3, dtype=torch.bool))
     assert decoder.free_rows() > 0
@@ -137,12 +123,7 @@ def test_the_samplers_logprobs_are_the_learners_also_under_an_adapter(kind):
             for p in made.parameters():
                 if p.requires_grad:
                     torch.nn.init.normal_(p, 0.0, 0.05)
-        generator = NativeGenerator(made, tokenizer(), frozenset({3}), 0)
-        for r in generator.generate(prompts(6), Sampling(max_new_tokens=12, temperature=0.8), 2):
-            tokens = torch.tensor([[*r.prompt.ids, *r.response_ids]])
-            mask = torch.arange(tokens.shape[1])[None] >= len(r.prompt.ids)
-            learner = masked_logprobs(made, tokens, mask, 0.8)[mask]
-            torch.testing.assert_close(learner, torch.tensor(r.logprobs), **NEAR)
+        check_logprobs(made, 12, NEAR)
 
 
 def test_another_recurrent_model_is_refused_by_name():
@@ -159,7 +140,7 @@ def test_states_that_padding_changes_are_found_out(monkeypatch):
 
     monkeypatch.setattr(modeling_lfm2, "apply_mask_to_padding_states", lambda states, _: states)
     with pytest.raises(ModelError, match="lfm2 keeps a recurrent state, which padding changes in"):
-        PlainDecoder(language_model("lfm2"))
+        make_decoder(language_model("lfm2"), 20)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quartet.generation.cache import PREFILL_TOKENS, spans_within
 from quartet.generation.fused import FusedDecoder, has_products
-from quartet.generation.plain import PlainDecoder
+from quartet.generation.plain import PlainDecoder, check_states
 from quartet.generation.slots import SlotDecoder
 from quartet.models.attention import backend, capped_attention
 from quartet.models.fused import has_fused_forward
@@ -59,7 +59,8 @@ class Decoder(Protocol):
 
 def make_decoder(model: CausalModel, width: int, max_rows: int | None = None) -> Decoder:
     """Return the fastest decoder for this model. Texts have up to `width` tokens; at most
-    `max_rows` rows are decoded together, by default as many as memory holds."""
+    `max_rows` rows are decoded together, by default as many as memory holds. Raises ModelError for
+    a recurrent model whose states padding would change."""
     if (
         has_fused_forward(model.base_model, width)
         and has_linear_head(model)
@@ -68,6 +69,7 @@ def make_decoder(model: CausalModel, width: int, max_rows: int | None = None) ->
         if backend(model.device, compute_dtype(model)) == "varlen":
             return SlotDecoder(model, width, max_rows)
         return RowDecoder(model, width, max_rows)
+    check_states(model)
     return PlainDecoder(model, max_rows)
 
 

@@ -30,7 +30,7 @@ class PlainDecoder:
     look_every = 1
 
     def __init__(self, model: CausalModel, max_rows: int | None = None) -> None:
-        """Raises ModelError for a recurrent model whose states padding would change."""
+        """Raises ModelError for a recurrent model that is not known."""
         if (why := why_not_sampled(model.config)) is not None:
             raise ModelError(f"{why}.")
         self.model, self.max_rows = model, max_rows or 512
@@ -40,8 +40,6 @@ class PlainDecoder:
         """Whether the model has attention at all; Mamba has none, and calls its cache otherwise."""
         self.mask = torch.zeros(0, 0, dtype=torch.bool, device=model.device)
         self.cache: Any = None
-        if is_recurrent(model.config):
-            _check_rows(model)
 
     def free_rows(self) -> int:
         return 0 if len(self.mask) else self.max_rows
@@ -89,23 +87,23 @@ class PlainDecoder:
 
 
 @torch.no_grad()
-def _check_rows(model: CausalModel) -> None:
-    """Raise ModelError unless rows of two lengths, decoded together, have the logits that each has
-    alone. Done once per model."""
+def check_states(model: CausalModel) -> None:
+    """Raise ModelError for a recurrent model unless rows of two lengths, decoded together, have the
+    logits that each has alone. Done once per model."""
+    if not is_recurrent(model.config):
+        return
     if model not in _IS_EXACT:
-        _IS_EXACT[model] = True
-        texts = [[3, 7, 5, 9, 4, 8], [6, 2]]
+        decoder, device = PlainDecoder(model), model.device
         size = model.get_input_embeddings().weight.shape[0]
-        texts = [[token % size for token in text] for text in texts]
-        decoder = PlainDecoder(model)
+        texts = [[token % size for token in text] for text in ([3, 7, 5, 9, 4, 8], [6, 2])]
         decoder.prefill([text[:-1] for text in texts], 2)
-        decoder.keep(torch.tensor([True, False, False, True], device=model.device))
-        together = decoder.step(torch.tensor([text[-1] for text in texts], device=model.device))
-        for text, ours in zip(texts, together, strict=True):
-            ids = torch.tensor([text], device=model.device)
-            alone = model(input_ids=ids, use_cache=False).logits[0, -1]
-            if not (ours - alone).norm() <= DIFFERENCE * alone.norm():
-                _IS_EXACT[model] = False
+        decoder.keep(torch.tensor([True, False, False, True], device=device))
+        together = decoder.step(torch.tensor([text[-1] for text in texts], device=device))
+        alone = torch.stack(
+            [model(input_ids=torch.tensor([t], device=device)).logits[0, -1] for t in texts]
+        )
+        errors, sizes = (together - alone).norm(dim=-1), alone.norm(dim=-1)
+        _IS_EXACT[model] = bool((errors <= DIFFERENCE * sizes).all())
     if not _IS_EXACT[model]:
         kind = model.config.model_type
         raise ModelError(

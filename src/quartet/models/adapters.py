@@ -91,6 +91,11 @@ def lora_config(model: CausalModel, lora: Lora) -> Any:
     import peft
 
     linear = linear_layers(model)
+    if not linear:
+        raise AdapterError(
+            f"policy.adapter: {model.config.model_type} has no linear layer that an adapter can "
+            "be added to. Leave it out."
+        )
     targets = sorted(linear) if lora.targets == "all-linear" else list(lora.targets)
     if missing := [target for target in targets if target not in linear]:
         raise AdapterError(

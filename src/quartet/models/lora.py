@@ -29,8 +29,13 @@ class Lora:
         "the head.",
     )
 
-    def parameters(self, hidden: int, layers: int, intermediate: int, kv_share: float = 1.0) -> int:
-        """Return the number of parameters of adapters on all linear layers of a Llama model."""
+    def parameters(
+        self, hidden: int, layers: int, intermediate: int | None, kv_share: float = 1.0
+    ) -> int:
+        """Return the number of parameters of adapters on all linear layers of a Llama model, or,
+        with `intermediate=None`, on those of attention."""
         kv = int(hidden * kv_share)
-        per_layer = 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + intermediate)
+        per_layer = 2 * (hidden + hidden) + 2 * (hidden + kv)
+        if intermediate is not None:
+            per_layer += 3 * (hidden + intermediate)
         return layers * self.rank * per_layer

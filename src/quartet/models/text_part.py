@@ -23,7 +23,7 @@ def text_config(config: Any) -> Any:
         return config
     text = copy.deepcopy(text)
     # The head in the folder is that of the whole model.
-    text.tie_word_embeddings = config.tie_word_embeddings
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
     return text
 
 

@@ -203,7 +203,8 @@ def adapter_parameters(config: Config) -> int | None:
         return None
     if model is None:
         return (policy_parameters(config, None) or 0) // 100
-    return lora.parameters(model.hidden, model.layers, model.intermediate, model.heads_share)
+    inner = None if model.idle_parameters else model.intermediate  # adapters leave experts out
+    return lora.parameters(model.hidden, model.layers, inner, model.heads_share)
 
 
 def trained_bytes(
