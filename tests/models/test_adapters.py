@@ -278,3 +278,9 @@ def test_named_targets_are_the_only_ones():
     made = add_adapter(model(), Lora(rank=2, targets=("q_proj", "v_proj")), POLICY, 0)
     assert len(adapter_parameters(made, POLICY)) == 2 * 2 * 2
     assert isinstance(make_decoder(made, 32), RowDecoder)
+
+
+def test_a_model_without_a_layer_for_adapters_is_refused(monkeypatch):
+    monkeypatch.setattr("quartet.models.adapters.linear_layers", lambda _: {})
+    with pytest.raises(AdapterError, match="policy.adapter: llama has no linear layer that an ada"):
+        add_adapter(model(), Lora(rank=2), POLICY, 0)
