@@ -25,9 +25,9 @@ STORY = [
 ]
 
 
-def tell(name, folder):
+def tell(name, folder, story=STORY):
     tracking = Tracking([name], folder, {"optim": {"lr": 1e-6}, "seed": 3})
-    said = [sentence for event in STORY for sentence in tracking.log(*event)]
+    said = [sentence for event in story for sentence in tracking.log(*event)]
     tracking.close()
     assert said == []
 
@@ -57,12 +57,64 @@ def test_mlflow(tmp_path, monkeypatch):
     ] == [(1, 0.25), (2, 0.75)]
 
 
+RESUMED = [("ppo", 2, {"reward": 1.5, "reward/gold": 0.75}), ("ppo", 3, {"reward": 2.0})]
+"""Step 2 is done again after a kill."""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_goes_on_in_the_run_that_it_has(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    tell("mlflow", tmp_path)
+    tell("mlflow", tmp_path, RESUMED)
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("quartet")
+    [made] = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(made.info.run_id, "ppo/reward")
+    assert [(m.step, m.value) for m in history] == [(1, 0.5), (2, 1.5), (2, 1.5), (3, 2.0)]
+    assert made.info.status == "FINISHED"
+    # deleted for good over there: a new run takes what comes
+    (tmp_path / "trackers.json").write_text(json.dumps({"mlflow": "0" * 32}))
+    tell("mlflow", tmp_path, RESUMED)
+    assert len(client.search_runs([experiment.experiment_id])) == 2
+    kept = json.loads((tmp_path / "trackers.json").read_text())
+    assert kept["mlflow"] not in {made.info.run_id, "0" * 32}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trackio_goes_on_in_the_run_that_it_has(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    pytest.importorskip("trackio")
+    storage = importlib.import_module("trackio.sqlite_storage")
+    monkeypatch.setattr(storage, "TRACKIO_DIR", tmp_path)
+    (tmp_path / "here" / "ppo").mkdir(parents=True)
+    (tmp_path / "there" / "ppo").mkdir(parents=True)
+    tell("trackio", tmp_path / "here" / "ppo")
+    tell("trackio", tmp_path / "here" / "ppo", RESUMED)
+    tell("trackio", tmp_path / "there" / "ppo")  # another run, whose folder has the same name
+    [file] = tmp_path.glob("*.db")
+    with sqlite3.connect(file) as database:
+        rows = database.execute("select run_id, count(*) from metrics group by run_id").fetchall()
+    assert sorted(count for _, count in rows) == [3, 5]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"wandb": 3}'])
+def test_names_of_runs_that_cannot_be_read_are_taken_as_unknown(tmp_path, text):
+    (tmp_path / "trackers.json").write_text(text)
+    known = sinks.KnownRuns(tmp_path / "trackers.json")
+    assert known.get("wandb") is None
+    known.put("wandb", "abc")
+    assert sinks.KnownRuns(tmp_path / "trackers.json").get("wandb") == "abc"
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_trackio(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     pytest.importorskip("trackio")
     storage = importlib.import_module("trackio.sqlite_storage")
     monkeypatch.setattr(storage, "TRACKIO_DIR", tmp_path)
+    (tmp_path / "run-1").mkdir()
     tell("trackio", tmp_path / "run-1")
     [file] = tmp_path.glob("*.db")
     with sqlite3.connect(file) as database:
@@ -113,6 +165,16 @@ def test_wandb_offline(tmp_path, monkeypatch):
     ]
     axes = {m.glob_name: m.step_metric for m in records["metric"] if m.glob_name}
     assert axes == {"sft/*": "sft/step", "ppo/*": "ppo/step"}
+    # resumed: another offline file of the same run
+    tell("wandb", tmp_path, RESUMED)
+    ids = {
+        record.run.run_id
+        for file in tmp_path.glob("wandb/offline-run-*/*.wandb")
+        for record in wandb_records(file)
+        if record.WhichOneof("record_type") == "run"
+    }
+    assert ids == {json.loads((tmp_path / "trackers.json").read_text())["wandb"]}
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
 
 
 class Broken:

@@ -2,11 +2,14 @@
 
 import contextlib
 import importlib.util
+import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from quartet import files
 from quartet.errors import QuartetError
 from quartet.io.install import install_command
 
@@ -14,6 +17,9 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 PROJECT = "quartet"
 """The name of the project or experiment in a tracker."""
+
+KNOWN = "trackers.json"
+"""The file of a run's folder that says which run each tracker has for it."""
 
 
 class TrackerMissing(QuartetError, ValueError):
@@ -49,7 +55,7 @@ class TensorBoard:
 class Logged:
     """A run of Weights & Biases, or of Trackio, whose interface is the same. WANDB_MODE=offline
     keeps Weights & Biases data in the run's folder; TRACKIO_DIR sets where Trackio stores its
-    data. A resumed run is a new run there, with the same name."""
+    data."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
@@ -80,15 +86,8 @@ class WandB(Logged):
 class MLflow:
     """MLflow at MLFLOW_TRACKING_URI, or its default store."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        import mlflow
-
-        self._client = mlflow.MlflowClient()
-        existing = self._client.get_experiment_by_name(PROJECT)
-        experiment = existing.experiment_id if existing else self._client.create_experiment(PROJECT)
-        self._id = self._client.create_run(experiment, run_name=folder.name).info.run_id
-        for key, value in _flat(config):
-            self._client.log_param(self._id, key, str(value)[:500])
+    def __init__(self, run: str, client: Any) -> None:
+        self._id, self._client = run, client
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -106,9 +105,10 @@ class Tracking:
     def __init__(self, names: Sequence[Tracker], folder: Path, config: Mapping[str, Any]) -> None:
         self._sinks: dict[str, Sink] = {}
         self._failed: list[str] = []
+        known = KnownRuns(folder / KNOWN)
         for name in names:
             try:
-                self._sinks[name] = make_sink(name, folder, config)
+                self._sinks[name] = make_sink(name, folder, config, known)
             except Exception as error:  # whatever a tracker may raise
                 self._fail(name, error)
 
@@ -137,23 +137,88 @@ class Tracking:
         )
 
 
-def make_sink(name: Tracker, folder: Path, config: Mapping[str, Any]) -> Sink:
+class KnownRuns:
+    """Which run each tracker has for a run folder, so that a resumed run goes on in it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            read = files.read_json(path)
+        except (OSError, ValueError, RecursionError):
+            read = None
+        self._runs: dict[str, str] = {
+            name: run
+            for name, run in (read if isinstance(read, dict) else {}).items()
+            if isinstance(run, str)
+        }
+
+    def get(self, tracker: Tracker) -> str | None:
+        """Return the name by which a tracker knows the run; None where it has not seen it."""
+        return self._runs.get(tracker)
+
+    def put(self, tracker: Tracker, run: str) -> None:
+        """Write down the name by which a tracker knows the run."""
+        self._runs[tracker] = run
+        files.replace(self._path, json.dumps(self._runs, indent=1) + "\n")
+
+
+def make_sink(name: Tracker, folder: Path, config: Mapping[str, Any], known: KnownRuns) -> Sink:
+    """Return a tracker of the run: a new run there, or the run that it has for this folder."""
     match name:
         case "tensorboard":
             return TensorBoard(folder)
         case "wandb":
-            import wandb
-
-            os.environ.setdefault("WANDB_SILENT", "true")
-            return WandB(
-                wandb.init(project=PROJECT, name=folder.name, config=dict(config), dir=str(folder))
-            )
+            return _wandb(folder, config, known)
         case "trackio":
-            import trackio
-
-            return Logged(trackio.init(PROJECT, name=folder.name, config=dict(config), embed=False))
+            return _trackio(folder, config, known)
         case "mlflow":
-            return MLflow(folder, config)
+            return _mlflow(folder, config, known)
+
+
+def _wandb(folder: Path, config: Mapping[str, Any], known: KnownRuns) -> WandB:
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    run = known.get("wandb") or secrets.token_hex(6)
+    sink = WandB(
+        wandb.init(
+            project=PROJECT,
+            name=folder.name,
+            id=run,
+            resume=None if known.get("wandb") is None else "allow",
+            config=dict(config),
+            dir=str(folder),
+        )
+    )
+    known.put("wandb", run)
+    return sink
+
+
+def _trackio(folder: Path, config: Mapping[str, Any], known: KnownRuns) -> Logged:
+    import trackio
+
+    run = known.get("trackio") or folder.name
+    resume = "never" if known.get("trackio") is None else "allow"
+    sink = Logged(trackio.init(PROJECT, name=run, config=dict(config), embed=False, resume=resume))
+    known.put("trackio", run)
+    return sink
+
+
+def _mlflow(folder: Path, config: Mapping[str, Any], known: KnownRuns) -> MLflow:
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    if (run := known.get("mlflow")) is not None:
+        with contextlib.suppress(mlflow.exceptions.MlflowException):  # it was deleted there
+            client.update_run(run, status="RUNNING")
+            return MLflow(run, client)
+    existing = client.get_experiment_by_name(PROJECT)
+    experiment = existing.experiment_id if existing else client.create_experiment(PROJECT)
+    run = client.create_run(experiment, run_name=folder.name).info.run_id
+    for key, value in _flat(config):
+        client.log_param(run, key, str(value)[:500])
+    known.put("mlflow", run)
+    return MLflow(run, client)
 
 
 def check_trackers(names: Sequence[Tracker]) -> None:
