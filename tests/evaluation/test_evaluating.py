@@ -344,6 +344,7 @@ def test_a_judge_compares_where_there_is_a_rival_and_else_scores():
     assert measure_of('{ type = "pattern", pattern = "a" }', False).source.pattern == "a"
 
 
+JUDGE = '{ type = "judge", url = "http://127.0.0.1:1/v1", model = "m", prompt = "%s" }'
 REFUSED = {
     "no measure": (["M"], "no measure was named"),
     "no such measure": (["M", "--measure", "nonsense"], "no such measure"),
@@ -353,6 +354,20 @@ REFUSED = {
     "weights of a server": (["http://127.0.0.1:1/v1#m", "--measure", "kl"], "needs the weights"),
     "no rival": (["M", "--measure", "kl"], "--against MODEL"),
     "two of a name": (["M", "M", "--measure", "exact"], "two policies are called M"),
+    "gold without a world": (["M", "--measure", "gold"], "gold reward"),
+    "a reward model that is none": (["M", "--measure", "model:M"], "M: has no config.json"),
+    "a policy as a reward model": (["M", "--measure", "model:P"], "not a reward model"),
+    "a member that is not there": (
+        ["M", "--measure", '{ type = "ensemble", models = ["M", "P"] }'],
+        "M: has no config.json",
+    ),
+    "no reward model here": (["M", "--measure", '{ type = "model" }'], "has trained a reward"),
+    "a judge's prompt without the answer": (
+        ["M", "--measure", JUDGE % "prompt.txt"],
+        "reward.prompt: the judge's prompt has no {prompt}",
+    ),
+    "no prompt of a judge": (["M", "--measure", JUDGE % "none.txt"], "none.txt"),
+    "no function": (["M", "--measure", "function:mine.py:score"], "mine.py"),
     "a step of a folder": (["M@3", "--measure", "exact"], "no run folder"),
 }
 
@@ -362,6 +377,12 @@ def test_a_wrong_request_is_one_sentence(case, tmp_path, sums, monkeypatch):
     words, sentence = REFUSED[case]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "M").mkdir()
+    (tmp_path / "P").mkdir()
+    (tmp_path / "P" / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
+    )
+    (tmp_path / "P" / "model.safetensors").touch()
+    (tmp_path / "prompt.txt").write_text("Is it good?")
     _lines(tmp_path / "T", [{"text": "a"}]).rename(tmp_path / "T.jsonl")
     words = [word.replace("=T", "=T.jsonl") for word in words]
     on = [] if "--on" in words else ["--on", str(sums)]

@@ -24,6 +24,18 @@ from quartet.rewards.text_models import the_label
 from quartet.rewards.verifiable import final_number
 
 
+def check_reward_model(model: str, label: int | None = None) -> None:
+    """Raise ModelError for a folder or hub id that is no reward model, or has no such label."""
+    config = read_config(model)
+    kinds = config.architectures or ["ForSequenceClassification"]
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise ModelError(
+            f"{model}: is a {kinds[0]}, not a reward model. A reward model is a "
+            "ForSequenceClassification with one label; the stage reward_model trains one."
+        )
+    the_label(model, config.num_labels, label)
+
+
 @dataclass
 class RewardMaker:
     """Checks the sources of rewards, and creates each reward: once per run, or once per stage for
@@ -62,14 +74,7 @@ class RewardMaker:
     ) -> None:
         """Check that a folder holds a reward model that this run can use, and note if its tokenizer
         is not the policy's."""
-        config = read_config(model)
-        kinds = config.architectures or ["ForSequenceClassification"]
-        if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-            raise ModelError(
-                f"{model}: is a {kinds[0]}, not a reward model. A reward model is a "
-                "ForSequenceClassification with one label; the stage reward_model trains one."
-            )
-        the_label(model, config.num_labels, label)
+        check_reward_model(model, label)
         if not self.context.reads_ids(model, label) and source.weight:
             self._check_reads_text(model, per_token)
 

@@ -208,6 +208,7 @@ class Evaluation:
                     f"--measure {measure.name}: no set has rows for it. It needs "
                     f"{needed.get(measure.needs, 'prompt')}."
                 )
+            m.check_reward(measure, self._gold, self.run)
             if measure.source is not None:
                 for each in fitting:
                     m.check_column(measure, each.prompts)
@@ -229,6 +230,10 @@ class Evaluation:
         if KL in self.measures and isinstance(self.against, LocalPolicy):
             local = [policy for policy in self.policies if isinstance(policy, LocalPolicy)]
             check_one_vocabulary(self.against, local)
+
+    @property
+    def _gold(self) -> Any:
+        return None if self.world is None else self.world.gold
 
     def _sets_for(self, measure: Measure) -> list[Set]:
         return [each for each in self.sets if each.has(measure.needs)]
@@ -312,8 +317,7 @@ class Evaluation:
                     yield self._measured(policy.name, each, KL, differences)
 
     def _rewarded(self, measure: Measure) -> Iterator[Measured]:
-        gold = None if self.world is None else self.world.gold
-        reward = m.reward_of(measure, gold, self.request.to, self.run)
+        reward = m.reward_of(measure, self._gold, self.request.to, self.run)
         samples = self.request.samples
         for each in self._sets_for(measure):
             for policy in self.policies:

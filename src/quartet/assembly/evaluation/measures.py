@@ -15,20 +15,25 @@ from quartet.assembly.evaluation.policies import MICRO_BATCH_TOKENS, EvaluationE
 from quartet.assembly.evaluation.sets import Choice, Needs
 from quartet.assembly.models import device
 from quartet.assembly.named import resolved_model
+from quartet.assembly.rewards import check_reward_model
 from quartet.assembly.serving import TextScorer
 from quartet.data.examples import Example
 from quartet.evaluation.at_k import best_of
 from quartet.experience import Rollout
+from quartet.models.language_model import read_config
 from quartet.rewards.judge import Comparisons, JudgeReward
 from quartet.rewards.protocol import Reward, RewardError, Score
 from quartet.rewards.rubric import Rubric, read_rubric
 from quartet.rewards.serve import BadRequest, ScoringRequest
 from quartet.rewards.source import RewardContext, RewardSource
 from quartet.rewards.sources import (
+    EnsembleSource,
     ExactSource,
     JudgeSource,
     MathSource,
+    ModelSource,
     NumberSource,
+    StepsSource,
     is_trained_here,
 )
 from quartet.rewards.text_models import TextModelReward
@@ -170,33 +175,58 @@ def _no_token_texts(ids: Sequence[int]) -> list[str]:
     )
 
 
-def reward_of(measure: Measure, gold: Any, folder: Path, run: Path | None) -> Reward:
-    """Return the reward of a measure. `gold` is the world's, `folder` the evaluation's, which keeps
-    a judge's verdicts, `run` the one whose reward model is meant where none is named. Raises
-    EvaluationError for the gold reward where there is no world."""
+def check_reward(measure: Measure, gold: Any, run: Path | None) -> None:
+    """Check what can be known of a measure's reward before answers are sampled for it: the gold
+    reward's world, the folders of reward models, a judge's prompt, a function's file. `gold` is the
+    world's, `run` the one whose reward model is meant where none is named. Raises a QuartetError.
+    """
     source = measure.source
-    assert source is not None
+    if source is None:
+        return
     if source.type == "gold" and gold is None:
         raise EvaluationError(
             "--measure gold: no policy is a run in a world that knows the gold reward "
             "(data.world). Use a reward model, a verifier or a judge."
         )
-    trained = [] if run is None else sorted(p for p in run.glob("reward_model*") if p.is_dir())
-    if is_trained_here(source) and not trained:
-        raise EvaluationError(
-            f"--measure {source.type}: no run here has trained a reward model. Name one: "
-            "model:FOLDER or model:RUN."
-        )
-    context = TextContext(
+    if is_trained_here(source):
+        if not _trained(run):
+            raise EvaluationError(
+                f"--measure {source.type}: no run here has trained a reward model. Name one: "
+                "model:FOLDER or model:RUN."
+            )
+    elif isinstance(source, EnsembleSource):
+        for model in source.models or ():
+            check_reward_model(model)
+    elif isinstance(source, ModelSource) and source.model is not None:
+        check_reward_model(source.model, source.label)
+    elif isinstance(source, StepsSource):
+        read_config(source.model)
+    else:
+        source.make(_context(gold, None, run))
+
+
+def _trained(run: Path | None) -> list[Path]:
+    """Return the folders of the reward models that a run has trained."""
+    return [] if run is None else sorted(p for p in run.glob("reward_model*") if p.is_dir())
+
+
+def reward_of(measure: Measure, gold: Any, folder: Path, run: Path | None) -> Reward:
+    """Return the reward of a measure, which `check_reward` has passed. `folder` is the
+    evaluation's, which keeps a judge's verdicts."""
+    assert measure.source is not None
+    return measure.source.make(_context(gold, folder, run))
+
+
+def _context(gold: Any, folder: Path | None, run: Path | None) -> TextContext:
+    return TextContext(
         None,  # type: ignore[arg-type]  # no reward here reads the policy's tokens
         _no_token_texts,
         MICRO_BATCH_TOKENS,
         device("auto"),
         gold=gold,
         folder=folder,
-        trained=trained,
+        trained=_trained(run),
     )
-    return source.make(context)
 
 
 def scores_of(
