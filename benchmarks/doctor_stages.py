@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import quartet
-from quartet.assembly import data
 from quartet.runs.doctor import Diagnosis, diagnose
 from quartet.runs.reader import Run
 from quartet.worlds.reviews import Reviews
@@ -53,6 +52,7 @@ def train(folder: Path, name: str, recipe: list[str], seed: int, **settings: Any
         tables = {k: v for k, v in tables.items() if k in {*recipe, "data", "policy", "run"}}
         if {"dpo", "kto", "simpo", "ipo", "orpo"} & set(recipe):
             tables["preference"] = dict(SETTINGS["preference"])
+        tables["data"]["held_out_rows"] = HELD_OUT_ROWS
         for key, value in settings.items():
             table, _, entry = key.partition(".")
             tables[table] = tables[table] | {entry: value} if entry else value
@@ -227,7 +227,6 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(exist_ok=True)
-    data.HELD_OUT_ROWS = HELD_OUT_ROWS
     rows: list[dict[str, Any]] = []
     for fault, (what, recipe, settings_of) in FAULTS.items():
         if arguments.only not in fault:

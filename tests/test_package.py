@@ -87,8 +87,8 @@ def test_plan_prints_the_models_and_json_where_asked(tmp_path):
         ),
         (["run", "none.toml"], "none.toml: no such file."),
         (["run", "reviews", "optim.lr=-1"], "optim.lr = -1: must be > 0."),
-        (["run", "dialogue", "data.train=none.jsonl"], "none.jsonl: no such file."),
-        (["run", "dialogue"], "data.train: name a file"),
+        (["run", "dialogue", "--model", "m", "data.train=none.jsonl"], "none.jsonl: no such file."),
+        (["run", "dialogue", "--model", "m"], "data.train: name a file"),
         (["run", "reviews", "run.device=quantum"], 'run.device = "quantum": cannot be used here'),
         (
             ["chat", "nowhere"],

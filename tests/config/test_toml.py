@@ -187,7 +187,7 @@ def test_every_value_knows_its_origin(tmp_path):
 
 def test_the_resolved_file_gives_the_same_run_again(tmp_path):
     needed = {
-        "dialogue": ["data.train=x.jsonl"],
+        "dialogue": ["data.train=x.jsonl", "policy.model=m"],
         "film-reviews": ["data.texts=x.jsonl", "policy.model=m"],
     }
     for name in recipe_names():
@@ -198,11 +198,29 @@ def test_the_resolved_file_gives_the_same_run_again(tmp_path):
 
 
 def test_a_model_on_the_command_line_replaces_the_one_that_a_file_creates():
-    words = ["data.train=x.jsonl", "policy.model=m"]
-    policy = read_settings(recipe_path("dialogue"), words).config.policy
+    policy = read_settings(recipe_path("reviews"), ["policy.model=m"]).config.policy
     assert policy.model == "m" and policy.create is None and policy.tokenizer is None
     with pytest.raises(ConfigError, match="exactly one"):
-        read_settings(recipe_path("dialogue"), [*words, "policy.create.num_layers=2"])
+        read_settings(recipe_path("reviews"), ["policy.model=m", "policy.create.num_layers=2"])
+
+
+def test_none_on_the_command_line_takes_a_setting_away():
+    words = ["data.train=x.jsonl", "policy.model=m", "data.eval=y.jsonl"]
+    given = read_settings(recipe_path("dialogue"), words).config
+    assert given.policy.adapter.rank == 16 and given.data.eval == "y.jsonl"
+    words += ["policy.adapter=none", 'data.eval="none"', "critic.init=none"]
+    left = read_settings(recipe_path("dialogue"), words)
+    assert left.config.policy.adapter is None and left.config.data.eval is None
+    assert not any(key.startswith(("policy.adapter", "data.eval")) for key in left.origins)
+    words.append("policy.adapter.rank=4")  # later words count
+    assert read_settings(recipe_path("dialogue"), words).config.policy.adapter.rank == 4
+
+
+@pytest.mark.parametrize("word", ["optim.lr=none", "rollout.max_new_tokens=none"])
+def test_none_is_no_value_of_a_setting_that_always_has_one(word):
+    words = ["data.train=x.jsonl", "policy.model=m", word]
+    with pytest.raises(ConfigError, match='= "none": must be a'):
+        read_settings(recipe_path("dialogue"), words)
 
 
 def test_a_part_of_another_type_starts_from_its_own_defaults(tmp_path):

@@ -295,10 +295,9 @@ def test_a_reward_model_that_is_not_finite_stops_the_run_and_is_named(reviews, t
 
 
 DIALOGUE = [
-    "policy.create.hidden_size=16",
-    "policy.create.num_layers=1",
-    "policy.create.num_heads=2",
-    "policy.tokenizer.vocab_size=400",
+    'policy.create={type = "llama", hidden_size = 16, num_layers = 1, num_heads = 2}',
+    'policy.tokenizer={type = "train", vocab_size = 400}',
+    "policy.adapter=none",
     "sft.steps=2",
     "reward_model.steps=2",
     "rollout.prompts_per_step=8",

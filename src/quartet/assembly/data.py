@@ -18,9 +18,6 @@ from quartet.data.shapes import Purpose, examples_in, read_examples
 from quartet.files import fingerprint
 from quartet.worlds import World
 
-HELD_OUT_ROWS = 1000
-"""The number of rows that a world holds out: enough to measure an accuracy to ± 2.5 %."""
-
 Split = tuple[Sequence[Example], Sequence[Example]]
 
 
@@ -46,8 +43,10 @@ class Rows:
         data = self.config.data
         if path is None and self.world is not None:
             rows_of = getattr(self.world, "comparisons" if purpose == "preferences" else purpose)
-            num_held_out = max(self.config.evaluation.prompts, HELD_OUT_ROWS)
-            return rows_of(data.rows), rows_of(num_held_out, held_out=True)
+            count = data.held_out_rows
+            if purpose == "prompts":
+                count = max(count, self.config.evaluation.prompts)
+            return rows_of(data.rows), rows_of(count, held_out=True)
         files = (path,) if path is not None else data.files
         weights = (1.0,) * len(files) if path is not None or data.weights is None else data.weights
         rows, train, held_out = DiskRows(Example), array("Q"), array("Q")
@@ -59,11 +58,12 @@ class Rows:
             end_of_train = first + self._num_train(file, len(rows) - first)
             train.extend(weighted_places(range(first, end_of_train), weight, self.config.seed))
             held_out.extend(range(end_of_train, len(rows)))
+        others: Sequence[Example] = Subset(rows, held_out)
         if data.eval is not None:
-            return Subset(rows, train), read_examples(
-                Path(data.eval), purpose, data.columns, data.shape
-            )
-        return Subset(rows, train), Subset(rows, held_out)
+            others = read_examples(Path(data.eval), purpose, data.columns, data.shape)
+        # of prompts, evaluation.prompts says how many are answered
+        most = len(others) if purpose == "prompts" else data.held_out_rows
+        return Subset(rows, train), spread(others, most)
 
     def _num_train(self, file: str, count: int) -> int:
         """Return how many of a file's `count` rows to train on; the others are held out. Raises
@@ -89,6 +89,13 @@ class Rows:
                 for cell in (example.prompt, example.completion, example.chosen, example.rejected):
                     if cell is not None:
                         yield from plain_texts(cell)
+
+
+def spread(rows: Sequence[Example], most: int) -> Sequence[Example]:
+    """Return at most so many of the rows, evenly spread over all of them."""
+    if len(rows) <= most:
+        return rows
+    return Subset(rows, [i * len(rows) // most for i in range(most)])
 
 
 def fingerprints(config: Config) -> dict[str, str]:

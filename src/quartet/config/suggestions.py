@@ -202,6 +202,13 @@ def declarations(path: Sequence[str]) -> Iterator[tuple[Any, "dataclasses.Field[
                 yield owner, field
 
 
+def may_be_left_out(path: Sequence[str]) -> bool:
+    """Return whether a setting has no value unless one is given."""
+    return any(
+        owner.__pydantic_fields__[field.name].default is None for owner, field in declarations(path)
+    )
+
+
 def _owners(tables: Sequence[str]) -> list[Any]:
     """Return the classes that declare the keys of a table: one, or one for each type of a part."""
     owners: list[Any] = [Config]

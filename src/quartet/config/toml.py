@@ -31,12 +31,16 @@ from quartet.config.replaced import (
     replace_trained_reward,
     rl_stage_of,
 )
+from quartet.config.suggestions import may_be_left_out
 from quartet.config.tables import Config, json_ready, without_none
 from quartet.errors import QuartetError
 from quartet.generation.source import GeneratorSource, Servers
 from quartet.io.texts import did_you_mean, line_of, not_utf8
 from quartet.stages.kinds import KINDS
 
+NONE = "none"
+"""What a word of the command line gives a setting that is to have no value: `policy.adapter=none`.
+"""
 FOR_SERVERS = "default with servers"
 """The origin of the correction that a run with servers has where its file names none."""
 
@@ -159,8 +163,11 @@ def _settings(
     preset = rl_stage_of(table.get("recipe"))
     for word in words:
         key, value = assignment(word)
-        set_value(table, key, value)
         origins = {k: v for k, v in origins.items() if k != key and not k.startswith(key + ".")}
+        if value == NONE and may_be_left_out(key.split(".")):
+            remove_value(table, key)
+            continue
+        set_value(table, key, value)
         origins |= {k: "command line" for k, _ in leaves(value, key)}
     replace_created_policy(table, origins)
     notes = replace_preset(table, origins, preset) + replace_trained_reward(table, origins)
@@ -330,6 +337,19 @@ def set_value(table: Table, key: str, value: Any) -> None:
             f"{key}: name one of the list by its number, such as {'.'.join(path)}.0.{last}."
         )
     here[last] = value
+
+
+def remove_value(table: Table, key: str) -> None:
+    """Remove a dotted key of a table, where it is there."""
+    *path, last = key.split(".")
+    here: Any = table
+    for name in path:
+        if isinstance(here, list) and name.isdigit() and int(name) < len(here):
+            here = here[int(name)]
+        else:
+            here = here.get(name) if isinstance(here, dict) else None
+    if isinstance(here, dict):
+        here.pop(last, None)
 
 
 def _expand(table: Table, origins: dict[str, str]) -> None:
