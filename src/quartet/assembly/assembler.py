@@ -55,6 +55,11 @@ ROUND_SEEDS = 100_000
 """The distance between the seeds of a recipe's rounds, more than that of an ensemble's members."""
 
 
+HIGH_RATE, PRETRAINED = 10, 50e6
+"""How many times the default is too high a rate for all weights of a pretrained model, and the
+parameters from which on a model in a folder is taken for one."""
+
+
 @dataclass(frozen=True)
 class Comparisons:
     """What reward models are trained and tested on, in their own tokens."""
@@ -201,8 +206,10 @@ class Assembler:
         world_size, memory = self.process_group.world_size, None
         if self.device.type == "cuda":
             memory = torch.cuda.mem_get_info(self.device)[world_size > 1]
-        parameters = policy_parameters(self.config, len(self.tokenizer))
-        return micro_batch_tokens(self.config, parameters, memory, world_size)
+        return micro_batch_tokens(self.config, self._policy_parameters(), memory, world_size)
+
+    def _policy_parameters(self) -> int | None:
+        return policy_parameters(self.config, len(self.tokenizer))
 
     def _critic_init(self) -> str | None:
         """Return what a separate critic starts from: "policy", a folder, or None for the first
@@ -357,12 +364,36 @@ class Assembler:
             )
         if (sentence := self.models.slow_path()) is not None:
             notes.append(sentence)
+        if (sentence := high_rates(config, self._policy_parameters())) is not None:
+            notes.append(sentence)
         if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
             notes.append(
                 "the tokenizer pads with its end-of-sequence token; masks come from lengths, so "
                 "nothing is lost."
             )
         return notes
+
+
+def high_rates(config: Config, parameters: int | None) -> str | None:
+    """Return a sentence where all weights of a pretrained model are trained at rates that fit
+    adapters, or small models from random weights. `parameters` is the model's number of them,
+    None where it is not known."""
+    policy = config.policy
+    is_small = parameters is not None and parameters < PRETRAINED
+    if policy.model is None or policy.adapter is not None or is_small:
+        return None
+    rates = []
+    for table, settings in config.optimizers():
+        for name in () if settings.optimizer == "muon" else ("lr", "critic_lr"):
+            rate, default = getattr(settings, name, 0.0), getattr(type(settings)(), name, 0.0)
+            if rate > HIGH_RATE * default * (1 + 1e-9):  # 1e-5 is not ten times 1e-6 in binary
+                rates.append(f"{table}.{name} = {rate:g} (default {default:g})")
+    if not rates:
+        return None
+    return (
+        f"{', '.join(dict.fromkeys(rates))}: high for all weights of a pretrained model, which "
+        "forgets what it knew. Lower it, or train an adapter: policy.adapter.type=lora."
+    )
 
 
 def _check_optimizers(config: Config) -> None:
