@@ -99,6 +99,14 @@ def ppo_run(runs):
 
 
 @pytest.fixture(scope="session")
+def two_rounds(tmp_path_factory):
+    """A small run of two rounds of labels, reward model and PPO."""
+    from tests.support.tiny_run import TWO_ROUNDS, make_run
+
+    return make_run(tmp_path_factory.mktemp("rounds"), "labelled-reviews", *TWO_ROUNDS)
+
+
+@pytest.fixture(scope="session")
 def grpo_run(runs):
     from quartet.runs.reader import Run
 

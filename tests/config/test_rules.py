@@ -37,10 +37,6 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recipe_needs_a_stage": (DPO, {"recipe": []}),
     "recipe_names_known_stages": (PPO, {"recipe": ["ppo", "pop"]}),
     "stages_stand_in_order": (PPO, {"recipe": ["ppo", "sft"]}),
-    "rounds_continue_whole_models": (
-        LABELLED,
-        {"recipe": LABELLED["recipe"] * 2, "policy.frozen_layers": 1},
-    ),
     "preference_loss_is_the_stages": (DPO, {"preference.loss": {"type": "ipo"}}),
     "kto_needs_two_comparisons": (DPO, {"recipe": ["kto"], "preference.batch_size": 1}),
     "evaluation_needs_a_policy": (DPO, {"recipe": ["evaluation"]}),

@@ -9,6 +9,7 @@ from quartet.runs import rules
 from quartet.runs.doctor import Watch, examine
 from quartet.runs.history import TOLERANCES, History
 from quartet.runs.rules import RULES
+from tests.support.tiny_run import make_run
 
 
 def healthy(step: int) -> dict[str, float]:
@@ -282,3 +283,31 @@ def test_equal_rewards_are_no_finding_where_the_loss_holds_a_teachers_kl():
         history = History(starts_at_reference=starts_at_reference)
         history.add({"advantage/std": 0.0, "loss/kl": kl})
         assert (rules.no_signal(history) is not None) == is_found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "words", "speaks"),
+    [
+        # A policy of three SFT steps answers hardly a question of the training set rightly.
+        ("sums", ("data.sampling=pass_rate",), True),
+        # Half of what the same policy writes about films pleases, so prompts differ by chance.
+        ("reviews", ('data.sampling={type="pass_rate", pass_score=0.0}',), False),
+        ("sums", (), False),
+    ],
+)
+def test_a_real_run_whose_prompts_hardly_ever_pass_is_found_and_one_whose_prompts_do_is_not(
+    tmp_path, recipe, words, speaks
+):
+    grpo = (*words, "rollout.samples_per_prompt=4", "rollout.prompts_per_step=16", "run.steps=8")
+    if recipe == "reviews":
+        grpo = (*grpo, 'recipe=["sft", "grpo"]', "algorithm.preset=grpo", 'reward=[{type="gold"}]')
+    run = make_run(tmp_path, recipe, *grpo)
+    found = [finding for finding in examine(run) if finding.rule == "few_prompts_teach"]
+    assert bool(found) == speaks
+    series = run.series["grpo"].columns
+    assert ("prompts/learnable" in series) == bool(words)
+    if speaks:
+        assert "are left to learn from. Train longer by SFT" in found[0].sentence
+    elif words:
+        assert series["prompts/learnable"][-1] > 20

@@ -62,7 +62,7 @@ def test_a_run_killed_at_random_instants_is_the_run_that_was_not():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["ilql", "rounds"])
+@pytest.mark.parametrize("scenario", ["ilql", "rounds", "adapted_rounds"])
 def test_a_killed_run_of_ilql_and_one_of_two_rounds_of_labels_are_the_runs_that_were_not(scenario):
     found = killing("instants", scenario, "3", "0")
     assert found["wrong"] == [] and found["kills"] >= 2, "a run may end before its kill"

@@ -18,19 +18,14 @@ from quartet.data.files import rows
 from quartet.recipes import recipe_path
 from quartet.runs.doctor import examine
 from quartet.runs.label_tables import labelled_run
+from quartet.runs.rounds import in_round, round_of
 from quartet.runtime.resume import steps_of
 from quartet.stages.kinds import LABEL, REWARD_MODEL, RL, kind_of
-from quartet.stages.rounds import Round, in_round, round_of, rounds_of
+from quartet.stages.rounds import Round, rounds_of
 from quartet.studio.report import report
-from tests.support.tiny_run import make_run
+from tests.support.tiny_run import ROUND
 
-ROUND = ["label", "reward_model", "ppo"]
 TWO = ["sft", *ROUND, *ROUND, "evaluation"]
-WORDS = (
-    f"recipe={TWO}",
-    *("reward_model.steps=3", "reward_model.batch_size=8", "run.steps=2", "optim.lr=0.01"),
-    *("label.pairs=40", "label.labels=24", "label.simulated=0.1", "policy.create.max_length=128"),
-)
 
 
 def test_earlier_rounds_have_folders_of_their_own_and_the_last_one_has_the_runs():
@@ -76,23 +71,20 @@ REFUSED = {
     "sft between": ([*ROUND, "sft", *ROUND], "Only label begins another round"),
     "evaluation between": ([*ROUND, "evaluation", *ROUND], "the same three stages"),
     "no RL stage": (["label", "reward_model", *ROUND], "the same three stages"),
-    "an adapter": (TWO, "policy.adapter: a recipe of several rounds", 'policy.adapter={type="lora"}'),
-    "an ensemble": (TWO, "reward_model.members: a recipe of several rounds", "reward_model.members=2"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", sorted(REFUSED))
 def test_what_is_no_recipe_of_rounds_is_refused(case):
-    recipe, sentence, *words = REFUSED[case]
+    recipe, sentence = REFUSED[case]
     with pytest.raises(ConfigError) as caught:
-        settings(f"recipe={recipe}", *words)
+        settings(f"recipe={recipe}")
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    root = tmp_path_factory.mktemp("rounds")
-    return make_run(root, "labelled-reviews", *WORDS, "run.keep_last=9", "run.checkpoint_every=1")
+@pytest.fixture
+def run(two_rounds):
+    return two_rounds
 
 
 @pytest.mark.slow
@@ -180,3 +172,44 @@ def test_the_models_of_a_checkpoint_of_an_earlier_round(run, tmp_path):
         assert all(torch.equal(mine[key], value) for key, value in theirs.items())
         assert not any(path.is_symlink() for path in scratch.rglob("*"))
     assert (run.path / "round-1" / "reward_model").is_dir()
+
+
+@pytest.mark.slow
+def test_the_models_of_every_round_have_cards_with_what_was_known_then(run):
+    cards = {
+        place: (run.path / place / "README.md").read_text()
+        for place in ("round-1/reward_model", "reward_model", "round-1/policy", "policy")
+    }
+    accuracy = {
+        name: run.summary(name)["held_out_accuracy"] for name in ("reward_model", "reward_model.2")
+    }
+    for place, name in (
+        ("round-1/reward_model", "reward_model"),
+        ("reward_model", "reward_model.2"),
+    ):
+        assert f"value: {accuracy[name]}" in cards[place].split("---")[1]
+    assert "reward model.2" not in cards["round-1/reward_model"]
+    assert "reward model.2" in cards["reward_model"]
+    assert "ppo.2" not in cards["round-1/policy"] and "ppo.2" in cards["policy"]
+    assert "win_rate" not in cards["round-1/policy"] and "win_rate" in cards["policy"]
+    assert "`../../config.resolved.toml`" in cards["round-1/policy"]
+    assert cards["policy"].split("---")[1].count("- label\n") == 1
+
+
+@pytest.mark.slow
+def test_a_model_of_an_earlier_round_is_exported_with_its_settings(run, tmp_path):
+    words = ["export", str(run.path / "round-1"), "--to", str(tmp_path / "out")]
+    answer = CliRunner().invoke(app, words)
+    assert answer.exit_code == 0, answer.output
+    mine, theirs = weights(tmp_path / "out"), weights(run.path / "round-1" / "policy")
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    assert "All settings: `config.resolved.toml`" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "config.resolved.toml").is_file()
+
+
+@pytest.mark.slow
+def test_inspect_prints_the_probes_of_every_round(run):
+    for step in ("0", "1", "4"):
+        words = ["inspect", str(run.path), "--probes", "--step", step, "--sample", "0"]
+        answer = CliRunner().invoke(app, words)
+        assert answer.exit_code == 0, answer.output

@@ -49,13 +49,14 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def live(runs, tmp_path_factory):
+def live(runs, two_rounds, tmp_path_factory):
     """The runs, one of them with evil text, one that is still going, and the studio over them."""
     root = tmp_path_factory.mktemp("served")
     for run in runs.iterdir():
         if not run.is_symlink():
             copied(run, root / run.name)
             shutil.copytree(run / "sft", root / run.name / "sft")
+    copied(two_rounds.path, root / "rounds")
     ppo = next(root.glob("*reviews"))
     for step in (7, 14):
         write_audit(ppo, made_audit(step=step))
@@ -340,3 +341,26 @@ def test_the_critic_s_charts_are_drawn_and_another_step_is_a_click_away(page, li
     assert "at step 7" in page.inner_text("h1")
     page.set_viewport_size({"width": 390, "height": 800})
     until(page, "document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.slow
+def test_the_rounds_of_a_run_are_chosen_on_a_phone(page, live):
+    page.set_viewport_size({"width": 390, "height": 844})
+    faults = {}
+    for address in ("samples?kind=probes", "reward-model", "frontier", ""):
+        page.goto(f"/run/rounds/{address}")
+        assert page.locator(".stages [aria-current]").inner_text() in {
+            "round 2",
+            "ppo.2",
+            "ppo.2 2",
+        }
+        faults[address] = page.evaluate(AUDIT)
+    page.goto("/run/rounds/samples?kind=probes")
+    page.get_by_role("link", name="round 1").click()
+    page.locator("table.samples a").first.click()
+    page.wait_for_selector("#history .main-svg")
+    assert "kind=round-1/probes" in page.url
+    faults["tokens"] = page.evaluate(AUDIT)
+    page.locator("#scrub").fill("0")
+    until(page, "document.getElementById('step').textContent === '0'")
+    assert {address: found for address, found in faults.items() if found} == {}

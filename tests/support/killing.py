@@ -63,6 +63,13 @@ SCENARIOS: dict[str, list[str]] = {
         f"recipe=['sft',{ROUND},{ROUND},'evaluation']",
         *("run.steps=4", "label.pairs=30", "label.labels=20", "label.simulated=0.1"),
     ],
+    "adapted_rounds": [
+        "labelled-reviews",
+        *REVIEWS[1:],
+        f"recipe=['sft',{ROUND},{ROUND},'evaluation']",
+        *("run.steps=4", "label.pairs=30", "label.labels=20", "label.simulated=0.1"),
+        *('policy.adapter={type="lora", rank=2}', "reward_model.members=2"),
+    ],
     "ilql": [
         "sums",
         *(word for word in SMALL if not word.startswith("sft.")),

@@ -46,6 +46,16 @@ def make_run(root: Path, recipe: str, *words: str, fault: str | None = None) -> 
     return Run(folder.path)
 
 
+ROUND = ["label", "reward_model", "ppo"]
+TWO_ROUNDS = (
+    f"recipe={['sft', *ROUND, *ROUND, 'evaluation']}",
+    *("reward_model.steps=3", "reward_model.batch_size=8", "run.steps=2", "optim.lr=0.01"),
+    *("label.pairs=40", "label.labels=24", "label.simulated=0.1", "policy.create.max_length=128"),
+    *("run.keep_last=9", "run.checkpoint_every=1"),
+)
+"""Settings of `labelled-reviews` with two rounds of labels, which a simulated labeller gives."""
+
+
 def copied(run: Path, to: Path) -> Path:
     """The record of a run, without its models."""
     return Path(

@@ -15,12 +15,11 @@ import pytest
 
 from quartet.config.toml import ConfigError
 from quartet.runs.sweeps import Sweep
-from quartet.sweeps import conduct, life, processes
+from quartet.sweeps import life
 from quartet.sweeps.conduct import SweepFailed
 from quartet.sweeps.folder import CannotSweep
 from quartet.sweeps.life import beginning_of
 from tests.support.fake_run import reached
-from tests.support.sweeping import FAKE
 from tests.sweeps.files import GRID, sweep_file
 
 PROJECT = Path(__file__).parents[2]
@@ -52,27 +51,6 @@ def carry_out(folder: Path, *words: str, code: int = 0, step: float = 0.02) -> t
     printed, complaints = process.communicate(timeout=60)
     assert process.returncode == code, printed + complaints
     return printed, complaints
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """Carry out the sweep of a table in this process; return its results."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(processes, "COMMAND", FAKE)
-    monkeypatch.setattr(conduct, "POLL_SECONDS", 0.01)
-
-    def carried_out(table: str, *words: str, resume: bool = False, step: float = 0.001) -> Sweep:
-        monkeypatch.setenv("FAKE_STEP_SECONDS", str(step))
-        sweep_file(tmp_path, table)
-        conductor = beginning_of("search.toml", words, resume).open()
-        try:
-            for _ in conductor.changes(lambda: None):
-                pass
-        finally:
-            conductor.close()
-        return conductor.sweep
-
-    return carried_out
 
 
 def sweep_of(folder: Path) -> Sweep:

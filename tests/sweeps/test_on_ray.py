@@ -12,12 +12,11 @@ import pytest
 
 from quartet import files
 from quartet.config.toml import ConfigError
-from quartet.sweeps import conduct, life, processes
+from quartet.sweeps import life
 from quartet.sweeps.folder import CannotSweep
 from quartet.sweeps.life import beginning_of
 from quartet.sweeps.on_ray import LOST, Host, RayRun
 from tests.support import fake_ray
-from tests.support.sweeping import FAKE
 from tests.sweeps.test_conduct import (
     GRID,
     carry_out,
@@ -42,23 +41,9 @@ def ray(monkeypatch):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, ray):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(processes, "COMMAND", FAKE)
-    monkeypatch.setattr(conduct, "POLL_SECONDS", 0.01)
-    monkeypatch.setenv("FAKE_STEP_SECONDS", "0.001")
-
-    def carried_out(*words, table=GRID, resume=False):
-        sweep_file(tmp_path, table)
-        conductor = beginning_of("search.toml", words, resume).open()
-        try:
-            for _ in conductor.changes(lambda: None):
-                pass
-        finally:
-            conductor.close()
-        return conductor.sweep
-
-    return carried_out
+def here(ray, here):
+    """Carry out a sweep where Ray is the stand-in; return its results."""
+    return lambda *words, table=GRID, **more: here(table, *words, **more)
 
 
 def in_order(sweep):
@@ -76,12 +61,11 @@ def test_a_sweep_on_ray_is_the_sweep_in_processes(here, ray):
     assert ray.given["_node_ip_address"] == "127.0.0.1"
 
 
-def test_a_finding_of_the_doctor_stops_a_run_of_an_actor(here, monkeypatch):
-    monkeypatch.setenv("FAKE_STEP_SECONDS", "0.1")
+def test_a_finding_of_the_doctor_stops_a_run_of_an_actor(here):
     table = (
         'objective = "gold"\nstop_on = ["entropy_collapse"]\n[sweep.keys]\noptim.lr = [0.1, 0.6]\n'
     )
-    sweep = here("sweep.ray={}", table=table)
+    sweep = here("sweep.ray={}", table=table, step=0.1)
     states = [run.state for trial in sweep.trials.values() for run in trial.runs.values()]
     assert states == ["done", "pruned"]
     assert len(max(work(sweep).values(), key=len)) == 8 > len(min(work(sweep).values(), key=len))

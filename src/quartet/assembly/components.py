@@ -159,19 +159,20 @@ def _attaches_reward_models(assembler: Assembler, folder: Path) -> bool:
     """Return whether the reward models that the run trained are adapters: they are then attached to
     the trunk of the sampled model."""
     is_used = any(map(is_trained_here, assembler.sources))
+    place = assembler.round.folder(folder)
     has_adapter = any(
-        (folder / name / "adapter").is_dir() for name in assembler.config.reward_models
+        (place / name / "adapter").is_dir() for name in assembler.config.reward_models
     )
     return assembler.config.policy.adapter is not None and is_used and has_adapter
 
 
 def _attached(assembler: Assembler, sampled: Any, folder: Path) -> list[AdaptedScalar]:
     """Attach the reward models that the run trained to the trunk of the sampled model."""
-    attached = []
+    attached, place = [], assembler.round.folder(folder)
     for name in assembler.config.reward_models:
         _, number = member_of(name)
         adapter = REWARD if number is None else f"{REWARD}-{number}"
-        attached.append(attach(sampled, adapter, folder / name / "adapter"))
+        attached.append(attach(sampled, adapter, place / name / "adapter"))
     compute_in(sampled, assembler.models.dtype("policy"))  # the adapters that have been added
     return attached
 

@@ -28,8 +28,8 @@ from quartet.generation.native import NativeGenerator
 from quartet.generation.source import Native
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.runs.critic_audits import FOLDER
+from quartet.runs.rounds import in_round
 from quartet.stages.rl import AlgorithmState, RLComponents, RLStage
-from quartet.stages.rounds import in_round
 from quartet.training.checkpoint import Checkpoint, DamagedCheckpoint, read_checkpoint
 
 FORMAT = 1

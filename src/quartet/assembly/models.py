@@ -31,7 +31,7 @@ from quartet.models.adapters import (
     read_adapter,
 )
 from quartet.models.architectures import longest_fused, why_not_fused
-from quartet.models.heads import AdaptedScalar, ScalarModel, define_classifier
+from quartet.models.heads import AdaptedScalar, ScalarModel, attach, define_classifier
 from quartet.models.language_model import (
     ModelError,
     add_embeddings,
@@ -54,6 +54,7 @@ from quartet.models.support import limit_support
 from quartet.models.text_classifier import (
     TextReader,
     check_backbone,
+    load_scorer,
     new_scorer,
     reads_tokens_of,
 )
@@ -68,8 +69,9 @@ class Start:
     model: Path | str | None
     """Their folder, or their name on the hub; None if the policy is created."""
     adapter: Path | None = None
-    """The folder of the adapter that each new adapter starts as: what SFT has learnt on a base in 4
-    bits. Merged into the base and rounded again, most of it would be lost."""
+    """The folder of the adapter that each new adapter starts as, on that model: the policy's of the
+    round before, or what SFT has learnt on a base in 4 bits. Merged into the base and rounded
+    again, most of the latter would be lost."""
 
     def __str__(self) -> str:
         return str(self.model or "policy.create")
@@ -202,7 +204,9 @@ class Models:
         """Return what the policy of a stage starts from. `folder` is the run's, and None before its
         SFT stage."""
         if folder is not None and (before := self.round.before(folder)) is not None:
-            return Start(before / "policy")
+            if self.config.policy.adapter is None:
+                return Start(before / "policy")
+            return Start(self.first_round.start(folder).model, before / "policy" / "adapter")
         if folder is None or "sft" not in self.config.recipe:
             return Start(self.folder)
         if self.config.policy.quantize is not None:
@@ -211,26 +215,27 @@ class Models:
 
     def initial_policy(self, folder: Path | None) -> Any:
         """Return the policy that a stage starts from, whole; in float32, or frozen on a base in 4
-        bits."""
+        bits. In a later round with an adapter it is the base under that of the round before."""
         return self._initial(self.start(folder))
 
     def _initial(self, start: "Start") -> Any:
+        def adapted(model: Any) -> Any:
+            return model if start.adapter is None else self._add_adapter(model, POLICY, start)
+
         if self.config.policy.quantize is not None:
 
             def prepare(model: Any) -> Any:
-                if start.adapter is not None:
-                    self._add_adapter(model, POLICY, start)
-                return self.frozen_policy(model)
+                return self.frozen_policy(adapted(model))
 
             return self._read(start, prepare, in_parts=False)
-        return self.prepare_blocks(self._whole(start).to(self.device))
+        return adapted(self.prepare_blocks(self._whole(start).to(self.device)))
 
     def _whole(self, start: "Start") -> Any:
         """Return the policy that a stage starts from, in main memory."""
         policy = self.config.policy
         if start.model is None:
             assert policy.create is not None
-            return create(policy.create, self.tokenizer, self.config.seed)
+            return create(policy.create, self.tokenizer, self.first_round.config.seed)
         model = load_model(start.model)
         if policy.resize_embeddings:
             add_embeddings(model, self.tokenizer)
@@ -286,14 +291,13 @@ class Models:
 
     def reference_of(self, actor: Any, folder: Path | None) -> Any:
         """Return the reference of a policy, held in its own precision: reference.model, or what the
-        stage starts from. Under an adapter the latter is the policy's trunk, where that starts from
-        an adapter under another one."""
-        start, dtype = self.start(folder), self.dtype("reference")
+        stage starts from, in the first round of several. Under an adapter the latter is the
+        policy's trunk, where that starts from an adapter under another one."""
+        start, dtype = self.first_round.start(folder), self.dtype("reference")
         if self.reference_model is not None:
             return self._reference_of_its_own(Start(self.reference_model))
-        if self.round.number > 1:
-            first = self.first_round
-            return first._reference_of_its_own(first.start(folder))
+        if self.round.number > 1 and not adapters_of(actor):
+            return self._reference_of_its_own(start)
         if start.adapter is not None:
             freeze_adapter(self._add_adapter(actor, REFERENCE, start), REFERENCE)
             return AdapterView(compute_in(actor, self.dtype("policy")), REFERENCE)
@@ -435,16 +439,13 @@ class Models:
         self._shard(scalar.compute_in(dtype).model)
         return scalar.fill_trunk(trunk, self.device, source, seed)
 
-    def new_reward_model(self, folder: Path, seed: int) -> tuple[ScalarModel, Any]:
-        """Return a reward model to be trained, and the policy that samples the responses on which
-        it is centred. An adapter shares the policy's base model unless that is in parts. `seed` is
-        that of the new weights; in a later round there are none, the reward model of the round
-        before is trained on."""
+    def new_reward_model(self, folder: Path, name: str, seed: int) -> tuple[ScalarModel, Any]:
+        """Return the reward model of this name to be trained, and the policy that samples the
+        responses on which it is centred. An adapter shares the policy's base model unless that is
+        in parts. `seed` is that of the new weights; in a later round there are none, the reward
+        model of the round before is trained on."""
         if (before := self.round.before(folder)) is not None:
-            scalar = ScalarModel.load(before / "reward_model", self.device)
-            self.prepare_blocks(scalar.model)
-            policy = self.frozen_policy(self.initial_policy(folder))
-            return scalar.compute_in(self.dtype("reward_model")), policy
+            return self._continued_reward_model(folder, before / name)
         start, has_adapter = self.start(folder), self.config.policy.adapter is not None
         if self.reward_backbone is not None:
             return self._new_scorer(seed), self.frozen_policy(self.initial_policy(folder))
@@ -457,6 +458,19 @@ class Models:
             trunk = self._read(start, lambda model: self._add_adapter(model, REWARD, start, seed))
         scalar = self.new_scalar(trunk, REWARD, folder, seed)
         return scalar, self._read(start, self.frozen_policy, in_parts=False)
+
+    def _continued_reward_model(self, folder: Path, source: Path) -> tuple[ScalarModel, Any]:
+        """Return the reward model that the round before wrote to `source`, to be trained on, and
+        the policy."""
+        policy = self.frozen_policy(self.initial_policy(folder))
+        if (source / "adapter").is_dir():
+            pad = pad_token_id(self.tokenizer)
+            adapted = attach(policy, REWARD, source / "adapter", pad).requires_grad_(True)
+            compute_in(policy, self.dtype("policy"))
+            return adapted, policy
+        scalar = load_scorer(source, self.device)
+        self.prepare_blocks(scalar.model)
+        return scalar.compute_in(self.dtype("reward_model")), policy
 
     def _new_scorer(self, seed: int) -> ScalarModel:
         """Return a reward model to be trained on a backbone of its own: all of its weights, also

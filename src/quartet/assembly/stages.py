@@ -22,6 +22,7 @@ from quartet.loops.preference import OnlinePairs
 from quartet.models.precision import DTYPES
 from quartet.models.q_heads import QHeads
 from quartet.models.trunk import block_matrices
+from quartet.runs.rounds import in_round, round_of
 from quartet.stages.evaluation import EvaluationStage
 from quartet.stages.ilql import IlqlStage
 from quartet.stages.kinds import (
@@ -41,7 +42,6 @@ from quartet.stages.preference import PreferenceStage
 from quartet.stages.protocol import Stage
 from quartet.stages.reward_model import RewardModelStage
 from quartet.stages.rl import RLStage
-from quartet.stages.rounds import in_round, round_of
 from quartet.stages.sft import SftStage
 from quartet.training.optim import Optimizer
 
@@ -84,7 +84,7 @@ def sft_stage(assembler: Assembler, name: str) -> SftStage:
 
 def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
     """Return the stage that trains a reward model, which may be a member of an ensemble."""
-    settings, config = assembler.config.reward_model, assembler.config
+    settings, config, models = assembler.config.reward_model, assembler.config, assembler.models
     is_labelled, own, (_, number) = LABEL.name in config.recipe, assembler.round, member_of(name)
     comparisons = Comparisons((), (), (), None) if is_labelled else assembler.comparisons
     num_steps = _num_steps(assembler, name, settings, comparisons.train)
@@ -98,12 +98,12 @@ def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
         held_out=comparisons.held_out,
         shown=comparisons.shown,
         labelled=assembler.labelled if is_labelled else None,
-        reader=assembler.models.text_reader,
+        reader=models.text_reader,
         ceiling=comparisons.ceiling,
         prompts=assembler.prompts[0][:CENTRING_PROMPTS],
         sampling=config.rollout,
         tokenizer=assembler.tokenizer,
-        load_models=assembler.models.new_reward_model,
+        load_models=lambda folder, seed: models.new_reward_model(folder, round_of(name)[0], seed),
         loss=settings.loss,
         optimizer=lambda model: _optimizer(model, settings, num_steps),
         num_steps=num_steps,

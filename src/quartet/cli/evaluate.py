@@ -9,81 +9,93 @@ import typer
 
 from quartet.cli.common import app, columns_of, complaints, console, print_json, refuse, refusing
 
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL…",
+        help="Run folders, RUN@STEP, RUN@all (its checkpoints), RUN@start, model folders, hub "
+        "ids, or URL#MODEL of an OpenAI-compatible server. name=MODEL gives a name.",
+    ),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]FILE",
+        help="A set: a data file. Can be repeated. Default: the rows that the run held out.",
+    ),
+]
+Measures = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="gold, model:FOLDER, judge:URL#MODEL, number, exact, math or another reward, "
+        "perplexity, kl, or accuracy (of reward models). Can be repeated. Default: the run's "
+        "gold reward, or its reward model."
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The policy that others are compared with. Default: the first of several, or what "
+        "a single run started from.",
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Answers to each prompt.")]
+Rows = Annotated[int, typer.Option(min=1, help="The most rows of a set that are used.")]
+Seed = Annotated[int, typer.Option(help="The seed of the answers.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Default: the first run's, or 256.")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0.01, help="Default: the first run's, or 1.")
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(metavar="OURS=THEIRS", help="The name that the files have for a column."),
+]
+To = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where the results and the answers are kept. Default: evaluation/ of the first "
+        "run, or here.",
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="The name of the results' file, without .json.")]
+TokenEnv = Annotated[
+    str | None, typer.Option(help="The environment variable with the servers' token.")
+]
+RubricFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="A TOML file of criteria with weights, which a judge that compares answers one by "
+        "one; the weighted sum decides.",
+    ),
+]
+Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare", help="Compare two results instead: quartet eval --compare A.json B.json."
+    ),
+]
+
 
 @app.command("eval")
 def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL…",
-            help="Run folders, RUN@STEP, RUN@all (its checkpoints), RUN@start, model folders, hub "
-            "ids, or URL#MODEL of an OpenAI-compatible server. name=MODEL gives a name.",
-        ),
-    ],
-    on: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]FILE",
-            help="A set: a data file. Can be repeated. Default: the rows that the run held out.",
-        ),
-    ] = None,
-    measure: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="gold, model:FOLDER, judge:URL#MODEL, number, exact, math or another reward, "
-            "perplexity, kl, or accuracy (of reward models). Can be repeated. Default: the run's "
-            "gold reward, or its reward model."
-        ),
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The policy that others are compared with. Default: the first of several, or what "
-            "a single run started from.",
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
-    rows: Annotated[int, typer.Option(min=1, help="The most rows of a set that are used.")] = 500,
-    seed: Annotated[int, typer.Option(help="The seed of the answers.")] = 0,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Default: the first run's, or 256.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0.01, help="Default: the first run's, or 1.")
-    ] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OURS=THEIRS", help="The name that the files have for a column."),
-    ] = None,
-    to: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Where the results and the answers are kept. Default: evaluation/ of the first "
-            "run, or here.",
-        ),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="The name of the results' file, without .json.")
-    ] = None,
-    token_env: Annotated[
-        str | None, typer.Option(help="The environment variable with the servers' token.")
-    ] = None,
-    rubric: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="A TOML file of criteria with weights, which a judge that compares answers one by "
-            "one; the weighted sum decides.",
-        ),
-    ] = None,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare", help="Compare two results instead: quartet eval --compare A.json B.json."
-        ),
-    ] = False,
+    models: Models,
+    on: Sets = None,
+    measure: Measures = None,
+    against: Against = None,
+    samples: Samples = 1,
+    rows: Rows = 500,
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    columns: Columns = None,
+    to: To = None,
+    name: Name = None,
+    token_env: TokenEnv = None,
+    rubric: RubricFile = None,
+    compare: Compare = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Evaluate models on held-out sets, with intervals and paired tests.
@@ -100,20 +112,20 @@ def evaluate(
         refuse(f"--name {name}: is no name for a file here. Use letters, digits, - and _.")
     with refusing():
         request = EvaluationRequest(
-            tuple(models),
-            tuple(on or ()),
-            tuple(measure or ()),
-            against,
-            samples,
-            rows,
-            seed,
-            max_new_tokens,
-            temperature,
-            columns_of(columns),
-            to,
-            name,
-            token_env,
-            rubric,
+            policies=tuple(models),
+            on=tuple(on or ()),
+            measures=tuple(measure or ()),
+            against=against,
+            samples=samples,
+            rows=rows,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            columns=columns_of(columns),
+            folder=to,
+            name=name,
+            token_env=token_env,
+            rubric=rubric,
         )
         path, result = carry_out(request, _progress())
     if as_json:

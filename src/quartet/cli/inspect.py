@@ -110,15 +110,19 @@ def inspect(
     Shows each token's reward, value, advantage and ratio, and whether its update was clipped.
     """
     from quartet.runs.reader import NoRun
+    from quartet.runs.rounds import probe_folders
     from quartet.runs.tables import sample_table, token_rows
     from quartet.runs.untrusted import printable
     from quartet.studio.views import glance
 
-    run, kind = _run(run_folder), "probes" if probes else "rollouts"
+    run, kind = _run(run_folder), "rollouts"
+    if probes:
+        folders = [*probe_folders(run).values()] or ["probes"]
+        kind = next((k for k in reversed(folders) if step in run.steps(k)), folders[-1])
     steps = run.steps(kind)
     if not steps:
         _print_problems(run)
-        refuse(f"{run.name} has no {kind}. An RL stage writes them.")
+        refuse(f"{run.name} has no {'probes' if probes else kind}. An RL stage writes them.")
     step = steps[-1] if step is None else step
     try:
         if sample is None:

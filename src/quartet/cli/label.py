@@ -15,95 +15,103 @@ if TYPE_CHECKING:
     from quartet.rewards.pair_judge import PairJudge
 
 
+What = Annotated[
+    Path, typer.Argument(metavar="RUN or FILE", help="A run's folder, or a file of pairs.")
+]
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="SOURCE",
+        help="The answers of a run: evaluation (the trained policy against the first), "
+        "rollouts, or best-of-n. Default: the pairs of its stage label, else evaluation.",
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        help="The file of labels, which is appended to. Default: RUN/labels.jsonl, or "
+        "FILE.labels.jsonl beside the file."
+    ),
+]
+Pairs = Annotated[int | None, typer.Option(min=1, help="The most pairs to label. Default: all.")]
+UncertainFirst = Annotated[
+    bool,
+    typer.Option(
+        "--uncertain-first",
+        help="Begin with the pairs whose scores the ensemble of reward models is least sure of.",
+    ),
+]
+Repeat = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="The share of pairs that is shown twice, for self-agreement."),
+]
+Overlap = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="The share of pairs that every labeller labels; the others are labelled once.",
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seeds the order of pairs and answers.")]
+Host = Annotated[
+    str, typer.Option(help="The address to listen on; by default only this machine can connect.")
+]
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL or FOLDER",
+        help="Let a model label instead: a language model behind an OpenAI-compatible address, "
+        "such as http://127.0.0.1:8000/v1/chat/completions, or the reward model of a folder or "
+        "a run.",
+    ),
+]
+JudgeModel = Annotated[str | None, typer.Option(help="The judge's model, as its server calls it.")]
+JudgePrompt = Annotated[
+    Path | None,
+    typer.Option(help="A file with the judge's prompt: {prompt}, {first} and {second}."),
+]
+RubricFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A TOML file of criteria with weights, which the language model answers one by "
+        "one; the weighted sum decides.",
+    ),
+]
+TokenEnv = Annotated[
+    str | None, typer.Option(help="The environment variable with the server's token.")
+]
+Summary = Annotated[
+    bool, typer.Option("--summary", help="Print counts and agreement, and serve nothing.")
+]
+
+
 @app.command()
 def label(
-    what: Annotated[
-        Path, typer.Argument(metavar="RUN or FILE", help="A run's folder, or a file of pairs.")
-    ],
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="SOURCE",
-            help="The answers of a run: evaluation (the trained policy against the first), "
-            "rollouts, or best-of-n. Default: the pairs of its stage label, else evaluation.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="The file of labels, which is appended to. Default: RUN/labels.jsonl, or "
-            "FILE.labels.jsonl beside the file."
-        ),
-    ] = None,
-    pairs: Annotated[
-        int | None, typer.Option(min=1, help="The most pairs to label. Default: all.")
-    ] = None,
-    uncertain_first: Annotated[
-        bool,
-        typer.Option(
-            "--uncertain-first",
-            help="Begin with the pairs whose scores the ensemble of reward models is least sure "
-            "of.",
-        ),
-    ] = False,
-    repeat: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, help="The share of pairs that is shown twice, for self-agreement."
-        ),
-    ] = 0.1,
-    overlap: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=1,
-            help="The share of pairs that every labeller labels; the others are labelled once.",
-        ),
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seeds the order of pairs and answers.")] = 0,
+    what: What,
+    source: Source = None,
+    output: Output = None,
+    pairs: Pairs = None,
+    uncertain_first: UncertainFirst = False,
+    repeat: Repeat = 0.1,
+    overlap: Overlap = 1.0,
+    seed: Seed = 0,
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8701,
-    host: Annotated[
-        str,
-        typer.Option(help="The address to listen on; by default only this machine can connect."),
-    ] = "127.0.0.1",
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL or FOLDER",
-            help="Let a model label instead: a language model behind an OpenAI-compatible address, "
-            "such as http://127.0.0.1:8000/v1/chat/completions, or the reward model of a folder or "
-            "a run.",
-        ),
-    ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option(help="The judge's model, as its server calls it.")
-    ] = None,
-    judge_prompt: Annotated[
-        Path | None,
-        typer.Option(help="A file with the judge's prompt: {prompt}, {first} and {second}."),
-    ] = None,
-    rubric: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="A TOML file of criteria with weights, which the language model answers one by "
-            "one; the weighted sum decides.",
-        ),
-    ] = None,
-    judge_token_env: Annotated[
-        str | None, typer.Option(help="The environment variable with the server's token.")
-    ] = None,
-    summary: Annotated[
-        bool, typer.Option("--summary", help="Print counts and agreement, and serve nothing.")
-    ] = False,
+    host: Host = "127.0.0.1",
+    judge: Judge = None,
+    judge_model: JudgeModel = None,
+    judge_prompt: JudgePrompt = None,
+    rubric: RubricFile = None,
+    judge_token_env: TokenEnv = None,
+    summary: Summary = False,
 ) -> None:
     """Compare answers in the browser, by keyboard: 1, 2, t (tie), b (both bad), s (skip), u (undo).
 
     The file of labels is data that a reward model and DPO are trained on.
     """
     from quartet.labels.log import LabelLog
-    from quartet.labels.pairs import in_order
     from quartet.labels.session import LabelSession
 
     path = output or labels_path(what, source)
@@ -111,14 +119,7 @@ def label(
         if summary:
             _print_summary(path)
             return
-        found = pairs_of(what, source, seed)
-        if uncertain_first and all(pair.uncertainty is None for pair in found):
-            refuse(
-                f"--uncertain-first: {what} has no deviations of an ensemble. They are recorded "
-                "with reward_model.members = 2 or more, and are in the pairs of --from rollouts "
-                "and best-of-n."
-            )
-        found = in_order(found, seed, uncertain_first)[:pairs]
+        found = _ordered_pairs(what, source, seed, uncertain_first)[:pairs]
         if rubric is not None and judge is None:
             refuse("--rubric: is for a language model. Name its address with --judge.")
         log = LabelLog(path)
@@ -135,6 +136,22 @@ def label(
     finally:
         log.close()
         _print_summary(path)
+
+
+def _ordered_pairs(
+    what: Path, source: str | None, seed: int, uncertain_first: bool
+) -> "list[Pair]":
+    """Return the pairs to label, in the order in which they are labelled."""
+    from quartet.labels.pairs import in_order
+
+    found = pairs_of(what, source, seed)
+    if uncertain_first and all(pair.uncertainty is None for pair in found):
+        refuse(
+            f"--uncertain-first: {what} has no deviations of an ensemble. They are recorded "
+            "with reward_model.members = 2 or more, and are in the pairs of --from rollouts "
+            "and best-of-n."
+        )
+    return in_order(found, seed, uncertain_first)
 
 
 def _serve(session: "LabelSession", name: str, path: Path, host: str, port: int) -> None:
@@ -161,25 +178,32 @@ def _labeller(
     token_env: str | None,
 ) -> "PairJudge | RewardModelLabeller":
     """Return the model that --judge names: that of an address or of a folder."""
-    if "://" not in judge:
-        from quartet.assembly.reward_model_labels import RewardModelLabeller
+    if "://" in judge:
+        return _pair_judge(judge, model, prompt, rubric, token_env)
+    from quartet.assembly.reward_model_labels import RewardModelLabeller
 
-        given = {
-            "--judge-model": model,
-            "--judge-prompt": prompt,
-            "--rubric": rubric,
-            "--judge-token-env": token_env,
-        }
-        for option, value in given.items():
-            if value is not None:
-                refuse(f"{option}: is for a language model; {judge} is a folder. Leave it out.")
-        if not Path(judge).is_dir():
-            refuse(
-                f"--judge {judge}: is neither an address, such as "
-                "http://127.0.0.1:8000/v1/chat/completions, nor the folder of a reward model or a "
-                "run."
-            )
-        return RewardModelLabeller(Path(judge))
+    given = {
+        "--judge-model": model,
+        "--judge-prompt": prompt,
+        "--rubric": rubric,
+        "--judge-token-env": token_env,
+    }
+    for option, value in given.items():
+        if value is not None:
+            refuse(f"{option}: is for a language model; {judge} is a folder. Leave it out.")
+    if not Path(judge).is_dir():
+        refuse(
+            f"--judge {judge}: is neither an address, such as "
+            "http://127.0.0.1:8000/v1/chat/completions, nor the folder of a reward model or a "
+            "run."
+        )
+    return RewardModelLabeller(Path(judge))
+
+
+def _pair_judge(
+    url: str, model: str | None, prompt: Path | None, rubric: Path | None, token_env: str | None
+) -> "PairJudge":
+    """Return the language model behind an address, which compares two answers."""
     from quartet.rewards.pair_judge import PairJudge
     from quartet.rewards.remote import Endpoint
     from quartet.rewards.rubric import read_rubric
@@ -191,7 +215,7 @@ def _labeller(
     except (OSError, ValueError) as error:
         refuse(f"--judge-prompt {prompt}: cannot be read ({error}).")
     criteria = None if rubric is None else read_rubric(rubric)
-    return PairJudge(Endpoint("judge", judge, token_env=token_env), model, words, criteria)
+    return PairJudge(Endpoint("judge", url, token_env=token_env), model, words, criteria)
 
 
 def _let_label(

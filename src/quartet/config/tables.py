@@ -32,8 +32,9 @@ from quartet.models.shape import Shape
 from quartet.parts import Field, part
 from quartet.rewards.source import RewardSource
 from quartet.rewards.sources import ModelSource, is_trained_here
+from quartet.runs.rounds import in_round, round_of
 from quartet.stages.kinds import ILQL, PREFERENCE, REWARD_MODEL, RL, kind_of, stage_of
-from quartet.stages.rounds import in_round, round_of, rounds_of
+from quartet.stages.rounds import rounds_of
 from quartet.training.optim import Optim, OptimizerConfig
 
 

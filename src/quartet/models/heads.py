@@ -370,11 +370,13 @@ class AdaptedScalar(ScalarModel):
             )
 
 
-def attach(language_model: CausalModel, adapter: str, folder: Path) -> AdaptedScalar:
+def attach(
+    language_model: CausalModel, adapter: str, folder: Path, pad_token_id: int | None = None
+) -> AdaptedScalar:
     """Return the adapter and head of a folder that `AdaptedScalar.save` wrote, frozen, on the trunk
-    that they were trained on."""
+    that they were trained on. `pad_token_id` is written to the config if they are saved again."""
     load_adapter(language_model, adapter, folder)
-    scalar = AdaptedScalar(language_model, adapter, None, seed=0)
+    scalar = AdaptedScalar(language_model, adapter, pad_token_id, seed=0)
     with safe_open(folder / HEAD, "pt") as file, torch.no_grad():
         scalar.head.weight.copy_(file.get_tensor("score.weight"))
         scalar.mean = float(file.metadata()["centre"])

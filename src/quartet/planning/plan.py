@@ -18,7 +18,7 @@ from quartet.planning.memory import (
     sizes,
     trained_bytes,
 )
-from quartet.stages.rounds import round_of
+from quartet.runs.rounds import round_of
 from quartet.worlds import make_world
 
 FLOPS_PER_CPU = 22e9

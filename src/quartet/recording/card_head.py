@@ -32,7 +32,7 @@ def card_head(
     table: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": TASKS.get(role, "text-generation"),
-        "tags": ["quartet", *config.get("recipe", [])],
+        "tags": list(dict.fromkeys(["quartet", *config.get("recipe", [])])),
     }
     if isinstance(base, str):
         table |= {"base_model": base} if is_hub_id(base) else _licence(Path(base))

@@ -10,6 +10,7 @@ from quartet import __version__, files
 from quartet.recording.card_head import card_head
 from quartet.recording.run_folder import read_record
 from quartet.runs.definitions import MEASURES, definition
+from quartet.runs.rounds import num_rounds, place_of, round_of
 from quartet.runs.wording import number, stage_summary
 
 ROLES = {
@@ -22,7 +23,8 @@ ROLES = {
     "it expects after each token.",
 }
 BEFORE = {"sft": {"sft"}, "reward_model": {"sft"}}
-"""The stages that shaped a model before its own, for models that not all stages shaped."""
+"""The stages that shaped a model before its own, for models that not all stages shaped. Those of
+later rounds are meant too."""
 SETTINGS = "config.resolved.toml"
 SAMPLED = frozenset({"policy", "policy_ema", "sft"})
 """The models that generate text."""
@@ -33,25 +35,52 @@ LOADED_BY = {
 
 
 def write_cards(folder: Path, title: str | None = None) -> None:
-    """Write `README.md` for the run and for each model in it. `title` names the run; left out, its
-    folder does."""
+    """Write `README.md` for the run and for each model in it, those of earlier rounds too. `title`
+    names the run; left out, its folder does."""
     resolved, title = folder / SETTINGS, title or folder.name
     config = tomllib.loads(resolved.read_text(encoding="utf-8")) if resolved.is_file() else {}
     events = read_record(folder).events
+    for earlier in range(1, num_rounds(config)):
+        own = [event for event in events if _is_until(event, earlier)]
+        place, name = folder / place_of(config, earlier, "."), f"{title}, round {earlier}"
+        _write_model_cards(place, config, own, name, f"../../{SETTINGS}")
+    _write_model_cards(folder, config, events, title, f"../{SETTINGS}")
+    files.replace(
+        folder / "README.md", f"# {title}\n\n{_numbers(events)}{_making(config, SETTINGS)}"
+    )
+
+
+def _is_until(event: Mapping[str, Any], earlier: int) -> bool:
+    """Return whether an event is of a stage of this round or of one before it. The evaluation is of
+    the last round."""
+    name, own = round_of(event.get("stage") or "")
+    return name != "evaluation" and own <= earlier
+
+
+def _write_model_cards(
+    folder: Path,
+    config: dict[str, Any],
+    events: list[dict[str, Any]],
+    title: str,
+    settings: str,
+) -> None:
+    """Write `README.md` for each model in the folder of a round. `events` are those that shaped
+    them, `settings` is the path of the run's settings from a model."""
+    of_recipe = [e | {"stage": round_of(e["stage"])[0]} for e in events if e.get("stage")]
     for name in models_in(folder):
         role = name.partition("-")[0]
         head = f"# {title}: {name.replace('_', ' ')}\n\n{ROLES[role]}\n\n"
         before = BEFORE.get(role)
         numbers = _numbers(
-            [e for e in events if before is None or e.get("stage") in before | {name}]
+            [
+                e
+                for e in events
+                if before is None or round_of(e.get("stage") or "")[0] in before | {name}
+            ]
         )
-        made = _making(config, f"../{SETTINGS}")
-        front = card_head(role, config, events, f"{title}: {name}")
-        text = front + head + _loading(folder, name) + numbers + made
+        front = card_head(role, config, of_recipe, f"{title}: {name}")
+        text = front + head + _loading(folder, name) + numbers + _making(config, settings)
         files.replace(folder / name / "README.md", text)
-    files.replace(
-        folder / "README.md", f"# {title}\n\n{_numbers(events)}{_making(config, SETTINGS)}"
-    )
 
 
 def models_in(folder: Path) -> list[str]:
@@ -69,11 +98,15 @@ def complete(target: Path, run_folder: Path, role: str) -> None:
     """Complete the folder that a run's model was exported to, so that it needs no run folder.
 
     The settings that the card names are copied, and a policy gets the generation config of
-    `write_generation_config`.
+    `write_generation_config`. `run_folder` may be that of an earlier round, in the run's.
     """
     resolved, card = run_folder / SETTINGS, target / "README.md"
+    if not resolved.is_file():
+        resolved = run_folder.resolve().parent / SETTINGS
     if card.is_file():
-        text = card.read_text(encoding="utf-8").replace(f"../{SETTINGS}", SETTINGS)
+        text = card.read_text(encoding="utf-8")
+        for path in (f"../../{SETTINGS}", f"../{SETTINGS}"):
+            text = text.replace(path, SETTINGS)
         files.replace(card, text)
     if not resolved.is_file():
         return

@@ -102,11 +102,11 @@ def phases(run: "Run", stage: str) -> Spec:
     return spec
 
 
-def frontier(run: "Run") -> Spec:
+def frontier(run: "Run", stage: str | None = None) -> Spec:
     """Return the chart of scores against √KL, with a point per step, the best-of-n line of the
-    initial policy, win rates on held-out prompts, and a mark where the gold reward began to
-    fall."""
-    stage = run.rl_stage
+    initial policy, win rates on held-out prompts, and a mark where the gold reward began to fall.
+    `stage` is an RL stage, of several the last if it is None."""
+    stage = stage or run.rl_stage
     data: list[Spec] = []
     spec: Spec = {
         "data": data,
@@ -301,7 +301,7 @@ def figure(run: "Run", name: str, stage: str | None = None) -> Any:
     from quartet.runs.reader import NoRun
 
     if name == "frontier":
-        return go.Figure(frontier(run))
+        return go.Figure(frontier(run, stage))
     stage = stage or next(
         (s for s, series in run.series.items() if name in series.columns), run.main_stage
     )

@@ -11,13 +11,12 @@ from quartet.labels.agreement import OWN, Agreement, agreements
 from quartet.labels.log import Label, LabelError, labels_in
 from quartet.runs.evaluations import Table
 from quartet.runs.reader import Run
+from quartet.runs.rounds import num_rounds, place_of
 from quartet.runs.untrusted import Folder, Unreadable, printable
 
-FILES = ("label/labels.jsonl", "labels.jsonl")
-"""Where the labels are: of the stage `label`, and of `quartet label RUN`. Those of earlier rounds
-are in round-1/label, round-2/label, …"""
-MAX_ROUNDS = 100
-"""The most rounds whose labels are read."""
+LABELS = "label/labels.jsonl"
+"""Where the labels of a stage `label` are, in the folder of its round; those of `quartet label RUN`
+are in `labels.jsonl` of the run's folder."""
 MAX_LABELS = 32 << 20
 """The most bytes that are read of a file of labels."""
 VERDICTS = {
@@ -98,9 +97,8 @@ def labelled_run(run: Run) -> LabelledRun:
     problems."""
     labels: list[Label] = []
     problems = []
-    num_rounds = min(Counter(run.config.get("recipe") or ())["label"], MAX_ROUNDS)
-    earlier = [f"round-{number}/label/labels.jsonl" for number in range(1, num_rounds)]
-    for name in (*earlier, *FILES):
+    rounds = range(1, num_rounds(run.config) + 1)
+    for name in (*(place_of(run.config, number, LABELS) for number in rounds), "labels.jsonl"):
         try:
             content = Folder(run.path).read(name, MAX_LABELS)
             if content is not None:
@@ -111,7 +109,8 @@ def labelled_run(run: Run) -> LabelledRun:
             problems.append(printable(str(error)))
     stage = run.config.get("label")
     wanted = stage.get("labels") if isinstance(stage, dict) else None
-    in_all = wanted * num_rounds if num_rounds and isinstance(wanted, int) else None
+    has_stage = "label" in (run.config.get("recipe") or ())
+    in_all = wanted * len(rounds) if has_stage and isinstance(wanted, int) else None
     return LabelledRun(labels, in_all, problems)
 
 

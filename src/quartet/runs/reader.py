@@ -21,6 +21,7 @@ from quartet.runs.event_log import EventLog, Series
 from quartet.runs.folders import NoRun, find_runs
 from quartet.runs.parquet import Column, read_parquet, values
 from quartet.runs.rollouts import TOKEN_COLUMNS, Sample, samples_of
+from quartet.runs.rounds import num_rounds, place_of, probe_folders
 from quartet.runs.untrusted import (
     MAX_CONFIG,
     MAX_DOCUMENT,
@@ -125,10 +126,11 @@ class Run:
 
     def check(self) -> list[str]:
         """Read every file of the run, and return `problems`."""
-        self.pairs()
+        for number in range(1, num_rounds(self.config) + 1):
+            self.pairs(number)
         for _ in self.answers():
             pass
-        for kind in ("rollouts", "probes"):
+        for kind in ("rollouts", *probe_folders(self).values()):
             for step in self.steps(kind):
                 try:
                     self.rollouts(step, kind)
@@ -383,11 +385,12 @@ class Run:
     def best_of_n(self) -> list[dict[str, Any]]:
         return self._document(BEST_OF_N, MAX_DOCUMENT, parse_json, records.BEST_OF_N) or []
 
-    def pairs(self) -> list[dict[str, Any]]:
+    def pairs(self, round: int | None = None) -> list[dict[str, Any]]:
         """Return the held-out pairs of the reward model, with its scores; of an ensemble, with the
-        mean of its members' scores."""
+        mean of its members' scores. `round` is that of its labels, the last one if it is None."""
         numbers = [stage.partition("reward_model-")[2] for stage in self.series]
-        files = [PAIRS.replace(".", f"-{n}.") for n in numbers if n.isdecimal()] or [PAIRS]
+        names = [PAIRS.replace(".", f"-{n}.") for n in numbers if n.isdecimal()] or [PAIRS]
+        files = [name if round is None else place_of(self.config, round, name) for name in names]
         return records.mean_pairs([rows for name in files if (rows := self._pairs(name))])
 
     def _pairs(self, name: str) -> list[dict[str, Any]]:

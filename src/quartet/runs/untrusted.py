@@ -115,12 +115,13 @@ class Folder:
 
     def names(self, name: str) -> list[str]:
         """Return the names in a folder of this one; empty where there is none."""
+        *parents, last = name.split("/")
         try:
-            with _Place(self.path, []) as place:
-                mode = place.stat(name).st_mode
+            with _Place(self.path, parents) as place:
+                mode = place.stat(last).st_mode
                 if not stat.S_ISDIR(mode):
                     raise Unreadable(f"is {_kind(mode)}.")
-                place.enter(name)
+                place.enter(last)
                 return list(place.names())
         except FileNotFoundError:
             return []

@@ -15,8 +15,8 @@ from quartet.config.tables import Config
 from quartet.errors import QuartetError
 from quartet.io.texts import did_you_mean, typed
 from quartet.runs.folders import RECORD
+from quartet.runs.rounds import round_of
 from quartet.stages.kinds import KINDS, RL, kind_of
-from quartet.stages.rounds import round_of
 from quartet.training.checkpoint import Checkpoint, misfit
 from quartet.training.checkpoints import Checkpoints
 

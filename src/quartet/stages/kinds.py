@@ -10,7 +10,7 @@ from typing import Any
 
 from quartet.algorithms.preference import PREFERENCES
 from quartet.algorithms.presets import ALGORITHMS
-from quartet.stages.rounds import round_of
+from quartet.runs.rounds import round_of
 
 CENTRING_PROMPTS = 256
 """How many training prompts are answered to find a reward model's mean score."""

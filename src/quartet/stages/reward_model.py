@@ -33,10 +33,11 @@ from quartet.rewards.protocol import Reward
 from quartet.rewards.reward_model import ModelReward
 from quartet.rewards.shared import shared
 from quartet.rewards.text_models import TextModelReward
+from quartet.runs.rounds import round_of
 from quartet.stages.kinds import member_of
 from quartet.stages.pair_facts import pair_facts
 from quartet.stages.protocol import StageRun, Summary
-from quartet.stages.rounds import ONLY_ROUND, Round, round_of
+from quartet.stages.rounds import ONLY_ROUND, Round
 from quartet.training.budget import Budget
 from quartet.training.optim import Optimizer
 from quartet.training.state_tree import Stateful

@@ -34,19 +34,6 @@ ONLY_ROUND = Round()
 """The round of a recipe that has no other."""
 
 
-def in_round(stage: str, number: int) -> str:
-    """Return the name in a run of a recipe's stage that is named for the time `number`: "ppo",
-    "ppo.2"."""
-    return stage if number == 1 else f"{stage}.{number}"
-
-
-def round_of(stage: str) -> tuple[str, int]:
-    """Return what a recipe calls a stage of a run, and the number of its round: "ppo.2" is "ppo"
-    of round 2."""
-    name, dot, number = stage.rpartition(".")
-    return (name, int(number)) if dot and number.isdecimal() else (stage, 1)
-
-
 def rounds_of(recipe: Sequence[str]) -> list[tuple[str, ...]]:
     """Return the stages of each round of a recipe. Each stage `label` but the first begins one."""
     labels = [place for place, stage in enumerate(recipe) if stage == LABEL]

@@ -30,6 +30,7 @@ from quartet.runs.doctor import diagnose
 from quartet.runs.evaluations import evaluation_tables, evaluations, kl_frontier
 from quartet.runs.label_tables import labelled_run
 from quartet.runs.reader import DamagedRun, NoRun, Run
+from quartet.runs.rounds import in_round, probe_folders, rounds_of_reward_models
 from quartet.runs.rules import RULES
 from quartet.runs.untrusted import finite
 from quartet.runs.wording import stage_summary
@@ -44,6 +45,8 @@ from quartet.studio.protection import (
     static_files,
 )
 from quartet.studio.rendering import plotly_file, templates
+
+ROLLOUTS, PROBES = "rollouts", "probes"
 
 
 class BadQuestion(QuartetError, ValueError):
@@ -138,7 +141,7 @@ class Pages:
 
     def samples(self, request: Request) -> Response:
         run = self.run_of(request)
-        kind = _kind(request)
+        kind, rounds = _kind(request, run)
         steps = run.steps(kind)
         requested = _whole(request, "step", steps[-1] if steps else 0)
         step = min(steps, key=lambda s: abs(s - requested), default=requested)
@@ -165,12 +168,13 @@ class Pages:
             sorts={key: label for key, (label, _) in views.SORTS.items()},
             words=words,
             kind=kind,
-            page="probes" if kind == "probes" else "samples",
+            rounds=rounds,
+            page="samples" if kind == ROLLOUTS else "probes",
         )
 
     def tokens(self, request: Request) -> Response:
         run = self.run_of(request)
-        kind = _kind(request)
+        kind, _ = _kind(request, run)
         steps = run.steps(kind)
         step = _whole(request, "step", steps[-1] if steps else 0)
         number = _whole(request, "sample", 0)
@@ -193,15 +197,16 @@ class Pages:
             shown=views.TOKENS_SHOWN,
             glance=views.glance(rows),
             inspector=views.inspector(run, rows),
-            can_ask=kind == "rollouts"
+            can_ask=kind == ROLLOUTS
             and folder_of(run) is not None
             and "environment" not in run.config,
-            page="probes" if kind == "probes" else "samples",
+            page="samples" if kind == ROLLOUTS else "probes",
         )
 
     def sample_data(self, request: Request) -> dict[str, Any]:
         run = self.run_of(request)
-        rows = run.sample(_whole(request, "step", 0), _whole(request, "sample", 0), _kind(request))
+        kind, _ = _kind(request, run)
+        rows = run.sample(_whole(request, "step", 0), _whole(request, "sample", 0), kind)
         return {"inspector": views.inspector(run, rows), "glance": views.glance(rows)}
 
     async def first_answer(self, request: Request) -> Response:
@@ -238,13 +243,14 @@ class Pages:
     def token_history(self, request: Request) -> dict[str, Any]:
         """Return the numbers of one token of a probe over the steps of training."""
         run = self.run_of(request)
+        kind, _ = _kind(request, run, PROBES)
         sample, position = _whole(request, "sample", 0), _whole(request, "position", 0)
         history: dict[str, list[Any]] = {
             name: [] for name in ("step", "logprob", "ref_logprob", "value", "advantage")
         }
-        for step in run.steps("probes"):
+        for step in run.steps(kind):
             try:
-                rows = run.sample(step, sample, "probes")
+                rows = run.sample(step, sample, kind)
             except DamagedRun:
                 continue
             if not 0 <= position < len(rows["text"]):
@@ -256,12 +262,16 @@ class Pages:
 
     def frontier(self, request: Request) -> Response:
         run = self.run_of(request)
+        stage = request.query_params.get("stage") or run.rl_stage
+        if stage is not None and stage not in run.rl_stages:
+            raise NoRun(f"{run.name} has no RL stage {stage}.")
         return self.html(
             "frontier.html",
             title="Frontier",
             run=run,
-            figure=figures.frontier(run),
-            onset=figures.overoptimised(run.series[run.rl_stage]) if run.rl_stage else None,
+            stage=stage,
+            figure=figures.frontier(run, stage),
+            onset=figures.overoptimised(run.series[stage]) if stage else None,
             evaluation=run.evaluation,
             measures=views.evaluation_rows(run.evaluation) if run.evaluation else [],
             win_rate_label=views.win_rate_label(run.evaluation) if run.evaluation else "",
@@ -270,7 +280,11 @@ class Pages:
 
     def reward_model(self, request: Request) -> Response:
         run = self.run_of(request)
-        pairs = run.pairs()
+        finished = rounds_of_reward_models(run)
+        number = _whole(request, "round", max(finished, default=1))
+        if number not in (finished or {1}):
+            raise NoRun(f"{run.name} has no reward model of round {number:,}.")
+        pairs = run.pairs(number)
         charts = [figures.calibration(pairs), figures.score_histogram(pairs)] if pairs else []
         return self.html(
             "reward_model.html",
@@ -278,8 +292,10 @@ class Pages:
             run=run,
             charts=[{"figure": figure, "meanings": []} for figure in charts],
             judged=views.judged(pairs) if pairs else None,
-            summary=run.summary("reward_model") or {},
-            members=views.reward_models(run),
+            summary=run.summary(in_round("reward_model", number)) or {},
+            members=views.reward_models(run, finished.get(number, [])),
+            rounds=list(finished),
+            round=number,
             page="reward_model",
         )
 
@@ -439,8 +455,14 @@ def _whole(request: Request, name: str, default: int) -> int:
     return int(text)
 
 
-def _kind(request: Request) -> str:
-    return "probes" if request.query_params.get("kind") == "probes" else "rollouts"
+def _kind(request: Request, run: Run, default: str = ROLLOUTS) -> tuple[str, dict[int, str]]:
+    """Return the folder of rollouts or probes that the address names, and the folders of probes by
+    round; no folders for rollouts. "probes" are those of the newest round that has any."""
+    name = request.query_params.get("kind", default)
+    if not name.endswith(PROBES):
+        return ROLLOUTS, {}
+    rounds = probe_folders(run)
+    return name if name in rounds.values() else next(reversed(rounds.values()), PROBES), rounds
 
 
 def _overlaid(chosen: Sequence[Run]) -> list[dict[str, Any]]:

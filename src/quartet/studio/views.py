@@ -340,9 +340,10 @@ def _quoted(sample: Mapping[str, list[Any]], place: int) -> str:
     return shortened(sample["text"][place].strip(), TOKEN_TEXT_SHOWN)
 
 
-def reward_models(run: Run) -> list[dict[str, Any]]:
-    """Return the held-out accuracy of each reward model of an ensemble that has finished."""
-    names = [name for name in run.series if name.startswith("reward_model-")]
+def reward_models(run: Run, stages: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the held-out accuracy of each reward model of an ensemble. `stages` are those of a
+    round that have finished."""
+    names = [name for name in stages if name.startswith("reward_model-")]
     summaries = [(name, run.summary(name) or {}) for name in names]
     return [
         {"name": name, "accuracy": accuracy}

@@ -5,7 +5,6 @@ import json
 from quartet.algorithms.preference import PREFERENCES
 from quartet.config.rules.base import rule
 from quartet.config.tables import Config
-from quartet.generation.source import Servers
 from quartet.io.texts import did_you_mean
 from quartet.stages.kinds import EVALUATION, KINDS, LABEL, REWARD_MODEL, RL, kind_of
 from quartet.stages.rounds import rounds_of
@@ -59,28 +58,6 @@ def _are_rounds(stages: tuple[str, ...], rounds: list[tuple[str, ...]]) -> bool:
     """Return whether all rounds have these stages, and the last may have an evaluation."""
     *others, last = rounds
     return all(each == stages for each in others) and last in (stages, (*stages, EVALUATION.name))
-
-
-@rule
-def rounds_continue_whole_models(config: Config) -> str | None:
-    if config.num_rounds == 1:
-        return None
-    policy = config.policy
-    refused = {
-        "policy.adapter": policy.adapter is not None,
-        "policy.frozen_layers": policy.frozen_layers > 0,
-        "reward_model.members": config.reward_model.members > 1,
-        "reward_model.model": config.reward_model.model is not None,
-        "generator": isinstance(config.generator, Servers),
-    }
-    if not any(refused.values()):
-        return None
-    key = next(key for key, is_set in refused.items() if is_set)
-    return (
-        f"{key}: a recipe of several rounds trains the whole policy and one reward model of its "
-        "shape, and samples in its own process. Take it out, or run each round as a run of its own "
-        "(docs/labelling.md)."
-    )
 
 
 @rule

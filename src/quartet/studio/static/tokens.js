@@ -109,7 +109,7 @@
     }
     document.querySelector("#detail tbody").replaceChildren(...rows);
     mark();
-    if (kind === "probes") history();
+    if (kind.endsWith("probes")) history();
   }
 
   function curves() {
@@ -163,7 +163,7 @@
     const i = chosen;
     const plot = document.getElementById("history");
     if (!view.own[i]) return plot.replaceChildren();
-    const answer = await fetch(`/api/run/${encodeURIComponent(run)}/token?sample=${sample}&position=${i}`);
+    const answer = await fetch(`/api/run/${encodeURIComponent(run)}/token?kind=${encodeURIComponent(kind)}&sample=${sample}&position=${i}`);
     if (!answer.ok || i !== chosen) return;
     const reply = await answer.json();
     const color = getComputedStyle(document.body).color, grid = "rgba(128,128,128,0.18)";
@@ -201,7 +201,7 @@
     scrub.addEventListener("input", async () => {
       const step = steps[scrub.valueAsNumber];
       document.getElementById("scrubbed").textContent = step;
-      const answer = await fetch(`/api/run/${encodeURIComponent(run)}/sample?kind=${kind}&step=${step}&sample=${sample}`);
+      const answer = await fetch(`/api/run/${encodeURIComponent(run)}/sample?kind=${encodeURIComponent(kind)}&step=${step}&sample=${sample}`);
       if (!answer.ok || steps[scrub.valueAsNumber] !== step) return;
       const reply = await answer.json();
       view = reply.inspector;
