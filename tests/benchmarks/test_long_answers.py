@@ -137,6 +137,7 @@ def test_each_variant_differs_from_vapo_in_what_its_name_says(study):
         "without length-adaptive λ": {"advantage"},
         "λ = 1": {"advantage"},
         "group mean, no critic": {"advantage", "value_loss"},
+        "Monte Carlo values, no critic": {"advantage", "value_loss"},
         "without positive examples": {"positives"},
         "without clip-higher": {"policy_loss"},
         "without token-level loss": {"aggregation"},
