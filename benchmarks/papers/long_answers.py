@@ -373,7 +373,7 @@ def figure(results: dict[str, Any]) -> Any:
         line = {"color": "#111827" if name == "true" else paper.COLORS[-place], "dash": "dot"}
         y = smoothed(values, 32)
         drawn.add_scatter(y=y, name=f"value: {name}", line=line, mode="lines", row=1, col=1)
-    colors = [*paper.COLORS, "#111827", "#9ca3af", "#a3e635"]
+    colors = [*paper.COLORS, "#111827", "#9ca3af", "#a3e635", "#f472b6"]
     for color, (name, seeds) in zip(colors, results["runs"].items(), strict=False):
         rewards = [statistics.fmean(at) for at in zip(*(s["rewards"] for s in seeds), strict=True)]
         right = right_of(seeds)

@@ -22,6 +22,7 @@ from rl_conformance.library import Library, NotOffered
 
 REAL = sys.stdlib_module_names | {"torch", "numpy"}
 """What modules of a checkout import as it is."""
+UNKNOWN = "of an unknown commit"
 
 
 class StandIn(type):
@@ -151,18 +152,21 @@ class Checkout:
 
     def commit(self) -> str:
         """Return the commit (12 hex digits) and its date: "0123456789ab of 2026-01-31", with a plus
-        sign where Python files are changed."""
-        if not (self.folder / ".git").exists():
-            return "of an unknown commit"
+        sign where Python files are changed; "of an unknown commit" where git does not know it."""
+        if not (self.folder / ".git").exists():  # git would answer for a folder around it
+            return UNKNOWN
         shown = self._git("log", "-1", "--abbrev=12", "--format=%h of %cs")
         changed = self._git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-        return shown + (" +" if changed else "")
+        return f"{shown}{' +' if changed else ''}" if shown else UNKNOWN
 
     def _git(self, *words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(self.folder), *words], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip() or "of an unknown commit" * (done.returncode != 0)
+        """Return what git prints about the checkout; nothing where it fails or is not there."""
+        command = ["git", "-C", str(self.folder), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+        return done.stdout.strip()
 
 
 class FromCheckout(Library):
