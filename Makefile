@@ -77,4 +77,6 @@ conformance: install $(PEERS)/.installed
 	$(CONFORMANCE) $(PEERS)/old/bin/python -m rl_conformance --library trl-ppo --json $(REPORTS)/trl-ppo-1.10.0.json || test $$? = 3
 	$(CONFORMANCE) $(BIN)/python -m rl_conformance --into docs/conformance.md --table \
 	  $(REPORTS)/quartet.json $(REPORTS)/trl-1.16.0.json $(REPORTS)/trl-1.10.0.json $(REPORTS)/trl-ppo-1.10.0.json \
-	  $(REPORTS)/verl.json $(REPORTS)/areal.json $(REPORTS)/torchtune.json
+	  $(REPORTS)/verl.json $(REPORTS)/areal.json $(REPORTS)/torchtune.json \
+	  $(REPORTS)/openrlhf.json $(REPORTS)/slime.json $(REPORTS)/nemo-rl.json $(REPORTS)/skyrl.json \
+	  $(REPORTS)/open-instruct.json $(REPORTS)/prime-rl.json

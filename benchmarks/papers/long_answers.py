@@ -9,8 +9,8 @@ outcome. One SFT policy has learned to write them, and to decide almost at rando
 several origins are held against the values that the policy really has, position by position, and
 PPO is trained with each part of VAPO left out.
 
-Runs that are in the folder already are not made again. Prints the tables of docs/papers/
-long_answers.md and writes benchmarks/results/papers/long_answers.json.
+Rows that are in the results, and runs that are in the folder, are not made again. Prints the tables
+of docs/papers/long_answers.md and writes benchmarks/results/papers/long_answers.json.
 """
 
 import json
@@ -87,6 +87,8 @@ NO_CRITIC = {
     "policy_loss": {"type": "clip", "low": 0.2, "high": 0.28},
     "positives": {"coef": 0.1},
 }
+STATES = {"type": "monte_carlo_values", "continuations": 3, "every": 128}
+MONTE_CARLO = NO_CRITIC | {"preset": "vineppo", "advantage": STATES}
 BIASED = {"advantage": {"type": ADAPTIVE, "value_lam": 0.95}}
 VARIANTS = (
     Variant("VAPO", {}),
@@ -100,6 +102,7 @@ VARIANTS = (
     Variant("without positive examples", NO_POSITIVES),
     Variant("without clip-higher", CLIP),
     Variant("without token-level loss", PER_RESPONSE),
+    Variant("Monte Carlo values, no critic", MONTE_CARLO, "none"),
 )
 
 
@@ -254,21 +257,40 @@ def of_run(world: World, run: quartet.Run) -> dict[str, Any]:
     }
 
 
-def measured(study: Study, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Return the results of a study. `keep` is given them after each row of the tables."""
-    seeds = range(study.plan.seeds)
-    results: dict[str, Any] = {"plan": asdict(study.plan), "critics": {}, "runs": {}}
-    for origin in ORIGINS:
-        numbers = [by_position(study.probed(origin, seed)) for seed in seeds]
-        results["critics"][origin] = numbers
-        keep(results)
-        print(*critic_cells(origin, numbers, results["plan"]), sep=" | ", flush=True)
-    for variant in VARIANTS:
-        runs = [of_run(study.world, study.trained(variant, seed)) for seed in seeds]
-        results["runs"][variant.name] = runs
-        keep(results)
-        print(*run_cells(variant.name, runs, study.world.chapters), sep=" | ", flush=True)
+def measured(
+    study: Study, results: dict[str, Any], keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Return the results of a study: those that are given, and those of the seeds that are missing
+    there. All rows of a seed come before those of the next, so that what is there is balanced at
+    any time. `keep` is given the results after each."""
+    for seed in range(study.plan.seeds):
+        for origin in ORIGINS:
+            numbers = results["critics"].setdefault(origin, [])
+            if len(numbers) <= seed:
+                numbers.append(by_position(study.probed(origin, seed)))
+                keep(results)
+                print(*critic_cells(origin, numbers, results["plan"]), sep=" | ", flush=True)
+        for variant in VARIANTS:
+            runs = results["runs"].setdefault(variant.name, [])
+            if len(runs) <= seed:
+                runs.append(of_run(study.world, study.trained(variant, seed)))
+                keep(results)
+                print(*run_cells(variant.name, runs, study.world.chapters), sep=" | ", flush=True)
     return results
+
+
+def begun(plan: Plan, file: Path | None) -> dict[str, Any]:
+    """Return the results in a file, or those of a plan of which nothing is measured.
+
+    Raises SystemExit if the file has results of another plan.
+    """
+    results: dict[str, Any] = {"plan": asdict(plan), "critics": {}, "runs": {}}
+    if file is None or not file.exists():
+        return results
+    kept: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    if kept["plan"] | {"seeds": plan.seeds} != results["plan"]:
+        raise SystemExit(f"{file} has results of another plan. Give another file with --results.")
+    return kept | {"plan": results["plan"]}
 
 
 def last_of(run: dict[str, Any]) -> float:
@@ -351,7 +373,7 @@ def figure(results: dict[str, Any]) -> Any:
         line = {"color": "#111827" if name == "true" else paper.COLORS[-place], "dash": "dot"}
         y = smoothed(values, 32)
         drawn.add_scatter(y=y, name=f"value: {name}", line=line, mode="lines", row=1, col=1)
-    colors = [*paper.COLORS, "#111827", "#9ca3af", "#a3e635"]
+    colors = [*paper.COLORS, "#111827", "#9ca3af", "#a3e635", "#f472b6"]
     for color, (name, seeds) in zip(colors, results["runs"].items(), strict=False):
         rewards = [statistics.fmean(at) for at in zip(*(s["rewards"] for s in seeds), strict=True)]
         right = right_of(seeds)
@@ -385,8 +407,9 @@ def main() -> None:
         plan = SMALL if options.small else Plan(seeds=options.seeds)
         options.folder.mkdir(parents=True, exist_ok=True)
         study = Study(plan, options.folder)
+        kept = begun(plan, None if options.small else options.results)
         keep = forget if options.small else partial(write, options.results)
-        results = paper.rounded(measured(study, keep))
+        results = paper.rounded(measured(study, kept, keep))
     print(tables(results))
     if options.image is not None:
         paper.picture(figure(results), options.image, 1500, 560)

@@ -119,18 +119,20 @@ class Kind:
 
 
 KINDS = (
-    Kind("none", Perturbed(), coef=0.0),
-    Kind("fresh, σ 2", Perturbed(sigma=2.0), coef=0.0),
+    Kind("none", Perturbed(), seeds=5, coef=0.0),
+    Kind("fresh, σ 2", Perturbed(sigma=2.0), seeds=5, coef=0.0),
     Kind(
         "8 updates late",
         Perturbed(staleness=8),
         ("none", "truncated", "sequence_masked"),
+        seeds=5,
         coef=0.0,
     ),
-    Kind("none", Perturbed()),
+    Kind("none", Perturbed(), seeds=5),
     Kind("fresh, σ 1", Perturbed(sigma=1.0), ("none", "truncated")),
-    Kind("fresh, σ 2", Perturbed(sigma=2.0), ("none", "truncated")),
-    Kind("8 updates late", Perturbed(staleness=8), ALL),
+    Kind("fresh, σ 2", Perturbed(sigma=2.0), ("none", "truncated"), 5),
+    Kind("8 updates late", Perturbed(staleness=8), ALL, 5),
+    Kind("fresh, σ 0.1", Perturbed(sigma=0.1)),
     Kind("fixed, σ 2", Perturbed(sigma=2.0, noise="fixed")),
     Kind("top-p 0.9", Perturbed(top_p=0.9)),
     Kind("fresh, σ 0.3", Perturbed(sigma=0.3), seeds=2),

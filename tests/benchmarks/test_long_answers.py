@@ -137,6 +137,7 @@ def test_each_variant_differs_from_vapo_in_what_its_name_says(study):
         "without length-adaptive λ": {"advantage"},
         "λ = 1": {"advantage"},
         "group mean, no critic": {"advantage", "value_loss"},
+        "Monte Carlo values, no critic": {"advantage", "value_loss"},
         "without positive examples": {"positives"},
         "without clip-higher": {"policy_loss"},
         "without token-level loss": {"aggregation"},
@@ -145,6 +146,44 @@ def test_each_variant_differs_from_vapo_in_what_its_name_says(study):
         "PPO",
         "without value pretraining",
     }
+
+
+def test_only_rows_that_are_missing_are_made_those_of_a_seed_first(study, monkeypatch):
+    class Made:
+        plan, world = study.Plan(seeds=2), study.World()
+
+        def probed(self, origin, seed):
+            return origin, seed
+
+        def trained(self, variant, seed):
+            return variant.name, seed
+
+    monkeypatch.setattr(study, "by_position", lambda answers: answers)
+    monkeypatch.setattr(study, "of_run", lambda world, run: run)
+    for name in ("critic_cells", "run_cells"):
+        monkeypatch.setattr(study, name, lambda *_: [])
+    kept = study.begun(Made.plan, None)
+    kept["critics"] = {origin: ["kept", "kept"] for origin in study.ORIGINS}
+    first, *others = [variant.name for variant in study.VARIANTS]
+    kept["runs"] = {first: ["kept"], others[0]: ["kept", "kept"]}
+    states = []
+    results = study.measured(Made(), kept, lambda r: states.append(json.dumps(r["runs"])))
+    assert results["runs"][first] == ["kept", (first, 1)]
+    assert results["runs"][others[0]] == ["kept", "kept"]
+    assert all(results["runs"][name] == [(name, 0), (name, 1)] for name in others[1:])
+    assert len(states) == 1 + 2 * len(others[1:])
+    halfway = json.loads(states[len(others[1:]) - 1])
+    assert [len(runs) for runs in halfway.values()] == [1, 2, *[1] * len(others[1:])]
+
+
+def test_results_of_another_plan_are_refused_and_other_numbers_of_seeds_are_not(study, tmp_path):
+    file = tmp_path / "results.json"
+    assert study.begun(study.Plan(seeds=2), file)["runs"] == {}
+    study.write(file, {**study.begun(study.Plan(seeds=2), None), "runs": {"VAPO": [1, 2]}})
+    found = study.begun(study.Plan(seeds=5), file)
+    assert found["runs"] == {"VAPO": [1, 2]} and found["plan"]["seeds"] == 5
+    with pytest.raises(SystemExit, match="results of another plan"):
+        study.begun(study.Plan(steps=25), file)
 
 
 @pytest.mark.slow

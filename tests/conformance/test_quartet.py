@@ -5,8 +5,11 @@ from pathlib import Path
 
 from rl_conformance import CLAIMS, load
 from rl_conformance.report import Report, as_markdown, judge_library
+from tests.conformance.checkouts import CHECKOUTS
 
 RESULTS = Path("conformance/results")
+INSTALLED = ("quartet", "trl-1.16.0", "trl-1.10.0", "trl-ppo-1.10.0", "verl", "areal", "torchtune")
+NAMES = (*INSTALLED, *CHECKOUTS)
 CONVENTIONS = {
     "pairs/kto",
     "groups/small-scores",
@@ -18,8 +21,7 @@ CONVENTIONS = {
 
 def published():
     """The stored reports in the order of the table."""
-    names = ("quartet", "trl-1.16.0", "trl-1.10.0", "trl-ppo-1.10.0", "verl", "areal", "torchtune")
-    files = [RESULTS / f"{name}.json" for name in names]
+    files = [RESULTS / f"{name}.json" for name in NAMES]
     assert set(files) == set(RESULTS.glob("*.json"))
     return [
         Report.from_json(each) for file in files for each in json.loads(file.read_text("utf-8"))

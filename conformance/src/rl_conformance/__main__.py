@@ -2,6 +2,7 @@
 
     python -m rl_conformance                      every library that is installed here
     python -m rl_conformance --library trl --json trl.json
+    python -m rl_conformance --library openrlhf=FOLDER   from a checkout of its repository
     python -m rl_conformance --table trl.json verl.json --into page.md
 
 Exit codes: 0 every claim that was checked holds or differs by a stated convention, 2 the request
@@ -32,8 +33,9 @@ def arguments() -> argparse.ArgumentParser:
         "--library",
         action="append",
         metavar="NAME",
-        help=f"which to judge: {', '.join(ADAPTERS)}, or file.py:Class of an adapter; may be "
-        "repeated. Default: every one that can be imported.",
+        help=f"which to judge: {', '.join(ADAPTERS)}, or file.py:Class of an adapter; with =FOLDER "
+        "behind it for a library that is called from a checkout; may be repeated. Default: every "
+        "one that can be imported.",
     )
     parser.add_argument(
         "--claim",

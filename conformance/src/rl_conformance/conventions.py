@@ -20,6 +20,7 @@ EMPTY_IS_ZERO = "a response without tokens counts as 0"
 MEAN_OF_MEANS = "mean of the pieces' own means"
 AS_K3 = "k3 as a loss"
 AS_K1 = "k1 as a loss"
+WITHOUT_RATIO = "the on-policy gradient of k3, without the ratio to the policy that sampled"
 
 
 def epsilon(eps: float) -> str:

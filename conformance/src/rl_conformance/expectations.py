@@ -122,7 +122,7 @@ def kl_loss(is_off_policy: bool) -> Claim:
         exact, *others = exact_gradients(old.double())
         alternatives = dict(
             zip(
-                (conventions.AS_K3, conventions.AS_K1),
+                (conventions.AS_K3, conventions.AS_K1, conventions.WITHOUT_RATIO),
                 (tensors_of([each]) for each in others),
                 strict=True,
             )
@@ -141,14 +141,17 @@ def kl_loss(is_off_policy: bool) -> Claim:
 
 def exact_gradients(old: Tensor) -> list[Tensor]:
     """Return the gradient of KL(π ‖ π_ref), and those that k3 and k1 have as losses on what π_old
-    sampled, by autograd over the whole vocabulary."""
+    sampled, and k3 with the gradient of its own probability, by autograd over the whole
+    vocabulary."""
     parameters = POLICY[0].double().clone().requires_grad_()
     own, reference = parameters.log_softmax(dim=0), REFERENCE[0].double().log_softmax(dim=0)
     difference = own - reference
+    k3 = (-difference).exp() - 1 + difference
     terms = [
         (own.exp() * difference).sum(),
-        (old.exp() * ((-difference).exp() - 1 + difference)).sum(),
+        (old.exp() * k3).sum(),
         (old.exp() * difference).sum(),
+        (old.exp() * (own - own.detach()).exp() * k3).sum(),
     ]
     return [torch.autograd.grad(each, parameters, retain_graph=True)[0] for each in terms]
 
