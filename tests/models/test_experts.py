@@ -10,12 +10,13 @@ from quartet.generation.decoders import RowDecoder, make_decoder
 from quartet.generation.fused import RoutedExperts
 from quartet.models.adapters import POLICY, AdapterError, adapters_of, add_adapter, named_layers
 from quartet.models.experts import expert_mlp, held_mlp
-from quartet.models.language_model import save
+from quartet.models.language_model import ModelError, save
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_in
 from quartet.models.quantize import QuantizeError, quantize
 from quartet.models.skeleton import skeleton
 from quartet.planning.memory import folder_sizes
+from quartet.runs.charts import charts
 from quartet.worlds import make_world
 from tests.support.tiny_run import make_run
 from tests.support.world import tokenizer
@@ -121,6 +122,7 @@ def test_a_run_trains_every_expert_and_samples_what_it_scores(tmp_path, monkeypa
     run = make_run(
         tmp_path / "runs", "reviews", f'policy.model="{tmp_path / "lm"}"', "run.steps=2",
         'recipe=["sft","reward_model","ppo"]', "sft.steps=3", "sft.batch_size=8",
+        "policy.router_aux_loss_coef=0.01",
     )  # fmt: skip
     after = load_file(run.path / "policy" / "model.safetensors")
     experts = [name for name in after if ".experts." in name]
@@ -128,4 +130,22 @@ def test_a_run_trains_every_expert_and_samples_what_it_scores(tmp_path, monkeypa
     for name in experts:
         assert not torch.equal(before[name], after[name]), name
     assert max(run.series["ppo"].columns["sampler_mismatch"]) < 1e-4
+    for stage, roles in {
+        "sft": ["experts"],
+        "reward_model": ["experts"],
+        "ppo": ["experts", "critic_experts"],
+    }.items():
+        for role in roles:
+            columns = run.series[stage].columns
+            assert all(1.5 < x < EXPERTS for x in columns[f"{role}/balance_loss"])
+            assert all(CHOSEN / EXPERTS <= x <= 1 for x in columns[f"{role}/largest_share"])
     assert pq.read_table(run.path / "rollouts" / "000002.parquet").num_rows
+    titles = [chart.title for chart, _ in charts(run.series["ppo"])]
+    assert "Largest share of one expert" in titles and "Load-balancing loss" in titles
+
+
+def test_balancing_a_load_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(
+        ModelError, match="policy.router_aux_loss_coef = 0.01: llama is none of the mi"
+    ):
+        make_run(tmp_path, "reviews", "policy.router_aux_loss_coef=0.01")
