@@ -197,6 +197,11 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "torchrun_restarts_itself": (PPO, {"launch.type": "torchrun", "launch.restarts": 1}),
     "every_rank_has_a_part": (PPO, {"launch.processes": 3, "launch.shard": 2}),
     "trust_region_excludes_compile": (PPO, {"policy.compile": True, **TRUST_REGION}),
+    "trust_region_excludes_balancing": (PPO, {"policy.router_aux_loss_coef": 0.1, **TRUST_REGION}),
+    "compile_excludes_balancing": (
+        PPO,
+        {"policy.router_aux_loss_coef": 0.1, "policy.compile": True},
+    ),
     "trust_region_excludes_sharding": (
         PPO,
         {"launch.processes": 2, "launch.shard": True, **TRUST_REGION},

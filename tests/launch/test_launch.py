@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from quartet.assembly import build
-from quartet.assembly.models import device
+from quartet.assembly.device import device
 from quartet.config.run import Launch
 from quartet.config.toml import ConfigError, read_settings
 from quartet.distributed.process_group import TorchProcessGroup

@@ -6,19 +6,27 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quartet.config.toml import read_settings
 from quartet.generation.decoders import RowDecoder, make_decoder
 from quartet.generation.fused import RoutedExperts
+from quartet.generation.native import NativeGenerator
+from quartet.generation.sampling import Sampling
+from quartet.generation.slots import SlotDecoder
 from quartet.models.adapters import POLICY, AdapterError, adapters_of, add_adapter, named_layers
-from quartet.models.experts import expert_mlp, held_mlp
-from quartet.models.language_model import save
+from quartet.models.experts import expert_mlp, grouped_experts, held_mlp
+from quartet.models.language_model import ModelError, save
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_in
 from quartet.models.quantize import QuantizeError, quantize
 from quartet.models.skeleton import skeleton
 from quartet.planning.memory import folder_sizes
+from quartet.planning.plan import plan
+from quartet.recipes import recipe_path
+from quartet.runs.charts import charts
 from quartet.worlds import make_world
+from tests.support.pretended_device import on_device, pretended
 from tests.support.tiny_run import make_run
-from tests.support.world import tokenizer
+from tests.support.world import prompts, tokenizer
 
 ABSENT = object()
 HIDDEN, INNER, EXPERTS, CHOSEN, LAYERS = 32, 24, 6, 2, 2
@@ -55,6 +63,36 @@ def test_an_mlp_of_experts_is_the_weighted_sum_of_those_that_its_router_chooses(
             inner = torch.nn.functional.silu(gate) * up
             by_hand[token] += weight * (mlp.experts.down_proj[expert] @ inner)
     torch.testing.assert_close(expert_mlp(mlp, x), by_hand, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+def test_few_kernels_give_the_experts_outputs(num_tokens):
+    """Also where experts get no token."""
+    experts = mixture().base_model.layers[0].mlp.experts
+    x, logits = torch.randn(num_tokens, HIDDEN), torch.randn(num_tokens, EXPERTS)
+    weights, chosen = logits.softmax(-1).topk(CHOSEN)
+    ours = grouped_experts(experts, torch.arange(EXPERTS), x, chosen, weights)
+    torch.testing.assert_close(ours, experts(x, chosen, weights), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_a_decoded_token_of_a_mixture_costs_few_kernels_and_hardly_a_wait(kind):
+    """Ceilings, to be lowered when they are beaten. Routers and experts are 25 of the 35 of a layer."""
+    layers, rows = 6, 16
+    with pretended() as counts:
+        made = compute_in(on_device(mixture(kind=kind, num_hidden_layers=layers)), torch.bfloat16)
+        assert isinstance(make_decoder(made, 60), SlotDecoder)
+        generator = NativeGenerator(made, tokenizer(), frozenset({10**6}), 0)
+
+        def cost(tokens):
+            counts.reset()
+            generator.generate(prompts(rows), Sampling(max_new_tokens=tokens))
+            return sum(counts.kernels.values()), sum(counts.waits.values())
+
+        cost(4)
+        (few, waits_few), (many, waits_many) = cost(8), cost(40)
+    assert (many - few) / 32 <= 35 * layers + 43
+    assert (waits_many - waits_few) / 32 <= 0.13
 
 
 def test_a_decoder_shares_the_experts_and_rounds_trained_ones_once():
@@ -105,6 +143,9 @@ def test_the_planner_counts_the_experts_of_a_token(tmp_path):
     counted = Lora(rank=2).parameters(HIDDEN, LAYERS, None)
     assert counted == sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     assert sizes.idle_parameters == LAYERS * (EXPERTS - CHOSEN) * of_one_expert
+    words = [f'policy.model="{tmp_path}"', "policy.adapter.type=lora", "policy.adapter.rank=2"]
+    planned = plan(read_settings(recipe_path("reviews"), words).config)
+    assert planned.models["adapter (attention only, no experts)"] == counted
     # Mixtral has no width of its own for experts.
     mixtral = mixture(kind="mixtral", moe_intermediate_size=ABSENT)
     save(mixtral, tokenizer(), tmp_path)
@@ -121,6 +162,7 @@ def test_a_run_trains_every_expert_and_samples_what_it_scores(tmp_path, monkeypa
     run = make_run(
         tmp_path / "runs", "reviews", f'policy.model="{tmp_path / "lm"}"', "run.steps=2",
         'recipe=["sft","reward_model","ppo"]', "sft.steps=3", "sft.batch_size=8",
+        "policy.router_aux_loss_coef=0.01",
     )  # fmt: skip
     after = load_file(run.path / "policy" / "model.safetensors")
     experts = [name for name in after if ".experts." in name]
@@ -128,4 +170,22 @@ def test_a_run_trains_every_expert_and_samples_what_it_scores(tmp_path, monkeypa
     for name in experts:
         assert not torch.equal(before[name], after[name]), name
     assert max(run.series["ppo"].columns["sampler_mismatch"]) < 1e-4
+    for stage, roles in {
+        "sft": ["experts"],
+        "reward_model": ["experts"],
+        "ppo": ["experts", "critic_experts"],
+    }.items():
+        for role in roles:
+            columns = run.series[stage].columns
+            assert all(1.5 < x < EXPERTS for x in columns[f"{role}/balance_loss"])
+            assert all(CHOSEN / EXPERTS <= x <= 1 for x in columns[f"{role}/largest_share"])
     assert pq.read_table(run.path / "rollouts" / "000002.parquet").num_rows
+    titles = [chart.title for chart, _ in charts(run.series["ppo"])]
+    assert "Largest share of one expert" in titles and "Load-balancing loss" in titles
+
+
+def test_balancing_a_load_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(
+        ModelError, match="policy.router_aux_loss_coef = 0.01: llama is none of the mi"
+    ):
+        make_run(tmp_path, "reviews", "policy.router_aux_loss_coef=0.01")

@@ -114,7 +114,7 @@ def test_what_rests_in_main_memory_leaves_room():
 def test_generation_by_hand():
     """14 GB of weights in bf16; a token's keys and values are 2 · 32 layers · 4096 · 2 bytes = 524,288; an answer holds 600 of them
     on average, and may hold 1,200."""
-    assert SEVEN_B.cache_bytes == 524_288
+    assert SEVEN_B.row_bytes(1) == 524_288
     many = dataclasses.replace(SEVEN_B, rows=4096)
     alone, pairs, fours = generation_memory(many, GPUS["h100"], 4)
     assert (alone.count, alone.each, pairs.count, pairs.each, fours.count, fours.each) == (

@@ -15,6 +15,7 @@ from quartet.algorithms.entropy import Entropy, EntropyBonus
 from quartet.algorithms.groups import AllGroups, Groups
 from quartet.algorithms.imitation import PositiveExamples, Pretraining
 from quartet.algorithms.kl import KL, KLInLoss, KLInReward
+from quartet.algorithms.load_balancing import Routing
 from quartet.algorithms.masked import masked, masked_mean
 from quartet.algorithms.policy_loss import Clip, PolicyLoss, Surrogate
 from quartet.algorithms.rewards import LastToken, Rewards, ScoreShape, whiten_keeping_mean
@@ -36,6 +37,9 @@ class Forward:
     values: Float[Tensor, "B T"] | None = None
     exact_kl: Float[Tensor, "B T"] | None = None
     """KL(π ‖ π_ref) over the whole vocabulary, where the algorithm asks for it."""
+    routing: Routing | None = None
+    """What the actor's routers said, if it is a mixture of experts that is trained."""
+    critic_routing: Routing | None = None
 
     def within(self, mask: Bool[Tensor, "B T"]) -> "Forward":
         """Return these outputs with 0 outside the mask, where their gradient is 0, too."""

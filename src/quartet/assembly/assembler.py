@@ -14,8 +14,10 @@ import torch
 
 from quartet.algorithms.update import TrustRegion
 from quartet.assembly.data import Rows
+from quartet.assembly.device import device
 from quartet.assembly.generators import Generators
-from quartet.assembly.models import Models, device
+from quartet.assembly.model_checks import check_models
+from quartet.assembly.models import Models
 from quartet.assembly.named import resolved_model, with_resolved_models
 from quartet.assembly.rewards import RewardMaker
 from quartet.config.tables import Config, SeparateCritic, TrainTokenizer
@@ -111,7 +113,7 @@ class Assembler:
         self.models = Models(config, self.policy_model, self.tokenizer, self.device, process_group)
         longest = self.models.longest_sequence()
         self.encoder = self._encoder(longest)
-        self.models.check()
+        check_models(self.models)
         self.micro_batch_tokens = self._micro_batch_tokens()
         texts = TokenTexts(self.tokenizer)
         self.rewards = RewardMaker(

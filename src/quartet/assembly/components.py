@@ -93,6 +93,7 @@ def _learner(
         assembler.micro_batch_tokens,
         assembler.process_group,
         placement,
+        config.policy.router_aux_loss_coef,
     )
 
 

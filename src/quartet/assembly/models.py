@@ -11,11 +11,9 @@ import torch
 
 from quartet.algorithms.update import TrustRegion
 from quartet.assembly.named import resolved_model
-from quartet.assembly.reference import check_reference
 from quartet.config.run import PrecisionName, Role, RolePrecision
-from quartet.config.tables import Config, SeparateCritic
-from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
-from quartet.io.texts import excerpt
+from quartet.config.tables import Config
+from quartet.distributed.process_group import ProcessGroup, TorchProcessGroup
 from quartet.models.actor_critic import freeze, pad_token_id
 from quartet.models.adapters import (
     POLICY,
@@ -31,29 +29,25 @@ from quartet.models.adapters import (
     read_adapter,
 )
 from quartet.models.architectures import longest_fused, why_not_fused
-from quartet.models.heads import AdaptedScalar, ScalarModel, attach, define_classifier
+from quartet.models.heads import AdaptedScalar, ScalarModel, attach
 from quartet.models.language_model import (
-    ModelError,
     add_embeddings,
-    check_generates,
     create,
     language_config,
     load_model,
     longest_of,
-    read_config,
     shape_config,
 )
 from quartet.models.loading import Rows, fill, trunk_weights, weights_for
 from quartet.models.precision import DTYPES, best_precision, compute_dtype, compute_in
 from quartet.models.protocols import Tokenizer
 from quartet.models.quantize import quantize
-from quartet.models.recurrent import is_recurrent, why_not_sampled
+from quartet.models.recurrent import is_recurrent
 from quartet.models.shape import Shape
 from quartet.models.skeleton import skeleton
 from quartet.models.support import limit_support
 from quartet.models.text_classifier import (
     TextReader,
-    check_backbone,
     load_scorer,
     new_scorer,
     reads_tokens_of,
@@ -121,70 +115,6 @@ class Models:
         if policy.create is not None:
             return policy.create.max_length
         return longest_of(language_config(str(self.folder)))
-
-    def check(self) -> None:
-        """Check what is known of the models before they are loaded. Raises `ModelError`."""
-        policy = self.config.policy
-        if policy.compile and (why := self.why_slow()) is not None:
-            raise ModelError(
-                f"policy.compile = true: compiles Quartet's own forward pass, and {why}. Use false."
-            )
-        self._check_sampling()
-        if self.trained_backbone is not None:
-            self._check_backbone(self.trained_backbone)
-        if self.reference_model is not None:
-            longest = self.longest_sequence()
-            check_reference(self.config, self.reference_model, self.tokenizer, longest)
-        if self._needs_classifier():
-            define_classifier(self.policy_config())
-        if self.folder is not None:
-            config = read_config(self.folder)
-            check_generates(self.folder, config)
-            size = config.get_text_config().vocab_size
-            if len(self.tokenizer) > size and not policy.resize_embeddings:
-                raise ModelError(
-                    f"policy.tokenizer has {len(self.tokenizer):,} tokens, but "
-                    f"{self.config.policy.model} knows only {size:,}. "
-                    "Use the model's own tokenizer. Or set policy.resize_embeddings = true, which "
-                    "adds embeddings for the others."
-                )
-
-    def _check_backbone(self, folder: str) -> None:
-        """Raise `ModelError` unless reward models can be trained from a folder or hub id."""
-        config, reader = read_config(folder), self.text_reader
-        check_backbone(folder, config)
-        loss = self.config.reward_model.loss
-        if loss.needs_every_token and reader is not None and not reader.is_decoder:
-            raise ModelError(
-                f'reward_model.loss.type = "{loss.type}": reads a score at every token, and '
-                f"{folder} has one for the whole text. Use reward_model.loss = "
-                '{ type = "last_token" }.'
-            )
-        limit = longest_of(config)
-        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
-        if reader is None and limit < min(longest, self.longest_sequence()):
-            raise ModelError(
-                f"reward_model.model: {folder} reads at most {limit:,} tokens, and a prompt and a "
-                f"response can have {longest:,}. Lower data.max_prompt_tokens or "
-                "rollout.max_new_tokens."
-            )
-
-    def _check_sampling(self) -> None:
-        """Raise `ModelError` if answers would be sampled from a recurrent model that cannot be."""
-        why: str | None = why_not_sampled(self.policy_config())
-        if self.config.reads("rollout") and why is not None:
-            raise ModelError(
-                f"policy.model: {why}. Use another model, or a recipe that samples nothing, such "
-                "as sft or dpo."
-            )
-
-    def _needs_classifier(self) -> bool:
-        """Return whether the run makes a reward model or a critic of the policy's trunk."""
-        config = self.config
-        has_critic = config.algorithm is not None and config.algorithm.needs_critic
-        own_critic = has_critic and isinstance(config.critic, SeparateCritic)
-        has_trunk = "reward_model" in config.recipe and self.reward_backbone is None
-        return has_trunk or (config.rl_stage is not None and own_critic)
 
     @property
     def trained_backbone(self) -> str | None:
@@ -541,29 +471,3 @@ class Models:
             parts = self.config.launch.parts(group.world_size)
             self.meshes[group] = mesh_of(self.device.type, group, parts)
         return parallelize(model, self.meshes[group])
-
-
-GPUS = {"cuda": "NVIDIA", "mps": "Apple"}
-"""The makers of GPUs, by torch's names for the devices."""
-
-
-def device(name: str, process_group: ProcessGroup = SINGLE_PROCESS) -> torch.device:
-    """Return the device of this rank for the name in the config. Of several GPUs each rank gets
-    one. Raises `ModelError` if it cannot be used."""
-    if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    kind = name.partition(":")[0]
-    if kind in GPUS and not getattr(torch, kind).is_available():
-        raise ModelError(
-            f'run.device = "{name}": torch finds no {GPUS[kind]} GPU on this machine. Write "cpu", '
-            'or leave it out: "auto" takes a GPU where there is one.'
-        )
-    if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{process_group.local_rank % torch.cuda.device_count()}"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f'run.device = "{name}": cannot be used here ({excerpt(str(error), 100)}).'
-        ) from error

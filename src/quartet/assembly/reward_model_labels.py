@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quartet import files
-from quartet.assembly.models import device
+from quartet.assembly.device import device
 from quartet.assembly.serving import TextScorer
 from quartet.labels.log import Label, Verdict
 from quartet.labels.pairs import Pair, digest

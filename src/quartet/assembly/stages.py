@@ -77,6 +77,7 @@ def sft_stage(assembler: Assembler, name: str) -> SftStage:
         batch_size=settings.batch_size,
         micro_batch_tokens=assembler.micro_batch_tokens,
         seed=assembler.config.seed,
+        balance_coef=assembler.config.policy.router_aux_loss_coef,
         evaluating=_evaluating(settings),
         process_group=assembler.process_group,
     )
@@ -110,6 +111,7 @@ def reward_model_stage(assembler: Assembler, name: str) -> RewardModelStage:
         batch_size=settings.batch_size,
         micro_batch_tokens=assembler.micro_batch_tokens,
         seed=config.seed + MEMBER_SEEDS * ((number or 1) - 1),
+        balance_coef=assembler.config.policy.router_aux_loss_coef,
         evaluating=_evaluating(settings),
         process_group=assembler.process_group,
         round=own,
@@ -163,6 +165,7 @@ def preference_stage(assembler: Assembler, name: str) -> PreferenceStage:
         batch_size=settings.batch_size,
         micro_batch_tokens=assembler.micro_batch_tokens,
         seed=assembler.config.seed,
+        balance_coef=assembler.config.policy.router_aux_loss_coef,
         evaluating=_evaluating(settings),
         starts_at_reference=config.reference.model is None,
         process_group=assembler.process_group,
@@ -211,6 +214,7 @@ def ilql_stage(assembler: Assembler, name: str) -> IlqlStage:
         batch_size=settings.batch_size,
         micro_batch_tokens=assembler.micro_batch_tokens,
         seed=assembler.config.seed,
+        balance_coef=assembler.config.policy.router_aux_loss_coef,
         evaluating=_evaluating(settings),
         process_group=assembler.process_group,
     )

@@ -232,7 +232,7 @@ def serve_reward(
             "--token-env NAME."
         )
     listener = bound_socket(host, port)
-    from quartet.assembly.models import device
+    from quartet.assembly.device import device
     from quartet.assembly.serving import TextScorer
     from quartet.models.language_model import ModelError
 

@@ -94,6 +94,12 @@ class Policy:
         description="How many of the first layers are frozen, with the embeddings. Reference and "
         "critic share frozen layers with the actor.",
     )
+    router_aux_loss_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="What multiplies the load-balancing loss of a mixture of experts, wherever it "
+        "is trained: as policy, reward model or critic. Typical: 0.001 to 0.01.",
+    )
     gradient_checkpointing: bool = Field(
         default=False,
         description="Keep only the input of each block for the backward pass, and compute the rest "

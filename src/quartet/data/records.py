@@ -28,3 +28,8 @@ class Comparison:
     rejected_ids: tuple[int, ...]
     margin: float = 0.0
     """By how much the chosen side must win, where the row says it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of both sides, each with the prompt."""
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)

@@ -17,6 +17,11 @@ class MicroBatch:
     """False for rows of another rank, which this rank computes only to take part in that pass:
     their losses and outputs must not be used."""
 
+    def share_of(self, lengths: Sequence[int]) -> float:
+        """Return the share of the tokens of all rows that these rows have; 0 where they do not
+        count."""
+        return self.counts * sum(lengths[i] for i in self.rows) / sum(lengths)
+
 
 @dataclass(frozen=True)
 class Prefix:

@@ -7,6 +7,8 @@ from quartet.tensors import torch
 MIN_ROWS = 64
 """Rows that are decoded together however large their keys and values are. With fewer rows, reading
 the weights for each step would cost more than the memory is worth."""
+PLAIN_ROWS = 512
+"""Rows that are decoded together by the model's own forward, whatever their cache takes."""
 
 WIDE_WEIGHT = 2**26
 """A matrix of so many numbers, the head of a large vocabulary, is not copied into another

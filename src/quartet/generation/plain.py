@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from quartet.generation.cache import PLAIN_ROWS
 from quartet.models.language_model import ModelError
 from quartet.models.padding import left_pad
 from quartet.models.protocols import CausalModel
@@ -33,7 +34,7 @@ class PlainDecoder:
         """Raises ModelError for a recurrent model that is not known."""
         if (why := why_not_sampled(model.config)) is not None:
             raise ModelError(f"{why}.")
-        self.model, self.max_rows = model, max_rows or 512
+        self.model, self.max_rows = model, max_rows or PLAIN_ROWS
         takes = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in takes
         self.attends = "past_key_values" in takes

@@ -16,9 +16,11 @@ from quartet.models.logprobs import at_least_float32
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.protocols import CausalModel
 from quartet.models.q_heads import QHeads
+from quartet.models.routing import recorded_routing
 from quartet.tensors import Float, Tensor
 from quartet.training.budget import Budget
 from quartet.training.finite import check_finite
+from quartet.training.load_balancing import LoadBalancing
 from quartet.training.optim import Optimizer
 from quartet.training.optimizer_step import optimizer_step, sum_of_losses
 
@@ -52,20 +54,27 @@ class IlqlLearner:
         heads: QHeads,
         loss: Ilql,
         process_group: ProcessGroup = SINGLE_PROCESS,
+        balance_coef: float = 0.0,
     ) -> None:
+        """`balance_coef` multiplies the load-balancing loss of a mixture of experts."""
         self.model, self.heads, self.loss, self.process_group = model, heads, loss, process_group
+        self.balance_coef = balance_coef
 
     def step(
         self, batch: Sequence[Demonstration], optimizer: Optimizer, micro_batch_tokens: int
     ) -> dict[str, float]:
         """Take one optimizer step, move the target network, and return the metrics."""
         sums: list[Float[Tensor, "n"]] = []
+        balancing = LoadBalancing(self.balance_coef)
         metrics = optimizer_step(
-            self._losses(batch, micro_batch_tokens, sums), {"policy": optimizer}, self.process_group
+            self._losses(batch, micro_batch_tokens, sums, balancing),
+            {"policy": optimizer},
+            self.process_group,
         )
         if "skipped" in metrics:
             return metrics
         self.heads.follow(self.loss.polyak)
+        metrics |= balancing.metrics(self.process_group)
         return metrics | self._metrics(sums, num_tokens(batch))
 
     @torch.no_grad()
@@ -76,14 +85,19 @@ class IlqlLearner:
         }
 
     def _losses(
-        self, batch: Sequence[Demonstration], micro_batch_tokens: int, sums: list[Tensor]
+        self,
+        batch: Sequence[Demonstration],
+        micro_batch_tokens: int,
+        sums: list[Tensor],
+        balancing: LoadBalancing | None = None,
     ) -> Iterator[Float[Tensor, ""]]:
         """Yield the loss of each micro-batch; their sum over all ranks is the mean over the
         response tokens of the batch. This rank's sums for the metrics are appended to `sums`."""
         sizes = [len(row.prompt_ids) + len(row.response_ids) for row in batch]
         for micro_batch in self.process_group.micro_batches(sizes, micro_batch_tokens):
             rows = [batch[i] for i in micro_batch.rows]
-            values = self.action_values(rows)
+            with recorded_routing(self.model.base_model) as routers:
+                values = self.action_values(rows)
             terms = self.loss(values)
             losses = torch.stack(list(terms.values())).sum(0)
             if micro_batch.counts:
@@ -93,7 +107,10 @@ class IlqlLearner:
                 0, values.rows, losses.detach().float()
             )
             check_finite("the loss", per_row, [row.id for row in rows], samples.__getitem__)
-            yield micro_batch.counts * losses.sum() / num_tokens(batch)
+            loss = micro_batch.counts * losses.sum() / num_tokens(batch)
+            if balancing is not None:
+                loss = balancing.added_to(loss, routers.routing, micro_batch.share_of(sizes))
+            yield loss
 
     def action_values(self, rows: Sequence[Demonstration]) -> ActionValues:
         """Return what the models say of the response tokens of these rows. A row's reward is its

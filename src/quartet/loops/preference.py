@@ -18,10 +18,12 @@ from quartet.models.adapters import LanguageModel
 from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.protocols import CausalModel
+from quartet.models.routing import recorded_routing
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.tensors import Float, Tensor
 from quartet.training.budget import Budget
 from quartet.training.finite import check_finite
+from quartet.training.load_balancing import LoadBalancing
 from quartet.training.optim import Optimizer
 from quartet.training.optimizer_step import optimizer_step, sum_of_losses
 
@@ -107,15 +109,23 @@ def preference(
     steps: int,
     budget: Budget,
     done: int = 0,
+    balance_coef: float = 0.0,
 ) -> Iterator[Progress]:
     """Yield the steps that follow the first `done` ones. Each minimises the loss on one batch of
-    comparisons."""
+    comparisons, and `balance_coef` times the load-balancing loss of a mixture of experts."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
         metrics = budget.run_within(
             "the update",
             partial(
-                _step, model, reference, comparisons.next(), loss, optimizer, budget.process_group
+                _step,
+                model,
+                reference,
+                comparisons.next(),
+                loss,
+                optimizer,
+                budget.process_group,
+                balance_coef,
             ),
         )
         yield Progress(number, {**metrics, "lr": lr})
@@ -128,19 +138,22 @@ def _step(
     loss: PreferenceLoss,
     optimizer: Optimizer,
     process_group: ProcessGroup,
+    balance_coef: float,
     micro_batch_tokens: int,
 ) -> dict[str, float]:
     collected: list[Pairs] = []
+    balancing = LoadBalancing(balance_coef)
     metrics = optimizer_step(
-        _losses(model, reference, batch, loss, micro_batch_tokens, collected, process_group),
+        _losses(
+            model, reference, batch, loss, micro_batch_tokens, collected, process_group, balancing
+        ),
         {"policy": optimizer},
         process_group,
     )
-    return (
-        {**metrics, **preference_metrics(collected, process_group)}
-        if "skipped" not in metrics
-        else metrics
-    )
+    if "skipped" in metrics:
+        return metrics
+    metrics |= balancing.metrics(process_group)
+    return {**metrics, **preference_metrics(collected, process_group)}
 
 
 @torch.no_grad()
@@ -245,6 +258,7 @@ def _losses(
     micro_batch_tokens: int,
     collected: list[Pairs],
     process_group: ProcessGroup,
+    balancing: LoadBalancing | None = None,
 ) -> Iterator[Float[Tensor, ""]]:
     """Yield the loss of each micro-batch; their sum over all ranks is the loss of the batch. This
     rank's pairs are appended to `collected`."""
@@ -252,9 +266,11 @@ def _losses(
     if loss.needs_kl:
         assert reference is not None, "the loss needs a reference"
         kl = _mismatched_kl(model, reference, batch, micro_batch_tokens, process_group)
+    tokens = [comparison.num_tokens for comparison in batch]
     for micro_batch in process_group.micro_batches(_lengths(batch), micro_batch_tokens):
         comparisons = [batch[i] for i in micro_batch.rows]
-        chosen, rejected = _both_sides(model, comparisons)
+        with recorded_routing(model.base_model) as routers:
+            chosen, rejected = _both_sides(model, comparisons)
         ref_chosen, ref_rejected = None, None
         if reference is not None:
             with torch.no_grad():
@@ -273,7 +289,10 @@ def _losses(
         losses = loss(pairs)
         samples = [[*c.prompt_ids, *c.chosen_ids] for c in comparisons]
         check_finite("the loss", losses, [c.id for c in comparisons], samples.__getitem__)
-        yield micro_batch.counts * losses.sum() / len(batch)
+        total = micro_batch.counts * losses.sum() / len(batch)
+        if balancing is not None:
+            total = balancing.added_to(total, routers.routing, micro_batch.share_of(tokens))
+        yield total
 
 
 def _lengths(batch: Sequence[Comparison]) -> list[int]:

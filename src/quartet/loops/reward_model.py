@@ -14,9 +14,11 @@ from quartet.loops.progress import Progress
 from quartet.models.heads import ScalarModel
 from quartet.models.logprobs import scatter_to_tokens
 from quartet.models.padding import response_mask, right_pad
+from quartet.models.routing import recorded_routing
 from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
 from quartet.training.finite import check_finite
+from quartet.training.load_balancing import LoadBalancing
 from quartet.training.optim import Optimizer
 from quartet.training.optimizer_step import optimizer_step, sum_of_losses
 
@@ -29,14 +31,24 @@ def reward_model(
     steps: int,
     budget: Budget,
     done: int = 0,
+    balance_coef: float = 0.0,
 ) -> Iterator[Progress]:
     """Yield the steps that follow the first `done` ones. Each minimises a Bradley–Terry loss on one
-    batch of comparisons."""
+    batch of comparisons, and `balance_coef` times the load-balancing loss of a mixture of
+    experts."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
         metrics = budget.run_within(
             "the update",
-            partial(_step, model, comparisons.next(), loss, optimizer, budget.process_group),
+            partial(
+                _step,
+                model,
+                comparisons.next(),
+                loss,
+                optimizer,
+                budget.process_group,
+                balance_coef,
+            ),
         )
         yield Progress(number, {**metrics, "lr": lr})
 
@@ -47,17 +59,20 @@ def _step(
     loss: RewardModelLoss,
     optimizer: Optimizer,
     process_group: ProcessGroup,
+    balance_coef: float,
     micro_batch_tokens: int,
 ) -> dict[str, float]:
     margins = torch.zeros(len(batch), dtype=torch.float64)
+    balancing = LoadBalancing(balance_coef)
     metrics = optimizer_step(
-        _losses(model, batch, loss, micro_batch_tokens, margins, process_group),
+        _losses(model, batch, loss, micro_batch_tokens, margins, process_group, balancing),
         {"reward_model": optimizer},
         process_group,
     )
     if "skipped" in metrics:
         return metrics
     process_group.all_reduce(margins)
+    metrics |= balancing.metrics(process_group)
     return {**metrics, "accuracy": accuracy_of(margins), "margin": float(margins.mean())}
 
 
@@ -113,12 +128,15 @@ def _losses(
     micro_batch_tokens: int,
     margins: Float[Tensor, "P"],
     process_group: ProcessGroup,
+    balancing: LoadBalancing | None = None,
 ) -> Iterator[Float[Tensor, ""]]:
     """Yield the loss of each micro-batch; their sum over all ranks is the loss of the batch. The
     score differences of this rank's pairs are written into `margins`."""
+    tokens = [comparison.num_tokens for comparison in batch]
     for micro_batch in process_group.micro_batches(_lengths(batch), micro_batch_tokens):
         pairs = [batch[i] for i in micro_batch.rows]
-        sides = _forward(model, pairs, loss.needs_every_token)
+        with recorded_routing(model.trunk) as routers:
+            sides = _forward(model, pairs, loss.needs_every_token)
         scores = _last_scores(sides)
         check_finite(
             "the score", torch.cat(scores), [c.id for c in pairs] * 2, partial(_row_tokens, pairs)
@@ -133,7 +151,10 @@ def _losses(
             sides.differs,
             torch.tensor([c.margin for c in pairs], device=sides.chosen.device),
         )
-        yield micro_batch.counts * losses.sum() / len(batch)
+        total = micro_batch.counts * losses.sum() / len(batch)
+        if balancing is not None:
+            total = balancing.added_to(total, routers.routing, micro_batch.share_of(tokens))
+        yield total
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from quartet.loops.progress import Progress
 from quartet.models.protocols import CausalModel
 from quartet.training.budget import Budget
 from quartet.training.imitation import imitation_losses
+from quartet.training.load_balancing import LoadBalancing
 from quartet.training.optim import Optimizer
 from quartet.training.optimizer_step import optimizer_step, sum_of_losses
 
@@ -23,14 +24,18 @@ def sft(
     steps: int,
     budget: Budget,
     done: int = 0,
+    balance_coef: float = 0.0,
 ) -> Iterator[Progress]:
     """Yield the steps that follow the first `done` ones. Each minimises the mean negative
-    log-probability of the response tokens on one batch."""
+    log-probability of the response tokens on one batch, and `balance_coef` times the load-balancing
+    loss of a mixture of experts."""
     for number in range(done + 1, steps + 1):
         lr = optimizer.lr
         metrics = budget.run_within(
             "the update",
-            partial(_step, model, demonstrations.next(), optimizer, budget.process_group),
+            partial(
+                _step, model, demonstrations.next(), optimizer, budget.process_group, balance_coef
+            ),
         )
         yield Progress(number, {**metrics, "lr": lr})
 
@@ -40,13 +45,16 @@ def _step(
     batch: Sequence[Demonstration],
     optimizer: Optimizer,
     process_group: ProcessGroup,
+    balance_coef: float,
     micro_batch_tokens: int,
 ) -> dict[str, float]:
-    return optimizer_step(
-        imitation_losses(model, batch, micro_batch_tokens, process_group),
+    balancing = LoadBalancing(balance_coef)
+    metrics = optimizer_step(
+        imitation_losses(model, batch, micro_batch_tokens, process_group, balancing),
         {"policy": optimizer},
         process_group,
     )
+    return metrics | balancing.metrics(process_group)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from quartet.models.language_model import (
 )
 from quartet.models.logprobs import scatter_to_tokens, token_exact_kl
 from quartet.models.protocols import CausalModel, Tokenizer
+from quartet.models.routing import recorded_routing
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -77,12 +78,19 @@ class Separate:
         reference: LanguageModel | None = None,
         kept: KeptIds | None = None,
     ) -> Forward:
-        outputs = forward_positions(self.actor, tokens, mask)
+        with recorded_routing(self.actor.base_model) as actor_routers:
+            outputs = forward_positions(self.actor, tokens, mask)
         logprobs, entropy = statistics(
             self.actor, outputs, tokens, mask, temperature, entropy_gradient, kept
         )
         exact = exact_kl_to(reference, self.actor, outputs, tokens, mask, temperature, kept)
-        return Forward(logprobs, entropy, self.values(tokens, mask), exact)
+        if self.critic is None:
+            return Forward(logprobs, entropy, None, exact, actor_routers.routing)
+        with recorded_routing(self.critic.trunk) as critic_routers:
+            values = self.values(tokens, mask)
+        return Forward(
+            logprobs, entropy, values, exact, actor_routers.routing, critic_routers.routing
+        )
 
     def values(
         self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
@@ -122,7 +130,8 @@ class Shared:
         reference: LanguageModel | None = None,
         kept: KeptIds | None = None,
     ) -> Forward:
-        outputs = forward_positions(self.actor, tokens, mask)
+        with recorded_routing(self.actor.base_model) as routers:
+            outputs = forward_positions(self.actor, tokens, mask)
         logprobs, entropy = statistics(
             self.actor, outputs, tokens, mask, temperature, entropy_gradient, kept
         )
@@ -132,6 +141,7 @@ class Shared:
             entropy,
             values,
             exact_kl_to(reference, self.actor, outputs, tokens, mask, temperature, kept),
+            routers.routing,
         )
 
     def values(

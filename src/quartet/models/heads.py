@@ -46,7 +46,7 @@ from quartet.models.language_model import (
 from quartet.models.loading import Rows, fill, weights_for
 from quartet.models.logprobs import at_least_float32, predicting_positions, scatter_to_tokens
 from quartet.models.precision import compute_in
-from quartet.models.protocols import CausalModel, Tokenizer
+from quartet.models.protocols import CausalModel, Tokenizer, Trunk
 from quartet.models.skeleton import skeleton
 from quartet.models.trunk import hidden_states
 from quartet.tensors import Bool, Float, Int, Tensor
@@ -260,6 +260,12 @@ class ScalarModel(nn.Module):
     def centre(self, mean: float) -> None:
         setattr(self.model.config, CENTRE, mean)
 
+    @property
+    def trunk(self) -> Trunk:
+        """The model without the head."""
+        trunk: Trunk = self.model.base_model
+        return trunk
+
     def compute_in(self, dtype: torch.dtype) -> "ScalarModel":
         """Have the trunk compute in this dtype; the head and its numbers stay in float32."""
         compute_in(self.model, dtype, self.head)
@@ -268,7 +274,7 @@ class ScalarModel(nn.Module):
     def hidden(
         self, tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "N H"]:
-        return hidden_states(self.model.base_model, tokens, output_mask)
+        return hidden_states(self.trunk, tokens, output_mask)
 
     def forward(
         self, tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]
@@ -311,6 +317,10 @@ class AdaptedScalar(ScalarModel):
         self.collect_parameters()
         initialise(self.head, seed)
 
+    @property
+    def trunk(self) -> Trunk:
+        return self.view.model.base_model
+
     def compute_in(self, dtype: torch.dtype) -> "AdaptedScalar":
         """Do nothing: the trunk is the policy's, and computes as the policy does."""
         return self
@@ -332,7 +342,7 @@ class AdaptedScalar(ScalarModel):
         self, tokens: Int[Tensor, "B T"], output_mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "N H"]:
         with self.view.active():
-            return hidden_states(self.view.model.base_model, tokens, output_mask)
+            return hidden_states(self.trunk, tokens, output_mask)
 
     def save(
         self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from quartet.distributed.balance import Prefix
-from quartet.tensors import Bool, Int, Tensor
+from quartet.tensors import Bool, Float, Int, Tensor
 
 WORTH_PACKING = 0.1
 """The share of padding and of repeated prompts from which packing costs less time than computing
@@ -190,6 +190,27 @@ def take(x: Tensor, index: Int[Tensor, "n"]) -> Tensor:
     """Return x[index] for an index without repetitions."""
     rows: Tensor = _Take.apply(x, index)  # type: ignore[no-untyped-call]
     return rows
+
+
+def real_tokens(packed: Packed, output_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "N"]:
+    """Return 1 for each token of the rectangle of rows × width that is in its row, and 0 for
+    padding. `output_mask` is the one that was packed."""
+    positions = torch.arange(output_mask.shape[1])
+    lengths = torch.where(output_mask.cpu(), positions + 1, 0).amax(dim=1)
+    within = positions[: packed.width] < lengths[:, None]
+    return within.flatten().float().to(packed.tokens.device, non_blocking=True)
+
+
+def tokens_stood_for(packed: Packed, output_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "N"]:
+    """Return how many tokens of the rows each packed token stands for: 0 for padding, and more than
+    1 for a prompt that rows share. `output_mask` is the one that was packed."""
+    if packed.places is None:
+        return real_tokens(packed, output_mask)
+    ones = torch.ones(len(packed.tokens), device=packed.tokens.device)
+    if packed.repeats is None:
+        return ones
+    keys = packed.repeats.keys
+    return torch.zeros_like(ones).index_add_(0, keys, torch.ones_like(keys, dtype=ones.dtype))
 
 
 def unpacked(x: Tensor, packed: Packed, repeats: Repeats | None = None) -> Tensor:

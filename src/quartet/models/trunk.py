@@ -4,6 +4,7 @@ compiled blocks."""
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,9 @@ from quartet.models.fused import (
     layers_of,
     packed_hidden_states,
 )
-from quartet.models.packing import pack
+from quartet.models.packing import pack, real_tokens, take, tokens_stood_for
 from quartet.models.protocols import CausalModel, Trunk
+from quartet.models.routing import recorder_of
 from quartet.tensors import Bool, Float, Int, Tensor
 
 
@@ -36,8 +38,17 @@ def hidden_states(
     """
     device = next(trunk.parameters()).device
     packed = pack(tokens, output_mask, device)
+    recorder = recorder_of(trunk)
     if has_fused_forward(trunk, packed.width):
-        return packed_hidden_states(trunk, packed)
+        if recorder is None:
+            return packed_hidden_states(trunk, packed)
+        # All blocks compute all tokens, so that the last block's router is given them, too.
+        recorder.begin(tokens_stood_for(packed, output_mask))
+        every = torch.arange(len(packed.tokens), device=device)
+        states = packed_hidden_states(trunk, replace(packed, output_index=every))
+        return take(states, packed.output_index)
+    if recorder is not None:
+        recorder.begin(real_tokens(packed, output_mask))
     with checkpointing(trunk):
         hidden: Tensor = trunk(
             input_ids=tokens[:, : packed.width].to(device), use_cache=False

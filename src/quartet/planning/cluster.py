@@ -62,9 +62,8 @@ def _generating(work: Workload, gpu: Gpu, count: int, copies: Copies) -> tuple[S
     each, rows = copies.each, copies.rows
     turns = max(work.rows / (rows * copies.count), 1.0)
     weights, rate = float(work.number * work.parameters), gpu.rate(work.number)
-    read = (weights + rows * work.cache_bytes * (work.prompt + work.response / 2)) / (
-        gpu.bandwidth * each
-    )
+    cache = rows * work.row_bytes(work.prompt + work.response / 2)
+    read = (weights + cache) / (gpu.bandwidth * each)
     active = work.parameters - work.model.idle_parameters
     arithmetic = 2.0 * active * rows / (rate * each)
     prefill = 2.0 * active * work.rows * work.prompt / (rate * count)

@@ -22,6 +22,7 @@ from quartet.planning.memory import (
     number_bytes,
     policy_parameters,
     reference_share,
+    row_cache_bytes,
     sizes,
     trained_bytes,
 )
@@ -97,11 +98,9 @@ class Workload:
         blocks."""
         return float(max((self.parameters - self.beside) / max(self.model.layers, 1), self.beside))
 
-    @property
-    def cache_bytes(self) -> float:
-        """Bytes of the keys and values of one token."""
-        model = self.model
-        return 2 * model.layers * model.queries * model.hidden * model.heads_share * self.number
+    def row_bytes(self, tokens: int | float) -> float:
+        """Return the bytes that a decoder's cache holds of a row of so many tokens."""
+        return row_cache_bytes(self.model, tokens, self.number)
 
     @property
     def trained(self) -> int:
@@ -270,8 +269,8 @@ def generation_memory(work: Workload, gpu: Gpu, count: int, taken: float = 0.0) 
     average. `taken` is the memory that training holds on the same GPU. Raises `CannotFit`.
     """
     room, weights = gpu.memory * (1 - RESERVED) - taken, float(work.number * work.parameters)
-    per_row = work.cache_bytes * (work.prompt + work.response)
-    longest = work.cache_bytes * (work.prompt + work.longest)
+    per_row = work.row_bytes(work.prompt + work.response)
+    longest = work.row_bytes(work.prompt + work.longest)
     fitting = []
     for each in (1, 2, 4, HOST):
         copies = count // each
@@ -298,7 +297,7 @@ def native_generation(work: Workload, gpu: Gpu, ranks: int, taken: float = 0.0) 
     weights = decoder_weights(work) + (work.number * work.parameters if ranks > 1 else 0)
     columns = bucket(work.prompt + work.longest + LOOK_AHEAD, CACHE_COLUMNS)
     drawing = SAMPLING_COPIES * FLOAT * work.vocabulary
-    per_row, free = work.cache_bytes * columns, room - weights
+    per_row, free = work.row_bytes(columns), room - weights
     rows = min(math.ceil(work.rows / ranks), int(free / (2 * per_row + drawing)))
     if rows < 1:
         raise CannotFit(_no_room(weights, per_row, ranks, room))

@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quartet.config.tables import Config, SharedCritic
-from quartet.generation.cache import LOGITS_HELD, MIN_ROWS, WIDE_WEIGHT, cache_bytes
+from quartet.generation.cache import (
+    LOGITS_HELD,
+    MIN_ROWS,
+    PLAIN_ROWS,
+    WIDE_WEIGHT,
+    cache_bytes,
+)
 from quartet.models.architectures import ARCHITECTURES
+from quartet.planning.states import States, layer_kinds, states_of
 from quartet.rewards.sources import ModelSource
 from quartet.stages.kinds import BEST_OF_RESPONSES, CENTRING_PROMPTS
 from quartet.training.optimizer_types import ADAMW, TYPES, OptimizerType
@@ -61,6 +68,9 @@ class Sizes:
     idle_parameters: int = 0
     """Those of the experts that a token is not sent to; `intermediate` is the width of the others
     together."""
+    states: States | None = None
+    """What a row holds in a decoder beside keys and values; None where every layer has attention
+    and nothing else."""
 
     @property
     def matrix_parameters(self) -> float:
@@ -85,15 +95,13 @@ def folder_sizes(folder: str) -> Sizes | None:
         return None
     table = json.loads(file.read_text(encoding="utf-8"))
     table = table.get("text_config") or table  # of a model with images, the language model is used
-    hidden, layers = (
-        table.get("hidden_size") or table.get("n_embd"),
-        table.get("num_hidden_layers") or table.get("n_layer"),
-    )
+    hidden, layers = table.get("hidden_size") or table.get("n_embd"), len(layer_kinds(table))
     if not hidden or not layers:
         return None
     heads = table.get("num_attention_heads") or table.get("n_head") or 1
     share = (table.get("num_key_value_heads") or heads) / heads
-    width = (table.get("head_dim") or hidden / heads) * heads
+    head_size = table.get("head_dim") or table.get("attention_head_dim") or hidden / heads
+    width = head_size * heads
     intermediate = table.get("intermediate_size") or table.get("n_inner") or 4 * hidden
     idle = 0
     if experts := table.get("num_experts") or table.get("num_local_experts"):
@@ -104,7 +112,10 @@ def folder_sizes(folder: str) -> Sizes | None:
         intermediate = chosen * width_of_one + shared
     vocabulary = table.get("vocab_size") or 0
     is_fused = table.get("model_type") in ARCHITECTURES
-    return Sizes(hidden, layers, intermediate, share, width / hidden, vocabulary, is_fused, idle)
+    states = None if is_fused else states_of(table)
+    return Sizes(
+        hidden, layers, intermediate, share, width / hidden, vocabulary, is_fused, idle, states
+    )
 
 
 def policy_parameters(config: Config, vocabulary: int | None) -> int | None:
@@ -392,8 +403,9 @@ def _sampling_bytes(
     matrices = min(model.matrix_parameters, policy)
     embeddings = policy - matrices
     logits = LOGITS_HELD * FLOAT * (model.vocabulary or embeddings / max(model.hidden, 1))
-    row_bytes = number * cache_numbers(model, 1, tokens) + logits
-    rows = min(num_rows, max(cache_bytes() // row_bytes, MIN_ROWS))
+    row_bytes = row_cache_bytes(model, tokens, number) + logits
+    most = max(cache_bytes() // row_bytes, MIN_ROWS) if model.is_fused else PLAIN_ROWS
+    rows = min(num_rows, most)
     copied = 0.0
     if model.is_fused and config.policy.quantize is None:
         head = min(model.vocabulary * model.hidden, embeddings) or embeddings
@@ -428,8 +440,11 @@ def has_reward_model(models: Mapping[str, int | None]) -> bool:
     return any(role.startswith("reward model") for role in models)
 
 
-def cache_numbers(model: Sizes, rows: int, tokens: float) -> float:
-    """Return how many numbers the cache of a decoder has for rows of so many tokens. It has room
-    for the longest response of the rows that are left; the allocator keeps its memory for the next
-    step."""
-    return 2 * model.layers * model.heads_share * model.queries * model.hidden * rows * tokens
+def row_cache_bytes(model: Sizes, tokens: int | float, number: int) -> float:
+    """Return the bytes of the cache of a decoder for a row of so many tokens, with so many bytes to
+    a number: keys, values and recurrent states. It has room for the longest response of the rows
+    that are left; the allocator keeps its memory for the next step."""
+    states = model.states or States(model.layers)
+    keys = model.heads_share * model.queries * model.hidden * tokens
+    numbers = 2 * states.attention_layers * keys + states.convolution
+    return number * numbers + FLOAT * states.state

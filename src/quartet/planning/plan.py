@@ -92,7 +92,10 @@ def _adapters(config: Config, adapter: int, policy: int | None) -> dict[str, int
     """Return the models beside the policy in a run with an adapter, where the trunk is the
     reference unless that has a folder of its own: adapters on it, and reward models that were
     trained elsewhere."""
-    roles: dict[str, int | None] = {"adapter": adapter}
+    model = sizes(config)
+    leaves_experts_out = model is not None and model.idle_parameters > 0
+    name = "adapter (attention only, no experts)" if leaves_experts_out else "adapter"
+    roles: dict[str, int | None] = {name: adapter}
     if (
         config.algorithm
         and config.algorithm.needs_critic

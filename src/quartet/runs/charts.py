@@ -51,6 +51,12 @@ CHARTS = (
     Chart("Log-probabilities", ("logprobs/*",)),
     Chart("Terms of the loss", ("loss/*",)),
     Chart("Gradient norm", ("grad_norm/*",)),
+    Chart(
+        "Largest share of one expert",
+        ("experts/largest_share", "critic_experts/largest_share"),
+        percent=True,
+    ),
+    Chart("Load-balancing loss", ("experts/balance_loss", "critic_experts/balance_loss")),
     Chart("KL per token, nats", ("kl/token_*",)),
     Chart("Coefficients", ("kl/coef", "policy/beta")),
     Chart("Groups without signal", ("groups_without_signal",), percent=True),

@@ -204,6 +204,34 @@ DEFINITIONS = (
         "It is 0 except for noise. Below 0, rollouts are greedy or filtered.",
     ),
     Definition(
+        "experts/balance_loss",
+        "load-balancing loss",
+        "the load-balancing loss of the routers of a mixture of experts, before its coefficient "
+        "(policy.router_aux_loss_coef)",
+        "It is near the number of experts of a token where all have the same load, and larger "
+        "where few experts have most of it.",
+    ),
+    Definition(
+        "experts/largest_share",
+        "largest share of one expert",
+        "the largest share of the step's tokens that one expert of one layer was given",
+        "Near 1, a router sends every token to the same expert. Even, it is the number of experts "
+        "of a token over the number of experts.",
+    ),
+    Definition(
+        "critic_experts/balance_loss",
+        "load-balancing loss of the critic",
+        "the load-balancing loss of the critic's routers, before its coefficient",
+        "It is read as that of the policy.",
+    ),
+    Definition(
+        "critic_experts/largest_share",
+        "largest share of one expert of the critic",
+        "the largest share of the step's tokens that one expert of one of the critic's layers was "
+        "given",
+        "It is read as that of the policy.",
+    ),
+    Definition(
         "staleness/mean",
         "staleness",
         "the mean number of updates between the weights that sampled a token and those that "

@@ -38,6 +38,8 @@ class IlqlStage:
     batch_size: int
     micro_batch_tokens: int
     seed: int
+    balance_coef: float = 0.0
+    """What multiplies the load-balancing loss of a mixture of experts."""
     evaluating: Evaluating = NOT_EVALUATED
     name: str = "ilql"
     title: str = "ilql"
@@ -49,7 +51,7 @@ class IlqlStage:
         sampler = Sampler(self.rows, self.batch_size, self.seed)
         optimizer = self.optimizer(model, heads)
         budget = Budget(self.micro_batch_tokens, self.process_group)
-        learner = IlqlLearner(model, heads, self.loss, self.process_group)
+        learner = IlqlLearner(model, heads, self.loss, self.process_group, self.balance_coef)
 
         def evaluate() -> dict[str, float]:
             with activity("held-out rows"):

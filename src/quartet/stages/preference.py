@@ -44,6 +44,8 @@ class PreferenceStage:
     batch_size: int
     micro_batch_tokens: int
     seed: int
+    balance_coef: float = 0.0
+    """What multiplies the load-balancing loss of a mixture of experts."""
     evaluating: Evaluating = NOT_EVALUATED
     starts_at_reference: bool = True
     """Whether the reference is the model that the stage starts from."""
@@ -83,7 +85,15 @@ class PreferenceStage:
         def steps(done: int) -> Iterator[Progress]:
             return held_out.during(
                 preference(
-                    model, reference, source, self.loss, optimizer, self.num_steps, budget, done
+                    model,
+                    reference,
+                    source,
+                    self.loss,
+                    optimizer,
+                    self.num_steps,
+                    budget,
+                    done,
+                    self.balance_coef,
                 )
             )
 

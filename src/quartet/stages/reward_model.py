@@ -86,6 +86,8 @@ class RewardModelStage:
     batch_size: int
     micro_batch_tokens: int
     seed: int
+    balance_coef: float = 0.0
+    """What multiplies the load-balancing loss of a mixture of experts."""
     evaluating: Evaluating = NOT_EVALUATED
     name: str = "reward_model"
     title: str = "reward model"
@@ -126,7 +128,16 @@ class RewardModelStage:
 
         def steps(done: int) -> Iterator[Progress]:
             return held_out.during(
-                reward_model(model, sampler, self.loss, optimizer, self.num_steps, budget, done)
+                reward_model(
+                    model,
+                    sampler,
+                    self.loss,
+                    optimizer,
+                    self.num_steps,
+                    budget,
+                    done,
+                    self.balance_coef,
+                )
             )
 
         def finish() -> Summary:

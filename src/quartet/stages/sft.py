@@ -33,6 +33,8 @@ class SftStage:
     batch_size: int
     micro_batch_tokens: int
     seed: int
+    balance_coef: float = 0.0
+    """What multiplies the load-balancing loss of a mixture of experts."""
     evaluating: Evaluating = NOT_EVALUATED
     name: str = "sft"
     title: str = "sft"
@@ -58,7 +60,17 @@ class SftStage:
         held_out = HeldOut(self.evaluating, self.num_steps, optimizer.parameters, evaluate)
 
         def steps(done: int) -> Iterator[Progress]:
-            return held_out.during(sft(model, sampler, optimizer, self.num_steps, budget, done))
+            return held_out.during(
+                sft(
+                    model,
+                    sampler,
+                    optimizer,
+                    self.num_steps,
+                    budget,
+                    done,
+                    self.balance_coef,
+                )
+            )
 
         def finish() -> Summary:
             held_out.restore_best()

@@ -10,8 +10,10 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.protocols import CausalModel
+from quartet.models.routing import recorded_routing
 from quartet.tensors import Float, Tensor
 from quartet.training.finite import check_finite
+from quartet.training.load_balancing import LoadBalancing
 
 
 def imitation_losses(
@@ -19,20 +21,22 @@ def imitation_losses(
     batch: Sequence[Demonstration],
     micro_batch_tokens: int,
     process_group: ProcessGroup = SINGLE_PROCESS,
+    balancing: LoadBalancing | None = None,
 ) -> Iterator[Float[Tensor, ""]]:
     """Yield the loss of each micro-batch. Their sum over all ranks is the mean negative
-    log-probability per response token of the batch."""
+    log-probability per response token of the batch, and with `balancing` the load-balancing loss of
+    a mixture of experts."""
     num_tokens = sum(
         len(d.response_ids) if d.loss_mask is None else sum(d.loss_mask) for d in batch
     )
-    for micro_batch in process_group.micro_batches(
-        [len(d.prompt_ids) + len(d.response_ids) for d in batch], micro_batch_tokens
-    ):
-        yield (
-            micro_batch.counts
-            * _negative_logprobs(model, [batch[i] for i in micro_batch.rows]).sum()
-            / num_tokens
-        )
+    lengths = [len(d.prompt_ids) + len(d.response_ids) for d in batch]
+    for micro_batch in process_group.micro_batches(lengths, micro_batch_tokens):
+        with recorded_routing(model.base_model) as routers:
+            losses = _negative_logprobs(model, [batch[i] for i in micro_batch.rows])
+        loss = micro_batch.counts * losses.sum() / num_tokens
+        if balancing is not None:
+            loss = balancing.added_to(loss, routers.routing, micro_batch.share_of(lengths))
+        yield loss
 
 
 def _negative_logprobs(

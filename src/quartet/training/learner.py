@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quartet.algorithms.algorithm import Algorithm
+from quartet.algorithms.algorithm import Algorithm, Forward
 from quartet.algorithms.kl import k3
 from quartet.algorithms.masked import masked_mean, row_mean
 from quartet.data.records import Demonstration
@@ -32,6 +32,7 @@ from quartet.training.checksum import ReferenceChecksum
 from quartet.training.ema import Ema
 from quartet.training.finite import check_finite
 from quartet.training.imitation import imitation_losses
+from quartet.training.load_balancing import LoadBalancing
 from quartet.training.optim import Optim, Optimizer
 from quartet.training.optimizer_step import optimizer_step
 from quartet.training.random_state import python_random
@@ -67,16 +68,18 @@ class Learner:
         micro_batch_tokens: int = 2048,
         process_group: ProcessGroup = SINGLE_PROCESS,
         placement: Placement = NO_OFFLOAD,
+        balance_coef: float = 0.0,
     ) -> None:
         """`sampling` says how rollouts are generated: log-probs are taken at its temperature.
         `steps` is the number of updates, over which learning rates follow their schedule.
         `pretraining` gives the demonstrations of PTX. `process_group` is the ranks that hold the
         same models: each is given the same rollouts and experience, computes its share of the rows,
-        and returns the results of all."""
+        and returns the results of all. `balance_coef` multiplies the load-balancing losses of actor
+        and critic, where they are mixtures of experts."""
         self.process_group, self.placement = process_group, placement
         self.budget = Budget(micro_batch_tokens, process_group)
         self.models, self.reference, self.optim = models, reference, optim
-        self.sampling, self.steps = sampling, steps
+        self.sampling, self.steps, self.balance_coef = sampling, steps, balance_coef
         self.pretraining = pretraining
         self.ema = Ema(models.actor, optim.ema) if optim.ema else None
         self.scorer = Scorer(models, reference, sampling.temperature, process_group)
@@ -280,9 +283,15 @@ class Learner:
         """Take one optimizer step, or try again what ran out of memory."""
         record.rewind()
         train_actor = "actor" in optimizers
+        actor_load = LoadBalancing(self.balance_coef if train_actor else 0.0)
+        critic_load = LoadBalancing(self.balance_coef)
 
         def losses() -> Iterator[Float[Tensor, ""]]:
-            yield from self._losses(minibatch, algorithm, train_actor, record, micro_batch_tokens)
+            for forward, loss, share in self._losses(
+                minibatch, algorithm, train_actor, record, micro_batch_tokens
+            ):
+                of_actor = actor_load.added_to(loss, forward.routing, share)
+                yield critic_load.added_to(of_actor, forward.critic_routing, share)
             yield from self._ptx_losses(minibatch, algorithm, record, micro_batch_tokens)
             record.settle()
             for optimizer in optimizers.values():  # moments came during the first gradients
@@ -291,7 +300,8 @@ class Learner:
         stats = optimizer_step(losses(), optimizers, self.process_group)
         if not train_actor:  # a critic on the actor's trunk has left gradients there
             self.optimizers["actor"].zero_grad()
-        return stats
+        stats |= actor_load.metrics(self.process_group)
+        return stats | critic_load.metrics(self.process_group, "critic_experts")
 
     def _losses(
         self,
@@ -300,14 +310,16 @@ class Learner:
         train_actor: bool,
         record: UpdateRecord,
         micro_batch_tokens: int,
-    ) -> Iterator[Float[Tensor, ""]]:
-        """Yield the loss of each micro-batch; their sum over all ranks is the minibatch's loss."""
+    ) -> Iterator[tuple[Forward, Float[Tensor, ""], float]]:
+        """Yield the outputs of each micro-batch, its loss, and its share of the tokens. The sum of
+        the losses over all ranks is the minibatch's loss."""
         experience, rows = minibatch.experience, minibatch.rows
         denominators = algorithm.denominators(experience.rows(rows))
         reference = self.reference if algorithm.kl.exact_loss else None
         index = list(rows)
+        lengths = experience.lengths[index].tolist()
         for micro_batch in self.process_group.micro_batches(
-            experience.lengths[index].tolist(),
+            lengths,
             micro_batch_tokens,
             prompts(experience.tokens[index], experience.response_mask[index]),
         ):
@@ -327,11 +339,12 @@ class Learner:
             terms = algorithm.loss(part, forward, denominators)
             if micro_batch.counts:
                 record.add(indices, part, forward, terms, algorithm)
-            yield micro_batch.counts * (
+            loss = micro_batch.counts * (
                 sum(terms.values(), torch.zeros((), device=self.device))
                 if train_actor
                 else terms["value"]
             )
+            yield forward, loss, micro_batch.share_of(lengths)
 
     def _ptx_losses(
         self,

@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from quartet.assembly.device import device
 from quartet.assembly.evaluation.answers import Answer, plain, rollout_of
 from quartet.assembly.evaluation.policies import MICRO_BATCH_TOKENS, EvaluationError, is_run
 from quartet.assembly.evaluation.sets import Choice, Needs
-from quartet.assembly.models import device
 from quartet.assembly.named import resolved_model
 from quartet.assembly.rewards import check_reward_model
 from quartet.assembly.serving import TextScorer

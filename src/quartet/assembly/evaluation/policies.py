@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from quartet.assembly.checkpoint_models import checkpoint_path, with_weights, write_models
+from quartet.assembly.device import device
 from quartet.assembly.evaluation.answers import Answer
-from quartet.assembly.models import device
 from quartet.assembly.named import resolved_model
 from quartet.config.tables import Config
 from quartet.config.toml import read_settings

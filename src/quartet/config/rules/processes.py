@@ -55,6 +55,26 @@ def trust_region_excludes_compile(config: Config) -> str | None:
 
 
 @rule
+def trust_region_excludes_balancing(config: Config) -> str | None:
+    if not config.policy.router_aux_loss_coef or not has_trust_region(config):
+        return None
+    return (
+        'policy.router_aux_loss_coef: algorithm.update.type = "trust_region" takes one step of the '
+        "policy's loss alone. Leave it out."
+    )
+
+
+@rule
+def compile_excludes_balancing(config: Config) -> str | None:
+    if not config.policy.router_aux_loss_coef or not config.policy.compile:
+        return None
+    return (
+        "policy.router_aux_loss_coef: what the routers of experts say is not read in compiled "
+        "blocks. Use policy.compile = false."
+    )
+
+
+@rule
 def trust_region_excludes_sharding(config: Config) -> str | None:
     if not config.launch.shard or not has_trust_region(config):
         return None
