@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from quartet.assembly import Assembler, stage
+from quartet.assembly.checkpoint_models import write_models
 from quartet.config.toml import read_settings
-from quartet.models.adapters import POLICY, adapter_parameters, adapters_of
+from quartet.models.adapters import POLICY, REFERENCE, adapter_parameters, adapters_of
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import load_model, masked_logprobs
 from quartet.models.text_classifier import load_scorer
@@ -125,6 +126,30 @@ def test_a_base_that_the_run_creates_is_the_same_in_every_round(tmp_path):
         other = dict(second.named_parameters())
         mine = other.get(name, other.get(f"{name.removesuffix('.weight')}.base_layer.weight"))
         assert torch.equal(mine, weight), name
+
+
+def test_the_models_of_a_checkpoint_of_each_round_are_those_that_it_wrote(run, tmp_path):
+    for name, place in (("ppo-000002", run.path / "round-1"), ("ppo.2-000004", run.path)):
+        scratch = tmp_path / name
+        scratch.mkdir()
+        write_models(run.path, run.path / "checkpoints" / name, scratch)
+        for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+            mine, theirs = (load_file(p / "policy" / file) for p in (scratch, place))
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[key], value) for key, value in theirs.items())
+
+
+def test_on_a_base_in_4_bits_adapters_go_on_and_that_of_sft_is_the_reference(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    made = run_of(tmp_path, LORA, "policy.quantize=nf4")
+    learner = stage(assembler_of(made), "ppo.2").load_components(made.path).learner
+    for name, place in ((POLICY, "round-1/policy"), (REFERENCE, "sft")):
+        saved = load_file(made.path / place / "adapter" / "adapter_model.safetensors")
+        mine = adapter_parameters(learner.models.actor, name)
+        assert len(mine) == len(saved)
+        assert all(any(torch.equal(p, q) for q in saved.values()) for p in mine)
+    assert made.series["ppo"].columns["kl"][0] == pytest.approx(0, abs=1e-5)
+    assert made.series["ppo.2"].columns["kl"][0] > 1e-4
 
 
 def test_frozen_layers_stay_those_of_the_sft_policy(tmp_path):
