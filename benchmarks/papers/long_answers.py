@@ -383,6 +383,7 @@ def figure(results: dict[str, Any]) -> Any:
     drawn.update_xaxes(title_text="token of the answer", row=1, col=1)
     drawn.update_xaxes(title_text="step", row=1, col=2)
     drawn.update_xaxes(title_text="chapter", dtick=1, row=1, col=3)
+    drawn.update_layout(legend={"tracegroupgap": 0}, margin={"t": 50, "b": 60})
     return drawn
 
 
@@ -412,7 +413,7 @@ def main() -> None:
         results = paper.rounded(measured(study, kept, keep))
     print(tables(results))
     if options.image is not None:
-        paper.picture(figure(results), options.image, 1500, 560)
+        paper.picture(figure(results), options.image, 1500, 540)
 
 
 if __name__ == "__main__":
