@@ -41,8 +41,8 @@ from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.loops.collect import Collector
 from quartet.models.actor_critic import Separate, freeze
+from quartet.models.forward import masked_logprobs
 from quartet.models.heads import ScalarModel
-from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.precision import compute_in
 from quartet.models.trunk import checkpoint_blocks

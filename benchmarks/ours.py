@@ -28,8 +28,9 @@ from quartet.loops.sft import sft as sft_loop
 from quartet.models import fused
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.adapters import CRITIC, POLICY, REWARD, AdapterView, add_adapter
+from quartet.models.forward import masked_logprobs
 from quartet.models.heads import AdaptedScalar, ScalarModel
-from quartet.models.language_model import load_model, masked_logprobs
+from quartet.models.language_model import load_model
 from quartet.models.lora import Lora
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.protocols import CausalModel

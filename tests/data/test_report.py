@@ -153,7 +153,7 @@ def test_the_mask_is_what_is_trained(chatty):
     import torch
 
     from quartet.data.records import Demonstration
-    from quartet.models.language_model import masked_logprobs
+    from quartet.models.forward import masked_logprobs
     from quartet.training.imitation import imitation_losses
     from tests.support.world import model
 

@@ -21,8 +21,9 @@ from quartet.loops.rl import rl
 from quartet.loops.sft import sft
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.chat import ChatError
+from quartet.models.forward import masked_logprobs
 from quartet.models.heads import ScalarModel
-from quartet.models.language_model import create, masked_logprobs
+from quartet.models.language_model import create
 from quartet.models.shape import Shape
 from quartet.rewards.environment import EnvironmentReward
 from quartet.rewards.protocol import RewardError, Weighted, rewarded

@@ -7,7 +7,8 @@ from quartet.generation.decoders import make_decoder
 from quartet.generation.native import NativeGenerator
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import WIDE_BLOCK, Sampling, draw, scaled
-from quartet.models.language_model import policy_logprobs, stop_ids
+from quartet.models.forward import policy_logprobs
+from quartet.models.language_model import stop_ids
 from quartet.models.logprobs import token_entropy
 from quartet.models.padding import left_pad, response_mask, right_pad
 from quartet.training.batch import collate

@@ -17,7 +17,8 @@ from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
 from quartet.generation.servers import ServedGenerator
 from quartet.models.adapters import POLICY, adapter_parameters, add_adapter, save_adapter
-from quartet.models.language_model import create, masked_logprobs, save
+from quartet.models.forward import masked_logprobs
+from quartet.models.language_model import create, save
 from quartet.models.lora import Lora
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.shape import Shape

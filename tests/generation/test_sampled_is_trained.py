@@ -12,7 +12,7 @@ from quartet.config.toml import ConfigError, read_settings
 from quartet.generation.dialects import DIALECTS
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
-from quartet.models.language_model import masked_logprobs
+from quartet.models.forward import masked_logprobs
 from quartet.recipes import recipe_path
 from quartet.runtime.job import Job
 from quartet.runtime.lifecycle import CannotRun, begin

@@ -33,7 +33,8 @@ from quartet.models.adapters import (
     in_adapter,
     save_adapter,
 )
-from quartet.models.language_model import masked_logprobs, save
+from quartet.models.forward import masked_logprobs
+from quartet.models.language_model import save
 from quartet.models.lora import Lora
 from quartet.models.padding import response_mask, right_pad
 from quartet.recipes import recipe_path

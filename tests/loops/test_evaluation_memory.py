@@ -6,7 +6,7 @@ import pytest
 
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
-from quartet.models.language_model import policy_logprobs
+from quartet.models.forward import policy_logprobs
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
 from quartet.stages.evaluation import EvaluationStage

@@ -33,8 +33,9 @@ from quartet.models.adapters import (
     freeze_layers,
     frozen_copy,
 )
+from quartet.models.forward import masked_logprobs
 from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach
-from quartet.models.language_model import masked_logprobs, save
+from quartet.models.language_model import save
 from quartet.models.lora import Lora
 from quartet.models.trunk import checkpoint_blocks
 from quartet.rewards.functions import TextReward

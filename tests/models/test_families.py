@@ -14,13 +14,8 @@ from quartet.generation.slots import SlotDecoder
 from quartet.models import fused
 from quartet.models.adapters import POLICY, add_adapter
 from quartet.models.architectures import ARCHITECTURES, longest_fused, why_not_fused
+from quartet.models.forward import forward_positions, has_linear_head, masked_logprobs, statistics
 from quartet.models.fused import has_fused_forward, layers_of, packed_hidden_states
-from quartet.models.language_model import (
-    forward_positions,
-    has_linear_head,
-    masked_logprobs,
-    statistics,
-)
 from quartet.models.lora import Lora
 from quartet.models.packing import pack
 from quartet.models.precision import compute_in

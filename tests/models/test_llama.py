@@ -7,9 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from quartet.generation.decoders import PlainDecoder, RowDecoder, make_decoder
 from quartet.generation.slots import SlotDecoder
 from quartet.models import packing
+from quartet.models.forward import masked_logprobs
 from quartet.models.fused import has_fused_forward, packed_hidden_states
 from quartet.models.heads import ScalarModel
-from quartet.models.language_model import masked_logprobs
 from quartet.models.packing import pack, pack_rows, repacked, unpacked
 from tests.support.world import model
 

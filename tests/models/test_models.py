@@ -11,19 +11,15 @@ from transformers import (
 )
 
 from quartet.models.actor_critic import Separate, Shared, pad_token_id
-from quartet.models.heads import ScalarModel, ValueHead
-from quartet.models.language_model import (
-    ModelError,
-    create,
+from quartet.models.forward import (
     forward_positions,
     has_linear_head,
-    load_model,
-    load_tokenizer,
     logits_of,
     masked_logprobs,
     policy_logprobs,
-    save,
 )
+from quartet.models.heads import ScalarModel, ValueHead
+from quartet.models.language_model import ModelError, create, load_model, load_tokenizer, save
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.shape import Shape
 from tests.support.world import SHAPES, model, prompts, tokenizer

@@ -10,9 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from quartet.generation.decoders import RowDecoder, make_decoder
 from quartet.models.adapters import CRITIC, POLICY, add_adapter, freeze_layers, frozen_copy
+from quartet.models.forward import masked_logprobs
 from quartet.models.fused import has_fused_forward
 from quartet.models.heads import AdaptedScalar, ScalarModel
-from quartet.models.language_model import masked_logprobs, save
+from quartet.models.language_model import save
 from quartet.models.logprobs import head_logits, head_statistics
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_dtype, compute_in, label_layer

@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
-from quartet.models.language_model import ModelError, forward_positions, save
+from quartet.models.forward import forward_positions
+from quartet.models.language_model import ModelError, save
 from quartet.models.q_heads import QHeads, extract_policy, extracted_with, save_heads
 from tests.support.world import model, prompts, tokenizer
 

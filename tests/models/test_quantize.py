@@ -18,8 +18,9 @@ from quartet.models.adapters import (
     add_adapter,
     merged_state,
 )
+from quartet.models.forward import masked_logprobs
 from quartet.models.heads import AdaptedScalar, ScalarModel
-from quartet.models.language_model import masked_logprobs, save
+from quartet.models.language_model import save
 from quartet.models.loading import fill
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_in

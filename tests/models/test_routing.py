@@ -6,9 +6,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quartet.models.adapters import POLICY, AdapterView, add_adapter
+from quartet.models.forward import forward_positions, has_linear_head
 from quartet.models.fused import has_fused_forward
 from quartet.models.heads import AdaptedScalar, ScalarModel
-from quartet.models.language_model import forward_positions, has_linear_head
 from quartet.models.logprobs import predicting_positions
 from quartet.models.lora import Lora
 from quartet.models.packing import pack

@@ -12,13 +12,8 @@ from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.generation.slots import SlotDecoder
 from quartet.models.actor_critic import Separate
-from quartet.models.language_model import (
-    add_embeddings,
-    forward_positions,
-    logits_of,
-    masked_logprobs,
-    statistics,
-)
+from quartet.models.forward import forward_positions, logits_of, masked_logprobs, statistics
+from quartet.models.language_model import add_embeddings
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.support import ids_outside, limit_support, support_of
 from tests.support.world import model, prompts, tokenizer

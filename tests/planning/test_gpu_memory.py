@@ -11,7 +11,7 @@ from quartet.generation.decoders import make_decoder
 from quartet.generation.sampling import Sampling, draw
 from quartet.models.actor_critic import freeze
 from quartet.models.adapters import POLICY, add_adapter
-from quartet.models.language_model import masked_logprobs
+from quartet.models.forward import masked_logprobs
 from quartet.models.loading import fill
 from quartet.models.logprobs import head_statistics
 from quartet.models.lora import Lora

@@ -11,7 +11,8 @@ from quartet.config.toml import read_settings
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.models import trunk
-from quartet.models.language_model import create, masked_logprobs
+from quartet.models.forward import masked_logprobs
+from quartet.models.language_model import create
 from quartet.models.shape import Shape
 from quartet.models.trunk import checkpoint_blocks
 from quartet.planning import memory as planned_memory

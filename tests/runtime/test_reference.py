@@ -11,7 +11,8 @@ from quartet.assembly import build
 from quartet.assembly.reference import check_reference
 from quartet.config.toml import read_settings, resolved_toml
 from quartet.data.records import Comparison
-from quartet.models.language_model import ModelError, create, load_model, masked_logprobs, save
+from quartet.models.forward import masked_logprobs
+from quartet.models.language_model import ModelError, create, load_model, save
 from quartet.models.shape import Shape
 from quartet.planning.plan import plan
 from quartet.recipes import recipe_path

@@ -6,7 +6,7 @@ import torch
 
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
-from quartet.models.language_model import masked_logprobs
+from quartet.models.forward import masked_logprobs
 from tests.support.world import prompts, tokenizer
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from quartet.distributed.process_group import TorchProcessGroup
 from quartet.distributed.sharding import full_tensor, is_sharded
-from quartet.models.language_model import masked_logprobs
+from quartet.models.forward import masked_logprobs
 from quartet.models.precision import compute_in
 from quartet.training.parallelize import mesh_of, parallelize
 from tests.support.gloo import join, leave

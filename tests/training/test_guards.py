@@ -20,8 +20,8 @@ from quartet.loops.progress import Progress
 from quartet.loops.rl import rl
 from quartet.loops.sft import sft
 from quartet.models.actor_critic import Separate, freeze
+from quartet.models.forward import masked_logprobs
 from quartet.models.heads import ScalarModel
-from quartet.models.language_model import masked_logprobs
 from quartet.recipes import recipe_path
 from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts

@@ -12,7 +12,7 @@ from quartet.errors import QuartetError
 from quartet.experience import KeptIds, pack_ids, rollout_from_row, rollout_to_row
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling, draw, scaled
-from quartet.models.language_model import masked_logprobs
+from quartet.models.forward import masked_logprobs
 from quartet.runs.doctor import examine
 from tests.support.tiny_run import make_run
 from tests.support.world import model, prompts, rollout, tokenizer

@@ -18,8 +18,8 @@ from quartet.loops.preference import preference
 from quartet.loops.reward_model import reward_model
 from quartet.loops.sft import sft
 from quartet.models.actor_critic import Separate, Shared, freeze
+from quartet.models.forward import masked_logprobs
 from quartet.models.heads import ScalarModel, ValueHead
-from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.q_heads import QHeads
 from quartet.models.routing import recorded_routing

@@ -71,10 +71,17 @@ def _check_sampling(models: Models) -> None:
 
 
 def _check_experts(models: Models) -> None:
-    """Raise `ModelError` if a load is to be balanced and no model of the run has one."""
-    coef, why = models.config.policy.router_aux_loss_coef, why_not_balanced(models.policy_config())
-    if coef and why is not None and models.trained_backbone is None:
-        raise ModelError(f"policy.router_aux_loss_coef = {coef:g}: {why}. Leave it out.")
+    """Raise `ModelError` if a load is to be balanced and no model that is trained has one."""
+    coef, backbone = models.config.policy.router_aux_loss_coef, models.trained_backbone
+    if not coef:
+        return
+    trained = [models.policy_config()] + ([] if backbone is None else [read_config(backbone)])
+    reasons = [why for config in trained if (why := why_not_balanced(config)) is not None]
+    if len(reasons) == len(trained):
+        raise ModelError(
+            f"policy.router_aux_loss_coef = {coef:g}: {' and '.join(dict.fromkeys(reasons))}. "
+            "Leave it out."
+        )
 
 
 def _needs_classifier(models: Models) -> bool:

@@ -18,8 +18,8 @@ from quartet.generation.fused import FusedDecoder, has_products
 from quartet.generation.plain import PlainDecoder, check_states
 from quartet.generation.slots import SlotDecoder
 from quartet.models.attention import backend, capped_attention
+from quartet.models.forward import has_linear_head
 from quartet.models.fused import has_fused_forward
-from quartet.models.language_model import has_linear_head
 from quartet.models.packing import pack_rows
 from quartet.models.precision import compute_dtype
 from quartet.models.protocols import CausalModel

@@ -18,6 +18,7 @@ from quartet.models.architectures import Layer
 from quartet.models.attention import causal_attention
 from quartet.models.elementwise import HeldNorm, gated
 from quartet.models.experts import expert_mlp, has_experts, held_mlp
+from quartet.models.forward import logit_shape
 from quartet.models.fused import (
     blocks_in,
     layers_of,
@@ -28,7 +29,6 @@ from quartet.models.fused import (
     row_of,
     submodule,
 )
-from quartet.models.language_model import logit_shape
 from quartet.models.logprobs import head_logits
 from quartet.models.packing import Packed, take
 from quartet.models.precision import compute_dtype

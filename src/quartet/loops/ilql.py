@@ -11,7 +11,7 @@ from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.loops.progress import Progress
-from quartet.models.language_model import forward_positions, statistics
+from quartet.models.forward import forward_positions, statistics
 from quartet.models.logprobs import at_least_float32
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.protocols import CausalModel

@@ -15,7 +15,7 @@ from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
 from quartet.loops.progress import Progress
 from quartet.models.adapters import LanguageModel
-from quartet.models.language_model import masked_logprobs
+from quartet.models.forward import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.protocols import CausalModel
 from quartet.models.routing import recorded_routing

@@ -13,14 +13,14 @@ from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.experience import KeptIds
 from quartet.models.adapters import LanguageModel
-from quartet.models.heads import ScalarModel, ValueHead
-from quartet.models.language_model import (
+from quartet.models.forward import (
     PositionOutputs,
     filter_of,
     forward_positions,
     logits_of,
     statistics,
 )
+from quartet.models.heads import ScalarModel, ValueHead
 from quartet.models.logprobs import scatter_to_tokens, token_exact_kl
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.routing import recorded_routing

@@ -13,15 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from quartet.files import readable_weights, sync
+from quartet.models.forward import PositionOutputs, has_linear_head, logit_shape
 from quartet.models.heads import ValueHead
-from quartet.models.language_model import (
-    ModelError,
-    PositionOutputs,
-    first_line,
-    has_linear_head,
-    load_model,
-    logit_shape,
-)
+from quartet.models.language_model import ModelError, first_line, load_model
 from quartet.models.logprobs import at_least_float32, head_statistics
 from quartet.models.protocols import CausalModel
 from quartet.models.support import support_of

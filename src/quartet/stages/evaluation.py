@@ -19,7 +19,7 @@ from quartet.generation.sampling import Sampling
 from quartet.io.activity import activity
 from quartet.io.texts import well_formed_json
 from quartet.loops.progress import Progress
-from quartet.models.language_model import policy_logprobs
+from quartet.models.forward import policy_logprobs
 from quartet.models.protocols import Tokenizer
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.stages.kinds import BEST_OF_RESPONSES

@@ -7,7 +7,7 @@ import torch
 
 from quartet.data.records import Demonstration
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from quartet.models.language_model import masked_logprobs
+from quartet.models.forward import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.protocols import CausalModel
 from quartet.models.routing import recorded_routing

@@ -23,7 +23,7 @@ from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.adapters import LanguageModel
-from quartet.models.language_model import prompts
+from quartet.models.forward import prompts
 from quartet.models.trunk import block_matrices
 from quartet.tensors import Float, Tensor
 from quartet.training.batch import collate

@@ -11,7 +11,7 @@ from quartet.distributed.process_group import ProcessGroup
 from quartet.experience import Batch, Experience, KeptIds
 from quartet.models.actor_critic import ActorCritic
 from quartet.models.adapters import LanguageModel
-from quartet.models.language_model import policy_logprobs, prompts
+from quartet.models.forward import policy_logprobs, prompts
 from quartet.models.padding import PAD
 from quartet.tensors import Bool, Float, Tensor
 

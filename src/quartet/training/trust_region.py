@@ -18,7 +18,7 @@ from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.kl import exact_kl
 from quartet.algorithms.update import TrustRegion
 from quartet.experience import Experience
-from quartet.models.language_model import filter_of, forward_positions, logits_of, prompts
+from quartet.models.forward import filter_of, forward_positions, logits_of, prompts
 from quartet.models.logprobs import at_least_float32
 from quartet.tensors import Float, Tensor
 from quartet.training.learner import Learner

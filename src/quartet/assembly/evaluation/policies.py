@@ -23,14 +23,9 @@ from quartet.files import fingerprint
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.models.actor_critic import freeze
+from quartet.models.forward import policy_logprobs
 from quartet.models.hub import commit_on_hub
-from quartet.models.language_model import (
-    load_model,
-    load_tokenizer,
-    longest_of,
-    policy_logprobs,
-    stop_ids,
-)
+from quartet.models.language_model import load_model, load_tokenizer, longest_of, stop_ids
 from quartet.models.precision import DTYPES, best_precision, compute_in
 from quartet.models.support import limit_support
 from quartet.rewards.protocol import RewardError
