@@ -18,6 +18,7 @@ from quartet.models.adapters import LanguageModel
 from quartet.models.language_model import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.protocols import CausalModel
+from quartet.parts import of_shape
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.tensors import Float, Tensor
 from quartet.training.budget import Budget
@@ -270,7 +271,7 @@ def _losses(
         )
         if micro_batch.counts:
             collected.append(pairs)
-        losses = loss(pairs)
+        losses = of_shape(loss, loss(pairs), chosen.shape)
         samples = [[*c.prompt_ids, *c.chosen_ids] for c in comparisons]
         check_finite("the loss", losses, [c.id for c in comparisons], samples.__getitem__)
         yield micro_batch.counts * losses.sum() / len(batch)

@@ -14,6 +14,7 @@ from quartet.loops.progress import Progress
 from quartet.models.heads import ScalarModel
 from quartet.models.logprobs import scatter_to_tokens
 from quartet.models.padding import response_mask, right_pad
+from quartet.parts import of_shape
 from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
 from quartet.training.finite import check_finite
@@ -133,7 +134,7 @@ def _losses(
             sides.differs,
             torch.tensor([c.margin for c in pairs], device=sides.chosen.device),
         )
-        yield micro_batch.counts * losses.sum() / len(batch)
+        yield micro_batch.counts * of_shape(loss, losses, [len(pairs)]).sum() / len(batch)
 
 
 @dataclass(frozen=True)

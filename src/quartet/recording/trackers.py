@@ -46,7 +46,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class Logged:
+class WandbRun:
     """A run of Weights & Biases, or of Trackio, whose interface is the same. WANDB_MODE=offline
     keeps Weights & Biases data in the run's folder; TRACKIO_DIR sets where Trackio stores its
     data. A resumed run is a new run there, with the same name."""
@@ -63,7 +63,7 @@ class Logged:
         self._run.finish()
 
 
-class WandB(Logged):
+class WandB(WandbRun):
     """A run of Weights & Biases, whose charts have the steps of their stage on the x axis."""
 
     def __init__(self, run: Any) -> None:
@@ -151,7 +151,9 @@ def make_sink(name: Tracker, folder: Path, config: Mapping[str, Any]) -> Sink:
         case "trackio":
             import trackio
 
-            return Logged(trackio.init(PROJECT, name=folder.name, config=dict(config), embed=False))
+            return WandbRun(
+                trackio.init(PROJECT, name=folder.name, config=dict(config), embed=False)
+            )
         case "mlflow":
             return MLflow(folder, config)
 
