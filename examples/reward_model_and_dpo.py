@@ -1,4 +1,4 @@
-"""A reward model and DPO on the same pairs; then the reward model judges what DPO learnt.
+"""A reward model and DPO on the same pairs; then the reward model scores what DPO learnt.
 
 Run it with `python examples/reward_model_and_dpo.py`: two minutes on two CPU cores.
 """
@@ -12,7 +12,7 @@ def main(steps: int = 150, **settings):
     world = {"data": {"world": "reviews"}, **settings}
     start = quartet.train("sft", policy=SIZE, steps=steps, **{"sft.lr": 2e-3, **world}).finish()
     policy = start.folder / "sft"
-    judge = quartet.train(
+    reward_model = quartet.train(
         "reward_model", policy=policy, steps=steps, **{"reward_model.lr": 1e-3, **world}
     ).finish()
     dpo = quartet.train(
@@ -21,7 +21,7 @@ def main(steps: int = 150, **settings):
     result = quartet.evaluate(
         dpo.folder / "policy",
         policy,
-        reward=judge.folder / "reward_model",
+        reward=reward_model.folder / "reward_model",
         num_prompts=200,
         **{"rollout.max_new_tokens": 24, **world},
     )

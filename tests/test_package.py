@@ -1,5 +1,6 @@
 """What a person meets before anything is trained."""
 
+import ast
 import json
 import os
 import re
@@ -23,6 +24,16 @@ def in_a_fresh_process(code: str, cwd: Path = ROOT) -> subprocess.CompletedProce
         env=environment,
         check=False,
     )
+
+
+def test_no_two_classes_have_one_name():
+    """A reader who meets `Progress` need not ask which."""
+    files: dict[str, list[str]] = {}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                files.setdefault(node.name, []).append(path.name)
+    assert not {name: where for name, where in files.items() if len(where) > 1}
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ class Experience:
     sampler_logprobs: Float[Tensor, "B T"] | None = None
     """The sampler's own log-probs, where the KL in the loss is weighted by ratios to them."""
     kl_baselines: Float[Tensor, "B T"] | None = None
-    """What the gradient of a KL in the loss is centred on (`KL.centring`), where it is."""
+    """What lowers the variance of the gradient of a KL in the loss (`KL.token_baselines`)."""
     is_learnt: Bool[Tensor, "B"] | None = None
     """Which responses enter the actor's loss; None: all."""
 

@@ -21,6 +21,15 @@ UNFINISHED, DOOMED = ".tmp", ".gone"
 deleted."""
 
 
+def exists(path: str | Path) -> bool:
+    """Return whether there is a file or folder of this name; False also for a text that is too long
+    for a name, or no name at all."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def sync(path: Path) -> None:
     """What is written in a file, or listed in a folder, is on the disk when this returns. Windows
     cannot open folders, and flushes only files that are open for writing."""

@@ -21,7 +21,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -37,6 +37,8 @@ from typing import (
 from pydantic import AllowInfNan, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic.dataclasses import dataclass as checked_dataclass
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from quartet.errors import PartError
 
 T = TypeVar("T")
 OrInf = Annotated[float, AllowInfNan(True)]
@@ -221,4 +223,23 @@ def _module_of(path: Path) -> Any:
     return module
 
 
-__all__ = ["Family", "Field", "OrInf", "load_reference", "own_reference", "part", "parts_in"]
+def of_shape(part: Any, result: Any, shape: Sequence[int]) -> Any:
+    """Return what calling a part has returned. Raises `PartError` if it is no tensor of this
+    shape: another one would be broadcast, and nobody would see it."""
+    if hasattr(result, "shape") and list(result.shape) == list(shape):
+        return result
+    name = type(result).__name__
+    kind = f"a {name} of shape {list(result.shape)}" if hasattr(result, "shape") else f"a {name}"
+    raise PartError(f"{part.type}: returned {kind}, not a Tensor of shape {list(shape)}.")
+
+
+__all__ = [
+    "Family",
+    "Field",
+    "OrInf",
+    "load_reference",
+    "of_shape",
+    "own_reference",
+    "part",
+    "parts_in",
+]

@@ -12,7 +12,7 @@ from quartet.algorithms.correction import Masked, SequenceMasked, SequenceTrunca
 from quartet.algorithms.entropy import EntropyBonus, EntropyTarget
 from quartet.algorithms.groups import DynamicSampling
 from quartet.algorithms.imitation import PositiveExamples
-from quartet.algorithms.kl import KLInLoss, KLInReward, NoKL
+from quartet.algorithms.kl import KL, KLInLoss, KLInReward, NoKL
 from quartet.algorithms.policy_loss import (
     Cispo,
     Clip,
@@ -20,13 +20,15 @@ from quartet.algorithms.policy_loss import (
     Gmpo,
     ImportanceWeighted,
     KLPenalty,
+    PolicyLoss,
     Reinforce,
     Sapo,
     SequenceClip,
 )
 from quartet.algorithms.presets import ALGORITHMS
-from quartet.algorithms.rewards import ClipScore, MeanOfTokens, RunningScale
+from quartet.algorithms.rewards import ClipScore, MeanOfTokens, RunningScale, ScoreShape
 from quartet.algorithms.value_loss import ClippedValueLoss
+from quartet.errors import PartError
 from tests.support.world import ragged_batch
 
 POLICY_LOSSES = [
@@ -143,6 +145,54 @@ def test_presets_ask_only_for_the_models_they_use():
 def test_what_cannot_work_is_refused_with_the_reason(parts, sentence):
     with pytest.raises(ValueError, match=sentence):
         Algorithm(kl=NoKL(), aggregation=TokenMean(), **parts)
+
+
+class Mean(PolicyLoss):
+    """A loss as in libraries whose trainers take a scalar."""
+
+    internal = True
+
+    def __call__(self, tokens):
+        return -(tokens.ratio * tokens.advantages).mean()
+
+
+class Detached(PolicyLoss):
+    internal = True
+
+    def __call__(self, tokens):
+        return -tokens.ratio.detach() * tokens.advantages
+
+
+class Absent(KL):
+    internal = True
+
+    def reward(self, old_logprobs, ref_logprobs, exact):
+        return None
+
+
+class Summed(ScoreShape):
+    internal = True
+
+    def __call__(self, scores, batch):
+        return scores.sum()
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        ({"policy_loss": Mean()}, r"Mean: returned a Tensor of shape \[\], not a Tensor of shape"),
+        ({"policy_loss": Detached()}, "Detached: its loss has no gradient"),
+        ({"kl": Absent()}, "Absent: returned a NoneType, not a Tensor of shape"),
+        ({"scores": (Summed(),)}, r"Summed: returned a Tensor of shape \[\], not .* \[4\]"),
+    ],
+)
+def test_what_a_users_part_must_not_return_is_refused(parts, sentence):
+    """A number would be broadcast over all tokens, and the run would learn something else."""
+    algorithm = dataclasses.replace(ALGORITHMS["ppo"], **parts)
+    with pytest.raises(PartError, match=sentence):
+        made = algorithm.experience(batch())
+        denominators = algorithm.denominators(made)
+        total_loss(algorithm, made, later(made).requires_grad_(), made.values, denominators)
 
 
 CLIPPED = [

@@ -546,7 +546,9 @@ def test_weighted_kl(name, rows):
         ]
 
     for weight, by_loops in (("token", by_token), ("sequence", by_sequence)):
-        measured = KLInLoss(estimator=name, coef=0.5, weight=weight).loss(new, old, ref, None, mask)
+        measured = KLInLoss(estimator=name, coef=0.5, weight=weight).loss(
+            new, old, ref, None, mask, None
+        )
         assert_rows(torch.where(mask, measured, 0.0), rows, [by_loops(row) for row in rows])
 
 

@@ -4,7 +4,9 @@ import json
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import quartet
 from quartet.config.toml import read_settings
@@ -167,6 +169,29 @@ class Broken(quartet.Advantage):
         return {"shape": (token_rewards.sum(1), None), "pair": token_rewards}[self.way]
 
 
+class Named:
+    name = "named"
+
+    def score(self, rollouts):
+        return [0.0] * len(rollouts)
+
+
+ROWS_OF_TWO_KINDS = (
+    ["sft"],
+    {
+        "policy": {**TINY["policy"], "tokenizer": {"type": "train"}},
+        "data": [*[{"prompt": "a b", "completion": " c"}] * 3, {"prompt": "a"}],
+    },
+)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers_and_none_is_left_out(tmp_path):
+    numbers = {"lr": np.float64(0.25), "epochs": torch.tensor(3), "betas": list(np.ones(2) / 2)}
+    run = tiny(tmp_path, optim=numbers, launch=None)
+    config = run.settings.config
+    assert (config.optim.lr, config.optim.epochs, config.optim.betas) == (0.25, 3, (0.5, 0.5))
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -181,13 +206,27 @@ class Broken(quartet.Advantage):
         (lambda: quartet.train("ppo", prompts=[3]), "data.train, row 1: an int is no text"),
         (lambda: quartet.train("ppo", prompts=[]), "data.train: is empty"),
         (lambda: quartet.train("sums", reward=short, launch={"processes": 2}), "launch: several"),
-        (lambda: quartet.train("sums", reward=3), "a int is no reward"),
+        (lambda: quartet.train("sums", reward=3), "reward: an int is no reward"),
         (lambda: quartet.train("sums", launch={"type": "torchrun"}), "launch.type = .torchrun."),
         (lambda: quartet.train("sums", reward=[(0.5, short)]), "a pair is .reward, weight."),
         (lambda: quartet.train("sums", reward="exac"), "Did you mean exact?"),
         (lambda: quartet.train("sums", algorithm={"advantage": Broken}), "Broken: is a class"),
         (lambda: quartet.train("evaluation", data={"world": "sums"}), "evaluation compares"),
         (lambda: quartet.train(resume="nowhere"), "nowhere"),
+        (lambda: quartet.train("ppo", prompts=["a b"]), "^quartet.train: policy.model: name a"),
+        (lambda: quartet.train("ppo", prompts=["word" * 200]), "policy.model: name a folder"),
+        (lambda: quartet.train("ppo", prompts="Write it."), "Texts are given in a list"),
+        (
+            lambda: quartet.train("ppo", policy="short" * 100, prompts=["a", "b"], reward=short),
+            "policy.model = .*: no such folder",
+        ),
+        (lambda: quartet.train("sums", reward=Named), "Named is a class. Give an instance"),
+        (lambda: quartet.train("sums", optim={"lr": short}), "optim.lr: a function is no setting"),
+        (lambda: quartet.train("sums", run={"track": [short]}), "run.track: a function is no"),
+        (
+            lambda: quartet.train(*ROWS_OF_TWO_KINDS[0], **ROWS_OF_TWO_KINDS[1]),
+            "^data.train, row 4",
+        ),
     ],
 )
 def test_what_cannot_work_is_one_sentence(call, sentence, tmp_path, monkeypatch):

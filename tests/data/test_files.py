@@ -89,6 +89,14 @@ def test_a_truncated_gzip_is_damaged_and_not_short(tmp_path):
         read(tmp_path / "x.jsonl.gz")
 
 
+def test_a_file_that_is_not_there_is_named_with_the_nearest_one(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"promts.jsonl: no such file. Did you mean prompts.jsonl"):
+        read(tmp_path / "promts.jsonl")
+    with pytest.raises(DataError, match=r"aaa: no such file\.$"):  # no traceback of the system's
+        read(Path("a" * 300))
+
+
 def test_missing_files_and_folders_are_said(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         read(tmp_path / "none.jsonl")

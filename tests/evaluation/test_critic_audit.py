@@ -15,8 +15,8 @@ from quartet.evaluation.critic_numbers import audit_numbers, ratio, t_quantile
 from quartet.evaluation.critic_samples import (
     LAMBDAS,
     Audited,
+    AuditSizes,
     Samples,
-    Sizes,
     TokenRewards,
     sample,
 )
@@ -37,7 +37,7 @@ from tests.support.enumerated import (
     toy_learner,
 )
 
-SIZES = Sizes(prefixes=3, continuations=64, seed=3)
+SIZES = AuditSizes(prefixes=3, continuations=64, seed=3)
 
 
 def audited(learner, algorithm, values=None, max_rows=None):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import quartet
 from quartet.assembly.evaluation import EvaluationRequest, evaluate
 from quartet.assembly.evaluation.answers import BLOCK, Answer, kept_answers
-from quartet.assembly.evaluation.evaluate import Evaluation
+from quartet.assembly.evaluation.evaluate import ResolvedEvaluation
 from quartet.assembly.evaluation.measures import measure_of, right_choices
 from quartet.assembly.evaluation.policies import (
     EvaluationError,
@@ -189,7 +189,7 @@ def test_the_tokens_of_a_prompts_samples_are_averaged_before_their_interval(tmp_
         request = EvaluationRequest(
             (f"it={one_by_one.url}#some",), (str(sums),), ("exact",), samples=2, folder=tmp_path
         )
-        evaluation = Evaluation(request, lambda _: None)
+        evaluation = ResolvedEvaluation(request, lambda _: None)
         evaluation.policies = [one_by_one]
         tokens = evaluation.result(list(evaluation.measured()))["cells"][-1]
     # each prompt has 1 and 7: four means of 4, which do not differ

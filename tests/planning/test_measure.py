@@ -10,7 +10,7 @@ import pytest
 from quartet.assembly import build
 from quartet.config.tables import Config
 from quartet.config.toml import read_settings
-from quartet.planning.measure import Line, Measured, Short, _summed, in_words, measure
+from quartet.planning.measure import Line, MeasuredTimes, Short, _summed, in_words, measure
 from quartet.recipes import recipe_path
 from quartet.runs.reader import Run
 from tests.support.command import quartet
@@ -38,7 +38,7 @@ def test_a_whole_run_from_its_parts():
     config = config_of(
         "run.steps=40", "sft.steps=3", "reward_model.steps=7", "evaluation.prompts=8"
     )
-    made = Measured({"sft": 1.0, "reward_model": 2.0}, Line(0.5, 0.1), 0.25, 6.0, 4.0)
+    made = MeasuredTimes({"sft": 1.0, "reward_model": 2.0}, Line(0.5, 0.1), 0.25, 6.0, 4.0)
     assert made.seconds(config, 8.0) == pytest.approx(4 + 3 + 14 + 40 * 1.3 + 20 * 0.25 + 6)
     assert "in all   about 84 s" in in_words(config, made)[-1]
 

@@ -193,6 +193,38 @@ def test_where_nothing_has_a_score_the_reward_is_named():
         with_score(rewarded(rollouts(), [Weighted(Silent())]))
 
 
+class Given:
+    name = "given"
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def score(self, rollouts):
+        return self.scores
+
+
+def test_scores_of_an_object_may_be_a_tensor():
+    given = Weighted(Given(torch.tensor([1.0, float("nan"), -2.0])))
+    scored = rewarded(rollouts(), [given])
+    assert [r.score for r in scored] == [1.0, None, -2.0]
+    assert [type(r.components["given"]) for r in scored] == [float, type(None), float]
+
+
+@pytest.mark.parametrize(
+    ("scores", "sentence"),
+    [
+        (None, "reward given returned None, not a list with a number for each response."),
+        (["a", 1, 2], "reward given returned 'a' for response 0, not a number, None or a list"),
+        ([1, [2.0], 3], "reward given returned a list for response 1. Return one number for each"),
+        ([1, 2], "reward given returned 2 values for 3 responses. Return a list of 3 numbers."),
+    ],
+)
+def test_scores_of_an_object_that_are_none_are_one_sentence(scores, sentence):
+    with pytest.raises(RewardError) as error:
+        rewarded(rollouts(), [Weighted(Given(scores))])
+    assert str(error.value).startswith(sentence)
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -202,7 +234,7 @@ def test_where_nothing_has_a_score_the_reward_is_named():
         ),
         (
             "wrong",
-            "failed: TypeError: returned 'good' for response 0, not a number, None or a list of numbers",
+            ":wrong returned 'good' for response 0, not a number, None or a list of numbers.",
         ),
         (
             "fails",
@@ -263,7 +295,7 @@ def test_a_wrong_reference_is_known_without_running_it(file, tmp_path, reference
 def test_what_is_not_a_function_and_what_cannot_be_imported_are_refused_at_the_start(
     file, tmp_path
 ):
-    with pytest.raises(RewardError, match="number is a int, not a function"):
+    with pytest.raises(RewardError, match="number is an int, not a function"):
         reward(file, "number")
     (tmp_path / "raises.py").write_text("import nowhere_to_be_found\ndef f(responses): return []\n")
     with pytest.raises(
@@ -375,7 +407,7 @@ def f(responses, log_metric, log_extra):
     return [0.0 for _ in responses]
 """
 UNLOGGABLE = {
-    "log_metric(3, 1.0)": "log_metric was given a int for a name; give it a text of 1 to 100 printable characters",
+    "log_metric(3, 1.0)": "log_metric was given an int for a name; give it a text of 1 to 100 printable characters",
     "log_metric('', 1.0)": "log_metric was given '' for a name",
     "log_metric('a\\nb', 1.0)": "for a name",
     "log_metric('m', 'high')": "log_metric('m', …) was given 'high', not a finite number",

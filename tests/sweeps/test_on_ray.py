@@ -15,7 +15,7 @@ from quartet.config.toml import ConfigError
 from quartet.sweeps import life
 from quartet.sweeps.folder import CannotSweep
 from quartet.sweeps.life import beginning_of
-from quartet.sweeps.on_ray import LOST, Host, RayRun
+from quartet.sweeps.on_ray import LOST, RayRun, RunActor
 from tests.support import fake_ray
 from tests.sweeps.test_conduct import (
     GRID,
@@ -77,7 +77,7 @@ def test_where_runs_are_may_change_when_a_sweep_goes_on(here):
 
 
 def test_a_run_whose_actor_is_gone_has_failed_and_says_so(tmp_path, ray):
-    class Gone(Host):
+    class Gone(RunActor):
         def run(self, *_):
             raise RuntimeError("The actor died.\nIts node is gone.")
 
@@ -93,9 +93,9 @@ PRINT = "import os, sys; print(os.getcwd(), os.environ['OMP_NUM_THREADS'], *sys.
 def test_a_host_runs_a_command_in_a_folder_and_appends_what_it_prints(tmp_path):
     output = tmp_path / "log"
     output.write_text("before\n")
-    assert Host().run(["-c", PRINT, "a b"], str(tmp_path), str(output), 3) == 0
+    assert RunActor().run(["-c", PRINT, "a b"], str(tmp_path), str(output), 3) == 0
     assert output.read_text() == f"before\n{tmp_path} 3 a b\n"
-    assert Host().run(["-c", "raise SystemExit(7)"], str(tmp_path), str(output), 1) == 7
+    assert RunActor().run(["-c", "raise SystemExit(7)"], str(tmp_path), str(output), 1) == 7
 
 
 def test_a_host_waits_for_a_run_that_was_left_behind(tmp_path):
@@ -105,12 +105,12 @@ def test_a_host_waits_for_a_run_that_was_left_behind(tmp_path):
         assert files.try_lock(held)
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"], stdout=held)
     began = time.monotonic()
-    assert Host().run(["-c", "pass"], str(tmp_path), str(output), 1) == 0
+    assert RunActor().run(["-c", "pass"], str(tmp_path), str(output), 1) == 0
     assert child.poll() == 0 and time.monotonic() > began
 
 
 def test_a_host_that_is_told_to_stop_ends_its_run_or_does_not_begin_it(tmp_path):
-    host, codes = Host(), []
+    host, codes = RunActor(), []
     slow = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('up', flush=True); time.sleep(60)"
     thread = threading.Thread(
         target=lambda: codes.append(host.run(["-c", slow], str(tmp_path), str(tmp_path / "log"), 1))
@@ -121,7 +121,7 @@ def test_a_host_that_is_told_to_stop_ends_its_run_or_does_not_begin_it(tmp_path)
     host.stop()
     thread.join()
     assert codes == [75]
-    late = Host()
+    late = RunActor()
     late.stop()
     assert late.run(["-c", "open('began', 'w')"], str(tmp_path), str(tmp_path / "log"), 1) == LOST
     assert not (tmp_path / "began").exists()

@@ -23,7 +23,7 @@ from quartet.algorithms.update import ActorUpdate, FirstOrder
 from quartet.algorithms.value_loss import NoValueLoss, ValueLoss
 from quartet.errors import PartError
 from quartet.experience import Batch, Experience
-from quartet.parts import Field, part
+from quartet.parts import Field, of_shape, part
 from quartet.tensors import Bool, Float, Tensor
 
 
@@ -199,16 +199,16 @@ class Algorithm:
         mask = batch.response_mask
         scores = self.rewards.score(batch)
         for shape in self.scores:
-            scores = shape(scores, batch)
-        rewards = masked(self.rewards.place(scores, batch) + self.penalties(batch), mask)
+            scores = of_shape(shape, shape(scores, batch), scores.shape)
+        placed = of_shape(self.rewards, self.rewards.place(scores, batch), mask.shape)
+        rewards = masked(placed + self.penalties(batch), mask)
         return whiten_keeping_mean(rewards, mask) if self.rewards.whiten else rewards
 
     def penalties(self, batch: Batch) -> Float[Tensor, "B T"]:
         """Return the KL penalty of each token, which is added to its reward."""
-        return masked(
-            self.kl.reward(batch.old_logprobs, batch.ref_logprobs, batch.exact_kl),
-            batch.response_mask,
-        )
+        penalties = self.kl.reward(batch.old_logprobs, batch.ref_logprobs, batch.exact_kl)
+        mask = batch.response_mask
+        return masked(of_shape(self.kl, penalties, mask.shape), mask)
 
     def experience(self, batch: Batch) -> Experience:
         """Return the token rewards, advantages and returns of a batch. The function is pure: the
@@ -225,7 +225,7 @@ class Algorithm:
             old_logprobs=masked(batch.old_logprobs, mask),
             ref_logprobs=None if ref_logprobs is None else masked(ref_logprobs, mask),
             token_rewards=token_rewards,
-            advantages=self.normalize(advantages, mask),
+            advantages=of_shape(self.normalize, self.normalize(advantages, mask), mask.shape),
             scores=batch.scores,
             values=None if batch.values is None else masked(batch.values, mask),
             returns=returns,
@@ -261,14 +261,17 @@ class Algorithm:
         a NaN from there to all its tokens, and 0 · NaN is a gradient of NaN.
         """
         now = now.within(experience.response_mask)
+        shape = experience.response_mask.shape
+        entropy = self.entropy(now.entropy, experience.mean_entropy)
         per_token = {
             "policy": self._policy(experience, now),
-            "kl": self._kl(experience, now),
-            "entropy": self.entropy(now.entropy, experience.mean_entropy),
+            "kl": of_shape(self.kl, self._kl(experience, now), shape),
+            "entropy": of_shape(self.entropy, entropy, shape),
         }
         if self.value_loss.trains_critic and now.values is not None:
             assert experience.values is not None and experience.returns is not None
-            per_token["value"] = self.value_loss(now.values, experience.values, experience.returns)
+            value = self.value_loss(now.values, experience.values, experience.returns)
+            per_token["value"] = of_shape(self.value_loss, value, shape)
         if self.positives.coef > 0:
             per_token["positives"] = self.positives(now.logprobs)
         masks = self._masks(experience)
@@ -299,19 +302,25 @@ class Algorithm:
 
     def _policy(self, experience: Experience, now: Forward) -> Float[Tensor, "B T"]:
         mask = experience.response_mask
-        loss = self.policy_loss(
-            Surrogate(now.logprobs, experience.old_logprobs, experience.advantages, mask)
-        )
+        tokens = Surrogate(now.logprobs, experience.old_logprobs, experience.advantages, mask)
+        loss: Tensor = of_shape(self.policy_loss, self.policy_loss(tokens), mask.shape)
+        if now.logprobs.requires_grad and not loss.requires_grad:
+            raise PartError(
+                f"{self.policy_loss.type}: its loss has no gradient, so the policy would learn "
+                "nothing. Compute it from tokens.logprobs or tokens.ratio, and do not detach them."
+            )
         return loss if experience.weights is None else experience.weights * loss
 
     def _kl(self, experience: Experience, now: Forward) -> Float[Tensor, "B T"]:
-        mask, baselines = experience.response_mask, experience.kl_baselines
         sampler = experience.sampler_logprobs
-        old = experience.old_logprobs if sampler is None else sampler
-        loss = self.kl.loss(now.logprobs, old, experience.ref_logprobs, now.exact_kl, mask)
-        if baselines is None:
-            return loss
-        return loss - self.kl.centring(now.logprobs, old, baselines, mask)
+        return self.kl.loss(
+            now.logprobs,
+            experience.old_logprobs if sampler is None else sampler,
+            experience.ref_logprobs,
+            now.exact_kl,
+            experience.response_mask,
+            experience.kl_baselines,
+        )
 
     def _masks(self, experience: Experience) -> dict[str, Bool[Tensor, "B T"]]:
         """Return the tokens of each term of the loss. The actor's terms leave out responses that

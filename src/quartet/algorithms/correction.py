@@ -12,12 +12,7 @@ A run whose responses come from servers has a correction unless its file says ot
 from typing import Literal
 
 from quartet.algorithms.masked import masked
-from quartet.algorithms.policy_loss import (
-    MAX_LOG_RATIO,
-    SequenceRatio,
-    log_sequence_ratio,
-    token_ratio,
-)
+from quartet.algorithms.ratios import SequenceRatio, held_exp, log_sequence_ratio, token_ratio
 from quartet.parts import Family, Field
 from quartet.tensors import Bool, Float, Tensor
 
@@ -42,8 +37,7 @@ def sequence_weight(
     ratio: SequenceRatio,
 ) -> Float[Tensor, "B 1"]:
     """Return each response's weight, its log held within ±20."""
-    log_weight = log_sequence_ratio(old_logprobs - rollout_logprobs, mask, ratio)
-    return log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return held_exp(log_sequence_ratio(old_logprobs - rollout_logprobs, mask, ratio))
 
 
 class NoCorrection(Correction):

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 
 from quartet.algorithms.masked import masked, mean_of_others
+from quartet.algorithms.ratios import held_exp
 from quartet.experience import Batch
 from quartet.parts import Family, Field
 from quartet.tensors import Bool, Float, Int, Tensor, torch
@@ -205,25 +206,16 @@ class KL(Family):
         ref_logprobs: Tensor | None,
         exact: Tensor | None,
         mask: Bool[Tensor, "B T"],
+        baselines: Tensor | None = None,
     ) -> Float[Tensor, "B T"]:
-        """Return what is added to each token's loss."""
+        """Return what is added to each token's loss. `baselines` is what `token_baselines` returned
+        for these rows."""
         return torch.zeros_like(logprobs)
 
     def token_baselines(self, batch: Batch) -> Float[Tensor, "B T"] | None:
-        """Return what `centring` multiplies at each token, from everything that a step has sampled;
-        None, the default, where there is no such term."""
+        """Return a number for each token, from everything that a step has sampled, with which
+        `loss` lowers the variance of its gradient; None, the default, where it needs none."""
         return None
-
-    def centring(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        baselines: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
-        """Return what is subtracted from each token's loss to lower the variance of its gradient.
-        It is 0; its gradient is not, and has expectation 0."""
-        return torch.zeros_like(logprobs)
 
     def adapt(self, metrics: Mapping[str, float]) -> "KL":
         """Return the part of the next step, after a step with these metrics; by default itself."""
@@ -355,20 +347,25 @@ class KLInLoss(KL):
         ref_logprobs: Tensor | None,
         exact: Tensor | None,
         mask: Bool[Tensor, "B T"],
+        baselines: Tensor | None = None,
     ) -> Float[Tensor, "B T"]:
-        logprobs = masked(
-            logprobs, mask
-        )  # a NaN of padding would reach the gradient by the product
+        # A NaN of padding would reach the gradient by the products below.
+        logprobs = masked(logprobs, mask)
         ref_logprobs = None if ref_logprobs is None else masked(ref_logprobs, mask)
         exact = None if exact is None else masked(exact, mask)
-        penalty = self.coef * estimate(self.estimator, logprobs, ref_logprobs, exact)
-        if self.weight == "none":
-            return penalty
-        log_weight = logprobs - masked(old_logprobs, mask)
-        if self.weight == "sequence":
-            own = log_weight if self.estimator == "exact" else torch.zeros_like(log_weight)
-            log_weight = log_weight.cumsum(dim=1) - own
-        return log_weight.clamp(-20, 20).exp() * penalty
+        kl = estimate(self.estimator, logprobs, ref_logprobs, exact)
+        log_ratios = logprobs - masked(old_logprobs, mask)
+        if self.weight == "token":
+            kl = held_exp(log_ratios) * kl
+        elif self.weight == "sequence":
+            products = log_ratios.cumsum(dim=1)
+            before = products - log_ratios if self.estimator == "exact" else products
+            kl = held_exp(before) * kl
+            if baselines is not None:
+                weight = held_exp(products)
+                # Its value is 0; its gradient is not, and has expectation 0.
+                kl = kl - (weight - weight.detach()) * masked(baselines, mask)
+        return self.coef * kl
 
     def token_baselines(self, batch: Batch) -> Float[Tensor, "B T"] | None:
         if self.baseline == "none":
@@ -377,18 +374,7 @@ class KLInLoss(KL):
         mask = batch.response_mask
         kl = k3(masked(batch.old_logprobs, mask), masked(batch.ref_logprobs, mask))
         to_go = kl_to_go_of_others(kl, mask, batch.groups, self.estimator != "exact")
-        return self.coef * by_token(to_go, mask)
-
-    def centring(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        baselines: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
-        log_weight = masked(logprobs, mask) - masked(old_logprobs, mask)
-        weight = log_weight.cumsum(dim=1).clamp(-20, 20).exp()
-        return (weight - weight.detach()) * masked(baselines, mask)
+        return by_token(to_go, mask)
 
     def coefficients(self) -> dict[str, float]:
         return {"kl/coef": self.coef}

@@ -9,54 +9,19 @@ from typing import Literal
 
 from quartet.algorithms.kl import k3
 from quartet.algorithms.masked import masked
+from quartet.algorithms.ratios import (
+    MAX_LOG_RATIO,
+    SequenceRatio,
+    held_exp,
+    log_sequence_ratio,
+    sequence_ratio,
+    token_ratio,
+)
 from quartet.parts import Family, Field, OrInf
 from quartet.tensors import Bool, Float, Tensor, torch
 
-MAX_LOG_RATIO = 20.0
-"""Log-ratios are held within ± this."""
 BELOW = "Ratios below 1 − low are clipped."
 ABOVE = "Ratios above 1 + high are clipped."
-
-
-def token_ratio(
-    logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"]
-) -> Float[Tensor, "B T"]:
-    """ρ_t = π(token t) / π_old(token t). The log-ratio is held within ±20, where exp still fits in
-    float32; a token beyond has no gradient, and counts as clipped (`Surrogate.is_held`)."""
-    return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-
-
-SequenceRatio = Literal["geometric_mean", "product"]
-"""The ratio of a whole response: (Π_t ρ_t)^{1/|o|} (GSPO), or Π_t ρ_t, the ratio of the response's
-probabilities (RLOO with several updates from one batch)."""
-
-
-def log_sequence_ratio(
-    log_ratios: Float[Tensor, "B T"],
-    mask: Bool[Tensor, "B T"],
-    ratio: SequenceRatio = "geometric_mean",
-) -> Float[Tensor, "B 1"]:
-    """Return the log of each response's ratio, from those of its tokens; 0 without tokens."""
-    total = masked(log_ratios, mask).sum(dim=1, keepdim=True)
-    return total if ratio == "product" else total / mask.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def sequence_ratio(
-    logprobs: Float[Tensor, "B T"],
-    old_logprobs: Float[Tensor, "B T"],
-    mask: Bool[Tensor, "B T"],
-    ratio: SequenceRatio = "geometric_mean",
-) -> Float[Tensor, "B T"]:
-    """The response's ratio s at every token; as GSPO-token has it, its value is the sequence's and
-    its gradient the token's: s_t = sg[s] · π_t / sg[π_t] (Zheng et al. 2025, eq. 14).
-
-    Ratios (2, 0.5, 2): exp((log 2 − log 2 + log 2) / 3) = 2^(1/3) = 1.26; their product is 2. The
-    log is held within ±20.
-    """
-    log_ratio = masked(logprobs - old_logprobs, mask)
-    of_response = log_sequence_ratio(log_ratio, mask, ratio).detach()
-    held = (of_response + log_ratio - log_ratio.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return held.exp()
 
 
 def clip_surrogate(
@@ -372,8 +337,7 @@ class Gmpo(PolicyLoss):
             log_ratio.clamp(max=self.window),
             log_ratio.clamp(min=-self.window),
         )
-        mean = kept.sum(dim=1, keepdim=True) / tokens.mask.sum(dim=1, keepdim=True).clamp(min=1)
-        return -advantages * mean.clamp(-20, 20).exp()
+        return -advantages * held_exp(log_sequence_ratio(kept, tokens.mask))
 
     def clipped(self, tokens: Surrogate) -> Bool[Tensor, "B T"]:
         log_ratio = tokens.logprobs - tokens.old_logprobs

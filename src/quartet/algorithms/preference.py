@@ -90,8 +90,8 @@ class LastTokenLoss(RewardModelLoss):
     ) -> Float[Tensor, "P"]:
         """From the head at every token, or at the last ones only; `differs` is
         `after_divergence`."""
-        good, bad = last_token(chosen, chosen_lengths), last_token(rejected, rejected_lengths)
-        return bradley_terry(good, bad, margins) + self.centring * centring(good, bad)
+        scores = last_token(chosen, chosen_lengths), last_token(rejected, rejected_lengths)
+        return bradley_terry(*scores, margins) + self.centring * centring(*scores)
 
 
 class PerTokenLoss(RewardModelLoss):
@@ -116,9 +116,9 @@ class PerTokenLoss(RewardModelLoss):
         margins: Float[Tensor, "P"],
     ) -> Float[Tensor, "P"]:
         columns = torch.arange(chosen.shape[1], device=chosen.device)[None]
-        good = chosen.gather(1, torch.minimum(columns, chosen_lengths[:, None] - 1))
-        bad = rejected.gather(1, torch.minimum(columns, rejected_lengths[:, None] - 1))
-        loss = bradley_terry(good, bad, margins[:, None].expand(good.shape))
+        chosen = chosen.gather(1, torch.minimum(columns, chosen_lengths[:, None] - 1))
+        rejected = rejected.gather(1, torch.minimum(columns, rejected_lengths[:, None] - 1))
+        loss = bradley_terry(chosen, rejected, margins[:, None].expand(chosen.shape))
         return masked(loss, differs).sum(dim=1) / differs.sum(dim=1).clamp(min=1)
 
 
@@ -232,10 +232,10 @@ class Kto(PreferenceLoss):
 
     def __call__(self, pairs: Pairs) -> Float[Tensor, "P"]:
         chosen, rejected = pairs.log_ratios()
-        good = self.desirable * torch.sigmoid(-self.beta * (chosen - pairs.kl))
-        bad = self.undesirable * torch.sigmoid(-self.beta * (pairs.kl - rejected))
-        return torch.where(pairs.chosen_tokens > 0, good, 0.0) + torch.where(
-            pairs.rejected_tokens > 0, bad, 0.0
+        desirable = self.desirable * torch.sigmoid(-self.beta * (chosen - pairs.kl))
+        undesirable = self.undesirable * torch.sigmoid(-self.beta * (pairs.kl - rejected))
+        return torch.where(pairs.chosen_tokens > 0, desirable, 0.0) + torch.where(
+            pairs.rejected_tokens > 0, undesirable, 0.0
         )
 
 

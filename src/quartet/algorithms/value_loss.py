@@ -33,8 +33,8 @@ class ClippedValueLoss(ValueLoss):
     2019.
 
     The maximum is the pessimistic side: a value that has moved further than `clip` towards its
-    target stops moving, one that moved away from it does not. `clip = null` (in Python None) gives
-    the plain half squared error.
+    target stops moving, one that moved away from it does not. `clip = inf` gives the
+    plain half squared error.
 
     V = 1, V_old = 0, R = 2, clip = 0.2, coef = 1: ½ max(1, (0.2 − 2)²) = 1.62.
     """

@@ -50,8 +50,8 @@ def critic_audit(
     no critic, no checkpoint of that step, or responses that cannot be continued or scored here.
     """
     from quartet.assembly.critic import audit_critic
-    from quartet.evaluation.critic_samples import Sizes
+    from quartet.evaluation.critic_samples import AuditSizes
 
     folder = Path(run if isinstance(run, str | Path) else run.folder).resolve()
-    sizes = Sizes(prefixes, continuations, seed)
+    sizes = AuditSizes(prefixes, continuations, seed)
     return CriticAudit(*audit_critic(folder, step, prompts, sizes, lambda words: None))  # noqa: ARG005

@@ -5,21 +5,24 @@ therefore written to files first, which the config names; rewards that are given
 named in the config and kept in memory (`rewards/objects.py`).
 """
 
+import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quartet import files
-from quartet.config.errors import Table
+from quartet.config.errors import Table, in_short
 from quartet.config.tables import without_none
-from quartet.config.toml import ConfigError, read_toml
+from quartet.config.toml import ConfigError, leaves, read_toml
+from quartet.data import DataError
 from quartet.files import fingerprint
-from quartet.io.texts import did_you_mean, well_formed_json
+from quartet.io.texts import did_you_mean, type_in_words, well_formed_json
 from quartet.recipes import recipe_path
 from quartet.rewards.source import RewardSource
 from quartet.stages.kinds import kind_of
@@ -56,9 +59,10 @@ def inputs_of(
     table, name = _recipe(recipe)
     inputs = Inputs(table, arguments.get("name") or name)
     for key, value in settings.items():
-        put(table, key, plain(value))
+        if value is not None:
+            put(table, key, plain(value))
     for key, value in _shortcuts(arguments, table):
-        put(table, key, value)
+        put(table, key, plain(value))
     if "reward" in arguments:
         table["reward"] = _rewards(arguments["reward"], inputs.objects)
     runs = Path(get(table, "run.folder") or "runs")
@@ -70,12 +74,29 @@ def inputs_of(
         rows = get(table, key)
         if rows is not None and not _is_file_setting(rows):
             put(table, key, str(store_rows(rows, key, runs / STORE)))
+    for key, value in leaves(table):
+        _check_plain(key, value)
     return inputs
+
+
+def _check_plain(key: str, value: Any) -> None:
+    """Raise `ConfigError` for a value that no file can hold."""
+    items = value if isinstance(value, list | tuple) else [value]
+    for item in items:
+        if not isinstance(item, str | int | float | dict | list | tuple):
+            raise ConfigError(
+                f"{key}: {type_in_words(item)} is no setting. Give a number, a text, a list, a "
+                "table, or an instance of a part."
+            )
 
 
 def _recipe(recipe: str | Sequence[str]) -> tuple[Table, str]:
     """Return the tables that a recipe begins with and its name: a stage or several, a recipe of the
     package, or a TOML file."""
+    if not isinstance(recipe, str | list | tuple):
+        raise ConfigError(
+            f'recipe: {type_in_words(recipe)} is no stage. Give a name, such as "ppo".'
+        )
     stages = [recipe] if isinstance(recipe, str) else list(recipe)
     if all(kind_of(stage) is not None for stage in stages):
         return {"recipe": stages}, "-".join(stages)
@@ -91,9 +112,10 @@ def _shortcuts(arguments: Mapping[str, Any], table: Table) -> Iterable[tuple[str
     """Yield the settings that short arguments stand for."""
     if "data" in arguments:
         data = arguments["data"]
-        yield ("data", plain(data)) if isinstance(data, Mapping) else ("data.train", _rows(data))
+        is_table = isinstance(data, Mapping)
+        yield ("data", data) if is_table else ("data.train", _rows("data", data))
     if "eval_data" in arguments:
-        yield "data.eval", _rows(arguments["eval_data"])
+        yield "data.eval", _rows("eval_data", arguments["eval_data"])
     if "folder" in arguments:
         yield "run.folder", str(arguments["folder"])
     if "name" in arguments:
@@ -110,7 +132,11 @@ def _shortcuts(arguments: Mapping[str, Any], table: Table) -> Iterable[tuple[str
             yield keys[-1], arguments["steps"]
 
 
-def _rows(data: Any) -> Any:
+def _rows(name: str, data: Any) -> Any:
+    if isinstance(data, str) and len(data.split()) > 1 and not files.exists(data):
+        raise ConfigError(
+            f"{name}: {in_short(data, 60)}: no such file. Texts are given in a list: [text]."
+        )
     return str(data) if isinstance(data, Path) else data
 
 
@@ -138,18 +164,27 @@ def get(table: Table, key: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as TOML has it: parts become tables, paths text. Rows stay as they are."""
+    """Return a value as TOML has it: parts become tables, paths text, numbers of numpy and torch
+    plain numbers. Rows stay as they are."""
     if isinstance(value, type):
         raise ConfigError(f"{value.__name__}: is a class. Give an instance: {value.__name__}().")
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return without_none(dataclasses.asdict(value))
+    if _is_scalar(value):
+        return value.item()
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [plain(item) if dataclasses.is_dataclass(item) else item for item in value]
+        is_part = dataclasses.is_dataclass
+        return [plain(item) if is_part(item) or _is_scalar(item) else item for item in value]
     return value
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether it is one number, or one text, of numpy or torch."""
+    return getattr(value, "ndim", None) == 0 and hasattr(value, "item")
 
 
 def _is_file_setting(value: Any) -> bool:
@@ -157,7 +192,7 @@ def _is_file_setting(value: Any) -> bool:
     if isinstance(value, str):
         return True
     paths = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-    return paths and bool(value) and all(Path(item).exists() for item in value)
+    return paths and bool(value) and all(map(files.exists, value))
 
 
 def store_rows(rows: Any, key: str, store: Path) -> Path:
@@ -167,13 +202,13 @@ def store_rows(rows: Any, key: str, store: Path) -> Path:
         rows = rows.to_dict("records")
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         raise ConfigError(
-            f"{key}: {_a(rows)} is no data. Give a path, or a list of prompts or dicts."
+            f"{key}: {type_in_words(rows)} is no data. Give a path, or a list of prompts or dicts."
         )
     lines = []
     for number, row in enumerate(rows, 1):
         record = {"prompt": row} if isinstance(row, str) else row
         if not isinstance(record, Mapping):
-            raise ConfigError(f"{key}, row {number}: {_a(row)} is no text and no dict.")
+            raise ConfigError(f"{key}, row {number}: {type_in_words(row)} is no text and no dict.")
         try:
             lines.append(json.dumps(well_formed_json(dict(record)), ensure_ascii=False) + "\n")
         except (TypeError, ValueError) as error:
@@ -186,6 +221,17 @@ def store_rows(rows: Any, key: str, store: Path) -> Path:
     path = store / f"{key}-{fingerprint(beside)['sha256'][:12]}.jsonl"
     beside.replace(path)
     return path
+
+
+@contextlib.contextmanager
+def naming_rows() -> Iterator[None]:
+    """Where a `DataError` names a row of a stored file, name the row that the caller gave."""
+    stored = rf"(?:\S*/)?({'|'.join(map(re.escape, ROW_KEYS))})-[0-9a-f]{{12}}\.jsonl"
+    try:
+        yield
+    except DataError as error:
+        words = re.sub(rf"{stored}:(\d+)", r"\1, row \2", str(error))
+        raise DataError(re.sub(stored, r"\1", words)) from None
 
 
 def policy_table(policy: Any, tokenizer: Any, folder: str | Path = "runs") -> Table:
@@ -206,7 +252,7 @@ def policy_table(policy: Any, tokenizer: Any, folder: str | Path = "runs") -> Ta
         table = dict(plain(policy))
     else:
         raise ConfigError(
-            f"policy: {_a(policy)} is no model. Give a folder, a hub id, or a model "
+            f"policy: {type_in_words(policy)} is no model. Give a folder, a hub id, or a model "
             "of transformers with its tokenizer."
         )
     if hasattr(tokenizer, "save_pretrained"):  # it belongs to the other policy, which is an object
@@ -214,18 +260,12 @@ def policy_table(policy: Any, tokenizer: Any, folder: str | Path = "runs") -> Ta
     return table if tokenizer is None else {**table, "tokenizer": _path(tokenizer, "tokenizer")}
 
 
-def _a(value: Any) -> str:
-    """Return the name of a value's type with its article."""
-    name = type(value).__name__
-    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
-
-
 def _path(value: Any, name: str) -> Any:
     if isinstance(value, str | Path):
         return str(value)
     if isinstance(value, Mapping):
         return plain(value)
-    raise ConfigError(f"{name}: {_a(value)} is no folder. Give one, or a hub id.")
+    raise ConfigError(f"{name}: {type_in_words(value)} is no folder. Give one, or a hub id.")
 
 
 def store_model(model: Any, tokenizer: Any, store: Path) -> Path:
@@ -270,12 +310,19 @@ def _reward(reward: Any, objects: dict[str, Any]) -> Table:
     if isinstance(reward, str):
         if reward in VERIFIERS:
             return {"type": reward}
-        if (near := did_you_mean(reward, VERIFIERS)) and not Path(reward).exists():
+        if (near := did_you_mean(reward, VERIFIERS)) and not files.exists(reward):
             raise ConfigError(f'reward = "{reward}": no such folder and no such type.{near}')
         place, colon, _ = reward.rpartition(":")
         if colon and place.endswith(".py"):
             return {"type": "function", "function": reward}
         return {"type": "model", "model": reward}
+    if isinstance(reward, type):
+        raise ConfigError(f"reward: {reward.__name__} is a class. Give an instance.")
+    if not callable(reward) and not hasattr(reward, "score"):
+        raise ConfigError(
+            f"reward: {type_in_words(reward)} is no reward. Give a function, an object with a "
+            "method score(rollouts), or a reward model."
+        )
     name = object_name(reward)
     first, number = name, 1
     while name in objects:

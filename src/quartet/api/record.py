@@ -9,6 +9,7 @@ from typing import Any
 from quartet.config.errors import Table
 from quartet.config.toml import table_toml
 from quartet.errors import QuartetError
+from quartet.io.texts import type_in_words
 from quartet.loops.progress import Progress
 from quartet.recording.run_folder import RunFolder
 from quartet.recording.step_recorder import InvariantBroken, StepRecorder
@@ -95,7 +96,7 @@ def _recorded(
         for step in steps:
             if not isinstance(step, Progress):
                 raise QuartetError(
-                    f"{run.path}: a {type(step).__name__} is no step. Yield "
+                    f"{run.path}: {type_in_words(step)} is no step. Yield "
                     "quartet.Progress(number, metrics)."
                 )
             recorder.record(step, round(time.monotonic() - before, 4))

@@ -11,7 +11,7 @@ from quartet.config.toml import TomlFile, leaves, table_toml
 if TYPE_CHECKING:
     from quartet.runs.sweeps import Sweep
     from quartet.sweeps.conduct import Change
-    from quartet.sweeps.life import Beginning
+    from quartet.sweeps.life import PreparedSweep
 
 CALLER = "quartet.sweep"
 
@@ -23,7 +23,7 @@ class SweepRun:
     Ctrl-C, stops its runs, which save what they have; `quartet.sweep(..., resume=True)` goes on.
     """
 
-    def __init__(self, beginning: "Beginning") -> None:
+    def __init__(self, beginning: "PreparedSweep") -> None:
         self._beginning = beginning
         self.path: Path | None = beginning.path
         """The sweep's folder; None before it exists."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartet.api.inputs import inputs_of
+from quartet.api.inputs import inputs_of, naming_rows
 from quartet.config.toml import ConfigError, settings_of_table
 
 if TYPE_CHECKING:
@@ -92,4 +92,5 @@ def train(
     checked = settings_of_table(inputs.table, inputs.name, "quartet.train")
     from quartet.api.run import TrainingRun  # imports torch, which mistakes need not wait for
 
-    return TrainingRun(checked, inputs.objects)
+    with naming_rows():
+        return TrainingRun(checked, inputs.objects)

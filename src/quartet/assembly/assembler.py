@@ -98,6 +98,7 @@ class Assembler:
             make_world(data.world, config.seed, data.texts) if data.world else None
         )
         self.rows = Rows(config, self.world)
+        self.rows.check_files()
         self.device = device(config.run.device, process_group)
         self._check_ranks()
         solves = config.algorithm is not None and isinstance(config.algorithm.update, TrustRegion)

@@ -18,8 +18,8 @@ from quartet.evaluation.critic_numbers import audit_numbers
 from quartet.evaluation.critic_samples import (
     CANDIDATES,
     Audited,
+    AuditSizes,
     Report,
-    Sizes,
     sample,
 )
 from quartet.experience import Batch, Prompt, Rollout
@@ -40,7 +40,7 @@ class CannotAudit(QuartetError, ValueError):
 
 
 def audit_critic(
-    run: Path, step: int | None, num_prompts: int, sizes: Sizes, report: Report
+    run: Path, step: int | None, num_prompts: int, sizes: AuditSizes, report: Report
 ) -> tuple[Path, dict[str, Any]]:
     """Compare the critic of a run with Monte Carlo returns, at the checkpoint of a step or at the
     newest one. Return the file of results, which is written into the run's folder, and the results.

@@ -13,7 +13,7 @@ from quartet.config.tables import Config
 from quartet.data import DataError
 from quartet.data.disk_rows import DiskRows, Subset
 from quartet.data.examples import Example
-from quartet.data.files import label_notes
+from quartet.data.files import check_there, label_notes
 from quartet.data.shapes import Purpose, examples_in, read_examples
 from quartet.files import fingerprint
 from quartet.worlds import World
@@ -29,6 +29,13 @@ class Rows:
     world: World | None
     notes: list[str] = field(default_factory=list)
     """A sentence for each file of labels that was read."""
+
+    def check_files(self) -> None:
+        """Raise `DataError` where a file that the config names is not there. Nothing is read."""
+        earlier = self.config.label.earlier  # the stage that reads it says more
+        for path in _named_files(self.config):
+            if earlier is None or path != Path(earlier):
+                check_there(path)
 
     def read_labels(self, folder: Path) -> Split:
         """Return the comparisons that a stage `label` left in a folder: those to train on and those
@@ -101,6 +108,17 @@ def spread(rows: Sequence[Example], most: int) -> Sequence[Example]:
 def fingerprints(config: Config) -> dict[str, str]:
     """Return the SHA-256 of each file that rows come from, and of each file of the user's code, by
     the path that the config has. A resumed run must have the same ones."""
+    digests: dict[str, str] = {}
+    for path in _named_files(config):
+        folder_files = (file for file in path.rglob("*") if file.is_file())
+        files = sorted(folder_files) if path.is_dir() else [path] if path.is_file() else []
+        digests |= {str(file): fingerprint(file)["sha256"] for file in files}
+    code = {place: fingerprint(file)["sha256"] for place, file in code_files(config).items()}
+    return digests | code
+
+
+def _named_files(config: Config) -> list[Path]:
+    """Return the files and folders of rows that the config names."""
     data, stages = config.data, (config.sft, config.reward_model, config.preference, config.ilql)
     named = (
         *data.files,
@@ -110,13 +128,7 @@ def fingerprints(config: Config) -> dict[str, str]:
         config.label.earlier,
         *(stage.data for stage in stages),
     )
-    digests: dict[str, str] = {}
-    for path in sorted({Path(name) for name in named if name}):
-        folder_files = (file for file in path.rglob("*") if file.is_file())
-        files = sorted(folder_files) if path.is_dir() else [path] if path.is_file() else []
-        digests |= {str(file): fingerprint(file)["sha256"] for file in files}
-    code = {place: fingerprint(file)["sha256"] for place, file in code_files(config).items()}
-    return digests | code
+    return sorted({Path(name) for name in named if name})
 
 
 def plain_texts(cell: Any) -> list[str]:

@@ -3,9 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+from quartet import files
+from quartet.config.errors import in_short
 from quartet.models.language_model import ModelError
 from quartet.rewards.source import RewardSource
 from quartet.rewards.sources import EnsembleSource, ModelSource, StepsSource
+
+LONGEST_ID = 200
+"""Characters of a name that can be one of the hub, which allows 96."""
 
 
 def with_resolved_models(source: RewardSource) -> RewardSource:
@@ -26,8 +31,11 @@ def resolved_model(key: str, model: str | None) -> str | None:
     changes. A hub id, `name` or `owner/name`, is returned as it is. `key` is named in errors."""
     if model is None:
         return None
-    if Path(model).is_dir():
+    if files.exists(model):
+        if not Path(model).is_dir():
+            raise ModelError(f'{key} = "{model}": is a file. Name the folder of a model.')
         return str(Path(model).resolve())
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelError(f'{key} = "{model}": no such folder.')
+    is_id = len(model) <= LONGEST_ID and model.count("/") <= 1
+    if not is_id or model.startswith((".", "/", "~")):
+        raise ModelError(f"{key} = {in_short(model)}: no such folder.")
     return model

@@ -11,7 +11,7 @@ from quartet.cli.common import CHECK_FAILED, app, columns_of, console, print_jso
 if TYPE_CHECKING:
     from quartet.data.report import Report
     from quartet.data.row_shape import RowShape
-    from quartet.evaluation.trial import Trial
+    from quartet.evaluation.trial import RewardTrial
 
 
 MAX_SHOWN = 2000
@@ -59,7 +59,7 @@ def reward(
         console.print(f"▲ {sentence}", style="yellow", soft_wrap=True)
 
 
-def _trial_lines(trial: "Trial") -> list[str]:
+def _trial_lines(trial: "RewardTrial") -> list[str]:
     milliseconds = 1e3 * trial.seconds / trial.answers
     lines = [f"answers   {trial.answers:,} in {trial.seconds:.2f} s ({milliseconds:.2f} ms each)"]
     if trial.mean is not None and trial.deviation is not None:

@@ -51,9 +51,9 @@ def critic(
     except NoRun as error:
         refuse(str(error))
     from quartet.assembly.critic import audit_critic
-    from quartet.evaluation.critic_samples import Sizes
+    from quartet.evaluation.critic_samples import AuditSizes
 
-    sizes = Sizes(prefixes, continuations, seed)
+    sizes = AuditSizes(prefixes, continuations, seed)
     with refusing(), _progress() as show:
         try:
             path, result = audit_critic(run_folder.resolve(), step, prompts, sizes, show)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from quartet.runs.sweeps import Sweep
-    from quartet.sweeps.conduct import Change, Conductor, Job
-    from quartet.sweeps.life import Beginning
+    from quartet.sweeps.conduct import ActiveRun, Change, Conductor
+    from quartet.sweeps.life import PreparedSweep
     from quartet.sweeps.request import SweepRequest
 
 SHOWN = 20
@@ -74,7 +74,7 @@ def sweep(
     raise typer.Exit(_carry_out(beginning, as_json))
 
 
-def _carry_out(beginning: "Beginning", as_json: bool) -> int:
+def _carry_out(beginning: "PreparedSweep", as_json: bool) -> int:
     """Carry out a sweep and print what happens; return the exit code."""
     from quartet.cli.printing import outlive_readers
     from quartet.runtime.interruption import Interrupted, Interruption
@@ -168,7 +168,7 @@ def _style(change: "Change") -> str:
     return {"pruned": "yellow", "failed": "red"}.get(state, "default")
 
 
-def _job_line(conductor: "Conductor", job: "Job") -> "Text":
+def _job_line(conductor: "Conductor", job: "ActiveRun") -> "Text":
     """Return the live line of a run: its stage, step, and the objective so far."""
     from rich.text import Text
 

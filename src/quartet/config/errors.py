@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from quartet.config.suggestions import about_unknown, description_of
+from quartet.config.suggestions import about_unknown, description_of, known_keys
 from quartet.io.texts import did_you_mean
 
 Table = dict[str, Any]
@@ -105,7 +105,10 @@ def sentence(error: ErrorDetails, table: Table, origins: Mapping[str, str]) -> s
         if not re.fullmatch(r"\s*([-+]?[\d_.]+(e[-+]?\d+)?|true|false)\s*", value, re.IGNORECASE):
             return f"{shown}: must be {WANTED[kind]}."
         return f"{shown} is text. Write {path[-1]} = {value}, without quotes."
-    return f"{shown}: {'must be ' + WANTED[kind] if kind in WANTED else error['msg']}."
+    example = ""
+    if kind == "dataclass_type" and isinstance(value, str) and f"{key}.type" in known_keys():
+        example = f", such as {path[-1]} = {toml_value({'type': value})}"
+    return f"{shown}: {'must be ' + WANTED[kind] if kind in WANTED else error['msg']}{example}."
 
 
 def _path_in_file(location: tuple[int | str, ...], table: Table) -> list[str]:
@@ -132,7 +135,9 @@ def where(key: str, origins: Mapping[str, str]) -> str:
             if dotted == key or dotted.startswith(key + "."):
                 return origin
         key = key.rpartition(".")[0]
-    return next((o.rpartition(":")[0] for o in origins.values() if ":" in o), "command line")
+    given = (o for o in origins.values() if ":" in o or o.startswith("quartet."))
+    origin = next(given, "command line")
+    return origin.rpartition(":")[0] or origin
 
 
 def one_of(value: Any, choices: Sequence[str]) -> str:

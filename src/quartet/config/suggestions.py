@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quartet.config.other_libraries import Answer, answer_to, answers
+from quartet.config.other_libraries import Equivalent, answer_to, answers
 from quartet.config.read_by import REWARDED, roles_that_read
 from quartet.config.tables import Config
 from quartet.parts import Family
@@ -89,7 +89,7 @@ def _near_anywhere(here: str, name: str, table: Mapping[str, Any]) -> str | None
     if not near:
         return None
     ours = tuple(key for key in known_keys() if key.rpartition(".")[2] == near[0])
-    answer = answers().get(near[0], Answer(ours))
+    answer = answers().get(near[0], Equivalent(ours))
     keys = _within(here, answer.keys) or read_by_recipe(answer.keys, table)
     return _in_words(keys, answer.note) if answer.keys else None
 

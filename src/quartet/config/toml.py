@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.correction import for_another_engine
@@ -353,59 +354,72 @@ def remove_value(table: Table, key: str) -> None:
 
 
 def _expand(table: Table, origins: dict[str, str]) -> None:
-    """Fill in what a file may leave out: the preset's parts, the type of the critic, and the
+    """Fill in what a file may leave out: the type of the critic, the parts of the presets, and the
     reward model that the recipe trains."""
     stages = table.get("recipe", [])
     if isinstance(stages, str):
         stages = table["recipe"] = [stages]
-    rl = rl_stage_of(stages)
     if isinstance(table.get("critic"), dict):
         table["critic"] = {"type": "separate", **table["critic"]}
-    named = (
-        next((s for s in stages if isinstance(s, str) and s in PREFERENCES), None)
-        if isinstance(stages, list)
-        else None
-    )
-    if named is not None and isinstance(table.setdefault("preference", {}), dict):
-        below = dataclasses.asdict(PREFERENCES[named])
+    _expand_preference(table, stages, origins)
+    algorithm = table.get("algorithm", {})
+    if not isinstance(algorithm, dict):
+        raise ConfigError("algorithm: is a table. Write [algorithm] and its keys below.")
+    rl = rl_stage_of(stages)
+    if rl is None:
+        _refuse_algorithm(algorithm, stages, origins)
+        table.pop("algorithm", None)
+        return
+    _expand_algorithm(table, algorithm, rl, origins)
+    if "reward" not in table and "reward_model" in stages:
+        table["reward"] = [{"type": "ensemble" if _has_members(table) else "model"}]
+        origins["reward.0.type"] = "recipe"
+
+
+def _expand_preference(table: Table, stages: Any, origins: dict[str, str]) -> None:
+    """Put the loss of the recipe's preference stage below what the file says of it."""
+    names = stages if isinstance(stages, list) else []
+    stage = next((s for s in names if isinstance(s, str) and s in PREFERENCES), None)
+    if stage is not None and isinstance(table.setdefault("preference", {}), dict):
+        below = dataclasses.asdict(PREFERENCES[stage])
         above = table["preference"].get("loss", {})
         table["preference"]["loss"] = _merged({"loss": below}, {"loss": above})["loss"]
         for key, _ in leaves(table["preference"]["loss"], "preference.loss"):
-            origins.setdefault(key, f"preset {named}")
+            origins.setdefault(key, f"preset {stage}")
     elif isinstance(table.get("preference"), dict) and isinstance(
         table["preference"].get("loss"), dict
     ):
         table["preference"]["loss"] = {"type": "dpo", **table["preference"]["loss"]}
-    algorithm = table.get("algorithm", {})
-    if not isinstance(algorithm, dict):
-        raise ConfigError("algorithm: is a table. Write [algorithm] and its keys below.")
-    asked = algorithm.pop("preset", rl)
-    origin = origins.pop("algorithm.preset", None)
-    if rl is None:
-        known = {"sft", "label", "reward_model", "ilql", "evaluation", *PREFERENCES}
-        cut_short = origins.get("recipe") == "command line"
-        if (
-            (algorithm or origin)
-            and not cut_short
-            and isinstance(stages, list)
-            and known.issuperset(map(str, stages))
-        ):
-            place = origin or where("algorithm", origins)
-            raise ConfigError(
-                f"{place}: algorithm: the recipe ({', '.join(stages)}) has no RL stage that would "
-                f"read it."
-            )
-        table.pop("algorithm", None)
+
+
+def _refuse_algorithm(algorithm: Table, stages: Any, origins: dict[str, str]) -> None:
+    """Raise `ConfigError` where a file has a table [algorithm] and its recipe no RL stage. Where
+    the recipe was cut on the command line the table may stay; of a stage that is unknown the config
+    says more."""
+    if not algorithm or origins.get("recipe") == "command line":
         return
-    if not isinstance(asked, str) or asked not in ALGORITHMS:
+    known = {stage for kind in KINDS for stage in kind.stages}
+    if isinstance(stages, list) and known.issuperset(map(str, stages)):
+        place = origins.get("algorithm.preset") or where("algorithm", origins)
         raise ConfigError(
-            f"{origin}: algorithm.preset = {toml_value(asked)}: no such "
-            f"preset.{did_you_mean(asked, ALGORITHMS)} "
+            f"{place}: algorithm: the recipe ({', '.join(stages)}) has no RL stage that would "
+            f"read it."
+        )
+
+
+def _expand_algorithm(table: Table, algorithm: Table, rl: str, origins: dict[str, str]) -> None:
+    """Put the preset of the RL stage below what the file says of the algorithm."""
+    name = algorithm.pop("preset", rl)
+    origin = origins.pop("algorithm.preset", None)
+    if not isinstance(name, str) or name not in ALGORITHMS:
+        raise ConfigError(
+            f"{origin}: algorithm.preset = {toml_value(name)}: no such "
+            f"preset.{did_you_mean(name, ALGORITHMS)} "
             "`quartet algorithms` lists them."
         )
-    if asked != rl:
+    if name != rl:
         raise ConfigError(
-            f'{origin}: algorithm.preset = "{asked}", but the recipe says "{rl}". Make them the '
+            f'{origin}: algorithm.preset = "{name}", but the recipe says "{rl}". Make them the '
             f"same."
         )
     preset = without_none(dataclasses.asdict(ALGORITHMS[rl]))
@@ -413,9 +427,6 @@ def _expand(table: Table, origins: dict[str, str]) -> None:
     _correct_for_servers(table, algorithm, origins)
     for key, _ in leaves(table["algorithm"], "algorithm"):
         origins.setdefault(key, f"preset {rl}" if _has(preset, key.split(".")[1:]) else "default")
-    if "reward" not in table and "reward_model" in stages:
-        table["reward"] = [{"type": "ensemble" if _has_members(table) else "model"}]
-        origins["reward.0.type"] = "recipe"
 
 
 def _has_members(table: Table) -> bool:
@@ -491,7 +502,12 @@ def _validate(table: Table, origins: Mapping[str, str]) -> Config:
     try:
         return TypeAdapter(Config).validate_json(json.dumps(table, default=str), strict=True)
     except ValidationError as error:
-        unknown_first = sorted(
-            error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument"
-        )
-        raise ConfigError(sentence(unknown_first[0], table, origins)) from None
+        raise ConfigError(sentence(min(error.errors(), key=_rank), table, origins)) from None
+
+
+def _rank(error: ErrorDetails) -> int:
+    """Return the place of an error among those of a config: unknown keys come first, and of a text
+    that could be a word or a table, what is said of the word."""
+    if error["type"] == "unexpected_keyword_argument":
+        return 0
+    return 1 if error["type"] == "literal_error" and isinstance(error["input"], str) else 2

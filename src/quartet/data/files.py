@@ -13,9 +13,10 @@ from typing import Any
 
 from huggingface_hub import constants as hub_constants
 
+from quartet import files
 from quartet.data import DataError
 from quartet.io.install import install_command
-from quartet.io.texts import not_utf8
+from quartet.io.texts import did_you_mean, not_utf8
 from quartet.labels.log import LabelError, is_label_file, read_labels
 from quartet.models.hub import why_not_on_hub
 
@@ -26,6 +27,18 @@ HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split
 split behind a colon."""
 
 
+def check_there(path: Path) -> None:
+    """Raise `DataError` where there is no such file or folder, and the name is none of the hub's or
+    of a folder that `datasets` saved."""
+    if files.exists(path) or is_saved(Path(str(path).partition(":")[0])):
+        return
+    if not path.name.lower().endswith(FORMATS) and HUB.fullmatch(str(path)):
+        return
+    beside = [each.name for each in path.parent.iterdir()] if files.exists(path.parent) else []
+    near = did_you_mean(path.name, [name for name in beside if name.lower().endswith(FORMATS)])
+    raise DataError(f"{path}: no such file.{near}")
+
+
 def rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a file, each with its place, such as `prefs.jsonl:12`. Lines count from 1;
     in a parquet file, rows do."""
@@ -34,10 +47,10 @@ def rows(path: Path) -> Iterator[tuple[str, Row]]:
     if is_saved(Path(saved)):
         yield from _saved(Path(saved), split)
         return
-    if not path.exists():
-        hub = None if name.endswith(FORMATS) else HUB.fullmatch(str(path))
-        if hub is None:
-            raise DataError(f"{path}: no such file.")
+    if not files.exists(path):
+        check_there(path)
+        hub = HUB.fullmatch(str(path))
+        assert hub is not None, "what is not here is on the hub"
         yield from _hub(path, hub)
         return
     if path.is_dir():
@@ -82,9 +95,11 @@ def _labelled(path: Path) -> Iterator[tuple[str, Row]]:
 def label_notes(path: Path) -> list[str]:
     """Return a sentence for each file of labels that a path names: how many comparisons it has and
     what is left out."""
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    label_files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     return [
-        f"{file.name}: {read_labels(file).sentence()}." for file in files if is_label_file(file)
+        f"{file.name}: {read_labels(file).sentence()}."
+        for file in label_files
+        if is_label_file(file)
     ]
 
 
@@ -104,7 +119,7 @@ def files_in(folder: Path) -> list[Path]:
 
 def is_saved(folder: Path) -> bool:
     """Return whether the package datasets wrote this folder."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
+    return any(files.exists(folder / f"dataset_{name}.json") for name in ("dict", "info"))
 
 
 def _saved(folder: Path, split: str) -> Iterator[tuple[str, Row]]:

@@ -35,7 +35,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class AuditSizes:
     """How much is sampled."""
 
     prefixes: int = 4
@@ -151,7 +151,7 @@ def _frozen(shape: Any) -> Any:
 def sample(
     audited: Audited,
     prompts: Sequence[Prompt],
-    sizes: Sizes,
+    sizes: AuditSizes,
     report: Report,
 ) -> Samples:
     """Return states of the policy's answers to the prompts, with the critic's values and the
@@ -243,7 +243,7 @@ class _Sampler:
 
     rewards_of: TokenRewards
 
-    def __init__(self, audited: Audited, sizes: Sizes, report: Report) -> None:
+    def __init__(self, audited: Audited, sizes: AuditSizes, report: Report) -> None:
         self.audited, self.sizes, self.report = audited, sizes, report
         self.gamma = float(getattr(audited.algorithm.advantage, "gamma", 1.0))
         self.responses = self.unscored = self.tokens = 0

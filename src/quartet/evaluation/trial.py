@@ -22,7 +22,7 @@ VERIFIERS: dict[str, Callable[[str], Reward]] = {
 
 
 @dataclass(frozen=True)
-class Trial:
+class RewardTrial:
     """A reward's scores of some responses. Statistics are over the finite scores; they are None
     where there are too few."""
 
@@ -44,7 +44,7 @@ class Trial:
     """The lowest and the highest answers, shortened."""
 
 
-def try_reward(reward: Reward, rollouts: Sequence[Rollout], pairs: bool) -> Trial:
+def try_reward(reward: Reward, rollouts: Sequence[Rollout], pairs: bool) -> RewardTrial:
     """Score the responses and return the statistics. With `pairs` they alternate: chosen,
     rejected."""
     started = time.monotonic()
@@ -58,7 +58,7 @@ def try_reward(reward: Reward, rollouts: Sequence[Rollout], pairs: bool) -> Tria
     varied = len(set(numbers)) > 1 and len(set(lengths)) > 1
     ranked = sorted(scored, key=lambda pair: pair[0])
     shown = [*ranked[:2], *ranked[-2:]] if len(ranked) > 3 else ranked
-    return Trial(
+    return RewardTrial(
         answers=len(rollouts),
         none=sum(s is None for s in scores),
         nan=sum(s is not None and not math.isfinite(s) for s in scores),
@@ -74,7 +74,7 @@ def try_reward(reward: Reward, rollouts: Sequence[Rollout], pairs: bool) -> Tria
     )
 
 
-def findings(trial: Trial) -> list[str]:
+def findings(trial: RewardTrial) -> list[str]:
     """Return sentences about what may go wrong in training with this reward."""
     sentences = []
     if trial.nan:
@@ -113,7 +113,9 @@ def _accuracy(chosen: Sequence[Score], rejected: Sequence[Score]) -> float | Non
     )
 
 
-def trial_on_file(function: str, file: Path, columns: Mapping[str, str], timeout: float) -> Trial:
+def trial_on_file(
+    function: str, file: Path, columns: Mapping[str, str], timeout: float
+) -> RewardTrial:
     """Test a function, or the verifier of that name, on a file's responses: its completions, or
     both sides of its comparisons."""
     examples = read_examples(file, "demonstrations", columns)

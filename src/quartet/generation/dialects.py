@@ -99,7 +99,7 @@ class _Adapters:
         return Order(f"{self.below}/unload_lora_adapter", {"lora_name": name})
 
 
-class Vllm(_Adapters):
+class VllmDialect(_Adapters):
     """vLLM 0.32 or later, the first that reports the version of the weights of each token. It must
     be started with VLLM_SERVER_DEV_MODE=1 and `--enable-scale-out`; for adapters also with
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and `--enable-lora`; to sleep with `--enable-sleep-mode`.
@@ -199,7 +199,7 @@ class Sglang(_Adapters):
         return [Order("/update_weights_from_disk", body)]
 
 
-DIALECTS: dict[str, Dialect] = {"vllm": Vllm(), "sglang": Sglang()}
+DIALECTS: dict[str, Dialect] = {"vllm": VllmDialect(), "sglang": Sglang()}
 
 
 NEUTRAL = {

@@ -117,13 +117,11 @@ class Episodes:
         max_tokens: int,
         process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self.turns, self.tokenizer, self.make, self.max_turns, self.max_tokens = (
-            turns,
-            tokenizer,
-            make,
-            max_turns,
-            max_tokens,
-        )
+        self.turns = turns
+        self.tokenizer = tokenizer
+        self.make = make
+        self.max_turns = max_turns
+        self.max_tokens = max_tokens
         self.process_group = process_group
 
     def load_weights(self, weights: Weights) -> None:

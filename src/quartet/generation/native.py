@@ -48,13 +48,11 @@ class NativeGenerator:
         `process_group`: the ranks that share the prompts; each returns all responses. A response's
         random numbers do not depend on the rank that samples it. `copied`: the model is a copy of
         the learner's, and new weights are copied into it."""
-        self.model, self.tokenizer, self.max_rows, self.process_group, self.copied = (
-            model,
-            tokenizer,
-            max_rows,
-            process_group,
-            copied,
-        )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_rows = max_rows
+        self.process_group = process_group
+        self.copied = copied
         self.stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
         self.rng = torch.Generator().manual_seed(seed)
         self.version = 0

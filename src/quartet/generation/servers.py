@@ -98,13 +98,11 @@ class ServedGenerator:
         self.sleeps, self.transfer = sleeps, transfer
         # An earlier run may have left them asleep.
         self.servers = [Server(url.rstrip("/"), asleep=sleeps) for url in urls]
-        self.save, self.shared, self.tokenizer, self.seed, self.timeout = (
-            save,
-            shared,
-            tokenizer,
-            seed,
-            timeout,
-        )
+        self.save = save
+        self.shared = shared
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.timeout = timeout
         self.stop_ids = sorted(stop_ids)
         self.version, self.calls, self._pushed = 0, 0, False
         self.pool = ThreadPoolExecutor(at_once, "ask")

@@ -54,6 +54,12 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+def type_in_words(value: object) -> str:
+    """Return the name of a value's type with its article: "an int"."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 def did_you_mean(value: object, known: Iterable[str]) -> str:
     """Return " Did you mean X?" with the known name that is most like a value; "" if none is. A
     name with the same letters in another order goes first: gpro is grpo, not gspo."""

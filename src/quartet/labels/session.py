@@ -52,7 +52,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Progress:
+class LabelProgress:
     """How far a labeller is."""
 
     done: int
@@ -160,14 +160,14 @@ class LabelSession:
         with self._lock:
             self._leases.pop(tab, None)
 
-    def progress(self, labeller: str) -> Progress:
+    def progress(self, labeller: str) -> LabelProgress:
         """Return how many labels a labeller gave and how many there are to give."""
         with self._lock:
             done = [key for key in self._done(labeller) if key[0] in self.pairs]
             mine = set(self._mine(labeller))
             skipped = {x.pair.id for x in self._own(labeller) if x.verdict == "skip"}
             again = len((mine & self.repeated) - skipped)
-            return Progress(len(done), len(mine) + again)
+            return LabelProgress(len(done), len(mine) + again)
 
     def _is_of(self, label: Label, labeller: str, tab: str) -> bool:
         return (label.labeller, label.tab) == (labeller, tab) and label.pair.id in self.pairs

@@ -19,6 +19,7 @@ from quartet.models.forward import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.protocols import CausalModel
 from quartet.models.routing import recorded_routing
+from quartet.parts import of_shape
 from quartet.rewards.protocol import Weighted, rewarded
 from quartet.tensors import Float, Tensor
 from quartet.training.budget import Budget
@@ -286,7 +287,7 @@ def _losses(
         )
         if micro_batch.counts:
             collected.append(pairs)
-        losses = loss(pairs)
+        losses = of_shape(loss, loss(pairs), chosen.shape)
         samples = [[*c.prompt_ids, *c.chosen_ids] for c in comparisons]
         check_finite("the loss", losses, [c.id for c in comparisons], samples.__getitem__)
         total = micro_batch.counts * losses.sum() / len(batch)

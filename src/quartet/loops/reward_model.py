@@ -15,6 +15,7 @@ from quartet.models.heads import ScalarModel
 from quartet.models.logprobs import scatter_to_tokens
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.routing import recorded_routing
+from quartet.parts import of_shape
 from quartet.tensors import Bool, Float, Int, Tensor
 from quartet.training.budget import Budget
 from quartet.training.finite import check_finite
@@ -151,7 +152,7 @@ def _losses(
             sides.differs,
             torch.tensor([c.margin for c in pairs], device=sides.chosen.device),
         )
-        total = micro_batch.counts * losses.sum() / len(batch)
+        total = micro_batch.counts * of_shape(loss, losses, [len(pairs)]).sum() / len(batch)
         if balancing is not None:
             total = balancing.added_to(total, routers.routing, micro_batch.share_of(tokens))
         yield total

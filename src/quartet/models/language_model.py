@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from quartet import files
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
@@ -208,7 +209,7 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> Tokenizer:
 
 def check_hub(name: str | Path) -> None:
     """Raise ModelError where a name is no folder here and the hub does not give the model."""
-    if not Path(name).exists() and (why := why_not_on_hub(str(name))) is not None:
+    if not files.exists(name) and (why := why_not_on_hub(str(name))) is not None:
         raise ModelError(f"{name}: is no folder here, and {why}")
 
 

@@ -72,7 +72,7 @@ class Short:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredTimes:
     """The measured times, from which the time of the whole run follows."""
 
     steps: dict[str, float]
@@ -98,7 +98,7 @@ class Measured:
         return total + self.evaluation
 
 
-def measure(config: Config, build: Callable[[Config], Any]) -> Measured:
+def measure(config: Config, build: Callable[[Config], Any]) -> MeasuredTimes:
     """Run `STEPS` steps of each stage in a temporary folder, once with responses of at most half
     the length and once of the whole, and return the times. `build` makes the stages of a config
     (`quartet.assembly.build`)."""
@@ -115,7 +115,7 @@ def measure(config: Config, build: Callable[[Config], Any]) -> Measured:
     line = None
     if rl is not None:
         line = Line.through((first.tokens, first.steps[rl]), (second.tokens, second.steps[rl]))
-    return Measured(
+    return MeasuredTimes(
         {
             stage: statistics.fmean((first.steps[stage], second.steps[stage]))
             for stage in first.steps
@@ -128,7 +128,7 @@ def measure(config: Config, build: Callable[[Config], Any]) -> Measured:
     )
 
 
-def in_words(config: Config, measured: Measured) -> list[str]:
+def in_words(config: Config, measured: MeasuredTimes) -> list[str]:
     """Return lines for a terminal, one fact in each; the last is the time of the whole run."""
     counts, lines = _counts(config), []
     for stage, seconds in measured.steps.items():

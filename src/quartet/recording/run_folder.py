@@ -212,7 +212,7 @@ class RunFolder:
                 ):
                     path.unlink()
 
-    def record(self) -> "Record":
+    def record(self) -> "RunEvents":
         return read_record(self.path)
 
     def metrics_of(self, stage: str) -> list[dict[str, Any]]:
@@ -228,7 +228,7 @@ class RunFolder:
 
 
 @dataclass(frozen=True)
-class Record:
+class RunEvents:
     """The content of events.jsonl."""
 
     events: list[dict[str, Any]]
@@ -241,7 +241,7 @@ class Record:
         return bool(last == "done")
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path) -> RunEvents:
     """Read events.jsonl. A line that is no event is passed over and counted, and so is one of which
     a part had to be left out. Raises Unreadable where it is no ordinary file."""
     events, damaged = [], 0
@@ -253,7 +253,7 @@ def read_record(folder: Path) -> Record:
             continue
         events.append(event)
         damaged += bool(faults)
-    return Record(events, damaged)
+    return RunEvents(events, damaged)
 
 
 def _named(temporary: Path, root: Path, stamp: str) -> Path:

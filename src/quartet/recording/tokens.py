@@ -11,6 +11,7 @@ import torch
 
 from quartet.algorithms.advantages import critic_values, gae
 from quartet.algorithms.kl import k1
+from quartet.algorithms.ratios import held_exp
 from quartet.io.texts import well_formed, well_formed_json
 from quartet.models.protocols import Tokenizer
 from quartet.tensors import Float, Tensor
@@ -48,7 +49,7 @@ def rollout_table(step: "Step", texts: TokenTexts) -> Any:
     update_columns = {
         "logprob": update.logprobs,
         "change": change if update.trained_actor else None,
-        "ratio": change.clamp(-20, 20).exp() if update.trained_actor else None,
+        "ratio": held_exp(change) if update.trained_actor else None,
         "clipped": update.clipped,
         "entropy": update.entropy,
     }

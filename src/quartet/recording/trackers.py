@@ -52,7 +52,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class Logged:
+class WandbRun:
     """A run of Weights & Biases, or of Trackio, whose interface is the same. WANDB_MODE=offline
     keeps Weights & Biases data in the run's folder; TRACKIO_DIR sets where Trackio stores its
     data."""
@@ -69,7 +69,7 @@ class Logged:
         self._run.finish()
 
 
-class WandB(Logged):
+class WandB(WandbRun):
     """A run of Weights & Biases, whose charts have the steps of their stage on the x axis."""
 
     def __init__(self, run: Any) -> None:
@@ -194,12 +194,14 @@ def _wandb(folder: Path, config: Mapping[str, Any], known: KnownRuns) -> WandB:
     return sink
 
 
-def _trackio(folder: Path, config: Mapping[str, Any], known: KnownRuns) -> Logged:
+def _trackio(folder: Path, config: Mapping[str, Any], known: KnownRuns) -> WandbRun:
     import trackio
 
     run = known.get("trackio") or folder.name
     resume = "never" if known.get("trackio") is None else "allow"
-    sink = Logged(trackio.init(PROJECT, name=run, config=dict(config), embed=False, resume=resume))
+    sink = WandbRun(
+        trackio.init(PROJECT, name=run, config=dict(config), embed=False, resume=resume)
+    )
     known.put("trackio", run)
     return sink
 

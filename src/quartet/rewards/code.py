@@ -44,13 +44,11 @@ class CodeReward:
         score: Literal["all", "share"] = "all",
         parallel: int = 2,
     ) -> None:
-        self.name, self.sandbox, self.column, self.kind, self.parallel = (
-            name,
-            sandbox,
-            column,
-            score,
-            parallel,
-        )
+        self.name = name
+        self.sandbox = sandbox
+        self.column = column
+        self.kind = score
+        self.parallel = parallel
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return map_concurrently(self._score, rollouts, self.parallel)

@@ -48,7 +48,7 @@ class TextReward:
 
 
 @dataclass(frozen=True)
-class Answer:
+class FunctionResult:
     """What a function says of one response."""
 
     value: Any
@@ -75,14 +75,12 @@ class FunctionReward:
         processes: int = 1,
     ) -> None:
         check_reference(function)
-        self.name, self.function, self.token_texts, self.timeout = (
-            name,
-            function,
-            token_texts,
-            timeout,
-        )
-        self.workers: list[FunctionProcess] = [Worker(function) for _ in range(processes)]
-        self._last: tuple[list[Rollout], list[Answer]] = ([], [])
+        self.name = name
+        self.function = function
+        self.token_texts = token_texts
+        self.timeout = timeout
+        self.workers: list[FunctionProcess] = [FunctionWorker(function) for _ in range(processes)]
+        self._last: tuple[list[Rollout], list[FunctionResult]] = ([], [])
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         values = [answer.value for answer in self._answers(rollouts)]
@@ -102,7 +100,7 @@ class FunctionReward:
                 )
         return [[] if value is None else value for value in values]
 
-    def _answers(self, rollouts: Sequence[Rollout]) -> list[Answer]:
+    def _answers(self, rollouts: Sequence[Rollout]) -> list[FunctionResult]:
         """Return what the function says; it is called once for the same rollouts."""
         if len(rollouts) == len(self._last[0]) and all(
             a is b for a, b in zip(rollouts, self._last[0], strict=True)
@@ -129,7 +127,7 @@ class FunctionReward:
         self._last = (list(rollouts), answers)
         return answers
 
-    def _ask(self, worker: "FunctionProcess", rollouts: Sequence[Rollout]) -> list[Answer]:
+    def _ask(self, worker: "FunctionProcess", rollouts: Sequence[Rollout]) -> list[FunctionResult]:
         answer = worker.call(
             self._arguments(rollouts, worker.parameters), self.timeout, len(rollouts)
         )
@@ -143,12 +141,14 @@ class FunctionReward:
         for rollout, value in zip(rollouts, values, strict=True):
             if isinstance(value, list) and len(value) != len(rollout.response_ids):
                 raise RewardError(
-                    f"{self.function} returned {len(value)} numbers for {rollout.id}, which has "
-                    f"{len(rollout.response_ids)} "
-                    "tokens. Return one for each of `tokens`."
+                    f"{self.function} returned a list of {len(value)} for {rollout.id}, which has "
+                    f"{len(rollout.response_ids)} tokens. Return one number for each response, or "
+                    "one for each of its `tokens`."
                 )
         return [
-            Answer(value, Logged(metrics, {name: column[i] for name, column in columns.items()}))
+            FunctionResult(
+                value, Logged(metrics, {name: column[i] for name, column in columns.items()})
+            )
             for i, value in enumerate(values)
         ]
 
@@ -199,7 +199,7 @@ class FunctionProcess(Protocol):
         ...
 
 
-class Worker:
+class FunctionWorker:
     """A process with one function in it. It is started again after it was stopped or died."""
 
     def __init__(self, function: str) -> None:
@@ -256,7 +256,7 @@ class Worker:
                 "reward.processes, or let it return None for what it cannot judge in time."
             )
         if "error" in answer:
-            raise RewardError(f"{self.function} failed: {answer['error']}.")
+            raise RewardError(f"{self.function} {answer['error']}.")
         return answer
 
     def _exchange(self, request: Mapping[str, Any], timeout: float) -> dict[str, Any] | None:

@@ -59,7 +59,7 @@ NEEDED = {"score": ("{prompt}", "{response}"), "pairwise": ("{prompt}", "{first}
 
 
 @dataclass(frozen=True)
-class Comparisons:
+class WinShares:
     """How often each response wins, as a share of its comparisons; None where there is none."""
 
     scores: list[Score]
@@ -118,7 +118,7 @@ class JudgeReward:
         self._warn_of_missing(texts, scores)
         return scores
 
-    def compare(self, rollouts: Sequence[Rollout]) -> Comparisons:
+    def compare(self, rollouts: Sequence[Rollout]) -> WinShares:
         """Compare each response with its neighbours."""
         pairs = neighbours(rollouts)
         questions = [
@@ -136,7 +136,7 @@ class JudgeReward:
             shares = [None if text is None else parse_preference(text) for text in texts]
             self._warn_of_missing(texts, shares)
             won = [_both(*each) for each in zip(shares[::2], shares[1::2], strict=True)]
-            return Comparisons(_means(pairs, won, count), {})
+            return WinShares(_means(pairs, won, count), {})
         answered = [text if text and self.rubric.is_answered_by(text) else None for text in texts]
         self._warn_of_missing(texts, answered)
         both = zip(texts[::2], texts[1::2], strict=True)
@@ -146,7 +146,7 @@ class JudgeReward:
             criterion.name: _means(pairs, [SHARES.get(each[i]) for each in verdicts], count)
             for i, criterion in enumerate(self.rubric.criteria)
         }
-        return Comparisons(_means(pairs, total, count), criteria)
+        return WinShares(_means(pairs, total, count), criteria)
 
     def _filled(self, **texts: str) -> str:
         """The prompt with the texts and the rubric in it, whatever braces they have themselves."""

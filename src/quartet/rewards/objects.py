@@ -12,7 +12,7 @@ from quartet.parts import Field
 from quartet.rewards.functions import FunctionReward
 from quartet.rewards.protocol import Reward, RewardError
 from quartet.rewards.source import RewardContext, RewardSource
-from quartet.rewards.worker import call, described, parameters
+from quartet.rewards.worker import call, failure, parameters
 
 
 class ObjectSource(RewardSource):
@@ -54,11 +54,6 @@ def reward_from(name: str, given: Any, context: RewardContext) -> Reward:
         return given.make(context)
     if hasattr(given, "score"):
         return NamedReward(name, given)
-    if not callable(given):
-        raise RewardError(
-            f"reward {name}: a {type(given).__name__} is no reward. Give a function, an object "
-            "with a method score(rollouts), or a reward model."
-        )
     return InProcessReward(name, given, context.token_texts)
 
 
@@ -86,7 +81,7 @@ class InProcessReward(FunctionReward):
 
 
 class InProcess:
-    """A function in this process behind the interface of `functions.Worker`."""
+    """A function in this process behind the interface of `functions.FunctionWorker`."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name, self.function = name, function
@@ -104,4 +99,4 @@ class InProcess:
         try:
             return call(self.function, dict(arguments), count)
         except Exception as error:
-            raise RewardError(f"{self.name} failed: {described(error)}.") from error
+            raise RewardError(f"{self.name} {failure(error)}.") from error

@@ -11,6 +11,7 @@ from quartet.errors import QuartetError
 from quartet.experience import Rollout
 from quartet.io.activity import activity
 from quartet.io.texts import well_formed
+from quartet.rewards.worker import NotScores, plain
 
 log = logging.getLogger(__name__)
 LARGEST = 3.4e38
@@ -157,10 +158,11 @@ def _columns(reward: Reward, rollouts: Sequence[Rollout]) -> dict[str, list[Scor
     }
 
 
-def _usable(reward: Reward, column: Sequence[Score], rollouts: Sequence[Rollout]) -> list[Score]:
+def _usable(reward: Reward, column: Any, rollouts: Sequence[Rollout]) -> list[Score]:
     """Return one score for each rollout. A value that is no number of float32 (NaN, infinity,
     1e308) counts as no score. The first `LOGGED` of them are logged, and the number of the
     others."""
+    column = _numbers(reward, column)
     if len(column) != len(rollouts):
         raise RewardError(
             f"reward {reward.name} returned {len(column)} value{'s' * (len(column) != 1)} for "
@@ -183,6 +185,20 @@ def _usable(reward: Reward, column: Sequence[Score], rollouts: Sequence[Rollout]
         more = len(left_out) - LOGGED
         log.warning("reward %s gave no finite number for %d more responses", reward.name, more)
     return usable
+
+
+def _numbers(reward: Reward, scores: Any) -> list[Score]:
+    """Return what a reward gave as numbers and None. Raises `RewardError` where it is none."""
+    try:
+        numbers = plain(scores)
+    except NotScores as error:
+        raise RewardError(f"reward {reward.name} {error}.") from None
+    if (index := next((i for i, x in enumerate(numbers) if isinstance(x, list)), None)) is not None:
+        raise RewardError(
+            f"reward {reward.name} returned a list for response {index}. Return one number for "
+            "each response."
+        )
+    return numbers
 
 
 def check_model_scores(
@@ -209,8 +225,8 @@ def with_score(rollouts: Sequence[Rollout]) -> list[Rollout]:
         ]
         raise RewardError(
             f"none of {len(rollouts)} responses has a "
-            f"score{' from ' + ' and '.join(absent) if absent else ''}: "
-            "there is nothing to learn from."
+            f"score{' from ' + ' and '.join(absent) if absent else ''}: there is nothing to learn "
+            "from. None, NaN and infinities are no scores; run.log has the numbers."
         )
     return kept
 

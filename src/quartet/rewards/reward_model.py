@@ -24,49 +24,45 @@ class ModelReward:
         process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         """`process_group`: the ranks that have the model too; each reads its share."""
-        self.name, self.model, self.micro_batch_tokens, self.process_group = (
-            name,
-            model,
-            micro_batch_tokens,
-            process_group,
-        )
+        self.name = name
+        self.model = model
+        self.micro_batch_tokens = micro_batch_tokens
+        self.process_group = process_group
         self.placement = NO_OFFLOAD
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         return [outputs[-1] for outputs in self._outputs(rollouts, whole=False)]
 
     def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        """The head read at every response token: what the model thinks once it has read that
-        token."""
+        """Return the head's output at every response token, that token included in what it has
+        read."""
         return self._outputs(rollouts, whole=True)
 
     @torch.no_grad()
     def _outputs(self, rollouts: Sequence[Rollout], whole: bool) -> list[list[float]]:
-        """The head at every token of each response, or at its last one."""
-        mine: dict[int, list[float]] = {}
+        """Return the head's outputs for each response: at every token (`whole`), or at the last
+        one."""
+        own: dict[int, list[float]] = {}
         lengths = [len(r.prompt.ids) + len(r.response_ids) for r in rollouts]
         with self.placement.on_device(self.model):
             for piece in self.process_group.micro_batches(lengths, self.micro_batch_tokens):
-                mine |= {
-                    i: found for i, found in self._read(rollouts, piece.rows, whole) if piece.counts
-                }
-        everything = {
-            i: found
-            for rows in self.process_group.all_gather(list(mine.items()))
-            for i, found in rows
-        }
-        outputs = [everything[i] for i in range(len(rollouts))]
+                rows = self._read(rollouts, piece.rows, whole)
+                own |= {i: outputs for i, outputs in rows if piece.counts}
+        by_rank = self.process_group.all_gather(list(own.items()))
+        by_row = {i: outputs for rows in by_rank for i, outputs in rows}
+        outputs = [by_row[i] for i in range(len(rollouts))]
         check_model_scores(self.name, rollouts, outputs)
         return outputs
 
     def _read(
         self, rollouts: Sequence[Rollout], rows: Sequence[int], whole: bool
     ) -> Iterator[tuple[int, list[float]]]:
-        """What the head says of some rows."""
+        """Yield some rows, each with the head's outputs: at every response token (`whole`), or at
+        the last one."""
         pieces = [rollouts[i] for i in rows]
         tokens, ends = right_pad([(*r.prompt.ids, *r.response_ids) for r in pieces])
         counts = [len(r.response_ids) if whole else 1 for r in pieces]
-        asked = response_mask(ends - torch.tensor(counts), ends, tokens.shape[1])
-        numbers = self.model(tokens, asked).cpu()  # one wait for the device
-        for i, found in zip(rows, numbers.split(counts), strict=True):
-            yield i, found.tolist()
+        mask = response_mask(ends - torch.tensor(counts), ends, tokens.shape[1])
+        outputs = self.model(tokens, mask).cpu()  # one wait for the device
+        for i, of_row in zip(rows, outputs.split(counts), strict=True):
+            yield i, of_row.tolist()

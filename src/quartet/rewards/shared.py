@@ -16,7 +16,7 @@ from quartet.rewards.protocol import (
 )
 
 
-class Shared:
+class SharedReward:
     """A reward of which each rank computes the scores of its share of the rollouts; all ranks get
     all scores. Responses to one prompt stay on one rank, because some rewards compare them. A
     failure on one rank is raised on all."""
@@ -25,9 +25,9 @@ class Shared:
         self.reward, self.process_group, self.name = reward, process_group, reward.name
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        return self._everybodys(rollouts, self.reward.score)
+        return self._scores_of_all(rollouts, self.reward.score)
 
-    def _everybodys(
+    def _scores_of_all(
         self, rollouts: Sequence[Rollout], ask: Callable[[Sequence[Rollout]], Sequence[Any]]
     ) -> list[Any]:
         groups: dict[tuple[int, str], list[int]] = {}
@@ -39,24 +39,26 @@ class Shared:
         )
         rows = [row for i in mine for row in together[i]]
         try:
-            said: Any = [rows, list(ask([rollouts[i] for i in rows])) if rows else []]
+            own: Any = [rows, list(ask([rollouts[i] for i in rows])) if rows else []]
         except RewardError as error:
-            said = str(error)
-        heard = self.process_group.all_gather(said)
-        if failures := [words for words in heard if isinstance(words, str)]:
+            own = str(error)
+        by_rank = self.process_group.all_gather(own)
+        if failures := [result for result in by_rank if isinstance(result, str)]:
             raise RewardError(failures[0])
         by_row = {
-            row: score for taken, scores in heard for row, score in zip(taken, scores, strict=True)
+            row: score
+            for rank_rows, scores in by_rank
+            for row, score in zip(rank_rows, scores, strict=True)
         }
         return [by_row[row] for row in range(len(rollouts))]
 
 
-class SharedTokens(Shared):
+class SharedTokens(SharedReward):
     """A shared reward that also scores tokens."""
 
     def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         assert isinstance(self.reward, TokenReward)
-        return self._everybodys(rollouts, self.reward.token_scores)
+        return self._scores_of_all(rollouts, self.reward.token_scores)
 
 
 class SharedFunction(SharedTokens):
@@ -69,15 +71,15 @@ class SharedFunction(SharedTokens):
         def ask(rows: Sequence[Rollout]) -> list[Any]:
             return [(one.metrics, one.columns) for one in reward.logged(rows)]
 
-        return [Logged(*both) for both in self._everybodys(rollouts, ask)]
+        return [Logged(*both) for both in self._scores_of_all(rollouts, ask)]
 
 
-class SharedUncertain(Shared):
+class SharedUncertain(SharedReward):
     """A shared reward that knows how uncertain its scores are."""
 
     def uncertain_scores(self, rollouts: Sequence[Rollout]) -> list[tuple[Score, Score]]:
         assert isinstance(self.reward, UncertainReward)
-        return self._everybodys(rollouts, self.reward.uncertain_scores)
+        return self._scores_of_all(rollouts, self.reward.uncertain_scores)
 
 
 def shared(reward: Reward, process_group: ProcessGroup) -> Reward:
@@ -88,6 +90,6 @@ def shared(reward: Reward, process_group: ProcessGroup) -> Reward:
     if isinstance(reward, UncertainReward):
         return SharedUncertain(reward, process_group)
     if not isinstance(reward, TokenReward):
-        return Shared(reward, process_group)
+        return SharedReward(reward, process_group)
     kind = SharedFunction if isinstance(reward, LoggingReward) else SharedTokens
     return kind(reward, process_group)

@@ -104,12 +104,10 @@ class StepReward:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.name, self.separator, self.combine, self.token_texts = (
-            name,
-            separator,
-            combine,
-            token_texts,
-        )
+        self.name = name
+        self.separator = separator
+        self.combine = combine
+        self.token_texts = token_texts
         self.model = freeze(load_classifier(AutoModelForTokenClassification, folder, device))
         if dtype is not None:
             compute_in(self.model, dtype, label_layer(self.model))

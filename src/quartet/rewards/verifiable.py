@@ -53,14 +53,13 @@ class NumberMatch:
 def final_number(text: str) -> Decimal | None:
     """Return the number after the last `####`, or the last number of a text without the mark; None
     where there is none."""
-    said = text.rpartition(FINAL)[2] if FINAL in text else text
-    found = [
-        match for match in NUMBER.findall(said.replace("−", "-")) if any(c.isdigit() for c in match)
-    ]
-    if not found:
+    final = text.rpartition(FINAL)[2] if FINAL in text else text
+    matches = NUMBER.findall(final.replace("−", "-"))
+    numbers = [match for match in matches if any(c.isdigit() for c in match)]
+    if not numbers:
         return None
     try:
-        return Decimal((found[0] if FINAL in text else found[-1]).replace(",", ""))
+        return Decimal((numbers[0] if FINAL in text else numbers[-1]).replace(",", ""))
     except InvalidOperation:
         return None
 
@@ -87,8 +86,8 @@ class MathMatch:
         gold = parse(answer, parsing_timeout=self.timeout) or parse(
             f"${answer}$", parsing_timeout=self.timeout
         )
-        said = parse(response, parsing_timeout=self.timeout)
-        return bool(gold and said and verify(gold, said, timeout_seconds=self.timeout))
+        parsed = parse(response, parsing_timeout=self.timeout)
+        return bool(gold and parsed and verify(gold, parsed, timeout_seconds=self.timeout))
 
 
 class PatternMatch:

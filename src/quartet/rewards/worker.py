@@ -48,7 +48,7 @@ def main() -> None:
                 answer = call(function, request["arguments"], request["count"])
         except BaseException as error:  # a user's code may raise anything, SystemExit too
             traceback.print_exc()
-            answer = {"error": described(error)}
+            answer = {"error": described(error) if function is None else failure(error)}
         if os.getpid() != own:
             os._exit(0)  # the function has forked, and its child has come back from it, too
         answers.write(json.dumps(answer | {"number": request["number"]}) + "\n")
@@ -86,7 +86,7 @@ def load(reference: str) -> Function:
         raise AttributeError(f"{place} has no {name}")
     function: Function = getattr(module, name)
     if not callable(function):
-        raise TypeError(f"{name} is a {type(function).__name__}, not a function")
+        raise TypeError(f"{name} is {_kind(function)}, not a function")
     return function
 
 
@@ -99,6 +99,10 @@ def parameters(function: Function) -> dict[str, Any]:
         "required": [p.name for p in named if p.default is p.empty],
         "any": any(p.kind is p.VAR_KEYWORD for p in takes),
     }
+
+
+class NotScores(TypeError):
+    """A function returned something else than scores. The message begins with "returned"."""
 
 
 class TrainerState:
@@ -196,7 +200,7 @@ def plain(values: Any) -> list[Any]:
     if isinstance(values, Mapping) and "rewards" in values:
         values = values["rewards"]
     if not _is_list(values):
-        raise TypeError(f"returned {_kind(values)}, not a list with a number for each response")
+        raise NotScores(f"returned {_kind(values)}, not a list with a number for each response")
     return [_number(i, value) for i, value in enumerate(values)]
 
 
@@ -205,7 +209,7 @@ def _number(index: int, value: Any, nested: bool = False) -> Any:
         return None
     if _is_list(value):
         if nested:
-            raise TypeError(f"returned lists in lists for response {index}")
+            raise NotScores(f"returned lists in lists for response {index}")
         return [_number(index, item, nested=True) for item in value]
     try:
         item = (
@@ -217,7 +221,7 @@ def _number(index: int, value: Any, nested: bool = False) -> Any:
     except OverflowError:
         return math.inf if value > 0 else -math.inf
     except Exception:
-        raise TypeError(
+        raise NotScores(
             f"returned {_kind(value)} for response {index}, not a number, None or a list of numbers"
         ) from None
 
@@ -234,7 +238,15 @@ def _is_list(value: Any) -> bool:
 def _kind(value: Any) -> str:
     if value is None:
         return "None"
-    return repr(value[:100]) if isinstance(value, str) else f"a {type(value).__name__}"
+    if isinstance(value, str):
+        return repr(value[:100])
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def failure(error: BaseException) -> str:
+    """Return what a function did that raised the error, or that returned no scores."""
+    return str(error) if isinstance(error, NotScores) else f"failed: {described(error)}"
 
 
 def described(error: BaseException) -> str:

@@ -464,12 +464,12 @@ DEFINITIONS = (
         "Both sides often fall together; this is a known weakness of these losses.",
     ),
     Definition(
-        "lr", "learning rate", "the learning rate of the step's last optimizer step", exact=True
+        "lr", "learning rate", "the learning rate of the step's first optimizer step", exact=True
     ),
     Definition(
         "lr/*",
         "learning rate, *",
-        "the learning rate of the step's last optimizer step",
+        "the learning rate of the step's first optimizer step",
         exact=True,
     ),
 )

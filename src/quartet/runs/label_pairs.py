@@ -18,7 +18,7 @@ STEPS_READ = 20
 
 
 @dataclass(frozen=True)
-class Answer:
+class Candidate:
     """A rollout as training data has it."""
 
     prompt: Text
@@ -57,7 +57,7 @@ def _evaluation(run: Run) -> list[Pair]:
 
 def _rollouts(run: Run, source: str, seed: int) -> list[Pair]:
     pairs: list[Pair] = []
-    waiting: dict[str, tuple[int, Answer]] = {}
+    waiting: dict[str, tuple[int, Candidate]] = {}
     for step, groups in _groups(run):
         for answers in groups:
             if source == "best-of-n":
@@ -74,7 +74,7 @@ def _rollouts(run: Run, source: str, seed: int) -> list[Pair]:
     return pairs
 
 
-def _groups(run: Run) -> Iterator[tuple[int, list[list[Answer]]]]:
+def _groups(run: Run) -> Iterator[tuple[int, list[list[Candidate]]]]:
     """Yield the last recorded steps, the last one first, each with the answers of its groups.
     Raises `NoRun` where there are rollouts and none has its texts."""
     num_samples = num_answers = 0
@@ -83,10 +83,10 @@ def _groups(run: Run) -> Iterator[tuple[int, list[list[Answer]]]]:
             samples = run.samples(step)
         except DamagedRun:
             continue
-        groups: dict[int, list[Answer]] = {}
+        groups: dict[int, list[Candidate]] = {}
         for sample in samples:
             if sample.texts is not None:
-                groups.setdefault(sample.group, []).append(Answer(*sample.texts, sample))
+                groups.setdefault(sample.group, []).append(Candidate(*sample.texts, sample))
                 num_answers += 1
         num_samples += len(samples)
         yield step, list(groups.values())
@@ -98,7 +98,7 @@ def _groups(run: Run) -> Iterator[tuple[int, list[list[Answer]]]]:
         )
 
 
-def _best_of(answers: Sequence[Answer], source: str, seed: int) -> list[Pair]:
+def _best_of(answers: Sequence[Candidate], source: str, seed: int) -> list[Pair]:
     scored = [answer for answer in answers if not math.isnan(answer.sample.score)]
     if len(scored) < 2:
         return []
@@ -110,7 +110,7 @@ def _best_of(answers: Sequence[Answer], source: str, seed: int) -> list[Pair]:
     return [_pair(best, other, source)]
 
 
-def _pair(one: Answer, two: Answer, source: str) -> Pair:
+def _pair(one: Candidate, two: Candidate, source: str) -> Pair:
     uncertainty = _uncertainty(one.sample, two.sample)
     return Pair(one.prompt, one.response, two.response, source, uncertainty)
 

@@ -76,7 +76,7 @@ class FailedEvent(Event):
     error: Text
 
 
-class Clip(Record):
+class ClipRecord(Record):
     """Over which ratios the policy loss keeps the gradient; a bound that is left out is none."""
 
     low: Size = 0.0
@@ -101,7 +101,7 @@ class DefinitionsEvent(Event):
     """Descriptions of user-defined parts, which a reader cannot import."""
 
     stage: Name
-    clip: Clip | None = None
+    clip: ClipRecord | None = None
     metrics: list[OwnMetric] = []
     rounding: Literal["fp32", "bf16", "engine"] = "fp32"
 
@@ -179,7 +179,7 @@ class EvaluationRecord(Record):
     samples: list[SamplePair] = []
 
 
-class BestOf(Record):
+class BestOfRecord(Record):
     """An entry of evaluation/best_of_n.json."""
 
     n: Annotated[int, Field(ge=1)]
@@ -188,7 +188,7 @@ class BestOf(Record):
     gold: Finite | None = None
 
 
-class Answer(Record):
+class AnswerRecord(Record):
     response: Text
     score: float | None
 
@@ -198,8 +198,8 @@ class AnswerPair(Record):
 
     prompt: Text
     kl: float | None
-    before: Answer
-    after: Answer
+    before: AnswerRecord
+    after: AnswerRecord
 
 
 # --- config.resolved.toml
@@ -254,7 +254,7 @@ class ResolvedConfig(Record):
 
 CONFIG = TypeAdapter(ResolvedConfig)
 EVALUATION = TypeAdapter(EvaluationRecord)
-BEST_OF_N = TypeAdapter(list[BestOf])
+BEST_OF_N = TypeAdapter(list[BestOfRecord])
 ANSWERS = TypeAdapter(AnswerPair)
 ENVIRONMENT = TypeAdapter(dict[Name, Any])
 """env.json: versions and hardware, by name."""

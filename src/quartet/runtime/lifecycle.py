@@ -30,7 +30,14 @@ from quartet.runtime.events import Event, StageFailed
 from quartet.runtime.interruption import Interrupted, Interruption
 from quartet.runtime.job import Job
 from quartet.runtime.pipeline import Pipeline
-from quartet.runtime.resume import CannotResume, Choice, choose, has_begun, set_aside, steps_of
+from quartet.runtime.resume import (
+    CannotResume,
+    CheckpointChoice,
+    choose,
+    has_begun,
+    set_aside,
+    steps_of,
+)
 from quartet.runtime.worker import WorkerGroup, WorkerLost
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -77,7 +84,7 @@ class Execution:
     fault: str | None = None
     """The fault that is planted on purpose, see `runtime/faults.py`."""
     resumed: bool = False
-    choice: Choice | None = None
+    choice: CheckpointChoice | None = None
     """The checkpoint that a resumed run goes on from; None: it had not begun."""
     accept: tuple[str, ...] = ()
     """The settings that may differ from those of the checkpoint."""

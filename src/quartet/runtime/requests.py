@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from quartet import __version__
+from quartet import __version__, files
 from quartet.config.links import absolute_word, relative_paths
 from quartet.config.tables import json_ready
 from quartet.config.toml import FOR_SERVERS, ConfigError, Settings, read_settings
@@ -40,11 +40,11 @@ def settings_of(
     `known_links` says where paths led when a run began that is to be resumed. Raises `ConfigError`
     if there is no such recipe or file, or the settings cannot work.
     """
-    if (Path(what) / "events.jsonl").is_file():
+    if files.exists(Path(what) / "events.jsonl"):
         raise ConfigError(
             f"{what}: is a run's folder. To go on with it: quartet run {typed(what)} --resume"
         )
-    if "=" in what and not Path(what).exists():  # quartet run seed=1: the default recipe
+    if "=" in what and not files.exists(what):  # quartet run seed=1: the default recipe
         what, words = DEFAULT, [what, *words]
     path = recipe_path(what)
     if path is None and kind_of(what) is not None:
@@ -73,10 +73,10 @@ def run_to_resume(what: str | None, words: Sequence[str] = ()) -> ResumeRequest:
     """
     from quartet.recording.run_folder import beginning_of  # imports torch
 
-    if what is not None and "=" in what and not Path(what).exists():
+    if what is not None and "=" in what and not files.exists(what):
         words, what = [what, *words], None
     folder = Path(what or "runs/latest")
-    if (folder / "events.jsonl").is_file():
+    if files.exists(folder / "events.jsonl"):
         if not (folder / "config.resolved.toml").is_file():
             raise ConfigError(
                 f"{folder}: has no config.resolved.toml, so it is not known what to go on with."

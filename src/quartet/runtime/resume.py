@@ -26,7 +26,7 @@ class CannotResume(QuartetError, ValueError):
 
 
 @dataclass(frozen=True)
-class Choice:
+class CheckpointChoice:
     """The checkpoint that a resumed run starts from."""
 
     checkpoint: Checkpoint
@@ -48,7 +48,7 @@ def has_begun(folder: Path) -> bool:
 
 def choose(
     folder: Path, config: Config, made_with: Mapping[str, Any], accept: Sequence[str]
-) -> Choice:
+) -> CheckpointChoice:
     """Return the newest checkpoint that is undamaged and fits the config, which is `Job.config`.
 
     `made_with` describes the run as it would be now, see `Saving.made_with`; `accept` has the keys
@@ -63,7 +63,7 @@ def choose(
             skipped.append((path, checkpoint))
             continue
         accepted = list(_checked(folder, checkpoint, config, made_with, accept))
-        return Choice(checkpoint, skipped, accepted)
+        return CheckpointChoice(checkpoint, skipped, accepted)
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped) or "there are none"
     raise CannotResume(
         f"{folder}: no checkpoint can be used ({reasons}). Nothing was changed. To start a new run "
@@ -126,7 +126,9 @@ def _checked(
         if key in accept:
             yield f"{sentence} Accepted."
         else:
-            refused.append(f"{sentence} Pass --accept {key}, or {remedy}.")
+            refused.append(
+                f'{sentence} Pass --accept {key} (in Python accept=["{key}"]), or {remedy}.'
+            )
     if refused:
         raise CannotResume("\n".join(refused))
     facts = checkpoint.facts

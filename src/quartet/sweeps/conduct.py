@@ -39,7 +39,7 @@ class SweepFailed(QuartetError, RuntimeError):
 
 
 @dataclass
-class Job:
+class ActiveRun:
     """A run that is under way."""
 
     name: str
@@ -75,7 +75,7 @@ class Conductor:
     directory: Path
     """The folder that runs are started in: relative paths of the config begin there."""
     sweep: Sweep = field(init=False)
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[ActiveRun] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.sweep = Sweep(self.folder.path)
@@ -118,7 +118,7 @@ class Conductor:
         path = find_run(self.folder.path, ONCE)
         if path is not None and Run(path).status == "done":
             return
-        job = Job(ONCE, self._process(ONCE, self.request.once_words()), None, 0)
+        job = ActiveRun(ONCE, self._process(ONCE, self.request.once_words()), None, 0)
         self.jobs = [job]
         yield Change("started", ONCE, None, None)
         while (code := job.process.poll()) is None:
@@ -176,7 +176,7 @@ class Conductor:
         words = self.request.trial_words(trial.values, seed, self._once())
         self._again.discard((trial.number, seed))
         self._record("started", trial=trial.number, seed=seed)
-        self.jobs.append(Job(name, self._process(name, words), trial.number, seed))
+        self.jobs.append(ActiveRun(name, self._process(name, words), trial.number, seed))
         return self._change("started", self.jobs[-1])
 
     def _process(self, name: str, words: list[str]) -> "Popen[bytes] | RayRun":
@@ -203,7 +203,7 @@ class Conductor:
                 yield self._change("ended", job)
                 self._stop_where_none_can_work(job, code)
 
-    def _refresh(self, job: Job) -> None:
+    def _refresh(self, job: ActiveRun) -> None:
         try:
             if job.run is None:
                 path = find_run(self.folder.path, job.name)
@@ -213,7 +213,7 @@ class Conductor:
         except NoRun:  # it is being written
             job.run = None
 
-    def _verdict(self, job: Job) -> dict[str, Any] | None:
+    def _verdict(self, job: ActiveRun) -> dict[str, Any] | None:
         """Return why a run is pruned: a finding of the doctor, or the median of the trials before
         it; None where it is not."""
         if job.run is None:
@@ -240,7 +240,7 @@ class Conductor:
             "curve": [point for point in points if point[0] <= step],
         }
 
-    def _conclude(self, job: Job, code: int) -> None:
+    def _conclude(self, job: ActiveRun, code: int) -> None:
         """Record how a run has ended."""
         if code != 0 or job.run is None:
             self._end(job, "failed", reason=self._reason(job, code))
@@ -257,12 +257,12 @@ class Conductor:
         points = curve(job.run, spec.objective) if spec.prune is not None else []
         self._end(job, "done", objective=value, measures=measures, curve=points)
 
-    def _end(self, job: Job, state: str, **facts: Any) -> None:
+    def _end(self, job: ActiveRun, state: str, **facts: Any) -> None:
         run = None if job.run is None else job.run.path.name
         self._record("ended", trial=job.trial, seed=job.seed, state=state, run=run, **facts)
         assert self.sweep.trials[job.trial or 0].runs[job.seed].state == state  # or it runs again
 
-    def _reason(self, job: Job, code: int) -> str:
+    def _reason(self, job: ActiveRun, code: int) -> str:
         """Return why a run failed: what it recorded, or the last line that it printed."""
         failed = [e for e in job.run.events if e["event"] == "failed"] if job.run else []
         if failed and code == 1:
@@ -272,7 +272,7 @@ class Conductor:
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return last or f"it ended with code {code}; see {output}."
 
-    def _stop_where_none_can_work(self, job: Job, code: int) -> None:
+    def _stop_where_none_can_work(self, job: ActiveRun, code: int) -> None:
         """Raise `SweepFailed` where a run failed in a way that every other run would: its request
         was refused, or it recorded no objective, and no run is done."""
         trials = self.sweep.trials.values()
@@ -294,7 +294,7 @@ class Conductor:
         self.folder.event(kind, **facts)
         self.sweep.refresh()
 
-    def _change(self, kind: str, job: Job) -> Change:
+    def _change(self, kind: str, job: ActiveRun) -> Change:
         trial = self.sweep.trials[job.trial or 0]
         return Change(kind, job.name, trial, trial.runs[job.seed])
 

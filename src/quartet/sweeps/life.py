@@ -25,7 +25,7 @@ CHANGEABLE = ("sweep.parallel", "sweep.trials", "sweep.ray")
 
 
 @dataclass(frozen=True)
-class Beginning:
+class PreparedSweep:
     """A sweep that can be carried out: what was asked for, and the folder if there is one."""
 
     request: SweepRequest
@@ -72,7 +72,7 @@ def _processes(request: SweepRequest, folder: SweepFolder) -> "Processes | RayPr
         ) from error
 
 
-def beginning_of(what: str, words: Sequence[str] = (), resume: bool = False) -> Beginning:
+def beginning_of(what: str, words: Sequence[str] = (), resume: bool = False) -> PreparedSweep:
     """Return the sweep of a file, a sweep's name or, to go on, a sweep's folder.
 
     With `resume`, a file means its newest sweep; where there is none, a new one begins. Raises
@@ -89,19 +89,21 @@ def beginning_of(what: str, words: Sequence[str] = (), resume: bool = False) -> 
     return _newest(request_of(what, words), resume)
 
 
-def file_beginning(file: TomlFile, words: Sequence[str] = (), resume: bool = False) -> Beginning:
+def file_beginning(
+    file: TomlFile, words: Sequence[str] = (), resume: bool = False
+) -> PreparedSweep:
     """Return the sweep of a file's content, as `beginning_of` does."""
     return _newest(request_in(file, words), resume)
 
 
-def _newest(request: SweepRequest, resume: bool) -> Beginning:
+def _newest(request: SweepRequest, resume: bool) -> PreparedSweep:
     path = None
     if resume:
         path = find_sweep(Path(request.base.config.run.folder), request.name)
-    return Beginning(request) if path is None else _resumed(request, path)
+    return PreparedSweep(request) if path is None else _resumed(request, path)
 
 
-def _folder_beginning(path: Path, words: Sequence[str]) -> Beginning:
+def _folder_beginning(path: Path, words: Sequence[str]) -> PreparedSweep:
     for word in words:
         key, _ = assignment(word)
         if key not in CHANGEABLE:
@@ -115,7 +117,7 @@ def _folder_beginning(path: Path, words: Sequence[str]) -> Beginning:
     return _resumed(request_in(read_toml(path / FILE), [*earlier, *words]), path)
 
 
-def _resumed(request: SweepRequest, path: Path) -> Beginning:
+def _resumed(request: SweepRequest, path: Path) -> PreparedSweep:
     facts = Sweep(path).facts
     if facts.get("identity") != request.identity:
         raise CannotSweep(
@@ -123,4 +125,4 @@ def _resumed(request: SweepRequest, path: Path) -> Beginning:
             f"Go on with it as it was: quartet sweep {typed(path)} --resume; or leave --resume out."
         )
     directory = Path(str(facts.get("directory", "")))
-    return Beginning(request, path, directory if directory.is_dir() else Path.cwd())
+    return PreparedSweep(request, path, directory if directory.is_dir() else Path.cwd())

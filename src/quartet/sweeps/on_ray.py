@@ -25,7 +25,7 @@ LOST = -9
 """The exit code of a run whose actor is gone."""
 
 
-class Host:
+class RunActor:
     """The actor of one run. The run ends with it, whatever ends it."""
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class RayProcesses:
         settings, place = self.settings, str((folder or Path.cwd()).resolve())
         # Two at once: a run that goes on must still be told to stop.
         remote = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_concurrency=2)
-        actor = remote(Host).remote()
+        actor = remote(RunActor).remote()
         command = [*processes.COMMAND[1:], *words]
         ended = actor.run.remote(command, place, str(output.resolve()), settings.cpus)
         self._running = [run for run in self._running if run.code is None]

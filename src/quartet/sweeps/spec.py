@@ -167,7 +167,7 @@ class SweepSpec:
 
 
 @dataclass(frozen=True)
-class Place:
+class TableOrigin:
     """Where the table stands: the file's origins, for messages."""
 
     origins: Mapping[str, str]
@@ -180,7 +180,7 @@ class Place:
 def spec_of(table: Any, origins: Mapping[str, str]) -> SweepSpec:
     """Return the checked [sweep] table of a file. `origins` says where each of its values is, by
     dotted key. Raises `ConfigError`."""
-    place = Place(origins)
+    place = TableOrigin(origins)
     if not isinstance(table, dict):
         raise place.error("sweep", ": is a table. Write [sweep] and its keys below.")
     table = {**table, "keys": _searched(table.get("keys"), place, "")}
@@ -194,7 +194,7 @@ def spec_of(table: Any, origins: Mapping[str, str]) -> SweepSpec:
     return spec
 
 
-def _searched(value: Any, place: Place, prefix: str) -> dict[str, Any]:
+def _searched(value: Any, place: TableOrigin, prefix: str) -> dict[str, Any]:
     """Return the tables of the searched keys by dotted key. `a.b = [1]` without quotes is a table
     in a table in TOML and means the same as `"a.b" = [1]`."""
     if not isinstance(value, dict) or not value:
@@ -221,7 +221,7 @@ def _searched(value: Any, place: Place, prefix: str) -> dict[str, Any]:
     return found
 
 
-def _refuse_unknown(table: Mapping[str, Any], place: Place) -> None:
+def _refuse_unknown(table: Mapping[str, Any], place: TableOrigin) -> None:
     """Raise for a name that is none of the table, with the nearest one."""
     for prefix, names, kind in (
         ("sweep", table, SweepSpec),

@@ -225,7 +225,7 @@ class Learner:
         train_actor = "actor" in optimizers
         rates = {f"lr/{name}": optimizer.lr for name, optimizer in optimizers.items()}
         moments = [m for o in optimizers.values() for m in o.torch_optimizers]
-        reference = self.reference if algorithm.kl.exact_loss else None
+        reference = self.reference_in_loss(algorithm)
         record = UpdateRecord(experience, self.process_group, self.device)
         step_stats: list[dict[str, float]] = []
         num_epochs = 0
@@ -315,7 +315,6 @@ class Learner:
         the losses over all ranks is the minibatch's loss."""
         experience, rows = minibatch.experience, minibatch.rows
         denominators = algorithm.denominators(experience.rows(rows))
-        reference = self.reference if algorithm.kl.exact_loss else None
         index = list(rows)
         lengths = experience.lengths[index].tolist()
         for micro_batch in self.process_group.micro_batches(
@@ -325,14 +324,7 @@ class Learner:
         ):
             indices = [rows[i] for i in micro_batch.rows]
             part = experience.rows(indices)
-            forward = self.models.forward(
-                part.tokens,
-                part.response_mask,
-                self.sampling.temperature,
-                algorithm.needs_entropy_gradient,
-                reference,
-                part.kept,
-            )
+            forward = self.forward(part, algorithm)
             part = part.to(self.device)
             record.check("the log-probability in the update", forward.logprobs, part, indices)
             record.check("the value in the update", forward.values, part, indices)
@@ -363,12 +355,32 @@ class Learner:
             record.add_terms({"ptx": weighted})
             yield weighted
 
+    def reference_in_loss(self, algorithm: Algorithm) -> LanguageModel | None:
+        """Return the reference where the loss runs it, for the exact KL over the vocabulary."""
+        return self.reference if algorithm.kl.exact_loss else None
+
+    def forward(self, part: Experience, algorithm: Algorithm) -> Forward:
+        """Return the outputs of actor and critic that the loss of some rows reads, with a
+        gradient."""
+        return self.models.forward(
+            part.tokens,
+            part.response_mask,
+            self.sampling.temperature,
+            algorithm.needs_entropy_gradient,
+            self.reference_in_loss(algorithm),
+            part.kept,
+        )
+
+    def logprobs(self, experience: Experience) -> Float[Tensor, "B T"]:
+        """Return the log-probs of the response tokens by the actor as it is now; 0 elsewhere."""
+        return self.scorer.logprobs(
+            self.models.actor, experience, self.budget.tokens, experience.kept
+        )
+
     def kl_since(self, experience: Experience) -> float:
         """Return the mean k3 estimate of KL(π_old ‖ π) per token, of the policy that sampled the
         experience to the actor as it is now."""
-        now = self.scorer.logprobs(
-            self.models.actor, experience, self.budget.tokens, experience.kept
-        )
+        now = self.logprobs(experience)
         return float(masked_mean(k3(experience.old_logprobs, now), experience.response_mask))
 
 

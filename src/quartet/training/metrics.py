@@ -13,6 +13,7 @@ import torch
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.kl import k1, k2, k3
 from quartet.algorithms.masked import group_mean, masked, masked_mean
+from quartet.algorithms.ratios import held_exp, token_ratio
 from quartet.experience import Batch, Experience, Rollout
 from quartet.tensors import Bool, Float, Tensor
 from quartet.training.update import Update
@@ -169,7 +170,7 @@ def _policy_metrics(batch: Batch, experience: Experience, update: Update) -> dic
     )
     metrics["sampler_ratio"] = sampler_ratio(batch)
     metrics["reference/moved"] = float(update.reference_moved)
-    ratio = masked((update.logprobs - batch.old_logprobs).clamp(-20, 20).exp(), mask)
+    ratio = masked(token_ratio(update.logprobs, batch.old_logprobs), mask)
     metrics["ratio/max"] = float(ratio.max())
     metrics["ratio/min"] = float(ratio[mask].min())
     metrics["ratio/first_error"] = update.first_ratio_error
@@ -205,7 +206,7 @@ def earned_correlation(
 def sampler_ratio(batch: Batch) -> float:
     """Return the mean of exp |log π_sampler − log π| over response tokens: 1 where the sampler's
     probabilities are the learner's."""
-    ratio = (batch.rollout_logprobs - batch.old_logprobs).abs().clamp(max=20).exp()
+    ratio = held_exp((batch.rollout_logprobs - batch.old_logprobs).abs())
     return float(masked_mean(ratio, batch.response_mask))
 
 

@@ -76,14 +76,14 @@ class TrustRegionLearner(Learner):
         if not trains_actor:
             return update
         assert isinstance(algorithm.update, TrustRegion)
-        with self.placement.on_device(self.reference if algorithm.kl.exact_loss else None):
+        with self.placement.on_device(self.reference_in_loss(algorithm)):
             objective = _Objective(self, experience, algorithm)
             step = natural_step(objective, self.models.actor_parameters(), algorithm.update)
         if self.ema is not None:
             self.ema.update(self.models.actor)
         return dataclasses.replace(
             update,
-            logprobs=objective.logprobs(),
+            logprobs=self.logprobs(experience),
             trained_actor=True,
             step_stats=update.step_stats
             | {
@@ -185,36 +185,11 @@ class _Objective:
         self.process_group.all_reduce(total)
         return total
 
-    @torch.no_grad()
-    def logprobs(self) -> Float[Tensor, "B T"]:
-        """Return the log-probs of the response tokens at the present weights."""
-        logprobs = torch.zeros_like(self.experience.old_logprobs)
-        for rows in self.rows:
-            part = self.experience.rows(rows)
-            forward = self.learner.models.forward(
-                part.tokens,
-                part.response_mask,
-                self.learner.sampling.temperature,
-                kept=part.kept,
-            )
-            width, now = part.tokens.shape[1], forward.logprobs.cpu()
-            logprobs[rows, :width] = torch.where(part.response_mask, now, 0.0)
-        self.process_group.all_reduce(logprobs)
-        return logprobs
-
     def _losses(self) -> Iterator[Tensor]:
         """Yield the actor's loss of each micro-batch."""
-        reference = self.learner.reference if self.algorithm.kl.exact_loss else None
         for rows in self.rows:
             part = self.experience.rows(rows)
-            forward = self.learner.models.forward(
-                part.tokens,
-                part.response_mask,
-                self.learner.sampling.temperature,
-                self.algorithm.needs_entropy_gradient,
-                reference,
-                part.kept,
-            )
+            forward = self.learner.forward(part, self.algorithm)
             part = part.to(self.learner.device)
             terms = self.algorithm.loss(part, forward, self.denominators)
             yield sum(

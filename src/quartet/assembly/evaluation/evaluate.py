@@ -81,7 +81,7 @@ def evaluate(request: EvaluationRequest, say: Say = lambda _: None) -> tuple[Pat
     """Carry out an evaluation. Return its file and what it holds. `say` is told what is being done.
     One that was stopped goes on with the answers that its folder has. Raises a QuartetError for
     anything that cannot be used."""
-    evaluation = Evaluation(request, say)
+    evaluation = ResolvedEvaluation(request, say)
     folder = request.to
     folder.mkdir(parents=True, exist_ok=True)
     measured = list(evaluation.measured())
@@ -108,7 +108,7 @@ def _sampling(base: Sampling, request: EvaluationRequest) -> Sampling:
     return dataclasses.replace(sampling, min_new_tokens=shortest)
 
 
-class Evaluation:
+class ResolvedEvaluation:
     """The policies, sets and measures of a request, resolved."""
 
     def __init__(self, request: EvaluationRequest, say: Say) -> None:
@@ -368,8 +368,8 @@ class Evaluation:
                     continue
                 passed.append(pass_at_k(sum(score == 1 for score in known), n, k))
                 if m.votes(measure):
-                    said = [m.vote_of(measure.source, answers[i].response) for i in group]
-                    majority.append(maj_at_k(said, known, k))
+                    votes = [m.vote_of(measure.source, answers[i].response) for i in group]
+                    majority.append(maj_at_k(votes, known, k))
             named = dataclasses.replace(measure, name=f"{measure.name} pass@{k}")
             yield self._measured(policy, each, named, passed, is_at_k=True)
             if m.votes(measure):

@@ -21,7 +21,7 @@ from quartet.data.examples import Example
 from quartet.evaluation.at_k import best_of
 from quartet.experience import Rollout
 from quartet.models.language_model import read_config
-from quartet.rewards.judge import Comparisons, JudgeReward
+from quartet.rewards.judge import JudgeReward, WinShares
 from quartet.rewards.protocol import Reward, RewardError, Score
 from quartet.rewards.rubric import Rubric, read_rubric
 from quartet.rewards.serve import BadRequest, ScoringRequest
@@ -258,7 +258,7 @@ def compared(
     answers: Sequence[Answer],
     rivals: Sequence[Answer],
     samples: int,
-) -> Comparisons:
+) -> WinShares:
     """Return what a pairwise judge says of each answer against the rival's of the same place: 1,
     ½ or 0, and the same by each criterion of its rubric."""
     rollouts = []
@@ -268,7 +268,7 @@ def compared(
             rollouts.append(dataclasses.replace(rollout, id=f"{rollout.id}/{side}"))
     both = reward.compare(rollouts)
     of_answers = {name: shares[::2] for name, shares in both.criteria.items()}
-    return Comparisons(both.scores[::2], of_answers)
+    return WinShares(both.scores[::2], of_answers)
 
 
 def right_choices(reward: Reward, choices: Sequence[Choice]) -> list[Score]:

@@ -218,12 +218,12 @@ class ServedPolicy:
 
     def _request(self, example: Example, sampling: Sampling, seed: int) -> dict[str, Any]:
         prompt = example.prompt
-        asked: dict[str, Any] = {"messages": prompt}
+        question: dict[str, Any] = {"messages": prompt}
         if self.url.endswith("/chat/completions"):
             if isinstance(prompt, str):
-                asked = {"messages": [{"role": "user", "content": prompt}]}
+                question = {"messages": [{"role": "user", "content": prompt}]}
         elif isinstance(prompt, str):
-            asked = {"prompt": prompt}
+            question = {"prompt": prompt}
         else:
             raise EvaluationError(
                 f"{self.url}: takes texts, and {example.id} is a conversation. Name the endpoint "
@@ -235,7 +235,7 @@ class ServedPolicy:
         ends |= {"min_tokens": sampling.min_new_tokens} if sampling.min_new_tokens else {}
         return {
             "model": self.model,
-            **asked,
+            **question,
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "seed": seed % 2**31,

@@ -13,7 +13,7 @@ from quartet.algorithms.preference import PREFERENCES
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.config.foreign.read import Foreign, is_open
 from quartet.config.foreign.values import Unlike, added_in, preset_of, value_for
-from quartet.config.other_libraries import Answer, answer_to
+from quartet.config.other_libraries import Equivalent, answer_to
 from quartet.config.suggestions import read_by_recipe
 from quartet.config.toml import ConfigError, set_value, settings_of_table, table_toml
 
@@ -96,7 +96,7 @@ def _stage(foreign: Foreign) -> str:
     return stage
 
 
-def _take(made: Translation, name: str, value: Any, answer: Answer) -> None:
+def _take(made: Translation, name: str, value: Any, answer: Equivalent) -> None:
     """Set the key of one option, or say why it is not set."""
     key = read_by_recipe(answer.keys, made.table)[0]
     try:
@@ -116,12 +116,12 @@ def _take(made: Translation, name: str, value: Any, answer: Answer) -> None:
         elif key.startswith("reward."):
             _reward(made, name, key, value, answer.note)
         else:
-            _setting(made, name, value, Answer((key,), answer.note))
+            _setting(made, name, value, Equivalent((key,), answer.note))
     except (Unlike, ConfigError) as error:
         made.differs[name] = str(error)
 
 
-def _setting(made: Translation, name: str, value: Any, answer: Answer) -> None:
+def _setting(made: Translation, name: str, value: Any, answer: Equivalent) -> None:
     """Set the one key of an answer, and what has to be said beside it. Raises `Unlike`."""
     (key,), note = answer.keys, answer.note
     ours = other = value_for(key, name, value, note)

@@ -129,11 +129,11 @@ def added_in(note: str, value: Any) -> dict[str, Any]:
 
 def _trackers(name: str, value: Any) -> list[str]:
     known = ("tensorboard", "wandb", "trackio", "mlflow")
-    said = f"{name} {value}".lower()
-    found = [tracker for tracker in known if tracker in said]
-    if not found or value is False:
+    text = f"{name} {value}".lower()
+    trackers = [tracker for tracker in known if tracker in text]
+    if not trackers or value is False:
         raise Unlike(f"Known trackers are {', '.join(known)}.")
-    return found
+    return trackers
 
 
 def _unsaid(note: str) -> Any:
