@@ -21,6 +21,7 @@ from quartet.models.actor_critic import Separate, Shared, freeze
 from quartet.models.forward import masked_logprobs
 from quartet.models.heads import ScalarModel, ValueHead
 from quartet.models.padding import response_mask, right_pad
+from quartet.models.precision import compute_in
 from quartet.models.q_heads import QHeads
 from quartet.models.routing import recorded_routing
 from quartet.training.budget import Budget
@@ -30,6 +31,7 @@ from quartet.training.load_balancing import LoadBalancing
 from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from tests.models.test_plain_path import SHAPE
 from tests.models.test_routing import language_model
+from tests.support.pretended_device import on_device, pretended
 from tests.support.thread_ranks import on_ranks
 from tests.support.world import model, prompts, rollout
 
@@ -228,3 +230,25 @@ def test_a_critic_on_the_actors_trunk_is_balanced_once():
     update = updated(Shared(made, ValueHead(32)), 1.0)
     assert update.step_stats.keys() >= NAMES
     assert not any(name.startswith("critic_experts") for name in update.step_stats)
+
+
+def test_on_a_gpu_that_is_not_there_a_step_waits_once_more_however_many_micro_batches():
+    """For the load of the step, which is read together."""
+    with pretended() as counts:
+        made = compute_in(on_device(language_model()), torch.bfloat16)
+        rows = demonstrations()
+
+        def waits(micro_batch_tokens, balancing):
+            counts.reset()
+            losses = list(imitation_losses(made, rows, micro_batch_tokens, balancing=balancing))
+            metrics = balancing.metrics() if balancing is not None else {}
+            return len(losses), sum(counts.waits.values()), metrics
+
+        waits(1000, None)  # what is done once per model is done
+        _, plain, _ = waits(1000, None)
+        one, few, metrics = waits(1000, LoadBalancing(0.1))
+        many, more, _ = waits(20, LoadBalancing(0.1))
+        _, plain_many, _ = waits(20, None)
+    assert metrics.keys() == NAMES
+    assert one == 1 and many == 3
+    assert few - plain == more - plain_many == 1

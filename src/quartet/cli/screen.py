@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quartet.io.activity import activities
-from quartet.runs.definitions import MEASURES
+from quartet.runs.wording import MEASURES
 from quartet.runtime.interruption import GRACE_SECONDS
 from quartet.stages.kinds import kind_of
 

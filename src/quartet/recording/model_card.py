@@ -9,9 +9,9 @@ from typing import Any
 from quartet import __version__, files
 from quartet.recording.card_head import card_head
 from quartet.recording.run_folder import read_record
-from quartet.runs.definitions import MEASURES, definition
+from quartet.runs.definitions import definition
 from quartet.runs.rounds import num_rounds, place_of, round_of
-from quartet.runs.wording import number, stage_summary
+from quartet.runs.wording import MEASURES, number, stage_summary
 
 ROLES = {
     "policy": "The policy: a causal language model.",

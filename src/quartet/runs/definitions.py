@@ -206,31 +206,16 @@ DEFINITIONS = (
     Definition(
         "experts/balance_loss",
         "load-balancing loss",
-        "the load-balancing loss of the routers of a mixture of experts, before its coefficient "
-        "(policy.router_aux_loss_coef)",
-        "It is near the number of experts of a token where all have the same load, and larger "
-        "where few experts have most of it.",
+        "the load-balancing loss of a mixture of experts, before policy.router_aux_loss_coef",
+        "It is near the number of experts of a token where the load is even, else larger.",
     ),
     Definition(
         "experts/largest_share",
         "largest share of one expert",
         "the largest share of the step's tokens that one expert of one layer was given",
-        "Near 1, a router sends every token to the same expert. Even, it is the number of experts "
-        "of a token over the number of experts.",
+        "Near 1, a router sends every token to the same expert.",
     ),
-    Definition(
-        "critic_experts/balance_loss",
-        "load-balancing loss of the critic",
-        "the load-balancing loss of the critic's routers, before its coefficient",
-        "It is read as that of the policy.",
-    ),
-    Definition(
-        "critic_experts/largest_share",
-        "largest share of one expert of the critic",
-        "the largest share of the step's tokens that one expert of one of the critic's layers was "
-        "given",
-        "It is read as that of the policy.",
-    ),
+    Definition("critic_experts/*", "critic: *", "what experts/* are for the policy, of the critic"),
     Definition(
         "staleness/mean",
         "staleness",
@@ -474,17 +459,6 @@ DEFINITIONS = (
     ),
 )
 """In the order in which they are looked up and shown."""
-
-
-MEASURES = {
-    "reward": "reward (what was trained on)",
-    "gold": "gold reward (what was meant)",
-    "response/tokens": "tokens per answer",
-    "response/ended": "answers that end",
-    "response/repetition": "repetition within answers",
-    "response/distinct": "answers unlike any other",
-}
-"""The measures of an evaluation, before and after: labels by name, in the order of a table."""
 
 
 def definition(name: str, own: Sequence[Definition] = ()) -> Definition:

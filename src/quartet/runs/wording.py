@@ -6,6 +6,15 @@ from typing import Any
 
 from quartet.runs.definitions import definition, sentence
 
+MEASURES = {
+    "reward": "reward (what was trained on)",
+    "gold": "gold reward (what was meant)",
+    "response/tokens": "tokens per answer",
+    "response/ended": "answers that end",
+    "response/repetition": "repetition within answers",
+    "response/distinct": "answers unlike any other",
+}
+"""The measures of an evaluation, before and after: labels by name, in the order of a table."""
 SUMMARIES = {
     "ceiling": "The best possible accuracy, by the gold reward, is {}.",
     "centre": "The mean score, which was subtracted from all scores, is {}.",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quartet.runs.charts import charts
-from quartet.runs.definitions import MEASURES, Definition, caption, definition
+from quartet.runs.definitions import Definition, caption, definition
 from quartet.runs.figures import finite, lines, phases, smoothed
 from quartet.runs.reader import Run, Sample
-from quartet.runs.wording import number
+from quartet.runs.wording import MEASURES, number
 
 WORST_PAIRS = 12
 SAMPLES_SHOWN = 200
