@@ -94,14 +94,15 @@ class Hub:
     def __init__(self, error=None):
         self.asked, self.error = [], error
 
-    def create_repo(self, name, private, exist_ok):
-        self.asked.append((name, private, exist_ok))
+    def create_repo(self, name, private, exist_ok, repo_type):
+        self.asked.append((name, repo_type, private, exist_ok))
         return f"https://hub/{name}"
 
-    def upload_folder(self, repo_id, folder_path, commit_message):
+    def upload_folder(self, repo_id, folder_path, commit_message, repo_type):
         if self.error:
             raise self.error
-        self.asked.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+        names = sorted(path.name for path in folder_path.iterdir())
+        self.asked.append((repo_id, repo_type, commit_message, names))
 
 
 def test_a_pushed_model_is_the_folder_that_was_written_in_a_private_repository(
@@ -113,7 +114,10 @@ def test_a_pushed_model_is_the_folder_that_was_written_in_a_private_repository(
     done = quartet(run, "--to", tmp_path / "out", "--push", "me/model")
     assert done.exit_code == 0 and "https://hub/me/model uploaded" in done.output
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert fake.asked == [("me/model", True, True), ("me/model", names)]
+    assert fake.asked == [
+        ("me/model", "model", True, True),
+        ("me/model", "model", "Model by Quartet", names),
+    ]
 
 
 def test_a_push_that_fails_keeps_the_folder_and_says_how_to_go_on(run, tmp_path, monkeypatch):

@@ -70,7 +70,11 @@ class Precision(StrEnum):
 @app.command()
 def export(
     run_folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/latest.")
+        Path,
+        typer.Argument(
+            metavar="RUN or LABELS",
+            help="A run folder, such as runs/latest; or a file of labels.",
+        ),
     ],
     target: Annotated[Path, typer.Option("--to", help="The folder to write.")],
     part: Annotated[
@@ -108,7 +112,7 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a model as a Hugging Face folder with a model card.
+    """Write a model as a Hugging Face folder with a model card, or labels as a data set.
 
     Adapters are merged, and transformers loads the folder without Quartet.
     """
@@ -118,11 +122,14 @@ def export(
     from quartet.models.language_model import ModelError
     from quartet.recording.model_card import complete, models_in
 
-    if not run_folder.is_dir():
-        refuse(f"{run_folder}: no such folder.")
     if push is not None:
         with refusing():
             check_push(push)
+    if run_folder.is_file():
+        _export_labels(run_folder, target, push)
+        return
+    if not run_folder.is_dir():
+        refuse(f"{run_folder}: no such folder.")
     if checkpoint is not None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             _write_checkpoint_models(run_folder, checkpoint, Path(scratch))
@@ -157,7 +164,30 @@ def export(
         _push(target, push)
 
 
-def _push(folder: Path, name: str) -> None:
+def _export_labels(path: Path, target: Path, push: str | None) -> None:
+    """Write a file of labels as a data set, and upload it where `push` is a name."""
+    from quartet.labels.dataset import write_dataset
+    from quartet.labels.log import LabelError, is_label_file
+
+    if not is_label_file(path):
+        refuse(f"{path}: is neither a run folder nor a file of labels (quartet label).")
+    try:
+        count = write_dataset(path, target)
+    except LabelError as error:
+        refuse(str(error))
+    except OSError as error:
+        complaints.print(
+            f"{target}: cannot be written ({error.strerror or error}). Nothing was written.",
+            style="red",
+            soft_wrap=True,
+        )
+        raise typer.Exit(FAILED) from None
+    console.print(f"{target} written, {count:,} comparisons", soft_wrap=True)
+    if push is not None:
+        _push(target, push, "dataset")
+
+
+def _push(folder: Path, name: str, kind: Literal["model", "dataset"] = "model") -> None:
     """Upload a folder to the hub, and say where it is."""
     from quartet.cli.screen import shown_work
     from quartet.io.activity import activity
@@ -166,7 +196,7 @@ def _push(folder: Path, name: str) -> None:
 
     try:
         with shown_work(console), activity(f"uploading {folder.name}"):
-            address = upload(folder, name)
+            address = upload(folder, name, kind)
     except CannotPush as error:
         complaints.print(str(error), style="red", soft_wrap=True)
         raise typer.Exit(FAILED) from None

@@ -86,7 +86,7 @@ class CannotPush(QuartetError):
 
 
 def check_push(name: str) -> None:
-    """Raise `CannotPush` if a model cannot be put on the hub under this name, before any of it is
+    """Raise `CannotPush` if nothing can be put on the hub under this name, before any of it is
     written."""
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is None:
         raise CannotPush(f"--push {name}: write owner/name, as on the hub.")
@@ -94,17 +94,17 @@ def check_push(name: str) -> None:
         raise CannotPush(f"--push {name}: needs an account of the hub: {LOG_IN}")
 
 
-def push(folder: Path, name: str) -> str:
-    """Upload a model's folder to the hub and return its address. A repository that does not exist
-    yet is created as a private one. Raises `CannotPush`."""
-    api = HfApi()
+def push(folder: Path, name: str, kind: Literal["model", "dataset"] = "model") -> str:
+    """Upload the folder of a model or data set to the hub and return its address. A repository that
+    does not exist yet is created as a private one. Raises `CannotPush`."""
+    api, message = HfApi(), f"{NOUNS[kind].capitalize()} by Quartet"
     try:
-        address = api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model by Quartet")
+        address = api.create_repo(name, private=True, exist_ok=True, repo_type=kind)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, repo_type=kind)
     except Exception as error:  # of the hub, or of an HTTP client that has changed between versions
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise CannotPush(
             f"{name}: could not be uploaded ({reason}). The folder is whole; to try again: hf "
-            f"upload {name} {typed(folder)}"
+            f"upload {name} {typed(folder)}" + " --repo-type dataset" * (kind == "dataset")
         ) from error
     return str(address)
