@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import quartet
+from quartet.api.inputs import inputs_of
 from quartet.config.toml import read_settings
 from tests.support.tiny_run import make_run
 
@@ -185,6 +186,15 @@ ROWS_OF_TWO_KINDS = (
 )
 
 
+def test_a_policy_takes_the_place_of_one_that_a_recipe_creates(tmp_path):
+    """As --model does on the command line."""
+    inputs = inputs_of("reviews", {"policy": "some/model"}, {})
+    assert "create" not in inputs.table["policy"] and "tokenizer" not in inputs.table["policy"]
+    smaller = inputs_of("reviews", {"policy": {"create": {"num_layers": 1}}}, {})
+    assert smaller.table["policy"]["create"]["num_layers"] == 1
+    assert smaller.table["policy"]["create"]["num_heads"] > 0
+
+
 def test_numbers_of_numpy_and_torch_are_numbers_and_none_is_left_out(tmp_path):
     numbers = {"lr": np.float64(0.25), "epochs": torch.tensor(3), "betas": list(np.ones(2) / 2)}
     run = tiny(tmp_path, optim=numbers, launch=None)
@@ -220,6 +230,7 @@ def test_numbers_of_numpy_and_torch_are_numbers_and_none_is_left_out(tmp_path):
             lambda: quartet.train("ppo", policy="short" * 100, prompts=["a", "b"], reward=short),
             "policy.model = .*: no such folder",
         ),
+        (lambda: quartet.critic_audit("nowhere"), "nowhere: no such folder"),
         (lambda: quartet.train("sums", reward=Named), "Named is a class. Give an instance"),
         (lambda: quartet.train("sums", optim={"lr": short}), "optim.lr: a function is no setting"),
         (lambda: quartet.train("sums", run={"track": [short]}), "run.track: a function is no"),
