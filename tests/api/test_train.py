@@ -105,6 +105,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, precision):
         if parts.stage == "grpo" and step.number == 2:
             break
     parts.close()
+    changed = quartet.train(resume=parts.folder, reward=short, optim={"lr": 0.5})
+    with pytest.raises(
+        quartet.QuartetError, match=r'Pass accept=\["optim.lr"\], or change it back'
+    ):
+        changed.finish(progress=False)
     resumed = quartet.train(resume=parts.folder, reward=short, accept=["run.checkpoint_every"])
     assert [step.number for step in resumed] == [3, 4, 1, 2]  # GRPO goes on; then the evaluation
     assert recorded(resumed.folder, "grpo") == recorded(whole.folder, "grpo")
