@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 
 import quartet
 
@@ -21,6 +23,19 @@ def test_any_loop_gets_a_run_folder(tmp_path):
     assert (folder / "report.html").is_file()
     with pytest.raises(quartet.QuartetError, match="exists already"):
         next(quartet.record([progress(1)], folder))
+
+
+def test_metrics_may_be_numbers_of_numpy_and_torch_and_nothing_else(tmp_path):
+    step = quartet.Progress(1, {"c": 3.0})
+    step.metrics.update(a=np.float32(0.5), b=torch.tensor(2))
+    list(quartet.record([step], tmp_path / "run"))
+    columns = quartet.Run(tmp_path / "run").series["rl"].columns
+    assert {name: columns[name][0] for name in "abc"} == {"a": 0.5, "b": 2, "c": 3}
+    for wrong in ("3", None):
+        steps = [quartet.Progress(7, {})]
+        steps[0].metrics["loss"] = wrong
+        with pytest.raises(quartet.QuartetError, match="step 7: the metric loss is a .* not a num"):
+            list(quartet.record(steps, tmp_path / f"wrong-{wrong}"))
 
 
 def test_an_invariant_stops_the_loop_and_is_recorded(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import quartet
+from quartet.api.inputs import inputs_of
 from quartet.config.toml import read_settings
 from tests.support.tiny_run import make_run
 
@@ -104,6 +105,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, precision):
         if parts.stage == "grpo" and step.number == 2:
             break
     parts.close()
+    changed = quartet.train(resume=parts.folder, reward=short, optim={"lr": 0.5})
+    with pytest.raises(
+        quartet.QuartetError, match=r'Pass accept=\["optim.lr"\], or change it back'
+    ):
+        changed.finish(progress=False)
     resumed = quartet.train(resume=parts.folder, reward=short, accept=["run.checkpoint_every"])
     assert [step.number for step in resumed] == [3, 4, 1, 2]  # GRPO goes on; then the evaluation
     assert recorded(resumed.folder, "grpo") == recorded(whole.folder, "grpo")
@@ -185,6 +191,15 @@ ROWS_OF_TWO_KINDS = (
 )
 
 
+def test_a_policy_takes_the_place_of_one_that_a_recipe_creates(tmp_path):
+    """As --model does on the command line."""
+    inputs = inputs_of("reviews", {"policy": "some/model"}, {})
+    assert "create" not in inputs.table["policy"] and "tokenizer" not in inputs.table["policy"]
+    smaller = inputs_of("reviews", {"policy": {"create": {"num_layers": 1}}}, {})
+    assert smaller.table["policy"]["create"]["num_layers"] == 1
+    assert smaller.table["policy"]["create"]["num_heads"] > 0
+
+
 def test_numbers_of_numpy_and_torch_are_numbers_and_none_is_left_out(tmp_path):
     numbers = {"lr": np.float64(0.25), "epochs": torch.tensor(3), "betas": list(np.ones(2) / 2)}
     run = tiny(tmp_path, optim=numbers, launch=None)
@@ -220,6 +235,7 @@ def test_numbers_of_numpy_and_torch_are_numbers_and_none_is_left_out(tmp_path):
             lambda: quartet.train("ppo", policy="short" * 100, prompts=["a", "b"], reward=short),
             "policy.model = .*: no such folder",
         ),
+        (lambda: quartet.critic_audit("nowhere"), "nowhere: no such folder"),
         (lambda: quartet.train("sums", reward=Named), "Named is a class. Give an instance"),
         (lambda: quartet.train("sums", optim={"lr": short}), "optim.lr: a function is no setting"),
         (lambda: quartet.train("sums", run={"track": [short]}), "run.track: a function is no"),

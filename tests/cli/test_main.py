@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from quartet.cli import app
 from quartet.cli.common import RESUMABLE
 
 HEAVY = """
@@ -23,6 +25,12 @@ def command():
 cli.app = command
 cli.main()
 """
+
+
+def test_the_help_begins_with_what_a_user_meets_first():
+    words = CliRunner().invoke(app, ["--help"]).output.split()
+    places = [words.index(name) for name in ("run", "plan", "init", "studio", "doctor", "replay")]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize(

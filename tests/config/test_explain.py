@@ -45,7 +45,11 @@ def test_what_is_unknown_is_answered_with_what_was_meant(tmp_path):
         QuartetError, match=r"critic\.lr: no such key\. Did you mean optim\.critic_lr\?"
     ):
         setting_in_words("critic.lr")
-    for word, meant in (("grppo", "Did you mean grpo?"), ("optim.learning_rate", "optim.lr")):
+    for word, meant in (
+        ("grppo", "Did you mean grpo?"),
+        ("optim.learning_rate", "optim.lr"),
+        ("lr", "Did you mean sft.lr, reward_model.lr, preference.lr, ilql.lr or optim.lr?"),
+    ):
         result = quartet("explain", word, cwd=tmp_path)
         assert result.returncode == 2 and meant in result.stderr
 

@@ -93,6 +93,10 @@ def test_a_file_that_is_not_there_is_named_with_the_nearest_one(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("{}")
     with pytest.raises(DataError, match=r"promts.jsonl: no such file. Did you mean prompts.jsonl"):
         read(tmp_path / "promts.jsonl")
+    with pytest.raises(
+        DataError, match=r"other.jsonl: no such file\.$"
+    ):  # only the ending is alike
+        read(tmp_path / "other.jsonl")
     with pytest.raises(DataError, match=r"aaa: no such file\.$"):  # no traceback of the system's
         read(Path("a" * 300))
 

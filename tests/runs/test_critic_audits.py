@@ -53,6 +53,15 @@ def test_an_error_of_the_first_tokens_is_one_of_position():
     assert "At the first token the critic is 1.5 too high" in said
 
 
+def test_advantages_within_the_noise_have_no_deviation_of_zero():
+    """The noise is subtracted from their variance; what is left of a small audit can be 0."""
+    audit = made_audit(lambda position, true, rng, first: true)
+    audit["advantages"]["true_deviation"] = 0.0
+    said = " ".join(audit_sentences(audit))
+    assert "the true advantages do not differ beyond the noise" in said
+    assert "deviation of 0" not in said
+
+
 def test_values_that_are_all_alike_are_no_error_of_the_program():
     audit = made_audit(lambda position, true, rng, first: 1.0)
     assert audit["calibration"]["slope"] is None

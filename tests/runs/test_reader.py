@@ -102,7 +102,7 @@ def test_what_is_not_there_is_said(tmp_path, ppo_run):
         ppo_run.rollouts(99)
     with pytest.raises(NoRun, match="step 1 has no sample 99"):
         ppo_run.sample(1, 99)
-    with pytest.raises(NoRun, match="ppo has no metric rewrd. It has "):
+    with pytest.raises(NoRun, match="ppo has no metric rewrd. Did you mean reward. It has "):
         ppo_run.figure("rewrd", "ppo")
     with pytest.raises(NoRun, match="no such folder"):
         find_runs(tmp_path / "gone")

@@ -274,16 +274,13 @@ class KLInLoss(KL):
     The weight w_t says which gradient that is. Its π_old is the policy that sampled: the sampler's
     own log-probs are read, also where they are those of a server or of older weights.
 
-    - "none": w = 1, the classic of the libraries. The gradient of a sampled k3 is not that of the
-    KL, that of k1 is 0 in
-      expectation, that of k2 is the KL's of this token.
+    - "none": w = 1, as most libraries have it. The gradient of a sampled k3 is not that of the KL,
+      that of k1 is 0 in expectation, and that of k2 is that of this token's KL.
     - "token": w_t = π(token t) / π_old(token t). Unbiased for the KL of each token's distribution,
-    as in DeepSeek-V3.2;
-      k1 and k3 only, k2 would be wrong.
+      as in DeepSeek-V3.2; for k1 and k3 only.
     - "sequence": w_t = Π_{s ≤ t} π(s) / π_old(s), the product up to this token (before it, for the
-    exact KL). The gradient
-      is that of the KL of whole responses: it also knows that an early token decides how far later
-      ones will be from the reference.
+      exact KL). The gradient is that of the KL of whole responses: it includes that an early token
+      decides how far later ones will be from the reference.
 
     The gradient by "sequence" multiplies ∇log π(token t) by the weighted KL of this token and all
     later ones, Σ_{s ≥ t} w_s KL_s. With `baseline = "leave_one_out"` it is Σ_{s ≥ t} w_s (KL_s −

@@ -51,7 +51,9 @@ def critic_audit(
     """
     from quartet.assembly.critic import audit_critic
     from quartet.evaluation.critic_samples import AuditSizes
+    from quartet.runs.reader import Run
 
     folder = Path(run if isinstance(run, str | Path) else run.folder).resolve()
+    Run(folder)  # raises NoRun where there is none
     sizes = AuditSizes(prefixes, continuations, seed)
     return CriticAudit(*audit_critic(folder, step, prompts, sizes, lambda words: None))  # noqa: ARG005

@@ -57,6 +57,9 @@ def inputs_of(
     the config. Raises `ConfigError` for what cannot be one.
     """
     table, name = _recipe(recipe)
+    if _names_a_model(arguments.get("policy")) and isinstance(table.get("policy"), dict):
+        for key in ("create", "tokenizer"):  # as --model does
+            table["policy"].pop(key, None)
     inputs = Inputs(table, arguments.get("name") or name)
     for key, value in settings.items():
         if value is not None:
@@ -77,6 +80,11 @@ def inputs_of(
     for key, value in leaves(table):
         _check_plain(key, value)
     return inputs
+
+
+def _names_a_model(policy: Any) -> bool:
+    """Whether the argument `policy` takes the place of a model that a recipe creates."""
+    return policy is not None and not (isinstance(policy, Mapping) and "model" not in policy)
 
 
 def _check_plain(key: str, value: Any) -> None:

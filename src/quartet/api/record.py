@@ -1,5 +1,6 @@
 """`quartet.record`: the record, the doctor and the studio for any loop."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -77,6 +78,20 @@ def _create(path: Path, table: Table) -> RunFolder:
         raise QuartetError(f"{path}: exists already. Give another folder.") from None
 
 
+def _numbers(step: Progress, path: Path) -> dict[str, float]:
+    """Return the metrics of a step as plain numbers; of numpy and torch they may be, too."""
+    metrics: dict[str, float] = {}
+    for name, value in step.metrics.items():
+        try:
+            metrics[name] = value if type(value) in {int, float} else value.__float__()
+        except (AttributeError, TypeError, ValueError):  # text has no such method
+            raise QuartetError(
+                f"{path}, step {step.number}: the metric {name} is {type_in_words(value)}, not a "
+                "number."
+            ) from None
+    return metrics
+
+
 def _recorded(
     steps: Iterable[Progress],
     run: RunFolder,
@@ -99,7 +114,8 @@ def _recorded(
                     f"{run.path}: {type_in_words(step)} is no step. Yield "
                     "quartet.Progress(number, metrics)."
                 )
-            recorder.record(step, round(time.monotonic() - before, 4))
+            plain = dataclasses.replace(step, metrics=_numbers(step, run.path))
+            recorder.record(plain, round(time.monotonic() - before, 4))
             yield step
             before = time.monotonic()
     except (GeneratorExit, KeyboardInterrupt):

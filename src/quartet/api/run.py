@@ -3,6 +3,7 @@
 import atexit
 import dataclasses
 import html
+import re
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from quartet.runtime.lifecycle import (
 )
 from quartet.runtime.log import logging_to, no_progress_bars
 from quartet.runtime.requests import run_to_resume
+from quartet.runtime.resume import CannotResume
 
 _OPEN: dict[Path, Generator[Any, None, None]] = {}
 """The runs of this process that are under way, by their folders."""
@@ -197,6 +199,9 @@ class TrainingRun:
             return resume(folder, self.settings, self.job, None, self.accept)
         except AlreadyDone:
             return None
+        except CannotResume as error:
+            words = re.sub(r"--accept ([^\s,:]+)", r'accept=["\1"]', str(error))
+            raise CannotResume(words) from None
 
     def _see(self, event: Any) -> None:
         """Keep what an event says, and show it where there is a screen. Without one, warnings go

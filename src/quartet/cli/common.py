@@ -34,8 +34,38 @@ OTHER_WORDS = {
 """What does that for which other programs have a command of this name."""
 
 
+ORDER = [
+    "run",
+    "plan",
+    "init",
+    "data",
+    "reward",
+    "studio",
+    "runs",
+    "inspect",
+    "compare",
+    "doctor",
+    "report",
+    "critic",
+    "eval",
+    "chat",
+    "label",
+    "export",
+    "serve-reward",
+    "sweep",
+    "replay",
+    "explain",
+    "algorithms",
+    "import",
+]
+"""The commands as the help lists them: those that a user meets first come first."""
+
+
 class Commands(TyperGroup):
     """The commands. A call that cannot be understood is refused in one sentence."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _usage_in_a_sentence():

@@ -26,7 +26,7 @@ def explain(
     For an algorithm, a small model is trained for some twenty seconds, and the numbers of its third
     step are shown: responses, scores, log-probs, rewards, advantages, losses. The text is Markdown.
     """
-    from quartet.config.explain import setting_in_words
+    from quartet.config.explain import one_of_them, setting_in_words
     from quartet.config.suggestions import known_keys
 
     if word in known_keys():
@@ -40,9 +40,11 @@ def explain(
         with refusing():
             if "." in word:
                 setting_in_words(word)
+        same = [key for key in known_keys() if key.rpartition(".")[2] == word]
+        near = f" Did you mean {one_of_them(same[:5])}?" if same else did_you_mean(word, keys)
         refuse(
-            f'"{word}": neither a setting nor an algorithm.{did_you_mean(word, keys)} Settings are '
-            "written as in a file: quartet explain optim.lr."
+            f'"{word}": neither a setting nor an algorithm.{near} Settings are written as in a '
+            "file: quartet explain optim.lr."
         )
     from quartet.walkthrough import explain as walk_through
 

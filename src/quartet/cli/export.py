@@ -116,11 +116,8 @@ def export(
 
     Adapters are merged, and transformers loads the folder without Quartet.
     """
-    from quartet.models.export import DamagedModel
-    from quartet.models.export import export as write
     from quartet.models.hub import check_push
-    from quartet.models.language_model import ModelError
-    from quartet.recording.model_card import complete, models_in
+    from quartet.recording.model_card import models_in
 
     if push is not None:
         with refusing():
@@ -141,6 +138,23 @@ def export(
     if part not in roles:
         models = f"It has {', '.join(roles)}." if roles else NO_MODELS
         refuse(f"{run_folder}: has no model called {part}. {models}")
+    _write_model(run_folder, part, target, dtype, beta)
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    console.print(f"{target} written, {size / 1e6:,.1f} MB", soft_wrap=True)
+    if push is not None:
+        _push(target, push)
+
+
+def _write_model(
+    run_folder: Path, part: str, target: Path, dtype: Precision | None, beta: float | None
+) -> None:
+    """Write a model of a run with its card. Ends the command with a sentence where that is not
+    possible."""
+    from quartet.models.export import DamagedModel
+    from quartet.models.export import export as write
+    from quartet.models.language_model import ModelError
+    from quartet.recording.model_card import complete
+
     precision: Literal["float32", "bfloat16", "float16"] | None = (
         None if dtype is None else dtype.value
     )
@@ -158,10 +172,6 @@ def export(
         raise typer.Exit(FAILED) from None
     except ModelError as error:
         refuse(str(error))
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    console.print(f"{target} written, {size / 1e6:,.1f} MB", soft_wrap=True)
-    if push is not None:
-        _push(target, push)
 
 
 def _export_labels(path: Path, target: Path, push: str | None) -> None:

@@ -5,7 +5,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from quartet.config.suggestions import about_unknown, declarations, description_of, known_keys
@@ -126,11 +126,11 @@ def _kind(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
         return "a table"
     if origin is typing.Literal:
-        return _or([_value(value) for value in inner])
+        return one_of_them([_value(value) for value in inner])
     if origin is typing.Annotated:
         return _kind(inner[0])
     if origin in {typing.Union, types.UnionType}:
-        return _or(list(dict.fromkeys(_kind(x) for x in inner if x is not type(None))))
+        return one_of_them(list(dict.fromkeys(_kind(x) for x in inner if x is not type(None))))
     if origin in {tuple, list}:
         return f"a list, each {_kind(inner[0])}"
     return "a table"
@@ -147,5 +147,6 @@ def _value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _or(words: list[str]) -> str:
+def one_of_them(words: Sequence[str]) -> str:
+    """Return words with commas, and "or" before the last."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

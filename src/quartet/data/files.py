@@ -16,7 +16,7 @@ from huggingface_hub import constants as hub_constants
 from quartet import files
 from quartet.data import DataError
 from quartet.io.install import install_command
-from quartet.io.texts import did_you_mean, not_utf8
+from quartet.io.texts import nearest, not_utf8
 from quartet.labels.log import LabelError, is_label_file, read_labels
 from quartet.models.hub import why_not_on_hub
 
@@ -34,9 +34,16 @@ def check_there(path: Path) -> None:
         return
     if not path.name.lower().endswith(FORMATS) and HUB.fullmatch(str(path)):
         return
-    beside = [each.name for each in path.parent.iterdir()] if files.exists(path.parent) else []
-    near = did_you_mean(path.name, [name for name in beside if name.lower().endswith(FORMATS)])
-    raise DataError(f"{path}: no such file.{near}")
+    raise DataError(f"{path}: no such file.{_nearest_file(path)}")
+
+
+def _nearest_file(path: Path) -> str:
+    """Return " Did you mean X?" with the data file beside a path whose name is most like it, the
+    ending left out, which most have in common; "" if none is."""
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    stems = {file.stem: file.name for file in beside if file.name.lower().endswith(FORMATS)}
+    near = nearest(path.stem, stems)
+    return "" if near is None else f" Did you mean {stems[near]}?"
 
 
 def rows(path: Path) -> Iterator[tuple[str, Row]]:

@@ -36,6 +36,13 @@ class Sampler(Generic[R]):
         """Return whether this epoch has the record."""
         return True
 
+    def observe(self, group: Sequence[Any]) -> None:
+        """Take account of the rewarded responses to one record; here of none."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return numbers about the draws, by metric name; here none."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position}
 

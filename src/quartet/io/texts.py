@@ -60,12 +60,18 @@ def type_in_words(value: object) -> str:
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
-def did_you_mean(value: object, known: Iterable[str]) -> str:
-    """Return " Did you mean X?" with the known name that is most like a value; "" if none is. A
-    name with the same letters in another order goes first: gpro is grpo, not gspo."""
+def nearest(value: object, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like a value; None if none is. A name with the same
+    letters in another order goes first: gpro is grpo, not gspo."""
     near = difflib.get_close_matches(str(value), list(known), n=3)
     same = [name for name in near if sorted(name) == sorted(str(value))]
-    return f" Did you mean {[*same, *near][0]}?" if near else ""
+    return next(iter([*same, *near]), None)
+
+
+def did_you_mean(value: object, known: Iterable[str]) -> str:
+    """Return " Did you mean X?" with the `nearest` known name; "" if none is."""
+    near = nearest(value, known)
+    return "" if near is None else f" Did you mean {near}?"
 
 
 def not_utf8(error: UnicodeDecodeError, where: str) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from quartet.algorithms.algorithm import Algorithm
-from quartet.data.prompt_sampling import PromptSampler
 from quartet.data.sampler import Sampler
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
@@ -52,9 +51,8 @@ class Collector:
             scored = with_score(rollouts)
             generated, unscored = generated + len(rollouts), unscored + len(rollouts) - len(scored)
             groups = [list(group) for _, group in itertools.groupby(scored, key=lambda r: r.group)]
-            if isinstance(self.prompts, PromptSampler):
-                for group in groups:
-                    self.prompts.observe(group)
+            for group in groups:
+                self.prompts.observe(group)
             kept += [
                 group for group in groups if algorithm.groups.keep([r.score or 0.0 for r in group])
             ]
@@ -66,8 +64,7 @@ class Collector:
             for number, group in enumerate(chosen)
             for r in group
         ]
-        pools = self.prompts.metrics() if isinstance(self.prompts, PromptSampler) else {}
-        return Collected(rollouts, unscored / generated, pools)
+        return Collected(rollouts, unscored / generated, self.prompts.metrics())
 
     def respond(
         self, prompts: Sequence[Prompt], algorithm: Algorithm, sampling: Sampling

@@ -82,8 +82,8 @@ def token_table(
     texts: TokenTexts,
     update_columns: "Mapping[str, Tensor | None]",
 ) -> Any:
-    """Return the table. `seen` has the columns that come from the update, such as log-probs and
-    ratios; None is a column without values."""
+    """Return a table with a row per token, without padding. `update_columns` [B, T] are those that
+    come from the update, such as log-probs and ratios; None is a column without values."""
     import pyarrow as pa
 
     real = (
@@ -115,7 +115,7 @@ def token_table(
         f"score/{name}": spread([r.components[name] for r in rollouts], pa.float32())
         for name in rollouts[0].components
     }
-    kl = None if batch.ref_logprobs is None else k1(batch.old_logprobs, batch.ref_logprobs)
+    numbers = number_columns(batch, experience, algorithm, update_columns)
     positions = torch.arange(batch.tokens.shape[1], device=real.device).expand_as(real)[real].cpu()
     known, places = ids.unique(return_inverse=True)
     text = pa.DictionaryArray.from_arrays(
@@ -136,23 +136,37 @@ def token_table(
             "token_id": pa.array(ids.numpy(), pa.int32()),
             "text": text,
             "is_response": pa.array(response.numpy()),
-            "logprob": column(update_columns.get("logprob")),
-            "old_logprob": column(batch.old_logprobs),
-            "ref_logprob": column(batch.ref_logprobs),
-            "kl": column(kl),
-            "reward": column(experience.token_rewards),
-            "penalty": column(None if batch.ref_logprobs is None else experience.penalties),
-            "value": column(batch.values),
-            "td_error": column(td_errors(batch, experience, algorithm)),
-            "raw_advantage": column(experience.raw_advantages),
-            "advantage": column(experience.advantages),
-            "return": column(experience.returns),
-            "change": column(update_columns.get("change")),
-            "ratio": column(update_columns.get("ratio"), middle=1.0),
-            "clipped": column(update_columns.get("clipped")),
-            "entropy": column(update_columns.get("entropy")),
+            **{n: column(values, 1.0 if n == "ratio" else 0.0) for n, values in numbers.items()},
         }
     )
+
+
+def number_columns(
+    batch: "Batch",
+    experience: "Experience",
+    algorithm: "Algorithm",
+    update_columns: "Mapping[str, Tensor | None]",
+) -> dict[str, Tensor | None]:
+    """Return the numbers of each token [B, T] by column, in the order of the columns; None where
+    there is no such model."""
+    reference = batch.ref_logprobs
+    return {
+        "logprob": update_columns.get("logprob"),
+        "old_logprob": batch.old_logprobs,
+        "ref_logprob": reference,
+        "kl": None if reference is None else k1(batch.old_logprobs, reference),
+        "reward": experience.token_rewards,
+        "penalty": None if reference is None else experience.penalties,
+        "value": batch.values,
+        "td_error": td_errors(batch, experience, algorithm),
+        "raw_advantage": experience.raw_advantages,
+        "advantage": experience.advantages,
+        "return": experience.returns,
+        "change": update_columns.get("change"),
+        "ratio": update_columns.get("ratio"),
+        "clipped": update_columns.get("clipped"),
+        "entropy": update_columns.get("entropy"),
+    }
 
 
 def text_columns(rollouts: "Sequence[Rollout]", lengths: Sequence[int]) -> dict[str, Any]:

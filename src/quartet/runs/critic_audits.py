@@ -378,8 +378,12 @@ def _advantages(audit: Audit) -> list[str]:
     sentence = (
         f"A single advantage estimate is closest to Monte Carlo at λ = {best['lam']:g}: its error "
         f"is {short(best['error']['value'])} (bias {short(best['bias']['value'])}, standard "
-        f"deviation {short(best['deviation'])}), and true advantages have a standard deviation of "
-        f"{short(true)}."
+        f"deviation {short(best['deviation'])}), "
+        + (
+            f"and true advantages have a standard deviation of {short(true)}."
+            if true
+            else "and the true advantages do not differ beyond the noise: sample more."
+        )
     )
     sentences = [sentence]
     if own is not None and own is not best:

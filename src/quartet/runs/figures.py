@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from quartet.io.texts import did_you_mean
 from quartet.runs.definitions import Definition, definition
 from quartet.runs.history import roughness
 
@@ -311,7 +312,8 @@ def figure(run: "Run", name: str, stage: str | None = None) -> Any:
         return go.Figure(phases(run, stage))
     if name not in run.series[stage].columns:
         raise NoRun(
-            f"{run.name}: {stage} has no metric {name}. It has "
+            f"{run.name}: {stage} has no metric {name}."
+            f"{did_you_mean(name, run.series[stage].columns)} It has "
             f"{', '.join(sorted(run.series[stage].columns))}."
         )
     return go.Figure(lines(run, stage, definition(name, run.definitions).label, [name]))

@@ -30,8 +30,9 @@ def responses_do_not_end(history: History) -> str | None:
         return None
     if cut > 0.95:
         return (
-            f"{cut:.0%} of responses never end. Does SFT teach the end-of-sequence token, and does "
-            "the sampler stop at it?"
+            f"{cut:.0%} of responses were cut off at the limit. Raise rollout.max_new_tokens; if "
+            "answers fit into it, look whether SFT taught the end-of-sequence token and the "
+            "sampler stops at it."
         )
     return (
         f"{cut:.0%} of responses end without EOS. Raise rollout.max_new_tokens, or let SFT see "

@@ -126,9 +126,7 @@ def _checked(
         if key in accept:
             yield f"{sentence} Accepted."
         else:
-            refused.append(
-                f'{sentence} Pass --accept {key} (in Python accept=["{key}"]), or {remedy}.'
-            )
+            refused.append(f"{sentence} Pass --accept {key}, or {remedy}.")
     if refused:
         raise CannotResume("\n".join(refused))
     facts = checkpoint.facts
