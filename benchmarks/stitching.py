@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -123,6 +124,19 @@ def one_seed(folder: Path, seed: int) -> dict[str, Any]:
     return {"logged": logged_share, "kept": kept, "shares": measured(folder, policies)}
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the table of docs/learning.md: the shares of all seeds, the mean first."""
+    lines = ["| | temperature 1 | temperature 0.1 |", "|---|---|---|"]
+    for name in results[0]["shares"]:
+        cells = []
+        for temperature in map(str, TEMPERATURES):
+            shares = [result["shares"][name][temperature] for result in results]
+            each = ", ".join(f"{share:.2f}" for share in shares)
+            cells.append(f"**{statistics.fmean(shares):.2f}** ({each})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -134,9 +148,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results.append(one_seed(Path(folder), seed))
         print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
-        print(json.dumps(results[-1], indent=1, ensure_ascii=False), flush=True)
-    about = {"date": datetime.now(UTC).date().isoformat(), "machine": platform.machine()}
-    options.results.write_text(json.dumps(about | {"results": results}) + "\n", encoding="utf-8")
+        about = {"date": datetime.now(UTC).date().isoformat(), "machine": platform.machine()}
+        text = json.dumps(about | {"results": results}) + "\n"
+        options.results.write_text(text, encoding="utf-8")
+        print(table(results), flush=True)
 
 
 if __name__ == "__main__":
