@@ -1,4 +1,5 @@
-# Quartet on a CPU. Written, not yet built by its authors.
+# Quartet on a CPU. Its authors have built it, and run all stages in it without a network, on a base of their own
+# (Debian 12, Python 3.11, --build-arg PYTHON=3.11); not yet on the base image that it names.
 #   docker build -t quartet .
 #   mkdir -p runs && docker run --rm -v "$PWD/runs:/work/runs" quartet run
 # It runs as user 1000, who must be able to write runs/; with another account, add --user "$(id -u)" -e HOME=/tmp.
