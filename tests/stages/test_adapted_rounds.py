@@ -12,8 +12,9 @@ from quartet.assembly import Assembler, stage
 from quartet.assembly.checkpoint_models import write_models
 from quartet.config.toml import read_settings
 from quartet.models.adapters import POLICY, REFERENCE, adapter_parameters, adapters_of
+from quartet.models.forward import masked_logprobs
 from quartet.models.heads import ScalarModel
-from quartet.models.language_model import load_model, masked_logprobs
+from quartet.models.language_model import load_model
 from quartet.models.text_classifier import load_scorer
 from tests.generation.test_servers import served
 from tests.rewards.test_text_models import bert
