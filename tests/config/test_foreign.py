@@ -254,3 +254,65 @@ def test_the_command_writes_the_file_lists_all_and_writes_over_none(tmp_path, mo
     assert CliRunner().invoke(app, ["import", "run.sh"]).exit_code == 2
     told = CliRunner().invoke(app, ["import", "run.sh", "--output", "b.toml", "--json"])
     assert json.loads(told.output)["taken"]["algorithm.adv_estimator"]["value"] == ["grpo"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "preset"),
+    [("cispo", "cispo"), ("gspo", "gspo"), ("geo_mean", "gmpo"), ("vanilla", "grpo")],
+)
+@pytest.mark.parametrize("estimator_first", [False, True])
+def test_a_policy_loss_of_verl_is_the_preset_with_it(tmp_path, mode, preset, estimator_first):
+    words = [
+        f"actor_rollout_ref.actor.policy_loss.loss_mode={mode}",
+        "algorithm.adv_estimator=grpo",
+    ]
+    words = words[::-1] if estimator_first else words
+    text = f"python3 -m verl.trainer.main_ppo {' '.join(words)} data.train_batch_size=8\n"
+    made, ours = imported(tmp_path, "train.sh", text)
+    assert ours["recipe"] == [preset]
+    assert not any("none of our presets" in why for why in made.differs.values())
+
+
+def test_an_estimator_beside_a_policy_loss_of_another_preset_is_listed(tmp_path):
+    words = "actor_rollout_ref.actor.policy_loss.loss_mode=cispo algorithm.adv_estimator=rloo"
+    made, ours = imported(tmp_path, "t.sh", f"python3 -m verl.trainer.main_ppo {words}\n")
+    assert ours["recipe"] == ["cispo"]
+    assert (
+        made.differs["algorithm.adv_estimator"]
+        == "The recipe is cispo, and rloo is our preset rloo."
+    )
+
+
+TRL_GSPO = """
+GRPOConfig(importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4, use_peft=True,
+           model_name_or_path="m", lora_target_modules="q_proj, v_proj")
+"""
+
+
+@pytest.mark.parametrize("high_first", [False, True])
+def test_ratios_of_sequences_in_trl_are_gspo_with_both_sides_of_the_clip(tmp_path, high_first):
+    text = TRL_GSPO
+    if high_first:
+        text = text.replace("epsilon=3e-4, epsilon_high=4e-4", "epsilon_high=4e-4, epsilon=3e-4")
+    _, ours = imported(tmp_path, "train.py", text)
+    assert ours["recipe"] == ["gspo"]
+    assert ours["algorithm"]["policy_loss"] == {"low": 3e-4, "high": 4e-4}
+
+
+def test_what_is_refused_takes_nothing_else_away(tmp_path):
+    made, ours = imported(tmp_path, "train.py", TRL_GSPO)
+    assert "lora_target_modules" in made.differs and ours["policy"]["adapter"] == {"type": "lora"}
+
+
+def test_shares_of_steps_and_scores_without_an_rl_stage(tmp_path):
+    text = "OnlineDPOConfig(warmup_steps=0.1, missing_eos_penalty=1.0, learning_rate=5e-7)\n"
+    made, ours = imported(tmp_path, "online_dpo.py", text)
+    assert ours["preference"] == {"warmup_ratio": 0.1, "lr": 5e-7} and made.refusal is None
+    assert made.differs["missing_eos_penalty"] == "It is of RL stages, and online_dpo is none."
+
+
+def test_the_length_of_prompt_and_answer_together_is_none_of_ours(tmp_path):
+    text = "python -m openrlhf.cli.train_ppo_ray --data.max_len 2048 --actor.adam.lr 1e-6\n"
+    made, ours = imported(tmp_path, "train_ppo.sh", text)
+    assert "max_response_tokens" not in ours.get("data", {})
+    assert made.differs["data.max_len"].startswith("It bounds prompt and answer together")

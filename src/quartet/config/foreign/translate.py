@@ -12,7 +12,7 @@ from typing import Any
 from quartet.algorithms.preference import PREFERENCES
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.config.foreign.read import Foreign, is_open
-from quartet.config.foreign.values import Unlike, added_in, preset_of, value_for
+from quartet.config.foreign.values import LOSSES, USUAL, Unlike, added_in, preset_of, value_for
 from quartet.config.other_libraries import Equivalent, answer_to
 from quartet.config.suggestions import read_by_recipe
 from quartet.config.toml import ConfigError, set_value, settings_of_table, table_toml
@@ -25,6 +25,7 @@ KL_SWITCHES = ("use_kl_loss", "use_kl_in_reward", "kl.use_loss")
 PER_DEVICE = "per_device_train_batch_size"
 CHOICES = ("algorithm.advantage.type", "algorithm.policy_loss.type", "preference.loss.type")
 """Keys that a preset in the recipe sets with all that belongs to them."""
+HIGH = "algorithm.policy_loss.high"
 ROUNDS = 60
 
 
@@ -89,7 +90,7 @@ def _stage(foreign: Foreign) -> str:
         answer = answer_to(name)
         if answer and set(answer.keys) & set(CHOICES) and (preset := preset_of(value)):
             same = PREFERENCES if stage in PREFERENCES else ALGORITHMS
-            if preset in same and stage in same and stage != "gspo":
+            if preset in same and stage in same and stage not in LOSSES:
                 stage = preset
         elif name.endswith("ipo_enable") or name == "ipo":
             stage = "ipo" if value is True and stage == "dpo" else stage
@@ -100,11 +101,12 @@ def _take(made: Translation, name: str, value: Any, answer: Equivalent) -> None:
     """Set the key of one option, or say why it is not set."""
     key = read_by_recipe(answer.keys, made.table)[0]
     try:
-        if reason := _other_meaning(key, name, answer.note):
+        if key.endswith(".warmup_steps") and isinstance(value, float) and 0 < value < 1:
+            key = key.replace("_steps", "_ratio")  # TRL's warmup_steps may be a share
+        if reason := _other_meaning(key, name, answer.note, made.table["recipe"][0]):
             raise Unlike(reason)
         if key in CHOICES:
-            if preset_of(value) not in made.table["recipe"]:
-                raise Unlike(f"{value} is none of our presets. {answer.note}".strip())
+            _check_choice(made.table["recipe"][0], key, value, answer.note)
             made.taken[name] = ("recipe", made.table["recipe"])
         elif key == "algorithm.scores":
             row = added_in(answer.note, value)
@@ -121,28 +123,50 @@ def _take(made: Translation, name: str, value: Any, answer: Equivalent) -> None:
         made.differs[name] = str(error)
 
 
+def _check_choice(stage: str, key: str, value: Any, note: str) -> None:
+    """Raise `Unlike` where the recipe's preset is not what an option chooses."""
+    preset = preset_of(value)
+    if preset == stage or (preset == "grpo" and stage in LOSSES):
+        return
+    if key == "algorithm.policy_loss.type" and str(value).lower() in USUAL and stage in ALGORITHMS:
+        return
+    if preset is None:
+        raise Unlike(f"{value} is none of our presets. {note}".strip())
+    raise Unlike(f"The recipe is {stage}, and {value} is our preset {preset}.")
+
+
 def _setting(made: Translation, name: str, value: Any, answer: Equivalent) -> None:
     """Set the one key of an answer, and what has to be said beside it. Raises `Unlike`."""
     (key,), note = answer.keys, answer.note
     ours = other = value_for(key, name, value, note)
     if key == "algorithm.policy_loss.low" and isinstance(ours, list):
         ours, other = ours[0], ours[-1]
+    if key == HIGH:  # it counts beside an option for both sides
+        made.table.get("algorithm", {}).get("policy_loss", {}).pop("high", None)
     _put(made, name, key, ours)
     if owner := re.search(r'It is of (?:[\w.]*\.)?(\w+)\.type = "(\w+)"', note):
         _set_type(made, key, owner[2])
     if "controller" in key and key != "algorithm.kl.controller.type":
         _set_type(made, key, "adaptive")
-    if key == "algorithm.policy_loss.low" and "other side" in note:
-        set_value(made.table, "algorithm.policy_loss.high", other)
+    has_high = any(taken == HIGH for taken, _ in made.taken.values())
+    if key == "algorithm.policy_loss.low" and "other side" in note and not has_high:
+        set_value(made.table, HIGH, other)
     if key.startswith("policy.adapter."):
         made.table["policy"]["adapter"].setdefault("type", "lora")
 
 
-def _other_meaning(key: str, name: str, note: str) -> str:
+def _other_meaning(key: str, name: str, note: str, stage: str) -> str:
     """Return why an option's value is not taken over, whatever it is; "" if it may be."""
     last = name.rpartition(".")[2]
     if FROZEN.search(name) and key.startswith(SHARED):
         return f"It is of another model than the policy; {key} is the policy's."
+    if key.startswith("algorithm.") and stage not in ALGORITHMS:
+        return f"It is of RL stages, and {stage} is none."
+    if last == "max_len" and stage in ALGORITHMS:
+        return (
+            "It bounds prompt and answer together: set data.max_prompt_tokens and "
+            "rollout.max_new_tokens."
+        )
     if key in {"optim.minibatches", "data.train", "data.eval"} or last == PER_DEVICE:
         return note
     if key == "run.steps" and last not in {"max_steps", "total_training_steps"}:
@@ -299,10 +323,8 @@ def _check(made: Translation) -> None:
 
 def _remove(made: Translation, key: str, why: str) -> bool:
     """Take out the options that set a key or a part of it; return whether there were any."""
-    names = [
-        n
-        for n, (k, _) in made.taken.items()
-        if k == key or key.startswith(f"{k}.") or k.startswith(f"{key}.")
+    names = [n for n, (k, _) in made.taken.items() if k == key] or [
+        n for n, (k, _) in made.taken.items() if key.startswith(f"{k}.") or k.startswith(f"{key}.")
     ]
     for name in names:
         taken, _ = made.taken.pop(name)

@@ -60,12 +60,23 @@ PRESETS = {
     "dapo": "dapo",
     "reinforce_baseline": "reinforce_pp_baseline",
     "reinforce_plus_plus_baseline": "reinforce_pp_baseline",
+    "cispo": "cispo",
+    "gspo": "gspo",
+    "sequence": "gspo",
+    "sapo": "sapo",
+    "geo_mean": "gmpo",
+    "gmpo": "gmpo",
     "sigmoid": "dpo",
     "ipo": "ipo",
     "simpo": "simpo",
     "kto": "kto",
 }
-"""Our preset for a value of `adv_estimator`, `advantage_estimator` or `loss_type`."""
+"""Our preset for a value of `adv_estimator`, `advantage_estimator`, `loss_type`, `loss_mode` or
+`importance_sampling_level`."""
+LOSSES = ("cispo", "gspo", "sapo", "gmpo")
+"""Presets that are GRPO with another policy loss."""
+USUAL = ("vanilla", "token", "ppo")
+"""Values of an option for the policy loss that change nothing."""
 
 
 class Unlike(QuartetError):
