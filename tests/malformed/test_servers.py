@@ -474,7 +474,7 @@ def test_an_answer_that_cannot_be_trained_on_is_never_taken(tmp_path, caplog, ki
 @KINDS
 def test_a_server_that_aborts_every_answer_does_not_hold_a_run_for_ever(tmp_path, kind):
     aborted = reply(kind, [], [], [], "abort")
-    with Generation(kind, says(aborted), tmp_path, 0.3, alone=True) as generation:
+    with Generation(kind, says(aborted), tmp_path, 1.5, alone=True) as generation:
         said = refusal(ServersGone, generation.tokens, seconds=None)
     assert "aborted every request before its first token" in said
 
