@@ -115,10 +115,13 @@ def grpo_run(runs):
 
 @pytest.fixture(autouse=True)
 def own_parts_are_forgotten():
-    """A part that a test has loaded from a file stays a member of its family, and later messages would list it."""
-    yield
+    """A part that a test loads from a file stays a member of its family, and later messages would list it."""
     from quartet.parts import Family
 
+    before = {family: set(family.members) for family in Family.__subclasses__()}
+    yield
     for family in Family.__subclasses__():
-        for name in [name for name in family.members if ":" in name]:
-            del family.members[name]
+        for name in set(family.members) - before.get(family, set()):
+            if ":" in name:
+                del family.members[name]
+

@@ -225,7 +225,7 @@ def _module_of(path: Path) -> Any:
 
 def of_shape(part: Any, result: Any, shape: Sequence[int]) -> Any:
     """Return what calling a part has returned. Raises `PartError` if it is no tensor of this
-    shape: another one would be broadcast, and nobody would see it."""
+    shape: torch would broadcast another one without an error, to wrong numbers."""
     if hasattr(result, "shape") and list(result.shape) == list(shape):
         return result
     name = type(result).__name__

@@ -9,11 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quartet.config.toml import read_settings
 from quartet.generation.decoders import RowDecoder, make_decoder
 from quartet.generation.fused import RoutedExperts
-from quartet.generation.native import NativeGenerator
-from quartet.generation.sampling import Sampling
 from quartet.generation.slots import SlotDecoder
 from quartet.models.adapters import POLICY, AdapterError, adapters_of, add_adapter, named_layers
-from quartet.models.experts import expert_mlp, grouped_experts, held_mlp
+from quartet.models.experts import expert_mlp, grouped_experts, has_grouped_product, held_mlp
 from quartet.models.language_model import ModelError, save
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_in
@@ -24,9 +22,10 @@ from quartet.planning.plan import plan
 from quartet.recipes import recipe_path
 from quartet.runs.charts import charts
 from quartet.worlds import make_world
+from tests.support.decoding_cost import cost_of_a_token
 from tests.support.pretended_device import on_device, pretended
 from tests.support.tiny_run import make_run
-from tests.support.world import prompts, tokenizer
+from tests.support.world import tokenizer
 
 ABSENT = object()
 HIDDEN, INNER, EXPERTS, CHOSEN, LAYERS = 32, 24, 6, 2, 2
@@ -78,21 +77,26 @@ def test_few_kernels_give_the_experts_outputs(num_tokens):
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
 def test_a_decoded_token_of_a_mixture_costs_few_kernels_and_hardly_a_wait(kind):
     """Ceilings, to be lowered when they are beaten. Routers and experts are 25 of the 35 of a layer."""
-    layers, rows = 6, 16
+    layers = 6
     with pretended() as counts:
         made = compute_in(on_device(mixture(kind=kind, num_hidden_layers=layers)), torch.bfloat16)
         assert isinstance(make_decoder(made, 60), SlotDecoder)
-        generator = NativeGenerator(made, tokenizer(), frozenset({10**6}), 0)
+        kernels, waits = cost_of_a_token(made, counts)
+    assert kernels <= 35 * layers + 43 and waits <= 0.13
 
-        def cost(tokens):
-            counts.reset()
-            generator.generate(prompts(rows), Sampling(max_new_tokens=tokens))
-            return sum(counts.kernels.values()), sum(counts.waits.values())
 
-        cost(4)
-        (few, waits_few), (many, waits_many) = cost(8), cost(40)
-    assert (many - few) / 32 <= 35 * layers + 43
-    assert (waits_many - waits_few) / 32 <= 0.13
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cuda", torch.bfloat16, True),
+        ("cuda", torch.float16, False),
+        ("cuda", torch.float32, False),
+        ("mps", torch.bfloat16, False),
+        ("cpu", torch.bfloat16, False),
+    ],
+)
+def test_the_grouped_product_is_taken_where_torch_makes_it(device, dtype, expected):
+    assert has_grouped_product(torch.device(device), dtype) is expected
 
 
 def test_a_decoder_shares_the_experts_and_rounds_trained_ones_once():

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from quartet.generation.decoders import make_decoder
 from quartet.generation.plain import PlainDecoder
 from quartet.models.architectures import why_not_fused
 from quartet.models.trunk import hidden_states
 from tests.support.decoding import check_rows
+from tests.support.small_models import small_model
 
 SHAPE = {
     "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -47,14 +47,7 @@ NEAR = {"atol": 5e-5, "rtol": 1e-4}
 
 
 def language_model(kind):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(SHAPE | CASES[kind]))
-    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for p in made.parameters():
-            if p.ndim > 1:
-                p.add_(0.05 * torch.randn_like(p))
-    return made.eval()
+    return small_model(kind, SHAPE | CASES[kind], 0.05)
 
 
 @EACH

@@ -15,6 +15,7 @@ from quartet.models.recurrent import SAMPLED, is_recurrent, why_not_sampled
 from quartet.models.skeleton import skeleton
 from quartet.worlds import make_world
 from tests.support.decoding import check_logprobs, check_rows
+from tests.support.small_models import small_model
 from tests.support.tiny_run import make_run
 
 RECURRENT = "qwen3_next qwen3_5_text lfm2 mamba mamba2 jamba falcon_h1 recurrent_gemma rwkv bamba"
@@ -74,15 +75,7 @@ NEAR = {"atol": 1e-3, "rtol": 1e-3}
 
 
 def language_model(kind, **more):
-    torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, **(CASES[kind] | more)), dtype=torch.float32
-    )
-    with torch.no_grad():
-        for p in made.parameters():
-            if p.ndim > 1:
-                p.add_(0.05 * torch.randn_like(p))
-    return made.eval()
+    return small_model(kind, CASES[kind] | more, 0.05)
 
 
 @pytest.mark.parametrize("kind", [*RECURRENT.split(), *ATTENDING.split()])

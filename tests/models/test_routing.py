@@ -18,6 +18,7 @@ from quartet.training.parallelize import parallelize
 from tests.models import test_recurrent
 from tests.models.test_families import mesh  # noqa: F401
 from tests.models.test_plain_path import HEADS, SHAPE, WINDOW
+from tests.support.small_models import small_model
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -45,15 +46,7 @@ NEAR = {"atol": 1e-4, "rtol": 1e-4}
 
 
 def language_model(kind="qwen3_moe", **more):
-    torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, **(CASES[kind] | more)), dtype=torch.float32
-    )
-    with torch.no_grad():
-        for p in made.parameters():
-            if p.ndim > 1:
-                p.add_(0.2 * torch.randn_like(p))
-    return made.eval()
+    return small_model(kind, CASES[kind] | more, 0.2)
 
 
 def rows(shared=0):

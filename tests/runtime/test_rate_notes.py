@@ -2,9 +2,12 @@
 
 import pytest
 
-from quartet.assembly.assembler import high_rates
+from quartet.assembly import assembler
+from quartet.assembly.assembler import Assembler, high_rates
 from quartet.config.toml import read_settings
+from quartet.models.language_model import save
 from quartet.recipes import recipe_path
+from tests.support.world import model, tokenizer
 
 LARGE, SMALL = 270_000_000, 2_000_000
 
@@ -46,3 +49,12 @@ def test_silent(words, parameters):
 def test_silent_for_a_model_of_random_weights():
     made = read_settings(recipe_path("reviews")).config
     assert high_rates(made, LARGE) is None
+
+
+def test_a_run_says_it_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(assembler, "PRETRAINED", 1)
+    save(model(), tokenizer(), tmp_path / "m")
+    made = read_settings(recipe_path("reviews"), [f"policy.model={tmp_path / 'm'}", "data.rows=8"])
+    assert any(
+        note.startswith("sft.lr = ") for note in Assembler(made.config).notes()
+    )

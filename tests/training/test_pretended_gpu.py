@@ -23,6 +23,7 @@ from quartet.models.precision import compute_in
 from quartet.rewards.protocol import Weighted
 from quartet.training.learner import Learner
 from quartet.training.optim import Optim
+from tests.support.decoding_cost import cost_of_a_token
 from tests.support.pretended_device import CUDA, Pretended, on_device, pretended
 from tests.support.world import model, prompts, tokenizer
 
@@ -154,21 +155,12 @@ def test_the_host_waits_seldom(name):
 
 
 def test_a_decoded_token_costs_few_kernels_and_hardly_a_wait():
-    layers, rows = 6, 16
+    layers = 6
     with pretended() as counts:
         made = compute_in(on_device(deeper(layers)), BF16)
         assert isinstance(make_decoder(made, 60), SlotDecoder)
-        generator = NativeGenerator(made, tokenizer(), frozenset({10**6}), 0)
-
-        def cost(tokens):
-            counts.reset()
-            generator.generate(prompts(rows), Sampling(max_new_tokens=tokens))
-            return sum(counts.kernels.values()), sum(counts.waits.values())
-
-        cost(4)
-        (few, waits_few), (many, waits_many) = cost(8), cost(40)
-    assert (many - few) / 32 <= 13 * layers + 43
-    assert (waits_many - waits_few) / 32 <= 0.13
+        kernels, waits = cost_of_a_token(made, counts)
+    assert kernels <= 13 * layers + 43 and waits <= 0.13
 
 
 def test_stop_strings_and_a_smallest_length_mix_no_devices_and_add_a_wait_in_eight_tokens():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -67,115 +67,111 @@ class Precision(StrEnum):
     float16 = "float16"
 
 
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN or LABELS",
+        help="A run folder, such as runs/latest; or a file of labels.",
+    ),
+]
+Target = Annotated[Path, typer.Option("--to", help="The folder to write.")]
+Part = Annotated[
+    str,
+    typer.Option(
+        help="The model to export: policy, policy_ema, sft, reward_model (of an ensemble "
+        "reward_model-1, …) or critic."
+    ),
+]
+Dtype = Annotated[
+    Precision | None, typer.Option(help="The precision to write. Default: that of the training.")
+]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        help='Export from this checkpoint, such as ppo-000060, or "best". Default: from the end of '
+        "the stage."
+    ),
+]
+Beta = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Of a run of ilql: the policy with this beta in place of ilql.beta. 0 imitates the "
+        "data.",
+    ),
+]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OWNER/NAME",
+        help="Upload the folder to the Hugging Face hub, too. A repository that does not exist yet "
+        "is created as a private one.",
+    ),
+]
+
+
 @app.command()
 def export(
-    run_folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN or LABELS",
-            help="A run folder, such as runs/latest; or a file of labels.",
-        ),
-    ],
-    target: Annotated[Path, typer.Option("--to", help="The folder to write.")],
-    part: Annotated[
-        str,
-        typer.Option(
-            help="The model to export: policy, policy_ema, sft, reward_model (of an ensemble "
-            "reward_model-1, …) or critic."
-        ),
-    ] = "policy",
-    dtype: Annotated[
-        Precision | None,
-        typer.Option(help="The precision to write. Default: that of the training."),
-    ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help='Export from this checkpoint, such as ppo-000060, or "best". Default: from the '
-            "end of the stage."
-        ),
-    ] = None,
-    beta: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Of a run of ilql: the policy with this beta in place of ilql.beta. 0 imitates "
-            "the data.",
-        ),
-    ] = None,
-    push: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OWNER/NAME",
-            help="Upload the folder to the Hugging Face hub, too. A repository that does not exist "
-            "yet is created as a private one.",
-        ),
-    ] = None,
+    run_folder: Source,
+    target: Target,
+    part: Part = "policy",
+    dtype: Dtype = None,
+    checkpoint: Checkpoint = None,
+    beta: Beta = None,
+    push: Push = None,
 ) -> None:
     """Write a model as a Hugging Face folder with a model card, or labels as a data set.
 
     Adapters are merged, and transformers loads the folder without Quartet.
     """
     from quartet.models.hub import check_push
-    from quartet.recording.model_card import models_in
 
     if push is not None:
         with refusing():
             check_push(push)
     if run_folder.is_file():
-        _export_labels(run_folder, target, push)
-        return
-    if not run_folder.is_dir():
+        _export_labels(run_folder, target)
+    elif not run_folder.is_dir():
         refuse(f"{run_folder}: no such folder.")
-    if checkpoint is not None:
+    elif checkpoint is None:
+        _export_model(run_folder, target, part, dtype, beta)
+    else:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             _write_checkpoint_models(run_folder, checkpoint, Path(scratch))
-            export(Path(scratch), target, part, dtype, beta=beta, push=push)
-        return
+            _export_model(Path(scratch), target, part, dtype, beta)
+    if push is not None:
+        _push(target, push, "dataset" if run_folder.is_file() else "model")
+
+
+def _export_model(
+    run_folder: Path, target: Path, part: str, dtype: Precision | None, beta: float | None
+) -> None:
+    """Write a model of a run as a Hugging Face folder."""
+    from quartet.models.export import DamagedModel
+    from quartet.models.export import export as write
+    from quartet.models.language_model import ModelError
+    from quartet.recording.model_card import complete, models_in
+
     if beta is not None and part != "policy":
         refuse(f"--beta: is of the policy, and --part is {part}. Take one of the two out.")
     roles = models_in(run_folder)
     if part not in roles:
         models = f"It has {', '.join(roles)}." if roles else NO_MODELS
         refuse(f"{run_folder}: has no model called {part}. {models}")
-    _write_model(run_folder, part, target, dtype, beta)
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    console.print(f"{target} written, {size / 1e6:,.1f} MB", soft_wrap=True)
-    if push is not None:
-        _push(target, push)
-
-
-def _write_model(
-    run_folder: Path, part: str, target: Path, dtype: Precision | None, beta: float | None
-) -> None:
-    """Write a model of a run with its card. Ends the command with a sentence where that is not
-    possible."""
-    from quartet.models.export import DamagedModel
-    from quartet.models.export import export as write
-    from quartet.models.language_model import ModelError
-    from quartet.recording.model_card import complete
-
-    precision: Literal["float32", "bfloat16", "float16"] | None = (
-        None if dtype is None else dtype.value
-    )
     try:
         with _extracted(run_folder, beta) as folder:
-            write(folder / part, target, precision)
+            write(folder / part, target, None if dtype is None else dtype.value)
         complete(target, run_folder, part)
     except (DamagedModel, OSError) as error:
-        reason = (
-            f"{target}: cannot be written ({error.strerror or error})."
-            if isinstance(error, OSError)
-            else error
-        )
-        complaints.print(f"{reason} Nothing was written.", style="red", soft_wrap=True)
-        raise typer.Exit(FAILED) from None
+        _fail(target, error)
     except ModelError as error:
         refuse(str(error))
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    console.print(f"{target} written, {size / 1e6:,.1f} MB", soft_wrap=True)
 
 
-def _export_labels(path: Path, target: Path, push: str | None) -> None:
-    """Write a file of labels as a data set, and upload it where `push` is a name."""
+def _export_labels(path: Path, target: Path) -> None:
+    """Write a file of labels as a data set."""
     from quartet.labels.dataset import write_dataset
     from quartet.labels.log import LabelError, is_label_file
 
@@ -186,15 +182,17 @@ def _export_labels(path: Path, target: Path, push: str | None) -> None:
     except LabelError as error:
         refuse(str(error))
     except OSError as error:
-        complaints.print(
-            f"{target}: cannot be written ({error.strerror or error}). Nothing was written.",
-            style="red",
-            soft_wrap=True,
-        )
-        raise typer.Exit(FAILED) from None
+        _fail(target, error)
     console.print(f"{target} written, {count:,} comparisons", soft_wrap=True)
-    if push is not None:
-        _push(target, push, "dataset")
+
+
+def _fail(target: Path, error: Exception) -> NoReturn:
+    """Say that nothing was written, and why, and end the command."""
+    reason: object = error
+    if isinstance(error, OSError):
+        reason = f"{target}: cannot be written ({error.strerror or error})."
+    complaints.print(f"{reason} Nothing was written.", style="red", soft_wrap=True)
+    raise typer.Exit(FAILED) from None
 
 
 def _push(folder: Path, name: str, kind: Literal["model", "dataset"] = "model") -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.config.errors import Table, where
+from quartet.stages.kinds import KINDS
 
 COMMAND_LINE = "command line"
 """The origin of a value that a `key=value` word gives."""
@@ -110,3 +111,16 @@ def _types(preset: Table) -> dict[str, str]:
         for name, value in preset.items()
         if isinstance(value, dict | tuple)
     }
+
+
+def replace_length(table: Table, origins: dict[str, str]) -> None:
+    """Drop a file's number of steps where the command line gives a stage's length in epochs, and
+    the reverse."""
+    for kind in KINDS:
+        if kind.optim is None or kind.steps != f"{kind.optim}.steps":
+            continue  # optim.epochs is no length of the RL stage
+        steps, epochs = kind.steps, f"{kind.optim}.epochs"
+        for given, other in ((steps, epochs), (epochs, steps)):
+            is_given = origins.get(given) == COMMAND_LINE
+            if is_given and other in origins and origins[other] != COMMAND_LINE:
+                del table[kind.optim][other.rpartition(".")[2]], origins[other]

@@ -28,6 +28,7 @@ from quartet.config.links import resolve_links
 from quartet.config.read_by import roles_that_read
 from quartet.config.replaced import (
     replace_created_policy,
+    replace_length,
     replace_preset,
     replace_trained_reward,
     rl_stage_of,
@@ -40,8 +41,7 @@ from quartet.io.texts import did_you_mean, line_of, not_utf8
 from quartet.stages.kinds import KINDS
 
 NONE = "none"
-"""What a word of the command line gives a setting that is to have no value: `policy.adapter=none`.
-"""
+"""The value of a word that takes a setting away: `policy.adapter=none`."""
 FOR_SERVERS = "default with servers"
 """The origin of the correction that a run with servers has where its file names none."""
 
@@ -172,26 +172,13 @@ def _settings(
         origins |= {k: "command line" for k, _ in leaves(value, key)}
     replace_created_policy(table, origins)
     notes = replace_preset(table, origins, preset) + replace_trained_reward(table, origins)
-    _replace_length(table, origins)
+    replace_length(table, origins)
     written = dict(origins)
     _expand(table, origins)
     links = resolve_links(table, known_links)
     config = _validate(table, origins)
     _refuse_unread(config, written)
     return Settings(config, origins, name, text, links, notes)
-
-
-def _replace_length(table: Table, origins: dict[str, str]) -> None:
-    """Drop a file's number of steps where the command line gives a stage's length in epochs, and
-    the reverse."""
-    for kind in KINDS:
-        if kind.optim is None or kind.steps != f"{kind.optim}.steps":
-            continue  # optim.epochs is no length of the RL stage
-        steps, epochs = kind.steps, f"{kind.optim}.epochs"
-        for given, other in ((steps, epochs), (epochs, steps)):
-            is_given = origins.get(given) == "command line"
-            if is_given and other in origins and origins[other] != "command line":
-                del table[kind.optim][other.rpartition(".")[2]], origins[other]
 
 
 def _refuse_unread(config: Config, written: Mapping[str, str]) -> None:

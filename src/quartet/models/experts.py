@@ -42,8 +42,8 @@ def held_mlp(mlp: Any) -> Any:
     """Return the MLP with its weights as it reads them now, for many tokens without gradients.
 
     A weight that is trained in float32 is rounded once, and not for every token; others share
-    memory with the MLP. On a GPU, where a decoder's time is that of its many small kernels, the
-    experts are computed by `grouped_experts`.
+    memory with the MLP. On a GPU in bfloat16, where a decoder's time is that of its many small
+    kernels, the experts are computed by `grouped_experts`.
     """
     weights = {
         id(p): nn.Parameter(getattr(module, name).detach(), requires_grad=False)
@@ -53,11 +53,19 @@ def held_mlp(mlp: Any) -> Any:
     }
     held = copy.deepcopy(mlp, weights)
     read_as_held(held)
-    device = held.experts.down_proj.device
-    if device.type != "cpu":
-        numbers = torch.arange(len(held.experts.down_proj), device=device)
+    weight = held.experts.down_proj
+    if has_grouped_product(weight.device, weight.dtype):
+        numbers = torch.arange(len(weight), device=weight.device)
         held.experts.forward = partial(grouped_experts, held.experts, numbers)
     return held
+
+
+def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch's grouped product is made for weights of this kind: bfloat16 on GPUs of
+    NVIDIA from Ampere on. For others transformers chooses another way."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @torch.no_grad()

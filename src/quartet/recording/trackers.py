@@ -52,10 +52,8 @@ class TensorBoard:
         self._writer.close()
 
 
-class WandbRun:
-    """A run of Weights & Biases, or of Trackio, whose interface is the same. WANDB_MODE=offline
-    keeps Weights & Biases data in the run's folder; TRACKIO_DIR sets where Trackio stores its
-    data."""
+class Trackio:
+    """A run of Trackio. TRACKIO_DIR sets where it stores its data."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
@@ -69,8 +67,9 @@ class WandbRun:
         self._run.finish()
 
 
-class WandB(WandbRun):
-    """A run of Weights & Biases, whose charts have the steps of their stage on the x axis."""
+class WandB(Trackio):
+    """A run of Weights & Biases, whose interface Trackio has. WANDB_MODE=offline keeps its data in
+    the run's folder. Its charts have the steps of their stage on the x axis."""
 
     def __init__(self, run: Any) -> None:
         super().__init__(run)
@@ -194,14 +193,12 @@ def _wandb(folder: Path, config: Mapping[str, Any], known: KnownRuns) -> WandB:
     return sink
 
 
-def _trackio(folder: Path, config: Mapping[str, Any], known: KnownRuns) -> WandbRun:
+def _trackio(folder: Path, config: Mapping[str, Any], known: KnownRuns) -> Trackio:
     import trackio
 
     run = known.get("trackio") or folder.name
     resume = "never" if known.get("trackio") is None else "allow"
-    sink = WandbRun(
-        trackio.init(PROJECT, name=run, config=dict(config), embed=False, resume=resume)
-    )
+    sink = Trackio(trackio.init(PROJECT, name=run, config=dict(config), embed=False, resume=resume))
     known.put("trackio", run)
     return sink
 

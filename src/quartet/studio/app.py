@@ -2,7 +2,6 @@
 nothing is written. The one costly request, which runs a model, is a POST that only the studio's own
 pages may send."""
 
-import html as markup
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from starlette.routing import Route
 from quartet import __version__
 from quartet.errors import QuartetError
 from quartet.runs import figures
-from quartet.runs.charts import Chart, charts
 from quartet.runs.critic_audits import (
     audit_history,
     audit_sentences,
@@ -35,6 +33,7 @@ from quartet.runs.rules import RULES
 from quartet.runs.untrusted import finite
 from quartet.runs.wording import stage_summary
 from quartet.studio import sweep_views, views
+from quartet.studio.comparison import overlaid, same_prompts
 from quartet.studio.first_policy import Busy, FirstPolicies, NoAnswer, folder_of
 from quartet.studio.library import Library
 from quartet.studio.protection import (
@@ -396,12 +395,12 @@ class Pages:
             run=None,
             chosen=chosen,
             everything=list(dict.fromkeys([*self.library.paths(trials=False), *names])),
-            charts=_overlaid(chosen) if len(chosen) > 1 else [],
+            charts=overlaid(chosen) if len(chosen) > 1 else [],
             differences=views.differences([run.config for run in chosen])
             if len(chosen) > 1
             else [],
             numbers=[dict(views.headline(run)) for run in chosen],
-            answers=_same_prompts(chosen),
+            answers=same_prompts(chosen),
         )
 
 
@@ -463,56 +462,3 @@ def _kind(request: Request, run: Run, default: str = ROLLOUTS) -> tuple[str, dic
         return ROLLOUTS, {}
     rounds = probe_folders(run)
     return name if name in rounds.values() else next(reversed(rounds.values()), PROBES), rounds
-
-
-def _overlaid(chosen: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a chart for each metric that at least two runs have in their main stage, with a line
-    per run: all of them smoothed, or none."""
-    stages = [(run, run.main_stage) for run in chosen]
-    having_stage = [(run, stage) for run, stage in stages if stage is not None]
-    shown: dict[str, Chart] = {}
-    for run, stage in having_stage:
-        for chart, names in charts(run.series[stage], run.definitions):
-            for name in names:
-                shown.setdefault(name, chart)
-    result = []
-    for name, chart in shown.items():
-        having = [(run, stage) for run, stage in having_stage if name in run.series[stage].columns]
-        if len(having) > 1:
-            result.append(_overlay(chosen, having, name, chart.percent))
-    return result
-
-
-def _overlay(
-    chosen: Sequence[Run], having: Sequence[tuple[Run, str]], name: str, percent: bool
-) -> dict[str, Any]:
-    """Return the chart of one metric, with a line per run in the colour of its place."""
-    smooth = all(
-        figures.can_smooth(run.series[stage], [name], run.definitions) for run, stage in having
-    )
-    label = views.meaning(name, having[0][0].definitions)["label"]
-    title = label[0].upper() + label[1:]
-    drawn = [figures.lines(run, stage, title, [name], percent, smooth) for run, stage in having]
-    data = []
-    for (run, _), spec in zip(having, drawn, strict=True):
-        color = figures.COLORS[chosen.index(run) % len(figures.COLORS)]
-        for line in spec["data"]:
-            more = {"name": markup.escape(run.name)} if "name" in line else {}
-            data.append(line | more | {"line": {"color": color, "width": 2}})
-    longest = max(drawn, key=lambda spec: max(spec["data"][-1]["x"], default=0))
-    layout = longest["layout"] | {"annotations": [], "shapes": []}
-    return {
-        "figure": {"data": data, "layout": layout},
-        "meanings": [views.meaning(name, having[0][0].definitions)],
-    }
-
-
-def _same_prompts(chosen: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the runs' responses to prompts that all of them were evaluated on."""
-    if len(chosen) < 2:
-        return []
-    by_prompt = [{row["prompt"]: row["after"] for row in run.answers()} for run in chosen]
-    common = [prompt for prompt in by_prompt[0] if all(prompt in table for table in by_prompt)][:20]
-    return [
-        {"prompt": prompt, "answers": [table[prompt] for table in by_prompt]} for prompt in common
-    ]
