@@ -124,4 +124,3 @@ def own_parts_are_forgotten():
         for name in set(family.members) - before.get(family, set()):
             if ":" in name:
                 del family.members[name]
-

@@ -55,6 +55,4 @@ def test_a_run_says_it_before_it_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(assembler, "PRETRAINED", 1)
     save(model(), tokenizer(), tmp_path / "m")
     made = read_settings(recipe_path("reviews"), [f"policy.model={tmp_path / 'm'}", "data.rows=8"])
-    assert any(
-        note.startswith("sft.lr = ") for note in Assembler(made.config).notes()
-    )
+    assert any(note.startswith("sft.lr = ") for note in Assembler(made.config).notes())
