@@ -43,7 +43,11 @@ SLIC = {
     "policy": {"create": MODEL},
     "preference": {"steps": 2, "batch_size": 4},
 }
-BASES = {"quiz.py": QUIZ, "slic.py": SLIC}
+RAFT = {key: value for key, value in BASE.items() if key != "run"} | {
+    "recipe": "custom",
+    "rollout": {"max_new_tokens": 8},
+}
+BASES = {"quiz.py": QUIZ, "slic.py": SLIC, "raft.py": RAFT}
 ROW = {"question": "2 + 2?", "choices": {"a": "3", "b": "4"}, "right": "b"}
 
 
@@ -66,6 +70,8 @@ def took_part(name: str, run: TrainingRun) -> bool:
     assert len(stage.steps) == (1 if name == "quiz.py" else 2 if name == "slic.py" else 3)
     if name == "brevity.py":
         assert max(stage.columns["reward/Brevity"]) > 0
+    if name == "raft.py":
+        assert len(stage.columns["reward/best"]) == 3
     if name == "questions.py":
         assert "mine/questions" in stage.columns and record.definitions[0].percent
     return f"{name}:" in json.dumps(record.config)
@@ -104,6 +110,7 @@ def test_each_kind_of_part_has_an_example_of_25_lines_of_code_at_most():
         "RewardSource",
         "RowShape",
         "ScoreShape",
+        "StageSource",
     }
     for name, (code, _, _) in EXAMPLES.items():
         lines = [line for line in code.splitlines() if line.strip()]

@@ -25,6 +25,8 @@ from quartet.api.run import TrainingRun as TrainingRun
 from quartet.api.sweep import sweep as sweep
 from quartet.api.train import train as train
 from quartet.data.prompt_sampling import PromptSampling as PromptSampling
+from quartet.data.records import Comparison as Comparison
+from quartet.data.records import Demonstration as Demonstration
 from quartet.data.row_shape import RowShape as RowShape
 from quartet.data.sampler import Sampler as Sampler
 from quartet.errors import QuartetError as QuartetError
@@ -40,6 +42,7 @@ from quartet.generation.sampling import Sampling as Sampling
 from quartet.generation.source import GeneratorContext as GeneratorContext
 from quartet.generation.source import GeneratorSource as GeneratorSource
 from quartet.loops.collect import Collector as Collector
+from quartet.loops.custom import StageContext as StageContext
 from quartet.loops.progress import Progress as Progress
 from quartet.loops.rl import Step as Step
 from quartet.loops.rl import rl as rl
@@ -61,8 +64,10 @@ from quartet.rewards.reward_model import ModelReward as ModelReward
 from quartet.rewards.source import RewardContext as RewardContext
 from quartet.rewards.source import RewardSource as RewardSource
 from quartet.runs.reader import Run as Run
+from quartet.stages.source import StageSource as StageSource
 from quartet.training.learner import Learner as Learner
 from quartet.training.optim import Optim as Optim
+from quartet.training.token_losses import RowTokens as RowTokens
 from quartet.training.update import Update as Update
 from quartet.walkthrough import explain as explain
 

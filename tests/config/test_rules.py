@@ -41,6 +41,7 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "kto_needs_two_comparisons": (DPO, {"recipe": ["kto"], "preference.batch_size": 1}),
     "evaluation_needs_a_policy": (DPO, {"recipe": ["evaluation"]}),
     "evaluation_needs_a_reward": (DPO, {"recipe": ["dpo", "evaluation"]}),
+    "custom_needs_its_table": (DPO, {"recipe": ["custom"]}),
     "labels_are_for_a_reward_model": (PPO, {"recipe": ["label", "ppo"]}),
     "labels_are_the_reward_models_data": (LABELLED, {"reward_model.epochs": 2}),
     "labels_do_not_exceed_pairs": (LABELLED, {"label.labels": 301}),

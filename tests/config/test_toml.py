@@ -53,8 +53,8 @@ def refusal(tmp_path, text, *words):
         (HEAD + '[algorithm]\npreset = "grpo"', 'algorithm.preset = "grpo", but the recipe says "ppo". Make them the same.'),
         (HEAD + '[algorithm.advantage]\ntype = "gae"\nlam = 1.5', "algorithm.advantage.lam = 1.5: must be ≤ 1."),
         ('recipe = "pppo"\n' + HEAD[15:], 'run.toml:1: recipe: "pppo" is no stage. Did you mean ppo? Known are sft, label, reward_model'),
-        ('recipe = ["ppo", "sft"]\n' + HEAD[15:], "recipe: ppo, sft: stages run in the order sft, label, reward_model, one RL, preference or ilql stage, evaluation, each at most once, such as [\"sft\", \"ppo\"]."),
-        ('recipe = ["sft", "evaluation"]\n' + HEAD[15:], "evaluation compares an RL, preference or ilql stage's policy"),
+        ('recipe = ["ppo", "sft"]\n' + HEAD[15:], "recipe: ppo, sft: stages run in the order sft, label, reward_model, one RL, preference, ilql or custom stage, evaluation, each at most once, such as [\"sft\", \"ppo\"]."),
+        ('recipe = ["sft", "evaluation"]\n' + HEAD[15:], "evaluation compares an RL, preference, ilql or custom stage's policy"),
         ("recipe = []\n" + HEAD[15:], "recipe: is empty."),
         (HEAD[15:], "recipe: is missing."),
         (HEAD.replace('model = "m"\n', ""), "policy.model: name a folder or hub id, or describe a new model in policy.create"),
@@ -79,7 +79,7 @@ def refusal(tmp_path, text, *words):
         (HEAD.replace('"model"\nmodel = "rm"', '"exact"') + '[algorithm]\nscores = []\nrewards = { type = "every_token" }', 'the reward exact gives one per response'),
         (HEAD + '[[algorithm.scores]]\ntype = "clip"\nlimit = -1', "run.toml:11: algorithm.scores.0.limit = -1: must be > 0."),
         (HEAD.replace('"ppo"', '"rloo"'), "rollout.samples_per_prompt = 1: rloo compares several answers"),
-        (HEAD.replace('"ppo"', '["dpo", "ppo"]'), "one RL, preference or ilql stage"),
+        (HEAD.replace('"ppo"', '["dpo", "ppo"]'), "one RL, preference, ilql or custom stage"),
         (HEAD.replace('"ppo"', '"dpo"') + "[preference.loss]\nbta = 1", "preference.loss.bta: no such key. Did you mean preference.loss.beta?"),
         (HEAD.replace('"ppo"', '"online_dpo"').replace('[[reward]]\ntype = "model"\nmodel = "rm"\n', ""), "reward: online_dpo needs one."),
         ('recipe = ["dpo", "evaluation"]\n[policy]\nmodel = "m"\n[data]\ntrain = "p"', "evaluation needs a [[reward]] or a world"),
@@ -133,7 +133,7 @@ def test_mistakes_on_the_command_line(tmp_path, word, sentence):
         (
             HEAD.replace('"ppo"', '"ppoo"') + "[algorithm]\nkl = { coef = 0.1 }",
             [],
-            'run.toml:1: recipe: "ppoo" is no stage. Did you mean ppo? Known are sft, label, reward_model, ilql, evaluation, and what '
+            'run.toml:1: recipe: "ppoo" is no stage. Did you mean ppo? Known are sft, label, reward_model, ilql, custom, evaluation, and what '
             "`quartet algorithms` lists.",
         ),
         (

@@ -30,6 +30,7 @@ from quartet.launch.start import local_rank_of
 from quartet.models.language_model import ModelError
 from quartet.recipes import recipe_path
 from quartet.runtime.worker import LocalWorkers, WorkerLost
+from tests.support import killing
 from tests.support.tiny_run import SMALL_REVIEWS
 
 pytestmark = pytest.mark.slow
@@ -172,6 +173,15 @@ def test_other_recipes_too(tmp_path, recipe, launch):
     )
     for name, more in (("one", ()), ("x", launch)):
         code, said = done(tmp_path, *words, f"run.name={name}", *more)
+        assert code == 0, said
+    assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
+
+
+@pytest.mark.parametrize("launch", [SHARDED, pytest.param(TWO, marks=pytest.mark.long)])
+def test_so_is_one_of_a_users_own_stage(tmp_path, launch):
+    (tmp_path / "stage.py").write_text(killing.STAGE)
+    for name, more in (("one", ()), ("x", launch)):
+        code, said = done(tmp_path, "run", *killing.CUSTOM, f"run.name={name}", *more)
         assert code == 0, said
     assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
 

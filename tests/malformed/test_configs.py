@@ -107,7 +107,7 @@ def test_a_link_to_nowhere_is_no_file(tmp_path):
 
 UNKNOWN = {
     "top": ('reciep = "ppo"\n' + REST, "run.toml:1: reciep: no such key. Did you mean recipe?"),
-    "spaces": ('"a b" = 1\n' + PPO, "run.toml:1: a b: no such key. The top level has algorithm, critic, data"),
+    "spaces": ('"a b" = 1\n' + PPO, "run.toml:1: a b: no such key. The top level has algorithm, critic, custom, data"),
     "in a part": (PPO + "[algorithm.kl]\ncof = 1\n", "run.toml:10: algorithm.kl.cof: no such key. Did you mean algorithm.kl.coef?"),
     "another library's word": (PPO + "[rollout]\nnum_generations = 4\n", "no such key. Did you mean rollout.samples_per_prompt?"),
     "another table's word": (PPO + "[optim]\nbatch_size = 3\n", "optim.batch_size: no such key. Did you mean rollout.prompts_per_step?"),
@@ -239,13 +239,13 @@ def test_words_that_cannot_be_understood(tmp_path, word):
     assert WORDS[word] in said_of(tmp_path, PPO, word)
 
 
-ORDER = "stages run in the order sft, label, reward_model, one RL, preference or ilql stage, evaluation, each at most once, such as "
+ORDER = "stages run in the order sft, label, reward_model, one RL, preference, ilql or custom stage, evaluation, each at most once, such as "
 TOGETHER = {
     "a stage twice": ('recipe = ["sft", "sft"]\n' + REST, 'recipe: sft, sft: ' + ORDER + '["sft"].'),
     "two RL stages": ('recipe = ["ppo", "grpo"]\n' + REST, 'recipe: ppo, grpo: ' + ORDER + '["ppo"].'),
     "evaluation first": ('recipe = ["evaluation", "ppo"]\n' + REST, 'recipe: evaluation, ppo: ' + ORDER + '["ppo", "evaluation"].'),
     "a reward model before SFT": ('recipe = ["reward_model", "sft", "ppo"]\n' + REST, 'recipe: reward_model, sft, ppo: ' + ORDER + '["sft", "reward_model", "ppo"].'),
-    "evaluation alone": ('recipe = ["evaluation"]\n' + REST, "run.toml:1: recipe: evaluation compares an RL, preference or ilql stage's policy"),
+    "evaluation alone": ('recipe = ["evaluation"]\n' + REST, "run.toml:1: recipe: evaluation compares an RL, preference, ilql or custom stage's policy"),
     "an empty name": ('recipe = ["sft", "", "ppo"]\n' + REST, 'run.toml:1: recipe: "" is no stage. Known are sft, label, reward_model'),
     "a stage misspelt": ('recipe = ["reward_modell", "ppo"]\n' + REST, 'recipe: "reward_modell" is no stage. Did you mean reward_model?'),
     "a world and a file": (PPO + 'world = "reviews"\n', "data.train: name a file, or an embedded world in data.world; exactly one of the two."),

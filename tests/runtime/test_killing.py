@@ -62,8 +62,10 @@ def test_a_run_killed_at_random_instants_is_the_run_that_was_not():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["ilql", "rounds", "adapted_rounds"])
-def test_a_killed_run_of_ilql_and_one_of_two_rounds_of_labels_are_the_runs_that_were_not(scenario):
+@pytest.mark.parametrize("scenario", ["ilql", "rounds", "adapted_rounds", "custom"])
+def test_a_killed_run_of_ilql_of_two_rounds_of_labels_or_of_a_users_stage_is_one_that_was_not(
+    scenario,
+):
     found = killing("instants", scenario, "3", "0")
     assert found["wrong"] == [] and found["kills"] >= 2, "a run may end before its kill"
 

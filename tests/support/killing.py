@@ -56,6 +56,27 @@ MINIBATCHES = ["optim.epochs=2", "optim.minibatches=2"]
 ADAPTIVE = ["algorithm.kl.controller.type=adaptive", "algorithm.kl.controller.target=0.5"]
 REVIEWS = ["reviews", *SMALL_REVIEWS, "sft.steps=5", "reward_model.steps=5", *STEPS, *MINIBATCHES]
 ROUND = "'label','reward_model','ppo'"
+CUSTOM = [
+    *(word for word in REVIEWS if not word.startswith(("optim.", "run.steps", "rollout.prompts"))),
+    "recipe=['sft','reward_model','custom','evaluation']",
+    'custom={type="stage.py:Best", steps=6, batch_size=8}',
+]
+STAGE = """import quartet
+
+
+class Best(quartet.StageSource):
+    needs_reference = True
+    updates = 2
+
+    def step(self, context):
+        rollouts = context.sample(context.batch(), 2)
+        best = [max(pair, key=lambda r: r.score) for pair in zip(rollouts[::2], rollouts[1::2])]
+        mean = context.saved.get("mean", 0.0)
+        context.saved["mean"] = 0.9 * mean + 0.1 * sum(r.score for r in best) / len(best)
+        for _ in range(self.updates):
+            context.update(best, lambda t: 0.1 * (t.logprobs - t.ref_logprobs) ** 2 - t.logprobs)
+        return {"mean": context.saved["mean"]}
+"""
 SCENARIOS: dict[str, list[str]] = {
     "rounds": [
         "labelled-reviews",
@@ -76,6 +97,8 @@ SCENARIOS: dict[str, list[str]] = {
         *("policy.create.max_length=32", "recipe=['ilql','evaluation']", "ilql.steps=16"),
         *("ilql.batch_size=8", "run.checkpoint_every=2"),
     ],
+    "custom": CUSTOM,
+    "custom_sharded": [*CUSTOM, "launch.processes=2", "launch.shard=true", "launch.deadline=60"],
     "ppo": [*REVIEWS, *ADAPTIVE],
     "shared": [*REVIEWS, "critic.type=shared", "optim.ema=0.9"],
     "lora": [*REVIEWS, 'policy.adapter={type="lora", rank=2}'],
@@ -187,6 +210,7 @@ def run_in(folder: Path, words: list[str]) -> Callable[[], None]:
     def work() -> None:
         os.chdir(folder)
         Path("file.toml").write_text(DPO)
+        Path("stage.py").write_text(STAGE)
         sys.argv = ["quartet", "run", *words, "run.name=x"]
         main()
 

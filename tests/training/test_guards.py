@@ -36,7 +36,7 @@ from quartet.runtime.saving import Saving
 from quartet.runtime.worker import LocalWorkers, Worker
 from quartet.stages.protocol import StageRun
 from quartet.stages.sft import SftStage
-from quartet.training import checksum, imitation
+from quartet.training import checksum, token_losses
 from quartet.training.budget import MAX_HALVINGS, Budget
 from quartet.training.checkpoint import read_checkpoint
 from quartet.training.checksum import ReferenceChecksum
@@ -210,7 +210,7 @@ def test_sft_retries_with_less_memory_and_other_errors_pass(monkeypatch):
             )
         return masked_logprobs(model, tokens, mask, *rest)
 
-    monkeypatch.setattr(imitation, "masked_logprobs", tight)
+    monkeypatch.setattr(token_losses, "masked_logprobs", tight)
     made, budget = model(), Budget(100)
     optimizer = Optimizer(list(made.parameters()), OptimizerConfig(lr=1e-2), 1)
     [step] = sft(made, Sampler(demonstrations(), 2, 0), optimizer, 1, budget)
@@ -329,7 +329,7 @@ def stage(monkeypatch, broken_at):
         logprobs = masked_logprobs(*arguments)
         return logprobs * torch.nan if calls[-1] and sum(calls) in broken_at else logprobs
 
-    monkeypatch.setattr(imitation, "masked_logprobs", broken)
+    monkeypatch.setattr(token_losses, "masked_logprobs", broken)
     return SftStage(
         demonstrations=demonstrations(),
         held_out=demonstrations()[:2],

@@ -50,6 +50,8 @@ from quartet.rewards.sources import JudgeSource, ModelSource, is_trained_here
 from quartet.rewards.text_models import StepReward, TextModelReward
 from quartet.stages.kinds import LABEL
 from quartet.stages.rounds import ONLY_ROUND, Round
+from quartet.stages.source import StageSource
+from quartet.training.optim import OptimizerConfig
 from quartet.training.optimizer_types import TYPES, OptimizerError
 from quartet.worlds import World, gold_accuracy, make_world
 
@@ -387,8 +389,10 @@ def high_rates(config: Config, parameters: int | None) -> str | None:
         return None
     rates = []
     for table, settings in config.optimizers():
+        # A class of the user's own may have settings without a default.
+        defaults = OptimizerConfig() if isinstance(settings, StageSource) else type(settings)()
         for name in () if settings.optimizer == "muon" else ("lr", "critic_lr"):
-            rate, default = getattr(settings, name, 0.0), getattr(type(settings)(), name, 0.0)
+            rate, default = getattr(settings, name, 0.0), getattr(defaults, name, 0.0)
             if rate > HIGH_RATE * default * (1 + 1e-9):  # 1e-5 is not ten times 1e-6 in binary
                 rates.append(f"{table}.{name} = {rate:g} (default {default:g})")
     if not rates:

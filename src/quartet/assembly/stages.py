@@ -17,16 +17,19 @@ from quartet.data.shapes import Purpose
 from quartet.distributed.sharding import GatheredWeights
 from quartet.generation.protocol import Weights
 from quartet.generation.source import Servers
+from quartet.loops.custom import SampledResponses
 from quartet.loops.held_out import Evaluating
 from quartet.loops.preference import OnlinePairs
 from quartet.models.precision import DTYPES
 from quartet.models.q_heads import QHeads
 from quartet.models.trunk import block_matrices
 from quartet.runs.rounds import in_round, round_of
+from quartet.stages.custom import CustomStage
 from quartet.stages.evaluation import EvaluationStage
 from quartet.stages.ilql import IlqlStage
 from quartet.stages.kinds import (
     CENTRING_PROMPTS,
+    CUSTOM,
     EVALUATION,
     ILQL,
     LABEL,
@@ -43,7 +46,7 @@ from quartet.stages.protocol import Stage
 from quartet.stages.reward_model import RewardModelStage
 from quartet.stages.rl import RLStage
 from quartet.stages.sft import SftStage
-from quartet.training.optim import Optimizer
+from quartet.training.optim import Optimizer, OptimizerConfig
 
 MEMBER_SEEDS = 1000
 """The distance between the seeds of an ensemble's members. It is not 1: runs with the seeds 0 and 1
@@ -174,16 +177,15 @@ def preference_stage(assembler: Assembler, name: str) -> PreferenceStage:
 
 def _online_pairs(assembler: Assembler) -> Callable[[Path, Any], OnlinePairs]:
     """Return a function that makes the source of the policy's own pairs."""
-    config, group, prompts = assembler.config, assembler.process_group, assembler.prompts[0]
+    config, prompts = assembler.config, assembler.prompts[0]
+    responses = _sampled_responses(assembler)
 
     def pairs(folder: Path, model: Any) -> OnlinePairs:
-        sampled = assembler.models.sampled_policy(model, folder)
-        is_copy = sampled is not model
-        generator = assembler.generators.in_process(sampled, group, copied=is_copy)
+        made = responses(folder, model)
         sampler = Sampler(prompts, config.preference.batch_size, config.seed)
-        rewards = assembler.weighted_rewards(folder, process_group=group)
-        weights = (lambda: Weights(0, GatheredWeights(model))) if is_copy else None
-        return OnlinePairs(sampler, generator, config.rollout, rewards, weights=weights)
+        return OnlinePairs(
+            sampler, made.generator, made.sampling, made.rewards, weights=made.weights
+        )
 
     return pairs
 
@@ -235,6 +237,48 @@ def _scored(assembler: Assembler, file: str | None, rows: Sequence[Example]) -> 
                 'with a score: name its column, such as data.columns = { score = "reward" }.'
             )
     return rows
+
+
+def custom_stage(assembler: Assembler, name: str) -> CustomStage:
+    """Return the stage that the user has written."""
+    config, encoder, source = assembler.config, assembler.encoder, assembler.config.stage_source
+    assert source is not None
+    rows: Sequence[Any]
+    if source.reads == "prompts":
+        rows = assembler.prompts[0]
+    elif source.reads == "demonstrations":
+        rows = encoder.demonstrations(assembler.rows.read("demonstrations")[0])
+    else:
+        rows = encoder.comparisons(assembler.rows.read("comparisons")[0])
+    return CustomStage(
+        name=name,
+        source=source,
+        rows=rows,
+        tokenizer=assembler.tokenizer,
+        load_policy=assembler.models.trainable_policy,
+        reference_of=assembler.models.reference_of,
+        responses=_sampled_responses(assembler) if source.reads == "prompts" else None,
+        optimizer=lambda model, steps: _optimizer(model, source, steps),
+        micro_batch_tokens=assembler.micro_batch_tokens,
+        seed=config.seed,
+        balance_coef=config.policy.router_aux_loss_coef,
+        process_group=assembler.process_group,
+    )
+
+
+def _sampled_responses(assembler: Assembler) -> Callable[[Path, Any], SampledResponses]:
+    """Return a function that makes what samples the policy's own responses, and scores them."""
+    config, group = assembler.config, assembler.process_group
+
+    def responses(folder: Path, model: Any) -> SampledResponses:
+        sampled = assembler.models.sampled_policy(model, folder)
+        is_copy = sampled is not model
+        generator = assembler.generators.in_process(sampled, group, copied=is_copy)
+        rewards = assembler.weighted_rewards(folder, process_group=group)
+        weights = (lambda: Weights(0, GatheredWeights(model))) if is_copy else None
+        return SampledResponses(generator, config.rollout, rewards, weights)
+
+    return responses
 
 
 def rl_stage(assembler: Assembler, name: str) -> RLStage:
@@ -295,6 +339,7 @@ STAGES: dict[str, Callable[[Assembler, str], Stage]] = {
     REWARD_MODEL.name: reward_model_stage,
     PREFERENCE.name: preference_stage,
     ILQL.name: ilql_stage,
+    CUSTOM.name: custom_stage,
     RL.name: rl_stage,
     EVALUATION.name: evaluation_stage,
 }
@@ -321,6 +366,6 @@ def _evaluating(settings: StageTraining) -> Evaluating:
     return Evaluating(settings.eval_every, settings.keep == "best", settings.patience)
 
 
-def _optimizer(model: Any, settings: StageTraining, num_steps: int) -> Optimizer:
+def _optimizer(model: Any, settings: OptimizerConfig, num_steps: int) -> Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     return Optimizer(parameters, settings, num_steps, block_matrices(model))

@@ -141,7 +141,10 @@ def where(key: str, origins: Mapping[str, str]) -> str:
 
 
 def one_of(value: Any, choices: Sequence[str]) -> str:
-    """Return a phrase that lists the choices and suggests the one most like the value."""
+    """Return a phrase that lists the choices and suggests the one most like the value. A family
+    of which Quartet has no member has none."""
+    if not any(choices):
+        return "no such type. Name a class of yours: file.py:Name."
     return f"not one of {', '.join(choices)}.{did_you_mean(value, choices)}"
 
 

@@ -7,7 +7,17 @@ checkpoint holds (`quartet.runtime.resume`; one that had cannot change when a ru
 
 from collections.abc import Mapping
 
-from quartet.stages.kinds import EVALUATION, ILQL, KINDS, LABEL, PREFERENCE, REWARD_MODEL, RL, SFT
+from quartet.stages.kinds import (
+    CUSTOM,
+    EVALUATION,
+    ILQL,
+    KINDS,
+    LABEL,
+    PREFERENCE,
+    REWARD_MODEL,
+    RL,
+    SFT,
+)
 
 REWARDED = "rewarded"
 """A stage that learns from the rewards of answers it samples: an RL stage, or online DPO."""
@@ -25,15 +35,16 @@ READ_BY: Mapping[str, frozenset[str] | None] = {
     "reward_model": frozenset({REWARD_MODEL.name}),
     "preference": frozenset({PREFERENCE.name}),
     "ilql": frozenset({ILQL.name}),
+    "custom": frozenset({CUSTOM.name}),
     "algorithm": frozenset({RL.name}),
-    "reference": frozenset({PREFERENCE.name, RL.name}),
+    "reference": frozenset({PREFERENCE.name, CUSTOM.name, RL.name}),
     "critic": frozenset({RL.name}),
     "optim": frozenset({RL.name}),
     "optim.micro_batch_tokens": None,
     "generator": frozenset({RL.name}),
-    "reward": frozenset({REWARDED, EVALUATION.name}),
-    "environment": frozenset({REWARDED, EVALUATION.name}),
-    "rollout": frozenset({REWARDED, LABEL.name, REWARD_MODEL.name, EVALUATION.name}),
+    "reward": frozenset({REWARDED, CUSTOM.name, EVALUATION.name}),
+    "environment": frozenset({REWARDED, CUSTOM.name, EVALUATION.name}),
+    "rollout": frozenset({REWARDED, LABEL.name, REWARD_MODEL.name, CUSTOM.name, EVALUATION.name}),
     "evaluation": frozenset({EVALUATION.name}),
     "run.steps": frozenset({RL.name}),
     "run.rollouts_every": frozenset({RL.name}),

@@ -33,8 +33,17 @@ from quartet.parts import Field, part
 from quartet.rewards.source import RewardSource
 from quartet.rewards.sources import ModelSource, is_trained_here
 from quartet.runs.rounds import in_round, round_of
-from quartet.stages.kinds import ILQL, PREFERENCE, REWARD_MODEL, RL, kind_of, stage_of
+from quartet.stages.kinds import (
+    CUSTOM,
+    ILQL,
+    PREFERENCE,
+    REWARD_MODEL,
+    RL,
+    kind_of,
+    stage_of,
+)
 from quartet.stages.rounds import rounds_of
+from quartet.stages.source import StageSource
 from quartet.training.optim import Optim, OptimizerConfig
 
 
@@ -331,6 +340,9 @@ class Config:
     reward_model: RewardModel = RewardModel()
     preference: Preference = Preference()
     ilql: IlqlConfig = IlqlConfig()
+    custom: StageSource | None = Field(
+        default=None, description="The stage `custom`, by the type of its class: file.py:Name."
+    )
     reference: Reference = Reference()
     critic: Annotated[SeparateCritic | SharedCritic, Field(discriminator="type")] = SeparateCritic()
     reward: tuple[RewardSource, ...] = ()
@@ -396,8 +408,10 @@ class Config:
         """Yield the optimizer's table, by name, of each stage of the recipe that trains a model."""
         for stage in self.recipe:
             kind = kind_of(stage)
-            if kind is not None and kind.optim is not None:
-                yield kind.optim, getattr(self, kind.optim)
+            if kind is None or kind.optim is None:
+                continue
+            if (settings := getattr(self, kind.optim)) is not None:
+                yield kind.optim, settings
 
     @property
     def staleness(self) -> int:
@@ -417,9 +431,15 @@ class Config:
         return stage_of(PREFERENCE, self.recipe)
 
     @property
+    def stage_source(self) -> StageSource | None:
+        """What the recipe's stage `custom` does; None if it has no such stage."""
+        return self.custom if CUSTOM.name in self.recipe else None
+
+    @property
     def policy_stage(self) -> str | None:
         """The recipe's stage that trains the policy after SFT; None if there is none."""
-        return self.rl_stage or self.preference_stage or stage_of(ILQL, self.recipe)
+        others = (stage_of(kind, self.recipe) for kind in (ILQL, CUSTOM))
+        return self.rl_stage or self.preference_stage or next(filter(None, others), None)
 
     @property
     def rewarded_stage(self) -> str | None:

@@ -23,7 +23,7 @@ from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts
 from quartet.runtime.events import Finished
 from quartet.runtime.pipeline import Pipeline
-from quartet.stages.kinds import BEST_OF_RESPONSES, RL, kind_of
+from quartet.stages.kinds import BEST_OF_RESPONSES, CUSTOM, RL, kind_of
 from quartet.stages.rl import PROBE_COUNT
 
 STEPS = 4
@@ -170,20 +170,24 @@ def _answers(config: Config, prompts: int) -> int:
 
 def _counts(config: Config) -> dict[str, int]:
     """Return the number of steps of each stage but RL."""
-    return {
+    counts = {
         stage: num_steps(config, kind.optim)
         for stage in config.stages
         if (kind := kind_of(stage)) is not None and kind.optim is not None and kind is not RL
     }
+    own = {} if config.stage_source is None else {CUSTOM.name: config.stage_source.steps}
+    return counts | own
 
 
 def _short(config: Config, build: Callable[[Config], Any], answer: int, prompts: int) -> Short:
+    custom = config.custom
     small = dataclasses.replace(
         config,
         sft=dataclasses.replace(config.sft, steps=STEPS, epochs=None),
         reward_model=dataclasses.replace(config.reward_model, steps=STEPS, epochs=None),
         preference=dataclasses.replace(config.preference, steps=STEPS, epochs=None),
         ilql=dataclasses.replace(config.ilql, steps=STEPS, epochs=None),
+        custom=None if custom is None else dataclasses.replace(custom, steps=STEPS),
         run=dataclasses.replace(config.run, steps=STEPS, track=()),
         optim=dataclasses.replace(config.optim, critic_warmup_steps=0),
         rollout=dataclasses.replace(config.rollout, max_new_tokens=answer),

@@ -326,6 +326,10 @@ def phases(
         heads = (4 + 1) * FLOAT * model.vocabulary * model.hidden
         used = heads + micro(config.ilql.batch_size * sum(row))
         memory["ilql"] = program + trained["ilql"] + used
+    if (custom := config.stage_source) is not None:
+        sampled = sampling(custom.batch_size) if custom.reads == "prompts" else 0.0
+        used = sampled + micro(custom.batch_size * sum(row))
+        memory["custom"] = program + trunk + reference + trained["custom"] + used
     if config.rl_stage:
         rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
         learners = 1 + _has_own_critic(config)

@@ -19,6 +19,7 @@ from quartet.planning.memory import (
     trained_bytes,
 )
 from quartet.runs.rounds import round_of
+from quartet.stages.source import StageSource
 from quartet.worlds import make_world
 
 FLOPS_PER_CPU = 22e9
@@ -70,8 +71,10 @@ def plan(config: Config) -> Plan:
 def _models(config: Config, policy: int | None) -> dict[str, int | None]:
     algorithm = config.algorithm
     models = {"policy": policy}
-    is_compared = (algorithm and algorithm.needs_reference) or (
-        config.preference_stage and config.preference.loss.needs_reference
+    is_compared = (
+        (algorithm and algorithm.needs_reference)
+        or (config.preference_stage and config.preference.loss.needs_reference)
+        or (config.stage_source and config.stage_source.needs_reference)
     )
     reference = {"reference": reference_parameters(config, policy)} if is_compared else {}
     if (adapter := adapter_parameters(config)) is not None:
@@ -145,7 +148,9 @@ def _responses(config: Config) -> int:
 def num_steps(config: Config, table: str) -> int:
     """Return the optimizer steps of the stage that a table such as "sft" describes. For epochs the
     rows of its files are counted, also those that a run will not use."""
-    settings: StageTraining = getattr(config, table)
+    settings: StageTraining | StageSource = getattr(config, table)
+    if isinstance(settings, StageSource):
+        return settings.steps * settings.updates
     return settings.num_steps(
         0 if settings.epochs is None else _num_rows(config, table, settings.data)
     )
@@ -184,6 +189,10 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
         elif stage == "ilql":
             steps[stage] = num_steps(config, "ilql")
             tokens[stage] = steps[stage] * config.ilql.batch_size * sum(row)
+        elif stage == "custom":  # how many responses it samples is its own business
+            steps[stage] = num_steps(config, "custom")
+            assert config.stage_source is not None
+            tokens[stage] = steps[stage] * config.stage_source.batch_size * sum(row)
         elif name == config.rl_stage:
             steps[stage] = config.run.steps * config.optim.epochs * config.optim.minibatches
             tokens[f"{stage}, generated"] = _responses(config) * row[1]

@@ -104,6 +104,11 @@ def _evaluation_closing(summary: Summary) -> str:
 
 LOSS = Headline("loss", "loss", change=True)
 PAIR_ACCURACY = Headline("pair accuracy", "accuracy", change=True)
+REWARDED = (
+    Headline("reward", "reward", change=True),
+    Headline("gold", "reward/gold", change=True),
+    Headline("exact", "reward/exact", "{:z.0%}", change=True),
+)
 
 SFT = StageKind(
     name="sft",
@@ -158,6 +163,14 @@ ILQL = StageKind(
     ),
     closing=lambda summary: f"(held out {summary['held_out_loss']:.2f}{_chosen(summary)})",
 )
+CUSTOM = StageKind(
+    name="custom",
+    order=3,
+    steps="custom.steps",
+    optim="custom",
+    results=("policy",),
+    headlines=(LOSS, *REWARDED),
+)
 RL = StageKind(
     name="rl",
     order=3,
@@ -166,9 +179,7 @@ RL = StageKind(
     optim="optim",
     results=("policy", "policy_ema", "critic"),
     headlines=(
-        Headline("reward", "reward", change=True),
-        Headline("gold", "reward/gold", change=True),
-        Headline("exact", "reward/exact", "{:z.0%}", change=True),
+        *REWARDED,
         Headline("KL", "kl", "{:z.1f}"),
         Headline("clip", "policy/clip_fraction", "{:z.0%}"),
         Headline("ev", "value/explained_variance"),
@@ -176,7 +187,7 @@ RL = StageKind(
 )
 EVALUATION = StageKind(name="evaluation", order=4, closing=_evaluation_closing, learns=False)
 
-KINDS = (SFT, LABEL, REWARD_MODEL, PREFERENCE, ILQL, RL, EVALUATION)
+KINDS = (SFT, LABEL, REWARD_MODEL, PREFERENCE, ILQL, CUSTOM, RL, EVALUATION)
 """All kinds, in the order in which a recipe names them."""
 
 

@@ -9,7 +9,9 @@ from quartet.io.texts import did_you_mean
 from quartet.stages.kinds import EVALUATION, KINDS, LABEL, REWARD_MODEL, RL, kind_of
 from quartet.stages.rounds import rounds_of
 
-KNOWN_STAGES = "sft, label, reward_model, ilql, evaluation, and what `quartet algorithms` lists"
+KNOWN_STAGES = (
+    "sft, label, reward_model, ilql, custom, evaluation, and what `quartet algorithms` lists"
+)
 
 
 @rule
@@ -41,8 +43,9 @@ def stages_stand_in_order(config: Config) -> str | None:
         right = json.dumps([by_order[order] for order in sorted(by_order)])
         return (
             f"recipe: {', '.join(config.recipe)}: stages run in the order sft, label, "
-            "reward_model, one RL, preference or ilql stage, evaluation, each at most once, such "
-            f"as {right}. Only label begins another round, of label, reward_model and the RL stage."
+            "reward_model, one RL, preference, ilql or custom stage, evaluation, each at most "
+            f"once, such as {right}. Only label begins another round, of label, reward_model and "
+            "the RL stage."
         )
     kinds = [kind_of(stage) for stage in first[-3:]]
     if not later or (kinds == [LABEL, REWARD_MODEL, RL] and _are_rounds(first[-3:], later)):
@@ -90,8 +93,8 @@ def evaluation_needs_a_policy(config: Config) -> str | None:
     if "evaluation" not in config.recipe or aligned or given is not None:
         return None
     return (
-        "recipe: evaluation compares an RL, preference or ilql stage's policy with the one before "
-        "it; there is none."
+        "recipe: evaluation compares an RL, preference, ilql or custom stage's policy with the one "
+        "before it; there is none."
     )
 
 
@@ -100,6 +103,16 @@ def evaluation_needs_a_reward(config: Config) -> str | None:
     if "evaluation" not in config.recipe or config.reward or config.data.world is not None:
         return None
     return "recipe: evaluation needs a [[reward]] or a world to say which answers are better."
+
+
+@rule
+def custom_needs_its_table(config: Config) -> str | None:
+    if "custom" not in config.recipe or config.custom is not None:
+        return None
+    return (
+        "recipe: the stage custom needs a table [custom] that names its class, such as type = "
+        '"mine.py:Mine".'
+    )
 
 
 @rule
