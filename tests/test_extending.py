@@ -72,6 +72,8 @@ def took_part(name: str, run: TrainingRun) -> bool:
         assert max(stage.columns["reward/Brevity"]) > 0
     if name == "raft.py":
         assert len(stage.columns["reward/best"]) == 3
+    if name == "growing.py":
+        assert max(stage.columns["response/tokens"][:1]) <= 2 and stage.columns["reward/exact"]
     if name == "questions.py":
         assert "mine/questions" in stage.columns and record.definitions[0].percent
     return f"{name}:" in json.dumps(record.config)

@@ -54,6 +54,7 @@ _MODULES = {
     "runs.reader": "Run",
     "stages.source": "StageSource",
     "training.learner": "Learner",
+    "training.metrics": "rl_metrics",
     "training.optim": "Optim",
     "training.token_losses": "RowTokens",
     "training.update": "Update",

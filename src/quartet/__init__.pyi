@@ -66,6 +66,7 @@ from quartet.rewards.source import RewardSource as RewardSource
 from quartet.runs.reader import Run as Run
 from quartet.stages.source import StageSource as StageSource
 from quartet.training.learner import Learner as Learner
+from quartet.training.metrics import rl_metrics as rl_metrics
 from quartet.training.optim import Optim as Optim
 from quartet.training.token_losses import RowTokens as RowTokens
 from quartet.training.update import Update as Update

@@ -106,6 +106,10 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"recipe": ["vineppo"], "generator": {"type": "vllm", "urls": ["http://127.0.0.1:1"]}},
     ),
     "groups_need_two_answers": (PPO, {"recipe": ["grpo"], "rollout.samples_per_prompt": 1}),
+    "own_loop_samples_and_learns_in_turn": (
+        PPO,
+        {"run.loop": "mine.py:loop", "rollout.staleness": 1},
+    ),
     "critic_starts_from_something": (
         PPO,
         {"reward": [{"type": "exact"}], "critic": {"init": "reward_model"}},

@@ -27,12 +27,6 @@ ROWS = [
 PROMPTS = [Prompt(str(i), (3, 4 + i), f"p{i}") for i in range(6)]
 
 
-class Own(quartet.StageSource):
-    """Whatever a test gives it."""
-
-    type = "own of a test"
-
-
 def context_of(source, policy, rows=ROWS, responses=None, reference=None, tokens=4096):
     optimizer = Optimizer(
         list(policy.parameters()), OptimizerConfig(lr=1e-3), source.steps * source.updates
@@ -50,7 +44,7 @@ def responses_of(policy, **settings):
 
 
 def own(step, steps=3, reads="demonstrations", updates=1):
-    members = {"step": step, "reads": reads, "__doc__": "Of a test.", "updates": updates}
+    members = {"step": step, "reads": reads, "internal": True, "updates": updates}
     return type("OfATest", (quartet.StageSource,), members)(steps=steps)
 
 
@@ -195,4 +189,4 @@ def test_log_probs_of_an_environments_tokens_are_left_out():
 def test_a_type_that_is_no_class_is_said_with_what_to_write():
     table = {"recipe": "custom", "data": {"world": "sums"}, "custom": {"type": "nosuch"}}
     with pytest.raises(ConfigError, match=r"custom.type = .nosuch.: no such type. Name a class"):
-        settings_of_table({**table, "policy": {"create": {"hidden_size": 16}}}, "a test")
+        settings_of_table({**table, "policy": {"create": {"hidden_size": 16}}}, "test", "a test")

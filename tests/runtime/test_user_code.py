@@ -6,8 +6,11 @@ from quartet.assembly import build
 from quartet.assembly.data import fingerprints
 from quartet.assembly.user_code import code_files
 from quartet.config.toml import read_settings
+from quartet.errors import PartError
+from quartet.loops.rl import Step
 from quartet.rewards.sources import FunctionSource
 from quartet.runtime.resume import CannotResume, choose
+from quartet.stages.rl import checked
 from tests.support.tiny_run import make_run
 
 PARTS = """
@@ -75,3 +78,42 @@ def test_a_function_of_an_importable_module_is_known_by_its_name():
     source = FunctionSource("json.dumps")
     assert code_files((source, FunctionSource("json:dumps")))["json"].name == "__init__.py"
     assert code_files((FunctionSource("no_such_module.f"),)) == {}
+
+
+LOOP = """import quartet
+
+def loop(collector, learner, algorithm, done=0):
+    yield from quartet.rl(collector, learner, algorithm, done)
+"""
+
+
+def test_a_users_loop_is_the_rl_stages(tmp_path):
+    (tmp_path / "mine.py").write_text(LOOP)
+    words = ("run.steps=2", "evaluation.best_of=0")
+    loop = f'run.loop="{tmp_path}/mine.py:loop"'
+    own, ours = (make_run(tmp_path / str(len(w)), "sums", *words, *w) for w in ([loop], []))
+    assert own.series["grpo"].columns == ours.series["grpo"].columns
+    config = read_settings(own.path / "config.resolved.toml").config
+    assert code_files(config).keys() == {f"{tmp_path}/mine.py"}
+
+
+def test_a_loop_yields_the_next_step_and_nothing_else():
+    with pytest.raises(PartError, match=r"run.loop: yielded a dict, not a quartet.Step"):
+        list(checked(iter([{}]), 0))
+    step = object.__new__(Step)
+    object.__setattr__(step, "number", 7)
+    assert list(checked(iter([step]), 6)) == [step]
+    with pytest.raises(PartError, match="yielded step 7 in the place of 3"):
+        list(checked(iter([step]), 2))
+
+
+def test_a_loop_that_is_not_there_is_said_before_anything_starts(tmp_path):
+    (tmp_path / "mine.py").write_text("number = 3\n")
+    for name, said in {
+        "mine.loop": "write file.py:name",
+        f"{tmp_path}/mine.py:loop": "has no loop",
+        f"{tmp_path}/other.py:loop": "no such file",
+        f"{tmp_path}/mine.py:number": "is of type int, and no function",
+    }.items():
+        with pytest.raises(PartError, match=said):
+            make_run(tmp_path / "runs", "sums", f'run.loop="{name}"')

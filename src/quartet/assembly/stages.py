@@ -15,14 +15,17 @@ from quartet.data.examples import Example, score_of
 from quartet.data.sampler import Sampler
 from quartet.data.shapes import Purpose
 from quartet.distributed.sharding import GatheredWeights
+from quartet.errors import PartError
 from quartet.generation.protocol import Weights
 from quartet.generation.source import Servers
 from quartet.loops.custom import SampledResponses
 from quartet.loops.held_out import Evaluating
 from quartet.loops.preference import OnlinePairs
+from quartet.loops.rl import Loop, rl
 from quartet.models.precision import DTYPES
 from quartet.models.q_heads import QHeads
 from quartet.models.trunk import block_matrices
+from quartet.parts import load_reference
 from quartet.runs.rounds import in_round, round_of
 from quartet.stages.custom import CustomStage
 from quartet.stages.evaluation import EvaluationStage
@@ -300,9 +303,26 @@ def rl_stage(assembler: Assembler, name: str) -> RLStage:
         staleness=config.staleness,
         rounding=_rounding(assembler),
         starts_at_reference=config.reference.model is None and own.number == 1,
+        loop=rl if config.run.loop is None else _own_loop(config.run.loop),
         first_step=config.run.steps * (own.number - 1),
         round=own,
     )
+
+
+def _own_loop(reference: str) -> Loop:
+    """Return the user's loop. Raises `PartError` where there is none of this name."""
+    if ":" not in reference:
+        raise PartError(f'run.loop = "{reference}": write file.py:name, or package.module:name.')
+    try:
+        loop = load_reference(reference)
+    except ValueError as error:
+        raise PartError(f'run.loop = "{reference}": {error}.') from None
+    if not callable(loop):
+        raise PartError(
+            f'run.loop = "{reference}": is of type {type(loop).__name__}, and no function.'
+        )
+    own: Loop = loop
+    return own
 
 
 def _rounding(assembler: Assembler) -> str:

@@ -17,7 +17,7 @@ def code_files(config: Any) -> dict[str, Path]:
     for record in _records(config):
         if isinstance(record, Metric):
             continue
-        for place, file in (_of_class(record), _of_function(record)):
+        for place, file in (_of_class(record), *map(_of_reference, _references(record))):
             if file is not None and file.is_file():
                 files[place] = file
     return files
@@ -45,12 +45,15 @@ def _of_class(record: Any) -> tuple[str, Path | None]:
     return (place if colon else file), Path(file)
 
 
-def _of_function(record: Any) -> tuple[str, Path | None]:
-    """Return the file of the function or class that a table names by `function`."""
-    function = getattr(record, "function", None)
-    if not isinstance(function, str):
-        return "", None
-    place, _, _ = function.rpartition(":" if ":" in function else ".")
+def _references(record: Any) -> list[str]:
+    """Return what a table names by `function` or `loop`."""
+    named = (getattr(record, name, None) for name in ("function", "loop"))
+    return [name for name in named if isinstance(name, str)]
+
+
+def _of_reference(reference: str) -> tuple[str, Path | None]:
+    """Return the file of a function or class, by its name in a config."""
+    place, _, _ = reference.rpartition(":" if ":" in reference else ".")
     if place.endswith(".py"):
         return place, Path(place)
     try:

@@ -37,6 +37,7 @@ PATHS = (
     "reward.*.rubric",
     "reward.*.cache",
     "reward.*.schema_file",
+    "run.loop",
     "run.metrics",
 )
 """Keys whose values are, or can be, files or folders."""

@@ -49,6 +49,7 @@ READ_BY: Mapping[str, frozenset[str] | None] = {
     "run.steps": frozenset({RL.name}),
     "run.rollouts_every": frozenset({RL.name}),
     "run.offload": frozenset({RL.name}),
+    "run.loop": frozenset({RL.name}),
     "run.metrics": frozenset({RL.name}),
 }
 """The roles of the stages that read a table, or one key of it; a key's row counts more than its

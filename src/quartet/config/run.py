@@ -97,6 +97,11 @@ class RunConfig:
         default=(),
         description="Trackers that are sent the metrics; each needs the extra of its name.",
     )
+    loop: str | None = Field(
+        default=None,
+        description="The loop of the RL stage in the place of quartet.rl: file.py:name, a function "
+        "with its arguments that yields its steps.",
+    )
     metrics: tuple[Metric, ...] = Field(
         default=(),
         description='Metrics of your own, a number of each RL step: ["mine.py:MyMetric"].',

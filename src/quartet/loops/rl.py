@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from quartet.algorithms.algorithm import Algorithm
 from quartet.experience import Batch, Experience, Rollout
@@ -22,6 +23,15 @@ class Step(Progress):
     update: Update
     algorithm: Algorithm
     """The algorithm of the next step, with coefficients adapted to this one."""
+
+
+@runtime_checkable
+class Loop(Protocol):
+    """A loop in the place of `rl`, which a user may have written."""
+
+    def __call__(
+        self, collector: Collector, learner: Learner, algorithm: Algorithm, done: int
+    ) -> Iterator[Step]: ...
 
 
 def rl(

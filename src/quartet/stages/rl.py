@@ -6,19 +6,21 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
 from quartet.algorithms.algorithm import Algorithm
 from quartet.data.prompt_sampling import PromptSampler, PromptSampling
 from quartet.data.records import Demonstration
+from quartet.errors import PartError
 from quartet.evaluation.compare import Gold, wins_of
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator
 from quartet.generation.sampling import Sampling
 from quartet.io.activity import activity
 from quartet.loops.collect import Collector
-from quartet.loops.rl import Step, rl
+from quartet.loops.rl import Loop, Step, rl
 from quartet.loops.rl_async import Ahead, rl_async
 from quartet.loops.sft import held_out_loss
 from quartet.models.language_model import save
@@ -118,6 +120,17 @@ class RLComponents:
         ]
 
 
+def checked(loop: Iterator[Any], done: int) -> Iterator[Step]:
+    """Yield the steps of a loop, which a user may have written. Raises `PartError` for anything
+    that is not the next step."""
+    for expected, step in enumerate(loop, done + 1):
+        if not isinstance(step, Step):
+            raise PartError(f"run.loop: yielded a {type(step).__name__}, not a quartet.Step.")
+        if step.number != expected:
+            raise PartError(f"run.loop: yielded step {step.number} in the place of {expected}.")
+        yield step
+
+
 class AlgorithmState:
     """The algorithm as it is after the last step: adaptive coefficients are part of a
     checkpoint."""
@@ -155,6 +168,8 @@ class RLStage:
     """What samples: the learner's module in "fp32" or "bf16", or another "engine"."""
     starts_at_reference: bool = True
     """Whether the reference is the model that the stage starts from."""
+    loop: Loop = rl
+    """What takes the steps, where none is sampled ahead."""
     first_step: int = 0
     """The number of the last step of the rounds before."""
     round: Round = ONLY_ROUND
@@ -190,8 +205,8 @@ class RLStage:
             if self.staleness:
                 loop = rl_async(collector, learner, algorithm.now, ahead, done)
             else:
-                loop = rl(collector, learner, algorithm.now, done)
-            for own in loop:
+                loop = self.loop(collector, learner, algorithm.now, done)
+            for own in checked(loop, done):
                 algorithm.now = own.algorithm
                 step = dataclasses.replace(own, number=self.first_step + own.number)
                 if not self._probed(step.number):

@@ -18,6 +18,16 @@ def groups_need_two_answers(config: Config) -> str | None:
 
 
 @rule
+def own_loop_samples_and_learns_in_turn(config: Config) -> str | None:
+    if config.run.loop is None or config.staleness == 0:
+        return None
+    return (
+        f"run.loop: takes the place of a loop that samples and learns in turn, and "
+        f"rollout.staleness is {config.staleness}. Set it to 0."
+    )
+
+
+@rule
 def critic_starts_from_something(config: Config) -> str | None:
     critic = config.critic
     if not isinstance(critic, SeparateCritic) or critic.init != "reward_model":
