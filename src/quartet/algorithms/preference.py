@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from quartet.algorithms.masked import masked
+from quartet.algorithms.named import Named
 from quartet.parts import Family, Field
 from quartet.tensors import Bool, Float, Int, Tensor, torch
 
@@ -280,14 +281,16 @@ class Simpo(PreferenceLoss):
         return -torch.nn.functional.logsigmoid(self.beta * difference - self.gamma)
 
 
-PREFERENCES: dict[str, PreferenceLoss] = {
-    "dpo": Dpo(),
-    "cdpo": Dpo(label_smoothing=0.1),
-    "ipo": Ipo(),
-    "kto": Kto(),
-    "orpo": Orpo(),
-    "simpo": Simpo(),
-    "online_dpo": Dpo(),
-}
+PREFERENCES: dict[str, PreferenceLoss] = Named(
+    {
+        "dpo": Dpo(),
+        "cdpo": Dpo(label_smoothing=0.1),
+        "ipo": Ipo(),
+        "kto": Kto(),
+        "orpo": Orpo(),
+        "simpo": Simpo(),
+        "online_dpo": Dpo(),
+    }
+)
 """The stages that learn from comparisons directly, and their losses. `online_dpo` makes its
 comparisons itself: two responses to each prompt, judged by the run's reward."""

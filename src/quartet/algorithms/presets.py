@@ -16,6 +16,7 @@ from quartet.algorithms.entropy import EntropyBonus, EntropyTarget
 from quartet.algorithms.groups import DynamicSampling
 from quartet.algorithms.imitation import PositiveExamples, Pretraining
 from quartet.algorithms.kl import AdaptiveCoef, KLInLoss, KLInReward, NoKL
+from quartet.algorithms.named import Named
 from quartet.algorithms.policy_loss import (
     Cispo,
     Clip,
@@ -248,6 +249,6 @@ FAMILIES: dict[str, dict[str, Algorithm]] = {
     "with a critic": WITH_CRITIC,
     "systems": SYSTEMS,
 }
-ALGORITHMS: dict[str, Algorithm] = {
-    name: a for family in FAMILIES.values() for name, a in family.items()
-}
+ALGORITHMS: dict[str, Algorithm] = Named(
+    {name: a for family in FAMILIES.values() for name, a in family.items()}
+)

@@ -292,9 +292,10 @@ class ResolvedEvaluation:
         folder.mkdir(exist_ok=True)
 
         def ask(block: Sequence[Any], number: int) -> Sequence[Answer]:
+            opened = loaded()
             self.say(f"{policy.name}: answers to {each.name}, {len(rows):,} prompts")
             of_block = int(key_of([seed, rows[0], number]), 16) % 2**62
-            answers: Sequence[Answer] = loaded().answers(block, self.sampling, samples, of_block)
+            answers: Sequence[Answer] = opened.answers(block, self.sampling, samples, of_block)
             return answers
 
         file = folder / f"{key}.jsonl"
