@@ -71,7 +71,14 @@ def took_part(name: str, run: TrainingRun) -> bool:
     if name == "brevity.py":
         assert max(stage.columns["reward/Brevity"]) > 0
     if name == "raft.py":
-        assert len(stage.columns["reward/best"]) == 3
+        assert len(stage.columns["reward/best"]) == 3 and record.steps() == [1, 2, 3]
+        samples = record.samples(1)
+        assert len(samples) == 4 * 8 and {s.score for s in samples} <= {0.0, 1.0}
+        tokens = record.sample(1, 0)
+        own = [i for i, mine in enumerate(tokens["is_response"]) if mine]
+        assert (
+            all(tokens["old_logprob"][i] <= 0 for i in own) and tokens["advantage"][own[0]] is None
+        )
     if name == "growing.py":
         assert max(stage.columns["response/tokens"][:1]) <= 2 and stage.columns["reward/exact"]
     if name == "questions.py":

@@ -19,6 +19,7 @@ from quartet import __version__
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import create, load_model, load_tokenizer, save
 from quartet.models.shape import Shape
+from quartet.runs.reader import Run
 from quartet.worlds import WORLDS
 from tests.support.command import environment, quartet
 from tests.support.tiny_run import SMALL, SMALL_REVIEWS, make_run
@@ -225,6 +226,9 @@ def test_comparisons_straight_into_the_policy(tmp_path, stage):
     AutoModelForCausalLM.from_pretrained(run / "policy")
     finished = next(e for e in events(run) if e["event"] == "finished" and e["stage"] == stage)
     assert ("held_out_accuracy" in finished["summary"]) == (stage == "dpo")
+    sampled = Run(run)
+    assert sampled.steps() == ([1, 2, 3] if stage == "online_dpo" else [])
+    assert all(len(sampled.samples(number)) == 16 for number in sampled.steps())
 
 
 def test_the_command_lists_presets_and_prints_one(tmp_path):

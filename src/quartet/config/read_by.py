@@ -47,7 +47,7 @@ READ_BY: Mapping[str, frozenset[str] | None] = {
     "rollout": frozenset({REWARDED, LABEL.name, REWARD_MODEL.name, CUSTOM.name, EVALUATION.name}),
     "evaluation": frozenset({EVALUATION.name}),
     "run.steps": frozenset({RL.name}),
-    "run.rollouts_every": frozenset({RL.name}),
+    "run.rollouts_every": frozenset({REWARDED, CUSTOM.name}),
     "run.offload": frozenset({RL.name}),
     "run.loop": frozenset({RL.name}),
     "run.metrics": frozenset({RL.name}),

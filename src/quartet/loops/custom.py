@@ -14,7 +14,7 @@ from quartet.errors import PartError
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
-from quartet.loops.progress import Progress
+from quartet.loops.progress import Progress, Sampled
 from quartet.models.adapters import LanguageModel
 from quartet.models.forward import policy_logprobs
 from quartet.models.padding import right_pad
@@ -79,6 +79,8 @@ class StageContext:
         dictionaries of them, by name. It is in every checkpoint."""
         self.number = 0
         """The number of the step, from 1."""
+        self.rollouts: list[Rollout] = []
+        """The responses that were sampled in this step, which are kept in the record."""
         self._source, self._rows, self._responses = source, rows, responses
         self._optimizer, self._budget, self._balance_coef = optimizer, budget, balance_coef
         self._metrics: dict[str, float] = {}
@@ -112,7 +114,8 @@ class StageContext:
             responses.generator.load_weights(responses.weights())
         rollouts = responses.generator.generate(prompts, responses.sampling, samples_per_prompt)
         rollouts = rewarded(rollouts, responses.rewards)
-        self._metrics |= response_metrics(rollouts)
+        self.rollouts += rollouts
+        self._metrics |= response_metrics(self.rollouts)
         return rollouts
 
     def logprobs(
@@ -191,7 +194,7 @@ class StageContext:
 
     def take_step(self, number: int) -> dict[str, float]:
         """Take the step of this number, and return its metrics."""
-        self.number, self._metrics, self._updates = number, {}, 0
+        self.number, self.rollouts, self._metrics, self._updates = number, [], {}, 0
         own = self._source.step(self)
         if not isinstance(own, Mapping):
             name = type(own).__name__
@@ -214,7 +217,9 @@ class StageContext:
 def custom(context: StageContext, steps: int, done: int = 0) -> Iterator[Progress]:
     """Yield the steps that follow the first `done` ones."""
     for number in range(done + 1, steps + 1):
-        yield Progress(number, context.take_step(number))
+        metrics = context.take_step(number)
+        rollouts = context.rollouts
+        yield Sampled(number, metrics, rollouts) if rollouts else Progress(number, metrics)
 
 
 def record(row: Any) -> Demonstration:

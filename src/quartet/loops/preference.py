@@ -10,10 +10,10 @@ from quartet.algorithms.preference import Pairs, PreferenceLoss
 from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from quartet.experience import Prompt
+from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator, Weights
 from quartet.generation.sampling import Sampling
-from quartet.loops.progress import Progress
+from quartet.loops.progress import Progress, Sampled
 from quartet.models.adapters import LanguageModel
 from quartet.models.forward import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
@@ -63,6 +63,8 @@ class OnlinePairs:
         """`weights` returns the policy's weights, for a generator that has a copy of them."""
         self.prompts, self.generator, self.sampling = prompts, generator, sampling
         self.rewards, self.rounds, self.weights = rewards, rounds, weights
+        self.rollouts: list[Rollout] = []
+        """The responses of the last batch of prompts."""
 
     def state(self) -> dict[str, Any]:
         return {"prompts": self.prompts.state(), "generator": self.generator.state()}
@@ -78,7 +80,7 @@ class OnlinePairs:
             rollouts = rewarded(
                 self.generator.generate(self.prompts.next(), self.sampling, 2), self.rewards
             )
-            pairs = []
+            self.rollouts, pairs = rollouts, []
             for two in zip(rollouts[::2], rollouts[1::2], strict=True):
                 if any(r.score is None for r in two):
                     continue
@@ -129,7 +131,11 @@ def preference(
                 balance_coef,
             ),
         )
-        yield Progress(number, {**metrics, "lr": lr})
+        metrics = {**metrics, "lr": lr}
+        if isinstance(comparisons, OnlinePairs):
+            yield Sampled(number, metrics, comparisons.rollouts)
+        else:
+            yield Progress(number, metrics)
 
 
 def _step(

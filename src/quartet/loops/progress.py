@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass, field
 
+from quartet.experience import Rollout
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -14,6 +16,13 @@ class Progress:
     """How long each phase of the step took. Not among the metrics, which two equal runs share."""
     is_last: bool = field(default=False, kw_only=True)
     """Whether the stage ends here, before the number of steps that it was to take."""
+
+
+@dataclass(frozen=True)
+class Sampled(Progress):
+    """One step of a loop that samples responses: they are kept in the record."""
+
+    rollouts: list[Rollout]
 
 
 class Clock:

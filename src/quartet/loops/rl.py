@@ -5,19 +5,18 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from quartet.algorithms.algorithm import Algorithm
-from quartet.experience import Batch, Experience, Rollout
+from quartet.experience import Batch, Experience
 from quartet.loops.collect import Collector
-from quartet.loops.progress import Clock, Progress
+from quartet.loops.progress import Clock, Sampled
 from quartet.training.learner import Learner
 from quartet.training.metrics import rl_metrics
 from quartet.training.update import Update
 
 
 @dataclass(frozen=True)
-class Step(Progress):
+class Step(Sampled):
     """One step of the loop: its metrics, and everything that they were computed from."""
 
-    rollouts: list[Rollout]
     batch: Batch
     experience: Experience
     update: Update

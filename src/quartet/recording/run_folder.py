@@ -26,7 +26,7 @@ from quartet.runs.records import parse_event, read_lines
 from quartet.runs.untrusted import Folder, Unreadable
 
 if TYPE_CHECKING:
-    from quartet.loops.rl import Step
+    from quartet.loops.progress import Sampled
 
 RECORD, ENVIRONMENT = "events.jsonl", "env.json"
 STRAY = re.compile(r"\.\d{4}-\d{4}-.+\.\d+\.tmp")
@@ -163,7 +163,7 @@ class RunFolder:
                 os.ftruncate(self._events.fileno(), before)
             raise
 
-    def write_rollouts(self, step: "Step", texts: TokenTexts) -> Path:
+    def write_rollouts(self, step: "Sampled", texts: TokenTexts) -> Path:
         """Write `rollouts/000031.parquet`, which has a row for each token of every prompt and
         response of the step, and return its path."""
         path = write_tokens(

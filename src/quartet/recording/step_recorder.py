@@ -4,8 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quartet.errors import QuartetError
-from quartet.loops.progress import Progress
-from quartet.loops.rl import Step
+from quartet.loops.progress import Progress, Sampled
 from quartet.recording.run_folder import Keeping, RunFolder
 from quartet.recording.tokens import TokenTexts
 from quartet.recording.trackers import Tracking
@@ -56,7 +55,7 @@ class StepRecorder:
         self.folder.event(
             "metrics", self.stage, number, metrics=metrics, seconds=seconds, phases=phases
         )
-        if isinstance(progress, Step) and self.keeps_rollouts(number, metrics):
+        if isinstance(progress, Sampled) and self.keeps_rollouts(number, metrics):
             self.folder.write_rollouts(progress, self.texts)
         failures = self.tracking.log(self.stage, number, metrics) if self.tracking else []
         warnings = [*(("tracker", sentence) for sentence in failures), *notes]

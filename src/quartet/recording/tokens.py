@@ -15,14 +15,33 @@ from quartet.algorithms.ratios import held_exp
 from quartet.io.texts import well_formed, well_formed_json
 from quartet.models.protocols import Tokenizer
 from quartet.tensors import Float, Tensor
+from quartet.training.batch import collate
 
 if TYPE_CHECKING:
     from quartet.algorithms.algorithm import Algorithm
     from quartet.data.records import Comparison
     from quartet.experience import Batch, Experience, Rollout
-    from quartet.loops.rl import Step
+    from quartet.loops.progress import Sampled
     from quartet.training.learner import Learner
 
+NUMBERS = (
+    "logprob",
+    "old_logprob",
+    "ref_logprob",
+    "kl",
+    "reward",
+    "penalty",
+    "value",
+    "td_error",
+    "raw_advantage",
+    "advantage",
+    "return",
+    "change",
+    "ratio",
+    "clipped",
+    "entropy",
+)
+"""The columns of numbers of each token, in their order."""
 MANTISSA_BITS = 9
 """How many of a float32's 24 mantissa bits are written: the relative error is at most 0.2 %."""
 
@@ -42,8 +61,17 @@ class TokenTexts:
         return self.known[token]
 
 
-def rollout_table(step: "Step", texts: TokenTexts) -> Any:
-    """Return the step as an Arrow table with a row per token, without padding."""
+def rollout_table(step: "Sampled", texts: TokenTexts) -> Any:
+    """Return the step as an Arrow table with a row per token, without padding. Of responses of a
+    stage that is no RL, what the sampler says is known, and the other columns have no values."""
+    from quartet.loops.rl import Step
+
+    if not isinstance(step, Step):
+        batch = collate(step.rollouts)
+        known = {"old_logprob": batch.old_logprobs, "entropy": batch.entropy}
+        return _table(
+            step.number, step.rollouts, batch, texts, {name: known.get(name) for name in NUMBERS}
+        )
     update, algorithm = step.update, step.algorithm
     change = update.logprobs - step.batch.old_logprobs
     update_columns = {
@@ -84,6 +112,17 @@ def token_table(
 ) -> Any:
     """Return a table with a row per token, without padding. `update_columns` [B, T] are those that
     come from the update, such as log-probs and ratios; None is a column without values."""
+    numbers = number_columns(batch, experience, algorithm, update_columns)
+    return _table(number, rollouts, batch, texts, numbers)
+
+
+def _table(
+    number: int,
+    rollouts: "Sequence[Rollout]",
+    batch: "Batch",
+    texts: TokenTexts,
+    numbers: "Mapping[str, Tensor | None]",
+) -> Any:
     import pyarrow as pa
 
     real = (
@@ -115,7 +154,6 @@ def token_table(
         f"score/{name}": spread([r.components[name] for r in rollouts], pa.float32())
         for name in rollouts[0].components
     }
-    numbers = number_columns(batch, experience, algorithm, update_columns)
     positions = torch.arange(batch.tokens.shape[1], device=real.device).expand_as(real)[real].cpu()
     known, places = ids.unique(return_inverse=True)
     text = pa.DictionaryArray.from_arrays(
@@ -150,8 +188,8 @@ def number_columns(
     """Return the numbers of each token [B, T] by column, in the order of the columns; None where
     there is no such model."""
     reference = batch.ref_logprobs
-    return {
-        "logprob": update_columns.get("logprob"),
+    known = {
+        **update_columns,
         "old_logprob": batch.old_logprobs,
         "ref_logprob": reference,
         "kl": None if reference is None else k1(batch.old_logprobs, reference),
@@ -162,11 +200,8 @@ def number_columns(
         "raw_advantage": experience.raw_advantages,
         "advantage": experience.advantages,
         "return": experience.returns,
-        "change": update_columns.get("change"),
-        "ratio": update_columns.get("ratio"),
-        "clipped": update_columns.get("clipped"),
-        "entropy": update_columns.get("entropy"),
     }
+    return {name: known.get(name) for name in NUMBERS}
 
 
 def text_columns(rollouts: "Sequence[Rollout]", lengths: Sequence[int]) -> dict[str, Any]:

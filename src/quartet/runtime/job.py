@@ -36,7 +36,7 @@ class Job:
     def saving(self, run: RunConfig) -> Saving:
         """Return what is written down, and how often, by the config's [run] table."""
         return Saving(
-            run.keep_every,
+            run.rollouts_every,
             run.checkpoint_every,
             run.keep_last,
             run.keep_best,

@@ -15,6 +15,7 @@ from typing import Any
 
 from quartet import files
 from quartet.algorithms.policy_loss import PolicyLoss
+from quartet.config.run import KEPT_STEPS
 from quartet.errors import NonFinite, QuartetError
 from quartet.io.activity import activity
 from quartet.io.heap import return_freed_memory
@@ -217,7 +218,7 @@ class Pipeline:
             stage.name,
             self.texts,
             watch,
-            self.saving.rollouts_every,
+            self.saving.rollouts_every or math.ceil(stage.num_steps / KEPT_STEPS),
             self.tracking,
             self.strict,
         )

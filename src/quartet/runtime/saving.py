@@ -17,7 +17,8 @@ MIN_SECONDS = 10.0
 class Saving:
     """What of a run is written, and how often."""
 
-    rollouts_every: int = 1
+    rollouts_every: int | None = 1
+    """Steps between two whose rollouts are written; None: about `KEPT_STEPS` of a stage are."""
     every: int | None = None
     """Steps between checkpoints; None: as often as `MAX_SHARE` allows."""
     last: int = 2
