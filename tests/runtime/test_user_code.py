@@ -1,5 +1,7 @@
 """A run knows the files of its user's code: one that has changed refuses resume."""
 
+import dataclasses
+
 import pytest
 
 from quartet.assembly import build
@@ -11,6 +13,7 @@ from quartet.loops.rl import Step
 from quartet.rewards.sources import FunctionSource
 from quartet.runtime.resume import CannotResume, choose
 from quartet.stages.rl import checked
+from tests.support import killing
 from tests.support.tiny_run import make_run
 
 PARTS = """
@@ -117,3 +120,18 @@ def test_a_loop_that_is_not_there_is_said_before_anything_starts(tmp_path):
     }.items():
         with pytest.raises(PartError, match=said):
             make_run(tmp_path / "runs", "sums", f'run.loop="{name}"')
+
+
+def test_a_run_with_a_users_stage_goes_on_from_a_checkpoint_of_it(tmp_path):
+    (tmp_path / "stage.py").write_text(killing.STAGE)
+    words = [w for w in killing.CUSTOM[1:] if not w.startswith(("reward_model", "recipe"))]
+    kind = f"{tmp_path}/stage.py:Best"
+    stage = f'custom={{type="{kind}", steps=2, batch_size=4, schedule="constant"}}'
+    recipe = 'recipe=["sft","custom"]'
+    run = make_run(tmp_path / "runs", "reviews", *words, recipe, stage, "reward=[{type='gold'}]")
+    config = read_settings(run.path / "config.resolved.toml").config
+    longer = dataclasses.replace(config, custom=dataclasses.replace(config.custom, steps=5))
+    assert choose(run.path, longer, build(longer).made_with, ()).checkpoint.facts["step"] == 2
+    other = dataclasses.replace(config, custom=dataclasses.replace(config.custom, lr=0.5))
+    with pytest.raises(CannotResume, match=r"custom.lr = 1e-05, the config says 0.5"):
+        choose(run.path, other, build(other).made_with, ())

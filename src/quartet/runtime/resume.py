@@ -16,7 +16,7 @@ from quartet.errors import QuartetError
 from quartet.io.texts import did_you_mean, typed
 from quartet.runs.folders import RECORD
 from quartet.runs.rounds import round_of
-from quartet.stages.kinds import KINDS, RL, kind_of
+from quartet.stages.kinds import CUSTOM, KINDS, RL, kind_of
 from quartet.training.checkpoint import Checkpoint, misfit
 from quartet.training.checkpoints import Checkpoints
 
@@ -191,13 +191,13 @@ ADDED_LATER: dict[str, Any] = {
     f"{kind.optim}.{name}": value
     for name, value in {"optimizer": "adamw", "min_lr_ratio": 0.0, "warmup_ratio": 0.0}.items()
     for kind in KINDS
-    if kind.optim is not None
+    if kind.optim is not None and kind is not CUSTOM
 }
 ADDED_LATER |= {
     f"{kind.optim}.{name}": value
     for name, value in {"eval_every": 0, "keep": "last", "patience": 0}.items()
     for kind in KINDS
-    if kind.optim is not None and kind is not RL
+    if kind.optim is not None and kind not in (RL, CUSTOM)
 }
 """Settings that older checkpoints do not have, with the value that says what those versions did."""
 ADDED_TO_PARTS: dict[tuple[str, str], dict[str, Any]] = {
