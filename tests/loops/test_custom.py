@@ -67,14 +67,16 @@ def test_rows_of_a_micro_batch_are_named_and_the_mean_is_over_all_tokens():
     batch, seen, found = ROWS[:5], [], {}
 
     def step(self, context):
-        weight = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0])
+        weight = [0.0, 0.0, 1.0, 0.0, 0.0]
+        everywhere = context.logprobs(batch)
 
         def loss(tokens):
             seen.extend(tokens.rows)
             assert tokens.ref_logprobs is not None and not tokens.ref_logprobs.requires_grad
             assert torch.equal(tokens.ref_logprobs, tokens.logprobs)  # both are the same weights
             assert (tokens.logprobs[~tokens.mask] == 0).all()
-            return weight[tokens.rows][:, None] + 0 * tokens.logprobs + 5.0 * ~tokens.mask
+            torch.testing.assert_close(tokens.of(everywhere), tokens.logprobs.detach())
+            return tokens.of(weight) + 0 * tokens.logprobs + 5.0 * ~tokens.mask
 
         found.update(context.update(batch, loss))
         return {}

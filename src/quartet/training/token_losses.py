@@ -3,6 +3,7 @@ fine-tuning, PTX and a user's own stage minimise."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,6 +33,12 @@ class RowTokens:
     """The policy's log-probs of the tokens, with a gradient."""
     ref_logprobs: Float[Tensor, "b t"] | None = None
     """Those of the reference, where there is one."""
+
+    def of(self, values: Any) -> Float[Tensor, "b _"]:
+        """Return what belongs to these rows, on their device: of a number for each row of the step,
+        [B], one column, [b 1]; of numbers for each token, [B T], as many as the log-probs have."""
+        chosen = torch.as_tensor(values)[self.rows].to(self.logprobs.device)
+        return chosen[:, None] if chosen.ndim == 1 else chosen[:, : self.logprobs.shape[1]]
 
 
 def token_losses(
