@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import quartet
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.sampler import Sampler
 from quartet.generation.decoders import make_decoder
@@ -14,6 +15,7 @@ from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling, draw
 from quartet.generation.slots import SlotDecoder
 from quartet.loops.collect import Collector
+from quartet.loops.custom import SampledResponses, StageContext, record
 from quartet.loops.rl import rl
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.attention import backend
@@ -21,8 +23,9 @@ from quartet.models.heads import ScalarModel
 from quartet.models.language_model import stop_ids
 from quartet.models.precision import compute_in
 from quartet.rewards.protocol import Weighted
+from quartet.training.budget import Budget
 from quartet.training.learner import Learner
-from quartet.training.optim import Optim
+from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from tests.support.decoding_cost import cost_of_a_token
 from tests.support.pretended_device import CUDA, Pretended, on_device, pretended
 from tests.support.world import model, prompts, tokenizer
@@ -152,6 +155,56 @@ def test_the_host_waits_seldom(name):
     assert (sum(update_many.values()) - sum(update_few.values())) / more <= 0, update_many
     assert (sum(scoring_many.values()) - sum(scoring_few.values())) / more <= 2, scoring_many
     assert sum(scoring_few.values()) <= 2 and sum(update_few.values()) <= 11, update_few
+
+
+class Weighs(quartet.StageSource):
+    """A user's stage that weights each response, on whatever device."""
+
+    internal = True
+    needs_reference = True
+
+    def step(self, context):
+        rollouts = context.sample(context.batch(), 2)
+        log_ratios = context.logprobs(rollouts) - context.logprobs(rollouts, context.reference)
+        advantages = [float(r.score) - 2 for r in rollouts]
+
+        def loss(tokens):
+            distance = tokens.logprobs - tokens.ref_logprobs + 0 * tokens.of(log_ratios)
+            return distance.square() - tokens.of(advantages) * tokens.logprobs
+
+        context.update(rollouts, loss)
+        return {"distance": float(log_ratios.abs().max())}
+
+
+def test_a_users_stage_mixes_no_devices_and_seldom_waits():
+    waits = {}
+    for most in (10_000, 60):
+        with pretended() as counts:
+            policy = compute_in(on_device(deeper(3)), BF16)
+            reference = on_device(compute_in(freeze(deeper(3)), BF16))
+            reference.load_state_dict(policy.state_dict())
+            generator = NativeGenerator(policy, tokenizer(), stop_ids(policy, tokenizer()), 0)
+            responses = SampledResponses(
+                generator, Sampling(max_new_tokens=12), [Weighted(Length(), 1.0)]
+            )
+            optimizer = Optimizer(list(policy.parameters()), OptimizerConfig(lr=1e-4), 2)
+            rows = Sampler(prompts(8), 8, 0)
+            context = StageContext(
+                Weighs(steps=2), policy, reference, tokenizer(), rows, responses, optimizer,
+                Budget(most),
+            )  # fmt: skip
+            metrics = context.take_step(1)
+            assert metrics["distance"] < 0.02 and metrics["grad_norm/policy"] > 0
+            rollouts = context.rollouts
+            counts.reset()
+            context._update([record(r) for r in rollouts], lambda tokens: -tokens.logprobs, most)
+            lengths = [len(r.prompt.ids) + len(r.response_ids) for r in rollouts]
+            number = len(list(context.process_group.micro_batches(lengths, most)))
+            waits[number] = Counter(counts.waits)
+    few, many = min(waits), max(waits)
+    assert few == 1 and many >= 3
+    more = sum(waits[many].values()) - sum(waits[few].values())
+    assert more / (many - few) <= 2, waits
 
 
 def test_a_decoded_token_costs_few_kernels_and_hardly_a_wait():
