@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from quartet.data.records import Comparison, Demonstration
+from quartet.data.records import Demonstration
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import ProcessGroup
 from quartet.errors import PartError
@@ -97,8 +97,9 @@ class StageContext:
         sampled."""
         return 1.0 if self._responses is None else self._responses.sampling.temperature
 
-    def batch(self) -> list[Prompt] | list[Demonstration] | list[Comparison]:
-        """Return the next rows of the data: `batch_size` of what the stage `reads`."""
+    def batch(self) -> list[Any]:
+        """Return the next `batch_size` rows of what the stage `reads`: `Prompt`s, `Demonstration`s
+        or `Comparison`s."""
         return self._rows.next()
 
     def sample(self, prompts: Sequence[Prompt], samples_per_prompt: int = 1) -> list[Rollout]:
