@@ -3,7 +3,8 @@ memory is compared with the plan's, and the time of its steps with that of `--me
 
     python benchmarks/plan.py [--cases 1m-sft-full …] [--model FOLDER --texts FILE] [--no-time]
 
-Prints the table of docs/performance.md and writes benchmarks/results/plan.json. One thread.
+Prints the table of docs/performance.md and writes benchmarks/results/plan.json. One thread; seconds
+are of processor time, which other programs change less than the clock.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,7 @@ def run(case: list[str]) -> dict[str, Any]:
     """Run a case, and return its peak and the plan's in bytes, and the seconds of a step and the
     tokens of a response of its last stage that has steps."""
     with tempfile.TemporaryDirectory() as place:
-        _quartet(place, "-m", "quartet", "run", *case)
+        _child(place, "--run", json.dumps(case))
         [file] = Path(place).glob("runs/*[!t]/events.jsonl")
         events = [json.loads(line) for line in file.read_text().splitlines()]
     return _facts(events)
@@ -111,19 +113,35 @@ def measured_seconds(case: list[str], stage: str, tokens: float) -> float:
     """Return the seconds of a stage's step by `quartet plan --measure`, in a process of its own."""
     with tempfile.TemporaryDirectory() as place:
         arguments = ["--steps-of", json.dumps(case), "--stage", stage, "--tokens", str(tokens)]
-        return float(_quartet(place, str(Path(__file__).resolve()), *arguments).splitlines()[-1])
+        return float(_child(place, *arguments).splitlines()[-1])
 
 
-def _quartet(place: str, *arguments: str) -> str:
+def _child(place: str, *arguments: str) -> str:
+    """Return what this file prints with these arguments in a process of its own, in a folder with
+    the recipe of a pretrained model."""
     without_adapter(Path(place))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     done = subprocess.run(
         command, check=False, cwd=place, env=environment, capture_output=True, text=True
     )
     if done.returncode:
         sys.exit(f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.stdout
+
+
+def count_processor_time() -> None:
+    """Have this process measure its steps in processor time. It has one thread that computes."""
+    for clock in ("monotonic", "perf_counter"):
+        setattr(time, clock, time.process_time)
+
+
+def run_here(case: list[str]) -> None:
+    """Run a case in this process, as the command does."""
+    from quartet.cli import main
+
+    sys.argv = ["quartet", "run", *case]
+    main()
 
 
 def print_seconds(case: list[str], stage: str, tokens: float) -> None:
@@ -162,10 +180,16 @@ def main() -> None:
     parser.add_argument("--model", default="")
     parser.add_argument("--texts", default="")
     parser.add_argument("--no-time", action="store_true")
+    parser.add_argument("--run", type=json.loads)
     parser.add_argument("--steps-of", type=json.loads)
     parser.add_argument("--stage")
     parser.add_argument("--tokens", type=float)
     arguments = parser.parse_args()
+    if arguments.run or arguments.steps_of:
+        count_processor_time()
+    if arguments.run:
+        run_here(arguments.run)
+        return
     if arguments.steps_of:
         print_seconds(arguments.steps_of, arguments.stage, arguments.tokens)
         return

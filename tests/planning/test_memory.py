@@ -15,14 +15,11 @@ from quartet.models.forward import masked_logprobs
 from quartet.models.language_model import create
 from quartet.models.shape import Shape
 from quartet.models.trunk import checkpoint_blocks
-from quartet.planning import memory as planned_memory
 from quartet.planning.memory import (
-    TOKENIZER_FACTOR,
     Sizes,
     activation_bytes,
     cpu_micro_batch,
     micro_batch_tokens,
-    phases,
     policy_parameters,
     sizes,
 )
@@ -169,79 +166,6 @@ def test_activations_of_an_architecture_that_is_not_fused_are_what_autograd_keep
     assert measured == pytest.approx(predicted, rel=0.15)
 
 
-def config_of_folder(folder, *words):
-    config = config_with(*words)
-    return dataclasses.replace(
-        config, policy=dataclasses.replace(config.policy, create=None, model=str(folder))
-    )
-
-
-def test_the_tokenizer_counts_in_each_phase(tmp_path):
-    model().save_pretrained(tmp_path)
-    config = config_of_folder(tmp_path)
-    before = phases(config, {"policy": 1}, 10_000, (8.0, 12.0))
-    (tmp_path / "tokenizer.json").write_bytes(b" " * 1_000_000)
-    after = phases(config, {"policy": 1}, 10_000, (8.0, 12.0))
-    assert list(after) == ["sft", "reward model", "ppo update", "evaluation"]
-    for phase, held in after.items():
-        assert held - before[phase] == pytest.approx(TOKENIZER_FACTOR * 1_000_000)
-
-
-def test_a_prompt_of_a_group_counts_once():
-    """8 prompts of 10 tokens with 4 answers of at most 20: 8 · 10 + 32 · 20. Of four minibatches each has 8
-    answers, perhaps one to each prompt: 8 · 10 + 8 · 20. Of sixteen, 2 answers to 2 prompts."""
-    rollout = ("prompts_per_step=8", "samples_per_prompt=4", "max_new_tokens=20")
-    words = [f"rollout.{word}" for word in rollout]
-
-    def tokens(minibatches):
-        config = config_with(*words, f"optim.minibatches={minibatches}")
-        return planned_memory._minibatch_tokens(config, 10.0)
-
-    assert [tokens(count) for count in (1, 4, 16)] == [720, 240, 60]
-
-
-def test_a_batch_of_ilql_has_its_rows_tokens_and_the_heads_beside_the_policy():
-    """Of 20 tokens a row: the second batch has 4 rows more. Q and what trains it are four numbers for each of its weights, the target
-    is one."""
-    few, more = (
-        config_with('recipe=["ilql"]', f"ilql.batch_size={rows}", "optim.micro_batch_tokens=4096")
-        for rows in (2, 6)
-    )
-    held = [phases(c, {"policy": 10**6}, 10**6, (8.0, 12.0))["ilql"] for c in (few, more)]
-    per_token = activation_bytes(sizes(few), False)
-    assert held[1] - held[0] == pytest.approx(planned_memory.FRAGMENTATION * 80 * per_token)
-    heads = 5 * 4 * sizes(few).vocabulary * sizes(few).hidden
-    sft = config_with('recipe=["sft"]', "sft.batch_size=2", "optim.micro_batch_tokens=4096")
-    assert held[0] - phases(sft, {"policy": 10**6}, 10**6, (8.0, 12.0))["sft"] == pytest.approx(
-        heads
-    )
-
-
-def test_an_evaluation_holds_one_policy_and_each_reward_model():
-    """The policy, what its decoder copies, and members that are as large: four bytes a parameter."""
-    config = config_with("evaluation.best_of=0", "evaluation.prompts=2")
-    models = {"policy": 10**9, "reward model": 10**9}
-    without = phases(config, {"policy": 10**9}, 10**9, (8.0, 12.0))["evaluation"]
-    held = phases(config, models, 10**9, (8.0, 12.0))["evaluation"]
-    assert held - without == 4e9
-    words = ("reward_model.members=3", 'reward=[{type="ensemble"}]')
-    ensemble = config_with("evaluation.best_of=0", "evaluation.prompts=2", *words)
-    assert phases(ensemble, models, 10**9, (8.0, 12.0))["evaluation"] - held == 2 * 4e9
-
-
-def test_the_head_of_a_large_vocabulary_is_not_copied_by_the_decoder(monkeypatch):
-    """0.9 M parameters of which the last 40,000 are embeddings: with the limit at 40,000 they are not copied."""
-    config = config_with("evaluation.best_of=0", "evaluation.prompts=2")
-    matrices = int(sizes(config).matrix_parameters)
-
-    def evaluation():
-        return phases(config, {"policy": 1}, matrices + 40_000, (8.0, 12.0))["evaluation"]
-
-    whole = evaluation()
-    monkeypatch.setattr(planned_memory, "WIDE_WEIGHT", 40_000)
-    assert whole - evaluation() == pytest.approx(4 * 40_000)
-
-
 def test_small_models_are_counted_in_thousands():
     words = (
         "policy.create.hidden_size=16",
@@ -253,12 +177,3 @@ def test_small_models_are_counted_in_thousands():
     assert in_words(plan(read_settings(recipe_path("reviews"), (), "reviews").config)).startswith(
         "policy 0.9 M · "
     )
-
-
-def test_the_libraries_of_cuda_are_planned_where_torch_is_built_with_them(monkeypatch):
-    config = read_settings(recipe_path("reviews"), (), "reviews").config
-    peaks = []
-    for spec in (None, "a namespace"):
-        monkeypatch.setattr(planned_memory.importlib.util, "find_spec", lambda name, s=spec: s)
-        peaks.append(plan(config).memory.items())
-    assert {n: size + planned_memory.CUDA_BYTES for n, size in peaks[0]} == dict(peaks[1])

@@ -1,44 +1,18 @@
-"""The memory that a run takes in each phase, estimated before torch is loaded."""
+"""The sizes of a run's models, and the bytes of what a run holds of them, estimated before torch is
+loaded."""
 
-import importlib.util
 import json
 import math
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from quartet.config.tables import Config, SharedCritic
-from quartet.generation.cache import (
-    LOGITS_HELD,
-    MIN_ROWS,
-    PLAIN_ROWS,
-    WIDE_WEIGHT,
-    cache_bytes,
-)
 from quartet.models.architectures import ARCHITECTURES
 from quartet.planning.states import States, layer_kinds, states_of
-from quartet.rewards.sources import ModelSource
-from quartet.stages.kinds import BEST_OF_RESPONSES, CENTRING_PROMPTS
 from quartet.training.optimizer_types import ADAMW, TYPES, OptimizerType
 
 FLOAT = 4
-PROGRAM_BYTES = 390e6
-"""The resident size of Python with torch, transformers and pyarrow loaded, when the first stage
-begins. Measured: 138 MB of heap, 95 MB of libraries' pages, 154 MB besides."""
-CUDA_BYTES = 325e6
-"""What CUDA's libraries add to that where torch is built with them, also without a GPU. Measured
-with torch 2.11: 701 MB after the imports, against 378 MB."""
-ADAPTER_BYTES = 40e6
-"""What peft adds to that where a policy has an adapter. Measured."""
-WORKING_BYTES = 60e6
-"""Bytes that are in use beside the activations: chunks of logits, intermediate gradients."""
-KERNEL_BYTES = 80e6
-"""Bytes that the kernels of generation keep; each number of rows has its own. Measured."""
-FRAGMENTATION = 1.4
-"""The memory that the allocator holds, over the memory in use. Measured."""
-TOKENIZER_FACTOR = 10
-"""The memory that a tokenizer takes, over the size of its tokenizer.json. Measured."""
 NF4_BYTES = 0.516
 """Bytes of a weight in 4 bits, with its block's share of the scales."""
 CPU_MICRO_BATCH = 2048
@@ -248,7 +222,7 @@ def micro_batch_tokens(
     model = sizes(config)
     if model is None:
         return CPU_MICRO_BATCH
-    learners = 1 + _has_own_critic(config)  # the graphs of both are there at once
+    learners = 1 + has_own_critic(config)  # the graphs of both are there at once
     checkpointing = config.policy.gradient_checkpointing
     if free_bytes is None:
         number = number_bytes(config, on_gpu=False)
@@ -273,175 +247,10 @@ def cpu_micro_batch(token_bytes: float) -> int:
     return int(min(max(CPU_ACTIVATIONS / token_bytes, LEAST_MICRO_BATCH), CPU_MICRO_BATCH))
 
 
-def phases(
-    config: Config, models: dict[str, int | None], policy: int, row: tuple[float, float]
-) -> dict[str, float]:
-    """Return the expected resident bytes of each phase, on each rank: the program, weights,
-    gradients and moments of what is trained, and the activations of one micro-batch; where
-    responses are sampled, what the decoder holds.
-
-    `models` are the parameters by role, `policy` the policy's, `row` the tokens of a prompt and of
-    a response on average. Responses that are sampled count with the most tokens that they may
-    have: a policy that has learnt little ends few of them.
-    """
-    launch = config.launch
-    parts = launch.parts(launch.processes) if launch.shard else 1
-    model = sizes(config) or Sizes(int(60 * (policy / 12) ** 0.5) // 10, 1, 0)
-    number = number_bytes(config, on_gpu=False)
-    per_token = activation_bytes(model, config.policy.gradient_checkpointing, number)
-    tokens = micro_batch_tokens(config, policy, None)
-    whole = _whole_bytes(config, model, policy, number)
-    weights = whole / parts
-    adapter = adapter_parameters(config)
-    scorer = reward_model_parameters(config, policy) or policy
-    trained = _trained(config, policy, scorer, parts)
-    trunk = 0.0 if adapter is None else weights
-    reference = number * (models["reference"] or policy) / parts if "reference" in models else 0.0
-    program = _program_bytes() + ADAPTER_BYTES * (adapter is not None) + _tokenizer_bytes(config)
-    longest = row[0] + config.rollout.max_new_tokens
-
-    def micro(batch: float, learners: int = 1) -> float:
-        return WORKING_BYTES + FRAGMENTATION * learners * min(batch, tokens) * per_token
-
-    def sampling(rows: int) -> float:
-        return _sampling_bytes(config, model, policy, rows, longest)
-
-    memory = {}
-    if "sft" in config.recipe:
-        memory["sft"] = program + trunk + trained["sft"] + micro(config.sft.batch_size * sum(row))
-    if "reward_model" in config.recipe:
-        # It is trained first, and then centred on responses of the policy.
-        used = max(micro(2 * config.reward_model.batch_size * sum(row)), sampling(CENTRING_PROMPTS))
-        memory["reward model"] = program + weights + trained["reward_model"] + used
-    if config.preference_stage:
-        frozen = trunk + reference
-        memory[config.preference_stage] = (
-            program
-            + frozen
-            + trained["preference"]
-            + micro(config.preference.batch_size * (row[0] + 2 * row[1]))  # one prompt, two sides
-        )
-    if "ilql" in config.recipe:
-        # Beside the policy: the head of Q with its gradient and moments, and the target's.
-        heads = (4 + 1) * FLOAT * model.vocabulary * model.hidden
-        used = heads + micro(config.ilql.batch_size * sum(row))
-        memory["ilql"] = program + trained["ilql"] + used
-    if (custom := config.stage_source) is not None:
-        sampled = sampling(custom.batch_size) if custom.reads == "prompts" else 0.0
-        used = sampled + micro(custom.batch_size * sum(row))
-        memory["custom"] = program + trunk + reference + trained["custom"] + used
-    if config.rl_stage:
-        rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-        learners = 1 + _has_own_critic(config)
-        memory[f"{config.rl_stage} update"] = (
-            program
-            + weights * _frozen_models(config, models, scorer / policy)
-            + reference
-            + learners * trained["optim"]
-            + sampling(rows)
-            + micro(_minibatch_tokens(config, row[0]), learners)
-        )
-    if "evaluation" in config.recipe:
-        answers = BEST_OF_RESPONSES if config.evaluation.best_of >= 2 else config.evaluation.prompts
-        memory["evaluation"] = (
-            program + whole + number * scorer * _scorers(config, models) + sampling(answers)
-        )
-    return memory
-
-
-def _minibatch_tokens(config: Config, prompt: float) -> float:
-    """Return the most tokens that a minibatch of the RL stage computes. A prompt is computed once
-    for the responses to it; several minibatches divide the responses at random, so each may have
-    one of every prompt."""
-    rollout = config.rollout
-    responses = -(
-        -rollout.prompts_per_step * rollout.samples_per_prompt // config.optim.minibatches
-    )
-    prompts = min(rollout.prompts_per_step, responses)
-    return prompts * prompt + responses * rollout.max_new_tokens
-
-
-def _trained(config: Config, policy: int, scorer: int, parts: int) -> dict[str, float]:
-    """Return the bytes of what each stage trains, by its table; adapters share one trunk."""
-    adapter = adapter_parameters(config)
-    trained = {
-        table: trained_bytes(settings.optimizer, sizes(config), policy, adapter) / parts
-        for table, settings in config.optimizers()
-    }
-    if config.reward_model.model is not None and "reward_model" in trained:
-        optimizer = config.reward_model.optimizer
-        trained["reward_model"] = trained_bytes(optimizer, None, scorer) / parts
-    for table, settings in config.stage_trainings():
-        if settings.keep == "best":  # a copy of what is trained
-            is_scorer = table == "reward_model" and config.reward_model.model is not None
-            size = policy if adapter is None else adapter
-            trained[table] += FLOAT * (scorer if is_scorer else size) / parts
-    return trained
-
-
-def _whole_bytes(config: Config, model: Sizes, policy: int, number: int) -> float:
-    """Return the bytes of the policy's weights, frozen and whole."""
-    matrices = min(model.matrix_parameters, policy) if config.policy.quantize is not None else 0.0
-    return number * (policy - matrices) + NF4_BYTES * matrices
-
-
-def _program_bytes() -> float:
-    """Return the size of the program with the build of torch that is installed. The wheels of
-    CUDA's libraries are in the namespace `nvidia`; torch itself is not imported for a plan."""
-    has_cuda = importlib.util.find_spec("nvidia") is not None
-    return PROGRAM_BYTES + CUDA_BYTES * has_cuda
-
-
-def _tokenizer_bytes(config: Config) -> float:
-    """Return the bytes of the policy's tokenizer, for which the size of its file stands."""
-    file = Path(str(config.policy.model)) / "tokenizer.json"
-    return float(TOKENIZER_FACTOR * file.stat().st_size) if file.is_file() else 0.0
-
-
-def _sampling_bytes(
-    config: Config, model: Sizes, policy: int, num_rows: int, tokens: float
-) -> float:
-    """Return the bytes that a decoder holds while it samples rows of so many tokens: the weights in
-    its own layout, keys and values, and the logits of the rows."""
-    number = number_bytes(config, on_gpu=False)
-    matrices = min(model.matrix_parameters, policy)
-    embeddings = policy - matrices
-    logits = LOGITS_HELD * FLOAT * (model.vocabulary or embeddings / max(model.hidden, 1))
-    row_bytes = row_cache_bytes(model, tokens, number) + logits
-    most = max(cache_bytes() // row_bytes, MIN_ROWS) if model.is_fused else PLAIN_ROWS
-    rows = min(num_rows, most)
-    copied = 0.0
-    if model.is_fused and config.policy.quantize is None:
-        head = min(model.vocabulary * model.hidden, embeddings) or embeddings
-        copied = matrices + (head if head < WIDE_WEIGHT else 0.0)
-    return KERNEL_BYTES + number * copied + rows * row_bytes
-
-
-def _scorers(config: Config, models: Mapping[str, int | None]) -> int:
-    """Return how many reward models an evaluation loads, each whole."""
-    return max(len(config.reward_models), 1) * has_reward_model(models)
-
-
-def _has_own_critic(config: Config) -> bool:
+def has_own_critic(config: Config) -> bool:
+    """Return whether a run trains a critic with weights of its own."""
     needs_critic = bool(config.algorithm and config.algorithm.needs_critic)
     return needs_critic and not isinstance(config.critic, SharedCritic)
-
-
-def _frozen_models(config: Config, models: Mapping[str, int | None], size: float) -> float:
-    """Return how many frozen models of the policy's size an RL stage holds beside the reference:
-    under an adapter, the trunk, and reward models that are no adapters on it. `size` is that of a
-    reward model that the run trains, over the policy's."""
-    trained = size * max(len(config.reward_models), 1)
-    if config.policy.adapter is None:
-        return trained * has_reward_model(models)
-    on_own_backbone = trained * (config.reward_model.model is not None) * has_reward_model(models)
-    elsewhere = sum(isinstance(r, ModelSource) and r.model is not None for r in config.reward)
-    return 1 + elsewhere + (0 if elsewhere else on_own_backbone)
-
-
-def has_reward_model(models: Mapping[str, int | None]) -> bool:
-    """Return whether a reward model is among the models of a run, by role."""
-    return any(role.startswith("reward model") for role in models)
 
 
 def row_cache_bytes(model: Sizes, tokens: int | float, number: int) -> float:

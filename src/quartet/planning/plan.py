@@ -10,14 +10,13 @@ from quartet.config.tables import Config, SharedCritic, StageTraining, TrainToke
 from quartet.planning.memory import (
     FLOAT,
     adapter_parameters,
-    has_reward_model,
-    phases,
     policy_parameters,
     reference_parameters,
     reward_model_parameters,
     sizes,
     trained_bytes,
 )
+from quartet.planning.phases import has_reward_model, phases
 from quartet.runs.rounds import round_of
 from quartet.stages.source import StageSource
 from quartet.worlds import make_world
