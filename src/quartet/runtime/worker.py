@@ -281,9 +281,9 @@ class WorkerThread:
         interrupted, a further thread makes this one."""
         was_busy = self._is_busy
         if was_busy:
-            self._threads.append(BackgroundThread("worker, after an interruption"))
+            self._threads.append(_worker_thread("worker, after an interruption"))
         elif not self._threads:
-            self._threads.append(_worker_thread())
+            self._threads.append(_worker_thread("worker"))
         # Before the call is handed over: an interruption in between must not leave it unnoticed.
         self._is_busy = True
         try:
@@ -304,8 +304,8 @@ class WorkerThread:
         self._threads = []
 
 
-def _worker_thread() -> BackgroundThread:
-    thread = BackgroundThread("worker")
+def _worker_thread(name: str) -> BackgroundThread:
+    thread = BackgroundThread(name)
     if torch.cuda.is_initialized():  # the device is a property of the thread
         thread.start(partial(torch.cuda.set_device, torch.cuda.current_device()))
     return thread
