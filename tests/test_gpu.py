@@ -1,4 +1,8 @@
-"""What only a GPU can show. Skipped where there is none."""
+"""What only a GPU can show. Skipped where there is none.
+
+On a machine with a GPU run this file and `tests/benchmarks/test_scripts.py` by themselves, and all others with
+`CUDA_VISIBLE_DEVICES= pytest`: they are of CPUs, and their runs would be on the GPU.
+"""
 
 import json
 
