@@ -7,7 +7,8 @@ against the machine's limits.
 Needs torch ≥ 2.11, transformers ≥ 5.17 and quartet's own dependencies; weights are random, nothing
 is downloaded. Generation: 64 prompts × 8 samples, answers with a mean of a third of 512 tokens. The
 bandwidth limit of a decoding step is the time to read the weights and the keys and values once. MFU
-counts 6 operations per weight and token trained, 2 per token scored.
+counts 6 operations per weight and token trained; a prompt that the responses of a group share is
+computed once, and counts once.
 """
 
 import argparse
@@ -15,10 +16,12 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.update import TrustRegion
 from quartet.data.sampler import Sampler
-from quartet.experience import Prompt
+from quartet.experience import Prompt, Rollout
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.loops.collect import Collector
@@ -184,6 +187,8 @@ def bytes_read(shape: Qwen, model: Any, prompts: list[int], responses: list[int]
     values of the rows that are left."""
     prompt, response = torch.tensor(prompts), torch.tensor(responses)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not shape.tied:  # of a table of embeddings that is no head, a row per token is read
+        weights -= model.get_input_embeddings().weight.nbytes
     total = 0.0
     for t in range(int(response.max())):
         left = response > t
@@ -201,10 +206,13 @@ def continuous(shape: Qwen, model: Any, machine: Machine) -> Numbers:
         do_sample=True, top_k=0, top_p=1.0, max_new_tokens=mean, eos_token_id=-1, pad_token_id=w.PAD
     )
     rows = [list(p.ids) for p in shape.asked for _ in range(shape.samples)]
-    seconds, _ = machine.timed(
+    seconds, answers = machine.timed(
         lambda: model.generate_batch(inputs=rows, generation_config=config, progress_bar=False)
     )
-    return {"seconds": seconds, "tokens_per_s": mean * len(rows) / seconds}
+    tokens = sum(len(answer.generated_tokens) for answer in answers.values())
+    if tokens != mean * len(rows):  # it returns what it has where its thread fails
+        raise RuntimeError(f"{tokens:,} tokens of {mean * len(rows):,} were generated")
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
 
 
 def step(shape: Qwen, model: Any, machine: Machine, preset: str) -> Numbers:
@@ -226,7 +234,7 @@ def step(shape: Qwen, model: Any, machine: Machine, preset: str) -> Numbers:
             functools.partial(learner.update, algorithm.experience(batch), algorithm)
         )
         collector.load_weights(learner.weights())
-    tokens = int(batch.lengths.sum())
+    tokens = int(batch.lengths.sum()) - repeated_tokens(collected.rollouts)
     parameters = sum(p.numel() for p in learner.models.actor.parameters())
     models = 1 + algorithm.needs_critic
     operations = 6 * parameters * tokens * learner.optim.epochs * models
@@ -241,6 +249,12 @@ def step(shape: Qwen, model: Any, machine: Machine, preset: str) -> Numbers:
         ),
         "sampler_agrees": learner.sampler_agrees,
     }
+
+
+def repeated_tokens(rollouts: Sequence[Rollout]) -> int:
+    """Return the tokens of prompts that rows take from an earlier row: all but the last."""
+    rows = Counter(r.prompt.ids for r in rollouts)
+    return sum((count - 1) * (len(ids) - 1) for ids, count in rows.items())
 
 
 def make_learner(shape: Qwen, model: Any, algorithm: Algorithm, device: torch.device) -> Learner:
@@ -378,7 +392,7 @@ def waits(shape: Qwen, model: Any, machine: Machine) -> Numbers:
                 result = work()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return sum("synchronizing" in str(w.message) for w in caught), result
+        return sum("called a synchronizing" in str(w.message) for w in caught), result
 
     for _ in range(2):  # the first step also checks and captures
         collecting, collected = counted(lambda: collector.collect(algorithm, learner.sampling))
@@ -393,12 +407,13 @@ def waits(shape: Qwen, model: Any, machine: Machine) -> Numbers:
 WORKS: dict[str, Callable[[Qwen, Any, Machine], Numbers]] = {
     "correctness": correctness,
     "generation": generation,
-    "continuous batching": continuous,
     "ppo": functools.partial(step, preset="ppo"),
     "grpo": functools.partial(step, preset="grpo"),
     "waits": waits,
+    "continuous batching": continuous,
 }
-"""What is measured for each shape."""
+"""What is measured for each shape. Continuous batching comes last: it gives the model another kind
+of attention meanwhile, and might leave it there."""
 
 
 def make_model(shape: Qwen, device: torch.device) -> Any:
@@ -409,11 +424,16 @@ def make_model(shape: Qwen, device: torch.device) -> Any:
 
 
 def attempt(work: Callable[[Qwen, Any, Machine], Numbers], shape: Qwen, *given: Any) -> Numbers:
-    """Return what a work measured, or how it failed: the others are measured all the same."""
+    """Return what a work measured, or how it failed: the others are measured all the same, with
+    the memory that this one has left."""
     try:
         return work(shape, *given)
-    except (RuntimeError, ValueError, AttributeError) as error:
+    except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"[:500]}
+    finally:
+        gc.collect()  # a model with activation checkpoints refers to itself
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -433,18 +453,22 @@ def main() -> None:
         "shapes": {},
     }
     print(json.dumps({k: results[k] for k in ("device", "torch", "limits")}), flush=True)
-    results["presets"] = presets(machine)
-    print("presets", json.dumps(results["presets"]), flush=True)
-    for name in arguments.shapes.split(","):
-        model = make_model(SHAPES[name], device)
-        rows = results["shapes"][name] = {}
-        for what, work in WORKS.items():
-            rows[what] = attempt(work, SHAPES[name], model, machine)
-            print(name, what, json.dumps(rows[what]), flush=True)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+
+    def keep(*what: str) -> None:
+        """Print what was measured last, and write all that was measured so far."""
+        print(*what, json.dumps(functools.reduce(dict.__getitem__, what, results)), flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    for name in arguments.shapes.split(","):
+        model = make_model(SHAPES[name], device)
+        results["shapes"][name] = {}
+        for what, work in WORKS.items():
+            results["shapes"][name][what] = attempt(work, SHAPES[name], model, machine)
+            keep("shapes", name, what)
+        del model
+    results["presets"] = presets(machine)
+    keep("presets")
 
 
 if __name__ == "__main__":

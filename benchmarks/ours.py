@@ -70,16 +70,17 @@ class FixedLengthGenerator(NativeGenerator):
         lengths: Tensor,
     ) -> Drawn:
         """Draw; where the response has its length, take the end of sequence, and where it has not,
-        another token in its place. Their log-probs are the policy's own. Rows that go on from
-        within responses (vineppo) have the lengths again from the first."""
+        another token in its place. Their log-probs are the policy's own: those of two tokens differ
+        as their logits do. Rows that go on from within responses (vineppo) have the lengths again
+        from the first. No shape depends on the tokens, so that a GPU is not waited for."""
         drawn = super()._draw(logits, sampling, noise, rows, lengths)
         wanted = self.lengths[rows % len(self.lengths)]
         over, ended = lengths + 1 >= wanted, drawn.tokens == self.eos
-        tokens, logprobs = drawn.tokens.clone(), drawn.logprobs.clone()
-        for wrong, token in ((over, self.eos), (ended & ~over, self.eos + 1)):
-            tokens[wrong] = token
-            logprobs[wrong] = logits[wrong].log_softmax(-1)[:, token]
-        return replace(drawn, tokens=tokens, logprobs=logprobs)
+        going_on = torch.where(ended, self.eos + 1, drawn.tokens)
+        tokens = torch.where(over, self.eos, going_on)
+        own, other = (logits.gather(1, t[:, None])[:, 0] for t in (tokens, drawn.tokens))
+        change = (own.float() - other.float()) / sampling.temperature
+        return replace(drawn, tokens=tokens, logprobs=drawn.logprobs + change)
 
 
 def prompts(size: Size, count: int, low: int = 16, high: int = 48) -> list[Prompt]:

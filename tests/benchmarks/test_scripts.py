@@ -3,13 +3,20 @@
 import dataclasses
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from quartet.experience import Prompt
+from quartet.generation.sampling import Sampling
+from quartet.models.forward import masked_logprobs
+from quartet.training.batch import collate
 from tests.support.audits import made_audit
 from tests.support.tiny_run import SMALL_REVIEWS
+from tests.support.world import rollout
 
 GPU = torch.cuda.is_available()
 
@@ -24,7 +31,7 @@ def test_gpu_measures_a_work_on_whatever_device_there_is(work):
     result = gpu.WORKS[work](shape, gpu.make_model(shape, device), machine)
     if "skipped" in result:
         pytest.skip(result["skipped"])
-    seconds = result["seconds"] if work == "generation" else result["phases"]["update"]
+    seconds = result["phases"]["update"] if "phases" in result else result["seconds"]
     assert seconds > 0 and result["tokens"] > 0
 
 
@@ -67,17 +74,60 @@ def test_gpu_predicts_memory_by_the_plan():
     assert huge["generation"] is None and huge["update"] > 3_000
 
 
-def test_gpu_reports_a_work_that_fails_and_goes_on():
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no memory"), KeyError("a name"), TypeError("of an API")]
+)
+def test_gpu_reports_a_work_that_fails_and_goes_on(error):
     import gpu
 
     def fails(*_):
-        raise RuntimeError("no memory")
+        raise error
 
     machine = gpu.Machine.measured(torch.device("cpu"))
     assert machine.tflops > 0 and machine.gb_s > 0
     assert gpu.attempt(fails, gpu.SHAPES["tiny"], None, machine) == {
-        "failed": "RuntimeError: no memory"
+        "failed": f"{type(error).__name__}: {error}"
     }
+
+
+def test_gpu_does_not_take_what_transformers_left_unwritten_for_its_speed():
+    """`generate_batch` returns what it has where its thread fails."""
+    import gpu
+
+    class Model:
+        def generate_batch(self, inputs, **_):
+            return {}
+
+    machine = gpu.Machine(torch.device("cuda"), 1.0, 1.0)
+    machine = SimpleNamespace(device=machine.device, timed=lambda work: (1.0, work()))
+    found = gpu.attempt(gpu.continuous, gpu.SHAPES["tiny"], Model(), machine)
+    assert found["failed"].startswith("RuntimeError: 0 tokens of ")
+
+
+def test_gpu_counts_a_prompt_that_a_group_shares_once():
+    """Three answers to a prompt of 5 tokens: two rows leave out its first four."""
+    import gpu
+
+    prompts = [Prompt("a", (1, 2, 3, 4, 5), ""), Prompt("b", (6, 7), "")]
+    rollouts = [rollout(prompts[0], (1,), 0.0, number=i) for i in range(3)]
+    assert gpu.repeated_tokens([*rollouts, rollout(prompts[1], (1, 2), 0.0)]) == 2 * 4
+
+
+def test_answers_of_given_lengths_have_the_policys_own_log_probs():
+    import gpu
+    import ours
+
+    shape = gpu.SHAPES["tiny"]
+    model = gpu.make_model(shape, torch.device("cpu")).float()
+    rows = shape.size.rows
+    generator = ours.FixedLengthGenerator(model, shape.size, rows)
+    sampling = Sampling(max_new_tokens=shape.limit, temperature=0.7)
+    answers = generator.generate(shape.asked, sampling, rows // shape.prompts)
+    assert [len(a.response_ids) for a in answers] == shape.size.lengths(rows)
+    assert all(a.response_ids.index(shape.size.eos) == len(a.response_ids) - 1 for a in answers)
+    batch = collate([replace(a, score=0.0) for a in answers])
+    exact = masked_logprobs(model, batch.tokens, batch.response_mask, 0.7)
+    assert (batch.rollout_logprobs - exact).abs().max() < 1e-4
 
 
 def test_gpu_counts_the_bytes_of_decoding():

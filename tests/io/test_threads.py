@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from quartet.io.threads import BackgroundThread, map_concurrently, result_of
 
@@ -71,6 +72,18 @@ def test_calls_in_the_background_are_made_in_order_and_give_results_or_errors():
         result_of(futures[2])
     background.finish()
     assert background.start(int) and seen == [0, 1, 2, 3]
+
+
+def test_a_thread_begins_on_the_cuda_device_of_the_thread_that_starts_it(monkeypatch):
+    """A new thread is on the first device, also in a rank whose models are on another."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    set_device = lambda number: chosen.append((threading.current_thread().name, number))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    background = BackgroundThread("rollouts")
+    assert result_of(background.start(lambda: list(chosen))) == [("rollouts", 3)]
+    background.finish()
 
 
 @pytest.mark.parametrize(

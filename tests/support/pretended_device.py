@@ -334,6 +334,8 @@ def plain_varlen(
 def _varlen(q: Any, k: Any, v: Any, starts_q: Any, starts_k: Any, *rest: Any, **named: Any) -> Any:
     if q.dtype not in {torch.bfloat16, torch.float16}:
         raise RuntimeError("varlen_attn takes half precision only")
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        raise RuntimeError(f"varlen_attn takes no heads of {q.shape[-1]} coordinates")
     inner = {name: _inner(value) for name, value in named.items()}
 
     def attend(a: Any, b: Any, c: Any) -> Any:

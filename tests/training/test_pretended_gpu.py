@@ -1,27 +1,43 @@
 """Sampling, scoring and learning on a GPU that is not there: nothing mixes devices, and the host seldom waits."""
 
+import contextlib
 import dataclasses
 from collections import Counter
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quartet
+from quartet.algorithms.kl import KLInLoss
 from quartet.algorithms.presets import ALGORITHMS
+from quartet.assembly import build
+from quartet.assembly.device import device
+from quartet.assembly.model_checks import _check_precision
+from quartet.assembly.models import Models
+from quartet.config.toml import read_settings
 from quartet.data.sampler import Sampler
-from quartet.generation.decoders import make_decoder
+from quartet.distributed.process_group import SINGLE_PROCESS
+from quartet.generation.decoders import RowDecoder, make_decoder
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling, draw
-from quartet.generation.slots import SlotDecoder
+from quartet.generation.slots import SlotDecoder, _side_stream
 from quartet.loops.collect import Collector
 from quartet.loops.custom import SampledResponses, StageContext, record
 from quartet.loops.rl import rl
 from quartet.models.actor_critic import Separate, freeze
-from quartet.models.attention import backend
+from quartet.models.adapters import add_adapter
+from quartet.models.attention import backend, kernel
+from quartet.models.forward import masked_logprobs
 from quartet.models.heads import ScalarModel
-from quartet.models.language_model import stop_ids
-from quartet.models.precision import compute_in
+from quartet.models.language_model import ModelError, create, stop_ids
+from quartet.models.logprobs import head_logits
+from quartet.models.lora import Lora
+from quartet.models.precision import best_precision, compute_in
+from quartet.models.shape import Shape
+from quartet.planning.gpu_memory import SAMPLING_COPIES
+from quartet.recipes import recipe_path
 from quartet.rewards.protocol import Weighted
 from quartet.training.budget import Budget
 from quartet.training.learner import Learner
@@ -71,9 +87,9 @@ def parts(name, on_gpu=True, layers=2, dtype=BF16, **optim):
     return algorithm, learner, collector
 
 
-def deeper(layers):
+def deeper(layers, vocab_size=None):
     config = AutoConfig.for_model(
-        "llama", vocab_size=len(tokenizer()), hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
+        "llama", vocab_size=vocab_size or len(tokenizer()), hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64, eos_token_id=tokenizer().eos_token_id,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -236,17 +252,170 @@ def test_stop_strings_and_a_smallest_length_mix_no_devices_and_add_a_wait_in_eig
     assert (many - few) / 32 <= 0.26
 
 
-def test_back_ends_are_named_for_each_device_and_dtype():
+def test_back_ends_are_named_for_each_device_dtype_and_size_of_heads():
+    """Flash attention takes heads of a multiple of 8 coordinates, up to 256."""
     table = {
-        ("cpu", torch.float32): "rectangle",
-        ("cpu", BF16): "rectangle",
-        ("cuda", BF16): "varlen",
-        ("cuda", torch.float16): "varlen",
-        ("cuda", torch.float32): "efficient",
-        ("mps", torch.float32): "repeated",
-        ("mps", BF16): "repeated",
+        ("cpu", torch.float32, 64): "rectangle",
+        ("cpu", BF16, 64): "rectangle",
+        ("cuda", BF16, 8): "varlen",
+        ("cuda", BF16, 256): "varlen",
+        ("cuda", BF16, 12): "efficient",
+        ("cuda", BF16, 512): "efficient",
+        ("cuda", torch.float16, 64): "varlen",
+        ("cuda", torch.float32, 64): "efficient",
+        ("mps", torch.float32, 64): "repeated",
+        ("mps", BF16, 64): "repeated",
     }
-    assert {key: backend(torch.device(key[0]), key[1]) for key in table} == table
+    assert {key: backend(torch.device(key[0]), *key[1:]) for key in table} == table
+
+
+def allowed():
+    return (
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.backends.cuda.flash_sdp_enabled(),
+    )
+
+
+def test_float32_takes_the_plain_kernel_where_the_efficient_one_cannot_and_trust_regions_always():
+    """Second derivatives exist for the plain kernel only, and a trust region asks for it around its forward passes."""
+    with kernel("efficient"):
+        assert allowed() == (True, True, False)
+    with sdpa_kernel(SDPBackend.MATH), kernel("efficient"):
+        assert allowed() == (False, True, False)
+    with sdpa_kernel(SDPBackend.MATH), kernel("flash"):
+        assert allowed() == (False, True, False)
+
+
+def test_heads_that_flash_attention_does_not_take_are_decoded_and_trained():
+    """Of 6 coordinates here. The attention that is pretended would refuse them, as flash attention does."""
+    shape = Shape(type="llama", hidden_size=24, num_layers=1, num_heads=4, max_length=64)
+    with pretended():
+        made = compute_in(on_device(create(shape, tokenizer(), 0)), BF16)
+        assert isinstance(make_decoder(made, 60), RowDecoder)
+        tokens, mask = torch.randint(4, 20, (2, 9)), torch.arange(9).expand(2, 9) > 4
+        masked_logprobs(made, tokens, mask).sum().backward()
+        generator = NativeGenerator(made, tokenizer(), frozenset({1}), 0)
+        assert len(generator.generate(prompts(2), Sampling(max_new_tokens=4))) == 2
+
+
+def test_an_exact_kl_in_the_loss_has_a_gradient_in_half_precision():
+    """torch has no derivative of a product of bfloat16 numbers that is kept in float32."""
+    hidden, weight, upstream = (torch.randn(*shape) for shape in ((5, 16), (11, 16), (5, 11)))
+    found = {}
+    for place in ("cpu", "cuda"):
+        with pretended():
+            here = [x.to(BF16).to(place).requires_grad_() for x in (hidden, weight)]
+            (head_logits(*here, None) * upstream.to(place)).sum().backward()
+            found[place] = [each.grad.float().to("cpu") for each in here]
+    for there, here in zip(found["cuda"], found["cpu"], strict=True):
+        assert (there - here).norm() < 0.01 * here.norm()
+    with pretended():
+        algorithm, learner, collector = parts("grpo")
+        algorithm = dataclasses.replace(algorithm, kl=KLInLoss(estimator="exact"))
+        step = next(iter(rl(collector, learner, algorithm, 0)))
+    assert step.metrics["grad_norm/actor"] > 0
+
+
+def test_bf16_is_chosen_on_gpus_that_compute_in_it(monkeypatch):
+    """torch says by default that a V100 or a T4 supports it: it converts each number."""
+    place, words = torch.device("cuda"), ["run.precision='bf16'"]
+    config = read_settings(recipe_path("reviews"), words, "recipe reviews").config
+    models = Models(config, None, tokenizer(), place, SINGLE_PROCESS)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    for has_it in (True, False):
+        emulates = lambda including_emulation=True, has_it=has_it: has_it or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulates)
+        assert best_precision(place) == ("bf16" if has_it else "fp32")
+        refused = pytest.raises(ModelError, match=r'run.precision = "bf16": this GPU \(Tesla T4\)')
+        with contextlib.nullcontext() if has_it else refused:
+            _check_precision(models)
+
+
+def test_the_device_of_a_run_becomes_the_current_one(monkeypatch):
+    """CUDA graphs are recorded on the current device, and cuda:1 may be the run's."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with pretended():
+        found = device("cuda:0")
+    assert chosen == [found]
+
+
+def test_so_many_rows_are_decoded_together_as_their_logits_leave_room_for(monkeypatch):
+    """Half of the free memory is for keys, values and logits: with a wide vocabulary logits are most of it."""
+    free, width = 200 * 10**6, 248  # and 8 more, which are 256 columns
+    with pretended(), torch.inference_mode():
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+        made = compute_in(on_device(deeper(1, vocab_size=4096)), BF16)
+        decoder = SlotDecoder(made, width)
+    per_row = 256 * 2 * 2 * 8 * 2 + (SAMPLING_COPIES + 2) * 4 * 4096
+    assert free / 2 - per_row < decoder.max_rows * per_row <= free / 2
+
+
+def test_new_weights_are_drawn_without_a_word_about_several_gpus(monkeypatch):
+    """torch warns where it is not told which devices' random numbers to keep; models are made on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    add_adapter(model(), Lora(rank=2), "policy", 0)
+
+
+def test_a_gpu_that_torch_cannot_use_is_spoken_of(monkeypatch, tmp_path):
+    """torch's wheels need a driver as new as their CUDA: with an older one, "auto" is the CPU."""
+    monkeypatch.setattr("quartet.assembly.device.DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def notes(*words):
+        config = read_settings(recipe_path("reviews"), words, "recipe reviews").config
+        return [note for note in build(config).notes if "driver for NVIDIA GPUs" in note]
+
+    assert notes() == []
+    (tmp_path / "version").touch()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    [note] = notes()
+    assert f"torch {torch.__version__} is built for CUDA 13.0" in note
+    assert notes("run.device=cpu") == []
+
+
+class Recorded:
+    """What stands for torch's graphs and streams: a graph that repeats nothing, and keeps how it was recorded."""
+
+    def __init__(self, device=None):
+        self.device = device
+
+    def wait_stream(self, _):
+        pass
+
+    def replay(self):
+        pass
+
+
+def test_a_step_is_recorded_beside_threads_that_train_and_on_one_stream(monkeypatch):
+    """With a staleness the learner asks for memory while the sampler records, which "global" would refuse."""
+    recorded, entered = [], []
+
+    def graph(_, stream, capture_error_mode):
+        recorded.append((stream, capture_error_mode))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("quartet.generation.slots._can_record", lambda *_: True)
+    stands = {"Stream": Recorded, "CUDAGraph": Recorded, "graph": graph}
+    stands["current_stream"] = lambda *_: Recorded()
+    stands["stream"] = lambda _: contextlib.nullcontext()
+    stands["device"] = lambda device: entered.append(device) or contextlib.nullcontext()
+    for name, value in stands.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    _side_stream.cache_clear()
+    with pretended(), torch.inference_mode():
+        decoder = SlotDecoder(compute_in(on_device(deeper(1)), BF16), 40)
+        decoder.prefill([[3, 4, 5]], 9)
+        decoder.step(torch.zeros(9, dtype=torch.long, device=CUDA))
+        decoder.keep(torch.arange(9, device=CUDA) < 2)
+        decoder.step(torch.zeros(2, dtype=torch.long, device=CUDA))
+    _side_stream.cache_clear()
+    assert [mode for _, mode in recorded] == ["thread_local"] * 2 and entered == [CUDA, CUDA]
+    [stream] = {stream for stream, _ in recorded}
+    assert stream.device == CUDA
 
 
 def test_the_pretended_device_tells_faults():

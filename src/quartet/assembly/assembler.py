@@ -14,7 +14,7 @@ import torch
 
 from quartet.algorithms.update import TrustRegion
 from quartet.assembly.data import Rows
-from quartet.assembly.device import device
+from quartet.assembly.device import device, unused_gpu
 from quartet.assembly.generators import Generators
 from quartet.assembly.model_checks import check_models
 from quartet.assembly.models import Models
@@ -367,6 +367,8 @@ class Assembler:
             notes.append(
                 "run.offload = true moves nothing here: the models are in main memory already."
             )
+        if config.run.device == "auto" and (sentence := unused_gpu(self.device)) is not None:
+            notes.append(sentence)
         if (sentence := self.models.slow_path()) is not None:
             notes.append(sentence)
         if (sentence := high_rates(config, self._policy_parameters())) is not None:

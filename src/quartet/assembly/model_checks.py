@@ -1,10 +1,16 @@
 """What must hold of the models that a run names, before any of them is loaded."""
 
+from typing import get_args
+
+import torch
+
 from quartet.assembly.models import Models
 from quartet.assembly.reference import check_reference
+from quartet.config.run import Role
 from quartet.config.tables import SeparateCritic
 from quartet.models.heads import define_classifier
 from quartet.models.language_model import ModelError, check_generates, longest_of, read_config
+from quartet.models.precision import has_bf16
 from quartet.models.recurrent import why_not_sampled
 from quartet.models.routing import why_not_balanced
 from quartet.models.text_classifier import check_backbone
@@ -17,6 +23,7 @@ def check_models(models: Models) -> None:
         raise ModelError(
             f"policy.compile = true: compiles Quartet's own forward pass, and {why}. Use false."
         )
+    _check_precision(models)
     _check_sampling(models)
     _check_experts(models)
     if models.trained_backbone is not None:
@@ -37,6 +44,17 @@ def check_models(models: Models) -> None:
                 "Use the model's own tokenizer. Or set policy.resize_embeddings = true, which "
                 "adds embeddings for the others."
             )
+
+
+def _check_precision(models: Models) -> None:
+    """Raise `ModelError` if a model is to compute in bf16 on a GPU that does not."""
+    named = [models.config.run.precision_of(role) for role in get_args(Role)]
+    if models.device.type == "cuda" and "bf16" in named and not has_bf16():
+        gpu = torch.cuda.get_device_name(models.device)
+        raise ModelError(
+            f'run.precision = "bf16": this GPU ({gpu}) does not compute in bf16; those of NVIDIA '
+            'do from Ampere on. Leave it out: "auto" takes fp32 there.'
+        )
 
 
 def _check_backbone(models: Models, folder: str) -> None:

@@ -274,8 +274,10 @@ class Models:
         """Return what the policy computes in, in a word or two."""
         if self.dtype("policy") == torch.bfloat16:
             return "bf16"
-        uses_tf32 = torch.get_float32_matmul_precision() != "highest"
-        return "fp32 (products in TF32)" if self.device.type == "cuda" and uses_tf32 else "fp32"
+        may_use_tf32 = torch.get_float32_matmul_precision() != "highest"
+        if self.device.type == "cuda" and may_use_tf32 and torch.cuda.is_tf32_supported():
+            return "fp32 (products in TF32)"
+        return "fp32"
 
     def policy_config(self) -> Any:
         """Return the transformers config of the policy that the run starts from."""

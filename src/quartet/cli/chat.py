@@ -8,10 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from quartet.assembly.device import device
 from quartet.data.encoding import Encoder
 from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
+from quartet.models.actor_critic import freeze
 from quartet.models.language_model import (
     ModelError,
     load_model,
@@ -19,6 +21,7 @@ from quartet.models.language_model import (
     longest_of,
     stop_ids,
 )
+from quartet.models.precision import DTYPES, best_precision, compute_in
 from quartet.models.support import limit_support
 
 HELP = """/compare  turn the answers from before RL on or off
@@ -35,6 +38,12 @@ def _stop_strings(folder: Path) -> tuple[str, ...]:
         return tuple(str(string) for string in table["rollout"]["stop"] if string)
     except (OSError, ValueError, LookupError, TypeError):
         return ()
+
+
+def _loaded(folder: Path) -> Any:
+    """Return the model of a folder to be sampled from, on the GPU where there is one."""
+    place = device("auto")
+    return compute_in(freeze(load_model(folder, place)), DTYPES[best_precision(place)])
 
 
 class ChatSession:
@@ -56,14 +65,12 @@ class ChatSession:
         self.tokenizer = load_tokenizer(after)
         stop = _stop_strings(run)
         self.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, stop=stop)
-        model = load_model(after)
+        model = _loaded(after)
         self.longest = longest_of(model.config)
         self.after = self._generator(model, seed)
         before = run / "sft"
         self.before = (
-            self._generator(load_model(before), seed)
-            if before.is_dir() and before != after
-            else None
+            self._generator(_loaded(before), seed) if before.is_dir() and before != after else None
         )
         self.compare = False
         self.messages: list[dict[str, str]] = []

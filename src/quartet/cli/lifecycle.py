@@ -84,6 +84,8 @@ def _carry_out(execution: "Execution") -> int:
     outlive_readers()
     settings, path, fault = execution.settings, execution.folder.path, execution.fault
     screen, planned = Screen(console), plan(execution.job.config)
+    if execution.job.device.type != "cpu":  # memory and time are those of CPUs
+        planned = dataclasses.replace(planned, memory=None, seconds=None)
     facts = {"planned_peak_bytes": planned.peak, "planned_seconds": planned.seconds}
     execution = dataclasses.replace(execution, planned=facts)
     minutes = float(os.environ.get(MINUTES, "0")) or settings.config.run.max_minutes
@@ -209,10 +211,14 @@ def _first_line(settings: "Settings", job: "Job", folder: Path) -> str:
 
 def _say_where(folder: Path, root: str) -> None:
     """Say where the run is and what can be done with it."""
+    import torch
+
     from quartet.runtime.lifecycle import peak_bytes
 
     peak = peak_bytes()
     memory = "" if peak is None else f"    peak {peak / 1e6:,.0f} MB"
+    if torch.cuda.is_initialized():  # otherwise other processes trained, or none on a GPU
+        memory += f", GPU {torch.cuda.max_memory_reserved() / 1e6:,.0f} MB"
     _print(f"run    {folder}{memory}")
     _write_report(folder)
     chat = f", quartet chat {typed(folder)}" if (folder / "policy").is_dir() else ""

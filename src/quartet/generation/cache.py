@@ -16,6 +16,9 @@ layout."""
 LOGITS_HELD = 3
 """How often the logits of a row are in memory while its token is drawn. They count with its keys
 and values: of a vocabulary of 262,144 they are a megabyte each."""
+LOGITS_HELD_ON_GPU = 9
+"""The same on a GPU, which draws in more passes (`SAMPLING_COPIES` in `planning/gpu_memory.py`) and
+whose recorded steps keep theirs."""
 
 PREFILL_TOKENS = 4096
 """Prompt tokens in one forward pass of the prefill; a longer prompt has a pass of its own."""

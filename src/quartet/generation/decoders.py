@@ -19,7 +19,7 @@ from quartet.generation.plain import PlainDecoder, check_states
 from quartet.generation.slots import SlotDecoder
 from quartet.models.attention import backend, capped_attention
 from quartet.models.forward import has_linear_head
-from quartet.models.fused import has_fused_forward
+from quartet.models.fused import has_fused_forward, layers_of
 from quartet.models.packing import pack_rows
 from quartet.models.precision import compute_dtype
 from quartet.models.protocols import CausalModel
@@ -66,7 +66,8 @@ def make_decoder(model: CausalModel, width: int, max_rows: int | None = None) ->
         and has_linear_head(model)
         and has_products(model.base_model)
     ):
-        if backend(model.device, compute_dtype(model)) == "varlen":
+        size = layers_of(model.base_model)[0].head_size
+        if backend(model.device, compute_dtype(model), size) == "varlen":
             return SlotDecoder(model, width, max_rows)
         return RowDecoder(model, width, max_rows)
     check_states(model)

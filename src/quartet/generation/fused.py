@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch.nn.functional import embedding, linear, rms_norm
 
-from quartet.generation.cache import LOGITS_HELD, MIN_ROWS, WIDE_WEIGHT, cache_bytes
+from quartet.generation.cache import (
+    LOGITS_HELD,
+    LOGITS_HELD_ON_GPU,
+    MIN_ROWS,
+    WIDE_WEIGHT,
+    cache_bytes,
+)
 from quartet.models.adapters import (
     apply_linear,
     has_merged_weight,
@@ -333,7 +339,8 @@ class FusedDecoder:
         row = row_of(trunk)
         self.norm = HeldNorm(submodule(trunk, row.last_norm), row.norm)
         numbers = len(layers) * 2 * self.kv_heads * self.head_size * columns
-        row_bytes = numbers * self.dtype.itemsize + LOGITS_HELD * len(self.embedding.table) * 4
+        held = LOGITS_HELD if self.device.type == "cpu" else LOGITS_HELD_ON_GPU
+        row_bytes = numbers * self.dtype.itemsize + held * len(self.embedding.table) * 4
         fit = cache_bytes(self.device) // row_bytes
         self.max_rows = max_rows or max(fit, MIN_ROWS)
         self.caches: list[Tensor] = []

@@ -6,7 +6,9 @@ shapes are the number of slots and of columns from a small set, and it is record
 for each pair. Whether rows have ended is looked at every `LOOK_EVERY` tokens only.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -119,16 +121,18 @@ class SlotDecoder(FusedDecoder):
         if not _can_record(self.device, any(block.up is None for block in self.blocks)):
             return eager
         lengths = self.lengths.clone()
-        # Steps that only warm up write where the real one will, and leave the lengths alone.
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._step(count)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = eager()
+        with torch.cuda.device(self.device):  # a new thread's current device is the first one
+            stream = _side_stream(self.device)
+            # Steps that only warm up write where the real one will, and leave the lengths alone.
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self._step(count)
+            torch.cuda.current_stream().wait_stream(stream)
+            # "thread_local": another thread may train meanwhile, and may ask for memory.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                logits = eager()
         self.lengths.copy_(lengths)
 
         def replay() -> Tensor:
@@ -197,6 +201,13 @@ class SlotDecoder(FusedDecoder):
         self.lengths[: len(lengths)], self.tokens[: len(tokens)] = lengths, tokens
         self.starts = torch.arange(slots + 1, dtype=torch.int32, device=self.device)
         self.slots, self.columns = slots, wide
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    """Return the stream that steps of a device are recorded on. It is always the same: cuBLAS keeps
+    a workspace for every stream that has multiplied, 32 MiB each on Hopper."""
+    return torch.cuda.Stream(device)
 
 
 def _can_record(device: torch.device, has_experts: bool) -> bool:

@@ -9,11 +9,13 @@ nothing waits for them.
 import contextlib
 import ctypes
 import queue
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any, TypeVar
 
 from quartet.io.activity import progress
@@ -91,7 +93,8 @@ class Abandoned(BaseException):
 
 class BackgroundThread:
     """One thread that makes the calls it is given, one after the other, while its owner does
-    something else."""
+    something else. It begins on the CUDA device of its owner's thread: by itself it would be on the
+    first one, and FSDP, NCCL and CUDA graphs take the current device's streams."""
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
@@ -102,6 +105,9 @@ class BackgroundThread:
         self._is_abandoned = False
         _start(self._thread)
         _BACKGROUND.add(self)
+        cuda = sys.modules.get("torch.cuda")  # where torch is not imported, there is no device
+        if cuda is not None and cuda.is_initialized():
+            self.start(partial(cuda.set_device, cuda.current_device()))
 
     def start(self, function: Callable[[], R]) -> "Future[R]":
         """Make a call after those that were started before."""

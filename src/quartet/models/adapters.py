@@ -51,7 +51,9 @@ def add_adapter(model: CausalModel, lora: Lora, name: str, seed: int) -> Any:
         ) from None
     trained = [p for p in model.parameters() if p.requires_grad] if adapters_of(model) else []
     config = lora_config(model, lora)
-    with torch.random.fork_rng(), warnings.catch_warnings(), _weights_on_cpu(model):
+    # peft draws on the CPU. Without `devices`, torch warns where there are several GPUs.
+    fork = torch.random.fork_rng(devices=[])
+    with fork, warnings.catch_warnings(), _weights_on_cpu(model):
         warnings.filterwarnings(
             "ignore", "Already found a `peft_config`"
         )  # several adapters are intended

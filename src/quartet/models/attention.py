@@ -8,11 +8,12 @@ Here the kernel is named for each device and dtype (`backend`), and the same tab
 |--------|-------------------|-----------|--------------------------------------------------------|
 | CPU    | any               | rectangle | rows padded to one width; torch's CPU flash kernel     |
 | CUDA   | bfloat16, float16 | varlen    | rows end to end, flash attention with their starts     |
-| CUDA   | float32, float64  | efficient | rectangles, grouped keys and values repeated           |
+| CUDA   | float32           | efficient | rectangles, grouped keys and values repeated           |
 | others | any               | repeated  | rectangles, grouped keys and values repeated           |
 
 torch before 2.12 has no grouped heads in `varlen_attn`; there half precision on CUDA takes flash
-attention on rectangles ("flash").
+attention on rectangles ("flash"). Flash attention takes heads of a multiple of 8 coordinates, at
+most `FLASH_HEAD_SIZE`; other heads are computed as in float32.
 """
 
 import inspect
@@ -27,16 +28,21 @@ from quartet.models.packing import Packed, repacked, repeated, unpacked
 from quartet.tensors import Bool, Float, Int, Tensor
 
 Backend = Literal["rectangle", "varlen", "flash", "efficient", "repeated"]
-HAS_VARLEN = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+HAS_VARLEN = {"enable_gqa", "seqused_k"} <= {*inspect.signature(varlen.varlen_attn).parameters}
+FLASH_HEAD_SIZE = 256
+"""The most coordinates of a head that torch's flash attention takes."""
 
 
-def backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """Return what computes attention on a device in a dtype."""
+def backend(device: torch.device, dtype: torch.dtype, head_size: int) -> Backend:
+    """Return what computes attention on a device in a dtype, for heads of `head_size`
+    coordinates."""
     if device.type == "cpu":
         return "rectangle"
     if device.type != "cuda":
         return "repeated"
     if dtype not in {torch.bfloat16, torch.float16}:
+        return "efficient"
+    if head_size % 8 or head_size > FLASH_HEAD_SIZE:
         return "efficient"
     return "varlen" if HAS_VARLEN else "flash"
 
@@ -55,7 +61,7 @@ def causal_attention(
     `window`, to that many tokens at most, itself included. `cap` is that of `capped_attention`."""
     if window is not None and packed.width <= window:
         window = None
-    kind = backend(queries.device, queries.dtype)
+    kind = backend(queries.device, queries.dtype, queries.shape[-1])
     grouped = queries.shape[1] != keys.shape[1]
     repeats = packed.repeats
     if kind == "varlen" and cap is None:
@@ -148,7 +154,8 @@ def slot_attention(
     kv, columns = cache.shape[2] // 2, cache.shape[1]
     keys, values = cache[:, :, :kv], cache[:, :, kv:]
     grouped = queries.shape[1] != kv
-    if backend(queries.device, queries.dtype) == "varlen" and cap is None:
+    kind = backend(queries.device, queries.dtype, queries.shape[-1])
+    if kind == "varlen" and cap is None:
         attended = varlen.varlen_attn(
             queries,
             keys.flatten(0, 1),
@@ -197,10 +204,14 @@ def step_attention(
 
 
 def kernel(kind: Backend) -> AbstractContextManager[None]:
-    """Return a context in which `scaled_dot_product_attention` takes the kernel of a back end, and
-    raises where it cannot."""
-    if kind == "flash":
+    """Return a context in which `scaled_dot_product_attention` takes the kernel of a back end.
+
+    Where the efficient one cannot (float64, heads of an odd size), torch's plain kernel computes. A
+    kernel that the caller has excluded stays excluded: trust regions need second derivatives, which
+    only the plain one has.
+    """
+    if kind == "flash" and torch.backends.cuda.flash_sdp_enabled():
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION])
-    if kind == "efficient":
-        return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION])
+    if kind == "efficient" and torch.backends.cuda.mem_efficient_sdp_enabled():
+        return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     return nullcontext()

@@ -63,7 +63,7 @@ def create(shape: Shape, tokenizer: Tokenizer, seed: int) -> CausalModel:
     """Return a causal language model of this shape for this tokenizer, with random weights from the
     seed."""
     config = shape_config(shape, tokenizer)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: CausalModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     return model

@@ -367,6 +367,23 @@ def _logits_by_chunk(
         yield first, logits if kept is None else kept.applied_to(logits, first)
 
 
+class _Float32Product(torch.autograd.Function):
+    """h Wᵀ in float32, of numbers in half precision on a GPU. torch has no derivative of such a
+    product. Its gradients are products in half precision, as in `_HeadStatistics`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        d = grads[0].to(weight.dtype)
+        on_hidden, on_weight = ctx.needs_input_grad
+        return d @ weight if on_hidden else None, d.t() @ hidden if on_weight else None
+
+
 def head_logits(
     hidden: Float[Tensor, "N H"],
     weight: Float[Tensor, "V H"],
@@ -379,7 +396,7 @@ def head_logits(
     if hidden.dtype not in {torch.bfloat16, torch.float16}:
         return shape.applied_to(torch.nn.functional.linear(hidden, weight, bias))
     if hidden.is_cuda:  # a GPU adds up in float32 anyway, and need only keep the sums
-        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        logits: Tensor = _Float32Product.apply(hidden, weight)  # type: ignore[no-untyped-call]
     else:
         logits = hidden.float() @ weight.float().t()
     return shape.applied_to(logits if bias is None else logits.add_(bias))

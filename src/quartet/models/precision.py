@@ -31,10 +31,16 @@ def best_precision(device: torch.device) -> Precision:
     """Return bf16 on a GPU that computes in it, and fp32 elsewhere. A CPU can compute in bf16, too,
     but most are slower at it."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if has_bf16() else "fp32"
     if device.type == "mps":
         return "bf16" if torch.backends.mps.is_macos_or_newer(14, 0) else "fp32"
     return "fp32"
+
+
+def has_bf16() -> bool:
+    """Return whether the CUDA device in use computes in bf16. GPUs of NVIDIA before Ampere (V100,
+    T4) only convert such numbers, and flash attention does not run there."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def compute_in(model: Any, dtype: torch.dtype, head: Any = None) -> Any:

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from pydantic import ValidationError
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -283,7 +282,7 @@ class WorkerThread:
         if was_busy:
             self._threads.append(BackgroundThread("worker, after an interruption"))
         elif not self._threads:
-            self._threads.append(_worker_thread())
+            self._threads.append(BackgroundThread("worker"))
         # Before the call is handed over: an interruption in between must not leave it unnoticed.
         self._is_busy = True
         try:
@@ -302,13 +301,6 @@ class WorkerThread:
             else:
                 thread.finish()
         self._threads = []
-
-
-def _worker_thread() -> BackgroundThread:
-    thread = BackgroundThread("worker")
-    if torch.cuda.is_initialized():  # the device is a property of the thread
-        thread.start(partial(torch.cuda.set_device, torch.cuda.current_device()))
-    return thread
 
 
 class LocalWorkers:

@@ -1,0 +1,174 @@
+"""Forward passes on torch's own fake CUDA tensors, in a build of torch without CUDA.
+
+A fake tensor has a shape, a dtype and a device, and no numbers. torch's rules for each operation on CUDA tensors are applied to it:
+which devices mix, which dtypes, what is differentiable. These rules are other code than that of `pretended_device.py`, and neither was
+written from the other. Tensors in main memory stay real, since what decides shapes is computed there.
+
+`python -m tests.support.fake_gpu` runs the passes and prints, for each, the operations that have no derivative. It needs a process of its
+own: a device guard for CUDA is put into torch's table of guards, which autograd asks for the current stream. No backward pass can be run
+with it.
+"""
+
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+CUDA_TYPE, META_TYPE, TYPES = 1, 14, 21
+"""Numbers of c10::DeviceType, and how many there are."""
+GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
+WAITS = frozenset({"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose"})
+"""What the host waits for. The answer is True or 1."""
+GPU = torch.device("cuda", 0)
+
+
+def install_guard() -> None:
+    """Have torch take the guard of its meta device for CUDA's, which does nothing."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * TYPES).in_dll(library, GUARDS)
+    guards[CUDA_TYPE] = guards[META_TYPE]
+    torch.cuda._lazy_init = lambda: None
+    torch.cuda.mem_get_info = lambda *_: (60 * 10**9, 80 * 10**9)
+    torch.cuda.memory_reserved = torch.cuda.memory_allocated = lambda *_: 0
+    torch._C._set_only_lift_cpu_tensors(
+        True
+    )  # torch.tensor(…, device="cuda") makes one on the CPU first
+
+
+class FakeGPU(TorchDispatchMode):
+    """Fake tensors for CUDA, real ones for the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        flat = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        asks_for_gpu = device is not None and torch.device(device).type == "cuda"
+        if not asks_for_gpu and not any(isinstance(x, FakeTensor) for x in flat):
+            return func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name in WAITS:
+            return (
+                1
+                if args[0].dtype != torch.bool and name in {"item", "_local_scalar_dense"}
+                else True
+            )
+        if name == "copy_" and not isinstance(
+            args[0], FakeTensor
+        ):  # what comes back has no numbers
+            return args[0].zero_()
+        if name == "_varlen_attn":
+            check_flash_attention(*flat)
+        real = {id(x): x for x in flat}
+
+        def faked(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
+                return x
+            made = self.fakes.from_tensor(x.detach())
+            real[id(made)] = x
+            return made
+
+        with self.fakes:
+            out = func(*tree_map(faked, args), **tree_map(faked, kwargs))
+
+        def known(x: Any) -> Any:
+            if isinstance(x, FakeTensor) and x.device.type == "cpu":
+                return real[id(x)] if id(x) in real else torch.zeros(x.shape, dtype=x.dtype)
+            return x
+
+        return tree_map(known, out)
+
+
+def check_flash_attention(*tensors: Any) -> None:
+    """Raise where torch's flash attention on rows end to end would (mha_varlen_fwd, torch 2.13): the fake kernel checks nothing."""
+    heads, starts = tensors[:3], tensors[3:]
+    assert all(x.device == GPU for x in tensors), [x.device for x in tensors]
+    assert all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in heads)
+    assert heads[0].shape[-1] % 8 == 0 and heads[0].shape[-1] <= 256
+    assert heads[0].shape[1] % heads[1].shape[1] == 0 and heads[1].shape == heads[2].shape
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in starts)
+    lengths = [len(starts[0]), len(starts[0]), len(starts[0]) - 1][: len(starts)]
+    assert [len(x) for x in starts] == lengths
+
+
+def model_of(kind: str, auto: Any = AutoModelForCausalLM, **more: Any) -> Any:
+    config = AutoConfig.for_model(
+        kind, vocab_size=24, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=64, eos_token_id=1, num_labels=1, **more,
+    )  # fmt: skip
+    with GPU:
+        return auto.from_config(config, dtype=torch.float32).eval()
+
+
+MODELS = {
+    "llama": {},
+    "gemma3_text": {
+        "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16,
+    },
+}  # fmt: skip
+
+
+def without_derivative(*outputs: Any) -> list[str]:
+    """Return the nodes behind some outputs that stand for operations without a derivative."""
+    waiting, seen, found = [x.grad_fn for x in outputs], set(), []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "NotImplemented" in node.name():
+            found.append(node.name())
+        waiting += [following for following, _ in node.next_functions]
+    assert len(seen) > 10, "no graph was recorded"
+    return found
+
+
+def passes() -> dict[str, list[str]]:
+    """Return what has no derivative in each forward pass."""
+    from quartet.generation.decoders import make_decoder
+    from quartet.generation.sampling import Sampling, draw
+    from quartet.generation.slots import SlotDecoder
+    from quartet.models.actor_critic import Separate, freeze
+    from quartet.models.heads import ScalarModel
+    from quartet.models.precision import compute_in
+
+    found = {}
+    tokens, mask = torch.randint(4, 24, (4, 9)), torch.zeros(4, 9, dtype=torch.bool)
+    mask[:, 4:8] = True
+    for kind, more in MODELS.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            actor = compute_in(model_of(kind, **more), dtype)
+            classifier = model_of(kind, AutoModelForSequenceClassification, **more)
+            critic = ScalarModel(classifier).compute_in(dtype)
+            reference = compute_in(freeze(model_of(kind, **more)), dtype)
+            forward = Separate(actor, critic).forward(tokens, mask, 1.0, True, reference)
+            outputs = (forward.logprobs, forward.entropy, forward.values, forward.exact_kl)
+            assert all(x.device == GPU and x.dtype == torch.float32 for x in outputs)
+            found[f"{kind}, {dtype}"] = without_derivative(*outputs)
+        decoder = make_decoder(compute_in(model_of(kind, **more), torch.bfloat16), 40)
+        assert isinstance(decoder, SlotDecoder)
+        with torch.inference_mode():
+            logits = decoder.prefill([[3, 4, 5], [4, 5, 6, 7]], 3)
+            for _ in range(9):
+                noise = torch.rand(len(logits)).to(GPU)
+                logits = decoder.step(draw(logits, Sampling(top_k=4), noise).tokens)
+            decoder.keep(torch.ones(6, dtype=torch.bool, device=GPU))
+        assert logits.shape == (6, 24) and logits.dtype == torch.float32 and logits.device == GPU
+        found[f"{kind}, decoding"] = []
+    return found
+
+
+if __name__ == "__main__":
+    install_guard()
+    with FakeGPU():
+        result = passes()
+    print(json.dumps(result))
