@@ -1,15 +1,17 @@
 """The world of long_answers.py: answers of several chapters, a few of whose tokens decide."""
 
+import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import quartet
 from quartet.worlds.tokenizers import character_tokenizer
 
-PROMPT, FIRST_LETTER = "?", 0x4E00
+EASY, HARD, FIRST_LETTER = "?", "!", 0x4E00
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,10 @@ class World:
     A chapter begins with one of two options, a capital letter, and goes on with a fixed sequence of
     letters. Every fourth of these has two forms, which count for nothing. An answer is right if all
     chapters are whole and their options are the right ones, which only its end tells.
+
+    With one prompt, the right options are the same for all answers. With more, a prompt names the
+    right option of each chapter in lower case, after "?" or "!". Those with "!" are hard: there,
+    demonstrations are half as far above chance.
     """
 
     chapters: int = 4
@@ -26,16 +32,23 @@ class World:
     remark: int = 64
     right_share: float = 0.65
     """The share of demonstrations in which a chapter's option is the right one."""
+    prompts: int = 1
+    """At most 2 ** (chapters + 1)."""
 
     @property
     def options(self) -> list[str]:
         """The two options of each chapter."""
         return [chr(65 + 2 * k) + chr(66 + 2 * k) for k in range(self.chapters)]
 
-    @property
-    def right(self) -> str:
-        """The right option of each chapter: the first and the second by turns."""
-        return "".join(pair[k % 2] for k, pair in enumerate(self.options))
+    @cached_property
+    def right(self) -> dict[str, str]:
+        """The right option of each chapter, by prompt. With one prompt: the first and the second
+        option by turns. With more: every second prompt is hard."""
+        if self.prompts == 1:
+            return {EASY: "".join(pair[k % 2] for k, pair in enumerate(self.options))}
+        every = map("".join, itertools.product(*self.options))
+        prompts = ((kind + right.lower(), right) for right in every for kind in (EASY, HARD))
+        return dict(itertools.islice(prompts, self.prompts))
 
     def forms(self, chapter: int, place: int) -> str:
         """Return the forms of a letter; the remark is the last chapter."""
@@ -49,7 +62,9 @@ class World:
 
     def tokenizer(self) -> Any:
         letters = (forms for k in range(self.chapters + 1) for forms in self._sequence(k))
-        return character_tokenizer(PROMPT + "".join([*self.options, *letters]))
+        answers = "".join([*self.options, *letters])
+        prompts = dict.fromkeys("".join(self.right))
+        return character_tokenizer("".join(prompts) + answers)
 
     def answer(self, options: Sequence[str], rng: random.Random) -> str:
         """Return an answer with these options; half of all have the remark."""
@@ -59,20 +74,27 @@ class World:
         return "".join(o + "".join(map(rng.choice, letters)) for o, letters in chapters)
 
     def demonstrations(self, count: int, rng: random.Random) -> Iterator[dict[str, str]]:
-        for _ in range(count):
-            yield {"prompt": PROMPT, "completion": self.answer(self._careless(rng), rng)}
+        for prompt in self._in_turn(count):
+            yield {"prompt": prompt, "completion": self.answer(self._careless(prompt, rng), rng)}
 
     def comparisons(self, count: int, rng: random.Random) -> Iterator[dict[str, str]]:
         """Yield a right answer beside a wrong one."""
-        for _ in range(count):
-            while (wrong := self._careless(rng)) == list(self.right):
+        for prompt in self._in_turn(count):
+            right = self.right[prompt]
+            while (wrong := self._careless(prompt, rng)) == list(right):
                 pass
-            chosen, rejected = self.answer(self.right, rng), self.answer(wrong, rng)
-            yield {"prompt": PROMPT, "chosen": chosen, "rejected": rejected}
+            chosen, rejected = self.answer(right, rng), self.answer(wrong, rng)
+            yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
-    def _careless(self, rng: random.Random) -> list[str]:
-        pairs = zip(self.options, self.right, strict=True)
-        return [r if rng.random() < self.right_share else p.replace(r, "") for p, r in pairs]
+    def _in_turn(self, count: int) -> Iterator[str]:
+        return itertools.islice(itertools.cycle(self.right), count)
+
+    def _careless(self, prompt: str, rng: random.Random) -> list[str]:
+        share = self.right_share
+        if prompt.startswith(HARD):
+            share = (0.5 + share) / 2
+        pairs = zip(self.options, self.right[prompt], strict=True)
+        return [r if rng.random() < share else p.replace(r, "") for p, r in pairs]
 
     def options_of(self, text: str) -> str | None:
         """Return the options of an answer, or None where it has not the form of demonstrations: a
@@ -87,9 +109,11 @@ class World:
         )
         return options if formed else None
 
-    def reward(self, responses: Sequence[str]) -> list[float]:
-        """Return 1 for each response of the right form with the right options, else 0."""
-        return [float(self.options_of(response) == self.right) for response in responses]
+    def reward(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """Return 1 for each response of the right form with the options that its prompt makes
+        right, else 0."""
+        pairs = zip(prompts, responses, strict=True)
+        return [float(self.options_of(response) == self.right[p]) for p, response in pairs]
 
 
 @dataclass(frozen=True)
@@ -97,6 +121,7 @@ class Answer:
     """A sampled answer: what the policy and the critic said of it."""
 
     world: World
+    prompt: str
     text: str
     values: list[float]
     """Of the critic, before each token."""
@@ -105,20 +130,29 @@ class Answer:
     score: float
 
     @classmethod
-    def of(cls, world: World, tokens: Sequence[dict[str, Any]]) -> "Answer | None":
-        """Return the answer that these rows of tokens are; None for one of another form."""
+    def of(cls, world: World, rows: Iterable[dict[str, Any]]) -> "Answer | None":
+        """Return the answer that these rows of tokens, prompt and response, are; None for one of
+        another form."""
+        tokens: list[dict[str, Any]] = []
+        prompt = ""
+        for row in rows:
+            if row["is_response"]:
+                tokens.append(row)
+            else:
+                prompt += row["text"]
         text = "".join(row["text"] for row in tokens).removesuffix("<eos>")
         options = world.options_of(text)
         if options is None:
             return None
         firsts = tokens[: world.chapters * (world.letters + 1) : world.letters + 1]
         probs = [math.exp(row["old_logprob"]) for row in firsts]
-        right = [o == r for o, r in zip(options, world.right, strict=True)]
+        chosen = zip(probs, options, world.right[prompt], strict=True)
         return cls(
             world,
+            prompt,
             text,
             [row["value"] for row in tokens],
-            [p if is_right else 1 - p for p, is_right in zip(probs, right, strict=True)],
+            [p if option == wanted else 1 - p for p, option, wanted in chosen],
             tokens[0]["score"],
         )
 
@@ -130,14 +164,14 @@ class Answer:
         An option was chosen at 0.6, 0.5 is to come, a chapter has one letter, formed = 1: 0.3, 0.5,
         0.5, 1, …
         """
-        chapter, values = self.world.letters + 1, []
+        chapter, right, values = self.world.letters + 1, self.world.right[self.prompt], []
         length = len(self.values)
         for place in range(length):
             begun = min((place + chapter - 1) // chapter, self.world.chapters)
             chosen = self.text[: begun * chapter : chapter]
-            right = chosen == self.world.right[:begun]
             rest = formed ** ((length - place) / length)
-            values.append(math.prod(self.option_probs[begun:]) * rest if right else 0.0)
+            to_come = math.prod(self.option_probs[begun:]) * rest
+            values.append(to_come if chosen == right[:begun] else 0.0)
         return values
 
 
@@ -154,8 +188,7 @@ def answers_of(world: World, run: quartet.Run, step: int) -> Answers:
     rows: dict[int, list[dict[str, Any]]] = {}
     columns = ["sample", "is_response", "text", "old_logprob", "value", "score"]
     for row in run.rollouts(step, columns=columns).to_pylist():
-        if row["is_response"]:
-            rows.setdefault(row["sample"], []).append(row)
+        rows.setdefault(row["sample"], []).append(row)
     found = (Answer.of(world, tokens) for tokens in rows.values())
     answers = [answer for answer in found if answer is not None]
     return Answers(answers, len(answers) / len(rows))

@@ -25,7 +25,7 @@ from typing import Any
 
 import paper
 import transformers
-from chapters import PROMPT, Answers, World, answers_of
+from chapters import Answers, World, answers_of
 
 import quartet
 
@@ -46,6 +46,7 @@ class Plan:
     steps: int = 24
     responses: int = 32
     seeds: int = 3
+    layers: int = 1
 
 
 SMALL = Plan(World(2, 5, 3), 16, 150, 2, 2, 8, 2, 4, 1)
@@ -113,9 +114,9 @@ class Study:
         self.plan, self.folder, self.world = plan, folder, plan.world
         self.tokenizer = folder / "tokenizer"
         self.world.tokenizer().save_pretrained(self.tokenizer)
-        self.sft = self._run("sft", 0, self._sft) / "sft"
+        self.sft = self.run("sft", 0, self._sft) / "sft"
 
-    def _run(self, name: str, seed: int, settings: Callable[[], dict[str, Any]]) -> Path:
+    def run(self, name: str, seed: int, settings: Callable[[], dict[str, Any]]) -> Path:
         def train() -> Any:
             return quartet.train(seed=seed, folder=self.folder, name=name, **settings())
 
@@ -134,7 +135,7 @@ class Study:
         return {"data": every[:kept], "eval_data": every[kept:], **tokens}
 
     def _sft(self) -> dict[str, Any]:
-        shape = {"hidden_size": self.plan.width, "num_layers": 1, "num_heads": 2}
+        shape = {"hidden_size": self.plan.width, "num_layers": self.plan.layers, "num_heads": 2}
         shape["max_length"] = self._longest + 72
         return {
             "recipe": "sft",
@@ -157,19 +158,26 @@ class Study:
                 **self._data(self.world.comparisons(8 * self.plan.reward_steps + 200, rng)),
             }
 
-        return self._run("reward-model", 0, settings) / "reward_model"
+        return self.run("reward-model", 0, settings) / "reward_model"
 
-    def _rl(self, algorithm: dict[str, Any], critic: str, **settings: Any) -> dict[str, Any]:
-        rollout = {"prompts_per_step": 1, "samples_per_prompt": self.plan.responses}
+    def step_of(self, answers: int, each: int | None = None) -> dict[str, Any]:
+        """Return the settings of steps with so many answers, `each` to a prompt; by default as few
+        to a prompt as the number of prompts allows."""
+        each = each or max(answers // self.world.prompts, 1)
+        return {"rollout.prompts_per_step": answers // each, "rollout.samples_per_prompt": each}
+
+    def rl(self, algorithm: dict[str, Any], critic: str, **settings: Any) -> dict[str, Any]:
+        """Return the settings of RL from the SFT policy, with this critic or "none"."""
         optim = {"lr": 5e-4, "critic_lr": 5e-3, "epochs": 1, "minibatches": 4}
         return {
             "recipe": algorithm["preset"],
             "policy": str(self.sft),
-            "data": [{"prompt": PROMPT}],
-            "eval_data": [{"prompt": PROMPT}],
+            "data": [{"prompt": prompt} for prompt in self.world.right],
+            "eval_data": [{"prompt": prompt} for prompt in self.world.right],
             "reward": self.world.reward,
             "algorithm": algorithm,
-            "rollout": rollout | {"max_new_tokens": self._longest},
+            "rollout.max_new_tokens": self._longest,
+            **self.step_of(self.plan.responses),
             "optim": optim,
             **({} if critic == "none" else {"critic": {"init": critic}}),
             **settings,
@@ -185,9 +193,9 @@ class Study:
             steps = self.plan.pretraining_steps
             critic = str(self.reward_model())
             warmup = {"optim.critic_warmup_steps": steps, "optim.epochs": 5}
-            return self._rl(algorithm, critic, steps=steps, **warmup, **SPARSE)
+            return self.rl(algorithm, critic, steps=steps, **warmup, **SPARSE)
 
-        return self._run(f"critic-{value_lam:g}-{seed}", seed, settings) / "critic"
+        return self.run(f"critic-{value_lam:g}-{seed}", seed, settings) / "critic"
 
     def critic(self, origin: str, seed: int) -> str:
         """Return what `critic.init` is for an origin."""
@@ -201,21 +209,21 @@ class Study:
         """Return answers of the SFT policy with the values of a critic, before it learns."""
 
         def settings() -> dict[str, Any]:
-            own = {"optim.critic_warmup_steps": 1, "rollout.samples_per_prompt": self.plan.probed}
-            return self._rl(VAPO, self.critic(origin, seed), steps=1, **own)
+            own = {**self.step_of(self.plan.probed), "optim.critic_warmup_steps": 1}
+            return self.rl(VAPO, self.critic(origin, seed), steps=1, **own)
 
         name = f"probe-{ORIGINS.index(origin)}-{seed}"
-        return answers_of(self.world, quartet.Run(self._run(name, seed, settings)), 1)
+        return answers_of(self.world, quartet.Run(self.run(name, seed, settings)), 1)
 
     def trained(self, variant: Variant, seed: int) -> quartet.Run:
         """Return the run of a variant."""
 
         def settings() -> dict[str, Any]:
             critic = "none" if variant.critic == "none" else self.critic(variant.critic, seed)
-            return self._rl(variant.algorithm, critic, steps=self.plan.steps, **SPARSE)
+            return self.rl(variant.algorithm, critic, steps=self.plan.steps, **SPARSE)
 
         name = f"rl-{VARIANTS.index(variant)}-{seed}"
-        return quartet.Run(self._run(name, seed, settings))
+        return quartet.Run(self.run(name, seed, settings))
 
 
 ORIGINS = ("fresh head", "reward model", "pretrained, λ = 0.95", "pretrained")
