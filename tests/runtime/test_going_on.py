@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from quartet.loops.progress import Progress
 from quartet.recipes import recipe_path
 from quartet.recording.run_folder import RunFolder, read_record, sweep_strays
 from quartet.runtime.events import Advanced, Started
+from quartet.runtime.pipeline import Pipeline
 from tests.cli.test_screen import STAGE, shown
 from tests.support.tiny_run import SMALL, SMALL_REVIEWS, make_run
 
@@ -233,3 +235,37 @@ def test_what_begins_two_runs_at_once_gets_two_folders(tmp_path):
         for folder in made
     )
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("at", "step", "kept"),
+    [
+        ("sft", 2, -1),
+        ("custom", 0, 0),
+        ("custom", 2, 2),
+        ("evaluation", 0, 6),
+        ("evaluation", 1, 6),
+    ],
+)
+@pytest.mark.parametrize("first_step", [None, 0])
+def test_rollouts_of_any_stage_that_samples_stay_behind_it(at, step, kept, first_step):
+    """Only those of RL stages did, and a run that was killed in its evaluation lost all others."""
+    sampling = {"samples": True, "num_steps": 6}
+    sampling |= {} if first_step is None else {"first_step": first_step}
+    stages = [
+        SimpleNamespace(name="sft", num_steps=4),
+        SimpleNamespace(name="custom", **sampling),
+        SimpleNamespace(name="evaluation", num_steps=2),
+    ]
+    found = []
+    folder = SimpleNamespace(
+        cut_back=lambda size, last: found.append(last),
+        record=lambda: SimpleNamespace(events=[]),
+        event=lambda *_, **__: None,
+    )
+    pipeline = Pipeline.__new__(Pipeline)
+    pipeline.stages, pipeline.folder = stages, folder
+    pipeline.checkpoints = SimpleNamespace(stages={s.name: i for i, s in enumerate(stages)})
+    facts = {"stage": at, "step": step, "events": {"size": 0}}
+    pipeline.cut_back(SimpleNamespace(facts=facts, name="x"))
+    assert found == [kept]

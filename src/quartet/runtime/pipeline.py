@@ -114,11 +114,12 @@ class Pipeline:
         event that the checkpoint was written stays."""
         stage, step = since.facts["stage"], since.facts["step"]
         place = self.checkpoints.stages[stage]
-        # Of an RL stage itself, later rollouts go; of those before, all stay; of later ones, none.
+        # Of a stage that samples, later rollouts go; of those before all stay, of later ones none.
         last_rollouts = -1
         for number, one in enumerate(self.stages[: place + 1]):
-            if isinstance(one, RLStage):
-                last_rollouts = max(step, one.first_step) if number == place else one.num_steps
+            if getattr(one, "samples", False):
+                first = getattr(one, "first_step", 0)
+                last_rollouts = max(step, first) if number == place else one.num_steps
         seconds = self._seconds_of(since.name)
         self.folder.cut_back(since.facts["events"]["size"], last_rollouts)
         if step:

@@ -47,6 +47,11 @@ class CustomStage:
         return type(self.source).__name__
 
     @property
+    def samples(self) -> bool:
+        """Whether its steps have rollouts."""
+        return self.responses is not None
+
+    @property
     def num_steps(self) -> int:
         return self.source.steps
 

@@ -55,6 +55,11 @@ class PreferenceStage:
     def title(self) -> str:
         return self.name.replace("_", " ")
 
+    @property
+    def samples(self) -> bool:
+        """Whether its steps have rollouts."""
+        return self.online is not None
+
     def begin(self, folder: Path) -> StageRun:
         model = self.load_policy(folder)
         if self.online is not None:

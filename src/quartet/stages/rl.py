@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import TypeAdapter
 
@@ -173,6 +173,9 @@ class RLStage:
     first_step: int = 0
     """The number of the last step of the rounds before."""
     round: Round = ONLY_ROUND
+
+    samples: ClassVar[bool] = True
+    """Whether its steps have rollouts."""
 
     @property
     def title(self) -> str:
