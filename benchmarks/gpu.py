@@ -265,10 +265,11 @@ def make_learner(shape: Qwen, model: Any, algorithm: Algorithm, device: torch.de
     critic = None
     if algorithm.needs_critic:
         torch.manual_seed(1)
-        classifier = AutoModelForSequenceClassification.from_config(
-            shape.config(num_labels=1), dtype=torch.float32
-        )
-        critic = ScalarModel(checkpoint_blocks(classifier.to(device))).compute_in(torch.bfloat16)
+        with device:  # seven billion random numbers take minutes on a CPU
+            classifier = AutoModelForSequenceClassification.from_config(
+                shape.config(num_labels=1), dtype=torch.float32
+            )
+        critic = ScalarModel(checkpoint_blocks(classifier)).compute_in(torch.bfloat16)
     return Learner(
         Separate(actor, critic),
         freeze(model) if algorithm.needs_reference else None,

@@ -296,3 +296,12 @@ def test_prompts_are_asked_about_their_last_tokens():
     assert packed.tokens.tolist() == [5, 6, 7, 8] and packed.positions.tolist() == [0, 1, 2, 0]
     assert packed.output_index.tolist() == [2, 3] and packed.places.tolist() == [0, 1, 2, 3]
     assert pack_rows([[5, 6], [8, 9]], torch.device("cpu")).places is None
+
+
+def test_a_forward_pass_that_differs_is_not_taken_and_the_log_says_so(monkeypatch, caplog):
+    """It would be seen by its speed alone."""
+    monkeypatch.setattr("quartet.models.fused.DIFFERENCE", -1.0)
+    trunk = model().base_model
+    assert not has_fused_forward(trunk, 10) and not has_fused_forward(trunk, 10)
+    [record] = caplog.records
+    assert record.message.startswith("llama: Quartet's forward pass and transformers' differ")

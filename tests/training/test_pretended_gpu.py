@@ -354,10 +354,30 @@ def test_so_many_rows_are_decoded_together_as_their_logits_leave_room_for(monkey
     assert free / 2 - per_row < decoder.max_rows * per_row <= free / 2
 
 
+def test_samples_of_one_prompt_may_be_more_rows_than_memory_is_for():
+    with pretended():
+        made = compute_in(on_device(deeper(1)), BF16)
+        generator = NativeGenerator(made, tokenizer(), frozenset({1}), 0, max_rows=4)
+        assert len(generator.generate(prompts(2), Sampling(max_new_tokens=4), 11)) == 22
+
+
 def test_new_weights_are_drawn_without_a_word_about_several_gpus(monkeypatch):
     """torch warns where it is not told which devices' random numbers to keep; models are made on the CPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     add_adapter(model(), Lora(rank=2), "policy", 0)
+
+
+def test_a_gpu_that_torch_has_no_kernels_for_is_refused(monkeypatch):
+    """Memory can be had of it: the first kernel fails."""
+
+    def no_kernel(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    with pytest.raises(ModelError, match=r'"cuda:0": cannot be used here \(CUDA error: no kernel'):
+        device("auto")
 
 
 def test_a_gpu_that_torch_cannot_use_is_spoken_of(monkeypatch, tmp_path):

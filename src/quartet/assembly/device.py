@@ -30,7 +30,8 @@ def device(name: str, process_group: ProcessGroup = SINGLE_PROCESS) -> torch.dev
     if name == "cuda" and torch.cuda.is_available():
         name = f"cuda:{process_group.local_rank % torch.cuda.device_count()}"
     try:
-        found = torch.empty(0, device=name).device
+        # Filled by a kernel: a build of torch may have none for a GPU that is older or newer.
+        found = torch.ones(1, device=name).device
         if found.type == "cuda":  # CUDA graphs, and libraries with kernels of their own, ask for it
             torch.cuda.set_device(found)
         return found

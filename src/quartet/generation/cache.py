@@ -17,7 +17,7 @@ LOGITS_HELD = 3
 """How often the logits of a row are in memory while its token is drawn. They count with its keys
 and values: of a vocabulary of 262,144 they are a megabyte each."""
 LOGITS_HELD_ON_GPU = 9
-"""The same on a GPU, which draws in more passes (`SAMPLING_COPIES` in `planning/gpu_memory.py`) and
+"""The same on CUDA, which draws in more passes (`SAMPLING_COPIES` in `planning/gpu_memory.py`) and
 whose recorded steps keep theirs."""
 
 PREFILL_TOKENS = 4096

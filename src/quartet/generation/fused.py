@@ -339,7 +339,7 @@ class FusedDecoder:
         row = row_of(trunk)
         self.norm = HeldNorm(submodule(trunk, row.last_norm), row.norm)
         numbers = len(layers) * 2 * self.kv_heads * self.head_size * columns
-        held = LOGITS_HELD if self.device.type == "cpu" else LOGITS_HELD_ON_GPU
+        held = LOGITS_HELD_ON_GPU if self.device.type == "cuda" else LOGITS_HELD
         row_bytes = numbers * self.dtype.itemsize + held * len(self.embedding.table) * 4
         fit = cache_bytes(self.device) // row_bytes
         self.max_rows = max_rows or max(fit, MIN_ROWS)

@@ -187,7 +187,8 @@ class SlotDecoder(FusedDecoder):
         """Make room for so many rows and columns. Recorded steps are of the old cache."""
         if rows <= self.slots and columns <= self.columns:
             return
-        slots = bucket(max(rows, self.slots), SMALLEST, max(self.max_rows, SMALLEST))
+        # The samples of one prompt are decoded together, also where they are more than `max_rows`.
+        slots = bucket(max(rows, self.slots), SMALLEST, max(self.max_rows, rows, SMALLEST))
         wide = bucket(max(columns, self.columns), COLUMNS, 2**30)
         self.steps.clear()  # a graph holds memory of its own
         shape = (slots, wide, 2 * self.kv_heads, self.head_size)

@@ -13,6 +13,7 @@ leaves the two of a pair side by side. Queries and keys are reordered alike, so 
 stay the same.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -43,6 +44,7 @@ BLOCK_FORWARD = "block_forward"
 """The name under which a block that is sharded or compiled has `block_forward` as a method."""
 TRUNK_FORWARD = "trunk_forward"
 """The name under which a trunk that is sharded has `trunk_forward` as a method."""
+log = logging.getLogger(__name__)
 DIFFERENCE, BF16_DIFFERENCE = 1e-4, 0.05
 """How far apart, relative to its length, two forwards may leave a token's vector in float32, and
 the vectors of all tokens together in bfloat16. There they round some nine times a block, by up to
@@ -62,7 +64,14 @@ def has_fused_forward(trunk: Trunk, width: int) -> bool:
     sequences of up to `width` tokens."""
     if trunk not in _HAS_FUSED_FORWARD:
         config = getattr(trunk, "config", None)
-        _HAS_FUSED_FORWARD[trunk] = why_not_fused(config) is None and _agrees(trunk)
+        is_known = why_not_fused(config) is None
+        _HAS_FUSED_FORWARD[trunk] = is_known and _agrees(trunk)
+        if is_known and not _HAS_FUSED_FORWARD[trunk]:
+            log.warning(
+                "%s: Quartet's forward pass and transformers' differ by more than rounding on this "
+                "device. transformers' is used, which is slower.",
+                trunk.config.model_type,
+            )
     if not _HAS_FUSED_FORWARD[trunk]:
         return False
     longest = longest_fused(trunk.config)
