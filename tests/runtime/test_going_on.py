@@ -18,6 +18,7 @@ from quartet.recipes import recipe_path
 from quartet.recording.run_folder import RunFolder, read_record, sweep_strays
 from quartet.runtime.events import Advanced, Started
 from quartet.runtime.pipeline import Pipeline
+from quartet.training.checkpoint import Checkpoint
 from tests.cli.test_screen import STAGE, shown
 from tests.support.tiny_run import SMALL, SMALL_REVIEWS, make_run
 
@@ -267,5 +268,7 @@ def test_rollouts_of_any_stage_that_samples_stay_behind_it(at, step, kept, first
     pipeline.stages, pipeline.folder = stages, folder
     pipeline.checkpoints = SimpleNamespace(stages={s.name: i for i, s in enumerate(stages)})
     facts = {"stage": at, "step": step, "events": {"size": 0}}
-    pipeline.cut_back(SimpleNamespace(facts=facts, name="x"))
+    since = object.__new__(Checkpoint)
+    vars(since).update(path=Path("x"), facts=facts)
+    pipeline.cut_back(since)
     assert found == [kept]
