@@ -268,7 +268,5 @@ def test_rollouts_of_any_stage_that_samples_stay_behind_it(at, step, kept, first
     pipeline.stages, pipeline.folder = stages, folder
     pipeline.checkpoints = SimpleNamespace(stages={s.name: i for i, s in enumerate(stages)})
     facts = {"stage": at, "step": step, "events": {"size": 0}}
-    since = object.__new__(Checkpoint)
-    vars(since).update(path=Path("x"), facts=facts)
-    pipeline.cut_back(since)
+    pipeline.cut_back(Checkpoint(Path("x"), facts, {}, frozenset()))
     assert found == [kept]
