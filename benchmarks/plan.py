@@ -157,7 +157,8 @@ def print_seconds(case: list[str], stage: str, tokens: float) -> None:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Return the cases with what was planned and measured, in MB and seconds."""
+    """Return the cases with what was planned and measured, in MB and seconds of processor time;
+    empty where that was not measured."""
     lines = [
         "| case | planned | measured | planned / measured | `--measure`, a step | a step | ratio |",
         "|---|---|---|---|---|---|---|",
@@ -165,11 +166,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for case, facts in results.items():
         planned, peak = (facts[key] / 1e6 for key in ("planned", "peak"))
         cells = [case, f"{planned:,.0f} MB", f"{peak:,.0f} MB", f"{planned / peak:.2f}"]
-        expected, seconds = facts.get("expected"), facts["seconds"]
-        if expected is None:
-            cells += ["", f"{seconds:.2f} s", ""]
-        else:
-            cells += [f"{expected:.2f} s", f"{seconds:.2f} s", f"{expected / seconds:.2f}"]
+        expected, seconds = facts.get("expected"), facts.get("seconds")
+        cells += ["" if value is None else f"{value:.2f} s" for value in (expected, seconds)]
+        cells.append(f"{expected / seconds:.2f}" if expected and seconds else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

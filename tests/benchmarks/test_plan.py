@@ -34,10 +34,13 @@ def test_the_facts_of_a_run_by_hand():
 def test_the_table_of_what_was_measured():
     import plan
 
-    facts = {"planned": 110e6, "peak": 100e6, "seconds": 2.0, "stage": "sft", "tokens": 0.0}
-    lines = plan.table({"1m-sft-full": facts | {"expected": 1.5}, "1m-ppo-lora": facts}).split("\n")
+    untimed = {"planned": 110e6, "peak": 100e6, "stage": "sft", "tokens": 0.0}
+    facts = untimed | {"seconds": 2.0}
+    cases = {"1m-sft-full": facts | {"expected": 1.5}, "1m-ppo-lora": facts, "1m-ppo-full": untimed}
+    lines = plan.table(cases).split("\n")
     assert lines[2] == "| 1m-sft-full | 110 MB | 100 MB | 1.10 | 1.50 s | 2.00 s | 0.75 |"
     assert lines[3] == "| 1m-ppo-lora | 110 MB | 100 MB | 1.10 |  | 2.00 s |  |"
+    assert lines[4] == "| 1m-ppo-full | 110 MB | 100 MB | 1.10 |  |  |  |"
     recorded = json.loads(plan.RESULTS.read_text(encoding="utf-8"))
     assert recorded.keys() <= set(plan.CASES)
     assert all(0.85 < f["planned"] / f["peak"] < 1.15 for f in recorded.values())
