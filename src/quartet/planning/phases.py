@@ -135,7 +135,7 @@ class _Working:
     def embeddings(self) -> float:
         """Parameters of the embeddings, which the head shares or has as many of."""
         outside = self.policy - self.matrices
-        return min(self.model.vocabulary * self.model.hidden, outside) or outside
+        return float(min(self.model.vocabulary * self.model.hidden, outside) or outside)
 
     @cached_property
     def matrices(self) -> float:
