@@ -6,7 +6,7 @@ VAPO (arXiv 2504.05118) samples 512 prompts × 16 answers a step, and 8192 × 1 
 ablation without group sampling. Here a step has 32 answers: 32 prompts × 1, 8 × 4, 4 × 8 or 2 × 16.
 The world is that of long_answers.py with 32 prompts, each of which names its own right options, so
 that the policy must read it; half of them are hard. All runs begin with the same SFT policy. Those
-with a critic begin with one that was pretrained as in long_answers.py, on 32 prompts × 1.
+with a critic begin with the same one, pretrained as in long_answers.py on 32 prompts × 1.
 
 The policy at the end of a run is measured by new answers to all prompts. Results are written after
 each run, and runs that are in the folder are not made again. Prints the table of
@@ -32,7 +32,7 @@ from long_answers import FIXED, NO_CRITIC, SPARSE, Plan, Variant
 import quartet
 
 RESULTS = paper.RESULTS / "group_sampling.json"
-PLAN = Plan(World(4, 7, 4, 0.8, prompts=32), 32, 600, 300, 20, steps=12, layers=2)
+PLAN = Plan(World(4, 7, 4, 0.8, prompts=32), 32, 600, 300, 20, steps=24, layers=2)
 SMALL = Plan(World(3, 5, 3, 0.8, prompts=16), 16, 150, 2, 2, 16, 2, 16, 1)
 HELD_OUT = 8
 """Answers to each prompt by which a policy is measured."""
@@ -128,7 +128,7 @@ def measured(
 
 def table(results: dict[str, Any]) -> str:
     """Return the table of docs/papers/long_answers.md."""
-    head = ["", "right, all prompts", "easy", "hard", "whole", "less the first row of VAPO"]
+    head = ["", "seeds", "right, all prompts", "easy", "hard", "whole", "less 32 × 1"]
     head += ["right, all steps", "critic explains"]
     return paper.table(head, (cells(results["runs"], name) for name in results["runs"]))
 
@@ -140,6 +140,7 @@ def cells(runs: dict[str, Any], name: str) -> list[str]:
     reference = next(row for row in runs if row != SFT)
     row = [
         name,
+        str(len(seeds)),
         paper.pm(shares),
         *(f"{statistics.fmean(kind):.2f}" for kind in by_kind),
         f"{statistics.fmean(seed['held_out_formed'] for seed in seeds):.2f}",

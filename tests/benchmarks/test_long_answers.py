@@ -339,6 +339,12 @@ def test_a_policy_is_measured_by_the_share_of_right_answers_to_each_prompt(
     assert sampling.right_of(found, [True]) == pytest.approx(1 / 32)
 
 
+def test_the_table_of_many_prompts_in_the_docs_is_of_the_results(sampling):
+    page = FOLDER.parent / "docs" / "papers" / "long_answers.md"
+    results = json.loads(sampling.RESULTS.read_text(encoding="utf-8"))
+    assert sampling.table(results) in page.read_text(encoding="utf-8")
+
+
 def test_differences_of_paired_seeds_have_the_interval_of_students_t(sampling):
     """Mean 0.2, deviation 0.1 of three: 0.2 ± 4.303 · 0.1 / √3 = 0.2 ± 0.248."""
     assert sampling.interval([0.1, 0.2, 0.3]) == "0.20 (−0.05 to 0.45)"
