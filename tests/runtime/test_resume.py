@@ -524,3 +524,13 @@ def test_a_key_that_is_no_setting_cannot_be_accepted(checkpointed):
     with pytest.raises(CannotResume, match=r"--accept optim\.lrr: no such .* mean optim\.lr\?"):
         chosen(checkpointed, accept=("optim.lrr",))
     assert chosen(checkpointed, accept=("optim.lr", "rollout.top_p")).checkpoint
+
+
+def test_a_signal_that_comes_as_a_run_ends_is_the_programs():
+    with Interruption() as kept:
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        kept.pass_on()
+    with Interruption() as none:
+        pass
+    none.pass_on()

@@ -185,6 +185,7 @@ class TrainingRun:
             self._screen = None
         self.finished, self.stage = True, None
         write_report(folder)
+        interruption.pass_on()
 
     def _execution(self) -> Execution | None:
         """Begin the run, or resume it where it has a folder already. None if it is done."""

@@ -125,6 +125,13 @@ class Interruption:
         finally:
             _set_alarm(0.0)
 
+    def pass_on(self) -> None:
+        """Send a signal that was kept, and that the run ended too soon to be stopped by, to what
+        handles it without this context: it was meant for the program."""
+        names = {"Ctrl-C": "SIGINT", "SIGTERM": "SIGTERM"}
+        if self.reason in names:
+            signal.raise_signal(getattr(signal, names[self.reason]))
+
     def check(self) -> None:
         """Raise `Interrupted` if a signal was kept."""
         if self.reason is not None:
