@@ -528,7 +528,7 @@ def test_a_key_that_is_no_setting_cannot_be_accepted(checkpointed):
 
 def test_a_signal_that_comes_as_a_run_ends_is_the_programs():
     with Interruption() as kept:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         kept.pass_on()
     with Interruption() as none:
