@@ -188,7 +188,8 @@ def test_log_probs_of_an_environments_tokens_are_left_out():
     assert found == [[[False, False, True, False, False, True]]]
 
 
-def test_a_type_that_is_no_class_is_said_with_what_to_write():
+def test_a_type_that_is_no_class_is_said_with_what_to_write(monkeypatch):
+    monkeypatch.setattr(quartet.StageSource, "members", {})
     table = {"recipe": "custom", "data": {"world": "sums"}, "custom": {"type": "nosuch"}}
     with pytest.raises(ConfigError, match=r"custom.type = .nosuch.: no such type. Name a class"):
         settings_of_table({**table, "policy": {"create": {"hidden_size": 16}}}, "test", "a test")

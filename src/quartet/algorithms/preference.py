@@ -7,8 +7,8 @@ comparisons.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from quartet.algorithms.by_name import ByName
 from quartet.algorithms.masked import masked
-from quartet.algorithms.named import Named
 from quartet.parts import Family, Field
 from quartet.tensors import Bool, Float, Int, Tensor, torch
 
@@ -281,7 +281,7 @@ class Simpo(PreferenceLoss):
         return -torch.nn.functional.logsigmoid(self.beta * difference - self.gamma)
 
 
-PREFERENCES: dict[str, PreferenceLoss] = Named(
+PREFERENCES: dict[str, PreferenceLoss] = ByName(
     {
         "dpo": Dpo(),
         "cdpo": Dpo(label_smoothing=0.1),

@@ -1,4 +1,4 @@
-"""Named compositions. Each is a row: the parts that differ from the defaults, and where they come
+"""ByName compositions. Each is a row: the parts that differ from the defaults, and where they come
 from. docs/algorithms.md has a section for each, with what the paper's code does otherwise."""
 
 from quartet.algorithms.advantages import AsEstimated, Gae, LengthAdaptiveGae, MonteCarlo, Whiten
@@ -12,11 +12,11 @@ from quartet.algorithms.baselines import (
     LengthWeightedBaseline,
     ReturnToGo,
 )
+from quartet.algorithms.by_name import ByName
 from quartet.algorithms.entropy import EntropyBonus, EntropyTarget
 from quartet.algorithms.groups import DynamicSampling
 from quartet.algorithms.imitation import PositiveExamples, Pretraining
 from quartet.algorithms.kl import AdaptiveCoef, KLInLoss, KLInReward, NoKL
-from quartet.algorithms.named import Named
 from quartet.algorithms.policy_loss import (
     Cispo,
     Clip,
@@ -249,6 +249,6 @@ FAMILIES: dict[str, dict[str, Algorithm]] = {
     "with a critic": WITH_CRITIC,
     "systems": SYSTEMS,
 }
-ALGORITHMS: dict[str, Algorithm] = Named(
+ALGORITHMS: dict[str, Algorithm] = ByName(
     {name: a for family in FAMILIES.values() for name, a in family.items()}
 )

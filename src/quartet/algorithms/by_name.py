@@ -7,7 +7,7 @@ from quartet.io.texts import did_you_mean
 T = TypeVar("T")
 
 
-class Named(dict[str, T]):
+class ByName(dict[str, T]):
     """A dictionary whose `KeyError` says which of its names may be meant."""
 
     def __missing__(self, name: object) -> NoReturn:
