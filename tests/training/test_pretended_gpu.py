@@ -438,6 +438,36 @@ def test_a_step_is_recorded_beside_threads_that_train_and_on_one_stream(monkeypa
     assert stream.device == CUDA
 
 
+def test_a_step_that_cannot_be_recorded_is_computed_without_a_graph(monkeypatch, caplog):
+    """The first card may refuse what was only read about: the run goes on, and says that it is slower."""
+
+    def decoded():
+        with pretended(), torch.inference_mode():
+            torch.manual_seed(0)
+            decoder = SlotDecoder(compute_in(on_device(deeper(1)), BF16), 40)
+            decoder.prefill([[3, 4, 5]], 9)
+            tokens = torch.zeros(9, dtype=torch.long, device=CUDA)
+            return [decoder.step(tokens).float().cpu().tolist() for _ in range(3)]
+
+    expected = decoded()
+
+    def refuse(_, stream, capture_error_mode):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("quartet.generation.slots._can_record", lambda *_: True)
+    stands = {"Stream": Recorded, "CUDAGraph": Recorded, "graph": refuse}
+    stands["current_stream"] = lambda *_: Recorded()
+    stands["stream"] = stands["device"] = lambda _: contextlib.nullcontext()
+    for name, value in stands.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr("quartet.generation.slots._NOT_RECORDED", set())
+    _side_stream.cache_clear()
+    assert decoded() == expected
+    _side_stream.cache_clear()
+    [said] = [r.message for r in caplog.records if r.name == "quartet.generation.slots"]
+    assert "not permitted" in said and "Sampling goes on without graphs" in said
+
+
 def test_the_pretended_device_tells_faults():
     """It raises where devices mix, and counts what a wait is."""
     with pretended() as counts:

@@ -7,6 +7,7 @@ for each pair. Whether rows have ended is looked at every `LOOK_EVERY` tokens on
 """
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,9 @@ COLUMNS = 256
 """A cache has a power of two times so many columns."""
 SMALLEST = 8
 """The smallest number of slots that are computed."""
+log = logging.getLogger(__name__)
+_NOT_RECORDED: set[torch.device] = set()
+"""Devices on which recording a step has failed."""
 WARM_UPS = 2
 """Steps before one is recorded: kernels are chosen, and workspaces allocated, at first use."""
 
@@ -111,16 +115,37 @@ class SlotDecoder(FusedDecoder):
         return logits[: self.rows]
 
     def _recorded(self, count: int) -> Callable[[], Tensor]:
-        """Return a function that computes a step of so many slots: on a GPU, a graph's replay."""
+        """Return a function that computes a step of so many slots: on a GPU, a graph's replay.
+
+        Where a step cannot be recorded, its kernels are asked for one by one, and the log says so.
+        """
 
         def eager() -> Tensor:
             logits = self._step(count)
             self.lengths[:count] += 1
             return logits
 
-        if not _can_record(self.device, any(block.up is None for block in self.blocks)):
+        has_experts = any(block.up is None for block in self.blocks)
+        if self.device in _NOT_RECORDED or not _can_record(self.device, has_experts):
             return eager
         lengths = self.lengths.clone()
+        try:
+            return self._captured(count, eager)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            _NOT_RECORDED.add(self.device)
+            log.warning(
+                "a decoding step cannot be recorded as a CUDA graph (%s). Sampling goes on without "
+                "graphs, which is slower.",
+                error,
+            )
+            return eager
+        finally:
+            self.lengths.copy_(lengths)
+
+    def _captured(self, count: int, eager: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return the replay of a step that is recorded as a graph. It changes `lengths`."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):  # a new thread's current device is the first one
             stream = _side_stream(self.device)
@@ -133,7 +158,6 @@ class SlotDecoder(FusedDecoder):
             # "thread_local": another thread may train meanwhile, and may ask for memory.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 logits = eager()
-        self.lengths.copy_(lengths)
 
         def replay() -> Tensor:
             graph.replay()
