@@ -730,7 +730,7 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     chosen = []
     monkeypatch.setattr(
-        torch, "empty", lambda size, device: chosen.append(device) or torch.zeros(size)
+        torch, "ones", lambda size, device: chosen.append(device) or torch.zeros(size)
     )
     for rank in range(4):
         device("auto", TorchProcessGroup(rank, 4))
