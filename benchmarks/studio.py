@@ -31,28 +31,14 @@ from quartet.config.toml import read_settings
 from quartet.recipes import recipe_path
 from quartet.recording import tokens
 from quartet.recording.run_folder import RunFolder
-from quartet.recording.tokens import TokenTexts, write_tokens
+from quartet.recording.tokens import NUMBERS, TokenTexts, write_tokens
 from quartet.runs.reader import Run
 from quartet.runtime import events, pipeline
 from quartet.stages import rl
 
 RESULTS = Path(__file__).parent / "results" / "studio.json"
 PORT = 8799
-COLUMNS = (
-    "logprob",
-    "old_logprob",
-    "ref_logprob",
-    "kl",
-    "reward",
-    "penalty",
-    "value",
-    "td_error",
-    "raw_advantage",
-    "advantage",
-    "return",
-    "ratio",
-    "entropy",
-)
+COLUMNS = tuple(name for name in NUMBERS if name not in {"change", "clipped"})
 
 
 def long_run(folder: Path, steps: int) -> None:

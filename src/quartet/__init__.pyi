@@ -46,6 +46,7 @@ from quartet.loops.custom import StageContext as StageContext
 from quartet.loops.progress import Progress as Progress
 from quartet.loops.rl import Step as Step
 from quartet.loops.rl import rl as rl
+from quartet.loops.source import StageSource as StageSource
 from quartet.models.actor_critic import Separate as Separate
 from quartet.models.actor_critic import Shared as Shared
 from quartet.models.actor_critic import freeze as freeze
@@ -64,7 +65,6 @@ from quartet.rewards.reward_model import ModelReward as ModelReward
 from quartet.rewards.source import RewardContext as RewardContext
 from quartet.rewards.source import RewardSource as RewardSource
 from quartet.runs.reader import Run as Run
-from quartet.stages.source import StageSource as StageSource
 from quartet.training.learner import Learner as Learner
 from quartet.training.metrics import rl_metrics as rl_metrics
 from quartet.training.optim import Optim as Optim

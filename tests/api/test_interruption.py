@@ -9,6 +9,9 @@ import textwrap
 import pytest
 
 import quartet
+from quartet.api import run as api_run
+from quartet.runtime.interruption import Interruption
+from tests.api.test_train import tiny
 
 PROGRAM = """
 import signal, sys, time
@@ -63,3 +66,22 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on_in_another_process(tmp_path):
     text = (run.folder / "events.jsonl").read_text()
     events = [json.loads(line)["event"] for line in text.splitlines()]
     assert "resumed" in events and events[-1] == "done"
+
+
+def test_a_signal_that_comes_when_all_is_done_stops_the_program(tmp_path, monkeypatch):
+    """Kept for a step that does not come, it was lost, and the program trained its next run."""
+    begun = []
+
+    class Watched(Interruption):
+        def __enter__(self):
+            begun.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr(api_run, "Interruption", Watched)
+    monkeypatch.setattr(
+        api_run, "write_report", lambda folder: setattr(begun[-1], "reason", "Ctrl-C")
+    )
+    run = tiny(tmp_path, steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        run.finish()
+    assert run.finished

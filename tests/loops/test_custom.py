@@ -11,7 +11,8 @@ from quartet.errors import PartError
 from quartet.experience import Prompt
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
-from quartet.loops.custom import SampledResponses, StageContext, custom
+from quartet.loops.custom import StageContext, custom
+from quartet.loops.responses import Responses
 from quartet.loops.sft import sft
 from quartet.models.language_model import stop_ids
 from quartet.rewards.functions import TextReward
@@ -40,7 +41,7 @@ def responses_of(policy, **settings):
     made = tokenizer()
     generator = NativeGenerator(policy, made, stop_ids(policy, made), seed=0)
     reward = Weighted(TextReward("length", lambda prompt, response: float(len(response))))
-    return SampledResponses(generator, Sampling(max_new_tokens=5, **settings), [reward])
+    return Responses(generator, Sampling(max_new_tokens=5, **settings), [reward])
 
 
 def own(step, steps=3, reads="demonstrations", updates=1):

@@ -21,6 +21,7 @@ from quartet.generation.scripted import ScriptedGenerator
 from quartet.loops import progress
 from quartet.loops.collect import Collector
 from quartet.loops.preference import OnlinePairs, held_out_preference, preference
+from quartet.loops.responses import Responses
 from quartet.loops.reward_model import pair_accuracy, reward_model
 from quartet.loops.rl import rl
 from quartet.loops.rl_async import Ahead, rl_async
@@ -434,7 +435,8 @@ def test_online_dpo_learns_what_the_judge_likes():
     made = model()
     generator = NativeGenerator(made, tokenizer(), frozenset({END}), 0)
     judge = [Weighted(TextReward("goodness", goodness))]
-    source = OnlinePairs(Sampler(prompts(16), 16, 0), generator, Sampling(max_new_tokens=6), judge)
+    responses = Responses(generator, Sampling(max_new_tokens=6), judge)
+    source = OnlinePairs(Sampler(prompts(16), 16, 0), responses)
 
     def mean_goodness():
         return (
@@ -464,12 +466,9 @@ def test_online_dpo_learns_what_the_judge_likes():
 
 def test_a_judge_that_never_prefers_stops_with_its_reason():
     generator = ScriptedGenerator(["good"], tokenizer())
-    source = OnlinePairs(
-        Sampler(prompts(4), 4, 0),
-        generator,
-        Sampling(max_new_tokens=6),
-        [Weighted(TextReward("g", goodness))],
-    )
+    judge = [Weighted(TextReward("g", goodness))]
+    responses = Responses(generator, Sampling(max_new_tokens=6), judge)
+    source = OnlinePairs(Sampler(prompts(4), 4, 0), responses)
     with pytest.raises(ValueError, match="always scored the same"):
         source.next()
 

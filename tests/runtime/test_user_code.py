@@ -10,6 +10,7 @@ from quartet.assembly.user_code import code_files
 from quartet.config.toml import read_settings
 from quartet.errors import PartError
 from quartet.loops.rl import Step
+from quartet.recipes import recipe_path
 from quartet.rewards.sources import FunctionSource
 from quartet.runtime.resume import CannotResume, choose
 from quartet.stages.rl import checked
@@ -135,3 +136,24 @@ def test_a_run_with_a_users_stage_goes_on_from_a_checkpoint_of_it(tmp_path):
     other = dataclasses.replace(config, custom=dataclasses.replace(config.custom, lr=0.5))
     with pytest.raises(CannotResume, match=r"custom.lr = 1e-05, the config says 0.5"):
         choose(run.path, other, build(other).made_with, ())
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "expected"),
+    [
+        ("custom", ("reward=[{type='gold'}]",), True),
+        ("custom", ("custom.type={stage}:Offline", "reward=[{type='gold'}]"), False),
+        ("online_dpo", ("reward=[{type='gold'}]",), True),
+        ("dpo", (), False),
+        ("ppo", ("reward=[{type='gold'}]", "algorithm.preset=ppo"), True),
+    ],
+)
+def test_a_stage_says_whether_it_leaves_rollouts(stage, more, expected, tmp_path):
+    """By this a run that is resumed in a later stage knows whose rollouts to keep."""
+    file = tmp_path / "stage.py"
+    file.write_text(killing.STAGE + '\n\nclass Offline(Best):\n    reads = "demonstrations"\n')
+    words = ["policy.create.hidden_size=16", "data.rows=32", f'recipe=["{stage}"]']
+    words += [f'custom={{type="{file}:Best"}}'] * (stage == "custom")
+    words += [word.replace("{stage}", str(file)) for word in more]
+    [made] = build(read_settings(recipe_path("reviews"), words, "recipe reviews").config).stages
+    assert getattr(made, "samples", False) is expected

@@ -24,7 +24,8 @@ from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling, draw
 from quartet.generation.slots import SlotDecoder, _side_stream
 from quartet.loops.collect import Collector
-from quartet.loops.custom import SampledResponses, StageContext, record
+from quartet.loops.custom import StageContext, record
+from quartet.loops.responses import Responses
 from quartet.loops.rl import rl
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.adapters import add_adapter
@@ -200,9 +201,7 @@ def test_a_users_stage_mixes_no_devices_and_seldom_waits():
             reference = on_device(compute_in(freeze(deeper(3)), BF16))
             reference.load_state_dict(policy.state_dict())
             generator = NativeGenerator(policy, tokenizer(), stop_ids(policy, tokenizer()), 0)
-            responses = SampledResponses(
-                generator, Sampling(max_new_tokens=12), [Weighted(Length(), 1.0)]
-            )
+            responses = Responses(generator, Sampling(max_new_tokens=12), [Weighted(Length(), 1.0)])
             optimizer = Optimizer(list(policy.parameters()), OptimizerConfig(lr=1e-4), 2)
             rows = Sampler(prompts(8), 8, 0)
             context = StageContext(

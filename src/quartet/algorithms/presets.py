@@ -1,4 +1,4 @@
-"""ByName compositions. Each is a row: the parts that differ from the defaults, and where they come
+"""Named compositions. Each is a row: the parts that differ from the defaults, and where they come
 from. docs/algorithms.md has a section for each, with what the paper's code does otherwise."""
 
 from quartet.algorithms.advantages import AsEstimated, Gae, LengthAdaptiveGae, MonteCarlo, Whiten

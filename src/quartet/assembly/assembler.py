@@ -32,6 +32,7 @@ from quartet.experience import Prompt
 from quartet.generation.episodes import check_second_turn
 from quartet.generation.source import Servers
 from quartet.io.install import install_command
+from quartet.loops.source import StageSource
 from quartet.models.adapters import AdapterError
 from quartet.models.chat import set_chat_template, set_template_variables
 from quartet.models.heads import AdaptedScalar, ScalarModel
@@ -50,7 +51,6 @@ from quartet.rewards.sources import JudgeSource, ModelSource, is_trained_here
 from quartet.rewards.text_models import StepReward, TextModelReward
 from quartet.stages.kinds import LABEL
 from quartet.stages.rounds import ONLY_ROUND, Round
-from quartet.stages.source import StageSource
 from quartet.training.optim import OptimizerConfig
 from quartet.training.optimizer_types import TYPES, OptimizerError
 from quartet.worlds import World, gold_accuracy, make_world

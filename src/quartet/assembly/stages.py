@@ -18,9 +18,9 @@ from quartet.distributed.sharding import GatheredWeights
 from quartet.errors import PartError
 from quartet.generation.protocol import Weights
 from quartet.generation.source import Servers
-from quartet.loops.custom import SampledResponses
 from quartet.loops.held_out import Evaluating
 from quartet.loops.preference import OnlinePairs
+from quartet.loops.responses import Responses
 from quartet.loops.rl import Loop, rl
 from quartet.models.precision import DTYPES
 from quartet.models.q_heads import QHeads
@@ -181,14 +181,11 @@ def preference_stage(assembler: Assembler, name: str) -> PreferenceStage:
 def _online_pairs(assembler: Assembler) -> Callable[[Path, Any], OnlinePairs]:
     """Return a function that makes the source of the policy's own pairs."""
     config, prompts = assembler.config, assembler.prompts[0]
-    responses = _sampled_responses(assembler)
+    responses = _responses(assembler)
 
     def pairs(folder: Path, model: Any) -> OnlinePairs:
-        made = responses(folder, model)
         sampler = Sampler(prompts, config.preference.batch_size, config.seed)
-        return OnlinePairs(
-            sampler, made.generator, made.sampling, made.rewards, weights=made.weights
-        )
+        return OnlinePairs(sampler, responses(folder, model))
 
     return pairs
 
@@ -260,7 +257,7 @@ def custom_stage(assembler: Assembler, name: str) -> CustomStage:
         tokenizer=assembler.tokenizer,
         load_policy=assembler.models.trainable_policy,
         reference_of=assembler.models.reference_of,
-        responses=_sampled_responses(assembler) if source.reads == "prompts" else None,
+        responses=_responses(assembler) if source.reads == "prompts" else None,
         optimizer=lambda model, steps: _optimizer(model, source, steps),
         micro_batch_tokens=assembler.micro_batch_tokens,
         seed=config.seed,
@@ -269,17 +266,17 @@ def custom_stage(assembler: Assembler, name: str) -> CustomStage:
     )
 
 
-def _sampled_responses(assembler: Assembler) -> Callable[[Path, Any], SampledResponses]:
+def _responses(assembler: Assembler) -> Callable[[Path, Any], Responses]:
     """Return a function that makes what samples the policy's own responses, and scores them."""
     config, group = assembler.config, assembler.process_group
 
-    def responses(folder: Path, model: Any) -> SampledResponses:
+    def responses(folder: Path, model: Any) -> Responses:
         sampled = assembler.models.sampled_policy(model, folder)
         is_copy = sampled is not model
         generator = assembler.generators.in_process(sampled, group, copied=is_copy)
         rewards = assembler.weighted_rewards(folder, process_group=group)
         weights = (lambda: Weights(0, GatheredWeights(model))) if is_copy else None
-        return SampledResponses(generator, config.rollout, rewards, weights)
+        return Responses(generator, config.rollout, rewards, weights)
 
     return responses
 

@@ -27,6 +27,7 @@ from quartet.config.reference import Reference
 from quartet.config.run import Launch, RunConfig
 from quartet.generation.sampling import Sampling
 from quartet.generation.source import GeneratorSource, Native, Servers
+from quartet.loops.source import StageSource
 from quartet.models.lora import Lora
 from quartet.models.shape import Shape
 from quartet.parts import Field, part
@@ -43,7 +44,6 @@ from quartet.stages.kinds import (
     stage_of,
 )
 from quartet.stages.rounds import rounds_of
-from quartet.stages.source import StageSource
 from quartet.training.optim import Optim, OptimizerConfig
 
 

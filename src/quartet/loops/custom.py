@@ -1,9 +1,8 @@
 """The loop of a user's own stage, and what its steps are given."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -12,15 +11,13 @@ from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import ProcessGroup
 from quartet.errors import PartError
 from quartet.experience import Prompt, Rollout
-from quartet.generation.protocol import Generator, Weights
-from quartet.generation.sampling import Sampling
 from quartet.loops.progress import Progress, Sampled
+from quartet.loops.responses import Responses
+from quartet.loops.source import StageSource
 from quartet.models.adapters import LanguageModel
 from quartet.models.forward import policy_logprobs
-from quartet.models.padding import right_pad
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.parts import of_shape
-from quartet.rewards.protocol import Weighted, rewarded
 from quartet.tensors import Float, Tensor
 from quartet.training.budget import Budget
 from quartet.training.load_balancing import LoadBalancing
@@ -31,30 +28,6 @@ from quartet.training.state_tree import Tree
 from quartet.training.token_losses import RowTokens, padded, token_losses
 
 
-@runtime_checkable
-class Steps(Protocol):
-    """What takes the steps of a stage: a `StageSource`."""
-
-    @property
-    def type(self) -> str: ...
-
-    @property
-    def updates(self) -> int: ...
-
-    def step(self, context: "StageContext") -> Mapping[str, float]: ...
-
-
-@dataclass(frozen=True)
-class SampledResponses:
-    """What samples and scores responses in a stage of the user's own."""
-
-    generator: Generator
-    sampling: Sampling
-    rewards: Sequence[Weighted]
-    weights: Callable[[], Weights] | None = None
-    """Returns the policy's weights, for a generator that has a copy of them."""
-
-
 class StageContext:
     """What `StageSource.step` works with: the policy, its data, responses, and updates.
 
@@ -63,12 +36,12 @@ class StageContext:
 
     def __init__(
         self,
-        source: Steps,
+        source: StageSource,
         policy: CausalModel,
         reference: LanguageModel | None,
         tokenizer: Tokenizer,
         rows: Sampler[Any],
-        responses: SampledResponses | None,
+        responses: Responses | None,
         optimizer: Optimizer,
         budget: Budget,
         balance_coef: float = 0.0,
@@ -111,10 +84,7 @@ class StageContext:
         responses = self._responses
         if responses is None:
             raise PartError('sample: the stage samples only where its class has reads = "prompts".')
-        if responses.weights is not None:
-            responses.generator.load_weights(responses.weights())
-        rollouts = responses.generator.generate(prompts, responses.sampling, samples_per_prompt)
-        rollouts = rewarded(rollouts, responses.rewards)
+        rollouts = responses.sample(prompts, samples_per_prompt)
         self.rollouts += rollouts
         self._metrics |= response_metrics(self.rollouts)
         return rollouts
@@ -126,8 +96,7 @@ class StageContext:
         rollouts or demonstrations, without a gradient: entry t is that of token t of prompt and
         response, and 0 outside the response."""
         records = [record(row) for row in rows]
-        tokens, mask = padded(records)
-        _, lengths = right_pad([(*r.prompt_ids, *r.response_ids) for r in records])
+        tokens, lengths, mask = padded(records)
         return self._budget.run_within(
             "the log-probs",
             lambda most: policy_logprobs(

@@ -1,6 +1,6 @@
 """Learning from comparisons without a reward model: one loop for the DPO family."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,16 +11,14 @@ from quartet.data.records import Comparison
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.experience import Prompt, Rollout
-from quartet.generation.protocol import Generator, Weights
-from quartet.generation.sampling import Sampling
 from quartet.loops.progress import Progress, Sampled
+from quartet.loops.responses import Responses
 from quartet.models.adapters import LanguageModel
 from quartet.models.forward import masked_logprobs
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.protocols import CausalModel
 from quartet.models.routing import recorded_routing
 from quartet.parts import of_shape
-from quartet.rewards.protocol import Weighted, rewarded
 from quartet.tensors import Float, Tensor
 from quartet.training.budget import Budget
 from quartet.training.finite import check_finite
@@ -51,35 +49,21 @@ class OnlinePairs:
     ValueError.
     """
 
-    def __init__(
-        self,
-        prompts: Sampler[Prompt],
-        generator: Generator,
-        sampling: Sampling,
-        rewards: Sequence[Weighted],
-        rounds: int = 10,
-        weights: Callable[[], Weights] | None = None,
-    ) -> None:
-        """`weights` returns the policy's weights, for a generator that has a copy of them."""
-        self.prompts, self.generator, self.sampling = prompts, generator, sampling
-        self.rewards, self.rounds, self.weights = rewards, rounds, weights
+    def __init__(self, prompts: Sampler[Prompt], responses: Responses, rounds: int = 10) -> None:
+        self.prompts, self.responses, self.rounds = prompts, responses, rounds
         self.rollouts: list[Rollout] = []
         """The responses of the last batch of prompts."""
 
     def state(self) -> dict[str, Any]:
-        return {"prompts": self.prompts.state(), "generator": self.generator.state()}
+        return {"prompts": self.prompts.state(), "generator": self.responses.generator.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.prompts.load_state(state["prompts"])
-        self.generator.load_state(state["generator"])
+        self.responses.generator.load_state(state["generator"])
 
     def next(self) -> list[Comparison]:
-        if self.weights is not None:
-            self.generator.load_weights(self.weights())
         for _ in range(self.rounds):
-            rollouts = rewarded(
-                self.generator.generate(self.prompts.next(), self.sampling, 2), self.rewards
-            )
+            rollouts = self.responses.sample(self.prompts.next(), 2)
             self.rollouts, pairs = rollouts, []
             for two in zip(rollouts[::2], rollouts[1::2], strict=True):
                 if any(r.score is None for r in two):

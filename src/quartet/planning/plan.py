@@ -7,6 +7,7 @@ from pathlib import Path
 
 from quartet.algorithms.state_values import MonteCarloValues
 from quartet.config.tables import Config, SharedCritic, StageTraining, TrainTokenizer
+from quartet.loops.source import StageSource
 from quartet.planning.memory import (
     FLOAT,
     adapter_parameters,
@@ -18,7 +19,6 @@ from quartet.planning.memory import (
 )
 from quartet.planning.phases import has_reward_model, phases
 from quartet.runs.rounds import round_of
-from quartet.stages.source import StageSource
 from quartet.worlds import make_world
 
 FLOPS_PER_CPU = 22e9

@@ -7,12 +7,13 @@ from typing import Any
 
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from quartet.loops.custom import SampledResponses, StageContext, custom
+from quartet.loops.custom import StageContext, custom
 from quartet.loops.progress import Progress
+from quartet.loops.responses import Responses
+from quartet.loops.source import StageSource
 from quartet.models.language_model import save
 from quartet.models.protocols import Tokenizer
 from quartet.stages.protocol import StageRun, Summary
-from quartet.stages.source import StageSource
 from quartet.training.budget import Budget
 from quartet.training.checksum import ReferenceChecksum
 from quartet.training.optim import Optimizer
@@ -30,7 +31,7 @@ class CustomStage:
     load_policy: Callable[[Path], Any]
     reference_of: Callable[[Any, Path], Any]
     """Returns the frozen reference of the policy that the stage starts from."""
-    responses: Callable[[Path, Any], SampledResponses] | None
+    responses: Callable[[Path, Any], Responses] | None
     """Returns what samples from the policy; None where the stage samples nothing."""
     optimizer: Callable[[Any, int], Optimizer]
     """Returns the optimizer of a model, for a number of optimizer steps."""

@@ -61,7 +61,7 @@ def token_losses(
     for micro_batch in process_group.micro_batches(lengths, micro_batch_tokens):
         some = [batch[i] for i in micro_batch.rows]
         ids = [_ids(row) for row in some]
-        tokens, mask = padded(some)
+        tokens, _, mask = padded(some)
         ref_logprobs = None
         if reference is not None:
             with torch.no_grad():
@@ -77,8 +77,11 @@ def token_losses(
         yield total
 
 
-def padded(rows: Sequence[Demonstration]) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Return the ids of rows, padded on the right, and which of them are learnt from."""
+def padded(
+    rows: Sequence[Demonstration],
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B"], Bool[Tensor, "B T"]]:
+    """Return the ids of rows, padded on the right, their lengths, and which of the tokens are
+    learnt from."""
     tokens, lengths = right_pad([_ids(row) for row in rows])
     starts = torch.tensor([len(row.prompt_ids) for row in rows])
     mask = response_mask(starts, lengths, tokens.shape[1])
@@ -86,7 +89,7 @@ def padded(rows: Sequence[Demonstration]) -> tuple[Int[Tensor, "B T"], Bool[Tens
         if row.loss_mask is not None:  # an environment wrote the other tokens of the response
             start, end = len(row.prompt_ids), len(row.prompt_ids) + len(row.loss_mask)
             mask[number, start:end] &= torch.tensor(row.loss_mask)
-    return tokens, mask
+    return tokens, lengths, mask
 
 
 def _ids(row: Demonstration) -> tuple[int, ...]:
