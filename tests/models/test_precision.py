@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from quartet.generation.decoders import RowDecoder, make_decoder
+from quartet.models import logprobs
 from quartet.models.adapters import CRITIC, POLICY, add_adapter, freeze_layers, frozen_copy
 from quartet.models.forward import masked_logprobs
 from quartet.models.fused import has_fused_forward
@@ -147,6 +149,35 @@ def test_logits_of_bfloat16_numbers_are_not_rounded():
     torch.testing.assert_close(
         entropy.double(), -(expected.exp() * expected).sum(-1), atol=1e-4, rtol=1e-5
     )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most numbers of a tensor that an operation returned."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == FP32:
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("size", [4, 12, 13])
+def test_a_large_head_in_bfloat16_is_converted_a_chunk_at_a_time(monkeypatch, size):
+    """Of 13 tokens, in chunks of `size`: the logits are the largest tensor in float32, not the head."""
+    monkeypatch.setattr(logprobs, "CHUNK_COLUMNS", size)
+    hidden, weight = torch.randn(3, 64, dtype=BF16), torch.randn(13, 64, dtype=BF16)
+    hidden.requires_grad_()
+    with LargestTensor() as largest:
+        logits = head_logits(hidden, weight, None)
+    exact = hidden.double() @ weight.double().t()
+    torch.testing.assert_close(logits.double(), exact, atol=1e-4, rtol=1e-5)
+    assert largest.numbers == max(size * 64, 3 * 64)
+    outer = torch.randn(3, 13)
+    (found,) = torch.autograd.grad((logits * outer).sum(), hidden)
+    expected = outer.double() @ weight.double()
+    assert (found.double() - expected).norm() < 0.01 * expected.norm()
 
 
 def test_gradients_through_a_head_in_bfloat16_are_those_of_float32_up_to_rounding():

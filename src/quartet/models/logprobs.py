@@ -368,13 +368,13 @@ def _logits_by_chunk(
 
 
 class _Float32Product(torch.autograd.Function):
-    """h Wᵀ in float32, of numbers in half precision on a GPU. torch has no derivative of such a
-    product. Its gradients are products in half precision, as in `_HeadStatistics`."""
+    """h Wᵀ in float32, of numbers in half precision. Its gradients are products in half precision,
+    as in `_HeadStatistics`."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return _float32_product(hidden, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -382,6 +382,21 @@ class _Float32Product(torch.autograd.Function):
         d = grads[0].to(weight.dtype)
         on_hidden, on_weight = ctx.needs_input_grad
         return d @ weight if on_hidden else None, d.t() @ hidden if on_weight else None
+
+
+def _float32_product(hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"]) -> Tensor:
+    """Return h Wᵀ in float32 [N, V]. A GPU adds up in float32 anyway, and need only keep the sums.
+    No other product of torch does that, so a chunk of W is converted at a time: a copy of the whole
+    head of a large vocabulary takes longer to write than the product, and more memory than W."""
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    exact, chunks = hidden.float(), weight.split(CHUNK_COLUMNS)
+    if len(chunks) == 1:
+        return exact @ weight.float().t()
+    logits = exact.new_empty(len(hidden), len(weight))
+    for chunk, place in zip(chunks, logits.split(CHUNK_COLUMNS, dim=1), strict=True):
+        torch.mm(exact, chunk.float().t(), out=place)
+    return logits
 
 
 def head_logits(
@@ -395,10 +410,7 @@ def head_logits(
     function."""
     if hidden.dtype not in {torch.bfloat16, torch.float16}:
         return shape.applied_to(torch.nn.functional.linear(hidden, weight, bias))
-    if hidden.is_cuda:  # a GPU adds up in float32 anyway, and need only keep the sums
-        logits: Tensor = _Float32Product.apply(hidden, weight)  # type: ignore[no-untyped-call]
-    else:
-        logits = hidden.float() @ weight.float().t()
+    logits: Tensor = _Float32Product.apply(hidden, weight)  # type: ignore[no-untyped-call]
     return shape.applied_to(logits if bias is None else logits.add_(bias))
 
 

@@ -154,7 +154,8 @@ class _Working:
         Embeddings that are trained count twice more: the gradients that the head and the embeddings
         add to the one that is kept, and then two temporaries of AdamW's step. Those are whole
         tensors, which holes between activations are too small for. A stage that trains an adapter
-        ends with copies of the matrices that the adapter is merged into.
+        ends with copies of the matrices that the adapter is merged into, and of the embeddings
+        where they are held in bfloat16: a model is saved in float32.
         """
         per_token = activation_bytes(
             self.model, self.config.policy.gradient_checkpointing, self.number
@@ -163,7 +164,8 @@ class _Working:
         used = WORKING_BYTES + FRAGMENTATION * learners * min(tokens, limit) * per_token
         if self.config.policy.adapter is None:
             return used + 2 * FLOAT * self.embeddings
-        return max(used, FRAGMENTATION * FLOAT * self._merged())
+        converted = self.embeddings if self.number < FLOAT else 0
+        return max(used, FRAGMENTATION * FLOAT * (self._merged() + converted))
 
     def sampling(self, rows: int, fragmentation: float = FRAGMENTATION) -> float:
         """Return the bytes that a decoder holds while it samples so many rows: the weights in its
