@@ -556,3 +556,21 @@ def test_a_critic_can_be_smaller_than_the_actor(tmp_path):
     }
     assert sizes == {"policy": 16, "critic": 8, "reward_model": 16}
     assert run.status == "done"
+
+
+@pytest.mark.parametrize(
+    "critic", ["init='policy'", "create={type='llama', hidden_size=8, num_layers=1, num_heads=2}"]
+)
+@pytest.mark.parametrize("adapter", [(), ("policy.adapter={type='lora', rank=2}",)])
+def test_a_critic_that_is_no_reward_model_begins_with_values_of_0(tmp_path, critic, adapter):
+    words = [
+        *SMALL_REVIEWS,
+        *adapter,
+        f"critic={{type='separate', {critic}}}",
+        "reward=[{type='gold'}]",
+        "run.steps=2",
+        "recipe=ppo",
+    ]
+    run = make_run(tmp_path, "reviews", *words)
+    first, second = run.series["ppo"].columns["value/mean"]
+    assert first == 0 and second != 0

@@ -18,7 +18,7 @@ from quartet.generation.source import Servers
 from quartet.loops.collect import Collector
 from quartet.models.actor_critic import ActorCritic, Separate, Shared
 from quartet.models.adapters import CRITIC, REWARD, copy_adapter
-from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach
+from quartet.models.heads import AdaptedScalar, ScalarModel, ValueHead, attach, starting_at_zero
 from quartet.models.precision import compute_in
 from quartet.models.protocols import CausalModel
 from quartet.models.shape import Shape
@@ -214,12 +214,12 @@ def _actor_critic(
             size = actor.config.get_text_config().hidden_size
             return Shared(actor, ValueHead(size).to(assembler.device))
         case SeparateCritic(create=Shape() as shape):
-            return Separate(actor, models.created_critic(shape))
+            return Separate(actor, starting_at_zero(models.created_critic(shape)))
         case SeparateCritic():
             if reward_models and init is None:
                 critic = _critic_like(assembler, reward_models[0], actor, folder)
             elif init == "policy":
-                critic = models.new_scalar(actor, CRITIC, folder)
+                critic = starting_at_zero(models.new_scalar(actor, CRITIC, folder))
             else:
                 place = assembler.round.folder(folder)
                 trained = place / (assembler.config.reward_models or ("reward_model",))[0]

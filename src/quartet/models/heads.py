@@ -436,6 +436,14 @@ def initialise(head: nn.Linear, seed: int) -> None:
         head.weight.copy_(weight)
 
 
+def starting_at_zero(critic: ScalarModel) -> ScalarModel:
+    """Set the head of a critic to 0, as Ziegler et al. 2019, so that all values are, and return it.
+    Values of random weights grow with the norm of the hidden states (with Gemma 3 270M they were
+    −6 where returns were −2), and advantages are of the wrong sign until the critic has learnt."""
+    nn.init.zeros_(critic.head.weight)
+    return critic
+
+
 def _auto_class(folder: str | Path) -> Any:
     """Return the Auto class that a folder of a scalar model is loaded with."""
     kinds = read_config(folder).architectures or [""]
