@@ -256,7 +256,7 @@ class SeparateCritic:
         default=None,
         description='The weights that the critic starts from: "reward_model", "policy", or a '
         "folder. Left out, they are the reward model's where there is one that reads the policy's "
-        "tokens, else the policy's.",
+        "tokens, else the policy's, under a head of zeros: all values are 0 at first.",
     )
     create: Shape | None = Field(
         default=None,
