@@ -27,6 +27,7 @@ from quartet.planning.memory import (
     trained_bytes,
 )
 from quartet.planning.plan import row_tokens, vocabulary
+from quartet.training.optimizer_types import OptimizerType
 
 SAMPLING_COPIES = 7.0
 """Numbers of 4 bytes that drawing a token holds at once for each row and word of the vocabulary.
@@ -147,31 +148,46 @@ class Workload:
 def workload(config: Config) -> Workload:
     """Return the workload of a config's RL stage on GPUs. Raises ValueError where there is none, or
     where the size of the policy is not known."""
-    parameters, model = policy_parameters(config, vocabulary(config)), sizes(config)
-    if not parameters or not model or not config.algorithm:
+    base = stage_workload(config)
+    if base is None or not config.algorithm:
         raise ValueError(
             "the size of the policy is not known, or there is no RL stage: name a folder, or "
             "describe it in policy.create."
         )
-    algorithm, (prompt, response) = config.algorithm, row_tokens(config)
+    algorithm = config.algorithm
     own_critic = algorithm.needs_critic and not isinstance(config.critic, SharedCritic)
     members = max(len(config.reward_models), 1)
     reward_models = members if config.reward_model_source is not None else 0
-    adapter = adapter_parameters(config)
-    if adapter is not None and config.reward_model.model is None and config.reward_models:
+    if base.adapter is not None and config.reward_model.model is None and config.reward_models:
         reward_models = 0  # an adapter on the policy's trunk
     reference = 0.0
-    if algorithm.needs_reference and (adapter is None or config.reference.model is not None):
-        reference = reference_share(config, parameters)
+    if algorithm.needs_reference and (base.adapter is None or config.reference.model is not None):
+        reference = reference_share(config, base.parameters)
+    return dataclasses.replace(
+        base,
+        learners=1 + own_critic,
+        frozen=reward_models + reference,
+        read_by_loss=reference * algorithm.kl.exact_loss,
+        reward_models=reward_models,
+    )
+
+
+def stage_workload(config: Config, optimizer: OptimizerType | None = None) -> Workload | None:
+    """Return the workload of a stage that trains the policy alone, with an optimizer, the RL
+    stage's if it is None. None where the size of the policy is not known."""
+    parameters, model = policy_parameters(config, vocabulary(config)), sizes(config)
+    if not parameters or not model:
+        return None
+    prompt, response = row_tokens(config)
+    adapter, tokens = adapter_parameters(config), config.optim.micro_batch_tokens
     beside = max(int(parameters - model.matrix_parameters), 0)
-    tokens = config.optim.micro_batch_tokens
-    trained = trained_bytes(config.optim.optimizer, model, parameters, adapter)
+    trained = trained_bytes(optimizer or config.optim.optimizer, model, parameters, adapter)
     return Workload(
         parameters=parameters,
         model=model,
         beside=beside,
-        learners=1 + own_critic,
-        frozen=reward_models + reference,
+        learners=1,
+        frozen=0,
         rows=config.rollout.prompts_per_step * config.rollout.samples_per_prompt,
         prompt=prompt,
         response=response,
@@ -180,8 +196,6 @@ def workload(config: Config) -> Workload:
         micro_tokens=8192 if tokens == "auto" else tokens,
         checkpointing=config.policy.gradient_checkpointing,
         offload=config.run.offload,
-        read_by_loss=reference * algorithm.kl.exact_loss,
-        reward_models=reward_models,
         trained_bytes=trained / (parameters if adapter is None else adapter),
         number=number_bytes(config, on_gpu=True),
         vocabulary=vocabulary(config) or model.vocabulary or beside // (2 * model.hidden),
