@@ -39,7 +39,7 @@ from quartet.models.language_model import (
     shape_config,
 )
 from quartet.models.loading import Rows, fill, trunk_weights, weights_for
-from quartet.models.precision import DTYPES, best_precision, compute_dtype, compute_in
+from quartet.models.precision import DTYPES, compute_dtype, compute_in, dtype_of
 from quartet.models.protocols import Tokenizer
 from quartet.models.quantize import quantize
 from quartet.models.recurrent import is_recurrent
@@ -317,8 +317,8 @@ class Models:
             needs_fp32 = self.config.algorithm is not None and isinstance(
                 self.config.algorithm.update, TrustRegion
             )
-            precision = "fp32" if needs_fp32 else best_precision(self.device)
-        return DTYPES[precision]
+            precision = "fp32" if needs_fp32 else "auto"
+        return dtype_of(precision, self.device)
 
     def prepare_blocks(self, model: Any) -> Any:
         """Return the model with its blocks checkpointed or compiled, as the config asks."""

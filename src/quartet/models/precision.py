@@ -38,6 +38,12 @@ def best_precision(device: torch.device) -> Precision:
     return "fp32"
 
 
+def dtype_of(precision: Precision | Literal["auto"], device: torch.device) -> torch.dtype:
+    """Return the dtype that models compute in, and that frozen ones are held in; "auto" is the best
+    one of the device."""
+    return DTYPES[best_precision(device) if precision == "auto" else precision]
+
+
 def has_bf16() -> bool:
     """Return whether the CUDA device in use computes in bf16. GPUs of NVIDIA before Ampere (V100,
     T4) only convert such numbers, and flash attention does not run there."""
