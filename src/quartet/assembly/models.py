@@ -98,8 +98,8 @@ class Models:
         """The folder, or the name on the hub, of the reference; None if that is the model that a
         stage starts from."""
         self.round, self.first_round = ONLY_ROUND, self
-        self.meshes: dict[ProcessGroup, Any] = {}
-        """The mesh over which the models of each process group are sharded."""
+        self.meshes: dict[Any, Any] = {}
+        """The mesh over which the models of each of torch's process groups are sharded."""
 
     def in_round(self, number: Round, config: Config) -> "Models":
         """Return the models of a round, whose settings have its seed. Those of a later round start
@@ -469,7 +469,8 @@ class Models:
 
         group = process_group or self.process_group
         assert isinstance(group, TorchProcessGroup)
-        if group not in self.meshes:
+        joined = group.group or torch.distributed.group.WORLD  # another one after each `join`
+        if joined not in self.meshes:
             parts = self.config.launch.parts(group.world_size)
-            self.meshes[group] = mesh_of(self.device.type, group, parts)
-        return parallelize(model, self.meshes[group])
+            self.meshes[joined] = mesh_of(self.device.type, group, parts)
+        return parallelize(model, self.meshes[joined])
