@@ -4,6 +4,13 @@ against the machine's limits.
     python benchmarks/gpu.py [--shapes 0.5b,1.5b,7b] [--out results/gpu.json]
     python benchmarks/gpu.py --device cpu --shapes tiny        # the same code without a GPU
 
+With --out, what was measured is written after each work, and a command that was stopped goes on
+behind it. On a machine that is lent for minutes, in this order:
+
+    timeout 300 pytest -v tests/test_gpu.py                                       # does it run?
+    timeout 240 python benchmarks/gpu.py --shapes 0.5b --out results/gpu.json     # and all presets
+    timeout 540 python benchmarks/gpu.py --shapes 0.5b,1.5b,7b --out results/gpu.json
+
 Needs torch ≥ 2.11, transformers ≥ 5.17 and quartet's own dependencies; weights are random, nothing
 is downloaded. Generation: 64 prompts × 8 samples, answers with a mean of a third of 512 tokens. The
 bandwidth limit of a decoding step is the time to read the weights and the keys and values once. MFU
@@ -16,7 +23,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import gc
 import json
 import time
 import warnings
@@ -35,6 +41,7 @@ from transformers import (
 
 import ours
 import workload as w
+from attempts import attempt, earlier, is_lost
 from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.update import TrustRegion
@@ -218,6 +225,8 @@ def continuous(shape: Qwen, model: Any, machine: Machine) -> Numbers:
 def step(shape: Qwen, model: Any, machine: Machine, preset: str) -> Numbers:
     """Measure two steps of PPO or GRPO, phase by phase; the second counts."""
     algorithm = ALGORITHMS[preset]
+    if too_large := why_too_large(shape, model, algorithm, machine.device):
+        return {"skipped": too_large}
     learner = make_learner(shape, model, algorithm, machine.device)
     collector = make_collector(shape, learner, algorithm)
     for _ in range(2):
@@ -333,6 +342,21 @@ def predicted_gb(
     return {"update": sum(update.values()) / 1e9, "generation": generation}
 
 
+def why_too_large(
+    shape: Qwen, model: Any, algorithm: Algorithm, device: torch.device
+) -> str | None:
+    """Return a sentence where the weights, gradients and moments alone are more than the GPU has:
+    to find that out takes minutes. None where they fit, and on a CPU."""
+    if device.type != "cuda":
+        return None
+    parameters = sum(p.numel() for p in model.parameters())
+    needed = predicted_gb(shape, algorithm, parameters, shape.training_rows, device)["update"]
+    there = torch.cuda.get_device_properties(device).total_memory / 1e9
+    if needed is None or needed < there:
+        return None
+    return f"an update takes {needed:.0f} GB by the plan, and the GPU has {there:.0f}"
+
+
 @torch.no_grad()
 def correctness(shape: Qwen, model: Any, machine: Machine) -> Numbers:
     """Compare log-probs of the same tokens: ours and transformers', in bf16 and in float32; and
@@ -424,19 +448,6 @@ def make_model(shape: Qwen, device: torch.device) -> Any:
         return AutoModelForCausalLM.from_config(shape.config(), dtype=torch.bfloat16).eval()
 
 
-def attempt(work: Callable[[Qwen, Any, Machine], Numbers], shape: Qwen, *given: Any) -> Numbers:
-    """Return what a work measured, or how it failed: the others are measured all the same, with
-    the memory that this one has left."""
-    try:
-        return work(shape, *given)
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"[:500]}
-    finally:
-        gc.collect()  # a model with activation checkpoints refers to itself
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -446,12 +457,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    name_of_device = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    results = earlier(arguments.out, name_of_device)
     machine = Machine.measured(device)
-    results: Numbers = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    results |= {
+        "device": name_of_device,
         "torch": torch.__version__,
         "limits": {"tflops": machine.tflops, "gb_s": machine.gb_s},
-        "shapes": {},
     }
     print(json.dumps({k: results[k] for k in ("device", "torch", "limits")}), flush=True)
 
@@ -460,16 +472,20 @@ def main() -> None:
         print(*what, json.dumps(functools.reduce(dict.__getitem__, what, results)), flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if is_lost(device):
+            raise SystemExit(f"{' '.join(what)}: the GPU refuses all work since. Run this again.")
 
     for name in arguments.shapes.split(","):
-        model = make_model(SHAPES[name], device)
-        results["shapes"][name] = {}
-        for what, work in WORKS.items():
-            results["shapes"][name][what] = attempt(work, SHAPES[name], model, machine)
+        measured = results["shapes"].setdefault(name, {})
+        left = [what for what in WORKS if what not in measured]
+        model = make_model(SHAPES[name], device) if left else None
+        for what in left:
+            measured[what] = attempt(WORKS[what], SHAPES[name], model, machine)
             keep("shapes", name, what)
         del model
-    results["presets"] = presets(machine)
-    keep("presets")
+        if "presets" not in results:
+            results["presets"] = presets(machine)
+            keep("presets")
 
 
 if __name__ == "__main__":

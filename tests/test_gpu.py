@@ -9,8 +9,9 @@ import json
 import pytest
 import torch
 
+from quartet.assembly.device import planned_device
 from quartet.config.toml import read_settings
-from quartet.planning.gpu_memory import training_memory, workload
+from quartet.planning.gpu_plan import plan_on
 from quartet.planning.hardware import GB
 from quartet.recipes import recipe_path
 from tests.support.command import quartet
@@ -81,7 +82,8 @@ def test_memory_is_what_the_plan_says(tmp_path):
         config = read_settings(
             recipe_path("reviews"), [*SMALL_REVIEWS, *MIDDLE, f"run.offload={word}"]
         ).config
-        planned[word] = sum(training_memory(workload(config), 1).values())
+        memory = plan_on(config, planned_device(torch.device("cuda", 0))).memory
+        planned[word] = memory["ppo update"]
     plain, rests = (peak(tmp_path / word, f"run.offload={word}") for word in ("false", "true"))
     assert plain == pytest.approx(planned["false"], rel=0.3), f"{plain / GB:.2f} GB"
     assert plain - rests == pytest.approx(planned["false"] - planned["true"], rel=0.3), (

@@ -90,6 +90,58 @@ def test_gpu_reports_a_work_that_fails_and_goes_on(error):
     }
 
 
+def test_gpu_goes_on_behind_what_it_has_measured(tmp_path, monkeypatch, capsys):
+    """A command that was cut off: the works of before are not repeated, and presets come after the first shape."""
+    import gpu
+
+    done, shapes = [], dict.fromkeys(("one", "two"), gpu.SHAPES["tiny"])
+    works = {
+        what: lambda shape, model, machine, what=what: done.append(what) or {"number": len(done)}
+        for what in ("first", "second")
+    }
+    monkeypatch.setattr(gpu, "SHAPES", shapes)
+    monkeypatch.setattr(gpu, "WORKS", works)
+    monkeypatch.setattr(gpu, "presets", lambda _: done.append("presets") or {"ppo": {}})
+    out = tmp_path / "gpu.json"
+    words = ["gpu.py", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(gpu, "is_lost", lambda _: len(done) == 1)
+    monkeypatch.setattr(sys, "argv", [*words, "--shapes", "one"])
+    with pytest.raises(SystemExit, match="shapes one first: the GPU refuses all work since"):
+        gpu.main()
+    monkeypatch.setattr(gpu, "is_lost", lambda _: False)
+    monkeypatch.setattr(sys, "argv", [*words, "--shapes", "one,two"])
+    gpu.main()
+    assert done == ["first", "second", "presets", "first", "second"]
+    found = json.loads(out.read_text())
+    assert found["shapes"]["one"] == {"first": {"number": 1}, "second": {"number": 2}}
+    gpu.main()
+    assert len(done) == 5, "nothing is left"
+    out.write_text(json.dumps(found | {"device": "NVIDIA H200"}))
+    with pytest.raises(SystemExit, match="is of NVIDIA H200, and this is cpu"):
+        gpu.main()
+
+
+def test_gpu_leaves_out_steps_that_cannot_fit(monkeypatch):
+    import gpu
+
+    gpu_of = SimpleNamespace(total_memory=141e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu_of)
+    there = torch.device("cuda")
+    found = {}
+    for name in ("0.5b", "7b"):
+        with torch.device("meta"):
+            model = gpu.make_model(gpu.SHAPES[name], torch.device("meta"))
+        for preset in ("ppo", "grpo"):
+            algorithm = gpu.ALGORITHMS[preset]
+            found[name, preset] = gpu.why_too_large(gpu.SHAPES[name], model, algorithm, there)
+            assert (
+                gpu.why_too_large(gpu.SHAPES[name], model, algorithm, torch.device("cpu")) is None
+            )
+    assert found["0.5b", "ppo"] is found["0.5b", "grpo"] is None
+    for preset in ("ppo", "grpo"):
+        assert "GB by the plan, and the GPU has 141" in found["7b", preset]
+
+
 def test_gpu_does_not_take_what_transformers_left_unwritten_for_its_speed():
     """`generate_batch` returns what it has where its thread fails."""
     import gpu

@@ -120,14 +120,23 @@ def test_a_run_of_several_ranks_is_the_run_of_one(tmp_path, alone, launch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("launch", [SHARDED, TWO])
-def test_so_is_one_of_adapters_on_one_trunk(tmp_path, launch):
+@pytest.mark.parametrize(
+    ("launch", "more", "tolerance"),
+    [
+        (SHARDED, (), 2e-5),
+        (TWO, (), 2e-5),
+        # up to the first answers that rounding changes
+        (SHARDED, ("run.precision=bf16", "run.steps=2"), 5e-2),
+    ],
+)
+def test_so_is_one_of_adapters_on_one_trunk(tmp_path, launch, more, tolerance):
     """Policy, reward model and critic are adapters, the reference is none; what is saved is whole."""
     words = [*WORDS, "policy.adapter={type='lora',rank=2}", "run.checkpoint_every=6"]
-    for name, more in (("one", ()), ("x", launch)):
-        code, said = done(tmp_path, *words, f"run.name={name}", *more)
+    words += ["reward_model.lr=0.01", *more]
+    for name, started in (("one", ()), ("x", launch)):
+        code, said = done(tmp_path, *words, f"run.name={name}", *started)
         assert code == 0, said
-    assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
+    assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), tolerance)
     for file in (
         "policy/adapter/adapter_model.safetensors",
         "policy/model.safetensors",
@@ -137,7 +146,7 @@ def test_so_is_one_of_adapters_on_one_trunk(tmp_path, launch):
             load_file(next((tmp_path / "runs").glob(f"*-{name}")) / file) for name in ("x", "one")
         )
         assert ours.keys() == theirs.keys()
-        assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-5
+        assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < tolerance / 2
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from quartet.distributed.sharding import local_tensor
 from quartet.generation.decoders import RowDecoder, make_decoder
 from quartet.models import logprobs
 from quartet.models.adapters import CRITIC, POLICY, add_adapter, freeze_layers, frozen_copy
@@ -19,6 +20,8 @@ from quartet.models.language_model import save
 from quartet.models.logprobs import head_logits, head_statistics
 from quartet.models.lora import Lora
 from quartet.models.precision import compute_dtype, compute_in, label_layer
+from quartet.training.parallelize import parallelize
+from tests.distributed.test_offload import two_ranks
 from tests.models.test_llama import FAMILY, language_model, ragged
 from tests.support.world import model, tokenizer
 
@@ -67,6 +70,24 @@ def test_losses_and_gradients_are_those_of_float32_up_to_rounding(kind):
     for (name, p), q in zip(exact.named_parameters(), rounded.parameters(), strict=True):
         error = (p.grad - q.grad).norm() / p.grad.norm().clamp(min=1e-3)
         assert error < 0.05, name
+
+
+def test_adapters_in_parts_get_gradients_though_the_precision_is_set_again():
+    """As where the adapter of a critic is taken up on a trunk that FSDP holds."""
+    with two_ranks() as mesh:
+        policy = compute_in(add_adapter(model(), Lora(rank=2), POLICY, seed=0), BF16)
+        parallelize(policy, mesh)
+        frozen = {
+            name: local_tensor(p).clone()
+            for name, p in policy.named_parameters()
+            if not p.requires_grad
+        }
+        compute_in(policy, BF16)
+        loss_of(policy).backward()
+        now = dict(policy.named_parameters())
+        assert all(torch.equal(local_tensor(now[name]), p) for name, p in frozen.items())
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.dtype == FP32 for p in trained)
 
 
 def test_what_is_not_trained_is_held_in_bfloat16():

@@ -19,6 +19,7 @@ from quartet.models.precision import compute_in
 from quartet.models.quantize import NF4Linear, quantize
 from quartet.models.skeleton import skeleton
 from quartet.planning.gpu_memory import (
+    TRANSIENT,
     Workload,
     bucket,
     decoder_weights,
@@ -181,6 +182,58 @@ def test_logits_of_a_large_vocabulary_come_in_chunks():
         counts.reset_peak()
         head_statistics(hidden, weight, None, tokens, 1.0)
         assert counts.peak - before == pytest.approx(planned, rel=0.1)
+
+
+LARGE = {"vocab_size": 16_384, "hidden_size": 512, "num_hidden_layers": 2, "intermediate_size": 320}
+"""Embeddings of 34 MB in float32: they are nearly all of the model."""
+
+
+def peak_of_a_micro_batch(made, counts):
+    """The bytes of a micro-batch beside weights, gradients and moments, and those of its gradients that are kept."""
+    tokens = torch.randint(4, 20, (8, 33))
+    mask = torch.arange(33).expand(8, 33) > 0
+    masked_logprobs(made, tokens, mask).sum().backward()  # compares both forwards, once
+    before = alive()
+    counts.reset_peak()
+    masked_logprobs(made, tokens, mask).sum().backward()
+    assert alive() == before, "gradients were there already"
+    return counts.peak - before
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("kind", ["tied", "own head", "adapter"])
+def test_gradients_of_large_embeddings(kind, number):
+    """A whole gradient is beside the one that is kept; under an adapter there is none."""
+    tied = kind != "own head"
+    config = AutoConfig.for_model(
+        "llama", num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        tie_word_embeddings=tied, **LARGE,
+    )  # fmt: skip
+    model = Sizes(512, 2, 320, heads_share=1 / 2)
+    beside = (1 if tied else 2) * 16_384 * 512 + 5 * 512
+    planned = training_memory(
+        work(
+            parameters=int(model.matrix_parameters) + beside,
+            model=model,
+            beside=beside,
+            micro_tokens=8 * 32,
+            vocabulary=16_384,
+            number=number,
+            adapter=LORA.parameters(512, 2, 320, 1 / 2) if kind == "adapter" else None,
+        ),
+        1,
+    )
+    with pretended() as counts:
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        if kind == "adapter":
+            made = on_device(compute_in(add_adapter(made, LORA, POLICY, seed=0), DTYPES[number]))
+        else:
+            made = compute_in(on_device(made), DTYPES[number])
+        found = peak_of_a_micro_batch(made, counts)
+    assert ("gradients of embeddings" in planned) == (kind != "adapter")
+    assert found == pytest.approx(
+        sum(planned[role] for role in TRANSIENT & planned.keys()), rel=0.1
+    )
 
 
 def test_frozen_models():

@@ -15,6 +15,7 @@ from quartet.models.forward import masked_logprobs
 from quartet.models.language_model import create
 from quartet.models.shape import Shape
 from quartet.models.trunk import checkpoint_blocks
+from quartet.planning.gpu_memory import workload
 from quartet.planning.memory import (
     Sizes,
     activation_bytes,
@@ -149,6 +150,7 @@ def test_sizes_and_parameters_of_a_folder_are_read_from_its_files(kind, tmp_path
     assert found is not None and (found.hidden, found.layers) == (32, 2)
     assert found.intermediate == (4 * 32 if kind == "gpt2" and made.config.n_inner is None else 96)
     assert policy_parameters(config, None) == sum(p.numel() for p in made.parameters())
+    assert workload(config).vocabulary == made.config.vocab_size, "also where the head is tied"
 
 
 def test_activations_of_an_architecture_that_is_not_fused_are_what_autograd_keeps(monkeypatch):

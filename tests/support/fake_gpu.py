@@ -9,10 +9,12 @@ own: a device guard for CUDA is put into torch's table of guards, which autograd
 with it.
 """
 
+import contextlib
 import ctypes
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -100,13 +102,17 @@ def check_flash_attention(*tensors: Any) -> None:
     assert [len(x) for x in starts] == lengths
 
 
-def model_of(kind: str, auto: Any = AutoModelForCausalLM, **more: Any) -> Any:
-    config = AutoConfig.for_model(
-        kind, vocab_size=24, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, max_position_embeddings=64, eos_token_id=1, num_labels=1, **more,
+def config_of(kind: str, **more: Any) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48} | more
+    return AutoConfig.for_model(
+        kind, vocab_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, eos_token_id=1, num_labels=1, **sizes,
     )  # fmt: skip
+
+
+def model_of(kind: str, auto: Any = AutoModelForCausalLM, **more: Any) -> Any:
     with GPU:
-        return auto.from_config(config, dtype=torch.float32).eval()
+        return auto.from_config(config_of(kind, **more), dtype=torch.float32).eval()
 
 
 MODELS = {
@@ -132,18 +138,37 @@ def without_derivative(*outputs: Any) -> list[str]:
     return found
 
 
-def passes() -> dict[str, list[str]]:
-    """Return what has no derivative in each forward pass."""
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens of four rows and the mask of what is scored in them."""
+    tokens, mask = torch.randint(4, 24, (4, 9)), torch.zeros(4, 9, dtype=torch.bool)
+    mask[:, 4:8] = True
+    return tokens, mask
+
+
+def decode(model: Any) -> None:
+    """Sample some tokens, and drop rows that have ended."""
     from quartet.generation.decoders import make_decoder
     from quartet.generation.sampling import Sampling, draw
     from quartet.generation.slots import SlotDecoder
+
+    decoder = make_decoder(model, 40)
+    assert isinstance(decoder, SlotDecoder)
+    with torch.inference_mode():
+        logits = decoder.prefill([[3, 4, 5], [4, 5, 6, 7]], 3)
+        for _ in range(9):
+            noise = torch.rand(len(logits)).to(GPU)
+            logits = decoder.step(draw(logits, Sampling(top_k=4), noise).tokens)
+        decoder.keep(torch.ones(6, dtype=torch.bool, device=GPU))
+    assert logits.shape == (6, 24) and logits.dtype == torch.float32 and logits.device == GPU
+
+
+def passes() -> dict[str, list[str]]:
+    """Return what has no derivative in each forward pass."""
     from quartet.models.actor_critic import Separate, freeze
     from quartet.models.heads import ScalarModel
     from quartet.models.precision import compute_in
 
-    found = {}
-    tokens, mask = torch.randint(4, 24, (4, 9)), torch.zeros(4, 9, dtype=torch.bool)
-    mask[:, 4:8] = True
+    found, (tokens, mask) = {}, rows()
     for kind, more in MODELS.items():
         for dtype in (torch.bfloat16, torch.float32):
             actor = compute_in(model_of(kind, **more), dtype)
@@ -154,21 +179,116 @@ def passes() -> dict[str, list[str]]:
             outputs = (forward.logprobs, forward.entropy, forward.values, forward.exact_kl)
             assert all(x.device == GPU and x.dtype == torch.float32 for x in outputs)
             found[f"{kind}, {dtype}"] = without_derivative(*outputs)
-        decoder = make_decoder(compute_in(model_of(kind, **more), torch.bfloat16), 40)
-        assert isinstance(decoder, SlotDecoder)
-        with torch.inference_mode():
-            logits = decoder.prefill([[3, 4, 5], [4, 5, 6, 7]], 3)
-            for _ in range(9):
-                noise = torch.rand(len(logits)).to(GPU)
-                logits = decoder.step(draw(logits, Sampling(top_k=4), noise).tokens)
-            decoder.keep(torch.ones(6, dtype=torch.bool, device=GPU))
-        assert logits.shape == (6, 24) and logits.dtype == torch.float32 and logits.device == GPU
+        decode(compute_in(model_of(kind, **more), torch.bfloat16))
         found[f"{kind}, decoding"] = []
     return found
+
+
+@torch.no_grad()
+def apply(module: Any, fn: Any, recurse: bool = True) -> Any:
+    """Stand in for `nn.Module._apply`, which puts other data into the same parameters: a fake tensor's cannot be put into a real one."""
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    for name, p in module._parameters.items():
+        if p is not None and (there := fn(p)) is not p:
+            module._parameters[name] = torch.nn.Parameter(there, p.requires_grad)
+    module._buffers.update({n: fn(b) for n, b in module._buffers.items() if b is not None})
+    return module
+
+
+def roles_on_one_trunk() -> list[str]:
+    """Return what has no derivative where actor, critic and reward model are adapters on a base in 4 bits, which is the reference.
+
+    The kernels in 4 bits are those of bitsandbytes, of which its own fakes give shapes and check dtypes and devices.
+    """
+    from quartet.models.actor_critic import Separate, freeze
+    from quartet.models.adapters import CRITIC, POLICY, REWARD, AdapterView, add_adapter
+    from quartet.models.heads import AdaptedScalar
+    from quartet.models.loading import fill
+    from quartet.models.lora import Lora
+    from quartet.models.precision import compute_in
+    from quartet.models.quantize import NF4Linear, quantize
+    from quartet.models.skeleton import skeleton
+
+    config = config_of("llama", hidden_size=64, intermediate_size=128)
+    model = quantize(skeleton(config))
+    for seed, name in enumerate((POLICY, CRITIC, REWARD)):
+        add_adapter(model, Lora(rank=2), name, seed)
+    whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
+    with mock.patch.object(torch.nn.Module, "_apply", apply):
+        fill(compute_in(model, torch.bfloat16), whole, GPU, "here")
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    for each in (module.quant_state for module in packed):
+        scales = (each.absmax, each.code, each.offset, each.state2.absmax, each.state2.code)
+        assert all(x.device == GPU for x in scales), [x.device for x in scales]
+    assert packed[0].dequantized().dtype == torch.bfloat16
+    critic, reward_model = (AdaptedScalar(model, name, 0, 0) for name in (CRITIC, REWARD))
+    tokens, mask = rows()
+    forward = Separate(model, critic).forward(tokens, mask, 1.0, True, AdapterView(model, None))
+    outputs = (forward.logprobs, forward.entropy, forward.values, forward.exact_kl)
+    with torch.no_grad():
+        scores = freeze(reward_model).scores(tokens, torch.tensor([9, 8, 7, 9]))
+    assert all(x.device == GPU and x.dtype == torch.float32 for x in (*outputs, scores))
+    decode(model)
+    return without_derivative(*outputs)
+
+
+class Stream:
+    """A stream of a device that is not there, and an event on it: nothing is ordered."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.device = GPU
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: self
+
+
+def in_parts() -> list[str]:
+    """Return what has no derivative in a model that FSDP divides over two GPUs, of which the other does nothing.
+
+    An optimizer steps on gradients of the parts' form: none can be computed here.
+    """
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from quartet.distributed.process_group import TorchProcessGroup
+    from quartet.distributed.sharding import full_state_dict, is_sharded, local_tensor
+    from quartet.models.forward import masked_logprobs
+    from quartet.models.precision import compute_in
+    from quartet.training.ema import Ema
+    from quartet.training.optim import Optimizer, OptimizerConfig
+    from quartet.training.parallelize import mesh_of, parallelize
+
+    torch.cuda.Stream = torch.cuda.Event = Stream
+    torch.cuda.current_stream = torch.accelerator.current_stream = Stream
+    torch.cuda.stream = lambda _: contextlib.nullcontext()
+    torch.cuda.current_device, torch.cuda.device_count = lambda: 0, lambda: 2
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    group = TorchProcessGroup(0, 2)
+    model = compute_in(model_of("llama"), torch.bfloat16)
+    parallelize(model, mesh_of("cuda", group, 2))
+    logprobs = masked_logprobs(model, *rows())
+    assert logprobs.device == GPU and logprobs.dtype == torch.float32
+    missing = without_derivative(logprobs)
+    optimizer, ema = Optimizer([*model.parameters()], OptimizerConfig(), 3), Ema(model, 0.9)
+    assert optimizer.is_fused and any(map(is_sharded, optimizer.parameters))
+    for p in optimizer.parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.clip()
+    optimizer.step()
+    ema.update(model)
+    held = (t for p in optimizer.parameters for t in optimizer.moments(p).values())
+    assert all(local_tensor(t).device == GPU for t in (*held, *ema.average.values()))
+    whole = full_state_dict(model)
+    for name, p in model.state_dict(keep_vars=True).items():
+        assert whole[name].shape == p.shape and whole[name].dtype == torch.float32
+        assert whole[name].device == (torch.device("cpu") if is_sharded(p) else GPU)
+    dist.destroy_process_group()
+    return missing
 
 
 if __name__ == "__main__":
     install_guard()
     with FakeGPU():
-        result = passes()
+        result = passes() | {"roles": roles_on_one_trunk(), "in parts": in_parts()}
     print(json.dumps(result))

@@ -11,12 +11,15 @@ from typing import Any
 
 from quartet.api.inputs import inputs_of, plain
 from quartet.config.errors import toml_value
+from quartet.config.run import Role
 from quartet.config.toml import ConfigError, Settings
 from quartet.errors import QuartetError
 from quartet.io.heap import keep_freed_memory, share_one_heap
 from quartet.io.threads import left_behind
 from quartet.launch.start import job_of, open_workers
 from quartet.loops.progress import Progress
+from quartet.models.actor_critic import freeze
+from quartet.models.precision import compute_in, dtype_of
 from quartet.rewards.objects import ObjectSource
 from quartet.runs.reader import Run
 from quartet.runtime.events import Advanced, Event, Finished, Started, Warned
@@ -240,20 +243,26 @@ class TrainingRun:
 
     @property
     def policy(self) -> Any:
-        """The trained policy, a model of transformers, loaded from the run folder."""
+        """The trained policy, a model of transformers, loaded from the run folder: frozen, and in
+        the precision of the run's policy. The folder has it in float32."""
         from quartet.models.language_model import load_model
 
         with no_progress_bars():
-            return load_model(self._result(*POLICIES), self.job.device)
+            model = load_model(self._result(*POLICIES), self.job.device)
+        return compute_in(freeze(model), self._dtype("policy"))
 
     @property
     def reward_model(self) -> Any:
-        """The trained reward model, a `quartet.ScalarModel`, loaded from the run folder; of an
-        ensemble, its first member."""
+        """The trained reward model, a `quartet.ScalarModel`, loaded from the run folder: frozen,
+        and in the precision of the run's. Of an ensemble it is the first member."""
         from quartet.models.text_classifier import load_scorer
 
         with no_progress_bars():
-            return load_scorer(self._result("reward_model", "reward_model-1"), self.job.device)
+            scalar = load_scorer(self._result("reward_model", "reward_model-1"), self.job.device)
+        return freeze(scalar).compute_in(self._dtype("reward_model"))
+
+    def _dtype(self, role: Role) -> Any:
+        return dtype_of(self.settings.config.run.precision_of(role), self.job.device)
 
     def _result(self, *names: str) -> Path:
         folder = self.folder

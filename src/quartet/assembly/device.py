@@ -7,6 +7,8 @@ import torch
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.io.texts import excerpt
 from quartet.models.language_model import ModelError
+from quartet.models.precision import best_precision
+from quartet.planning.device import Device
 
 GPUS = {"cuda": "NVIDIA", "mps": "Apple"}
 """The makers of GPUs, by torch's names for the devices."""
@@ -39,6 +41,15 @@ def device(name: str, process_group: ProcessGroup = SINGLE_PROCESS) -> torch.dev
         raise ModelError(
             f'run.device = "{name}": cannot be used here ({excerpt(str(error), 100)}).'
         ) from error
+
+
+def planned_device(found: torch.device) -> Device:
+    """Return a device as a plan needs it."""
+    if found.type != "cuda":
+        return Device(found.type)
+    properties = torch.cuda.get_device_properties(found)
+    memory = float(properties.total_memory)
+    return Device("cuda", properties.name, memory, best_precision(found) == "bf16")
 
 
 def unused_gpu(found: torch.device) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from quartet.config.tables import Config
+from quartet.distributed.offload import MAIN_MEMORY
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import GatheredWeights
 from quartet.generation.dialects import DIALECTS
@@ -148,7 +149,8 @@ class Generators:
     def _save_model(self, actor: CausalModel, folder: Path, tensors: Mapping[str, Any]) -> None:
         """Write the actor with its tokenizer, adapters merged, in the dtype that it computes in: a
         server rounds to that anyway, and half the bytes travel."""
-        state = merged_state(actor, tensors) if adapters_of(actor) else dict(tensors)
+        adapted = adapters_of(actor)
+        state = merged_state(actor, tensors, MAIN_MEMORY) if adapted else dict(tensors)
         save_weights(actor, folder, state, compute_dtype(actor))
         self.tokenizer.save_pretrained(folder)
 
@@ -159,7 +161,8 @@ class Generators:
     def _save_base(self, actor: CausalModel, folder: Path, tensors: Mapping[str, Any]) -> None:
         """Write the base model without the adapter, with the tokenizer."""
         with adapter_active(actor, None):
-            save_weights(actor, folder, merged_state(actor, tensors), compute_dtype(actor))
+            state = merged_state(actor, tensors, MAIN_MEMORY)
+        save_weights(actor, folder, state, compute_dtype(actor))
         self.tokenizer.save_pretrained(folder)
 
 

@@ -39,7 +39,7 @@ from quartet.models.language_model import (
     shape_config,
 )
 from quartet.models.loading import Rows, fill, trunk_weights, weights_for
-from quartet.models.precision import DTYPES, best_precision, compute_dtype, compute_in
+from quartet.models.precision import DTYPES, compute_dtype, compute_in, dtype_of
 from quartet.models.protocols import Tokenizer
 from quartet.models.quantize import quantize
 from quartet.models.recurrent import is_recurrent
@@ -98,8 +98,8 @@ class Models:
         """The folder, or the name on the hub, of the reference; None if that is the model that a
         stage starts from."""
         self.round, self.first_round = ONLY_ROUND, self
-        self.meshes: dict[ProcessGroup, Any] = {}
-        """The mesh over which the models of each process group are sharded."""
+        self.meshes: dict[Any, Any] = {}
+        """The mesh over which the models of each of torch's process groups are sharded."""
 
     def in_round(self, number: Round, config: Config) -> "Models":
         """Return the models of a round, whose settings have its seed. Those of a later round start
@@ -317,8 +317,8 @@ class Models:
             needs_fp32 = self.config.algorithm is not None and isinstance(
                 self.config.algorithm.update, TrustRegion
             )
-            precision = "fp32" if needs_fp32 else best_precision(self.device)
-        return DTYPES[precision]
+            precision = "fp32" if needs_fp32 else "auto"
+        return dtype_of(precision, self.device)
 
     def prepare_blocks(self, model: Any) -> Any:
         """Return the model with its blocks checkpointed or compiled, as the config asks."""
@@ -469,7 +469,8 @@ class Models:
 
         group = process_group or self.process_group
         assert isinstance(group, TorchProcessGroup)
-        if group not in self.meshes:
+        joined = group.group or torch.distributed.group.WORLD  # another one after each `join`
+        if joined not in self.meshes:
             parts = self.config.launch.parts(group.world_size)
-            self.meshes[group] = mesh_of(self.device.type, group, parts)
-        return parallelize(model, self.meshes[group])
+            self.meshes[joined] = mesh_of(self.device.type, group, parts)
+        return parallelize(model, self.meshes[joined])

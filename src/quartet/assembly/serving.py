@@ -3,13 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quartet.data.encoding import Encoder
+from quartet.distributed.offload import MAIN_MEMORY
 from quartet.experience import Prompt, Rollout
 from quartet.io.texts import excerpt
 from quartet.models.actor_critic import freeze
 from quartet.models.chat import turn_end
 from quartet.models.heads import ScalarModel, scores_last_token
 from quartet.models.language_model import ModelError, load_tokenizer, longest_of, read_config
+from quartet.models.precision import dtype_of
 from quartet.models.text import response_ids
 from quartet.rewards.protocol import Reward, RewardError, Score
 from quartet.rewards.reward_model import ModelReward
@@ -21,8 +25,11 @@ class TextScorer:
     """Scores prompts and responses as a run does: the two are tokenized separately, and the
     token that ends a turn or a sequence follows a response that ended."""
 
-    def __init__(self, folder: Path, device: Any, micro_batch_tokens: int = 4096) -> None:
-        """`folder` is a run folder or a reward model's folder."""
+    def __init__(
+        self, folder: Path, device: torch.device | None, micro_batch_tokens: int = 4096
+    ) -> None:
+        """`folder` is a run folder or a reward model's folder. The model is held in the precision
+        that "auto" gives a frozen one on the device; None is the CPU."""
         path = folder / "reward_model" if (folder / "reward_model").is_dir() else folder
         if not path.is_dir():
             raise ModelError(f"{folder}: no such folder.")
@@ -34,15 +41,18 @@ class TextScorer:
         config = read_config(path)
         the_label(str(path), config.num_labels, None)
         self.path, self.encoder = path, None
-        self.limit = longest_of(config)
+        self.limit, dtype = longest_of(config), dtype_of("auto", device or MAIN_MEMORY)
         self.reward: Reward
         if not scores_last_token(config):
-            self.reward = TextModelReward.load("model", path, None, micro_batch_tokens, device)
+            self.reward = TextModelReward.load(
+                "model", path, None, micro_batch_tokens, device, dtype
+            )
             return
         self.encoder = Encoder(
             load_tokenizer(path), max_prompt_tokens=self.limit, max_response_tokens=self.limit
         )
-        self.reward = ModelReward(freeze(ScalarModel.load(path, device)), micro_batch_tokens)
+        scalar = freeze(ScalarModel.load(path, device)).compute_in(dtype)
+        self.reward = ModelReward(scalar, micro_batch_tokens)
 
     def __call__(self, request: ScoringRequest) -> list[Score]:
         """Return the score of each response. Raises `BadRequest` if a text cannot be scored."""

@@ -21,7 +21,7 @@ from quartet.models.language_model import (
     longest_of,
     stop_ids,
 )
-from quartet.models.precision import DTYPES, best_precision, compute_in
+from quartet.models.precision import compute_in, dtype_of
 from quartet.models.support import limit_support
 
 HELP = """/compare  turn the answers from before RL on or off
@@ -43,7 +43,7 @@ def _stop_strings(folder: Path) -> tuple[str, ...]:
 def _loaded(folder: Path) -> Any:
     """Return the model of a folder to be sampled from, on the GPU where there is one."""
     place = device("auto")
-    return compute_in(freeze(load_model(folder, place)), DTYPES[best_precision(place)])
+    return compute_in(freeze(load_model(folder, place)), dtype_of("auto", place))
 
 
 class ChatSession:

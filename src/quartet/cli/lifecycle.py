@@ -72,9 +72,10 @@ def _carry_out(execution: "Execution") -> int:
     """Carry out a run and print what happens. Return the exit code."""
     import dataclasses
 
+    from quartet.assembly.device import planned_device
     from quartet.cli.screen import Screen, sample_lines
     from quartet.launch.start import open_workers
-    from quartet.planning.plan import plan
+    from quartet.planning.gpu_plan import plan_on
     from quartet.runtime.events import Finished, StageFailed
     from quartet.runtime.interruption import Interrupted, Interruption
     from quartet.runtime.lifecycle import Noted, Resumed
@@ -83,10 +84,13 @@ def _carry_out(execution: "Execution") -> int:
 
     outlive_readers()
     settings, path, fault = execution.settings, execution.folder.path, execution.fault
-    screen, planned = Screen(console), plan(execution.job.config)
-    if execution.job.device.type != "cpu":  # memory and time are those of CPUs
-        planned = dataclasses.replace(planned, memory=None, seconds=None)
-    facts = {"planned_peak_bytes": planned.peak, "planned_seconds": planned.seconds}
+    screen, on_gpu = Screen(console), execution.job.device.type != "cpu"
+    planned = plan_on(execution.job.config, planned_device(execution.job.device))
+    # The peak that a run records is that of its main memory.
+    facts = {
+        "planned_peak_bytes": None if on_gpu else planned.peak,
+        "planned_seconds": planned.seconds,
+    }
     execution = dataclasses.replace(execution, planned=facts)
     minutes = float(os.environ.get(MINUTES, "0")) or settings.config.run.max_minutes
     interruption = Interruption(minutes, screen.notice)

@@ -272,13 +272,17 @@ def _print_own_parts(file: str) -> None:
 def _print_plan(settings: "Settings", as_json: bool) -> None:
     from quartet.config.tables import json_ready
     from quartet.config.toml import resolved_toml
-    from quartet.planning.plan import in_words
-    from quartet.planning.plan import plan as make_plan
+    from quartet.planning.device import CPU, device_named
+    from quartet.planning.gpu_plan import plan_on
+    from quartet.planning.hardware import GB, MEASURED, marked
+    from quartet.planning.plan import in_words, remarks
 
-    run_plan = make_plan(settings.config)
+    run_plan = plan_on(settings.config, device_named(settings.config.run.device))
+    on_cpu = run_plan.device == CPU
     if as_json:
+        unmeasured = [] if on_cpu else sorted({"memory", "seconds", "span"} - MEASURED)
         whole = {
-            "plan": dataclasses.asdict(run_plan),
+            "plan": dataclasses.asdict(run_plan) | {"never_measured_on_a_gpu": unmeasured},
             "config": json_ready(settings.config),
             "origins": settings.origins,
         }
@@ -288,13 +292,18 @@ def _print_plan(settings: "Settings", as_json: bool) -> None:
         console.print(f"note   {note}", style="yellow", soft_wrap=True)
     console.print(f"plan   {in_words(run_plan)}", soft_wrap=True)
     for phase, size in (run_plan.memory or {}).items():
-        console.print(f"       memory   {phase:<22} ≈ {size / 1e6:>9,.0f} MB")
+        words = f"≈ {size / 1e6:>9,.0f} MB"
+        if not on_cpu:
+            words = marked("memory", f"{size / GB:>9,.2f} GB on each GPU")
+        console.print(f"       memory   {phase:<22} {words}")
     for stage, count in run_plan.optimizer_steps.items():
         console.print(f"       steps    {stage:<22}   {count:>9,} optimizer steps")
     for stage, tokens in run_plan.tokens.items():
         console.print(f"       tokens   {stage:<22} ≈ {tokens:>9,.0f}")
     if run_plan.disk is not None:
         console.print(f"       disk     {'run folder':<22} ≈ {run_plan.disk / 1e6:>9,.0f} MB")
+    for sentence in remarks(run_plan):
+        console.print(f"       {sentence}", soft_wrap=True)
     console.print()
     console.print(resolved_toml(settings), soft_wrap=True, end="")
 

@@ -38,6 +38,10 @@ PARTING = 2.0
 """Seconds that rank 0 gives the others to hear that it has failed."""
 
 
+LEAVING = {True: 5.0, False: 1.0}
+"""Seconds that the end of a rank's communicators may take: together with the others, and alone."""
+
+
 class RankZeroFailed(QuartetError, RuntimeError):
     """Rank 0 has raised an error in what the other ranks waited for; the cause is there."""
 
@@ -170,6 +174,28 @@ class TorchProcessGroup(ProcessGroup):
             timeout=self.deadline,
             device_id=device if device.type == "cuda" else None,
         )
+
+    def leave(self, in_step: bool) -> None:
+        """End what `join` began; without it, do nothing. The process may join again.
+
+        `in_step` says that no operation is under way on any rank, and that all leave now: NCCL ends
+        its communicators together. Otherwise they are aborted. Where either takes longer than
+        `LEAVING` says, it is given up, and its thread is among `left_behind`.
+        """
+        if not torch.distributed.is_initialized():
+            return
+        ending = torch.distributed.distributed_c10d
+        thread = BackgroundThread("leaving the ranks")
+        end = ending.destroy_process_group if in_step else ending._abort_process_group
+        leaving = thread.start(end)
+        wait([leaving], LEAVING[in_step])
+        if not leaving.done():
+            log.warning("rank %d cannot end its communicators, and leaves them behind.", self.rank)
+            thread.abandon(seconds=0.0)
+            return
+        thread.finish()
+        if (error := leaving.exception()) is not None:
+            log.warning("rank %d ends its communicators with an error: %s", self.rank, error)
 
     def clone(self) -> "TorchProcessGroup":
         clone = TorchProcessGroup(self.rank, self.world_size, self.local_rank)

@@ -1,6 +1,7 @@
 """A rank that follows rank 0: `python -m quartet.launch.follower RANK WORLD_SIZE PORT DEADLINE
 FOLDER [FAULT]`."""
 
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from quartet.distributed.process_group import TorchProcessGroup
 from quartet.io.heap import share_one_heap
+from quartet.io.threads import left_behind
 from quartet.launch.spmd import follow
 from quartet.launch.store import LOOPBACK, Heartbeat, store_at
 
@@ -52,9 +54,11 @@ def run_follower(place: Place, deadline: float, folder: Path, fault: str | None)
     process_group = TorchProcessGroup(place.rank, place.world_size, place.local_rank)
     job = build(config, fault, process_group)
     process_group.join(dist.PrefixStore("process_group", store), deadline, job.device)
-    follow(Worker(job.stages, folder, process_group), store, place.rank)
+    in_step = follow(Worker(job.stages, folder, process_group), store, place.rank)
     heartbeat.stopped.set()
-    dist.destroy_process_group()
+    process_group.leave(in_step)
+    if left_behind():  # the end of the interpreter would wait for them, or abort
+        os._exit(0 if in_step else 1)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from quartet.distributed.process_group import RankZeroFailed
+from quartet.distributed.process_group import RankZeroFailed, TorchProcessGroup
 from quartet.errors import NonFinite
 from quartet.launch.processes import Follower
 from quartet.launch.store import BEAT, beat_key
@@ -39,15 +39,20 @@ class ProcessWorkers:
         world_size: int,
         deadline: float,
         followers: "Sequence[Follower]" = (),
+        process_group: TorchProcessGroup | None = None,
     ) -> None:
         """`worker` is rank 0's. `deadline` is the number of seconds that the other ranks have to
-        finish a call after rank 0 has. `followers` are the processes that `close` ends."""
+        finish a call after rank 0 has. `followers` are the processes that `close` ends,
+        `process_group` is the group that it leaves."""
         self.worker, self.store, self.world_size = worker, store, world_size
         self.deadline, self.followers = deadline, followers
+        self.process_group = process_group
         self.thread = WorkerThread(worker)
         self._number = 0
         """The number of the last call."""
         self._busy = False
+        self._in_step = True
+        """Whether all ranks have ended the last call, and wait for the next."""
         self._given_up = False
         """Whether rank 0 was interrupted in the middle of a call."""
         self._beats: dict[int, tuple[int, float]] = {}
@@ -66,8 +71,12 @@ class ProcessWorkers:
 
     def _call(self, name: str, *args: Any) -> list[Any]:
         self._tell({"name": name, "args": list(args)})
+        self._in_step = False
         try:
             results = [self.thread.call(name, *args)]
+        except NonFinite:
+            self._in_step = True  # every rank raises it at the same place
+            raise
         except RuntimeError as error:
             cause = self._cause(error)
             if cause is error:
@@ -75,7 +84,7 @@ class ProcessWorkers:
             raise cause from error
         until = time.monotonic() + self.deadline
         results += [self._result(rank, until) for rank in range(1, self.world_size)]
-        self._busy = False
+        self._busy, self._in_step = False, True
         return results
 
     def untouched(self) -> bool:
@@ -88,12 +97,15 @@ class ProcessWorkers:
         return not (self._busy and self.worker.is_sharded()) and bool(self.worker.halt(step))
 
     def close(self) -> None:
+        in_step = self._in_step and not self._given_up and self.lost() is None
         if self._given_up:  # no rank will finish the call
             for follower in self.followers:
                 follower.kill()
         else:
             with contextlib.suppress(Exception):
                 self._tell({"name": None})
+        if self.process_group is not None:  # the others leave now, and may wait for rank 0 in it
+            self.process_group.leave(in_step)
         for follower in self.followers:
             follower.end()
         self.thread.close()
@@ -177,8 +189,9 @@ class ProcessWorkers:
         return answer
 
 
-def follow(worker: Any, store: "dist.Store", rank: int) -> None:
-    """Do every call of rank 0, until it sends the last one or a call fails.
+def follow(worker: Any, store: "dist.Store", rank: int) -> bool:
+    """Do every call of rank 0, until it sends the last one or a call fails. Return whether it has
+    sent the last one.
 
     After a failure this process ends, which closes its connections and so frees the ranks that wait
     for it in a collective. `NonFinite` is no such failure: every rank raises it at the same place,
@@ -189,7 +202,7 @@ def follow(worker: Any, store: "dist.Store", rank: int) -> None:
         number += 1
         call = json.loads(_wait_for(store, f"call/{number}"))
         if call["name"] is None:
-            return
+            return True
         failure: Exception | None = None
         try:
             answer = {"result": json_or_none(getattr(worker, call["name"])(*call["args"]))}
@@ -198,7 +211,7 @@ def follow(worker: Any, store: "dist.Store", rank: int) -> None:
             answer = {"error": str(error), "by_another": by_another(error)}
         store.set(f"done/{number}/{rank}", json.dumps(answer))
         if failure is not None and not isinstance(failure, NonFinite):
-            return
+            return False
 
 
 def by_another(error: Exception) -> bool:

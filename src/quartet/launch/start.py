@@ -143,8 +143,9 @@ def _process_workers(
         wait_for(followers, group_store, max(launch.deadline, PATIENCE))
         process_group.join(group_store, launch.deadline, job.device)
     except BaseException:
+        process_group.leave(in_step=False)
         for follower in followers:
             follower.end()
         raise
     worker = Worker(job.stages, folder, process_group)
-    return ProcessWorkers(worker, store, world_size, launch.deadline, followers)
+    return ProcessWorkers(worker, store, world_size, launch.deadline, followers, process_group)

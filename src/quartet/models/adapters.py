@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from quartet.distributed.offload import MAIN_MEMORY
 from quartet.distributed.sharding import copy_saved, full_state_dict
 from quartet.errors import QuartetError
 from quartet.files import readable_weights
@@ -329,10 +330,16 @@ def merged_weight(product: Any) -> Tensor:
 
 @torch.no_grad()
 def merged_state(
-    model: Trunk | CausalModel, tensors: Mapping[str, Tensor] | None = None
+    model: Trunk | CausalModel,
+    tensors: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
     """Return the weights of a model with the active adapter merged into them, by the names of the
-    model without adapters. `tensors` is its `full_state_dict`, which every rank must call for."""
+    model without adapters. `tensors` is its `full_state_dict`, which every rank must call for.
+
+    A weight that had to be computed is moved to `device` at once, so that a GPU holds one of them
+    at a time; None leaves it where it is. The others are the model's own.
+    """
     layers, tensors = named_layers(model), full_state_dict(model) if tensors is None else tensors
     # Layers in 4 bits without an adapter.
     packed = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
@@ -342,11 +349,13 @@ def merged_state(
         if rest == "weight":
             base = layers[layer].base_layer
             weight = base.dequantized() if isinstance(base, NF4Linear) else tensor
-            state[f"{layer}.{rest}"] = weight + _change(layers[layer], layer, tensors)
+            merged = weight + _change(layers[layer], layer, tensors)
+            state[f"{layer}.{rest}"] = merged.to(device or merged.device)
         elif rest:
             state[f"{layer}.{rest}"] = tensor
         elif name in packed:
-            state[name] = packed[name].dequantized()
+            unpacked = packed[name].dequantized()
+            state[name] = unpacked.to(device or unpacked.device)
         elif not any(part.startswith("lora_") for part in name.split(".")):
             state[name] = tensor
     return state
@@ -372,9 +381,12 @@ def save_adapter(
     """Write a folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads. `tensors` is
     the model's `full_state_dict`."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {key: tensors[key] for key in tensors if in_adapter(name, key)}
     save_file(
-        {_PREFIX + key.replace(f".{name}.", "."): weights[key].contiguous() for key in weights},
+        {
+            _PREFIX + key.replace(f".{name}.", "."): tensor.to(MAIN_MEMORY).contiguous()
+            for key, tensor in tensors.items()
+            if in_adapter(name, key)
+        },
         folder / _WEIGHTS,
     )
     readable_weights(folder / _WEIGHTS)

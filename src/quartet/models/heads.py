@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from quartet.distributed.offload import MAIN_MEMORY
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.files import readable_weights
@@ -153,17 +154,17 @@ class ScalarModel(nn.Module):
         centre: float,
         pad_token_id: int | None,
     ) -> "ScalarModel":
-        """Return trunk and head as one model that can be saved, and nothing else.
+        """Return trunk and head as one model in main memory that can be saved, and nothing else.
 
-        It shares the weights of `trunk`, the gathered weights of the language model's trunk, except
-        those that the active adapter changes.
+        On a CPU it shares the weights of `trunk`, the gathered weights of the language model's
+        trunk, except those that the active adapter changes.
         """
         model = _classifier(language_model.config, pad_token_id, skeleton)
-        state = merged_state(language_model.base_model, trunk)
-        state = {name: at_least_float32(tensor) for name, tensor in state.items()}
+        state = merged_state(language_model.base_model, trunk, MAIN_MEMORY)
+        state = {name: _to_be_saved(tensor) for name, tensor in state.items()}
         model.base_model.load_state_dict(state, assign=True)
         scalar = cls(model)
-        scalar.head.weight = nn.Parameter(head_weight.detach())
+        scalar.head.weight = nn.Parameter(head_weight.detach().to(MAIN_MEMORY))
         scalar.centre = centre
         return scalar
 
@@ -240,12 +241,12 @@ class ScalarModel(nn.Module):
         trunk = full_state_dict(self.model.base_model, keep=process_group.is_rank_zero)
         if not process_group.is_rank_zero:
             return None
-        trunk = {name: at_least_float32(tensor) for name, tensor in trunk.items()}
+        trunk = {name: _to_be_saved(tensor) for name, tensor in trunk.items()}
         classifier.base_model.load_state_dict(trunk, assign=True)
-        head = head_of(classifier).to_empty(device=self.head.weight.device)
+        head = head_of(classifier).to_empty(device=MAIN_MEMORY)
         with torch.no_grad():
             head.weight.copy_(self.head.weight)
-            bias = 0.0 if self.head.bias is None else self.head.bias
+            bias = 0.0 if self.head.bias is None else self.head.bias.to(MAIN_MEMORY)
             head.bias.copy_(torch.zeros_like(head.bias) + bias - self.centre)
         classifier.save_pretrained(folder)
         readable_weights(*folder.glob("*.safetensors"))
@@ -362,7 +363,9 @@ class AdaptedScalar(ScalarModel):
         adapter = folder / "adapter"
         save_adapter(self.view.model, str(self.view.adapter), adapter, tensors)
         save_file(
-            {"score.weight": self.head.weight}, adapter / HEAD, metadata={"centre": repr(self.mean)}
+            {"score.weight": self.head.weight.to(MAIN_MEMORY)},
+            adapter / HEAD,
+            metadata={"centre": repr(self.mean)},
         )
         readable_weights(adapter / HEAD)
 
@@ -378,6 +381,11 @@ class AdaptedScalar(ScalarModel):
             return ScalarModel.assembled(
                 self.view.model, trunk, self.head.weight, self.mean, self.pad_token_id
             )
+
+
+def _to_be_saved(tensor: Tensor) -> Tensor:
+    """Return a weight in main memory, and at least in float32."""
+    return at_least_float32(tensor.to(MAIN_MEMORY))
 
 
 def attach(

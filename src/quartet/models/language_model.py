@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from quartet import files
+from quartet.distributed.offload import MAIN_MEMORY
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import full_state_dict
 from quartet.errors import QuartetError
@@ -280,7 +281,7 @@ def save(
     if not process_group.is_rank_zero:
         return
     with activity("merging"):
-        state = merged_state(model, tensors) if adapted else tensors
+        state = merged_state(model, tensors, MAIN_MEMORY) if adapted else tensors
     if model.generation_config is not None:
         ends = stop_ids(model, tokenizer)
         if ends != _listed_ends(model):
@@ -298,11 +299,14 @@ def save_weights(
     """Write the config and the weights of a transformers model, all weights in this dtype.
 
     Weights that were held in bfloat16 are exact in float32, too. A tensor with two names stays one.
+    Weights on a GPU are converted in main memory: it may have no room for all of them in float32.
     """
     tensors: dict[int, Tensor] = {}
     for tensor in state.values():
         converts = tensor.is_floating_point() and tensor.dtype != torch.float64
-        tensors.setdefault(id(tensor), tensor.to(dtype) if converts else tensor)
+        if id(tensor) not in tensors:
+            there = tensor.to(MAIN_MEMORY)
+            tensors[id(tensor)] = there.to(dtype) if converts else there
     with writing(f"writing {folder.name}", folder, sum(t.nbytes for t in tensors.values())):
         model.save_pretrained(folder, state_dict={n: tensors[id(t)] for n, t in state.items()})
     readable_weights(*folder.glob("*.safetensors"))

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from quartet.distributed.sharding import is_sharded
 from quartet.tensors import Tensor
 
 Precision = Literal["fp32", "bf16"]
@@ -37,6 +38,12 @@ def best_precision(device: torch.device) -> Precision:
     return "fp32"
 
 
+def dtype_of(precision: Precision | Literal["auto"], device: torch.device) -> torch.dtype:
+    """Return the dtype that models compute in, and that frozen ones are held in; "auto" is the best
+    one of the device."""
+    return DTYPES[best_precision(device) if precision == "auto" else precision]
+
+
 def has_bf16() -> bool:
     """Return whether the CUDA device in use computes in bf16. GPUs of NVIDIA before Ampere (V100,
     T4) only convert such numbers, and flash attention does not run there."""
@@ -49,13 +56,14 @@ def compute_in(model: Any, dtype: torch.dtype, head: Any = None) -> Any:
     Trained parameters stay as they are and are rounded whenever a module reads them; the others are
     converted. `head`, a linear layer of the model to its labels, stays in float32, and so do the
     numbers that it returns. The function can be called again, after adapters were added or
-    parameters frozen.
+    parameters frozen. Modules whose parameters are sharded are left as they are: FSDP rounds what
+    it gathers, and has references to the parts that it holds.
     """
     if head is not None and not head._forward_pre_hooks:
         keep_in_float32(head.parameters())
         head.register_forward_pre_hook(_in_float32)
     for module in model.modules():
-        if module is head:
+        if module is head or any(map(is_sharded, module.parameters(recurse=False))):
             continue
         floating = {
             name: p for name, p in module._parameters.items() if p is not None and _rounds(p, dtype)

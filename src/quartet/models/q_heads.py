@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from quartet.distributed.offload import MAIN_MEMORY
 from quartet.files import readable_weights, sync
 from quartet.models.forward import PositionOutputs, has_linear_head, logit_shape
 from quartet.models.heads import ValueHead
@@ -80,7 +81,9 @@ HEADS = "q_heads.safetensors"
 def save_heads(heads: QHeads, beta: float, folder: Path) -> None:
     """Write the heads, and the β of the policy that was extracted with them."""
     folder.mkdir(exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in heads.state_dict().items()}
+    tensors = {
+        name: tensor.to(MAIN_MEMORY).contiguous() for name, tensor in heads.state_dict().items()
+    }
     save_file(tensors, folder / HEADS, {"beta": repr(beta)})
     readable_weights(folder / HEADS)
     sync(folder / HEADS)

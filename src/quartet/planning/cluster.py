@@ -25,12 +25,14 @@ from quartet.planning.hardware import (
     COMPUTE,
     DISK,
     GB,
+    LEGEND,
     MEASURED,
     RESERVED,
     CannotFit,
     Cluster,
     Gpu,
     Span,
+    marked,
 )
 from quartet.planning.memory import FLOAT
 
@@ -243,18 +245,6 @@ def _missing(work: Workload, cluster: Cluster) -> Iterator[str]:
             )
         except CannotFit as error:
             yield str(error)
-
-
-LEGEND = (
-    "~ was never measured on a GPU. Memory follows counts of what the program allocates, without a "
-    "GPU; times follow the makers' numbers, of which 25 to 50 % are assumed in compute and 50 to "
-    "85 % in bandwidth."
-)
-
-
-def marked(figure: str, words: str) -> str:
-    """Return the words of a figure, with a mark if it was never measured on a GPU."""
-    return words if figure in MEASURED else f"~ {words}"
 
 
 def figures(plan: ClusterPlan) -> dict[str, Any]:

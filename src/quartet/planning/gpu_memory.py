@@ -27,12 +27,20 @@ from quartet.planning.memory import (
     trained_bytes,
 )
 from quartet.planning.plan import row_tokens, vocabulary
+from quartet.training.optimizer_types import OptimizerType
 
 SAMPLING_COPIES = 7.0
 """Numbers of 4 bytes that drawing a token holds at once for each row and word of the vocabulary.
 Counted."""
 HEAD_COPIES = 3.0
-"""The same for a chunk of the logits of a micro-batch."""
+"""The same for a chunk of the logits of a micro-batch in a forward pass."""
+HEAD_COPIES_BACKWARD = {2: 2.5, FLOAT: 3.0}
+"""The same in a backward pass, by the bytes of a number. Counted."""
+EMBEDDING_COPIES = {2: 1.5, FLOAT: 1.0}
+"""Numbers of 4 bytes for each weight of the embeddings while their gradient is computed: it is
+there in the dtype that the model computes in, and in float32. Counted."""
+TIED_COPIES = 3.0
+"""The same where the head is the embeddings: its gradient, theirs, and the sum of both. Counted."""
 HEAD_CHUNKS, CHUNK_ELEMENTS = 8, 2**21
 """Log-probs are computed in at most so many chunks of the vocabulary, of at least so many logits
 (`models/logprobs.py`)."""
@@ -98,6 +106,16 @@ class Workload:
         blocks."""
         return float(max((self.parameters - self.beside) / max(self.model.layers, 1), self.beside))
 
+    @property
+    def embedding(self) -> int:
+        """Parameters of the embeddings, which the head shares or has as many of."""
+        return min(self.vocabulary * self.model.hidden, self.beside)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embeddings."""
+        return 2 * self.beside < 3 * self.embedding
+
     def row_bytes(self, tokens: int | float) -> float:
         """Return the bytes that a decoder's cache holds of a row of so many tokens."""
         return row_cache_bytes(self.model, tokens, self.number)
@@ -130,31 +148,46 @@ class Workload:
 def workload(config: Config) -> Workload:
     """Return the workload of a config's RL stage on GPUs. Raises ValueError where there is none, or
     where the size of the policy is not known."""
-    parameters, model = policy_parameters(config, vocabulary(config)), sizes(config)
-    if not parameters or not model or not config.algorithm:
+    base = stage_workload(config)
+    if base is None or not config.algorithm:
         raise ValueError(
             "the size of the policy is not known, or there is no RL stage: name a folder, or "
             "describe it in policy.create."
         )
-    algorithm, (prompt, response) = config.algorithm, row_tokens(config)
+    algorithm = config.algorithm
     own_critic = algorithm.needs_critic and not isinstance(config.critic, SharedCritic)
     members = max(len(config.reward_models), 1)
     reward_models = members if config.reward_model_source is not None else 0
-    adapter = adapter_parameters(config)
-    if adapter is not None and config.reward_model.model is None and config.reward_models:
+    if base.adapter is not None and config.reward_model.model is None and config.reward_models:
         reward_models = 0  # an adapter on the policy's trunk
     reference = 0.0
-    if algorithm.needs_reference and (adapter is None or config.reference.model is not None):
-        reference = reference_share(config, parameters)
+    if algorithm.needs_reference and (base.adapter is None or config.reference.model is not None):
+        reference = reference_share(config, base.parameters)
+    return dataclasses.replace(
+        base,
+        learners=1 + own_critic,
+        frozen=reward_models + reference,
+        read_by_loss=reference * algorithm.kl.exact_loss,
+        reward_models=reward_models,
+    )
+
+
+def stage_workload(config: Config, optimizer: OptimizerType | None = None) -> Workload | None:
+    """Return the workload of a stage that trains the policy alone, with an optimizer, the RL
+    stage's if it is None. None where the size of the policy is not known."""
+    parameters, model = policy_parameters(config, vocabulary(config)), sizes(config)
+    if not parameters or not model:
+        return None
+    prompt, response = row_tokens(config)
+    adapter, tokens = adapter_parameters(config), config.optim.micro_batch_tokens
     beside = max(int(parameters - model.matrix_parameters), 0)
-    tokens = config.optim.micro_batch_tokens
-    trained = trained_bytes(config.optim.optimizer, model, parameters, adapter)
+    trained = trained_bytes(optimizer or config.optim.optimizer, model, parameters, adapter)
     return Workload(
         parameters=parameters,
         model=model,
         beside=beside,
-        learners=1 + own_critic,
-        frozen=reward_models + reference,
+        learners=1,
+        frozen=0,
         rows=config.rollout.prompts_per_step * config.rollout.samples_per_prompt,
         prompt=prompt,
         response=response,
@@ -163,11 +196,9 @@ def workload(config: Config) -> Workload:
         micro_tokens=8192 if tokens == "auto" else tokens,
         checkpointing=config.policy.gradient_checkpointing,
         offload=config.run.offload,
-        read_by_loss=reference * algorithm.kl.exact_loss,
-        reward_models=reward_models,
         trained_bytes=trained / (parameters if adapter is None else adapter),
         number=number_bytes(config, on_gpu=True),
-        vocabulary=vocabulary(config) or beside // (2 * model.hidden),
+        vocabulary=vocabulary(config) or model.vocabulary or beside // (2 * model.hidden),
         adapter=adapter,
         in_4_bits=config.policy.quantize is not None,
         served=isinstance(config.generator, Servers),
@@ -184,9 +215,9 @@ def training_memory(work: Workload, ranks: int, meanwhile: bool = False) -> dict
 
     A trained parameter takes `Workload.trained_bytes` and a frozen one `Workload.number`, divided
     by the ranks. On one GPU a micro-batch holds the weights rounded to bfloat16 from its forward
-    pass to its backward pass; on several, two units (`Workload.unit`) are gathered, and a gradient
-    in float32. `meanwhile` says that other GPUs generate during the update, so that reward models
-    are in use as well.
+    pass to its backward pass, but for embeddings, which only the head reads again; on several, two
+    units (`Workload.unit`) are gathered, and a gradient in float32. `meanwhile` says that other
+    GPUs generate during the update, so that reward models are in use as well.
     """
     sharded, learners = work.parameters / ranks, work.learners
     roles = {"trunk": work.trunk / ranks, "actor": work.trained_bytes * work.trained / ranks}
@@ -198,16 +229,38 @@ def training_memory(work: Workload, ranks: int, meanwhile: bool = False) -> dict
     if ranks > 1:
         roles["gathered weights"] = (2 * work.number + FLOAT) * work.unit
     elif work.number != FLOAT:
-        roles["rounded weights"] = float(learners * work.number * work.trained)
+        again = learners * work.trained
+        if work.adapter is None:
+            again -= (learners - work.is_tied) * work.embedding
+        roles["rounded weights"] = float(work.number * again)
     per_token = activation_bytes(work.model, work.checkpointing, work.number, on_gpu=True)
     roles["activations"] = learners * work.micro_tokens * per_token
     logits = work.micro_tokens * work.vocabulary
-    chunk = min(logits, max(math.ceil(logits / HEAD_CHUNKS), CHUNK_ELEMENTS))
-    roles["logits"] = HEAD_COPIES * FLOAT * chunk
+    chunk = float(FLOAT * min(logits, max(math.ceil(logits / HEAD_CHUNKS), CHUNK_ELEMENTS)))
+    roles["logits"] = HEAD_COPIES * chunk
+    if ranks == 1 and work.adapter is None:
+        held = sum(size for role, size in roles.items() if role in TRANSIENT)
+        roles["gradients of embeddings"] = _embedding_gradients(work, chunk, held)
     return roles
 
 
-TRANSIENT = frozenset({"activations", "logits", "gathered weights", "rounded weights"})
+def _embedding_gradients(work: Workload, chunk: float, held: float) -> float:
+    """Return what the gradients of embeddings and head add to the peak of a micro-batch, beside
+    those that are kept. `chunk` are the bytes of a chunk of logits, `held` those of all that the
+    backward pass begins with.
+
+    Each is whole before it is added to what is kept. The head's is there together with `held`; that
+    of the embeddings comes last, when activations are gone.
+    """
+    gradient = float(FLOAT * work.embedding)
+    at_the_head = held + gradient - (HEAD_COPIES - HEAD_COPIES_BACKWARD[work.number]) * chunk
+    copies = TIED_COPIES if work.is_tied else EMBEDDING_COPIES[work.number]
+    return max(at_the_head, copies * gradient, held) - held
+
+
+TRANSIENT = frozenset(
+    {"activations", "logits", "gathered weights", "rounded weights", "gradients of embeddings"}
+)
 """Roles that are there during an update only."""
 
 

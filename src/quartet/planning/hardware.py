@@ -14,6 +14,11 @@ DISK = (1e9, 5e9)
 in its memory. Assumed."""
 MEASURED: frozenset[str] = frozenset()
 """The figures of a plan that were measured on a GPU, by name. None was."""
+LEGEND = (
+    "~ was never measured on a GPU. Memory follows counts of what the program allocates, without a "
+    "GPU; times follow the makers' numbers, of which 25 to 50 % are assumed in compute and 50 to "
+    "85 % in bandwidth."
+)
 HOST = 8
 """GPUs of one host, which can hold one copy of the weights together."""
 RESERVED = 0.1
@@ -99,3 +104,8 @@ class Span:
         if self.worst < 100:
             return f"{self.best:,.2g} to {self.worst:,.2g} s"
         return f"{self.best:,.0f} to {self.worst:,.0f} s"
+
+
+def marked(figure: str, words: str) -> str:
+    """Return the words of a figure, with a mark if it was never measured on a GPU."""
+    return words if figure in MEASURED else f"~ {words}"

@@ -190,7 +190,7 @@ class _Working:
         is returned in between where it is large (`io/heap.py`), and else filled by the update."""
         rollout = self.config.rollout
         rows = rollout.prompts_per_step * rollout.samples_per_prompt
-        tokens = _minibatch_tokens(self.config, self.row[0])
+        tokens = minibatch_tokens(self.config, self.row[0])
         update = self.training(tokens, 1 + has_own_critic(self.config))
         if self.narrow >= LARGE:
             return max(self.sampling(rows), KERNEL_BYTES + update)
@@ -203,7 +203,7 @@ class _Working:
         return self.matrices
 
 
-def _minibatch_tokens(config: Config, prompt: float) -> float:
+def minibatch_tokens(config: Config, prompt: float) -> float:
     """Return the most tokens that a minibatch of the RL stage computes. A prompt is computed once
     for the responses to it; several minibatches divide the responses at random, so each may have
     one of every prompt."""

@@ -8,6 +8,8 @@ from pathlib import Path
 from quartet.algorithms.state_values import MonteCarloValues
 from quartet.config.tables import Config, SharedCritic, StageTraining, TrainTokenizer
 from quartet.loops.source import StageSource
+from quartet.planning.device import CPU, Device
+from quartet.planning.hardware import GB, LEGEND, RESERVED, Span, marked
 from quartet.planning.memory import (
     FLOAT,
     adapter_parameters,
@@ -39,10 +41,16 @@ class Plan:
     tokens: dict[str, float]
     """Tokens that each stage trains on, once per epoch, and tokens that RL generates."""
     memory: dict[str, float] | None
-    """Expected resident bytes in each phase."""
+    """Expected bytes in each phase: resident ones, or those on each GPU."""
     disk: float | None
     """Bytes."""
     seconds: float | None
+    """On a GPU the middle of `span`."""
+    device: Device | None = CPU
+    """What memory and time are of: the memory is that of the GPU if it is one. None is a device
+    that this machine does not have."""
+    span: Span | None = None
+    """The time on a GPU, from the best to the worst case to expect."""
 
     @property
     def peak(self) -> float | None:
@@ -281,11 +289,48 @@ def in_words(plan: Plan) -> str:
         f"{role} {_size_in_words(count)}" if count else f"{role} ?"
         for role, count in plan.models.items()
     ]
-    if plan.peak:
+    if plan.peak and plan.device == CPU:
         words.append(f"peak ≈ {plan.peak / 1e6:,.0f} MB")
-    if plan.seconds:
+    elif plan.peak and plan.device is not None:
+        size = f"{plan.peak / GB:,.2f} of {plan.device.memory / GB:,.0f} GB"
+        words.append(f"{marked('memory', f'peak {size}')} on {plan.device.name}")
+    if plan.span is not None:
+        ends = dict.fromkeys(map(duration, (plan.span.best, plan.span.worst)))
+        words.append(marked("seconds", " to ".join(ends)))
+    elif plan.seconds:
         words.append(f"≈ {duration(plan.seconds)}")
     return " · ".join(words)
+
+
+def remarks(plan: Plan) -> list[str]:
+    """Return sentences about the device of a plan: what is not known of it, whether the run fits,
+    and what the marks of its figures mean. None for a CPU."""
+    device = plan.device
+    if device == CPU:
+        return []
+    if device is None:
+        return [
+            "run.device is a GPU that this machine does not have, so memory and time are not "
+            "known. --on 1xh200 plans for a GPU that you name."
+        ]
+    if device.kind != "cuda":
+        return [f"memory and time on {device.kind} are not known."]
+    sentences = []
+    if plan.peak and plan.memory and plan.peak > (room := device.memory * (1 - RESERVED)):
+        phase = max(plan.memory, key=plan.memory.__getitem__)
+        sentences.append(
+            f"{phase} needs {plan.peak / GB:,.1f} GB, and {room / GB:,.1f} GB of {device.name} are "
+            "usable. An adapter (policy.adapter.type=lora), policy.gradient_checkpointing, "
+            "run.offload or fewer optim.micro_batch_tokens take less."
+        )
+    if device.gpu is None:
+        sentences.append(f"the rates of {device.name} are not known here, so the time is not.")
+    elif plan.span is not None:
+        sentences.append(
+            "The time leaves out what the host takes to ask for kernels, which is most of the time "
+            "of small models."
+        )
+    return [*sentences, LEGEND]
 
 
 def duration(seconds: float) -> str:

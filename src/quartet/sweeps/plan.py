@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quartet.config.errors import toml_value
+from quartet.config.tables import Config
 from quartet.config.toml import settings_in
-from quartet.planning.plan import plan
+from quartet.planning.device import device_named
+from quartet.planning.gpu_plan import plan_on
 from quartet.sweeps.request import SweepRequest
 from quartet.sweeps.suggest import suggest
 
@@ -50,12 +52,18 @@ def plan_sweep(request: SweepRequest) -> SweepPlan:
 def _seconds(request: SweepRequest, values: dict[str, Any]) -> float | None:
     """Return the time of a trial with all stages of the recipe."""
     words = [f"{key}={toml_value(v)}" for key, v in request.spec.settings(values).items()]
-    return plan(settings_in(request.file, [*request.words, *words]).config).seconds
+    config = settings_in(request.file, [*request.words, *words]).config
+    return _seconds_of(config)
 
 
 def _once_seconds(request: SweepRequest) -> float:
     """Return the time of the stages that run once."""
-    return plan(settings_in(request.file, request.once_words()).config).seconds or 0.0
+    return _seconds_of(settings_in(request.file, request.once_words()).config) or 0.0
+
+
+def _seconds_of(config: Config) -> float | None:
+    """Return the time of a run on the device that it would take here."""
+    return plan_on(config, device_named(config.run.device)).seconds
 
 
 def _duration(seconds: float) -> str:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from quartet.distributed.offload import MAIN_MEMORY
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import is_first_replica, is_sharded, local_tensor
 from quartet.errors import NonFinite
@@ -103,7 +104,7 @@ def _save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     try:
         with writing("checkpoint", path, num_bytes):
-            save_file(dict(tensors), path)
+            save_file({name: tensor.to(MAIN_MEMORY) for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
         # A full disk is reported as text: raise the operating system's error that it names.
         reason = re.search(r"I/O error: (.*?)( \(os error (\d+)\))?$", str(error))

@@ -21,6 +21,7 @@ from quartet.data.examples import Example
 from quartet.evaluation.at_k import best_of
 from quartet.experience import Rollout
 from quartet.models.language_model import read_config
+from quartet.models.precision import dtype_of
 from quartet.rewards.judge import JudgeReward, WinShares
 from quartet.rewards.protocol import Reward, RewardError, Score
 from quartet.rewards.rubric import Rubric, read_rubric
@@ -144,7 +145,9 @@ class ScoredText:
         if label is None and Path(folder).is_dir():
             self.scorer = TextScorer(Path(folder), place, MICRO_BATCH_TOKENS)
         else:
-            self.text_model = TextModelReward.load(name, folder, label, MICRO_BATCH_TOKENS, place)
+            self.text_model = TextModelReward.load(
+                name, folder, label, MICRO_BATCH_TOKENS, place, dtype_of("auto", place)
+            )
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         if self.text_model is not None:
@@ -218,11 +221,13 @@ def reward_of(measure: Measure, gold: Any, folder: Path, run: Path | None) -> Re
 
 
 def _context(gold: Any, folder: Path | None, run: Path | None) -> TextContext:
+    place = device("auto")
     return TextContext(
         None,  # type: ignore[arg-type]  # no reward here reads the policy's tokens
         _no_token_texts,
         MICRO_BATCH_TOKENS,
-        device("auto"),
+        place,
+        dtype_of("auto", place),
         gold=gold,
         folder=folder,
         trained=_trained(run),

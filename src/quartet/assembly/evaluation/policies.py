@@ -26,7 +26,7 @@ from quartet.models.actor_critic import freeze
 from quartet.models.forward import policy_logprobs
 from quartet.models.hub import commit_on_hub
 from quartet.models.language_model import load_model, load_tokenizer, longest_of, stop_ids
-from quartet.models.precision import DTYPES, best_precision, compute_in
+from quartet.models.precision import compute_in, dtype_of
 from quartet.models.support import limit_support
 from quartet.rewards.protocol import RewardError
 from quartet.rewards.remote import Endpoint
@@ -109,7 +109,7 @@ class LoadedPolicy:
         self.folder, place = folder, device("auto")
         self.tokenizer = load_tokenizer(folder)
         model = limit_support(load_model(folder, place), self.tokenizer)
-        self.model = compute_in(freeze(model), DTYPES[best_precision(place)])
+        self.model = compute_in(freeze(model), dtype_of("auto", place))
         self.longest = longest_of(self.model.config)
 
     def answers(
