@@ -70,7 +70,7 @@ class FunctionReward:
         self,
         name: str,
         function: str,
-        token_texts: Callable[[Sequence[int]], list[str]],
+        token_texts: Callable[[Sequence[int]], list[str]] | None,
         timeout: float = 60.0,
         processes: int = 1,
     ) -> None:
@@ -169,7 +169,7 @@ class FunctionReward:
             "completion_ids": [list(r.response_ids) for r in rollouts],
         }
         offered = _of_other_libraries(rollouts, takes["names"]) | offered
-        if takes["any"] or "tokens" in takes["names"]:
+        if self.token_texts is not None and (takes["any"] or "tokens" in takes["names"]):
             offered["tokens"] = [self.token_texts(r.response_ids) for r in rollouts]
         if missing := [name for name in takes["required"] if name not in offered]:
             raise RewardError(

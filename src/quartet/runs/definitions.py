@@ -189,7 +189,7 @@ DEFINITIONS = (
         "policy/step_kl",
         "KL of the step",
         "k3 of π_old to π at the end of the step, per token",
-        "policy_loss.beta follows it.",
+        "algorithm.policy_loss.beta follows it.",
     ),
     Definition(
         "policy/entropy",

@@ -72,7 +72,7 @@ class Run:
     >>> run.figure("frontier")  # doctest: +SKIP
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         try:
             self.path = Path(path).resolve()
         except (OSError, RuntimeError, ValueError) as error:

@@ -216,7 +216,7 @@ def kl_above_target(history: History) -> str | None:
         return None
     return (
         f"the KL was {kl:.3g} over ten steps, more than twice the target {target:g}. Raise "
-        "kl.coef, or lower optim.lr."
+        "algorithm.kl.coef, or lower optim.lr."
     )
 
 
@@ -288,8 +288,7 @@ def entropy_collapse(history: History) -> str | None:
         return None
     return (
         f"entropy fell from {first:.2g} to {entropy:.2g} nats, and {common:.0%} of prompts get the "
-        f"same response. Raise "
-        "kl.coef, add entropy, or lower optim.lr."
+        "same response. Raise algorithm.kl.coef, add entropy, or lower optim.lr."
     )
 
 
@@ -337,7 +336,7 @@ def repeats_itself(history: History) -> str | None:
         return None
     return (
         f"repetition within responses went from {first:.0%} to {now:.0%}. Read samples; raise "
-        "kl.coef."
+        "algorithm.kl.coef."
     )
 
 
@@ -360,8 +359,8 @@ def hacked(history: History) -> str | None:
     since = history.steps - len(gold) + top + HACKED_MEAN // 2
     return (
         f"reward rose from {then:.2f} to {now:.2f} since step {since}, gold reward fell from "
-        f"{means[top]:.2f} to "
-        f"{means[-1]:.2f}: the reward model is being fooled. Stop there, or raise kl.coef."
+        f"{means[top]:.2f} to {means[-1]:.2f}: the reward model is being fooled. Stop there, or "
+        "raise algorithm.kl.coef."
     )
 
 
@@ -420,8 +419,7 @@ def loses_held_out(history: History) -> str | None:
         return None
     return (
         f"the win rate on held-out prompts fell from {top:.0%} to {now:.0%} while the reward rose: "
-        f"the answers get worse. Stop "
-        "there, or raise kl.coef."
+        "the answers get worse. Stop there, or raise algorithm.kl.coef."
     )
 
 
@@ -438,8 +436,8 @@ def forgets(history: History) -> str | None:
         return None
     return (
         f"perplexity on held-out demonstrations went from {seen[0]:.3g} to {seen[-1]:.3g}: the "
-        f"policy forgets what SFT taught. "
-        "Raise kl.coef, lower optim.lr, or mix demonstrations in (algorithm.ptx)."
+        "policy forgets what SFT taught. Raise algorithm.kl.coef, lower optim.lr, or mix "
+        "demonstrations in (algorithm.ptx)."
     )
 
 
