@@ -154,6 +154,10 @@ FAULTS = {
         "went from 7 to",
     ),
     rules.reward_saturates: (lambda s: {"reward/std": 0.8**s}, "no longer tells answers apart"),
+    rules.scores_are_clipped: (
+        lambda s: {"reward/clipped": 0.75},
+        "75% of the scores are beyond the limit of algorithm.scores",
+    ),
 }
 BESIDE = {
     rules.entropy_collapse: {rules.duplicates},
@@ -315,6 +319,24 @@ def test_a_real_run_whose_prompts_hardly_ever_pass_is_found_and_one_whose_prompt
         assert "are left to learn from. Train longer by SFT" in found[0].sentence
     elif words:
         assert series["prompts/learnable"][-1] > 20
+
+
+@pytest.mark.parametrize(
+    ("metrics", "rule", "sentence"),
+    [
+        ({"reward": 1.0, "reward/std": 0.0}, rules.no_signal, "every response has the same score"),
+        ({"reward/clipped": 1.0}, rules.scores_are_clipped, "100% of the scores are beyond"),
+    ],
+)
+def test_where_responses_earn_the_same_the_critic_and_the_advantages_are_not_blamed(
+    metrics, rule, sentence
+):
+    """A reward that is a constant, or beyond the limit of PPO's scores: what is left is noise."""
+    noise = {"value/explained_variance": -100.0, "advantage/reward_correlation": 0.0}
+    found = spoken(lambda step: {**noise, **metrics})
+    assert found.keys() == {rule} and sentence in found[rule][1]
+    blamed = spoken(lambda step: noise).keys()
+    assert {rules.critic_knows_nothing, rules.paid_for_others} <= blamed
 
 
 def test_a_remedy_names_settings_as_they_are_written():

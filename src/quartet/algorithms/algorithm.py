@@ -24,7 +24,7 @@ from quartet.algorithms.value_loss import NoValueLoss, ValueLoss
 from quartet.errors import PartError
 from quartet.experience import Batch, Experience
 from quartet.parts import Field, of_shape, part
-from quartet.tensors import Bool, Float, Tensor
+from quartet.tensors import Bool, Float, Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,15 @@ class Algorithm:
         placed = of_shape(self.rewards, self.rewards.place(scores, batch), mask.shape)
         rewards = masked(placed + self.penalties(batch), mask)
         return whiten_keeping_mean(rewards, mask) if self.rewards.whiten else rewards
+
+    def clipped_scores(self, batch: Batch) -> Bool[Tensor, "B"]:
+        """Return the responses whose score a shape cuts off at its limit."""
+        scores = self.rewards.score(batch)
+        clipped = torch.zeros_like(scores, dtype=torch.bool)
+        for shape in self.scores:
+            clipped = clipped | shape.clipped(scores)
+            scores = shape(scores, batch)
+        return clipped
 
     def penalties(self, batch: Batch) -> Float[Tensor, "B T"]:
         """Return the KL penalty of each token, which is added to its reward."""

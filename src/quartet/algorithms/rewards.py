@@ -22,6 +22,11 @@ class ScoreShape(Family):
     def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
         raise NotImplementedError
 
+    def clipped(self, scores: Float[Tensor, "B"]) -> Bool[Tensor, "B"]:
+        """Return which of the scores that it is given it cuts off at a limit, so that they no
+        longer differ; by default none."""
+        return torch.zeros_like(scores, dtype=torch.bool)
+
     def adapt(self, metrics: Mapping[str, float]) -> "ScoreShape":
         """Return the part of the next step, after a step with these metrics; by default itself."""
         return self
@@ -36,6 +41,9 @@ class ClipScore(ScoreShape):
 
     def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
         return scores.clamp(-self.limit, self.limit)
+
+    def clipped(self, scores: Float[Tensor, "B"]) -> Bool[Tensor, "B"]:
+        return scores.abs() > self.limit
 
 
 class RunningScale(ScoreShape):
