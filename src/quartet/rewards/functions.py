@@ -172,9 +172,11 @@ class FunctionReward:
         if self.token_texts is not None and (takes["any"] or "tokens" in takes["names"]):
             offered["tokens"] = [self.token_texts(r.response_ids) for r in rollouts]
         if missing := [name for name in takes["required"] if name not in offered]:
+            plurals = [f"{name}s" for name in missing if f"{name}s" in offered]
+            meant = f" Did you mean {', '.join(plurals)}? Each is a list." if plurals else ""
             raise RewardError(
-                f"{self.function} asks for {', '.join(missing)}, which the data do not have. There "
-                f"are {', '.join(offered)}."
+                f"{self.function} asks for {', '.join(missing)}, which the data do not have."
+                f"{meant} There are {', '.join(offered)}."
             )
         return {
             name: column
