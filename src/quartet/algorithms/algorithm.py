@@ -144,10 +144,12 @@ class Algorithm:
 
     @property
     def needs_critic(self) -> bool:
+        """Whether advantages are estimated with values."""
         return self.advantage.needs_critic
 
     @property
     def needs_reference(self) -> bool:
+        """Whether log-probs of the reference are read."""
         return self.kl.needs_reference
 
     @property
@@ -177,6 +179,7 @@ class Algorithm:
 
     @property
     def needs_token_scores(self) -> bool:
+        """Whether rewards must score each token of a response."""
         return self.rewards.needs_token_scores
 
     @property
@@ -186,10 +189,12 @@ class Algorithm:
 
     @property
     def needs_final_values(self) -> bool:
+        """Whether the value after the last token of a response is read."""
         return self.advantage.needs_final_values
 
     @property
     def needs_entropy_gradient(self) -> bool:
+        """Whether the loss has a term on the entropy."""
         return self.entropy.coef > 0
 
     # --- what it does ---

@@ -20,6 +20,7 @@ class ScoreShape(Family):
     """What is done to the score of each response before tokens get it."""
 
     def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
+        """Return the shaped scores, [B], from those that the parts before it have left."""
         raise NotImplementedError
 
     def clipped(self, scores: Float[Tensor, "B"]) -> Bool[Tensor, "B"]:

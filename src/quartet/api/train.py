@@ -1,7 +1,7 @@
 """`quartet.train`: a run, from Python."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,12 +83,8 @@ def train(
     if resume is not None and resume is not False:
         if recipe is not None:
             raise ConfigError("recipe: the run that is resumed has one. Leave it out.")
-        from quartet.api.run import TrainingRun
-
         path = Path(folder or "runs") / "latest" if resume is True else Path(resume)
-        if not (path / "events.jsonl").is_file():
-            raise ConfigError(f"resume: {path} is no run folder.")
-        return TrainingRun.resumed(path, arguments, settings, accept)
+        return _resumed(path, arguments, settings, accept)
     if recipe is None:
         raise ConfigError('recipe: name a stage, such as quartet.train("ppo", …).')
     inputs = inputs_of(recipe, arguments, settings)
@@ -97,3 +93,14 @@ def train(
 
     with naming_rows():
         return TrainingRun(checked, inputs.objects)
+
+
+def _resumed(
+    path: Path, arguments: Mapping[str, Any], settings: Mapping[str, Any], accept: Sequence[str]
+) -> TrainingRun:
+    """Return the run of a folder, to go on with changed settings."""
+    if not (path / "events.jsonl").is_file():
+        raise ConfigError(f"resume: {path} is no run folder.")
+    from quartet.api.run import TrainingRun
+
+    return TrainingRun.resumed(path, arguments, settings, accept)

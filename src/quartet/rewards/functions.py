@@ -44,6 +44,7 @@ class TextReward:
         self.name, self.function = name, function
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """Return what the function says of each response, one after another."""
         return [self.function(r.prompt.text, r.response) for r in rollouts]
 
 
