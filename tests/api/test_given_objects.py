@@ -8,9 +8,11 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
+from typer.testing import CliRunner
 
 import quartet
 from quartet.api.inputs import inputs_of
+from quartet.cli import app
 from tests.support import world
 
 PROMPTS = ["the film was", "a story is", "the end was", "the music is"] * 2
@@ -192,3 +194,36 @@ def test_models_are_saved_in_a_folder_that_is_a_text(tmp_path):
 def test_the_folder_of_a_run_is_no_model_and_says_which_it_has(run):
     with pytest.raises(quartet.QuartetError, match=f"Its model is {run.folder / 'policy'}"):
         quartet.load_model(run.folder)
+
+
+def test_a_checkpoint_of_a_run_with_a_reward_of_python_can_be_taken_without_the_function(tmp_path):
+    """After Ctrl-C, say: its policy is exported, and answers, though nothing can score it."""
+    given = {"policy": world.model(), "tokenizer": world.tokenizer(), "prompts": PROMPTS}
+    small = {"rollout": SMALL["rollout"], "optim": {"lr": 1e-2}}
+    run = quartet.train("ppo", **given, reward=two, folder=tmp_path, steps=3, **small)
+    assert next(iter(run)).number == 1
+    run.close()
+    with pytest.raises(quartet.QuartetError, match="finish.. first, or .*--checkpoint ppo-000001"):
+        _ = run.policy
+    words = [str(run.folder), "--to", str(tmp_path / "out"), "--checkpoint", "ppo-000001"]
+    assert CliRunner().invoke(app, ["export", *words]).exit_code == 0
+    weights = quartet.load_model(tmp_path / "out").state_dict()
+    assert any(not torch.equal(weights[n], w) for n, w in world.model().state_dict().items())
+    form = {"on": {"mine": PROMPTS}, "max_new_tokens": 4, "folder": tmp_path / "eval"}
+    result = quartet.evaluate(f"{run.folder}@1", **form, measures=two)
+    assert result["cells"][0]["value"] == 2.0
+
+
+@pytest.mark.slow
+def test_a_critic_is_audited_with_a_reward_of_python(tmp_path):
+    given = {"policy": world.model(), "tokenizer": world.tokenizer(), "prompts": PROMPTS * 3}
+
+    def length(responses, **_):
+        return [len(response) / 10 for response in responses]
+
+    small = {"rollout": SMALL["rollout"], "folder": tmp_path}
+    run = quartet.train("ppo", **given, reward=length, steps=2, **small).finish(progress=False)
+    audit = quartet.critic_audit(run, prompts=2, prefixes=2, continuations=2)
+    assert audit.path.is_file() and audit.numbers["step"] == 2
+    with pytest.raises(quartet.QuartetError, match="was given as a Python object"):
+        quartet.critic_audit(run.folder, prompts=2, prefixes=2, continuations=2)

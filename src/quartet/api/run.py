@@ -14,6 +14,7 @@ from quartet.config.errors import toml_value
 from quartet.config.toml import ConfigError, Settings
 from quartet.errors import QuartetError
 from quartet.io.heap import keep_freed_memory, share_one_heap
+from quartet.io.texts import typed
 from quartet.io.threads import left_behind
 from quartet.launch.start import job_of, open_workers
 from quartet.loops.progress import Progress
@@ -278,7 +279,15 @@ class TrainingRun:
             raise QuartetError(
                 f"{folder}: this run leaves no {names[0]}, only {', '.join(results) or 'a record'}."
             )
-        raise QuartetError(f"{folder}: has no {names[0]} yet. Call run.finish() first.")
+        from quartet.assembly.checkpoint_models import with_weights
+
+        words = f"{folder}: has no {names[0]} yet. Call run.finish() first"
+        if written := with_weights(folder):
+            words += (
+                f", or take that of a checkpoint: quartet export {typed(folder)} --to FOLDER "
+                f"--checkpoint {written[0].name}"
+            )
+        raise QuartetError(f"{words}.")
 
     @property
     def folder(self) -> Path:
