@@ -43,6 +43,20 @@ class Squared(quartet.PolicyLoss):
         return self.scale * (tokens.ratio - 1).square() - tokens.advantages * tokens.ratio
 
 
+def test_a_constructor_of_its_own_is_refused_where_the_class_is_written():
+    """It would be replaced by that of the settings, without a word."""
+    with pytest.raises(quartet.QuartetError, match="Shifted: has an __init__, which would never"):
+
+        class Shifted(quartet.PolicyLoss):
+            def __init__(self, shift):
+                self.shift = shift
+
+            def __call__(self, tokens):
+                return self.shift - tokens.ratio * tokens.advantages
+
+    assert not any(name.endswith("Shifted") for name in quartet.PolicyLoss.members)
+
+
 def test_a_subclass_is_a_part_with_checked_settings():
     part = Squared(scale=2.0)
     assert (

@@ -84,6 +84,11 @@ class Family:
         if Family in cls.__bases__:
             cls.members = {}
             return
+        if "__init__" in vars(cls):
+            raise PartError(
+                f"{cls.__name__}: has an __init__, which would never be called. Its settings are "
+                "annotated fields, such as scale: float = 1.0; what follows from them, a property."
+            )
         name = _declare_type(cls)
         part(cls)
         if name is not None:

@@ -18,6 +18,7 @@ from quartet.runtime.events import Advanced, Started
 from quartet.runtime.interruption import Interruption
 from quartet.runtime.job import Job
 from quartet.runtime.lifecycle import Execution, begin
+from quartet.runtime.log import no_progress_bars
 from quartet.runtime.worker import WorkerGroup
 from quartet.tensors import Tensor
 
@@ -108,6 +109,7 @@ class Walk:
         )
 
 
+@no_progress_bars()
 def explain(preset: str, seed: int = 0, on_stage: Callable[[str], None] | None = None) -> str:
     """Return a Markdown text that walks through one step of PPO (`"ppo"`) or GRPO (`"grpo"`) with
     eight responses.

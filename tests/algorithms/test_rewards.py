@@ -49,6 +49,20 @@ def test_scores_are_clipped_on_both_sides():
     assert shaped(ClipScore(limit=5.0), scores=(7.0, -7.0)) == [5, -5]
 
 
+def test_the_responses_whose_scores_are_beyond_a_limit_are_named_as_the_limit_sees_them():
+    made = batch(scores=(7.0, -3.0))
+    frame = {"advantage": ReturnToGo(), "kl": NoKL(), "aggregation": TokenMean()}
+
+    def clipped(*shapes):
+        return Algorithm(**frame, scores=shapes).clipped_scores(made).tolist()
+
+    assert clipped(ClipScore(limit=5.0)) == [True, False]
+    assert clipped(ClipScore(limit=7.0)) == clipped() == [False, False]
+    assert clipped(ClipScore(limit=2.0), ClipScore(limit=2.5)) == [True, True]
+    scaled = RunningScale(count=2.0, mean=0.0, squares=100.0)  # σ = √(158 / 3) = 7.3 with these
+    assert clipped(scaled, ClipScore(limit=0.9)) == [True, False]
+
+
 def test_a_response_that_was_cut_off_pays_or_is_replaced():
     assert shaped(MissingEos(penalty=1.0), ended=(True, False)) == [1.5, -3.0]
     assert shaped(MissingEos(penalty=1.0, replace=True), ended=(True, False)) == [1.5, -1.0]

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import quartet
@@ -40,6 +41,7 @@ def test_a_sweep_from_dicts_is_left_resumed_and_read():
     results = quartet.sweep(TABLE, name="search", resume=True, **{"sweep.parallel": 2}).finish()
     assert results.status == "done" and results.path == sweep.path
     assert results.best.values == {"algorithm.kl.coef": 0.1} and results.best.mean == 1.0
+    assert repr(results) == f"sweep {sweep.path.name}: done, 2 of 2 trials done"
 
 
 def test_the_lines_in_the_docs_run(tmp_path):
@@ -50,6 +52,34 @@ def test_the_lines_in_the_docs_run(tmp_path):
     names = {}
     exec(compile(block.replace('"run.steps": 50', '"run.steps": 4'), "sweeps.md", "exec"), names)
     assert names["results"].best.values == {"algorithm.kl.coef": 0.1}
+
+
+def test_what_the_tables_hold_may_be_objects_that_a_file_can_hold(tmp_path):
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def short(responses):\n    return [-len(r) for r in responses]\n")
+    keys = {"algorithm.kl.coef": {"values": np.array([0.25, 0.5])}, "optim.epochs": [1, 2]}
+    sweep = quartet.sweep(
+        TABLE
+        | {
+            "recipe": "ppo",
+            "data": ["a prompt", "another"],
+            "reward": f"{rewards}:short",
+            "policy": tmp_path / "model",
+            "sweep": {"objective": "reward", "keys": keys},
+        },
+        **{"run.steps": np.int64(2)},
+    )
+    request = sweep._beginning.request
+    config = request.base.config
+    assert request.spec.keys["algorithm.kl.coef"].values == (0.25, 0.5)
+    assert config.policy.model == str(tmp_path / "model") and config.run.steps == 2
+    assert config.reward[0].function == f"{rewards}:short"
+    assert len(Path(config.data.train).read_text().splitlines()) == 2
+    assert repr(sweep) == "<quartet sweep, not begun>"
+    with pytest.raises(quartet.QuartetError, match='no Python objects of .*reward="file.py:len"'):
+        quartet.sweep(TABLE | {"reward": len})
+    with pytest.raises(quartet.QuartetError, match="run.loop: a builtin_function_or_method is no"):
+        quartet.sweep(TABLE, **{"run.loop": len})
 
 
 def test_a_mistake_names_the_key_and_writes_nothing(tmp_path):

@@ -31,6 +31,12 @@ def tiny(root, *, steps=2, **changes):
     return quartet.train("sums", steps=steps, folder=root, **settings)
 
 
+def grpo_alone(root, **changes):
+    settings = {"policy": TINY["policy"], "rollout": TINY["rollout"], "reward": short, **changes}
+    data = {"world": "sums", "rows": 64, "max_prompt_tokens": 16}
+    return quartet.train("grpo", data=data, folder=root, **settings)
+
+
 def recorded(folder, stage):
     lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     return [
@@ -215,6 +221,7 @@ def test_numbers_of_numpy_and_torch_are_numbers_and_none_is_left_out(tmp_path):
             lambda: quartet.train("pppo", prompts=["a"]),
             'recipe: "pppo" is no stage. Did you mean ppo?',
         ),
+        (lambda: quartet.train("GRPO", prompts=["a"]), '"GRPO" is no stage. Did you mean grpo?'),
         (lambda: quartet.train("sums", optim={"lrr": 1}), "quartet.train: optim.lrr: no such key"),
         (lambda: quartet.train("sums", prompts=["a"], data=["a"]), "Give one of the two"),
         (lambda: quartet.train("ppo", policy=3, prompts=["a"]), "policy: an int is no model"),
@@ -252,6 +259,17 @@ def test_what_cannot_work_is_one_sentence(call, sentence, tmp_path, monkeypatch)
     assert not list(tmp_path.glob("runs/[0-9]*"))
 
 
+class Unwritten(quartet.Advantage):
+    def forward(self, token_rewards, batch):
+        return token_rewards, None
+
+
+def test_a_part_without_its_formula_is_named(tmp_path):
+    run = grpo_alone(tmp_path, algorithm={"advantage": Unwritten()})
+    with pytest.raises(quartet.QuartetError, match="grpo, step 1: Unwritten has no __call__"):
+        run.finish(progress=False)
+
+
 def test_a_failing_function_stops_the_run_with_its_own_error_as_the_cause(tmp_path):
     def broken(responses):
         raise KeyError("no such column")
@@ -286,6 +304,21 @@ def test_a_run_that_is_open_in_this_process_is_taken_over(tmp_path, capsys, monk
     assert [step.number for step in other if other.stage == "grpo"] == [2, 3]
     run.finish()  # nothing is left
     assert run.finished
+
+
+def test_a_run_that_was_taken_over_is_not_finished_and_takes_itself_back(tmp_path):
+    """In a notebook: a step of a run, a step of the same run by `resume`, and the first again."""
+    run = grpo_alone(tmp_path, steps=4, reward=short)
+    held = iter(run)
+    assert next(held).number == 1
+    other = quartet.train(resume=run.folder, reward=short)
+    assert next(iter(other)).number == 2
+    with pytest.raises(quartet.QuartetError, match="another object of this process has resumed"):
+        next(held)
+    assert not run.finished
+    assert [step.number for step in run] == [3, 4]
+    assert run.finished and run.policy is not None
+    assert list(other) == [] and other.finished
 
 
 @pytest.mark.slow

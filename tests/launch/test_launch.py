@@ -77,6 +77,16 @@ def metrics(folder, name):
     return {(e["stage"], e["step"]): e["metrics"] for e in events if e["event"] == "metrics"}
 
 
+def weights(root, name, file):
+    """The tensors of a file of a run's models, without its ending."""
+    return load_file(next((root / "runs").glob(f"*-{name}")) / f"{file}.safetensors")
+
+
+def assert_near(ours, theirs, tolerance=1e-5):
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < tolerance
+
+
 def assert_alike(ours, theirs, tolerance):
     """Which of two that are nearly the same is greater, rounding decides: of 64 pairs, one or two may be counted elsewhere."""
     assert ours.keys() == theirs.keys()
@@ -137,16 +147,8 @@ def test_so_is_one_of_adapters_on_one_trunk(tmp_path, launch, more, tolerance):
         code, said = done(tmp_path, *words, f"run.name={name}", *started)
         assert code == 0, said
     assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), tolerance)
-    for file in (
-        "policy/adapter/adapter_model.safetensors",
-        "policy/model.safetensors",
-        "critic/model.safetensors",
-    ):
-        ours, theirs = (
-            load_file(next((tmp_path / "runs").glob(f"*-{name}")) / file) for name in ("x", "one")
-        )
-        assert ours.keys() == theirs.keys()
-        assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < tolerance / 2
+    for file in ("policy/adapter/adapter_model", "policy/model", "critic/model"):
+        assert_near(*(weights(tmp_path, name, file) for name in ("x", "one")), tolerance / 2)
 
 
 @pytest.mark.long
@@ -209,16 +211,8 @@ def test_so_is_one_with_frozen_layers_and_an_average(tmp_path, launch):
         code, said = done(tmp_path, *words, f"run.name={name}", *more)
         assert code == 0, said
     assert_alike(metrics(tmp_path, "x"), metrics(tmp_path, "one"), 2e-5)
-    for file in (
-        "policy_ema/model.safetensors",
-        "policy/model.safetensors",
-        "critic/model.safetensors",
-    ):
-        ours, theirs = (
-            load_file(next((tmp_path / "runs").glob(f"*-{name}")) / file) for name in ("x", "one")
-        )
-        assert ours.keys() == theirs.keys()
-        assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-5
+    for file in ("policy_ema/model", "policy/model", "critic/model"):
+        assert_near(*(weights(tmp_path, name, file) for name in ("x", "one")))
 
 
 @pytest.mark.long

@@ -143,6 +143,8 @@ def test_a_stage_goes_on_from_its_state():
     ("step", "message"),
     [
         (lambda self, c: None, "step returned a NoneType, not a dict of metrics"),
+        (lambda self, c: {"mine": "1.x"}, "step returned a str as the metric mine, not a number"),
+        (lambda self, c: {"mine": torch.ones(2)}, "a Tensor as the metric mine, not a number"),
         (lambda self, c: c.sample([]), 'only where its class has reads = "prompts"'),
         (lambda self, c: c.update(ROWS, lambda t: t.logprobs.mean()), "returned a Tensor of shape"),
         (

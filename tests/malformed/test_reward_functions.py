@@ -80,7 +80,7 @@ def test_what_a_function_returns(tmp_path, monkeypatch, body, sentence):
 
 TAKES = {
     "no argument": ("def f(): return [1.0]", "mine.py:f returned 1 value for 3 responses."),
-    "an argument misspelt": ("def f(response): return [1.0]", "mine.py:f asks for response, which the data do not have. There are prompts, responses"),
+    "an argument misspelt": ("def f(response): return [1.0]", "mine.py:f asks for response, which the data do not have. Did you mean responses? Each is a list. There are prompts"),
     "a position": ("def f(responses, /): return [1.0]", "missing 1 required positional argument: 'responses'"),
     "Python's own": ("f = len", "len() takes exactly one argument (0 given)"),
 }  # fmt: skip

@@ -8,7 +8,6 @@ from quartet.runs.charts import charts
 from quartet.runs.definitions import definition
 from quartet.runs.doctor import examine
 from quartet.runs.figures import lines
-from quartet.runs.records import read_events
 from quartet.studio.views import overview
 from tests.support.tiny_run import make_run
 
@@ -78,7 +77,7 @@ def test_what_its_rule_finds_is_a_finding_of_readers_too(run):
 
 
 def test_one_that_fails_or_has_a_name_that_is_taken_is_named_once_and_left_out(run):
-    warnings = [e["sentence"] for e in read_events(run.path) if e["event"] == "warning"]
+    warnings = [warning["sentence"] for warning in run.warnings]
     for words in (
         "metric own/fails failed and is left out of this step: ZeroDivisionError",
         "metric reward failed and is left out of this step: ValueError('another metric has",

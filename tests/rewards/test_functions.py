@@ -78,6 +78,9 @@ def exits(responses):
 def asks(responses, difficulty):
     return [0.0] * len(responses)
 
+def alone(prompt, response):
+    return 0.0
+
 def forges(responses):
     os.write(1, b'{"values": [9, 9, 9]}\\n')
     print('{"values": [9, 9, 9]}')
@@ -243,6 +246,7 @@ def test_scores_of_an_object_that_are_none_are_one_sentence(scores, sentence):
         ("exits", "failed: SystemExit: enough"),
         ("dies", "its process ended by itself (exit code 3)"),
         ("asks", "asks for difficulty, which the data do not have. There are prompts, responses"),
+        ("alone", "do not have. Did you mean prompts, responses? Each is a list. There are"),
     ],
 )
 def test_a_broken_contract_is_one_sentence(file, name, sentence):
@@ -320,6 +324,7 @@ TAKEN = {
     "torch's True and False": (torch.tensor([True, False]), [1.0, 0.0]),
     "None and numbers": ((None, 2), [None, 2.0]),
     "an array of objects": (numpy.array([None, 1], dtype=object), [None, 1.0]),
+    "numbers with a gradient": (torch.ones(2, requires_grad=True), [1.0, 1.0]),
     "bfloat16": (torch.tensor([1.5], dtype=torch.bfloat16), [1.5]),
     "arrays without dimensions": ([numpy.array(3.0), torch.tensor(2)], [3.0, 2.0]),
     "numbers per token": ([[1, True], torch.tensor([0.5])], [[1.0, 1.0], [0.5]]),

@@ -1,11 +1,15 @@
 """Each rule speaks of its fault, with the evidence, and of nothing in a healthy run."""
 
+import ast
+import inspect
 import math
 import random
+import re
 
 import pytest
 
-from quartet.runs import rules
+from quartet.config.suggestions import known_keys
+from quartet.runs import definitions, rules, training_rules
 from quartet.runs.doctor import Watch, examine
 from quartet.runs.history import TOLERANCES, History
 from quartet.runs.rules import RULES
@@ -111,7 +115,7 @@ FAULTS = {
     rules.nothing_moves: (lambda s: {"grad_norm/actor": 0.0}, "no gradient in ten updates"),
     rules.entropy_collapse: (
         lambda s: {"policy/entropy": 1.8 * 0.8**s, "response/most_common": min(0.95, s / 20)},
-        "of prompts get the same response. Raise kl.coef",
+        "of prompts get the same response. Raise algorithm.kl.coef",
     ),
     rules.duplicates: (
         lambda s: {"response/most_common": min(0.95, s / 20)},
@@ -150,6 +154,10 @@ FAULTS = {
         "went from 7 to",
     ),
     rules.reward_saturates: (lambda s: {"reward/std": 0.8**s}, "no longer tells answers apart"),
+    rules.scores_are_clipped: (
+        lambda s: {"reward/clipped": 0.75},
+        "75% of the scores are beyond the limit of algorithm.scores",
+    ),
 }
 BESIDE = {
     rules.entropy_collapse: {rules.duplicates},
@@ -311,3 +319,35 @@ def test_a_real_run_whose_prompts_hardly_ever_pass_is_found_and_one_whose_prompt
         assert "are left to learn from. Train longer by SFT" in found[0].sentence
     elif words:
         assert series["prompts/learnable"][-1] > 20
+
+
+@pytest.mark.parametrize(
+    ("metrics", "rule", "sentence"),
+    [
+        ({"reward": 1.0, "reward/std": 0.0}, rules.no_signal, "every response has the same score"),
+        ({"reward/clipped": 1.0}, rules.scores_are_clipped, "100% of the scores are beyond"),
+    ],
+)
+def test_where_responses_earn_the_same_the_critic_and_the_advantages_are_not_blamed(
+    metrics, rule, sentence
+):
+    """A reward that is a constant, or beyond the limit of PPO's scores: what is left is noise."""
+    noise = {"value/explained_variance": -100.0, "advantage/reward_correlation": 0.0}
+    found = spoken(lambda step: {**noise, **metrics})
+    assert found.keys() == {rule} and sentence in found[rule][1]
+    blamed = spoken(lambda step: noise).keys()
+    assert {rules.critic_knows_nothing, rules.paid_for_others} <= blamed
+
+
+def test_a_remedy_names_settings_as_they_are_written():
+    """A key that is cut short, such as kl.coef, is refused by the config."""
+    sources = [inspect.getsource(module) for module in (rules, training_rules, definitions)]
+    texts = [
+        node.value
+        for node in ast.walk(ast.parse("\n".join(sources)))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    words = {word for text in texts for word in re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b", text)}
+    files = (".md", ".py", ".log", ".toml", ".json", ".jsonl", ".parquet")
+    named = {word for word in words if not word.endswith(files)}
+    assert "algorithm.kl.coef" in named and named <= set(known_keys())

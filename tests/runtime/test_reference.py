@@ -9,22 +9,21 @@ import torch
 
 from quartet.assembly import build
 from quartet.assembly.reference import check_reference
-from quartet.config.toml import read_settings, resolved_toml
+from quartet.config.toml import read_settings
 from quartet.data.records import Comparison
 from quartet.models.forward import masked_logprobs
 from quartet.models.language_model import ModelError, create, load_model, save
 from quartet.models.shape import Shape
 from quartet.planning.plan import plan
 from quartet.recipes import recipe_path
-from quartet.recording.run_folder import RunFolder, read_record
-from quartet.recording.tokens import TokenTexts
+from quartet.recording.run_folder import read_record
 from quartet.runs.doctor import examine
 from quartet.runs.reader import Run
-from quartet.runtime.pipeline import Pipeline
 from quartet.runtime.worker import Worker
 from quartet.training.checkpoint import DamagedCheckpoint
 from tests.generation.test_servers import served
 from tests.support.command import quartet
+from tests.support.tiny_run import carried_out
 from tests.support.world import WORDS, model, tokenizer, write_lines
 
 DPO = 'recipe = ["dpo"]\npreference = { steps = 3, batch_size = 4, lr = 1e-2 }\n'
@@ -89,16 +88,7 @@ def settings(name, *words):
 
 def run(name, *words):
     """The record of a run that has gone to its end."""
-    read = settings(name, *words)
-    job = build(read.config)
-    files = {"config.toml": read.text, "config.resolved.toml": resolved_toml(read)}
-    folder = RunFolder.create(Path("runs"), name, files)
-    saving, texts = job.saving(read.config.run), TokenTexts(job.tokenizer)
-    for _ in Pipeline(job.stages, folder, texts, saving, strict=True).run():
-        pass
-    folder.event("done")
-    folder.close()
-    return Run(folder.path)
+    return carried_out(settings(name, *words), Path("runs"), name)
 
 
 def metrics(record):

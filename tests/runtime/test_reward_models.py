@@ -15,13 +15,12 @@ from typer.testing import CliRunner
 from quartet.assembly import build
 from quartet.assembly.assembler import Assembler
 from quartet.cli import app
-from quartet.config.toml import ConfigError, read_settings, resolved_toml
+from quartet.config.toml import ConfigError, read_settings
 from quartet.data import DataError
 from quartet.models.language_model import ModelError, save
-from quartet.recording.run_folder import RunFolder, read_record
-from quartet.recording.tokens import TokenTexts
-from quartet.runtime.pipeline import Pipeline
+from quartet.recording.run_folder import read_record
 from tests.rewards.test_text_models import bert, bert_tokenizer, rollouts
+from tests.support.tiny_run import carried_out
 from tests.support.world import model, tokenizer, write_lines
 
 WORDS = ("film", "story", "music", "end")
@@ -58,15 +57,7 @@ def config(*words):
 
 def run(name, *words):
     """The folder of a run that has gone to its end."""
-    read = read_settings(Path("run.toml"), words)
-    job = build(read.config)
-    files = {"config.toml": read.text, "config.resolved.toml": resolved_toml(read)}
-    folder = RunFolder.create(Path("runs"), name, files)
-    saving, texts = job.saving(read.config.run), TokenTexts(job.tokenizer)
-    for _ in Pipeline(job.stages, folder, texts, saving, strict=True).run():
-        pass
-    folder.close()
-    return folder.path
+    return carried_out(read_settings(Path("run.toml"), words), Path("runs"), name).path
 
 
 def weights(folder):

@@ -15,11 +15,9 @@ from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError, create, load_model, save
 from quartet.models.shape import Shape
 from quartet.models.support import support_of
-from quartet.recording.run_folder import RunFolder
-from quartet.recording.tokens import TokenTexts
 from quartet.rewards.serve import ScoringRequest
-from quartet.runtime.pipeline import Pipeline
 from tests.support.chats import CHATML, REASONING, byte_level
+from tests.support.tiny_run import carried_out
 from tests.support.world import write_lines
 
 USER, BOT = {"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}
@@ -48,14 +46,7 @@ def settings(*words):
 
 
 def ran(*words):
-    read = settings(*words)
-    job = build(read.config)
-    folder = RunFolder.create(Path("runs"), "talks", {"config.toml": read.text})
-    saving, texts = job.saving(read.config.run), TokenTexts(job.tokenizer)
-    for _ in Pipeline(job.stages, folder, texts, saving, strict=True).run():
-        pass
-    folder.close()
-    return folder.path
+    return carried_out(settings(*words), Path("runs"), "talks").path
 
 
 def test_the_templates_variables_are_set_in_the_file_and_saved_with_the_policy(place):

@@ -612,19 +612,28 @@ def left_over(folder: Path) -> list[str]:
     return [p.name for p in folder.rglob("*") if p.name.endswith((files.UNFINISHED, files.DOOMED))]
 
 
-def moments(chosen: list[str]) -> dict[str, object]:
-    """Each, or each of those chosen: a run that is killed there and resumed, against one that was left alone; what is missing,
-    or left over."""
-    words = [
-        *SCENARIOS["grpo"],
-        "sft.steps=2",
-        "run.steps=3",
-        "run.checkpoint_every=1",
-        "run.keep_last=1",
-    ]
+SHORT = [
+    *SCENARIOS["grpo"],
+    "sft.steps=2",
+    "run.steps=3",
+    "run.checkpoint_every=1",
+    "run.keep_last=1",
+]
+"""A run of five steps with a checkpoint after each."""
+
+
+def run_alone(words: list[str]) -> Path:
+    """A new folder, in whose folder `alone` a run with these words has come to its end."""
     root = Path(tempfile.mkdtemp())
     (root / "alone").mkdir()
     assert ended(forked(run_in(root / "alone", words))) == 0
+    return root
+
+
+def moments(chosen: list[str]) -> dict[str, object]:
+    """Each, or each of those chosen: a run that is killed there and resumed, against one that was left alone; what is missing,
+    or left over."""
+    words, root = SHORT, run_alone(SHORT)
     expected, wrong, kills = digest(root / "alone"), [], 0
     first = MOMENTS["before a checkpoint has a manifest"]
     cases = [(name, [kill]) for name, kill in MOMENTS.items()] + [
@@ -682,16 +691,7 @@ def moments(chosen: list[str]) -> dict[str, object]:
 def full(shares: list[float]) -> dict[str, object]:
     """Each: a run on a file system with room for a share of what it writes. What it says on stderr, and whether it is the run
     that was left alone once there is room. None where no file system can be mounted."""
-    words = [
-        *SCENARIOS["grpo"],
-        "sft.steps=2",
-        "run.steps=3",
-        "run.checkpoint_every=1",
-        "run.keep_last=1",
-    ]
-    root = Path(tempfile.mkdtemp())
-    (root / "alone").mkdir()
-    assert ended(forked(run_in(root / "alone", words))) == 0
+    words, root = SHORT, run_alone(SHORT)
     expected, size = (
         digest(root / "alone"),
         sum(-(-p.lstat().st_size // 4096) * 4096 for p in root.rglob("*") if p.suffix != ".html"),
@@ -716,16 +716,7 @@ def full(shares: list[float]) -> dict[str, object]:
 
 def limited(sizes: list[int]) -> dict[str, object]:
     """The same where no file may have more bytes than this."""
-    words = [
-        *SCENARIOS["grpo"],
-        "sft.steps=2",
-        "run.steps=3",
-        "run.checkpoint_every=1",
-        "run.keep_last=1",
-    ]
-    root = Path(tempfile.mkdtemp())
-    (root / "alone").mkdir()
-    assert ended(forked(run_in(root / "alone", words))) == 0
+    words, root = SHORT, run_alone(SHORT)
     expected, cases = digest(root / "alone"), []
     for size in sizes:
         folder = root / str(size)

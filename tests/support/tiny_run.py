@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from quartet.assembly import build
-from quartet.config.toml import read_settings, resolved_toml
+from quartet.config.toml import Settings, read_settings, resolved_toml
 from quartet.recipes import recipe_path
 from quartet.recording.run_folder import RunFolder
 from quartet.recording.tokens import TokenTexts
@@ -35,9 +35,14 @@ def make_run(root: Path, recipe: str, *words: str, fault: str | None = None) -> 
     if any(word.startswith("policy.model=") for word in words):  # a later round of an earlier run
         small = [word for word in small if not word.startswith(("policy.create", "sft."))]
     settings = read_settings(recipe_path(recipe), [*small, *words], f"recipe {recipe}")
+    return carried_out(settings, root, recipe, fault)
+
+
+def carried_out(settings: Settings, root: Path, name: str, fault: str | None = None) -> Run:
+    """The whole run of these settings, in this process."""
     job = build(settings.config, fault)
     files = {"config.toml": settings.text, "config.resolved.toml": resolved_toml(settings)}
-    folder = RunFolder.create(root, recipe, files)
+    folder = RunFolder.create(root, name, files)
     saving, texts = job.saving(settings.config.run), TokenTexts(job.tokenizer)
     for _ in Pipeline(job.stages, folder, texts, saving, strict=fault is None).run():
         pass

@@ -333,6 +333,7 @@ class Normalize(Family):
     def __call__(
         self, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "B T"]:
+        """Return the advantages that the actor learns from, [B T], from those of a whole step."""
         raise NotImplementedError
 
 

@@ -24,7 +24,7 @@ from quartet.algorithms.value_loss import NoValueLoss, ValueLoss
 from quartet.errors import PartError
 from quartet.experience import Batch, Experience
 from quartet.parts import Field, of_shape, part
-from quartet.tensors import Bool, Float, Tensor
+from quartet.tensors import Bool, Float, Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,12 @@ class Algorithm:
 
     @property
     def needs_critic(self) -> bool:
+        """Whether advantages are estimated with values."""
         return self.advantage.needs_critic
 
     @property
     def needs_reference(self) -> bool:
+        """Whether log-probs of the reference are read."""
         return self.kl.needs_reference
 
     @property
@@ -177,6 +179,7 @@ class Algorithm:
 
     @property
     def needs_token_scores(self) -> bool:
+        """Whether rewards must score each token of a response."""
         return self.rewards.needs_token_scores
 
     @property
@@ -186,10 +189,12 @@ class Algorithm:
 
     @property
     def needs_final_values(self) -> bool:
+        """Whether the value after the last token of a response is read."""
         return self.advantage.needs_final_values
 
     @property
     def needs_entropy_gradient(self) -> bool:
+        """Whether the loss has a term on the entropy."""
         return self.entropy.coef > 0
 
     # --- what it does ---
@@ -203,6 +208,15 @@ class Algorithm:
         placed = of_shape(self.rewards, self.rewards.place(scores, batch), mask.shape)
         rewards = masked(placed + self.penalties(batch), mask)
         return whiten_keeping_mean(rewards, mask) if self.rewards.whiten else rewards
+
+    def clipped_scores(self, batch: Batch) -> Bool[Tensor, "B"]:
+        """Return the responses whose score a shape cuts off at its limit."""
+        scores = self.rewards.score(batch)
+        clipped = torch.zeros_like(scores, dtype=torch.bool)
+        for shape in self.scores:
+            clipped = clipped | shape.clipped(scores)
+            scores = shape(scores, batch)
+        return clipped
 
     def penalties(self, batch: Batch) -> Float[Tensor, "B T"]:
         """Return the KL penalty of each token, which is added to its reward."""

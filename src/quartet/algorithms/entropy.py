@@ -12,6 +12,7 @@ class Entropy(Family):
 
     @property
     def coef(self) -> float:
+        """What multiplies the entropy in the loss."""
         return 0.0
 
     def __call__(

@@ -12,6 +12,7 @@ class Groups(Family):
 
     @property
     def max_rounds(self) -> int:
+        """How many batches of prompts a step may try."""
         return 1
 
     def keep(self, scores: Sequence[float]) -> bool:

@@ -20,7 +20,13 @@ class ScoreShape(Family):
     """What is done to the score of each response before tokens get it."""
 
     def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
+        """Return the shaped scores, [B], from those that the parts before it have left."""
         raise NotImplementedError
+
+    def clipped(self, scores: Float[Tensor, "B"]) -> Bool[Tensor, "B"]:
+        """Return which of the scores that it is given it cuts off at a limit, so that they no
+        longer differ; by default none."""
+        return torch.zeros_like(scores, dtype=torch.bool)
 
     def adapt(self, metrics: Mapping[str, float]) -> "ScoreShape":
         """Return the part of the next step, after a step with these metrics; by default itself."""
@@ -36,6 +42,9 @@ class ClipScore(ScoreShape):
 
     def __call__(self, scores: Float[Tensor, "B"], batch: Batch) -> Float[Tensor, "B"]:
         return scores.clamp(-self.limit, self.limit)
+
+    def clipped(self, scores: Float[Tensor, "B"]) -> Bool[Tensor, "B"]:
+        return scores.abs() > self.limit
 
 
 class RunningScale(ScoreShape):

@@ -44,16 +44,17 @@ def critic_audit(
 ) -> CriticAudit:
     """Compare the critic of a run with Monte Carlo returns, as `quartet critic` does.
 
-    `run` is a run or its folder; `step` that of a checkpoint, by default the newest. The policy
-    answers `prompts` held-out prompts; from `prefixes` states of each answer and after up to three
-    next tokens at each, it samples `continuations` responses. Raises a QuartetError where a run has
-    no critic, no checkpoint of that step, or responses that cannot be continued or scored here.
+    `run` is a run, whose rewards may be Python objects, or its folder; `step` that of a checkpoint,
+    by default the newest. The policy answers `prompts` held-out prompts; from `prefixes` states of
+    each answer and after up to three next tokens at each, it samples `continuations` responses.
+    Raises a QuartetError where a run has no critic, no checkpoint of that step, or responses that
+    cannot be continued or scored here.
     """
     from quartet.assembly.critic import audit_critic
     from quartet.evaluation.critic_samples import AuditSizes
     from quartet.runs.reader import Run
 
-    folder = Path(run if isinstance(run, str | Path) else run.folder).resolve()
+    folder, objects = Path(run).resolve(), getattr(run, "objects", {})
     Run(folder)  # raises NoRun where there is none
-    sizes = AuditSizes(prefixes, continuations, seed)
-    return CriticAudit(*audit_critic(folder, step, prompts, sizes, lambda words: None))  # noqa: ARG005
+    sizes, silent = AuditSizes(prefixes, continuations, seed), lambda _: None
+    return CriticAudit(*audit_critic(folder, step, prompts, sizes, silent, objects))

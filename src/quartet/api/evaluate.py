@@ -1,11 +1,16 @@
 """`quartet.evaluate`: any policies on any sets, or two policies as a run of their own."""
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartet.api.inputs import policy_table
+from quartet.api.inputs import STORE, policy_table, store_rows
 from quartet.api.train import train
 from quartet.errors import QuartetError
+from quartet.io.texts import type_in_words
+from quartet.runtime.log import no_progress_bars
 
 if TYPE_CHECKING:
     from quartet.api.run import TrainingRun
@@ -28,8 +33,8 @@ def evaluate(
 
     With `on` or `measures`, or without `against`, this is `quartet eval`, the same code: `policy`
     is a run, a checkpoint, a folder, a hub id or a server, or a list of these; `on` the files,
-    as texts or as a table of names and files; `measures` the names of measures, reward tables or
-    `RewardSource` objects; `settings` are `samples`, `rows`, `seed`, `max_new_tokens`,
+    or a table of names and files or rows; `measures` the names of measures, reward tables,
+    `RewardSource` objects or functions; `settings` are `samples`, `rows`, `seed`, `max_new_tokens`,
     `temperature`, `columns`, `folder`, `name`, `token_env` and `rubric`, a file of criteria for
     judges. Returns what the file of results holds (docs/evaluation.md), and `path`, that file.
 
@@ -40,7 +45,7 @@ def evaluate(
     `samples`. The responses are in the run folder.
 
     Args:
-        policy: a folder, a hub id, or a model of transformers.
+        policy: a run, a folder, a hub id, or a model of transformers.
         against: the policy that it is compared with, in the same form.
         tokenizer: a folder or hub id; the tokenizer itself where a policy is an object.
         data: the prompts that are answered, in any form that `quartet.train` takes, or a [data]
@@ -74,14 +79,14 @@ def evaluate(
     return finished
 
 
+@no_progress_bars()
 def _on_sets(
     policies: Any, against: Any, on: Any, measures: Any, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Carry out what `quartet eval` does with these arguments."""
-    from pathlib import Path
-
     from quartet.assembly.evaluation import EvaluationRequest
     from quartet.assembly.evaluation import evaluate as carry_out
+    from quartet.assembly.evaluation.policies import EvaluationError
 
     known = EvaluationRequest.__dataclass_fields__.keys() - {"policies", "on", "measures"}
     if unknown := sorted(settings.keys() - known):
@@ -89,19 +94,56 @@ def _on_sets(
             f"evaluate: there is no {unknown[0]}. Beside on and measures there are "
             f"{', '.join(sorted(known))}."
         )
-    sets = [f"{name}={file}" for name, file in on.items()] if isinstance(on, Mapping) else on
     values = dict(settings)
     if values.get("folder") is not None:
         values["folder"] = Path(values["folder"])
-    request = EvaluationRequest(
-        policies=tuple(str(each) for each in _listed(policies)),
-        on=tuple(str(each) for each in _listed(sets)),
-        measures=tuple(_listed(measures)),
-        against=None if against is None else str(against),
-        **values,
-    )
-    path, result = carry_out(request)
+    try:
+        path, result = carry_out(
+            EvaluationRequest(
+                policies=tuple(map(_place, _listed(policies))),
+                on=tuple(_sets(on)),
+                measures=tuple(_listed(measures)),
+                against=None if against is None else _place(against),
+                **values,
+            )
+        )
+    except EvaluationError as error:
+        raise EvaluationError(re.sub(r"--[a-z][a-z-]+", _argument, str(error))) from None
     return result | {"path": path}
+
+
+def _argument(option: re.Match[str]) -> str:
+    """Return the argument that is called so on the command line."""
+    name = option[0].removeprefix("--").replace("-", "_")
+    return {"measure": "measures", "to": "folder"}.get(name, name)
+
+
+def _place(policy: Any) -> str:
+    """Return a policy as the command line names it."""
+    if isinstance(policy, str | os.PathLike):
+        return os.fspath(policy)
+    raise QuartetError(
+        f"evaluate: {type_in_words(policy)} is no policy of the form with on and measures. Give a "
+        "run, or a folder: quartet.save(model, tokenizer, folder) writes one."
+    )
+
+
+def _sets(on: Any) -> Iterator[str]:
+    """Yield the sets as the command line names them; rows become files. Raises `QuartetError` for
+    rows without a name."""
+    if isinstance(on, Mapping):
+        for name, rows in on.items():
+            is_file = isinstance(rows, str | os.PathLike)
+            file = rows if is_file else store_rows(rows, str(name), Path("runs") / STORE)
+            yield f"{name}={os.fspath(file)}"
+        return
+    for file in _listed(on):
+        if not isinstance(file, str | os.PathLike):
+            raise QuartetError(
+                f"evaluate: on: {type_in_words(file)} is no file. Give rows a name: "
+                'on={"mine": rows}.'
+            )
+        yield os.fspath(file)
 
 
 def _listed(value: Any) -> Sequence[Any]:

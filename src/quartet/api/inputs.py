@@ -8,6 +8,7 @@ named in the config and kept in memory (`rewards/objects.py`).
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -24,7 +25,9 @@ from quartet.data import DataError
 from quartet.files import fingerprint
 from quartet.io.texts import did_you_mean, type_in_words, well_formed_json
 from quartet.recipes import recipe_path
+from quartet.rewards.objects import object_name
 from quartet.rewards.source import RewardSource
+from quartet.runtime.log import no_progress_bars
 from quartet.stages.kinds import kind_of
 
 STORE = "inputs"
@@ -35,6 +38,17 @@ ROW_KEYS = (*ROWS, "preference.data")
 """The settings that name a file of rows; here they may be rows."""
 VERIFIERS = frozenset({"exact", "number", "math", "code", "gold", "environment"})
 """The rewards that may be given by their type alone."""
+POLICIES = ("policy", "sft")
+"""The folders of a run that hold a trained policy, the last stage's first."""
+OF_OTHER_LIBRARIES = {
+    **dict.fromkeys(("model", "actor"), "policy"),
+    **dict.fromkeys(("reward_fn", "reward_func", "reward_funcs", "reward_function"), "reward"),
+    **dict.fromkeys(("dataset", "train_dataset"), "data"),
+    **dict.fromkeys(("eval_dataset", "data.test", "data.validation"), "eval_data"),
+    "processing_class": "tokenizer",
+}
+"""What other libraries call arguments of `quartet.train`."""
+NO_CALLBACKS = "there are no callbacks. A run is iterated over: for step in run: …"
 
 
 @dataclass
@@ -62,6 +76,7 @@ def inputs_of(
             table["policy"].pop(key, None)
     inputs = Inputs(table, arguments.get("name") or name)
     for key, value in settings.items():
+        _check_argument(key)
         if value is not None:
             put(table, key, plain(value))
     for key, value in _shortcuts(arguments, table):
@@ -70,21 +85,39 @@ def inputs_of(
         table["reward"] = _rewards(arguments["reward"], inputs.objects)
     runs = Path(get(table, "run.folder") or "runs")
     if "policy" in arguments:
-        put(table, "policy", policy_table(arguments["policy"], arguments.get("tokenizer"), runs))
+        trains = any(kind.optim for kind in map(kind_of, table["recipe"]) if kind is not None)
+        is_whole = not get(table, "policy.adapter")  # an adapter trains its own weights alone
+        tokenizer = arguments.get("tokenizer")
+        policy = policy_table(arguments["policy"], tokenizer, runs, trains and is_whole)
+        put(table, "policy", policy)
     elif "tokenizer" in arguments:
         put(table, "policy.tokenizer", _path(arguments["tokenizer"], "tokenizer"))
     for key in ROW_KEYS:
         rows = get(table, key)
         if rows is not None and not _is_file_setting(rows):
             put(table, key, str(store_rows(rows, key, runs / STORE)))
-    for key, value in leaves(table):
-        _check_plain(key, value)
+    check_plain(table)
     return inputs
 
 
 def _names_a_model(policy: Any) -> bool:
     """Whether the argument `policy` takes the place of a model that a recipe creates."""
     return policy is not None and not (isinstance(policy, Mapping) and "model" not in policy)
+
+
+def _check_argument(key: str) -> None:
+    """Raise `ConfigError` for an argument as another library calls it."""
+    if key in OF_OTHER_LIBRARIES:
+        raise ConfigError(f"{key}: no such argument. Did you mean {OF_OTHER_LIBRARIES[key]}?")
+    if key in {"callback", "callbacks"}:
+        raise ConfigError(f"{key}: {NO_CALLBACKS}")
+
+
+def check_plain(table: Table) -> None:
+    """Raise `ConfigError` for a value that no file can hold."""
+    for key, value in leaves(table):
+        _check_argument(key)
+        _check_plain(key, value)
 
 
 def _check_plain(key: str, value: Any) -> None:
@@ -94,7 +127,7 @@ def _check_plain(key: str, value: Any) -> None:
         if not isinstance(item, str | int | float | dict | list | tuple):
             raise ConfigError(
                 f"{key}: {type_in_words(item)} is no setting. Give a number, a text, a list, a "
-                "table, or an instance of a part."
+                'table, or an instance of a part; a function by its name, "file.py:name".'
             )
 
 
@@ -172,16 +205,16 @@ def get(table: Table, key: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as TOML has it: parts become tables, paths text, numbers of numpy and torch
-    plain numbers. Rows stay as they are."""
+    """Return a value as TOML has it: parts become tables, paths text, numbers and arrays of numpy
+    and torch plain numbers and lists. Rows stay as they are."""
     if isinstance(value, type):
         raise ConfigError(f"{value.__name__}: is a class. Give an instance: {value.__name__}().")
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return without_none(dataclasses.asdict(value))
-    if _is_scalar(value):
-        return value.item()
+    if hasattr(value, "ndim") and hasattr(value, "tolist"):
+        return value.tolist()
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
@@ -199,13 +232,13 @@ def _is_file_setting(value: Any) -> bool:
     """Whether it is what a file may say: a path, or several paths."""
     if isinstance(value, str):
         return True
-    paths = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-    return paths and bool(value) and all(map(files.exists, value))
+    texts = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    return texts and bool(value) and all(item and files.exists(item) for item in value)
 
 
 def store_rows(rows: Any, key: str, store: Path) -> Path:
-    """Write rows, a list of prompts or of dicts or a `datasets.Dataset`, as a JSONL file and return
-    its path."""
+    """Write rows as a JSONL file and return its path: a list of prompts, each a text or a list of
+    messages, or of dicts; a `datasets.Dataset`; a pandas frame."""
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a pandas DataFrame
         rows = rows.to_dict("records")
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
@@ -214,7 +247,7 @@ def store_rows(rows: Any, key: str, store: Path) -> Path:
         )
     lines = []
     for number, row in enumerate(rows, 1):
-        record = {"prompt": row} if isinstance(row, str) else row
+        record = {"prompt": row} if isinstance(row, str) or _is_conversation(row) else row
         if not isinstance(record, Mapping):
             raise ConfigError(f"{key}, row {number}: {type_in_words(row)} is no text and no dict.")
         try:
@@ -231,6 +264,10 @@ def store_rows(rows: Any, key: str, store: Path) -> Path:
     return path
 
 
+def _is_conversation(row: Any) -> bool:
+    return isinstance(row, list) and bool(row) and all(isinstance(m, Mapping) for m in row)
+
+
 @contextlib.contextmanager
 def naming_rows() -> Iterator[None]:
     """Where a `DataError` names a row of a stored file, name the row that the caller gave."""
@@ -242,11 +279,15 @@ def naming_rows() -> Iterator[None]:
         raise DataError(re.sub(stored, r"\1", words)) from None
 
 
-def policy_table(policy: Any, tokenizer: Any, folder: str | Path = "runs") -> Table:
-    """Return the [policy] table of a folder or hub id, of such a table, or of a model with its
-    tokenizer. `folder` is where run folders are made."""
+def policy_table(
+    policy: Any, tokenizer: Any, folder: str | Path = "runs", trains: bool = False
+) -> Table:
+    """Return the [policy] table of a run, a folder or hub id, of such a table, or of a model with
+    its tokenizer. `folder` is where run folders are made; `trains` says that all weights of the
+    model are to be trained."""
     if isinstance(policy, tuple) and len(policy) == 2 and tokenizer is None:
         policy, tokenizer = policy
+    _check_model(policy, trains)
     if hasattr(policy, "save_pretrained"):
         if not hasattr(tokenizer, "save_pretrained"):
             raise ConfigError(
@@ -254,8 +295,8 @@ def policy_table(policy: Any, tokenizer: Any, folder: str | Path = "runs") -> Ta
                 "policy=model, tokenizer=tokenizer."
             )
         return {"model": str(store_model(policy, tokenizer, Path(folder) / STORE))}
-    if isinstance(policy, str | Path):
-        table = {"model": str(policy)}
+    if isinstance(policy, str | os.PathLike):
+        table = {"model": _model_of(os.fspath(policy))}
     elif isinstance(policy, Mapping):
         table = dict(plain(policy))
     else:
@@ -266,6 +307,34 @@ def policy_table(policy: Any, tokenizer: Any, folder: str | Path = "runs") -> Ta
     if hasattr(tokenizer, "save_pretrained"):  # it belongs to the other policy, which is an object
         return table
     return table if tokenizer is None else {**table, "tokenizer": _path(tokenizer, "tokenizer")}
+
+
+def _check_model(model: Any, trains: bool) -> None:
+    """Raise `ConfigError` for an object that is no whole model and, where it is trained, for
+    weights that are not: a folder cannot say so."""
+    if isinstance(model, type):
+        raise ConfigError(
+            f"policy: {model.__name__} is a class. Give a model: from_pretrained(…) loads one."
+        )
+    if getattr(model, "peft_config", None):
+        raise ConfigError(
+            "policy: a model with an adapter of PEFT. Give the model without it and policy.adapter "
+            '= {"type": "lora", "rank": 16}, or what merge_and_unload() returns.'
+        )
+    weights = model.named_parameters() if trains and hasattr(model, "save_pretrained") else ()
+    if frozen := next((name for name, weight in weights if not weight.requires_grad), None):
+        raise ConfigError(
+            f"policy: {frozen} has requires_grad = False, which a run does not keep. Set "
+            "policy.frozen_layers, or call requires_grad_() on the model."
+        )
+
+
+def _model_of(folder: str) -> str:
+    """Return the folder of the last policy that a run has written; another folder, or a hub id, as
+    it is."""
+    is_run = files.exists(folder) and (Path(folder) / "events.jsonl").is_file()
+    written = [Path(folder) / name for name in POLICIES if is_run]
+    return next((str(path) for path in written if path.is_dir()), folder)
 
 
 def _path(value: Any, name: str) -> Any:
@@ -282,7 +351,8 @@ def store_model(model: Any, tokenizer: Any, store: Path) -> Path:
     store.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".policy-", dir=store))
     try:
-        model.save_pretrained(beside)
+        with no_progress_bars():
+            model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         sums = [f"{path.name} {fingerprint(path)['sha256']}" for path in sorted(beside.iterdir())]
         files.write(beside / "CHECKSUMS", "\n".join(sums) + "\n")
@@ -338,9 +408,3 @@ def _reward(reward: Any, objects: dict[str, Any]) -> Table:
         name = f"{first}_{number}"
     objects[name] = reward
     return {"type": "object", "object": name}
-
-
-def object_name(reward: Any) -> str:
-    """Return what a reward is called in metrics: the function's or class's name."""
-    name = getattr(reward, "__name__", None) or getattr(reward, "name", None)
-    return str(name) if name and str(name).isidentifier() else type(reward).__name__

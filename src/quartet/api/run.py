@@ -9,12 +9,13 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quartet.api.inputs import inputs_of, plain
+from quartet.api.inputs import POLICIES, inputs_of, plain
 from quartet.config.errors import toml_value
 from quartet.config.run import Role
 from quartet.config.toml import ConfigError, Settings
 from quartet.errors import QuartetError
 from quartet.io.heap import keep_freed_memory, share_one_heap
+from quartet.io.texts import typed
 from quartet.io.threads import left_behind
 from quartet.launch.start import job_of, open_workers
 from quartet.loops.progress import Progress
@@ -39,8 +40,6 @@ from quartet.runtime.resume import CannotResume
 
 _OPEN: dict[Path, Generator[Any, None, None]] = {}
 """The runs of this process that are under way, by their folders."""
-POLICIES = ("policy", "sft")
-"""The folders that hold a trained policy, the last stage's first."""
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -93,6 +92,8 @@ class TrainingRun:
         self.notes = list(notes)
         self.finished = False
         self._steps: Generator[Progress, None, None] | None = None
+        self._events: Generator[Any, None, None] | None = None
+        """What carries out the run, while it is under way."""
         self._started: Started | None = None
         """The stage that is running, with the number of its finished steps."""
         self._screen: Any = None
@@ -127,6 +128,8 @@ class TrainingRun:
     def __iter__(self) -> Iterator[Progress]:
         """Return the steps that are left, of all stages. RL steps are `quartet.Step`s with
         rollouts, batch and experience; others have a number and metrics."""
+        if self._was_taken_over():
+            self.close()
         if self._steps is None:
             self._steps = self._advance()
         return self._steps
@@ -135,10 +138,11 @@ class TrainingRun:
         """Carry out all steps that are left, and return the run. `progress` prints a line every few
         seconds."""
         if not self.finished:
+            steps = iter(self)
             self._screen = _screen() if progress else None
             if self._screen is not None and self._started is not None:  # shown from here on
                 self._screen.show(self._started)
-            for _ in self:
+            for _ in steps:
                 pass
         return self
 
@@ -146,6 +150,10 @@ class TrainingRun:
         """Stop in the middle: the last step is saved. Iterating again, or `finish()`, goes on."""
         if self._steps is not None:
             self._steps.close()
+
+    def _was_taken_over(self) -> bool:
+        """Whether this run was under way, and another object of this process has resumed it."""
+        return self._events is not None and self._events not in _OPEN.values()
 
     def _advance(self) -> Generator[Progress, None, None]:
         """Carry out the run, or resume it; yield its steps."""
@@ -159,7 +167,7 @@ class TrainingRun:
         keep_freed_memory(sharded=bool(config.launch.shard))
         share_one_heap()
         open_group = lambda job, path: open_workers(config, job, path, None)  # noqa: E731
-        events = execution.events(open_group, interruption)
+        self._events = events = execution.events(open_group, interruption)
         atexit.register(events.close)  # a run that the program leaves is saved, too
         _OPEN[folder.resolve()] = events
         try:
@@ -167,6 +175,11 @@ class TrainingRun:
                 while True:
                     with interruption:  # not while the code of the caller runs
                         event = next(events, None)
+                    if event is None and self._was_taken_over():
+                        raise QuartetError(
+                            f"{folder}: another object of this process has resumed this run. "
+                            "Iterate over this one again, or call finish(), to take it back."
+                        )
                     if event is None:
                         break
                     self._see(event)
@@ -178,7 +191,7 @@ class TrainingRun:
                 f'quartet.train(resume="{folder}").'
             ) from None
         finally:
-            self._steps = self._started = None
+            self._steps = self._started = self._events = None
             events.close()
             atexit.unregister(events.close)
             if _OPEN.get(folder.resolve()) is events:  # another object may have taken the run over
@@ -275,7 +288,15 @@ class TrainingRun:
             raise QuartetError(
                 f"{folder}: this run leaves no {names[0]}, only {', '.join(results) or 'a record'}."
             )
-        raise QuartetError(f"{folder}: has no {names[0]} yet. Call run.finish() first.")
+        from quartet.assembly.checkpoint_models import with_weights
+
+        words = f"{folder}: has no {names[0]} yet. Call run.finish() first"
+        if written := with_weights(folder):
+            words += (
+                f", or take that of a checkpoint: quartet export {typed(folder)} --to FOLDER "
+                f"--checkpoint {written[0].name}"
+            )
+        raise QuartetError(f"{words}.")
 
     @property
     def folder(self) -> Path:
@@ -283,6 +304,10 @@ class TrainingRun:
         if self._folder is None:
             raise QuartetError("the run has not begun: iterate over it, or call run.finish().")
         return self._folder
+
+    def __fspath__(self) -> str:
+        """Return the run folder: a run stands for it wherever a path is wanted."""
+        return str(self.folder)
 
     def __repr__(self) -> str:
         recipe = " → ".join(self.settings.config.recipe)

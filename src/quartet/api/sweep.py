@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartet.config.errors import toml_value
-from quartet.config.toml import TomlFile, leaves, table_toml
+from quartet.api.inputs import check_plain, inputs_of, plain
+from quartet.config.errors import Table, toml_value
+from quartet.config.toml import ConfigError, TomlFile, leaves, table_toml
 
 if TYPE_CHECKING:
     from quartet.runs.sweeps import Sweep
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from quartet.sweeps.life import PreparedSweep
 
 CALLER = "quartet.sweep"
+NAMED = ("policy", "tokenizer", "data", "eval_data", "reward")
+"""The arguments of `quartet.train` that may stand among the tables of a sweep."""
 
 
 class SweepRun:
@@ -43,6 +46,9 @@ class SweepRun:
             pass
         return self.results
 
+    def __repr__(self) -> str:
+        return "<quartet sweep, not begun>" if self.path is None else f"<quartet {self.results!r}>"
+
     @property
     def results(self) -> "Sweep":
         """The trials so far: `best`, `ranked()`, `importance()`."""
@@ -65,7 +71,9 @@ def sweep(
 
     Args:
         what: a TOML file with a [sweep] table, the name of a sweep that ships with Quartet, the
-            same as nested dicts, or, with `resume`, a sweep's folder.
+            same as nested dicts, or, with `resume`, a sweep's folder. In dicts, `policy`, `data`
+            and `reward` may be what `quartet.train` takes, but for functions and other objects:
+            runs are processes of their own.
         resume: go on with the newest sweep of this name, or with the folder.
         name: what a sweep that is given as dicts is called.
         **settings: any table or dotted key of the file: **{"sweep.parallel": 2, "run.steps": 50}.
@@ -75,10 +83,29 @@ def sweep(
     """
     from quartet.sweeps.life import beginning_of, file_beginning
 
-    words = [f"{key}={toml_value(value)}" for key, value in settings.items()]
+    values = {key: plain(value) for key, value in settings.items()}
+    check_plain(values)
+    words = [f"{key}={toml_value(value)}" for key, value in values.items()]
     if not isinstance(what, Mapping):
         return SweepRun(beginning_of(str(what), words, resume))
-    text = table_toml(dict(what))
+    text = table_toml(_table_of(what))
     table = tomllib.loads(text)
     origins = dict.fromkeys((key for key, _ in leaves(table)), CALLER)
     return SweepRun(file_beginning(TomlFile(table, origins, name, text), words, resume))
+
+
+def _table_of(what: Mapping[str, Any]) -> Table:
+    """Return the tables of a sweep that is given as dicts, in which models, rows and rewards stand
+    as `quartet.train` takes them. Raises `ConfigError` for a reward that only this process has."""
+    if "recipe" not in what:
+        raise ConfigError('recipe: name a stage, such as quartet.sweep({"recipe": "ppo", …}).')
+    named = {key: what[key] for key in NAMED if key in what}
+    others = {key: value for key, value in what.items() if key not in named and key != "recipe"}
+    inputs = inputs_of(what["recipe"], named, others)
+    if inputs.objects:
+        name = next(iter(inputs.objects))
+        raise ConfigError(
+            "reward: the runs of a sweep are processes of their own, and have no Python objects of "
+            f'this one. Put it into a file: reward="file.py:{name}".'
+        )
+    return {key: inputs.table[key] for key in (*what, *inputs.table) if key in inputs.table}

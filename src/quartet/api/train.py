@@ -1,6 +1,7 @@
 """`quartet.train`: a run, from Python."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ def train(
     seed: int | None = None,
     folder: str | Path | None = None,
     name: str | None = None,
-    resume: str | Path | bool | None = None,
+    resume: str | os.PathLike[str] | bool | None = None,
     accept: Sequence[str] = (),
     **settings: Any,
 ) -> TrainingRun:
@@ -38,11 +39,13 @@ def train(
     Args:
         recipe: a stage such as "ppo", "sft" or "dpo", several in order, the name of a recipe such
             as "sums", or a TOML file.
-        policy: a folder, a hub id, a model of transformers (with `tokenizer`), or a [policy] table.
-            A model given as an object is copied: the run trains the copy.
+        policy: a run (its last policy), a folder, a hub id, a model of transformers (with
+            `tokenizer`), or a [policy] table. A model given as an object is copied: the run trains
+            the copy.
         tokenizer: a folder or hub id; the tokenizer itself where the policy is an object.
-        data: what the stages read: a file, a list of prompts or dicts, a `datasets.Dataset`, or a
-            [data] table such as {"world": "sums"}. `prompts` is another name for it.
+        data: what the stages read: a file, a list of prompts (texts or lists of messages) or of
+            dicts, a `datasets.Dataset`, or a [data] table such as {"world": "sums"}. `prompts` is
+            another name for it.
         eval_data: the same, held out. Left out, a tenth of `data` is held out.
         reward: a function (docs/rewards.md says what it is given), a reward model (a folder, a hub
             id or the model itself), an object with `score(rollouts)`, a type such as "exact", a
@@ -52,8 +55,8 @@ def train(
         seed: of everything random.
         folder: where run folders are made, "runs" by default.
         name: the name of the run folder, behind the date.
-        resume: a run folder to go on with, or True for the latest. Rewards that were objects must
-            be given again.
+        resume: a run or its folder to go on with, or True for the latest. Rewards that were objects
+            must be given again.
         accept: settings that may differ from those of the run that is resumed.
         **settings: any table or dotted key of the TOML file: optim={"lr": 1e-6},
             **{"rollout.max_new_tokens": 64}.
@@ -80,12 +83,8 @@ def train(
     if resume is not None and resume is not False:
         if recipe is not None:
             raise ConfigError("recipe: the run that is resumed has one. Leave it out.")
-        from quartet.api.run import TrainingRun
-
         path = Path(folder or "runs") / "latest" if resume is True else Path(resume)
-        if not (path / "events.jsonl").is_file():
-            raise ConfigError(f"resume: {path} is no run folder.")
-        return TrainingRun.resumed(path, arguments, settings, accept)
+        return _resumed(path, arguments, settings, accept)
     if recipe is None:
         raise ConfigError('recipe: name a stage, such as quartet.train("ppo", …).')
     inputs = inputs_of(recipe, arguments, settings)
@@ -94,3 +93,14 @@ def train(
 
     with naming_rows():
         return TrainingRun(checked, inputs.objects)
+
+
+def _resumed(
+    path: Path, arguments: Mapping[str, Any], settings: Mapping[str, Any], accept: Sequence[str]
+) -> TrainingRun:
+    """Return the run of a folder, to go on with changed settings."""
+    if not (path / "events.jsonl").is_file():
+        raise ConfigError(f"resume: {path} is no run folder.")
+    from quartet.api.run import TrainingRun
+
+    return TrainingRun.resumed(path, arguments, settings, accept)

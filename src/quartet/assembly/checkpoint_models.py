@@ -1,6 +1,7 @@
 """The models that a checkpoint of a run holds, written as folders."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from quartet.assembly.assembler import Assembler
@@ -8,6 +9,7 @@ from quartet.assembly.stages import stage
 from quartet.config.toml import read_settings
 from quartet.errors import QuartetError
 from quartet.recording.model_card import write_cards
+from quartet.rewards.objects import ObjectSource
 from quartet.runtime.replay import models_at
 from quartet.training.checkpoint import DamagedCheckpoint, read_checkpoint
 from quartet.training.checkpoints import Checkpoints, merit
@@ -46,6 +48,11 @@ def checkpoint_path(run: Path, name: str) -> Path:
     raise NoCheckpoint(f"{run}: has no checkpoint {name}. There are {names}.")
 
 
+def _no_scores(responses: Sequence[str]) -> list[None]:
+    """Stand in for a reward that was given as a Python object: no response has a score."""
+    return [None] * len(responses)
+
+
 def write_models(run: Path, path: Path, scratch: Path) -> None:
     """Write the models of the checkpoint in `path` to the folder `scratch`, as its stage would have
     written them if it had ended there. Raises a QuartetError if that cannot be done."""
@@ -54,7 +61,9 @@ def write_models(run: Path, path: Path, scratch: Path) -> None:
         checkpoint = read_checkpoint(path)
     except DamagedCheckpoint as error:
         raise NoCheckpoint(f"{path}: {error}.") from None
-    facts = checkpoint.facts
-    models_at(stage(Assembler(config, facts["fault"]), facts["stage"]), run, checkpoint, scratch)
+    facts, given = checkpoint.facts, [r for r in config.reward if isinstance(r, ObjectSource)]
+    objects = {source.object: _no_scores for source in given}  # nothing is trained here
+    assembler = Assembler(config, facts["fault"], objects=objects)
+    models_at(stage(assembler, facts["stage"]), run, checkpoint, scratch)
     shutil.copyfile(run / CONFIG, scratch / CONFIG)
     write_cards(scratch, f"{run.resolve().name} at {path.name}")

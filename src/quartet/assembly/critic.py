@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from quartet.assembly.assembler import Assembler
@@ -40,10 +41,16 @@ class CannotAudit(QuartetError, ValueError):
 
 
 def audit_critic(
-    run: Path, step: int | None, num_prompts: int, sizes: AuditSizes, report: Report
+    run: Path,
+    step: int | None,
+    num_prompts: int,
+    sizes: AuditSizes,
+    report: Report,
+    objects: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Path, dict[str, Any]]:
     """Compare the critic of a run with Monte Carlo returns, at the checkpoint of a step or at the
     newest one. Return the file of results, which is written into the run's folder, and the results.
+    `objects` are the rewards that the run was given as Python objects, by name.
 
     Nothing else in the folder changes. Raises a QuartetError if the run has no critic, no
     checkpoint or no held-out prompts, or if continuations cannot be sampled or scored here.
@@ -55,7 +62,7 @@ def audit_critic(
         checkpoint = read_checkpoint(path)
     except DamagedCheckpoint as error:
         raise NoCheckpoint(f"{path}: {error}.") from None
-    assembler = Assembler(config, checkpoint.facts["fault"])
+    assembler = Assembler(config, checkpoint.facts["fault"], objects=objects)
     _check_rewards(run, assembler)
     held_out = assembler.prompts[1]
     if not held_out:

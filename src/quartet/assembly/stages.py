@@ -22,6 +22,7 @@ from quartet.loops.held_out import Evaluating
 from quartet.loops.preference import OnlinePairs
 from quartet.loops.responses import Responses
 from quartet.loops.rl import Loop, rl
+from quartet.models.language_model import read_config
 from quartet.models.precision import DTYPES
 from quartet.models.q_heads import QHeads
 from quartet.models.trunk import block_matrices
@@ -334,6 +335,8 @@ def evaluation_stage(assembler: Assembler, name: str) -> EvaluationStage:
     an LLM judge would be paid for them."""
     settings, models = assembler.config.evaluation, assembler.models
     policy = resolved_model("evaluation.policy", settings.policy)
+    if policy is not None:
+        read_config(policy)  # raises ModelError, before the other policy has answered
     return EvaluationStage(
         name=name,
         prompts=assembler.prompts[1][: settings.prompts],

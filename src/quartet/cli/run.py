@@ -22,6 +22,7 @@ from quartet.io.texts import did_you_mean, typed
 from quartet.recipes import template_names, template_path
 
 if TYPE_CHECKING:
+    from quartet.config.run import Launch
     from quartet.config.toml import Settings
 
 What = Annotated[
@@ -106,20 +107,27 @@ def run(
         return
     if accept and not resume:
         refuse("--accept: needs --resume.")
-    if settings.config.launch.type == "torchrun":
-        from quartet.launch.start import RANK_VARIABLES, follow_rank_zero, starts_as_follower
-
-        if missing := [name for name in RANK_VARIABLES if name not in os.environ]:
-            refuse(
-                f'launch.type = "torchrun": {missing[0]} is not set, so torchrun or srun did not '
-                "start this process. quartet run … --nodes 2x8 prints the commands."
-            )
-        if starts_as_follower(settings.config.launch):
-            follow_rank_zero(settings.config.launch)
-            return
+    if settings.config.launch.type == "torchrun" and _followed(settings.config.launch):
+        return
     if request is not None:
         raise typer.Exit(go_on(request, fault, accept or []))
     raise typer.Exit(new_run(settings, fault))
+
+
+def _followed(launch: "Launch") -> bool:
+    """Carry out what rank 0 says, in a process that torchrun started as another rank; return
+    whether it is one."""
+    from quartet.launch.start import RANK_VARIABLES, follow_rank_zero, starts_as_follower
+
+    if missing := [name for name in RANK_VARIABLES if name not in os.environ]:
+        refuse(
+            f'launch.type = "torchrun": {missing[0]} is not set, so torchrun or srun did not '
+            "start this process. quartet run … --nodes 2x8 prints the commands."
+        )
+    if not starts_as_follower(launch):
+        return False
+    follow_rank_zero(launch)
+    return True
 
 
 def with_model(words: Sequence[str] | None, model: str | None) -> list[str]:

@@ -22,6 +22,7 @@ class Sampler(Generic[R]):
         self._shuffled: tuple[int, list[int]] = (-1, [])
 
     def next(self) -> list[R]:
+        """Return the next `batch_size` records; a batch may go on into the next epoch."""
         batch: list[R] = []
         while len(batch) < self.batch_size:
             index = self._order()[self.position]
@@ -47,6 +48,7 @@ class Sampler(Generic[R]):
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state()`. Raises ValueError for one of other records."""
         epoch, position = state["epoch"], state["position"]
         if (
             not isinstance(epoch, int)

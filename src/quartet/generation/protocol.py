@@ -21,6 +21,8 @@ class Weights:
 
 @runtime_checkable
 class Generator(Protocol):
+    """Samples responses from the policy."""
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, samples_per_prompt: int = 1
     ) -> list[Rollout]:

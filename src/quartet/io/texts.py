@@ -61,11 +61,12 @@ def type_in_words(value: object) -> str:
 
 
 def nearest(value: object, known: Iterable[str]) -> str | None:
-    """Return the known name that is most like a value; None if none is. A name with the same
-    letters in another order goes first: gpro is grpo, not gspo."""
-    near = difflib.get_close_matches(str(value), list(known), n=3)
-    same = [name for name in near if sorted(name) == sorted(str(value))]
-    return next(iter([*same, *near]), None)
+    """Return the known name that is most like a value, in capitals or not; None if none is. A name
+    with the same letters in another order goes first: gpro is grpo, not gspo."""
+    lower, names = str(value).lower(), {name.lower(): name for name in known}
+    near = difflib.get_close_matches(lower, list(names), n=3)
+    same = [name for name in near if sorted(name) == sorted(lower)]
+    return next((names[name] for name in [*same, *near]), None)
 
 
 def did_you_mean(value: object, known: Iterable[str]) -> str:

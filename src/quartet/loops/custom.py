@@ -11,6 +11,7 @@ from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import ProcessGroup
 from quartet.errors import PartError
 from quartet.experience import Prompt, Rollout
+from quartet.io.texts import type_in_words
 from quartet.loops.progress import Progress, Sampled
 from quartet.loops.responses import Responses
 from quartet.loops.source import StageSource
@@ -169,7 +170,16 @@ class StageContext:
         if not isinstance(own, Mapping):
             name = type(own).__name__
             raise PartError(f"{self._source.type}: step returned a {name}, not a dict of metrics.")
-        return self._metrics | {str(name): float(value) for name, value in own.items()}
+        return self._metrics | {str(name): self._number(name, value) for name, value in own.items()}
+
+    def _number(self, name: str, value: Any) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise PartError(
+                f"{self._source.type}: step returned {type_in_words(value)} as the metric {name}, "
+                "not a number."
+            ) from None
 
     def state(self) -> Tree:
         """Return what a checkpoint holds beside the policy and its optimizer."""

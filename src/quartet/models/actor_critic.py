@@ -29,6 +29,8 @@ from quartet.tensors import Bool, Float, Int, Tensor
 
 @runtime_checkable
 class ActorCritic(Protocol):
+    """The actor and, where the algorithm has one, the critic: what the learner trains."""
+
     actor: CausalModel
 
     def forward(
@@ -52,9 +54,13 @@ class ActorCritic(Protocol):
         without a critic."""
         ...
 
-    def actor_parameters(self) -> list[nn.Parameter]: ...
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the actor's optimizer trains."""
+        ...
 
-    def critic_parameters(self) -> list[nn.Parameter]: ...
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Return those that the critic's optimizer trains; none without a critic."""
+        ...
 
     def save_critic(
         self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS

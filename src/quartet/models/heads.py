@@ -213,14 +213,17 @@ class ScalarModel(nn.Module):
         return self
 
     def save(
-        self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS
+        self,
+        folder: str | Path,
+        tokenizer: Tokenizer,
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         """Save as a sequence classifier, as other libraries expect a reward model. Every rank of
         the process group must call it; rank 0 writes."""
         state = full_state_dict(self.model, keep=process_group.is_rank_zero)
         if not process_group.is_rank_zero:
             return
-        save_weights(self.model, folder, state)
+        save_weights(self.model, Path(folder), state)
         tokenizer.save_pretrained(folder)
 
     def save_per_token(
@@ -346,7 +349,10 @@ class AdaptedScalar(ScalarModel):
             return hidden_states(self.trunk, tokens, output_mask)
 
     def save(
-        self, folder: Path, tokenizer: Tokenizer, process_group: ProcessGroup = SINGLE_PROCESS
+        self,
+        folder: str | Path,
+        tokenizer: Tokenizer,
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         """Save a whole sequence classifier, and in `adapter/` what `attach` needs to put adapter
         and head on the same trunk again."""
@@ -360,7 +366,7 @@ class AdaptedScalar(ScalarModel):
             if name.startswith(prefix)
         }
         self._whole(trunk).save(folder, tokenizer)
-        adapter = folder / "adapter"
+        adapter = Path(folder) / "adapter"
         save_adapter(self.view.model, str(self.view.adapter), adapter, tensors)
         save_file(
             {"score.weight": self.head.weight.to(MAIN_MEMORY)},

@@ -181,8 +181,7 @@ def load_tokenizer(folder: str | Path, generates: bool = True) -> Tokenizer:
     if Path(folder).is_dir() and not any(
         (Path(folder) / name).is_file() for name in TOKENIZER_FILES
     ):
-        if (Path(folder) / "policy" / "config.json").is_file():
-            raise ModelError(f"{folder}: is a run's folder. Its model is {folder}/policy.")
+        _check_is_no_run(folder)
         if not (Path(folder) / "config.json").is_file():
             raise ModelError(
                 f"{folder}: is no model's folder, it has no config.json and no tokenizer. Name one "
@@ -226,6 +225,7 @@ def read_config(folder: str | Path) -> Any:
     without safetensors weights."""
     path = Path(folder)
     if path.is_dir() and not (path / "config.json").is_file():
+        _check_is_no_run(folder)
         raise ModelError(f"{folder}: has no config.json, so it is not a Hugging Face model folder.")
     if path.is_dir() and not any(path.glob("*.safetensors")):
         raise ModelError(
@@ -237,6 +237,17 @@ def read_config(folder: str | Path) -> Any:
         return AutoConfig.from_pretrained(folder, **OWN_CODE)
     except CONFIG_ERRORS as error:
         raise ModelError(f"{folder}: its config cannot be read ({first_line(error)}).") from error
+
+
+def _check_is_no_run(folder: str | Path) -> None:
+    """Raise ModelError, which names the models of a run, where a folder is that of a run."""
+    if not (Path(folder) / "events.jsonl").is_file():
+        return
+    models = sorted(str(path.parent) for path in Path(folder).glob("*/config.json"))
+    its = "It has no model yet."
+    if models:
+        its = f"Its model{'s are' if models[1:] else ' is'} {' and '.join(models)}."
+    raise ModelError(f"{folder}: is a run's folder. {its}")
 
 
 CONFIG_ERRORS = (
@@ -265,7 +276,7 @@ def _tokenizer_class(folder: str | Path) -> Any:
 def save(
     model: CausalModel,
     tokenizer: Tokenizer,
-    folder: Path,
+    folder: str | Path,
     process_group: ProcessGroup = SINGLE_PROCESS,
     replacements: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -276,7 +287,7 @@ def save(
     `replacements` are saved in the place of the parameters of these names. Every rank of the
     process group must call it; rank 0 writes.
     """
-    adapted = adapters_of(model)
+    folder, adapted = Path(folder), adapters_of(model)
     tensors = full_state_dict(model, replacements, keep=process_group.is_rank_zero)
     if not process_group.is_rank_zero:
         return

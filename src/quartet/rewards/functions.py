@@ -44,6 +44,7 @@ class TextReward:
         self.name, self.function = name, function
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """Return what the function says of each response, one after another."""
         return [self.function(r.prompt.text, r.response) for r in rollouts]
 
 
@@ -70,7 +71,7 @@ class FunctionReward:
         self,
         name: str,
         function: str,
-        token_texts: Callable[[Sequence[int]], list[str]],
+        token_texts: Callable[[Sequence[int]], list[str]] | None,
         timeout: float = 60.0,
         processes: int = 1,
     ) -> None:
@@ -169,12 +170,14 @@ class FunctionReward:
             "completion_ids": [list(r.response_ids) for r in rollouts],
         }
         offered = _of_other_libraries(rollouts, takes["names"]) | offered
-        if takes["any"] or "tokens" in takes["names"]:
+        if self.token_texts is not None and (takes["any"] or "tokens" in takes["names"]):
             offered["tokens"] = [self.token_texts(r.response_ids) for r in rollouts]
         if missing := [name for name in takes["required"] if name not in offered]:
+            plurals = [f"{name}s" for name in missing if f"{name}s" in offered]
+            meant = f" Did you mean {', '.join(plurals)}? Each is a list." if plurals else ""
             raise RewardError(
-                f"{self.function} asks for {', '.join(missing)}, which the data do not have. There "
-                f"are {', '.join(offered)}."
+                f"{self.function} asks for {', '.join(missing)}, which the data do not have."
+                f"{meant} There are {', '.join(offered)}."
             )
         return {
             name: column

@@ -39,6 +39,12 @@ class ObjectSource(RewardSource):
         return reward_from(self.called, context.objects[self.object], context)
 
 
+def object_name(reward: Any) -> str:
+    """Return what a reward is called in metrics: the function's or class's name."""
+    name = getattr(reward, "__name__", None) or getattr(reward, "name", None)
+    return str(name) if name and str(name).isidentifier() else type(reward).__name__
+
+
 def reward_from(name: str, given: Any, context: RewardContext) -> Reward:
     """Return the reward of an object: a `Reward` as it is; a reward model, ours or a sequence
     classifier of transformers with one label, frozen; a function, called in this process."""
@@ -72,7 +78,7 @@ class InProcessReward(FunctionReward):
     given (docs/rewards.md)."""
 
     def __init__(
-        self, name: str, function: Callable[..., Any], token_texts: Callable[..., list[str]]
+        self, name: str, function: Callable[..., Any], token_texts: Callable[..., list[str]] | None
     ) -> None:
         self.name, self.function, self.token_texts = name, name, token_texts
         self.timeout = math.inf

@@ -29,6 +29,8 @@ were."""
 
 @runtime_checkable
 class Reward(Protocol):
+    """Scores responses. Metrics and rollouts call its scores by its `name`."""
+
     name: str
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:

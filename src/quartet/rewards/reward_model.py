@@ -31,6 +31,7 @@ class ModelReward:
         self.placement = NO_OFFLOAD
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """Return the head's output at the last token of each response."""
         return [outputs[-1] for outputs in self._outputs(rollouts, whole=False)]
 
     def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:

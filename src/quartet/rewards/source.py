@@ -20,8 +20,9 @@ class RewardContext:
 
     tokenizer: Tokenizer
     """The policy's."""
-    token_texts: Callable[[Sequence[int]], list[str]]
-    """Returns the text of each of some token ids."""
+    token_texts: Callable[[Sequence[int]], list[str]] | None
+    """Returns the text of each of some token ids; None where responses are from policies with
+    different tokenizers."""
     micro_batch_tokens: int
     """Tokens of one forward pass."""
     device: Any

@@ -100,7 +100,7 @@ class StepReward:
         separator: str,
         label: int | None,
         combine: Literal["min", "mean", "last"],
-        token_texts: Callable[[Ids], list[str]],
+        token_texts: Callable[[Ids], list[str]] | None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -133,6 +133,7 @@ class StepReward:
         return min(scores) if self.combine == "min" else scores[-1]
 
     def token_scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        assert self.token_texts is not None  # nothing trains on answers of an evaluation
         made = []
         for rollout, steps in zip(rollouts, self._all_steps(rollouts), strict=True):
             ends = list(

@@ -217,7 +217,7 @@ def _number(index: int, value: Any, nested: bool = False) -> Any:
         )  # of an array: float() takes text and complex numbers there
         if isinstance(item, (*NO_LISTS, complex)):
             raise TypeError("no number")
-        return float(value)
+        return float(item)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
     except Exception:

@@ -81,6 +81,7 @@ APART = {
     "reward/gold",
     "reward/std",
     "reward/unscored",
+    "reward/clipped",
     "reward/length_correlation",
     "reward/drift",
 }

@@ -52,6 +52,12 @@ DEFINITIONS = (
         "Above 5 %, see run.log.",
     ),
     Definition(
+        "reward/clipped",
+        "clipped scores",
+        "the share of responses whose score algorithm.scores cuts off at its limit",
+        "Above a half, the limit does more than bound outliers.",
+    ),
+    Definition(
         "reward/length_correlation",
         "reward against length",
         "Pearson's r of score and number of tokens in the step",
@@ -150,8 +156,7 @@ DEFINITIONS = (
         "groups_without_signal",
         "share without signal",
         "the share of prompts whose responses all had the same score",
-        "Near 1, almost nothing is learned from groups. Runs with one response per prompt do not "
-        "have it.",
+        "Near 1, almost nothing is learned from groups. With one response per prompt it is absent.",
     ),
     Definition(
         "prompts/*",
@@ -189,7 +194,7 @@ DEFINITIONS = (
         "policy/step_kl",
         "KL of the step",
         "k3 of π_old to π at the end of the step, per token",
-        "policy_loss.beta follows it.",
+        "The coefficient algorithm.policy_loss.beta follows it.",
     ),
     Definition(
         "policy/entropy",
@@ -219,8 +224,7 @@ DEFINITIONS = (
     Definition(
         "staleness/mean",
         "staleness",
-        "the mean number of updates between the weights that sampled a token and those that "
-        "learn from it",
+        "the mean age, in updates, of the weights that sampled a token when it is learnt from",
         "It is 0 where rollouts wait for updates, and at most rollout.staleness.",
     ),
     Definition(
@@ -251,9 +255,8 @@ DEFINITIONS = (
     Definition(
         "advantage/reward_correlation",
         "advantage against reward",
-        "Pearson's r, over the step's responses, of the sum of a response's token rewards and "
-        "the mean advantage that the update used for it, within groups where advantages compare "
-        "these",
+        "Pearson's r, over the step's responses, of the sum of a response's token rewards and its "
+        "mean advantage in the update, within groups where advantages compare these",
         "It should be well above 0. Near 0, responses are credited with the rewards of others; "
         "below 0, a sign is wrong.",
     ),
@@ -304,8 +307,7 @@ DEFINITIONS = (
     Definition(
         "skipped",
         "skipped steps",
-        "the number of optimizer steps that were left out because their loss or gradient was not "
-        "finite",
+        "the number of optimizer steps left out because the loss or a gradient was not finite",
         "It should be 0. The step before it shows why.",
         exact=True,
     ),
@@ -337,8 +339,7 @@ DEFINITIONS = (
     Definition(
         "response/ended",
         "ended",
-        "the share of responses that the policy ended: with an end-of-sequence token or a stop "
-        "string",
+        "the share of responses that the policy ended, by an end-of-sequence token or stop string",
         "Below 0.75, raise rollout.max_new_tokens.",
     ),
     Definition(

@@ -5,7 +5,7 @@ text and background are left to the page.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quartet.io.texts import did_you_mean
@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 
 Spec = dict[str, Any]
 
+SCORES = {"reward": "reward", "gold": "reward/gold"}
+"""The scores of a best-of-n curve, and the metrics that are the same."""
+WIN_RATE_AXIS = {
+    "overlaying": "y",
+    "side": "right",
+    "range": [0, 1.02],
+    "tickformat": ".0%",
+    "showgrid": False,
+    "dtick": 0.25,
+    "tick0": 0,
+    "zeroline": False,
+}
 MOST_POINTS = 800
 """The most points of a line; a longer series is drawn as the means of equal pieces."""
 SMOOTHING = 0.1
@@ -108,78 +120,64 @@ def frontier(run: "Run", stage: str | None = None) -> Spec:
     initial policy, win rates on held-out prompts, and a mark where the gold reward began to fall.
     `stage` is an RL stage, of several the last if it is None."""
     stage = stage or run.rl_stage
-    data: list[Spec] = []
-    spec: Spec = {
-        "data": data,
-        "layout": layout("Score against distance from the reference", None, legend=True),
-    }
-    spec["layout"] |= {"xaxis": axis("√KL, nats"), "yaxis": axis("mean score"), "height": 480}
-    for place, (key, metric) in enumerate((("reward", "reward"), ("gold", "reward/gold"))):
-        points = [(math.sqrt(p["kl"]), p[key]) for p in run.best_of_n if p.get(key) is not None]
-        if points:
-            xs, ys = zip(*points, strict=True)
-            name = f"{definition(metric).label} of best of n"
-            data.append(
-                _line(
-                    xs,
-                    ys,
-                    COLORS[place],
-                    {"name": name, "line": {"color": COLORS[place], "dash": "dot"}},
-                )
-            )
+    look = layout("Score against distance from the reference", None, legend=True)
+    look |= {"xaxis": axis("√KL, nats"), "yaxis": axis("mean score"), "height": 480}
+    data = list(_best_of_n_lines(run))
     if stage is None or "kl" not in run.series[stage].columns:
-        return spec
+        return {"data": data, "layout": look}
     series = run.series[stage]
-    every = slice(None, None, math.ceil(len(series.steps) / MOST_POINTS))
-    distance = [
-        math.sqrt(max(kl, 0.0))
-        for kl in smoothed(list(series.columns["kl"]), 0.15) or series.columns["kl"]
-    ]
-    for place, name in enumerate(("reward", "reward/gold")):
-        if name not in series.columns:
-            continue
-        y = smoothed(list(series.columns[name]), 0.15) or list(series.columns[name])
-        label = definition(name).label
-        marker = {"size": 6, "color": COLORS[place]}
-        more = {
-            "name": label,
-            "mode": "lines+markers",
-            "marker": marker,
-            "customdata": list(series.steps[every]),
-        }
-        more["hovertemplate"] = (
-            "step %{customdata}: %{y:.3g} at √KL %{x:.3g}<extra>" + label + "</extra>"
-        )
-        data.append(_line(distance[every], y[every], COLORS[place], more))
+    distance = [math.sqrt(max(kl, 0.0)) for kl in _course(series, "kl")]
+    for name, color in zip(SCORES.values(), COLORS, strict=False):
+        if name in series.columns:
+            data.append(_scores_line(series, name, distance, color))
     if "policy/win_rate" in series.columns:
         data.append(_win_rates(series, distance))
-        title = "win rate on held-out prompts"
-        spec["layout"]["yaxis2"] = axis(title) | {
-            "overlaying": "y",
-            "side": "right",
-            "range": [0, 1.02],
-            "tickformat": ".0%",
-        }
-        spec["layout"]["yaxis2"] |= {
-            "showgrid": False,
-            "dtick": 0.25,
-            "tick0": 0,
-            "zeroline": False,
-        }
+        look["yaxis2"] = axis("win rate on held-out prompts") | WIN_RATE_AXIS
     if (onset := overoptimised(series)) is not None:
-        at = list(series.steps).index(onset)
-        spec["layout"]["shapes"] = [_vertical(distance[at])]
-        spec["layout"]["annotations"] = [
+        at = distance[list(series.steps).index(onset)]
+        look["shapes"] = [_vertical(at)]
+        look["annotations"] = [
             {
-                "x": distance[at],
+                "x": at,
                 "y": 1,
                 "yref": "paper",
                 "text": "highest gold reward",
                 "showarrow": False,
-                "xanchor": "right" if 2 * distance[at] > max(distance) else "left",
+                "xanchor": "right" if 2 * at > max(distance) else "left",
             }
         ]
-    return spec
+    return {"data": data, "layout": look}
+
+
+def _course(series: "Series", name: str) -> list[float]:
+    """Return the values of a metric, smoothed where there are enough of them."""
+    values = list(series.columns[name])
+    return list(smoothed(values, 0.15) or values)
+
+
+def _best_of_n_lines(run: "Run") -> Iterator[Spec]:
+    """Yield the best-of-n line of the initial policy for each score that it was computed with."""
+    for (key, metric), color in zip(SCORES.items(), COLORS, strict=False):
+        points = [(math.sqrt(p["kl"]), p[key]) for p in run.best_of_n if p.get(key) is not None]
+        if points:
+            xs, ys = zip(*points, strict=True)
+            name = f"{definition(metric).label} of best of n"
+            yield _line(xs, ys, color, {"name": name, "line": {"color": color, "dash": "dot"}})
+
+
+def _scores_line(series: "Series", name: str, distance: Sequence[float], color: str) -> Spec:
+    """Return the line of a score against √KL, with a marker for each step, or some of many."""
+    every = slice(None, None, math.ceil(len(series.steps) / MOST_POINTS))
+    label = definition(name).label
+    hover = f"step %{{customdata}}: %{{y:.3g}} at √KL %{{x:.3g}}<extra>{label}</extra>"
+    more = {
+        "name": label,
+        "mode": "lines+markers",
+        "marker": {"size": 6, "color": color},
+        "customdata": list(series.steps[every]),
+        "hovertemplate": hover,
+    }
+    return _line(distance[every], _course(series, name)[every], color, more)
 
 
 def _win_rates(series: "Series", distance: Sequence[float]) -> Spec:

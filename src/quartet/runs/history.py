@@ -8,6 +8,8 @@ from typing import Any
 
 RECENT = 5
 """Steps that a rule takes the mean of."""
+MANY_CLIPPED = 0.5
+"""The share of scores beyond the limit of `algorithm.scores` that is more than outliers."""
 WIN_RATES = 3
 """Win rates of which one mean is taken: each is of 32 prompts, ± 0.17."""
 MAX_NUMBER = 1e15
@@ -96,6 +98,21 @@ class History:
         """Whether the KL in the loss is that to another model, which is a gradient without
         rewards."""
         return not self.starts_at_reference and self.now("loss/kl", 0.0) > 0
+
+    @property
+    def pays_all_alike(self) -> bool:
+        """Whether responses earned the same, or nearly so: what a critic says of them, and what
+        advantages they have, is noise then."""
+        spread, first = self.recent("reward/std"), self.first("reward/std")
+        alike = spread is not None and first is not None and spread <= 0.1 * first
+        return alike or self.clips_most_scores
+
+    @property
+    def clips_most_scores(self) -> bool:
+        """Whether more scores than those of outliers were beyond the limit of `algorithm.scores`,
+        in the last three steps."""
+        share = self.recent("reward/clipped", 3)
+        return share is not None and share > MANY_CLIPPED
 
     def now(self, name: str, default: float) -> float:
         """The latest value."""

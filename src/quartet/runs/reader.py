@@ -72,7 +72,7 @@ class Run:
     >>> run.figure("frontier")  # doctest: +SKIP
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         try:
             self.path = Path(path).resolve()
         except (OSError, RuntimeError, ValueError) as error:
@@ -378,11 +378,14 @@ class Run:
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
+        """The summary of the stage `evaluation`, with `samples`; None where there is none."""
         evaluation = self._document(FINAL, MAX_DOCUMENT, parse_json, records.EVALUATION)
         return None if evaluation is None else {"samples": [], **evaluation}
 
     @property
     def best_of_n(self) -> list[dict[str, Any]]:
+        """The best-of-n curve of the policy that RL started from: for each n its KL in nats and the
+        mean score of the best answer; empty where there is none."""
         return self._document(BEST_OF_N, MAX_DOCUMENT, parse_json, records.BEST_OF_N) or []
 
     def pairs(self, round: int | None = None) -> list[dict[str, Any]]:

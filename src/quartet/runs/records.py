@@ -2,7 +2,6 @@
 may rely on."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
@@ -128,16 +127,6 @@ def parse_event(line: bytes) -> tuple[dict[str, Any], list[str]]:
     if event is None:
         raise Unreadable(f"is no event ({[*problems, *more][0]}).")
     return event, [*problems, *more]
-
-
-def read_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a run folder that can be read, in their order; lines that are no events
-    are passed over. Unreadable where events.jsonl is no ordinary file."""
-    for line in read_lines(Folder(folder), "events.jsonl"):
-        try:
-            yield parse_event(line)[0]
-        except Unreadable:
-            continue
 
 
 def read_lines(folder: Folder, name: str) -> Iterator[bytes]:

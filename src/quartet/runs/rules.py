@@ -40,10 +40,30 @@ def responses_do_not_end(history: History) -> str | None:
     )
 
 
+def scores_are_clipped(history: History) -> str | None:
+    """Scores beyond the limit of `algorithm.scores` earn the same, however they differ. The limit
+    bounds outliers of a reward model; another reward may have a scale of its own."""
+    if not history.clips_most_scores:
+        return None
+    share = history.now("reward/clipped", 0.0)
+    return (
+        f"{share:.0%} of the scores are beyond the limit of algorithm.scores, so these responses "
+        "all earn the same. Scale the reward (reward.weight), or set algorithm.scores: "
+        '[{ type = "clip", limit = … }] with a larger limit, or [].'
+    )
+
+
 def no_signal(history: History) -> str | None:
-    """Group advantages are 0 where all answers to a prompt score the same (Yu et al. 2025, DAPO,
-    section 3.2)."""
-    if history.now("advantage/std", 1.0) > 0 or history.is_taught:
+    """Nothing tells responses apart that all score the same; group advantages are 0 where all
+    answers to a prompt do (Yu et al. 2025, DAPO, section 3.2)."""
+    if history.is_taught:
+        return None
+    if history.now("reward/std", 1.0) == 0:
+        return (
+            "every response has the same score: nothing is learnt from it. The task is too hard, "
+            "too easy, or the reward is a constant."
+        )
+    if history.now("advantage/std", 1.0) > 0:
         return None
     return (
         "every group has equal rewards: no gradient. The task is too hard, too easy, or the "
@@ -109,11 +129,9 @@ def sampler_is_imprecise(history: History) -> str | None:
     off, and what is learnt is off-policy by as much. Truncated importance weights
     (algorithm.correction) bound the harm (Yao et al. 2025)."""
     tolerance, gap = history.tolerance, history.recent("sampler_ratio", 3)
-    if (
-        gap is None
-        or history.filtered
-        or not (tolerance.sampler_noted <= gap - 1 < tolerance.sampler_wrong)
-    ):
+    if gap is None or history.filtered:
+        return None
+    if not tolerance.sampler_noted <= gap - 1 < tolerance.sampler_wrong:
         return None
     corrected = "correction/mean_weight" in history.columns
     remedy = (
@@ -136,8 +154,7 @@ def ratio_is_not_one(history: History) -> str | None:
         return None
     return (
         f"ratios are up to {error:.2g} from 1 before any weight has moved. Is dropout on in the "
-        f"update? Are the old log-probs "
-        "of the same weights, temperature and masks?"
+        "update? Are the old log-probs of the same weights, temperature and masks?"
     )
 
 
@@ -152,8 +169,7 @@ def reference_differs(history: History) -> str | None:
         return None
     return (
         f"the KL to the reference is {first:.2g} per token at step 1, and should be 0: the "
-        f"reference is not the policy that RL "
-        "starts from."
+        "reference is not the policy that RL starts from."
     )
 
 
@@ -190,8 +206,7 @@ def not_sampled_as_trained(history: History) -> str | None:
     how = "likelier" if gap < 0 else "less likely"
     return (
         f"the tokens sampled are {how} than draws from the policy would be ({gap:+.2g} nats on a "
-        f"mean entropy of "
-        f"{entropy:.2g}): rollouts are greedy, filtered, or of another temperature."
+        f"mean entropy of {entropy:.2g}): rollouts are greedy, filtered, or of another temperature."
     )
 
 
@@ -216,7 +231,7 @@ def kl_above_target(history: History) -> str | None:
         return None
     return (
         f"the KL was {kl:.3g} over ten steps, more than twice the target {target:g}. Raise "
-        "kl.coef, or lower optim.lr."
+        "algorithm.kl.coef, or lower optim.lr."
     )
 
 
@@ -224,19 +239,15 @@ def critic_knows_nothing(history: History) -> str | None:
     """A critic whose errors vary more than the returns adds noise to every advantage; below 0 a
     constant would do better (Huang et al. 2022). It has twenty steps to learn."""
     seen = sorted(history.columns.get("value/explained_variance", [])[-RECENT:])
-    spread, first = history.recent("reward/std"), history.first("reward/std")
-    solved = (
-        spread is not None and first is not None and spread < 0.1 * first
-    )  # returns that do not vary cannot be explained
-    if len(seen) < RECENT or history.steps < 20 or solved:
+    if len(seen) < RECENT or history.steps < 20 or history.pays_all_alike:
         return None
     variance = seen[RECENT // 2]
     if variance >= 0:
         return None
     return (
         f"explained variance is {variance:.2f} after {history.steps} steps: the critic is worse "
-        f"than a constant. Raise "
-        "optim.critic_lr, let it begin as the reward model, or give it optim.critic_warmup_steps."
+        "than a constant. Raise optim.critic_lr, let it begin as the reward model, or give it "
+        "optim.critic_warmup_steps."
     )
 
 
@@ -266,11 +277,8 @@ def nothing_moves(history: History) -> str | None:
     """An update without a gradient is none: frozen weights, or a loss that does not reach them.
     (Without advantages there is no gradient either; `no_signal` says that.)"""
     norms = history.columns.get("grad_norm/actor", [])[-10:]
-    if (
-        len(norms) < 10
-        or max(norms) > 0
-        or max(history.columns.get("advantage/std", [0.0])[-10:]) == 0
-    ):
+    advantages = history.columns.get("advantage/std", [0.0])[-10:]
+    if len(norms) < 10 or max(norms) > 0 or max(advantages) == 0:
         return None
     return (
         "the actor had no gradient in ten updates, though advantages differ. Is everything frozen?"
@@ -288,8 +296,7 @@ def entropy_collapse(history: History) -> str | None:
         return None
     return (
         f"entropy fell from {first:.2g} to {entropy:.2g} nats, and {common:.0%} of prompts get the "
-        f"same response. Raise "
-        "kl.coef, add entropy, or lower optim.lr."
+        "same response. Raise algorithm.kl.coef, add entropy, or lower optim.lr."
     )
 
 
@@ -313,8 +320,7 @@ def length_drift(history: History) -> str | None:
         return None
     return (
         f"responses went from {first:.0f} to {now:.0f} tokens. If that is not intended, the "
-        f"reward pays for it: see the "
-        "correlation with length."
+        "reward pays for it: see the correlation with length."
     )
 
 
@@ -337,7 +343,7 @@ def repeats_itself(history: History) -> str | None:
         return None
     return (
         f"repetition within responses went from {first:.0%} to {now:.0%}. Read samples; raise "
-        "kl.coef."
+        "algorithm.kl.coef."
     )
 
 
@@ -360,19 +366,16 @@ def hacked(history: History) -> str | None:
     since = history.steps - len(gold) + top + HACKED_MEAN // 2
     return (
         f"reward rose from {then:.2f} to {now:.2f} since step {since}, gold reward fell from "
-        f"{means[top]:.2f} to "
-        f"{means[-1]:.2f}: the reward model is being fooled. Stop there, or raise kl.coef."
+        f"{means[top]:.2f} to {means[-1]:.2f}: the reward model is being fooled. Stop there, or "
+        "raise algorithm.kl.coef."
     )
 
 
 def reward_falls(history: History) -> str | None:
     """What is maximised should not fall. Where it does from the start, a sign is wrong, or
     responses are paid for others'."""
-    now, first, spread = (
-        history.recent("reward"),
-        history.first("reward"),
-        history.first("reward/std"),
-    )
+    now, first = history.recent("reward"), history.first("reward")
+    spread = history.first("reward/std")
     if now is None or first is None or spread is None or now >= first - 0.5 * spread:
         return None
     digits = ".2f" if abs(first - now) >= 0.01 else ".2g"
@@ -387,22 +390,17 @@ def paid_for_others(history: History) -> str | None:
     """Advantages follow what responses earned, less what was expected of them (Williams 1992).
     Where they do not, rows were mixed up, as when a [B, 1] meets a [B]; where they go the other
     way, a sign is wrong. A critic that knows nearly everything leaves advantages that are noise."""
-    r, known = (
-        history.recent("advantage/reward_correlation", 10),
-        history.recent("value/explained_variance") or 0.0,
-    )
-    if (
-        r is None
-        or r >= 0.1
-        or known > 0.9
-        or min(history.columns.get("advantage/std", [0.0])[-10:]) == 0
-    ):
+    r = history.recent("advantage/reward_correlation", 10)
+    known = history.recent("value/explained_variance") or 0.0
+    if r is None or r >= 0.1 or known > 0.9 or history.pays_all_alike:
+        return None
+    if min(history.columns.get("advantage/std", [0.0])[-10:]) == 0:
         return None
     how = "the opposite of what" if r < -0.1 else "what others and not what"
     return (
         f"rewards and advantages have a correlation of {r:.2f} over ten steps: responses are paid "
-        f"{how} they earned. "
-        "Do rewards, values and advantages stand in the same rows, with the right sign?"
+        f"{how} they earned. Do rewards, values and advantages stand in the same rows, with the "
+        "right sign?"
     )
 
 
@@ -420,26 +418,23 @@ def loses_held_out(history: History) -> str | None:
         return None
     return (
         f"the win rate on held-out prompts fell from {top:.0%} to {now:.0%} while the reward rose: "
-        f"the answers get worse. Stop "
-        "there, or raise kl.coef."
+        "the answers get worse. Stop there, or raise algorithm.kl.coef."
     )
 
 
 def forgets(history: History) -> str | None:
     """What SFT taught is lost as the reward is gained: the alignment tax (Ouyang et al. 2022, who
     mix pretraining texts in). Silent where held-out responses get better all the same."""
-    seen, wins = (
-        history.columns.get("policy/sft_perplexity", []),
-        history.recent("policy/win_rate", WIN_RATES),
-    )
+    seen = history.columns.get("policy/sft_perplexity", [])
+    wins = history.recent("policy/win_rate", WIN_RATES)
     if wins is not None and wins > 0.55:
         return None
     if len(seen) < 2 or seen[-1] < FORGOTTEN * seen[0] or history.now("kl", 0.0) < 1:
         return None
     return (
         f"perplexity on held-out demonstrations went from {seen[0]:.3g} to {seen[-1]:.3g}: the "
-        f"policy forgets what SFT taught. "
-        "Raise kl.coef, lower optim.lr, or mix demonstrations in (algorithm.ptx)."
+        "policy forgets what SFT taught. Raise algorithm.kl.coef, lower optim.lr, or mix "
+        "demonstrations in (algorithm.ptx)."
     )
 
 
@@ -447,7 +442,7 @@ def reward_saturates(history: History) -> str | None:
     """A reward model that gives all answers the same high score has nothing more to teach (its
     sigmoid was trained on differences that are no longer there)."""
     now, first = history.recent("reward/std"), history.first("reward/std")
-    if now is None or first is None or "reward/model" not in history.columns or now > 0.1 * first:
+    if now is None or not first or "reward/model" not in history.columns or now > 0.1 * first:
         return None
     return (
         f"the spread of scores fell from {first:.2g} to {now:.2g}: the reward model no longer "
@@ -468,6 +463,7 @@ RULES: dict[Rule, Terms] = {
     no_signal: Terms(("advantage/std",), steps=3),
     few_prompts_teach: Terms(("prompts/learnable",), steps=3),
     unscored: Terms(("reward/unscored",)),
+    scores_are_clipped: Terms(("reward/clipped",), steps=3),
     kl_above_target: Terms(("kl",)),
     critic_knows_nothing: Terms(("value/explained_variance",), steps=3),
     value_loss_explodes: Terms(("loss/value",)),

@@ -186,6 +186,10 @@ class Sweep:
         self._ended: str | None = None
         self.refresh()
 
+    def __repr__(self) -> str:
+        done = sum(trial.state == "done" for trial in self.trials.values())
+        return f"sweep {self.name}: {self.status}, {done} of {len(self.trials)} trials done"
+
     def refresh(self) -> None:
         """Read the record again. Raises `NoRun` where it is none of a sweep."""
         self.facts, self.trials, self.problems, self._ended = {}, {}, [], None

@@ -4,6 +4,7 @@ everything."""
 import contextlib
 import dataclasses
 import math
+import sysconfig
 import time
 import traceback
 from collections.abc import Generator, Iterator, Sequence
@@ -43,6 +44,13 @@ from quartet.training.checkpoints import Checkpoints
 
 EXCERPT = 300
 """Characters of a sample that a message shows."""
+NOT_THE_USERS = (
+    str(Path(__file__).parents[1]),
+    sysconfig.get_path("stdlib"),
+    "site-packages",
+    "<frozen",
+)
+"""What is in the paths of code that is not the user's."""
 
 
 @dataclass
@@ -196,7 +204,7 @@ class Pipeline:
         except WorkerLost:
             raise
         except Exception as error:
-            raise StageFailed(f"{where}: {error}{_users_line(error)}") from error
+            raise StageFailed(f"{where}: {_in_words(error)}") from error
 
     def _recorder(self, stage: Stage) -> StepRecorder:
         """Return the recorder of a stage's steps, which has seen those that are in the record."""
@@ -427,18 +435,19 @@ def kl_target(stage: Stage) -> float | None:
     return getattr(controller, "target", None)
 
 
-def _users_line(error: Exception) -> str:
-    """Return the last line of the user's own code that an unexpected error came from, for the end
-    of a sentence; nothing if it came from no such code."""
+def _in_words(error: Exception) -> str:
+    """Return what an exception says. An unexpected one is followed by the last line of the user's
+    own code that it came from, if there is one."""
     if isinstance(error, QuartetError):
-        return ""
-    package, installed = str(Path(__file__).parents[1]), ("site-packages", "importlib", "<frozen")
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(package)
-        and not any(part in frame.filename for part in installed)
+        return str(error)
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if isinstance(error, NotImplementedError) and not str(error):
+        method = frames[-1][0]  # the base class's, which the user's class does not have
+        return f"{type(method.f_locals.get('self')).__name__} has no {method.f_code.co_name}."
+    words = str(error) or type(error).__name__
+    own = [
+        f"{Path(frame.f_code.co_filename).name}, line {line}"
+        for frame, line in frames
+        if not any(part in frame.f_code.co_filename for part in NOT_THE_USERS)
     ]
-    if not frames:
-        return ""
-    return f" ({type(error).__name__}, {Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    return f"{words} ({type(error).__name__}, {own[-1]})" if own else words

@@ -87,8 +87,3 @@ class Stage(Protocol):
     def begin(self, folder: Path) -> StageRun:
         """Load the models; no step has been taken yet. `folder` is the run's."""
         ...
-
-
-def unchanged(model: Any) -> Any:
-    """Return the model as it is: every rank holds it whole."""
-    return model

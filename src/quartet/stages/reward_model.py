@@ -142,28 +142,8 @@ class RewardModelStage:
 
         def finish() -> Summary:
             held_out.restore_best()
-            with activity("held-out pairs"):
-                scores = pair_scores(
-                    model, self.held_out, self.micro_batch_tokens, self.process_group
-                )
-            facts = score_facts(scores, self.held_out)
-            with activity("centring"):
-                mean = self._mean_score(model, policy)
-            model.centre += mean
-            tokenizer = self.tokenizer if self.reader is None else self.reader.tokenizer
-            place, (name, _) = self.round.folder(folder), round_of(self.name)
-            model.save(place / name, tokenizer, self.process_group)
-            if self.process_group.is_rank_zero:
-                _, number = member_of(name)
-                file = "pairs.parquet" if number is None else f"pairs-{number}.parquet"
-                write_pairs(place / "evaluation" / file, self.shown, scores - mean, self.tokenizer)
-            summary = {
-                "held_out_accuracy_before": before,
-                **{f"held_out_{name}": value for name, value in facts.items()},
-                **pair_facts(self.held_out),
-                "centre": model.centre,
-                **held_out.summary(),
-            }
+            facts = self._save(model, policy, self.round.folder(folder))
+            summary = {"held_out_accuracy_before": before, **facts, **held_out.summary()}
             return summary | ({} if self.ceiling is None else {"ceiling": self.ceiling})
 
         stateful: dict[str, Stateful] = {
@@ -173,6 +153,28 @@ class RewardModelStage:
             "held_out": held_out,
         }
         return StageRun(steps, finish, stateful, [optimizer], budget)
+
+    def _save(self, model: ScalarModel, policy: Any, folder: Path) -> Summary:
+        """Centre the reward model, and write it and its scores of the held-out pairs to the folder
+        of its round. Return what the scores say."""
+        with activity("held-out pairs"):
+            scores = pair_scores(model, self.held_out, self.micro_batch_tokens, self.process_group)
+        facts = score_facts(scores, self.held_out)
+        with activity("centring"):
+            mean = self._mean_score(model, policy)
+        model.centre += mean
+        tokenizer = self.tokenizer if self.reader is None else self.reader.tokenizer
+        name, _ = round_of(self.name)
+        model.save(folder / name, tokenizer, self.process_group)
+        if self.process_group.is_rank_zero:
+            _, number = member_of(name)
+            file = "pairs.parquet" if number is None else f"pairs-{number}.parquet"
+            write_pairs(folder / "evaluation" / file, self.shown, scores - mean, self.tokenizer)
+        return {
+            **{f"held_out_{name}": value for name, value in facts.items()},
+            **pair_facts(self.held_out),
+            "centre": model.centre,
+        }
 
     def _mean_score(self, model: ScalarModel, policy: Any) -> float:
         """Return the mean score of the policy's own responses to `prompts`."""

@@ -125,6 +125,8 @@ class Learner:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state()`, in which the optimizers have the weights. Raises `StateMisfit`
+        for one of other models."""
         for name, optimizer in self.optimizers.items():
             optimizer.load_state(state["optimizers"][name])
             self._register_moments(optimizer)  # they have been loaded to the device

@@ -110,6 +110,8 @@ def rl_metrics(
         metrics["continuations/tokens"] = float(sum(r.continuation_tokens for r in rollouts))
     metrics["reward/unscored"] = unscored
     metrics |= _reward_metrics(rollouts, batch)
+    if algorithm.scores:
+        metrics["reward/clipped"] = float(algorithm.clipped_scores(batch).double().mean())
     if batch.ref_logprobs is not None:
         metrics |= _kl_metrics(batch.old_logprobs, batch.ref_logprobs, batch.response_mask)
     metrics |= _value_metrics(experience)

@@ -34,6 +34,7 @@ from quartet.evaluation.statistics import mean
 from quartet.generation.sampling import Sampling
 from quartet.io.texts import well_formed_json
 from quartet.rewards.judge import JudgeReward
+from quartet.rewards.objects import object_name
 from quartet.rewards.protocol import Reward, Score
 
 Say = Callable[[str], None]
@@ -86,11 +87,17 @@ def evaluate(request: EvaluationRequest, say: Say = lambda _: None) -> tuple[Pat
     folder.mkdir(parents=True, exist_ok=True)
     measured = list(evaluation.measured())
     result = evaluation.result(measured)
-    request_key = key_of([dataclasses.asdict(request), [str(each) for each in request.measures]])
-    path = folder / f"{request.name or 'eval-' + request_key[:8]}.json"
+    path = folder / f"{request.name or 'eval-' + _key(request)[:8]}.json"
     text = json.dumps(well_formed_json(result), ensure_ascii=False, allow_nan=False)
     files.replace(path, text + "\n")
     return path, result
+
+
+def _key(request: EvaluationRequest) -> str:
+    """Return a short name of what a request says. Of a Python object only its name counts."""
+    words = [object_name(each) if m.is_object(each) else each for each in request.measures]
+    named = dataclasses.replace(request, measures=tuple(words))
+    return key_of([dataclasses.asdict(named), [str(each) for each in words]])
 
 
 def _sampling(base: Sampling, request: EvaluationRequest) -> Sampling:

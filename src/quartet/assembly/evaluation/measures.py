@@ -23,6 +23,7 @@ from quartet.experience import Rollout
 from quartet.models.language_model import read_config
 from quartet.models.precision import dtype_of
 from quartet.rewards.judge import JudgeReward, WinShares
+from quartet.rewards.objects import ObjectSource, object_name
 from quartet.rewards.protocol import Reward, RewardError, Score
 from quartet.rewards.rubric import Rubric, read_rubric
 from quartet.rewards.serve import BadRequest, ScoringRequest
@@ -55,6 +56,8 @@ class Measure:
     source: RewardSource | None = None
     """The reward that scores the answers; None for accuracy, perplexity and KL."""
     higher_is_better: bool = True
+    given: Any = None
+    """The Python object that `source` names, where it is an `ObjectSource`."""
 
     @property
     def is_pairwise(self) -> bool:
@@ -81,13 +84,15 @@ WITHOUT_REWARD = {measure.name: measure for measure in (ACCURACY, PERPLEXITY, KL
 def measure_of(words: Any, has_rival: bool, rubric: str | None = None) -> Measure:
     """Return the measure that words of the command name: accuracy, perplexity, kl, or a reward. A
     reward is a type (`gold`, `number`), a type with its main setting (`model:FOLDER`,
-    `judge:URL#MODEL`), or a `[[reward]]` table. Without another policy to compare with
-    (`has_rival`), a judge scores answers one by one. A judge that has no rubric of its own uses
-    the file `rubric`. Raises EvaluationError."""
+    `judge:URL#MODEL`), or a `[[reward]]` table; in Python also a function. Without another policy
+    to compare with (`has_rival`), a judge scores answers one by one. A judge that has no rubric of
+    its own uses the file `rubric`. Raises EvaluationError."""
     if isinstance(words, Measure):
         return words
     if isinstance(words, RewardSource):
         return Measure(words.called, "prompts", words)
+    if is_object(words):
+        return _measure_by(words)
     if isinstance(words, str) and words in WITHOUT_REWARD:
         return WITHOUT_REWARD[words]
     table = dict(words) if isinstance(words, Mapping) else _table(str(words))
@@ -108,6 +113,25 @@ def measure_of(words: Any, has_rival: bool, rubric: str | None = None) -> Measur
             what = f"no such measure. There are {', '.join(WITHOUT_REWARD)}, and rewards: {known}"
         raise EvaluationError(f"--measure {words}: {what}.") from None
     return Measure(source.called, "prompts", source)
+
+
+def is_object(words: Any) -> bool:
+    """Whether a measure is a function, or an object with a method `score`."""
+    return not isinstance(words, Measure | RewardSource) and (
+        callable(words) or hasattr(words, "score")
+    )
+
+
+def _measure_by(given: Any) -> Measure:
+    """Return the measure that is a function, or an object with a method `score`. Raises
+    EvaluationError for a model: it would be given the ids of another tokenizer."""
+    name = object_name(given)
+    if isinstance(given, type) or hasattr(given, "parameters"):
+        raise EvaluationError(
+            f"--measure {name}: is no function. Name the folder of a reward model, model:FOLDER; "
+            "of a class, give an instance."
+        )
+    return Measure(name, "prompts", ObjectSource(object=name), given=given)
 
 
 def _table(words: str) -> dict[str, Any]:
@@ -170,14 +194,6 @@ class TextContext(RewardContext):
         return ScoredText(name, model, label)
 
 
-def _no_token_texts(ids: Sequence[int]) -> list[str]:
-    del ids
-    raise RewardError(
-        "a function that reads tokens cannot score an evaluation, whose policies have different "
-        "tokenizers. Read the text instead."
-    )
-
-
 def check_reward(measure: Measure, gold: Any, run: Path | None) -> None:
     """Check what can be known of a measure's reward before answers are sampled for it: the gold
     reward's world, the folders of reward models, a judge's prompt, a function's file. `gold` is the
@@ -205,7 +221,7 @@ def check_reward(measure: Measure, gold: Any, run: Path | None) -> None:
     elif isinstance(source, StepsSource):
         read_config(source.model)
     else:
-        source.make(_context(gold, None, run))
+        source.make(_context(measure, gold, None, run))
 
 
 def _trained(run: Path | None) -> list[Path]:
@@ -217,20 +233,21 @@ def reward_of(measure: Measure, gold: Any, folder: Path, run: Path | None) -> Re
     """Return the reward of a measure, which `check_reward` has passed. `folder` is the
     evaluation's, which keeps a judge's verdicts."""
     assert measure.source is not None
-    return measure.source.make(_context(gold, folder, run))
+    return measure.source.make(_context(measure, gold, folder, run))
 
 
-def _context(gold: Any, folder: Path | None, run: Path | None) -> TextContext:
-    place = device("auto")
+def _context(measure: Measure, gold: Any, folder: Path | None, run: Path | None) -> TextContext:
+    place, source = device("auto"), measure.source
     return TextContext(
         None,  # type: ignore[arg-type]  # no reward here reads the policy's tokens
-        _no_token_texts,
+        None,  # nor their texts
         MICRO_BATCH_TOKENS,
         place,
         dtype_of("auto", place),
         gold=gold,
         folder=folder,
         trained=_trained(run),
+        objects={source.object: measure.given} if isinstance(source, ObjectSource) else {},
     )
 
 
