@@ -221,7 +221,10 @@ def test_a_solved_task_is_no_fault_of_the_critic():
     """All answers right: returns do not vary, and 1 − Var(R − V) / Var(R) is anything."""
 
     def solved(step):
-        return {"value/explained_variance": -50.0, "reward/std": 0.5 * 0.7**step}
+        return {
+            "value/explained_variance": -50.0 if step > 10 else 0.1,
+            "reward/std": 0.5 * 0.7**step,
+        }
 
     assert rules.critic_knows_nothing not in spoken(solved)
 
@@ -319,6 +322,19 @@ def test_a_real_run_whose_prompts_hardly_ever_pass_is_found_and_one_whose_prompt
         assert "are left to learn from. Train longer by SFT" in found[0].sentence
     elif words:
         assert series["prompts/learnable"][-1] > 20
+
+
+@pytest.mark.parametrize(("explained", "steps"), [((-5.6, -2.5), 10), ((-2.8, -0.3), 20)])
+def test_a_critic_on_another_scale_is_named_earlier(explained, steps):
+    """Gemma 3 270M under a random head had −5.6, −10.4, −5.3, …; as a reward model, −2.8, −1.6, −0.2, …"""
+    watch = Watch(6.0)
+    spoke = [
+        step
+        for step in range(1, 30)
+        for rule, _ in watch.see(healthy(step) | {"value/explained_variance": explained[step % 2]})
+        if rule is rules.critic_knows_nothing
+    ]
+    assert spoke[0] == steps + rules.RULES[rules.critic_knows_nothing].steps - 1
 
 
 @pytest.mark.parametrize(

@@ -237,9 +237,11 @@ def kl_above_target(history: History) -> str | None:
 
 def critic_knows_nothing(history: History) -> str | None:
     """A critic whose errors vary more than the returns adds noise to every advantage; below 0 a
-    constant would do better (Huang et al. 2022). It has twenty steps to learn."""
+    constant would do better (Huang et al. 2022). It has twenty steps to learn, or ten where its
+    errors vary twice as much, as where it began on another scale."""
     seen = sorted(history.columns.get("value/explained_variance", [])[-RECENT:])
-    if len(seen) < RECENT or history.steps < 20 or history.pays_all_alike:
+    early = 20 if not seen or seen[-1] >= -1 else 10
+    if len(seen) < RECENT or history.steps < early or history.pays_all_alike:
         return None
     variance = seen[RECENT // 2]
     if variance >= 0:
