@@ -173,6 +173,12 @@ ROWS = Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
         ({"reward_funcs": [two]}, "reward_funcs: no such argument. Did you mean reward?"),
         ({"train_dataset": ROWS}, "train_dataset: no such argument. Did you mean data?"),
         ({"data": DatasetDict(train=ROWS, test=ROWS)}, "data.test: .*Did you mean eval_data?"),
+        ({"data": {"prompt": ["a", "b"]}}, "data: a dict of columns is no data. Give a list"),
+        ({"data": {"a", "b"}}, "data.train: a set is no data"),
+        (
+            {"policy": "x", "tokenizer": world.tokenizer()},
+            "tokenizer: .*a policy that is an object",
+        ),
         ({"callbacks": [two]}, "callbacks: there are no callbacks. .*for step in run"),
     ],
 )

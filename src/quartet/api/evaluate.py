@@ -63,7 +63,8 @@ def evaluate(
         return _on_sets(policy, against, on, measures, settings)
     evaluation = dict(settings.pop("evaluation", {}))
     folder = settings.get("folder") or "runs"
-    evaluation["policy"] = policy_table(policy, tokenizer, folder)["model"]
+    own = _tokenizer_of(policy, tokenizer)
+    evaluation["policy"] = policy_table(policy, own, folder)["model"]
     if num_prompts is not None:
         evaluation["prompts"] = num_prompts
     if data is None:
@@ -72,11 +73,17 @@ def evaluate(
         settings["data"] = data
     if not isinstance(data, Mapping):  # all of it is evaluated on, nothing is held out
         settings.setdefault("eval_data", data)
-    run = train(
-        "evaluation", policy=against, tokenizer=tokenizer, evaluation=evaluation, **settings
-    )
+    own = _tokenizer_of(against, tokenizer)
+    run = train("evaluation", policy=against, tokenizer=own, evaluation=evaluation, **settings)
     finished: TrainingRun = run.finish(progress=False)
     return finished
+
+
+def _tokenizer_of(policy: Any, tokenizer: Any) -> Any:
+    """Return the tokenizer; None for an object where the policy is none, so that it is that of the
+    other policy."""
+    is_others = hasattr(tokenizer, "save_pretrained") and not hasattr(policy, "save_pretrained")
+    return None if is_others else tokenizer
 
 
 @no_progress_bars()

@@ -12,12 +12,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quartet import files
+from quartet.config.data import Data
 from quartet.config.errors import Table, in_short
 from quartet.config.tables import without_none
 from quartet.config.toml import ConfigError, leaves, read_toml
@@ -38,6 +39,7 @@ ROW_KEYS = (*ROWS, "preference.data")
 """The settings that name a file of rows; here they may be rows."""
 VERIFIERS = frozenset({"exact", "number", "math", "code", "gold", "environment"})
 """The rewards that may be given by their type alone."""
+DATA_KEYS = frozenset(field.name for field in dataclasses.fields(Data))
 POLICIES = ("policy", "sft")
 """The folders of a run that hold a trained policy, the last stage's first."""
 OF_OTHER_LIBRARIES = {
@@ -154,6 +156,11 @@ def _shortcuts(arguments: Mapping[str, Any], table: Table) -> Iterable[tuple[str
     if "data" in arguments:
         data = arguments["data"]
         is_table = isinstance(data, Mapping)
+        if is_table and any(isinstance(v, list) for k, v in data.items() if k not in DATA_KEYS):
+            raise ConfigError(
+                "data: a dict of columns is no data. Give a list with a dict for each row, or "
+                "datasets.Dataset.from_dict(…)."
+            )
         yield ("data", data) if is_table else ("data.train", _rows("data", data))
     if "eval_data" in arguments:
         yield "data.eval", _rows("eval_data", arguments["eval_data"])
@@ -241,7 +248,7 @@ def store_rows(rows: Any, key: str, store: Path) -> Path:
     messages, or of dicts; a `datasets.Dataset`; a pandas frame."""
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a pandas DataFrame
         rows = rows.to_dict("records")
-    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+    if isinstance(rows, Mapping | Set) or not isinstance(rows, Iterable):  # a set has no order
         raise ConfigError(
             f"{key}: {type_in_words(rows)} is no data. Give a path, or a list of prompts or dicts."
         )
@@ -304,8 +311,6 @@ def policy_table(
             f"policy: {type_in_words(policy)} is no model. Give a folder, a hub id, or a model "
             "of transformers with its tokenizer."
         )
-    if hasattr(tokenizer, "save_pretrained"):  # it belongs to the other policy, which is an object
-        return table
     return table if tokenizer is None else {**table, "tokenizer": _path(tokenizer, "tokenizer")}
 
 
@@ -342,7 +347,10 @@ def _path(value: Any, name: str) -> Any:
         return str(value)
     if isinstance(value, Mapping):
         return plain(value)
-    raise ConfigError(f"{name}: {type_in_words(value)} is no folder. Give one, or a hub id.")
+    raise ConfigError(
+        f"{name}: {type_in_words(value)} is no folder. Give one, or a hub id; an object goes with "
+        "a policy that is an object."
+    )
 
 
 def store_model(model: Any, tokenizer: Any, store: Path) -> Path:
