@@ -97,7 +97,7 @@ class ProcessWorkers:
         return not (self._busy and self.worker.is_sharded()) and bool(self.worker.halt(step))
 
     def close(self) -> None:
-        in_step = self._in_step and not self._given_up and self.lost() is None
+        in_step = self._in_step and not self._given_up and self._all_there()
         if self._given_up:  # no rank will finish the call
             for follower in self.followers:
                 follower.kill()
@@ -109,6 +109,13 @@ class ProcessWorkers:
         for follower in self.followers:
             follower.end()
         self.thread.close()
+
+    def _all_there(self) -> bool:
+        """Return whether no rank is known to be lost; False where the store is."""
+        try:
+            return self.lost() is None
+        except dist.DistError:
+            return False
 
     def lost(self) -> WorkerLost | None:
         """Return which ranks are lost, and why; None if there are none."""
