@@ -15,7 +15,6 @@ docs/papers/long_answers.md and writes benchmarks/results/papers/group_sampling.
 
 import itertools
 import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -37,8 +36,6 @@ SMALL = Plan(World(3, 5, 3, 0.8, prompts=16), 16, 150, 2, 2, 16, 2, 16, 1)
 HELD_OUT = 8
 """Answers to each prompt by which a policy is measured."""
 SFT = "SFT policy"
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Quantile 0.975 of Student's t for the mean of so many differences."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,7 @@ def cells(runs: dict[str, Any], name: str) -> list[str]:
     explained = [seed["explained"] for seed in seeds if seed["explained"] is not None]
     return [
         *row,
-        "–" if name == reference else interval(differences),
+        "–" if name == reference else paper.interval(differences),
         paper.pm([statistics.fmean(seed["rewards"]) for seed in seeds]),
         paper.pm(explained) if explained else "–",
     ]
@@ -160,15 +157,6 @@ def cells(runs: dict[str, Any], name: str) -> list[str]:
 def right_of(seed: dict[str, Any], kinds: Sequence[bool] = (False, True)) -> float:
     """Return the share of right answers to the prompts of these kinds: False easy, True hard."""
     return statistics.fmean(p for k, p in enumerate(seed["by_prompt"]) if bool(k % 2) in kinds)
-
-
-def interval(differences: Sequence[float]) -> str:
-    """Return the mean of paired differences with its interval of 95 % by Student's t."""
-    mean = statistics.fmean(differences)
-    if len(differences) == 1:
-        return paper.minus(f"{mean:.2f}")
-    half = T_975[len(differences)] * statistics.stdev(differences) / math.sqrt(len(differences))
-    return paper.minus(f"{mean:.2f} ({mean - half:.2f} to {mean + half:.2f})")
 
 
 def main() -> None:

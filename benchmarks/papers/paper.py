@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -24,6 +25,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "papers"
 IMAGES = ROOT / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#57534e")
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Quantile 0.975 of Student's t for the mean of so many values."""
 
 
 def options(description: str, name: str) -> argparse.Namespace:
@@ -64,9 +67,9 @@ def over_seeds(
 
 
 def finished(folder: Path, name: str, train: Callable[[], Any]) -> Path:
-    """Return the folder of the run of this name in `folder`. Where there is none, it is trained:
-    `train` returns it, as `quartet.train` does."""
-    for report in folder.glob(f"*-{name}/report.html"):
+    """Return the folder of the finished run of this name in `folder`, such as 1130-0531-NAME. Where
+    there is none, it is trained: `train` returns it, as `quartet.train` does."""
+    for report in folder.glob(f"????-????-{name}/report.html"):
         return report.parent
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         run = train()
@@ -78,6 +81,16 @@ def pm(values: Sequence[float]) -> str:
     """Return mean ± standard deviation over seeds."""
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return minus(f"{statistics.fmean(values):.2f}{deviation}")
+
+
+def interval(values: Sequence[float]) -> str:
+    """Return the mean of two to five values with its interval of 95 % by Student's t. One value has
+    no interval."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return minus(f"{mean:.2f}")
+    half = T_975[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return minus(f"{mean:.2f} ({mean - half:.2f} to {mean + half:.2f})")
 
 
 def minus(number: str) -> str:

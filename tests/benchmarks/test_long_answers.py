@@ -345,12 +345,6 @@ def test_the_table_of_many_prompts_in_the_docs_is_of_the_results(sampling):
     assert sampling.table(results) in page.read_text(encoding="utf-8")
 
 
-def test_differences_of_paired_seeds_have_the_interval_of_students_t(sampling):
-    """Mean 0.2, deviation 0.1 of three: 0.2 ± 4.303 · 0.1 / √3 = 0.2 ± 0.248."""
-    assert sampling.interval([0.1, 0.2, 0.3]) == "0.20 (−0.05 to 0.45)"
-    assert sampling.interval([-0.1]) == "−0.10"
-
-
 @pytest.mark.slow
 def test_a_small_study_of_many_prompts_makes_its_table_and_nothing_twice(
     sampling, tmp_path, monkeypatch, capsys

@@ -77,3 +77,29 @@ def test_kl_off_policy_at_toy_size(tmp_path, monkeypatch):
     pytest.importorskip("plotly")
     titles = [a.text for a in kl_off_policy.figure(seeds).layout.annotations]
     assert "staleness 4, by length T" in titles
+
+
+def test_a_mean_of_seeds_has_the_interval_of_students_t():
+    """Mean 0.2, deviation 0.1 of three: 0.2 ± 4.303 · 0.1 / √3 = 0.2 ± 0.248."""
+    import paper
+
+    assert paper.interval([0.1, 0.2, 0.3]) == "0.20 (−0.05 to 0.45)"
+    assert paper.interval([-0.1]) == "−0.10"
+
+
+def test_a_run_is_found_by_its_whole_name(tmp_path):
+    """Neither a run whose name ends in this one's nor one that has not ended is it."""
+    import paper
+
+    class Run:
+        folder = tmp_path / "1130-0533-rm-64"
+
+        def finish(self):
+            self.folder.mkdir()
+            (self.folder / "report.html").touch()
+
+    for name in ("1130-0531-x-rm-64", "1130-0532-rm-64"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "1130-0531-x-rm-64" / "report.html").touch()
+    assert paper.finished(tmp_path, "rm-64", Run) == Run.folder
+    assert paper.finished(tmp_path, "rm-64", lambda: pytest.fail("again")) == Run.folder

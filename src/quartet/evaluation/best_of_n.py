@@ -4,6 +4,7 @@ that training must exceed at equal KL."""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,15 @@ def best_of_n(
 
 def _expected(rewards: Sequence[float], worth: Sequence[float], n: int) -> float:
     order = sorted(range(len(rewards)), key=lambda i: rewards[i])
-    ways = math.comb(len(order), n)
-    return sum(math.comb(rank, n - 1) / ways * worth[i] for rank, i in enumerate(order))
+    chances = _chances(len(order), n)
+    return sum(chance * worth[i] for chance, i in zip(chances, order, strict=True))
+
+
+@cache
+def _chances(count: int, n: int) -> list[float]:
+    """Return the probability of each rank, from below, to be the best of n out of `count`."""
+    ways = math.comb(count, n)
+    return [math.comb(rank, n - 1) / ways for rank in range(count)]
 
 
 def _mean(values: Sequence[float]) -> float:
