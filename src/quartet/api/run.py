@@ -256,13 +256,14 @@ class TrainingRun:
 
     @property
     def policy(self) -> Any:
-        """The trained policy, a model of transformers, loaded from the run folder: frozen, and in
-        the precision of the run's policy. The folder has it in float32."""
+        """The trained policy, a model of transformers, loaded from the run folder, in the precision
+        of the run's policy. The folder has it in float32."""
         from quartet.models.language_model import load_model
 
         with no_progress_bars():
             model = load_model(self._result(*POLICIES), self.job.device)
-        return compute_in(freeze(model), self._dtype("policy"))
+        # Frozen weights are converted. A run that is given the model trains all of them.
+        return compute_in(freeze(model), self._dtype("policy")).requires_grad_(True)
 
     @property
     def reward_model(self) -> Any:
