@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import quartet
-from quartet.assembly.evaluation.measures import ScoredText, _context
+from quartet.assembly.evaluation.measures import Measure, ScoredText, _context
 from quartet.assembly.evaluation.policies import LoadedPolicy
 from quartet.assembly.reward_model_labels import RewardModelLabeller
 from quartet.assembly.serving import TextScorer
@@ -53,10 +53,12 @@ def test_what_a_command_reads_is_held_in_the_best_precision(run, monkeypatch, co
     trunk = {dtype for name, dtype in held.items() if "layers" in name or "embed" in name}
     assert trunk == {precision.DTYPES[BEST[device]]}
     assert heads <= {torch.float32}, "what gives a score stays in float32"
-    assert not any(p.requires_grad for p in model.parameters())
+    trained_on = command == "run.policy"  # a run that is given it trains all of its weights
+    assert all(p.requires_grad == trained_on for p in model.parameters())
 
 
 @pytest.mark.parametrize("device", BEST)
 def test_so_are_the_reward_models_of_measures_by_steps(monkeypatch, device):
     monkeypatch.setattr(precision, "best_precision", lambda _: BEST[device])
-    assert _context(None, None, None).dtype == precision.DTYPES[BEST[device]]
+    measure = Measure("accuracy", "texts")
+    assert _context(measure, None, None, None).dtype == precision.DTYPES[BEST[device]]

@@ -52,7 +52,7 @@ def test_a_prompt_of_a_group_counts_once():
 
     def tokens(minibatches):
         config = config_with(*words, f"optim.minibatches={minibatches}")
-        return planned._minibatch_tokens(config, 10.0)
+        return planned.minibatch_tokens(config, 10.0)
 
     assert [tokens(count) for count in (1, 4, 16)] == [720, 240, 60]
 
@@ -196,7 +196,7 @@ def test_the_decoder_of_a_large_model_is_returned_before_the_update(monkeypatch)
     config = config_with()
     working = planned._Working(config, sizes(config), 10**6, (8.0, 12.0))
     rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    update = working.training(planned._minibatch_tokens(config, 8.0), 2)
+    update = working.training(planned.minibatch_tokens(config, 8.0), 2)
     assert working.rl_step() == working.sampling(rows, fragmentation=1.0) + update
     monkeypatch.setattr(planned, "LARGE", 1)
     assert working.rl_step() == max(working.sampling(rows), KERNEL_BYTES + update)
