@@ -344,7 +344,9 @@ def test_torchrun_starts_again_what_lost_a_rank(tmp_path, alone):
     at_step(tmp_path, process, "ppo", 3)
     os.kill(max(children(process.pid)), signal.SIGKILL)
     said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0 and "resume ppo-000002" in said, said
+    # Step 3 is recorded before its checkpoint, which may be written when the rank is killed.
+    resumed = any(f"resume ppo-00000{step}" in said for step in (2, 3))
+    assert process.returncode == 0 and resumed, said
     assert_alike(metrics(tmp_path, "x"), alone, 2e-5)
 
 
