@@ -1,4 +1,4 @@
-"""What a notebook has at hand may be given as it is: runs, models, tokenizers, rows, functions."""
+"""Objects in the place of folders and files: runs, models, tokenizers, rows, functions."""
 
 import json
 import os

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from quartet.models.classifiers import define_classifier
 from quartet.models.export import export
-from quartet.models.heads import ScalarModel, define_classifier, scores_last_token
+from quartet.models.heads import ScalarModel, scores_last_token
 from quartet.models.language_model import ModelError
 from tests.models.test_families import language_model, ragged
 from tests.support.world import tokenizer

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from quartet.algorithms.update import TrustRegion
 from quartet.assembly.data import Rows
 from quartet.assembly.device import device, unused_gpu
 from quartet.assembly.generators import Generators
@@ -20,6 +19,7 @@ from quartet.assembly.model_checks import check_models
 from quartet.assembly.models import Models
 from quartet.assembly.named import resolved_model, with_resolved_models
 from quartet.assembly.rewards import RewardMaker
+from quartet.config.rules.base import has_trust_region
 from quartet.config.tables import Config, SeparateCritic, TrainTokenizer
 from quartet.data import DataError
 from quartet.data.encoding import Encoder
@@ -103,8 +103,7 @@ class Assembler:
         self.rows.check_files()
         self.device = device(config.run.device, process_group)
         self._check_ranks()
-        solves = config.algorithm is not None and isinstance(config.algorithm.update, TrustRegion)
-        if self.device.type == "cuda" and not solves:
+        if self.device.type == "cuda" and not has_trust_region(config):
             # What stays in float32 on a GPU takes its tensor cores: 10 bits of each factor.
             torch.set_float32_matmul_precision("high")
         self.policy_model = resolved_model("policy.model", config.policy.model)

@@ -8,7 +8,7 @@ from quartet.assembly.models import Models
 from quartet.assembly.reference import check_reference
 from quartet.config.run import Role
 from quartet.config.tables import SeparateCritic
-from quartet.models.heads import define_classifier
+from quartet.models.classifiers import define_classifier
 from quartet.models.language_model import ModelError, check_generates, longest_of, read_config
 from quartet.models.precision import has_bf16
 from quartet.models.recurrent import why_not_sampled

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from quartet.algorithms.update import TrustRegion
 from quartet.assembly.named import resolved_model
+from quartet.config.rules.base import has_trust_region
 from quartet.config.run import PrecisionName, Role, RolePrecision
 from quartet.config.tables import Config
 from quartet.distributed.process_group import ProcessGroup, TorchProcessGroup
@@ -313,11 +313,8 @@ class Models:
     def dtype(self, role: Role) -> torch.dtype:
         """Return what a model computes in."""
         precision = self.config.run.precision_of(role)
-        if precision == "auto":
-            needs_fp32 = self.config.algorithm is not None and isinstance(
-                self.config.algorithm.update, TrustRegion
-            )
-            precision = "fp32" if needs_fp32 else "auto"
+        if precision == "auto" and has_trust_region(self.config):
+            precision = "fp32"
         return dtype_of(precision, self.device)
 
     def prepare_blocks(self, model: Any) -> Any:

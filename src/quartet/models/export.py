@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from quartet.files import readable_weights
-from quartet.models.heads import define_classifier
+from quartet.models.classifiers import define_classifier
 from quartet.models.language_model import (
     OWN_CODE,
     UNLOADABLE,

@@ -7,7 +7,7 @@ are saved as Hugging Face folders that `AutoModelForSequenceClassification` and
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers.modeling_layers import GenericForSequenceClassification
 
 from quartet.distributed.offload import MAIN_MEMORY
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -35,15 +32,15 @@ from quartet.models.adapters import (
     merged_state,
     save_adapter,
 )
-from quartet.models.language_model import (
-    OWN_CODE,
-    UNLOADABLE,
-    ModelError,
-    check_finite,
-    first_line,
-    read_config,
-    save_weights,
+from quartet.models.classifiers import (
+    auto_class,
+    define_classifier,
+    load_classifier,
+    new_classifier,
+    one_label,
+    with_weights,
 )
+from quartet.models.language_model import ModelError, read_config, save_weights
 from quartet.models.loading import Rows, fill, weights_for
 from quartet.models.logprobs import at_least_float32, predicting_positions, scatter_to_tokens
 from quartet.models.precision import compute_in
@@ -54,59 +51,6 @@ from quartet.tensors import Bool, Float, Int, Tensor
 
 CENTRE = "quartet_reward_centre"
 """The key of config.json with the mean that a reward model subtracts from its scores."""
-
-
-OWN_CLASSIFIER = "quartet_classifier"
-"""The key of config.json that says that `define_classifier` made the class."""
-
-
-def load_classifier(auto: Any, folder: str | Path, device: torch.device | None) -> Any:
-    """Return the sequence or token classifier of a Hugging Face folder or hub id, by its Auto
-    class. Raises ModelError for a folder without the head, which transformers would initialise at
-    random."""
-    define_classifier(read_config(folder))
-    try:
-        model, report = auto.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **OWN_CODE
-        )
-    except UNLOADABLE as error:
-        raise ModelError(
-            f"{folder}: cannot be loaded as a reward model ({first_line(error)})."
-        ) from error
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"{folder}: has no weights for {missing[0]}, so it is no trained model for "
-            f"{auto.__name__.removeprefix('AutoModelFor')}."
-        )
-    check_finite(folder, model)
-    return model.to(device).eval()
-
-
-def define_classifier(config: Any) -> None:
-    """Have `AutoModelForSequenceClassification` know the architecture of a config in this process.
-
-    transformers has no sequence classifier for some causal models (Granite, Cohere, OLMo 3). Theirs
-    is the trunk under a linear layer `score`, as its other classifiers are. Raises ModelError where
-    transformers has no single trunk.
-    """
-    kind = type(config)
-    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        return
-    trunk = MODEL_MAPPING.get(kind, None)
-    if not isinstance(trunk, type) or config.is_encoder_decoder:
-        raise ModelError(
-            f"transformers has no sequence classifier for the architecture {config.model_type}, "
-            "and no trunk to make one of, so it cannot be a reward model or a critic of its own. "
-            'Use critic = { type = "shared" } and a reward that is no model.'
-        )
-    base = next(each for each in trunk.__mro__ if each.__name__.endswith("PreTrainedModel"))
-    name = f"{trunk.__name__.removesuffix('Model')}ForSequenceClassification"
-    body = {"__module__": __name__}
-    classifier = type(name, (GenericForSequenceClassification, base), body)
-    # `exist_ok`: without it transformers keeps its own configs from being registered
-    AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)
-    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:  # transformers 5.17 does so even then
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING._extra_content[kind] = classifier
 
 
 class ScalarModel(nn.Module):
@@ -137,7 +81,7 @@ class ScalarModel(nn.Module):
         The weights of the trunk are copied, with the active adapter merged; with `share_frozen`,
         those that are not trained are shared.
         """
-        model = _classifier(language_model.config, pad_token_id, _with_weights)
+        model = new_classifier(language_model.config, pad_token_id, with_weights)
         model.base_model.load_state_dict(merged_state(language_model.base_model))
         if share_frozen:
             take_frozen(language_model.base_model, model.base_model)
@@ -159,7 +103,7 @@ class ScalarModel(nn.Module):
         On a CPU it shares the weights of `trunk`, the gathered weights of the language model's
         trunk, except those that the active adapter changes.
         """
-        model = _classifier(language_model.config, pad_token_id, skeleton)
+        model = new_classifier(language_model.config, pad_token_id, skeleton)
         state = merged_state(language_model.base_model, trunk, MAIN_MEMORY)
         state = {name: _to_be_saved(tensor) for name, tensor in state.items()}
         model.base_model.load_state_dict(state, assign=True)
@@ -171,20 +115,20 @@ class ScalarModel(nn.Module):
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | None = None) -> "ScalarModel":
         """Return the sequence or token classifier with one label of a Hugging Face folder."""
-        return cls(load_classifier(_auto_class(folder), folder, device))
+        return cls(load_classifier(auto_class(folder), folder, device))
 
     @classmethod
     def over(cls, config: Any, pad_token_id: int | None) -> "ScalarModel":
         """Return a scalar model for the trunk of a language model with this config. It has no
         weights yet; see `models/loading.py`."""
-        return cls(_classifier(config, pad_token_id, skeleton))
+        return cls(new_classifier(config, pad_token_id, skeleton))
 
     @classmethod
     def of_folder(cls, folder: str | Path) -> "ScalarModel":
         """Return what `load` returns, without weights."""
         config = read_config(folder)
         define_classifier(config)
-        return cls(skeleton(config, _auto_class(folder)))
+        return cls(skeleton(config, auto_class(folder)))
 
     def fill(
         self,
@@ -192,7 +136,7 @@ class ScalarModel(nn.Module):
         device: torch.device,
     ) -> "ScalarModel":
         """Read the weights of a model that `of_folder` returned."""
-        auto = _auto_class(folder)
+        auto = auto_class(folder)
         weights = weights_for(
             self.model, folder, lambda: load_classifier(auto, folder, None).state_dict()
         )
@@ -232,7 +176,7 @@ class ScalarModel(nn.Module):
         """Save as a token classifier, as other libraries expect a critic: its output at a token is
         the value after that token, and the centre is in the head's bias. Architectures without a
         token classifier are saved as `save` does."""
-        config = AutoConfig.for_model(**_one_label(self.model.config, "value"))
+        config = AutoConfig.for_model(**one_label(self.model.config, "value"))
         setattr(config, CENTRE, 0.0)
         try:
             with torch.device("meta"):
@@ -452,40 +396,10 @@ def initialise(head: nn.Linear, seed: int) -> None:
 
 def starting_at_zero(critic: ScalarModel) -> ScalarModel:
     """Set the head of a critic to 0, as Ziegler et al. 2019, so that all values are, and return it.
-    Values of random weights grow with the norm of the hidden states (with Gemma 3 270M they were
-    −6 where returns were −2), and advantages are of the wrong sign until the critic has learnt."""
+    Values of random weights grow with the norm of the hidden states: those of Gemma 3 270M began
+    at −7 ± 5 where rewards were 0 to 1."""
     nn.init.zeros_(critic.head.weight)
     return critic
-
-
-def _auto_class(folder: str | Path) -> Any:
-    """Return the Auto class that a folder of a scalar model is loaded with."""
-    kinds = read_config(folder).architectures or [""]
-    per_token = kinds[0].endswith("ForTokenClassification")
-    return AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
-
-
-def _classifier(
-    language_model: Any, pad_token_id: int | None, make: Callable[[Any, Any], Any]
-) -> Any:
-    """Return a sequence classifier with one label for the trunk of a language model's config.
-    `make` makes it from its config and Auto class. Raises ModelError where there can be none."""
-    config = AutoConfig.for_model(
-        **_one_label(language_model, "reward") | {"pad_token_id": pad_token_id}
-    )
-    define_classifier(config)
-    model = make(config, AutoModelForSequenceClassification)
-    if type(model).__module__ == __name__:
-        setattr(model.config, OWN_CLASSIFIER, True)
-    return model
-
-
-def _with_weights(config: Any, auto: Any) -> Any:
-    return auto.from_config(config, dtype=torch.float32)
-
-
-def _one_label(config: Any, name: str) -> dict[str, Any]:
-    return {**config.to_dict(), "id2label": {0: name}, "label2id": {name: 0}}
 
 
 def take_frozen(source: Any, target: Any) -> None:

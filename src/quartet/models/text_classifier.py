@@ -18,13 +18,8 @@ from transformers import AutoModelForSequenceClassification
 from quartet.experience import Prompt
 from quartet.models.actor_critic import pad_token_id
 from quartet.models.chat import conversation_ids
-from quartet.models.heads import (
-    ScalarModel,
-    define_classifier,
-    initialise,
-    load_classifier,
-    scores_last_token,
-)
+from quartet.models.classifiers import define_classifier, load_classifier
+from quartet.models.heads import ScalarModel, initialise, scores_last_token
 from quartet.models.language_model import (
     OWN_CODE,
     UNLOADABLE,

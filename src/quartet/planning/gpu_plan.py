@@ -5,7 +5,7 @@ each phase, and its time where the GPU's rates are known. None of it was measure
 from collections.abc import Mapping
 from dataclasses import replace
 
-from quartet.algorithms.update import TrustRegion
+from quartet.config.rules.base import has_trust_region
 from quartet.config.tables import Config
 from quartet.planning.cluster import splits
 from quartet.planning.device import CPU, Device
@@ -60,8 +60,8 @@ def plan_on(config: Config, device: Device | None) -> Plan:
 
 def _as_computed(config: Config, device: Device) -> Config:
     """Return the config with the precision that "auto" gives its policy on a GPU."""
-    solves = config.algorithm is not None and isinstance(config.algorithm.update, TrustRegion)
-    if config.run.precision_of("policy") == "auto" and (solves or not device.has_bf16):
+    needs_fp32 = has_trust_region(config) or not device.has_bf16
+    if config.run.precision_of("policy") == "auto" and needs_fp32:
         return replace(config, run=replace(config.run, precision="fp32"))
     return config
 

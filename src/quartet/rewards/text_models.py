@@ -13,7 +13,8 @@ from quartet.distributed.offload import NO_OFFLOAD
 from quartet.experience import Rollout
 from quartet.io.activity import counted
 from quartet.models.actor_critic import freeze
-from quartet.models.heads import ScalarModel, load_classifier
+from quartet.models.classifiers import load_classifier
+from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError, load_tokenizer
 from quartet.models.padding import right_pad
 from quartet.models.precision import compute_in, label_layer

@@ -18,4 +18,5 @@ def rule(function: Rule) -> Rule:
 
 
 def has_trust_region(config: Config) -> bool:
+    """Return whether the RL stage solves for its steps, with products of second derivatives."""
     return config.algorithm is not None and isinstance(config.algorithm.update, TrustRegion)
