@@ -217,8 +217,12 @@ def roles_on_one_trunk() -> list[str]:
     whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
     with mock.patch.object(torch.nn.Module, "_apply", apply):
         fill(compute_in(model, torch.bfloat16), whole, GPU, "here")
-    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    for each in (module.quant_state for module in packed):
+        moved = fill(quantize(skeleton(config)), whole, torch.device("cpu"), "here").to(GPU)
+    packed, later = (
+        [module for module in each.modules() if isinstance(module, NF4Linear)]
+        for each in (model, moved)
+    )
+    for each in (module.quant_state for module in (*packed, *later)):
         scales = (each.absmax, each.code, each.offset, each.state2.absmax, each.state2.code)
         assert all(x.device == GPU for x in scales), [x.device for x in scales]
     assert packed[0].dequantized().dtype == torch.bfloat16
