@@ -222,3 +222,18 @@ def test_half_precision_is_what_travels():
     sender.push("server", 0, asking(receiver))
     assert {x.dtype for x in receiver.received.values()} == {torch.bfloat16}
     sender.close()
+
+
+def test_what_is_merged_waits_in_half_precision():
+    """It is on the policy's device until it was sent: of 7B parameters in float32, that would be 28 GB."""
+    policy = add_adapter(model(), Lora(rank=2), POLICY, seed=0)
+    with torch.no_grad():
+        for p in adapter_parameters(policy, POLICY):
+            p.add_(0.1)
+    compute_in(policy, torch.bfloat16)
+    exact = merged_state(policy)
+    changed = {name for name, tensor in exact.items() if tensor.dtype == torch.float32}
+    sent = _in_a_folder(policy, GatheredWeights(policy))
+    assert len(changed) > 4 and changed <= sent.keys()
+    for name in changed:
+        assert torch.equal(sent[name], exact[name].bfloat16())

@@ -12,7 +12,6 @@ from quartet.models.logprobs import (
     predicting_positions,
     scatter_to_tokens,
     token_entropy,
-    token_exact_kl,
     token_logprobs,
 )
 
@@ -154,19 +153,3 @@ def test_gradients_of_a_capped_and_scaled_head_are_its_finite_differences():
         return head_statistics(*head, tokens, 0.8, True, 4 * 3, LogitShape(0.7, 1.5))
 
     torch.autograd.gradcheck(found, (hidden, weight, bias))
-
-
-def test_the_exact_kl_from_logits_and_its_gradient_in_any_chunks():
-    """Against autograd on the whole, in float64, with a temperature."""
-    logits = torch.randn(15, 11, dtype=torch.float64, requires_grad=True)
-    reference = torch.randn(15, 11, dtype=torch.float64)
-    weights = torch.randn(15, dtype=torch.float64)
-    policy, ref = (logits / 0.7).log_softmax(-1), (reference / 0.7).log_softmax(-1)
-    expected = (policy.exp() * (policy - ref)).sum(-1)
-    expected_gradient = torch.autograd.grad((weights * expected).sum(), logits)[0]
-    for chunk in (1, 4, 100):
-        kl = token_exact_kl(logits, reference, 0.7, chunk)
-        torch.testing.assert_close(kl, expected)
-        torch.testing.assert_close(
-            torch.autograd.grad((weights * kl).sum(), logits)[0], expected_gradient
-        )

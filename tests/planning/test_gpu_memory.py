@@ -11,6 +11,7 @@ from quartet.generation.decoders import make_decoder
 from quartet.generation.sampling import Sampling, draw
 from quartet.models.actor_critic import freeze
 from quartet.models.adapters import POLICY, add_adapter
+from quartet.models.exact_kl import HeadInput, head_exact_kl
 from quartet.models.forward import masked_logprobs
 from quartet.models.loading import fill
 from quartet.models.logprobs import head_statistics
@@ -182,6 +183,20 @@ def test_logits_of_a_large_vocabulary_come_in_chunks():
         counts.reset_peak()
         head_statistics(hidden, weight, None, tokens, 1.0)
         assert counts.peak - before == pytest.approx(planned, rel=0.1)
+
+
+def test_logits_of_two_models_meet_in_an_exact_kl():
+    planned = training_memory(work(micro_tokens=256, vocabulary=32_768, exact_kl=True), 1)
+    with pretended() as counts:
+        policy, reference = (
+            HeadInput(torch.randn(256, 8).to(CUDA), torch.randn(32_768, 8).to(CUDA))
+            for _ in range(2)
+        )
+        policy.hidden.requires_grad_()
+        before = alive()
+        counts.reset_peak()
+        head_exact_kl(policy, reference, 1.0).sum().backward()
+        assert counts.peak - before == pytest.approx(planned["logits"], rel=0.1)
 
 
 LARGE = {"vocab_size": 16_384, "hidden_size": 512, "num_hidden_layers": 2, "intermediate_size": 320}

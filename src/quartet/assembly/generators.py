@@ -168,8 +168,10 @@ class Generators:
 
 def _in_a_folder(actor: CausalModel, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tensors that a model folder of the actor has, by their names there: adapters
-    merged, and a tensor with two names once."""
-    state = merged_state(actor, tensors) if adapters_of(actor) else dict(tensors)
+    merged, and a tensor with two names once. What was merged is rounded to what the actor computes
+    in: all of it is on the actor's device until it was sent."""
+    dtype = compute_dtype(actor)
+    state = merged_state(actor, tensors, dtype=dtype) if adapters_of(actor) else dict(tensors)
     first_names: dict[tuple[int, torch.Size], str] = {}
     once = {
         name: tensor

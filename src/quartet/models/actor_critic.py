@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import nn
 
 from quartet.algorithms.algorithm import Forward
@@ -14,14 +13,12 @@ from quartet.distributed.sharding import full_state_dict
 from quartet.experience import KeptIds
 from quartet.models.adapters import LanguageModel
 from quartet.models.forward import (
-    PositionOutputs,
-    filter_of,
+    exact_kl_to,
     forward_positions,
-    logits_of,
     statistics,
 )
 from quartet.models.heads import ScalarModel, ValueHead
-from quartet.models.logprobs import scatter_to_tokens, token_exact_kl
+from quartet.models.logprobs import scatter_to_tokens
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.routing import recorded_routing
 from quartet.tensors import Bool, Float, Int, Tensor
@@ -178,26 +175,6 @@ class Shared:
             pad_token_id(tokenizer),
         )
         critic.save_per_token(folder, tokenizer)
-
-
-def exact_kl_to(
-    reference: LanguageModel | None,
-    actor: CausalModel,
-    outputs: PositionOutputs,
-    tokens: Int[Tensor, "B T"],
-    mask: Bool[Tensor, "B T"],
-    temperature: float,
-    kept: KeptIds | None,
-) -> Float[Tensor, "B T"] | None:
-    """Return KL(π ‖ π_ref) before each masked token, or None without a reference. The logits of
-    both models are held whole, [N, V] for the N masked tokens of a micro-batch."""
-    if reference is None:
-        return None
-    with torch.no_grad():
-        ref_logits = logits_of(reference, forward_positions(reference, tokens, mask))
-    logits, limit = logits_of(actor, outputs), filter_of(kept, mask, outputs.hidden.device)
-    logits = logits if limit is None else limit.applied_to(logits)
-    return scatter_to_tokens(token_exact_kl(logits, ref_logits, temperature), mask)
 
 
 def trainable(module: nn.Module) -> Iterator[nn.Parameter]:

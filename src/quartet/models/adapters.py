@@ -274,57 +274,53 @@ def is_conv1d(layer: Any) -> bool:
     return getattr(type(layer), "_plain_class", type(layer)) is Conv1D
 
 
-def has_merged_weight(product: Any) -> bool:
+def has_merged_weight(layer: Any) -> bool:
     """Return whether `merged_weight` gives the weight of a layer: a plain linear layer (or Conv1D),
     or one under plain LoRA (no DoRA or other variant) with at most one active adapter."""
-    return _has_matrix(product) or (has_plain_lora(product) and _has_matrix(product.base_layer))
+    return _has_matrix(layer) or (has_plain_lora(layer) and _has_matrix(layer.base_layer))
 
 
 def _has_matrix(layer: Any) -> bool:
     return is_plain_linear(layer) or is_conv1d(layer)
 
 
-def has_plain_lora(product: Any) -> bool:
+def has_plain_lora(layer: Any) -> bool:
     """Return whether a layer is a linear one, possibly in 4 bits, under plain LoRA (no DoRA or
     other variant) with at most one active adapter."""
-    if not hasattr(product, "lora_A"):
+    if not hasattr(layer, "lora_A"):
         return False
-    base, active = product.base_layer, product.active_adapters
+    base, active = layer.base_layer, layer.active_adapters
     return (
         (_has_matrix(base) or isinstance(base, NF4Linear))
         and len(active) <= 1
-        and all(name in product.lora_A and name not in product.lora_variant for name in active)
+        and all(name in layer.lora_A and name not in layer.lora_variant for name in active)
     )
 
 
-def apply_linear(product: Any, x: Tensor) -> Tensor:
+def apply_linear(layer: Any, x: Tensor) -> Tensor:
     """Return layer(x): [n, in] -> [n, out].
 
-    Under plain LoRA it is W x + (alpha / rank) B A x in one `addmm`, which saves an intermediate
-    tensor as large as the result; any other layer uses its own forward. W may be in 4 bits.
+    Under plain LoRA it is W x + (alpha / rank) B A x in one `addmm_`, which saves two tensors
+    as large as the result. W may be in 4 bits. A layer of another kind uses its own forward.
     """
-    if has_plain_lora(product) and not product._disable_adapters:
-        [name] = product.active_adapters
-        low_rank = product.lora_A[name](x)
-        return torch.addmm(
-            product.base_layer(x),
-            low_rank,
-            product.lora_B[name].weight.T,
-            alpha=product.scaling[name],
-        )
-    output: Tensor = product(x)
+    if has_plain_lora(layer) and not layer._disable_adapters:
+        [name] = layer.active_adapters
+        low_rank, raised = layer.lora_A[name](x), layer.lora_B[name].weight.T
+        total: Tensor = layer.base_layer(x)
+        return total.addmm_(low_rank, raised, alpha=layer.scaling[name])
+    output: Tensor = layer(x)
     return output
 
 
 @torch.no_grad()
-def merged_weight(product: Any) -> Tensor:
+def merged_weight(layer: Any) -> Tensor:
     """Return the weight [out, in] of a linear layer: W, or W + (alpha / rank) B A under the active
     adapter."""
-    base = getattr(product, "base_layer", product)
+    base = getattr(layer, "base_layer", layer)
     weight: Tensor = base.weight
-    if base is not product and not product._disable_adapters:
-        for name in product.active_adapters:
-            weight = weight + product.get_delta_weight(name)
+    if base is not layer and not layer._disable_adapters:
+        for name in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(name)
     return weight.t() if is_conv1d(base) else weight
 
 
@@ -333,12 +329,14 @@ def merged_state(
     model: Trunk | CausalModel,
     tensors: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Return the weights of a model with the active adapter merged into them, by the names of the
     model without adapters. `tensors` is its `full_state_dict`, which every rank must call for.
 
     A weight that had to be computed is moved to `device` at once, so that a GPU holds one of them
-    at a time; None leaves it where it is. The others are the model's own.
+    at a time, and rounded to `dtype`; None leaves it where and as it is. The others are the model's
+    own.
     """
     layers, tensors = named_layers(model), full_state_dict(model) if tensors is None else tensors
     # Layers in 4 bits without an adapter.
@@ -350,27 +348,26 @@ def merged_state(
             base = layers[layer].base_layer
             weight = base.dequantized() if isinstance(base, NF4Linear) else tensor
             merged = weight + _change(layers[layer], layer, tensors)
-            state[f"{layer}.{rest}"] = merged.to(device or merged.device)
+            state[f"{layer}.{rest}"] = merged.to(device or merged.device, dtype or merged.dtype)
         elif rest:
             state[f"{layer}.{rest}"] = tensor
         elif name in packed:
             unpacked = packed[name].dequantized()
-            state[name] = unpacked.to(device or unpacked.device)
+            state[name] = unpacked.to(device or unpacked.device, dtype or unpacked.dtype)
         elif not any(part.startswith("lora_") for part in name.split(".")):
             state[name] = tensor
     return state
 
 
-def _change(product: Any, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
+def _change(module: Any, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return what the active adapter adds to a layer's weight: (alpha / rank) B A."""
     change = torch.zeros((), device=tensors[f"{layer}.base_layer.weight"].device)
-    for name in [] if product._disable_adapters else product.active_adapters:
-        product_ba = (
+    for name in [] if module._disable_adapters else module.active_adapters:
+        change_ba = (
             tensors[f"{layer}.lora_B.{name}.weight"] @ tensors[f"{layer}.lora_A.{name}.weight"]
         )
         change = (
-            change
-            + (product_ba.T if product.fan_in_fan_out else product_ba) * product.scaling[name]
+            change + (change_ba.T if module.fan_in_fan_out else change_ba) * module.scaling[name]
         )
     return change
 

@@ -15,10 +15,10 @@ from quartet.distributed.balance import Prefix
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.experience import KeptIds
 from quartet.models.adapters import AdapterView, LanguageModel
+from quartet.models.exact_kl import HeadInput, head_exact_kl, logits_exact_kl
 from quartet.models.logprobs import (
     Filter,
     LogitShape,
-    head_logits,
     head_statistics,
     logits_statistics,
     predicting_positions,
@@ -103,16 +103,16 @@ def logits_of(model: LanguageModel, outputs: PositionOutputs) -> Float[Tensor, "
     """Return the logits of all N positions at once; V is the size of the policy's support."""
     if outputs.logits is not None:
         return outputs.logits[:, : support_of(model)]
-    return head_logits(outputs.hidden, *_head(model), logit_shape(model))
+    return _input_of_head(model, outputs).logits()
 
 
-def _head(model: LanguageModel) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of the output head, the rows of the policy's support."""
+def _input_of_head(model: LanguageModel, outputs: PositionOutputs) -> HeadInput:
+    """Return what the logits of the policy's support are computed from."""
     head, support = model.get_output_embeddings(), support_of(model)
-    bias = getattr(head, "bias", None)
-    if support is None:
-        return head.weight, bias
-    return head.weight[:support], None if bias is None else bias[:support]
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if support is not None:
+        weight, bias = weight[:support], None if bias is None else bias[:support]
+    return HeadInput(outputs.hidden, weight, bias, logit_shape(model))
 
 
 def statistics(
@@ -129,13 +129,15 @@ def statistics(
     limit = filter_of(kept, mask, outputs.hidden.device)
     targets = tokens[mask].to(outputs.hidden.device, non_blocking=True)
     if outputs.logits is None:
+        of_head = _input_of_head(model, outputs)
         logprobs, entropy = head_statistics(
-            outputs.hidden,
-            *_head(model),
+            of_head.hidden,
+            of_head.weight,
+            of_head.bias,
             targets,
             temperature,
             entropy_gradient,
-            shape=logit_shape(model),
+            shape=of_head.shape,
             kept=limit,
         )
     else:
@@ -143,6 +145,32 @@ def statistics(
         logits = logits if limit is None else limit.applied_to(logits)
         logprobs, entropy = logits_statistics(logits, targets, temperature, entropy_gradient)
     return scatter_to_tokens(logprobs, mask), scatter_to_tokens(entropy, mask)
+
+
+def exact_kl_to(
+    reference: LanguageModel | None,
+    actor: CausalModel,
+    outputs: PositionOutputs,
+    tokens: Int[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    temperature: float,
+    kept: KeptIds | None,
+) -> Float[Tensor, "B T"] | None:
+    """Return KL(π ‖ π_ref) before each masked token, at its place, or None without a reference.
+    `outputs` are the actor's. Where both heads are linear, no logits of all tokens are kept."""
+    if reference is None:
+        return None
+    with torch.no_grad():
+        ref_outputs = forward_positions(reference, tokens, mask)
+    limit = filter_of(kept, mask, outputs.hidden.device)
+    if outputs.logits is None and ref_outputs.logits is None:
+        policy, other = _input_of_head(actor, outputs), _input_of_head(reference, ref_outputs)
+        return scatter_to_tokens(head_exact_kl(policy, other, temperature, limit), mask)
+    logits = logits_of(actor, outputs)
+    logits = logits if limit is None else limit.applied_to(logits)
+    with torch.no_grad():
+        ref_logits = logits_of(reference, ref_outputs)
+    return scatter_to_tokens(logits_exact_kl(logits, ref_logits, temperature), mask)
 
 
 def filter_of(

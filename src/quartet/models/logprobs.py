@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from quartet.algorithms.kl import exact_kl
 from quartet.tensors import Bool, Float, Int, Tensor
 
 CHUNK_ELEMENTS, CHUNK_COLUMNS = 2**21, 2048
@@ -125,6 +124,16 @@ def logits_statistics(
 # --- log-probs and entropy from hidden states ---
 
 
+def add_product(
+    total: Float[Tensor, "N H"], x: Float[Tensor, "N V"], weight: Float[Tensor, "V H"]
+) -> None:
+    """Add x W to `total` in place."""
+    if x.dtype == total.dtype:
+        total.addmm_(x, weight)
+    else:
+        total.add_(x @ weight)
+
+
 class _Sums:
     """The sums over the vocabulary of N rows of logits z, given a chunk at a time. They are kept
     relative to the largest logit so far (Milakov & Gimelshein 2018)."""
@@ -189,7 +198,7 @@ class _HeadStatistics(torch.autograd.Function):
         kept: Filter | None,
     ) -> tuple[Tensor, Tensor]:
         sums = _Sums(hidden, tokens)
-        for first, z in _logits_by_chunk(hidden, weight, bias, temperature, columns, shape, kept):
+        for first, z in logits_by_chunk(hidden, weight, bias, temperature, columns, shape, kept):
             sums.add(first, z)
         normalizer, entropy = sums.normalizer, sums.entropy
         ctx.temperature, ctx.columns, ctx.entropy_gradient = temperature, columns, entropy_gradient
@@ -210,7 +219,7 @@ class _HeadStatistics(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if needs_weight else None
         d_bias = torch.empty_like(bias) if bias is not None and needs_bias else None
         cap, factor = ctx.shape.cap, ctx.shape.scale / ctx.temperature
-        for first, z in _logits_by_chunk(
+        for first, z in logits_by_chunk(
             hidden, weight, bias, ctx.temperature, ctx.columns, ctx.shape, ctx.kept
         ):
             chunk = slice(first, first + z.shape[1])
@@ -235,9 +244,7 @@ class _HeadStatistics(torch.autograd.Function):
                 d.div_(ctx.temperature)
             d = d.to(weight.dtype)
             if d_hidden is not None:
-                d_hidden.add_(d @ weight[chunk]) if d.dtype != d_hidden.dtype else d_hidden.addmm_(
-                    d, weight[chunk]
-                )
+                add_product(d_hidden, d, weight[chunk])
             if d_weight is not None:
                 torch.mm(d.t(), hidden, out=d_weight[chunk])
             if d_bias is not None:
@@ -280,17 +287,14 @@ class _FrozenHeadStatistics(torch.autograd.Function):
         sums = _Sums(hidden, tokens)
         mean = torch.zeros(hidden.shape, dtype=sums.total.dtype, device=hidden.device)
         scale = None if shape.cap is None else temperature / shape.cap
-        for first, z in _logits_by_chunk(hidden, weight, bias, temperature, columns, shape, kept):
+        for first, z in logits_by_chunk(hidden, weight, bias, temperature, columns, shape, kept):
             slope = None if scale is None else 1 - (z * scale).square_()
             p, shrunk = sums.add(first, z)
             p = (p if slope is None else p.mul_(slope)).to(weight.dtype)
             if first:
                 mean.mul_(shrunk)
             chunk = weight[first : first + p.shape[1]]
-            if p.dtype == mean.dtype:
-                mean.addmm_(p, chunk)
-            else:
-                mean.add_(p @ chunk)
+            add_product(mean, p, chunk)
             del p, slope  # before the next chunk's are made
         own = weight[tokens].to(mean.dtype)
         if scale is not None:
@@ -325,7 +329,7 @@ def head_statistics(
         return logits_statistics(
             head_logits(hidden, weight, bias, shape), tokens, temperature, entropy_gradient
         )
-    columns = _columns(len(hidden), weight)
+    columns = chunk_columns(len(hidden), weight)
     if chunk_elements is not None:
         columns = max(chunk_elements // len(hidden), 1)
     is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -340,7 +344,7 @@ def head_statistics(
     return logprobs, entropy if entropy_gradient else entropy.detach()
 
 
-def _columns(rows: int, weight: Float[Tensor, "V H"]) -> int:
+def chunk_columns(rows: int, weight: Float[Tensor, "V H"]) -> int:
     """Return the tokens of a chunk for so many positions."""
     if weight.device.type == "cpu":
         fitting = CHUNK_ELEMENTS // rows // ALIGNMENT * ALIGNMENT
@@ -349,7 +353,7 @@ def _columns(rows: int, weight: Float[Tensor, "V H"]) -> int:
     return -(-columns // ALIGNMENT) * ALIGNMENT
 
 
-def _logits_by_chunk(
+def logits_by_chunk(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -412,64 +416,6 @@ def head_logits(
         return shape.applied_to(torch.nn.functional.linear(hidden, weight, bias))
     logits: Tensor = _Float32Product.apply(hidden, weight)  # type: ignore[no-untyped-call]
     return shape.applied_to(logits if bias is None else logits.add_(bias))
-
-
-# --- the exact KL from logits ---
-
-
-class _ExactKL(torch.autograd.Function):
-    """KL(softmax(logits / T) ‖ softmax(ref_logits / T)) with ∂KL/∂logit_v = π_v (log π_v − log
-    π_ref,v − KL) / T. A chunk of positions at a time, forwards and backwards: log-probs of the
-    whole vocabulary are never kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, ref_logits: Tensor, temperature: float, chunk: int
-    ) -> Tensor:
-        ctx.save_for_backward(logits, ref_logits)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        return torch.cat(
-            [
-                exact_kl(*_both_logprobs(a, b, temperature))
-                for a, b in _chunks(logits, ref_logits, chunk)
-            ]
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
-        logits, ref_logits = ctx.saved_tensors
-        gradient, outer = torch.empty_like(logits), grads[0][:, None].split(ctx.chunk)
-        for i, (a, b) in enumerate(_chunks(logits, ref_logits, ctx.chunk)):
-            logprobs, ref = _both_logprobs(a, b, ctx.temperature)
-            inner = (
-                logprobs.exp()
-                * (logprobs - ref - exact_kl(logprobs, ref)[:, None])
-                / ctx.temperature
-            )
-            gradient[i * ctx.chunk : i * ctx.chunk + len(a)] = outer[i] * inner
-        return gradient, None, None, None
-
-
-def token_exact_kl(
-    logits: Float[Tensor, "N V"],
-    ref_logits: Float[Tensor, "N V"],
-    temperature: float,
-    chunk: int = 1024,
-) -> Float[Tensor, "N"]:
-    """Return KL(π ‖ π_ref) of each position's distribution at the temperature, differentiable in
-    `logits`."""
-    kl: Tensor = _ExactKL.apply(logits, ref_logits, temperature, chunk)  # type: ignore[no-untyped-call]
-    return kl
-
-
-def _chunks(logits: Tensor, ref_logits: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(logits.split(chunk), ref_logits.split(chunk), strict=True)
-
-
-def _both_logprobs(logits: Tensor, ref_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    return (at_least_float32(logits) / temperature).log_softmax(-1), (
-        at_least_float32(ref_logits) / temperature
-    ).log_softmax(-1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

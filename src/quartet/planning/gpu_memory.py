@@ -32,8 +32,9 @@ from quartet.training.optimizer_types import OptimizerType
 SAMPLING_COPIES = 7.0
 """Numbers of 4 bytes that drawing a token holds at once for each row and word of the vocabulary.
 Counted."""
-HEAD_COPIES = 3.0
-"""The same for a chunk of the logits of a micro-batch in a forward pass."""
+HEAD_COPIES, EXACT_KL_COPIES = 3.0, 4.0
+"""The same for a chunk of the logits of a micro-batch in a forward pass, and where the loss has the
+exact KL from the reference. Counted."""
 HEAD_COPIES_BACKWARD = {2: 2.5, FLOAT: 3.0}
 """The same in a backward pass, by the bytes of a number. Counted."""
 EMBEDDING_COPIES = {2: 1.5, FLOAT: 1.0}
@@ -79,6 +80,8 @@ class Workload:
     """Whether frozen models and moments are kept in main memory while they are not needed."""
     read_by_loss: int | float = 0
     """The frozen models that an update reads, counted as `frozen` is."""
+    exact_kl: bool = False
+    """Whether the loss has the exact KL, and the logits of two models meet in it."""
     reward_models: int = 0
     """The number of frozen models that score rollouts, which can go on during an update."""
     trained_bytes: float = 16.0
@@ -168,6 +171,7 @@ def workload(config: Config) -> Workload:
         learners=1 + own_critic,
         frozen=reward_models + reference,
         read_by_loss=reference * algorithm.kl.exact_loss,
+        exact_kl=algorithm.kl.exact_loss,
         reward_models=reward_models,
     )
 
@@ -237,7 +241,7 @@ def training_memory(work: Workload, ranks: int, meanwhile: bool = False) -> dict
     roles["activations"] = learners * work.micro_tokens * per_token
     logits = work.micro_tokens * work.vocabulary
     chunk = float(FLOAT * min(logits, max(math.ceil(logits / HEAD_CHUNKS), CHUNK_ELEMENTS)))
-    roles["logits"] = HEAD_COPIES * chunk
+    roles["logits"] = (EXACT_KL_COPIES if work.exact_kl else HEAD_COPIES) * chunk
     if ranks == 1 and work.adapter is None:
         held = sum(size for role, size in roles.items() if role in TRANSIENT)
         roles["gradients of embeddings"] = _embedding_gradients(work, chunk, held)
