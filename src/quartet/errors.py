@@ -1,6 +1,13 @@
 """The base class of the package's exceptions, and those that several layers raise."""
 
+import sysconfig
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
+
+_LIBRARIES = (str(Path(__file__).parent), sysconfig.get_path("stdlib"))
+_INSTALLED = ("site-packages", "dist-packages")
+"""Where the files are, and a part of the path of those, that are not the reader's own."""
 
 
 class QuartetError(Exception):
@@ -9,6 +16,27 @@ class QuartetError(Exception):
     The message is one sentence or more for a reader: what is wrong, where, and what to do about it.
     Most subclasses also have a base among Python's own (ValueError, RuntimeError, OSError).
     """
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython and Jupyter show in the place of the whole traceback: the lines of
+        the reader's own code that led here, and the message; and before them those of an exception
+        in the reader's code that caused this one. `traceback.print_exception(sys.last_value)`
+        prints the whole, and `%debug` has its frames."""
+        chain: list[BaseException] = [self]
+        while (cause := chain[0].__cause__) is not None:
+            chain.insert(0, cause)
+        lines = []
+        for error in chain:
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in frames if _is_own(frame.filename)]
+            if own or error is self:
+                lines += traceback.format_list(own) + traceback.format_exception_only(error)
+        return "".join(lines).splitlines()
+
+
+def _is_own(file: str) -> bool:
+    """Return whether a file is the reader's own, or a cell of a notebook."""
+    return not file.startswith(_LIBRARIES) and not any(part in file for part in _INSTALLED)
 
 
 class PartError(QuartetError, TypeError):
