@@ -30,11 +30,9 @@ from quartet.planning.memory import (
 )
 from quartet.planning.phases import has_reward_model, minibatch_tokens
 from quartet.planning.plan import Plan, plan, row_tokens
+from quartet.planning.seconds import START_SECONDS
 from quartet.runs.rounds import round_of
 from quartet.stages.kinds import BEST_OF_RESPONSES
-
-START_SECONDS = 15.0
-"""Seconds until the first stage begins."""
 
 
 def plan_on(config: Config, device: Device | None) -> Plan:

@@ -1,7 +1,6 @@
 """What a run will take, estimated before torch is loaded."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +19,9 @@ from quartet.planning.memory import (
     trained_bytes,
 )
 from quartet.planning.phases import has_reward_model, phases
+from quartet.planning.seconds import seconds
 from quartet.runs.rounds import round_of
 from quartet.worlds import make_world
-
-FLOPS_PER_CPU = 22e9
-"""Operations per second of one CPU core with models of a million parameters, generation included;
-measured on 2.5 GHz server cores."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ def plan(config: Config) -> Plan:
         tokens=tokens,
         memory=phases(config, models, policy, row) if policy else None,
         disk=_disk(config, models) if policy else None,
-        seconds=_seconds(config, policy, tokens) if policy else None,
+        seconds=seconds(config, policy, row, tokens) if policy else None,
     )
 
 
@@ -257,25 +253,6 @@ def _disk(config: Config, models: dict[str, int | None]) -> float:
     checkpoint = max(saved * learners, saved + best)
     results = (weights * folders + FLOAT * scorer * scorers + 25 * written) * config.num_rounds
     return results + checkpoint * kept
-
-
-def _seconds(config: Config, policy: int, tokens: dict[str, float]) -> float:
-    """Return the expected seconds: 6 operations per parameter and trained token, 2 for each token
-    that is generated or scored."""
-    work, model = 0.0, sizes(config)
-    policy -= model.idle_parameters if model is not None else 0
-    for name, count in tokens.items():
-        stage, _ = round_of(name)
-        if stage == config.rl_stage:
-            learners = 2 if config.algorithm and config.algorithm.needs_critic else 1
-            scored = count / config.optim.epochs
-            work += policy * (6 * learners * count + 2 * 4 * scored)
-        else:
-            scores = stage in config.reward_models
-            size = (reward_model_parameters(config, policy) if scores else policy) or policy
-            work += size * (2 if name.endswith("generated") else 6) * count
-    cpus = os.cpu_count() or 1
-    return 15 + work / (FLOPS_PER_CPU * cpus)
 
 
 def _size_in_words(count: int) -> str:
