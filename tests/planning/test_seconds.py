@@ -1,5 +1,8 @@
 """The time of a plan, by hand."""
 
+import dataclasses
+import json
+
 import pytest
 
 from quartet.config.toml import read_settings
@@ -80,3 +83,27 @@ def test_ppo_has_a_critic_and_a_reward_model():
     scored = 2 * 24 * (3 * row * blocks + response * head)
     trained = 2 * 24 * (2 * 6 * row * blocks + 8 * response * head)
     assert found == pytest.approx(before + sampled + scored + trained, rel=1e-6)
+
+
+def test_a_folder_says_how_large_the_head_is(tmp_path):
+    """Embeddings of another size than the head cost nothing: a token is looked up in them."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "intermediate_size": 24,
+        "vocab_size": 100,
+        "num_attention_heads": 2,
+    }
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "tie_word_embeddings": False} | shape)
+    )
+    config = config_with('recipe="sft"', "sft.steps=5", "sft.batch_size=4")
+    config = dataclasses.replace(
+        config, policy=dataclasses.replace(config.policy, create=None, model=str(folder))
+    )
+    blocks, (prompt, response) = 2 * (4 * 16**2 + 3 * 16 * 24), (10.0, 20.0)
+    found = planned.seconds(config, 10_000, (prompt, response), {"sft": 600.0})
+    expected = 20 * (6 * blocks * 30 + 8 * 100 * 16 * 20)
+    assert (found - START_SECONDS) * RATES[0] * 2 == pytest.approx(expected, rel=1e-6)

@@ -48,7 +48,7 @@ def seconds(
     idle = shape.idle_parameters if shape is not None else 0
     blocks = min(shape.matrix_parameters, policy) if shape is not None else policy - idle
     head = 0.0 if shape is None else min(shape.vocabulary * shape.hidden or policy - blocks, policy)
-    model = _Model(blocks, head, config.policy.adapter is not None)
+    model = _Model(float(blocks), float(head), config.policy.adapter is not None)
     own_scorer = config.reward_model.model is not None and "reward_model" in config.recipe
     scorer = _Model(float(reward_model_parameters(config, policy) or policy), 0.0, False)
     scorer = scorer if own_scorer else model
