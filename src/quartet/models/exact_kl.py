@@ -15,6 +15,7 @@ from quartet.algorithms.kl import exact_kl
 from quartet.models.logprobs import (
     PLAIN,
     Filter,
+    HeadGradients,
     LogitShape,
     add_product,
     at_least_float32,
@@ -119,7 +120,7 @@ class _HeadExactKL(torch.autograd.Function):
             ref_normalizer = torch.logaddexp(ref_normalizer, r.logsumexp(-1, keepdim=True))
             total = torch.logaddexp(normalizer, z.logsumexp(-1, keepdim=True))
             shrunk, normalizer = (normalizer - total).exp(), total
-            d, slope = r.neg_().add_(z), _slope(z, shape, temperature)
+            d, slope = r.neg_().add_(z), shape.slope(z, temperature)
             p = z.sub_(normalizer).exp_()
             mean = mean * shrunk + torch.linalg.vecdot(p, d)[:, None]
             if sums is not None:
@@ -145,28 +146,17 @@ class _HeadExactKL(torch.autograd.Function):
             (gradient,) = ctx.saved_tensors
             return gradient * outer.to(gradient.dtype), None, None, *nothing
         hidden, weight, bias, mean, normalizer = ctx.saved_tensors
-        on_hidden, on_weight, on_bias, *_ = ctx.needs_input_grad
-        d_hidden = torch.zeros_like(hidden, dtype=mean.dtype) if on_hidden else None
-        d_weight = torch.empty_like(weight) if on_weight else None
-        d_bias = torch.empty_like(bias) if on_bias else None
         shape, reference, temperature, kept, columns = ctx.given
-        policy, factor = (
-            HeadInput(hidden, weight, bias, shape),
-            outer * (shape.scale / temperature),
-        )
+        policy = HeadInput(hidden, weight, bias, shape)
+        found = HeadGradients(hidden, weight, bias, ctx.needs_input_grad)
+        factor = outer * (shape.scale / temperature)
         for first, z, r in _both(policy, reference, temperature, kept, columns):
-            chunk = slice(first, first + z.shape[1])
-            slope = _slope(z, shape, temperature)
-            d = r.neg_().add_(z).sub_(mean)
-            g = d.mul_(z.sub_(normalizer).exp_()).mul_(factor)
-            g = (g if slope is None else g.mul_(slope)).to(weight.dtype)
-            if d_hidden is not None:
-                add_product(d_hidden, g, weight[chunk])
-            if d_weight is not None:
-                torch.mm(g.t(), hidden, out=d_weight[chunk])
-            if d_bias is not None:
-                d_bias[chunk] = g.sum(0)
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, *nothing
+            slope = shape.slope(z, temperature)
+            d = r.neg_().add_(z).sub_(mean).mul_(factor)
+            d = d.mul_(z.sub_(normalizer).exp_())
+            d = (d if slope is None else d.mul_(slope)).to(weight.dtype)
+            found.add(first, d)
+        return *found.gradients(), *nothing
 
 
 def _both(
@@ -181,8 +171,3 @@ def _both(
     )
     for (first, z), (_, r) in pairs:
         yield first, z, r
-
-
-def _slope(z: Tensor, shape: LogitShape, temperature: float) -> Tensor | None:
-    """Return f′ / scale at logits / T; None where it is 1."""
-    return None if shape.cap is None else 1 - (z * (temperature / shape.cap)).square_()

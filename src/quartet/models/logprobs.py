@@ -10,7 +10,7 @@ would be large, a chunk of the vocabulary at a time: `head_statistics` keeps log
 entropies, and computes the logits of a chunk again for the gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,10 @@ class LogitShape:
         if keep:
             return (logits / self.cap).tanh() * self.cap
         return logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, z: Float[Tensor, "N n"], temperature: float) -> Float[Tensor, "N n"] | None:
+        """Return the derivative of the cap at logits z / temperature; None without one."""
+        return None if self.cap is None else 1 - (z * (temperature / self.cap)).square_()
 
 
 PLAIN = LogitShape()
@@ -134,6 +138,41 @@ def add_product(
         total.add_(x @ weight)
 
 
+class HeadGradients:
+    """The gradients of a head's inputs, weight and bias, from those of its outputs, a chunk of the
+    vocabulary at a time. `needed` says, for each of the three, whether it is computed."""
+
+    def __init__(
+        self,
+        hidden: Float[Tensor, "N H"],
+        weight: Float[Tensor, "V H"],
+        bias: Float[Tensor, "V"] | None,
+        needed: Sequence[bool],
+    ) -> None:
+        self.hidden, self.weight = hidden, weight
+        on_hidden, on_weight, on_bias, *_ = needed
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        self.d_hidden = torch.zeros_like(hidden, dtype=exact) if on_hidden else None
+        self.d_weight = torch.empty_like(weight) if on_weight else None
+        self.d_bias = torch.empty_like(bias) if bias is not None and on_bias else None
+
+    def add(self, first: int, d: Float[Tensor, "N n"]) -> None:
+        """Add what the outputs of the tokens from `first` on contribute, given their gradient. It
+        has the dtype of the weight: converted here, it would be in memory twice."""
+        chunk = slice(first, first + d.shape[1])
+        if self.d_hidden is not None:
+            add_product(self.d_hidden, d, self.weight[chunk])
+        if self.d_weight is not None:
+            torch.mm(d.t(), self.hidden, out=self.d_weight[chunk])
+        if self.d_bias is not None:
+            self.d_bias[chunk] = d.sum(0)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the three, None for those that are not needed."""
+        d_hidden = None if self.d_hidden is None else self.d_hidden.to(self.hidden.dtype)
+        return d_hidden, self.d_weight, self.d_bias
+
+
 class _Sums:
     """The sums over the vocabulary of N rows of logits z, given a chunk at a time. They are kept
     relative to the largest logit so far (Milakov & Gimelshein 2018)."""
@@ -209,21 +248,13 @@ class _HeadStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, tokens, normalizer, entropy = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         on_logprob, on_entropy = (g[:, None] for g in grads)
-        d_hidden = (
-            torch.zeros(hidden.shape, dtype=normalizer.dtype, device=hidden.device)
-            if needs_hidden
-            else None
-        )
-        d_weight = torch.empty_like(weight) if needs_weight else None
-        d_bias = torch.empty_like(bias) if bias is not None and needs_bias else None
-        cap, factor = ctx.shape.cap, ctx.shape.scale / ctx.temperature
+        found = HeadGradients(hidden, weight, bias, ctx.needs_input_grad)
+        factor = ctx.shape.scale / ctx.temperature
         for first, z in logits_by_chunk(
             hidden, weight, bias, ctx.temperature, ctx.columns, ctx.shape, ctx.kept
         ):
-            chunk = slice(first, first + z.shape[1])
-            slope = None if cap is None else 1 - (z * (ctx.temperature / cap)).square_()
+            slope = ctx.shape.slope(z, ctx.temperature)
             p = z.sub_(normalizer).exp()  # z is log p from here on
             d = (
                 p.mul_(-on_logprob - on_entropy * (z + entropy))
@@ -243,23 +274,8 @@ class _HeadStatistics(torch.autograd.Function):
             elif ctx.temperature != 1:
                 d.div_(ctx.temperature)
             d = d.to(weight.dtype)
-            if d_hidden is not None:
-                add_product(d_hidden, d, weight[chunk])
-            if d_weight is not None:
-                torch.mm(d.t(), hidden, out=d_weight[chunk])
-            if d_bias is not None:
-                d_bias[chunk] = d.sum(0)
-        return (
-            None if d_hidden is None else d_hidden.to(hidden.dtype),
-            d_weight,
-            d_bias,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+            found.add(first, d)
+        return (*found.gradients(), *(None,) * 6)
 
 
 class _FrozenHeadStatistics(torch.autograd.Function):
@@ -286,9 +302,8 @@ class _FrozenHeadStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sums = _Sums(hidden, tokens)
         mean = torch.zeros(hidden.shape, dtype=sums.total.dtype, device=hidden.device)
-        scale = None if shape.cap is None else temperature / shape.cap
         for first, z in logits_by_chunk(hidden, weight, bias, temperature, columns, shape, kept):
-            slope = None if scale is None else 1 - (z * scale).square_()
+            slope = shape.slope(z, temperature)
             p, shrunk = sums.add(first, z)
             p = (p if slope is None else p.mul_(slope)).to(weight.dtype)
             if first:
@@ -297,8 +312,8 @@ class _FrozenHeadStatistics(torch.autograd.Function):
             add_product(mean, p, chunk)
             del p, slope  # before the next chunk's are made
         own = weight[tokens].to(mean.dtype)
-        if scale is not None:
-            own = own * (1 - (sums.own * scale).square())
+        slope = shape.slope(sums.own, temperature)
+        own = own if slope is None else own * slope
         gradient = (own - mean / sums.total) * (shape.scale / temperature)
         ctx.save_for_backward(gradient.to(hidden.dtype))
         return (sums.own - sums.normalizer)[:, 0], sums.entropy[:, 0]
