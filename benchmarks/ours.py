@@ -47,10 +47,10 @@ from workload import Measurement, Size
 LORA = Lora(rank=w.LORA_RANK, alpha=w.LORA_ALPHA)
 
 
-def micro_batch_tokens(size: Size, learners: int = 1) -> int:
+def micro_batch_tokens(size: Size) -> int:
     """Return the tokens of a micro-batch that a run would take."""
     sizes = folder_sizes(size.folder) or Sizes(size.hidden, size.layers, 3 * size.hidden)
-    return cpu_micro_batch(learners * activation_bytes(sizes, checkpointing=False))
+    return cpu_micro_batch(activation_bytes(sizes, checkpointing=False))
 
 
 class FixedLengthGenerator(NativeGenerator):
@@ -137,7 +137,7 @@ def ppo(size: Size, repeats: int) -> Measurement:
     optim = Optim(lr=1e-5, critic_lr=1e-5, epochs=size.ppo_epochs, minibatches=1)
     sampling = Sampling(max_new_tokens=size.limit)
     reference = reference_of(actor, size)
-    tokens = micro_batch_tokens(size, learners=2)
+    tokens = micro_batch_tokens(size)
     learner = Learner(
         Separate(actor, critic),
         reference,

@@ -9,7 +9,7 @@ from quartet.algorithms.aggregation import FixedLength, SequenceMean, TokenMean
 from quartet.algorithms.algorithm import Algorithm, Forward
 from quartet.algorithms.baselines import ReturnToGo
 from quartet.algorithms.kl import KLInLoss, by_token, k3, kl_to_go_of_others
-from quartet.algorithms.masked import mean_of_others
+from quartet.algorithms.masked import masked, mean_of_others
 from tests.support import closed_form
 
 EVERYTHING = torch.arange(len(closed_form.RESPONSES))
@@ -45,14 +45,9 @@ def kl_gradients(algorithm, logits, old, rows, groups, weights=None, sampler=Non
     made = algorithm.experience(batch)
     state = torch.where(closed_form.MASK[rows], closed_form.VISITED[rows], 0)
     every = closed_form.exact_kl(logits.log_softmax(-1), closed_form.REFERENCE.log_softmax(-1))
-    now = Forward(
-        closed_form.token_logprobs(logits, rows),
-        torch.zeros_like(batch.old_logprobs),
-        None,
-        every[state],
-    )
+    logprobs = masked(closed_form.token_logprobs(logits, rows), made.response_mask)
     weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
-    per_token = algorithm._kl(made, now.within(made.response_mask))
+    per_token = algorithm._kl(made, logprobs, masked(every[state], made.response_mask))
     loss = (weights[:, None] * torch.where(made.response_mask, per_token, 0.0)).sum()
     return torch.autograd.grad(loss, logits)[0]
 

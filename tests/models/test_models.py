@@ -10,7 +10,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from quartet.models.actor_critic import Separate, Shared, pad_token_id
+from quartet.algorithms.algorithm import Forward
+from quartet.models.actor_critic import ForwardRequest, Separate, Shared, pad_token_id
 from quartet.models.forward import (
     forward_positions,
     has_linear_head,
@@ -66,7 +67,10 @@ def test_entry_t_does_not_see_token_t(kind):
     other = torch.tensor([[5, 6, 9, 8]])
     for models in (Separate(made, critic), Shared(made, head(made))):
         mask = torch.tensor([[False, True, True, True]])
-        first, second = (models.forward(t, mask, 1.0).values for t in (tokens, other))
+        first, second = (
+            Forward.joined(models.forward_passes(ForwardRequest(t, mask, 1.0))).values
+            for t in (tokens, other)
+        )
         torch.testing.assert_close(first[:, 1:3], second[:, 1:3])
         assert not torch.allclose(first[:, 3:], second[:, 3:])
 
@@ -115,7 +119,8 @@ def test_a_shared_critic_is_saved_as_a_folder_of_its_own(kind, tmp_path):
     shared.save_critic(tmp_path / "critic", tokenizer())
     tokens = torch.tensor([ROWS[0]])
     mask = torch.arange(tokens.shape[1])[None] > 0
-    values = shared.forward(tokens, mask, 1.0).values
+    [outputs] = shared.forward_passes(ForwardRequest(tokens, mask, 1.0))
+    values = outputs.values
     torch.testing.assert_close(
         ScalarModel.load(tmp_path / "critic").values(tokens, mask), values, atol=1e-5, rtol=0
     )

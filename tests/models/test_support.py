@@ -11,7 +11,7 @@ from quartet.generation.dialects import DIALECTS
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.generation.slots import SlotDecoder
-from quartet.models.actor_critic import Separate
+from quartet.models.actor_critic import ForwardRequest, Separate
 from quartet.models.forward import forward_positions, logits_of, masked_logprobs, statistics
 from quartet.models.language_model import add_embeddings
 from quartet.models.padding import response_mask, right_pad
@@ -50,7 +50,9 @@ def test_no_generator_samples_outside_and_the_learner_sees_the_same_distribution
     tokens, lengths = right_pad([(*r.prompt.ids, *r.response_ids) for r in found])
     starts = lengths - torch.tensor([len(r.response_ids) for r in found])
     mask = response_mask(starts, lengths, tokens.shape[1])
-    forward = Separate(made, None).forward(tokens, mask, SAMPLING.temperature)
+    [forward] = Separate(made, None).forward_passes(
+        ForwardRequest(tokens, mask, SAMPLING.temperature)
+    )
     ratios = (forward.logprobs[mask] - torch.tensor([x for r in found for x in r.logprobs])).exp()
     torch.testing.assert_close(ratios, torch.ones_like(ratios), atol=1e-5, rtol=0)
     theirs = torch.tensor([x for r in found for x in r.entropies])

@@ -112,7 +112,8 @@ def test_on_a_cpu_the_activations_of_a_micro_batch_are_bounded():
         f"policy.create.{key}" for key in ("hidden_size=1000", "num_layers=10", "num_heads=10")
     ]
     wide, shared = config_with(*shape), config_with(*shape, "critic.type=shared")
-    assert micro_batch_tokens(wide, None, None) < micro_batch_tokens(shared, None, None) < 2048
+    # A critic with a trunk of its own has its activations when the actor's are gone.
+    assert micro_batch_tokens(wide, None, None) == micro_batch_tokens(shared, None, None) < 2048
 
 
 def test_the_setting_wins_and_a_gpu_gets_what_its_memory_holds():

@@ -196,7 +196,7 @@ def test_the_decoder_of_a_large_model_is_returned_before_the_update(monkeypatch)
     config = config_with()
     working = planned._Working(config, sizes(config), 10**6, (8.0, 12.0))
     rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    update = working.training(planned.minibatch_tokens(config, 8.0), 2)
+    update = working.training(planned.minibatch_tokens(config, 8.0))
     assert working.rl_step() == working.sampling(rows, fragmentation=1.0) + update
     monkeypatch.setattr(planned, "LARGE", 1)
     assert working.rl_step() == max(working.sampling(rows), KERNEL_BYTES + update)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from quartet.algorithms.advantages import AsEstimated
-from quartet.algorithms.algorithm import Algorithm, Forward
+from quartet.algorithms.algorithm import Algorithm
 from quartet.algorithms.kl import exact_kl
 from quartet.algorithms.preference import PREFERENCES, Pairs
 from quartet.experience import Experience
@@ -70,8 +70,7 @@ class Tabular(_Objective):
 
     def loss(self) -> float:
         logprobs = token_logprobs(self.logits.detach(), self.rows)
-        now = Forward(logprobs, torch.zeros_like(logprobs))
-        per_token = self.algorithm._policy(self.made, now)
+        per_token = self.algorithm._policy(self.made, logprobs)
         if self.weights is None:
             return float(per_token[MASK[self.rows]].mean())
         return float((self.weights[:, None] * per_token)[MASK[self.rows]].sum())

@@ -162,21 +162,30 @@ def decode(model: Any) -> None:
     assert logits.shape == (6, 24) and logits.dtype == torch.float32 and logits.device == GPU
 
 
+def outputs_of(actor: Any, critic: Any, reference: Any) -> list[torch.Tensor]:
+    """Return what actor and critic say of the tokens of `rows`."""
+    from quartet.algorithms.algorithm import Forward
+    from quartet.models.actor_critic import ForwardRequest, Separate
+
+    request = ForwardRequest(*rows(), 1.0, True, reference)
+    found = Forward.joined(Separate(actor, critic).forward_passes(request))
+    return [found.logprobs, found.entropy, found.values, found.exact_kl]
+
+
 def passes() -> dict[str, list[str]]:
     """Return what has no derivative in each forward pass."""
-    from quartet.models.actor_critic import Separate, freeze
+    from quartet.models.actor_critic import freeze
     from quartet.models.heads import ScalarModel
     from quartet.models.precision import compute_in
 
-    found, (tokens, mask) = {}, rows()
+    found = {}
     for kind, more in MODELS.items():
         for dtype in (torch.bfloat16, torch.float32):
             actor = compute_in(model_of(kind, **more), dtype)
             classifier = model_of(kind, AutoModelForSequenceClassification, **more)
             critic = ScalarModel(classifier).compute_in(dtype)
             reference = compute_in(freeze(model_of(kind, **more)), dtype)
-            forward = Separate(actor, critic).forward(tokens, mask, 1.0, True, reference)
-            outputs = (forward.logprobs, forward.entropy, forward.values, forward.exact_kl)
+            outputs = outputs_of(actor, critic, reference)
             assert all(x.device == GPU and x.dtype == torch.float32 for x in outputs)
             found[f"{kind}, {dtype}"] = without_derivative(*outputs)
         decode(compute_in(model_of(kind, **more), torch.bfloat16))
@@ -201,7 +210,7 @@ def roles_on_one_trunk() -> list[str]:
 
     The kernels in 4 bits are those of bitsandbytes, of which its own fakes give shapes and check dtypes and devices.
     """
-    from quartet.models.actor_critic import Separate, freeze
+    from quartet.models.actor_critic import freeze
     from quartet.models.adapters import CRITIC, POLICY, REWARD, AdapterView, add_adapter
     from quartet.models.heads import AdaptedScalar
     from quartet.models.loading import fill
@@ -227,9 +236,8 @@ def roles_on_one_trunk() -> list[str]:
         assert all(x.device == GPU for x in scales), [x.device for x in scales]
     assert packed[0].dequantized().dtype == torch.bfloat16
     critic, reward_model = (AdaptedScalar(model, name, 0, 0) for name in (CRITIC, REWARD))
-    tokens, mask = rows()
-    forward = Separate(model, critic).forward(tokens, mask, 1.0, True, AdapterView(model, None))
-    outputs = (forward.logprobs, forward.entropy, forward.values, forward.exact_kl)
+    tokens, _ = rows()
+    outputs = outputs_of(model, critic, AdapterView(model, None))
     with torch.no_grad():
         scores = freeze(reward_model).scores(tokens, torch.tensor([9, 8, 7, 9]))
     assert all(x.device == GPU and x.dtype == torch.float32 for x in (*outputs, scores))

@@ -97,17 +97,17 @@ def test_skipping_leaves_weights_and_moments_alone_and_ends():
 
 def test_a_skipped_minibatch_is_counted_and_the_others_are_learnt_from():
     made = learner(on_nonfinite="skip")
-    forward, calls = made.models.forward, []
+    forward_passes, calls = made.models.forward_passes, []
     experience = experienced(made)
 
-    def sometimes(*arguments, **named):
-        now = forward(*arguments, **named)
+    def sometimes(request):
         calls.append(1)
-        return (
-            dataclasses.replace(now, logprobs=now.logprobs * torch.nan) if len(calls) == 2 else now
-        )
+        of_actor, of_critic = forward_passes(request)
+        if len(calls) == 2:
+            of_actor = dataclasses.replace(of_actor, logprobs=of_actor.logprobs * torch.nan)
+        return iter((of_actor, of_critic))
 
-    made.models.forward = sometimes
+    made.models.forward_passes = sometimes
     update = made.update(experience, PPO)
     assert update.step_stats["skipped"] == 1.0
     assert all(o.steps == 3 for o in made.optimizers.values()), (
@@ -163,14 +163,14 @@ def test_no_further_epoch_begins_above_the_target_kl():
 
 def starved(made, limit):
     """As if a forward pass of more than so many tokens did not fit."""
-    forward = made.models.forward
+    forward_passes = made.models.forward_passes
 
-    def tight(tokens, *arguments, **named):
-        if tokens.numel() > limit:
+    def tight(request):
+        if request.tokens.numel() > limit:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(tokens, *arguments, **named)
+        return forward_passes(request)
 
-    made.models.forward = tight
+    made.models.forward_passes = tight
     return made
 
 

@@ -12,6 +12,7 @@ from quartet.errors import QuartetError
 from quartet.experience import KeptIds, pack_ids, rollout_from_row, rollout_to_row
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling, draw, scaled
+from quartet.models.actor_critic import ForwardRequest
 from quartet.models.forward import masked_logprobs
 from quartet.runs.doctor import examine
 from tests.support.tiny_run import make_run
@@ -30,6 +31,11 @@ def filtered_learner(sampling, kind="separate", **settings):
     made = learner(kind, **settings)
     made.sampling = sampling
     return made
+
+
+def actor_outputs(made, batch, temperature, **more):
+    request = ForwardRequest(batch.tokens, batch.response_mask, temperature, **more)
+    return next(made.models.forward_passes(request))
 
 
 def sampled(made, count=6):
@@ -116,7 +122,7 @@ def test_the_expected_gradient_is_that_of_the_filtered_policy(temperature):
     weights = (chances.detach() * rewards)[:, None]
 
     def gradient(kept):
-        now = made.models.forward(batch.tokens, batch.response_mask, temperature, kept=kept)
+        now = actor_outputs(made, batch, temperature, kept=kept)
         ratio = torch.where(batch.response_mask, (now.logprobs - now.logprobs.detach()).exp(), 0)
         return torch.autograd.grad((weights * ratio).sum(), parameters)
 
@@ -143,13 +149,8 @@ def test_the_reference_keeps_its_whole_vocabulary():
 def test_the_exact_kl_is_of_the_filtered_policy_to_the_whole_reference(sampling):
     made = filtered_learner(sampling, "none")
     batch = made.score(sampled(made), ALGORITHMS["grpo"])
-    forward = made.models.forward(
-        batch.tokens,
-        batch.response_mask,
-        sampling.temperature,
-        True,
-        made.reference,
-        batch.kept,
+    forward = actor_outputs(
+        made, batch, sampling.temperature, reference=made.reference, kept=batch.kept
     )
     row = 1
     start, end = len(prompts(6)[row].ids), int(batch.lengths[row])

@@ -4,14 +4,13 @@ import dataclasses
 import pytest
 import torch
 
-from quartet.algorithms.algorithm import Forward
 from quartet.algorithms.entropy import EntropyBonus
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.distributed.offload import NO_OFFLOAD
 from quartet.errors import NonFinite
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
-from quartet.models.actor_critic import Separate, Shared, freeze
+from quartet.models.actor_critic import ForwardRequest, Separate, Shared, freeze
 from quartet.models.heads import ScalarModel, ValueHead
 from quartet.training.finite import check_finite
 from quartet.training.learner import Learner
@@ -207,11 +206,11 @@ def test_check_finite_names_the_first_bad_row():
 def test_the_entropy_has_a_gradient_only_where_it_is_asked_for():
     made = actor_critic("none")
     tokens = torch.tensor([[5, 6, 7]])
-    silent: Forward = made.forward(tokens, torch.arange(tokens.shape[1])[None] > 0, 1.0)
+    mask = torch.arange(tokens.shape[1])[None] > 0
+    [silent] = made.forward_passes(ForwardRequest(tokens, mask, 1.0))
     assert not silent.entropy.requires_grad
-    assert made.forward(
-        tokens, torch.arange(tokens.shape[1])[None] > 0, 1.0, entropy_gradient=True
-    ).entropy.requires_grad
+    [asked] = made.forward_passes(ForwardRequest(tokens, mask, 1.0, entropy_gradient=True))
+    assert asked.entropy.requires_grad
 
 
 def sampled(made, count=6):
@@ -235,7 +234,7 @@ def test_what_the_sampler_saw_is_not_computed_again_once_it_was_checked(kind, mo
     assert made.sampler_agrees is True
     checked.sampler_agrees = False
     expected = checked.score(first, algorithm)
-    monkeypatch.setattr(made.models, "forward", None)  # would fail if it were asked again
+    monkeypatch.setattr(made.models, "forward_passes", None)  # would fail if it were asked again
     batch = made.score(first, algorithm)
     assert torch.equal(batch.old_logprobs, batch.rollout_logprobs)
     for name in ("old_logprobs", "entropy", "values", "ref_logprobs"):

@@ -221,7 +221,8 @@ def test_the_warm_up_of_the_critic_balances_the_critic_only():
     models = separate()
     before = copy.deepcopy(models.actor.state_dict())
     update = updated(models, 1.0, warm_up=1)
-    assert update.step_stats.keys() >= NAMES
+    assert update.step_stats.keys() >= {f"critic_{name}" for name in NAMES}
+    assert not NAMES & update.step_stats.keys(), "the actor's pass has no gradient"
     assert all(torch.equal(before[n], p) for n, p in models.actor.state_dict().items())
 
 

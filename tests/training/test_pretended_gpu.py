@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quartet
-from quartet.algorithms.kl import KLInLoss
+from quartet.algorithms.kl import KLInLoss, NoKL
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.assembly import build
 from quartet.assembly.device import device
@@ -45,7 +45,7 @@ from quartet.training.learner import Learner
 from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from tests.support.decoding_cost import cost_of_a_token
 from tests.support.pretended_device import CUDA, Pretended, on_device, pretended
-from tests.support.world import model, prompts, tokenizer
+from tests.support.world import model, prompts, rollout, tokenizer
 
 BF16 = torch.bfloat16
 FIRST_ORDER = sorted(name for name in ALGORITHMS if name not in {"trpo", "npg"})
@@ -159,6 +159,39 @@ def counted(name, micro_batch_tokens):
         lengths = [len(r.prompt.ids) + len(r.response_ids) for r in rollouts]
         number = len(list(learner.process_group.micro_batches(lengths, micro_batch_tokens)))
         return number, scoring, Counter(counts.waits)
+
+
+@pytest.mark.parametrize("warm_up", [0, 1], ids=["both", "the critic alone"])
+def test_actor_and_critic_have_their_activations_one_after_the_other(warm_up):
+    """The peak of an update with a critic is that of the actor alone, and of the critic's gradients."""
+    peaks = []
+    for with_critic in (True, False):
+        with pretended() as counts:
+            actor = deeper(12)
+            critic = ScalarModel.from_trunk(actor, None, seed=0) if with_critic else None
+            for made in (actor, critic.model) if critic else (actor,):
+                on_device(made)
+            learner = Learner(
+                Separate(actor, critic),
+                None,
+                Optim(minibatches=1, epochs=1, critic_warmup_steps=warm_up * with_critic),
+                Sampling(max_new_tokens=12),
+                steps=2,
+            )
+            algorithm = ALGORITHMS["ppo" if with_critic else "rloo"]
+            algorithm = dataclasses.replace(algorithm, kl=NoKL())
+            rollouts = [
+                rollout(p, tuple(range(5, 15)) * 3, 1.0, group=i // 2, number=i)
+                for i, p in enumerate(prompts(24))
+            ]
+            experience = algorithm.experience(learner.score(rollouts, algorithm))
+            gradients = 4 * sum(p.numel() for p in actor.parameters())
+            counts.reset_peak()
+            before = counts.alive
+            learner.update(experience, algorithm)
+            peaks.append((counts.peak - before) / gradients)
+    assert peaks[1] > 8, "activations are most of it"
+    assert peaks[0] < peaks[1] + 4  # gradients and moments of the critic
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])

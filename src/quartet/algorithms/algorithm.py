@@ -2,7 +2,7 @@
 advantages a loss."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,12 @@ from quartet.tensors import Bool, Float, Tensor, torch
 
 @dataclass(frozen=True)
 class Forward:
-    """The outputs of the models in training at the tokens of some experience. The entropy has a
-    gradient only if the algorithm needs it."""
+    """The outputs of the models in training at the tokens of some experience: all of them, or those
+    of the actor or the critic alone, which is None for the other. The entropy has a gradient only
+    if the algorithm needs it."""
 
-    logprobs: Float[Tensor, "B T"]
-    entropy: Float[Tensor, "B T"]
+    logprobs: Float[Tensor, "B T"] | None = None
+    entropy: Float[Tensor, "B T"] | None = None
     values: Float[Tensor, "B T"] | None = None
     exact_kl: Float[Tensor, "B T"] | None = None
     """KL(π ‖ π_ref) over the whole vocabulary, where the algorithm asks for it."""
@@ -41,13 +42,25 @@ class Forward:
     """What the actor's routers said, if it is a mixture of experts that is trained."""
     critic_routing: Routing | None = None
 
+    @classmethod
+    def joined(cls, passes: Iterable["Forward"]) -> "Forward":
+        """Return the outputs of several forward passes as one."""
+        found: dict[str, Any] = {}
+        for each in passes:
+            found |= {name: output for name, output in vars(each).items() if output is not None}
+        return cls(**found)
+
     def within(self, mask: Bool[Tensor, "B T"]) -> "Forward":
         """Return these outputs with 0 outside the mask, where their gradient is 0, too."""
+
+        def zeroed(numbers: Float[Tensor, "B T"] | None) -> Float[Tensor, "B T"] | None:
+            return None if numbers is None else masked(numbers, mask)
+
         return Forward(
-            masked(self.logprobs, mask),
-            masked(self.entropy, mask),
-            None if self.values is None else masked(self.values, mask),
-            None if self.exact_kl is None else masked(self.exact_kl, mask),
+            zeroed(self.logprobs),
+            zeroed(self.entropy),
+            zeroed(self.values),
+            zeroed(self.exact_kl),
         )
 
 
@@ -268,26 +281,29 @@ class Algorithm:
     def loss(
         self, experience: Experience, now: Forward, denominators: Mapping[str, float]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Return the terms of the loss on these rows; their sum is minimised. `denominators` are
-        those of the whole optimizer step, of which these rows may be a part.
+        """Return the terms of the loss on these rows; their sum is minimised. Outputs of the actor
+        alone have no term of the critic, and the other way round. `denominators` are those of the
+        whole optimizer step, of which these rows may be a part.
 
         What the models say outside the response mask reaches no part: a sum over a row would carry
         a NaN from there to all its tokens, and 0 · NaN is a gradient of NaN.
         """
         now = now.within(experience.response_mask)
         shape = experience.response_mask.shape
-        entropy = self.entropy(now.entropy, experience.mean_entropy)
-        per_token = {
-            "policy": self._policy(experience, now),
-            "kl": of_shape(self.kl, self._kl(experience, now), shape),
-            "entropy": of_shape(self.entropy, entropy, shape),
-        }
+        per_token = {}
+        if now.logprobs is not None and now.entropy is not None:
+            entropy = self.entropy(now.entropy, experience.mean_entropy)
+            per_token = {
+                "policy": self._policy(experience, now.logprobs),
+                "kl": of_shape(self.kl, self._kl(experience, now.logprobs, now.exact_kl), shape),
+                "entropy": of_shape(self.entropy, entropy, shape),
+            }
+            if self.positives.coef > 0:
+                per_token["positives"] = self.positives(now.logprobs)
         if self.value_loss.trains_critic and now.values is not None:
             assert experience.values is not None and experience.returns is not None
             value = self.value_loss(now.values, experience.values, experience.returns)
             per_token["value"] = of_shape(self.value_loss, value, shape)
-        if self.positives.coef > 0:
-            per_token["positives"] = self.positives(now.logprobs)
         masks = self._masks(experience)
         return {
             name: self.aggregation(loss, masks[name], denominators[name])
@@ -314,24 +330,31 @@ class Algorithm:
             policy_loss=self.policy_loss.adapt(metrics),
         )
 
-    def _policy(self, experience: Experience, now: Forward) -> Float[Tensor, "B T"]:
+    def _policy(
+        self, experience: Experience, logprobs: Float[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"]:
         mask = experience.response_mask
-        tokens = Surrogate(now.logprobs, experience.old_logprobs, experience.advantages, mask)
+        tokens = Surrogate(logprobs, experience.old_logprobs, experience.advantages, mask)
         loss: Tensor = of_shape(self.policy_loss, self.policy_loss(tokens), mask.shape)
-        if now.logprobs.requires_grad and not loss.requires_grad:
+        if logprobs.requires_grad and not loss.requires_grad:
             raise PartError(
                 f"{self.policy_loss.type}: its loss has no gradient, so the policy would learn "
                 "nothing. Compute it from tokens.logprobs or tokens.ratio, and do not detach them."
             )
         return loss if experience.weights is None else experience.weights * loss
 
-    def _kl(self, experience: Experience, now: Forward) -> Float[Tensor, "B T"]:
+    def _kl(
+        self,
+        experience: Experience,
+        logprobs: Float[Tensor, "B T"],
+        exact_kl: Float[Tensor, "B T"] | None,
+    ) -> Float[Tensor, "B T"]:
         sampler = experience.sampler_logprobs
         return self.kl.loss(
-            now.logprobs,
+            logprobs,
             experience.old_logprobs if sampler is None else sampler,
             experience.ref_logprobs,
-            now.exact_kl,
+            exact_kl,
             experience.response_mask,
             experience.kl_baselines,
         )

@@ -1,7 +1,8 @@
-"""Actor and critic as one forward pass. The critic has its own trunk, shares the actor's, or is
+"""The forward passes of actor and critic. The critic has its own trunk, shares the actor's, or is
 absent."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +22,27 @@ from quartet.models.heads import ScalarModel, ValueHead
 from quartet.models.logprobs import scatter_to_tokens
 from quartet.models.protocols import CausalModel, Tokenizer
 from quartet.models.routing import recorded_routing
-from quartet.tensors import Bool, Float, Int, Tensor
+from quartet.tensors import Bool, Float, Int, Tensor, torch
+
+
+@dataclass(frozen=True)
+class ForwardRequest:
+    """What actor and critic are asked for."""
+
+    tokens: Int[Tensor, "B T"]
+    """Right-padded rows."""
+    mask: Bool[Tensor, "B T"]
+    """The tokens whose outputs are wanted."""
+    temperature: float
+    """That of the sampler: logits are divided by it."""
+    entropy_gradient: bool = False
+    reference: LanguageModel | None = None
+    """The model whose exact KL from the actor is wanted."""
+    kept: KeptIds | None = None
+    """The ids that the sampler's filter left, to which the actor, and not the reference, is
+    limited."""
+    trains_actor: bool = True
+    """Whether the pass of an actor with a trunk of its own has a gradient."""
 
 
 @runtime_checkable
@@ -30,18 +51,13 @@ class ActorCritic(Protocol):
 
     actor: CausalModel
 
-    def forward(
-        self,
-        tokens: Int[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-        temperature: float,
-        entropy_gradient: bool = False,
-        reference: LanguageModel | None = None,
-        kept: KeptIds | None = None,
-    ) -> Forward:
-        """Return log-probs, entropy and values of the masked tokens of right-padded rows and, given
-        a reference, the exact KL to it. `kept` limits the actor, and not the reference, to the ids
-        that the sampler's filter left. Entries outside the mask mean nothing."""
+    def forward_passes(self, request: ForwardRequest) -> Iterator[Forward]:
+        """Yield log-probs, entropy and values of the masked tokens and, given a reference, the
+        exact KL to it. Entries outside the mask mean nothing.
+
+        Actor and critic have a pass each where they have a trunk each, the actor first. If one is
+        differentiated before the next is asked for, only one keeps its activations at a time.
+        """
         ...
 
     def values(
@@ -72,28 +88,14 @@ class Separate:
     def __init__(self, actor: CausalModel, critic: ScalarModel | None) -> None:
         self.actor, self.critic = actor, critic
 
-    def forward(
-        self,
-        tokens: Int[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-        temperature: float,
-        entropy_gradient: bool = False,
-        reference: LanguageModel | None = None,
-        kept: KeptIds | None = None,
-    ) -> Forward:
-        with recorded_routing(self.actor.base_model) as actor_routers:
-            outputs = forward_positions(self.actor, tokens, mask)
-        logprobs, entropy = statistics(
-            self.actor, outputs, tokens, mask, temperature, entropy_gradient, kept
-        )
-        exact = exact_kl_to(reference, self.actor, outputs, tokens, mask, temperature, kept)
-        if self.critic is None:
-            return Forward(logprobs, entropy, None, exact, actor_routers.routing)
-        with recorded_routing(self.critic.trunk) as critic_routers:
-            values = self.values(tokens, mask)
-        return Forward(
-            logprobs, entropy, values, exact, actor_routers.routing, critic_routers.routing
-        )
+    def forward_passes(self, request: ForwardRequest) -> Iterator[Forward]:
+        with torch.set_grad_enabled(request.trains_actor and torch.is_grad_enabled()):
+            outputs = _of_the_actor(self.actor, request)
+        yield outputs
+        if self.critic is not None:
+            with recorded_routing(self.critic.trunk) as routers:
+                values = self.values(request.tokens, request.mask)
+            yield Forward(values=values, critic_routing=routers.routing)
 
     def values(
         self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
@@ -124,28 +126,8 @@ class Shared:
     def __init__(self, actor: CausalModel, head: ValueHead) -> None:
         self.actor, self.head = actor, head
 
-    def forward(
-        self,
-        tokens: Int[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-        temperature: float,
-        entropy_gradient: bool = False,
-        reference: LanguageModel | None = None,
-        kept: KeptIds | None = None,
-    ) -> Forward:
-        with recorded_routing(self.actor.base_model) as routers:
-            outputs = forward_positions(self.actor, tokens, mask)
-        logprobs, entropy = statistics(
-            self.actor, outputs, tokens, mask, temperature, entropy_gradient, kept
-        )
-        values = scatter_to_tokens(self.head(outputs.hidden), mask)
-        return Forward(
-            logprobs,
-            entropy,
-            values,
-            exact_kl_to(reference, self.actor, outputs, tokens, mask, temperature, kept),
-            routers.routing,
-        )
+    def forward_passes(self, request: ForwardRequest) -> Iterator[Forward]:
+        yield _of_the_actor(self.actor, request, self.head)
 
     def values(
         self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
@@ -175,6 +157,26 @@ class Shared:
             pad_token_id(tokenizer),
         )
         critic.save_per_token(folder, tokenizer)
+
+
+def _of_the_actor(
+    actor: CausalModel, request: ForwardRequest, head: ValueHead | None = None
+) -> Forward:
+    """Return the outputs of one pass of the actor, with the values of a head on its last hidden
+    states."""
+    r = request
+    with recorded_routing(actor.base_model) as routers:
+        outputs = forward_positions(actor, r.tokens, r.mask)
+    logprobs, entropy = statistics(
+        actor, outputs, r.tokens, r.mask, r.temperature, r.entropy_gradient, r.kept
+    )
+    return Forward(
+        logprobs,
+        entropy,
+        None if head is None else scatter_to_tokens(head(outputs.hidden), r.mask),
+        exact_kl_to(r.reference, actor, outputs, r.tokens, r.mask, r.temperature, r.kept),
+        routers.routing,
+    )
 
 
 def trainable(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -218,14 +218,15 @@ def training_memory(work: Workload, ranks: int, meanwhile: bool = False) -> dict
     """Return the bytes on each GPU that trains at the peak of an update, by role.
 
     A trained parameter takes `Workload.trained_bytes` and a frozen one `Workload.number`, divided
-    by the ranks. On one GPU a micro-batch holds the weights rounded to bfloat16 from its forward
+    by the ranks. Actor and critic are differentiated one after the other, so that one of them has
+    its activations at a time. On one GPU it holds its weights rounded to bfloat16 from its forward
     pass to its backward pass, but for embeddings, which only the head reads again; on several, two
     units (`Workload.unit`) are gathered, and a gradient in float32. `meanwhile` says that other
     GPUs generate during the update, so that reward models are in use as well.
     """
-    sharded, learners = work.parameters / ranks, work.learners
+    sharded = work.parameters / ranks
     roles = {"trunk": work.trunk / ranks, "actor": work.trained_bytes * work.trained / ranks}
-    if learners > 1:
+    if work.learners > 1:
         roles["critic"] = roles["actor"]
     on_device = work.read_by_loss + work.reward_models * meanwhile if work.offload else work.frozen
     if on_device:
@@ -233,12 +234,12 @@ def training_memory(work: Workload, ranks: int, meanwhile: bool = False) -> dict
     if ranks > 1:
         roles["gathered weights"] = (2 * work.number + FLOAT) * work.unit
     elif work.number != FLOAT:
-        again = learners * work.trained
+        again = work.trained
         if work.adapter is None:
-            again -= (learners - work.is_tied) * work.embedding
+            again -= (1 - work.is_tied) * work.embedding
         roles["rounded weights"] = float(work.number * again)
     per_token = activation_bytes(work.model, work.checkpointing, work.number, on_gpu=True)
-    roles["activations"] = learners * work.micro_tokens * per_token
+    roles["activations"] = work.micro_tokens * per_token
     logits = work.micro_tokens * work.vocabulary
     chunk = float(FLOAT * min(logits, max(math.ceil(logits / HEAD_CHUNKS), CHUNK_ELEMENTS)))
     roles["logits"] = (EXACT_KL_COPIES if work.exact_kl else HEAD_COPIES) * chunk

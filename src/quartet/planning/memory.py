@@ -222,11 +222,10 @@ def micro_batch_tokens(
     model = sizes(config)
     if model is None:
         return CPU_MICRO_BATCH
-    learners = 1 + has_own_critic(config)  # the graphs of both are there at once
     checkpointing = config.policy.gradient_checkpointing
     if free_bytes is None:
         number = number_bytes(config, on_gpu=False)
-        return cpu_micro_batch(learners * activation_bytes(model, checkpointing, number))
+        return cpu_micro_batch(activation_bytes(model, checkpointing, number))
     needs_critic = bool(config.algorithm and config.algorithm.needs_critic)
     parts = config.launch.parts(world) if config.launch.shard else 1
     offloaded = config.run.offload and config.rl_stage is not None and not config.staleness
@@ -237,7 +236,7 @@ def micro_batch_tokens(
     copies = number if number != FLOAT or parts > 1 else 0
     resident = (trained + (parameters or 0) * number * frozen) / parts
     resident += (parameters or 0) * copies
-    per_token = learners * activation_bytes(model, checkpointing, number, on_gpu=True)
+    per_token = activation_bytes(model, checkpointing, number, on_gpu=True)
     return int(min(max((free_bytes - resident) / 2 / per_token, CPU_MICRO_BATCH), 2**16))
 
 

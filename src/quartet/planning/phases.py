@@ -148,7 +148,7 @@ class _Working:
         head = self.embeddings if self.embeddings < WIDE_WEIGHT else 0.0
         return self.number * (self.matrices + head)
 
-    def training(self, tokens: float, learners: int = 1) -> float:
+    def training(self, tokens: float) -> float:
         """Return the bytes of a micro-batch out of so many tokens, and of gradients on their way.
 
         Embeddings that are trained count twice more: the gradients that the head and the embeddings
@@ -161,7 +161,7 @@ class _Working:
             self.model, self.config.policy.gradient_checkpointing, self.number
         )
         limit = micro_batch_tokens(self.config, self.policy, None)
-        used = WORKING_BYTES + FRAGMENTATION * learners * min(tokens, limit) * per_token
+        used = WORKING_BYTES + FRAGMENTATION * min(tokens, limit) * per_token
         if self.config.policy.adapter is None:
             return used + 2 * FLOAT * self.embeddings
         converted = self.embeddings if self.number < FLOAT else 0
@@ -191,7 +191,7 @@ class _Working:
         rollout = self.config.rollout
         rows = rollout.prompts_per_step * rollout.samples_per_prompt
         tokens = minibatch_tokens(self.config, self.row[0])
-        update = self.training(tokens, 1 + has_own_critic(self.config))
+        update = self.training(tokens)
         if self.narrow >= LARGE:
             return max(self.sampling(rows), KERNEL_BYTES + update)
         return self.sampling(rows, fragmentation=1.0) + update

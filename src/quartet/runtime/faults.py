@@ -6,14 +6,16 @@ NAME` plants one; it is meant for teaching and for tests.
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from quartet.algorithms.algorithm import Forward
 from quartet.experience import Batch, Experience
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
+from quartet.models.actor_critic import ForwardRequest
 from quartet.stages.rl import RLComponents
 
 
@@ -99,16 +101,17 @@ def broadcast(components: RLComponents) -> None:
 
 def dropout(components: RLComponents) -> None:
     """The policy's log-probs have noise of 0.05 in the update, as with dropout left on."""
-    forward = components.learner.models.forward
+    forward_passes = components.learner.models.forward_passes
 
-    def noisy_forward(*args: Any, **kwargs: Any) -> Any:
-        outputs = forward(*args, **kwargs)
-        if not torch.is_grad_enabled():  # scoring is without noise
-            return outputs
-        noise = 0.05 * torch.randn_like(outputs.logprobs)
-        return dataclasses.replace(outputs, logprobs=outputs.logprobs + noise)
+    def noisy_passes(request: ForwardRequest) -> Iterator[Forward]:
+        for outputs in forward_passes(request):
+            if outputs.logprobs is None or not torch.is_grad_enabled():  # scoring is without noise
+                yield outputs
+                continue
+            noise = 0.05 * torch.randn_like(outputs.logprobs)
+            yield dataclasses.replace(outputs, logprobs=outputs.logprobs + noise)
 
-    components.learner.models.forward = noisy_forward  # type: ignore[method-assign]
+    components.learner.models.forward_passes = noisy_passes  # type: ignore[method-assign]
 
 
 FAULTS: dict[str, Callable[[RLComponents], None]] = {

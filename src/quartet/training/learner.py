@@ -21,7 +21,7 @@ from quartet.errors import QuartetError
 from quartet.experience import Batch, Experience, Rollout, row_tokens
 from quartet.generation.protocol import Weights
 from quartet.generation.sampling import Sampling
-from quartet.models.actor_critic import ActorCritic
+from quartet.models.actor_critic import ActorCritic, ForwardRequest
 from quartet.models.adapters import LanguageModel
 from quartet.models.forward import prompts
 from quartet.models.trunk import block_matrices
@@ -292,8 +292,8 @@ class Learner:
             for forward, loss, share in self._losses(
                 minibatch, algorithm, train_actor, record, micro_batch_tokens
             ):
-                of_actor = actor_load.added_to(loss, forward.routing, share)
-                yield critic_load.added_to(of_actor, forward.critic_routing, share)
+                balanced = actor_load.added_to(loss, forward.routing, share)
+                yield critic_load.added_to(balanced, forward.critic_routing, share)
             yield from self._ptx_losses(minibatch, algorithm, record, micro_batch_tokens)
             record.settle()
             for optimizer in optimizers.values():  # moments came during the first gradients
@@ -313,8 +313,9 @@ class Learner:
         record: UpdateRecord,
         micro_batch_tokens: int,
     ) -> Iterator[tuple[Forward, Float[Tensor, ""], float]]:
-        """Yield the outputs of each micro-batch, its loss, and its share of the tokens. The sum of
-        the losses over all ranks is the minibatch's loss."""
+        """Yield the outputs of each forward pass over each micro-batch, their loss, and the
+        micro-batch's share of the tokens. The sum of the losses over all ranks is the minibatch's
+        loss."""
         experience, rows = minibatch.experience, minibatch.rows
         denominators = algorithm.denominators(experience.rows(rows))
         index = list(rows)
@@ -326,19 +327,18 @@ class Learner:
         ):
             indices = [rows[i] for i in micro_batch.rows]
             part = experience.rows(indices)
-            forward = self.forward(part, algorithm)
+            passes = self.forward_passes(part, algorithm, train_actor)
             part = part.to(self.device)
-            record.check("the log-probability in the update", forward.logprobs, part, indices)
-            record.check("the value in the update", forward.values, part, indices)
-            terms = algorithm.loss(part, forward, denominators)
-            if micro_batch.counts:
-                record.add(indices, part, forward, terms, algorithm)
-            loss = micro_batch.counts * (
-                sum(terms.values(), torch.zeros((), device=self.device))
-                if train_actor
-                else terms["value"]
-            )
-            yield forward, loss, micro_batch.share_of(lengths)
+            for forward in passes:
+                record.check("the log-probability in the update", forward.logprobs, part, indices)
+                record.check("the value in the update", forward.values, part, indices)
+                terms = algorithm.loss(part, forward, denominators)
+                if micro_batch.counts:
+                    record.add(indices, part, forward, terms, algorithm)
+                trained = [term for name, term in terms.items() if train_actor or name == "value"]
+                if trained:
+                    total = sum(trained, torch.zeros((), device=self.device))
+                    yield forward, micro_batch.counts * total, micro_batch.share_of(lengths)
 
     def _ptx_losses(
         self,
@@ -361,16 +361,21 @@ class Learner:
         """Return the reference where the loss runs it, for the exact KL over the vocabulary."""
         return self.reference if algorithm.kl.exact_loss else None
 
-    def forward(self, part: Experience, algorithm: Algorithm) -> Forward:
-        """Return the outputs of actor and critic that the loss of some rows reads, with a
-        gradient."""
-        return self.models.forward(
-            part.tokens,
-            part.response_mask,
-            self.sampling.temperature,
-            algorithm.needs_entropy_gradient,
-            self.reference_in_loss(algorithm),
-            part.kept,
+    def forward_passes(
+        self, part: Experience, algorithm: Algorithm, train_actor: bool = True
+    ) -> Iterator[Forward]:
+        """Yield the outputs of actor and critic that the loss of some rows reads, with a gradient,
+        by forward pass."""
+        return self.models.forward_passes(
+            ForwardRequest(
+                part.tokens,
+                part.response_mask,
+                self.sampling.temperature,
+                algorithm.needs_entropy_gradient,
+                self.reference_in_loss(algorithm),
+                part.kept,
+                train_actor,
+            )
         )
 
     def logprobs(self, experience: Experience) -> Float[Tensor, "B T"]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.errors import NonFinite
-from quartet.io.heap import return_holes
+from quartet.io.heap import returns_holes
 from quartet.tensors import Float, Tensor, torch
 from quartet.training.optim import Optimizer
 
@@ -50,8 +50,8 @@ def optimizer_step(
 
 def _differentiated(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Add the gradient of a loss to `.grad` of the parameters, and return the loss."""
-    loss.backward()
-    return_holes()
+    with returns_holes():
+        loss.backward()
     return loss.detach()
 
 

@@ -9,7 +9,7 @@ import torch
 from quartet.algorithms.algorithm import Algorithm, Forward
 from quartet.distributed.process_group import ProcessGroup
 from quartet.experience import Batch, Experience, KeptIds
-from quartet.models.actor_critic import ActorCritic
+from quartet.models.actor_critic import ActorCritic, ForwardRequest
 from quartet.models.adapters import LanguageModel
 from quartet.models.forward import policy_logprobs, prompts
 from quartet.models.padding import PAD
@@ -128,9 +128,8 @@ class Scorer:
             return None, self.models.values(tokens, mask)
         reference = self.reference if algorithm.kl.exact_reward else None
         kept = None if batch.kept is None else batch.kept.rows(rows, width)
-        forward = self.models.forward(
-            tokens, mask, self.temperature, reference=reference, kept=kept
-        )
+        request = ForwardRequest(tokens, mask, self.temperature, reference=reference, kept=kept)
+        forward = Forward.joined(self.models.forward_passes(request))
         return forward, forward.values
 
 

@@ -149,19 +149,35 @@ class UpdateRecord:
         terms: Mapping[str, Tensor],
         algorithm: Algorithm,
     ) -> None:
-        """Record one micro-batch. `part` is those rows of the experience, `terms` their losses."""
+        """Record a forward pass of one micro-batch. `part` is those rows of the experience, `terms`
+        their losses."""
+        numbers = dict(terms)
+        if forward.logprobs is not None and forward.entropy is not None:
+            logprobs, entropy = forward.logprobs, forward.entropy
+            numbers |= self._of_the_actor(rows, part, logprobs, entropy, algorithm)
+        self.add_terms(numbers)
+
+    def _of_the_actor(
+        self,
+        rows: list[int],
+        part: Experience,
+        logprobs: Float[Tensor, "b t"],
+        entropy: Float[Tensor, "b t"],
+        algorithm: Algorithm,
+    ) -> dict[str, Tensor]:
+        """Record the actor's outputs of each token, and return their sums by name."""
         mask, width = part.response_mask, part.tokens.shape[1]
-        clipped = algorithm.clipped(part, forward.logprobs)
+        clipped = algorithm.clipped(part, logprobs)
         index = torch.tensor(rows).to(mask.device, non_blocking=True)
-        self.logprobs[index, :width] = torch.where(mask, forward.logprobs, 0.0)
-        self.entropy[index, :width] = torch.where(mask, forward.entropy, 0.0)
+        self.logprobs[index, :width] = torch.where(mask, logprobs, 0.0)
+        self.entropy[index, :width] = torch.where(mask, entropy, 0.0)
         self.clipped[index, :width] = clipped
-        kl = torch.where(mask, k3(part.old_logprobs, forward.logprobs), 0.0)
+        kl = torch.where(mask, k3(part.old_logprobs, logprobs), 0.0)
         numbers = {"#clipped": clipped.sum(), "#visits": mask.sum(), "#kl": kl.sum()}
         if self._num_steps == 1:  # no weight has moved yet
-            error = ((forward.logprobs - part.old_logprobs).expm1().abs() * mask).max()
+            error = ((logprobs - part.old_logprobs).expm1().abs() * mask).max()
             numbers["#first_ratio_error"] = error
-        self.add_terms(numbers | dict(terms))
+        return numbers
 
     def add_terms(self, numbers: Mapping[str, Tensor]) -> None:
         """Record numbers of one micro-batch by name: terms of the loss, and those of `add`."""
