@@ -5,6 +5,7 @@ waits in main memory is no number there; or selfish: the negative control, in wh
 """
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from quartet.algorithms.kl import KLInLoss
 from quartet.algorithms.preference import PREFERENCES, LastTokenLoss
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.records import Comparison, Demonstration
@@ -153,7 +155,9 @@ def run(
         rollout(p, a, float(i % 3), i // 2, i)
         for i, (p, a) in enumerate(zip(prompts(10), answers(3), strict=True))
     ]
-    for name in ("ppo", "grpo"):
+    exact = dataclasses.replace(ALGORITHMS["grpo"], kl=KLInLoss(estimator="exact", coef=0.1))
+    algorithms = {"ppo": ALGORITHMS["ppo"], "grpo": ALGORITHMS["grpo"], "exact_kl": exact}
+    for name, algorithm in algorithms.items():
         critic = (
             ScalarModel.from_trunk(double(model(seed=1)), 0, seed=0).to(torch.float64)
             if name == "ppo"
@@ -175,11 +179,11 @@ def run(
         )
         for role, made in learner.optimizers.items():
             learner.optimizers[role] = watched(made)
-        batch = learner.score(rollouts, ALGORITHMS[name])
+        batch = learner.score(rollouts, algorithm)
         found |= {f"{name}/old": batch.old_logprobs, f"{name}/ref": batch.ref_logprobs}
         if batch.values is not None:
             found[f"{name}/values"] = batch.values
-        update = learner.update(ALGORITHMS[name].experience(batch), ALGORITHMS[name])
+        update = learner.update(algorithm.experience(batch), algorithm)
         assert not update.reference_moved
         for role, made in learner.optimizers.items():
             keep(f"{name}/{role}", made, [update.losses, update.step_stats])
