@@ -214,3 +214,23 @@ def test_a_decoder_has_room_for_the_longest_prompt_of_a_file(tmp_path):
     shape = of_world.policy.create
     keys_and_values = 4 * 2 * shape.num_layers * shape.hidden_size
     assert held[1] - held[0] == pytest.approx(FRAGMENTATION * 64 * 30 * keys_and_values)
+
+
+def test_a_pass_over_prompts_has_what_one_block_computes():
+    """Of width 128 with an inner one of 384, 4 + 5 times 128 and 3 times 384 numbers a token, for at most 4,096 tokens."""
+    working = planned._Working(config_with(), sizes(config_with()), 10**6, (10.0, 12.0))
+    few, many, more = (working.sampling(rows, fragmentation=1.0) for rows in (100, 400, 500))
+    token = 4 * (9 * 128 + 3 * 384)
+    row = (many - few - 300 * 10 * token) / 300  # its keys, values and logits
+    assert more - many == pytest.approx(96 * token + 100 * row)
+    assert 0 < row < (40 + 48) * 4 * 2 * 4 * 128 + 3 * 4 * 4096
+
+
+def test_the_evaluation_has_the_kernels_of_the_rl_stage_beside_its_own():
+    group = ("rollout.samples_per_prompt=8", 'algorithm={preset="grpo"}')
+    memory = []
+    for stage, more in (("dpo", ()), ("grpo", group)):
+        recipe = f'recipe=["sft", "{stage}", "evaluation"]'
+        config = config_with(recipe, 'reward=[{type="gold"}]', *more)
+        memory.append(phases(config, {"policy": 1}, 10**6, (8.0, 12.0))["evaluation"])
+    assert memory[1] - memory[0] == KERNEL_BYTES

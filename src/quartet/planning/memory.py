@@ -165,6 +165,14 @@ def activation_bytes(
     after it. In float32, attention keeps rectangles, for grouped heads with keys and values
     repeated.
     """
+    block = block_bytes(model, number, on_gpu)
+    if checkpointing:
+        return number * model.layers * model.hidden + block
+    return model.layers * block
+
+
+def block_bytes(model: Sizes, number: int = FLOAT, on_gpu: bool = False) -> float:
+    """Return the bytes per token of what one block computes, as `activation_bytes` counts them."""
     queries = model.queries * model.hidden
     keys = model.heads_share * queries
     if model.is_fused:
@@ -176,8 +184,7 @@ def activation_bytes(
         block = 4 * model.hidden + attention + 3 * model.intermediate
     else:
         block = 10 * model.hidden + 4 * queries + 4 * keys + 4 * model.intermediate
-    kept = model.layers * model.hidden + block if checkpointing else model.layers * block
-    return number * kept
+    return number * block
 
 
 def adapter_parameters(config: Config) -> int | None:

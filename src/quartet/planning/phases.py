@@ -11,6 +11,7 @@ from quartet.generation.cache import (
     LOGITS_HELD,
     MIN_ROWS,
     PLAIN_ROWS,
+    PREFILL_TOKENS,
     WIDE_WEIGHT,
     cache_bytes,
 )
@@ -21,6 +22,7 @@ from quartet.planning.memory import (
     Sizes,
     activation_bytes,
     adapter_parameters,
+    block_bytes,
     has_own_critic,
     micro_batch_tokens,
     number_bytes,
@@ -43,7 +45,8 @@ ADAPTER_BYTES = 40e6
 WORKING_BYTES = 60e6
 """Bytes that are in use beside the activations: chunks of logits, intermediate gradients."""
 KERNEL_BYTES = 80e6
-"""Bytes that the kernels of generation keep; each number of rows has its own. Measured."""
+"""Bytes that the kernels of generation keep; each number of rows has its own. Those of an RL stage
+stay when the evaluation has others. Measured."""
 FRAGMENTATION = 1.4
 """The memory that the allocator holds for activations and for a decoder's weights and cache, over
 the memory that they use. Measured."""
@@ -111,7 +114,8 @@ def phases(
     if "evaluation" in config.recipe:
         answers = BEST_OF_RESPONSES if config.evaluation.best_of >= 2 else config.evaluation.prompts
         scorers = number * scorer * _scorers(config, models)
-        memory["evaluation"] = program + whole + scorers + working.sampling(answers)
+        left = KERNEL_BYTES * (config.rl_stage is not None)
+        memory["evaluation"] = program + left + whole + scorers + working.sampling(answers)
     return memory
 
 
@@ -172,7 +176,8 @@ class _Working:
         own layout, keys and values, and the logits of the rows.
 
         Responses count with the most tokens that they may have: a policy that has learnt little
-        ends few of them. So do prompts from files, since a cache has room for its longest row.
+        ends few of them. So do prompts from files, since a cache has room for its longest row. A
+        pass over many prompts has what a block computes beside the cache.
         """
         config, model = self.config, self.model
         prompt = self.row[0] if config.data.world is not None else config.data.max_prompt_tokens
@@ -182,7 +187,8 @@ class _Working:
         most = max(cache_bytes() // (cache + logits), MIN_ROWS) if model.is_fused else PLAIN_ROWS
         rows = int(min(rows, most))
         has_copies = model.is_fused and config.policy.quantize is None
-        pieces = self.narrow * has_copies + rows * cache
+        prefill = min(rows * self.row[0], PREFILL_TOKENS) * block_bytes(model, self.number)
+        pieces = self.narrow * has_copies + rows * cache + prefill
         return KERNEL_BYTES + fragmentation * pieces + rows * logits
 
     def rl_step(self) -> float:
