@@ -234,3 +234,17 @@ def test_the_evaluation_has_the_kernels_of_the_rl_stage_beside_its_own():
         config = config_with(recipe, 'reward=[{type="gold"}]', *more)
         memory.append(phases(config, {"policy": 1}, 10**6, (8.0, 12.0))["evaluation"])
     assert memory[1] - memory[0] == KERNEL_BYTES
+
+
+def test_keys_and_values_that_come_from_the_system_leave_no_holes():
+    """A row of 80 tokens takes 2 · 512 numbers a token in each layer: 32 MiB are 102 rows."""
+    words = [f"policy.create.{key}" for key in ("hidden_size=512", "num_layers=8", "num_heads=8")]
+    config = config_with(*words, "rollout.max_new_tokens=80")
+    working = planned._Working(config, sizes(config), 27 * 10**6, (0.0, 12.0))
+
+    def holes(rows):
+        return working.sampling(rows) - working.sampling(rows, fragmentation=1.0)
+
+    row = 8 * 80 * 2 * 512 * 4
+    assert holes(102) - holes(0) == pytest.approx((FRAGMENTATION - 1) * 102 * row)
+    assert holes(103) == pytest.approx(holes(0))

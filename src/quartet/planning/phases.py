@@ -15,7 +15,7 @@ from quartet.generation.cache import (
     WIDE_WEIGHT,
     cache_bytes,
 )
-from quartet.io.heap import LARGE
+from quartet.io.heap import LARGE, MAX_THRESHOLD
 from quartet.planning.memory import (
     FLOAT,
     NF4_BYTES,
@@ -177,7 +177,8 @@ class _Working:
 
         Responses count with the most tokens that they may have: a policy that has learnt little
         ends few of them. So do prompts from files, since a cache has room for its longest row. A
-        pass over many prompts has what a block computes beside the cache.
+        pass over many prompts has what a block computes beside the cache. Tensors that are large
+        enough to come from the system leave no holes.
         """
         config, model = self.config, self.model
         prompt = self.row[0] if config.data.world is not None else config.data.max_prompt_tokens
@@ -188,8 +189,10 @@ class _Working:
         rows = int(min(rows, most))
         has_copies = model.is_fused and config.policy.quantize is None
         prefill = min(rows * self.row[0], PREFILL_TOKENS) * block_bytes(model, self.number)
-        pieces = self.narrow * has_copies + rows * cache + prefill
-        return KERNEL_BYTES + fragmentation * pieces + rows * logits
+        pieces, whole = self.narrow * has_copies, rows * cache
+        if whole / model.layers < MAX_THRESHOLD:  # keys and values of a layer are one tensor
+            pieces, whole = pieces + whole, 0.0
+        return KERNEL_BYTES + fragmentation * pieces + whole + prefill + rows * logits
 
     def rl_step(self) -> float:
         """Return the bytes of an RL step: of its rollouts and of its update. The decoder's memory
