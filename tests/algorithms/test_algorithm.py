@@ -27,7 +27,7 @@ from quartet.algorithms.policy_loss import (
 )
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.rewards import ClipScore, MeanOfTokens, RunningScale, ScoreShape
-from quartet.algorithms.value_loss import ClippedValueLoss
+from quartet.algorithms.value_loss import ClippedValueLoss, ValueLoss
 from quartet.errors import PartError
 from tests.support.world import ragged_batch
 
@@ -163,6 +163,13 @@ class Detached(PolicyLoss):
         return -tokens.ratio.detach() * tokens.advantages
 
 
+class DetachedValue(ValueLoss):
+    internal = True
+
+    def __call__(self, values, old_values, returns):
+        return (values.detach() - returns) ** 2
+
+
 class Absent(KL):
     internal = True
 
@@ -182,6 +189,7 @@ class Summed(ScoreShape):
     [
         ({"policy_loss": Mean()}, r"Mean: returned a Tensor of shape \[\], not a Tensor of shape"),
         ({"policy_loss": Detached()}, "Detached: its loss has no gradient"),
+        ({"value_loss": DetachedValue()}, "DetachedValue: its loss has no gradient, so the critic"),
         ({"kl": Absent()}, "Absent: returned a NoneType, not a Tensor of shape"),
         ({"scores": (Summed(),)}, r"Summed: returned a Tensor of shape \[\], not .* \[4\]"),
     ],
@@ -192,7 +200,8 @@ def test_what_a_users_part_must_not_return_is_refused(parts, sentence):
     with pytest.raises(PartError, match=sentence):
         made = algorithm.experience(batch())
         denominators = algorithm.denominators(made)
-        total_loss(algorithm, made, later(made).requires_grad_(), made.values, denominators)
+        values = made.values.clone().requires_grad_()
+        total_loss(algorithm, made, later(made).requires_grad_(), values, denominators)
 
 
 CLIPPED = [

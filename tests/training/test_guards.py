@@ -195,6 +195,25 @@ def test_out_of_memory_is_tried_again_with_half_and_gives_the_same_update():
     )
 
 
+def test_memory_that_ends_in_the_critics_pass_leaves_no_gradient_of_the_actor():
+    """The actor's backward pass is over by then; the step begins again with half the tokens."""
+    whole, halved = learner(tokens=32), learner(tokens=64)
+    experience, values, calls = experienced(whole), halved.models.values, []
+
+    def tight(tokens, mask):
+        calls.append(halved.models.actor.lm_head.weight.grad is not None)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return values(tokens, mask)
+
+    halved.models.values = tight
+    updates = [made.update(experience, PPO) for made in (whole, halved)]
+    assert calls[0] and halved.budget.tokens == 32
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(halved), strict=True))
+    assert updates[0].losses == updates[1].losses
+    assert updates[0].step_stats == updates[1].step_stats
+
+
 def test_memory_that_is_never_enough_fails_after_a_few_times():
     made = starved(learner(tokens=2048), 1)
     with pytest.raises(torch.OutOfMemoryError):

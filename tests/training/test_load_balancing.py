@@ -29,6 +29,7 @@ from quartet.training.imitation import imitation_losses
 from quartet.training.learner import Learner
 from quartet.training.load_balancing import LoadBalancing
 from quartet.training.optim import Optim, Optimizer, OptimizerConfig
+from quartet.training.trust_region import TrustRegionLearner
 from tests.models.test_plain_path import SHAPE
 from tests.models.test_routing import language_model
 from tests.support.pretended_device import on_device, pretended
@@ -179,10 +180,11 @@ def test_each_stage_before_rl_adds_the_loss_and_shows_the_load(step):
     assert not torch.equal(before.state_dict()[gates], after.state_dict()[gates])
 
 
-def updated(models, coef, warm_up=0):
-    algorithm = ALGORITHMS["ppo"]
+def updated(models, coef, warm_up=0, preset="ppo"):
+    algorithm = ALGORITHMS[preset]
     optim = Optim(lr=1e-4, critic_lr=1e-4, minibatches=2, critic_warmup_steps=warm_up)
-    learner = Learner(
+    kind = TrustRegionLearner if preset == "trpo" else Learner
+    learner = kind(
         models,
         freeze(language_model()),
         optim,
@@ -221,9 +223,16 @@ def test_the_warm_up_of_the_critic_balances_the_critic_only():
     models = separate()
     before = copy.deepcopy(models.actor.state_dict())
     update = updated(models, 1.0, warm_up=1)
-    assert update.step_stats.keys() >= {f"critic_{name}" for name in NAMES}
-    assert not NAMES & update.step_stats.keys(), "the actor's pass has no gradient"
+    assert update.step_stats.keys() >= NAMES | {f"critic_{name}" for name in NAMES}
+    balance = update.step_stats["critic_experts/balance_loss"]
+    added = update.step_stats["loss"] - update.losses["value"]
+    assert added == pytest.approx(balance, rel=1e-5), "of the critic alone"
     assert all(torch.equal(before[n], p) for n, p in models.actor.state_dict().items())
+
+
+def test_a_trust_region_shows_the_load_of_the_actor():
+    update = updated(separate(), 0.0, preset="trpo")
+    assert update.step_stats.keys() >= NAMES | {f"critic_{name}" for name in NAMES}
 
 
 def test_a_critic_on_the_actors_trunk_is_balanced_once():

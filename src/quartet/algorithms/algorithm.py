@@ -291,7 +291,8 @@ class Algorithm:
         now = now.within(experience.response_mask)
         shape = experience.response_mask.shape
         per_token = {}
-        if now.logprobs is not None and now.entropy is not None:
+        if now.logprobs is not None:
+            assert now.entropy is not None, "every pass of an actor gives both"
             entropy = self.entropy(now.entropy, experience.mean_entropy)
             per_token = {
                 "policy": self._policy(experience, now.logprobs),
@@ -304,6 +305,11 @@ class Algorithm:
             assert experience.values is not None and experience.returns is not None
             value = self.value_loss(now.values, experience.values, experience.returns)
             per_token["value"] = of_shape(self.value_loss, value, shape)
+            if now.values.requires_grad and not per_token["value"].requires_grad:
+                raise PartError(
+                    f"{self.value_loss.type}: its loss has no gradient, so the critic would learn "
+                    "nothing. Compute it from values, and do not detach them."
+                )
         masks = self._masks(experience)
         return {
             name: self.aggregation(loss, masks[name], denominators[name])

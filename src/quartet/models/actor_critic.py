@@ -89,9 +89,7 @@ class Separate:
         self.actor, self.critic = actor, critic
 
     def forward_passes(self, request: ForwardRequest) -> Iterator[Forward]:
-        with torch.set_grad_enabled(request.trains_actor and torch.is_grad_enabled()):
-            outputs = _of_the_actor(self.actor, request)
-        yield outputs
+        yield _of_the_actor(self.actor, request, gradient=request.trains_actor)
         if self.critic is not None:
             with recorded_routing(self.critic.trunk) as routers:
                 values = self.values(request.tokens, request.mask)
@@ -160,23 +158,27 @@ class Shared:
 
 
 def _of_the_actor(
-    actor: CausalModel, request: ForwardRequest, head: ValueHead | None = None
+    actor: CausalModel,
+    request: ForwardRequest,
+    head: ValueHead | None = None,
+    gradient: bool = True,
 ) -> Forward:
     """Return the outputs of one pass of the actor, with the values of a head on its last hidden
-    states."""
-    r = request
-    with recorded_routing(actor.base_model) as routers:
+    states. In an update its routers are recorded without a `gradient`, too."""
+    r, gradient = request, gradient and torch.is_grad_enabled()
+    with recorded_routing(actor.base_model) as routers, torch.set_grad_enabled(gradient):
         outputs = forward_positions(actor, r.tokens, r.mask)
-    logprobs, entropy = statistics(
-        actor, outputs, r.tokens, r.mask, r.temperature, r.entropy_gradient, r.kept
-    )
-    return Forward(
-        logprobs,
-        entropy,
-        None if head is None else scatter_to_tokens(head(outputs.hidden), r.mask),
-        exact_kl_to(r.reference, actor, outputs, r.tokens, r.mask, r.temperature, r.kept),
-        routers.routing,
-    )
+    with torch.set_grad_enabled(gradient):
+        logprobs, entropy = statistics(
+            actor, outputs, r.tokens, r.mask, r.temperature, r.entropy_gradient, r.kept
+        )
+        return Forward(
+            logprobs,
+            entropy,
+            None if head is None else scatter_to_tokens(head(outputs.hidden), r.mask),
+            exact_kl_to(r.reference, actor, outputs, r.tokens, r.mask, r.temperature, r.kept),
+            routers.routing,
+        )
 
 
 def trainable(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -219,8 +219,8 @@ LanguageModel = CausalModel | AdapterView
 def adapter_active(model: Trunk | CausalModel, adapter: str | None) -> Iterator[None]:
     """Make this adapter (None: none) the active one inside the context.
 
-    peft's own `set_adapter` would also change `requires_grad`; here it stays, so that one backward
-    pass can reach two adapters.
+    peft's own `set_adapter` would also change `requires_grad`; here it stays, so that the adapters
+    of actor and critic are both trained, whichever is active.
     """
     before = _active_adapter_of(model)
     _activate(model, adapter)

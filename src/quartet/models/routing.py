@@ -66,8 +66,9 @@ _RECORDERS: "WeakKeyDictionary[Any, Recorder]" = WeakKeyDictionary()
 
 @contextmanager
 def recorded_routing(trunk: Trunk) -> Iterator[Recorder]:
-    """Record what the routers of a trunk say in a pass inside the context. Nothing is recorded
-    without gradients, in compiled blocks, and of models that `why_not_balanced` names."""
+    """Record what the routers of a trunk say in a pass inside the context. Nothing is recorded if
+    gradients are off where it begins, in compiled blocks, and of models that `why_not_balanced`
+    names."""
     recorder = Recorder()
     config: Any = getattr(trunk, "config", None)
     if not torch.is_grad_enabled() or why_not_balanced(config) is not None or _is_compiled(trunk):

@@ -293,7 +293,9 @@ class Learner:
                 minibatch, algorithm, train_actor, record, micro_batch_tokens
             ):
                 balanced = actor_load.added_to(loss, forward.routing, share)
-                yield critic_load.added_to(balanced, forward.critic_routing, share)
+                balanced = critic_load.added_to(balanced, forward.critic_routing, share)
+                if balanced.requires_grad:  # the actor's has none where only the critic is trained
+                    yield balanced
             yield from self._ptx_losses(minibatch, algorithm, record, micro_batch_tokens)
             record.settle()
             for optimizer in optimizers.values():  # moments came during the first gradients
@@ -335,10 +337,9 @@ class Learner:
                 terms = algorithm.loss(part, forward, denominators)
                 if micro_batch.counts:
                     record.add(indices, part, forward, terms, algorithm)
-                trained = [term for name, term in terms.items() if train_actor or name == "value"]
-                if trained:
-                    total = sum(trained, torch.zeros((), device=self.device))
-                    yield forward, micro_batch.counts * total, micro_batch.share_of(lengths)
+                trained = (term for name, term in terms.items() if train_actor or name == "value")
+                loss = micro_batch.counts * sum(trained, torch.zeros((), device=self.device))
+                yield forward, loss, micro_batch.share_of(lengths)
 
     def _ptx_losses(
         self,

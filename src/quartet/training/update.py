@@ -152,9 +152,9 @@ class UpdateRecord:
         """Record a forward pass of one micro-batch. `part` is those rows of the experience, `terms`
         their losses."""
         numbers = dict(terms)
-        if forward.logprobs is not None and forward.entropy is not None:
-            logprobs, entropy = forward.logprobs, forward.entropy
-            numbers |= self._of_the_actor(rows, part, logprobs, entropy, algorithm)
+        if forward.logprobs is not None:
+            assert forward.entropy is not None, "every pass of an actor gives both"
+            numbers |= self._of_the_actor(rows, part, forward.logprobs, forward.entropy, algorithm)
         self.add_terms(numbers)
 
     def _of_the_actor(
