@@ -73,8 +73,8 @@ def holds_for_a_while(size: int) -> Iterator[None]:
 
 @contextmanager
 def returns_holes() -> Iterator[None]:
-    """Work that frees what it began with, as a backward pass its activations: free memory is
-    returned to the system afterwards if there is much more of it than was freed.
+    """Return free memory to the system after some work, as a backward pass, if there is much more
+    of it than the work has freed, less what it has allocated.
 
     The next micro-batch has other lengths, and small objects that stay in between keep its tensors
     out of the holes of the last: with 27 M parameters and LoRA, 650 MB of tensors were in 1.6 GB.

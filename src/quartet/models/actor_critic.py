@@ -89,7 +89,7 @@ class Separate:
         self.actor, self.critic = actor, critic
 
     def forward_passes(self, request: ForwardRequest) -> Iterator[Forward]:
-        yield _of_the_actor(self.actor, request, gradient=request.trains_actor)
+        yield _actor_outputs(self.actor, request, gradient=request.trains_actor)
         if self.critic is not None:
             with recorded_routing(self.critic.trunk) as routers:
                 values = self.values(request.tokens, request.mask)
@@ -125,7 +125,7 @@ class Shared:
         self.actor, self.head = actor, head
 
     def forward_passes(self, request: ForwardRequest) -> Iterator[Forward]:
-        yield _of_the_actor(self.actor, request, self.head)
+        yield _actor_outputs(self.actor, request, self.head)
 
     def values(
         self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
@@ -157,7 +157,7 @@ class Shared:
         critic.save_per_token(folder, tokenizer)
 
 
-def _of_the_actor(
+def _actor_outputs(
     actor: CausalModel,
     request: ForwardRequest,
     head: ValueHead | None = None,
@@ -165,20 +165,19 @@ def _of_the_actor(
 ) -> Forward:
     """Return the outputs of one pass of the actor, with the values of a head on its last hidden
     states. In an update its routers are recorded without a `gradient`, too."""
-    r, gradient = request, gradient and torch.is_grad_enabled()
+    tokens, mask, temperature = request.tokens, request.mask, request.temperature
+    gradient = gradient and torch.is_grad_enabled()
     with recorded_routing(actor.base_model) as routers, torch.set_grad_enabled(gradient):
-        outputs = forward_positions(actor, r.tokens, r.mask)
-    with torch.set_grad_enabled(gradient):
+        outputs = forward_positions(actor, tokens, mask)
+    with torch.set_grad_enabled(gradient):  # a reference on the same trunk is not recorded
         logprobs, entropy = statistics(
-            actor, outputs, r.tokens, r.mask, r.temperature, r.entropy_gradient, r.kept
+            actor, outputs, tokens, mask, temperature, request.entropy_gradient, request.kept
         )
-        return Forward(
-            logprobs,
-            entropy,
-            None if head is None else scatter_to_tokens(head(outputs.hidden), r.mask),
-            exact_kl_to(r.reference, actor, outputs, r.tokens, r.mask, r.temperature, r.kept),
-            routers.routing,
+        exact_kl = exact_kl_to(
+            request.reference, actor, outputs, tokens, mask, temperature, request.kept
         )
+        values = None if head is None else scatter_to_tokens(head(outputs.hidden), mask)
+    return Forward(logprobs, entropy, values, exact_kl, routers.routing)
 
 
 def trainable(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -154,10 +154,10 @@ class UpdateRecord:
         numbers = dict(terms)
         if forward.logprobs is not None:
             assert forward.entropy is not None, "every pass of an actor gives both"
-            numbers |= self._of_the_actor(rows, part, forward.logprobs, forward.entropy, algorithm)
+            numbers |= self._actor_numbers(rows, part, forward.logprobs, forward.entropy, algorithm)
         self.add_terms(numbers)
 
-    def _of_the_actor(
+    def _actor_numbers(
         self,
         rows: list[int],
         part: Experience,
