@@ -17,9 +17,11 @@ from quartet.loops.ilql import IlqlLearner, ilql
 from quartet.loops.preference import preference
 from quartet.loops.reward_model import reward_model
 from quartet.loops.sft import sft
-from quartet.models.actor_critic import Separate, Shared, freeze
+from quartet.models.actor_critic import ForwardRequest, Separate, Shared, freeze
+from quartet.models.adapters import POLICY, AdapterView, add_adapter
 from quartet.models.forward import masked_logprobs
 from quartet.models.heads import ScalarModel, ValueHead
+from quartet.models.lora import Lora
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.precision import compute_in
 from quartet.models.q_heads import QHeads
@@ -262,3 +264,19 @@ def test_on_a_gpu_that_is_not_there_a_step_waits_once_more_however_many_micro_ba
     assert metrics.keys() == NAMES
     assert one == 1 and many == 3
     assert few - plain == more - plain_many == 1
+
+
+def test_the_reference_on_the_actors_trunk_is_not_in_the_load():
+    """The exact KL runs the trunk once more, without the adapter."""
+    actor = add_adapter(language_model(), Lora(rank=2), POLICY, seed=0)
+    for name, parameter in actor.named_parameters():
+        if "lora_B" in name:  # zeros: the adapter would change nothing
+            torch.nn.init.normal_(parameter)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    mask = torch.arange(4)[None] > 0
+    alone, beside = (
+        next(Separate(actor, None).forward_passes(ForwardRequest(tokens, mask, 1.0, False, each)))
+        for each in (None, AdapterView(actor, None))
+    )
+    assert beside.exact_kl is not None and alone.exact_kl is None
+    assert torch.equal(beside.routing.loss(), alone.routing.loss())

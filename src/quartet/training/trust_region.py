@@ -189,7 +189,7 @@ class _Objective:
         """Yield the actor's loss of each micro-batch."""
         for rows in self.rows:
             part = self.experience.rows(rows)
-            forward = next(self.learner.forward_passes(part, self.algorithm))
+            forward = next(self.learner.forward_passes(part, self.algorithm))  # the actor's
             part = part.to(self.learner.device)
             terms = self.algorithm.loss(part, forward, self.denominators)
             yield sum(
