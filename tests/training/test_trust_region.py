@@ -118,6 +118,15 @@ def test_for_the_same_kl_the_natural_step_gains_more_than_the_gradients():
     assert update.step_stats["trust_region/improvement"] > 1.2 * gain_of_plain
 
 
+def test_a_loss_of_the_region_does_not_run_the_critic(monkeypatch):
+    """A line search takes it many times."""
+    made = learner()
+    objective = _Objective(made, experience_of(made), TRPO)
+    monkeypatch.setattr(made.models.critic, "values", None)  # would fail if it were asked
+    assert objective.gradient(made.models.actor_parameters()).norm() > 0
+    assert objective.loss() == objective.loss()
+
+
 def test_where_no_step_is_better_nothing_moves():
     made = learner()
     experience = experience_of(made)
