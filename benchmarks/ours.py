@@ -34,7 +34,13 @@ from quartet.models.language_model import load_model
 from quartet.models.lora import Lora
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.protocols import CausalModel
-from quartet.planning.memory import Sizes, activation_bytes, cpu_micro_batch, folder_sizes
+from quartet.planning.memory import (
+    Sizes,
+    activation_bytes,
+    block_bytes,
+    cpu_micro_batch,
+    folder_sizes,
+)
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward
@@ -47,10 +53,18 @@ from workload import Measurement, Size
 LORA = Lora(rank=w.LORA_RANK, alpha=w.LORA_ALPHA)
 
 
+def sizes_of(size: Size) -> Sizes:
+    return folder_sizes(size.folder) or Sizes(size.hidden, size.layers, 3 * size.hidden)
+
+
 def micro_batch_tokens(size: Size) -> int:
     """Return the tokens of a micro-batch that a run would take."""
-    sizes = folder_sizes(size.folder) or Sizes(size.hidden, size.layers, 3 * size.hidden)
-    return cpu_micro_batch(activation_bytes(sizes, checkpointing=False))
+    return cpu_micro_batch(activation_bytes(sizes_of(size), checkpointing=False))
+
+
+def scoring_tokens(size: Size) -> int:
+    """Return the tokens of a pass without a gradient that a run would take."""
+    return max(micro_batch_tokens(size), cpu_micro_batch(block_bytes(sizes_of(size))))
 
 
 class FixedLengthGenerator(NativeGenerator):
@@ -137,14 +151,15 @@ def ppo(size: Size, repeats: int) -> Measurement:
     optim = Optim(lr=1e-5, critic_lr=1e-5, epochs=size.ppo_epochs, minibatches=1)
     sampling = Sampling(max_new_tokens=size.limit)
     reference = reference_of(actor, size)
-    tokens = micro_batch_tokens(size)
+    tokens = scoring_tokens(size)
     learner = Learner(
         Separate(actor, critic),
         reference,
         optim,
         sampling,
         steps=repeats + 1,
-        micro_batch_tokens=tokens,
+        micro_batch_tokens=micro_batch_tokens(size),
+        scoring_tokens=tokens,
     )
     collector = Collector(
         Sampler(prompts(size, rows), rows, 0),
@@ -167,6 +182,7 @@ def grpo(size: Size, repeats: int, preset: str = "grpo") -> Measurement:
         sampling,
         steps=repeats + 1,
         micro_batch_tokens=micro_batch_tokens(size),
+        scoring_tokens=scoring_tokens(size),
     )
     collector = Collector(
         Sampler(prompts(size, size.rows // samples), size.rows // samples, 0),

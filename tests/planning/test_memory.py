@@ -6,11 +6,16 @@ import pytest
 import torch
 import transformers
 
-from quartet.assembly import build
+from quartet.algorithms.presets import ALGORITHMS
+from quartet.assembly import build, components
+from quartet.assembly.assembler import Assembler
+from quartet.assembly.stages import stage
 from quartet.config.toml import read_settings
+from quartet.distributed.offload import NO_OFFLOAD
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.models import trunk
+from quartet.models.actor_critic import Separate
 from quartet.models.forward import masked_logprobs
 from quartet.models.language_model import create
 from quartet.models.shape import Shape
@@ -22,6 +27,7 @@ from quartet.planning.memory import (
     cpu_micro_batch,
     micro_batch_tokens,
     policy_parameters,
+    scoring_tokens,
     sizes,
 )
 from quartet.planning.plan import in_words, plan
@@ -103,15 +109,33 @@ def config_with(*words):
     return read_settings(recipe_path("reviews"), list(words)).config
 
 
+def of_width(hidden, *words):
+    shape = (f"hidden_size={hidden}", "num_layers=10", "num_heads=10")
+    return config_with(*(f"policy.create.{key}" for key in shape), *words)
+
+
+def test_what_only_scores_is_given_the_tokens_of_a_pass_without_a_gradient():
+    """Reward models, the evaluation, and the learner beside those of its micro-batches."""
+    made = Assembler(of_width(1000))
+    assert made.rewards.context.micro_batch_tokens == 2048 > made.micro_batch_tokens
+    assert stage(made, "evaluation").micro_batch_tokens == 2048
+    assert stage(made, "reward_model").micro_batch_tokens == made.micro_batch_tokens
+    learner = components._learner(
+        made, ALGORITHMS["ppo"], Separate(model(), None), None, NO_OFFLOAD
+    )
+    assert (learner.budget.tokens, learner.budget.scoring_tokens) == (made.micro_batch_tokens, 2048)
+
+
 def test_on_a_cpu_the_activations_of_a_micro_batch_are_bounded():
     # A block of width 1,000 with an inner one of 4,000 keeps 4 + 5 + 12 thousand numbers a token.
     assert activation_bytes(Sizes(1000, 10, 4000), False) == 4 * 10 * 21_000
     assert cpu_micro_batch(840e3) == 380  # 320 MB / 0.84 MB
     assert cpu_micro_batch(100.0) == 2048 and cpu_micro_batch(1e9) == 256
-    shape = [
-        f"policy.create.{key}" for key in ("hidden_size=1000", "num_layers=10", "num_heads=10")
-    ]
-    wide, shared = config_with(*shape), config_with(*shape, "critic.type=shared")
+    wide, shared = of_width(1000), of_width(1000, "critic.type=shared")
+    # Without a gradient there is one block's at a time.
+    assert scoring_tokens(wide, 380) == 2048 and scoring_tokens(wide, 3000) == 3000
+    wider = of_width(4000)
+    assert micro_batch_tokens(wider, None, None) == 256 < scoring_tokens(wider, 256) < 2048
     # A critic with a trunk of its own has its activations when the actor's are gone.
     assert micro_batch_tokens(wide, None, None) == micro_batch_tokens(shared, None, None) < 2048
 
@@ -123,6 +147,7 @@ def test_the_setting_wins_and_a_gpu_gets_what_its_memory_holds():
         micro_batch_tokens(asked, parameters, None)
         == micro_batch_tokens(asked, parameters, 80e9)
         == 999
+        == scoring_tokens(asked, 999)
     )
     assert micro_batch_tokens(chosen, parameters, None) == 2048
     roomy, tight = (micro_batch_tokens(chosen, parameters, free) for free in (2e9, 0.4e9))

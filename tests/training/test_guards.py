@@ -195,6 +195,24 @@ def test_out_of_memory_is_tried_again_with_half_and_gives_the_same_update():
     )
 
 
+def test_halved_tokens_of_passes_without_a_gradient_stay_those_of_a_micro_batch_at_least():
+    budget = Budget(256, scoring_tokens=1000)
+    assert budget.run_within("the update", lambda tokens: tokens) == 256
+    assert budget.run_within("scoring", lambda tokens: tokens, scoring=True) == 1000
+
+    def tight(tokens):
+        if tokens > 500:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return tokens
+
+    assert budget.run_within("scoring", tight, scoring=True) == 500 and budget.tokens == 128
+    assert "with 1,000 tokens at once; retried with 500. " in budget.notes[0]
+    resumed = Budget(256, scoring_tokens=1000)
+    resumed.load_state(budget.state())
+    assert (resumed.tokens, resumed.scoring_tokens) == (128, 500)
+    assert Budget(256, scoring_tokens=100).scoring_tokens == 256 == Budget(256).scoring_tokens
+
+
 def test_memory_that_ends_in_the_critics_pass_leaves_no_gradient_of_the_actor():
     """The actor's backward pass is over by then; the step begins again with half the tokens."""
     whole, halved = learner(tokens=32), learner(tokens=64)

@@ -44,7 +44,7 @@ def actor_critic(kind="separate"):
     )
 
 
-def learner(kind="separate", tokens=2048, placement=NO_OFFLOAD, **settings):
+def learner(kind="separate", tokens=2048, placement=NO_OFFLOAD, scoring_tokens=None, **settings):
     reference = freeze(copy.deepcopy(model(seed=2)))
     optim = dataclasses.replace(SETTINGS, **settings)
     sampling = Sampling(max_new_tokens=8, temperature=0.8)
@@ -56,6 +56,7 @@ def learner(kind="separate", tokens=2048, placement=NO_OFFLOAD, **settings):
         4,
         micro_batch_tokens=tokens,
         placement=placement,
+        scoring_tokens=scoring_tokens,
     )
 
 
@@ -74,6 +75,27 @@ def test_score_gives_each_token_three_opinions_and_none_outside_the_response():
         assert (numbers[outside] == 0).all()
         assert (numbers[batch.response_mask] != 0).all()
     assert not torch.allclose(batch.old_logprobs, batch.ref_logprobs)
+
+
+def test_passes_without_a_gradient_take_more_tokens_than_micro_batches(monkeypatch):
+    """Actor, critic and reference score in one pass each where an update takes several."""
+    one, several = learner(tokens=40, scoring_tokens=4096), learner(tokens=40)
+    batch, as_before = (made.score(rollouts(), ALGORITHMS["ppo"]) for made in (one, several))
+    for name in ("old_logprobs", "ref_logprobs", "values"):
+        torch.testing.assert_close(getattr(batch, name), getattr(as_before, name))
+    widths = []
+    forward_passes = one.models.forward_passes
+
+    def seen(request):
+        widths.append(request.tokens.numel())
+        return forward_passes(request)
+
+    monkeypatch.setattr(one.models, "forward_passes", seen)
+    experience = ALGORITHMS["ppo"].experience(one.score(rollouts(), ALGORITHMS["ppo"]))
+    assert widths == [batch.tokens.numel()] and widths[0] > 40
+    widths.clear()
+    one.update(experience, ALGORITHMS["ppo"])
+    assert len(widths) > 1 and max(widths) <= 40
 
 
 def test_without_a_critic_or_a_reference_there_are_no_such_numbers():

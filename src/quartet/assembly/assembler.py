@@ -38,7 +38,7 @@ from quartet.models.chat import set_chat_template, set_template_variables
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import ModelError, load_tokenizer
 from quartet.models.quantize import bitsandbytes
-from quartet.planning.memory import micro_batch_tokens, policy_parameters
+from quartet.planning.memory import micro_batch_tokens, policy_parameters, scoring_tokens
 from quartet.recording.tokens import TokenTexts
 from quartet.recording.trackers import check_trackers
 from quartet.rewards.combine import EnsembleReward
@@ -117,12 +117,13 @@ class Assembler:
         self.encoder = self._encoder(longest)
         check_models(self.models)
         self.micro_batch_tokens = self._micro_batch_tokens()
+        self.scoring_tokens = scoring_tokens(config, self.micro_batch_tokens)
         texts = TokenTexts(self.tokenizer)
         self.rewards = RewardMaker(
             RewardContext(
                 self.tokenizer,
                 lambda ids: [texts[i] for i in ids],
-                self.micro_batch_tokens,
+                self.scoring_tokens,
                 self.device,
                 self.models.dtype("reward_model"),
                 self.world.gold if self.world else None,

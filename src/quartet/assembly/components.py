@@ -94,6 +94,7 @@ def _learner(
         assembler.process_group,
         placement,
         config.policy.router_aux_loss_coef,
+        assembler.scoring_tokens,
     )
 
 

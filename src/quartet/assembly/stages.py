@@ -346,7 +346,7 @@ def evaluation_stage(assembler: Assembler, name: str) -> EvaluationStage:
         rewards=assembler.weighted_rewards,
         gold=assembler.rewards.context.gold,
         sampling=assembler.config.rollout,
-        micro_batch_tokens=assembler.micro_batch_tokens,
+        micro_batch_tokens=assembler.scoring_tokens,
         generator=assembler.generators.for_evaluation,
         best_of=0 if assembler.has_llm_judge else settings.best_of,
         process_group=assembler.process_group,

@@ -247,6 +247,17 @@ def micro_batch_tokens(
     return int(min(max((free_bytes - resident) / 2 / per_token, CPU_MICRO_BATCH), 2**16))
 
 
+def scoring_tokens(config: Config, micro_batch: int) -> int:
+    """Return the tokens of a forward pass without a gradient, of which only one block's activations
+    are in memory, given those of a micro-batch: the setting, or as many as suit a CPU. A
+    micro-batch on a GPU has as many in any case."""
+    model = sizes(config)
+    if config.optim.micro_batch_tokens != "auto" or model is None:
+        return micro_batch
+    of_block = block_bytes(model, number_bytes(config, on_gpu=False))
+    return max(micro_batch, cpu_micro_batch(of_block))
+
+
 def cpu_micro_batch(token_bytes: float) -> int:
     """Return the tokens of a micro-batch on a CPU, where the activations of one take so many
     bytes."""

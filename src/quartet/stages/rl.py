@@ -85,7 +85,7 @@ class RLComponents:
             metrics = self._win_rate(algorithm, stale)
         if self.texts:
             learner = self.learner
-            actor, tokens = learner.models.actor, learner.budget.tokens
+            actor, tokens = learner.models.actor, learner.budget.scoring_tokens
             with activity("held-out texts"):
                 loss = held_out_loss(actor, self.texts, tokens, learner.process_group)
             metrics["policy/sft_perplexity"] = math.exp(min(loss, MAX_LOG_PERPLEXITY))

@@ -17,27 +17,42 @@ CPU_WORDS = ("can't allocate memory", "not enough memory")
 
 
 class Budget:
-    """The most tokens of one forward pass. It bounds memory and changes no result.
+    """The most tokens of one forward pass. It bounds memory and changes no result. A pass without a
+    gradient keeps no activations, so it may take more.
 
-    When memory runs out it is halved for the rest of the stage, and the work is repeated. With
+    When memory runs out both are halved for the rest of the stage, and the work is repeated. With
     several ranks it is not: the others would wait for collectives that this rank has left.
     """
 
-    def __init__(self, tokens: int, process_group: ProcessGroup = SINGLE_PROCESS) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        process_group: ProcessGroup = SINGLE_PROCESS,
+        scoring_tokens: int | None = None,
+    ) -> None:
+        """`scoring_tokens`: those of a pass without a gradient; `tokens` if None."""
         self.tokens, self.process_group = tokens, process_group
         self.halvings = 0
+        self._scoring_tokens = max(scoring_tokens or tokens, tokens)
         self.notes: list[str] = []
         """Sentences about halvings; the stage reports and clears them."""
 
-    def run_within(self, phase: str, work: Callable[[int], T]) -> T:
+    @property
+    def scoring_tokens(self) -> int:
+        """The most tokens of a pass without a gradient."""
+        return max(self._scoring_tokens >> self.halvings, self.tokens)
+
+    def run_within(self, phase: str, work: Callable[[int], T], scoring: bool = False) -> T:
         """Return `work(tokens)`, repeated with half the tokens while memory does not suffice.
 
-        `phase` names the work in the report. Work that fails must leave nothing behind.
+        `phase` names the work in the report; `scoring` says that it takes no gradients. Work that
+        fails must leave nothing behind.
         """
         while True:
+            tokens = self.scoring_tokens if scoring else self.tokens
             try:
                 with activity(phase.removeprefix("the ")):
-                    return work(self.tokens)
+                    return work(tokens)
             except RuntimeError as error:
                 if (
                     not out_of_memory(error)
@@ -49,8 +64,8 @@ class Budget:
             self.halvings += 1
             self.tokens //= 2
             self.notes.append(
-                f"out of memory in {phase} with {2 * self.tokens:,} tokens at once; retried with "
-                f"{self.tokens:,}. "
+                f"out of memory in {phase} with {tokens:,} tokens at once; retried with "
+                f"{self.scoring_tokens if scoring else self.tokens:,}. "
                 f"optim.micro_batch_tokens = {self.tokens} would have avoided it."
             )
             gc.collect()

@@ -69,15 +69,17 @@ class Learner:
         process_group: ProcessGroup = SINGLE_PROCESS,
         placement: Placement = NO_OFFLOAD,
         balance_coef: float = 0.0,
+        scoring_tokens: int | None = None,
     ) -> None:
         """`sampling` says how rollouts are generated: log-probs are taken at its temperature.
         `steps` is the number of updates, over which learning rates follow their schedule.
         `pretraining` gives the demonstrations of PTX. `process_group` is the ranks that hold the
         same models: each is given the same rollouts and experience, computes its share of the rows,
         and returns the results of all. `balance_coef` multiplies the load-balancing losses of actor
-        and critic, where they are mixtures of experts."""
+        and critic, where they are mixtures of experts. `scoring_tokens` are those of a forward pass
+        without a gradient; None: as many as a micro-batch has."""
         self.process_group, self.placement = process_group, placement
-        self.budget = Budget(micro_batch_tokens, process_group)
+        self.budget = Budget(micro_batch_tokens, process_group, scoring_tokens)
         self.models, self.reference, self.optim = models, reference, optim
         self.sampling, self.steps, self.balance_coef = sampling, steps, balance_coef
         self.pretraining = pretraining
@@ -161,7 +163,7 @@ class Learner:
             )
         with self.placement.on_device(self.reference, wait=False):
             return self.budget.run_within(
-                "scoring", partial(self._score, batch, rollouts, algorithm)
+                "scoring", partial(self._score, batch, rollouts, algorithm), scoring=True
             )
 
     @torch.no_grad()
@@ -382,7 +384,7 @@ class Learner:
     def logprobs(self, experience: Experience) -> Float[Tensor, "B T"]:
         """Return the log-probs of the response tokens by the actor as it is now; 0 elsewhere."""
         return self.scorer.logprobs(
-            self.models.actor, experience, self.budget.tokens, experience.kept
+            self.models.actor, experience, self.budget.scoring_tokens, experience.kept
         )
 
     def kl_since(self, experience: Experience) -> float:
