@@ -18,7 +18,7 @@ LORA = 'policy.adapter={type = "lora", rank = 16}'
 
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch):
-    monkeypatch.setattr(planned, "cores", lambda: 2)
+    monkeypatch.setattr(planned, "usable_cores", lambda: 2)
 
 
 def config_with(*words):
@@ -107,3 +107,17 @@ def test_a_folder_says_how_large_the_head_is(tmp_path):
     found = planned.seconds(config, 10_000, (prompt, response), {"sft": 600.0})
     expected = 20 * (6 * blocks * 30 + 8 * 100 * 16 * 20)
     assert (found - START_SECONDS) * RATES[0] * 2 == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_has_the_threads_that_it_is_given_and_no_more_than_there_are_cores(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    config = config_with()
+    times = {}
+    for threads in ("1", "2", "64"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        times[threads] = plan(config).seconds - START_SECONDS
+    assert times["1"] == pytest.approx(2 * times["2"]) == pytest.approx(4 * times["64"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 3}, raising=False)
+    assert plan(config).seconds - START_SECONDS == pytest.approx(times["2"])

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from quartet.config.tables import Config, SharedCritic
+from quartet.io.cores import computing_threads
 from quartet.planning.memory import reward_model_parameters, sizes
 from quartet.runs.rounds import round_of
 
@@ -70,7 +71,7 @@ def seconds(
                 work += model.scored(count, answered * count)
         else:
             work += model.trained(count, answered * count)
-    return START_SECONDS + work / (rate(shape.hidden if shape is not None else 0) * cores())
+    return START_SECONDS + work / (rate(shape.hidden if shape is not None else 0) * usable_cores())
 
 
 def _rl(config: Config, model: _Model, scorer: _Model, count: float, answered: float) -> float:
@@ -89,10 +90,11 @@ def _rl(config: Config, model: _Model, scorer: _Model, count: float, answered: f
     return work
 
 
+def usable_cores() -> int:
+    """Return the cores that a run keeps busy; threads beyond them add nothing."""
+    return min(computing_threads(), os.cpu_count() or 1)
+
+
 def rate(hidden: int) -> float:
     """Return the operations per second of one core for models of a width."""
     return RATES[max(width for width in RATES if width <= hidden)]
-
-
-def cores() -> int:
-    return os.cpu_count() or 1

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quartet.io.cores import computing_threads
 from quartet.io.leash import Leash
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Processes:
 
     def __init__(self, parallel: int, lock: int) -> None:
         """`lock` is an open file that every run inherits."""
-        self.threads = max(1, _threads() // parallel)
+        self.threads = max(1, computing_threads() // parallel)
         self.lock = lock
         self.leash = Leash()
         self._running: list[subprocess.Popen[bytes]] = []
@@ -74,13 +75,3 @@ def stop(process: "subprocess.Popen[bytes] | RayRun") -> None:
     """Let a run save and end."""
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGTERM)
-
-
-def _threads() -> int:
-    """Return the number of threads that all runs together may have."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdecimal() and int(given):
-        return int(given)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
