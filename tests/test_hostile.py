@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -239,6 +241,20 @@ def test_what_nobody_foresaw_is_a_sentence_and_with_debug_a_traceback(monkeypatc
     monkeypatch.setattr("sys.argv", ["quartet", "runs", "--debug"])
     with pytest.raises(ZeroDivisionError):
         quartet.cli.main()
+
+
+def test_a_command_in_a_folder_that_was_deleted_says_so(tmp_path):
+    """Intel's library, which torch loads, ends such a process itself."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    line = 'cd "$0"; rmdir "$0"; exec "$1" -m quartet run guess run.steps=1'
+    done = subprocess.run(
+        ["sh", "-c", line, gone, sys.executable], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "The folder that this command was started in was deleted. Change to another one.\n"
+    )
 
 
 def test_a_clock_that_goes_back_changes_nothing(tmp_path, monkeypatch):

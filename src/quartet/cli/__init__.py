@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import os
 import sys
+from pathlib import Path
 
 from quartet.cli import (  # noqa: F401
     check,
@@ -45,6 +46,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
     try:
+        _check_working_folder()
         try:
             app()
         finally:
@@ -74,6 +76,17 @@ def main() -> None:
             soft_wrap=True,
         )
         sys.exit(FAILED)
+
+
+def _check_working_folder() -> None:
+    """Raise QuartetError if there is none: torch's libraries would end the process without a
+    word."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise QuartetError(
+            "The folder that this command was started in was deleted. Change to another one."
+        ) from None
 
 
 def _end_at_once(end: SystemExit) -> None:
