@@ -226,14 +226,37 @@ def test_a_pass_over_prompts_has_what_one_block_computes():
     assert 0 < row < (40 + 48) * 4 * 2 * 4 * 128 + 3 * 4 * 4096
 
 
-def test_the_evaluation_has_the_kernels_of_the_rl_stage_beside_its_own():
+GOLD = 'reward=[{type="gold"}]'
+
+
+def test_the_evaluation_has_the_kernels_of_a_stage_that_samples_beside_its_own():
     group = ("rollout.samples_per_prompt=8", 'algorithm={preset="grpo"}')
-    memory = []
-    for stage, more in (("dpo", ()), ("grpo", group)):
+    memory = {}
+    for stage, more in (("dpo", ()), ("grpo", group), ("online_dpo", ())):
         recipe = f'recipe=["sft", "{stage}", "evaluation"]'
-        config = config_with(recipe, 'reward=[{type="gold"}]', *more)
-        memory.append(phases(config, {"policy": 1}, 10**6, (8.0, 12.0))["evaluation"])
-    assert memory[1] - memory[0] == KERNEL_BYTES
+        config = config_with(recipe, GOLD, *more)
+        memory[stage] = phases(config, {"policy": 1}, 10**6, (8.0, 12.0))["evaluation"]
+    assert memory["grpo"] - memory["dpo"] == KERNEL_BYTES
+    assert memory["online_dpo"] - memory["dpo"] == KERNEL_BYTES
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_online_pairs_are_sampled_and_scored_beside_the_update(large, monkeypatch):
+    """Two answers to each prompt, and the reward model of the run with its 700,000 parameters in float32."""
+    monkeypatch.setattr(planned, "LARGE", 1 if large else 2**40)
+    monkeypatch.setattr(planned, "reward_model_parameters", lambda *_: 700_000)
+    roles = {"policy": 10**6, "reward model": 700_000, "reference": 10**6}
+    row = (8.0, 12.0)
+    memory = {}
+    for stage in ("dpo", "online_dpo"):
+        config = config_with(f'recipe=["sft", "reward_model", "{stage}"]')
+        memory[stage] = phases(config, roles, 10**6, row)[stage]
+    working = planned._Working(config, sizes(config), 10**6, row)
+    rows = config.preference.batch_size
+    update = working.training(rows * (8.0 + 2 * 12))
+    sampled = working.sampling(2 * rows, fragmentation=1.0)
+    together = max(working.sampling(2 * rows) - update, KERNEL_BYTES) if large else sampled
+    assert memory["online_dpo"] - memory["dpo"] == pytest.approx(together + 4 * 700_000)
 
 
 def test_keys_and_values_that_come_from_the_system_leave_no_holes():

@@ -90,6 +90,9 @@ def phases(
         # One prompt, two sides.
         used = working.training(config.preference.batch_size * (row[0] + 2 * row[1]))
         frozen = trunk + reference
+        if config.rewarded_stage == config.preference_stage:  # the policy's own pairs
+            frozen += number * scorer * _scorers(config, models)
+            used = working.step(2 * config.preference.batch_size, used)
         memory[config.preference_stage] = program + frozen + trained["preference"] + used
     if "ilql" in config.recipe:
         # Beside the policy: the head of Q with its gradient and moments, and the target's.
@@ -101,7 +104,7 @@ def phases(
         used = working.training(custom.batch_size * sum(row))
         if custom.reads == "prompts":
             scorers = number * scorer * _scorers(config, models)
-            used += scorers + working.sampling(custom.batch_size, fragmentation=1.0)
+            used = scorers + working.step(custom.batch_size, used)
         memory["custom"] = program + trunk + reference + trained["custom"] + used
     if config.rl_stage:
         memory[f"{config.rl_stage} update"] = (
@@ -114,7 +117,7 @@ def phases(
     if "evaluation" in config.recipe:
         answers = BEST_OF_RESPONSES if config.evaluation.best_of >= 2 else config.evaluation.prompts
         scorers = number * scorer * _scorers(config, models)
-        left = KERNEL_BYTES * (config.rl_stage is not None)
+        left = KERNEL_BYTES * _samples(config)
         memory["evaluation"] = program + left + whole + scorers + working.sampling(answers)
     return memory
 
@@ -195,12 +198,15 @@ class _Working:
         return KERNEL_BYTES + fragmentation * pieces + whole + prefill + rows * logits
 
     def rl_step(self) -> float:
-        """Return the bytes of an RL step: of its rollouts and of its update. The decoder's memory
-        is returned in between where it is large (`io/heap.py`), and else filled by the update."""
+        """Return the bytes of an RL step."""
         rollout = self.config.rollout
         rows = rollout.prompts_per_step * rollout.samples_per_prompt
-        tokens = minibatch_tokens(self.config, self.row[0])
-        update = self.training(tokens)
+        return self.step(rows, self.training(minibatch_tokens(self.config, self.row[0])))
+
+    def step(self, rows: int, update: float) -> float:
+        """Return the bytes of a step that samples so many rows and trains on them, whose update
+        takes so many. The decoder's memory is returned in between where it is large
+        (`io/heap.py`), and else filled by the update."""
         if self.narrow >= LARGE:
             return max(self.sampling(rows), KERNEL_BYTES + update)
         return self.sampling(rows, fragmentation=1.0) + update
@@ -259,6 +265,12 @@ def _tokenizer_bytes(config: Config) -> float:
     """Return the bytes of the policy's tokenizer, for which the size of its file stands."""
     file = Path(str(config.policy.model)) / "tokenizer.json"
     return float(TOKENIZER_FACTOR * file.stat().st_size) if file.is_file() else 0.0
+
+
+def _samples(config: Config) -> bool:
+    """Return whether a stage before the evaluation samples responses to learn from."""
+    custom = config.stage_source
+    return config.rewarded_stage is not None or (custom is not None and custom.reads == "prompts")
 
 
 def _scorers(config: Config, models: Mapping[str, int | None]) -> int:
