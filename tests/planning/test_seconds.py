@@ -85,6 +85,20 @@ def test_ppo_has_a_critic_and_a_reward_model():
     assert found == pytest.approx(before + sampled + scored + trained, rel=1e-6)
 
 
+def test_online_preference_data_are_sampled_and_scored_before_they_are_trained_on():
+    """Three steps of 4 prompts with two answers each."""
+    found, blocks, head, (prompt, response) = operations(
+        'recipe=["sft", "reward_model", "online_dpo"]', "preference.steps=3", "preference.batch_size=4",
+        "sft.steps=1", "sft.batch_size=1", "reward_model.steps=1", "reward_model.batch_size=1",
+    )  # fmt: skip
+    row = prompt + response
+    before = 6 * blocks * row + 8 * head * response + 2 * 6 * blocks * row
+    sampled = 2 * (12 * prompt * blocks + 24 * response * (blocks + head))
+    scored = 2 * 24 * (2 * row * blocks + response * head)  # by the reference and the reward model
+    trained = 24 * (6 * row * blocks + 8 * response * head)
+    assert found == pytest.approx(before + sampled + scored + trained, rel=1e-6)
+
+
 def test_a_folder_says_how_large_the_head_is(tmp_path):
     """Embeddings of another size than the head cost nothing: a token is looked up in them."""
     folder = tmp_path / "model"

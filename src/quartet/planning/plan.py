@@ -188,7 +188,10 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
             tokens[stage] = steps[stage] * config.reward_model.batch_size * 2 * sum(row)
         elif stage == config.preference_stage:
             steps[stage] = num_steps(config, "preference")
-            tokens[stage] = steps[stage] * config.preference.batch_size * 2 * sum(row)
+            pairs = steps[stage] * config.preference.batch_size
+            if stage == config.rewarded_stage:  # the policy's own pairs
+                tokens[f"{stage}, generated"] = pairs * 2 * row[1]
+            tokens[stage] = pairs * 2 * sum(row)
         elif stage == "ilql":
             steps[stage] = num_steps(config, "ilql")
             tokens[stage] = steps[stage] * config.ilql.batch_size * sum(row)

@@ -58,8 +58,9 @@ def seconds(
     for name, count in tokens.items():
         stage, _ = round_of(name)
         if name.endswith("generated"):
-            # The prompts of a group are computed once.
-            prompts = count / row[1] * row[0] / config.rollout.samples_per_prompt
+            # The prompts of a group are computed once. Online preference data come in pairs.
+            group = config.rollout.samples_per_prompt if config.rl_stage else 2
+            prompts = count / row[1] * row[0] / group
             work += model.scored(count + prompts, count)
         elif stage == config.rl_stage:
             work += _rl(config, model, scorer, count, answered)
@@ -69,6 +70,8 @@ def seconds(
             work += model.trained(count, answered * count)
             if config.preference.loss.needs_reference:
                 work += model.scored(count, answered * count)
+            if stage == config.rewarded_stage:
+                work += _rewarded(config, scorer, count)
         else:
             work += model.trained(count, answered * count)
     return START_SECONDS + work / (rate(shape.hidden if shape is not None else 0) * usable_cores())
@@ -85,9 +88,14 @@ def _rl(config: Config, model: _Model, scorer: _Model, count: float, answered: f
         work += model.scored(scored)
     if algorithm and algorithm.needs_reference:
         work += model.scored(scored, answered * scored)
-    if config.reward_model_source is not None:
-        work += max(len(config.reward_models), 1) * scorer.scored(scored)
-    return work
+    return work + _rewarded(config, scorer, scored)
+
+
+def _rewarded(config: Config, scorer: _Model, count: float) -> float:
+    """Return the operations of the run's reward models on so many tokens."""
+    if config.reward_model_source is None:
+        return 0.0
+    return max(len(config.reward_models), 1) * scorer.scored(count)
 
 
 def usable_cores() -> int:
