@@ -11,6 +11,7 @@ from quartet.assembly.device import planned_device
 from quartet.cli import app
 from quartet.config.toml import read_settings
 from quartet.planning import device as devices
+from quartet.planning import gpu_plan
 from quartet.planning.device import CPU, Device, device_named
 from quartet.planning.gpu_memory import load_peak, training_memory, workload
 from quartet.planning.gpu_plan import plan_on
@@ -148,6 +149,30 @@ def test_adapters_and_older_gpus():
     wide = plan_on(config_of("reviews", *words), old)
     assert wide.memory["ppo loading"] > 1.9 * 2 * P, "models are held in float32"
     assert wide.span is None and "the rates of Tesla V100-SXM2-32GB are not" in remarks(wide)[0]
+
+
+def test_online_pairs_are_sampled_and_scored_on_the_gpu():
+    """Beside the update there is a reward model in bfloat16, and before it a phase that samples."""
+    words = [*LARGE, "sft.steps=1", "reward_model.steps=1"]
+    offline, online = (
+        plan_on(config_of("reviews", *words, f'recipe=["sft","reward_model","{stage}"]'), H200)
+        for stage in ("dpo", "online_dpo")
+    )
+    assert online.memory["online_dpo"] - offline.memory["dpo"] == pytest.approx(2 * P, rel=0.01)
+    resident = (4 + 8 + 2 + 2 + 2) * P  # weights, moments, those that are sampled with, two frozen
+    assert resident < online.memory["online_dpo sampling"] < 1.2 * resident
+    assert online.tokens["online_dpo, generated"] > 0
+
+
+def test_the_time_of_generation_is_not_that_of_training():
+    """What is generated outside of the RL stage is left out, and the RL stage has times of its own."""
+    config = config_of("reviews", *LARGE)
+    tokens = {"sft": 1e6, "reward_model": 1e6}
+    alone, beside = (
+        gpu_plan._time(config, H200.gpu, tokens | more, 2048)
+        for more in ({}, {"ppo, generated": 1e9, "ppo.2, generated": 1e9})
+    )
+    assert alone == beside
 
 
 def test_what_does_not_fit_is_said():

@@ -3,7 +3,7 @@ each phase, and its time where the GPU's rates are known. None of it was measure
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from quartet.config.rules.base import has_trust_region
 from quartet.config.tables import Config
@@ -75,6 +75,35 @@ def _rl_workload(config: Config, limit: int) -> Workload:
     return replace(workload(config), micro_tokens=limit, config=None)
 
 
+@dataclass
+class _Held:
+    """The bytes on each GPU at the peak of each phase."""
+
+    device: Device
+    ranks: int
+    limit: int
+    """Tokens of a micro-batch."""
+    by_phase: dict[str, float] = field(default_factory=dict)
+
+    def training(
+        self, stage: str, work: Workload, tokens: float, keeps_best: bool, sampled: int = 0
+    ) -> None:
+        """Add a stage that trains on so many tokens at once, those of so many responses of its own
+        if it samples any."""
+        computed = replace(work, micro_tokens=int(min(self.limit, tokens)), config=None)
+        best = FLOAT * work.trained / self.ranks if keeps_best else 0.0
+        self.by_phase[stage] = best + sum(training_memory(computed, self.ranks).values())
+        if sampled:
+            self.sampling(stage, work, sampled)
+
+    def sampling(self, stage: str, work: Workload, rows: int) -> None:
+        """Add the phase of a stage that samples so many responses, unless servers do."""
+        if not work.served:
+            between = memory_between_updates(training_memory(work, self.ranks), work)
+            taken = _sampling(replace(work, rows=rows), self.device, self.ranks, between)
+            self.by_phase[f"{stage} sampling"] = taken
+
+
 def _phases(
     config: Config, device: Device, models: Mapping[str, int | None], limit: int
 ) -> dict[str, float] | None:
@@ -83,52 +112,48 @@ def _phases(
     base, row, ranks = stage_workload(config), row_tokens(config), _ranks(config)
     if base is None:
         return None
-
-    def peak(work: Workload, tokens: float, keeps_best: bool) -> float:
-        work = replace(work, micro_tokens=int(min(limit, tokens)), config=None)
-        best = FLOAT * work.trained / ranks if keeps_best else 0.0
-        return best + sum(training_memory(work, ranks).values())
-
+    held = _Held(device, ranks, limit)
     scorer = reward_model_parameters(config, base.parameters) or base.parameters
     scorers = max(len(config.reward_models), 1) * has_reward_model(models)
+    read = scorers * scorer / base.parameters
     reference = reference_share(config, base.parameters) if "reference" in models else 0.0
-    memory: dict[str, float] = {}
     if "sft" in config.recipe:
         work = stage_workload(config, config.sft.optimizer) or base
-        tokens = config.sft.batch_size * sum(row)
-        memory["sft"] = peak(work, tokens, config.sft.keep == "best")
+        held.training("sft", work, config.sft.batch_size * sum(row), config.sft.keep == "best")
     if "reward_model" in config.recipe:
         tokens = 2 * config.reward_model.batch_size * sum(row)
         work = _reward_model(config, base, scorer)
-        memory["reward model"] = peak(work, tokens, config.reward_model.keep == "best")
+        held.training("reward model", work, tokens, config.reward_model.keep == "best")
     if config.preference_stage:
         work = stage_workload(config, config.preference.optimizer) or base
         tokens = config.preference.batch_size * (row[0] + 2 * row[1])
-        work = replace(work, frozen=reference)
-        memory[config.preference_stage] = peak(work, tokens, config.preference.keep == "best")
+        is_online = config.rewarded_stage == config.preference_stage  # the policy's own pairs
+        work = replace(work, frozen=reference + read * is_online)
+        rows = 2 * config.preference.batch_size * is_online
+        best = config.preference.keep == "best"
+        held.training(config.preference_stage, work, tokens, best, rows)
     if "ilql" in config.recipe:
         work = stage_workload(config, config.ilql.optimizer) or base
+        held.training("ilql", work, config.ilql.batch_size * sum(row), config.ilql.keep == "best")
         heads = (4 + 1) * FLOAT * base.vocabulary * base.model.hidden
-        tokens = config.ilql.batch_size * sum(row)
-        memory["ilql"] = heads + peak(work, tokens, config.ilql.keep == "best")
+        held.by_phase["ilql"] += heads
     if (custom := config.stage_source) is not None:
         work = stage_workload(config, custom.optimizer) or base
-        read = reference + scorers * scorer / base.parameters * (custom.reads == "prompts")
-        memory["custom"] = peak(replace(work, frozen=read), custom.batch_size * sum(row), False)
+        samples = custom.reads == "prompts"
+        work = replace(work, frozen=reference + read * samples)
+        tokens = custom.batch_size * sum(row)
+        held.training("custom", work, tokens, False, custom.batch_size * samples)
     if config.rl_stage:
         work = _rl_workload(config, min(limit, int(minibatch_tokens(config, row[0]))))
-        held = training_memory(work, ranks)
-        memory[f"{config.rl_stage} update"] = sum(held.values())
-        memory[f"{config.rl_stage} loading"] = load_peak(work, ranks)
-        if not work.served:
-            between = memory_between_updates(held, work)
-            memory[f"{config.rl_stage} sampling"] = _sampling(work, device, ranks, between)
+        held.by_phase[f"{config.rl_stage} update"] = sum(training_memory(work, ranks).values())
+        held.by_phase[f"{config.rl_stage} loading"] = load_peak(work, ranks)
+        held.sampling(config.rl_stage, work, work.rows)
     if "evaluation" in config.recipe:
         answers = BEST_OF_RESPONSES if config.evaluation.best_of >= 2 else config.evaluation.prompts
         own = base.number * base.parameters if base.adapter is None else base.trunk
         taken = own + float(base.number * scorer * scorers)
-        memory["evaluation"] = _sampling(replace(base, rows=answers), device, 1, taken)
-    return memory
+        held.by_phase["evaluation"] = _sampling(replace(base, rows=answers), device, 1, taken)
+    return held.by_phase
 
 
 def _reward_model(config: Config, base: Workload, scorer: int) -> Workload:
@@ -173,7 +198,7 @@ def _time(config: Config, gpu: Gpu, tokens: Mapping[str, float], limit: int) -> 
     operations = 0.0
     for name, count in tokens.items():
         stage, _ = round_of(name)
-        if stage != config.rl_stage:
+        if stage != config.rl_stage and not stage.endswith("generated"):
             size = scorer if stage in config.reward_models else base.parameters
             operations += 6.0 * (size - base.model.idle_parameters) * count
     rate = gpu.rate(base.number) * config.launch.processes
