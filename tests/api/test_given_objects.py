@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import quartet
@@ -123,10 +124,19 @@ def adapted():
     return get_peft_model(world.model(), LoraConfig(r=2, target_modules=["q_proj"]))
 
 
+def of_a_class_of_its_own():
+    class Louder(LlamaForCausalLM):
+        """Has logits of its own, which no folder can hold."""
+
+    return Louder(world.model().config)
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # of PEFT
 @pytest.mark.parametrize(
     ("policy", "sentence"),
     [
+        (of_a_class_of_its_own, r"a Louder\. A run reads .* as a LlamaForCausalLM, without code"),
+        (lambda: world.model().model, r"Give a LlamaForCausalLM\."),
         (frozen, r"policy: model\.embed_tokens\.weight has requires_grad = False"),
         (adapted, r"policy: a model with an adapter of PEFT"),
         (lambda: type(world.model()), "policy: LlamaForCausalLM is a class"),
@@ -139,6 +149,65 @@ def test_a_model_whose_training_would_not_be_the_one_that_is_meant_is_refused(
     with pytest.raises(quartet.QuartetError, match=sentence):
         quartet.train("ppo", **given, reward=two, folder=tmp_path, steps=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_whose_forward_is_compiled_is_the_model_itself(tmp_path):
+    given = {"tokenizer": world.tokenizer(), "folder": tmp_path}
+    paths = [
+        inputs_of("ppo", {"policy": policy, **given}, {}).table["policy"]["model"]
+        for policy in (world.model(), torch.compile(world.model(), backend="eager"))
+    ]
+    assert paths[0] == paths[1]
+
+
+def test_a_model_that_transformers_cannot_save_is_refused_in_its_words(tmp_path):
+    policy = world.model()
+    policy.generation_config.temperature = 0.1  # without do_sample
+    given = {"policy": policy, "tokenizer": world.tokenizer(), "folder": tmp_path}
+    with pytest.raises(quartet.QuartetError, match=r"policy: .*GenerationConfig is invalid"):
+        inputs_of("ppo", given, {})
+    assert list((tmp_path / "inputs").iterdir()) == []
+
+
+def scorer(**changes):
+    config = world.model().config
+    for key, value in {"num_labels": 1, **changes}.items():
+        setattr(config, key, value)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def of_another_tokenizer(folder):
+    """Return a reward model that was loaded from a folder, where its tokenizer has the same words
+    as the policy's, with other ids."""
+    scorer().save_pretrained(folder)
+    tokenizer = world.tokenizer()
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    first, second = list(words)[-2:]
+    words[first], words[second] = words[second], words[first]
+    path.write_text(json.dumps(content))
+    return AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("reward", "sentence"),
+    [
+        (lambda folder: scorer(vocab_size=5), "has 5 embeddings and the policy's tokenizer"),
+        (
+            of_another_tokenizer,
+            'rewards, from which the model was loaded, is not the policy\'s, .* reward=".*rewards"',
+        ),
+        (lambda folder: torch.nn.Linear(3, 1), "a Linear is no reward model of transformers"),
+        (lambda folder: world.model(), "a LlamaForCausalLM generates text and gives no score"),
+    ],
+)
+def test_a_model_that_cannot_read_the_policys_ids_is_no_reward(reward, sentence, tmp_path):
+    given = {"policy": world.model(), "tokenizer": world.tokenizer(), "prompts": PROMPTS}
+    with pytest.raises(quartet.QuartetError, match=sentence):
+        reward = reward(tmp_path / "rewards")
+        quartet.train("grpo", **given, reward=reward, folder=tmp_path, **samples(2))
 
 
 def test_a_frozen_model_may_get_an_adapter_and_may_be_evaluated(tmp_path):

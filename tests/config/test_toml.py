@@ -100,6 +100,7 @@ def test_mistakes_get_one_sentence_with_their_place(tmp_path, text, sentence):
             "nonsense",
             '"nonsense": not understood. Settings are written key=value, such as optim.lr=1e-5.',
         ),
+        ("seed=9223372036854775808", "seed = 9223372036854775808: must be ≤ 9.22337e+18"),
         ("seed.x=1", "command line: seed = { x = 1 }: must be a whole number."),
     ],
 )

@@ -24,7 +24,7 @@ from quartet.config.tables import without_none
 from quartet.config.toml import ConfigError, leaves, read_toml
 from quartet.data import DataError
 from quartet.files import fingerprint
-from quartet.io.texts import did_you_mean, type_in_words, well_formed_json
+from quartet.io.texts import did_you_mean, excerpt, type_in_words, well_formed_json
 from quartet.recipes import recipe_path
 from quartet.rewards.objects import object_name
 from quartet.rewards.source import RewardSource
@@ -296,6 +296,7 @@ def policy_table(
         policy, tokenizer = policy
     _check_model(policy, trains)
     if hasattr(policy, "save_pretrained"):
+        _check_class(policy)
         if not hasattr(tokenizer, "save_pretrained"):
             raise ConfigError(
                 "policy: a model that is loaded already needs its tokenizer: "
@@ -324,13 +325,27 @@ def _check_model(model: Any, trains: bool) -> None:
     if getattr(model, "peft_config", None):
         raise ConfigError(
             "policy: a model with an adapter of PEFT. Give the model without it and policy.adapter "
-            '= {"type": "lora", "rank": 16}, or what merge_and_unload() returns.'
+            '= {"type": "lora", "rank": 16}, or what merge_and_unload().requires_grad_() returns.'
         )
     weights = model.named_parameters() if trains and hasattr(model, "save_pretrained") else ()
     if frozen := next((name for name, weight in weights if not weight.requires_grad), None):
         raise ConfigError(
             f"policy: {frozen} has requires_grad = False, which a run does not keep. Set "
             "policy.frozen_layers, or call requires_grad_() on the model."
+        )
+
+
+def _check_class(model: Any) -> None:
+    """Raise `ConfigError` for a model of another class than the one that transformers loads from
+    its folder: the run would train a model that computes something else."""
+    from quartet.models.text_part import auto_class
+
+    kind = type(getattr(model, "_orig_mod", model))  # under torch.compile
+    loaded = auto_class(model.config)._model_mapping.get(type(model.config), None)
+    if isinstance(loaded, type) and kind is not loaded:
+        raise ConfigError(
+            f"policy: a {kind.__name__}. A run reads its weights and its config from a folder, as "
+            f"a {loaded.__name__}, without code of your own. Give a {loaded.__name__}."
         )
 
 
@@ -359,9 +374,17 @@ def store_model(model: Any, tokenizer: Any, store: Path) -> Path:
     store.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".policy-", dir=store))
     try:
-        with no_progress_bars():
-            model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+        try:
+            with no_progress_bars():
+                model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+        except (OSError, MemoryError):  # of the disk and the machine, not of the model
+            raise
+        except Exception as error:
+            raise ConfigError(
+                "policy: the model and its tokenizer cannot be written to a folder, which the run "
+                f"reads: {excerpt(str(error), 300).rstrip('.')}."
+            ) from error
         sums = [f"{path.name} {fingerprint(path)['sha256']}" for path in sorted(beside.iterdir())]
         files.write(beside / "CHECKSUMS", "\n".join(sums) + "\n")
         path = store / f"policy-{fingerprint(beside / 'CHECKSUMS')['sha256'][:12]}"

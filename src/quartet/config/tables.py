@@ -331,6 +331,7 @@ class Config:
     seed: int = Field(
         default=0,
         ge=0,
+        le=2**63 - 1,
         description="Seeds all that is random; a run with the same seed gives the same numbers.",
     )
     data: Data = Data()

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
+from quartet.models.protocols import Tokenizer
 from quartet.parts import Field
 from quartet.rewards.functions import FunctionReward
 from quartet.rewards.protocol import Reward, RewardError
@@ -53,6 +54,7 @@ def reward_from(name: str, given: Any, context: RewardContext) -> Reward:
         from quartet.models.heads import ScalarModel
         from quartet.rewards.reward_model import ModelReward
 
+        check_reads_ids(name, given, context.tokenizer)
         model = given if isinstance(given, ScalarModel) else ScalarModel(given)
         model = freeze(model.to(context.device)).compute_in(next(model.parameters()).dtype)
         return ModelReward(model, context.micro_batch_tokens, name)
@@ -61,6 +63,53 @@ def reward_from(name: str, given: Any, context: RewardContext) -> Reward:
     if hasattr(given, "score"):
         return NamedReward(name, given)
     return InProcessReward(name, given, context.token_texts)
+
+
+def check_reads_ids(name: str, given: Any, tokenizer: Tokenizer) -> None:
+    """Raise `RewardError` unless a model that is given as an object is a sequence classifier with
+    one label that can read the policy's token ids: it has an embedding for each, and the tokenizer
+    of the folder that it was loaded from, if there is one, has the same vocabulary."""
+    from quartet.models.heads import ScalarModel
+    from quartet.models.text_classifier import PooledScalar
+
+    model = given.model if isinstance(given, ScalarModel) else given
+    model = getattr(model, "_orig_mod", model)  # under torch.compile
+    config, kind = getattr(model, "config", None), type(model).__name__
+    if config is None or getattr(model, "get_input_embeddings", None) is None:
+        raise RewardError(
+            f"reward {name}: a {kind} is no reward model of transformers. Give a sequence "
+            "classifier with one label, or a function that calls the module."
+        )
+    if kind.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
+        raise RewardError(
+            f"reward {name}: a {kind} generates text and gives no score. Give a sequence "
+            "classifier with one label (AutoModelForSequenceClassification)."
+        )
+    folder = getattr(config, "name_or_path", None) or ""
+    advice = f'Give its folder or hub id instead of the object: reward="{folder or "FOLDER"}". '
+    advice += "It is then given the text, which its own tokenizer encodes."
+    size = model.get_input_embeddings().num_embeddings
+    if size < len(tokenizer) or isinstance(given, PooledScalar):
+        raise RewardError(
+            f"reward {name}: the model has {size:,} embeddings and the policy's tokenizer "
+            f"{len(tokenizer):,} tokens, so it cannot read the policy's token ids. {advice}"
+        )
+    if folder and not _same_vocabulary(folder, tokenizer):
+        raise RewardError(
+            f"reward {name}: the tokenizer of {folder}, from which the model was loaded, is not "
+            f"the policy's, so it would take the policy's token ids for other words. {advice}"
+        )
+
+
+def _same_vocabulary(folder: str, tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer of a folder or hub id has the same vocabulary; True where there
+    is no tokenizer to be read."""
+    from quartet.models.language_model import ModelError, load_tokenizer
+
+    try:
+        return load_tokenizer(folder, generates=False).get_vocab() == tokenizer.get_vocab()
+    except ModelError:
+        return True
 
 
 class NamedReward:
