@@ -31,6 +31,15 @@ def test_every_format_gives_the_same_rows(tmp_path):
         assert [row for _, row in read(tmp_path / name)] == ROWS
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_half_a_surrogate_pair_is_spelled_as_its_escape(tmp_path, name):
+    row = {"prompt": "a \ud83d b", "messages": [{"content": "\ude00"}], "whole": "\U0001f600"}
+    (tmp_path / name).write_text(json.dumps(row if name == "x.jsonl" else [row]))
+    [(_, found)] = read(tmp_path / name)
+    assert found["prompt"] == r"a \ud83d b" and found["messages"] == [{"content": r"\ude00"}]
+    assert found["whole"] == "\U0001f600"
+
+
 def test_rows_know_their_place(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", json.dumps(ROWS[0]), "", json.dumps(ROWS[1]))
     assert [place for place, _ in read(path)] == ["x.jsonl:1", "x.jsonl:3"]
@@ -67,6 +76,9 @@ def test_rows_know_their_place(tmp_path):
         ),
         ("x.csv", b"a,b\n1,2\n1\n", "x.csv:3: has another number of cells"),
         ("x.csv", b'a,b\n1,"2\n', "not CSV (unexpected end of data)"),
+        ("x.jsonl", b"[" * 100_000, "x.jsonl:1: JSON that cannot be read: too deep"),
+        ("x.json", b"[" * 100_000, "x.json: JSON that cannot be read: too deep"),
+        ("x.json", b'[{"a": ' + b"1" * 5000 + b"}]", "x.json: JSON that cannot be read"),
         ("x.parquet", b"PAR0", "x.parquet: not a parquet file"),
         (
             "x.txt",

@@ -16,7 +16,7 @@ from huggingface_hub import constants as hub_constants
 from quartet import files
 from quartet.data import DataError
 from quartet.io.install import install_command
-from quartet.io.texts import nearest, not_utf8
+from quartet.io.texts import nearest, not_utf8, well_formed_json
 from quartet.labels.log import LabelError, is_label_file, read_labels
 from quartet.models.hub import why_not_on_hub
 
@@ -189,17 +189,28 @@ def _datasets(path: Path) -> Any:
     return datasets
 
 
+def _parsed(text: str) -> Any:
+    """Return the value of a JSON text. Half a surrogate pair, which no tokenizer reads and no file
+    holds, is spelled as its escape."""
+    value = json.loads(text)
+    return well_formed_json(value) if "\\u" in text else value
+
+
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield the objects of a JSON list. The file is read whole, for JSON has no lines."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        table = json.loads(text) if text.strip() else []
+        table = _parsed(text) if text.strip() else []
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name}: {not_utf8(error, f'byte {error.start}')}") from None
     except json.JSONDecodeError as error:
         extra = " Is it JSON lines? Call it .jsonl." if error.msg == "Extra data" else ""
         raise DataError(
             f"{path.name}:{error.lineno}: not JSON ({error.msg[0].lower() + error.msg[1:]}).{extra}"
+        ) from None
+    except (RecursionError, ValueError):
+        raise DataError(
+            f"{path.name}: JSON that cannot be read: too deep, or a number too long."
         ) from None
     if not isinstance(table, list):
         raise DataError(f"{path.name}: is {_kind(table)}, not a list of rows.")
@@ -221,7 +232,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                     continue
                 place = f"{path.name}:{number}"
                 try:
-                    row = json.loads(
+                    row = _parsed(
                         line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
                     )
                 except UnicodeDecodeError as error:
