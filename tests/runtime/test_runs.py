@@ -411,7 +411,7 @@ evaluation = {{ prompts = 3 }}
     [
         (['{"prompt": "1+1=", "chosen": "2", "rejected": "3"}', '{"prompt": "1+2'], "p.jsonl:2: not JSON (line ends inside a string)."),
         (['{"question": "1+1=", "good": "2", "bad": "3"}'] * 3, "Add data.columns"),
-        (['{"prompt": "", "chosen": "2", "rejected": "3"}'] * 3, "p.jsonl:1: the prompt is empty. 1 more rows of 2 cannot be used."),
+        (['{"prompt": "", "chosen": "2", "rejected": "3"}'] * 3, "p.jsonl:1: the prompt is empty. 1 more row of 2 cannot be used."),
         (['{"prompt": "1+1=", "chosen": "2", "rejected": "2"}'] * 3, "p.jsonl:1: chosen and rejected are identical"),
         (['{"prompt": "1+1=", "chosen": "", "rejected": "2"}'] * 3, "p.jsonl:1: the chosen is empty, a response of zero tokens."),
         (['{"prompt": "' + "1" * 600 + '", "chosen": "2", "rejected": "3"}'] * 3, "the prompt has 600 tokens, the limit is 512"),

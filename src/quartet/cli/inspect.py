@@ -249,9 +249,8 @@ def replay(
     with refusing():
         fault = since.facts["fault"]
         stages = [cast("RLStage", stage_of(Assembler(config, fault), name)) for config in configs]
-    console.print(
-        f"from {since.name}: {step - since.facts['step']} steps to compute", soft_wrap=True
-    )
+    steps = step - since.facts["step"]
+    console.print(f"from {since.name}: {steps} step{'s' * (steps != 1)} to compute", soft_wrap=True)
     changed_metrics: list[str] = []
 
     def compare_with_record(replayed: "Step") -> None:

@@ -185,8 +185,9 @@ class Encoder:
     def notes(self) -> Iterator[str]:
         """Yield sentences about the rows that were encoded, for the user to read."""
         if self.dropped:
+            rows, were = ("row", "was") if len(self.dropped) == 1 else ("rows", "were")
             yield (
-                f"{len(self.dropped):,} rows cannot be used and were left out, the first: "
+                f"{len(self.dropped):,} {rows} cannot be used and {were} left out, the first: "
                 f"{first_of(self.dropped)}"
             )
         if self.truncation.rows:
@@ -246,7 +247,8 @@ class Encoder:
             refused |= dropped
         if refused:
             others = (
-                f" {len(refused) - 1:,} more rows of {len(examples):,} cannot be used."
+                f" {len(refused) - 1:,} more row{'s' * (len(refused) != 2)} of {len(examples):,} "
+                "cannot be used."
                 if len(refused) > 1
                 else ""
             )
