@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 import quartet
 from quartet.api.inputs import inputs_of
 from quartet.cli import app
+from quartet.rewards.objects import check_reads_ids
+from quartet.rewards.protocol import RewardError
 from tests.support import world
 
 PROMPTS = ["the film was", "a story is", "the end was", "the music is"] * 2
@@ -210,6 +212,21 @@ def test_a_model_that_cannot_read_the_policys_ids_is_no_reward(reward, sentence,
         quartet.train("grpo", **given, reward=reward, folder=tmp_path, **samples(2))
 
 
+def test_a_reward_model_whose_tokenizer_has_more_tokens_reads_the_policys_ids(tmp_path):
+    """The policy's tokens have the same ids in it, and padding is never scored."""
+    model, tokenizer, policys = scorer(vocab_size=40), world.tokenizer(), world.tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    check_reads_ids("r", loaded, policys)
+    policys.add_special_tokens({"pad_token": "<own pad>"})
+    check_reads_ids("r", loaded, policys)
+    policys.add_tokens(["<another>"])
+    with pytest.raises(RewardError, match="is not the policy's"):
+        check_reads_ids("r", loaded, policys)
+
+
 def test_a_frozen_model_may_get_an_adapter_and_may_be_evaluated(tmp_path):
     given = {"policy": frozen(), "tokenizer": world.tokenizer(), "folder": tmp_path}
     adapter = {"policy.adapter": {"type": "lora", "rank": 2}}
@@ -281,6 +298,8 @@ def test_a_checkpoint_of_a_run_with_a_reward_of_python_can_be_taken_without_the_
     with pytest.raises(quartet.QuartetError, match="finish.. first, or .*--checkpoint ppo-000001"):
         _ = run.policy
     words = [str(run.folder), "--to", str(tmp_path / "out"), "--checkpoint", "ppo-000001"]
+    refused = CliRunner().invoke(app, ["export", *words[:3]])
+    assert refused.exit_code == 2 and "checkpoint: --checkpoint ppo-000001." in refused.output
     assert CliRunner().invoke(app, ["export", *words]).exit_code == 0
     weights = quartet.load_model(tmp_path / "out").state_dict()
     assert any(not torch.equal(weights[n], w) for n, w in world.model().state_dict().items())

@@ -341,7 +341,8 @@ def _check_class(model: Any) -> None:
     from quartet.models.text_part import auto_class
 
     kind = type(getattr(model, "_orig_mod", model))  # under torch.compile
-    loaded = auto_class(model.config)._model_mapping.get(type(model.config), None)
+    classes = getattr(auto_class(model.config), "_model_mapping", {})
+    loaded = classes.get(type(model.config), None)
     if isinstance(loaded, type) and kind is not loaded:
         raise ConfigError(
             f"policy: a {kind.__name__}. A run reads its weights and its config from a folder, as "

@@ -1,9 +1,9 @@
 """The commands that use the models of a run: chat, export, serve-reward."""
 
+import contextlib
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -21,6 +21,7 @@ from quartet.cli.common import (
     refusing,
     url_of,
 )
+from quartet.errors import QuartetError
 
 
 @app.command()
@@ -157,7 +158,9 @@ def _export_model(
     roles = models_in(run_folder)
     if part not in roles:
         models = f"It has {', '.join(roles)}." if roles else NO_MODELS
-        refuse(f"{run_folder}: has no model called {part}. {models}")
+        refuse(
+            f"{run_folder}: has no model called {part}. {models}{_or_checkpoint(run_folder, part)}"
+        )
     try:
         with _extracted(run_folder, beta) as folder:
             write(folder / part, target, None if dtype is None else dtype.value)
@@ -168,6 +171,19 @@ def _export_model(
         refuse(str(error))
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     console.print(f"{target} written, {size / 1e6:,.1f} MB", soft_wrap=True)
+
+
+def _or_checkpoint(run_folder: Path, part: str) -> str:
+    """Return a sentence about the newest checkpoint of a run that has not finished; "" if there is
+    none, or it would not have this model."""
+    from quartet.assembly.checkpoint_models import with_weights
+
+    if part not in {"policy", "critic"} or not (run_folder / "checkpoints").is_dir():
+        return ""
+    with contextlib.suppress(QuartetError):  # a settings file that cannot be read
+        if written := with_weights(run_folder):
+            return f" Its newest checkpoint: --checkpoint {written[0].name}."
+    return ""
 
 
 def _export_labels(path: Path, target: Path) -> None:
@@ -211,7 +227,7 @@ def _push(folder: Path, name: str, kind: Literal["model", "dataset"] = "model") 
     console.print(f"{address} uploaded", soft_wrap=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _extracted(run_folder: Path, beta: float | None) -> Iterator[Path]:
     """Give a folder whose `policy` is that of a run of ilql with another beta; without one, the
     run's folder."""

@@ -68,7 +68,7 @@ def reward_from(name: str, given: Any, context: RewardContext) -> Reward:
 def check_reads_ids(name: str, given: Any, tokenizer: Tokenizer) -> None:
     """Raise `RewardError` unless a model that is given as an object is a sequence classifier with
     one label that can read the policy's token ids: it has an embedding for each, and the tokenizer
-    of the folder that it was loaded from, if there is one, has the same vocabulary."""
+    of the folder that it was loaded from, if there is one, gives each token the same id."""
     from quartet.models.heads import ScalarModel
     from quartet.models.text_classifier import PooledScalar
 
@@ -94,22 +94,25 @@ def check_reads_ids(name: str, given: Any, tokenizer: Tokenizer) -> None:
             f"reward {name}: the model has {size:,} embeddings and the policy's tokenizer "
             f"{len(tokenizer):,} tokens, so it cannot read the policy's token ids. {advice}"
         )
-    if folder and not _same_vocabulary(folder, tokenizer):
+    if folder and not _has_same_ids(folder, tokenizer):
         raise RewardError(
             f"reward {name}: the tokenizer of {folder}, from which the model was loaded, is not "
             f"the policy's, so it would take the policy's token ids for other words. {advice}"
         )
 
 
-def _same_vocabulary(folder: str, tokenizer: Tokenizer) -> bool:
-    """Return whether the tokenizer of a folder or hub id has the same vocabulary; True where there
-    is no tokenizer to be read."""
+def _has_same_ids(folder: str, tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer of a folder or hub id gives the policy's tokens the ids that
+    they have, padding aside, which is never scored; True where there is no tokenizer to be read."""
     from quartet.models.language_model import ModelError, load_tokenizer
 
     try:
-        return load_tokenizer(folder, generates=False).get_vocab() == tokenizer.get_vocab()
+        own = load_tokenizer(folder, generates=False).get_vocab()
     except ModelError:
         return True
+    policy = tokenizer.get_vocab()
+    padding = getattr(tokenizer, "pad_token", None)
+    return all(own.get(token) == number for token, number in policy.items() if token != padding)
 
 
 class NamedReward:
