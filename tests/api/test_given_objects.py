@@ -225,6 +225,10 @@ def test_a_reward_model_whose_tokenizer_has_more_tokens_reads_the_policys_ids(tm
     policys.add_tokens(["<another>"])
     with pytest.raises(RewardError, match="is not the policy's"):
         check_reads_ids("r", loaded, policys)
+    ends = world.tokenizer()  # an end that pads as well is read, and has to be the same
+    ends.add_special_tokens({"eos_token": "<own end>", "pad_token": "<own end>"})
+    with pytest.raises(RewardError, match="is not the policy's"):
+        check_reads_ids("r", loaded, ends)
 
 
 def test_a_frozen_model_may_get_an_adapter_and_may_be_evaluated(tmp_path):

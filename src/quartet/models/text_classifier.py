@@ -180,9 +180,19 @@ def check_backbone(folder: str | Path, config: Any) -> None:
 
 def reads_tokens_of(folder: str | Path, tokenizer: Tokenizer) -> bool:
     """Return whether a reward model can read the ids of another model's tokenizer as they are: it
-    is a decoder, and its own tokenizer has the same vocabulary."""
-    own = load_tokenizer(folder, generates=False)
-    return own.get_vocab() == tokenizer.get_vocab() and scores_last_token(read_config(folder))
+    is a decoder, and its own tokenizer has the same ids."""
+    return has_same_ids(folder, tokenizer) and scores_last_token(read_config(folder))
+
+
+def has_same_ids(folder: str | Path, tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer of a folder or hub id gives another's tokens the ids that they
+    have there, padding aside, which no model reads. It may have more tokens. Raises ModelError
+    where there is no tokenizer."""
+    own, padding = load_tokenizer(folder, generates=False).get_vocab(), tokenizer.pad_token_id
+    if padding == tokenizer.eos_token_id:  # a token that is read, too
+        padding = None
+    vocabulary = tokenizer.get_vocab().items()
+    return all(own.get(token) == number for token, number in vocabulary if number != padding)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ def check_reads_ids(name: str, given: Any, tokenizer: Tokenizer) -> None:
     one label that can read the policy's token ids: it has an embedding for each, and the tokenizer
     of the folder that it was loaded from, if there is one, gives each token the same id."""
     from quartet.models.heads import ScalarModel
-    from quartet.models.text_classifier import PooledScalar
+    from quartet.models.language_model import ModelError
+    from quartet.models.text_classifier import PooledScalar, has_same_ids
 
     model = given.model if isinstance(given, ScalarModel) else given
     model = getattr(model, "_orig_mod", model)  # under torch.compile
@@ -94,25 +95,15 @@ def check_reads_ids(name: str, given: Any, tokenizer: Tokenizer) -> None:
             f"reward {name}: the model has {size:,} embeddings and the policy's tokenizer "
             f"{len(tokenizer):,} tokens, so it cannot read the policy's token ids. {advice}"
         )
-    if folder and not _has_same_ids(folder, tokenizer):
+    try:
+        is_same = not folder or has_same_ids(folder, tokenizer)
+    except ModelError:  # a folder without a tokenizer
+        is_same = True
+    if not is_same:
         raise RewardError(
             f"reward {name}: the tokenizer of {folder}, from which the model was loaded, is not "
             f"the policy's, so it would take the policy's token ids for other words. {advice}"
         )
-
-
-def _has_same_ids(folder: str, tokenizer: Tokenizer) -> bool:
-    """Return whether the tokenizer of a folder or hub id gives the policy's tokens the ids that
-    they have, padding aside, which is never scored; True where there is no tokenizer to be read."""
-    from quartet.models.language_model import ModelError, load_tokenizer
-
-    try:
-        own = load_tokenizer(folder, generates=False).get_vocab()
-    except ModelError:
-        return True
-    policy = tokenizer.get_vocab()
-    padding = getattr(tokenizer, "pad_token", None)
-    return all(own.get(token) == number for token, number in policy.items() if token != padding)
 
 
 class NamedReward:
