@@ -64,7 +64,7 @@ def micro_batch_tokens(size: Size) -> int:
 
 def scoring_tokens(size: Size) -> int:
     """Return the tokens of a pass without a gradient that a run would take."""
-    return max(micro_batch_tokens(size), cpu_micro_batch(block_bytes(sizes_of(size))))
+    return cpu_micro_batch(block_bytes(sizes_of(size)))
 
 
 class FixedLengthGenerator(NativeGenerator):

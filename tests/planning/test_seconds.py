@@ -13,6 +13,9 @@ from quartet.planning.seconds import RATES, START_SECONDS
 from quartet.recipes import recipe_path
 
 SHAPE = ["policy.create.hidden_size=512", "policy.create.num_layers=8"]
+ONE_ROW_BEFORE = [
+    f"{stage}.{key}=1" for stage in ("sft", "reward_model") for key in ("steps", "batch_size")
+]
 LORA = 'policy.adapter={type = "lora", rank = 16}'
 
 
@@ -75,10 +78,10 @@ def test_groups_share_a_prompt_and_read_a_reference_and_a_reward_in_python():
 def test_ppo_has_a_critic_and_a_reward_model():
     found, blocks, head, (prompt, response) = operations(
         "run.steps=3", "rollout.prompts_per_step=8", "optim.epochs=2",
-        "sft.steps=1", "sft.batch_size=1", "reward_model.steps=1", "reward_model.batch_size=1",
+        *ONE_ROW_BEFORE,
     )  # fmt: skip
     row = prompt + response
-    before = 6 * blocks * row + 8 * head * response + 2 * 6 * blocks * row
+    before = 18 * row * blocks + 8 * response * head  # a demonstration, and two sides
     sampled = 2 * (24 * prompt * blocks + 24 * response * (blocks + head))
     scored = 2 * 24 * (3 * row * blocks + response * head)
     trained = 2 * 24 * (2 * 6 * row * blocks + 8 * response * head)
@@ -89,10 +92,10 @@ def test_online_preference_data_are_sampled_and_scored_before_they_are_trained_o
     """Three steps of 4 prompts with two answers each."""
     found, blocks, head, (prompt, response) = operations(
         'recipe=["sft", "reward_model", "online_dpo"]', "preference.steps=3", "preference.batch_size=4",
-        "sft.steps=1", "sft.batch_size=1", "reward_model.steps=1", "reward_model.batch_size=1",
+        *ONE_ROW_BEFORE,
     )  # fmt: skip
     row = prompt + response
-    before = 6 * blocks * row + 8 * head * response + 2 * 6 * blocks * row
+    before = 18 * row * blocks + 8 * response * head  # a demonstration, and two sides
     sampled = 2 * (12 * prompt * blocks + 24 * response * (blocks + head))
     scored = 2 * 24 * (2 * row * blocks + response * head)  # by the reference and the reward model
     trained = 24 * (6 * row * blocks + 8 * response * head)

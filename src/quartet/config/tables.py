@@ -443,11 +443,15 @@ class Config:
         return self.rl_stage or self.preference_stage or next(filter(None, others), None)
 
     @property
+    def has_online_pairs(self) -> bool:
+        """Whether the preference stage learns from pairs of answers that it samples."""
+        return self.preference_stage == "online_dpo"
+
+    @property
     def rewarded_stage(self) -> str | None:
         """The recipe's stage that learns from rewards of answers it samples; None if there is
         none."""
-        online = "online_dpo" if "online_dpo" in self.recipe else None
-        return self.rl_stage or online
+        return self.rl_stage or (self.preference_stage if self.has_online_pairs else None)
 
     @property
     def has_episodes(self) -> bool:

@@ -127,9 +127,8 @@ def _phases(
     if config.preference_stage:
         work = stage_workload(config, config.preference.optimizer) or base
         tokens = config.preference.batch_size * (row[0] + 2 * row[1])
-        is_online = config.rewarded_stage == config.preference_stage  # the policy's own pairs
-        work = replace(work, frozen=reference + read * is_online)
-        rows = 2 * config.preference.batch_size * is_online
+        work = replace(work, frozen=reference + read * config.has_online_pairs)
+        rows = 2 * config.preference.batch_size * config.has_online_pairs
         best = config.preference.keep == "best"
         held.training(config.preference_stage, work, tokens, best, rows)
     if "ilql" in config.recipe:

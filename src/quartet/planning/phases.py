@@ -76,6 +76,7 @@ def phases(
     reference = number * (models["reference"] or policy) / parts if "reference" in models else 0.0
     program = _program_bytes() + ADAPTER_BYTES * (adapter is not None) + _tokenizer_bytes(config)
     working = _Working(config, model, policy, row)
+    scorers = number * scorer * _scorers(config, models)
 
     memory = {}
     if "sft" in config.recipe:
@@ -90,8 +91,8 @@ def phases(
         # One prompt, two sides.
         used = working.training(config.preference.batch_size * (row[0] + 2 * row[1]))
         frozen = trunk + reference
-        if config.rewarded_stage == config.preference_stage:  # the policy's own pairs
-            frozen += number * scorer * _scorers(config, models)
+        if config.has_online_pairs:
+            frozen += scorers
             used = working.step(2 * config.preference.batch_size, used)
         memory[config.preference_stage] = program + frozen + trained["preference"] + used
     if "ilql" in config.recipe:
@@ -103,7 +104,6 @@ def phases(
         # How many responses it samples to a prompt is its own business: one is counted.
         used = working.training(custom.batch_size * sum(row))
         if custom.reads == "prompts":
-            scorers = number * scorer * _scorers(config, models)
             used = scorers + working.step(custom.batch_size, used)
         memory["custom"] = program + trunk + reference + trained["custom"] + used
     if config.rl_stage:
@@ -116,7 +116,6 @@ def phases(
         )
     if "evaluation" in config.recipe:
         answers = BEST_OF_RESPONSES if config.evaluation.best_of >= 2 else config.evaluation.prompts
-        scorers = number * scorer * _scorers(config, models)
         left = KERNEL_BYTES * _samples(config)
         memory["evaluation"] = program + left + whole + scorers + working.sampling(answers)
     return memory
@@ -274,7 +273,7 @@ def _samples(config: Config) -> bool:
 
 
 def _scorers(config: Config, models: Mapping[str, int | None]) -> int:
-    """Return how many reward models an evaluation loads, each whole."""
+    """Return how many reward models a stage loads, each whole."""
     return max(len(config.reward_models), 1) * has_reward_model(models)
 
 

@@ -169,7 +169,7 @@ def _num_rows(config: Config, table: str, file: str | None) -> int:
         world = make_world(data.world, config.seed, data.texts)
         if table in {"sft", "ilql"}:
             return len(world.demonstrations(data.rows))
-        online = table == "preference" and "online_dpo" in config.recipe
+        online = table == "preference" and config.has_online_pairs
         return len(world.prompts(data.rows) if online else world.comparisons(data.rows))
     count = sum(1 for name in ((file,) if file else data.files) for _ in rows(Path(name)))
     return count - (0 if data.eval is not None else round(count * data.held_out))
@@ -189,7 +189,7 @@ def _work(config: Config, row: tuple[float, float]) -> tuple[dict[str, int], dic
         elif stage == config.preference_stage:
             steps[stage] = num_steps(config, "preference")
             pairs = steps[stage] * config.preference.batch_size
-            if stage == config.rewarded_stage:  # the policy's own pairs
+            if config.has_online_pairs:
                 tokens[f"{stage}, generated"] = pairs * 2 * row[1]
             tokens[stage] = pairs * 2 * sum(row)
         elif stage == "ilql":

@@ -58,8 +58,8 @@ def seconds(
     for name, count in tokens.items():
         stage, _ = round_of(name)
         if name.endswith("generated"):
-            # The prompts of a group are computed once. Online preference data come in pairs.
-            group = config.rollout.samples_per_prompt if config.rl_stage else 2
+            # The prompts of a group are computed once.
+            group = 2 if config.has_online_pairs else config.rollout.samples_per_prompt
             prompts = count / row[1] * row[0] / group
             work += model.scored(count + prompts, count)
         elif stage == config.rl_stage:
@@ -70,7 +70,7 @@ def seconds(
             work += model.trained(count, answered * count)
             if config.preference.loss.needs_reference:
                 work += model.scored(count, answered * count)
-            if stage == config.rewarded_stage:
+            if config.has_online_pairs:
                 work += _rewarded(config, scorer, count)
         else:
             work += model.trained(count, answered * count)

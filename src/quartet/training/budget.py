@@ -33,7 +33,7 @@ class Budget:
         """`scoring_tokens`: those of a pass without a gradient; `tokens` if None."""
         self.tokens, self.process_group = tokens, process_group
         self.halvings = 0
-        self._scoring_tokens = max(scoring_tokens or tokens, tokens)
+        self._scoring_tokens = scoring_tokens or tokens
         self.notes: list[str] = []
         """Sentences about halvings; the stage reports and clears them."""
 

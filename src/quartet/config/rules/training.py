@@ -34,7 +34,7 @@ def choosing_needs_evaluations(config: Config) -> str | None:
 @rule
 def evaluations_need_held_out_rows(config: Config) -> str | None:
     every = config.preference.eval_every
-    if config.preference_stage != "online_dpo" or not every:
+    if not config.has_online_pairs or not every:
         return None
     return (
         f"preference.eval_every = {every}: online_dpo compares its own answers, and has no "
