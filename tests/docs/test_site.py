@@ -36,7 +36,6 @@ def site(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_no_page_loads_anything_from_another_host(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 30
