@@ -1,6 +1,7 @@
 """Runs in the terminal."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -29,6 +30,31 @@ def test_a_rollout_token_by_token(ppo_run):
                 line.startswith(printable(text)[:18]) and f"{reward:.2f}".replace("-", "−") in line
                 for line in done.output.splitlines()
             )
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (("replay", "RUN", "--step", 1), "computing"),
+        (("export", "RUN", "--to", "NEW"), "writing policy"),
+        (("eval", "RUN", "--rows", 8, "--to", "NEW"), "evaluating"),
+        pytest.param(
+            ("critic", "RUN", "--prompts", 2, "--prefixes", 2, "--continuations", 2),
+            "sampling from",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_command_that_takes_long_says_what_it_does(ppo_run, tmp_path, monkeypatch, words, shown):
+    monkeypatch.setattr("quartet.cli.screen.PLAIN_SECONDS", 0.001)
+    monkeypatch.setattr("quartet.cli.screen.PLAIN_GROWTH", 1.0)
+    monkeypatch.setattr("quartet.cli.screen.SHOWN_SECONDS", 0.0)
+    places = {"RUN": shutil.copytree(ppo_run.path, tmp_path / "run"), "NEW": tmp_path / "new"}
+    done = quartet(*(places.get(word, word) for word in words))
+    assert done.exit_code == 0, done.output
+    assert f"     {shown}" in done.stderr
+    assert f"     {shown}" not in done.stdout
 
 
 @pytest.mark.parametrize(("width", "columns"), [(60, 5), (100, 9), (200, 12)])

@@ -1,7 +1,5 @@
 """The command critic: a run's critic against Monte Carlo returns."""
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,12 +49,13 @@ def critic(
     except NoRun as error:
         refuse(str(error))
     from quartet.assembly.critic import audit_critic
+    from quartet.cli.screen import working
     from quartet.evaluation.critic_samples import AuditSizes
 
     sizes = AuditSizes(prefixes, continuations, seed)
-    with refusing(), _progress() as show:
+    with refusing(), working(complaints, "reading the run") as work:
         try:
-            path, result = audit_critic(run_folder.resolve(), step, prompts, sizes, show)
+            path, result = audit_critic(run_folder.resolve(), step, prompts, sizes, work.rename)
         except OSError as error:
             refuse(f"{error.filename or run_folder}: cannot be written ({error.strerror}).")
     if as_json:
@@ -82,13 +81,3 @@ def print_audit(result: dict[str, Any]) -> None:
         console.print(comparison(*table))
     for sentence in audit_sentences(result):
         console.print(printable(sentence), soft_wrap=True)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Yield what shows the work of the moment: one line on a terminal, nothing elsewhere."""
-    if not complaints.is_terminal:
-        yield lambda words: None  # noqa: ARG005
-        return
-    with complaints.status("") as status:
-        yield status.update

@@ -107,10 +107,11 @@ def evaluate(
         return
     from quartet.assembly.evaluation import EvaluationRequest
     from quartet.assembly.evaluation import evaluate as carry_out
+    from quartet.cli.screen import working
 
     if name is not None and (Path(name).name != name or name in {"final", "best_of_n"}):
         refuse(f"--name {name}: is no name for a file here. Use letters, digits, - and _.")
-    with refusing():
+    with refusing(), working(complaints, "evaluating"):
         request = EvaluationRequest(
             policies=tuple(models),
             on=tuple(on or ()),

@@ -41,11 +41,13 @@ def chat(
     `/help` lists what can be typed beside messages.
     """
     from quartet.cli.chat import ChatSession
+    from quartet.cli.screen import working
     from quartet.errors import NonFinite
     from quartet.models.language_model import ModelError
 
     try:
-        session = ChatSession(Path(run_folder), temperature, max_new_tokens)
+        with working(complaints, f"loading {run_folder}"):
+            session = ChatSession(Path(run_folder), temperature, max_new_tokens)
     except ModelError as error:
         refuse(str(error))
     try:
@@ -148,6 +150,7 @@ def _export_model(
     run_folder: Path, target: Path, part: str, dtype: Precision | None, beta: float | None
 ) -> None:
     """Write a model of a run as a Hugging Face folder."""
+    from quartet.cli.screen import working
     from quartet.models.export import DamagedModel
     from quartet.models.export import export as write
     from quartet.models.language_model import ModelError
@@ -162,7 +165,7 @@ def _export_model(
             f"{run_folder}: has no model called {part}. {models}{_or_checkpoint(run_folder, part)}"
         )
     try:
-        with _extracted(run_folder, beta) as folder:
+        with working(complaints, f"writing {part}"), _extracted(run_folder, beta) as folder:
             write(folder / part, target, None if dtype is None else dtype.value)
         complete(target, run_folder, part)
     except (DamagedModel, OSError) as error:
@@ -213,13 +216,12 @@ def _fail(target: Path, error: Exception) -> NoReturn:
 
 def _push(folder: Path, name: str, kind: Literal["model", "dataset"] = "model") -> None:
     """Upload a folder to the hub, and say where it is."""
-    from quartet.cli.screen import shown_work
-    from quartet.io.activity import activity
+    from quartet.cli.screen import working
     from quartet.models.hub import CannotPush
     from quartet.models.hub import push as upload
 
     try:
-        with shown_work(console), activity(f"uploading {folder.name}"):
+        with working(console, f"uploading {folder.name}"):
             address = upload(folder, name, kind)
     except CannotPush as error:
         complaints.print(str(error), style="red", soft_wrap=True)
@@ -246,8 +248,9 @@ def _extracted(run_folder: Path, beta: float | None) -> Iterator[Path]:
 def _write_checkpoint_models(run_folder: Path, name: str, scratch: Path) -> None:
     """Write the models of a checkpoint to `scratch`."""
     from quartet.assembly.checkpoint_models import checkpoint_path, write_models
+    from quartet.cli.screen import working
 
-    with refusing():
+    with refusing(), working(complaints, f"loading {name}"):
         write_models(run_folder, checkpoint_path(run_folder, name), scratch)
 
 
@@ -288,10 +291,12 @@ def serve_reward(
     listener = bound_socket(host, port)
     from quartet.assembly.device import device
     from quartet.assembly.serving import TextScorer
+    from quartet.cli.screen import working
     from quartet.models.language_model import ModelError
 
     try:
-        scorer = TextScorer(folder, device("auto"))
+        with working(complaints, f"loading {folder}"):
+            scorer = TextScorer(folder, device("auto"))
     except ModelError as error:
         listener.close()
         refuse(str(error))

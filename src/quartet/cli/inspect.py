@@ -232,6 +232,7 @@ def replay(
     """
     from quartet.assembly import Assembler
     from quartet.assembly.stages import stage as stage_of
+    from quartet.cli.screen import working
     from quartet.config.toml import ConfigError, read_settings
     from quartet.runtime.replay import CannotReplay, checkpoint_before
     from quartet.runtime.replay import replay as compute
@@ -246,20 +247,26 @@ def replay(
         ]
     except (ConfigError, CannotReplay) as error:
         refuse(str(error))
-    with refusing():
-        fault = since.facts["fault"]
-        stages = [cast("RLStage", stage_of(Assembler(config, fault), name)) for config in configs]
     steps = step - since.facts["step"]
     console.print(f"from {since.name}: {steps} step{'s' * (steps != 1)} to compute", soft_wrap=True)
     changed_metrics: list[str] = []
 
     def compare_with_record(replayed: "Step") -> None:
         changed_metrics[:] = _changed_metrics(series, replayed)
+        work.done, work.unit = replayed.number - since.facts["step"], "steps"
 
-    changed_stage = stages[1] if words else None
-    original, changed = compute(
-        stages[0], run.path, since, step, changed_stage, compare_with_record
-    )
+    with refusing(), working(complaints, "computing") as work:
+        work.total = steps
+        fault = since.facts["fault"]
+        stages = [cast("RLStage", stage_of(Assembler(config, fault), name)) for config in configs]
+        original, changed = compute(
+            stages[0],
+            run.path,
+            since,
+            step,
+            stages[1] if words else None,
+            compare_with_record,
+        )
     _print_replay(step, changed_metrics, original, changed, words)
 
 

@@ -230,11 +230,10 @@ def _say_where(folder: Path, root: str) -> None:
 
 
 def _write_report(folder: Path) -> None:
-    from quartet.cli.screen import shown_work
-    from quartet.io.activity import activity
+    from quartet.cli.screen import working
     from quartet.runtime.lifecycle import write_report
 
-    with shown_work(console), activity("writing the report"):
+    with working(console, "writing the report"):
         report = write_report(folder)
     if report is not None:
         _print(f"report {report}")
@@ -244,14 +243,13 @@ def _write_report(folder: Path) -> None:
 
 def _job(settings: "Settings", fault: str | None) -> "Job":
     """Return the job of these settings, in a process that keeps the memory that it frees."""
-    from quartet.cli.screen import shown_work
-    from quartet.io.activity import activity
+    from quartet.cli.screen import working
     from quartet.io.heap import keep_freed_memory
     from quartet.launch.start import job_of
 
     keep_freed_memory(sharded=bool(settings.config.launch.shard))
     try:
-        with shown_work(console), activity("preparing"):
+        with working(console, "preparing"):
             return job_of(settings.config, fault)
     except KeyboardInterrupt:
         _print("stopped by Ctrl-C before the run began: nothing was written")

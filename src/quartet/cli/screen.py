@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from quartet.io.activity import activities
+from quartet.io.activity import Activity, activities, activity
 from quartet.runs.wording import MEASURES
 from quartet.runtime.interruption import GRACE_SECONDS
 from quartet.stages.kinds import kind_of
@@ -176,14 +176,16 @@ class Screen:
 @contextlib.contextmanager
 def shown_work(console: Console) -> Iterator[None]:
     """Within this context, which is of no stage, show what takes longer than `SHOWN_SECONDS`: in a
-    live line on a terminal, and every `PLAIN_SECONDS` in a file or a pipe."""
+    live line on a terminal, in ever rarer lines in a file or a pipe."""
     closed = threading.Event()
 
     def line() -> Text:
         return Text(f"     {now_in_words()}", style="dim", no_wrap=True, overflow="ellipsis")
 
     def tick() -> None:
-        while not closed.wait(PLAIN_SECONDS):
+        wait = PLAIN_SECONDS
+        while not closed.wait(wait):
+            wait = min(wait * PLAIN_GROWTH, PLAIN_MOST)
             with contextlib.suppress(OSError, ValueError):  # the reader of the pipe has gone
                 if now_in_words():
                     console.print(line(), soft_wrap=True)
@@ -199,6 +201,13 @@ def shown_work(console: Console) -> Iterator[None]:
     finally:
         closed.set()
         ticker.join()
+
+
+@contextlib.contextmanager
+def working(console: Console, what: str) -> Iterator[Activity]:
+    """Show within this context that a command is doing this, as `shown_work` does."""
+    with shown_work(console), activity(what) as entry:
+        yield entry
 
 
 def now_in_words() -> str:

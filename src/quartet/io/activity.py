@@ -35,6 +35,11 @@ class Activity:
     measure: Callable[[], float] | None = None
     """Returns what is done, where no loop can say it."""
 
+    def rename(self, what: str) -> None:
+        """Say that the next part of the same work is done, which is counted anew."""
+        self.what, self.done, self.total, self.unit = what, 0.0, 0.0, ""
+        self.counting_since = time.monotonic()
+
     @property
     def seconds(self) -> float:
         """The time since it began."""
