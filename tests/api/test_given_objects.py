@@ -133,10 +133,45 @@ def of_a_class_of_its_own():
     return Louder(world.model().config)
 
 
+def of_another_activation():
+    model = world.model()
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+    return model
+
+
+def without_a_norm():
+    model = world.model()
+    del model.model.norm
+    return model
+
+
+def hooked(name, register):
+    def doubled(_module, inputs, *_output):
+        return inputs
+
+    model = world.model()
+    getattr(model.get_submodule(name), register)(doubled)
+    return model
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # of PEFT
 @pytest.mark.parametrize(
     ("policy", "sentence"),
     [
+        (of_another_activation, r"layers\.0\.mlp\.act_fn is a ReLU, where .* has a SiLU"),
+        (without_a_norm, r"model\.norm is not there, where .* has a LlamaRMSNorm"),
+        (
+            lambda: hooked("model.layers.0.mlp", "register_forward_hook"),
+            r"policy: model\.layers\.0\.mlp has the hook doubled, which the run would not call",
+        ),
+        (
+            lambda: hooked("", "register_forward_pre_hook"),
+            r"policy: LlamaForCausalLM has the hook doubled",
+        ),
+        (
+            lambda: hooked("lm_head", "register_full_backward_hook"),
+            r"policy: lm_head has the hook doubled",
+        ),
         (of_a_class_of_its_own, r"a Louder\. A run reads .* as a LlamaForCausalLM, without code"),
         (lambda: world.model().model, r"Give a LlamaForCausalLM\."),
         (frozen, r"policy: model\.embed_tokens\.weight has requires_grad = False"),
@@ -151,6 +186,15 @@ def test_a_model_whose_training_would_not_be_the_one_that_is_meant_is_refused(
     with pytest.raises(quartet.QuartetError, match=sentence):
         quartet.train("ppo", **given, reward=two, folder=tmp_path, steps=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hooks_of_transformers_itself_are_no_users_hooks(tmp_path):
+    policy = world.model()
+    ids = torch.tensor([[5, 6, 7]])
+    policy(input_ids=ids, output_hidden_states=True)
+    assert any(module._forward_hooks for module in policy.modules())
+    given = {"policy": policy, "tokenizer": world.tokenizer(), "prompts": PROMPTS}
+    inputs_of("ppo", {**given, "reward": two, "folder": tmp_path}, {})
 
 
 def test_a_model_whose_forward_is_compiled_is_the_model_itself(tmp_path):

@@ -10,25 +10,23 @@ import dataclasses
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quartet import files
+from quartet.api.policy_object import check_is_its_folder, check_whole, store_model
 from quartet.config.data import Data
 from quartet.config.errors import Table, in_short
 from quartet.config.tables import without_none
 from quartet.config.toml import ConfigError, leaves, read_toml
 from quartet.data import DataError
 from quartet.files import fingerprint
-from quartet.io.texts import did_you_mean, excerpt, type_in_words, well_formed_json
+from quartet.io.texts import did_you_mean, type_in_words, well_formed_json
 from quartet.recipes import recipe_path
 from quartet.rewards.objects import object_name
 from quartet.rewards.source import RewardSource
-from quartet.runtime.log import no_progress_bars
 from quartet.stages.kinds import kind_of
 
 STORE = "inputs"
@@ -294,9 +292,9 @@ def policy_table(
     model are to be trained."""
     if isinstance(policy, tuple) and len(policy) == 2 and tokenizer is None:
         policy, tokenizer = policy
-    _check_model(policy, trains)
+    check_whole(policy, trains)
     if hasattr(policy, "save_pretrained"):
-        _check_class(policy)
+        check_is_its_folder(policy)
         if not hasattr(tokenizer, "save_pretrained"):
             raise ConfigError(
                 "policy: a model that is loaded already needs its tokenizer: "
@@ -313,41 +311,6 @@ def policy_table(
             "of transformers with its tokenizer."
         )
     return table if tokenizer is None else {**table, "tokenizer": _path(tokenizer, "tokenizer")}
-
-
-def _check_model(model: Any, trains: bool) -> None:
-    """Raise `ConfigError` for an object that is no whole model and, where it is trained, for
-    weights that are not: a folder cannot say so."""
-    if isinstance(model, type):
-        raise ConfigError(
-            f"policy: {model.__name__} is a class. Give a model: from_pretrained(…) loads one."
-        )
-    if getattr(model, "peft_config", None):
-        raise ConfigError(
-            "policy: a model with an adapter of PEFT. Give the model without it and policy.adapter "
-            '= {"type": "lora", "rank": 16}, or what merge_and_unload().requires_grad_() returns.'
-        )
-    weights = model.named_parameters() if trains and hasattr(model, "save_pretrained") else ()
-    if frozen := next((name for name, weight in weights if not weight.requires_grad), None):
-        raise ConfigError(
-            f"policy: {frozen} has requires_grad = False, which a run does not keep. Set "
-            "policy.frozen_layers, or call requires_grad_() on the model."
-        )
-
-
-def _check_class(model: Any) -> None:
-    """Raise `ConfigError` for a model of another class than the one that transformers loads from
-    its folder: the run would train a model that computes something else."""
-    from quartet.models.text_part import auto_class
-
-    kind = type(getattr(model, "_orig_mod", model))  # under torch.compile
-    classes = getattr(auto_class(model.config), "_model_mapping", {})
-    loaded = classes.get(type(model.config), None)
-    if isinstance(loaded, type) and kind is not loaded:
-        raise ConfigError(
-            f"policy: a {kind.__name__}. A run reads its weights and its config from a folder, as "
-            f"a {loaded.__name__}, without code of your own. Give a {loaded.__name__}."
-        )
 
 
 def _model_of(folder: str) -> str:
@@ -367,33 +330,6 @@ def _path(value: Any, name: str) -> Any:
         f"{name}: {type_in_words(value)} is no folder. Give one, or a hub id; an object goes with "
         "a policy that is an object."
     )
-
-
-def store_model(model: Any, tokenizer: Any, store: Path) -> Path:
-    """Write a model and its tokenizer as a Hugging Face folder and return its path. The model
-    itself is not changed by the run: it trains what it reads from there."""
-    store.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".policy-", dir=store))
-    try:
-        try:
-            with no_progress_bars():
-                model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-        except (OSError, MemoryError):  # of the disk and the machine, not of the model
-            raise
-        except Exception as error:
-            raise ConfigError(
-                "policy: the model and its tokenizer cannot be written to a folder, which the run "
-                f"reads: {excerpt(str(error), 300).rstrip('.')}."
-            ) from error
-        sums = [f"{path.name} {fingerprint(path)['sha256']}" for path in sorted(beside.iterdir())]
-        files.write(beside / "CHECKSUMS", "\n".join(sums) + "\n")
-        path = store / f"policy-{fingerprint(beside / 'CHECKSUMS')['sha256'][:12]}"
-        if not path.exists():
-            beside.rename(path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return path
 
 
 def _rewards(given: Any, objects: dict[str, Any]) -> list[Table]:
