@@ -262,8 +262,11 @@ def rollout_to_row(rollout: Rollout) -> dict[str, Any]:
     return dict(vars(rollout)) | {"prompt": dict(vars(rollout.prompt))}
 
 
-def rollout_from_row(row: Mapping[str, Any]) -> Rollout:
-    """Return the rollout of a table that came through JSON, which has lists for tuples."""
+def rollout_from_row(row: Mapping[str, Any] | Rollout) -> Rollout:
+    """Return the rollout of a table that came through JSON, which has lists for tuples; a rollout,
+    of a state that was only copied, as it is."""
+    if isinstance(row, Rollout):
+        return row
     prompt: dict[str, Any] = {
         name: tuple(value) if name == "ids" else value for name, value in row["prompt"].items()
     }

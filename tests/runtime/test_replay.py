@@ -34,25 +34,25 @@ def everything(run):
     }
 
 
-@pytest.mark.parametrize("step", [1, 3])
-def test_as_it_was_to_the_bit_and_nothing_is_written(grpo_run, step):
-    before = everything(grpo_run)
-    stage = rl_stage(grpo_run)
-    since = checkpoint_before(grpo_run.path, "grpo", step)
-    outcome, other = replay(stage, grpo_run.path, since, step)
-    events = [
-        json.loads(line) for line in (grpo_run.path / "events.jsonl").read_text().splitlines()
-    ]
+@pytest.mark.parametrize(("name", "step"), [("grpo", 1), ("grpo", 3), ("ppo", 3)])
+def test_as_it_was_to_the_bit_and_nothing_is_written(request, name, step):
+    run = request.getfixturevalue(f"{name}_run")
+    before = everything(run)
+    stage = rl_stage(run)
+    since = checkpoint_before(run.path, name, step)
+    outcome, other = replay(stage, run.path, since, step)
+    events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
     recorded = next(
         e["metrics"]
         for e in events
-        if e.get("stage") == "grpo" and e.get("step") == step and e["event"] == "metrics"
+        if e.get("stage") == name and e.get("step") == step and e["event"] == "metrics"
     )
+    assert name == "grpo" or {"reward/drift", "policy/win_rate"} <= recorded.keys()
     assert (
         differences(recorded, outcome.metrics) == [] and recorded["loss"] == outcome.metrics["loss"]
     )
     assert other is None and outcome.tokens > 0
-    assert everything(grpo_run) == before
+    assert everything(run) == before
 
 
 @pytest.fixture(scope="module")

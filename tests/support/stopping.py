@@ -43,7 +43,7 @@ PHASES: dict[str, tuple[str, str, int, str]] = {
     "the update": ("quartet.training.learner:Learner", "update", 4, "before"),
     "the update, weights changed": ("quartet.training.learner:Learner", "update", 4, "after"),
     "probes": ("quartet.stages.rl", "probe_table", 4, "before"),
-    "the win rate": ("quartet.stages.rl:WinRateProbe", "win_rate", 4, "before"),
+    "the win rate": ("quartet.stages.probes:WinRateProbe", "win_rate", 4, "before"),
     "a checkpoint": ("quartet.runtime.worker", "save_tensors", 7, "before"),
     "writing the policy": ("quartet.stages.rl", "save", 1, "before"),
     "the evaluation": ("quartet.stages.evaluation", "compare", 1, "before"),

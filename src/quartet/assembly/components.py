@@ -26,7 +26,8 @@ from quartet.rewards.protocol import Weighted, rewarded
 from quartet.rewards.sources import is_trained_here
 from quartet.runtime.faults import FAULTS
 from quartet.stages.kinds import member_of
-from quartet.stages.rl import RLComponents, WinRateProbe
+from quartet.stages.probes import WinRateProbe
+from quartet.stages.rl import RLComponents
 from quartet.training.learner import Learner
 from quartet.training.trust_region import TrustRegionLearner
 
@@ -64,7 +65,7 @@ def load_components(assembler: Assembler, folder: Path) -> RLComponents:
         learner,
         generator,
         rewards,
-        _probes(assembler, algorithm, probe_generator, rewards),
+        lambda: _probes(assembler, algorithm, probe_generator, rewards),
         _perplexity_texts(assembler),
         _win_rate_probe(assembler, probe_generator, rewards),
     )
@@ -145,7 +146,7 @@ def _win_rate_probe(
     def respond() -> Sequence[Rollout]:
         return rewarded(generator().generate(prompts, assembler.config.rollout), rewards)
 
-    return WinRateProbe(respond, respond(), assembler.rewards.context.gold)
+    return WinRateProbe(respond, assembler.rewards.context.gold)
 
 
 def _perplexity_texts(assembler: Assembler) -> Sequence[Demonstration]:

@@ -154,7 +154,7 @@ def _audited(assembler: Assembler, run: Path, checkpoint: Checkpoint) -> Audited
     parts: list[RLComponents] = []
 
     def load(folder: Path) -> RLComponents:
-        parts.append(dataclasses.replace(load_components(assembler, folder), probes=()))
+        parts.append(load_components(assembler, folder))
         return parts[0]
 
     stage = dataclasses.replace(

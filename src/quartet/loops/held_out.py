@@ -50,6 +50,9 @@ class HeldOut:
         """Evaluations since the best one."""
         self.last_step = 0
         """The step of the last evaluation."""
+        self.before: dict[str, float] = {}
+        """What was measured before the first step, for the summary. A stage that is resumed has it
+        from its checkpoint."""
         self._best: list[Tensor] = []
 
     @property
@@ -72,6 +75,12 @@ class HeldOut:
         for parameter, best in zip(self.parameters, self._best, strict=bool(self._best)):
             parameter.data.copy_(best)
 
+    def numbers(self, after: Mapping[str, float]) -> dict[str, float]:
+        """Return the numbers of a summary: those from before the first step, and of each those
+        after the last."""
+        before = {f"held_out_{name}_before": number for name, number in self.before.items()}
+        return before | {f"held_out_{name}": number for name, number in after.items()}
+
     def summary(self) -> dict[str, Any]:
         """Return what the evaluations have decided: `best_step` where the best weights are kept,
         and `stopped_at` where patience ended the stage."""
@@ -84,6 +93,7 @@ class HeldOut:
             "best_merit": None if self.best_merit is None else list(self.best_merit),
             "num_worse": self.num_worse,
             "last_step": self.last_step,
+            "before": self.before,
             "best": self._best,
         }
 
@@ -100,6 +110,8 @@ class HeldOut:
             )
         self.best_step, self.num_worse, self.last_step = numbers
         self.best_merit = None if merit is None else (float(merit[0]), float(merit[1]))
+        # A version that did not write it measured it again.
+        self.before = {name: float(number) for name, number in state.get("before", {}).items()}
         pairs = zip(self.parameters, best, strict=bool(best))
         self._best = [copy_saved(kept(parameter), saved) for parameter, saved in pairs]
 

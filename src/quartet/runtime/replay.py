@@ -129,7 +129,7 @@ def _changed_outcome(
 ) -> Outcome:
     """Return the outcome of an update with another algorithm or optimizer. `configured` is the
     original algorithm as the config has it, `state` the stage's before the step."""
-    run = dataclasses.replace(changed, load_components=_without_probes(changed)).begin(folder)
+    run = dataclasses.replace(changed, writes_probes=False).begin(folder)
     original, other = dataclasses.asdict(configured), dataclasses.asdict(changed.algorithm)
     run.load_state({**state, "algorithm": merged(state["algorithm"], original, other)})
     algorithm_state, learner = run.stateful["algorithm"], _learner(run)
@@ -148,17 +148,11 @@ def _restored(stage: RLStage, folder: Path, checkpoint: Checkpoint) -> tuple[Sta
     has_stage_state = "work" in state  # not at step 0, before which only random numbers are drawn
     if not has_stage_state:
         random.load_state(state["random"])
-    run = dataclasses.replace(stage, load_components=_without_probes(stage)).begin(folder)
+    run = dataclasses.replace(stage, writes_probes=False).begin(folder)
     if has_stage_state:
         run.load_state(state["work"])
         random.load_state(state["random"])
     return run, run.copy_state()
-
-
-def _without_probes(stage: RLStage) -> Any:
-    """Return a loader of the stage's components without probes, whose scores would be written to
-    the run folder."""
-    return lambda folder: dataclasses.replace(stage.load_components(folder), probes=())
 
 
 def merged(adapted: Any, configured: Any, changed: Any) -> Any:

@@ -74,8 +74,9 @@ class StageKind:
 
 
 def _sft_closing(summary: Summary) -> str:
-    losses = f"{summary['held_out_loss_before']:.2f} → {summary['held_out_loss']:.2f}"
-    return f"(held out {losses}{_chosen(summary)})"
+    before = summary.get("held_out_loss_before")
+    since = "" if before is None else f"{before:.2f} → "
+    return f"(held out {since}{summary['held_out_loss']:.2f}{_chosen(summary)})"
 
 
 def _reward_model_closing(summary: Summary) -> str:

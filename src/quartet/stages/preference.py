@@ -79,7 +79,6 @@ class PreferenceStage:
                     self.process_group,
                 )
 
-        before = evaluate() if self.held_out else {}
         optimizer, budget = (
             self.optimizer(model),
             Budget(self.micro_batch_tokens, self.process_group),
@@ -88,6 +87,8 @@ class PreferenceStage:
         held_out = HeldOut(self.evaluating, self.num_steps, optimizer.parameters, evaluate)
 
         def steps(done: int) -> Iterator[Progress]:
+            if done == 0 and self.held_out:
+                held_out.before = evaluate()
             return held_out.during(
                 preference(
                     model,
@@ -108,8 +109,7 @@ class PreferenceStage:
             if not self.held_out:
                 return {}
             return {
-                **{f"held_out_{name}_before": value for name, value in before.items()},
-                **{f"held_out_{name}": value for name, value in evaluate().items()},
+                **held_out.numbers(evaluate()),
                 **pair_facts(self.held_out),
                 **held_out.summary(),
             }

@@ -11,6 +11,8 @@ from quartet.training.budget import Budget
 from quartet.training.optim import Optimizer
 from quartet.training.state_tree import Stateful, Tree
 
+OPTIONAL = frozenset({"ahead", "held_out", "reference", "first_answers"})
+"""The parts of a state that a checkpoint may lack."""
 Summary = dict[str, Any]
 """What is known at the end of a stage, by name: JSON."""
 
@@ -45,12 +47,12 @@ class StageRun:
         """Continue from the state of a checkpoint.
 
         A checkpoint without "ahead" is one of a run that did not sample ahead, one without
-        "held_out" of a stage that was not evaluated, and one without "reference" of a version that
-        did not write it; they may continue as those that have it. Raises KeyError if another part
-        is missing.
+        "held_out" of a stage that was not evaluated, and one without "reference" or "first_answers"
+        of a version that did not write it; they may continue as those that have it. Raises KeyError
+        if another part is missing.
         """
         for name, part in self.stateful.items():
-            if name in state or name not in {"ahead", "held_out", "reference"}:
+            if name in state or name not in OPTIONAL:
                 part.load_state(state[name])
 
     def notes(self) -> list[str]:

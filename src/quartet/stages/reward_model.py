@@ -110,10 +110,6 @@ class RewardModelStage:
                 shown=rows.shown,
             ).begin(folder)
         model, policy = self.load_models(folder, self.seed)
-        with activity("held-out pairs"):
-            before = pair_accuracy(
-                model, self.held_out, self.micro_batch_tokens, self.process_group
-            )
         sampler = Sampler(self.comparisons, self.batch_size, self.seed)
         optimizer = self.optimizer(model)
         budget = Budget(self.micro_batch_tokens, self.process_group)
@@ -124,9 +120,16 @@ class RewardModelStage:
                     model, self.held_out, self.loss, self.micro_batch_tokens, self.process_group
                 )
 
+        def accuracy_before() -> dict[str, float]:
+            with activity("held-out pairs"):
+                tokens, group = self.micro_batch_tokens, self.process_group
+                return {"accuracy": pair_accuracy(model, self.held_out, tokens, group)}
+
         held_out = HeldOut(self.evaluating, self.num_steps, optimizer.parameters, evaluate)
 
         def steps(done: int) -> Iterator[Progress]:
+            if done == 0:
+                held_out.before = accuracy_before()
             return held_out.during(
                 reward_model(
                     model,
@@ -143,7 +146,7 @@ class RewardModelStage:
         def finish() -> Summary:
             held_out.restore_best()
             facts = self._save(model, policy, self.round.folder(folder))
-            summary = {"held_out_accuracy_before": before, **facts, **held_out.summary()}
+            summary = held_out.numbers({}) | facts | held_out.summary()
             return summary | ({} if self.ceiling is None else {"ceiling": self.ceiling})
 
         stateful: dict[str, Stateful] = {

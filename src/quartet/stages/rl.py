@@ -14,7 +14,6 @@ from quartet.algorithms.algorithm import Algorithm
 from quartet.data.prompt_sampling import PromptSampler, PromptSampling
 from quartet.data.records import Demonstration
 from quartet.errors import PartError
-from quartet.evaluation.compare import Gold, wins_of
 from quartet.experience import Prompt, Rollout
 from quartet.generation.protocol import Generator
 from quartet.generation.sampling import Sampling
@@ -29,6 +28,7 @@ from quartet.recording.model_card import write_generation_config
 from quartet.recording.tokens import TokenTexts, probe_table, write_tokens
 from quartet.rewards.protocol import Weighted
 from quartet.rewards.reward_model import ModelReward
+from quartet.stages.probes import FirstAnswers, WinRateProbe
 from quartet.stages.protocol import StageRun, Summary
 from quartet.stages.rounds import ONLY_ROUND, Round
 from quartet.training.learner import Learner
@@ -42,39 +42,21 @@ MAX_LOG_PERPLEXITY = 50.0
 
 
 @dataclass(frozen=True)
-class WinRateProbe:
-    """Compares the policy, as it learns, with the one that the stage started from, on the same
-    held-out prompts."""
-
-    respond: Callable[[], Sequence[Rollout]]
-    """Returns the current policy's rewarded responses. It uses the same random numbers each time,
-    and none of those that training uses."""
-    before: Sequence[Rollout]
-    """The responses of the policy that the stage started from."""
-    gold: Gold | None
-
-    def win_rate(self, responses: Sequence[Rollout]) -> float | None:
-        """Return the share of prompts on which these responses win, a tie counting half; None if
-        there is no prompt for which both responses have a score."""
-        wins = wins_of(self.before, responses, self.gold)
-        return statistics.fmean(wins) if wins else None
-
-
-@dataclass(frozen=True)
 class RLComponents:
     """The models and objects of an RL stage, loaded."""
 
     learner: Learner
     generator: Generator
     rewards: Sequence[Weighted]
-    probes: Sequence[Rollout] = ()
-    """Responses of the policy that the stage starts from; all models evaluate them again and again
-    as the policy learns."""
+    sample_probes: Callable[[], Sequence[Rollout]] = tuple
+    """Returns the `FirstAnswers.probes` of the policy as it is now."""
     texts: Sequence[Demonstration] = ()
     """Held-out demonstrations, to see whether the policy forgets what SFT taught."""
     win_rate_probe: WinRateProbe | None = None
 
-    def probe_metrics(self, algorithm: Algorithm, stale: bool) -> dict[str, float]:
+    def probe_metrics(
+        self, first: FirstAnswers, algorithm: Algorithm, stale: bool
+    ) -> dict[str, float]:
         """Return what is measured only now and then, by metric name: the win rate, the perplexity
         of the held-out texts, and the drift of reward models.
 
@@ -82,7 +64,7 @@ class RLComponents:
         itself could not compare the sampler's probabilities with the learner's.
         """
         with activity("win rate"):
-            metrics = self._win_rate(algorithm, stale)
+            metrics = self._win_rate(first.compared, algorithm, stale)
         if self.texts:
             learner = self.learner
             actor, tokens = learner.models.actor, learner.budget.scoring_tokens
@@ -90,16 +72,18 @@ class RLComponents:
                 loss = held_out_loss(actor, self.texts, tokens, learner.process_group)
             metrics["policy/sft_perplexity"] = math.exp(min(loss, MAX_LOG_PERPLEXITY))
         with activity("reward drift"):
-            drift = self._reward_drift()
+            drift = self._reward_drift(first.probes)
         if drift:
             metrics["reward/drift"] = statistics.fmean(drift)
         return metrics
 
-    def _win_rate(self, algorithm: Algorithm, stale: bool) -> dict[str, float]:
+    def _win_rate(
+        self, before: Sequence[Rollout], algorithm: Algorithm, stale: bool
+    ) -> dict[str, float]:
         metrics: dict[str, float] = {}
         probe = self.win_rate_probe
-        responses = probe.respond() if probe is not None else []
-        if probe is not None and (rate := probe.win_rate(responses)) is not None:
+        responses = probe.respond() if probe is not None and before else []
+        if probe is not None and (rate := probe.win_rate(before, responses)) is not None:
             metrics["policy/win_rate"] = rate
         # Version −1 is never current, so the learner computes all log-probs itself.
         scored = [
@@ -109,14 +93,14 @@ class RLComponents:
             metrics["sampler_ratio"] = sampler_ratio(self.learner.score(scored, algorithm))
         return metrics
 
-    def _reward_drift(self) -> list[float]:
+    def _reward_drift(self, probes: Sequence[Rollout]) -> list[float]:
         """Return how far each reward model's score of each probe is from its first score. Reward
         models are frozen: anything but 0 is a fault."""
         models = [w.reward for w in self.rewards if isinstance(w.reward, ModelReward)]
         return [
             abs((score or 0.0) - (probe.components[model.name] or 0.0))
             for model in models
-            for score, probe in zip(model.score(self.probes), self.probes, strict=True)
+            for score, probe in zip(model.score(probes), probes, strict=True)
         ]
 
 
@@ -173,6 +157,8 @@ class RLStage:
     first_step: int = 0
     """The number of the last step of the rounds before."""
     round: Round = ONLY_ROUND
+    writes_probes: bool = True
+    """Whether what the models say of the probes is written to the run's folder."""
 
     samples: ClassVar[bool] = True
     """Whether its steps have rollouts."""
@@ -187,20 +173,21 @@ class RLStage:
         prompts = PromptSampler(
             self.prompts, self.prompts_per_step, self.seed, self.prompt_sampling
         )
-        ahead, texts = Ahead(self.staleness), TokenTexts(self.tokenizer)
+        ahead, texts, first = Ahead(self.staleness), TokenTexts(self.tokenizer), FirstAnswers()
         learner, generator = components.learner, components.generator
 
         def write_probes(number: int) -> None:
-            if not components.probes:
+            if not (self.writes_probes and first.probes):
                 return
             with activity("probes"):
-                table = probe_table(number, learner, components.probes, algorithm.now, texts)
+                table = probe_table(number, learner, first.probes, algorithm.now, texts)
             if learner.process_group.is_rank_zero:
                 write_tokens(table, place / "probes" / f"{number:06d}.parquet")
 
         def steps(done: int) -> Iterator[Step]:
             done = max(0, done - self.first_step)
             if done == 0:
+                first.sample(components.sample_probes, components.win_rate_probe)
                 write_probes(self.first_step)
             else:
                 generator.load_weights(learner.weights())
@@ -217,7 +204,7 @@ class RLStage:
                     continue
                 write_probes(step.number)
                 stale = "sampler_ratio" not in step.metrics
-                metrics = step.metrics | components.probe_metrics(algorithm.now, stale)
+                metrics = step.metrics | components.probe_metrics(first, algorithm.now, stale)
                 yield dataclasses.replace(step, metrics=metrics)
 
         def finish() -> Summary:
@@ -229,6 +216,7 @@ class RLStage:
             "generator": generator,
             "prompts": prompts,
             "algorithm": algorithm,
+            "first_answers": first,
         }
         if self.staleness:
             stateful["ahead"] = ahead

@@ -42,10 +42,6 @@ class SftStage:
 
     def begin(self, folder: Path) -> StageRun:
         model = self.load_policy(folder)
-        with activity("held-out texts"):
-            before = held_out_loss(
-                model, self.held_out, self.micro_batch_tokens, self.process_group
-            )
         sampler = Sampler(self.demonstrations, self.batch_size, self.seed)
         optimizer = self.optimizer(model)
         budget = Budget(self.micro_batch_tokens, self.process_group)
@@ -60,6 +56,8 @@ class SftStage:
         held_out = HeldOut(self.evaluating, self.num_steps, optimizer.parameters, evaluate)
 
         def steps(done: int) -> Iterator[Progress]:
+            if done == 0:
+                held_out.before = evaluate()
             return held_out.during(
                 sft(
                     model,
@@ -75,8 +73,7 @@ class SftStage:
         def finish() -> Summary:
             held_out.restore_best()
             save(model, self.tokenizer, folder / "sft", self.process_group)
-            losses = {"held_out_loss_before": before, "held_out_loss": evaluate()["loss"]}
-            return losses | held_out.summary()
+            return held_out.numbers(evaluate()) | held_out.summary()
 
         stateful: dict[str, Stateful] = {
             "optimizer": optimizer,
