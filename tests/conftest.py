@@ -6,6 +6,7 @@ import os
 os.environ["QUARTET_CHECK_SHAPES"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gc
 import ipaddress
 import sys
 import traceback
@@ -45,6 +46,14 @@ sys.addaudithook(never)
 checks.install()
 hook = install_import_hook("quartet", "beartype.beartype")
 hook.__enter__()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """Have the garbage collector leave alone what has been imported: a full collection, which each stage of a run makes, goes through
+    a million objects of libraries otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

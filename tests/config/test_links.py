@@ -23,6 +23,7 @@ FILE = """recipe = RECIPE
 [data]
 world = "sums"
 rows = 64
+held_out_rows = 64
 [policy]
 model = "runs/latest/sft"
 [[reward]]

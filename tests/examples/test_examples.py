@@ -13,7 +13,7 @@ CREATE = {
     "policy.create.num_heads": 2,
 }
 ROLLOUT = {"rollout.prompts_per_step": 4, "rollout.max_new_tokens": 4}
-TINY = {"data.rows": 64}
+TINY = {"data.rows": 64, "data.held_out_rows": 64}
 
 
 def load(name):

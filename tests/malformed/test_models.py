@@ -122,7 +122,7 @@ WEIGHTS = {
 
 @pytest.mark.parametrize(("change", "sentence"), WEIGHTS.values(), ids=WEIGHTS)
 def test_weights_that_are_not_there(place, change, sentence):
-    said = refusal(ModelError, lambda: load_model(place("lm", change)), seconds=None)
+    said = refusal(ModelError, lambda: load_model(place("lm", change)))
     assert said.startswith("lm: cannot be loaded as a language model") and sentence in said
 
 
@@ -155,7 +155,7 @@ def test_folders_that_are_no_tokenizer(place, change, sentence):
     ("kind", "change"), [("lm", lambda folder: None)], ids=["a language model"]
 )
 def test_a_reward_model_without_its_head(place, kind, change):
-    said = refusal(ModelError, lambda: ScalarModel.load(place(kind, change)), seconds=None)
+    said = refusal(ModelError, lambda: ScalarModel.load(place(kind, change)))
     assert (
         said
         == "lm: has no weights for score.weight, so it is no trained model for SequenceClassification."
@@ -245,7 +245,6 @@ def test_an_adapter_for_layers_that_are_not_there():
     said = refusal(
         AdapterError,
         lambda: add_adapter(model(), Lora(targets=("nosuch",)), POLICY, 0),
-        seconds=None,
     )
     assert said.startswith(
         "policy.adapter.targets: the model has no layer nosuch. It has down_proj, gate_proj,"

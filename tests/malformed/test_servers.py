@@ -112,7 +112,7 @@ def test_a_fault_ends_a_step_with_one_sentence(tmp_path, make, good, fault, sent
     limit = IMPATIENT if sentence == LATE else PATIENT
     with FaultServer(fault(good)) as server, Asked(make, server.url, tmp_path, limit) as asked:
         begun = time.monotonic()
-        said = refusal(RewardError, asked.step, seconds=None)
+        said = refusal(RewardError, asked.step)
         assert time.monotonic() - begun < 15
     assert re.search(sentence, said) and server.url in said
     assert not (tmp_path / "cache.jsonl").exists(), "nothing of a fault is cached"
@@ -139,7 +139,7 @@ def test_a_redirect_is_never_followed(tmp_path, make, good):
     with FaultServer(says(good)) as other:
         with FaultServer(answers(307, b"", f"location: {other.url}/")) as server:
             with Asked(make, server.url, tmp_path) as asked:
-                assert "answered 307" in refusal(RewardError, asked.step, seconds=None)
+                assert "answered 307" in refusal(RewardError, asked.step)
     assert server.requests and not other.requests
 
 
@@ -148,14 +148,14 @@ def test_nobody_listens(tmp_path, make, good):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         with Asked(make, f"http://127.0.0.1:{free.getsockname()[1]}/", tmp_path, tries=1) as asked:
-            said = refusal(RewardError, asked.step, seconds=None)
+            said = refusal(RewardError, asked.step)
     assert said.endswith("cannot be reached (Connection refused) (1 try).")
 
 
 @pytest.mark.parametrize(("make", "good"), REWARDS.values(), ids=REWARDS)
 def test_a_name_that_nobody_has(tmp_path, make, good):
     with Asked(make, "http://nobody.invalid/", tmp_path, tries=1) as asked:
-        assert "cannot be reached (" in refusal(RewardError, asked.step, seconds=None)
+        assert "cannot be reached (" in refusal(RewardError, asked.step)
 
 
 def test_tls_where_there_is_none(tmp_path):
@@ -164,9 +164,7 @@ def test_tls_where_there_is_none(tmp_path):
         with Asked(
             server_reward, server.url.replace("http", "https"), tmp_path, IMPATIENT
         ) as asked:
-            assert re.search(
-                "cannot be reached|did not answer", refusal(RewardError, asked.step, seconds=None)
-            )
+            assert re.search("cannot be reached|did not answer", refusal(RewardError, asked.step))
 
 
 @pytest.mark.parametrize("value", [None, ""], ids=["not set", "empty"])
@@ -224,7 +222,7 @@ SCORES = {
 def test_scores_that_are_none_are_never_zero(tmp_path, make, key, value, sentence):
     body = b'{"' + key + b'": ' + value + b"}"
     with FaultServer(answers(200, body)) as server, Asked(make, server.url, tmp_path) as asked:
-        assert re.search(sentence, refusal(RewardError, asked.step, seconds=None))
+        assert re.search(sentence, refusal(RewardError, asked.step))
 
 
 @pytest.mark.parametrize("key", ["scores", "rewards"])
@@ -245,7 +243,7 @@ def test_what_json_has_no_word_for_is_refused_before_it_is_sent(tmp_path):
         def priced(price):
             return [rollout(dataclasses.replace(PROMPTS[0], extra={"price": price}), (5, 6), 0.0)]
 
-        said = refusal(RewardError, lambda: asked.reward.score(priced(float("nan"))), seconds=None)
+        said = refusal(RewardError, lambda: asked.reward.score(priced(float("nan"))))
         assert "the request is no JSON" in said
         assert asked.reward.score(priced("half a pair: \ud800")) == [7]
     assert len(server.requests) == 1
@@ -280,7 +278,7 @@ CONTENTS = {
 @pytest.mark.parametrize(("table", "sentence"), CONTENTS.values(), ids=CONTENTS)
 def test_a_judge_that_says_no_text_is_an_error_and_nothing_is_cached(tmp_path, table, sentence):
     with FaultServer(says(table)) as server, Asked(judge, server.url, tmp_path) as asked:
-        assert sentence in readable(refusal(RewardError, asked.step, seconds=None))
+        assert sentence in readable(refusal(RewardError, asked.step))
         assert not (tmp_path / "cache.jsonl").exists()
     with (
         FaultServer(says(verdict("Score: 7"))) as server,
@@ -412,7 +410,7 @@ def test_alone_a_server_with_a_fault_ends_the_run_with_its_reason(tmp_path, kind
     with Generation(
         kind, answers(500, b"<html>boom</html>"), tmp_path, 0.3, alone=True
     ) as generation:
-        said = refusal(ServersGone, generation.tokens, seconds=None)
+        said = refusal(ServersGone, generation.tokens)
     assert (
         said.startswith("no generation server answered for 0.3 s (")
         and "answered 500: <html>boom</html>" in said
@@ -475,7 +473,7 @@ def test_an_answer_that_cannot_be_trained_on_is_never_taken(tmp_path, caplog, ki
 def test_a_server_that_aborts_every_answer_does_not_hold_a_run_for_ever(tmp_path, kind):
     aborted = reply(kind, [], [], [], "abort")
     with Generation(kind, says(aborted), tmp_path, 1.5, alone=True) as generation:
-        said = refusal(ServersGone, generation.tokens, seconds=None)
+        said = refusal(ServersGone, generation.tokens)
     assert "aborted every request before its first token" in said
 
 

@@ -270,6 +270,7 @@ TINY_GUESS = [
     "policy.create.num_layers=1",
     "policy.create.num_heads=2",
     "data.rows=200",
+    "data.held_out_rows=64",
     "sft.steps=30",
     "rollout.prompts_per_step=8",
     "optim.minibatches=2",

@@ -18,6 +18,7 @@ WORDS = [
     "recipe=['sft','grpo']",
     "data.sampling=pass_rate",
     "data.rows=16",
+    "data.held_out_rows=64",
     "rollout.samples_per_prompt=2",
     "run.steps=12",
     "run.checkpoint_every=100",

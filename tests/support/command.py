@@ -6,6 +6,7 @@ a test may still say that its process has no children; it ends when its end of t
 """
 
 import functools
+import gc
 import json
 import os
 import socket
@@ -58,6 +59,7 @@ def serve(handle: int) -> None:
     """Fork a child for each request that comes over the socket and answer with its exit code."""
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    gc.freeze()  # children share the pages of what is imported, and need not go through it
     requests = socket.socket(fileno=handle)
     while True:
         content, handles, _, _ = socket.recv_fds(requests, 1 << 17, 2)

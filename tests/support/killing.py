@@ -150,6 +150,7 @@ DPO = """recipe = ["sft", "online_dpo", "evaluation"]
 world = "reviews"
 max_response_tokens = 64
 rows = 64
+held_out_rows = 64
 [policy]
 create = { type = "llama", max_length = 128, hidden_size = 16, num_layers = 1, num_heads = 2 }
 [[reward]]

@@ -20,6 +20,7 @@ SMALL = (
     "policy.create.num_layers=1",
     "policy.create.num_heads=2",
     "data.rows=64",
+    "data.held_out_rows=64",
     "sft.steps=3",
     "sft.batch_size=8",
     "rollout.prompts_per_step=8",

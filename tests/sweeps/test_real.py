@@ -24,6 +24,7 @@ algorithm.kl.coef = [0.05, 0.5]
 [data]
 world = "reviews"
 rows = 64
+held_out_rows = 64
 max_prompt_tokens = 32
 max_response_tokens = 64
 [policy]
