@@ -139,7 +139,7 @@ def test_what_is_written_and_where_it_led_are_in_the_resolved_config(place, monk
     settings = read_settings(place / "grpo.toml")
     assert settings.config.policy.model == f"runs/{first}/sft"
     assert (
-        f'model = "runs/{first}/sft"  # {place}/grpo.toml:6: "runs/latest/sft" then'
+        f'model = "runs/{first}/sft"  # {place}/grpo.toml:7: "runs/latest/sft" then'
         in resolved_toml(settings)
     )
     assert settings.links == {"policy.model": ("runs/latest/sft", f"runs/{first}/sft")}

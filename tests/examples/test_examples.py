@@ -43,7 +43,11 @@ def test_no_script_has_more_than_forty_lines():
             marks=pytest.mark.slow,
         ),
         pytest.param("reward_model_and_dpo", {}, marks=pytest.mark.slow),
-        ("own_stage", {"sft.steps": 2, "custom.batch_size": 4, "evaluation.prompts": 4}),
+        pytest.param(
+            "own_stage",
+            {"sft.steps": 2, "custom.batch_size": 4, "evaluation.prompts": 4},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_script_trains_and_its_run_can_be_read(name, settings, tmp_path, monkeypatch, capsys):

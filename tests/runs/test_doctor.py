@@ -281,6 +281,7 @@ def test_the_same_rules_look_at_a_folder(ppo_run, grpo_run):
         "responses_do_not_end",
         "length_drift",
         "duplicates",
+        "no_better_than_chance",
     }
 
 

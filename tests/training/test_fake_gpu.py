@@ -10,6 +10,7 @@ import torch
 from tests.support.command import PROJECT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this build has a device guard for CUDA")
 @pytest.mark.skipif(sys.platform != "linux", reason="the table of guards has another name")
 def test_all_passes_keep_to_one_device_and_have_derivatives():
