@@ -184,10 +184,14 @@ class RLStage:
             if learner.process_group.is_rank_zero:
                 write_tokens(table, place / "probes" / f"{number:06d}.parquet")
 
-        def steps(done: int) -> Iterator[Step]:
-            done = max(0, done - self.first_step)
-            if done == 0:
+        def steps(number: int) -> Iterator[Step]:
+            done = max(0, number - self.first_step)
+            if done == 0:  # before the first step is timed
                 first.sample(components.sample_probes, components.win_rate_probe)
+            return following(done)
+
+        def following(done: int) -> Iterator[Step]:
+            if done == 0:
                 write_probes(self.first_step)
             else:
                 generator.load_weights(learner.weights())
