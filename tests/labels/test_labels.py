@@ -244,6 +244,16 @@ def test_a_pair_of_a_closed_tab_comes_back(log):
     assert session.task("ann", "t3") == task
 
 
+def test_a_page_that_is_loaded_again_keeps_its_pair_when_the_old_one_is_released_late(log):
+    session = LabelSession(PAIRS, log, repeat=0.0)
+    shown = session.task("ann", "t1", "load 1")
+    assert session.task("ann", "t1", "load 2") == shown
+    session.release("t1", "load 1")
+    assert session.task("ann", "t2", "load 3") != shown
+    session.release("t1", "load 2")
+    assert session.task("ann", "t3", "load 4") == shown
+
+
 def test_undo_is_a_line_and_gives_the_pair_back(log):
     session = LabelSession(PAIRS, log, repeat=0.0)
     first = session.task("ann", "t1")

@@ -83,12 +83,16 @@ class LabelSession:
         self._undone: dict[str, Label] = {label.id: label for label in log.labels.undone}
         self._leases: dict[str, tuple[str, Task, float]] = {}
         """By tab: the labeller, what they see there, and since when."""
+        self._loads: dict[str, str] = {}
+        """By tab: which loading of the page asked last."""
         self._lock = threading.Lock()
 
-    def task(self, labeller: str, tab: str) -> Task | None:
+    def task(self, labeller: str, tab: str, load: str = "") -> Task | None:
         """Return what a tab shows next: what it shows already, where it has not answered and the
-        pair is still its labeller's. None where all is labelled or open in other tabs."""
+        pair is still its labeller's. None where all is labelled or open in other tabs. `load` is
+        different each time that the page is loaded."""
         with self._lock:
+            self._loads[tab] = load
             lease = self._leases.pop(tab, None)
             done, mine = self._done(labeller), self._mine(labeller)
             kept = lease[1] if lease is not None and lease[0] == labeller else None
@@ -155,10 +159,12 @@ class LabelSession:
             own = (x.id for x in reversed(self.labels.values()) if self._is_of(x, labeller, tab))
             return next(own, "")
 
-    def release(self, tab: str) -> None:
-        """Give back what a closed tab was showing."""
+    def release(self, tab: str, load: str = "") -> None:
+        """Give back what a closed page was showing. A page that is loaded again may have asked
+        before the message of its predecessor comes, which is of no effect then."""
         with self._lock:
-            self._leases.pop(tab, None)
+            if self._loads.get(tab) == load:
+                self._leases.pop(tab, None)
 
     def progress(self, labeller: str) -> LabelProgress:
         """Return how many labels a labeller gave and how many there are to give."""

@@ -57,7 +57,7 @@ class LabelPages:
     def next(self, body: Body) -> dict[str, Any]:
         name = checked_name(_text(body, "labeller"))
         tab = _text(body, "tab")
-        return self._state(name, tab, self.session.task(name, tab))
+        return self._state(name, tab, self.session.task(name, tab, body.get("load", "")))
 
     def label(self, body: Body) -> dict[str, Any]:
         label = self.session.take(
@@ -79,7 +79,7 @@ class LabelPages:
         return self._state(name, tab, task)
 
     def release(self, body: Body) -> dict[str, Any]:
-        self.session.release(_text(body, "tab"))
+        self.session.release(_text(body, "tab"), body.get("load", ""))
         return {}
 
     def _state(self, labeller: str, tab: str, task: Task | None) -> dict[str, Any]:

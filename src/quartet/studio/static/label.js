@@ -6,7 +6,7 @@
   const random = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, "0")).join("");
   const tab = sessionStorage.getItem("tab") || random();
   sessionStorage.setItem("tab", tab);
-  let labeller = "", task = null, last = "", busy = false;
+  let load = random(), labeller = "", task = null, last = "", busy = false;
 
   const notice = (text) => {
     element("notice").textContent = text;
@@ -65,7 +65,7 @@
   }
 
   async function next() {
-    const { ok, answer } = await ask("/api/next", {});
+    const { ok, answer } = await ask("/api/next", { load });
     if (ok) show(answer);
     else notice(answer.error);
     return ok;
@@ -149,10 +149,12 @@
     }
   });
   addEventListener("pagehide", () => {
-    navigator.sendBeacon("/api/release", new Blob([JSON.stringify({ tab })], { type: "application/json" }));
+    navigator.sendBeacon("/api/release", new Blob([JSON.stringify({ tab, load })], { type: "application/json" }));
   });
   addEventListener("pageshow", (event) => {
-    if (event.persisted) working(next);
+    if (!event.persisted) return;
+    load = random();
+    working(next);
   });
 
   const known = localStorage.getItem("labeller");
