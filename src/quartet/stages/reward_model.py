@@ -120,16 +120,14 @@ class RewardModelStage:
                     model, self.held_out, self.loss, self.micro_batch_tokens, self.process_group
                 )
 
-        def accuracy_before() -> dict[str, float]:
-            with activity("held-out pairs"):
-                tokens, group = self.micro_batch_tokens, self.process_group
-                return {"accuracy": pair_accuracy(model, self.held_out, tokens, group)}
-
         held_out = HeldOut(self.evaluating, self.num_steps, optimizer.parameters, evaluate)
 
         def steps(done: int) -> Iterator[Progress]:
             if done == 0:
-                held_out.before = accuracy_before()
+                tokens, group = self.micro_batch_tokens, self.process_group
+                with activity("held-out pairs"):
+                    accuracy = pair_accuracy(model, self.held_out, tokens, group)
+                held_out.before = {"accuracy": accuracy}
             return held_out.during(
                 reward_model(
                     model,

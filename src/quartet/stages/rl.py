@@ -82,8 +82,8 @@ class RLComponents:
     ) -> dict[str, float]:
         metrics: dict[str, float] = {}
         probe = self.win_rate_probe
-        responses = probe.respond() if probe is not None and before else []
-        if probe is not None and (rate := probe.win_rate(before, responses)) is not None:
+        responses = probe.respond() if probe is not None else []
+        if probe is not None and before and (rate := probe.win_rate(before, responses)) is not None:
             metrics["policy/win_rate"] = rate
         # Version −1 is never current, so the learner computes all log-probs itself.
         scored = [
