@@ -177,6 +177,7 @@ def hooked(name, register):
         (frozen, r"policy: model\.embed_tokens\.weight has requires_grad = False"),
         (adapted, r"policy: a model with an adapter of PEFT"),
         (lambda: type(world.model()), "policy: LlamaForCausalLM is a class"),
+        (lambda: world.model().state_dict(), "policy: a state dict, which is weights without a"),
     ],
 )
 def test_a_model_whose_training_would_not_be_the_one_that_is_meant_is_refused(

@@ -211,6 +211,16 @@ def test_numbers_of_numpy_and_torch_are_numbers_and_none_is_left_out(tmp_path):
     run = tiny(tmp_path, optim=numbers, launch=None)
     config = run.settings.config
     assert (config.optim.lr, config.optim.epochs, config.optim.betas) == (0.25, 3, (0.5, 0.5))
+    run.close()
+
+
+def test_a_run_that_nobody_begins_is_spoken_of(tmp_path):
+    """A script that calls `train` and does no more would end without a word."""
+    with pytest.warns(RuntimeWarning, match=r"was not begun: iterate over it, or call finish\(\)"):
+        tiny(tmp_path)
+    for use in (repr, iter, quartet.TrainingRun.close):
+        use(tiny(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

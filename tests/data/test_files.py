@@ -80,6 +80,10 @@ def test_rows_know_their_place(tmp_path):
         ("x.json", b"[" * 100_000, "x.json: JSON that cannot be read: too deep"),
         ("x.json", b'[{"a": ' + b"1" * 5000 + b"}]", "x.json: JSON that cannot be read"),
         ("x.parquet", b"PAR0", "x.parquet: not a parquet file"),
+        ("x.jsonl", b'{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n', "x.jsonl:2: has 'a' twice. Keep one."),
+        ("x.jsonl", b'{"b": [{"a": 1, "a": 3}]}\n', "x.jsonl:1: has 'a' twice. Keep one."),
+        ("x.json", b'[{"a": 1, "a": 3}]', "x.json: a row has 'a' twice. Keep one."),
+        ("x.csv", b"a,b,a\n1,2,3\n", "x.csv:1: two columns are called 'a'. Rename one."),
         (
             "x.txt",
             b"hello",
@@ -92,6 +96,12 @@ def test_what_is_broken_is_said_with_its_place(tmp_path, name, content, sentence
     with pytest.raises(DataError) as error:
         read(tmp_path / name)
     assert sentence in str(error.value)
+
+
+def test_two_columns_of_one_name_are_refused_in_parquet(tmp_path):
+    pq.write_table(pa.table([[1], [2]], names=["a", "a"]), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x.parquet: two columns are called 'a'. Rename one."):
+        read(tmp_path / "x.parquet")
 
 
 def test_a_truncated_gzip_is_damaged_and_not_short(tmp_path):

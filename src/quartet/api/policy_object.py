@@ -3,7 +3,7 @@ written to one, from which the run reads it."""
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ def check_whole(model: Any, trains: bool) -> None:
     if isinstance(model, type):
         raise ConfigError(
             f"policy: {model.__name__} is a class. Give a model: from_pretrained(…) loads one."
+        )
+    if isinstance(model, Mapping) and any(hasattr(weight, "dtype") for weight in model.values()):
+        raise ConfigError(
+            "policy: a state dict, which is weights without a model. Give the model that has them, "
+            "with its tokenizer."
         )
     if getattr(model, "peft_config", None):
         raise ConfigError(

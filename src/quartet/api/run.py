@@ -5,6 +5,8 @@ import dataclasses
 import html
 import re
 import sys
+import warnings
+import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,7 @@ class TrainingRun:
         with no_progress_bars():
             self.job = job_of(settings.config, None, self.objects)
         self._folder = path
+        self._unused = weakref.finalize(self, _was_not_begun)
         self.stage: str | None = None
         self.summaries: dict[str, Mapping[str, Any]] = {}
         self.warnings: list[str] = []
@@ -128,6 +131,7 @@ class TrainingRun:
     def __iter__(self) -> Iterator[Progress]:
         """Return the steps that are left, of all stages. RL steps are `quartet.Step`s with
         rollouts, batch and experience; others have a number and metrics."""
+        self._unused.detach()
         if self._was_taken_over():
             self.close()
         if self._steps is None:
@@ -148,6 +152,7 @@ class TrainingRun:
 
     def close(self) -> None:
         """Stop in the middle: the last step is saved. Iterating again, or `finish()`, goes on."""
+        self._unused.detach()
         if self._steps is not None:
             self._steps.close()
 
@@ -302,6 +307,7 @@ class TrainingRun:
     @property
     def folder(self) -> Path:
         """The run folder. Raises `QuartetError` before the first step is asked for."""
+        self._unused.detach()
         if self._folder is None:
             raise QuartetError("the run has not begun: iterate over it, or call run.finish().")
         return self._folder
@@ -311,6 +317,7 @@ class TrainingRun:
         return str(self.folder)
 
     def __repr__(self) -> str:
+        self._unused.detach()
         recipe = " → ".join(self.settings.config.recipe)
         if self._folder is None:
             return f"<quartet run {recipe}, not begun>"
@@ -325,6 +332,12 @@ class TrainingRun:
         from quartet.api.notebook import figures
 
         return text + figures(self.record)
+
+
+def _was_not_begun() -> None:
+    """Warn of a run that is gone without a use, as Python does of a coroutine."""
+    words = "quartet.train made a run that was not begun: iterate over it, or call finish()."
+    warnings.warn(words, RuntimeWarning, stacklevel=3)
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

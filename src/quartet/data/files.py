@@ -189,11 +189,27 @@ def _datasets(path: Path) -> Any:
     return datasets
 
 
+class _Repeated(Exception):
+    """A JSON object that has a name more than once, of which Python would keep the last."""
+
+
 def _parsed(text: str) -> Any:
     """Return the value of a JSON text. Half a surrogate pair, which no tokenizer reads and no file
     holds, is spelled as its escape."""
-    value = json.loads(text)
+    value = json.loads(text, object_pairs_hook=_object)
     return well_formed_json(value) if "\\u" in text else value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise _Repeated(repr(_repeated([name for name, _ in pairs])))
+    return made
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    """Return the first of some names that is there more than once."""
+    return next((name for number, name in enumerate(names) if name in names[:number]), None)
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
@@ -208,6 +224,8 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(
             f"{path.name}:{error.lineno}: not JSON ({error.msg[0].lower() + error.msg[1:]}).{extra}"
         ) from None
+    except _Repeated as error:
+        raise DataError(f"{path.name}: a row has {error} twice. Keep one.") from None
     except (RecursionError, ValueError):
         raise DataError(
             f"{path.name}: JSON that cannot be read: too deep, or a number too long."
@@ -242,6 +260,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                     raise DataError(
                         f"{place}: not JSON ({_reason(error)}). {_fine(good)}"
                     ) from None
+                except _Repeated as error:
+                    raise DataError(f"{place}: has {error} twice. Keep one.") from None
                 except (
                     RecursionError,
                     ValueError,
@@ -294,7 +314,10 @@ def _csv_rows(path: Path, reader: "csv.DictReader[str]", good: int) -> Iterator[
 
 
 def _check_header(path: Path, names: Sequence[str]) -> None:
-    """Raise `DataError` where the one column of a header is several, with another separator."""
+    """Raise `DataError` where two columns have one name, or the one column of a header is several,
+    with another separator."""
+    if (name := _repeated(names)) is not None:
+        raise DataError(f"{path.name}:1: two columns are called {name!r}. Rename one.")
     for separator, name in {";": "semicolons", "\t": "tabs"}.items():
         if len(names) == 1 and separator in names[0]:
             raise DataError(
@@ -313,6 +336,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(
             f"{path.name}: not a parquet file ({str(error).partition('.')[0]})."
         ) from None
+    if (name := _repeated(file.schema_arrow.names)) is not None:
+        raise DataError(f"{path.name}: two columns are called {name!r}. Rename one.")
     number = 0
     try:
         for batch in file.iter_batches():
