@@ -1,5 +1,6 @@
 """Models that are built first and read afterwards: the same numbers, no more memory than is kept, clear errors."""
 
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import AutoModelForSequenceClassification
 
+from quartet.distributed import sharding
 from quartet.distributed.sharding import is_sharded, local_tensor
+from quartet.models import loading
 from quartet.models.adapters import POLICY, add_adapter
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError, create, load_model, read_config, save
@@ -171,6 +174,33 @@ def test_a_model_in_parts_is_never_whole(tmp_path):
         rows = theirs.chunk(8)
         own = rows[5] if is_sharded(mine) and len(rows) > 5 else theirs[:0]
         assert torch.equal(local_tensor(mine), own if is_sharded(mine) else theirs), name
+
+
+def test_rows_come_a_few_at_a_time_and_their_file_is_closed(folder, monkeypatch):
+    """What was read of an open file counts as memory of the process."""
+    monkeypatch.setattr(sharding, "COPIED_AT_ONCE", 100)
+    monkeypatch.setattr(loading, "CHECKED_AT_ONCE", 100)
+    sizes, sliced = [], loading.FileRows.__getitem__
+
+    def noted(rows, index):
+        read = sliced(rows, index)
+        sizes.append((read.numel(), len(read)))
+        return read
+
+    monkeypatch.setattr(loading.FileRows, "__getitem__", noted)
+    made = skeleton(read_config(folder))
+    weights = weights_for(made, folder)
+    with Alive() as alive:
+        made = fill(made, weights, CPU, folder)
+    assert len(sizes) > 50 and all(size <= 100 or rows == 1 for size, rows in sizes)
+    kept, largest = (4 * reduce(p.numel() for p in made.parameters()) for reduce in (sum, max))
+    # A slice counts with its whole tensor here, of which it touches its own rows only.
+    assert kept <= alive.peak <= kept + largest + 100 * 8
+    if sys.platform == "linux":
+        assert str(folder) not in Path("/proc/self/maps").read_text()
+    whole = load_model(folder).state_dict()
+    assert all(torch.equal(t, whole[name]) for name, t in tensors(made).items())
+    assert weights["model.norm.weight"][:].shape == made.model.norm.weight.shape
 
 
 def test_a_classifier_of_another_library_is_read_in_parts(tmp_path):

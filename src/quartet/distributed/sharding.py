@@ -114,18 +114,28 @@ def gather_weights(weights: GatheredWeights, keep: bool = True) -> dict[str, Ten
     return state if keep else {}
 
 
+COPIED_AT_ONCE = 2**24
+"""How many numbers are copied together out of a file."""
+
+
 def copy_saved(target: Tensor, saved: Any) -> Tensor:
     """Copy a saved value into a tensor and return that tensor.
 
     `saved` is a whole tensor, or an object that gives rows of one by slices. A sharded target takes
     its own rows only.
     """
-    own = local_tensor(target)
-    if not is_sharded(target):
-        return own.copy_(saved[:] if not isinstance(saved, torch.Tensor) else saved)
-    # FSDP cuts the first dimension into equal parts, rounded up: the last ranks may get less.
-    mesh = target.device_mesh  # type: ignore[attr-defined]
-    rows_per_rank = -(-target.shape[0] // mesh.size(mesh.ndim - 1))
-    start = min(rows_per_rank * mesh.get_coordinate()[-1], target.shape[0])
-    own.copy_(saved[start : start + own.shape[0]])
+    own, first = local_tensor(target), 0
+    if is_sharded(target):
+        # FSDP cuts the first dimension into equal parts, rounded up: the last ranks may get less.
+        mesh = target.device_mesh  # type: ignore[attr-defined]
+        rows_per_rank = -(-target.shape[0] // mesh.size(mesh.ndim - 1))
+        first = min(rows_per_rank * mesh.get_coordinate()[-1], target.shape[0])
+    if own.dim() == 0:
+        own.copy_(saved if isinstance(saved, torch.Tensor) else saved[:])
+        return target
+    # A few rows at a time: what is read of a file counts as memory of the process meanwhile.
+    at_once = max(COPIED_AT_ONCE * len(own) // max(own.numel(), 1), 1)
+    for start in range(0, len(own), at_once):
+        part = own[start : start + at_once]
+        part.copy_(saved[first + start : first + start + len(part)])
     return target

@@ -28,6 +28,30 @@ Rows = Any
 """A tensor, or an object that reads the rows of one when it is sliced."""
 
 
+CHECKED_AT_ONCE = 2**24
+"""How many numbers are looked at together, whether they are finite."""
+
+
+class FileRows:
+    """The rows of a tensor in a safetensors file, read when it is sliced.
+
+    The file is open only meanwhile: what was read of an open one counts as memory of the process.
+    """
+
+    def __init__(self, file: Path, name: str) -> None:
+        self.file, self.name = file, name
+
+    def get_shape(self) -> list[int]:
+        with safe_open(self.file, "pt") as opened:
+            shape: list[int] = opened.get_slice(self.name).get_shape()
+        return shape
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        with safe_open(self.file, "pt") as opened:
+            read: Tensor = opened.get_slice(self.name)[rows]
+        return read
+
+
 class FolderWeights(Mapping[str, Rows]):
     """The tensors of a Hugging Face folder or hub id by name. Nothing is read before a tensor is
     sliced."""
@@ -42,13 +66,12 @@ class FolderWeights(Mapping[str, Rows]):
         if index.is_file():
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         else:
-            with safe_open(path / "model.safetensors", "pt") as file:
-                names = dict.fromkeys(file.keys(), "model.safetensors")
-        opened = {name: safe_open(path / name, "pt") for name in sorted(set(names.values()))}
-        self.files = {name: opened[file] for name, file in names.items()}
+            names = dict.fromkeys(_names_in(path / "model.safetensors"), "model.safetensors")
+        held = {file: _names_in(path / file) for file in sorted(set(names.values()))}
+        self.files = {name: path / file for name, file in names.items() if name in held[file]}
 
     def __getitem__(self, name: str) -> Rows:
-        return self.files[name].get_slice(self.name_in_file.get(name, name))  # type: ignore[no-untyped-call]
+        return FileRows(self.files[name], self.name_in_file.get(name, name))
 
     def of_text(self, wanted: Collection[str]) -> None:
         """Give the weights of the language model in a model with images their names in a language
@@ -67,6 +90,11 @@ class FolderWeights(Mapping[str, Rows]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+
+def _names_in(file: Path) -> set[str]:
+    with safe_open(file, "pt") as opened:
+        return set(opened.keys())
 
 
 def weights_for(
@@ -159,7 +187,9 @@ def _check_names(own: Mapping[str, Tensor], weights: Mapping[str, Rows], source:
 
 
 def _check_finite(name: str, weight: Tensor, source: Any) -> None:
-    if weight.is_floating_point() and not bool(weight.isfinite().all()):
+    if not weight.is_floating_point():
+        return
+    if not all(bool(part.isfinite().all()) for part in weight.flatten().split(CHECKED_AT_ONCE)):
         raise ModelError(f"{source}: {name} is not finite: the weights are damaged.")
 
 
