@@ -232,6 +232,25 @@ def test_memory_that_ends_in_the_critics_pass_leaves_no_gradient_of_the_actor():
     assert updates[0].step_stats == updates[1].step_stats
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory",
+        "DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_memory_that_a_library_does_not_get_is_memory_that_ran_out(words):
+    """cuBLAS allocates beside torch's allocator, which has kept all of a GPU, and torch raises no OutOfMemoryError then."""
+
+    def tight(tokens):
+        if tokens > 64:
+            raise RuntimeError(words)
+        return tokens
+
+    assert Budget(256).run_within("the update", tight) == 64
+
+
 def test_memory_that_is_never_enough_fails_after_a_few_times():
     made = starved(learner(tokens=2048), 1)
     with pytest.raises(torch.OutOfMemoryError):

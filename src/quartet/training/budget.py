@@ -12,8 +12,12 @@ from quartet.io.activity import activity
 T = TypeVar("T")
 MAX_HALVINGS = 4
 """Halvings after which out of memory is an error: the cause is then not the batch."""
-CPU_WORDS = ("can't allocate memory", "not enough memory")
-"""Texts of torch's RuntimeError when the CPU has no memory; it has no class of its own."""
+NO_MEMORY = (
+    *("can't allocate memory", "not enough memory"),  # of the CPU
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"),  # of a GPU
+)
+"""Texts of errors that have no class of their own. On a GPU they are those of libraries that
+allocate beside torch's allocator, which has taken all there is and keeps what it does not use."""
 
 
 class Budget:
@@ -90,5 +94,5 @@ class Budget:
 def out_of_memory(error: RuntimeError) -> bool:
     """Return whether the error says that a device or the CPU has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in CPU_WORDS
+        words in str(error) for words in NO_MEMORY
     )
