@@ -453,7 +453,7 @@ def test_a_step_is_recorded_beside_threads_that_train_and_on_one_stream(monkeypa
 
     monkeypatch.setattr("quartet.generation.slots._can_record", lambda *_: True)
     stands = {"Stream": Recorded, "CUDAGraph": Recorded, "graph": graph}
-    stands["current_stream"] = lambda *_: Recorded()
+    stands |= {"current_stream": lambda *_: Recorded(), "set_stream": lambda _: None}
     stands["stream"] = lambda _: contextlib.nullcontext()
     stands["device"] = lambda device: entered.append(device) or contextlib.nullcontext()
     for name, value in stands.items():
@@ -484,12 +484,21 @@ def test_a_step_that_cannot_be_recorded_is_computed_without_a_graph(monkeypatch,
 
     expected = decoded()
 
+    default, current = Recorded(), [None]
+
+    @contextlib.contextmanager
     def refuse(_, stream, capture_error_mode):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        """As torch.cuda.graph: its exit raises before it has left the stream."""
+        current[0] = stream
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        yield
 
     monkeypatch.setattr("quartet.generation.slots._can_record", lambda *_: True)
     stands = {"Stream": Recorded, "CUDAGraph": Recorded, "graph": refuse}
-    stands["current_stream"] = lambda *_: Recorded()
+    stands |= {"current_stream": lambda *_: default, "set_stream": current.append}
     stands["stream"] = stands["device"] = lambda _: contextlib.nullcontext()
     for name, value in stands.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -499,6 +508,7 @@ def test_a_step_that_cannot_be_recorded_is_computed_without_a_graph(monkeypatch,
     _side_stream.cache_clear()
     [said] = [r.message for r in caplog.records if r.name == "quartet.generation.slots"]
     assert "not permitted" in said and "Sampling goes on without graphs" in said
+    assert current[-1] is default, "what follows would be in another stream than all else"
 
 
 def test_the_pretended_device_tells_faults():

@@ -8,6 +8,7 @@ for each pair. Whether rows have ended is looked at every `LOOK_EVERY` tokens on
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -128,17 +129,20 @@ class SlotDecoder(FusedDecoder):
         has_experts = any(block.up is None for block in self.blocks)
         if self.device in _NOT_RECORDED or not _can_record(self.device, has_experts):
             return eager
-        lengths = self.lengths.clone()
+        lengths, handled = self.lengths.clone(), sys.exception()
         try:
             return self._captured(count, eager)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            cause = _first_error(error, handled)
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
             _NOT_RECORDED.add(self.device)
             log.warning(
                 "a decoding step cannot be recorded as a CUDA graph (%s). Sampling goes on without "
                 "graphs, which is slower.",
-                error,
+                cause,
             )
             return eager
         finally:
@@ -148,16 +152,21 @@ class SlotDecoder(FusedDecoder):
         """Return the replay of a step that is recorded as a graph. It changes `lengths`."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):  # a new thread's current device is the first one
-            stream = _side_stream(self.device)
+            stream, current = _side_stream(self.device), torch.cuda.current_stream()
             # Steps that only warm up write where the real one will, and leave the lengths alone.
-            stream.wait_stream(torch.cuda.current_stream())
+            stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     self._step(count)
-            torch.cuda.current_stream().wait_stream(stream)
-            # "thread_local": another thread may train meanwhile, and may ask for memory.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                logits = eager()
+            current.wait_stream(stream)
+            try:
+                # "thread_local": another thread may train meanwhile, and may ask for memory.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    logits = eager()
+            finally:
+                # Where recording fails, torch leaves the side stream as the current one: what this
+                # thread asks for then would not be in order with what other threads ask for.
+                torch.cuda.set_stream(current)
 
         def replay() -> Tensor:
             graph.replay()
@@ -226,6 +235,14 @@ class SlotDecoder(FusedDecoder):
         self.lengths[: len(lengths)], self.tokens[: len(tokens)] = lengths, tokens
         self.starts = torch.arange(slots + 1, dtype=torch.int32, device=self.device)
         self.slots, self.columns = slots, wide
+
+
+def _first_error(error: BaseException, handled: BaseException | None) -> BaseException:
+    """Return what a recording failed of. The end of a recording that failed raises, too, and says
+    of the first error only that there was one. `handled` was being handled when it began."""
+    while error.__context__ not in {None, handled}:
+        error = error.__context__
+    return error
 
 
 @functools.cache
