@@ -558,3 +558,44 @@ def test_sums_in_parallel_draw_no_token_of_probability_zero(monkeypatch):
         drawn = draw(logits, Sampling(), torch.linspace(0, 0.999, 50).to("cuda"))
         tokens = drawn.tokens.tolist()
     assert set(tokens) == {0, 2, 3}
+
+
+def test_a_gpu_sums_up_no_wide_vocabulary_in_a_row(monkeypatch):
+    """It gives one row of a cumulative sum to one multiprocessor, of 132 on an H100: a pass took longer than a small model."""
+    torch.manual_seed(0)
+    logits, noise, widths = 3 * torch.randn(40, 70_001), torch.rand(40), []
+    logits[0, ::2] = -torch.inf
+    noise[:2] = torch.tensor([0.0, 1 - 2**-24])
+    expected = draw(logits, Sampling(min_new_tokens=1), noise)
+    for name in ("cumsum", "cummax"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda x, dim, real=real: widths.append(x.shape[-1]) or real(x, dim)
+        )
+    monkeypatch.setattr("quartet.generation.sampling.WIDE_LOGITS_ON_GPU", 16 * 70_001)
+    with pretended() as counts:
+        drawn = draw(logits.to("cuda"), Sampling(min_new_tokens=1), noise.to("cuda"))
+        assert not counts.waits
+        found = {name: getattr(drawn, name).cpu() for name in ("tokens", "logprobs", "entropies")}
+    assert widths and max(widths) <= 512
+    assert torch.equal(found["tokens"], expected.tokens)
+    for name in ("logprobs", "entropies"):
+        torch.testing.assert_close(found[name], getattr(expected, name), atol=1e-4, rtol=1e-4)
+
+
+def test_a_wide_vocabulary_draws_no_token_of_probability_zero_either(monkeypatch):
+    real = torch.Tensor.cumsum
+
+    def rounded(weights, dim):
+        """A weight of 0 raises the sum, and what follows it lowers it again."""
+        sums = real(weights, dim)
+        return sums + 1e-3 * sums[:, -1:] * (weights == 0)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", rounded)
+    monkeypatch.setattr("quartet.generation.sampling.WIDE_ON_GPU", 4 * 512 + 3)
+    logits = torch.zeros(400, 4 * 512 + 3)
+    logits[:, 512:1024] = logits[:, 5::7] = -torch.inf
+    with pretended():
+        noise = torch.linspace(0, 1 - 2**-24, 400).to("cuda")
+        tokens = draw(logits.to("cuda"), Sampling(min_new_tokens=1), noise).tokens.cpu()
+    assert logits[0, tokens].isfinite().all() and len(tokens.unique()) > 300

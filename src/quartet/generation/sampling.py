@@ -83,11 +83,13 @@ class Drawn:
     """Which tokens it does not exclude; only with `keep_mask`."""
 
 
-WIDE = 200_000
-"""The vocabulary from which a CPU draws in two steps, a block of tokens first."""
+WIDE, WIDE_ON_GPU = 200_000, 2**16
+"""The vocabulary from which tokens are drawn in two steps, a block of them first, on a CPU and on
+other devices."""
 WIDE_BLOCK = 512
-WIDE_LOGITS = 2**21
-"""Logits of so many numbers are drawn from at once; they stay in the cache of a CPU."""
+WIDE_LOGITS, WIDE_LOGITS_ON_GPU = 2**21, 2**28
+"""Logits of so many numbers are drawn from at once then: on a CPU they stay in its cache, on a GPU
+they are a gigabyte."""
 
 
 def scaled(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
@@ -115,16 +117,12 @@ def draw(logits: Float[Tensor, "B V"], sampling: Sampling, noise: Float[Tensor, 
     Logits of −∞ are of tokens that cannot be drawn; then the sampling has a filter.
     Where the logits of a row hold NaN or +∞, its token is any token and its log-prob is NaN.
     """
-    if logits.shape[-1] >= WIDE and logits.device.type == "cpu":
+    if logits.shape[-1] >= (WIDE if logits.device.type == "cpu" else WIDE_ON_GPU):
         return _draw_wide(logits, sampling, noise)
     z = scaled(logits, sampling)
     z = z - z.amax(-1, keepdim=True)
     weights = z.exp()
-    cumulative = weights.cumsum(-1)
-    if z.device.type != "cpu":
-        # Sums in parallel need not rise: a token of probability 0 could have a larger one than the
-        # token before it, and be drawn. So it gets the one before.
-        cumulative = torch.where(weights > 0, cumulative, 0.0).cummax(-1).values
+    cumulative = _rising_sums(weights)
     total = cumulative[:, -1:]
     aim = torch.minimum(noise[:, None] * total, _below(total))
     tokens = torch.searchsorted(cumulative, aim, right=True)
@@ -140,10 +138,12 @@ def _draw_wide(
 ) -> Drawn:
     """Draw as `draw` does from a wide vocabulary, in fewer passes over it.
 
-    The cumulative sum of the whole vocabulary is the slowest pass. Here it is taken over the sums
-    of blocks, and over the tokens of one block: that in which P exceeds noise · P(V).
+    The cumulative sum of the whole vocabulary is the slowest pass: a GPU gives a row of it to a
+    single multiprocessor. Here it is taken over the sums of blocks, and over the tokens of one
+    block: that in which P exceeds noise · P(V).
     """
-    rows = max(WIDE_LOGITS // logits.shape[-1], 1)
+    at_once = WIDE_LOGITS if logits.device.type == "cpu" else WIDE_LOGITS_ON_GPU
+    rows = max(at_once // logits.shape[-1], 1)
     parts = [
         _draw_in_blocks(scaled(some, sampling), their_noise, sampling)
         for some, their_noise in zip(logits.split(rows), noise.split(rows), strict=True)
@@ -162,23 +162,38 @@ def _draw_in_blocks(
     whole = vocabulary // WIDE_BLOCK * WIDE_BLOCK
     sums = weights[:, :whole].unflatten(-1, (-1, WIDE_BLOCK)).sum(-1)
     sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1)
-    cumulative = sums.cumsum(-1)
+    cumulative = _rising_sums(sums)
     total = cumulative[:, -1:]
     aim = torch.minimum(noise[:, None] * total, _below(total))
     block = torch.searchsorted(cumulative, aim, right=True).clamp(max=sums.shape[-1] - 1)
     before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, block)
-    places = block * WIDE_BLOCK + torch.arange(WIDE_BLOCK)
+    places = block * WIDE_BLOCK + torch.arange(WIDE_BLOCK, device=block.device)
     inside = weights.gather(-1, places.clamp(max=vocabulary - 1))
-    inner = torch.where(places < vocabulary, inside, 0.0).cumsum(-1)
+    inner = _rising_sums(torch.where(places < vocabulary, inside, 0.0))
     # The block's sum was added up in another order: its last token with a weight is the last one.
     aim = torch.minimum(aim - before, _below(inner[:, -1:]))
     tokens = block * WIDE_BLOCK + torch.searchsorted(inner, aim, right=True)
     tokens = tokens.clamp(max=vocabulary - 1)  # NaN compares with nothing: past the end
     log_total = total[:, 0].log()
     finite = z.clamp(min=-1e4) if sampling.filters else z
-    mean = (weights[:, None] @ finite[:, :, None])[:, 0, 0] / total[:, 0]
+    if z.device.type == "cpu":
+        mean = (weights[:, None] @ finite[:, :, None])[:, 0, 0] / total[:, 0]
+    else:  # a product of matrices would round to TF32
+        mean = torch.linalg.vecdot(weights, finite) / total[:, 0]
     kept = z > -torch.inf if sampling.keep_mask else None
     return Drawn(tokens[:, 0], z.gather(-1, tokens)[:, 0] - log_total, log_total - mean, kept)
+
+
+def _rising_sums(weights: Float[Tensor, "B n"]) -> Float[Tensor, "B n"]:
+    """Return the sums up to each weight, none below the one before it. The sum up to a weight of 0
+    is that before it."""
+    cumulative = weights.cumsum(-1)
+    if weights.device.type == "cpu":
+        return cumulative
+    # Sums in parallel need not rise: a token of probability 0 could have a larger one than the
+    # token before it, and be drawn. So it gets the one before.
+    rising: Tensor = torch.where(weights > 0, cumulative, 0.0).cummax(-1).values
+    return rising
 
 
 def _below(x: Tensor) -> Tensor:
