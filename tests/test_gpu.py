@@ -11,9 +11,11 @@ import torch
 
 from quartet.assembly.device import planned_device
 from quartet.config.toml import read_settings
+from quartet.generation import slots
 from quartet.planning.gpu_plan import plan_on
 from quartet.planning.hardware import GB
 from quartet.recipes import recipe_path
+from tests.support import gpu_checks as checks
 from tests.support.command import quartet
 from tests.support.tiny_run import SMALL_REVIEWS, make_run
 
@@ -47,6 +49,61 @@ def close(found, expected, within):
         for name in ("loss", "kl", "reward", "value/mean"):
             if name in other:
                 assert row[name] == pytest.approx(other[name], abs=within, rel=within), name
+
+
+def said(caplog):
+    """What Quartet has warned of: a step that is not recorded, a forward pass that is not taken."""
+    names = {"quartet.generation.slots", "quartet.models.fused", "quartet.distributed.offload"}
+    return [r.getMessage() for r in caplog.records if r.name in names]
+
+
+@pytest.mark.parametrize("kind", [*checks.KINDS, checks.IN_4_BITS])
+def test_recorded_steps_are_those_that_the_learner_computes(kind, monkeypatch, caplog):
+    """CUDA graphs of every kind of block, against the same steps without, and against whole sequences."""
+    monkeypatch.setattr(slots, "_NOT_RECORDED", set())
+    model = checks.policy(kind, pretends=False)
+    recorded = checks.decoded(model)
+    assert said(caplog) == []
+    mean, largest = checks.sampler_gap(model)
+    assert mean < 0.03 and largest < 0.5
+    monkeypatch.setattr(slots, "_can_record", lambda *_: False)
+    assert checks.off(recorded, checks.decoded(model)) < 0.02
+
+
+@pytest.mark.parametrize("kind", checks.KINDS)
+def test_gradients_are_those_of_a_cpu_up_to_rounding(kind, caplog):
+    assert checks.gradient_cosine(kind, pretends=False) > 0.99
+    assert said(caplog) == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
+def test_optimizers_step_as_on_a_cpu(optimizer):
+    assert checks.steps_apart(optimizer, pretends=False) < 0.1
+
+
+def test_the_tokens_that_a_cpu_draws_are_drawn():
+    share, apart = checks.share_drawn_alike()
+    assert share > 0.95 and apart < 0.005
+
+
+ADAPTER = 'policy.adapter={type="lora", rank=4}'
+RUNS = {
+    "in bf16": [],
+    "on 4 bits": ["policy.create.hidden_size=128", ADAPTER, 'policy.quantize="nf4"'],
+    "moments of 8 bits": ["policy.create.hidden_size=128", "optim.optimizer=adamw_8bit"],
+    "blocks computed again": ["policy.gradient_checkpointing=true"],
+    "ahead": ["rollout.staleness=1"],
+    "offloaded": ["run.offload=true"],
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_runs_of_every_kind_end_without_a_warning(tmp_path, kind, monkeypatch, caplog):
+    """ "ahead": graphs are recorded in one thread while another trains."""
+    monkeypatch.setattr(slots, "_NOT_RECORDED", set())
+    words = ["run.device=cuda", "run.steps=3", "run.checkpoint_every=2", *RUNS[kind]]
+    run = make_run(tmp_path, "reviews", *words)
+    assert run.status == "done" and said(caplog) == []
 
 
 def test_the_learning_is_that_of_a_cpu(tmp_path):
