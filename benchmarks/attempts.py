@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ Numbers = dict[str, Any]
 
 def attempt(work: Callable[..., Numbers], *given: Any) -> Numbers:
     """Return what a work measured, or how it failed: the others are measured all the same, with
-    the memory that this one has left."""
+    the memory that this one has left. Where it failed is printed: a machine that is lent for
+    minutes is gone before anyone can look again."""
     try:
         return work(*given)
     except Exception as error:
+        traceback.print_exc()
         return {"failed": f"{type(error).__name__}: {error}"[:500]}
     finally:
         gc.collect()  # a model with activation checkpoints refers to itself

@@ -5,7 +5,8 @@ against the machine's limits.
     python benchmarks/gpu.py --device cpu --shapes tiny        # the same code without a GPU
 
 With --out, what was measured is written after each work, and a command that was stopped goes on
-behind it. On a machine that is lent for minutes, in this order:
+behind it; what failed, of which the traceback is printed, is measured again with --again. On a
+machine that is lent for minutes, in this order:
 
     timeout 300 pytest -v tests/test_gpu.py                                       # does it run?
     timeout 240 python benchmarks/gpu.py --shapes 0.5b --out results/gpu.json     # and all presets
@@ -47,6 +48,8 @@ from quartet.algorithms.presets import ALGORITHMS
 from quartet.algorithms.update import TrustRegion
 from quartet.data.sampler import Sampler
 from quartet.experience import Prompt, Rollout
+from quartet.generation import slots
+from quartet.generation.decoders import make_decoder
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
 from quartet.loops.collect import Collector
@@ -177,9 +180,12 @@ def generation(shape: Qwen, model: Any, machine: Machine) -> Numbers:
     lengths = [len(r.response_ids) for r in rollouts]
     limit = bytes_read(shape, model, [len(r.prompt.ids) for r in rollouts], lengths)
     limit_seconds = limit / machine.gb_s / 1e9
+    decoder = type(make_decoder(model, 64)).__name__
     rows = [list(p.ids) for p in asked for _ in range(shape.samples)]
     theirs, _ = machine.timed(lambda: w.transformers_generate(model, rows, lengths, shape.limit))
     return {
+        "decoder": decoder,
+        "cuda_graphs": decoder == "SlotDecoder" and not slots._NOT_RECORDED,
         "tokens": sum(lengths),
         "seconds": seconds,
         "tokens_per_s": sum(lengths) / seconds,
@@ -455,7 +461,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shapes", default="0.5b,1.5b,7b")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--again", action="store_true", help="measure again what failed")
     arguments = parser.parse_args()
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device(arguments.device)
     name_of_device = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     results = earlier(arguments.out, name_of_device)
@@ -477,6 +486,9 @@ def main() -> None:
 
     for name in arguments.shapes.split(","):
         measured = results["shapes"].setdefault(name, {})
+        if arguments.again:
+            measured = {what: n for what, n in measured.items() if "failed" not in n}
+            results["shapes"][name] = measured
         left = [what for what in WORKS if what not in measured]
         model = make_model(SHAPES[name], device) if left else None
         for what in left:

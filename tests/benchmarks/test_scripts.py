@@ -77,7 +77,7 @@ def test_gpu_predicts_memory_by_the_plan():
 @pytest.mark.parametrize(
     "error", [RuntimeError("no memory"), KeyError("a name"), TypeError("of an API")]
 )
-def test_gpu_reports_a_work_that_fails_and_goes_on(error):
+def test_gpu_reports_a_work_that_fails_and_goes_on(error, capsys):
     import gpu
 
     def fails(*_):
@@ -88,6 +88,7 @@ def test_gpu_reports_a_work_that_fails_and_goes_on(error):
     assert gpu.attempt(fails, gpu.SHAPES["tiny"], None, machine) == {
         "failed": f"{type(error).__name__}: {error}"
     }
+    assert "in fails" in capsys.readouterr().err, "where it failed"
 
 
 def test_gpu_goes_on_behind_what_it_has_measured(tmp_path, monkeypatch, capsys):
@@ -102,7 +103,9 @@ def test_gpu_goes_on_behind_what_it_has_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "SHAPES", shapes)
     monkeypatch.setattr(gpu, "WORKS", works)
     monkeypatch.setattr(gpu, "presets", lambda _: done.append("presets") or {"ppo": {}})
-    out = tmp_path / "gpu.json"
+    out = (
+        tmp_path / "results" / "gpu.json"
+    )  # a folder that is not there yet, as in the command of the docs
     words = ["gpu.py", "--device", "cpu", "--out", str(out)]
     monkeypatch.setattr(gpu, "is_lost", lambda _: len(done) == 1)
     monkeypatch.setattr(sys, "argv", [*words, "--shapes", "one"])
@@ -116,6 +119,14 @@ def test_gpu_goes_on_behind_what_it_has_measured(tmp_path, monkeypatch, capsys):
     assert found["shapes"]["one"] == {"first": {"number": 1}, "second": {"number": 2}}
     gpu.main()
     assert len(done) == 5, "nothing is left"
+    failed = {"one": {"first": {"failed": "no"}, "second": {"number": 2}}}
+    out.write_text(json.dumps(found | {"shapes": found["shapes"] | failed}))
+    gpu.main()
+    assert len(done) == 5, "what has failed may have lost the GPU"
+    monkeypatch.setattr(sys, "argv", [*words, "--shapes", "one,two", "--again"])
+    gpu.main()
+    assert done[5:] == ["first"]
+    assert json.loads(out.read_text())["shapes"]["one"]["first"] == {"number": 6}
     out.write_text(json.dumps(found | {"device": "NVIDIA H200"}))
     with pytest.raises(SystemExit, match="is of NVIDIA H200, and this is cpu"):
         gpu.main()
