@@ -6,7 +6,8 @@ import torch
 from quartet.generation.decoders import make_decoder
 from quartet.generation.plain import PlainDecoder
 from quartet.models.architectures import why_not_fused
-from quartet.models.trunk import hidden_states
+from quartet.models.forward import masked_logprobs
+from quartet.models.trunk import checkpoint_blocks, hidden_states
 from tests.support.decoding import check_rows
 from tests.support.small_models import small_model
 
@@ -71,3 +72,26 @@ def test_rows_trained_together_have_the_hidden_states_of_each_alone(kind):
         torch.testing.assert_close(
             ours, trunk(input_ids=ids, use_cache=False).last_hidden_state[0], **NEAR
         )
+
+
+@pytest.mark.parametrize("kind", ["biogpt", "xglm", "llama"])
+def test_activation_checkpoints_turn_on_no_dropout_and_set_no_random_numbers_back(
+    kind, monkeypatch
+):
+    """transformers makes them in training mode, and the blocks of the first two have dropout that goes by their own flag; llama has the
+    fused forward. The global generators are also those of a user's code in other threads."""
+
+    def refuse(*_):
+        raise AssertionError("random numbers are set back")
+
+    sizes = {"d_model": 32, "attention_heads": 4, "num_layers": 4, "ffn_dim": 48, "dropout": 0.1}
+    made = small_model(kind, SHAPE | (sizes if kind == "xglm" else {}), 0.1)
+    tokens, mask = torch.arange(3, 30).reshape(3, 9), torch.arange(9).expand(3, 9) > 4
+    monkeypatch.setattr(torch, "set_rng_state", refuse)
+    found = []
+    for model in (made, checkpoint_blocks(made)):
+        logprobs = masked_logprobs(model, tokens, mask)
+        gradients = torch.autograd.grad(logprobs.sum(), [*model.parameters()], allow_unused=True)
+        found.append([logprobs.detach(), *(g for g in gradients if g is not None)])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-5)

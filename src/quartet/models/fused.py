@@ -173,7 +173,15 @@ def trunk_forward(trunk: Trunk, packed: Packed) -> Float[Tensor, "n H"]:
         rotation = None if layer.rotation is None else turns[layer.rotation]
         inputs = (layer, x, rotation, packed, output_index)
         if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled():
-            x = checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
+            # Nothing in a block is random. Random numbers would be set back while others are drawn:
+            # they are the process's, and its threads share them.
+            x = checkpoint(
+                forward,
+                *inputs,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=contexts,
+            )
         else:
             x = forward(*inputs)
     return normed(submodule(trunk, row.last_norm), x, row.norm)

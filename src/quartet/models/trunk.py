@@ -69,7 +69,7 @@ def checkpoint_blocks(model: CausalModel) -> Any:
     each block, and the backward pass computes the rest again (Chen et al. 2016)."""
     for block in blocks_of(model):
         block.gradient_checkpointing = True
-        block._gradient_checkpointing_func = partial(_checkpoint, model)
+        block._gradient_checkpointing_func = partial(_checkpoint, model, block)
     return model
 
 
@@ -101,8 +101,24 @@ def block_matrices(*models: Any) -> list[Tensor]:
     return [p for block in blocks for p in block.parameters() if p.ndim == 2]
 
 
-def _checkpoint(model: CausalModel, *args: Any) -> Any:
-    return checkpoint(*args, use_reentrant=False, context_fn=checkpoint_contexts(model))
+def _checkpoint(model: CausalModel, block: Any, forward: Any, *args: Any) -> Any:
+    return checkpoint(
+        partial(_in_evaluation_mode, block, forward),
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing here is random
+        context_fn=checkpoint_contexts(model),
+    )
+
+
+def _in_evaluation_mode(block: Any, forward: Any, *args: Any) -> Any:
+    """Return the outputs of a block with its own flag in evaluation mode: some blocks (BioGPT,
+    Falcon, XGLM) have dropout that goes by it."""
+    before, block.training = block.training, False
+    try:
+        return forward(*args)
+    finally:
+        block.training = before
 
 
 @contextmanager
@@ -110,7 +126,7 @@ def checkpointing(model: Trunk | CausalModel) -> Iterator[None]:
     """Put checkpointed blocks into training mode inside the context, where gradients are recorded.
 
     transformers makes activation checkpoints in training mode only. Only the block's own flag is
-    set: the modules inside it, and so their dropout, stay in evaluation mode.
+    set, and not while the block computes: dropout stays in evaluation mode.
     """
     blocks = [block for block in blocks_of(model) if block.gradient_checkpointing]
     for block in blocks:
