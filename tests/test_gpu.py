@@ -93,6 +93,7 @@ RUNS = {
     "moments of 8 bits": ["policy.create.hidden_size=128", "optim.optimizer=adamw_8bit"],
     "blocks computed again": ["policy.gradient_checkpointing=true"],
     "ahead": ["rollout.staleness=1"],
+    "pairs": ['recipe=["sft","dpo"]', "preference.steps=2", "preference.batch_size=8"],
     "offloaded": ["run.offload=true"],
 }
 

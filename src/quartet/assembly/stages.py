@@ -324,10 +324,11 @@ def _own_loop(reference: str) -> Loop:
 
 
 def _rounding(assembler: Assembler) -> str:
-    """Return what samples in the RL stage."""
+    """Return what samples in the RL stage, and what the learner computes in."""
+    in_bf16 = assembler.models.dtype("policy") == DTYPES["bf16"]
     if isinstance(assembler.config.generator, Servers):
-        return "engine"
-    return "bf16" if assembler.models.dtype("policy") == DTYPES["bf16"] else "fp32"
+        return "engine, bf16" if in_bf16 else "engine"
+    return "bf16" if in_bf16 else "fp32"
 
 
 def evaluation_stage(assembler: Assembler, name: str) -> EvaluationStage:

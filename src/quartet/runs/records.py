@@ -102,7 +102,7 @@ class DefinitionsEvent(Event):
     stage: Name
     clip: ClipRecord | None = None
     metrics: list[OwnMetric] = []
-    rounding: Literal["fp32", "bf16", "engine"] = "fp32"
+    rounding: Literal["fp32", "bf16", "engine", "engine, bf16"] = "fp32"
 
 
 EVENTS: "dict[str, TypeAdapter[Any]]" = {

@@ -149,7 +149,8 @@ class RLStage:
     prompt_sampling: PromptSampling
     staleness: int = 0
     rounding: str = "fp32"
-    """What samples: the learner's module in "fp32" or "bf16", or another "engine"."""
+    """What samples, a key of `TOLERANCES`: the learner's module in "fp32" or "bf16", or another
+    program ("engine", and "engine, bf16" where the learner computes in bfloat16)."""
     starts_at_reference: bool = True
     """Whether the reference is the model that the stage starts from."""
     loop: Loop = rl
