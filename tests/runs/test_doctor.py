@@ -194,6 +194,45 @@ def test_the_rule_speaks_of_its_fault_and_no_other_does(rule):
     assert set(found) - {rule} <= BESIDE.get(rule, set())
 
 
+def evaluated(reward, gold, wins):
+    """The summary of an evaluation: reward and gold reward before and after, and the win rate."""
+    sides = [
+        {"reward": r, "gold": g, "response/tokens": 20.0, "response/repetition": 0.1}
+        for r, g in zip(reward, gold, strict=True)
+    ]
+    win = {"mean": wins, "interval": 0.1}
+    return {"judge": "gold", "prompts": 60, "win_rate": win, "before": sides[0], "after": sides[1]}
+
+
+def test_more_reward_for_answers_that_lose_is_a_finding_of_the_evaluation():
+    def found(*measured):
+        watch = Watch()
+        watch.see({})
+        return dict(watch.finish(evaluated(*measured)))
+
+    [(rule, sentence)] = found((0.5, 2.0), (0.25, -1.0), 0.3).items()
+    assert rule is rules.worse_for_more_reward
+    assert "reward rose from 0.50 to 2.00" in sentence and "from 0.25 to -1.00" in sentence
+    assert "they win 20% to 40%" in sentence
+    assert found((0.5, 2.0), (0.25, -1.0), 0.45) == {}  # the interval includes ½
+    assert found((0.5, 0.4), (0.25, -1.0), 0.3) == {}  # the reward fell too
+    assert found((0.5, 2.0), (0.25, 1.0), 0.8) == {}
+
+
+def test_a_change_of_length_is_told_from_a_reward_for_length():
+    def said(correlation):
+        found = spoken(
+            lambda s: {
+                "response/tokens": 20.0 + 3 * s,
+                "reward/length_correlation": correlation,
+            }
+        )
+        return found[rules.length_drift][1]
+
+    assert "so the reward pays for it" in said(0.6)
+    assert "not length that the reward pays for" in said(-0.6)
+
+
 def test_a_reward_that_is_always_0_has_not_fallen():
     found = spoken(lambda s: {"reward": 0.0, "reward/std": 0.0})
     assert rules.reward_falls not in found

@@ -248,9 +248,10 @@ DEFINITIONS = (
         "win rate",
         "the share of 32 held-out prompts for which the policy's response is better than the one "
         "of the policy that RL started from, by the gold reward where there is one and else by "
-        "the training reward; a tie is half a win; it is measured twenty times a run",
-        "It is ½ at first. If it falls while the reward rises, the policy exploits the reward "
-        "(reward hacking).",
+        "the training reward; a tie is half a win; it is measured twenty times a run, after the "
+        "step's update",
+        "Equal policies have ½, and 32 prompts give it to ± 0.17. If it falls while the reward "
+        "rises, the policy exploits the reward (reward hacking).",
     ),
     Definition(
         "advantage/reward_correlation",
@@ -423,6 +424,11 @@ DEFINITIONS = (
         "held-out pair accuracy",
         "the share of the held-out pairs in which the preferred side has the higher score",
         "Far below the pair accuracy, the model overfits.",
+    ),
+    Definition(
+        "held_out/gold",
+        "gold reward on held-out prompts",
+        "the mean gold reward of the answers to held-out prompts, in the stage evaluation",
     ),
     Definition(
         "held_out/confidence",

@@ -100,6 +100,11 @@ def unread(problems: Sequence[str]) -> list[Finding]:
     return [Finding("could_not_be_read", "", 0, sentence, why, 0) for sentence in problems]
 
 
+def why(rule: Rule) -> str:
+    """Return a rule's reason and source."""
+    return " ".join((rule.__doc__ or "").split())
+
+
 @dataclass(frozen=True)
 class Check:
     """What a rule that applies to a stage has looked at."""
@@ -167,8 +172,7 @@ def _examine_stage(run: "Run", stage: str, watch: Watch) -> list[Finding]:
             if before is not None:
                 found[name] = replace(before, sentence=sentence, until=step)
             elif count >= RULES[rule].steps:
-                why = " ".join((rule.__doc__ or "").split())
-                found[name] = Finding(name, stage, step, sentence, why, step)
+                found[name] = Finding(name, stage, step, sentence, why(rule), step)
 
     for i, step in enumerate(series.steps[:MAX_STEPS]):
         metrics = {

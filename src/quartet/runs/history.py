@@ -88,12 +88,25 @@ class History:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Add what the summary of the finished stage says of held-out rows: `held_out_loss` becomes
-        the last value of `held_out/loss`."""
-        for name, value in summary.items():
+        the last value of `held_out/loss`. Of an evaluation, `after` becomes `held_out/gold` and so
+        on, `before` becomes `held_out/gold_before`, and the interval of the win rate is
+        `held_out/win_rate_low` to `held_out/win_rate_high`."""
+        numbers = {
+            name.removeprefix("held_out_"): value
+            for name, value in summary.items()
+            if name.startswith("held_out_")
+        }
+        for side, ending in (("before", "_before"), ("after", "")):
+            if isinstance(measures := summary.get(side), Mapping):
+                numbers |= {f"{name}{ending}": value for name, value in measures.items()}
+        if isinstance(win := summary.get("win_rate"), Mapping):
+            mean, half = win.get("mean"), win.get("interval")
+            if isinstance(mean, int | float) and isinstance(half, int | float):
+                numbers |= {"win_rate_low": mean - half, "win_rate_high": mean + half}
+        for name, value in numbers.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if name.startswith("held_out_") and is_number and abs(value) < MAX_NUMBER:
-                column = HELD_OUT + name.removeprefix("held_out_")
-                self.columns.setdefault(column, []).append(float(value))
+            if is_number and abs(value) < MAX_NUMBER:
+                self.columns.setdefault(HELD_OUT + name, []).append(float(value))
 
     @property
     def is_taught(self) -> bool:

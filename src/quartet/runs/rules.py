@@ -321,19 +321,38 @@ def length_drift(history: History) -> str | None:
     if now is None or first is None or 0.5 * first < now < 2 * first:
         return None
     return (
-        f"responses went from {first:.0f} to {now:.0f} tokens. If that is not intended, the "
-        "reward pays for it: see the correlation with length."
+        f"responses went from {first:.0f} to {now:.0f} tokens. If that is not intended, read "
+        f"samples{_pay_for_length(history, longer=now > first)}."
     )
 
 
+PAYS = 0.3
+"""The correlation of score and length from which a change of length is what the reward pays for."""
+
+
+def _pay_for_length(history: History, *, longer: bool) -> str:
+    """Return what the correlation of score and length has to do with a change of length, as the end
+    of a sentence; nothing where it was not recorded."""
+    r = history.recent("reward/length_correlation", 10)
+    if r is None:
+        return ""
+    found = f"score and length have a correlation of {r:.2f} over ten steps"
+    if (r if longer else -r) < PAYS:
+        return f"; {found}, so it is not length that the reward pays for"
+    return f"; {found}, so the reward pays for it"
+
+
 def paid_for_length(history: History) -> str | None:
-    """The same, seen within a step: long answers score higher, or lower, whatever they say."""
+    """Of the responses of one step, the long ones score higher, or lower, whatever they say; the
+    policy learns their length first (Singhal et al. 2023, "A long way to go")."""
     r = history.recent("reward/length_correlation", 10)
     if r is None or abs(r) < 0.8:
         return None
     return (
         f"score and length have a correlation of {r:.2f} over ten steps: the reward is mostly a "
-        "measure of length."
+        f"measure of length: {'long' if r > 0 else 'short'} answers earn more whatever they say. "
+        'Add a [[reward]] with type = "length", or train the reward model on pairs whose chosen '
+        "side is as often the shorter as the longer one."
     )
 
 
@@ -370,6 +389,27 @@ def hacked(history: History) -> str | None:
         f"reward rose from {then:.2f} to {now:.2f} since step {since}, gold reward fell from "
         f"{means[top]:.2f} to {means[-1]:.2f}: the reward model is being fooled. Stop there, or "
         "raise algorithm.kl.coef."
+    )
+
+
+def worse_for_more_reward(history: History) -> str | None:
+    """The evaluation compares answers of before and after RL to held-out prompts by the gold
+    reward, on which nothing is trained. A policy that earns more and loses there has learned what
+    the reward pays for and not what it stands for (Gao et al. 2023)."""
+    names = ("reward", "gold", "response/tokens", "response/repetition")
+    after = {name: history.now(f"held_out/{name}", 0.0) for name in names}
+    before = {name: history.now(f"held_out/{name}_before", 0.0) for name in names}
+    low, high = (history.columns[f"held_out/win_rate_{end}"][-1] for end in ("low", "high"))
+    if high >= 0.5 or after["reward"] <= before["reward"] or after["gold"] >= before["gold"]:
+        return None
+    reward, gold = (f"from {before[n]:.2f} to {after[n]:.2f}" for n in ("reward", "gold"))
+    tokens, repeated = names[2:]
+    return (
+        f"on held-out prompts the reward rose {reward}, but the gold reward fell {gold}, and the "
+        f"answers lose to those from before RL (they win {low:.0%} to {high:.0%}). They have "
+        f"{after[tokens]:.0f} tokens, and had {before[tokens]:.0f}; {after[repeated]:.0%} of their "
+        f"token pairs are repetitions, and {before[repeated]:.0%} were. Read the answers with the "
+        "highest scores, and raise algorithm.kl.coef, lower optim.lr or change the reward."
     )
 
 
@@ -477,6 +517,16 @@ RULES: dict[Rule, Terms] = {
     paid_for_length: Terms(("reward/length_correlation",)),
     repeats_itself: Terms(("response/repetition",)),
     hacked: Terms(("reward/gold", "reward"), steps=3),
+    worse_for_more_reward: Terms(
+        (
+            "held_out/gold",
+            "held_out/gold_before",
+            "held_out/reward",
+            "held_out/reward_before",
+            "held_out/win_rate_low",
+            "held_out/win_rate_high",
+        )
+    ),
     loses_held_out: Terms(("policy/win_rate", "reward")),
     forgets: Terms(("policy/sft_perplexity",)),
     reward_falls: Terms(("reward", "reward/std"), steps=3),
